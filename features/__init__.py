@@ -1,0 +1,1 @@
+"""What a row means: schema, statistics, encoders, Batch."""

@@ -1,0 +1,1 @@
+"""The maths of one batch on one device."""

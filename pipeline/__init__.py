@@ -1,0 +1,1 @@
+"""How rows and weights move: ingest, dataset, training, evaluation."""

@@ -1,0 +1,1 @@
+"""The Beam job that turns raw logs into a dataset."""
