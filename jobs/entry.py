@@ -1,18 +1,24 @@
 """How every job starts: a Hydra configuration in, one line and an exit code out."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from features.errors import UserError
+from features.schema import Schema
+
+CONF = Path(__file__).parent / "conf"
 
 # Hydra prints its own errors over several lines unless told to let them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -31,25 +37,64 @@ def user_errors() -> Iterator[None]:
 
 
 def parse(config: DictConfig, model: type[BaseModel]) -> Any:
-    """The configuration as a checked pydantic object.
+    """The configuration as a checked pydantic object; the data group is read by `read_schema`.
 
     Raises:
         UserError: unknown keys, missing values or values of the wrong type, all named in one line.
     """
+    content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(content, dict)
+    content.pop("data", None)
     try:
-        return model.model_validate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        return model.model_validate(content)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        places = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors())
+        faults = "; ".join(f"{where}: {what}" if where else what for where, what in places)
         raise UserError(f"configuration: {faults}. See --help for the keys.") from None
+
+
+def read_schema(config: DictConfig) -> Schema:
+    """The schema of the chosen data group. Raises UserError where none is chosen or it is not valid."""
+    name = HydraConfig.get().runtime.choices.get("data")
+    if name is None:
+        raise UserError("data is missing: say data=NAME, one of jobs/conf/data (see --help)")
+    return Schema.parse(OmegaConf.to_container(config.data.schema, resolve=True), where=f"{name}.yaml")
+
+
+def describe(main: Callable[..., Any], name: str) -> str:
+    """The text of --help: the job's docstring with its examples, the groups and their values, the settings as commented."""
+    lines = (CONF / f"{name}.yaml").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line and not line.startswith(("defaults:", " ", "#")))
+    groups = [line.strip(" -").split(":")[0] for line in lines[:start] if line.startswith("  - ") and ":" in line]
+    values = [f"  {group}=" + "|".join(sorted(p.stem for p in (CONF / group).glob("*.yaml"))) for group in groups]
+    return "\n".join(
+        [
+            str(sys.modules[main.__module__].__doc__).strip(),
+            "\nGroups, each a folder of jobs/conf (--config-dir=DIR adds files of your own):",
+            *values,
+            "\nSettings (any is overridden by its dotted name; ??? must be given):",
+            *(f"  {line}" for line in lines[start:]),
+            "\nHydra's own flags, such as --cfg job to print the configuration: --hydra-help",
+        ]
+    )
 
 
 def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Makes `main(config)` a command line over jobs/conf/NAME.yaml."""
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
-        command = hydra.main(config_path="conf", config_name=name, version_base=None)(main)
+        @functools.wraps(main)
+        def checked(config: DictConfig) -> None:
+            # Inside, since Hydra adds a line of its own to what passes through it.
+            with user_errors():
+                main(config)
+
+        command = hydra.main(config_path="conf", config_name=name, version_base=None)(checked)
 
         def run() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(describe(main, name))
+                return
             with user_errors():
                 command()
 

@@ -1,0 +1,366 @@
+"""The schema: what a row of a log means, checked when it is read and known by its fingerprint ever after."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import polars as pl
+import yaml
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from features.errors import UserError
+
+RAW_TYPES = {"int": pl.Int64, "float": pl.Float64, "string": pl.String}
+RawType = Literal["int", "float", "string"]
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+def _utc(value: Any) -> Any:
+    """Dates and times without a zone are UTC: a split must not move with the machine's zone."""
+    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    return moment.replace(tzinfo=timezone.utc) if isinstance(moment, datetime) and moment.tzinfo is None else value
+
+
+class Strict(BaseModel):
+    """A part of the schema: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Outcome(Strict):
+    """A stream of later events, joined to impressions by a key; the first event of a key counts.
+
+    Expressions see the boolean column NAME (it happened) and NAME_COLUMN for each of `columns`.
+    """
+
+    files: str
+    key: str
+    columns: dict[str, RawType] = {}
+
+
+class Source(Strict):
+    """Where raw columns come from. Every column is text unless `types` says otherwise."""
+
+    files: str = Field(description="glob below the input folder, or a file's name")
+    format: Literal["csv"] = "csv"
+    columns: list[str] | None = Field(None, description="names in order for files without a header line")
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    missing: list[str] = [""]
+    trim: bool = Field(False, description="strip spaces around every value")
+    types: dict[str, RawType] = {}
+    row_id: str | None = Field(None, description="integer column that is unique; by default file and row number")
+    key: str | None = Field(None, description="column that outcomes refer to")
+    outcomes: dict[str, Outcome] = {}
+    derived: dict[str, str] = Field({}, description="further columns as SQL expressions over the raw ones")
+
+
+    @property
+    def header_lines(self) -> int:
+        """Lines of a file that are not rows."""
+        return int(self.columns is None)
+
+
+class Dense(Strict):
+    """A number. A missing value becomes the mean of the train split, and a column NAME_missing on request."""
+
+    column: str | None = None
+    transform: Literal["none", "log1p"] = "none"
+    standardize: bool = True
+    missing_flag: bool = False
+
+
+class Vocabulary(Strict):
+    """Ids for values seen at least `min_count` times in the train split, the `max_size` most frequent of them."""
+
+    min_count: int = Field(1, ge=1)
+    max_size: int | None = Field(None, ge=1)
+
+
+class Table(Strict):
+    """An embedding table and how values become its ids: a fitted vocabulary, or `hash` buckets."""
+
+    dim: int = Field(16, ge=1)
+    vocabulary: Vocabulary | None = None
+    hash: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_an_id(self) -> "Table":
+        if self.vocabulary and self.hash:
+            raise ValueError("give vocabulary or hash, not both")
+        return self
+
+
+class Categorical(Table):
+    """One id a row. It has a table of its own name unless `table` names a shared one."""
+
+    column: str | None = None
+    table: str | None = None
+
+    @model_validator(mode="after")
+    def _shared_table_decides(self) -> "Categorical":
+        own = self.model_fields_set & {"dim", "vocabulary", "hash"}
+        if self.table and own:
+            raise ValueError(f"{', '.join(sorted(own))} belong to the shared table {self.table}: set them there")
+        return self
+
+
+class Bag(Categorical):
+    """A list of ids a row, mean-pooled; at most the first `max_length` count."""
+
+    separator: str = Field("|", min_length=1)
+    max_length: int = Field(50, ge=1)
+
+
+class Task(Strict):
+    """Something to predict. `label` and `observed_when` are SQL expressions over raw columns."""
+
+    kind: Literal["binary", "regression"]
+    label: str
+    observed_when: str | None = None
+    loss_weight: float = Field(1.0, ge=0)
+
+
+class HashSplit(Strict):
+    """Rows with the same key are in the same split; `valid` and `test` are shares of the keys."""
+
+    by: Literal["hash"]
+    key: str
+    valid: float = Field(ge=0, lt=1)
+    test: float = Field(ge=0, lt=1)
+
+
+class RowIndexSplit(Strict):
+    """A row's index in its file modulo `modulo` says its split."""
+
+    by: Literal["row_index"]
+    modulo: int = Field(ge=1)
+    train: list[int]
+    valid: list[int] = []
+    test: list[int] = []
+
+    @model_validator(mode="after")
+    def _every_remainder_once(self) -> "RowIndexSplit":
+        if sorted(self.train + self.valid + self.test) != list(range(self.modulo)):
+            raise ValueError(f"train, valid and test must hold each of 0..{self.modulo - 1} once")
+        return self
+
+
+class TimeSplit(Strict):
+    """train | valid_from <= valid < test_from | test, by event time; dates are UTC."""
+
+    by: Literal["time"]
+    valid_from: Annotated[AwareDatetime, BeforeValidator(_utc)]
+    test_from: Annotated[AwareDatetime, BeforeValidator(_utc)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TimeSplit":
+        if self.valid_from > self.test_from:
+            raise ValueError("valid_from must not be after test_from")
+        return self
+
+
+class Schema(Strict):
+    """What a row means (features, tasks, weight, time, split). Read one with `Schema.load` or `Schema.parse`."""
+
+    source: Source
+    tables: dict[str, Table] = {}
+    dense: dict[str, Dense] = {}
+    categorical: dict[str, Categorical] = {}
+    bag: dict[str, Bag] = {}
+    tasks: dict[str, Task] = Field(min_length=1)
+    weight: str | None = Field(None, description="SQL expression: weight of the row in every loss and metric")
+    event_time: str | None = Field(None, description="integer column, seconds since 1970 UTC")
+    split: HashSplit | RowIndexSplit | TimeSplit = Field(discriminator="by")
+
+    @classmethod
+    def load(cls, path: Path) -> "Schema":
+        """Reads and checks a schema file.
+
+        Raises:
+            UserError: naming the file, the key and what is allowed.
+        """
+        try:
+            return cls.parse(yaml.safe_load(path.read_text()), where=path.name)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such schema file") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not YAML: {error}") from None
+
+    @classmethod
+    def parse(cls, content: Any, where: str) -> "Schema":
+        """Checks a schema given as plain data; `where` names it in errors. Raises UserError."""
+        try:
+            schema = cls.model_validate(content)
+        except ValidationError as error:
+            raise UserError("; ".join(_say(where, content, e) for e in error.errors())) from None
+        if faults := list(_contradictions(schema)):
+            raise UserError("; ".join(f"{where}: {fault}" for fault in faults))
+        return schema
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the SHA-256 of the schema's content; comments and defaults written out do not change it."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @cached_property
+    def sparse(self) -> dict[str, Categorical]:
+        """All id features, categorical first, then bags: the order of a batch's keys."""
+        return {**self.categorical, **self.bag}
+
+    @cached_property
+    def all_tables(self) -> dict[str, Table]:
+        """Every embedding table by name: the shared ones, and one for each feature that has its own."""
+        return {**self.tables, **{name: f for name, f in self.sparse.items() if f.table is None}}
+
+    def table_of(self, feature: str) -> str:
+        """The name of the table in which an id feature is looked up."""
+        return self.sparse[feature].table or feature
+
+    @cached_property
+    def dense_columns(self) -> list[str]:
+        """Dense input columns in order: each feature, followed by its missing flag where it has one."""
+        return [c for name, f in self.dense.items() for c in [name, f"{name}_missing"][: 1 + f.missing_flag]]
+
+    @cached_property
+    def raw_types(self) -> dict[str, RawType]:
+        """Raw columns that are numbers: as declared, and those that dense features and event time need."""
+        implied: dict[str, RawType] = {f.column or name: "float" for name, f in self.dense.items()}
+        if self.event_time:
+            implied[self.event_time] = "int"
+        if self.source.row_id:
+            implied[self.source.row_id] = "int"
+        derived = self.source.derived.keys()
+        return {**{c: t for c, t in implied.items() if c not in derived}, **self.source.types}
+
+    @cached_property
+    def raw_columns(self) -> list[str]:
+        """The columns that must be read from the impressions' files, in a fixed order."""
+        used = [f.column or name for name, f in {**self.dense, **self.sparse}.items()]
+        used += [c for c in (self.source.key, self.source.row_id, self.event_time) if c]
+        used += [self.split.key] if isinstance(self.split, HashSplit) else []
+        for expression in self.expressions.values():
+            used += columns_of(expression)
+        known = self.source.derived.keys() | self.outcome_columns.keys()
+        return list(dict.fromkeys(c for c in used if c not in known))
+
+    @cached_property
+    def outcome_columns(self) -> dict[str, str]:
+        """Columns that a join adds, with the outcome they come from."""
+        outcomes = self.source.outcomes.items()
+        return {c: name for name, o in outcomes for c in [name, *(f"{name}_{column}" for column in o.columns)]}
+
+    @property
+    def used_splits(self) -> set[Split]:
+        """The splits that the schema means to have rows."""
+        split = self.split
+        if isinstance(split, HashSplit):
+            return {"train", *(name for name in SPLITS[1:] if getattr(split, name))}
+        if isinstance(split, RowIndexSplit):
+            return {name for name in SPLITS if getattr(split, name)}
+        return {"train", "test", *(["valid"] if split.valid_from < split.test_from else [])}
+
+    @cached_property
+    def expressions(self) -> dict[str, str]:
+        """Every SQL expression by the key it stands under."""
+        found = {f"source.derived.{name}": text for name, text in self.source.derived.items()}
+        for name, task in self.tasks.items():
+            found[f"tasks.{name}.label"] = task.label
+            if task.observed_when:
+                found[f"tasks.{name}.observed_when"] = task.observed_when
+        return found | ({"weight": self.weight} if self.weight else {})
+
+
+def columns_of(expression: str) -> list[str]:
+    """Columns that a SQL expression reads.
+
+    Raises:
+        ValueError: it cannot be parsed, or holds a query of its own, which could reach files.
+    """
+    if re.search(r"\bselect\b", re.sub(r"'[^']*'", "", expression), re.IGNORECASE):
+        raise ValueError(f"{expression!r} holds a query: an expression may only read columns of its row")
+    try:
+        return pl.sql_expr(expression).meta.root_names()
+    except (pl.exceptions.PolarsError, TypeError) as error:
+        raise ValueError(f"{expression!r} is not a SQL expression: {error}") from None
+
+
+def _contradictions(schema: Schema) -> Iterator[str]:
+    """What single keys cannot see: names that clash, tables that are missing, labels among the inputs."""
+    reads: dict[str, list[str]] = {}
+    for key, expression in schema.expressions.items():
+        try:
+            reads[key] = columns_of(expression)
+        except ValueError as error:
+            yield f"{key}: {error}"
+            return
+    derived = {name: reads[f"source.derived.{name}"] for name in schema.source.derived}
+    for name, columns in derived.items():
+        if nested := [c for c in columns if c in derived]:
+            yield f"source.derived.{name} reads {nested[0]}, which is derived itself: write it from raw columns"
+    if schema.source.outcomes and not schema.source.key:
+        yield "source.key is missing: outcomes need the column of the impressions that they refer to"
+    if isinstance(schema.split, TimeSplit) and not schema.event_time:
+        yield "event_time is missing: a split by time needs it"
+    names = [*schema.dense_columns, *schema.sparse]
+    if twice := {n for n in names if names.count(n) > 1}:
+        yield f"feature {sorted(twice)[0]} is defined twice: dense, categorical and bag share one namespace"
+    for name, feature in schema.sparse.items():
+        if feature.table and feature.table not in schema.tables:
+            yield f"{name}.table is {feature.table}, allowed are {sorted(schema.tables)} (see tables)"
+        elif not feature.table and name in schema.tables:
+            yield f"feature {name} has its own table, but tables.{name} exists: write table: {name}, or rename one"
+    if schema.source.columns is not None:
+        for column in schema.raw_columns:
+            if column not in schema.source.columns:
+                yield f"column {column} is used, but source.columns does not list it"
+
+    def roots(columns: list[str]) -> set[str]:
+        return {root for c in columns for root in [c, *derived.get(c, [])]}
+
+    for name, feature in {**schema.dense, **schema.sparse}.items():
+        column = feature.column or name
+        inputs = roots([column])
+        if later := sorted(inputs & schema.outcome_columns.keys()):
+            yield f"feature {name} reads {later[0]}, an outcome that is known only after the impression. Remove it."
+        for task, spec in schema.tasks.items():
+            if answer := sorted(inputs & roots(columns_of(spec.label))):
+                yield (
+                    f"tasks.{task}.label uses column {answer[0]}, which is also read by the feature {name}: "
+                    "a model would see its answer. Remove one of the two."
+                )
+
+
+def _say(where: str, content: Any, error: Any) -> str:
+    """One validation error as: file, key, what is wrong, what is allowed."""
+    loc = [str(part) for part in error["loc"] if part not in ("hash", "row_index", "time") or error["loc"][0] != "split"]
+    key = ".".join(loc)
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {key}: {error['msg']}"
+    return f"{where}: {key}: unknown key, allowed are {', '.join(_allowed(loc[:-1]))}"
+
+
+def _allowed(path: list[str]) -> list[str]:
+    """The keys that may stand under `path` in a schema."""
+    sections: dict[str, type[BaseModel]] = {
+        "tables": Table,
+        "dense": Dense,
+        "categorical": Categorical,
+        "bag": Bag,
+        "tasks": Task,
+    }
+    if not path:
+        return list(Schema.model_fields)
+    if path[0] == "source":
+        return list((Outcome if "outcomes" in path else Source).model_fields)
+    if path[0] == "split":
+        return sorted({k for kind in (HashSplit, RowIndexSplit, TimeSplit) for k in kind.model_fields})
+    if path[-1] == "vocabulary":
+        return list(Vocabulary.model_fields)
+    return list(sections[path[0]].model_fields)

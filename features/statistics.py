@@ -1,0 +1,105 @@
+"""What is counted on the train split: values per embedding table and moments per dense feature; partial counts merge."""
+
+import io
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+
+from features.raw import SPLIT
+from features.schema import Dense, Schema
+
+
+def transformed(feature: Dense, values: np.ndarray) -> np.ndarray:
+    """The feature's transform in float64; log1p keeps the sign, so that negative amounts stay numbers."""
+    return np.sign(values) * np.log1p(np.abs(values)) if feature.transform == "log1p" else values
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations of a dense feature after its transform (merged as in Chan et al. 1979)."""
+
+    count: int = 0
+    missing: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Moments":
+        """Moments of float64 values; NaN is missing."""
+        present = values[~np.isnan(values)]
+        if not present.size:
+            return cls(missing=len(values))
+        mean = float(present.mean())
+        return cls(len(present), len(values) - len(present), mean, float(((present - mean) ** 2).sum()))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of both parts' values together."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        share = other.count / count if count else 0.0
+        squares = self.squares + other.squares + delta**2 * self.count * share
+        return Moments(count, self.missing + other.missing, self.mean + delta * share, squares)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the present values, 0 where there are none."""
+        return float(np.sqrt(self.squares / self.count)) if self.count else 0.0
+
+
+@dataclass
+class Statistics:
+    """Counts of a part of the train split.
+
+    Attributes:
+        values: per table with a vocabulary, the frame (value, count).
+        moments: per dense feature.
+    """
+
+    values: dict[str, pl.DataFrame] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, schema: Schema, rows: pl.DataFrame) -> "Statistics":
+        """Statistics of the train rows among parsed rows."""
+        rows = rows.filter(pl.col(SPLIT) == 0)
+        columns: dict[str, list[pl.Series]] = {}
+        for name, feature in schema.sparse.items():
+            if schema.all_tables[schema.table_of(name)].hash is None:
+                column = rows[feature.column or name].cast(pl.String).alias("value")
+                elements = bag_elements(schema, name, column).explode() if name in schema.bag else column
+                columns.setdefault(schema.table_of(name), []).append(elements.drop_nulls())
+        moments = {
+            name: Moments.of(transformed(feature, rows[feature.column or name].cast(pl.Float64).to_numpy()))
+            for name, feature in schema.dense.items()
+        }
+        return cls({table: pl.concat(parts).value_counts() for table, parts in columns.items()}, moments)
+
+    def merge(self, *others: "Statistics") -> "Statistics":
+        """Statistics of all parts' rows together."""
+        values = {
+            table: pl.concat(p.values[table] for p in (self, *others) if table in p.values)
+            .group_by("value")
+            .agg(pl.col("count").sum())
+            for table in {t: None for p in (self, *others) for t in p.values}
+        }
+        moments = dict(self.moments)
+        for other in others:
+            moments |= {name: moments.get(name, Moments()).merge(m) for name, m in other.moments.items()}
+        return Statistics(values, moments)
+
+    def __getstate__(self) -> dict[str, object]:
+        # Arrow IPC bytes: a pickled slice would carry its whole parent buffer from worker to worker.
+        return {"values": {t: frame.write_ipc(None, compression="zstd").getvalue() for t, frame in self.values.items()},
+                "moments": self.moments}  # fmt: skip
+
+    def __setstate__(self, state: dict) -> None:
+        self.values = {t: pl.read_ipc(io.BytesIO(data)) for t, data in state["values"].items()}
+        self.moments = state["moments"]
+
+
+def bag_elements(schema: Schema, name: str, column: pl.Series) -> pl.Series:
+    """Lists of a bag's values, cut to its `max_length`; missing and empty are empty lists."""
+    feature = schema.bag[name]
+    lists = column.fill_null("").str.split(feature.separator).list.eval(pl.element().filter(pl.element() != ""))
+    return lists.list.head(feature.max_length)

@@ -1,0 +1,33 @@
+"""jobs.preprocess: raw logs to a dataset (sharded Parquet with a manifest).
+
+Examples:
+  python -m jobs.preprocess data=census out=runs/census/data
+  python -m jobs.preprocess data=demo out=runs/demo/data input=runs/demo/raw workers=2
+  python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/mine input=/logs overwrite=true
+"""
+
+from omegaconf import DictConfig
+
+from jobs.entry import job, parse, read_schema
+from pipeline.ingest.job import PreprocessConfig, preprocess
+
+
+@job("preprocess")
+def main(config: DictConfig) -> None:
+    """Parses the configuration, runs the Beam job, says what was written."""
+    schema = read_schema(config)
+    settings: PreprocessConfig = parse(config, PreprocessConfig)
+    manifest = preprocess(settings, schema)
+    for split, rows in manifest.rows.items():
+        rates = ", ".join(
+            f"{task} {manifest.positives[split][task] / observed:.4f} of {observed:,}"
+            for task, observed in manifest.observed.get(split, {}).items()
+            if observed
+        )
+        print(f"{split:5}  {rows:>10,} rows   mean label: {rates or '-'}")
+    bad = sum(manifest.dead_letters.values())
+    print(f"{settings.out}: {len(manifest.shards)} shards, schema {manifest.fingerprint}, {bad} dead letters")
+
+
+if __name__ == "__main__":
+    main()

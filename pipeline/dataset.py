@@ -1,0 +1,164 @@
+"""A dataset on disk: sharded Parquet with a manifest that is written last, and nothing that is half there."""
+
+import hashlib
+import json
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from features.encoders import Encoders
+from features.errors import UserError
+from features.schema import Schema, Split
+
+VERSION = 1
+
+
+class Shard(BaseModel):
+    """One Parquet file.
+
+    Attributes:
+        path: relative to the dataset.
+        row_groups: rows of each row group, in order.
+        sha256: of the whole file.
+        observed, positives: per task, rows with a label and the sum of the labels.
+    """
+
+    path: str
+    split: Split
+    rows: int
+    bytes: int
+    sha256: str
+    row_groups: list[int]
+    observed: dict[str, int]
+    positives: dict[str, float]
+
+
+class Manifest(BaseModel):
+    """What is in a dataset. `rows` per split; `dead_letters` counts bad rows by reason."""
+
+    version: int = VERSION
+    fingerprint: str
+    rows: dict[Split, int]
+    observed: dict[Split, dict[str, int]]
+    positives: dict[Split, dict[str, float]]
+    dead_letters: dict[str, int]
+    shards: list[Shard]
+
+
+class Dataset:
+    """A committed dataset, opened for reading: `manifest`, `schema`, `encoders` and the shards of a split."""
+
+    def __init__(self, path: Path) -> None:
+        """Checks what can be checked without reading rows.
+
+        Raises:
+            UserError: no manifest, a version or fingerprint that does not fit, a shard missing or of another size.
+        """
+        self.path = path
+        try:
+            self.manifest = Manifest.model_validate_json((path / "manifest.json").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first.") from None
+        except ValidationError as error:
+            raise UserError(f"{path}/manifest.json: {error.errors()[0]['msg']}. Run jobs.preprocess again.") from None
+        if self.manifest.version != VERSION:
+            raise UserError(f"{path}: dataset of version {self.manifest.version}, this release reads {VERSION}")
+        self.schema = Schema.load(path / "schema.yaml")
+        self.expect(self.schema.fingerprint, "its own schema.yaml")
+        for shard in self.manifest.shards:
+            file = path / shard.path
+            size = file.stat().st_size if file.exists() else None
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                raise UserError(f"{file} {found}. Restore it, or run jobs.preprocess again.")
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """The encoders its rows went through."""
+        return Encoders.load(self.path / "encoders", self.schema)
+
+    def expect(self, fingerprint: str, owner: str) -> None:
+        """Raises UserError unless `owner` (named in the message) has the dataset's fingerprint."""
+        if self.manifest.fingerprint != fingerprint:
+            raise UserError(
+                f"{self.path} was written for schema {self.manifest.fingerprint}, but {owner} is {fingerprint}. "
+                "Preprocess with that schema, or use a dataset of this one."
+            )
+
+    def shards(self, split: Split) -> list[Shard]:
+        """The shards of a split, which must have rows. Raises UserError where it has none."""
+        found = [shard for shard in self.manifest.shards if shard.split == split and shard.rows]
+        if not found:
+            raise UserError(f"{self.path}: split {split} is empty. Change split in the schema, or give more input.")
+        return found
+
+    def verify(self) -> None:
+        """Reads every shard and compares checksums. Raises UserError naming the first file that differs."""
+        for shard in self.manifest.shards:
+            found = sha256(self.path / shard.path)
+            if found != shard.sha256:
+                raise UserError(
+                    f"{self.path / shard.path}: checksum {found[:8]}… is not the manifest's {shard.sha256[:8]}…: "
+                    "the file changed after it was written. Restore it, or run jobs.preprocess again."
+                )
+
+
+def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], dead_letters: dict[str, int]) -> Manifest:
+    """Names the shards, drops staging/scratch, writes the manifest last and moves the folder into place in one rename.
+
+    A dataset that stands at `out` is replaced only once the new one is whole.
+    """
+    final = []
+    for split in dict.fromkeys(shard.split for shard in shards):
+        ours = [shard for shard in shards if shard.split == split]
+        (staging / split).mkdir()
+        for index, shard in enumerate(ours):
+            path = f"{split}/part-{index:05d}-of-{len(ours):05d}.parquet"
+            (staging / shard.path).rename(staging / path)
+            final.append(shard.model_copy(update={"path": path}))
+    shutil.rmtree(staging / "scratch", ignore_errors=True)
+    manifest = Manifest(
+        fingerprint=schema.fingerprint,
+        rows={s: sum(x.rows for x in final if x.split == s) for s in ("train", "valid", "test")},
+        observed=_totals(final, "observed"),
+        positives=_totals(final, "positives"),
+        dead_letters=dead_letters,
+        shards=final,
+    )
+    (staging / "schema.yaml").write_text(yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+    write_json(staging / "manifest.json", manifest.model_dump())
+    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+    return manifest
+
+
+def _totals(shards: list[Shard], what: str) -> dict[Split, dict[str, float]]:
+    totals: dict[Split, dict[str, float]] = {}
+    for shard in shards:
+        sums = totals.setdefault(shard.split, dict.fromkeys(getattr(shard, what), 0))
+        for task, value in getattr(shard, what).items():
+            sums[task] += value
+    return totals
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes a JSON file aside, flushes it to disk and renames it into place: a reader sees all of it or none."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

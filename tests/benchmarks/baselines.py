@@ -1,0 +1,219 @@
+"""What taskfuse is measured against: rows a second of one process on the workload, taskfuse not imported.
+
+    python tests/benchmarks/baselines.py loop|rechub|matmuls --model mmoe|ple [--threads 1] [--steps 60] [--dtype bf16]
+
+prints one JSON line. Each step is timed and the median kept: a step slowed by another process moves a mean, not that.
+"""
+# Shapes: B rows, N rows of the data, F id columns, D width, E experts, H hidden, K expert output, T tasks.
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+import workload as w
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+EXPERTS = {"mmoe": w.MMOE_EXPERTS, "ple": w.TASKS * w.PLE_OWN + w.PLE_SHARED}
+
+
+def measure(steps: Iterator[object], count: int, warmup: int) -> float:
+    """Take `warmup` items unwatched, then `count` more; return the median seconds of one."""
+    seconds = []
+    for _ in islice(steps, warmup):
+        pass
+    for _ in range(count):
+        start = time.perf_counter()
+        next(steps)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+class Stacked(nn.Module):
+    """MMoE, or one CGC level of PLE: the experts of a layer as one product, all gates as one product."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        experts, (hidden, out) = EXPERTS[model], w.EXPERT_DIMS
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape) * shape[-2] ** -0.5)
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape))
+
+        self.first_EDH, self.first_EH = weight(experts, w.IN_DIM, hidden), zeros(experts, hidden)
+        self.second_EHK, self.second_EK = weight(experts, hidden, out), zeros(experts, out)
+        self.gate = nn.Linear(w.IN_DIM, w.TASKS * experts)
+        self.tower_TKH, self.tower_TH = weight(w.TASKS, out, w.TOWER_DIM), zeros(w.TASKS, w.TOWER_DIM)
+        self.head_TH1, self.head_T = weight(w.TASKS, w.TOWER_DIM, 1), zeros(w.TASKS)
+        hidden_TE = torch.zeros(w.TASKS, experts, dtype=torch.bool)
+        if model == "ple":  # a task does not see the experts of the other tasks
+            own = torch.arange(w.TASKS * w.PLE_OWN) // w.PLE_OWN
+            hidden_TE[:, : len(own)] = own != torch.arange(w.TASKS)[:, None]
+        self.register_buffer("hidden_TE", hidden_TE)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        h_BEH = F.relu(torch.einsum("bd,edh->beh", x_BD, self.first_EDH) + self.first_EH)
+        h_BEK = F.relu(torch.einsum("beh,ehk->bek", h_BEH, self.second_EHK) + self.second_EK)
+        gate_BTE = self.gate(x_BD).unflatten(1, (w.TASKS, -1)).mready_fill(self.hidden_TE, -torch.inf)
+        mix_BTK = torch.einsum("bte,bek->btk", gate_BTE.softmax(-1), h_BEK)
+        tower_BTH = F.relu(torch.einsum("btk,tkh->bth", mix_BTK, self.tower_TKH) + self.tower_TH)
+        return torch.einsum("bth,tho->bto", tower_BTH, self.head_TH1).squeeze(-1) + self.head_T
+
+
+def loop(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
+    """A training loop without a framework, as written in an afternoon; returns rows a second.
+
+    A step is: pick a shuffled batch from tensors in memory, look up all tables in one fbgemm call (fp32, exact row-wise
+    Adagrad inside its backward), forward, backward, Adam. With bf16 the dense part runs under autocast.
+    """
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    columns = {name: torch.from_numpy(values) for name, values in w.rows().items()}
+    id_NF, dense_ND, label_NT = (torch.stack([columns[n] for n in names], 1) for names in (w.CATS, w.DENSES, w.LABELS))
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
+        [(size, w.WIDTH, EmbeddingLocation.HOST, ComputeDevice.CPU) for size in w.TABLE_ROWS],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.02,
+        eps=1e-8,
+    )
+    tables.init_embedding_weights_uniform(-0.01, 0.01)
+    dense_part = Stacked(model)
+    adam = torch.optim.Adam(dense_part.parameters(), lr=1e-3)
+    offsets = torch.arange(w.BATCH * len(w.CATS) + 1)  # one id a row and column
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            yield from torch.randperm(w.ROWS).split(w.BATCH)[:-1]  # the last one is short
+
+    def train() -> Iterator[float]:
+        for pick_B in batches():
+            id_BF, dense_BD, label_BT = (part.index_select(0, pick_B) for part in (id_NF, dense_ND, label_NT))
+            x_BD = torch.cat((tables(id_BF.t().reshape(-1), offsets), dense_BD), 1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logit_BT = dense_part(x_BD)
+            loss = F.binary_cross_entropy_with_logits(logit_BT.float(), label_BT, reduction="none").mean(0).sum()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            yield loss.item()
+
+    return w.BATCH / measure(train(), steps, warmup)
+
+
+def rechub(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
+    """torch-rechub's MMOE or PLE, DataGenerator and MTLTrainer as in its examples; returns rows a second.
+
+    Timed is MTLTrainer.train_one_epoch with its default Adam, on the shuffling DataLoader (no workers) which its
+    DataGenerator makes over numpy columns. The trainer reports no times, so the loader is handed over as an iterator
+    that notes when each batch is ready and ends early: from one batch to the next is one whole step (forward, backward,
+    Adam, .item() of the losses, drawing and collating the next). Nothing of torch-rechub is patched. Its MLPs have batch
+    normalisation and its tables dense gradients and Adam: its own way to these sizes, not the same arithmetic.
+    Needs requirements.txt.
+    """
+    if dtype != torch.float32:
+        raise SystemExit("rechub: MTLTrainer has no bf16; use --dtype fp32")
+    import numpy as np
+    from torch_rechub.basic.features import DenseFeature, SparseFeature
+    from torch_rechub.models.multi_task import MMOE, PLE
+    from torch_rechub.trainers import MTLTrainer
+    from torch_rechub.utils.data import DataGenerator
+
+    columns = w.rows()
+    x = {name: columns[name] for name in (*w.CATS, *w.DENSES)}
+    y = np.stack([columns[name] for name in w.LABELS], 1)
+    features = [SparseFeature(name, size, w.WIDTH) for name, size in zip(w.CATS, w.TABLE_ROWS, strict=True)]
+    features += [DenseFeature(name) for name in w.DENSES]
+    kinds = ["classification"] * w.TASKS
+    experts, towers = {"dims": [*w.EXPERT_DIMS]}, [{"dims": [w.TOWER_DIM]}] * w.TASKS
+    if model == "mmoe":
+        net = MMOE(features, kinds, w.MMOE_EXPERTS, experts, towers)
+    else:
+        net = PLE(features, kinds, 1, w.PLE_OWN, w.PLE_SHARED, experts, towers)
+    head = {name: values[: w.BATCH] for name, values in x.items()}
+    head_y = y[: w.BATCH]
+    loader, _, _ = DataGenerator(x, y).generate_dataloader(head, head_y, head, head_y, batch_size=w.BATCH)
+    ready: list[float] = []
+
+    def timed() -> Iterator[object]:
+        while True:
+            for batch in islice(loader, w.ROWS // w.BATCH):  # without the short last one
+                ready.append(time.perf_counter())
+                if len(ready) > warmup + steps:
+                    return
+                yield batch
+
+    with contextlib.redirect_stdout(io.StringIO()) as sink, contextlib.redirect_stderr(sink):  # its progress bar
+        MTLTrainer(net, kinds).train_one_epoch(timed())
+    return w.BATCH / statistics.median(b - a for a, b in zip(ready[warmup:], ready[warmup + 1 :], strict=False))
+
+
+def matmuls(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
+    """The floor: only the dense part's matrix products, forward (x@W) and backward (g@W', x'@g); returns rows a second.
+
+    Contiguous operands, outputs allocated beforehand, torch.mm and nothing else: the first layer of all experts as one
+    product, the second as one per expert, all gates as one, a tower and its head per task. A task of PLE has gates only
+    for the experts it sees.
+    """
+    experts, (hidden, out) = EXPERTS[model], w.EXPERT_DIMS
+    seen = w.MMOE_EXPERTS if model == "mmoe" else w.PLE_OWN + w.PLE_SHARED
+    layers = [(w.IN_DIM, experts * hidden), *[(hidden, out)] * experts, (w.IN_DIM, w.TASKS * seen)]
+    layers += [(out, w.TOWER_DIM), (w.TOWER_DIM, 1)] * w.TASKS
+
+    def operands(wide: int, narrow: int) -> tuple[Tensor, ...]:
+        x, weight, g = (torch.randn(s, dtype=dtype) for s in ((w.BATCH, wide), (wide, narrow), (w.BATCH, narrow)))
+        return x, weight, g, torch.empty_like(g), torch.empty_like(x), torch.empty_like(weight)
+
+    products = [operands(*layer) for layer in layers]
+
+    def run() -> Iterator[None]:
+        while True:
+            for x, weight, g, y, dx, dweight in products:
+                torch.mm(x, weight, out=y)
+                torch.mm(g, weight.t(), out=dx)
+                torch.mm(x.t(), g, out=dweight)
+            yield
+
+    return w.BATCH / measure(run(), steps, warmup)
+
+
+Baseline = Callable[[str, int, int, torch.dtype], float]
+BASELINES: dict[str, Baseline] = {"loop": loop, "rechub": rechub, "matmuls": matmuls}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=BASELINES)
+    parser.add_argument("--model", choices=EXPERTS, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    args = parser.parse_args()
+    if os.environ.get("OMP_NUM_THREADS") != str(args.threads):  # OpenMP reads it once, when torch is loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    rows_per_s = BASELINES[args.name](args.model, args.steps, args.warmup, dtype)
+    line = {"name": args.name, "model": args.model, "rows_per_s": round(rows_per_s)}
+    line |= {"median_step_s": round(w.BATCH / rows_per_s, 5), "threads": args.threads, "dtype": args.dtype}
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
