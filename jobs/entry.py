@@ -62,7 +62,7 @@ def read_schema(config: DictConfig) -> Schema:
 
 
 def describe(main: Callable[..., Any], name: str) -> str:
-    """The text of --help: the job's docstring with its examples, the groups and their values, the settings as commented."""
+    """The text of --help: the job's docstring with examples, the groups and their values, the commented settings."""
     lines = (CONF / f"{name}.yaml").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line and not line.startswith(("defaults:", " ", "#")))
     groups = [line.strip(" -").split(":")[0] for line in lines[:start] if line.startswith("  - ") and ":" in line]
@@ -70,7 +70,7 @@ def describe(main: Callable[..., Any], name: str) -> str:
     return "\n".join(
         [
             str(sys.modules[main.__module__].__doc__).strip(),
-            "\nGroups, each a folder of jobs/conf (--config-dir=DIR adds files of your own):",
+            *(["\nGroups, each a folder of jobs/conf (--config-dir=DIR adds files of your own):"] if values else []),
             *values,
             "\nSettings (any is overridden by its dotted name; ??? must be given):",
             *(f"  {line}" for line in lines[start:]),
@@ -89,7 +89,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             with user_errors():
                 main(config)
 
-        command = hydra.main(config_path="conf", config_name=name, version_base=None)(checked)
+        command = hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)
 
         def run() -> None:
             if {"--help", "-h"} & set(sys.argv[1:]):

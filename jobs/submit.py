@@ -1,4 +1,11 @@
-"""Runs a job on this machine, or submits it to a Kubernetes cluster."""
+"""jobs.submit: runs a job on this machine, or submits it to a Kubernetes cluster.
+
+Examples:
+  python -m jobs.submit job=train ranks_per_node=2 args='[data=demo,dataset=DATASET,model=adatt,run=RUN]'
+  python -m jobs.submit job=train cluster=k8s nodes=2 ranks_per_node=8 gpus_per_node=8 image=IMAGE \\
+      args='[data=demo,dataset=/data/demo,model=adatt,run=/runs/adatt]'
+  python -m jobs.submit job=nightly cluster=k8s dry_run=true schedule='30 2 * * *' | kubectl apply -f -
+"""
 
 import os
 import re
@@ -8,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from omegaconf import DictConfig
+from pydantic import model_validator
 
 from jobs.entry import job, parse
 from pipeline.cluster import INSTANCE, Job, Workload, claims, objects, to_yaml
@@ -15,7 +23,7 @@ from pipeline.cluster_client import create
 
 # The base runs the demo on the two claims: enough to see a new cluster work, and what an overlay replaces first.
 DEMO: dict[Job, list[str]] = {
-    "preprocess": ["data=demo", "out=/data/demo"],
+    "preprocess": ["data=demo", "input=/data/raw", "out=/data/demo"],
     "train": ["data=demo", "dataset=/data/demo", "model=adatt", "run=/runs/demo"],
     "nightly": ["data=demo", "dataset=/data/demo", "run=/runs/nightly"],
 }
@@ -44,6 +52,14 @@ class Submission(Workload):
     cluster: Literal["local", "k8s"]
     dry_run: bool
     base: Path | None
+
+    @model_validator(mode="after")
+    def _fits_here(self) -> "Submission":
+        if self.cluster == "local" and self.nodes > 1 and not self.base:
+            raise ValueError(
+                f"nodes is {self.nodes}, and cluster=local is one node: raise ranks_per_node, or cluster=k8s"
+            )
+        return self
 
 
 def quoted(word: str) -> str:

@@ -51,14 +51,15 @@ def _connect() -> tuple[client.ApiClient, str]:
     try:
         config.load_kube_config()
         namespace = config.list_kube_config_contexts()[1]["context"].get("namespace", "default")
-    except (config.ConfigException, yaml.YAMLError, OSError) as outside:
+    except (config.ConfigException, yaml.YAMLError, OSError, TypeError, LookupError, AttributeError) as outside:
+        # The client does not check what a kubeconfig looks like before it walks through it.
         try:
             config.load_incluster_config()
             namespace = NAMESPACE_FILE.read_text().strip()
         except (config.ConfigException, OSError):
             raise UserError(
-                f"no cluster to submit to: {outside} Set KUBECONFIG to a file with a current context (kubectl config "
-                "get-contexts shows them), or print the YAML with dry_run=true."
+                f"no cluster to submit to ({str(outside).rstrip('.')}): set KUBECONFIG to a file with a context "
+                "(kubectl config get-contexts shows them), or print the YAML with dry_run=true."
             ) from None
     settings = client.Configuration.get_default_copy()
     settings.retries = False  # urllib3 would log each retry: a cluster that does not answer is one line
@@ -67,7 +68,7 @@ def _connect() -> tuple[client.ApiClient, str]:
 
 def _refusal(error: Exception, kind: str, name: str, namespace: str, host: str) -> str:
     if not isinstance(error, client.ApiException):
-        return f"{kind} {name}: the cluster at {host} does not answer ({error}). Check the current context and the network."
+        return f"{kind} {name}: the cluster at {host} does not answer ({error}). Check the context and the network."
     try:
         reason = json.loads(error.body or "")["message"]
     except (ValueError, KeyError, TypeError):

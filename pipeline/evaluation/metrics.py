@@ -150,7 +150,8 @@ class Metrics:
         }
         self._sums_T = _merge_sums(self._sums_T, {key: x_T.double() for key, x_T in sums_T.items()})
         if self._binary:
-            # All that is not finite is one prediction: it keeps its weight in the base rate without growing the table.
+            # All that is not finite is one prediction: it keeps its weight in the base rate without growing the table. Rows
+            # that do not count stay as well, all at logit 0 and of weight 0.
             rows_3BT = torch.stack((torch.where(finite_BT, z_BT, math.inf), w_BT * y_BT, w_BT * (1 - y_BT)))
             self._pending_3BT.append(rows_3BT[..., self._binary])
             self._pending_cells += len(y_BT) * len(self._binary)
@@ -280,7 +281,6 @@ def _merge_sums(a_T: dict[str, Tensor], b_T: dict[str, Tensor]) -> dict[str, Ten
 
 def _distinct(rows_3N: Tensor) -> Tensor:
     """Rows (logit, positive weight, negative weight) sorted by logit, equal logits added up: (3, N) -> (3, G)."""
-    rows_3N = rows_3N[:, rows_3N[1:].sum(0) > 0]
     logit_G, group_N = rows_3N[0].unique(return_inverse=True)
     weight_2G = rows_3N.new_zeros(2, len(logit_G)).scatter_add_(1, group_N.expand(2, -1), rows_3N[1:])
     return torch.cat((logit_G.unsqueeze(0), weight_2G))

@@ -1,17 +1,17 @@
 """Raw event logs whose truth is known: what the demo trains on, and how far from the best possible NE it stays.
 
-Every outcome's logit is a weighted sum of the same K nonlinear effects (`World.effects`), with one weight vector per task and
-one cosine between any two of them: the synthetic data of MMoE (Ma et al. 2018, section 3.2), which MultiTab-Bench
-(arXiv 2511.09970) takes to many tasks. All but a sliver of the signal can be computed from the logged columns.
+Every outcome's logit is a weighted sum of the same K nonlinear effects (`World.effects`), with one weight vector per
+task and one cosine between any two of them: the synthetic data of MMoE (Ma et al. 2018, section 3.2), which
+MultiTab-Bench (arXiv 2511.09970) takes to many tasks. Nearly all of the signal can be told from the logged columns.
 
-The world (items, users, weights) is drawn from the seed alone and a day's rows from the seed and its date, so one more day
-can be added later, alone, and has the same items, users and tastes.
+The world (items, users, weights) is drawn from the seed alone and a day's rows from the seed and its date, so one more
+day can be added later, alone, and has the same items, users and tastes.
 """
 
-# Shapes: B rows of a day, C categories, I items, U users, S segments, R rank of taste, K effects, T tasks, L recent items.
+# Shapes: B rows of a day, C categories, I items, U users, S segments, D devices, R rank of taste, K effects, T tasks,
+# L recent items of all rows.
 
 import datetime
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
-from typing_extensions import Self
 
 CATEGORIES, SEGMENTS, RANK, COUNTRIES, QUERIES = 60, 12, 2, 50, 1_000_000
 DEVICES, DEVICE_SHARES = ("phone", "desktop", "tablet", "tv"), (0.5, 0.3, 0.13, 0.07)
@@ -33,25 +32,29 @@ MAX_RECENT, MAX_ROWS_PER_DAY, DAY = 10, 10_000_000, 86_400
 CLICK, CONVERSION, EVENT = (0.13, 1.5), (0.2, 1.5), (0.2, 1.3)
 DWELL_MEAN, DWELL_SCALE, DWELL_SIGMA = 4.0, 0.5, 0.6  # of log1p(seconds)
 
-# Spread of each family of effects before a task weighs it. What a model has to learn slowly (products, single items and users)
-# is kept small; single users cannot be learnt at all, most of them are seen once.
+# Spread of each family of effects before a task weighs it. A single user's own effect is next to nothing: most users
+# are seen too seldom for any model to learn it.
 STRENGTH = {
-    "category": 1.0, "taste": 0.9, "match": 0.4, "quality": 0.6, "position": 1.0, "device": 0.8, "place": 0.3, "country": 0.4,
-    "hour": 0.6, "age": 1.0, "price": 1.0, "freshness": 0.7, "activity": 0.7, "user": 0.08,
+    "category": 1.0, "taste": 0.9, "match": 0.8, "quality": 0.6, "position": 1.0, "device": 0.8, "place": 0.5,
+    "country": 0.4, "hour": 0.6, "age": 1.0, "price": 1.0, "freshness": 0.7, "activity": 0.7, "user": 0.08,
 }  # fmt: skip
 
-# First number after the seed of every random stream; streams that more tasks or days extend come with an index after it.
+# Second number of every random stream's seed; those of a day or of an extra task have more numbers after it.
 WORLD, WEIGHTS, SAMPLE, ROWS, OUTCOMES = range(5)
 
 Array = NDArray[Any]
 
 
 class LogConfig(BaseModel, extra="forbid"):
-    """What to generate. Two runs that agree in all but start and days, and in rows per day, agree on every day both have.
+    """What to generate.
+
+    A day's rows depend on the number of rows per day, but not on start and days: eight days of 75,000 impressions and
+    later one more, with `start` on the ninth, `days=1` and `impressions=75_000`, are the same log as nine at once.
 
     Args:
         impressions: rows over all days, the same number each day.
         days: number of days from start on.
+        start: first day, UTC.
         users: user ids that may occur.
         items: item ids that may occur.
         extra_tasks: binary outcomes besides click and conversion, each of any impression.
@@ -70,7 +73,7 @@ class LogConfig(BaseModel, extra="forbid"):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _rows_per_day(self) -> Self:
+    def _rows_per_day(self) -> "LogConfig":
         if self.impressions % self.days or self.rows_per_day >= MAX_ROWS_PER_DAY:
             raise ValueError(
                 f"impressions ({self.impressions:,}) must be a multiple of days ({self.days}), with less than "
@@ -85,7 +88,7 @@ class LogConfig(BaseModel, extra="forbid"):
 
 
 class Rows(NamedTuple):
-    """The impressions of one day as drawn, before anything is hidden or formatted; ids are indices into the world's arrays."""
+    """The impressions of one day as drawn, nothing hidden or formatted yet; ids are indices into the world's arrays."""
 
     time_B: Array  # unix seconds
     user_B: Array
@@ -114,7 +117,7 @@ class World:
         self.phase_I = rng.integers(0, self.lifetime_I)
         popularity_I = rng.permutation(_zipf(config.items, 1.7, head=100))
         self.item_cdf_I = np.cumsum(popularity_I)
-        # Items of a category side by side, so that a draw within a category is a draw from one stretch of the distribution.
+        # Items of a category side by side: a draw within a category is a draw from one stretch of the distribution.
         self.by_category_I = np.argsort(self.category_I, kind="stable")
         self.by_category_cdf = np.concatenate([[0.0], np.cumsum(popularity_I[self.by_category_I])])
         self.category_start = np.searchsorted(self.category_I[self.by_category_I], np.arange(CATEGORIES + 1))
@@ -160,7 +163,7 @@ class World:
         time_B = midnight + np.sort(_draw(rng, traffic_cdf / traffic_cdf[-1], count))
         user_B, item_B = _draw(rng, self.user_cdf_U, count), _draw(rng, self.item_cdf_I, count)
         activity_B = self.activity_U[user_B]
-        length_B = rng.binomial(MAX_RECENT, activity_B / (activity_B + 6.0))
+        length_B = rng.binomial(MAX_RECENT, activity_B / (activity_B + 10.0))
         owner = np.repeat(np.arange(count), length_B)
         recent = self._items_liked(rng, self.segment_U[user_B[owner]])
         factor_LR = self.factor_CR[self.category_I[recent]]
@@ -185,7 +188,8 @@ class World:
         category_L = np.searchsorted(flat_cdf, segment_L + rng.random(len(segment_L)), side="right") % CATEGORIES
         low_L = self.by_category_cdf[self.category_start[category_L]]
         high_L = self.by_category_cdf[self.category_start[category_L + 1]]
-        place_L = np.searchsorted(self.by_category_cdf, low_L + (high_L - low_L) * rng.random(len(segment_L)), side="right")
+        draw_L = low_L + (high_L - low_L) * rng.random(len(segment_L))
+        place_L = np.searchsorted(self.by_category_cdf, draw_L, side="right")
         return self.by_category_I[np.minimum(place_L, len(self.by_category_I)) - 1]
 
     def effects(self, rows: Rows) -> dict[str, Array]:
@@ -198,8 +202,10 @@ class World:
         return {
             **{f"category {r}": factor_BR[:, r] for r in range(RANK)},
             **{f"taste {r}": rows.taste_BR[:, r] for r in range(RANK)},
-            **{f"match {r}": rows.taste_BR[:, r] * factor_BR[:, r] for r in range(RANK)},
-            **{f"place {r}": device_BR[:, r] * factor_BR[:, r] for r in range(RANK)},  # device x category
+            # Hinges on two columns together, taste x category and device x category. A plain product leaves no trace
+            # in either column alone, and networks hardly find it before they start to learn rows by heart.
+            **{f"match {r}": np.maximum(rows.taste_BR[:, r] + factor_BR[:, r], 0) for r in range(RANK)},
+            **{f"place {r}": np.maximum(device_BR[:, r] + factor_BR[:, r], 0) for r in range(RANK)},
             "device": device_BR[:, RANK],
             "quality": self.quality_I[rows.item_B],
             "position": -np.log(rows.position_B),
@@ -242,13 +248,12 @@ def generate(config: LogConfig, out: Path) -> None:
         pq.write_table(truth, Path(aside, "truth.parquet"))
         # By name, so that outcomes are there before the impressions they belong to.
         for path in sorted(Path(aside).iterdir()):
-            os.replace(path, out / path.name)
+            path.replace(out / path.name)
 
 
 def _write_day(config: LogConfig, world: World, date: datetime.date, folder: Path) -> pa.Table:
     """Draws and writes one day; returns its part of the truth."""
-    stream = [config.seed, ROWS, date.toordinal()]
-    rng, count = np.random.default_rng(stream), config.rows_per_day
+    rng, count = np.random.default_rng([config.seed, ROWS, date.toordinal()]), config.rows_per_day
     rows = world.rows(rng, date, count)
     logit_BT = world.logits(rows)
     p_BT = _sigmoid(logit_BT)
@@ -258,8 +263,8 @@ def _write_day(config: LogConfig, world: World, date: datetime.date, folder: Pat
 
     clicked_B = rng.random(count) < p_BT[:, 0]
     click_time_B = rows.time_B + rng.integers(1, 120, count)
-    dwell_B = np.expm1(rng.normal(logit_BT[:, 2], DWELL_SIGMA))
-    clicks = {"impression_id": id_B, "click_time": click_time_B, "dwell_seconds": np.maximum(np.round(dwell_B, 3), 0.001)}
+    dwell_B = np.maximum(np.round(np.expm1(rng.normal(logit_BT[:, 2], DWELL_SIGMA)), 3), 0.001)
+    clicks = {"impression_id": id_B, "click_time": click_time_B, "dwell_seconds": dwell_B}
     _write_csv(folder / f"clicks-{date}.csv", {name: column[clicked_B] for name, column in clicks.items()})
 
     converted_B = clicked_B & (rng.random(count) < p_BT[:, 1])
@@ -279,13 +284,13 @@ def _write_day(config: LogConfig, world: World, date: datetime.date, folder: Pat
     return pa.table(truth)
 
 
-def _impressions(world: World, rng: np.random.Generator, rows: Rows, id_B: Array, price_B: Array) -> dict[str, pa.Array]:
+def _impressions(world: World, rng: np.random.Generator, rows: Rows, id_B: Array, price_B: Array) -> dict[str, Any]:
     """The logged columns: ids as strings, and a few percent of values lost."""
     count = len(id_B)
     age_B = world.age_U[rows.user_B]
     # A tenth of the ages is missing, the young's more often: that it is missing says a little.
     age_missing_B = rng.random(count) < 0.05 + 0.1 / (1 + np.exp((age_B - 40) / 6.0))
-    rate_B = _sigmoid(np.log(CLICK[0] / (1 - CLICK[0])) + 0.5 * world.quality_I[rows.item_B] + rng.normal(0, 0.15, count))
+    rate_B = _sigmoid(-1.9 + 0.5 * world.quality_I[rows.item_B] + rng.normal(0, 0.15, count))  # around 0.13
     recent = pa.ListArray.from_arrays(pa.array(rows.recent_offset, pa.int32()), _named("i", rows.recent))
     return {
         "impression_id": pa.array(id_B),
@@ -309,8 +314,8 @@ def _impressions(world: World, rng: np.random.Generator, rows: Rows, id_B: Array
 def _directions(config: LogConfig, effects: int) -> Array:
     """Weight vectors [K, T] of unit length with the same cosine between any two.
 
-    Ma et al. 2018, eq. 2-3, for any number of tasks: a direction that all share, here the one that likes more of every effect,
-    mixed with one of each task's own that is orthogonal to all others.
+    Ma et al. 2018, section 3.2, for any number of tasks: a direction that all share, here the one that likes more of
+    every effect, mixed with one of each task's own that is orthogonal to all others.
     """
     tasks = 3 + config.extra_tasks
     rng = np.random.default_rng([config.seed, WEIGHTS])

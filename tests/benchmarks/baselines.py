@@ -64,7 +64,7 @@ class Stacked(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         h_BEH = F.relu(torch.einsum("bd,edh->beh", x_BD, self.first_EDH) + self.first_EH)
         h_BEK = F.relu(torch.einsum("beh,ehk->bek", h_BEH, self.second_EHK) + self.second_EK)
-        gate_BTE = self.gate(x_BD).unflatten(1, (w.TASKS, -1)).mready_fill(self.hidden_TE, -torch.inf)
+        gate_BTE = self.gate(x_BD).unflatten(1, (w.TASKS, -1)).masked_fill(self.hidden_TE, -torch.inf)
         mix_BTK = torch.einsum("bte,bek->btk", gate_BTE.softmax(-1), h_BEK)
         tower_BTH = F.relu(torch.einsum("btk,tkh->bth", mix_BTK, self.tower_TKH) + self.tower_TH)
         return torch.einsum("bth,tho->bto", tower_BTH, self.head_TH1).squeeze(-1) + self.head_T
@@ -121,8 +121,8 @@ def rechub(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
     Timed is MTLTrainer.train_one_epoch with its default Adam, on the shuffling DataLoader (no workers) which its
     DataGenerator makes over numpy columns. The trainer reports no times, so the loader is handed over as an iterator
     that notes when each batch is ready and ends early: from one batch to the next is one whole step (forward, backward,
-    Adam, .item() of the losses, drawing and collating the next). Nothing of torch-rechub is patched. Its MLPs have batch
-    normalisation and its tables dense gradients and Adam: its own way to these sizes, not the same arithmetic.
+    Adam, .item() of the losses, drawing and collating the next). Nothing of torch-rechub is patched. Its MLPs have
+    batch normalisation, its tables dense gradients and Adam: its own way to these sizes, not the same arithmetic.
     Needs requirements.txt.
     """
     if dtype != torch.float32:

@@ -1,0 +1,25 @@
+"""jobs.train: a dataset to a trained model, on one process or many.
+
+Examples:
+  python -m jobs.train dataset=runs/census/data model=adatt run=runs/census/adatt
+  torchrun --standalone --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple train.epochs=2
+  torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 -m jobs.train data=demo dataset=D run=R
+"""
+
+from omegaconf import DictConfig
+
+from jobs.entry import job, parse, read_schema
+
+
+@job("train")
+def main(config: DictConfig) -> None:
+    """Parses the configuration and trains; run again, it goes on from the newest checkpoint."""
+    from pipeline.training.config import TrainConfig
+    from pipeline.training.trainer import train
+
+    settings: TrainConfig = parse(config, TrainConfig)
+    train(settings, read_schema(config) if "data" in config else None)
+
+
+if __name__ == "__main__":
+    main()

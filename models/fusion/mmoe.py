@@ -1,0 +1,43 @@
+"""Multi-gate mixture of experts (Ma et al., KDD 2018), with any number of levels."""
+
+# Shapes: B rows, T tasks, E experts a level, D width, U gates of a level.
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from models.layers import StackedLinear, StackedMLP, mix
+
+
+class MMoE(nn.Module):
+    """Experts shared by all tasks, mixed by a gate for each (Ma et al. 2018, eq. 6-7; AdaTT, arXiv 2304.04959, eq. 11-12).
+
+    With more than one level it is the ML-MMoE of AdaTT's section 4.1: each expert above the first level has a gate of its
+    own that mixes the experts below, and all gates, softmax(W x), read the raw input.
+
+    Args:
+        in_dim: D in. num_tasks: T. num_experts: E.
+        levels: for each level the layers of its experts, such as [[256, 128]] or [[256], [128]]; the last is D out.
+    Shapes: x_BD -> h_BTD.
+    """
+
+    def __init__(self, in_dim: int, num_tasks: int, num_experts: int, levels: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.num_experts, self.out_dim = num_experts, levels[-1][-1]
+        dims = [in_dim, *(layers[-1] for layers in levels)]
+        self.experts = nn.ModuleList(StackedMLP(num_experts, d, w) for d, w in zip(dims, levels, strict=False))
+        users = [num_experts] * (len(levels) - 1) + [num_tasks]
+        self.gate = nn.ModuleList(StackedLinear(u, in_dim, num_experts, bias=False) for u in users)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        h_UBD = x_BD.expand(self.num_experts, -1, -1)
+        for experts, gate_UBE in zip(self.experts, self._gates(x_BD), strict=True):
+            h_UBD = mix(gate_UBE, experts(h_UBD))
+        return h_UBD.transpose(0, 1)
+
+    def gates(self, x_BD: Tensor) -> list[Tensor]:
+        """Weights of the experts per level: gate_BUE, U the next level's experts, T at the last."""
+        return [gate_UBE.transpose(0, 1) for gate_UBE in self._gates(x_BD)]
+
+    def _gates(self, x_BD: Tensor) -> list[Tensor]:
+        return [gate(x_BD.expand(gate.weight_SDH.shape[0], -1, -1)).softmax(-1) for gate in self.gate]

@@ -1,0 +1,31 @@
+"""Shared bottom (Caruana 1997): one network for all tasks."""
+
+# Shapes: B rows, T tasks, D width.
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from models.layers import StackedMLP
+
+
+class SharedBottom(nn.Module):
+    """One multi-layer perceptron whose output every task's tower reads.
+
+    Args:
+        in_dim: D in. num_tasks: T. widths: of the layers, the last is D out.
+    Shapes: x_BD -> h_BTD, the same for each task.
+    """
+
+    def __init__(self, in_dim: int, num_tasks: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.num_tasks, self.out_dim = num_tasks, widths[-1]
+        self.bottom = StackedMLP(1, in_dim, widths)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        h_1BD = self.bottom(x_BD.unsqueeze(0))
+        return h_1BD.transpose(0, 1).expand(-1, self.num_tasks, -1)
+
+    def gates(self, x_BD: Tensor) -> list[Tensor]:
+        """No gates."""
+        return []

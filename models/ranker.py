@@ -1,0 +1,83 @@
+"""The ranker: embeddings -> interaction -> fusion -> towers, written as for one device."""
+
+# Shapes: B rows, T tasks, D input width.
+
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+
+from features.batch import Batch
+from features.encoders import Encoders
+from features.schema import Schema
+from models.fusion import build_fusion
+from models.towers import TaskTowers
+
+
+class ModelConfig(BaseModel):
+    """Settings of a model (jobs/conf/model/NAME.yaml).
+
+    Attributes:
+        fusion: `name`, one of models.fusion.FUSIONS, and the arguments of that class.
+        tower: hidden layers of each task's tower.
+        dropout: in towers.
+        embedding_std: standard deviation of the embeddings' normal start.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    fusion: dict[str, Any]
+    tower: list[int] = [32]
+    dropout: float = 0.0
+    embedding_std: float = 0.01
+
+
+class Ranker(nn.Module):
+    """Scores the tasks of each row.
+
+    Args:
+        schema: features and tasks.
+        encoders: for the tables' sizes.
+        config: the architecture.
+        device: of the embedding tables; "meta" leaves them to whoever shards them.
+    Call Args:
+        batch: B rows.
+    Returns: logit_BT; for a regression task the prediction itself.
+    Raises:
+        UserError: a fusion or an argument of it that does not exist.
+    """
+
+    def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> None:
+        super().__init__()
+        self.features = list(schema.sparse)
+        self.embeddings = EmbeddingBagCollection(
+            device=torch.device(device),
+            tables=[
+                EmbeddingBagConfig(
+                    name=name,
+                    embedding_dim=table.dim,
+                    num_embeddings=encoders.num_embeddings(name),
+                    feature_names=[f for f in self.features if schema.table_of(f) == name],
+                    # The mean of one id is that id's row, so only tables that serve bags pay for the division.
+                    pooling=PoolingType.MEAN if any(schema.table_of(f) == name for f in schema.bag) else PoolingType.SUM,
+                    init_fn=partial(nn.init.normal_, std=config.embedding_std),
+                )
+                for name, table in schema.all_tables.items()
+                if any(schema.table_of(f) == name for f in self.features)
+            ],
+        )
+        in_dim = sum(schema.all_tables[schema.table_of(f)].dim for f in self.features) + len(schema.dense_columns)
+        self.fusion = build_fusion(config.fusion, in_dim, len(schema.tasks))
+        self.towers = TaskTowers(len(schema.tasks), self.fusion.out_dim, config.tower, config.dropout)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """x_BD: pooled embeddings in the schema's order, then dense columns."""
+        pooled = self.embeddings(batch.sparse)
+        # A sharded KeyedTensor lists features by rank, an unsharded one by table: order them by name.
+        part = dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
+        return torch.cat([*(part[name] for name in self.features), batch.dense_BD], dim=1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.towers(self.fusion(self.inputs(batch)))

@@ -1,0 +1,143 @@
+"""Checkpoints: written aside, checksummed, renamed into place, and trusted only with a manifest that fits."""
+
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ValidationError
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from features.errors import UserError
+from pipeline.dataset import sha256, write_json
+
+VERSION = 1
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint is and what its files are.
+
+    Attributes:
+        step: optimiser steps taken. rows: training rows seen, padding apart.
+        epoch, cursors: the loader's position.
+        seed, lanes: what the order of rows depends on besides.
+        fingerprint: of the schema. config: hash of what shapes the state (model and optimisers).
+        files: name to (bytes, sha256).
+    """
+
+    version: int = VERSION
+    step: int
+    rows: int
+    epoch: int
+    cursors: list[int]
+    seed: int
+    fingerprint: str
+    config: str
+    files: dict[str, tuple[int, str]] = {}
+
+
+def folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def save(checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest) -> Path:
+    """Writes a checkpoint; every rank calls it with its part of the state.
+
+    The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint.
+    """
+    final = folder(checkpoints, manifest.step)
+    aside = final.with_name(f".{final.name}")
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(aside, sync_files=True))
+    ours = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")]
+    parts: list[dict[str, tuple[int, str]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, {p.name: (p.stat().st_size, sha256(p)) for p in ours})
+    if rank == 0:
+        files = {name: entry for part in parts if part for name, entry in part.items()}
+        write_json(aside / "manifest.json", manifest.model_copy(update={"files": files}).model_dump())
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    dist.barrier()
+    return final
+
+
+def check(path: Path) -> CheckpointManifest:
+    """Reads a checkpoint's manifest and compares every file with it.
+
+    Raises:
+        UserError: naming what is missing or differs.
+    """
+    try:
+        manifest = CheckpointManifest.model_validate_json((path / "manifest.json").read_text())
+    except (FileNotFoundError, ValidationError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
+    if manifest.version != VERSION:
+        raise UserError(f"{path}: checkpoint of version {manifest.version}, this release reads {VERSION}")
+    for name, (size, checksum) in manifest.files.items():
+        file = path / name
+        if not file.exists():
+            raise UserError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+        if sha256(file) != checksum:
+            raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
+    return manifest
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps of the committed checkpoints, ascending; whether their files fit is for `check` to say."""
+    return sorted(int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*") if (p / "manifest.json").exists())
+
+
+def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
+    """Reads a checkpoint that `check` has passed into a state of the same names and shapes, on any number of ranks.
+
+    Args:
+        state: filled in place.
+        alone: without a process group, into unsharded modules.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=_Reader(path), no_dist=alone)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads .metadata, a pickle, without letting it name anything but what describes tensors."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise UserError(f"{self.path}: {name} is no tensor; loading it could run code, so it is refused")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    ALLOWED = frozenset(
+        {
+            *(("torch.distributed.checkpoint.metadata", name) for name in (
+                "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+                "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+            ("pathlib", "PosixPath"),
+        }
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise UserError(f".metadata names {module}.{name}: not a checkpoint of tensors, loading it could run code")

@@ -1,0 +1,154 @@
+"""Distribution, applied to a model from outside: process group, sharding plan, tables' start."""
+
+import hashlib
+import logging
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+
+from features.errors import UserError
+from models.ranker import Ranker
+from pipeline.training.config import Settings
+
+OPTIMIZERS = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+}
+PLACEMENTS = {"table_wise", "row_wise", "column_wise", "table_row_wise"}
+BLOCK_ROWS = 1 << 16
+
+for name in ("torchrec.distributed.planner", "torchrec.distributed.utils", "torchrec.distributed.model_parallel"):
+    logging.getLogger(name).setLevel(logging.ERROR)  # advice to library authors
+
+
+def start() -> torch.device:
+    """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(minutes=10)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return device
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return device
+    # All attempts of torchrun share one store: without a prefix a restart meets the addresses of dead ranks.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, ranks, is_master=False))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    return device
+
+
+class _Sharder(EmbeddingBagCollectionSharder):
+    """Offers row-wise on CPU too: it works there, though the stock sharder does not list it."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return sorted({*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value})
+
+
+def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device) -> DistributedModelParallel:
+    """Shards the tables of `ranker`, a part of `model`, by a plan, and replicates the rest.
+
+    Raises:
+        UserError: a placement or optimiser that does not exist here, or would make results depend on the plan.
+    """
+    _check(settings, ranker, device)
+    sharder = _Sharder(
+        fused_params={
+            "optimizer": OPTIMIZERS[settings.tables.name],
+            "learning_rate": settings.tables.lr,
+            "eps": settings.tables.eps,
+        }
+    )
+    ranks = dist.get_world_size()
+    configs = ranker.embeddings.embedding_bag_configs()
+    default = settings.sharding.get("default", ["table_wise", "row_wise"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        planner = EmbeddingShardingPlanner(
+            topology=Topology(
+                world_size=ranks,
+                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+                compute_device=device.type,
+            ),
+            batch_size=settings.batch_size // ranks,
+            storage_reservation=FixedPercentageStorageReservation(0.15),
+            constraints={
+                # One id a row and feature; bags are short. Data-parallel is left out: its momentum is in no checkpoint.
+                c.name: ParameterConstraints(
+                    sharding_types=settings.sharding.get(c.name, default),
+                    pooling_factors=[1.0] * len(c.feature_names),
+                    compute_kernels=["fused"],
+                )
+                for c in configs
+            },
+            debug=False,
+        )
+        plan = planner.collective_plan(model, [sharder], dist.GroupMember.WORLD)
+        sharded = DistributedModelParallel(
+            model,
+            device=device,
+            plan=plan,
+            sharders=[sharder],
+            init_data_parallel=False,
+            # One rank has nobody to average with.
+            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=True) if ranks > 1 else None,
+        )
+        if ranks > 1:
+            sharded.init_data_parallel()
+        else:
+            sharded.to(device)
+    return sharded
+
+
+def _check(settings: Settings, ranker: Ranker, device: torch.device) -> None:
+    names = {config.name for config in ranker.embeddings.embedding_bag_configs()}
+    for table, placements in settings.sharding.items():
+        if table != "default" and table not in names:
+            raise UserError(f"train.sharding.{table}: no such table, there are {', '.join(sorted(names))}")
+        if wrong := set(placements) - PLACEMENTS:
+            why = " (data_parallel would lose its momentum at a checkpoint)" if "data_parallel" in wrong else ""
+            raise UserError(f"train.sharding.{table}: {sorted(wrong)[0]} is not allowed{why}, choose from {sorted(PLACEMENTS)}")
+        if "column_wise" in placements and settings.tables.name == "rowwise_adagrad":
+            raise UserError(
+                f"train.sharding.{table}: column_wise with rowwise_adagrad keeps one momentum per column shard, so the result "
+                "would depend on the plan. Use train.tables.name=adagrad, or table_wise and row_wise."
+            )
+        if "table_row_wise" in placements and device.type == "cpu":
+            raise UserError(f"train.sharding.{table}: table_row_wise has no CPU kernel. Use table_wise or row_wise.")
+    if settings.tables.name == "adam" and device.type == "cpu":
+        raise UserError("train.tables.name=adam: fused Adam has no CPU kernel. Use rowwise_adagrad, adagrad or sgd here.")
+
+
+def init_tables(embeddings: nn.Module, configs: list[EmbeddingBagConfig], seed: int, std: float) -> None:
+    """Draws the tables' start, normal(0, std), such that a row's values depend on seed, table and row alone, not on the plan."""
+    for config in configs:
+        weight = embeddings.state_dict()[f"embedding_bags.{config.name}.weight"]
+        for part in weight.local_shards():
+            (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
+            for block in range(row // BLOCK_ROWS, -(-(row + rows) // BLOCK_ROWS)):
+                digest = hashlib.sha256(f"{seed}/{config.name}/{block}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+                height = min(BLOCK_ROWS, config.num_embeddings - block * BLOCK_ROWS)
+                drawn = torch.empty(height, config.embedding_dim).normal_(0, std, generator=generator)
+                first, last = max(row, block * BLOCK_ROWS), min(row + rows, (block + 1) * BLOCK_ROWS)
+                source = drawn[first - block * BLOCK_ROWS : last - block * BLOCK_ROWS, column : column + columns]
+                part.tensor[first - row : last - row].copy_(source)

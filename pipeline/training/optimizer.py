@@ -1,0 +1,38 @@
+"""The dense optimiser and its learning rate, a function of the step alone: nothing of a schedule needs saving."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
+
+from pipeline.training.config import DenseOptimizer
+
+
+def rate(config: DenseOptimizer, step: int, steps: int) -> float:
+    """Learning rate of step `step` (from 0) out of `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    left = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
+    return config.lr * (config.final + (1 - config.final) * left if config.decay != "none" else 1.0)
+
+
+def build(config: DenseOptimizer, parameters: Iterable[tuple[str, nn.Parameter]], clip_norm: float | None) -> KeyedOptimizer:
+    """The optimiser of the dense parameters, its state made, so that a checkpoint can be loaded into it at once."""
+    named = dict(parameters)
+
+    def make(values: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if config.name == "adagrad":
+            return torch.optim.Adagrad(values, lr=config.lr, weight_decay=config.weight_decay)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+        # One kernel for all parameters: the default loops over them.
+        return kind(values, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+    optimizer: KeyedOptimizer = KeyedOptimizerWrapper(named, make)
+    optimizer.init_state()
+    if clip_norm is None:
+        return optimizer
+    return GradientClippingOptimizer(optimizer, clipping=GradientClipping.NORM, max_gradient=clip_norm)

@@ -1,0 +1,264 @@
+"""The trainer: from a dataset and a configuration to a run directory, on any number of ranks."""
+
+import os
+import time
+from collections.abc import Iterator
+from itertools import islice
+from math import isnan
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed import TrainPipelineSparseDist
+
+from features.batch import Batch
+from features.errors import UserError
+from features.schema import Schema
+from models.losses import TaskLoss
+from models.ranker import Ranker
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.evaluation.metrics import WindowedNE
+from pipeline.loader import Loader, Position
+from pipeline.run import Run, config_hash, keep_lines
+from pipeline.training import distribution, optimizer
+from pipeline.training.config import TrainConfig
+from pipeline.training.report import Reporter
+from pipeline.training.step import StepOutput, TrainStep
+
+
+def train(config: TrainConfig, schema: Schema | None = None) -> Run:
+    """Trains a run to its end, from its newest whole checkpoint where it has one.
+
+    Args:
+        config: all settings.
+        schema: if given, the dataset must have been written for it.
+    Raises:
+        UserError: bad input, or a loss that is not finite.
+    """
+    device = distribution.start()
+    try:
+        return Trainer(config, schema, device).run_to_end()
+    finally:
+        dist.destroy_process_group()
+
+
+class Trainer:
+    """One rank's part of a run: dataset, model, optimisers and position, built in that order."""
+
+    def __init__(self, config: TrainConfig, schema: Schema | None, device: torch.device) -> None:
+        self.config, self.settings, self.device = config, config.train, device
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(self.settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        self.dataset = Dataset(config.dataset)
+        self.schema = self.dataset.schema
+        if schema is not None:
+            self.dataset.expect(schema.fingerprint, "the schema of this job")
+        s = self.settings
+        self.loader = Loader(
+            self.dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window
+        )
+        self.position = self.loader.start()
+        self.step = 0
+        self.steps = s.epochs * self.loader.steps(self.position)
+        self.epoch_steps = self.steps // s.epochs
+        self.steps = min(self.steps, s.max_steps or self.steps)
+        self._build()
+        self.run = Run(config.run)
+        self._restore()
+
+    def _build(self) -> None:
+        s, tasks = self.settings, self.schema.tasks.values()
+        torch.manual_seed(s.seed)  # the dense start is the same on every rank
+        ranker = Ranker(self.schema, self.dataset.encoders, self.config.model)
+        loss = TaskLoss([t.kind for t in tasks], [t.loss_weight for t in tasks])
+        step = TrainStep(ranker, loss, bf16=s.precision == "bf16")
+        tables = ranker.embeddings.embedding_bag_configs()
+        self.model = distribution.shard(step, ranker, s, self.device)
+        distribution.init_tables(ranker.embeddings, tables, s.seed, self.config.model.embedding_std)
+        dense = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("ranker.embeddings.")]
+        self.dense = optimizer.build(s.dense, dense, s.clip_norm)
+
+    def _state(self) -> dict[str, Any]:
+        """Every tensor of a checkpoint, as views: loading fills them in place."""
+        return {
+            "model": {name.removeprefix("ranker."): value for name, value in self.model.state_dict().items()},
+            "tables": self.model.fused_optimizer.state_dict()["state"],
+            "dense": self.dense.state_dict()["state"],
+        }
+
+    def _restore(self) -> None:
+        """Goes on from the newest checkpoint that is whole, and says which ones were not."""
+        found = checkpoint.steps(self.run.checkpoints)
+        if found and self.config.resume == "never":
+            raise UserError(f"{self.run.path} has checkpoints. Choose another run=, or resume=auto to go on with it.")
+        for step in reversed(found):
+            path = checkpoint.folder(self.run.checkpoints, step)
+            try:
+                manifest = checkpoint.check(path)
+            except UserError as error:
+                self._tell(f"skipped a checkpoint: {error}")
+                continue
+            self._expect(manifest, path)
+            checkpoint.load(path, self._state())
+            self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
+            self._tell(f"goes on from {path}")
+            break
+        if self.rank == 0:
+            self.run.create(self.config.model_dump(mode="json"), self.schema)
+            keep_lines(self.run.train_metrics, self.step)
+        dist.barrier()
+
+    def _expect(self, manifest: checkpoint.CheckpointManifest, path: os.PathLike) -> None:
+        shape = config_hash(self.config.shape())
+        for what, theirs, ours in (
+            ("schema", manifest.fingerprint, self.schema.fingerprint),
+            ("model and optimisers", manifest.config, shape),
+            ("train.seed", manifest.seed, self.settings.seed),
+            ("train.lanes", len(manifest.cursors), self.settings.lanes),
+        ):
+            if theirs != ours:
+                raise UserError(f"{path} has {what} {theirs}, this job has {ours}. Use the same, or another run=.")
+
+    def run_to_end(self) -> Run:
+        """Steps until the last, with metrics and checkpoints on the way."""
+        kinds = [(name, task.kind) for name, task in self.schema.tasks.items()]
+        window = WindowedNE(kinds, self.settings.log_every, self.device)
+        self.reporter = Reporter(self.run, list(self.schema.tasks), self.step, self.steps) if self.rank == 0 else None
+        every = self.settings.checkpoint_every or self.epoch_steps
+        meter = _Meter(self._rows(), self.step)
+        while self.step < self.steps:
+            batches = islice(self.loader.batches(self.position), self.steps - self.step)
+            for output in self._outputs(meter.timed(batches)):
+                self.step += 1
+                self.position = self.loader.after(self.position)
+                window.update(*output[:4])
+                if self.step % self.settings.log_every == 0 or self.step in (1, self.steps):
+                    self._check_finite(output, self.step)
+                    self._log(window, meter)
+                if self.step % every == 0 or self.step == self.steps:
+                    self._check_finite(output, self.step)
+                    meter.pause()
+                    self._save()
+                    meter.go_on()
+            if not self.loader.steps(self.position):
+                self.position = self.loader.start(self.position.epoch + 1)
+        if self.reporter:
+            self.reporter.close()
+            self.run.say("finished", self.step, self.steps)
+        return self.run
+
+    def _outputs(self, batches: Iterator[Batch]) -> Iterator[StepOutput]:
+        """Takes a step a batch: TorchRec's pipeline where there is a GPU to overlap with, a plain loop elsewhere."""
+        pipelined = self.settings.pipelined
+        if pipelined if pipelined is not None else self.device.type == "cuda":
+            pipeline = TrainPipelineSparseDist(self.model, self.dense, self.device, execute_all_batches=True)
+            while True:
+                self._prepare()
+                try:
+                    yield pipeline.progress(batches)
+                except StopIteration:
+                    return
+        for batch in batches:
+            self._prepare()
+            self.dense.zero_grad()
+            loss, output = self.model(batch.to(self.device) if self.device.type != "cpu" else batch)
+            if self.device.type == "cpu":
+                # Before the backward, which updates the tables: nothing is spoilt. A GPU would have to wait for the check.
+                self._check_finite(output, self.step + 1)
+            loss.backward()
+            self.dense.step()
+            yield output
+
+    def _prepare(self) -> None:
+        """Learning rate and random state of the step, both functions of its number."""
+        torch.manual_seed((self.settings.seed * 1_000_003 + self.step) * 4099 + self.rank)
+        for group in self.dense.param_groups:
+            group["lr"] = optimizer.rate(self.settings.dense, self.step, self.steps)
+
+    def _check_finite(self, output: StepOutput, step: int) -> None:
+        bad_B = ~(output.loss_BT.isfinite() | ~output.observed_BT).all(1)
+        if bad_B.any():
+            rows = output.row_id_B[bad_B]
+            raise UserError(
+                f"step {step}, epoch {self.position.epoch}: the loss of {len(rows)} rows of the batch is not finite, "
+                f"row_id {', '.join(map(str, rows[:3].tolist()))}. Checkpoints before it are good. Lower train.dense.lr or "
+                "train.tables.lr, set train.clip_norm, or mend these rows."
+            )
+
+    def _rows(self) -> int:
+        return self.position.epoch * self.loader.rows + sum(self.position.cursors)
+
+    def _log(self, window: WindowedNE, meter: "_Meter") -> None:
+        sums_T3 = window.sums_T3()
+        if self.ranks > 1:
+            dist.all_reduce(sums_T3)
+        if self.reporter is None:
+            return
+        rows = self._rows()
+        rows_per_s, data_wait, step_s = meter.read(rows, self.step)
+        loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
+        self.reporter.log(
+            {
+                "step": self.step,
+                "rows": rows,
+                "epoch": self.position.epoch,
+                "time": time.time(),
+                "lr": optimizer.rate(self.settings.dense, self.step - 1, self.steps),
+                "loss": float((loss_T * torch.tensor([t.loss_weight for t in self.schema.tasks.values()])).sum()),
+                "ne": {n: None if isnan(v) else v for n, v in zip(self.schema.tasks, window.value(sums_T3), strict=True)},
+                "rows_per_s": rows_per_s,
+                "data_wait": data_wait,
+                "seconds_left": step_s * (self.steps - self.step),
+            }
+        )
+
+    def _save(self) -> None:
+        manifest = checkpoint.CheckpointManifest(
+            step=self.step,
+            rows=self._rows(),
+            epoch=self.position.epoch,
+            cursors=self.position.cursors,
+            seed=self.settings.seed,
+            fingerprint=self.schema.fingerprint,
+            config=config_hash(self.config.shape()),
+        )
+        checkpoint.save(self.run.checkpoints, self._state(), manifest)
+
+    def _tell(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+class _Meter:
+    """Rows a second and the share of time spent waiting for data since the last reading; pauses do not count."""
+
+    def __init__(self, rows: int, step: int) -> None:
+        self.rows, self.step = rows, step
+        self.seconds = self.waited = 0.0
+        self.go_on()
+
+    def go_on(self) -> None:
+        self.begin = time.perf_counter()
+
+    def pause(self) -> None:
+        self.seconds += time.perf_counter() - self.begin
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def read(self, rows: int, step: int) -> tuple[float, float, float]:
+        """Rows a second, share of time waited, seconds a step."""
+        self.pause()
+        seconds = max(self.seconds, 1e-9)
+        reading = (rows - self.rows) / seconds, self.waited / seconds, seconds / max(step - self.step, 1)
+        self.rows, self.step, self.seconds, self.waited = rows, step, 0.0, 0.0
+        self.go_on()
+        return reading

@@ -1,0 +1,274 @@
+"""jobs.submit: the real command line, a real subprocess, and a real client against an API server of our own."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes.config import kube_config
+
+from jobs.submit import main, quoted
+
+ROOT = Path(__file__).parents[2]
+
+
+def submit(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a person runs it; proxies of this machine do not stand before 127.0.0.1."""
+    inherited = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "KUBECONFIG"}
+    command = [sys.executable, "-m", "jobs.submit", *words]
+    environment = inherited | {"PYTHONPATH": str(ROOT), "HOME": str(cwd)} | env
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str, kubeconfig: Path = Path("none")) -> None:
+    """The same within this process, where nothing but the exit code differs."""
+    monkeypatch.setattr(sys, "argv", ["submit", *map(quoted, words)])
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))  # read from KUBECONFIG on import
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    main()
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *words: str, kubeconfig: Path = Path("none")) -> str:
+    """The one line that a refusal says."""
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *words, kubeconfig=kubeconfig)
+    line = str(stop.value.code)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["job=foo"], "job: Input should be 'train', 'preprocess' or 'nightly'"),
+        (["cluster=bar"], "cluster: Input should be 'local' or 'k8s'"),
+        (["nodes=0"], "nodes: Input should be greater than or equal to 1"),
+        (["nodes=2"], "cluster=local is one node"),
+        (["cluster=k8s", "name=My_Job"], "name: 'My_Job' is not a DNS label"),
+        (["cluster=k8s", f"name={'a' * 53}"], "at most 52 characters"),
+        (["cluster=k8s", "memory=16GB"], "memory: '16GB' is not a Kubernetes quantity"),
+        (["cluster=k8s", "job=nightly", "schedule=daily"], "schedule: 'daily' is not a cron schedule"),
+        (["cluster=k8s", "ranks_per_node=8", "gpus_per_node=4"], "gpus_per_node is 4 and ranks_per_node 8"),
+        (["cluster=k8s", "job=preprocess", "nodes=2"], "preprocess is one process"),
+        (["args=[data]"], "args.0: 'data' is not KEY=VALUE"),
+        (["+colour=red"], "colour: Extra inputs are not permitted"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said in refused(monkeypatch, "dry_run=true", *words)
+
+
+def test_bad_input_is_exit_code_1_and_nothing_on_stdout() -> None:
+    done = submit("job=foo")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("args=[data=demo,dataset=/data/x,model=adatt]", "args=['data=demo','dataset=/data/x','model=adatt']"),
+        ("args=[ a=1, b=x y,c=]", "args=['a=1','b=x y','c=']"),
+        ("args=[hidden=[64,32],+seed=7]", "args=['hidden=[64,32]','+seed=7']"),
+        ("args=['a=1',\"b={x:1,y:2}\"]", "args=['a=1',\"b={x:1,y:2}\"]"),
+        ("args=[]", "args=[]"),
+        ("image=a=b", "image=a=b"),
+    ],
+)
+def test_arguments_need_no_quotes_of_their_own(word: str, read: str) -> None:
+    assert quoted(word).replace(", '", ",'").replace("[ '", "['") == read
+
+
+def test_help_names_every_key_and_gives_three_examples() -> None:
+    done = submit("--help")
+    settings = yaml.safe_load((ROOT / "jobs" / "conf" / "submit.yaml").read_text())
+    assert done.returncode == 0
+    assert done.stdout.count("python -m jobs.submit") == 3
+    assert [key for key in settings if key != "defaults" and f"{key}: " not in done.stdout] == []
+
+
+FAKE_TRAIN = """
+import os, sys
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+open(f"rank-{dist.get_rank()}", "w").write(f"{int(total)} {sys.argv[1:]}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Path:
+    """A folder where jobs.train and jobs.nightly are stand-ins and the rest of jobs is real."""
+    (tmp_path / "jobs").mkdir()
+    for name in ("__init__.py", "entry.py", "submit.py"):
+        shutil.copy(ROOT / "jobs" / name, tmp_path / "jobs" / name)
+    shutil.copytree(ROOT / "jobs" / "conf", tmp_path / "jobs" / "conf")
+    (tmp_path / "jobs" / "nightly.py").write_text("import sys; print(sys.argv[1:]); sys.exit(2)\n")
+    (tmp_path / "jobs" / "train.py").write_text(FAKE_TRAIN)
+    return tmp_path
+
+
+def test_a_local_job_gets_its_arguments_and_its_exit_code_comes_through(fakes: Path) -> None:
+    done = submit("job=nightly", "args=[data=demo,against=a b]", cwd=fakes)
+    command, said = done.stdout.splitlines()
+    assert done.returncode == 2, "2 says: worse than allowed"
+    assert command == f"{sys.executable} -m jobs.nightly data=demo 'against=a b'"
+    assert said == "['data=demo', 'against=a b']"
+
+
+def test_a_dry_run_on_this_machine_runs_nothing(fakes: Path) -> None:
+    done = submit("job=nightly", "dry_run=true", cwd=fakes)
+    assert (done.returncode, done.stdout) == (0, f"{sys.executable} -m jobs.nightly\n")
+
+
+def test_local_training_has_as_many_ranks_as_it_was_given(fakes: Path) -> None:
+    done = submit("job=train", "ranks_per_node=2", "args=[data=demo]", cwd=fakes)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in fakes.glob("rank-*")) == ["rank-0", "rank-1"]
+    assert (fakes / "rank-1").read_text() == "2 ['data=demo']"
+
+
+@pytest.mark.slow
+def test_the_commands_of_two_pods_meet_and_train_together(fakes: Path) -> None:
+    done = submit("cluster=k8s", "nodes=2", "dry_run=true", "args=[data=demo]", cwd=fakes)
+    _, job = yaml.safe_load_all(done.stdout)
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pods = []
+    for index in (1, 0):  # the one that has to wait first
+        expand = {"$(JOB_COMPLETION_INDEX)": str(index), "$(JOB_NAME)-0.$(JOB_NAME)": "127.0.0.1", "29500": str(port)}
+        line = "\n".join(container["command"][1:] + container["args"])
+        for before, after in expand.items():
+            line = line.replace(before, after)
+        command = [sys.executable, "-m", "torch.distributed.run", *line.split("\n")]
+        pods.append(subprocess.Popen(command, cwd=fakes))
+    assert [pod.wait(timeout=120) for pod in pods] == [0, 0]
+    assert (fakes / "rank-1").read_text() == "2 ['data=demo']"
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers as a Kubernetes API server would: it keeps what it is sent, and refuses the kinds it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.seen: list[tuple[str, str, Any]] = []
+        self.refuse: dict[str, tuple[int, str]] = {}
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    def answer(self) -> None:
+        server = self.server
+        assert isinstance(server, FakeServer)
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+        server.seen.append((self.command, self.path, body))
+        code, reply = (200, {"kind": "Status"}) if self.command == "DELETE" else (201, body)
+        if self.command == "POST" and body["kind"] in server.refuse:
+            code, message = server.refuse[body["kind"]]
+            reply = {"kind": "Status", "message": message, "code": code}
+        content = json.dumps(reply).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_DELETE = answer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as fake:
+        threading.Thread(target=fake.serve_forever, daemon=True).start()
+        yield fake
+        fake.shutdown()
+
+
+def kubeconfig(folder: Path, port: int) -> Path:
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u", "namespace": "ml"}}],
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "users": [{"name": "u", "user": {}}],
+    }
+    (folder / "kubeconfig").write_text(yaml.safe_dump(content))
+    return folder / "kubeconfig"
+
+
+def test_train_is_submitted_service_first_into_the_namespace_of_the_context(server: FakeServer, tmp_path: Path) -> None:
+    words = ["cluster=k8s", "nodes=2", "name=run-7", "args=[data=demo]"]
+    done = submit(*words, KUBECONFIG=str(kubeconfig(tmp_path, server.server_port)))
+    assert done.returncode == 0, done.stderr
+    assert [(verb, path) for verb, path, _ in server.seen] == [
+        ("POST", "/api/v1/namespaces/ml/services"),
+        ("POST", "/apis/batch/v1/namespaces/ml/jobs"),
+    ]
+    assert [body for _, _, body in server.seen] == list(yaml.safe_load_all(submit(*words, "dry_run=true").stdout))
+    assert done.stdout.startswith("created Service and Job run-7 in namespace ml; follow it with: kubectl logs -f ")
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_nightly_is_submitted_into_the_namespace_it_is_given(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = kubeconfig(tmp_path, server.server_port)
+    call(monkeypatch, "job=nightly", "cluster=k8s", "namespace=prod", kubeconfig=config)
+    (_, path, body) = server.seen[0]
+    assert (path, body["kind"]) == ("/apis/batch/v1/namespaces/prod/cronjobs", "CronJob")
+    assert (
+        "created CronJob taskfuse-nightly in namespace prod; follow it with: kubectl get jobs"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_name_that_is_taken_is_one_line_and_leaves_no_service_behind(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.refuse["Job"] = (409, 'jobs.batch "taskfuse-train" already exists')
+    line = refused(monkeypatch, "cluster=k8s", kubeconfig=kubeconfig(tmp_path, server.server_port))
+    assert 'jobs.batch "taskfuse-train" already exists. Choose another name=, or delete it: kubectl' in line
+    assert server.seen[-1][:2] == ("DELETE", "/api/v1/namespaces/ml/services/taskfuse-train")
+
+
+def test_a_service_that_was_there_before_is_left_alone(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.refuse["Service"] = (403, "services is forbidden")
+    line = refused(monkeypatch, "cluster=k8s", kubeconfig=kubeconfig(tmp_path, server.server_port))
+    assert line == "error: Service taskfuse-train was refused in namespace ml: services is forbidden"
+    assert [verb for verb, _, _ in server.seen] == ["POST"]
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        done = submit("cluster=k8s", KUBECONFIG=str(kubeconfig(tmp_path, closed.getsockname()[1])))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "does not answer" in done.stderr
+
+
+@pytest.mark.parametrize("content", [None, "{not yaml", "{}", "[]", "contexts: 3\ncurrent-context: x"])
+def test_a_missing_or_broken_kubeconfig_is_one_line(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kubeconfig"
+    if content is not None:
+        path.write_text(content)
+    assert refused(monkeypatch, "cluster=k8s", kubeconfig=path).startswith("error: no cluster to submit to (")

@@ -1,0 +1,172 @@
+"""k8s/: what is printed, submitted and kept in the base is valid, fits together, and is one and the same."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from jobs.submit import DEMO, Submission, base_files
+from pipeline.cluster import PORT, UID, claims, objects, to_yaml
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "k8s" / "base"
+REWRITE = "python -m jobs.submit base=k8s/base"
+
+
+def submission(**values: Any) -> Submission:
+    settings = yaml.safe_load((ROOT / "jobs" / "conf" / "submit.yaml").read_text())
+    del settings["defaults"]
+    return Submission.model_validate(OmegaConf.to_container(OmegaConf.create(settings | values), resolve=True))
+
+
+def documents(**values: Any) -> dict[str, Any]:
+    return {d["kind"]: d for d in yaml.safe_load_all(to_yaml(objects(submission(cluster="k8s", **values))))}
+
+
+WORKLOADS = [
+    {"job": "train"},
+    {"job": "train", "nodes": 2, "ranks_per_node": 8, "gpus_per_node": 8, "namespace": "ml", "suspend": True},
+    {"job": "preprocess", "args": ["data=demo", "out=/data/demo"]},
+    {"job": "nightly", "gpus_per_node": 1},
+]
+
+
+@pytest.mark.parametrize("version", ["1.29", kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("values", WORKLOADS, ids=lambda v: f"{v['job']}-{v.get('nodes', 1)}")
+def test_every_object_is_valid_in_old_and_new_kubernetes(values: dict[str, Any], version: str) -> None:
+    for document in documents(**values).values():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_an_unknown_field_would_not_pass_the_validation() -> None:
+    job = documents(job="train")["Job"]
+    job["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.31", strict=True)
+
+
+def assert_ranks_can_meet(service: dict[str, Any], job: dict[str, Any]) -> None:
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    flags = dict(word.lstrip("-").split("=", 1) for word in container["command"] if word.startswith("--"))
+    assert spec["completionMode"] == "Indexed"
+    assert int(flags["nnodes"]) == spec["completions"] == spec["parallelism"]
+    assert flags["node-rank"] == "$(JOB_COMPLETION_INDEX)"
+    (name,) = [e for e in container["env"] if e["name"] == "JOB_NAME"]
+    assert name["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/job-name']"
+    host, subdomain = flags["master-addr"].replace("$(JOB_NAME)", job["metadata"]["name"]).split(".")
+    assert host == f"{job['metadata']['name']}-0"
+    assert subdomain == pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+    assert int(flags["master-port"]) == service["spec"]["ports"][0]["port"] == PORT
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_the_pods_of_train_find_pod_0_by_the_name_of_the_service(nodes: int) -> None:
+    found = documents(job="train", nodes=nodes, name="run-7")
+    assert list(found) == ["Service", "Job"]  # in this order: pods look for the name as soon as they start
+    assert_ranks_can_meet(found["Service"], found["Job"])
+
+
+def test_a_rank_drives_one_gpu_and_retries_count_whole_trainings() -> None:
+    job = documents(job="train", nodes=2, ranks_per_node=8, gpus_per_node=8, retries=3)["Job"]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert "--nproc-per-node=8" in container["command"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert job["spec"]["backoffLimit"] == 6
+    assert "nvidia.com/gpu" not in str(documents(job="train"))
+
+
+def test_preemption_is_no_failure_and_a_worse_nightly_is_not_tried_again() -> None:
+    rules = documents(job="nightly")["CronJob"]["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    assert rules[0] == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert rules[1] == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2]}}
+
+
+def test_nightly_runs_one_at_a_time_on_its_schedule() -> None:
+    spec = documents(job="nightly", schedule="30 2 * * 1-5")["CronJob"]["spec"]
+    assert (spec["schedule"], spec["concurrencyPolicy"]) == ("30 2 * * 1-5", "Forbid")
+
+
+@pytest.mark.parametrize("job", ["train", "preprocess"])
+def test_pods_run_as_the_user_of_the_image_with_what_they_were_given(job: str) -> None:
+    given = {"data_claim": "logs", "shared_memory": "64Gi", "memory": "96Gi", "grace_s": 300, "args": ["a=$(HOME)"]}
+    pod = documents(job=job, **given)["Job"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == UID
+    assert pod["restartPolicy"] == "Never"
+    assert pod["terminationGracePeriodSeconds"] == 300
+    assert container["resources"]["limits"]["memory"] == "96Gi"
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    assert volumes["data"]["persistentVolumeClaim"]["claimName"] == "logs"
+    assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"}
+    assert {m["mountPath"]: m["name"] for m in container["volumeMounts"]}["/dev/shm"] == "shared-memory"
+    assert container["args"] == ["a=$$(HOME)"], "Kubernetes would expand it"
+
+
+def test_the_base_is_what_submit_prints() -> None:
+    written = {path.name: path.read_text() for path in BASE.glob("*.yaml")}
+    assert written == base_files(submission()), f"rewrite it: {REWRITE}"
+    for job, args in DEMO.items():
+        printed = to_yaml(objects(submission(job=job, args=args, cluster="k8s", suspend=job == "train")))
+        assert written[f"{job}.yaml"].endswith(printed)
+
+
+def test_the_base_is_whole_and_valid() -> None:
+    kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
+    listed = kustomization["resources"] + kustomization["configurations"] + ["kustomization.yaml"]
+    assert sorted(listed) == sorted(path.name for path in BASE.glob("*.yaml"))
+    found = [d for name in kustomization["resources"] for d in yaml.safe_load_all((BASE / name).read_text())]
+    for document in found:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    kinds = sorted(d["kind"] for d in found)
+    assert kinds == ["CronJob", "Job", "Job", "PersistentVolumeClaim", "PersistentVolumeClaim", "Service"]
+    have = {d["metadata"]["name"] for d in found if d["kind"] == "PersistentVolumeClaim"}
+    want = set(re.findall(r"claimName: (\S+)", "".join((BASE / n).read_text() for n in kustomization["resources"])))
+    assert have == want == {c.metadata.name for c in claims(submission()) if c.metadata}
+
+
+def test_a_base_for_gpus_gives_them_to_train_alone(tmp_path: Path) -> None:
+    files = base_files(submission(base="k8s", nodes=4, ranks_per_node=8, gpus_per_node=8))
+    assert "--nnodes=4" in files["train.yaml"]
+    assert [name for name, text in files.items() if "nvidia.com/gpu" in text] == ["train.yaml"]
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl kustomize")
+def test_an_overlay_may_put_a_prefix_before_every_name(tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "base")
+    overlay = {"resources": ["../base"], "namePrefix": "stage-", "namespace": "ml"}
+    (tmp_path / "overlay").mkdir()
+    (tmp_path / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    command = ["kubectl", "kustomize", str(tmp_path / "overlay")]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {(d["kind"], d["metadata"]["name"]): d for d in yaml.safe_load_all(text)}
+    assert_ranks_can_meet(found["Service", "stage-taskfuse-train"], found["Job", "stage-taskfuse-train"])
+
+
+def test_the_image_holds_every_package_and_runs_as_nobody_special() -> None:
+    text = (ROOT / "k8s" / "Dockerfile").read_text()
+    packages = re.search(r"include = \[(.*)\]", (ROOT / "pyproject.toml").read_text())
+    assert packages
+    for package in re.findall(r'"(\w+)\*"', packages[1]):
+        assert f"COPY {package} {package}\n" in text
+    assert f"USER {UID}\n" in text
+    assert f"--uid {UID} " in text
+    assert "\nENTRYPOINT []\n" in text
+    assert "://" not in text, "which package index to use is said by whoever builds"
+
+
+def test_the_default_image_is_this_version() -> None:
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version
+    assert submission().image == f"taskfuse:{version[1]}"
+    assert f"-t taskfuse:{version[1]} ." in (ROOT / "k8s" / "Dockerfile").read_text()
