@@ -150,8 +150,8 @@ class Metrics:
         }
         self._sums_T = _merge_sums(self._sums_T, {key: x_T.double() for key, x_T in sums_T.items()})
         if self._binary:
-            # All that is not finite is one prediction: it keeps its weight in the base rate without growing the table. Rows
-            # that do not count stay as well, all at logit 0 and of weight 0.
+            # All that is not finite is one prediction: it keeps its weight in the base rate without growing the table.
+            # Rows that do not count stay as well, all at logit 0 and of weight 0.
             rows_3BT = torch.stack((torch.where(finite_BT, z_BT, math.inf), w_BT * y_BT, w_BT * (1 - y_BT)))
             self._pending_3BT.append(rows_3BT[..., self._binary])
             self._pending_cells += len(y_BT) * len(self._binary)
@@ -169,9 +169,11 @@ class Metrics:
         return both
 
     def state(self) -> dict[str, Tensor]:
-        """All that was accumulated: one (T,) sum per key and one (3, G) table per binary task, float64 on the CPU."""
-        tables = {f"table/{self.tasks[t][0]}": table_3G.clone() for t, table_3G in self._compact().items()}
-        return {key: x_T.clone() for key, x_T in self._sums_T.items()} | tables
+        """All that was accumulated: one (T,) sum per key and one (3, G) table per binary task, float64 on the CPU.
+
+        Not copied, as tables are large, and never changed by later updates: do not write into it.
+        """
+        return self._sums_T | {f"table/{self.tasks[t][0]}": x_3G for t, x_3G in self._compact().items()}
 
     @classmethod
     def from_state(cls, tasks: Sequence[tuple[str, str]], state: dict[str, Tensor]) -> "Metrics":
@@ -180,9 +182,9 @@ class Metrics:
         expected = metrics.state()
         if state.keys() != expected.keys() or any(len(state[key]) != len(x) for key, x in expected.items()):
             raise ValueError(f"a state with {sorted(state)} is not one of tasks {metrics.tasks}")
-        copy = {key: x.detach().to("cpu", torch.float64, copy=True) for key, x in state.items()}
-        metrics._sums_T = {key: copy[key] for key in metrics._sums_T}
-        metrics._tables_3G = {t: copy[f"table/{metrics.tasks[t][0]}"] for t in metrics._binary}
+        given = {key: x.detach().to("cpu", torch.float64) for key, x in state.items()}
+        metrics._sums_T = {key: given[key] for key in metrics._sums_T}
+        metrics._tables_3G = {t: given[f"table/{metrics.tasks[t][0]}"] for t in metrics._binary}
         return metrics
 
     def compute(self) -> dict[str, dict[str, float | int | None]]:
@@ -259,7 +261,8 @@ class WindowedNE:
 def _windowed(loss: float, weight: float, positive: float, binary: bool) -> float:
     if not binary:
         return loss / weight if weight else math.nan
-    # The two sums of one class may differ by rounding: a base rate of 1e-12 would need 1e12 rows in the window.
+    # An all-reduce may add the two sums in different orders, so those of one class need not be equal to the last bit; a
+    # true base rate of 1e-12 would need 1e12 rows in the window.
     one_class = min(positive, weight - positive) <= 1e-12 * weight
     return math.nan if one_class else loss / _entropy(positive, weight - positive)
 

@@ -37,8 +37,14 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
         UserError: bad input, or a loss that is not finite.
     """
     device = distribution.start()
+    trainer = None
     try:
-        return Trainer(config, schema, device).run_to_end()
+        trainer = Trainer(config, schema, device)
+        return trainer.run_to_end()
+    except BaseException:
+        if trainer is not None and trainer.rank == 0:
+            trainer.run.say("failed", trainer.step, trainer.steps)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -107,6 +113,7 @@ class Trainer:
             break
         if self.rank == 0:
             self.run.create(self.config.model_dump(mode="json"), self.schema)
+            self.run.say("training", self.step, self.steps)
             keep_lines(self.run.train_metrics, self.step)
         dist.barrier()
 

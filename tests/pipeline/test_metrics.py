@@ -201,19 +201,22 @@ def test_state_survives_a_file_without_pickle_and_goes_on() -> None:
     expected = computed(TASKS, *rows)
     first = Metrics(TASKS)
     first.update(*(x_BT[:700] for x_BT in rows))
-    file = io.BytesIO()
-    torch.save(first.state(), file)
+    state, file = first.state(), io.BytesIO()
+    torch.save(state, file)
     file.seek(0)
     second = Metrics.from_state(TASKS, torch.load(file, weights_only=True))
     assert second.compute() == first.compute()
     second.update(*(x_BT[700:] for x_BT in rows))
     assert_same(second.compute(), expected)
-    assert first.compute() != second.compute()
+    first.update(*(x_BT[700:] for x_BT in rows))
+    assert Metrics.from_state(TASKS, state).compute() != first.compute() == second.compute()
 
 
 def test_a_state_of_other_tasks_is_refused() -> None:
     with pytest.raises(ValueError, match="not one of tasks"):
         Metrics.from_state(CLICK, Metrics(TASKS).state())
+    with pytest.raises(ValueError, match="not one of tasks"):
+        Metrics.from_state(SPEND, Metrics([*SPEND, ("visits", "regression")]).state())
     with pytest.raises(ValueError, match="cannot merge"):
         Metrics(CLICK).merge(Metrics(SPEND))
 
@@ -324,6 +327,15 @@ def test_a_prediction_that_is_not_finite_is_counted_and_hides_what_depends_on_it
     json.dumps(ours, allow_nan=False)
 
 
+def test_a_diverged_model_does_not_fill_the_memory() -> None:
+    metrics = Metrics(CLICK)
+    ones_BT = torch.ones(100, 1)
+    for broken in (math.nan, math.inf, -math.inf):
+        metrics.update(ones_BT * broken, ones_BT, ones_BT, ones_BT)
+    assert metrics.state()["table/click"].shape == (3, 1)
+    assert (metrics.compute()["click"]["non_finite"], metrics.compute()["click"]["base_rate"]) == (300, 1.0)
+
+
 @pytest.mark.parametrize(("t", "label"), [(0, 1.5), (0, -0.1), (0, math.nan), (1, math.nan), (1, math.inf)])
 def test_a_label_out_of_range_is_named_with_its_task(t: int, label: float) -> None:
     rows = random_rows(100)
@@ -407,6 +419,8 @@ def test_a_window_without_rows_or_with_one_class_is_nan(label: float) -> None:
     assert math.isnan(click)
     assert math.isnan(like)
     assert spend == pytest.approx(0.5, rel=1e-12)
+    # As ranks may have added it up.
+    assert math.isnan(WindowedNE(CLICK, 1).value(torch.tensor([[0.5, 0.3, 0.3 - 1e-16]], dtype=torch.float64))[0])
 
 
 def test_a_loss_that_is_not_finite_shows_until_it_leaves_the_window() -> None:

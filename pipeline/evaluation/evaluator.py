@@ -1,0 +1,205 @@
+"""The evaluator: reads checkpoints as they are committed and appends each one's metrics to eval.jsonl, once."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from features.errors import UserError
+from features.schema import Split
+from models.ranker import ModelConfig, Ranker
+from pipeline import checkpoint
+from pipeline.dataset import Dataset, write_json
+from pipeline.evaluation.metrics import Metrics
+from pipeline.loader import Loader
+from pipeline.run import Run, append_line, read_lines
+
+POLL_SECONDS = 0.5
+
+
+class Truth(BaseModel):
+    """Where the true probabilities of a generated log are.
+
+    Attributes:
+        file: Parquet. key: its column that equals row_id. columns: per task, its probability (regression: its mean).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    file: Path
+    key: str
+    columns: dict[str, str]
+
+
+class EvaluateConfig(BaseModel):
+    """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+    run: Path
+    split: Split = "test"
+    dataset: Path | None = None
+    step: int | Literal["all", "newest"] = "all"
+    follow: bool = False
+    give_up_after: float = Field(600, gt=0)
+    batch_size: int = Field(8192, ge=1)
+    threads: int | None = Field(None, ge=1)
+    truth: Truth | None = None
+
+
+class Evaluator:
+    """A run's model on one split of a dataset, without a process group and without sharding.
+
+    Args:
+        run: whose checkpoints. dataset: whose rows; must have the run's schema. split: of it. batch_size: rows at a time.
+    Raises:
+        UserError: no run, or a dataset of another schema.
+    """
+
+    def __init__(self, run: Run, dataset: Dataset, split: Split, batch_size: int) -> None:
+        self.run, self.dataset, self.split = run, dataset, split
+        self.schema = run.schema()
+        dataset.expect(self.schema.fingerprint, f"the run {run.path}")
+        self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
+        self.loader = Loader(dataset, split, batch_size)
+        model = ModelConfig.model_validate(run.config()["model"])
+        self.ranker = Ranker(self.schema, dataset.encoders, model, device="cpu").eval()
+
+    @torch.inference_mode()
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """One checkpoint's record: step, rows (seen in training), split, seconds, metrics per task. Raises UserError."""
+        begin = time.perf_counter()
+        path = checkpoint.folder(self.run.checkpoints, step)
+        manifest = checkpoint.check(path)
+        checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
+        metrics = Metrics(self.tasks)
+        for batch in self.loader.batches(self.loader.start()):
+            metrics.update(self.ranker(batch), batch.label_BT, batch.observed_BT, batch.weight_BT)
+        return {
+            "step": step,
+            "rows": manifest.rows,
+            "split": self.split,
+            "dataset": str(self.dataset.path),
+            "time": time.time(),
+            "seconds": time.perf_counter() - begin,
+            "metrics": metrics.compute(),
+        }
+
+    def best(self, truth: Truth) -> dict[str, dict[str, float | int | None]]:
+        """Metrics of the true probabilities on the same rows: what no model can beat but by luck. Raises UserError."""
+        try:
+            known = pl.read_parquet(truth.file, columns=[truth.key, *truth.columns.values()])
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
+        metrics = Metrics(self.tasks)
+        for batch in self.loader.batches(self.loader.start()):
+            rows = pl.DataFrame({truth.key: batch.row_id_B.numpy()}).join(
+                known, on=truth.key, how="left", maintain_order="left"
+            )
+            columns = [
+                torch.from_numpy(rows[truth.columns[name]].fill_null(float("nan")).to_numpy()) for name, _ in self.tasks
+            ]
+            logit_BT = torch.stack(
+                [
+                    c.double().logit() if kind == "binary" else c
+                    for c, (_, kind) in zip(columns, self.tasks, strict=True)
+                ],
+                1,
+            )
+            metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT)
+        return metrics.compute()
+
+
+def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
+    """Evaluates a run's checkpoints in order and yields each record once it is in eval.jsonl.
+
+    With `follow` it starts before or during training and ends with it. It only ever reads what the trainer writes.
+
+    Raises:
+        UserError: bad input; or, following, a trainer that has said nothing for `give_up_after` seconds.
+    """
+    run = Run(config.run)
+    if config.follow:
+        os.nice(10)  # the trainer comes first
+        _wait_for(run, config.give_up_after)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (2 if config.follow else 1)))
+    dataset = Dataset(config.dataset or Path(run.config()["dataset"]))
+    evaluator = Evaluator(run, dataset, config.split, config.batch_size)
+    with _only_one(run, config.split):
+        if config.truth:
+            write_json(best_path(run, config.split), evaluator.best(config.truth))
+        seen = {
+            r["step"]
+            for r in read_lines(run.eval_metrics)
+            if (r["split"], r["dataset"]) == (config.split, str(dataset.path))
+        }
+        for step in _steps(run, config):
+            if step in seen:
+                continue
+            seen.add(step)
+            try:
+                record = evaluator.evaluate(step)
+            except (UserError, OSError) as error:
+                if checkpoint.folder(run.checkpoints, step).exists() and not config.follow:
+                    raise
+                print(f"step {step}: left out, its checkpoint was deleted or damaged ({error})", flush=True)
+                continue
+            append_line(run.eval_metrics, record)
+            yield record
+
+
+def best_path(run: Run, split: Split) -> Path:
+    """Where the metrics of the true probabilities are kept."""
+    return run.eval_metrics.with_name(f"best-{split}.json")
+
+
+def _steps(run: Run, config: EvaluateConfig) -> Iterator[int]:
+    """Steps to evaluate: those asked for, or, following, every one as it appears until the run has ended."""
+    if not config.follow:
+        found = checkpoint.steps(run.checkpoints)
+        if not found or (isinstance(config.step, int) and config.step not in found):
+            wanted = f"step {config.step}" if isinstance(config.step, int) else "any"
+            raise UserError(f"{run.checkpoints}: no checkpoint ({wanted}); there are {found or 'none'}")
+        yield from found if config.step == "all" else [found[-1] if config.step == "newest" else config.step]
+        return
+    while True:
+        status = run.status()  # before the listing: what is committed by the end is then in it
+        yield from checkpoint.steps(run.checkpoints)
+        if status and status.state == "finished":
+            return
+        if status and status.state == "failed":
+            raise UserError(
+                f"{run.path}: training stopped at step {status.step}; its checkpoints are evaluated. Start it again."
+            )
+        if status and time.time() - status.time > config.give_up_after:
+            raise UserError(
+                f"{run.path}: the trainer has said nothing for {config.give_up_after:.0f} s. Is it still there?"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _wait_for(run: Run, seconds: float) -> None:
+    begin = time.monotonic()
+    while not (run.path / "config.yaml").exists() or not (run.path / "schema.yaml").exists():
+        if time.monotonic() - begin > seconds:
+            raise UserError(f"{run.path}: no run appeared within {seconds:.0f} s. Start jobs.train run={run.path}.")
+        time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _only_one(run: Run, split: Split) -> Iterator[None]:
+    """Two evaluators of one split would evaluate checkpoints twice. Raises UserError for the second."""
+    run.eval_metrics.parent.mkdir(parents=True, exist_ok=True)
+    with (run.eval_metrics.parent / f".{split}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run.path}: another evaluator is at work on split {split}. Wait for it, or stop it."
+            ) from None
+        yield
