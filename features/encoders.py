@@ -77,16 +77,23 @@ class Encoders:
                 path.stem: pq.read_table(path)["value"].combine_chunks().cast(pa.large_string())
                 for path in (folder / "vocabularies").glob("*.parquet")
             }
-        except (OSError, ValueError) as error:
+            known = {name: content[name] for name in ("version", "fingerprint", "num_embeddings", "moments")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: encoders cannot be read ({error}). Run jobs.preprocess again.") from None
-        if content["version"] != VERSION:
-            raise UserError(f"{folder}: encoders of version {content['version']}, this release reads {VERSION}")
-        if content["fingerprint"] != schema.fingerprint:
+        if known["version"] != VERSION:
+            raise UserError(f"{folder}: encoders of version {known['version']}, this release reads {VERSION}")
+        if known["fingerprint"] != schema.fingerprint:
             raise UserError(
-                f"{folder}: encoders were fitted for schema {content['fingerprint']}, this is {schema.fingerprint}. "
+                f"{folder}: encoders were fitted for schema {known['fingerprint']}, this is {schema.fingerprint}. "
                 "Use the schema of that dataset, or fit new encoders."
             )
-        moments = {n: Moments(**{k: v for k, v in m.items() if k != "std"}) for n, m in content["moments"].items()}
+        for name, count in known["num_embeddings"].items():
+            if schema.all_tables[name].hash is None and len(vocabularies.get(name, [])) + UNKNOWN + 1 != count:
+                raise UserError(
+                    f"{folder}/vocabularies/{name}.parquet is missing or not the {count - UNKNOWN - 1} values that were fitted. "
+                    "Restore it, or run jobs.preprocess again."
+                )
+        moments = {n: Moments(**{k: v for k, v in m.items() if k != "std"}) for n, m in known["moments"].items()}
         return cls(schema, vocabularies, moments)
 
     def encode(self, rows: pl.DataFrame) -> pa.Table:

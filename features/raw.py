@@ -41,9 +41,11 @@ def parse(schema: Schema, raw: pl.DataFrame, outcomes: dict[str, pl.DataFrame], 
     text = clean(schema, raw)
     frame, reason = cast(text, schema.raw_types)
     for name, events in outcomes.items():
-        frame = frame.join(events, left_on=schema.source.key, right_on="key", how="left", maintain_order="left")
-        frame = frame.with_columns(pl.col(name).fill_null(False))
+        # By the key's text: the streams' keys are text, whatever type the impressions' key has for other uses.
+        found = text.select(pl.col(str(schema.source.key)).alias("key")).join(events, on="key", how="left", maintain_order="left")
+        frame = frame.hstack(found.drop("key").with_columns(pl.col(name).fill_null(False)))
     frame = frame.with_columns(evaluate(frame, f"source.derived.{n}", e, n) for n, e in schema.source.derived.items())
+    _check_types(schema, frame)
     frame = frame.with_columns(_label(schema, frame, name) for name in schema.tasks)
     frame = frame.with_columns(
         _split(schema, frame, row),
@@ -110,19 +112,38 @@ def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Se
     return series if series.len() == frame.height else series.new_from_index(0, frame.height)
 
 
+def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
+    """`evaluate`, where text is not a value. Raises UserError."""
+    series = evaluate(frame, key, expression, name)
+    if series.dtype == pl.String:
+        raise UserError(f"{key}: {expression!r} is text: compare it with a value, or declare its column in source.types")
+    return series.cast(pl.Float32)
+
+
+def _check_types(schema: Schema, frame: pl.DataFrame) -> None:
+    """Raises UserError for a column, mostly a derived one, that is not of the type that its use needs."""
+    wanted = {f"dense.{name}": f.column or name for name, f in schema.dense.items()}
+    for key, column in wanted.items():
+        if not (frame[column].dtype.is_numeric() or frame[column].dtype in (pl.Boolean, pl.Null)):
+            raise UserError(f"{key}: column {column} is {frame[column].dtype}, it must be a number")
+    for key, column in (("event_time", schema.event_time), ("source.row_id", schema.source.row_id)):
+        if column and not frame[column].dtype.is_integer():
+            raise UserError(f"{key}: column {column} is {frame[column].dtype}, it must be an integer")
+
+
 def _label(schema: Schema, frame: pl.DataFrame, name: str) -> pl.Series:
     task = schema.tasks[name]
-    label = evaluate(frame, f"tasks.{name}.label", task.label, f"label.{name}").cast(pl.Float32)
+    label = _number(frame, f"tasks.{name}.label", task.label, f"label.{name}")
     if task.observed_when is None:
         return label
-    observed = evaluate(frame, f"tasks.{name}.observed_when", task.observed_when, "observed").cast(pl.Boolean)
+    observed = _number(frame, f"tasks.{name}.observed_when", task.observed_when, "observed").cast(pl.Boolean)
     return label.zip_with(observed.fill_null(False), pl.Series([None], dtype=pl.Float32).new_from_index(0, len(label)))
 
 
 def _weight(schema: Schema, frame: pl.DataFrame) -> pl.Series:
     if schema.weight is None:
         return pl.Series(WEIGHT, [1.0], dtype=pl.Float32).new_from_index(0, frame.height).alias(WEIGHT)
-    return evaluate(frame, "weight", schema.weight, WEIGHT).cast(pl.Float32)
+    return _number(frame, "weight", schema.weight, WEIGHT)
 
 
 def _split(schema: Schema, frame: pl.DataFrame, row: int) -> pl.Series:
@@ -144,7 +165,13 @@ def _split(schema: Schema, frame: pl.DataFrame, row: int) -> pl.Series:
 
 def _impossible(schema: Schema) -> list[pl.Expr]:
     """What makes a typed row unusable, each an expression that is null where all is well."""
-    faults = []
+    faults: list[pl.Expr] = []
+    for name, feature in schema.dense.items():
+        column = pl.col(feature.column or name)
+        # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
+        faults.append(
+            pl.when(column.cast(pl.Float32).is_infinite()).then(pl.format(f"{name}: {{}} is not a finite number", column))
+        )
     for name, task in schema.tasks.items():
         label = pl.col(f"label.{name}")
         allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()
@@ -152,7 +179,7 @@ def _impossible(schema: Schema) -> list[pl.Expr]:
         faults.append(pl.when(~allowed).then(pl.format(f"tasks.{name}: {{}} is not {words}", label)))
     weight = pl.col(WEIGHT)
     faults.append(
-        pl.when(weight.is_null() | ~(weight >= 0) | weight.is_infinite()).then(
+        pl.when(weight.is_null() | weight.is_nan() | ~(weight >= 0) | weight.is_infinite()).then(
             pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
         )
     )
@@ -161,6 +188,9 @@ def _impossible(schema: Schema) -> list[pl.Expr]:
         faults.append(pl.when(pl.col(schema.event_time).is_null()).then(pl.lit(f"{schema.event_time}: missing event time")))
     if schema.source.row_id:
         faults.append(pl.when(pl.col(ROW_ID).is_null()).then(pl.lit(f"{schema.source.row_id}: missing row id")))
+        # -1 marks the padding of a batch.
+        negative = pl.format(f"{schema.source.row_id}: {{}} is not a row id >= 0", pl.col(ROW_ID))
+        faults.append(pl.when(pl.col(ROW_ID) < 0).then(negative))
     return faults
 
 

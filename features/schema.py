@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import date, datetime, time, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,11 +19,14 @@ RAW_TYPES = {"int": pl.Int64, "float": pl.Float64, "string": pl.String}
 RawType = Literal["int", "float", "string"]
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+TAKEN = ("weight", "event_time", "row_id")  # columns of every dataset
 
 
 def _utc(value: Any) -> Any:
     """Dates and times without a zone are UTC: a split must not move with the machine's zone."""
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    if isinstance(moment, date) and not isinstance(moment, datetime):  # what YAML makes of a date without quotes
+        moment = datetime.combine(moment, time())
     return moment.replace(tzinfo=timezone.utc) if isinstance(moment, datetime) and moment.tzinfo is None else value
 
 
@@ -58,7 +61,6 @@ class Source(Strict):
     key: str | None = Field(None, description="column that outcomes refer to")
     outcomes: dict[str, Outcome] = {}
     derived: dict[str, str] = Field({}, description="further columns as SQL expressions over the raw ones")
-
 
     @property
     def header_lines(self) -> int:
@@ -123,7 +125,7 @@ class Task(Strict):
     kind: Literal["binary", "regression"]
     label: str
     observed_when: str | None = None
-    loss_weight: float = Field(1.0, ge=0)
+    loss_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
 class HashSplit(Strict):
@@ -133,6 +135,12 @@ class HashSplit(Strict):
     key: str
     valid: float = Field(ge=0, lt=1)
     test: float = Field(ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> "HashSplit":
+        if self.valid + self.test >= 1:
+            raise ValueError("valid and test together must be less than 1")
+        return self
 
 
 class RowIndexSplit(Strict):
@@ -205,8 +213,13 @@ class Schema(Strict):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the SHA-256 of the schema's content; comments and defaults written out do not change it."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """16 hex digits of the SHA-256 of the schema's content; comments and defaults written out do not change it.
+
+        Nor does the order of keys, but for that of features and tasks: it is the order of a model's inputs and logits.
+        """
+        order = [list(names) for names in (self.dense, self.categorical, self.bag, self.tasks)]
+        # Without defaults, so that a release with one more setting still knows yesterday's datasets.
+        canonical = json.dumps([self.model_dump(mode="json", exclude_defaults=True), order], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @cached_property
@@ -277,18 +290,35 @@ class Schema(Strict):
         return found | ({"weight": self.weight} if self.weight else {})
 
 
+_QUOTED = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`""")
+_ESCAPES = re.compile(r"""[\\$]|--|/\*""")  # where quotes may end elsewhere than _QUOTED thinks
+_QUERY = re.compile(r"\b(select|from)\b", re.IGNORECASE)
+_OTHER_ROWS = re.compile(
+    r"\bover\b|\b(any_value|avg|count|sum|min|max|first|last|median|mode|std\w*|var\w*|quantile\w*|corr|covar\w*|"
+    r"\w+_agg|listagg|bit_and|bit_or|bit_xor|bool_and|bool_or|unnest|explode)\s*\(",
+    re.IGNORECASE,
+)
+
+
 def columns_of(expression: str) -> list[str]:
     """Columns that a SQL expression reads.
 
     Raises:
-        ValueError: it cannot be parsed, or holds a query of its own, which could reach files.
+        ValueError: it cannot be parsed, holds a query of its own, which could reach files (and would, by being parsed),
+            or looks at other rows, so that its value would depend on where a block of rows ends.
     """
-    if re.search(r"\bselect\b", re.sub(r"'[^']*'", "", expression), re.IGNORECASE):
+    bare = _QUOTED.sub("''", expression)
+    if _QUERY.search(expression if _ESCAPES.search(expression) else bare):
         raise ValueError(f"{expression!r} holds a query: an expression may only read columns of its row")
+    if other := _OTHER_ROWS.search(bare):
+        raise ValueError(f"{expression!r} looks at other rows ({other[0]}): it may only read columns of its row")
     try:
-        return pl.sql_expr(expression).meta.root_names()
+        meta = pl.sql_expr(expression).meta
     except (pl.exceptions.PolarsError, TypeError) as error:
         raise ValueError(f"{expression!r} is not a SQL expression: {error}") from None
+    if meta.has_multiple_outputs():
+        raise ValueError(f"{expression!r} stands for several columns: name the one that is meant")
+    return meta.root_names()
 
 
 def _contradictions(schema: Schema) -> Iterator[str]:
@@ -311,11 +341,18 @@ def _contradictions(schema: Schema) -> Iterator[str]:
     names = [*schema.dense_columns, *schema.sparse]
     if twice := {n for n in names if names.count(n) > 1}:
         yield f"feature {sorted(twice)[0]} is defined twice: dense, categorical and bag share one namespace"
+    for name in dict.fromkeys([*names, *schema.tables]):
+        if name in TAKEN:
+            yield f"feature {name} has a name that datasets need themselves: rename it, with column: {name}"
+        if not re.fullmatch(r"[^./\\]+", name):
+            yield f"feature or table {name!r} has a name that cannot name a file or a module: rename it without . and /"
     for name, feature in schema.sparse.items():
         if feature.table and feature.table not in schema.tables:
             yield f"{name}.table is {feature.table}, allowed are {sorted(schema.tables)} (see tables)"
         elif not feature.table and name in schema.tables:
             yield f"feature {name} has its own table, but tables.{name} exists: write table: {name}, or rename one"
+    for table in schema.tables.keys() - {f.table for f in schema.sparse.values()}:
+        yield f"tables.{table} is used by no feature: remove it, or write table: {table} in one"
     if schema.source.columns is not None:
         for column in schema.raw_columns:
             if column not in schema.source.columns:
@@ -340,7 +377,7 @@ def _contradictions(schema: Schema) -> Iterator[str]:
 def _say(where: str, content: Any, error: Any) -> str:
     """One validation error as: file, key, what is wrong, what is allowed."""
     loc = [str(part) for part in error["loc"] if part not in ("hash", "row_index", "time") or error["loc"][0] != "split"]
-    key = ".".join(loc)
+    key = ".".join(loc) or "the whole file"
     if error["type"] != "extra_forbidden":
         return f"{where}: {key}: {error['msg']}"
     return f"{where}: {key}: unknown key, allowed are {', '.join(_allowed(loc[:-1]))}"

@@ -43,8 +43,10 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the present values, 0 where there are none."""
-        return float(np.sqrt(self.squares / self.count)) if self.count else 0.0
+        """Standard deviation of the present values, 0 where there are none or all are equal."""
+        std = float(np.sqrt(self.squares / self.count)) if self.count else 0.0
+        # The mean of equal values is off by its last digits: what that leaves is rounding, and no scale to divide by.
+        return std if std > 1e-13 * abs(self.mean) else 0.0
 
 
 @dataclass

@@ -19,6 +19,9 @@ class TaskLoss(nn.Module):
         kinds: "binary" or "regression" per task. loss_weights: per task.
     """
 
+    binary_T: Tensor
+    weight_T: Tensor
+
     def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("binary_T", torch.tensor([kind == "binary" for kind in kinds]), persistent=False)

@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 
 from features.batch import Batch
 from features.encoders import Encoders
@@ -74,10 +75,16 @@ class Ranker(nn.Module):
 
     def inputs(self, batch: Batch) -> Tensor:
         """x_BD: pooled embeddings in the schema's order, then dense columns."""
-        pooled = self.embeddings(batch.sparse)
-        # A sharded KeyedTensor lists features by rank, an unsharded one by table: order them by name.
-        part = dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
-        return torch.cat([*(part[name] for name in self.features), batch.dense_BD], dim=1)
+        return _joined(self.embeddings(batch.sparse), self.features, batch.dense_BD)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.towers(self.fusion(self.inputs(batch)))
+
+
+def _joined(pooled: KeyedTensor, features: list[str], dense_BD: Tensor) -> Tensor:
+    """Pooled embeddings by name, since a sharded KeyedTensor lists them by rank and an unsharded one by table; then dense."""
+    part = dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
+    return torch.cat([*(part[name] for name in features), dense_BD], dim=1)
+
+
+torch.fx.wrap("_joined")  # TorchRec's pipelined loop traces the forward, and a loop over keys cannot be traced

@@ -69,12 +69,8 @@ def save(checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest)
     return final
 
 
-def check(path: Path) -> CheckpointManifest:
-    """Reads a checkpoint's manifest and compares every file with it.
-
-    Raises:
-        UserError: naming what is missing or differs.
-    """
+def read(path: Path) -> CheckpointManifest:
+    """A checkpoint's manifest. Raises UserError where there is none that can be read."""
     try:
         manifest = CheckpointManifest.model_validate_json((path / "manifest.json").read_text())
     except (FileNotFoundError, ValidationError) as error:
@@ -82,6 +78,16 @@ def check(path: Path) -> CheckpointManifest:
         raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
     if manifest.version != VERSION:
         raise UserError(f"{path}: checkpoint of version {manifest.version}, this release reads {VERSION}")
+    return manifest
+
+
+def check(path: Path) -> CheckpointManifest:
+    """Reads a checkpoint's manifest and compares every file with it.
+
+    Raises:
+        UserError: naming what is missing or differs.
+    """
+    manifest = read(path)
     for name, (size, checksum) in manifest.files.items():
         file = path / name
         if not file.exists():

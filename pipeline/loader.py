@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from features.batch import Batch, Rows
+from features.encoders import arrow_schema
 from features.errors import UserError
 from features.schema import Split
 from pipeline.dataset import Dataset
@@ -127,7 +128,7 @@ class Loader:
         edges = [0, *range(max(1, size * (lane + 1) // self.lanes), length, size), length]
         held: dict[int, Rows] = {}
         for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
-            if stop <= cursor and cursor < length:
+            if stop <= cursor and stop < length:
                 continue
             pieces = self._pieces(order, self.bounds[lane] + start, self.bounds[lane] + stop)
             held = {p.group: held.get(p.group) or self._decode(p.group) for p in pieces}
@@ -150,13 +151,16 @@ class Loader:
         return pieces
 
     def _open_shard(self, path: str) -> pq.ParquetFile:
-        return pq.ParquetFile(self.dataset.path / path, memory_map=True, page_checksum_verification=True)
+        file = pq.ParquetFile(self.dataset.path / path, memory_map=True, page_checksum_verification=True)
+        if file.schema_arrow != arrow_schema(self.schema):
+            raise pa.ArrowInvalid("its columns are not the schema's")
+        return file
 
     def _decode(self, group: int) -> Rows:
         path, index = self.groups[group]
         try:
             table = self._open(path).read_row_group(index, [*self.columns, "weight", "row_id"], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{self.dataset.path / path}, row group {index}: cannot be read ({reason}): the file changed after it "

@@ -19,8 +19,8 @@ FUSIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def build_fusion(config: dict[str, Any], in_dim: int, num_tasks: int) -> nn.Module:
-    """The fusion named `config["name"]` with the other keys as its arguments.
+def build_fusion(config: dict[str, Any], in_dim: int, num_tasks: int) -> Any:
+    """The fusion named `config["name"]` with the other keys as its arguments: a module with `out_dim` and `gates`.
 
     Raises:
         UserError: an unknown name, or arguments that the class does not take.

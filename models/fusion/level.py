@@ -24,6 +24,11 @@ class UnitLevel(nn.Module):
     Returns: h_OBH.
     """
 
+    unit_E: Tensor
+    hidden_OE: Tensor
+    own_OE: Tensor
+    learnt_OE: Tensor
+
     def __init__(
         self, in_dim: int, layers: Sequence[int], counts: Sequence[int], outputs: int, visible_OE: Tensor,
         native: bool = False, first: bool = False,
@@ -99,6 +104,7 @@ class UnitNetwork(nn.Module):
         """Weights of the experts per level: weight_BOE, the shared unit's row last where it passes something on."""
         h_UBD, weights = x_BD.unsqueeze(0), []
         for level in self.levels:
+            assert isinstance(level, UnitLevel)
             weights.append(level.weights(h_UBD).transpose(0, 1))
             h_UBD = level(h_UBD)
         return weights

@@ -26,8 +26,8 @@ class MMoE(nn.Module):
         self.num_experts, self.out_dim = num_experts, levels[-1][-1]
         dims = [in_dim, *(layers[-1] for layers in levels)]
         self.experts = nn.ModuleList(StackedMLP(num_experts, d, w) for d, w in zip(dims, levels, strict=False))
-        users = [num_experts] * (len(levels) - 1) + [num_tasks]
-        self.gate = nn.ModuleList(StackedLinear(u, in_dim, num_experts, bias=False) for u in users)
+        self.users = [num_experts] * (len(levels) - 1) + [num_tasks]
+        self.gate = nn.ModuleList(StackedLinear(u, in_dim, num_experts, bias=False) for u in self.users)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         h_UBD = x_BD.expand(self.num_experts, -1, -1)
@@ -40,4 +40,4 @@ class MMoE(nn.Module):
         return [gate_UBE.transpose(0, 1) for gate_UBE in self._gates(x_BD)]
 
     def _gates(self, x_BD: Tensor) -> list[Tensor]:
-        return [gate(x_BD.expand(gate.weight_SDH.shape[0], -1, -1)).softmax(-1) for gate in self.gate]
+        return [gate(x_BD.expand(u, -1, -1)).softmax(-1) for gate, u in zip(self.gate, self.users, strict=True)]

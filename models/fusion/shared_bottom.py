@@ -26,6 +26,6 @@ class SharedBottom(nn.Module):
         h_1BD = self.bottom(x_BD.unsqueeze(0))
         return h_1BD.transpose(0, 1).expand(-1, self.num_tasks, -1)
 
-    def gates(self, x_BD: Tensor) -> list[Tensor]:
+    def gates(self, _: Tensor) -> list[Tensor]:
         """No gates."""
         return []

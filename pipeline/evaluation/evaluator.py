@@ -71,18 +71,23 @@ class Evaluator:
         self.ranker = Ranker(self.schema, dataset.encoders, model, device="cpu").eval()
 
     @torch.inference_mode()
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """One checkpoint's record: step, rows (seen in training), split, seconds, metrics per task. Raises UserError."""
-        begin = time.perf_counter()
+    def metrics(self, step: int) -> Metrics:
+        """A checkpoint's predictions on the split. Raises UserError for a checkpoint that is not whole."""
         path = checkpoint.folder(self.run.checkpoints, step)
-        manifest = checkpoint.check(path)
+        checkpoint.check(path)
         checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
         metrics = Metrics(self.tasks)
         for batch in self.loader.batches(self.loader.start()):
             metrics.update(self.ranker(batch), batch.label_BT, batch.observed_BT, batch.weight_BT)
+        return metrics
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """One checkpoint's record: step, rows (seen in training), split, seconds, metrics per task. Raises UserError."""
+        begin = time.perf_counter()
+        metrics = self.metrics(step)
         return {
             "step": step,
-            "rows": manifest.rows,
+            "rows": checkpoint.read(checkpoint.folder(self.run.checkpoints, step)).rows,
             "split": self.split,
             "dataset": str(self.dataset.path),
             "time": time.time(),
@@ -102,7 +107,7 @@ class Evaluator:
                 known, on=truth.key, how="left", maintain_order="left"
             )
             columns = [
-                torch.from_numpy(rows[truth.columns[name]].fill_null(float("nan")).to_numpy()) for name, _ in self.tasks
+                torch.from_numpy(rows[truth.columns[name]].fill_null(float("nan")).to_numpy(writable=True)) for name, _ in self.tasks
             ]
             logit_BT = torch.stack(
                 [

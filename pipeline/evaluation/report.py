@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -39,7 +40,7 @@ def table(run: Run, split: Split, style: str = "simple") -> str:
     header = [
         "step",
         "rows seen",
-        *(f"{task} {word}" for task, kind in kinds.items() for word in COLUMNS[kind].values()),
+        *(f"{task}\n{word}" for task, kind in kinds.items() for word in COLUMNS[kind].values()),
     ]
     found = records(run, split)
     lines = [[f"{r['step']:,}", f"{r['rows']:,}", *_cells(r["metrics"], kinds)] for r in found]
@@ -71,7 +72,7 @@ def _closed(metrics: dict[str, Any], limit: dict[str, Any], key: str) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def _cells(metrics: dict[str, dict[str, Any]], kinds: dict[str, str]) -> list[str]:
+def _cells(metrics: dict[str, dict[str, Any]], kinds: Mapping[str, str]) -> list[str]:
     values = [metrics[task][key] for task, kind in kinds.items() for key in COLUMNS[kind]]
     return ["-" if value is None else f"{value:.4f}" for value in values]
 
@@ -113,7 +114,7 @@ def write(run: Run, split: Split) -> None:
 <style>body {{ font: 15px sans-serif; margin: 2em; }} td, th {{ padding: .2em .8em; text-align: right; }} img {{ max-width: 100%; }}</style>
 <h1>{name}</h1><p>Split {split}. NE: log loss over the entropy of the base rate; 1 knows nothing, lower is better.</p>
 <img alt="NE over rows seen" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">
-{table(run, split, "html")}
+{table(run, split, "html").replace(chr(10), " ")}
 """
     aside = run.report.with_name(".report.html")
     aside.write_text(page)

@@ -15,7 +15,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from features.encoders import Encoders
 from features.errors import UserError
@@ -50,11 +50,11 @@ class PreprocessConfig(BaseModel):
     out: Path
     encoders: Path | None = None
     runner: str = "direct"
-    workers: int = 1
+    workers: int = Field(1, ge=1)
     options: list[str] = []
-    rows_per_row_group: int = 8192
-    rows_per_shard: int = 1 << 20
-    max_bad_fraction: float = 0.001
+    rows_per_row_group: int = Field(8192, ge=1)
+    rows_per_shard: int = Field(1 << 20, ge=1)
+    max_bad_fraction: float = Field(0.001, ge=0, le=1)
     overwrite: bool = False
 
 
@@ -66,6 +66,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     """
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out} exists. Choose another out=, or set overwrite=true to replace it.")
+    if config.out.exists() and not (config.out / "manifest.json").is_file():
+        raise UserError(f"{config.out} is no dataset, so overwrite=true leaves it alone. Remove it, or choose another out=.")
     files = source.find(config.input, schema.source.files)
     for path in files:
         source.check_columns(path, schema)
@@ -97,7 +99,8 @@ def _run(config: PreprocessConfig, files: list[str], staging: Path, name: str, s
             fit = FitFile(schema, staging, fitting=config.encoders is None)
             outputs = work | "fit" >> beam.ParDo(fit).with_outputs("statistics", main="reports")
             fitted = outputs.statistics | "merge" >> beam.CombineGlobally(_merge)
-            _ = fitted | "save" >> beam.Map(_save_encoders, schema, staging)
+            if config.encoders is None:
+                _ = fitted | "save" >> beam.Map(_save_encoders, schema, staging)
             reports = outputs.reports
         else:
             reports = work | "encode" >> beam.ParDo(EncodeFile(schema, staging, config))
@@ -125,7 +128,9 @@ def _merge(parts: Iterable[Statistics]) -> Statistics:
 
 
 def _save_encoders(statistics: Statistics, schema: Schema, staging: Path) -> None:
-    if statistics.moments or statistics.values:
+    # Nothing was counted where a file failed, or has no rows: the reports say so.
+    tables = (name for name, table in schema.all_tables.items() if table.hash is None)
+    if statistics.moments.keys() >= schema.dense.keys() and statistics.values.keys() >= set(tables):
         aside = staging / "scratch" / uuid.uuid4().hex
         Encoders.fit(schema, statistics).save(aside)
         aside.rename(staging / "encoders")
@@ -178,7 +183,7 @@ class FitFile(_FileFn):
     def process(self, element: tuple[int, str]) -> Iterator[Any]:
         """Yields the file's Statistics under the tag `statistics`, and a report: rows, bad rows, an example."""
         index, path = element
-        statistics, malformed = Statistics(), source.Malformed()
+        statistics, malformed = Statistics(), source.Malformed(self.schema.source.header_lines)
         rows, letters, example = Counter[str](), Counter[str](), ""
         try:
             with Share(self.staging / "scratch" / "fit", index) as share:
@@ -187,7 +192,7 @@ class FitFile(_FileFn):
                     letters.update(_kind(reason) for reason in part.letters["reason"])
                     if not example and part.letters.height:
                         line, reason = part.letters.row(0)[:2]
-                        example = f"{path}, line {malformed.line(line) + self.schema.source.header_lines}: {reason}"
+                        example = f"{path}, line {malformed.line(line)}: {reason}"
                     if self.fitting:
                         statistics = statistics.merge(Statistics.of(self.schema, part.rows))
         except UserError as error:
@@ -215,11 +220,12 @@ class EncodeFile(_FileFn):
     def process(self, element: tuple[int, str]) -> Iterator[dict[str, Any]]:
         """Yields one report with the shards written; files of an attempt that failed are named in none."""
         index, path = element
-        malformed, attempt = source.Malformed(), f"{index:05d}-{uuid.uuid4().hex[:8]}"
+        malformed = source.Malformed(self.schema.source.header_lines)
+        attempt = f"{index:05d}-{uuid.uuid4().hex[:8]}"
         try:
             with (
                 Share(self.staging / "scratch" / "encode", index) as share,
-                LetterWriter(self.staging, f"dead_letters/{attempt}.parquet", path, self.schema.source.header_lines) as letters,
+                LetterWriter(self.staging, f"dead_letters/{attempt}.parquet", path) as letters,
                 SplitWriters(self.staging, attempt, self.schema, self.config.rows_per_row_group, self.config.rows_per_shard) as out,
             ):
                 for part in self.parsed(index, path, malformed, share):

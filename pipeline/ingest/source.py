@@ -1,5 +1,6 @@
 """Raw files: which there are, what their columns are, and their rows as blocks of text columns."""
 
+import csv
 import glob
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.raw import first_outcomes
+from features.raw import clean, first_outcomes
 from features.schema import Schema, Source
 from pipeline.ingest.progress import Share
 
@@ -29,8 +30,12 @@ def find(folder: str, pattern: str) -> list[str]:
 
 @dataclass
 class Malformed:
-    """Lines of a file that do not have its number of columns: their row numbers from 1, and their text."""
+    """Lines of a file that do not have its number of columns: their numbers from 1, the header's included, and text.
 
+    Blank lines are not counted, and a row whose quoted text goes over several lines counts as one.
+    """
+
+    header_lines: int = 1
     numbers: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -43,9 +48,9 @@ class Malformed:
         return "skip"
 
     def line(self, index: int) -> int:
-        """The row number in the file of the row that came out as number `index` (from 0)."""
-        number = index + 1
-        while (shifted := index + 1 + bisect_right(self.numbers, number)) != number:
+        """The line of the row that came out as number `index` (from 0)."""
+        first = number = index + 1 + self.header_lines
+        while (shifted := first + bisect_right(self.numbers, number)) != number:
             number = shifted
         return number
 
@@ -60,7 +65,8 @@ def open_csv(file: pa.NativeFile, path: str, source: Source, columns: list[str],
         return pc.open_csv(
             pa.CompressedInputStream(file, codec) if (codec := _codec(path)) else file,
             pc.ReadOptions(column_names=source.columns, block_size=BLOCK_BYTES, use_threads=False),
-            pc.ParseOptions(delimiter=source.delimiter, invalid_row_handler=handler),
+            # Without newlines_in_values a quoted line break stops the reader or not, as the block's end happens to fall.
+            pc.ParseOptions(delimiter=source.delimiter, newlines_in_values=True, invalid_row_handler=handler),
             pc.ConvertOptions(
                 column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns, strings_can_be_null=False
             ),
@@ -72,18 +78,21 @@ def open_csv(file: pa.NativeFile, path: str, source: Source, columns: list[str],
 def _codec(path: str) -> str | None:
     try:
         return pa.Codec.detect(path).name
-    except ValueError:
+    except (ValueError, TypeError):  # a name it does not know; a name without one
         return None
 
 
 def check_columns(path: str, schema: Schema) -> None:
-    """Raises UserError unless the file has every column that the schema uses."""
+    """Raises UserError unless the file can be opened and has every column that the schema uses."""
     if schema.source.columns is not None:
         found = schema.source.columns
     else:
-        with pa.input_stream(path, compression="detect") as stream:
-            line = stream.read(1 << 16).split(b"\n", 1)[0].decode(errors="replace").strip("\ufeff\r")
-        found = [name.strip('"') for name in line.split(schema.source.delimiter)]
+        try:
+            with pa.input_stream(path, compression="detect") as stream:
+                line = stream.read(1 << 16).split(b"\n", 1)[0].decode(errors="replace").strip("\ufeff\r")
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+        found = next(csv.reader([line], delimiter=schema.source.delimiter), [])
     if missing := [c for c in schema.raw_columns if c not in found]:
         raise UserError(
             f"{path}: column {missing[0]} is missing, the file has {', '.join(found)}. "
@@ -120,10 +129,15 @@ def load_outcomes(folder: str, schema: Schema) -> dict[str, pl.DataFrame]:
         for path in find(folder, outcome.files):
             bad, header = Malformed(), schema.source.model_copy(update={"columns": None})
             with pa.OSFile(path) as file:
-                parts.append(pl.from_arrow(open_csv(file, path, header, columns, bad.add).read_all()))
+                reader = open_csv(file, path, header, columns, bad.add)
+                try:
+                    parts.append(pl.from_arrow(reader.read_all()))
+                except (pa.ArrowInvalid, OSError, EOFError) as error:
+                    raise UserError(f"{path}: cannot be read to its end: {_one_line(error)}. Fetch it again.") from None
             if bad.numbers:
-                raise UserError(f"{path}, row {bad.numbers[0]}: {bad.reasons[0]}. Mend or remove the line.")
-        outcomes[name] = first_outcomes(pl.concat(parts), name, outcome.key, outcome.columns)  # type: ignore[type-var]
+                raise UserError(f"{path}, line {bad.numbers[0]}: {bad.reasons[0]}. Mend or remove the line.")
+        events = clean(schema, pl.concat(parts))  # type: ignore[arg-type, type-var]
+        outcomes[name] = first_outcomes(events, name, outcome.key, outcome.columns)
     return outcomes
 
 

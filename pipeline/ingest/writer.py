@@ -92,13 +92,13 @@ class LetterWriter:
 
     SCHEMA = pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
 
-    def __init__(self, staging: Path, path: str, file: str, header_lines: int) -> None:
-        self.path, self.file, self.header_lines = staging / path, file, header_lines
+    def __init__(self, staging: Path, path: str, file: str) -> None:
+        self.path, self.file = staging / path, file
         self.writer: pq.ParquetWriter | None = None
 
     def write(self, letters: pl.DataFrame, malformed: Malformed) -> None:
         """Appends rows whose values are bad."""
-        lines = [malformed.line(line) + self.header_lines for line in letters["line"]]
+        lines = [malformed.line(line) for line in letters["line"]]
         self._append(lines, letters["reason"].to_list(), letters["raw"].to_list())
 
     def write_malformed(self, malformed: Malformed) -> None:

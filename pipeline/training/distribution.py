@@ -34,6 +34,7 @@ BLOCK_ROWS = 1 << 16
 
 for name in ("torchrec.distributed.planner", "torchrec.distributed.utils", "torchrec.distributed.model_parallel"):
     logging.getLogger(name).setLevel(logging.ERROR)  # advice to library authors
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 def start() -> torch.device:

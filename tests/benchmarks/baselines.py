@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
 import workload as w
@@ -209,7 +210,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    rows_per_s = BASELINES[args.name](args.model, args.steps, args.warmup, dtype)
+    try:
+        rows_per_s = BASELINES[args.name](args.model, args.steps, args.warmup, dtype)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{args.name}: {error}: see {Path(__file__).with_name('requirements.txt')}") from None
     line = {"name": args.name, "model": args.model, "rows_per_s": round(rows_per_s)}
     line |= {"median_step_s": round(w.BATCH / rows_per_s, 5), "threads": args.threads, "dtype": args.dtype}
     print(json.dumps(line))

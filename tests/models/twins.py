@@ -1,10 +1,10 @@
 """Twins of the models: float64, one row, task, expert and layer at a time, written from the equations.
 
-Of the modules they know the names and shapes of the parameters, nothing else. Each takes the parameters by name, so that
-autograd through a twin gives gradients of the very tensors that the module holds.
+Of the modules they know the names and shapes of the parameters, nothing else. Each takes the parameters by name, so
+that autograd through a twin gives gradients of the very tensors that the module holds.
 """
 
-# Shapes: B rows, T tasks, U units (the tasks, then the shared one), S networks side by side, E experts, D width in, H width out.
+# Shapes: B rows, T tasks, U units (the tasks, then the shared one), S networks, E experts, D width in, H width out.
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -62,10 +62,8 @@ def by_row(row: Callable[[Tensor], tuple[list[Tensor], list[list[list[Tensor]]]]
 
 def shared_bottom(params: Params, x_BD: Tensor, num_tasks: int, widths: Sequence[int]) -> Tensor:
     """Caruana 1997: all tasks take what one network makes."""
-    rows = []
-    for x_D in x_BD:
-        rows.append(torch.stack([mlp(params, "bottom.", 0, len(widths), x_D) for _ in range(num_tasks)]))
-    return torch.stack(rows)
+    rows = [[mlp(params, "bottom.", 0, len(widths), x_D) for _ in range(num_tasks)] for x_D in x_BD]
+    return torch.stack([torch.stack(h_TD) for h_TD in rows])
 
 
 def mmoe(params: Params, x_BD: Tensor, num_tasks: int, num_experts: int, levels: Levels) -> Fused:
@@ -78,9 +76,7 @@ def mmoe(params: Params, x_BD: Tensor, num_tasks: int, num_experts: int, levels:
         input_ED = [x_D] * num_experts
         gates = []
         for level, widths in enumerate(levels):
-            expert_ED = [
-                mlp(params, f"experts.{level}.", e, len(widths), input_ED[e]) for e in range(num_experts)
-            ]
+            expert_ED = [mlp(params, f"experts.{level}.", e, len(widths), input_ED[e]) for e in range(num_experts)]
             takers = num_tasks if level == len(levels) - 1 else num_experts
             weight_UDE = params[f"gate.{level}.weight_SDH"]
             gates.append([gate(weight_UDE[u], x_D, range(num_experts)) for u in range(takers)])
@@ -109,7 +105,7 @@ def unit_experts(params: Params, level: int, depth: int, own: list[list[int]], f
 
 
 def cgc(params: Params, x_BD: Tensor, num_tasks: int, widths: Sequence[int], task_experts: int, shared: int) -> Tensor:
-    """Tang et al. 2020, eq. 1-3: y_k = w_k(x) S_k(x), with S_k the task's experts above the shared ones."""
+    """Tang et al. 2020, customised gate control: g_k = w_k(x) S_k(x), S_k being the task's experts above the shared ones."""
     total = num_tasks * task_experts + shared
     weight_TDE = params["levels.0.gate.weight_SDH"]
     rows = []
@@ -126,7 +122,7 @@ def cgc(params: Params, x_BD: Tensor, num_tasks: int, widths: Sequence[int], tas
 
 
 def ple(params: Params, x_BD: Tensor, num_tasks: int, levels: Levels, task_experts: int, shared_experts: int) -> Fused:
-    """Tang et al. 2020, eq. 4-6: CGC upon CGC; a task's gate reads its representation, the shared gate the shared one.
+    """Tang et al. 2020: CGC upon CGC; a task's gate reads its representation, the shared gate the shared one.
 
     The shared gate mixes the experts of all tasks and the shared ones; the last level has none.
     """

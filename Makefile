@@ -1,0 +1,41 @@
+# make demo | test | bench | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
+PYTHON ?= python3.11
+MODEL ?= adatt
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench census clean
+
+demo: .venv/ready
+	$(BIN)/python -m jobs.demo model=$(MODEL)
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: .venv/ready .venv/rechub
+	$(BIN)/python tests/benchmarks/train.py
+
+census: .venv/ready
+	$(BIN)/python -m jobs.compare
+
+# torch comes first, with its dependencies; the rest is pinned whole, since torchrec alone would ask for CUDA's fbgemm.
+.venv/ready: requirements-cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-cpu.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# What only the benchmark compares with.
+.venv/rechub: .venv/ready tests/benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/benchmarks/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs

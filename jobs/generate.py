@@ -1,0 +1,30 @@
+"""jobs.generate: a raw event log whose true probabilities are known, to try everything on.
+
+Examples:
+  python -m jobs.generate out=runs/demo/raw
+  python -m jobs.generate out=runs/demo/raw impressions=75000 days=1 start=2026-11-09     # one more day of the same world
+  python -m jobs.generate out=runs/hard/raw task_correlation=0.1 noise=0.3 extra_tasks=2
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, open_dict
+
+from jobs.entry import job, parse
+
+
+@job("generate")
+def main(config: DictConfig) -> None:
+    """Generates impressions, clicks, conversions and the truth."""
+    from pipeline.ingest.generate import LogConfig, generate
+
+    with open_dict(config):
+        out = Path(config.pop("out"))
+    settings: LogConfig = parse(config, LogConfig)
+    generate(settings, out)
+    size = sum(path.stat().st_size for path in out.glob("*.csv"))
+    print(f"{out}: {settings.impressions:,} impressions over {settings.days} days from {settings.start}, {size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

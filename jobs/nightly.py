@@ -1,0 +1,35 @@
+"""jobs.nightly: a new day's logs and two models to a verdict; exit code 0: as good, 2: worse than allowed, 1: error.
+
+Examples:
+  python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly/2026-11-09
+  python -m jobs.nightly run=/runs/new serving=/runs/live serving_step=9000 input=/logs/today out=/nightly/today max_increase=0.001
+  python -m jobs.nightly run=/runs/first input=/logs/today out=/nightly/today
+"""
+
+import sys
+
+from omegaconf import DictConfig
+
+from jobs.entry import job, parse
+
+
+@job("nightly")
+def main(config: DictConfig) -> None:
+    """Writes verdict.json and says the same in a table."""
+    from tabulate import tabulate
+
+    from pipeline.evaluation.verdict import NightlyConfig, nightly
+
+    settings: NightlyConfig = parse(config, NightlyConfig)
+    verdict = nightly(settings)
+    lines = [
+        [task, e["figure"].upper(), e["candidate"], e["serving"], "pass" if e["passed"] else "WORSE", e["why"]]
+        for task, e in verdict["tasks"].items()
+    ]
+    print(tabulate(lines, ["task", "", "newest", "serving", "", ""], floatfmt=".4f", missingval="-"))
+    print(f"\n{'passed' if verdict['passed'] else 'worse than allowed'}: {settings.out / 'verdict.json'}")
+    sys.exit(0 if verdict["passed"] else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The nightly verdict: is the newest checkpoint at least as good on a new day as the one that serves?"""
+
+import hashlib
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from features.errors import UserError
+from features.schema import Schema
+from pipeline import checkpoint
+from pipeline.dataset import Dataset, write_json
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.metrics import Metrics
+from pipeline.ingest.job import PreprocessConfig, preprocess
+from pipeline.run import Run
+
+
+class NightlyConfig(BaseModel):
+    """Settings of jobs.nightly; see jobs/conf/nightly.yaml."""
+
+    model_config = ConfigDict(extra="forbid")
+    run: Path
+    serving: Path | None = None
+    serving_step: int | None = None
+    input: str
+    out: Path
+    max_increase: float = Field(0.002, ge=0)
+    batch_size: int = Field(8192, ge=1)
+    max_bad_fraction: float = 0.001
+
+
+def nightly(config: NightlyConfig) -> dict[str, Any]:
+    """Encodes the day as each model knows it, evaluates both, and writes verdict.json.
+
+    Returns: the verdict: `passed`, both models' metrics, and per task the figure compared, lower is better.
+    Raises:
+        UserError: bad input; there is then no verdict.json.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "verdict.json").unlink(missing_ok=True)
+    candidate = _evaluate(config, Run(config.run), None)
+    serving = _evaluate(config, Run(config.serving), config.serving_step) if config.serving else None
+    tasks = {}
+    for task, ours in candidate["metrics"].items():
+        figure = "ne" if "ne" in ours else "nrmse"
+        theirs = serving["metrics"][task][figure] if serving else None
+        tasks[task] = {"figure": figure, "candidate": ours[figure], "serving": theirs, **_judge(ours, theirs, figure, config)}
+    verdict = {
+        "passed": all(entry["passed"] for entry in tasks.values()),
+        "input": config.input,
+        "max_increase": config.max_increase,
+        "tasks": tasks,
+        "candidate": candidate,
+        "serving": serving,
+    }
+    write_json(config.out / "verdict.json", verdict)
+    return verdict
+
+
+def _judge(ours: dict[str, Any], theirs: float | None, figure: str, config: NightlyConfig) -> dict[str, Any]:
+    """Whether a task passes, and why. A figure that cannot be computed passes only where the day cannot show it."""
+    if ours.get("non_finite"):
+        return {"passed": False, "why": f"{ours['non_finite']} predictions are not finite"}
+    if ours[figure] is None:
+        return {"passed": True, "why": f"the day has too few labels for {figure}"}
+    if theirs is None:
+        return {"passed": True, "why": "nothing to compare with"}
+    increase = ours[figure] - theirs
+    return {"passed": increase <= config.max_increase, "why": f"{increase:+.4f}, allowed {config.max_increase:+.4f}"}
+
+
+def _evaluate(config: NightlyConfig, run: Run, step: int | None) -> dict[str, Any]:
+    """Metrics of one checkpoint over all rows of the day, encoded with the encoders the run was trained with."""
+    found = checkpoint.steps(run.checkpoints)
+    if not found or (step is not None and step not in found):
+        raise UserError(f"{run.checkpoints}: no checkpoint{f' of step {step}' if step else ''}, there are {found or 'none'}")
+    step = found[-1] if step is None else step
+    day = _encode(config, Path(run.config()["dataset"]), run.schema())
+    parts = [Evaluator(run, day, split, config.batch_size).metrics(step) for split, rows in day.manifest.rows.items() if rows]
+    if not parts:
+        raise UserError(f"{config.input}: no rows. Check input= and the day's logs.")
+    metrics = reduce(Metrics.merge, parts)
+    return {"run": str(run.path), "step": step, "dataset": str(day.path), "metrics": metrics.compute()}
+
+
+def _encode(config: NightlyConfig, trained_on: Path, schema: Schema) -> Dataset:
+    """The day as a dataset; models with the same encoders share it."""
+    content = [*sorted((trained_on / "encoders").rglob("*.parquet")), trained_on / "encoders" / "encoders.json"]
+    try:
+        digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in content)).hexdigest()[:8]
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: the encoders a model was trained with are needed to read a day") from None
+    out = config.out / f"day-{digest}"
+    if not (out / "manifest.json").exists():
+        preprocess(
+            PreprocessConfig(
+                input=config.input, out=out, encoders=trained_on, max_bad_fraction=config.max_bad_fraction, overwrite=True
+            ),
+            schema,
+        )
+    return Dataset(out)

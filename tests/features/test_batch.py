@@ -1,0 +1,157 @@
+"""Batches against plain Python rows: a row is a dict, and every operation has a twin that loops."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from features.batch import PADDING, Batch, Rows
+from features.encoders import arrow_schema
+from features.schema import Schema
+
+
+def schema_of(dense: int = 2, categorical: int = 2, bags: int = 2) -> Schema:
+    content: dict[str, Any] = {
+        "source": {"files": "*.csv"},
+        "dense": {f"d{i}": {"missing_flag": i == 0} for i in range(dense)},
+        "categorical": {f"c{i}": {} for i in range(categorical)},
+        "bag": {f"b{i}": {} for i in range(bags)},
+        "tasks": {name: {"kind": "binary", "label": name} for name in ("click", "conversion", "like")},
+        "split": {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1},
+    }
+    return Schema.parse(content, "small.yaml")
+
+
+FULL = schema_of()
+ids = st.integers(0, 2**62)
+numbers = st.floats(-(2.0**99), 2.0**99, width=32)
+
+
+def row_of(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
+    columns: dict[str, st.SearchStrategy] = dict.fromkeys(schema.dense_columns, numbers)
+    columns |= dict.fromkeys(schema.categorical, ids)
+    columns |= dict.fromkeys(schema.bag, st.one_of(st.lists(ids, max_size=3), st.lists(ids, min_size=50, max_size=60)))
+    columns |= {f"label.{task}": st.none() | st.sampled_from([0.0, 1.0, 0.25]) for task in schema.tasks}
+    columns |= {"weight": st.floats(0, 100, width=32), "event_time": st.just(0), "row_id": st.integers(0, 2**62)}
+    return st.fixed_dictionaries(columns)
+
+
+def table_of(rows: list[dict[str, Any]], schema: Schema, chunk: int = 0) -> pa.Table:
+    """An Arrow table of the rows, in chunks of a size, as the reader of a large row group would give it."""
+    table = pa.Table.from_pylist(rows, schema=arrow_schema(schema))
+    chunk = chunk or max(len(rows), 1)
+    return pa.concat_tables([table.slice(start, chunk) for start in range(0, max(len(rows), 1), chunk)])
+
+
+def tables(schema: Schema = FULL) -> st.SearchStrategy[tuple[list[dict[str, Any]], Rows]]:
+    def make(rows: list[dict[str, Any]], chunk: int) -> tuple[list[dict[str, Any]], Rows]:
+        return rows, Rows.decode(table_of(rows, schema, chunk), schema)
+
+    return st.builds(make, st.lists(row_of(schema), max_size=8), st.integers(0, 5))
+
+
+def expect_rows(batch: Batch, rows: list[dict[str, Any]], size: int, schema: Schema = FULL) -> None:
+    """Compares a batch with its rows, cell by cell."""
+    assert batch.sparse.keys() == [*schema.categorical, *schema.bag]
+    assert batch.sparse.stride() == size
+    for name in schema.sparse:
+        jagged = batch.sparse[name].to_dense()
+        assert len(jagged) == size
+        for index, found in enumerate(jagged):
+            wanted = rows[index][name] if index < len(rows) else []
+            assert found.tolist() == (wanted if isinstance(wanted, list) else [wanted])
+    assert batch.sparse.values().dtype == torch.int64
+    shapes = {"label_BT": len(schema.tasks), "observed_BT": len(schema.tasks), "weight_BT": len(schema.tasks)}
+    for field, width in {"dense_BD": len(schema.dense_columns), **shapes}.items():
+        assert getattr(batch, field).shape == (size, width)
+        assert getattr(batch, field).dtype == (torch.bool if field == "observed_BT" else torch.float32)
+    assert batch.row_id_B.dtype == torch.int64
+    for index in range(size):
+        if index >= len(rows):
+            assert batch.row_id_B[index] == PADDING
+            for field in ("dense_BD", "label_BT", "observed_BT", "weight_BT"):
+                assert not getattr(batch, field)[index].any()
+            continue
+        row = rows[index]
+        assert batch.row_id_B[index] == row["row_id"]
+        assert batch.dense_BD[index].tolist() == [row[name] for name in schema.dense_columns]
+        for t, task in enumerate(schema.tasks):
+            label = row[f"label.{task}"]
+            assert batch.label_BT[index, t] == (label or 0.0)
+            assert batch.observed_BT[index, t] == (label is not None)
+            assert batch.weight_BT[index, t] == np.float32(row["weight"])
+
+
+@given(tables(), st.integers(0, 3))
+def test_a_batch_holds_every_cell_of_its_rows_and_padding_holds_nothing(table: tuple, padding: int) -> None:
+    rows, decoded = table
+    assert len(decoded) == len(rows)
+    size = len(rows) + padding
+    expect_rows(decoded.batch(FULL, size), rows, size)
+
+
+@given(tables(), st.data())
+def test_taken_rows_are_those_at_the_indices_in_their_order_and_may_repeat(table: tuple, data: st.DataObject) -> None:
+    rows, decoded = table
+    index = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12)) if rows else []
+    taken = decoded.take(torch.tensor(index, dtype=torch.int64))
+    expect_rows(taken.batch(FULL, len(index)), [rows[i] for i in index], len(index))
+
+
+@given(tables(), st.data())
+def test_a_slice_of_a_slice_of_taken_rows_is_that_of_the_list(table: tuple, data: st.DataObject) -> None:
+    rows, decoded = table
+    order = data.draw(st.permutations(range(len(rows))))
+    rows, decoded = [rows[i] for i in order], decoded.take(torch.tensor(order, dtype=torch.int64))
+    for _ in range(2):
+        start = data.draw(st.integers(0, len(rows)))
+        stop = data.draw(st.integers(start, len(rows)))
+        rows, decoded = rows[start:stop], decoded.slice(start, stop)
+    expect_rows(decoded.batch(FULL, len(rows) + 1), rows, len(rows) + 1)
+
+
+@given(st.lists(tables(), min_size=1, max_size=4))
+def test_joined_parts_are_the_parts_one_after_the_other(parts: list[tuple]) -> None:
+    rows = [row for part, _ in parts for row in part]
+    joined = Rows.concat([decoded for _, decoded in parts])
+    expect_rows(joined.batch(FULL, len(rows)), rows, len(rows))
+
+
+@pytest.mark.parametrize("widths", [(0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 2, 2)])
+def test_schemas_without_one_kind_of_feature_work(widths: tuple[int, int, int]) -> None:
+    schema = schema_of(*widths)
+    rows = [
+        {name: 1.5 for name in schema.dense_columns}
+        | {name: i for name in schema.categorical}
+        | {name: list(range(i)) for name in schema.bag}
+        | {f"label.{task}": None if i == 1 else 1.0 for task in schema.tasks}
+        | {"weight": 2.0, "event_time": 0, "row_id": i}
+        for i in range(4)
+    ]
+    decoded = Rows.decode(table_of(rows, schema), schema)
+    expect_rows(decoded.batch(schema, 6), rows, 6, schema)
+    taken = Rows.concat([decoded.slice(2, 4), decoded.take(torch.tensor([3, 0]))])
+    expect_rows(taken.batch(schema, 4), [rows[i] for i in (2, 3, 3, 0)], 4, schema)
+
+
+def test_rows_are_decoded_from_a_table_that_is_a_slice_of_another() -> None:
+    rows = [
+        {name: float(i) for name in FULL.dense_columns}
+        | {name: i for name in FULL.categorical}
+        | {name: list(range(i)) for name in FULL.bag}
+        | {f"label.{task}": None for task in FULL.tasks}
+        | {"weight": 1.0, "event_time": 0, "row_id": i}
+        for i in range(6)
+    ]
+    decoded = Rows.decode(table_of(rows, FULL).slice(2, 3), FULL)
+    expect_rows(decoded.batch(FULL, 3), rows[2:5], 3)
+
+
+def test_a_batch_moves_as_one() -> None:
+    decoded = Rows.decode(table_of([], FULL), FULL)
+    batch = decoded.batch(FULL, 2).to(torch.device("meta"), non_blocking=True)
+    assert {batch.dense_BD.device.type, batch.sparse.values().device.type, batch.row_id_B.device.type} == {"meta"}

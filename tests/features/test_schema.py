@@ -1,0 +1,389 @@
+"""The schema: what is refused and how it is said, what the fingerprint knows, and the schemas that are shipped."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from features.errors import UserError
+from features.schema import Schema
+
+CONF = Path(__file__).parents[2] / "jobs" / "conf" / "data"
+
+BASE: dict[str, Any] = {
+    "source": {
+        "files": "log-*.csv",
+        "key": "id",
+        "outcomes": {"click": {"files": "click-*.csv", "key": "id", "columns": {"dwell": "float"}}},
+        "derived": {"hour": "CAST(FLOOR(time / 3600) % 24 AS BIGINT)"},
+    },
+    "tables": {"item": {"dim": 4, "vocabulary": {"min_count": 2}}},
+    "dense": {"price": {"transform": "log1p"}},
+    "categorical": {"user": {"hash": 10}, "item": {"table": "item"}, "hour": {}},
+    "bag": {"recent": {"table": "item", "max_length": 3}},
+    "tasks": {"click": {"kind": "binary", "label": "click"}, "good": {"kind": "binary", "label": "stars = '5'"}},
+    "event_time": "time",
+    "split": {"by": "time", "valid_from": "2026-01-02", "test_from": "2026-01-03"},
+}
+
+
+def changed(path: str, value: Any, base: dict[str, Any] = BASE) -> dict[str, Any]:
+    """BASE with the value at a dotted path replaced; parents are made where they are missing."""
+    content = copy.deepcopy(base)
+    *parents, last = path.split(".")
+    place = content
+    for part in parents:
+        place = place.setdefault(part, {})
+    place[last] = value
+    return content
+
+
+def without(path: str) -> dict[str, Any]:
+    content = copy.deepcopy(BASE)
+    *parents, last = path.split(".")
+    place = content
+    for part in parents:
+        place = place[part]
+    del place[last]
+    return content
+
+
+def refusal(content: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        Schema.parse(content, where="mine.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("mine.yaml: ")
+    return message
+
+
+def test_the_base_of_these_tests_is_a_schema():
+    schema = Schema.parse(BASE, where="mine.yaml")
+    assert list(schema.sparse) == ["user", "item", "hour", "recent"]
+    assert schema.table_of("recent") == "item"
+    assert set(schema.all_tables) == {"item", "user", "hour"}
+    assert set(schema.raw_columns) == {"price", "user", "item", "recent", "id", "time", "stars"}
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        ("", ["source", "tables", "dense", "categorical", "bag", "tasks", "weight", "event_time", "split"]),
+        ("source.", ["files", "columns", "delimiter", "missing", "trim", "types", "row_id", "outcomes", "derived"]),
+        ("source.outcomes.click.", ["files", "key", "columns"]),
+        ("tables.item.", ["dim", "vocabulary", "hash"]),
+        ("tables.item.vocabulary.", ["min_count", "max_size"]),
+        ("dense.price.", ["column", "transform", "standardize", "missing_flag"]),
+        ("categorical.user.", ["dim", "vocabulary", "hash", "column", "table"]),
+        ("categorical.hour.vocabulary.", ["min_count", "max_size"]),
+        ("bag.recent.", ["separator", "max_length", "table", "column"]),
+        ("tasks.click.", ["kind", "label", "observed_when", "loss_weight"]),
+        ("split.", ["by", "valid_from", "test_from"]),
+    ],
+)
+def test_an_unknown_key_is_refused_at_every_level_with_what_is_allowed_there(place, allowed):
+    message = refusal(changed(f"{place}colour", "blue"))
+    assert f"{place}colour: unknown key" in message
+    assert set(allowed) <= set(message.partition("allowed are ")[2].split(", "))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("tasks.click.kind", "ordinal", ["tasks.click.kind", "'binary'", "'regression'"]),
+        ("tasks", {}, ["tasks", "at least 1"]),
+        ("tasks.click.loss_weight", -1, ["tasks.click.loss_weight", "greater than or equal to 0"]),
+        ("tasks.click.loss_weight", float("nan"), ["tasks.click.loss_weight"]),
+        ("tasks.click.loss_weight", float("inf"), ["tasks.click.loss_weight"]),
+        ("dense.price.transform", "sqrt", ["dense.price.transform", "'none'", "'log1p'"]),
+        ("categorical.user.hash", 0, ["categorical.user.hash", "greater than or equal to 1"]),
+        ("categorical.hour.dim", 0, ["categorical.hour.dim", "greater than or equal to 1"]),
+        ("categorical.hour.vocabulary", {"min_count": 0}, ["categorical.hour.vocabulary.min_count"]),
+        ("bag.recent.max_length", 0, ["bag.recent.max_length"]),
+        ("source.format", "orc", ["source.format", "'csv'"]),
+        ("source.delimiter", "||", ["source.delimiter", "at most 1"]),
+        ("source.types", {"price": "decimal"}, ["source.types.price", "'int'", "'float'", "'string'"]),
+        ("split.by", "moon", ["split", "'hash'", "'row_index'", "'time'"]),
+        ("split.valid_from", "soon", ["split.valid_from", "soon"]),
+        ("split.test_from", "2026-01-01", ["split", "valid_from must not be after test_from"]),
+        ("split", {"by": "hash", "key": "id", "valid": 1.5, "test": 0}, ["split.valid", "less than 1"]),
+        ("split", {"by": "hash", "key": "id", "valid": 0.5, "test": 0.5}, ["split", "valid", "test", "less than 1"]),
+        ("split", {"by": "hash", "valid": 0.5, "test": 0.5}, ["split.key", "required"]),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_with_its_key(path, value, says):
+    message = refusal(changed(path, value))
+    assert [word for word in says if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    "remainders",
+    [
+        {"train": [0, 1], "valid": [2], "test": [2, 3]},  # one twice
+        {"train": [0, 1], "test": [3]},  # one never
+        {"train": [0, 1, 2, 3, 4]},  # one too large
+        {"train": [0, 1, 2, -1]},
+    ],
+)
+def test_remainders_of_a_row_index_split_must_each_stand_once(remainders):
+    assert "each of 0..3 once" in refusal(changed("split", {"by": "row_index", "modulo": 4, **remainders}))
+
+
+@pytest.mark.parametrize("feature", ["dense", "categorical", "bag"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_column_of_a_label_cannot_be_a_feature_of_any_kind_nor_under_another_name(feature, renamed):
+    name, content = ("other", {"column": "stars"}) if renamed else ("stars", {})
+    message = refusal(changed(f"{feature}.{name}", content))
+    assert f"tasks.good.label uses column stars, which is also read by the feature {name}" in message
+
+
+def test_a_label_cannot_reach_a_feature_through_derived_columns_on_either_side():
+    sneaky = changed("source.derived.starry", "stars || '!'")
+    assert "column stars" in refusal(changed("categorical.starry", {}, sneaky))
+    assert "column stars" in refusal(changed("dense.bright", {"column": "starry"}, sneaky))
+    # The label reads the derived column, the feature its source; and both the derived column itself.
+    sneaky["tasks"]["good"]["label"] = "starry = '5!'"
+    assert "column stars" in refusal(changed("categorical.stars", {}, sneaky))
+    assert "starry" in refusal(changed("categorical.starry", {}, sneaky))
+
+
+@pytest.mark.parametrize("column", ["click", "click_dwell"])
+def test_an_outcome_cannot_be_a_feature_even_where_no_label_reads_it(column):
+    content = changed("tasks.click.label", "other = '1'")
+    message = refusal(changed(f"dense.{column}", {}, content))
+    assert f"feature {column} reads {column}, an outcome that is known only after the impression" in message
+    derived = changed("source.derived.late", f"CAST({column} AS BIGINT)", content)
+    assert f"reads {column}, an outcome" in refusal(changed("dense.late", {}, derived))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "stars IN (SELECT stars FROM read_csv('{file}'))",
+        "stars IN (select stars from read_csv('{file}'))",
+        "stars IN (FROM read_csv('{file}'))",
+        "stars IN (/* */FROM read_csv('{file}'))",
+        "\"'\" = (SELECT stars FROM read_csv('{file}')) OR \"'\" = ''",
+        "stars = E'\\'' OR stars = (SELECT stars FROM read_csv('{file}')) OR stars = ''",
+        "stars IN (WITH t AS (SELECT stars FROM read_csv('{file}')) SELECT * FROM t)",
+    ],
+)
+@pytest.mark.parametrize("place", ["tasks.good.label", "tasks.good.observed_when", "source.derived.x", "weight"])
+def test_an_expression_cannot_hold_a_query_that_reaches_a_file(expression, place, tmp_path):
+    file = tmp_path / "stars"
+    file.write_text("stars\n5\n")
+    message = refusal(changed(place, expression.format(file=file)))
+    assert f"mine.yaml: {place}: " in message
+    assert "query" in message
+
+
+@pytest.mark.parametrize("value", ["select", "a 'from' b", "from", "SELECT 1"])
+def test_words_of_a_query_are_fine_within_a_text_or_a_quoted_column(value):
+    quoted = value.replace("'", "''")
+    Schema.parse(changed("tasks.good.label", f"stars = '{quoted}' OR \"{value}\" = '1'"), where="mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "stars > AVG(stars)",
+        "COUNT(*) > 3",
+        "SUM(stars) OVER (PARTITION BY id) > 3",
+        "FIRST(stars)",
+        "median (stars) = 1",
+    ],
+)
+def test_an_expression_that_looks_at_other_rows_is_refused_because_its_value_would_depend_on_the_block(expression):
+    assert "its row" in refusal(changed("tasks.good.label", expression))
+
+
+@pytest.mark.parametrize("expression", ["stars =", "NOSUCH(stars)", "", "stars; stars", "COLUMNS('s.*') = '5'"])
+def test_what_is_no_expression_is_refused_with_its_key(expression):
+    assert "mine.yaml: tasks.good.label: " in refusal(changed("tasks.good.label", expression))
+
+
+def test_a_shared_table_must_exist_and_holds_the_settings():
+    assert "item.table is things, allowed are ['item']" in refusal(changed("categorical.item.table", "things"))
+    assert "recent.table is things" in refusal(changed("bag.recent.table", "things"))
+    message = refusal(changed("categorical.item", {"table": "item", "dim": 8, "hash": 5}))
+    assert "categorical.item" in message
+    assert "dim, hash belong to the shared table item" in message
+    assert "tables.item exists" in refusal(changed("categorical.item", {}))
+
+
+def test_vocabulary_and_hash_exclude_each_other():
+    for place in ("tables.item", "categorical.hour"):
+        message = refusal(changed(place, {"vocabulary": {}, "hash": 5}))
+        assert place in message
+        assert "vocabulary or hash, not both" in message
+
+
+def test_names_of_features_are_one_namespace_that_flags_and_fixed_columns_belong_to():
+    assert "feature user is defined twice" in refusal(changed("dense.user", {}))
+    flagged = changed("dense.price.missing_flag", True)
+    assert "price_missing is defined twice" in refusal(changed("categorical.price_missing", {}, flagged))
+    for taken in ("weight", "event_time", "row_id"):
+        content = copy.deepcopy(BASE)
+        content["categorical"][taken] = {"column": "other"}
+        assert f"feature {taken}" in refusal(content)
+
+
+def test_a_name_that_cannot_name_a_file_is_refused():
+    for section, value in (("categorical", {"column": "other"}), ("tables", {})):
+        content = copy.deepcopy(BASE)
+        content[section]["../escape"] = value
+        assert "../escape" in refusal(content)
+
+
+def test_what_a_setting_needs_is_asked_for():
+    assert "event_time is missing: a split by time needs it" in refusal(without("event_time"))
+    assert "source.key is missing" in refusal(without("source.key"))
+    assert "source.files" in refusal(without("source.files"))
+    nested = changed("source.derived.late", "hour > 20")
+    assert "source.derived.late reads hour, which is derived itself" in refusal(nested)
+    message = refusal(changed("source.columns", ["id", "time", "user", "item", "recent", "stars"]))
+    assert "column price is used, but source.columns does not list it" in message
+
+
+@pytest.mark.parametrize("content", [None, [], "text", 5])
+def test_what_is_no_mapping_is_refused_in_one_line(content):
+    assert "mine.yaml: : " not in refusal(content)
+
+
+def test_every_fault_of_a_file_is_named_at_once():
+    message = refusal(changed("tasks.click.kind", "x", changed("dense.price.colour", 1)))
+    assert "tasks.click.kind" in message
+    assert "dense.price.colour" in message
+
+
+def test_a_file_is_refused_by_its_name(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: no such schema file"):
+        Schema.load(tmp_path / "none.yaml")
+    for name, text in (("broken.yaml", "a: [1\nb: 2"), ("empty.yaml", ""), ("bytes.yaml", "a: \x00")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=name) as caught:
+            Schema.load(tmp_path / name)
+        assert caught.value.args
+
+
+# The fingerprint
+
+
+def shuffled(value: Any, rng: random.Random) -> Any:
+    """The same mappings with their keys in another order."""
+    if isinstance(value, dict):
+        keys = rng.sample(list(value), len(value))
+        return {key: shuffled(value[key], rng) for key in keys}
+    return value
+
+
+def test_comments_order_of_keys_and_defaults_written_out_do_not_change_the_fingerprint(tmp_path):
+    plain = Schema.parse(BASE, where="mine.yaml")
+    text = yaml.safe_dump(BASE, sort_keys=False)
+    (tmp_path / "commented.yaml").write_text("# a comment\n" + text.replace("\ndense:", "\n# another\n\ndense:"))
+    assert Schema.load(tmp_path / "commented.yaml").fingerprint == plain.fingerprint
+    for seed in range(5):
+        other = shuffled(BASE, random.Random(seed))
+        for section in ("dense", "categorical", "bag", "tasks"):
+            other[section] = {name: other[section][name] for name in BASE[section]}
+        assert Schema.parse(other, where="mine.yaml").fingerprint == plain.fingerprint
+    written_out = plain.model_dump(mode="json")
+    # A feature of a shared table has no settings of its own to write out.
+    for feature in (written_out["categorical"]["item"], written_out["bag"]["recent"]):
+        for key in ("dim", "vocabulary", "hash"):
+            del feature[key]
+    assert Schema.parse(written_out, where="mine.yaml").fingerprint == plain.fingerprint
+    assert len(plain.fingerprint) == 16
+    assert int(plain.fingerprint, 16) >= 0
+
+
+def test_schemas_of_one_fingerprint_give_a_model_its_inputs_and_logits_in_one_order():
+    """A job lets artifacts of an equal fingerprint meet, so the order of inputs may not differ between them."""
+    content = changed("dense.age", {}, changed("tasks.zeal", {"kind": "regression", "label": "stars"}))
+    orders: dict[str, set[tuple]] = {}
+    for seed in range(20):
+        s = Schema.parse(shuffled(content, random.Random(seed)), where="mine.yaml")
+        orders.setdefault(s.fingerprint, set()).add((*s.dense_columns, *s.sparse, *s.tasks))
+    assert {len(found) for found in orders.values()} == {1}
+
+
+CHANGES = [
+    ("source.files", "log.csv"), ("source.key", "user"), ("source.trim", True), ("source.missing", ["-"]),
+    ("source.delimiter", ";"), ("source.row_id", "id"), ("source.types", {"stars": "int"}),
+    ("source.outcomes.click.files", "clicks.csv"), ("source.outcomes.click.columns", {"dwell": "int"}),
+    ("source.derived.hour", "CAST(FLOOR(time / 3600) % 12 AS BIGINT)"), ("tables.item.dim", 5),
+    ("tables.item.vocabulary.min_count", 3), ("tables.item.vocabulary.max_size", 9), ("dense.price.transform", "none"),
+    ("dense.price.standardize", False), ("dense.price.missing_flag", True), ("dense.price.column", "cost"),
+    ("dense.more", {}), ("categorical.user.hash", 11), ("bag.recent.max_length", 4), ("bag.recent.separator", ","),
+    ("tasks.click.label", "NOT click"), ("tasks.click.loss_weight", 2), ("tasks.good.kind", "regression"),
+    ("tasks.good.observed_when", "click"), ("weight", "2"), ("split.test_from", "2026-01-03T01:00"),
+    ("split", {"by": "hash", "key": "id", "valid": 0.1, "test": 0.1}),
+]  # fmt: skip
+
+
+def test_any_other_value_changes_the_fingerprint():
+    contents = [BASE, *(changed(path, value) for path, value in CHANGES)]
+    prints = [Schema.parse(content, where="mine.yaml").fingerprint for content in contents]
+    assert len(set(prints)) == len(prints)
+
+
+def test_a_schema_written_as_a_dataset_does_and_read_again_is_the_same(tmp_path):
+    for name in ("census", "demo"):
+        schema = shipped(name)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+        again = Schema.load(path)
+        assert again == schema
+        assert again.fingerprint == schema.fingerprint
+        assert json.dumps(list(again.dense)) == json.dumps(list(schema.dense))
+
+
+def test_dates_are_utc_whether_quoted_or_not_and_whatever_the_machines_zone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    prints = set()
+    for i, day in enumerate(['"2026-01-02"', "2026-01-02", "2026-01-02T00:00:00", '"2026-01-02T00:00:00+00:00"']):
+        content = yaml.safe_dump(changed("split.valid_from", "DAY")).replace("DAY", day)
+        (tmp_path / f"{i}.yaml").write_text(content)
+        schema = Schema.load(tmp_path / f"{i}.yaml")
+        assert schema.split.valid_from.isoformat() == "2026-01-02T00:00:00+00:00"
+        prints.add(schema.fingerprint)
+    assert len(prints) == 1
+
+
+# What is shipped
+
+
+def shipped(name: str) -> Schema:
+    content = OmegaConf.load(CONF / f"{name}.yaml")
+    return Schema.parse(OmegaConf.to_container(content, resolve=False)["schema"], where=f"{name}.yaml")
+
+
+def test_census_is_what_the_readme_of_its_data_says():
+    schema = shipped("census")
+    assert schema.source.files == "census-income.test.gz"
+    assert len(schema.source.columns) == 42
+    # Seven numbers; five columns are numbers that name categories; label columns and instance_weight are never inputs.
+    assert list(schema.dense) == [
+        "age", "wage_per_hour", "capital_gains", "capital_losses", "stock_dividends", "num_emp", "weeks_worked",
+    ]  # fmt: skip
+    assert {"det_ind_code", "det_occ_code", "own_or_self", "vet_benefits", "year"} <= set(schema.categorical)
+    unused = set(schema.source.columns) - set(schema.dense) - set(schema.categorical)
+    assert unused == {"income_50k", "marital_stat", "education", "instance_weight"}
+    assert list(schema.tasks) == ["income", "never_married", "college"]
+    assert (schema.split.train, schema.split.valid, schema.split.test) == ([0, 1, 2, 3, 4, 5], [6, 7], [8, 9])
+
+
+def test_demo_has_every_kind_of_thing_a_schema_can_say():
+    schema = shipped("demo")
+    assert schema.dense
+    assert schema.categorical
+    assert schema.bag
+    assert schema.source.outcomes.keys() == {"click", "conversion"}
+    assert {t.kind for t in schema.tasks.values()} == {"binary", "regression"}
+    assert schema.table_of("item_id") == schema.table_of("recent_items") == "item"
+    assert not schema.outcome_columns.keys() & {f.column or n for n, f in {**schema.dense, **schema.sparse}.items()}

@@ -1,0 +1,339 @@
+"""Fusions and towers against their twins (float64 loops), and cases whose answer is known without one."""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace as Sizes
+
+import pytest
+import torch
+import twins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from models.fusion.adatt import AdaTT
+from models.fusion.mmoe import MMoE
+from models.fusion.ple import PLE
+from models.fusion.shared_bottom import SharedBottom
+from models.towers import TaskTowers
+
+# Shapes: B rows, T tasks, U units (the tasks, then the shared one), S networks side by side, E experts, D width.
+TOLERANCE = 1e-10
+widths = st.lists(st.integers(1, 5), min_size=1, max_size=2)
+sizes = st.fixed_dictionaries(
+    {
+        "B": st.integers(1, 5),
+        "D": st.integers(1, 6),
+        "T": st.integers(1, 4),
+        "levels": st.lists(widths, min_size=1, max_size=3),
+        "experts": st.integers(1, 3),
+        "shared": st.integers(0, 3),
+        "native": st.booleans(),
+        "seed": st.integers(0, 10**6),
+    }
+).map(lambda drawn: Sizes(**drawn))
+
+
+def close(actual: Tensor, expected: Tensor, message: str = "") -> None:
+    assert_close(
+        actual, expected, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{message}: {text}" if message else text
+    )
+
+
+def randomised(module: nn.Module, seed: int) -> nn.Module:
+    """The module in float64 with every parameter drawn anew, so large that gates are far from uniform."""
+    module = module.double()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
+    return module
+
+
+def rows(size: Sizes, width: int | None = None) -> Tensor:
+    rng = torch.Generator().manual_seed(size.seed + 1)
+    return torch.randn(size.B, width or size.D, generator=rng, dtype=torch.float64)
+
+
+def load(module: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
+    module = module.double()
+    assert {name for name, _ in module.named_parameters()} == set(params)
+    module.load_state_dict(dict(params), strict=True)
+    return module
+
+
+def check(module: nn.Module, twin: Callable[..., Tensor], x: Tensor) -> None:
+    """Equal outputs, and equal gradients of a random sum of them with respect to the input and every parameter."""
+    x = x.requires_grad_()
+    params = dict(module.named_parameters())
+    actual, expected = module(x), twin(params, x)
+    close(actual, expected, "forward")
+    probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = {"x": x, **params}
+    gradients = [
+        torch.autograd.grad((h * probe).sum(), list(inputs.values()), materialize_grads=True)
+        for h in (actual, expected)
+    ]
+    for name, real, loop in zip(inputs, *gradients, strict=True):
+        close(real, loop, f"gradient of {name}")
+
+
+def check_gates(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for level, (real, loop) in enumerate(zip(actual, expected, strict=True)):
+        close(real, loop, f"gates of level {level}")
+
+
+def mmoe(size: Sizes) -> MMoE:
+    return randomised(MMoE(size.D, size.T, size.experts, size.levels), size.seed)
+
+
+def ple(size: Sizes) -> PLE:
+    return randomised(PLE(size.D, size.T, size.levels, size.experts, size.shared), size.seed)
+
+
+def adatt(size: Sizes) -> AdaTT:
+    return randomised(AdaTT(size.D, size.T, size.levels, size.experts, size.shared, size.native), size.seed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, widths)
+def test_shared_bottom_equals_its_twin(size, widths):
+    module = randomised(SharedBottom(size.D, size.T, widths), size.seed)
+    check(module, lambda params, x_BD: twins.shared_bottom(params, x_BD, size.T, widths), rows(size))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes)
+def test_mmoe_equals_its_twin(size):
+    def twin(params, x_BD):
+        return twins.mmoe(params, x_BD, size.T, size.experts, size.levels)
+
+    module = mmoe(size)
+    check(module, lambda *call: twin(*call)[0], rows(size))
+    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes)
+def test_ple_equals_its_twin(size):
+    def twin(params, x_BD):
+        return twins.ple(params, x_BD, size.T, size.levels, size.experts, size.shared)
+
+    module = ple(size)
+    check(module, lambda *call: twin(*call)[0], rows(size))
+    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes)
+def test_adatt_equals_its_twin(size):
+    def twin(params, x_BD):
+        return twins.adatt(params, x_BD, size.T, size.levels, size.experts, size.shared, size.native)
+
+    module = adatt(size)
+    check(module, lambda *call: twin(*call)[0], rows(size))
+    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.lists(st.integers(1, 5), max_size=3))
+def test_towers_equal_their_twin(size, widths):
+    module = randomised(TaskTowers(size.T, size.D, widths), size.seed)
+    h_BTD = rows(size, size.T * size.D).view(size.B, size.T, size.D)
+    assert module(h_BTD).shape == (size.B, size.T)
+    check(module, lambda params, h_BTD: twins.towers(params, h_BTD, widths), h_BTD)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, widths)
+def test_ple_of_one_level_is_cgc(size, widths):
+    size.levels = [widths]
+    check(ple(size), lambda p, x_BD: twins.cgc(p, x_BD, size.T, widths, size.experts, size.shared), rows(size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_ple_of_one_task_is_adatt_without_the_native_residual(size):
+    size.T, size.native = 1, False
+    module = ple(size)
+    close(module(rows(size)), load(adatt(size), module.state_dict())(rows(size)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, widths)
+def test_adatt_of_one_level_without_the_native_residual_is_mmoe(size, widths):
+    size.levels, size.native = [widths], False
+    module = adatt(size)
+    state = {}
+    for name, value in module.state_dict().items():
+        state[name.replace("levels.0.experts", "experts.0").replace("levels.0.gate", "gate.0")] = value
+    other = MMoE(size.D, size.T, size.T * size.experts + size.shared, size.levels)
+    close(module(rows(size)), load(other, state)(rows(size)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, widths)
+def test_adatt_with_zero_gates_and_one_expert_a_task_adds_the_mean_of_all_to_the_own(size, widths):
+    size.levels, size.experts, size.native = [widths], 1, True
+    module = adatt(size)
+    with torch.no_grad():
+        module.get_parameter("levels.0.gate.weight_SDH").zero_()
+    params, x_BD = dict(module.named_parameters()), rows(size)
+    expert_EBD = torch.stack(
+        [
+            torch.stack([twins.mlp(params, "levels.0.experts.", e, len(widths), x_D) for x_D in x_BD])
+            for e in range(size.T + size.shared)
+        ]
+    )
+    close(module(x_BD), (expert_EBD[: size.T] + expert_EBD.mean(0)).transpose(0, 1))
+
+
+def test_adatt_of_two_tasks_equals_a_calculation_by_hand():
+    module = AdaTT(1, 2, [[1]], 1, 0, True).double()
+    module.load_state_dict(
+        {
+            "levels.0.experts.layers.0.weight_SDH": torch.tensor([[[2.0]], [[3.0]]]),
+            "levels.0.experts.layers.0.bias_SH": torch.tensor([[1.0], [-1.0]]),
+            # At x = 1: 1/4 and 3/4 for the first task, 1/2 and 1/2 for the second.
+            "levels.0.gate.weight_SDH": torch.tensor([[[1.0, 3.0]], [[1.0, 1.0]]], dtype=torch.float64).log(),
+        }
+    )
+    # Experts: 2 + 1 = 3 and 3 - 1 = 2.
+    expected = [[[3 / 4 + 2 * 3 / 4 + 3], [3 / 2 + 2 / 2 + 2]]]
+    close(module(torch.ones(1, 1, dtype=torch.float64)), torch.tensor(expected, dtype=torch.float64))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, widths)
+def test_mmoe_of_one_expert_gives_it_to_every_task(size, widths):
+    size.experts, size.levels = 1, [widths]
+    module = mmoe(size)
+    state = {k.replace("experts.0", "bottom"): v for k, v in module.state_dict().items() if "gate" not in k}
+    close(module(rows(size)), load(SharedBottom(size.D, size.T, widths), state)(rows(size)))
+
+
+def permuted(params: Mapping[str, Tensor], tasks: list[int], experts: int) -> dict[str, Tensor]:
+    """The parameters of the same network with its tasks in another order: its task t is the former task tasks[t]."""
+    state = {}
+    for name, value in params.items():
+        level = name.split(".")[1]
+        users, _, total = params[f"levels.{level}.gate.weight_SDH"].shape
+        unit_U = [*tasks, *range(len(tasks), users)]
+        expert_E = [t * experts + i for t in tasks for i in range(experts)]
+        expert_E += range(len(expert_E), total)
+        if ".experts." in name:
+            state[name] = value[expert_E]
+        elif ".gate." in name:
+            state[name] = value[unit_U][:, :, expert_E]
+        else:
+            state[name] = value[unit_U][:, expert_E]
+    return state
+
+
+@pytest.mark.parametrize("build", [ple, adatt])
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.data())
+def test_tasks_in_another_order_give_outputs_in_that_order(build, size, data):
+    tasks = data.draw(st.permutations(range(size.T)))
+    module = build(size)
+    other = load(build(size), permuted(module.state_dict(), tasks, size.experts))
+    close(other(rows(size)), module(rows(size))[:, tasks])
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.data())
+def test_tasks_of_mmoe_in_another_order_give_outputs_in_that_order(size, data):
+    tasks = data.draw(st.permutations(range(size.T)))
+    module = mmoe(size)
+    state = module.state_dict()
+    last = f"gate.{len(size.levels) - 1}.weight_SDH"
+    other = load(mmoe(size), state | {last: state[last][tasks]})
+    close(other(rows(size)), module(rows(size))[:, tasks])
+
+
+def units(size: Sizes) -> list[int]:
+    """How many units mix experts, by level."""
+    return [size.T + bool(size.shared)] * (len(size.levels) - 1) + [size.T]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_gates_of_mmoe_sum_to_one(size):
+    gates = mmoe(size).gates(rows(size))
+    takers = [size.experts] * (len(size.levels) - 1) + [size.T]
+    assert [gate.shape for gate in gates] == [(size.B, users, size.experts) for users in takers]
+    for gate_BUE in gates:
+        assert (gate_BUE >= 0).all()
+        close(gate_BUE.sum(2), torch.ones_like(gate_BUE[:, :, 0]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_gates_of_ple_sum_to_one_and_are_exactly_zero_on_what_is_hidden(size):
+    own = size.T * size.experts
+    gates = ple(size).gates(rows(size))
+    assert [gate.shape for gate in gates] == [(size.B, users, own + size.shared) for users in units(size)]
+    for gate_BUE in gates:
+        assert (gate_BUE >= 0).all()
+        close(gate_BUE.sum(2), torch.ones_like(gate_BUE[:, :, 0]))
+        for t in range(size.T):
+            hidden = [e for e in range(own) if e // size.experts != t]
+            assert (gate_BUE[:, t, hidden] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_gates_of_adatt_sum_to_one_plus_the_native_weights(size):
+    module = adatt(size)
+    gates = module.gates(rows(size))
+    assert [gate.shape for gate in gates] == [
+        (size.B, users, size.T * size.experts + size.shared) for users in units(size)
+    ]
+    for level, gate_BUE in enumerate(gates):
+        for u in range(gate_BUE.shape[1]):
+            first, count = u * size.experts, size.experts if u < size.T else size.shared
+            native = 0.0
+            if size.native and count == 1:
+                native = 1.0
+            elif size.native:
+                native = module.get_parameter(f"levels.{level}.native_OE")[u, first : first + count].sum().item()
+            close(gate_BUE[:, u].sum(1), torch.full_like(gate_BUE[:, u, 0], 1 + native))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.sampled_from([1e6, -1e6, float("inf"), float("nan")]))
+def test_native_weights_outside_a_units_own_learnt_experts_have_no_influence(size, value):
+    size.native = True
+    module, x_BD = adatt(size), rows(size)
+    before = module(x_BD)
+    own = twins.owned(size.T, size.experts, size.shared)
+    for name, native_OE in module.named_parameters():
+        if name.endswith("native_OE"):
+            with torch.no_grad():
+                for u in range(len(native_OE)):
+                    kept = native_OE[u, own[u]].clone()
+                    native_OE[u] = value
+                    if len(own[u]) > 1:
+                        native_OE[u, own[u]] = kept
+    assert torch.equal(module(x_BD), before)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("native", [False, True])
+def test_adatt_learns_native_weights_only_where_a_unit_has_several_experts(experts, shared, native):
+    names = {name for name, _ in AdaTT(3, 2, [[4], [2]], experts, shared, native).named_parameters()}
+    assert ("levels.0.native_OE" in names) == (native and (experts > 1 or shared > 1))
+    assert ("levels.1.native_OE" in names) == (native and experts > 1)
+
+
+@pytest.mark.parametrize("kind", [MMoE, PLE, AdaTT])
+def test_fresh_experts_differ_and_gates_far_out_stay_finite(kind):
+    torch.manual_seed(0)
+    module = MMoE(4, 3, 5, [[6], [5]]) if kind is MMoE else kind(4, 3, [[6], [5]], 1, 2, *[True] * (kind is AdaTT))
+    for name, weight_SDH in module.named_parameters():
+        if "experts" in name:
+            assert len(weight_SDH.unique(dim=0)) == len(weight_SDH), name
+    for gate_BUE in module.gates(torch.full((2, 4), 1e6)):
+        assert gate_BUE.isfinite().all()

@@ -1,0 +1,336 @@
+"""The order of rows against what it promises: nothing lost, nothing twice, the same for every number of ranks."""
+
+import gc
+import shutil
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from features.batch import PADDING, Batch, Rows
+from features.encoders import arrow_schema
+from features.errors import UserError
+from features.schema import Schema
+from pipeline.dataset import Dataset, commit
+from pipeline.ingest.writer import SplitWriters
+from pipeline.loader import Loader, Position, in_background
+
+SCHEMA = Schema.parse(
+    {
+        "source": {"files": "*.csv"},
+        "dense": {"x": {}},
+        "bag": {"b": {}},
+        "tasks": {"click": {"kind": "binary", "label": "click"}},
+        "split": {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1},
+    },
+    "small.yaml",
+)
+
+
+def make_dataset(out: Path, rows: int, row_group: int, shard_rows: int) -> Dataset:
+    """Rows whose x is their row_id, and whose bag holds it row_id % 3 times."""
+    staging = out.with_name("staging")
+    (staging / "scratch").mkdir(parents=True)
+    table = pa.Table.from_pylist(
+        [
+            {"x": float(i), "b": [i] * (i % 3), "label.click": i % 2, "weight": 1.0, "event_time": 0, "row_id": i}
+            for i in range(rows)
+        ],
+        schema=arrow_schema(SCHEMA),
+    )
+    with SplitWriters(staging, "0", SCHEMA, row_group, shard_rows) as writers:
+        writers.write("train", table)
+    commit(staging, out, SCHEMA, writers.shards, {})
+    return Dataset(out)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return make_dataset(tmp_path / "data", rows=500, row_group=16, shard_rows=130)
+
+
+def ids(batch: Batch) -> list[int]:
+    """The rows of a batch, padding apart; their cells must have travelled with them."""
+    real = batch.row_id_B != PADDING
+    assert batch.dense_BD[real, 0].tolist() == batch.row_id_B[real].tolist()
+    for row, bag in zip(batch.row_id_B.tolist(), batch.sparse["b"].to_dense(), strict=True):
+        assert bag.tolist() == ([row] * (row % 3) if row != PADDING else [])
+    return batch.row_id_B[real].tolist()
+
+
+def epoch(loader: Loader, position: Position) -> list[list[int]]:
+    return [ids(batch) for batch in loader.batches(position)]
+
+
+def loader_threads() -> int:
+    return sum(thread.name == "loader" for thread in threading.enumerate())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 120),
+    row_group=st.integers(1, 40),
+    shard_rows=st.integers(5, 70),
+    lanes=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    share=st.integers(1, 5),
+    window=st.integers(0, 30),
+    seed=st.integers(0, 3),
+    data=st.data(),
+)
+def test_every_row_once_an_epoch_in_the_same_global_batches_on_any_ranks_and_from_any_step(
+    rows: int, row_group: int, shard_rows: int, lanes: int, share: int, window: int, seed: int, data: st.DataObject
+) -> None:
+    with TemporaryDirectory() as folder:
+        dataset = make_dataset(Path(folder) / "data", rows, row_group, shard_rows)
+
+        def read(ranks: int, position: Position) -> list[list[list[int]]]:
+            """Per rank its batches."""
+            made = [
+                Loader(dataset, "train", share * lanes, lanes, seed, rank, ranks, window=window, ahead=2)
+                for rank in range(ranks)
+            ]
+            batches = [list(loader.batches(position)) for loader in made]
+            assert {len(b) for b in batches} == {made[0].steps(position)}
+            assert {len(batch.row_id_B) for b in batches for batch in b} <= {share * lanes // ranks}
+            return [[ids(batch) for batch in b] for b in batches]
+
+        alone = Loader(dataset, "train", share * lanes, lanes, seed, window=window)
+        position = alone.start(data.draw(st.integers(0, 2), label="epoch"))
+        whole = read(1, position)[0]
+        assert Counter(row for batch in whole for row in batch) == Counter(range(rows))
+
+        ranks = data.draw(st.sampled_from([r for r in range(1, lanes + 1) if lanes % r == 0]), label="ranks")
+        done = data.draw(st.integers(0, len(whole)), label="steps done")
+        shares = read(ranks, alone.after(position, done))
+        together = [set().union(*batches) for batches in zip(*shares, strict=True)]
+        assert together == [set(batch) for batch in whole[done:]]
+        # Rank r's rows are those of the lanes it owns, in the order in which one rank would see them.
+        assert sorted(row for batches in shares for batch in batches for row in batch) == sorted(sum(whole[done:], []))
+
+        stepwise = position
+        for _ in range(done):
+            stepwise = alone.after(stepwise)
+        assert stepwise == alone.after(position, done)
+        assert sum(stepwise.cursors) == sum(map(len, whole[:done]))
+
+
+def test_padding_is_in_the_last_batches_only_and_differs_by_less_than_a_row_a_lane(dataset: Dataset) -> None:
+    loaders = [Loader(dataset, "train", 48, 12, rank=rank, ranks=3, window=20) for rank in range(3)]
+    sizes = [[len(batch) for batch in epoch(loader, loader.start())] for loader in loaders]
+    assert {len(s) for s in sizes} == {11}  # the longest lane has 42 rows, and gives 4 a batch
+    assert all(size == 16 for s in sizes for size in s[:-1])
+    assert max(s[-1] for s in sizes) - min(s[-1] for s in sizes) <= 4
+
+
+def test_epochs_differ_and_a_seed_gives_the_same_order_again(dataset: Dataset) -> None:
+    def order(seed: int, number: int) -> list[list[int]]:
+        loader = Loader(dataset, "train", 40, 4, seed, window=64)
+        return epoch(loader, loader.start(number))
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_an_epoch_is_mixed_across_row_groups_and_within_a_window(dataset: Dataset) -> None:
+    loader = Loader(dataset, "train", 40, 4, window=64)
+    seen = [row for batch in epoch(loader, loader.start()) for row in batch]
+    neighbours = sum(abs(a - b) == 1 for a, b in zip(seen, seen[1:], strict=False))
+    assert neighbours < 20
+    assert len({row // 16 for row in seen[:40]}) > 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500, 600])
+def test_evaluation_reads_in_the_order_of_the_dataset(dataset: Dataset, batch_size: int) -> None:
+    loader = Loader(dataset, "train", batch_size)
+    assert sum(epoch(loader, loader.start()), []) == list(range(500))
+    assert sum(epoch(loader, loader.start(3)), []) == list(range(500))
+
+
+def test_two_epochs_at_once_do_not_disturb_each_other(dataset: Dataset) -> None:
+    loader = Loader(dataset, "train", 40, 4, window=64)
+    alone = [epoch(loader, loader.start(number)) for number in range(2)]
+    pairs = zip(loader.batches(loader.start(0)), loader.batches(loader.start(1)), strict=True)
+    assert [list(batches) for batches in zip(*((ids(a), ids(b)) for a, b in pairs), strict=True)] == alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"split": "valid"}, "split valid is empty"),
+        ({"lanes": 4, "ranks": 3}, "lanes=4 is no multiple of the 3 ranks"),
+        ({"batch_size": 6, "lanes": 4}, "batch_size=6 is no multiple of lanes=4"),
+    ],
+)
+def test_sizes_that_do_not_divide_and_empty_splits_are_refused(dataset: Dataset, arguments: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Loader(dataset, **({"split": "train", "batch_size": 8} | arguments))
+
+
+def test_a_position_of_other_lanes_is_refused(dataset: Dataset) -> None:
+    loader = Loader(dataset, "train", 8, 4)
+    with pytest.raises(UserError, match="the run reads 2 lanes, train.lanes=4"):
+        next(loader.batches(Position(0, [0, 0])))
+
+
+# Damage
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_never_gives_other_rows(tmp_path: Path) -> None:
+    """Most are refused by name. A few, in text of the footer or the manifest's view of it, change nothing that is read."""
+    dataset = make_dataset(tmp_path / "data", rows=40, row_group=10, shard_rows=20)
+    file = dataset.path / dataset.shards("train")[1].path
+    good = file.read_bytes()
+    refused = 0
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << (place % 8)
+        file.write_bytes(bad)
+        loader = Loader(dataset, "train", 8)
+        try:
+            assert sum(epoch(loader, loader.start()), []) == list(range(40))
+        except UserError as error:
+            assert str(file) in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > len(good) / 2
+
+
+def test_a_flipped_bit_in_a_page_names_file_and_row_group(dataset: Dataset) -> None:
+    file = dataset.path / dataset.shards("train")[2].path
+    bad = bytearray(file.read_bytes())
+    bad[60] ^= 8
+    file.write_bytes(bad)
+    loader = Loader(dataset, "train", 20, 2, window=30)
+    with pytest.raises(UserError, match=rf"{file.name}, row group 0: cannot be read"):
+        epoch(loader, loader.start())
+    assert loader_threads() == 0
+
+
+def test_a_shard_that_is_shorter_or_missing_is_refused_on_opening(dataset: Dataset) -> None:
+    file = dataset.path / dataset.shards("train")[1].path
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{file.name} has {len(content) - 1} bytes, the manifest says {len(content)}"):
+        Dataset(dataset.path)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} is missing"):
+        Dataset(dataset.path)
+
+
+def test_a_shard_that_vanishes_after_opening_is_named(dataset: Dataset) -> None:
+    shutil.rmtree(dataset.path / "train")
+    loader = Loader(dataset, "train", 20)
+    with pytest.raises(UserError, match=r"part-00000-of-00004\.parquet, row group 0: cannot be read"):
+        epoch(loader, loader.start())
+
+
+def test_verify_finds_a_byte_that_no_page_checksum_covers(dataset: Dataset) -> None:
+    dataset.verify()
+    file = dataset.path / dataset.shards("train")[0].path
+    bad = bytearray(file.read_bytes())
+    bad[-20] ^= 1
+    file.write_bytes(bad)
+    with pytest.raises(UserError, match=f"{file.name}: checksum"):
+        Dataset(dataset.path).verify()
+
+
+# The thread
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_an_iterator_that_is_dropped_leaves_no_thread(dataset: Dataset, taken: int) -> None:
+    loader = Loader(dataset, "train", 4, 4, window=64, ahead=2)
+    batches = loader.batches(loader.start())
+    for _ in range(taken):
+        next(batches)
+    del batches
+    gc.collect()
+    assert loader_threads() == 0
+
+
+def test_an_error_in_the_thread_reaches_the_caller_after_the_batches_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ZeroDivisionError("in the thread")
+
+    got = []
+    with pytest.raises(ZeroDivisionError, match="in the thread"):
+        for item in in_background(items(), 4):
+            got.append(item)  # noqa: PERF402
+    assert got == [1, 2]
+    assert loader_threads() == 0
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_no_more_batches_than_asked_for_are_made_ahead(ahead: int) -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for index in range(100):
+            made.append(index)
+            yield index
+
+    batches = in_background(items(), ahead)
+    next(batches)
+    deadline = time.monotonic() + 5
+    while len(made) < ahead + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == ahead + 2  # one is used, `ahead` wait, one is about to
+    batches.close()
+
+
+# Memory and work
+
+
+class Watched(Loader):
+    """Counts the row groups that are decoded, and those that are alive at once."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.decoded: list[int] = []
+        self.alive: weakref.WeakSet[Watched.Group] = weakref.WeakSet()
+        self.most = 0
+
+    class Group(Rows):
+        __hash__ = object.__hash__
+
+    def _decode(self, group: int) -> Rows:
+        rows = Watched.Group(**vars(super()._decode(group)))
+        self.decoded.append(group)
+        self.alive.add(rows)
+        self.most = max(self.most, len(self.alive))
+        return rows
+
+
+def test_only_the_row_groups_of_a_window_are_held(dataset: Dataset) -> None:
+    loader = Watched(dataset, "train", 8, 1, window=32, ahead=1)  # two or three row groups of 16 rows
+    epoch(loader, loader.start())
+    assert len(loader.decoded) <= len(loader.groups) + 2
+    assert loader.most <= 6  # of this window and of the one before
+
+
+@pytest.mark.parametrize("done", [0.5, 0.99])
+def test_a_run_that_goes_on_decodes_only_what_is_left(dataset: Dataset, done: float) -> None:
+    loader = Watched(dataset, "train", 30, 3, window=32, ahead=1)  # lanes of 166, 167 and 167 rows, 10 of each a batch
+    position = loader.after(loader.start(), int(loader.steps(loader.start()) * done))
+    left = loader.rows - sum(position.cursors)
+    assert left > 0
+    epoch(loader, position)
+    assert len(loader.decoded) <= left / 16 + 3 * 5
+
+
+def test_a_lane_that_has_ended_is_not_read_again(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data", rows=481, row_group=4, shard_rows=500)
+    loader = Watched(dataset, "train", 20, 2, window=16, ahead=1)  # lanes of 240 and 241 rows
+    epoch(loader, loader.after(loader.start(), 24))  # one row is left
+    assert len(loader.decoded) <= 10

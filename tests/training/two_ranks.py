@@ -1,0 +1,125 @@
+"""What two ranks do, for test_training.py: run by torchrun, it trains one run after the other in one process group.
+
+    python -m torch.distributed.run --nproc-per-node=2 two_ranks.py FOLDER
+
+FOLDER holds the dataset `data`; the runs are written beside it.
+"""
+
+import json
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from workbench import configuration
+
+from features.batch import PADDING
+from features.errors import UserError
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.loader import Loader
+from pipeline.training import distribution
+from pipeline.training.step import StepOutput
+from pipeline.training.trainer import Trainer
+
+OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
+PLACEMENTS = ("table_wise", "row_wise")
+STOP = 20  # in the second epoch
+
+
+class Recorder(Trainer):
+    """A trainer that remembers the rows of each step."""
+
+    def _outputs(self, batches: Iterator) -> Iterator[StepOutput]:
+        self.seen: dict[int, list[int]] = getattr(self, "seen", {})
+        for output in super()._outputs(batches):
+            rows = output.row_id_B
+            self.seen[self.step + 1] = rows[rows != PADDING].tolist()
+            yield output
+
+
+def trainer(folder: Path, name: str, kind: type[Trainer] = Trainer, **settings: object) -> Trainer:
+    return kind(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"))
+
+
+def stopped(folder: Path, source: str, name: str, step: int = STOP) -> None:
+    """Makes a run as it would stand, had `source` been killed some steps after `step`."""
+    shutil.copytree(folder / source, folder / name)
+    for later in checkpoint.steps(folder / name / "checkpoints"):
+        if later > step:
+            shutil.rmtree(checkpoint.folder(folder / name / "checkpoints", later))
+
+
+def logits(folder: Path, name: str, **settings: object) -> None:
+    """The sharded forward of a finished run on this rank's rows of the valid split."""
+    made = trainer(folder, name, **settings)
+    made.model.eval()
+    loader = Loader(Dataset(folder / "data"), "valid", 20, 2, rank=made.rank, ranks=made.ranks)
+    with torch.no_grad():
+        found = [(batch.row_id_B, made.model.module.ranker(batch)) for batch in loader.batches(loader.start())]
+    names = [key for key in made.model.module.ranker.embeddings(next(loader.batches(loader.start())).sparse).keys()]
+    torch.save([torch.cat(parts) for parts in zip(*found, strict=True)], folder / f"{name}.logits.{made.rank}.pt")
+    if made.rank == 0:
+        (folder / f"{name}.keys.json").write_text(json.dumps(names))
+
+
+def main(folder: Path) -> None:
+    rank = dist.get_rank()
+    for optimizer in OPTIMIZERS:
+        for placement in PLACEMENTS:
+            settings = {"tables": {"name": optimizer, "lr": 0.05}, "sharding": {"default": [placement]}}
+            made = trainer(folder, f"{optimizer}-{placement}", Recorder, checkpoint_every=STOP, **settings)
+            made.run_to_end()
+            if placement == "table_wise" and optimizer == "rowwise_adagrad":
+                (folder / f"seen.{rank}.json").write_text(json.dumps(made.seen))
+
+    table_wise = {"sharding": {"default": ["table_wise"]}}
+    logits(folder, "rowwise_adagrad-table_wise", checkpoint_every=STOP, **table_wise)
+    mixed = {"sharding": {"default": ["table_wise"], "item": ["row_wise"]}}
+    trainer(folder, "mixed", max_steps=3, **mixed).run_to_end()
+    logits(folder, "mixed", max_steps=3, **mixed)
+
+    for placement in PLACEMENTS:
+        trainer(folder, f"start-{placement}", sharding={"default": [placement]})._save()
+    columns = {"default": ["table_wise"], "item": ["column_wise"]}
+    trainer(folder, "start-column_wise", sharding=columns, tables={"name": "adagrad"})._save()
+
+    again = {"checkpoint_every": STOP, "dropout": 0.3, **table_wise}
+    trainer(folder, "dropout", **again).run_to_end()
+    dist.barrier()
+    if rank == 0:
+        stopped(folder, "dropout", "dropout-resumed")
+    dist.barrier()
+    told = StringIO()
+    with redirect_stdout(told):
+        trainer(folder, "dropout-resumed", **again).run_to_end()
+    if rank == 0:
+        (folder / "told.txt").write_text(told.getvalue())
+
+    trainer(folder, "pipelined", pipelined=True, **table_wise).run_to_end()
+    trainer(folder, "pipelined-row_wise", pipelined=True, sharding={"default": ["row_wise"]}).run_to_end()
+    trainer(folder, "clipped", max_steps=3, clip_norm=0.05, **table_wise).run_to_end()
+
+    refused = ""
+    try:
+        trainer(folder, "refused", lanes=1)
+    except UserError as error:
+        refused = str(error)
+    (folder / f"refused.{rank}.txt").write_text(refused)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distribution.start()
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,152 @@
+"""A small dataset made without Beam, configurations over it, and checkpoints read back as plain tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+
+from features.encoders import Encoders
+from features.raw import SPLIT, parse
+from features.schema import SPLITS, Schema
+from features.statistics import Statistics
+from models.losses import TaskLoss
+from models.ranker import ModelConfig, Ranker
+from pipeline import checkpoint
+from pipeline.dataset import commit
+from pipeline.ingest.writer import SplitWriters
+from pipeline.training.config import Settings, TrainConfig
+
+# A shared table with a bag (its mean), a bag of its own, a task seen in few rows, weights, a regression, a missing flag.
+SCHEMA = yaml.safe_load("""
+source: {files: "*.csv", types: {click: int, conversion: int, dwell: float, importance: float}}
+tables:
+  item: {dim: 8, hash: 29}
+dense:
+  age: {missing_flag: true}
+  price: {transform: log1p, standardize: false}
+categorical:
+  user: {dim: 8}
+  shown: {table: item}
+  device: {dim: 4}
+bag:
+  recent: {table: item, max_length: 5}
+  topics: {dim: 4}
+tasks:
+  click: {kind: binary, label: click}
+  conversion: {kind: binary, label: conversion, observed_when: click = 1, loss_weight: 2.0}
+  dwell: {kind: regression, label: dwell, observed_when: click = 1, loss_weight: 0.5}
+weight: importance
+split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
+""")
+TABLES = {"user", "item", "device", "topics"}
+TRAIN_ROWS = 414  # 13 steps of 32, the last of them with padding in some lanes
+NEVER_OBSERVED = 6  # a train row without a click label: it counts in no task
+
+
+def raw_rows(count: int = 517, seed: int = 3) -> pl.DataFrame:
+    """Text columns, as a reader gives them."""
+    rng = np.random.default_rng(seed)
+    click = rng.random(count) < 0.12
+    bags = [["|".join(f"{kind}{i}" for i in rng.integers(0, 12, n)) for n in rng.integers(0, 7, count)] for kind in "ct"]
+    columns = {
+        "age": [None if rng.random() < 0.2 else f"{rng.normal(40, 9):.3f}" for _ in range(count)],
+        "price": [f"{rng.lognormal(0, 0.5):.3f}" for _ in range(count)],
+        "user": [f"u{i}" for i in rng.integers(0, 30, count)],
+        "shown": [f"c{i}" for i in rng.integers(0, 12, count)],
+        "device": [None if rng.random() < 0.1 else f"d{i}" for i in rng.integers(0, 4, count)],
+        "recent": bags[0],
+        "topics": bags[1],
+        "click": [str(int(c)) for c in click],
+        "conversion": [str(int(c and rng.random() < 0.4)) for c in click],
+        "dwell": [f"{rng.normal(1, 1):.3f}" for _ in range(count)],
+        "importance": [f"{rng.choice([0.5, 1.0, 2.0])}" for _ in range(count)],
+    }
+    return pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)).with_columns(
+        pl.when(pl.int_range(pl.len()) == NEVER_OBSERVED).then(None).otherwise("click").alias("click")
+    )
+
+
+def make_dataset(
+    out: Path, row_group: int = 40, shard_rows: int = 130, spoil: tuple[str, int] | None = None, **changes: Any
+) -> Path:
+    """Writes a dataset.
+
+    Args:
+        spoil: (dense column, row_id) that becomes infinite.
+        changes: of the schema's keys.
+    """
+    schema = Schema.parse(SCHEMA | changes, "small.yaml")
+    rows = parse(schema, raw_rows(), {}, 0, 0).rows
+    encoders = Encoders.fit(schema, Statistics.of(schema, rows))
+    staging = out.with_name(f"{out.name}.staging")
+    (staging / "scratch").mkdir(parents=True)
+    encoders.save(staging / "encoders")
+    with SplitWriters(staging, "0", schema, row_group, shard_rows) as writers:
+        for code, split in enumerate(SPLITS):
+            table = encoders.encode(rows.filter(rows[SPLIT] == code))
+            if spoil:
+                column, row_id = spoil
+                spoilt = pl.from_arrow(table).with_columns(
+                    pl.when(pl.col("row_id") == row_id).then(float("inf")).otherwise(column).cast(pl.Float32).alias(column)
+                )
+                table = spoilt.to_arrow().cast(table.schema)
+            writers.write(split, table)
+    commit(staging, out, schema, writers.shards, {})
+    return out
+
+
+def configuration(dataset: Path, run: Path, dropout: float = 0.0, resume: str = "auto", **train: Any) -> TrainConfig:
+    """A quick run: 50 steps of 32 rows over 4 lanes, in four epochs."""
+    settings: dict[str, Any] = {
+        "batch_size": 32,
+        "lanes": 4,
+        "window": 24,
+        "epochs": 4,
+        "max_steps": 50,
+        "seed": 5,
+        "log_every": 1,
+        "threads": 1,
+        "dense": {"lr": 0.003},
+        "tables": {"lr": 0.05},
+    }
+    model = ModelConfig(
+        fusion={"name": "mmoe", "num_experts": 3, "levels": [[16], [8]]}, tower=[8], dropout=dropout, embedding_std=0.1
+    )
+    return TrainConfig(dataset=dataset, run=run, model=model, train=Settings(**(settings | train)), resume=resume)
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint under its full name, read without a process group."""
+    checkpoint.check(path)
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.full(entry.size, 7, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    checkpoint.load(path, state, alone=True)
+    return state
+
+
+def last(run: Path) -> dict[str, Tensor]:
+    """The tensors of a run's newest checkpoint."""
+    folder = run / "checkpoints"
+    return tensors(checkpoint.folder(folder, checkpoint.steps(folder)[-1]))
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each logged step."""
+    return [json.loads(line)["loss"] for line in (run / "metrics" / "train.jsonl").read_text().splitlines()]
+
+
+def unsharded(config: TrainConfig, schema: Schema, encoders: Encoders, weights: dict[str, Tensor]) -> Ranker:
+    """A ranker on one device without TorchRec's sharding, in float64, with the given weights."""
+    ranker = Ranker(schema, encoders, config.model, device="cpu").double()
+    ranker.load_state_dict({name: value.double() for name, value in weights.items()})
+    return ranker
+
+
+def task_loss(schema: Schema) -> TaskLoss:
+    return TaskLoss([t.kind for t in schema.tasks.values()], [t.loss_weight for t in schema.tasks.values()])
