@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from features.errors import UserError
@@ -24,7 +25,7 @@ class CheckpointManifest(BaseModel):
     Attributes:
         step: optimiser steps taken. rows: training rows seen, padding apart.
         epoch, cursors: the loader's position.
-        seed, lanes: what the order of rows depends on besides.
+        seed, window, batch_size, data (hash of the train split's shards): what the order of rows depends on besides.
         fingerprint: of the schema. config: hash of what shapes the state (model and optimisers).
         files: name to (bytes, sha256).
     """
@@ -35,6 +36,9 @@ class CheckpointManifest(BaseModel):
     epoch: int
     cursors: list[int]
     seed: int
+    window: int
+    batch_size: int
+    data: str
     fingerprint: str
     config: str
     files: dict[str, tuple[int, str]] = {}
@@ -73,7 +77,7 @@ def read(path: Path) -> CheckpointManifest:
     """A checkpoint's manifest. Raises UserError where there is none that can be read."""
     try:
         manifest = CheckpointManifest.model_validate_json((path / "manifest.json").read_text())
-    except (FileNotFoundError, ValidationError) as error:
+    except (OSError, ValueError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
     if manifest.version != VERSION:
@@ -101,7 +105,8 @@ def check(path: Path) -> CheckpointManifest:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending; whether their files fit is for `check` to say."""
-    return sorted(int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*") if (p / "manifest.json").exists())
+    found = (p for p in checkpoints.glob("step-*") if (p / "manifest.json").exists())
+    return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())
 
 
 def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
@@ -110,10 +115,20 @@ def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
     Args:
         state: filled in place.
         alone: without a process group, into unsharded modules.
+    Raises:
+        UserError: it is gone, does not fit the state, or holds what is no tensor.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=_Reader(path), no_dist=alone)
+    reader = _Reader(path)
+    try:
+        reader.read_metadata()  # first by itself: dcp.load would try again elsewhere where this fails
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{path}: cannot be loaded: {' '.join(str(cause).split())[:300]}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})") from None
 
 
 class _Reader(dcp.FileSystemReader):

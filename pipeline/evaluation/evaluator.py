@@ -98,7 +98,7 @@ class Evaluator:
     def best(self, truth: Truth) -> dict[str, dict[str, float | int | None]]:
         """Metrics of the true probabilities on the same rows: what no model can beat but by luck. Raises UserError."""
         try:
-            known = pl.read_parquet(truth.file, columns=[truth.key, *truth.columns.values()])
+            known = pl.read_parquet(truth.file, columns=list({truth.key, *truth.columns.values()}))
         except (OSError, pl.exceptions.PolarsError) as error:
             raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
         metrics = Metrics(self.tasks)
@@ -111,7 +111,7 @@ class Evaluator:
             ]
             logit_BT = torch.stack(
                 [
-                    c.double().logit() if kind == "binary" else c
+                    c.double().logit(eps=1e-15) if kind == "binary" else c
                     for c, (_, kind) in zip(columns, self.tasks, strict=True)
                 ],
                 1,

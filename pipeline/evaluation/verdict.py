@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from features.errors import UserError
 from features.schema import Schema
 from pipeline import checkpoint
-from pipeline.dataset import Dataset, write_json
+from pipeline.dataset import Dataset, sha256, write_json
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.metrics import Metrics
 from pipeline.ingest.job import PreprocessConfig, preprocess
@@ -40,8 +40,9 @@ def nightly(config: NightlyConfig) -> dict[str, Any]:
     """
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "verdict.json").unlink(missing_ok=True)
-    candidate = _evaluate(config, Run(config.run), None)
-    serving = _evaluate(config, Run(config.serving), config.serving_step) if config.serving else None
+    days: dict[str, Dataset] = {}
+    candidate = _evaluate(config, days, Run(config.run), None)
+    serving = _evaluate(config, days, Run(config.serving), config.serving_step) if config.serving else None
     tasks = {}
     for task, ours in candidate["metrics"].items():
         figure = "ne" if "ne" in ours else "nrmse"
@@ -71,13 +72,20 @@ def _judge(ours: dict[str, Any], theirs: float | None, figure: str, config: Nigh
     return {"passed": increase <= config.max_increase, "why": f"{increase:+.4f}, allowed {config.max_increase:+.4f}"}
 
 
-def _evaluate(config: NightlyConfig, run: Run, step: int | None) -> dict[str, Any]:
-    """Metrics of one checkpoint over all rows of the day, encoded with the encoders the run was trained with."""
+def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: int | None) -> dict[str, Any]:
+    """Metrics of one checkpoint over all rows of the day, encoded with the encoders the run was trained with.
+
+    `days` keeps what was encoded: models of the same encoders share it.
+    """
     found = checkpoint.steps(run.checkpoints)
     if not found or (step is not None and step not in found):
         raise UserError(f"{run.checkpoints}: no checkpoint{f' of step {step}' if step else ''}, there are {found or 'none'}")
     step = found[-1] if step is None else step
-    day = _encode(config, Path(run.config()["dataset"]), run.schema())
+    trained_on = Path(run.config()["dataset"])
+    key = _identity(trained_on / "encoders")
+    if key not in days:
+        days[key] = _encode(config, trained_on, run.schema(), config.out / f"day-{key}")
+    day = days[key]
     parts = [Evaluator(run, day, split, config.batch_size).metrics(step) for split, rows in day.manifest.rows.items() if rows]
     if not parts:
         raise UserError(f"{config.input}: no rows. Check input= and the day's logs.")
@@ -85,19 +93,21 @@ def _evaluate(config: NightlyConfig, run: Run, step: int | None) -> dict[str, An
     return {"run": str(run.path), "step": step, "dataset": str(day.path), "metrics": metrics.compute()}
 
 
-def _encode(config: NightlyConfig, trained_on: Path, schema: Schema) -> Dataset:
-    """The day as a dataset; models with the same encoders share it."""
-    content = [*sorted((trained_on / "encoders").rglob("*.parquet")), trained_on / "encoders" / "encoders.json"]
+def _identity(encoders: Path) -> str:
+    """8 hex digits of what was fitted. Raises UserError where it is gone."""
+    files = [*sorted(encoders.rglob("*.parquet")), encoders / "encoders.json"]
     try:
-        digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in content)).hexdigest()[:8]
+        return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:8]
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: the encoders a model was trained with are needed to read a day") from None
-    out = config.out / f"day-{digest}"
-    if not (out / "manifest.json").exists():
-        preprocess(
-            PreprocessConfig(
-                input=config.input, out=out, encoders=trained_on, max_bad_fraction=config.max_bad_fraction, overwrite=True
-            ),
-            schema,
-        )
+        raise UserError(
+            f"{error.filename} is missing: a day is read with the encoders of the dataset that the model was trained on. "
+            "Restore that dataset."
+        ) from None
+
+
+def _encode(config: NightlyConfig, trained_on: Path, schema: Schema, out: Path) -> Dataset:
+    settings = PreprocessConfig(
+        input=config.input, out=out, encoders=trained_on, max_bad_fraction=config.max_bad_fraction, overwrite=True
+    )
+    preprocess(settings, schema)
     return Dataset(out)

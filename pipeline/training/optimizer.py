@@ -32,7 +32,15 @@ def build(config: DenseOptimizer, parameters: Iterable[tuple[str, nn.Parameter]]
         return kind(values, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     optimizer: KeyedOptimizer = KeyedOptimizerWrapper(named, make)
+    # It makes the state by a step with gradients of 0, which must neither decay a weight nor count as one of Adam's steps.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     optimizer.init_state()
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr
     if clip_norm is None:
         return optimizer
     return GradientClippingOptimizer(optimizer, clipping=GradientClipping.NORM, max_gradient=clip_norm)

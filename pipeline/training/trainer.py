@@ -124,6 +124,9 @@ class Trainer:
             ("model and optimisers", manifest.config, shape),
             ("train.seed", manifest.seed, self.settings.seed),
             ("train.lanes", len(manifest.cursors), self.settings.lanes),
+            ("train.window", manifest.window, self.settings.window),
+            ("train.batch_size", manifest.batch_size, self.settings.batch_size),
+            ("train rows", manifest.data, self._data()),
         ):
             if theirs != ours:
                 raise UserError(f"{path} has {what} {theirs}, this job has {ours}. Use the same, or another run=.")
@@ -185,7 +188,8 @@ class Trainer:
             group["lr"] = optimizer.rate(self.settings.dense, self.step, self.steps)
 
     def _check_finite(self, output: StepOutput, step: int) -> None:
-        bad_B = ~(output.loss_BT.isfinite() | ~output.observed_BT).all(1)
+        # Unobserved labels too: a gradient of 0 times infinity is not 0.
+        bad_B = ~output.loss_BT.isfinite().all(1)
         if bad_B.any():
             rows = output.row_id_B[bad_B]
             raise UserError(
@@ -228,10 +232,17 @@ class Trainer:
             epoch=self.position.epoch,
             cursors=self.position.cursors,
             seed=self.settings.seed,
+            window=self.settings.window,
+            batch_size=self.settings.batch_size,
+            data=self._data(),
             fingerprint=self.schema.fingerprint,
             config=config_hash(self.config.shape()),
         )
         checkpoint.save(self.run.checkpoints, self._state(), manifest)
+
+    def _data(self) -> str:
+        """What identifies the rows that are trained on, whatever the folder is called."""
+        return config_hash([shard.sha256 for shard in self.loader.shards])
 
     def _tell(self, line: str) -> None:
         if self.rank == 0:

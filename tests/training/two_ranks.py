@@ -35,8 +35,11 @@ STOP = 20  # in the second epoch
 class Recorder(Trainer):
     """A trainer that remembers the rows of each step."""
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.seen: dict[int, list[int]] = {}
+
     def _outputs(self, batches: Iterator) -> Iterator[StepOutput]:
-        self.seen: dict[int, list[int]] = getattr(self, "seen", {})
         for output in super()._outputs(batches):
             rows = output.row_id_B
             self.seen[self.step + 1] = rows[rows != PADDING].tolist()

@@ -1,0 +1,106 @@
+"""What tests of several parts share: a small log whose every row is known, the dataset of it, and the census file."""
+
+import copy
+import csv
+import gzip
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL_SCHEMA: dict[str, Any] = {
+    "source": {
+        "files": "impressions-*",
+        "row_id": "id",
+        "key": "id",
+        "trim": True,
+        "missing": ["", "NA"],
+        "types": {"qty": "int"},
+        "outcomes": {"click": {"files": "clicks-*.csv", "key": "id", "columns": {"dwell": "float"}}},
+    },
+    "tables": {"item": {"dim": 4}},
+    "dense": {"price": {"transform": "log1p"}, "age": {"missing_flag": True}},
+    "categorical": {"user": {"dim": 4, "hash": 50}, "city": {"dim": 4}, "item": {"table": "item"}},
+    "bag": {"recent": {"table": "item", "max_length": 3}},
+    "tasks": {
+        "click": {"kind": "binary", "label": "click"},
+        "bought": {"kind": "binary", "label": "qty > 1", "observed_when": "click"},
+        "dwell": {"kind": "regression", "label": "LN(1 + click_dwell)", "observed_when": "click"},
+    },
+    "weight": "CASE WHEN qty = 3 THEN 2 ELSE 1 END",
+    "event_time": "at",
+    "split": {"by": "time", "valid_from": "1970-01-02", "test_from": "1970-01-03"},
+}
+DAYS, ROWS_PER_DAY = 3, 300
+
+
+def small_row(number: int) -> dict[str, str]:
+    """Row `number` of the log; every column but `id` repeats with a period of its own."""
+    day, second = divmod(number, ROWS_PER_DAY)
+    return {
+        "id": str(number + 1000),
+        "at": str(day * 86_400 + second),
+        "user": f"u{number % 37}",
+        "city": ["Paris, France", "Köln", "NA", 'the "Hague"', f"day {day} only"][number % 5],
+        "item": f"i{number % 11}",
+        "price": ["1.5", "20", "", "3e2"][number % 4],
+        "age": str(20 + number % 13) if number % 7 else "NA",
+        "recent": "|".join(f"i{(number + k) % 11}" for k in range(number % 5)),
+        "qty": str(number % 4),
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, str]], quote_all: bool = False) -> None:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="", encoding="utf-8") as file:
+        quoting = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
+        writer = csv.DictWriter(file, list(rows[0]), quoting=quoting, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_small_log(folder: Path) -> None:
+    """Three days: plain, gzip and all quoted (header too); every third row is clicked, one of them twice."""
+    rows = [small_row(number) for number in range(DAYS * ROWS_PER_DAY)]
+    for day, name in enumerate(["impressions-1.csv", "impressions-2.csv.gz", "impressions-3.csv"]):
+        write_csv(folder / name, rows[day * ROWS_PER_DAY : (day + 1) * ROWS_PER_DAY], quote_all=day == 2)
+    clicks = [{"id": row["id"], "dwell": str(n % 50)} for n, row in enumerate(rows) if n % 3 == 0]
+    write_csv(folder / "clicks-1.csv", [*clicks[50:], {"id": "none", "dwell": "1"}])
+    write_csv(folder / "clicks-2.csv", [*clicks[:50], {"id": clicks[60]["id"], "dwell": "9999"}])
+
+
+@pytest.fixture(scope="session")
+def small_content() -> Callable[[], dict[str, Any]]:
+    """Gives a fresh copy of the small log's schema, as plain data."""
+    return lambda: copy.deepcopy(SMALL_SCHEMA)
+
+
+@pytest.fixture(scope="session")
+def small_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 3 x 300 impressions and their clicks. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("small_log")
+    write_small_log(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_dataset(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of `small_log`, in row groups of 32 and shards of 100. Copy it to change it."""
+    from features.schema import Schema
+    from pipeline.ingest.job import PreprocessConfig, preprocess
+
+    out = tmp_path_factory.mktemp("small") / "dataset"
+    config = PreprocessConfig(input=str(small_log), out=out, rows_per_row_group=32, rows_per_shard=100)
+    preprocess(config, Schema.parse(copy.deepcopy(SMALL_SCHEMA), where="small.yaml"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def census_folder() -> Path:
+    """The folder of the census file, or a skip with the reason."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("TASKFUSE_DATA", default))
+    if not (folder / "census-income.test.gz").exists():
+        pytest.skip(f"no census-income.test.gz in {folder} (set TASKFUSE_DATA)")
+    return folder

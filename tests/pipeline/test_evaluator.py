@@ -1,0 +1,232 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from features.errors import UserError
+from models.ranker import ModelConfig, Ranker
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.evaluation import evaluator, report
+from pipeline.evaluation.evaluator import EvaluateConfig, Truth, evaluate
+from pipeline.evaluation.verdict import NightlyConfig, nightly
+from pipeline.loader import Loader
+from pipeline.run import Run, append_line, read_lines
+from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.trainer import train
+
+MODEL = ModelConfig(fusion={"name": "adatt", "levels": [[8], [4]]}, tower=[4])
+
+
+@pytest.fixture(scope="module")
+def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints at 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=6, checkpoint_every=2, tables={"lr": 0.1}, threads=1)
+    train(TrainConfig(dataset=small_dataset, run=run, model=MODEL, train=settings))
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A copy of the run that a test may change; the tests' process keeps its priority."""
+    monkeypatch.setattr(evaluator.os, "nice", lambda _: 0)
+    monkeypatch.setattr(evaluator, "POLL_SECONDS", 0.02)
+    shutil.copytree(trained, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def evaluated(run: Run, **settings: object) -> list[int]:
+    return [record["step"] for record in evaluate(EvaluateConfig(run=run.path, threads=1, **settings))]
+
+
+def test_metrics_are_those_of_the_formulas_on_the_checkpoints_predictions(run: Run, small_dataset: Path):
+    [record] = evaluate(EvaluateConfig(run=run.path, split="valid", step=4, threads=1))
+    dataset = Dataset(small_dataset)
+    ranker = Ranker(dataset.schema, dataset.encoders, MODEL, device="cpu").eval()
+    checkpoint.load(run.checkpoints / "step-00000004", {"model": ranker.state_dict()}, alone=True)
+    rows = pq.read_table([small_dataset / shard.path for shard in dataset.shards("valid")])
+    loader = Loader(dataset, "valid", batch_size=len(rows))
+    logit = ranker(next(loader.batches(loader.start()))).detach().double().numpy()
+    for t, task in enumerate(("click", "bought")):
+        label = rows[f"label.{task}"].to_numpy()
+        seen = ~np.isnan(label)
+        y, p, w = label[seen], 1 / (1 + np.exp(-logit[seen, t])), rows["weight"].to_numpy()[seen]
+        rate = np.average(y, weights=w)
+        entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+        found = record["metrics"][task]
+        assert found["rows"] == seen.sum() > 0
+        assert found["ne"] == pytest.approx(log_loss(y, p, sample_weight=w) / entropy, rel=1e-6)
+        assert found["auc"] == pytest.approx(roc_auc_score(y, p, sample_weight=w), abs=1e-9)
+        assert found["calibration"] == pytest.approx((w * p).sum() / (w * y).sum(), rel=1e-6)
+    dwell = rows["label.dwell"].to_numpy()
+    seen = ~np.isnan(dwell)
+    error = np.average((logit[seen, 2] - dwell[seen]) ** 2, weights=rows["weight"].to_numpy()[seen])
+    assert record["metrics"]["dwell"]["mse"] == pytest.approx(error, rel=1e-6)
+
+
+def test_each_checkpoint_is_evaluated_once_per_split(run: Run):
+    assert evaluated(run) == [2, 4, 6]
+    assert evaluated(run) == []
+    assert evaluated(run, split="valid", step="newest") == [6]
+    shutil.copytree(run.checkpoints / "step-00000006", run.checkpoints / "step-00000008")
+    assert evaluated(run) == [8]
+    assert [(r["step"], r["split"]) for r in read_lines(run.eval_metrics)] == [
+        (2, "test"), (4, "test"), (6, "test"), (6, "valid"), (8, "test")
+    ]  # fmt: skip
+
+
+def test_a_line_torn_by_a_kill_is_written_again(run: Run):
+    evaluated(run)
+    whole = run.eval_metrics.read_bytes()
+    run.eval_metrics.write_bytes(whole[:-20])
+    assert evaluated(run) == [6]
+    assert [r["step"] for r in read_lines(run.eval_metrics)] == [2, 4, 6]
+
+
+def test_following_ends_with_the_run_and_misses_nothing(run: Run):
+    kept = run.path / "kept"
+    run.checkpoints.rename(kept)
+    run.checkpoints.mkdir()
+    run.say("training", 0, 6)
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.extend(evaluated(run, follow=True)))
+    thread.start()
+    for name in ("step-00000002", "step-00000004"):
+        time.sleep(0.2)
+        (kept / name).rename(run.checkpoints / name)
+    while found[-1:] != [4] and len(list(read_lines(run.eval_metrics))) < 2:
+        time.sleep(0.02)
+    assert thread.is_alive()
+    (kept / "step-00000006").rename(run.checkpoints / "step-00000006")
+    run.say("finished", 6, 6)
+    thread.join(30)
+    assert found == [2, 4, 6]
+
+
+def test_a_checkpoint_deleted_under_the_evaluator_is_left_out(run: Run, monkeypatch, capsys):
+    check = checkpoint.check
+
+    def deleted(path: Path) -> checkpoint.CheckpointManifest:
+        manifest = check(path)
+        if manifest.step == 4:
+            shutil.rmtree(path)
+        return manifest
+
+    monkeypatch.setattr(checkpoint, "check", deleted)
+    assert evaluated(run, follow=True) == [2, 6]
+    assert "step 4: left out" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named(run: Run):
+    file = run.checkpoints / "step-00000004" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"step-00000004/__0_0.distcp: its checksum"):
+        evaluated(run)
+
+
+def test_two_evaluators_of_a_split_do_not_work_at_once(run: Run):
+    first = evaluate(EvaluateConfig(run=run.path, threads=1))
+    next(first)
+    with pytest.raises(UserError, match="another evaluator is at work on split test"):
+        evaluated(run)
+    assert evaluated(run, split="valid") == [2, 4, 6]
+
+
+def test_a_trainer_that_is_gone_or_failed_ends_the_following(run: Run):
+    run.say("training", 6, 9)
+    with pytest.raises(UserError, match="the trainer has said nothing for 0 s"):
+        evaluated(run, follow=True, give_up_after=0.1)
+    run.say("failed", 6, 9)
+    with pytest.raises(UserError, match="training stopped at step 6"):
+        evaluated(run, follow=True)
+
+
+def test_what_is_not_there_is_said(run: Run, tmp_path: Path):
+    for settings, words in (
+        ({"step": 5}, r"no checkpoint \(step 5\); there are \[2, 4, 6\]"),
+        ({"dataset": tmp_path}, "no dataset"),
+        ({"truth": {"file": tmp_path / "x", "key": "a", "columns": {}}}, "x: cannot be read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluated(run, **settings)
+    with pytest.raises(UserError, match="no run"):
+        evaluated(Run(tmp_path / "nowhere"))
+
+
+def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path, small_dataset: Path):
+    dataset = Dataset(small_dataset)
+    rows = pl.read_parquet([small_dataset / shard.path for shard in dataset.shards("test")])
+    rng = np.random.default_rng(0)
+    truth = pl.DataFrame({"id": rows["row_id"], "p": rng.uniform(0.05, 0.95, len(rows)), "m": rng.normal(size=len(rows))})
+    truth.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "truth.parquet")
+    columns = {"click": "p", "bought": "p", "dwell": "m"}
+    evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="id", columns=columns))
+    found = json.loads(evaluator.best_path(run, "test").read_text())
+    y, w = rows["label.click"].to_numpy(), rows["weight"].to_numpy()
+    rate = np.average(y, weights=w)
+    entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+    assert found["click"]["ne"] == pytest.approx(log_loss(y, truth["p"].to_numpy(), sample_weight=w) / entropy, rel=1e-9)
+    assert "best" in report.table(run, "test")
+    report.write(run, "test")
+    assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
+    assert run.report.read_text().count("<td") > 20
+
+
+def test_evaluation_leaves_what_the_trainer_wrote_alone(run: Run):
+    def state() -> dict[str, float]:
+        return {str(p): p.stat().st_mtime for p in run.checkpoints.rglob("*")}
+
+    before = state()
+    evaluated(run)
+    assert state() == before
+
+
+def test_nightly_passes_an_equal_model_and_fails_a_worse_one(run: Run, small_log: Path, tmp_path: Path, trained: Path):
+    config = NightlyConfig(run=run.path, serving=trained, input=str(small_log), out=tmp_path / "night")
+    verdict = nightly(config)
+    assert verdict["passed"]
+    assert verdict["tasks"]["click"]["candidate"] == verdict["tasks"]["click"]["serving"]
+    # Every row of the day counts, whatever split its time falls into.
+    assert verdict["candidate"]["metrics"]["click"]["rows"] == 900
+    assert json.loads((tmp_path / "night" / "verdict.json").read_text()) == verdict
+    shutil.rmtree(run.checkpoints / "step-00000006")
+    shutil.rmtree(run.checkpoints / "step-00000004")
+    worse = nightly(config)
+    assert not worse["passed"]
+    assert worse["candidate"]["step"] == 2
+
+
+@pytest.mark.slow
+def test_nightlys_exit_code_tells_worse_from_broken(run: Run, small_log: Path, tmp_path: Path, trained: Path):
+    for step in (4, 6):
+        shutil.rmtree(run.checkpoints / f"step-0000000{step}")
+    command = [sys.executable, "-m", "jobs.nightly", f"run={run.path}", f"serving={trained}", f"out={tmp_path / 'night'}"]
+    worse = subprocess.run([*command, f"input={small_log}"], capture_output=True, text=True, check=False)
+    assert (worse.returncode, "worse than allowed" in worse.stdout) == (2, True), worse.stderr
+    broken = subprocess.run([*command, f"input={tmp_path}"], capture_output=True, text=True, check=False)
+    assert broken.returncode == 1
+    assert broken.stderr.startswith("error: ")
+    assert broken.stderr.count("\n") == 1
+    assert not (tmp_path / "night" / "verdict.json").exists()
+
+
+def test_a_line_is_appended_whole_after_a_torn_one(tmp_path: Path):
+    path = tmp_path / "lines.jsonl"
+    append_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    append_line(path, {"a": 3})
+    assert [line["a"] for line in read_lines(path)] == [1, 3]
