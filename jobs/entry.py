@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,10 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        line = " ".join(str(error).split())
-        sys.exit(f"error: {line}")
+        rank, line = os.environ.get("RANK", "0"), " ".join(str(error).split())
+        if rank != "0":
+            time.sleep(3)  # what all ranks find, rank 0 says, and torchrun ends the others
+        sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what was committed stays, run the same command again to go on")
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from features.errors import UserError
 from pipeline.dataset import sha256, write_json
+from pipeline.run import config_hash
 
 VERSION = 1
 
@@ -28,6 +29,7 @@ class CheckpointManifest(BaseModel):
         seed, window, batch_size, data (hash of the train split's shards): what the order of rows depends on besides.
         fingerprint: of the schema. config: hash of what shapes the state (model and optimisers).
         files: name to (bytes, sha256).
+        checksum: of all the rest, since a flipped digit of a cursor is still a cursor.
     """
 
     version: int = VERSION
@@ -42,6 +44,12 @@ class CheckpointManifest(BaseModel):
     fingerprint: str
     config: str
     files: dict[str, tuple[int, str]] = {}
+    checksum: str = ""
+
+    def sealed(self, files: dict[str, tuple[int, str]]) -> "CheckpointManifest":
+        """The same with its files and its checksum."""
+        content = self.model_copy(update={"files": files}).model_dump(exclude={"checksum"})
+        return self.model_copy(update={"files": files, "checksum": config_hash(content)})
 
 
 def folder(checkpoints: Path, step: int) -> Path:
@@ -66,7 +74,7 @@ def save(checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest)
     dist.all_gather_object(parts, {p.name: (p.stat().st_size, sha256(p)) for p in ours})
     if rank == 0:
         files = {name: entry for part in parts if part for name, entry in part.items()}
-        write_json(aside / "manifest.json", manifest.model_copy(update={"files": files}).model_dump())
+        write_json(aside / "manifest.json", manifest.sealed(files).model_dump())
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
     dist.barrier()
@@ -82,6 +90,8 @@ def read(path: Path) -> CheckpointManifest:
         raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
     if manifest.version != VERSION:
         raise UserError(f"{path}: checkpoint of version {manifest.version}, this release reads {VERSION}")
+    if manifest != manifest.sealed(manifest.files):
+        raise UserError(f"{path / 'manifest.json'}: its checksum is not that of its content: it changed after it was written")
     return manifest
 
 

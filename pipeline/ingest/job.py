@@ -27,6 +27,7 @@ from pipeline.ingest import source
 from pipeline.ingest.progress import Progress, Share
 from pipeline.ingest.writer import LetterWriter, SplitWriters
 
+VALUES = -1  # under which merged statistics hold the values of all files; moments stay under each file's index
 ROW_ID_STRIDE = 1 << 40  # row_id = index of the file * stride + row in it, where the schema names no row_id column
 
 
@@ -123,11 +124,15 @@ def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
     return beam.Pipeline(FnApiRunner(), options=PipelineOptions(config.options + (many if config.workers > 1 else [])))
 
 
-def _merge(parts: Iterable[Statistics]) -> Statistics:
-    return Statistics().merge(*parts)
+def _merge(parts: Iterable[dict[int, Statistics]]) -> dict[int, Statistics]:
+    """Adds up counts. Moments wait: the last digit of a sum depends on its order, and workers finish in any."""
+    found = [item for part in parts for item in part.items()]
+    values = Statistics().merge(*(Statistics(values=s.values) for _, s in found))
+    return {VALUES: values} | {index: Statistics(moments=s.moments) for index, s in found if index != VALUES}
 
 
-def _save_encoders(statistics: Statistics, schema: Schema, staging: Path) -> None:
+def _save_encoders(parts: dict[int, Statistics], schema: Schema, staging: Path) -> None:
+    statistics = Statistics().merge(*(parts[index] for index in sorted(parts)))
     # Nothing was counted where a file failed, or has no rows: the reports say so.
     tables = (name for name, table in schema.all_tables.items() if table.hash is None)
     if statistics.moments.keys() >= schema.dense.keys() and statistics.values.keys() >= set(tables):
@@ -201,7 +206,7 @@ class FitFile(_FileFn):
         letters.update(malformed.reasons)
         if malformed.numbers and not example:
             example = f"{path}, line {malformed.numbers[0]}: {malformed.reasons[0]}"
-        yield beam.pvalue.TaggedOutput("statistics", statistics)
+        yield beam.pvalue.TaggedOutput("statistics", {index: statistics})
         yield {"file": index, "rows": {s: rows[s] for s in SPLITS}, "letters": dict(letters), "example": example}
 
 

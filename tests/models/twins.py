@@ -105,7 +105,7 @@ def unit_experts(params: Params, level: int, depth: int, own: list[list[int]], f
 
 
 def cgc(params: Params, x_BD: Tensor, num_tasks: int, widths: Sequence[int], task_experts: int, shared: int) -> Tensor:
-    """Tang et al. 2020, customised gate control: g_k = w_k(x) S_k(x), S_k being the task's experts above the shared ones."""
+    """Tang et al. 2020, customised gate control: g_k = w_k(x) S_k, the task's experts stacked on the shared ones."""
     total = num_tasks * task_experts + shared
     weight_TDE = params["levels.0.gate.weight_SDH"]
     rows = []

@@ -467,7 +467,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_spoilt(folder: Path,
     loader = Loader(Dataset(folder / data), "train", 32, 4, 5, window=24)
     batches = enumerate(loader.batches(loader.start()), start=1)
     step = next(number for number, batch in batches if row_id in batch.row_id_B)
-    assert 1 < step < 13
+    assert step > 1
     run = folder / f"run-{data}"
     with pytest.raises(UserError, match=rf"step {step}, epoch 0: .* row_id {row_id}\b"):
         train(folder, run.name, data=data, checkpoint_every=1)

@@ -1,0 +1,93 @@
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONF = Path(__file__).parents[2] / "jobs" / "conf"
+JOBS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "job")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs a job's command line in this process (a process each would take minutes); gives what it exits with or prints."""
+
+    def run(job: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [f"jobs.{job}", *map(str, arguments)])
+        try:
+            importlib.import_module(f"jobs.{job}").main()
+        except SystemExit as stopped:
+            return str(stopped.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def assert_one_line(said: str, *words: str) -> None:
+    assert said.startswith("error: "), said
+    assert "\n" not in said
+    assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_shows_three_examples_and_every_setting(job: str, call):
+    said = call(job, "--help")
+    assert said.count("python -m jobs.") + said.count("torchrun ") >= 3
+    settings = yaml.safe_load((CONF / f"{job}.yaml").read_text()).keys() - {"defaults"}
+    assert [s for s in settings if f"\n  {s}:" not in said] == []
+
+
+def test_an_unknown_key_is_named(call):
+    assert_one_line(call("train", "dataset=x", "run=y", "train.batchsize=3"), "train.batchsize")
+
+
+def test_a_missing_setting_is_named(call):
+    assert_one_line(call("train", "dataset=x"), "run")
+
+
+def test_an_unknown_model_lists_those_there_are(call):
+    assert_one_line(call("train", "dataset=x", "run=y", "model=adat"), "model/adat", "shared_bottom")
+
+
+def test_a_value_of_the_wrong_type_is_named(call):
+    assert_one_line(call("train", "dataset=x", "run=y", "train.dense.lr=-1"), "train.dense.lr", "greater than 0")
+
+
+def test_an_argument_that_a_fusion_does_not_take_is_named(small_dataset: Path, tmp_path: Path, call):
+    done = call("train", f"dataset={small_dataset}", f"run={tmp_path / 'run'}", "model=mmoe", "+model.fusion.native=true")
+    assert_one_line(done, "model.fusion.native", "mmoe")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_of_another_schema_stops_training_with_both_named(small_dataset: Path, tmp_path: Path, call):
+    done = call("train", "data=demo", f"dataset={small_dataset}", f"run={tmp_path / 'run'}")
+    fingerprint = yaml.safe_load((small_dataset / "manifest.json").read_text())["fingerprint"]
+    assert_one_line(done, fingerprint, "the schema of this job")
+
+
+def test_a_dataset_that_is_not_there_is_said(tmp_path: Path, call):
+    assert_one_line(call("train", f"dataset={tmp_path}", f"run={tmp_path / 'run'}"), "no dataset", "jobs.preprocess")
+
+
+def test_a_label_used_as_a_feature_is_refused(tmp_path: Path, call):
+    done = call("preprocess", "data=census", f"out={tmp_path / 'x'}", "+data.schema.categorical.education={}")
+    assert_one_line(done, "census.yaml", "tasks.college.label uses column education")
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path):
+    command = [sys.executable, "-m", "jobs.train", f"dataset={tmp_path}", f"run={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_under_torchrun_an_error_that_all_ranks_meet_is_said_once(tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jobs.train"]
+    done = subprocess.run([*command, f"dataset={tmp_path}", "run=x"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("no dataset (manifest.json is missing)") == 1

@@ -1,0 +1,283 @@
+"""Checkpoints that are damaged, half written or hostile: each is refused by name, and none is trusted by accident."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from features.errors import UserError
+from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointManifest
+from pipeline.dataset import sha256
+
+FILES = [".metadata", "__0_0.distcp", "manifest.json"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def state(fill: int | None = None) -> dict[str, Any]:
+    """Two levels of names, a scalar, two types of numbers and an empty branch; zeros to be filled where `fill` is None."""
+    generator = torch.Generator().manual_seed(fill or 0)
+    weight, step = torch.randn(7, 5, generator=generator), torch.tensor(float(fill or 0))
+    big = torch.arange(40_000) * (fill or 0)
+    if fill is None:
+        weight.zero_()
+    return {"model": {"a.weight": weight, "ids": big}, "dense": {"a.weight": {"step": step}}, "tables": {}}
+
+
+def manifest(step: int) -> CheckpointManifest:
+    return CheckpointManifest(
+        step=step, rows=step * 8, epoch=1, cursors=[3, 4], seed=5, window=16, batch_size=8, data="d", fingerprint="f", config="c"
+    )
+
+
+def save(folder: Path, step: int = 3, fill: int = 1) -> Path:
+    return checkpoint.save(folder, state(fill), manifest(step))
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    pairs = [(a["model"][k], b["model"][k]) for k in a["model"]]
+    pairs.append((a["dense"]["a.weight"]["step"], b["dense"]["a.weight"]["step"]))
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def reseal(path: Path) -> None:
+    """What somebody who may write to the folder can do: make the manifest fit the files."""
+    content = CheckpointManifest.model_validate_json((path / "manifest.json").read_text())
+    sealed = content.sealed({name: ((path / name).stat().st_size, sha256(path / name)) for name in content.files})
+    (path / "manifest.json").write_text(sealed.model_dump_json())
+
+
+def test_what_is_saved_is_loaded_with_or_without_a_group(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    assert path.name == "step-00000003"
+    found = checkpoint.check(path)
+    assert {p.name for p in path.iterdir()} == set(FILES)
+    assert set(found.files) == set(FILES) - {"manifest.json"}
+    assert found.model_copy(update={"files": {}, "checksum": ""}) == manifest(3)
+    for alone in (False, True):
+        empty = state()
+        checkpoint.load(path, empty, alone=alone)
+        assert same(empty, state(1))
+
+
+def test_a_part_can_be_loaded_by_itself(tmp_path: Path) -> None:
+    part = {"model": {"a.weight": torch.zeros(7, 5)}}
+    checkpoint.load(save(tmp_path), part, alone=True)
+    assert torch.equal(part["model"]["a.weight"], state(1)["model"]["a.weight"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [({"model": {"a.weight": torch.zeros(6, 5)}}, "size"), ({"model": {"b.weight": torch.zeros(1)}}, "model.b.weight")],
+)
+def test_a_state_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, wanted: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        checkpoint.load(save(tmp_path), wanted, alone=True)
+    assert "\n" not in str(error.value)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_is_found_and_the_file_named(tmp_path: Path, name: str) -> None:
+    file = save(tmp_path) / name
+    good = file.read_bytes()
+    places = range(len(good)) if len(good) < 2000 else range(0, len(good), len(good) // 200)
+    for place in places:
+        for bit in (0, 7):
+            bad = bytearray(good)
+            bad[place] ^= 1 << bit
+            file.write_bytes(bad)
+            try:
+                found = checkpoint.check(file.parent)
+            except UserError as error:
+                assert file.name in str(error)  # noqa: PT017
+                assert str(file.parent) in str(error)  # noqa: PT017
+            else:  # another kind of white space in the manifest
+                assert name == "manifest.json"
+                assert bad[place : place + 1].isspace() or json.loads(bad) == json.loads(good)
+                assert found == CheckpointManifest.model_validate_json(good)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("change", ["cut", "empty", "longer", "gone"])
+def test_a_file_that_is_cut_or_gone_is_named(tmp_path: Path, name: str, change: str) -> None:
+    file = save(tmp_path) / name
+    content = file.read_bytes()
+    if change == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": content[:-1], "empty": b"", "longer": content + b"x"}[change])
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        checkpoint.check(file.parent)
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(UserError, match="checkpoint of version 2, this release reads 1"):
+        checkpoint.check(path)
+
+
+# Crashes
+
+
+def test_only_whole_checkpoints_are_listed_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    assert checkpoint.steps(tmp_path / "none") == []
+    for step in (100, 9, 20):
+        save(tmp_path, step)
+    for name in (".step-00000200", "step-00000300.old", "step-", "step-x", "best"):
+        shutil.copytree(tmp_path / "step-00000009", tmp_path / name)
+    (tmp_path / "step-00000400").mkdir()
+    (tmp_path / "step-00000500").write_text("")
+    assert checkpoint.steps(tmp_path) == [9, 20, 100]
+
+
+def die(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["in dcp.save", "before the manifest", "before the rename"])
+def test_a_crash_at_any_point_leaves_the_checkpoints_before_it_and_the_next_save_works(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        if where == "in dcp.save":
+            patch.setattr(checkpoint.dcp.FileSystemWriter, "finish", die)
+        elif where == "before the manifest":
+            patch.setattr(checkpoint, "write_json", die)
+        else:
+            rename = Path.rename
+            patch.setattr(Path, "rename", lambda self, to: die() if self.name == ".step-00000002" else rename(self, to))
+        with pytest.raises(BaseException):  # noqa: B017, PT011
+            save(tmp_path, 2)
+    assert (tmp_path / ".step-00000002").exists()
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoint.check(tmp_path / "step-00000001")
+    (tmp_path / ".step-00000002" / "__9_0.distcp").write_text("of a rank that is no more")
+    path = save(tmp_path, 2, fill=4)
+    assert {p.name for p in path.iterdir()} == set(FILES)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
+    empty = state()
+    checkpoint.load(path, empty, alone=True)
+    assert same(empty, state(4))
+
+
+def test_a_checkpoint_saved_again_takes_the_place_of_a_damaged_one(tmp_path: Path) -> None:
+    path = save(tmp_path, 3, fill=1)
+    (path / "__0_0.distcp").write_bytes(b"")
+    save(tmp_path, 3, fill=2)
+    checkpoint.check(path)
+    empty = state()
+    checkpoint.load(path, empty, alone=True)
+    assert same(empty, state(2))
+
+
+# Pickles
+
+
+class Payload:
+    """Runs a shell command when it is unpickled."""
+
+    def __init__(self, marker: Path, call: Callable[..., Any] = os.system) -> None:
+        self.marker, self.call = marker, call
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return self.call, (f"touch {self.marker}",)
+
+
+def plant(path: Path, change: Callable[[Any], Any], protocol: int = 4) -> None:
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    (path / ".metadata").write_bytes(pickle.dumps(change(metadata), protocol=protocol))
+    reseal(path)
+    checkpoint.check(path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_planted_pickle_does_not_run_and_is_refused(tmp_path: Path, protocol: int, nested: bool, alone: bool) -> None:
+    path, marker = save(tmp_path), tmp_path / "ran"
+
+    def change(metadata: Any) -> Any:
+        if not nested:
+            return Payload(marker)
+        metadata.planner_data = {"x": Payload(marker)}
+        return metadata
+
+    plant(path, change, protocol)
+    with pytest.raises(UserError, match=r"names (posix|nt|os)\.system: not a checkpoint of tensors"):
+        checkpoint.load(path, state(), alone=alone)
+    assert not marker.exists()
+    with (path / ".metadata").open("rb") as file:  # the same file in the hands of a plain unpickler
+        pickle.load(file)
+    assert marker.exists()
+
+
+def test_an_entry_that_would_be_unpickled_from_a_data_file_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path)
+
+    def change(metadata: Any) -> Any:
+        metadata.state_dict_metadata["model.a.weight"] = BytesStorageMetadata()
+        return metadata
+
+    plant(path, change)
+    with pytest.raises(UserError, match=r"model\.a\.weight is no tensor"):
+        checkpoint.load(path, state(), alone=True)
+
+
+@pytest.mark.parametrize("evil", [b"", b"not a pickle", pickle.dumps({"no": "metadata"})[:-3], pickle.dumps([1, 2])])
+def test_metadata_that_is_none_is_refused_without_a_traceback(tmp_path: Path, evil: bytes) -> None:
+    path = save(tmp_path)
+    (path / ".metadata").write_bytes(evil)
+    reseal(path)
+    with pytest.raises(UserError, match="metadata"):
+        checkpoint.load(path, state(), alone=True)
+
+
+def test_a_planted_data_file_does_not_run(tmp_path: Path) -> None:
+    path, marker = save(tmp_path), tmp_path / "ran"
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    torch.save(Payload(marker), path / "__0_0.distcp")
+    size = (path / "__0_0.distcp").stat().st_size
+    for entry in metadata.storage_data.values():
+        entry.offset, entry.length = 0, size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(path)
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported|refused|cannot be loaded"):
+        checkpoint.load(path, state(), alone=True)
+    assert not marker.exists()
+
+
+def test_metadata_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    """A data file that no checksum covers is not read."""
+    path = save(tmp_path / "run")
+    shutil.copy(path / "__0_0.distcp", tmp_path / "elsewhere")
+
+    def change(metadata: Any) -> Any:
+        for entry in metadata.storage_data.values():
+            entry.relative_path = "../../elsewhere"
+        return metadata
+
+    plant(path, change)
+    with pytest.raises(UserError, match="elsewhere"):
+        checkpoint.load(path, state(), alone=True)
