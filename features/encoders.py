@@ -90,8 +90,8 @@ class Encoders:
         for name, count in known["num_embeddings"].items():
             if schema.all_tables[name].hash is None and len(vocabularies.get(name, [])) + UNKNOWN + 1 != count:
                 raise UserError(
-                    f"{folder}/vocabularies/{name}.parquet is missing or not the {count - UNKNOWN - 1} values that were fitted. "
-                    "Restore it, or run jobs.preprocess again."
+                    f"{folder}/vocabularies/{name}.parquet is missing, or does not hold the {count - UNKNOWN - 1} values "
+                    "that were fitted. Restore it, or run jobs.preprocess again."
                 )
         moments = {n: Moments(**{k: v for k, v in m.items() if k != "std"}) for n, m in known["moments"].items()}
         return cls(schema, vocabularies, moments)

@@ -28,7 +28,7 @@ def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
     with np.errstate(over="ignore"):
         prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(text * _powers(_BASE, len(text)))])
         total = (prefix[offsets[1:] - first] - prefix[starts]) * _powers(_INVERSE, len(text) + 1)[starts]
-        return _mix(total + lengths + _mix(np.uint64(seed)))
+        return _mix(total + lengths + _mix(np.full(1, seed, np.uint64)))
 
 
 def _powers(base: np.uint64, count: int) -> np.ndarray:

@@ -92,7 +92,7 @@ def first_outcomes(events: pl.DataFrame, name: str, key: str, types: dict[str, R
     """
     frame, reason = cast(events, types)
     if (bad := reason.is_not_null()).any():
-        raise UserError(f"outcome {name}, row {bad.arg_true()[0]}: {reason.filter(bad)[0]}")
+        raise UserError(f"outcome {name}, line {bad.arg_true()[0] + 2}: {reason.filter(bad)[0]}")
     frame = frame.drop_nulls(key).unique(key, keep="first", maintain_order=True)
     return frame.select(
         pl.col(key).alias("key"), pl.lit(True).alias(name), *(pl.col(c).alias(f"{name}_{c}") for c in types)
@@ -116,16 +116,16 @@ def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Ser
     """`evaluate`, where text is not a value. Raises UserError."""
     series = evaluate(frame, key, expression, name)
     if series.dtype == pl.String:
-        raise UserError(f"{key}: {expression!r} is text: compare it with a value, or declare its column in source.types")
+        raise UserError(f"{key}: {expression!r} is text: compare it with a value, or set source.types")
     return series.cast(pl.Float32)
 
 
 def _check_types(schema: Schema, frame: pl.DataFrame) -> None:
     """Raises UserError for a column, mostly a derived one, that is not of the type that its use needs."""
-    wanted = {f"dense.{name}": f.column or name for name, f in schema.dense.items()}
-    for key, column in wanted.items():
-        if not (frame[column].dtype.is_numeric() or frame[column].dtype in (pl.Boolean, pl.Null)):
-            raise UserError(f"{key}: column {column} is {frame[column].dtype}, it must be a number")
+    for name, feature in schema.dense.items():
+        kind = frame[feature.column or name].dtype
+        if not (kind.is_numeric() or kind in (pl.Boolean, pl.Null)):
+            raise UserError(f"dense.{name}: column {feature.column or name} is {kind}, it must be a number")
     for key, column in (("event_time", schema.event_time), ("source.row_id", schema.source.row_id)):
         if column and not frame[column].dtype.is_integer():
             raise UserError(f"{key}: column {column} is {frame[column].dtype}, it must be an integer")
@@ -167,10 +167,10 @@ def _impossible(schema: Schema) -> list[pl.Expr]:
     """What makes a typed row unusable, each an expression that is null where all is well."""
     faults: list[pl.Expr] = []
     for name, feature in schema.dense.items():
-        column = pl.col(feature.column or name)
+        x = pl.col(feature.column or name)
         # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
         faults.append(
-            pl.when(column.cast(pl.Float32).is_infinite()).then(pl.format(f"{name}: {{}} is not a finite number", column))
+            pl.when(x.cast(pl.Float32).is_infinite()).then(pl.format(f"{name}: {{}} is not a finite number", x))
         )
     for name, task in schema.tasks.items():
         label = pl.col(f"label.{name}")

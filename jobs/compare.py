@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _mean(values: list[float]) -> str:
 
 def _call(module: str, *arguments: str, log: Path | None) -> None:
     """Runs a job of this Python, its output to `log`. Raises UserError where it fails."""
-    with log.open("ab") if log else Path("/dev/stderr").open("ab") as output:
+    with log.open("ab") if log else nullcontext(sys.stderr) as output:
         code = subprocess.call([sys.executable, "-m", module, *arguments], stdout=output, stderr=output)
     if code:
         raise UserError(f"{module} {' '.join(arguments)} ended with exit code {code}" + (f": see {log}" if log else ""))

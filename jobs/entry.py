@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,8 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(describe(main, name))
                 return
+            # So that a job that is told to end still cleans up behind itself.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             with user_errors():
                 command()
 

@@ -1,6 +1,6 @@
 """The ranker: embeddings -> interaction -> fusion -> towers, written as for one device."""
 
-# Shapes: B rows, T tasks, D input width.
+# Shapes: B rows, T tasks, D input width, K keys of the sparse features.
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 
 from features.batch import Batch
 from features.encoders import Encoders
@@ -52,7 +52,7 @@ class Ranker(nn.Module):
 
     def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> None:
         super().__init__()
-        self.features = list(schema.sparse)
+        self.features, self.bags = list(schema.sparse), list(schema.bag)
         self.embeddings = EmbeddingBagCollection(
             device=torch.device(device),
             tables=[
@@ -61,8 +61,9 @@ class Ranker(nn.Module):
                     embedding_dim=table.dim,
                     num_embeddings=encoders.num_embeddings(name),
                     feature_names=[f for f in self.features if schema.table_of(f) == name],
-                    # The mean of one id is that id's row, so only tables that serve bags pay for the division.
-                    pooling=PoolingType.MEAN if any(schema.table_of(f) == name for f in schema.bag) else PoolingType.SUM,
+                    # Bags are divided by their lengths in `_joined`: TorchRec 1.8 divides a table-wise bag twice as soon as
+                    # another table with means is row-wise, so its own mean would depend on the plan.
+                    pooling=PoolingType.SUM,
                     init_fn=partial(nn.init.normal_, std=config.embedding_std),
                 )
                 for name, table in schema.all_tables.items()
@@ -74,16 +75,21 @@ class Ranker(nn.Module):
         self.towers = TaskTowers(len(schema.tasks), self.fusion.out_dim, config.tower, config.dropout)
 
     def inputs(self, batch: Batch) -> Tensor:
-        """x_BD: pooled embeddings in the schema's order, then dense columns."""
-        return _joined(self.embeddings(batch.sparse), self.features, batch.dense_BD)
+        """x_BD: embeddings in the schema's order, of bags their mean, then dense columns."""
+        return _joined(self.embeddings(batch.sparse), batch.sparse, self.features, self.bags, batch.dense_BD)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.towers(self.fusion(self.inputs(batch)))
 
 
-def _joined(pooled: KeyedTensor, features: list[str], dense_BD: Tensor) -> Tensor:
-    """Pooled embeddings by name, since a sharded KeyedTensor lists them by rank and an unsharded one by table; then dense."""
+def _joined(
+    pooled: KeyedTensor, sparse: KeyedJaggedTensor, features: list[str], bags: list[str], dense_BD: Tensor
+) -> Tensor:
+    """Sums by name, since a sharded KeyedTensor lists them by rank and an unsharded one by table; bags to means; then dense."""
     part = dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
+    if bags:
+        length_KB1 = sparse.lengths().view(len(sparse.keys()), -1, 1).clamp(min=1)
+        part |= {name: part[name] / length_KB1[sparse.keys().index(name)] for name in bags}
     return torch.cat([*(part[name] for name in features), dense_BD], dim=1)
 
 

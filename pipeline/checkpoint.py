@@ -145,11 +145,19 @@ class _Reader(dcp.FileSystemReader):
     """Reads .metadata, a pickle, without letting it name anything but what describes tensors."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        for name, entry in metadata.state_dict_metadata.items():
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = _Unpickler(file).load()
+            entries, places = metadata.state_dict_metadata, [place.relative_path for place in metadata.storage_data.values()]
+        except (UserError, OSError):
+            raise
+        except Exception:  # a pickle that is none raises what it likes
+            raise UserError(f"{self.path}/.metadata cannot be read: not a checkpoint") from None
+        for name, entry in entries.items():
             if not isinstance(entry, TensorStorageMetadata):
                 raise UserError(f"{self.path}: {name} is no tensor; loading it could run code, so it is refused")
+        if outside := [place for place in places if place != Path(place).name]:
+            raise UserError(f"{self.path}/.metadata names {outside[0]}, a file outside of the checkpoint")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -160,5 +160,8 @@ def write_json(path: Path, content: object) -> None:
 
 def sha256(path: Path) -> str:
     """Checksum of a file's content, in hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

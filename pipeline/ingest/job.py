@@ -73,7 +73,10 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     for path in files:
         source.check_columns(path, schema)
     staging = config.out.absolute().with_name(f"{config.out.name}.staging-{uuid.uuid4().hex[:8]}")
-    staging.mkdir(parents=True)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{config.out} cannot be written: {error}. Choose another out=.") from None
     try:
         if config.encoders:
             given = Dataset(config.encoders)

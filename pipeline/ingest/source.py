@@ -131,13 +131,16 @@ def load_outcomes(folder: str, schema: Schema) -> dict[str, pl.DataFrame]:
             with pa.OSFile(path) as file:
                 reader = open_csv(file, path, header, columns, bad.add)
                 try:
-                    parts.append(pl.from_arrow(reader.read_all()))
+                    events: pl.DataFrame = pl.from_arrow(reader.read_all())  # type: ignore[assignment]
                 except (pa.ArrowInvalid, OSError, EOFError) as error:
                     raise UserError(f"{path}: cannot be read to its end: {_one_line(error)}. Fetch it again.") from None
             if bad.numbers:
                 raise UserError(f"{path}, line {bad.numbers[0]}: {bad.reasons[0]}. Mend or remove the line.")
-        events = clean(schema, pl.concat(parts))  # type: ignore[arg-type, type-var]
-        outcomes[name] = first_outcomes(events, name, outcome.key, outcome.columns)
+            try:
+                parts.append(first_outcomes(clean(schema, events), name, outcome.key, outcome.columns))
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+        outcomes[name] = pl.concat(parts).unique("key", keep="first", maintain_order=True)
     return outcomes
 
 

@@ -52,8 +52,13 @@ ROW = st.fixed_dictionaries(
     }
 )  # fmt: skip
 ROWS = st.lists(ROW, max_size=25)
-TYPES = {"plain": pl.Float64, "scaled": pl.Float64, "city": pl.String, "item": pl.String, "recent": pl.String,
-         "tags": pl.String, SPLIT: pl.Int8, "label.a": pl.Float32, "label.b": pl.Float32, WEIGHT: pl.Float32, ROW_ID: pl.Int64}  # fmt: skip
+TYPES = {
+    **dict.fromkeys(["plain", "scaled"], pl.Float64),
+    **dict.fromkeys(["city", "item", "recent", "tags"], pl.String),
+    **dict.fromkeys(["label.a", "label.b", WEIGHT], pl.Float32),
+    SPLIT: pl.Int8,
+    ROW_ID: pl.Int64,
+}
 
 
 def frame(rows: list[dict[str, Any]]) -> pl.DataFrame:

@@ -72,7 +72,7 @@ def plain_row(raw: dict[str, str], click: dict[str, Any], buy: dict[str, Any]) -
         return row, wrong
     event = click.get(row["id"])
     clicked, bought, qty, time = event is not None, row["id"] in buy, row["qty"], row["time"]
-    if row["price"] is not None and abs(row["price"]) > np.finfo(np.float32).max:
+    if row["price"] is not None and abs(row["price"]) > float(np.finfo(np.float32).max):
         wrong.append(f"price: {row['price']} is not a finite number")
     row["label.click"] = float(clicked)
     row["label.buy"] = float(bought) if clicked else None
@@ -198,14 +198,17 @@ def test_observed_when_hides_a_label_where_it_is_false_or_unknown():
         ({"weight": "x"}, {"x": ["-1", "4"]}, "weight: -1.0 is not a number >= 0"),
         ({"weight": "x"}, {"x": ["", "4"]}, "weight: missing is not a number >= 0"),
         ({"weight": "1 / x"}, {"x": ["0", "4"]}, "weight: inf is not a number >= 0"),
-        ({"tasks": {"t": {"kind": "binary", "label": "w * 1.5"}}}, {"w": ["1", "0"]}, "tasks.t: 1.5 is not a label in [0, 1]"),
-        ({"tasks": {"t": {"kind": "regression", "label": "LN(w)"}}}, {"w": ["0", "1"]}, "tasks.t: -inf is not a finite label"),
+        ({"tasks": {"t": {"kind": "binary", "label": "w * 1.5"}}},
+         {"w": ["1", "0"]}, "tasks.t: 1.5 is not a label in [0, 1]"),
+        ({"tasks": {"t": {"kind": "regression", "label": "LN(w)"}}},
+         {"w": ["0", "1"]}, "tasks.t: -inf is not a finite label"),
         ({"source": {"files": "x", "derived": {"d": "LN(w)"}, "types": {"w": "float"}}, "dense": {"d": {}}},
          {"w": ["0", "1"]}, "d: -inf is not a finite number"),
         ({}, {"x": ["1e39", "1"]}, "x: 1e+39 is not a finite number"),
         ({"source": {"files": "x", "row_id": "id"}}, {"id": ["", "7"]}, "id: missing row id"),
         ({"source": {"files": "x", "row_id": "id"}}, {"id": ["-1", "7"]}, "id: -1 is not a row id >= 0"),
-        ({"split": {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1}}, {"k": ["", "a"]}, "split: its key or time is missing"),
+        ({"split": {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1}},
+         {"k": ["", "a"]}, "split: its key or time is missing"),
         ({"event_time": "at"}, {"at": ["", "7"]}, "at: missing event time"),
     ],
 )  # fmt: skip
@@ -248,9 +251,9 @@ def test_the_first_event_of_a_key_counts_and_events_without_a_key_do_not():
     assert found.to_dicts() == [{"key": "b", "o": True, "o_n": 1}, {"key": "a", "o": True, "o_n": 3}]
 
 
-def test_an_outcome_that_is_no_number_stops_the_job_with_its_row():
+def test_an_outcome_that_is_no_number_stops_the_job_with_its_line():
     events = pl.DataFrame({"id": ["b", "a"], "n": ["1", "many"]})
-    with pytest.raises(UserError, match=r"outcome o, row .*n: 'many' is not an integer"):
+    with pytest.raises(UserError, match=r"outcome o, line 3: n: 'many' is not an integer"):
         first_outcomes(events, "o", "id", {"n": "int"})
 
 

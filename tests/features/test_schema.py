@@ -213,6 +213,7 @@ def test_a_shared_table_must_exist_and_holds_the_settings():
     message = refusal(changed("categorical.item", {"table": "item", "dim": 8, "hash": 5}))
     assert "categorical.item" in message
     assert "dim, hash belong to the shared table item" in message
+    assert "tables.spare is used by no feature" in refusal(changed("tables.spare", {}))
     assert "tables.item exists" in refusal(changed("categorical.item", {}))
 
 

@@ -253,7 +253,7 @@ def test_statistics_of_files_add_up_to_the_same_digits_in_whatever_order_workers
     parts = [
         {
             index: Statistics(
-                values={"t": pl.DataFrame({"value": [f"v{index % 3}"], "count": [index]}, schema_overrides={"count": pl.UInt32})},
+                values={"t": pl.DataFrame({"value": [f"v{index % 3}"], "count": [index]})},
                 moments={"x": Moments.of(rng.normal(3, 50, 999))},
             )
         }
@@ -419,10 +419,12 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "no outcomes": (lambda f: [p.unlink() for p in f.glob("clicks*")], ["clicks-*.csv: no such file"]),
     "an outcome's missing column": (lambda f: (f / "clicks-2.csv").write_text("id\n1\n"), ["clicks-2.csv", "dwell"]),
     "an outcome's malformed line": (
-        lambda f: (f / "clicks-2.csv").write_text("id,dwell\n1,2\n1\n"), ["clicks-2.csv, line 3: 1 columns instead of 2"],
+        lambda f: (f / "clicks-2.csv").write_text("id,dwell\n1,2\n1\n"),
+        ["clicks-2.csv, line 3: 1 columns instead of 2"],
     ),
     "an outcome's bad number": (
-        lambda f: (f / "clicks-2.csv").write_text("id,dwell\n1,x\n"), ["outcome click, row", "dwell: 'x' is not a number"],
+        lambda f: (f / "clicks-2.csv").write_text("id,dwell\n1,2\n1,x\n"),
+        ["clicks-2.csv: outcome click, line 3: dwell: 'x' is not a number"],
     ),
     "bytes that are no text": (
         lambda f: (f / "clicks-2.csv").write_bytes(b"id,dwell\n\xff,1\n"), ["clicks-2.csv: cannot be read"],
@@ -464,6 +466,12 @@ def test_an_expression_that_does_not_fit_the_columns_stops_the_job(small_log, sm
 def test_a_size_that_makes_no_sense_is_refused(setting):
     with pytest.raises(ValidationError, match=next(iter(setting))):
         PreprocessConfig(input="x", out=Path("y"), **setting)
+
+
+def test_an_out_that_cannot_be_written_is_refused(small_log, small_content, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file/out cannot be written"):
+        run(small_log, tmp_path / "file" / "out", small_content())
 
 
 def test_runners_known_to_lose_rows_are_refused(small_log, small_content, tmp_path):

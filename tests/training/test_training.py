@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from two_ranks import OPTIMIZERS, PLACEMENTS, STOP, Recorder, stopped
+from two_ranks import MIXED, OPTIMIZERS, PLACEMENTS, STOP, Recorder, stopped
 from workbench import NEVER_OBSERVED, SCHEMA, TABLES, TRAIN_ROWS, configuration, last, losses, make_dataset, tensors, unsharded
 
 from features.batch import Batch
@@ -173,6 +174,27 @@ def test_an_epoch_with_its_padding_follows_the_float64_twin(folder: Path, tmp_pa
     assert losses(one_rank / name)[: len(wanted)] == pytest.approx(wanted, rel=2e-3)
 
 
+def test_inputs_are_rows_of_the_tables_means_of_bags_and_dense_columns_in_the_schemas_order(folder: Path, tmp_path: Path) -> None:
+    data, start = Dataset(folder / "data"), model(start_of(folder, "start-inputs"))
+    ranker = unsharded(configuration(data.path, tmp_path), data.schema, data.encoders, start)
+    loader = Loader(data, "valid", 20, 2)
+    batch = list(loader.batches(loader.start()))[-1]
+    rows = pq.read_table(data.path / "valid").to_pylist()
+    cells = {row["row_id"]: row for row in rows}
+    x_BD = ranker.inputs(Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()})))
+    assert (batch.row_id_B < 0).any()
+    for x_D, row_id in zip(x_BD, batch.row_id_B.tolist(), strict=True):
+        wanted: list[float] = []
+        for feature in ("user", "shown", "device", "recent", "topics"):
+            table = start[f"embeddings.embedding_bags.{data.schema.table_of(feature)}.weight"].double()
+            ids = cells[row_id][feature] if row_id >= 0 else []
+            ids = ids if isinstance(ids, list) else [ids]
+            columns = zip(*(table[i].tolist() for i in ids), strict=True) if ids else [[0.0]] * table.shape[1]
+            wanted += [sum(column) / len(column) for column in columns]
+        wanted += [cells[row_id][name] if row_id >= 0 else 0.0 for name in ("age", "age_missing", "price")]
+        assert x_D.tolist() == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "adagrad"])
 def test_weight_decay_starts_with_the_first_step_and_not_before(folder: Path, name: str) -> None:
     dense = {"name": name, "lr": 0.01, "weight_decay": 0.1}
@@ -215,6 +237,14 @@ def test_two_ranks_train_the_model_that_one_rank_trains(two_ranks: Path, one_ran
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", MIXED)
+def test_a_plan_of_several_placements_trains_the_same_model(two_ranks: Path, one_rank: Path, name: str) -> None:
+    alone = one_rank / MIXED[name][0]
+    assert losses(two_ranks / name) == pytest.approx(losses(alone), rel=1e-3)
+    close(last(two_ranks / name), last(alone), rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.slow
 def test_the_data_holds_the_steps_that_are_hard_to_share(two_ranks: Path) -> None:
     """Steps where only one rank, or none, sees a label of the conversion, and an end with padding."""
     kinds: Counter[tuple[bool, bool]] = Counter()
@@ -231,7 +261,7 @@ def test_the_data_holds_the_steps_that_are_hard_to_share(two_ranks: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rowwise_adagrad-table_wise", "mixed"])
+@pytest.mark.parametrize("name", ["rowwise_adagrad-table_wise", *MIXED])
 def test_the_sharded_forward_is_the_unsharded_rankers(two_ranks: Path, tmp_path: Path, name: str) -> None:
     data = Dataset(two_ranks / "data")
     config = configuration(data.path, tmp_path)
