@@ -61,7 +61,7 @@ class Ranker(nn.Module):
                     embedding_dim=table.dim,
                     num_embeddings=encoders.num_embeddings(name),
                     feature_names=[f for f in self.features if schema.table_of(f) == name],
-                    # Bags are divided by their lengths in `_joined`: TorchRec 1.8 divides a table-wise bag twice as soon as
+                    # Bags are divided by their lengths in `_joined`: TorchRec 1.8 divides a table-wise bag twice once
                     # another table with means is row-wise, so its own mean would depend on the plan.
                     pooling=PoolingType.SUM,
                     init_fn=partial(nn.init.normal_, std=config.embedding_std),
@@ -85,7 +85,7 @@ class Ranker(nn.Module):
 def _joined(
     pooled: KeyedTensor, sparse: KeyedJaggedTensor, features: list[str], bags: list[str], dense_BD: Tensor
 ) -> Tensor:
-    """Sums by name, since a sharded KeyedTensor lists them by rank and an unsharded one by table; bags to means; then dense."""
+    """Sums by name (a sharded KeyedTensor lists them by rank, an unsharded one by table), bags to means, then dense."""
     part = dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
     if bags:
         length_KB1 = sparse.lengths().view(len(sparse.keys()), -1, 1).clamp(min=1)

@@ -91,7 +91,7 @@ def read(path: Path) -> CheckpointManifest:
     if manifest.version != VERSION:
         raise UserError(f"{path}: checkpoint of version {manifest.version}, this release reads {VERSION}")
     if manifest != manifest.sealed(manifest.files):
-        raise UserError(f"{path / 'manifest.json'}: its checksum is not that of its content: it changed after it was written")
+        raise UserError(f"{path / 'manifest.json'}: its checksum is not its content's: it changed after it was written")
     return manifest
 
 
@@ -148,7 +148,8 @@ class _Reader(dcp.FileSystemReader):
         try:
             with (Path(self.path) / ".metadata").open("rb") as file:
                 metadata = _Unpickler(file).load()
-            entries, places = metadata.state_dict_metadata, [place.relative_path for place in metadata.storage_data.values()]
+            entries = metadata.state_dict_metadata
+            places = [place.relative_path for place in metadata.storage_data.values()]
         except (UserError, OSError):
             raise
         except Exception:  # a pickle that is none raises what it likes

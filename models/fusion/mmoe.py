@@ -10,10 +10,10 @@ from models.layers import StackedLinear, StackedMLP, mix
 
 
 class MMoE(nn.Module):
-    """Experts shared by all tasks, mixed by a gate for each (Ma et al. 2018, eq. 6-7; AdaTT, arXiv 2304.04959, eq. 11-12).
+    """Experts shared by all tasks, mixed by a gate for each (Ma et al. 2018, section 4, eq. 6-8).
 
-    With more than one level it is the ML-MMoE of AdaTT's section 4.1: each expert above the first level has a gate of its
-    own that mixes the experts below, and all gates, softmax(W x), read the raw input.
+    With more than one level it is the ML-MMoE of AdaTT (arXiv 2304.04959, section 4.1): each expert above the first level
+    has a gate of its own that mixes the experts below, and all gates, softmax(W x), read the raw input.
 
     Args:
         in_dim: D in. num_tasks: T. num_experts: E.

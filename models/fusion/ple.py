@@ -6,7 +6,7 @@ from models.fusion.level import UnitNetwork
 
 
 class PLE(UnitNetwork):
-    """Task experts, shared experts, and gates that keep tasks apart (Tang et al. 2020, section 3.3, eq. 5-8).
+    """Task experts, shared experts, and gates that keep tasks apart (Tang et al. 2020, section 4, eq. 1-6).
 
     Level by level, a task's gate, softmax(W x) over its own and the shared experts, reads the task's representation; the
     shared gate chooses from all experts. The last level has no shared gate. One level is customised gate control (CGC).

@@ -32,7 +32,7 @@ def build(config: DenseOptimizer, parameters: Iterable[tuple[str, nn.Parameter]]
         return kind(values, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     optimizer: KeyedOptimizer = KeyedOptimizerWrapper(named, make)
-    # It makes the state by a step with gradients of 0, which must neither decay a weight nor count as one of Adam's steps.
+    # It makes the state by a step with gradients of 0: that must not decay a weight, nor count among Adam's steps.
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.init_state()

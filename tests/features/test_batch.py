@@ -125,8 +125,8 @@ def test_joined_parts_are_the_parts_one_after_the_other(parts: list[tuple]) -> N
 def test_schemas_without_one_kind_of_feature_work(widths: tuple[int, int, int]) -> None:
     schema = schema_of(*widths)
     rows = [
-        {name: 1.5 for name in schema.dense_columns}
-        | {name: i for name in schema.categorical}
+        dict.fromkeys(schema.dense_columns, 1.5)
+        | dict.fromkeys(schema.categorical, i)
         | {name: list(range(i)) for name in schema.bag}
         | {f"label.{task}": None if i == 1 else 1.0 for task in schema.tasks}
         | {"weight": 2.0, "event_time": 0, "row_id": i}
@@ -141,7 +141,7 @@ def test_schemas_without_one_kind_of_feature_work(widths: tuple[int, int, int]) 
 def test_rows_are_decoded_from_a_table_that_is_a_slice_of_another() -> None:
     rows = [
         {name: float(i) for name in FULL.dense_columns}
-        | {name: i for name in FULL.categorical}
+        | dict.fromkeys(FULL.categorical, i)
         | {name: list(range(i)) for name in FULL.bag}
         | {f"label.{task}": None for task in FULL.tasks}
         | {"weight": 1.0, "event_time": 0, "row_id": i}

@@ -149,3 +149,9 @@ def test_extreme_logits_give_finite_losses_and_gradients(logit, label, dtype):
         )
     assert logit_BT.grad.isfinite().all()
     assert (logit_BT.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_bfloat16_logits_are_computed_in_float32(kind):
+    loss_BT = TaskLoss([kind], [1.0]).per_row(torch.tensor([[1.5]], dtype=torch.bfloat16), torch.tensor([[0.3]]))
+    assert_close(loss_BT.item(), entry(kind, 1.5, 0.3), rtol=1e-6, atol=0.0)

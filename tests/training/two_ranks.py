@@ -70,7 +70,7 @@ def logits(folder: Path, name: str, **settings: object) -> None:
     loader = Loader(Dataset(folder / "data"), "valid", 20, 2, rank=made.rank, ranks=made.ranks)
     with torch.no_grad():
         found = [(batch.row_id_B, made.model.module.ranker(batch)) for batch in loader.batches(loader.start())]
-    names = [key for key in made.model.module.ranker.embeddings(next(loader.batches(loader.start())).sparse).keys()]
+    names = made.model.module.ranker.embeddings(next(loader.batches(loader.start())).sparse).keys()
     torch.save([torch.cat(parts) for parts in zip(*found, strict=True)], folder / f"{name}.logits.{made.rank}.pt")
     if made.rank == 0:
         (folder / f"{name}.keys.json").write_text(json.dumps(names))

@@ -22,7 +22,7 @@ from pipeline.dataset import commit
 from pipeline.ingest.writer import SplitWriters
 from pipeline.training.config import Settings, TrainConfig
 
-# A shared table with a bag (its mean), a bag of its own, a task seen in few rows, weights, a regression, a missing flag.
+# A table shared with a bag, a bag of its own, a task seen in few rows, weights, a regression, a missing flag.
 SCHEMA = yaml.safe_load("""
 source: {files: "*.csv", types: {click: int, conversion: int, dwell: float, importance: float}}
 tables:
@@ -53,7 +53,11 @@ def raw_rows(count: int = 517, seed: int = 3) -> pl.DataFrame:
     """Text columns, as a reader gives them."""
     rng = np.random.default_rng(seed)
     click = rng.random(count) < 0.15
-    bags = [["|".join(f"{kind}{i}" for i in rng.integers(0, 12, n)) for n in rng.integers(0, 7, count)] for kind in "ct"]
+    lengths = rng.integers(0, 7, (2, count))
+    bags = [
+        ["|".join(f"{kind}{i}" for i in rng.integers(0, 12, n)) for n in row]
+        for kind, row in zip("ct", lengths, strict=True)
+    ]
     columns = {
         "age": [None if rng.random() < 0.2 else f"{rng.normal(40, 9):.3f}" for _ in range(count)],
         "price": [f"{rng.lognormal(0, 0.5):.3f}" for _ in range(count)],
@@ -74,7 +78,12 @@ def raw_rows(count: int = 517, seed: int = 3) -> pl.DataFrame:
 
 
 def make_dataset(
-    out: Path, rows: int = 517, row_group: int = 40, shard_rows: int = 130, spoil: tuple[str, int] | None = None, **changes: Any
+    out: Path,
+    rows: int = 517,
+    row_group: int = 40,
+    shard_rows: int = 130,
+    spoil: tuple[str, int] | None = None,
+    **changes: Any,
 ) -> Path:
     """Writes a dataset.
 
@@ -93,9 +102,8 @@ def make_dataset(
             table = encoders.encode(parsed.filter(parsed[SPLIT] == code))
             if spoil:
                 column, row_id = spoil
-                spoilt = pl.from_arrow(table).with_columns(
-                    pl.when(pl.col("row_id") == row_id).then(float("inf")).otherwise(column).cast(pl.Float32).alias(column)
-                )
+                value = pl.when(pl.col("row_id") == row_id).then(float("inf")).otherwise(column)
+                spoilt = pl.from_arrow(table).with_columns(value.cast(pl.Float32).alias(column))
                 table = spoilt.to_arrow().cast(table.schema)
             writers.write(split, table)
     commit(staging, out, schema, writers.shards, {})
