@@ -56,7 +56,7 @@ class Settings(Strict):
     window: int = Field(16384, ge=1)
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     tables: TableOptimizer = TableOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
