@@ -78,9 +78,9 @@ class Rows:
     def decode(cls, table: pa.Table, schema: Schema) -> "Rows":
         """Decodes rows of a dataset; numeric columns are viewed where Arrow holds them, then stacked once."""
 
-        def stack(names: Sequence[str], dtype: type, axis: int) -> Tensor:
+        def stack(names: Sequence[str], dtype: type[np.generic], axis: int) -> Tensor:
             if not names:
-                return torch.zeros((0, table.num_rows) if axis == 0 else (table.num_rows, 0), dtype=_TORCH[dtype])
+                return torch.from_numpy(np.zeros((0, table.num_rows) if axis == 0 else (table.num_rows, 0), dtype))
             return torch.from_numpy(np.stack([_view(table[name], dtype) for name in names], axis=axis))
 
         lists = [table[name].combine_chunks() for name in schema.bag]
@@ -165,10 +165,7 @@ class Rows:
         )
 
 
-_TORCH = {np.int64: torch.int64, np.float32: torch.float32}
-
-
-def _view(column: pa.ChunkedArray, dtype: type) -> np.ndarray:
+def _view(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
     """A numeric column as numpy, NaN where a float is null."""
     return column.to_numpy().astype(dtype, copy=False)
 

@@ -128,7 +128,9 @@ class Encoders:
         table = self.schema.table_of(name)
         buckets = self.schema.all_tables[table].hash
         if buckets:
-            ids = np.where(text.is_valid().to_numpy(False), 1 + (hash_strings(text) % np.uint64(buckets)).astype(np.int64), MISSING)
+            ids = np.where(
+                text.is_valid().to_numpy(False), 1 + (hash_strings(text) % np.uint64(buckets)).astype(np.int64), MISSING
+            )
             return pa.array(ids)
         values = self.vocabularies[table]
         known = pc.index_in(text.cast(values.type), value_set=values, skip_nulls=True).to_numpy(zero_copy_only=False)

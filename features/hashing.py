@@ -23,7 +23,9 @@ def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
     offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
     first, last = (int(offsets[0]), int(offsets[-1])) if len(values) else (0, 0)
     data = values.buffers()[2]
-    text = np.frombuffer(data, np.uint8)[first:last].astype(np.uint64) + np.uint64(1) if data else np.empty(0, np.uint64)
+    text = (
+        np.frombuffer(data, np.uint8)[first:last].astype(np.uint64) + np.uint64(1) if data else np.empty(0, np.uint64)
+    )
     starts, lengths = (offsets[:-1] - first), np.diff(offsets).astype(np.uint64)
     with np.errstate(over="ignore"):
         prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(text * _powers(_BASE, len(text)))])

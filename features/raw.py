@@ -42,7 +42,9 @@ def parse(schema: Schema, raw: pl.DataFrame, outcomes: dict[str, pl.DataFrame], 
     frame, reason = cast(text, schema.raw_types)
     for name, events in outcomes.items():
         # By the key's text: the streams' keys are text, whatever type the impressions' key has for other uses.
-        found = text.select(pl.col(str(schema.source.key)).alias("key")).join(events, on="key", how="left", maintain_order="left")
+        found = text.select(pl.col(str(schema.source.key)).alias("key")).join(
+            events, on="key", how="left", maintain_order="left"
+        )
         frame = frame.hstack(found.drop("key").with_columns(pl.col(name).fill_null(False)))
     frame = frame.with_columns(evaluate(frame, f"source.derived.{n}", e, n) for n, e in schema.source.derived.items())
     _check_types(schema, frame)
@@ -52,7 +54,9 @@ def parse(schema: Schema, raw: pl.DataFrame, outcomes: dict[str, pl.DataFrame], 
         _weight(schema, frame),
         (pl.col(schema.source.row_id) if schema.source.row_id else pl.int_range(pl.len()) + row_id).alias(ROW_ID),
     )
-    reason = frame.select(pl.coalesce(reason, *_impossible(schema), pl.lit(None, pl.String)).alias("reason")).to_series()
+    reason = frame.select(
+        pl.coalesce(reason, *_impossible(schema), pl.lit(None, pl.String)).alias("reason")
+    ).to_series()
     bad = reason.is_not_null()
     letters = pl.DataFrame(
         {"line": bad.arg_true().cast(pl.Int64) + row, "reason": reason.filter(bad), "raw": _as_text(raw.filter(bad))}
@@ -79,8 +83,12 @@ def cast(text: pl.DataFrame, types: dict[str, RawType]) -> tuple[pl.DataFrame, p
     for column, kind in types.items():
         wrong = text[column].is_not_null() & (frame[column].is_null() | ~frame[column].is_finite().fill_null(True))
         if wrong.any():
-            shown = pl.format("{}: '{}' is not " + ("a number" if kind == "float" else "an integer"), pl.lit(column), column)
-            reason = text.select(pl.when(wrong & reason.is_null()).then(shown).otherwise(reason).alias("reason"))["reason"]
+            shown = pl.format(
+                "{}: '{}' is not " + ("a number" if kind == "float" else "an integer"), pl.lit(column), column
+            )
+            reason = text.select(pl.when(wrong & reason.is_null()).then(shown).otherwise(reason).alias("reason"))[
+                "reason"
+            ]
     return frame, reason
 
 
@@ -149,10 +157,10 @@ def _weight(schema: Schema, frame: pl.DataFrame) -> pl.Series:
 def _split(schema: Schema, frame: pl.DataFrame, row: int) -> pl.Series:
     split = schema.split
     if isinstance(split, RowIndexSplit):
-        table = np.empty(split.modulo, np.int8)
-        for code, name in enumerate(SPLITS):
-            table[getattr(split, name)] = code
-        return pl.Series(SPLIT, table[(np.arange(frame.height) + row) % split.modulo])
+        of_remainder = np.empty(split.modulo, np.int8)
+        for number, name in enumerate(SPLITS):
+            of_remainder[getattr(split, name)] = number
+        return pl.Series(SPLIT, of_remainder[(np.arange(frame.height) + row) % split.modulo])
     if isinstance(split, HashSplit):
         keys = frame[split.key].cast(pl.String)
         share = hash_strings(keys.to_arrow(), HASH_SPLIT_SEED) / 2.0**64
@@ -160,7 +168,9 @@ def _split(schema: Schema, frame: pl.DataFrame, row: int) -> pl.Series:
         return pl.Series(SPLIT, code).zip_with(keys.is_not_null(), pl.Series([None], dtype=pl.Int8))
     valid_from, test_from = (math.ceil(moment.timestamp()) for moment in (split.valid_from, split.test_from))
     time = pl.col(str(schema.event_time))
-    return frame.select(((time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)).alias(SPLIT)).to_series()
+    return frame.select(
+        ((time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)).alias(SPLIT)
+    ).to_series()
 
 
 def _impossible(schema: Schema) -> list[pl.Expr]:
@@ -185,7 +195,9 @@ def _impossible(schema: Schema) -> list[pl.Expr]:
     )
     faults.append(pl.when(pl.col(SPLIT).is_null()).then(pl.lit("split: its key or time is missing")))
     if schema.event_time:
-        faults.append(pl.when(pl.col(schema.event_time).is_null()).then(pl.lit(f"{schema.event_time}: missing event time")))
+        faults.append(
+            pl.when(pl.col(schema.event_time).is_null()).then(pl.lit(f"{schema.event_time}: missing event time"))
+        )
     if schema.source.row_id:
         faults.append(pl.when(pl.col(ROW_ID).is_null()).then(pl.lit(f"{schema.source.row_id}: missing row id")))
         # -1 marks the padding of a batch.

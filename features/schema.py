@@ -206,7 +206,7 @@ class Schema(Strict):
         try:
             schema = cls.model_validate(content)
         except ValidationError as error:
-            raise UserError("; ".join(_say(where, content, e) for e in error.errors())) from None
+            raise UserError("; ".join(_say(where, e) for e in error.errors())) from None
         if faults := list(_contradictions(schema)):
             raise UserError("; ".join(f"{where}: {fault}" for fault in faults))
         return schema
@@ -253,9 +253,15 @@ class Schema(Strict):
         return {**{c: t for c, t in implied.items() if c not in derived}, **self.source.types}
 
     @cached_property
+    def feature_columns(self) -> dict[str, str]:
+        """The raw or derived column that each feature reads."""
+        columns = {name: f.column or name for name, f in self.dense.items()}
+        return columns | {name: f.column or name for name, f in self.sparse.items()}
+
+    @cached_property
     def raw_columns(self) -> list[str]:
         """The columns that must be read from the impressions' files, in a fixed order."""
-        used = [f.column or name for name, f in {**self.dense, **self.sparse}.items()]
+        used = list(self.feature_columns.values())
         used += [c for c in (self.source.key, self.source.row_id, self.event_time) if c]
         used += [self.split.key] if isinstance(self.split, HashSplit) else []
         for expression in self.expressions.values():
@@ -274,10 +280,10 @@ class Schema(Strict):
         """The splits that the schema means to have rows."""
         split = self.split
         if isinstance(split, HashSplit):
-            return {"train", *(name for name in SPLITS[1:] if getattr(split, name))}
+            return {name for name in SPLITS if name == "train" or getattr(split, name)}
         if isinstance(split, RowIndexSplit):
             return {name for name in SPLITS if getattr(split, name)}
-        return {"train", "test", *(["valid"] if split.valid_from < split.test_from else [])}
+        return {name for name in SPLITS if name != "valid" or split.valid_from < split.test_from}
 
     @cached_property
     def expressions(self) -> dict[str, str]:
@@ -361,8 +367,7 @@ def _contradictions(schema: Schema) -> Iterator[str]:
     def roots(columns: list[str]) -> set[str]:
         return {root for c in columns for root in [c, *derived.get(c, [])]}
 
-    for name, feature in {**schema.dense, **schema.sparse}.items():
-        column = feature.column or name
+    for name, column in schema.feature_columns.items():
         inputs = roots([column])
         if later := sorted(inputs & schema.outcome_columns.keys()):
             yield f"feature {name} reads {later[0]}, an outcome that is known only after the impression. Remove it."
@@ -374,9 +379,11 @@ def _contradictions(schema: Schema) -> Iterator[str]:
                 )
 
 
-def _say(where: str, content: Any, error: Any) -> str:
+def _say(where: str, error: Any) -> str:
     """One validation error as: file, key, what is wrong, what is allowed."""
-    loc = [str(part) for part in error["loc"] if part not in ("hash", "row_index", "time") or error["loc"][0] != "split"]
+    loc = [
+        str(part) for part in error["loc"] if part not in ("hash", "row_index", "time") or error["loc"][0] != "split"
+    ]
     key = ".".join(loc) or "the whole file"
     if error["type"] != "extra_forbidden":
         return f"{where}: {key}: {error['msg']}"

@@ -37,7 +37,11 @@ def main(config: DictConfig) -> None:
         results: dict[str, list[dict[str, Any]]] = {model: [] for model in config.models}
         for done, ((model, seed), future) in enumerate(zip(pairs, futures, strict=True), 1):
             results[model].append(future.result())
-            print(f"{done}/{len(pairs)}  {model} seed {seed}  epoch {results[model][-1]['epoch']}", file=sys.stderr, flush=True)
+            print(
+                f"{done}/{len(pairs)}  {model} seed {seed}  epoch {results[model][-1]['epoch']}",
+                file=sys.stderr,
+                flush=True,
+            )
     write_json(folder / "compare.json", results)
     print(_table(results))
     print(f"\n{config.seeds} seeds, mean±deviation on the test split; {folder / 'compare.json'} has every run")

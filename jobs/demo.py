@@ -35,7 +35,12 @@ def main(config: DictConfig) -> None:
     _finish(_start("jobs.preprocess", "data=demo", f"input={raw}", f"out={data}"))
     evaluator = _start("jobs.evaluate", "data=demo", f"data.input={raw}", f"run={run}", "follow=true")
     trainer = _start(
-        "jobs.train", f"dataset={data}", f"model={model}", "recipe=demo", f"run={run}", launcher=f"torchrun --standalone --nproc-per-node={config.ranks}"
+        "jobs.train",
+        f"dataset={data}",
+        f"model={model}",
+        "recipe=demo",
+        f"run={run}",
+        launcher=f"torchrun --standalone --nproc-per-node={config.ranks}",
     )
     try:
         _finish(trainer)

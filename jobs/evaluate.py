@@ -23,7 +23,9 @@ def main(config: DictConfig) -> None:
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     run = Run(settings.run)
     for record in evaluate(settings):
-        ne = " ".join(f"{task} {m['ne']:.4f}".replace(" 0.", " .") for task, m in record["metrics"].items() if m.get("ne"))
+        ne = " ".join(
+            f"{task} {m['ne']:.4f}".replace(" 0.", " .") for task, m in record["metrics"].items() if m.get("ne")
+        )
         print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
     report.write(run, settings.split)
     print(f"\n{report.table(run, settings.split)}\n\n{run.report}")

@@ -23,7 +23,9 @@ def main(config: DictConfig) -> None:
     settings: LogConfig = parse(config, LogConfig)
     generate(settings, out)
     size = sum(path.stat().st_size for path in out.glob("*.csv"))
-    print(f"{out}: {settings.impressions:,} impressions over {settings.days} days from {settings.start}, {size / 1e6:.0f} MB")
+    print(
+        f"{out}: {settings.impressions:,} impressions over {settings.days} days from {settings.start}, {size / 1e6:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

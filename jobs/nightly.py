@@ -1,8 +1,8 @@
 """jobs.nightly: a new day's logs and two models to a verdict; exit code 0: as good, 2: worse than allowed, 1: error.
 
 Examples:
-  python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly/2026-11-09
-  python -m jobs.nightly run=/runs/new serving=/runs/live serving_step=9000 input=/logs/today out=/nightly/today max_increase=0.001
+  python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly date=2026-11-09
+  python -m jobs.nightly run=/runs/new serving=/runs/live serving_step=9000 input=/logs/today out=/nightly max_increase=0.001
   python -m jobs.nightly run=/runs/first input=/logs/today out=/nightly/today
 """
 
@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
         for task, e in verdict["tasks"].items()
     ]
     print(tabulate(lines, ["task", "", "newest", "serving", "", ""], floatfmt=".4f", missingval="-"))
-    print(f"\n{'passed' if verdict['passed'] else 'worse than allowed'}: {settings.out / 'verdict.json'}")
+    print(f"\n{'passed' if verdict['passed'] else 'worse than allowed'}: {settings.folder / 'verdict.json'}")
     sys.exit(0 if verdict["passed"] else 2)
 
 

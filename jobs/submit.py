@@ -25,7 +25,7 @@ from pipeline.cluster_client import create
 DEMO: dict[Job, list[str]] = {
     "preprocess": ["data=demo", "input=/data/raw", "out=/data/demo"],
     "train": ["data=demo", "dataset=/data/demo", "model=adatt", "run=/runs/demo"],
-    "nightly": ["run=/runs/demo", "input=/data/today", "out=/runs/nightly/${now:%Y-%m-%d}"],
+    "nightly": ["run=/runs/demo", "input=/data/today", "out=/runs/nightly"],
 }
 WRITTEN = "# Written by `python -m jobs.submit base=k8s/base`: change the values there, or overlay this.\n"
 # kustomize renames a Service and what refers to it, once it is told that `subdomain` does.

@@ -13,6 +13,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from features.batch import Batch
 from features.encoders import Encoders
+from features.errors import UserError
 from features.schema import Schema
 from models.fusion import build_fusion
 from models.towers import TaskTowers
@@ -52,6 +53,8 @@ class Ranker(nn.Module):
 
     def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> None:
         super().__init__()
+        if not schema.sparse:
+            raise UserError("the schema has no categorical and no bag feature: a ranker needs at least one table")
         self.features, self.bags = list(schema.sparse), list(schema.bag)
         self.embeddings = EmbeddingBagCollection(
             device=torch.device(device),

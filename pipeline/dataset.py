@@ -23,7 +23,7 @@ class Shard(BaseModel):
     Attributes:
         path: relative to the dataset.
         row_groups: rows of each row group, in order.
-        sha256: of the whole file.
+        sha256, footer_sha256: of the whole file, and of the part that says where columns lie.
         observed, positives: per task, rows with a label and the sum of the labels.
     """
 
@@ -32,6 +32,7 @@ class Shard(BaseModel):
     rows: int
     bytes: int
     sha256: str
+    footer_sha256: str
     row_groups: list[int]
     observed: dict[str, int]
     positives: dict[str, float]
@@ -62,7 +63,9 @@ class Dataset:
         try:
             self.manifest = Manifest.model_validate_json((path / "manifest.json").read_text())
         except FileNotFoundError:
-            raise UserError(f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first.") from None
+            raise UserError(
+                f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first."
+            ) from None
         except ValidationError as error:
             raise UserError(f"{path}/manifest.json: {error.errors()[0]['msg']}. Run jobs.preprocess again.") from None
         if self.manifest.version != VERSION:
@@ -129,7 +132,9 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], dead_l
         dead_letters=dead_letters,
         shards=final,
     )
-    (staging / "schema.yaml").write_text(yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+    (staging / "schema.yaml").write_text(
+        yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    )
     write_json(staging / "manifest.json", manifest.model_dump())
     old = out.with_name(f"{out.name}.old-{os.getpid()}")
     if out.exists():
@@ -156,6 +161,15 @@ def write_json(path: Path, content: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
+
+
+def footer_sha256(path: Path) -> str:
+    """Checksum of a Parquet file's footer: Parquet has them for pages only, and a footer says which column is which."""
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-min(8 + length, path.stat().st_size), os.SEEK_END)
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def sha256(path: Path) -> str:

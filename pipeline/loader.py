@@ -20,7 +20,7 @@ from features.batch import Batch, Rows
 from features.encoders import arrow_schema
 from features.errors import UserError
 from features.schema import Split
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, footer_sha256
 
 
 @dataclass
@@ -72,7 +72,9 @@ class Loader:
         if lanes % ranks:
             raise UserError(f"lanes={lanes} is no multiple of the {ranks} ranks. Set train.lanes to one.")
         if batch_size % lanes:
-            raise UserError(f"batch_size={batch_size} is no multiple of lanes={lanes}: every batch takes equally from each.")
+            raise UserError(
+                f"batch_size={batch_size} is no multiple of lanes={lanes}: every batch takes equally from each."
+            )
         self.dataset, self.schema, self.shards = dataset, dataset.schema, dataset.shards(split)
         self.lanes, self.seed, self.rank, self.ranks = lanes, seed, rank, ranks
         self.share, self.size = batch_size // lanes, batch_size // ranks
@@ -106,7 +108,9 @@ class Loader:
             UserError: a shard that cannot be read, or a position of another number of lanes.
         """
         if len(position.cursors) != self.lanes:
-            raise UserError(f"the run reads {len(position.cursors)} lanes, train.lanes={self.lanes}: lanes cannot change.")
+            raise UserError(
+                f"the run reads {len(position.cursors)} lanes, train.lanes={self.lanes}: lanes cannot change."
+            )
         return in_background(self._batches(position), self.ahead)
 
     def _batches(self, position: Position) -> Iterator[Batch]:
@@ -151,7 +155,10 @@ class Loader:
         return pieces
 
     def _open_shard(self, path: str) -> pq.ParquetFile:
-        file = pq.ParquetFile(self.dataset.path / path, memory_map=True, page_checksum_verification=True)
+        whole = self.dataset.path / path
+        if footer_sha256(whole) != next(shard.footer_sha256 for shard in self.shards if shard.path == path):
+            raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
+        file = pq.ParquetFile(whole, memory_map=True, page_checksum_verification=True)
         if file.schema_arrow != arrow_schema(self.schema):
             raise pa.ArrowInvalid("its columns are not the schema's")
         return file
@@ -203,7 +210,8 @@ def in_background(items: Iterator[Batch], ahead: int) -> Iterator[Batch]:
     def put(item: Batch | BaseException | None) -> None:
         while not stop.is_set():
             try:
-                return made.put(item, timeout=0.1)
+                made.put(item, timeout=0.1)
+                return
             except queue.Full:
                 continue
 

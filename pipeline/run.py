@@ -51,7 +51,9 @@ class Run:
         try:
             return yaml.safe_load((self.path / "config.yaml").read_text())
         except FileNotFoundError:
-            raise UserError(f"{self.path}: no run (config.yaml is missing). Start one with jobs.train run={self.path}.") from None
+            raise UserError(
+                f"{self.path}: no run (config.yaml is missing). Start one with jobs.train run={self.path}."
+            ) from None
 
     def schema(self) -> Schema:
         """The schema it was trained with."""
@@ -59,7 +61,9 @@ class Run:
 
     def say(self, state: str, step: int, steps: int) -> None:
         """Notes that the run is alive, or how it ended."""
-        write_json(self.path / "status.json", Status(state=state, step=step, steps=steps, time=time.time()).model_dump())
+        write_json(
+            self.path / "status.json", Status(state=state, step=step, steps=steps, time=time.time()).model_dump()
+        )
 
     def status(self) -> Status | None:
         """The last note, None before the first."""

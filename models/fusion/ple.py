@@ -19,6 +19,11 @@ class PLE(UnitNetwork):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: int = 1, shared_experts: int = 1
+        self,
+        in_dim: int,
+        num_tasks: int,
+        levels: Sequence[Sequence[int]],
+        task_experts: int = 1,
+        shared_experts: int = 1,
     ) -> None:
         super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts, isolated=True, native=False)

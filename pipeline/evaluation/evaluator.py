@@ -107,7 +107,8 @@ class Evaluator:
                 known, on=truth.key, how="left", maintain_order="left"
             )
             columns = [
-                torch.from_numpy(rows[truth.columns[name]].fill_null(float("nan")).to_numpy(writable=True)) for name, _ in self.tasks
+                torch.from_numpy(rows[truth.columns[name]].fill_null(float("nan")).to_numpy(writable=True))
+                for name, _ in self.tasks
             ]
             logit_BT = torch.stack(
                 [

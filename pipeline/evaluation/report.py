@@ -111,7 +111,11 @@ def write(run: Run, split: Split) -> None:
     (run.path / "ne.png").write_bytes(image.getvalue())
     name = html.escape(str(run.path))
     page = f"""<!doctype html><meta charset="utf-8"><title>{name}</title>
-<style>body {{ font: 15px sans-serif; margin: 2em; }} td, th {{ padding: .2em .8em; text-align: right; }} img {{ max-width: 100%; }}</style>
+<style>
+body {{ font: 15px sans-serif; margin: 2em; }}
+td, th {{ padding: .2em .8em; text-align: right; }}
+img {{ max-width: 100%; }}
+</style>
 <h1>{name}</h1><p>Split {split}. NE: log loss over the entropy of the base rate; 1 knows nothing, lower is better.</p>
 <img alt="NE over rows seen" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">
 {table(run, split, "html").replace(chr(10), " ")}

@@ -26,9 +26,15 @@ class NightlyConfig(BaseModel):
     serving_step: int | None = None
     input: str
     out: Path
+    date: str = Field(min_length=1, pattern=r"^[^/]+$")
     max_increase: float = Field(0.002, ge=0)
     batch_size: int = Field(8192, ge=1)
     max_bad_fraction: float = 0.001
+
+    @property
+    def folder(self) -> Path:
+        """Where this night's results go."""
+        return self.out / self.date
 
 
 def nightly(config: NightlyConfig) -> dict[str, Any]:
@@ -38,8 +44,8 @@ def nightly(config: NightlyConfig) -> dict[str, Any]:
     Raises:
         UserError: bad input; there is then no verdict.json.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "verdict.json").unlink(missing_ok=True)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / "verdict.json").unlink(missing_ok=True)
     days: dict[str, Dataset] = {}
     candidate = _evaluate(config, days, Run(config.run), None)
     serving = _evaluate(config, days, Run(config.serving), config.serving_step) if config.serving else None
@@ -47,7 +53,12 @@ def nightly(config: NightlyConfig) -> dict[str, Any]:
     for task, ours in candidate["metrics"].items():
         figure = "ne" if "ne" in ours else "nrmse"
         theirs = serving["metrics"][task][figure] if serving else None
-        tasks[task] = {"figure": figure, "candidate": ours[figure], "serving": theirs, **_judge(ours, theirs, figure, config)}
+        tasks[task] = {
+            "figure": figure,
+            "candidate": ours[figure],
+            "serving": theirs,
+            **_judge(ours, theirs, figure, config),
+        }
     verdict = {
         "passed": all(entry["passed"] for entry in tasks.values()),
         "input": config.input,
@@ -56,7 +67,7 @@ def nightly(config: NightlyConfig) -> dict[str, Any]:
         "candidate": candidate,
         "serving": serving,
     }
-    write_json(config.out / "verdict.json", verdict)
+    write_json(config.folder / "verdict.json", verdict)
     return verdict
 
 
@@ -79,14 +90,18 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
     """
     found = checkpoint.steps(run.checkpoints)
     if not found or (step is not None and step not in found):
-        raise UserError(f"{run.checkpoints}: no checkpoint{f' of step {step}' if step else ''}, there are {found or 'none'}")
+        raise UserError(
+            f"{run.checkpoints}: no checkpoint{f' of step {step}' if step else ''}, there are {found or 'none'}"
+        )
     step = found[-1] if step is None else step
     trained_on = Path(run.config()["dataset"])
     key = _identity(trained_on / "encoders")
     if key not in days:
-        days[key] = _encode(config, trained_on, run.schema(), config.out / f"day-{key}")
+        days[key] = _encode(config, trained_on, run.schema(), config.folder / f"day-{key}")
     day = days[key]
-    parts = [Evaluator(run, day, split, config.batch_size).metrics(step) for split, rows in day.manifest.rows.items() if rows]
+    parts = [
+        Evaluator(run, day, split, config.batch_size).metrics(step) for split, rows in day.manifest.rows.items() if rows
+    ]
     if not parts:
         raise UserError(f"{config.input}: no rows. Check input= and the day's logs.")
     metrics = reduce(Metrics.merge, parts)

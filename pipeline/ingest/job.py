@@ -68,7 +68,9 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out} exists. Choose another out=, or set overwrite=true to replace it.")
     if config.out.exists() and not (config.out / "manifest.json").is_file():
-        raise UserError(f"{config.out} is no dataset, so overwrite=true leaves it alone. Remove it, or choose another out=.")
+        raise UserError(
+            f"{config.out} is no dataset, so overwrite=true leaves it alone. Remove it, or choose another out=."
+        )
     files = source.find(config.input, schema.source.files)
     for path in files:
         source.check_columns(path, schema)
@@ -119,7 +121,9 @@ def _run(config: PreprocessConfig, files: list[str], staging: Path, name: str, s
 def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
     """A pipeline on the configured runner. Raises UserError for one known to lose rows."""
     if config.runner.lower().startswith("dask"):
-        raise UserError("runner=dask: Beam's Dask runner mixes tagged outputs up and loses others without an error. Use direct.")
+        raise UserError(
+            "runner=dask: Beam's Dask runner mixes tagged outputs up and loses others without an error. Use direct."
+        )
     if config.runner != "direct":
         return beam.Pipeline(config.runner, options=PipelineOptions(config.options))
     # By name: the default runner first tries to fetch another one from the network.
@@ -234,7 +238,9 @@ class EncodeFile(_FileFn):
             with (
                 Share(self.staging / "scratch" / "encode", index) as share,
                 LetterWriter(self.staging, f"dead_letters/{attempt}.parquet", path) as letters,
-                SplitWriters(self.staging, attempt, self.schema, self.config.rows_per_row_group, self.config.rows_per_shard) as out,
+                SplitWriters(
+                    self.staging, attempt, self.schema, self.config.rows_per_row_group, self.config.rows_per_shard
+                ) as out,
             ):
                 for part in self.parsed(index, path, malformed, share):
                     letters.write(part.letters, malformed)
@@ -252,4 +258,3 @@ class EncodeFile(_FileFn):
 def _kind(reason: str) -> str:
     """A reason without the value that caused it, so that equal causes are counted together."""
     return reason.split(":")[0] + (": missing" if "missing" in reason else ": wrong value")
-

@@ -1,7 +1,6 @@
 """Raw files: which there are, what their columns are, and their rows as blocks of text columns."""
 
 import csv
-import glob
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ BLOCK_BYTES = 16 << 20
 
 def find(folder: str, pattern: str) -> list[str]:
     """Files below `folder` that match, in name order. Raises UserError where there are none."""
-    files = sorted(glob.glob(str(Path(folder) / pattern)))
+    files = sorted(str(path) for path in Path(folder).glob(pattern))
     if not files:
         raise UserError(f"{Path(folder) / pattern}: no such file. Set input=FOLDER, or source.files in the schema.")
     return files
@@ -55,7 +54,9 @@ class Malformed:
         return number
 
 
-def open_csv(file: pa.NativeFile, path: str, source: Source, columns: list[str], handler: Callable) -> pc.CSVStreamingReader:
+def open_csv(
+    file: pa.NativeFile, path: str, source: Source, columns: list[str], handler: Callable
+) -> pc.CSVStreamingReader:
     """A reader of a CSV file (plain, gz, bz2, zst by its name) that gives the columns as text.
 
     Raises:
@@ -68,7 +69,9 @@ def open_csv(file: pa.NativeFile, path: str, source: Source, columns: list[str],
             # Without newlines_in_values a quoted line break stops the reader or not, as the block's end happens to fall.
             pc.ParseOptions(delimiter=source.delimiter, newlines_in_values=True, invalid_row_handler=handler),
             pc.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns, strings_can_be_null=False
+                column_types=dict.fromkeys(columns, pa.large_string()),
+                include_columns=columns,
+                strings_can_be_null=False,
             ),
         )
     except (KeyError, pa.ArrowInvalid, OSError) as error:

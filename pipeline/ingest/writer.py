@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from features.encoders import arrow_schema
 from features.schema import Schema, Split
-from pipeline.dataset import Shard, sha256
+from pipeline.dataset import Shard, footer_sha256, sha256
 from pipeline.ingest.source import Malformed
 
 
@@ -83,7 +83,7 @@ class _ShardWriter:
         file = self.staging / self.path
         return Shard(
             path=self.path, split=self.split, rows=self.rows, bytes=file.stat().st_size, sha256=sha256(file),
-            row_groups=self.row_groups, observed=self.observed, positives=self.positives,
+            footer_sha256=footer_sha256(file), row_groups=self.row_groups, observed=self.observed, positives=self.positives,
         )  # fmt: skip
 
 

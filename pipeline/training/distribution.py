@@ -1,5 +1,6 @@
 """Distribution, applied to a model from outside: process group, sharding plan, tables' start."""
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -8,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -17,7 +19,6 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 
 from features.errors import UserError
 from models.ranker import Ranker
@@ -39,7 +40,11 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 def start() -> torch.device:
     """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    if device.type == "cpu":
+        _keep_memory()
     backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(minutes=10)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -56,6 +61,14 @@ def start() -> torch.device:
     store = dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, ranks, is_master=False))
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return device
+
+
+def _keep_memory() -> None:
+    """Has glibc keep what a step frees: otherwise activations go back to the system and fault in again every step."""
+    mmap_threshold, trim_threshold = -3, -1  # as in malloc.h
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 class _Sharder(EmbeddingBagCollectionSharder):
@@ -127,20 +140,24 @@ def _check(settings: Settings, ranker: Ranker, device: torch.device) -> None:
             raise UserError(f"train.sharding.{table}: no such table, there are {', '.join(sorted(names))}")
         if wrong := set(placements) - PLACEMENTS:
             why = " (data_parallel would lose its momentum at a checkpoint)" if "data_parallel" in wrong else ""
-            raise UserError(f"train.sharding.{table}: {sorted(wrong)[0]} is not allowed{why}, choose from {sorted(PLACEMENTS)}")
+            raise UserError(
+                f"train.sharding.{table}: {sorted(wrong)[0]} is not allowed{why}, choose from {sorted(PLACEMENTS)}"
+            )
         if "column_wise" in placements and settings.tables.name == "rowwise_adagrad":
             raise UserError(
-                f"train.sharding.{table}: column_wise with rowwise_adagrad keeps one momentum per column shard, so the result "
-                "would depend on the plan. Use train.tables.name=adagrad, or table_wise and row_wise."
+                f"train.sharding.{table}: column_wise with rowwise_adagrad keeps one momentum per column shard, so the "
+                "result would depend on the plan. Use train.tables.name=adagrad, or table_wise and row_wise."
             )
         if "table_row_wise" in placements and device.type == "cpu":
             raise UserError(f"train.sharding.{table}: table_row_wise has no CPU kernel. Use table_wise or row_wise.")
     if settings.tables.name == "adam" and device.type == "cpu":
-        raise UserError("train.tables.name=adam: fused Adam has no CPU kernel. Use rowwise_adagrad, adagrad or sgd here.")
+        raise UserError(
+            "train.tables.name=adam: fused Adam has no CPU kernel. Use rowwise_adagrad, adagrad or sgd here."
+        )
 
 
 def init_tables(embeddings: nn.Module, configs: list[EmbeddingBagConfig], seed: int, std: float) -> None:
-    """Draws the tables' start, normal(0, std), such that a row's values depend on seed, table and row alone, not on the plan."""
+    """Draws the tables' start, normal(0, std): a row's values depend on seed, table and row alone, not on the plan."""
     for config in configs:
         weight = embeddings.state_dict()[f"embedding_bags.{config.name}.weight"]
         for part in weight.local_shards():

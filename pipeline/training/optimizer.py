@@ -20,7 +20,9 @@ def rate(config: DenseOptimizer, step: int, steps: int) -> float:
     return config.lr * (config.final + (1 - config.final) * left if config.decay != "none" else 1.0)
 
 
-def build(config: DenseOptimizer, parameters: Iterable[tuple[str, nn.Parameter]], clip_norm: float | None) -> KeyedOptimizer:
+def build(
+    config: DenseOptimizer, parameters: Iterable[tuple[str, nn.Parameter]], clip_norm: float | None
+) -> KeyedOptimizer:
     """The optimiser of the dense parameters, its state made, so that a checkpoint can be loaded into it at once."""
     named = dict(parameters)
 

@@ -95,27 +95,34 @@ class Trainer:
         }
 
     def _restore(self) -> None:
-        """Goes on from the newest checkpoint that is whole, and says which ones were not."""
-        found = checkpoint.steps(self.run.checkpoints)
-        if found and self.config.resume == "never":
-            raise UserError(f"{self.run.path} has checkpoints. Choose another run=, or resume=auto to go on with it.")
-        for step in reversed(found):
+        """Goes on from the newest checkpoint that is whole, as rank 0 sees it: ranks must not choose differently."""
+        choice = [self._newest() if self.rank == 0 else None]
+        dist.broadcast_object_list(choice)
+        if (step := choice[0]) is not None:
             path = checkpoint.folder(self.run.checkpoints, step)
-            try:
-                manifest = checkpoint.check(path)
-            except UserError as error:
-                self._tell(f"skipped a checkpoint: {error}")
-                continue
+            manifest = checkpoint.read(path)
             self._expect(manifest, path)
             checkpoint.load(path, self._state())
             self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
             self._tell(f"goes on from {path}")
-            break
         if self.rank == 0:
             self.run.create(self.config.model_dump(mode="json"), self.schema)
             self.run.say("training", self.step, self.steps)
             keep_lines(self.run.train_metrics, self.step)
         dist.barrier()
+
+    def _newest(self) -> int | None:
+        """The newest checkpoint whose files fit its manifest; says which ones do not."""
+        found = checkpoint.steps(self.run.checkpoints)
+        if found and self.config.resume == "never":
+            raise UserError(f"{self.run.path} has checkpoints. Choose another run=, or resume=auto to go on with it.")
+        for step in reversed(found):
+            try:
+                checkpoint.check(checkpoint.folder(self.run.checkpoints, step))
+                return step
+            except UserError as error:
+                self._tell(f"skipped a checkpoint: {error}")
+        return None
 
     def _expect(self, manifest: checkpoint.CheckpointManifest, path: os.PathLike) -> None:
         shape = config_hash(self.config.shape())
@@ -218,7 +225,9 @@ class Trainer:
                 "time": time.time(),
                 "lr": optimizer.rate(self.settings.dense, self.step - 1, self.steps),
                 "loss": float((loss_T * torch.tensor([t.loss_weight for t in self.schema.tasks.values()])).sum()),
-                "ne": {n: None if isnan(v) else v for n, v in zip(self.schema.tasks, window.value(sums_T3), strict=True)},
+                "ne": {
+                    n: None if isnan(v) else v for n, v in zip(self.schema.tasks, window.value(sums_T3), strict=True)
+                },
                 "rows_per_s": rows_per_s,
                 "data_wait": data_wait,
                 "seconds_left": step_s * (self.steps - self.step),

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import workload as w
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 EXPERTS = {"mmoe": w.MMOE_EXPERTS, "ple": w.TASKS * w.PLE_OWN + w.PLE_SHARED}
 

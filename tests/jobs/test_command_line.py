@@ -57,7 +57,9 @@ def test_a_value_of_the_wrong_type_is_named(call):
 
 
 def test_an_argument_that_a_fusion_does_not_take_is_named(small_dataset: Path, tmp_path: Path, call):
-    done = call("train", f"dataset={small_dataset}", f"run={tmp_path / 'run'}", "model=mmoe", "+model.fusion.native=true")
+    done = call(
+        "train", f"dataset={small_dataset}", f"run={tmp_path / 'run'}", "model=mmoe", "+model.fusion.native=true"
+    )
     assert_one_line(done, "model.fusion.native", "mmoe")
     assert not (tmp_path / "run").exists()
 

@@ -32,7 +32,9 @@ MODEL = ModelConfig(fusion={"name": "adatt", "levels": [[8], [4]]}, tower=[4])
 def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps with checkpoints at 2, 4 and 6."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=6, checkpoint_every=2, tables={"lr": 0.1}, threads=1)
+    settings = Settings(
+        batch_size=64, lanes=2, epochs=2, max_steps=6, checkpoint_every=2, tables={"lr": 0.1}, threads=1
+    )
     train(TrainConfig(dataset=small_dataset, run=run, model=MODEL, train=settings))
     return run
 
@@ -170,7 +172,9 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     dataset = Dataset(small_dataset)
     rows = pl.read_parquet([small_dataset / shard.path for shard in dataset.shards("test")])
     rng = np.random.default_rng(0)
-    truth = pl.DataFrame({"id": rows["row_id"], "p": rng.uniform(0.05, 0.95, len(rows)), "m": rng.normal(size=len(rows))})
+    truth = pl.DataFrame(
+        {"id": rows["row_id"], "p": rng.uniform(0.05, 0.95, len(rows)), "m": rng.normal(size=len(rows))}
+    )
     truth.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "truth.parquet")
     columns = {"click": "p", "bought": "p", "dwell": "m"}
     evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="id", columns=columns))
@@ -178,7 +182,9 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     y, w = rows["label.click"].to_numpy(), rows["weight"].to_numpy()
     rate = np.average(y, weights=w)
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
-    assert found["click"]["ne"] == pytest.approx(log_loss(y, truth["p"].to_numpy(), sample_weight=w) / entropy, rel=1e-9)
+    assert found["click"]["ne"] == pytest.approx(
+        log_loss(y, truth["p"].to_numpy(), sample_weight=w) / entropy, rel=1e-9
+    )
     assert "best" in report.table(run, "test")
     report.write(run, "test")
     assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
@@ -195,13 +201,13 @@ def test_evaluation_leaves_what_the_trainer_wrote_alone(run: Run):
 
 
 def test_nightly_passes_an_equal_model_and_fails_a_worse_one(run: Run, small_log: Path, tmp_path: Path, trained: Path):
-    config = NightlyConfig(run=run.path, serving=trained, input=str(small_log), out=tmp_path / "night")
+    config = NightlyConfig(run=run.path, serving=trained, input=str(small_log), out=tmp_path / "night", date="monday")
     verdict = nightly(config)
     assert verdict["passed"]
     assert verdict["tasks"]["click"]["candidate"] == verdict["tasks"]["click"]["serving"]
     # Every row of the day counts, whatever split its time falls into.
     assert verdict["candidate"]["metrics"]["click"]["rows"] == 900
-    assert json.loads((tmp_path / "night" / "verdict.json").read_text()) == verdict
+    assert json.loads((tmp_path / "night" / "monday" / "verdict.json").read_text()) == verdict
     shutil.rmtree(run.checkpoints / "step-00000006")
     shutil.rmtree(run.checkpoints / "step-00000004")
     worse = nightly(config)
@@ -213,14 +219,22 @@ def test_nightly_passes_an_equal_model_and_fails_a_worse_one(run: Run, small_log
 def test_nightlys_exit_code_tells_worse_from_broken(run: Run, small_log: Path, tmp_path: Path, trained: Path):
     for step in (4, 6):
         shutil.rmtree(run.checkpoints / f"step-0000000{step}")
-    command = [sys.executable, "-m", "jobs.nightly", f"run={run.path}", f"serving={trained}", f"out={tmp_path / 'night'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.nightly",
+        f"run={run.path}",
+        f"serving={trained}",
+        f"out={tmp_path / 'night'}",
+        "date=d1",
+    ]
     worse = subprocess.run([*command, f"input={small_log}"], capture_output=True, text=True, check=False)
     assert (worse.returncode, "worse than allowed" in worse.stdout) == (2, True), worse.stderr
     broken = subprocess.run([*command, f"input={tmp_path}"], capture_output=True, text=True, check=False)
     assert broken.returncode == 1
     assert broken.stderr.startswith("error: ")
     assert broken.stderr.count("\n") == 1
-    assert not (tmp_path / "night" / "verdict.json").exists()
+    assert not (tmp_path / "night" / "d1" / "verdict.json").exists()
 
 
 def test_a_line_is_appended_whole_after_a_torn_one(tmp_path: Path):

@@ -195,7 +195,7 @@ def test_a_flipped_bit_anywhere_in_the_pages_of_a_shard_never_gives_other_rows(t
 
 def test_a_flipped_bit_in_a_footer_is_refused_by_name_or_changes_nothing_that_is_read(tmp_path: Path) -> None:
     """Parquet has no checksum of the footer: a flipped offset of a column may still show it as another one."""
-    assert damaged(tmp_path, lambda size, footer: range(size - footer, size), silent=1) > 0.3
+    assert damaged(tmp_path, lambda size, footer: range(size - footer, size)) > 0.9
 
 
 def damaged(folder: Path, places: Callable[[int, int], range], silent: int = 0) -> float:
