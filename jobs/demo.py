@@ -14,19 +14,20 @@ import sys
 import time
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from features.errors import UserError
 from jobs.entry import job
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+ENVIRONMENT = {**os.environ, "TASKFUSE_LINES": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
 @job("demo")
 def main(config: DictConfig) -> None:
     """Runs each command as a person would, prints it first, and ends with where everything is."""
     begin, folder = time.monotonic(), Path(config.folder)
-    model = str(config.model)
+    model = HydraConfig.get().runtime.choices["model"]
     raw, data, run = folder / "raw", folder / "data", folder / model
     print("taskfuse demo: a raw event log in, per-task Normalized Entropy out. Each command can be run by itself.\n")
     for old in (data, run):
@@ -49,17 +50,17 @@ def main(config: DictConfig) -> None:
         evaluator.terminate()
     print(
         f"""
-Done in {time.monotonic() - begin:.0f} s. "gap closed" is the share of the way from NE 1, which knows nothing, to the best
-possible NE, which knows the probability every event was drawn with.
+Done in {time.monotonic() - begin:.0f} s. "gap closed" is the share of the way from NE 1, which knows nothing,
+to the best possible NE, which knows the probability every event was drawn with.
 
-  {raw}        the log: a CSV file of impressions, clicks and conversions a day, and truth.parquet
-  {data}       the dataset: Parquet shards, manifest.json, schema.yaml, encoders/
-  {run}       the run: checkpoints/, metrics/*.jsonl, tensorboard/, report.html, ne.png
+  {raw!s:18}  the log: a CSV file of impressions, clicks and conversions a day, and truth.parquet
+  {data!s:18}  the dataset: Parquet shards, manifest.json, schema.yaml, encoders/
+  {run!s:18}  the run: checkpoints/, metrics/*.jsonl, tensorboard/, report.html, ne.png
 
 Next:
   another architecture   make demo MODEL=ple          (or mmoe, adatt_sp, shared_bottom)
-  another setting        python -m jobs.train dataset={data} recipe=demo run={folder}/wide 'model.fusion.levels=[[256],[128]]'
-  real data              make census
+  another setting        .venv/bin/python -m jobs.train dataset={data} recipe=demo run={folder}/bf16 train.precision=bf16
+  real data              make census                  (the UCI census file, see its data config)
   your own logs          README.md, "Your own data"
 """
     )

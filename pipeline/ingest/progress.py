@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-SECONDS = 10  # between lines where there is no terminal
+from pipeline.terminal import SECONDS, draws_bars
 
 
 class Share:
@@ -32,26 +32,34 @@ class Share:
 
 
 class Progress:
-    """A bar on a terminal, a line every `SECONDS` elsewhere, while the body runs."""
+    """While the body runs: a bar on a terminal, elsewhere a line every 10 s and one at the end."""
 
     def __init__(self, name: str, files: list[str], folder: Path) -> None:
-        self.folder = folder
-        terminal = sys.stderr.isatty()
+        self.name, self.folder = name, folder
+        self.total = sum(Path(f).stat().st_size for f in files)
         self.bar = tqdm(
-            total=sum(Path(f).stat().st_size for f in files),
-            desc=f"{name:6}",
-            unit="B",
-            unit_scale=True,
-            mininterval=0.2 if terminal else SECONDS,
-            dynamic_ncols=terminal,
+            total=self.total, desc=f"{name:6}", unit="B", unit_scale=True, dynamic_ncols=True, disable=not draws_bars()
         )
+        self.begin = self.said = time.monotonic()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self.done.wait(0.2):
-            noted = sum(int(path.read_text() or 0) for path in self.folder.iterdir())
-            self.bar.update(max(0, min(noted, self.bar.total or 0) - self.bar.n))
+            noted = min(sum(int(path.read_text() or 0) for path in self.folder.iterdir()), self.total)
+            self.bar.update(max(0, noted - self.bar.n))
+            if self.bar.disable and time.monotonic() - self.said > SECONDS:
+                self.said = time.monotonic()
+                self._say(noted)
+
+    def _say(self, noted: int) -> None:
+        seconds = time.monotonic() - self.begin
+        rate = noted / seconds
+        left = f"left {(self.total - noted) / rate:.0f} s" if 0 < noted < self.total else f"{seconds:.1f} s"
+        print(
+            f"{self.name:6}  {noted / 1e6:,.1f}/{self.total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s  {left}",
+            file=sys.stderr,
+        )
 
     def __enter__(self) -> "Progress":
         self.thread.start()
@@ -61,5 +69,7 @@ class Progress:
         self.done.set()
         self.thread.join()
         if error is None:
-            self.bar.update((self.bar.total or 0) - self.bar.n)
+            self.bar.update(self.total - self.bar.n)
+            if self.bar.disable:
+                self._say(self.total)
         self.bar.close()

@@ -8,8 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.run import Run, append_line
-
-SECONDS = 10  # between lines where there is no terminal
+from pipeline.terminal import SECONDS, draws_bars
 
 
 class Reporter:
@@ -22,7 +21,7 @@ class Reporter:
     def __init__(self, run: Run, tasks: list[str], step: int, steps: int) -> None:
         self.run, self.tasks, self.steps = run, tasks, steps
         self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
-        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if draws_bars() else None
         self.said = 0.0
 
     def log(self, record: dict[str, Any]) -> None:
