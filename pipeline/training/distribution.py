@@ -108,7 +108,8 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
             constraints={
                 # One id a row and feature; bags are short. Data-parallel is left out: its momentum is in no checkpoint.
                 c.name: ParameterConstraints(
-                    sharding_types=settings.sharding.get(c.name, default),
+                    # One rank has nobody to share rows with: all placements are the same, this one is the cheapest.
+                    sharding_types=settings.sharding.get(c.name, default) if ranks > 1 else ["table_wise"],
                     pooling_factors=[1.0] * len(c.feature_names),
                     compute_kernels=["fused"],
                 )
