@@ -8,6 +8,7 @@ Examples:
   python -m jobs.compare data_name=demo recipe=demo folder=runs/compare models='[mmoe,ple,adatt]' seeds=2
 """
 
+import json
 import statistics
 import subprocess
 import sys
@@ -51,11 +52,15 @@ def _run(config: DictConfig, data: Path, model: str, seed: int) -> dict[str, Any
     """One run from nothing (or where it stopped) to the test metrics of its best checkpoint."""
     path = Path(config.folder) / f"{model}-{seed}"
     path.mkdir(parents=True, exist_ok=True)
-    log = path / "log.txt"
+    log, made = path / "log.txt", {"recipe": config.recipe, "overrides": list(config.overrides)}
+    earlier = path / "made.json"
+    if earlier.exists() and json.loads(earlier.read_text()) != made:
+        raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")
+    write_json(earlier, made)
     recipe = [f"recipe={config.recipe}"] if config.recipe else []
     _call(
-        "jobs.train", f"dataset={data}", f"model={model}", *recipe, f"run={path}", f"train.seed={seed}", "train.threads=1",
-        *config.overrides, log=log,
+        "jobs.train", f"data={config.data_name}", f"dataset={data}", f"model={model}", *recipe, f"run={path}",
+        f"train.seed={seed}", "train.threads=1", *config.overrides, log=log,
     )  # fmt: skip
     for split in ("valid", "test"):
         _call("jobs.evaluate", f"run={path}", f"split={split}", "threads=1", log=log)
@@ -63,7 +68,7 @@ def _run(config: DictConfig, data: Path, model: str, seed: int) -> dict[str, Any
     found = sorted(read_lines(run.eval_metrics), key=lambda r: r["step"])
     step, epoch = _stop([r for r in found if r["split"] == "valid"], config.patience)
     metrics = next(r["metrics"] for r in found if r["split"] == "test" and r["step"] == step)
-    rates = [r["rows_per_s"] for r in read_lines(run.train_metrics)][1:]
+    rates = [r["rows_per_s"] for r in read_lines(run.train_metrics)][1:] or [float("nan")]
     return {"seed": seed, "step": step, "epoch": epoch, "rows_per_s": statistics.median(rates), "metrics": metrics}
 
 
@@ -71,7 +76,7 @@ def _stop(records: list[dict[str, Any]], patience: int) -> tuple[int, int]:
     """Step and number of the checkpoint that early stopping on the mean AUC keeps (regression: R2 counts)."""
     best, best_value = 0, -float("inf")
     for index, record in enumerate(records):
-        value = statistics.mean(m["auc"] if "auc" in m else m["r2"] for m in record["metrics"].values())
+        value = statistics.mean((m["auc"] if "auc" in m else m["r2"]) or 0.0 for m in record["metrics"].values())
         if value > best_value:
             best, best_value = index, value
         elif index - best >= patience:

@@ -30,10 +30,10 @@ def main(config: DictConfig) -> None:
     model = HydraConfig.get().runtime.choices["model"]
     raw, data, run = folder / "raw", folder / "data", folder / model
     print("taskfuse demo: a raw event log in, per-task Normalized Entropy out. Each command can be run by itself.\n")
-    for old in (data, run):
-        shutil.rmtree(old, ignore_errors=True)
+    if (run / "config.yaml").exists():
+        shutil.rmtree(run)
     _finish(_start("jobs.generate", f"out={raw}", f"impressions={config.impressions}"))
-    _finish(_start("jobs.preprocess", "data=demo", f"input={raw}", f"out={data}"))
+    _finish(_start("jobs.preprocess", "data=demo", f"input={raw}", f"out={data}", "overwrite=true"))
     evaluator = _start("jobs.evaluate", "data=demo", f"data.input={raw}", f"run={run}", "follow=true")
     trainer = _start(
         "jobs.train",

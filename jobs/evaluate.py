@@ -6,6 +6,8 @@ Examples:
   python -m jobs.evaluate run=/runs/serving dataset=/data/2026-11-22 step=newest
 """
 
+from pathlib import Path
+
 from omegaconf import DictConfig, OmegaConf
 
 from jobs.entry import job, parse
@@ -27,8 +29,9 @@ def main(config: DictConfig) -> None:
             f"{task} {m['ne']:.4f}".replace(" 0.", " .") for task, m in record["metrics"].items() if m.get("ne")
         )
         print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
-    report.write(run, settings.split)
-    print(f"\n{report.table(run, settings.split)}\n\n{run.report}")
+    dataset = settings.dataset or Path(run.config()["dataset"])
+    report.write(run, settings.split, dataset)
+    print(f"\n{report.table(run, settings.split, dataset)}\n\n{run.report}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def main(config: DictConfig) -> None:
     from pipeline.training.trainer import train
 
     settings: TrainConfig = parse(config, TrainConfig)
+    settings.dataset = settings.dataset.absolute()  # the run's config.yaml is read from elsewhere too
     train(settings, read_schema(config) if "data" in config else None)
 
 

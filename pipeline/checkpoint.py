@@ -27,7 +27,7 @@ class CheckpointManifest(BaseModel):
         step: optimiser steps taken. rows: training rows seen, padding apart.
         epoch, cursors: the loader's position.
         seed, window, batch_size, data (hash of the train split's shards): what the order of rows depends on besides.
-        fingerprint: of the schema. config: hash of what shapes the state (model and optimisers).
+        fingerprint: of the schema. encoders: of what was fitted. config: hash of what shapes the state (model and optimisers).
         files: name to (bytes, sha256).
         checksum: of all the rest, since a flipped digit of a cursor is still a cursor.
     """
@@ -42,6 +42,7 @@ class CheckpointManifest(BaseModel):
     batch_size: int
     data: str
     fingerprint: str
+    encoders: str
     config: str
     files: dict[str, tuple[int, str]] = {}
     checksum: str = ""
@@ -61,6 +62,9 @@ def save(checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest)
     """Writes a checkpoint; every rank calls it with its part of the state.
 
     The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk; the checkpoints before it stay.
     """
     final = folder(checkpoints, manifest.step)
     aside = final.with_name(f".{final.name}")
@@ -68,7 +72,17 @@ def save(checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest)
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(aside, sync_files=True))
+    try:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(aside, sync_files=True))
+    except (CheckpointException, OSError) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not isinstance(cause, Exception):
+            raise cause from None  # an interrupt, which dcp wraps as well
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = " ".join(str(cause).split())[:300]
+        raise UserError(
+            f"{final}: cannot be written: {reason}. Make room; the run goes on from the one before."
+        ) from None
     ours = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")]
     parts: list[dict[str, tuple[int, str]] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, {p.name: (p.stat().st_size, sha256(p)) for p in ours})

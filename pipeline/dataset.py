@@ -84,6 +84,16 @@ class Dataset:
         """The encoders its rows went through."""
         return Encoders.load(self.path / "encoders", self.schema)
 
+    @cached_property
+    def encoders_id(self) -> str:
+        """16 hex digits of what was fitted: ids and scales mean the same in datasets where it is the same."""
+        folder = self.path / "encoders"
+        try:
+            files = [sha256(file) for file in [*sorted(folder.rglob("*.parquet")), folder / "encoders.json"]]
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} is missing. Restore it, or run jobs.preprocess again.") from None
+        return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
+
     def expect(self, fingerprint: str, owner: str) -> None:
         """Raises UserError unless `owner` (named in the message) has the dataset's fingerprint."""
         if self.manifest.fingerprint != fingerprint:

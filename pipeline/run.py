@@ -1,12 +1,13 @@
 """A run directory: its configuration, its schema, its checkpoints, its metrics, and whether it still goes on."""
 
+import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from pydantic import BaseModel
@@ -58,6 +59,17 @@ class Run:
     def schema(self) -> Schema:
         """The schema it was trained with."""
         return Schema.load(self.path / "schema.yaml")
+
+    def lock(self, name: str, why: str) -> IO[str]:
+        """A lock held until the file returned is closed or its process ends. Raises UserError where another holds it."""
+        self.eval_metrics.parent.mkdir(parents=True, exist_ok=True)
+        file = (self.eval_metrics.parent / f".{name}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
+        return file
 
     def say(self, state: str, step: int, steps: int) -> None:
         """Notes that the run is alive, or how it ended."""

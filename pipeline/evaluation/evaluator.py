@@ -1,16 +1,14 @@
 """The evaluator: reads checkpoints as they are committed and appends each one's metrics to eval.jsonl, once."""
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from features.errors import UserError
 from features.schema import Split
@@ -51,6 +49,12 @@ class EvaluateConfig(BaseModel):
     threads: int | None = Field(None, ge=1)
     truth: Truth | None = None
 
+    @model_validator(mode="after")
+    def _following_sees_all(self) -> "EvaluateConfig":
+        if self.follow and self.step != "all":
+            raise ValueError("follow=true evaluates every checkpoint: leave step out")
+        return self
+
 
 class Evaluator:
     """A run's model on one split of a dataset, without a process group and without sharding.
@@ -71,23 +75,32 @@ class Evaluator:
         self.ranker = Ranker(self.schema, dataset.encoders, model, device="cpu").eval()
 
     @torch.inference_mode()
-    def metrics(self, step: int) -> Metrics:
-        """A checkpoint's predictions on the split. Raises UserError for a checkpoint that is not whole."""
+    def metrics(self, step: int) -> tuple[Metrics, checkpoint.CheckpointManifest]:
+        """A checkpoint's metrics on the split, and its manifest.
+
+        Raises:
+            UserError: it is not whole, or was trained on rows that other encoders made.
+        """
         path = checkpoint.folder(self.run.checkpoints, step)
-        checkpoint.check(path)
+        manifest = checkpoint.check(path)
+        if manifest.encoders != self.dataset.encoders_id:
+            raise UserError(
+                f"{self.dataset.path} was encoded with {self.dataset.encoders_id}, {path} trained with {manifest.encoders}: "
+                "its ids mean something else. Run jobs.preprocess with encoders=DATASET, the one it was trained on."
+            )
         checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
         metrics = Metrics(self.tasks)
         for batch in self.loader.batches(self.loader.start()):
             metrics.update(self.ranker(batch), batch.label_BT, batch.observed_BT, batch.weight_BT)
-        return metrics
+        return metrics, manifest
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """One checkpoint's record: step, rows (seen in training), split, seconds, metrics per task. Raises UserError."""
         begin = time.perf_counter()
-        metrics = self.metrics(step)
+        metrics, manifest = self.metrics(step)
         return {
             "step": step,
-            "rows": checkpoint.read(checkpoint.folder(self.run.checkpoints, step)).rows,
+            "rows": manifest.rows,
             "split": self.split,
             "dataset": str(self.dataset.path),
             "time": time.time(),
@@ -134,27 +147,31 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
         os.nice(10)  # the trainer comes first
         _wait_for(run, config.give_up_after)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (2 if config.follow else 1)))
-    dataset = Dataset(config.dataset or Path(run.config()["dataset"]))
+    dataset = Dataset((config.dataset or Path(run.config()["dataset"])).absolute())
     evaluator = Evaluator(run, dataset, config.split, config.batch_size)
-    with _only_one(run, config.split):
+    with run.lock(config.split, f"another evaluator is at work on split {config.split}"):
         if config.truth:
-            write_json(best_path(run, config.split), evaluator.best(config.truth))
+            best = {"dataset": str(dataset.path), "metrics": evaluator.best(config.truth)}
+            write_json(best_path(run, config.split), best)
         seen = {
             r["step"]
             for r in read_lines(run.eval_metrics)
             if (r["split"], r["dataset"]) == (config.split, str(dataset.path))
         }
+        failed: dict[int, str] = {}
         for step in _steps(run, config):
             if step in seen:
                 continue
-            seen.add(step)
             try:
                 record = evaluator.evaluate(step)
             except (UserError, OSError) as error:
-                if checkpoint.folder(run.checkpoints, step).exists() and not config.follow:
+                if not config.follow:
                     raise
-                print(f"step {step}: left out, its checkpoint was deleted or damaged ({error})", flush=True)
+                if failed.get(step) != str(error):  # it may yet be written again, by a trainer that went back
+                    print(f"step {step}: left out, its checkpoint was deleted or damaged ({error})", flush=True)
+                failed[step] = str(error)
                 continue
+            seen.add(step)
             append_line(run.eval_metrics, record)
             yield record
 
@@ -178,11 +195,10 @@ def _steps(run: Run, config: EvaluateConfig) -> Iterator[int]:
         yield from checkpoint.steps(run.checkpoints)
         if status and status.state == "finished":
             return
-        if status and status.state == "failed":
-            raise UserError(
-                f"{run.path}: training stopped at step {status.step}; its checkpoints are evaluated. Start it again."
-            )
+        # A trainer that failed may be started again, by torchrun, a cluster or a person.
         if status and time.time() - status.time > config.give_up_after:
+            if status.state == "failed":
+                raise UserError(f"{run.path}: training failed at step {status.step} and was not started again.")
             raise UserError(
                 f"{run.path}: the trainer has said nothing for {config.give_up_after:.0f} s. Is it still there?"
             )
@@ -195,17 +211,3 @@ def _wait_for(run: Run, seconds: float) -> None:
         if time.monotonic() - begin > seconds:
             raise UserError(f"{run.path}: no run appeared within {seconds:.0f} s. Start jobs.train run={run.path}.")
         time.sleep(POLL_SECONDS)
-
-
-@contextmanager
-def _only_one(run: Run, split: Split) -> Iterator[None]:
-    """Two evaluators of one split would evaluate checkpoints twice. Raises UserError for the second."""
-    run.eval_metrics.parent.mkdir(parents=True, exist_ok=True)
-    with (run.eval_metrics.parent / f".{split}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run.path}: another evaluator is at work on split {split}. Wait for it, or stop it."
-            ) from None
-        yield

@@ -5,6 +5,7 @@ import html
 import io
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,18 +23,22 @@ COLUMNS = {
 }
 
 
-def records(run: Run, split: Split) -> list[dict[str, Any]]:
-    """The split's records in order of step."""
-    return sorted((r for r in read_lines(run.eval_metrics) if r["split"] == split), key=lambda r: r["step"])
+def records(run: Run, split: Split, dataset: Path) -> list[dict[str, Any]]:
+    """The records of a dataset's split in order of step."""
+    wanted = (split, str(dataset.absolute()))
+    return sorted(
+        (r for r in read_lines(run.eval_metrics) if (r["split"], r["dataset"]) == wanted), key=lambda r: r["step"]
+    )
 
 
-def best(run: Run, split: Split) -> dict[str, dict[str, Any]] | None:
+def best(run: Run, split: Split, dataset: Path) -> dict[str, dict[str, Any]] | None:
     """Metrics of the true probabilities, where the log was generated and they are known."""
     path = best_path(run, split)
-    return json.loads(path.read_text()) if path.exists() else None
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return known["metrics"] if known.get("dataset") == str(dataset.absolute()) else None
 
 
-def table(run: Run, split: Split, style: str = "simple") -> str:
+def table(run: Run, split: Split, dataset: Path, style: str = "simple") -> str:
     """Per checkpoint and task: NE, AUC, calibration; NRMSE and R2 for regression; then the best possible and the share of
     the way from NE 1 to it that the last checkpoint has closed."""
     kinds = {name: task.kind for name, task in run.schema().tasks.items()}
@@ -42,9 +47,9 @@ def table(run: Run, split: Split, style: str = "simple") -> str:
         "rows seen",
         *(f"{task}\n{word}" for task, kind in kinds.items() for word in COLUMNS[kind].values()),
     ]
-    found = records(run, split)
+    found = records(run, split, dataset)
     lines = [[f"{r['step']:,}", f"{r['rows']:,}", *_cells(r["metrics"], kinds)] for r in found]
-    if (limit := best(run, split)) and found:
+    if (limit := best(run, split, dataset)) and found:
         lines.append(["best", "possible", *_cells(limit, kinds)])
         lines.append(
             [
@@ -77,10 +82,10 @@ def _cells(metrics: dict[str, dict[str, Any]], kinds: Mapping[str, str]) -> list
     return ["-" if value is None else f"{value:.4f}" for value in values]
 
 
-def picture(run: Run, split: Split) -> Figure:
+def picture(run: Run, split: Split, dataset: Path) -> Figure:
     """NE (regression: NRMSE) of each task over training rows seen, with the best possible as a dashed line."""
     kinds = {name: task.kind for name, task in run.schema().tasks.items()}
-    found, limit = records(run, split), best(run, split)
+    found, limit = records(run, split, dataset), best(run, split, dataset)
     figure = Figure(figsize=(4.2 * len(kinds), 3.4), layout="constrained")
     for axes, (task, kind) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
         key = "ne" if kind == "binary" else "nrmse"
@@ -104,9 +109,9 @@ def picture(run: Run, split: Split) -> Figure:
     return figure
 
 
-def write(run: Run, split: Split) -> None:
+def write(run: Run, split: Split, dataset: Path) -> None:
     """Writes report.html, which needs nothing beside it, and ne.png."""
-    figure, image = picture(run, split), io.BytesIO()
+    figure, image = picture(run, split, dataset), io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     (run.path / "ne.png").write_bytes(image.getvalue())
     name = html.escape(str(run.path))
@@ -116,9 +121,11 @@ body {{ font: 15px sans-serif; margin: 2em; }}
 td, th {{ padding: .2em .8em; text-align: right; }}
 img {{ max-width: 100%; }}
 </style>
-<h1>{name}</h1><p>Split {split}. NE: log loss over the entropy of the base rate; 1 knows nothing, lower is better.</p>
+<h1>{name}</h1>
+<p>Split {split} of {html.escape(str(dataset))}.
+NE: log loss over the entropy of the base rate; 1 knows nothing, lower is better.</p>
 <img alt="NE over rows seen" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">
-{table(run, split, "html").replace(chr(10), " ")}
+{table(run, split, dataset, "html").replace(chr(10), " ")}
 """
     aside = run.report.with_name(".report.html")
     aside.write_text(page)

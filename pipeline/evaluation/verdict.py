@@ -1,6 +1,5 @@
 """The nightly verdict: is the newest checkpoint at least as good on a new day as the one that serves?"""
 
-import hashlib
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from features.errors import UserError
 from features.schema import Schema
 from pipeline import checkpoint
-from pipeline.dataset import Dataset, sha256, write_json
+from pipeline.dataset import Dataset, write_json
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.metrics import Metrics
 from pipeline.ingest.job import PreprocessConfig, preprocess
@@ -49,6 +48,13 @@ def nightly(config: NightlyConfig) -> dict[str, Any]:
     days: dict[str, Dataset] = {}
     candidate = _evaluate(config, days, Run(config.run), None)
     serving = _evaluate(config, days, Run(config.serving), config.serving_step) if config.serving else None
+    if serving and [(t, "ne" in m) for t, m in serving["metrics"].items()] != [
+        (t, "ne" in m) for t, m in candidate["metrics"].items()
+    ]:
+        raise UserError(
+            f"{config.run} predicts {', '.join(candidate['metrics'])}, {config.serving} predicts "
+            f"{', '.join(serving['metrics'])}: only models of the same tasks can be compared"
+        )
     tasks = {}
     for task, ours in candidate["metrics"].items():
         figure = "ne" if "ne" in ours else "nrmse"
@@ -78,7 +84,7 @@ def _judge(ours: dict[str, Any], theirs: float | None, figure: str, config: Nigh
     if ours[figure] is None:
         return {"passed": True, "why": f"the day has too few labels for {figure}"}
     if theirs is None:
-        return {"passed": True, "why": "nothing to compare with"}
+        return {"passed": True, "why": "serving has no such figure to compare with"}
     increase = ours[figure] - theirs
     return {"passed": increase <= config.max_increase, "why": f"{increase:+.4f}, allowed {config.max_increase:+.4f}"}
 
@@ -95,29 +101,19 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
         )
     step = found[-1] if step is None else step
     trained_on = Path(run.config()["dataset"])
-    key = _identity(trained_on / "encoders")
+    key = Dataset(trained_on).encoders_id
     if key not in days:
         days[key] = _encode(config, trained_on, run.schema(), config.folder / f"day-{key}")
     day = days[key]
     parts = [
-        Evaluator(run, day, split, config.batch_size).metrics(step) for split, rows in day.manifest.rows.items() if rows
+        Evaluator(run, day, split, config.batch_size).metrics(step)[0]
+        for split, rows in day.manifest.rows.items()
+        if rows
     ]
     if not parts:
         raise UserError(f"{config.input}: no rows. Check input= and the day's logs.")
     metrics = reduce(Metrics.merge, parts)
     return {"run": str(run.path), "step": step, "dataset": str(day.path), "metrics": metrics.compute()}
-
-
-def _identity(encoders: Path) -> str:
-    """8 hex digits of what was fitted. Raises UserError where it is gone."""
-    files = [*sorted(encoders.rglob("*.parquet")), encoders / "encoders.json"]
-    try:
-        return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:8]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename} is missing: a day is read with the encoders of the dataset that the model was trained on. "
-            "Restore that dataset."
-        ) from None
 
 
 def _encode(config: NightlyConfig, trained_on: Path, schema: Schema, out: Path) -> Dataset:

@@ -198,15 +198,14 @@ class FitFile(_FileFn):
         statistics, malformed = Statistics(), source.Malformed(self.schema.source.header_lines)
         rows, letters, example = Counter[str](), Counter[str](), ""
         try:
-            with Share(self.staging / "scratch" / "fit", index) as share:
-                for part in self.parsed(index, path, malformed, share):
-                    rows.update({SPLITS[s]: n for s, n in part.rows[SPLIT].value_counts().iter_rows()})
-                    letters.update(_kind(reason) for reason in part.letters["reason"])
-                    if not example and part.letters.height:
-                        line, reason = part.letters.row(0)[:2]
-                        example = f"{path}, line {malformed.line(line)}: {reason}"
-                    if self.fitting:
-                        statistics = statistics.merge(Statistics.of(self.schema, part.rows))
+            for part in self.parsed(index, path, malformed, Share(self.staging / "scratch" / "fit", index)):
+                rows.update({SPLITS[s]: n for s, n in part.rows[SPLIT].value_counts().iter_rows()})
+                letters.update(_kind(reason) for reason in part.letters["reason"])
+                if not example and part.letters.height:
+                    line, reason = part.letters.row(0)[:2]
+                    example = f"{path}, line {malformed.line(line)}: {reason}"
+                if self.fitting:
+                    statistics = statistics.merge(Statistics.of(self.schema, part.rows))
         except UserError as error:
             yield {"file": index, "error": str(error)}
             return
@@ -235,8 +234,8 @@ class EncodeFile(_FileFn):
         malformed = source.Malformed(self.schema.source.header_lines)
         attempt = f"{index:05d}-{uuid.uuid4().hex[:8]}"
         try:
+            share = Share(self.staging / "scratch" / "encode", index)
             with (
-                Share(self.staging / "scratch" / "encode", index) as share,
                 LetterWriter(self.staging, f"dead_letters/{attempt}.parquet", path) as letters,
                 SplitWriters(
                     self.staging, attempt, self.schema, self.config.rows_per_row_group, self.config.rows_per_shard

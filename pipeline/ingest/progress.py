@@ -18,12 +18,6 @@ class Share:
         self.path = folder / f"{index:05d}"
         self.seen = 0.0
 
-    def __enter__(self) -> "Share":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def note(self, bytes_done: int) -> None:
         """Leaves the note, at most five times a second."""
         if time.monotonic() - self.seen > 0.2:

@@ -21,6 +21,10 @@ BLOCK_BYTES = 16 << 20
 
 def find(folder: str, pattern: str) -> list[str]:
     """Files below `folder` that match, in name order. Raises UserError where there are none."""
+    if Path(pattern).is_absolute():
+        raise UserError(
+            f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to where it lies."
+        )
     files = sorted(str(path) for path in Path(folder).glob(pattern))
     if not files:
         raise UserError(f"{Path(folder) / pattern}: no such file. Set input=FOLDER, or source.files in the schema.")

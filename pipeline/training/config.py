@@ -1,7 +1,7 @@
 """Settings of jobs.train."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -61,7 +61,7 @@ class Settings(Strict):
     dense: DenseOptimizer = DenseOptimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: float | None = Field(None, gt=0)
-    sharding: dict[str, list[str]] = {"default": ["table_wise", "row_wise"]}
+    sharding: dict[str, Annotated[list[str], Field(min_length=1)]] = {"default": ["table_wise", "row_wise"]}
     pipelined: bool | None = None
     checkpoint_every: int | None = Field(None, ge=1)
     log_every: int = Field(50, ge=1)

@@ -10,13 +10,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
@@ -47,6 +48,8 @@ def start() -> torch.device:
         _keep_memory()
     backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(minutes=10)
     if device.type == "cuda":
+        if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+            raise UserError(f"more ranks than this machine's {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -117,7 +120,12 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
             },
             debug=False,
         )
-        plan = planner.collective_plan(model, [sharder], dist.GroupMember.WORLD)
+        try:
+            plan = planner.collective_plan(model, [sharder], dist.GroupMember.WORLD)
+        except PlannerError as error:
+            raise UserError(
+                f"the tables cannot be placed on {ranks} ranks: {' '.join(str(error).split())[:300]}"
+            ) from None
         sharded = DistributedModelParallel(
             model,
             device=device,
@@ -132,6 +140,13 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
         else:
             sharded.to(device)
     return sharded
+
+
+def set_step(model: nn.Module, step: int) -> None:
+    """Tells fused Adam how many steps it has taken: its bias correction is in no state dict."""
+    for module in model.modules():
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen) and module.optimizer == EmbOptimType.ADAM:
+            module.set_optimizer_step(step)
 
 
 def _check(settings: Settings, ranker: Ranker, device: torch.device) -> None:

@@ -17,7 +17,7 @@ def rate(config: DenseOptimizer, step: int, steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
     left = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
-    return config.lr * (config.final + (1 - config.final) * left if config.decay != "none" else 1.0)
+    return config.lr * (config.final + (1 - config.final) * left)
 
 
 def build(

@@ -25,24 +25,31 @@ class Reporter:
         self.said = 0.0
 
     def log(self, record: dict[str, Any]) -> None:
-        """Notes one record: step, rows, epoch, lr, loss, ne (per task), rows_per_s, data_wait, seconds_left."""
+        """Notes one record: step, rows, epoch, lr, loss, ne and mse (per task), rows_per_s, data_wait, seconds_left."""
         append_line(self.run.train_metrics, record)
         for key in ("lr", "loss", "rows_per_s", "data_wait"):
             self.board.add_scalar(f"train/{key}", record[key], record["step"])
-        known = {task: value for task, value in record["ne"].items() if value is not None}
-        for task, value in known.items():
-            self.board.add_scalar(f"train_ne/{task}", value, record["step"])
+        words = []
+        for figure in ("ne", "mse"):
+            known = {task: value for task, value in record[figure].items() if value is not None}
+            for task, value in known.items():
+                self.board.add_scalar(f"train_{figure}/{task}", value, record["step"])
+            if known:
+                words += [
+                    figure.upper(),
+                    *(f"{task} {value:.4f}".replace(" 0.", " .") for task, value in known.items()),
+                ]
         self.run.say("training", record["step"], self.steps)
-        ne = " ".join(f"{task} {value:.4f}".replace(" 0.", " .") for task, value in known.items())
+        figures = " ".join(words)
         rate = f"{record['rows_per_s']:,.0f} rows/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{rate}  NE {ne}  data wait {record['data_wait']:.1%}", refresh=False)
+            self.bar.set_postfix_str(f"{rate}  {figures}  data wait {record['data_wait']:.1%}", refresh=False)
             self.bar.update(record["step"] - self.bar.n)
         elif time.monotonic() - self.said > SECONDS or record["step"] == self.steps:
             self.said = time.monotonic()
             minutes, seconds = divmod(int(record["seconds_left"]), 60)
             self.say(
-                f"step {record['step']:,}/{self.steps:,}  rows {_short(record['rows'])}  {rate}  NE {ne}  "
+                f"step {record['step']:,}/{self.steps:,}  rows {_short(record['rows'])}  {rate}  {figures}  "
                 f"data wait {record['data_wait']:.1%}  left {minutes}m {seconds:02d}s"
             )
 

@@ -40,13 +40,15 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
     trainer = None
     try:
         trainer = Trainer(config, schema, device)
-        return trainer.run_to_end()
+        run = trainer.run_to_end()
+        dist.destroy_process_group()
+        return run
     except BaseException:
         if trainer is not None and trainer.rank == 0:
             trainer.run.say("failed", trainer.step, trainer.steps)
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()  # others would see the connection break before this rank has said why
         raise
-    finally:
-        dist.destroy_process_group()
 
 
 class Trainer:
@@ -96,6 +98,8 @@ class Trainer:
 
     def _restore(self) -> None:
         """Goes on from the newest checkpoint that is whole, as rank 0 sees it: ranks must not choose differently."""
+        if self.rank == 0:
+            self.lock = self.run.lock("train", "another trainer writes to it")
         choice = [self._newest() if self.rank == 0 else None]
         dist.broadcast_object_list(choice)
         if (step := choice[0]) is not None:
@@ -104,6 +108,7 @@ class Trainer:
             self._expect(manifest, path)
             checkpoint.load(path, self._state())
             self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
+            distribution.set_step(self.model, self.step)
             self._tell(f"goes on from {path}")
         if self.rank == 0:
             self.run.create(self.config.model_dump(mode="json"), self.schema)
@@ -134,6 +139,7 @@ class Trainer:
             ("train.window", manifest.window, self.settings.window),
             ("train.batch_size", manifest.batch_size, self.settings.batch_size),
             ("train rows", manifest.data, self._data()),
+            ("encoders", manifest.encoders, self.dataset.encoders_id),
         ):
             if theirs != ours:
                 raise UserError(f"{path} has {what} {theirs}, this job has {ours}. Use the same, or another run=.")
@@ -214,6 +220,9 @@ class Trainer:
             dist.all_reduce(sums_T3)
         if self.reporter is None:
             return
+        sums_T3 = sums_T3.cpu()
+        values = {n: None if isnan(v) else v for n, v in zip(self.schema.tasks, window.value(sums_T3), strict=True)}
+        binary = {name for name, task in self.schema.tasks.items() if task.kind == "binary"}
         rows = self._rows()
         rows_per_s, data_wait, step_s = meter.read(rows, self.step)
         loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
@@ -225,9 +234,8 @@ class Trainer:
                 "time": time.time(),
                 "lr": optimizer.rate(self.settings.dense, self.step - 1, self.steps),
                 "loss": float((loss_T * torch.tensor([t.loss_weight for t in self.schema.tasks.values()])).sum()),
-                "ne": {
-                    n: None if isnan(v) else v for n, v in zip(self.schema.tasks, window.value(sums_T3), strict=True)
-                },
+                "ne": {name: value for name, value in values.items() if name in binary},
+                "mse": {name: value for name, value in values.items() if name not in binary},
                 "rows_per_s": rows_per_s,
                 "data_wait": data_wait,
                 "seconds_left": step_s * (self.steps - self.step),
@@ -245,6 +253,7 @@ class Trainer:
             batch_size=self.settings.batch_size,
             data=self._data(),
             fingerprint=self.schema.fingerprint,
+            encoders=self.dataset.encoders_id,
             config=config_hash(self.config.shape()),
         )
         checkpoint.save(self.run.checkpoints, self._state(), manifest)

@@ -48,6 +48,7 @@ def manifest(step: int) -> CheckpointManifest:
         batch_size=8,
         data="d",
         fingerprint="f",
+        encoders="e",
         config="c",
     )
 
@@ -168,6 +169,18 @@ def test_only_whole_checkpoints_are_listed_in_the_order_of_their_steps(tmp_path:
 
 def die(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp.FileSystemWriter, "write_data", full)
+    with pytest.raises(UserError, match=r"step-00000002: cannot be written: .*No space left on device"):
+        save(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000001"}
 
 
 @pytest.mark.parametrize("where", ["in dcp.save", "before the manifest", "before the rename"])

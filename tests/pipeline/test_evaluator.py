@@ -147,13 +147,29 @@ def test_two_evaluators_of_a_split_do_not_work_at_once(run: Run):
     assert evaluated(run, split="valid") == [2, 4, 6]
 
 
+def test_rows_that_other_encoders_made_are_refused(run: Run, small_dataset: Path, tmp_path: Path):
+    """Same schema, other vocabulary: the ids would look up other rows of the tables, without an error."""
+    other = shutil.copytree(small_dataset, tmp_path / "other")
+    vocabulary = other / "encoders" / "vocabularies" / "city.parquet"
+    table = pq.read_table(vocabulary)
+    pq.write_table(table.set_column(0, "value", table["value"].take(list(range(len(table)))[::-1])), vocabulary)
+    with pytest.raises(UserError, match=r"other was encoded with .* its ids mean something else"):
+        evaluated(run, dataset=other)
+
+
+def test_two_trainers_do_not_write_to_one_run(run: Run, small_dataset: Path):
+    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=8, threads=1)
+    with run.lock("train", "busy"), pytest.raises(UserError, match="another trainer writes to it"):
+        train(TrainConfig(dataset=small_dataset, run=run.path, model=MODEL, train=settings))
+
+
 def test_a_trainer_that_is_gone_or_failed_ends_the_following(run: Run):
     run.say("training", 6, 9)
     with pytest.raises(UserError, match="the trainer has said nothing for 0 s"):
         evaluated(run, follow=True, give_up_after=0.1)
     run.say("failed", 6, 9)
-    with pytest.raises(UserError, match="training stopped at step 6"):
-        evaluated(run, follow=True)
+    with pytest.raises(UserError, match="training failed at step 6 and was not started again"):
+        evaluated(run, follow=True, give_up_after=0.1)
 
 
 def test_what_is_not_there_is_said(run: Run, tmp_path: Path):
@@ -178,15 +194,15 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     truth.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "truth.parquet")
     columns = {"click": "p", "bought": "p", "dwell": "m"}
     evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="id", columns=columns))
-    found = json.loads(evaluator.best_path(run, "test").read_text())
+    found = json.loads(evaluator.best_path(run, "test").read_text())["metrics"]
     y, w = rows["label.click"].to_numpy(), rows["weight"].to_numpy()
     rate = np.average(y, weights=w)
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
     assert found["click"]["ne"] == pytest.approx(
         log_loss(y, truth["p"].to_numpy(), sample_weight=w) / entropy, rel=1e-9
     )
-    assert "best" in report.table(run, "test")
-    report.write(run, "test")
+    assert "best" in report.table(run, "test", small_dataset)
+    report.write(run, "test", small_dataset)
     assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
     assert run.report.read_text().count("<td") > 20
 

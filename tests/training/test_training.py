@@ -521,17 +521,21 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_spoilt(folder: Path,
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both_with_one_line(folder: Path) -> None:
-    data = make_dataset(folder / "infinite-two", spoil=("price", 22))
-    arguments = [f"dataset={data}", f"run={folder / 'run-two'}", "model=shared_bottom"]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both_with_one_line(folder: Path, rank: int) -> None:
+    clean = Dataset(make_dataset(folder / f"finite-{rank}"))
+    loader = Loader(clean, "train", 32, lanes=4, rank=rank, ranks=2, window=16384)
+    row_id = int(list(loader.batches(loader.start()))[2].row_id_B[0])
+    data, run = make_dataset(folder / f"infinite-{rank}", spoil=("price", row_id)), folder / f"run-{rank}"
+    arguments = [f"dataset={data}", f"run={run}", "model=shared_bottom"]
     arguments += [f"train.{name}" for name in ("batch_size=32", "lanes=4", "checkpoint_every=1", "threads=1")]
     done = torchrun("-m", "jobs.train", *arguments)
     assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if "error: step" in line]
-    assert len(errors) == 1
-    assert "row_id 22." in errors[0]
-    steps = checkpoint.steps(folder / "run-two" / "checkpoints")
-    assert f"error: step {len(steps) + 1}, epoch 0" in errors[0]
+    prefix = "error: " if rank == 0 else "error (rank 1): "
+    [error] = [line for line in done.stderr.splitlines() if "error" in line and "step 3, epoch 0" in line]
+    assert error.startswith(prefix), error
+    assert f"row_id {row_id}." in error
+    assert checkpoint.steps(run / "checkpoints") == [1, 2]
 
 
 @pytest.mark.parametrize(
