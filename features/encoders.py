@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from features.errors import UserError
 from features.hashing import hash_strings
 from features.raw import ROW_ID, WEIGHT
-from features.schema import Schema
+from features.schema import Dense, Schema
 from features.statistics import Moments, Statistics, bag_elements, transformed
 
-VERSION = 1
-MISSING, UNKNOWN = 0, 1  # the first ids of every table; a hash table has no unknown values
+VERSION = 2
+MISSING, UNKNOWN = 0, 1  # the first ids of every table; one of hash buckets or bins has no unknown values
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,41 @@ class Encoders:
     Attributes:
         vocabularies: per table, its values in the order of their ids, the first of which is UNKNOWN + 1.
         moments: per dense feature.
+        edges: ascending edges of bins, of a piecewise number in the scale of the dataset's column, of a table in the raw one.
     """
 
     schema: Schema
     vocabularies: dict[str, pa.Array]
     moments: dict[str, Moments]
+    edges: dict[str, list[float]]
 
     @classmethod
     def fit(cls, schema: Schema, statistics: Statistics) -> "Encoders":
         """Chooses each vocabulary: the most frequent values first, ties by value, so that a refit is identical."""
         vocabularies = {}
         for name, table in schema.all_tables.items():
-            if table.hash is None and (counts := statistics.values.get(name)) is not None:
+            if table.counted and (counts := statistics.values.get(name)) is not None:
                 minimum = table.vocabulary.min_count if table.vocabulary else 1
                 limit = table.vocabulary.max_size if table.vocabulary else None
                 kept = counts.filter(pl.col("count") >= minimum).sort("count", "value", descending=[True, False])
                 vocabularies[name] = kept.head(limit or kept.height)["value"].to_arrow().cast(pa.large_string())
-        return cls(schema, vocabularies, statistics.moments)
+        edges = {
+            name: bin_edges(counts, table.bins).tolist()
+            for name, table in schema.all_tables.items()
+            if table.bins and (counts := statistics.numbers.get(name)) is not None
+        }
+        for name, feature in schema.dense.items():
+            if feature.piecewise:
+                found = bin_edges(statistics.numbers[name], feature.piecewise)
+                edges[name] = _distinct(_scaled(feature, statistics.moments[name], found))
+        return cls(schema, vocabularies, statistics.moments, edges)
 
     def num_embeddings(self, table: str) -> int:
         """Rows of an embedding table: every id an encoder can give, 0 .. num_embeddings - 1."""
-        buckets = self.schema.all_tables[table].hash
-        return buckets + 1 if buckets else len(self.vocabularies[table]) + 2
+        settings = self.schema.all_tables[table]
+        if settings.bins:
+            return len(self.edges[table]) + 1
+        return settings.hash + 1 if settings.hash else len(self.vocabularies[table]) + 2
 
     def save(self, folder: Path) -> None:
         """Writes vocabularies/TABLE.parquet and encoders.json below `folder`."""
@@ -58,10 +71,11 @@ class Encoders:
             pq.write_table(pa.table({"value": values, "id": ids}), folder / "vocabularies" / f"{name}.parquet")
         content = {
             "version": VERSION,
-            "fingerprint": self.schema.fingerprint,
+            "inputs": self.schema.inputs_fingerprint,
             "num_embeddings": {name: self.num_embeddings(name) for name in self.schema.all_tables},
             "moments": {name: asdict(m) | {"std": m.std} for name, m in self.moments.items()},
         }
+        content |= {"edges": self.edges} if self.edges else {}
         (folder / "encoders.json").write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -69,7 +83,7 @@ class Encoders:
         """Reads what `save` wrote.
 
         Raises:
-            UserError: it is missing, of another version, or was fitted for another schema.
+            UserError: it is missing, of another version, or was fitted for other features.
         """
         try:
             content = json.loads((folder / "encoders.json").read_text())
@@ -77,24 +91,24 @@ class Encoders:
                 path.stem: pq.read_table(path)["value"].combine_chunks().cast(pa.large_string())
                 for path in (folder / "vocabularies").glob("*.parquet")
             }
-            known = {name: content[name] for name in ("version", "fingerprint", "num_embeddings", "moments")}
+            known = {name: content[name] for name in ("version", "inputs", "num_embeddings", "moments")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: encoders cannot be read ({error}). Run jobs.preprocess again.") from None
         if known["version"] != VERSION:
             raise UserError(f"{folder}: encoders of version {known['version']}, this release reads {VERSION}")
-        if known["fingerprint"] != schema.fingerprint:
+        if known["inputs"] != schema.inputs_fingerprint:
             raise UserError(
-                f"{folder}: encoders were fitted for schema {known['fingerprint']}, this is {schema.fingerprint}. "
-                "Use the schema of that dataset, or fit new encoders."
+                f"{folder}: encoders were fitted for features {known['inputs']}, this schema has "
+                f"{schema.inputs_fingerprint}. Use the features of that dataset, or fit new encoders."
             )
         for name, count in known["num_embeddings"].items():
-            if schema.all_tables[name].hash is None and len(vocabularies.get(name, [])) + UNKNOWN + 1 != count:
+            if schema.all_tables[name].counted and len(vocabularies.get(name, [])) + UNKNOWN + 1 != count:
                 raise UserError(
                     f"{folder}/vocabularies/{name}.parquet is missing, or does not hold the {count - UNKNOWN - 1} values "
                     "that were fitted. Restore it, or run jobs.preprocess again."
                 )
         moments = {n: Moments(**{k: v for k, v in m.items() if k != "std"}) for n, m in known["moments"].items()}
-        return cls(schema, vocabularies, moments)
+        return cls(schema, vocabularies, moments, content.get("edges", {}))
 
     def encode(self, rows: pl.DataFrame) -> pa.Table:
         """Turns parsed rows into the columns of a dataset (see `arrow_schema`), row by row in the same order."""
@@ -102,8 +116,12 @@ class Encoders:
         for name in self.schema.dense:
             columns |= self._dense(name, rows)
         for name, feature in self.schema.sparse.items():
-            text = rows[feature.column or name].cast(pl.String)
-            columns[name] = self._bag(name, text) if name in self.schema.bag else self._ids(name, text.to_arrow())
+            values = rows[feature.column or name]
+            if (table := self.schema.table_of(name)) in self.edges:
+                columns[name] = self._bins(table, values.cast(pl.Float64).to_numpy())
+            else:
+                text = values.cast(pl.String)
+                columns[name] = self._bag(name, text) if name in self.schema.bag else self._ids(name, text.to_arrow())
         for task in self.schema.tasks:
             columns[f"label.{task}"] = rows[f"label.{task}"].to_arrow()
         columns["weight"] = rows[WEIGHT].to_arrow()
@@ -118,11 +136,13 @@ class Encoders:
         x_B = transformed(feature, rows[feature.column or name].cast(pl.Float64).to_numpy())
         missing_B = np.isnan(x_B)
         x_B = np.where(missing_B, moments.mean, x_B)
-        if feature.standardize:
-            # A constant column carries nothing: it becomes 0 instead of a division by 0.
-            x_B = (x_B - moments.mean) / moments.std if moments.std > 0 else np.zeros_like(x_B)
-        columns = {name: pa.array(x_B.astype(np.float32))}
+        columns = {name: pa.array(_scaled(feature, moments, x_B).astype(np.float32))}
         return columns | ({f"{name}_missing": pa.array(missing_B.astype(np.float32))} if feature.missing_flag else {})
+
+    def _bins(self, table: str, x_B: np.ndarray) -> pa.Array:
+        """Every edge starts a bin; what is smaller than the first is in the first."""
+        bin_B = np.searchsorted(np.array(self.edges[table][1:]), x_B, side="right") + 1
+        return pa.array(np.where(np.isnan(x_B), MISSING, bin_B).astype(np.int64))
 
     def _ids(self, name: str, text: pa.Array) -> pa.Array:
         table = self.schema.table_of(name)
@@ -140,6 +160,50 @@ class Encoders:
     def _bag(self, name: str, text: pl.Series) -> pa.Array:
         lists = bag_elements(self.schema, name, text).to_arrow().cast(pa.large_list(pa.large_string()))
         return pa.LargeListArray.from_arrays(lists.offsets, self._ids(name, lists.values))
+
+
+def _scaled(feature: Dense, moments: Moments, values: np.ndarray) -> np.ndarray:
+    """Transformed values as the dataset holds them."""
+    if not feature.standardize:
+        return values
+    # A constant column carries nothing: it becomes 0 instead of a division by 0.
+    return (values - moments.mean) / moments.std if moments.std > 0 else np.zeros_like(values)
+
+
+def _distinct(edges: np.ndarray) -> list[float]:
+    """Edges in float32, as a dataset's column is: there some may be one and the same, and of a constant all are."""
+    kept = np.unique(edges.astype(np.float32)).tolist()
+    return kept if len(kept) > 1 else [kept[0], kept[0] + max(1.0, abs(kept[0]))]
+
+
+def bin_edges(counts: pl.DataFrame, bins: int) -> np.ndarray:
+    """Ascending edges of about `bins` bins of equal mass, the first and last being the smallest and largest value.
+
+    A value that alone outweighs a bin gets edges of its own and leaves the others to the rest: quantiles of a number that is
+    0 in nine rows of ten would be one and the same.
+
+    Args:
+        counts: frame (value, count), in any order.
+    """
+    counts = counts.sort("value")
+    value_V, count_V = counts["value"].to_numpy(), counts["count"].to_numpy().astype(np.float64)
+    if len(value_V) < 2:  # a column without two values tells nothing, but has an edge on either side
+        start = value_V[0] if len(value_V) else 0.0
+        return np.array([start, start + max(1.0, abs(start))])
+    if len(value_V) <= bins + 1:
+        return value_V
+    heavy_V = np.zeros(len(value_V), dtype=bool)
+    while True:
+        left = bins + 1 - heavy_V.sum()
+        more_V = ~heavy_V & (count_V * left > count_V[~heavy_V].sum())
+        if left <= 2 or not more_V.any():
+            break
+        heavy_V |= more_V
+    own = np.flatnonzero(heavy_V[:-1])
+    light_V = np.where(heavy_V, 0.0, count_V).cumsum()
+    wanted = np.linspace(0, light_V[-1], max(left, 2))
+    chosen = np.minimum(np.searchsorted(light_V, wanted), len(value_V) - 1)
+    return value_V[np.unique(np.concatenate([chosen, own, own + 1, [0, len(value_V) - 1]]))]
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:

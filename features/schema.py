@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time, timezone
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,7 @@ class Dense(Strict):
     transform: Literal["none", "log1p"] = "none"
     standardize: bool = True
     missing_flag: bool = False
+    piecewise: int | None = Field(None, ge=1, le=1024, description="bins of the code beside the number (models.inputs)")
 
 
 class Vocabulary(Strict):
@@ -86,17 +87,23 @@ class Vocabulary(Strict):
 
 
 class Table(Strict):
-    """An embedding table and how values become its ids: a fitted vocabulary, or `hash` buckets."""
+    """An embedding table and how values become its ids: a fitted vocabulary, `hash` buckets, or quantile `bins` of a number."""
 
     dim: int = Field(16, ge=1)
     vocabulary: Vocabulary | None = None
     hash: int | None = Field(None, ge=1)
+    bins: int | None = Field(None, ge=1, le=1024)
 
     @model_validator(mode="after")
     def _one_way_to_an_id(self) -> "Table":
-        if self.vocabulary and self.hash:
-            raise ValueError("give vocabulary or hash, not both")
+        if (self.vocabulary is not None) + (self.hash is not None) + (self.bins is not None) > 1:
+            raise ValueError("give one of vocabulary, hash and bins")
         return self
+
+    @property
+    def counted(self) -> bool:
+        """Whether ids are those of a fitted vocabulary."""
+        return self.hash is None and self.bins is None
 
 
 class Categorical(Table):
@@ -107,7 +114,7 @@ class Categorical(Table):
 
     @model_validator(mode="after")
     def _shared_table_decides(self) -> "Categorical":
-        own = self.model_fields_set & {"dim", "vocabulary", "hash"}
+        own = self.model_fields_set & {"dim", "vocabulary", "hash", "bins"}
         if self.table and own:
             raise ValueError(f"{', '.join(sorted(own))} belong to the shared table {self.table}: set them there")
         return self
@@ -118,6 +125,7 @@ class Bag(Categorical):
 
     separator: str = Field("|", min_length=1)
     max_length: int = Field(50, ge=1)
+    bins: None = Field(None, description="a list of numbers has none")
 
 
 class Task(Strict):
@@ -223,6 +231,31 @@ class Schema(Strict):
         canonical = json.dumps([self.model_dump(mode="json", exclude_defaults=True), order], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
+    def only(self, tasks: Sequence[str] | None) -> "Schema":
+        """The same rows and features with some of the tasks (None: all), and still the fingerprint of the whole.
+
+        Raises:
+            UserError: a task that does not exist, or none.
+        """
+        if tasks is None:
+            return self
+        if not tasks or set(tasks) - self.tasks.keys():
+            raise UserError(f"tasks: {list(tasks)}, allowed are some of {', '.join(self.tasks)}")
+        fields = {name: getattr(self, name) for name in type(self).model_fields}  # and nothing cached of the whole
+        fields["tasks"] = {name: task for name, task in self.tasks.items() if name in tasks}
+        part = type(self).model_construct(**fields)
+        part.__dict__["fingerprint"] = self.fingerprint
+        return part
+
+    @cached_property
+    def inputs_fingerprint(self) -> str:
+        """As `fingerprint`, of the features alone: schemas where it is the same can share encoders."""
+        parts = [getattr(self, name) for name in ("tables", "dense", "categorical", "bag")]
+        content = [[[n, f.model_dump(mode="json", exclude_defaults=True)] for n, f in part.items()] for part in parts]
+        source = self.source.model_dump(mode="json", include={"types", "derived"})
+        canonical = json.dumps([content, source], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
     @cached_property
     def sparse(self) -> dict[str, Categorical]:
         """All id features, categorical first, then bags: the order of a batch's keys."""
@@ -245,7 +278,8 @@ class Schema(Strict):
     @cached_property
     def raw_types(self) -> dict[str, RawType]:
         """Raw columns that are numbers: as declared, and those that dense features and event time need."""
-        implied: dict[str, RawType] = {f.column or name: "float" for name, f in self.dense.items()}
+        numbers = [*self.dense, *(name for name in self.sparse if self.all_tables[self.table_of(name)].bins)]
+        implied: dict[str, RawType] = {self.feature_columns[name]: "float" for name in numbers}
         if self.event_time:
             implied[self.event_time] = "int"
         if self.source.row_id:
@@ -327,6 +361,8 @@ def _contradictions(schema: Schema) -> Iterator[str]:
             yield f"{name}.table is {feature.table}, allowed are {sorted(schema.tables)} (see tables)"
         elif not feature.table and name in schema.tables:
             yield f"feature {name} has its own table, but tables.{name} exists: write table: {name}, or rename one"
+        elif name in schema.bag and schema.all_tables[schema.table_of(name)].bins:
+            yield f"bag {name} has table {feature.table}, which is of bins: only a categorical feature can be a number's"
     for table in schema.tables.keys() - {f.table for f in schema.sparse.values()}:
         yield f"tables.{table} is used by no feature: remove it, or write table: {table} in one"
     if schema.source.columns is not None:

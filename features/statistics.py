@@ -56,48 +56,79 @@ class Statistics:
     Attributes:
         values: per table with a vocabulary, the frame (value, count).
         moments: per dense feature.
+        numbers: per table of bins, and per piecewise number after its transform, the frame (value, count).
     """
 
     values: dict[str, pl.DataFrame] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
+    numbers: dict[str, pl.DataFrame] = field(default_factory=dict)
 
     @classmethod
     def of(cls, schema: Schema, rows: pl.DataFrame) -> "Statistics":
         """Statistics of the train rows among parsed rows."""
         rows = rows.filter(pl.col(SPLIT) == 0)
         columns: dict[str, list[pl.Series]] = {}
+        numbers: dict[str, list[np.ndarray]] = {}
         for name, feature in schema.sparse.items():
-            if schema.all_tables[schema.table_of(name)].hash is None:
+            table = schema.all_tables[schema.table_of(name)]
+            if table.bins:
+                x_B = rows[feature.column or name].cast(pl.Float64).to_numpy()
+                numbers.setdefault(schema.table_of(name), []).append(x_B)
+            elif table.counted:
                 column = rows[feature.column or name].cast(pl.String).alias("value")
                 elements = bag_elements(schema, name, column).explode() if name in schema.bag else column
                 columns.setdefault(schema.table_of(name), []).append(elements.drop_nulls())
-        moments = {
-            name: Moments.of(transformed(feature, rows[feature.column or name].cast(pl.Float64).to_numpy()))
-            for name, feature in schema.dense.items()
-        }
-        return cls({table: pl.concat(parts).value_counts() for table, parts in columns.items()}, moments)
+        moments = {}
+        for name, dense in schema.dense.items():
+            x_B = transformed(dense, rows[dense.column or name].cast(pl.Float64).to_numpy())
+            moments[name] = Moments.of(x_B)
+            if dense.piecewise:
+                numbers[name] = [x_B]
+        values = {table: pl.concat(parts).value_counts() for table, parts in columns.items()}
+        return cls(values, moments, {name: _counted(np.concatenate(parts)) for name, parts in numbers.items()})
 
     def merge(self, *others: "Statistics") -> "Statistics":
         """Statistics of all parts' rows together."""
-        values = {
-            table: pl.concat(p.values[table] for p in (self, *others) if table in p.values)
-            .group_by("value")
-            .agg(pl.col("count").sum())
-            for table in {t: None for p in (self, *others) for t in p.values}
-        }
         moments = dict(self.moments)
         for other in others:
             moments |= {name: moments.get(name, Moments()).merge(m) for name, m in other.moments.items()}
-        return Statistics(values, moments)
+        parts = (self, *others)
+        return Statistics(_summed([p.values for p in parts]), moments, _summed([p.numbers for p in parts]))
 
     def __getstate__(self) -> dict[str, object]:
         # Arrow IPC bytes: a pickled slice would carry its whole parent buffer from worker to worker.
-        return {"values": {t: frame.write_ipc(None, compression="zstd").getvalue() for t, frame in self.values.items()},
-                "moments": self.moments}  # fmt: skip
+        return {"values": _packed(self.values), "moments": self.moments, "numbers": _packed(self.numbers)}
 
     def __setstate__(self, state: dict) -> None:
-        self.values = {t: pl.read_ipc(io.BytesIO(data)) for t, data in state["values"].items()}
+        self.values, self.numbers = (
+            {name: pl.read_ipc(io.BytesIO(data)) for name, data in state[key].items()} for key in ("values", "numbers")
+        )
         self.moments = state["moments"]
+
+
+def _packed(counts: dict[str, pl.DataFrame]) -> dict[str, bytes]:
+    return {name: frame.write_ipc(None, compression="zstd").getvalue() for name, frame in counts.items()}
+
+
+def _summed(parts: list[dict[str, pl.DataFrame]]) -> dict[str, pl.DataFrame]:
+    names = {name: None for part in parts for name in part}
+    return {
+        name: pl.concat(part[name] for part in parts if name in part).group_by("value").agg(pl.col("count").sum())
+        for name in names
+    }
+
+
+def _counted(values: np.ndarray) -> pl.DataFrame:
+    return pl.Series("value", rounded(values[~np.isnan(values)])).value_counts()
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """Values rounded down to 16 binary digits: bins need no more, and so the counts of any amount of rows stay small.
+
+    Down, so that a value lies in the bin that starts with what it was rounded to.
+    """
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.floor(mantissa * 65536) / 65536, exponent) + 0.0  # -0.0 is 0.0
 
 
 def bag_elements(schema: Schema, name: str, column: pl.Series) -> pl.Series:

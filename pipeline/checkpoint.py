@@ -133,6 +133,12 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())
 
 
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a checkpoint that `check` has passed, by its full name. Raises UserError."""
+    entries = _Reader(path).read_metadata().state_dict_metadata.items()
+    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
 def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
     """Reads a checkpoint that `check` has passed into a state of the same names and shapes, on any number of ranks.
 

@@ -1,16 +1,18 @@
 """A dataset on disk: sharded Parquet with a manifest that is written last, and nothing that is half there."""
 
+import copy
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from features.encoders import Encoders
+from features.encoders import Encoders, arrow_schema
 from features.errors import UserError
 from features.schema import Schema, Split
 
@@ -72,12 +74,20 @@ class Dataset:
             raise UserError(f"{path}: dataset of version {self.manifest.version}, this release reads {VERSION}")
         self.schema = Schema.load(path / "schema.yaml")
         self.expect(self.schema.fingerprint, "its own schema.yaml")
+        self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are looked at
         for shard in self.manifest.shards:
             file = path / shard.path
             size = file.stat().st_size if file.exists() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
                 raise UserError(f"{file} {found}. Restore it, or run jobs.preprocess again.")
+
+    def only(self, tasks: Sequence[str] | None) -> "Dataset":
+        """The same dataset with some of the tasks (None: all). Raises UserError for one that does not exist."""
+        part = copy.copy(self)
+        part.schema = self.schema.only(tasks)
+        part.__dict__.pop("encoders", None)
+        return part
 
     @cached_property
     def encoders(self) -> Encoders:

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import torch
 
 from features.batch import Batch, Rows
-from features.encoders import arrow_schema
 from features.errors import UserError
 from features.schema import Split
 from pipeline.dataset import Dataset, footer_sha256
@@ -159,7 +158,7 @@ class Loader:
         if footer_sha256(whole) != next(shard.footer_sha256 for shard in self.shards if shard.path == path):
             raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
         file = pq.ParquetFile(whole, memory_map=True, page_checksum_verification=True)
-        if file.schema_arrow != arrow_schema(self.schema):
+        if file.schema_arrow != self.dataset.columns:
             raise pa.ArrowInvalid("its columns are not the schema's")
         return file
 

@@ -57,8 +57,8 @@ class Run:
             ) from None
 
     def schema(self) -> Schema:
-        """The schema it was trained with."""
-        return Schema.load(self.path / "schema.yaml")
+        """The schema it was trained with, and of its tasks those it was trained on."""
+        return Schema.load(self.path / "schema.yaml").only(self.config().get("tasks"))
 
     def lock(self, name: str, why: str) -> IO[str]:
         """A lock held until the file returned is closed or its process ends. Raises UserError where another holds it."""

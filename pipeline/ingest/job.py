@@ -22,7 +22,7 @@ from features.errors import UserError
 from features.raw import SPLIT, Parsed, parse
 from features.schema import SPLITS, Schema
 from features.statistics import Statistics
-from pipeline.dataset import Dataset, Manifest, Shard, commit, write_json
+from pipeline.dataset import Manifest, Shard, commit, write_json
 from pipeline.ingest import source
 from pipeline.ingest.progress import Progress, Share
 from pipeline.ingest.writer import LetterWriter, SplitWriters
@@ -81,9 +81,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         raise UserError(f"{config.out} cannot be written: {error}. Choose another out=.") from None
     try:
         if config.encoders:
-            given = Dataset(config.encoders)
-            given.expect(schema.fingerprint, "the schema of this job")
-            shutil.copytree(given.path / "encoders", staging / "encoders")
+            Encoders.load(config.encoders / "encoders", schema)  # refuses those of other features
+            shutil.copytree(config.encoders / "encoders", staging / "encoders")
         scratch = staging / "scratch"
         scratch.mkdir()
         source.save_outcomes(source.load_outcomes(config.input, schema), scratch / "outcomes")
@@ -134,15 +133,17 @@ def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
 def _merge(parts: Iterable[dict[int, Statistics]]) -> dict[int, Statistics]:
     """Adds up counts. Moments wait: the last digit of a sum depends on its order, and workers finish in any."""
     found = [item for part in parts for item in part.items()]
-    values = Statistics().merge(*(Statistics(values=s.values) for _, s in found))
+    values = Statistics().merge(*(Statistics(values=s.values, numbers=s.numbers) for _, s in found))
     return {VALUES: values} | {index: Statistics(moments=s.moments) for index, s in found if index != VALUES}
 
 
 def _save_encoders(parts: dict[int, Statistics], schema: Schema, staging: Path) -> None:
     statistics = Statistics().merge(*(parts[index] for index in sorted(parts)))
     # Nothing was counted where a file failed, or has no rows: the reports say so.
-    tables = (name for name, table in schema.all_tables.items() if table.hash is None)
-    if statistics.moments.keys() >= schema.dense.keys() and statistics.values.keys() >= set(tables):
+    counted = {name for name, table in schema.all_tables.items() if table.counted}
+    binned = {name for name, table in schema.all_tables.items() if table.bins}
+    known = statistics.moments.keys(), statistics.values.keys(), statistics.numbers.keys()
+    if all(found >= needed for found, needed in zip(known, (schema.dense.keys(), counted, binned), strict=True)):
         aside = staging / "scratch" / uuid.uuid4().hex
         Encoders.fit(schema, statistics).save(aside)
         aside.rename(staging / "encoders")

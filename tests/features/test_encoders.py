@@ -252,18 +252,21 @@ def test_what_is_saved_can_be_read_without_this_project(fitted, tmp_path):
     table = pq.read_table(tmp_path / "encoders" / "vocabularies" / "city.parquet")
     assert table.to_pylist() == [{"value": "a", "id": 2}, {"value": "b", "id": 3}, {"value": "c", "id": 4}]
     content = json.loads((tmp_path / "encoders" / "encoders.json").read_text())
-    assert content["fingerprint"] == SCHEMA.fingerprint
+    assert content["inputs"] == SCHEMA.inputs_fingerprint
     assert content["num_embeddings"] == {"item": 4, "city": 5, "few": 4, "hashed": 8, "tags": 6}
     assert content["moments"]["plain"]["mean"] == 2.5
 
 
-def test_encoders_of_another_schema_are_refused_with_both_fingerprints(fitted, tmp_path):
+def test_encoders_of_other_features_are_refused_with_both_fingerprints(fitted, tmp_path):
     fitted.save(tmp_path / "encoders")
-    other = Schema.parse(CONTENT | {"weight": "2"}, where="mine.yaml")
+    labels = Schema.parse(CONTENT | {"weight": "2"}, where="mine.yaml")
+    assert Encoders.load(tmp_path / "encoders", labels).vocabularies == fitted.vocabularies
+    fewer = {name: dense for name, dense in CONTENT["dense"].items() if name != next(iter(CONTENT["dense"]))}
+    other = Schema.parse(CONTENT | {"dense": fewer}, where="mine.yaml")
     with pytest.raises(UserError) as caught:
         Encoders.load(tmp_path / "encoders", other)
-    assert SCHEMA.fingerprint in str(caught.value)
-    assert other.fingerprint in str(caught.value)
+    assert SCHEMA.inputs_fingerprint in str(caught.value)
+    assert other.inputs_fingerprint in str(caught.value)
     assert str(tmp_path / "encoders") in str(caught.value)
 
 

@@ -221,7 +221,7 @@ def test_vocabulary_and_hash_exclude_each_other():
     for place in ("tables.item", "categorical.hour"):
         message = refusal(changed(place, {"vocabulary": {}, "hash": 5}))
         assert place in message
-        assert "vocabulary or hash, not both" in message
+        assert "one of vocabulary, hash and bins" in message
 
 
 def test_names_of_features_are_one_namespace_that_flags_and_fixed_columns_belong_to():
@@ -296,7 +296,7 @@ def test_comments_order_of_keys_and_defaults_written_out_do_not_change_the_finge
     written_out = plain.model_dump(mode="json")
     # A feature of a shared table has no settings of its own to write out.
     for feature in (written_out["categorical"]["item"], written_out["bag"]["recent"]):
-        for key in ("dim", "vocabulary", "hash"):
+        for key in ("dim", "vocabulary", "hash", "bins"):
             del feature[key]
     assert Schema.parse(written_out, where="mine.yaml").fingerprint == plain.fingerprint
     assert len(plain.fingerprint) == 16

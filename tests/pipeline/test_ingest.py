@@ -529,11 +529,14 @@ def test_given_encoders_are_used_as_they_are(small_dataset, small_log, small_con
     assert found["city"].to_pylist() == [1, known["Köln"], 0]
     assert found["price"].to_pylist() == rows_of(small_dataset, "valid")["price"].to_pylist()[:3]
 
-    other = small_content() | {"weight": "2"}
+    labels = small_content() | {"weight": "2"}  # other labels and weights of the same features
+    assert run(folder, tmp_path / "labels", labels, encoders=small_dataset).rows == manifest.rows
+    assert Dataset(tmp_path / "labels").encoders_id == Dataset(small_dataset).encoders_id
+    other = small_content() | {"dense": {"price": {"transform": "none"}}}
     message = refused(folder, tmp_path / "no", other, encoders=small_dataset)
-    assert Dataset(small_dataset).manifest.fingerprint in message
-    assert Schema.parse(other, where="x").fingerprint in message
-    assert "manifest.json is missing" in refused(folder, tmp_path / "no", small_content(), encoders=folder)
+    assert Dataset(small_dataset).schema.inputs_fingerprint in message
+    assert Schema.parse(other, where="x").inputs_fingerprint in message
+    assert "encoders.json" in refused(folder, tmp_path / "no", small_content(), encoders=folder)
 
 
 def test_a_changed_or_missing_shard_is_named(small_dataset, tmp_path):
