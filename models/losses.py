@@ -33,6 +33,15 @@ class TaskLoss(nn.Module):
         cross_entropy_BT = F.binary_cross_entropy_with_logits(logit_BT, label_BT, reduction="none")
         return torch.where(self.binary_T, cross_entropy_BT, (logit_BT - label_BT).square())
 
+    def means(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
+        """mean_T: each task's loss without its loss weight; arguments as those of `forward`."""
+        # Not a tiny divisor: a weight over it is infinite, and infinity times a mass of 0 is no gradient of 0.
+        return (loss_BT * mass_BT).sum(0) / total_T.masked_fill(total_T == 0, 1.0)
+
+    def weights(self) -> Tensor:
+        """weight_T: how often each task's loss counts now."""
+        return self.weight_T
+
     def forward(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
         """The scalar to differentiate.
 
@@ -41,5 +50,27 @@ class TaskLoss(nn.Module):
             mass_BT: weight of observed rows, 0 elsewhere.
             total_T: sum of mass_BT over the global batch; a task that is nowhere observed adds 0.
         """
-        mean_T = (loss_BT * mass_BT).sum(0) / total_T.clamp(min=torch.finfo(total_T.dtype).tiny)
-        return (mean_T * self.weight_T).sum()
+        return (self.means(loss_BT, mass_BT, total_T) * self.weights()).sum()
+
+
+class UncertaintyLoss(TaskLoss):
+    """Task losses weighted by a learnt variance of each task's noise (Kendall et al., CVPR 2018, eq. 10).
+
+    With s = log sigma^2, which is what the paper learns too, a regression task adds exp(-s) / 2 * L + s / 2 (eq. 7) and a
+    binary task, the softmax of two classes, exp(-s) * L + s / 2. A task that no row of the global batch observes adds
+    nothing at all: it would shrink its variance without evidence.
+
+    Args:
+        kinds: "binary" or "regression" per task.
+    """
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        super().__init__(kinds, [1.0 if kind == "binary" else 0.5 for kind in kinds])
+        self.log_variance_T = nn.Parameter(torch.zeros(len(kinds)))
+
+    def weights(self) -> Tensor:
+        return self.weight_T * torch.exp(-self.log_variance_T)
+
+    def forward(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
+        """The scalar to differentiate; arguments as those of `TaskLoss.forward`."""
+        return super().forward(loss_BT, mass_BT, total_T) + (self.log_variance_T * (total_T > 0)).sum() / 2

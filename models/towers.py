@@ -1,10 +1,13 @@
 """Towers: from what the fusion made for each task to one logit a task."""
 
-# Shapes: B rows, T tasks, D width.
+# Shapes: B rows, T tasks, D width, K pieces of a line.
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.layers import StackedLinear, StackedMLP
 
@@ -25,3 +28,57 @@ class TaskTowers(nn.Module):
     def forward(self, h_BTD: Tensor) -> Tensor:
         logit_TB1 = self.out(self.hidden(h_BTD.transpose(0, 1)))
         return logit_TB1.squeeze(2).transpose(0, 1)
+
+
+class SharedTower(nn.Module):
+    """One multi-layer perceptron for every task, so that a task's logit depends on its h alone.
+
+    Args:
+        num_tasks: of no account: what a task is stands in h. in_dim: D. widths, dropout: as for TaskTowers.
+    Shapes: h_BTD -> logit_BT.
+    """
+
+    def __init__(self, num_tasks: int, in_dim: int, widths: Sequence[int], dropout: float = 0.0) -> None:  # noqa: ARG002
+        super().__init__()
+        self.tower = TaskTowers(1, in_dim, widths, dropout)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        return self.tower(h_BTD.flatten(0, 1).unsqueeze(1)).view(h_BTD.shape[:2])
+
+
+class Calibration(nn.Module):
+    """A rising line of straight pieces from each binary task's logit to another, learnt with everything below it.
+
+    It moves probabilities and keeps their order: NE may change, AUC does not. It is for towers whose logits are too steep or
+    too flat as a whole, such as small ones, or under heavy dropout or weight decay: where the mean prediction fits the mean
+    label, but not among the high ones or among the low ones. It sees train rows only, so it cannot mend what is learnt
+    by heart there.
+
+    Pieces end at the inner knots from -7 to 7; the first and the last go on without end. It begins as the identity, to
+    which weight decay draws it back. A regression task passes unchanged.
+
+    Args:
+        kinds: "binary" or "regression" per task.
+    Shapes: logit_BT -> logit_BT.
+    """
+
+    binary_T: Tensor
+    low_K: Tensor
+    high_K: Tensor
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        super().__init__()
+        self.register_buffer("binary_T", torch.tensor([kind == "binary" for kind in kinds]), persistent=False)
+        inner = torch.arange(-7.0, 8.0)
+        self.register_buffer("low_K", torch.cat([torch.tensor([-torch.inf]), inner]), persistent=False)
+        self.register_buffer("high_K", torch.cat([inner, torch.tensor([torch.inf])]), persistent=False)
+        self.steepness_TK = nn.Parameter(torch.zeros(len(kinds), len(self.low_K)))  # 0: slope 1
+        self.shift_T = nn.Parameter(torch.zeros(len(kinds)))
+
+    def forward(self, logit_BT: Tensor) -> Tensor:
+        slope_TK = F.softplus(self.steepness_TK + math.log(math.e - 1))
+        part_BTK = self._parts(logit_BT.unsqueeze(2)) - self._parts(logit_BT.new_zeros(1))  # of the way from 0
+        return torch.where(self.binary_T, (part_BTK * slope_TK).sum(2) + self.shift_T, logit_BT)
+
+    def _parts(self, logit: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(logit, self.low_K), self.high_K)

@@ -1,38 +1,62 @@
 """Fusions: the part between input and towers, x_BD -> h_BTD, one file and one class each."""
 
+from collections.abc import Sequence
 from typing import Any
-
-from pydantic import ValidationError, validate_call
-from torch import nn
 
 from features.errors import UserError
 from models.fusion.adatt import AdaTT
+from models.fusion.aitm import AITM
+from models.fusion.apem import APEM
+from models.fusion.autotask import AutoTask
+from models.fusion.cross_stitch import CrossStitch
+from models.fusion.dtrn import DTRN
+from models.fusion.emm import EMM
+from models.fusion.fusion import Fusion
 from models.fusion.mmoe import MMoE
-from models.fusion.ple import PLE
+from models.fusion.multitab import MultiTab
+from models.fusion.ple import CGC, PLE
 from models.fusion.shared_bottom import SharedBottom
+from models.fusion.single_task import SingleTask
+from models.registry import build, chosen
 
-FUSIONS: dict[str, type[nn.Module]] = {
+FUSIONS: dict[str, type[Fusion]] = {
+    "single_task": SingleTask,
     "shared_bottom": SharedBottom,
+    "cross_stitch": CrossStitch,
     "mmoe": MMoE,
+    "ml_mmoe": MMoE,
+    "cgc": CGC,
     "ple": PLE,
     "adatt": AdaTT,
+    "aitm": AITM,
+    "emm": EMM,
+    "apem": APEM,
+    "dtrn": DTRN,
+    "multitab": MultiTab,
+    "autotask": AutoTask,
 }
 
 
-def build_fusion(config: dict[str, Any], in_dim: int, num_tasks: int) -> Any:
-    """The fusion named `config["name"]` with the other keys as its arguments: a module with `out_dim` and `gates`.
+def fusion_class(config: dict[str, Any]) -> type[Fusion]:
+    """The class that `config["name"]` names. Raises UserError for an unknown name."""
+    return chosen("fusion", FUSIONS, config)
 
+
+def build_fusion(config: dict[str, Any], in_dim: int, tasks: Sequence[str], fields: Sequence[str]) -> Any:
+    """The fusion named `config["name"]` with the other keys as its arguments.
+
+    Args:
+        in_dim: D of x_BD, or of a token. tasks, fields: names, in order; a field is a feature.
     Raises:
-        UserError: an unknown name, or arguments that the class does not take.
+        UserError: an unknown name, arguments that the class does not take, or tasks or features that do not exist.
     """
-    arguments = {key: value for key, value in config.items() if key != "name"}
-    name = config.get("name")
-    if name not in FUSIONS:
-        raise UserError(f"model.fusion.name: {name} is not one of {', '.join(FUSIONS)}")
-    try:
-        fusion = FUSIONS[name].__new__(FUSIONS[name])
-        validate_call(FUSIONS[name].__init__)(fusion, in_dim, num_tasks, **arguments)
-        return fusion
-    except ValidationError as error:
-        faults = "; ".join(f"model.fusion.{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{faults} (fusion {name})") from None
+    kind = fusion_class(config)
+    config = dict(config)
+    names = dict.fromkeys(kind.task_arguments, tasks) | dict.fromkeys(kind.field_arguments, fields)
+    for key, known in names.items():
+        if unknown := set(config.get(key) or ()) - set(known):
+            raise UserError(f"model.fusion.{key}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
+        if config.get(key) is not None:
+            config[key] = [known.index(name) for name in config[key]]
+    sizes = (in_dim, len(tasks), len(fields)) if kind.fields else (in_dim, len(tasks))
+    return build("fusion", kind, config, *sizes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from models.fusion.level import UnitNetwork
+from models.fusion.level import SharedExperts, TaskExperts, UnitNetwork
 
 
 class AdaTT(UnitNetwork):
@@ -16,13 +16,14 @@ class AdaTT(UnitNetwork):
     Args:
         in_dim: D in. num_tasks: T.
         levels: for each level the layers of its experts, such as [[256], [128]]; the last is D out.
-        task_experts, shared_experts: of each task, and shared (0: AdaTT-sp), on every level.
+        task_experts, shared_experts: of each task, and shared (0: AdaTT-sp); may differ as in PLE. The native part of a
+            task without experts is 0.
         native: False leaves pad(v_t) out, the ablation of section 4.4.
     Shapes: x_BD -> h_BTD.
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: int = 1, shared_experts: int = 0,
-        native: bool = True,
+        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts = 1,
+        shared_experts: SharedExperts = 0, native: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts, isolated=False, native=native)

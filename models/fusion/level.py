@@ -1,13 +1,46 @@
 """One level of units, each of which has experts and a gate: what PLE and AdaTT are made of."""
 
-# Shapes: B rows, E experts of all units, D and H widths in and out, U units, O units that pass something on.
+# Shapes: B rows, T tasks, L levels, E experts of all units, D and H widths in and out, U units, O units that pass
+# something on.
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from features.errors import UserError
+from models.fusion.fusion import Fusion
 from models.layers import StackedLinear, StackedMLP, mix
+
+TaskExperts = int | Sequence[int] | Sequence[Sequence[int]]
+SharedExperts = int | Sequence[int]
+
+
+def unit_counts(tasks: TaskExperts, shared: SharedExperts, num_tasks: int, num_levels: int) -> list[list[int]]:
+    """Experts of each unit by level: the tasks' units, then the shared one up to the last level with shared experts.
+
+    Args:
+        tasks: one number for all; or one a task; or for each level a list of one a task.
+        shared: one number for all levels, or one a level.
+    Raises:
+        UserError: too many or too few numbers, or one below 0.
+    """
+    per_task: list[Any] = [tasks] * num_tasks if isinstance(tasks, int) else list(tasks)
+    count_LT = [per_task] * num_levels if all(isinstance(n, int) for n in per_task) else per_task
+    shared_L = [shared] * num_levels if isinstance(shared, int) else shared
+    if len(count_LT) != num_levels or any(len(n) != num_tasks or min(n) < 0 for n in count_LT):
+        raise UserError(
+            f"model.fusion.task_experts: {tasks} is none of a number, {num_tasks} numbers (one a task), "
+            f"and {num_levels} lists of {num_tasks} numbers (one list a level), all 0 or more"
+        )
+    if len(shared_L) != num_levels or min(shared_L) < 0:
+        raise UserError(
+            f"model.fusion.shared_experts: {shared} is neither a number nor {num_levels} numbers (one a level), "
+            "all 0 or more"
+        )
+    # Without shared experts at this level or above, nobody would read what a shared unit passes on.
+    return [[*n, shared_L[level]] if any(shared_L[level:]) else list(n) for level, n in enumerate(count_LT)]
 
 
 class UnitLevel(nn.Module):
@@ -24,7 +57,6 @@ class UnitLevel(nn.Module):
     Returns: h_OBH.
     """
 
-    unit_E: Tensor
     hidden_OE: Tensor
     own_OE: Tensor
     learnt_OE: Tensor
@@ -34,13 +66,12 @@ class UnitLevel(nn.Module):
         native: bool = False, first: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.outputs, self.first = outputs, first
+        self.outputs = outputs
         unit_E = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        self.experts = StackedMLP(len(unit_E), in_dim, layers)
+        self.experts = StackedMLP(len(unit_E), in_dim, layers, readers=None if first else counts)
         self.gate = StackedLinear(outputs, in_dim, len(unit_E), bias=False)
         own_OE = torch.arange(outputs).unsqueeze(1) == unit_E
         size_O1 = torch.tensor(counts[:outputs]).unsqueeze(1)
-        self.register_buffer("unit_E", unit_E, persistent=False)
         self.register_buffer("hidden_OE", ~visible_OE, persistent=False)
         self.register_buffer("own_OE", own_OE, persistent=False)
         self.register_buffer("learnt_OE", own_OE & (size_O1 > 1), persistent=False)
@@ -49,12 +80,11 @@ class UnitLevel(nn.Module):
         self.has_native = native
 
     def forward(self, x_UBD: Tensor) -> Tensor:
-        x_EBD = x_UBD.expand(len(self.unit_E), -1, -1) if self.first else x_UBD[self.unit_E]
-        return mix(self.weights(x_UBD), self.experts(x_EBD))
+        return mix(self.weights(x_UBD), self.experts(x_UBD))
 
     def weights(self, x_UBD: Tensor) -> Tensor:
         """weight_OBE that mixes the experts: gate, and the native vector where there is one (AdaTT, eq. 10)."""
-        x_OBD = x_UBD.expand(self.outputs, -1, -1) if self.first else x_UBD[: self.outputs]
+        x_OBD = x_UBD[: self.outputs]  # the one x_1BD at the first level
         gate_OBE = self.gate(x_OBD).masked_fill(self.hidden_OE.unsqueeze(1), -torch.inf).softmax(-1)
         if not self.has_native:
             return gate_OBE
@@ -64,34 +94,39 @@ class UnitLevel(nn.Module):
         return gate_OBE + native_OE.unsqueeze(1)
 
 
-class UnitNetwork(nn.Module):
-    """Levels of units: a unit a task, and one of shared experts where there are any, which ends below the last level.
+class UnitNetwork(Fusion):
+    """Levels of units: a unit a task, and a shared one that passes on as long as there are shared experts above.
+
+    A unit without experts on a level only mixes those of others.
 
     Args:
         in_dim: D in. num_tasks: T. levels: for each level the layers of its experts; the last is D out.
-        task_experts, shared_experts: experts of each task's unit and of the shared unit (0: none).
+        task_experts, shared_experts: see `unit_counts`.
         isolated: a task's gate sees its own and the shared experts only.
         native: see UnitLevel.
     Shapes: x_BD -> h_BTD.
+    Raises:
+        UserError: numbers of experts that do not fit, or a task that sees no expert at some level.
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: int, shared_experts: int,
-        isolated: bool, native: bool,
+        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts,
+        shared_experts: SharedExperts, isolated: bool, native: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = levels[-1][-1]
-        counts = [task_experts] * num_tasks + [shared_experts] * (shared_experts > 0)
-        unit_E = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        # The shared unit comes last: it sees all experts, and all see its own.
-        visible_UE = (torch.arange(len(counts)).unsqueeze(1) == unit_E) | (unit_E == num_tasks)
-        visible_UE[num_tasks:] = True
-        visible_UE |= not isolated
+        counts_LU = unit_counts(task_experts, shared_experts, num_tasks, len(levels))
+        outputs_L = [*(len(counts) for counts in counts_LU[1:]), num_tasks]
         dims = [in_dim, *(layers[-1] for layers in levels)]
         self.levels = nn.ModuleList()
-        for index, layers in enumerate(levels):
-            outputs = num_tasks if index == len(levels) - 1 else len(counts)
-            visible_OE = visible_UE[:outputs]
+        for index, (layers, counts, outputs) in enumerate(zip(levels, counts_LU, outputs_L, strict=True)):
+            unit_E = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+            # The shared unit comes last: it sees all experts, and all see its own.
+            visible_OE = (torch.arange(outputs).unsqueeze(1) == unit_E) | (unit_E == num_tasks)
+            visible_OE[num_tasks:] = True
+            visible_OE |= not isolated
+            if not visible_OE.any(1).all():
+                raise UserError(f"model.fusion.task_experts: a task sees no expert at level {index + 1}, add one")
             self.levels.append(UnitLevel(dims[index], layers, counts, outputs, visible_OE, native, first=index == 0))
 
     def forward(self, x_BD: Tensor) -> Tensor:

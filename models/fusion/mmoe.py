@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from models.fusion.fusion import Fusion
 from models.layers import StackedLinear, StackedMLP, mix
 
 
-class MMoE(nn.Module):
+class MMoE(Fusion):
     """Experts shared by all tasks, mixed by a gate for each (Ma et al. 2018, section 4, eq. 6-8).
 
     With more than one level it is the ML-MMoE of AdaTT (arXiv 2304.04959, section 4.1): each expert above the first level
@@ -23,14 +24,14 @@ class MMoE(nn.Module):
 
     def __init__(self, in_dim: int, num_tasks: int, num_experts: int, levels: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        self.num_experts, self.out_dim = num_experts, levels[-1][-1]
+        self.out_dim = levels[-1][-1]
         dims = [in_dim, *(layers[-1] for layers in levels)]
         self.experts = nn.ModuleList(StackedMLP(num_experts, d, w) for d, w in zip(dims, levels, strict=False))
-        self.users = [num_experts] * (len(levels) - 1) + [num_tasks]
-        self.gate = nn.ModuleList(StackedLinear(u, in_dim, num_experts, bias=False) for u in self.users)
+        users = [num_experts] * (len(levels) - 1) + [num_tasks]
+        self.gate = nn.ModuleList(StackedLinear(u, in_dim, num_experts, bias=False) for u in users)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        h_UBD = x_BD.expand(self.num_experts, -1, -1)
+        h_UBD = x_BD.unsqueeze(0)
         for experts, gate_UBE in zip(self.experts, self._gates(x_BD), strict=True):
             h_UBD = mix(gate_UBE, experts(h_UBD))
         return h_UBD.transpose(0, 1)
@@ -40,4 +41,4 @@ class MMoE(nn.Module):
         return [gate_UBE.transpose(0, 1) for gate_UBE in self._gates(x_BD)]
 
     def _gates(self, x_BD: Tensor) -> list[Tensor]:
-        return [gate(x_BD.expand(u, -1, -1)).softmax(-1) for gate, u in zip(self.gate, self.users, strict=True)]
+        return [gate(x_BD.unsqueeze(0)).softmax(-1) for gate in self.gate]

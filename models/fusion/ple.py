@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from models.fusion.level import UnitNetwork
+from features.errors import UserError
+from models.fusion.level import SharedExperts, TaskExperts, UnitNetwork
 
 
 class PLE(UnitNetwork):
@@ -14,16 +15,28 @@ class PLE(UnitNetwork):
     Args:
         in_dim: D in. num_tasks: T.
         levels: for each level the layers of its experts, such as [[256], [128]]; the last is D out.
-        task_experts, shared_experts: of each task, and shared, on every level.
+        task_experts: of each task, everywhere the same (1), by task ([2, 1, 1]), or by level and task
+            ([[2, 1, 1], [1, 1, 1]]). A task may have none where there are shared ones.
+        shared_experts: everywhere the same (1), or by level ([2, 1]).
     Shapes: x_BD -> h_BTD.
+    Raises:
+        UserError: numbers of experts that do not fit tasks and levels.
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        num_tasks: int,
-        levels: Sequence[Sequence[int]],
-        task_experts: int = 1,
-        shared_experts: int = 1,
-    ) -> None:
+        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts = 1,
+        shared_experts: SharedExperts = 1,
+    ) -> None:  # fmt: skip
         super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts, isolated=True, native=False)
+
+
+class CGC(PLE):
+    """Customised gate control, PLE of exactly one level (Tang et al. 2020, section 4.1, eq. 1-4). Arguments as PLE's."""
+
+    def __init__(
+        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts = 1,
+        shared_experts: SharedExperts = 1,
+    ) -> None:  # fmt: skip
+        if len(levels) != 1:
+            raise UserError(f"model.fusion.levels: cgc has one level, not {len(levels)}; with more it is ple")
+        super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts)

@@ -4,12 +4,13 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.fusion.fusion import Fusion
 from models.layers import StackedMLP
 
 
-class SharedBottom(nn.Module):
+class SharedBottom(Fusion):
     """One multi-layer perceptron whose output every task's tower reads.
 
     Args:
@@ -25,7 +26,3 @@ class SharedBottom(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         h_1BD = self.bottom(x_BD.unsqueeze(0))
         return h_1BD.transpose(0, 1).expand(-1, self.num_tasks, -1)
-
-    def gates(self, _: Tensor) -> list[Tensor]:
-        """No gates."""
-        return []

@@ -1,15 +1,14 @@
 """Fusions and towers against their twins (float64 loops), and cases whose answer is known without one."""
 
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace as Sizes
+from collections.abc import Mapping
 
 import pytest
 import torch
 import twins
+from checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.testing import assert_close
+from torch import Tensor
 
 from models.fusion.adatt import AdaTT
 from models.fusion.mmoe import MMoE
@@ -18,70 +17,12 @@ from models.fusion.shared_bottom import SharedBottom
 from models.towers import TaskTowers
 
 # Shapes: B rows, T tasks, U units (the tasks, then the shared one), S networks side by side, E experts, D width.
-TOLERANCE = 1e-10
-widths = st.lists(st.integers(1, 5), min_size=1, max_size=2)
-sizes = st.fixed_dictionaries(
-    {
-        "B": st.integers(1, 5),
-        "D": st.integers(1, 6),
-        "T": st.integers(1, 4),
-        "levels": st.lists(widths, min_size=1, max_size=3),
-        "experts": st.integers(1, 3),
-        "shared": st.integers(0, 3),
-        "native": st.booleans(),
-        "seed": st.integers(0, 10**6),
-    }
-).map(lambda drawn: Sizes(**drawn))
-
-
-def close(actual: Tensor, expected: Tensor, message: str = "") -> None:
-    assert_close(
-        actual, expected, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{message}: {text}" if message else text
-    )
-
-
-def randomised(module: nn.Module, seed: int) -> nn.Module:
-    """The module in float64 with every parameter drawn anew, so large that gates are far from uniform."""
-    module = module.double()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=rng, dtype=torch.float64))
-    return module
-
-
-def rows(size: Sizes, width: int | None = None) -> Tensor:
-    rng = torch.Generator().manual_seed(size.seed + 1)
-    return torch.randn(size.B, width or size.D, generator=rng, dtype=torch.float64)
-
-
-def load(module: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
-    module = module.double()
-    assert {name for name, _ in module.named_parameters()} == set(params)
-    module.load_state_dict(dict(params), strict=True)
-    return module
-
-
-def check(module: nn.Module, twin: Callable[..., Tensor], x: Tensor) -> None:
-    """Equal outputs, and equal gradients of a random sum of them with respect to the input and every parameter."""
-    x = x.requires_grad_()
-    params = dict(module.named_parameters())
-    actual, expected = module(x), twin(params, x)
-    close(actual, expected, "forward")
-    probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    inputs = {"x": x, **params}
-    gradients = [
-        torch.autograd.grad((h * probe).sum(), list(inputs.values()), materialize_grads=True)
-        for h in (actual, expected)
-    ]
-    for name, real, loop in zip(inputs, *gradients, strict=True):
-        close(real, loop, f"gradient of {name}")
-
-
-def check_gates(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for level, (real, loop) in enumerate(zip(actual, expected, strict=True)):
-        close(real, loop, f"gates of level {level}")
+sizes = drawn_sizes(
+    levels=st.lists(widths, min_size=1, max_size=3),
+    experts=st.integers(1, 3),
+    shared=st.integers(0, 3),
+    native=st.booleans(),
+)
 
 
 def mmoe(size: Sizes) -> MMoE:

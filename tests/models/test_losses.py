@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from models.losses import TaskLoss
+from models.losses import TaskLoss, UncertaintyLoss
 
 # Shapes: B rows, T tasks.
 KINDS = ["binary", "regression"]
@@ -99,6 +99,33 @@ def test_loss_and_gradient_equal_a_loop_for_any_mixture_of_tasks(kinds, rows, da
     assert (logit_BT.grad[mass_BT == 0] == 0).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.integers(1, 6), st.data(), seeds)
+def test_uncertainty_loss_and_all_its_gradients_equal_the_formula_task_by_task(kinds, rows, data, seed):
+    """exp(-s) L + s / 2 for a binary task, exp(-s) L / 2 + s / 2 for a regression, nothing for one without mass."""
+    logit_BT, label_BT, mass_BT = drawn(kinds, rows, seed)
+    mass_BT *= torch.tensor([data.draw(st.booleans()) for _ in kinds])
+    total_T = mass_BT.sum(0)
+    module = UncertaintyLoss(kinds)
+    s_T = torch.tensor([data.draw(st.sampled_from([-2.0, 0.0, 0.5, 3.0])) for _ in kinds])
+    module.log_variance_T.data.copy_(s_T)
+    loss = module(module.per_row(logit_BT.requires_grad_(), label_BT), mass_BT, total_T)
+    loss.backward()
+
+    expected, slope_T = 0.0, []
+    factor_T = [math.exp(-s) * (0.5 if k == "regression" else 1.0) for s, k in zip(s_T.tolist(), kinds, strict=True)]
+    for t, s in enumerate(s_T.tolist()):
+        only = [float(other == t) for other in range(len(kinds))]
+        mean, _ = loop(kinds, only, (logit_BT, label_BT, mass_BT), total_T.tolist())
+        expected += factor_T[t] * mean + (s / 2 if total_T[t] > 0 else 0.0)
+        slope_T.append(-factor_T[t] * mean + (0.5 if total_T[t] > 0 else 0.0))
+    _, gradient_BT = loop(kinds, factor_T, (logit_BT, label_BT, mass_BT), total_T.tolist())
+    assert_close(loss.item(), expected, rtol=1e-5, atol=1e-3)
+    assert_close(module.log_variance_T.grad.tolist(), slope_T, rtol=1e-5, atol=1e-3)
+    assert_close(logit_BT.grad.double(), gradient_BT, rtol=1e-5, atol=20 * ROUNDING)
+    assert_close(module.weights().tolist(), factor_T, rtol=1e-6, atol=0.0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 8), st.data(), seeds)
 def test_losses_of_the_ranks_add_up_to_the_loss_of_the_global_batch(rows, data, seed):
@@ -111,17 +138,28 @@ def test_losses_of_the_ranks_add_up_to_the_loss_of_the_global_batch(rows, data, 
 
 
 @pytest.mark.parametrize("absent", [0, 1])
-def test_a_task_observed_nowhere_adds_exactly_zero_and_has_no_gradient(absent):
+@pytest.mark.parametrize("weight", [2.0, 1000.0])
+def test_a_task_observed_nowhere_adds_exactly_zero_and_has_no_gradient(absent, weight):
     logit_BT, label_BT, mass_BT = drawn(KINDS, 50, 0)
     mass_BT[:, absent] = 0
-    module = TaskLoss(KINDS, [2.0, 2.0])
+    module = TaskLoss(KINDS, [weight, weight])
     loss_BT = module.per_row(logit_BT.requires_grad_(), label_BT)
     loss = module(loss_BT, mass_BT, mass_BT.sum(0))
     loss.backward()
-    without = TaskLoss(KINDS, [2.0 * (task != absent) for task in range(2)])
+    without = TaskLoss(KINDS, [weight * (task != absent) for task in range(2)])
     assert torch.equal(loss, without(loss_BT, mass_BT, mass_BT.sum(0)))
     assert (logit_BT.grad[:, absent] == 0).all()
     assert logit_BT.grad[:, 1 - absent].any()
+
+
+def test_an_uncertainty_is_at_rest_where_it_is_what_the_task_shows():
+    """sigma^2 of a regression is its mean squared error, of a binary task twice its log loss; then each adds its half."""
+    logit_BT, label_BT, mass_BT = drawn(KINDS, 50, 0)
+    module = UncertaintyLoss(KINDS)
+    loss_BT, total_T = module.per_row(logit_BT, label_BT), mass_BT.sum(0)
+    module.log_variance_T.data.copy_((module.means(loss_BT, mass_BT, total_T) * torch.tensor([2.0, 1.0])).log())
+    module(loss_BT, mass_BT, total_T).backward()
+    assert_close(module.log_variance_T.grad, torch.zeros(2), rtol=0, atol=1e-6)
 
 
 def test_a_batch_in_which_nothing_is_observed_has_loss_zero_and_no_gradient():

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Params = Mapping[str, Tensor]
 Levels = Sequence[Sequence[int]]
+TaskExperts = int | Sequence[int] | Sequence[Sequence[int]]  # the same everywhere, by task, or by level and task
+SharedExperts = int | Sequence[int]  # the same everywhere, or by level
 Fused = tuple[Tensor, list[Tensor]]  # h_BTD and, for every level, the weights (B, U, E)
 
 
@@ -86,9 +88,12 @@ def mmoe(params: Params, x_BD: Tensor, num_tasks: int, num_experts: int, levels:
     return by_row(row, x_BD)
 
 
-def owned(num_tasks: int, task_experts: int, shared_experts: int) -> list[list[int]]:
-    """Experts by unit: the first task's, the second's, …, and last the shared unit's if it has any."""
-    counts = [task_experts] * num_tasks + ([shared_experts] if shared_experts else [])
+def owned(num_tasks: int, task_experts: TaskExperts, shared_experts: SharedExperts, level: int = 0) -> list[list[int]]:
+    """Experts of a level by unit: the first task's, the second's, …, and last the shared unit's, which may be none."""
+    counts = [task_experts] * num_tasks if isinstance(task_experts, int) else list(task_experts)
+    if isinstance(counts[0], Sequence):
+        counts = list(counts[level])
+    counts.append(shared_experts if isinstance(shared_experts, int) else shared_experts[level])
     experts, first = [], 0
     for count in counts:
         experts.append([first + i for i in range(count)])
@@ -99,7 +104,7 @@ def owned(num_tasks: int, task_experts: int, shared_experts: int) -> list[list[i
 def unit_experts(params: Params, level: int, depth: int, own: list[list[int]], f_UD: list[Tensor]) -> list[Tensor]:
     """E_{u,i} = e_{u,i}(f_u): each unit's experts on the unit's own representation."""
     expert_ED = []
-    for experts, f_D in zip(own, f_UD, strict=True):
+    for experts, f_D in zip(own, f_UD, strict=False):  # where nothing is shared any more, the shared unit has ended
         expert_ED += [mlp(params, f"levels.{level}.experts.", e, depth, f_D) for e in experts]
     return expert_ED
 
@@ -121,22 +126,29 @@ def cgc(params: Params, x_BD: Tensor, num_tasks: int, widths: Sequence[int], tas
     return torch.stack(rows)
 
 
-def ple(params: Params, x_BD: Tensor, num_tasks: int, levels: Levels, task_experts: int, shared_experts: int) -> Fused:
+def ple(
+    params: Params,
+    x_BD: Tensor,
+    num_tasks: int,
+    levels: Levels,
+    task_experts: TaskExperts,
+    shared_experts: SharedExperts,
+) -> Fused:
     """Tang et al. 2020: CGC upon CGC; a task's gate reads its representation, the shared gate the shared one.
 
-    The shared gate mixes the experts of all tasks and the shared ones; the last level has none.
+    The shared gate mixes the experts of all tasks and the shared ones; there is none where no shared expert is above.
     """
-    own = owned(num_tasks, task_experts, shared_experts)
-    shared = own[num_tasks] if shared_experts else []
+    own_L = [owned(num_tasks, task_experts, shared_experts, level) for level in range(len(levels))]
 
     def row(x_D: Tensor) -> tuple[list[Tensor], list[list[list[Tensor]]]]:
-        f_UD = [x_D] * len(own)
+        f_UD = [x_D] * (num_tasks + 1)
         gates = []
         for level, widths in enumerate(levels):
+            own = own_L[level]
             expert_ED = unit_experts(params, level, len(widths), own, f_UD)
             weight_UDE = params[f"levels.{level}.gate.weight_SDH"]
-            weights = [gate(weight_UDE[t], f_UD[t], own[t] + shared) for t in range(num_tasks)]
-            if shared and level < len(levels) - 1:
+            weights = [gate(weight_UDE[t], f_UD[t], own[t] + own[num_tasks]) for t in range(num_tasks)]
+            if any(above[num_tasks] for above in own_L[level + 1 :]):
                 weights.append(gate(weight_UDE[num_tasks], f_UD[num_tasks], range(len(expert_ED))))
             f_UD = [mix(weight_E, expert_ED) for weight_E in weights]
             gates.append(weights)
@@ -150,23 +162,24 @@ def adatt(
     x_BD: Tensor,
     num_tasks: int,
     levels: Levels,
-    task_experts: int,
-    shared_experts: int,
+    task_experts: TaskExperts,
+    shared_experts: SharedExperts,
     native: bool,
 ) -> Fused:
     """Li et al. 2023, eq. 2-10 and section 3.2: f_u = (pad(v_u) + softmax(W_u f_u)) E.
 
-    A unit with one expert has v = 1; at the last level the shared unit only makes experts.
+    A unit with one expert has v = 1; at the last level with shared experts the shared unit only makes experts.
     """
-    own = owned(num_tasks, task_experts, shared_experts)
+    own_L = [owned(num_tasks, task_experts, shared_experts, level) for level in range(len(levels))]
 
     def row(x_D: Tensor) -> tuple[list[Tensor], list[list[list[Tensor]]]]:
-        f_UD = [x_D] * len(own)
+        f_UD = [x_D] * (num_tasks + 1)
         gates = []
         for level, widths in enumerate(levels):
+            own = own_L[level]
             expert_ED = unit_experts(params, level, len(widths), own, f_UD)
             weights = []
-            for u in range(num_tasks if level == len(levels) - 1 else len(own)):
+            for u in range(num_tasks + any(above[num_tasks] for above in own_L[level + 1 :])):
                 weight_DE = params[f"levels.{level}.gate.weight_SDH"][u]
                 weight_E = gate(weight_DE, f_UD[u], range(len(expert_ED)))
                 if native and len(own[u]) == 1:

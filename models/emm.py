@@ -1,0 +1,242 @@
+"""The ranker of a model that is fused from trained ones (models.fusion.emm): its tables, inputs and towers are theirs."""
+
+# Shapes: B rows, T tasks, M trained models, E width of all embeddings of a model, D width.
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection
+
+from features.batch import Batch
+from features.encoders import Encoders
+from features.errors import UserError
+from features.schema import Schema
+from models.fusion.emm import EMM, TrainedModel
+from models.inputs import Inputs
+from models.interaction import build_interaction
+from models.ranker import ModelConfig, Ranker, table_configs
+from models.towers import Calibration, TaskTowers
+
+# Fusions that are one multi-layer perceptron where there is one task, and the name of their StackedMLP.
+PERCEPTRONS = {"shared_bottom": "bottom", "single_task": "networks"}
+
+
+class Source(BaseModel):
+    """A trained single-task model, so described that a fused run can be rebuilt without it.
+
+    Attributes:
+        run: folder. step: of its checkpoint.
+        task: what it was trained for. model: its settings.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    run: str
+    step: int
+    task: str
+    model: ModelConfig
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.run} ({self.task})"
+
+    @property
+    def widths(self) -> list[int]:
+        """Of its layers with ReLU, from the first to the last below the logit."""
+        return [*self.model.fusion["widths"], *self.model.tower]
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Of the same layers, in its state."""
+        below = [
+            f"fusion.{PERCEPTRONS[self.model.fusion['name']]}.layers.{k}"
+            for k in range(len(self.model.fusion["widths"]))
+        ]
+        return below + [f"towers.hidden.layers.{k}" for k in range(len(self.model.tower))]
+
+
+class EMMSettings(BaseModel):
+    """`model.fusion` of a fused model.
+
+    Attributes:
+        trained: False keeps the structure only: fresh weights, all of them trained (Table II).
+        merge: False leaves the exchange between tasks out (Table II).
+        tables: what the trained models read with (embeddings, codes of numbers, interactions): "frozen" as they are,
+            "tuned" along with the rest, or "new", one set for all.
+        towers: "own": each task's goes on where its model was cut last, that of its first model where it has several;
+            "new": model.tower, from fresh weights. They are trained either way.
+        sources: the models of `model.from`, looked up when a run begins.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    name: Literal["emm"]
+    trained: bool = True
+    merge: bool = True
+    tables: Literal["frozen", "tuned", "new"] = "frozen"
+    towers: Literal["own", "new"] = "own"
+    sources: list[Source] = []
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "EMMSettings":
+        """Those of a model. Raises UserError for what they do not allow."""
+        try:
+            return cls.model_validate(config.fusion)
+        except ValidationError as error:
+            faults = (f"model.fusion.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise UserError(f"{'; '.join(faults)} (fusion emm)") from None
+
+
+class Reader(nn.Module):
+    """What a trained model's first layer reads: embeddings and numbers, then its interaction.
+
+    Its parts have the names that they have in a Ranker.
+
+    Args:
+        config: the trained model's. dropout: of what the interaction reads, of the fused model.
+    Shapes: embedding_BE, dense_BD -> x_BD.
+    """
+
+    def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.numbers = Inputs(schema, encoders, config.numeric_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.interaction = build_interaction(config.interaction, self.numbers, config.field_dim)
+        self.out_dim = self.interaction.out_dim
+
+    def forward(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
+        return self.interaction(self.dropout(self.numbers(embedding_BE, dense_BD)))
+
+
+class OwnTowers(nn.Module):
+    """A tower a task as TaskTowers, but each of its own depth and widths: a loop over tasks for that reason.
+
+    Args:
+        in_dim: D. widths: of each task's hidden layers. dropout: after each hidden layer.
+    Shapes: h_BTD -> logit_BT.
+    """
+
+    def __init__(self, in_dim: int, widths: Sequence[Sequence[int]], dropout: float) -> None:
+        super().__init__()
+        self.tasks = nn.ModuleList(TaskTowers(1, in_dim, w, dropout) for w in widths)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        return torch.cat([tower(h_BTD[:, task : task + 1]) for task, tower in enumerate(self.tasks)], 1)
+
+
+class FusedRanker(Ranker):
+    """A ranker over trained models, each with tables of its own, named TABLE@M, unless one new set serves all.
+
+    Frozen tables are cut from the graph: their optimiser, which is fused into the backward, never sees a gradient.
+
+    Args, Call Args, Returns: as Ranker's.
+    Raises:
+        UserError: settings that do not fit, or models that share no layer.
+    """
+
+    def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> None:
+        nn.Module.__init__(self)  # not Ranker's, which builds the parts of another model
+        self.settings = s = EMMSettings.of(config)
+        if not s.sources:
+            raise UserError("model.from: name runs of trained single-task models, at least one of each task")
+        if s.tables != "new" and config.interaction != {"name": "concat"}:
+            raise UserError(
+                "model.interaction: the trained models bring theirs; leave it out, or say model.fusion.tables=new"
+            )
+        self.schema = schema
+        theirs = [Reader(schema, encoders, source.model, config.input_dropout) for source in s.sources]
+        one = [Reader(schema, encoders, config, config.input_dropout)]
+        self.readers = nn.ModuleList(one if s.tables == "new" else theirs)
+        self._build_tables(encoders, config, device)
+        tasks = list(schema.tasks)
+        models = [
+            TrainedModel(source.name, tasks.index(source.task), reader.out_dim, source.widths)
+            for source, reader in zip(s.sources, theirs, strict=True)
+        ]
+        in_dim = sum(reader.out_dim for reader in self._readers())
+        self.fusion = EMM(in_dim, len(tasks), models, one_input=s.tables == "new", merge=s.merge)
+        self.towers = self._towers(config)
+        kinds = [task.kind for task in schema.tasks.values()]
+        self.calibration = Calibration(kinds) if config.calibration == "monotone" else None
+        if s.trained:
+            self.fusion.freeze()
+        self.frozen_tables = s.trained and s.tables == "frozen"
+        if self.frozen_tables:
+            self.readers.requires_grad_(False)
+
+    def _build_tables(self, encoders: Encoders, config: ModelConfig, device: str) -> None:
+        suffixes = [""] if self.settings.tables == "new" else [f"@{m}" for m in range(len(self.readers))]
+        tables_M = [table_configs(self.schema, encoders, config.embedding_std, suffix) for suffix in suffixes]
+        self.embeddings = EmbeddingBagCollection(
+            [t for tables in tables_M for t in tables], device=torch.device(device)
+        )
+        self.features, self.bags = [], {}
+        for tables in tables_M:
+            table = {feature: t.name for t in tables for feature in t.feature_names}
+            # TorchRec names what is looked up for one feature in several tables FEATURE@TABLE.
+            name = {feature: f"{feature}@{table[feature]}" if len(tables_M) > 1 else feature for feature in table}
+            self.features += [name[feature] for feature in self.schema.sparse]
+            self.bags |= {name[bag]: bag for bag in self.schema.bag}
+        self.embedding_dim = sum(t.embedding_dim * len(t.feature_names) for t in tables_M[0])
+
+    def _towers(self, config: ModelConfig) -> nn.Module:
+        num_tasks, in_dim = len(self.schema.tasks), self.fusion.out_dim
+        if self.settings.towers == "new":
+            return TaskTowers(num_tasks, in_dim, config.tower, config.dropout)
+        return OwnTowers(in_dim, [self.fusion.remainders[m] for m in self._first_models()], config.dropout)
+
+    def _first_models(self) -> list[int]:
+        """Of each task, the model whose remainder its own tower is."""
+        return [self.fusion.tasks.index(task) for task in range(len(self.schema.tasks))]
+
+    def _readers(self) -> list[Reader]:
+        return [reader for reader in self.readers if isinstance(reader, Reader)]
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """x_BD: what each trained model reads, side by side; or what all of them do."""
+        embedding_BE = self.embedded(batch)
+        if self.frozen_tables:
+            embedding_BE = embedding_BE.detach()
+        width = self.embedding_dim
+        x_M = [
+            reader(embedding_BE[:, m * width : (m + 1) * width], batch.dense_BD)
+            for m, reader in enumerate(self.readers)
+        ]
+        return torch.cat(x_M, 1)
+
+    def origins(self) -> list[dict[str, str]]:
+        """For each trained model, the names in this model's state of what was its own, with their names in its state.
+
+        Nothing where `trained` is False.
+        """
+        return [self._origin(m, source) for m, source in enumerate(self.settings.sources) if self.settings.trained]
+
+    def _origin(self, m: int, source: Source) -> dict[str, str]:
+        names = {}
+        if self.settings.tables != "new":
+            names = {f"readers.{m}.{name}": name for name in self.readers[m].state_dict()}
+            for table in {self.schema.table_of(feature) for feature in self.schema.sparse}:
+                weight = "embeddings.embedding_bags.{}.weight"
+                names[weight.format(f"{table}@{m}")] = weight.format(table)
+        ours = [
+            f"fusion.levels.{level}.components.{m}.layers.{k}"
+            for level, widths in enumerate(self.fusion.widths[m])
+            for k in range(len(widths))
+        ]
+        task = self.fusion.tasks[m]
+        theirs = source.layer_names
+        if self.settings.towers == "own" and m == self._first_models()[task]:
+            ours += [f"towers.tasks.{task}.hidden.layers.{k}" for k in range(len(self.fusion.remainders[m]))]
+            ours, theirs = [*ours, f"towers.tasks.{task}.out"], [*theirs, "towers.out"]
+        pairs = zip(ours, theirs, strict=False)  # what is left above the cut of another model is not used
+        return names | {
+            f"{our}.{part}": f"{their}.{part}" for our, their in pairs for part in ("weight_SDH", "bias_SH")
+        }
+
+
+def build_ranker(schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> Ranker:
+    """The ranker of a configuration: fused from trained models, or all other kinds. Arguments and errors as Ranker's."""
+    kind = FusedRanker if config.fusion.get("name") == "emm" else Ranker
+    return kind(schema, encoders, config, device)

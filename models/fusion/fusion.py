@@ -1,0 +1,40 @@
+"""What every fusion is to the ranker."""
+
+# Shapes: B rows, T tasks, F features, D width, U units, E experts.
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+class Fusion(nn.Module):
+    """Base of all fusions: (in_dim, num_tasks, …), or (in_dim, num_tasks, num_fields, …) where `fields` is set.
+
+    Attributes:
+        fields: it attends over features and reads x_BFD, one token a feature, in place of x_BD.
+        shared_tower: one tower scores every task.
+        reads_observed: it is called with observed_BT as well.
+        task_arguments: arguments that a config gives as names of tasks, and the class takes as their indices.
+        field_arguments: the same with names of features.
+        out_dim: D of what it returns.
+    Shapes: x_BD or x_BFD -> h_BTD.
+    """
+
+    fields: ClassVar[bool] = False
+    shared_tower: ClassVar[bool] = False
+    task_arguments: ClassVar[tuple[str, ...]] = ()
+    field_arguments: ClassVar[tuple[str, ...]] = ()
+    reads_observed: bool = False
+    out_dim: int
+
+    def gates(self, _: Tensor) -> list[Tensor]:
+        """Weights that mix experts, weight_BUE per level, for people to look at; [] where there are none."""
+        return []
+
+    def penalty(self, _: Tensor) -> Tensor | None:
+        """A further loss of each row from its logit_BT: loss_B, or None."""
+        return None
+
+    def taught(self, logit_BT: Tensor) -> Tensor:
+        """The logits, without a gradient where a task's labels must not train the model."""
+        return logit_BT

@@ -1,0 +1,104 @@
+"""What the tables and numbers of a row become: one flat vector, and for those that attend one token a feature."""
+
+# Shapes: B rows, D flat width, F features, N numbers with a code, K bins, W width of a code or token, P columns of a feature.
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from features.encoders import Encoders
+from features.schema import Schema
+from models.layers import StackedLinear
+
+
+class Piecewise(nn.Module):
+    """Numbers as ramps over quantile bins, each followed by a linear layer of its own and ReLU (arXiv 2203.05556, section 3.2).
+
+    Of bin k the number has gone through clamp((x - b_k) / (b_{k+1} - b_k), 0, 1) (eq. 1). The paper leaves the outer bins
+    open; here a number beyond what was fitted counts as the nearest edge.
+
+    Args:
+        edges: of each number, ascending, at least 2. dim: W.
+    Shapes: x_BN -> code_BNW.
+    """
+
+    low_NK: Tensor
+    width_NK: Tensor
+
+    def __init__(self, edges: Sequence[Sequence[float]], dim: int) -> None:
+        super().__init__()
+        bins = max(map(len, edges)) - 1
+        low_NK, high_NK = torch.full((2, len(edges), bins), torch.inf)  # a bin past a number's last is never reached
+        for n, edge in enumerate(edges):
+            low_NK[n, : len(edge) - 1], high_NK[n, : len(edge) - 1] = torch.tensor(edge[:-1]), torch.tensor(edge[1:])
+        # Edges that differ may be one in float32, and 0 / 0 would be no number.
+        width_NK = (high_NK - low_NK).nan_to_num(1.0).clamp(min=torch.finfo(torch.float32).tiny)
+        self.register_buffer("low_NK", low_NK, persistent=False)
+        self.register_buffer("width_NK", width_NK, persistent=False)
+        self.linear = StackedLinear(len(edges), bins, dim)
+
+    def forward(self, x_BN: Tensor) -> Tensor:
+        ramp_NBK = (x_BN.t().unsqueeze(2) - self.low_NK.unsqueeze(1)) / self.width_NK.unsqueeze(1)
+        return torch.relu(self.linear(ramp_NBK.clamp(0, 1))).transpose(0, 1)
+
+
+class Inputs(nn.Module):
+    """Embeddings and dense columns to x_BD: embeddings in the schema's order, dense columns, codes of numbers.
+
+    Args:
+        schema: features. encoders: for the bins' edges. numeric_dim: W of a piecewise number's code, 0 for none.
+    Attributes:
+        out_dim: D.
+        columns: per feature, in the schema's order (id features, then numbers), its columns of x_BD.
+    Call Args:
+        embedding_BE: of all id features, side by side. dense_BD: the schema's dense columns.
+    Returns: x_BD.
+    """
+
+    coded_N: Tensor
+
+    def __init__(self, schema: Schema, encoders: Encoders, numeric_dim: int) -> None:
+        super().__init__()
+        coded = [name for name, feature in schema.dense.items() if feature.piecewise and numeric_dim]
+        places = torch.tensor([schema.dense_columns.index(name) for name in coded], dtype=torch.int64)
+        self.register_buffer("coded_N", places, persistent=False)
+        self.code = Piecewise([encoders.edges[name] for name in coded], numeric_dim) if coded else None
+        widths = {name: schema.all_tables[schema.table_of(name)].dim for name in schema.sparse}
+        widths |= dict.fromkeys(schema.dense_columns, 1) | {f"{name} code": numeric_dim for name in coded}
+        ends = dict(zip(widths, torch.tensor(list(widths.values())).cumsum(0).tolist(), strict=True))
+        ranges = {name: range(ends[name] - width, ends[name]) for name, width in widths.items()}
+        self.out_dim = sum(widths.values())
+        self.columns = {
+            name: [
+                c for part in (name, f"{name} code", f"{name}_missing") if part in ranges for c in ranges[part]
+            ]
+            for name in [*schema.sparse, *schema.dense]
+        }  # fmt: skip
+
+    def forward(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
+        if self.code is None:
+            return torch.cat([embedding_BE, dense_BD], 1)
+        return torch.cat([embedding_BE, dense_BD, self.code(dense_BD[:, self.coded_N]).flatten(1)], 1)
+
+
+class Tokens(nn.Module):
+    """One token a feature: its columns of x_BD through a linear layer of its own, since they differ in width.
+
+    Args:
+        columns: of each feature in x_BD. dim: W.
+    Shapes: x_BD -> x_BFW.
+    """
+
+    column_FP: Tensor
+
+    def __init__(self, columns: Mapping[str, Sequence[int]], in_dim: int, dim: int) -> None:
+        super().__init__()
+        width = max(map(len, columns.values()))
+        padded = [[*own, *[in_dim] * (width - len(own))] for own in columns.values()]  # column D holds zeros
+        self.register_buffer("column_FP", torch.tensor(padded), persistent=False)
+        self.linear = StackedLinear(len(padded), width, dim)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x_FPB = nn.functional.pad(x_BD, (0, 1)).t()[self.column_FP]
+        return self.linear(x_FPB.transpose(1, 2)).transpose(0, 1)

@@ -1,0 +1,39 @@
+"""How a config chooses a part of the model: a name and the arguments of the class that has it."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError, validate_call
+
+from features.errors import UserError
+
+Kind = TypeVar("Kind")
+
+
+def chosen(part: str, registry: Mapping[str, type[Kind]], config: Mapping[str, Any]) -> type[Kind]:
+    """The class that `config["name"]` names.
+
+    Args:
+        part: the key under `model`, for messages.
+    Raises:
+        UserError: an unknown name.
+    """
+    if (name := str(config.get("name"))) not in registry:
+        raise UserError(f"model.{part}.name: {name} is not one of {', '.join(registry)}")
+    return registry[name]
+
+
+def build(part: str, kind: type[Kind], config: Mapping[str, Any], *sizes: Any) -> Kind:
+    """`kind` made of `sizes` and, by name, what the config says beside its own name.
+
+    Raises:
+        UserError: arguments that the class does not take, or one that it lacks.
+    """
+    arguments = {key: value for key, value in config.items() if key != "name"}
+    made = kind.__new__(kind)
+    try:
+        validate_call(type(made).__init__)(made, *sizes, **arguments)
+    except ValidationError as error:
+        faults = "; ".join(f"model.{part}.{e['loc'][0]}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{faults} ({part} {config['name']})") from None
+    return made

@@ -1,0 +1,252 @@
+"""AutoTask against its twin (float64 loops), and what must hold of causal attention, blocks, orders and held-out tasks."""
+
+# Shapes: B rows, T tasks, F features, D width of a token, W width of facet 2.
+
+import math
+
+import pytest
+import torch
+import twins_autotask as twins
+from checks import Sizes, check, close, drawn_sizes, randomised, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from features.errors import UserError
+from models.fusion import build_fusion
+from models.fusion.autotask import AutoTask
+from models.towers import SharedTower
+
+sizes = drawn_sizes(
+    F=st.integers(1, 4),
+    heads=st.sampled_from([1, 2, 3]),
+    W=st.integers(1, 3),
+    task_id=st.sampled_from(["onehot", "embedding", "none"]),
+    causal=st.booleans(),
+    block=st.none() | st.integers(1, 3),
+    held_out=st.sets(st.integers(0, 3), max_size=2),
+)
+
+
+def unseen(size: Sizes) -> list[int]:
+    return [task for task in sorted(size.held_out) if task < size.T]
+
+
+def autotask(size: Sizes, **changes: object) -> AutoTask:
+    arguments = {
+        "width": size.W * size.heads, "heads": size.heads, "task_id": size.task_id, "causal": size.causal,
+        "block": size.block, "unseen": unseen(size),
+    }  # fmt: skip
+    return randomised(AutoTask(size.D, size.T, size.F, **(arguments | changes)), size.seed)
+
+
+def plain(T: int = 3, **changes: object) -> AutoTask:
+    return randomised(AutoTask(2, T, 4, **({"width": 6, "heads": 2} | changes)), 7)
+
+
+def fields(B: int = 4) -> Tensor:
+    return torch.randn(B, 4, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def facets(size: Sizes, params: twins.Params, x_BFD: Tensor, blocks: list[list[twins.Example]]):
+    ids = [twins.task_id(params, size.task_id, task, size.T, unseen(size)) for task in range(size.T)]
+    return twins.facets(params, x_BFD, blocks, size.heads, size.causal, ids)
+
+
+class With:
+    """A module whose call takes more than x."""
+
+    def __init__(self, module: nn.Module, further: Tensor) -> None:
+        self.module, self.further, self.named_parameters = module, further, module.named_parameters
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x, self.further)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_in_training_it_equals_its_twin_for_the_drawn_order_of_tasks(size):
+    module = autotask(size)
+    order_BT = torch.rand(size.B, size.T, generator=torch.Generator().manual_seed(size.seed))
+    module._order = lambda *_: order_BT
+    blocks = twins.task_blocks(order_BT.tolist(), size.block or size.T, unseen(size))
+
+    def twin(params, x_BFD):
+        return twins.stacked(facets(size, params, x_BFD, blocks)[0], size.B, size.T)
+
+    check(module, twin, rows(size, size.F, size.D))
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes)
+def test_in_evaluation_it_equals_its_twin_in_the_schemas_order(size):
+    module, x_BFD = autotask(size).eval(), rows(size, size.F, size.D)
+    blocks = twins.task_blocks([list(range(size.T))] * size.B, size.block or size.T, unseen(size))
+    h, weight = facets(size, dict(module.named_parameters()), x_BFD, blocks)
+    close(module(x_BFD), twins.stacked(h, size.B, size.T))
+    nothing = x_BFD.new_zeros(())
+    weight_BTT = [
+        [[weight[b, t].get((b, other), nothing) for other in range(size.T)] for t in range(size.T)]
+        for b in range(size.B)
+    ]
+    close(
+        module.gates(x_BFD)[0],
+        torch.stack([torch.stack([torch.stack(weight_T) for weight_T in weight_TT]) for weight_TT in weight_BTT]),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.sampled_from([0.2, 0.5, 0.9]))
+def test_with_rows_of_one_task_each_it_equals_its_twin(size, share):
+    module = autotask(size, examples="rows")
+    rng = torch.Generator().manual_seed(size.seed)
+    observed_BT = torch.rand(size.B, size.T, generator=rng) < share  # some rows of no task, some of several
+    order_N = torch.rand(size.B * size.T, generator=rng)
+    module._order = lambda _, length: order_N[None, :length]
+    blocks = twins.row_blocks(observed_BT.tolist(), order_N.tolist(), size.block or size.T, unseen(size))
+
+    def twin(params, x_BFD):
+        h = facets(size, params, x_BFD, blocks)[0] or {(0, 0): 0 * x_BFD.new_zeros(module.out_dim)}
+        return twins.stacked(h, size.B, size.T)
+
+    if blocks:
+        check(With(module, observed_BT), twin, rows(size, size.F, size.D))
+    else:
+        assert not module(rows(size, size.F, size.D), observed_BT).any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes)
+def test_a_block_of_one_is_single_task_inference(size):
+    x_BFD = rows(size, size.F, size.D)
+    alone = autotask(size, block=1)
+    for module in (alone.train(), alone.eval(), autotask(size, examples="rows").eval()):
+        for task in range(size.T):
+            close(module(x_BFD)[:, [task]], module.serve(x_BFD, [task]))
+            close(module(x_BFD)[:, [task]], autotask(size).serve(x_BFD, [task]))
+
+
+def test_any_tasks_can_be_served_in_any_order():
+    module, x_BFD = plain(T=4).eval(), fields()
+    close(module.serve(x_BFD, range(4)), module(x_BFD))
+    close(module.serve(x_BFD, [2, 0]), module.serve(x_BFD, [2, 0, 3])[:, :2])
+    differ(module.serve(x_BFD, [2, 0])[:, [1, 0]], module.serve(x_BFD, [0, 2]))
+
+
+def differ(a: Tensor, b: Tensor) -> None:
+    assert not torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_earlier_feature_does_not_hear_of_a_later_one(causal):
+    module, x_BFD = plain(causal=causal, block=1).eval(), fields()
+    changed = x_BFD.clone()
+    changed[:, 2:] += 1
+    width = 2 * module.position_FW.shape[1]  # of the first two features, as facet 1 leaves them
+    before, after = module(x_BFD)[..., :width], module(changed)[..., :width]
+    close(before, after) if causal else differ(before, after)
+    differ(module(x_BFD)[..., width:-6], module(changed)[..., width:-6])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_an_earlier_task_does_not_hear_of_a_later_one_and_a_later_hears_of_an_earlier(causal):
+    module, x_BFD = plain(task_id="embedding", causal=causal).eval(), fields()
+    before = module(x_BFD)
+    with torch.no_grad():
+        module.id_TI[1] += 1
+    after = module(x_BFD)
+    close(before[:, 0], after[:, 0]) if causal else differ(before[:, 0], after[:, 0])
+    differ(before[:, 1], after[:, 1])
+    differ(before[:, 2], after[:, 2])
+    close(before[:, 2, :-6], after[:, 2, :-6])  # facet 1 knows its own task only
+
+
+def test_an_earlier_row_of_a_block_does_not_hear_of_a_later_one_and_blocks_not_of_each_other():
+    module, x_BFD = plain(examples="rows", block=3), fields(8)
+    module._order = lambda _, length: torch.linspace(0, 1, length)[None]
+    observed_BT = torch.eye(3).bool()[torch.arange(8) % 3]
+    changed = x_BFD.clone()
+    changed[4] += 1
+    same_B = ((module(x_BFD, observed_BT) - module(changed, observed_BT)).abs() < 1e-12).all(2).all(1)
+    assert same_B.tolist() == [True, True, True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_that_are_observed_for_no_task_disturb_nobody(causal):
+    module, x_BFD = plain(examples="rows", block=3, causal=causal), fields(6)
+    module._order = lambda _, length: torch.linspace(0, 1, length)[None]
+    observed_BT = torch.eye(3).bool()[torch.tensor([0, 1, 2, 0, 1, 2])]
+    h_BTD = module(x_BFD, observed_BT)
+    padded = torch.cat([x_BFD[:2], torch.full((2, 4, 2), math.nan), x_BFD[2:]])
+    rows_of = torch.tensor([0, 1, 4, 5, 6, 7])
+    observed = observed_BT.new_zeros(8, 3).index_copy(0, rows_of, observed_BT)
+    found = module(padded, observed)
+    close(found[rows_of], h_BTD)
+    assert not found[2:4].any()
+
+
+def test_a_batch_of_padding_alone_gives_zeros_and_gradients_of_zero():
+    module = plain(examples="rows")
+    h_BTD = module(fields(), torch.zeros(4, 3, dtype=torch.bool))
+    assert not h_BTD.any()
+    h_BTD.sum().backward()
+    assert not any(parameter.grad.any() for parameter in module.parameters())
+
+
+def test_in_training_every_order_of_tasks_is_as_likely_and_follows_the_seed():
+    module = plain()
+    orders = module._order(6000, 3).argsort(1) @ torch.tensor([9, 3, 1])
+    counts = orders.unique(return_counts=True)[1]
+    assert len(counts) == 6
+    assert counts.min() > 850
+    assert counts.max() < 1150
+    x_BFD = fields(20)
+    torch.manual_seed(1)
+    first, second = module(x_BFD), module(x_BFD)
+    differ(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(module(x_BFD), first)
+    assert torch.equal(module.eval()(x_BFD), module(x_BFD))
+
+
+@pytest.mark.parametrize("task_id", ["onehot", "embedding"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_task_held_out_has_no_id_is_alone_and_is_heard_by_nobody(task_id, mode):
+    module = getattr(plain(T=4, task_id=task_id, unseen=[1]), mode)()
+    module._order = lambda *_: torch.linspace(0, 1, 4)[None]
+    x_BFD = fields()
+    h_BTD = module(x_BFD)
+    close(h_BTD[:, [0, 2, 3]], module.serve(x_BFD, [0, 2, 3]))
+    close(h_BTD[:, [1]], module.serve(x_BFD, [1]))
+    if task_id == "embedding":
+        h_BTD.sum().backward()
+        assert module.id_TI.grad.abs().sum(1).bool().tolist() == [True, False, True, True]
+
+
+def test_labels_of_a_task_held_out_move_no_weight():
+    module, tower = plain(unseen=[1]), SharedTower(3, 4 * 8 + 6, [5]).double()
+    parameters = [*module.parameters(), *tower.parameters()]
+    logit_BT = module.taught(tower(module(fields())))
+    gradients = [torch.autograd.grad(logit_BT[:, t].sum(), parameters, retain_graph=True) for t in range(3)]
+    assert [any(g.any() for g in of_task) for of_task in gradients] == [True, False, True]
+
+
+def test_without_a_task_id_and_interaction_all_tasks_are_the_same():
+    h_BTD = plain(task_id="none", block=1)(fields())
+    close(h_BTD, h_BTD[:, :1].expand(-1, 3, -1))
+    differ(plain(block=1)(fields())[:, 0], plain(block=1)(fields())[:, 1])
+
+
+def test_arguments_that_cannot_be_are_refused():
+    def build(**arguments):
+        return build_fusion({"name": "autotask", "width": 8} | arguments, 4, ["a", "b"], list("vwxyz"))
+
+    assert build(unseen=["b"]).unseen_T.tolist() == [False, True]
+    for wrong, words in (
+        ({"heads": 3}, r"model.fusion.width: 8 is not a multiple of heads, which is 3"),
+        ({"unseen": ["c"]}, r"model.fusion.unseen: c is not one of a, b"),
+        ({"task_id": "name"}, r"model.fusion.task_id"),
+        ({"block": 0}, r"model.fusion.block"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build(**wrong)

@@ -1,0 +1,169 @@
+"""What a row's tables and numbers become, against plain loops in float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import check, close, drawn_sizes, randomised, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from features.schema import Schema
+from models.inputs import Inputs, Piecewise, Tokens
+
+# Shapes: B rows, D flat width, F features, N numbers with a code, K bins, W width of a code or token.
+numbers = st.lists(
+    st.lists(st.integers(-8, 8), min_size=2, max_size=6, unique=True).map(sorted),
+    min_size=1, max_size=4,
+)  # fmt: skip
+sizes = drawn_sizes(
+    numbers=numbers, columns=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=4).filter(any)
+)
+
+
+def code(edges: list[float], x: float) -> list[float]:
+    """How far one number is through each of its bins."""
+    bins = zip(edges, edges[1:], strict=False)
+    return [0.0 if x <= low else 1.0 if x >= high else (x - low) / (high - low) for low, high in bins]
+
+
+def piecewise(edges: list[list[float]], params: dict[str, Tensor], x_BN: Tensor) -> Tensor:
+    outputs = []
+    for x_N in x_BN.detach():
+        code_NW = []
+        for n, x in enumerate(x_N):
+            code_W = params["linear.bias_SH"][n]
+            for k, share in enumerate(code(edges[n], x.item())):
+                code_W = code_W + share * params["linear.weight_SDH"][n, k]
+            code_NW.append(torch.relu(code_W))
+        outputs.append(torch.stack(code_NW))
+    return torch.stack(outputs)
+
+
+def tokens(columns: list[list[int]], params: dict[str, Tensor], x_BD: Tensor) -> Tensor:
+    outputs = []
+    for x_D in x_BD:
+        token_FW = []
+        for f, own in enumerate(columns):
+            token_W = params["linear.bias_SH"][f]
+            for p, column in enumerate(own):
+                token_W = token_W + x_D[column] * params["linear.weight_SDH"][f, p]
+            token_FW.append(token_W)
+        outputs.append(torch.stack(token_FW))
+    return torch.stack(outputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.data())
+def test_codes_of_numbers_within_beyond_and_on_their_edges_equal_a_loop_forward_and_backward(size, data):
+    edges = [[float(e) for e in own] for own in size.numbers]
+    x_BN = torch.tensor(
+        [[data.draw(st.floats(-12, 12) | st.sampled_from(own)) for own in edges] for _ in range(size.B)],
+        dtype=torch.float64,
+    )
+    module = randomised(Piecewise(edges, size.D), size.seed)
+    close(module(x_BN), piecewise(edges, dict(module.named_parameters()), x_BN))
+    probe_BNW = rows(size, len(edges), size.D)
+    gradients = [
+        torch.autograd.grad((code_BNW * probe_BNW).sum(), list(module.parameters()))
+        for code_BNW in (module(x_BN), piecewise(edges, dict(module.named_parameters()), x_BN))
+    ]
+    for real, loop in zip(*gradients, strict=True):
+        close(real, loop)
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [(-5, [0, 0, 0]), (0, [0, 0, 0]), (0.5, [0.5, 0, 0]), (1, [1, 0, 0]), (2, [1, 0.5, 0]), (9, [1, 1, 1])],
+)
+def test_a_code_by_hand_beside_a_number_of_fewer_bins(x, expected):
+    module = Piecewise([[0, 1, 3, 4], [0, 1]], 3)
+    with torch.no_grad():
+        module.linear.weight_SDH.copy_(torch.eye(3).expand(2, 3, 3))
+        module.linear.bias_SH.zero_()
+    assert module(torch.tensor([[x, 0.25]])).tolist() == [[expected, [0.25, 0, 0]]]
+
+
+def test_codes_stay_finite_where_edges_are_one_in_float32():
+    module = Piecewise([[1e9, 1e9 + 1, 1e9 + 1000]], 4)
+    assert module(torch.tensor([[1e9], [0.0], [1e9 + 1000]])).isfinite().all()
+
+
+def test_weights_of_bins_that_a_number_does_not_have_learn_nothing():
+    module = Piecewise([[0, 1, 2, 3], [0, 1]], 2)
+    torch.nn.init.ones_(module.linear.bias_SH)
+    module(torch.tensor([[2.5, 7.0], [-3.0, 0.5], [0.5, -4.0], [1.5, 0.9]])).square().sum().backward()
+    assert module.linear.weight_SDH.grad[0].any(1).all()
+    assert module.linear.weight_SDH.grad[1].any(1).tolist() == [True, False, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes)
+def test_tokens_equal_a_loop_forward_and_backward(size):
+    columns = [[c % size.D for c in own] for own in size.columns]
+    module = randomised(Tokens({f"f{f}": own for f, own in enumerate(columns)}, size.D, 3), size.seed)
+    check(module, lambda params, x_BD: tokens(columns, params, x_BD), rows(size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.data())
+def test_a_token_does_not_depend_on_columns_of_other_features(size, data):
+    columns = [[c % size.D for c in own] for own in size.columns]
+    module = randomised(Tokens({f"f{f}": own for f, own in enumerate(columns)}, size.D, 3), size.seed)
+    column, x_BD = data.draw(st.integers(0, size.D - 1)), rows(size)
+    before = module(x_BD)
+    x_BD[:, column] += 1
+    same = [
+        torch.equal(token_BW, old_BW) for token_BW, old_BW in zip(module(x_BD).unbind(1), before.unbind(1), strict=True)
+    ]
+    assert same == [column not in own for own in columns]
+
+
+def schema(**piecewise_bins: int) -> Schema:
+    """Two tables of other widths, one of them shared with a bag, and three numbers, one with a missing flag."""
+    dense = {"age": {"missing_flag": True}, "price": {}, "size": {}}
+    content = {
+        "source": {"files": "*.csv", "types": {"click": "int"}},
+        "tables": {"item": {"dim": 3, "hash": 7}},
+        "dense": {name: own | {"piecewise": piecewise_bins.get(name)} for name, own in dense.items()},
+        "categorical": {"user": {"dim": 2}, "shown": {"table": "item"}},
+        "bag": {"recent": {"table": "item"}},
+        "tasks": {"click": {"kind": "binary", "label": "click"}},
+        "split": {"by": "row_index", "modulo": 3, "train": [0], "valid": [1], "test": [2]},
+    }
+    return Schema.parse(content, "mine.yaml")
+
+
+def test_numbers_without_a_code_stand_behind_the_embeddings_as_they_are():
+    module = Inputs(schema(), SimpleNamespace(edges={}), 4)
+    embedding_BE, dense_BD = torch.randn(5, 8), torch.randn(5, 4)
+    assert torch.equal(module(embedding_BE, dense_BD), torch.cat([embedding_BE, dense_BD], 1))
+    assert module.out_dim == 12
+    assert module.columns == {
+        "user": [0, 1], "shown": [2, 3, 4], "recent": [5, 6, 7], "age": [8, 9], "price": [10], "size": [11],
+    }  # fmt: skip
+
+
+def test_coded_numbers_come_last_and_keep_their_missing_flag():
+    edges = {"age": [0.0, 1.0, 2.0], "size": [-1.0, 1.0]}
+    made = schema(age=3, size=2)
+    module = Inputs(made, SimpleNamespace(edges=edges), 4).double()
+    embedding_BE, dense_BD = torch.randn(5, 8).double(), torch.randn(5, 4).double()
+    x_BD = module(embedding_BE, dense_BD)
+    assert made.dense_columns == ["age", "age_missing", "price", "size"]
+    assert module.out_dim == 8 + 4 + 8
+    assert module.columns == {
+        "user": [0, 1], "shown": [2, 3, 4], "recent": [5, 6, 7],
+        "age": [8, 12, 13, 14, 15, 9], "price": [10], "size": [11, 16, 17, 18, 19],
+    }  # fmt: skip
+    params = dict(module.code.named_parameters())
+    code_BNW = piecewise(list(edges.values()), params, dense_BD[:, [0, 3]])
+    close(x_BD, torch.cat([embedding_BE, dense_BD, code_BNW.flatten(1)], 1))
+
+
+@pytest.mark.parametrize("bins", [{}, {"price": 1}, {"age": 1}])
+def test_every_column_of_the_input_belongs_to_one_feature(bins):
+    module = Inputs(schema(**bins), SimpleNamespace(edges={name: [0.0, 1.0] for name in bins}), 4)
+    assert sorted(c for own in module.columns.values() for c in own) == list(range(module.out_dim))
+    assert list(module.columns) == ["user", "shown", "recent", "age", "price", "size"]
