@@ -1,11 +1,14 @@
-"""jobs.compare: architectures side by side on one data set, over several seeds: mean and deviation of AUC and NE per task.
+"""jobs.compare: architectures side by side on one data set, over several seeds, with boosted trees among them.
 
-Each run keeps a checkpoint an epoch; the one reported is where early stopping on the validation split would have ended.
+Prints and saves per task AUC and NE, the NE difference to a baseline with a paired 95% interval, what each model costs, and the
+difference after 1/7 and 3/7 of the training rows. Each run is judged by the checkpoint where early stopping on the validation
+split would have ended. What is there is not made again.
 
 Examples:
   python -m jobs.compare
-  python -m jobs.compare models='[adatt,adatt_sp]' seeds=5
-  python -m jobs.compare data_name=demo recipe=demo folder=runs/compare models='[mmoe,ple,adatt]' seeds=2
+  python -m jobs.compare models='[adatt,adatt_sp]' baseline=adatt_sp seeds=5
+  python -m jobs.compare data=demo models='[mmoe,ple,adatt]' seeds=2 'overrides=["train.batch_size=2048"]'
+  python -m jobs.compare models='[adatt,wide]' baseline=adatt 'model_overrides={wide: ["model=adatt", "model.tower=[128]"]}'
 """
 
 import json
@@ -17,63 +20,97 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from tabulate import tabulate
 
 from features.errors import UserError
 from jobs.entry import job
-from pipeline.dataset import write_json
+from pipeline.dataset import Dataset, write_json
 from pipeline.run import Run, read_lines
 
 
 @job("compare")
 def main(config: DictConfig) -> None:
-    """Preprocesses once, trains and evaluates every model and seed, prints the table."""
+    """Preprocesses once, trains and evaluates every model and seed, prints and saves the tables."""
+    from pipeline.evaluation import comparison
+
+    if config.baseline not in config.models:
+        raise UserError(f"baseline={config.baseline} is not one of models: {', '.join(config.models)}")
     folder, data = Path(config.folder), Path(config.folder) / "data"
     if not (data / "manifest.json").exists():
-        _call("jobs.preprocess", f"data={config.data_name}", f"out={data}", log=None)
-    pairs = [(model, seed) for model in config.models for seed in range(config.seeds)]
+        _call("jobs.preprocess", f"data={_chosen()}", *_overrides("data."), f"out={data}", log=None)
+    dataset = Dataset(data)
+    entries = {name: comparison.Entry(name) for name in config.models}
+    pairs = [(name, seed) for name in config.models for seed in range(config.seeds)]
     with ThreadPoolExecutor(config.workers) as pool:
-        futures = [pool.submit(_run, config, data, model, seed) for model, seed in pairs]
-        results: dict[str, list[dict[str, Any]]] = {model: [] for model in config.models}
-        for done, ((model, seed), future) in enumerate(zip(pairs, futures, strict=True), 1):
-            results[model].append(future.result())
-            print(
-                f"{done}/{len(pairs)}  {model} seed {seed}  epoch {results[model][-1]['epoch']}",
-                file=sys.stderr,
-                flush=True,
-            )
-    write_json(folder / "compare.json", results)
-    print(_table(results))
-    print(f"\n{config.seeds} seeds, mean±deviation on the test split; {folder / 'compare.json'} has every run")
+        futures = [pool.submit(_run, config, data, *pair) for pair in pairs]
+        for done, ((name, seed), future) in enumerate(zip(pairs, futures, strict=True), 1):
+            found, rows = future.result()
+            entries[name].runs.append(found)
+            entries[name].rows.append(rows)
+            print(f"{done}/{len(pairs)}  {name} seed {seed}  epoch {found['epoch']}", file=sys.stderr, flush=True)
+    for name, entry in entries.items():
+        entry.size = _size(Path(config.folder) / f"{name}-0", dataset)
+    if config.trees:
+        entries["boosted trees"] = _trees(config, dataset, folder / "trees")
+    _report(config, list(entries.values()), entries[config.baseline], dataset)
 
 
-def _run(config: DictConfig, data: Path, model: str, seed: int) -> dict[str, Any]:
-    """One run from nothing (or where it stopped) to the test metrics of its best checkpoint."""
-    path = Path(config.folder) / f"{model}-{seed}"
+def _run(config: DictConfig, data: Path, name: str, seed: int) -> tuple[dict[str, Any], Path]:
+    """One run from nothing (or where it stopped) to the test metrics and predictions of its best checkpoint."""
+    from pipeline.evaluation import comparison, predictions
+
+    path, shares = Path(config.folder) / f"{name}-{seed}", f"train.checkpoint_at={list(comparison.SHARES)}"
+    own = list(config.model_overrides.get(name, []))
+    if not any(text.startswith("model=") for text in own):
+        own.insert(0, f"model={name}")
+    if "model=emm" in own:
+        own.append(f"model.from={_sources(config, data, seed)}")
+    _train(config, data, path, seed, [*own, shares])
+    run, log = Run(path), path / "log.txt"
+    _call("jobs.evaluate", f"run={path}", "split=valid", "threads=1", log=log)
+    found = sorted((r for r in read_lines(run.eval_metrics) if r["split"] == "valid"), key=lambda r: r["step"])
+    train, steps, total = run.config()["train"], [r["step"] for r in found], found[-1]["step"]
+    every = train["checkpoint_every"] or max(1, total // train["epochs"])
+    step = _stop([r for r in found if r["step"] % every == 0 or r["step"] == total], config.patience)
+    early = [min(steps, key=lambda s: abs(s - share * total)) for share in (*comparison.SHARES, 1)]
+    wanted = sorted({step, *early})
+    _call("jobs.evaluate", f"run={path}", "split=test", f"step={wanted}", "predictions=true", "threads=1", log=log)
+    metrics = {r["step"]: r["metrics"] for r in read_lines(run.eval_metrics) if r["split"] == "test"}
+    record = {
+        "step": step,
+        "epoch": round(step * train["epochs"] / total, 1),
+        "rows_per_s": statistics.median([r["rows_per_s"] for r in read_lines(run.train_metrics)][1:] or [float("nan")]),
+        "metrics": metrics[step],
+        "early": {f"{round(s / total * 7)}/7": metrics[s] for s in early},
+    }
+    return record, predictions.path(run, "test", step)
+
+
+def _train(config: DictConfig, data: Path, path: Path, seed: int, own: list[str]) -> None:
+    """Trains a run, or goes on with it. Raises UserError for one that was made with other settings."""
     path.mkdir(parents=True, exist_ok=True)
-    log, made = path / "log.txt", {"recipe": config.recipe, "overrides": list(config.overrides)}
-    earlier = path / "made.json"
-    if earlier.exists() and json.loads(earlier.read_text()) != made:
-        raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")
-    write_json(earlier, made)
     recipe = [f"recipe={config.recipe}"] if config.recipe else []
-    _call(
-        "jobs.train", f"data={config.data_name}", f"dataset={data}", f"model={model}", *recipe, f"run={path}",
-        f"train.seed={seed}", "train.threads=1", *config.overrides, log=log,
-    )  # fmt: skip
-    for split in ("valid", "test"):
-        _call("jobs.evaluate", f"run={path}", f"split={split}", "threads=1", log=log)
-    run = Run(path)
-    found = sorted(read_lines(run.eval_metrics), key=lambda r: r["step"])
-    step, epoch = _stop([r for r in found if r["split"] == "valid"], config.patience)
-    metrics = next(r["metrics"] for r in found if r["split"] == "test" and r["step"] == step)
-    rates = [r["rows_per_s"] for r in read_lines(run.train_metrics)][1:] or [float("nan")]
-    return {"seed": seed, "step": step, "epoch": epoch, "rows_per_s": statistics.median(rates), "metrics": metrics}
+    settings, earlier = [*recipe, *config.overrides, *own], path / "made.json"
+    if earlier.exists() and json.loads(earlier.read_text()) != settings:
+        raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")
+    write_json(earlier, settings)
+    fixed = [f"dataset={data}", f"run={path}", f"train.seed={seed}", "train.threads=1"]
+    _call("jobs.train", *fixed, *settings, log=path / "log.txt")
 
 
-def _stop(records: list[dict[str, Any]], patience: int) -> tuple[int, int]:
-    """Step and number of the checkpoint that early stopping on the mean AUC keeps (regression: R2 counts)."""
+def _sources(config: DictConfig, data: Path, seed: int) -> list[str]:
+    """Trains what emm is fused from: a run of each kind for each task."""
+    paths = []
+    for task in Dataset(data).schema.tasks:
+        for kind, own in config.emm_sources.items():
+            paths.append(Path(config.folder) / f"{kind}-{task}-{seed}")
+            _train(config, data, paths[-1], seed, [*own, f"tasks=[{task}]"])
+    return [str(path) for path in paths]
+
+
+def _stop(records: list[dict[str, Any]], patience: int) -> int:
+    """Step of the checkpoint that early stopping on the mean AUC keeps (regression: R2 counts)."""
     best, best_value = 0, -float("inf")
     for index, record in enumerate(records):
         value = statistics.mean((m["auc"] if "auc" in m else m["r2"]) or 0.0 for m in record["metrics"].values())
@@ -81,29 +118,58 @@ def _stop(records: list[dict[str, Any]], patience: int) -> tuple[int, int]:
             best, best_value = index, value
         elif index - best >= patience:
             break
-    return records[best]["step"], best + 1
+    return records[best]["step"]
 
 
-def _table(results: dict[str, list[dict[str, Any]]]) -> str:
-    tasks = next(iter(results.values()))[0]["metrics"]
-    figures = [(key, task) for key in ("auc", "ne", "r2") for task, m in tasks.items() if key in m]
-    lines = []
-    for model, runs in results.items():
-        values = [[run["metrics"][task][key] for run in runs] for key, task in figures]
-        lines.append([model, *map(_mean, values), f"{statistics.median(r['rows_per_s'] for r in runs):,.0f}"])
-    header = ["model", *(f"{key.upper()}\n{task}" for key, task in figures), "rows/s"]
-    return tabulate(lines, header, disable_numparse=True)
+def _size(path: Path, dataset: Dataset) -> dict[str, Any]:
+    from pipeline.evaluation.evaluator import Evaluator
+    from pipeline.evaluation.size import size
+
+    evaluator = Evaluator(Run(path), dataset, "test", 256)
+    return size(evaluator.ranker, next(evaluator.loader.batches(evaluator.loader.start())))
 
 
-def _mean(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f}±{deviation:.4f}".replace("0.", ".")
+def _trees(config: DictConfig, dataset: Dataset, folder: Path) -> Any:
+    """The trees' entry, fitted once and kept."""
+    from pipeline.evaluation.comparison import Entry
+    from pipeline.evaluation.trees import boosted_trees
+
+    kept, rows = folder / "trees.json", folder / "test.parquet"
+    if not kept.exists():
+        print("boosted trees, one model a task", file=sys.stderr, flush=True)
+        write_json(kept, boosted_trees(dataset, config.trees_max_rows, 0, rows))
+    return Entry("boosted trees", [json.loads(kept.read_text())], [rows])
+
+
+def _report(config: DictConfig, entries: list[Any], baseline: Any, dataset: Dataset) -> None:
+    from pipeline.evaluation import comparison
+
+    folder, tasks = Path(config.folder), {name: task.kind for name, task in dataset.schema.tasks.items()}
+    write_json(folder / "compare.json", {entry.name: entry.runs for entry in entries})
+    comparison.parquet(entries, baseline, tasks, folder / "compare.parquet")
+    comparison.picture(entries, baseline, tasks).savefig(folder / "compare.png", dpi=120)
+    (folder / "compare.md").write_text(comparison.tables(entries, baseline, tasks, "github") + "\n")
+    print(comparison.tables(entries, baseline, tasks, "simple"))
+    print(
+        f"\n{config.seeds} seeds, mean±deviation on the test split; % is the difference to {baseline.name}, ± half its 95%"
+    )
+    print(f"{folder}/compare.md, compare.png and compare.parquet; a run a folder beside them")
+
+
+def _chosen() -> str:
+    return str(HydraConfig.get().runtime.choices["data"])
+
+
+def _overrides(prefix: str) -> list[str]:
+    """What the command line said below a key, for the job that it concerns."""
+    return [text for text in HydraConfig.get().overrides.task if text.lstrip("+~").startswith(prefix)]
 
 
 def _call(module: str, *arguments: str, log: Path | None) -> None:
     """Runs a job of this Python, its output to `log`. Raises UserError where it fails."""
+    groups = [text for text in sys.argv[1:] if text.startswith("--config-dir=")]  # files of the user's own
     with log.open("ab") if log else nullcontext(sys.stderr) as output:
-        code = subprocess.call([sys.executable, "-m", module, *arguments], stdout=output, stderr=output)
+        code = subprocess.call([sys.executable, "-m", module, *groups, *arguments], stdout=output, stderr=output)
     if code:
         raise UserError(f"{module} {' '.join(arguments)} ended with exit code {code}" + (f": see {log}" if log else ""))
 

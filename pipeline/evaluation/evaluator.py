@@ -2,19 +2,24 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
+from features.batch import Batch
 from features.errors import UserError
 from features.schema import Split
-from models.ranker import ModelConfig, Ranker
+from models.emm import build_ranker
+from models.ranker import ModelConfig
 from pipeline import checkpoint
 from pipeline.dataset import Dataset, write_json
+from pipeline.evaluation import predictions
+from pipeline.evaluation.gates import GateMeans
 from pipeline.evaluation.metrics import Metrics
 from pipeline.loader import Loader
 from pipeline.run import Run, append_line, read_lines
@@ -42,7 +47,8 @@ class EvaluateConfig(BaseModel):
     run: Path
     split: Split = "test"
     dataset: Path | None = None
-    step: int | Literal["all", "newest"] = "all"
+    step: int | list[int] | Literal["all", "newest"] = "all"
+    predictions: bool = False
     follow: bool = False
     give_up_after: float = Field(600, gt=0)
     batch_size: int = Field(8192, ge=1)
@@ -66,18 +72,23 @@ class Evaluator:
     """
 
     def __init__(self, run: Run, dataset: Dataset, split: Split, batch_size: int) -> None:
-        self.run, self.dataset, self.split = run, dataset, split
+        self.run, self.split = run, split
+        self.dataset = dataset = dataset.only(run.config().get("tasks"))
         self.schema = run.schema()
         dataset.expect(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
         self.loader = Loader(dataset, split, batch_size)
         model = ModelConfig.model_validate(run.config()["model"])
-        self.ranker = Ranker(self.schema, dataset.encoders, model, device="cpu").eval()
+        self.ranker = build_ranker(self.schema, dataset.encoders, model, device="cpu").eval()
 
     @torch.inference_mode()
-    def metrics(self, step: int) -> tuple[Metrics, checkpoint.CheckpointManifest]:
+    def metrics(
+        self, step: int, see: Callable[[Batch, Tensor], None] | None = None
+    ) -> tuple[Metrics, checkpoint.CheckpointManifest]:
         """A checkpoint's metrics on the split, and its manifest.
 
+        Args:
+            see: called with every batch and its logit_BT.
         Raises:
             UserError: it is not whole, or was trained on rows that other encoders made.
         """
@@ -91,13 +102,32 @@ class Evaluator:
         checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
         metrics = Metrics(self.tasks)
         for batch in self.loader.batches(self.loader.start()):
-            metrics.update(self.ranker(batch), batch.label_BT, batch.observed_BT, batch.weight_BT)
+            logit_BT = self.ranker(batch)
+            metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT)
+            if see:
+                see(batch, logit_BT)
         return metrics, manifest
 
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """One checkpoint's record: step, rows (seen in training), split, seconds, metrics per task. Raises UserError."""
+    def evaluate(self, step: int, keep_rows: bool = False) -> dict[str, Any]:
+        """One checkpoint's record: step, rows (seen in training), split, seconds, metrics per task, mean gate weights.
+
+        Args:
+            keep_rows: write each row's prediction (pipeline.evaluation.predictions).
+        Raises:
+            UserError: as `metrics`.
+        """
         begin = time.perf_counter()
-        metrics, manifest = self.metrics(step)
+        frames: list[pl.DataFrame] = []
+
+        def see(batch: Batch, logit_BT: Tensor) -> None:
+            gates.update(batch)
+            if keep_rows:
+                frames.append(predictions.frame(batch, logit_BT, self.schema))
+
+        with GateMeans(self.ranker.fusion) as gates:
+            metrics, manifest = self.metrics(step, see)
+        if keep_rows:
+            predictions.write(frames, predictions.path(self.run, self.split, step))
         return {
             "step": step,
             "rows": manifest.rows,
@@ -106,6 +136,7 @@ class Evaluator:
             "time": time.time(),
             "seconds": time.perf_counter() - begin,
             "metrics": metrics.compute(),
+            "gates": gates.means(),
         }
 
     def best(self, truth: Truth) -> dict[str, dict[str, float | int | None]]:
@@ -160,10 +191,10 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
         }
         failed: dict[int, str] = {}
         for step in _steps(run, config):
-            if step in seen:
+            if step in seen and not (config.predictions and not predictions.path(run, config.split, step).exists()):
                 continue
             try:
-                record = evaluator.evaluate(step)
+                record = evaluator.evaluate(step, config.predictions)
             except (UserError, OSError) as error:
                 if not config.follow:
                     raise
@@ -171,8 +202,9 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
                     print(f"step {step}: left out, its checkpoint was deleted or damaged ({error})", flush=True)
                 failed[step] = str(error)
                 continue
+            if step not in seen:
+                append_line(run.eval_metrics, record)
             seen.add(step)
-            append_line(run.eval_metrics, record)
             yield record
 
 
@@ -185,10 +217,12 @@ def _steps(run: Run, config: EvaluateConfig) -> Iterator[int]:
     """Steps to evaluate: those asked for, or, following, every one as it appears until the run has ended."""
     if not config.follow:
         found = checkpoint.steps(run.checkpoints)
-        if not found or (isinstance(config.step, int) and config.step not in found):
-            wanted = f"step {config.step}" if isinstance(config.step, int) else "any"
-            raise UserError(f"{run.checkpoints}: no checkpoint ({wanted}); there are {found or 'none'}")
-        yield from found if config.step == "all" else [found[-1] if config.step == "newest" else config.step]
+        wanted = {"all": found, "newest": found[-1:]}[config.step] if isinstance(config.step, str) else config.step
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        if not found or set(wanted) - set(found):
+            words = f"step {', '.join(map(str, wanted))}" if wanted else "any"
+            raise UserError(f"{run.checkpoints}: no checkpoint ({words}); there are {found or 'none'}")
+        yield from wanted
         return
     while True:
         status = run.status()  # before the listing: what is committed by the end is then in it

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from features.schema import Split
+from pipeline.evaluation import gates
 from pipeline.evaluation.evaluator import best_path
 from pipeline.run import Run, read_lines
 
@@ -110,10 +111,13 @@ def picture(run: Run, split: Split, dataset: Path) -> Figure:
 
 
 def write(run: Run, split: Split, dataset: Path) -> None:
-    """Writes report.html, which needs nothing beside it, and ne.png."""
-    figure, image = picture(run, split, dataset), io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    (run.path / "ne.png").write_bytes(image.getvalue())
+    """Writes report.html, which needs nothing beside it, ne.png, and gates.png for a model with gates."""
+    image = _drawn(picture(run, split, dataset), run.path / "ne.png")
+    found, gate_image = records(run, split, dataset), ""
+    if found and (means := found[-1].get("gates")):
+        drawn = _drawn(gates.picture(means, list(run.schema().tasks)), run.path / "gates.png")
+        gate_image = f"""<p>Mean weight of each expert, step {found[-1]["step"]:,}.</p>
+<img alt="mean gate weights" src="data:image/png;base64,{drawn}">"""
     name = html.escape(str(run.path))
     page = f"""<!doctype html><meta charset="utf-8"><title>{name}</title>
 <style>
@@ -124,9 +128,18 @@ img {{ max-width: 100%; }}
 <h1>{name}</h1>
 <p>Split {split} of {html.escape(str(dataset))}.
 NE: log loss over the entropy of the base rate; 1 knows nothing, lower is better.</p>
-<img alt="NE over rows seen" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">
+<img alt="NE over rows seen" src="data:image/png;base64,{image}">
+{gate_image}
 {table(run, split, dataset, "html").replace(chr(10), " ")}
 """
     aside = run.report.with_name(".report.html")
     aside.write_text(page)
     aside.rename(run.report)
+
+
+def _drawn(figure: Figure, path: Path) -> str:
+    """Saves a picture, and gives it for a page to hold."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    path.write_bytes(image.getvalue())
+    return base64.b64encode(image.getvalue()).decode()

@@ -101,9 +101,10 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
         )
     step = found[-1] if step is None else step
     trained_on = Path(run.config()["dataset"])
-    key = Dataset(trained_on).encoders_id
+    dataset = Dataset(trained_on)
+    key = dataset.encoders_id
     if key not in days:
-        days[key] = _encode(config, trained_on, run.schema(), config.folder / f"day-{key}")
+        days[key] = _encode(config, trained_on, dataset.schema, config.folder / f"day-{key}")
     day = days[key]
     parts = [
         Evaluator(run, day, split, config.batch_size).metrics(step)[0]

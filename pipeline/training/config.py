@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.ranker import ModelConfig
 
@@ -33,6 +33,51 @@ class DenseOptimizer(Strict):
     final: float = Field(0.0, ge=0, le=1)
 
 
+TaskWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+
+class Fixed(Strict):
+    """The schema's loss weight for each task; `weights` stand in for some of them or all."""
+
+    name: Literal["fixed"] = "fixed"
+    weights: TaskWeights = {}
+
+
+class Equal(Strict):
+    """1 for each task, whatever the schema says."""
+
+    name: Literal["equal"] = "equal"
+
+
+class Uncertainty(Strict):
+    """Learnt with the dense parameters (models.losses.UncertaintyLoss); the schema's loss weights do not count."""
+
+    name: Literal["uncertainty"] = "uncertainty"
+
+
+class GradNorm(Strict):
+    """Learnt from the tasks' gradients (pipeline.training.weighting); the schema's loss weights do not count.
+
+    Attributes:
+        alpha: how much a task that learns more slowly than the others gains; 0 only evens the gradients' norms out.
+        lr: share by which a weight changes in a step, about.
+    """
+
+    name: Literal["gradnorm"] = "gradnorm"
+    alpha: float = Field(1.5, ge=0, allow_inf_nan=False)
+    lr: float = Field(0.025, gt=0, allow_inf_nan=False)
+
+
+class PCGrad(Strict):
+    """As fixed, less the parts of the tasks' gradients that conflict (pipeline.training.weighting)."""
+
+    name: Literal["pcgrad"] = "pcgrad"
+    weights: TaskWeights = {}
+
+
+Weighting = Annotated[Fixed | Equal | Uncertainty | GradNorm | PCGrad, Field(discriminator="name")]
+
+
 class Settings(Strict):
     """How to train.
 
@@ -44,9 +89,12 @@ class Settings(Strict):
         seed: of the start, the order of rows and dropout.
         precision: bf16 runs the dense part under autocast.
         clip_norm: limit of the dense gradients' norm.
+        weighting: of the tasks' losses.
         sharding: allowed placements, for "default" or one table by name.
-        pipelined: TorchRec's pipelined loop (None: where there is a GPU).
+        pipelined: TorchRec's pipelined loop (None: where there is a GPU and the weighting allows it).
         checkpoint_every: steps; None: once an epoch. The last step always has one.
+        checkpoint_at: shares of the run's steps that have one besides.
+        init_from: a run whose newest checkpoint's weights this one starts from; what it does not have starts afresh.
         log_every: steps between lines of train.jsonl.
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
     """
@@ -61,26 +109,44 @@ class Settings(Strict):
     dense: DenseOptimizer = DenseOptimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: float | None = Field(None, gt=0)
+    weighting: Weighting = Fixed()
     sharding: dict[str, Annotated[list[str], Field(min_length=1)]] = {"default": ["table_wise", "row_wise"]}
     pipelined: bool | None = None
     checkpoint_every: int | None = Field(None, ge=1)
+    checkpoint_at: list[Annotated[float, Field(gt=0, le=1)]] = []
+    init_from: Path | None = None
     log_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_backward(self) -> "Settings":
+        if self.pipelined and self.weighting.name in ("gradnorm", "pcgrad"):
+            raise ValueError(
+                f"pipelined=true runs the backward itself, where weighting {self.weighting.name} has to act: leave it out"
+            )
+        return self
 
 
 class TrainConfig(Strict):
     """A run: which dataset, which model, how, and where its results go.
 
     Attributes:
+        tasks: train these only (None: all of the dataset's).
         resume: auto goes on from the newest checkpoint that is whole; never refuses a run that has one.
     """
 
     dataset: Path
     run: Path
+    tasks: list[str] | None = None
     model: ModelConfig
     train: Settings
     resume: Literal["auto", "never"] = "auto"
 
     def shape(self) -> dict[str, Any]:
         """What the state in a checkpoint depends on: a run can only go on with the same."""
-        return {"model": self.model.model_dump(), "tables": self.train.tables.name, "dense": self.train.dense.name}
+        return {
+            "model": self.model.model_dump(),
+            "tables": self.train.tables.name,
+            "dense": self.train.dense.name,
+            "weighting": self.train.weighting.model_dump(),
+        }

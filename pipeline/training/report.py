@@ -25,10 +25,12 @@ class Reporter:
         self.said = 0.0
 
     def log(self, record: dict[str, Any]) -> None:
-        """Notes one record: step, rows, epoch, lr, loss, ne and mse (per task), rows_per_s, data_wait, seconds_left."""
+        """Notes one record: step, rows, epoch, lr, loss, weight, ne and mse (per task), rows_per_s, data_wait, seconds_left."""
         append_line(self.run.train_metrics, record)
         for key in ("lr", "loss", "rows_per_s", "data_wait"):
             self.board.add_scalar(f"train/{key}", record[key], record["step"])
+        for task, value in record["weight"].items():
+            self.board.add_scalar(f"train_weight/{task}", value, record["step"])
         words = []
         for figure in ("ne", "mse"):
             known = {task: value for task, value in record[figure].items() if value is not None}

@@ -1,6 +1,6 @@
 """One step's forward: the ranker's logits and their loss over the global batch, whoever holds which rows."""
 
-# Shapes: B rows, T tasks.
+# Shapes: B rows, T tasks, T1 the tasks and one more.
 
 from typing import NamedTuple
 
@@ -40,19 +40,25 @@ class TrainStep(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
             logit_BT = self.ranker(batch)
-        return global_loss(self.loss, logit_BT, batch)
+        return global_loss(self.loss, logit_BT, self.ranker.fusion.penalty(logit_BT.float()), batch)
 
 
-def global_loss(loss: TaskLoss, logit_BT: Tensor, batch: Batch) -> tuple[Tensor, StepOutput]:
+def global_loss(
+    loss: TaskLoss, logit_BT: Tensor, penalty_B: Tensor | None, batch: Batch
+) -> tuple[Tensor, StepOutput]:  # fmt: skip
     """Mean loss over the observed rows of all ranks; gradients come out right once ranks average them."""
     ranks = dist.get_world_size()
-    mass_BT = batch.weight_BT * batch.observed_BT
-    total_T = mass_BT.sum(0)
+    mass_BT, weight_B = batch.weight_BT * batch.observed_BT, batch.weight_BT[:, 0]
+    total_T1 = torch.cat([mass_BT.sum(0), weight_B.sum(0, keepdim=True)])
     if ranks > 1:
-        dist.all_reduce(total_T)
+        dist.all_reduce(total_T1)
+    total_T1 = total_T1 / ranks
     loss_BT = loss.per_row(logit_BT, batch.label_BT)
     output = StepOutput(loss_BT.detach(), batch.label_BT, batch.observed_BT, batch.weight_BT, batch.row_id_B)
-    return loss(loss_BT, mass_BT, total_T / ranks), output
+    total = loss(loss_BT, mass_BT, total_T1[:-1])
+    if penalty_B is not None:
+        total = total + (penalty_B * weight_B).sum() / total_T1[-1].clamp(min=torch.finfo(total_T1.dtype).tiny)
+    return total, output
 
 
 torch.fx.wrap("global_loss")  # one node for TorchRec's pipeline, which traces the forward up to the tables

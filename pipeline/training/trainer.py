@@ -14,14 +14,13 @@ from torchrec.distributed import TrainPipelineSparseDist
 from features.batch import Batch
 from features.errors import UserError
 from features.schema import Schema
-from models.losses import TaskLoss
-from models.ranker import Ranker
+from models.emm import build_ranker
 from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.evaluation.metrics import WindowedNE
 from pipeline.loader import Loader, Position
 from pipeline.run import Run, config_hash, keep_lines
-from pipeline.training import distribution, optimizer
+from pipeline.training import distribution, initial, optimizer, sources, weighting
 from pipeline.training.config import TrainConfig
 from pipeline.training.report import Reporter
 from pipeline.training.step import StepOutput, TrainStep
@@ -59,10 +58,12 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(self.settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
-        self.dataset = Dataset(config.dataset)
-        self.schema = self.dataset.schema
+        whole = Dataset(config.dataset)
         if schema is not None:
-            self.dataset.expect(schema.fingerprint, "the schema of this job")
+            whole.expect(schema.fingerprint, "the schema of this job")
+        self.dataset = whole.only(config.tasks)
+        self.schema, self.whole_schema = self.dataset.schema, whole.schema
+        self.config = config = sources.resolved(config, self.dataset)
         s = self.settings
         self.loader = Loader(
             self.dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window
@@ -72,21 +73,26 @@ class Trainer:
         self.steps = s.epochs * self.loader.steps(self.position)
         self.epoch_steps = self.steps // s.epochs
         self.steps = min(self.steps, s.max_steps or self.steps)
+        self.milestones = {max(1, round(share * self.steps)) for share in s.checkpoint_at}
         self._build()
         self.run = Run(config.run)
         self._restore()
 
     def _build(self) -> None:
-        s, tasks = self.settings, self.schema.tasks.values()
+        s = self.settings
         torch.manual_seed(s.seed)  # the dense start is the same on every rank
-        ranker = Ranker(self.schema, self.dataset.encoders, self.config.model)
-        loss = TaskLoss([t.kind for t in tasks], [t.loss_weight for t in tasks])
-        step = TrainStep(ranker, loss, bf16=s.precision == "bf16")
+        self.ranker = ranker = build_ranker(self.schema, self.dataset.encoders, self.config.model)
+        self.loss = weighting.task_loss(s, self.schema.tasks)
+        step = TrainStep(ranker, self.loss, bf16=s.precision == "bf16")
         tables = ranker.embeddings.embedding_bag_configs()
         self.model = distribution.shard(step, ranker, s, self.device)
         distribution.init_tables(ranker.embeddings, tables, s.seed, self.config.model.embedding_std)
-        dense = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("ranker.embeddings.")]
+        named = self.model.named_parameters()
+        dense = [(n, p) for n, p in named if not n.startswith("ranker.embeddings.") and p.requires_grad]
         self.dense = optimizer.build(s.dense, dense, s.clip_norm)
+        self.gradient_loss = self.loss if isinstance(self.loss, weighting.GradientLoss) else None
+        if self.gradient_loss:
+            self.gradient_loss.shared = weighting.shared_parameters(ranker, dense)
 
     def _state(self) -> dict[str, Any]:
         """Every tensor of a checkpoint, as views: loading fills them in place."""
@@ -110,11 +116,23 @@ class Trainer:
             self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
             distribution.set_step(self.model, self.step)
             self._tell(f"goes on from {path}")
+        else:
+            for line in sources.load(self.ranker, self._state()["model"]):
+                self._tell(line)
+            if self.settings.init_from:
+                self._start_from(Run(self.settings.init_from))
         if self.rank == 0:
-            self.run.create(self.config.model_dump(mode="json"), self.schema)
+            self.run.create(self.config.model_dump(mode="json", by_alias=True), self.whole_schema)
             self.run.say("training", self.step, self.steps)
             keep_lines(self.run.train_metrics, self.step)
         dist.barrier()
+
+    def _start_from(self, run: Run) -> None:
+        """Takes the weights of another run, of its optimisers nothing."""
+        path = initial.newest(run, self.dataset, "train.init_from")
+        afresh = initial.load(path, self._state()["model"])
+        more = f" and {len(afresh) - 3} more" if len(afresh) > 3 else ""
+        self._tell(f"starts from {path}" + (f"; not in it: {', '.join(afresh[:3])}{more}" if afresh else ""))
 
     def _newest(self) -> int | None:
         """The newest checkpoint whose files fit its manifest; says which ones do not."""
@@ -160,7 +178,7 @@ class Trainer:
                 if self.step % self.settings.log_every == 0 or self.step in (1, self.steps):
                     self._check_finite(output, self.step)
                     self._log(window, meter)
-                if self.step % every == 0 or self.step == self.steps:
+                if self.step % every == 0 or self.step == self.steps or self.step in self.milestones:
                     self._check_finite(output, self.step)
                     meter.pause()
                     self._save()
@@ -175,7 +193,7 @@ class Trainer:
     def _outputs(self, batches: Iterator[Batch]) -> Iterator[StepOutput]:
         """Takes a step a batch: TorchRec's pipeline where there is a GPU to overlap with, a plain loop elsewhere."""
         pipelined = self.settings.pipelined
-        if pipelined if pipelined is not None else self.device.type == "cuda":
+        if pipelined if pipelined is not None else self.device.type == "cuda" and not self.gradient_loss:
             pipeline = TrainPipelineSparseDist(self.model, self.dense, self.device, execute_all_batches=True)
             while True:
                 self._prepare()
@@ -191,6 +209,8 @@ class Trainer:
                 # Before the backward, which updates the tables: nothing is spoilt. A GPU would have to wait for the check.
                 self._check_finite(output, self.step + 1)
             loss.backward()
+            if self.gradient_loss:
+                self.gradient_loss.after_backward(self.step)
             self.dense.step()
             yield output
 
@@ -226,6 +246,7 @@ class Trainer:
         rows = self._rows()
         rows_per_s, data_wait, step_s = meter.read(rows, self.step)
         loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
+        weight_T = self.loss.weights().detach().cpu()
         self.reporter.log(
             {
                 "step": self.step,
@@ -233,7 +254,8 @@ class Trainer:
                 "epoch": self.position.epoch,
                 "time": time.time(),
                 "lr": optimizer.rate(self.settings.dense, self.step - 1, self.steps),
-                "loss": float((loss_T * torch.tensor([t.loss_weight for t in self.schema.tasks.values()])).sum()),
+                "loss": float((loss_T * weight_T).sum()),
+                "weight": dict(zip(self.schema.tasks, weight_T.tolist(), strict=True)),
                 "ne": {name: value for name, value in values.items() if name in binary},
                 "mse": {name: value for name, value in values.items() if name not in binary},
                 "rows_per_s": rows_per_s,

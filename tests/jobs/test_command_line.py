@@ -64,6 +64,16 @@ def test_an_argument_that_a_fusion_does_not_take_is_named(small_dataset: Path, t
     assert not (tmp_path / "run").exists()
 
 
+def test_interactions_are_a_group_that_any_model_and_recipe_go_with(small_dataset: Path, tmp_path: Path, call):
+    assert "interaction=attention|concat|cross|dot" in call("train", "--help")
+    start = ["train", f"dataset={small_dataset}", f"run={tmp_path / 'run'}", "model=ple", "recipe=census"]
+    assert_one_line(call(*start, "interaction=cros"), "interaction/cros", "attention concat cross dot")
+    assert_one_line(call(*start, "interaction=cross", "model.interaction.rank=0"), "model.interaction.rank", "cross")
+    assert_one_line(call(*start, "+model.interaction.layers=2"), "model.interaction.layers", "concat")
+    assert_one_line(call(*start, "interaction=attention", "model.interaction.heads=3"), "field_dim 16", "multiple of 3")
+    assert_one_line(call(*start[:3], "model=autotask", "interaction=dot"), "autotask attends over features", "concat")
+
+
 def test_a_dataset_of_another_schema_stops_training_with_both_named(small_dataset: Path, tmp_path: Path, call):
     done = call("train", "data=demo", f"dataset={small_dataset}", f"run={tmp_path / 'run'}")
     fingerprint = yaml.safe_load((small_dataset / "manifest.json").read_text())["fingerprint"]

@@ -21,11 +21,15 @@ from workbench import (
     SCHEMA,
     TABLES,
     TRAIN_ROWS,
+    close,
     configuration,
+    identical,
     last,
     losses,
     make_dataset,
+    model,
     tensors,
+    torchrun,
     unsharded,
 )
 
@@ -73,32 +77,10 @@ def two_ranks(folder: Path) -> Path:
     return folder
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    print(done.stdout, done.stderr)
-    return done
-
-
 def train(folder: Path, name: str, data: str = "data", **settings: Any) -> Trainer:
     made = Recorder(configuration(folder / data, folder / name, **settings), None, torch.device("cpu"))
     made.run_to_end()
     return made
-
-
-def close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    close(found, wanted, rtol=0, atol=0)
-
-
-def model(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
 # One rank against a twin in float64

@@ -1,6 +1,9 @@
 """A small dataset made without Beam, configurations over it, and checkpoints read back as plain tensors."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,32 @@ def last(run: Path) -> dict[str, Tensor]:
 def losses(run: Path) -> list[float]:
     """The loss of each logged step."""
     return [json.loads(line)["loss"] for line in (run / "metrics" / "train.jsonl").read_text().splitlines()]
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script or a module on two ranks of one thread each, and prints what it said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    print(done.stdout, done.stderr)
+    return done
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Asserts that two states have the same names and, within the tolerance, the same tensors."""
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Asserts that two states are the same to the last bit."""
+    close(found, wanted, rtol=0, atol=0)
+
+
+def model(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of a checkpoint."""
+    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
 def unsharded(config: TrainConfig, schema: Schema, encoders: Encoders, weights: dict[str, Tensor]) -> Ranker:

@@ -1,0 +1,45 @@
+"""What a model said of each row of a split, as a Parquet file."""
+
+# Shapes: B rows, T tasks.
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from features.batch import Batch
+from features.schema import Schema, Split
+from pipeline.run import Run
+
+
+def path(run: Run, split: Split, step: int) -> Path:
+    """Where the predictions of a checkpoint are kept."""
+    return run.path / "predictions" / f"{split}-{step:08d}.parquet"
+
+
+def frame(batch: Batch, logit_BT: Tensor, schema: Schema) -> pl.DataFrame:
+    """row_id, weight, and per task logit.TASK (regression: the prediction) and label.TASK (null: not observed)."""
+    real_B = batch.row_id_B >= 0
+    label_BT = torch.where(batch.observed_BT, batch.label_BT, torch.nan)
+    columns = {"row_id": batch.row_id_B, "weight": batch.weight_BT[:, 0]}
+    for t, task in enumerate(schema.tasks):
+        columns |= {f"logit.{task}": logit_BT[:, t].float(), f"label.{task}": label_BT[:, t]}
+    return pl.DataFrame({name: column[real_B].numpy() for name, column in columns.items()}).fill_nan(None)
+
+
+def write(frames: list[pl.DataFrame], file: Path) -> None:
+    """Writes the rows aside and renames the file into place."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}")
+    pl.concat(frames).sort("row_id").write_parquet(aside)
+    aside.rename(file)
+
+
+def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of each row in float64, in nats (regression: squared error), and its weight, which is 0 where not observed."""
+    z_B, y_B = (rows[f"{column}.{task}"].to_numpy().astype(np.float64) for column in ("logit", "label"))
+    weight_B = np.where(np.isnan(y_B), 0.0, rows["weight"].to_numpy().astype(np.float64))
+    loss = np.logaddexp(0, z_B) - y_B * z_B if kind == "binary" else (z_B - y_B) ** 2
+    return np.where(weight_B > 0, loss, 0.0), weight_B

@@ -1,0 +1,33 @@
+"""What a model costs: parameters, and floating-point operations a row."""
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from features.batch import Batch
+from models.ranker import Ranker
+
+
+@torch.inference_mode()
+def size(ranker: Ranker, batch: Batch) -> dict[str, Any]:
+    """Parameters outside and inside of the tables, and FLOPs of a row's forward (2 for a product and its addition).
+
+    Counted are matrix products and attention, as torch.utils.flop_counter does: table look-ups and elementwise work are not.
+    """
+    ranker.eval()
+    kernels = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+        ranker(batch)
+    tables = sum(p.numel() for n, p in ranker.named_parameters() if n.startswith("embeddings."))
+    return {
+        "parameters": sum(p.numel() for p in ranker.parameters()) - tables,
+        "table_parameters": tables,
+        "flops_per_row": counter.get_total_flops() / len(batch.row_id_B),
+    }
+
+
+def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Of oneDNN's x W^T, which the counter does not know."""
+    return 2 * math.prod(x_shape) * weight_shape[0]

@@ -1,0 +1,84 @@
+"""Gradient-boosted trees on a dataset, one model a task: what a network has to be worth its while against."""
+
+# Shapes: N rows, D columns.
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+from features.errors import UserError
+from features.schema import Schema, Split
+from pipeline.dataset import Dataset
+from pipeline.evaluation import predictions
+from pipeline.evaluation.metrics import Metrics
+
+MAX_CATEGORIES = 255  # of scikit-learn's trees; a larger vocabulary counts as a number, its ids go by frequency
+MAX_ITER = 1500
+SETTINGS = {"learning_rate": 0.05, "max_iter": MAX_ITER, "early_stopping": True, "n_iter_no_change": 30}
+
+
+def boosted_trees(dataset: Dataset, max_rows: int, seed: int, keep: Path) -> dict[str, Any]:
+    """Fits histogram gradient boosting on the train split with early stopping on valid, and predicts the test split.
+
+    Inputs are those of the networks: dense columns, ids as categories, of bags their lengths.
+
+    Args:
+        max_rows: of the train split, its first ones. seed: of the split finder. keep: where the test rows' predictions go.
+    Returns: metrics per task, rows/s of fitting (rows times trees a second are not counted), trees per task.
+    Raises:
+        UserError: a split is empty, or a task has soft labels, which these trees cannot take.
+    """
+    schema = dataset.schema
+    train, valid, test = (_rows(dataset, split) for split in ("train", "valid", "test"))
+    train = train.head(max_rows)
+    categories = [_categorical(dataset, name) for name in schema.categorical]
+    mask = [*[False] * len(schema.dense_columns), *categories, *[False] * len(schema.bag)]
+    result = test.select("row_id", "weight", *(f"label.{task}" for task in schema.tasks))
+    trees, begin = {}, time.perf_counter()
+    for task, settings in schema.tasks.items():
+        label = f"label.{task}"
+        if settings.kind == "binary" and not train[label].drop_nulls().is_in([0.0, 1.0]).all():
+            raise UserError(f"tasks.{task} has soft labels, which boosted trees cannot take. Set trees=false.")
+        kind = HistGradientBoostingClassifier if settings.kind == "binary" else HistGradientBoostingRegressor
+        ours, theirs = train.drop_nulls(label), valid.drop_nulls(label)
+        model = kind(categorical_features=mask, random_state=seed, **SETTINGS).fit(
+            _inputs(ours, schema), ours[label].to_numpy(), sample_weight=ours["weight"].to_numpy(),
+            X_val=_inputs(theirs, schema), y_val=theirs[label].to_numpy(), sample_weight_val=theirs["weight"].to_numpy(),
+        )  # fmt: skip
+        trees[task] = int(model.n_iter_)
+        said = model.decision_function if settings.kind == "binary" else model.predict
+        result = result.with_columns(pl.Series(f"logit.{task}", said(_inputs(test, schema)).astype(np.float32)))
+    predictions.write([result], keep)
+    seconds = time.perf_counter() - begin
+    return {"metrics": _metrics(result, schema), "rows_per_s": train.height / seconds, "trees": trees}
+
+
+def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:
+    frame = pl.concat(pl.read_parquet(dataset.path / shard.path) for shard in dataset.shards(split))
+    return frame.with_columns(pl.col(name).list.len().cast(pl.Float32) for name in dataset.schema.bag)
+
+
+def _categorical(dataset: Dataset, feature: str) -> bool:
+    table = dataset.schema.table_of(feature)
+    return not dataset.schema.all_tables[table].bins and dataset.encoders.num_embeddings(table) <= MAX_CATEGORIES
+
+
+def _inputs(frame: pl.DataFrame, schema: Schema) -> np.ndarray:
+    names = [*schema.dense_columns, *schema.categorical, *schema.bag]
+    return frame.select(pl.col(names).cast(pl.Float32)).to_numpy()
+
+
+def _metrics(rows: pl.DataFrame, schema: Schema) -> dict[str, dict[str, float | int | None]]:
+    metrics = Metrics([(name, task.kind) for name, task in schema.tasks.items()])
+    logit_NT, label_NT = (
+        torch.tensor(rows.select(pl.col(f"{column}.{t}") for t in schema.tasks).cast(pl.Float32).to_numpy())
+        for column in ("logit", "label")
+    )
+    weight_NT = torch.tensor(rows["weight"].to_numpy()).unsqueeze(1).expand(label_NT.shape)
+    metrics.update(logit_NT, label_NT.nan_to_num(0.0), ~label_NT.isnan(), weight_NT)
+    return metrics.compute()

@@ -1,0 +1,198 @@
+"""Differences between models against a bootstrap and by hand, predictions row by row, gates, sizes and trees."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from sklearn.metrics import log_loss
+
+from models.ranker import ModelConfig, Ranker
+from pipeline.dataset import Dataset
+from pipeline.evaluation import comparison, gates, predictions
+from pipeline.evaluation.comparison import Entry, differences
+from pipeline.evaluation.evaluator import EvaluateConfig, Evaluator, evaluate
+from pipeline.evaluation.size import size
+from pipeline.evaluation.trees import boosted_trees
+from pipeline.loader import Loader
+from pipeline.run import Run, read_lines
+from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.trainer import train
+
+MODEL = ModelConfig(fusion={"name": "mmoe", "num_experts": 3, "levels": [[8], [4]]}, tower=[4])
+
+
+@pytest.fixture(scope="module")
+def run(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    path = tmp_path_factory.mktemp("compared") / "run"
+    settings = Settings(batch_size=32, lanes=4, epochs=1, max_steps=6, threads=1)
+    train(TrainConfig(dataset=small_dataset, run=path, model=MODEL, train=settings))
+    return Run(path)
+
+
+def rows_file(path: Path, logit_N: np.ndarray, label_N: np.ndarray, weight_N: np.ndarray) -> Path:
+    columns = {"row_id": np.arange(len(label_N)), "weight": weight_N, "logit.t": logit_N, "label.t": label_N}
+    pl.DataFrame(columns).fill_nan(None).write_parquet(path)
+    return path
+
+
+def drawn(folder: Path, seeds: int, rows: int = 4000) -> tuple[Entry, Entry, np.ndarray]:
+    """Two models' runs on the same rows: the second is the truth with a little noise, the first with more."""
+    rng = np.random.default_rng(seeds)
+    truth_N = rng.normal(-1, 1.5, rows)
+    label_N = (rng.random(rows) < 1 / (1 + np.exp(-truth_N))).astype(float)
+    label_N[rng.random(rows) < 0.2] = np.nan
+    weight_N = rng.choice([0.0, 1.0, 3.0], rows)
+    entries = []
+    for name, noise in (("better", 0.3), ("baseline", 0.8)):
+        files = [
+            rows_file(folder / f"{name}-{seed}.parquet", truth_N + rng.normal(0, noise, rows), label_N, weight_N)
+            for seed in range(seeds)
+        ]
+        entries.append(Entry(name, rows=files))
+    return entries[0], entries[1], np.isnan(label_N)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_difference_is_that_of_the_log_losses_in_percent(tmp_path: Path, seeds: int) -> None:
+    better, baseline, hidden_N = drawn(tmp_path, seeds)
+    losses = []
+    for entry in (better, baseline):
+        frames = [pl.read_parquet(path).filter(~pl.Series(hidden_N)) for path in entry.rows]
+        losses.append(np.mean([
+            log_loss(f["label.t"], 1 / (1 + np.exp(-f["logit.t"].to_numpy())), sample_weight=f["weight"]) for f in frames
+        ]))  # fmt: skip
+    mean, half = differences(better, baseline, {"t": "binary"})["t"]
+    assert mean == pytest.approx(100 * (losses[0] / losses[1] - 1), rel=1e-6)
+    assert mean + half < 0
+
+
+def test_the_interval_is_a_bootstraps_over_rows(tmp_path: Path) -> None:
+    better, baseline, _ = drawn(tmp_path, 1)
+    loss, base = (predictions.row_losses(pl.read_parquet(e.rows[0]), "t", "binary") for e in (better, baseline))
+    rng, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        chosen = rng.integers(0, len(loss[0]), len(loss[0]))
+        weight_N = loss[1][chosen]
+        found.append(((loss[0] - base[0])[chosen] * weight_N).sum() / weight_N.sum())
+    half = differences(better, baseline, {"t": "binary"})["t"][1]
+    scale = 100 / ((base[0] * base[1]).sum() / base[1].sum())
+    assert half == pytest.approx(1.96 * np.std(found) * scale, rel=0.08)
+
+
+def test_seeds_that_disagree_widen_the_interval(tmp_path: Path) -> None:
+    label_N, one_N = np.tile([0.0, 1.0], 50), np.ones(100)
+    quiet = Entry("b", rows=[rows_file(tmp_path / f"b{s}", np.zeros(100), label_N, one_N) for s in range(2)])
+    same = Entry("s", rows=[rows_file(tmp_path / f"s{s}", (2 * label_N - 1) * 0.5, label_N, one_N) for s in range(2)])
+    other = [(2 * label_N - 1) * lift for lift in (0.25, 0.75)]
+    apart = Entry("a", rows=[rows_file(tmp_path / f"a{s}", z, label_N, one_N) for s, z in enumerate(other)])
+    assert differences(same, quiet, {"t": "binary"})["t"][1] == pytest.approx(0, abs=1e-9)
+    means = [100 * (math.log1p(math.exp(-z)) - math.log(2)) / math.log(2) for z in (0.25, 0.75)]
+    assert differences(apart, quiet, {"t": "binary"})["t"][1] == pytest.approx(1.96 * np.std(means, ddof=1) / 2**0.5)
+
+
+def test_an_entry_does_not_differ_from_itself_and_squares_are_compared_for_regression(tmp_path: Path) -> None:
+    _, baseline, _ = drawn(tmp_path, 2)
+    assert differences(baseline, baseline, {"t": "binary"})["t"] == (0, 0)
+    label_N, one_N = np.array([0.0, 1.0, 2.0, np.nan]), np.ones(4)
+    base = Entry("b", rows=[rows_file(tmp_path / "b", label_N + 2, label_N, one_N)])
+    half = Entry("h", rows=[rows_file(tmp_path / "h", label_N + 1, label_N, one_N)])
+    assert differences(half, base, {"t": "regression"})["t"][0] == pytest.approx(-75)
+
+
+def test_predictions_are_the_rankers_for_every_row_of_the_split_once(run: Run, small_dataset: Path) -> None:
+    (record,) = evaluate(EvaluateConfig(run=run.path, step="newest", predictions=True, threads=1))
+    rows = pl.read_parquet(predictions.path(run, "test", record["step"]))
+    dataset = Dataset(small_dataset)
+    known = pl.concat(pl.read_parquet(small_dataset / s.path) for s in dataset.shards("test")).sort("row_id")
+    assert rows["row_id"].to_list() == known["row_id"].to_list()
+    for column in ("weight", "label.click", "label.bought", "label.dwell"):
+        assert rows[column].to_list() == known[column].to_list(), column
+    evaluator = Evaluator(run, dataset, "test", 64)
+    metrics = evaluator.metrics(record["step"])[0].compute()
+    loss_N, weight_N = predictions.row_losses(rows, "click", "binary")
+    share = (known["label.click"] * known["weight"]).sum() / known["weight"].sum()
+    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert (loss_N * weight_N).sum() / weight_N.sum() / entropy == pytest.approx(metrics["click"]["ne"], rel=1e-5)
+    assert not list(evaluate(EvaluateConfig(run=run.path, step="newest", predictions=True, threads=1)))
+    assert len(list(read_lines(run.eval_metrics))) == 1
+
+
+def test_predictions_that_are_missing_are_made_without_a_second_record(run: Run) -> None:
+    list(evaluate(EvaluateConfig(run=run.path, step="newest", threads=1, split="valid")))
+    before = len(list(read_lines(run.eval_metrics)))
+    list(evaluate(EvaluateConfig(run=run.path, step="newest", threads=1, split="valid", predictions=True)))
+    assert predictions.path(run, "valid", 6).exists()
+    assert len(list(read_lines(run.eval_metrics))) == before
+
+
+def test_gate_means_are_those_of_all_real_rows(run: Run, small_dataset: Path) -> None:
+    record = Evaluator(run, Dataset(small_dataset), "test", 64).evaluate(6)  # 300 rows: the last batch has padding
+    other = Evaluator(run, Dataset(small_dataset), "test", 300)
+    other.metrics(6)
+    batch = next(other.loader.batches(other.loader.start()))
+    with torch.inference_mode():
+        expected = other.ranker.fusion.gates(other.ranker.inputs(batch))
+    assert [len(level) for level in record["gates"]] == [3, 3]
+    for level, weight_BUE in zip(record["gates"], expected, strict=True):
+        torch.testing.assert_close(torch.tensor(level), weight_BUE[batch.row_id_B >= 0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 4), (2, 30)])
+def test_heat_maps_name_tasks_and_show_every_weight(shape: tuple[int, int]) -> None:
+    mean_UE = torch.rand(shape).tolist()
+    figure = gates.picture([mean_UE, mean_UE], ["click", "bought", "dwell"])
+    axes = figure.axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert (
+        names == {3: ["click", "bought", "dwell"], 4: ["click", "bought", "dwell", "shared"], 2: ["0", "1"]}[shape[0]]
+    )
+    np.testing.assert_allclose(axes.images[0].get_array(), mean_UE)
+
+
+def test_flops_and_parameters_are_those_of_the_layers(small_dataset: Path) -> None:
+    dataset = Dataset(small_dataset)
+    config = ModelConfig(fusion={"name": "single_task", "widths": [8, 4]}, tower=[])
+    ranker = Ranker(dataset.schema, dataset.encoders, config, device="cpu")
+    loader = Loader(dataset, "test", 32)
+    batch = next(loader.batches(loader.start()))
+    found = size(ranker, batch)
+    width, tasks = ranker.numbers.out_dim, len(dataset.schema.tasks)
+    products = tasks * (width * 8 + 8 * 4 + 4)
+    assert found["flops_per_row"] == 2 * products
+    assert found["parameters"] == products + tasks * (8 + 4 + 1)
+    rows = {name: dataset.encoders.num_embeddings(name) for name in dataset.schema.all_tables}
+    assert found["table_parameters"] == sum(rows[n] * t.dim for n, t in dataset.schema.all_tables.items())
+
+
+def test_trees_learn_and_are_measured_as_the_networks_are(small_dataset: Path, tmp_path: Path) -> None:
+    found = boosted_trees(Dataset(small_dataset), 10_000, 0, tmp_path / "rows.parquet")
+    rows = pl.read_parquet(tmp_path / "rows.parquet")
+    assert found["metrics"].keys() == {"click", "bought", "dwell"}
+    observed = rows.drop_nulls("label.dwell")
+    weight = observed["weight"]
+    error = ((observed["logit.dwell"] - observed["label.dwell"]) ** 2 * weight).sum() / weight.sum()
+    assert found["metrics"]["dwell"]["mse"] == pytest.approx(error, rel=1e-4)
+    assert json.dumps(found)
+
+
+def test_tables_and_picture_show_every_model_and_task(tmp_path: Path) -> None:
+    better, baseline, _ = drawn(tmp_path, 2)
+    for entry in (better, baseline):
+        metrics = {"t": {"auc": 0.75, "ne": 0.8 if entry is better else 0.9}}
+        entry.runs = [
+            {"metrics": metrics, "rows_per_s": 1000.0, "early": dict.fromkeys(["1/7", "3/7", "7/7"], metrics)}
+        ] * 2
+        entry.size = {"parameters": 1234, "table_parameters": 5, "flops_per_row": 10}
+    text = comparison.tables([better, baseline], baseline, {"t": "binary"}, "simple")
+    assert ".7500±.0000" in text
+    assert "-11.11" in text  # 0.8 against 0.9, after each share
+    assert "1,234" in text
+    comparison.parquet([better, baseline], baseline, {"t": "binary"}, tmp_path / "c.parquet")
+    frame = pl.read_parquet(tmp_path / "c.parquet")
+    assert frame.height == 2 * 2 * 4
+    panel = comparison.picture([better, baseline], baseline, {"t": "binary"}).axes[0]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["better"]

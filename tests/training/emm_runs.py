@@ -1,0 +1,85 @@
+"""Small single-task runs and runs fused from them; as a script, what two ranks do for test_emm.py, run by torchrun.
+
+    python -m torch.distributed.run --nproc-per-node=2 emm_runs.py FOLDER
+
+FOLDER holds the dataset `data` and the single-task runs; the fused ones are written beside them.
+"""
+
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from workbench import configuration
+
+from models.ranker import ModelConfig
+from pipeline import checkpoint
+from pipeline.training import distribution
+from pipeline.training.config import TrainConfig
+from pipeline.training.trainer import Trainer
+
+# They share (32, 16) and (16, 16): two levels, and towers of other depths.
+SOURCES: dict[str, dict[str, Any]] = {
+    "click-a": {"fusion": {"name": "shared_bottom", "widths": [32, 16]}, "tower": [16, 12]},
+    "click-b": {"fusion": {"name": "single_task", "widths": [24, 32, 16, 16]}, "tower": [5], "dropout": 0.3},
+    "conversion": {"fusion": {"name": "shared_bottom", "widths": [20, 32, 16]}, "tower": [7, 16, 16], "numeric_dim": 3},
+    "dwell": {"fusion": {"name": "single_task", "widths": [32, 16, 16]}, "tower": [], "interaction": {"name": "dot"}},
+}
+STEPS, STOP = 20, 12
+
+
+def settings(folder: Path, name: str, model: dict[str, Any], tasks: list[str] | None, **train: Any) -> TrainConfig:
+    made = configuration(folder / "data", folder / name, **({"max_steps": STEPS} | train))
+    return made.model_copy(update={"model": ModelConfig(**({"embedding_std": 0.1} | model)), "tasks": tasks})
+
+
+def source(folder: Path, name: str, model: dict[str, Any] | None = None, **train: Any) -> Trainer:
+    """A single-task run, of the task its name begins with."""
+    config = settings(folder, name, model or SOURCES[name], [name.split("-")[0]], **train)
+    return Trainer(config, None, torch.device("cpu"))
+
+
+def fused(
+    folder: Path, name: str, of: tuple[str, ...] = tuple(SOURCES), tasks: list[str] | None = None,
+    model: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **fusion: Any,
+) -> Trainer:  # fmt: skip
+    """A run fused from those named in `of`, by default from all."""
+    emm = {"fusion": {"name": "emm"} | fusion, "from": [str(folder / source) for source in of]}
+    return Trainer(settings(folder, name, emm | (model or {}), tasks, **(train or {})), None, torch.device("cpu"))
+
+
+def stopped(folder: Path, source: str, name: str) -> None:
+    """Makes a run as it would stand, had `source` been killed some steps after STOP."""
+    shutil.copytree(folder / source, folder / name)
+    for later in checkpoint.steps(folder / name / "checkpoints"):
+        if later > STOP:
+            shutil.rmtree(checkpoint.folder(folder / name / "checkpoints", later))
+
+
+def main(folder: Path) -> None:
+    for placement in ("table_wise", "row_wise"):
+        train = {"sharding": {"default": [placement]}, "checkpoint_every": STOP}
+        fused(folder, f"two-{placement}", train=train).run_to_end()
+        fused(folder, f"two-tuned-{placement}", train=train, tables="tuned").run_to_end()
+    fused(folder, "two-start", train={"sharding": {"default": ["row_wise"]}})._save()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        stopped(folder, "two-table_wise", "two-resumed")
+    dist.barrier()
+    fused(folder, "two-resumed", train={"sharding": {"default": ["table_wise"]}, "checkpoint_every": STOP}).run_to_end()
+    fused(folder, "two-pipelined", train={"sharding": {"default": ["table_wise"]}, "pipelined": True}).run_to_end()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distribution.start()
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()

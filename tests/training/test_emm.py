@@ -1,0 +1,267 @@
+"""EMM from single-task runs to a fused one: what is taken over, what is trained, what is kept, and what is refused."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from emm_runs import SOURCES, STOP, fused, source, stopped
+from torch import Tensor
+from workbench import SCHEMA, close, identical, last, losses, make_dataset, model, tensors, torchrun
+
+from features.errors import UserError
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.run import Run
+from pipeline.training import distribution
+
+ONE_EACH = ("click-b", "conversion", "dwell")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[torch.device]:
+    yield distribution.start()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Path:
+    """A dataset with a coded number and the trained single-task models."""
+    path = tmp_path_factory.mktemp("emm")
+    age = {"missing_flag": True, "piecewise": 4}
+    make_dataset(path / "data", dense=SCHEMA["dense"] | {"age": age})
+    for name in SOURCES:
+        source(path, name).run_to_end()
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> Path:
+    fused(folder, "one", train={"checkpoint_every": STOP}).run_to_end()
+    fused(folder, "one-tuned", train={"checkpoint_every": STOP}, tables="tuned").run_to_end()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> Path:
+    torchrun(str(Path(__file__).with_name("emm_runs.py")), str(folder)).check_returncode()
+    return folder
+
+
+def start(folder: Path, name: str, **options: object) -> dict[str, Tensor]:
+    """The weights before the first step."""
+    fused(folder, name, **options)._save()
+    return model(last(folder / name))
+
+
+def logits(folder: Path, name: str, split: str = "valid") -> Tensor:
+    """What the evaluator's model makes of a split in the run's newest checkpoint."""
+    run = Run(folder / name)
+    evaluator = Evaluator(run, Dataset(folder / "data"), split, 64)
+    checkpoint.load(
+        checkpoint.folder(run.checkpoints, checkpoint.steps(run.checkpoints)[-1]),
+        {"model": evaluator.ranker.state_dict()},
+        alone=True,
+    )
+    with torch.no_grad():
+        return torch.cat([evaluator.ranker(batch) for batch in evaluator.loader.batches(evaluator.loader.start())])
+
+
+def from_sources(name: str) -> bool:
+    """Whether a tensor is one that a trained model brought and that is frozen."""
+    return "@" in name or name.startswith("readers.") or ".components." in name
+
+
+def test_one_model_a_task_without_the_merge_predicts_what_that_model_predicts(folder: Path) -> None:
+    fused(folder, "alike", of=ONE_EACH, merge=False)._save()
+    found = logits(folder, "alike")
+    for task, name in enumerate(ONE_EACH):
+        torch.testing.assert_close(found[:, task], logits(folder, name)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_each_source_brings_its_tables_its_codes_its_interaction_and_its_layers(folder: Path) -> None:
+    found = start(folder, "start")
+    for m, name in enumerate(SOURCES):
+        theirs = model(last(folder / name))
+        identical(
+            {key: value for key, value in found.items() if f"@{m}." in key},
+            {
+                key.replace(".weight", f"@{m}.weight"): value
+                for key, value in theirs.items()
+                if key.startswith("embeddings.")
+            },
+        )
+        identical(
+            {key.removeprefix(f"readers.{m}."): v for key, v in found.items() if key.startswith(f"readers.{m}.")},
+            {key: value for key, value in theirs.items() if key.startswith(("numbers.", "interaction."))},
+        )
+        layers = [v for key, v in theirs.items() if "layers." in key and not key.startswith("interaction.")]
+        ours = [value for key, value in found.items() if f".components.{m}." in key]
+        if name != "click-b":  # the second model of its task: what is above its last cut is not used
+            task = ["click", "conversion", "dwell"].index(name.split("-")[0])
+            ours += [value for key, value in found.items() if key.startswith(f"towers.tasks.{task}.hidden")]
+            assert torch.equal(found[f"towers.tasks.{task}.out.weight_SDH"], theirs["towers.out.weight_SDH"])
+            assert len(ours) == len(layers)
+        for our, their in zip(ours, layers, strict=False):
+            assert torch.equal(our, their)
+
+
+def test_what_is_frozen_stays_to_the_last_bit_and_all_else_moves(folder: Path, one_rank: Path) -> None:
+    before, after = start(folder, "start-again"), model(last(one_rank / "one"))
+    assert any(from_sources(name) for name in after)
+    for name, value in after.items():
+        if from_sources(name):
+            assert torch.equal(value, before[name]), name
+        else:
+            assert not torch.equal(value, before[name]), name
+
+
+def test_tuned_tables_move_and_components_do_not(folder: Path, one_rank: Path) -> None:
+    before, after = start(folder, "start-tuned", tables="tuned"), model(last(one_rank / "one-tuned"))
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == (".components." in name), name
+
+
+def test_new_tables_are_one_set_for_all_models(folder: Path) -> None:
+    of = ("click-a", "conversion-plain", "dwell-plain")
+    for name in of[1:]:
+        source(folder, name, SOURCES["click-a"]).run_to_end()
+    fused(folder, "new", of, tables="new").run_to_end()
+    before, after = start(folder, "start-new", of=of, tables="new"), model(last(folder / "new"))
+    assert not any("@" in name for name in after)
+    still = {n for n, value in after.items() if torch.equal(value, before[n])}
+    # With one model a task, its gate has nothing to choose.
+    assert still == {n for n in after if ".components." in n or (n.endswith("gate.weight_SDH") and ".merge." not in n)}
+
+
+@pytest.mark.parametrize("towers", ["own", "new"])
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_every_ablation_trains_and_without_trained_weights_nothing_is_frozen(
+    folder: Path, trained: bool, merge: bool, towers: str
+) -> None:
+    name = f"ablation-{trained}-{merge}-{towers}"
+    before = start(folder, f"start-{name}", trained=trained, merge=merge, towers=towers)
+    fused(folder, name, trained=trained, merge=merge, towers=towers, train={"max_steps": 3}).run_to_end()
+    after = model(last(folder / name))
+    assert any(".merge." in n for n in after) == merge
+    still = {n for n, value in after.items() if torch.equal(value, before[n])}
+    assert still == ({n for n in after if from_sources(n)} if trained else set())
+
+
+def test_the_evaluator_needs_no_source(folder: Path, one_rank: Path) -> None:
+    wanted = logits(one_rank, "one")
+    for name in SOURCES:
+        (folder / name).rename(folder / f"away-{name}")
+    try:
+        assert torch.equal(logits(one_rank, "one"), wanted)
+        evaluator = Evaluator(Run(folder / "one"), Dataset(folder / "data"), "valid", 64)
+        assert evaluator.evaluate(STOP)["metrics"]["click"]["auc"] is not None
+    finally:
+        for name in SOURCES:
+            (folder / f"away-{name}").rename(folder / name)
+
+
+def test_a_run_goes_on_without_its_sources_as_if_it_had_not_stopped(folder: Path, one_rank: Path) -> None:
+    stopped(folder, "one", "resumed")
+    for name in SOURCES:
+        (folder / name).rename(folder / f"away-{name}")
+    try:
+        fused(folder, "resumed", train={"checkpoint_every": STOP}).run_to_end()
+    finally:
+        for name in SOURCES:
+            (folder / f"away-{name}").rename(folder / name)
+    identical(last(folder / "resumed"), last(one_rank / "one"))
+
+
+def test_a_source_may_be_an_earlier_checkpoint(folder: Path) -> None:
+    source(folder, "click-twice", SOURCES["click-a"], checkpoint_every=STOP).run_to_end()
+    found = start(folder, "early", of=(f"click-twice@{STOP}",), tasks=["click"])
+    early = model(tensors(checkpoint.folder(folder / "click-twice" / "checkpoints", STOP)))
+    assert torch.equal(found["embeddings.embedding_bags.user@0.weight"], early["embeddings.embedding_bags.user.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["table_wise", "row_wise"])
+@pytest.mark.parametrize("kind", ["", "-tuned"])
+def test_two_ranks_train_what_one_rank_trains(two_ranks: Path, one_rank: Path, kind: str, placement: str) -> None:
+    other = two_ranks / f"two{kind}-{placement}"
+    assert losses(other) == pytest.approx(losses(one_rank / f"one{kind}"), rel=1e-3)
+    close(last(other), last(one_rank / f"one{kind}"), rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_start_from_the_same_weights_resume_and_run_pipelined(two_ranks: Path, one_rank: Path) -> None:
+    identical(model(last(two_ranks / "two-start")), start(two_ranks, "one-start"))
+    identical(last(two_ranks / "two-resumed"), last(two_ranks / "two-table_wise"))
+    close(last(two_ranks / "two-pipelined"), last(two_ranks / "two-table_wise"), rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
+    sources = ",".join(str(folder / name) for name in SOURCES)
+    command = [
+        sys.executable, "-m", "jobs.train", f"dataset={folder / 'data'}", "model=emm", f"model.from=[{sources}]",
+        f"run={tmp_path / 'run'}", "train.max_steps=2", "train.batch_size=32", "train.lanes=4", "train.threads=1",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fuses 4 models in 2 levels:" in done.stdout
+    assert "click-b (click), step 20: 24-32-16 | 16 | 5" in done.stdout
+
+
+REFUSED = {
+    "no source": ((), {}, r"model.from: no model of click, conversion, dwell among"),
+    "a task without one": (("click-a", "dwell"), {}, r"no model of conversion among .* leave the task out with tasks"),
+    "no run": (("nothing",), {}, r"nothing: no run"),
+    "no checkpoint of that step": (("click-a@7",), {}, r"has no checkpoint of step 7"),
+    "several tasks": (("several",), {}, r"was trained for click, dwell; a source has one task"),
+    "another fusion": (("click-mmoe",), {}, r"has fusion mmoe; a source is a plain stack of layers"),
+    "calibration": (("click-calibrated",), {}, r"has calibration monotone; a source has none"),
+    "a task that is not trained": (("dwell",), {"tasks": ["click"]}, r"was trained for dwell, which is none of"),
+    "nothing in common": (("click-a", "conversion", "dwell-small"), {}, r"no layer is common to all .*dwell-small"),
+    "an interaction of its own": (ONE_EACH, {"model": {"interaction": {"name": "dot"}}}, r"the trained models bring"),
+    "an unknown setting": (ONE_EACH, {"depth": 3}, r"model.fusion.depth: Extra inputs"),
+}
+
+
+@pytest.fixture(scope="module")
+def odd_sources(folder: Path) -> Path:
+    """Runs that cannot be fused, with a checkpoint of the start."""
+    plain = SOURCES["click-a"]
+    source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}})._save()
+    source(folder, "click-calibrated", plain | {"calibration": "monotone"})._save()
+    source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []})._save()
+    source(folder, "click-several", plain)._save()
+    (folder / "click-several").rename(folder / "several")
+    (folder / "several" / "config.yaml").write_text(
+        (folder / "several" / "config.yaml").read_text().replace("- click\n", "- click\n- dwell\n")
+    )
+    return folder
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_fused_is_refused_in_one_line(odd_sources: Path, tmp_path: Path, case: str) -> None:
+    of, options, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as refused:
+        fused(odd_sources, str(tmp_path / "refused"), of, **options)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "refused" / "config.yaml").exists()
+
+
+def test_models_of_another_dataset_are_refused(folder: Path, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data", rows=400)
+    source(tmp_path, "click-a")._save()
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(folder / "data", tmp_path / "data")
+    with pytest.raises(UserError, match=r"was trained on rows of encoders .* its ids mean something else"):
+        fused(tmp_path, "other", ("click-a",), tasks=["click"])
+
+
+def test_other_fusions_take_no_trained_models(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.from: only fusion emm is made of other runs"):
+        fused(folder, str(tmp_path / "run"), model={"fusion": {"name": "shared_bottom", "widths": [8]}})

@@ -1,0 +1,115 @@
+"""Runs over some of the tasks, runs that start from another's weights, and checkpoints at shares of a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import workbench
+from torch.testing import assert_close
+from workbench import configuration, last, losses, make_dataset
+
+from features.errors import UserError
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.evaluation.evaluator import EvaluateConfig, evaluate
+from pipeline.run import Run
+from pipeline.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("start")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    return make_dataset(folder / "data")
+
+
+def run(data: Path, path: Path, tasks: list[str] | None = None, **settings: object) -> Path:
+    train(configuration(data, path, **settings).model_copy(update={"tasks": tasks}))
+    return path
+
+
+def test_a_run_of_one_task_trains_what_a_schema_with_that_task_alone_trains(data: Path, folder: Path) -> None:
+    alone = make_dataset(folder / "alone", tasks={"click": workbench.SCHEMA["tasks"]["click"]})
+    part = last(run(data, folder / "part", ["click"], max_steps=9))
+    whole = last(run(alone, folder / "whole", max_steps=9))
+    assert part.keys() == whole.keys()
+    for name, value in part.items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_a_run_of_some_tasks_is_evaluated_on_them(data: Path, folder: Path) -> None:
+    path = run(data, folder / "two", ["dwell", "click"], max_steps=3)
+    (record,) = evaluate(EvaluateConfig(run=path, step="newest", threads=1))
+    assert list(record["metrics"]) == ["click", "dwell"]  # in the schema's order
+    assert Run(path).schema().fingerprint == Dataset(data).schema.fingerprint
+
+
+def test_a_task_that_does_not_exist_is_named(data: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"clik.*click, conversion, dwell"):
+        run(data, folder / "none", ["clik"])
+
+
+def test_a_schema_without_some_tasks_keeps_nothing_of_them(data: Path) -> None:
+    schema = Dataset(data).schema
+    assert schema.expressions  # cached on the whole
+    part = schema.only(["dwell"])
+    assert list(part.tasks) == ["dwell"]
+    assert not [key for key in part.expressions if "tasks.click" in key]
+    assert part.fingerprint == schema.fingerprint
+    assert part.dense_columns == schema.dense_columns
+
+
+def test_a_run_starts_from_anothers_weights_and_not_from_its_optimisers(data: Path, folder: Path) -> None:
+    first = run(data, folder / "first", max_steps=12)
+    still = {"dense": {"lr": 1e-12}, "tables": {"lr": 1e-12}}
+    second = run(data, folder / "second", max_steps=1, init_from=first, **still)
+    source, start = last(first), last(second)
+    names = [name for name in source if name.startswith("model.")]
+    assert names
+    for name in names:
+        assert_close(start[name], source[name], rtol=1e-5, atol=1e-8, msg=name)
+    assert losses(second)[0] < losses(first)[0]
+    steps = [value for name, value in start.items() if name.startswith("dense.") and name.endswith(".step")]
+    assert {float(value) for value in steps} == {1.0}
+
+
+def test_weights_go_over_to_rows_of_other_labels_where_the_encoders_are_the_same(data: Path, folder: Path) -> None:
+    soft = {"click": {"kind": "binary", "label": "0.1 + 0.8 * click"}}
+    teacher = make_dataset(folder / "teacher", tasks=workbench.SCHEMA["tasks"] | soft)
+    assert Dataset(teacher).schema.fingerprint != Dataset(data).schema.fingerprint
+    first = run(teacher, folder / "taught", max_steps=12)
+    second = run(data, folder / "better", max_steps=2, init_from=first)
+    assert losses(second)[0] < losses(run(data, folder / "scratch", max_steps=2))[0]
+
+
+def test_what_the_other_run_has_not_starts_afresh_and_is_named(
+    data: Path, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = run(data, folder / "click only", ["click"], max_steps=2)
+    capsys.readouterr()
+    second = run(data, folder / "all", max_steps=1, init_from=first, tables={"lr": 1e-12})
+    said = capsys.readouterr().out
+    assert "starts from" in said
+    assert "fusion.gate.1.weight_SDH, towers.hidden" in said
+    assert "embeddings" not in said
+    assert_close(
+        last(second)["model.embeddings.embedding_bags.user.weight"],
+        last(first)["model.embeddings.embedding_bags.user.weight"],
+    )
+
+
+def test_a_run_of_other_encoders_or_without_a_checkpoint_is_refused(data: Path, folder: Path) -> None:
+    fewer = make_dataset(folder / "fewer", rows=200)
+    other = run(fewer, folder / "other", max_steps=2)
+    with pytest.raises(UserError, match=r"train.init_from: .*its ids mean something else"):
+        run(data, folder / "mixed", init_from=other)
+    with pytest.raises(UserError, match=r"train.init_from: .*has no checkpoint"):
+        run(data, folder / "mixed", init_from=folder / "nothing")
+
+
+def test_checkpoints_stand_at_the_shares_of_the_run_that_were_asked_for(data: Path, folder: Path) -> None:
+    path = run(data, folder / "shares", max_steps=35, checkpoint_every=100, checkpoint_at=[1 / 7, 3 / 7])
+    assert checkpoint.steps(path / "checkpoints") == [5, 15, 35]

@@ -1,0 +1,51 @@
+"""What two ranks do, for test_weighting.py: python -m torch.distributed.run --nproc-per-node=2 two_ranks_weighting.py FOLDER
+
+FOLDER holds the dataset `data`; the runs are written beside it.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from two_ranks import stopped, trainer
+
+from pipeline.training import distribution
+
+PLACEMENT = {"uncertainty": "row_wise", "gradnorm": "table_wise", "pcgrad": "row_wise"}
+WITH_STATE = ("uncertainty", "gradnorm")
+STOP, STEPS = 9, 24  # an epoch has 13
+
+
+def main(folder: Path) -> None:
+    rank = dist.get_rank()
+    for name, placement in PLACEMENT.items():
+        settings = {
+            "weighting": {"name": name},
+            "sharding": {"default": [placement]},
+            "max_steps": STEPS,
+            "checkpoint_every": STOP,
+        }
+        made = trainer(folder, f"two-{name}", **settings)
+        made.run_to_end()
+        state = {n: v for n, v in made._state()["model"].items() if not n.startswith("embeddings.")}
+        torch.save(state, folder / f"{name}.{rank}.pt")
+        if name in WITH_STATE:
+            dist.barrier()
+            if rank == 0:
+                stopped(folder, f"two-{name}", f"two-{name}-resumed", STOP)
+            dist.barrier()
+            trainer(folder, f"two-{name}-resumed", **settings).run_to_end()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distribution.start()
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
