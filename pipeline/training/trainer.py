@@ -128,9 +128,10 @@ class Trainer:
         dist.barrier()
 
     def _start_from(self, run: Run) -> None:
-        """Takes the weights of another run, of its optimisers nothing."""
+        """Takes the weights of another run, of its optimisers and its task weighting nothing."""
         path = initial.newest(run, self.dataset, "train.init_from")
-        afresh = initial.load(path, self._state()["model"])
+        weights = {n: t for n, t in self._state()["model"].items() if not n.startswith("loss.")}
+        afresh = initial.load(path, weights)
         more = f" and {len(afresh) - 3} more" if len(afresh) > 3 else ""
         self._tell(f"starts from {path}" + (f"; not in it: {', '.join(afresh[:3])}{more}" if afresh else ""))
 

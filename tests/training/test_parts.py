@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from workbench import SCHEMA, close, configuration, identical, last, losses, make_dataset, model, torchrun
 
+from pipeline.dataset import Dataset
+from pipeline.loader import Loader
 from pipeline.training import distribution
 from pipeline.training.trainer import Trainer
 
@@ -100,3 +102,15 @@ def test_two_ranks_train_what_one_does_with_an_interaction_and_a_calibration(fol
     )  # fmt: skip
     done.check_returncode()
     close(last(folder / "two-ranks"), last(folder / "one-rank"), rtol=1e-3, atol=1e-4)
+
+
+def test_the_input_is_dropped_in_training_alone(folder: Path):
+    ranker = trainer(folder, "dropped", input_dropout=0.5).model.module.ranker
+    loader = Loader(Dataset(folder / "data"), "train", 32)
+    batch = next(loader.batches(loader.start()))
+    kept = ranker.eval().inputs(batch)
+    dropped = ranker.train().inputs(batch)
+    gone = dropped == 0
+    assert 0.4 < gone.float().mean() < 0.6
+    torch.testing.assert_close(dropped[~gone], 2 * kept[~gone])
+    assert torch.equal(ranker.eval().inputs(batch), kept)
