@@ -1,10 +1,10 @@
-# make demo | test | bench | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
+# make demo | test | bench | bench-towers | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
 PYTHON ?= python3.11
 MODEL ?= adatt
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench census clean
+.PHONY: demo test lint bench bench-towers census clean
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -20,6 +20,9 @@ lint: .venv/ready
 
 bench: .venv/ready .venv/rechub
 	$(BIN)/python tests/benchmarks/train.py
+
+bench-towers: .venv/ready
+	$(BIN)/python tests/benchmarks/towers.py
 
 census: .venv/ready
 	$(BIN)/python -m jobs.compare

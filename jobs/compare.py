@@ -15,9 +15,11 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,8 +27,11 @@ from omegaconf import DictConfig
 
 from features.errors import UserError
 from jobs.entry import job
+from pipeline import checkpoint
 from pipeline.dataset import Dataset, write_json
 from pipeline.run import Run, read_lines
+
+SOURCES: defaultdict[int, Lock] = defaultdict(Lock)  # by seed
 
 
 @job("compare")
@@ -44,11 +49,15 @@ def main(config: DictConfig) -> None:
     pairs = [(name, seed) for name in config.models for seed in range(config.seeds)]
     with ThreadPoolExecutor(config.workers) as pool:
         futures = [pool.submit(_run, config, data, *pair) for pair in pairs]
-        for done, ((name, seed), future) in enumerate(zip(pairs, futures, strict=True), 1):
-            found, rows = future.result()
-            entries[name].runs.append(found)
-            entries[name].rows.append(rows)
-            print(f"{done}/{len(pairs)}  {name} seed {seed}  epoch {found['epoch']}", file=sys.stderr, flush=True)
+        try:
+            for done, ((name, seed), future) in enumerate(zip(pairs, futures, strict=True), 1):
+                found, rows = future.result()
+                entries[name].runs.append(found)
+                entries[name].rows.append(rows)
+                print(f"{done}/{len(pairs)}  {name} seed {seed}  epoch {found['epoch']}", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what waits would be begun otherwise, all of it
+            raise
     for name, entry in entries.items():
         entry.size = _size(Path(config.folder) / f"{name}-0", dataset)
     if config.trees:
@@ -67,15 +76,18 @@ def _run(config: DictConfig, data: Path, name: str, seed: int) -> tuple[dict[str
     if "model=emm" in own:
         own.append(f"model.from={_sources(config, data, seed)}")
     _train(config, data, path, seed, [*own, shares])
-    run, log = Run(path), path / "log.txt"
-    _call("jobs.evaluate", f"run={path}", "split=valid", "threads=1", log=log)
+    run, log, one = Run(path), path / "log.txt", "threads=1"
+    known = {r["step"] for r in read_lines(run.eval_metrics) if r["split"] == "valid"}
+    if set(checkpoint.steps(run.checkpoints)) - known:
+        _call("jobs.evaluate", f"run={path}", "split=valid", one, log=log)
     found = sorted((r for r in read_lines(run.eval_metrics) if r["split"] == "valid"), key=lambda r: r["step"])
     train, steps, total = run.config()["train"], [r["step"] for r in found], found[-1]["step"]
     every = train["checkpoint_every"] or max(1, total // train["epochs"])
     step = _stop([r for r in found if r["step"] % every == 0 or r["step"] == total], config.patience)
     early = [min(steps, key=lambda s: abs(s - share * total)) for share in (*comparison.SHARES, 1)]
     wanted = sorted({step, *early})
-    _call("jobs.evaluate", f"run={path}", "split=test", f"step={wanted}", "predictions=true", "threads=1", log=log)
+    if not all(predictions.path(run, "test", s).exists() for s in wanted):
+        _call("jobs.evaluate", f"run={path}", "split=test", f"step={wanted}", "predictions=true", one, log=log)
     metrics = {r["step"]: r["metrics"] for r in read_lines(run.eval_metrics) if r["split"] == "test"}
     record = {
         "step": step,
@@ -95,6 +107,8 @@ def _train(config: DictConfig, data: Path, path: Path, seed: int, own: list[str]
     if earlier.exists() and json.loads(earlier.read_text()) != settings:
         raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")
     write_json(earlier, settings)
+    if (status := Run(path).status()) and status.state == "finished":
+        return
     fixed = [f"dataset={data}", f"run={path}", f"train.seed={seed}", "train.threads=1"]
     _call("jobs.train", *fixed, *settings, log=path / "log.txt")
 
@@ -102,10 +116,11 @@ def _train(config: DictConfig, data: Path, path: Path, seed: int, own: list[str]
 def _sources(config: DictConfig, data: Path, seed: int) -> list[str]:
     """Trains what emm is fused from: a run of each kind for each task."""
     paths = []
-    for task in Dataset(data).schema.tasks:
-        for kind, own in config.emm_sources.items():
-            paths.append(Path(config.folder) / f"{kind}-{task}-{seed}")
-            _train(config, data, paths[-1], seed, [*own, f"tasks=[{task}]"])
+    with SOURCES[seed]:  # two models may be fused from the same
+        for task in Dataset(data).schema.tasks:
+            for kind, own in config.emm_sources.items():
+                paths.append(Path(config.folder) / f"{kind}-{task}-{seed}")
+                _train(config, data, paths[-1], seed, [*own, f"tasks=[{task}]"])
     return [str(path) for path in paths]
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 class StackedLinear(nn.Module):
     """S linear layers with weights of their own, each applied to its own input, or all to one.
@@ -62,14 +64,14 @@ class StackedMLP(nn.Module):
 
 
 def linear(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None) -> Tensor:
-    """y_SBH = x W + b; where all read the same input, as one product."""
-    if len(x_UBD) == 1 < len(weight_SDH):
-        y_BN = x_UBD[0] @ _side_by_side(weight_SDH, 1)[0]
-        y_SBH = y_BN.unflatten(1, weight_SDH.shape[::2]).transpose(0, 1)
-        return y_SBH if bias_SH is None else y_SBH + bias_SH.unsqueeze(1)
+    """y_SBH = x W + b, where each input is read by S / U networks that follow each other: one product an input."""
+    inputs, out_dim = len(x_UBD), weight_SDH.shape[2]
+    weight_UDN = _side_by_side(weight_SDH, inputs)
     if bias_SH is None:
-        return torch.bmm(x_UBD, weight_SDH)
-    return torch.baddbmm(bias_SH.unsqueeze(1), x_UBD, weight_SDH)
+        y_UBN = torch.bmm(x_UBD, weight_UDN)
+    else:
+        y_UBN = torch.baddbmm(bias_SH.reshape(inputs, 1, -1), x_UBD, weight_UDN)
+    return y_UBN.unflatten(2, (-1, out_dim)).transpose(1, 2).flatten(0, 1)
 
 
 def rectified(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor, runs: Sequence[tuple[int, int]] = ()) -> Tensor:
@@ -78,16 +80,18 @@ def rectified(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor, runs: Sequence
     Args:
         runs: how many inputs and how many networks, run by run, where their ratio changes; () where it does not.
     """
+    if len(runs) > 1:
+        inputs, networks = (list(sizes) for sizes in zip(*runs, strict=True))
+        parts = zip(x_UBD.split(inputs), weight_SDH.split(networks), bias_SH.split(networks), strict=True)
+        y_BSH = [rectified(*part).transpose(0, 1) for part in parts if len(part[1])]
+        return torch.cat(y_BSH, 1).transpose(0, 1)
+    if torch.compiler.is_compiling():  # fuses by itself
+        return torch.relu(linear(x_UBD, weight_SDH, bias_SH))
     device = x_UBD.device.type
     if torch.is_autocast_enabled(device):  # it does not look into what has a derivative of its own
         dtype = torch.get_autocast_dtype(device)
         x_UBD, weight_SDH, bias_SH = x_UBD.to(dtype), weight_SDH.to(dtype), bias_SH.to(dtype)
-    if len(runs) <= 1:
-        return _Rectified.apply(x_UBD, weight_SDH, bias_SH)
-    inputs, networks = (list(sizes) for sizes in zip(*runs, strict=True))
-    parts = zip(x_UBD.split(inputs), weight_SDH.split(networks), bias_SH.split(networks), strict=True)
-    y_BSH = [_Rectified.apply(*part).transpose(0, 1) for part in parts if len(part[1])]
-    return torch.cat(y_BSH, 1).transpose(0, 1)
+    return _Rectified.apply(x_UBD, weight_SDH, bias_SH)
 
 
 for name in ("linear", "rectified", "_packed"):
@@ -136,10 +140,11 @@ class _Rectified(torch.autograd.Function):
 
 def _product(x_BD: Tensor, weight_DN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x W, or relu(x W + b)."""
-    if x_BD.device.type == "cpu" and x_BD.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # oneDNN's kernels take a sixth less time than those behind torch.mm, and add and rectify in passing.
-        attribute = "none" if bias_N is None else "relu"
-        return torch.ops.mkldnn._linear_pointwise(x_BD, weight_DN.t(), bias_N, attribute, [], "")
+    if ONEDNN and x_BD.device.type == "cpu" and x_BD.dtype == torch.float32:
+        # oneDNN's kernels take a sixth less time than those behind torch.mm. They could rectify in passing, but of what is
+        # no number their relu makes 0, and a broken input would train on unseen.
+        y_BN = torch.ops.mkldnn._linear_pointwise(x_BD, weight_DN.t(), bias_N, "none", [], "")
+        return y_BN if bias_N is None else y_BN.relu_()
     return x_BD @ weight_DN if bias_N is None else torch.addmm(bias_N, x_BD, weight_DN).relu_()
 
 

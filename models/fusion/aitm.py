@@ -41,9 +41,9 @@ class Transfer(nn.Module):
     def attend(self, z_BD: Tensor, q_BD: Tensor) -> tuple[Tensor, Tensor]:
         """weight_B2 on the task before and on the task itself, and the values h1 of both, value_B2D."""
         p_BD = self.dropout(torch.relu(self.pass_on(z_BD)))
-        h_B23D = self.project(torch.stack([p_BD, q_BD], 1)).unflatten(2, (3, -1))
-        score_B2 = (h_B23D[:, :, 1] * h_B23D[:, :, 2]).sum(2) / math.sqrt(q_BD.shape[1])
-        return score_B2.softmax(1), h_B23D[:, :, 0]
+        h1_B2D, h2_B2D, h3_B2D = self.project(torch.stack([p_BD, q_BD], 1)).chunk(3, 2)
+        score_B2 = (h2_B2D * h3_B2D).sum(2) / math.sqrt(q_BD.shape[1])
+        return score_B2.softmax(1), h1_B2D
 
 
 class AITM(Fusion):
@@ -78,7 +78,7 @@ class AITM(Fusion):
         self.transfers = nn.ModuleList(Transfer(self.out_dim, dropout) for _ in self.chain[1:])
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        q_TBD = self.networks(x_BD.unsqueeze(0))
+        q_TBD = self.networks(x_BD.unsqueeze(0)).unbind()  # unlike slices, with one gradient for all
         z_BD = q_TBD[self.chain[0]]
         done = {self.chain[0]: z_BD}
         # A loop over tasks, unlike elsewhere: each step reads what the one before it made.

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.fusion.fusion import Fusion
-from models.layers import StackedMLP
+from models.layers import StackedMLP, mix
 
 
 class CrossStitch(Fusion):
@@ -41,7 +41,7 @@ class CrossStitch(Fusion):
         h_TBD = x_BD.unsqueeze(0)
         for level, networks in enumerate(self.networks):
             h_TBD = networks(h_TBD)
-            h_TBD = (self.stitch_LST[level] @ h_TBD.flatten(1)).view_as(h_TBD)
+            h_TBD = mix(self.stitch_LST[level].unsqueeze(1).expand(-1, x_BD.shape[0], -1), h_TBD)
         return h_TBD.transpose(0, 1)
 
     def gates(self, x_BD: Tensor) -> list[Tensor]:

@@ -242,4 +242,5 @@ class EMM(Fusion):
         return [x_BD[:, columns] for columns in self.columns], x_BD.unsqueeze(0)
 
     def _next(self, z_TBD: Tensor) -> tuple[list[Tensor], Tensor]:
-        return [z_TBD[task] for task in self.tasks], z_TBD
+        by_task = z_TBD.unbind()  # unlike slices, with one gradient for all
+        return [by_task[task] for task in self.tasks], z_TBD

@@ -336,8 +336,9 @@ def test_a_chain_that_does_not_name_each_task_once_is_refused(chain):
 
 
 def test_a_chain_is_given_by_names_of_tasks_and_defaults_to_the_schemas_order():
-    assert build_fusion({"name": "aitm", "widths": [4], "chain": ["c", "a", "b"]}, 5, list("abc"), []).chain == [2, 0, 1]
-    assert build_fusion({"name": "aitm", "widths": [4], "chain": None}, 5, list("abc"), []).chain == [0, 1, 2]
+    config = {"name": "aitm", "widths": [4]}
+    assert build_fusion(config | {"chain": ["c", "a", "b"]}, 5, list("abc"), []).chain == [2, 0, 1]
+    assert build_fusion(config | {"chain": None}, 5, list("abc"), []).chain == [0, 1, 2]
 
 
 @pytest.mark.parametrize("values", [{"dropout": 1.0}, {"dropout": -0.1}, {"calibrator": -1.0}])

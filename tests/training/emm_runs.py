@@ -1,4 +1,4 @@
-"""Small single-task runs and runs fused from them; as a script, what two ranks do for test_emm.py, run by torchrun.
+"""Small single-task runs and runs fused from them; as a script, what two ranks do for test_emm_runs.py, run by torchrun.
 
     python -m torch.distributed.run --nproc-per-node=2 emm_runs.py FOLDER
 
