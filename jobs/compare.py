@@ -8,7 +8,7 @@ Examples:
   python -m jobs.compare
   python -m jobs.compare models='[adatt,adatt_sp]' baseline=adatt_sp seeds=5
   python -m jobs.compare data=demo models='[mmoe,ple,adatt]' seeds=2 'overrides=["train.batch_size=2048"]'
-  python -m jobs.compare models='[adatt,wide]' baseline=adatt 'model_overrides={wide: ["model=adatt", "model.tower=[128]"]}'
+  python -m jobs.compare models='[adatt,wide]' baseline=adatt '+model_overrides={wide: ["model=adatt", "model.tower=[128]"]}'
 """
 
 import json
@@ -102,7 +102,7 @@ def _run(config: DictConfig, data: Path, name: str, seed: int) -> tuple[dict[str
 def _train(config: DictConfig, data: Path, path: Path, seed: int, own: list[str]) -> None:
     """Trains a run, or goes on with it. Raises UserError for one that was made with other settings."""
     path.mkdir(parents=True, exist_ok=True)
-    recipe = [f"recipe={config.recipe}"] if config.recipe else []
+    recipe = [f"recipe={config.recipe_name}"] if config.recipe_name else []
     settings, earlier = [*recipe, *config.overrides, *own], path / "made.json"
     if earlier.exists() and json.loads(earlier.read_text()) != settings:
         raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")

@@ -27,7 +27,7 @@ def conf(small_log: Path, small_content, tmp_path_factory: pytest.TempPathFactor
 
 def compare(conf: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.compare", f"--config-dir={conf}", "data=mine", f"folder={folder}"]
-    more = ["models=[shared_bottom,mmoe]", "seeds=2", *arguments]
+    more = ["recipe_name=mine", "models=[shared_bottom,mmoe]", "seeds=2", *arguments]
     return subprocess.run([*command, *more], capture_output=True, text=True, timeout=280, check=False)
 
 
