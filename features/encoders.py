@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.hashing import hash_strings
-from features.raw import ROW_ID, WEIGHT
 from features.schema import Dense, Schema
-from features.statistics import Moments, Statistics, bag_elements, transformed
+from features.statistics import Moments, Statistics, transformed
 
-VERSION = 2
+VERSION = 3
 MISSING, UNKNOWN = 0, 1  # the first ids of every table; one of hash buckets or bins has no unknown values
+UNKNOWN_SEED = 3  # deals unknown values to their ids, apart from the buckets of hash tables
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Encoders:
     """Fitted vocabularies and moments of a schema.
 
     Attributes:
-        vocabularies: per table, its values in the order of their ids, the first of which is UNKNOWN + 1.
+        vocabularies: per table, its values in the order of their ids, which follow those of unknown values.
         moments: per dense feature.
         edges: ascending edges of bins, of a piecewise number in the scale of the dataset's column, of a table in the raw one.
     """
@@ -40,15 +40,16 @@ class Encoders:
         """Chooses each vocabulary: the most frequent values first, ties by value, so that a refit is identical."""
         vocabularies = {}
         for name, table in schema.all_tables.items():
-            if table.counted and (counts := statistics.values.get(name)) is not None:
+            if table.counted:
+                counts = statistics.table_values(schema, name)
                 minimum = table.vocabulary.min_count if table.vocabulary else 1
                 limit = table.vocabulary.max_size if table.vocabulary else None
                 kept = counts.filter(pl.col("count") >= minimum).sort("count", "value", descending=[True, False])
                 vocabularies[name] = kept.head(limit or kept.height)["value"].to_arrow().cast(pa.large_string())
         edges = {
-            name: bin_edges(counts, table.bins).tolist()
+            name: bin_edges(numbers, table.bins).tolist()
             for name, table in schema.all_tables.items()
-            if table.bins and (counts := statistics.numbers.get(name)) is not None
+            if table.bins and (numbers := statistics.numbers.get(name)) is not None
         }
         for name, feature in schema.dense.items():
             if feature.piecewise:
@@ -61,13 +62,18 @@ class Encoders:
         settings = self.schema.all_tables[table]
         if settings.bins:
             return len(self.edges[table]) + 1
-        return settings.hash + 1 if settings.hash else len(self.vocabularies[table]) + 2
+        return settings.hash + 1 if settings.hash else self._first(table) + len(self.vocabularies[table])
+
+    def _first(self, table: str) -> int:
+        """The id of a vocabulary's first value."""
+        vocabulary = self.schema.all_tables[table].vocabulary
+        return UNKNOWN + (vocabulary.unknown if vocabulary else 1)
 
     def save(self, folder: Path) -> None:
         """Writes vocabularies/TABLE.parquet and encoders.json below `folder`."""
         (folder / "vocabularies").mkdir(parents=True)
         for name, values in self.vocabularies.items():
-            ids = pa.array(np.arange(len(values), dtype=np.int64) + UNKNOWN + 1)
+            ids = pa.array(np.arange(len(values), dtype=np.int64) + self._first(name))
             pq.write_table(pa.table({"value": values, "id": ids}), folder / "vocabularies" / f"{name}.parquet")
         content = {
             "version": VERSION,
@@ -101,41 +107,39 @@ class Encoders:
                 f"{folder}: encoders were fitted for features {known['inputs']}, this schema has "
                 f"{schema.inputs_fingerprint}. Use the features of that dataset, or fit new encoders."
             )
-        for name, count in known["num_embeddings"].items():
-            if schema.all_tables[name].counted and len(vocabularies.get(name, [])) + UNKNOWN + 1 != count:
-                raise UserError(
-                    f"{folder}/vocabularies/{name}.parquet is missing, or does not hold the {count - UNKNOWN - 1} values "
-                    "that were fitted. Restore it, or run jobs.preprocess again."
-                )
         moments = {n: Moments(**{k: v for k, v in m.items() if k != "std"}) for n, m in known["moments"].items()}
-        return cls(schema, vocabularies, moments, content.get("edges", {}))
+        encoders = cls(schema, vocabularies, moments, content.get("edges", {}))
+        for name, count in known["num_embeddings"].items():
+            if schema.all_tables[name].counted and (name not in vocabularies or encoders.num_embeddings(name) != count):
+                raise UserError(
+                    f"{folder}/vocabularies/{name}.parquet is missing, or does not hold the "
+                    f"{count - encoders._first(name)} values that were fitted. Restore it, or run jobs.preprocess again."
+                )
+        return encoders
 
-    def encode(self, rows: pl.DataFrame) -> pa.Table:
-        """Turns parsed rows into the columns of a dataset (see `arrow_schema`), row by row in the same order."""
+    def encode(self, rows: pa.Table) -> pa.Table:
+        """Turns rows of `features.raw.parse` into the columns of a dataset (see `arrow_schema`), in the same order."""
         columns: dict[str, pa.Array] = {}
         for name in self.schema.dense:
-            columns |= self._dense(name, rows)
-        for name, feature in self.schema.sparse.items():
-            values = rows[feature.column or name]
+            columns |= self._dense(name, _numbers(rows[name]))
+        for name in self.schema.sparse:
+            values = rows[name].combine_chunks()
             if (table := self.schema.table_of(name)) in self.edges:
-                columns[name] = self._bins(table, values.cast(pl.Float64).to_numpy())
+                columns[name] = self._bins(table, _numbers(values))
+            elif name in self.schema.bag:
+                columns[name] = pa.LargeListArray.from_arrays(values.offsets, self._ids(name, values.values))
             else:
-                text = values.cast(pl.String)
-                columns[name] = self._bag(name, text) if name in self.schema.bag else self._ids(name, text.to_arrow())
-        for task in self.schema.tasks:
-            columns[f"label.{task}"] = rows[f"label.{task}"].to_arrow()
-        columns["weight"] = rows[WEIGHT].to_arrow()
-        time = self.schema.event_time
-        columns["event_time"] = rows[time].to_arrow() if time else pa.array(np.zeros(rows.height, np.int64))
-        columns["row_id"] = rows[ROW_ID].to_arrow()
+                columns[name] = self._ids(name, values)
         target = arrow_schema(self.schema)
-        return pa.Table.from_arrays([columns[field.name].cast(field.type) for field in target], schema=target)
+        found = [columns[f.name] if f.name in columns else rows[f.name].combine_chunks() for f in target]
+        return pa.Table.from_arrays([c.cast(f.type) for c, f in zip(found, target, strict=True)], schema=target)
 
-    def _dense(self, name: str, rows: pl.DataFrame) -> dict[str, pa.Array]:
+    def _dense(self, name: str, raw_B: np.ndarray) -> dict[str, pa.Array]:
         feature, moments = self.schema.dense[name], self.moments[name]
-        x_B = transformed(feature, rows[feature.column or name].cast(pl.Float64).to_numpy())
+        x_B = transformed(feature, raw_B)
         missing_B = np.isnan(x_B)
-        x_B = np.where(missing_B, moments.mean, x_B)
+        if missing_B.any():
+            x_B = np.where(missing_B, moments.mean, x_B)
         columns = {name: pa.array(_scaled(feature, moments, x_B).astype(np.float32))}
         return columns | ({f"{name}_missing": pa.array(missing_B.astype(np.float32))} if feature.missing_flag else {})
 
@@ -144,22 +148,35 @@ class Encoders:
         bin_B = np.searchsorted(np.array(self.edges[table][1:]), x_B, side="right") + 1
         return pa.array(np.where(np.isnan(x_B), MISSING, bin_B).astype(np.int64))
 
-    def _ids(self, name: str, text: pa.Array) -> pa.Array:
+    def _ids(self, name: str, codes: pa.DictionaryArray) -> pa.Array:
+        """Looks the distinct values of a block up, and then only their codes row by row."""
         table = self.schema.table_of(name)
-        buckets = self.schema.all_tables[table].hash
-        if buckets:
-            ids = np.where(
-                text.is_valid().to_numpy(False), 1 + (hash_strings(text) % np.uint64(buckets)).astype(np.int64), MISSING
-            )
-            return pa.array(ids)
-        values = self.vocabularies[table]
-        known = pc.index_in(text.cast(values.type), value_set=values, skip_nulls=True).to_numpy(zero_copy_only=False)
-        known = np.where(np.isnan(known), UNKNOWN, known + UNKNOWN + 1).astype(np.int64)
-        return pa.array(np.where(text.is_valid().to_numpy(False), known, MISSING))
+        id_V = np.append(self._value_ids(table, codes.dictionary.cast(pa.large_string())), MISSING)
+        return pa.array(id_V[codes.indices.fill_null(len(id_V) - 1).to_numpy()])
 
-    def _bag(self, name: str, text: pl.Series) -> pa.Array:
-        lists = bag_elements(self.schema, name, text).to_arrow().cast(pa.large_list(pa.large_string()))
-        return pa.LargeListArray.from_arrays(lists.offsets, self._ids(name, lists.values))
+    def _value_ids(self, table: str, values: pa.Array) -> np.ndarray:
+        if buckets := self.schema.all_tables[table].hash:
+            return 1 + (hash_strings(values) % np.uint64(buckets)).astype(np.int64)
+        vocabulary, first = self.vocabularies[table], self._first(table)
+        if len(vocabulary) > 2 * len(values):  # the hash table that index_in builds had better be of the fewer
+            distinct = values.unique()
+            place = pc.index_in(vocabulary, value_set=distinct)
+            id_D = np.full(len(distinct), -1, np.int64)
+            id_D[place.drop_null().to_numpy()] = np.flatnonzero(place.is_valid().to_numpy(False))
+            id_V = id_D[pc.index_in(values, value_set=distinct).to_numpy()]
+        else:
+            id_V = pc.index_in(values, value_set=vocabulary).fill_null(-1).to_numpy().astype(np.int64)
+        ids = id_V + first
+        if len(unknown := np.flatnonzero(id_V < 0)):
+            dealt = hash_strings(values.take(pa.array(unknown)), UNKNOWN_SEED) % np.uint64(first - UNKNOWN)
+            ids[unknown] = UNKNOWN + dealt.astype(np.int64)
+        return ids
+
+
+def _numbers(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """float64, NaN where a value is missing."""
+    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    return array.to_numpy(zero_copy_only=False)
 
 
 def _scaled(feature: Dense, moments: Moments, values: np.ndarray) -> np.ndarray:

@@ -33,6 +33,12 @@ def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
         return _mix(total + lengths + _mix(np.full(1, seed, np.uint64)))
 
 
+def hash_integers(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """64-bit hashes of int64 values, uint64 of the same shape; no two values share one."""
+    with np.errstate(over="ignore"):
+        return _mix(values.astype(np.uint64) + _mix(np.full(1, seed, np.uint64)))
+
+
 def _powers(base: np.uint64, count: int) -> np.ndarray:
     factors = np.full(count, base)
     factors[:1] = 1

@@ -1,110 +1,191 @@
-"""From raw text to typed rows: casts, outcomes, derived columns, labels and split of a block of rows at a time."""
+"""From raw columns to typed rows: casts, derived columns, labels and split of a block of rows at a time."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from features.bags import listed
 from features.errors import UserError
+from features.expressions import columns_of
 from features.hashing import hash_strings
-from features.schema import RAW_TYPES, SPLITS, HashSplit, RawType, RowIndexSplit, Schema
+from features.schema import SPLITS, HashSplit, RowIndexSplit, Schema
+from features.source import Format, RawType
+from features.values import WORDS, as_ids, cleaned, coded, numbers
 
-SPLIT = "__split"  # index into SPLITS
-ROW_ID = "__row_id"
-WEIGHT = "__weight"
+LINE = "__line"  # of the row in its file, or in the part of it that is read at a time
+ROW = "__row"  # index of the row there
+ROW_ID = "row_id"
+SPLIT = "split"  # index into SPLITS
 HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same column
 
 
 @dataclass(frozen=True)
-class Parsed:
-    """A block of rows, good ones apart from bad ones.
+class Typed:
+    """A block's columns with their types, good rows apart from bad ones.
 
     Attributes:
-        rows: raw and derived columns with their types, `label.TASK` (null = not observed), SPLIT, ROW_ID, WEIGHT.
-        letters: what is wrong with the others: line, reason, raw.
+        rows: text that names ids as codes into its values, other text plain, numbers and times as they are; LINE and ROW.
+        bad: what is wrong with the others: line, reason, raw.
     """
 
-    rows: pl.DataFrame
-    letters: pl.DataFrame
+    rows: pa.Table
+    bad: pl.DataFrame
 
 
-def parse(schema: Schema, raw: pl.DataFrame, outcomes: dict[str, pl.DataFrame], row: int, row_id: int) -> Parsed:
-    """Types a block of rows and says which of them cannot be used, and why.
+@dataclass(frozen=True)
+class Parsed:
+    """A block's rows as features and labels.
+
+    Attributes:
+        rows: a column a feature and `label.TASK` (null = not observed), weight, event_time, row_id, split; see `parse`.
+        bad: as of Typed.
+        left_out: rows that a rule of the schema leaves out, by rule.
+    """
+
+    rows: pa.Table
+    bad: pl.DataFrame
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def type_columns(
+    columns: pa.Table, types: dict[str, RawType], codes: set[str], form: Format, line: np.ndarray, row: int
+) -> Typed:
+    """Types the raw columns of a block of an impressions' or outcomes' file.
 
     Args:
-        raw: the block, every column of `schema.raw_columns` as text.
-        outcomes: per outcome its first event of each key, from `first_outcomes`.
-        row: index of the block's first row in its file.
-        row_id: id of the block's first row where the schema names no `row_id` column.
+        columns: as they were read: text, numbers that the reader took already, or lists of text.
+        types: of all columns.
+        codes: text columns whose values name ids.
+        form: how the file is written.
+        line: of each row, for what is said of bad ones.
+        row: index of the first row.
     """
-    text = clean(schema, raw)
-    frame, reason = cast(text, schema.raw_types)
-    for name, events in outcomes.items():
-        # By the key's text: the streams' keys are text, whatever type the impressions' key has for other uses.
-        found = text.select(pl.col(str(schema.source.key)).alias("key")).join(
-            events, on="key", how="left", maintain_order="left"
-        )
-        frame = frame.hstack(found.drop("key").with_columns(pl.col(name).fill_null(False)))
-    frame = frame.with_columns(evaluate(frame, f"source.derived.{n}", e, n) for n, e in schema.source.derived.items())
-    _check_types(schema, frame)
-    frame = frame.with_columns(_label(schema, frame, name) for name in schema.tasks)
-    frame = frame.with_columns(
-        _split(schema, frame, row),
-        _weight(schema, frame),
-        (pl.col(schema.source.row_id) if schema.source.row_id else pl.int_range(pl.len()) + row_id).alias(ROW_ID),
-    )
-    reason = frame.select(
-        pl.coalesce(reason, *_impossible(schema), pl.lit(None, pl.String)).alias("reason")
-    ).to_series()
+    found: dict[str, pa.Array] = {}
+    reason: pl.Series | None = None
+    for name, kind in types.items():
+        array = _one(columns[name])
+        if kind != "string" and _is_text(array):
+            texts = cleaned(pl.Series(array, dtype=pl.String), form)
+            values, wrong = numbers(texts, kind, form)
+            if wrong.any():
+                said = pl.select(
+                    pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, pl.lit(WORDS[kind])))
+                ).to_series()
+                reason = said if reason is None else reason.zip_with(reason.is_not_null(), said)
+            found[name] = values.to_arrow()
+        elif kind != "string":
+            found[name] = array.cast(pa.float64() if kind == "float" else pa.int64())
+        elif not _is_text(array):  # a list
+            found[name] = array
+        elif name in codes:
+            found[name] = coded(array, form)
+        else:
+            found[name] = cleaned(pl.Series(array, dtype=pl.String), form).to_arrow()
+    found |= {LINE: pa.array(line), ROW: pa.array(np.arange(len(line)) + row)}
+    rows = pa.table(found)
+    if reason is None:
+        return Typed(rows, letters())
     bad = reason.is_not_null()
-    letters = pl.DataFrame(
-        {"line": bad.arg_true().cast(pl.Int64) + row, "reason": reason.filter(bad), "raw": _as_text(raw.filter(bad))}
-    )
-    return Parsed(frame.filter(~bad), letters)
+    texts = pa.Table.from_pydict({name: columns[name] for name in types}).filter(bad.to_arrow())
+    return Typed(rows.filter((~bad).to_arrow()), letters(line[bad.to_numpy()], reason.filter(bad), as_json(texts)))
 
 
-def clean(schema: Schema, raw: pl.DataFrame) -> pl.DataFrame:
-    """Text columns with spaces stripped where the schema says so and missing markers as nulls."""
-    column = pl.all().str.strip_chars() if schema.source.trim else pl.all()
-    missing = schema.source.missing
-    return raw.select(pl.when(column.is_in(missing)).then(None).otherwise(column).name.keep() if missing else column)
+def letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
+    """What is wrong with rows: the line, why, and the row as text."""
+    types = {"line": pl.Int64, "reason": pl.String, "raw": pl.String}
+    return pl.DataFrame({"line": line, "reason": reason, "raw": raw}, schema=types)
 
 
-def cast(text: pl.DataFrame, types: dict[str, RawType]) -> tuple[pl.DataFrame, pl.Series]:
-    """Casts text columns.
+def as_json(rows: pa.Table) -> pl.Series:
+    """The cells that were read, as JSON, for a person to look at."""
+    frame: pl.DataFrame = pl.from_arrow(_decoded(rows))  # type: ignore[assignment]
+    return frame.select(pl.struct(pl.all()).struct.json_encode().alias("raw")).to_series()
 
-    Returns:
-        The frame, and per row what is wrong with its first bad cell (null where nothing is).
+
+def code_columns(schema: Schema) -> set[str]:
+    """The raw columns that hold one id a row, or the items of a history."""
+    wanted = {schema.feature_columns[name] for name in [*schema.categorical, *schema.histories]}
+    return wanted - schema.raw_types.keys()
+
+
+def view(
+    schema: Schema, rows: pa.Table, joined: pl.DataFrame | None, expressions: Iterable[str], also: Iterable[str] = ()
+) -> pl.DataFrame:
+    """The columns that some expressions read, and others by name, derived ones and those of outcomes among them."""
+    wanted = {column for expression in expressions for column in columns_of(expression)} | set(also)
+    derived = {name: text for name, text in schema.source.derived.items() if name in wanted}
+    wanted |= {column for text in derived.values() for column in columns_of(text)}
+    frame: pl.DataFrame = pl.from_arrow(_decoded(rows.select([c for c in rows.column_names if c in wanted])))  # type: ignore[assignment]
+    if not frame.width:
+        frame = pl.DataFrame({ROW: rows[ROW].to_numpy()})
+    if joined is not None:
+        frame = frame.hstack(joined.select(c for c in joined.columns if c in wanted))
+    return frame.with_columns(evaluate(frame, f"source.derived.{n}", e, n) for n, e in derived.items())
+
+
+def parse(
+    schema: Schema,
+    rows: pa.Table,
+    row_id: int,
+    joined: pl.DataFrame | None = None,
+    young: dict[str, np.ndarray] | None = None,
+    histories: dict[str, pa.Array] | None = None,
+) -> Parsed:
+    """Features, labels and split of typed rows, and which of them cannot be used.
+
+    Args:
+        rows: B typed rows of `type_columns`.
+        row_id: added to ROW, it is the id of a row where the schema names no `row_id` column.
+        joined: B rows of the columns that outcomes add.
+        young: per outcome [B] whether its window was still open when the log ended.
+        histories: per bag of a history, B lists of items.
+    Returns: of each feature a column of its name: dense and binned numbers float64, ids as codes into text, bags as lists of
+        those; label.TASK float32, weight float32, event_time int64, row_id int64, split int8.
     """
-    types = {c: t for c, t in types.items() if t != "string" and c in text.columns}
-    frame = text.with_columns(pl.col(c).cast(RAW_TYPES[t], strict=False) for c, t in types.items())
-    reason = pl.Series("reason", [None], dtype=pl.String).new_from_index(0, text.height)
-    for column, kind in types.items():
-        wrong = text[column].is_not_null() & (frame[column].is_null() | ~frame[column].is_finite().fill_null(True))
-        if wrong.any():
-            shown = pl.format(
-                "{}: '{}' is not " + ("a number" if kind == "float" else "an integer"), pl.lit(column), column
-            )
-            reason = text.select(pl.when(wrong & reason.is_null()).then(shown).otherwise(reason).alias("reason"))[
-                "reason"
-            ]
-    return frame, reason
-
-
-def first_outcomes(events: pl.DataFrame, name: str, key: str, types: dict[str, RawType]) -> pl.DataFrame:
-    """One row for each key of an outcome stream: its first event, columns named as expressions see them.
-
-    Raises:
-        UserError: a value that is not of its declared type.
-    """
-    frame, reason = cast(events, types)
-    if (bad := reason.is_not_null()).any():
-        raise UserError(f"outcome {name}, line {bad.arg_true()[0] + 2}: {reason.filter(bad)[0]}")
-    frame = frame.drop_nulls(key).unique(key, keep="first", maintain_order=True)
-    return frame.select(
-        pl.col(key).alias("key"), pl.lit(True).alias(name), *(pl.col(c).alias(f"{name}_{c}") for c in types)
+    count, young = rows.num_rows, young or {}
+    frame = view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
+    columns: dict[str, pa.Array] = {}
+    for name, column in schema.feature_columns.items():
+        source = (
+            frame[column]
+            if column in schema.source.derived
+            else _one(rows[column])
+            if name not in (histories or {})
+            else None
+        )
+        columns[name] = _feature(schema, name, (histories or {})[name] if source is None else source)
+    labels = {f"label.{name}": _label(schema, frame, name, young) for name in schema.tasks}
+    weight = _weight(schema, frame)
+    time = _whole(schema, "event_time", schema.event_time, frame, rows)
+    own_id = _whole(schema, "source.row_id", schema.source.row_id, frame, rows)
+    ids = own_id if own_id is not None else pl.Series(rows[ROW]) + row_id
+    split = _split(schema, frame, rows, time)
+    core = pl.DataFrame(
+        [*(s.alias(n) for n, s in labels.items()), weight.alias("weight"), split.alias(SPLIT)]
+    ).with_columns(
+        (time if time is not None else pl.zeros(count, pl.Int64, eager=True)).alias("event_time"), ids.alias(ROW_ID)
     )
+    table = pa.table({**columns, **{c: core[c].rechunk().to_arrow() for c in core.columns}})
+    reason = _faults(schema, table, core)
+    if schema.source.outcomes and schema.source.key:
+        missing = pl.Series(_one(rows[schema.source.key]).is_null())
+        reason = _either(reason, missing, pl.lit(f"{schema.source.key}: missing key"))
+    keep, left_out = np.ones(count, bool), {}
+    bad = reason.is_not_null().to_numpy()
+    for name, young_B in young.items():
+        if schema.source.outcomes[name].young == "leave_out":
+            gone = young_B & ~bad & keep
+            left_out[f"window of {name} still open"] = int(gone.sum())
+            keep &= ~gone
+    letter = (
+        letters(rows[LINE].to_numpy()[bad], reason.filter(bad), as_json(rows.filter(bad))) if bad.any() else letters()
+    )
+    keep &= ~bad
+    return Parsed(table if keep.all() else table.filter(pa.array(keep)), letter, left_out)
 
 
 def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
@@ -120,6 +201,11 @@ def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Se
     return series if series.len() == frame.height else series.new_from_index(0, frame.height)
 
 
+def truth(frame: pl.DataFrame, key: str, expression: str) -> pl.Series:
+    """A SQL condition, false where it is null. Raises UserError where it is text."""
+    return _number(frame, key, expression, "truth").cast(pl.Boolean).fill_null(False)
+
+
 def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
     """`evaluate`, where text is not a value. Raises UserError."""
     series = evaluate(frame, key, expression, name)
@@ -128,84 +214,118 @@ def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Ser
     return series.cast(pl.Float32)
 
 
-def _check_types(schema: Schema, frame: pl.DataFrame) -> None:
-    """Raises UserError for a column, mostly a derived one, that is not of the type that its use needs."""
-    for name, feature in schema.dense.items():
-        kind = frame[feature.column or name].dtype
-        if not (kind.is_numeric() or kind in (pl.Boolean, pl.Null)):
-            raise UserError(f"dense.{name}: column {feature.column or name} is {kind}, it must be a number")
-    for key, column in (("event_time", schema.event_time), ("source.row_id", schema.source.row_id)):
-        if column and not frame[column].dtype.is_integer():
-            raise UserError(f"{key}: column {column} is {frame[column].dtype}, it must be an integer")
+def _feature(schema: Schema, name: str, values: pl.Series | pa.Array) -> pa.Array:
+    """A feature's column as `parse` returns it. Raises UserError for one that is not of the type that its use needs."""
+    if name in schema.bag:
+        return listed(values if isinstance(values, pa.Array) else values.rechunk().to_arrow(), schema.bag[name])
+    if name in schema.categorical and not schema.all_tables[schema.table_of(name)].bins:
+        return as_ids(values)
+    series = values if isinstance(values, pl.Series) else pl.Series(values)
+    if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
+        column = schema.feature_columns[name]
+        raise UserError(
+            f"{'dense' if name in schema.dense else 'categorical'}.{name}: column {column} is {series.dtype}, it must be a number"
+        )
+    return series.cast(pl.Float64).rechunk().to_arrow()
 
 
-def _label(schema: Schema, frame: pl.DataFrame, name: str) -> pl.Series:
+def _whole(schema: Schema, key: str, column: str | None, frame: pl.DataFrame, rows: pa.Table) -> pl.Series | None:
+    """A column of whole numbers, if the schema names one. Raises UserError where it is of another type."""
+    if column is None:
+        return None
+    series = frame[column] if column in schema.source.derived else pl.Series(_one(rows[column]))
+    if not series.dtype.is_integer():
+        raise UserError(f"{key}: column {column} is {series.dtype}, it must be an integer")
+    return series.cast(pl.Int64)
+
+
+def _label(schema: Schema, frame: pl.DataFrame, name: str, young: dict[str, np.ndarray]) -> pl.Series:
     task = schema.tasks[name]
     label = _number(frame, f"tasks.{name}.label", task.label, f"label.{name}")
-    if task.observed_when is None:
-        return label
-    observed = _number(frame, f"tasks.{name}.observed_when", task.observed_when, "observed").cast(pl.Boolean)
-    return label.zip_with(observed.fill_null(False), pl.Series([None], dtype=pl.Float32).new_from_index(0, len(label)))
+    reads = schema.outcomes_of(task.label)
+    if task.observed_when is not None:
+        observed = truth(frame, f"tasks.{name}.observed_when", task.observed_when)
+        label = label.set(~observed, None)
+        reads |= schema.outcomes_of(task.observed_when)
+    for outcome, young_B in young.items():
+        if outcome in reads and schema.source.outcomes[outcome].young == "unobserved":
+            label = label.set(pl.Series(young_B), None)
+    return label
 
 
 def _weight(schema: Schema, frame: pl.DataFrame) -> pl.Series:
     if schema.weight is None:
-        return pl.Series(WEIGHT, [1.0], dtype=pl.Float32).new_from_index(0, frame.height).alias(WEIGHT)
-    return _number(frame, "weight", schema.weight, WEIGHT)
+        return pl.Series([1.0], dtype=pl.Float32).new_from_index(0, frame.height)
+    return _number(frame, "weight", schema.weight, "weight")
 
 
-def _split(schema: Schema, frame: pl.DataFrame, row: int) -> pl.Series:
+def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series | None) -> pl.Series:
     split = schema.split
     if isinstance(split, RowIndexSplit):
         of_remainder = np.empty(split.modulo, np.int8)
         for number, name in enumerate(SPLITS):
             of_remainder[getattr(split, name)] = number
-        return pl.Series(SPLIT, of_remainder[(np.arange(frame.height) + row) % split.modulo])
+        return pl.Series(of_remainder[rows[ROW].to_numpy() % split.modulo])
     if isinstance(split, HashSplit):
-        keys = frame[split.key].cast(pl.String)
-        share = hash_strings(keys.to_arrow(), HASH_SPLIT_SEED) / 2.0**64
+        keys = as_ids(frame[split.key] if split.key in schema.source.derived else _one(rows[split.key]))
+        share = hash_strings(keys.dictionary, HASH_SPLIT_SEED) / 2.0**64
         code = np.where(share < split.test, 2, np.where(share < split.test + split.valid, 1, 0)).astype(np.int8)
-        return pl.Series(SPLIT, code).zip_with(keys.is_not_null(), pl.Series([None], dtype=pl.Int8))
+        return pl.Series(pa.array(code).take(keys.indices))
+    assert time is not None  # the schema has seen to that
     valid_from, test_from = (math.ceil(moment.timestamp()) for moment in (split.valid_from, split.test_from))
-    time = pl.col(str(schema.event_time))
-    return frame.select(
-        ((time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)).alias(SPLIT)
-    ).to_series()
+    return (time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)
 
 
-def _impossible(schema: Schema) -> list[pl.Expr]:
-    """What makes a typed row unusable, each an expression that is null where all is well."""
-    faults: list[pl.Expr] = []
-    for name, feature in schema.dense.items():
-        x = pl.col(feature.column or name)
+def _faults(schema: Schema, rows: pa.Table, core: pl.DataFrame) -> pl.Series:
+    """Per row what makes it unusable, null where all is well."""
+    reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
+    for name in schema.dense:
+        x = pl.Series(rows[name])
         # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
-        faults.append(
-            pl.when(x.cast(pl.Float32).is_infinite()).then(pl.format(f"{name}: {{}} is not a finite number", x))
-        )
+        reason = _either(reason, x.cast(pl.Float32).is_infinite(), pl.format(f"{name}: {{}} is not a finite number", x))
     for name, task in schema.tasks.items():
-        label = pl.col(f"label.{name}")
+        label = core[f"label.{name}"]
         allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()
         words = "a label in [0, 1]" if task.kind == "binary" else "a finite label"
-        faults.append(pl.when(~allowed).then(pl.format(f"tasks.{name}: {{}} is not {words}", label)))
-    weight = pl.col(WEIGHT)
-    faults.append(
-        pl.when(weight.is_null() | weight.is_nan() | ~(weight >= 0) | weight.is_infinite()).then(
-            pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
-        )
-    )
-    faults.append(pl.when(pl.col(SPLIT).is_null()).then(pl.lit("split: its key or time is missing")))
+        reason = _either(reason, ~allowed, pl.format(f"tasks.{name}: {{}} is not {words}", label))
+    weight = core["weight"]
+    said = pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
+    reason = _either(reason, ~(weight.is_finite() & (weight >= 0)).fill_null(False), said)
+    reason = _either(reason, core[SPLIT].is_null(), pl.lit("split: its key or time is missing"))
     if schema.event_time:
-        faults.append(
-            pl.when(pl.col(schema.event_time).is_null()).then(pl.lit(f"{schema.event_time}: missing event time"))
-        )
-    if schema.source.row_id:
-        faults.append(pl.when(pl.col(ROW_ID).is_null()).then(pl.lit(f"{schema.source.row_id}: missing row id")))
+        reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
+    if column := schema.source.row_id:
+        reason = _either(reason, core[ROW_ID].is_null(), pl.lit(f"{column}: missing row id"))
         # -1 marks the padding of a batch.
-        negative = pl.format(f"{schema.source.row_id}: {{}} is not a row id >= 0", pl.col(ROW_ID))
-        faults.append(pl.when(pl.col(ROW_ID) < 0).then(negative))
-    return faults
+        reason = _either(reason, core[ROW_ID] < 0, pl.format(f"{column}: {{}} is not a row id >= 0", core[ROW_ID]))
+    return reason
 
 
-def _as_text(raw: pl.DataFrame) -> pl.Series:
-    """The cells that were read, as JSON, for a person to look at."""
-    return raw.select(pl.struct(pl.all()).struct.json_encode().alias("raw")).to_series()
+def _either(reason: pl.Series, wrong: pl.Series, said: pl.Expr) -> pl.Series:
+    """The reasons, and for rows that are wrong and have none yet what is said of them."""
+    if not wrong.any():
+        return reason
+    return pl.select(pl.when(reason.is_null() & wrong).then(said).otherwise(reason)).to_series()
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
+    return (
+        column.chunk(0)
+        if column.num_chunks == 1
+        else column.combine_chunks()
+        if column.num_chunks
+        else pa.array([], column.type)
+    )
+
+
+def _decoded(rows: pa.Table) -> pa.Table:
+    """Codes as the text they stand for."""
+    for index, field_ in enumerate(rows.schema):
+        if pa.types.is_dictionary(field_.type):
+            rows = rows.set_column(index, field_.name, rows[field_.name].cast(pa.large_string()))
+    return rows
+
+
+def _is_text(array: pa.Array) -> bool:
+    return pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_null(array.type)

@@ -9,64 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import polars as pl
 import yaml
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from features.errors import UserError
 from features.expressions import columns_of
+from features.source import Format, History, Outcome, RawType, Source, Strict
 
-RAW_TYPES = {"int": pl.Int64, "float": pl.Float64, "string": pl.String}
-RawType = Literal["int", "float", "string"]
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 TAKEN = ("weight", "event_time", "row_id")  # columns of every dataset
 
 
-def _utc(value: Any) -> Any:
+def utc(value: Any) -> Any:
     """Dates and times without a zone are UTC: a split must not move with the machine's zone."""
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
     if isinstance(moment, date) and not isinstance(moment, datetime):  # what YAML makes of a date without quotes
         moment = datetime.combine(moment, time())
     return moment.replace(tzinfo=timezone.utc) if isinstance(moment, datetime) and moment.tzinfo is None else value
-
-
-class Strict(BaseModel):
-    """A part of the schema: unknown keys are refused, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Outcome(Strict):
-    """A stream of later events, joined to impressions by a key; the first event of a key counts.
-
-    Expressions see the boolean column NAME (it happened) and NAME_COLUMN for each of `columns`.
-    """
-
-    files: str
-    key: str
-    columns: dict[str, RawType] = {}
-
-
-class Source(Strict):
-    """Where raw columns come from. Every column is text unless `types` says otherwise."""
-
-    files: str = Field(description="glob below the input folder, or a file's name")
-    format: Literal["csv"] = "csv"
-    columns: list[str] | None = Field(None, description="names in order for files without a header line")
-    delimiter: str = Field(",", min_length=1, max_length=1)
-    missing: list[str] = [""]
-    trim: bool = Field(False, description="strip spaces around every value")
-    types: dict[str, RawType] = {}
-    row_id: str | None = Field(None, description="integer column that is unique; by default file and row number")
-    key: str | None = Field(None, description="column that outcomes refer to")
-    outcomes: dict[str, Outcome] = {}
-    derived: dict[str, str] = Field({}, description="further columns as SQL expressions over the raw ones")
-
-    @property
-    def header_lines(self) -> int:
-        """Lines of a file that are not rows."""
-        return int(self.columns is None)
 
 
 class Dense(Strict):
@@ -80,10 +40,14 @@ class Dense(Strict):
 
 
 class Vocabulary(Strict):
-    """Ids for values seen at least `min_count` times in the train split, the `max_size` most frequent of them."""
+    """Ids for values seen at least `min_count` times in the train split, the `max_size` most frequent of them.
+
+    Other values share `unknown` ids, dealt by a hash.
+    """
 
     min_count: int = Field(1, ge=1)
     max_size: int | None = Field(None, ge=1)
+    unknown: int = Field(1, ge=1)
 
 
 class Table(Strict):
@@ -121,11 +85,18 @@ class Categorical(Table):
 
 
 class Bag(Categorical):
-    """A list of ids a row, mean-pooled; at most the first `max_length` count."""
+    """A list of ids a row, mean-pooled; at most the first `max_length` count. It is a column's, or made of earlier rows."""
 
     separator: str = Field("|", min_length=1)
     max_length: int = Field(50, ge=1)
     bins: None = Field(None, description="a list of numbers has none")
+    history: History | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Bag":
+        if self.history and self.column:
+            raise ValueError("give one of column and history")
+        return self
 
 
 class Task(Strict):
@@ -158,8 +129,8 @@ class RowIndexSplit(Strict):
     by: Literal["row_index"]
     modulo: int = Field(ge=1)
     train: list[int]
-    valid: list[int] = []
-    test: list[int] = []
+    valid: list[int] = Field([])
+    test: list[int] = Field([])
 
     @model_validator(mode="after")
     def _every_remainder_once(self) -> "RowIndexSplit":
@@ -172,8 +143,8 @@ class TimeSplit(Strict):
     """train | valid_from <= valid < test_from | test, by event time; dates are UTC."""
 
     by: Literal["time"]
-    valid_from: Annotated[AwareDatetime, BeforeValidator(_utc)]
-    test_from: Annotated[AwareDatetime, BeforeValidator(_utc)]
+    valid_from: Annotated[AwareDatetime, BeforeValidator(utc)]
+    test_from: Annotated[AwareDatetime, BeforeValidator(utc)]
 
     @model_validator(mode="after")
     def _in_order(self) -> "TimeSplit":
@@ -186,13 +157,13 @@ class Schema(Strict):
     """What a row means (features, tasks, weight, time, split). Read one with `Schema.load` or `Schema.parse`."""
 
     source: Source
-    tables: dict[str, Table] = {}
-    dense: dict[str, Dense] = {}
-    categorical: dict[str, Categorical] = {}
-    bag: dict[str, Bag] = {}
+    tables: dict[str, Table] = Field({})
+    dense: dict[str, Dense] = Field({})
+    categorical: dict[str, Categorical] = Field({})
+    bag: dict[str, Bag] = Field({})
     tasks: dict[str, Task] = Field(min_length=1)
     weight: str | None = Field(None, description="SQL expression: weight of the row in every loss and metric")
-    event_time: str | None = Field(None, description="integer column, seconds since 1970 UTC")
+    event_time: str | None = Field(None, description="column: seconds since 1970 UTC, or dates and times (ISO 8601)")
     split: HashSplit | RowIndexSplit | TimeSplit = Field(discriminator="by")
 
     @classmethod
@@ -281,7 +252,7 @@ class Schema(Strict):
         numbers = [*self.dense, *(name for name in self.sparse if self.all_tables[self.table_of(name)].bins)]
         implied: dict[str, RawType] = {self.feature_columns[name]: "float" for name in numbers}
         if self.event_time:
-            implied[self.event_time] = "int"
+            implied[self.event_time] = "time"
         if self.source.row_id:
             implied[self.source.row_id] = "int"
         derived = self.source.derived.keys()
@@ -291,7 +262,13 @@ class Schema(Strict):
     def feature_columns(self) -> dict[str, str]:
         """The raw or derived column that each feature reads."""
         columns = {name: f.column or name for name, f in self.dense.items()}
-        return columns | {name: f.column or name for name, f in self.sparse.items()}
+        columns |= {name: f.column or name for name, f in self.sparse.items()}
+        return columns | {name: history.item for name, history in self.histories.items()}
+
+    @cached_property
+    def histories(self) -> dict[str, History]:
+        """The bags that are made of a user's earlier rows."""
+        return {name: bag.history for name, bag in self.bag.items() if bag.history}
 
     @cached_property
     def raw_columns(self) -> list[str]:
@@ -299,6 +276,7 @@ class Schema(Strict):
         used = list(self.feature_columns.values())
         used += [c for c in (self.source.key, self.source.row_id, self.event_time) if c]
         used += [self.split.key] if isinstance(self.split, HashSplit) else []
+        used += [history.user for history in self.histories.values()]
         for expression in self.expressions.values():
             used += columns_of(expression)
         known = self.source.derived.keys() | self.outcome_columns.keys()
@@ -307,8 +285,14 @@ class Schema(Strict):
     @cached_property
     def outcome_columns(self) -> dict[str, str]:
         """Columns that a join adds, with the outcome they come from."""
-        outcomes = self.source.outcomes.items()
-        return {c: name for name, o in outcomes for c in [name, *(f"{name}_{column}" for column in o.columns)]}
+        added = {name: ["count", *(["time"] if o.time else []), *o.columns] for name, o in self.source.outcomes.items()}
+        return {c: name for name, columns in added.items() for c in [name, *(f"{name}_{column}" for column in columns)]}
+
+    def outcomes_of(self, expression: str) -> set[str]:
+        """The outcomes that an expression reads, be it through derived columns."""
+        roots = columns_of(expression)
+        roots += [c for root in roots if root in self.source.derived for c in columns_of(self.source.derived[root])]
+        return {self.outcome_columns[c] for c in roots if c in self.outcome_columns}
 
     @property
     def used_splits(self) -> set[Split]:
@@ -328,6 +312,9 @@ class Schema(Strict):
             found[f"tasks.{name}.label"] = task.label
             if task.observed_when:
                 found[f"tasks.{name}.observed_when"] = task.observed_when
+        for name, history in self.histories.items():
+            if history.when:
+                found[f"bag.{name}.history.when"] = history.when
         return found | ({"weight": self.weight} if self.weight else {})
 
 
@@ -348,6 +335,7 @@ def _contradictions(schema: Schema) -> Iterator[str]:
         yield "source.key is missing: outcomes need the column of the impressions that they refer to"
     if isinstance(schema.split, TimeSplit) and not schema.event_time:
         yield "event_time is missing: a split by time needs it"
+    yield from _without_time(schema)
     names = [*schema.dense_columns, *schema.sparse]
     if twice := {n for n in names if names.count(n) > 1}:
         yield f"feature {sorted(twice)[0]} is defined twice: dense, categorical and bag share one namespace"
@@ -385,6 +373,19 @@ def _contradictions(schema: Schema) -> Iterator[str]:
                 )
 
 
+def _without_time(schema: Schema) -> Iterator[str]:
+    """What an order in time is needed for, and there is none."""
+    for name, stream in schema.source.outcomes.items():
+        if stream.time and not schema.event_time:
+            yield f"event_time is missing: outcome {name} has a time, which is compared with it"
+    for name, history in schema.histories.items():
+        if not schema.event_time:
+            yield f"event_time is missing: the history of bag {name} is what was before it"
+        for outcome in schema.outcomes_of(history.when) if history.when else ():
+            if not schema.source.outcomes[outcome].time:
+                yield f"bag {name}: its history reads outcome {outcome}, which has no time: when was it known?"
+
+
 def _say(where: str, error: Any) -> str:
     """One validation error as: file, key, what is wrong, what is allowed."""
     loc = [
@@ -408,9 +409,11 @@ def _allowed(path: list[str]) -> list[str]:
     if not path:
         return list(Schema.model_fields)
     if path[0] == "source":
-        return list((Outcome if "outcomes" in path else Source).model_fields)
+        return list((Format if "read" in path else Outcome if "outcomes" in path else Source).model_fields)
     if path[0] == "split":
         return sorted({k for kind in (HashSplit, RowIndexSplit, TimeSplit) for k in kind.model_fields})
+    if path[-1] == "history":
+        return list(History.model_fields)
     if path[-1] == "vocabulary":
         return list(Vocabulary.model_fields)
     return list(sections[path[0]].model_fields)

@@ -1,13 +1,20 @@
-"""What is counted on the train split: values per embedding table and moments per dense feature; partial counts merge."""
+"""What is counted over rows: values and numbers per feature, labels per task; counts of parts of the rows merge."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from features.raw import SPLIT
+from features.digest import Digest
+from features.hashing import hash_strings
 from features.schema import Dense, Schema
+
+# Shapes: B rows, T tasks, V distinct values, G groups.
+GROUPS = 64  # of the values of a hashed feature, of which there are too many to count each
+GROUP_SEED = 17  # apart from the buckets of its table
 
 
 def transformed(feature: Dense, values: np.ndarray) -> np.ndarray:
@@ -17,7 +24,7 @@ def transformed(feature: Dense, values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of a dense feature after its transform (merged as in Chan et al. 1979)."""
+    """Count, mean and sum of squared deviations of a number (merged as in Chan et al. 1979)."""
 
     count: int = 0
     missing: int = 0
@@ -50,60 +57,185 @@ class Moments:
 
 
 @dataclass
-class Statistics:
-    """Counts of a part of the train split.
+class LabelSums:
+    """Sums over the rows where the tasks of a row i and a column j are both observed; on the diagonal, where one is.
+
+    Without rows, each is a plain 0.
 
     Attributes:
-        values: per table with a vocabulary, the frame (value, count).
-        moments: per dense feature.
-        numbers: per table of bins, and per piecewise number after its transform, the frame (value, count).
+        count_TT: such rows.
+        sum_TT, square_TT: sums of the labels of i, and of their squares.
+        product_TT: sums of the label of i times the label of j.
     """
 
-    values: dict[str, pl.DataFrame] = field(default_factory=dict)
-    moments: dict[str, Moments] = field(default_factory=dict)
-    numbers: dict[str, pl.DataFrame] = field(default_factory=dict)
+    count_TT: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    sum_TT: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    square_TT: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    product_TT: np.ndarray = field(default_factory=lambda: np.zeros(()))
 
     @classmethod
-    def of(cls, schema: Schema, rows: pl.DataFrame) -> "Statistics":
-        """Statistics of the train rows among parsed rows."""
-        rows = rows.filter(pl.col(SPLIT) == 0)
-        columns: dict[str, list[pl.Series]] = {}
-        numbers: dict[str, list[np.ndarray]] = {}
-        for name, feature in schema.sparse.items():
+    def of(cls, label_BT: np.ndarray) -> "LabelSums":
+        """Sums of float64 labels; NaN is not observed."""
+        observed_BT = ~np.isnan(label_BT)
+        label_BT = np.where(observed_BT, label_BT, 0.0)
+        ones_BT = observed_BT.astype(np.float64)
+        label_TB = label_BT.T
+        return cls(ones_BT.T @ ones_BT, label_TB @ ones_BT, label_TB**2 @ ones_BT, label_TB @ label_BT)
+
+    def merge(self, other: "LabelSums") -> "LabelSums":
+        """Sums over both parts' rows."""
+        return LabelSums(
+            self.count_TT + other.count_TT,
+            self.sum_TT + other.sum_TT,
+            self.square_TT + other.square_TT,
+            self.product_TT + other.product_TT,
+        )
+
+    def correlations(self) -> np.ndarray:
+        """Pearson correlation of each pair over the rows where both are observed; NaN where one is constant there.
+
+        Returns: float64 of shape (T, T).
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean_TT = self.sum_TT / self.count_TT
+            variance_TT = self.square_TT / self.count_TT - mean_TT**2
+            # What a constant label leaves is rounding.
+            variance_TT = np.where(variance_TT > 1e-12 * self.square_TT / self.count_TT, variance_TT, np.nan)
+            covariance_TT = self.product_TT / self.count_TT - mean_TT * mean_TT.T
+            return np.clip(covariance_TT / np.sqrt(variance_TT * variance_TT.T), -1, 1)
+
+
+@dataclass
+class Statistics:
+    """Counts over a part of the rows.
+
+    Counts do not depend on the order in which parts are merged; moments, digests and sums of labels do in their last digits.
+
+    Attributes:
+        rows: counted rows.
+        missing: per feature, rows without a value (of a bag: with an empty list).
+        values: per feature with a vocabulary, the frame (value, count).
+        groups: per feature with a hash table, int64 counts of its values in GROUPS groups by another hash.
+        moments: per dense feature, after its transform.
+        raw: per dense feature and feature with a table of bins, moments before any transform.
+        digests: as `raw`, what quantiles and histograms are made of.
+        numbers: per table of bins, and per piecewise number after its transform, the frame (value, count).
+        labels: of the tasks, in the schema's order.
+    """
+
+    rows: int = 0
+    missing: dict[str, int] = field(default_factory=dict)
+    values: dict[str, pl.DataFrame] = field(default_factory=dict)
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    raw: dict[str, Moments] = field(default_factory=dict)
+    digests: dict[str, Digest] = field(default_factory=dict)
+    numbers: dict[str, pl.DataFrame] = field(default_factory=dict)
+    labels: LabelSums = field(default_factory=LabelSums)
+
+    @classmethod
+    def of(cls, schema: Schema, rows: pa.Table) -> "Statistics":
+        """Counts all rows of a table with a column for each feature and each `label.TASK`.
+
+        Args:
+            rows: numbers (dense, and categorical with a table of bins) as float64, null or NaN where missing; other
+                categorical features as dictionaries of strings, null where missing; bags as lists of such.
+        """
+        found = cls(rows=rows.num_rows)
+        for name, dense in schema.dense.items():
+            present = found._count_number(name, rows[name])
+            changed = transformed(dense, present)
+            found.moments[name] = replace(Moments.of(changed), missing=found.missing[name])
+            if dense.piecewise:
+                found.numbers[name] = _counted(changed)
+        for name in schema.sparse:
             table = schema.all_tables[schema.table_of(name)]
             if table.bins:
-                x_B = rows[feature.column or name].cast(pl.Float64).to_numpy()
-                numbers.setdefault(schema.table_of(name), []).append(x_B)
-            elif table.counted:
-                column = rows[feature.column or name].cast(pl.String).alias("value")
-                elements = bag_elements(schema, name, column).explode() if name in schema.bag else column
-                columns.setdefault(schema.table_of(name), []).append(elements.drop_nulls())
-        moments = {}
-        for name, dense in schema.dense.items():
-            x_B = transformed(dense, rows[dense.column or name].cast(pl.Float64).to_numpy())
-            moments[name] = Moments.of(x_B)
-            if dense.piecewise:
-                numbers[name] = [x_B]
-        values = {table: pl.concat(parts).value_counts() for table, parts in columns.items()}
-        return cls(values, moments, {name: _counted(np.concatenate(parts)) for name, parts in numbers.items()})
+                counts = {schema.table_of(name): _counted(found._count_number(name, rows[name]))}
+                found.numbers = _summed([found.numbers, counts])
+            else:
+                found._count_values(name, rows[name], hashed=bool(table.hash))
+        label_BT = np.column_stack([_floats(rows[f"label.{task}"]) for task in schema.tasks])
+        found.labels = LabelSums.of(label_BT)
+        return found
+
+    def _count_number(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
+        """Counts a number, and gives the values that are there."""
+        x_B = _floats(column)
+        present = x_B[~np.isnan(x_B)]
+        self.missing[name] = len(x_B) - len(present)
+        self.raw[name] = replace(Moments.of(present), missing=self.missing[name])
+        self.digests[name] = Digest(present)
+        return present
+
+    def _count_values(self, name: str, column: pa.ChunkedArray, hashed: bool) -> None:
+        array = column.combine_chunks()
+        single = pa.types.is_dictionary(array.type)
+        value_V, count_V = _frequencies(array if single else array.flatten())
+        empty = len(array) - count_V.sum() if single else pc.sum(pc.equal(pc.list_value_length(array), 0)).as_py() or 0
+        self.missing[name] = int(empty)
+        if hashed:
+            group_V = (hash_strings(value_V, GROUP_SEED) % np.uint64(GROUPS)).astype(np.int64)
+            self.groups[name] = np.bincount(group_V, count_V, GROUPS).astype(np.int64)
+        else:
+            frame = pl.DataFrame({"value": pl.from_arrow(value_V), "count": count_V})
+            self.values[name] = frame.group_by("value").agg(pl.col("count").sum())
+
+    def table_values(self, schema: Schema, table: str) -> pl.DataFrame:
+        """The frame (value, count) of all features of a table with a vocabulary together."""
+        features = [name for name in schema.sparse if schema.table_of(name) == table and name in self.values]
+        empty = pl.DataFrame(schema={"value": pl.String, "count": pl.Int64})
+        return _summed([{table: empty}, *({table: self.values[name]} for name in features)])[table]
 
     def merge(self, *others: "Statistics") -> "Statistics":
         """Statistics of all parts' rows together."""
-        moments = dict(self.moments)
-        for other in others:
-            moments |= {name: moments.get(name, Moments()).merge(m) for name, m in other.moments.items()}
         parts = (self, *others)
-        return Statistics(_summed([p.values for p in parts]), moments, _summed([p.numbers for p in parts]))
+        whole = Statistics(
+            rows=sum(part.rows for part in parts),
+            values=_summed([part.values for part in parts]),
+            numbers=_summed([part.numbers for part in parts]),
+        )
+        digests: dict[str, list[Digest]] = {}
+        for part in parts:
+            for name, count in part.missing.items():
+                whole.missing[name] = whole.missing.get(name, 0) + count
+            for name, count_G in part.groups.items():
+                whole.groups[name] = whole.groups.get(name, 0) + count_G
+            for name, moments in part.moments.items():
+                whole.moments[name] = whole.moments.get(name, Moments()).merge(moments)
+            for name, moments in part.raw.items():
+                whole.raw[name] = whole.raw.get(name, Moments()).merge(moments)
+            for name, digest in part.digests.items():
+                digests.setdefault(name, []).append(digest)
+            whole.labels = whole.labels.merge(part.labels)
+        whole.digests = {name: found[0].merge(*found[1:]) for name, found in digests.items()}
+        return whole
 
     def __getstate__(self) -> dict[str, object]:
         # Arrow IPC bytes: a pickled slice would carry its whole parent buffer from worker to worker.
-        return {"values": _packed(self.values), "moments": self.moments, "numbers": _packed(self.numbers)}
+        return self.__dict__ | {"values": _packed(self.values), "numbers": _packed(self.numbers)}
 
     def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
         self.values, self.numbers = (
             {name: pl.read_ipc(io.BytesIO(data)) for name, data in state[key].items()} for key in ("values", "numbers")
         )
-        self.moments = state["moments"]
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers in float64, NaN for null."""
+    return column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+
+
+def _frequencies(elements: pa.DictionaryArray) -> tuple[pa.Array, np.ndarray]:
+    """The values that a dictionary array holds, and how often; a value that is twice in the dictionary comes twice.
+
+    Returns: large strings without nulls, and int64 of shape (V,).
+    """
+    index = elements.indices.drop_null().to_numpy()
+    count_V = np.bincount(index, minlength=len(elements.dictionary)).astype(np.int64)
+    used_V = (count_V > 0) & elements.dictionary.is_valid().to_numpy(zero_copy_only=False)
+    return elements.dictionary.cast(pa.large_string()).filter(pa.array(used_V)), count_V[used_V]
 
 
 def _packed(counts: dict[str, pl.DataFrame]) -> dict[str, bytes]:
@@ -118,8 +250,8 @@ def _summed(parts: list[dict[str, pl.DataFrame]]) -> dict[str, pl.DataFrame]:
     }
 
 
-def _counted(values: np.ndarray) -> pl.DataFrame:
-    return pl.Series("value", rounded(values[~np.isnan(values)])).value_counts()
+def _counted(present: np.ndarray) -> pl.DataFrame:
+    return pl.Series("value", rounded(present)).value_counts().cast({"count": pl.Int64})
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
@@ -129,10 +261,3 @@ def rounded(values: np.ndarray) -> np.ndarray:
     """
     mantissa, exponent = np.frexp(values)
     return np.ldexp(np.floor(mantissa * 65536) / 65536, exponent) + 0.0  # -0.0 is 0.0
-
-
-def bag_elements(schema: Schema, name: str, column: pl.Series) -> pl.Series:
-    """Lists of a bag's values, cut to its `max_length`; missing and empty are empty lists."""
-    feature = schema.bag[name]
-    lists = column.fill_null("").str.split(feature.separator).list.eval(pl.element().filter(pl.element() != ""))
-    return lists.list.head(feature.max_length)

@@ -25,8 +25,11 @@ def main(config: DictConfig) -> None:
             if observed
         )
         print(f"{split:5}  {rows:>10,} rows   mean label: {rates or '-'}")
-    bad = sum(manifest.dead_letters.values())
-    print(f"{settings.out}: {len(manifest.shards)} shards, schema {manifest.fingerprint}, {bad} dead letters")
+    bad, left_out = sum(manifest.dead_letters.values()), sum(manifest.left_out.values())
+    print(
+        f"{settings.folder}: {len(manifest.shards)} shards, schema {manifest.fingerprint}, {bad} dead letters"
+        + (f", {left_out} rows left out" if left_out else "")
+    )
 
 
 if __name__ == "__main__":

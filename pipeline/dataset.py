@@ -1,22 +1,26 @@
 """A dataset on disk: sharded Parquet with a manifest that is written last, and nothing that is half there."""
 
 import copy
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
+from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from features.encoders import Encoders, arrow_schema
 from features.errors import UserError
-from features.schema import Schema, Split
+from features.schema import SPLITS, Schema, Split
 
-VERSION = 1
+VERSION = 2
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
 class Shard(BaseModel):
@@ -40,20 +44,50 @@ class Shard(BaseModel):
     positives: dict[str, float]
 
 
+class Letters(BaseModel):
+    """One Parquet file of dead letters, rows of a raw file that could not be used: stream, file, line, reason, raw."""
+
+    path: str
+    stream: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
 class Manifest(BaseModel):
-    """What is in a dataset. `rows` per split; `dead_letters` counts bad rows by reason."""
+    """What is in a dataset, and where every raw row went.
+
+    A stream is `impressions` or the name of an outcome. For impressions, `read` is the sum of `rows`, `left_out` and the
+    rows of their dead letters; for an outcome, of its `outcomes` and the rows of its dead letters.
+
+    Attributes:
+        rows, observed, positives: per split, and per split and task.
+        read: rows found in the raw files per stream, lines that are no rows among them.
+        left_out: impressions that a rule of the schema left out, by rule.
+        outcomes: per outcome its rows by what became of them: joined, duplicate, early, late, unmatched.
+        dead_letters: bad rows of all streams by reason.
+        letters: the files that hold them.
+    """
 
     version: int = VERSION
     fingerprint: str
     rows: dict[Split, int]
     observed: dict[Split, dict[str, int]]
     positives: dict[Split, dict[str, float]]
+    read: dict[str, int]
+    left_out: dict[str, int]
+    outcomes: dict[str, dict[str, int]]
     dead_letters: dict[str, int]
+    letters: list[Letters]
     shards: list[Shard]
 
 
 class Dataset:
-    """A committed dataset, opened for reading: `manifest`, `schema`, `encoders` and the shards of a split."""
+    """A committed dataset, opened for reading: `manifest`, `schema`, `encoders` and the shards of a split.
+
+    Attributes:
+        days: the folders of which `open_days` has put it together, in order; empty for one dataset.
+    """
 
     def __init__(self, path: Path) -> None:
         """Checks what can be checked without reading rows.
@@ -61,7 +95,8 @@ class Dataset:
         Raises:
             UserError: no manifest, a version or fingerprint that does not fit, a shard missing or of another size.
         """
-        self.path = path
+        self.path = self.encoded_by = path
+        self.days: list[str] = []
         try:
             self.manifest = Manifest.model_validate_json((path / "manifest.json").read_text())
         except FileNotFoundError:
@@ -92,12 +127,12 @@ class Dataset:
     @cached_property
     def encoders(self) -> Encoders:
         """The encoders its rows went through."""
-        return Encoders.load(self.path / "encoders", self.schema)
+        return Encoders.load(self.encoded_by / "encoders", self.schema)
 
     @cached_property
     def encoders_id(self) -> str:
         """16 hex digits of what was fitted: ids and scales mean the same in datasets where it is the same."""
-        folder = self.path / "encoders"
+        folder = self.encoded_by / "encoders"
         try:
             files = [sha256(file) for file in [*sorted(folder.rglob("*.parquet")), folder / "encoders.json"]]
         except FileNotFoundError as error:
@@ -119,6 +154,10 @@ class Dataset:
             raise UserError(f"{self.path}: split {split} is empty. Change split in the schema, or give more input.")
         return found
 
+    def day_of(self, shard: Shard) -> str:
+        """The day's folder that a shard lies in; the empty text where there are no days."""
+        return shard.path.partition("/")[0] if self.days else ""
+
     def verify(self) -> None:
         """Reads every shard and compares checksums. Raises UserError naming the first file that differs."""
         for shard in self.manifest.shards:
@@ -130,10 +169,60 @@ class Dataset:
                 )
 
 
-def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], dead_letters: dict[str, int]) -> Manifest:
-    """Names the shards, drops staging/scratch, writes the manifest last and moves the folder into place in one rename.
+def open_dataset(path: Path, days: str | None = None) -> Dataset:
+    """A dataset, or those of some days below `path` as one: the days' rows follow each other.
 
-    A dataset that stands at `out` is replaced only once the new one is whole.
+    Args:
+        days: FIRST..LAST or one day, ISO dates; None: `path` is the dataset.
+    Raises:
+        UserError: as Dataset; a day is missing, or was written for another schema or with other encoders than the first.
+    """
+    if days is None:
+        return Dataset(path)
+    parts = [Dataset(path / day) for day in _dates(days)]
+    first = parts[0]
+    for part in parts[1:]:
+        part.expect(first.manifest.fingerprint, f"{first.path}")
+        if part.encoders_id != first.encoders_id:
+            raise UserError(
+                f"{part.path} was encoded with {part.encoders_id}, {first.path} with {first.encoders_id}: their ids mean "
+                f"different things. Run jobs.preprocess again with encoders.from={first.path}."
+            )
+    whole = copy.copy(first)
+    whole.path, whole.days = path, [part.path.name for part in parts]
+    manifests = [part.manifest for part in parts]
+    shards = [
+        s.model_copy(update={"path": f"{part.path.name}/{s.path}"}) for part in parts for s in part.manifest.shards
+    ]
+    whole.manifest = first.manifest.model_copy(
+        update={
+            "rows": {split: sum(m.rows[split] for m in manifests) for split in SPLITS},
+            "observed": _totals(shards, "observed"),
+            "positives": _totals(shards, "positives"),
+            "shards": shards,
+        }
+    )
+    return whole
+
+
+def _dates(days: str) -> list[str]:
+    first, _, last = days.partition("..")
+    try:
+        start, stop = date.fromisoformat(first), date.fromisoformat(last or first)
+    except ValueError as error:
+        raise UserError(f"days={days}: {error}. Write 2026-11-01..2026-11-21, or one day.") from None
+    if stop < start:
+        raise UserError(f"days={days}: the last day is before the first")
+    return [(start + timedelta(days=day)).isoformat() for day in range((stop - start).days + 1)]
+
+
+def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts: dict[str, Any]) -> Manifest:
+    """Names the shards, writes the manifest last, drops staging/scratch and moves the folder into place in one rename.
+
+    A dataset that stands at `out` changes places with the new one in the same instant.
+
+    Args:
+        counts: what the manifest says of raw rows: read, left_out, outcomes, dead_letters, letters.
     """
     final = []
     for split in dict.fromkeys(shard.split for shard in shards):
@@ -143,25 +232,46 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], dead_l
             path = f"{split}/part-{index:05d}-of-{len(ours):05d}.parquet"
             (staging / shard.path).rename(staging / path)
             final.append(shard.model_copy(update={"path": path}))
-    shutil.rmtree(staging / "scratch", ignore_errors=True)
     manifest = Manifest(
         fingerprint=schema.fingerprint,
-        rows={s: sum(x.rows for x in final if x.split == s) for s in ("train", "valid", "test")},
+        rows={s: sum(x.rows for x in final if x.split == s) for s in SPLITS},
         observed=_totals(final, "observed"),
         positives=_totals(final, "positives"),
-        dead_letters=dead_letters,
         shards=final,
+        **counts,
     )
     (staging / "schema.yaml").write_text(
         yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     )
     write_json(staging / "manifest.json", manifest.model_dump())
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
+    shutil.rmtree(staging / "scratch", ignore_errors=True)
     if out.exists():
-        out.rename(old)
-    staging.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+        exchange(staging, out)  # what stood there is now the staging folder, which its owner removes
+    else:
+        staging.rename(out)
+    flushed(out.parent)
     return manifest
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Lets two folders change names in one step, where the system can (Linux: renameat2), else in two."""
+    both = [os.fsencode(path) for path in (one, other)]
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2") and libc.renameat2(AT_FDCWD, both[0], AT_FDCWD, both[1], RENAME_EXCHANGE) == 0:
+        return
+    aside = other.with_name(f"{other.name}.old-{os.getpid()}")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def flushed(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _totals(shards: list[Shard], what: str) -> dict[Split, dict[str, float]]:

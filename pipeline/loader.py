@@ -2,7 +2,8 @@
 
 An epoch permutes the row groups of a split and cuts their rows, end to end, into L lanes of equal length. A lane is
 read in order, shuffled within windows. Every global batch takes the same number of rows from each lane; rank r of R
-owns the lanes l with l mod R = r. So the position of a run is one cursor a lane, whatever R is.
+owns the lanes l with l mod R = r. So the position of a run is one cursor a lane, whatever R is. Of a dataset of several
+days each day is permuted and cut by itself, and a lane reads its part of one day after that of the day before.
 """
 
 import queue
@@ -82,7 +83,12 @@ class Loader:
         self.groups = [(shard.path, index) for shard, index, _ in groups]
         self.group_rows = np.array([rows for *_, rows in groups], np.int64)
         self.rows = int(self.group_rows.sum())
-        self.bounds = [self.rows * lane // lanes for lane in range(lanes + 1)]
+        day_G = np.array([dataset.day_of(shard) for shard, *_ in groups])
+        self.days = [np.flatnonzero(day_G == day) for day in dict.fromkeys(day_G.tolist())]
+        rows_S = np.array([self.group_rows[day].sum() for day in self.days])
+        self.starts_S = np.cumsum(rows_S) - rows_S
+        self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
+        self.lengths = np.diff(self.bounds_SL).sum(axis=0)
         self.columns = [*self.schema.dense_columns, *self.schema.sparse, *(f"label.{t}" for t in self.schema.tasks)]
         self._open = lru_cache(maxsize=64)(self._open_shard)
 
@@ -92,12 +98,12 @@ class Loader:
 
     def after(self, position: Position, steps: int = 1) -> Position:
         """The position `steps` global batches further on in the same epoch."""
-        lengths = np.diff(self.bounds)
-        return Position(position.epoch, np.minimum(np.array(position.cursors) + steps * self.share, lengths).tolist())
+        cursors = np.minimum(np.array(position.cursors) + steps * self.share, self.lengths)
+        return Position(position.epoch, cursors.tolist())
 
     def steps(self, position: Position) -> int:
         """Global batches from a position to its epoch's end: the same number for every rank."""
-        left = np.diff(self.bounds) - np.array(position.cursors)
+        left = self.lengths - np.array(position.cursors)
         return int(-(-left.max() // self.share))
 
     def batches(self, position: Position) -> Iterator[Batch]:
@@ -115,7 +121,8 @@ class Loader:
     def _batches(self, position: Position) -> Iterator[Batch]:
         order = np.arange(len(self.groups))
         if self.window:
-            order = np.random.default_rng([self.seed, position.epoch]).permutation(order)
+            shuffle = np.random.default_rng([self.seed, position.epoch])
+            order = np.concatenate([shuffle.permutation(day) for day in self.days])
         ours = range(self.rank, self.lanes, self.ranks)
         lanes = [_Buffer(self._windows(order, position, lane)) for lane in ours]
         for _ in range(self.steps(position)):
@@ -125,15 +132,13 @@ class Loader:
 
     def _windows(self, order: np.ndarray, position: Position, lane: int) -> Iterator[Rows]:
         """A lane's rows from its cursor on, window by window."""
-        length = self.bounds[lane + 1] - self.bounds[lane]
-        cursor, size = position.cursors[lane], self.window or 1 << 14
-        # Lanes begin with windows of unlike size, so that they do not all have to be refilled at the same step.
-        edges = [0, *range(max(1, size * (lane + 1) // self.lanes), length, size), length]
+        length, cursor = int(self.lengths[lane]), position.cursors[lane]
+        edges = self._edges(lane)
         held: dict[int, Rows] = {}
         for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
             if stop <= cursor and stop < length:
                 continue
-            pieces = self._pieces(order, self.bounds[lane] + start, self.bounds[lane] + stop)
+            pieces = self._pieces(order, lane, start, stop)
             held = {p.group: held.get(p.group) or self._decode(p.group) for p in pieces}
             parts = [held[p.group].slice(p.start, p.stop) for p in pieces]
             rows = Rows.concat(parts) if parts else self._decode(0).slice(0, 0)
@@ -142,7 +147,26 @@ class Loader:
                 rows = rows.take(torch.from_numpy(shuffle.permutation(len(rows))))
             yield rows.slice(min(max(cursor - start, 0), len(rows)), len(rows))
 
-    def _pieces(self, order: np.ndarray, start: int, stop: int) -> list[Piece]:
+    def _edges(self, lane: int) -> list[int]:
+        """Where windows begin in a lane, and its end; none goes over the end of a day."""
+        size, edges, begin = self.window or 1 << 14, [0], 0
+        for rows in np.diff(self.bounds_SL)[:, lane].tolist():
+            # Lanes begin with windows of unlike size, so that they do not all have to be refilled at the same step.
+            edges += [*range(begin + max(1, size * (lane + 1) // self.lanes), begin + rows, size), begin + rows]
+            begin += rows
+        return edges
+
+    def _pieces(self, order: np.ndarray, lane: int, start: int, stop: int) -> list[Piece]:
+        """The parts of row groups that hold rows start .. stop - 1 of a lane."""
+        pieces, begin = [], 0
+        for first, bounds_L in zip(self.starts_S, self.bounds_SL, strict=True):
+            low, high = first + bounds_L[lane], first + bounds_L[lane + 1]
+            ours = max(low, low + start - begin), min(high, low + stop - begin)
+            pieces += self._pieces_of(order, *map(int, ours)) if ours[0] < ours[1] else []
+            begin += high - low
+        return pieces
+
+    def _pieces_of(self, order: np.ndarray, start: int, stop: int) -> list[Piece]:
         """The parts of row groups that hold rows start .. stop - 1 of the permuted split."""
         ends = np.cumsum(self.group_rows[order])
         pieces = []

@@ -86,12 +86,14 @@ def small_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_dataset(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dataset of `small_log`, in row groups of 32 and shards of 100. Copy it to change it."""
+    """The dataset of `small_log` in its order, in row groups of 32 and shards of 100. Copy it to change it."""
     from features.schema import Schema
     from pipeline.ingest.job import PreprocessConfig, preprocess
 
     out = tmp_path_factory.mktemp("small") / "dataset"
-    config = PreprocessConfig(input=str(small_log), out=out, rows_per_row_group=32, rows_per_shard=100)
+    config = PreprocessConfig(
+        input=str(small_log), out=out, order="input", rows_per_row_group=32, rows_per_shard=100
+    )
     preprocess(config, Schema.parse(copy.deepcopy(SMALL_SCHEMA), where="small.yaml"))
     return out
 

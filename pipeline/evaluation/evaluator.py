@@ -17,7 +17,7 @@ from features.schema import Split
 from models.emm import build_ranker
 from models.ranker import ModelConfig
 from pipeline import checkpoint
-from pipeline.dataset import Dataset, write_json
+from pipeline.dataset import Dataset, open_dataset, write_json
 from pipeline.evaluation import predictions
 from pipeline.evaluation.gates import GateMeans
 from pipeline.evaluation.metrics import Metrics
@@ -47,6 +47,7 @@ class EvaluateConfig(BaseModel):
     run: Path
     split: Split = "test"
     dataset: Path | None = None
+    days: str | None = None
     step: int | list[int] | Literal["all", "newest"] = "all"
     predictions: bool = False
     follow: bool = False
@@ -97,7 +98,7 @@ class Evaluator:
         if manifest.encoders != self.dataset.encoders_id:
             raise UserError(
                 f"{self.dataset.path} was encoded with {self.dataset.encoders_id}, {path} trained with {manifest.encoders}: "
-                "its ids mean something else. Run jobs.preprocess with encoders=DATASET, the one it was trained on."
+                "its ids mean something else. Run jobs.preprocess with encoders.from=DATASET, the one it was trained on."
             )
         checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
         metrics = Metrics(self.tasks)
@@ -178,7 +179,8 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
         os.nice(10)  # the trainer comes first
         _wait_for(run, config.give_up_after)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (2 if config.follow else 1)))
-    dataset = Dataset((config.dataset or Path(run.config()["dataset"])).absolute())
+    days = config.days if config.dataset else run.config().get("days")
+    dataset = open_dataset((config.dataset or Path(run.config()["dataset"])).absolute(), days)
     evaluator = Evaluator(run, dataset, config.split, config.batch_size)
     with run.lock(config.split, f"another evaluator is at work on split {config.split}"):
         if config.truth:

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from features.errors import UserError
 from features.schema import Schema
 from pipeline import checkpoint
-from pipeline.dataset import Dataset, write_json
+from pipeline.dataset import Dataset, open_dataset, write_json
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.metrics import Metrics
-from pipeline.ingest.job import PreprocessConfig, preprocess
+from pipeline.ingest.job import EncodersFrom, PreprocessConfig, preprocess
 from pipeline.run import Run
 
 
@@ -101,10 +101,10 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
         )
     step = found[-1] if step is None else step
     trained_on = Path(run.config()["dataset"])
-    dataset = Dataset(trained_on)
+    dataset = open_dataset(trained_on, run.config().get("days"))
     key = dataset.encoders_id
     if key not in days:
-        days[key] = _encode(config, trained_on, dataset.schema, config.folder / f"day-{key}")
+        days[key] = _encode(config, dataset.encoded_by, dataset.schema, config.folder / f"day-{key}")
     day = days[key]
     parts = [
         Evaluator(run, day, split, config.batch_size).metrics(step)[0]
@@ -119,7 +119,11 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
 
 def _encode(config: NightlyConfig, trained_on: Path, schema: Schema, out: Path) -> Dataset:
     settings = PreprocessConfig(
-        input=config.input, out=out, encoders=trained_on, max_bad_fraction=config.max_bad_fraction, overwrite=True
+        input=config.input,
+        out=out,
+        encoders=EncodersFrom.model_validate({"from": trained_on}),
+        max_bad_fraction=config.max_bad_fraction,
+        overwrite=True,
     )
     preprocess(settings, schema)
     return Dataset(out)

@@ -1,4 +1,4 @@
-"""Progress of a pass that any runner's workers make: each file leaves a note of its bytes done, one thread adds them up."""
+"""Progress of a job that any runner's workers do: they leave notes in a folder, and one thread adds them up."""
 
 import sys
 import threading
@@ -12,10 +12,10 @@ from pipeline.terminal import SECONDS, draws_bars
 
 
 class Share:
-    """The part of a pass that one file is: a worker's note of how far it has read."""
+    """The part of `read` that one unit is: a worker's note of how many bytes it has read."""
 
-    def __init__(self, folder: Path, index: int) -> None:
-        self.path = folder / f"{index:05d}"
+    def __init__(self, folder: Path, number: int) -> None:
+        self.path = folder / f"read-{number:06d}"
         self.seen = 0.0
 
     def note(self, bytes_done: int) -> None:
@@ -26,44 +26,66 @@ class Share:
 
 
 class Progress:
-    """While the body runs: a bar on a terminal, elsewhere a line every 10 s and one at the end."""
+    """While the body runs: a bar a step on a terminal, elsewhere a line every 10 s and one at the end of each step.
 
-    def __init__(self, name: str, files: list[str], folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self.total = sum(Path(f).stat().st_size for f in files)
-        self.bar = tqdm(
-            total=self.total, desc=f"{name:6}", unit="B", unit_scale=True, dynamic_ncols=True, disable=not draws_bars()
-        )
-        self.begin = self.said = time.monotonic()
+    Args:
+        folder: where notes lie: STEP.total for the work items of a step, STEP-* one for each that is done; those of read
+            hold bytes.
+        total_bytes: that `read` has to read.
+    """
+
+    def __init__(self, folder: Path, steps: list[str], total_bytes: int) -> None:
+        self.folder, self.steps, self.total_bytes = folder, steps, total_bytes
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        while not self.done.wait(0.2):
-            noted = min(sum(int(path.read_text() or 0) for path in self.folder.iterdir()), self.total)
-            self.bar.update(max(0, noted - self.bar.n))
-            if self.bar.disable and time.monotonic() - self.said > SECONDS:
-                self.said = time.monotonic()
-                self._say(noted)
+        for step in self.steps:
+            while step != "read" and not (self.folder / f"{step}.total").exists():
+                if self.done.wait(0.05):
+                    return
+            if not self._follow(step):
+                return
 
-    def _say(self, noted: int) -> None:
-        seconds = time.monotonic() - self.begin
-        rate = noted / seconds
-        left = f"left {(self.total - noted) / rate:.0f} s" if 0 < noted < self.total else f"{seconds:.1f} s"
-        print(
-            f"{self.name:6}  {noted / 1e6:,.1f}/{self.total / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s  {left}",
-            file=sys.stderr,
-        )
+    def _follow(self, step: str) -> bool:
+        """One step, to its end (true) or the job's."""
+        isbytes = step == "read"
+        total = self.total_bytes if isbytes else int((self.folder / f"{step}.total").read_text())
+        unit = {"unit": "B", "unit_scale": True} if isbytes else {"unit": "it"}
+        following = dict(zip(self.steps, self.steps[1:], strict=False)).get(step)
+        begin = said = time.monotonic()
+        with tqdm(total=total, desc=f"{step:8}", dynamic_ncols=True, disable=not draws_bars(), **unit) as bar:
+            while True:
+                ended = (self.folder / f"{following}.total").exists() if following else False
+                stopped = self.done.wait(0 if ended else 0.1)
+                whole = ended or (stopped and not following)
+                noted = total if whole else self._noted(step, total)
+                bar.update(max(0, noted - bar.n))
+                if bar.disable and (whole or time.monotonic() - said > SECONDS):
+                    said = time.monotonic()
+                    _say(step, noted, total, said - begin)
+                if ended or stopped:
+                    return ended
+
+    def _noted(self, step: str, total: int) -> int:
+        notes = list(self.folder.glob(f"{step}-*"))
+        return min(total, sum(int(n.read_text() or 0) for n in notes) if step == "read" else len(notes))
 
     def __enter__(self) -> "Progress":
         self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.failed = error is not None
         self.done.set()
         self.thread.join()
-        if error is None:
-            self.bar.update(self.total - self.bar.n)
-            if self.bar.disable:
-                self._say(self.total)
-        self.bar.close()
+
+
+def _say(step: str, noted: int, total: int, seconds: float) -> None:
+    left = f"left {seconds * (total - noted) / noted:.0f} s" if 0 < noted < total else f"{seconds:.1f} s"
+    amount = (
+        f"{noted / 1e6:,.1f}/{total / 1e6:,.1f} MB  {noted / 1e6 / max(seconds, 1e-9):.1f} MB/s"
+        if step == "read"
+        else f"{noted}/{total}"
+    )
+    print(f"{step:8}  {amount}  {left}", file=sys.stderr)

@@ -131,11 +131,13 @@ class TrainConfig(Strict):
     """A run: which dataset, which model, how, and where its results go.
 
     Attributes:
+        days: of a dataset of days those to read, in order: FIRST..LAST.
         tasks: train these only (None: all of the dataset's).
         resume: auto goes on from the newest checkpoint that is whole; never refuses a run that has one.
     """
 
     dataset: Path
+    days: str | None = None
     run: Path
     tasks: list[str] | None = None
     model: ModelConfig
@@ -149,4 +151,5 @@ class TrainConfig(Strict):
             "tables": self.train.tables.name,
             "dense": self.train.dense.name,
             "weighting": self.train.weighting.model_dump(),
+            **({"days": self.days} if self.days else {}),
         }

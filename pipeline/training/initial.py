@@ -26,7 +26,7 @@ def newest(run: Run, dataset: Dataset, setting: str, step: int | None = None) ->
     if (theirs := checkpoint.check(path).encoders) != dataset.encoders_id:
         raise UserError(
             f"{setting}: {run.path} was trained on rows of encoders {theirs}, {dataset.path} has {dataset.encoders_id}: its "
-            "ids mean something else. Run jobs.preprocess with encoders=DATASET, the one it was trained on."
+            "ids mean something else. Run jobs.preprocess with encoders.from=DATASET, the one it was trained on."
         )
     return path
 

@@ -16,7 +16,7 @@ from features.errors import UserError
 from features.schema import Schema
 from models.emm import build_ranker
 from pipeline import checkpoint
-from pipeline.dataset import Dataset
+from pipeline.dataset import open_dataset
 from pipeline.evaluation.metrics import WindowedNE
 from pipeline.loader import Loader, Position
 from pipeline.run import Run, config_hash, keep_lines
@@ -58,7 +58,7 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(self.settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
-        whole = Dataset(config.dataset)
+        whole = open_dataset(config.dataset, config.days)
         if schema is not None:
             whole.expect(schema.fingerprint, "the schema of this job")
         self.dataset = whole.only(config.tasks)

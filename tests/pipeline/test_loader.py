@@ -14,13 +14,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written import write_dataset
 
 from features.batch import PADDING, Batch, Rows
 from features.encoders import arrow_schema
 from features.errors import UserError
 from features.schema import Schema
-from pipeline.dataset import Dataset, commit
-from pipeline.ingest.writer import SplitWriters
+from pipeline.dataset import Dataset
 from pipeline.loader import Loader, Position, in_background
 
 SCHEMA = Schema.parse(
@@ -37,8 +37,6 @@ SCHEMA = Schema.parse(
 
 def make_dataset(out: Path, rows: int, row_group: int, shard_rows: int) -> Dataset:
     """Rows whose x is their row_id, and whose bag holds it row_id % 3 times."""
-    staging = out.with_name("staging")
-    (staging / "scratch").mkdir(parents=True)
     table = pa.Table.from_pylist(
         [
             {"x": float(i), "b": [i] * (i % 3), "label.click": i % 2, "weight": 1.0, "event_time": 0, "row_id": i}
@@ -46,10 +44,7 @@ def make_dataset(out: Path, rows: int, row_group: int, shard_rows: int) -> Datas
         ],
         schema=arrow_schema(SCHEMA),
     )
-    with SplitWriters(staging, "0", SCHEMA, row_group, shard_rows) as writers:
-        writers.write("train", table)
-    commit(staging, out, SCHEMA, writers.shards, {})
-    return Dataset(out)
+    return write_dataset(out, SCHEMA, {"train": table}, row_group, shard_rows)
 
 
 @pytest.fixture

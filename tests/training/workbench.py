@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
+from written import parsed, write_dataset
 
 from features.encoders import Encoders
-from features.raw import SPLIT, parse
+from features.raw import SPLIT
 from features.schema import SPLITS, Schema
 from features.statistics import Statistics
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline import checkpoint
-from pipeline.dataset import commit
-from pipeline.ingest.writer import SplitWriters
 from pipeline.training.config import Settings, TrainConfig
 
 # A table shared with a bag, a bag of its own, a task seen in few rows, weights, a regression, a missing flag.
@@ -95,21 +95,15 @@ def make_dataset(
         changes: of the schema's keys.
     """
     schema = Schema.parse(SCHEMA | changes, "small.yaml")
-    parsed = parse(schema, raw_rows(rows), {}, 0, 0).rows
-    encoders = Encoders.fit(schema, Statistics.of(schema, parsed))
-    staging = out.with_name(f"{out.name}.staging")
-    (staging / "scratch").mkdir(parents=True)
-    encoders.save(staging / "encoders")
-    with SplitWriters(staging, "0", schema, row_group, shard_rows) as writers:
-        for code, split in enumerate(SPLITS):
-            table = encoders.encode(parsed.filter(parsed[SPLIT] == code))
-            if spoil:
-                column, row_id = spoil
-                value = pl.when(pl.col("row_id") == row_id).then(float("inf")).otherwise(column)
-                spoilt = pl.from_arrow(table).with_columns(value.cast(pl.Float32).alias(column))
-                table = spoilt.to_arrow().cast(table.schema)
-            writers.write(split, table)
-    commit(staging, out, schema, writers.shards, {})
+    found = parsed(schema, raw_rows(rows))
+    split_B = found[SPLIT].to_numpy()
+    encoders = Encoders.fit(schema, Statistics.of(schema, found.filter(pa.array(split_B == 0))))
+    splits = {split: encoders.encode(found.filter(pa.array(split_B == code))) for code, split in enumerate(SPLITS)}
+    if spoil:
+        column, row_id = spoil
+        value = pl.when(pl.col("row_id") == row_id).then(float("inf")).otherwise(column).cast(pl.Float32).alias(column)
+        splits = {s: pl.from_arrow(t).with_columns(value).to_arrow().cast(t.schema) for s, t in splits.items()}
+    write_dataset(out, schema, splits, row_group, shard_rows, encoders)
     return out
 
 

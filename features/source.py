@@ -1,0 +1,134 @@
+"""The part of a schema that says where raw columns come from: files and how they are written, outcomes, history."""
+
+import re
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, available_timezones
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+RawType = Literal["int", "float", "string", "time"]
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+class Strict(BaseModel):
+    """A part of the schema: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _seconds(value: Any) -> Any:
+    """30m, 12h, 7d as seconds; a number is seconds already."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\s*([smhdw])", value.strip())):
+        return int(found[1]) * SECONDS[found[2]]
+    return value
+
+
+Duration = Annotated[
+    int, BeforeValidator(_seconds), Field(gt=0, description="seconds, or a number with s, m, h, d or w")
+]
+
+
+class Format(Strict):
+    """How files are written: what is needed to get text and numbers out of them."""
+
+    format: Literal["csv", "jsonl", "parquet"] = "csv"
+    columns: list[str] | None = Field(None, description="names in order for CSV files without a header line")
+    delimiter: str = Field(",", min_length=1, max_length=1)
+    quote: str | None = Field('"', min_length=1, max_length=1, description="null: quotes are characters like others")
+    multiline: bool = Field(
+        False, description="quoted values may hold line breaks; then each file is read in one piece"
+    )
+    missing: list[str] = [""]
+    trim: bool = Field(False, description="strip spaces around every value")
+    timezone: str = Field("UTC", description="of times that name none")
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in available_timezones() - {"localtime", "Factory"}:  # of one machine, and of none
+            raise ValueError(f"{name} is no time zone, such as UTC or Europe/Berlin")
+        return name
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """Of times that name none."""
+        return ZoneInfo(self.timezone)
+
+
+class Outcome(Strict):
+    """A stream of later events, joined to impressions by a key.
+
+    Expressions see NAME (one happened), NAME_count, NAME_time where `time` is given, and NAME_COLUMN for each of `columns`.
+
+    Attributes:
+        files: as for impressions.
+        key: column that names the impression.
+        columns: further columns with their types.
+        time: column of when it happened. One before its impression does not belong to it.
+        window: how long after the impression an outcome counts; later ones are `late`.
+        take: which of several outcomes of an impression gives the columns, or what they add up to.
+        duplicates: drop counts rows that are equal in all columns read once, as logs that are delivered twice need it.
+        late: drop, or keep those after the window (which then only says when an impression is old enough).
+        young: impressions whose window was still open when the log ended have their tasks unobserved, or are left out of the
+            dataset, or are kept as if it had been closed.
+        read: how its files are written, where that is otherwise than the impressions'; by default they have a header line.
+    """
+
+    files: str
+    key: str
+    columns: dict[str, RawType] = {}
+    time: str | None = None
+    window: Duration | None = None
+    take: Literal["first", "last", "sum", "min", "max"] = "first"
+    duplicates: Literal["drop", "keep"] = "drop"
+    late: Literal["drop", "keep"] = "drop"
+    young: Literal["unobserved", "leave_out", "keep"] = "unobserved"
+    read: Format | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Outcome":
+        if self.window and not self.time:
+            raise ValueError("window needs time, the column of when the outcome happened")
+        if self.take not in ("first", "last") and (text := [c for c, t in self.columns.items() if t == "string"]):
+            raise ValueError(f"take: {self.take} needs numbers, but column {text[0]} is text")
+        if set(self.columns) & {"count", "time"}:
+            raise ValueError("columns count and time have the names of what a join adds itself")
+        return self
+
+    @property
+    def types(self) -> dict[str, RawType]:
+        """The columns that are read beside the key."""
+        return {**({self.time: "time"} if self.time else {}), **self.columns}
+
+
+class History(Strict):
+    """What a user met before: the items of earlier rows of the same user, the latest first.
+
+    Only what was known strictly before the impression counts: a row's event time, and where `when` reads outcomes, their times.
+
+    Attributes:
+        user: column whose value the rows share.
+        item: column whose values are listed.
+        when: SQL expression that says which rows count, such as `click`; by default all.
+    """
+
+    user: str
+    item: str
+    when: str | None = None
+
+
+class Source(Format):
+    """Where raw columns come from. Every column is text unless `types` says otherwise."""
+
+    files: str = Field(description="glob below the input folder, or a file's name; {date} stands for a day's date")
+    types: dict[str, RawType] = {}
+    row_id: str | None = Field(None, description="integer column that is unique; by default file and place in it")
+    key: str | None = Field(None, description="column that outcomes refer to")
+    outcomes: dict[str, Outcome] = {}
+    derived: dict[str, str] = Field({}, description="further columns as SQL expressions over the raw ones")
+
+    def format_of(self, outcome: str | None) -> Format:
+        """How the files of an outcome (None: of the impressions) are written."""
+        if outcome is None:
+            return self
+        return self.outcomes[outcome].read or self.model_copy(update={"columns": None})

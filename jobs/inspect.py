@@ -1,0 +1,67 @@
+"""jobs.inspect: what a dataset holds and where its raw rows went, as tables and as an HTML page beside it.
+
+Examples:
+  python -m jobs.inspect runs/census/data
+  python -m jobs.inspect runs/census/data --verify
+  python -m jobs.inspect runs/census/data --html census.html
+"""
+
+import argparse
+from pathlib import Path
+
+from tabulate import tabulate
+
+from features.errors import UserError
+from jobs.entry import user_errors
+from pipeline.dataset import Dataset
+from pipeline.ingest.card import read_card
+from pipeline.ingest.card_page import page
+from pipeline.ingest.card_tables import tables
+from pipeline.verification import verify
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the tables, writes the page and, on request, checks every file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", type=Path, help="the dataset's folder")
+    parser.add_argument("--verify", action="store_true", help="read every file and check all that the manifest says")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="the page; by default DATASET.card.html beside the folder"
+    )
+    given = parser.parse_args(arguments)
+    with user_errors():
+        inspect(given.dataset, given.html, given.verify)
+
+
+def inspect(path: Path, html: Path | None, check: bool) -> None:
+    """Shows one dataset.
+
+    Args:
+        html: the page's file; None: the folder's name with .card.html, beside it.
+        check: whether its files are read and compared with the manifest, too.
+
+    Raises:
+        UserError: no dataset, no card, a page that cannot be written, or a fault that the check found.
+    """
+    dataset = Dataset(path)
+    card = read_card(path)
+    for table in tables(dataset.manifest, card):
+        print(f"{table.title}\n")
+        right = ("left", *["right"] * (len(table.header) - 1))
+        print(tabulate(table.lines, table.header, tablefmt="simple", disable_numparse=True, colalign=right), end="\n\n")
+    if check:
+        for line in verify(dataset):
+            print(f"verified  {line}", flush=True)
+    name = path.resolve().name
+    file = html or path.resolve().with_name(f"{name}.card.html")
+    try:
+        file.write_text(page(name, dataset.manifest, card), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: the page cannot be written ({error.strerror}). Say --html FILE.") from None
+    print(f"page      {file}")
+
+
+if __name__ == "__main__":
+    main()

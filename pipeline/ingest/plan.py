@@ -1,0 +1,213 @@
+"""What follows from the reports of a step: the work of the next one. Runs where the steps run, once between two of them."""
+
+import json
+import math
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from features.encoders import Encoders
+from features.errors import UserError
+from features.schema import SPLITS
+from features.statistics import Statistics
+from pipeline.dataset import write_json
+from pipeline.ingest.card import card, read_card
+from pipeline.ingest.steps import Job, Work
+
+IMPRESSIONS = "impressions"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop, and how much goes into a shard."""
+
+    max_bad_fraction: float
+    rows_per_shard: int
+    needs_splits: bool
+    as_of: int | None
+    reference: str | None
+
+
+def steps_of(job: Job) -> list[str]:
+    """The steps that a job needs, in order."""
+    joins, histories = bool(job.schema.source.outcomes), bool(job.schema.histories)
+    wanted = {"join": joins, "remember": histories, "recall": histories, "label": job.joins}
+    return [
+        s for s in ("read", "join", "remember", "recall", "label", "merge", "encode", "write") if wanted.get(s, True)
+    ]
+
+
+def after(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[tuple[int, Work]]:
+    """Keeps the reports of a step and yields the numbered work of the next one; nothing where a step has failed."""
+    scratch = job.staging / "scratch"
+    if not reports:
+        return
+    reports = sorted(reports, key=lambda report: report["order"])
+    try:
+        if failed := [report["error"] for report in reports if "error" in report]:
+            raise UserError(failed[0])
+        write_json(scratch / f"{step}.json", reports)
+        following = dict(zip(steps_of(job), steps_of(job)[1:], strict=False)).get(step)
+        work = list(PLANS[following](job, limits)) if following else []
+    except UserError as error:
+        write_json(scratch / "error.json", str(error))
+        return
+    if following:
+        write_json(scratch / "notes" / f"{following}.total", len(work))
+    yield from enumerate(work)
+
+
+def found(job: Job, step: str) -> list[Work]:
+    """The reports of a step that was done, in the order of its work; none where the job has no such step."""
+    path = job.staging / "scratch" / f"{step}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def parts_of(job: Job, stream: str) -> list[Work]:
+    """The parts of a stream in the order of its rows."""
+    return [part for report in found(job, "read") if report["stream"] == stream for part in report["parts"]]
+
+
+def labelled(job: Job) -> list[Work]:
+    """What `label` reported of each part, be it a step of its own or not."""
+    return found(job, "label") if job.joins else parts_of(job, IMPRESSIONS)
+
+
+def lines_before(reads: list[Work]) -> list[int]:
+    """Per unit the lines of its file that stand in the units before it."""
+    seen: Counter[str] = Counter()
+    before = []
+    for report in reads:
+        before.append(seen[report["file"]])
+        seen[report["file"]] += report["lines"]
+    return before
+
+
+def dead_letters(job: Job) -> list[tuple[int, Work]]:
+    """What was reported of bad rows, each with the unit it comes from."""
+    reads = [(index, report) for index, report in enumerate(found(job, "read")) if report["letters"]]
+    return reads + [(report["unit"], report) for report in found(job, "label") if report["letters"]]
+
+
+def _join(job: Job, _: Limits) -> Iterator[Work]:
+    keys = [part["keys"] for part in parts_of(job, IMPRESSIONS)]
+    events = {name: [part["path"] for part in parts_of(job, name)] for name in job.schema.source.outcomes}
+    for bucket in range(job.buckets):
+        yield {"bucket": bucket, "keys": keys, "events": events}
+
+
+def _remember(job: Job, _: Limits) -> Iterator[Work]:
+    joined = [report["path"] for report in found(job, "join")]
+    for index, part in enumerate(parts_of(job, IMPRESSIONS)):
+        yield {**part, "part": index, "joined": joined}
+
+
+def _recall(job: Job, _: Limits) -> Iterator[Work]:
+    for name in job.schema.histories:
+        paths = [report["paths"][name] for report in found(job, "remember")]
+        for bucket in range(job.buckets):
+            yield {"history": name, "bucket": bucket, "paths": paths}
+
+
+def _label(job: Job, limits: Limits) -> Iterator[Work]:
+    joined = [report["path"] for report in found(job, "join")]
+    recalled = {n: [r["path"] for r in found(job, "recall") if r["history"] == n] for n in job.schema.histories}
+    latest = [report["latest"] for report in found(job, "read") if report["latest"] is not None]
+    as_of = limits.as_of if limits.as_of is not None else max(latest, default=0)
+    for index, part in enumerate(parts_of(job, IMPRESSIONS)):
+        yield {**part, "part": index, "joined": joined, "histories": recalled, "as_of": as_of}
+
+
+def _merge(job: Job, limits: Limits) -> Iterator[Work]:
+    _check(job, limits)
+    paths = [part["statistics"] for part in labelled(job)]
+    size = max(1, math.isqrt(len(paths)))
+    for number, start in enumerate(range(0, len(paths), size)):
+        yield {"number": number, "paths": paths[start : start + size]}
+
+
+def rows_of(job: Job) -> dict[str, int]:
+    """Rows of each split."""
+    return {split: sum(part["rows"][split] for part in labelled(job)) for split in SPLITS}
+
+
+def _check(job: Job, limits: Limits) -> None:
+    """Raises UserError for too many bad rows, or a split without any."""
+    reads, total = found(job, "read"), rows_of(job)
+    letters = dead_letters(job)
+    bad = sum(sum(report["reasons"].values()) for _, report in letters)
+    read = sum(report["read"] for report in reads)
+    if bad > limits.max_bad_fraction * read:
+        unit, report = min(letters, key=lambda letter: letter[0])
+        line, reason = report["example"]
+        place = f"{reads[unit]['file']}, line {line + lines_before(reads)[unit]}"
+        raise UserError(
+            f"{bad} of {read} rows are bad, more than max_bad_fraction={limits.max_bad_fraction}; "
+            f"the first: {place}: {reason}. Mend the log or the schema, or raise the limit."
+        )
+    wanted = job.schema.used_splits if limits.needs_splits else set()
+    if empty := [split for split in SPLITS if split in wanted and not total[split]]:
+        raise UserError(
+            f"split {empty[0]} is empty: none of {sum(total.values())} rows falls into it. Change split in the schema."
+        )
+    if not any(total.values()):
+        raise UserError(
+            f"no row is left of {read} that were read. Look at the rules of the schema, or at max_bad_fraction."
+        )
+
+
+def _encode(job: Job, limits: Limits) -> Iterator[Work]:
+    parts = [pickle.loads(Path(report["path"]).read_bytes()) for report in found(job, "merge")]
+    statistics = Statistics().merge(*parts)
+    if limits.reference is None:
+        aside = job.aside("encoders")
+        Encoders.fit(job.schema, statistics).save(aside)
+        aside.rename(job.staging / "encoders")
+    reference = read_card(Path(limits.reference)) if limits.reference else None
+    write_json(job.staging / "statistics.json", card(job.schema, job.encoders, statistics, reference))
+    shards = {split: max(1, round(rows / limits.rows_per_shard)) for split, rows in rows_of(job).items()}
+    bounds = _bounds(job, shards) if job.order == "time" else {}
+    for part in labelled(job):
+        yield {"path": part["features"], "shards": shards, "bounds": bounds}
+
+
+def _bounds(job: Job, shards: dict[str, int]) -> dict[str, list[int]]:
+    """Event times at which shards begin, so that each has about as many rows."""
+    bounds = {}
+    for split, count in shards.items():
+        seen = [(part["times"][split], part["rows"][split]) for part in labelled(job) if split in part["times"]]
+        time = np.concatenate([np.array(times, np.int64) for times, _ in seen] or [np.empty(0, np.int64)])
+        mass = np.concatenate([np.full(len(times), rows / len(times)) for times, rows in seen] or [np.empty(0)])
+        order = np.argsort(time, kind="stable")
+        place = np.searchsorted(np.cumsum(mass[order]), mass.sum() * np.arange(1, count) / count)
+        bounds[split] = time[order][np.minimum(place, max(len(time) - 1, 0))].tolist() if len(time) else []
+    return bounds
+
+
+def _write(job: Job, limits: Limits) -> Iterator[Work]:
+    pieces: dict[tuple[str, int], list[tuple[str, int, int, int]]] = {}
+    filled: Counter[str] = Counter()
+    for report in found(job, "encode"):
+        for batch, (split, shard, rows) in enumerate(report["batches"]):
+            if job.order != "input":
+                pieces.setdefault((split, shard), []).append((report["path"], batch, 0, rows))
+                continue
+            start = 0
+            while start < rows:
+                number, used = divmod(filled[split], limits.rows_per_shard)
+                size = min(rows - start, limits.rows_per_shard - used)
+                pieces.setdefault((split, number), []).append((report["path"], batch, start, size))
+                start, filled[split] = start + size, filled[split] + size
+    for (split, shard), found_ in sorted(pieces.items(), key=lambda item: (SPLITS.index(item[0][0]), item[0][1])):
+        if any(rows for *_, rows in found_):
+            yield {"split": split, "shard": shard, "pieces": found_}
+
+
+PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {
+    "join": _join, "remember": _remember, "recall": _recall, "label": _label,
+    "merge": _merge, "encode": _encode, "write": _write,
+}  # fmt: skip

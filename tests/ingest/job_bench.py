@@ -1,0 +1,88 @@
+"""What tests of the ingest job share: running it, with Beam or without, and reading what it wrote."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.errors import UserError
+from features.schema import Schema
+from pipeline.dataset import Manifest
+from pipeline.ingest import job as ingest_job
+from pipeline.ingest import plan
+from pipeline.ingest.job import PreprocessConfig, StepFn, preprocess
+from pipeline.ingest.plan import Limits
+from pipeline.ingest.steps import Job, Work
+
+SPLITS = ("train", "valid", "test")
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+
+
+def run(folder: Path | str, out: Path, content: dict[str, Any], **settings: Any) -> Manifest:
+    config = PreprocessConfig(input=str(folder), out=out, **settings)
+    return preprocess(config, Schema.parse(content, where="mine.yaml"))
+
+
+def refused(folder: Path | str, out: Path, content: dict[str, Any], **settings: Any) -> str:
+    """The one line that stops a job, which must leave everything beside `out` as it was."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError) as caught:
+        run(folder, out, content, **settings)
+    assert "\n" not in str(caught.value)
+    assert sorted(out.parent.iterdir()) == before
+    return str(caught.value)
+
+
+def run_in_a_loop(_: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
+    """Does what the Beam pipeline does, one element after the other: in place of job._run, and ten times as quick."""
+    work = list(enumerate(units))
+    for step in plan.steps_of(job):
+        reports = [report for element in work for report in StepFn(job, step).process(element)]
+        work = list(plan.after(reports, job, limits, step))
+    if (error := job.staging / "scratch" / "error.json").exists():
+        raise UserError(json.loads(error.read_text()))
+
+
+@contextmanager
+def no_beam() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest_job, "_run", run_in_a_loop)
+        yield
+
+
+def rows_of(dataset: Path, split: str) -> pa.Table:
+    """A split's rows, in the order of its shards."""
+    return pa.concat_tables(pq.read_table(path) for path in sorted((dataset / split).glob("*.parquet")))
+
+
+def rows_by_id(dataset: Path) -> list[dict[str, Any]]:
+    """The rows of all splits, each with its `split`, in the order of their ids."""
+    rows = [
+        row | {"split": split}
+        for split in SPLITS
+        if (dataset / split).exists()
+        for row in rows_of(dataset, split).to_pylist()
+    ]
+    return sorted(rows, key=lambda row: row["row_id"])
+
+
+def letters_of(dataset: Path) -> list[dict[str, Any]]:
+    found = [row for path in (dataset / "dead_letters").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    return sorted(found, key=lambda letter: (letter["stream"], letter["file"], letter["line"]))
+
+
+def values_of(dataset: Path, table: str) -> dict[int, str]:
+    """The values of a vocabulary by their ids."""
+    rows = pq.read_table(dataset / "encoders" / "vocabularies" / f"{table}.parquet").to_pylist()
+    return {row["id"]: row["value"] for row in rows}
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

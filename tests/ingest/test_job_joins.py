@@ -1,0 +1,279 @@
+"""Joins and histories of the whole job against loops over rows, in logs cut into many units, parts and buckets."""
+
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from job_bench import no_beam, rows_by_id, run, values_of
+
+from pipeline.ingest import text
+
+BASE = 1_719_800_000  # July 2024
+ZONE = "Europe/Berlin"  # two hours ahead of UTC then
+LENGTH = 3  # of a history
+SMALL = st.integers(0, 60)
+
+
+@dataclass(frozen=True)
+class Impression:
+    id: int
+    key: str
+    at: int
+    user: str | None
+    item: str | None
+
+
+@dataclass(frozen=True)
+class Event:
+    key: str
+    at: int
+    amount: int | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Settings of an outcome, as in features.source.Outcome."""
+
+    window: int | None
+    take: str
+    duplicates: str
+    late: str
+    young: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_alone() -> Iterator[None]:
+    with no_beam():
+        yield
+
+
+# Drawn logs. Few keys, users and seconds, so that all that can coincide does.
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> tuple[list[Impression], list[Event], list[Event]]:
+    keys, users = st.sampled_from("abcdef"), st.sampled_from(["u", "v", "w", None])
+    count = draw(st.integers(1, 25))
+    impressions = [
+        Impression(i, draw(keys), BASE + draw(SMALL), draw(users), draw(st.sampled_from(["x", "y", "z", None])))
+        for i in range(count)
+    ]
+    event = st.builds(
+        Event, st.sampled_from("abcdefgh"), SMALL.map(lambda s: BASE + s), st.one_of(st.none(), st.integers(0, 3))
+    )
+    return impressions, draw(st.lists(event, max_size=30)), draw(st.lists(event, max_size=15))
+
+
+rules = st.builds(
+    Rules,
+    window=st.one_of(st.none(), st.integers(1, 30)),
+    take=st.sampled_from(["first", "last", "sum", "min", "max"]),
+    duplicates=st.sampled_from(["drop", "keep"]),
+    late=st.sampled_from(["drop", "keep"]),
+    young=st.sampled_from(["unobserved", "leave_out", "keep"]),
+)
+
+
+def written(second: int, form: int) -> str:
+    """A second since 1970 in one of the ways in which logs write it."""
+    moment = datetime.fromtimestamp(second, timezone.utc)
+    return [
+        str(second),
+        moment.astimezone(timezone(timedelta(hours=-3, minutes=-30))).isoformat(),
+        moment.strftime("%Y-%m-%d %H:%M:%SZ"),
+        moment.astimezone(ZoneInfo(ZONE)).replace(tzinfo=None).isoformat(),
+        moment.astimezone(timezone(timedelta(hours=9))).strftime("%Y-%m-%dT%H:%M:%S.75+0900"),
+    ][form % 5]
+
+
+def write_files(folder: Path, name: str, header: list[str], rows: list[list[Any]]) -> None:
+    """Three files, the second of which has no row."""
+    half = len(rows) // 2
+    for number, part in enumerate([rows[:half], [], rows[half:]]):
+        with (folder / f"{name}-{number}.csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(["" if cell is None else cell for cell in row] for row in part)
+
+
+def write_log(folder: Path, impressions: list[Impression], streams: dict[str, list[Event]]) -> None:
+    shown = [[x.id, x.key, written(x.at, x.id), x.user, x.item] for x in impressions]
+    write_files(folder, "log", ["id", "key", "at", "user", "item"], shown)
+    for name, events in streams.items():
+        write_files(folder, name, ["amount", "at", "key"], [[e.amount, written(e.at, i), e.key] for i, e in enumerate(events)])
+
+
+def content_for(outcomes: dict[str, Rules]) -> dict[str, Any]:
+    """A schema whose labels show every column that a join adds."""
+    tasks = {}
+    for name in outcomes:
+        tasks |= {
+            f"{name}_any": {"kind": "binary", "label": name},
+            f"{name}_count": {"kind": "regression", "label": f"{name}_count"},
+            f"{name}_wait": {"kind": "regression", "label": f"{name}_time - at"},
+            f"{name}_amount": {"kind": "regression", "label": f"{name}_amount"},
+        }
+    return {
+        "source": {
+            "files": "log-*", "row_id": "id", "key": "key", "timezone": ZONE,
+            "outcomes": {
+                name: {"files": f"{name}-*", "key": "key", "time": "at", "columns": {"amount": "int"}, **vars(rule)}
+                for name, rule in outcomes.items()
+            },
+        },
+        "bag": {
+            "seen": {"max_length": LENGTH, "history": {"user": "user", "item": "item"}},
+            "clicked": {"max_length": LENGTH, "history": {"user": "user", "item": "item", "when": "click"}},
+        },
+        "tasks": tasks,
+        "event_time": "at",
+        "split": {"by": "hash", "key": "id", "valid": 0, "test": 0},
+    }  # fmt: skip
+
+
+# The same by hand, one row at a time.
+
+
+def once(events: list[Event], rule: Rules) -> list[Event]:
+    return list(dict.fromkeys(events)) if rule.duplicates == "drop" else events
+
+
+def belongs(event: Event, impression: Impression, rule: Rules) -> bool:
+    closed = rule.window is not None and rule.late == "drop" and event.at > impression.at + rule.window
+    return event.key == impression.key and event.at >= impression.at and not closed
+
+
+def expected_labels(impression: Impression, events: list[Event], rule: Rules) -> dict[str, float | None]:
+    found = sorted((e for e in once(events, rule) if belongs(e, impression, rule)), key=lambda event: event.at)
+    amounts = [event.amount for event in found if event.amount is not None]
+    told = found[-1:] if rule.take == "last" else found[:1]
+    if rule.take in ("first", "last"):
+        amount = told[0].amount if told else None
+    else:
+        amount = {"sum": sum, "min": min, "max": max}[rule.take](amounts) if amounts else None
+    wait = told[0].at - impression.at if told else None
+    return {"any": bool(found), "count": len(found), "wait": wait, "amount": amount}
+
+
+def expected_fates(impressions: list[Impression], events: list[Event], rule: Rules) -> dict[str, int]:
+    fates = dict.fromkeys(("joined", "duplicate", "early", "late", "unmatched"), 0)
+    fates["duplicate"] = len(events) - len(once(events, rule))
+    for event in once(events, rule):
+        of_key = [x for x in impressions if x.key == event.key]
+        if not of_key:
+            fates["unmatched"] += 1
+        elif any(belongs(event, x, rule) for x in of_key):
+            fates["joined"] += 1
+        else:
+            fates["early" if all(event.at < x.at for x in of_key) else "late"] += 1
+    return fates
+
+
+def expected_history(
+    impression: Impression, impressions: list[Impression], clicks: list[Event], rule: Rules | None
+) -> list[str]:
+    """Items of the user's rows that were known before, and with `rule` only those that were clicked by then."""
+    known = []
+    for other in impressions:
+        moment: float = other.at
+        if rule:
+            wait = expected_labels(other, clicks, rule)["wait"]
+            moment = math.inf if wait is None else other.at + wait
+        if other.user == impression.user and other.user and other.item and moment < impression.at:
+            known.append((moment, other.id, other.item))
+    return [item for _, _, item in sorted(known, reverse=True)[:LENGTH]]
+
+
+def is_young(impression: Impression, rule: Rules, as_of: int) -> bool:
+    return rule.window is not None and impression.at + rule.window > as_of
+
+
+def expected_rows(
+    impressions: list[Impression], streams: dict[str, list[Event]], outcomes: dict[str, Rules], as_of: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for x in impressions:
+        young = {name: rule.young for name, rule in outcomes.items() if is_young(x, rule, as_of)}
+        if "leave_out" in young.values():
+            continue
+        row: dict[str, Any] = {"row_id": x.id, "event_time": x.at}
+        for name, rule in outcomes.items():
+            labels = expected_labels(x, streams[name], rule)
+            gone = young.get(name) == "unobserved"
+            row |= {f"label.{name}_{what}": None if gone else value for what, value in labels.items()}
+        row["seen"] = expected_history(x, impressions, streams["click"], None)
+        row["clicked"] = expected_history(x, impressions, streams["click"], outcomes["click"])
+        rows.append(row)
+    return rows
+
+
+def found_rows(out: Path) -> list[dict[str, Any]]:
+    names = {bag: values_of(out, bag) for bag in ("seen", "clicked")}
+    rows = rows_by_id(out)
+    for row in rows:
+        del row["weight"], row["split"]
+        row |= {bag: [values[i] for i in row[bag]] for bag, values in names.items()}
+    return rows
+
+
+@given(
+    logs(), st.tuples(rules, rules), st.one_of(st.none(), SMALL), st.sampled_from([40, 1 << 20]),
+    st.sampled_from([100, 400, 1 << 20]),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
+    log: tuple[list[Impression], list[Event], list[Event]],
+    drawn: tuple[Rules, Rules],
+    as_of: int | None,
+    unit_bytes: int,
+    bucket_bytes: int,
+) -> None:
+    impressions, clicks, buys = log
+    streams, outcomes = {"click": clicks, "buy": buys}, dict(zip(("click", "buy"), drawn, strict=True))
+    moment = BASE + as_of if as_of is not None else max(x.at for x in [*impressions, *clicks, *buys])
+    expected = expected_rows(impressions, streams, outcomes, moment)
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK_BYTES", 150)
+        folder, out = Path(name), Path(name) / "out"
+        write_log(folder, impressions, streams)
+        settings_ = {"as_of": written(moment, 2)} if as_of is not None else {}
+        sizes = {"unit_bytes": unit_bytes, "bucket_bytes": bucket_bytes}
+        if not expected:
+            with pytest.raises(Exception, match="split train is empty"):
+                run(folder, out, content_for(outcomes), **settings_, **sizes)
+            return
+        manifest = run(folder, out, content_for(outcomes), **settings_, **sizes)
+        assert found_rows(out) == expected
+        for outcome, rule in outcomes.items():
+            assert manifest.outcomes[outcome] == expected_fates(impressions, streams[outcome], rule)
+        assert sum(manifest.left_out.values()) == len(impressions) - len(expected)
+        assert manifest.dead_letters == {}
+
+
+def test_what_a_row_teaches_about_joins_in_a_log_small_enough_to_read(tmp_path: Path) -> None:
+    impressions = [
+        Impression(0, "a", BASE, "u", "x"),
+        Impression(1, "b", BASE + 5, "u", "y"),
+        Impression(2, "c", BASE + 20, "u", "z"),
+        Impression(3, "d", BASE + 60, "u", "z"),
+    ]
+    # The click on x comes after impression 1, that on y one second too late.
+    clicks = [Event("a", BASE + 10, 2), Event("a", BASE + 10, 2), Event("b", BASE + 16, 1), Event("z", BASE, None)]
+    rule = Rules(window=10, take="first", duplicates="drop", late="drop", young="unobserved")
+    write_log(tmp_path, impressions, {"click": clicks})
+    manifest = run(tmp_path, tmp_path / "out", content_for({"click": rule}))
+    rows = found_rows(tmp_path / "out")
+    assert [row["label.click_any"] for row in rows] == [1, 0, 0, None]  # the log ends at 60, before 3 could be clicked
+    assert [row["label.click_wait"] for row in rows] == [10, None, None, None]
+    assert [row["seen"] for row in rows] == [[], ["x"], ["y", "x"], ["z", "y", "x"]]
+    assert [row["clicked"] for row in rows] == [[], [], ["x"], ["x"]]
+    assert manifest.outcomes["click"] == {"joined": 1, "duplicate": 1, "early": 0, "late": 1, "unmatched": 1}
