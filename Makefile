@@ -1,10 +1,10 @@
-# make demo | test | bench | bench-towers | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
+# make demo | test | bench | bench-towers | bench-ingest | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
 PYTHON ?= python3.11
 MODEL ?= adatt
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench bench-towers census clean
+.PHONY: demo test lint bench bench-towers bench-ingest census clean
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -24,6 +24,9 @@ bench: .venv/ready .venv/rechub
 bench-towers: .venv/ready
 	$(BIN)/python tests/benchmarks/towers.py
 
+bench-ingest: .venv/ready .venv/ingest
+	$(BIN)/python tests/benchmarks/ingest.py
+
 census: .venv/ready
 	$(BIN)/python -m jobs.compare
 
@@ -35,9 +38,13 @@ census: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# What only the benchmark compares with.
+# What only the benchmarks compare with.
 .venv/rechub: .venv/ready tests/benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/benchmarks/requirements.txt
+	touch $@
+
+.venv/ingest: .venv/ready tests/benchmarks/ingest-requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/benchmarks/ingest-requirements.txt
 	touch $@
 
 clean:

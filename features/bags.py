@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.schema import Bag
+from features.kinds import Bag
 
 
 def listed(values: pa.Array, bag: Bag) -> pa.LargeListArray:

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.hashing import hash_strings
-from features.schema import Dense, Schema
+from features.kinds import Dense
+from features.schema import Schema
 from features.statistics import Moments, Statistics, transformed
 
 VERSION = 3

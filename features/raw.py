@@ -146,46 +146,39 @@ def parse(
     Returns: of each feature a column of its name: dense and binned numbers float64, ids as codes into text, bags as lists of
         those; label.TASK float32, weight float32, event_time int64, row_id int64, split int8.
     """
-    count, young = rows.num_rows, young or {}
+    young, histories = young or {}, histories or {}
     frame = view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
-    columns: dict[str, pa.Array] = {}
-    for name, column in schema.feature_columns.items():
-        source = (
-            frame[column]
-            if column in schema.source.derived
-            else _one(rows[column])
-            if name not in (histories or {})
-            else None
-        )
-        columns[name] = _feature(schema, name, (histories or {})[name] if source is None else source)
-    labels = {f"label.{name}": _label(schema, frame, name, young) for name in schema.tasks}
-    weight = _weight(schema, frame)
-    time = _whole(schema, "event_time", schema.event_time, frame, rows)
-    own_id = _whole(schema, "source.row_id", schema.source.row_id, frame, rows)
-    ids = own_id if own_id is not None else pl.Series(rows[ROW]) + row_id
-    split = _split(schema, frame, rows, time)
-    core = pl.DataFrame(
-        [*(s.alias(n) for n, s in labels.items()), weight.alias("weight"), split.alias(SPLIT)]
-    ).with_columns(
-        (time if time is not None else pl.zeros(count, pl.Int64, eager=True)).alias("event_time"), ids.alias(ROW_ID)
-    )
-    table = pa.table({**columns, **{c: core[c].rechunk().to_arrow() for c in core.columns}})
+    columns = {
+        name: _feature(schema, name, histories[name] if name in histories else _column(schema, column, frame, rows))
+        for name, column in schema.feature_columns.items()
+    }
+    core = {f"label.{name}": _label(schema, frame, name, young) for name in schema.tasks}
+    core["weight"] = _weight(schema, frame)
+    core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
+    core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
+    core[SPLIT] = _split(schema, frame, rows, core["event_time"])
+    table = pa.table(columns | {name: series.rechunk().to_arrow() for name, series in core.items()})
     reason = _faults(schema, table, core)
-    if schema.source.outcomes and schema.source.key:
-        missing = pl.Series(_one(rows[schema.source.key]).is_null())
-        reason = _either(reason, missing, pl.lit(f"{schema.source.key}: missing key"))
-    keep, left_out = np.ones(count, bool), {}
+    if schema.source.outcomes:
+        key = str(schema.source.key)
+        missing = pl.Series(_arrow(_column(schema, key, frame, rows)).is_null())
+        reason = _either(reason, missing, pl.lit(f"{key}: missing key"))
     bad = reason.is_not_null().to_numpy()
+    keep, left_out = ~bad, {}
     for name, young_B in young.items():
         if schema.source.outcomes[name].young == "leave_out":
-            gone = young_B & ~bad & keep
-            left_out[f"window of {name} still open"] = int(gone.sum())
-            keep &= ~gone
-    letter = (
-        letters(rows[LINE].to_numpy()[bad], reason.filter(bad), as_json(rows.filter(bad))) if bad.any() else letters()
-    )
-    keep &= ~bad
-    return Parsed(table if keep.all() else table.filter(pa.array(keep)), letter, left_out)
+            left_out[f"window of {name} still open"] = int((young_B & keep).sum())
+            keep &= ~young_B
+    found = letters()
+    if bad.any():
+        cells = as_json(rows.drop_columns([LINE, ROW]).filter(pa.array(bad)))
+        found = letters(rows[LINE].to_numpy()[bad], reason.filter(pl.Series(bad)), cells)
+    return Parsed(table if keep.all() else table.filter(pa.array(keep)), found, left_out)
+
+
+def column(schema: Schema, rows: pa.Table, name: str) -> pa.Array:
+    """A raw or derived column of typed rows, ids as plain text."""
+    return _arrow(view(schema, rows, None, (), (name,))[name])
 
 
 def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
@@ -217,25 +210,33 @@ def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Ser
 def _feature(schema: Schema, name: str, values: pl.Series | pa.Array) -> pa.Array:
     """A feature's column as `parse` returns it. Raises UserError for one that is not of the type that its use needs."""
     if name in schema.bag:
-        return listed(values if isinstance(values, pa.Array) else values.rechunk().to_arrow(), schema.bag[name])
+        return listed(_arrow(values), schema.bag[name])
     if name in schema.categorical and not schema.all_tables[schema.table_of(name)].bins:
         return as_ids(values)
     series = values if isinstance(values, pl.Series) else pl.Series(values)
     if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
-        column = schema.feature_columns[name]
-        raise UserError(
-            f"{'dense' if name in schema.dense else 'categorical'}.{name}: column {column} is {series.dtype}, it must be a number"
-        )
+        kind, column = "dense" if name in schema.dense else "categorical", schema.feature_columns[name]
+        raise UserError(f"{kind}.{name}: column {column} is {series.dtype}, it must be a number")
     return series.cast(pl.Float64).rechunk().to_arrow()
 
 
-def _whole(schema: Schema, key: str, column: str | None, frame: pl.DataFrame, rows: pa.Table) -> pl.Series | None:
+def _column(schema: Schema, name: str, frame: pl.DataFrame, rows: pa.Table) -> pl.Series | pa.Array:
+    return frame[name] if name in schema.source.derived else _one(rows[name])
+
+
+def _arrow(values: pl.Series | pa.Array) -> pa.Array:
+    return values if isinstance(values, pa.Array) else values.rechunk().to_arrow()
+
+
+def _whole(
+    schema: Schema, key: str, name: str | None, frame: pl.DataFrame, rows: pa.Table, default: pl.Series
+) -> pl.Series:
     """A column of whole numbers, if the schema names one. Raises UserError where it is of another type."""
-    if column is None:
-        return None
-    series = frame[column] if column in schema.source.derived else pl.Series(_one(rows[column]))
+    if name is None:
+        return default
+    series = pl.Series(_column(schema, name, frame, rows))
     if not series.dtype.is_integer():
-        raise UserError(f"{key}: column {column} is {series.dtype}, it must be an integer")
+        raise UserError(f"{key}: column {name} is {series.dtype}, it must be an integer")
     return series.cast(pl.Int64)
 
 
@@ -259,7 +260,7 @@ def _weight(schema: Schema, frame: pl.DataFrame) -> pl.Series:
     return _number(frame, "weight", schema.weight, "weight")
 
 
-def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series | None) -> pl.Series:
+def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series) -> pl.Series:
     split = schema.split
     if isinstance(split, RowIndexSplit):
         of_remainder = np.empty(split.modulo, np.int8)
@@ -267,16 +268,15 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series 
             of_remainder[getattr(split, name)] = number
         return pl.Series(of_remainder[rows[ROW].to_numpy() % split.modulo])
     if isinstance(split, HashSplit):
-        keys = as_ids(frame[split.key] if split.key in schema.source.derived else _one(rows[split.key]))
+        keys = as_ids(_column(schema, split.key, frame, rows))
         share = hash_strings(keys.dictionary, HASH_SPLIT_SEED) / 2.0**64
         code = np.where(share < split.test, 2, np.where(share < split.test + split.valid, 1, 0)).astype(np.int8)
         return pl.Series(pa.array(code).take(keys.indices))
-    assert time is not None  # the schema has seen to that
     valid_from, test_from = (math.ceil(moment.timestamp()) for moment in (split.valid_from, split.test_from))
     return (time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)
 
 
-def _faults(schema: Schema, rows: pa.Table, core: pl.DataFrame) -> pl.Series:
+def _faults(schema: Schema, rows: pa.Table, core: dict[str, pl.Series]) -> pl.Series:
     """Per row what makes it unusable, null where all is well."""
     reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
     for name in schema.dense:

@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field, Validatio
 
 from features.errors import UserError
 from features.expressions import columns_of
+from features.kinds import Bag, Categorical, Dense, Table, Vocabulary
 from features.source import Format, History, Outcome, RawType, Source, Strict
 
 Split = Literal["train", "valid", "test"]
@@ -27,76 +28,6 @@ def utc(value: Any) -> Any:
     if isinstance(moment, date) and not isinstance(moment, datetime):  # what YAML makes of a date without quotes
         moment = datetime.combine(moment, time())
     return moment.replace(tzinfo=timezone.utc) if isinstance(moment, datetime) and moment.tzinfo is None else value
-
-
-class Dense(Strict):
-    """A number. A missing value becomes the mean of the train split, and a column NAME_missing on request."""
-
-    column: str | None = None
-    transform: Literal["none", "log1p"] = "none"
-    standardize: bool = True
-    missing_flag: bool = False
-    piecewise: int | None = Field(None, ge=1, le=1024, description="bins of the code beside the number (models.inputs)")
-
-
-class Vocabulary(Strict):
-    """Ids for values seen at least `min_count` times in the train split, the `max_size` most frequent of them.
-
-    Other values share `unknown` ids, dealt by a hash.
-    """
-
-    min_count: int = Field(1, ge=1)
-    max_size: int | None = Field(None, ge=1)
-    unknown: int = Field(1, ge=1)
-
-
-class Table(Strict):
-    """An embedding table and how values become its ids: a fitted vocabulary, `hash` buckets, or quantile `bins` of a number."""
-
-    dim: int = Field(16, ge=1)
-    vocabulary: Vocabulary | None = None
-    hash: int | None = Field(None, ge=1)
-    bins: int | None = Field(None, ge=1, le=1024)
-
-    @model_validator(mode="after")
-    def _one_way_to_an_id(self) -> "Table":
-        if (self.vocabulary is not None) + (self.hash is not None) + (self.bins is not None) > 1:
-            raise ValueError("give one of vocabulary, hash and bins")
-        return self
-
-    @property
-    def counted(self) -> bool:
-        """Whether ids are those of a fitted vocabulary."""
-        return self.hash is None and self.bins is None
-
-
-class Categorical(Table):
-    """One id a row. It has a table of its own name unless `table` names a shared one."""
-
-    column: str | None = None
-    table: str | None = None
-
-    @model_validator(mode="after")
-    def _shared_table_decides(self) -> "Categorical":
-        own = self.model_fields_set & {"dim", "vocabulary", "hash", "bins"}
-        if self.table and own:
-            raise ValueError(f"{', '.join(sorted(own))} belong to the shared table {self.table}: set them there")
-        return self
-
-
-class Bag(Categorical):
-    """A list of ids a row, mean-pooled; at most the first `max_length` count. It is a column's, or made of earlier rows."""
-
-    separator: str = Field("|", min_length=1)
-    max_length: int = Field(50, ge=1)
-    bins: None = Field(None, description="a list of numbers has none")
-    history: History | None = None
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Bag":
-        if self.history and self.column:
-            raise ValueError("give one of column and history")
-        return self
 
 
 class Task(Strict):
@@ -362,7 +293,8 @@ def _contradictions(schema: Schema) -> Iterator[str]:
         return {root for c in columns for root in [c, *derived.get(c, [])]}
 
     for name, column in schema.feature_columns.items():
-        inputs = roots([column])
+        history = schema.histories.get(name)
+        inputs = roots([column, history.user] if history else [column])
         if later := sorted(inputs & schema.outcome_columns.keys()):
             yield f"feature {name} reads {later[0]}, an outcome that is known only after the impression. Remove it."
         for task, spec in schema.tasks.items():
@@ -409,11 +341,12 @@ def _allowed(path: list[str]) -> list[str]:
     if not path:
         return list(Schema.model_fields)
     if path[0] == "source":
-        return list((Format if "read" in path else Outcome if "outcomes" in path else Source).model_fields)
+        kind = Source if path[1:2] != ["outcomes"] else Format if path[3:] == ["read"] else Outcome
+        return list(kind.model_fields)
     if path[0] == "split":
         return sorted({k for kind in (HashSplit, RowIndexSplit, TimeSplit) for k in kind.model_fields})
-    if path[-1] == "history":
+    if path[2:] == ["history"]:
         return list(History.model_fields)
-    if path[-1] == "vocabulary":
+    if path[2:] == ["vocabulary"]:
         return list(Vocabulary.model_fields)
     return list(sections[path[0]].model_fields)

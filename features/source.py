@@ -91,6 +91,8 @@ class Outcome(Strict):
             raise ValueError("window needs time, the column of when the outcome happened")
         if self.take not in ("first", "last") and (text := [c for c, t in self.columns.items() if t == "string"]):
             raise ValueError(f"take: {self.take} needs numbers, but column {text[0]} is text")
+        if own := [c for c in self.columns if c in (self.key, self.time)]:
+            raise ValueError(f"column {own[0]} is read as key or time already: remove it from columns")
         if set(self.columns) & {"count", "time"}:
             raise ValueError("columns count and time have the names of what a join adds itself")
         return self

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 
 from features.digest import Digest
 from features.hashing import hash_strings
-from features.schema import Dense, Schema
+from features.kinds import Dense
+from features.schema import Schema
 
 # Shapes: B rows, T tasks, V distinct values, G groups.
 GROUPS = 64  # of the values of a hashed feature, of which there are too many to count each

@@ -3,12 +3,15 @@
 Examples:
   python -m jobs.preprocess data=census out=runs/census/data
   python -m jobs.preprocess data=demo out=runs/demo/data input=runs/demo/raw workers=2
-  python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/mine input=/logs overwrite=true
+  python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/mine input=s3://bucket/logs overwrite=true
+  python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/days date=2026-11-21      # one day: /data/days/2026-11-21
+  python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/today encoders.from=/data/mine
 """
 
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
+from pipeline.ingest.card import read_card
 from pipeline.ingest.job import PreprocessConfig, preprocess
 
 
@@ -25,6 +28,17 @@ def main(config: DictConfig) -> None:
             if observed
         )
         print(f"{split:5}  {rows:>10,} rows   mean label: {rates or '-'}")
+    for entry in read_card(settings.folder).get("drift", []):
+        if entry["verdict"] != "stable":
+            unknown = (
+                f", unknown {entry['unknown']:.1%} (was {entry['unknown_before']:.1%})"
+                if entry["unknown"] is not None
+                else ""
+            )
+            print(
+                f"drift  {entry['feature']} {entry['verdict']}: PSI {entry['psi']:.3f}, missing {entry['missing']:.1%} "
+                f"(was {entry['missing_before']:.1%}){unknown}"
+            )
     bad, left_out = sum(manifest.dead_letters.values()), sum(manifest.left_out.values())
     print(
         f"{settings.folder}: {len(manifest.shards)} shards, schema {manifest.fingerprint}, {bad} dead letters"

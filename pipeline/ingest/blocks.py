@@ -21,7 +21,8 @@ class Block:
     """Rows of a unit that follow each other.
 
     Attributes:
-        columns: the wanted ones, in order: text, int64 or float64 where all values are (finite) numbers, lists of text.
+        columns: the wanted ones, in order: text, or lists of text; those wanted as numbers also as float64 (float) or
+            int64 (int, time), where all values of the block are such.
         row: rows of the unit before these.
         lines: computes the line of each row in the unit, from 1; in Parquet the row's number in the file, from 1.
         bad: lines of this block that are no rows, numbered in the same way.
@@ -110,22 +111,16 @@ class Reader:
 
     def _bytes(self) -> Iterator[bytes]:
         """Whole lines of the unit, without a byte order mark."""
-        unit = self.unit
-        first = unit.start == 0
-        with readable(self.path, to_its_end=True):
-            if codec_of(self.path):
-                with open_text(self.path) as (stream, raw):
-                    for data in whole_lines(stream, 0, None):
-                        yield data.removeprefix(BOM) if first else data
-                        first = False
-                        self.note(raw.tell())
-            else:
-                with open_raw(self.path, cache="none") as raw:
-                    stop = unit.file.size if unit.stop is None else unit.stop
-                    for data in whole_lines(raw, unit.start, stop):
-                        yield data.removeprefix(BOM) if first else data
-                        first = False
-                        self.note(min(raw.tell(), stop) - unit.start)
+        unit, packed = self.unit, codec_of(self.path) is not None
+        stop, first = unit.file.size if unit.stop is None else unit.stop, unit.start == 0
+        with (
+            readable(self.path, to_its_end=True),
+            open_text(self.path, cache="readahead" if packed else "none") as (stream, raw),
+        ):
+            for data in whole_lines(stream, 0, None) if packed else whole_lines(raw, unit.start, stop):
+                yield data.removeprefix(BOM) if first else data
+                first = False
+                self.note(min(raw.tell(), stop) - unit.start)
 
     def _multiline(self) -> Iterator[Block]:
         malformed, row = Malformed(int(self._has_header)), 0
@@ -223,26 +218,39 @@ class Malformed:
 
 
 def plain(values: pa.Array, wanted: RawType, format: Format) -> pa.Array:
-    """A column of a Parquet file as text, int64, float64 or lists of text; times as whole seconds since 1970 UTC.
+    """A column of a Parquet file as text, numbers or lists of text; times as whole seconds since 1970 UTC.
+
+    Wanted as a number it is float64 or, for int and time, int64, or text where a value is none of these.
 
     Raises:
-        pa.ArrowInvalid, pa.ArrowNotImplementedError: its type is none of these, or its bytes are no UTF-8.
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be this, or its bytes are no UTF-8.
     """
     kind = values.type
     if pa.types.is_dictionary(kind):
         return plain(values.dictionary_decode(), wanted, format)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return values.cast(LIST)
     if wanted == "string":
-        return values.cast(TEXT)
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        return values.cast(LIST if any(check(kind) for check in lists) else TEXT)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        return _seconds(values, format.timezone)
-    if pa.types.is_boolean(kind) or pa.types.is_signed_integer(kind) or kind in (pa.uint8(), pa.uint16(), pa.uint32()):
-        return values.cast(pa.int64())
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        numbers = values.cast(pa.float64())
-        return numbers if pc.all(pc.is_finite(numbers), min_count=0).as_py() else numbers.cast(TEXT)
-    return values.cast(TEXT)  # text, and integers that may be too large
+        values = _seconds(values, format.timezone)
+    elif pa.types.is_boolean(kind):
+        values = values.cast(pa.int8())
+    elif kind == pa.float16():
+        values = values.cast(pa.float32())
+    return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
+
+
+def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Text stays text, and so becomes a column with a number that is not of the kind, or not finite."""
+    is_float = pa.types.is_floating(values.type)
+    if not (is_float or pa.types.is_integer(values.type) or pa.types.is_decimal(values.type)):
+        return values.cast(TEXT)
+    if is_float and not pc.all(pc.is_finite(values), min_count=0).as_py():
+        return values.cast(TEXT)
+    try:
+        return values.cast(kind)
+    except pa.ArrowInvalid:
+        return values.cast(TEXT)
 
 
 def _seconds(values: pa.Array, timezone: str) -> pa.Array:

@@ -71,10 +71,8 @@ def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list
         raise UserError(
             f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to where it lies."
         )
-    patterns = [
-        pattern.replace("{date}", "*" if day is None else day.isoformat())
-        for day in ([None] if dates is None else dates)
-    ]
+    days = ["*"] if dates is None else [day.isoformat() for day in dates]
+    patterns = {pattern.replace("{date}", day) for day in days}
     files = {file.path: file for each in patterns for file in _matching(folder, each)}
     if not files:
         shown = f"{folder.rstrip('/')}/{pattern}"

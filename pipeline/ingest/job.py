@@ -26,7 +26,7 @@ from features.schema import RowIndexSplit, Schema, utc
 from pipeline.dataset import Dataset, Letters, Manifest, Shard, commit
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import plan, writer
-from pipeline.ingest.plan import IMPRESSIONS, Limits
+from pipeline.ingest.plan import BALLAST, IMPRESSIONS, Limits
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.steps import STEPS, Job, Work
 
@@ -182,6 +182,7 @@ def _staging(out: Path) -> Iterator[Path]:
     staging = out.with_name(f"{out.name}.staging-{uuid.uuid4().hex[:8]}")
     try:
         (staging / "scratch" / "notes").mkdir(parents=True)
+        (staging / "scratch" / BALLAST).write_bytes(bytes(1 << 16))
         lock = (staging / "scratch" / "lock").open("w")
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
@@ -238,7 +239,10 @@ def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
     if config.runner != "direct":
         return beam.Pipeline(RUNNERS.get(config.runner, config.runner), options=PipelineOptions(config.options))
     # By name: the default runner first tries to fetch another one from the network.
-    many = ["--direct_running_mode=multi_processing", f"--direct_num_workers={config.workers}"]
+    many = [
+        "--direct_running_mode=multi_processing", f"--direct_num_workers={config.workers}",
+        "--default_sdk_harness_log_level=ERROR",
+    ]  # fmt: skip
     return beam.Pipeline(FnApiRunner(), options=PipelineOptions(config.options + (many if config.workers > 1 else [])))
 
 

@@ -16,9 +16,10 @@ from features.schema import SPLITS
 from features.statistics import Statistics
 from pipeline.dataset import write_json
 from pipeline.ingest.card import card, read_card
+from pipeline.ingest.files import one_line
 from pipeline.ingest.steps import Job, Work
 
-IMPRESSIONS = "impressions"
+IMPRESSIONS, BALLAST = "impressions", "ballast"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def after(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[
         write_json(scratch / f"{step}.json", reports)
         following = dict(zip(steps_of(job), steps_of(job)[1:], strict=False)).get(step)
         work = list(PLANS[following](job, limits)) if following else []
-    except UserError as error:
-        write_json(scratch / "error.json", str(error))
+    except (UserError, OSError) as error:
+        (scratch / BALLAST).unlink(missing_ok=True)  # so that there is room to say that the disk is full
+        said = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
+        write_json(scratch / "error.json", said)
         return
     if following:
         write_json(scratch / "notes" / f"{following}.total", len(work))

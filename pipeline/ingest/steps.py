@@ -128,16 +128,13 @@ def _impressions(job: Job, work: Work, unit: Unit, rows: pa.Table) -> tuple[Work
     if not job.joins:
         return _labelled(job, part, rows)
     part["path"] = spill.write(job.aside("typed"), [rows])
-    if key := job.schema.source.key if job.schema.source.outcomes else None:
-        sent = {"key": _plain(rows[key].combine_chunks()), spill.PLACE: pa.array(np.arange(rows.num_rows))}
-        if time := job.schema.event_time:
-            sent["time"] = rows[time] if time in rows.column_names else _derived(job, rows, time)
-        part["keys"] = _sent(job, pa.table(sent), "key")
+    if job.schema.source.outcomes:
+        key, time = str(job.schema.source.key), job.schema.event_time
+        sent = {"key": raw.column(job.schema, rows, key), spill.PLACE: pa.array(np.arange(rows.num_rows))}
+        part["keys"] = _sent(
+            job, pa.table(sent | ({"time": raw.column(job.schema, rows, time)} if time else {})), "key"
+        )
     return part, raw.letters()
-
-
-def _derived(job: Job, rows: pa.Table, name: str) -> pa.Array:
-    return raw.view(job.schema, rows, None, (), (name,))[name].cast(pl.Int64).rechunk().to_arrow()
 
 
 def _events(job: Job, name: str, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
@@ -160,10 +157,6 @@ def _events(job: Job, name: str, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
         rows = rows.filter((~lost).to_arrow())
     rows = rows.rename_columns(["key" if c == outcome.key else c for c in rows.column_names]).drop_columns([LINE, ROW])
     return {"rows": rows.num_rows, "path": _sent(job, rows, "key")}, letters
-
-
-def _plain(array: pa.Array) -> pa.Array:
-    return array.cast(pa.large_string()) if pa.types.is_dictionary(array.type) else array
 
 
 def _sent(job: Job, table: pa.Table, key: str) -> str:
@@ -301,7 +294,7 @@ def _labelled(
     schema, young = job.schema, {}
     for name, outcome in schema.source.outcomes.items():
         if outcome.window and outcome.young != "keep":
-            time = raw.view(schema, rows, None, (), [str(schema.event_time)])[str(schema.event_time)]
+            time = pl.Series(raw.column(schema, rows, str(schema.event_time)))
             young[name] = (time + outcome.window > work["as_of"]).fill_null(False).to_numpy()
     parsed = raw.parse(schema, rows, work["row_id"], joined, young, histories)
     split_B = parsed.rows[SPLIT].to_numpy()

@@ -1,13 +1,11 @@
-"""Statistics and encoders against dictionaries, Counter and float64 numpy."""
+"""Encoders, and the statistics that they are fitted on, against dictionaries, Counter and float64 numpy."""
 
 import json
-import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hashing import plain_hash
 
-from features.encoders import MISSING, UNKNOWN, Encoders, arrow_schema
+from features.encoders import MISSING, UNKNOWN, UNKNOWN_SEED, Encoders, arrow_schema
 from features.errors import UserError
-from features.raw import ROW_ID, SPLIT, WEIGHT
 from features.schema import Schema
 from features.statistics import Moments, Statistics
 
@@ -32,6 +29,7 @@ CONTENT: dict[str, Any] = {
     "categorical": {
         "city": {},
         "few": {"column": "city", "vocabulary": {"min_count": 2, "max_size": 3}},
+        "dealt": {"column": "city", "vocabulary": {"min_count": 2, "unknown": 3}},
         "hashed": {"column": "city", "hash": 7},
         "item": {"table": "item"},
     },
@@ -45,35 +43,43 @@ WORD = st.one_of(st.none(), st.sampled_from(["a", "b", "c", "B", "ä", "日本",
 NUMBER = st.one_of(
     st.none(), st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6)), st.integers(-3, 3).map(float)
 )
-BAG = st.one_of(st.none(), st.lists(st.sampled_from(["a", "b", "c", "z", ""]), max_size=5).map("|".join))
-ROW = st.fixed_dictionaries(
-    {
-        "plain": NUMBER, "scaled": NUMBER, "city": WORD, "item": WORD, "recent": BAG,
-        "tags": st.one_of(st.none(), st.sampled_from(["", "x", "x, y", "x,y", ", x"])),
-        SPLIT: st.sampled_from([0, 0, 0, 1, 2]),
-    }
-)  # fmt: skip
+BAG = st.lists(st.sampled_from(["a", "b", "c", "z", "B"]), max_size=3)
+ROW = st.fixed_dictionaries({"plain": NUMBER, "scaled": NUMBER, "city": WORD, "item": WORD, "recent": BAG, "tags": BAG})
 ROWS = st.lists(ROW, max_size=25)
-TYPES = {
-    **dict.fromkeys(["plain", "scaled"], pl.Float64),
-    **dict.fromkeys(["city", "item", "recent", "tags"], pl.String),
-    **dict.fromkeys(["label.a", "label.b", WEIGHT], pl.Float32),
-    SPLIT: pl.Int8,
-    ROW_ID: pl.Int64,
-}
 
 
-def frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    """Parsed rows, as features.raw gives them."""
-    full = [
-        {"label.a": 1.0 if i % 3 else None, "label.b": float(i), WEIGHT: 1 + i / 2, ROW_ID: 10 + i, SPLIT: 0} | row
-        for i, row in enumerate(rows)
+def coded(values: list[str | None], twice: bool = False) -> pa.DictionaryArray:
+    """Codes into a dictionary that holds a value nobody has and, on request, each value twice."""
+    distinct = ["nobody's", *sorted({v for v in values if v is not None})]
+    places = [
+        None if v is None else distinct.index(v) + len(distinct) * (twice and i % 2) for i, v in enumerate(values)
     ]
-    return pl.DataFrame([[r.get(c) for c in TYPES] for r in full], schema=TYPES, orient="row")
+    dictionary = pa.array(distinct * (1 + twice), pa.large_string())
+    return pa.DictionaryArray.from_arrays(pa.array(places, pa.int32()), dictionary)
 
 
-def elements(bag: str | None, separator: str = "|", limit: int = 3) -> list[str]:
-    return [e for e in (bag or "").split(separator) if e][:limit]
+def table(rows: list[dict[str, Any]], twice: bool = False) -> pa.Table:
+    """Parsed rows, as features.raw gives them; what a row does not name is missing."""
+    columns: dict[str, pa.Array] = {}
+    for name, feature in SCHEMA.dense.items():
+        columns[name] = pa.array([row.get(feature.column or name) for row in rows], pa.float64())
+    for name, feature in SCHEMA.categorical.items():
+        columns[name] = coded([row.get(feature.column or name) for row in rows], twice)
+    for name in SCHEMA.bag:
+        bags = [row.get(name, []) for row in rows]
+        offsets = pa.array(np.cumsum([0, *map(len, bags)]), pa.int64())
+        columns[name] = pa.LargeListArray.from_arrays(offsets, coded([e for bag in bags for e in bag], twice))
+    count = range(len(rows))
+    labels = {"label.a": [1.0 if i % 3 else None for i in count], "label.b": [float(i) for i in count]}
+    columns |= {name: pa.array(values, pa.float32()) for name, values in labels.items()}
+    columns |= {"weight": pa.array([1 + i / 2 for i in count], pa.float32())}
+    columns |= {"event_time": pa.array([5 * i for i in count], pa.int64())}
+    columns |= {"row_id": pa.array([10 + i for i in count], pa.int64()), "split": pa.array([0] * len(rows), pa.int8())}
+    return pa.table(columns)
+
+
+def fit(rows: list[dict[str, Any]]) -> Encoders:
+    return Encoders.fit(SCHEMA, Statistics.of(SCHEMA, table(rows)))
 
 
 def plain_vocabulary(values: list[str], min_count: int = 1, max_size: int | None = None) -> list[str]:
@@ -84,12 +90,12 @@ def plain_vocabulary(values: list[str], min_count: int = 1, max_size: int | None
 
 
 def plain_vocabularies(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    train = [r for r in rows if r[SPLIT] == 0]
-    cities = [r["city"] for r in train if r["city"] is not None]
-    items = [r["item"] for r in train if r["item"] is not None] + [e for r in train for e in elements(r["recent"])]
+    cities = [r["city"] for r in rows if r["city"] is not None]
+    items = [r["item"] for r in rows if r["item"] is not None] + [e for r in rows for e in r["recent"]]
     return {
         "city": plain_vocabulary(cities),
         "few": plain_vocabulary(cities, min_count=2, max_size=3),
+        "dealt": plain_vocabulary(cities, min_count=2),
         "item": plain_vocabulary(items, min_count=2),
     }
 
@@ -101,73 +107,96 @@ def plain_values(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.sign(x) * np.log1p(np.abs(x)) if name == "logged" else x
 
 
-def merged(parts: list[Statistics], data: st.DataObject) -> Statistics:
-    """All parts merged two or more at a time, in any order, some of them sent from one process to another."""
-    parts = list(parts)
-    while len(parts) > 1:
-        parts = data.draw(st.permutations(parts))
-        count = data.draw(st.integers(2, len(parts)))
-        one = parts[0].merge(*parts[1:count])
-        parts = [pickle.loads(pickle.dumps(one)) if data.draw(st.booleans()) else one, *parts[count:]]
-    return parts[0]
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.data())
+def test_vocabularies_are_the_same_whatever_parts_were_counted_in_whatever_order(rows, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
+    pieces = [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+    parts = data.draw(
+        st.permutations([Statistics.of(SCHEMA, table(piece, i % 2 == 1)) for i, piece in enumerate(pieces)])
+    )
+    fitted = Encoders.fit(SCHEMA, parts[0].merge(*parts[1:]))
+    assert {name: values.to_pylist() for name, values in fitted.vocabularies.items()} == plain_vocabularies(rows)
 
 
 @settings(max_examples=60, deadline=None)
-@given(ROWS, st.data())
-def test_any_parts_merged_in_any_order_give_what_all_rows_give_at_once(rows, data):
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
-    pieces = [frame(rows[a:b]) for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
-    parts = [Statistics.of(SCHEMA, piece) for piece in pieces] + [Statistics()]
-    encoders = Encoders.fit(SCHEMA, merged(parts, data))
+@given(ROWS, ROWS, st.booleans())
+def test_ids_are_those_of_a_dictionary(rows, others, twice):
+    fitted = fit(rows)
+    first = dict.fromkeys(["city", "few", "item"], 2) | {"dealt": 4}
+    vocabularies = {n: {v: i + first[n] for i, v in enumerate(vs)} for n, vs in plain_vocabularies(rows).items()}
+    assert fitted.num_embeddings("hashed") == 8
+    assert fitted.num_embeddings("city") == len(vocabularies["city"]) + 2
+    assert fitted.num_embeddings("dealt") == len(vocabularies["dealt"]) + 4
 
-    assert {name: values.to_pylist() for name, values in encoders.vocabularies.items()} == plain_vocabularies(rows)
-    for name, moments in encoders.moments.items():
-        x = plain_values([r for r in rows if r[SPLIT] == 0], name)
-        present = x[~np.isnan(x)]
-        assert (moments.count, moments.missing) == (len(present), len(x) - len(present))
-        scale = np.abs(present).max(initial=1.0)
-        assert moments.mean == pytest.approx(present.mean() if len(present) else 0.0, rel=1e-9, abs=1e-9 * scale)
-        assert moments.std == pytest.approx(present.std() if len(present) else 0.0, rel=1e-9, abs=1e-9 * scale)
+    def known(table: str, value: str | None) -> int:
+        if value is None:
+            return MISSING
+        shared = plain_hash(value, UNKNOWN_SEED) % 3 if table == "dealt" else 0
+        return vocabularies[table].get(value, UNKNOWN + shared)
+
+    for some in (rows, others, []):
+        parsed = table(some, twice)
+        found = fitted.encode(parsed)
+        assert found.schema == arrow_schema(SCHEMA)
+        for name in ("city", "few", "dealt"):
+            assert found[name].to_pylist() == [known(name, r["city"]) for r in some]
+        assert found["item"].to_pylist() == [known("item", r["item"]) for r in some]
+        assert found["recent"].to_pylist() == [[known("item", e) for e in r["recent"]] for r in some]
+        assert found["hashed"].to_pylist() == [
+            MISSING if r["city"] is None else 1 + plain_hash(r["city"]) % 7 for r in some
+        ]
+        assert found["tags"].to_pylist() == [[1 + plain_hash(e) % 5 for e in r["tags"]] for r in some]
+        for name in ("label.a", "label.b", "weight", "event_time", "row_id"):
+            assert found[name].equals(parsed[name])
 
 
 @settings(max_examples=40, deadline=None)
-@given(ROWS, ROWS)
-def test_ids_are_those_of_a_dictionary_and_rows_outside_train_teach_nothing(rows, others):
-    fitted = Encoders.fit(SCHEMA, Statistics.of(SCHEMA, frame(rows)))
-    vocabularies = {n: {v: i + UNKNOWN + 1 for i, v in enumerate(vs)} for n, vs in plain_vocabularies(rows).items()}
-    assert fitted.num_embeddings("hashed") == 8
-    assert fitted.num_embeddings("city") == len(vocabularies["city"]) + 2
+@given(ROWS, st.integers(0, 10), st.integers(0, 10))
+def test_rows_are_encoded_one_by_one_as_they_are_together(rows, start, count):
+    """One row's values are fewer than the vocabulary's and all rows' are more, which are looked up in two ways."""
+    fitted = fit(rows + [{"city": f"city {i}", "item": f"item {i}", "recent": [f"item {i}"]} for i in range(30)] * 2)
+    parsed = table(rows)
+    whole = fitted.encode(parsed)
+    assert (
+        pa.concat_tables([fitted.encode(table([])), *(fitted.encode(table([row])) for row in rows)])
+        .select(["city", "few", "dealt", "hashed", "item", "recent", "tags", *SCHEMA.dense_columns])
+        .equals(whole.select(["city", "few", "dealt", "hashed", "item", "recent", "tags", *SCHEMA.dense_columns]))
+    )
+    assert fitted.encode(parsed.slice(start, count)).equals(whole.slice(start, count))
 
-    def known(table: str, value: str | None) -> int:
-        return MISSING if value is None else vocabularies[table].get(value, UNKNOWN)
 
-    for some in (rows, others):
-        table = fitted.encode(frame(some))
-        assert table.schema == arrow_schema(SCHEMA)
-        assert table["city"].to_pylist() == [known("city", r["city"]) for r in some]
-        assert table["few"].to_pylist() == [known("few", r["city"]) for r in some]
-        assert table["item"].to_pylist() == [known("item", r["item"]) for r in some]
-        assert table["recent"].to_pylist() == [[known("item", e) for e in elements(r["recent"])] for r in some]
-        assert table["hashed"].to_pylist() == [
-            MISSING if r["city"] is None else 1 + plain_hash(r["city"]) % 7 for r in some
-        ]
-        assert table["tags"].to_pylist() == [
-            [1 + plain_hash(e) % 5 for e in elements(r["tags"], ", ", 50)] for r in some
-        ]
-        expected = frame(some)
-        for name, column in (("label.a", "label.a"), ("label.b", "label.b"), ("weight", WEIGHT), ("row_id", ROW_ID)):
-            assert table[name].to_pylist() == expected[column].to_list()
-        assert table["event_time"].to_pylist() == [0] * len(some)
+@pytest.mark.parametrize("size", [3, 50, 400])
+@pytest.mark.parametrize("shown", [1, 20, 1000])
+def test_a_value_has_one_id_however_many_values_a_block_and_its_vocabulary_hold(size, shown):
+    fitted = fit([{"city": f"v{i}"} for i in range(size)] * 2)
+    vocabulary = fitted.vocabularies["dealt"].to_pylist()
+    cities = [None, *(f"v{i * 37 % 500}" for i in range(shown)), None, "v1", "v1"]
+    found = fitted.encode(table([{"city": city} for city in cities], twice=True))["dealt"].to_pylist()
+    for city, number in zip(cities, found, strict=True):
+        if city in vocabulary:
+            assert number == 4 + vocabulary.index(city)
+        else:
+            assert number == (MISSING if city is None else UNKNOWN + plain_hash(city, UNKNOWN_SEED) % 3)
+
+
+def test_unknown_values_are_dealt_to_all_their_ids_and_a_known_one_to_none_of_them():
+    fitted = fit([{"city": "known"}] * 2)
+    ids = fitted.encode(table([{"city": f"city {i}"} for i in range(3000)]))["dealt"].to_pylist()
+    counts = Counter(ids)
+    assert set(counts) == {UNKNOWN, UNKNOWN + 1, UNKNOWN + 2}
+    assert min(counts.values()) > 900
+    assert fitted.encode(table([{"city": "known"}, {"city": None}]))["dealt"].to_pylist() == [UNKNOWN + 3, MISSING]
 
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, ROWS)
 def test_numbers_are_transformed_filled_and_scaled_as_numpy_does_in_float64(rows, others):
-    fitted = Encoders.fit(SCHEMA, Statistics.of(SCHEMA, frame(rows)))
+    fitted = fit(rows)
     for some in (rows, others):
-        table = fitted.encode(frame(some))
+        found = fitted.encode(table(some))
         for name in SCHEMA.dense:
-            x = plain_values([r for r in rows if r[SPLIT] == 0], name)
+            x = plain_values(rows, name)
             present = x[~np.isnan(x)]
             mean = present.mean() if len(present) else 0.0
             std = present.std() if len(set(present)) > 1 else 0.0
@@ -178,20 +207,20 @@ def test_numbers_are_transformed_filled_and_scaled_as_numpy_does_in_float64(rows
             y = np.where(missing, mean, y)
             if name != "plain":
                 y = (y - mean) / std if std else np.zeros_like(y)
-            assert table[name].to_numpy() == pytest.approx(y, rel=1e-6, abs=1e-6)
-            assert not np.isnan(table[name].to_numpy()).any()
+            assert found[name].to_numpy() == pytest.approx(y, rel=1e-6, abs=1e-6)
+            assert not np.isnan(found[name].to_numpy()).any()
             if name != "plain":
-                assert table[f"{name}_missing"].to_pylist() == missing.astype(float).tolist()
+                assert found[f"{name}_missing"].to_pylist() == missing.astype(float).tolist()
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-3, 1 / 3, 1e6 + 0.1, -0.7])
 @pytest.mark.parametrize("parts", [1, 7])
 def test_a_constant_column_becomes_zero_and_does_not_blow_up_what_differs_later(value, parts):
-    rows = [{"scaled": value, SPLIT: 0} for _ in range(999)]
+    rows = [{"scaled": value} for _ in range(999)]
     split = [rows[i::parts] for i in range(parts)]
-    statistics = Statistics().merge(*(Statistics.of(SCHEMA, frame(part)) for part in split))
-    table = Encoders.fit(SCHEMA, statistics).encode(frame([{"scaled": value}, {"scaled": value + 1}, {"scaled": None}]))
-    assert table["scaled"].to_pylist() == [0.0, 0.0, 0.0]
+    statistics = Statistics().merge(*(Statistics.of(SCHEMA, table(part)) for part in split))
+    found = Encoders.fit(SCHEMA, statistics).encode(table([{"scaled": value}, {"scaled": value + 1}, {"scaled": None}]))
+    assert found["scaled"].to_pylist() == [0.0, 0.0, 0.0]
 
 
 def test_moments_keep_their_digits_far_from_zero():
@@ -204,26 +233,17 @@ def test_moments_keep_their_digits_far_from_zero():
     assert total.std == pytest.approx(x.std(), rel=1e-6)
 
 
-def test_a_value_seen_in_valid_or_test_only_is_unknown_and_moves_no_moment():
-    train = [{"city": "seen", "plain": 1.0, SPLIT: 0}]
-    later = [{"city": "new", "plain": 1e6, SPLIT: split} for split in (1, 2)]
-    fitted = Encoders.fit(SCHEMA, Statistics.of(SCHEMA, frame(train + later)))
-    assert fitted.vocabularies["city"].to_pylist() == ["seen"]
-    assert fitted.moments["plain"] == Moments(1, 0, 1.0, 0.0)
-    assert fitted.encode(frame(later + train))["city"].to_pylist() == [UNKNOWN, UNKNOWN, UNKNOWN + 1]
-
-
 def test_hash_ids_fill_one_to_the_number_of_buckets():
-    fitted = Encoders.fit(SCHEMA, Statistics.of(SCHEMA, frame([])))
-    table = fitted.encode(frame([{"city": f"city {i}"} for i in range(500)] + [{"city": None}]))
-    assert set(table["hashed"].to_pylist()) == {MISSING, *range(1, 8)}
+    found = fit([]).encode(table([{"city": f"city {i}"} for i in range(500)] + [{"city": None}]))
+    assert set(found["hashed"].to_pylist()) == {MISSING, *range(1, 8)}
 
 
-def test_a_table_without_rows_or_values_still_has_its_columns():
-    fitted = Encoders.fit(SCHEMA, Statistics.of(SCHEMA, frame([])))
-    assert fitted.encode(frame([])).schema == arrow_schema(SCHEMA)
+def test_a_dataset_without_rows_or_values_still_has_its_columns():
+    fitted = fit([])
+    assert fitted.encode(table([])).schema == arrow_schema(SCHEMA)
     assert fitted.num_embeddings("city") == 2
-    assert fitted.encode(frame([{"city": "x", "plain": 3.0}]))["city"].to_pylist() == [UNKNOWN]
+    assert fitted.num_embeddings("dealt") == 4
+    assert fitted.encode(table([{"city": "x", "plain": 3.0}]))["city"].to_pylist() == [UNKNOWN]
 
 
 # On disk
@@ -231,8 +251,10 @@ def test_a_table_without_rows_or_values_still_has_its_columns():
 
 @pytest.fixture
 def fitted() -> Encoders:
-    rows = [{"city": c, "item": c, "recent": "a|b", "plain": float(i), "scaled": i / 7} for i, c in enumerate("abacab")]
-    return Encoders.fit(SCHEMA, Statistics.of(SCHEMA, frame(rows)))
+    rows = [
+        {"city": c, "item": c, "recent": ["a", "b"], "plain": float(i), "scaled": i / 7} for i, c in enumerate("abacab")
+    ]
+    return fit(rows)
 
 
 def test_encoders_come_back_from_disk_bit_for_bit(fitted, tmp_path):
@@ -242,18 +264,24 @@ def test_encoders_come_back_from_disk_bit_for_bit(fitted, tmp_path):
         n: v.to_pylist() for n, v in fitted.vocabularies.items()
     }
     assert again.moments == fitted.moments
-    rows = frame([{"city": "a", "plain": 0.1, "scaled": 0.3, "recent": "b|q"}, {"city": "?"}])
+    rows = table([{"city": "a", "plain": 0.1, "scaled": 0.3, "recent": ["b", "q"]}, {"city": "?"}])
     assert again.encode(rows).equals(fitted.encode(rows))
     assert [again.num_embeddings(t) for t in SCHEMA.all_tables] == [fitted.num_embeddings(t) for t in SCHEMA.all_tables]
 
 
 def test_what_is_saved_can_be_read_without_this_project(fitted, tmp_path):
     fitted.save(tmp_path / "encoders")
-    table = pq.read_table(tmp_path / "encoders" / "vocabularies" / "city.parquet")
-    assert table.to_pylist() == [{"value": "a", "id": 2}, {"value": "b", "id": 3}, {"value": "c", "id": 4}]
+    vocabularies = tmp_path / "encoders" / "vocabularies"
+    assert pq.read_table(vocabularies / "city.parquet").to_pylist() == [
+        {"value": "a", "id": 2}, {"value": "b", "id": 3}, {"value": "c", "id": 4},
+    ]  # fmt: skip
+    assert pq.read_table(vocabularies / "dealt.parquet").to_pylist() == [
+        {"value": "a", "id": 4},
+        {"value": "b", "id": 5},
+    ]
     content = json.loads((tmp_path / "encoders" / "encoders.json").read_text())
     assert content["inputs"] == SCHEMA.inputs_fingerprint
-    assert content["num_embeddings"] == {"item": 4, "city": 5, "few": 4, "hashed": 8, "tags": 6}
+    assert content["num_embeddings"] == {"item": 4, "city": 5, "few": 4, "dealt": 6, "hashed": 8, "tags": 6}
     assert content["moments"]["plain"]["mean"] == 2.5
 
 
@@ -298,7 +326,7 @@ def test_encoders_that_are_not_whole_are_refused_in_one_line(fitted, tmp_path, h
 
 def test_the_columns_of_a_dataset_are_flat_and_typed():
     found = {field.name: field.type for field in arrow_schema(SCHEMA)}
-    ids = dict.fromkeys(["city", "few", "hashed", "item"], pa.int64())
+    ids = dict.fromkeys(["city", "few", "dealt", "hashed", "item"], pa.int64())
     bags = dict.fromkeys(["recent", "tags"], pa.list_(pa.int64()))
     dense = ["plain", "scaled", "scaled_missing", "logged", "logged_missing"]
     floats = dict.fromkeys([*dense, "label.a", "label.b", "weight"], pa.float32())

@@ -1,4 +1,4 @@
-"""Raw text to typed rows, against a loop over rows that knows nothing of polars."""
+"""Raw columns to typed rows, features and labels, against a loop over rows that knows nothing of polars."""
 
 import json
 import math
@@ -8,35 +8,38 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hashing import plain_hash
 
 from features.errors import UserError
-from features.raw import HASH_SPLIT_SEED, ROW_ID, SPLIT, WEIGHT, first_outcomes, parse
-from features.schema import Schema
+from features.raw import HASH_SPLIT_SEED, LINE, ROW, ROW_ID, SPLIT, Parsed, Typed, code_columns, parse, type_columns
+from features.schema import SPLITS, Schema
 
 CONTENT: dict[str, Any] = {
     "source": {
         "files": "log.csv",
         "trim": True,
         "missing": ["", "NA"],
+        "timezone": "Europe/Berlin",
         "types": {"qty": "int"},
         "key": "id",
         "outcomes": {
             "click": {"files": "click.csv", "key": "id", "columns": {"dwell": "float", "place": "string"}},
             "buy": {"files": "buy.csv", "key": "id"},
         },
-        "derived": {"hour": "CAST(FLOOR(time / 3600) % 24 AS BIGINT)"},
+        "derived": {"hour": "CAST(FLOOR(time / 3600) % 24 AS BIGINT)", "shout": "UPPER(\"user\") || '!'"},
     },
     "dense": {"price": {}},
-    "categorical": {"user": {}, "hour": {}},
+    "categorical": {"user": {}, "hour": {}, "shout": {}},
+    "bag": {"tags": {"max_length": 2}},
     "tasks": {
         "click": {"kind": "binary", "label": "click"},
         "buy": {"kind": "binary", "label": "buy", "observed_when": "click"},
         "stars": {"kind": "binary", "label": "stars = '5'", "observed_when": "qty > 2"},
-        "share": {"kind": "binary", "label": "qty / 4.0"},
+        "share": {"kind": "binary", "label": "qty / 4.0", "observed_when": "\"user\" <> '?'"},
         "dwell": {"kind": "regression", "label": "LN(1 + click_dwell)", "observed_when": "click_place = 'top'"},
     },
     "weight": "CASE WHEN qty IS NULL THEN 1 ELSE qty * 0.5 END",
@@ -45,119 +48,187 @@ CONTENT: dict[str, Any] = {
 }
 SCHEMA = Schema.parse(CONTENT, where="mine.yaml")
 
-INTEGER = re.compile(r"[+-]?[0-9]+")
+CELLS = {
+    "price": ["5", " 5 ", "NA", "", "-1.5e2", ".5", "x", "inf", "nan", "1e400", "1e200", "5,0"],
+    "qty": ["3", "4", " 1 ", "+2", "0", "NA", "", "-1", "9", "1.0", "0x3", "99999999999999999999", "three"],
+    "time": ["0", "3599", "3600", "7199", " 7200", "90000", "-1", "", "noon", "1e3", "1970-01-01 02:00", "1970-01-01Z"],
+    "id": ["a", " a", "b", "c", "", "NA", "none"],
+    "user": ["u", " u ", "", "NA", "ü", "'", "?"],
+    "stars": ["5", " 5", "4", "NA", ""],
+    "tags": ["p|q", "p||p|q", "", "NA", " q ", "|"],
+}
+ROWS = st.lists(st.fixed_dictionaries({c: st.sampled_from(cells) for c, cells in CELLS.items()}), max_size=30)
+CLICK = {"a": {"dwell": 3.0, "place": "top"}, "b": {"dwell": 7.5, "place": "side"}}
+BUY = {"a", "c"}
+
+INTEGER = re.compile(r"[+-]?[0-9]+|0x[0-9a-f]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+MOMENTS = {"1970-01-01 02:00": 3600, "1970-01-01Z": 0}  # Berlin was an hour ahead of UTC
+WORDS = {"price": "a number", "qty": "an integer", "time": "a time"}
 
 
-def plain_number(cell: str, kind: str) -> float | None:
-    """None where the cell is no number of the kind."""
-    if kind == "int":
-        value = int(cell) if INTEGER.fullmatch(cell) else None
+def plain_number(column: str, cell: str) -> float | None:
+    """None where the cell is none of what the column holds."""
+    if column == "time" and cell in MOMENTS:
+        return MOMENTS[cell]
+    if column != "price":
+        value = int(cell, 0) if INTEGER.fullmatch(cell) else None
         return value if value is not None and -(1 << 63) <= value < 1 << 63 else None
     value = float(cell) if NUMBER.fullmatch(cell) else None
     return value if value is not None and math.isfinite(value) else None
 
 
-def plain_row(raw: dict[str, str], click: dict[str, Any], buy: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """One row as CONTENT says, and all that is wrong with it."""
-    row: dict[str, Any] = {c: None if v.strip(" ") in ("", "NA") else v.strip(" ") for c, v in raw.items()}
-    wrong = []
-    for column, kind in (("price", "float"), ("time", "int"), ("qty", "int")):
-        if row[column] is not None:
-            number = plain_number(row[column], kind)
-            if number is None:
-                wrong.append(f"{column}: '{row[column]}' is not {'a number' if kind == 'float' else 'an integer'}")
-            row[column] = number
-    if wrong:
-        return row, wrong
-    event = click.get(row["id"])
-    clicked, bought, qty, time = event is not None, row["id"] in buy, row["qty"], row["time"]
-    if row["price"] is not None and abs(row["price"]) > float(np.finfo(np.float32).max):
-        wrong.append(f"price: {row['price']} is not a finite number")
-    row["label.click"] = float(clicked)
-    row["label.buy"] = float(bought) if clicked else None
-    row["label.stars"] = None if row["stars"] is None or qty is None or qty <= 2 else float(row["stars"] == "5")
-    row["label.share"] = None if qty is None else qty / 4
-    if qty is not None and not 0 <= qty / 4 <= 1:
-        wrong.append("tasks.share: ")
-    row["label.dwell"] = math.log1p(event["dwell"]) if event and event["place"] == "top" else None
-    row["weight"] = 1.0 if qty is None else qty * 0.5
-    if row["weight"] < 0:
-        wrong.append("weight: ")
-    if time is None:
-        wrong += ["split: its key or time is missing", "time: missing event time"]
-    else:
-        row["hour"] = int(math.fmod(time // 3600, 24))  # the sign of SQL's % is that of the dividend
-        row["split"] = 0 if time < 3600 else 1 if time < 7200 else 2
+def plain_typed(raw: dict[str, str]) -> tuple[dict[str, Any], str | None]:
+    """One row's cells, and what is wrong with the first of them that is wrong."""
+    row: dict[str, Any] = {c: None if v.strip() in ("", "NA") else v.strip() for c, v in raw.items()}
+    wrong = None
+    for column in (c for c in row if c in WORDS):
+        cell = row[column]
+        row[column] = None if cell is None else plain_number(column, cell)
+        if cell is not None and row[column] is None:
+            wrong = wrong or f"{column}: '{cell}' is not {WORDS[column]}"
     return row, wrong
 
 
-def text(values: list[dict[str, Any]], columns: list[str]) -> pl.DataFrame:
-    return pl.DataFrame({c: [v[c] for v in values] for c in columns}, schema=dict.fromkeys(columns, pl.String))
+def plain_row(cells: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The features and labels of typed cells as CONTENT says, and all that is wrong with them."""
+    wrong, qty, time, user, stars = [], cells["qty"], cells["time"], cells["user"], cells["stars"]
+    click = CLICK.get(cells["id"])
+    row = {name: cells[name] for name in ("price", "user")}
+    row["tags"] = [tag for tag in (cells["tags"] or "").split("|") if tag][:2]
+    row["shout"] = None if user is None else user.upper() + "!"
+    row["label.click"] = float(click is not None)
+    row["label.buy"] = float(cells["id"] in BUY) if click else None
+    row["label.stars"] = None if stars is None or qty is None or qty <= 2 else float(stars == "5")
+    row["label.share"] = None if qty is None or user in (None, "?") else qty / 4
+    row["label.dwell"] = math.log1p(click["dwell"]) if click and click["place"] == "top" else None
+    row["weight"] = 1.0 if qty is None else qty * 0.5
+    if cells["price"] is not None and abs(cells["price"]) > float(np.finfo(np.float32).max):
+        wrong.append("price: ")
+    if row["label.share"] is not None and not 0 <= row["label.share"] <= 1:
+        wrong.append("tasks.share: ")
+    if row["weight"] < 0:
+        wrong.append("weight: ")
+    if cells["id"] is None:
+        wrong.append("id: missing key")
+    if time is None:
+        return row, [*wrong, "split: its key or time is missing", "time: missing event time"]
+    row["event_time"] = time
+    row["hour"] = str(int(math.fmod(time // 3600, 24)))  # the sign of SQL's % is that of the dividend
+    row["split"] = 0 if time < 3600 else 1 if time < 7200 else 2
+    return row, wrong
 
 
-CELLS = {
-    "price": ["5", " 5 ", "NA", "", "-1.5e2", ".5", "x", "inf", "nan", "1e400", "1e200", "5,0"],
-    "qty": ["3", "4", " 1 ", "+2", "0", "NA", "", "-1", "9", "1.0", "99999999999999999999", "three"],
-    "time": ["0", "3599", "3600", "7199", " 7200", "90000", "-1", "", "noon", "1e3"],
-    "id": ["a", " a", "b", "c", "", "NA", "none"],
-    "user": ["u", " u ", "", "NA", "ü", "'", "?"],
-    "stars": ["5", " 5", "4", "NA", ""],
-}
-ROWS = st.lists(st.fixed_dictionaries({c: st.sampled_from(cells) for c, cells in CELLS.items()}), max_size=30)
-CLICKS = [
-    {"id": "a", "dwell": "3", "place": "top"},
-    {"id": "b", "dwell": "7.5", "place": "side"},
-    {"id": "a", "dwell": "100", "place": "side"},  # second event of a key: does not count
-    {"id": "d", "dwell": "1", "place": "top"},
-]
-EVENTS = {
-    "click": first_outcomes(
-        text(CLICKS, ["id", "dwell", "place"]), "click", "id", {"dwell": "float", "place": "string"}
-    ),
-    "buy": first_outcomes(text([{"id": "a"}, {"id": "c"}], ["id"]), "buy", "id", {}),
-}
+def typed(schema: Schema, columns: dict[str, Any], row: int = 0) -> Typed:
+    """Typed rows; the lines are 3, 5, 7 and so on."""
+    table = pa.table({c: columns[c] for c in schema.raw_columns})
+    types = {c: schema.raw_types.get(c, "string") for c in schema.raw_columns}
+    line = 3 + 2 * (np.arange(table.num_rows) + row)
+    return type_columns(table, types, code_columns(schema), schema.source, line, row)
+
+
+def text(rows: list[dict[str, Any]], columns: list[str]) -> dict[str, pa.Array]:
+    return {c: pa.array([row[c] for row in rows], pa.string()) for c in columns}
+
+
+def joined(rows: pa.Table) -> pl.DataFrame:
+    """What the outcomes add to rows."""
+    keys = rows["id"].to_pylist()
+    columns = {
+        "click": [key in CLICK for key in keys],
+        "click_count": [int(key in CLICK) for key in keys],
+        "click_dwell": [CLICK.get(key, {}).get("dwell") for key in keys],
+        "click_place": [CLICK.get(key, {}).get("place") for key in keys],
+        "buy": [key in BUY for key in keys],
+    }
+    types = dict(zip(columns, [pl.Boolean, pl.Int64, pl.Float64, pl.String, pl.Boolean], strict=True))
+    return pl.DataFrame(columns, schema=types)
+
+
+def agree(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether a row is as expected, but for the digits that float32 does not have."""
+    about = {n: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value for n, value in expected.items()}
+    return {name: found[name] for name in expected} == about
 
 
 @settings(max_examples=150, deadline=None)
 @given(ROWS, st.integers(0, 100))
 def test_rows_and_letters_are_those_of_a_loop_over_rows(raws, row):
-    parsed = parse(SCHEMA, text(raws, SCHEMA.raw_columns), EVENTS, row=row, row_id=1000 + row)
-    click = {e["id"]: {"dwell": float(e["dwell"]), "place": e["place"]} for e in reversed(CLICKS)}
-    good, bad = [], []
+    cells = typed(SCHEMA, text(raws, SCHEMA.raw_columns), row)
+    found = parse(SCHEMA, cells.rows, 1000, joined(cells.rows))
+    good, bad, untyped = [], [], []
     for index, raw in enumerate(raws):
-        expected, wrong = plain_row({c: raw[c] for c in SCHEMA.raw_columns}, click, {"a", "c"})
-        (bad if wrong else good).append((index, expected, wrong, raw))
+        raw = {c: raw[c] for c in SCHEMA.raw_columns}
+        place, (values, reason) = row + index, plain_typed(raw)
+        if reason:
+            untyped.append((3 + 2 * place, reason, raw))
+            continue
+        expected, wrong = plain_row(values)
+        if wrong:
+            bad.append((3 + 2 * place, wrong, values))
+        else:
+            good.append(expected | {ROW_ID: 1000 + place})
 
-    assert parsed.rows[ROW_ID].to_list() == [1000 + row + index for index, *_ in good]
-    for found, (_, expected, _, _) in zip(parsed.rows.to_dicts(), good, strict=True):
-        assert found[SPLIT] == expected["split"]
-        assert found[WEIGHT] == expected["weight"]
-        for column in ("price", "qty", "time", "id", "user", "stars", "hour"):
-            assert found[column] == expected[column]
-        for task in SCHEMA.tasks:
-            label = expected[f"label.{task}"]
-            assert found[f"label.{task}"] == (None if label is None else pytest.approx(label, rel=1e-6))
-
-    assert parsed.letters["line"].to_list() == [row + index for index, *_ in bad]
-    for (_, reason, shown), (_, _, wrong, raw) in zip(parsed.letters.iter_rows(), bad, strict=True):
+    assert found.rows.num_rows == len(good)
+    assert all(agree(*pair) for pair in zip(found.rows.to_pylist(), good, strict=True))
+    assert found.left_out == {}
+    assert [(line, reason, json.loads(raw)) for line, reason, raw in cells.bad.iter_rows()] == untyped
+    assert found.bad["line"].to_list() == [line for line, _, _ in bad]
+    for (_, reason, shown), (_, wrong, values) in zip(found.bad.iter_rows(), bad, strict=True):
         assert any(reason.startswith(w) for w in wrong)
-        assert json.loads(shown) == {c: raw[c] for c in SCHEMA.raw_columns}
-    assert "\n" not in "".join(parsed.letters["reason"])
+        assert json.loads(shown) == values
+    assert "\n" not in "".join([*found.bad["reason"], *cells.bad["reason"]])
+
+
+def test_columns_have_the_types_that_encoders_and_statistics_need():
+    cells = typed(SCHEMA, text([], SCHEMA.raw_columns))
+    ids, number = pa.dictionary(pa.int32(), pa.large_string()), pa.float32()
+    labels = {f"label.{task}": number for task in SCHEMA.tasks}
+    expected = {"price": pa.float64(), "user": ids, "hour": ids, "shout": ids, "tags": pa.large_list(ids), **labels}
+    expected |= {"weight": number, "event_time": pa.int64(), ROW_ID: pa.int64(), SPLIT: pa.int8()}
+    found = {f.name: f.type for f in parse(SCHEMA, cells.rows, 0, joined(cells.rows)).rows.schema}
+    assert {
+        n: pa.dictionary(pa.int32(), t.value_type) if pa.types.is_dictionary(t) else t for n, t in found.items()
+    } == (expected)
 
 
 @settings(max_examples=40, deadline=None)
 @given(ROWS, st.data())
 def test_a_file_read_in_blocks_gives_the_rows_of_the_file_read_at_once(raws, data):
-    whole = parse(SCHEMA, text(raws, SCHEMA.raw_columns), EVENTS, row=0, row_id=50)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raws)), max_size=4)))
-    frame = text(raws, SCHEMA.raw_columns)
-    parts = [
-        parse(SCHEMA, frame.slice(a, b - a), EVENTS, row=a, row_id=50 + a)
-        for a, b in zip([0, *cuts], [*cuts, len(raws)], strict=True)
-    ]
-    assert pl.concat([p.rows for p in parts]).to_dicts() == whole.rows.to_dicts()
-    assert pl.concat([p.letters for p in parts]).to_dicts() == whole.letters.to_dicts()
+    rows, bad = {1: [], 2: []}, {1: [], 2: []}
+    for way, bounds in ((1, [0, len(raws)]), (2, [0, *cuts, len(raws)])):
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+            cells = typed(SCHEMA, text(raws[a:b], SCHEMA.raw_columns), a)
+            found = parse(SCHEMA, cells.rows, 50, joined(cells.rows))
+            rows[way] += found.rows.to_pylist()
+            bad[way] += [*cells.bad.iter_rows(), *found.bad.iter_rows()]
+    assert rows[1] == rows[2]
+    assert sorted(bad[1]) == sorted(bad[2])
+
+
+WHOLE = st.none() | st.integers(-9, 9)
+X = st.sampled_from([(WHOLE, pa.int64()), (st.none() | st.sampled_from([0.5, -1e30, 1e-3, 7.0, 1e39]), pa.float64())])
+
+
+@settings(max_examples=60, deadline=None)
+@given(X.flatmap(lambda x: st.tuples(st.lists(st.tuples(x[0], WHOLE, WHOLE), max_size=12), st.just(x[1]))))
+def test_numbers_give_the_same_rows_whether_they_were_read_as_numbers_or_as_text(log):
+    cells, kind = log
+    s = schema(
+        source={"files": "x", "types": {"q": "int"}}, dense={"x": {}}, weight="1 + q * q", event_time="at",
+        tasks={"t": {"kind": "regression", "label": "q"}},
+    )  # fmt: skip
+    columns = {name: [row[place] for row in cells] for place, name in enumerate(["x", "q", "at"])}
+    types = {"x": kind, "q": pa.int64(), "at": pa.int64()}
+    numbers = typed(s, {c: pa.array(values, types[c]) for c, values in columns.items()})
+    written = {c: [None if v is None else str(v) for v in values] for c, values in columns.items()}
+    texts = typed(s, {c: pa.array(values, pa.string()) for c, values in written.items()})
+    assert numbers.rows.select(["q", "x", "at"]).equals(texts.rows.select(["q", "x", "at"]))
+    first, second = (parse(s, rows, 0) for rows in (numbers.rows, texts.rows))
+    assert first.rows.equals(second.rows)
+    assert first.bad.equals(second.bad)
+    assert first.rows.num_rows + first.bad.height == len(cells)
 
 
 def schema(**changes: Any) -> Schema:
@@ -170,25 +241,53 @@ def schema(**changes: Any) -> Schema:
     return Schema.parse(content | changes, where="mine.yaml")
 
 
-def parsed(schema: Schema, **columns: list[str]) -> Any:
+def parsed(schema: Schema, **columns: Any) -> Parsed:
+    """Columns that are not given are full of ones; all cells must be of their types."""
     height = len(next(iter(columns.values())))
-    frame = pl.DataFrame({c: columns.get(c, ["1"] * height) for c in schema.raw_columns})
-    return parse(schema, frame, {}, 0, 0)
+    cells = typed(schema, {c: columns.get(c, ["1"] * height) for c in schema.raw_columns})
+    assert cells.bad.is_empty()
+    return parse(schema, cells.rows, 0)
 
 
-def test_without_trim_spaces_belong_to_a_value_and_markers_are_whole_values():
+def test_without_trim_spaces_belong_to_a_text_and_markers_are_whole_values():
     plain = schema(source={"files": "x.csv", "missing": ["?"]}, categorical={"c": {}})
-    found = parsed(plain, c=["?", " ?", "", "a "], x=["1", "2", "3", " 4"])
-    assert found.rows["c"].to_list() == [None, " ?", ""]
-    assert found.letters["reason"].to_list() == ["x: ' 4' is not a number"]
-    everything = parsed(schema(source={"files": "x.csv", "missing": []}, categorical={"c": {}}), c=["", "?"])
-    assert everything.rows["c"].to_list() == ["", "?"]
+    assert parsed(plain, c=["?", " ?", "", "a "]).rows["c"].to_pylist() == [None, " ?", "", "a "]
+    everything = schema(source={"files": "x.csv", "missing": []}, categorical={"c": {}})
+    assert parsed(everything, c=["", "?"]).rows["c"].to_pylist() == ["", "?"]
 
 
 def test_observed_when_hides_a_label_where_it_is_false_or_unknown():
     tasks = {"t": {"kind": "binary", "label": "y = '1'", "observed_when": "o = 'yes'"}}
     found = parsed(schema(tasks=tasks), y=["1", "0", "1", ""], o=["yes", "yes", "", "yes"])
-    assert found.rows["label.t"].to_list() == [1.0, 0.0, None, None]
+    assert found.rows["label.t"].to_pylist() == [1.0, 0.0, None, None]
+
+
+def test_an_expression_reads_ids_as_the_text_they_stand_for_and_may_read_no_column_at_all():
+    s = schema(
+        source={"files": "x", "trim": True, "derived": {"both": "c || '/' || d", "even": "LENGTH(c) % 2"}},
+        categorical={"c": {}, "d": {}, "both": {}, "even": {"bins": 2}},
+        tasks={"t": {"kind": "binary", "label": "1", "observed_when": "c IN ('a', 'bb')"}},
+    )
+    c, d = ["a", " a ", "bb", "", "c", "bb"], ["x", "", "x", "x", " y", "y"]
+    rows = parsed(s, c=c, d=d).rows
+    assert rows["both"].to_pylist() == ["a/x", None, "bb/x", None, "c/y", "bb/y"]
+    assert rows["even"].to_pylist() == [1, 1, 0, None, 1, 0]
+    assert rows["label.t"].to_pylist() == [1, 1, 1, None, None, 1]
+
+
+def test_bags_come_from_lists_too_and_histories_from_where_they_were_found():
+    s = schema(
+        source={"files": "x"},
+        categorical={"item": {}},
+        bag={"tags": {}, "before": {"history": {"user": "u", "item": "item"}, "max_length": 2}},
+        event_time="at",
+    )
+    columns = {"u": ["1", "1"], "item": ["i", "j"], "at": ["5", "6"], "x": ["1", "1"], "y": ["1", "0"]}
+    cells = typed(s, columns | {"tags": pa.array([["p", ""], None], pa.list_(pa.string()))})
+    found = parse(s, cells.rows, 0, histories={"before": pa.array([["k", "i", "k"], []], pa.large_list(pa.string()))})
+    assert found.rows["tags"].to_pylist() == [["p"], []]
+    assert found.rows["before"].to_pylist() == [["k", "i"], []]
+    assert found.rows["item"].to_pylist() == ["i", "j"]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +314,9 @@ def test_observed_when_hides_a_label_where_it_is_false_or_unknown():
 def test_a_row_that_cannot_be_used_becomes_a_letter_and_its_neighbour_does_not(changes, columns, reason):
     changes = {"source": {"files": "x", "types": {"w": "float"}}} | changes
     found = parsed(schema(**changes), **columns)
-    assert found.letters["reason"].to_list() == [reason]
-    assert found.letters["line"].to_list() == [0]
-    assert found.rows.height == 1
+    assert found.bad["reason"].to_list() == [reason]
+    assert found.bad["line"].to_list() == [3]
+    assert found.rows.num_rows == 1
 
 
 @pytest.mark.parametrize(
@@ -240,32 +339,73 @@ def test_a_column_of_a_type_that_its_use_cannot_take_stops_the_job_with_its_key(
     with pytest.raises(UserError) as caught:
         parsed(schema(**changes), y=["1", "zz"], x=["1", "2"])
     assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-# Outcomes
+# Rows whose outcomes may still come
 
 
-def test_the_first_event_of_a_key_counts_and_events_without_a_key_do_not():
-    events = pl.DataFrame({"id": ["b", None, "a", "b", None], "n": ["1", "2", "3", "4", "5"]})
-    found = first_outcomes(events, "o", "id", {"n": "int"})
-    assert found.to_dicts() == [{"key": "b", "o": True, "o_n": 1}, {"key": "a", "o": True, "o_n": 3}]
-
-
-def test_an_outcome_that_is_no_number_stops_the_job_with_its_line():
-    events = pl.DataFrame({"id": ["b", "a"], "n": ["1", "many"]})
-    with pytest.raises(UserError, match=r"outcome o, line 3: n: 'many' is not an integer"):
-        first_outcomes(events, "o", "id", {"n": "int"})
-
-
-def test_outcomes_join_by_text_also_where_the_key_is_a_number_elsewhere():
-    s = schema(
-        source={"files": "x", "row_id": "id", "key": "id", "outcomes": {"o": {"files": "o", "key": "id"}}},
-        tasks={"t": {"kind": "binary", "label": "o"}},
+def waiting(click: str, buy: str) -> Schema:
+    window = {"key": "id", "time": "at", "window": "1h"}
+    return schema(
+        source={
+            "files": "x",
+            "key": "id",
+            "outcomes": {
+                "click": {"files": "c", "columns": {"dwell": "float"}, "young": click, **window},
+                "buy": {"files": "b", "young": buy, **window},
+            },
+            "derived": {"long": "click_dwell > 3"},
+        },
+        event_time="time",
+        tasks={
+            "click": {"kind": "binary", "label": "click"},
+            "long": {"kind": "binary", "label": "long"},
+            "late": {"kind": "regression", "label": "buy_time - time"},
+            "stars": {"kind": "binary", "label": "stars = '5'"},
+            "clicked": {"kind": "binary", "label": "stars = '5'", "observed_when": "long OR click_count = 0"},
+            "buy": {"kind": "binary", "label": "buy", "observed_when": "click"},
+        },
     )
-    events = {"o": first_outcomes(pl.DataFrame({"id": ["2"]}), "o", "id", {})}
-    found = parse(s, pl.DataFrame({"x": ["1", "1"], "id": ["1", "2"]}), events, 0, 0)
-    assert found.rows["label.t"].to_list() == [0.0, 1.0]
-    assert found.rows[ROW_ID].to_list() == [1, 2]
+
+
+READS = {"click": {"click"}, "long": {"click"}, "late": {"buy"}, "stars": set(), "clicked": {"click"},
+         "buy": {"buy", "click"}}  # fmt: skip
+YOUNG = st.sampled_from(["unobserved", "leave_out", "keep"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(YOUNG, YOUNG, st.lists(st.tuples(st.booleans(), st.booleans(), st.sampled_from("ab?")), max_size=8))
+def test_a_window_that_is_still_open_hides_the_tasks_that_read_its_outcome_or_leaves_the_row_out(click, buy, flags):
+    s = waiting(click, buy)
+    key = [None if key == "?" else key for *_, key in flags]
+    full = {"time": ["5"], "x": ["1"], "stars": ["5"]}
+    cells = typed(s, {c: v * len(flags) for c, v in full.items()} | {"id": pa.array(key, pa.string())})
+    columns = {"click": True, "click_count": 1, "click_time": 6, "click_dwell": 5.0,
+               "buy": True, "buy_count": 1, "buy_time": 7}  # fmt: skip
+    outcomes = pl.DataFrame({name: [value] * len(flags) for name, value in columns.items()})
+    young = {"click": np.array([f[0] for f in flags], bool), "buy": np.array([f[1] for f in flags], bool)}
+    found = parse(s, cells.rows, 0, outcomes, young)
+
+    rows, left_out = (
+        [],
+        {f"window of {n} still open": 0 for n, y in (("click", click), ("buy", buy)) if y == "leave_out"},
+    )
+    for index, (open_click, open_buy, _) in enumerate(flags):
+        open_ = {"click": open_click, "buy": open_buy}
+        gone = [name for name, setting in (("click", click), ("buy", buy)) if open_[name] and setting == "leave_out"]
+        hidden = {name for name, setting in (("click", click), ("buy", buy)) if open_[name] and setting == "unobserved"}
+        if key[index] is None:
+            continue
+        if gone:
+            left_out[f"window of {gone[0]} still open"] += 1
+            continue
+        value = {"late": 2.0}
+        labels = {f"label.{task}": None if reads & hidden else value.get(task, 1.0) for task, reads in READS.items()}
+        rows.append({ROW_ID: index} | labels)
+    assert [{name: row[name] for name in rows[0]} for row in found.rows.to_pylist()] == rows
+    assert found.left_out == left_out
+    assert found.bad["reason"].to_list() == ["id: missing key"] * key.count(None)
 
 
 # Splits
@@ -274,23 +414,41 @@ def test_outcomes_join_by_text_also_where_the_key_is_a_number_elsewhere():
 def test_a_hash_split_sends_a_key_to_one_split_by_its_text_alone():
     s = schema(split={"by": "hash", "key": "k", "valid": 0.2, "test": 0.3})
     keys = [f"user {i % 5000}" for i in range(12_000)]
-    found = parsed(s, k=keys, x=[str(i) for i in range(12_000)]).rows[SPLIT].to_list()
+    found = parsed(s, k=keys, x=[str(i) for i in range(12_000)]).rows[SPLIT].to_pylist()
     share = {k: plain_hash(k, HASH_SPLIT_SEED) / 2**64 for k in keys}
     assert found == [2 if share[k] < 0.3 else 1 if share[k] < 0.5 else 0 for k in keys]
     rate = np.bincount(found[:5000]) / 5000
     assert np.abs(rate - [0.5, 0.2, 0.3]).max() < 0.03
-    assert parsed(s, k=keys[100:90:-1]).rows[SPLIT].to_list() == found[100:90:-1]
+    assert parsed(s, k=keys[100:90:-1]).rows[SPLIT].to_pylist() == found[100:90:-1]
+
+
+@pytest.mark.parametrize("use", ["text", "id", "number", "derived"])
+def test_a_hash_split_is_the_same_whatever_else_its_column_is_used_for(use):
+    """A number is hashed as the text of its value."""
+    changes: dict[str, Any] = {
+        "text": {},
+        "id": {"categorical": {"k": {}}},
+        "number": {"source": {"files": "x", "types": {"k": "int"}}},
+        "derived": {"source": {"files": "x", "derived": {"d": "k || ''"}}},
+    }[use]
+    s = schema(split={"by": "hash", "key": "d" if use == "derived" else "k", "valid": 0.3, "test": 0.3}, **changes)
+    keys = [str(i % 40) for i in range(100)]
+    share = [plain_hash(k, HASH_SPLIT_SEED) / 2**64 for k in keys]
+    assert parsed(s, k=keys).rows[SPLIT].to_pylist() == [2 if v < 0.3 else 1 if v < 0.6 else 0 for v in share]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 7), st.integers(0, 30), st.integers(0, 30), st.randoms(use_true_random=False))
-def test_a_row_index_split_goes_on_over_blocks(modulo, first, height, random):
-    names = {remainder: random.choice(["train", "valid", "test"]) for remainder in range(modulo)}
-    remainders = {name: [r for r, n in names.items() if n == name] for name in ("train", "valid", "test")}
+def test_a_row_index_split_goes_on_over_blocks_and_bad_rows(modulo, first, height, random):
+    names = {remainder: random.choice(SPLITS) for remainder in range(modulo)}
+    remainders = {name: [r for r, n in names.items() if n == name] for name in SPLITS}
     s = schema(split={"by": "row_index", "modulo": modulo, **remainders})
-    frame = pl.DataFrame({c: ["1"] * height for c in s.raw_columns}, schema=dict.fromkeys(s.raw_columns, pl.String))
-    found = parse(s, frame, {}, row=first, row_id=0).rows[SPLIT].to_list()
-    assert found == [("train", "valid", "test").index(names[(first + i) % modulo]) for i in range(height)]
+    x = [random.choice(["1", "zz"]) for _ in range(height)]
+    cells = typed(s, {"x": pa.array(x, pa.string()), "y": pa.array(["1"] * height, pa.string())}, row=first)
+    good = [first + i for i in range(height) if x[i] == "1"]
+    assert cells.rows[ROW].to_pylist() == good
+    assert cells.rows[LINE].to_pylist() == [3 + 2 * place for place in good]
+    assert parse(s, cells.rows, 0).rows[SPLIT].to_pylist() == [SPLITS.index(names[place % modulo]) for place in good]
 
 
 @pytest.mark.parametrize("zone", ["", "+00:00", "+02:00", "-09:30"])
@@ -305,4 +463,11 @@ def test_a_split_by_time_is_by_the_moment_in_its_zone_whatever_the_machines(zone
     valid_from = int((datetime(2026, 11, 7, tzinfo=timezone.utc) - offset).timestamp())
     test_from = int((datetime(2026, 11, 8, 12, tzinfo=timezone.utc) - offset).timestamp())  # and half a second
     times = [valid_from - 1, valid_from, test_from, test_from + 1]
-    assert parsed(s, at=list(map(str, times))).rows[SPLIT].to_list() == [0, 1, 1, 2]
+    assert parsed(s, at=list(map(str, times))).rows[SPLIT].to_pylist() == [0, 1, 1, 2]
+    written = [
+        f"2026-11-06T23:59:59{zone}",
+        f"2026-11-07{zone}",
+        f"2026-11-08 12:00{zone}",
+        f"2026-11-08 12:00:01{zone}",
+    ]
+    assert parsed(s, at=written).rows[SPLIT].to_pylist() == [0, 1, 1, 2]

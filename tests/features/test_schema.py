@@ -31,6 +31,8 @@ BASE: dict[str, Any] = {
     "split": {"by": "time", "valid_from": "2026-01-02", "test_from": "2026-01-03"},
 }
 
+FORMAT = ["format", "columns", "delimiter", "quote", "multiline", "missing", "trim", "timezone"]
+
 
 def changed(path: str, value: Any, base: dict[str, Any] = BASE) -> dict[str, Any]:
     """BASE with the value at a dotted path replaced; parents are made where they are missing."""
@@ -74,14 +76,22 @@ def test_the_base_of_these_tests_is_a_schema():
     ("place", "allowed"),
     [
         ("", ["source", "tables", "dense", "categorical", "bag", "tasks", "weight", "event_time", "split"]),
-        ("source.", ["files", "columns", "delimiter", "missing", "trim", "types", "row_id", "outcomes", "derived"]),
-        ("source.outcomes.click.", ["files", "key", "columns"]),
+        ("source.", ["files", "types", "row_id", "key", "outcomes", "derived", *FORMAT]),
+        (
+            "source.outcomes.click.",
+            ["files", "key", "columns", "time", "window", "take", "duplicates", "late", "young"],
+        ),
+        ("source.outcomes.click.read.", FORMAT),
+        ("source.outcomes.read.", ["files", "key", "window", "read"]),
         ("tables.item.", ["dim", "vocabulary", "hash"]),
-        ("tables.item.vocabulary.", ["min_count", "max_size"]),
+        ("tables.item.vocabulary.", ["min_count", "max_size", "unknown"]),
         ("dense.price.", ["column", "transform", "standardize", "missing_flag"]),
         ("categorical.user.", ["dim", "vocabulary", "hash", "column", "table"]),
-        ("categorical.hour.vocabulary.", ["min_count", "max_size"]),
-        ("bag.recent.", ["separator", "max_length", "table", "column"]),
+        ("categorical.hour.vocabulary.", ["min_count", "max_size", "unknown"]),
+        ("categorical.vocabulary.", ["dim", "vocabulary", "hash", "column", "table"]),
+        ("bag.recent.", ["separator", "max_length", "table", "column", "history"]),
+        ("bag.recent.history.", ["user", "item", "when"]),
+        ("bag.history.", ["separator", "max_length", "table", "column", "history"]),
         ("tasks.click.", ["kind", "label", "observed_when", "loss_weight"]),
         ("split.", ["by", "valid_from", "test_from"]),
     ],
@@ -107,7 +117,31 @@ def test_an_unknown_key_is_refused_at_every_level_with_what_is_allowed_there(pla
         ("bag.recent.max_length", 0, ["bag.recent.max_length"]),
         ("source.format", "orc", ["source.format", "'csv'"]),
         ("source.delimiter", "||", ["source.delimiter", "at most 1"]),
-        ("source.types", {"price": "decimal"}, ["source.types.price", "'int'", "'float'", "'string'"]),
+        ("source.delimiter", "", ["source.delimiter", "at least 1"]),
+        ("source.quote", "''", ["source.quote", "at most 1"]),
+        ("source.multiline", "perhaps", ["source.multiline", "boolean"]),
+        ("source.timezone", "Europe/Atlantis", ["source.timezone", "Europe/Atlantis is no time zone"]),
+        ("source.timezone", "localtime", ["source.timezone", "localtime is no time zone"]),
+        ("source.types", {"price": "decimal"}, ["source.types.price", "'int'", "'float'", "'string'", "'time'"]),
+        ("source.outcomes.click.take", "mean", ["source.outcomes.click.take", "'first'", "'last'", "'sum'", "'max'"]),
+        ("source.outcomes.click.duplicates", "count", ["source.outcomes.click.duplicates", "'drop'", "'keep'"]),
+        ("source.outcomes.click.late", "move", ["source.outcomes.click.late", "'drop'", "'keep'"]),
+        (
+            "source.outcomes.click.young",
+            "drop",
+            ["source.outcomes.click.young", "'unobserved'", "'leave_out'", "'keep'"],
+        ),
+        ("source.outcomes.click.read", {"delimiter": "ab"}, ["source.outcomes.click.read.delimiter", "at most 1"]),
+        ("source.outcomes.click.window", "1h", ["source.outcomes.click", "window needs time"]),
+        ("source.outcomes.click.columns", {"count": "int"}, ["source.outcomes.click", "count and time", "join adds"]),
+        ("source.outcomes.click.columns", {"time": "int"}, ["source.outcomes.click", "count and time", "join adds"]),
+        (
+            "source.outcomes.click.columns",
+            {"id": "int"},
+            ["source.outcomes.click", "id is read as key or time already"],
+        ),
+        ("tables.item.vocabulary.unknown", 0, ["tables.item.vocabulary.unknown", "greater than or equal to 1"]),
+        ("bag.recent.history", {"user": "user"}, ["bag.recent.history.item", "required"]),
         ("split.by", "moon", ["split", "'hash'", "'row_index'", "'time'"]),
         ("split.valid_from", "soon", ["split.valid_from", "soon"]),
         ("split.test_from", "2026-01-01", ["split", "valid_from must not be after test_from"]),
@@ -119,6 +153,29 @@ def test_an_unknown_key_is_refused_at_every_level_with_what_is_allowed_there(pla
 def test_a_value_that_is_not_allowed_is_refused_with_its_key(path, value, says):
     message = refusal(changed(path, value))
     assert [word for word in says if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("45s", 45), ("30m", 1800), ("12 h", 43_200), ("7d", 604_800), ("2w", 1_209_600), (90, 90), ("90", 90)],
+)
+def test_a_window_is_seconds_or_a_number_with_a_unit(given, seconds):
+    click = {"files": "c", "key": "id", "time": "at", "window": given}
+    assert Schema.parse(changed("source.outcomes.click", click), "mine.yaml").source.outcomes["click"].window == seconds
+
+
+@pytest.mark.parametrize("given", ["soon", "1y", "-1h", "0d", 0, -5, "1.5h", 1.5, "h"])
+def test_what_is_no_length_of_time_is_no_window(given):
+    click = {"files": "c", "key": "id", "time": "at", "window": given}
+    assert "source.outcomes.click.window: " in refusal(changed("source.outcomes.click", click))
+
+
+@pytest.mark.parametrize("take", ["sum", "min", "max"])
+def test_outcomes_add_up_to_numbers_only(take):
+    click = {"files": "c", "key": "id", "take": take, "columns": {"dwell": "float", "place": "string"}}
+    assert f"take: {take} needs numbers, but column place is text" in refusal(changed("source.outcomes.click", click))
+    Schema.parse(changed("source.outcomes.click", click | {"columns": {"dwell": "float", "seen": "time"}}), "mine.yaml")
+    Schema.parse(changed("source.outcomes.click", click | {"take": "last"}), where="mine.yaml")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +216,17 @@ def test_an_outcome_cannot_be_a_feature_even_where_no_label_reads_it(column):
     assert f"feature {column} reads {column}, an outcome that is known only after the impression" in message
     derived = changed("source.derived.late", f"CAST({column} AS BIGINT)", content)
     assert f"reads {column}, an outcome" in refusal(changed("dense.late", {}, derived))
+
+
+def test_an_outcome_cannot_reach_a_feature_through_the_user_or_the_item_of_a_history():
+    history = {"user": "user", "item": "item"}
+    Schema.parse(changed("bag.recent.history", history), where="mine.yaml")
+    for key in history:
+        for column, says in (("click", "reads click, an outcome"), ("stars", "tasks.good.label uses column stars")):
+            assert says in refusal(changed("bag.recent.history", history | {key: column}))
+    # What came of earlier rows may well say which of them count.
+    timed = changed("source.outcomes.click.time", "at")
+    Schema.parse(changed("bag.recent.history", history | {"when": "click AND stars = '5'"}, timed), where="mine.yaml")
 
 
 @pytest.mark.parametrize(
@@ -245,10 +313,63 @@ def test_what_a_setting_needs_is_asked_for():
     assert "event_time is missing: a split by time needs it" in refusal(without("event_time"))
     assert "source.key is missing" in refusal(without("source.key"))
     assert "source.files" in refusal(without("source.files"))
+    message = refusal(changed("source.outcomes.click.time", "at", timeless()))
+    assert "event_time is missing: outcome click has a time" in message
+    history = {"user": "user", "item": "item"}
+    message = refusal(changed("bag.recent.history", history, timeless()))
+    assert "event_time is missing: the history of bag recent" in message
+    message = refusal(changed("bag.recent", {"column": "recent", "table": "item", "history": history}))
+    assert "give one of column and history" in message
     nested = changed("source.derived.late", "hour > 20")
     assert "source.derived.late reads hour, which is derived itself" in refusal(nested)
     message = refusal(changed("source.columns", ["id", "time", "user", "item", "recent", "stars"]))
     assert "column price is used, but source.columns does not list it" in message
+
+
+def timeless() -> dict[str, Any]:
+    """BASE without an event time, and with a split that needs none."""
+    split = {"by": "row_index", "modulo": 1, "train": [0]}
+    return {key: value for key, value in BASE.items() if key != "event_time"} | {"split": split}
+
+
+@pytest.mark.parametrize("when", ["click", "click_dwell > 3", "long"])
+def test_a_history_reads_only_outcomes_whose_time_is_known(when):
+    content = changed("source.derived.long", "click_dwell > 3")
+    content = changed("bag.recent.history", {"user": "user", "item": "item", "when": when}, content)
+    assert "bag recent: its history reads outcome click, which has no time" in refusal(content)
+    Schema.parse(changed("source.outcomes.click.time", "at", content), where="mine.yaml")
+
+
+def test_the_files_of_an_outcome_are_written_as_the_impressions_are_unless_it_says_otherwise():
+    columns = ["id", "time", "price", "user", "item", "recent", "stars"]
+    own = {"files": "buy", "key": "id", "read": {"format": "jsonl", "timezone": "Asia/Tokyo"}}
+    content = changed("source.delimiter", ";", changed("source.columns", columns, changed("source.outcomes.buy", own)))
+    source = Schema.parse(changed("source.timezone", "Europe/Berlin", content), where="mine.yaml").source
+    assert source.format_of(None).columns == columns
+    click, buy = source.format_of("click"), source.format_of("buy")
+    assert (click.format, click.delimiter, click.timezone, click.columns) == ("csv", ";", "Europe/Berlin", None)
+    assert (buy.format, buy.delimiter, buy.timezone, buy.columns) == ("jsonl", ",", "Asia/Tokyo", None)
+
+
+def test_a_schema_knows_what_to_read_and_what_joins_and_histories_add():
+    click = {"files": "c", "key": "id", "time": "at", "columns": {"dwell": "float"}}
+    content = changed("source.outcomes.buy", {"files": "b", "key": "id"}, changed("source.outcomes.click", click))
+    content = changed("source.derived.long", "click_dwell > patience", content)
+    content = changed("tasks.bought", {"kind": "binary", "label": "buy", "observed_when": "long"}, content)
+    content = changed("bag.before", {"history": {"user": "who", "item": "item", "when": "click"}}, content)
+    schema = Schema.parse(content, where="mine.yaml")
+    assert set(schema.raw_columns) == {
+        "price", "user", "item", "recent", "id", "time", "stars", "patience", "who",
+    }  # fmt: skip
+    assert schema.outcome_columns == {
+        "click": "click", "click_count": "click", "click_time": "click", "click_dwell": "click",
+        "buy": "buy", "buy_count": "buy",
+    }  # fmt: skip
+    assert schema.outcomes_of("long AND stars = '5'") == {"click"}
+    assert schema.outcomes_of("buy OR click_count > 1") == {"buy", "click"}
+    assert schema.outcomes_of("stars = '5'") == set()
+    assert schema.feature_columns["before"] == "item"
+    assert schema.raw_types == {"price": "float", "time": "time"}
 
 
 @pytest.mark.parametrize("content", [None, [], "text", 5])
@@ -317,6 +438,13 @@ CHANGES = [
     ("source.files", "log.csv"), ("source.key", "user"), ("source.trim", True), ("source.missing", ["-"]),
     ("source.delimiter", ";"), ("source.row_id", "id"), ("source.types", {"stars": "int"}),
     ("source.outcomes.click.files", "clicks.csv"), ("source.outcomes.click.columns", {"dwell": "int"}),
+    ("source.quote", None), ("source.multiline", True), ("source.timezone", "Asia/Tokyo"), ("source.format", "jsonl"),
+    ("source.types", {"stars": "time"}), ("source.outcomes.click.time", "at"), ("source.outcomes.click.take", "last"),
+    ("source.outcomes.click.duplicates", "keep"), ("source.outcomes.click.late", "keep"),
+    ("source.outcomes.click.young", "keep"), ("source.outcomes.click.young", "leave_out"),
+    ("source.outcomes.click.read", {"delimiter": ";"}), ("tables.item.vocabulary.unknown", 2),
+    ("source.outcomes.click", {"files": "click-*.csv", "key": "id", "time": "at", "window": "7d"}),
+    ("bag.recent.history", {"user": "user", "item": "item"}), ("bag.recent.history", {"user": "id", "item": "item"}),
     ("source.derived.hour", "CAST(FLOOR(time / 3600) % 12 AS BIGINT)"), ("tables.item.dim", 5),
     ("tables.item.vocabulary.min_count", 3), ("tables.item.vocabulary.max_size", 9), ("dense.price.transform", "none"),
     ("dense.price.standardize", False), ("dense.price.missing_flag", True), ("dense.price.column", "cost"),

@@ -330,10 +330,15 @@ def test_parquet_types_become_text_and_numbers(tmp_path: Path) -> None:
         "bytes": (pa.array([b"a", b"b"]), "string", ["a", "b"]),
         "id": (pa.array([7, None], pa.int32()), "string", ["7", None]),
         "decimal": (pa.array([Decimal("1.50"), None]), "float", [1.5, None]),
+        "exact": (pa.array([Decimal(2**62 + 1), None]), "int", [2**62 + 1, None]),
+        "half": (pa.array([1.5, 2.0], pa.float16()), "float", [1.5, 2.0]),
         "flag": (pa.array([True, False]), "int", [1, 0]),
         "said": (pa.array([True, False]), "string", ["true", "false"]),
         "odd": (pa.array([1.5, math.nan]), "float", ["1.5", "nan"]),
         "large": (pa.array([1, 2**64 - 1], pa.uint64()), "int", ["1", str(2**64 - 1)]),
+        "whole": (pa.array([7.0, None]), "int", [7, None]),
+        "part": (pa.array([7.0, 7.5]), "int", ["7", "7.5"]),
+        "double": (pa.array([7, 8], pa.int32()), "float", [7.0, 8.0]),
         "list": (pa.array([[1, None], None]), "string", [["1", None], None]),
     }
     pq.write_table(pa.table({name: array for name, (array, _, _) in cases.items()}), tmp_path / "a.parquet")
@@ -354,6 +359,12 @@ def test_a_parquet_column_of_records_is_refused_by_its_name(tmp_path: Path) -> N
     pq.write_table(pa.table({"r": [{"k": 1}]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: column r is struct<k: int64>"):
         read(tmp_path, "a.parquet", Format(format="parquet"), {"r": "string"})
+
+
+def test_a_parquet_list_is_no_number(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"l": [[1]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: column l is list<"):
+        read(tmp_path, "a.parquet", Format(format="parquet"), {"l": "int"})
 
 
 @pytest.mark.parametrize("multiline", [False, True])

@@ -106,35 +106,30 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[list[Row]], bytes]]] = {
 
 def content_for(**source: Any) -> dict[str, Any]:
     return {
-        "source": {"files": "log-*", "row_id": "id"} | source,
+        "source": {"files": "log-*", "row_id": "id", "types": {"click": "int"}} | source,
         "dense": {"price": {"missing_flag": True}},
         "categorical": {"city": {}},
         "bag": {"tags": {}},
         "tasks": {"click": {"kind": "binary", "label": "click = 1"}},
         "event_time": "at",
         "split": {"by": "hash", "key": "id", "valid": 0.2, "test": 0.2},
-    } | {}
+    }
 
 
 def write_log(folder: Path, ending: str, rows: list[Row]) -> Path:
     """Two files."""
     folder.mkdir()
-    source, write = FORMATS[ending]
+    _, write = FORMATS[ending]
     (folder / f"log-0.{ending}").write_bytes(write(rows[:170]))
     (folder / f"log-1.{ending}").write_bytes(write(rows[170:]))
     return folder
-
-
-def typed(content: dict[str, Any]) -> dict[str, Any]:
-    content["source"]["types"] = {"click": "int"}
-    return content
 
 
 @pytest.fixture(scope="module")
 def as_csv(tmp_path_factory) -> Path:
     """The dataset of the log as plain CSV files."""
     folder = tmp_path_factory.mktemp("formats")
-    run(write_log(folder / "log", "csv", ROWS), folder / "out", typed(content_for()))
+    run(write_log(folder / "log", "csv", ROWS), folder / "out", content_for())
     return folder / "out"
 
 
@@ -160,15 +155,15 @@ def test_the_rows_of_the_plain_csv_are_those_that_were_written(as_csv):
 @pytest.mark.parametrize("ending", [name for name in FORMATS if name != "csv"])
 def test_every_format_gives_the_rows_of_plain_csv(ending, as_csv, tmp_path):
     source, _ = FORMATS[ending]
-    run(write_log(tmp_path / "log", ending, ROWS), tmp_path / "out", typed(content_for(**source)))
+    run(write_log(tmp_path / "log", ending, ROWS), tmp_path / "out", content_for(**source))
     same_rows(tmp_path / "out", as_csv)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_files_cut_into_many_units_give_the_rows_of_whole_ones(ending, as_csv, tmp_path, monkeypatch):
+def test_files_cut_into_many_units_give_the_rows_of_whole_ones(ending, as_csv, tmp_path):
     source, _ = FORMATS[ending]
     log = write_log(tmp_path / "log", ending, ROWS)
-    manifest = run(log, tmp_path / "out", typed(content_for(**source)), unit_bytes=1000)
+    manifest = run(log, tmp_path / "out", content_for(**source), unit_bytes=1000)
     assert manifest.read == {"impressions": len(ROWS)}
     same_rows_but_for_digits(tmp_path / "out", as_csv)
 
@@ -198,7 +193,7 @@ def test_dead_letters_have_the_same_lines_whether_a_file_is_cut_or_not(ending, t
             bad[place + 1] = damage
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / f"log-0.{ending}").write_bytes(b"\n".join(lines))
-    content = typed(content_for(**source))
+    content = content_for(**source)
     found = []
     for unit_bytes, block_bytes in ((1 << 30, 1 << 25), (1000, 1 << 25), (1000, 300)):
         monkeypatch.setattr(text, "BLOCK_BYTES", block_bytes)
@@ -226,7 +221,7 @@ def test_a_bucket_gives_the_bytes_of_a_folder(as_csv, tmp_path, monkeypatch):
         client.create_bucket(Bucket="whole-job")
         for path in write_log(tmp_path / "log", "csv", ROWS).iterdir():
             client.put_object(Bucket="whole-job", Key=f"raw/{path.name}", Body=path.read_bytes())
-        run("s3://whole-job/raw", tmp_path / "out", typed(content_for()))
+        run("s3://whole-job/raw", tmp_path / "out", content_for())
         assert content_of(tmp_path / "out") == content_of(as_csv)
     finally:
         running.stop()

@@ -1,0 +1,234 @@
+"""What stops the ingest job: one line that says what to do, exit code 1, and nothing left behind."""
+
+import gzip
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from job_bench import ENVIRONMENT, SPLITS, no_beam, refused, run
+from pydantic import ValidationError
+
+from features import raw
+from features.errors import UserError
+from jobs.preprocess import main
+from pipeline.dataset import Dataset
+from pipeline.ingest import text
+from pipeline.ingest.job import PreprocessConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_alone() -> Iterator[None]:
+    with no_beam():
+        yield
+
+
+# Logs that cannot be read
+
+
+def cut(path: Path, copies: int = 1) -> None:
+    """Leaves three quarters of a gzip file, whose rows may be repeated first."""
+    header, _, body = gzip.decompress(path.read_bytes()).partition(b"\n")
+    data = gzip.compress(header + b"\n" + body * copies, 1)
+    path.write_bytes(data[: len(data) * 3 // 4])
+
+
+def replaced(name: str, text: str) -> Any:
+    return lambda folder: (folder / name).write_text(text)
+
+
+FAULTS: dict[str, tuple[Any, list[str]]] = {
+    "a cut gzip file": (lambda f: cut(f / "impressions-2.csv.gz"), ["impressions-2.csv.gz: cannot be read"]),
+    "a long cut gzip file": (
+        lambda f: cut(f / "impressions-2.csv.gz", 100), ["impressions-2.csv.gz: cannot be read to its end"],
+    ),
+    "a gzip file that is none": (
+        replaced("impressions-2.csv.gz", "id,at\n1,2\n"), ["impressions-2.csv.gz: cannot be read"],
+    ),
+    "a missing column": (
+        replaced("impressions-3.csv", "id,at\n1,2\n"),
+        ["impressions-3.csv: column price is missing, the file has id, at"],
+    ),
+    "an empty file": (replaced("impressions-3.csv", ""), ["impressions-3.csv: is empty"]),
+    "no impressions": (lambda f: [p.unlink() for p in f.glob("impressions*")], ["impressions-*: no such file"]),
+    "no outcomes": (lambda f: [p.unlink() for p in f.glob("clicks*")], ["clicks-*.csv: no such file"]),
+    "an outcome's missing column": (replaced("clicks-2.csv", "id\n1\n"), ["clicks-2.csv", "dwell"]),
+    "an outcome's bad lines": (
+        replaced("clicks-2.csv", "id,dwell\n1,2\n1\n1,x\n"),
+        ["3 of 1154 rows are bad", "max_bad_fraction=0.001"],
+    ),
+    "bytes that are no text": (
+        lambda f: (f / "impressions-1.csv").write_bytes((f / "impressions-1.csv").read_bytes() + b"\xff" + b",1" * 8 + b"\n"),
+        ["2 of 1203 rows are bad", "impressions-1.csv, line 302: not UTF-8", "max_bad_fraction=0.001"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_log_that_cannot_be_read_stops_the_job_in_one_line(fault, small_log, small_content, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "BLOCK_BYTES", 1 << 14)
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    spoil, says = FAULTS[fault]
+    spoil(folder)
+    message = refused(folder, tmp_path / "out", small_content())
+    assert [words for words in says if words not in message] == []
+
+
+def test_the_first_bad_row_is_named_by_its_line_in_the_file_though_it_is_in_a_later_unit(
+    small_log, small_content, tmp_path
+):
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    lines = (folder / "impressions-1.csv").read_text().splitlines()
+    lines.insert(211, "1,2")
+    (folder / "impressions-1.csv").write_text("\n".join(lines) + "\n")
+    message = refused(folder, tmp_path / "out", small_content(), unit_bytes=1000, max_bad_fraction=0)
+    assert message.startswith("2 of 1203 rows are bad, more than max_bad_fraction=0.0; the first: ")
+    assert "impressions-1.csv, line 212: 2 columns instead of 9. Mend the log" in message
+
+
+@pytest.mark.parametrize("name", ["impressions-1.csv", "impressions-2.csv.gz", "clicks-2.csv"])
+def test_a_file_that_changes_while_it_is_read_is_named(name, small_log, small_content, tmp_path, monkeypatch):
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    real = raw.type_columns
+
+    def type_and_append(*arguments: Any) -> raw.Typed:
+        with (folder / name).open("ab") as file:
+            file.write(gzip.compress(b"1,2\n") if name.endswith(".gz") else b"1,2\n")
+        return real(*arguments)
+
+    monkeypatch.setattr(raw, "type_columns", type_and_append)
+    message = refused(folder, tmp_path / "out", small_content())
+    assert message.endswith(f"{folder}/{name} changed while it was read. Run again once nobody writes to it.")
+
+
+def test_a_file_that_vanishes_before_it_is_read_is_named(small_log, small_content, tmp_path, monkeypatch):
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    monkeypatch.setattr("pipeline.ingest.job._reference", lambda *_: (folder / "clicks-1.csv").unlink())
+    assert f"{folder}/clicks-1.csv" in refused(folder, tmp_path / "out", small_content())
+
+
+# Settings and schemas that cannot work
+
+
+def test_a_split_without_rows_stops_the_job(small_log, small_content, tmp_path):
+    content = small_content() | {"split": {"by": "time", "valid_from": "1970-01-02", "test_from": "1970-02-01"}}
+    assert "split test is empty: none of 900 rows" in refused(small_log, tmp_path / "out", content)
+
+
+def test_a_log_of_which_no_row_is_left_stops_the_job(small_dataset, small_log, small_content, tmp_path):
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    for path in folder.glob("impressions*"):
+        path.unlink()
+    (folder / "impressions-1.csv").write_text((small_log / "impressions-1.csv").read_text().partition("\n")[0] + "\n")
+    reference = {"from": small_dataset}
+    message = refused(folder, tmp_path / "out", small_content(), encoders=reference, max_bad_fraction=1)
+    assert message.startswith("no row is left of 302 that were read")
+
+
+def test_an_expression_that_does_not_fit_the_columns_stops_the_job(small_log, small_content, tmp_path):
+    content = small_content()
+    content["weight"] = "city + 1"
+    assert "weight: 'city + 1' cannot be computed" in refused(small_log, tmp_path / "out", content)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"rows_per_shard": 0},
+        {"rows_per_row_group": 0},
+        {"workers": 0},
+        {"unit_bytes": 0},
+        {"bucket_bytes": 0},
+        {"max_bad_fraction": 2},
+        {"max_bad_fraction": -1},
+        {"order": "random"},
+        {"as_of": "yesterday"},
+        {"date": "2024-13-01"},
+        {"encoders": {"form": "x"}},
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(setting):
+    with pytest.raises(ValidationError, match=next(iter(setting))):
+        PreprocessConfig(input="x", out=Path("y"), **setting)
+
+
+def test_an_out_that_cannot_be_written_is_refused(small_log, small_content, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"file/out cannot be written"):
+        run(small_log, tmp_path / "file" / "out", small_content())
+
+
+# The command line
+
+
+@pytest.fixture
+def conf(small_content, tmp_path) -> Path:
+    """A --config-dir with the data groups `small` and `broken`."""
+    folder = tmp_path / "conf" / "data"
+    folder.mkdir(parents=True)
+    broken = small_content()
+    broken["dense"]["qty"] = {}
+    for name, schema in (("small", small_content()), ("broken", broken)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"input": "nowhere", "schema": schema}, sort_keys=False))
+    return folder.parent
+
+
+def test_a_cut_file_ends_the_command_with_one_line_and_exit_code_1(conf, small_log, tmp_path):
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    cut(folder / "impressions-2.csv.gz", 100)
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-m", "jobs.preprocess", f"--config-dir={conf}"]
+    command += ["data=small", f"input={folder}", f"out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("read  ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {folder}/impressions-2.csv.gz: cannot be read")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["data=broken", "out=out"],
+            "broken.yaml: tasks.bought.label uses column qty, which is also read by the feature qty",
+        ),
+        (["data=small", "out=out"], "nowhere/impressions-*: no such file"),
+        (["data=small"], "out"),
+        (["out=out"], "data is missing"),
+        (["data=nosuch", "out=out"], "nosuch"),
+        (["data=small", "out=out", "rows_per_shard=0"], "rows_per_shard"),
+        (["data=small", "out=out", "colour=blue"], "colour"),
+        (["data=small", "out=out", "encoders.from=nosuch"], "no such file"),
+    ],
+)
+def test_a_command_that_cannot_work_exits_with_one_line(arguments, says, conf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["preprocess", f"--config-dir={conf}", *arguments])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert str(caught.value).startswith("error: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_says_what_it_wrote(conf, small_log, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    arguments = [f"--config-dir={conf}", "data=small", f"input={small_log}", f"out={out}"]
+    monkeypatch.setattr(sys, "argv", ["preprocess", *arguments])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[:3]] == [[split, "300", "rows"] for split in SPLITS]
+    assert "click 0.3333 of 300, bought 0.5000 of 100" in lines[0]
+    assert Dataset(out).manifest.fingerprint in lines[3]
+    assert "1 dead letters" in lines[3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["conf", "out"]
