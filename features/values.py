@@ -8,7 +8,9 @@ from features.source import Format, RawType
 
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
 KINDS = {"float": pl.Float64, "int": pl.Int64, "time": pl.Int64}
-_HEX = r"^[+-]?0[xX][0-9a-fA-F]{1,15}$"  # pyarrow reads these as integers, so a block read as text must, too
+_HEX_DIGITS = (
+    r"^0[xX]([0-9a-fA-F]{1,16})$"  # pyarrow reads these as integers, so a block that is read as text must, too
+)
 _TIME = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?$"
 
 
@@ -51,8 +53,11 @@ def times(texts: pl.Series, form: Format) -> pl.Series:
 
 
 def _hexadecimal(texts: pl.Series) -> pl.Series:
-    found = texts.str.contains(_HEX)
-    return pl.Series([int(t, 16) if ok else None for t, ok in zip(texts, found, strict=True)], dtype=pl.Int64)
+    return (
+        texts.str.extract(_HEX_DIGITS, 1)
+        .str.to_integer(base=16, strict=False, dtype=pl.UInt64)
+        .reinterpret(signed=True)
+    )
 
 
 def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.runner import create_runner
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from features.encoders import Encoders
@@ -29,6 +30,7 @@ from pipeline.ingest import plan, writer
 from pipeline.ingest.plan import BALLAST, IMPRESSIONS, Limits
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.steps import STEPS, Job, Work
+from pipeline.memory import keep_memory
 
 RUNNERS = {"portable": "PortableRunner", "flink": "FlinkRunner", "spark": "SparkRunner", "dataflow": "DataflowRunner"}
 UNPACKED = 5  # times as large a compressed file is taken to be
@@ -200,6 +202,10 @@ class StepFn(beam.DoFn):
     def __init__(self, job: Job, step: str) -> None:
         self.job, self.step = job, step
 
+    def setup(self) -> None:
+        """Once a worker."""
+        keep_memory()
+
     def process(self, element: tuple[int, Work]) -> Iterator[Work]:
         """Yields one report."""
         order, work = element
@@ -228,11 +234,15 @@ def _run(config: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) 
 
 
 def _check_runner(name: str) -> None:
-    """Raises UserError for a runner known to lose rows."""
+    """Raises UserError for a runner that does not exist, or is known to lose rows."""
     if name.lower().startswith("dask"):
         raise UserError(
             "runner=dask: Beam's Dask runner mixes tagged outputs up and loses others without an error. Use direct."
         )
+    try:
+        create_runner(RUNNERS.get(name, "DirectRunner" if name == "direct" else name))
+    except (ValueError, ImportError, AttributeError) as error:
+        raise UserError(f"runner={name}: {raw_files.one_line(error)}. Use direct, or {', '.join(RUNNERS)}.") from None
 
 
 def _pipeline(config: PreprocessConfig) -> beam.Pipeline:

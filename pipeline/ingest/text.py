@@ -16,6 +16,8 @@ import pyarrow.csv as pcsv
 from features.source import Format, RawType
 from pipeline.ingest.files import BLOCK_BYTES, BOM, csv_options, one_line
 
+NEWLINE = ord("\n")
+CACHED_BYTES = 1 << 18
 TAIL_BYTES = 1 << 16  # read at a time for the end of a range's last line
 OPEN_QUOTE = (
     "a quote is not closed: set quote: null where quotes are plain characters, or multiline: true where values "
@@ -107,8 +109,7 @@ def _rest_of_line(stream: BinaryIO | pa.NativeFile) -> bytes:
 
 def parse(data: bytes, parser: LineParser) -> Lines:
     """Reads whole lines; bad ones among them do not touch the others."""
-    count = data.count(b"\n")
-    blank = _blank(data)
+    count, blank = _count_lines(data)
     table = parser.table(data, count - len(blank))
     if table is not None:
         return Lines(table, count, blank, [])
@@ -124,11 +125,17 @@ def parse(data: bytes, parser: LineParser) -> Lines:
     return Lines(table, count, skipped, bad)
 
 
-def _blank(data: bytes) -> np.ndarray:
-    """Indices of the empty lines, which most data do not have."""
-    if not (data.startswith((b"\n", b"\r\n")) or b"\n\n" in data or b"\n\r\n" in data):
-        return np.empty(0, np.int64)
-    return np.array([i for i, line in enumerate(data.split(b"\n")[:-1]) if line in (b"", b"\r")], np.int64)
+def _count_lines(data: bytes) -> tuple[int, np.ndarray]:
+    """How many lines there are, and the indices of the empty ones, which most data do not have."""
+    count, is_empty = 0, data.startswith((b"\n", b"\r\n")) or (b"\r" in data and b"\n\r\n" in data)
+    whole = np.frombuffer(data, np.uint8)
+    for start in range(0, len(whole), CACHED_BYTES):
+        ends = whole[start : start + CACHED_BYTES + 1] == NEWLINE
+        count += int(np.count_nonzero(ends[:CACHED_BYTES]))
+        is_empty = is_empty or bool((ends[1:] & ends[:-1]).any())
+    if not is_empty:
+        return count, np.empty(0, np.int64)
+    return count, np.array([i for i, line in enumerate(data.split(b"\n")[:-1]) if line in (b"", b"\r")], np.int64)
 
 
 class CsvLines:
@@ -143,15 +150,13 @@ class CsvLines:
         if format.trim and any(_is_number(text) for text in format.missing):
             self.numbers = {}  # the reader would take " -1" for a number where "-1" is missing
         self.closed = _closed_quotes(format)
-        # A line that is surely a row, to follow the others: a quote that is left open swallows it.
-        self.last = format.delimiter.join("0" for _ in names).encode() + b"\n"
 
     def table(self, data: bytes, rows: int) -> pa.Table | None:
         """See LineParser. A column that is no number here is read as text from now on."""
-        if _has_lone_return(data):
+        if _has_lone_return(data) or not self._ends_closed(data):
             return None
         try:
-            table = self._read(data, self._numbers_in(data))
+            table = self._read(data, self.numbers)
         except pa.ArrowInvalid:
             try:
                 table = self._read(data, {})
@@ -190,10 +195,12 @@ class CsvLines:
         wanted = "".join(value for name, value in zip(self.names, values, strict=True) if name in self.columns)
         return None if _is_utf8(wanted.encode(errors="surrogateescape")) else NOT_UTF8
 
-    def _numbers_in(self, data: bytes) -> dict[str, pa.DataType]:
-        """The columns to read as numbers: the reader takes 0x1F for an integer, which would depend on the block."""
-        hexadecimal = b"0x" in data or b"0X" in data
-        return {c: t for c, t in self.numbers.items() if not (hexadecimal and t == pa.int64())}
+    def _ends_closed(self, data: bytes) -> bool:
+        """Whether no quote is left open in the last line: one further up swallows lines, which shows in their number."""
+        end = len(data)
+        while end and data[end - 1] in b"\r\n":
+            end -= 1
+        return self.closed is None or bool(self.closed.fullmatch(data[data.rfind(b"\n", 0, end) + 1 : end]))
 
     def _read(self, data: bytes, numbers: Mapping[str, pa.DataType]) -> pa.Table:
         table = self._convert(data, numbers, self.columns)
@@ -209,23 +216,25 @@ class CsvLines:
     def _convert(
         self, data: bytes, numbers: Mapping[str, pa.DataType], columns: list[str], handler: Callable | None = None
     ) -> pa.Table:
-        """The rows of `data`, without the line that is added to them. Raises pa.ArrowInvalid."""
+        """The rows of `data`. Raises pa.ArrowInvalid."""
+        wanted = {c: numbers.get(c, TEXT) for c in columns}
+        if not data:
+            return pa.table({c: pa.array([], kind) for c, kind in wanted.items()})
         # After a blank line a byte order mark is a character, as it is anywhere but at a file's beginning.
-        data = b"".join([b"\n" if data.startswith(BOM) else b"", data, self.last])
-        table = pcsv.read_csv(
+        data = b"\n" + data if data.startswith(BOM) else data
+        return pcsv.read_csv(
             pa.BufferReader(data),
             pcsv.ReadOptions(column_names=self.names, use_threads=False, block_size=len(data) + 1),
             pcsv.ParseOptions(
                 delimiter=self.format.delimiter, quote_char=self.format.quote or False, invalid_row_handler=handler
             ),
             pcsv.ConvertOptions(
-                column_types={c: numbers.get(c, TEXT) for c in columns},
+                column_types=wanted,
                 include_columns=columns,
                 null_values=self.format.missing,
                 strings_can_be_null=False,
             ),
         )
-        return table.slice(0, table.num_rows - 1)
 
     def _casts(self, texts: pa.ChunkedArray, kind: pa.DataType) -> bool:
         known = texts.filter(pc.invert(pc.is_in(texts, pa.array(self.format.missing, TEXT))))

@@ -1,6 +1,5 @@
 """Distribution, applied to a model from outside: process group, sharding plan, tables' start."""
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -23,6 +22,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from features.errors import UserError
 from models.ranker import Ranker
+from pipeline.memory import keep_memory
 from pipeline.training.config import Settings
 
 OPTIMIZERS = {
@@ -45,7 +45,7 @@ def start() -> torch.device:
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
     if device.type == "cpu":
-        _keep_memory()
+        keep_memory()
     backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(minutes=10)
     if device.type == "cuda":
         if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
@@ -64,14 +64,6 @@ def start() -> torch.device:
     store = dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, ranks, is_master=False))
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return device
-
-
-def _keep_memory() -> None:
-    """Has glibc keep what a step frees: otherwise activations go back to the system and fault in again every step."""
-    mmap_threshold, trim_threshold = -3, -1  # as in malloc.h
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 class _Sharder(EmbeddingBagCollectionSharder):

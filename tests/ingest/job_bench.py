@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from features.errors import UserError
 from features.schema import Schema
@@ -86,3 +87,12 @@ def values_of(dataset: Path, table: str) -> dict[int, str]:
 
 def content_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_conf(folder: Path, **contents: dict[str, Any]) -> Path:
+    """A --config-dir with data groups of these schemas; returns the folder."""
+    (folder / "data").mkdir(parents=True)
+    for name, content in contents.items():
+        group = yaml.safe_dump({"input": "nowhere", "schema": content}, sort_keys=False)
+        (folder / "data" / f"{name}.yaml").write_text(group)
+    return folder

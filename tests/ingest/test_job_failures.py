@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from job_bench import ENVIRONMENT, SPLITS, no_beam, refused, run
+from job_bench import ENVIRONMENT, SPLITS, no_beam, refused, run, write_conf
 from pydantic import ValidationError
 
 from features import raw
@@ -93,11 +92,11 @@ def test_the_first_bad_row_is_named_by_its_line_in_the_file_though_it_is_in_a_la
 @pytest.mark.parametrize("name", ["impressions-1.csv", "impressions-2.csv.gz", "clicks-2.csv"])
 def test_a_file_that_changes_while_it_is_read_is_named(name, small_log, small_content, tmp_path, monkeypatch):
     folder = shutil.copytree(small_log, tmp_path / "log")
-    real = raw.type_columns
+    real, added = raw.type_columns, [gzip.compress(b"1,2\n") if name.endswith(".gz") else b"1,2\n"]
 
     def type_and_append(*arguments: Any) -> raw.Typed:
         with (folder / name).open("ab") as file:
-            file.write(gzip.compress(b"1,2\n") if name.endswith(".gz") else b"1,2\n")
+            file.write(added.pop() if added else b"")
         return real(*arguments)
 
     monkeypatch.setattr(raw, "type_columns", type_and_append)
@@ -168,13 +167,9 @@ def test_an_out_that_cannot_be_written_is_refused(small_log, small_content, tmp_
 @pytest.fixture
 def conf(small_content, tmp_path) -> Path:
     """A --config-dir with the data groups `small` and `broken`."""
-    folder = tmp_path / "conf" / "data"
-    folder.mkdir(parents=True)
     broken = small_content()
     broken["dense"]["qty"] = {}
-    for name, schema in (("small", small_content()), ("broken", broken)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"input": "nowhere", "schema": schema}, sort_keys=False))
-    return folder.parent
+    return write_conf(tmp_path / "conf", small=small_content(), broken=broken)
 
 
 def test_a_cut_file_ends_the_command_with_one_line_and_exit_code_1(conf, small_log, tmp_path):

@@ -1,0 +1,76 @@
+"""Forks jobs and kills each at another moment: killed_jobs.py LOG SCHEMA OUT. One JSON line a job says what stands at OUT.
+
+A job kills itself with SIGKILL just before its n-th look-up, write, rename or removal of a file. The first runs to its end
+elsewhere, which says what there is to choose from.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from job_bench import content_of, no_beam
+
+from features.schema import Schema
+from pipeline.ingest.job import PreprocessConfig, preprocess
+
+EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
+SPREAD = 9  # kills over the whole job, besides those where the dataset is put into place
+
+
+def forked(log: str, schema: str, out: Path, on_event: Callable[[str, tuple], None]) -> int:
+    """Runs a job in a child that hears of its own events; returns how it ended."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    hooked = [True]
+    sys.addaudithook(lambda name, given: on_event(name, given) if hooked and name in EVENTS else None)
+    with no_beam():
+        preprocess(PreprocessConfig(input=log, out=out, overwrite=True, rows_per_shard=100), Schema.load(Path(schema)))
+    hooked.clear()
+    os._exit(0)
+
+
+def events_of(log: str, schema: str, out: Path) -> list[str]:
+    """The events of a job that is left alone, each with what it is about."""
+    notes = out.with_name("events")
+    descriptor = os.open(notes, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    assert forked(log, schema, out, lambda *what: os.write(descriptor, f"{what}\n".encode()) and None) == 0
+    os.close(descriptor)
+    found = notes.read_text().splitlines()
+    notes.unlink()
+    return found
+
+
+def kill_at(number: int) -> Callable[[str, tuple], None]:
+    left = [number]
+
+    def count(_name: str, _given: tuple) -> None:
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
+    return count
+
+
+def main(log: str, schema: str, out: Path) -> None:
+    trial = out.with_name("trial")
+    if out.exists():
+        shutil.copytree(out, trial)
+    events = events_of(log, schema, trial)
+    shutil.rmtree(trial)
+    last = max(i for i, event in enumerate(events) if "manifest.json" in event and "os.rename" in event)
+    moved = next(i for i, e in enumerate(events) if i > last and ((f"{trial}'" in e and "os.rename" in e) or "renameat2" in e))
+    moments = {len(events) * i // SPREAD for i in range(SPREAD)}
+    moments |= {i for place in (last, moved) for i in range(place - 1, place + 3) if i < len(events)}
+    for moment in sorted(moments):
+        code = forked(log, schema, out, kill_at(moment))
+        digest = hashlib.sha256(repr(sorted(content_of(out).items())).encode()).hexdigest() if out.exists() else None
+        print(json.dumps({"event": events[moment], "code": code, "content": digest, "put": moment > moved}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
