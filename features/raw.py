@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from features.bags import listed
 from features.errors import UserError
@@ -20,6 +21,7 @@ LINE = "__line"  # of the row in its file, or in the part of it that is read at 
 ROW = "__row"  # index of the row there
 ROW_ID = "row_id"
 SPLIT = "split"  # index into SPLITS
+LARGEST = float(np.finfo(np.float32).max)
 HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same column
 
 
@@ -280,9 +282,11 @@ def _faults(schema: Schema, rows: pa.Table, core: dict[str, pl.Series]) -> pl.Se
     """Per row what makes it unusable, null where all is well."""
     reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
     for name in schema.dense:
-        x = pl.Series(rows[name])
         # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
-        reason = _either(reason, x.cast(pl.Float32).is_infinite(), pl.format(f"{name}: {{}} is not a finite number", x))
+        span = pc.min_max(rows[name]).as_py()
+        if max(-(span["min"] or 0.0), span["max"] or 0.0) > LARGEST:
+            x = pl.Series(rows[name])
+            reason = _either(reason, x.abs() > LARGEST, pl.format(f"{name}: {{}} is not a finite number", x))
     for name, task in schema.tasks.items():
         label = core[f"label.{name}"]
         allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()

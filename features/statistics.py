@@ -240,7 +240,7 @@ def _frequencies(elements: pa.DictionaryArray) -> tuple[pa.Array, np.ndarray]:
 
 
 def _packed(counts: dict[str, pl.DataFrame]) -> dict[str, bytes]:
-    return {name: frame.write_ipc(None, compression="zstd").getvalue() for name, frame in counts.items()}
+    return {name: frame.write_ipc(None).getvalue() for name, frame in counts.items()}
 
 
 def _summed(parts: list[dict[str, pl.DataFrame]]) -> dict[str, pl.DataFrame]:

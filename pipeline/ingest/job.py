@@ -5,7 +5,9 @@ Blocks of rows live and die inside one step, as Arrow columns from the reader to
 
 import datetime
 import fcntl
+import glob
 import json
+import os
 import shutil
 import uuid
 from collections import Counter
@@ -177,23 +179,41 @@ def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
 def _staging(out: Path) -> Iterator[Path]:
     """A folder beside `out` that is gone in the end; those of jobs that were killed are removed."""
     out = out.absolute()
-    for left in out.parent.glob(f"{out.name}.staging-*"):
-        with suppress(OSError), (left / "scratch" / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
+    for left in out.parent.glob(f"{glob.escape(out.name)}.staging-*"):
+        with suppress(OSError), _locked(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
     staging = out.with_name(f"{out.name}.staging-{uuid.uuid4().hex[:8]}")
     try:
-        (staging / "scratch" / "notes").mkdir(parents=True)
-        (staging / "scratch" / BALLAST).write_bytes(bytes(1 << 16))
-        lock = (staging / "scratch" / "lock").open("w")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
-    try:
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        _begin(staging, out)
+        with _locked(staging):
             yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _begin(staging: Path, out: Path) -> None:
+    """Makes the folder. Raises UserError where that cannot be done."""
+    try:
+        (staging / "scratch" / "notes").mkdir(parents=True)
+        (staging / "scratch" / BALLAST).write_bytes(bytes(1 << 16))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder itself, since no file in it is there from beginning to end; whether nobody else had done so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except OSError:  # another job's, or a file system without such locks
+            ours = False
+        yield ours
+    finally:
+        os.close(descriptor)
 
 
 class StepFn(beam.DoFn):

@@ -36,7 +36,13 @@ class Limits:
 def steps_of(job: Job) -> list[str]:
     """The steps that a job needs, in order."""
     joins, histories = bool(job.schema.source.outcomes), bool(job.schema.histories)
-    wanted = {"join": joins, "remember": histories, "recall": histories, "label": job.joins}
+    wanted = {
+        "join": joins,
+        "remember": histories,
+        "recall": histories,
+        "label": job.joins,
+        "encode": job.order != "input",
+    }
     return [
         s for s in ("read", "join", "remember", "recall", "label", "merge", "encode", "write") if wanted.get(s, True)
     ]
@@ -163,7 +169,8 @@ def _check(job: Job, limits: Limits) -> None:
         )
 
 
-def _encode(job: Job, limits: Limits) -> Iterator[Work]:
+def _fit(job: Job, limits: Limits) -> None:
+    """Fits the encoders, unless those of another dataset are used, and writes the card."""
     parts = [pickle.loads(Path(report["path"]).read_bytes()) for report in found(job, "merge")]
     statistics = Statistics().merge(*parts)
     if limits.reference is None:
@@ -172,6 +179,10 @@ def _encode(job: Job, limits: Limits) -> Iterator[Work]:
         aside.rename(job.staging / "encoders")
     reference = read_card(Path(limits.reference)) if limits.reference else None
     write_json(job.staging / "statistics.json", card(job.schema, job.encoders, statistics, reference))
+
+
+def _encode(job: Job, limits: Limits) -> Iterator[Work]:
+    _fit(job, limits)
     shards = {split: max(1, round(rows / limits.rows_per_shard)) for split, rows in rows_of(job).items()}
     bounds = _bounds(job, shards) if job.order == "time" else {}
     for part in labelled(job):
@@ -192,22 +203,33 @@ def _bounds(job: Job, shards: dict[str, int]) -> dict[str, list[int]]:
 
 
 def _write(job: Job, limits: Limits) -> Iterator[Work]:
-    pieces: dict[tuple[str, int], list[tuple[str, int, int, int]]] = {}
-    filled: Counter[str] = Counter()
+    """Shards in order; each is made of pieces: a file, a batch of it or the first of its rows, and how many."""
+    pieces: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
     for report in found(job, "encode"):
         for batch, (split, shard, rows) in enumerate(report["batches"]):
-            if job.order != "input":
-                pieces.setdefault((split, shard), []).append((report["path"], batch, 0, rows))
-                continue
+            pieces.setdefault((split, shard), []).append((report["path"], batch, rows))
+    if job.order == "input":
+        _fit(job, limits)
+        pieces = _in_order(job, limits.rows_per_shard)
+    for split in SPLITS:
+        for key in sorted(key for key in pieces if key[0] == split):
+            if any(rows for *_, rows in pieces[key]):
+                yield {"split": split, "shard": key[1], "pieces": pieces[key]}
+
+
+def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[str, int], list[tuple[str, int, int]]]:
+    """The rows of each split as they were read, cut into shards."""
+    pieces: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+    filled: Counter[str] = Counter()
+    for part in labelled(job):
+        for split, rows in part["rows"].items():
             start = 0
             while start < rows:
-                number, used = divmod(filled[split], limits.rows_per_shard)
-                size = min(rows - start, limits.rows_per_shard - used)
-                pieces.setdefault((split, number), []).append((report["path"], batch, start, size))
+                shard, used = divmod(filled[split], rows_per_shard)
+                size = min(rows - start, rows_per_shard - used)
+                pieces.setdefault((split, shard), []).append((part["features"], start, size))
                 start, filled[split] = start + size, filled[split] + size
-    for (split, shard), found_ in sorted(pieces.items(), key=lambda item: (SPLITS.index(item[0][0]), item[0][1])):
-        if any(rows for *_, rows in found_):
-            yield {"split": split, "shard": shard, "pieces": found_}
+    return pieces
 
 
 PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +22,8 @@ class Share:
     def note(self, bytes_done: int) -> None:
         """Leaves the note, at most five times a second."""
         if time.monotonic() - self.seen > 0.2:
-            self.path.write_text(str(bytes_done))
+            with suppress(OSError):  # a full disk stops the job where it writes rows
+                self.path.write_text(str(bytes_done))
             self.seen = time.monotonic()
 
 

@@ -32,7 +32,7 @@ from features.hashing import hash_integers
 from features.history import recent
 from features.outcomes import join
 from features.raw import LINE, ROW, SPLIT
-from features.schema import SPLITS, Schema
+from features.schema import SPLITS, Schema, Split
 from features.source import RawType
 from features.statistics import Statistics
 from pipeline.ingest import spill, writer
@@ -331,23 +331,23 @@ def merge(_: Job, work: Work) -> Work:
 
 
 def encode(job: Job, work: Work) -> Work:
-    """Encodes a part: {number, path, shards: {split: count}, bounds: {split: times}} to {batches: [split, shard, rows]}."""
+    """Encodes a part: {path, shards: {split: count}, bounds: {split: times}} to {path, batches: [split, shard, rows]}."""
     rows = spill.read(work["path"])
-    encoded = job.encoders.encode(rows)
-    split_B = rows[SPLIT].to_numpy()
     tables, batches = [], []
-    for code, split in enumerate(SPLITS):
-        ours = encoded if (split_B == code).all() else encoded.filter(pa.array(split_B == code))
-        if not ours.num_rows:
-            continue
-        shards = 1 if job.order == "input" else work["shards"][split]
+    for split in SPLITS:
+        ours = job.encoders.encode(_of_split(rows, split))
+        shards = work["shards"][split]
         for shard, table in enumerate(
             spill.dealt(ours, _shard_of(job, ours, shards, work["bounds"].get(split)), shards)
         ):
             tables.append(table)
             batches.append([split, shard, table.num_rows])
-    path = spill.write(job.aside("encoded"), tables) if tables else None
-    return {"number": work["number"], "path": path, "batches": batches}
+    return {"path": spill.write(job.aside("encoded"), tables), "batches": batches}
+
+
+def _of_split(rows: pa.Table, split: Split) -> pa.Table:
+    mine = pc.equal(rows[SPLIT], SPLITS.index(split))
+    return rows if pc.all(mine, min_count=0).as_py() else rows.filter(mine)
 
 
 def _shard_of(job: Job, rows: pa.Table, shards: int, bounds: list[int] | None) -> np.ndarray:
@@ -360,11 +360,18 @@ def _shard_of(job: Job, rows: pa.Table, shards: int, bounds: list[int] | None) -
 
 def write(job: Job, work: Work) -> Work:
     """Writes a shard: {split, shard, pieces} to {split, shard, described}."""
-    rows = writer.gather(work["pieces"])
+    if job.order == "input":  # what is not dealt to other shards is encoded only here
+        rows = pa.concat_tables(_encoded(job, work["split"], *piece) for piece in work["pieces"])
+    else:
+        rows = pa.concat_tables(spill.read(path, batch) for path, batch, _ in work["pieces"])
     path = job.aside("shard")
     order = writer.order_of(job.order, job.seed, rows)
     described = writer.write_shard(path, job.staging, work["split"], job.schema, rows, order, job.rows_per_row_group)
     return {"split": work["split"], "shard": work["shard"], "described": described.model_dump()}
+
+
+def _encoded(job: Job, split: Split, path: str, start: int, count: int) -> pa.Table:
+    return job.encoders.encode(_of_split(spill.read(path), split).slice(start, count))
 
 
 STEPS = {

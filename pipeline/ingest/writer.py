@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from features.hashing import hash_integers
 from features.schema import Schema, Split
 from pipeline.dataset import Letters, Shard, flushed, footer_sha256, sha256
-from pipeline.ingest import spill
 
 LETTERS = pa.schema(
     [
@@ -54,11 +53,6 @@ def write_shard(
         observed={task: rows.num_rows - label.null_count for task, label in labels.items()},
         positives={task: pc.sum(label.cast(pa.float64())).as_py() or 0.0 for task, label in labels.items()},
     )  # fmt: skip
-
-
-def gather(pieces: Sequence[tuple[str, int, int, int]]) -> pa.Table:
-    """Rows of spilled batches: (path, batch, start, rows) each."""
-    return pa.concat_tables([spill.read(path, batch).slice(start, rows) for path, batch, start, rows in pieces])
 
 
 def write_letters(staging: Path, name: str, stream: str, file: str, found: Sequence[tuple[str, int]]) -> Letters:

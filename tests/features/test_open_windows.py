@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_raw import schema, typed
 
-from features.raw import ROW_ID, parse
+from features.raw import ROW_ID, column, parse
 from features.schema import Schema
 
 
@@ -76,3 +76,16 @@ def test_a_window_that_is_still_open_hides_the_tasks_that_read_its_outcome_or_le
     assert [(r[ROW_ID], {task: r[f"label.{task}"] for task in READS}) for r in found.rows.to_pylist()] == expected
     assert found.left_out == left_out
     assert found.bad["reason"].to_list() == ["id: missing key"] * cells["id"].count(None)
+
+
+def test_a_key_may_be_derived_and_where_it_is_missing_the_row_is_bad():
+    s = schema(
+        source={"files": "x", "key": "pair", "derived": {"pair": "a || '-' || b"},
+                "outcomes": {"click": {"files": "c", "key": "id"}}},
+        tasks={"t": {"kind": "binary", "label": "click"}},
+    )  # fmt: skip
+    rows = typed(s, {"x": ["1"] * 3, "a": ["u", "", "v"], "b": ["1", "1", "2"]}).rows
+    assert column(s, rows, "pair").to_pylist() == ["u-1", None, "v-2"]
+    found = parse(s, rows, 0, pl.DataFrame({"click": [True, False, False]}))
+    assert found.rows["label.t"].to_pylist() == [1.0, 0.0]
+    assert found.bad.select("line", "reason").rows() == [(5, "pair: missing key")]

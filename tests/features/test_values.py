@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.csv as csv
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,12 +151,13 @@ def test_every_zone_that_a_schema_may_name_is_one_that_times_can_be_read_in():
 # Numbers
 
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-INTEGER = re.compile(r"[+-]?([0-9]+|0[xX][0-9a-fA-F]{1,15})")
+INTEGER = re.compile(r"[+-]?[0-9]+")
+BITS = re.compile(r"0[xX][0-9a-fA-F]{1,16}")  # the 64 bits of a number, the first being its sign
 TEXTS = st.one_of(
     st.text("0123456789+-.eExXaF _,", max_size=8),
     st.floats().map(repr),
     st.integers(-(2**65), 2**65).map(str),
-    st.integers(-(2**59), 2**59).map(hex),
+    st.integers(-(2**59), 2**65).map(hex),
     st.sampled_from(["inf", "NaN", "Infinity", "1e400", "-1e-400", "True", "٣", "½", "", "nil", "1e3", "0x", "1f"]),
 )
 
@@ -165,9 +167,10 @@ def plain_number(text: str, kind: str) -> float | int | None:
     if kind == "float":
         value = float(bare) if FLOAT.fullmatch(bare) else math.nan
         return value if math.isfinite(value) else None
-    if not INTEGER.fullmatch(bare):
-        return None
-    number = int(bare, 16 if "x" in bare.lower() else 10)
+    if BITS.fullmatch(bare):
+        number = int(bare, 16)
+        return number - 2**64 if number >= 2**63 else number
+    number = int(bare) if INTEGER.fullmatch(bare) else 2**63
     return number if -(2**63) <= number < 2**63 else None
 
 
@@ -180,6 +183,19 @@ def test_numbers_are_those_that_python_reads_and_others_are_told_apart_from_miss
         assert values.dtype == {"float": pl.Float64, "int": pl.Int64}[kind]
         assert values.to_list() == expected
         assert wrong.to_list() == [t is not None and e is None for t, e in zip(texts, expected, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+@pytest.mark.parametrize(
+    "text", ["5", " 5\t", "-0", "007", "0x1F", "0xfFFFFFFFFFFFFFFF", "-0x1", "0x", "1e3", "9223372036854775808", "1_0"]
+)
+def test_a_block_read_as_text_holds_the_numbers_that_a_reader_of_csv_finds(kind, text):
+    read = csv.ConvertOptions(column_types={"x": {"int": pa.int64(), "float": pa.float64()}[kind]}, null_values=[])
+    try:
+        expected = csv.read_csv(pa.py_buffer(f"x,y\n{text},\n".encode()), convert_options=read)["x"].to_pylist()
+    except pa.ArrowInvalid:
+        expected = [None]
+    assert numbers(pl.Series([text]), kind, Format())[0].to_list() == expected
 
 
 def test_times_may_be_seconds_since_1970_or_written_out_in_one_column():

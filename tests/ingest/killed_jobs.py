@@ -1,7 +1,7 @@
 """Forks jobs and kills each at another moment: killed_jobs.py LOG SCHEMA OUT. One JSON line a job says what stands at OUT.
 
-A job kills itself with SIGKILL just before its n-th look-up, write, rename or removal of a file. The first runs to its end
-elsewhere, which says what there is to choose from.
+A job kills itself with SIGKILL just before its n-th look-up, write, rename or removal of a file. The first runs to its end,
+which says what there is to choose from. In the end all that the jobs left behind lies beside OUT.
 """
 
 import hashlib
@@ -57,19 +57,35 @@ def kill_at(number: int) -> Callable[[str, tuple], None]:
 
 
 def main(log: str, schema: str, out: Path) -> None:
-    trial = out.with_name("trial")
+    before, aside = out.with_name("before"), out.with_name("aside")
+    aside.mkdir()
     if out.exists():
-        shutil.copytree(out, trial)
-    events = events_of(log, schema, trial)
-    shutil.rmtree(trial)
-    last = max(i for i, event in enumerate(events) if "manifest.json" in event and "os.rename" in event)
-    moved = next(i for i, e in enumerate(events) if i > last and ((f"{trial}'" in e and "os.rename" in e) or "renameat2" in e))
+        out.rename(before)
+    events = events_of(log, schema, restored(before, out))
+    put = max(
+        i for i, event in enumerate(events) if (f"{out}'" in event and "os.rename" in event) or "renameat2" in event
+    )
+    manifest = max(i for i, event in enumerate(events) if "manifest.json'" in event and "os.rename" in event)
     moments = {len(events) * i // SPREAD for i in range(SPREAD)}
-    moments |= {i for place in (last, moved) for i in range(place - 1, place + 3) if i < len(events)}
+    moments |= {i for place in (manifest, put) for i in range(place - 1, place + 3) if i < len(events)}
     for moment in sorted(moments):
-        code = forked(log, schema, out, kill_at(moment))
+        code = forked(log, schema, restored(before, out), kill_at(moment))
         digest = hashlib.sha256(repr(sorted(content_of(out).items())).encode()).hexdigest() if out.exists() else None
-        print(json.dumps({"event": events[moment], "code": code, "content": digest, "put": moment > moved}), flush=True)
+        print(json.dumps({"event": events[moment], "code": code, "content": digest}), flush=True)
+        for left in out.parent.glob(f"{out.name}.staging-*"):
+            left.rename(aside / left.name)
+    for left in aside.iterdir():  # for the next job to find
+        left.rename(out.with_name(left.name))
+    aside.rmdir()
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def restored(before: Path, out: Path) -> Path:
+    """`out` as it was before the first job."""
+    shutil.rmtree(out, ignore_errors=True)
+    if before.exists():
+        shutil.copytree(before, out)
+    return out
 
 
 if __name__ == "__main__":

@@ -220,12 +220,19 @@ def test_every_line_goes_to_one_place_and_no_good_one_is_lost_for_a_bad_neighbou
         folder, out = Path(name), Path(name) / "out"
         for file in files + outcomes:
             (folder / file.name).write_bytes(gzip.compress(file.data) if file.name.endswith(".gz") else file.data)
-        sizes = {"unit_bytes": unit_bytes, "bucket_bytes": bucket_bytes, "max_bad_fraction": 1, "as_of": "1970-01-01T00:16:40"}
+        sizes = {
+            "unit_bytes": unit_bytes,
+            "bucket_bytes": bucket_bytes,
+            "max_bad_fraction": 1,
+            "as_of": "1970-01-01T00:16:40",
+        }
         run(folder, out, content_for(form), **sizes)
         letters = letters_of(out)
         lines = [line for file in files for line in file.lines]
         everything = lines + [line for file in outcomes for line in file.lines]
         assert [row["row_id"] for row in rows_by_id(out)] == tags(lines, ROW)
-        assert {(Path(x["file"]).name, x["line"]) for x in letters} == set().union(*(f.letters() for f in files + outcomes))
+        assert {(Path(x["file"]).name, x["line"]) for x in letters} == set().union(
+            *(f.letters() for f in files + outcomes)
+        )
         assert sorted(int(re.search(r"t(\d+)\.", x["raw"])[1]) for x in letters) == tags(everything, LETTER)  # type: ignore[index]
         check_sums(out, files, outcomes, letters)

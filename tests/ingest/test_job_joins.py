@@ -109,7 +109,9 @@ def write_log(folder: Path, impressions: list[Impression], streams: dict[str, li
     shown = [[x.id, x.key, written(x.at, x.id), x.user, x.item] for x in impressions]
     write_files(folder, "log", ["id", "key", "at", "user", "item"], shown)
     for name, events in streams.items():
-        write_files(folder, name, ["amount", "at", "key"], [[e.amount, written(e.at, i), e.key] for i, e in enumerate(events)])
+        write_files(
+            folder, name, ["amount", "at", "key"], [[e.amount, written(e.at, i), e.key] for i, e in enumerate(events)]
+        )
 
 
 def content_for(outcomes: dict[str, Rules]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The same dataset, byte for byte, from every runner: this process, its workers, and Beam's own job service."""
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -62,7 +64,7 @@ def served(module: str, port: int, *arguments: str) -> Iterator[None]:
                     time.sleep(0.1)
             yield
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # the pool's workers with it
 
 
 @pytest.mark.slow

@@ -1,0 +1,276 @@
+"""Runs that follow each other: the same again, over a standing dataset, with the encoders of another, a day at a time."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_bench import content_of, no_beam, refused, rows_by_id, rows_of, run, values_of
+
+from features.errors import UserError
+from features.schema import Schema
+from pipeline.dataset import Dataset
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_alone() -> Iterator[None]:
+    with no_beam():
+        yield
+
+
+SIZES = {"order": "input", "rows_per_row_group": 32, "rows_per_shard": 100}  # those of `small_dataset`
+
+
+def test_a_run_repeated_gives_the_same_bytes(small_dataset, small_log, small_content, tmp_path):
+    run(small_log, tmp_path / "out", small_content(), **SIZES)
+    assert content_of(tmp_path / "out") == content_of(small_dataset)
+
+
+# A dataset that stands already
+
+
+def test_a_standing_dataset_is_refused_or_replaced_whole_and_outlives_a_failed_replacement(
+    small_dataset, small_log, small_content, tmp_path
+):
+    out = shutil.copytree(small_dataset, tmp_path / "out")
+    (out / "train" / "part-99999-of-99999.parquet").write_bytes(b"of another run")
+    before = content_of(out)
+    assert "exists" in refused(small_log, out, small_content())
+    content = small_content() | {"split": {"by": "time", "valid_from": "1970-01-02", "test_from": "1970-02-01"}}
+    refused(small_log, out, content, overwrite=True)
+    assert content_of(out) == before
+    run(small_log, out, small_content() | {"weight": "3"}, overwrite=True)
+    after = Dataset(out)
+    after.verify()
+    assert "train/part-99999-of-99999.parquet" not in content_of(out)
+    assert set(rows_of(out, "train")["weight"].to_pylist()) == {3.0}
+    assert after.manifest.fingerprint != Dataset(small_dataset).manifest.fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_leaves_alone_what_is_no_dataset(small_log, small_content, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    assert "is no dataset" in refused(small_log, tmp_path / "thesis", small_content(), overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_a_changed_or_missing_shard_is_named(small_dataset, tmp_path):
+    out = shutil.copytree(small_dataset, tmp_path / "out")
+    path = out / "train" / "part-00001-of-00003.parquet"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"part-00001-of-00003\.parquet: checksum"):
+        Dataset(out).verify()
+    path.write_bytes(data[:-1])
+    with pytest.raises(UserError, match=r"part-00001-of-00003\.parquet has .* bytes, the manifest says"):
+        Dataset(out)
+    path.unlink()
+    with pytest.raises(UserError, match=r"part-00001-of-00003\.parquet is missing"):
+        Dataset(out)
+
+
+# The encoders of another dataset
+
+
+def raw_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def later_log(small_log, tmp_path_factory) -> Path:
+    """Three rows of the small log's last day, in other cities and dearer."""
+    folder = tmp_path_factory.mktemp("later")
+    shutil.copy(small_log / "clicks-1.csv", folder)
+    rows = raw_rows(small_log / "impressions-3.csv")[:3]
+    changed = [row | {"city": city} for row, city in zip(rows, ["Atlantis", "Köln", "NA"], strict=True)]
+    write_rows(folder / "impressions-9.csv", changed)
+    return folder
+
+
+def test_given_encoders_are_used_as_they_are(small_dataset, later_log, small_content, tmp_path):
+    settings = {"encoders": {"from": small_dataset}, "max_bad_fraction": 1}
+    manifest = run(later_log, tmp_path / "out", small_content(), **settings)
+    assert manifest.rows == {"train": 0, "valid": 0, "test": 3}
+    assert content_of(tmp_path / "out" / "encoders") == content_of(small_dataset / "encoders")
+    known = {value: i for i, value in values_of(small_dataset, "city").items()}
+    found = rows_by_id(tmp_path / "out")
+    assert [row["city"] for row in found] == [1, known["Köln"], 0]
+    for row, before in zip(found, rows_by_id(small_dataset)[600:], strict=False):
+        assert {**row, "city": 0} == {**before, "city": 0, "label.dwell": row["label.dwell"]}
+
+    labels = small_content() | {"weight": "2"}  # other labels and weights of the same features
+    assert run(later_log, tmp_path / "labels", labels, **settings).rows == manifest.rows
+    assert Dataset(tmp_path / "labels").encoders_id == Dataset(small_dataset).encoders_id
+
+
+def test_encoders_of_another_schema_or_none_are_refused(small_dataset, later_log, small_content, tmp_path):
+    other = small_content() | {"dense": {"price": {"transform": "none"}}}
+    message = refused(later_log, tmp_path / "no", other, encoders={"from": small_dataset})
+    assert Dataset(small_dataset).schema.inputs_fingerprint in message
+    assert Schema.parse(other, where="x").inputs_fingerprint in message
+    assert "encoders.json" in refused(later_log, tmp_path / "no", small_content(), encoders={"from": later_log})
+
+
+def test_statistics_say_how_far_a_log_drifted_from_that_of_its_encoders(
+    small_dataset, small_log, small_content, tmp_path
+):
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    for name in ("impressions-1.csv", "impressions-3.csv"):
+        rows = raw_rows(folder / name)
+        # Half of the rows in a city that is new, all of them old; items as they were.
+        changed = [row | {"age": "90", "city": row["city"] if i % 2 else "Atlantis"} for i, row in enumerate(rows)]
+        write_rows(folder / name, changed)
+    same, moved = tmp_path / "same", tmp_path / "moved"
+    run(small_log, same, small_content(), encoders={"from": small_dataset})
+    run(folder, moved, small_content(), encoders={"from": small_dataset})
+
+    def drift(out: Path) -> dict[str, dict[str, Any]]:
+        return {x["feature"]: x for x in json.loads((out / "statistics.json").read_text())["drift"]}
+
+    assert "drift" not in json.loads((small_dataset / "statistics.json").read_text())
+    before, after = drift(same), drift(moved)
+    assert before.keys() == after.keys() >= {"age", "city", "item", "price"}
+    for name in ("age", "city"):
+        assert after[name]["psi"] > 0.25 > before[name]["psi"]
+    assert after["item"]["psi"] == before["item"]["psi"] < 0.1
+    # Rows in Atlantis, and those of "day 1 only" and "day 2 only", which were not there in training either.
+    cities = [row["city"] for row in rows_by_id(moved)]
+    assert after["city"]["unknown"] == pytest.approx(sum(city == 1 for city in cities) / len(cities), abs=1e-3)
+
+
+# Days
+
+FIRST = date(2026, 3, 1)
+
+
+def day_content(**click: Any) -> dict[str, Any]:
+    outcome = {"files": "clicks-{date}.csv", "key": "id", "time": "when", "window": "1d", **click}
+    return {
+        "source": {"files": "log-{date}.csv", "key": "id", "row_id": "id", "outcomes": {"click": outcome}},
+        "categorical": {"city": {}},
+        "tasks": {"click": {"kind": "binary", "label": "click"}},
+        "event_time": "at",
+        "split": {"by": "hash", "key": "id", "valid": 0, "test": 0},
+    }
+
+
+def day_rows(number: int) -> list[tuple[int, int, str]]:
+    """Ten rows of a day: id, time, city."""
+    start = int(datetime.combine(FIRST, datetime.min.time(), timezone.utc).timestamp()) + 86_400 * number
+    return [(100 * number + i, start + 8_000 * i, f"city {i % 3 + number}") for i in range(10)]
+
+
+@pytest.fixture
+def days(tmp_path) -> Path:
+    """Three days; row i of a day is clicked 3 h later if it is even, 23 h later at 3 and two days later at 5."""
+    folder = tmp_path / "days"
+    folder.mkdir()
+    clicks: dict[date, list[tuple[int, int]]] = {FIRST + timedelta(days=n): [] for n in range(5)}
+    for number in range(3):
+        rows = day_rows(number)
+        lines = "".join(f"{key},{at},{city}\n" for key, at, city in rows)
+        (folder / f"log-{FIRST + timedelta(days=number)}.csv").write_text("id,at,city\n" + lines)
+        hours = {0: 3, 2: 3, 4: 3, 6: 3, 8: 3, 3: 23, 5: 48}
+        for i, wait in hours.items():
+            when = rows[i][1] + 3600 * wait
+            clicks[datetime.fromtimestamp(when, timezone.utc).date()].append((rows[i][0], when))
+    for day, found in clicks.items():
+        text = "".join(f"{key},{when}\n" for key, when in found)
+        (folder / f"clicks-{day}.csv").write_text("id,when\n" + text)
+    return folder
+
+
+def click_times(days: Path, number: int) -> list[int]:
+    lines = (days / f"clicks-{FIRST + timedelta(days=number)}.csv").read_text().split()[1:]
+    return [int(line.split(",")[1]) for line in lines]
+
+
+def test_days_become_datasets_of_their_own_with_the_encoders_of_the_first(days, tmp_path):
+    out = tmp_path / "out"
+    for number in range(3):
+        manifest = run(days, out, day_content(), date=FIRST + timedelta(days=number))
+        folder = out / str(FIRST + timedelta(days=number))
+        found = rows_by_id(folder)
+        assert [(row["row_id"], row["event_time"]) for row in found] == [(k, at) for k, at, _ in day_rows(number)]
+        # Clicks of the next day are found too, as far as the window reaches; one after two days is too late. Where the
+        # clicks that there are end before a row's window does, nothing is known of it.
+        latest = max(click_times(days, number) + click_times(days, number + 1))
+        clicked = [float(i in (0, 2, 3, 4, 6, 8)) for i in range(10)]
+        assert [row["label.click"] for row in found] == [
+            label if at + 86_400 <= latest else None
+            for label, (_, at, _) in zip(clicked, day_rows(number), strict=True)
+        ]
+        assert manifest.rows["train"] == 10
+        assert manifest.read["impressions"] == 10
+    assert sorted(path.name for path in out.iterdir()) == [str(FIRST + timedelta(days=n)) for n in range(3)]
+    first = out / str(FIRST)
+    cities = {value: i for i, value in values_of(first, "city").items()}
+    assert set(cities) == {"city 0", "city 1", "city 2"}
+    for number in range(3):
+        folder = out / str(FIRST + timedelta(days=number))
+        assert content_of(folder / "encoders") == content_of(first / "encoders")
+        assert [row["city"] for row in rows_by_id(folder)] == [cities.get(city, 1) for _, _, city in day_rows(number)]
+    assert "drift" in json.loads((folder / "statistics.json").read_text())
+    assert not list(out.rglob("dead_letters"))
+
+
+def test_only_the_outcomes_of_days_within_the_window_are_read(days, tmp_path):
+    read = {}
+    for window in ("1h", "1d", "25h", "3d"):
+        manifest = run(days, tmp_path / window, day_content(window=window), date=FIRST)
+        read[window] = manifest.read["click"]
+    clicks = [len((days / f"clicks-{FIRST + timedelta(days=n)}.csv").read_text().splitlines()) - 1 for n in range(5)]
+    # A window of a day reaches from the first day's end to the end of the next, and not a second further.
+    assert read == {"1h": sum(clicks[:2]), "1d": sum(clicks[:2]), "25h": sum(clicks[:3]), "3d": sum(clicks[:4])}
+
+
+def test_a_day_can_be_made_again_and_others_stay(days, tmp_path):
+    out = tmp_path / "out"
+    for number in range(2):
+        run(days, out, day_content(), date=FIRST + timedelta(days=number))
+    before = content_of(out)
+    with pytest.raises(UserError, match="exists"):
+        run(days, out, day_content(), date=FIRST)
+    run(days, out, day_content(), date=FIRST + timedelta(days=1), overwrite=True)
+    assert content_of(out) == before
+
+
+def test_what_has_no_days_is_refused(days, tmp_path):
+    out = tmp_path / "out"
+    content = day_content()
+    content["source"]["files"] = "log-*.csv"
+    assert "log-*.csv, which does not say where a {date} stands" in refused(days, out, content, date=FIRST)
+    assert "outcome click has no window" in refused(days, out, day_content(window=None), date=FIRST)
+    message = refused(days, out, day_content(), date="2026-04-01")
+    assert "log-{date}.csv: no such file" in message
+
+
+def test_as_of_says_until_when_outcomes_are_complete(days, tmp_path):
+    """Without it the latest time of the log does, be it a click's."""
+    latest = max(time for number in range(5) for time in click_times(days, number))
+    for as_of in (None, FIRST + timedelta(days=2), FIRST + timedelta(days=9)):
+        out = tmp_path / str(as_of)
+        run(days, out, day_content(), **({"as_of": str(as_of)} if as_of else {}))
+        until = latest if as_of is None else datetime.combine(as_of, datetime.min.time(), timezone.utc).timestamp()
+        found = rows_by_id(out)
+        assert len(found) == 30
+        assert [row["label.click"] is None for row in found] == [row["event_time"] + 86_400 > until for row in found]
+    run(days, tmp_path / "left", day_content(young="leave_out"), as_of=str(FIRST + timedelta(days=2)))
+    kept = [at for n in range(3) for _, at, _ in day_rows(n) if at + 86_400 <= day_rows(2)[0][1]]
+    assert [row["event_time"] for row in rows_by_id(tmp_path / "left")] == kept
+    manifest = Dataset(tmp_path / "left").manifest
+    assert manifest.left_out == {"window of click still open": 30 - len(kept)}
