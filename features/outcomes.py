@@ -34,13 +34,13 @@ def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.Data
 
     Args:
         impressions: columns key, and time where outcomes have one (where either is missing there is no outcome).
-        events: columns key, the outcome's time column and its other columns, in the order they were read; all have a key
+        events: the outcome's key column, its time column and its other columns, in the order they were read; all have a key
             and a time.
     """
     unique = events
     if outcome.duplicates == "drop":
         unique = events.unique(maintain_order=True, keep="first")
-    key_I, key_D, keys = _codes(impressions["key"], unique["key"])
+    key_I, key_D, keys = _codes(impressions["key"], unique[outcome.key])
     valid_I = impressions["key"].is_not_null().to_numpy()
     if outcome.time:
         time_I, time_D = impressions["time"].fill_null(0).to_numpy(), unique[outcome.time].to_numpy()

@@ -183,6 +183,12 @@ def column(schema: Schema, rows: pa.Table, name: str) -> pa.Array:
     return _arrow(view(schema, rows, None, (), (name,))[name])
 
 
+def event_time(schema: Schema, rows: pa.Table) -> pa.Array:
+    """When each of typed rows happened, in whole seconds. Raises UserError where the column is of another type."""
+    frame = view(schema, rows, None, (), (str(schema.event_time),))
+    return _arrow(_whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series()))
+
+
 def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
     """A SQL expression over the columns of a block, one value a row.
 

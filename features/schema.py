@@ -216,8 +216,7 @@ class Schema(Strict):
     @cached_property
     def outcome_columns(self) -> dict[str, str]:
         """Columns that a join adds, with the outcome they come from."""
-        added = {name: ["count", *(["time"] if o.time else []), *o.columns] for name, o in self.source.outcomes.items()}
-        return {c: name for name, columns in added.items() for c in [name, *(f"{name}_{column}" for column in columns)]}
+        return {c: name for name, outcome in self.source.outcomes.items() for c in outcome_names(name, outcome)}
 
     def outcomes_of(self, expression: str) -> set[str]:
         """The outcomes that an expression reads, be it through derived columns."""
@@ -249,6 +248,11 @@ class Schema(Strict):
         return found | ({"weight": self.weight} if self.weight else {})
 
 
+def outcome_names(name: str, outcome: Outcome) -> list[str]:
+    """The columns that the join of an outcome adds."""
+    return [name, *(f"{name}_{c}" for c in ["count", *(["time"] if outcome.time else []), *outcome.columns])]
+
+
 def _contradictions(schema: Schema) -> Iterator[str]:
     """What single keys cannot see: names that clash, tables that are missing, labels among the inputs."""
     reads: dict[str, list[str]] = {}
@@ -267,6 +271,7 @@ def _contradictions(schema: Schema) -> Iterator[str]:
     if isinstance(schema.split, TimeSplit) and not schema.event_time:
         yield "event_time is missing: a split by time needs it"
     yield from _without_time(schema)
+    yield from _added_twice(schema)
     names = [*schema.dense_columns, *schema.sparse]
     if twice := {n for n in names if names.count(n) > 1}:
         yield f"feature {sorted(twice)[0]} is defined twice: dense, categorical and bag share one namespace"
@@ -303,6 +308,14 @@ def _contradictions(schema: Schema) -> Iterator[str]:
                     f"tasks.{task}.label uses column {answer[0]}, which is also read by the feature {name}: "
                     "a model would see its answer. Remove one of the two."
                 )
+
+
+def _added_twice(schema: Schema) -> Iterator[str]:
+    """Columns of expressions that two parts of the schema add."""
+    outcomes = schema.source.outcomes.items()
+    added = [c for name, o in outcomes for c in outcome_names(name, o)] + list(schema.source.derived)
+    for column in sorted({c for c in added if added.count(c) > 1}):
+        yield f"column {column} is added twice, by source.outcomes or source.derived: rename an outcome or a column of it"
 
 
 def _without_time(schema: Schema) -> Iterator[str]:

@@ -64,7 +64,8 @@ def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:
     """Texts, cleaned, as codes into their values, which may repeat."""
     array = texts.dictionary_encode()
     values, codes = array.dictionary.cast(pa.large_string()), array.indices
-    values = pc.utf8_trim_whitespace(values) if form.trim else values
+    # As `cleaned` does it: pyarrow's spaces are others, and a key that is also a feature must be one and the same.
+    values = pl.Series(values, dtype=pl.String).str.strip_chars().to_arrow() if form.trim else values
     gone_V = pc.is_in(values, value_set=pa.array(form.missing, pa.large_string())).to_numpy(False)
     if gone_V.any():
         lost_B = codes.is_null().to_numpy(False) | gone_V[codes.fill_null(0).to_numpy()]

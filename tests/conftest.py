@@ -91,9 +91,7 @@ def small_dataset(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from pipeline.ingest.job import PreprocessConfig, preprocess
 
     out = tmp_path_factory.mktemp("small") / "dataset"
-    config = PreprocessConfig(
-        input=str(small_log), out=out, order="input", rows_per_row_group=32, rows_per_shard=100
-    )
+    config = PreprocessConfig(input=str(small_log), out=out, order="input", rows_per_row_group=32, rows_per_shard=100)
     preprocess(config, Schema.parse(copy.deepcopy(SMALL_SCHEMA), where="small.yaml"))
     return out
 

@@ -24,7 +24,13 @@ IMPRESSIONS, BALLAST = "impressions", "ballast"
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop, and how much goes into a shard."""
+    """When to stop, and how much goes into a shard.
+
+    Attributes:
+        needs_splits: whether a split of the schema without rows stops the job.
+        as_of: seconds; until when outcomes are complete, None: the latest time in the log.
+        reference: the dataset whose encoders are used.
+    """
 
     max_bad_fraction: float
     rows_per_shard: int
@@ -36,16 +42,11 @@ class Limits:
 def steps_of(job: Job) -> list[str]:
     """The steps that a job needs, in order."""
     joins, histories = bool(job.schema.source.outcomes), bool(job.schema.histories)
-    wanted = {
-        "join": joins,
-        "remember": histories,
-        "recall": histories,
-        "label": job.joins,
-        "encode": job.order != "input",
-    }
-    return [
-        s for s in ("read", "join", "remember", "recall", "label", "merge", "encode", "write") if wanted.get(s, True)
-    ]
+    needs = {
+        "read": True, "join": joins, "remember": histories, "recall": histories, "label": job.joins,
+        "merge": True, "encode": job.order != "input", "write": True,
+    }  # fmt: skip
+    return [step for step, needed in needs.items() if needed]
 
 
 def after(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[tuple[int, Work]]:
@@ -87,12 +88,13 @@ def labelled(job: Job) -> list[Work]:
 
 
 def lines_before(reads: list[Work]) -> list[int]:
-    """Per unit the lines of its file that stand in the units before it."""
-    seen: Counter[str] = Counter()
+    """Per unit the lines of its file that stand in the units before it; a file may belong to several streams."""
+    seen: Counter[tuple[str, str]] = Counter()
     before = []
     for report in reads:
-        before.append(seen[report["file"]])
-        seen[report["file"]] += report["lines"]
+        file = report["stream"], report["file"]
+        before.append(seen[file])
+        seen[file] += report["lines"]
     return before
 
 

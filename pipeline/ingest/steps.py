@@ -101,17 +101,18 @@ def read(job: Job, work: Work) -> Work:
     reader = Reader(unit, form, work["names"], types, lists, note)
     bad, parts, latest, count = [], [], [], 0
     for block in reader:
-        typed = raw.type_columns(block.columns, types, codes, form, block.lines(), block.row)
+        typed = raw.type_columns(block.columns, types, codes, form, block.lines(), unit.first_row + block.row)
         part, letters = (
-            _impressions(job, work, unit, typed.rows) if outcome is None else _events(job, stream, typed.rows)
+            _impressions(job, work, unit.number, typed.rows) if outcome is None else _events(job, stream, typed.rows)
         )
         parts.append(part)
         no_rows = [(line.line, line.reason, line.raw) for line in block.bad]
         bad += [raw.letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, letters]
         count += block.columns.num_rows + len(block.bad)
         time = job.schema.event_time if outcome is None else outcome.time
-        if time in typed.rows.column_names:
-            latest.append(pc.max(typed.rows[time]).as_py())
+        if time and job.joins:
+            times = raw.event_time(job.schema, typed.rows) if outcome is None else typed.rows[time]
+            latest.append(pc.max(times).as_py())
     check_unchanged(unit.file)
     report = {"stream": stream, "file": unit.file.path, "lines": reader.lines, "read": count, "parts": parts}
     known = [time for time in latest if time is not None]
@@ -122,9 +123,9 @@ def _key_type(schema: Schema) -> RawType:
     return schema.raw_types.get(str(schema.source.key), "string")
 
 
-def _impressions(job: Job, work: Work, unit: Unit, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
+def _impressions(job: Job, work: Work, file: int, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
     """Spills a block of impressions, or labels it where nothing has to be waited for."""
-    part = {"unit": work["number"], "rows": rows.num_rows, "row_id": unit.number * ROW_ID_STRIDE + unit.first_row}
+    part = {"unit": work["number"], "rows": rows.num_rows, "row_id": file * ROW_ID_STRIDE}
     if not job.joins:
         return _labelled(job, part, rows)
     part["path"] = spill.write(job.aside("typed"), [rows])
@@ -132,7 +133,7 @@ def _impressions(job: Job, work: Work, unit: Unit, rows: pa.Table) -> tuple[Work
         key, time = str(job.schema.source.key), job.schema.event_time
         sent = {"key": raw.column(job.schema, rows, key), spill.PLACE: pa.array(np.arange(rows.num_rows))}
         part["keys"] = _sent(
-            job, pa.table(sent | ({"time": raw.column(job.schema, rows, time)} if time else {})), "key"
+            job, pa.table(sent | ({"time": raw.event_time(job.schema, rows)} if time else {})), "key"
         )
     return part, raw.letters()
 
@@ -155,8 +156,7 @@ def _events(job: Job, name: str, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
         )
         letters = raw.letters(gone[LINE].to_numpy(), said, raw.as_json(gone.drop_columns([LINE, ROW])))
         rows = rows.filter((~lost).to_arrow())
-    rows = rows.rename_columns(["key" if c == outcome.key else c for c in rows.column_names]).drop_columns([LINE, ROW])
-    return {"rows": rows.num_rows, "path": _sent(job, rows, "key")}, letters
+    return {"rows": rows.num_rows, "path": _sent(job, rows.drop_columns([LINE, ROW]), outcome.key)}, letters
 
 
 def _sent(job: Job, table: pa.Table, key: str) -> str:
@@ -189,7 +189,7 @@ def join_bucket(job: Job, work: Work) -> Work:
     keys: pl.DataFrame = pl.from_arrow(pa.concat_tables(sent))  # type: ignore[assignment]
     joined, fates = keys.select(spill.PLACE), {}
     for name, outcome in job.schema.source.outcomes.items():
-        types = {"key": _key_type(job.schema), **outcome.types}
+        types = {outcome.key: _key_type(job.schema), **outcome.types}
         events = [spill.read(path, work["bucket"]) for path in work["events"][name]]
         frame: pl.DataFrame = pl.from_arrow(pa.concat_tables(events))  # type: ignore[assignment]
         found = join(name, outcome, keys, frame.select(list(types)))
@@ -294,7 +294,7 @@ def _labelled(
     schema, young = job.schema, {}
     for name, outcome in schema.source.outcomes.items():
         if outcome.window and outcome.young != "keep":
-            time = pl.Series(raw.column(schema, rows, str(schema.event_time)))
+            time = pl.Series(raw.event_time(schema, rows))
             young[name] = (time + outcome.window > work["as_of"]).fill_null(False).to_numpy()
     parsed = raw.parse(schema, rows, work["row_id"], joined, young, histories)
     split_B = parsed.rows[SPLIT].to_numpy()

@@ -96,7 +96,7 @@ def test_every_impression_has_the_outcomes_and_every_outcome_the_fate_of_a_loop_
 ):
     kind, impressions, events = log
     columns = {"n": "int", "x": "float"} | ({"place": "string"} if take in ("first", "last") else {})
-    outcome = Outcome(files="o.csv", key="id", columns=columns, take=take, duplicates=duplicates, **TIMINGS[timing])
+    outcome = Outcome(files="o.csv", key="key", columns=columns, take=take, duplicates=duplicates, **TIMINGS[timing])
     read = ["key", *outcome.types]
     found = join(
         "o",
@@ -124,14 +124,14 @@ def joined(outcome: Outcome, shown: list[tuple[Any, int]], happened: list[tuple]
 
 
 def test_both_ends_of_a_window_belong_to_it_and_the_seconds_around_it_do_not():
-    outcome = Outcome(files="o", key="id", time="at", window="1h", take="last")
+    outcome = Outcome(files="o", key="key", time="at", window="1h", take="last")
     found = joined(outcome, [("a", 10_000)], [("a", at) for at in (9_999, 10_000, 13_600, 13_601)])
     assert found.columns.to_dicts() == [{"o": True, "o_count": 2, "o_time": 13_600}]
     assert found.fates == {"joined": 2, "duplicate": 0, "early": 1, "late": 1, "unmatched": 0}
 
 
 def test_an_outcome_belongs_to_every_impression_in_whose_window_it_is_but_counts_once_as_joined():
-    outcome = Outcome(files="o", key="id", time="at", window=10)
+    outcome = Outcome(files="o", key="key", time="at", window=10)
     found = joined(outcome, [("a", 5), ("a", 0), ("a", 50), ("b", 5)], [("a", 8), ("a", 30)])
     assert found.columns["o_count"].to_list() == [1, 1, 0, 0]
     assert found.columns["o_time"].to_list() == [8, 8, None, None]
@@ -140,14 +140,14 @@ def test_an_outcome_belongs_to_every_impression_in_whose_window_it_is_but_counts
 
 @pytest.mark.parametrize(("take", "expected"), [("first", 2), ("last", 3)])
 def test_of_outcomes_in_one_second_the_one_first_read_is_the_first(take, expected):
-    outcome = Outcome(files="o", key="id", time="at", columns={"n": "int"}, take=take)
+    outcome = Outcome(files="o", key="key", time="at", columns={"n": "int"}, take=take)
     found = joined(outcome, [("a", 0)], [("a", 9, 7), ("a", 5, 2), ("a", 5, 1), ("a", 9, 3)])
     assert found.columns["o_n"].to_list() == [expected]
 
 
 @pytest.mark.parametrize(("duplicates", "total", "dropped"), [("drop", 5, 1), ("keep", 8, 0)])
 def test_only_rows_that_are_equal_in_every_column_that_is_read_are_duplicates(duplicates, total, dropped):
-    outcome = Outcome(files="o", key="id", time="at", columns={"n": "int"}, take="sum", duplicates=duplicates)
+    outcome = Outcome(files="o", key="key", time="at", columns={"n": "int"}, take="sum", duplicates=duplicates)
     found = joined(outcome, [("a", 0)], [("a", 1, 3), ("a", 2, 2), ("a", 1, 3)])
     assert found.columns["o_n"].to_list() == [total]
     assert found.fates["duplicate"] == dropped
@@ -158,7 +158,7 @@ def test_impressions_and_outcomes_in_any_order_give_sums_of_their_own():
     count = 2_000
     shown = [(str(i * 7919 % count), 0) for i in range(count)]
     happened = [(str(i * 104729 % count), i % 13, i) for i in range(count) if i % 3]
-    outcome = Outcome(files="o", key="id", time="at", columns={"n": "int"}, take="sum", window=6)
+    outcome = Outcome(files="o", key="key", time="at", columns={"n": "int"}, take="sum", window=6)
     value = {key: n for key, at, n in happened if at <= 6}
     found = joined(outcome, shown, happened)
     assert found.columns["o_n"].to_list() == [value.get(key) for key, _ in shown]

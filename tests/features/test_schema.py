@@ -384,3 +384,18 @@ def test_a_file_is_refused_by_its_name(tmp_path):
         with pytest.raises(UserError, match=name) as caught:
             Schema.load(tmp_path / name)
         assert caught.value.args
+
+
+def test_a_column_that_two_outcomes_or_a_derived_column_add_is_refused():
+    def of(outcomes: dict[str, Any], derived: dict[str, str]) -> str:
+        source = {"files": "x", "key": "k", "outcomes": outcomes, "derived": derived}
+        task = {"t": {"kind": "binary", "label": "x > 1"}}
+        split = {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1}
+        with pytest.raises(UserError) as caught:
+            Schema.parse({"source": source, "tasks": task, "split": split}, where="mine.yaml")
+        return str(caught.value)
+
+    stream = {"files": "y", "key": "k"}
+    twice = of({"click": stream | {"columns": {"dwell": "float"}}, "click_dwell": stream}, {})
+    assert "column click_dwell is added twice" in twice
+    assert "column click_count is added twice" in of({"click": stream}, {"click_count": "x + 1"})

@@ -223,6 +223,15 @@ def test_spaces_and_missing_markers_are_those_of_a_loop_also_in_codes(texts, for
     assert codes.dictionary.null_count == 0
 
 
+def test_a_key_that_is_also_a_feature_is_the_same_text_as_both_whatever_stands_around_it():
+    around = [chr(code) for code in range(1, 0x3100)]
+    texts, form = [f"{char}a b{char}" for char in around], Format(trim=True)
+    plain = cleaned(pl.Series(texts), form).to_list()
+    assert coded(pa.array(texts), form).to_pylist() == plain
+    assert {char for char, text in zip(around, plain, strict=True) if text == "a b"} >= {" ", "\t", "\u00a0", "\u3000"}
+    assert plain[around.index("a")] == "aa ba"
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

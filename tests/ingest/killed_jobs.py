@@ -19,7 +19,7 @@ from features.schema import Schema
 from pipeline.ingest.job import PreprocessConfig, preprocess
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
-SPREAD = 9  # kills over the whole job, besides those where the dataset is put into place
+SPREAD = 6  # kills over the whole job, besides those where the dataset is put into place
 
 
 def forked(log: str, schema: str, out: Path, on_event: Callable[[str, tuple], None]) -> int:

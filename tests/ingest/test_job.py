@@ -297,6 +297,48 @@ def test_outcomes_are_cleaned_as_impressions_are(tmp_path):
     assert (letter["line"], json.loads(letter["raw"])["revenue"]) == (4, 7)
 
 
+def test_one_file_may_hold_impressions_and_outcomes(tmp_path):
+    """Each is read on its own: a bad line is a dead letter of both, under the same number."""
+    lines = [f"k{i},0,{i},{i + 1}" for i in range(40)]
+    lines[17] = "short"
+    (tmp_path / "log.csv").write_text("a,b,at,bought\n" + "\n".join(lines) + "\n")
+    outcome = {"files": "log.csv", "key": "a", "time": "bought", "window": 5}
+    content = simple(
+        source={"files": "log.csv", "key": "a", "outcomes": {"buy": outcome}},
+        dense={},
+        tasks={"t": {"kind": "binary", "label": "buy"}},
+        event_time="at",
+        split={"by": "hash", "key": "a", "valid": 0, "test": 0},
+    )
+    manifest = run(tmp_path, tmp_path / "out", content, unit_bytes=100, max_bad_fraction=0.5, as_of="1971-01-01")
+    assert [(x["stream"], x["line"], x["raw"]) for x in letters_of(tmp_path / "out")] == [
+        ("buy", 19, "short"),
+        ("impressions", 19, "short"),
+    ]
+    assert manifest.outcomes["buy"]["joined"] == manifest.rows["train"] == 39
+
+
+def test_a_log_ends_at_the_latest_of_its_times_though_they_are_derived(tmp_path):
+    """A window of ten seconds is closed for all but the last rows, and nobody clicked."""
+    (tmp_path / "log.csv").write_text("a,ms\n" + "".join(f"k{i},{1000 * i}\n" for i in range(40)))
+    (tmp_path / "clicks.csv").write_text("a,when\n")
+    outcome = {"files": "clicks.csv", "key": "a", "time": "when", "window": 10}
+    content = simple(
+        source={
+            "files": "log.csv", "key": "a", "outcomes": {"click": outcome}, "types": {"ms": "int"},
+            "derived": {"at": "CAST(ms / 1000 AS BIGINT)"},
+        },
+        dense={},
+        tasks={"t": {"kind": "binary", "label": "click"}},
+        event_time="at",
+        split={"by": "hash", "key": "a", "valid": 0, "test": 0},
+    )  # fmt: skip
+    run(tmp_path, tmp_path / "out", content)
+    rows = rows_by_id(tmp_path / "out")
+    assert [row["event_time"] for row in rows] == list(range(40))
+    assert [row["label.t"] for row in rows] == [0.0 if i + 10 <= 39 else None for i in range(40)]
+
+
 # The census file
 
 

@@ -134,6 +134,17 @@ def test_an_expression_that_does_not_fit_the_columns_stops_the_job(small_log, sm
     assert "weight: 'city + 1' cannot be computed" in refused(small_log, tmp_path / "out", content)
 
 
+@pytest.mark.parametrize("expression", ["city", "price / 7"])
+def test_a_derived_time_that_is_no_whole_number_stops_the_job(expression, small_log, small_content, tmp_path):
+    content = small_content() | {"event_time": "moment", "split": {"by": "hash", "key": "user", "valid": 0, "test": 0}}
+    content["source"]["derived"] = {"moment": expression}
+    content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}, "window": 5}
+    content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
+    message = refused(small_log, tmp_path / "out", content, max_bad_fraction=0.1)
+    assert "event_time: column moment is" in message
+    assert "it must be an integer" in message
+
+
 @pytest.mark.parametrize(
     "setting",
     [

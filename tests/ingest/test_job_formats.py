@@ -226,3 +226,32 @@ def test_a_bucket_gives_the_bytes_of_a_folder(as_csv, tmp_path, monkeypatch):
     finally:
         running.stop()
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "parquet"])
+def test_files_without_rows_add_none(ending, as_csv, tmp_path):
+    source, write = FORMATS[ending]
+    log = write_log(tmp_path / "log", ending, ROWS)
+    schema = pq.read_schema(pa.BufferReader(parquet_bytes(ROWS)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    empty = sink.getvalue().to_pybytes() if ending == "parquet" else write([])
+    for name in ("log-00", "log-2"):
+        (log / f"{name}.{ending}").write_bytes(empty)
+    run(log, tmp_path / "out", content_for(**source))
+    same_rows(tmp_path / "out", as_csv)
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "parquet"])
+def test_the_index_of_a_row_in_its_file_decides_its_split_however_the_file_is_cut(ending, tmp_path):
+    source, _ = FORMATS[ending]
+    split = {"by": "row_index", "modulo": 7, "train": [0, 1, 2, 3], "valid": [4, 5], "test": [6]}
+    run(
+        write_log(tmp_path / "log", ending, ROWS),
+        tmp_path / "out",
+        content_for(**source) | {"split": split},
+        unit_bytes=500,
+    )
+    place = [*range(170), *range(130)]
+    names = ["train"] * 4 + ["valid"] * 2 + ["test"]
+    assert [row["split"] for row in rows_by_id(tmp_path / "out")] == [names[i % 7] for i in place]
