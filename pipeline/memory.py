@@ -2,6 +2,8 @@
 
 import ctypes
 
+import pyarrow as pa
+
 
 def keep_memory() -> None:
     """Has glibc keep what is freed for the next block or step, where else it goes back to the system and faults in again."""
@@ -9,3 +11,10 @@ def keep_memory() -> None:
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def give_memory_back() -> None:
+    """What was kept goes back to the system: what comes next needs other blocks."""
+    pa.default_memory_pool().release_unused()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -33,7 +33,7 @@ def write_dataset(
         encoders.save(staging / "encoders")
     shards = [
         write_shard(
-            staging / "scratch" / f"{split}-{at}", staging, split, schema, rows.slice(at, shard_rows), None, row_group
+            staging / "scratch" / f"{split}-{at}", staging, split, schema, [rows.slice(at, shard_rows)], row_group
         )
         for split, rows in splits.items()
         for at in range(0, rows.num_rows, shard_rows)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -32,7 +32,7 @@ from pipeline.ingest import plan, writer
 from pipeline.ingest.plan import BALLAST, IMPRESSIONS, Limits
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.steps import STEPS, Job, Work
-from pipeline.memory import keep_memory
+from pipeline.memory import give_memory_back, keep_memory
 
 RUNNERS = {"portable": "PortableRunner", "flink": "FlinkRunner", "spark": "SparkRunner", "dataflow": "DataflowRunner"}
 UNPACKED = 5  # times as large a compressed file is taken to be
@@ -72,7 +72,7 @@ class PreprocessConfig(BaseModel):
     date: datetime.date | None = None
     encoders: EncodersFrom = EncodersFrom()
     as_of: Annotated[AwareDatetime | None, BeforeValidator(utc)] = None
-    order: Literal["shuffled", "time", "input"] = "shuffled"
+    order: writer.Order = "shuffled"
     seed: int = 0
     runner: str = "direct"
     workers: int = Field(1, ge=1)
@@ -80,7 +80,7 @@ class PreprocessConfig(BaseModel):
     rows_per_row_group: int = Field(8192, ge=1)
     rows_per_shard: int = Field(1 << 20, ge=1)
     unit_bytes: int = Field(32 << 20, ge=1)
-    bucket_bytes: int = Field(256 << 20, ge=1)
+    bucket_bytes: int = Field(128 << 20, ge=1)
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     overwrite: bool = False
 
@@ -223,7 +223,8 @@ class StepFn(beam.DoFn):
         self.job, self.step = job, step
 
     def setup(self) -> None:
-        """Once a worker."""
+        """Once a worker and step."""
+        give_memory_back()
         keep_memory()
 
     def process(self, element: tuple[int, Work]) -> Iterator[Work]:

@@ -20,6 +20,7 @@ from pipeline.ingest.files import one_line
 from pipeline.ingest.steps import Job, Work
 
 IMPRESSIONS, BALLAST = "impressions", "ballast"
+SLICES = 4  # of a shard, one of which is in memory while it is put in order
 
 
 @dataclass(frozen=True)
@@ -185,16 +186,16 @@ def _fit(job: Job, limits: Limits) -> None:
 
 def _encode(job: Job, limits: Limits) -> Iterator[Work]:
     _fit(job, limits)
-    shards = {split: max(1, round(rows / limits.rows_per_shard)) for split, rows in rows_of(job).items()}
-    bounds = _bounds(job, shards) if job.order == "time" else {}
+    slices = {split: SLICES * max(1, round(rows / limits.rows_per_shard)) for split, rows in rows_of(job).items()}
+    bounds = _bounds(job, slices) if job.order == "time" else {}
     for part in labelled(job):
-        yield {"path": part["features"], "shards": shards, "bounds": bounds}
+        yield {"path": part["features"], "slices": slices, "bounds": bounds}
 
 
-def _bounds(job: Job, shards: dict[str, int]) -> dict[str, list[int]]:
-    """Event times at which shards begin, so that each has about as many rows."""
+def _bounds(job: Job, slices: dict[str, int]) -> dict[str, list[int]]:
+    """Event times at which slices of shards begin, so that each has about as many rows."""
     bounds = {}
-    for split, count in shards.items():
+    for split, count in slices.items():
         seen = [(part["times"][split], part["rows"][split]) for part in labelled(job) if split in part["times"]]
         time = np.concatenate([np.array(times, np.int64) for times, _ in seen] or [np.empty(0, np.int64)])
         mass = np.concatenate([np.full(len(times), rows / len(times)) for times, rows in seen] or [np.empty(0)])
@@ -205,23 +206,24 @@ def _bounds(job: Job, shards: dict[str, int]) -> dict[str, list[int]]:
 
 
 def _write(job: Job, limits: Limits) -> Iterator[Work]:
-    """Shards in order; each is made of pieces: a file, a batch of it or the first of its rows, and how many."""
-    pieces: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
-    for report in found(job, "encode"):
-        for batch, (split, shard, rows) in enumerate(report["batches"]):
-            pieces.setdefault((split, shard), []).append((report["path"], batch, rows))
+    """Shards in order, each made of slices, and those of pieces: a file, a batch of it or the first of its rows, rows."""
+    pieces: dict[tuple[str, int], list[list[tuple[str, int, int]]]] = {}
     if job.order == "input":
         _fit(job, limits)
         pieces = _in_order(job, limits.rows_per_shard)
+    for report in found(job, "encode"):
+        for batch, (split, number, rows) in enumerate(report["batches"]):
+            slices = pieces.setdefault((split, number // SLICES), [[] for _ in range(SLICES)])
+            slices[number % SLICES].append((report["path"], batch, rows))
     for split in SPLITS:
         for key in sorted(key for key in pieces if key[0] == split):
-            if any(rows for *_, rows in pieces[key]):
-                yield {"split": split, "shard": key[1], "pieces": pieces[key]}
+            if any(rows for slice_ in pieces[key] for *_, rows in slice_):
+                yield {"split": split, "shard": key[1], "slices": pieces[key]}
 
 
-def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[str, int], list[tuple[str, int, int]]]:
-    """The rows of each split as they were read, cut into shards."""
-    pieces: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[str, int], list[list[tuple[str, int, int]]]]:
+    """The rows of each split as they were read, cut into shards of one slice."""
+    pieces: dict[tuple[str, int], list[list[tuple[str, int, int]]]] = {}
     filled: Counter[str] = Counter()
     for part in labelled(job):
         for split, rows in part["rows"].items():
@@ -229,7 +231,7 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[str, int], list[tuple
             while start < rows:
                 shard, used = divmod(filled[split], rows_per_shard)
                 size = min(rows - start, rows_per_shard - used)
-                pieces.setdefault((split, shard), []).append((part["features"], start, size))
+                pieces.setdefault((split, shard), [[]])[0].append((part["features"], start, size))
                 start, filled[split] = start + size, filled[split] + size
     return pieces
 

@@ -57,7 +57,7 @@ class Job:
     schema: Schema
     staging: Path
     buckets: int
-    order: str
+    order: writer.Order
     seed: int
     rows_per_row_group: int
     counts_all: bool
@@ -132,9 +132,7 @@ def _impressions(job: Job, work: Work, file: int, rows: pa.Table) -> tuple[Work,
     if job.schema.source.outcomes:
         key, time = str(job.schema.source.key), job.schema.event_time
         sent = {"key": raw.column(job.schema, rows, key), spill.PLACE: pa.array(np.arange(rows.num_rows))}
-        part["keys"] = _sent(
-            job, pa.table(sent | ({"time": raw.event_time(job.schema, rows)} if time else {})), "key"
-        )
+        part["keys"] = _sent(job, pa.table(sent | ({"time": raw.event_time(job.schema, rows)} if time else {})), "key")
     return part, raw.letters()
 
 
@@ -331,17 +329,16 @@ def merge(_: Job, work: Work) -> Work:
 
 
 def encode(job: Job, work: Work) -> Work:
-    """Encodes a part: {path, shards: {split: count}, bounds: {split: times}} to {path, batches: [split, shard, rows]}."""
+    """Encodes a part: {path, slices: {split: count}, bounds: {split: times}} to {path, batches: [split, slice, rows]}."""
     rows = spill.read(work["path"])
     tables, batches = [], []
     for split in SPLITS:
         ours = job.encoders.encode(_of_split(rows, split))
-        shards = work["shards"][split]
-        for shard, table in enumerate(
-            spill.dealt(ours, _shard_of(job, ours, shards, work["bounds"].get(split)), shards)
-        ):
+        slices = work["slices"][split]
+        slice_B = _slice_of(job, ours, slices, work["bounds"].get(split))
+        for number, table in enumerate(spill.dealt(ours, slice_B, slices)):
             tables.append(table)
-            batches.append([split, shard, table.num_rows])
+            batches.append([split, number, table.num_rows])
     return {"path": spill.write(job.aside("encoded"), tables), "batches": batches}
 
 
@@ -350,24 +347,22 @@ def _of_split(rows: pa.Table, split: Split) -> pa.Table:
     return rows if pc.all(mine, min_count=0).as_py() else rows.filter(mine)
 
 
-def _shard_of(job: Job, rows: pa.Table, shards: int, bounds: list[int] | None) -> np.ndarray:
-    if shards == 1:
-        return np.zeros(rows.num_rows, np.int64)
+def _slice_of(job: Job, rows: pa.Table, slices: int, bounds: list[int] | None) -> np.ndarray:
     if job.order == "time":
         return np.searchsorted(np.array(bounds), rows["event_time"].to_numpy(), side="right")
-    return spill.share_of(hash_integers(rows["row_id"].to_numpy(), job.seed), shards)
+    return spill.share_of(hash_integers(rows["row_id"].to_numpy(), job.seed), slices)
 
 
 def write(job: Job, work: Work) -> Work:
-    """Writes a shard: {split, shard, pieces} to {split, shard, described}."""
+    """Writes a shard: {split, shard, slices: lists of pieces} to {split, shard, described}."""
+    path, split = job.aside("shard"), work["split"]
     if job.order == "input":  # what is not dealt to other shards is encoded only here
-        rows = pa.concat_tables(_encoded(job, work["split"], *piece) for piece in work["pieces"])
+        tables = (_encoded(job, split, *piece) for pieces in work["slices"] for piece in pieces)
     else:
-        rows = pa.concat_tables(spill.read(path, batch) for path, batch, _ in work["pieces"])
-    path = job.aside("shard")
-    order = writer.order_of(job.order, job.seed, rows)
-    described = writer.write_shard(path, job.staging, work["split"], job.schema, rows, order, job.rows_per_row_group)
-    return {"split": work["split"], "shard": work["shard"], "described": described.model_dump()}
+        slices = (pa.concat_tables(spill.read(p, batch) for p, batch, _ in pieces) for pieces in work["slices"])
+        tables = (writer.ordered(rows, job.order, job.seed) for rows in slices)
+    described = writer.write_shard(path, job.staging, split, job.schema, tables, job.rows_per_row_group)
+    return {"split": split, "shard": work["shard"], "described": described.model_dump()}
 
 
 def _encoded(job: Job, split: Split, path: str, start: int, count: int) -> pa.Table:

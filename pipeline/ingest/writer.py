@@ -1,7 +1,8 @@
 """What becomes of rows on disk: shards with row groups of a set size, and dead letters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -9,10 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.encoders import arrow_schema
 from features.hashing import hash_integers
 from features.schema import Schema, Split
 from pipeline.dataset import Letters, Shard, flushed, footer_sha256, sha256
 
+Order = Literal["shuffled", "time", "input"]
 LETTERS = pa.schema(
     [
         ("stream", pa.string()),
@@ -24,35 +27,54 @@ LETTERS = pa.schema(
 )
 
 
-def order_of(order: str, seed: int, rows: pa.Table) -> np.ndarray | None:
-    """The order of a shard's rows as indices, a function of the rows alone; None leaves it as it is."""
+def ordered(rows: pa.Table, order: Order, seed: int) -> pa.Table:
+    """Rows in their order, which is a function of the rows alone."""
     row_id = rows["row_id"].to_numpy()
-    if order == "shuffled":
-        return np.lexsort((row_id, hash_integers(row_id, seed)))
-    return np.lexsort((row_id, rows["event_time"].to_numpy())) if order == "time" else None
+    index = np.lexsort((row_id, hash_integers(row_id, seed) if order == "shuffled" else rows["event_time"].to_numpy()))
+    columns = [rows[name].combine_chunks().take(pa.array(index)) for name in rows.column_names]
+    return pa.Table.from_arrays(columns, schema=rows.schema)
 
 
 def write_shard(
-    path: Path, staging: Path, split: Split, schema: Schema, rows: pa.Table, order: np.ndarray | None, row_group: int
+    path: Path, staging: Path, split: Split, schema: Schema, tables: Iterable[pa.Table], row_group: int
 ) -> Shard:
-    """Writes a shard and says what is in it."""
-    if order is not None:  # a column at a time, so that not all of them are there twice
-        taken = [rows[name].combine_chunks().take(pa.array(order)) for name in rows.column_names]
-        rows = pa.Table.from_arrays(taken, schema=rows.schema)
+    """Writes rows that come table by table, and says what is in the shard."""
+    rows, observed, positives = 0, dict.fromkeys(schema.tasks, 0), dict.fromkeys(schema.tasks, 0.0)
     # No dictionaries: ids after zstd are no larger without, and written in half the time.
     with pq.ParquetWriter(
-        path, rows.schema, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=True
+        path,
+        arrow_schema(schema),
+        compression="zstd",
+        use_dictionary=False,
+        write_page_checksum=True,
+        store_schema=True,
     ) as writer:
-        writer.write_table(rows, row_group_size=row_group)
+        for table in whole_groups(tables, row_group):
+            writer.write_table(table, row_group_size=row_group)
+            rows += table.num_rows
+            for task in schema.tasks:
+                label = table[f"label.{task}"]
+                observed[task] += table.num_rows - label.null_count
+                positives[task] += pc.sum(label.cast(pa.float64())).as_py() or 0.0
     flushed(path)
-    groups = [row_group] * (rows.num_rows // row_group) + [rows.num_rows % row_group] * (rows.num_rows % row_group > 0)
-    labels = {task: rows[f"label.{task}"] for task in schema.tasks}
+    groups = [row_group] * (rows // row_group) + [rows % row_group] * (rows % row_group > 0)
     return Shard(
-        path=str(path.relative_to(staging)), split=split, rows=rows.num_rows, bytes=path.stat().st_size, sha256=sha256(path),
-        footer_sha256=footer_sha256(path), row_groups=groups,
-        observed={task: rows.num_rows - label.null_count for task, label in labels.items()},
-        positives={task: pc.sum(label.cast(pa.float64())).as_py() or 0.0 for task, label in labels.items()},
+        path=str(path.relative_to(staging)), split=split, rows=rows, bytes=path.stat().st_size, sha256=sha256(path),
+        footer_sha256=footer_sha256(path), row_groups=groups, observed=observed, positives=positives,
     )  # fmt: skip
+
+
+def whole_groups(tables: Iterable[pa.Table], row_group: int) -> Iterator[pa.Table]:
+    """The same rows in tables of whole row groups, but for the last one."""
+    rest: list[pa.Table] = []
+    for table in tables:
+        joined = pa.concat_tables([*rest, table])
+        whole = joined.num_rows - joined.num_rows % row_group
+        rest = [joined.slice(whole)]
+        if whole:
+            yield joined.slice(0, whole)
+    if rest and rest[0].num_rows:
+        yield rest[0]
 
 
 def write_letters(staging: Path, name: str, stream: str, file: str, found: Sequence[tuple[str, int]]) -> Letters:

@@ -22,7 +22,7 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtr
 SPREAD = 6  # kills over the whole job, besides those where the dataset is put into place
 
 
-def forked(log: str, schema: str, out: Path, on_event: Callable[[str, tuple], None]) -> int:
+def forked(log: str, schema: str, out: Path, on_event: Callable[[str, tuple], object]) -> int:
     """Runs a job in a child that hears of its own events; returns how it ended."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -38,7 +38,7 @@ def events_of(log: str, schema: str, out: Path) -> list[str]:
     """The events of a job that is left alone, each with what it is about."""
     notes = out.with_name("events")
     descriptor = os.open(notes, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    assert forked(log, schema, out, lambda *what: os.write(descriptor, f"{what}\n".encode()) and None) == 0
+    assert forked(log, schema, out, lambda *what: os.write(descriptor, f"{what}\n".encode())) == 0
     os.close(descriptor)
     found = notes.read_text().splitlines()
     notes.unlink()

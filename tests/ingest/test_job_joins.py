@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from job_bench import no_beam, rows_by_id, run, values_of
 
+from features.errors import UserError
 from pipeline.ingest import text
 
 BASE = 1_719_800_000  # July 2024
@@ -116,7 +117,7 @@ def write_log(folder: Path, impressions: list[Impression], streams: dict[str, li
 
 def content_for(outcomes: dict[str, Rules]) -> dict[str, Any]:
     """A schema whose labels show every column that a join adds."""
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for name in outcomes:
         tasks |= {
             f"{name}_any": {"kind": "binary", "label": name},
@@ -241,7 +242,8 @@ def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
 ) -> None:
     impressions, clicks, buys = log
     streams, outcomes = {"click": clicks, "buy": buys}, dict(zip(("click", "buy"), drawn, strict=True))
-    moment = BASE + as_of if as_of is not None else max(x.at for x in [*impressions, *clicks, *buys])
+    latest = max([x.at for x in impressions] + [event.at for event in clicks + buys])
+    moment = latest if as_of is None else BASE + as_of
     expected = expected_rows(impressions, streams, outcomes, moment)
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "BLOCK_BYTES", 150)
@@ -250,7 +252,7 @@ def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
         settings_ = {"as_of": written(moment, 2)} if as_of is not None else {}
         sizes = {"unit_bytes": unit_bytes, "bucket_bytes": bucket_bytes}
         if not expected:
-            with pytest.raises(Exception, match="split train is empty"):
+            with pytest.raises(UserError, match="split train is empty"):
                 run(folder, out, content_for(outcomes), **settings_, **sizes)
             return
         manifest = run(folder, out, content_for(outcomes), **settings_, **sizes)
