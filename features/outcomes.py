@@ -19,10 +19,12 @@ class Joined:
     Attributes:
         columns: [I] NAME, NAME_count, NAME_time where there is one, and NAME_COLUMN of the outcome's columns.
         fates: outcomes by what became of them, see FATES; together all O.
+        latest: time of the last one that was joined.
     """
 
     columns: pl.DataFrame
     fates: dict[str, int]
+    latest: int | None
 
 
 def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.DataFrame) -> Joined:
@@ -61,8 +63,10 @@ def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.Data
         label = "time" if column == outcome.time else column
         take = "first" if label == "time" and outcome.take not in ("first", "last") else outcome.take
         columns[f"{name}_{label}"] = _taken(unique[column].gather(pl.Series(order_D)), start_I, stop_I, take)
-    fates = _fates(key_I[valid_I], time_I[valid_I], start_I[valid_I], stop_I[valid_I], key_D[order_D], time_D[order_D])
-    return Joined(pl.DataFrame(columns), {**fates, "duplicate": events.height - unique.height})
+    joined_D = _joined(start_I[valid_I], stop_I[valid_I], len(key_D))
+    fates = _fates(key_I[valid_I], time_I[valid_I], key_D[order_D], time_D[order_D], joined_D)
+    latest = int(time_D[order_D][joined_D].max()) if outcome.time and joined_D.any() else None
+    return Joined(pl.DataFrame(columns), {**fates, "duplicate": events.height - unique.height}, latest)
 
 
 def _codes(left: pl.Series, right: pl.Series) -> tuple[np.ndarray, np.ndarray, int]:
@@ -113,19 +117,18 @@ def _taken(values: pl.Series, start_I: np.ndarray, stop_I: np.ndarray, take: str
     return result.cast(values.dtype) if values.dtype.is_integer() else result
 
 
-def _fates(
-    key_I: np.ndarray,
-    time_I: np.ndarray,
-    start_I: np.ndarray,
-    stop_I: np.ndarray,
-    key_D: np.ndarray,
-    time_D: np.ndarray,
-) -> dict[str, int]:
-    """What became of the events, which are sorted by key and time."""
-    covered = np.zeros(len(key_D) + 1, np.int64)
+def _joined(start_I: np.ndarray, stop_I: np.ndarray, events: int) -> np.ndarray:
+    """Which of the events, sorted by key and time, lie in one of the ranges."""
+    covered = np.zeros(events + 1, np.int64)
     np.add.at(covered, start_I, 1)
     np.add.at(covered, stop_I, -1)
-    joined_D = np.cumsum(covered)[:-1] > 0
+    return np.cumsum(covered)[:-1] > 0
+
+
+def _fates(
+    key_I: np.ndarray, time_I: np.ndarray, key_D: np.ndarray, time_D: np.ndarray, joined_D: np.ndarray
+) -> dict[str, int]:
+    """What became of the events, which are sorted by key and time."""
     known_D = np.isin(key_D, key_I)
     first_K = np.full(int(max(key_D.max(initial=-1), key_I.max(initial=-1))) + 1, np.iinfo(np.int64).max)
     np.minimum.at(first_K, key_I, time_I)

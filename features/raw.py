@@ -20,7 +20,7 @@ from features.values import WORDS, as_ids, cleaned, coded, numbers
 LINE = "__line"  # of the row in its file, or in the part of it that is read at a time
 ROW = "__row"  # index of the row there
 ROW_ID = "row_id"
-SPLIT = "split"  # index into SPLITS
+SPLIT = "__split"  # index into SPLITS
 LARGEST = float(np.finfo(np.float32).max)
 HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same column
 
@@ -43,7 +43,7 @@ class Parsed:
     """A block's rows as features and labels.
 
     Attributes:
-        rows: a column a feature and `label.TASK` (null = not observed), weight, event_time, row_id, split; see `parse`.
+        rows: a column a feature and `label.TASK` (null = not observed), weight, event_time, row_id, SPLIT; see `parse`.
         bad: as of Typed.
         left_out: rows that a rule of the schema leaves out, by rule.
     """
@@ -117,7 +117,20 @@ def code_columns(schema: Schema) -> set[str]:
 def view(
     schema: Schema, rows: pa.Table, joined: pl.DataFrame | None, expressions: Iterable[str], also: Iterable[str] = ()
 ) -> pl.DataFrame:
-    """The columns that some expressions read, and others by name, derived ones and those of outcomes among them."""
+    """The columns that some expressions read, and others by name, derived ones and those of outcomes among them.
+
+    Raises:
+        UserError: a derived column cannot be computed, or one of those by name holds lists.
+    """
+    frame = _view(schema, rows, joined, expressions, also)
+    for name in also:
+        _check_single(f"column {name}", frame[name])
+    return frame
+
+
+def _view(
+    schema: Schema, rows: pa.Table, joined: pl.DataFrame | None, expressions: Iterable[str], also: Iterable[str]
+) -> pl.DataFrame:
     wanted = {column for expression in expressions for column in columns_of(expression)} | set(also)
     derived = {name: text for name, text in schema.source.derived.items() if name in wanted}
     wanted |= {column for text in derived.values() for column in columns_of(text)}
@@ -126,7 +139,9 @@ def view(
         frame = pl.DataFrame({ROW: rows[ROW].to_numpy()})
     if joined is not None:
         frame = frame.hstack(joined.select(c for c in joined.columns if c in wanted))
-    return frame.with_columns(evaluate(frame, f"source.derived.{n}", e, n) for n, e in derived.items())
+    computed = (evaluate(frame, f"source.derived.{name}", text, name) for name, text in derived.items())
+    # 0 / 0 is no value, neither as a number nor as an id.
+    return frame.with_columns(series.fill_nan(None) if series.dtype.is_float() else series for series in computed)
 
 
 def parse(
@@ -146,10 +161,10 @@ def parse(
         young: per outcome [B] whether its window was still open when the log ended.
         histories: per bag of a history, B lists of items.
     Returns: of each feature a column of its name: dense and binned numbers float64, ids as codes into text, bags as lists of
-        those; label.TASK float32, weight float32, event_time int64, row_id int64, split int8.
+        those; label.TASK float32, weight float32, event_time int64, row_id int64, SPLIT int8.
     """
     young, histories = young or {}, histories or {}
-    frame = view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
+    frame = _view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
     columns = {
         name: _feature(schema, name, histories[name] if name in histories else _column(schema, column, frame, rows))
         for name, column in schema.feature_columns.items()
@@ -179,7 +194,7 @@ def parse(
 
 
 def column(schema: Schema, rows: pa.Table, name: str) -> pa.Array:
-    """A raw or derived column of typed rows, ids as plain text."""
+    """A raw or derived column of typed rows, ids as plain text. Raises UserError where it holds lists."""
     return _arrow(view(schema, rows, None, (), (name,))[name])
 
 
@@ -210,6 +225,8 @@ def truth(frame: pl.DataFrame, key: str, expression: str) -> pl.Series:
 def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
     """`evaluate`, where text is not a value. Raises UserError."""
     series = evaluate(frame, key, expression, name)
+    if series.dtype.is_nested():
+        raise UserError(f"{key}: {expression!r} is {series.dtype}: it must be a number")
     if series.dtype == pl.String:
         raise UserError(f"{key}: {expression!r} is text: compare it with a value, or set source.types")
     return series.cast(pl.Float32)
@@ -219,13 +236,26 @@ def _feature(schema: Schema, name: str, values: pl.Series | pa.Array) -> pa.Arra
     """A feature's column as `parse` returns it. Raises UserError for one that is not of the type that its use needs."""
     if name in schema.bag:
         return listed(_arrow(values), schema.bag[name])
-    if name in schema.categorical and not schema.all_tables[schema.table_of(name)].bins:
+    kind, column = "dense" if name in schema.dense else "categorical", schema.feature_columns[name]
+    if kind == "categorical" and name not in _binned(schema):
+        _check_single(f"categorical.{name}: column {column}", values)
         return as_ids(values)
     series = values if isinstance(values, pl.Series) else pl.Series(values)
     if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
-        kind, column = "dense" if name in schema.dense else "categorical", schema.feature_columns[name]
         raise UserError(f"{kind}.{name}: column {column} is {series.dtype}, it must be a number")
     return series.cast(pl.Float64).rechunk().to_arrow()
+
+
+def _binned(schema: Schema) -> list[str]:
+    """The features whose numbers are looked up by bins."""
+    return [name for name in schema.categorical if schema.all_tables[schema.table_of(name)].bins]
+
+
+def _check_single(what: str, values: pl.Series | pa.Array) -> None:
+    """Raises UserError where a column that must have one value a row holds lists, or records."""
+    nested = values.dtype.is_nested() if isinstance(values, pl.Series) else pa.types.is_nested(values.type)
+    if nested:
+        raise UserError(f"{what} holds lists: make it a bag, which alone can have several values a row")
 
 
 def _column(schema: Schema, name: str, frame: pl.DataFrame, rows: pa.Table) -> pl.Series | pa.Array:
@@ -276,7 +306,9 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
             of_remainder[getattr(split, name)] = number
         return pl.Series(of_remainder[rows[ROW].to_numpy() % split.modulo])
     if isinstance(split, HashSplit):
-        keys = as_ids(_column(schema, split.key, frame, rows))
+        column = _column(schema, split.key, frame, rows)
+        _check_single(f"split.key: column {split.key}", column)
+        keys = as_ids(column)
         share = hash_strings(keys.dictionary, HASH_SPLIT_SEED) / 2.0**64
         code = np.where(share < split.test, 2, np.where(share < split.test + split.valid, 1, 0)).astype(np.int8)
         return pl.Series(pa.array(code).take(keys.indices))
@@ -287,7 +319,7 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
 def _faults(schema: Schema, rows: pa.Table, core: dict[str, pl.Series]) -> pl.Series:
     """Per row what makes it unusable, null where all is well."""
     reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
-    for name in schema.dense:
+    for name in [*schema.dense, *_binned(schema)]:
         # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
         span = pc.min_max(rows[name]).as_py()
         if max(-(span["min"] or 0.0), span["max"] or 0.0) > LARGEST:

@@ -297,6 +297,15 @@ def _contradictions(schema: Schema) -> Iterator[str]:
     def roots(columns: list[str]) -> set[str]:
         return {root for c in columns for root in [c, *derived.get(c, [])]}
 
+    keys: dict[str, str | None] = {
+        "source.key": schema.source.key,
+        "source.row_id": schema.source.row_id,
+        "event_time": schema.event_time,
+    }
+    keys |= {"split.key": schema.split.key if isinstance(schema.split, HashSplit) else None}
+    for key, used in keys.items():
+        if used and (later := sorted(roots([used]) & schema.outcome_columns.keys())):
+            yield f"{key} reads {later[0]}, which an outcome adds: it must be a column of the impressions"
     for name, column in schema.feature_columns.items():
         history = schema.histories.get(name)
         inputs = roots([column, history.user] if history else [column])
@@ -327,8 +336,14 @@ def _without_time(schema: Schema) -> Iterator[str]:
         if not schema.event_time:
             yield f"event_time is missing: the history of bag {name} is what was before it"
         for outcome in schema.outcomes_of(history.when) if history.when else ():
-            if not schema.source.outcomes[outcome].time:
+            stream = schema.source.outcomes[outcome]
+            if not stream.time:
                 yield f"bag {name}: its history reads outcome {outcome}, which has no time: when was it known?"
+            elif str(history.when).strip() != outcome and (stream.window is None or stream.late == "keep"):
+                yield (
+                    f"bag {name}: history.when asks more of outcome {outcome} than that it happened, which is known only once "
+                    "a window has closed: give the outcome a window (and late: drop)"
+                )
 
 
 def _say(where: str, error: Any) -> str:

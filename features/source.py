@@ -106,7 +106,9 @@ class Outcome(Strict):
 class History(Strict):
     """What a user met before: the items of earlier rows of the same user, the latest first.
 
-    Only what was known strictly before the impression counts: a row's event time, and where `when` reads outcomes, their times.
+    Only what was known strictly before the impression counts: the row itself, and what `when` reads. That an outcome
+    happened is known when it does (`when: click`); anything else about outcomes, such as `NOT click`, once their window has
+    closed. Rows that turn out bad by their label, or are left out as too young, have been met all the same.
 
     Attributes:
         user: column whose value the rows share.

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from features.errors import UserError
 from jobs.entry import user_errors
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, day_ranges
 from pipeline.ingest.card import read_card
 from pipeline.ingest.card_page import page
 from pipeline.ingest.card_tables import tables
@@ -43,8 +43,10 @@ def inspect(path: Path, html: Path | None, check: bool) -> None:
         check: whether its files are read and compared with the manifest, too.
 
     Raises:
-        UserError: no dataset, no card, a page that cannot be written, or a fault that the check found.
+        UserError: no dataset, a folder of days, no card, a page that cannot be written, or a fault that the check found.
     """
+    if not (path / "manifest.json").exists() and (days := day_ranges(path)):
+        raise UserError(f"{path} holds the days {', '.join(days)}. Inspect one: jobs.inspect {path / days[0][:10]}.")
     dataset = Dataset(path)
     card = read_card(path)
     for table in tables(dataset.manifest, card):

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from features.schema import SPLITS, Schema, Split
 
 VERSION = 2
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+DAY_STRIDE = 1 << 56  # between the row ids of days: room for 65,536 files, each of which has 1 << 40
+MAX_DAYS = (1 << 63) // DAY_STRIDE
 
 
 class Shard(BaseModel):
@@ -65,6 +68,7 @@ class Manifest(BaseModel):
         read: rows found in the raw files per stream, lines that are no rows among them.
         left_out: impressions that a rule of the schema left out, by rule.
         outcomes: per outcome its rows by what became of them: joined, duplicate, early, late, unmatched.
+        complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
         dead_letters: bad rows of all streams by reason.
         letters: the files that hold them.
     """
@@ -77,6 +81,7 @@ class Manifest(BaseModel):
     read: dict[str, int]
     left_out: dict[str, int]
     outcomes: dict[str, dict[str, int]]
+    complete_until: dict[str, int] = {}
     dead_letters: dict[str, int]
     letters: list[Letters]
     shards: list[Shard]
@@ -86,7 +91,7 @@ class Dataset:
     """A committed dataset, opened for reading: `manifest`, `schema`, `encoders` and the shards of a split.
 
     Attributes:
-        days: the folders of which `open_days` has put it together, in order; empty for one dataset.
+        days: the folders of which `open_dataset` has put it together, in order; empty for one dataset.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,9 +105,7 @@ class Dataset:
         try:
             self.manifest = Manifest.model_validate_json((path / "manifest.json").read_text())
         except FileNotFoundError:
-            raise UserError(
-                f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first."
-            ) from None
+            raise UserError(_no_dataset(path)) from None
         except ValidationError as error:
             raise UserError(f"{path}/manifest.json: {error.errors()[0]['msg']}. Run jobs.preprocess again.") from None
         if self.manifest.version != VERSION:
@@ -158,24 +161,29 @@ class Dataset:
         """The day's folder that a shard lies in; the empty text where there are no days."""
         return shard.path.partition("/")[0] if self.days else ""
 
-    def verify(self) -> None:
-        """Reads every shard and compares checksums. Raises UserError naming the first file that differs."""
-        for shard in self.manifest.shards:
-            found = sha256(self.path / shard.path)
-            if found != shard.sha256:
-                raise UserError(
-                    f"{self.path / shard.path}: checksum {found[:8]}… is not the manifest's {shard.sha256[:8]}…: "
-                    "the file changed after it was written. Restore it, or run jobs.preprocess again."
-                )
+    def row_id_offset(self, shard: Shard) -> int:
+        """What to add to a shard's row ids: each day numbers its files from 0, unless the schema names a column of ids."""
+        if not self.days or self.schema.source.row_id:
+            return 0
+        return self.days.index(self.day_of(shard)) * DAY_STRIDE
+
+    @property
+    def name(self) -> str:
+        """Which rows these are, for records of what was made of them: its folder, or FOLDER/FIRST..LAST of its days."""
+        return str(self.path / _span(self.days[0], self.days[-1])) if self.days else str(self.path)
 
 
 def open_dataset(path: Path, days: str | None = None) -> Dataset:
     """A dataset, or those of some days below `path` as one: the days' rows follow each other.
 
+    Where the schema names no source.row_id, those of the first day keep their row ids, those of the next have DAY_STRIDE
+    more, and so on.
+
     Args:
         days: FIRST..LAST or one day, ISO dates; None: `path` is the dataset.
     Raises:
-        UserError: as Dataset; a day is missing, or was written for another schema or with other encoders than the first.
+        UserError: as Dataset; a day is missing, or was written for another schema or with other encoders than the first;
+            more days than row ids have room for.
     """
     if days is None:
         return Dataset(path)
@@ -188,21 +196,78 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
                 f"{part.path} was encoded with {part.encoders_id}, {first.path} with {first.encoders_id}: their ids mean "
                 f"different things. Run jobs.preprocess again with encoders.from={first.path}."
             )
+    if len(parts) > MAX_DAYS and not first.schema.source.row_id:
+        raise UserError(
+            f"days={days}: {len(parts)} days, of which at most {MAX_DAYS} can be read as one where row ids are given by file "
+            "and place. Read fewer, or name a column of ids as source.row_id and run jobs.preprocess again."
+        )
     whole = copy.copy(first)
     whole.path, whole.days = path, [part.path.name for part in parts]
-    manifests = [part.manifest for part in parts]
-    shards = [
-        s.model_copy(update={"path": f"{part.path.name}/{s.path}"}) for part in parts for s in part.manifest.shards
-    ]
-    whole.manifest = first.manifest.model_copy(
-        update={
-            "rows": {split: sum(m.rows[split] for m in manifests) for split in SPLITS},
-            "observed": _totals(shards, "observed"),
-            "positives": _totals(shards, "positives"),
-            "shards": shards,
-        }
-    )
+    whole.manifest = _together({part.path.name: part.manifest for part in parts})
     return whole
+
+
+def day_ranges(folder: Path) -> list[str]:
+    """The days whose datasets lie in a folder, in order, as the ranges FIRST..LAST that `open_dataset` takes."""
+    days = sorted(day for file in folder.glob("*/manifest.json") if (day := _day(file.parent.name)))
+    ranges: list[list[date]] = []
+    for day in days:
+        if ranges and day == ranges[-1][1] + timedelta(days=1):
+            ranges[-1][1] = day
+        else:
+            ranges.append([day, day])
+    return [_span(first.isoformat(), last.isoformat()) for first, last in ranges]
+
+
+def _no_dataset(path: Path) -> str:
+    """Why there is nothing to open."""
+    if ranges := day_ranges(path):
+        return (
+            f"{path}: no dataset itself, it holds those of the days {', '.join(ranges)}. Where a job takes days, say "
+            f"days={ranges[0]}, or give it one: {path / ranges[0][:10]}."
+        )
+    return f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first."
+
+
+def _together(days: dict[str, Manifest]) -> Manifest:
+    """The manifest of days that are read as one: what they count added up, their files as seen from the days' folder."""
+    manifests = list(days.values())
+    untils = [m.complete_until for m in manifests]
+    shards = [s.model_copy(update={"path": f"{day}/{s.path}"}) for day, m in days.items() for s in m.shards]
+    letters = [x.model_copy(update={"path": f"{day}/{x.path}"}) for day, m in days.items() for x in m.letters]
+    return Manifest(
+        fingerprint=manifests[0].fingerprint,
+        rows=_sums(m.rows for m in manifests),
+        observed=_totals(shards, "observed"),
+        positives=_totals(shards, "positives"),
+        read=_sums(m.read for m in manifests),
+        left_out=_sums(m.left_out for m in manifests),
+        outcomes={name: _sums(m.outcomes[name] for m in manifests) for name in manifests[0].outcomes},
+        complete_until={name: min(u[name] for u in untils) for name in untils[0] if all(name in u for u in untils)},
+        dead_letters=_sums(m.dead_letters for m in manifests),
+        letters=letters,
+        shards=shards,
+    )
+
+
+def _sums(counts: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
+    total: Counter[Any] = Counter()
+    for count in counts:
+        total.update(count)  # which keeps what is 0; + drops it
+    return dict(total)
+
+
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first}..{last}"
+
+
+def _day(name: str) -> date | None:
+    """The day that a folder is named by, None where it is another word."""
+    try:
+        day = date.fromisoformat(name)
+    except ValueError:
+        return None
+    return day if day.isoformat() == name else None
 
 
 def _dates(days: str) -> list[str]:

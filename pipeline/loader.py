@@ -81,6 +81,7 @@ class Loader:
         self.window, self.ahead = window, ahead
         groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
         self.groups = [(shard.path, index) for shard, index, _ in groups]
+        self.row_id_offsets = {shard.path: dataset.row_id_offset(shard) for shard in self.shards}
         self.group_rows = np.array([rows for *_, rows in groups], np.int64)
         self.rows = int(self.group_rows.sum())
         day_G = np.array([dataset.day_of(shard) for shard, *_ in groups])
@@ -196,7 +197,10 @@ class Loader:
                 f"{self.dataset.path / path}, row group {index}: cannot be read ({reason}): the file changed after it "
                 "was written. Restore it, or run jobs.preprocess again."
             ) from None
-        return Rows.decode(table, self.schema)
+        rows = Rows.decode(table, self.schema)
+        if offset := self.row_id_offsets[path]:
+            rows.row_id_N += offset
+        return rows
 
 
 class _Buffer:

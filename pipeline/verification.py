@@ -19,11 +19,23 @@ BATCH = 1 << 16  # rows
 
 
 def verify(dataset: Dataset) -> Iterator[str]:
-    """Checks a dataset and says what held, one line a check, as each ends.
+    """Checks a dataset and says what held, one line a check, as each ends; of days read as one each, and what they share.
 
     Raises:
         UserError: the first fault, naming the file.
     """
+    if not dataset.days:
+        yield from _verify(dataset)
+        return
+    for day in dataset.days:
+        for line in _verify(Dataset(dataset.path / day)):
+            yield f"{day}  {line}"
+    _check_ids(dataset)
+    yield f"row ids of {len(dataset.days)} days: {sum(dataset.manifest.rows.values()):,}, each there once"
+
+
+def _verify(dataset: Dataset) -> Iterator[str]:
+    """`verify` of one dataset."""
     manifest, path = dataset.manifest, dataset.path
     files: list[Shard | Letters] = [*manifest.shards, *manifest.letters]
     _check_sums(manifest, path)
@@ -129,27 +141,28 @@ def _check_ids(dataset: Dataset) -> None:
     shards = dataset.manifest.shards
     parts = max(1, math.ceil(sum(shard.rows for shard in shards) / IDS_AT_ONCE))
     for part in range(parts):
-        found = [ids[ids % parts == part] for shard in shards for ids in _ids(dataset.path / shard.path)]
+        found = [ids[ids % parts == part] for shard in shards for ids in _ids(dataset, shard)]
         ids = np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
         twice = ids[1:][ids[1:] == ids[:-1]]
         if len(twice):
             _name_twice(dataset, int(twice[0]))
 
 
-def _ids(file: Path) -> Iterator[np.ndarray]:
-    """A shard's row ids, a batch at a time. Raises UserError for one that is none."""
+def _ids(dataset: Dataset, shard: Shard) -> Iterator[np.ndarray]:
+    """A shard's row ids as they are read, a batch at a time. Raises UserError for one that is none."""
+    file, offset = dataset.path / shard.path, dataset.row_id_offset(shard)
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(BATCH, columns=["row_id"]):
             ids: pa.Array = batch["row_id"]
             values = ids.drop_null().to_numpy()
             if ids.null_count or (values < 0).any():
                 raise UserError(f"{file}: a row_id is missing or negative. {AGAIN}")
-            yield values
+            yield values + offset
 
 
 def _name_twice(dataset: Dataset, row_id: int) -> None:
     """Raises UserError naming the files that hold a row id."""
-    files = [s.path for s in dataset.manifest.shards for ids in _ids(dataset.path / s.path) for _ in ids[ids == row_id]]
+    files = [s.path for s in dataset.manifest.shards for ids in _ids(dataset, s) for _ in ids[ids == row_id]]
     raise UserError(
         f"{dataset.path / files[1]}: row_id {row_id} is also in {files[0]}. Make source.row_id a column that is unique, "
         "and run jobs.preprocess again."

@@ -133,7 +133,7 @@ class Evaluator:
             "step": step,
             "rows": manifest.rows,
             "split": self.split,
-            "dataset": str(self.dataset.path),
+            "dataset": self.dataset.name,
             "time": time.time(),
             "seconds": time.perf_counter() - begin,
             "metrics": metrics.compute(),
@@ -179,17 +179,16 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
         os.nice(10)  # the trainer comes first
         _wait_for(run, config.give_up_after)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (2 if config.follow else 1)))
-    days = config.days if config.dataset else run.config().get("days")
-    dataset = open_dataset((config.dataset or Path(run.config()["dataset"])).absolute(), days)
+    dataset = dataset_of(run, config)
     evaluator = Evaluator(run, dataset, config.split, config.batch_size)
     with run.lock(config.split, f"another evaluator is at work on split {config.split}"):
         if config.truth:
-            best = {"dataset": str(dataset.path), "metrics": evaluator.best(config.truth)}
+            best = {"dataset": dataset.name, "metrics": evaluator.best(config.truth)}
             write_json(best_path(run, config.split), best)
         seen = {
             r["step"]
             for r in read_lines(run.eval_metrics)
-            if (r["split"], r["dataset"]) == (config.split, str(dataset.path))
+            if (r["split"], r["dataset"]) == (config.split, dataset.name)
         }
         failed: dict[int, str] = {}
         for step in _steps(run, config):
@@ -208,6 +207,13 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
                 append_line(run.eval_metrics, record)
             seen.add(step)
             yield record
+
+
+def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:
+    """The rows that are evaluated on: of another dataset, of other days, or those the run was trained on. Raises UserError."""
+    trained_on = run.config()
+    days = config.days or (None if config.dataset else trained_on.get("days"))
+    return open_dataset((config.dataset or Path(trained_on["dataset"])).absolute(), days)
 
 
 def best_path(run: Run, split: Split) -> Path:

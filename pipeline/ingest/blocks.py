@@ -15,6 +15,8 @@ from features.source import Format, RawType
 from pipeline.ingest.files import BLOCK_BYTES, BOM, Unit, codec_of, open_raw, open_text, readable
 from pipeline.ingest.text import LIST, TEXT, BadLine, CsvLines, JsonLines, Lines, parse, whole_lines
 
+BLOCK_ROWS = 1 << 17  # of Parquet, where values that repeat take next to no bytes in the file
+
 
 @dataclass(frozen=True)
 class Block:
@@ -24,7 +26,8 @@ class Block:
         columns: the wanted ones, in order: text, or lists of text; those wanted as numbers also as float64 (float) or
             int64 (int, time), where all values of the block are such.
         row: rows of the unit before these.
-        lines: computes the line of each row in the unit, from 1; in Parquet the row's number in the file, from 1.
+        lines: computes the line of each row in the unit, from 1; in Parquet, and where values may hold line breaks, the row's
+            number in the file, from 1, where a header counts and blank lines do not.
         bad: lines of this block that are no rows, numbered in the same way.
     """
 
@@ -162,7 +165,7 @@ class Reader:
             groups = range(unit.start, stop)
             footers = [file.metadata.row_group(i) for i in groups]
             rows, size = sum(g.num_rows for g in footers), sum(g.total_byte_size for g in footers)
-            batch_rows = max(1, min(rows, rows * BLOCK_BYTES // max(size, 1)))
+            batch_rows = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
             for batch in file.iter_batches(batch_rows, list(groups), list(self.types), use_threads=False):
                 columns = {c: self._plain(batch[c], c) for c in self.types}
                 first = unit.first_row + row + 1
@@ -199,7 +202,7 @@ class Malformed:
 
     def add(self, row: pcsv.InvalidRow) -> str:
         """Notes a row and lets the reader go on."""
-        reason = f"{row.actual_columns} columns instead of {row.expected_columns}"
+        reason = f"{row.actual_columns} columns instead of {row.expected_columns} (rows are counted here, not lines)"
         self.numbers.append(row.number)
         self._new.append(BadLine(row.number, reason, row.text))
         return "skip"
@@ -220,7 +223,7 @@ class Malformed:
 def plain(values: pa.Array, wanted: RawType, format: Format) -> pa.Array:
     """A column of a Parquet file as text, numbers or lists of text; times as whole seconds since 1970 UTC.
 
-    Wanted as a number it is float64 or, for int and time, int64, or text where a value is none of these.
+    Wanted as a number it is float64 or, for int and time, int64, or text where a value is none of these. NaN is missing.
 
     Raises:
         pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be this, or its bytes are no UTF-8.
@@ -228,6 +231,8 @@ def plain(values: pa.Array, wanted: RawType, format: Format) -> pa.Array:
     kind = values.type
     if pa.types.is_dictionary(kind):
         return plain(values.dictionary_decode(), wanted, format)
+    if pa.types.is_floating(kind):  # many writers know no other missing number
+        values = pc.if_else(pc.is_nan(values), None, values)
     if wanted == "string":
         lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         return values.cast(LIST if any(check(kind) for check in lists) else TEXT)
@@ -254,11 +259,22 @@ def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _seconds(values: pa.Array, timezone: str) -> pa.Array:
+    """Whole seconds since 1970 UTC; as text where the clocks of the zone never showed one of the times, which stays one."""
     if pa.types.is_date(values.type):
         values = values.cast(pa.timestamp("s"))
-    if values.type.tz is None:
-        # At the end of summer time an hour comes twice, at its beginning one is left out.
-        values = pc.assume_timezone(values, timezone, ambiguous="earliest", nonexistent="earliest")
+    if values.type.tz is not None:
+        return _whole_seconds(values)
+    # At the end of summer time an hour comes twice, at its beginning one is left out.
+    localized = partial(pc.assume_timezone, values, timezone, ambiguous="earliest")
+    try:
+        return _whole_seconds(localized(nonexistent="raise"))
+    except pa.ArrowInvalid:
+        before, after = localized(nonexistent="earliest"), localized(nonexistent="latest")
+        return pc.if_else(pc.equal(before, after), _whole_seconds(after).cast(TEXT), values.cast(TEXT))
+
+
+def _whole_seconds(values: pa.Array) -> pa.Array:
+    """Timestamps as seconds since 1970 UTC, rounded down."""
     per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
     ticks = values.cast(pa.int64())
     whole = pc.divide(ticks, per_second)  # towards zero

@@ -31,7 +31,7 @@ class RawFile:
     """A file as it was found.
 
     Attributes:
-        path: as fsspec takes it; of a local file the plain path.
+        path: as fsspec takes it; of a local file the absolute path.
         size: bytes.
         version: changes when the file is written again.
     """
@@ -62,35 +62,56 @@ def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list
     """Files below `folder` (a path, or a URL such as s3://bucket/logs) that match, in name order.
 
     Args:
-        pattern: glob; {date} in it stands for any day, or for each of `dates`.
+        pattern: glob; {date} in it stands for any day, or for each of `dates` (at least one), by which
+            files are then ordered first.
 
     Raises:
-        UserError: there are none, the pattern is no such pattern, or the storage cannot be asked.
+        UserError: there are none (of the first of the dates, where dates are given), the pattern is no such pattern, or the
+            storage cannot be asked.
     """
+    if dates is None:
+        found = needed = _matching(folder, pattern.replace("{date}", "*"))
+    else:
+        by_date = files_by_date(folder, pattern, dates)
+        found = list(dict.fromkeys(file for files in by_date.values() for file in files))
+        needed = by_date[dates[0]]
+    if not needed:
+        shown = f"{folder.rstrip('/')}/{pattern}: no such file{f' of {dates[0]}' if dates else ''}"
+        raise UserError(f"{shown}. Set input=FOLDER, or source.files in the schema.")
+    return found
+
+
+def files_by_date(folder: str, pattern: str, dates: Sequence[date]) -> dict[date, list[RawFile]]:
+    """Files as `find` finds them, by the date that stands for {date}; a day that has none has an empty list.
+
+    Raises:
+        UserError: the pattern is no such pattern, or the storage cannot be asked.
+    """
+    return {day: _matching(folder, pattern.replace("{date}", day.isoformat())) for day in dates}
+
+
+def _matching(folder: str, pattern: str) -> list[RawFile]:
+    """Files that match a plain glob, in name order; none where there are none."""
     if Path(pattern).is_absolute() or "://" in pattern:
         raise UserError(
             f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to where it lies."
         )
-    days = ["*"] if dates is None else [day.isoformat() for day in dates]
-    patterns = {pattern.replace("{date}", day) for day in days}
-    files = {file.path: file for each in patterns for file in _matching(folder, each)}
-    if not files:
-        shown = f"{folder.rstrip('/')}/{pattern}"
-        raise UserError(f"{shown}: no such file. Set input=FOLDER, or source.files in the schema.")
-    return [files[path] for path in sorted(files)]
-
-
-def _matching(folder: str, pattern: str) -> list[RawFile]:
     system, root = file_system(folder)
     if isinstance(system, LocalFileSystem):  # fsspec's own glob does not follow links to folders
         try:
-            return [_local(path) for path in Path(folder.removeprefix("file://")).glob(pattern) if path.is_file()]
+            found = [_local(path) for path in Path(root).glob(pattern) if path.is_file()]
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{pattern}: no pattern of files: {one_line(error)}. Mend source.files.") from None
+    else:
+        found = _stored(system, folder, f"{_literal(root.rstrip('/'))}/{pattern}")
+    return sorted(set(found), key=lambda file: file.path)
+
+
+def _stored(system: fsspec.AbstractFileSystem, folder: str, pattern: str) -> list[RawFile]:
     with _reachable(folder):
         system.invalidate_cache()
         try:
-            found = system.glob(f"{_literal(root.rstrip('/'))}/{pattern}", detail=True)
+            found = system.glob(pattern, detail=True)
         except FileNotFoundError:
             return []
     files = [info for info in found.values() if info["type"] == "file"]

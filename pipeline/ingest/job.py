@@ -4,15 +4,11 @@ Blocks of rows live and die inside one step, as Arrow columns from the reader to
 """
 
 import datetime
-import fcntl
-import glob
 import json
-import os
+import re
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +17,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.runner import create_runner
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from features.encoders import Encoders
 from features.errors import UserError
@@ -29,9 +25,12 @@ from features.schema import RowIndexSplit, Schema, utc
 from pipeline.dataset import Dataset, Letters, Manifest, Shard, commit
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import plan, writer
-from pipeline.ingest.plan import BALLAST, IMPRESSIONS, Limits
+from pipeline.ingest.card import read_card
+from pipeline.ingest.plan import Limits
 from pipeline.ingest.progress import Progress
-from pipeline.ingest.steps import STEPS, Job, Work
+from pipeline.ingest.staging import staging_of
+from pipeline.ingest.state import IMPRESSIONS, Job, Work
+from pipeline.ingest.steps import STEPS
 from pipeline.memory import give_memory_back, keep_memory
 
 RUNNERS = {"portable": "PortableRunner", "flink": "FlinkRunner", "spark": "SparkRunner", "dataflow": "DataflowRunner"}
@@ -53,14 +52,15 @@ class PreprocessConfig(BaseModel):
         out: the dataset to write.
         date: one day: files whose pattern has {date} are those of that day, and the dataset is out/DATE.
         encoders: from=DATASET uses its fitted encoders, None fits new ones (or takes those of the first day in `out`).
-        as_of: until when outcomes are complete; None: the latest time in the log.
+        as_of: until when outcomes are complete; None: each stream's last one that belongs to an impression.
         order: of the rows: shuffled by a hash, by time, or as they were read.
         seed: of the shuffle.
         runner: direct (on this machine), or the name of another Beam runner with its flags in `options`.
         workers: processes of the direct runner.
         options: flags for Beam, as its command line takes them.
         rows_per_row_group, rows_per_shard: sizes of what is written; shuffled shards hold about as many rows.
-        unit_bytes: how much of the raw files a worker reads at a time.
+        unit_bytes: how much of the raw files a worker reads at a time; row ids (and so the shuffle) depend on it, unless the
+            schema names row_id.
         bucket_bytes: about how much of the raw files goes into one bucket of a join.
         max_bad_fraction: the job stops when a larger share of the rows is bad.
         overwrite: replace a dataset that stands at `out`.
@@ -84,6 +84,13 @@ class PreprocessConfig(BaseModel):
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     overwrite: bool = False
 
+    @field_validator("out")
+    @classmethod
+    def _local(cls, out: Path) -> Path:
+        if re.match(r"\w+:/", str(out)):
+            raise ValueError(f"{out} is no path: a dataset is written to a file system that is mounted")
+        return out
+
     @property
     def folder(self) -> Path:
         """Where the dataset comes to lie."""
@@ -96,22 +103,19 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     Raises:
         UserError: bad input or settings; nothing half-written is left, and a dataset that stood at `out` still stands.
     """
-    out = config.folder
+    out = config.folder.resolve()
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists. Choose another out=, or set overwrite=true to replace it.")
     if out.exists() and not (out / "manifest.json").is_file():
         raise UserError(f"{out} is no dataset, so overwrite=true leaves it alone. Remove it, or choose another out=.")
-    _check_runner(config.runner)
+    _check(config, schema)
     streams = _find(config, schema)
     units = list(_units(config, schema, streams))
     reference = _reference(config, schema)
-    with _staging(out) as staging:
-        if reference:
-            shutil.copytree(reference / "encoders", staging / "encoders")
-        size = {stream: sum(_unpacked(file) for file in found) for stream, found in streams.items()}
-        joined = sum(size.values()) if schema.source.outcomes or schema.histories else 0
+    with staging_of(out) as staging:
+        size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
-            schema, staging, 1 + joined // config.bucket_bytes, config.order, config.seed,
+            schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=reference is not None,
         )  # fmt: skip
         limits = Limits(
@@ -119,27 +123,41 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             int(config.as_of.timestamp()) if config.as_of else None, str(reference) if reference else None,
         )  # fmt: skip
         try:
+            if reference:
+                shutil.copytree(reference / "encoders", staging / "encoders")
             _run(config, job, limits, units)
-            return _commit(job, out)
+            return _commit(job, limits, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
 
 
+def _check(config: PreprocessConfig, schema: Schema) -> None:
+    """Raises UserError for settings that do not fit the schema, or each other."""
+    _check_runner(config.runner)
+    if config.order == "time" and not schema.event_time:
+        raise UserError("order=time: the schema has no event_time. Give it one, or choose another order.")
+    if config.date is None:
+        return
+    where = f"date={config.date}"
+    if (config.out / "manifest.json").exists():
+        raise UserError(f"{where}: {config.out} is a dataset itself. Choose a folder of its own for days, with out=.")
+    if "{date}" not in schema.source.files:
+        raise UserError(f"{where}: source.files is {schema.source.files}, which does not say where a {{date}} stands")
+    if schema.histories:
+        raise UserError(f"{where}: bag {next(iter(schema.histories))} is a history, which a day alone does not have")
+    for name, outcome in schema.source.outcomes.items():
+        if "{date}" in outcome.files and (outcome.window is None or outcome.late == "keep"):
+            raise UserError(
+                f"{where}: outcome {name} has no window that closes: which days' files are its own? Give it one."
+            )
+
+
 def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.RawFile]]:
-    """The files of each stream. Raises UserError where there are none, or a day is asked for and the schema has no days."""
-    source, dates = schema.source, [config.date] if config.date else None
-    if config.date and "{date}" not in source.files:
-        raise UserError(
-            f"date={config.date}: source.files is {source.files}, which does not say where a {{date}} stands"
-        )
-    streams = {IMPRESSIONS: raw_files.find(config.input, source.files, dates)}
-    for name, outcome in source.outcomes.items():
+    """The files of each stream, of a day and its outcomes' windows if one is asked for. Raises UserError where there are none."""
+    streams = {IMPRESSIONS: raw_files.find(config.input, schema.source.files, [config.date] if config.date else None)}
+    for name, outcome in schema.source.outcomes.items():
         days = None
-        if config.date and "{date}" in outcome.files:
-            if outcome.window is None:
-                raise UserError(
-                    f"date={config.date}: outcome {name} has no window, so its days have no end. Give it one."
-                )
+        if config.date and outcome.window and "{date}" in outcome.files:
             days = [config.date + datetime.timedelta(days=day) for day in range(2 + (outcome.window - 1) // 86_400)]
         streams[name] = raw_files.find(config.input, outcome.files, days)
     return streams
@@ -150,12 +168,18 @@ def _unpacked(file: raw_files.RawFile) -> int:
 
 
 def _units(config: PreprocessConfig, schema: Schema, streams: dict[str, list[raw_files.RawFile]]) -> Iterator[Work]:
-    """What is read at a time. Raises UserError for a file that cannot be opened, or lacks a column."""
+    """What is read at a time. Raises UserError for a file that cannot be opened, lacks a column, or has one that joins add."""
+    added = schema.outcome_columns.keys() | schema.source.derived.keys()
     for stream, found in streams.items():
         outcome = schema.source.outcomes.get(stream)
         form = schema.source.format_of(stream if outcome else None)
         wanted = [outcome.key, *outcome.types] if outcome else schema.raw_columns
         names = {file.path: raw_files.check_columns(file, form, wanted) for file in found}
+        for path, columns in names.items():
+            if not outcome and (both := added & set(columns or ())):
+                raise UserError(
+                    f"{path}: column {min(both)} is also what the schema adds: rename the outcome or derived column"
+                )
         whole = outcome is None and isinstance(schema.split, RowIndexSplit)
         for unit in raw_files.units(found, form, config.unit_bytes, whole):
             yield {"stream": stream, "unit": asdict(unit), "names": names[unit.file.path]}
@@ -165,55 +189,14 @@ def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
     """The dataset whose encoders are used. Raises UserError where they do not fit."""
     reference = config.encoders.from_
     if reference is None and config.date and config.out.is_dir():
-        days = [
-            p.parent for p in sorted(config.out.glob("*/manifest.json")) if p.parent.name != config.date.isoformat()
-        ]
-        reference = days[0] if days else None
+        days = sorted(path.parent for path in config.out.glob("????-??-??/manifest.json"))
+        reference = next((day for day in days if day.name != config.date.isoformat()), None)
     if reference is not None:
-        Encoders.load(reference / "encoders", schema)
+        reference = reference.resolve()
         Dataset(reference)
+        Encoders.load(reference / "encoders", schema)
+        read_card(reference)
     return reference
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is gone in the end; those of jobs that were killed are removed."""
-    out = out.absolute()
-    for left in out.parent.glob(f"{glob.escape(out.name)}.staging-*"):
-        with suppress(OSError), _locked(left) as ours:
-            if ours:
-                shutil.rmtree(left, ignore_errors=True)
-    staging = out.with_name(f"{out.name}.staging-{uuid.uuid4().hex[:8]}")
-    try:
-        _begin(staging, out)
-        with _locked(staging):
-            yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _begin(staging: Path, out: Path) -> None:
-    """Makes the folder. Raises UserError where that cannot be done."""
-    try:
-        (staging / "scratch" / "notes").mkdir(parents=True)
-        (staging / "scratch" / BALLAST).write_bytes(bytes(1 << 16))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Locks a folder itself, since no file in it is there from beginning to end; whether nobody else had done so."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except OSError:  # another job's, or a file system without such locks
-            ours = False
-        yield ours
-    finally:
-        os.close(descriptor)
 
 
 class StepFn(beam.DoFn):
@@ -232,7 +215,7 @@ class StepFn(beam.DoFn):
         order, work = element
         try:
             report = STEPS[self.step](self.job, {"number": order, **work})
-            (self.job.staging / "scratch" / "notes" / f"{self.step}-{order:06d}").touch()
+            (self.job.scratch / "notes" / f"{self.step}-{order:06d}").touch()
         except UserError as error:
             report = {"error": str(error)}
         except OSError as error:
@@ -242,16 +225,16 @@ class StepFn(beam.DoFn):
 
 def _run(config: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
     """All steps in one pipeline. Raises UserError for the first thing that failed."""
-    steps, scratch = plan.steps_of(job), job.staging / "scratch"
+    steps = plan.steps_of(job)
     total = sum(unit["unit"]["file"]["size"] for unit in units if not unit["unit"]["start"])
-    with Progress(scratch / "notes", steps, total), _pipeline(config) as pipeline:
+    with Progress(job.scratch / "notes", steps, total), _pipeline(config) as pipeline:
         work = pipeline | beam.Create(list(enumerate(units)))
         for step in steps:
             reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(job, step))
             listed = reports | f"all of {step}" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
             work = listed | f"after {step}" >> beam.FlatMap(plan.after, job, limits, step)
-    if (scratch / "error.json").exists():
-        raise UserError(json.loads((scratch / "error.json").read_text()))
+    if (job.scratch / "error.json").exists():
+        raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
 
 def _check_runner(name: str) -> None:
@@ -277,10 +260,10 @@ def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
     return beam.Pipeline(FnApiRunner(), options=PipelineOptions(config.options + (many if config.workers > 1 else [])))
 
 
-def _commit(job: Job, out: Path) -> Manifest:
+def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     """Puts the parts together and moves the dataset into place."""
-    reads = plan.found(job, "read")
-    before, parts = plan.lines_before(reads), plan.labelled(job)
+    reads = job.found("read")
+    before, parts = plan.lines_before(reads), job.labelled()
     by_file: dict[tuple[str, str], list[tuple[str, int]]] = {}
     reasons: Counter[str] = Counter()
     for unit, report in plan.dead_letters(job):
@@ -291,7 +274,7 @@ def _commit(job: Job, out: Path) -> Manifest:
         for index, ((stream, file), found) in enumerate(by_file.items())
     ]
     fates = {name: Counter[str]() for name in job.schema.source.outcomes}
-    for report in plan.found(job, "join"):
+    for report in job.found("join"):
         for name, found in report["fates"].items():
             fates[name].update(found)
     read: Counter[str] = Counter()
@@ -300,7 +283,7 @@ def _commit(job: Job, out: Path) -> Manifest:
     left_out: Counter[str] = sum((Counter(part["left_out"]) for part in parts), Counter())
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in fates.items()},
-        "dead_letters": dict(reasons), "letters": letters,
+        "dead_letters": dict(reasons), "letters": letters, "complete_until": plan.complete_until(job, limits),
     }  # fmt: skip
-    shards = [Shard(**report["described"]) for report in plan.found(job, "write")]
+    shards = [Shard(**report["described"]) for report in job.found("write")]
     return commit(job.staging, out, job.schema, shards, counts)

@@ -1,8 +1,8 @@
 """What follows from the reports of a step: the work of the next one. Runs where the steps run, once between two of them."""
 
-import json
 import math
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from features.statistics import Statistics
 from pipeline.dataset import write_json
 from pipeline.ingest.card import card, read_card
 from pipeline.ingest.files import one_line
-from pipeline.ingest.steps import Job, Work
+from pipeline.ingest.state import BALLAST, Job, Work
 
-IMPRESSIONS, BALLAST = "impressions", "ballast"
+DONE_WITH = {"label": ("typed", "sent", "reply"), "encode": ("features",)}  # files that no later step reads
 SLICES = 4  # of a shard, one of which is in memory while it is put in order
 
 
@@ -52,40 +52,26 @@ def steps_of(job: Job) -> list[str]:
 
 def after(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[tuple[int, Work]]:
     """Keeps the reports of a step and yields the numbered work of the next one; nothing where a step has failed."""
-    scratch = job.staging / "scratch"
     if not reports:
         return
     reports = sorted(reports, key=lambda report: report["order"])
     try:
         if failed := [report["error"] for report in reports if "error" in report]:
             raise UserError(failed[0])
-        write_json(scratch / f"{step}.json", reports)
+        write_json(job.scratch / f"{step}.json", reports)
         following = dict(zip(steps_of(job), steps_of(job)[1:], strict=False)).get(step)
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
-        (scratch / BALLAST).unlink(missing_ok=True)  # so that there is room to say that the disk is full
+        (job.scratch / BALLAST).unlink(missing_ok=True)  # so that there is room to say that the disk is full
         said = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
-        write_json(scratch / "error.json", said)
+        write_json(job.scratch / "error.json", said)
         return
+    for name in DONE_WITH.get(step, ()):
+        for path in job.scratch.glob(f"{name}-*"):
+            path.unlink(missing_ok=True)
     if following:
-        write_json(scratch / "notes" / f"{following}.total", len(work))
+        write_json(job.scratch / "notes" / f"{following}.total", len(work))
     yield from enumerate(work)
-
-
-def found(job: Job, step: str) -> list[Work]:
-    """The reports of a step that was done, in the order of its work; none where the job has no such step."""
-    path = job.staging / "scratch" / f"{step}.json"
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def parts_of(job: Job, stream: str) -> list[Work]:
-    """The parts of a stream in the order of its rows."""
-    return [part for report in found(job, "read") if report["stream"] == stream for part in report["parts"]]
-
-
-def labelled(job: Job) -> list[Work]:
-    """What `label` reported of each part, be it a step of its own or not."""
-    return found(job, "label") if job.joins else parts_of(job, IMPRESSIONS)
 
 
 def lines_before(reads: list[Work]) -> list[int]:
@@ -101,42 +87,48 @@ def lines_before(reads: list[Work]) -> list[int]:
 
 def dead_letters(job: Job) -> list[tuple[int, Work]]:
     """What was reported of bad rows, each with the unit it comes from."""
-    reads = [(index, report) for index, report in enumerate(found(job, "read")) if report["letters"]]
-    return reads + [(report["unit"], report) for report in found(job, "label") if report["letters"]]
+    reads = [(index, report) for index, report in enumerate(job.found("read")) if report["letters"]]
+    return reads + [(report["unit"], report) for report in job.found("label") if report["letters"]]
+
+
+def complete_until(job: Job, limits: Limits) -> dict[str, int]:
+    """For each outcome with a window the time until which its stream is complete, if nothing else is said.
+
+    It is that of its last outcome that was joined: one stream may be ahead of another, and a clock may be wrong. If none was
+    joined it is the last impression's.
+    """
+    latest = [report["latest"] for report in job.found("read") if report["latest"] is not None]
+    until = {}
+    for name, outcome in job.schema.source.outcomes.items():
+        if outcome.window and outcome.young != "keep":
+            joined = [report["latest"][name] for report in job.found("join") if report["latest"][name] is not None]
+            until[name] = limits.as_of if limits.as_of is not None else max(joined or latest, default=0)
+    return until
 
 
 def _join(job: Job, _: Limits) -> Iterator[Work]:
-    keys = [part["keys"] for part in parts_of(job, IMPRESSIONS)]
-    events = {name: [part["path"] for part in parts_of(job, name)] for name in job.schema.source.outcomes}
-    for bucket in range(job.buckets):
-        yield {"bucket": bucket, "keys": keys, "events": events}
+    yield from ({"bucket": bucket} for bucket in range(job.buckets))
 
 
 def _remember(job: Job, _: Limits) -> Iterator[Work]:
-    joined = [report["path"] for report in found(job, "join")]
-    for index, part in enumerate(parts_of(job, IMPRESSIONS)):
-        yield {**part, "part": index, "joined": joined}
+    for index, part in enumerate(job.parts()):
+        yield {**part, "part": index}
 
 
 def _recall(job: Job, _: Limits) -> Iterator[Work]:
     for name in job.schema.histories:
-        paths = [report["paths"][name] for report in found(job, "remember")]
-        for bucket in range(job.buckets):
-            yield {"history": name, "bucket": bucket, "paths": paths}
+        yield from ({"history": name, "bucket": bucket} for bucket in range(job.buckets))
 
 
 def _label(job: Job, limits: Limits) -> Iterator[Work]:
-    joined = [report["path"] for report in found(job, "join")]
-    recalled = {n: [r["path"] for r in found(job, "recall") if r["history"] == n] for n in job.schema.histories}
-    latest = [report["latest"] for report in found(job, "read") if report["latest"] is not None]
-    as_of = limits.as_of if limits.as_of is not None else max(latest, default=0)
-    for index, part in enumerate(parts_of(job, IMPRESSIONS)):
-        yield {**part, "part": index, "joined": joined, "histories": recalled, "as_of": as_of}
+    until = complete_until(job, limits)
+    for index, part in enumerate(job.parts()):
+        yield {**part, "part": index, "as_of": until}
 
 
 def _merge(job: Job, limits: Limits) -> Iterator[Work]:
     _check(job, limits)
-    paths = [part["statistics"] for part in labelled(job)]
+    paths = [part["statistics"] for part in job.labelled()]
     size = max(1, math.isqrt(len(paths)))
     for number, start in enumerate(range(0, len(paths), size)):
         yield {"number": number, "paths": paths[start : start + size]}
@@ -144,41 +136,43 @@ def _merge(job: Job, limits: Limits) -> Iterator[Work]:
 
 def rows_of(job: Job) -> dict[str, int]:
     """Rows of each split."""
-    return {split: sum(part["rows"][split] for part in labelled(job)) for split in SPLITS}
+    return {split: sum(part["rows"][split] for part in job.labelled()) for split in SPLITS}
 
 
 def _check(job: Job, limits: Limits) -> None:
-    """Raises UserError for too many bad rows, or a split without any."""
-    reads, total = found(job, "read"), rows_of(job)
-    letters = dead_letters(job)
-    bad = sum(sum(report["reasons"].values()) for _, report in letters)
-    read = sum(report["read"] for report in reads)
-    if bad > limits.max_bad_fraction * read:
-        unit, report = min(letters, key=lambda letter: letter[0])
-        line, reason = report["example"]
-        place = f"{reads[unit]['file']}, line {line + lines_before(reads)[unit]}"
-        raise UserError(
-            f"{bad} of {read} rows are bad, more than max_bad_fraction={limits.max_bad_fraction}; "
-            f"the first: {place}: {reason}. Mend the log or the schema, or raise the limit."
-        )
-    wanted = job.schema.used_splits if limits.needs_splits else set()
+    """Raises UserError for too many bad rows in a stream, no rows, or a split without any."""
+    reads, total = job.found("read"), rows_of(job)
+    for stream in dict.fromkeys(report["stream"] for report in reads):
+        letters = [(unit, report) for unit, report in dead_letters(job) if reads[unit]["stream"] == stream]
+        bad = sum(sum(report["reasons"].values()) for _, report in letters)
+        read = sum(report["read"] for report in reads if report["stream"] == stream)
+        if bad > limits.max_bad_fraction * read:
+            unit, report = min(letters, key=lambda letter: letter[0])
+            line, reason = report["example"]
+            place = f"{reads[unit]['file']}, line {line + lines_before(reads)[unit]}"
+            raise UserError(
+                f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; "
+                f"the first: {place}: {reason}. Mend the log or the schema, or raise the limit."
+            )
+    if not any(total.values()):
+        raise UserError("no row is left of those that were read: are the files empty, or does a rule leave all out?")
+    fitted = {"train"} | (job.schema.used_splits if limits.needs_splits else set())
+    wanted = fitted if limits.reference is None else set()
     if empty := [split for split in SPLITS if split in wanted and not total[split]]:
         raise UserError(
-            f"split {empty[0]} is empty: none of {sum(total.values())} rows falls into it. Change split in the schema."
-        )
-    if not any(total.values()):
-        raise UserError(
-            f"no row is left of {read} that were read. Look at the rules of the schema, or at max_bad_fraction."
+            f"split {empty[0]} is empty: none of {sum(total.values())} rows falls into it. Change split in the schema, "
+            "or use another dataset's encoders with encoders.from."
         )
 
 
 def _fit(job: Job, limits: Limits) -> None:
     """Fits the encoders, unless those of another dataset are used, and writes the card."""
-    parts = [pickle.loads(Path(report["path"]).read_bytes()) for report in found(job, "merge")]
+    parts = [pickle.loads(Path(report["path"]).read_bytes()) for report in job.found("merge")]
     statistics = Statistics().merge(*parts)
     if limits.reference is None:
         aside = job.aside("encoders")
         Encoders.fit(job.schema, statistics).save(aside)
+        shutil.rmtree(job.staging / "encoders", ignore_errors=True)  # of an earlier try of this
         aside.rename(job.staging / "encoders")
     reference = read_card(Path(limits.reference)) if limits.reference else None
     write_json(job.staging / "statistics.json", card(job.schema, job.encoders, statistics, reference))
@@ -188,7 +182,7 @@ def _encode(job: Job, limits: Limits) -> Iterator[Work]:
     _fit(job, limits)
     slices = {split: SLICES * max(1, round(rows / limits.rows_per_shard)) for split, rows in rows_of(job).items()}
     bounds = _bounds(job, slices) if job.order == "time" else {}
-    for part in labelled(job):
+    for part in job.labelled():
         yield {"path": part["features"], "slices": slices, "bounds": bounds}
 
 
@@ -196,7 +190,7 @@ def _bounds(job: Job, slices: dict[str, int]) -> dict[str, list[int]]:
     """Event times at which slices of shards begin, so that each has about as many rows."""
     bounds = {}
     for split, count in slices.items():
-        seen = [(part["times"][split], part["rows"][split]) for part in labelled(job) if split in part["times"]]
+        seen = [(part["times"][split], part["rows"][split]) for part in job.labelled() if split in part["times"]]
         time = np.concatenate([np.array(times, np.int64) for times, _ in seen] or [np.empty(0, np.int64)])
         mass = np.concatenate([np.full(len(times), rows / len(times)) for times, rows in seen] or [np.empty(0)])
         order = np.argsort(time, kind="stable")
@@ -211,7 +205,7 @@ def _write(job: Job, limits: Limits) -> Iterator[Work]:
     if job.order == "input":
         _fit(job, limits)
         pieces = _in_order(job, limits.rows_per_shard)
-    for report in found(job, "encode"):
+    for report in job.found("encode"):
         for batch, (split, number, rows) in enumerate(report["batches"]):
             slices = pieces.setdefault((split, number // SLICES), [[] for _ in range(SLICES)])
             slices[number % SLICES].append((report["path"], batch, rows))
@@ -225,7 +219,7 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[str, int], list[list[
     """The rows of each split as they were read, cut into shards of one slice."""
     pieces: dict[tuple[str, int], list[list[tuple[str, int, int]]]] = {}
     filled: Counter[str] = Counter()
-    for part in labelled(job):
+    for part in job.labelled():
         for split, rows in part["rows"].items():
             start = 0
             while start < rows:

@@ -21,9 +21,9 @@ def write(path: Path, tables: Sequence[pa.Table]) -> str:
     return str(path)
 
 
-def read(path: str, batch: int = 0) -> pa.Table:
-    """One of the tables, mapped into memory."""
-    with pa.memory_map(path) as file:
+def read(path: str, batch: int = 0, mapped: bool = True) -> pa.Table:
+    """One of the tables, mapped into memory; a small one of many had better be read."""
+    with pa.memory_map(path) if mapped else pa.OSFile(path) as file:
         return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(batch)])
 
 
@@ -58,7 +58,7 @@ def dealt(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Table]
 
 def returned(paths: Sequence[str], part: int, rows: int) -> pa.Table:
     """What buckets sent back to a part, in the order of its rows."""
-    found = pa.concat_tables([read(path, part) for path in paths], promote_options="permissive")
+    found = pa.concat_tables([read(path, part, mapped=False) for path in paths], promote_options="permissive")
     order = np.empty(rows, np.int64)
     order[found[PLACE].to_numpy()] = np.arange(rows)
     return found.drop_columns([PLACE]).combine_chunks().take(pa.array(order))

@@ -16,10 +16,8 @@ dictionaries, which name files that are written once under a name of their own: 
 import pickle
 import uuid
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -27,100 +25,66 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features import raw
-from features.encoders import Encoders
 from features.hashing import hash_integers
-from features.history import recent
-from features.outcomes import join
 from features.raw import LINE, ROW, SPLIT
-from features.schema import SPLITS, Schema, Split
+from features.schema import SPLITS, Split
 from features.source import RawType
 from features.statistics import Statistics
-from pipeline.ingest import spill, writer
-from pipeline.ingest.blocks import Reader
+from pipeline.ingest import exchanges, spill, writer
+from pipeline.ingest.blocks import Block, Reader
 from pipeline.ingest.files import RawFile, Unit, check_unchanged
 from pipeline.ingest.progress import Share
+from pipeline.ingest.state import Job, Work
 
 ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + place in it, where the schema names no row_id column
-Work = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every step knows.
-
-    Attributes:
-        staging: folder that becomes the dataset; scratch/ in it holds what goes from step to step.
-        buckets: of joins and histories.
-        counts_all: whether statistics are of all rows, or of the train split.
-    """
-
-    schema: Schema
-    staging: Path
-    buckets: int
-    order: writer.Order
-    seed: int
-    rows_per_row_group: int
-    counts_all: bool
-    memory: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of one worker
-
-    def aside(self, name: str) -> Path:
-        """A file of this attempt."""
-        return self.staging / "scratch" / f"{name}-{uuid.uuid4().hex}"
-
-    @property
-    def joins(self) -> bool:
-        """Whether rows wait for something before they can be labelled."""
-        return bool(self.schema.source.outcomes or self.schema.histories)
-
-    @property
-    def encoders(self) -> Encoders:
-        """Loaded once a worker."""
-        if "encoders" not in self.memory:
-            self.memory["encoders"] = Encoders.load(self.staging / "encoders", self.schema)
-        return self.memory["encoders"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "memory": {}}
-
-
-# read
 
 
 def read(job: Job, work: Work) -> Work:
-    """Reads a unit: {stream, number, unit} to {lines, read, latest, parts, letters} and, without joins, what `label` gives."""
+    """Reads a unit: {stream, number, unit, names} to {stream, file, lines, read, latest, parts, letters}.
+
+    `latest` is the last time of an impression. Without joins a part is what `label` gives.
+    """
     stream, unit = work["stream"], Unit(**{**work["unit"], "file": RawFile(**work["unit"]["file"])})
     outcome = job.schema.source.outcomes.get(stream)
     form = job.schema.source.format_of(stream if outcome else None)
-    types = job.schema.raw_types if outcome is None else {outcome.key: _key_type(job.schema), **outcome.types}
-    columns = job.schema.raw_columns if outcome is None else list(types)
-    types = {name: types.get(name, "string") for name in columns}
-    codes = raw.code_columns(job.schema) if outcome is None else set()
+    types = _types(job, stream)
+    codes = set() if outcome else raw.code_columns(job.schema)
     bags = {} if outcome else {n: bag for n, bag in job.schema.bag.items() if not bag.history}
     lists = {job.schema.feature_columns[name]: bag.separator for name, bag in bags.items()}
-    note = Share(job.staging / "scratch" / "notes", work["number"]).note
-    reader = Reader(unit, form, work["names"], types, lists, note)
+    reader = Reader(unit, form, work["names"], types, lists, Share(job.scratch / "notes", work["number"]).note)
     bad, parts, latest, count = [], [], [], 0
-    for block in reader:
+    for block in _blocks(reader, types):
         typed = raw.type_columns(block.columns, types, codes, form, block.lines(), unit.first_row + block.row)
-        part, letters = (
-            _impressions(job, work, unit.number, typed.rows) if outcome is None else _events(job, stream, typed.rows)
-        )
+        if outcome is None:
+            part, letters = _impressions(job, work, unit.number, typed.rows)
+            if job.joins and job.schema.event_time:
+                latest.append(pc.max(raw.event_time(job.schema, typed.rows)).as_py())
+        else:
+            part, letters = _events(job, stream, typed.rows)
         parts.append(part)
         no_rows = [(line.line, line.reason, line.raw) for line in block.bad]
         bad += [raw.letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, letters]
         count += block.columns.num_rows + len(block.bad)
-        time = job.schema.event_time if outcome is None else outcome.time
-        if time and job.joins:
-            times = raw.event_time(job.schema, typed.rows) if outcome is None else typed.rows[time]
-            latest.append(pc.max(times).as_py())
     check_unchanged(unit.file)
     report = {"stream": stream, "file": unit.file.path, "lines": reader.lines, "read": count, "parts": parts}
-    known = [time for time in latest if time is not None]
-    return {**report, "latest": max(known, default=None), **_spilled_letters(job, bad)}
+    last = max((time for time in latest if time is not None), default=None)
+    return {**report, "latest": last, **_spilled_letters(job, bad)}
 
 
-def _key_type(schema: Schema) -> RawType:
-    return schema.raw_types.get(str(schema.source.key), "string")
+def _types(job: Job, stream: str) -> dict[str, RawType]:
+    """The columns that are read of a stream."""
+    if outcome := job.schema.source.outcomes.get(stream):
+        return {outcome.key: exchanges.key_type(job.schema), **outcome.types}
+    return {name: job.schema.raw_types.get(name, "string") for name in job.schema.raw_columns}
+
+
+def _blocks(reader: Reader, types: dict[str, RawType]) -> Iterator[Block]:
+    """The blocks of a unit; where there are none, one without rows, since what follows needs the columns."""
+    block = None
+    for block in reader:
+        yield block
+    if block is None:
+        yield Block(pa.table({name: pa.array([], pa.string()) for name in types}), 0, lambda: np.empty(0, np.int64))
 
 
 def _impressions(job: Job, work: Work, file: int, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
@@ -130,9 +94,7 @@ def _impressions(job: Job, work: Work, file: int, rows: pa.Table) -> tuple[Work,
         return _labelled(job, part, rows)
     part["path"] = spill.write(job.aside("typed"), [rows])
     if job.schema.source.outcomes:
-        key, time = str(job.schema.source.key), job.schema.event_time
-        sent = {"key": raw.column(job.schema, rows, key), spill.PLACE: pa.array(np.arange(rows.num_rows))}
-        part["keys"] = _sent(job, pa.table(sent | ({"time": raw.event_time(job.schema, rows)} if time else {})), "key")
+        part["keys"] = exchanges.send_keys(job, rows)
     return part, raw.letters()
 
 
@@ -145,21 +107,11 @@ def _events(job: Job, name: str, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
     letters = raw.letters()
     if lost.any():
         gone = rows.filter(lost.to_arrow())
-        said = pl.Series(
-            "reason",
-            [
-                f"{outcome.key}: missing key" if no_key else f"{outcome.time}: missing time"
-                for no_key in missing[0].filter(lost)
-            ],
-        )
+        words = {True: f"{outcome.key}: missing key", False: f"{outcome.time}: missing time"}
+        said = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
         letters = raw.letters(gone[LINE].to_numpy(), said, raw.as_json(gone.drop_columns([LINE, ROW])))
         rows = rows.filter((~lost).to_arrow())
-    return {"rows": rows.num_rows, "path": _sent(job, rows.drop_columns([LINE, ROW]), outcome.key)}, letters
-
-
-def _sent(job: Job, table: pa.Table, key: str) -> str:
-    bucket_B = spill.bucket_of(table[key].combine_chunks(), job.buckets)
-    return spill.write(job.aside("sent"), spill.dealt(table, bucket_B, job.buckets))
+    return {"path": exchanges.send(job, rows.drop_columns([LINE, ROW]), outcome.key)}, letters
 
 
 def _spilled_letters(job: Job, found: Sequence[pl.DataFrame]) -> Work:
@@ -169,7 +121,8 @@ def _spilled_letters(job: Job, found: Sequence[pl.DataFrame]) -> Work:
     path = job.aside("letters")
     frame.write_ipc(path)
     reasons = Counter(_kind(reason) for reason in frame["reason"])
-    return {"letters": str(path), "reasons": dict(reasons), "example": [frame["line"][0], frame["reason"][0]]}
+    first = frame.row(int(frame["line"].arg_min() or 0), named=True)
+    return {"letters": str(path), "reasons": dict(reasons), "example": [first["line"], first["reason"]]}
 
 
 def _kind(reason: str) -> str:
@@ -178,108 +131,12 @@ def _kind(reason: str) -> str:
     return reason if not rest or rest.startswith(("set ", "missing")) else f"{name}: wrong value"
 
 
-# join and histories
-
-
-def join_bucket(job: Job, work: Work) -> Work:
-    """Joins all outcomes in a bucket: {bucket, keys, events: {outcome: paths}} to {path, fates}."""
-    sent = [spill.read(path, work["bucket"]) for path in work["keys"]]
-    keys: pl.DataFrame = pl.from_arrow(pa.concat_tables(sent))  # type: ignore[assignment]
-    joined, fates = keys.select(spill.PLACE), {}
-    for name, outcome in job.schema.source.outcomes.items():
-        types = {outcome.key: _key_type(job.schema), **outcome.types}
-        events = [spill.read(path, work["bucket"]) for path in work["events"][name]]
-        frame: pl.DataFrame = pl.from_arrow(pa.concat_tables(events))  # type: ignore[assignment]
-        found = join(name, outcome, keys, frame.select(list(types)))
-        joined, fates[name] = joined.hstack(found.columns), found.fates
-    return {
-        "bucket": work["bucket"],
-        "fates": fates,
-        "path": _reply(job, joined.rechunk().to_arrow(), [t.num_rows for t in sent]),
-    }
-
-
-def _reply(job: Job, table: pa.Table, sizes: Sequence[int]) -> str:
-    table = table.combine_chunks()
-    ends = np.cumsum(sizes)
-    return spill.write(
-        job.aside("reply"), [table.slice(stop - size, size) for stop, size in zip(ends, sizes, strict=True)]
-    )
-
-
-def remember(job: Job, work: Work) -> Work:
-    """Sends a part's rows to the buckets of their users: {part, ...} to {part, path}."""
-    rows = spill.read(work["path"])
-    joined = _joined(work)
-    time = job.schema.event_time
-    sent: dict[str, Any] = {}
-    for name, history in job.schema.histories.items():
-        when = [history.when] if history.when else []
-        frame = raw.view(job.schema, rows, joined, when, [str(time), history.user, history.item])
-        known = frame[str(time)].cast(pl.Int64)
-        counts = (
-            pl.Series([True]).new_from_index(0, rows.num_rows)
-            if not when
-            else raw.truth(frame, f"bag.{name}.history.when", history.when or "")
-        )
-        for outcome in job.schema.outcomes_of(history.when) if history.when else ():
-            assert joined is not None
-            known = pl.select(pl.max_horizontal(known, joined[f"{outcome}_time"])).to_series()
-        sent |= {
-            f"{name}.user": frame[history.user].cast(pl.String),
-            f"{name}.item": frame[history.item].cast(pl.String),
-        }
-        sent |= {
-            f"{name}.known": known.set(~(counts & frame[history.item].is_not_null()), None),
-            "time": frame[str(time)].cast(pl.Int64),
-        }
-    table = pl.DataFrame(sent).with_columns(pl.int_range(pl.len()).alias(spill.PLACE)).rechunk().to_arrow()
-    paths = {
-        name: _sent(
-            job,
-            table.select([spill.PLACE, "time", *(f"{name}.{c}" for c in ("user", "item", "known"))]),
-            f"{name}.user",
-        )
-        for name in job.schema.histories
-    }
-    return {"part": work["part"], "paths": paths}
-
-
-def recall(job: Job, work: Work) -> Work:
-    """Earlier items of each row's user in a bucket: {bucket, history, paths} to {history, bucket, path}."""
-    name = work["history"]
-    sent = [spill.read(path, work["bucket"]) for path in work["paths"]]
-    frame: pl.DataFrame = pl.from_arrow(pa.concat_tables(sent))  # type: ignore[assignment]
-    user_I = frame[f"{name}.user"].rank("dense").cast(pl.Int64).fill_null(0).to_numpy()  # 0: nobody, who has no history
-    known = frame[f"{name}.known"]
-    event_E = np.flatnonzero(known.is_not_null().to_numpy() & (user_I > 0))
-    time_I = frame["time"].fill_null(np.iinfo(np.int64).min).to_numpy()
-    length = job.schema.bag[name].max_length
-    offsets, event_V = recent(user_I, time_I, user_I[event_E], known.gather(event_E).to_numpy(), length)
-    items = frame[f"{name}.item"].gather(event_E[event_V]).rechunk().to_arrow().cast(pa.large_string())
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), items)
-    table = pa.table({spill.PLACE: frame[spill.PLACE].to_arrow(), name: lists})
-    return {"history": name, "bucket": work["bucket"], "path": _reply(job, table, [t.num_rows for t in sent])}
-
-
-def _joined(work: Work) -> pl.DataFrame | None:
-    if not work.get("joined"):
-        return None
-    return pl.from_arrow(spill.returned(work["joined"], work["part"], work["rows"]))  # type: ignore[return-value]
-
-
-# label
-
-
 def label(job: Job, work: Work) -> Work:
-    """Labels a part: {part, path, joined, histories, as_of} to {features, rows, left_out, statistics, letters}."""
-    rows, joined = spill.read(work["path"]), _joined(work)
-    histories = {
-        name: spill.returned(paths, work["part"], work["rows"])[name].combine_chunks()
-        for name, paths in work["histories"].items()
-    }
-    report, letters = _labelled(job, work, rows, joined, histories)
-    return {**report, "part": work["part"], "unit": work["unit"], **_spilled_letters(job, [letters])}
+    """Labels a part: {part, path, rows, row_id, unit, as_of} to {features, rows, left_out, statistics, letters}."""
+    rows = spill.read(work["path"])
+    joined = exchanges.joined(job, work["part"], work["rows"])
+    report, letters = _labelled(job, work, rows, joined, exchanges.recalled(job, work["part"], work["rows"]))
+    return {**report, **_spilled_letters(job, [letters])}
 
 
 def _labelled(
@@ -289,16 +146,15 @@ def _labelled(
     joined: pl.DataFrame | None = None,
     histories: dict[str, pa.Array] | None = None,
 ) -> tuple[Work, pl.DataFrame]:
-    schema, young = job.schema, {}
-    for name, outcome in schema.source.outcomes.items():
-        if outcome.window and outcome.young != "keep":
-            time = pl.Series(raw.event_time(schema, rows))
-            young[name] = (time + outcome.window > work["as_of"]).fill_null(False).to_numpy()
-    parsed = raw.parse(schema, rows, work["row_id"], joined, young, histories)
+    young = {}
+    for name, as_of in work.get("as_of", {}).items():
+        closes = pl.Series(raw.event_time(job.schema, rows)) + job.schema.source.outcomes[name].window
+        young[name] = (closes > as_of).fill_null(False).to_numpy()
+    parsed = raw.parse(job.schema, rows, work["row_id"], joined, young, histories)
     split_B = parsed.rows[SPLIT].to_numpy()
     counted = parsed.rows if job.counts_all else parsed.rows.filter(pa.array(split_B == 0))
     statistics = job.aside("statistics")
-    statistics.write_bytes(pickle.dumps(Statistics.of(schema, counted)))
+    statistics.write_bytes(pickle.dumps(Statistics.of(job.schema, counted)))
     report = {
         "unit": work["unit"],
         "features": spill.write(job.aside("features"), [parsed.rows]),
@@ -359,7 +215,9 @@ def write(job: Job, work: Work) -> Work:
     if job.order == "input":  # what is not dealt to other shards is encoded only here
         tables = (_encoded(job, split, *piece) for pieces in work["slices"] for piece in pieces)
     else:
-        slices = (pa.concat_tables(spill.read(p, batch) for p, batch, _ in pieces) for pieces in work["slices"])
+        slices = (
+            pa.concat_tables(spill.read(p, batch, mapped=False) for p, batch, _ in pieces) for pieces in work["slices"]
+        )
         tables = (writer.ordered(rows, job.order, job.seed) for rows in slices)
     described = writer.write_shard(path, job.staging, split, job.schema, tables, job.rows_per_row_group)
     return {"split": split, "shard": work["shard"], "described": described.model_dump()}
@@ -370,6 +228,6 @@ def _encoded(job: Job, split: Split, path: str, start: int, count: int) -> pa.Ta
 
 
 STEPS = {
-    "read": read, "join": join_bucket, "remember": remember, "recall": recall,
+    "read": read, "join": exchanges.join_bucket, "remember": exchanges.remember, "recall": exchanges.recall,
     "label": label, "merge": merge, "encode": encode, "write": write,
 }  # fmt: skip

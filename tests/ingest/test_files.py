@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from features.errors import UserError
 from features.source import Format
-from pipeline.ingest.files import RawFile, check_columns, check_unchanged, find, units
+from pipeline.ingest.files import RawFile, check_columns, check_unchanged, files_by_date, find, units
 
 DAYS = [date(2024, 1, 1), date(2024, 1, 2), date(2024, 1, 3)]
 
@@ -47,8 +47,41 @@ def test_files_are_found_in_the_order_of_their_names_and_folders_are_none(tmp_pa
 def test_dates_pick_the_days_that_have_files(tmp_path: Path) -> None:
     folder = log(tmp_path)
     assert names(find(str(folder), "{date}/a.csv", DAYS), folder) == ["2024-01-01/a.csv", "2024-01-02/a.csv"]
-    with pytest.raises(UserError, match=r"\{date\}/a\.csv: no such file\. Set input=FOLDER"):
-        find(str(folder), "{date}/a.csv", DAYS[2:])
+    assert names(find(str(folder), "{date}/a.csv", DAYS[1::-1]), folder) == ["2024-01-02/a.csv", "2024-01-01/a.csv"]
+    assert names(find(str(folder), "*/b*", DAYS), folder) == [
+        f"2024-{day}/b.csv.gz" for day in ("01-01", "01-02", "02-01")
+    ]
+
+
+@pytest.mark.parametrize("days", [DAYS[2:], [date(2023, 12, 31), *DAYS]])
+def test_the_first_date_must_have_a_file_whatever_the_others_have(tmp_path: Path, days: list[date]) -> None:
+    said = rf"\{{date\}}/a\.csv: no such file of {days[0]}\. Set input=FOLDER, or source\.files"
+    with pytest.raises(UserError, match=said):
+        find(str(log(tmp_path)), "{date}/a.csv", days)
+
+
+def test_files_by_date_are_those_of_each_day_and_none_where_a_day_has_none(tmp_path: Path) -> None:
+    folder = log(tmp_path)
+    found = files_by_date(str(folder), "{date}/*.csv*", [DAYS[2], DAYS[1]])
+    assert list(found) == [DAYS[2], DAYS[1]]
+    assert found[DAYS[2]] == []
+    assert names(found[DAYS[1]], folder) == ["2024-01-02/a.csv", "2024-01-02/b.csv.gz"]
+    with pytest.raises(UserError, match=r"source\.files is a pattern below the input folder"):
+        files_by_date(str(folder), "/{date}/a.csv", DAYS)
+
+
+@pytest.mark.parametrize("folder", ["logs", "logs/", "./logs/../logs", "file://{root}/logs", "local://{root}/logs"])
+def test_paths_are_absolute_as_workers_may_run_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    log(tmp_path / "logs")
+    monkeypatch.chdir(tmp_path)
+    found = find(folder.format(root=tmp_path), "{date}/a.csv", DAYS)
+    monkeypatch.chdir("/")
+    assert [Path(file.path).is_absolute() for file in found] == [True, True]
+    assert [Path(file.path).read_text() for file in found] == ["id\n2024-01-01\n", "id\n2024-01-02\n"]
+    for file in found:
+        check_unchanged(file)
 
 
 def test_links_and_odd_names_of_folders_are_followed(tmp_path: Path) -> None:

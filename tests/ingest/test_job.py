@@ -19,6 +19,7 @@ from job_bench import ROOT, SPLITS, content_of, letters_of, no_beam, rows_by_id,
 
 from pipeline.dataset import Dataset
 from pipeline.ingest import text
+from pipeline.verification import verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +133,7 @@ def test_the_manifest_adds_up_and_its_checksums_are_those_of_the_files(messy):
         assert (letters["bytes"], letters["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         found = pq.read_table(messy / letters["path"])
         assert (letters["rows"], {letters["stream"]}) == (found.num_rows, set(found["stream"].to_pylist()))
-    Dataset(messy).verify()
+    list(verify(Dataset(messy)))
 
 
 def test_a_dataset_holds_its_parts_and_nothing_else(messy):

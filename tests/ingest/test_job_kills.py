@@ -18,6 +18,7 @@ import yaml
 from job_bench import ENVIRONMENT, content_of, no_beam, run, write_conf
 
 from pipeline.dataset import Dataset
+from pipeline.verification import verify
 
 Run = Callable[..., Any]
 
@@ -81,7 +82,7 @@ def test_an_overwrite_that_is_killed_leaves_the_old_or_the_new_dataset(job, sche
     assert contents == [old] * first + [new] * (len(found) - first)
     assert len(list(out.parent.glob("out.staging-*"))) >= first - 2
     job(out)
-    Dataset(out).verify()
+    list(verify(Dataset(out)))
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 

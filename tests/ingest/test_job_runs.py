@@ -14,6 +14,7 @@ from job_bench import content_of, no_beam, refused, rows_by_id, rows_of, run, va
 from features.errors import UserError
 from features.schema import Schema
 from pipeline.dataset import Dataset
+from pipeline.verification import verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +46,7 @@ def test_a_standing_dataset_is_refused_or_replaced_whole_and_outlives_a_failed_r
     assert content_of(out) == before
     run(small_log, out, small_content() | {"weight": "3"}, overwrite=True)
     after = Dataset(out)
-    after.verify()
+    list(verify(after))
     assert "train/part-99999-of-99999.parquet" not in content_of(out)
     assert set(rows_of(out, "train")["weight"].to_pylist()) == {3.0}
     assert after.manifest.fingerprint != Dataset(small_dataset).manifest.fingerprint
@@ -66,7 +67,7 @@ def test_a_changed_or_missing_shard_is_named(small_dataset, tmp_path):
     data[200] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"part-00001-of-00003\.parquet: checksum"):
-        Dataset(out).verify()
+        list(verify(Dataset(out)))
     path.write_bytes(data[:-1])
     with pytest.raises(UserError, match=r"part-00001-of-00003\.parquet has .* bytes, the manifest says"):
         Dataset(out)

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from handmade import SCHEMA, drawn, shard, write_dataset, write_manifest
+from handmade import CONTENT, SCHEMA, drawn, shard, write_dataset, write_manifest
 
 from features.errors import UserError
+from features.schema import Schema
 from pipeline import verification
-from pipeline.dataset import Dataset, Manifest, Shard
+from pipeline.dataset import Dataset, Manifest, Shard, open_dataset
 from pipeline.verification import verify
 
 SHARD = "valid/part-00001-of-00002.parquet"
@@ -153,3 +154,40 @@ def test_a_split_without_rows_and_a_dataset_without_letters_can_be_verified(tmp_
     write_manifest(tmp_path / "data", kept, [], dead_letters={})
     assert len(list(verify(Dataset(tmp_path / "data")))) == 6
     assert SCHEMA.fingerprint == manifest.fingerprint
+
+
+# Days read as one
+
+
+@pytest.fixture
+def days(tmp_path: Path) -> Path:
+    """Three days of the same rows, with the same row ids."""
+    for day in (1, 2, 3):
+        write_dataset(tmp_path / f"2026-11-0{day}", drawn(60))
+    return tmp_path
+
+
+def test_days_are_verified_one_by_one_and_then_their_row_ids_together(days):
+    said = list(verify(open_dataset(days, "2026-11-02..2026-11-03")))
+    alone = list(verify(Dataset(days / "2026-11-02")))
+    assert said[:-1] == [f"{day}  {line}" for day in ("2026-11-02", "2026-11-03") for line in alone]
+    assert said[-1] == "row ids of 2 days: 120, each there once"
+
+
+def test_a_fault_in_one_of_several_days_is_named_with_its_day(days):
+    whole = open_dataset(days, "2026-11-01..2026-11-03")
+    data = bytearray((days / "2026-11-02" / SHARD).read_bytes())
+    data[len(data) // 2] ^= 1
+    (days / "2026-11-02" / SHARD).write_bytes(data)
+    with pytest.raises(UserError, match=f"2026-11-02/{SHARD}: checksum "):
+        list(verify(whole))
+
+
+def test_a_row_id_of_a_column_that_two_days_have_is_found_with_both(days):
+    schema = Schema.parse(CONTENT | {"source": {**CONTENT["source"], "row_id": "id"}}, "named.yaml")
+    for day in days.iterdir():
+        (day / "schema.yaml").write_text(json.dumps(schema.model_dump(mode="json", exclude_unset=True)))
+        change(day, lambda m: m.update(fingerprint=schema.fingerprint))
+        assert len(list(verify(Dataset(day)))) == 6
+    with pytest.raises(UserError, match=r"2026-11-03/train/.*: row_id 100 is also in 2026-11-02/train/"):
+        list(verify(open_dataset(days, "2026-11-02..2026-11-03")))

@@ -65,6 +65,19 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(tmp_path, damage, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_days_says_which_there_are_and_how_to_inspect_one(tmp_path):
+    for day in ("2026-10-31", "2026-11-01", "2026-11-03"):
+        write_dataset(tmp_path / day, drawn(50))
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path), "--verify"])
+    assert str(caught.value) == (
+        f"error: {tmp_path} holds the days 2026-10-31..2026-11-01, 2026-11-03. "
+        f"Inspect one: jobs.inspect {tmp_path}/2026-10-31."
+    )
+    assert list(tmp_path.glob("*.html")) == []
+    main([str(tmp_path / "2026-10-31"), "--verify"])
+
+
 def test_a_page_that_cannot_be_written_is_said_in_one_line(dataset, tmp_path):
     with pytest.raises(SystemExit) as caught:
         main([str(dataset), "--html", str(tmp_path / "none" / "page.html")])

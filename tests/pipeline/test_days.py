@@ -1,18 +1,33 @@
 """Days of a log, each a dataset of its own, read as one: in order, each row once, whatever the number of ranks."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
+from handmade import drawn
+from handmade import write_dataset as write_by_hand
 from written import write_dataset
 
+import pipeline.dataset as datasets
 from features.batch import PADDING
 from features.encoders import Encoders, arrow_schema
 from features.errors import UserError
 from features.schema import Schema
 from features.statistics import Moments
+from models.ranker import ModelConfig
 from pipeline.dataset import Dataset, open_dataset
+from pipeline.evaluation import predictions, report
+from pipeline.evaluation.evaluator import EvaluateConfig, Truth, evaluate
+from pipeline.evaluation.verdict import NightlyConfig, nightly
 from pipeline.loader import Loader, Position
+from pipeline.run import Run
+from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.trainer import train
 
 CONTENT = {
     "source": {"files": "*-{date}.csv"},
@@ -25,10 +40,11 @@ ROWS = {"2026-11-01": 90, "2026-11-02": 7, "2026-11-03": 150}
 
 
 def write_day(root: Path, number: int, day: str, rows: int, schema: Schema = SCHEMA, mean: float = 0.0) -> None:
-    ids = [1000 * number + row for row in range(rows)]
+    """Rows whose x is 1000 times the day and their place in it; without a column of ids each day has row ids from 0."""
     content = [
-        {"x": float(i), "label.click": i % 2, "weight": 1.0, "event_time": 0, "row_id": i} for i in ids
-    ]  # fmt: skip
+        {"x": 1000.0 * number + row, "label.click": row % 2, "weight": 1.0, "event_time": 0, "row_id": row}
+        for row in range(rows)
+    ]
     encoders = Encoders(schema, {}, {"x": Moments(2, 0, mean, 2.0)}, {})
     write_dataset(root / day, schema, {"train": pa.Table.from_pylist(content, arrow_schema(schema))}, 16, 60, encoders)
 
@@ -44,7 +60,17 @@ def root(tmp_path_factory) -> Path:
 def batches(dataset: Dataset, position: Position | None = None, **settings: int) -> list[list[int]]:
     loader = Loader(dataset, "train", 16, **{"lanes": 4, "window": 20, "seed": 3, **settings})
     found = loader.batches(position or loader.start())
-    return [batch.row_id_B[batch.row_id_B != PADDING].tolist() for batch in found]
+    return [batch.dense_BD[batch.row_id_B != PADDING, 0].int().tolist() for batch in found]
+
+
+def row_ids(dataset: Dataset, lanes: int = 4) -> dict[int, int]:
+    """The row id of each x."""
+    loader = Loader(dataset, "train", 16, lanes, window=20)
+    found: dict[int, int] = {}
+    for batch in loader.batches(loader.start()):
+        real = batch.row_id_B != PADDING
+        found |= zip(batch.dense_BD[real, 0].int().tolist(), batch.row_id_B[real].tolist(), strict=True)
+    return found
 
 
 @pytest.mark.parametrize("window", [0, 20])
@@ -89,3 +115,193 @@ def test_a_missing_day_other_encoders_and_another_schema_are_refused_by_name(roo
     write_day(tmp_path, 2, "2026-11-03", 5, schema=Schema.parse(CONTENT | {"weight": "2"}, "other.yaml"))
     with pytest.raises(UserError, match=r"2026-11-03 was written for schema"):
         open_dataset(tmp_path, "2026-11-02..2026-11-03")
+
+
+def test_row_ids_of_days_never_meet_and_stay_as_they_are_in_one_dataset(root):
+    rows = [(number, row) for number, rows in enumerate(ROWS.values()) for row in range(rows)]
+    found = row_ids(open_dataset(root, "2026-11-01..2026-11-03"))
+    assert found == {1000 * number + row: number * 2**56 + row for number, row in rows}
+    assert len(set(found.values())) == len(rows)
+    assert row_ids(open_dataset(root, "2026-11-02..2026-11-03").only(["click"]), lanes=1) == {
+        1000 * number + row: (number - 1) * 2**56 + row for number, row in rows if number
+    }
+    for alone in (open_dataset(root, "2026-11-03"), Dataset(root / "2026-11-03")):
+        assert row_ids(alone) == {2000 + row: row for row in range(150)}
+
+
+def test_row_ids_that_a_column_gives_are_the_columns_own(tmp_path):
+    source = {"source": {**CONTENT["source"], "row_id": "id"}}
+    for number, day in enumerate(("2026-11-01", "2026-11-02")):
+        write_day(tmp_path, number, day, 20, Schema.parse(CONTENT | source, "named.yaml"))
+    found = row_ids(open_dataset(tmp_path, "2026-11-01..2026-11-02"))
+    assert found == {1000 * number + row: row for number in (0, 1) for row in range(20)}
+
+
+def test_more_days_than_row_ids_have_room_for_are_refused(root, monkeypatch):
+    last = (datasets.MAX_DAYS - 1) * datasets.DAY_STRIDE + 65_535 * 2**40 + 2**40 - 1
+    assert last == np.iinfo(np.int64).max
+    monkeypatch.setattr(datasets, "MAX_DAYS", 2)
+    assert len(open_dataset(root, "2026-11-01..2026-11-02").days) == 2
+    with pytest.raises(UserError, match=r"3 days, of which at most 2 .*source\.row_id"):
+        open_dataset(root, "2026-11-01..2026-11-03")
+
+
+def test_a_manifest_of_days_counts_what_all_of_them_count(tmp_path):
+    days = ["2026-11-01", "2026-11-02", "2026-11-03"]
+    write_by_hand(tmp_path / days[0], drawn(100))
+    for day in days[1:]:
+        shutil.copytree(tmp_path / days[0], tmp_path / day)
+        file = tmp_path / day / "manifest.json"
+        content = json.loads(file.read_text())
+        content["read"]["impressions"] += 7
+        content["left_out"] = {f"rule of {day}": 18}
+        content["outcomes"]["click"] |= {"joined": 60, "late": 13}
+        content["dead_letters"] = {"odd": 5}
+        file.write_text(json.dumps(content))
+    found = open_dataset(tmp_path, f"{days[0]}..{days[-1]}").manifest
+    total: dict[tuple[str, ...], int] = {}
+    for day in days:
+        for keys, value in counters(json.loads((tmp_path / day / "manifest.json").read_text())):
+            total[keys] = total.get(keys, 0) + value
+    assert dict(counters(found.model_dump())) == total
+    assert total["outcomes", "click", "early"] == 0
+    assert sum(letters.rows for letters in found.letters) == 15
+    assert all((tmp_path / part.path).is_file() for part in [*found.letters, *found.shards])
+
+
+def counters(tree: dict[str, Any]) -> list[tuple[tuple[str, ...], int]]:
+    """The numbers of nested dictionaries with the keys that lead to them; versions and times are no counters."""
+    found = []
+    for key in tree.keys() - {"version", "complete_until"}:
+        value = tree[key]
+        parts = counters(value) if isinstance(value, dict) else [((), value)] if isinstance(value, int | float) else []
+        found += [((key, *keys), number) for keys, number in parts]
+    return found
+
+
+def test_a_folder_of_days_opened_without_them_says_which_there_are(root, tmp_path):
+    with pytest.raises(UserError) as caught:
+        open_dataset(root)
+    for words in ("days=2026-11-01..2026-11-03", f"{root}/2026-11-01."):
+        assert words in str(caught.value)
+    for name in ("2026-02-28", "2026-03-01", "2026-03-03", "20260304", "latest", "2026-03-03.card"):
+        write_day(tmp_path, 0, name, 1)
+    (tmp_path / "2026-03-02").mkdir()
+    assert datasets.day_ranges(tmp_path) == ["2026-02-28..2026-03-01", "2026-03-03"]
+    assert datasets.day_ranges(tmp_path / "nowhere") == []
+
+
+# A run that is trained on days
+
+NAMED = {**CONTENT, "categorical": {"c": {"hash": 5, "dim": 4}}}
+BOTH = "2026-11-01..2026-11-02"
+TRAIN, TEST = 60, 25  # rows of each day
+
+
+def config(root: Path, run: Path, days: str = BOTH) -> TrainConfig:
+    settings = Settings(batch_size=16, lanes=2, window=16, epochs=2, checkpoint_every=5, threads=1, tables={"lr": 0.1})
+    model = ModelConfig(fusion={"name": "shared_bottom", "widths": [8]}, tower=[4])
+    return TrainConfig(dataset=root, days=days, run=run, model=model, train=settings)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> Path:
+    """Three days and a run on the first two of them: 16 steps, checkpoints at 5, 10, 15 and 16."""
+    folder, schema = tmp_path_factory.mktemp("learnt"), Schema.parse(NAMED, "named.yaml")
+    for number, day in enumerate(ROWS):
+        rng = np.random.default_rng(number)
+        content = [
+            {"x": x, "c": int(rng.integers(1, 6)), "label.click": float(rng.random() < 0.4), "weight": 1.0,
+             "event_time": 0, "row_id": row} for row, x in enumerate(rng.normal(size=TRAIN + TEST))
+        ]  # fmt: skip
+        rows = pa.Table.from_pylist(content, arrow_schema(schema))
+        encoders = Encoders(schema, {}, {"x": Moments(2, 0, 0.0, 2.0)}, {})
+        write_dataset(folder / day, schema, {"train": rows[:TRAIN], "test": rows[TRAIN:]}, 8, 30, encoders)
+    train(config(folder, folder / "run"))
+    return folder
+
+
+def predicted(run: Path, step: int = 16) -> pl.DataFrame:
+    return pl.read_parquet(predictions.path(Run(run), "test", step))
+
+
+def evaluated(run: Path, **settings: Any) -> list[dict[str, Any]]:
+    return list(evaluate(EvaluateConfig(run=run, threads=1, predictions=True, **{"step": 16, **settings})))
+
+
+def normalized_entropy(rows: pl.DataFrame) -> float:
+    """Weighted log loss of the clicks over the entropy of their base rate."""
+    seen = rows.drop_nulls("label.click")
+    y, w = seen["label.click"].to_numpy(), seen["weight"].to_numpy()
+    p = 1 / (1 + np.exp(-seen["logit.click"].to_numpy().astype(np.float64)))
+    rate = np.full(len(y), np.average(y, weights=w))
+    loss, entropy = (-np.average(y * np.log(q) + (1 - y) * np.log(1 - q), weights=w) for q in (p, rate))
+    return loss / entropy
+
+
+def labels(root: Path, number: int) -> pl.DataFrame:
+    """The test rows of a day as its files hold them, with the row ids that it has as one of several."""
+    files = sorted((root / list(ROWS)[number] / "test").iterdir())
+    rows = pl.concat(pl.read_parquet(file) for file in files).select("row_id", "label.click")
+    return rows.with_columns(pl.col("row_id") + number * 2**56)
+
+
+def test_a_run_is_evaluated_on_its_own_days_and_every_row_is_accounted_for(learnt, tmp_path):
+    run = shutil.copytree(learnt / "run", tmp_path / "run")
+    [record] = evaluated(run)
+    found, wanted = predicted(run), pl.concat([labels(learnt, 0), labels(learnt, 1)])
+    assert found.select("row_id", "label.click").rows() == wanted.sort("row_id").rows()
+    assert record["metrics"]["click"]["ne"] == pytest.approx(normalized_entropy(found), rel=1e-5)
+    assert [r["step"] for r in evaluated(run, step="all")] == [5, 10, 15]
+
+
+def test_other_days_are_other_records_and_a_day_is_the_same_however_it_is_named(learnt, tmp_path):
+    run = shutil.copytree(learnt / "run", tmp_path / "run")
+    rows = {}
+    for days in (BOTH, "2026-11-01", "2026-11-02", "2026-11-03"):
+        [record] = evaluated(run, **({} if days == BOTH else {"days": days}))
+        assert record["dataset"] == f"{learnt}/{days}"
+        assert report.records(Run(run), "test", Path(record["dataset"])) == [record]
+        rows[days] = predicted(run)["logit.click"].to_list()
+    assert rows[BOTH] == pytest.approx(rows["2026-11-01"] + rows["2026-11-02"], abs=1e-6)
+    assert evaluated(run, dataset=learnt / "2026-11-03") == evaluated(run, dataset=learnt, days="2026-11-03") == []
+
+
+def test_the_truth_is_looked_up_for_the_rows_of_every_day(learnt, tmp_path):
+    run = shutil.copytree(learnt / "run", tmp_path / "run")
+    known = pl.concat([labels(learnt, 0), labels(learnt, 1)]).sample(fraction=1, shuffle=True, seed=0)
+    p = (known["label.click"] * 0.6 + 0.2).alias("p")  # right with odds of 4 : 1 in every row
+    known.select("row_id", p).write_parquet(tmp_path / "truth.parquet")
+    evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="row_id", columns={"click": "p"}))
+    rate = known["label.click"].to_numpy().mean()
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+    best = report.best(Run(run), "test", learnt / BOTH)
+    assert best is not None
+    assert best["click"]["ne"] == pytest.approx(-np.log(0.8) / entropy, rel=1e-6)
+
+
+def test_a_run_on_days_that_stopped_goes_on_to_the_same_weights(learnt, tmp_path):
+    run = shutil.copytree(learnt / "run", tmp_path / "run")
+    evaluated(run)
+    whole = predicted(run)
+    for step in (10, 15, 16):  # of the 8 steps of an epoch the first four read the first day: 5 is within the second
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    train(config(learnt, run))
+    shutil.rmtree(run / "predictions")
+    evaluated(run)
+    assert predicted(run).equals(whole)
+    with pytest.raises(UserError, match="this job has"):
+        train(config(learnt, run, "2026-11-01..2026-11-03"))
+
+
+def test_nightly_judges_a_run_on_days_by_a_log_encoded_as_they_were(small_dataset, small_log, tmp_path):
+    for day in BOTH.split(".."):
+        shutil.copytree(small_dataset, tmp_path / "days" / day)
+    train(config(tmp_path / "days", tmp_path / "run"))
+    verdict = nightly(NightlyConfig(run=tmp_path / "run", input=str(small_log), out=tmp_path / "night", date="d"))
+    candidate, frames = verdict["candidate"], []
+    for split in ("train", "valid", "test"):  # of the same log, read and encoded once before
+        evaluated(tmp_path / "run", split=split, step="newest", dataset=small_dataset)
+        frames.append(pl.read_parquet(predictions.path(Run(tmp_path / "run"), split, candidate["step"])))
+    assert Dataset(Path(candidate["dataset"])).encoders_id == Dataset(small_dataset).encoders_id
+    assert candidate["metrics"]["click"]["ne"] == pytest.approx(normalized_entropy(pl.concat(frames)), rel=1e-5)

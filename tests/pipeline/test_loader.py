@@ -22,6 +22,7 @@ from features.errors import UserError
 from features.schema import Schema
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader, Position, in_background
+from pipeline.verification import verify
 
 SCHEMA = Schema.parse(
     {
@@ -256,13 +257,13 @@ def test_a_shard_that_vanishes_after_opening_is_named(dataset: Dataset) -> None:
 
 
 def test_verify_finds_a_byte_that_no_page_checksum_covers(dataset: Dataset) -> None:
-    dataset.verify()
+    list(verify(dataset))
     file = dataset.path / dataset.shards("train")[0].path
     bad = bytearray(file.read_bytes())
     bad[-20] ^= 1
     file.write_bytes(bad)
     with pytest.raises(UserError, match=f"{file.name}: checksum"):
-        Dataset(dataset.path).verify()
+        list(verify(Dataset(dataset.path)))
 
 
 # The thread

@@ -1,0 +1,64 @@
+"""The folder in which a dataset grows beside the place where it will stand."""
+
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from features.errors import UserError
+from pipeline.ingest.state import BALLAST
+
+
+@contextmanager
+def staging_of(out: Path) -> Iterator[Path]:
+    """A folder OUT.staging-… that is gone in the end; those of jobs that were killed are removed.
+
+    A job holds a lock on its folder. Where a file system has no such locks, what killed jobs left stays.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    for left in out.parent.glob("*"):
+        if re.fullmatch(re.escape(out.name) + r"\.staging-[0-9a-f]{32}", left.name):
+            _remove_unlocked(left)
+    staging = out.with_name(f"{out.name}.staging-{uuid.uuid4().hex}")
+    lock = None
+    try:
+        lock = _begin(staging, out)
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _begin(staging: Path, out: Path) -> int:
+    """Makes the folder and locks it. Raises UserError where it cannot be made."""
+    try:
+        while True:
+            staging.mkdir(parents=True, exist_ok=True)
+            lock = os.open(staging, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if staging.exists():
+                break
+            os.close(lock)  # another job came in between and took it for one that a killed job left
+        (staging / "scratch" / "notes").mkdir(parents=True)
+        (staging / "scratch" / BALLAST).write_bytes(bytes(1 << 16))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
+    return lock
+
+
+def _remove_unlocked(folder: Path) -> None:
+    with suppress(OSError):  # no folder, or one whose job is alive
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
