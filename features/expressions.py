@@ -34,7 +34,7 @@ def columns_of(expression: str) -> list[str]:
     if comment := next((t["comment"] for t in _TOKEN.finditer(expression) if t["comment"]), None):
         raise ValueError(f"{expression!r} holds a comment ({comment}): take it out, and write - - for two minus signs")
     if beyond := _BEYOND_ROW.search(bare):
-        said = "a function in quotes" if beyond[0].startswith("'") else beyond[0].rstrip("( \n")
+        said = "a function in quotes" if beyond[0].startswith("'") else beyond[0].rstrip("(").rstrip()
         raise ValueError(f"{expression!r} looks beyond its row ({said}): it may only read columns of its row")
     try:
         meta = pl.sql_expr(expression).meta

@@ -124,7 +124,8 @@ def view(
     """
     frame = _view(schema, rows, joined, expressions, also)
     for name in also:
-        _check_single(f"column {name}", frame[name])
+        if _is_nested(frame[name]):
+            raise UserError(f"column {name} holds lists, but is used where a row needs one value: name another column")
     return frame
 
 
@@ -238,7 +239,8 @@ def _feature(schema: Schema, name: str, values: pl.Series | pa.Array) -> pa.Arra
         return listed(_arrow(values), schema.bag[name])
     kind, column = "dense" if name in schema.dense else "categorical", schema.feature_columns[name]
     if kind == "categorical" and name not in _binned(schema):
-        _check_single(f"categorical.{name}: column {column}", values)
+        if _is_nested(values):
+            raise UserError(f"categorical.{name}: column {column} holds lists: make it a bag")
         return as_ids(values)
     series = values if isinstance(values, pl.Series) else pl.Series(values)
     if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
@@ -251,11 +253,9 @@ def _binned(schema: Schema) -> list[str]:
     return [name for name in schema.categorical if schema.all_tables[schema.table_of(name)].bins]
 
 
-def _check_single(what: str, values: pl.Series | pa.Array) -> None:
-    """Raises UserError where a column that must have one value a row holds lists, or records."""
-    nested = values.dtype.is_nested() if isinstance(values, pl.Series) else pa.types.is_nested(values.type)
-    if nested:
-        raise UserError(f"{what} holds lists: make it a bag, which alone can have several values a row")
+def _is_nested(values: pl.Series | pa.Array) -> bool:
+    """Whether a column has several values a row: lists or records."""
+    return values.dtype.is_nested() if isinstance(values, pl.Series) else pa.types.is_nested(values.type)
 
 
 def _column(schema: Schema, name: str, frame: pl.DataFrame, rows: pa.Table) -> pl.Series | pa.Array:
@@ -307,7 +307,8 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
         return pl.Series(of_remainder[rows[ROW].to_numpy() % split.modulo])
     if isinstance(split, HashSplit):
         column = _column(schema, split.key, frame, rows)
-        _check_single(f"split.key: column {split.key}", column)
+        if _is_nested(column):
+            raise UserError(f"split.key: column {split.key} holds lists: name one with one value a row")
         keys = as_ids(column)
         share = hash_strings(keys.dictionary, HASH_SPLIT_SEED) / 2.0**64
         code = np.where(share < split.test, 2, np.where(share < split.test + split.valid, 1, 0)).astype(np.int8)

@@ -29,7 +29,11 @@ Duration = Annotated[
 
 
 class Format(Strict):
-    """How files are written: what is needed to get text and numbers out of them."""
+    """How files are written: what is needed to get text and numbers out of them.
+
+    With `multiline` quoted values may hold line breaks; then a file is read in one piece, and bad rows are known by the number
+    of the row (the header counts, blank lines do not) instead of the line.
+    """
 
     format: Literal["csv", "jsonl", "parquet"] = "csv"
     columns: list[str] | None = Field(None, description="names in order for CSV files without a header line")

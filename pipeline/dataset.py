@@ -223,14 +223,17 @@ def _no_dataset(path: Path) -> str:
     """Why there is nothing to open."""
     if ranges := day_ranges(path):
         return (
-            f"{path}: no dataset itself, it holds those of the days {', '.join(ranges)}. Where a job takes days, say "
+            f"{path} is no dataset itself; it holds those of the days {', '.join(ranges)}. Where a job takes days, say "
             f"days={ranges[0]}, or give it one: {path / ranges[0][:10]}."
         )
     return f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first."
 
 
 def _together(days: dict[str, Manifest]) -> Manifest:
-    """The manifest of days that are read as one: what they count added up, their files as seen from the days' folder."""
+    """The manifest of days that are read as one: their counts added up, their files as seen from the folder of the days.
+
+    An outcome was complete until then in all of them, which is the earliest of their times.
+    """
     manifests = list(days.values())
     untils = [m.complete_until for m in manifests]
     shards = [s.model_copy(update={"path": f"{day}/{s.path}"}) for day, m in days.items() for s in m.shards]

@@ -61,12 +61,12 @@ def write_csv(path: Path, rows: list[dict[str, str]], quote_all: bool = False) -
 
 
 def write_small_log(folder: Path) -> None:
-    """Three days: plain, gzip and all quoted (header too); every third row is clicked, one of them twice."""
+    """Three days: plain, gzip and all quoted (header too); every third row is clicked, one twice, and a row that is not there."""
     rows = [small_row(number) for number in range(DAYS * ROWS_PER_DAY)]
     for day, name in enumerate(["impressions-1.csv", "impressions-2.csv.gz", "impressions-3.csv"]):
         write_csv(folder / name, rows[day * ROWS_PER_DAY : (day + 1) * ROWS_PER_DAY], quote_all=day == 2)
     clicks = [{"id": row["id"], "dwell": str(n % 50)} for n, row in enumerate(rows) if n % 3 == 0]
-    write_csv(folder / "clicks-1.csv", [*clicks[50:], {"id": "none", "dwell": "1"}])
+    write_csv(folder / "clicks-1.csv", [*clicks[50:], {"id": "99999", "dwell": "1"}])
     write_csv(folder / "clicks-2.csv", [*clicks[:50], {"id": clicks[60]["id"], "dwell": "9999"}])
 
 

@@ -147,8 +147,7 @@ def _check(job: Job, limits: Limits) -> None:
         bad = sum(sum(report["reasons"].values()) for _, report in letters)
         read = sum(report["read"] for report in reads if report["stream"] == stream)
         if bad > limits.max_bad_fraction * read:
-            unit, report = min(letters, key=lambda letter: letter[0])
-            line, reason = report["example"]
+            unit, (line, reason) = min((unit, report["example"]) for unit, report in letters)
             place = f"{reads[unit]['file']}, line {line + lines_before(reads)[unit]}"
             raise UserError(
                 f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; "

@@ -39,19 +39,25 @@ def staging_of(out: Path) -> Iterator[Path]:
 def _begin(staging: Path, out: Path) -> int:
     """Makes the folder and locks it. Raises UserError where it cannot be made."""
     try:
-        while True:
-            staging.mkdir(parents=True, exist_ok=True)
-            lock = os.open(staging, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if staging.exists():
-                break
-            os.close(lock)  # another job came in between and took it for one that a killed job left
+        lock = _locked(staging)
         (staging / "scratch" / "notes").mkdir(parents=True)
         (staging / "scratch" / BALLAST).write_bytes(bytes(1 << 16))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
     return lock
+
+
+def _locked(folder: Path) -> int:
+    """Makes a folder and locks it; again where another job took it, not locked yet, for one that a killed job left."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return lock
+            os.close(lock)
 
 
 def _remove_unlocked(folder: Path) -> None:

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features import raw
+from features.errors import UserError
 from features.hashing import hash_integers
 from features.raw import LINE, ROW, SPLIT
 from features.schema import SPLITS, Split
@@ -101,6 +102,10 @@ def _impressions(job: Job, work: Work, file: int, rows: pa.Table) -> tuple[Work,
 def _events(job: Job, name: str, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
     """Deals a block of outcomes to buckets; those without a key or a time belong to no impression."""
     outcome = job.schema.source.outcomes[name]
+    if pa.types.is_nested(rows.schema.field(outcome.key).type):
+        raise UserError(
+            f"source.outcomes.{name}: its key {outcome.key} holds lists: name a column with one value a row"
+        )
     needed = [outcome.key, *([outcome.time] if outcome.time else [])]
     missing = [pl.Series(rows[column]).is_null() for column in needed]
     lost = missing[0] | missing[-1]

@@ -113,7 +113,7 @@ def plain_row(cells: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return row, [*wrong, "split: its key or time is missing", "time: missing event time"]
     row["event_time"] = time
     row["hour"] = str(int(math.fmod(time // 3600, 24)))  # the sign of SQL's % is that of the dividend
-    row["split"] = 0 if time < 3600 else 1 if time < 7200 else 2
+    row[SPLIT] = 0 if time < 3600 else 1 if time < 7200 else 2
     return row, wrong
 
 
@@ -288,6 +288,12 @@ def test_bags_come_from_lists_too_and_histories_from_where_they_were_found():
     assert found.rows["item"].to_pylist() == ["i", "j"]
 
 
+def test_a_feature_may_have_the_name_of_the_split():
+    rows = parsed(schema(dense={"split": {}}), split=["5", "6"], y=["1", "0"]).rows
+    assert rows["split"].to_pylist() == [5, 6]
+    assert rows[SPLIT].to_pylist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("changes", "columns", "reason"),
     [
@@ -300,6 +306,8 @@ def test_bags_come_from_lists_too_and_histories_from_where_they_were_found():
         ({"tasks": {"t": {"kind": "regression", "label": "LN(w)"}}},
          {"w": ["0", "1"]}, "tasks.t: -inf is not a finite label"),
         ({"source": {"files": "x", "derived": {"d": "LN(w)"}, "types": {"w": "float"}}, "dense": {"d": {}}},
+         {"w": ["0", "1"]}, "d: -inf is not a finite number"),
+        ({"source": {"files": "x", "derived": {"d": "LN(w)"}, "types": {"w": "float"}}, "categorical": {"d": {"bins": 2}}},
          {"w": ["0", "1"]}, "d: -inf is not a finite number"),
         ({}, {"x": ["1e39", "1"]}, "x: 1e+39 is not a finite number"),
         ({"source": {"files": "x", "row_id": "id"}}, {"id": ["", "7"]}, "id: missing row id"),

@@ -69,8 +69,9 @@ def messy_log(small_log, tmp_path_factory) -> tuple[Path, dict[tuple[str, int], 
                 expected[str(folder / name), line] = f"{what.count(',') + 1} columns instead of 9"
         with opened(folder / name, "wt", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
-    clicks = (folder / "clicks-1.csv").read_text().splitlines()
-    expected[str(folder / "clicks-1.csv"), len(clicks)] = "id: 'none' is not an integer"
+    clicks = (folder / "clicks-1.csv").read_text() + "none,1\n"
+    (folder / "clicks-1.csv").write_text(clicks)
+    expected[str(folder / "clicks-1.csv"), clicks.count("\n")] = "id: 'none' is not an integer"
     return folder, expected
 
 
@@ -123,8 +124,8 @@ def test_the_manifest_adds_up_and_its_checksums_are_those_of_the_files(messy):
             label = table[f"label.{task}"].drop_null().to_numpy().astype(np.float64)
             assert manifest["observed"][split][task] == len(label)
             assert manifest["positives"][split][task] == pytest.approx(label.sum(), rel=1e-9)
-    assert manifest["read"] == {"impressions": 905, "click": 302}
-    assert sum(manifest["outcomes"]["click"].values()) == 301
+    assert manifest["read"] == {"impressions": 905, "click": 303}
+    assert sum(manifest["outcomes"]["click"].values()) == 302
     assert sum(manifest["dead_letters"].values()) == len(letters_of(messy)) == 12
     assert manifest["dead_letters"]["price: wrong value"] == 2
     assert manifest["dead_letters"]["1 columns instead of 9"] == 2

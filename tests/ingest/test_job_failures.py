@@ -58,11 +58,11 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     "an outcome's missing column": (replaced("clicks-2.csv", "id\n1\n"), ["clicks-2.csv", "dwell"]),
     "an outcome's bad lines": (
         replaced("clicks-2.csv", "id,dwell\n1,2\n1\n1,x\n"),
-        ["3 of 1154 rows are bad", "max_bad_fraction=0.001"],
+        ["2 of 254 rows of click are bad", "clicks-2.csv, line 3: ", "max_bad_fraction=0.001"],
     ),
     "bytes that are no text": (
         lambda f: (f / "impressions-1.csv").write_bytes((f / "impressions-1.csv").read_bytes() + b"\xff" + b",1" * 8 + b"\n"),
-        ["2 of 1203 rows are bad", "impressions-1.csv, line 302: not UTF-8", "max_bad_fraction=0.001"],
+        ["1 of 901 rows of impressions are bad", "impressions-1.csv, line 302: not UTF-8", "max_bad_fraction=0.001"],
     ),
 }  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_the_first_bad_row_is_named_by_its_line_in_the_file_though_it_is_in_a_la
     lines.insert(211, "1,2")
     (folder / "impressions-1.csv").write_text("\n".join(lines) + "\n")
     message = refused(folder, tmp_path / "out", small_content(), unit_bytes=1000, max_bad_fraction=0)
-    assert message.startswith("2 of 1203 rows are bad, more than max_bad_fraction=0.0; the first: ")
+    assert message.startswith("1 of 901 rows of impressions are bad, more than max_bad_fraction=0.0; the first: ")
     assert "impressions-1.csv, line 212: 2 columns instead of 9. Mend the log" in message
 
 
@@ -125,7 +125,8 @@ def test_a_log_of_which_no_row_is_left_stops_the_job(small_dataset, small_log, s
     (folder / "impressions-1.csv").write_text((small_log / "impressions-1.csv").read_text().partition("\n")[0] + "\n")
     reference = {"from": small_dataset}
     message = refused(folder, tmp_path / "out", small_content(), encoders=reference, max_bad_fraction=1)
-    assert message.startswith("no row is left of 302 that were read")
+    assert message.startswith("no row is left of those that were read")
+    assert refused(folder, tmp_path / "out", small_content()) == message  # and where new ones would have to be fitted
 
 
 def test_an_expression_that_does_not_fit_the_columns_stops_the_job(small_log, small_content, tmp_path):
@@ -227,9 +228,11 @@ def test_a_command_that_cannot_work_exits_with_one_line(arguments, says, conf, t
 
 
 def test_the_command_says_what_it_wrote(conf, small_log, tmp_path, monkeypatch, capsys):
+    folder, out = shutil.copytree(small_log, tmp_path / "log"), tmp_path / "out"
+    with (folder / "clicks-2.csv").open("a") as file:
+        file.write("no number,1\n")
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out"
-    arguments = [f"--config-dir={conf}", "data=small", f"input={small_log}", f"out={out}"]
+    arguments = [f"--config-dir={conf}", "data=small", f"input={folder}", f"out={out}", "max_bad_fraction=0.02"]
     monkeypatch.setattr(sys, "argv", ["preprocess", *arguments])
     main()
     lines = capsys.readouterr().out.splitlines()
@@ -237,4 +240,4 @@ def test_the_command_says_what_it_wrote(conf, small_log, tmp_path, monkeypatch, 
     assert "click 0.3333 of 300, bought 0.5000 of 100" in lines[0]
     assert Dataset(out).manifest.fingerprint in lines[3]
     assert "1 dead letters" in lines[3]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["conf", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["conf", "log", "out"]

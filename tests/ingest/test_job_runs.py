@@ -1,10 +1,9 @@
-"""Runs that follow each other: the same again, over a standing dataset, with the encoders of another, a day at a time."""
+"""Runs that follow each other: the same again, over a standing dataset, with the encoders of another."""
 
 import csv
 import json
 import shutil
 from collections.abc import Iterator
-from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from job_bench import content_of, no_beam, refused, rows_by_id, rows_of, run, va
 from features.errors import UserError
 from features.schema import Schema
 from pipeline.dataset import Dataset
+from pipeline.ingest import job as ingest_job
 from pipeline.verification import verify
 
 
@@ -51,6 +51,19 @@ def test_a_standing_dataset_is_refused_or_replaced_whole_and_outlives_a_failed_r
     assert set(rows_of(out, "train")["weight"].to_pylist()) == {3.0}
     assert after.manifest.fingerprint != Dataset(small_dataset).manifest.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_overwrite_through_a_link_replaces_what_it_points_to(small_dataset, small_log, small_content, tmp_path):
+    (tmp_path / "disk").mkdir()
+    shutil.copytree(small_dataset, tmp_path / "disk" / "data")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "data")
+    run(small_log, link, small_content() | {"weight": "3"}, overwrite=True, **SIZES)
+    assert link.readlink() == tmp_path / "disk" / "data"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["data"]
+    assert set(rows_of(tmp_path / "disk" / "data", "train")["weight"].to_pylist()) == {3.0}
+    run(small_log, tmp_path / "plain", small_content() | {"weight": "3"}, **SIZES)
+    assert content_of(link) == content_of(tmp_path / "plain")
 
 
 def test_overwrite_leaves_alone_what_is_no_dataset(small_log, small_content, tmp_path):
@@ -118,6 +131,25 @@ def test_given_encoders_are_used_as_they_are(small_dataset, later_log, small_con
     assert Dataset(tmp_path / "labels").encoders_id == Dataset(small_dataset).encoders_id
 
 
+def test_given_encoders_are_those_of_the_folder_in_which_the_job_was_started(
+    small_dataset, later_log, small_content, tmp_path, monkeypatch
+):
+    """Workers may stand in another one, where the same relative path names nothing."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    undisturbed = ingest_job._run
+
+    def run_elsewhere(*given: Any) -> None:
+        monkeypatch.chdir(elsewhere)
+        undisturbed(*given)
+
+    monkeypatch.setattr(ingest_job, "_run", run_elsewhere)
+    monkeypatch.chdir(small_dataset.parent)
+    run(later_log, tmp_path / "out", small_content(), encoders={"from": small_dataset.name})
+    assert content_of(tmp_path / "out" / "encoders") == content_of(small_dataset / "encoders")
+    assert "drift" in json.loads((tmp_path / "out" / "statistics.json").read_text())
+
+
 def test_encoders_of_another_schema_or_none_are_refused(small_dataset, later_log, small_content, tmp_path):
     other = small_content() | {"dense": {"price": {"transform": "none"}}}
     message = refused(later_log, tmp_path / "no", other, encoders={"from": small_dataset})
@@ -152,127 +184,3 @@ def test_statistics_say_how_far_a_log_drifted_from_that_of_its_encoders(
     cities = [row["city"] for row in rows_by_id(moved)]
     share = sum(city == 1 for city in cities) / sum(city != 0 for city in cities)
     assert after["city"]["unknown"] == pytest.approx(share, abs=1e-9)
-
-
-# Days
-
-FIRST = date(2026, 3, 1)
-
-
-def day_content(**click: Any) -> dict[str, Any]:
-    outcome = {"files": "clicks-{date}.csv", "key": "id", "time": "when", "window": "1d", **click}
-    return {
-        "source": {"files": "log-{date}.csv", "key": "id", "row_id": "id", "outcomes": {"click": outcome}},
-        "categorical": {"city": {}},
-        "tasks": {"click": {"kind": "binary", "label": "click"}},
-        "event_time": "at",
-        "split": {"by": "hash", "key": "id", "valid": 0, "test": 0},
-    }
-
-
-def day_rows(number: int) -> list[tuple[int, int, str]]:
-    """Ten rows of a day: id, time, city."""
-    start = int(datetime.combine(FIRST, datetime.min.time(), timezone.utc).timestamp()) + 86_400 * number
-    return [(100 * number + i, start + 8_000 * i, f"city {i % 3 + number}") for i in range(10)]
-
-
-@pytest.fixture
-def days(tmp_path) -> Path:
-    """Three days; row i of a day is clicked 3 h later if it is even, 23 h later at 3 and two days later at 5."""
-    folder = tmp_path / "days"
-    folder.mkdir()
-    clicks: dict[date, list[tuple[int, int]]] = {FIRST + timedelta(days=n): [] for n in range(5)}
-    for number in range(3):
-        rows = day_rows(number)
-        lines = "".join(f"{key},{at},{city}\n" for key, at, city in rows)
-        (folder / f"log-{FIRST + timedelta(days=number)}.csv").write_text("id,at,city\n" + lines)
-        hours = {0: 3, 2: 3, 4: 3, 6: 3, 8: 3, 3: 23, 5: 48}
-        for i, wait in hours.items():
-            when = rows[i][1] + 3600 * wait
-            clicks[datetime.fromtimestamp(when, timezone.utc).date()].append((rows[i][0], when))
-    for day, found in clicks.items():
-        text = "".join(f"{key},{when}\n" for key, when in found)
-        (folder / f"clicks-{day}.csv").write_text("id,when\n" + text)
-    return folder
-
-
-def click_times(days: Path, number: int) -> list[int]:
-    lines = (days / f"clicks-{FIRST + timedelta(days=number)}.csv").read_text().split()[1:]
-    return [int(line.split(",")[1]) for line in lines]
-
-
-def test_days_become_datasets_of_their_own_with_the_encoders_of_the_first(days, tmp_path):
-    out = tmp_path / "out"
-    for number in range(3):
-        manifest = run(days, out, day_content(), date=FIRST + timedelta(days=number))
-        folder = out / str(FIRST + timedelta(days=number))
-        found = rows_by_id(folder)
-        assert [(row["row_id"], row["event_time"]) for row in found] == [(k, at) for k, at, _ in day_rows(number)]
-        # Clicks of the next day are found too, as far as the window reaches; one after two days is too late. Where the
-        # clicks that there are end before a row's window does, nothing is known of it.
-        latest = max(click_times(days, number) + click_times(days, number + 1))
-        clicked = [float(i in (0, 2, 3, 4, 6, 8)) for i in range(10)]
-        assert [row["label.click"] for row in found] == [
-            label if at + 86_400 <= latest else None
-            for label, (_, at, _) in zip(clicked, day_rows(number), strict=True)
-        ]
-        assert manifest.rows["train"] == 10
-        assert manifest.read["impressions"] == 10
-    assert sorted(path.name for path in out.iterdir()) == [str(FIRST + timedelta(days=n)) for n in range(3)]
-    first = out / str(FIRST)
-    cities = {value: i for i, value in values_of(first, "city").items()}
-    assert set(cities) == {"city 0", "city 1", "city 2"}
-    for number in range(3):
-        folder = out / str(FIRST + timedelta(days=number))
-        assert content_of(folder / "encoders") == content_of(first / "encoders")
-        assert [row["city"] for row in rows_by_id(folder)] == [cities.get(city, 1) for _, _, city in day_rows(number)]
-    assert "drift" in json.loads((folder / "statistics.json").read_text())
-    assert not list(out.rglob("dead_letters"))
-
-
-def test_only_the_outcomes_of_days_within_the_window_are_read(days, tmp_path):
-    read = {}
-    for window in ("1h", "1d", "25h", "3d"):
-        manifest = run(days, tmp_path / window, day_content(window=window), date=FIRST)
-        read[window] = manifest.read["click"]
-    clicks = [len((days / f"clicks-{FIRST + timedelta(days=n)}.csv").read_text().splitlines()) - 1 for n in range(5)]
-    # A window of a day reaches from the first day's end to the end of the next, and not a second further.
-    assert read == {"1h": sum(clicks[:2]), "1d": sum(clicks[:2]), "25h": sum(clicks[:3]), "3d": sum(clicks[:4])}
-
-
-def test_a_day_can_be_made_again_and_others_stay(days, tmp_path):
-    out = tmp_path / "out"
-    for number in range(2):
-        run(days, out, day_content(), date=FIRST + timedelta(days=number))
-    before = content_of(out)
-    with pytest.raises(UserError, match="exists"):
-        run(days, out, day_content(), date=FIRST)
-    run(days, out, day_content(), date=FIRST + timedelta(days=1), overwrite=True)
-    assert content_of(out) == before
-
-
-def test_what_has_no_days_is_refused(days, tmp_path):
-    out = tmp_path / "out"
-    content = day_content()
-    content["source"]["files"] = "log-*.csv"
-    assert "log-*.csv, which does not say where a {date} stands" in refused(days, out, content, date=FIRST)
-    assert "outcome click has no window" in refused(days, out, day_content(window=None), date=FIRST)
-    message = refused(days, out, day_content(), date="2026-04-01")
-    assert "log-{date}.csv: no such file" in message
-
-
-def test_as_of_says_until_when_outcomes_are_complete(days, tmp_path):
-    """Without it the latest time of the log does, be it a click's."""
-    latest = max(time for number in range(5) for time in click_times(days, number))
-    for as_of in (None, FIRST + timedelta(days=2), FIRST + timedelta(days=9)):
-        out = tmp_path / str(as_of)
-        run(days, out, day_content(), **({"as_of": str(as_of)} if as_of else {}))
-        until = latest if as_of is None else datetime.combine(as_of, datetime.min.time(), timezone.utc).timestamp()
-        found = rows_by_id(out)
-        assert len(found) == 30
-        assert [row["label.click"] is None for row in found] == [row["event_time"] + 86_400 > until for row in found]
-    run(days, tmp_path / "left", day_content(young="leave_out"), as_of=str(FIRST + timedelta(days=2)))
-    kept = [at for n in range(3) for _, at, _ in day_rows(n) if at + 86_400 <= day_rows(2)[0][1]]
-    assert [row["event_time"] for row in rows_by_id(tmp_path / "left")] == kept
-    manifest = Dataset(tmp_path / "left").manifest
-    assert manifest.left_out == {"window of click still open": 30 - len(kept)}

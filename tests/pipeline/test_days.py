@@ -157,6 +157,7 @@ def test_a_manifest_of_days_counts_what_all_of_them_count(tmp_path):
         content["left_out"] = {f"rule of {day}": 18}
         content["outcomes"]["click"] |= {"joined": 60, "late": 13}
         content["dead_letters"] = {"odd": 5}
+        content["complete_until"] = {"click": 1_000_000 - int(day[-1])}
         file.write_text(json.dumps(content))
     found = open_dataset(tmp_path, f"{days[0]}..{days[-1]}").manifest
     total: dict[tuple[str, ...], int] = {}
@@ -165,6 +166,7 @@ def test_a_manifest_of_days_counts_what_all_of_them_count(tmp_path):
             total[keys] = total.get(keys, 0) + value
     assert dict(counters(found.model_dump())) == total
     assert total["outcomes", "click", "early"] == 0
+    assert open_dataset(tmp_path, f"{days[1]}..{days[2]}").manifest.complete_until == {"click": 1_000_000 - 3}
     assert sum(letters.rows for letters in found.letters) == 15
     assert all((tmp_path / part.path).is_file() for part in [*found.letters, *found.shards])
 
