@@ -17,7 +17,7 @@ from jobs.entry import job, parse
 def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report."""
     from pipeline.evaluation import report
-    from pipeline.evaluation.evaluator import EvaluateConfig, evaluate
+    from pipeline.evaluation.evaluator import EvaluateConfig, dataset_of, evaluate
     from pipeline.run import Run
 
     if "data" in config and "truth" in config.data and config.truth is None:
@@ -29,7 +29,7 @@ def main(config: DictConfig) -> None:
             f"{task} {m['ne']:.4f}".replace(" 0.", " .") for task, m in record["metrics"].items() if m.get("ne")
         )
         print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
-    dataset = settings.dataset or Path(run.config()["dataset"])
+    dataset = Path(dataset_of(run, settings).name)
     report.write(run, settings.split, dataset)
     print(f"\n{report.table(run, settings.split, dataset)}\n\n{run.report}")
 

@@ -8,6 +8,8 @@ Examples:
   python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/today encoders.from=/data/mine
 """
 
+from datetime import datetime, timezone
+
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
@@ -39,6 +41,8 @@ def main(config: DictConfig) -> None:
                 f"drift  {entry['feature']} {entry['verdict']}: PSI {entry['psi']:.3f}, missing {entry['missing']:.1%} "
                 f"(was {entry['missing_before']:.1%}){unknown}"
             )
+    for outcome, until in manifest.complete_until.items():
+        print(f"{outcome}: complete until {datetime.fromtimestamp(until, timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     bad, left_out = sum(manifest.dead_letters.values()), sum(manifest.left_out.values())
     print(
         f"{settings.folder}: {len(manifest.shards)} shards, schema {manifest.fingerprint}, {bad} dead letters"

@@ -101,7 +101,8 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
         )
     step = found[-1] if step is None else step
     trained_on = Path(run.config()["dataset"])
-    dataset = open_dataset(trained_on, run.config().get("days"))
+    days_read = run.config().get("days")
+    dataset = open_dataset(trained_on, days_read and days_read.partition("..")[0])  # all have the same encoders
     key = dataset.encoders_id
     if key not in days:
         days[key] = _encode(config, dataset.encoded_by, dataset.schema, config.folder / f"day-{key}")

@@ -153,7 +153,7 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
 
 
 def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.RawFile]]:
-    """The files of each stream, of a day and its outcomes' windows if one is asked for. Raises UserError where there are none."""
+    """The files of each stream; of a day, and of its outcomes' windows, if one is asked for. Raises UserError for none."""
     streams = {IMPRESSIONS: raw_files.find(config.input, schema.source.files, [config.date] if config.date else None)}
     for name, outcome in schema.source.outcomes.items():
         days = None
