@@ -61,7 +61,7 @@ def write_csv(path: Path, rows: list[dict[str, str]], quote_all: bool = False) -
 
 
 def write_small_log(folder: Path) -> None:
-    """Three days: plain, gzip and all quoted (header too); every third row is clicked, one twice, and a row that is not there."""
+    """Three days: plain, gzip and all quoted (header too); every third is clicked, one twice; one click is of no row."""
     rows = [small_row(number) for number in range(DAYS * ROWS_PER_DAY)]
     for day, name in enumerate(["impressions-1.csv", "impressions-2.csv.gz", "impressions-3.csv"]):
         write_csv(folder / name, rows[day * ROWS_PER_DAY : (day + 1) * ROWS_PER_DAY], quote_all=day == 2)

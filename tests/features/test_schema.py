@@ -218,7 +218,7 @@ def test_an_outcome_cannot_reach_a_feature_through_the_user_or_the_item_of_a_his
         for column, says in (("click", "reads click, an outcome"), ("stars", "tasks.good.label uses column stars")):
             assert says in refusal(changed("bag.recent.history", history | {key: column}))
     # What came of earlier rows may well say which of them count.
-    timed = changed("source.outcomes.click.time", "at")
+    timed = changed("source.outcomes.click", {"files": "c", "key": "id", "time": "at", "window": "1d"})
     Schema.parse(changed("bag.recent.history", history | {"when": "click AND stars = '5'"}, timed), where="mine.yaml")
 
 
@@ -325,14 +325,6 @@ def timeless() -> dict[str, Any]:
     return {key: value for key, value in BASE.items() if key != "event_time"} | {"split": split}
 
 
-@pytest.mark.parametrize("when", ["click", "click_dwell > 3", "long"])
-def test_a_history_reads_only_outcomes_whose_time_is_known(when):
-    content = changed("source.derived.long", "click_dwell > 3")
-    content = changed("bag.recent.history", {"user": "user", "item": "item", "when": when}, content)
-    assert "bag recent: its history reads outcome click, which has no time" in refusal(content)
-    Schema.parse(changed("source.outcomes.click.time", "at", content), where="mine.yaml")
-
-
 def test_the_files_of_an_outcome_are_written_as_the_impressions_are_unless_it_says_otherwise():
     columns = ["id", "time", "price", "user", "item", "recent", "stars"]
     own = {"files": "buy", "key": "id", "read": {"format": "jsonl", "timezone": "Asia/Tokyo"}}
@@ -384,18 +376,3 @@ def test_a_file_is_refused_by_its_name(tmp_path):
         with pytest.raises(UserError, match=name) as caught:
             Schema.load(tmp_path / name)
         assert caught.value.args
-
-
-def test_a_column_that_two_outcomes_or_a_derived_column_add_is_refused():
-    def of(outcomes: dict[str, Any], derived: dict[str, str]) -> str:
-        source = {"files": "x", "key": "k", "outcomes": outcomes, "derived": derived}
-        task = {"t": {"kind": "binary", "label": "x > 1"}}
-        split = {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1}
-        with pytest.raises(UserError) as caught:
-            Schema.parse({"source": source, "tasks": task, "split": split}, where="mine.yaml")
-        return str(caught.value)
-
-    stream = {"files": "y", "key": "k"}
-    twice = of({"click": stream | {"columns": {"dwell": "float"}}, "click_dwell": stream}, {})
-    assert "column click_dwell is added twice" in twice
-    assert "column click_count is added twice" in of({"click": stream}, {"click_count": "x + 1"})

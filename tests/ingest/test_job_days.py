@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from datetime import date, datetime, timedelta, timezone
+from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ def day_content(**click: Any) -> dict[str, Any]:
     }
 
 
+def midnight(number: int) -> int:
+    """When a day begins."""
+    return int(datetime.combine(FIRST, time(), timezone.utc).timestamp()) + 86_400 * number
+
+
 def day_rows(number: int) -> list[tuple[int, int, str]]:
     """Ten rows of a day: id, time, city."""
-    start = int(datetime.combine(FIRST, datetime.min.time(), timezone.utc).timestamp()) + 86_400 * number
-    return [(100 * number + i, start + 8_000 * i, f"city {i % 3 + number}") for i in range(10)]
+    return [(100 * number + i, midnight(number) + 8_000 * i, f"city {i % 3 + number}") for i in range(10)]
 
 
 @pytest.fixture
@@ -58,26 +62,16 @@ def days(tmp_path) -> Path:
     return folder
 
 
-def click_times(days: Path, number: int) -> list[int]:
-    lines = (days / f"clicks-{FIRST + timedelta(days=number)}.csv").read_text().split()[1:]
-    return [int(line.split(",")[1]) for line in lines]
-
-
 def test_days_become_datasets_of_their_own_with_the_encoders_of_the_first(days, tmp_path):
     out = tmp_path / "out"
     for number in range(3):
-        manifest = run(days, out, day_content(), date=FIRST + timedelta(days=number))
-        folder = out / str(FIRST + timedelta(days=number))
+        day = FIRST + timedelta(days=number)
+        manifest = run(days, out, day_content(), date=day, as_of=str(day + timedelta(days=2)))
+        folder = out / str(day)
         found = rows_by_id(folder)
         assert [(row["row_id"], row["event_time"]) for row in found] == [(k, at) for k, at, _ in day_rows(number)]
-        # Clicks of the next day are found too, as far as the window reaches; one after two days is too late. Where the
-        # clicks that there are end before a row's window does, nothing is known of it.
-        latest = max(click_times(days, number) + click_times(days, number + 1))
-        clicked = [float(i in (0, 2, 3, 4, 6, 8)) for i in range(10)]
-        assert [row["label.click"] for row in found] == [
-            label if at + 86_400 <= latest else None
-            for label, (_, at, _) in zip(clicked, day_rows(number), strict=True)
-        ]
+        # Clicks of the next day are found too, as far as the window reaches; one after two days is too late.
+        assert [row["label.click"] for row in found] == [float(i in (0, 2, 3, 4, 6, 8)) for i in range(10)]
         assert manifest.rows["train"] == 10
         assert manifest.read["impressions"] == 10
     assert sorted(path.name for path in out.iterdir()) == [str(FIRST + timedelta(days=n)) for n in range(3)]
@@ -118,23 +112,112 @@ def test_what_has_no_days_is_refused(days, tmp_path):
     content = day_content()
     content["source"]["files"] = "log-*.csv"
     assert "log-*.csv, which does not say where a {date} stands" in refused(days, out, content, date=FIRST)
-    assert "outcome click has no window" in refused(days, out, day_content(window=None), date=FIRST)
+    for click in ({"window": None}, {"late": "keep"}):
+        message = refused(days, out, day_content(**click), date=FIRST)
+        assert "outcome click has no window that closes" in message
+    seen = day_content() | {"bag": {"seen": {"history": {"user": "city", "item": "city"}}}}
+    assert "bag seen is a history" in refused(days, out, seen, date=FIRST)
     message = refused(days, out, day_content(), date="2026-04-01")
-    assert "log-{date}.csv: no such file" in message
+    assert "log-{date}.csv: no such file of 2026-04-01" in message
 
 
-def test_as_of_says_until_when_outcomes_are_complete(days, tmp_path):
-    """Without it the latest time of the log does, be it a click's."""
-    latest = max(time for number in range(5) for time in click_times(days, number))
-    for as_of in (None, FIRST + timedelta(days=2), FIRST + timedelta(days=9)):
-        out = tmp_path / str(as_of)
-        run(days, out, day_content(), **({"as_of": str(as_of)} if as_of else {}))
-        until = latest if as_of is None else datetime.combine(as_of, datetime.min.time(), timezone.utc).timestamp()
-        found = rows_by_id(out)
-        assert len(found) == 30
-        assert [row["label.click"] is None for row in found] == [row["event_time"] + 86_400 > until for row in found]
-    run(days, tmp_path / "left", day_content(young="leave_out"), as_of=str(FIRST + timedelta(days=2)))
-    kept = [at for n in range(3) for _, at, _ in day_rows(n) if at + 86_400 <= day_rows(2)[0][1]]
+def test_outcomes_in_files_without_days_need_no_window(days, tmp_path):
+    content = day_content(files="clicks-*.csv", window=None)
+    manifest = run(days, tmp_path / "out", content, date=FIRST)
+    assert manifest.read["click"] == 21
+    # With no window the click after two days counts as well.
+    labels = [row["label.click"] for row in rows_by_id(tmp_path / "out" / str(FIRST))]
+    assert labels == [float(i in (0, 2, 3, 4, 5, 6, 8)) for i in range(10)]
+
+
+def test_the_clicks_of_the_day_must_be_there_and_those_of_days_to_come_need_not(days, tmp_path):
+    (days / f"clicks-{FIRST + timedelta(days=1)}.csv").unlink()
+    assert run(days, tmp_path / "out", day_content(), date=FIRST).read["click"] == 5
+    message = refused(days, tmp_path / "out", day_content(), date=FIRST + timedelta(days=1))
+    assert "clicks-{date}.csv: no such file of 2026-03-02" in message
+
+
+def test_days_are_not_put_into_a_dataset(days, tmp_path):
+    out = tmp_path / "out"
+    run(days, out, day_content())
+    before = content_of(out)
+    assert f"{out} is a dataset itself" in refused(days, out, day_content(), date=FIRST)
+    assert content_of(out) == before
+
+
+def test_only_a_first_day_needs_rows_to_train_on_and_every_day_some_rows(days, tmp_path):
+    content = day_content()
+    content["split"] = {"by": "time", "valid_from": str(FIRST + timedelta(days=1)), "test_from": "2026-03-09"}
+    out = tmp_path / "out"
+    out.mkdir()
+    assert "split train is empty: none of 10 rows" in refused(days, out, content, date=FIRST + timedelta(days=1))
+    assert run(days, out, content, date=FIRST).rows == {"train": 10, "valid": 0, "test": 0}
+    manifest = run(days, out, content, date=FIRST + timedelta(days=1))
+    assert manifest.rows == {"train": 0, "valid": 10, "test": 0}
+    (days / f"log-{FIRST + timedelta(days=2)}.csv").write_text("id,at,city\n")
+    before = content_of(out)
+    with pytest.raises(UserError, match="no row is left"):
+        run(days, out, content, date=FIRST + timedelta(days=2))
+    assert content_of(out) == before
+
+
+# Until when outcomes are complete
+
+
+def labelled_rows(log: Path, out: Path, content: dict[str, Any], **settings: Any) -> list[tuple[int, bool]]:
+    """Of all days each row's time, and whether its label is known."""
+    run(log, out, content, **settings)
+    found = [(row["event_time"], row["label.click"] is not None) for row in rows_by_id(out)]
+    assert len(found) == 30
+    return found
+
+
+def closed_by(end: int) -> list[tuple[int, bool]]:
+    """The same where a window of a day is closed for rows up to `end`."""
+    return [(at, at + 86_400 <= end) for number in range(3) for _, at, _ in day_rows(number)]
+
+
+def test_a_log_is_complete_until_its_last_joined_click_or_as_it_is_told(days, tmp_path):
+    """Neither a click of no row nor one with a wrong clock says that the log is complete until then."""
+    last = day_rows(2)[3][1] + 23 * 3600
+    with (days / f"clicks-{FIRST + timedelta(days=4)}.csv").open("a") as file:
+        file.write(f"77777,{last + 9_999}\n100,4102444800\n")
+    assert labelled_rows(days, tmp_path / "default", day_content()) == closed_by(last)
+    assert Dataset(tmp_path / "default").manifest.complete_until == {"click": last}
+    for number in (2, 9):
+        out = tmp_path / str(number)
+        told = str(FIRST + timedelta(days=number))
+        assert labelled_rows(days, out, day_content(), as_of=told) == closed_by(midnight(number))
+        assert Dataset(out).manifest.complete_until == {"click": midnight(number)}
+
+
+def test_a_log_without_a_joined_click_is_complete_until_its_last_impression(days, tmp_path):
+    for path in days.glob("clicks-*"):
+        path.write_text("id,when\n77777,4102444800\n")
+    last = day_rows(2)[-1][1]
+    assert labelled_rows(days, tmp_path / "out", day_content()) == closed_by(last)
+    assert Dataset(tmp_path / "out").manifest.complete_until == {"click": last}
+
+
+def test_each_outcome_is_complete_until_a_time_of_its_own_and_told_ones_all_until_one(days, tmp_path):
+    content = day_content()
+    buy = {"files": "buys.csv", "key": "id", "time": "when", "window": "1h"}
+    content["source"]["outcomes"] |= {"buy": buy, "share": buy | {"young": "keep"}}
+    content["tasks"]["buy"] = {"kind": "binary", "label": "buy"}
+    rows = [row for number in range(3) for row in day_rows(number)]
+    (days / "buys.csv").write_text(f"id,when\n{rows[14][0]},{rows[14][1] + 5}\n")
+    ends = {"click": day_rows(2)[3][1] + 23 * 3600, "buy": rows[14][1] + 5}
+    assert run(days, tmp_path / "own", content).complete_until == ends  # and for young: keep it does not matter
+    found = [(row["label.click"] is not None, row["label.buy"] is not None) for row in rows_by_id(tmp_path / "own")]
+    assert found == [(at + 86_400 <= ends["click"], at + 3600 <= ends["buy"]) for _, at, _ in rows]
+    told = run(days, tmp_path / "told", content, as_of=str(FIRST + timedelta(days=2)))
+    assert told.complete_until == dict.fromkeys(ends, midnight(2))
+    found = [(row["label.click"] is not None, row["label.buy"] is not None) for row in rows_by_id(tmp_path / "told")]
+    assert found == [(at + 86_400 <= midnight(2), at + 3600 <= midnight(2)) for _, at, _ in rows]
+
+
+def test_rows_whose_window_is_open_can_be_left_out(days, tmp_path):
+    manifest = run(days, tmp_path / "left", day_content(young="leave_out"), as_of=str(FIRST + timedelta(days=2)))
+    kept = [at for at, closed in closed_by(midnight(2)) if closed]
     assert [row["event_time"] for row in rows_by_id(tmp_path / "left")] == kept
-    manifest = Dataset(tmp_path / "left").manifest
     assert manifest.left_out == {"window of click still open": 30 - len(kept)}

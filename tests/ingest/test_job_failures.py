@@ -173,6 +173,64 @@ def test_an_out_that_cannot_be_written_is_refused(small_log, small_content, tmp_
         run(small_log, tmp_path / "file" / "out", small_content())
 
 
+def test_a_bad_stream_stops_the_job_however_many_good_rows_another_has(small_log, small_content, tmp_path):
+    """Of 302 clicks two are bad: within the limit among all 1202 rows, and not among the clicks."""
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    clicks = (folder / "clicks-1.csv").read_text().splitlines()
+    clicks[7], clicks[3] = "no number,1", "short"
+    (folder / "clicks-1.csv").write_text("\n".join(clicks) + "\n")
+    message = refused(folder, tmp_path / "out", small_content(), max_bad_fraction=2 / 303)
+    assert message.startswith("2 of 302 rows of click are bad, more than max_bad_fraction=0.0066")
+    assert f"the first: {folder}/clicks-1.csv, line 4: 1 columns instead of 2. Mend" in message
+    manifest = run(folder, tmp_path / "out", small_content(), max_bad_fraction=2 / 302)
+    assert sum(manifest.dead_letters.values()) == 2
+
+
+@pytest.mark.parametrize("unit_bytes", [1000, 1 << 20])
+def test_the_example_is_the_earliest_bad_line_whichever_step_finds_it(unit_bytes, small_log, small_content, tmp_path):
+    """A label is seen to be bad only after the join, long after a value that is no number."""
+    folder = shutil.copytree(small_log, tmp_path / "log")
+    lines = (folder / "impressions-1.csv").read_text().splitlines()
+    lines[30], lines[45] = (
+        lines[30].replace(",", ",,", 1),
+        lines[45].replace(",1.5,", ",oops,").replace(",20,", ",oops,"),
+    )
+    lines[20] = lines[20].rpartition(",")[0] + ",9"
+    (folder / "impressions-1.csv").write_text("\n".join(lines) + "\n")
+    content = small_content()
+    content["tasks"]["few"] = {"kind": "binary", "label": "qty / 8"}
+    message = refused(folder, tmp_path / "out", content, unit_bytes=unit_bytes)
+    assert "3 of 900 rows of impressions are bad" in message
+    assert f"the first: {folder}/impressions-1.csv, line 21: tasks.few: " in message
+
+
+def test_a_raw_column_with_a_name_that_the_schema_adds_is_refused(small_log, small_content, tmp_path):
+    """Else a label would be read from the file or from the join, and nobody could tell."""
+    for name in ("click", "click_count", "click_dwell", "hour"):
+        folder = shutil.copytree(small_log, tmp_path / name / "log")
+        lines = (folder / "impressions-3.csv").read_text().splitlines()
+        (folder / "impressions-3.csv").write_text("\n".join([lines[0] + f',"{name}"', *(x + ",1" for x in lines[1:])]))
+        content = small_content()
+        content["source"]["derived"] = {"hour": "at % 24"}
+        message = refused(folder, tmp_path / name / "out", content)
+        assert message.startswith(f"{folder}/impressions-3.csv: column {name} is also what the schema adds: rename")
+
+
+def test_an_order_in_time_needs_a_time(small_log, small_content, tmp_path):
+    content = small_content() | {"split": {"by": "hash", "key": "user", "valid": 0.3, "test": 0.3}}
+    del content["event_time"]
+    assert "order=time: the schema has no event_time" in refused(small_log, tmp_path / "out", content, order="time")
+    assert run(small_log, tmp_path / "out", content).read["impressions"] == 900
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/data", "gs://bucket", "file:///data", "hdfs://name:9000/data"])
+def test_an_out_that_is_a_url_is_refused_before_a_folder_of_its_name_appears(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValidationError, match="is no path: a dataset is written to a file system that is mounted"):
+        PreprocessConfig(input="x", out=out)
+    assert not list(tmp_path.iterdir())
+
+
 # The command line
 
 
@@ -212,6 +270,7 @@ def test_a_cut_file_ends_the_command_with_one_line_and_exit_code_1(conf, small_l
         (["data=nosuch", "out=out"], "nosuch"),
         (["data=small", "out=out", "rows_per_shard=0"], "rows_per_shard"),
         (["data=small", "out=out", "colour=blue"], "colour"),
+        (["data=small", "out=s3://bucket/data"], "out: "),
         (["data=small", "out=out", "encoders.from=nosuch"], "no such file"),
     ],
 )

@@ -155,7 +155,9 @@ def test_encoders_of_another_schema_or_none_are_refused(small_dataset, later_log
     message = refused(later_log, tmp_path / "no", other, encoders={"from": small_dataset})
     assert Dataset(small_dataset).schema.inputs_fingerprint in message
     assert Schema.parse(other, where="x").inputs_fingerprint in message
-    assert "encoders.json" in refused(later_log, tmp_path / "no", small_content(), encoders={"from": later_log})
+    assert "no dataset (manifest.json is missing)" in refused(
+        later_log, tmp_path / "no", small_content(), encoders={"from": later_log}
+    )
 
 
 def test_statistics_say_how_far_a_log_drifted_from_that_of_its_encoders(

@@ -18,6 +18,7 @@ from torch import Tensor
 from two_ranks import MIXED, OPTIMIZERS, PLACEMENTS, STOP, Recorder, stopped
 from workbench import (
     NEVER_OBSERVED,
+    PATHS,
     SCHEMA,
     TABLES,
     TRAIN_ROWS,
@@ -561,6 +562,6 @@ path = Path({str(one_rank / "rowwise_adagrad" / "checkpoints" / "step-00000050")
 checkpoint.load(path, {{"model": ranker.state_dict()}}, alone=True)
 torch.save(ranker.state_dict(), {str(folder / "loaded.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(HERE)}, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": PATHS}, check=True, timeout=120)
     loaded = torch.load(folder / "loaded.pt", weights_only=True)
     identical(loaded, model(tensors(one_rank / "rowwise_adagrad" / "checkpoints" / "step-00000050")))

@@ -25,6 +25,9 @@ from models.ranker import ModelConfig, Ranker
 from pipeline import checkpoint
 from pipeline.training.config import Settings, TrainConfig
 
+# What scripts that run by themselves import: this folder, and tests/ above it.
+PATHS = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+
 # A table shared with a bag, a bag of its own, a task seen in few rows, weights, a regression, a missing flag.
 SCHEMA = yaml.safe_load("""
 source: {files: "*.csv", types: {click: int, conversion: int, dwell: float, importance: float}}
@@ -150,7 +153,7 @@ def losses(run: Path) -> list[float]:
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a script or a module on two ranks of one thread each, and prints what it said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout, done.stderr)
     return done
