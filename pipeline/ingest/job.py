@@ -22,6 +22,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 from features.encoders import Encoders
 from features.errors import UserError
 from features.schema import RowIndexSplit, Schema, utc
+from features.source import Outcome
 from pipeline.dataset import Dataset, Letters, Manifest, Shard, commit
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import plan, writer
@@ -52,7 +53,8 @@ class PreprocessConfig(BaseModel):
         out: the dataset to write.
         date: one day: files whose pattern has {date} are those of that day, and the dataset is out/DATE.
         encoders: from=DATASET uses its fitted encoders, None fits new ones (or takes those of the first day in `out`).
-        as_of: until when outcomes are complete; None: each stream's last one that belongs to an impression.
+        as_of: until when outcomes are complete; None: each stream's last one that belongs to an impression, and with `date`
+            the end of the last day whose files are there.
         order: of the rows: shuffled by a hash, by time, or as they were read.
         seed: of the shuffle.
         runner: direct (on this machine), or the name of another Beam runner with its flags in `options`.
@@ -120,7 +122,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
-            int(config.as_of.timestamp()) if config.as_of else None, str(reference) if reference else None,
+            _as_of(config, schema), str(reference) if reference else None,
         )  # fmt: skip
         try:
             if reference:
@@ -146,6 +148,10 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
     if schema.histories:
         raise UserError(f"{where}: bag {next(iter(schema.histories))} is a history, which a day alone does not have")
     for name, outcome in schema.source.outcomes.items():
+        if "{date}" not in outcome.files and outcome.window and outcome.young != "keep" and config.as_of is None:
+            raise UserError(
+                f"{where}: the files of outcome {name} have no {{date}}. Say with as_of= until when they are complete."
+            )
         if "{date}" in outcome.files and (outcome.window is None or outcome.late == "keep"):
             raise UserError(
                 f"{where}: outcome {name} has no window that closes: which days' files are its own? Give it one."
@@ -156,11 +162,32 @@ def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.
     """The files of each stream; of a day, and of its outcomes' windows, if one is asked for. Raises UserError for none."""
     streams = {IMPRESSIONS: raw_files.find(config.input, schema.source.files, [config.date] if config.date else None)}
     for name, outcome in schema.source.outcomes.items():
-        days = None
-        if config.date and outcome.window and "{date}" in outcome.files:
-            days = [config.date + datetime.timedelta(days=day) for day in range(2 + (outcome.window - 1) // 86_400)]
+        days = _days(config.date, outcome) if config.date and "{date}" in outcome.files else None
         streams[name] = raw_files.find(config.input, outcome.files, days)
     return streams
+
+
+def _days(day: datetime.date, outcome: Outcome) -> list[datetime.date]:
+    """The days on which outcomes of a day's impressions may happen."""
+    return [day + datetime.timedelta(days=after) for after in range(2 + (int(outcome.window or 0) - 1) // 86_400)]
+
+
+def _as_of(config: PreprocessConfig, schema: Schema) -> dict[str, int]:
+    """For each outcome the time until which it is complete, as far as that is known before anything is read.
+
+    Of a day's impressions it is the end of the last day whose files are there without a gap: that day's outcomes mostly
+    belong to other impressions, which are not read.
+    """
+    known = {}
+    for name, outcome in schema.source.outcomes.items():
+        if config.as_of:
+            known[name] = int(config.as_of.timestamp())
+        elif config.date and "{date}" in outcome.files:
+            found = raw_files.files_by_date(config.input, outcome.files, _days(config.date, outcome))
+            last = next((day for day, files in found.items() if not files), max(found) + datetime.timedelta(days=1))
+            midnight = datetime.datetime.combine(last, datetime.time(), schema.source.format_of(name).zone)
+            known[name] = int(midnight.timestamp())
+    return known
 
 
 def _unpacked(file: raw_files.RawFile) -> int:

@@ -29,14 +29,14 @@ class Limits:
 
     Attributes:
         needs_splits: whether a split of the schema without rows stops the job.
-        as_of: seconds; until when outcomes are complete, None: the latest time in the log.
+        as_of: per outcome, as far as it is known, seconds until when it is complete.
         reference: the dataset whose encoders are used.
     """
 
     max_bad_fraction: float
     rows_per_shard: int
     needs_splits: bool
-    as_of: int | None
+    as_of: dict[str, int]
     reference: str | None
 
 
@@ -102,7 +102,7 @@ def complete_until(job: Job, limits: Limits) -> dict[str, int]:
     for name, outcome in job.schema.source.outcomes.items():
         if outcome.window and outcome.young != "keep":
             joined = [report["latest"][name] for report in job.found("join") if report["latest"][name] is not None]
-            until[name] = limits.as_of if limits.as_of is not None else max(joined or latest, default=0)
+            until[name] = limits.as_of.get(name, max(joined or latest, default=0))
     return until
 
 

@@ -1,6 +1,7 @@
 """Days that become datasets of their own, and until when the outcomes of a log are complete."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_days_become_datasets_of_their_own_with_the_encoders_of_the_first(days, 
     out = tmp_path / "out"
     for number in range(3):
         day = FIRST + timedelta(days=number)
-        manifest = run(days, out, day_content(), date=day, as_of=str(day + timedelta(days=2)))
+        manifest = run(days, out, day_content(), date=day)
+        assert manifest.complete_until == {"click": midnight(number + 2)}
         folder = out / str(day)
         found = rows_by_id(folder)
         assert [(row["row_id"], row["event_time"]) for row in found] == [(k, at) for k, at, _ in day_rows(number)]
@@ -117,6 +119,8 @@ def test_what_has_no_days_is_refused(days, tmp_path):
         assert "outcome click has no window that closes" in message
     seen = day_content() | {"bag": {"seen": {"history": {"user": "city", "item": "city"}}}}
     assert "bag seen is a history" in refused(days, out, seen, date=FIRST)
+    undated = day_content(files="clicks-*.csv")
+    assert "the files of outcome click have no {date}. Say with as_of=" in refused(days, out, undated, date=FIRST)
     message = refused(days, out, day_content(), date="2026-04-01")
     assert "log-{date}.csv: no such file of 2026-04-01" in message
 
@@ -132,7 +136,13 @@ def test_outcomes_in_files_without_days_need_no_window(days, tmp_path):
 
 def test_the_clicks_of_the_day_must_be_there_and_those_of_days_to_come_need_not(days, tmp_path):
     (days / f"clicks-{FIRST + timedelta(days=1)}.csv").unlink()
-    assert run(days, tmp_path / "out", day_content(), date=FIRST).read["click"] == 5
+    manifest = run(days, tmp_path / "out", day_content(), date=FIRST)
+    assert manifest.read["click"] == 5
+    assert manifest.complete_until == {"click": midnight(1)}
+    # The first row's window of a day ends at midnight; all others' were still open when the log ended.
+    labels = [row["label.click"] for row in rows_by_id(tmp_path / "out" / str(FIRST))]
+    assert labels == [1.0] + [None] * 9
+    shutil.rmtree(tmp_path / "out")
     message = refused(days, tmp_path / "out", day_content(), date=FIRST + timedelta(days=1))
     assert "clicks-{date}.csv: no such file of 2026-03-02" in message
 

@@ -268,7 +268,7 @@ def found_rows(out: Path, histories: list[str]) -> list[dict[str, Any]]:
     logs(), st.tuples(rules, rules), st.one_of(st.none(), SMALL), st.sampled_from([100, 1 << 20]),
     st.sampled_from([100, 400, 1 << 20]),
 )  # fmt: skip
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
     log: tuple[list[Impression], list[Event], list[Event]],
     drawn: tuple[Rules, Rules],
@@ -326,3 +326,21 @@ def test_what_a_row_teaches_about_joins_in_a_log_small_enough_to_read(tmp_path: 
     run(tmp_path, tmp_path / "told", content_for({"click": rule}), as_of=written(BASE + 60, 2))
     rows = found_rows(tmp_path / "told", ["seen", "clicked", "ignored"])
     assert [row["label.click_any"] for row in rows] == [1, 0, 0, None]
+
+
+@pytest.mark.parametrize("windows", [(5, 20), (20, 5)])
+def test_what_reads_two_outcomes_is_known_once_both_windows_have_closed(
+    windows: tuple[int, int], tmp_path: Path
+) -> None:
+    impressions = [Impression(0, "a", BASE, "u", "x")]
+    impressions += [Impression(i, f"b{i}", BASE + wait, "u", None) for i, wait in enumerate((1, 6, 20, 21), 1)]
+    streams = {"click": [Event("a", BASE, 2)], "buy": [Event("a", BASE, 1)]}
+    outcomes = {
+        name: Rules(window=window, take="first", duplicates="drop", late="drop", young="keep")
+        for name, window in zip(streams, windows, strict=True)
+    }
+    write_log(tmp_path, impressions, streams)
+    run(tmp_path, tmp_path / "out", content_for(outcomes))
+    rows = found_rows(tmp_path / "out", ["clicked", "either"])
+    assert [row["clicked"] for row in rows] == [[], ["x"], ["x"], ["x"], ["x"]]
+    assert [row["either"] for row in rows] == [[], [], [], [], ["x"]]
