@@ -1,7 +1,9 @@
-"""Whether progress may be drawn over and over in one place."""
+"""What a person sees of a job while it runs."""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SECONDS = 10  # between lines where it may not
 
@@ -9,3 +11,21 @@ SECONDS = 10  # between lines where it may not
 def draws_bars() -> bool:
     """True on a terminal, unless TASKFUSE_LINES is set, as it is where several jobs write to one."""
     return sys.stderr.isatty() and not os.environ.get("TASKFUSE_LINES")
+
+
+@contextmanager
+def quiet_children() -> Iterator[None]:
+    """What processes that start meanwhile write to stderr goes nowhere; our own lines still appear."""
+    sys.stderr.flush()
+    ours, stderr = os.dup(2), sys.stderr
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        sys.stderr = os.fdopen(os.dup(ours), "w", buffering=1)
+        yield
+    finally:
+        sys.stderr.close()
+        sys.stderr = stderr
+        os.dup2(ours, 2)
+        os.close(ours)
+        os.close(nowhere)

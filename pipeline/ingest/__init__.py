@@ -8,4 +8,3 @@ import apache_beam  # noqa: E402, F401
 
 logging.disable(logging.NOTSET)
 logging.getLogger("apache_beam").setLevel(logging.ERROR)
-logging.getLogger("__main__").setLevel(logging.ERROR)  # of Beam's worker processes, which say that they end

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, Job, Work
 from pipeline.ingest.steps import STEPS
 from pipeline.memory import give_memory_back, keep_memory
+from pipeline.terminal import quiet_children
 
 RUNNERS = {"portable": "PortableRunner", "flink": "FlinkRunner", "spark": "SparkRunner", "dataflow": "DataflowRunner"}
 UNPACKED = 5  # times as large a compressed file is taken to be
@@ -254,7 +256,9 @@ def _run(config: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) 
     """All steps in one pipeline. Raises UserError for the first thing that failed."""
     steps = plan.steps_of(job)
     total = sum(unit["unit"]["file"]["size"] for unit in units if not unit["unit"]["start"])
-    with Progress(job.scratch / "notes", steps, total), _pipeline(config) as pipeline:
+    # Beam's worker processes tell every step of their life on stderr; what fails in them is raised here.
+    quiet = quiet_children() if config.runner == "direct" and config.workers > 1 else nullcontext()
+    with quiet, Progress(job.scratch / "notes", steps, total), _pipeline(config) as pipeline:
         work = pipeline | beam.Create(list(enumerate(units)))
         for step in steps:
             reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(job, step))
@@ -280,10 +284,7 @@ def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
     if config.runner != "direct":
         return beam.Pipeline(RUNNERS.get(config.runner, config.runner), options=PipelineOptions(config.options))
     # By name: the default runner first tries to fetch another one from the network.
-    many = [
-        "--direct_running_mode=multi_processing", f"--direct_num_workers={config.workers}",
-        "--default_sdk_harness_log_level=ERROR",
-    ]  # fmt: skip
+    many = ["--direct_running_mode=multi_processing", f"--direct_num_workers={config.workers}"]
     return beam.Pipeline(FnApiRunner(), options=PipelineOptions(config.options + (many if config.workers > 1 else [])))
 
 
