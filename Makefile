@@ -24,7 +24,7 @@ bench: .venv/ready .venv/rechub
 bench-towers: .venv/ready
 	$(BIN)/python tests/benchmarks/towers.py
 
-bench-ingest: .venv/ready .venv/ingest
+bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py
 
 census: .venv/ready
@@ -38,13 +38,9 @@ census: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# What only the benchmarks compare with.
+# What only the benchmark compares with.
 .venv/rechub: .venv/ready tests/benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/benchmarks/requirements.txt
-	touch $@
-
-.venv/ingest: .venv/ready tests/benchmarks/ingest-requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/benchmarks/ingest-requirements.txt
 	touch $@
 
 clean:

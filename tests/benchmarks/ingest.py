@@ -8,8 +8,7 @@
 
 Each run is a process of its own on one thread (with -2: two workers), from CSV files to zstd Parquet with vocabularies and
 moments fitted on the train split (ingest_contenders.py). Within a round they follow each other, and ratios are taken within
-rounds: a machine that slows down slows all. Results are kept in results/ingest-cpu.json. DuckDB is left out where it is
-not installed (ingest-requirements.txt).
+rounds: a machine that slows down slows all. Results are kept in results/ingest-cpu.json.
 """
 
 import json
@@ -30,7 +29,6 @@ from tabulate import tabulate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-DUCKDB = ROOT / ".venv" / "ingest"
 FLOOR, PER_ROW = "arrow", "beam-rows"
 
 # Settings of jobs.preprocess on the log. The others keep the order of the log, and so do the first two.
@@ -111,11 +109,7 @@ def chosen(options: Options) -> list[str]:
     """The names of a round's runs. Raises SystemExit for one that does not exist."""
     if unknown := [name for name in options.only.split(",") if name and name not in NAMES]:
         raise SystemExit(f"only={unknown[0]}: no such run, there are {', '.join(NAMES)}")
-    names = options.only.split(",") if options.only else NAMES
-    if "duckdb" in names and not DUCKDB.exists():
-        print(f"duckdb is left out: {DUCKDB} is missing, see ingest-requirements.txt", file=sys.stderr)
-        return [name for name in names if name != "duckdb"]
-    return names
+    return options.only.split(",") if options.only else NAMES
 
 
 def run_of(name: str, options: Options) -> Run:
@@ -147,8 +141,8 @@ def contender(name: str, log: w.Log) -> Callable[[Path], list[str]]:
 
 
 def environment() -> dict[str, str]:
-    """Of every run: one thread for what asks these variables, and DuckDB to be found."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "PYTHONPATH": str(DUCKDB)}
+    """Of every run: one thread for what asks these variables."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
 
 
 def take(name: str, run: Run, cache: Path) -> dict[str, float]:
@@ -204,13 +198,9 @@ def ratio(name: str, to: str, runs: dict[str, Run], rounds: list[Round]) -> floa
 
 def keep(runs: dict[str, Run], rounds: list[Round]) -> None:
     """Writes results/ingest-cpu.json."""
-    packages = ["apache-beam", "polars", "pyarrow", "numpy"]
+    packages = ["apache-beam", "polars", "pyarrow", "numpy", "duckdb"]
     machine: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
     machine |= {name: version(name) for name in packages}
-    machine["duckdb"] = next(
-        (path.name.removeprefix("duckdb-").removesuffix(".dist-info") for path in DUCKDB.glob("duckdb-*.dist-info")),
-        None,
-    )
     logs = {name: {"log": run.log, "rows": run.rows, "bytes": run.bytes} for name, run in runs.items()}
     path = HERE / "results" / "ingest-cpu.json"
     path.parent.mkdir(exist_ok=True)

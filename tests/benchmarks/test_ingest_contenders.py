@@ -47,10 +47,7 @@ def read(out):
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
-def test_every_contender_writes_what_preprocess_writes(name, log, expected, tmp_path, monkeypatch):
-    if name == "duckdb":
-        monkeypatch.syspath_prepend(ingest.DUCKDB)
-        pytest.importorskip("duckdb", reason=f"not in {ingest.DUCKDB}: see ingest-requirements.txt")
+def test_every_contender_writes_what_preprocess_writes(name, log, expected, tmp_path):
     contender = importlib.import_module(CONTENDERS[name])
     contender.encode(log.folder, tmp_path / "out", contender.fit(log.folder))
     found = read(tmp_path / "out")
