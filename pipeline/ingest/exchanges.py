@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from features import raw
+from features.errors import UserError
 from features.history import recent
 from features.outcomes import join
 from features.schema import Schema
@@ -22,9 +23,12 @@ def key_type(schema: Schema) -> RawType:
 
 
 def send_keys(job: Job, rows: pa.Table) -> str:
-    """Deals keys and times of impressions to buckets."""
+    """Deals keys and times of impressions to buckets. Raises UserError for a derived key that has fractions."""
     schema = job.schema
     key = pl.Series(raw.column(schema, rows, str(schema.source.key)))
+    fractions = key.dtype.is_numeric() and not key.dtype.is_integer()
+    if fractions and key_type(schema) == "string":  # its text would be 1.0, which no outcome says
+        raise UserError(f"source.key: {schema.source.key} is {key.dtype}: make it whole with CAST(... AS BIGINT)")
     if key_type(schema) == "string":
         key = key.cast(pl.String)
     sent = {"key": key.to_arrow(), spill.PLACE: pa.array(np.arange(rows.num_rows))}

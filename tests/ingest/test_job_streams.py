@@ -151,6 +151,15 @@ def test_a_derived_key_joins_as_a_column_of_the_same_values_does(key, expression
     assert rows_of(tmp_path / "derived", "train").equals(rows_of(tmp_path / "plain", "train"))
 
 
+def test_a_derived_key_with_fractions_is_refused_since_no_outcome_would_ever_be_joined(tmp_path):
+    folder = written(tmp_path / "log", "jsonl", [impression(n) for n in range(COUNT)], [click(n) for n in range(10)])
+    content = content_for("jsonl")
+    content["source"] |= {"derived": {"half": "id / 2.0"}, "key": "half"}
+    message = refused(folder, tmp_path / "out", content)
+    assert message.startswith("source.key: half is Decimal")
+    assert message.endswith("make it whole with CAST(... AS BIGINT)")
+
+
 def test_a_derived_number_can_be_row_id_time_and_key_of_the_split(tmp_path):
     folder = written(tmp_path / "log", "jsonl", [impression(n) for n in range(COUNT)], [])
     content = content_for("jsonl")
