@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from features.schema import Split
 from models.ranker import ModelConfig
 
 
@@ -31,6 +32,28 @@ class DenseOptimizer(Strict):
     warmup_steps: int = Field(0, ge=0)
     decay: Literal["none", "linear", "cosine"] = "none"
     final: float = Field(0.0, ge=0, le=1)
+
+
+class Communication(Strict):
+    """Number format of what the all-to-alls of pooled embeddings carry, and of their gradients on the way back."""
+
+    forward: Literal["fp32", "fp16", "bf16"] = "fp32"
+    backward: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+class Keep(Strict):
+    """Which checkpoints stay once a newer one is there; all of them while nothing is said. The newest always stays.
+
+    Attributes:
+        last: that many of the newest.
+        every: those of steps that are multiples of it.
+        best: a split; of each task the one with the lowest NE (regression: MSE) there in eval.jsonl. What no evaluator has
+            read yet stays too.
+    """
+
+    last: int | None = Field(None, ge=1)
+    every: int | None = Field(None, ge=1)
+    best: Split | None = None
 
 
 TaskWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
@@ -75,6 +98,7 @@ class PCGrad(Strict):
     weights: TaskWeights = {}
 
 
+Allowed = dict[str, Annotated[list[str], Field(min_length=1)]]
 Weighting = Annotated[Fixed | Equal | Uncertainty | GradNorm | PCGrad, Field(discriminator="name")]
 
 
@@ -90,10 +114,23 @@ class Settings(Strict):
         precision: bf16 runs the dense part under autocast.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
+        accumulate: slices of a rank's batch that go through the dense part one after the other, for less memory; the same
+            gradients as in one.
         sharding: allowed placements, for "default" or one table by name.
+        kernels: allowed compute kernels likewise.
+        communication: of the embeddings between ranks.
+        sharding_group: ranks that share one copy of the tables (2D parallel); None: all of them.
+        sync_every: steps between averages over the copies.
+        dense_parallel: of everything but the tables: a copy a rank, or shards.
         pipelined: TorchRec's pipelined loop (None: where there is a GPU and the weighting allows it).
         checkpoint_every: steps; None: once an epoch. The last step always has one.
         checkpoint_at: shares of the run's steps that have one besides.
+        checkpoint_async: written in the background from a copy in memory.
+        keep: which checkpoints stay.
+        nonfinite: what a loss that is not finite does: stop, or roll back and skip the batch.
+        corrupt: what a row group that cannot be read does: stop, or be left out and counted.
+        max_skipped: batches that may be skipped in a run before it stops all the same.
+        timeout: seconds that ranks wait for each other before they give up.
         init_from: a run whose newest checkpoint's weights this one starts from; what it does not have starts afresh.
         log_every: steps between lines of train.jsonl.
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
@@ -110,10 +147,22 @@ class Settings(Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: float | None = Field(None, gt=0)
     weighting: Weighting = Fixed()
-    sharding: dict[str, Annotated[list[str], Field(min_length=1)]] = {"default": ["table_wise", "row_wise"]}
+    accumulate: int = Field(1, ge=1)
+    sharding: Allowed = {"default": ["table_wise", "row_wise"]}
+    kernels: Allowed = {"default": ["fused"]}
+    communication: Communication = Communication()
+    sharding_group: int | None = Field(None, ge=1)
+    sync_every: int = Field(1, ge=1)
+    dense_parallel: Literal["ddp", "fsdp"] = "ddp"
     pipelined: bool | None = None
     checkpoint_every: int | None = Field(None, ge=1)
     checkpoint_at: list[Annotated[float, Field(gt=0, le=1)]] = []
+    checkpoint_async: bool = True
+    keep: Keep = Keep()
+    nonfinite: Literal["stop", "skip"] = "stop"
+    corrupt: Literal["stop", "skip"] = "stop"
+    max_skipped: int = Field(10, ge=0)
+    timeout: float = Field(600, gt=0, allow_inf_nan=False)
     init_from: Path | None = None
     log_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)

@@ -14,15 +14,13 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from features.errors import UserError
 from models.ranker import Ranker
 from pipeline.memory import keep_memory
+from pipeline.training import planning
 from pipeline.training.config import Settings
 
 OPTIMIZERS = {
@@ -31,10 +29,9 @@ OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adam": EmbOptimType.ADAM,
 }
-PLACEMENTS = {"table_wise", "row_wise", "column_wise", "table_row_wise"}
 BLOCK_ROWS = 1 << 16
 
-for name in ("torchrec.distributed.planner", "torchrec.distributed.utils", "torchrec.distributed.model_parallel"):
+for name in ("torchrec.distributed.utils", "torchrec.distributed.model_parallel"):
     logging.getLogger(name).setLevel(logging.ERROR)  # advice to library authors
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
@@ -77,9 +74,8 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
     """Shards the tables of `ranker`, a part of `model`, by a plan, and replicates the rest.
 
     Raises:
-        UserError: a placement or optimiser that does not exist here, or would make results depend on the plan.
+        UserError: as pipeline.training.planning.plan.
     """
-    _check(settings, ranker, device)
     sharder = _Sharder(
         fused_params={
             "optimizer": OPTIMIZERS[settings.tables.name],
@@ -87,37 +83,10 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
             "eps": settings.tables.eps,
         }
     )
-    ranks = dist.get_world_size()
-    configs = ranker.embeddings.embedding_bag_configs()
-    default = settings.sharding.get("default", ["table_wise", "row_wise"])
+    plan = planning.plan(model, [sharder], ranker.embeddings.embedding_bag_configs(), settings, device)
+    alone = dist.get_world_size() == 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        planner = EmbeddingShardingPlanner(
-            topology=Topology(
-                world_size=ranks,
-                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
-                compute_device=device.type,
-            ),
-            batch_size=settings.batch_size // ranks,
-            storage_reservation=FixedPercentageStorageReservation(0.15),
-            constraints={
-                # One id a row and feature; bags are short. Data-parallel is left out: its momentum is in no checkpoint.
-                c.name: ParameterConstraints(
-                    # One rank has nobody to share rows with: all placements are the same, this one is the cheapest.
-                    sharding_types=settings.sharding.get(c.name, default) if ranks > 1 else ["table_wise"],
-                    pooling_factors=[1.0] * len(c.feature_names),
-                    compute_kernels=["fused"],
-                )
-                for c in configs
-            },
-            debug=False,
-        )
-        try:
-            plan = planner.collective_plan(model, [sharder], dist.GroupMember.WORLD)
-        except PlannerError as error:
-            raise UserError(
-                f"the tables cannot be placed on {ranks} ranks: {' '.join(str(error).split())[:300]}"
-            ) from None
         sharded = DistributedModelParallel(
             model,
             device=device,
@@ -125,12 +94,12 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
             sharders=[sharder],
             init_data_parallel=False,
             # One rank has nobody to average with.
-            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=True) if ranks > 1 else None,
+            data_parallel_wrapper=None if alone else DefaultDataParallelWrapper(static_graph=True),
         )
-        if ranks > 1:
-            sharded.init_data_parallel()
-        else:
+        if alone:
             sharded.to(device)
+        else:
+            sharded.init_data_parallel()
     return sharded
 
 
@@ -139,29 +108,6 @@ def set_step(model: nn.Module, step: int) -> None:
     for module in model.modules():
         if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen) and module.optimizer == EmbOptimType.ADAM:
             module.set_optimizer_step(step)
-
-
-def _check(settings: Settings, ranker: Ranker, device: torch.device) -> None:
-    names = {config.name for config in ranker.embeddings.embedding_bag_configs()}
-    for table, placements in settings.sharding.items():
-        if table != "default" and table not in names:
-            raise UserError(f"train.sharding.{table}: no such table, there are {', '.join(sorted(names))}")
-        if wrong := set(placements) - PLACEMENTS:
-            why = " (data_parallel would lose its momentum at a checkpoint)" if "data_parallel" in wrong else ""
-            raise UserError(
-                f"train.sharding.{table}: {sorted(wrong)[0]} is not allowed{why}, choose from {sorted(PLACEMENTS)}"
-            )
-        if "column_wise" in placements and settings.tables.name == "rowwise_adagrad":
-            raise UserError(
-                f"train.sharding.{table}: column_wise with rowwise_adagrad keeps one momentum per column shard, so the "
-                "result would depend on the plan. Use train.tables.name=adagrad, or table_wise and row_wise."
-            )
-        if "table_row_wise" in placements and device.type == "cpu":
-            raise UserError(f"train.sharding.{table}: table_row_wise has no CPU kernel. Use table_wise or row_wise.")
-    if settings.tables.name == "adam" and device.type == "cpu":
-        raise UserError(
-            "train.tables.name=adam: fused Adam has no CPU kernel. Use rowwise_adagrad, adagrad or sgd here."
-        )
 
 
 def init_tables(embeddings: nn.Module, configs: list[EmbeddingBagConfig], seed: int, std: float) -> None:
