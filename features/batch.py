@@ -98,6 +98,19 @@ class Rows:
             row_id_N=stack(["row_id"], np.int64, 0)[0],
         )
 
+    @classmethod
+    def blank(cls, schema: Schema, rows: int) -> "Rows":
+        """Rows that count in nothing, in place of some that cannot be read."""
+        return cls(
+            id_FN=torch.zeros(len(schema.categorical), rows, dtype=torch.int64),
+            length_GN=torch.zeros(len(schema.bag), rows, dtype=torch.int64),
+            bags=[torch.zeros(0, dtype=torch.int64) for _ in schema.bag],
+            dense_ND=torch.zeros(rows, len(schema.dense_columns)),
+            label_NT=torch.full((rows, len(schema.tasks)), torch.nan),
+            weight_N=torch.zeros(rows),
+            row_id_N=torch.full((rows,), PADDING),
+        )
+
     def take(self, index_N: Tensor) -> "Rows":
         """The rows at `index_N`, in its order."""
         length_GN = self.length_GN[:, index_N]

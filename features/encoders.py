@@ -59,8 +59,13 @@ class Encoders:
         return cls(schema, vocabularies, statistics.moments, edges)
 
     def num_embeddings(self, table: str) -> int:
-        """Rows of an embedding table: every id an encoder can give, 0 .. num_embeddings - 1."""
+        """Rows of an embedding table: every id an encoder can give, 0 .. num_embeddings - 1.
+
+        The ids of a managed table are hashes; the model gives them rows (models.managed).
+        """
         settings = self.schema.all_tables[table]
+        if settings.managed:
+            return UNKNOWN + 1 + settings.managed.sets * settings.managed.ways
         if settings.bins:
             return len(self.edges[table]) + 1
         return settings.hash + 1 if settings.hash else self._first(table) + len(self.vocabularies[table])
@@ -158,6 +163,8 @@ class Encoders:
     def _value_ids(self, table: str, values: pa.Array) -> np.ndarray:
         if buckets := self.schema.all_tables[table].hash:
             return 1 + (hash_strings(values) % np.uint64(buckets)).astype(np.int64)
+        if self.schema.all_tables[table].managed:
+            return 1 + (hash_strings(values) % np.uint64((1 << 63) - 1)).astype(np.int64)
         vocabulary, first = self.vocabularies[table], self._first(table)
         if len(vocabulary) > 2 * len(values):  # the hash table that index_in builds had better be of the fewer
             distinct = values.unique()

@@ -14,7 +14,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field, Validatio
 
 from features.errors import UserError
 from features.expressions import columns_of
-from features.kinds import Bag, Categorical, Dense, Table, Vocabulary
+from features.kinds import Bag, Categorical, Dense, Managed, Table, Vocabulary
 from features.source import Format, History, Outcome, RawType, Source, Strict
 
 Split = Literal["train", "valid", "test"]
@@ -377,4 +377,6 @@ def _allowed(path: list[str]) -> list[str]:
         return list(History.model_fields)
     if path[2:] == ["vocabulary"]:
         return list(Vocabulary.model_fields)
+    if path[2:] == ["managed"]:
+        return list(Managed.model_fields)
     return list(sections[path[0]].model_fields)

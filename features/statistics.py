@@ -155,7 +155,7 @@ class Statistics:
                 counts = {schema.table_of(name): _counted(found._count_number(name, rows[name]))}
                 found.numbers = _summed([found.numbers, counts])
             else:
-                found._count_values(name, rows[name], hashed=bool(table.hash))
+                found._count_values(name, rows[name], hashed=not table.counted)
         label_BT = np.column_stack([_floats(rows[f"label.{task}"]) for task in schema.tasks])
         found.labels = LabelSums.of(label_BT)
         return found

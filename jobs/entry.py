@@ -1,5 +1,6 @@
 """How every job starts: a Hydra configuration in, one line and an exit code out."""
 
+import errno
 import functools
 import os
 import signal
@@ -17,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from features.errors import UserError
+from features.errors import Preempted, UserError
 from features.schema import Schema
 
 CONF = Path(__file__).parent / "conf"
+PREEMPTED = os.EX_TEMPFAIL  # 75, which tells a scheduler that the job can go on
+NOTES = "TASKFUSE_NOTES"  # names a folder in which each rank of a machine notes that it was preempted (jobs.launch)
 
 # Hydra prints its own errors over several lines unless told to let them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -36,6 +39,16 @@ def user_errors() -> Iterator[None]:
         if rank != "0":
             time.sleep(3)  # what all ranks find, rank 0 says, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
+    except Preempted as notice:
+        if os.environ.get("RANK", "0") == "0":
+            print(notice, file=sys.stderr, flush=True)
+        if folder := os.environ.get(NOTES):
+            (Path(folder) / os.environ["LOCAL_RANK"]).write_text(os.environ["LOCAL_WORLD_SIZE"])
+        sys.exit(PREEMPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}. Make room, then run the same command again.")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what was committed stays, run the same command again to go on")
 

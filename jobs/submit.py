@@ -71,7 +71,7 @@ def quoted(word: str) -> str:
 
 def local_command(work: Workload) -> list[str]:
     """The words that run the job on this machine, with the Python that runs this one."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={work.ranks_per_node}"]
+    torchrun = ["-m", "jobs.launch", "--standalone", f"--nproc-per-node={work.ranks_per_node}"]
     return [sys.executable, *(torchrun if work.job == "train" else []), "-m", f"jobs.{work.job}", *work.args]
 
 

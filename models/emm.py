@@ -17,7 +17,9 @@ from features.schema import Schema
 from models.fusion.emm import EMM, TrainedModel
 from models.inputs import Inputs
 from models.interaction import build_interaction
+from models.managed import managed_tables
 from models.ranker import ModelConfig, Ranker, table_configs
+from models.sequences import sequences_of
 from models.towers import Calibration, TaskTowers
 
 # Fusions that are one multi-layer perceptron where there is one task, and the name of their StackedMLP.
@@ -145,7 +147,13 @@ class FusedRanker(Ranker):
             raise UserError(
                 "model.interaction: the trained models bring theirs; leave it out, or say model.fusion.tables=new"
             )
-        self.schema = schema
+        if sequences := list(sequences_of(schema)):
+            raise UserError(
+                f"bag {sequences[0]}: fusion emm reads no sequences; say pooling: mean, or take another fusion"
+            )
+        if managed := managed_tables(schema):
+            raise UserError(f"table {next(iter(managed))}: fusion emm knows no managed ids; take another fusion, or say hash")
+        self.schema, self.managed = schema, None
         theirs = [Reader(schema, encoders, source.model, config.input_dropout) for source in s.sources]
         one = [Reader(schema, encoders, config, config.input_dropout)]
         self.readers = nn.ModuleList(one if s.tables == "new" else theirs)
@@ -169,10 +177,10 @@ class FusedRanker(Ranker):
     def _build_tables(self, encoders: Encoders, config: ModelConfig, device: str) -> None:
         suffixes = [""] if self.settings.tables == "new" else [f"@{m}" for m in range(len(self.readers))]
         tables_M = [table_configs(self.schema, encoders, config.embedding_std, suffix) for suffix in suffixes]
-        self.embeddings = EmbeddingBagCollection(
-            [t for tables in tables_M for t in tables], device=torch.device(device)
-        )
-        self.features, self.bags = [], {}
+        pooled = [t for tables in tables_M for t in tables]
+        self.embeddings, self.unpooled = EmbeddingBagCollection(pooled, device=torch.device(device)), None
+        self.tables = list(pooled)
+        self.features, self.bags, self.lengths = [], {}, {}
         for tables in tables_M:
             table = {feature: t.name for t in tables for feature in t.feature_names}
             # TorchRec names what is looked up for one feature in several tables FEATURE@TABLE.
@@ -194,9 +202,8 @@ class FusedRanker(Ranker):
     def _readers(self) -> list[Reader]:
         return [reader for reader in self.readers if isinstance(reader, Reader)]
 
-    def inputs(self, batch: Batch) -> Tensor:
+    def read(self, embedding_BE: Tensor, batch: Batch) -> Tensor:
         """x_BD: what each trained model reads, side by side; or what all of them do."""
-        embedding_BE = self.embedded(batch)
         if self.frozen_tables:
             embedding_BE = embedding_BE.detach()
         width = self.embedding_dim

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from features.encoders import Encoders
 from features.schema import Schema
 from models.layers import StackedLinear
+from models.sequences import pooled_features, sequences_of
 
 
 class Piecewise(nn.Module):
@@ -44,7 +45,7 @@ class Piecewise(nn.Module):
 
 
 class Inputs(nn.Module):
-    """Embeddings and dense columns to x_BD: embeddings in the schema's order, dense columns, codes of numbers.
+    """Embeddings and dense columns to x_BD: embeddings in the schema's order, sequences last, dense columns, codes of numbers.
 
     Args:
         schema: features. encoders: for the bins' edges. numeric_dim: W of a piecewise number's code, 0 for none.
@@ -52,7 +53,7 @@ class Inputs(nn.Module):
         out_dim: D.
         columns: per feature, in the schema's order (id features, then numbers), its columns of x_BD.
     Call Args:
-        embedding_BE: of all id features, side by side. dense_BD: the schema's dense columns.
+        embedding_BE: of all id features, side by side, sequences last. dense_BD: the schema's dense columns.
     Returns: x_BD.
     """
 
@@ -64,7 +65,8 @@ class Inputs(nn.Module):
         places = torch.tensor([schema.dense_columns.index(name) for name in coded], dtype=torch.int64)
         self.register_buffer("coded_N", places, persistent=False)
         self.code = Piecewise([encoders.edges[name] for name in coded], numeric_dim) if coded else None
-        widths = {name: schema.all_tables[schema.table_of(name)].dim for name in schema.sparse}
+        order = [*pooled_features(schema), *sequences_of(schema)]
+        widths = {name: schema.all_tables[schema.table_of(name)].dim for name in order}
         widths |= dict.fromkeys(schema.dense_columns, 1) | {f"{name} code": numeric_dim for name in coded}
         ends = dict(zip(widths, torch.tensor(list(widths.values())).cumsum(0).tolist(), strict=True))
         ranges = {name: range(ends[name] - width, ends[name]) for name, width in widths.items()}

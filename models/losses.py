@@ -42,6 +42,14 @@ class TaskLoss(nn.Module):
         """weight_T: how often each task's loss counts now."""
         return self.weight_T
 
+    def of_rows(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
+        """What these rows add to the loss; arguments as those of `forward`."""
+        return (self.means(loss_BT, mass_BT, total_T) * self.weights()).sum()
+
+    def prior(self, total_T: Tensor) -> Tensor | float:  # noqa: ARG002
+        """What the weighting adds to the loss, however the rows fare."""
+        return 0.0
+
     def forward(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
         """The scalar to differentiate.
 
@@ -50,7 +58,7 @@ class TaskLoss(nn.Module):
             mass_BT: weight of observed rows, 0 elsewhere.
             total_T: sum of mass_BT over the global batch; a task that is nowhere observed adds 0.
         """
-        return (self.means(loss_BT, mass_BT, total_T) * self.weights()).sum()
+        return self.of_rows(loss_BT, mass_BT, total_T) + self.prior(total_T)
 
 
 class UncertaintyLoss(TaskLoss):
@@ -71,6 +79,6 @@ class UncertaintyLoss(TaskLoss):
     def weights(self) -> Tensor:
         return self.weight_T * torch.exp(-self.log_variance_T)
 
-    def forward(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
-        """The scalar to differentiate; arguments as those of `TaskLoss.forward`."""
-        return super().forward(loss_BT, mass_BT, total_T) + (self.log_variance_T * (total_T > 0)).sum() / 2
+    def prior(self, total_T: Tensor) -> Tensor:
+        """The sum of s / 2 over the tasks that are observed."""
+        return (self.log_variance_T * (total_T > 0)).sum() / 2

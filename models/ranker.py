@@ -9,7 +9,17 @@ import torch
 import torch.fx
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    JaggedTensor,
+    KeyedJaggedTensor,
+    KeyedTensor,
+    PoolingType,
+)
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.batch import Batch
 from features.encoders import Encoders
@@ -18,7 +28,19 @@ from features.schema import Schema
 from models.fusion import build_fusion, fusion_class
 from models.inputs import Inputs, Tokens
 from models.interaction import Concat, build_interaction
+from models.managed import managed_ids, with_rows
+from models.sequences import (
+    Sequences,
+    WithItems,
+    means,
+    pooled_features,
+    sequences_of,
+    side_by_side,
+    unpooled_tables,
+)
 from models.towers import Calibration, SharedTower, TaskTowers
+
+TABLES = ("embeddings.", "unpooled.")  # what the names of tables' weights begin with, in a ranker
 
 
 class ModelConfig(BaseModel):
@@ -66,10 +88,8 @@ class Ranker(nn.Module):
 
     def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> None:
         super().__init__()
-        self.features, self.bags = list(schema.sparse), {name: name for name in schema.bag}
-        self.embeddings = EmbeddingBagCollection(
-            table_configs(schema, encoders, config.embedding_std), device=torch.device(device)
-        )
+        self._place_tables(schema, encoders, config.embedding_std, torch.device(device))
+        self.managed = managed_ids(schema, device)
         self.numbers = Inputs(schema, encoders, config.numeric_dim)
         self.dropout = nn.Dropout(config.input_dropout)
         kind = fusion_class(config.fusion)
@@ -79,26 +99,57 @@ class Ranker(nn.Module):
                 f"model.interaction: fusion {config.fusion['name']} attends over features itself, use concat"
             )
         self.tokens = Tokens(self.numbers.columns, self.numbers.out_dim, config.field_dim) if kind.fields else None
+        self.sequences = Sequences(schema, config.field_dim if kind.sequences else 0) if self.lengths else None
         in_dim = config.field_dim if kind.fields else self.interaction.out_dim
-        self.fusion = build_fusion(config.fusion, in_dim, list(schema.tasks), list(self.numbers.columns))
+        fields = list(self.numbers.columns)
+        self.fusion = build_fusion(config.fusion, in_dim, list(schema.tasks), fields, self.lengths)
         towers = SharedTower if kind.shared_tower else TaskTowers
         self.towers: nn.Module = towers(len(schema.tasks), self.fusion.out_dim, config.tower, config.dropout)
         kinds = [task.kind for task in schema.tasks.values()]
         self.calibration = Calibration(kinds) if config.calibration == "monotone" else None
 
-    def embedded(self, batch: Batch) -> Tensor:
-        """Embeddings of all features side by side, a bag's as their mean: embedding_BE."""
-        return _joined(self.embeddings(batch.sparse), batch.sparse, self.features, self.bags)
+    def _place_tables(self, schema: Schema, encoders: Encoders, std: float, device: torch.device) -> None:
+        self.features = pooled_features(schema)
+        self.lengths = {name: bag.max_length for name, bag in sequences_of(schema).items()}
+        unpooled, tables = unpooled_tables(schema), table_configs(schema, encoders, std)
+        self.bags = {name: name for name in schema.bag if schema.table_of(name) not in unpooled}
+        pooled = [table for table in tables if table.name not in unpooled]
+        single = [_item_by_item(table) for table in tables if table.name in unpooled]
+        self.embeddings = EmbeddingBagCollection(pooled, device=device) if pooled else None
+        self.unpooled = EmbeddingCollection(single, device=device) if single else None
+        self.tables: list[BaseEmbeddingConfig] = [*pooled, *single]
 
-    def inputs(self, batch: Batch) -> Tensor:
-        """What the fusion reads: x_BD, or x_BFD for one that attends over features."""
-        x_BD = self.dropout(self.numbers(self.embedded(batch), batch.dense_BD))
-        return self.interaction(x_BD) if self.tokens is None else self.tokens(x_BD)
+    def embedded(self, batch: Batch) -> Tensor:
+        """All that the tables give, side by side: embedding_BE. A bag's is the mean of its items.
+
+        What sequences have follows behind all other features (models.sequences.side_by_side).
+        """
+        sparse = with_rows(self.managed, batch.sparse)
+        pooled = self.embeddings(sparse) if self.embeddings is not None else None
+        unpooled = self.unpooled(sparse) if self.unpooled is not None else None
+        return _joined(pooled, unpooled, batch.sparse, self.features, self.bags, self.lengths)
+
+    def inputs(self, batch: Batch) -> Tensor | WithItems:
+        """What the fusion reads: x_BD, x_BFD for one that attends over features, or these with the items of sequences."""
+        return self.read(self.embedded(batch), batch)
+
+    def read(self, embedding_BE: Tensor, batch: Batch) -> Tensor | WithItems:
+        """`inputs` from the embeddings; of `batch` everything but `sparse`."""
+        item_BJLW = None
+        if self.sequences is not None:
+            embedding_BE, item_BJLW, present_BJL = self.sequences(embedding_BE)
+        x_BD = self.dropout(self.numbers(embedding_BE, batch.dense_BD))
+        x = self.interaction(x_BD) if self.tokens is None else self.tokens(x_BD)
+        return x if item_BJLW is None else WithItems(x, item_BJLW, present_BJL)
+
+    def scores(self, embedding_BE: Tensor, batch: Batch) -> Tensor:
+        """The dense part, from embeddings to logit_BT, row by row; of `batch` everything but `sparse`."""
+        observed = (batch.observed_BT,) if self.fusion.reads_observed else ()
+        logit_BT = self.towers(self.fusion(self.read(embedding_BE, batch), *observed))
+        return self.fusion.taught(logit_BT if self.calibration is None else self.calibration(logit_BT))
 
     def forward(self, batch: Batch) -> Tensor:
-        observed = (batch.observed_BT,) if self.fusion.reads_observed else ()
-        logit_BT = self.towers(self.fusion(self.inputs(batch), *observed))
-        return self.fusion.taught(logit_BT if self.calibration is None else self.calibration(logit_BT))
+        return self.scores(self.embedded(batch), batch)
 
 
 def table_configs(schema: Schema, encoders: Encoders, std: float, suffix: str = "") -> list[EmbeddingBagConfig]:
@@ -121,17 +172,40 @@ def table_configs(schema: Schema, encoders: Encoders, std: float, suffix: str = 
     ]
 
 
-def _joined(pooled: KeyedTensor, sparse: KeyedJaggedTensor, features: list[str], bags: dict[str, str]) -> Tensor:
-    """Sums by name (a sharded KeyedTensor lists them by rank, an unsharded one by table), bags to means.
+def _item_by_item(table: EmbeddingBagConfig) -> EmbeddingConfig:
+    return EmbeddingConfig(
+        name=table.name,
+        embedding_dim=table.embedding_dim,
+        num_embeddings=table.num_embeddings,
+        feature_names=table.feature_names,
+        init_fn=table.init_fn,
+    )
+
+
+def _joined(
+    pooled: KeyedTensor | None,
+    unpooled: dict[str, JaggedTensor] | None,
+    sparse: KeyedJaggedTensor,
+    features: list[str],
+    bags: dict[str, str],
+    lengths: dict[str, int],
+) -> Tensor:
+    """Sums by name (a sharded KeyedTensor lists them by rank, an unsharded one by table), bags to means; sequences last.
 
     Args:
         features: names of sums, in the order wanted. bags: those of bags, with the keys of their ids.
+        lengths: the most items of each sequence.
     """
-    part = dict(zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True))
+    part: dict[str, Tensor] = {}
+    if pooled is not None:
+        part |= zip(pooled.keys(), pooled.values().split(pooled.length_per_key(), dim=1), strict=True)
     if bags:
         length_KB1 = sparse.lengths().view(len(sparse.keys()), -1, 1).clamp(min=1)
         part |= {name: part[name] / length_KB1[sparse.keys().index(key)] for name, key in bags.items()}
-    return torch.cat([part[name] for name in features], dim=1)
+    if unpooled is None:
+        return torch.cat([part[name] for name in features], dim=1)
+    part |= means(unpooled, lengths)
+    return torch.cat([*(part[name] for name in features), *side_by_side(unpooled, lengths)], dim=1)
 
 
 torch.fx.wrap("_joined")  # TorchRec's pipelined loop traces the forward, and a loop over keys cannot be traced

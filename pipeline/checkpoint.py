@@ -1,10 +1,14 @@
 """Checkpoints: written aside, checksummed, renamed into place, and trusted only with a manifest that fits."""
 
+import fcntl
+import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -14,18 +18,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from features.errors import UserError
-from pipeline.dataset import sha256, write_json
+from pipeline.dataset import flushed, sha256, write_json
 from pipeline.run import config_hash
 
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointManifest(BaseModel):
     """What a checkpoint is and what its files are.
 
     Attributes:
-        step: optimiser steps taken. rows: training rows seen, padding apart.
+        step: batches passed, those of `skipped` without learning from them.
+        rows: learnt from, padding apart. left_out: passed without that, in skipped batches or unreadable row groups.
+        skipped: steps whose batch is left out, since its loss is not finite; they may lie ahead.
         epoch, cursors: the loader's position.
+        ranks: that wrote it.
         seed, window, batch_size, data (hash of the train split's shards): what the order of rows depends on besides.
         fingerprint: of the schema. encoders: of what was fitted. config: hash of what shapes the state (model and optimisers).
         files: name to (bytes, sha256).
@@ -35,8 +42,11 @@ class CheckpointManifest(BaseModel):
     version: int = VERSION
     step: int
     rows: int
+    left_out: int = 0
+    skipped: list[int] = []
     epoch: int
     cursors: list[int]
+    ranks: int = 1
     seed: int
     window: int
     batch_size: int
@@ -58,41 +68,110 @@ def folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
-def save(checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest) -> Path:
+def save(
+    checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest, group: dist.ProcessGroup | None = None
+) -> Path:
     """Writes a checkpoint; every rank calls it with its part of the state.
 
     The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint.
 
+    Args:
+        group: of all ranks, for what they tell each other; the default group if None.
     Raises:
-        UserError: it cannot be written, as on a full disk; the checkpoints before it stay.
+        UserError: on every rank, if one cannot write, as on a full disk; the checkpoints before it stay.
     """
     final = folder(checkpoints, manifest.step)
     aside = final.with_name(f".{final.name}")
-    rank = dist.get_rank()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-    dist.barrier()
+    dist.barrier(group)
+    parts: list[Any] = [None] * ranks
+    dist.all_gather_object(parts, _attempt(_write, aside, state, group), group)
+    outcome = [next((part for part in parts if isinstance(part, str)), None)]
+    if rank == 0 and outcome[0] is None:
+        files = {name: entry for part in parts for name, entry in part.items()}
+        outcome = [_attempt(_commit, aside, final, manifest.sealed(files))]
+    dist.broadcast_object_list(outcome, group=group)
+    if outcome[0] is not None:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{final}: cannot be written: {outcome[0]}. Make room; the run goes on from the one before.")
+    return final
+
+
+def _attempt(act: Any, *arguments: Any) -> Any:
+    """What `act` returns, or a line that says why it could not: the other ranks wait to hear it either way."""
     try:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(aside, sync_files=True))
+        return act(*arguments)
     except (CheckpointException, OSError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if not isinstance(cause, Exception):
             raise cause from None  # an interrupt, which dcp wraps as well
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = " ".join(str(cause).split())[:300]
-        raise UserError(
-            f"{final}: cannot be written: {reason}. Make room; the run goes on from the one before."
-        ) from None
+        return " ".join(str(cause).split())[:300] or type(cause).__name__
+
+
+def _write(aside: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, tuple[int, str]]:
+    """This rank's files in `aside`: name to bytes and checksum."""
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(aside, sync_files=True), process_group=group)
+    rank = dist.get_rank()
     ours = [p for p in aside.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")]
-    parts: list[dict[str, tuple[int, str]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {p.name: (p.stat().st_size, sha256(p)) for p in ours})
-    if rank == 0:
-        files = {name: entry for part in parts if part for name, entry in part.items()}
-        write_json(aside / "manifest.json", manifest.sealed(files).model_dump())
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-    dist.barrier()
-    return final
+    return {p.name: (p.stat().st_size, sha256(p)) for p in ours}
+
+
+def _commit(aside: Path, final: Path, manifest: CheckpointManifest) -> None:
+    write_json(aside / "manifest.json", manifest.model_dump())
+    flushed(aside)
+    if final.exists():  # a damaged one: the run has gone back
+        remove(final, wait=True)
+    aside.rename(final)
+    flushed(final.parent)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[CheckpointManifest]:
+    """Holds a checkpoint: it has passed `check`, and is not deleted before the block ends. Raises UserError."""
+    with _lock(path, fcntl.LOCK_SH):
+        yield check(path)
+
+
+def remove(path: Path, wait: bool = False) -> bool:
+    """Deletes a checkpoint unless somebody reads it: then returns False, or waits for them.
+
+    It disappears in one rename; what a crash leaves behind that is hidden, and `tidy` takes it away.
+    """
+    try:
+        with _lock(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
+            aside = path.with_name(f".{path.name}.deleted")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    except BlockingIOError:
+        return False
+    except UserError:  # without a manifest nobody reads it
+        aside = path
+    shutil.rmtree(aside, ignore_errors=True)
+    return True
+
+
+def tidy(checkpoints: Path) -> None:
+    """Takes away what killed writers and deleters have left. Only for who may write here."""
+    for left in checkpoints.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _lock(path: Path, how: int) -> IO[str]:
+    """A lock on a checkpoint's manifest, held until it is closed."""
+    try:
+        file = (path / "manifest.json").open()
+        fcntl.flock(file, how)
+        if os.path.samestat(os.fstat(file.fileno()), (path / "manifest.json").stat()):
+            return file
+    except BlockingIOError:
+        file.close()
+        raise
+    except FileNotFoundError:
+        pass
+    raise UserError(f"{path}: not a checkpoint, manifest.json is missing or was just deleted")
 
 
 def read(path: Path) -> CheckpointManifest:
@@ -109,14 +188,16 @@ def read(path: Path) -> CheckpointManifest:
     return manifest
 
 
-def check(path: Path) -> CheckpointManifest:
+def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
     """Reads a checkpoint's manifest and compares every file with it.
 
+    Args:
+        part, parts: of the files only each `parts`-th, from `part` on: ranks share the work.
     Raises:
         UserError: naming what is missing or differs.
     """
     manifest = read(path)
-    for name, (size, checksum) in manifest.files.items():
+    for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
         file = path / name
         if not file.exists():
             raise UserError(f"{file} is missing")

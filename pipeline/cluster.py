@@ -1,5 +1,6 @@
 """A job as typed Kubernetes objects: train an Indexed Job, one pod a node; preprocess a Job; nightly a CronJob."""
 
+import os
 import re
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -154,7 +155,10 @@ def _cron_job(work: Workload) -> client.V1CronJob:
 def _job_spec(work: Workload) -> client.V1JobSpec:
     preempted = client.V1PodFailurePolicyOnPodConditionsPattern(type="DisruptionTarget", status="True")
     rules = [client.V1PodFailurePolicyRule(action="Ignore", on_pod_conditions=[preempted])]
-    if work.job != "train":  # 1: bad input, 2: worse than allowed. torchrun makes 1 of whatever a rank exits with
+    if work.job == "train":
+        kept = client.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[os.EX_TEMPFAIL])  # jobs.launch
+        rules.append(client.V1PodFailurePolicyRule(action="Ignore", on_exit_codes=kept))
+    else:  # 1: bad input, 2: worse than allowed. torchrun makes 1 of whatever else a rank exits with
         final = client.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[1, 2])
         rules.append(client.V1PodFailurePolicyRule(action="FailJob", on_exit_codes=final))
     return client.V1JobSpec(
@@ -222,7 +226,9 @@ def _command(work: Workload) -> list[str]:
     if work.job != "train":
         return ["python", "-m", f"jobs.{work.job}"]
     return [
-        "torchrun",
+        "python",
+        "-m",
+        "jobs.launch",
         f"--nnodes={work.nodes}",
         f"--nproc-per-node={work.ranks_per_node}",
         "--node-rank=$(JOB_COMPLETION_INDEX)",

@@ -7,6 +7,7 @@ days each day is permuted and cut by itself, and a lane reads its part of one da
 """
 
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class Loader:
         rank, ranks: which share of each global batch is ours.
         window: rows of a lane that are shuffled together, 0 for the dataset's order.
         ahead: batches decoded in advance.
+        blank_corrupt: rows of a row group that cannot be read become rows that count in nothing, which keeps all others in
+            their places; it is said once a row group.
 
     Raises:
         UserError: an empty split, or sizes that do not divide.
@@ -68,6 +71,7 @@ class Loader:
         ranks: int = 1,
         window: int = 0,
         ahead: int = 4,
+        blank_corrupt: bool = False,
     ) -> None:
         if lanes % ranks:
             raise UserError(f"lanes={lanes} is no multiple of the {ranks} ranks. Set train.lanes to one.")
@@ -79,13 +83,15 @@ class Loader:
         self.lanes, self.seed, self.rank, self.ranks = lanes, seed, rank, ranks
         self.share, self.size = batch_size // lanes, batch_size // ranks
         self.window, self.ahead = window, ahead
+        self.blank_corrupt, self.corrupt = blank_corrupt, set[int]()
         groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
         self.groups = [(shard.path, index) for shard, index, _ in groups]
         self.row_id_offsets = {shard.path: dataset.row_id_offset(shard) for shard in self.shards}
         self.group_rows = np.array([rows for *_, rows in groups], np.int64)
         self.rows = int(self.group_rows.sum())
         day_G = np.array([dataset.day_of(shard) for shard, *_ in groups])
-        self.days = [np.flatnonzero(day_G == day) for day in dict.fromkeys(day_G.tolist())]
+        self.day_names: list[str] = list(dict.fromkeys(day_G.tolist()))
+        self.days = [np.flatnonzero(day_G == day) for day in self.day_names]
         rows_S = np.array([self.group_rows[day].sum() for day in self.days])
         self.starts_S = np.cumsum(rows_S) - rows_S
         self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
@@ -101,6 +107,12 @@ class Loader:
         """The position `steps` global batches further on in the same epoch."""
         cursors = np.minimum(np.array(position.cursors) + steps * self.share, self.lengths)
         return Position(position.epoch, cursors.tolist())
+
+    def day(self, position: Position) -> str:
+        """The day that the next batch begins in, by its first lane; the empty text where there are no days."""
+        ends = np.diff(self.bounds_SL)[:, 0].cumsum()
+        place = int(np.searchsorted(ends, position.cursors[0], "right"))
+        return self.day_names[min(place, len(self.days) - 1)]
 
     def steps(self, position: Position) -> int:
         """Global batches from a position to its epoch's end: the same number for every rank."""
@@ -193,10 +205,17 @@ class Loader:
             table = self._open(path).read_row_group(index, [*self.columns, "weight", "row_id"], use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self.dataset.path / path}, row group {index}: cannot be read ({reason}): the file changed after it "
-                "was written. Restore it, or run jobs.preprocess again."
-            ) from None
+            what = f"{self.dataset.path / path}, row group {index}: cannot be read ({reason})"
+            if not self.blank_corrupt:
+                raise UserError(
+                    f"{what}: the file changed after it was written. Restore it, run jobs.preprocess again, or leave its "
+                    "rows out with train.corrupt=skip."
+                ) from None
+            rows_out = int(self.group_rows[group])
+            if group not in self.corrupt:
+                print(f"{what}: its {rows_out:,} rows are left out", file=sys.stderr, flush=True)
+            self.corrupt.add(group)
+            return Rows.blank(self.schema, rows_out)
         rows = Rows.decode(table, self.schema)
         if offset := self.row_id_offsets[path]:
             rows.row_id_N += offset

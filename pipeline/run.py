@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ from pipeline.dataset import write_json
 
 
 class Status(BaseModel):
-    """What the trainer last said of itself: state (training, finished, failed), step, and when (seconds since 1970)."""
+    """What the trainer last said of itself: state (training, finished, failed, preempted), step, time (s since 1970)."""
 
     state: str
     step: int
@@ -33,6 +34,7 @@ class Run:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.train_metrics = path / "metrics" / "train.jsonl"
+        self.progressive = path / "metrics" / "progressive.jsonl"
         self.eval_metrics = path / "metrics" / "eval.jsonl"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
@@ -72,10 +74,10 @@ class Run:
         return file
 
     def say(self, state: str, step: int, steps: int) -> None:
-        """Notes that the run is alive, or how it ended."""
-        write_json(
-            self.path / "status.json", Status(state=state, step=step, steps=steps, time=time.time()).model_dump()
-        )
+        """Notes that the run is alive, or how it ended; a full disk does not stop it."""
+        status = Status(state=state, step=step, steps=steps, time=time.time())
+        with suppress(OSError):
+            write_json(self.path / "status.json", status.model_dump())
 
     def status(self) -> Status | None:
         """The last note, None before the first."""

@@ -1,6 +1,6 @@
 """Fusions: the part between input and towers, x_BD -> h_BTD, one file and one class each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from features.errors import UserError
@@ -42,11 +42,18 @@ def fusion_class(config: dict[str, Any]) -> type[Fusion]:
     return chosen("fusion", FUSIONS, config)
 
 
-def build_fusion(config: dict[str, Any], in_dim: int, tasks: Sequence[str], fields: Sequence[str]) -> Any:
+def build_fusion(
+    config: dict[str, Any],
+    in_dim: int,
+    tasks: Sequence[str],
+    fields: Sequence[str],
+    sequences: Mapping[str, int] | None = None,
+) -> Any:
     """The fusion named `config["name"]` with the other keys as its arguments.
 
     Args:
         in_dim: D of x_BD, or of a token. tasks, fields: names, in order; a field is a feature.
+        sequences: fields that are read item by item, with the most items each may have.
     Raises:
         UserError: an unknown name, arguments that the class does not take, or tasks or features that do not exist.
     """
@@ -58,5 +65,7 @@ def build_fusion(config: dict[str, Any], in_dim: int, tasks: Sequence[str], fiel
             raise UserError(f"model.fusion.{key}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
         if config.get(key) is not None:
             config[key] = [known.index(name) for name in config[key]]
-    sizes = (in_dim, len(tasks), len(fields)) if kind.fields else (in_dim, len(tasks))
+    sizes: tuple[Any, ...] = (in_dim, len(tasks), len(fields)) if kind.fields else (in_dim, len(tasks))
+    if kind.sequences:
+        sizes += ({fields.index(name): length for name, length in (sequences or {}).items()},)
     return build("fusion", kind, config, *sizes)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 class Fusion(nn.Module):
     """Base of all fusions: (in_dim, num_tasks, …), or (in_dim, num_tasks, num_fields, …) where `fields` is set.
 
+    Where `sequences` is set as well, a mapping follows: of each field that is a sequence, the most items it may have.
+
     Attributes:
         fields: it attends over features and reads x_BFD, one token a feature, in place of x_BD.
+        sequences: it reads WithItems (models.sequences) in place of x_BFD where the schema has sequences.
         shared_tower: one tower scores every task.
         reads_observed: it is called with observed_BT as well.
         task_arguments: arguments that a config gives as names of tasks, and the class takes as their indices.
@@ -21,6 +24,7 @@ class Fusion(nn.Module):
     """
 
     fields: ClassVar[bool] = False
+    sequences: ClassVar[bool] = False
     shared_tower: ClassVar[bool] = False
     task_arguments: ClassVar[tuple[str, ...]] = ()
     field_arguments: ClassVar[tuple[str, ...]] = ()

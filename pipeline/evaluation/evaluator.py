@@ -94,13 +94,14 @@ class Evaluator:
             UserError: it is not whole, or was trained on rows that other encoders made.
         """
         path = checkpoint.folder(self.run.checkpoints, step)
-        manifest = checkpoint.check(path)
-        if manifest.encoders != self.dataset.encoders_id:
-            raise UserError(
-                f"{self.dataset.path} was encoded with {self.dataset.encoders_id}, {path} trained with {manifest.encoders}: "
-                "its ids mean something else. Run jobs.preprocess with encoders.from=DATASET, the one it was trained on."
-            )
-        checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
+        with checkpoint.reading(path) as manifest:
+            if manifest.encoders != self.dataset.encoders_id:
+                raise UserError(
+                    f"{self.dataset.path} was encoded with {self.dataset.encoders_id}, {path} trained with "
+                    f"{manifest.encoders}: its ids mean something else. Run jobs.preprocess with encoders.from=DATASET, the "
+                    "one it was trained on."
+                )
+            checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
         metrics = Metrics(self.tasks)
         for batch in self.loader.batches(self.loader.start()):
             logit_BT = self.ranker(batch)

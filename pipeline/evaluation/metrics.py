@@ -231,8 +231,11 @@ class WindowedNE:
         self.sums_NT3 = torch.zeros(window, len(self.binary), 3, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, loss_BT: Tensor, label_BT: Tensor, observed_BT: Tensor, weight_BT: Tensor) -> None:
-        """Replaces the oldest update by B rows. `loss_BT` is per row, in nats for a binary task, not yet weighted."""
+    def update(self, loss_BT: Tensor, label_BT: Tensor, observed_BT: Tensor, weight_BT: Tensor) -> Tensor:
+        """Replaces the oldest update by B rows and returns their sums, as `sums_T3` has them of the window.
+
+        `loss_BT` is per row, in nats for a binary task, not yet weighted.
+        """
         weight_BT = torch.where(observed_BT.bool(), weight_BT, 0.0).double()
         ignored_BT = weight_BT == 0
         # Filled after the product: a row that does not count may hold NaN.
@@ -240,6 +243,7 @@ class WindowedNE:
         sums_T3 = torch.stack([x_BT.sum(0) for x_BT in (loss_BT, weight_BT, label_BT)], dim=-1)
         self.sums_NT3[self.updates % len(self.sums_NT3)] = sums_T3
         self.updates += 1
+        return sums_T3
 
     def sums_T3(self) -> Tensor:  # noqa: N802
         """Sums of weight·loss, weight and weight·label over the window: additive over ranks."""

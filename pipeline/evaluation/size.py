@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from features.batch import Batch
-from models.ranker import Ranker
+from models.ranker import TABLES, Ranker
 
 
 @torch.inference_mode()
@@ -20,7 +20,7 @@ def size(ranker: Ranker, batch: Batch) -> dict[str, Any]:
     kernels = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         ranker(batch)
-    tables = sum(p.numel() for n, p in ranker.named_parameters() if n.startswith("embeddings."))
+    tables = sum(p.numel() for n, p in ranker.named_parameters() if n.startswith(TABLES))
     return {
         "parameters": sum(p.numel() for p in ranker.parameters()) - tables,
         "table_parameters": tables,

@@ -65,7 +65,8 @@ def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:
 
 def _categorical(dataset: Dataset, feature: str) -> bool:
     table = dataset.schema.table_of(feature)
-    return not dataset.schema.all_tables[table].bins and dataset.encoders.num_embeddings(table) <= MAX_CATEGORIES
+    settings = dataset.schema.all_tables[table]
+    return not (settings.bins or settings.managed) and dataset.encoders.num_embeddings(table) <= MAX_CATEGORIES
 
 
 def _inputs(frame: pl.DataFrame, schema: Schema) -> np.ndarray:

@@ -115,14 +115,17 @@ class Settings(Strict):
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
         accumulate: slices of a rank's batch that go through the dense part one after the other, for less memory; the same
-            gradients as in one.
-        sharding: allowed placements, for "default" or one table by name.
-        kernels: allowed compute kernels likewise.
+            gradients as in one, apart from random draws (pipeline.training.step).
+        sharding: allowed placements, for "default" or one table by name: a table on one rank, or its rows or columns on
+            several, or on those of one machine (table_row_wise), or a copy on each (data_parallel).
+        kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
+            A data_parallel table has one of its own.
         communication: of the embeddings between ranks.
-        sharding_group: ranks that share one copy of the tables (2D parallel); None: all of them.
-        sync_every: steps between averages over the copies.
-        dense_parallel: of everything but the tables: a copy a rank, or shards.
-        pipelined: TorchRec's pipelined loop (None: where there is a GPU and the weighting allows it).
+        sharding_group: ranks that share one copy of the tables (2D parallel, pipeline.training.copies), a divisor of all;
+            None: all of them.
+        sync_every: steps between averages over the copies; a checkpoint averages besides.
+        dense_parallel: of everything but the tables: a copy a rank, or shards of weights, gradients and optimiser.
+        pipelined: TorchRec's pipelined loop (None: where there is a GPU, and weighting and accumulate allow it).
         checkpoint_every: steps; None: once an epoch. The last step always has one.
         checkpoint_at: shares of the run's steps that have one besides.
         checkpoint_async: written in the background from a copy in memory.
@@ -168,10 +171,29 @@ class Settings(Strict):
     threads: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
-    def _one_backward(self) -> "Settings":
-        if self.pipelined and self.weighting.name in ("gradnorm", "pcgrad"):
+    def _go_together(self) -> "Settings":
+        name = self.weighting.name
+        if name in ("gradnorm", "pcgrad"):
+            if self.pipelined:
+                raise ValueError(
+                    f"pipelined=true runs the backward itself, where weighting {name} has to act: leave it out"
+                )
+            if self.accumulate > 1:
+                raise ValueError(
+                    f"accumulate={self.accumulate} never has the whole batch's graph, in which weighting {name} looks for each "
+                    "task's gradient: leave it out"
+                )
+            if self.dense_parallel == "fsdp":
+                raise ValueError(
+                    f"dense_parallel=fsdp shards the weights whose gradients weighting {name} compares: use ddp"
+                )
+        if self.sharding_group and any("fused_uvm_caching" in allowed for allowed in self.kernels.values()):
             raise ValueError(
-                f"pipelined=true runs the backward itself, where weighting {self.weighting.name} has to act: leave it out"
+                "sharding_group averages the tables of its groups behind the cache of kernel fused_uvm_caching: use fused"
+            )
+        if self.pipelined and self.accumulate > 1:
+            raise ValueError(
+                f"pipelined=true looks ahead in the model's graph, which accumulate={self.accumulate} hides: leave it out"
             )
         return self
 
@@ -200,5 +222,4 @@ class TrainConfig(Strict):
             "tables": self.train.tables.name,
             "dense": self.train.dense.name,
             "weighting": self.train.weighting.model_dump(),
-            **({"days": self.days} if self.days else {}),
         }

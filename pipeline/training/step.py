@@ -1,16 +1,23 @@
 """One step's forward: the ranker's logits and their loss over the global batch, whoever holds which rows."""
 
-# Shapes: B rows, T tasks, T1 the tasks and one more.
+# Shapes: B rows, T tasks, T1 the tasks and one more, E width of all embeddings.
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.distributed.types import ShardedModule
 
 from features.batch import Batch
 from models.losses import TaskLoss
 from models.ranker import Ranker
+from pipeline.training.slices import loss_by_slices
+
+TABLES = (ShardedModule, EmbeddingBagCollection, EmbeddingCollection)
 
 
 class StepOutput(NamedTuple):
@@ -28,37 +35,95 @@ class TrainStep(nn.Module):
 
     Args:
         ranker: the model. loss: of its tasks. bf16: autocast of the dense part.
+        accumulate: slices that go through the dense part one after the other. What rows of a rank share at random
+            (dropout, autotask's blocks), rows of a slice share.
     Call Args:
         batch: this rank's rows.
     Returns: the scalar loss, and a StepOutput.
     """
 
-    def __init__(self, ranker: Ranker, loss: TaskLoss, bf16: bool) -> None:
+    def __init__(self, ranker: Ranker, loss: TaskLoss, bf16: bool, accumulate: int = 1) -> None:
         super().__init__()
-        self.ranker, self.loss, self.bf16 = ranker, loss, bf16
+        self.ranker, self.loss, self.bf16, self.accumulate = ranker, loss, bf16, accumulate
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
+        if self.accumulate > 1:
+            return self._by_slices(batch)
         with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
             logit_BT = self.ranker(batch)
         return global_loss(self.loss, logit_BT, self.ranker.fusion.penalty(logit_BT.float()), batch)
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """Those that are trained outside of the tables."""
+        parts = [part for part in self.ranker.children() if not isinstance(part, TABLES)]
+        return [p for part in (*parts, self.loss) for p in part.parameters() if p.requires_grad]
+
+    def _by_slices(self, batch: Batch) -> tuple[Tensor, StepOutput]:
+        total_T1 = global_mass(batch)
+
+        def run(embedding_BE: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            some = rows_of(batch, rows)
+            with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
+                logit_BT = self.ranker.scores(embedding_BE, some)
+            penalty_B = self.ranker.fusion.penalty(logit_BT.float())
+            return _loss(self.loss, self.loss.of_rows, logit_BT, penalty_B, some, total_T1)
+
+        embedding_BE = self.ranker.embedded(batch)
+        total, loss_BT = loss_by_slices(run, embedding_BE, self.dense_parameters(), self.accumulate)
+        return total + self.loss.prior(total_T1[:-1]), _output(loss_BT, batch)
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch, for the dense part: `sparse` stays that of all rows."""
+    return replace(
+        batch,
+        dense_BD=batch.dense_BD[rows],
+        label_BT=batch.label_BT[rows],
+        observed_BT=batch.observed_BT[rows],
+        weight_BT=batch.weight_BT[rows],
+        row_id_B=batch.row_id_B[rows],
+    )
+
+
+def global_mass(batch: Batch) -> Tensor:
+    """What losses are divided by, so that an average over ranks is the mean over the global batch: total_T1.
+
+    For each task the weight of observed rows, then the weight of all rows; of the global batch, over the number of ranks.
+    """
+    mass_BT, weight_B = batch.weight_BT * batch.observed_BT, batch.weight_BT[:, 0]
+    total_T1 = torch.cat([mass_BT.sum(0), weight_B.sum(0, keepdim=True)])
+    if (ranks := dist.get_world_size()) > 1:
+        dist.all_reduce(total_T1)
+    return total_T1 / ranks
 
 
 def global_loss(
     loss: TaskLoss, logit_BT: Tensor, penalty_B: Tensor | None, batch: Batch
 ) -> tuple[Tensor, StepOutput]:  # fmt: skip
     """Mean loss over the observed rows of all ranks; gradients come out right once ranks average them."""
-    ranks = dist.get_world_size()
-    mass_BT, weight_B = batch.weight_BT * batch.observed_BT, batch.weight_BT[:, 0]
-    total_T1 = torch.cat([mass_BT.sum(0), weight_B.sum(0, keepdim=True)])
-    if ranks > 1:
-        dist.all_reduce(total_T1)
-    total_T1 = total_T1 / ranks
-    loss_BT = loss.per_row(logit_BT, batch.label_BT)
-    output = StepOutput(loss_BT.detach(), batch.label_BT, batch.observed_BT, batch.weight_BT, batch.row_id_B)
-    total = loss(loss_BT, mass_BT, total_T1[:-1])
-    if penalty_B is not None:
-        total = total + (penalty_B * weight_B).sum() / total_T1[-1].clamp(min=torch.finfo(total_T1.dtype).tiny)
-    return total, output
+    total, loss_BT = _loss(loss, loss, logit_BT, penalty_B, batch, global_mass(batch))
+    return total, _output(loss_BT.detach(), batch)
 
 
 torch.fx.wrap("global_loss")  # one node for TorchRec's pipeline, which traces the forward up to the tables
+
+
+def _loss(
+    loss: TaskLoss,
+    reduce: Callable[[Tensor, Tensor, Tensor], Tensor],
+    logit_BT: Tensor,
+    penalty_B: Tensor | None,
+    batch: Batch,
+    total_T1: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch's rows, reduced to a scalar, and loss_BT."""
+    loss_BT = loss.per_row(logit_BT, batch.label_BT)
+    total = reduce(loss_BT, batch.weight_BT * batch.observed_BT, total_T1[:-1])
+    if penalty_B is not None:
+        weight_B = batch.weight_BT[:, 0]
+        total = total + (penalty_B * weight_B).sum() / total_T1[-1].clamp(min=torch.finfo(total_T1.dtype).tiny)
+    return total, loss_BT
+
+
+def _output(loss_BT: Tensor, batch: Batch) -> StepOutput:
+    return StepOutput(loss_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.row_id_B)

@@ -1,29 +1,36 @@
-"""The trainer: from a dataset and a configuration to a run directory, on any number of ranks."""
+"""The training loop: what happens at which step, and how a run ends, goes back, or goes on."""
 
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
 from itertools import islice
-from math import isnan
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed import TrainPipelineSparseDist
+from torch import Tensor
 
 from features.batch import Batch
-from features.errors import UserError
+from features.errors import Preempted, UserError
 from features.schema import Schema
-from models.emm import build_ranker
 from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointManifest
 from pipeline.dataset import open_dataset
-from pipeline.evaluation.metrics import WindowedNE
 from pipeline.loader import Loader, Position
 from pipeline.run import Run, config_hash, keep_lines
-from pipeline.training import distribution, initial, optimizer, sources, weighting
+from pipeline.training import distribution, initial, optimizer, resume, retention, sources
+from pipeline.training.agreement import Agreement, Notice, Verdict
 from pipeline.training.config import TrainConfig
-from pipeline.training.report import Reporter
-from pipeline.training.step import StepOutput, TrainStep
+from pipeline.training.learner import Learner
+from pipeline.training.progress import Progress
+from pipeline.training.report import Meter, Reporter
+from pipeline.training.saver import Saver
+from pipeline.training.step import StepOutput
+from pipeline.training.watch import Watch
+
+WRITING = timedelta(hours=2)  # a rank may wait that long for what another writes
 
 
 def train(config: TrainConfig, schema: Schema | None = None) -> Run:
@@ -33,20 +40,26 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
         config: all settings.
         schema: if given, the dataset must have been written for it.
     Raises:
-        UserError: bad input, or a loss that is not finite.
+        UserError: bad input, a loss that is not finite, or another rank that is gone.
+        Preempted: told to end by SIGTERM, after a checkpoint.
     """
-    device = distribution.start()
+    device = distribution.start(config.train.timeout)
     trainer = None
     try:
         trainer = Trainer(config, schema, device)
         run = trainer.run_to_end()
         dist.destroy_process_group()
         return run
-    except BaseException:
-        if trainer is not None and trainer.rank == 0:
+    except BaseException as error:
+        if trainer is not None and trainer.rank == 0 and not isinstance(error, Preempted):
             trainer.run.say("failed", trainer.step, trainer.steps)
-        if dist.get_world_size() == 1:
+        if dist.get_world_size() == 1 or isinstance(error, Preempted):
             dist.destroy_process_group()  # others would see the connection break before this rank has said why
+        elif isinstance(error, RuntimeError) and trainer and (met := distribution.lost_contact(error)):
+            raise UserError(
+                f"step {trainer.step + 1}: contact with another rank was lost ({met}). If it failed, it says why. "
+                "torchrun --max-restarts=N goes on from the newest checkpoint."
+            ) from None
         raise
 
 
@@ -54,7 +67,7 @@ class Trainer:
     """One rank's part of a run: dataset, model, optimisers and position, built in that order."""
 
     def __init__(self, config: TrainConfig, schema: Schema | None, device: torch.device) -> None:
-        self.config, self.settings, self.device = config, config.train, device
+        self.settings, self.device = config.train, device
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(self.settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
@@ -63,261 +76,304 @@ class Trainer:
             whole.expect(schema.fingerprint, "the schema of this job")
         self.dataset = whole.only(config.tasks)
         self.schema, self.whole_schema = self.dataset.schema, whole.schema
-        self.config = config = sources.resolved(config, self.dataset)
+        self.config = sources.resolved(config, self.dataset)
         s = self.settings
         self.loader = Loader(
-            self.dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window
-        )
+            self.dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window,
+            blank_corrupt=s.corrupt == "skip",
+        )  # fmt: skip
         self.position = self.loader.start()
         self.step = 0
-        self.steps = s.epochs * self.loader.steps(self.position)
-        self.epoch_steps = self.steps // s.epochs
-        self.steps = min(self.steps, s.max_steps or self.steps)
+        self.epoch_steps = self.loader.steps(self.position)
+        self.steps = min(s.epochs * self.epoch_steps, s.max_steps or s.epochs * self.epoch_steps)
         self.milestones = {max(1, round(share * self.steps)) for share in s.checkpoint_at}
-        self._build()
+        self.learner = Learner(self.config, self.dataset, self.rank, device, self.steps)
+        self.progress = Progress(self.schema.tasks, s.log_every, device)
         self.run = Run(config.run)
+        self.skipped: set[int] = set()
+        self.unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, which rows are not finite, their ids
+        self.bad: int | None = None
+        control = dist.new_group(backend="gloo") if self.ranks > 1 else None
+        writing = dist.new_group(backend="gloo", timeout=WRITING) if self.ranks > 1 else None
+        self.agreement, self.notice = Agreement(control), Notice()
+        prune = partial(retention.prune, self.run, s.keep) if self.rank == 0 else lambda: None
+        self.saver = Saver(self.run.checkpoints, writing, s.checkpoint_async, prune)
+        self.reporter: Reporter | None = None
+        self.watch: Watch | None = None
         self._restore()
-
-    def _build(self) -> None:
-        s = self.settings
-        torch.manual_seed(s.seed)  # the dense start is the same on every rank
-        self.ranker = ranker = build_ranker(self.schema, self.dataset.encoders, self.config.model)
-        self.loss = weighting.task_loss(s, self.schema.tasks)
-        step = TrainStep(ranker, self.loss, bf16=s.precision == "bf16")
-        tables = ranker.embeddings.embedding_bag_configs()
-        self.model = distribution.shard(step, ranker, s, self.device)
-        distribution.init_tables(ranker.embeddings, tables, s.seed, self.config.model.embedding_std)
-        named = self.model.named_parameters()
-        dense = [(n, p) for n, p in named if not n.startswith("ranker.embeddings.") and p.requires_grad]
-        self.dense = optimizer.build(s.dense, dense, s.clip_norm)
-        self.gradient_loss = self.loss if isinstance(self.loss, weighting.GradientLoss) else None
-        if self.gradient_loss:
-            self.gradient_loss.shared = weighting.shared_parameters(ranker, dense)
-
-    def _state(self) -> dict[str, Any]:
-        """Every tensor of a checkpoint, as views: loading fills them in place."""
-        return {
-            "model": {name.removeprefix("ranker."): value for name, value in self.model.state_dict().items()},
-            "tables": self.model.fused_optimizer.state_dict()["state"],
-            "dense": self.dense.state_dict()["state"],
-        }
+        self.meter = Meter(self._passed(), self.step)
 
     def _restore(self) -> None:
-        """Goes on from the newest checkpoint that is whole, as rank 0 sees it: ranks must not choose differently."""
+        """Goes on from the newest checkpoint that is whole, or begins."""
         if self.rank == 0:
             self.lock = self.run.lock("train", "another trainer writes to it")
-        choice = [self._newest() if self.rank == 0 else None]
-        dist.broadcast_object_list(choice)
-        if (step := choice[0]) is not None:
-            path = checkpoint.folder(self.run.checkpoints, step)
+            checkpoint.tidy(self.run.checkpoints)
+        path = resume.newest(self.run, self._tell)
+        if path is not None and self.config.resume == "never":
+            raise UserError(f"{self.run.path} has checkpoints. Choose another run=, or resume=auto to go on with it.")
+        config = self.config.model_dump(mode="json", by_alias=True)
+        if path is not None:
             manifest = checkpoint.read(path)
-            self._expect(manifest, path)
-            checkpoint.load(path, self._state())
-            self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
-            distribution.set_step(self.model, self.step)
-            self._tell(f"goes on from {path}")
+            resume.expect(path, manifest, self._manifest(0))
+            self._load(path, manifest)
+            ranks = f", written by {manifest.ranks} ranks" if manifest.ranks != self.ranks else ""
+            self._tell(f"goes on from {path}{ranks}")
+            if changed := resume.changes(self.run.config(), config):
+                self._tell(f"changed since: {', '.join(changed)}")
         else:
-            for line in sources.load(self.ranker, self._state()["model"]):
+            for line in sources.load(self.learner.ranker, self.learner.state()["model"]):
                 self._tell(line)
             if self.settings.init_from:
                 self._start_from(Run(self.settings.init_from))
+        dist.barrier()  # all have read the old configuration
         if self.rank == 0:
-            self.run.create(self.config.model_dump(mode="json", by_alias=True), self.whole_schema)
+            self.run.create(config, self.whole_schema)
             self.run.say("training", self.step, self.steps)
-            keep_lines(self.run.train_metrics, self.step)
+            self._forget()
         dist.barrier()
+
+    def _load(self, path: Path, manifest: CheckpointManifest) -> None:
+        self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
+        self.skipped = set(manifest.skipped)
+        updates = self.step - sum(step <= self.step for step in self.skipped)
+        self.progress.restore(path, manifest.rows, updates)
+        self.learner.load(path, updates)
+
+    def _forget(self) -> None:
+        """Takes the lines of steps back that will be taken again."""
+        for lines in (self.run.train_metrics, self.run.progressive):
+            keep_lines(lines, self.step)
 
     def _start_from(self, run: Run) -> None:
         """Takes the weights of another run, of its optimisers and its task weighting nothing."""
         path = initial.newest(run, self.dataset, "train.init_from")
-        weights = {n: t for n, t in self._state()["model"].items() if not n.startswith("loss.")}
+        weights = {n: t for n, t in self.learner.state()["model"].items() if not n.startswith("loss.")}
         afresh = initial.load(path, weights)
         more = f" and {len(afresh) - 3} more" if len(afresh) > 3 else ""
         self._tell(f"starts from {path}" + (f"; not in it: {', '.join(afresh[:3])}{more}" if afresh else ""))
 
-    def _newest(self) -> int | None:
-        """The newest checkpoint whose files fit its manifest; says which ones do not."""
-        found = checkpoint.steps(self.run.checkpoints)
-        if found and self.config.resume == "never":
-            raise UserError(f"{self.run.path} has checkpoints. Choose another run=, or resume=auto to go on with it.")
-        for step in reversed(found):
-            try:
-                checkpoint.check(checkpoint.folder(self.run.checkpoints, step))
-                return step
-            except UserError as error:
-                self._tell(f"skipped a checkpoint: {error}")
-        return None
-
-    def _expect(self, manifest: checkpoint.CheckpointManifest, path: os.PathLike) -> None:
-        shape = config_hash(self.config.shape())
-        for what, theirs, ours in (
-            ("schema", manifest.fingerprint, self.schema.fingerprint),
-            ("model and optimisers", manifest.config, shape),
-            ("train.seed", manifest.seed, self.settings.seed),
-            ("train.lanes", len(manifest.cursors), self.settings.lanes),
-            ("train.window", manifest.window, self.settings.window),
-            ("train.batch_size", manifest.batch_size, self.settings.batch_size),
-            ("train rows", manifest.data, self._data()),
-            ("encoders", manifest.encoders, self.dataset.encoders_id),
-        ):
-            if theirs != ours:
-                raise UserError(f"{path} has {what} {theirs}, this job has {ours}. Use the same, or another run=.")
-
     def run_to_end(self) -> Run:
         """Steps until the last, with metrics and checkpoints on the way."""
-        kinds = [(name, task.kind) for name, task in self.schema.tasks.items()]
-        window = WindowedNE(kinds, self.settings.log_every, self.device)
-        self.reporter = Reporter(self.run, list(self.schema.tasks), self.step, self.steps) if self.rank == 0 else None
-        every = self.settings.checkpoint_every or self.epoch_steps
-        meter = _Meter(self._rows(), self.step)
-        while self.step < self.steps:
-            batches = islice(self.loader.batches(self.position), self.steps - self.step)
-            for output in self._outputs(meter.timed(batches)):
-                self.step += 1
-                self.position = self.loader.after(self.position)
-                window.update(*output[:4])
-                if self.step % self.settings.log_every == 0 or self.step in (1, self.steps):
-                    self._check_finite(output, self.step)
-                    self._log(window, meter)
-                if self.step % every == 0 or self.step == self.steps or self.step in self.milestones:
-                    self._check_finite(output, self.step)
-                    meter.pause()
-                    self._save()
-                    meter.go_on()
-            if not self.loader.steps(self.position):
-                self.position = self.loader.start(self.position.epoch + 1)
+        if self.rank == 0:
+            self.reporter = Reporter(self.run, list(self.schema.tasks), self.step, self.steps)
+        if self.ranks > 1:
+            self.watch = Watch(distribution.store(), self.rank, self.ranks, self.settings.timeout)
+        try:
+            with self.notice.taken():
+                if self.settings.nonfinite == "skip" and not checkpoint.steps(self.run.checkpoints):
+                    self.save()  # what to go back to
+                while self.step < self.steps:
+                    self._learn()
+                    if self.step + 1 in self.skipped:
+                        self._advance()
+                    if not self.loader.steps(self.position):
+                        self.position = self.loader.start(self.position.epoch + 1)
+                self._finish_saving()
+        except UserError:
+            self._settle_saving()  # the other ranks are still there to write their parts
+            raise
+        finally:
+            if self.watch:
+                self.watch.end()
         if self.reporter:
             self.reporter.close()
             self.run.say("finished", self.step, self.steps)
         return self.run
 
+    def _learn(self) -> None:
+        """Steps to the end of the run or the epoch, to the next batch that is left out, or until the run goes back."""
+        end = min([self.steps, *(step - 1 for step in self.skipped if step > self.step)])
+        every = self.settings.checkpoint_every or self.epoch_steps
+        for output in self._outputs(self._watched(islice(self.loader.batches(self.position), end - self.step))):
+            self.progress.update(output)
+            self._advance()
+            last = self.step == self.steps
+            logs = self.step % self.settings.log_every == 0 or self.step == 1 or last
+            saves = self.step % every == 0 or self.step in self.milestones or last
+            if logs or saves:
+                self._find_bad()
+            verdict = self.agreement.exchange(self.notice.given, self.bad)
+            if saves or verdict.stop:
+                verdict = Verdict(verdict.stop, self.agreement.settle().bad or verdict.bad)
+            if verdict.bad is not None:
+                self._go_back(verdict.bad)
+                return
+            if logs:
+                self._log()
+            if saves or verdict.stop:
+                self.save()
+            if verdict.stop and not last:
+                self._end_early()
+
     def _outputs(self, batches: Iterator[Batch]) -> Iterator[StepOutput]:
-        """Takes a step a batch: TorchRec's pipeline where there is a GPU to overlap with, a plain loop elsewhere."""
-        pipelined = self.settings.pipelined
-        if pipelined if pipelined is not None else self.device.type == "cuda" and not self.gradient_loss:
-            pipeline = TrainPipelineSparseDist(self.model, self.dense, self.device, execute_all_batches=True)
-            while True:
-                self._prepare()
-                try:
-                    yield pipeline.progress(batches)
-                except StopIteration:
-                    return
-        for batch in batches:
-            self._prepare()
-            self.dense.zero_grad()
-            loss, output = self.model(batch.to(self.device) if self.device.type != "cpu" else batch)
-            if self.device.type == "cpu":
-                # Before the backward, which updates the tables: nothing is spoilt. A GPU would have to wait for the check.
-                self._check_finite(output, self.step + 1)
-            loss.backward()
-            if self.gradient_loss:
-                self.gradient_loss.after_backward(self.step)
-            self.dense.step()
-            yield output
+        return self.learner.outputs(batches, self.step, self._look)
 
-    def _prepare(self) -> None:
-        """Learning rate and random state of the step, both functions of its number."""
-        torch.manual_seed((self.settings.seed * 1_000_003 + self.step) * 4099 + self.rank)
-        for group in self.dense.param_groups:
-            group["lr"] = optimizer.rate(self.settings.dense, self.step, self.steps)
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; who waits for them, and how long, is noted."""
+        batches = self.meter.timed(batches)
+        while True:
+            self._at("data")
+            batch = next(batches, None)
+            self._at("step")
+            if batch is None:
+                return
+            yield batch
 
-    def _check_finite(self, output: StepOutput, step: int) -> None:
+    def _at(self, phase: str) -> None:
+        if self.watch:
+            self.watch.at(self.step + 1, phase)
+
+    def _advance(self) -> None:
+        """Goes past a batch; where a day or an epoch ends with it, says how well that was foreseen."""
+        day = self.loader.day(self.position)
+        self.step += 1
+        self.position = self.loader.after(self.position)
+        if self.loader.steps(self.position) and self.loader.day(self.position) == day:
+            return
+        figures, _ = self.progress.figures(self.progress.day_T3)
+        self.progress.day_T3.zero_()
+        record = {"epoch": self.position.epoch, "day": day, "step": self.step, "rows": self.progress.total_rows()}
+        if self.reporter:
+            self.reporter.day(record | figures)
+
+    def _look(self, output: StepOutput) -> None:
         # Unobserved labels too: a gradient of 0 times infinity is not 0.
-        bad_B = ~output.loss_BT.isfinite().all(1)
-        if bad_B.any():
-            rows = output.row_id_B[bad_B]
-            raise UserError(
-                f"step {step}, epoch {self.position.epoch}: the loss of {len(rows)} rows of the batch is not finite, "
-                f"row_id {', '.join(map(str, rows[:3].tolist()))}. Checkpoints before it are good. Lower train.dense.lr or "
-                "train.tables.lr, set train.clip_norm, or mend these rows."
-            )
+        self.unchecked.append((self.step + 1, ~output.loss_BT.isfinite().all(1), output.row_id_B))
+        if self.device.type == "cpu":
+            # Before the backward, which updates the tables: nothing is spoilt. A GPU would have to wait for the check.
+            self._find_bad()
 
-    def _rows(self) -> int:
+    def _find_bad(self) -> None:
+        """Looks for a loss that is not finite in the steps since it last looked; stops, or keeps it in mind."""
+        unchecked, self.unchecked = self.unchecked, []
+        if not unchecked or not torch.stack([bad_B.any() for _, bad_B, _ in unchecked]).any():
+            return
+        step, rows = next((step, row_id_B[bad_B]) for step, bad_B, row_id_B in unchecked if bad_B.any())
+        line = (
+            f"step {step}, epoch {self.position.epoch}: the loss of {len(rows)} rows of the batch is not finite, "
+            f"row_id {', '.join(map(str, rows[:3].tolist()))}."
+        )
+        if self.settings.nonfinite == "stop":
+            raise UserError(
+                f"{line} Checkpoints before it are good. Lower train.dense.lr or train.tables.lr, set train.clip_norm, mend "
+                "these rows, or leave such batches out with train.nonfinite=skip."
+            )
+        if self.bad is None:
+            self.bad = step
+            self._say(line)
+
+    def _go_back(self, bad: int) -> None:
+        """To the newest checkpoint, from which the same steps are taken again without the batch of step `bad`."""
+        self._settle_saving()
+        skipped = self.skipped | {bad}
+        if len(skipped) > self.settings.max_skipped:
+            raise UserError(
+                f"step {bad}: the loss is not finite, and {len(self.skipped)} batches were left out already "
+                f"(train.max_skipped). Checkpoints before it are good. Lower train.dense.lr or train.tables.lr, or set "
+                "train.clip_norm."
+            )
+        path = resume.newest(self.run, self._tell)
+        if path is None:
+            raise UserError(f"step {bad}: the loss is not finite, and {self.run.checkpoints} has nothing to go back to")
+        self._load(path, checkpoint.read(path))
+        self.skipped |= skipped
+        self.bad, self.unchecked = None, []
+        self.agreement.settle()
+        if self.rank == 0:
+            self._forget()
+            self._say(f"goes back to step {self.step}, to leave the batch of step {bad} out")
+        self.meter = Meter(self._passed(), self.step)
+
+    def _passed(self) -> int:
+        """Rows that the position lies behind."""
         return self.position.epoch * self.loader.rows + sum(self.position.cursors)
 
-    def _log(self, window: WindowedNE, meter: "_Meter") -> None:
-        sums_T3 = window.sums_T3()
-        if self.ranks > 1:
-            dist.all_reduce(sums_T3)
+    def _log(self) -> None:
+        figures, sums_T3 = self.progress.figures(self.progress.window.sums_T3())
+        learnt = self.progress.total_rows()
         if self.reporter is None:
             return
-        sums_T3 = sums_T3.cpu()
-        values = {n: None if isnan(v) else v for n, v in zip(self.schema.tasks, window.value(sums_T3), strict=True)}
-        binary = {name for name, task in self.schema.tasks.items() if task.kind == "binary"}
-        rows = self._rows()
-        rows_per_s, data_wait, step_s = meter.read(rows, self.step)
+        rows_per_s, data_wait, step_s = self.meter.read(self._passed(), self.step)
         loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
-        weight_T = self.loss.weights().detach().cpu()
+        weight_T = self.learner.loss.weights().detach().cpu()
         self.reporter.log(
             {
                 "step": self.step,
-                "rows": rows,
+                "rows": learnt,
+                "left_out": self._passed() - learnt,
                 "epoch": self.position.epoch,
                 "time": time.time(),
                 "lr": optimizer.rate(self.settings.dense, self.step - 1, self.steps),
                 "loss": float((loss_T * weight_T).sum()),
                 "weight": dict(zip(self.schema.tasks, weight_T.tolist(), strict=True)),
-                "ne": {name: value for name, value in values.items() if name in binary},
-                "mse": {name: value for name, value in values.items() if name not in binary},
+                **figures,
                 "rows_per_s": rows_per_s,
                 "data_wait": data_wait,
                 "seconds_left": step_s * (self.steps - self.step),
             }
         )
 
-    def _save(self) -> None:
-        manifest = checkpoint.CheckpointManifest(
+    def save(self, wait: bool = False) -> None:
+        """Begins to write a checkpoint of this step, once the one before it is done.
+
+        Args:
+            wait: until it is on disk.
+        Raises:
+            UserError: waiting, where it cannot be written.
+        """
+        self._at("save")
+        self.meter.pause()
+        self._settle_saving()
+        self.saver.save(
+            self.learner.state() | {"progress": self.progress.state()}, self._manifest(self.progress.total_rows())
+        )
+        if wait:
+            self._finish_saving()
+        self.meter.go_on()
+
+    def _manifest(self, rows: int) -> CheckpointManifest:
+        return CheckpointManifest(
             step=self.step,
-            rows=self._rows(),
+            rows=rows,
+            left_out=self._passed() - rows,
+            skipped=sorted(self.skipped),
             epoch=self.position.epoch,
             cursors=self.position.cursors,
+            ranks=self.ranks,
             seed=self.settings.seed,
             window=self.settings.window,
             batch_size=self.settings.batch_size,
-            data=self._data(),
+            data=config_hash([shard.sha256 for shard in self.loader.shards]),  # whatever the folder is called
             fingerprint=self.schema.fingerprint,
             encoders=self.dataset.encoders_id,
             config=config_hash(self.config.shape()),
         )
-        checkpoint.save(self.run.checkpoints, self._state(), manifest)
 
-    def _data(self) -> str:
-        """What identifies the rows that are trained on, whatever the folder is called."""
-        return config_hash([shard.sha256 for shard in self.loader.shards])
+    def _settle_saving(self) -> None:
+        if (error := self.saver.wait()) and self.rank == 0:
+            self._say(f"{error} Training goes on, and tries again with the next checkpoint.")
+
+    def _finish_saving(self) -> None:
+        """Waits for the last checkpoint. Raises UserError where it cannot be written."""
+        if error := self.saver.wait():
+            raise error
+
+    def _end_early(self) -> None:
+        self._finish_saving()
+        if self.reporter:
+            self.reporter.close()
+            self.run.say("preempted", self.step, self.steps)
+        raise Preempted(
+            f"told to end: {checkpoint.folder(self.run.checkpoints, self.step)} is written, the same command goes on from it"
+        )
+
+    def _say(self, line: str) -> None:
+        """A line in the midst of a run, by the rank that has something to say."""
+        if self.reporter:
+            self.reporter.say(line)
+        else:
+            print(f"rank {self.rank}: {line}", flush=True)
 
     def _tell(self, line: str) -> None:
         if self.rank == 0:
             print(line, flush=True)
-
-
-class _Meter:
-    """Rows a second and the share of time spent waiting for data since the last reading; pauses do not count."""
-
-    def __init__(self, rows: int, step: int) -> None:
-        self.rows, self.step = rows, step
-        self.seconds = self.waited = 0.0
-        self.go_on()
-
-    def go_on(self) -> None:
-        self.begin = time.perf_counter()
-
-    def pause(self) -> None:
-        self.seconds += time.perf_counter() - self.begin
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            begin = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - begin
-            if batch is None:
-                return
-            yield batch
-
-    def read(self, rows: int, step: int) -> tuple[float, float, float]:
-        """Rows a second, share of time waited, seconds a step."""
-        self.pause()
-        seconds = max(self.seconds, 1e-9)
-        reading = (rows - self.rows) / seconds, self.waited / seconds, seconds / max(step - self.step, 1)
-        self.rows, self.step, self.seconds, self.waited = rows, step, 0.0, 0.0
-        self.go_on()
-        return reading

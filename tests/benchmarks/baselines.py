@@ -1,6 +1,6 @@
 """What taskfuse is measured against: rows a second of one process on the workload, taskfuse not imported.
 
-    python tests/benchmarks/baselines.py loop|rechub|matmuls --model mmoe|ple [--threads 1] [--steps 60] [--dtype bf16]
+    python tests/benchmarks/baselines.py loop|rechub --model mmoe|ple [--threads 1] [--steps 60] [--dtype bf16]
 
 prints one JSON line. Each step is timed and the median kept: a step slowed by another process moves a mean, not that.
 """
@@ -20,10 +20,8 @@ from pathlib import Path
 
 import torch
 import workload as w
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-EXPERTS = {"mmoe": w.MMOE_EXPERTS, "ple": w.TASKS * w.PLE_OWN + w.PLE_SHARED}
+from plain_model import EXPERTS, Dense, dense_loss
+from torch import Tensor
 
 
 def measure(steps: Iterator[object], count: int, warmup: int) -> float:
@@ -38,44 +36,11 @@ def measure(steps: Iterator[object], count: int, warmup: int) -> float:
     return statistics.median(seconds)
 
 
-class Stacked(nn.Module):
-    """MMoE, or one CGC level of PLE: the experts of a layer as one product, all gates as one product."""
-
-    def __init__(self, model: str) -> None:
-        super().__init__()
-        experts, (hidden, out) = EXPERTS[model], w.EXPERT_DIMS
-
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape) * shape[-2] ** -0.5)
-
-        def zeros(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape))
-
-        self.first_EDH, self.first_EH = weight(experts, w.IN_DIM, hidden), zeros(experts, hidden)
-        self.second_EHK, self.second_EK = weight(experts, hidden, out), zeros(experts, out)
-        self.gate = nn.Linear(w.IN_DIM, w.TASKS * experts)
-        self.tower_TKH, self.tower_TH = weight(w.TASKS, out, w.TOWER_DIM), zeros(w.TASKS, w.TOWER_DIM)
-        self.head_TH1, self.head_T = weight(w.TASKS, w.TOWER_DIM, 1), zeros(w.TASKS)
-        hidden_TE = torch.zeros(w.TASKS, experts, dtype=torch.bool)
-        if model == "ple":  # a task does not see the experts of the other tasks
-            own = torch.arange(w.TASKS * w.PLE_OWN) // w.PLE_OWN
-            hidden_TE[:, : len(own)] = own != torch.arange(w.TASKS)[:, None]
-        self.register_buffer("hidden_TE", hidden_TE)
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        h_BEH = F.relu(torch.einsum("bd,edh->beh", x_BD, self.first_EDH) + self.first_EH)
-        h_BEK = F.relu(torch.einsum("beh,ehk->bek", h_BEH, self.second_EHK) + self.second_EK)
-        gate_BTE = self.gate(x_BD).unflatten(1, (w.TASKS, -1)).masked_fill(self.hidden_TE, -torch.inf)
-        mix_BTK = torch.einsum("bte,bek->btk", gate_BTE.softmax(-1), h_BEK)
-        tower_BTH = F.relu(torch.einsum("btk,tkh->bth", mix_BTK, self.tower_TKH) + self.tower_TH)
-        return torch.einsum("bth,tho->bto", tower_BTH, self.head_TH1).squeeze(-1) + self.head_T
-
-
 def loop(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
     """A training loop without a framework, as written in an afternoon; returns rows a second.
 
-    A step is: pick a shuffled batch from tensors in memory, look up all tables in one fbgemm call (fp32, exact row-wise
-    Adagrad inside its backward), forward, backward, Adam. With bf16 the dense part runs under autocast.
+    As plain_trainer.py, but its rows lie in memory and its tables in fbgemm: one call looks up all of them (fp32), and its
+    backward has exact row-wise Adagrad inside.
     """
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -93,7 +58,7 @@ def loop(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
         eps=1e-8,
     )
     tables.init_embedding_weights_uniform(-0.01, 0.01)
-    dense_part = Stacked(model)
+    dense_part = Dense(model)
     adam = torch.optim.Adam(dense_part.parameters(), lr=1e-3)
     offsets = torch.arange(w.BATCH * len(w.CATS) + 1)  # one id a row and column
 
@@ -105,9 +70,7 @@ def loop(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
         for pick_B in batches():
             id_BF, dense_BD, label_BT = (part.index_select(0, pick_B) for part in (id_NF, dense_ND, label_NT))
             x_BD = torch.cat((tables(id_BF.t().reshape(-1), offsets), dense_BD), 1)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logit_BT = dense_part(x_BD)
-            loss = F.binary_cross_entropy_with_logits(logit_BT.float(), label_BT, reduction="none").mean(0).sum()
+            loss = dense_loss(dense_part, x_BD, label_BT, dtype == torch.bfloat16)
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -163,37 +126,8 @@ def rechub(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
     return w.BATCH / statistics.median(b - a for a, b in zip(ready[warmup:], ready[warmup + 1 :], strict=False))
 
 
-def matmuls(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
-    """The floor: only the dense part's matrix products, forward (x@W) and backward (g@W', x'@g); returns rows a second.
-
-    Contiguous operands, outputs allocated beforehand, torch.mm and nothing else: the first layer of all experts as one
-    product, the second as one per expert, all gates as one, a tower and its head per task. A task of PLE has gates only
-    for the experts it sees.
-    """
-    experts, (hidden, out) = EXPERTS[model], w.EXPERT_DIMS
-    seen = w.MMOE_EXPERTS if model == "mmoe" else w.PLE_OWN + w.PLE_SHARED
-    layers = [(w.IN_DIM, experts * hidden), *[(hidden, out)] * experts, (w.IN_DIM, w.TASKS * seen)]
-    layers += [(out, w.TOWER_DIM), (w.TOWER_DIM, 1)] * w.TASKS
-
-    def operands(wide: int, narrow: int) -> tuple[Tensor, ...]:
-        x, weight, g = (torch.randn(s, dtype=dtype) for s in ((w.BATCH, wide), (wide, narrow), (w.BATCH, narrow)))
-        return x, weight, g, torch.empty_like(g), torch.empty_like(x), torch.empty_like(weight)
-
-    products = [operands(*layer) for layer in layers]
-
-    def run() -> Iterator[None]:
-        while True:
-            for x, weight, g, y, dx, dweight in products:
-                torch.mm(x, weight, out=y)
-                torch.mm(g, weight.t(), out=dx)
-                torch.mm(x.t(), g, out=dweight)
-            yield
-
-    return w.BATCH / measure(run(), steps, warmup)
-
-
 Baseline = Callable[[str, int, int, torch.dtype], float]
-BASELINES: dict[str, Baseline] = {"loop": loop, "rechub": rechub, "matmuls": matmuls}
+BASELINES: dict[str, Baseline] = {"loop": loop, "rechub": rechub}
 
 
 def main() -> None:

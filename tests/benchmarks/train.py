@@ -1,94 +1,113 @@
 """Training throughput of taskfuse beside what it is measured against, in one run: python tests/benchmarks/train.py.
 
-Per round, model and trainer: a process of its own on the workload of workload.py, 4,096 rows a rank and step. Ratios are
-taken within a round, so that a machine that slows down slows both sides; the medians over the rounds are printed and
-kept in results/. taskfuse goes the whole way: CSV through jobs.preprocess, then jobs.train under torchrun.
+Per round and model each contender is a process of its own, or two under torchrun, on the workload of workload.py with 4,096
+rows a rank and step, one thread a rank:
+
+    taskfuse          jobs.train, from a dataset that jobs.preprocess wrote: reads, shards, logs and checkpoints
+    plain PyTorch     plain_trainer.py: the same model on the same files, with what torch has (sparse nn.Embedding, DDP)
+    fbgemm loop       baselines.py loop: the same on fbgemm's fused tables, rows in memory, one process
+    torch-rechub      baselines.py rechub: its own trainer, model of the same sizes, rows in memory, one process, fp32
+    floor             floor.py: rows of the tables at the memory's rate, the dense part's products at the rate of the fastest
+
+Ratios are taken within a round, so that a machine that slows down slows both sides; the medians over the rounds are printed
+and kept in results/. "x plain" and "of the floor" compare the same ranks and number format, "x rechub" always its one run.
 """
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import torch
 import workload
 from tabulate import tabulate
+from train_runs import CONF, HERE, RESULTS, machine, preprocess, run, write_raw
 
-HERE = Path(__file__).parent
 RECHUB = HERE.parents[1] / ".venv" / "rechub"
-COLUMNS = ["rows/s", "x rechub", "x loop", "x matmuls", "data wait", "first step after"]
+COLUMNS = ["rows/s", "x rechub", "x plain", "of the floor", "x 1 rank", "data wait", "first step (s)"]
+FORMATS = ("", ",.0f", ".2f", ".2f", ".0%", ".2f", ".1%", ".1f")
+WARMUP = 10  # steps that are not timed
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A line of the table; `name` is one of those above."""
+
+    name: str
+    ranks: int = 1
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.ranks} rank{'s' * (self.ranks > 1)}, {self.dtype}"
+
+
+RECHUB_RUN = Contender("torch-rechub")
+EVERYWHERE = [
+    Contender(name, ranks, dtype)
+    for dtype in ("fp32", "bf16")
+    for ranks in (1, 2)
+    for name in ("taskfuse", "plain PyTorch", "floor")
+]
+CONTENDERS = [*EVERYWHERE, Contender("fbgemm loop"), Contender("fbgemm loop", dtype="bf16"), RECHUB_RUN]
+Round = dict[Contender, Figures]
 
 
 def main() -> None:
-    """Runs the rounds, prints a table for each model, writes results/train.json."""
+    """Runs the rounds, prints a table for each model, writes results/train-MODEL.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["mmoe", "ple"], choices=["mmoe", "ple"])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--bf16", action="store_true", help="also taskfuse, loop and matmuls in bf16")
+    parser.add_argument("--rows", type=int, default=workload.ROWS, help="fewer: a trial, not kept")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        data = prepare(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        write_raw(Path(name) / "raw", options.rows)
+        data = preprocess(Path(name) / "raw", Path(name) / "data")
         for model in options.models:
-            rounds = []
+            rounds: list[Round] = []
             for number in range(options.rounds):
-                rounds.append({name: run() for name, run in contenders(data, model, options).items()})
+                rounds.append({each: take(each, data, model, options.steps) for each in CONTENDERS})
                 print(f"{model} round {number + 1}/{options.rounds}", file=sys.stderr, flush=True)
-            report(model, rounds)
+            print(table(model, rounds), flush=True)
+            if options.rows == workload.ROWS:
+                keep(model, rounds)
 
 
-def prepare(folder: Path) -> Path:
-    """The workload's rows as CSV files, then as a dataset."""
-    table = pa.table(workload.rows())
-    (folder / "raw").mkdir()
-    for part in range(4):
-        size = len(table) // 4
-        pa.csv.write_csv(table.slice(part * size, size), folder / "raw" / f"rows-{part}.csv")
-    command = ["-m", "jobs.preprocess", f"--config-dir={HERE / 'conf'}", "data=workload", f"out={folder / 'data'}"]
-    subprocess.run([sys.executable, *command, f"input={folder / 'raw'}"], check=True, capture_output=True)
-    return folder / "data"
-
-
-def contenders(data: Path, model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What is timed, in order: name to a function that runs it once."""
-    found: dict[str, Any] = {
-        "taskfuse, 1 rank": lambda: taskfuse(data, model, 1, options.steps),
-        "torch-rechub": lambda: baseline("rechub", model, options.steps),
-        "plain loop": lambda: baseline("loop", model, options.steps),
-        "matrix products alone": lambda: baseline("matmuls", model, options.steps),
-        "taskfuse, 2 ranks": lambda: taskfuse(data, model, 2, options.steps),
+def take(contender: Contender, data: Path, model: str, steps: int) -> Figures:
+    """One run: rows_per_s, and what else it reports."""
+    common = ["--model", model, "--dtype", contender.dtype, "--steps", str(steps)]
+    scripts = {
+        "plain PyTorch": ["plain_trainer.py", str(data)],
+        "fbgemm loop": ["baselines.py", "loop"],
+        "torch-rechub": ["baselines.py", "rechub"],
+        "floor": ["floor.py"],
     }
-    if options.bf16:
-        found["taskfuse, 1 rank, bf16"] = lambda: taskfuse(data, model, 1, options.steps, "train.precision=bf16")
-        found["plain loop, bf16"] = lambda: baseline("loop", model, options.steps, "--dtype", "bf16")
-        found["matrix products alone, bf16"] = lambda: baseline("matmuls", model, options.steps, "--dtype", "bf16")
-    return found
+    if contender.name == "taskfuse":
+        return taskfuse(contender, data, model, steps)
+    script, *arguments = scripts[contender.name]
+    path = str(RECHUB) if contender == RECHUB_RUN else ""
+    printed = run([str(HERE / script), *arguments, *common], contender.ranks, path)
+    return json.loads(printed.splitlines()[-1])
 
 
-def taskfuse(data: Path, model: str, ranks: int, steps: int, *more: str) -> dict[str, float]:
-    """One training run: median rows/s, share of time waiting for data, seconds from process start to the first step."""
-    run = Path(tempfile.mkdtemp(dir=data.parent))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [
-        sys.executable, *launcher, "-m", "jobs.train", f"--config-dir={HERE / 'conf'}", f"dataset={data}", f"run={run}",
-        f"model=bench_{model}", f"train.batch_size={workload.BATCH * ranks}", "train.lanes=8", "train.threads=1",
-        f"train.max_steps={steps + 10}", "train.epochs=9", "train.log_every=10", *more,
-    ]  # fmt: skip
+def taskfuse(contender: Contender, data: Path, model: str, steps: int) -> Figures:
+    """Median rows/s, share of time waiting for data, seconds from the start of the process to the first step."""
+    folder = Path(tempfile.mkdtemp(dir=data.parent))
     begin = time.time()
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    records = [json.loads(line) for line in (run / "metrics" / "train.jsonl").read_text().splitlines()]
-    shutil.rmtree(run)
-    steady = [r for r in records if r["step"] > 10]
+    run(
+        ["-m", "jobs.train", CONF, f"dataset={data}", f"run={folder}", f"model=bench_{model}",
+         f"train.batch_size={workload.BATCH * contender.ranks}", f"train.precision={contender.dtype}", "train.lanes=8",
+         "train.threads=1", f"train.max_steps={steps + WARMUP}", "train.epochs=99", "train.log_every=10"],
+        contender.ranks,
+    )  # fmt: skip
+    records = [json.loads(line) for line in (folder / "metrics" / "train.jsonl").read_text().splitlines()]
+    shutil.rmtree(folder)
+    steady = [r for r in records if r["step"] > WARMUP]
     return {
         "rows_per_s": statistics.median(r["rows_per_s"] for r in steady),
         "data_wait": statistics.mean(r["data_wait"] for r in steady),
@@ -96,44 +115,42 @@ def taskfuse(data: Path, model: str, ranks: int, steps: int, *more: str) -> dict
     }
 
 
-def baseline(name: str, model: str, steps: int, *more: str) -> dict[str, float]:
-    """One run of baselines.py, on one thread."""
-    command = [sys.executable, str(HERE / "baselines.py"), name, "--model", model, "--threads", "1", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECHUB) if name == "rechub" else ""}
-    done = subprocess.run([*command, "--steps", str(steps)], check=True, capture_output=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+def table(model: str, rounds: list[Round]) -> str:
+    """The medians over the rounds, and what the floor is made of."""
 
-
-def report(model: str, rounds: list[dict[str, dict[str, float]]]) -> None:
-    """Prints the medians over the rounds and keeps them."""
-
-    def median(name: str, key: str) -> float | None:
-        values = [r[name][key] for r in rounds if key in r[name]]
+    def median(contender: Contender, key: str) -> float | None:
+        values = [r[contender][key] for r in rounds if key in r[contender]]
         return statistics.median(values) if values else None
 
-    def ratio(name: str, to: str) -> float:
-        return statistics.median(r[name]["rows_per_s"] / r[to]["rows_per_s"] for r in rounds)
+    def ratio(contender: Contender, other: Contender) -> float | None:
+        if other not in rounds[0]:
+            return None
+        return statistics.median(r[contender]["rows_per_s"] / r[other]["rows_per_s"] for r in rounds)
 
-    rows = []
-    for name in rounds[0]:
-        dtype = ", bf16" if name.endswith("bf16") else ""
-        others = ["torch-rechub", f"plain loop{dtype}", f"matrix products alone{dtype}"]
-        rows.append(
-            [name, median(name, "rows_per_s"), *(ratio(name, o) for o in others), median(name, "data_wait"),
-             median(name, "first_step_s")]
-        )  # fmt: skip
-    formats = ("", ",.0f", ".2f", ".2f", ".2f", ".1%", ".1f")
-    print(f"\n{model}, fp32 unless said, 1 thread a rank, median of {len(rounds)} rounds")
-    print(tabulate(rows, [model, *COLUMNS], floatfmt=formats, missingval=""), flush=True)
-    path = HERE / "results" / f"train-{model}.json"
-    path.parent.mkdir(exist_ok=True)
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    path.write_text(json.dumps({"machine": machine, "rounds": rounds}, indent=1) + "\n")
+    lines, notes = [], []
+    for each in rounds[0]:
+        plain, floor = (Contender(name, each.ranks, each.dtype) for name in ("plain PyTorch", "floor"))
+        alone = ratio(each, Contender(each.name, 1, each.dtype)) if each.ranks > 1 else None
+        ratios = [ratio(each, other) for other in (RECHUB_RUN, plain, floor)]
+        lines.append(
+            [each, median(each, "rows_per_s"), *ratios, alone, median(each, "data_wait"), median(each, "first_step_s")]
+        )
+        if each.name == "floor":
+            size, tables_s, flops, products_s = (median(each, k) for k in ("bytes", "tables_s", "flops", "products_s"))
+            notes.append(
+                f"{each}: {size / 1e6:.1f} MB of tables at {size / tables_s / 1e9:.1f} GB/s take {tables_s * 1e3:.1f} ms, "
+                f"{flops / 1e9:.1f} GFLOP at {flops / products_s / 1e9:.0f} GFLOP/s take {products_s * 1e3:.1f} ms"
+            )
+    title = f"\n{model}: one thread a rank, medians of {len(rounds)} rounds"
+    body = tabulate(lines, [model, *COLUMNS], floatfmt=FORMATS, missingval="", disable_numparse=[0])
+    return "\n".join([title, body, "of 4,096 rows a rank:", *notes])
 
 
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def keep(model: str, rounds: list[Round]) -> None:
+    """Writes the figures of every round."""
+    RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine(), "rounds": [{str(each): figures for each, figures in r.items()} for r in rounds]}
+    (RESULTS / f"train-{model}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ CONTENT: dict[str, Any] = {
         "few": {"column": "city", "vocabulary": {"min_count": 2, "max_size": 3}},
         "dealt": {"column": "city", "vocabulary": {"min_count": 2, "unknown": 3}},
         "hashed": {"column": "city", "hash": 7},
+        "open": {"column": "city", "managed": {"rows": 1000}},
         "item": {"table": "item"},
     },
     "bag": {"recent": {"table": "item", "max_length": 3}, "tags": {"separator": ", ", "hash": 5}},
@@ -126,6 +127,7 @@ def test_ids_are_those_of_a_dictionary(rows, others, twice):
     first = dict.fromkeys(["city", "few", "item"], 2) | {"dealt": 4}
     vocabularies = {n: {v: i + first[n] for i, v in enumerate(vs)} for n, vs in plain_vocabularies(rows).items()}
     assert fitted.num_embeddings("hashed") == 8
+    assert fitted.num_embeddings("open") == 2 + 16 * 63
     assert fitted.num_embeddings("city") == len(vocabularies["city"]) + 2
     assert fitted.num_embeddings("dealt") == len(vocabularies["dealt"]) + 4
 
@@ -145,6 +147,9 @@ def test_ids_are_those_of_a_dictionary(rows, others, twice):
         assert found["recent"].to_pylist() == [[known("item", e) for e in r["recent"]] for r in some]
         assert found["hashed"].to_pylist() == [
             MISSING if r["city"] is None else 1 + plain_hash(r["city"]) % 7 for r in some
+        ]
+        assert found["open"].to_pylist() == [
+            MISSING if r["city"] is None else 1 + plain_hash(r["city"]) % (2**63 - 1) for r in some
         ]
         assert found["tags"].to_pylist() == [[1 + plain_hash(e) % 5 for e in r["tags"]] for r in some]
         for name in ("label.a", "label.b", "weight", "event_time", "row_id"):
@@ -279,7 +284,8 @@ def test_what_is_saved_can_be_read_without_this_project(fitted, tmp_path):
     ]
     content = json.loads((tmp_path / "encoders" / "encoders.json").read_text())
     assert content["inputs"] == SCHEMA.inputs_fingerprint
-    assert content["num_embeddings"] == {"item": 4, "city": 5, "few": 4, "dealt": 6, "hashed": 8, "tags": 6}
+    sizes = {"item": 4, "city": 5, "few": 4, "dealt": 6, "hashed": 8, "open": 1010, "tags": 6}
+    assert content["num_embeddings"] == sizes
     assert content["moments"]["plain"]["mean"] == 2.5
 
 
@@ -324,7 +330,7 @@ def test_encoders_that_are_not_whole_are_refused_in_one_line(fitted, tmp_path, h
 
 def test_the_columns_of_a_dataset_are_flat_and_typed():
     found = {field.name: field.type for field in arrow_schema(SCHEMA)}
-    ids = dict.fromkeys(["city", "few", "dealt", "hashed", "item"], pa.int64())
+    ids = dict.fromkeys(["city", "few", "dealt", "hashed", "open", "item"], pa.int64())
     bags = dict.fromkeys(["recent", "tags"], pa.list_(pa.int64()))
     dense = ["plain", "scaled", "scaled_missing", "logged", "logged_missing"]
     floats = dict.fromkeys([*dense, "label.a", "label.b", "weight"], pa.float32())

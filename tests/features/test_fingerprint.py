@@ -35,7 +35,7 @@ def test_comments_order_of_keys_and_defaults_written_out_do_not_change_the_finge
     written_out = plain.model_dump(mode="json")
     # A feature of a shared table has no settings of its own to write out.
     for feature in (written_out["categorical"]["item"], written_out["bag"]["recent"]):
-        for key in ("dim", "vocabulary", "hash", "bins"):
+        for key in ("dim", "vocabulary", "hash", "bins", "managed"):
             del feature[key]
     assert Schema.parse(written_out, where="mine.yaml").fingerprint == plain.fingerprint
     assert len(plain.fingerprint) == 16

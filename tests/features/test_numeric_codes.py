@@ -265,7 +265,7 @@ def test_numbers_beyond_what_was_fitted_have_the_first_and_the_last_id():
     ("change", "words"),
     [
         ({"dense": {"scaled": {"piecewise": 0}}}, "dense.scaled.piecewise"),
-        ({"categorical": {"x": {"column": "scaled", "bins": 3, "hash": 9}}}, "one of vocabulary, hash and bins"),
+        ({"categorical": {"x": {"column": "scaled", "bins": 3, "hash": 9}}}, "one of vocabulary, hash, bins and"),
         ({"bag": {"x": {"bins": 3}}}, "bag.x.bins"),
         ({"tables": {"t": {"bins": 3}}, "bag": {"x": {"table": "t"}}}, "only a categorical feature can be a number's"),
     ],

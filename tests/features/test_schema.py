@@ -78,6 +78,7 @@ def test_the_base_of_these_tests_is_a_schema():
         ("source.outcomes.read.", ["files", "key", "window", "read"]),
         ("tables.item.", ["dim", "vocabulary", "hash"]),
         ("tables.item.vocabulary.", ["min_count", "max_size", "unknown"]),
+        ("tables.item.managed.", ["rows", "evict"]),
         ("dense.price.", ["column", "transform", "standardize", "missing_flag"]),
         ("categorical.user.", ["dim", "vocabulary", "hash", "column", "table"]),
         ("categorical.hour.vocabulary.", ["min_count", "max_size", "unknown"]),
@@ -278,11 +279,12 @@ def test_a_shared_table_must_exist_and_holds_the_settings():
     assert "tables.item exists" in refusal(changed("categorical.item", {}))
 
 
-def test_vocabulary_and_hash_exclude_each_other():
+def test_ways_to_an_id_exclude_each_other():
     for place in ("tables.item", "categorical.hour"):
-        message = refusal(changed(place, {"vocabulary": {}, "hash": 5}))
-        assert place in message
-        assert "one of vocabulary, hash and bins" in message
+        for way in ({"vocabulary": {}}, {"managed": {"rows": 9}}):
+            message = refusal(changed(place, {"hash": 5, **way}))
+            assert place in message
+            assert "one of vocabulary, hash, bins and managed" in message
 
 
 def test_names_of_features_are_one_namespace_that_flags_and_fixed_columns_belong_to():

@@ -44,7 +44,7 @@ def apem(size: Sizes) -> APEM:
 
 def dtrn(size: Sizes) -> DTRN:
     inner = (behaviours(size), size.condition, size.hidden, size.squeeze)
-    return randomised(DTRN(size.D, size.T, size.F, size.widths, *inner), size.seed)
+    return randomised(DTRN(size.D, size.T, size.F, {}, size.widths, *inner), size.seed)
 
 
 def multitab(size: Sizes) -> MultiTab:
@@ -125,7 +125,7 @@ def test_features_of_apem_and_dtrn_in_another_order_with_their_parameters_change
             other = apem(size)
         else:  # its feature f is the former order[f]
             moved = [order.index(f) for f in chosen]
-            other = DTRN(size.D, size.T, size.F, size.widths, moved, size.condition, size.hidden, size.squeeze)
+            other = DTRN(size.D, size.T, size.F, {}, size.widths, moved, size.condition, size.hidden, size.squeeze)
         close(load(other, state)(x_BFW[:, order]), module(x_BFW))
         close(other.gates(x_BFW[:, order])[0], module.gates(x_BFW)[0][:, :, order])
 
@@ -179,7 +179,7 @@ def test_attention_to_features_is_all_that_a_task_does_not_give_to_tasks(size):
     (weight_BTF,) = multitab(size).gates(fields(size))
     assert weight_BTF.shape == (size.B, size.T, size.F)
     assert (weight_BTF > 0).all()
-    assert (weight_BTF.sum(2) < 1).all()
+    assert (weight_BTF.sum(2) < 1 + 1e-12).all()  # the rest may be less than rounding error
 
 
 @settings(max_examples=30, deadline=None)
@@ -206,7 +206,7 @@ def test_gates_of_an_excitation_stay_between_0_and_2_and_start_at_1(size, scale)
 @given(sizes)
 def test_dtrn_with_gates_of_one_and_no_behaviours_is_single_task_networks(size):
     size.behaviours = set()
-    module = DTRN(size.D, size.T, size.F, size.widths, None, squeeze=size.squeeze).double()  # gates start at 1
+    module = DTRN(size.D, size.T, size.F, {}, size.widths, None, squeeze=size.squeeze).double()  # gates start at 1
     state = {name: value for name, value in module.state_dict().items() if name.startswith("networks")}
     other = load(SingleTask(size.F * size.D, size.T, size.widths), state)
     close(module(fields(size)), other(fields(size).flatten(1)))

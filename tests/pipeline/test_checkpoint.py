@@ -148,8 +148,8 @@ def test_a_file_that_is_cut_or_gone_is_named(tmp_path: Path, name: str, change: 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path)
     text = (path / "manifest.json").read_text()
-    (path / "manifest.json").write_text(text.replace('"version": 1', '"version": 2'))
-    with pytest.raises(UserError, match="checkpoint of version 2, this release reads 1"):
+    (path / "manifest.json").write_text(text.replace('"version": 2', '"version": 3'))
+    with pytest.raises(UserError, match="checkpoint of version 3, this release reads 2"):
         checkpoint.check(path)
 
 

@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
         train = {"sharding": {"default": [placement]}, "checkpoint_every": STOP}
         fused(folder, f"two-{placement}", train=train).run_to_end()
         fused(folder, f"two-tuned-{placement}", train=train, tables="tuned").run_to_end()
-    fused(folder, "two-start", train={"sharding": {"default": ["row_wise"]}})._save()
+    fused(folder, "two-start", train={"sharding": {"default": ["row_wise"]}}).save(wait=True)
     dist.barrier()
     if dist.get_rank() == 0:
         stopped(folder, "two-table_wise", "two-resumed")

@@ -48,7 +48,7 @@ def trainer(folder: Path, name: str, data: str = "data", pipelined: bool = False
 
 def weights(made: Trainer) -> dict[str, torch.Tensor]:
     """Copies of the parameters that are not in tables."""
-    named = made.model.named_parameters()
+    named = made.learner.model.named_parameters()
     return {n.removeprefix("ranker."): p.detach().clone() for n, p in named if "embeddings" not in n}
 
 

@@ -137,7 +137,7 @@ class Twin:
 def start_of(folder: Path, name: str, **settings: Any) -> dict[str, Tensor]:
     """The state before the first step."""
     made = Trainer(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"))
-    made._save()
+    made.save(wait=True)
     return last(folder / name)
 
 
@@ -444,7 +444,8 @@ def test_bfloat16_stays_near_float32(folder: Path, one_rank: Path, pipelined: bo
     assert all(map(math.isfinite, found))
     assert found != wanted
     assert found[:13] == pytest.approx(wanted[:13], rel=0.05)
-    assert all(value.dtype in (torch.float32, torch.int64) for value in last(folder / f"bf16-{pipelined}").values())
+    kept = {name: value.dtype for name, value in last(folder / f"bf16-{pipelined}").items() if "progress." not in name}
+    assert set(kept.values()) <= {torch.float32, torch.int64}
 
 
 def test_clipping_bounds_the_norm_of_all_dense_gradients_together(folder: Path) -> None:
@@ -526,7 +527,6 @@ def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both_with_one_line(f
     [
         ({"tables": {"name": "adam"}}, "fused Adam has no CPU kernel"),
         ({"sharding": {"default": ["column_wise"]}}, "column_wise with rowwise_adagrad keeps one"),
-        ({"sharding": {"item": ["data_parallel"]}}, r"train.sharding.item: data_parallel is not allowed \(.*momentum"),
         ({"sharding": {"default": ["table_row_wise"]}}, "no CPU kernel"),
         ({"sharding": {"default": ["sideways"]}}, "train.sharding.default: sideways is not allowed"),
         ({"sharding": {"shown": ["row_wise"]}}, "sharding.shown: no such table, there are device, item, topics, user"),

@@ -214,7 +214,7 @@ class Steps:
 
     def __init__(self, folder: Path, name: str, weighting: str, steps: int) -> None:
         options = {"weighting": {"name": weighting}, "max_steps": steps, "checkpoint_every": 1}
-        trainer(folder, f"{name}-start", **options)._save()
+        trainer(folder, f"{name}-start", **options).save(wait=True)
         run(folder, name, weighting, max_steps=steps, checkpoint_every=1)
         self.states = [last(folder / f"{name}-start")]
         self.states += [tensors(checkpoint.folder(folder / name / "checkpoints", s + 1)) for s in range(steps)]

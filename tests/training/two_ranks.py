@@ -66,11 +66,11 @@ def stopped(folder: Path, source: str, name: str, step: int = STOP) -> None:
 def logits(folder: Path, name: str, **settings: object) -> None:
     """The sharded forward of a finished run on this rank's rows of the valid split."""
     made = trainer(folder, name, **settings)
-    made.model.eval()
+    made.learner.model.eval()
     loader = Loader(Dataset(folder / "data"), "valid", 20, 2, rank=made.rank, ranks=made.ranks)
     with torch.no_grad():
-        found = [(batch.row_id_B, made.model.module.ranker(batch)) for batch in loader.batches(loader.start())]
-    names = made.model.module.ranker.embeddings(next(loader.batches(loader.start())).sparse).keys()
+        found = [(batch.row_id_B, made.learner.model.module.ranker(batch)) for batch in loader.batches(loader.start())]
+    names = made.learner.model.module.ranker.embeddings(next(loader.batches(loader.start())).sparse).keys()
     torch.save([torch.cat(parts) for parts in zip(*found, strict=True)], folder / f"{name}.logits.{made.rank}.pt")
     if made.rank == 0:
         (folder / f"{name}.keys.json").write_text(json.dumps(names))
@@ -94,9 +94,9 @@ def main(folder: Path) -> None:
         logits(folder, name, **settings)
 
     for placement in PLACEMENTS:
-        trainer(folder, f"start-{placement}", sharding={"default": [placement]})._save()
+        trainer(folder, f"start-{placement}", sharding={"default": [placement]}).save(wait=True)
     columns = {"default": ["table_wise"], "item": ["column_wise"]}
-    trainer(folder, "start-column_wise", sharding=columns, tables={"name": "adagrad"})._save()
+    trainer(folder, "start-column_wise", sharding=columns, tables={"name": "adagrad"}).save(wait=True)
 
     again = {"checkpoint_every": STOP, "dropout": 0.3, **table_wise}
     trainer(folder, "dropout", **again).run_to_end()

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
         }
         made = trainer(folder, f"two-{name}", **settings)
         made.run_to_end()
-        state = {n: v for n, v in made._state()["model"].items() if not n.startswith("embeddings.")}
+        state = {n: v for n, v in made.learner.state()["model"].items() if not n.startswith("embeddings.")}
         torch.save(state, folder / f"{name}.{rank}.pt")
         if name in WITH_STATE:
             dist.barrier()

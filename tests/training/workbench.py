@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline import checkpoint
 from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.trainer import Trainer
 
 # What scripts that run by themselves import: this folder, and tests/ above it.
 PATHS = os.pathsep.join(map(str, Path(__file__).parents[:2]))
@@ -145,6 +147,15 @@ def last(run: Path) -> dict[str, Tensor]:
     return tensors(checkpoint.folder(folder, checkpoint.steps(folder)[-1]))
 
 
+def start(config: TrainConfig) -> dict[str, Tensor]:
+    """The state that a run begins with, written where it would lie, and taken away again."""
+    made = Trainer(config, None, torch.device("cpu"))
+    made.save(wait=True)
+    state = last(config.run)
+    shutil.rmtree(config.run)
+    return state
+
+
 def losses(run: Path) -> list[float]:
     """The loss of each logged step."""
     return [json.loads(line)["loss"] for line in (run / "metrics" / "train.jsonl").read_text().splitlines()]
@@ -160,14 +171,15 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    """Asserts that two states have the same names and, within the tolerance, the same tensors."""
+    """Asserts that two states have the same names and, within the tolerance, the same tensors; each rank's sums apart."""
+    found, wanted = ({n: v for n, v in x.items() if not n.startswith("progress.")} for x in (found, wanted))
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Asserts that two states are the same to the last bit."""
+    """Asserts that two states are the same to the last bit, each rank's sums apart."""
     close(found, wanted, rtol=0, atol=0)
 
 

@@ -1,0 +1,28 @@
+"""jobs.plan: whether a model's embedding tables fit on a cluster, and which rank would hold what. Needs no GPU and no ranks.
+
+It takes the command line of jobs.train (its groups and settings: python -m jobs.train --help) and the cluster's size. Without a
+dataset, tables are as large as the schema allows. What does not fit ends with exit code 1 and says by how much.
+
+Examples:
+  python -m jobs.plan dataset=runs/demo/data model=adatt ranks=64 hbm=80GB
+  python -m jobs.plan data=NAME ranks=8 hbm=40GB train.batch_size=65536 train.sharding.default=[row_wise]
+  python -m jobs.plan dataset=D ranks=16 hbm=24GB ddr=64GB train.kernels.default=[fused,fused_uvm_caching]
+  python -m jobs.plan dataset=D device=cpu ranks=4 ranks_per_node=4 ddr=8GB
+"""
+
+from omegaconf import DictConfig
+
+from jobs.entry import job, parse, read_schema
+
+
+@job("plan")
+def main(config: DictConfig) -> None:
+    """Prints the plan."""
+    from pipeline.training.capacity import PlanConfig, answer
+
+    settings: PlanConfig = parse(config, PlanConfig)
+    print("\n".join(answer(settings, read_schema(config) if "data" in config else None)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Tables for values without bound (features.kinds.Managed): which id has which row is learnt step by step."""
+
+# Shapes: V ids of a batch, N distinct ids in ascending order, S sets, W rows of a set, A ids without a row.
+
+from typing import cast
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+from features.encoders import MISSING, UNKNOWN
+from features.kinds import Managed
+from features.schema import Schema
+
+FIRST = UNKNOWN + 1  # row of the first set; those before it are for missing values and for ids without a row
+FREE = 0  # no value has this id: it is that of missing ones
+BUSY = torch.iinfo(torch.int64).max
+
+
+class IdMap(nn.Module):
+    """Which id has which row of a table, or of some sets of it.
+
+    What it holds lies as the table's rows do, and an id's set is a function of the id alone: sets can be shared out among any
+    number of ranks, and what becomes of an id is the same on all of them.
+
+    Args:
+        settings: the table's. first, sets: the sets that it holds; all of them unless told.
+    """
+
+    id_SW: Tensor
+    used_SW: Tensor
+
+    def __init__(
+        self, settings: Managed, first: int = 0, sets: int | None = None, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.settings, self.first = settings, first
+        shape = settings.sets if sets is None else sets, settings.ways
+        self.register_buffer("id_SW", torch.full(shape, FREE, dtype=torch.int64, device=device))
+        # Of lru the step that an id was last seen in, of lfu how often it was seen.
+        self.register_buffer("used_SW", torch.zeros(shape, dtype=torch.int64, device=device))
+
+    def lookup(self, id_N: Tensor) -> Tensor:
+        """row_N of the table; UNKNOWN for an id without a row."""
+        set_N, way_N, found_N = self._find(id_N)
+        return torch.where(found_N, self._row(set_N, way_N), UNKNOWN)
+
+    def admit(self, id_N: Tensor, count_N: Tensor, step: int) -> Tensor:
+        """Takes note of the ids of a step, and gives rows to those that have none.
+
+        An id that was in this step keeps its row. Where fewer are left in a set than new ids, the greatest of these go without.
+
+        Args:
+            id_N, count_N: distinct ids, ascending, and how often each was there. step: from 1.
+        Returns: the rows of the table that belong to another id now.
+        """
+        set_N, way_N, found_N = self._find(id_N)
+        here = set_N[found_N], way_N[found_N]
+        used = self._seen(self.used_SW[here], count_N[found_N], step)
+        self.used_SW[here] = BUSY
+        id_A, count_A, set_A = id_N[~found_N], count_N[~found_N], set_N[~found_N]
+        touched, which_A = set_A.unique_consecutive(return_inverse=True)
+        used_TW = self.used_SW.index_select(0, touched)
+        left_T = (used_TW < BUSY).sum(1)
+        place_A = torch.arange(len(set_A), device=set_A.device) - torch.searchsorted(set_A, set_A)
+        enough_A = place_A < left_T[which_A]
+        least_TW = used_TW.argsort(stable=True)
+        taken = set_A[enough_A], least_TW[which_A[enough_A], place_A[enough_A]]
+        self.id_SW[taken] = id_A[enough_A]
+        self.used_SW[taken] = self._seen(self.used_SW[taken], count_A[enough_A], step)
+        self.used_SW[here] = used
+        return self._row(*taken)
+
+    def _find(self, id_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        set_N = set_of(id_N, self.settings.sets) - self.first
+        match_NW = self.id_SW.index_select(0, set_N) == id_N.unsqueeze(1)
+        found_N, way_N = match_NW.to(torch.uint8).max(1)  # cheaper than any and argmax
+        return set_N, way_N, found_N.bool()
+
+    def _row(self, set_N: Tensor, way_N: Tensor) -> Tensor:
+        return FIRST + (self.first + set_N) * self.settings.ways + way_N
+
+    def _seen(self, used_N: Tensor, count_N: Tensor, step: int) -> Tensor:
+        return used_N + count_N if self.settings.evict == "lfu" else torch.full_like(used_N, step)
+
+
+def set_of(id_N: Tensor, sets: int) -> Tensor:
+    """The set of each id: sets divide the range of ids, 0 to 2**63 - 1, into equal parts, in its order."""
+    return (id_N >> 32) * sets >> 31
+
+
+class ManagedIds(nn.Module):
+    """Puts rows in the place of ids, for the managed tables of a schema.
+
+    In training it remembers the ids of the last batch. `admit` gives them rows once the step is taken: so a new id is first
+    read with the row of the unknown ones, which learns from that what to expect of an id that it has never seen.
+
+    Args:
+        schema: has managed tables. device: of the maps; "meta" leaves them to whoever shares them out.
+    Call Args:
+        sparse: all keys of a batch.
+    Returns: the same, with rows for the ids of managed tables.
+    """
+
+    def __init__(self, schema: Schema, device: str = "cpu") -> None:
+        super().__init__()
+        managed = managed_tables(schema)
+        self.features = {name: [f for f in schema.sparse if schema.table_of(f) == name] for name in managed}
+        self.maps = nn.ModuleDict(
+            {name: IdMap(settings, device=torch.device(device)) for name, settings in managed.items()}
+        )
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        value_V = sparse.values().clone()
+        ids = dict(zip(sparse.keys(), value_V.split(sparse.length_per_key()), strict=True))
+        for table, features in self.features.items():
+            row_V = self._rows(table, torch.cat([ids[name] for name in features]))
+            for name, row in zip(features, row_V.split([len(ids[name]) for name in features]), strict=True):
+                ids[name].copy_(row)
+        return KeyedJaggedTensor(sparse.keys(), value_V, lengths=sparse.lengths(), stride=sparse.stride())
+
+    def _rows(self, table: str, id_V: Tensor) -> Tensor:
+        present_V = id_V != MISSING
+        id_N, place_V, count_N = id_V[present_V].unique(return_inverse=True, return_counts=True)
+        if self.training:
+            self.seen[table] = id_N, count_N
+        row_V = torch.full_like(id_V, MISSING)
+        row_V[present_V] = self._map(table).lookup(id_N)[place_V]
+        return row_V
+
+    def admit(self, step: int) -> dict[str, Tensor]:
+        """After a step: each table's rows that belong to another id now. step: from 1."""
+        changed = {table: self._map(table).admit(*found, step) for table, found in self.seen.items()}
+        self.seen = {}
+        return changed
+
+    def _map(self, table: str) -> IdMap:
+        return cast(IdMap, self.maps[table])  # or what pipeline.training.managed makes of it
+
+
+def managed_tables(schema: Schema) -> dict[str, Managed]:
+    """The managed tables of a schema."""
+    return {name: table.managed for name, table in schema.all_tables.items() if table.managed}
+
+
+def managed_ids(schema: Schema, device: str) -> ManagedIds | None:
+    """For the managed tables of a schema, if it has any."""
+    return ManagedIds(schema, device) if managed_tables(schema) else None
+
+
+def with_rows(managed: ManagedIds | None, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """A batch's ids, those of managed tables as rows."""
+    return sparse if managed is None else managed(sparse)
+
+
+torch.fx.wrap("with_rows")  # a loop over tables cannot be traced

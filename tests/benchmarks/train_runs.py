@@ -1,0 +1,64 @@
+"""Processes over the benchmark's workload: its dataset, a script or a job on one rank or more, the machine they ran on."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import torch
+import workload
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CONF = f"--config-dir={HERE / 'conf'}"
+
+
+def write_raw(folder: Path, rows: int = workload.ROWS, files: int = 4) -> None:
+    """The workload's rows as CSV files."""
+    folder.mkdir(parents=True)
+    table = pa.table(workload.rows(count=rows))
+    size = -(-rows // files)
+    for part in range(files):
+        pa.csv.write_csv(table.slice(part * size, size), folder / f"rows-{part}.csv")
+
+
+def preprocess(raw: Path, out: Path, *more: str) -> Path:
+    """A dataset of them."""
+    run(["-m", "jobs.preprocess", CONF, "data=workload", f"input={raw}", f"out={out}", *more])
+    return out
+
+
+def run(arguments: list[str], ranks: int = 1, path: str = "") -> str:
+    """Runs `python ARGUMENTS` to its end, under torchrun on several ranks, a thread each; returns what it printed.
+
+    Args:
+        path: PYTHONPATH.
+    Raises:
+        SystemExit: with its last lines, if it fails.
+    """
+    done = subprocess.run(command(arguments, ranks), env=environment(path), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n" + "\n".join(done.stderr.splitlines()[-12:]))
+    return done.stdout
+
+
+def command(arguments: list[str], ranks: int = 1) -> list[str]:
+    """What `run` starts."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    # torchrun runs a script or, after -m, a module, just as python does.
+    return [sys.executable, *launcher, *arguments]
+
+
+def environment(path: str = "") -> dict[str, str]:
+    """Of a process that computes on one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def machine() -> dict[str, str | int | None]:
+    """What figures depend on besides the code."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}

@@ -1,0 +1,135 @@
+"""jobs.plan: the sizes of tables it goes by, and what it says of what does not fit."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+
+from jobs.plan import main
+from pipeline.dataset import Dataset
+
+DIMS = {"user": 4, "city": 4, "item": 4}
+BOUNDED = """
+source: {files: "*.csv"}
+tables:
+  item: {dim: 32, vocabulary: {max_size: 100000, unknown: 3}}
+dense: {age: {piecewise: 6}}
+categorical:
+  user: {dim: 64, hash: 2000000}
+  shown: {table: item}
+  hour: {dim: 4, bins: 24}
+bag:
+  recent: {table: item}
+tasks:
+  click: {kind: binary, label: click}
+split: {by: row_index, modulo: 2, train: [0], valid: [1]}
+"""
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., list[str]]:
+    """The command line in this process: the lines it prints, or the one that it exits with."""
+
+    def run(*arguments: object) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["jobs.plan", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stopped:
+            return str(stopped.code).splitlines()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def bounded(tmp_path: Path) -> list[str]:
+    """A schema without data, all of whose tables are bounded."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bounded.yaml").write_text(yaml.safe_dump({"schema": yaml.safe_load(BOUNDED)}))
+    return [f"--config-dir={tmp_path}", "data=bounded"]
+
+
+def rows(lines: list[str]) -> dict[str, int]:
+    tables = lines[1 : next(i for i, line in enumerate(lines) if line.startswith("rank"))]
+    return {line.split()[0]: int(line.split()[1].replace(",", "")) for line in tables}
+
+
+def test_a_datasets_encoders_say_how_large_its_tables_are(small_dataset: Path, plan: Callable) -> None:
+    lines = plan(f"dataset={small_dataset}", "ranks=16", "hbm=80GB", "train.batch_size=4096")
+    encoders = Dataset(small_dataset).encoders
+    assert rows(lines) == {name: encoders.num_embeddings(name) for name in DIMS}
+    city = pl.read_parquet(small_dataset / "train" / "*.parquet")["city"]
+    assert rows(lines)["city"] > city.max()
+    assert lines[-1].startswith("fits: rank ")
+    assert "68.0 GB" in lines[-1]
+
+
+def test_without_a_dataset_the_schema_bounds_them_and_that_is_said(bounded: list[str], plan: Callable) -> None:
+    lines = plan(*bounded, "ranks=8", "hbm=40GB", "train.sharding.default=[row_wise]")
+    assert rows(lines) == {
+        "user": 2_000_000 + 1,  # and the missing value
+        "item": 100_000 + 1 + 3,
+        "hour": 24 + 2,  # that many bins, and the largest value
+    }
+    assert lines[-2] == "without a dataset, rows are the most there can be: item, hour"
+    weights = (2_000_001 * 64 + 100_004 * 32 + 26 * 4) * 4 / 8
+    [least] = [line for line in lines if line.startswith("least")]
+    assert float(least.split()[1]) == pytest.approx(weights / 1e6, rel=0.01)
+
+
+def test_a_vocabulary_without_a_bound_is_named(plan: Callable) -> None:
+    [line] = plan("data=demo", "ranks=8", "hbm=40GB")
+    assert line.startswith("error: table item, category, device")
+    assert "dataset=" in line
+    assert "max_size" in line
+    assert "user_id" not in line
+
+
+def test_the_command_line_of_a_training_can_be_taken_as_it_is(
+    small_dataset: Path, tmp_path: Path, plan: Callable
+) -> None:
+    train = [
+        f"dataset={small_dataset}",
+        f"run={tmp_path / 'run'}",
+        "model=ple",
+        "recipe=demo",
+        "+train.sharding.user=[row_wise]",
+    ]
+    lines = plan(*train, "ranks=2", "device=cpu", "ddr=2GB", "train.batch_size=512", "resume=auto")
+    [user] = [line for line in lines if line.startswith("user")]
+    assert "row_wise" in user
+    assert lines[-1].endswith("of dense part leave")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_one_line_with_what_helps(bounded: list[str], plan: Callable) -> None:
+    [line] = plan(*bounded, "ranks=8", "hbm=60MB", "train.sharding.default=[row_wise]")
+    assert re.search(
+        r"^error: the tables with their batches need [\d.]+ MB and 8 ranks have [\d.]+ MB of GPU memory", line
+    )
+    more = re.search(r"Try (\d+) ranks or more, train\.kernels\.default=\[fused_uvm_caching\]", line)
+    assert plan(*bounded, f"ranks={more[1]}", "hbm=60MB", "train.sharding.default=[row_wise]")[-1].startswith("fits")
+    cached = ["train.kernels.default=[fused_uvm_caching]", "ddr=1GB"]
+    assert "in main memory" in plan(*bounded, "ranks=8", "hbm=60MB", "train.sharding.default=[row_wise]", *cached)[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ranks=2", "hbm=1GB"], "dataset=PATH"),
+        (["data=demo", "ranks=2"], "hbm=80GB"),
+        (["data=demo", "ranks=2", "device=cpu"], "ddr=16GB"),
+        (["data=demo", "hbm=1GB"], "ranks"),
+        (["data=demo", "ranks=12", "hbm=1GB"], "ranks=12 is no multiple of ranks_per_node=8"),
+        (["data=demo", "ranks=3", "hbm=1GB"], "train.batch_size=4096 is no multiple of ranks=3"),
+        (["data=demo", "ranks=2", "hbm=many"], "hbm"),
+    ],
+)
+def test_what_is_missing_or_contradicts_itself_is_one_line(arguments: list[str], says: str, plan: Callable) -> None:
+    [line] = plan(*arguments)
+    assert line.startswith("error: ")
+    assert says in line

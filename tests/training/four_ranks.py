@@ -1,0 +1,137 @@
+"""What four ranks do, for test_communication.py: python -m torch.distributed.run --nproc-per-node=4 four_ranks.py FOLDER
+
+FOLDER holds the dataset `data`; the runs are written beside it. Four, since a group of two is the smallest that shares tables.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from two_ranks import stopped, trainer
+
+from features.errors import UserError
+from pipeline.training import distribution
+from pipeline.training.trainer import Trainer
+
+PLACEMENTS = {"table_wise": {"default": ["table_wise"]}, "row_wise": {"default": ["row_wise"]}}
+MIXED = {"default": ["table_wise"], "item": ["row_wise"]}
+FORMATS = ("fp16", "bf16")
+LARGE = {"name": "sgd", "lr": 100.0}  # the rounding of a gradient stands out from that of a weight
+SGD = {"name": "sgd", "lr": 0.5}
+RARELY, STOP, STEPS = 4, 3, 6  # copies are averaged at step 4, saved at 3 and 6
+GROUP = 2
+# Adam hides a gradient's scale from the weights, not from its state; what the loss learns is dense, too.
+DENSE = {"max_steps": STEPS, "checkpoint_every": STOP, "clip_norm": 0.05, "weighting": {"name": "uncertainty"}}
+RUNS = {
+    "ddp": DENSE,
+    "slices": DENSE | {"accumulate": 3},  # of 8 rows: 3, 3, 2
+    "fsdp": DENSE | {"dense_parallel": "fsdp"},
+    "fsdp-slices": DENSE | {"dense_parallel": "fsdp", "accumulate": 3},
+    "whole": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED},
+    "copies": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED, "sharding_group": GROUP},
+    "copies-adagrad": {"max_steps": 1, "sharding": MIXED, "sharding_group": GROUP},
+    "copies-fsdp": {"max_steps": STEPS, "tables": SGD, "sharding_group": GROUP, "dense_parallel": "fsdp"},
+}
+RARE = {"max_steps": STEPS, "checkpoint_every": STOP, "sharding": MIXED, "sharding_group": GROUP, "sync_every": RARELY}
+COLLECTIVES = ("all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
+
+
+class Watching(Trainer):
+    """A trainer that keeps what its rank holds of the tables, before a checkpoint is made and after."""
+
+    def save(self, wait: bool = False) -> None:
+        before = local(self)
+        super().save(wait)
+        self.held = [*getattr(self, "held", []), (before, local(self))]
+
+
+def local(made: Trainer) -> dict[str, Tensor]:
+    """Copies of this rank's parts of weights and momentum, by table and first row."""
+    state = made._state()
+    tables = {n: v for n, v in state["model"].items() if n.startswith("embeddings.")}
+    tables |= {n: v for states in state["tables"].values() for n, v in states.items()}
+    return {f"{n}/{p.metadata.shard_offsets}": p.tensor.clone() for n, v in tables.items() for p in v.local_shards()}
+
+
+@contextmanager
+def bytes_sent() -> Iterator[list[int]]:
+    """Counts what this rank hands to collectives as floating-point numbers."""
+    sent = [0]
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = list(signature(original).bind(*args, **kwargs).arguments.values())[1]
+            parts = given if isinstance(given, list) else [given]
+            sent[0] += sum(p.numel() * p.element_size() for p in parts if p.is_floating_point())
+            return original(*args, **kwargs)
+
+        return call
+
+    with mock.patch.multiple(dist, **{name: counted(getattr(dist, name)) for name in COLLECTIVES}):
+        yield sent
+
+
+def formats(folder: Path) -> None:
+    """The embeddings of the first batch, and the first step, each with one direction in 16 bits."""
+    rank = dist.get_rank()
+    for placement, sharding in PLACEMENTS.items():
+        for name in ("fp32", *FORMATS):
+            made = trainer(folder, f"forward-{placement}-{name}", sharding=sharding, communication={"forward": name})
+            batch = next(made.loader.batches(made.position))
+            with torch.no_grad(), bytes_sent() as sent:
+                found = made.model.module.ranker.embedded(batch)
+            torch.save((batch.row_id_B, found, sent[0]), folder / f"forward-{placement}-{name}.{rank}.pt")
+        for name in FORMATS:
+            step = {"max_steps": 1, "tables": LARGE, "sharding": sharding, "communication": {"backward": name}}
+            trainer(folder, f"backward-{placement}-{name}", **step).run_to_end()
+
+
+def main(folder: Path) -> None:
+    rank = dist.get_rank()
+    trainer(folder, "start").save(wait=True)
+    formats(folder)
+    for name, settings in RUNS.items():
+        made = trainer(folder, name, **settings)
+        made.run_to_end()
+        if name == "fsdp":
+            dense = [p for _, p in made.dense.params.items()]
+            share = sum(p.to_local().numel() for p in dense if isinstance(p, DTensor)) / sum(p.numel() for p in dense)
+            (folder / f"share.{rank}.json").write_text(json.dumps(share))
+    dist.barrier()
+    for before, after in (("fsdp", "ddp"), ("ddp", "fsdp")):
+        if rank == 0:
+            stopped(folder, before, f"{before}-{after}", STOP)
+        dist.barrier()
+        trainer(folder, f"{before}-{after}", **RUNS[after]).run_to_end()
+
+    rarely = trainer(folder, "copies-rarely", Watching, **RARE)
+    rarely.run_to_end()
+    torch.save(rarely.held, folder / f"held.{rank}.pt")
+    refused = ""
+    try:
+        trainer(folder, "refused", sharding_group=3)
+    except UserError as error:
+        refused = str(error)
+    (folder / f"refused.{rank}.txt").write_text(refused)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distribution.start()
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()

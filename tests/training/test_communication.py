@@ -1,0 +1,419 @@
+"""What ranks exchange: number formats, slices of a batch, shards of the dense part, copies of the tables."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from four_ranks import FORMATS, GROUP, LARGE, PLACEMENTS, RARE, RARELY, RUNS, STEPS, STOP
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torchrec import KeyedJaggedTensor, KeyedTensor
+from two_ranks import stopped, trainer
+from workbench import (
+    PATHS,
+    close,
+    configuration,
+    identical,
+    last,
+    make_dataset,
+    model,
+    task_loss,
+    tensors,
+    unsharded,
+)
+
+from features.batch import Batch
+from features.schema import Schema
+from models.losses import TaskLoss, UncertaintyLoss
+from models.ranker import ModelConfig, Ranker
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.loader import Loader
+from pipeline.training import distribution
+from pipeline.training.config import Settings
+from pipeline.training.slices import loss_by_slices
+from pipeline.training.step import TrainStep
+
+HERE = Path(__file__).parent
+RANKS = 4
+LR, EPS = 0.05, 1e-8  # of the tables, in the workbench's configuration
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("communication")
+    make_dataset(path / "data")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[torch.device]:
+    yield distribution.start()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Path:
+    """The runs of four_ranks.py, all of one process group."""
+    script = [str(HERE / "four_ranks.py"), str(folder)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", *script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    print(done.stdout, done.stderr)
+    done.check_returncode()
+    return folder
+
+
+def first_batch(folder: Path, rank: int = 0, ranks: int = 1) -> Batch:
+    """Of the workbench's configuration: the whole of it, or the rows of one rank."""
+    s = configuration(folder / "data", folder / "none").train
+    loader = Loader(Dataset(folder / "data"), "train", s.batch_size, s.lanes, s.seed, rank, ranks, window=s.window)
+    return next(loader.batches(loader.start()))
+
+
+# Formats, against an unsharded model in float64
+
+
+class Held(nn.Module):
+    """Tables whose pooled embeddings stay at hand, with their gradient."""
+
+    def __init__(self, tables: nn.Module) -> None:
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
+        self.pooled = self.tables(sparse)
+        self.pooled.values().retain_grad()
+        return self.pooled
+
+
+@dataclass
+class FirstStep:
+    """The first step of every run here, on one device in float64.
+
+    Attributes:
+        start: the weights before it. slope: per feature the gradient of its pooled embedding, row by row of the batch.
+    """
+
+    schema: Schema
+    start: dict[str, Tensor]
+    batch: Batch
+    slope: dict[str, Tensor]
+
+    def over_rows(self, of: Callable[[Tensor], Tensor], rows_B: Tensor | None = None) -> dict[str, Tensor]:
+        """Per table, summed for each of its rows over the (chosen) places where it is looked up: `of` the slope there."""
+        sparse = self.batch.sparse.to_dict()
+        total = {t: torch.zeros_like(self.start[weight_of(t)]).double() for t in self.schema.all_tables}
+        for feature, slope_BW in self.slope.items():
+            chosen_BW = slope_BW if rows_B is None else slope_BW * rows_B.unsqueeze(1)
+            id_V, length_B = sparse[feature].values(), sparse[feature].lengths()
+            total[self.schema.table_of(feature)].index_add_(0, id_V, of(chosen_BW).repeat_interleave(length_B, 0))
+        return total
+
+    def embedded(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """All features side by side, a bag as the mean over its items: of `of` the rows of the tables."""
+        found = []
+        for feature in self.schema.sparse:
+            ids = self.batch.sparse[feature]
+            rows = of(self.start[weight_of(self.schema.table_of(feature))].double())
+            parts = [rows[part].sum(0) / max(len(part), 1) for part in ids.values().split(ids.lengths().tolist())]
+            found.append(torch.stack(parts))
+        return torch.cat(found, 1)
+
+
+def weight_of(table: str) -> str:
+    return f"embeddings.embedding_bags.{table}.weight"
+
+
+@pytest.fixture(scope="module")
+def step(ranks: Path) -> FirstStep:
+    data, config = Dataset(ranks / "data"), configuration(ranks / "data", ranks / "none")
+    start, batch = model(last(ranks / "start")), first_batch(ranks)
+    ranker = unsharded(config, data.schema, data.encoders, start)
+    ranker.embeddings = held = Held(ranker.embeddings)
+    total, _ = TrainStep(ranker, task_loss(data.schema), bf16=False)(in_float64(batch))
+    total.backward()
+    slopes = held.pooled.values().grad.double().split(held.pooled.length_per_key(), 1)
+    return FirstStep(data.schema, start, batch, dict(zip(held.pooled.keys(), slopes, strict=True)))
+
+
+def in_float64(batch: Batch) -> Batch:
+    return Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()}))
+
+
+def rounding(name: str) -> float:
+    """The largest relative error of a number in a format: half of the distance from 1 to the next."""
+    return torch.finfo({"fp16": torch.float16, "bf16": torch.bfloat16}[name]).eps / 2
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_embeddings_in_16_bits_are_within_the_rounding_of_the_tables_rows_at_half_the_bytes(
+    ranks: Path, step: FirstStep, placement: str, name: str
+) -> None:
+    parts = [torch.load(ranks / f"forward-{placement}-{name}.{rank}.pt") for rank in range(RANKS)]
+    plain = [torch.load(ranks / f"forward-{placement}-fp32.{rank}.pt") for rank in range(RANKS)]
+    place = {row: place for place, row in enumerate(step.batch.row_id_B.tolist())}
+    order_B = torch.tensor([place[row] for rows, _, _ in parts for row in rows.tolist()])
+    wanted_BE, size_BE = step.embedded(lambda x: x)[order_B], step.embedded(torch.abs)[order_B]
+    # Table-wise, a sum is rounded once. Row-wise, each rank's part is, and then each of the three sums of two parts.
+    bound_BE = rounding(name) * (wanted_BE.abs() if placement == "table_wise" else RANKS * size_BE)
+    error_BE = (torch.cat([found for _, found, _ in parts]) - wanted_BE).abs()
+    slack_BE = 1e-6 * size_BE + 2.0**-25  # of float32, and of the smallest numbers of fp16
+    assert (error_BE <= 1.01 * bound_BE + slack_BE).all()
+    assert error_BE.max() > 0.2 * rounding(name) * wanted_BE.abs().max() > 10 * slack_BE.max()
+    assert [2 * sent for _, _, sent in parts] == [sent for _, _, sent in plain]
+    assert all(sent for _, _, sent in plain)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_gradients_in_16_bits_move_a_row_by_their_sum_within_the_rounding_of_each(
+    ranks: Path, step: FirstStep, placement: str, name: str
+) -> None:
+    found = model(last(ranks / f"backward-{placement}-{name}"))
+    slope, size = step.over_rows(lambda x: x), step.over_rows(torch.abs)
+    shares = []
+    for table in slope:
+        wanted = step.start[weight_of(table)] - LARGE["lr"] * slope[table]
+        error, bound = (found[weight_of(table)] - wanted).abs(), rounding(name) * LARGE["lr"] * size[table]
+        # The gradients themselves come from a dense part in float32.
+        slack = 1e-6 * wanted.abs() + 2e-5 * LARGE["lr"] * size[table] + 1e-6
+        assert (error <= bound + slack).all()
+        shares.append((error / (bound + slack)).max())
+    assert max(shares) > 0.2
+
+
+# A batch in slices
+
+
+class InFloat64(TaskLoss):
+    """Losses that stay in float64."""
+
+    def per_row(self, logit_BT: Tensor, label_BT: Tensor) -> Tensor:
+        label_BT = label_BT.double()
+        cross_entropy_BT = F.binary_cross_entropy_with_logits(logit_BT, label_BT, reduction="none")
+        return torch.where(self.binary_T, cross_entropy_BT, (logit_BT - label_BT).square())
+
+
+class LearntInFloat64(InFloat64, UncertaintyLoss):
+    pass
+
+
+AITM = {"name": "aitm", "widths": [8], "calibrator": 0.5}
+MMOE = {"name": "mmoe", "num_experts": 3, "levels": [[64], [64]]}
+
+
+def differentiated(folder: Path, fusion: dict[str, Any], learnt: bool, count: int) -> tuple[Tensor, Tensor, dict]:
+    """Loss, loss of each row and gradients of a step in `count` slices, on one device in float64."""
+    data = Dataset(folder / "data")
+    torch.manual_seed(1)
+    config = ModelConfig(fusion=fusion, tower=[8], embedding_std=0.1, calibration="monotone")
+    ranker = Ranker(data.schema, data.encoders, config, device="cpu").double()
+    kinds = [task.kind for task in data.schema.tasks.values()]
+    loss = LearntInFloat64(kinds) if learnt else InFloat64(kinds, [1.0, 2.0, 0.5])
+    step = TrainStep(ranker, loss.double(), bf16=False, accumulate=count)
+    total, output = step(in_float64(first_batch(folder)))
+    (3 * total).backward()
+    return total.detach(), output.loss_BT, {name: p.grad for name, p in step.named_parameters()}
+
+
+# AITM's penalty is float32, and so are the pooled embeddings.
+@pytest.mark.parametrize(("fusion", "learnt", "rtol", "atol"), [(MMOE, True, 1e-10, 1e-14), (AITM, False, 1e-4, 1e-8)])
+def test_slices_of_a_batch_add_up_to_the_gradients_of_the_whole_whatever_their_number(
+    folder: Path, fusion: dict[str, Any], learnt: bool, rtol: float, atol: float
+) -> None:
+    total, loss_BT, slope = differentiated(folder, fusion, learnt, 1)
+    assert len(loss_BT) == 32
+    for count in (2, 3, 32, 50):
+        in_slices = differentiated(folder, fusion, learnt, count)
+        torch.testing.assert_close(in_slices[0], total, rtol=rtol, atol=0)
+        torch.testing.assert_close(in_slices[1], loss_BT, rtol=1e-12, atol=1e-14)
+        assert in_slices[2].keys() == slope.keys()
+        for name, wanted in slope.items():
+            bounds = (1e-4, 1e-8) if "embeddings" in name else (rtol, atol)
+            torch.testing.assert_close(in_slices[2][name], wanted, rtol=bounds[0], atol=bounds[1])
+
+
+def test_of_frozen_tables_slices_make_no_gradient_that_would_wake_their_optimiser() -> None:
+    embedding_BE, weight = torch.randn(7, 3, requires_grad=True), nn.Parameter(torch.randn(3))
+    unused = nn.Parameter(torch.ones(2))
+
+    def run(part_SE: Tensor, _: slice) -> tuple[Tensor, Tensor]:
+        loss_S1 = (part_SE.detach() * weight).sum(1, keepdim=True)
+        return loss_S1.sum(), loss_S1
+
+    total, _ = loss_by_slices(run, embedding_BE, [weight, unused], 3)
+    total.backward()
+    assert embedding_BE.grad is None
+    assert unused.grad is None
+    torch.testing.assert_close(weight.grad, embedding_BE.detach().sum(0))
+
+
+class Kept:
+    """A tensor that autograd keeps for a backward; counts the bytes of those that are alive, and the most there were."""
+
+    alive = most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+        Kept.alive += self.size
+        Kept.most = max(Kept.most, Kept.alive)
+
+    def __del__(self) -> None:
+        Kept.alive -= self.size
+
+
+def most_bytes_kept(folder: Path, count: int) -> int:
+    data = Dataset(folder / "data")
+    config = configuration(folder / "data", folder / "none").model.model_copy(update={"fusion": MMOE})
+    ranker = Ranker(data.schema, data.encoders, config, device="cpu")
+    step = TrainStep(ranker, task_loss(data.schema), bf16=False, accumulate=count)
+    loader = Loader(data, "train", 256, 4, 0)
+    batch = next(loader.batches(loader.start()))
+    weights = {p.data_ptr() for p in step.parameters()}
+    Kept.alive = Kept.most = 0
+
+    def keep(tensor: Tensor) -> Kept | Tensor:
+        return tensor if tensor.data_ptr() in weights else Kept(tensor)
+
+    with saved_tensors_hooks(keep, lambda kept: kept.tensor if isinstance(kept, Kept) else kept):
+        total, _ = step(batch)
+        total.backward()
+    return Kept.most
+
+
+def test_four_slices_keep_a_quarter_of_what_the_whole_batch_keeps_for_its_backward(folder: Path) -> None:
+    whole, slices = most_bytes_kept(folder, 1), most_bytes_kept(folder, 4)
+    assert 0.2 * whole < slices < 0.35 * whole
+
+
+def test_training_in_slices_is_training_on_the_batch_on_four_ranks_and_on_one(ranks: Path) -> None:
+    close(last(ranks / "slices"), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
+    made = trainer(ranks, "one-slices", **RUNS["slices"])
+    assert made.model.module.accumulate == 3  # 32 rows: 11, 11, 10
+    made.run_to_end()
+    close(last(ranks / "one-slices"), last(ranks / "ddp"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"accumulate": 2, "weighting": {"name": "pcgrad"}}, "accumulate=2"),
+        ({"accumulate": 2, "pipelined": True}, "pipelined=true"),
+        ({"dense_parallel": "fsdp", "weighting": {"name": "gradnorm"}}, "dense_parallel=fsdp"),
+        ({"sharding_group": 2, "kernels": {"default": ["fused", "fused_uvm_caching"]}}, "fused_uvm_caching"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_in_one_line(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Settings(**settings)
+    (fault,) = error.value.errors()
+    assert word in fault["msg"]
+    assert "\n" not in fault["msg"]
+
+
+# The dense part in shards
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp-slices"])
+def test_a_sharded_dense_part_learns_what_a_copied_one_does_clipped_by_the_norm_of_all(ranks: Path, name: str) -> None:
+    close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
+    assert all(json.loads((ranks / f"share.{rank}.json").read_text()) < 0.5 for rank in range(RANKS))
+    clipped, free = (
+        sum(value.square().sum() for key, value in last(ranks / run).items() if "exp_avg" in key)
+        for run in ("ddp", "whole")
+    )
+    assert clipped < 0.5 * free
+
+
+@pytest.mark.parametrize("name", ["fsdp-ddp", "ddp-fsdp"])
+def test_a_checkpoint_moves_between_shards_and_copies_of_the_dense_part(ranks: Path, name: str) -> None:
+    close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_of_shards_is_read_on_one_rank_element_by_element(ranks: Path) -> None:
+    stopped(ranks, "fsdp", "fsdp-one", STOP)
+    moved(ranks, "fsdp-one", RUNS["ddp"])
+
+
+def moved(folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """Asserts that a checkpoint of several ranks is written again by one as it was."""
+    path = checkpoint.folder(folder / name / "checkpoints", STOP)
+    before = tensors(path)
+    made = trainer(folder, name, **settings)
+    assert made.step == STOP
+    made.save(wait=True)
+    identical(tensors(path), before)
+
+
+# Copies of the tables
+
+
+@pytest.mark.parametrize("name", ["copies", "copies-fsdp"])
+def test_with_sgd_copies_that_are_averaged_after_each_step_are_one_table(ranks: Path, name: str) -> None:
+    close(last(ranks / name), last(ranks / "whole"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_steps_with_its_ranks_gradient_scaled_to_the_batch_and_the_mean_of_the_copies_is_kept(
+    ranks: Path, step: FirstStep
+) -> None:
+    found = last(ranks / "copies-adagrad")
+    groups = [range(first, first + GROUP) for first in range(0, RANKS, GROUP)]
+    rows = [{row for rank in group for row in first_batch(ranks, rank, RANKS).row_id_B.tolist()} for group in groups]
+    mine_GB = torch.tensor([[row in own for row in step.batch.row_id_B.tolist()] for own in rows])
+    assert mine_GB.sum(0).tolist() == [1] * 32
+    slopes = [step.over_rows(lambda x: len(groups) * x, mine_B) for mine_B in mine_GB]
+    for table in slopes[0]:
+        momenta = [slope[table].square().mean(1) for slope in slopes]
+        moves = [s[table] / (m.sqrt() + EPS).unsqueeze(1) for s, m in zip(slopes, momenta, strict=True)]
+        wanted = step.start[weight_of(table)] - LR * sum(moves) / len(groups)
+        torch.testing.assert_close(found[f"model.{weight_of(table)}"].double(), wanted, rtol=1e-4, atol=1e-3 * LR)
+        momentum = next(v for n, v in found.items() if n.startswith("tables") and f".{table}.momentum" in n)
+        torch.testing.assert_close(momentum.double(), sum(momenta) / len(groups), rtol=1e-3, atol=1e-12)
+
+
+def test_copies_are_made_equal_before_a_checkpoint_which_holds_each_table_once(ranks: Path) -> None:
+    held = [torch.load(ranks / f"held.{rank}.pt") for rank in range(RANKS)]
+    assert [len(saves) for saves in held] == [STEPS // STOP] * RANKS
+    assert STOP % RARELY > 0
+    assert STEPS % RARELY > 0
+    for rank in range(RANKS - GROUP):
+        for (before, after), (other_before, other_after) in zip(held[rank], held[rank + GROUP], strict=True):
+            assert after.keys() == other_after.keys() != set()
+            assert any(not torch.equal(part, other_before[name]) for name, part in before.items())
+            assert all(torch.equal(part, other_after[name]) for name, part in after.items())
+            mean = {name: (part + other_before[name]) / 2 for name, part in before.items()}
+            close(after, mean, rtol=1e-6, atol=1e-8)
+    path = checkpoint.folder(ranks / "copies-rarely" / "checkpoints", STEPS)
+    for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        if "embedding_bags" in name:
+            assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel()
+    size = {
+        name: sum(p.stat().st_size for p in (ranks / name).glob("checkpoints/*/*.distcp"))
+        for name in ("copies", "whole")
+    }
+    assert size["copies"] < 1.1 * size["whole"]
+
+
+def test_a_checkpoint_of_copies_is_read_without_copies_on_one_rank_element_by_element(ranks: Path) -> None:
+    stopped(ranks, "copies-rarely", "copies-one", STOP)
+    moved(ranks, "copies-one", {k: v for k, v in RARE.items() if k not in ("sharding_group", "sync_every")})
+
+
+def test_groups_that_do_not_share_the_ranks_evenly_are_refused_in_one_line(ranks: Path) -> None:
+    for rank in range(RANKS):
+        line = (ranks / f"refused.{rank}.txt").read_text()
+        assert "train.sharding_group=3 does not divide the 4 ranks" in line
+        assert "\n" not in line

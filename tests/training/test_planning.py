@@ -1,0 +1,331 @@
+"""Plans and what they come to, for clusters that are not there, and data-parallel tables against sharded ones on two ranks."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.types import ShardingPlan
+from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
+from workbench import TABLES, close, configuration, identical, last, losses, make_dataset, tensors, torchrun
+
+from features.errors import UserError
+from pipeline import checkpoint
+from pipeline.training import distribution, planning
+from pipeline.training.config import Settings, TableOptimizer
+from pipeline.training.estimate import Estimate
+from pipeline.training.optimizer import ReplicatedTables
+from pipeline.training.planning import Cluster
+from pipeline.training.trainer import Trainer
+
+HERE = Path(__file__).parent
+GB = 10**9
+ROWS = {"user": 40_000_000, "item": 5_000_000, "query": 300_000, "country": 200}
+DIM = 64
+
+
+class Model(nn.Module):
+    """Tables of a given number of rows beside a dense part of 1001 numbers."""
+
+    def __init__(self, rows: dict[str, int]) -> None:
+        super().__init__()
+        self.configs = [EmbeddingBagConfig(count, DIM, name=n, feature_names=[n]) for n, count in rows.items()]
+        self.embeddings = EmbeddingBagCollection(self.configs, device=torch.device("meta"))
+        self.linear = nn.Linear(1000, 1)
+
+
+def place(rows: dict[str, int] | None = None, hbm: int = 80 * GB, ranks: int = 64, device: str = "cuda", **train: Any):
+    made, wanted = Model(rows or ROWS), Settings(batch_size=64 * 512, **train)
+    cluster = Cluster(ranks, min(ranks, 8), device, hbm if device == "cuda" else 0, 10**12)
+    return planning.place(made, distribution.sharders(wanted), made.configs, wanted, cluster)
+
+
+def bytes_by_rank(plan: ShardingPlan, ranks: int, momentum: dict[str, int]) -> list[tuple[int, int]]:
+    """Weights and row-wise momentum of each rank, from the shards' sizes. momentum: bytes of a whole table's."""
+    weights, states = Counter(), Counter()
+    for name, sharding in plan.plan["embeddings"].items():
+        if sharding.sharding_type == "data_parallel":
+            for rank in range(ranks):
+                weights[rank] += ROWS[name] * DIM * 4
+                states[rank] += momentum[name]
+            continue
+        for shard in sharding.sharding_spec.shards:
+            rows, columns = shard.shard_sizes
+            weights[shard.placement.rank()] += rows * columns * 4
+            states[shard.placement.rank()] += momentum[name] * rows * columns // (ROWS[name] * DIM)
+    return [(weights[rank], states[rank]) for rank in range(ranks)]
+
+
+# Plans for a cluster that is not there
+
+
+def test_every_table_is_placed_as_its_own_entry_or_else_the_default_allows() -> None:
+    plan, found = place(
+        tables={"name": "adagrad"},
+        sharding={"default": ["table_wise"], "user": ["row_wise"], "item": ["column_wise"], "country": ["data_parallel"]},
+        kernels={"default": ["fused"], "query": ["fused_uvm_caching"]},
+    )  # fmt: skip
+    wanted = {
+        "user": ("row_wise", "fused", 64),
+        "item": ("column_wise", "fused", 2),
+        "query": ("table_wise", "fused_uvm_caching", 1),
+        "country": ("data_parallel", "dense", 64),
+    }
+    assert {t.name: (t.placement, t.kernel, t.ranks) for t in found.tables} == wanted
+    chosen = plan.plan["embeddings"]
+    assert {name: (s.sharding_type, s.compute_kernel) for name, s in chosen.items()} == {
+        name: entry[:2] for name, entry in wanted.items()
+    }
+
+
+def test_a_table_row_wise_table_stays_on_one_machine() -> None:
+    plan, _ = place(sharding={"default": ["table_row_wise"]})
+    for sharding in plan.plan["embeddings"].values():
+        ranks = [shard.placement.rank() for shard in sharding.sharding_spec.shards]
+        assert len(set(ranks)) == 8
+        assert len({rank // 8 for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "floats"), [("rowwise_adagrad", 1), ("adagrad", DIM), ("sgd", 0), ("adam", 2 * DIM)]
+)
+def test_bytes_of_tables_and_ranks_are_those_of_the_shards(optimizer: str, floats: int) -> None:
+    sharding = {"default": ["table_wise"], "user": ["row_wise"]}
+    if optimizer != "adam":
+        sharding["country"] = ["data_parallel"]
+    plan, found = place(tables={"name": optimizer}, sharding=sharding)
+    momentum = {name: rows * floats * 4 for name, rows in ROWS.items()}
+    assert [t.name for t in found.tables] == ["user", "item", "query", "country"]
+    assert {t.name: (t.rows, t.load.weights, t.load.state) for t in found.tables} == {
+        name: (rows, rows * DIM * 4, momentum[name]) for name, rows in ROWS.items()
+    }
+    assert [(r.load.weights, r.load.state) for r in found.ranks] == bytes_by_rank(plan, 64, momentum)
+    assert {r.load.gradients for r in found.ranks} == {0 if optimizer == "adam" else ROWS["country"] * DIM * 4}
+    assert sum(r.work for r in found.ranks) == pytest.approx(1)
+    numbers = 1001 * 4  # and Adam's two moments of each
+    assert (found.dense.weights, found.dense.gradients, found.dense.state) == (numbers, numbers, 2 * numbers)
+
+
+def test_what_an_optimiser_keeps_counts_where_room_is_short() -> None:
+    """Weights alone would fit into 85% of 12 GB."""
+    alone = {"user": 35_000_000}
+    sharding = {"default": ["table_wise"]}
+    assert alone["user"] * DIM * 4 < 0.85 * 12 * GB < 2 * alone["user"] * DIM * 4
+    place(alone, 12 * GB, sharding=sharding)
+    place(alone, 12 * GB, sharding=sharding, tables={"name": "sgd"})
+    with pytest.raises(UserError, match=r"table user needs 17\.\d GB on one rank, which has 10\.2 GB of GPU memory"):
+        place(alone, 12 * GB, sharding=sharding, tables={"name": "adagrad"})
+
+
+def test_a_group_that_shares_tables_is_planned_alone() -> None:
+    plan, found = place(ranks=64, sharding={"default": ["row_wise"]}, sharding_group=16)
+    assert (len(found.ranks), found.copies) == (16, 4)
+    assert found.lines()[-1] == "4 copies of this, each on 16 ranks"
+    assert {s.placement.rank() for p in plan.plan["embeddings"].values() for s in p.sharding_spec.shards} == set(
+        range(16)
+    )
+    with pytest.raises(UserError, match="sharding_group=12 does not divide the 64 ranks"):
+        place(sharding_group=12)
+
+
+def test_many_tables_on_many_ranks_are_told_in_thirteen_lines() -> None:
+    rows = {f"t{i}": 1000 * (i + 1) for i in range(30)}
+    _, found = place(rows, sharding={"default": ["table_wise"]})
+    lines = found.lines()
+    assert len(lines) == 13
+    assert [line.split()[0] for line in lines[1:7]] == [f"t{i}" for i in range(29, 23, -1)]
+    assert lines[7].split()[:3] == ["24", "smaller", f"{sum(1000 * (i + 1) for i in range(24)):,}"]
+    assert [line.split()[0] for line in lines[8:-1]] == ["rank", "least", "median", "most"]
+    assert lines[-1].startswith(f"fullest: {found.fullest.rank}")
+
+
+# What does not fit
+
+
+def test_too_many_bytes_are_said_with_a_number_of_ranks_that_helps() -> None:
+    row_wise = {"sharding": {"default": ["row_wise"]}}
+    with pytest.raises(UserError, match=r"Try (\d+) ranks or more, train\.kernels") as error:
+        place(hbm=GB // 2, ranks=16, **row_wise)
+    bytes_needed = sum(rows * (DIM + 1) * 4 for rows in ROWS.values())
+    said = re.search(
+        r"need ([\d.]+) GB and 16 ranks have ([\d.]+) GB of GPU memory for them: ([\d.]+) GB too much", str(error.value)
+    )
+    need, have, over = map(float, said.groups())
+    assert need == pytest.approx(bytes_needed / GB, rel=0.05)  # and a batch on its way
+    assert have == pytest.approx(16 * 0.85 * 0.5, abs=0.06)
+    assert over == pytest.approx(need - have, abs=0.11)
+    enough = int(re.search(r"Try (\d+) ranks", str(error.value)).group(1))
+    assert enough >= ceil(bytes_needed / (0.85 * GB / 2))
+    place(hbm=GB // 2, ranks=enough, **row_wise)
+
+
+def test_a_table_too_large_for_one_rank_is_named_and_the_advice_helps() -> None:
+    with pytest.raises(
+        UserError, match=r"table user needs 10\.4 GB on one rank.* Try \+train\.sharding\.user=\[row_wise\]"
+    ):
+        place(hbm=8 * GB, sharding={"default": ["table_wise"]})
+    place(hbm=8 * GB, sharding={"default": ["table_wise"], "user": ["row_wise"]})
+    place(hbm=8 * GB, sharding={"default": ["table_wise"]}, kernels={"default": ["fused_uvm_caching"]})
+
+
+@pytest.mark.parametrize(
+    ("device", "change", "says"),
+    [
+        ("cuda", {"sharding": {"default": ["column_wise"]}}, "one momentum per column shard"),
+        ("cuda", {"sharding": {"item": ["data_parallel"]}, "tables": {"name": "adam"}}, r"sharding\.item: fused Adam moves"),
+        ("cuda", {"sharding": {"item": ["data_parallel"]}, "sharding_group": 8}, "nothing averages its copies"),
+        ("cuda", {"sharding": {"item": ["data_parallel"]}, "kernels": {"item": ["fused"]}}, "one kernel, its own"),
+        ("cuda", {"kernels": {"default": ["dense"]}}, r"train\.kernels\.default: dense is not allowed"),
+        ("cuda", {"kernels": {"shown": ["fused"]}}, r"train\.kernels\.shown: no such table, there are country, item"),
+        ("cpu", {"kernels": {"item": ["fused_uvm_caching"]}}, r"train\.kernels\.item: .* on a CPU it is there already"),
+        ("cpu", {"sharding": {"item": ["table_row_wise"]}}, "table_row_wise has no CPU kernel"),
+        ("cpu", {"tables": {"name": "adam"}}, "fused Adam has no CPU kernel"),
+    ],
+)  # fmt: skip
+def test_what_would_change_results_or_lose_state_is_refused_with_the_reason(
+    device: str, change: dict, says: str
+) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        place(device=device, **change)
+    assert "\n" not in str(error.value)
+
+
+# The optimiser of replicated tables
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_replicated_tables_take_the_steps_of_the_formula(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = {f"e.{n}.weight": nn.Parameter(torch.randn(7, 4, generator=generator)) for n in ("a", "b", "frozen")}
+    twin = {n: w.detach().double().clone() for n, w in weights.items()}
+    momentum = {n: torch.zeros(7, 1 if name == "rowwise_adagrad" else 4, dtype=torch.float64) for n in weights}
+    optimizer = ReplicatedTables(weights, TableOptimizer(name=name, lr=0.1, eps=1e-3))
+    for _ in range(5):
+        optimizer.zero_grad()
+        for n in ("e.a.weight", "e.b.weight"):
+            gradient = torch.randn(7, 4, generator=generator) * (torch.rand(7, 1, generator=generator) < 0.6)
+            weights[n].grad = gradient.clone()
+            for row in range(7):
+                g = gradient[row].double()
+                square = (g**2).mean().view(1) if name == "rowwise_adagrad" else g**2
+                momentum[n][row] += square
+                twin[n][row] -= 0.1 * g / (momentum[n][row].sqrt() + 1e-3) if name != "sgd" else 0.1 * g
+        optimizer.step()
+    for n, weight in weights.items():
+        torch.testing.assert_close(weight.detach().double(), twin[n], rtol=1e-5, atol=1e-6)
+        for key, value in optimizer.state_dict()["state"][n].items():
+            assert key == f"{n.split('.')[1]}.momentum1"
+            torch.testing.assert_close(value.double().view(7, -1), momentum[n], rtol=1e-5, atol=1e-6)
+
+
+# Two ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("planning")
+    make_dataset(path / "data")
+    return path
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    yield distribution.start()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path, device: torch.device) -> Path:
+    alone(folder, "alone", "rowwise_adagrad", STOP).run_to_end()
+    torchrun(str(HERE / "two_ranks_planning.py"), str(folder)).check_returncode()
+    return folder
+
+
+def alone(folder: Path, name: str, optimizer: str, steps: int = STEPS) -> Trainer:
+    config = configuration(folder / "data", folder / name, **settings(optimizer, {"default": ["table_wise"]}, steps))
+    return Trainer(config, None, torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_replicated_tables_train_as_table_wise_ones(two_ranks: Path, optimizer: str) -> None:
+    replicated, sharded = two_ranks / f"replicated-{optimizer}", two_ranks / f"table_wise-{optimizer}"
+    close(last(replicated), last(sharded))
+    assert losses(replicated) == pytest.approx(losses(sharded), rel=1e-5)
+    momenta = [name for name in last(replicated) if name.endswith(".momentum1")]
+    assert len(momenta) == (0 if optimizer == "sgd" else len(TABLES))
+
+
+@pytest.mark.slow
+def test_some_tables_replicated_and_pipelined_train_the_same_model(two_ranks: Path) -> None:
+    close(last(two_ranks / "mixed"), last(two_ranks / "table_wise-rowwise_adagrad"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
+def test_a_checkpoint_of_replicated_tables_goes_on_sharded_on_one_rank(two_ranks: Path, optimizer: str) -> None:
+    source, moved = two_ranks / f"replicated-{optimizer}", two_ranks / f"moved-{optimizer}"
+    shutil.copytree(source, moved)
+    shutil.rmtree(checkpoint.folder(moved / "checkpoints", STEPS))
+    saved = tensors(checkpoint.folder(moved / "checkpoints", STOP))
+    made = alone(two_ranks, moved.name, optimizer)
+    loaded = {name: distribution.local_parts(value)[0][0] for name, value in tables(made).items()}
+    assert len(loaded) == 2 * len(TABLES)
+    assert all(value.abs().max() > 0 for value in loaded.values())
+    identical(loaded, {name: saved[name] for name in loaded})
+    made.run_to_end()
+    close(last(moved), last(source), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_sharded_tables_goes_on_replicated_on_two_ranks(two_ranks: Path) -> None:
+    saved = tensors(checkpoint.folder(two_ranks / "alone" / "checkpoints", STOP))
+    for rank in range(2):
+        loaded = torch.load(two_ranks / f"loaded.{rank}.pt", weights_only=True)
+        assert len(loaded) == 2 * len(TABLES)
+        identical(loaded, {name: saved[name] for name in loaded})
+    close(last(two_ranks / "alone-goes-on"), last(two_ranks / "table_wise-rowwise_adagrad"), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_the_estimate_says_is_what_the_ranks_hold(two_ranks: Path) -> None:
+    told = (two_ranks / "told.0.txt").read_text().splitlines()
+    assert (two_ranks / "told.1.txt").read_text() == ""
+    assert len(told) == 1 + len(TABLES) + 1 + 2
+    placements = {line.split()[0]: line for line in told[1 : 1 + len(TABLES)]}
+    assert all(MIXED.get(name, MIXED["default"])[0] in line for name, line in placements.items())
+    estimated = mixed_estimate(two_ranks)
+    assert told == estimated.lines()
+    held = [json.loads((two_ranks / f"held.{rank}.json").read_text()) for rank in range(2)]
+    assert [{"weights": r.load.weights, "state": r.load.state} for r in estimated.ranks] == held
+
+
+def mixed_estimate(folder: Path) -> Estimate:
+    made, wanted = alone(folder, "unused", "rowwise_adagrad"), Settings(batch_size=32, sharding=MIXED)
+    ranker = planning_model(made)
+    configs = ranker.ranker.embeddings.embedding_bag_configs()
+    return planning.place(ranker, distribution.sharders(wanted), configs, wanted, Cluster(2, 2, "cpu", 0, 10**12))[1]
+
+
+def planning_model(made: Trainer) -> nn.Module:
+    """The model before it is sharded."""
+    from models.ranker import Ranker
+    from pipeline.training.step import TrainStep
+
+    return TrainStep(Ranker(made.schema, made.dataset.encoders, made.config.model), made.learner.loss, bf16=False)
+
+
+@pytest.mark.slow
+def test_a_plan_that_only_rank_0_makes_is_refused_on_both(two_ranks: Path) -> None:
+    for rank in range(2):
+        said = (two_ranks / f"refused.{rank}.txt").read_text()
+        assert re.search(r"the tables with their batches need [\d.]+ kB and 2 ranks have", said), said

@@ -1,0 +1,97 @@
+"""Progressive validation: NE of each day's batches before they were learnt from, against sums over the rows themselves."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from two_ranks import Recorder
+from workbench import configuration, make_dataset, model, start, unsharded
+
+from features.batch import Batch
+from pipeline.dataset import DAY_STRIDE, open_dataset
+from pipeline.loader import Loader
+from pipeline.run import read_lines
+from pipeline.training import distribution
+from pipeline.training.config import TrainConfig
+from pipeline.training.step import StepOutput
+
+DAYS = ("2026-11-01", "2026-11-02", "2026-11-03")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("progress")
+    for day in DAYS:
+        make_dataset(path / "data" / day, rows=520)  # 416 train rows, 13 whole batches
+    distribution.start()
+    yield path
+    dist.destroy_process_group()
+
+
+class Keeper(Recorder):
+    """Keeps what each step said of its rows."""
+
+    def __init__(self, *args: object) -> None:
+        self.kept: list[StepOutput] = []
+        super().__init__(*args)
+
+    def _look(self, output: StepOutput) -> None:
+        super()._look(output)
+        self.kept.append(output)
+
+
+def entropy(p: float) -> float:
+    return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+
+def of_days(folder: Path, run: str, **settings: object) -> TrainConfig:
+    config = configuration(folder / "data", folder / run, **({"epochs": 1, "max_steps": None} | settings))
+    return config.model_copy(update={"days": f"{DAYS[0]}..{DAYS[-1]}"})
+
+
+def test_ne_of_each_day_is_that_of_its_rows_by_the_weights_before_them(folder: Path) -> None:
+    trainer = Keeper(of_days(folder, "days"), None, torch.device("cpu"))
+    trainer.run_to_end()
+    lines = list(read_lines(folder / "days" / "metrics" / "progressive.jsonl"))
+    assert [(line["day"], line["step"], line["rows"]) for line in lines] == [
+        (day, 13 * number, 416 * number) for number, day in enumerate(DAYS, start=1)
+    ]
+    loss, label, observed, weight = (torch.cat(parts).double() for parts in list(zip(*trainer.kept, strict=True))[:4])
+    day_B = torch.cat([output.row_id_B for output in trainer.kept]) // DAY_STRIDE
+    for number, line in enumerate(lines):
+        for task, name in enumerate(("click", "conversion", "dwell")):
+            mine = (day_B == number) & (observed[:, task] > 0)
+            w, y = weight[mine, task], label[mine, task]
+            mean = float((w * loss[mine, task]).sum() / w.sum())
+            if name == "dwell":
+                assert line["mse"][name] == pytest.approx(mean, rel=1e-9)
+            else:
+                assert line["ne"][name] == pytest.approx(mean / entropy(float((w * y).sum() / w.sum())), rel=1e-9)
+    assert lines[0]["ne"]["click"] != lines[1]["ne"]["click"]
+
+
+def test_a_batch_is_judged_before_it_is_learnt_from(folder: Path) -> None:
+    """The first one by the weights that the run began with."""
+    config = of_days(folder, "first", max_steps=1)
+    weights = model(start(config))
+    trainer = Keeper(config, None, torch.device("cpu"))
+    trainer.run_to_end()
+    dataset = open_dataset(config.dataset, config.days)
+    loader = Loader(dataset, "train", 32, 4, config.train.seed, window=config.train.window)
+    batch = next(loader.batches(loader.start()))
+    ranker = unsharded(config, dataset.schema, dataset.encoders, weights)
+    logit_BT = ranker(Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()})))
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(
+        logit_BT[:, 0], batch.label_BT[:, 0].double(), reduction="none"
+    )
+    torch.testing.assert_close(trainer.kept[0].loss_BT[:, 0].double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_without_days_an_epoch_is_one(folder: Path) -> None:
+    config = configuration(folder / "data" / DAYS[0], folder / "epochs", epochs=2, max_steps=20)
+    Keeper(config, None, torch.device("cpu")).run_to_end()
+    [line] = read_lines(folder / "epochs" / "metrics" / "progressive.jsonl")
+    assert (line["epoch"], line["day"], line["step"], line["rows"]) == (0, "", 13, 416)

@@ -1,0 +1,151 @@
+"""Training on sequences: against formulas, one rank against two, a checkpoint on other ranks, and the evaluator."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from two_ranks import stopped
+from two_ranks_sequences import BAGS, FUSION, PLACEMENTS, STEPS, STOP, config, trainer
+from workbench import close, identical, last, losses, make_dataset, model, tensors, torchrun
+
+from features.batch import Batch
+from features.errors import UserError
+from models.ranker import TABLES, Ranker
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.loader import Loader
+from pipeline.run import Run
+from pipeline.training import distribution
+
+HERE = Path(__file__).parent
+LR, EPS = 0.05, 1e-8  # of the tables
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sequences")
+    make_dataset(path / "data", bag=BAGS)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[torch.device]:
+    yield distribution.start()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path, device: torch.device) -> Path:
+    trainer(folder, "one").run_to_end()
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> Path:
+    """The runs of two_ranks_sequences.py, all of one process group."""
+    torchrun(str(HERE / "two_ranks_sequences.py"), str(folder)).check_returncode()
+    return folder
+
+
+class Double(Ranker):
+    """Without sharding and in float64, though TorchRec looks up in float32."""
+
+    def embedded(self, batch: Batch) -> Tensor:
+        return super().embedded(batch).double()
+
+
+def test_a_step_moves_tables_of_sequences_as_row_wise_adagrad_says(folder: Path) -> None:
+    """From a batch whose loss is a sum of one-row losses, each over its task's weight."""
+    trainer(folder, "start").save(wait=True)
+    start, data, settings = model(last(folder / "start")), Dataset(folder / "data"), config(folder, "step", max_steps=1)
+    trainer(folder, "step", max_steps=1).run_to_end()
+    ranker = Double(data.schema, data.encoders, settings.model, device="cpu").double()
+    ranker.load_state_dict({name: value.double() for name, value in start.items()})
+    s = settings.train
+    loader = Loader(data, "train", s.batch_size, s.lanes, s.seed, window=s.window)
+    batch = next(loader.batches(loader.start()))
+    logit_BT = ranker(Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()})))
+    mass_BT = (batch.weight_BT * batch.observed_BT).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for t, task in enumerate(data.schema.tasks.values()):
+        z_B, label_B = logit_BT[:, t], batch.label_BT[:, t].double()
+        one_B = torch.nn.functional.softplus(z_B) - label_B * z_B if task.kind == "binary" else (z_B - label_B) ** 2
+        total = total + task.loss_weight * (mass_BT[:, t] * one_B).sum() / mass_BT[:, t].sum()
+    total.backward()
+    assert losses(folder / "step") == [pytest.approx(total.item(), rel=1e-5)]
+    found = last(folder / "step")
+    tables = [name for name, _ in ranker.named_parameters() if name.startswith(TABLES)]
+    assert sorted(name.split(".")[-2] for name in tables) == ["device", "item", "topics", "user", "words"]
+    for name in tables:
+        weight = ranker.get_parameter(name)
+        momentum = weight.grad.square().mean(1, keepdim=True)
+        wanted = weight.detach() - LR * weight.grad / (momentum.sqrt() + EPS)
+        sure = ((weight.grad.abs() > 1e-7) | (weight.grad == 0)).all(1)  # rounding error in a small row has any size
+        assert sure.double().mean() > 0.5, name
+        torch.testing.assert_close(found[f"model.{name}"][sure].double(), wanted[sure], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", [FUSION, {"name": "mmoe", "num_experts": 2, "levels": [[8]]}], ids=["dtrn", "mmoe"])
+def test_the_pipelined_loop_and_slices_of_a_batch_train_the_same_on_one_rank(folder: Path, fusion: dict) -> None:
+    name = fusion["name"]
+    for run, settings in {"plain": {}, "pipelined": {"pipelined": True}, "slices": {"accumulate": 3}}.items():
+        trainer(folder, f"{run}-{name}", fusion=fusion, max_steps=STOP, **settings).run_to_end()
+    identical(last(folder / f"pipelined-{name}"), last(folder / f"plain-{name}"))
+    close(last(folder / f"slices-{name}"), last(folder / f"plain-{name}"), rtol=5e-3, atol=5e-4)
+
+
+def test_copies_of_a_table_that_is_read_item_by_item_are_refused_where_the_kernel_would_pool(folder: Path) -> None:
+    with pytest.raises(UserError, match="table item cannot be data_parallel on cpu, only") as caught:
+        trainer(folder, "refused", sharding={"default": ["table_wise"], "item": ["data_parallel"]})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_two_ranks_train_what_one_rank_trains_on_sequences(two_ranks: Path, one_rank: Path, placement: str) -> None:
+    assert len(losses(two_ranks / placement)) == STEPS
+    assert losses(two_ranks / placement) == pytest.approx(losses(one_rank), rel=1e-3)
+    close(last(two_ranks / placement), last(one_rank), rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_pipelined_loop_trains_the_same_on_two_ranks(two_ranks: Path, placement: str) -> None:
+    plain = tensors(checkpoint.folder(two_ranks / placement / "checkpoints", STOP))
+    identical(last(two_ranks / f"pipelined-{placement}"), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_checkpoint_of_two_ranks_is_taken_over_by_one_with_all_its_numbers(two_ranks: Path, placement: str) -> None:
+    name = f"fewer-{placement}"
+    stopped(two_ranks, placement, name, STOP)
+    path = checkpoint.folder(two_ranks / name / "checkpoints", STOP)
+    before = tensors(path)
+    momentum = before["tables.ranker.unpooled.embeddings.item.weight.item.momentum1"]
+    assert (momentum > 0).sum() > 10
+    alone = trainer(two_ranks, name)
+    assert alone.step == STOP
+    alone.save(wait=True)
+    close(tensors(path), before, rtol=0, atol=0)
+    alone.run_to_end()
+    close(last(two_ranks / name), last(two_ranks / placement), rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_evaluator_scores_a_checkpoint_as_the_sharded_model_does(two_ranks: Path, placement: str) -> None:
+    found: dict[int, Tensor] = {}
+    evaluator = Evaluator(Run(two_ranks / placement), Dataset(two_ranks / "data"), "valid", 64)
+    evaluator.metrics(STEPS, lambda batch, logit_BT: found.update(zip(batch.row_id_B.tolist(), logit_BT, strict=True)))
+    for rank in range(2):
+        row_id_B, logit_BT = torch.load(two_ranks / f"{placement}.logits.{rank}.pt", weights_only=True)
+        assert len(row_id_B) > 20
+        for row_id, logit_T in zip(row_id_B.tolist(), logit_BT, strict=True):
+            if row_id >= 0:
+                torch.testing.assert_close(found[row_id], logit_T, rtol=1e-5, atol=1e-5)
+    assert evaluator.evaluate(STEPS)["gates"]

@@ -1,0 +1,353 @@
+"""Runs that are killed, stopped, resized, hung, or fed what cannot be learnt from: nothing is lost, and all of it is said."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from two_ranks import Recorder
+from workbench import PATHS, TRAIN_ROWS, close, configuration, identical, last, losses, make_dataset, model, tensors
+
+from features.errors import Preempted, UserError
+from pipeline import checkpoint
+from pipeline.dataset import Dataset
+from pipeline.loader import Loader
+from pipeline.run import read_lines
+from pipeline.training import distribution
+from pipeline.training.config import TrainConfig
+from pipeline.training.step import StepOutput
+from pipeline.training.watch import Beat, blame
+
+HERE = Path(__file__).parent
+EXACT = {
+    "dense": {"name": "adamw", "lr": 0.003, "decay": "cosine"},
+    "dropout": 0.3,
+    "checkpoint_every": 20,
+    "log_every": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("survival")
+    make_dataset(path / "data")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[torch.device]:
+    yield distribution.start()
+    dist.destroy_process_group()
+
+
+def train(folder: Path, name: str, data: str = "data", kind: type[Recorder] = Recorder, **settings: Any) -> Recorder:
+    made = kind(configuration(folder / data, folder / name, **settings), None, torch.device("cpu"))
+    made.run_to_end()
+    return made
+
+
+def records(run: Path, name: str) -> list[dict[str, Any]]:
+    """Lines of a metrics file without what depends on the clock."""
+    clock = ("time", "rows_per_s", "data_wait", "seconds_left")
+    return [{k: v for k, v in line.items() if k not in clock} for line in read_lines(run / "metrics" / name)]
+
+
+def manifest(run: Path) -> checkpoint.CheckpointManifest:
+    return checkpoint.read(checkpoint.folder(run / "checkpoints", checkpoint.steps(run / "checkpoints")[-1]))
+
+
+# Told to end
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    train(folder, "whole", **EXACT)
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("step", [1, 6, 13, 14, 20, 49])
+def test_a_run_that_was_told_to_end_after_any_step_goes_on_bit_for_bit(
+    folder: Path, whole: Path, step: int, capsys: pytest.CaptureFixture
+) -> None:
+    class Told(Recorder):
+        def _look(self, output: StepOutput) -> None:
+            super()._look(output)
+            if self.step + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    name = f"told-{step}"
+    with pytest.raises(Preempted, match=rf"step-{step:08d} is written, the same command goes on"):
+        train(folder, name, kind=Told, **EXACT)
+    assert json.loads((folder / name / "status.json").read_text())["state"] == "preempted"
+    assert "told to end: one more step" in capsys.readouterr().err
+    resumed = train(folder, name, **EXACT)
+    assert min(resumed.seen) == step + 1
+    identical(last(folder / name), last(whole))
+    for file in ("train.jsonl", "progressive.jsonl"):
+        assert records(folder / name, file) == records(whole, file)
+
+
+def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> None:
+    """And with 0 once it has gone on to its end."""
+    faults = json.dumps([[0, 0, 9, "SIGTERM", "self"]])
+    command = [sys.executable, str(HERE / "faulty.py"), str(folder), "alone"]
+    environment = os.environ | {"PYTHONPATH": PATHS}
+    done = subprocess.run([*command, "0", "{}", faults], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == os.EX_TEMPFAIL, done.stderr
+    assert "step-00000009 is written" in done.stderr
+    assert manifest(folder / "alone").step == 9
+
+
+# Killed, hung, resized
+
+
+def launch(folder: Path, name: str, ranks: int, attempt: int, faults: list, *flags: str, **settings: Any) -> Any:
+    """A run of faulty.py under jobs.launch, what it said printed."""
+    command = [sys.executable, "-m", "jobs.launch", "--standalone", f"--nproc-per-node={ranks}", *flags]
+    command += [str(HERE / "faulty.py"), str(folder), name, str(attempt), json.dumps(settings), json.dumps(faults)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    print(done.stdout, done.stderr)
+    return done
+
+
+def rows_of_steps(folder: Path, name: str) -> dict[int, list[int]]:
+    """For each step the rows of the attempt that took it last: those of attempts before it were taken back."""
+    steps: dict[int, tuple[int, list[int]]] = {}
+    for file in sorted((folder / f"{name}.seen").iterdir()):
+        for line in map(json.loads, file.read_text().splitlines()):
+            attempt, rows = steps.get(line["step"], (-1, []))
+            if line["attempt"] > attempt:
+                attempt, rows = line["attempt"], []
+            if line["attempt"] == attempt:
+                steps[line["step"]] = attempt, rows + line["rows"]
+    return {step: rows for step, (_, rows) in steps.items()}
+
+
+def exactly_once(folder: Path, name: str) -> None:
+    """Every epoch's rows, over all attempts and ranks."""
+    steps = rows_of_steps(folder, name)
+    assert sorted(steps) == list(range(1, 51))
+    for epoch in range(3):
+        rows = [row for step in range(13 * epoch + 1, 13 * epoch + 14) for row in steps[step]]
+        assert len(rows) == len(set(rows)) == TRAIN_ROWS
+    assert manifest(folder / name).rows == sum(map(len, steps.values()))
+    assert manifest(folder / name).left_out == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    train(folder, "undisturbed")
+    return folder / "undisturbed"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_and_then_one_that_hangs_cost_the_steps_since_the_last_checkpoint_alone(
+    folder: Path, undisturbed: Path
+) -> None:
+    faults = [[0, 1, 12, "SIGKILL", "self"], [1, 1, 33, "SIGSTOP", "self"]]
+    done = launch(folder, "killed", 2, 0, faults, "--max-restarts=2", checkpoint_every=5, timeout=3)
+    assert done.returncode == 0
+    # The checkpoint before the fault may have been under way.
+    assert re.search(r"goes on from \S+step-000000(10|05)\n(.*\n)*goes on from \S+step-000000(30|25)\n", done.stdout)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): step ")]
+    hung = next(line for line in lines if "does not answer" in line)
+    assert re.match(r"error \(rank 0\): step 33: .* rank 1, pid \d+ on \S+, was at step \d+ and does not answer", hung)
+    exactly_once(folder, "killed")
+    close(last(folder / "killed"), last(undisturbed), rtol=5e-3, atol=5e-4)
+    assert losses(folder / "killed") == pytest.approx(losses(undisturbed), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_two_ranks_to_four_to_one_and_every_row_is_seen_once(folder: Path, undisturbed: Path) -> None:
+    plans = ["table_wise"], ["row_wise"]
+    for attempt, (ranks, step) in enumerate([(2, 17), (4, 31)]):
+        faults = [[attempt, ranks - 1, step, "SIGTERM", "launcher"]]
+        settings = {"sharding": {"default": plans[attempt]}, "checkpoint_every": 100}
+        done = launch(folder, "resized", ranks, attempt, faults, **settings)
+        assert done.returncode == os.EX_TEMPFAIL
+        stopped = manifest(folder / "resized")
+        assert step <= stopped.step <= step + 2
+        assert stopped.ranks == ranks
+        if attempt:
+            assert (
+                f"written by 2 ranks\nchanged since: train.sharding.default {plans[0]} -> {plans[1]}\n" in done.stdout
+            )
+            [again] = (folder / "resized.again").iterdir()
+            before = checkpoint.folder(folder / "resized" / "checkpoints", int(again.name.removeprefix("step-")))
+            identical(tensors(again), {n: t for n, t in tensors(before).items() if not n.startswith("progress.")})
+    faults, settings = [], {"checkpoint_every": 100}
+    command = [sys.executable, str(HERE / "faulty.py"), str(folder), "resized", "2", json.dumps(settings), "[]"]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": PATHS}, check=True, timeout=120)
+    exactly_once(folder, "resized")
+    close(last(folder / "resized"), last(undisturbed), rtol=5e-3, atol=5e-4)
+
+
+def beat(alive: int, step: int, phase: str, seconds: float = 70) -> Beat:
+    return Beat(alive, step, phase, seconds, "node-7", 42, 41)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "says"),
+    [
+        ([beat(5, 8, "step"), beat(5, 8, "step")], [beat(8, 8, "step"), beat(5, 8, "step")], "rank 1, pid 42 on node-7, was"),
+        ([beat(5, 8, "step"), None], [beat(8, 8, "step"), None], "rank 1 does not answer"),
+        ([beat(5, 8, "step"), beat(5, 8, "data")], [beat(8, 8, "step"), beat(8, 8, "data", 71)],
+         "rank 1, pid 42 on node-7, waits for its data since 71 s, in step 8"),
+        ([beat(5, 9, "data"), beat(5, 8, "step")], [beat(8, 9, "data"), beat(8, 8, "step")], "rank 1, pid 42"),
+        ([beat(5, 8, "step")] * 2, [beat(8, 8, "step")] * 2, "all of them are in the same step"),
+    ],
+)  # fmt: skip
+def test_the_rank_that_others_wait_for_is_the_silent_one_or_the_one_furthest_behind(
+    first: list, then: list, says: str
+) -> None:
+    assert says in blame(first, then, 0)
+    assert "for 70 s" in blame(first, then, 0)
+
+
+# What cannot be learnt from
+
+
+def step_of(data: Path, row_id: int, epoch: int = 0) -> int:
+    """The step of an epoch that holds a row."""
+    loader = Loader(Dataset(data), "train", 32, 4, 5, window=24)
+    batches = enumerate(loader.batches(loader.start(epoch)), start=1 + 13 * epoch)
+    return next(number for number, batch in batches if row_id in batch.row_id_B)
+
+
+class WithoutSteps(Recorder):
+    """A trainer that never took part in some steps: nothing is looked at, nothing is learnt."""
+
+    leave: tuple[int, ...] = ()
+
+    def _restore(self) -> None:
+        super()._restore()
+        self.skipped = set(self.leave)
+
+
+def test_batches_whose_loss_is_not_finite_are_skipped_as_if_they_had_not_been(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = make_dataset(folder / "infinite", spoil=("price", 22))
+    wanted = tuple(step_of(data, 22, epoch) for epoch in range(4))
+    twin = type("Twin", (WithoutSteps,), {"leave": wanted})
+    train(folder, "without", data="infinite", kind=twin, checkpoint_every=8)
+    train(folder, "skipping", data="infinite", checkpoint_every=8, nonfinite="skip")
+    identical(last(folder / "skipping"), last(folder / "without"))
+    assert records(folder / "skipping", "train.jsonl") == records(folder / "without", "train.jsonl")
+    inside = tuple(step for step in wanted if step <= 50)
+    assert tuple(manifest(folder / "skipping").skipped) == inside
+    padding = 13 * 32 - TRAIN_ROWS
+    assert manifest(folder / "skipping").left_out == 32 * len(inside) - padding * sum(step % 13 == 0 for step in inside)
+    said = capsys.readouterr().err
+    for step in inside:
+        assert re.search(rf"step {step}, epoch \d: the loss of 1 rows of the batch is not finite, row_id 22\.", said)
+        assert f"to leave the batch of step {step} out" in said
+
+
+def test_too_many_batches_to_skip_stop_the_run_and_what_is_written_is_good(folder: Path) -> None:
+    data = make_dataset(folder / "infinite-too", spoil=("price", 22))
+    second = step_of(data, 22, 1)
+    with pytest.raises(UserError, match=rf"step {second}: the loss is not finite, and 1 batches were left out already"):
+        train(folder, "limited", data="infinite-too", checkpoint_every=8, nonfinite="skip", max_skipped=1)
+    assert all(value.isfinite().all() for value in model(last(folder / "limited")).values())
+
+
+def test_a_row_group_that_cannot_be_read_is_left_out_and_counted_or_stops_the_run_by_name(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = make_dataset(folder / "torn")
+    shard = sorted((data / "train").glob("*.parquet"))[1]
+    content = bytearray(shard.read_bytes())
+    content[40:60] = bytes(20)  # in the pages of the first row group
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{shard.name}, row group 0: cannot be read .* train\.corrupt=skip"):
+        train(folder, "torn-stop", data="torn")
+    survivor = train(folder, "torn-skip", data="torn", corrupt="skip", max_steps=26)
+    said = [line for line in capsys.readouterr().err.splitlines() if "are left out" in line]
+    [line] = said  # once, though several lanes and epochs read it
+    lost = int(re.search(r"its (\d+) rows are left out", line)[1])
+    assert shard.name in line
+    assert lost > 10
+    for epoch in range(2):
+        rows = [row for step, seen in survivor.seen.items() if (step - 1) // 13 == epoch for row in seen]
+        assert len(rows) == len(set(rows)) == TRAIN_ROWS - lost
+    assert (manifest(folder / "torn-skip").rows, manifest(folder / "torn-skip").left_out) == (
+        2 * (TRAIN_ROWS - lost),
+        2 * lost,
+    )
+    assert records(folder / "torn-skip", "train.jsonl")[-1]["left_out"] == 2 * lost
+
+
+# Written in the background
+
+
+def test_a_checkpoint_in_the_background_holds_its_step_though_training_has_gone_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk waits until six more steps are taken."""
+    gone_on, write = threading.Event(), checkpoint._write
+
+    def slow(*arguments: Any) -> Any:
+        assert gone_on.wait(60)
+        return write(*arguments)
+
+    class Watching(Recorder):
+        def _log(self) -> None:
+            super()._log()
+            if self.step == 14:
+                gone_on.set()
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    train(folder, "behind", kind=Watching, checkpoint_every=8, max_steps=20)
+    train(folder, "waited", checkpoint_every=8, max_steps=20, checkpoint_async=False)
+    for step in (8, 16, 20):
+        paths = [checkpoint.folder(folder / name / "checkpoints", step) for name in ("behind", "waited")]
+        identical(*map(tensors, paths))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_next_one_is_tried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write = checkpoint._write
+
+    def full(aside: Path, *arguments: Any) -> Any:
+        if aside.name == ".step-00000010":
+            raise OSError(28, "No space left on device")
+        return write(aside, *arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    train(folder, "full", checkpoint_every=5, max_steps=20)
+    assert checkpoint.steps(folder / "full" / "checkpoints") == [5, 15, 20]
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+    assert "step-00000010" in said
+    assert "No space left on device" in said
+    assert "Training goes on" in said
+
+    monkeypatch.setattr(checkpoint, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"step-00000022: cannot be written: .*No space left"):
+        train(folder, "full", checkpoint_every=5, max_steps=22)
+    assert checkpoint.steps(folder / "full" / "checkpoints") == [5, 15, 20]
+
+
+def test_settings_that_changed_since_a_checkpoint_are_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    train(folder, "changed", max_steps=3)
+    capsys.readouterr()
+    train(folder, "changed", max_steps=5, dense={"lr": 0.5})
+    assert "changed since: train.max_steps 3 -> 5, train.dense.lr 0.003 -> 0.5\n" in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_checkpoints_it_was_told_to_keep(folder: Path) -> None:
+    train(folder, "few", checkpoint_every=3, max_steps=20, keep={"last": 2, "every": 6})
+    assert checkpoint.steps(folder / "few" / "checkpoints") == [6, 12, 18, 20]
+    config = TrainConfig.model_validate(configuration(folder / "data", folder / "few").model_dump(by_alias=True))
+    assert config.train.keep.last is None

@@ -1,0 +1,110 @@
+"""What two ranks do, for test_managed_training.py: run by torchrun, it trains one run after the other in one process group.
+
+    python -m torch.distributed.run --nproc-per-node=2 two_ranks_managed.py FOLDER
+
+FOLDER holds the dataset `data` and a run of one rank, `one`; the runs are written beside it.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from two_ranks import stopped
+from workbench import SCHEMA, configuration, raw_rows
+from written import parsed, write_dataset
+
+from features.encoders import Encoders
+from features.errors import UserError
+from features.raw import SPLIT
+from features.schema import SPLITS, Schema
+from features.statistics import Statistics
+from pipeline.dataset import Dataset
+from pipeline.loader import Loader
+from pipeline.training import distribution
+from pipeline.training.trainer import Trainer
+
+STEPS, STOP = 20, 8
+MIXED = {"default": ["row_wise"], "user": ["table_wise"]}
+ADAGRAD = {"name": "adagrad", "lr": 0.05}
+MANAGED = SCHEMA | {
+    "tables": {"item": {"dim": 8, "managed": {"rows": 130}}},
+    "categorical": {
+        "user": {"dim": 8, "managed": {"rows": 30, "evict": "lfu"}},
+        "shown": {"table": "item"},
+        "device": {"dim": 4},
+    },
+}
+
+
+def moving_rows(count: int = 517, seed: int = 3) -> pl.DataFrame:
+    """Rows as workbench.raw_rows, but users and items come and go."""
+    rng, number = np.random.default_rng(seed), np.arange(count)
+    start = number // 2
+    lengths = rng.integers(0, 6, count)
+    return raw_rows(count, seed).with_columns(
+        user=pl.Series([f"u{i}" for i in start + rng.integers(0, 20, count)]),
+        shown=pl.Series([None if i % 9 == 0 else f"i{i}" for i in start + rng.integers(0, 40, count)]),
+        recent=pl.Series(["|".join(f"i{i}" for i in s + rng.integers(0, 40, n)) for s, n in zip(start, lengths, strict=True)]),
+    )  # fmt: skip
+
+
+def make_managed_dataset(out: Path) -> Path:
+    schema = Schema.parse(MANAGED, "managed.yaml")
+    found = parsed(schema, moving_rows())
+    split_B = found[SPLIT].to_numpy()
+    encoders = Encoders.fit(schema, Statistics.of(schema, found.filter(pa.array(split_B == 0))))
+    splits = {split: encoders.encode(found.filter(pa.array(split_B == code))) for code, split in enumerate(SPLITS)}
+    write_dataset(out, schema, splits, 40, 130, encoders)
+    return out
+
+
+def trainer(folder: Path, name: str, kind: type[Trainer] = Trainer, **settings: object) -> Trainer:
+    quick = {"max_steps": STEPS, "checkpoint_at": [STOP / STEPS], "log_every": STEPS}
+    return kind(configuration(folder / "data", folder / name, **(quick | settings)), None, torch.device("cpu"))
+
+
+def logits(folder: Path, made: Trainer, name: str) -> None:
+    """The trainer's forward in eval mode on this rank's rows of the valid split."""
+    made.learner.model.eval()
+    loader = Loader(Dataset(folder / "data"), "valid", 20, 2, rank=made.rank, ranks=made.ranks)
+    with torch.no_grad():
+        found = [(batch.row_id_B, made.learner.ranker(batch)) for batch in loader.batches(loader.start())]
+    torch.save([torch.cat(parts) for parts in zip(*found, strict=True)], folder / f"{name}.logits.{made.rank}.pt")
+
+
+def main(folder: Path) -> None:
+    rank = dist.get_rank()
+    made = trainer(folder, "mixed", sharding=MIXED)
+    made.run_to_end()
+    logits(folder, made, "mixed")
+    columns = {"default": ["column_wise"], "user": ["row_wise"]}
+    trainer(folder, "adagrad", tables=ADAGRAD, sharding=columns).run_to_end()
+    trainer(folder, "copies", sharding={"default": ["data_parallel"]}).run_to_end()
+    dist.barrier()
+    if rank == 0:
+        stopped(folder, "mixed", "resumed", STOP)
+        stopped(folder, "one", "widened", STOP)
+    dist.barrier()
+    for name in ("resumed", "widened"):
+        trainer(folder, name, sharding=MIXED).run_to_end()
+    try:
+        trainer(folder, "refused", sharding_group=1)
+    except UserError as error:
+        (folder / "refused.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distribution.start()
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
