@@ -1,16 +1,16 @@
-# make demo | test | bench | bench-towers | bench-ingest | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
+# make demo | test | bench (= bench-train) | profile | soak | saving | bench-towers | bench-ingest | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
 PYTHON ?= python3.11
 MODEL ?= adatt
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench bench-towers bench-ingest census clean
+.PHONY: demo test lint bench bench-train profile soak saving bench-towers bench-ingest census clean
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -18,8 +18,19 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: .venv/ready .venv/rechub
+bench: bench-train
+
+bench-train: .venv/ready .venv/rechub
 	$(BIN)/python tests/benchmarks/train.py
+
+profile: .venv/ready
+	$(BIN)/python tests/benchmarks/step_profile.py
+
+soak: .venv/ready
+	$(BIN)/python tests/benchmarks/soak.py
+
+saving: .venv/ready
+	$(BIN)/python tests/benchmarks/saving.py
 
 bench-towers: .venv/ready
 	$(BIN)/python tests/benchmarks/towers.py

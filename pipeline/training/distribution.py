@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -106,7 +107,8 @@ class _Shards(DataParallelWrapper):
     """Shards everything but the tables over all ranks (FSDP): weights, gradients and the optimiser's state.
 
     It is one unit, whole from the forward of a step to the end of its backward: the activations of a ranker outweigh its
-    dense weights.
+    dense weights. A weight is cut along the first dimension that gives all ranks as much, since the first of all is often
+    the number of experts or tasks, of which there are fewer than ranks.
     """
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:  # noqa: ARG002
@@ -114,8 +116,12 @@ class _Shards(DataParallelWrapper):
         model = dmp.module.to(device)
         sharded = [module for module in model.modules() if isinstance(module, ShardedModule)]
         tables = {p for top in sharded for module in top.modules() for p in module.parameters(recurse=False)}
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=tables)
+        mesh = init_device_mesh(device.type, (ranks := dist.get_world_size(),))
+
+        def cut(weight: nn.Parameter) -> Shard:
+            return Shard(next((dim for dim, size in enumerate(weight.shape) if size % ranks == 0), 0))
+
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=cut, ignored_params=tables)
 
 
 def sharders(settings: Settings) -> list[Any]:
@@ -135,7 +141,8 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
     """Shards the tables of `ranker`, a part of `model`, by a plan, and replicates or shards the rest.
 
     Raises:
-        UserError: as pipeline.training.planning.plan and pipeline.training.managed.share_out; or a group of ranks that does not divide them.
+        UserError: as pipeline.training.planning.plan and pipeline.training.managed.share_out; or a group of ranks that does
+            not divide them.
     """
     ranks = dist.get_world_size()
     group = settings.sharding_group or ranks

@@ -77,8 +77,9 @@ class Learner:
         Args:
             step: taken so far. look: sees what a step has found, where it can before anything is updated.
         """
-        pipelined = self.settings.pipelined
-        if pipelined if pipelined is not None else self.device.type == "cuda" and not self.gradient_loss:
+        s = self.settings
+        possible = not self.gradient_loss and s.accumulate == 1 and self.ranker.managed is None
+        if s.pipelined if s.pipelined is not None else self.device.type == "cuda" and possible:
             yield from self._pipelined(batches, step, look)
             return
         for number, batch in zip(count(step), batches, strict=False):

@@ -1,5 +1,6 @@
 """Which checkpoints of a run stay."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,5 +38,8 @@ def best(records: Sequence[dict[str, Any]]) -> set[int]:
 
 def prune(run: Run, keep: Keep) -> None:
     """Deletes the surplus, except what somebody reads at the moment: that is left for the next time."""
-    for step in surplus(checkpoint.steps(run.checkpoints), keep, read_lines(run.eval_metrics)):
-        checkpoint.remove(checkpoint.folder(run.checkpoints, step))
+    try:
+        for step in surplus(checkpoint.steps(run.checkpoints), keep, read_lines(run.eval_metrics)):
+            checkpoint.remove(checkpoint.folder(run.checkpoints, step))
+    except OSError as error:
+        print(f"{run.checkpoints}: old checkpoints cannot be deleted: {error}", file=sys.stderr, flush=True)

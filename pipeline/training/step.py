@@ -9,15 +9,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.distributed.types import ShardedModule
 
 from features.batch import Batch
 from models.losses import TaskLoss
-from models.ranker import Ranker
+from models.ranker import TABLES, Ranker
 from pipeline.training.slices import loss_by_slices
-
-TABLES = (ShardedModule, EmbeddingBagCollection, EmbeddingCollection)
 
 
 class StepOutput(NamedTuple):
@@ -55,7 +51,7 @@ class TrainStep(nn.Module):
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Those that are trained outside of the tables."""
-        parts = [part for part in self.ranker.children() if not isinstance(part, TABLES)]
+        parts = [part for name, part in self.ranker.named_children() if f"{name}." not in TABLES]
         return [p for part in (*parts, self.loss) for p in part.parameters() if p.requires_grad]
 
     def _by_slices(self, batch: Batch) -> tuple[Tensor, StepOutput]:

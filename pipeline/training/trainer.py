@@ -83,7 +83,7 @@ class Trainer:
             blank_corrupt=s.corrupt == "skip",
         )  # fmt: skip
         self.position = self.loader.start()
-        self.step = 0
+        self.step, self.saved = 0, -1
         self.epoch_steps = self.loader.steps(self.position)
         self.steps = min(s.epochs * self.epoch_steps, s.max_steps or s.epochs * self.epoch_steps)
         self.milestones = {max(1, round(share * self.steps)) for share in s.checkpoint_at}
@@ -134,7 +134,7 @@ class Trainer:
 
     def _load(self, path: Path, manifest: CheckpointManifest) -> None:
         self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
-        self.skipped = set(manifest.skipped)
+        self.saved, self.skipped = self.step, set(manifest.skipped)
         updates = self.step - sum(step <= self.step for step in self.skipped)
         self.progress.restore(path, manifest.rows, updates)
         self.learner.load(path, updates)
@@ -168,6 +168,8 @@ class Trainer:
                         self._advance()
                     if not self.loader.steps(self.position):
                         self.position = self.loader.start(self.position.epoch + 1)
+                if self.saved != self.step:  # the last batches were left out
+                    self.save()
                 self._finish_saving()
         except UserError:
             self._settle_saving()  # the other ranks are still there to write their parts
@@ -264,6 +266,7 @@ class Trainer:
 
     def _go_back(self, bad: int) -> None:
         """To the newest checkpoint, from which the same steps are taken again without the batch of step `bad`."""
+        self._at("save")
         self._settle_saving()
         skipped = self.skipped | {bad}
         if len(skipped) > self.settings.max_skipped:
@@ -327,6 +330,7 @@ class Trainer:
         self.saver.save(
             self.learner.state() | {"progress": self.progress.state()}, self._manifest(self.progress.total_rows())
         )
+        self.saved = self.step
         if wait:
             self._finish_saving()
         self.meter.go_on()

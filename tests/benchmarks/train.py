@@ -47,13 +47,14 @@ class Contender:
 
 
 RECHUB_RUN = Contender("torch-rechub")
-EVERYWHERE = [
+ONE_PROCESS = [RECHUB_RUN, Contender("fbgemm loop"), Contender("fbgemm loop", dtype="bf16")]
+# What is compared most runs close together: a machine may change within a round too.
+CONTENDERS = [Contender(name) for name in ("taskfuse", "plain PyTorch", "floor")] + ONE_PROCESS
+CONTENDERS += [
     Contender(name, ranks, dtype)
-    for dtype in ("fp32", "bf16")
-    for ranks in (1, 2)
+    for ranks, dtype in ((2, "fp32"), (1, "bf16"), (2, "bf16"))
     for name in ("taskfuse", "plain PyTorch", "floor")
 ]
-CONTENDERS = [*EVERYWHERE, Contender("fbgemm loop"), Contender("fbgemm loop", dtype="bf16"), RECHUB_RUN]
 Round = dict[Contender, Figures]
 
 

@@ -1,4 +1,4 @@
-"""Processes over the benchmark's workload: its dataset, a script or a job on one rank or more, the machine they ran on."""
+"""What training benchmarks share: datasets of the workload, processes over them, settings of a trainer, the machine."""
 
 import os
 import platform
@@ -10,6 +10,10 @@ import pyarrow as pa
 import pyarrow.csv
 import torch
 import workload
+import yaml
+
+from models.ranker import ModelConfig
+from pipeline.training.config import Settings, TrainConfig
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -55,6 +59,13 @@ def command(arguments: list[str], ranks: int = 1) -> list[str]:
 def environment(path: str = "") -> dict[str, str]:
     """Of a process that computes on one thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def configuration(dataset: Path, folder: Path, model: str, **train: object) -> TrainConfig:
+    """Of a trainer in this process; model: a file of conf/model, by name."""
+    chosen = ModelConfig(**yaml.safe_load((HERE / "conf" / "model" / f"{model}.yaml").read_text()))
+    settings = {"lanes": 8, "threads": 1, "epochs": 999, "log_every": 10} | train
+    return TrainConfig(dataset=dataset, run=folder, model=chosen, train=Settings(**settings))
 
 
 def machine() -> dict[str, str | int | None]:

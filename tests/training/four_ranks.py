@@ -57,9 +57,9 @@ class Watching(Trainer):
 
 def local(made: Trainer) -> dict[str, Tensor]:
     """Copies of this rank's parts of weights and momentum, by table and first row."""
-    state = made._state()
-    tables = {n: v for n, v in state["model"].items() if n.startswith("embeddings.")}
-    tables |= {n: v for states in state["tables"].values() for n, v in states.items()}
+    model = made.learner.model  # the learner's own state averages copies
+    tables = {n: v for n, v in model.state_dict().items() if "embedding_bags." in n}
+    tables |= {n: v for states in model.fused_optimizer.state_dict()["state"].values() for n, v in states.items()}
     return {f"{n}/{p.metadata.shard_offsets}": p.tensor.clone() for n, v in tables.items() for p in v.local_shards()}
 
 
@@ -89,7 +89,7 @@ def formats(folder: Path) -> None:
             made = trainer(folder, f"forward-{placement}-{name}", sharding=sharding, communication={"forward": name})
             batch = next(made.loader.batches(made.position))
             with torch.no_grad(), bytes_sent() as sent:
-                found = made.model.module.ranker.embedded(batch)
+                found = made.learner.ranker.embedded(batch)
             torch.save((batch.row_id_B, found, sent[0]), folder / f"forward-{placement}-{name}.{rank}.pt")
         for name in FORMATS:
             step = {"max_steps": 1, "tables": LARGE, "sharding": sharding, "communication": {"backward": name}}
@@ -104,7 +104,7 @@ def main(folder: Path) -> None:
         made = trainer(folder, name, **settings)
         made.run_to_end()
         if name == "fsdp":
-            dense = [p for _, p in made.dense.params.items()]
+            dense = list(made.learner.dense.params.values())
             share = sum(p.to_local().numel() for p in dense if isinstance(p, DTensor)) / sum(p.numel() for p in dense)
             (folder / f"share.{rank}.json").write_text(json.dumps(share))
     dist.barrier()

@@ -302,7 +302,7 @@ def test_four_slices_keep_a_quarter_of_what_the_whole_batch_keeps_for_its_backwa
 def test_training_in_slices_is_training_on_the_batch_on_four_ranks_and_on_one(ranks: Path) -> None:
     close(last(ranks / "slices"), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
     made = trainer(ranks, "one-slices", **RUNS["slices"])
-    assert made.model.module.accumulate == 3  # 32 rows: 11, 11, 10
+    assert made.learner.model.module.accumulate == 3  # 32 rows: 11, 11, 10
     made.run_to_end()
     close(last(ranks / "one-slices"), last(ranks / "ddp"), rtol=1e-3, atol=1e-5)
 
@@ -330,7 +330,8 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(settings: dict
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-slices"])
 def test_a_sharded_dense_part_learns_what_a_copied_one_does_clipped_by_the_norm_of_all(ranks: Path, name: str) -> None:
     close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
-    assert all(json.loads((ranks / f"share.{rank}.json").read_text()) < 0.5 for rank in range(RANKS))
+    shares = [json.loads((ranks / f"share.{rank}.json").read_text()) for rank in range(RANKS)]
+    assert shares == pytest.approx([1 / RANKS] * RANKS, abs=0.05)
     clipped, free = (
         sum(value.square().sum() for key, value in last(ranks / run).items() if "exp_avg" in key)
         for run in ("ddp", "whole")

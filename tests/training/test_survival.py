@@ -254,6 +254,14 @@ def test_batches_whose_loss_is_not_finite_are_skipped_as_if_they_had_not_been(
         assert f"to leave the batch of step {step} out" in said
 
 
+def test_a_run_whose_last_batch_is_skipped_ends_with_a_checkpoint_all_the_same(folder: Path) -> None:
+    data = make_dataset(folder / "infinite-last", spoil=("price", 22))
+    step = step_of(data, 22)
+    train(folder, "ended", data="infinite-last", checkpoint_every=4, max_steps=step, nonfinite="skip")
+    assert (manifest(folder / "ended").step, manifest(folder / "ended").skipped) == (step, [step])
+    assert train(folder, "ended", data="infinite-last", max_steps=step, nonfinite="skip").seen == {}
+
+
 def test_too_many_batches_to_skip_stop_the_run_and_what_is_written_is_good(folder: Path) -> None:
     data = make_dataset(folder / "infinite-too", spoil=("price", 22))
     second = step_of(data, 22, 1)

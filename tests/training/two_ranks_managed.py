@@ -82,9 +82,8 @@ def main(folder: Path) -> None:
     made = trainer(folder, "mixed", sharding=MIXED)
     made.run_to_end()
     logits(folder, made, "mixed")
-    columns = {"default": ["column_wise"], "user": ["row_wise"]}
-    trainer(folder, "adagrad", tables=ADAGRAD, sharding=columns).run_to_end()
-    trainer(folder, "copies", sharding={"default": ["data_parallel"]}).run_to_end()
+    others = {"default": ["column_wise"], "user": ["data_parallel"]}
+    trainer(folder, "adagrad", tables=ADAGRAD, sharding=others).run_to_end()
     dist.barrier()
     if rank == 0:
         stopped(folder, "mixed", "resumed", STOP)

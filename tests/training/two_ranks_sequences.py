@@ -46,10 +46,10 @@ def trainer(folder: Path, name: str, **settings: Any) -> Trainer:
 def logits(folder: Path, name: str) -> None:
     """The sharded forward of a finished run on this rank's rows of the valid split."""
     made = trainer(folder, name)
-    made.model.eval()
+    made.learner.model.eval()
     loader = Loader(Dataset(folder / "data"), "valid", 20, 2, rank=made.rank, ranks=made.ranks)
     with torch.no_grad():
-        found = [(batch.row_id_B, made.model.module.ranker(batch)) for batch in loader.batches(loader.start())]
+        found = [(batch.row_id_B, made.learner.model.module.ranker(batch)) for batch in loader.batches(loader.start())]
     torch.save([torch.cat(parts) for parts in zip(*found, strict=True)], folder / f"{name}.logits.{made.rank}.pt")
 
 
