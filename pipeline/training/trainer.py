@@ -294,11 +294,12 @@ class Trainer:
     def _log(self) -> None:
         figures, sums_T3 = self.progress.figures(self.progress.window.sums_T3())
         learnt = self.progress.total_rows()
+        with distribution.whole(self.learner.model):
+            weight_T = self.learner.loss.weights().detach().cpu()
         if self.reporter is None:
             return
         rows_per_s, data_wait, step_s = self.meter.read(self._passed(), self.step)
         loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
-        weight_T = self.learner.loss.weights().detach().cpu()
         self.reporter.log(
             {
                 "step": self.step,

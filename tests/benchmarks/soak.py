@@ -103,7 +103,7 @@ def watched(settings: list[str], data: Path, run: Path) -> list[Look]:
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command(job), env=environment(), stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            with suppress(OSError, AttributeError):  # it has just ended
+            with suppress(OSError, KeyError):  # it has just ended
                 looks.append(look(process.pid))
             time.sleep(EVERY)
         output.seek(0)
@@ -113,10 +113,9 @@ def watched(settings: list[str], data: Path, run: Path) -> list[Look]:
 
 
 def look(pid: int) -> Look:
-    """At a process's memory now. Raises OSError or AttributeError where it is gone."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    resident, own = (int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024 for key in ("VmRSS", "RssAnon"))
-    return Look(time.time(), resident, own)
+    """At a process's memory now. Raises OSError or KeyError where it has ended."""
+    status = dict(re.findall(r"(\w+):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
+    return Look(time.time(), int(status["VmRSS"]) * 1024, int(status["RssAnon"]) * 1024)
 
 
 def steps_table(found: dict) -> str:

@@ -74,8 +74,11 @@ def profile_rank(options: argparse.Namespace) -> None:
     device = distribution.start()
     ranks = dist.get_world_size()
     folder = options.worker / f"run-{ranks}-{options.dtype}"
-    train = {"batch_size": workload.BATCH * ranks, "precision": options.dtype, "max_steps": last, "checkpoint_every": last}
-    trainer = Watched(configuration(options.worker / "data", folder, f"bench_{options.model}", **train), None, device)
+    train = {"precision": options.dtype, "max_steps": last, "checkpoint_every": last}
+    config = configuration(
+        options.worker / "data", folder, f"bench_{options.model}", batch_size=workload.BATCH * ranks, **train
+    )
+    trainer = Watched(config, None, device)
     attach(trainer, stopwatch)
     trainer.run_to_end()
     all_found: list[Any] = [None] * ranks
@@ -96,7 +99,9 @@ def table(model: str, profiles: dict[str, Profile]) -> str:
     lines = [[part, *(cell(name, profile[part]) for name, profile in profiles.items())] for part in parts]
     lines.append(["a step", *(f"{total * 1e3:.1f}" for total in totals.values())])
     title = f"{model}: ms of a step of 4,096 rows a rank, mean of the ranks"
-    return f"{title}\n" + tabulate(lines, ["", *profiles], stralign="right", disable_numparse=True)
+    return f"{title}\n" + tabulate(
+        lines, ["", *profiles], colalign=("left", *["right"] * len(profiles)), disable_numparse=True
+    )
 
 
 def draw(model: str, profiles: dict[str, Profile], path: Path) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen as TableKernel,
+)
 from torch import Tensor, nn
 
 from pipeline.training.trainer import Trainer
 
 DATA = "waiting for data"
-LOOKUP = "tables: lookup"
+LOOKUP = "tables: forward"
 UPDATE = "tables: backward and update"
 RANKS = "all-to-all and waiting for ranks"
 DENSE = "dense part: forward, loss, backward"
@@ -89,9 +91,8 @@ def attach(trainer: Trainer, watch: Stopwatch) -> None:
     for name in ("step", "zero_grad"):
         setattr(learner.optimizer, name, watch.timed(OPTIMISER, getattr(learner.optimizer, name)))
     dist.Work.wait = watch.timed(RANKS, dist.Work.wait)
-    for module in learner.model.modules():
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-            module.register_forward_hook(lambda _module, _inputs, output: _time_kernel(output, watch))
+    # Not a hook on modules: TorchRec keeps the kernels of sharded tables where model.modules() does not look.
+    TableKernel.forward = _timed_kernel(TableKernel.forward, watch)
     _time_backward(learner.model, watch)
 
 
@@ -109,16 +110,22 @@ def _timed_batches(batches: Callable[..., Iterator[Any]], watch: Stopwatch) -> C
     return timed
 
 
-def _time_kernel(output: Tensor, watch: Stopwatch) -> None:
-    """The derivative of what made the output also updates the tables."""
+def _timed_kernel(forward: Callable[..., Tensor], watch: Stopwatch) -> Callable[..., Tensor]:
+    """Of the derivative, which also updates the tables, it is told by the graph."""
 
     def end(*_: Any) -> None:
         watch.leave()
         watch.gradient = watch.since
 
-    if output.grad_fn is not None:
-        output.grad_fn.register_prehook(lambda _: watch.enter(UPDATE))
-        output.grad_fn.register_hook(end)
+    @wraps(forward)
+    def timed(*args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(lambda _: watch.enter(UPDATE))
+            output.grad_fn.register_hook(end)
+        return output
+
+    return timed
 
 
 def _time_backward(model: nn.Module, watch: Stopwatch) -> None:

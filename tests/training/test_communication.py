@@ -16,8 +16,6 @@ import torch.distributed.checkpoint as dcp
 from four_ranks import FORMATS, GROUP, LARGE, PLACEMENTS, RARE, RARELY, RUNS, STEPS, STOP
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 from torchrec import KeyedJaggedTensor, KeyedTensor
 from two_ranks import stopped, trainer
 from workbench import (
@@ -35,14 +33,11 @@ from workbench import (
 
 from features.batch import Batch
 from features.schema import Schema
-from models.losses import TaskLoss, UncertaintyLoss
-from models.ranker import ModelConfig, Ranker
 from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
 from pipeline.training import distribution
 from pipeline.training.config import Settings
-from pipeline.training.slices import loss_by_slices
 from pipeline.training.step import TrainStep
 
 HERE = Path(__file__).parent
@@ -195,108 +190,7 @@ def test_gradients_in_16_bits_move_a_row_by_their_sum_within_the_rounding_of_eac
     assert max(shares) > 0.2
 
 
-# A batch in slices
-
-
-class InFloat64(TaskLoss):
-    """Losses that stay in float64."""
-
-    def per_row(self, logit_BT: Tensor, label_BT: Tensor) -> Tensor:
-        label_BT = label_BT.double()
-        cross_entropy_BT = F.binary_cross_entropy_with_logits(logit_BT, label_BT, reduction="none")
-        return torch.where(self.binary_T, cross_entropy_BT, (logit_BT - label_BT).square())
-
-
-class LearntInFloat64(InFloat64, UncertaintyLoss):
-    pass
-
-
-AITM = {"name": "aitm", "widths": [8], "calibrator": 0.5}
-MMOE = {"name": "mmoe", "num_experts": 3, "levels": [[64], [64]]}
-
-
-def differentiated(folder: Path, fusion: dict[str, Any], learnt: bool, count: int) -> tuple[Tensor, Tensor, dict]:
-    """Loss, loss of each row and gradients of a step in `count` slices, on one device in float64."""
-    data = Dataset(folder / "data")
-    torch.manual_seed(1)
-    config = ModelConfig(fusion=fusion, tower=[8], embedding_std=0.1, calibration="monotone")
-    ranker = Ranker(data.schema, data.encoders, config, device="cpu").double()
-    kinds = [task.kind for task in data.schema.tasks.values()]
-    loss = LearntInFloat64(kinds) if learnt else InFloat64(kinds, [1.0, 2.0, 0.5])
-    step = TrainStep(ranker, loss.double(), bf16=False, accumulate=count)
-    total, output = step(in_float64(first_batch(folder)))
-    (3 * total).backward()
-    return total.detach(), output.loss_BT, {name: p.grad for name, p in step.named_parameters()}
-
-
-# AITM's penalty is float32, and so are the pooled embeddings.
-@pytest.mark.parametrize(("fusion", "learnt", "rtol", "atol"), [(MMOE, True, 1e-10, 1e-14), (AITM, False, 1e-4, 1e-8)])
-def test_slices_of_a_batch_add_up_to_the_gradients_of_the_whole_whatever_their_number(
-    folder: Path, fusion: dict[str, Any], learnt: bool, rtol: float, atol: float
-) -> None:
-    total, loss_BT, slope = differentiated(folder, fusion, learnt, 1)
-    assert len(loss_BT) == 32
-    for count in (2, 3, 32, 50):
-        in_slices = differentiated(folder, fusion, learnt, count)
-        torch.testing.assert_close(in_slices[0], total, rtol=rtol, atol=0)
-        torch.testing.assert_close(in_slices[1], loss_BT, rtol=1e-12, atol=1e-14)
-        assert in_slices[2].keys() == slope.keys()
-        for name, wanted in slope.items():
-            bounds = (1e-4, 1e-8) if "embeddings" in name else (rtol, atol)
-            torch.testing.assert_close(in_slices[2][name], wanted, rtol=bounds[0], atol=bounds[1])
-
-
-def test_of_frozen_tables_slices_make_no_gradient_that_would_wake_their_optimiser() -> None:
-    embedding_BE, weight = torch.randn(7, 3, requires_grad=True), nn.Parameter(torch.randn(3))
-    unused = nn.Parameter(torch.ones(2))
-
-    def run(part_SE: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-        loss_S1 = (part_SE.detach() * weight).sum(1, keepdim=True)
-        return loss_S1.sum(), loss_S1
-
-    total, _ = loss_by_slices(run, embedding_BE, [weight, unused], 3)
-    total.backward()
-    assert embedding_BE.grad is None
-    assert unused.grad is None
-    torch.testing.assert_close(weight.grad, embedding_BE.detach().sum(0))
-
-
-class Kept:
-    """A tensor that autograd keeps for a backward; counts the bytes of those that are alive, and the most there were."""
-
-    alive = most = 0
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-        Kept.alive += self.size
-        Kept.most = max(Kept.most, Kept.alive)
-
-    def __del__(self) -> None:
-        Kept.alive -= self.size
-
-
-def most_bytes_kept(folder: Path, count: int) -> int:
-    data = Dataset(folder / "data")
-    config = configuration(folder / "data", folder / "none").model.model_copy(update={"fusion": MMOE})
-    ranker = Ranker(data.schema, data.encoders, config, device="cpu")
-    step = TrainStep(ranker, task_loss(data.schema), bf16=False, accumulate=count)
-    loader = Loader(data, "train", 256, 4, 0)
-    batch = next(loader.batches(loader.start()))
-    weights = {p.data_ptr() for p in step.parameters()}
-    Kept.alive = Kept.most = 0
-
-    def keep(tensor: Tensor) -> Kept | Tensor:
-        return tensor if tensor.data_ptr() in weights else Kept(tensor)
-
-    with saved_tensors_hooks(keep, lambda kept: kept.tensor if isinstance(kept, Kept) else kept):
-        total, _ = step(batch)
-        total.backward()
-    return Kept.most
-
-
-def test_four_slices_keep_a_quarter_of_what_the_whole_batch_keeps_for_its_backward(folder: Path) -> None:
-    whole, slices = most_bytes_kept(folder, 1), most_bytes_kept(folder, 4)
-    assert 0.2 * whole < slices < 0.35 * whole
+# A batch in slices (test_slices.py has one rank)
 
 
 def test_training_in_slices_is_training_on_the_batch_on_four_ranks_and_on_one(ranks: Path) -> None:
@@ -331,7 +225,8 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(settings: dict
 def test_a_sharded_dense_part_learns_what_a_copied_one_does_clipped_by_the_norm_of_all(ranks: Path, name: str) -> None:
     close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
     shares = [json.loads((ranks / f"share.{rank}.json").read_text()) for rank in range(RANKS)]
-    assert shares == pytest.approx([1 / RANKS] * RANKS, abs=0.05)
+    # Cut along the three experts, one of the four ranks would have nothing.
+    assert shares == pytest.approx([1 / RANKS] * RANKS, abs=0.06)
     clipped, free = (
         sum(value.square().sum() for key, value in last(ranks / run).items() if "exp_avg" in key)
         for run in ("ddp", "whole")

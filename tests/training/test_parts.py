@@ -79,8 +79,8 @@ def test_a_binary_tasks_calibration_is_learnt_and_a_regressions_is_not(folder: P
 def test_coded_numbers_with_missing_flags_train_another_model_than_plain_ones(folder: Path):
     plain, coded = trainer(folder, "plain-run", data="plain"), trainer(folder, "coded-run")
     # W for each of two codes beside their numbers.
-    width, extra = plain.model.module.ranker.numbers.out_dim, 2 * 3
-    assert coded.model.module.ranker.numbers.out_dim == width + extra
+    width, extra = plain.learner.model.module.ranker.numbers.out_dim, 2 * 3
+    assert coded.learner.model.module.ranker.numbers.out_dim == width + extra
     for made in (plain, coded):
         made.run_to_end()
     assert losses(folder / "plain-run") != losses(folder / "coded-run")
@@ -105,7 +105,7 @@ def test_two_ranks_train_what_one_does_with_an_interaction_and_a_calibration(fol
 
 
 def test_the_input_is_dropped_in_training_alone(folder: Path):
-    ranker = trainer(folder, "dropped", input_dropout=0.5).model.module.ranker
+    ranker = trainer(folder, "dropped", input_dropout=0.5).learner.model.module.ranker
     loader = Loader(Dataset(folder / "data"), "train", 32)
     batch = next(loader.batches(loader.start()))
     kept = ranker.eval().inputs(batch)
