@@ -1,10 +1,11 @@
-# make demo | test | bench (= bench-train) | profile | soak | saving | bench-towers | bench-ingest | census: each sets up .venv first. PYTHON: which Python 3.11 makes it.
+# make demo | test | census | bench (= bench-train) | bench-profile | bench-saving | soak | bench-towers | bench-ingest:
+# each sets up .venv first. PYTHON: which Python 3.11 makes it.
 PYTHON ?= python3.11
 MODEL ?= adatt
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench bench-train profile soak saving bench-towers bench-ingest census clean
+.PHONY: demo test lint bench bench-train bench-profile bench-saving soak bench-towers bench-ingest census clean
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -23,13 +24,13 @@ bench: bench-train
 bench-train: .venv/ready .venv/rechub
 	$(BIN)/python tests/benchmarks/train.py
 
-profile: .venv/ready
+bench-profile: .venv/ready
 	$(BIN)/python tests/benchmarks/step_profile.py
 
 soak: .venv/ready
 	$(BIN)/python tests/benchmarks/soak.py
 
-saving: .venv/ready
+bench-saving: .venv/ready
 	$(BIN)/python tests/benchmarks/saving.py
 
 bench-towers: .venv/ready

@@ -152,7 +152,9 @@ class FusedRanker(Ranker):
                 f"bag {sequences[0]}: fusion emm reads no sequences; say pooling: mean, or take another fusion"
             )
         if managed := managed_tables(schema):
-            raise UserError(f"table {next(iter(managed))}: fusion emm knows no managed ids; take another fusion, or say hash")
+            raise UserError(
+                f"table {next(iter(managed))}: fusion emm knows no managed ids; take another fusion, or say hash"
+            )
         self.schema, self.managed = schema, None
         theirs = [Reader(schema, encoders, source.model, config.input_dropout) for source in s.sources]
         one = [Reader(schema, encoders, config, config.input_dropout)]

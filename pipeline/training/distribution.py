@@ -188,11 +188,17 @@ def set_step(model: nn.Module, step: int) -> None:
 
     Adam's bias correction is in no state dict; and rows that a GPU caches (fused_uvm_caching) are those of before.
     """
+    for kernel in kernels(model):
+        kernel.reset_cache_states()
+        if kernel.optimizer == EmbOptimType.ADAM:
+            kernel.set_optimizer_step(step)
+
+
+def kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules with this rank's tables; TorchRec keeps them in lists that modules() does not look into."""
     for module in model.modules():
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-            module.reset_cache_states()
-            if module.optimizer == EmbOptimType.ADAM:
-                module.set_optimizer_step(step)
+        for lookup in getattr(module, "_lookups", ()):
+            yield from (m for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 def init_tables(model: nn.Module, configs: Sequence[BaseEmbeddingConfig], seed: int, std: float) -> None:

@@ -17,15 +17,14 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 from train_runs import CONF, RESULTS, command, environment, machine, preprocess, write_raw
 
 EVERY = 0.1  # seconds between looks
-SETTLED = 1_000  # steps until everything that is kept once is there
-MARKS = (1_000, 5_000, 10_000, 20_000)
+MARKS = (1_000, 5_000, 10_000, 20_000)  # steps; at the first everything that is kept once is there
 TIMES = (1, 4, 16)
 MIB = 1 << 20
 
@@ -70,21 +69,30 @@ def repeated(raw: Path, times: int) -> Path:
     return folder
 
 
-def soak(data: Path, run: Path, marks: list[int]) -> dict[str, object]:
-    """Trains to the last of the marks: bytes resident after each, bytes a step."""
+def soak(data: Path, run: Path, marks: list[int]) -> dict[str, Any]:
+    """Trains to the last of the marks, watched."""
     looks = watched(
         ["train.batch_size=64", "train.lanes=4", "train.window=1024", f"train.max_steps={marks[-1]}", "train.log_every=100"],
         data, run,
     )  # fmt: skip
     records = [json.loads(line) for line in (run / "metrics" / "train.jsonl").read_text().splitlines()]
-    step_of_look = np.interp([look.time for look in looks], [r["time"] for r in records], [r["step"] for r in records])
+    return by_step(looks, [(r["time"], r["step"]) for r in records], marks)
+
+
+def by_step(looks: list[Look], reached: list[tuple[float, int]], marks: list[int]) -> dict[str, Any]:
+    """Memory by step.
+
+    Args:
+        reached: steps, and when they were taken. marks: steps, ascending; the slope is that between the first and the last.
+    """
+    times, steps = zip(*reached, strict=True)
+    step_of_look = np.interp([look.time for look in looks], times, steps)
     resident = np.array([look.resident for look in looks])
     # Before the first step and after the last, interpolation stands still.
-    trains = (step_of_look >= min(SETTLED, marks[0])) & (step_of_look < marks[-1])
-    slope = float(np.polyfit(step_of_look[trains], resident[trains], 1)[0])
-    at = {str(mark): int(resident[trains][np.abs(step_of_look[trains] - mark).argmin()]) for mark in marks}
-    seconds = records[-1]["time"] - records[0]["time"]
-    return {"resident": at, "bytes_per_step": slope, "looks": int(trains.sum()), "seconds": seconds}
+    between = (step_of_look >= marks[0]) & (step_of_look < marks[-1])
+    slope = float(np.polyfit(step_of_look[between], resident[between], 1)[0])
+    at = {str(mark): int(resident[between][np.abs(step_of_look[between] - mark).argmin()]) for mark in marks}
+    return {"resident": at, "bytes_per_step": slope, "looks": int(between.sum()), "seconds": times[-1] - times[0]}
 
 
 def one_pass(data: Path, run: Path, rows: int) -> dict[str, int]:
@@ -118,7 +126,7 @@ def look(pid: int) -> Look:
     return Look(time.time(), int(status["VmRSS"]) * 1024, int(status["RssAnon"]) * 1024)
 
 
-def steps_table(found: dict) -> str:
+def steps_table(found: dict[str, Any]) -> str:
     """Resident memory by step."""
     lines = [[int(step), size / MIB] for step, size in found["resident"].items()]
     title = (

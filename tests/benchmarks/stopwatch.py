@@ -111,7 +111,7 @@ def _timed_batches(batches: Callable[..., Iterator[Any]], watch: Stopwatch) -> C
 
 
 def _timed_kernel(forward: Callable[..., Tensor], watch: Stopwatch) -> Callable[..., Tensor]:
-    """Of the derivative, which also updates the tables, it is told by the graph."""
+    """The same; when the graph comes to its derivative, which also updates the tables, the stopwatch is told."""
 
     def end(*_: Any) -> None:
         watch.leave()

@@ -1,5 +1,7 @@
 """What training is measured against does the same work, and the floor counts what cannot be left out."""
 
+import itertools
+
 import numpy as np
 import plain_model
 import plain_trainer
@@ -10,6 +12,7 @@ import torch
 import workload as w
 import yaml
 from floor import flops, products, table_bytes
+from soak import Look, by_step
 from stopwatch import DENSE, PARTS, RANKS, REST, Stopwatch
 from train import CONTENDERS, RECHUB_RUN, table
 from train_runs import HERE
@@ -176,3 +179,17 @@ def test_ratios_are_medians_of_ratios_within_rounds():
     line = next(line for line in table("mmoe", rounds).splitlines() if line.startswith(str(taskfuse)))
     assert line.removeprefix(str(taskfuse)).split()[:4] == ["30", "3.00", "3.00", "300%"]
     assert str(RECHUB_RUN) in table("mmoe", rounds)
+
+
+def test_a_leak_is_found_by_step_whatever_a_step_takes_and_whatever_start_and_end_hold():
+    reached = [(100.0, 1), (110.0, 1_000), (130.0, 2_000), (200.0, 20_000)]  # slow ones, then quick ones
+    ends = [Look(90.0, 7, 0), Look(99.0, 9_999_999, 0), Look(201.0, 1, 0)]
+    training = []
+    for (begin, first), (end, last) in itertools.pairwise(reached):
+        for part in range(10):
+            step = first + (last - first) * part / 10
+            training.append(Look(begin + (end - begin) * part / 10, 5_000_000 + round(24 * step), 0))
+    found = by_step(ends[:2] + training + ends[2:], reached, [1_000, 2_000, 20_000])
+    assert found["bytes_per_step"] == pytest.approx(24, abs=0.01)
+    assert found["resident"]["2000"] == 5_000_000 + 24 * 2_000
+    assert found["looks"] == 20

@@ -235,7 +235,9 @@ def odd_sources(folder: Path) -> Path:
     plain = SOURCES["click-a"]
     source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}).save(wait=True)
     source(folder, "click-calibrated", plain | {"calibration": "monotone"}).save(wait=True)
-    source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []}).save(wait=True)
+    source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []}).save(
+        wait=True
+    )
     source(folder, "click-several", plain).save(wait=True)
     (folder / "click-several").rename(folder / "several")
     (folder / "several" / "config.yaml").write_text(

@@ -428,6 +428,23 @@ def test_a_dataset_of_the_same_schema_with_other_rows_is_refused_in_mid_run(fold
         train(folder, "moved", data="other-data")
 
 
+def test_fused_adam_is_told_how_many_steps_a_checkpoint_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel runs on GPUs alone; here another one stands for it."""
+    train(folder, "adam-steps", max_steps=7)
+    told: list[int] = []
+    kind = distribution.SplitTableBatchedEmbeddingBagsCodegen
+    monkeypatch.setattr(kind, "set_optimizer_step", lambda _, step: told.append(step))
+    real = distribution.kernels
+    monkeypatch.setattr(distribution, "kernels", lambda model: map(_adam, real(model)))
+    Trainer(configuration(folder / "data", folder / "adam-steps", max_steps=9), None, torch.device("cpu"))
+    assert told == [7]
+
+
+def _adam(kernel: torch.nn.Module) -> torch.nn.Module:
+    kernel.optimizer = distribution.EmbOptimType.ADAM
+    return kernel
+
+
 # Settings that act
 
 
