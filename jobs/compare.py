@@ -67,7 +67,8 @@ def main(config: DictConfig) -> None:
 
 def _run(config: DictConfig, data: Path, name: str, seed: int) -> tuple[dict[str, Any], Path]:
     """One run from nothing (or where it stopped) to the test metrics and predictions of its best checkpoint."""
-    from pipeline.evaluation import comparison, predictions
+    from pipeline.evaluation import comparison, predictions, records
+    from pipeline.evaluation.evaluator import EvaluateConfig, dataset_of
 
     path, shares = Path(config.folder) / f"{name}-{seed}", f"train.checkpoint_at={list(comparison.SHARES)}"
     own = list(config.model_overrides.get(name, []))
@@ -77,18 +78,19 @@ def _run(config: DictConfig, data: Path, name: str, seed: int) -> tuple[dict[str
         own.append(f"model.from={_sources(config, data, seed)}")
     _train(config, data, path, seed, [*own, shares])
     run, log, one = Run(path), path / "log.txt", "threads=1"
-    known = {r["step"] for r in read_lines(run.eval_metrics) if r["split"] == "valid"}
-    if set(checkpoint.steps(run.checkpoints)) - known:
+    rows, there = dataset_of(run, EvaluateConfig(run=path)).name, set(checkpoint.steps(run.checkpoints))
+    if there - records.current(run, "valid", rows).keys():
         _call("jobs.evaluate", f"run={path}", "split=valid", one, log=log)
-    found = sorted((r for r in read_lines(run.eval_metrics) if r["split"] == "valid"), key=lambda r: r["step"])
+    found = list(records.latest(run, "valid", rows).values())
     train, steps, total = run.config()["train"], [r["step"] for r in found], found[-1]["step"]
     every = train["checkpoint_every"] or max(1, total // train["epochs"])
     step = _stop([r for r in found if r["step"] % every == 0 or r["step"] == total], config.patience)
     early = [min(steps, key=lambda s: abs(s - share * total)) for share in (*comparison.SHARES, 1)]
     wanted = sorted({step, *early})
-    if not all(predictions.path(run, "test", s).exists() for s in wanted):
+    stale = there & {*wanted} - records.current(run, "test", rows).keys()
+    if stale or not all(predictions.path(run, "test", s).exists() for s in wanted):
         _call("jobs.evaluate", f"run={path}", "split=test", f"step={wanted}", "predictions=true", one, log=log)
-    metrics = {r["step"]: r["metrics"] for r in read_lines(run.eval_metrics) if r["split"] == "test"}
+    metrics = {s: record["metrics"] for s, record in records.latest(run, "test", rows).items()}
     record = {
         "step": step,
         "epoch": round(step * train["epochs"] / total, 1),

@@ -2,14 +2,15 @@
 
 import errno
 import functools
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,10 +24,36 @@ from features.schema import Schema
 
 CONF = Path(__file__).parent / "conf"
 PREEMPTED = os.EX_TEMPFAIL  # 75, which tells a scheduler that the job can go on
-NOTES = "TASKFUSE_NOTES"  # names a folder in which each rank of a machine notes that it was preempted (jobs.launch)
+NOTES = "TASKFUSE_NOTES"  # names a folder in which each rank of a machine notes how far it has come (jobs.launch)
 
 # Hydra prints its own errors over several lines unless told to let them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
+
+State = Literal["started", "preempted", "finished"]
+
+
+class Note(NamedTuple):
+    """What a rank says to jobs.launch. attempt: counts torchrun's restarts. ranks: of this machine."""
+
+    state: State
+    attempt: int
+    pid: int
+    ranks: int
+
+
+def leave_note(state: State) -> None:
+    """Tells jobs.launch, if that has started this process, how far it has come."""
+    if not (folder := os.environ.get(NOTES)):
+        return
+    if state != "started":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
+    env = os.environ
+    note = Note(state, int(env["TORCHELASTIC_RESTART_COUNT"]), os.getpid(), int(env["LOCAL_WORLD_SIZE"]))
+    path = Path(folder) / env["LOCAL_RANK"]
+    with suppress(OSError):  # a full disk: the exit code says the same, if less surely
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(note))
+        aside.replace(path)
 
 
 @contextmanager
@@ -42,8 +69,7 @@ def user_errors() -> Iterator[None]:
     except Preempted as notice:
         if os.environ.get("RANK", "0") == "0":
             print(notice, file=sys.stderr, flush=True)
-        if folder := os.environ.get(NOTES):
-            (Path(folder) / os.environ["LOCAL_RANK"]).write_text(os.environ["LOCAL_WORLD_SIZE"])
+        leave_note("preempted")
         sys.exit(PREEMPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -106,6 +132,15 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             with user_errors():
                 main(config)
 
+        def told_to_end(*_: object) -> None:
+            """Outside the training loop, which takes SIGTERM itself."""
+            if name != "train":
+                sys.exit(128 + signal.SIGTERM)
+            leave_note("preempted")
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"told to end; the same command goes on from the newest checkpoint, if there is one\n")
+            sys.exit(PREEMPTED)
+
         command = hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)
 
         def run() -> None:
@@ -113,9 +148,11 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
                 print(describe(main, name))
                 return
             # So that a job that is told to end still cleans up behind itself.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            signal.signal(signal.SIGTERM, told_to_end)
+            leave_note("started")
             with user_errors():
                 command()
+            leave_note("finished")
 
         return run
 

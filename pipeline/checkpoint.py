@@ -216,7 +216,10 @@ def steps(checkpoints: Path) -> list[int]:
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in a checkpoint that `check` has passed, by its full name. Raises UserError."""
-    entries = _Reader(path).read_metadata().state_dict_metadata.items()
+    try:
+        entries = _Reader(path).read_metadata().state_dict_metadata.items()
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -239,7 +242,11 @@ def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
         cause = next(iter(error.failures.values()))[0]
         raise UserError(f"{path}: cannot be loaded: {' '.join(str(cause).split())[:300]}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})")
 
 
 class _Reader(dcp.FileSystemReader):

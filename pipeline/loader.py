@@ -53,8 +53,8 @@ class Loader:
         rank, ranks: which share of each global batch is ours.
         window: rows of a lane that are shuffled together, 0 for the dataset's order.
         ahead: batches decoded in advance.
-        blank_corrupt: rows of a row group that cannot be read become rows that count in nothing, which keeps all others in
-            their places; it is said once a row group.
+        max_corrupt: share of the split's rows that may be in row groups whose content is damaged. They become rows that count
+            in nothing, which keeps all others in their places; each rank says it once a row group.
 
     Raises:
         UserError: an empty split, or sizes that do not divide.
@@ -71,7 +71,7 @@ class Loader:
         ranks: int = 1,
         window: int = 0,
         ahead: int = 4,
-        blank_corrupt: bool = False,
+        max_corrupt: float = 0.0,
     ) -> None:
         if lanes % ranks:
             raise UserError(f"lanes={lanes} is no multiple of the {ranks} ranks. Set train.lanes to one.")
@@ -83,7 +83,7 @@ class Loader:
         self.lanes, self.seed, self.rank, self.ranks = lanes, seed, rank, ranks
         self.share, self.size = batch_size // lanes, batch_size // ranks
         self.window, self.ahead = window, ahead
-        self.blank_corrupt, self.corrupt = blank_corrupt, set[int]()
+        self.max_corrupt, self.corrupt = max_corrupt, set[int]()
         groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
         self.groups = [(shard.path, index) for shard, index, _ in groups]
         self.row_id_offsets = {shard.path: dataset.row_id_offset(shard) for shard in self.shards}
@@ -206,20 +206,29 @@ class Loader:
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
             reason = " ".join(str(error).split())[:200]
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({reason})"
-            if not self.blank_corrupt:
+            gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none
+            if gone or not self.max_corrupt:
                 raise UserError(
                     f"{what}: the file changed after it was written. Restore it, run jobs.preprocess again, or leave its "
                     "rows out with train.corrupt=skip."
                 ) from None
-            rows_out = int(self.group_rows[group])
-            if group not in self.corrupt:
-                print(f"{what}: its {rows_out:,} rows are left out", file=sys.stderr, flush=True)
-            self.corrupt.add(group)
-            return Rows.blank(self.schema, rows_out)
+            return self._blank(group, what)
         rows = Rows.decode(table, self.schema)
         if offset := self.row_id_offsets[path]:
             rows.row_id_N += offset
         return rows
+
+    def _blank(self, group: int, what: str) -> Rows:
+        if group not in self.corrupt:
+            self.corrupt.add(group)
+            print(f"{what}: its rows are left out", file=sys.stderr, flush=True)
+        lost = int(self.group_rows[list(self.corrupt)].sum())
+        if lost > self.max_corrupt * self.rows:
+            raise UserError(
+                f"{what}: {lost:,} of {self.rows:,} rows cannot be read, more than train.max_corrupt={self.max_corrupt:g} "
+                "allows. Restore the files, or run jobs.preprocess again."
+            )
+        return Rows.blank(self.schema, int(self.group_rows[group]))
 
 
 class _Buffer:

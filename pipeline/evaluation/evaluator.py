@@ -1,4 +1,7 @@
-"""The evaluator: reads checkpoints as they are committed and appends each one's metrics to eval.jsonl, once."""
+"""The evaluator: reads checkpoints as they are committed and appends each one's metrics to eval.jsonl, once.
+
+A checkpoint is what its manifest's checksum says: where a run went back and wrote the same step anew, that is another one.
+"""
 
 import os
 import time
@@ -18,11 +21,11 @@ from models.emm import build_ranker
 from models.ranker import ModelConfig
 from pipeline import checkpoint
 from pipeline.dataset import Dataset, open_dataset, write_json
-from pipeline.evaluation import predictions
+from pipeline.evaluation import predictions, records
 from pipeline.evaluation.gates import GateMeans
 from pipeline.evaluation.metrics import Metrics
 from pipeline.loader import Loader
-from pipeline.run import Run, append_line, read_lines
+from pipeline.run import Run, append_line
 
 POLL_SECONDS = 0.5
 
@@ -111,7 +114,8 @@ class Evaluator:
         return metrics, manifest
 
     def evaluate(self, step: int, keep_rows: bool = False) -> dict[str, Any]:
-        """One checkpoint's record: step, rows (seen in training), split, seconds, metrics per task, mean gate weights.
+        """One checkpoint's record: step, its checksum, rows (seen in training), split, seconds, metrics per task, mean gate
+        weights.
 
         Args:
             keep_rows: write each row's prediction (pipeline.evaluation.predictions).
@@ -129,9 +133,11 @@ class Evaluator:
         with GateMeans(self.ranker.fusion) as gates:
             metrics, manifest = self.metrics(step, see)
         if keep_rows:
-            predictions.write(frames, predictions.path(self.run, self.split, step))
+            source = self.source(manifest.checksum)
+            predictions.write(frames, predictions.path(self.run, self.split, step), source)
         return {
             "step": step,
+            "checkpoint": manifest.checksum,
             "rows": manifest.rows,
             "split": self.split,
             "dataset": self.dataset.name,
@@ -140,6 +146,10 @@ class Evaluator:
             "metrics": metrics.compute(),
             "gates": gates.means(),
         }
+
+    def source(self, checksum: str) -> dict[str, str]:
+        """What predictions are of."""
+        return {"checkpoint": checksum, "dataset": self.dataset.name}
 
     def best(self, truth: Truth) -> dict[str, dict[str, float | int | None]]:
         """Metrics of the true probabilities on the same rows: what no model can beat but by luck. Raises UserError."""
@@ -186,14 +196,13 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
         if config.truth:
             best = {"dataset": dataset.name, "metrics": evaluator.best(config.truth)}
             write_json(best_path(run, config.split), best)
-        seen = {
-            r["step"]
-            for r in read_lines(run.eval_metrics)
-            if (r["split"], r["dataset"]) == (config.split, dataset.name)
-        }
+        known = records.latest(run, config.split, dataset.name)
+        seen = {step: record.get("checkpoint") for step, record in known.items()}
         failed: dict[int, str] = {}
         for step in _steps(run, config):
-            if step in seen and not (config.predictions and not predictions.path(run, config.split, step).exists()):
+            current, rows = records.checksum(run, step), predictions.path(run, config.split, step)
+            kept = not config.predictions or predictions.are_of(rows, evaluator.source(current))
+            if seen.get(step) == current and kept:
                 continue
             try:
                 record = evaluator.evaluate(step, config.predictions)
@@ -204,9 +213,9 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
                     print(f"step {step}: left out, its checkpoint was deleted or damaged ({error})", flush=True)
                 failed[step] = str(error)
                 continue
-            if step not in seen:
+            if seen.get(step) != record["checkpoint"]:
                 append_line(run.eval_metrics, record)
-            seen.add(step)
+            seen[step] = record["checkpoint"]
             yield record
 
 

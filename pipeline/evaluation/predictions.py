@@ -29,12 +29,17 @@ def frame(batch: Batch, logit_BT: Tensor, schema: Schema) -> pl.DataFrame:
     return pl.DataFrame({name: column[real_B].numpy() for name, column in columns.items()}).fill_nan(None)
 
 
-def write(frames: list[pl.DataFrame], file: Path) -> None:
-    """Writes the rows aside and renames the file into place."""
+def write(frames: list[pl.DataFrame], file: Path, source: dict[str, str] | None = None) -> None:
+    """Writes the rows aside and renames the file into place; `source` says of what they are, see `are_of`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}")
-    pl.concat(frames).sort("row_id").write_parquet(aside)
+    pl.concat(frames).sort("row_id").write_parquet(aside, metadata=source)
     aside.rename(file)
+
+
+def are_of(file: Path, source: dict[str, str]) -> bool:
+    """Whether a file is there and was written with this source."""
+    return file.exists() and source.items() <= pl.read_parquet_metadata(file).items()
 
 
 def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

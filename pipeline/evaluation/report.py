@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from features.schema import Split
-from pipeline.evaluation import gates
+from pipeline.evaluation import gates, records
 from pipeline.evaluation.evaluator import best_path
-from pipeline.run import Run, read_lines
+from pipeline.run import Run
 
 matplotlib.use("Agg")
 COLUMNS = {
@@ -24,12 +24,9 @@ COLUMNS = {
 }
 
 
-def records(run: Run, split: Split, dataset: Path) -> list[dict[str, Any]]:
-    """The records of a dataset's split in order of step."""
-    wanted = (split, str(dataset.absolute()))
-    return sorted(
-        (r for r in read_lines(run.eval_metrics) if (r["split"], r["dataset"]) == wanted), key=lambda r: r["step"]
-    )
+def evaluated(run: Run, split: Split, dataset: Path) -> list[dict[str, Any]]:
+    """The records of a dataset's split, one for each step, in order."""
+    return list(records.latest(run, split, str(dataset.absolute())).values())
 
 
 def best(run: Run, split: Split, dataset: Path) -> dict[str, dict[str, Any]] | None:
@@ -48,7 +45,7 @@ def table(run: Run, split: Split, dataset: Path, style: str = "simple") -> str:
         "rows seen",
         *(f"{task}\n{word}" for task, kind in kinds.items() for word in COLUMNS[kind].values()),
     ]
-    found = records(run, split, dataset)
+    found = evaluated(run, split, dataset)
     lines = [[f"{r['step']:,}", f"{r['rows']:,}", *_cells(r["metrics"], kinds)] for r in found]
     if (limit := best(run, split, dataset)) and found:
         lines.append(["best", "possible", *_cells(limit, kinds)])
@@ -86,7 +83,7 @@ def _cells(metrics: dict[str, dict[str, Any]], kinds: Mapping[str, str]) -> list
 def picture(run: Run, split: Split, dataset: Path) -> Figure:
     """NE (regression: NRMSE) of each task over training rows seen, with the best possible as a dashed line."""
     kinds = {name: task.kind for name, task in run.schema().tasks.items()}
-    found, limit = records(run, split, dataset), best(run, split, dataset)
+    found, limit = evaluated(run, split, dataset), best(run, split, dataset)
     figure = Figure(figsize=(4.2 * len(kinds), 3.4), layout="constrained")
     for axes, (task, kind) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
         key = "ne" if kind == "binary" else "nrmse"
@@ -113,7 +110,7 @@ def picture(run: Run, split: Split, dataset: Path) -> Figure:
 def write(run: Run, split: Split, dataset: Path) -> None:
     """Writes report.html, which needs nothing beside it, ne.png, and gates.png for a model with gates."""
     image = _drawn(picture(run, split, dataset), run.path / "ne.png")
-    found, gate_image = records(run, split, dataset), ""
+    found, gate_image = evaluated(run, split, dataset), ""
     if found and (means := found[-1].get("gates")):
         drawn = _drawn(gates.picture(means, list(run.schema().tasks)), run.path / "gates.png")
         gate_image = f"""<p>Mean weight of each expert, step {found[-1]["step"]:,}.</p>

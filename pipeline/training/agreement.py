@@ -1,7 +1,7 @@
 """What ranks have to agree on before one of them acts: that a run shall end, and that a batch cannot be learnt from."""
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,13 +58,14 @@ class Agreement:
 
 
 class Notice:
-    """Whether this process was told to end; said once."""
+    """Whether this process was told to end. aloud: says so, once."""
 
-    given = False
+    def __init__(self, aloud: bool) -> None:
+        self.aloud, self.given = aloud, False
 
     def _take(self, *_: object) -> None:
-        if not self.given:
-            print("told to end: one more step, then a checkpoint", file=sys.stderr, flush=True)
+        if self.aloud and not self.given:
+            os.write(2, b"told to end: one more step, then a checkpoint\n")  # a print may be under way already
         self.given = True
 
     @contextmanager

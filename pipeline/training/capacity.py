@@ -53,6 +53,12 @@ class PlanConfig(Strict):
             )
         if self.ranks > self.ranks_per_node and self.ranks % self.ranks_per_node:
             raise ValueError(f"ranks={self.ranks} is no multiple of ranks_per_node={self.ranks_per_node}")
+        if getattr(self, needed) < 1 << 20:
+            raise ValueError(f"{needed}={getattr(self, needed)} is less than a megabyte: say {needed}={example}")
+        if self.train.batch_size % self.train.lanes:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} is no multiple of train.lanes={self.train.lanes}"
+            )
         if self.train.batch_size % self.ranks:
             raise ValueError(f"train.batch_size={self.train.batch_size} is no multiple of ranks={self.ranks}")
         return self
@@ -95,7 +101,12 @@ def answer(config: PlanConfig, schema: Schema | None) -> list[str]:
     ranker, settings = build_ranker(schema, encoders, config.model), config.train
     model = TrainStep(ranker, weighting.task_loss(settings, schema.tasks), bf16=False)
     _, estimated = planning.place(model, distribution.sharders(settings), ranker.tables, settings, config.cluster)
-    return [*estimated.lines(), *([bounds] if bounds else []), _summary(estimated, config.cluster)]
+    notes = [bounds] if bounds else []
+    if settings.lanes % config.ranks:
+        notes.append(
+            f"to train there, say train.lanes={config.ranks} or a multiple: lanes={settings.lanes} is none of the ranks"
+        )
+    return [*estimated.lines(), *notes, _summary(estimated, config.cluster)]
 
 
 def largest(schema: Schema) -> Encoders:

@@ -47,8 +47,8 @@ class Keep(Strict):
     Attributes:
         last: that many of the newest.
         every: those of steps that are multiples of it.
-        best: a split; of each task the one with the lowest NE (regression: MSE) there in eval.jsonl. What no evaluator has
-            read yet stays too.
+        best: a split; of each task the one with the lowest NE (regression: MSE) there, on the dataset the run learns from, as
+            eval.jsonl has it. What no evaluator has read yet stays too.
     """
 
     last: int | None = Field(None, ge=1)
@@ -133,7 +133,8 @@ class Settings(Strict):
         nonfinite: what a loss that is not finite does: stop, or roll back and skip the batch.
         corrupt: what a row group that cannot be read does: stop, or be left out and counted.
         max_skipped: batches that may be skipped in a run before it stops all the same.
-        timeout: seconds that ranks wait for each other before they give up.
+        max_corrupt: share of the rows that may be left out before it does.
+        timeout: seconds in a step that ranks wait for each other before they give up.
         init_from: a run whose newest checkpoint's weights this one starts from; what it does not have starts afresh.
         log_every: steps between lines of train.jsonl.
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
@@ -165,7 +166,8 @@ class Settings(Strict):
     nonfinite: Literal["stop", "skip"] = "stop"
     corrupt: Literal["stop", "skip"] = "stop"
     max_skipped: int = Field(10, ge=0)
-    timeout: float = Field(600, gt=0, allow_inf_nan=False)
+    max_corrupt: float = Field(0.01, gt=0, le=1)
+    timeout: float = Field(600, gt=0, le=86400)
     init_from: Path | None = None
     log_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)

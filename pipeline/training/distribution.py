@@ -40,24 +40,21 @@ OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
 }
 BLOCK_ROWS = 1 << 16
+STARTING = timedelta(hours=2)  # a rank may wait that long for another that plans, or reads a checkpoint
 
 for name in ("torchrec.distributed.utils", "torchrec.distributed.model_parallel"):
     logging.getLogger(name).setLevel(logging.ERROR)  # advice to library authors
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
-def start(timeout_s: float = 600) -> torch.device:
-    """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device.
-
-    Args:
-        timeout_s: of a collective. pipeline.training.watch speaks before it.
-    """
+def start() -> torch.device:
+    """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device."""
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
     if device.type == "cpu":
         keep_memory()
-    backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(seconds=2 * timeout_s)
+    backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), STARTING
     if device.type == "cuda":
         if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
             raise UserError(f"more ranks than this machine's {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
@@ -75,6 +72,11 @@ def start(timeout_s: float = 600) -> torch.device:
     store = dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, ranks, is_master=False))
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return device
+
+
+def limit_waiting(seconds: float) -> None:
+    """From now on a collective of all ranks may take that long."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.GroupMember.WORLD)
 
 
 def store() -> dist.Store:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchrec.distributed import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -18,6 +20,8 @@ from pipeline.training import copies, distribution, optimizer, weighting
 from pipeline.training.config import TrainConfig
 from pipeline.training.rows import ManagedRows
 from pipeline.training.step import StepOutput, TrainStep
+
+Look = Callable[[StepOutput], None]
 
 
 class Learner:
@@ -71,16 +75,20 @@ class Learner:
         checkpoint.load(path, self.state())
         distribution.set_step(self.model, updates)
 
-    def outputs(self, batches: Iterator[Batch], step: int, look: Callable[[StepOutput], None]) -> Iterator[StepOutput]:
+    def outputs(
+        self, batches: Iterator[Batch], step: int, look: Look, feel: Callable[[int, Tensor], None]
+    ) -> Iterator[StepOutput]:
         """Takes a step a batch: TorchRec's pipeline where there is a GPU to overlap with, a plain loop elsewhere.
 
         Args:
-            step: taken so far. look: sees what a step has found, where it can before anything is updated.
+            step: taken so far.
+            look: sees what a step has found, in the plain loop before anything is updated.
+            feel: gets the step and the largest norm of a dense gradient, in the plain loop before the dense part is updated.
         """
         s = self.settings
         possible = not self.gradient_loss and s.accumulate == 1 and self.ranker.managed is None
         if s.pipelined if s.pipelined is not None else self.device.type == "cuda" and possible:
-            yield from self._pipelined(batches, step, look)
+            yield from self._pipelined(batches, step, look, feel)
             return
         for number, batch in zip(count(step), batches, strict=False):
             self._prepare(number)
@@ -88,6 +96,7 @@ class Learner:
             loss, output = self.model(batch.to(self.device) if self.device.type != "cpu" else batch)
             look(output)
             loss.backward()
+            feel(number + 1, self._largest_gradient())
             if self.gradient_loss:
                 self.gradient_loss.after_backward(number)
             self.optimizer.step()
@@ -95,7 +104,7 @@ class Learner:
             yield output
 
     def _pipelined(
-        self, batches: Iterator[Batch], step: int, look: Callable[[StepOutput], None]
+        self, batches: Iterator[Batch], step: int, look: Look, feel: Callable[[int, Tensor], None]
     ) -> Iterator[StepOutput]:
         pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
         for number in count(step):
@@ -105,8 +114,15 @@ class Learner:
             except StopIteration:
                 return
             look(output)
+            feel(number + 1, self._largest_gradient())
             self._finish(number)
             yield output
+
+    def _largest_gradient(self) -> Tensor:
+        """The largest norm of this rank's dense gradients; not finite if one of them is not."""
+        grads = [p.grad for p in self.dense.params.values() if p.grad is not None]
+        norms = torch._foreach_norm([g.to_local() if isinstance(g, DTensor) else g for g in grads])
+        return torch.stack(norms).max() if norms else torch.zeros((), device=self.device)
 
     def _prepare(self, step: int) -> None:
         """Learning rate and random state of the step after `step`, both functions of its number."""

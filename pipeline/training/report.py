@@ -54,6 +54,12 @@ class Reporter:
                 f"data wait {record['data_wait']:.1%}  left {minutes}m {seconds:02d}s"
             )
 
+    def back_to(self, step: int) -> None:
+        """Takes the curves of the steps after `step` back, which are taken again."""
+        with suppress(OSError):
+            self.board.close()
+            self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)
+
     def day(self, record: dict[str, Any]) -> None:
         """Notes one record of progressive.jsonl: epoch, day, step, rows, ne and mse of the batches of a day, or of an epoch."""
         self._write(self.run.progressive, record)

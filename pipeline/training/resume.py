@@ -12,15 +12,18 @@ from pipeline.checkpoint import CheckpointManifest
 from pipeline.run import Run
 
 
-def newest(run: Run, say: Callable[[str], None]) -> Path | None:
+def newest(run: Run, say: Callable[[str], None], below: int | None = None) -> Path | None:
     """The newest checkpoint whose files fit its manifest; those that do not are said. Every rank calls it.
 
     The ranks share the reading. What rank 0 sees is what there is: ranks must not choose differently.
+
+    Args:
+        below: only of steps less than this.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     listed = [checkpoint.steps(run.checkpoints) if rank == 0 else None]
     dist.broadcast_object_list(listed)
-    for step in reversed(listed[0] or []):
+    for step in reversed([step for step in listed[0] or [] if below is None or step < below]):
         path = checkpoint.folder(run.checkpoints, step)
         faults: list[str | None] = [None] * ranks
         dist.all_gather_object(faults, _fault(path, rank, ranks))

@@ -26,7 +26,7 @@ class Saver:
         checkpoints: the run's folder of them.
         group: of all ranks, used by nothing else: its messages would mix with training's.
         background: False writes while the caller waits, without a copy.
-        written: called in that thread once a checkpoint is on disk.
+        written: called in that thread with the step whose checkpoint is on disk.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Saver:
         checkpoints: Path,
         group: dist.ProcessGroup | None,
         background: bool,
-        written: Callable[[], None],
+        written: Callable[[int], None],
     ) -> None:
         self.checkpoints, self.group, self.background, self.written = checkpoints, group, background, written
         self.copy: Any = None
@@ -65,7 +65,7 @@ class Saver:
     def _write(self, state: dict[str, Any], manifest: CheckpointManifest) -> None:
         try:
             checkpoint.save(self.checkpoints, state, manifest, self.group)
-            self.written()
+            self.written(manifest.step)
         except BaseException as error:  # a thread's error would go unseen
             self.error = error
 
@@ -82,9 +82,7 @@ def copied(value: Any, into: Any = None) -> Any:
         return _copied_shards(value, into)
     if isinstance(value, DTensor):
         local = copied(value.to_local(), into.to_local() if into is not None else None)
-        return DTensor.from_local(
-            local, value.device_mesh, value.placements, run_check=False, shape=value.size(), stride=value.stride()
-        )
+        return DTensor(local, value._spec, requires_grad=False)  # from_local would move it back to the GPU
     if isinstance(value, Tensor):
         if into is None:
             into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -23,6 +24,7 @@ from pipeline.run import Run, config_hash, keep_lines
 from pipeline.training import distribution, initial, optimizer, resume, retention, sources
 from pipeline.training.agreement import Agreement, Notice, Verdict
 from pipeline.training.config import TrainConfig
+from pipeline.training.finite import Finite
 from pipeline.training.learner import Learner
 from pipeline.training.progress import Progress
 from pipeline.training.report import Meter, Reporter
@@ -43,7 +45,7 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
         UserError: bad input, a loss that is not finite, or another rank that is gone.
         Preempted: told to end by SIGTERM, after a checkpoint.
     """
-    device = distribution.start(config.train.timeout)
+    device = distribution.start()
     trainer = None
     try:
         trainer = Trainer(config, schema, device)
@@ -55,9 +57,10 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
             trainer.run.say("failed", trainer.step, trainer.steps)
         if dist.get_world_size() == 1 or isinstance(error, Preempted):
             dist.destroy_process_group()  # others would see the connection break before this rank has said why
-        elif isinstance(error, RuntimeError) and trainer and (met := distribution.lost_contact(error)):
+        elif isinstance(error, RuntimeError) and (met := distribution.lost_contact(error)):
+            where = f"step {trainer.step + 1}" if trainer else "at the start"
             raise UserError(
-                f"step {trainer.step + 1}: contact with another rank was lost ({met}). If it failed, it says why. "
+                f"{where}: contact with another rank was lost ({met}). If it failed, it says why. "
                 "torchrun --max-restarts=N goes on from the newest checkpoint."
             ) from None
         raise
@@ -76,11 +79,12 @@ class Trainer:
             whole.expect(schema.fingerprint, "the schema of this job")
         self.dataset = whole.only(config.tasks)
         self.schema, self.whole_schema = self.dataset.schema, whole.schema
-        self.config = sources.resolved(config, self.dataset)
+        self.held = ExitStack()  # checkpoints of other runs that this one starts from
+        self.config = sources.resolved(config, self.dataset, self.held)
         s = self.settings
         self.loader = Loader(
             self.dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window,
-            blank_corrupt=s.corrupt == "skip",
+            max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0,
         )  # fmt: skip
         self.position = self.loader.start()
         self.step, self.saved = 0, -1
@@ -91,12 +95,14 @@ class Trainer:
         self.progress = Progress(self.schema.tasks, s.log_every, device)
         self.run = Run(config.run)
         self.skipped: set[int] = set()
-        self.unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, which rows are not finite, their ids
-        self.bad: int | None = None
-        control = dist.new_group(backend="gloo") if self.ranks > 1 else None
+        self.finite = Finite()
+        self.bad: tuple[int, str] | None = None  # the first step that cannot be learnt from, and why
+        self.tried: set[int] = set()  # checkpoints that the run has gone back to
+        limit = timedelta(seconds=2 * s.timeout)
+        control = dist.new_group(backend="gloo", timeout=limit) if self.ranks > 1 else None
         writing = dist.new_group(backend="gloo", timeout=WRITING) if self.ranks > 1 else None
-        self.agreement, self.notice = Agreement(control), Notice()
-        prune = partial(retention.prune, self.run, s.keep) if self.rank == 0 else lambda: None
+        self.agreement, self.notice = Agreement(control), Notice(self.rank == 0)
+        prune = partial(retention.prune, self.run, s.keep, self.dataset.name) if self.rank == 0 else lambda _: None
         self.saver = Saver(self.run.checkpoints, writing, s.checkpoint_async, prune)
         self.reporter: Reporter | None = None
         self.watch: Watch | None = None
@@ -125,7 +131,8 @@ class Trainer:
                 self._tell(line)
             if self.settings.init_from:
                 self._start_from(Run(self.settings.init_from))
-        dist.barrier()  # all have read the old configuration
+        dist.barrier()  # all have read the old configuration, and what the run starts from
+        self.held.close()
         if self.rank == 0:
             self.run.create(config, self.whole_schema)
             self.run.say("training", self.step, self.steps)
@@ -146,7 +153,7 @@ class Trainer:
 
     def _start_from(self, run: Run) -> None:
         """Takes the weights of another run, of its optimisers and its task weighting nothing."""
-        path = initial.newest(run, self.dataset, "train.init_from")
+        path = initial.agreed(lambda: initial.newest(run, self.dataset, "train.init_from", self.held))
         weights = {n: t for n, t in self.learner.state()["model"].items() if not n.startswith("loss.")}
         afresh = initial.load(path, weights)
         more = f" and {len(afresh) - 3} more" if len(afresh) > 3 else ""
@@ -158,18 +165,20 @@ class Trainer:
             self.reporter = Reporter(self.run, list(self.schema.tasks), self.step, self.steps)
         if self.ranks > 1:
             self.watch = Watch(distribution.store(), self.rank, self.ranks, self.settings.timeout)
+            distribution.limit_waiting(2 * self.settings.timeout)  # the watch speaks before it
+        if self.step >= self.steps:
+            self._tell(f"{self.run.path} is at step {self.step} of {self.steps}: nothing to do")
         try:
             with self.notice.taken():
-                if self.settings.nonfinite == "skip" and not checkpoint.steps(self.run.checkpoints):
+                if self.settings.nonfinite == "skip" and self.saved < 0:
                     self.save()  # what to go back to
                 while self.step < self.steps:
                     self._learn()
                     if self.step + 1 in self.skipped:
                         self._advance()
+                        self._conclude()
                     if not self.loader.steps(self.position):
                         self.position = self.loader.start(self.position.epoch + 1)
-                if self.saved != self.step:  # the last batches were left out
-                    self.save()
                 self._finish_saving()
         except UserError:
             self._settle_saving()  # the other ranks are still there to write their parts
@@ -185,30 +194,35 @@ class Trainer:
     def _learn(self) -> None:
         """Steps to the end of the run or the epoch, to the next batch that is left out, or until the run goes back."""
         end = min([self.steps, *(step - 1 for step in self.skipped if step > self.step)])
-        every = self.settings.checkpoint_every or self.epoch_steps
         for output in self._outputs(self._watched(islice(self.loader.batches(self.position), end - self.step))):
             self.progress.update(output)
             self._advance()
-            last = self.step == self.steps
-            logs = self.step % self.settings.log_every == 0 or self.step == 1 or last
-            saves = self.step % every == 0 or self.step in self.milestones or last
-            if logs or saves:
-                self._find_bad()
-            verdict = self.agreement.exchange(self.notice.given, self.bad)
-            if saves or verdict.stop:
-                verdict = Verdict(verdict.stop, self.agreement.settle().bad or verdict.bad)
-            if verdict.bad is not None:
-                self._go_back(verdict.bad)
+            if not self._conclude():
                 return
-            if logs:
-                self._log()
-            if saves or verdict.stop:
-                self.save()
-            if verdict.stop and not last:
-                self._end_early()
+
+    def _conclude(self) -> bool:
+        """What follows a step: metrics, a checkpoint, the end of a run that was told to end. False if the run goes back."""
+        every, last = self.settings.checkpoint_every or self.epoch_steps, self.step == self.steps
+        logs = self.step % self.settings.log_every == 0 or self.step == 1 or last
+        saves = self.step % every == 0 or self.step in self.milestones or last
+        if logs or saves:
+            self._find_bad()
+        verdict = self.agreement.exchange(self.notice.given, self.bad[0] if self.bad else None)
+        if saves or verdict.stop:
+            verdict = Verdict(verdict.stop, self.agreement.settle().bad or verdict.bad)
+        if verdict.bad is not None:
+            self._go_back(verdict.bad)
+            return False
+        if logs:
+            self._log()
+        if saves or verdict.stop:
+            self.save()
+        if verdict.stop and not last:
+            self._end_early()
+        return True
 
     def _outputs(self, batches: Iterator[Batch]) -> Iterator[StepOutput]:
-        return self.learner.outputs(batches, self.step, self._look)
+        return self.learner.outputs(batches, self.step, self._look, self._feel)
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; who waits for them, and how long, is noted."""
@@ -239,51 +253,58 @@ class Trainer:
             self.reporter.day(record | figures)
 
     def _look(self, output: StepOutput) -> None:
-        # Unobserved labels too: a gradient of 0 times infinity is not 0.
-        self.unchecked.append((self.step + 1, ~output.loss_BT.isfinite().all(1), output.row_id_B))
+        self.finite.look(self.step + 1, output)
         if self.device.type == "cpu":
-            # Before the backward, which updates the tables: nothing is spoilt. A GPU would have to wait for the check.
+            # Before the backward, which updates the tables. A GPU would have to wait for the check.
+            self._find_bad()
+
+    def _feel(self, step: int, largest: Tensor) -> None:
+        self.finite.feel(step, largest)
+        if self.device.type == "cpu":
             self._find_bad()
 
     def _find_bad(self) -> None:
-        """Looks for a loss that is not finite in the steps since it last looked; stops, or keeps it in mind."""
-        unchecked, self.unchecked = self.unchecked, []
-        if not unchecked or not torch.stack([bad_B.any() for _, bad_B, _ in unchecked]).any():
+        """Stops at a step that cannot be learnt from, or keeps the first one in mind."""
+        if (found := self.finite.first_bad()) is None or self.bad:
             return
-        step, rows = next((step, row_id_B[bad_B]) for step, bad_B, row_id_B in unchecked if bad_B.any())
-        line = (
-            f"step {step}, epoch {self.position.epoch}: the loss of {len(rows)} rows of the batch is not finite, "
-            f"row_id {', '.join(map(str, rows[:3].tolist()))}."
-        )
+        step, what = found
+        line = f"step {step}, epoch {self.position.epoch}: {what}."
         if self.settings.nonfinite == "stop":
             raise UserError(
-                f"{line} Checkpoints before it are good. Lower train.dense.lr or train.tables.lr, set train.clip_norm, mend "
+                f"{line} Checkpoints of earlier steps stay. Lower train.dense.lr or train.tables.lr, set train.clip_norm, mend "
                 "these rows, or leave such batches out with train.nonfinite=skip."
             )
-        if self.bad is None:
-            self.bad = step
-            self._say(line)
+        self.bad = step, line
 
     def _go_back(self, bad: int) -> None:
-        """To the newest checkpoint, from which the same steps are taken again without the batch of step `bad`."""
+        """To the newest checkpoint, from which the same steps are taken again without the batch of step `bad`.
+
+        To one before it if it was gone back to already, and not one batch could be learnt from since.
+        """
         self._at("save")
         self._settle_saving()
+        if self.bad and self.bad[0] == bad:
+            self._say(self.bad[1])
         skipped = self.skipped | {bad}
         if len(skipped) > self.settings.max_skipped:
             raise UserError(
-                f"step {bad}: the loss is not finite, and {len(self.skipped)} batches were left out already "
-                f"(train.max_skipped). Checkpoints before it are good. Lower train.dense.lr or train.tables.lr, or set "
+                f"step {bad}: loss or gradient is not finite, and {len(self.skipped)} batches were left out already "
+                "(train.max_skipped). Checkpoints of earlier steps stay. Lower train.dense.lr or train.tables.lr, or set "
                 "train.clip_norm."
             )
-        path = resume.newest(self.run, self._tell)
+        poor = {step for step in self.tried if all(between in self.skipped for between in range(step + 1, bad))}
+        path = resume.newest(self.run, self._tell, below=min(poor, default=None))
         if path is None:
-            raise UserError(f"step {bad}: the loss is not finite, and {self.run.checkpoints} has nothing to go back to")
+            raise UserError(f"step {bad}: loss or gradient is not finite, and there is no checkpoint to go back to")
         self._load(path, checkpoint.read(path))
+        self.tried.add(self.step)
         self.skipped |= skipped
-        self.bad, self.unchecked = None, []
+        self.bad = None
+        self.finite.forget()
         self.agreement.settle()
-        if self.rank == 0:
+        if self.reporter:
             self._forget()
+            self.reporter.back_to(self.step)
             self._say(f"goes back to step {self.step}, to leave the batch of step {bad} out")
         self.meter = Meter(self._passed(), self.step)
 
@@ -360,6 +381,7 @@ class Trainer:
 
     def _finish_saving(self) -> None:
         """Waits for the last checkpoint. Raises UserError where it cannot be written."""
+        self._at("save")
         if error := self.saver.wait():
             raise error
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 PHASES = ("start", "data", "step", "save")  # in the order in which a step goes through them
-LONG = ("start", "save")  # may take as long as they like
+LONG = ("start", "save")  # may take as long as they like, for a rank that answers
 
 
 class Beat(NamedTuple):
@@ -58,7 +58,7 @@ class Watch:
         while not self.ended.wait(self.every):
             try:
                 self._tell()
-                if self.phase in LONG or time.monotonic() - self.since < self.timeout:
+                if time.monotonic() - self.since < 0.8 * self.timeout:
                     continue
                 stuck, first = (self.step, self.phase), self._beats()
                 for _ in range(3):
@@ -67,7 +67,8 @@ class Watch:
                 then = self._beats()
             except dist.DistError:
                 return  # the store is gone, and its owner, torchrun, ends us
-            if self.ended.is_set() or (self.step, self.phase) != stuck:
+            busy = any(beat.phase in LONG for beat in then if beat)
+            if self.ended.is_set() or (self.step, self.phase) != stuck or (busy and not silent(first, then)):
                 continue
             print(f"error (rank {self.rank}): {blame(first, then, self.rank)}", file=sys.stderr, flush=True)
             self._end(then[rank] for rank in silent(first, then))

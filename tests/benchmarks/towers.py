@@ -92,7 +92,7 @@ def build(name: str, sizes: Sizes) -> tuple[Model, Model]:
     """Ours and plain, with the same weights."""
     kind, (config, _) = FUSIONS[name.removesuffix("_sp")], CASES[name](sizes)
     shape = (sizes.token, sizes.tasks, sizes.fields) if kind.fields else (sizes.in_dim, sizes.tasks)
-    fusion, other = kind(*shape, **config), PLAIN[name](*shape, **config)
+    fusion, other = kind(*shape, *([{}] if kind.sequences else []), **config), PLAIN[name](*shape, **config)
     tower = SharedTower if kind.shared_tower else TaskTowers
     ours = Model(fusion, tower(sizes.tasks, fusion.out_dim, [sizes.tower]))
     plain = Model(other, plain_towers.Towers(sizes.tasks, fusion.out_dim, [sizes.tower], kind.shared_tower))

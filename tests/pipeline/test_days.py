@@ -263,7 +263,7 @@ def test_other_days_are_other_records_and_a_day_is_the_same_however_it_is_named(
     for days in (BOTH, "2026-11-01", "2026-11-02", "2026-11-03"):
         [record] = evaluated(run, **({} if days == BOTH else {"days": days}))
         assert record["dataset"] == f"{learnt}/{days}"
-        assert report.records(Run(run), "test", Path(record["dataset"])) == [record]
+        assert report.evaluated(Run(run), "test", Path(record["dataset"])) == [record]
         rows[days] = predicted(run)["logit.click"].to_list()
     assert rows[BOTH] == pytest.approx(rows["2026-11-01"] + rows["2026-11-02"], abs=1e-6)
     assert evaluated(run, dataset=learnt / "2026-11-03") == evaluated(run, dataset=learnt, days="2026-11-03") == []

@@ -17,7 +17,7 @@ from features.errors import UserError
 from models.ranker import ModelConfig, Ranker
 from pipeline import checkpoint
 from pipeline.dataset import Dataset
-from pipeline.evaluation import evaluator, report
+from pipeline.evaluation import evaluator, predictions, report
 from pipeline.evaluation.evaluator import EvaluateConfig, Truth, evaluate
 from pipeline.evaluation.verdict import NightlyConfig, nightly
 from pipeline.loader import Loader
@@ -86,6 +86,59 @@ def test_each_checkpoint_is_evaluated_once_per_split(run: Run):
     assert [(r["step"], r["split"]) for r in read_lines(run.eval_metrics)] == [
         (2, "test"), (4, "test"), (6, "test"), (6, "valid"), (8, "test")
     ]  # fmt: skip
+
+
+def trained_anew(run: Run, step: int, like: int) -> None:
+    """Replaces a step's checkpoint by one of other weights: those of step `like`."""
+    path = checkpoint.folder(run.checkpoints, step)
+    shutil.rmtree(path)
+    shutil.copytree(checkpoint.folder(run.checkpoints, like), path)
+    manifest = checkpoint.read(path)
+    (path / "manifest.json").write_text(
+        manifest.model_copy(update={"step": step}).sealed(manifest.files).model_dump_json()
+    )
+
+
+def test_a_step_that_was_trained_anew_is_evaluated_again_and_its_last_record_counts(run: Run, small_dataset: Path):
+    assert evaluated(run, predictions=True) == [2, 4, 6]
+    trained_anew(run, step=4, like=2)
+    assert evaluated(run) == [4]
+    assert evaluated(run) == []
+    assert [r["step"] for r in read_lines(run.eval_metrics)] == [2, 4, 6, 4]
+    found = report.evaluated(run, "test", small_dataset)
+    assert [r["step"] for r in found] == [2, 4, 6]
+    assert found[1]["metrics"] == found[0]["metrics"] != found[2]["metrics"]
+    rows = {step: predictions.path(run, "test", step) for step in (2, 4)}
+    assert not pl.read_parquet(rows[4]).equals(pl.read_parquet(rows[2]))
+    assert evaluated(run, predictions=True) == [4]  # the rows were those of the weights before
+    assert pl.read_parquet(rows[4]).equals(pl.read_parquet(rows[2]))
+    assert len(list(read_lines(run.eval_metrics))) == 4
+
+
+def test_a_step_trained_anew_is_evaluated_again_while_the_evaluator_follows(run: Run):
+    run.say("training", 4, 6)
+    found = evaluate(EvaluateConfig(run=run.path, threads=1, follow=True))
+    assert [next(found)["step"] for _ in range(3)] == [2, 4, 6]
+    trained_anew(run, step=4, like=2)
+    run.say("finished", 6, 6)
+    assert [record["step"] for record in found] == [4]
+
+
+def test_records_that_do_not_say_which_weights_they_are_of_are_made_again(run: Run):
+    evaluated(run)
+    lines = [{k: v for k, v in record.items() if k != "checkpoint"} for record in read_lines(run.eval_metrics)]
+    run.eval_metrics.unlink()
+    for line in lines:
+        append_line(run.eval_metrics, line)
+    assert evaluated(run) == [2, 4, 6]
+    assert evaluated(run) == []
+
+
+def test_a_damaged_line_of_an_evaluation_is_said(run: Run):
+    evaluated(run, step=2)
+    run.eval_metrics.write_bytes(b'{"step": 2, "sp' + run.eval_metrics.read_bytes()[20:])
+    with pytest.raises(UserError, match=r"eval\.jsonl: a line is no record of an evaluation\. Remove it"):
+        evaluated(run)
 
 
 def test_a_line_torn_by_a_kill_is_written_again(run: Run):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from emm_runs import SOURCES, STOP, fused, source, stopped
+from emm_runs import SOURCES, STEPS, STOP, fused, source, stopped
 from torch import Tensor
 from workbench import SCHEMA, close, identical, last, losses, make_dataset, model, tensors, torchrun
 
@@ -18,7 +18,7 @@ from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.run import Run
-from pipeline.training import distribution
+from pipeline.training import distribution, sources
 
 ONE_EACH = ("click-b", "conversion", "dwell")
 
@@ -177,6 +177,22 @@ def test_a_run_goes_on_without_its_sources_as_if_it_had_not_stopped(folder: Path
         for name in SOURCES:
             (folder / f"away-{name}").rename(folder / name)
     identical(last(folder / "resumed"), last(one_rank / "one"))
+
+
+def test_a_source_that_goes_on_does_not_delete_what_is_fused_before_it_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint.folder(shutil.copytree(folder / "click-a", tmp_path / "click-a") / "checkpoints", STEPS)
+    load, removed = sources.load, []
+
+    def pruned(*arguments: object) -> list[str]:
+        removed.append(checkpoint.remove(path))
+        return load(*arguments)
+
+    monkeypatch.setattr(sources, "load", pruned)
+    fused(folder, str(tmp_path / "run"), of=(str(tmp_path / "click-a"),), tasks=["click"])
+    assert removed == [False]
+    assert checkpoint.remove(path)  # nobody holds it any more
 
 
 def test_a_source_may_be_an_earlier_checkpoint(folder: Path) -> None:

@@ -1,7 +1,10 @@
 """Which checkpoints stay: against the rule written as a loop; and that nobody loses one that they read."""
 
+import json
 import threading
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -12,57 +15,135 @@ from hypothesis import strategies as st
 from features.errors import UserError
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointManifest
+from pipeline.run import Run
 from pipeline.training.config import Keep
-from pipeline.training.retention import surplus
+from pipeline.training.retention import prune
+from pipeline.training.saver import Saver
 
+ABOUT = {"epoch": 0, "cursors": [1], "seed": 0, "window": 1, "batch_size": 1, "data": "d"}
+ABOUT |= {"fingerprint": "f", "encoders": "e", "config": "c"}
+OURS = "/data/ours"
 FIGURES = st.none() | st.sampled_from([0.5, 0.6, 0.7])
+RECORDS = st.tuples(
+    st.integers(1, 30),
+    st.sampled_from(["valid", "test"]),
+    st.sampled_from([OURS, "/data/theirs"]),
+    st.sampled_from(["now", "now", "before", None]),  # which weights of the step were evaluated
+    FIGURES,
+    FIGURES,
+)
 
 
-@settings(max_examples=200, deadline=None)
+def listed(run: Run, step: int) -> str:
+    """A checkpoint without tensors; returns its checksum."""
+    path = checkpoint.folder(run.checkpoints, step)
+    path.mkdir(parents=True)
+    manifest = CheckpointManifest(step=step, rows=step, **ABOUT).sealed({})
+    (path / "manifest.json").write_text(manifest.model_dump_json())
+    return manifest.checksum
+
+
+def record(step: int, split: str, dataset: str, made: str | None, ne: float | None, mse: float | None) -> dict:
+    metrics = {"click": {"ne": ne, "auc": 0.1}, "dwell": {"mse": mse}}
+    named = {} if made is None else {"checkpoint": made}
+    return {"step": step, "split": split, "dataset": dataset, "metrics": metrics} | named
+
+
+def write_records(run: Run, records: list[dict]) -> None:
+    run.eval_metrics.parent.mkdir(parents=True)
+    run.eval_metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     st.sets(st.integers(1, 30), min_size=1, max_size=12),
+    st.integers(0, 11),
     st.none() | st.integers(1, 4),
     st.none() | st.integers(1, 7),
     st.none() | st.sampled_from(["valid", "test"]),
-    st.lists(st.tuples(st.integers(1, 30), st.sampled_from(["valid", "test"]), FIGURES, FIGURES), max_size=15),
+    st.lists(RECORDS, max_size=25),
 )
-def test_what_goes_is_what_no_rule_asks_for(steps, last, every, best, read) -> None:
-    records = [
-        {"step": step, "split": split, "metrics": {"click": {"ne": ne, "auc": 0.1}, "dwell": {"mse": mse}}}
-        for step, split, ne, mse in read
-    ]
+def test_what_goes_is_what_no_rule_asks_for(steps, place, last, every, best, read) -> None:
     ordered = sorted(steps)
-    gone = surplus(ordered, Keep(last=last, every=every, best=best), records)
+    written = ordered[place % len(ordered)]
+    with TemporaryDirectory() as folder:
+        run = Run(Path(folder))
+        checksums = {step: listed(run, step) for step in ordered}
+        made = [checksums.get(step, "gone") if made == "now" else made for step, _, _, made, _, _ in read]
+        records = [record(*r[:3], checksum, *r[4:]) for r, checksum in zip(read, made, strict=True)]
+        write_records(run, records)
+        prune(run, Keep(last=last, every=every, best=best), OURS, written)
+        left = checkpoint.steps(run.checkpoints)
     if last is every is best is None:
-        assert gone == []
+        assert left == ordered
         return
+    ordered = [step for step in ordered if step <= written]  # what lies above is taken again
     stay = []
     for place, step in enumerate(ordered):
-        newest = place == len(ordered) - 1
         among_last = last is not None and len(ordered) - place <= last
         multiple = every is not None and step % every == 0
         chosen = False
         if best is not None:
-            mine = [record for record in records if record["split"] == best and record["step"] in steps]
-            chosen = step not in [record["step"] for record in mine]  # nobody has looked at it yet
+            mine = {}
+            for r in records:
+                if r["split"] == best and r["dataset"] == OURS:
+                    mine[r["step"]] = r
+            mine = [r for s, r in mine.items() if s in ordered and r.get("checkpoint") == checksums[s]]
+            chosen = step not in [r["step"] for r in mine]  # nobody has looked at it yet
             for task, figure in (("click", "ne"), ("dwell", "mse")):
                 known = [r for r in mine if r["metrics"][task][figure] is not None]
                 if known:
                     lowest = min(r["metrics"][task][figure] for r in known)
                     first = min(r["step"] for r in known if r["metrics"][task][figure] == lowest)
                     chosen = chosen or step == first
-        if newest or among_last or multiple or chosen:
+        if step == written or among_last or multiple or chosen:
             stay.append(step)
-    assert gone == [step for step in ordered if step not in stay]
+    assert left == stay
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "spl\n', "7\n", "{}\n", "\xff\n"])
+def test_a_damaged_line_of_an_evaluation_deletes_nothing_and_is_said(tmp_path: Path, capsys, line: str) -> None:
+    run = Run(tmp_path)
+    made = {step: listed(run, step) for step in (2, 4, 6)}
+    write_records(run, [record(step, "valid", OURS, made[step], step / 10, None) for step in made])
+    with run.eval_metrics.open("ab") as file:
+        file.write(line.encode("latin-1"))
+    prune(run, Keep(best="valid"), OURS, 6)
+    assert checkpoint.steps(run.checkpoints) == [2, 4, 6]
+    said = capsys.readouterr().err
+    assert "eval.jsonl" in said
+    assert said.count("\n") == 1
+    prune(run, Keep(last=1), OURS, 6)  # asks for no evaluation
+    assert checkpoint.steps(run.checkpoints) == [6]
 
 
 @pytest.fixture
 def saved(tmp_path: Path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    about = {"rows": 1, "epoch": 0, "cursors": [1], "seed": 0, "window": 1, "batch_size": 1, "data": "d"}
-    about |= {"fingerprint": "f", "encoders": "e", "config": "c"}
-    yield lambda fill: checkpoint.save(tmp_path, {"w": torch.full((50,), fill)}, CheckpointManifest(step=4, **about))
+    folder = Run(tmp_path).checkpoints
+    folder.mkdir()
+    yield lambda fill, step=4: checkpoint.save(
+        folder, {"w": torch.full((50,), fill)}, CheckpointManifest(step=step, rows=1, **ABOUT)
+    )
     dist.destroy_process_group()
+
+
+def test_what_was_written_after_a_fall_back_stays_and_the_damaged_newer_one_goes(saved, tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        damaged = saved(1.0, step)
+    (damaged / ".metadata").unlink()
+    run = Run(tmp_path)
+    saver = Saver(run.checkpoints, None, False, partial(prune, run, Keep(last=1), OURS))
+    saver.save({"w": torch.ones(50)}, CheckpointManifest(step=8, rows=1, **ABOUT))
+    assert saver.wait() is None
+    assert checkpoint.steps(run.checkpoints) == [8]
+
+
+def test_shapes_that_cannot_be_read_are_said_in_a_line(saved) -> None:
+    path = saved(1.0)
+    (path / ".metadata").unlink()
+    with pytest.raises(UserError, match=r"step-00000004: cannot be read: No such file"):
+        checkpoint.shapes(path)
 
 
 def test_a_checkpoint_that_is_read_is_not_deleted_until_it_has_been(saved) -> None:

@@ -13,7 +13,10 @@ from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.evaluation.evaluator import EvaluateConfig, evaluate
 from pipeline.run import Run
+from pipeline.training import initial
 from pipeline.training.trainer import train
+
+STILL = {"dense": {"lr": 1e-12}, "tables": {"lr": 1e-12}}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,7 @@ def test_a_schema_without_some_tasks_keeps_nothing_of_them(data: Path) -> None:
 
 def test_a_run_starts_from_anothers_weights_and_not_from_its_optimisers(data: Path, folder: Path) -> None:
     first = run(data, folder / "first", max_steps=12)
-    still = {"dense": {"lr": 1e-12}, "tables": {"lr": 1e-12}}
-    second = run(data, folder / "second", max_steps=1, init_from=first, **still)
+    second = run(data, folder / "second", max_steps=1, init_from=first, **STILL)
     source, start = last(first), last(second)
     names = [name for name in source if name.startswith("model.")]
     assert names
@@ -108,6 +110,42 @@ def test_a_run_of_other_encoders_or_without_a_checkpoint_is_refused(data: Path, 
         run(data, folder / "mixed", init_from=other)
     with pytest.raises(UserError, match=r"train.init_from: .*has no checkpoint"):
         run(data, folder / "mixed", init_from=folder / "nothing")
+
+
+def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_said(
+    data: Path, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = run(data, folder / "half good", max_steps=12, checkpoint_every=6)
+    good, damaged = (checkpoint.folder(first / "checkpoints", step) for step in (6, 12))
+    file = damaged / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    second = run(data, folder / "from half", max_steps=1, init_from=first, **STILL)
+    said = capsys.readouterr().out
+    assert f"train.init_from: skipped a checkpoint: {file} has" in said
+    assert f"starts from {good}" in said
+    source, start = workbench.tensors(good), last(second)
+    for name in (name for name in source if name.startswith("model.")):
+        assert_close(start[name], source[name], rtol=1e-5, atol=1e-8, msg=name)
+    (good / ".metadata").unlink()
+    with pytest.raises(UserError, match=r"train.init_from: no checkpoint of .*half good is whole"):
+        run(data, folder / "from none", max_steps=1, init_from=first)
+
+
+def test_the_other_run_does_not_delete_what_is_started_from_before_it_is_read(
+    data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(data, folder / "pruning", max_steps=2)
+    path = checkpoint.folder(first / "checkpoints", 2)
+    load, removed = initial.load, []
+
+    def pruned(*arguments: object) -> list[str]:
+        removed.append(checkpoint.remove(path))
+        return load(*arguments)
+
+    monkeypatch.setattr(initial, "load", pruned)
+    run(data, folder / "in time", max_steps=1, init_from=first)
+    assert removed == [False]
+    assert checkpoint.remove(path)  # nobody holds it any more
 
 
 def test_checkpoints_stand_at_the_shares_of_the_run_that_were_asked_for(data: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from two_ranks import MIXED, OPTIMIZERS, PLACEMENTS, STOP, Recorder, stopped
+from two_ranks import MIXED, OPTIMIZERS, PLACEMENTS, STOP, SURVIVING, Recorder, stopped
 from workbench import (
     NEVER_OBSERVED,
     PATHS,
@@ -74,6 +74,12 @@ def one_rank(folder: Path, device: torch.device) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> Path:
     """The runs of two_ranks.py, all of one process group."""
+    make_dataset(folder / "infinite-two", spoil=("price", 22))
+    torn = make_dataset(folder / "torn-two")
+    shard = sorted((torn / "train").glob("*.parquet"))[1]
+    content = bytearray(shard.read_bytes())
+    content[40:60] = bytes(20)  # in the pages of a row group of 40 rows
+    shard.write_bytes(content)
     torchrun(str(HERE / "two_ranks.py"), str(folder)).check_returncode()
     return folder
 
@@ -304,6 +310,19 @@ def test_rows_of_two_ranks_are_seen_exactly_once_after_going_on_with_one(two_ran
     second_epoch = [row for s in range(14, 27) for row in (steps[s] if s <= STOP else alone.seen[s])]
     assert len(second_epoch) == len(set(second_epoch)) == TRAIN_ROWS
     close(last(two_ranks / "fewer"), last(two_ranks / "rowwise_adagrad-table_wise"), rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SURVIVING)
+def test_two_ranks_leave_out_what_one_rank_leaves_out(folder: Path, two_ranks: Path, name: str) -> None:
+    settings = SURVIVING[name]
+    train(folder, f"{name}-alone", data=f"{name}-two", **settings)
+    runs = [checkpoint.folder(two_ranks / run / "checkpoints", 30) for run in (f"{name}-two-run", f"{name}-alone")]
+    two, one = map(checkpoint.read, runs)
+    assert (two.rows, two.left_out, two.skipped) == (one.rows, one.left_out, one.skipped)
+    assert two.left_out > 30
+    close(*map(tensors, runs), rtol=5e-3, atol=5e-4)
+    assert losses(two_ranks / f"{name}-two-run") == pytest.approx(losses(folder / f"{name}-alone"), rel=1e-3)
 
 
 @pytest.mark.slow

@@ -35,6 +35,11 @@ MIXED = {
     "mixed-columns": ("adagrad", {"default": ["row_wise"], "item": ["column_wise"], "user": ["table_wise"]}),
 }
 STOP = 20  # in the second epoch
+# What cannot be learnt from, by the name of its dataset.
+SURVIVING = {
+    "infinite": {"nonfinite": "skip", "checkpoint_every": 8, "max_steps": 30},
+    "torn": {"corrupt": "skip", "max_corrupt": 0.2, "max_steps": 30},
+}
 
 
 class Recorder(Trainer):
@@ -109,6 +114,10 @@ def main(folder: Path) -> None:
         trainer(folder, "dropout-resumed", **again).run_to_end()
     if rank == 0:
         (folder / "told.txt").write_text(told.getvalue())
+
+    for name, settings in SURVIVING.items():
+        made = configuration(folder / f"{name}-two", folder / f"{name}-two-run", **settings)
+        Trainer(made, None, torch.device("cpu")).run_to_end()
 
     trainer(folder, "pipelined", pipelined=True, **table_wise).run_to_end()
     trainer(folder, "pipelined-row_wise", pipelined=True, sharding={"default": ["row_wise"]}).run_to_end()

@@ -1,0 +1,188 @@
+"""jobs.launch around two small jobs: who is told to end when, and what it exits with."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from jobs.entry import PREEMPTED, Note
+from jobs.launch import after_failure, after_signal
+
+ROOT = Path(__file__).parents[2]
+START = """
+import os, signal, sys, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RANK, ATTEMPT = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
+def say(word):
+    (HERE / f"{word}-{ATTEMPT}-{RANK}").write_text(str(os.getpid()))
+
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.02)
+
+"""
+JOB = """
+from features.errors import Preempted, UserError
+from jobs.entry import job
+
+told = []
+
+
+def listen():
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+
+
+@job("train")
+def main(config):
+"""
+
+
+def start(folder: Path, body: str, *flags: str, before: str = "") -> subprocess.Popen[str]:
+    """A job with this body on two ranks under jobs.launch. before: what its script does before it imports the job."""
+    script = folder / "script.py"
+    script.write_text(
+        START + textwrap.dedent(before) + JOB + textwrap.indent(textwrap.dedent(body), "    ") + "\nmain()\n"
+    )
+    command = [sys.executable, "-m", "jobs.launch", "--nproc-per-node=2", *(flags or ["--standalone"]), str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", None)
+    return subprocess.Popen(
+        [*command, "dataset=D", "run=R", "hydra.run.dir=."],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(launcher: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def end_of(launcher: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """Exit code and the lines on stderr that are not of torchrun's log."""
+    _, said = launcher.communicate(timeout=60)
+    print(said)
+    return launcher.returncode, [
+        line for line in said.splitlines() if " torch/" not in line and "torch/distributed" not in line
+    ]
+
+
+def test_where_one_rank_alone_is_told_to_end_the_launcher_says_75_and_no_more(tmp_path: Path) -> None:
+    body = """
+        listen()
+        if RANK == 0:
+            (HERE / "limit").write_text(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+        say("training")
+        wait_for(lambda: told or (HERE / "saved").exists())
+        (HERE / "saved").touch()
+        raise Preempted("step-9 is written")
+    """
+    launcher = start(tmp_path, body)
+    wait_for(launcher, lambda: len(list(tmp_path.glob("training-0-*"))) == 2)
+    wait_for(launcher, lambda: bool((tmp_path / "training-0-1").read_text()))
+    os.kill(int((tmp_path / "training-0-1").read_text()), signal.SIGTERM)
+    assert end_of(launcher) == (PREEMPTED, ["step-9 is written"])
+    assert int((tmp_path / "limit").read_text()) == 600
+
+
+def test_what_ranks_noted_before_a_restart_does_not_excuse_a_failure_after_it(tmp_path: Path) -> None:
+    body = """
+        if ATTEMPT == 0:
+            raise Preempted("step-9 is written")
+        listen()
+        say("training")
+        wait_for(lambda: told)
+        raise UserError("the disk is full: make room")
+    """
+    launcher = start(tmp_path, body, "--standalone", "--max-restarts=1")
+    wait_for(launcher, lambda: len(list(tmp_path.glob("training-1-*"))) == 2)
+    launcher.terminate()
+    code, said = end_of(launcher)
+    assert code == 1
+    assert "error: the disk is full: make room" in said
+    assert said[-1].startswith("error: ended by SIGTERM before all ranks had written a checkpoint")
+
+
+def test_a_job_that_is_told_to_end_while_one_rank_starts_and_one_still_imports_has_lost_nothing(tmp_path: Path) -> None:
+    before = """
+        if RANK == 1:
+            say("importing")
+            time.sleep(60)
+    """
+    launcher = start(tmp_path, 'say("starting")\ntime.sleep(60)', before=before)
+    wait_for(launcher, lambda: (tmp_path / "importing-0-1").exists() and (tmp_path / "starting-0-0").exists())
+    launcher.terminate()
+    code, said = end_of(launcher)
+    assert code == PREEMPTED
+    assert said == ["told to end; the same command goes on from the newest checkpoint, if there is one"]
+
+
+def test_a_job_that_is_told_to_end_in_its_last_step_is_done(tmp_path: Path) -> None:
+    launcher = start(tmp_path, 'listen()\nsay("training")\nwait_for(lambda: told)\ntime.sleep(0.2 * RANK)')
+    wait_for(launcher, lambda: len(list(tmp_path.glob("training-0-*"))) == 2)
+    launcher.terminate()
+    assert end_of(launcher) == (0, [])
+
+
+def test_a_launcher_that_waits_for_another_machine_and_is_told_to_end_has_lost_nothing(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = start(tmp_path, "pass", "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
+
+    def listens() -> bool:
+        with socket.socket() as other:
+            return other.connect_ex(("localhost", port)) == 0
+
+    wait_for(launcher, listens)
+    launcher.terminate()
+    assert end_of(launcher) == (PREEMPTED, [])
+
+
+def test_an_error_of_one_line_stays_one_line(tmp_path: Path) -> None:
+    launcher = start(tmp_path, 'raise UserError("no such dataset: say another")')
+    assert end_of(launcher) == (1, ["error: no such dataset: say another"])
+
+
+def failure(rank: int, code: int) -> ProcessFailure:
+    return ProcessFailure(local_rank=rank, pid=100 + rank, exitcode=code, error_file="none")
+
+
+def test_ranks_that_were_killed_are_named_in_one_line() -> None:
+    notes = [Note("started", 0, 100, 2), Note("preempted", 0, 101, 2)]
+    said = after_failure({8: failure(0, -signal.SIGKILL), 9: failure(1, PREEMPTED)}, notes)
+    assert str(said).startswith("error: killed: rank 8 by SIGKILL. ")
+    assert after_failure({8: failure(0, 1), 9: failure(1, -signal.SIGTERM)}, []) == 1
+    assert after_failure({8: failure(0, -signal.SIGTERM), 9: failure(1, -signal.SIGTERM)}, []) == PREEMPTED
+    # A rank that crashes once its checkpoint is written has kept its work.
+    assert after_failure({9: failure(1, -signal.SIGSEGV)}, notes) == PREEMPTED
+
+
+@pytest.mark.parametrize(
+    ("states", "code"),
+    [
+        ((), PREEMPTED),
+        (("preempted", "preempted"), PREEMPTED),
+        (("finished", "preempted"), PREEMPTED),
+        (("finished",), PREEMPTED),
+        (("finished", "finished"), 0),
+    ],
+)
+def test_a_launcher_that_was_told_to_end_says_0_only_if_all_its_ranks_are_done(states: tuple, code: int) -> None:
+    notes = [Note(state, 3, 100 + rank, 2) for rank, state in enumerate(states)]
+    assert after_signal("SIGTERM", notes) == code
