@@ -1,11 +1,11 @@
-# make demo | test | census | bench (= bench-train) | bench-profile | bench-saving | soak | bench-towers | bench-ingest:
-# each sets up .venv first. PYTHON: which Python 3.11 makes it.
+# make demo | test | census | bench (= bench-train) | bench-profile | bench-saving | bench-faults | soak | bench-towers |
+# bench-ingest: each sets up .venv first. PYTHON: which Python 3.11 makes it.
 PYTHON ?= python3.11
 MODEL ?= adatt
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench bench-train bench-profile bench-saving soak bench-towers bench-ingest census clean
+.PHONY: demo test lint bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-ingest census clean
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -32,6 +32,9 @@ soak: .venv/ready
 
 bench-saving: .venv/ready
 	$(BIN)/python tests/benchmarks/saving.py
+
+bench-faults: .venv/ready
+	$(BIN)/python tests/benchmarks/faults.py
 
 bench-towers: .venv/ready
 	$(BIN)/python tests/benchmarks/towers.py

@@ -53,9 +53,9 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
         dist.destroy_process_group()
         return run
     except BaseException as error:
-        if trainer is not None and trainer.rank == 0 and not isinstance(error, Preempted):
+        if trainer is not None and trainer.rank == 0 and not isinstance(error, (Preempted, SystemExit)):
             trainer.run.say("failed", trainer.step, trainer.steps)
-        if dist.get_world_size() == 1 or isinstance(error, Preempted):
+        if dist.get_world_size() == 1 or isinstance(error, (Preempted, SystemExit)):
             dist.destroy_process_group()  # others would see the connection break before this rank has said why
         elif isinstance(error, RuntimeError) and (met := distribution.lost_contact(error)):
             where = f"step {trainer.step + 1}" if trainer else "at the start"
