@@ -174,7 +174,7 @@ class Trainer:
                     self.save()  # what to go back to
                 while self.step < self.steps:
                     self._learn()
-                    if self.step + 1 in self.skipped:
+                    if self.step + 1 in self.skipped and self.step < self.steps:
                         self._advance()
                         self._conclude()
                     if not self.loader.steps(self.position):
