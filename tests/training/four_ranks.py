@@ -52,7 +52,7 @@ class Watching(Trainer):
     def save(self, wait: bool = False) -> None:
         before = local(self)
         super().save(wait)
-        self.held = [*getattr(self, "held", []), (before, local(self))]
+        self.states = [*getattr(self, "states", []), (before, local(self))]
 
 
 def local(made: Trainer) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def main(folder: Path) -> None:
 
     rarely = trainer(folder, "copies-rarely", Watching, **RARE)
     rarely.run_to_end()
-    torch.save(rarely.held, folder / f"held.{rank}.pt")
+    torch.save(rarely.states, folder / f"held.{rank}.pt")
     refused = ""
     try:
         trainer(folder, "refused", sharding_group=3)
