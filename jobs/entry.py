@@ -64,7 +64,7 @@ def user_errors() -> Iterator[None]:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         rank, line = os.environ.get("RANK", "0"), " ".join(str(error).split())
         if rank != "0":
-            time.sleep(3)  # what all ranks find, rank 0 says, and torchrun ends the others
+            time.sleep(10)  # what all ranks find, rank 0 says, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
     except Preempted as notice:
         if os.environ.get("RANK", "0") == "0":
