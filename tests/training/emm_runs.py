@@ -6,18 +6,15 @@ FOLDER holds the dataset `data` and the single-task runs; the fused ones are wri
 """
 
 import shutil
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from workbench import configuration
+from workbench import configuration, on_each_rank
 
 from models.ranker import ModelConfig
 from pipeline import checkpoint
-from pipeline.training import distribution
 from pipeline.training.config import TrainConfig
 from pipeline.training.trainer import Trainer
 
@@ -74,12 +71,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distribution.start()
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+    on_each_rank(main)

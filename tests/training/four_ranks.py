@@ -4,8 +4,6 @@ FOLDER holds the dataset `data`; the runs are written beside it. Four, since a g
 """
 
 import json
-import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -18,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from two_ranks import stopped, trainer
+from workbench import on_each_rank
 
 from features.errors import UserError
-from pipeline.training import distribution
 from pipeline.training.trainer import Trainer
 
 PLACEMENTS = {"table_wise": {"default": ["table_wise"]}, "row_wise": {"default": ["row_wise"]}}
@@ -126,12 +124,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distribution.start()
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+    on_each_rank(main)

@@ -7,8 +7,6 @@ FOLDER holds the dataset `data`; the runs are written beside it.
 
 import json
 import shutil
-import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -16,14 +14,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from workbench import configuration
+from workbench import configuration, on_each_rank
 
 from features.batch import PADDING
 from features.errors import UserError
 from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
-from pipeline.training import distribution
 from pipeline.training.step import StepOutput
 from pipeline.training.trainer import Trainer
 
@@ -132,12 +129,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distribution.start()
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+    on_each_rank(main)

@@ -5,8 +5,6 @@
 FOLDER holds the dataset `data` and a run of one rank, `one`; the runs are written beside it.
 """
 
-import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from two_ranks import stopped
-from workbench import SCHEMA, configuration, raw_rows
+from workbench import SCHEMA, configuration, on_each_rank, raw_rows
 from written import parsed, write_dataset
 
 from features.encoders import Encoders
@@ -25,7 +23,6 @@ from features.schema import SPLITS, Schema
 from features.statistics import Statistics
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
-from pipeline.training import distribution
 from pipeline.training.trainer import Trainer
 
 STEPS, STOP = 20, 8
@@ -98,12 +95,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distribution.start()
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+    on_each_rank(main)

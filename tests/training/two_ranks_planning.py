@@ -5,8 +5,6 @@ FOLDER holds the dataset `data` and `alone`, a run of one rank that stopped; the
 
 import json
 import shutil
-import sys
-import traceback
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from two_ranks import trainer
+from workbench import on_each_rank
 
 from features.errors import UserError
 from pipeline.training import distribution, planning
@@ -83,12 +82,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distribution.start()
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+    on_each_rank(main)

@@ -5,19 +5,15 @@
 FOLDER holds the dataset `data`; the runs are written beside it.
 """
 
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from workbench import configuration
+from workbench import configuration, on_each_rank
 
 from models.ranker import ModelConfig
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
-from pipeline.training import distribution
 from pipeline.training.config import TrainConfig
 from pipeline.training.trainer import Trainer
 
@@ -62,12 +58,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distribution.start()
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+    on_each_rank(main)

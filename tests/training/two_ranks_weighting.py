@@ -3,15 +3,12 @@
 FOLDER holds the dataset `data`; the runs are written beside it.
 """
 
-import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from two_ranks import stopped, trainer
-
-from pipeline.training import distribution
+from workbench import on_each_rank
 
 PLACEMENT = {"uncertainty": "row_wise", "gradnorm": "table_wise", "pcgrad": "row_wise"}
 WITH_STATE = ("uncertainty", "gradnorm")
@@ -40,12 +37,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distribution.start()
-    try:
-        main(Path(sys.argv[1]))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        dist.destroy_process_group()
+    on_each_rank(main)

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
@@ -24,6 +27,7 @@ from features.statistics import Statistics
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline import checkpoint
+from pipeline.training import distribution
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.trainer import Trainer
 
@@ -168,6 +172,19 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout, done.stderr)
     return done
+
+
+def on_each_rank(main: Callable[[Path], None]) -> None:
+    """What a script that torchrun starts does: `main` with the folder it was given, in one process group, on one thread."""
+    torch.set_num_threads(1)
+    distribution.start()
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
 
 
 def close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
