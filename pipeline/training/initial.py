@@ -28,6 +28,21 @@ def agreed(look: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def start(run: Run, dataset: Dataset, model: dict[str, Tensor], held: ExitStack) -> str:
+    """Takes the weights of another run, of its optimisers and its task weighting nothing. Every rank calls it.
+
+    Args:
+        model: the tensors to fill, by name. held: keeps the other run's checkpoint from deletion until it is closed.
+    Returns: a line that says what was taken.
+    Raises:
+        UserError: as `newest` and `load`.
+    """
+    path = agreed(lambda: newest(run, dataset, "train.init_from", held))
+    afresh = load(path, {name: tensor for name, tensor in model.items() if not name.startswith("loss.")})
+    more = f" and {len(afresh) - 3} more" if len(afresh) > 3 else ""
+    return f"starts from {path}" + (f"; not in it: {', '.join(afresh[:3])}{more}" if afresh else "")
+
+
 def newest(run: Run, dataset: Dataset, setting: str, held: ExitStack, step: int | None = None) -> Path:
     """The newest checkpoint of `run` that is whole, or that of `step`, whose inputs mean what they mean in `dataset`.
 

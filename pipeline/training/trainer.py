@@ -130,7 +130,8 @@ class Trainer:
             for line in sources.load(self.learner.ranker, self.learner.state()["model"]):
                 self._tell(line)
             if self.settings.init_from:
-                self._start_from(Run(self.settings.init_from))
+                model, other = self.learner.state()["model"], Run(self.settings.init_from)
+                self._tell(initial.start(other, self.dataset, model, self.held))
         dist.barrier()  # all have read the old configuration, and what the run starts from
         self.held.close()
         if self.rank == 0:
@@ -150,14 +151,6 @@ class Trainer:
         """Takes the lines of steps back that will be taken again."""
         for lines in (self.run.train_metrics, self.run.progressive):
             keep_lines(lines, self.step)
-
-    def _start_from(self, run: Run) -> None:
-        """Takes the weights of another run, of its optimisers and its task weighting nothing."""
-        path = initial.agreed(lambda: initial.newest(run, self.dataset, "train.init_from", self.held))
-        weights = {n: t for n, t in self.learner.state()["model"].items() if not n.startswith("loss.")}
-        afresh = initial.load(path, weights)
-        more = f" and {len(afresh) - 3} more" if len(afresh) > 3 else ""
-        self._tell(f"starts from {path}" + (f"; not in it: {', '.join(afresh[:3])}{more}" if afresh else ""))
 
     def run_to_end(self) -> Run:
         """Steps until the last, with metrics and checkpoints on the way."""
