@@ -1,14 +1,13 @@
 """AutoTask through the trainer: logs of one task a row, a task held out, the pipelined loop."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-import torch.distributed as dist
 import workbench
 from workbench import configuration, identical, last, make_dataset
 
@@ -18,8 +17,9 @@ from pipeline.dataset import Dataset
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.metrics import Metrics
 from pipeline.run import Run
-from pipeline.training import distribution
 from pipeline.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("device")
 
 ROWS = 5000
 TASKS = ("like", "share", "late")
@@ -57,12 +57,6 @@ def log(rows: int, share_seed: int = 0) -> pl.DataFrame:
         "late": (habit + noise[1] > 0).astype(int),
     }
     return pl.DataFrame(columns).cast(pl.String)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 @pytest.fixture

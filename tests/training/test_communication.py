@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from four_ranks import FORMATS, GROUP, LARGE, PLACEMENTS, RARE, RARELY, RUNS, STEPS, STOP
 from pydantic import ValidationError
@@ -24,7 +23,6 @@ from workbench import (
     configuration,
     identical,
     last,
-    make_dataset,
     model,
     task_loss,
     tensors,
@@ -36,26 +34,14 @@ from features.schema import Schema
 from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
-from pipeline.training import distribution
 from pipeline.training.config import Settings
 from pipeline.training.step import TrainStep
+
+pytestmark = pytest.mark.usefixtures("device")
 
 HERE = Path(__file__).parent
 RANKS = 4
 LR, EPS = 0.05, 1e-8  # of the tables, in the workbench's configuration
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("communication")
-    make_dataset(path / "data")
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

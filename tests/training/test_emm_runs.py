@@ -3,12 +3,10 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from emm_runs import SOURCES, STEPS, STOP, fused, source, stopped
 from torch import Tensor
 from workbench import SCHEMA, close, identical, last, losses, make_dataset, model, tensors, torchrun
@@ -18,15 +16,11 @@ from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.run import Run
-from pipeline.training import distribution, sources
+from pipeline.training import sources
+
+pytestmark = pytest.mark.usefixtures("device")
 
 ONE_EACH = ("click-b", "conversion", "dwell")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from plain_map import PlainMap
 from two_ranks import stopped
 from two_ranks_managed import ADAGRAD, STEPS, STOP, logits, make_managed_dataset, trainer
@@ -17,9 +16,10 @@ from features.kinds import Managed
 from pipeline.dataset import Dataset
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.run import Run
-from pipeline.training import distribution
 from pipeline.training.step import StepOutput
 from pipeline.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("device")
 
 FEATURES = {"item": ("shown", "recent"), "user": ("user",)}
 
@@ -67,13 +67,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("managed")
     make_managed_dataset(path / "data")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    distribution.start()
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,17 @@
 """Parts of a model that stand around the fusion, trained: numbers' codes, interactions, calibration."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from workbench import SCHEMA, close, configuration, identical, last, losses, make_dataset, model, torchrun
 
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
-from pipeline.training import distribution
 from pipeline.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("device")
 
 INTERACTIONS: dict[str, dict[str, Any]] = {
     "concat": {},
@@ -32,12 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_dataset(path / "data", dense=CODED)
     make_dataset(path / "plain", dense=SCHEMA["dense"])
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 def trainer(folder: Path, name: str, data: str = "data", pipelined: bool = False, **changes: Any) -> Trainer:

@@ -4,19 +4,17 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.types import ShardingPlan
 from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
-from workbench import TABLES, close, configuration, identical, last, losses, make_dataset, tensors, torchrun
+from workbench import TABLES, close, configuration, identical, last, losses, tensors, torchrun
 
 from features.errors import UserError
 from pipeline import checkpoint
@@ -228,19 +226,6 @@ def test_replicated_tables_take_the_steps_of_the_formula(name: str) -> None:
 
 
 # Two ranks
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("planning")
-    make_dataset(path / "data")
-    return path
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

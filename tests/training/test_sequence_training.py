@@ -1,11 +1,9 @@
 """Training on sequences: against formulas, one rank against two, a checkpoint on other ranks, and the evaluator."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from two_ranks import stopped
 from two_ranks_sequences import BAGS, FUSION, PLACEMENTS, STEPS, STOP, config, trainer
@@ -19,7 +17,8 @@ from pipeline.dataset import Dataset
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.loader import Loader
 from pipeline.run import Run
-from pipeline.training import distribution
+
+pytestmark = pytest.mark.usefixtures("device")
 
 HERE = Path(__file__).parent
 LR, EPS = 0.05, 1e-8  # of the tables
@@ -30,12 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sequences")
     make_dataset(path / "data", bag=BAGS)
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

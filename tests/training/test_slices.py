@@ -1,38 +1,24 @@
 """A batch that goes through the dense part in slices: the same gradients, and less memory."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from workbench import configuration, make_dataset, task_loss
+from workbench import configuration, task_loss
 
 from features.batch import Batch
 from models.losses import TaskLoss, UncertaintyLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
-from pipeline.training import distribution
 from pipeline.training.slices import loss_by_slices
 from pipeline.training.step import TrainStep
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("slices")
-    make_dataset(path / "data")
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def first_batch(folder: Path, rows: int) -> Batch:

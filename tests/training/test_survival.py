@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from two_ranks import Recorder
+from two_ranks import Recorder, train
 from workbench import PATHS, TRAIN_ROWS, close, configuration, identical, last, losses, make_dataset, model, tensors
 
 from features.errors import Preempted, UserError
@@ -22,10 +20,11 @@ from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
 from pipeline.run import read_lines
-from pipeline.training import distribution
 from pipeline.training.config import TrainConfig
 from pipeline.training.step import StepOutput
 from pipeline.training.watch import Beat, blame
+
+pytestmark = pytest.mark.usefixtures("device")
 
 HERE = Path(__file__).parent
 EXACT = {
@@ -34,25 +33,6 @@ EXACT = {
     "checkpoint_every": 20,
     "log_every": 7,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("survival")
-    make_dataset(path / "data")
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
-
-
-def train(folder: Path, name: str, data: str = "data", kind: type[Recorder] = Recorder, **settings: Any) -> Recorder:
-    made = kind(configuration(folder / data, folder / name, **settings), None, torch.device("cpu"))
-    made.run_to_end()
-    return made
 
 
 def records(run: Path, name: str) -> list[dict[str, Any]]:

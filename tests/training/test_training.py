@@ -6,16 +6,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from two_ranks import MIXED, OPTIMIZERS, PLACEMENTS, STOP, SURVIVING, Recorder, stopped
+from two_ranks import MIXED, OPTIMIZERS, PLACEMENTS, STOP, SURVIVING, stopped, train
 from workbench import (
     NEVER_OBSERVED,
     PATHS,
@@ -45,21 +43,10 @@ from pipeline.training.config import DenseOptimizer, TrainConfig
 from pipeline.training.optimizer import rate
 from pipeline.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("device")
+
 HERE = Path(__file__).parent
 EPS = 1e-8
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("training")
-    make_dataset(path / "data")
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +69,6 @@ def two_ranks(folder: Path) -> Path:
     shard.write_bytes(content)
     torchrun(str(HERE / "two_ranks.py"), str(folder)).check_returncode()
     return folder
-
-
-def train(folder: Path, name: str, data: str = "data", **settings: Any) -> Trainer:
-    made = Recorder(configuration(folder / data, folder / name, **settings), None, torch.device("cpu"))
-    made.run_to_end()
-    return made
 
 
 # One rank against a twin in float64

@@ -1,13 +1,11 @@
 """Task weighting against the papers' formulas in float64 loops, and in runs: on one rank, on two, and after a stop."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -21,7 +19,6 @@ from workbench import (
     identical,
     last,
     losses,
-    make_dataset,
     model,
     tensors,
     torchrun,
@@ -33,27 +30,15 @@ from features.errors import UserError
 from pipeline import checkpoint
 from pipeline.dataset import Dataset
 from pipeline.loader import Loader
-from pipeline.training import distribution
 from pipeline.training.config import Settings
 from pipeline.training.weighting import PCGradLoss, balanced, orders, projected
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # Shapes: T tasks, S = T - 1, P parameters.
 TASKS = ["click", "conversion", "dwell"]
 SCHEMAS = {name: task.get("loss_weight", 1.0) for name, task in SCHEMA["tasks"].items()}
 seeds = st.integers(0, 10**6)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weighting")
-    make_dataset(path / "data")
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device() -> Iterator[torch.device]:
-    yield distribution.start()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,13 @@ def trainer(folder: Path, name: str, kind: type[Trainer] = Trainer, **settings: 
     return kind(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"))
 
 
+def train(folder: Path, name: str, data: str = "data", kind: type[Recorder] = Recorder, **settings: object) -> Recorder:
+    """A run to its end."""
+    made = kind(configuration(folder / data, folder / name, **settings), None, torch.device("cpu"))
+    made.run_to_end()
+    return made
+
+
 def stopped(folder: Path, source: str, name: str, step: int = STOP) -> None:
     """Makes a run as it would stand, had `source` been killed some steps after `step`."""
     shutil.copytree(folder / source, folder / name)
