@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from features.schema import Schema
+from features.schema.schema import Schema
 
 PADDING = -1  # row_id of rows that only fill a batch up
 

@@ -27,9 +27,9 @@ from omegaconf import DictConfig
 
 from features.errors import UserError
 from jobs.entry import job
-from pipeline import checkpoint
-from pipeline.dataset import Dataset, write_json
-from pipeline.run import Run, read_lines
+from pipeline.dataset.dataset import Dataset, write_json
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import Run, read_lines
 
 SOURCES: defaultdict[int, Lock] = defaultdict(Lock)  # by seed
 
@@ -37,7 +37,7 @@ SOURCES: defaultdict[int, Lock] = defaultdict(Lock)  # by seed
 @job("compare")
 def main(config: DictConfig) -> None:
     """Preprocesses once, trains and evaluates every model and seed, prints and saves the tables."""
-    from pipeline.evaluation import comparison
+    from pipeline.search import comparison
 
     if config.baseline not in config.models:
         raise UserError(f"baseline={config.baseline} is not one of models: {', '.join(config.models)}")
@@ -67,8 +67,10 @@ def main(config: DictConfig) -> None:
 
 def _run(config: DictConfig, data: Path, name: str, seed: int) -> tuple[dict[str, Any], Path]:
     """One run from nothing (or where it stopped) to the test metrics and predictions of its best checkpoint."""
-    from pipeline.evaluation import comparison, predictions, records
-    from pipeline.evaluation.evaluator import EvaluateConfig, dataset_of
+    from pipeline.evaluation import predictions
+    from pipeline.evaluation.scorer import EvaluateConfig, dataset_of
+    from pipeline.run import records
+    from pipeline.search import comparison
 
     path, shares = Path(config.folder) / f"{name}-{seed}", f"train.checkpoint_at={list(comparison.SHARES)}"
     own = list(config.model_overrides.get(name, []))
@@ -139,8 +141,8 @@ def _stop(records: list[dict[str, Any]], patience: int) -> int:
 
 
 def _size(path: Path, dataset: Dataset) -> dict[str, Any]:
-    from pipeline.evaluation.evaluator import Evaluator
-    from pipeline.evaluation.size import size
+    from pipeline.evaluation.model_cost import size
+    from pipeline.evaluation.scorer import Evaluator
 
     evaluator = Evaluator(Run(path), dataset, "test", 256)
     return size(evaluator.ranker, next(evaluator.loader.batches(evaluator.loader.start())))
@@ -148,8 +150,8 @@ def _size(path: Path, dataset: Dataset) -> dict[str, Any]:
 
 def _trees(config: DictConfig, dataset: Dataset, folder: Path) -> Any:
     """The trees' entry, fitted once and kept."""
-    from pipeline.evaluation.comparison import Entry
     from pipeline.evaluation.trees import boosted_trees
+    from pipeline.search.comparison import Entry
 
     kept, rows = folder / "trees.json", folder / "test.parquet"
     if not kept.exists():
@@ -159,7 +161,7 @@ def _trees(config: DictConfig, dataset: Dataset, folder: Path) -> Any:
 
 
 def _report(config: DictConfig, entries: list[Any], baseline: Any, dataset: Dataset) -> None:
-    from pipeline.evaluation import comparison
+    from pipeline.search import comparison
 
     folder, tasks = Path(config.folder), {name: task.kind for name, task in dataset.schema.tasks.items()}
     write_json(folder / "compare.json", {entry.name: entry.runs for entry in entries})

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from features.errors import Preempted, UserError
-from features.schema import Schema
+from features.schema.schema import Schema
 
 CONF = Path(__file__).parent / "conf"
 PREEMPTED = os.EX_TEMPFAIL  # 75, which tells a scheduler that the job can go on

@@ -16,7 +16,7 @@ from jobs.entry import job, parse
 @job("generate")
 def main(config: DictConfig) -> None:
     """Generates impressions, clicks, conversions and the truth."""
-    from pipeline.ingest.generate import LogConfig, generate
+    from pipeline.synthetic.event_log import LogConfig, generate
 
     with open_dict(config):
         out = Path(config.pop("out"))

@@ -13,11 +13,11 @@ from tabulate import tabulate
 
 from features.errors import UserError
 from jobs.entry import user_errors
-from pipeline.dataset import Dataset, day_ranges
-from pipeline.ingest.card import read_card
-from pipeline.ingest.card_page import page
-from pipeline.ingest.card_tables import tables
-from pipeline.verification import verify
+from pipeline.dataset.card.page import page
+from pipeline.dataset.card.statistics import read_card
+from pipeline.dataset.card.tables import tables
+from pipeline.dataset.dataset import Dataset, day_ranges
+from pipeline.dataset.verify import verify
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ def main(config: DictConfig) -> None:
     """Writes verdict.json and says the same in a table."""
     from tabulate import tabulate
 
-    from pipeline.evaluation.verdict import NightlyConfig, nightly
+    from pipeline.release.nightly import NightlyConfig, nightly
 
     settings: NightlyConfig = parse(config, NightlyConfig)
     verdict = nightly(settings)

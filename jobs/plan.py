@@ -18,7 +18,7 @@ from jobs.entry import job, parse, read_schema
 @job("plan")
 def main(config: DictConfig) -> None:
     """Prints the plan."""
-    from pipeline.training.capacity import PlanConfig, answer
+    from pipeline.training.parallel.capacity import PlanConfig, answer
 
     settings: PlanConfig = parse(config, PlanConfig)
     print("\n".join(answer(settings, read_schema(config) if "data" in config else None)))

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
-from pipeline.ingest.card import read_card
+from pipeline.dataset.card.statistics import read_card
 from pipeline.ingest.job import PreprocessConfig, preprocess
 
 

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from pydantic import model_validator
 
 from jobs.entry import job, parse
-from pipeline.cluster import INSTANCE, Job, Workload, claims, objects, to_yaml
-from pipeline.cluster_client import create
+from pipeline.cluster.kubernetes import INSTANCE, Job, Workload, claims, objects, to_yaml
+from pipeline.cluster.kubernetes_client import create
 
 # The base runs the demo on the two claims: enough to see a new cluster work, and what an overlay replaces first.
 DEMO: dict[Job, list[str]] = {

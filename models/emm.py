@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection
 
 from features.batch import Batch
-from features.encoders import Encoders
 from features.errors import UserError
-from features.schema import Schema
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
 from models.fusion.emm import EMM, TrainedModel
 from models.inputs import Inputs
 from models.interaction import build_interaction

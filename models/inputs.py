@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from features.encoders import Encoders
-from features.schema import Schema
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
 from models.layers import StackedLinear
 from models.sequences import pooled_features, sequences_of
 

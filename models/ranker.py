@@ -22,9 +22,9 @@ from torchrec import (
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.batch import Batch
-from features.encoders import Encoders
 from features.errors import UserError
-from features.schema import Schema
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
 from models.fusion import build_fusion, fusion_class
 from models.inputs import Inputs, Tokens
 from models.interaction import Concat, build_interaction

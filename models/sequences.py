@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from features.errors import UserError
-from features.kinds import Bag
-from features.schema import Schema
+from features.schema.kinds import Bag
+from features.schema.schema import Schema
 from models.layers import StackedLinear, StackedMLP
 
 ACTIVATION_UNIT = (36,)  # hidden layers, arXiv 1706.06978, figure 2

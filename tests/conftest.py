@@ -87,7 +87,7 @@ def small_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_dataset(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset of `small_log` in its order, in row groups of 32 and shards of 100. Copy it to change it."""
-    from features.schema import Schema
+    from features.schema.schema import Schema
     from pipeline.ingest.job import PreprocessConfig, preprocess
 
     out = tmp_path_factory.mktemp("small") / "dataset"

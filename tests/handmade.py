@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from features.encoders import Encoders
-from features.schema import SPLITS, Schema
-from features.statistics import Statistics
-from pipeline.dataset import Letters, Manifest, Shard, footer_sha256, sha256
-from pipeline.ingest.card import card
+from features.fit.encoders import Encoders
+from features.fit.statistics import Statistics
+from features.schema.schema import SPLITS, Schema
+from pipeline.dataset.card.statistics import card
+from pipeline.dataset.dataset import Letters, Manifest, Shard, footer_sha256, sha256
 
 CONTENT: dict[str, Any] = {
     "source": {

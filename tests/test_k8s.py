@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from jobs.submit import DEMO, Submission, base_files
-from pipeline.cluster import PORT, UID, claims, objects, to_yaml
+from pipeline.cluster.kubernetes import PORT, UID, claims, objects, to_yaml
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "k8s" / "base"

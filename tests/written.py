@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features import raw
-from features.schema import Schema, Split
-from pipeline.dataset import Dataset, commit
-from pipeline.ingest.writer import write_shard
+from features.parse import raw
+from features.schema.schema import Schema, Split
+from pipeline.dataset.dataset import Dataset, commit
+from pipeline.ingest.steps.write import write_shard
 
 NOTHING_ELSE: dict[str, Any] = {"read": {}, "left_out": {}, "outcomes": {}, "dead_letters": {}, "letters": []}
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from features.batch import Batch
-from features.schema import Schema, Split
-from pipeline.run import Run
+from features.schema.schema import Schema, Split
+from pipeline.run.run import Run
 
 
 def path(run: Run, split: Split, step: int) -> Path:

@@ -17,7 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from features.errors import UserError
-from features.source import Format
+from features.schema.source import Format
 
 BLOCK_BYTES = 32 << 20  # of text that are held and parsed at a time
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps

@@ -20,20 +20,21 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.runner import create_runner
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from features.encoders import Encoders
 from features.errors import UserError
-from features.schema import RowIndexSplit, Schema, utc
-from features.source import Outcome
-from pipeline.dataset import Dataset, Letters, Manifest, Shard, commit
+from features.fit.encoders import Encoders
+from features.schema.schema import RowIndexSplit, Schema, utc
+from features.schema.source import Outcome
+from pipeline.dataset.card.statistics import read_card
+from pipeline.dataset.dataset import Dataset, Letters, Manifest, Shard, commit
 from pipeline.ingest import files as raw_files
-from pipeline.ingest import plan, writer
-from pipeline.ingest.card import read_card
-from pipeline.ingest.plan import Limits
+from pipeline.ingest import schedule
 from pipeline.ingest.progress import Progress
+from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, Job, Work
-from pipeline.ingest.steps import STEPS
-from pipeline.memory import give_memory_back, keep_memory
+from pipeline.ingest.steps import write
+from pipeline.ingest.steps.steps import STEPS
+from pipeline.malloc import give_memory_back, keep_memory
 from pipeline.terminal import quiet_children
 
 RUNNERS = {"portable": "PortableRunner", "flink": "FlinkRunner", "spark": "SparkRunner", "dataflow": "DataflowRunner"}
@@ -76,7 +77,7 @@ class PreprocessConfig(BaseModel):
     date: datetime.date | None = None
     encoders: EncodersFrom = EncodersFrom()
     as_of: Annotated[AwareDatetime | None, BeforeValidator(utc)] = None
-    order: writer.Order = "shuffled"
+    order: write.Order = "shuffled"
     seed: int = 0
     runner: str = "direct"
     workers: int = Field(1, ge=1)
@@ -254,7 +255,7 @@ class StepFn(beam.DoFn):
 
 def _run(config: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
     """All steps in one pipeline. Raises UserError for the first thing that failed."""
-    steps = plan.steps_of(job)
+    steps = schedule.steps_of(job)
     total = sum(unit["unit"]["file"]["size"] for unit in units if not unit["unit"]["start"])
     # Beam's worker processes tell every step of their life on stderr; what fails in them is raised here.
     quiet = quiet_children() if config.runner == "direct" and config.workers > 1 else nullcontext()
@@ -263,7 +264,7 @@ def _run(config: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) 
         for step in steps:
             reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(job, step))
             listed = reports | f"all of {step}" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
-            work = listed | f"after {step}" >> beam.FlatMap(plan.after, job, limits, step)
+            work = listed | f"after {step}" >> beam.FlatMap(schedule.after, job, limits, step)
     if (job.scratch / "error.json").exists():
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
@@ -291,14 +292,14 @@ def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
 def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     """Puts the parts together and moves the dataset into place."""
     reads = job.found("read")
-    before, parts = plan.lines_before(reads), job.labelled()
+    before, parts = schedule.lines_before(reads), job.labelled()
     by_file: dict[tuple[str, str], list[tuple[str, int]]] = {}
     reasons: Counter[str] = Counter()
-    for unit, report in plan.dead_letters(job):
+    for unit, report in schedule.dead_letters(job):
         by_file.setdefault((reads[unit]["stream"], reads[unit]["file"]), []).append((report["letters"], before[unit]))
         reasons.update(report["reasons"])
     letters: list[Letters] = [
-        writer.write_letters(job.staging, f"{stream}-{index:05d}", stream, file, found)
+        write.write_letters(job.staging, f"{stream}-{index:05d}", stream, file, found)
         for index, ((stream, file), found) in enumerate(by_file.items())
     ]
     fates = {name: Counter[str]() for name in job.schema.source.outcomes}
@@ -311,7 +312,7 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     left_out: Counter[str] = sum((Counter(part["left_out"]) for part in parts), Counter())
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in fates.items()},
-        "dead_letters": dict(reasons), "letters": letters, "complete_until": plan.complete_until(job, limits),
+        "dead_letters": dict(reasons), "letters": letters, "complete_until": schedule.complete_until(job, limits),
     }  # fmt: skip
     shards = [Shard(**report["described"]) for report in job.found("write")]
     return commit(job.staging, out, job.schema, shards, counts)

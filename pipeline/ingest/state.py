@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from features.encoders import Encoders
-from features.schema import Schema
-from pipeline.ingest.writer import Order
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
+from pipeline.ingest.steps.write import Order
 
 Work = dict[str, Any]  # what a step is given, and what it reports
 IMPRESSIONS = "impressions"  # the stream that outcomes belong to

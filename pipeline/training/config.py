@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from features.schema import Split
+from features.schema.schema import Split
 from models.ranker import ModelConfig
 
 

@@ -14,11 +14,13 @@ from torchrec.optim.keyed import CombinedOptimizer
 from features.batch import Batch
 from models.emm import build_ranker
 from models.ranker import TABLES
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.training import copies, distribution, optimizer, weighting
+from pipeline.dataset.dataset import Dataset
+from pipeline.run.checkpoint import checkpoint
 from pipeline.training.config import TrainConfig
-from pipeline.training.rows import ManagedRows
+from pipeline.training.optim import dense as dense_optim
+from pipeline.training.optim import weighting
+from pipeline.training.parallel import replicas, shard
+from pipeline.training.parallel.row_reset import ManagedRows
 from pipeline.training.step import StepOutput, TrainStep
 
 Look = Callable[[StepOutput], None]
@@ -45,12 +47,12 @@ class Learner:
         self.ranker = ranker = build_ranker(dataset.schema, dataset.encoders, config.model)
         self.loss = weighting.task_loss(s, dataset.schema.tasks)
         step = TrainStep(ranker, self.loss, s.precision == "bf16", s.accumulate)
-        self.model = distribution.shard(step, ranker, s, device)
-        distribution.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)
+        self.model = shard.shard(step, ranker, s, device)
+        shard.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)
         tables = tuple(f"ranker.{prefix}" for prefix in TABLES)
         dense = [(n, p) for n, p in self.model.named_parameters() if not n.startswith(tables) and p.requires_grad]
-        self.dense = optimizer.build(s.dense, dense, s.clip_norm)
-        self.replicas = optimizer.replicated_tables(self.model, s.tables)
+        self.dense = dense_optim.build(s.dense, dense, s.clip_norm)
+        self.replicas = dense_optim.replicated_tables(self.model, s.tables)
         self.optimizer = CombinedOptimizer([self.dense, self.replicas])  # those of sharded tables are in their backward
         self.gradient_loss = self.loss if isinstance(self.loss, weighting.GradientLoss) else None
         if self.gradient_loss:
@@ -59,7 +61,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The tensors of a checkpoint that are the same on any number of ranks, as views: loading fills them in place."""
-        copies.settle(self.model)
+        replicas.settle(self.model)
         return {
             "model": {name.removeprefix("ranker."): value for name, value in self.model.state_dict().items()},
             "tables": self.model.fused_optimizer.state_dict()["state"] | self.replicas.state_dict()["state"],
@@ -73,7 +75,7 @@ class Learner:
             updates: that its optimisers had made.
         """
         checkpoint.load(path, self.state())
-        distribution.set_step(self.model, updates)
+        shard.set_step(self.model, updates)
 
     def outputs(
         self, batches: Iterator[Batch], step: int, look: Look, feel: Callable[[int, Tensor], None]
@@ -128,8 +130,8 @@ class Learner:
         """Learning rate and random state of the step after `step`, both functions of its number."""
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.dense.param_groups:
-            group["lr"] = optimizer.rate(self.settings.dense, step, self.steps)
+            group["lr"] = dense_optim.rate(self.settings.dense, step, self.steps)
 
     def _finish(self, step: int) -> None:
         self.managed.after_step(step + 1)
-        copies.after_step(self.model, step + 1, self.settings.sync_every)
+        replicas.after_step(self.model, step + 1, self.settings.sync_every)

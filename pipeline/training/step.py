@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from features.batch import Batch
 from models.losses import TaskLoss
 from models.ranker import TABLES, Ranker
-from pipeline.training.slices import loss_by_slices
+from pipeline.training.micro_batches import loss_by_slices
 
 
 class StepOutput(NamedTuple):

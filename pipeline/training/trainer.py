@@ -15,22 +15,24 @@ from torch import Tensor
 
 from features.batch import Batch
 from features.errors import Preempted, UserError
-from features.schema import Schema
-from pipeline import checkpoint
-from pipeline.checkpoint import CheckpointManifest
-from pipeline.dataset import open_dataset
-from pipeline.loader import Loader, Position
-from pipeline.run import Run, config_hash, keep_lines
-from pipeline.training import distribution, initial, optimizer, resume, retention, sources
-from pipeline.training.agreement import Agreement, Notice, Verdict
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.loader import Loader, Position
+from pipeline.run.checkpoint import checkpoint, retention
+from pipeline.run.checkpoint.background import Saver
+from pipeline.run.checkpoint.checkpoint import CheckpointManifest
+from pipeline.run.run import Run, config_hash, keep_lines
 from pipeline.training.config import TrainConfig
-from pipeline.training.finite import Finite
+from pipeline.training.faults.consensus import Agreement, Notice, Verdict
+from pipeline.training.faults.hang_watch import Watch
+from pipeline.training.faults.nonfinite import Finite
 from pipeline.training.learner import Learner
-from pipeline.training.progress import Progress
-from pipeline.training.report import Meter, Reporter
-from pipeline.training.saver import Saver
+from pipeline.training.logging.metrics_writer import Meter, Reporter
+from pipeline.training.logging.progressive import Progress
+from pipeline.training.optim import dense
+from pipeline.training.parallel import shard
+from pipeline.training.restore import emm_sources, resume, warm_start
 from pipeline.training.step import StepOutput
-from pipeline.training.watch import Watch
 
 WRITING = timedelta(hours=2)  # a rank may wait that long for what another writes
 
@@ -45,7 +47,7 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
         UserError: bad input, a loss that is not finite, or another rank that is gone.
         Preempted: told to end by SIGTERM, after a checkpoint.
     """
-    device = distribution.start()
+    device = shard.start()
     trainer = None
     try:
         trainer = Trainer(config, schema, device)
@@ -57,7 +59,7 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
             trainer.run.say("failed", trainer.step, trainer.steps)
         if dist.get_world_size() == 1 or isinstance(error, (Preempted, SystemExit)):
             dist.destroy_process_group()  # others would see the connection break before this rank has said why
-        elif isinstance(error, RuntimeError) and (met := distribution.lost_contact(error)):
+        elif isinstance(error, RuntimeError) and (met := shard.lost_contact(error)):
             where = f"step {trainer.step + 1}" if trainer else "at the start"
             raise UserError(
                 f"{where}: contact with another rank was lost ({met}). If it failed, it says why. "
@@ -80,7 +82,7 @@ class Trainer:
         self.dataset = whole.only(config.tasks)
         self.schema, self.whole_schema = self.dataset.schema, whole.schema
         self.held = ExitStack()  # checkpoints of other runs that this one starts from
-        self.config = sources.resolved(config, self.dataset, self.held)
+        self.config = emm_sources.resolved(config, self.dataset, self.held)
         s = self.settings
         self.loader = Loader(
             self.dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window,
@@ -127,11 +129,11 @@ class Trainer:
             if changed := resume.changes(self.run.config(), config):
                 self._tell(f"changed since: {', '.join(changed)}")
         else:
-            for line in sources.load(self.learner.ranker, self.learner.state()["model"]):
+            for line in emm_sources.load(self.learner.ranker, self.learner.state()["model"]):
                 self._tell(line)
             if self.settings.init_from:
                 model, other = self.learner.state()["model"], Run(self.settings.init_from)
-                self._tell(initial.start(other, self.dataset, model, self.held))
+                self._tell(warm_start.start(other, self.dataset, model, self.held))
         dist.barrier()  # all have read the old configuration, and what the run starts from
         self.held.close()
         if self.rank == 0:
@@ -157,8 +159,8 @@ class Trainer:
         if self.rank == 0:
             self.reporter = Reporter(self.run, list(self.schema.tasks), self.step, self.steps)
         if self.ranks > 1:
-            self.watch = Watch(distribution.store(), self.rank, self.ranks, self.settings.timeout)
-            distribution.limit_waiting(2 * self.settings.timeout)  # the watch speaks before it
+            self.watch = Watch(shard.store(), self.rank, self.ranks, self.settings.timeout)
+            shard.limit_waiting(2 * self.settings.timeout)  # the watch speaks before it
         if self.step >= self.steps:
             self._tell(f"{self.run.path} is at step {self.step} of {self.steps}: nothing to do")
         try:
@@ -308,7 +310,7 @@ class Trainer:
     def _log(self) -> None:
         figures, sums_T3 = self.progress.figures(self.progress.window.sums_T3())
         learnt = self.progress.total_rows()
-        with distribution.whole(self.learner.model):
+        with shard.whole(self.learner.model):
             weight_T = self.learner.loss.weights().detach().cpu()
         if self.reporter is None:
             return
@@ -321,7 +323,7 @@ class Trainer:
                 "left_out": self._passed() - learnt,
                 "epoch": self.position.epoch,
                 "time": time.time(),
-                "lr": optimizer.rate(self.settings.dense, self.step - 1, self.steps),
+                "lr": dense.rate(self.settings.dense, self.step - 1, self.steps),
                 "loss": float((loss_T * weight_T).sum()),
                 "weight": dict(zip(self.schema.tasks, weight_T.tolist(), strict=True)),
                 **figures,

@@ -18,12 +18,12 @@ from train import CONTENDERS, RECHUB_RUN, table
 from train_runs import HERE
 from written import parsed, write_dataset
 
-from features.encoders import Encoders
-from features.schema import Schema
-from features.statistics import Statistics
+from features.fit.encoders import Encoders
+from features.fit.statistics import Statistics
+from features.schema.schema import Schema
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
-from pipeline.loader import Loader
+from pipeline.dataset.loader import Loader
 
 ROWS, SIZE, GROUP = 500, 100, 60
 

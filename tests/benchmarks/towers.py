@@ -34,7 +34,7 @@ from tower_cases import CASES, Sizes
 
 from models.fusion import FUSIONS
 from models.towers import SharedTower, TaskTowers
-from pipeline.memory import keep_memory
+from pipeline.malloc import keep_memory
 
 PLAIN: dict[str, type[nn.Module]] = {
     "shared_bottom": plain_towers.SharedBottom,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.bags import listed
-from features.schema import Bag
+from features.parse.bags import listed
+from features.schema.schema import Bag
 
 ITEM = st.sampled_from(["a", "b", "ä", "", " ", "日本", "a b", "."])
 LENGTHS = st.sampled_from([1, 2, 3, 50])

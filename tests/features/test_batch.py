@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.batch import PADDING, Batch, Rows
-from features.encoders import arrow_schema
-from features.schema import Schema
+from features.fit.encoders import arrow_schema
+from features.schema.schema import Schema
 
 
 def schema_of(dense: int = 2, categorical: int = 2, bags: int = 2) -> Schema:

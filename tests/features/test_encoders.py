@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hashing import plain_hash
 
-from features.encoders import MISSING, UNKNOWN, UNKNOWN_SEED, Encoders, arrow_schema
 from features.errors import UserError
-from features.schema import Schema
-from features.statistics import Moments, Statistics
+from features.fit.encoders import MISSING, UNKNOWN, UNKNOWN_SEED, Encoders, arrow_schema
+from features.fit.statistics import Moments, Statistics
+from features.schema.schema import Schema
 
 CONTENT: dict[str, Any] = {
     "source": {"files": "log.csv"},

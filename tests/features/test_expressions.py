@@ -5,7 +5,7 @@ from datetime import datetime
 import polars as pl
 import pytest
 
-from features.expressions import columns_of
+from features.schema.expressions import columns_of
 
 ROWS = pl.DataFrame(
     {

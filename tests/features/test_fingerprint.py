@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from test_schema import BASE, changed
 
-from features.schema import Schema
+from features.schema.schema import Schema
 
 CONF = Path(__file__).parents[2] / "jobs" / "conf" / "data"
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.history import recent
+from features.join.history import recent
 
 MOMENTS = st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 4)), max_size=20)  # user, time
 

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.encoders import Encoders, arrow_schema, bin_edges
 from features.errors import UserError
-from features.schema import Schema
-from features.statistics import Statistics, rounded
+from features.fit.encoders import Encoders, arrow_schema, bin_edges
+from features.fit.statistics import Statistics, rounded
+from features.schema.schema import Schema
 from models.inputs import Piecewise
 from pipeline.ingest.job import PreprocessConfig, preprocess
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_raw import schema, typed
 
-from features.raw import ROW_ID, column, parse
-from features.schema import Schema
+from features.parse.raw import ROW_ID, column, parse
+from features.schema.schema import Schema
 
 
 def waiting(click: str, buy: str) -> Schema:

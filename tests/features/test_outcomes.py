@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.outcomes import FATES, join
-from features.source import Outcome
+from features.join.outcomes import FATES, join
+from features.schema.source import Outcome
 
 Row = dict[str, Any]
 TYPES = {"at": pl.Int64, "n": pl.Int64, "x": pl.Float64, "place": pl.String}

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from features.raw import ROW_ID, SPLIT, Parsed, Typed, code_columns, parse, type_columns
-from features.schema import Schema
+from features.parse.raw import ROW_ID, SPLIT, Parsed, Typed, code_columns, parse, type_columns
+from features.schema.schema import Schema
 
 CONTENT: dict[str, Any] = {
     "source": {

@@ -5,7 +5,7 @@ import pytest
 from test_raw import parsed, schema, typed
 
 from features.errors import UserError
-from features.raw import column, parse, view
+from features.parse.raw import column, parse, view
 
 
 def test_what_cannot_be_computed_is_missing_as_a_number_as_an_id_in_a_bag_and_in_an_expression():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from features.errors import UserError
-from features.schema import Schema
+from features.schema.schema import Schema
 
 BASE: dict[str, Any] = {
     "source": {

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from test_schema import BASE, changed, refusal
 
-from features.schema import Schema
+from features.schema.schema import Schema
 
 KEYS = ["source.key", "source.row_id", "event_time", "split.key"]
 TIMED = {"files": "click-*.csv", "key": "id", "time": "at", "columns": {"dwell": "float"}}

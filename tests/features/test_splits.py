@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_hashing import plain_hash
 from test_raw import parsed, schema, typed
 
-from features.raw import HASH_SPLIT_SEED, LINE, ROW, SPLIT, parse
-from features.schema import SPLITS
+from features.parse.raw import HASH_SPLIT_SEED, LINE, ROW, SPLIT, parse
+from features.schema.schema import SPLITS
 
 
 def test_a_hash_split_sends_a_key_to_one_split_by_its_text_alone():

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.digest import Digest
+from features.fit.digest import Digest
+from features.fit.statistics import LabelSums, Statistics, rounded
 from features.hashing import hash_strings
-from features.schema import Schema
-from features.statistics import LabelSums, Statistics, rounded
+from features.schema.schema import Schema
 
 CONTENT: dict[str, Any] = {
     "source": {"files": "log.csv"},

@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 from features.errors import UserError
-from features.schema import Schema
-from pipeline.dataset import Manifest
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import Manifest
 from pipeline.ingest import job as ingest_job
-from pipeline.ingest import plan
+from pipeline.ingest import schedule
 from pipeline.ingest.job import PreprocessConfig, StepFn, preprocess
-from pipeline.ingest.plan import Limits
-from pipeline.ingest.steps import Job, Work
+from pipeline.ingest.schedule import Limits
+from pipeline.ingest.steps.steps import Job, Work
 
 SPLITS = ("train", "valid", "test")
 ROOT = Path(__file__).parents[2]
@@ -44,9 +44,9 @@ def refused(folder: Path | str, out: Path, content: dict[str, Any], **settings: 
 def run_in_a_loop(_: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
     """Does what the Beam pipeline does, one element after the other: in place of job._run, and ten times as quick."""
     work = list(enumerate(units))
-    for step in plan.steps_of(job):
+    for step in schedule.steps_of(job):
         reports = [report for element in work for report in StepFn(job, step).process(element)]
-        work = list(plan.after(reports, job, limits, step))
+        work = list(schedule.after(reports, job, limits, step))
     if (error := job.staging / "scratch" / "error.json").exists():
         raise UserError(json.loads(error.read_text()))
 

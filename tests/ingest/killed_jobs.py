@@ -15,7 +15,7 @@ from pathlib import Path
 
 from job_bench import content_of, no_beam
 
-from features.schema import Schema
+from features.schema.schema import Schema
 from pipeline.ingest.job import PreprocessConfig, preprocess
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}

@@ -19,11 +19,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from features.source import Format
-from pipeline.ingest import text
-from pipeline.ingest.blocks import Reader
+from features.schema.source import Format
 from pipeline.ingest.files import BOM, check_columns, find, units
-from pipeline.ingest.text import LONE_RETURN, NOT_UTF8, OPEN_QUOTE
+from pipeline.ingest.formats import text
+from pipeline.ingest.formats.blocks import Reader
+from pipeline.ingest.formats.text import LONE_RETURN, NOT_UTF8, OPEN_QUOTE
 
 WHOLE = 1 << 40
 TYPES = {"n": "int", "x": "float", "s": "string"}

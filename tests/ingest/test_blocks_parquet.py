@@ -13,10 +13,10 @@ import pytest
 from test_blocks import WHOLE, read
 
 from features.errors import UserError
-from features.source import Format
-from features.values import numbers
-from pipeline.ingest.blocks import Reader
+from features.parse.values import numbers
+from features.schema.source import Format
 from pipeline.ingest.files import find, units
+from pipeline.ingest.formats.blocks import Reader
 
 
 def test_parquet_types_become_text_and_numbers(tmp_path: Path) -> None:

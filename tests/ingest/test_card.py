@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from features.statistics import Statistics
-from pipeline.ingest.card import card, psi, read_card, verdict
-from pipeline.ingest.card_page import page
-from pipeline.ingest.card_tables import number, percent, tables
+from features.fit.statistics import Statistics
+from pipeline.dataset.card.page import page
+from pipeline.dataset.card.statistics import card, psi, read_card, verdict
+from pipeline.dataset.card.tables import number, percent, tables
 
 SHARES = st.lists(st.integers(0, 50), min_size=2, max_size=12).filter(any)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from features.source import Format
+from features.schema.source import Format
 from pipeline.ingest.files import RawFile, check_columns, check_unchanged, files_by_date, find, units
 
 DAYS = [date(2024, 1, 1), date(2024, 1, 2), date(2024, 1, 3)]

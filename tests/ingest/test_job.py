@@ -17,9 +17,9 @@ import pytest
 import yaml
 from job_bench import ROOT, SPLITS, content_of, letters_of, no_beam, rows_by_id, rows_of, run, values_of
 
-from pipeline.dataset import Dataset
-from pipeline.ingest import text
-from pipeline.verification import verify
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.verify import verify
+from pipeline.ingest.formats import text
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from job_bench import letters_of, no_beam, rows_by_id, run
 
-from pipeline.dataset import Dataset
-from pipeline.ingest import text
-from pipeline.verification import verify
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.verify import verify
+from pipeline.ingest.formats import text
 
 # Every line names itself with a tag, which is also its row id: it can be found again wherever it went.
 COLUMNS = ["tag", "id", "k", "at", "x", "y", "c"]

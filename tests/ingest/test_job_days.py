@@ -11,7 +11,7 @@ import pytest
 from job_bench import content_of, no_beam, refused, rows_by_id, run, values_of
 
 from features.errors import UserError
-from pipeline.dataset import Dataset
+from pipeline.dataset.dataset import Dataset
 
 FIRST = date(2026, 3, 1)
 

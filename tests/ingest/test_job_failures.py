@@ -12,11 +12,11 @@ import pytest
 from job_bench import ENVIRONMENT, SPLITS, no_beam, refused, run, write_conf
 from pydantic import ValidationError
 
-from features import raw
 from features.errors import UserError
+from features.parse import raw
 from jobs.preprocess import main
-from pipeline.dataset import Dataset
-from pipeline.ingest import text
+from pipeline.dataset.dataset import Dataset
+from pipeline.ingest.formats import text
 from pipeline.ingest.job import PreprocessConfig
 
 

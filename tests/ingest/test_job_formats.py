@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from job_bench import content_of, letters_of, no_beam, rows_by_id, rows_of, run
 
-from pipeline.ingest import text
+from pipeline.ingest.formats import text
 
 COLUMNS = ["id", "at", "price", "city", "tags", "click"]
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from job_bench import no_beam, rows_by_id, run, values_of
 
 from features.errors import UserError
-from pipeline.ingest import text
+from pipeline.ingest.formats import text
 
 BASE = 1_719_800_000  # July 2024
 ZONE = "Europe/Berlin"  # two hours ahead of UTC then

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from job_bench import ENVIRONMENT, content_of, no_beam, run, write_conf
 
-from pipeline.dataset import Dataset
-from pipeline.verification import verify
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.verify import verify
 
 Run = Callable[..., Any]
 

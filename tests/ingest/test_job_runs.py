@@ -11,10 +11,10 @@ import pytest
 from job_bench import content_of, no_beam, refused, rows_by_id, rows_of, run, values_of
 
 from features.errors import UserError
-from features.schema import Schema
-from pipeline.dataset import Dataset
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.verify import verify
 from pipeline.ingest import job as ingest_job
-from pipeline.verification import verify
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,9 +11,9 @@ from job_bench import content_of, no_beam, run
 
 from features.errors import UserError
 from pipeline.ingest import job as ingest_job
-from pipeline.ingest import plan, staging
+from pipeline.ingest import schedule, staging
 from pipeline.ingest.job import PreprocessConfig, StepFn
-from pipeline.ingest.plan import Limits
+from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import Job, Work
 
@@ -110,13 +110,13 @@ def test_a_folder_is_gone_whatever_ends_the_job(tmp_path):
 
 def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, content, tmp_path, monkeypatch):
     lying: dict[str, set[str]] = {}
-    undisturbed = plan.after
+    undisturbed = schedule.after
 
     def watched(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[tuple[int, Work]]:
         yield from list(undisturbed(reports, job, limits, step))
         lying[step] = {path.name.split("-")[0] for path in job.scratch.glob("*-*")}
 
-    monkeypatch.setattr(plan, "after", watched)
+    monkeypatch.setattr(schedule, "after", watched)
     run(small_log, tmp_path / "out", content, order="time", **SIZES)
     assert list(lying) == ["read", "join", "remember", "recall", "label", "merge", "encode", "write"]
     waiting = {"typed", "sent", "reply"}
@@ -130,13 +130,13 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
 def run_with_retries(_: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
     """As a runner does whose workers die: each element and what follows a step twice, and reports in any order."""
     work, dice = list(enumerate(units)), random.Random(0)
-    for step in plan.steps_of(job):
+    for step in schedule.steps_of(job):
         for element in work:
             list(StepFn(job, step).process(element))
         reports = [report for element in work for report in StepFn(job, step).process(element)]
         dice.shuffle(reports)
-        first = list(plan.after(reports, job, limits, step))
-        work = list(plan.after(dice.sample(reports, len(reports)), job, limits, step))
+        first = list(schedule.after(reports, job, limits, step))
+        work = list(schedule.after(dice.sample(reports, len(reports)), job, limits, step))
         assert work == first
         job.memory.clear()  # of another worker
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import UserError
-from features.source import Format
-from pipeline.ingest.blocks import Reader
+from features.schema.source import Format
 from pipeline.ingest.files import check_columns, check_unchanged, find, units
+from pipeline.ingest.formats.blocks import Reader
 
 s3fs = pytest.importorskip("s3fs")
 server = pytest.importorskip("moto.server")

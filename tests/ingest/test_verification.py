@@ -12,10 +12,10 @@ import pytest
 from handmade import CONTENT, SCHEMA, drawn, shard, write_dataset, write_manifest
 
 from features.errors import UserError
-from features.schema import Schema
-from pipeline import verification
-from pipeline.dataset import Dataset, Manifest, Shard, open_dataset
-from pipeline.verification import verify
+from features.schema.schema import Schema
+from pipeline.dataset import verify as verification
+from pipeline.dataset.dataset import Dataset, Manifest, Shard, open_dataset
+from pipeline.dataset.verify import verify
 
 SHARD = "valid/part-00001-of-00002.parquet"
 

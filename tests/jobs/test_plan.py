@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.plan import main
-from pipeline.dataset import Dataset
+from pipeline.dataset.dataset import Dataset
 
 DIMS = {"user": 4, "city": 4, "item": 4}
 BOUNDED = """

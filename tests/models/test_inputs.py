@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from features.schema import Schema
+from features.schema.schema import Schema
 from models.inputs import Inputs, Piecewise, Tokens
 
 # Shapes: B rows, D flat width, F features, N numbers with a code, K bins, W width of a code or token.

@@ -9,10 +9,10 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from features.batch import Batch
-from features.encoders import Encoders
 from features.errors import UserError
-from features.kinds import Managed
-from features.schema import Schema
+from features.fit.encoders import Encoders
+from features.schema.kinds import Managed
+from features.schema.schema import Schema
 from models.emm import FusedRanker
 from models.managed import IdMap, ManagedIds
 from models.ranker import ModelConfig, Ranker

@@ -17,7 +17,7 @@ from torchrec import KeyedJaggedTensor
 
 from features.batch import Batch
 from features.errors import UserError
-from features.schema import Schema
+from features.schema.schema import Schema
 from models.emm import build_ranker
 from models.fusion import FUSIONS
 from models.fusion.dtrn import DTRN

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from features.errors import UserError
-from pipeline import checkpoint
-from pipeline.checkpoint import CheckpointManifest
-from pipeline.dataset import sha256
+from pipeline.dataset.dataset import sha256
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.checkpoint.checkpoint import CheckpointManifest
 
 FILES = [".metadata", "__0_0.distcp", "manifest.json"]
 

@@ -11,14 +11,15 @@ import torch
 from sklearn.metrics import log_loss
 
 from models.ranker import ModelConfig, Ranker
-from pipeline.dataset import Dataset
-from pipeline.evaluation import comparison, gates, predictions
-from pipeline.evaluation.comparison import Entry, differences
-from pipeline.evaluation.evaluator import EvaluateConfig, Evaluator, evaluate
-from pipeline.evaluation.size import size
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.evaluation import expert_weights, predictions
+from pipeline.evaluation.model_cost import size
+from pipeline.evaluation.scorer import EvaluateConfig, Evaluator, evaluate
 from pipeline.evaluation.trees import boosted_trees
-from pipeline.loader import Loader
-from pipeline.run import Run, read_lines
+from pipeline.run.run import Run, read_lines
+from pipeline.search import comparison
+from pipeline.search.comparison import Entry, differences
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.trainer import train
 
@@ -144,7 +145,7 @@ def test_gate_means_are_those_of_all_real_rows(run: Run, small_dataset: Path) ->
 @pytest.mark.parametrize("shape", [(3, 4), (4, 4), (2, 30)])
 def test_heat_maps_name_tasks_and_show_every_weight(shape: tuple[int, int]) -> None:
     mean_UE = torch.rand(shape).tolist()
-    figure = gates.picture([mean_UE, mean_UE], ["click", "bought", "dwell"])
+    figure = expert_weights.picture([mean_UE, mean_UE], ["click", "bought", "dwell"])
     axes = figure.axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert (

@@ -15,17 +15,18 @@ from written import write_dataset
 
 import pipeline.dataset as datasets
 from features.batch import PADDING
-from features.encoders import Encoders, arrow_schema
 from features.errors import UserError
-from features.schema import Schema
-from features.statistics import Moments
+from features.fit.encoders import Encoders, arrow_schema
+from features.fit.statistics import Moments
+from features.schema.schema import Schema
 from models.ranker import ModelConfig
-from pipeline.dataset import Dataset, open_dataset
-from pipeline.evaluation import predictions, report
-from pipeline.evaluation.evaluator import EvaluateConfig, Truth, evaluate
-from pipeline.evaluation.verdict import NightlyConfig, nightly
-from pipeline.loader import Loader, Position
-from pipeline.run import Run
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.loader import Loader, Position
+from pipeline.evaluation import predictions
+from pipeline.evaluation.report import report
+from pipeline.evaluation.scorer import EvaluateConfig, Truth, evaluate
+from pipeline.release.nightly import NightlyConfig, nightly
+from pipeline.run.run import Run
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.trainer import train
 

@@ -15,13 +15,14 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from features.errors import UserError
 from models.ranker import ModelConfig, Ranker
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.evaluation import evaluator, predictions, report
-from pipeline.evaluation.evaluator import EvaluateConfig, Truth, evaluate
-from pipeline.evaluation.verdict import NightlyConfig, nightly
-from pipeline.loader import Loader
-from pipeline.run import Run, append_line, read_lines
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.evaluation import predictions, scorer
+from pipeline.evaluation.report import report
+from pipeline.evaluation.scorer import EvaluateConfig, Truth, evaluate
+from pipeline.release.nightly import NightlyConfig, nightly
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import Run, append_line, read_lines
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.trainer import train
 
@@ -42,8 +43,8 @@ def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A copy of the run that a test may change; the tests' process keeps its priority."""
-    monkeypatch.setattr(evaluator.os, "nice", lambda _: 0)
-    monkeypatch.setattr(evaluator, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(scorer.os, "nice", lambda _: 0)
+    monkeypatch.setattr(scorer, "POLL_SECONDS", 0.02)
     shutil.copytree(trained, tmp_path / "run")
     return Run(tmp_path / "run")
 
@@ -247,7 +248,7 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     truth.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "truth.parquet")
     columns = {"click": "p", "bought": "p", "dwell": "m"}
     evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="id", columns=columns))
-    found = json.loads(evaluator.best_path(run, "test").read_text())["metrics"]
+    found = json.loads(scorer.best_path(run, "test").read_text())["metrics"]
     y, w = rows["label.click"].to_numpy(), rows["weight"].to_numpy()
     rate = np.average(y, weights=w)
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from pipeline.ingest.generate import DWELL_SIGMA, LogConfig, generate
+from pipeline.synthetic.event_log import DWELL_SIGMA, LogConfig, generate
 
 SMALL = {"impressions": 20_000, "days": 2, "users": 20_000, "items": 2_000}
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from written import write_dataset
 
 from features.batch import PADDING, Batch, Rows
-from features.encoders import arrow_schema
 from features.errors import UserError
-from features.schema import Schema
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader, Position, in_background
-from pipeline.verification import verify
+from features.fit.encoders import arrow_schema
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader, Position, in_background
+from pipeline.dataset.verify import verify
 
 SCHEMA = Schema.parse(
     {

@@ -18,8 +18,8 @@ from torchrec.metrics.metrics_config import RecTaskInfo
 from torchrec.metrics.ne import NEMetric
 
 from features.errors import UserError
-from pipeline.evaluation import metrics as module
-from pipeline.evaluation.metrics import Metrics, WindowedNE
+from pipeline.evaluation.metrics import metrics as module
+from pipeline.evaluation.metrics.metrics import Metrics, WindowedNE
 
 # Shapes: B rows, T tasks.
 TASKS = [("click", "binary"), ("spend", "regression"), ("like", "binary")]

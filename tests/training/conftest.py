@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from workbench import make_dataset
 
-from pipeline.training import distribution
+from pipeline.training.parallel import shard
 
 
 @pytest.fixture(scope="module")
@@ -22,5 +22,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
     """Of the process group's one rank."""
-    yield distribution.start()
+    yield shard.start()
     dist.destroy_process_group()

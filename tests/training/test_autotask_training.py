@@ -12,11 +12,11 @@ import workbench
 from workbench import configuration, identical, last, make_dataset
 
 from models.ranker import ModelConfig
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.evaluation.metrics import Metrics
-from pipeline.run import Run
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.scorer import Evaluator
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import Run
 from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -30,10 +30,10 @@ from workbench import (
 )
 
 from features.batch import Batch
-from features.schema import Schema
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.run.checkpoint import checkpoint
 from pipeline.training.config import Settings
 from pipeline.training.step import TrainStep
 

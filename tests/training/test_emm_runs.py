@@ -12,11 +12,11 @@ from torch import Tensor
 from workbench import SCHEMA, close, identical, last, losses, make_dataset, model, tensors, torchrun
 
 from features.errors import UserError
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.run import Run
-from pipeline.training import sources
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.scorer import Evaluator
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import Run
+from pipeline.training.restore import emm_sources
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -177,13 +177,13 @@ def test_a_source_that_goes_on_does_not_delete_what_is_fused_before_it_is_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoint.folder(shutil.copytree(folder / "click-a", tmp_path / "click-a") / "checkpoints", STEPS)
-    load, removed = sources.load, []
+    load, removed = emm_sources.load, []
 
     def pruned(*arguments: object) -> list[str]:
         removed.append(checkpoint.remove(path))
         return load(*arguments)
 
-    monkeypatch.setattr(sources, "load", pruned)
+    monkeypatch.setattr(emm_sources, "load", pruned)
     fused(folder, str(tmp_path / "run"), of=(str(tmp_path / "click-a"),), tasks=["click"])
     assert removed == [False]
     assert checkpoint.remove(path)  # nobody holds it any more
@@ -213,9 +213,9 @@ def test_two_ranks_start_from_the_same_weights_resume_and_run_pipelined(two_rank
 
 
 def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
-    sources = ",".join(str(folder / name) for name in SOURCES)
+    emm_sources = ",".join(str(folder / name) for name in SOURCES)
     command = [
-        sys.executable, "-m", "jobs.train", f"dataset={folder / 'data'}", "model=emm", f"model.from=[{sources}]",
+        sys.executable, "-m", "jobs.train", f"dataset={folder / 'data'}", "model=emm", f"model.from=[{emm_sources}]",
         f"run={tmp_path / 'run'}", "train.max_steps=2", "train.batch_size=32", "train.lanes=4", "train.threads=1",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -12,10 +12,10 @@ from two_ranks_managed import ADAGRAD, STEPS, STOP, logits, make_managed_dataset
 from workbench import close, identical, last, torchrun
 
 from features.errors import UserError
-from features.kinds import Managed
-from pipeline.dataset import Dataset
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.run import Run
+from features.schema.kinds import Managed
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.scorer import Evaluator
+from pipeline.run.run import Run
 from pipeline.training.step import StepOutput
 from pipeline.training.trainer import Trainer
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from workbench import SCHEMA, close, configuration, identical, last, losses, make_dataset, model, torchrun
 
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
 from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")

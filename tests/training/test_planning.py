@@ -17,12 +17,12 @@ from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
 from workbench import TABLES, close, configuration, identical, last, losses, tensors, torchrun
 
 from features.errors import UserError
-from pipeline import checkpoint
-from pipeline.training import distribution, planning
+from pipeline.run.checkpoint import checkpoint
 from pipeline.training.config import Settings, TableOptimizer
-from pipeline.training.estimate import Estimate
-from pipeline.training.optimizer import ReplicatedTables
-from pipeline.training.planning import Cluster
+from pipeline.training.optim.dense import ReplicatedTables
+from pipeline.training.parallel import plan, shard
+from pipeline.training.parallel.memory import Estimate
+from pipeline.training.parallel.plan import Cluster
 from pipeline.training.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ class Model(nn.Module):
 def place(rows: dict[str, int] | None = None, hbm: int = 80 * GB, ranks: int = 64, device: str = "cuda", **train: Any):
     made, wanted = Model(rows or ROWS), Settings(batch_size=64 * 512, **train)
     cluster = Cluster(ranks, min(ranks, 8), device, hbm if device == "cuda" else 0, 10**12)
-    return planning.place(made, distribution.sharders(wanted), made.configs, wanted, cluster)
+    return plan.place(made, shard.sharders(wanted), made.configs, wanted, cluster)
 
 
 def bytes_by_rank(plan: ShardingPlan, ranks: int, momentum: dict[str, int]) -> list[tuple[int, int]]:
@@ -56,10 +56,10 @@ def bytes_by_rank(plan: ShardingPlan, ranks: int, momentum: dict[str, int]) -> l
                 weights[rank] += ROWS[name] * DIM * 4
                 states[rank] += momentum[name]
             continue
-        for shard in sharding.sharding_spec.shards:
-            rows, columns = shard.shard_sizes
-            weights[shard.placement.rank()] += rows * columns * 4
-            states[shard.placement.rank()] += momentum[name] * rows * columns // (ROWS[name] * DIM)
+        for part in sharding.sharding_spec.shards:
+            rows, columns = part.shard_sizes
+            weights[part.placement.rank()] += rows * columns * 4
+            states[part.placement.rank()] += momentum[name] * rows * columns // (ROWS[name] * DIM)
     return [(weights[rank], states[rank]) for rank in range(ranks)]
 
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_of_replicated_tables_goes_on_sharded_on_one_rank(two_ranks
     shutil.rmtree(checkpoint.folder(moved / "checkpoints", STEPS))
     saved = tensors(checkpoint.folder(moved / "checkpoints", STOP))
     made = alone(two_ranks, moved.name, optimizer)
-    loaded = {name: distribution.local_parts(value)[0][0] for name, value in tables(made).items()}
+    loaded = {name: shard.local_parts(value)[0][0] for name, value in tables(made).items()}
     assert len(loaded) == 2 * len(TABLES)
     assert all(value.abs().max() > 0 for value in loaded.values())
     identical(loaded, {name: saved[name] for name in loaded})
@@ -298,7 +298,7 @@ def mixed_estimate(folder: Path) -> Estimate:
     made, wanted = alone(folder, "unused", "rowwise_adagrad"), Settings(batch_size=32, sharding=MIXED)
     ranker = planning_model(made)
     configs = ranker.ranker.embeddings.embedding_bag_configs()
-    return planning.place(ranker, distribution.sharders(wanted), configs, wanted, Cluster(2, 2, "cpu", 0, 10**12))[1]
+    return plan.place(ranker, shard.sharders(wanted), configs, wanted, Cluster(2, 2, "cpu", 0, 10**12))[1]
 
 
 def planning_model(made: Trainer) -> nn.Module:

@@ -12,11 +12,11 @@ from workbench import close, identical, last, losses, make_dataset, model, tenso
 from features.batch import Batch
 from features.errors import UserError
 from models.ranker import TABLES, Ranker
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.evaluation.evaluator import Evaluator
-from pipeline.loader import Loader
-from pipeline.run import Run
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.evaluation.scorer import Evaluator
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import Run
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -13,9 +13,9 @@ from workbench import configuration, task_loss
 from features.batch import Batch
 from models.losses import TaskLoss, UncertaintyLoss
 from models.ranker import ModelConfig, Ranker
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
-from pipeline.training.slices import loss_by_slices
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.training.micro_batches import loss_by_slices
 from pipeline.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("device")

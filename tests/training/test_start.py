@@ -9,11 +9,11 @@ from torch.testing import assert_close
 from workbench import configuration, last, losses, make_dataset
 
 from features.errors import UserError
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.evaluation.evaluator import EvaluateConfig, evaluate
-from pipeline.run import Run
-from pipeline.training import initial
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.scorer import EvaluateConfig, evaluate
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import Run
+from pipeline.training.restore import warm_start
 from pipeline.training.trainer import train
 
 STILL = {"dense": {"lr": 1e-12}, "tables": {"lr": 1e-12}}
@@ -136,13 +136,13 @@ def test_the_other_run_does_not_delete_what_is_started_from_before_it_is_read(
 ) -> None:
     first = run(data, folder / "pruning", max_steps=2)
     path = checkpoint.folder(first / "checkpoints", 2)
-    load, removed = initial.load, []
+    load, removed = warm_start.load, []
 
     def pruned(*arguments: object) -> list[str]:
         removed.append(checkpoint.remove(path))
         return load(*arguments)
 
-    monkeypatch.setattr(initial, "load", pruned)
+    monkeypatch.setattr(warm_start, "load", pruned)
     run(data, folder / "in time", max_steps=1, init_from=first)
     assert removed == [False]
     assert checkpoint.remove(path)  # nobody holds it any more

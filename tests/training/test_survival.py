@@ -16,13 +16,13 @@ from two_ranks import Recorder, train
 from workbench import PATHS, TRAIN_ROWS, close, configuration, identical, last, losses, make_dataset, model, tensors
 
 from features.errors import Preempted, UserError
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
-from pipeline.run import read_lines
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import read_lines
 from pipeline.training.config import TrainConfig
+from pipeline.training.faults.hang_watch import Beat, blame
 from pipeline.training.step import StepOutput
-from pipeline.training.watch import Beat, blame
 
 pytestmark = pytest.mark.usefixtures("device")
 

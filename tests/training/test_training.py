@@ -34,13 +34,13 @@ from workbench import (
 
 from features.batch import Batch
 from features.errors import UserError
-from features.schema import Schema
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
-from pipeline.training import distribution
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.run.checkpoint import checkpoint
 from pipeline.training.config import DenseOptimizer, TrainConfig
-from pipeline.training.optimizer import rate
+from pipeline.training.optim.dense import rate
+from pipeline.training.parallel import shard
 from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -432,16 +432,16 @@ def test_fused_adam_is_told_how_many_steps_a_checkpoint_has(folder: Path, monkey
     """Its kernel runs on GPUs alone; here another one stands for it."""
     train(folder, "adam-steps", max_steps=7)
     told: list[int] = []
-    kind = distribution.SplitTableBatchedEmbeddingBagsCodegen
+    kind = shard.SplitTableBatchedEmbeddingBagsCodegen
     monkeypatch.setattr(kind, "set_optimizer_step", lambda _, step: told.append(step))
-    real = distribution.kernels
-    monkeypatch.setattr(distribution, "kernels", lambda model: map(_adam, real(model)))
+    real = shard.kernels
+    monkeypatch.setattr(shard, "kernels", lambda model: map(_adam, real(model)))
     Trainer(configuration(folder / "data", folder / "adam-steps", max_steps=9), None, torch.device("cpu"))
     assert told == [7]
 
 
 def _adam(kernel: torch.nn.Module) -> torch.nn.Module:
-    kernel.optimizer = distribution.EmbOptimType.ADAM
+    kernel.optimizer = shard.EmbOptimType.ADAM
     return kernel
 
 

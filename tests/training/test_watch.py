@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from pipeline.training.watch import Watch
+from pipeline.training.faults.hang_watch import Watch
 
 Pair = tuple[Watch, Watch]
 pytestmark = pytest.mark.filterwarnings(

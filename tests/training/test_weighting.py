@@ -27,11 +27,11 @@ from workbench import (
 
 from features.batch import Batch
 from features.errors import UserError
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.run.checkpoint import checkpoint
 from pipeline.training.config import Settings
-from pipeline.training.weighting import PCGradLoss, balanced, orders, projected
+from pipeline.training.optim.weighting import PCGradLoss, balanced, orders, projected
 
 pytestmark = pytest.mark.usefixtures("device")
 

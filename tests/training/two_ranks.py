@@ -18,9 +18,9 @@ from workbench import configuration, on_each_rank
 
 from features.batch import PADDING
 from features.errors import UserError
-from pipeline import checkpoint
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.run.checkpoint import checkpoint
 from pipeline.training.step import StepOutput
 from pipeline.training.trainer import Trainer
 

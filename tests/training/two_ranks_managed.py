@@ -16,13 +16,13 @@ from two_ranks import stopped
 from workbench import SCHEMA, configuration, on_each_rank, raw_rows
 from written import parsed, write_dataset
 
-from features.encoders import Encoders
 from features.errors import UserError
-from features.raw import SPLIT
-from features.schema import SPLITS, Schema
-from features.statistics import Statistics
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
+from features.fit.encoders import Encoders
+from features.fit.statistics import Statistics
+from features.parse.raw import SPLIT
+from features.schema.schema import SPLITS, Schema
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
 from pipeline.training.trainer import Trainer
 
 STEPS, STOP = 20, 8

@@ -15,7 +15,7 @@ from two_ranks import trainer
 from workbench import on_each_rank
 
 from features.errors import UserError
-from pipeline.training import distribution, planning
+from pipeline.training.parallel import plan, shard
 from pipeline.training.trainer import Trainer
 
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
@@ -46,7 +46,7 @@ def held(made: Trainer) -> dict[str, int]:
     """Bytes that this rank really holds of the tables."""
     found = {"model": 0, "tables": 0}
     for name, value in tables(made).items():
-        found[name.split(".")[0]] += sum(p.numel() * p.element_size() for p, _ in distribution.local_parts(value))
+        found[name.split(".")[0]] += sum(p.numel() * p.element_size() for p, _ in shard.local_parts(value))
     return {"weights": found["model"], "state": found["tables"]}
 
 
@@ -71,13 +71,13 @@ def main(folder: Path) -> None:
     torch.save({name: value.clone() for name, value in tables(made).items()}, folder / f"loaded.{rank}.pt")
     made.run_to_end()
 
-    here, refused = planning.here, ""
-    planning.here = lambda device: planning.Cluster(2, 2, "cpu", 0, 50_000)  # the dense part alone takes 48 kB
+    here, refused = plan.here, ""
+    plan.here = lambda device: plan.Cluster(2, 2, "cpu", 0, 50_000)  # the dense part alone takes 48 kB
     try:
         trainer(folder, "never", **settings("rowwise_adagrad", REPLICATED))
     except UserError as error:
         refused = str(error)
-    planning.here = here
+    plan.here = here
     (folder / f"refused.{rank}.txt").write_text(refused)
 
 

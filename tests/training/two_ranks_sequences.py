@@ -12,8 +12,8 @@ import torch
 from workbench import configuration, on_each_rank
 
 from models.ranker import ModelConfig
-from pipeline.dataset import Dataset
-from pipeline.loader import Loader
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
 from pipeline.training.config import TrainConfig
 from pipeline.training.trainer import Trainer
 

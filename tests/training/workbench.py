@@ -20,15 +20,15 @@ import yaml
 from torch import Tensor
 from written import parsed, write_dataset
 
-from features.encoders import Encoders
-from features.raw import SPLIT
-from features.schema import SPLITS, Schema
-from features.statistics import Statistics
+from features.fit.encoders import Encoders
+from features.fit.statistics import Statistics
+from features.parse.raw import SPLIT
+from features.schema.schema import SPLITS, Schema
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
-from pipeline import checkpoint
-from pipeline.training import distribution
+from pipeline.run.checkpoint import checkpoint
 from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.parallel import shard
 from pipeline.training.trainer import Trainer
 
 # What scripts that run by themselves import: this folder, and tests/ above it.
@@ -177,7 +177,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 def on_each_rank(main: Callable[[Path], None]) -> None:
     """What a script that torchrun starts does: `main` with the folder it was given, in one process group, on one thread."""
     torch.set_num_threads(1)
-    distribution.start()
+    shard.start()
     try:
         main(Path(sys.argv[1]))
     except BaseException:

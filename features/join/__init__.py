@@ -1,0 +1,1 @@
+"""Outcomes and histories, joined to impressions."""

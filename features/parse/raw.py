@@ -1,0 +1,374 @@
+"""From raw columns to typed rows: casts, derived columns, labels and split of a block of rows at a time."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.errors import UserError
+from features.hashing import hash_strings
+from features.parse.bags import listed
+from features.parse.values import WORDS, as_ids, cleaned, coded, numbers
+from features.schema.expressions import columns_of
+from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
+from features.schema.source import Format, RawType
+
+LINE = "__line"  # of the row in its file, or in the part of it that is read at a time
+ROW = "__row"  # index of the row there
+ROW_ID = "row_id"
+SPLIT = "__split"  # index into SPLITS
+LARGEST = float(np.finfo(np.float32).max)
+HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same column
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A block's columns with their types, good rows apart from bad ones.
+
+    Attributes:
+        rows: text that names ids as codes into its values, other text plain, numbers and times as they are; LINE and ROW.
+        bad: what is wrong with the others: line, reason, raw.
+    """
+
+    rows: pa.Table
+    bad: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A block's rows as features and labels.
+
+    Attributes:
+        rows: a column a feature and `label.TASK` (null = not observed), weight, event_time, row_id, SPLIT; see `parse`.
+        bad: as of Typed.
+        left_out: rows that a rule of the schema leaves out, by rule.
+    """
+
+    rows: pa.Table
+    bad: pl.DataFrame
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def type_columns(
+    columns: pa.Table, types: dict[str, RawType], codes: set[str], form: Format, line: np.ndarray, row: int
+) -> Typed:
+    """Types the raw columns of a block of an impressions' or outcomes' file.
+
+    Args:
+        columns: as they were read: text, numbers that the reader took already, or lists of text.
+        types: of all columns.
+        codes: text columns whose values name ids.
+        form: how the file is written.
+        line: of each row, for what is said of bad ones.
+        row: index of the first row.
+    """
+    found: dict[str, pa.Array] = {}
+    reason: pl.Series | None = None
+    for name, kind in types.items():
+        array = _one(columns[name])
+        if kind != "string" and _is_text(array):
+            texts = cleaned(pl.Series(array, dtype=pl.String), form)
+            values, wrong = numbers(texts, kind, form)
+            if wrong.any():
+                said = pl.select(
+                    pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, pl.lit(WORDS[kind])))
+                ).to_series()
+                reason = said if reason is None else reason.zip_with(reason.is_not_null(), said)
+            found[name] = values.to_arrow()
+        elif kind != "string":
+            found[name] = array.cast(pa.float64() if kind == "float" else pa.int64())
+        elif not _is_text(array):  # a list
+            found[name] = array
+        elif name in codes:
+            found[name] = coded(array, form)
+        else:
+            found[name] = cleaned(pl.Series(array, dtype=pl.String), form).to_arrow()
+    found |= {LINE: pa.array(line), ROW: pa.array(np.arange(len(line)) + row)}
+    rows = pa.table(found)
+    if reason is None:
+        return Typed(rows, letters())
+    bad = reason.is_not_null()
+    texts = pa.Table.from_pydict({name: columns[name] for name in types}).filter(bad.to_arrow())
+    return Typed(rows.filter((~bad).to_arrow()), letters(line[bad.to_numpy()], reason.filter(bad), as_json(texts)))
+
+
+def letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
+    """What is wrong with rows: the line, why, and the row as text."""
+    types = {"line": pl.Int64, "reason": pl.String, "raw": pl.String}
+    return pl.DataFrame({"line": line, "reason": reason, "raw": raw}, schema=types)
+
+
+def as_json(rows: pa.Table) -> pl.Series:
+    """The cells that were read, as JSON, for a person to look at."""
+    frame: pl.DataFrame = pl.from_arrow(_decoded(rows))  # type: ignore[assignment]
+    return frame.select(pl.struct(pl.all()).struct.json_encode().alias("raw")).to_series()
+
+
+def code_columns(schema: Schema) -> set[str]:
+    """The raw columns that hold one id a row, or the items of a history."""
+    wanted = {schema.feature_columns[name] for name in [*schema.categorical, *schema.histories]}
+    return wanted - schema.raw_types.keys()
+
+
+def view(
+    schema: Schema, rows: pa.Table, joined: pl.DataFrame | None, expressions: Iterable[str], also: Iterable[str] = ()
+) -> pl.DataFrame:
+    """The columns that some expressions read, and others by name, derived ones and those of outcomes among them.
+
+    Raises:
+        UserError: a derived column cannot be computed, or one of those by name holds lists.
+    """
+    frame = _view(schema, rows, joined, expressions, also)
+    for name in also:
+        if _is_nested(frame[name]):
+            raise UserError(f"column {name} holds lists, but is used where a row needs one value: name another column")
+    return frame
+
+
+def _view(
+    schema: Schema, rows: pa.Table, joined: pl.DataFrame | None, expressions: Iterable[str], also: Iterable[str]
+) -> pl.DataFrame:
+    wanted = {column for expression in expressions for column in columns_of(expression)} | set(also)
+    derived = {name: text for name, text in schema.source.derived.items() if name in wanted}
+    wanted |= {column for text in derived.values() for column in columns_of(text)}
+    frame: pl.DataFrame = pl.from_arrow(_decoded(rows.select([c for c in rows.column_names if c in wanted])))  # type: ignore[assignment]
+    if not frame.width:
+        frame = pl.DataFrame({ROW: rows[ROW].to_numpy()})
+    if joined is not None:
+        frame = frame.hstack(joined.select(c for c in joined.columns if c in wanted))
+    computed = (evaluate(frame, f"source.derived.{name}", text, name) for name, text in derived.items())
+    # 0 / 0 is no value, neither as a number nor as an id.
+    return frame.with_columns(series.fill_nan(None) if series.dtype.is_float() else series for series in computed)
+
+
+def parse(
+    schema: Schema,
+    rows: pa.Table,
+    row_id: int,
+    joined: pl.DataFrame | None = None,
+    young: dict[str, np.ndarray] | None = None,
+    histories: dict[str, pa.Array] | None = None,
+) -> Parsed:
+    """Features, labels and split of typed rows, and which of them cannot be used.
+
+    Args:
+        rows: B typed rows of `type_columns`.
+        row_id: added to ROW, it is the id of a row where the schema names no `row_id` column.
+        joined: B rows of the columns that outcomes add.
+        young: per outcome [B] whether its window was still open when the log ended.
+        histories: per bag of a history, B lists of items.
+    Returns: of each feature a column of its name: dense and binned numbers float64, ids as codes into text, bags as lists of
+        those; label.TASK float32, weight float32, event_time int64, row_id int64, SPLIT int8.
+    """
+    young, histories = young or {}, histories or {}
+    frame = _view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
+    columns = {
+        name: _feature(schema, name, histories[name] if name in histories else _column(schema, column, frame, rows))
+        for name, column in schema.feature_columns.items()
+    }
+    core = {f"label.{name}": _label(schema, frame, name, young) for name in schema.tasks}
+    core["weight"] = _weight(schema, frame)
+    core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
+    core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
+    core[SPLIT] = _split(schema, frame, rows, core["event_time"])
+    table = pa.table(columns | {name: series.rechunk().to_arrow() for name, series in core.items()})
+    reason = _faults(schema, table, core)
+    if schema.source.outcomes:
+        key = str(schema.source.key)
+        missing = pl.Series(_arrow(_column(schema, key, frame, rows)).is_null())
+        reason = _either(reason, missing, pl.lit(f"{key}: missing key"))
+    bad = reason.is_not_null().to_numpy()
+    keep, left_out = ~bad, {}
+    for name, young_B in young.items():
+        if schema.source.outcomes[name].young == "leave_out":
+            left_out[f"window of {name} still open"] = int((young_B & keep).sum())
+            keep &= ~young_B
+    found = letters()
+    if bad.any():
+        cells = as_json(rows.drop_columns([LINE, ROW]).filter(pa.array(bad)))
+        found = letters(rows[LINE].to_numpy()[bad], reason.filter(pl.Series(bad)), cells)
+    return Parsed(table if keep.all() else table.filter(pa.array(keep)), found, left_out)
+
+
+def column(schema: Schema, rows: pa.Table, name: str) -> pa.Array:
+    """A raw or derived column of typed rows, ids as plain text. Raises UserError where it holds lists."""
+    return _arrow(view(schema, rows, None, (), (name,))[name])
+
+
+def event_time(schema: Schema, rows: pa.Table) -> pa.Array:
+    """When each of typed rows happened, in whole seconds. Raises UserError where the column is of another type."""
+    frame = view(schema, rows, None, (), (str(schema.event_time),))
+    return _arrow(_whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series()))
+
+
+def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
+    """A SQL expression over the columns of a block, one value a row.
+
+    Raises:
+        UserError: the expression does not fit the columns (no such column, wrong type).
+    """
+    try:
+        series = frame.select(pl.sql_expr(expression).alias(name)).to_series()
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{key}: {expression!r} cannot be computed: {str(error).splitlines()[0]}") from None
+    return series if series.len() == frame.height else series.new_from_index(0, frame.height)
+
+
+def truth(frame: pl.DataFrame, key: str, expression: str) -> pl.Series:
+    """A SQL condition, false where it is null. Raises UserError where it is text."""
+    return _number(frame, key, expression, "truth").cast(pl.Boolean).fill_null(False)
+
+
+def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
+    """`evaluate`, where text is not a value. Raises UserError."""
+    series = evaluate(frame, key, expression, name)
+    if series.dtype.is_nested():
+        raise UserError(f"{key}: {expression!r} is {series.dtype}: it must be a number")
+    if series.dtype == pl.String:
+        raise UserError(f"{key}: {expression!r} is text: compare it with a value, or set source.types")
+    return series.cast(pl.Float32)
+
+
+def _feature(schema: Schema, name: str, values: pl.Series | pa.Array) -> pa.Array:
+    """A feature's column as `parse` returns it. Raises UserError for one that is not of the type that its use needs."""
+    if name in schema.bag:
+        return listed(_arrow(values), schema.bag[name])
+    kind, column = "dense" if name in schema.dense else "categorical", schema.feature_columns[name]
+    if kind == "categorical" and name not in _binned(schema):
+        if _is_nested(values):
+            raise UserError(f"categorical.{name}: column {column} holds lists: make it a bag")
+        return as_ids(values)
+    series = values if isinstance(values, pl.Series) else pl.Series(values)
+    if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
+        raise UserError(f"{kind}.{name}: column {column} is {series.dtype}, it must be a number")
+    return series.cast(pl.Float64).rechunk().to_arrow()
+
+
+def _binned(schema: Schema) -> list[str]:
+    """The features whose numbers are looked up by bins."""
+    return [name for name in schema.categorical if schema.all_tables[schema.table_of(name)].bins]
+
+
+def _is_nested(values: pl.Series | pa.Array) -> bool:
+    """Whether a column has several values a row: lists or records."""
+    return values.dtype.is_nested() if isinstance(values, pl.Series) else pa.types.is_nested(values.type)
+
+
+def _column(schema: Schema, name: str, frame: pl.DataFrame, rows: pa.Table) -> pl.Series | pa.Array:
+    return frame[name] if name in schema.source.derived else _one(rows[name])
+
+
+def _arrow(values: pl.Series | pa.Array) -> pa.Array:
+    return values if isinstance(values, pa.Array) else values.rechunk().to_arrow()
+
+
+def _whole(
+    schema: Schema, key: str, name: str | None, frame: pl.DataFrame, rows: pa.Table, default: pl.Series
+) -> pl.Series:
+    """A column of whole numbers, if the schema names one. Raises UserError where it is of another type."""
+    if name is None:
+        return default
+    series = pl.Series(_column(schema, name, frame, rows))
+    if not series.dtype.is_integer():
+        raise UserError(f"{key}: column {name} is {series.dtype}, it must be an integer")
+    return series.cast(pl.Int64)
+
+
+def _label(schema: Schema, frame: pl.DataFrame, name: str, young: dict[str, np.ndarray]) -> pl.Series:
+    task = schema.tasks[name]
+    label = _number(frame, f"tasks.{name}.label", task.label, f"label.{name}")
+    reads = schema.outcomes_of(task.label)
+    if task.observed_when is not None:
+        observed = truth(frame, f"tasks.{name}.observed_when", task.observed_when)
+        label = label.set(~observed, None)
+        reads |= schema.outcomes_of(task.observed_when)
+    for outcome, young_B in young.items():
+        if outcome in reads and schema.source.outcomes[outcome].young == "unobserved":
+            label = label.set(pl.Series(young_B), None)
+    return label
+
+
+def _weight(schema: Schema, frame: pl.DataFrame) -> pl.Series:
+    if schema.weight is None:
+        return pl.Series([1.0], dtype=pl.Float32).new_from_index(0, frame.height)
+    return _number(frame, "weight", schema.weight, "weight")
+
+
+def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series) -> pl.Series:
+    split = schema.split
+    if isinstance(split, RowIndexSplit):
+        of_remainder = np.empty(split.modulo, np.int8)
+        for number, name in enumerate(SPLITS):
+            of_remainder[getattr(split, name)] = number
+        return pl.Series(of_remainder[rows[ROW].to_numpy() % split.modulo])
+    if isinstance(split, HashSplit):
+        column = _column(schema, split.key, frame, rows)
+        if _is_nested(column):
+            raise UserError(f"split.key: column {split.key} holds lists: name one with one value a row")
+        keys = as_ids(column)
+        share = hash_strings(keys.dictionary, HASH_SPLIT_SEED) / 2.0**64
+        code = np.where(share < split.test, 2, np.where(share < split.test + split.valid, 1, 0)).astype(np.int8)
+        return pl.Series(pa.array(code).take(keys.indices))
+    valid_from, test_from = (math.ceil(moment.timestamp()) for moment in (split.valid_from, split.test_from))
+    return (time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)
+
+
+def _faults(schema: Schema, rows: pa.Table, core: dict[str, pl.Series]) -> pl.Series:
+    """Per row what makes it unusable, null where all is well."""
+    reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
+    for name in [*schema.dense, *_binned(schema)]:
+        # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
+        span = pc.min_max(rows[name]).as_py()
+        if max(-(span["min"] or 0.0), span["max"] or 0.0) > LARGEST:
+            x = pl.Series(rows[name])
+            reason = _either(reason, x.abs() > LARGEST, pl.format(f"{name}: {{}} is not a finite number", x))
+    for name, task in schema.tasks.items():
+        label = core[f"label.{name}"]
+        allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()
+        words = "a label in [0, 1]" if task.kind == "binary" else "a finite label"
+        reason = _either(reason, ~allowed, pl.format(f"tasks.{name}: {{}} is not {words}", label))
+    weight = core["weight"]
+    said = pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
+    reason = _either(reason, ~(weight.is_finite() & (weight >= 0)).fill_null(False), said)
+    reason = _either(reason, core[SPLIT].is_null(), pl.lit("split: its key or time is missing"))
+    if schema.event_time:
+        reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
+    if column := schema.source.row_id:
+        reason = _either(reason, core[ROW_ID].is_null(), pl.lit(f"{column}: missing row id"))
+        # -1 marks the padding of a batch.
+        reason = _either(reason, core[ROW_ID] < 0, pl.format(f"{column}: {{}} is not a row id >= 0", core[ROW_ID]))
+    return reason
+
+
+def _either(reason: pl.Series, wrong: pl.Series, said: pl.Expr) -> pl.Series:
+    """The reasons, and for rows that are wrong and have none yet what is said of them."""
+    if not wrong.any():
+        return reason
+    return pl.select(pl.when(reason.is_null() & wrong).then(said).otherwise(reason)).to_series()
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
+    return (
+        column.chunk(0)
+        if column.num_chunks == 1
+        else column.combine_chunks()
+        if column.num_chunks
+        else pa.array([], column.type)
+    )
+
+
+def _decoded(rows: pa.Table) -> pa.Table:
+    """Codes as the text they stand for."""
+    for index, field_ in enumerate(rows.schema):
+        if pa.types.is_dictionary(field_.type):
+            rows = rows.set_column(index, field_.name, rows[field_.name].cast(pa.large_string()))
+    return rows
+
+
+def _is_text(array: pa.Array) -> bool:
+    return pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_null(array.type)

@@ -1,0 +1,1 @@
+"""The schema: what a row of a log means."""

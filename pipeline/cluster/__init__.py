@@ -1,0 +1,1 @@
+"""Cluster backends: where a job is submitted."""

@@ -1,0 +1,1 @@
+"""A dataset on disk: its manifest, how it is opened and read, verified and described."""

@@ -1,0 +1,1 @@
+"""A dataset's card: statistics of its train split, and drift from an earlier dataset."""

@@ -1,0 +1,292 @@
+"""The loader: global batches that depend on dataset, seed and epoch alone, never on how many ranks share them.
+
+An epoch permutes the row groups of a split and cuts their rows, end to end, into L lanes of equal length. A lane is
+read in order, shuffled within windows. Every global batch takes the same number of rows from each lane; rank r of R
+owns the lanes l with l mod R = r. So the position of a run is one cursor a lane, whatever R is. Of a dataset of several
+days each day is permuted and cut by itself, and a lane reads its part of one day after that of the day before.
+"""
+
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from features.batch import Batch, Rows
+from features.errors import UserError
+from features.schema.schema import Split
+from pipeline.dataset.dataset import Dataset, footer_sha256
+
+
+@dataclass
+class Position:
+    """How far a run has read: rows consumed of each lane in an epoch."""
+
+    epoch: int = 0
+    cursors: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start .. stop - 1 of a row group, named by its place in the split."""
+
+    group: int
+    start: int
+    stop: int
+
+
+class Loader:
+    """Batches of one split for one rank.
+
+    Args:
+        dataset: an opened dataset.
+        split: whose rows.
+        batch_size: rows of a global batch, over all ranks.
+        lanes: L; batch_size and every rank count used must divide accordingly.
+        seed: of the shuffles.
+        rank, ranks: which share of each global batch is ours.
+        window: rows of a lane that are shuffled together, 0 for the dataset's order.
+        ahead: batches decoded in advance.
+        max_corrupt: share of the split's rows that may be in row groups whose content is damaged. They become rows that count
+            in nothing, which keeps all others in their places; each rank says it once a row group.
+
+    Raises:
+        UserError: an empty split, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        batch_size: int,
+        lanes: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        window: int = 0,
+        ahead: int = 4,
+        max_corrupt: float = 0.0,
+    ) -> None:
+        if lanes % ranks:
+            raise UserError(f"lanes={lanes} is no multiple of the {ranks} ranks. Set train.lanes to one.")
+        if batch_size % lanes:
+            raise UserError(
+                f"batch_size={batch_size} is no multiple of lanes={lanes}: every batch takes equally from each."
+            )
+        self.dataset, self.schema, self.shards = dataset, dataset.schema, dataset.shards(split)
+        self.lanes, self.seed, self.rank, self.ranks = lanes, seed, rank, ranks
+        self.share, self.size = batch_size // lanes, batch_size // ranks
+        self.window, self.ahead = window, ahead
+        self.max_corrupt, self.corrupt = max_corrupt, set[int]()
+        groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
+        self.groups = [(shard.path, index) for shard, index, _ in groups]
+        self.row_id_offsets = {shard.path: dataset.row_id_offset(shard) for shard in self.shards}
+        self.group_rows = np.array([rows for *_, rows in groups], np.int64)
+        self.rows = int(self.group_rows.sum())
+        day_G = np.array([dataset.day_of(shard) for shard, *_ in groups])
+        self.day_names: list[str] = list(dict.fromkeys(day_G.tolist()))
+        self.days = [np.flatnonzero(day_G == day) for day in self.day_names]
+        rows_S = np.array([self.group_rows[day].sum() for day in self.days])
+        self.starts_S = np.cumsum(rows_S) - rows_S
+        self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
+        self.lengths = np.diff(self.bounds_SL).sum(axis=0)
+        self.columns = [*self.schema.dense_columns, *self.schema.sparse, *(f"label.{t}" for t in self.schema.tasks)]
+        self._open = lru_cache(maxsize=64)(self._open_shard)
+
+    def start(self, epoch: int = 0) -> Position:
+        """The position at an epoch's begin."""
+        return Position(epoch, [0] * self.lanes)
+
+    def after(self, position: Position, steps: int = 1) -> Position:
+        """The position `steps` global batches further on in the same epoch."""
+        cursors = np.minimum(np.array(position.cursors) + steps * self.share, self.lengths)
+        return Position(position.epoch, cursors.tolist())
+
+    def day(self, position: Position) -> str:
+        """The day that the next batch begins in, by its first lane; the empty text where there are no days."""
+        ends = np.diff(self.bounds_SL)[:, 0].cumsum()
+        place = int(np.searchsorted(ends, position.cursors[0], "right"))
+        return self.day_names[min(place, len(self.days) - 1)]
+
+    def steps(self, position: Position) -> int:
+        """Global batches from a position to its epoch's end: the same number for every rank."""
+        left = self.lengths - np.array(position.cursors)
+        return int(-(-left.max() // self.share))
+
+    def batches(self, position: Position) -> Iterator[Batch]:
+        """This rank's share of each global batch from `position` to its epoch's end, decoded ahead in a thread.
+
+        Raises:
+            UserError: a shard that cannot be read, or a position of another number of lanes.
+        """
+        if len(position.cursors) != self.lanes:
+            raise UserError(
+                f"the run reads {len(position.cursors)} lanes, train.lanes={self.lanes}: lanes cannot change."
+            )
+        return in_background(self._batches(position), self.ahead)
+
+    def _batches(self, position: Position) -> Iterator[Batch]:
+        order = np.arange(len(self.groups))
+        if self.window:
+            shuffle = np.random.default_rng([self.seed, position.epoch])
+            order = np.concatenate([shuffle.permutation(day) for day in self.days])
+        ours = range(self.rank, self.lanes, self.ranks)
+        lanes = [_Buffer(self._windows(order, position, lane)) for lane in ours]
+        for _ in range(self.steps(position)):
+            parts = [part for lane in lanes for part in lane.take(self.share)]
+            rows = Rows.concat(parts) if parts else lanes[0].nothing
+            yield rows.batch(self.schema, self.size)
+
+    def _windows(self, order: np.ndarray, position: Position, lane: int) -> Iterator[Rows]:
+        """A lane's rows from its cursor on, window by window."""
+        length, cursor = int(self.lengths[lane]), position.cursors[lane]
+        edges = self._edges(lane)
+        held: dict[int, Rows] = {}
+        for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+            if stop <= cursor and stop < length:
+                continue
+            pieces = self._pieces(order, lane, start, stop)
+            held = {p.group: held.get(p.group) or self._decode(p.group) for p in pieces}
+            parts = [held[p.group].slice(p.start, p.stop) for p in pieces]
+            rows = Rows.concat(parts) if parts else self._decode(0).slice(0, 0)
+            if self.window:
+                shuffle = np.random.default_rng([self.seed, position.epoch, lane, index])
+                rows = rows.take(torch.from_numpy(shuffle.permutation(len(rows))))
+            yield rows.slice(min(max(cursor - start, 0), len(rows)), len(rows))
+
+    def _edges(self, lane: int) -> list[int]:
+        """Where windows begin in a lane, and its end; none goes over the end of a day."""
+        size, edges, begin = self.window or 1 << 14, [0], 0
+        for rows in np.diff(self.bounds_SL)[:, lane].tolist():
+            # Lanes begin with windows of unlike size, so that they do not all have to be refilled at the same step.
+            edges += [*range(begin + max(1, size * (lane + 1) // self.lanes), begin + rows, size), begin + rows]
+            begin += rows
+        return edges
+
+    def _pieces(self, order: np.ndarray, lane: int, start: int, stop: int) -> list[Piece]:
+        """The parts of row groups that hold rows start .. stop - 1 of a lane."""
+        pieces, begin = [], 0
+        for first, bounds_L in zip(self.starts_S, self.bounds_SL, strict=True):
+            low, high = first + bounds_L[lane], first + bounds_L[lane + 1]
+            ours = max(low, low + start - begin), min(high, low + stop - begin)
+            pieces += self._pieces_of(order, *map(int, ours)) if ours[0] < ours[1] else []
+            begin += high - low
+        return pieces
+
+    def _pieces_of(self, order: np.ndarray, start: int, stop: int) -> list[Piece]:
+        """The parts of row groups that hold rows start .. stop - 1 of the permuted split."""
+        ends = np.cumsum(self.group_rows[order])
+        pieces = []
+        for place in range(int(np.searchsorted(ends, start, "right")), len(order)):
+            begin = int(ends[place] - self.group_rows[order[place]])
+            if begin >= stop:
+                break
+            pieces.append(Piece(int(order[place]), max(start - begin, 0), min(stop, int(ends[place])) - begin))
+        return pieces
+
+    def _open_shard(self, path: str) -> pq.ParquetFile:
+        whole = self.dataset.path / path
+        if footer_sha256(whole) != next(shard.footer_sha256 for shard in self.shards if shard.path == path):
+            raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
+        file = pq.ParquetFile(whole, memory_map=True, page_checksum_verification=True)
+        if file.schema_arrow != self.dataset.columns:
+            raise pa.ArrowInvalid("its columns are not the schema's")
+        return file
+
+    def _decode(self, group: int) -> Rows:
+        path, index = self.groups[group]
+        try:
+            table = self._open(path).read_row_group(index, [*self.columns, "weight", "row_id"], use_threads=False)
+        except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
+            reason = " ".join(str(error).split())[:200]
+            what = f"{self.dataset.path / path}, row group {index}: cannot be read ({reason})"
+            gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none
+            if gone or not self.max_corrupt:
+                raise UserError(
+                    f"{what}: the file changed after it was written. Restore it, run jobs.preprocess again, or leave its "
+                    "rows out with train.corrupt=skip."
+                ) from None
+            return self._blank(group, what)
+        rows = Rows.decode(table, self.schema)
+        if offset := self.row_id_offsets[path]:
+            rows.row_id_N += offset
+        return rows
+
+    def _blank(self, group: int, what: str) -> Rows:
+        if group not in self.corrupt:
+            self.corrupt.add(group)
+            print(f"{what}: its rows are left out", file=sys.stderr, flush=True)
+        lost = int(self.group_rows[list(self.corrupt)].sum())
+        if lost > self.max_corrupt * self.rows:
+            raise UserError(
+                f"{what}: {lost:,} of {self.rows:,} rows cannot be read, more than train.max_corrupt={self.max_corrupt:g} "
+                "allows. Restore the files, or run jobs.preprocess again."
+            )
+        return Rows.blank(self.schema, int(self.group_rows[group]))
+
+
+class _Buffer:
+    """Takes rows from a stream of windows, as many at a time as asked for."""
+
+    def __init__(self, windows: Iterator[Rows]) -> None:
+        self.windows, self.rows, self.used = windows, next(windows), 0
+
+    @property
+    def nothing(self) -> Rows:
+        return self.rows.slice(0, 0)
+
+    def take(self, count: int) -> list[Rows]:
+        parts = []
+        while count:
+            if self.used == len(self.rows):
+                following = next(self.windows, None)
+                if following is None:
+                    break
+                self.rows, self.used = following, 0
+                continue
+            stop = min(self.used + count, len(self.rows))
+            parts.append(self.rows.slice(self.used, stop))
+            count -= stop - self.used
+            self.used = stop
+        return parts
+
+
+def in_background(items: Iterator[Batch], ahead: int) -> Iterator[Batch]:
+    """The items, made in a thread up to `ahead` of their use; an error there is raised here."""
+    made: queue.Queue[Batch | BaseException | None] = queue.Queue(max(ahead, 1))
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def make() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # a thread's error would go unseen
+            put(error)
+
+    thread = threading.Thread(target=make, daemon=True, name="loader")
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

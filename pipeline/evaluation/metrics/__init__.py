@@ -1,0 +1,1 @@
+"""Metrics per task: one file a family."""

@@ -1,0 +1,1 @@
+"""Raw file formats: one file a format."""

@@ -1,0 +1,123 @@
+"""A run directory: its configuration, its schema, its checkpoints, its metrics, and whether it still goes on."""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from pydantic import BaseModel
+
+from features.errors import UserError
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import write_json
+
+
+class Status(BaseModel):
+    """What the trainer last said of itself: state (training, finished, failed, preempted), step, time (s since 1970)."""
+
+    state: str
+    step: int
+    steps: int
+    time: float
+
+
+class Run:
+    """The paths of a run below its folder, and what is read and written there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.train_metrics = path / "metrics" / "train.jsonl"
+        self.progressive = path / "metrics" / "progressive.jsonl"
+        self.eval_metrics = path / "metrics" / "eval.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.report = path / "report.html"
+
+    def create(self, config: dict[str, Any], schema: Schema) -> None:
+        """Makes the folders and writes config.yaml and schema.yaml, each whole or not at all."""
+        for folder in (self.checkpoints, self.train_metrics.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        contents = {"config.yaml": config, "schema.yaml": schema.model_dump(mode="json", exclude_unset=True)}
+        for name, content in contents.items():
+            aside = self.path / f".{name}.{os.getpid()}"
+            aside.write_text(yaml.safe_dump(content, sort_keys=False))
+            aside.rename(self.path / name)
+
+    def config(self) -> dict[str, Any]:
+        """The configuration it was trained with. Raises UserError where there is no run."""
+        try:
+            return yaml.safe_load((self.path / "config.yaml").read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path}: no run (config.yaml is missing). Start one with jobs.train run={self.path}."
+            ) from None
+
+    def schema(self) -> Schema:
+        """The schema it was trained with, and of its tasks those it was trained on."""
+        return Schema.load(self.path / "schema.yaml").only(self.config().get("tasks"))
+
+    def lock(self, name: str, why: str) -> IO[str]:
+        """A lock held until the file returned is closed or its process ends. Raises UserError where another holds it."""
+        self.eval_metrics.parent.mkdir(parents=True, exist_ok=True)
+        file = (self.eval_metrics.parent / f".{name}.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
+        return file
+
+    def say(self, state: str, step: int, steps: int) -> None:
+        """Notes that the run is alive, or how it ended; a full disk does not stop it."""
+        status = Status(state=state, step=step, steps=steps, time=time.time())
+        with suppress(OSError):
+            write_json(self.path / "status.json", status.model_dump())
+
+    def status(self) -> Status | None:
+        """The last note, None before the first."""
+        try:
+            return Status.model_validate_json((self.path / "status.json").read_text())
+        except FileNotFoundError:
+            return None
+
+
+def config_hash(config: Any) -> str:
+    """16 hex digits that identify a configuration, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line and flushes it to disk, after cutting off what a killed writer may have left of its last."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(max(0, end - (1 << 20)))
+            tail = file.read()
+            if not tail.endswith(b"\n"):
+                file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole JSON lines of a file, none where it does not exist."""
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drops the lines past a step: a run that goes on from a checkpoint writes them again."""
+    kept = [line for line in read_lines(path) if line["step"] <= last_step]
+    if path.exists():
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.rename(path)

@@ -1,0 +1,1 @@
+"""Which architecture: models compared on one dataset."""

@@ -1,0 +1,1 @@
+"""Event logs whose true probabilities are known."""

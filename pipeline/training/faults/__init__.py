@@ -1,0 +1,1 @@
+"""What can go wrong while training, and how the ranks agree on it."""

@@ -1,0 +1,1 @@
+"""Distribution, applied to a model from outside."""

@@ -1,0 +1,103 @@
+"""Trained single-task models for a model that is fused from them: looked up when a run begins, their weights taken over."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from features.errors import UserError
+from models.emm import PERCEPTRONS, EMMSettings, FusedRanker, Source
+from models.ranker import ModelConfig, Ranker
+from pipeline.dataset.dataset import Dataset
+from pipeline.run.checkpoint import checkpoint
+from pipeline.run.run import Run
+from pipeline.training.config import TrainConfig
+from pipeline.training.restore import warm_start
+
+
+def resolved(config: TrainConfig, dataset: Dataset, held: ExitStack) -> TrainConfig:
+    """The same with `model.from` looked up into `model.fusion.sources`, from which alone the model can be built.
+
+    A run that goes on keeps the sources it began with, even where those runs have gone on as well, or are gone. Every rank
+    calls it; rank 0 looks.
+
+    Args:
+        held: until it is closed, the checkpoints that were looked up are not deleted.
+    Raises:
+        UserError: a run that is no single-task perceptron of this dataset, or a task without one.
+    """
+    if config.model.fusion.get("name") != "emm":
+        if config.model.from_:
+            raise UserError(
+                "model.from: only fusion emm is made of other runs. To start from one's weights: train.init_from"
+            )
+        return config
+    if EMMSettings.of(config.model).sources:
+        return config
+    names = [str(Path(name).absolute()) for name in config.model.from_ or []]
+    sources = warm_start.agreed(lambda: _earlier(Run(config.run), names) or _found(names, dataset, held))
+    choice = {"from_": names, "fusion": config.model.fusion | {"sources": sources}}
+    return config.model_copy(update={"model": config.model.model_copy(update=choice)})
+
+
+def _earlier(run: Run, names: list[str]) -> list[dict[str, Any]] | None:
+    """The sources of a run that has begun from the same ones."""
+    if not checkpoint.steps(run.checkpoints):
+        return None
+    model = run.config()["model"]
+    return model["fusion"]["sources"] if model.get("from") == names else None
+
+
+def _found(names: list[str], dataset: Dataset, held: ExitStack) -> list[dict[str, Any]]:
+    sources = [_source(name, dataset, held) for name in names]
+    if missing := [task for task in dataset.schema.tasks if task not in {source.task for source in sources}]:
+        raise UserError(
+            f"model.from: no model of {', '.join(missing)} among {names}. Train one with tasks=[{missing[0]}], or leave the "
+            "task out with tasks."
+        )
+    return [source.model_dump(mode="json", by_alias=True) for source in sources]
+
+
+def _source(name: str, dataset: Dataset, held: ExitStack) -> Source:
+    """What RUN or RUN@STEP was, if its kind is one that can be fused."""
+    folder, _, number = name.rpartition("@")
+    run, step = (Run(Path(folder)), int(number)) if folder and number.isdecimal() else (Run(Path(name)), None)
+    config, tasks = run.config(), list(run.schema().tasks)
+    path = warm_start.newest(run, dataset, "model.from", held, step)
+    model = ModelConfig.model_validate(config["model"])
+    kind = model.fusion["name"]
+    wrong = None
+    if len(tasks) != 1:
+        wrong = f"was trained for {', '.join(tasks)}; a source has one task, as with tasks=[{tasks[0]}]"
+    elif tasks[0] not in dataset.schema.tasks:
+        wrong = f"was trained for {tasks[0]}, which is none of this job's tasks: {', '.join(dataset.schema.tasks)}"
+    elif kind not in PERCEPTRONS:
+        wrong = f"has fusion {kind}; a source is a plain stack of layers, one of {', '.join(PERCEPTRONS)}"
+    elif model.calibration != "none":
+        wrong = f"has calibration {model.calibration}; a source has none, the fused model may"
+    if wrong:
+        raise UserError(f"model.from: {run.path} {wrong}.")
+    return Source(run=str(run.path), step=checkpoint.read(path).step, task=tasks[0], model=model)
+
+
+def load(ranker: Ranker, state: dict[str, Tensor]) -> list[str]:
+    """Fills what a fused model has of its sources, on any number of ranks, each of which reads its own part.
+
+    Args:
+        state: the model's, by name; filled in place.
+    Returns: how each source was cut, in lines.
+    Raises:
+        UserError: a checkpoint that is gone or does not fit.
+    """
+    if not isinstance(ranker, FusedRanker):
+        return []
+    sources, fusion = ranker.settings.sources, ranker.fusion
+    for source, names in zip(sources, ranker.origins(), strict=False):
+        path = checkpoint.folder(Run(Path(source.run)).checkpoints, source.step)
+        checkpoint.load(path, {"model": {theirs: state[ours] for ours, theirs in names.items()}})
+    lines = [f"fuses {len(sources)} models in {len(fusion.levels)} levels:"]
+    for source, widths, remainder in zip(sources, fusion.widths, fusion.remainders, strict=True):
+        parts = ["-".join(str(width) for width in part) for part in [*widths, remainder]]
+        lines.append(f"  {source.name}, step {source.step}: {' | '.join(parts)}")
+    return lines
