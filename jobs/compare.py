@@ -27,9 +27,10 @@ from omegaconf import DictConfig
 
 from features.errors import UserError
 from jobs.entry import job
-from pipeline.dataset.dataset import Dataset, write_json
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.run import Run, read_lines
+from pipeline.dataset.dataset import Dataset
+from pipeline.run import checkpoint
+from pipeline.run.run import Run
+from pipeline.storage.files import read_lines, write_json, write_text
 
 SOURCES: defaultdict[int, Lock] = defaultdict(Lock)  # by seed
 
@@ -68,7 +69,7 @@ def main(config: DictConfig) -> None:
 def _run(config: DictConfig, data: Path, name: str, seed: int) -> tuple[dict[str, Any], Path]:
     """One run from nothing (or where it stopped) to the test metrics and predictions of its best checkpoint."""
     from pipeline.evaluation import predictions
-    from pipeline.evaluation.scorer import EvaluateConfig, dataset_of
+    from pipeline.evaluation.follow import EvaluateConfig, dataset_of
     from pipeline.run import records
     from pipeline.search import comparison
 
@@ -167,7 +168,7 @@ def _report(config: DictConfig, entries: list[Any], baseline: Any, dataset: Data
     write_json(folder / "compare.json", {entry.name: entry.runs for entry in entries})
     comparison.parquet(entries, baseline, tasks, folder / "compare.parquet")
     comparison.picture(entries, baseline, tasks).savefig(folder / "compare.png", dpi=120)
-    (folder / "compare.md").write_text(comparison.tables(entries, baseline, tasks, "github") + "\n")
+    write_text(folder / "compare.md", comparison.tables(entries, baseline, tasks, "github") + "\n")
     print(comparison.tables(entries, baseline, tasks, "simple"))
     print(
         f"\n{config.seeds} seeds, mean±deviation on the test split; % is the difference to {baseline.name}, ± half its 95%"

@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import json
 import os
 import signal
 import sys
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
+from pipeline.storage.files import write_json
 
 CONF = Path(__file__).parent / "conf"
 PREEMPTED = os.EX_TEMPFAIL  # 75, which tells a scheduler that the job can go on
@@ -51,9 +51,7 @@ def leave_note(state: State) -> None:
     note = Note(state, int(env["TORCHELASTIC_RESTART_COUNT"]), os.getpid(), int(env["LOCAL_WORLD_SIZE"]))
     path = Path(folder) / env["LOCAL_RANK"]
     with suppress(OSError):  # a full disk: the exit code says the same, if less surely
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps(note))
-        aside.replace(path)
+        write_json(path, note)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from jobs.entry import job, parse
 @job("evaluate")
 def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report."""
+    from pipeline.evaluation.follow import EvaluateConfig, dataset_of, evaluate
     from pipeline.evaluation.report import report
-    from pipeline.evaluation.scorer import EvaluateConfig, dataset_of, evaluate
     from pipeline.run.run import Run
 
     if "data" in config and "truth" in config.data and config.truth is None:

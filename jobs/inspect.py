@@ -13,11 +13,13 @@ from tabulate import tabulate
 
 from features.errors import UserError
 from jobs.entry import user_errors
+from pipeline.dataset.card.card import read_card
 from pipeline.dataset.card.page import page
-from pipeline.dataset.card.statistics import read_card
 from pipeline.dataset.card.tables import tables
-from pipeline.dataset.dataset import Dataset, day_ranges
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.days import day_ranges
 from pipeline.dataset.verify import verify
+from pipeline.storage.files import write_text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,7 +61,7 @@ def inspect(path: Path, html: Path | None, check: bool) -> None:
     name = path.resolve().name
     file = html or path.resolve().with_name(f"{name}.card.html")
     try:
-        file.write_text(page(name, dataset.manifest, card), encoding="utf-8")
+        write_text(file, page(name, dataset.manifest, card))
     except OSError as error:
         raise UserError(f"{file}: the page cannot be written ({error.strerror}). Say --html FILE.") from None
     print(f"page      {file}")

@@ -13,8 +13,9 @@ from datetime import datetime, timezone
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
-from pipeline.dataset.card.statistics import read_card
-from pipeline.ingest.job import PreprocessConfig, preprocess
+from pipeline.dataset.card.card import read_card
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.job import preprocess
 
 
 @job("preprocess")

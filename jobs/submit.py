@@ -18,8 +18,10 @@ from omegaconf import DictConfig
 from pydantic import model_validator
 
 from jobs.entry import job, parse
-from pipeline.cluster.kubernetes import INSTANCE, Job, Workload, claims, objects, to_yaml
+from pipeline.cluster.base import Job, Workload
+from pipeline.cluster.kubernetes import INSTANCE, claims, objects, to_yaml
 from pipeline.cluster.kubernetes_client import create
+from pipeline.storage.files import write_text
 
 # The base runs the demo on the two claims: enough to see a new cluster work, and what an overlay replaces first.
 DEMO: dict[Job, list[str]] = {
@@ -90,7 +92,7 @@ def run(work: Submission) -> None:
     if work.base:
         work.base.mkdir(parents=True, exist_ok=True)
         for name, text in base_files(work).items():
-            (work.base / name).write_text(text)
+            write_text(work.base / name, text)
         print(f"wrote {work.base}: kubectl apply -k {work.base}")
     elif work.cluster == "local":
         command = local_command(work)

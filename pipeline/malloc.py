@@ -5,7 +5,7 @@ import ctypes
 import pyarrow as pa
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Has glibc keep what is freed for the next block or step, where else it goes back to the system and faults in again."""
     mmap_threshold, trim_threshold = -3, -1  # as in malloc.h
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -13,7 +13,7 @@ def keep_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """What was kept goes back to the system: what comes next needs other blocks."""
     pa.default_memory_pool().release_unused()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

@@ -88,7 +88,8 @@ def small_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_dataset(small_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset of `small_log` in its order, in row groups of 32 and shards of 100. Copy it to change it."""
     from features.schema.schema import Schema
-    from pipeline.ingest.job import PreprocessConfig, preprocess
+    from pipeline.ingest.config import PreprocessConfig
+    from pipeline.ingest.job import preprocess
 
     out = tmp_path_factory.mktemp("small") / "dataset"
     config = PreprocessConfig(input=str(small_log), out=out, order="input", rows_per_row_group=32, rows_per_shard=100)

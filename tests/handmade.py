@@ -12,8 +12,9 @@ import yaml
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.schema.schema import SPLITS, Schema
-from pipeline.dataset.card.statistics import card
-from pipeline.dataset.dataset import Letters, Manifest, Shard, footer_sha256, sha256
+from pipeline.dataset.card.card import card
+from pipeline.dataset.manifest import Letters, Manifest, Shard, footer_sha256
+from pipeline.storage.files import sha256
 
 CONTENT: dict[str, Any] = {
     "source": {

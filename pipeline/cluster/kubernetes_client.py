@@ -10,7 +10,8 @@ from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
-from pipeline.cluster.kubernetes import Workload, objects
+from pipeline.cluster.base import Workload
+from pipeline.cluster.kubernetes import objects
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 ANSWER_S = 30  # longer, and the cluster does not answer

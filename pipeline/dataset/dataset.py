@@ -1,90 +1,22 @@
-"""A dataset on disk: sharded Parquet with a manifest that is written last, and nothing that is half there."""
+"""A dataset on disk: opened with its schema and encoders, and committed whole or not at all."""
 
 import copy
-import ctypes
 import hashlib
-import json
-import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, timedelta
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
 from features.schema.schema import SPLITS, Schema, Split
-
-VERSION = 2
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
-DAY_STRIDE = 1 << 56  # between the row ids of days: room for 65,536 files, each of which has 1 << 40
-MAX_DAYS = (1 << 63) // DAY_STRIDE
-
-
-class Shard(BaseModel):
-    """One Parquet file.
-
-    Attributes:
-        path: relative to the dataset.
-        row_groups: rows of each row group, in order.
-        sha256, footer_sha256: of the whole file, and of the part that says where columns lie.
-        observed, positives: per task, rows with a label and the sum of the labels.
-    """
-
-    path: str
-    split: Split
-    rows: int
-    bytes: int
-    sha256: str
-    footer_sha256: str
-    row_groups: list[int]
-    observed: dict[str, int]
-    positives: dict[str, float]
-
-
-class Letters(BaseModel):
-    """One Parquet file of dead letters, rows of a raw file that could not be used: stream, file, line, reason, raw."""
-
-    path: str
-    stream: str
-    rows: int
-    bytes: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What is in a dataset, and where every raw row went.
-
-    A stream is `impressions` or the name of an outcome. For impressions, `read` is the sum of `rows`, `left_out` and the
-    rows of their dead letters; for an outcome, of its `outcomes` and the rows of its dead letters.
-
-    Attributes:
-        rows, observed, positives: per split, and per split and task.
-        read: rows found in the raw files per stream, lines that are no rows among them.
-        left_out: impressions that a rule of the schema left out, by rule.
-        outcomes: per outcome its rows by what became of them: joined, duplicate, early, late, unmatched.
-        complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
-        dead_letters: bad rows of all streams by reason.
-        letters: the files that hold them.
-    """
-
-    version: int = VERSION
-    fingerprint: str
-    rows: dict[Split, int]
-    observed: dict[Split, dict[str, int]]
-    positives: dict[Split, dict[str, float]]
-    read: dict[str, int]
-    left_out: dict[str, int]
-    outcomes: dict[str, dict[str, int]]
-    complete_until: dict[str, int] = {}
-    dead_letters: dict[str, int]
-    letters: list[Letters]
-    shards: list[Shard]
+from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges
+from pipeline.dataset.manifest import VERSION, Manifest, Shard, _totals, merge_manifests
+from pipeline.storage.files import sha256, storage_of, write_json
 
 
 class Dataset:
@@ -203,20 +135,8 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
         )
     whole = copy.copy(first)
     whole.path, whole.days = path, [part.path.name for part in parts]
-    whole.manifest = _together({part.path.name: part.manifest for part in parts})
+    whole.manifest = merge_manifests({part.path.name: part.manifest for part in parts})
     return whole
-
-
-def day_ranges(folder: Path) -> list[str]:
-    """The days whose datasets lie in a folder, in order, as the ranges FIRST..LAST that `open_dataset` takes."""
-    days = sorted(day for file in folder.glob("*/manifest.json") if (day := _day(file.parent.name)))
-    ranges: list[list[date]] = []
-    for day in days:
-        if ranges and day == ranges[-1][1] + timedelta(days=1):
-            ranges[-1][1] = day
-        else:
-            ranges.append([day, day])
-    return [_span(first.isoformat(), last.isoformat()) for first, last in ranges]
 
 
 def _no_dataset(path: Path) -> str:
@@ -227,61 +147,6 @@ def _no_dataset(path: Path) -> str:
             f"days={ranges[0]}, or give it one: {path / ranges[0][:10]}."
         )
     return f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first."
-
-
-def _together(days: dict[str, Manifest]) -> Manifest:
-    """The manifest of days that are read as one: their counts added up, their files as seen from the folder of the days.
-
-    An outcome was complete until then in all of them, which is the earliest of their times.
-    """
-    manifests = list(days.values())
-    untils = [m.complete_until for m in manifests]
-    shards = [s.model_copy(update={"path": f"{day}/{s.path}"}) for day, m in days.items() for s in m.shards]
-    letters = [x.model_copy(update={"path": f"{day}/{x.path}"}) for day, m in days.items() for x in m.letters]
-    return Manifest(
-        fingerprint=manifests[0].fingerprint,
-        rows=_sums(m.rows for m in manifests),
-        observed=_totals(shards, "observed"),
-        positives=_totals(shards, "positives"),
-        read=_sums(m.read for m in manifests),
-        left_out=_sums(m.left_out for m in manifests),
-        outcomes={name: _sums(m.outcomes[name] for m in manifests) for name in manifests[0].outcomes},
-        complete_until={name: min(u[name] for u in untils) for name in untils[0] if all(name in u for u in untils)},
-        dead_letters=_sums(m.dead_letters for m in manifests),
-        letters=letters,
-        shards=shards,
-    )
-
-
-def _sums(counts: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
-    total: Counter[Any] = Counter()
-    for count in counts:
-        total.update(count)  # which keeps what is 0; + drops it
-    return dict(total)
-
-
-def _span(first: str, last: str) -> str:
-    return first if first == last else f"{first}..{last}"
-
-
-def _day(name: str) -> date | None:
-    """The day that a folder is named by, None where it is another word."""
-    try:
-        day = date.fromisoformat(name)
-    except ValueError:
-        return None
-    return day if day.isoformat() == name else None
-
-
-def _dates(days: str) -> list[str]:
-    first, _, last = days.partition("..")
-    try:
-        start, stop = date.fromisoformat(first), date.fromisoformat(last or first)
-    except ValueError as error:
-        raise UserError(f"days={days}: {error}. Write 2026-11-01..2026-11-21, or one day.") from None
-    if stop < start:
-        raise UserError(f"days={days}: the last day is before the first")
-    return [(start + timedelta(days=day)).isoformat() for day in range((stop - start).days + 1)]
 
 
 def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts: dict[str, Any]) -> Manifest:
@@ -313,67 +178,5 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
     )
     write_json(staging / "manifest.json", manifest.model_dump())
     shutil.rmtree(staging / "scratch", ignore_errors=True)
-    if out.exists():
-        exchange(staging, out)  # what stood there is now the staging folder, which its owner removes
-    else:
-        staging.rename(out)
-    flushed(out.parent)
+    storage_of(out).commit(staging, out)
     return manifest
-
-
-def exchange(one: Path, other: Path) -> None:
-    """Lets two folders change names in one step, where the system can (Linux: renameat2), else in two."""
-    both = [os.fsencode(path) for path in (one, other)]
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2") and libc.renameat2(AT_FDCWD, both[0], AT_FDCWD, both[1], RENAME_EXCHANGE) == 0:
-        return
-    aside = other.with_name(f"{other.name}.old-{os.getpid()}")
-    other.rename(aside)
-    one.rename(other)
-    aside.rename(one)
-
-
-def flushed(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _totals(shards: list[Shard], what: str) -> dict[Split, dict[str, float]]:
-    totals: dict[Split, dict[str, float]] = {}
-    for shard in shards:
-        sums = totals.setdefault(shard.split, dict.fromkeys(getattr(shard, what), 0))
-        for task, value in getattr(shard, what).items():
-            sums[task] += value
-    return totals
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes a JSON file aside, flushes it to disk and renames it into place: a reader sees all of it or none."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
-def footer_sha256(path: Path) -> str:
-    """Checksum of a Parquet file's footer: Parquet has them for pages only, and a footer says which column is which."""
-    with path.open("rb") as file:
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-min(8 + length, path.stat().st_size), os.SEEK_END)
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -21,7 +21,8 @@ import torch
 from features.batch import Batch, Rows
 from features.errors import UserError
 from features.schema.schema import Split
-from pipeline.dataset.dataset import Dataset, footer_sha256
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.manifest import footer_sha256
 
 
 @dataclass

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.schema.schema import SPLITS
-from pipeline.dataset.dataset import Dataset, Letters, Manifest, Shard, footer_sha256, sha256
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.manifest import Letters, Manifest, Shard, footer_sha256
+from pipeline.storage.files import sha256
 
 OWN = ("manifest.json", "schema.yaml", "statistics.json")  # beside encoders/
 AGAIN = "Restore it, or run jobs.preprocess again."

@@ -12,6 +12,7 @@ from torch import Tensor
 from features.batch import Batch
 from features.schema.schema import Schema, Split
 from pipeline.run.run import Run
+from pipeline.storage.local import replacing
 
 
 def path(run: Run, split: Split, step: int) -> Path:
@@ -30,11 +31,10 @@ def frame(batch: Batch, logit_BT: Tensor, schema: Schema) -> pl.DataFrame:
 
 
 def write(frames: list[pl.DataFrame], file: Path, source: dict[str, str] | None = None) -> None:
-    """Writes the rows aside and renames the file into place; `source` says of what they are, see `are_of`."""
+    """Writes the rows atomically; `source` says of what they are, see `are_of`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}")
-    pl.concat(frames).sort("row_id").write_parquet(aside, metadata=source)
-    aside.rename(file)
+    with replacing(file) as temporary:
+        pl.concat(frames).sort("row_id").write_parquet(temporary, metadata=source)
 
 
 def are_of(file: Path, source: dict[str, str]) -> bool:

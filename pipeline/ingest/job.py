@@ -5,101 +5,37 @@ Blocks of rows live and die inside one step, as Arrow columns from the reader to
 
 import datetime
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.runners.runner import create_runner
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
-from features.schema.schema import RowIndexSplit, Schema, utc
+from features.schema.schema import RowIndexSplit, Schema
 from features.schema.source import Outcome
-from pipeline.dataset.card.statistics import read_card
-from pipeline.dataset.dataset import Dataset, Letters, Manifest, Shard, commit
+from pipeline.dataset.card.card import read_card
+from pipeline.dataset.dataset import Dataset, commit
+from pipeline.dataset.manifest import Letters, Manifest, Shard
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
+from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.progress import Progress
+from pipeline.ingest.runners import _check_runner, _pipeline
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, Job, Work
 from pipeline.ingest.steps import write
 from pipeline.ingest.steps.steps import STEPS
-from pipeline.malloc import give_memory_back, keep_memory
+from pipeline.malloc import release_memory, tune_malloc
 from pipeline.terminal import quiet_children
 
-RUNNERS = {"portable": "PortableRunner", "flink": "FlinkRunner", "spark": "SparkRunner", "dataflow": "DataflowRunner"}
 UNPACKED = 5  # times as large a compressed file is taken to be
-
-
-class EncodersFrom(BaseModel):
-    """Whose encoders are used: those of the dataset `from`, or new ones."""
-
-    model_config = ConfigDict(extra="forbid")
-    from_: Path | None = Field(None, alias="from")
-
-
-class PreprocessConfig(BaseModel):
-    """Settings of jobs.preprocess.
-
-    Attributes:
-        input: folder below which the schema's files are, on any file system that fsspec knows.
-        out: the dataset to write.
-        date: one day: files whose pattern has {date} are those of that day, and the dataset is out/DATE.
-        encoders: from=DATASET uses its fitted encoders, None fits new ones (or takes those of the first day in `out`).
-        as_of: until when outcomes are complete; None: each stream's last one that belongs to an impression, and with `date`
-            the end of the last day whose files are there.
-        order: of the rows: shuffled by a hash, by time, or as they were read.
-        seed: of the shuffle.
-        runner: direct (on this machine), or the name of another Beam runner with its flags in `options`.
-        workers: processes of the direct runner.
-        options: flags for Beam, as its command line takes them.
-        rows_per_row_group, rows_per_shard: sizes of what is written; shuffled shards hold about as many rows.
-        unit_bytes: how much of the raw files a worker reads at a time; row ids (and so the shuffle) depend on it, unless the
-            schema names row_id.
-        bucket_bytes: about how much of the raw files goes into one bucket of a join.
-        max_bad_fraction: the job stops when a larger share of the rows is bad.
-        overwrite: replace a dataset that stands at `out`.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    input: str
-    out: Path
-    date: datetime.date | None = None
-    encoders: EncodersFrom = EncodersFrom()
-    as_of: Annotated[AwareDatetime | None, BeforeValidator(utc)] = None
-    order: write.Order = "shuffled"
-    seed: int = 0
-    runner: str = "direct"
-    workers: int = Field(1, ge=1)
-    options: list[str] = []
-    rows_per_row_group: int = Field(8192, ge=1)
-    rows_per_shard: int = Field(1 << 20, ge=1)
-    unit_bytes: int = Field(32 << 20, ge=1)
-    bucket_bytes: int = Field(128 << 20, ge=1)
-    max_bad_fraction: float = Field(0.001, ge=0, le=1)
-    overwrite: bool = False
-
-    @field_validator("out")
-    @classmethod
-    def _local(cls, out: Path) -> Path:
-        if re.match(r"\w+:/", str(out)):
-            raise ValueError(f"{out} is no path: a dataset is written to a file system that is mounted")
-        return out
-
-    @property
-    def folder(self) -> Path:
-        """Where the dataset comes to lie."""
-        return self.out / self.date.isoformat() if self.date else self.out
 
 
 def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
@@ -237,8 +173,8 @@ class StepFn(beam.DoFn):
 
     def setup(self) -> None:
         """Once a worker and step."""
-        give_memory_back()
-        keep_memory()
+        release_memory()
+        tune_malloc()
 
     def process(self, element: tuple[int, Work]) -> Iterator[Work]:
         """Yields one report."""
@@ -267,26 +203,6 @@ def _run(config: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) 
             work = listed | f"after {step}" >> beam.FlatMap(schedule.after, job, limits, step)
     if (job.scratch / "error.json").exists():
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
-
-
-def _check_runner(name: str) -> None:
-    """Raises UserError for a runner that does not exist, or is known to lose rows."""
-    if name.lower().startswith("dask"):
-        raise UserError(
-            "runner=dask: Beam's Dask runner mixes tagged outputs up and loses others without an error. Use direct."
-        )
-    try:
-        create_runner(RUNNERS.get(name, "DirectRunner" if name == "direct" else name))
-    except (ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"runner={name}: {raw_files.one_line(error)}. Use direct, or {', '.join(RUNNERS)}.") from None
-
-
-def _pipeline(config: PreprocessConfig) -> beam.Pipeline:
-    if config.runner != "direct":
-        return beam.Pipeline(RUNNERS.get(config.runner, config.runner), options=PipelineOptions(config.options))
-    # By name: the default runner first tries to fetch another one from the network.
-    many = ["--direct_running_mode=multi_processing", f"--direct_num_workers={config.workers}"]
-    return beam.Pipeline(FnApiRunner(), options=PipelineOptions(config.options + (many if config.workers > 1 else [])))
 
 
 def _commit(job: Job, limits: Limits, out: Path) -> Manifest:

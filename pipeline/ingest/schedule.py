@@ -14,10 +14,10 @@ from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.schema.schema import SPLITS
-from pipeline.dataset.card.statistics import card, read_card
-from pipeline.dataset.dataset import write_json
+from pipeline.dataset.card.card import card, read_card
 from pipeline.ingest.files import one_line
-from pipeline.ingest.state import BALLAST, Job, Work
+from pipeline.ingest.state import RESERVE_FILE, Job, Work
+from pipeline.storage.files import write_json
 
 DONE_WITH = {"label": ("typed", "sent", "reply"), "encode": ("features",)}  # files that no later step reads
 SLICES = 4  # of a shard, one of which is in memory while it is put in order
@@ -62,7 +62,7 @@ def after(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[
         following = dict(zip(steps_of(job), steps_of(job)[1:], strict=False)).get(step)
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
-        (job.scratch / BALLAST).unlink(missing_ok=True)  # so that there is room to say that the disk is full
+        (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # so that there is room to say that the disk is full
         said = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
         write_json(job.scratch / "error.json", said)
         return

@@ -1,7 +1,5 @@
 """The folder in which a dataset grows beside the place where it will stand."""
 
-import fcntl
-import os
 import re
 import shutil
 import uuid
@@ -10,7 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features.errors import UserError
-from pipeline.ingest.state import BALLAST
+from pipeline.ingest.state import RESERVE_FILE
+from pipeline.storage.base import Lock
+from pipeline.storage.files import storage_of
 
 
 @contextmanager
@@ -33,38 +33,34 @@ def staging_of(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
-            os.close(lock)
+            lock.release()
 
 
-def _begin(staging: Path, out: Path) -> int:
+def _begin(staging: Path, out: Path) -> Lock | None:
     """Makes the folder and locks it. Raises UserError where it cannot be made."""
     try:
         lock = _locked(staging)
         (staging / "scratch" / "notes").mkdir(parents=True)
-        (staging / "scratch" / BALLAST).write_bytes(bytes(1 << 16))
+        (staging / "scratch" / RESERVE_FILE).write_bytes(bytes(1 << 16))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
     return lock
 
 
-def _locked(folder: Path) -> int:
+def _locked(folder: Path) -> Lock | None:
     """Makes a folder and locks it; again where another job took it, not locked yet, for one that a killed job left."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            lock = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists():
-                return lock
-            os.close(lock)
+        try:
+            return storage_of(folder).lock(folder, wait=True)
+        except FileNotFoundError:
+            continue
+        except OSError:  # a file system without locks
+            return None
 
 
 def _remove_unlocked(folder: Path) -> None:
-    with suppress(OSError):  # no folder, or one whose job is alive
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
+    if not folder.is_dir():
+        return
+    with suppress(OSError), storage_of(folder).lock(folder):  # one whose job is alive is locked
+        shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from pipeline.ingest.steps.write import Order
 
 Work = dict[str, Any]  # what a step is given, and what it reports
 IMPRESSIONS = "impressions"  # the stream that outcomes belong to
-BALLAST = "ballast"  # a file that makes room for a last word when the disk is full
+RESERVE_FILE = "reserve"  # a file that makes room for a last word when the disk is full
 
 
 @dataclass(frozen=True)

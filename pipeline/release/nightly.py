@@ -8,12 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
 from features.schema.schema import Schema
-from pipeline.dataset.dataset import Dataset, open_dataset, write_json
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.evaluation.metrics.metrics import Metrics
 from pipeline.evaluation.scorer import Evaluator
-from pipeline.ingest.job import EncodersFrom, PreprocessConfig, preprocess
-from pipeline.run.checkpoint import checkpoint
+from pipeline.ingest.config import EncodersFrom, PreprocessConfig
+from pipeline.ingest.job import preprocess
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.storage.files import write_json
 
 
 class NightlyConfig(BaseModel):

@@ -3,8 +3,9 @@
 from typing import Any
 
 from features.errors import UserError
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.run import Run, read_lines
+from pipeline.run import checkpoint
+from pipeline.run.run import Run
+from pipeline.storage.files import read_lines
 
 
 def latest(run: Run, split: str, dataset: str) -> dict[int, dict[str, Any]]:

@@ -1,21 +1,19 @@
 """A run directory: its configuration, its schema, its checkpoints, its metrics, and whether it still goes on."""
 
-import fcntl
 import hashlib
 import json
-import os
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from features.errors import UserError
 from features.schema.schema import Schema
-from pipeline.dataset.dataset import write_json
+from pipeline.storage.base import Lock
+from pipeline.storage.files import read_lines, storage_of, write_json, write_text
 
 
 class Status(BaseModel):
@@ -45,9 +43,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         contents = {"config.yaml": config, "schema.yaml": schema.model_dump(mode="json", exclude_unset=True)}
         for name, content in contents.items():
-            aside = self.path / f".{name}.{os.getpid()}"
-            aside.write_text(yaml.safe_dump(content, sort_keys=False))
-            aside.rename(self.path / name)
+            write_text(self.path / name, yaml.safe_dump(content, sort_keys=False))
 
     def config(self) -> dict[str, Any]:
         """The configuration it was trained with. Raises UserError where there is no run."""
@@ -62,16 +58,15 @@ class Run:
         """The schema it was trained with, and of its tasks those it was trained on."""
         return Schema.load(self.path / "schema.yaml").only(self.config().get("tasks"))
 
-    def lock(self, name: str, why: str) -> IO[str]:
-        """A lock held until the file returned is closed or its process ends. Raises UserError where another holds it."""
-        self.eval_metrics.parent.mkdir(parents=True, exist_ok=True)
-        file = (self.eval_metrics.parent / f".{name}.lock").open("w")
+    def lock(self, name: str, why: str) -> Lock:
+        """A lock held until it is released or its process ends. Raises UserError where another process holds it."""
+        file = self.eval_metrics.with_name(f".{name}.lock")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return storage_of(file).lock(file)
         except BlockingIOError:
-            file.close()
             raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
-        return file
 
     def say(self, state: str, step: int, steps: int) -> None:
         """Notes that the run is alive, or how it ended; a full disk does not stop it."""
@@ -92,32 +87,8 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON line and flushes it to disk, after cutting off what a killed writer may have left of its last."""
-    with path.open("ab+") as file:
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(max(0, end - (1 << 20)))
-            tail = file.read()
-            if not tail.endswith(b"\n"):
-                file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole JSON lines of a file, none where it does not exist."""
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-
-
 def keep_lines(path: Path, last_step: int) -> None:
     """Drops the lines past a step: a run that goes on from a checkpoint writes them again."""
     kept = [line for line in read_lines(path) if line["step"] <= last_step]
     if path.exists():
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.rename(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from features.schema.schema import Split
 from models.ranker import ModelConfig
+from pipeline.run.retention import Keep
 
 
 class Strict(BaseModel):
@@ -39,21 +39,6 @@ class Communication(Strict):
 
     forward: Literal["fp32", "fp16", "bf16"] = "fp32"
     backward: Literal["fp32", "fp16", "bf16"] = "fp32"
-
-
-class Keep(Strict):
-    """Which checkpoints stay once a newer one is there; all of them while nothing is said. The newest always stays.
-
-    Attributes:
-        last: that many of the newest.
-        every: those of steps that are multiples of it.
-        best: a split; of each task the one with the lowest NE (regression: MSE) there, on the dataset the run learns from, as
-            eval.jsonl has it. What no evaluator has read yet stays too.
-    """
-
-    last: int | None = Field(None, ge=1)
-    every: int | None = Field(None, ge=1)
-    best: Split | None = None
 
 
 TaskWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]

@@ -15,10 +15,11 @@ from features.batch import Batch
 from models.emm import build_ranker
 from models.ranker import TABLES
 from pipeline.dataset.dataset import Dataset
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.config import TrainConfig
-from pipeline.training.optim import dense as dense_optim
 from pipeline.training.optim import weighting
+from pipeline.training.optim.dense import build, rate
+from pipeline.training.optim.tables import replicated_tables
 from pipeline.training.parallel import replicas, shard
 from pipeline.training.parallel.row_reset import ManagedRows
 from pipeline.training.step import StepOutput, TrainStep
@@ -51,8 +52,8 @@ class Learner:
         shard.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)
         tables = tuple(f"ranker.{prefix}" for prefix in TABLES)
         dense = [(n, p) for n, p in self.model.named_parameters() if not n.startswith(tables) and p.requires_grad]
-        self.dense = dense_optim.build(s.dense, dense, s.clip_norm)
-        self.replicas = dense_optim.replicated_tables(self.model, s.tables)
+        self.dense = build(s.dense, dense, s.clip_norm)
+        self.replicas = replicated_tables(self.model, s.tables)
         self.optimizer = CombinedOptimizer([self.dense, self.replicas])  # those of sharded tables are in their backward
         self.gradient_loss = self.loss if isinstance(self.loss, weighting.GradientLoss) else None
         if self.gradient_loss:
@@ -130,7 +131,7 @@ class Learner:
         """Learning rate and random state of the step after `step`, both functions of its number."""
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.dense.param_groups:
-            group["lr"] = dense_optim.rate(self.settings.dense, step, self.steps)
+            group["lr"] = rate(self.settings.dense, step, self.steps)
 
     def _finish(self, step: int) -> None:
         self.managed.after_step(step + 1)

@@ -18,19 +18,21 @@ from features.errors import Preempted, UserError
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.loader import Loader, Position
-from pipeline.run.checkpoint import checkpoint, retention
-from pipeline.run.checkpoint.background import Saver
-from pipeline.run.checkpoint.checkpoint import CheckpointManifest
+from pipeline.run import checkpoint, retention
+from pipeline.run.checkpoint import CheckpointManifest
+from pipeline.run.checkpoint.writer import Saver
 from pipeline.run.run import Run, config_hash, keep_lines
 from pipeline.training.config import TrainConfig
-from pipeline.training.faults.consensus import Agreement, Notice, Verdict
+from pipeline.training.faults.consensus import Agreement, Verdict
 from pipeline.training.faults.hang_watch import Watch
 from pipeline.training.faults.nonfinite import Finite
+from pipeline.training.faults.preemption import Notice
 from pipeline.training.learner import Learner
-from pipeline.training.logging.metrics_writer import Meter, Reporter
+from pipeline.training.logging.meter import Meter
+from pipeline.training.logging.metrics_writer import Reporter
 from pipeline.training.logging.progressive import Progress
 from pipeline.training.optim import dense
-from pipeline.training.parallel import shard
+from pipeline.training.parallel import process_group, shard
 from pipeline.training.restore import emm_sources, resume, warm_start
 from pipeline.training.step import StepOutput
 
@@ -47,7 +49,7 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
         UserError: bad input, a loss that is not finite, or another rank that is gone.
         Preempted: told to end by SIGTERM, after a checkpoint.
     """
-    device = shard.start()
+    device = process_group.start()
     trainer = None
     try:
         trainer = Trainer(config, schema, device)
@@ -59,7 +61,7 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
             trainer.run.say("failed", trainer.step, trainer.steps)
         if dist.get_world_size() == 1 or isinstance(error, (Preempted, SystemExit)):
             dist.destroy_process_group()  # others would see the connection break before this rank has said why
-        elif isinstance(error, RuntimeError) and (met := shard.lost_contact(error)):
+        elif isinstance(error, RuntimeError) and (met := process_group.lost_contact(error)):
             where = f"step {trainer.step + 1}" if trainer else "at the start"
             raise UserError(
                 f"{where}: contact with another rank was lost ({met}). If it failed, it says why. "
@@ -159,8 +161,8 @@ class Trainer:
         if self.rank == 0:
             self.reporter = Reporter(self.run, list(self.schema.tasks), self.step, self.steps)
         if self.ranks > 1:
-            self.watch = Watch(shard.store(), self.rank, self.ranks, self.settings.timeout)
-            shard.limit_waiting(2 * self.settings.timeout)  # the watch speaks before it
+            self.watch = Watch(process_group.store(), self.rank, self.ranks, self.settings.timeout)
+            process_group.limit_waiting(2 * self.settings.timeout)  # the watch speaks before it
         if self.step >= self.steps:
             self._tell(f"{self.run.path} is at step {self.step} of {self.steps}: nothing to do")
         try:

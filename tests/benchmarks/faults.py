@@ -23,7 +23,7 @@ sys.path += [str(TESTS), str(TESTS / "training")]
 
 from workbench import TRAIN_ROWS, make_dataset  # noqa: E402
 
-from pipeline.run.checkpoint import checkpoint  # noqa: E402
+from pipeline.run import checkpoint  # noqa: E402
 
 STEPS, EPOCH = 50, 13
 COLUMNS = ["fault", "noticed by", "exit", "steps taken again", "rows lost", "rows repeated", "s to train again"]

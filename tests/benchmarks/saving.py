@@ -19,7 +19,7 @@ import workload
 from tabulate import tabulate
 from train_runs import RESULTS, configuration, machine, preprocess, write_raw
 
-from pipeline.training.parallel import shard
+from pipeline.training.parallel import process_group
 from pipeline.training.trainer import Trainer
 
 BUCKETS = 300_000  # of each of the 16 tables
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4, help="of a run")
     parser.add_argument("--trial", action="store_true", help="is not kept")
     options = parser.parse_args()
-    device, rounds = shard.start(), []
+    device, rounds = process_group.start(), []
     with tempfile.TemporaryDirectory() as name:
         write_raw(Path(name) / "raw", 40_000)
         hashed = [f"+data.schema.categorical.{column}.hash={BUCKETS}" for column in workload.CATS]

@@ -55,7 +55,7 @@ def profile_rank(options: argparse.Namespace) -> None:
     import torch.distributed as dist
     from stopwatch import Stopwatch, attach
 
-    from pipeline.training.parallel import shard
+    from pipeline.training.parallel import process_group
     from pipeline.training.trainer import Trainer
 
     stopwatch, last = Stopwatch(), WARMUP + options.steps
@@ -71,7 +71,7 @@ def profile_rank(options: argparse.Namespace) -> None:
             elif self.step == last:
                 found.update(stopwatch.read())
 
-    device = shard.start()
+    device = process_group.start()
     ranks = dist.get_world_size()
     folder = options.worker / f"run-{ranks}-{options.dtype}"
     train = {"precision": options.dtype, "max_steps": last, "checkpoint_every": last}

@@ -34,7 +34,7 @@ from tower_cases import CASES, Sizes
 
 from models.fusion import FUSIONS
 from models.towers import SharedTower, TaskTowers
-from pipeline.malloc import keep_memory
+from pipeline.malloc import tune_malloc
 
 PLAIN: dict[str, type[nn.Module]] = {
     "shared_bottom": plain_towers.SharedBottom,
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="on CPU; a GPU always runs eager and compiled")
     parser.add_argument("--profile", nargs="+", choices=list(CASES), metavar="MODEL", help="instead of the table")
     options = parser.parse_args()
-    keep_memory()
+    tune_malloc()
     devices = [options.device] if options.device else ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
     for name in options.profile or options.models:
         check(name)

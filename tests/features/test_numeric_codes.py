@@ -21,7 +21,8 @@ from features.fit.encoders import Encoders, arrow_schema, bin_edges
 from features.fit.statistics import Statistics, rounded
 from features.schema.schema import Schema
 from models.inputs import Piecewise
-from pipeline.ingest.job import PreprocessConfig, preprocess
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.job import preprocess
 
 CONTENT: dict[str, Any] = {
     "source": {"files": "log.csv"},

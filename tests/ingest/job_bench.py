@@ -14,10 +14,11 @@ import yaml
 
 from features.errors import UserError
 from features.schema.schema import Schema
-from pipeline.dataset.dataset import Manifest
+from pipeline.dataset.manifest import Manifest
 from pipeline.ingest import job as ingest_job
 from pipeline.ingest import schedule
-from pipeline.ingest.job import PreprocessConfig, StepFn, preprocess
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.job import StepFn, preprocess
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.steps.steps import Job, Work
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from job_bench import content_of, no_beam
 
 from features.schema.schema import Schema
-from pipeline.ingest.job import PreprocessConfig, preprocess
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.job import preprocess
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym"}
 SPREAD = 6  # kills over the whole job, besides those where the dataset is put into place

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from features.errors import UserError
 from features.fit.statistics import Statistics
+from pipeline.dataset.card.card import card, read_card
+from pipeline.dataset.card.drift import psi, verdict
 from pipeline.dataset.card.page import page
-from pipeline.dataset.card.statistics import card, psi, read_card, verdict
 from pipeline.dataset.card.tables import number, percent, tables
 
 SHARES = st.lists(st.integers(0, 50), min_size=2, max_size=12).filter(any)

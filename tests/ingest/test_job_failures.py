@@ -16,8 +16,8 @@ from features.errors import UserError
 from features.parse import raw
 from jobs.preprocess import main
 from pipeline.dataset.dataset import Dataset
+from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import text
-from pipeline.ingest.job import PreprocessConfig
 
 
 @pytest.fixture(scope="module", autouse=True)

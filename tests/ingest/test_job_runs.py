@@ -14,7 +14,7 @@ from features.errors import UserError
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
-from pipeline.ingest import job as ingest_job
+from pipeline.ingest import job
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,13 +137,13 @@ def test_given_encoders_are_those_of_the_folder_in_which_the_job_was_started(
     """Workers may stand in another one, where the same relative path names nothing."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    undisturbed = ingest_job._run
+    undisturbed = job._run
 
     def run_elsewhere(*given: Any) -> None:
         monkeypatch.chdir(elsewhere)
         undisturbed(*given)
 
-    monkeypatch.setattr(ingest_job, "_run", run_elsewhere)
+    monkeypatch.setattr(job, "_run", run_elsewhere)
     monkeypatch.chdir(small_dataset.parent)
     run(later_log, tmp_path / "out", small_content(), encoders={"from": small_dataset.name})
     assert content_of(tmp_path / "out" / "encoders") == content_of(small_dataset / "encoders")

@@ -11,8 +11,9 @@ from job_bench import content_of, no_beam, run
 
 from features.errors import UserError
 from pipeline.ingest import job as ingest_job
-from pipeline.ingest import schedule, staging
-from pipeline.ingest.job import PreprocessConfig, StepFn
+from pipeline.ingest import schedule
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.job import StepFn
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import Job, Work
@@ -78,7 +79,7 @@ def test_jobs_with_the_same_out_leave_each_others_folders_alone(tmp_path):
 
 @pytest.mark.parametrize("moment", ["open", "flock"])
 def test_a_folder_that_another_job_removes_before_it_is_locked_is_made_again(moment, tmp_path, monkeypatch):
-    module = {"open": staging.os, "flock": fcntl}[moment]
+    module = {"open": os, "flock": fcntl}[moment]
     real, left = getattr(module, moment), [2]
 
     def removed_before(*given: Any) -> Any:

@@ -14,7 +14,8 @@ from handmade import CONTENT, SCHEMA, drawn, shard, write_dataset, write_manifes
 from features.errors import UserError
 from features.schema.schema import Schema
 from pipeline.dataset import verify as verification
-from pipeline.dataset.dataset import Dataset, Manifest, Shard, open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.dataset.verify import verify
 
 SHARD = "valid/part-00001-of-00002.parquet"

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from features.errors import UserError
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.checkpoint.checkpoint import CheckpointManifest
+from pipeline.run import checkpoint
+from pipeline.run.checkpoint import CheckpointManifest
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 KILLS = 25

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from features.errors import UserError
-from pipeline.dataset.dataset import sha256
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.checkpoint.checkpoint import CheckpointManifest
+from pipeline.run import checkpoint
+from pipeline.run.checkpoint import CheckpointManifest, writer
+from pipeline.storage.files import sha256
 
 FILES = [".metadata", "__0_0.distcp", "manifest.json"]
 
@@ -177,7 +178,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_checkpoint_before_it(tmp
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.dcp.FileSystemWriter, "write_data", full)
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
     with pytest.raises(UserError, match=r"step-00000002: cannot be written: .*No space left on device"):
         save(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000001"}
@@ -190,9 +191,9 @@ def test_a_crash_at_any_point_leaves_the_checkpoints_before_it_and_the_next_save
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
         if where == "in dcp.save":
-            patch.setattr(checkpoint.dcp.FileSystemWriter, "finish", die)
+            patch.setattr(FileSystemWriter, "finish", die)
         elif where == "before the manifest":
-            patch.setattr(checkpoint, "write_json", die)
+            patch.setattr(writer, "write_json", die)
         else:
             rename = Path.rename
             patch.setattr(Path, "rename", lambda self, to: die() if self.name == ".step-00000002" else rename(self, to))

@@ -14,12 +14,14 @@ from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation import expert_weights, predictions
+from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.model_cost import size
-from pipeline.evaluation.scorer import EvaluateConfig, Evaluator, evaluate
+from pipeline.evaluation.scorer import Evaluator
 from pipeline.evaluation.trees import boosted_trees
-from pipeline.run.run import Run, read_lines
+from pipeline.run.run import Run
 from pipeline.search import comparison
 from pipeline.search.comparison import Entry, differences
+from pipeline.storage.files import read_lines
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.trainer import train
 

@@ -13,18 +13,20 @@ from handmade import drawn
 from handmade import write_dataset as write_by_hand
 from written import write_dataset
 
-import pipeline.dataset as datasets
 from features.batch import PADDING
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
 from features.fit.statistics import Moments
 from features.schema.schema import Schema
 from models.ranker import ModelConfig
+from pipeline.dataset import dataset as datasets
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, day_ranges
 from pipeline.dataset.loader import Loader, Position
 from pipeline.evaluation import predictions
+from pipeline.evaluation.follow import EvaluateConfig, evaluate
+from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report import report
-from pipeline.evaluation.scorer import EvaluateConfig, Truth, evaluate
 from pipeline.release.nightly import NightlyConfig, nightly
 from pipeline.run.run import Run
 from pipeline.training.config import Settings, TrainConfig
@@ -139,7 +141,7 @@ def test_row_ids_that_a_column_gives_are_the_columns_own(tmp_path):
 
 
 def test_more_days_than_row_ids_have_room_for_are_refused(root, monkeypatch):
-    last = (datasets.MAX_DAYS - 1) * datasets.DAY_STRIDE + 65_535 * 2**40 + 2**40 - 1
+    last = (MAX_DAYS - 1) * DAY_STRIDE + 65_535 * 2**40 + 2**40 - 1
     assert last == np.iinfo(np.int64).max
     monkeypatch.setattr(datasets, "MAX_DAYS", 2)
     assert len(open_dataset(root, "2026-11-01..2026-11-02").days) == 2
@@ -190,8 +192,8 @@ def test_a_folder_of_days_opened_without_them_says_which_there_are(root, tmp_pat
     for name in ("2026-02-28", "2026-03-01", "2026-03-03", "20260304", "latest", "2026-03-03.card"):
         write_day(tmp_path, 0, name, 1)
     (tmp_path / "2026-03-02").mkdir()
-    assert datasets.day_ranges(tmp_path) == ["2026-02-28..2026-03-01", "2026-03-03"]
-    assert datasets.day_ranges(tmp_path / "nowhere") == []
+    assert day_ranges(tmp_path) == ["2026-02-28..2026-03-01", "2026-03-03"]
+    assert day_ranges(tmp_path / "nowhere") == []
 
 
 # A run that is trained on days

@@ -17,12 +17,15 @@ from features.errors import UserError
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.evaluation import predictions, scorer
+from pipeline.evaluation import follow, oracle, predictions
+from pipeline.evaluation.follow import EvaluateConfig, evaluate
+from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report import report
-from pipeline.evaluation.scorer import EvaluateConfig, Truth, evaluate
 from pipeline.release.nightly import NightlyConfig, nightly
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.run import Run, append_line, read_lines
+from pipeline.run import checkpoint
+from pipeline.run.checkpoint import lock
+from pipeline.run.run import Run
+from pipeline.storage.files import append_line, read_lines
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.trainer import train
 
@@ -43,8 +46,8 @@ def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A copy of the run that a test may change; the tests' process keeps its priority."""
-    monkeypatch.setattr(scorer.os, "nice", lambda _: 0)
-    monkeypatch.setattr(scorer, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(follow.os, "nice", lambda _: 0)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
     shutil.copytree(trained, tmp_path / "run")
     return Run(tmp_path / "run")
 
@@ -179,7 +182,7 @@ def test_a_checkpoint_deleted_under_the_evaluator_is_left_out(run: Run, monkeypa
             shutil.rmtree(path)
         return manifest
 
-    monkeypatch.setattr(checkpoint, "check", deleted)
+    monkeypatch.setattr(lock, "check", deleted)
     assert evaluated(run, follow=True) == [2, 6]
     assert "step 4: left out" in capsys.readouterr().out
 
@@ -248,7 +251,7 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     truth.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "truth.parquet")
     columns = {"click": "p", "bought": "p", "dwell": "m"}
     evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="id", columns=columns))
-    found = json.loads(scorer.best_path(run, "test").read_text())["metrics"]
+    found = json.loads(oracle.best_path(run, "test").read_text())["metrics"]
     y, w = rows["label.click"].to_numpy(), rows["weight"].to_numpy()
     rate = np.average(y, weights=w)
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))

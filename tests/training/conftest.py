@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from workbench import make_dataset
 
-from pipeline.training.parallel import shard
+from pipeline.training.parallel import process_group
 
 
 @pytest.fixture(scope="module")
@@ -22,5 +22,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
     """Of the process group's one rank."""
-    yield shard.start()
+    yield process_group.start()
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from workbench import configuration, on_each_rank
 
 from models.ranker import ModelConfig
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.config import TrainConfig
 from pipeline.training.trainer import Trainer
 

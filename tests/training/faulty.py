@@ -19,7 +19,7 @@ from workbench import configuration
 import pipeline.training.trainer as module
 from features.batch import PADDING
 from jobs.entry import user_errors
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.step import StepOutput
 
 FOLDER, NAME = Path(sys.argv[1]), sys.argv[2]

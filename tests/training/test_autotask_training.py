@@ -15,7 +15,7 @@ from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.metrics.metrics import Metrics
 from pipeline.evaluation.scorer import Evaluator
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.trainer import Trainer
 

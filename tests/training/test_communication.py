@@ -33,7 +33,7 @@ from features.batch import Batch
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.config import Settings
 from pipeline.training.step import TrainStep
 

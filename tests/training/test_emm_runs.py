@@ -14,7 +14,7 @@ from workbench import SCHEMA, close, identical, last, losses, make_dataset, mode
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.scorer import Evaluator
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.restore import emm_sources
 

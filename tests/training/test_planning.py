@@ -17,9 +17,9 @@ from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
 from workbench import TABLES, close, configuration, identical, last, losses, tensors, torchrun
 
 from features.errors import UserError
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.config import Settings, TableOptimizer
-from pipeline.training.optim.dense import ReplicatedTables
+from pipeline.training.optim.tables import ReplicatedTables
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.memory import Estimate
 from pipeline.training.parallel.plan import Cluster

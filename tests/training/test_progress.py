@@ -11,11 +11,12 @@ from two_ranks import Recorder
 from workbench import configuration, make_dataset, model, start, unsharded
 
 from features.batch import Batch
-from pipeline.dataset.dataset import DAY_STRIDE, open_dataset
+from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.days import DAY_STRIDE
 from pipeline.dataset.loader import Loader
-from pipeline.run.run import read_lines
+from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
-from pipeline.training.parallel import shard
+from pipeline.training.parallel import process_group
 from pipeline.training.step import StepOutput
 
 DAYS = ("2026-11-01", "2026-11-02", "2026-11-03")
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("progress")
     for day in DAYS:
         make_dataset(path / "data" / day, rows=520)  # 416 train rows, 13 whole batches
-    shard.start()
+    process_group.start()
     yield path
     dist.destroy_process_group()
 

@@ -13,12 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.checkpoint.background import Saver
-from pipeline.run.checkpoint.checkpoint import CheckpointManifest
-from pipeline.run.checkpoint.retention import prune
+from pipeline.run import checkpoint
+from pipeline.run.checkpoint import CheckpointManifest
+from pipeline.run.checkpoint.writer import Saver
+from pipeline.run.retention import Keep, prune
 from pipeline.run.run import Run
-from pipeline.training.config import Keep
 
 ABOUT = {"epoch": 0, "cursors": [1], "seed": 0, "window": 1, "batch_size": 1, "data": "d"}
 ABOUT |= {"fingerprint": "f", "encoders": "e", "config": "c"}

@@ -15,7 +15,7 @@ from models.ranker import TABLES, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation.scorer import Evaluator
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
 pytestmark = pytest.mark.usefixtures("device")

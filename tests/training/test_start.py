@@ -10,8 +10,8 @@ from workbench import configuration, last, losses, make_dataset
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.scorer import EvaluateConfig, evaluate
-from pipeline.run.checkpoint import checkpoint
+from pipeline.evaluation.follow import EvaluateConfig, evaluate
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.restore import warm_start
 from pipeline.training.trainer import train

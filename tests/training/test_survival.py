@@ -18,8 +18,9 @@ from workbench import PATHS, TRAIN_ROWS, close, configuration, identical, last, 
 from features.errors import Preempted, UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.run import read_lines
+from pipeline.run import checkpoint
+from pipeline.run.checkpoint import writer
+from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.hang_watch import Beat, blame
 from pipeline.training.step import StepOutput
@@ -342,7 +343,7 @@ def test_a_checkpoint_in_the_background_holds_its_step_though_training_has_gone_
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk waits until six more steps are taken."""
-    gone_on, write = threading.Event(), checkpoint._write
+    gone_on, write = threading.Event(), writer._write
 
     def slow(*arguments: Any) -> Any:
         assert gone_on.wait(60)
@@ -354,7 +355,7 @@ def test_a_checkpoint_in_the_background_holds_its_step_though_training_has_gone_
             if self.step == 14:
                 gone_on.set()
 
-    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(writer, "_write", slow)
     train(folder, "behind", kind=Watching, checkpoint_every=8, max_steps=20)
     train(folder, "waited", checkpoint_every=8, max_steps=20, checkpoint_async=False)
     for step in (8, 16, 20):
@@ -365,14 +366,14 @@ def test_a_checkpoint_in_the_background_holds_its_step_though_training_has_gone_
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_next_one_is_tried(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    write = checkpoint._write
+    write = writer._write
 
     def full(aside: Path, *arguments: Any) -> Any:
         if aside.name == ".step-00000010":
             raise OSError(28, "No space left on device")
         return write(aside, *arguments)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(writer, "_write", full)
     train(folder, "full", checkpoint_every=5, max_steps=20)
     assert checkpoint.steps(folder / "full" / "checkpoints") == [5, 15, 20]
     [said] = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
@@ -380,7 +381,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_next_one_is_tried(
     assert "No space left on device" in said
     assert "Training goes on" in said
 
-    monkeypatch.setattr(checkpoint, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(writer, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"step-00000022: cannot be written: .*No space left"):
         train(folder, "full", checkpoint_every=5, max_steps=22)
     assert checkpoint.steps(folder / "full" / "checkpoints") == [5, 15, 20]

@@ -37,7 +37,7 @@ from features.errors import UserError
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.config import DenseOptimizer, TrainConfig
 from pipeline.training.optim.dense import rate
 from pipeline.training.parallel import shard

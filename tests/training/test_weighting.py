@@ -29,7 +29,7 @@ from features.batch import Batch
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.config import Settings
 from pipeline.training.optim.weighting import PCGradLoss, balanced, orders, projected
 

@@ -20,7 +20,7 @@ from features.batch import PADDING
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.step import StepOutput
 from pipeline.training.trainer import Trainer
 

@@ -26,9 +26,9 @@ from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Schema
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.training.config import Settings, TrainConfig
-from pipeline.training.parallel import shard
+from pipeline.training.parallel import process_group
 from pipeline.training.trainer import Trainer
 
 # What scripts that run by themselves import: this folder, and tests/ above it.
@@ -177,7 +177,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 def on_each_rank(main: Callable[[Path], None]) -> None:
     """What a script that torchrun starts does: `main` with the folder it was given, in one process group, on one thread."""
     torch.set_num_threads(1)
-    shard.start()
+    process_group.start()
     try:
         main(Path(sys.argv[1]))
     except BaseException:

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from pipeline.dataset.card.tables import number, percent, tables
-from pipeline.dataset.dataset import Manifest
+from pipeline.dataset.manifest import Manifest
 
 LISTED = 12  # values of an id feature
 

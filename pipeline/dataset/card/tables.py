@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from features.schema.schema import SPLITS
-from pipeline.dataset.dataset import Manifest
+from pipeline.dataset.manifest import Manifest
 
 NOTHING = "–"
 LONGEST = 24  # characters of a raw value in a table

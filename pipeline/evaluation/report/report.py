@@ -14,9 +14,10 @@ from tabulate import tabulate
 
 from features.schema.schema import Split
 from pipeline.evaluation import expert_weights
-from pipeline.evaluation.scorer import best_path
+from pipeline.evaluation.oracle import best_path
 from pipeline.run import records
 from pipeline.run.run import Run
+from pipeline.storage.files import write_text
 
 matplotlib.use("Agg")
 COLUMNS = {
@@ -130,9 +131,7 @@ NE: log loss over the entropy of the base rate; 1 knows nothing, lower is better
 {gate_image}
 {table(run, split, dataset, "html").replace(chr(10), " ")}
 """
-    aside = run.report.with_name(".report.html")
-    aside.write_text(page)
-    aside.rename(run.report)
+    write_text(run.report, page)
 
 
 def _drawn(figure: Figure, path: Path) -> str:

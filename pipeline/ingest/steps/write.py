@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from features.fit.encoders import arrow_schema
 from features.hashing import hash_integers
 from features.schema.schema import Schema, Split
-from pipeline.dataset.dataset import Letters, Shard, flushed, footer_sha256, sha256
+from pipeline.dataset.manifest import Letters, Shard, footer_sha256
+from pipeline.storage.files import sha256
+from pipeline.storage.local import fsync
 
 Order = Literal["shuffled", "time", "input"]
 LETTERS = pa.schema(
@@ -56,7 +58,7 @@ def write_shard(
                 label = table[f"label.{task}"]
                 observed[task] += table.num_rows - label.null_count
                 positives[task] += pc.sum(label.cast(pa.float64())).as_py() or 0.0
-    flushed(path)
+    fsync(path)
     groups = [row_group] * (rows // row_group) + [rows % row_group] * (rows % row_group > 0)
     return Shard(
         path=str(path.relative_to(staging)), split=split, rows=rows, bytes=path.stat().st_size, sha256=sha256(path),
@@ -89,7 +91,7 @@ def write_letters(staging: Path, name: str, stream: str, file: str, found: Seque
     path.parent.mkdir(exist_ok=True)
     table = frame.select(pl.lit(stream).alias("stream"), pl.lit(file).alias("file"), "line", "reason", "raw").to_arrow()
     pq.write_table(table.cast(LETTERS), path, compression="zstd")
-    flushed(path)
+    fsync(path)
     return Letters(
         path=str(path.relative_to(staging)),
         stream=stream,

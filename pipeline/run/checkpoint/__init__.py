@@ -1,1 +1,20 @@
-"""Checkpoints of a run."""
+"""Checkpoints: written aside, checksummed, renamed into place, and trusted only with a manifest that fits."""
+
+from pipeline.run.checkpoint.lock import reading, remove, tidy
+from pipeline.run.checkpoint.manifest import CheckpointManifest, check, folder, read, steps
+from pipeline.run.checkpoint.reader import load, shapes
+from pipeline.run.checkpoint.writer import save
+
+__all__ = [
+    "CheckpointManifest",
+    "check",
+    "folder",
+    "load",
+    "read",
+    "reading",
+    "remove",
+    "save",
+    "shapes",
+    "steps",
+    "tidy",
+]

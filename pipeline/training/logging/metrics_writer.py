@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from features.batch import Batch
 from features.errors import UserError
-from pipeline.run.run import Run, append_line
+from pipeline.run.run import Run
+from pipeline.storage.files import append_line
 from pipeline.terminal import SECONDS, draws_bars
 
 
@@ -118,39 +117,3 @@ def _figures(record: dict[str, Any]) -> str:
 
 def _short(count: int) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
-
-
-class Meter:
-    """Rows a second and the share of time spent waiting for data since the last reading; pauses do not count."""
-
-    def __init__(self, rows: int, step: int) -> None:
-        self.rows, self.step = rows, step
-        self.seconds = self.waited = 0.0
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Ends a pause."""
-        self.begin = time.perf_counter()
-
-    def pause(self) -> None:
-        """Begins one."""
-        self.seconds += time.perf_counter() - self.begin
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, the time until each is there measured."""
-        while True:
-            begin = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - begin
-            if batch is None:
-                return
-            yield batch
-
-    def read(self, rows: int, step: int) -> tuple[float, float, float]:
-        """Rows a second, share of time waited, seconds a step."""
-        self.pause()
-        seconds = max(self.seconds, 1e-9)
-        reading = (rows - self.rows) / seconds, self.waited / seconds, seconds / max(step - self.step, 1)
-        self.rows, self.step, self.seconds, self.waited = rows, step, 0.0, 0.0
-        self.go_on()
-        return reading

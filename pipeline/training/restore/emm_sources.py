@@ -10,7 +10,7 @@ from features.errors import UserError
 from models.emm import PERCEPTRONS, EMMSettings, FusedRanker, Source
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.config import TrainConfig
 from pipeline.training.restore import warm_start

@@ -7,8 +7,8 @@ from typing import Any
 import torch.distributed as dist
 
 from features.errors import UserError
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.checkpoint.checkpoint import CheckpointManifest
+from pipeline.run import checkpoint
+from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.run import Run
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
-from pipeline.run.checkpoint import checkpoint
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
 

@@ -5,11 +5,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from features.errors import UserError
-from pipeline.run import records
-from pipeline.run.checkpoint import checkpoint
+from features.schema.schema import Split
+from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
-from pipeline.training.config import Keep
+
+
+class Keep(BaseModel):
+    """Which checkpoints stay once a newer one is there; all of them while nothing is said. The newest always stays.
+
+    Attributes:
+        last: that many of the newest.
+        every: those of steps that are multiples of it.
+        best: a split; of each task the one with the lowest NE (regression: MSE) there, on the dataset the run learns from, as
+            eval.jsonl has it. What no evaluator has read yet stays too.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    last: int | None = Field(None, ge=1)
+    every: int | None = Field(None, ge=1)
+    best: Split | None = None
 
 
 def surplus(

@@ -1,5 +1,9 @@
-"""Checkpoints written in the background: training waits only while its state is copied in memory."""
+"""Checkpoints written to a temporary folder, checksummed and renamed into place, in the background if wanted.
 
+Training waits only while its state is copied in memory.
+"""
+
+import shutil
 import threading
 from collections.abc import Callable
 from copy import deepcopy
@@ -8,13 +12,74 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from features.errors import UserError
-from pipeline.run.checkpoint import checkpoint
-from pipeline.run.checkpoint.checkpoint import CheckpointManifest
+from pipeline.run.checkpoint.lock import remove
+from pipeline.run.checkpoint.manifest import CheckpointManifest, folder
+from pipeline.storage.files import sha256, storage_of, write_json
+
+
+def save(
+    checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest, group: dist.ProcessGroup | None = None
+) -> Path:
+    """Writes a checkpoint; every rank calls it with its part of the state.
+
+    The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint.
+
+    Args:
+        group: of all ranks, for what they tell each other; the default group if None.
+    Raises:
+        UserError: on every rank, if one cannot write, as on a full disk; the checkpoints before it stay.
+    """
+    final = folder(checkpoints, manifest.step)
+    staging = final.with_name(f".{final.name}")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    dist.barrier(group)
+    parts: list[Any] = [None] * ranks
+    dist.all_gather_object(parts, _attempt(_write, staging, state, group), group)
+    outcome = [next((part for part in parts if isinstance(part, str)), None)]
+    if rank == 0 and outcome[0] is None:
+        files = {name: entry for part in parts for name, entry in part.items()}
+        outcome = [_attempt(_commit, staging, final, manifest.sealed(files))]
+    dist.broadcast_object_list(outcome, group=group)
+    if outcome[0] is not None:
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(f"{final}: cannot be written: {outcome[0]}. Make room; the run goes on from the one before.")
+    return final
+
+
+def _attempt(act: Any, *arguments: Any) -> Any:
+    """What `act` returns, or a line that says why it could not: the other ranks wait to hear it either way."""
+    try:
+        return act(*arguments)
+    except (CheckpointException, OSError) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not isinstance(cause, Exception):
+            raise cause from None  # an interrupt, which dcp wraps as well
+        return " ".join(str(cause).split())[:300] or type(cause).__name__
+
+
+def _write(staging: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, tuple[int, str]]:
+    """This rank's files in `staging`: name to bytes and checksum."""
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(staging, sync_files=True), process_group=group)
+    rank = dist.get_rank()
+    ours = [p for p in staging.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")]
+    return {p.name: (p.stat().st_size, sha256(p)) for p in ours}
+
+
+def _commit(staging: Path, final: Path, manifest: CheckpointManifest) -> None:
+    write_json(staging / "manifest.json", manifest.model_dump())
+    if final.exists():  # a damaged one: the run was rolled back
+        remove(final, wait=True)
+    storage_of(final).commit(staging, final)
 
 
 class Saver:
@@ -64,7 +129,7 @@ class Saver:
 
     def _write(self, state: dict[str, Any], manifest: CheckpointManifest) -> None:
         try:
-            checkpoint.save(self.checkpoints, state, manifest, self.group)
+            save(self.checkpoints, state, manifest, self.group)
             self.written(manifest.step)
         except BaseException as error:  # a thread's error would go unseen
             self.error = error

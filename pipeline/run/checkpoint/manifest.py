@@ -1,0 +1,95 @@
+"""The manifest of a checkpoint, without which there is none, and whose files must fit it."""
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from features.errors import UserError
+from pipeline.run.run import config_hash
+from pipeline.storage.files import sha256
+
+VERSION = 2
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint is and what its files are.
+
+    Attributes:
+        step: batches passed, those of `skipped` without learning from them.
+        rows: learnt from, padding apart. left_out: passed without that, in skipped batches or unreadable row groups.
+        skipped: steps whose batch is left out, since its loss is not finite; they may lie ahead.
+        epoch, cursors: the loader's position.
+        ranks: that wrote it.
+        seed, window, batch_size, data (hash of the train split's shards): what the order of rows depends on besides.
+        fingerprint: of the schema. encoders: of what was fitted. config: hash of what shapes the state (model and optimisers).
+        files: name to (bytes, sha256).
+        checksum: of all the rest, since a flipped digit of a cursor is still a cursor.
+    """
+
+    version: int = VERSION
+    step: int
+    rows: int
+    left_out: int = 0
+    skipped: list[int] = []
+    epoch: int
+    cursors: list[int]
+    ranks: int = 1
+    seed: int
+    window: int
+    batch_size: int
+    data: str
+    fingerprint: str
+    encoders: str
+    config: str
+    files: dict[str, tuple[int, str]] = {}
+    checksum: str = ""
+
+    def sealed(self, files: dict[str, tuple[int, str]]) -> "CheckpointManifest":
+        """The same with its files and its checksum."""
+        content = self.model_copy(update={"files": files}).model_dump(exclude={"checksum"})
+        return self.model_copy(update={"files": files, "checksum": config_hash(content)})
+
+
+def folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def read(path: Path) -> CheckpointManifest:
+    """A checkpoint's manifest. Raises UserError where there is none that can be read."""
+    try:
+        manifest = CheckpointManifest.model_validate_json((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
+    if manifest.version != VERSION:
+        raise UserError(f"{path}: checkpoint of version {manifest.version}, this release reads {VERSION}")
+    if manifest != manifest.sealed(manifest.files):
+        raise UserError(f"{path / 'manifest.json'}: its checksum is not its content's: it changed after it was written")
+    return manifest
+
+
+def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
+    """Reads a checkpoint's manifest and compares every file with it.
+
+    Args:
+        part, parts: of the files only each `parts`-th, from `part` on: ranks share the work.
+    Raises:
+        UserError: naming what is missing or differs.
+    """
+    manifest = read(path)
+    for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
+        file = path / name
+        if not file.exists():
+            raise UserError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+        if sha256(file) != checksum:
+            raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
+    return manifest
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps of the committed checkpoints, ascending; whether their files fit is for `check` to say."""
+    found = (p for p in checkpoints.glob("step-*") if (p / "manifest.json").exists())
+    return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())

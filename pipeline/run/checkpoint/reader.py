@@ -1,0 +1,92 @@
+"""Checkpoints read: held against deletion, and loaded on any number of ranks."""
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from features.errors import UserError
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a checkpoint that `check` has passed, by its full name. Raises UserError."""
+    try:
+        entries = _Reader(path).read_metadata().state_dict_metadata.items()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
+    """Reads a checkpoint that `check` has passed into a state of the same names and shapes, on any number of ranks.
+
+    Args:
+        state: filled in place.
+        alone: without a process group, into unsharded modules.
+    Raises:
+        UserError: it is gone, does not fit the state, or holds what is no tensor.
+    """
+    reader = _Reader(path)
+    try:
+        reader.read_metadata()  # first by itself: dcp.load would try again elsewhere where this fails
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{path}: cannot be loaded: {' '.join(str(cause).split())[:300]}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads .metadata, a pickle, without letting it name anything but what describes tensors."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = _Unpickler(file).load()
+            entries = metadata.state_dict_metadata
+            places = [place.relative_path for place in metadata.storage_data.values()]
+        except (UserError, OSError):
+            raise
+        except Exception:  # a pickle that is none raises what it likes
+            raise UserError(f"{self.path}/.metadata cannot be read: not a checkpoint") from None
+        for name, entry in entries.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise UserError(f"{self.path}: {name} is no tensor; loading it could run code, so it is refused")
+        if outside := [place for place in places if place != Path(place).name]:
+            raise UserError(f"{self.path}/.metadata names {outside[0]}, a file outside of the checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    ALLOWED = frozenset(
+        {
+            *(("torch.distributed.checkpoint.metadata", name) for name in (
+                "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+                "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+            ("pathlib", "PosixPath"),
+        }
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise UserError(f".metadata names {module}.{name}: not a checkpoint of tensors, loading it could run code")

@@ -1,0 +1,47 @@
+"""What any storage can do; datasets, runs and checkpoints are written through it."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+
+class Lock(Protocol):
+    """A lock that is held until it is released or its process ends; a context manager that releases it."""
+
+    def release(self) -> None:
+        """Gives the lock up."""
+
+    def __enter__(self) -> "Lock": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Storage(Protocol):
+    """Files and folders by path. All methods raise OSError where the storage refuses."""
+
+    def read(self, path: Path) -> bytes:
+        """A file's content."""
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Writes a file durably and atomically: a reader sees all of it, or what was there before."""
+
+    def list(self, folder: Path, pattern: str) -> list[Path]:
+        """Entries of a folder that match a glob pattern, sorted; none where there is no folder."""
+
+    def commit(self, staging: Path, final: Path) -> None:
+        """Makes a folder visible under its final name, durably and in one step.
+
+        A folder that stands there already changes places with it: `staging` is then the old one, for its owner to delete.
+        """
+
+    def lock(self, path: Path, shared: bool = False, wait: bool = False) -> Lock:
+        """Locks a file or folder.
+
+        Args:
+            shared: with other shared locks. wait: until it is free.
+        Raises:
+            BlockingIOError: another process holds it, and `wait` is false.
+            FileNotFoundError: it does not exist, or was replaced before the lock was had.
+        """

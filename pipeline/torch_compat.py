@@ -1,0 +1,1 @@
+"""Private and unstable names of torch, TorchRec and FBGEMM: each stands here once, with a contract test."""
