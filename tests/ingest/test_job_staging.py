@@ -1,6 +1,7 @@
 """Where a dataset grows: folders of jobs that live or were killed, files that no step reads any more, steps done twice."""
 
 import fcntl
+import os
 import random
 import shutil
 from collections.abc import Iterator
