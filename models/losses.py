@@ -33,32 +33,32 @@ class TaskLoss(nn.Module):
         cross_entropy_BT = F.binary_cross_entropy_with_logits(logit_BT, label_BT, reduction="none")
         return torch.where(self.binary_T, cross_entropy_BT, (logit_BT - label_BT).square())
 
-    def means(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
+    def means(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """mean_T: each task's loss without its loss weight; arguments as those of `forward`."""
-        # Not a tiny divisor: a weight over it is infinite, and infinity times a mass of 0 is no gradient of 0.
-        return (loss_BT * mass_BT).sum(0) / total_T.masked_fill(total_T == 0, 1.0)
+        # Not a tiny divisor: a weight over it is infinite, and infinity times a weight of 0 is no gradient of 0.
+        return (loss_BT * observed_weight_BT).sum(0) / total_T.masked_fill(total_T == 0, 1.0)
 
     def weights(self) -> Tensor:
         """weight_T: how often each task's loss counts now."""
         return self.weight_T
 
-    def of_rows(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
+    def of_rows(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """What these rows add to the loss; arguments as those of `forward`."""
-        return (self.means(loss_BT, mass_BT, total_T) * self.weights()).sum()
+        return (self.means(loss_BT, observed_weight_BT, total_T) * self.weights()).sum()
 
-    def prior(self, total_T: Tensor) -> Tensor | float:  # noqa: ARG002
+    def regulariser(self, total_T: Tensor) -> Tensor | float:  # noqa: ARG002
         """What the weighting adds to the loss, however the rows fare."""
         return 0.0
 
-    def forward(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
+    def forward(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """The scalar to differentiate.
 
         Args:
             loss_BT: from `per_row`.
-            mass_BT: weight of observed rows, 0 elsewhere.
-            total_T: sum of mass_BT over the global batch; a task that is nowhere observed adds 0.
+            observed_weight_BT: weight of observed rows, 0 elsewhere.
+            total_T: sum of observed_weight_BT over the global batch; a task that is nowhere observed adds 0.
         """
-        return self.of_rows(loss_BT, mass_BT, total_T) + self.prior(total_T)
+        return self.of_rows(loss_BT, observed_weight_BT, total_T) + self.regulariser(total_T)
 
 
 class UncertaintyLoss(TaskLoss):
@@ -79,6 +79,6 @@ class UncertaintyLoss(TaskLoss):
     def weights(self) -> Tensor:
         return self.weight_T * torch.exp(-self.log_variance_T)
 
-    def prior(self, total_T: Tensor) -> Tensor:
+    def regulariser(self, total_T: Tensor) -> Tensor:
         """The sum of s / 2 over the tasks that are observed."""
         return (self.log_variance_T * (total_T > 0)).sum() / 2

@@ -146,7 +146,7 @@ class Ranker(nn.Module):
         """The dense part, from embeddings to logit_BT, row by row; of `batch` everything but `sparse`."""
         observed = (batch.observed_BT,) if self.fusion.reads_observed else ()
         logit_BT = self.towers(self.fusion(self.read(embedding_BE, batch), *observed))
-        return self.fusion.taught(logit_BT if self.calibration is None else self.calibration(logit_BT))
+        return self.fusion.detach_unseen(logit_BT if self.calibration is None else self.calibration(logit_BT))
 
     def forward(self, batch: Batch) -> Tensor:
         return self.scores(self.embedded(batch), batch)

@@ -13,7 +13,7 @@ from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.schema.schema import SPLITS, Schema
 from pipeline.dataset.card.card import card
-from pipeline.dataset.manifest import Letters, Manifest, Shard, footer_sha256
+from pipeline.dataset.manifest import DeadLetterFile, Manifest, Shard, footer_sha256
 from pipeline.storage.files import sha256
 
 CONTENT: dict[str, Any] = {
@@ -91,7 +91,7 @@ def shard(folder: Path, path: str, split: str, rows: pa.Table) -> Shard:
     )  # fmt: skip
 
 
-def dead_letters(folder: Path, stream: str, reasons: list[str]) -> Letters:
+def dead_letters(folder: Path, stream: str, reasons: list[str]) -> DeadLetterFile:
     path = f"dead_letters/{stream}.parquet"
     (folder / "dead_letters").mkdir(exist_ok=True)
     columns = {
@@ -102,10 +102,10 @@ def dead_letters(folder: Path, stream: str, reasons: list[str]) -> Letters:
     table = pa.table(columns | {"reason": reasons, "raw": ["{}"] * len(reasons)})
     pq.write_table(table, folder / path)
     file = folder / path
-    return Letters(path=path, stream=stream, rows=len(reasons), bytes=file.stat().st_size, sha256=sha256(file))
+    return DeadLetterFile(path=path, stream=stream, rows=len(reasons), bytes=file.stat().st_size, sha256=sha256(file))
 
 
-def write_manifest(folder: Path, shards: list[Shard], letters: list[Letters], **changes: Any) -> Manifest:
+def write_manifest(folder: Path, shards: list[Shard], letters: list[DeadLetterFile], **changes: Any) -> Manifest:
     """A manifest whose sums are right, but for what is changed."""
     splits = {split: [s for s in shards if s.split == split] for split in SPLITS}
     rows = {split: sum(s.rows for s in found) for split, found in splits.items()}
@@ -127,7 +127,7 @@ def write_manifest(folder: Path, shards: list[Shard], letters: list[Letters], **
             for split, found in splits.items()
         }
     manifest = Manifest.model_validate(content | changes)
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    (folder / "manifest.json").write_text(manifest.model_dump_json(by_alias=True))
     return manifest
 
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from features.schema.source import Outcome
 
-FATES = ("joined", "duplicate", "early", "late", "unmatched")
+JOIN_STATUSES = ("joined", "duplicate", "early", "late", "unmatched")
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Joined:
 
     Attributes:
         columns: [I] NAME, NAME_count, NAME_time where there is one, and NAME_COLUMN of the outcome's columns.
-        fates: outcomes by what became of them, see FATES; together all O.
+        join_statuses: outcomes by what became of them, see JOIN_STATUSES; together all O.
         latest: time of the last one that was joined.
     """
 
     columns: pl.DataFrame
-    fates: dict[str, int]
+    join_statuses: dict[str, int]
     latest: int | None
 
 
@@ -64,9 +64,9 @@ def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.Data
         take = "first" if label == "time" and outcome.take not in ("first", "last") else outcome.take
         columns[f"{name}_{label}"] = _taken(unique[column].gather(pl.Series(order_D)), start_I, stop_I, take)
     joined_D = _joined(start_I[valid_I], stop_I[valid_I], len(key_D))
-    fates = _fates(key_I[valid_I], time_I[valid_I], key_D[order_D], time_D[order_D], joined_D)
+    join_statuses = _join_statuses(key_I[valid_I], time_I[valid_I], key_D[order_D], time_D[order_D], joined_D)
     latest = int(time_D[order_D][joined_D].max()) if outcome.time and joined_D.any() else None
-    return Joined(pl.DataFrame(columns), {**fates, "duplicate": events.height - unique.height}, latest)
+    return Joined(pl.DataFrame(columns), {**join_statuses, "duplicate": events.height - unique.height}, latest)
 
 
 def _codes(left: pl.Series, right: pl.Series) -> tuple[np.ndarray, np.ndarray, int]:
@@ -125,7 +125,7 @@ def _joined(start_I: np.ndarray, stop_I: np.ndarray, events: int) -> np.ndarray:
     return np.cumsum(covered)[:-1] > 0
 
 
-def _fates(
+def _join_statuses(
     key_I: np.ndarray, time_I: np.ndarray, key_D: np.ndarray, time_D: np.ndarray, joined_D: np.ndarray
 ) -> dict[str, int]:
     """What became of the events, which are sorted by key and time."""

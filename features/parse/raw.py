@@ -90,13 +90,13 @@ def type_columns(
     found |= {LINE: pa.array(line), ROW: pa.array(np.arange(len(line)) + row)}
     rows = pa.table(found)
     if reason is None:
-        return Typed(rows, letters())
+        return Typed(rows, dead_letters())
     bad = reason.is_not_null()
     texts = pa.Table.from_pydict({name: columns[name] for name in types}).filter(bad.to_arrow())
-    return Typed(rows.filter((~bad).to_arrow()), letters(line[bad.to_numpy()], reason.filter(bad), as_json(texts)))
+    return Typed(rows.filter((~bad).to_arrow()), dead_letters(line[bad.to_numpy()], reason.filter(bad), as_json(texts)))
 
 
-def letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
+def dead_letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
     """What is wrong with rows: the line, why, and the row as text."""
     types = {"line": pl.Int64, "reason": pl.String, "raw": pl.String}
     return pl.DataFrame({"line": line, "reason": reason, "raw": raw}, schema=types)
@@ -150,7 +150,7 @@ def parse(
     rows: pa.Table,
     row_id: int,
     joined: pl.DataFrame | None = None,
-    young: dict[str, np.ndarray] | None = None,
+    open_windows: dict[str, np.ndarray] | None = None,
     histories: dict[str, pa.Array] | None = None,
 ) -> Parsed:
     """Features, labels and split of typed rows, and which of them cannot be used.
@@ -159,18 +159,18 @@ def parse(
         rows: B typed rows of `type_columns`.
         row_id: added to ROW, it is the id of a row where the schema names no `row_id` column.
         joined: B rows of the columns that outcomes add.
-        young: per outcome [B] whether its window was still open when the log ended.
+        open_windows: per outcome [B] whether its window was still open when the log ended.
         histories: per bag of a history, B lists of items.
     Returns: of each feature a column of its name: dense and binned numbers float64, ids as codes into text, bags as lists of
         those; label.TASK float32, weight float32, event_time int64, row_id int64, SPLIT int8.
     """
-    young, histories = young or {}, histories or {}
+    open_windows, histories = open_windows or {}, histories or {}
     frame = _view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
     columns = {
         name: _feature(schema, name, histories[name] if name in histories else _column(schema, column, frame, rows))
         for name, column in schema.feature_columns.items()
     }
-    core = {f"label.{name}": _label(schema, frame, name, young) for name in schema.tasks}
+    core = {f"label.{name}": _label(schema, frame, name, open_windows) for name in schema.tasks}
     core["weight"] = _weight(schema, frame)
     core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
     core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
@@ -183,14 +183,14 @@ def parse(
         reason = _either(reason, missing, pl.lit(f"{key}: missing key"))
     bad = reason.is_not_null().to_numpy()
     keep, left_out = ~bad, {}
-    for name, young_B in young.items():
-        if schema.source.outcomes[name].young == "leave_out":
-            left_out[f"window of {name} still open"] = int((young_B & keep).sum())
-            keep &= ~young_B
-    found = letters()
+    for name, open_B in open_windows.items():
+        if schema.source.outcomes[name].open_window == "leave_out":
+            left_out[f"window of {name} still open"] = int((open_B & keep).sum())
+            keep &= ~open_B
+    found = dead_letters()
     if bad.any():
         cells = as_json(rows.drop_columns([LINE, ROW]).filter(pa.array(bad)))
-        found = letters(rows[LINE].to_numpy()[bad], reason.filter(pl.Series(bad)), cells)
+        found = dead_letters(rows[LINE].to_numpy()[bad], reason.filter(pl.Series(bad)), cells)
     return Parsed(table if keep.all() else table.filter(pa.array(keep)), found, left_out)
 
 
@@ -278,7 +278,7 @@ def _whole(
     return series.cast(pl.Int64)
 
 
-def _label(schema: Schema, frame: pl.DataFrame, name: str, young: dict[str, np.ndarray]) -> pl.Series:
+def _label(schema: Schema, frame: pl.DataFrame, name: str, open_windows: dict[str, np.ndarray]) -> pl.Series:
     task = schema.tasks[name]
     label = _number(frame, f"tasks.{name}.label", task.label, f"label.{name}")
     reads = schema.outcomes_of(task.label)
@@ -286,9 +286,9 @@ def _label(schema: Schema, frame: pl.DataFrame, name: str, young: dict[str, np.n
         observed = truth(frame, f"tasks.{name}.observed_when", task.observed_when)
         label = label.set(~observed, None)
         reads |= schema.outcomes_of(task.observed_when)
-    for outcome, young_B in young.items():
-        if outcome in reads and schema.source.outcomes[outcome].young == "unobserved":
-            label = label.set(pl.Series(young_B), None)
+    for outcome, open_B in open_windows.items():
+        if outcome in reads and schema.source.outcomes[outcome].open_window == "unobserved":
+            label = label.set(pl.Series(open_B), None)
     return label
 
 

@@ -130,7 +130,9 @@ class Schema(Strict):
         """
         order = [list(names) for names in (self.dense, self.categorical, self.bag, self.tasks)]
         # Without defaults, so that a release with one more setting still knows yesterday's datasets.
-        canonical = json.dumps([self.model_dump(mode="json", exclude_defaults=True), order], sort_keys=True)
+        # By alias, which is the first name of a key: a key that gets another name keeps its fingerprint.
+        content = self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+        canonical = json.dumps([content, order], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def only(self, tasks: Sequence[str] | None) -> "Schema":

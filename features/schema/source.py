@@ -1,10 +1,13 @@
 """The part of a schema that says where raw columns come from: files and how they are written, outcomes, history."""
 
+import logging
 import re
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+logger = logging.getLogger(__name__)
 
 RawType = Literal["int", "float", "string", "time"]
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -73,8 +76,8 @@ class Outcome(Strict):
         take: which of several outcomes of an impression gives the columns, or what they add up to.
         duplicates: drop counts rows that are equal in all columns read once, as logs that are delivered twice need it.
         late: drop, or keep those after the window (which then only says when an impression is old enough).
-        young: impressions whose window was still open when the log ended have their tasks unobserved, or are left out of the
-            dataset, or are kept as if it had been closed.
+        open_window: impressions whose window was still open when the log ended have their tasks unobserved, or are left out
+            of the dataset, or are kept as if it had been closed.
         read: how its files are written, where that is otherwise than the impressions'; by default they have a header line.
     """
 
@@ -86,8 +89,18 @@ class Outcome(Strict):
     take: Literal["first", "last", "sum", "min", "max"] = "first"
     duplicates: Literal["drop", "keep"] = "drop"
     late: Literal["drop", "keep"] = "drop"
-    young: Literal["unobserved", "leave_out", "keep"] = "unobserved"
+    open_window: Literal["unobserved", "leave_out", "keep"] = Field("unobserved", serialization_alias="young")
     read: Format | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, content: Any) -> Any:
+        """`young` was the name of `open_window`; it is understood for one more release."""
+        if isinstance(content, dict) and "young" in content:
+            logger.warning("outcomes: `young` is now `open_window`; the old name goes with the next release")
+            content = {**content, "open_window": content["young"]}
+            del content["young"]
+        return content
 
     @model_validator(mode="after")
     def _fits(self) -> "Outcome":
@@ -112,7 +125,7 @@ class History(Strict):
 
     Only what was known strictly before the impression counts: the row itself, and what `when` reads. That an outcome
     happened is known when it does (`when: click`); anything else about outcomes, such as `NOT click`, once their window has
-    closed. Rows that turn out bad by their label, or are left out as too young, have been met all the same.
+    closed. Rows that turn out bad by their label, or are left out since a window is still open, have been met all the same.
 
     Attributes:
         user: column whose value the rows share.

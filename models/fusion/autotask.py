@@ -133,7 +133,7 @@ class AutoTask(Fusion):
         """One level, weight_BTT of facet 2, the mean over heads: of each task on the tasks it sees in evaluation."""
         return [self.over_examples.weights(self._examples(x_BFD, self._ids()), self._sees(self.unseen_T))]
 
-    def taught(self, logit_BT: Tensor) -> Tensor:
+    def detach_unseen(self, logit_BT: Tensor) -> Tensor:
         """The logits, those of unseen tasks without a gradient."""
         return torch.where(self.unseen_T, logit_BT.detach(), logit_BT)
 

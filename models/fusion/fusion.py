@@ -39,6 +39,6 @@ class Fusion(nn.Module):
         """A further loss of each row from its logit_BT: loss_B, or None."""
         return None
 
-    def taught(self, logit_BT: Tensor) -> Tensor:
+    def detach_unseen(self, logit_BT: Tensor) -> Tensor:
         """The logits, without a gradient where a task's labels must not train the model."""
         return logit_BT

@@ -43,7 +43,7 @@ class Dataset:
         if self.manifest.version != VERSION:
             raise UserError(f"{path}: dataset of version {self.manifest.version}, this release reads {VERSION}")
         self.schema = Schema.load(path / "schema.yaml")
-        self.expect(self.schema.fingerprint, "its own schema.yaml")
+        self.check_compatible(self.schema.fingerprint, "its own schema.yaml")
         self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are looked at
         for shard in self.manifest.shards:
             file = path / shard.path
@@ -74,7 +74,7 @@ class Dataset:
             raise UserError(f"{error.filename} is missing. Restore it, or run jobs.preprocess again.") from None
         return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
 
-    def expect(self, fingerprint: str, owner: str) -> None:
+    def check_compatible(self, fingerprint: str, owner: str) -> None:
         """Raises UserError unless `owner` (named in the message) has the dataset's fingerprint."""
         if self.manifest.fingerprint != fingerprint:
             raise UserError(
@@ -122,7 +122,7 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
     parts = [Dataset(path / day) for day in _dates(days)]
     first = parts[0]
     for part in parts[1:]:
-        part.expect(first.manifest.fingerprint, f"{first.path}")
+        part.check_compatible(first.manifest.fingerprint, f"{first.path}")
         if part.encoders_id != first.encoders_id:
             raise UserError(
                 f"{part.path} was encoded with {part.encoders_id}, {first.path} with {first.encoders_id}: their ids mean "
@@ -155,7 +155,7 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
     A dataset that stands at `out` changes places with the new one in the same instant.
 
     Args:
-        counts: what the manifest says of raw rows: read, left_out, outcomes, dead_letters, letters.
+        counts: what the manifest says of raw rows: read, left_out, outcomes, dead_letters, dead_letter_files.
     """
     final = []
     for split in dict.fromkeys(shard.split for shard in shards):
@@ -176,7 +176,7 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
     (staging / "schema.yaml").write_text(
         yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     )
-    write_json(staging / "manifest.json", manifest.model_dump())
+    write_json(staging / "manifest.json", manifest.model_dump(by_alias=True))
     shutil.rmtree(staging / "scratch", ignore_errors=True)
     storage_of(out).commit(staging, out)
     return manifest

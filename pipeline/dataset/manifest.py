@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from features.schema.schema import Split
 
@@ -35,7 +35,7 @@ class Shard(BaseModel):
     positives: dict[str, float]
 
 
-class Letters(BaseModel):
+class DeadLetterFile(BaseModel):
     """One Parquet file of dead letters, rows of a raw file that could not be used: stream, file, line, reason, raw."""
 
     path: str
@@ -58,9 +58,10 @@ class Manifest(BaseModel):
         outcomes: per outcome its rows by what became of them: joined, duplicate, early, late, unmatched.
         complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
         dead_letters: bad rows of all streams by reason.
-        letters: the files that hold them.
+        dead_letter_files: the files that hold them; `letters` in manifest.json.
     """
 
+    model_config = ConfigDict(populate_by_name=True)
     version: int = VERSION
     fingerprint: str
     rows: dict[Split, int]
@@ -71,7 +72,7 @@ class Manifest(BaseModel):
     outcomes: dict[str, dict[str, int]]
     complete_until: dict[str, int] = {}
     dead_letters: dict[str, int]
-    letters: list[Letters]
+    dead_letter_files: list[DeadLetterFile] = Field(alias="letters")
     shards: list[Shard]
 
 
@@ -83,7 +84,9 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
     manifests = list(days.values())
     untils = [m.complete_until for m in manifests]
     shards = [s.model_copy(update={"path": f"{day}/{s.path}"}) for day, m in days.items() for s in m.shards]
-    letters = [x.model_copy(update={"path": f"{day}/{x.path}"}) for day, m in days.items() for x in m.letters]
+    dead_letter_files = [
+        x.model_copy(update={"path": f"{day}/{x.path}"}) for day, m in days.items() for x in m.dead_letter_files
+    ]
     return Manifest(
         fingerprint=manifests[0].fingerprint,
         rows=_sums(m.rows for m in manifests),
@@ -94,7 +97,7 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
         outcomes={name: _sums(m.outcomes[name] for m in manifests) for name in manifests[0].outcomes},
         complete_until={name: min(u[name] for u in untils) for name in untils[0] if all(name in u for u in untils)},
         dead_letters=_sums(m.dead_letters for m in manifests),
-        letters=letters,
+        dead_letter_files=dead_letter_files,
         shards=shards,
     )
 

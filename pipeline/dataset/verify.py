@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from features.errors import UserError
 from features.schema.schema import SPLITS
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import Letters, Manifest, Shard, footer_sha256
+from pipeline.dataset.manifest import DeadLetterFile, Manifest, Shard, footer_sha256
 from pipeline.storage.files import sha256
 
 OWN = ("manifest.json", "schema.yaml", "statistics.json")  # beside encoders/
@@ -39,7 +39,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
 def _verify(dataset: Dataset) -> Iterator[str]:
     """`verify` of one dataset."""
     manifest, path = dataset.manifest, dataset.path
-    files: list[Shard | Letters] = [*manifest.shards, *manifest.letters]
+    files: list[Shard | DeadLetterFile] = [*manifest.shards, *manifest.dead_letter_files]
     _check_sums(manifest, path)
     yield f"manifest: sums over {len(manifest.shards)} shards and over what became of {sum(manifest.read.values()):,} raw rows"
     found = _check_names(dataset)
@@ -52,10 +52,10 @@ def _verify(dataset: Dataset) -> Iterator[str]:
     groups, rows = sum(len(shard.row_groups) for shard in manifest.shards), sum(manifest.rows.values())
     labels = sum(sum(observed.values()) for observed in manifest.observed.values())
     yield f"shards: columns, {rows:,} rows in {groups:,} row groups, {labels:,} observed labels and their sums"
-    for letters in manifest.letters:
-        count = pq.read_metadata(path / letters.path).num_rows
-        _expect(path / letters.path, "rows", count, letters.rows)
-    yield f"dead letters: {sum(letters.rows for letters in manifest.letters):,} rows"
+    for part in manifest.dead_letter_files:
+        count = pq.read_metadata(path / part.path).num_rows
+        _check_equal(path / part.path, "rows", count, part.rows)
+    yield f"dead letters: {sum(file.rows for file in manifest.dead_letter_files):,} rows"
     _check_ids(dataset)
     yield f"row ids: {rows:,}, each there once"
 
@@ -65,31 +65,31 @@ def _check_sums(manifest: Manifest, path: Path) -> None:
     file = path / "manifest.json"
     for split in SPLITS:
         shards = [shard for shard in manifest.shards if shard.split == split]
-        _expect(file, f"rows of {split}", sum(shard.rows for shard in shards), manifest.rows.get(split, 0))
+        _check_equal(file, f"rows of {split}", sum(shard.rows for shard in shards), manifest.rows.get(split, 0))
         for task, count in manifest.observed.get(split, {}).items():
             found = sum(shard.observed[task] for shard in shards)
-            _expect(file, f"observed labels of {task} in {split}", found, count)
+            _check_equal(file, f"observed labels of {task} in {split}", found, count)
         for task, total in manifest.positives.get(split, {}).items():
             found_sum = sum(shard.positives[task] for shard in shards)
-            _expect(file, f"sum of labels of {task} in {split}", found_sum, total)
+            _check_equal(file, f"sum of labels of {task} in {split}", found_sum, total)
     for shard in manifest.shards:
-        _expect(file, f"rows of the row groups of {shard.path}", sum(shard.row_groups), shard.rows)
+        _check_equal(file, f"rows of the row groups of {shard.path}", sum(shard.row_groups), shard.rows)
     bad = dict.fromkeys(manifest.read, 0)
-    for letters in manifest.letters:
-        bad[letters.stream] = bad.get(letters.stream, 0) + letters.rows
+    for part in manifest.dead_letter_files:
+        bad[part.stream] = bad.get(part.stream, 0) + part.rows
     for stream, count in bad.items():
         if stream == "impressions":
             went = sum(manifest.rows.values()) + sum(manifest.left_out.values())
         else:
             went = sum(manifest.outcomes.get(stream, {}).values())
-        _expect(file, f"rows of {stream} and where they went", went + count, manifest.read.get(stream, 0))
-    _expect(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
+        _check_equal(file, f"rows of {stream} and where they went", went + count, manifest.read.get(stream, 0))
+    _check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
 
 
 def _check_names(dataset: Dataset) -> int:
     """Counts the files in the folder, which the manifest must all name."""
     manifest = dataset.manifest
-    named = {*OWN, *(shard.path for shard in manifest.shards), *(letters.path for letters in manifest.letters)}
+    named = {*OWN, *(shard.path for shard in manifest.shards), *(file.path for file in manifest.dead_letter_files)}
     files = [file.relative_to(dataset.path) for file in sorted(dataset.path.rglob("*")) if not file.is_dir()]
     for file in files:
         if file.as_posix() not in named and file.parts[0] != "encoders":
@@ -97,11 +97,11 @@ def _check_names(dataset: Dataset) -> int:
     return len(files)
 
 
-def _check_file(file: Path, known: Shard | Letters) -> None:
+def _check_file(file: Path, known: Shard | DeadLetterFile) -> None:
     """Its size and checksums."""
     if not file.is_file():
         raise UserError(f"{file} is missing. {AGAIN}")
-    _expect(file, "bytes", file.stat().st_size, known.bytes)
+    _check_equal(file, "bytes", file.stat().st_size, known.bytes)
     found = sha256(file)
     if found != known.sha256:
         raise UserError(
@@ -128,8 +128,8 @@ def _check_rows(dataset: Dataset, shard: Shard) -> None:
                 observed[task] += len(label) - label.null_count
                 totals[task] += float(label.drop_null().to_numpy().sum(dtype=np.float64))
     for task, count in observed.items():
-        _expect(file, f"observed labels of {task}", count, shard.observed[task])
-        _expect(file, f"sum of labels of {task}", totals[task], shard.positives[task])
+        _check_equal(file, f"observed labels of {task}", count, shard.observed[task])
+        _check_equal(file, f"sum of labels of {task}", totals[task], shard.positives[task])
 
 
 def _kinds(columns: pa.Schema) -> set[tuple[str, str]]:
@@ -171,7 +171,7 @@ def _name_twice(dataset: Dataset, row_id: int) -> None:
     )
 
 
-def _expect(file: Path, what: str, found: float, said: float) -> None:
+def _check_equal(file: Path, what: str, found: float, said: float) -> None:
     """Raises UserError unless the numbers are the same, sums of labels up to the rounding of another order."""
     exact = isinstance(found, int) and isinstance(said, int)
     if found != said if exact else not math.isclose(found, said, rel_tol=1e-9, abs_tol=1e-9):

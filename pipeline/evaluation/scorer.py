@@ -35,7 +35,7 @@ class Evaluator:
         self.run, self.split = run, split
         self.dataset = dataset = dataset.only(run.config().get("tasks"))
         self.schema = run.schema()
-        dataset.expect(self.schema.fingerprint, f"the run {run.path}")
+        dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
         self.loader = Loader(dataset, split, batch_size)
         model = ModelConfig.model_validate(run.config()["model"])

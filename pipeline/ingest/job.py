@@ -21,7 +21,7 @@ from features.schema.schema import RowIndexSplit, Schema
 from features.schema.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit
-from pipeline.dataset.manifest import Letters, Manifest, Shard
+from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
@@ -87,7 +87,7 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
     if schema.histories:
         raise UserError(f"{where}: bag {next(iter(schema.histories))} is a history, which a day alone does not have")
     for name, outcome in schema.source.outcomes.items():
-        if "{date}" not in outcome.files and outcome.window and outcome.young != "keep" and config.as_of is None:
+        if "{date}" not in outcome.files and outcome.window and outcome.open_window != "keep" and config.as_of is None:
             raise UserError(
                 f"{where}: the files of outcome {name} have no {{date}}. Say with as_of= until when they are complete."
             )
@@ -211,24 +211,27 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     before, parts = schedule.lines_before(reads), job.labelled()
     by_file: dict[tuple[str, str], list[tuple[str, int]]] = {}
     reasons: Counter[str] = Counter()
-    for unit, report in schedule.dead_letters(job):
-        by_file.setdefault((reads[unit]["stream"], reads[unit]["file"]), []).append((report["letters"], before[unit]))
+    for unit, report in schedule.dead_letter_reports(job):
+        by_file.setdefault((reads[unit]["stream"], reads[unit]["file"]), []).append(
+            (report["dead_letters"], before[unit])
+        )
         reasons.update(report["reasons"])
-    letters: list[Letters] = [
-        write.write_letters(job.staging, f"{stream}-{index:05d}", stream, file, found)
+    dead_letter_files = [
+        write.write_dead_letters(job.staging, f"{stream}-{index:05d}", stream, file, found)
         for index, ((stream, file), found) in enumerate(by_file.items())
     ]
-    fates = {name: Counter[str]() for name in job.schema.source.outcomes}
+    join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
     for report in job.found("join"):
-        for name, found in report["fates"].items():
-            fates[name].update(found)
+        for name, found in report["join_statuses"].items():
+            join_statuses[name].update(found)
     read: Counter[str] = Counter()
     for report in reads:
         read[report["stream"]] += report["read"]
     left_out: Counter[str] = sum((Counter(part["left_out"]) for part in parts), Counter())
     counts: dict[str, Any] = {
-        "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in fates.items()},
-        "dead_letters": dict(reasons), "letters": letters, "complete_until": schedule.complete_until(job, limits),
+        "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
+        "dead_letters": dict(reasons), "dead_letter_files": dead_letter_files,
+        "complete_until": schedule.complete_until(job, limits),
     }  # fmt: skip
     shards = [Shard(**report["described"]) for report in job.found("write")]
     return commit(job.staging, out, job.schema, shards, counts)

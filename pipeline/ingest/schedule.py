@@ -44,7 +44,7 @@ def steps_of(job: Job) -> list[str]:
     """The steps that a job needs, in order."""
     joins, histories = bool(job.schema.source.outcomes), bool(job.schema.histories)
     needs = {
-        "read": True, "join": joins, "remember": histories, "recall": histories, "label": job.joins,
+        "read": True, "join": joins, "scatter_history": histories, "gather_history": histories, "label": job.joins,
         "merge": True, "encode": job.order != "input", "write": True,
     }  # fmt: skip
     return [step for step, needed in needs.items() if needed]
@@ -85,10 +85,10 @@ def lines_before(reads: list[Work]) -> list[int]:
     return before
 
 
-def dead_letters(job: Job) -> list[tuple[int, Work]]:
+def dead_letter_reports(job: Job) -> list[tuple[int, Work]]:
     """What was reported of bad rows, each with the unit it comes from."""
-    reads = [(index, report) for index, report in enumerate(job.found("read")) if report["letters"]]
-    return reads + [(report["unit"], report) for report in job.found("label") if report["letters"]]
+    reads = [(index, report) for index, report in enumerate(job.found("read")) if report["dead_letters"]]
+    return reads + [(report["unit"], report) for report in job.found("label") if report["dead_letters"]]
 
 
 def complete_until(job: Job, limits: Limits) -> dict[str, int]:
@@ -100,7 +100,7 @@ def complete_until(job: Job, limits: Limits) -> dict[str, int]:
     latest = [report["latest"] for report in job.found("read") if report["latest"] is not None]
     until = {}
     for name, outcome in job.schema.source.outcomes.items():
-        if outcome.window and outcome.young != "keep":
+        if outcome.window and outcome.open_window != "keep":
             joined = [report["latest"][name] for report in job.found("join") if report["latest"][name] is not None]
             until[name] = limits.as_of.get(name, max(joined or latest, default=0))
     return until
@@ -110,12 +110,12 @@ def _join(job: Job, _: Limits) -> Iterator[Work]:
     yield from ({"bucket": bucket} for bucket in range(job.buckets))
 
 
-def _remember(job: Job, _: Limits) -> Iterator[Work]:
+def _scatter_history(job: Job, _: Limits) -> Iterator[Work]:
     for index, part in enumerate(job.parts()):
         yield {**part, "part": index}
 
 
-def _recall(job: Job, _: Limits) -> Iterator[Work]:
+def _gather_history(job: Job, _: Limits) -> Iterator[Work]:
     for name in job.schema.histories:
         yield from ({"history": name, "bucket": bucket} for bucket in range(job.buckets))
 
@@ -143,11 +143,11 @@ def _check(job: Job, limits: Limits) -> None:
     """Raises UserError for too many bad rows in a stream, no rows, or a split without any."""
     reads, total = job.found("read"), rows_of(job)
     for stream in dict.fromkeys(report["stream"] for report in reads):
-        letters = [(unit, report) for unit, report in dead_letters(job) if reads[unit]["stream"] == stream]
-        bad = sum(sum(report["reasons"].values()) for _, report in letters)
+        dead_letters = [(unit, report) for unit, report in dead_letter_reports(job) if reads[unit]["stream"] == stream]
+        bad = sum(sum(report["reasons"].values()) for _, report in dead_letters)
         read = sum(report["read"] for report in reads if report["stream"] == stream)
         if bad > limits.max_bad_fraction * read:
-            unit, (line, reason) = min((unit, report["example"]) for unit, report in letters)
+            unit, (line, reason) = min((unit, report["example"]) for unit, report in dead_letters)
             place = f"{reads[unit]['file']}, line {line + lines_before(reads)[unit]}"
             raise UserError(
                 f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; "
@@ -191,9 +191,9 @@ def _bounds(job: Job, slices: dict[str, int]) -> dict[str, list[int]]:
     for split, count in slices.items():
         seen = [(part["times"][split], part["rows"][split]) for part in job.labelled() if split in part["times"]]
         time = np.concatenate([np.array(times, np.int64) for times, _ in seen] or [np.empty(0, np.int64)])
-        mass = np.concatenate([np.full(len(times), rows / len(times)) for times, rows in seen] or [np.empty(0)])
+        weight = np.concatenate([np.full(len(times), rows / len(times)) for times, rows in seen] or [np.empty(0)])
         order = np.argsort(time, kind="stable")
-        place = np.searchsorted(np.cumsum(mass[order]), mass.sum() * np.arange(1, count) / count)
+        place = np.searchsorted(np.cumsum(weight[order]), weight.sum() * np.arange(1, count) / count)
         bounds[split] = time[order][np.minimum(place, max(len(time) - 1, 0))].tolist() if len(time) else []
     return bounds
 
@@ -230,6 +230,6 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[str, int], list[list[
 
 
 PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {
-    "join": _join, "remember": _remember, "recall": _recall, "label": _label,
+    "join": _join, "scatter_history": _scatter_history, "gather_history": _gather_history, "label": _label,
     "merge": _merge, "encode": _encode, "write": _write,
 }  # fmt: skip

@@ -47,7 +47,7 @@ def share_of(hashes: np.ndarray, shares: int) -> np.ndarray:
     return ((hashes >> np.uint64(32)) * np.uint64(shares) >> np.uint64(32)).astype(np.int64)
 
 
-def dealt(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Table]:
+def partition(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Table]:
     """The rows of each bucket, in the order they had."""
     if buckets == 1:
         return [table]
@@ -56,7 +56,7 @@ def dealt(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Table]
     return [ordered.slice(stop - size, size) for stop, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
 
 
-def returned(paths: Sequence[str], part: int, rows: int) -> pa.Table:
+def gather(paths: Sequence[str], part: int, rows: int) -> pa.Table:
     """What buckets sent back to a part, in the order of its rows."""
     found = pa.concat_tables([read(path, part, mapped=False) for path in paths], promote_options="permissive")
     order = np.empty(rows, np.int64)

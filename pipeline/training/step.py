@@ -55,7 +55,7 @@ class TrainStep(nn.Module):
         return [p for part in (*parts, self.loss) for p in part.parameters() if p.requires_grad]
 
     def _by_slices(self, batch: Batch) -> tuple[Tensor, StepOutput]:
-        total_T1 = global_mass(batch)
+        total_T1 = global_weight_sums(batch)
 
         def run(embedding_BE: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             some = rows_of(batch, rows)
@@ -66,7 +66,7 @@ class TrainStep(nn.Module):
 
         embedding_BE = self.ranker.embedded(batch)
         total, loss_BT = loss_by_slices(run, embedding_BE, self.dense_parameters(), self.accumulate)
-        return total + self.loss.prior(total_T1[:-1]), _output(loss_BT, batch)
+        return total + self.loss.regulariser(total_T1[:-1]), _output(loss_BT, batch)
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
@@ -81,13 +81,13 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     )
 
 
-def global_mass(batch: Batch) -> Tensor:
+def global_weight_sums(batch: Batch) -> Tensor:
     """What losses are divided by, so that an average over ranks is the mean over the global batch: total_T1.
 
     For each task the weight of observed rows, then the weight of all rows; of the global batch, over the number of ranks.
     """
-    mass_BT, weight_B = batch.weight_BT * batch.observed_BT, batch.weight_BT[:, 0]
-    total_T1 = torch.cat([mass_BT.sum(0), weight_B.sum(0, keepdim=True)])
+    observed_weight_BT, weight_B = batch.weight_BT * batch.observed_BT, batch.weight_BT[:, 0]
+    total_T1 = torch.cat([observed_weight_BT.sum(0), weight_B.sum(0, keepdim=True)])
     if (ranks := dist.get_world_size()) > 1:
         dist.all_reduce(total_T1)
     return total_T1 / ranks
@@ -97,7 +97,7 @@ def global_loss(
     loss: TaskLoss, logit_BT: Tensor, penalty_B: Tensor | None, batch: Batch
 ) -> tuple[Tensor, StepOutput]:  # fmt: skip
     """Mean loss over the observed rows of all ranks; gradients come out right once ranks average them."""
-    total, loss_BT = _loss(loss, loss, logit_BT, penalty_B, batch, global_mass(batch))
+    total, loss_BT = _loss(loss, loss, logit_BT, penalty_B, batch, global_weight_sums(batch))
     return total, _output(loss_BT.detach(), batch)
 
 

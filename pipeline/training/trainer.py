@@ -80,7 +80,7 @@ class Trainer:
         torch.set_num_threads(self.settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
         whole = open_dataset(config.dataset, config.days)
         if schema is not None:
-            whole.expect(schema.fingerprint, "the schema of this job")
+            whole.check_compatible(schema.fingerprint, "the schema of this job")
         self.dataset = whole.only(config.tasks)
         self.schema, self.whole_schema = self.dataset.schema, whole.schema
         self.held = ExitStack()  # checkpoints of other runs that this one starts from
@@ -124,7 +124,7 @@ class Trainer:
         config = self.config.model_dump(mode="json", by_alias=True)
         if path is not None:
             manifest = checkpoint.read(path)
-            resume.expect(path, manifest, self._manifest(0))
+            resume.check_compatible(path, manifest, self._manifest(0))
             self._load(path, manifest)
             ranks = f", written by {manifest.ranks} ranks" if manifest.ranks != self.ranks else ""
             self._tell(f"goes on from {path}{ranks}")

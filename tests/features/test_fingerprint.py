@@ -59,7 +59,7 @@ CHANGES = [
     ("source.quote", None), ("source.multiline", True), ("source.timezone", "Asia/Tokyo"), ("source.format", "jsonl"),
     ("source.types", {"stars": "time"}), ("source.outcomes.click.time", "at"), ("source.outcomes.click.take", "last"),
     ("source.outcomes.click.duplicates", "keep"), ("source.outcomes.click.late", "keep"),
-    ("source.outcomes.click.young", "keep"), ("source.outcomes.click.young", "leave_out"),
+    ("source.outcomes.click.open_window", "keep"), ("source.outcomes.click.open_window", "leave_out"),
     ("source.outcomes.click.read", {"delimiter": ";"}), ("tables.item.vocabulary.unknown", 2),
     ("source.outcomes.click", {"files": "click-*.csv", "key": "id", "time": "at", "window": "7d"}),
     ("bag.recent.history", {"user": "user", "item": "item"}), ("bag.recent.history", {"user": "id", "item": "item"}),

@@ -18,8 +18,8 @@ def waiting(click: str, buy: str) -> Schema:
             "files": "x",
             "key": "id",
             "outcomes": {
-                "click": {"files": "c", "columns": {"dwell": "float"}, "young": click, **window},
-                "buy": {"files": "b", "young": buy, **window},
+                "click": {"files": "c", "columns": {"dwell": "float"}, "open_window": click, **window},
+                "buy": {"files": "b", "open_window": buy, **window},
             },
             "derived": {"long": "click_dwell > 3"},
         },
@@ -60,8 +60,8 @@ def test_a_window_that_is_still_open_hides_the_tasks_that_read_its_outcome_or_le
     cells = {name: [value] * len(log) for name, value in (("time", "5"), ("x", "1"), ("stars", "5"))}
     cells["id"] = [row["id"] for row in log]
     rows = typed(s, {name: pa.array(values, pa.string()) for name, values in cells.items()}).rows
-    young = {name: np.array([row[name] for row in log], bool) for name in ways}
-    found = parse(s, rows, 0, pl.DataFrame({name: [value] * len(log) for name, value in JOINED.items()}), young)
+    open_windows = {name: np.array([row[name] for row in log], bool) for name in ways}
+    found = parse(s, rows, 0, pl.DataFrame({name: [value] * len(log) for name, value in JOINED.items()}), open_windows)
 
     expected, left_out = [], {f"window of {name} still open": 0 for name in ways if ways[name] == "leave_out"}
     for index, row in enumerate(log):

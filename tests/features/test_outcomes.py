@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.join.outcomes import FATES, join
+from features.join.outcomes import JOIN_STATUSES, join
 from features.schema.source import Outcome
 
 Row = dict[str, Any]
@@ -108,9 +108,11 @@ def test_every_impression_has_the_outcomes_and_every_outcome_the_fate_of_a_loop_
     events = [{name: event[name] for name in read} for event in events]
     unique = events if duplicates == "keep" else [e for i, e in enumerate(events) if e not in events[:i]]
     assert found.columns.to_dicts() == [plain_columns(outcome, impression, unique) for impression in impressions]
-    fates = Counter(plain_fate(outcome, event, impressions) for event in unique)
-    assert found.fates == {fate: fates[fate] for fate in FATES} | {"duplicate": len(events) - len(unique)}
-    assert sum(found.fates.values()) == len(events)
+    join_statuses = Counter(plain_fate(outcome, event, impressions) for event in unique)
+    assert found.join_statuses == {fate: join_statuses[fate] for fate in JOIN_STATUSES} | {
+        "duplicate": len(events) - len(unique)
+    }
+    assert sum(found.join_statuses.values()) == len(events)
     for column, kind_of in columns.items():
         assert (
             found.columns[f"o_{column}"].dtype == {"int": pl.Int64, "float": pl.Float64, "string": pl.String}[kind_of]
@@ -127,7 +129,7 @@ def test_both_ends_of_a_window_belong_to_it_and_the_seconds_around_it_do_not():
     outcome = Outcome(files="o", key="key", time="at", window="1h", take="last")
     found = joined(outcome, [("a", 10_000)], [("a", at) for at in (9_999, 10_000, 13_600, 13_601)])
     assert found.columns.to_dicts() == [{"o": True, "o_count": 2, "o_time": 13_600}]
-    assert found.fates == {"joined": 2, "duplicate": 0, "early": 1, "late": 1, "unmatched": 0}
+    assert found.join_statuses == {"joined": 2, "duplicate": 0, "early": 1, "late": 1, "unmatched": 0}
 
 
 def test_an_outcome_belongs_to_every_impression_in_whose_window_it_is_but_counts_once_as_joined():
@@ -135,7 +137,7 @@ def test_an_outcome_belongs_to_every_impression_in_whose_window_it_is_but_counts
     found = joined(outcome, [("a", 5), ("a", 0), ("a", 50), ("b", 5)], [("a", 8), ("a", 30)])
     assert found.columns["o_count"].to_list() == [1, 1, 0, 0]
     assert found.columns["o_time"].to_list() == [8, 8, None, None]
-    assert found.fates == {"joined": 1, "duplicate": 0, "early": 0, "late": 1, "unmatched": 0}
+    assert found.join_statuses == {"joined": 1, "duplicate": 0, "early": 0, "late": 1, "unmatched": 0}
 
 
 @pytest.mark.parametrize(("take", "expected"), [("first", 2), ("last", 3)])
@@ -150,7 +152,7 @@ def test_only_rows_that_are_equal_in_every_column_that_is_read_are_duplicates(du
     outcome = Outcome(files="o", key="key", time="at", columns={"n": "int"}, take="sum", duplicates=duplicates)
     found = joined(outcome, [("a", 0)], [("a", 1, 3), ("a", 2, 2), ("a", 1, 3)])
     assert found.columns["o_n"].to_list() == [total]
-    assert found.fates["duplicate"] == dropped
+    assert found.join_statuses["duplicate"] == dropped
 
 
 def test_impressions_and_outcomes_in_any_order_give_sums_of_their_own():

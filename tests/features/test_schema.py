@@ -72,7 +72,7 @@ def test_the_base_of_these_tests_is_a_schema():
         ("source.", ["files", "types", "row_id", "key", "outcomes", "derived", *FORMAT]),
         (
             "source.outcomes.click.",
-            ["files", "key", "columns", "time", "window", "take", "duplicates", "late", "young"],
+            ["files", "key", "columns", "time", "window", "take", "duplicates", "late", "open_window"],
         ),
         ("source.outcomes.click.read.", FORMAT),
         ("source.outcomes.read.", ["files", "key", "window", "read"]),
@@ -121,9 +121,9 @@ def test_an_unknown_key_is_refused_at_every_level_with_what_is_allowed_there(pla
         ("source.outcomes.click.duplicates", "count", ["source.outcomes.click.duplicates", "'drop'", "'keep'"]),
         ("source.outcomes.click.late", "move", ["source.outcomes.click.late", "'drop'", "'keep'"]),
         (
-            "source.outcomes.click.young",
+            "source.outcomes.click.open_window",
             "drop",
-            ["source.outcomes.click.young", "'unobserved'", "'leave_out'", "'keep'"],
+            ["source.outcomes.click.open_window", "'unobserved'", "'leave_out'", "'keep'"],
         ),
         ("source.outcomes.click.read", {"delimiter": "ab"}, ["source.outcomes.click.read.delimiter", "at most 1"]),
         ("source.outcomes.click.window", "1h", ["source.outcomes.click", "window needs time"]),

@@ -75,7 +75,7 @@ def rows_by_id(dataset: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["row_id"])
 
 
-def letters_of(dataset: Path) -> list[dict[str, Any]]:
+def dead_letters_of(dataset: Path) -> list[dict[str, Any]]:
     found = [row for path in (dataset / "dead_letters").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
     return sorted(found, key=lambda letter: (letter["stream"], letter["file"], letter["line"]))
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from job_bench import ROOT, SPLITS, content_of, letters_of, no_beam, rows_by_id, rows_of, run, values_of
+from job_bench import ROOT, SPLITS, content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run, values_of
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
@@ -84,17 +84,17 @@ def messy(messy_log, small_content, tmp_path_factory) -> Path:
 
 def test_bad_lines_are_in_dead_letters_with_file_line_and_reason(messy, messy_log):
     _, expected = messy_log
-    found = {(letter["file"], letter["line"]): letter["reason"] for letter in letters_of(messy)}
+    found = {(letter["file"], letter["line"]): letter["reason"] for letter in dead_letters_of(messy)}
     assert found.keys() == expected.keys()
     assert {place: reason for place, reason in expected.items() if not found[place].startswith(reason)} == {}
-    assert {letter["stream"] for letter in letters_of(messy) if "clicks" in letter["file"]} == {"click"}
-    assert {letter["stream"] for letter in letters_of(messy) if "impressions" in letter["file"]} == {"impressions"}
+    assert {letter["stream"] for letter in dead_letters_of(messy) if "clicks" in letter["file"]} == {"click"}
+    assert {letter["stream"] for letter in dead_letters_of(messy) if "impressions" in letter["file"]} == {"impressions"}
 
 
 def test_every_raw_line_is_in_exactly_one_of_train_valid_test_and_dead_letters(messy, messy_log):
     ids = [row["row_id"] for row in rows_by_id(messy)]
     assert len(ids) == len(set(ids))
-    raws = [letter["raw"] for letter in letters_of(messy) if letter["stream"] == "impressions"]
+    raws = [letter["raw"] for letter in dead_letters_of(messy) if letter["stream"] == "impressions"]
     assert [raw for raw in raws if not raw.startswith("{")] == LINES_THAT_ARE_NO_ROWS
     spoiled = [json.loads(raw)["id"] for raw in raws if raw.startswith("{")]
     assert sorted([*map(str, ids), *(i for i in spoiled if i != "oops")]) == sorted(
@@ -126,7 +126,7 @@ def test_the_manifest_adds_up_and_its_checksums_are_those_of_the_files(messy):
             assert manifest["positives"][split][task] == pytest.approx(label.sum(), rel=1e-9)
     assert manifest["read"] == {"impressions": 905, "click": 303}
     assert sum(manifest["outcomes"]["click"].values()) == 302
-    assert sum(manifest["dead_letters"].values()) == len(letters_of(messy)) == 12
+    assert sum(manifest["dead_letters"].values()) == len(dead_letters_of(messy)) == 12
     assert manifest["dead_letters"]["price: wrong value"] == 2
     assert manifest["dead_letters"]["1 columns instead of 9"] == 2
     for letters in manifest["letters"]:
@@ -223,7 +223,7 @@ def test_a_file_read_in_many_blocks_becomes_what_it_becomes_in_one(
         for name in ("price", "age"):
             assert one.pop(name) == pytest.approx(other.pop(name), rel=1e-5, abs=1e-6)
         assert one == other
-    assert letters_of(out) == letters_of(messy)
+    assert dead_letters_of(out) == dead_letters_of(messy)
     assert manifest.dead_letters == Dataset(messy).manifest.dead_letters
     assert [(s.path, s.rows, s.row_groups) for s in manifest.shards] == [
         (s.path, s.rows, s.row_groups) for s in Dataset(messy).manifest.shards
@@ -295,7 +295,7 @@ def test_outcomes_are_cleaned_as_impressions_are(tmp_path):
     assert [row["label.t"] for row in rows] == [0, 1, 0, 1, 1, 0]
     assert [row["label.r"] for row in rows] == [None, 5, None, None, 2, None]
     assert manifest.dead_letters == {"a: missing key": 1}
-    [letter] = letters_of(tmp_path / "out")
+    [letter] = dead_letters_of(tmp_path / "out")
     assert (letter["line"], json.loads(letter["raw"])["revenue"]) == (4, 7)
 
 
@@ -313,7 +313,7 @@ def test_one_file_may_hold_impressions_and_outcomes(tmp_path):
         split={"by": "hash", "key": "a", "valid": 0, "test": 0},
     )
     manifest = run(tmp_path, tmp_path / "out", content, unit_bytes=100, max_bad_fraction=0.5, as_of="1971-01-01")
-    assert [(x["stream"], x["line"], x["raw"]) for x in letters_of(tmp_path / "out")] == [
+    assert [(x["stream"], x["line"], x["raw"]) for x in dead_letters_of(tmp_path / "out")] == [
         ("buy", 19, "short"),
         ("impressions", 19, "short"),
     ]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from job_bench import letters_of, no_beam, rows_by_id, run
+from job_bench import dead_letters_of, no_beam, rows_by_id, run
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
@@ -73,7 +73,7 @@ ROWS: dict[str, tuple[dict[str, str], str]] = {
     "plain": ({}, ROW),
     "missing number": ({"x": ""}, ROW),
     "missing text": ({"c": ""}, ROW),
-    "young": ({"at": str(AS_OF - WINDOW + 1)}, LEFT_OUT),
+    "open window": ({"at": str(AS_OF - WINDOW + 1)}, LEFT_OUT),
     "just old enough": ({"at": str(AS_OF - WINDOW)}, ROW),
     "bad number": ({"x": "1.5.2"}, LETTER),
     "no finite number": ({"x": "inf"}, LETTER),
@@ -85,7 +85,7 @@ ROWS: dict[str, tuple[dict[str, str], str]] = {
     "missing id": ({"id": ""}, LETTER),
     "negative id": ({"id": "-5"}, LETTER),
     "impossible label": ({"y": "7"}, LETTER),
-    "young and impossible": ({"at": str(AS_OF), "y": "7"}, LETTER),
+    "open window and impossible": ({"at": str(AS_OF), "y": "7"}, LETTER),
 }
 CSV: dict[str, tuple[Callable[[int], bytes], str]] = {
     "quoted": (lambda tag: csv_line(good(tag) | {"c": '"a, ""b"""', "x": '"2"'}), ROW),
@@ -165,7 +165,7 @@ def content_for(form: str) -> dict:
             "outcomes": {
                 "click": {
                     "files": "clicks-*", "key": "k", "time": "when", "columns": {"tag": "string"}, "window": WINDOW,
-                    "young": "leave_out", "read": {"format": "csv"},
+                    "open_window": "leave_out", "read": {"format": "csv"},
                 }
             },
         },
@@ -190,19 +190,19 @@ def tags(lines: list[Line], fate: str) -> list[int]:
 def check_sums(out: Path, files: list[File], outcomes: list[File], letters: list[dict]) -> None:
     """The manifest's numbers against a plain count of lines."""
     manifest = Dataset(out).manifest
-    fates = {
+    join_statuses = {
         name: Counter(line.fate for file in found for line in file.lines)
         for name, found in (("impressions", files), ("click", outcomes))
     }
-    assert {name: manifest.read.get(name, 0) for name in fates} == {
-        name: count.total() - count[BLANK] for name, count in fates.items()
+    assert {name: manifest.read.get(name, 0) for name in join_statuses} == {
+        name: count.total() - count[BLANK] for name, count in join_statuses.items()
     }
-    assert sum(manifest.rows.values()) == fates["impressions"][ROW]
-    assert sum(manifest.left_out.values()) == fates["impressions"][LEFT_OUT]
-    assert sum(manifest.outcomes["click"].values()) == fates["click"][ROW]
+    assert sum(manifest.rows.values()) == join_statuses["impressions"][ROW]
+    assert sum(manifest.left_out.values()) == join_statuses["impressions"][LEFT_OUT]
+    assert sum(manifest.outcomes["click"].values()) == join_statuses["click"][ROW]
     assert sum(manifest.dead_letters.values()) == len(letters)
     assert Counter(letter["stream"] for letter in letters) == Counter(
-        {name: count[LETTER] for name, count in fates.items() if count[LETTER]}
+        {name: count[LETTER] for name, count in join_statuses.items() if count[LETTER]}
     )
     for shard in manifest.shards:
         assert pq.ParquetFile(out / shard.path).metadata.num_rows == shard.rows
@@ -227,7 +227,7 @@ def test_every_line_goes_to_one_place_and_no_good_one_is_lost_for_a_bad_neighbou
             "as_of": "1970-01-01T00:16:40",
         }
         run(folder, out, content_for(form), **sizes)
-        letters = letters_of(out)
+        letters = dead_letters_of(out)
         lines = [line for file in files for line in file.lines]
         everything = lines + [line for file in outcomes for line in file.lines]
         assert [row["row_id"] for row in rows_by_id(out)] == tags(lines, ROW)

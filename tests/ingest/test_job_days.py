@@ -212,12 +212,12 @@ def test_a_log_without_a_joined_click_is_complete_until_its_last_impression(days
 def test_each_outcome_is_complete_until_a_time_of_its_own_and_told_ones_all_until_one(days, tmp_path):
     content = day_content()
     buy = {"files": "buys.csv", "key": "id", "time": "when", "window": "1h"}
-    content["source"]["outcomes"] |= {"buy": buy, "share": buy | {"young": "keep"}}
+    content["source"]["outcomes"] |= {"buy": buy, "share": buy | {"open_window": "keep"}}
     content["tasks"]["buy"] = {"kind": "binary", "label": "buy"}
     rows = [row for number in range(3) for row in day_rows(number)]
     (days / "buys.csv").write_text(f"id,when\n{rows[14][0]},{rows[14][1] + 5}\n")
     ends = {"click": day_rows(2)[3][1] + 23 * 3600, "buy": rows[14][1] + 5}
-    assert run(days, tmp_path / "own", content).complete_until == ends  # and for young: keep it does not matter
+    assert run(days, tmp_path / "own", content).complete_until == ends  # and for open_window: keep it does not matter
     found = [(row["label.click"] is not None, row["label.buy"] is not None) for row in rows_by_id(tmp_path / "own")]
     assert found == [(at + 86_400 <= ends["click"], at + 3600 <= ends["buy"]) for _, at, _ in rows]
     told = run(days, tmp_path / "told", content, as_of=str(FIRST + timedelta(days=2)))
@@ -227,7 +227,7 @@ def test_each_outcome_is_complete_until_a_time_of_its_own_and_told_ones_all_unti
 
 
 def test_rows_whose_window_is_open_can_be_left_out(days, tmp_path):
-    manifest = run(days, tmp_path / "left", day_content(young="leave_out"), as_of=str(FIRST + timedelta(days=2)))
+    manifest = run(days, tmp_path / "left", day_content(open_window="leave_out"), as_of=str(FIRST + timedelta(days=2)))
     kept = [at for at, closed in closed_by(midnight(2)) if closed]
     assert [row["event_time"] for row in rows_by_id(tmp_path / "left")] == kept
     assert manifest.left_out == {"window of click still open": 30 - len(kept)}

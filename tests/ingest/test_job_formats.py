@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from job_bench import content_of, letters_of, no_beam, rows_by_id, rows_of, run
+from job_bench import content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run
 
 from pipeline.ingest.formats import text
 
@@ -200,7 +200,7 @@ def test_dead_letters_have_the_same_lines_whether_a_file_is_cut_or_not(ending, t
         out = tmp_path / f"out-{unit_bytes}-{block_bytes}"
         run(tmp_path / "log", out, content, unit_bytes=unit_bytes, max_bad_fraction=0.5)
         assert [x["row_id"] for x in rows_by_id(out)] == [x["id"] for x in ROWS]
-        found.append(letters_of(out))
+        found.append(dead_letters_of(out))
     assert [letter["line"] for letter in found[0]] == list(bad)
     assert found[1] == found[0]
     assert found[2] == found[0]

@@ -50,7 +50,7 @@ class Rules:
     take: str
     duplicates: str
     late: str
-    young: str
+    open_window: str
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,7 +82,7 @@ rules = st.builds(
     take=st.sampled_from(["first", "last", "sum", "min", "max"]),
     duplicates=st.sampled_from(["drop", "keep"]),
     late=st.sampled_from(["drop", "drop", "keep"]),
-    young=st.sampled_from(["unobserved", "leave_out", "keep"]),
+    open_window=st.sampled_from(["unobserved", "leave_out", "keep"]),
 )
 
 
@@ -178,18 +178,18 @@ def expected_labels(impression: Impression, events: list[Event], rule: Rules) ->
     return {"any": bool(found), "count": len(found), "wait": wait, "amount": amount}
 
 
-def expected_fates(impressions: list[Impression], events: list[Event], rule: Rules) -> dict[str, int]:
-    fates = dict.fromkeys(("joined", "duplicate", "early", "late", "unmatched"), 0)
-    fates["duplicate"] = len(events) - len(once(events, rule))
+def expected_statuses(impressions: list[Impression], events: list[Event], rule: Rules) -> dict[str, int]:
+    join_statuses = dict.fromkeys(("joined", "duplicate", "early", "late", "unmatched"), 0)
+    join_statuses["duplicate"] = len(events) - len(once(events, rule))
     for event in once(events, rule):
         of_key = [x for x in impressions if x.key == event.key]
         if not of_key:
-            fates["unmatched"] += 1
+            join_statuses["unmatched"] += 1
         elif any(belongs(event, x, rule) for x in of_key):
-            fates["joined"] += 1
+            join_statuses["joined"] += 1
         else:
-            fates["early" if all(event.at < x.at for x in of_key) else "late"] += 1
-    return fates
+            join_statuses["early" if all(event.at < x.at for x in of_key) else "late"] += 1
+    return join_statuses
 
 
 def known_from(name: str, row: Impression, streams: dict[str, list[Event]], outcomes: dict[str, Rules]) -> float:
@@ -230,7 +230,7 @@ def expected_ends(
     return {
         name: expected_end(impressions, streams[name], rule) if as_of is None else as_of
         for name, rule in outcomes.items()
-        if rule.window is not None and rule.young != "keep"
+        if rule.window is not None and rule.open_window != "keep"
     }
 
 
@@ -244,13 +244,13 @@ def expected_rows(
     known = {name: [known_from(name, x, streams, outcomes) for x in impressions] for name in histories}
     rows = []
     for x in impressions:
-        young = {name for name, end in ends.items() if x.at + (outcomes[name].window or 0) > end}
-        if any(outcomes[name].young == "leave_out" for name in young):
+        still_open = {name for name, end in ends.items() if x.at + (outcomes[name].window or 0) > end}
+        if any(outcomes[name].open_window == "leave_out" for name in still_open):
             continue
         row: dict[str, Any] = {"row_id": x.id, "event_time": x.at}
         for name, rule in outcomes.items():
             labels = expected_labels(x, streams[name], rule)
-            row |= {f"label.{name}_{what}": None if name in young else value for what, value in labels.items()}
+            row |= {f"label.{name}_{what}": None if name in still_open else value for what, value in labels.items()}
         rows.append(row | {name: expected_history(x, impressions, known[name]) for name in histories})
     return rows
 
@@ -296,7 +296,7 @@ def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
         manifest = run(folder, out, content, **settings_, **sizes)
         assert found_rows(out, histories) == expected
         for outcome, rule in outcomes.items():
-            assert manifest.outcomes[outcome] == expected_fates(impressions, streams[outcome], rule)
+            assert manifest.outcomes[outcome] == expected_statuses(impressions, streams[outcome], rule)
         assert manifest.complete_until == ends
         assert sum(manifest.left_out.values()) == len(impressions) - len(expected)
         assert manifest.dead_letters == {}
@@ -311,7 +311,7 @@ def test_what_a_row_teaches_about_joins_in_a_log_small_enough_to_read(tmp_path: 
     ]
     # The click on x comes after impression 1, that on y one second too late, and that on z has no impression.
     clicks = [Event("a", BASE + 10, 2), Event("a", BASE + 10, 2), Event("b", BASE + 16, 1), Event("z", BASE + 99, None)]
-    rule = Rules(window=10, take="first", duplicates="drop", late="drop", young="unobserved")
+    rule = Rules(window=10, take="first", duplicates="drop", late="drop", open_window="unobserved")
     write_log(tmp_path, impressions, {"click": clicks})
     manifest = run(tmp_path, tmp_path / "out", content_for({"click": rule}))
     rows = found_rows(tmp_path / "out", ["seen", "clicked", "ignored"])
@@ -336,7 +336,7 @@ def test_what_reads_two_outcomes_is_known_once_both_windows_have_closed(
     impressions += [Impression(i, f"b{i}", BASE + wait, "u", None) for i, wait in enumerate((1, 6, 20, 21), 1)]
     streams = {"click": [Event("a", BASE, 2)], "buy": [Event("a", BASE, 1)]}
     outcomes = {
-        name: Rules(window=window, take="first", duplicates="drop", late="drop", young="keep")
+        name: Rules(window=window, take="first", duplicates="drop", late="drop", open_window="keep")
         for name, window in zip(streams, windows, strict=True)
     }
     write_log(tmp_path, impressions, streams)

@@ -32,7 +32,7 @@ def steps_alone() -> Iterator[None]:
 def content(small_content) -> dict[str, Any]:
     """The small log's schema with a window and a history, so that a job has every step there is."""
     content = small_content()
-    content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}, "window": "9d", "young": "keep"}
+    content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}, "window": "9d", "open_window": "keep"}
     content["bag"]["before"] = {"history": {"user": "user", "item": "item"}}
     content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
     return content
@@ -120,9 +120,9 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
 
     monkeypatch.setattr(schedule, "after", watched)
     run(small_log, tmp_path / "out", content, order="time", **SIZES)
-    assert list(lying) == ["read", "join", "remember", "recall", "label", "merge", "encode", "write"]
+    assert list(lying) == ["read", "join", "scatter_history", "gather_history", "label", "merge", "encode", "write"]
     waiting = {"typed", "sent", "reply"}
-    assert waiting <= lying["recall"]
+    assert waiting <= lying["gather_history"]
     assert not waiting & lying["label"]
     assert "features" in lying["merge"]
     assert not {"features", *waiting} & lying["encode"]

@@ -48,7 +48,7 @@ def replaced(folder: Path, edit: Callable[[pa.Table], pa.Table], keep_sums: bool
     if keep_sums:
         sums = ("rows", "row_groups", "observed", "positives")
         new = new.model_copy(update={name: getattr(old, name) for name in sums})
-    write_manifest(folder, [new if s is old else s for s in manifest.shards], manifest.letters)
+    write_manifest(folder, [new if s is old else s for s in manifest.shards], manifest.dead_letter_files)
 
 
 def set_column(name: str, values: Callable[[pa.ChunkedArray], pa.Array]) -> Callable[[pa.Table], pa.Table]:
@@ -149,7 +149,7 @@ def test_a_split_without_rows_and_a_dataset_without_letters_can_be_verified(tmp_
     gone: list[Shard] = [s for s in manifest.shards if s.split == "test"]
     for s in gone:
         (tmp_path / "data" / s.path).unlink()
-    for letters in manifest.letters:
+    for letters in manifest.dead_letter_files:
         (tmp_path / "data" / letters.path).unlink()
     kept = [s for s in manifest.shards if s.split != "test"]
     write_manifest(tmp_path / "data", kept, [], dead_letters={})

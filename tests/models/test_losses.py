@@ -42,18 +42,18 @@ def drawn(kinds: list[str], rows: int, seed: int) -> tuple[Tensor, Tensor, Tenso
     regression_T = torch.tensor([kind == "regression" for kind in kinds])
     label_BT = torch.where(regression_T, 20 * label_BT - 10, label_BT)
     observed_BT = torch.rand(rows, len(kinds), generator=rng) < 0.66
-    mass_BT = 3 * torch.rand(rows, len(kinds), generator=rng) * observed_BT
-    return logit_BT, label_BT, mass_BT
+    observed_weight_BT = 3 * torch.rand(rows, len(kinds), generator=rng) * observed_BT
+    return logit_BT, label_BT, observed_weight_BT
 
 
 def loop(kinds: list[str], weights: list[float], drawn: tuple[Tensor, ...], total: list[float]) -> tuple[float, Tensor]:
     """The total loss and its gradient, one entry at a time; tasks without mass are passed over."""
-    logit_BT, label_BT, mass_BT = (x.tolist() for x in drawn)
+    logit_BT, label_BT, observed_weight_BT = (x.tolist() for x in drawn)
     loss, gradient_BT = 0.0, torch.zeros(drawn[0].shape, dtype=torch.float64)
     for b in range(len(logit_BT)):
         for t, kind in enumerate(kinds):
             if total[t] > 0:
-                factor = weights[t] * mass_BT[b][t] / total[t]
+                factor = weights[t] * observed_weight_BT[b][t] / total[t]
                 loss += factor * entry(kind, logit_BT[b][t], label_BT[b][t])
                 gradient_BT[b, t] = factor * slope(kind, logit_BT[b][t], label_BT[b][t])
     return loss, gradient_BT
@@ -79,47 +79,47 @@ def test_regression_loss_is_the_squared_error(logit, label):
 def test_loss_and_gradient_equal_a_loop_for_any_mixture_of_tasks(kinds, rows, data, seed):
     weights = [data.draw(st.sampled_from([0.0, 0.25, 1.0, 3.0])) for _ in kinds]
     elsewhere = torch.tensor([data.draw(st.sampled_from([0.0, 5.0])) for _ in kinds])
-    logit_BT, label_BT, mass_BT = drawn(kinds, rows, seed)
-    total_T = mass_BT.sum(0) + elsewhere
+    logit_BT, label_BT, observed_weight_BT = drawn(kinds, rows, seed)
+    total_T = observed_weight_BT.sum(0) + elsewhere
     module = TaskLoss(kinds, weights)
 
     loss_BT = module.per_row(logit_BT.requires_grad_(), label_BT)
     assert loss_BT.dtype == torch.float32
-    loss = module(loss_BT, mass_BT, total_T)
+    loss = module(loss_BT, observed_weight_BT, total_T)
     loss.backward()
 
     for b in range(rows):
         for t, kind in enumerate(kinds):
             real = loss_BT[b, t].item()
             assert_close(real, entry(kind, logit_BT[b, t].item(), label_BT[b, t].item()), rtol=1e-5, atol=ROUNDING)
-    expected, gradient_BT = loop(kinds, weights, (logit_BT, label_BT, mass_BT), total_T.tolist())
+    expected, gradient_BT = loop(kinds, weights, (logit_BT, label_BT, observed_weight_BT), total_T.tolist())
     assert loss.shape == ()
     assert_close(loss.item(), expected, rtol=1e-5, atol=ROUNDING)
     assert_close(logit_BT.grad.double(), gradient_BT, rtol=1e-5, atol=ROUNDING)
-    assert (logit_BT.grad[mass_BT == 0] == 0).all()
+    assert (logit_BT.grad[observed_weight_BT == 0] == 0).all()
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.integers(1, 6), st.data(), seeds)
 def test_uncertainty_loss_and_all_its_gradients_equal_the_formula_task_by_task(kinds, rows, data, seed):
     """exp(-s) L + s / 2 for a binary task, exp(-s) L / 2 + s / 2 for a regression, nothing for one without mass."""
-    logit_BT, label_BT, mass_BT = drawn(kinds, rows, seed)
-    mass_BT *= torch.tensor([data.draw(st.booleans()) for _ in kinds])
-    total_T = mass_BT.sum(0)
+    logit_BT, label_BT, observed_weight_BT = drawn(kinds, rows, seed)
+    observed_weight_BT *= torch.tensor([data.draw(st.booleans()) for _ in kinds])
+    total_T = observed_weight_BT.sum(0)
     module = UncertaintyLoss(kinds)
     s_T = torch.tensor([data.draw(st.sampled_from([-2.0, 0.0, 0.5, 3.0])) for _ in kinds])
     module.log_variance_T.data.copy_(s_T)
-    loss = module(module.per_row(logit_BT.requires_grad_(), label_BT), mass_BT, total_T)
+    loss = module(module.per_row(logit_BT.requires_grad_(), label_BT), observed_weight_BT, total_T)
     loss.backward()
 
     expected, slope_T = 0.0, []
     factor_T = [math.exp(-s) * (0.5 if k == "regression" else 1.0) for s, k in zip(s_T.tolist(), kinds, strict=True)]
     for t, s in enumerate(s_T.tolist()):
         only = [float(other == t) for other in range(len(kinds))]
-        mean, _ = loop(kinds, only, (logit_BT, label_BT, mass_BT), total_T.tolist())
+        mean, _ = loop(kinds, only, (logit_BT, label_BT, observed_weight_BT), total_T.tolist())
         expected += factor_T[t] * mean + (s / 2 if total_T[t] > 0 else 0.0)
         slope_T.append(-factor_T[t] * mean + (0.5 if total_T[t] > 0 else 0.0))
-    _, gradient_BT = loop(kinds, factor_T, (logit_BT, label_BT, mass_BT), total_T.tolist())
+    _, gradient_BT = loop(kinds, factor_T, (logit_BT, label_BT, observed_weight_BT), total_T.tolist())
     assert_close(loss.item(), expected, rtol=1e-5, atol=1e-3)
     assert_close(module.log_variance_T.grad.tolist(), slope_T, rtol=1e-5, atol=1e-3)
     assert_close(logit_BT.grad.double(), gradient_BT, rtol=1e-5, atol=20 * ROUNDING)
@@ -131,34 +131,38 @@ def test_uncertainty_loss_and_all_its_gradients_equal_the_formula_task_by_task(k
 def test_losses_of_the_ranks_add_up_to_the_loss_of_the_global_batch(rows, data, seed):
     cut = data.draw(st.integers(0, rows))
     module = TaskLoss(KINDS, [1.0, 0.5])
-    logit_BT, label_BT, mass_BT = drawn(KINDS, rows, seed)
-    loss_BT, total_T = module.per_row(logit_BT, label_BT), mass_BT.sum(0)
-    parts = module(loss_BT[:cut], mass_BT[:cut], total_T) + module(loss_BT[cut:], mass_BT[cut:], total_T)
-    assert_close(parts, module(loss_BT, mass_BT, total_T), rtol=1e-5, atol=ROUNDING)
+    logit_BT, label_BT, observed_weight_BT = drawn(KINDS, rows, seed)
+    loss_BT, total_T = module.per_row(logit_BT, label_BT), observed_weight_BT.sum(0)
+    parts = module(loss_BT[:cut], observed_weight_BT[:cut], total_T) + module(
+        loss_BT[cut:], observed_weight_BT[cut:], total_T
+    )
+    assert_close(parts, module(loss_BT, observed_weight_BT, total_T), rtol=1e-5, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("absent", [0, 1])
 @pytest.mark.parametrize("weight", [2.0, 1000.0])
 def test_a_task_observed_nowhere_adds_exactly_zero_and_has_no_gradient(absent, weight):
-    logit_BT, label_BT, mass_BT = drawn(KINDS, 50, 0)
-    mass_BT[:, absent] = 0
+    logit_BT, label_BT, observed_weight_BT = drawn(KINDS, 50, 0)
+    observed_weight_BT[:, absent] = 0
     module = TaskLoss(KINDS, [weight, weight])
     loss_BT = module.per_row(logit_BT.requires_grad_(), label_BT)
-    loss = module(loss_BT, mass_BT, mass_BT.sum(0))
+    loss = module(loss_BT, observed_weight_BT, observed_weight_BT.sum(0))
     loss.backward()
     without = TaskLoss(KINDS, [weight * (task != absent) for task in range(2)])
-    assert torch.equal(loss, without(loss_BT, mass_BT, mass_BT.sum(0)))
+    assert torch.equal(loss, without(loss_BT, observed_weight_BT, observed_weight_BT.sum(0)))
     assert (logit_BT.grad[:, absent] == 0).all()
     assert logit_BT.grad[:, 1 - absent].any()
 
 
 def test_an_uncertainty_is_at_rest_where_it_is_what_the_task_shows():
     """sigma^2 of a regression is its mean squared error, of a binary task twice its log loss; then each adds its half."""
-    logit_BT, label_BT, mass_BT = drawn(KINDS, 50, 0)
+    logit_BT, label_BT, observed_weight_BT = drawn(KINDS, 50, 0)
     module = UncertaintyLoss(KINDS)
-    loss_BT, total_T = module.per_row(logit_BT, label_BT), mass_BT.sum(0)
-    module.log_variance_T.data.copy_((module.means(loss_BT, mass_BT, total_T) * torch.tensor([2.0, 1.0])).log())
-    module(loss_BT, mass_BT, total_T).backward()
+    loss_BT, total_T = module.per_row(logit_BT, label_BT), observed_weight_BT.sum(0)
+    module.log_variance_T.data.copy_(
+        (module.means(loss_BT, observed_weight_BT, total_T) * torch.tensor([2.0, 1.0])).log()
+    )
+    module(loss_BT, observed_weight_BT, total_T).backward()
     assert_close(module.log_variance_T.grad, torch.zeros(2), rtol=0, atol=1e-6)
 
 
@@ -176,11 +180,11 @@ def test_a_batch_in_which_nothing_is_observed_has_loss_zero_and_no_gradient():
 @pytest.mark.parametrize("label", [0.0, 0.5, 1.0])
 def test_extreme_logits_give_finite_losses_and_gradients(logit, label, dtype):
     logit_BT = torch.full((3, 2), logit, dtype=dtype, requires_grad=True)
-    label_BT, mass_BT = torch.full((3, 2), label), torch.tensor([[1.0], [0.0], [2.0]]).expand(3, 2)
+    label_BT, observed_weight_BT = torch.full((3, 2), label), torch.tensor([[1.0], [0.0], [2.0]]).expand(3, 2)
     module = TaskLoss(KINDS, [1.0, 1.0])
     loss_BT = module.per_row(logit_BT, label_BT)
     assert loss_BT.dtype == torch.float32
-    module(loss_BT, mass_BT, mass_BT.sum(0)).backward()
+    module(loss_BT, observed_weight_BT, observed_weight_BT.sum(0)).backward()
     for t, kind in enumerate(KINDS):
         assert_close(
             loss_BT[:, t].double(), torch.full((3,), entry(kind, logit, label)).double(), rtol=1e-5, atol=ROUNDING

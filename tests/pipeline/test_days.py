@@ -170,8 +170,8 @@ def test_a_manifest_of_days_counts_what_all_of_them_count(tmp_path):
     assert dict(counters(found.model_dump())) == total
     assert total["outcomes", "click", "early"] == 0
     assert open_dataset(tmp_path, f"{days[1]}..{days[2]}").manifest.complete_until == {"click": 1_000_000 - 3}
-    assert sum(letters.rows for letters in found.letters) == 15
-    assert all((tmp_path / part.path).is_file() for part in [*found.letters, *found.shards])
+    assert sum(letters.rows for letters in found.dead_letter_files) == 15
+    assert all((tmp_path / part.path).is_file() for part in [*found.dead_letter_files, *found.shards])
 
 
 def counters(tree: dict[str, Any]) -> list[tuple[tuple[str, ...], int]]:

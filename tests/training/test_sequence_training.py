@@ -62,12 +62,12 @@ def test_a_step_moves_tables_of_sequences_as_row_wise_adagrad_says(folder: Path)
     loader = Loader(data, "train", s.batch_size, s.lanes, s.seed, window=s.window)
     batch = next(loader.batches(loader.start()))
     logit_BT = ranker(Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()})))
-    mass_BT = (batch.weight_BT * batch.observed_BT).double()
+    observed_weight_BT = (batch.weight_BT * batch.observed_BT).double()
     total = torch.zeros((), dtype=torch.float64)
     for t, task in enumerate(data.schema.tasks.values()):
         z_B, label_B = logit_BT[:, t], batch.label_BT[:, t].double()
         one_B = torch.nn.functional.softplus(z_B) - label_B * z_B if task.kind == "binary" else (z_B - label_B) ** 2
-        total = total + task.loss_weight * (mass_BT[:, t] * one_B).sum() / mass_BT[:, t].sum()
+        total = total + task.loss_weight * (observed_weight_BT[:, t] * one_B).sum() / observed_weight_BT[:, t].sum()
     total.backward()
     assert losses(folder / "step") == [pytest.approx(total.item(), rel=1e-5)]
     found = last(folder / "step")

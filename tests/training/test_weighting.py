@@ -181,8 +181,8 @@ def test_only_shared_parameters_lose_what_conflicts(device: torch.device):
     module = PCGradLoss(["regression", "regression"], [1.0, 1.0], seed=0)
     module.shared = [shared]
     loss_BT = (shared[0] * towers + torch.stack([shared[1], -0.5 * shared[1]])).unsqueeze(0)
-    mass_BT = torch.ones(1, 2)
-    loss = module(loss_BT, mass_BT, mass_BT.sum(0)) + 3 * shared[0]
+    observed_weight_BT = torch.ones(1, 2)
+    loss = module(loss_BT, observed_weight_BT, observed_weight_BT.sum(0)) + 3 * shared[0]
     loss.backward()
     assert shared.grad.tolist() == [4.0, 0.5]
     module.after_backward(0)

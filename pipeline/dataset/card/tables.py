@@ -48,7 +48,7 @@ def number(value: float | None) -> str:
 
 def _rows(manifest: Manifest) -> Table:
     total = manifest.read.get("impressions", 0)
-    bad = sum(letters.rows for letters in manifest.letters if letters.stream == "impressions")
+    bad = sum(file.rows for file in manifest.dead_letter_files if file.stream == "impressions")
     went: dict[str, int] = {name: manifest.rows.get(name, 0) for name in SPLITS}
     went |= {f"left out: {rule}": count for rule, count in manifest.left_out.items()}
     went |= {"bad (dead letters)": bad, "read": total}
@@ -65,7 +65,7 @@ def _outcomes(manifest: Manifest) -> Table:
     kinds = list(dict.fromkeys(kind for counts in manifest.outcomes.values() for kind in counts))
     lines = []
     for name, counts in manifest.outcomes.items():
-        bad = sum(letters.rows for letters in manifest.letters if letters.stream == name)
+        bad = sum(file.rows for file in manifest.dead_letter_files if file.stream == name)
         cells = [manifest.read.get(name, 0), *(counts.get(kind, 0) for kind in kinds), bad]
         lines.append([name, *(f"{cell:,}" for cell in cells)])
     return Table("Outcomes, by what became of them", ["outcome", "rows read", *kinds, "bad"], lines)

@@ -38,7 +38,7 @@ def send_keys(job: Job, rows: pa.Table) -> str:
 def send(job: Job, table: pa.Table, key: str) -> str:
     """Deals rows to buckets by a column."""
     bucket_B = shuffle.bucket_of(table[key].combine_chunks(), job.buckets)
-    return shuffle.write(job.aside("sent"), shuffle.dealt(table, bucket_B, job.buckets))
+    return shuffle.write(job.aside("sent"), shuffle.partition(table, bucket_B, job.buckets))
 
 
 def _bucket(paths: Iterable[str], bucket: int) -> tuple[pl.DataFrame, list[int]]:
@@ -56,24 +56,24 @@ def _reply(job: Job, frame: pl.DataFrame, sizes: Sequence[int]) -> str:
 
 
 def join_bucket(job: Job, work: Work) -> Work:
-    """Joins all outcomes in a bucket: {bucket} to {path, fates, latest: time of the last joined one} of each outcome."""
-    bucket, fates, latest = work["bucket"], {}, {}
+    """Joins all outcomes in a bucket: {bucket} to {path, join_statuses, latest} (time of the last joined one) per outcome."""
+    bucket, join_statuses, latest = work["bucket"], {}, {}
     keys, sizes = _bucket((part["keys"] for part in job.parts()), bucket)
     joined = keys.select(shuffle.PLACE)
     for name, outcome in job.schema.source.outcomes.items():
         events, _ = _bucket((part["path"] for part in job.parts(name)), bucket)
         found = join(name, outcome, keys, events.select([outcome.key, *outcome.types]))
-        joined, fates[name], latest[name] = joined.hstack(found.columns), found.fates, found.latest
-    return {"fates": fates, "latest": latest, "path": _reply(job, joined, sizes)}
+        joined, join_statuses[name], latest[name] = joined.hstack(found.columns), found.join_statuses, found.latest
+    return {"join_statuses": join_statuses, "latest": latest, "path": _reply(job, joined, sizes)}
 
 
 def joined(job: Job, part: int, rows: int) -> pl.DataFrame | None:
     """The columns that outcomes add to a part."""
     paths = [report["path"] for report in job.found("join")]
-    return pl.from_arrow(shuffle.returned(paths, part, rows)) if paths else None  # type: ignore[return-value]
+    return pl.from_arrow(shuffle.gather(paths, part, rows)) if paths else None  # type: ignore[return-value]
 
 
-def remember(job: Job, work: Work) -> Work:
+def scatter_history(job: Job, work: Work) -> Work:
     """Sends a part's rows to the buckets of their users: {part, path, rows} to {paths: by history}."""
     rows, schema = shuffle.read(work["path"]), job.schema
     outcomes = joined(job, work["part"], work["rows"])
@@ -109,10 +109,10 @@ def _known(job: Job, name: str, frame: pl.DataFrame, outcomes: pl.DataFrame | No
     return known.set(~raw.truth(frame, f"bag.{name}.history.when", when), None)
 
 
-def recall(job: Job, work: Work) -> Work:
+def gather_history(job: Job, work: Work) -> Work:
     """Earlier items of each row's user in a bucket: {bucket, history} to {history, path}."""
     name = work["history"]
-    frame, sizes = _bucket((report["paths"][name] for report in job.found("remember")), work["bucket"])
+    frame, sizes = _bucket((report["paths"][name] for report in job.found("scatter_history")), work["bucket"])
     user_I = frame["user"].rank("dense").cast(pl.Int64).fill_null(0).to_numpy()  # 0: nobody, who has no history
     event_E = np.flatnonzero(frame["known"].is_not_null().to_numpy() & (user_I > 0))
     time_I = frame["time"].fill_null(np.iinfo(np.int64).min).to_numpy()
@@ -123,10 +123,10 @@ def recall(job: Job, work: Work) -> Work:
     return {"history": name, "path": _reply(job, frame.select(shuffle.PLACE).with_columns(lists), sizes)}
 
 
-def recalled(job: Job, part: int, rows: int) -> dict[str, pa.Array]:
+def histories(job: Job, part: int, rows: int) -> dict[str, pa.Array]:
     """The lists of each history for a part."""
     found = {}
     for name in job.schema.histories:
-        paths = [report["path"] for report in job.found("recall") if report["history"] == name]
-        found[name] = shuffle.returned(paths, part, rows)[name].combine_chunks()
+        paths = [report["path"] for report in job.found("gather_history") if report["history"] == name]
+        found[name] = shuffle.gather(paths, part, rows)[name].combine_chunks()
     return found

@@ -2,8 +2,8 @@
 
     read     unit    raw text to typed rows in parts on disk; their keys, and outcomes, dealt to buckets
     join     bucket  keys and outcomes of the bucket to joined columns, sent back to the parts
-    remember part    what became of a part's rows, dealt to buckets by user
-    recall   bucket  earlier items of each user, sent back to the parts
+    scatter_history  part    rows with what became of them, partitioned by user
+    gather_history   bucket  earlier items of each user, sent back to the parts
     label    part    typed rows and what came back to features, labels, split; counted
     merge    counts  those of many parts to one
     encode   part    features to ids and numbers, dealt to shards
@@ -43,7 +43,7 @@ ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + place in it, w
 
 
 def read(job: Job, work: Work) -> Work:
-    """Reads a unit: {stream, number, unit, names} to {stream, file, lines, read, latest, parts, letters}.
+    """Reads a unit: {stream, number, unit, names} to {stream, file, lines, read, latest, parts, dead_letters}.
 
     `latest` is the last time of an impression. Without joins a part is what `label` gives.
     """
@@ -59,19 +59,19 @@ def read(job: Job, work: Work) -> Work:
     for block in _blocks(reader, types):
         typed = raw.type_columns(block.columns, types, codes, form, block.lines(), unit.first_row + block.row)
         if outcome is None:
-            part, letters = _impressions(job, work, unit.number, typed.rows)
+            part, dead_letters = _impressions(job, work, unit.number, typed.rows)
             if job.joins and job.schema.event_time:
                 latest.append(pc.max(raw.event_time(job.schema, typed.rows)).as_py())
         else:
-            part, letters = _events(job, stream, typed.rows)
+            part, dead_letters = _events(job, stream, typed.rows)
         parts.append(part)
         no_rows = [(line.line, line.reason, line.raw) for line in block.bad]
-        bad += [raw.letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, letters]
+        bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
         count += block.columns.num_rows + len(block.bad)
     check_unchanged(unit.file)
     report = {"stream": stream, "file": unit.file.path, "lines": reader.lines, "read": count, "parts": parts}
     last = max((time for time in latest if time is not None), default=None)
-    return {**report, "latest": last, **_spilled_letters(job, bad)}
+    return {**report, "latest": last, **_spill_dead_letters(job, bad)}
 
 
 def _types(job: Job, stream: str) -> dict[str, RawType]:
@@ -98,7 +98,7 @@ def _impressions(job: Job, work: Work, file: int, rows: pa.Table) -> tuple[Work,
     part["path"] = shuffle.write(job.aside("typed"), [rows])
     if job.schema.source.outcomes:
         part["keys"] = join.send_keys(job, rows)
-    return part, raw.letters()
+    return part, raw.dead_letters()
 
 
 def _events(job: Job, name: str, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
@@ -111,25 +111,25 @@ def _events(job: Job, name: str, rows: pa.Table) -> tuple[Work, pl.DataFrame]:
     needed = [outcome.key, *([outcome.time] if outcome.time else [])]
     missing = [pl.Series(rows[column]).is_null() for column in needed]
     lost = missing[0] | missing[-1]
-    letters = raw.letters()
+    dead_letters = raw.dead_letters()
     if lost.any():
         gone = rows.filter(lost.to_arrow())
         words = {True: f"{outcome.key}: missing key", False: f"{outcome.time}: missing time"}
         said = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
-        letters = raw.letters(gone[LINE].to_numpy(), said, raw.as_json(gone.drop_columns([LINE, ROW])))
+        dead_letters = raw.dead_letters(gone[LINE].to_numpy(), said, raw.as_json(gone.drop_columns([LINE, ROW])))
         rows = rows.filter((~lost).to_arrow())
-    return {"path": join.send(job, rows.drop_columns([LINE, ROW]), outcome.key)}, letters
+    return {"path": join.send(job, rows.drop_columns([LINE, ROW]), outcome.key)}, dead_letters
 
 
-def _spilled_letters(job: Job, found: Sequence[pl.DataFrame]) -> Work:
-    frame = pl.concat(found) if found else raw.letters()
+def _spill_dead_letters(job: Job, found: Sequence[pl.DataFrame]) -> Work:
+    frame = pl.concat(found) if found else raw.dead_letters()
     if not frame.height:
-        return {"letters": None, "reasons": {}, "example": None}
-    path = job.aside("letters")
+        return {"dead_letters": None, "reasons": {}, "example": None}
+    path = job.aside("dead_letters")
     frame.write_ipc(path)
     reasons = Counter(_kind(reason) for reason in frame["reason"])
     first = frame.row(int(frame["line"].arg_min() or 0), named=True)
-    return {"letters": str(path), "reasons": dict(reasons), "example": [first["line"], first["reason"]]}
+    return {"dead_letters": str(path), "reasons": dict(reasons), "example": [first["line"], first["reason"]]}
 
 
 def _kind(reason: str) -> str:
@@ -139,11 +139,11 @@ def _kind(reason: str) -> str:
 
 
 def label(job: Job, work: Work) -> Work:
-    """Labels a part: {part, path, rows, row_id, unit, as_of} to {features, rows, left_out, statistics, letters}."""
+    """Labels a part: {part, path, rows, row_id, unit, as_of} to {features, rows, left_out, statistics, dead_letters}."""
     rows = shuffle.read(work["path"])
     joined = join.joined(job, work["part"], work["rows"])
-    report, letters = _labelled(job, work, rows, joined, join.recalled(job, work["part"], work["rows"]))
-    return {**report, **_spilled_letters(job, [letters])}
+    report, dead_letters = _labelled(job, work, rows, joined, join.histories(job, work["part"], work["rows"]))
+    return {**report, **_spill_dead_letters(job, [dead_letters])}
 
 
 def _labelled(
@@ -153,11 +153,11 @@ def _labelled(
     joined: pl.DataFrame | None = None,
     histories: dict[str, pa.Array] | None = None,
 ) -> tuple[Work, pl.DataFrame]:
-    young = {}
+    open_windows = {}
     for name, as_of in work.get("as_of", {}).items():
         closes = pl.Series(raw.event_time(job.schema, rows)) + job.schema.source.outcomes[name].window
-        young[name] = (closes > as_of).fill_null(False).to_numpy()
-    parsed = raw.parse(job.schema, rows, work["row_id"], joined, young, histories)
+        open_windows[name] = (closes > as_of).fill_null(False).to_numpy()
+    parsed = raw.parse(job.schema, rows, work["row_id"], joined, open_windows, histories)
     split_B = parsed.rows[SPLIT].to_numpy()
     counted = parsed.rows if job.counts_all else parsed.rows.filter(pa.array(split_B == 0))
     statistics = job.aside("statistics")
@@ -199,7 +199,7 @@ def encode(job: Job, work: Work) -> Work:
         ours = job.encoders.encode(_of_split(rows, split))
         slices = work["slices"][split]
         slice_B = _slice_of(job, ours, slices, work["bounds"].get(split))
-        for number, table in enumerate(shuffle.dealt(ours, slice_B, slices)):
+        for number, table in enumerate(shuffle.partition(ours, slice_B, slices)):
             tables.append(table)
             batches.append([split, number, table.num_rows])
     return {"path": shuffle.write(job.aside("encoded"), tables), "batches": batches}
@@ -236,6 +236,6 @@ def _encoded(job: Job, split: Split, path: str, start: int, count: int) -> pa.Ta
 
 
 STEPS = {
-    "read": read, "join": join.join_bucket, "remember": join.remember, "recall": join.recall,
+    "read": read, "join": join.join_bucket, "scatter_history": join.scatter_history, "gather_history": join.gather_history,
     "label": label, "merge": merge, "encode": encode, "write": write,
 }  # fmt: skip

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 from features.fit.encoders import arrow_schema
 from features.hashing import hash_integers
 from features.schema.schema import Schema, Split
-from pipeline.dataset.manifest import Letters, Shard, footer_sha256
+from pipeline.dataset.manifest import DeadLetterFile, Shard, footer_sha256
 from pipeline.storage.files import sha256
 from pipeline.storage.local import fsync
 
 Order = Literal["shuffled", "time", "input"]
-LETTERS = pa.schema(
+DEAD_LETTER_COLUMNS = pa.schema(
     [
         ("stream", pa.string()),
         ("file", pa.string()),
@@ -79,20 +79,22 @@ def whole_groups(tables: Iterable[pa.Table], row_group: int) -> Iterator[pa.Tabl
         yield rest[0]
 
 
-def write_letters(staging: Path, name: str, stream: str, file: str, found: Sequence[tuple[str, int]]) -> Letters:
+def write_dead_letters(
+    staging: Path, name: str, stream: str, file: str, found: Sequence[tuple[str, int]]
+) -> DeadLetterFile:
     """One file of a raw file's dead letters.
 
     Args:
-        found: spilled letters, with what is added to their lines: those of earlier parts of the file.
+        found: spilled dead_letters, with what is added to their lines: those of earlier parts of the file.
     """
     parts = [pl.read_ipc(path).with_columns(pl.col("line") + before) for path, before in found]
     frame = pl.concat(parts).sort("line", maintain_order=True)
     path = staging / "dead_letters" / f"{name}.parquet"
     path.parent.mkdir(exist_ok=True)
     table = frame.select(pl.lit(stream).alias("stream"), pl.lit(file).alias("file"), "line", "reason", "raw").to_arrow()
-    pq.write_table(table.cast(LETTERS), path, compression="zstd")
+    pq.write_table(table.cast(DEAD_LETTER_COLUMNS), path, compression="zstd")
     fsync(path)
-    return Letters(
+    return DeadLetterFile(
         path=str(path.relative_to(staging)),
         stream=stream,
         rows=frame.height,

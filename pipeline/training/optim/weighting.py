@@ -58,9 +58,9 @@ class GradientLoss(TaskLoss):
 
     shared: Sequence[nn.Parameter] = ()
 
-    def forward(self, loss_BT: Tensor, mass_BT: Tensor, total_T: Tensor) -> Tensor:
+    def forward(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """The scalar to differentiate; arguments as those of `TaskLoss.forward`."""
-        mean_T = self.means(loss_BT, mass_BT, total_T)
+        mean_T = self.means(loss_BT, observed_weight_BT, total_T)
         self.global_T, self.gradient_TP = global_gradients(mean_T, self.shared)
         return (mean_T * self.weights()).sum()
 

@@ -87,7 +87,7 @@ def answer(config: PlanConfig, schema: Schema | None) -> list[str]:
     if config.dataset:
         dataset = open_dataset(config.dataset, config.days)
         if schema is not None:
-            dataset.expect(schema.fingerprint, "the schema of this job")
+            dataset.check_compatible(schema.fingerprint, "the schema of this job")
         dataset = dataset.only(config.tasks)
         schema, encoders, bounds = dataset.schema, dataset.encoders, ""
     elif schema is not None:

@@ -42,7 +42,7 @@ def _fault(path: Path, rank: int, ranks: int) -> str | None:
     return None
 
 
-def expect(path: Path, manifest: CheckpointManifest, ours: CheckpointManifest) -> None:
+def check_compatible(path: Path, manifest: CheckpointManifest, ours: CheckpointManifest) -> None:
     """Raises UserError where a checkpoint is of another model, or of rows in another order, than a job would write now."""
     for what, name in (
         ("schema", "fingerprint"),
