@@ -187,3 +187,47 @@ def test_ranks_that_were_killed_are_named_in_one_line() -> None:
 def test_a_launcher_that_was_told_to_end_says_0_only_if_all_its_ranks_are_done(states: tuple, code: int) -> None:
     statuses = [RankStatus(state, 3, 100 + rank, 2) for rank, state in enumerate(states)]
     assert after_signal("SIGTERM", statuses) == code
+
+
+def test_a_single_rank_that_is_stopped_is_killed_by_its_launcher_and_started_again(tmp_path: Path) -> None:
+    body = """
+        from pipeline.training.faults.hang_watch import HangWatch
+
+        watch = HangWatch(None, 0, 1, 2.0)
+        watch.enter(7, "step")
+        time.sleep(1)  # a heartbeat of step 7
+        say("training")
+        if ATTEMPT == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        watch.stop()
+    """
+    launcher = start(tmp_path, body, "--standalone", "--nproc-per-node=1", "--max-restarts=1")
+    code, said = end_of(launcher)
+    assert code == 0
+    [line] = [line for line in said if "no heartbeat" in line]
+    assert line.startswith(f"error: pid {(tmp_path / 'training-0-0').read_text()}, at step 7: no heartbeat for ")
+    assert (tmp_path / "training-1-0").exists()
+
+
+def test_a_rank_that_is_preempted_while_the_other_waits_in_start_up_does_not_leave_it_to_sigkill(
+    tmp_path: Path,
+) -> None:
+    body = """
+        import torch.distributed as dist
+        from pipeline.training.faults.preemption import exiting_at_start
+
+        with exiting_at_start(RANK == 0):
+            say("starting")
+            if RANK == 1:
+                time.sleep(60)
+            store = dist.TCPStore("localhost", 0, is_master=True)
+            store.get("nobody-sets-this")  # waits in C for 300 s
+    """
+    launcher = start(tmp_path, body)
+    wait_for(launcher, lambda: len(list(tmp_path.glob("starting-0-*"))) == 2)
+    wait_for(launcher, lambda: bool((tmp_path / "starting-0-1").read_text()))
+    begin = time.monotonic()
+    os.kill(int((tmp_path / "starting-0-1").read_text()), signal.SIGTERM)
+    code, _ = end_of(launcher)
+    assert code == PREEMPTED
+    assert time.monotonic() - begin < 25  # torchrun would wait 30 s before it kills

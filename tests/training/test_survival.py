@@ -195,7 +195,7 @@ def beat(alive: int, step: int, phase: str, seconds: float = 70) -> Heartbeat:
         ([beat(5, 8, "step"), beat(5, 8, "step")], [beat(8, 8, "step"), beat(5, 8, "step")], "rank 1, pid 42 on node-7, was"),
         ([beat(5, 8, "step"), None], [beat(8, 8, "step"), None], "rank 1 does not answer"),
         ([beat(5, 8, "step"), beat(5, 8, "data")], [beat(8, 8, "step"), beat(8, 8, "data", 71)],
-         "rank 1, pid 42 on node-7, waits for its data since 71 s, in step 8"),
+         "rank 1, pid 42 on node-7, waits for data since 71 s, in step 8"),
         ([beat(5, 9, "data"), beat(5, 8, "step")], [beat(8, 9, "data"), beat(8, 8, "step")], "rank 1, pid 42"),
         ([beat(5, 8, "step")] * 2, [beat(8, 8, "step")] * 2, "all of them are in the same step"),
     ],

@@ -42,6 +42,8 @@ def write_rank_status(state: State) -> None:
     env = os.environ
     status = RankStatus(state, int(env["TORCHELASTIC_RESTART_COUNT"]), os.getpid(), int(env["LOCAL_WORLD_SIZE"]))
     with suppress(OSError):  # a full disk: the exit code says the same, if less surely
+        if state == "started":
+            Path(folder, f"{env['LOCAL_RANK']}.alive").unlink(missing_ok=True)  # of an earlier attempt
         write_json(Path(folder) / env["LOCAL_RANK"], status)
 
 
@@ -60,12 +62,13 @@ def read_rank_statuses(folder: Path) -> list[RankStatus]:
 
 
 def silent_ranks(folder: Path) -> list[tuple[Alive, float]]:
-    """The ranks whose last heartbeat is older than their timeout, with its age in seconds."""
+    """The ranks whose last heartbeat is older than their timeout, with its age in seconds; each is returned once."""
     found = []
     for path in folder.glob("*.alive"):
         with suppress(OSError, ValueError):  # being written, or gone
             age, alive = time.time() - path.stat().st_mtime, Alive(*json.loads(path.read_text()))
             if age > alive.timeout:
+                path.unlink()
                 found.append((alive, age))
     return found
 
