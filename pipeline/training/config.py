@@ -99,15 +99,15 @@ class Settings(Strict):
         precision: bf16 runs the dense part under autocast.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
-        accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the same
-            gradients as in one, apart from random draws (pipeline.training.step).
+        accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
+            same gradients as in one, apart from random draws (pipeline.training.step).
         sharding: allowed placements, for "default" or one table by name: a table on one rank, or its rows or columns on
             several, or on those of one machine (table_row_wise), or a copy on each (data_parallel).
         kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
             A data_parallel table has one of its own.
         communication: of the embeddings between ranks.
-        sharding_group: ranks that share one copy of the tables (2D parallel, pipeline.training.parallel.replicas), a divisor of all;
-            None: all of them.
+        sharding_group: ranks that share one copy of the tables (2D parallel, pipeline.training.parallel.replicas), a divisor
+            of all; None: all of them.
         sync_every: steps between averages over the copies; a checkpoint averages too.
         dense_parallel: of everything but the tables: a copy a rank, or shards of weights, gradients and optimiser.
         pipelined: TorchRec's pipelined loop (None: where there is a GPU, and weighting and accumulate allow it).
