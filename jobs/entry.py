@@ -47,7 +47,7 @@ def configure_logging(level: str) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s  {rank}%(message)s", "%H:%M:%S"))
     for name in ("features", "models", "pipeline"):
         logger = logging.getLogger(name)
-        logger.handlers = [handler]
+        logger.handlers, logger.propagate = [handler], False  # libraries give the root logger handlers of their own
         logger.setLevel(level.upper())
 
 
