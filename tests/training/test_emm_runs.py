@@ -220,8 +220,8 @@ def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fuses 4 models in 2 levels:" in done.stdout
-    assert "click-b (click), step 20: 24-32-16 | 16 | 5" in done.stdout
+    assert "fuses 4 models in 2 levels:" in done.stderr
+    assert "click-b (click), step 20: 24-32-16 | 16 | 5" in done.stderr
 
 
 REFUSED = {
@@ -245,8 +245,8 @@ def odd_sources(folder: Path) -> Path:
     plain = SOURCES["click-a"]
     write_checkpoint(source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}))
     write_checkpoint(source(folder, "click-calibrated", plain | {"calibration": "monotone"}))
-    source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []}).save(
-        wait=True
+    write_checkpoint(
+        source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []})
     )
     write_checkpoint(source(folder, "click-several", plain))
     (folder / "click-several").rename(folder / "several")

@@ -306,7 +306,9 @@ def planning_model(made: Trainer) -> nn.Module:
     from models.ranker import Ranker
     from pipeline.training.step import TrainStep
 
-    return TrainStep(Ranker(made.schema, made.dataset.encoders, made.config.model), made.learner.loss, bf16=False)
+    return TrainStep(
+        Ranker(made.dataset.schema, made.dataset.encoders, made.config.model), made.learner.loss, bf16=False
+    )
 
 
 @pytest.mark.slow
