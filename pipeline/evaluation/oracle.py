@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from features.errors import UserError
 from features.schema.schema import Split
-from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.scorer import Evaluator
 from pipeline.run.run import Run
 

@@ -17,7 +17,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import GateMeans
-from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 

@@ -15,7 +15,7 @@ from features.errors import UserError
 from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import predictions
-from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.metrics.accumulator import Metrics
 
 MAX_CATEGORIES = 255  # of scikit-learn's trees; a larger vocabulary counts as a number, its ids go by frequency
 MAX_ITER = 1500

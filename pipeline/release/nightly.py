@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from features.errors import UserError
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.scorer import Evaluator
 from pipeline.ingest.config import EncodersFrom, PreprocessConfig
 from pipeline.ingest.job import preprocess

@@ -13,7 +13,7 @@ from workbench import configuration, identical, last, make_dataset
 
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.scorer import Evaluator
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
