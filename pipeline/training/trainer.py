@@ -58,7 +58,7 @@ def train(config: TrainConfig, schema: Schema | None = None) -> Run:
         return run
     except BaseException as error:
         if trainer is not None and trainer.rank == 0 and not isinstance(error, (Preempted, SystemExit)):
-            trainer.run.say("failed", trainer.step, trainer.steps)
+            trainer.run.write_status("failed", trainer.step, trainer.steps)
         if dist.get_world_size() == 1 or isinstance(error, (Preempted, SystemExit)):
             dist.destroy_process_group()  # others would see the connection break before this rank has said why
         elif isinstance(error, RuntimeError) and (met := process_group.lost_contact(error)):
@@ -140,7 +140,7 @@ class Trainer:
         self.held.close()
         if self.rank == 0:
             self.run.create(config, self.whole_schema)
-            self.run.say("training", self.step, self.steps)
+            self.run.write_status("training", self.step, self.steps)
             self._forget()
         dist.barrier()
 
@@ -185,7 +185,7 @@ class Trainer:
                 self.watch.end()
         if self.reporter:
             self.reporter.close()
-            self.run.say("finished", self.step, self.steps)
+            self.run.write_status("finished", self.step, self.steps)
         return self.run
 
     def _learn(self) -> None:
@@ -386,7 +386,7 @@ class Trainer:
         self._finish_saving()
         if self.reporter:
             self.reporter.close()
-            self.run.say("preempted", self.step, self.steps)
+            self.run.write_status("preempted", self.step, self.steps)
         raise Preempted(
             f"told to end: {checkpoint.folder(self.run.checkpoints, self.step)} is written, the same command goes on from it"
         )
