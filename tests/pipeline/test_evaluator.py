@@ -139,7 +139,7 @@ def test_records_that_do_not_say_which_weights_they_are_of_are_made_again(run: R
     assert evaluated(run) == []
 
 
-def test_a_damaged_line_of_an_evaluation_is_said(run: Run):
+def test_a_damaged_line_of_an_evaluation_is_an_error_that_names_the_file(run: Run):
     evaluated(run, step=2)
     run.eval_metrics.write_bytes(run.eval_metrics.read_bytes().replace(b'"split"', b'"split'))
     with pytest.raises(UserError, match=r"eval\.jsonl: a line is not a record of an evaluation\. Remove it"):
@@ -221,7 +221,7 @@ def test_two_trainers_do_not_write_to_one_run(run: Run, small_dataset: Path):
         train(TrainConfig(dataset=small_dataset, run=run.path, model=MODEL, train=settings))
 
 
-def test_a_trainer_that_is_gone_or_failed_ends_the_following(run: Run):
+def test_following_ends_with_an_error_once_the_trainer_is_gone_or_failed(run: Run):
     run.write_status("training", 6, 9)
     with pytest.raises(UserError, match=r"no trainer heartbeat for 0 s; is it running\?"):
         evaluated(run, follow=True, give_up_after=0.1)
@@ -230,7 +230,7 @@ def test_a_trainer_that_is_gone_or_failed_ends_the_following(run: Run):
         evaluated(run, follow=True, give_up_after=0.1)
 
 
-def test_what_is_not_there_is_said(run: Run, tmp_path: Path):
+def test_missing_input_is_named(run: Run, tmp_path: Path):
     for settings, words in (
         ({"step": 5}, r"no checkpoint \(step 5\); there are \[2, 4, 6\]"),
         ({"dataset": tmp_path}, "no dataset"),
