@@ -1,4 +1,4 @@
-"""jobs.demo: everything once, on a generated log: generate, preprocess, train on 2 ranks while an evaluator follows.
+"""jobs.demo: the whole pipeline on a generated log: generate, preprocess, train on 2 ranks while an evaluator follows.
 
 Examples:
   python -m jobs.demo
@@ -25,7 +25,7 @@ ENVIRONMENT = {**os.environ, "TASKFUSE_LINES": "1", "OMP_NUM_THREADS": os.enviro
 
 @job("demo")
 def main(config: DictConfig) -> None:
-    """Runs each command as a person would, prints it first, and ends with where everything is."""
+    """Prints and runs each command as a person would, then lists the outputs."""
     begin, folder = time.monotonic(), Path(config.folder)
     model = HydraConfig.get().runtime.choices["model"]
     raw, data, run = folder / "raw", folder / "data", folder / model
@@ -50,8 +50,8 @@ def main(config: DictConfig) -> None:
         evaluator.terminate()
     print(
         f"""
-Done in {time.monotonic() - begin:.0f} s. "gap closed" is the share of the way from NE 1, which knows nothing,
-to the best possible NE, which knows the probability every event was drawn with.
+Done in {time.monotonic() - begin:.0f} s. "gap closed" is the share of the way from NE 1, which the base rate has,
+to the best possible NE, which the true probabilities of the generated events have.
 
   {raw!s:18}  the log: a CSV file of impressions, clicks and conversions a day, and truth.parquet
   {data!s:18}  the dataset: Parquet shards, manifest.json, schema.yaml, encoders/
@@ -76,7 +76,7 @@ def _start(module: str, *arguments: str, launcher: str | None = None) -> subproc
 def _finish(process: subprocess.Popen) -> None:
     """Waits for a command. Raises UserError where it fails."""
     if code := process.wait():
-        raise UserError(f"the demo stops: a command ended with exit code {code}; what it said stands above")
+        raise UserError(f"the demo stops: a command ended with exit code {code}; its output is above")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jobs.entry import job, parse
 
 @job("nightly")
 def main(config: DictConfig) -> None:
-    """Writes verdict.json and says the same in a table."""
+    """Writes verdict.json and prints it as a table."""
     from tabulate import tabulate
 
     from pipeline.release.nightly import NightlyConfig, nightly
@@ -23,12 +23,12 @@ def main(config: DictConfig) -> None:
     settings: NightlyConfig = parse(config, NightlyConfig)
     verdict = nightly(settings)
     lines = [
-        [task, e["figure"].upper(), e["candidate"], e["serving"], "pass" if e["passed"] else "WORSE", e["why"]]
-        for task, e in verdict["tasks"].items()
+        [name, task.figure.upper(), task.candidate, task.serving, "pass" if task.passed else "WORSE", task.why]
+        for name, task in verdict.tasks.items()
     ]
     print(tabulate(lines, ["task", "", "newest", "serving", "", ""], floatfmt=".4f", missingval="-"))
-    print(f"\n{'passed' if verdict['passed'] else 'worse than allowed'}: {settings.folder / 'verdict.json'}")
-    sys.exit(0 if verdict["passed"] else 2)
+    print(f"\n{'passed' if verdict.passed else 'worse than allowed'}: {settings.folder / 'verdict.json'}")
+    sys.exit(0 if verdict.passed else 2)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,12 @@ def draws_bars() -> bool:
     return sys.stderr.isatty() and not os.environ.get("TASKFUSE_LINES")
 
 
+def short_decimal(value: float, digits: int = 4) -> str:
+    """A number with `digits` decimals and without a leading zero: .8123, -.0400, 10.6000."""
+    text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
 @contextmanager
 def quiet_children() -> Iterator[None]:
     """What processes that start meanwhile write to stderr goes nowhere; our own lines still appear."""

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: metrics per task, followed as checkpoints are committed."""
+"""Evaluation of checkpoints: metrics per task, as checkpoints are committed or afterwards."""

@@ -1,8 +1,9 @@
-"""Follows a run: evaluates checkpoints as they are committed and appends each one's metrics to eval.jsonl, once.
+"""Follows a run: evaluates checkpoints as they are committed and appends each one's record to eval.jsonl, once.
 
-A checkpoint is what its manifest's checksum says: where a run went back and wrote the same step anew, that is another one.
+A checkpoint is identified by its manifest's checksum: after a rollback the same step is another checkpoint.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -16,13 +17,16 @@ from features.errors import UserError
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.evaluation import oracle, predictions
-from pipeline.evaluation.oracle import Truth, best_path
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.oracle import Truth
+from pipeline.evaluation.report.results import Results
+from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
-from pipeline.storage.files import append_line, write_json
+from pipeline.storage.files import append_line
 
-POLL_SECONDS = 0.5
+POLL_INTERVAL = 0.5  # seconds
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluateConfig(BaseModel):
@@ -42,63 +46,93 @@ class EvaluateConfig(BaseModel):
     truth: Truth | None = None
 
     @model_validator(mode="after")
-    def _following_sees_all(self) -> "EvaluateConfig":
+    def _following_takes_every_step(self) -> "EvaluateConfig":
         if self.follow and self.step != "all":
             raise ValueError("follow=true evaluates every checkpoint: leave step out")
         return self
 
 
-def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
-    """Evaluates a run's checkpoints in order and yields each record once it is in eval.jsonl.
+class Evaluation:
+    """A run's checkpoints on one split of one dataset. It only reads what the trainer writes.
 
-    With `follow` it starts before or during training and ends with it. It only ever reads what the trainer writes.
+    With `follow` it first waits for the run to be created.
 
     Raises:
-        UserError: bad input; or, following, a trainer that has said nothing for `give_up_after` seconds.
+        UserError: bad input; no run within `give_up_after` seconds.
     """
-    run = Run(config.run)
-    if config.follow:
-        os.nice(10)  # the trainer comes first
-        _wait_for(run, config.give_up_after)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (2 if config.follow else 1)))
-    dataset = dataset_of(run, config)
-    evaluator = Evaluator(run, dataset, config.split, config.batch_size)
-    with run.lock(config.split, f"another evaluator is at work on split {config.split}"):
-        if config.truth:
-            best = {"dataset": dataset.name, "metrics": oracle.best(evaluator, config.truth)}
-            write_json(best_path(run, config.split), best)
-        known = records.latest(run, config.split, dataset.name)
-        seen = {step: record.get("checkpoint") for step, record in known.items()}
-        failed: dict[int, str] = {}
-        for step in _steps(run, config):
-            current, rows = records.checksum(run, step), predictions.path(run, config.split, step)
-            kept = not config.predictions or predictions.are_of(rows, evaluator.source(current))
-            if seen.get(step) == current and kept:
-                continue
-            try:
-                record = evaluator.evaluate(step, config.predictions)
-            except (UserError, OSError) as error:
-                if not config.follow:
-                    raise
-                if failed.get(step) != str(error):  # it may yet be written again, by a trainer that went back
-                    print(f"step {step}: left out, its checkpoint was deleted or damaged ({error})", flush=True)
-                failed[step] = str(error)
-                continue
-            if seen.get(step) != record["checkpoint"]:
-                append_line(run.eval_metrics, record)
-            seen[step] = record["checkpoint"]
-            yield record
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.config, self.run = config, Run(config.run)
+        if config.follow:
+            os.nice(10)  # the trainer comes first
+            _wait_for_run(self.run, config.give_up_after)
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (2 if config.follow else 1)))
+        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size)
+        self.known: dict[int, dict[str, Any]] = {}
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Evaluates the checkpoints in order and yields each record once it is in eval.jsonl; `follow` ends with training.
+
+        Raises:
+            UserError: a damaged checkpoint; or, following, no heartbeat of the trainer for `give_up_after` seconds.
+        """
+        config, run, scorer = self.config, self.run, self.scorer
+        with run.lock(config.split, f"another evaluator is at work on split {config.split}"):
+            if config.truth:
+                oracle.write(scorer, config.truth)
+            self.known = records.latest(run, config.split, scorer.dataset.name)
+            failed: dict[int, str] = {}
+            for step in _steps(run, config):
+                current, file = records.checksum(run, step), predictions.path(run, config.split, step)
+                complete = not config.predictions or predictions.is_from(file, scorer.provenance(current))
+                if self._evaluated(step) == current and complete:
+                    continue
+                try:
+                    record = scorer.evaluate(step, config.predictions)
+                except (UserError, OSError) as error:
+                    if not config.follow:
+                        raise
+                    if failed.get(step) != str(error):  # a rollback may write it anew
+                        logger.warning("step %s: left out, its checkpoint was deleted or damaged (%s)", step, error)
+                    failed[step] = str(error)
+                    continue
+                if self._evaluated(step) != record["checkpoint"]:
+                    append_line(run.eval_metrics, record)
+                    self.known[step] = record
+                yield record
+
+    def results(self) -> Results:
+        """All that is known of the split by now, for reports."""
+        name = self.scorer.dataset.name
+        known = [record for _, record in sorted(self.known.items())]
+        return Results(
+            self.run,
+            self.config.split,
+            name,
+            dict(self.scorer.tasks),
+            known,
+            oracle.read(self.run, self.config.split, name),
+        )
+
+    def _evaluated(self, step: int) -> str | None:
+        """Checksum of the checkpoint that a step's record is of."""
+        return self.known.get(step, {}).get("checkpoint")
+
+
+def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
+    """The new records of an `Evaluation`. Raises UserError."""
+    yield from Evaluation(config).records()
 
 
 def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:
-    """The rows that are evaluated on: of another dataset, of other days, or those the run was trained on. Raises UserError."""
+    """The dataset to evaluate on: another one, other days, or the one the run was trained on. Raises UserError."""
     trained_on = run.config()
     days = config.days or (None if config.dataset else trained_on.get("days"))
     return open_dataset((config.dataset or Path(trained_on["dataset"])).absolute(), days)
 
 
 def _steps(run: Run, config: EvaluateConfig) -> Iterator[int]:
-    """Steps to evaluate: those asked for, or, following, every one as it appears until the run has ended."""
+    """Steps to evaluate: those of the configuration, or, following, every one as it is committed until the run ends."""
     if not config.follow:
         found = checkpoint.steps(run.checkpoints)
         wanted = {"all": found, "newest": found[-1:]}[config.step] if isinstance(config.step, str) else config.step
@@ -109,23 +143,21 @@ def _steps(run: Run, config: EvaluateConfig) -> Iterator[int]:
         yield from wanted
         return
     while True:
-        status = run.status()  # before the listing: what is committed by the end is then in it
+        status = run.status()  # before the listing, which then has all that was committed by the end
         yield from checkpoint.steps(run.checkpoints)
         if status and status.state == "finished":
             return
-        # A trainer that failed may be started again, by torchrun, a cluster or a person.
+        # A trainer that failed may be restarted, by torchrun, a cluster or a person.
         if status and time.time() - status.time > config.give_up_after:
             if status.state == "failed":
-                raise UserError(f"{run.path}: training failed at step {status.step} and was not started again.")
-            raise UserError(
-                f"{run.path}: the trainer has said nothing for {config.give_up_after:.0f} s. Is it still there?"
-            )
-        time.sleep(POLL_SECONDS)
+                raise UserError(f"{run.path}: training failed at step {status.step} and was not restarted")
+            raise UserError(f"{run.path}: no trainer heartbeat for {config.give_up_after:.0f} s; is it running?")
+        time.sleep(POLL_INTERVAL)
 
 
-def _wait_for(run: Run, seconds: float) -> None:
+def _wait_for_run(run: Run, seconds: float) -> None:
     begin = time.monotonic()
     while not (run.path / "config.yaml").exists() or not (run.path / "schema.yaml").exists():
         if time.monotonic() - begin > seconds:
             raise UserError(f"{run.path}: no run appeared within {seconds:.0f} s. Start jobs.train run={run.path}.")
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_INTERVAL)

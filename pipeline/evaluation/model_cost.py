@@ -1,4 +1,4 @@
-"""What a model costs: parameters, and floating-point operations a row."""
+"""The cost of a model: parameters, and floating-point operations a row."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from models.ranker import TABLES, Ranker
 
 
 @torch.inference_mode()
-def size(ranker: Ranker, batch: Batch) -> dict[str, Any]:
-    """Parameters outside and inside of the tables, and FLOPs of a row's forward (2 for a product and its addition).
+def model_cost(ranker: Ranker, batch: Batch) -> dict[str, Any]:
+    """Parameters outside and inside of the tables, and FLOPs of a row's forward pass (2 for a product and its addition).
 
-    Counted are matrix products and attention, as torch.utils.flop_counter does: table look-ups and elementwise work are not.
+    Matrix products and attention are counted (torch.utils.flop_counter); table lookups and elementwise operations are not.
     """
     ranker.eval()
     kernels = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
@@ -29,5 +29,5 @@ def size(ranker: Ranker, batch: Batch) -> dict[str, Any]:
 
 
 def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Of oneDNN's x W^T, which the counter does not know."""
+    """FLOPs of oneDNN's x W^T, which the counter does not know."""
     return 2 * math.prod(x_shape) * weight_shape[0]

@@ -1,6 +1,8 @@
-"""What no model can beat but by luck: the metrics of the true probabilities of a generated log."""
+"""The oracle: metrics of the true probabilities of a generated log, which no model beats but by chance."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -8,9 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from features.errors import UserError
 from features.schema.schema import Split
-from pipeline.evaluation.metrics.metrics import Metrics
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
+from pipeline.storage.files import write_json
 
 
 class Truth(BaseModel):
@@ -26,32 +29,37 @@ class Truth(BaseModel):
     columns: dict[str, str]
 
 
-def best_path(run: Run, split: Split) -> Path:
-    """Where the metrics of the true probabilities are kept."""
+def path(run: Run, split: Split) -> Path:
+    """Where the oracle's metrics are kept."""
     return run.eval_metrics.with_name(f"best-{split}.json")
 
 
-def best(evaluator: Evaluator, truth: Truth) -> dict[str, dict[str, float | int | None]]:
-    """Metrics of the true probabilities on the same rows: what no model can beat but by luck. Raises UserError."""
+def write(scorer: Scorer, truth: Truth) -> None:
+    """Computes and keeps the oracle's metrics on a scorer's rows. Raises UserError as `metrics`."""
+    content = {"dataset": scorer.dataset.name, "metrics": metrics(scorer, truth)}
+    write_json(path(scorer.run, scorer.split), content)
+
+
+def read(run: Run, split: Split, dataset: str) -> dict[str, dict[str, Any]] | None:
+    """Task → metric → value, None where no truth is known of this dataset (its name, see Dataset.name)."""
+    file = path(run, split)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    return known["metrics"] if known.get("dataset") == dataset else None
+
+
+def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | None]]:
+    """Metrics of the true probabilities on a scorer's rows. Raises UserError for a file that cannot be read."""
     try:
         known = pl.read_parquet(truth.file, columns=list({truth.key, *truth.columns.values()}))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
-    metrics = Metrics(evaluator.tasks)
-    for batch in evaluator.loader.batches(evaluator.loader.start()):
-        rows = pl.DataFrame({truth.key: batch.row_id_B.numpy()}).join(
-            known, on=truth.key, how="left", maintain_order="left"
-        )
-        columns = [
-            torch.from_numpy(rows[truth.columns[name]].fill_null(float("nan")).to_numpy(writable=True))
-            for name, _ in evaluator.tasks
-        ]
-        logit_BT = torch.stack(
-            [
-                c.double().logit(eps=1e-15) if kind == "binary" else c
-                for c, (_, kind) in zip(columns, evaluator.tasks, strict=True)
-            ],
-            1,
-        )
-        metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT)
-    return metrics.compute()
+    found = Metrics(scorer.tasks)
+    for batch in scorer.loader.batches(scorer.loader.start()):
+        rows = pl.DataFrame({truth.key: batch.row_id_B.numpy()})
+        rows = rows.join(known, on=truth.key, how="left", maintain_order="left")
+        columns = []
+        for name, kind in scorer.tasks:
+            true_B = torch.from_numpy(rows[truth.columns[name]].fill_null(float("nan")).to_numpy(writable=True))
+            columns.append(true_B.double().logit(eps=1e-15) if kind == "binary" else true_B)
+        found.update(torch.stack(columns, 1), batch.label_BT, batch.observed_BT, batch.weight_BT)
+    return found.compute()

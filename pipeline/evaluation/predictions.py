@@ -1,4 +1,4 @@
-"""What a model said of each row of a split, as a Parquet file."""
+"""A checkpoint's prediction of each row of a split, as a Parquet file."""
 
 # Shapes: B rows, T tasks.
 
@@ -30,16 +30,16 @@ def frame(batch: Batch, logit_BT: Tensor, schema: Schema) -> pl.DataFrame:
     return pl.DataFrame({name: column[real_B].numpy() for name, column in columns.items()}).fill_nan(None)
 
 
-def write(frames: list[pl.DataFrame], file: Path, source: dict[str, str] | None = None) -> None:
-    """Writes the rows atomically; `source` says of what they are, see `are_of`."""
+def write(frames: list[pl.DataFrame], file: Path, provenance: dict[str, str] | None = None) -> None:
+    """Writes the rows atomically; `provenance` is kept in the file's metadata, see `is_from`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
-        pl.concat(frames).sort("row_id").write_parquet(temporary, metadata=source)
+        pl.concat(frames).sort("row_id").write_parquet(temporary, metadata=provenance)
 
 
-def are_of(file: Path, source: dict[str, str]) -> bool:
-    """Whether a file is there and was written with this source."""
-    return file.exists() and source.items() <= pl.read_parquet_metadata(file).items()
+def is_from(file: Path, provenance: dict[str, str]) -> bool:
+    """Whether a file exists and was written with this provenance."""
+    return file.exists() and provenance.items() <= pl.read_parquet_metadata(file).items()
 
 
 def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """A checkpoint's scores on a split: metrics, predictions and expert weights."""
 
+# Shapes: B rows, T tasks.
+
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,17 +18,17 @@ from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation import predictions
-from pipeline.evaluation.expert_weights import GateMeans
-from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.expert_weights import ExpertWeights
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
 
-class Evaluator:
-    """A run's model on one split of a dataset, without a process group and without sharding.
+class Scorer:
+    """A run's model on one split of a dataset: one process, on the CPU, tables not sharded.
 
     Args:
-        run: whose checkpoints. dataset: whose rows; must have the run's schema. split: of it. batch_size: rows at a time.
+        run: whose checkpoints. dataset: must have the run's schema. split: of it. batch_size: rows at a time.
     Raises:
         UserError: no run, or a dataset of another schema.
     """
@@ -43,14 +45,14 @@ class Evaluator:
 
     @torch.inference_mode()
     def metrics(
-        self, step: int, see: Callable[[Batch, Tensor], None] | None = None
+        self, step: int, on_batch: Callable[[Batch, Tensor], None] | None = None
     ) -> tuple[Metrics, checkpoint.CheckpointManifest]:
         """A checkpoint's metrics on the split, and its manifest.
 
         Args:
-            see: called with every batch and its logit_BT.
+            on_batch: called with every batch and its logit_BT.
         Raises:
-            UserError: it is not whole, or was trained on rows that other encoders made.
+            UserError: a checkpoint that is not complete, or that was trained on rows of other encoders.
         """
         path = checkpoint.folder(self.run.checkpoints, step)
         with checkpoint.reading(path) as manifest:
@@ -65,32 +67,31 @@ class Evaluator:
         for batch in self.loader.batches(self.loader.start()):
             logit_BT = self.ranker(batch)
             metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT)
-            if see:
-                see(batch, logit_BT)
+            if on_batch:
+                on_batch(batch, logit_BT)
         return metrics, manifest
 
-    def evaluate(self, step: int, keep_rows: bool = False) -> dict[str, Any]:
-        """One checkpoint's record: step, its checksum, rows (seen in training), split, seconds, metrics per task, mean gate
-        weights.
+    def evaluate(self, step: int, write_predictions: bool = False) -> dict[str, Any]:
+        """One checkpoint's record for eval.jsonl (see pipeline.run.records), with rows (seen in training), time, seconds and
+        mean gate weights.
 
         Args:
-            keep_rows: write each row's prediction (pipeline.evaluation.predictions).
+            write_predictions: write each row's prediction (pipeline.evaluation.predictions).
         Raises:
             UserError: as `metrics`.
         """
         begin = time.perf_counter()
         frames: list[pl.DataFrame] = []
 
-        def see(batch: Batch, logit_BT: Tensor) -> None:
-            gates.update(batch)
-            if keep_rows:
+        def on_batch(batch: Batch, logit_BT: Tensor) -> None:
+            weights.update(batch)
+            if write_predictions:
                 frames.append(predictions.frame(batch, logit_BT, self.schema))
 
-        with GateMeans(self.ranker.fusion) as gates:
-            metrics, manifest = self.metrics(step, see)
-        if keep_rows:
-            source = self.source(manifest.checksum)
-            predictions.write(frames, predictions.path(self.run, self.split, step), source)
+        with ExpertWeights(self.ranker.fusion) as weights:
+            metrics, manifest = self.metrics(step, on_batch)
+        if write_predictions:
+            predictions.write(frames, predictions.path(self.run, self.split, step), self.provenance(manifest.checksum))
         return {
             "step": step,
             "checkpoint": manifest.checksum,
@@ -100,9 +101,9 @@ class Evaluator:
             "time": time.time(),
             "seconds": time.perf_counter() - begin,
             "metrics": metrics.compute(),
-            "gates": gates.means(),
+            "gates": weights.means(),
         }
 
-    def source(self, checksum: str) -> dict[str, str]:
-        """What predictions are of."""
+    def provenance(self, checksum: str) -> dict[str, str]:
+        """Of which checkpoint and dataset a file of predictions is."""
         return {"checkpoint": checksum, "dataset": self.dataset.name}

@@ -1,4 +1,4 @@
-"""Gradient-boosted trees on a dataset, one model a task: what a network has to be worth its while against."""
+"""Gradient-boosted trees on a dataset, one model a task: the baseline that a network has to beat."""
 
 # Shapes: N rows, D columns.
 
@@ -15,21 +15,21 @@ from features.errors import UserError
 from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import predictions
-from pipeline.evaluation.metrics.metrics import Metrics
+from pipeline.evaluation.metrics.accumulator import Metrics
 
 MAX_CATEGORIES = 255  # of scikit-learn's trees; a larger vocabulary counts as a number, its ids go by frequency
 MAX_ITER = 1500
 SETTINGS = {"learning_rate": 0.05, "max_iter": MAX_ITER, "early_stopping": True, "n_iter_no_change": 30}
 
 
-def boosted_trees(dataset: Dataset, max_rows: int, seed: int, keep: Path) -> dict[str, Any]:
+def boosted_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dict[str, Any]:
     """Fits histogram gradient boosting on the train split with early stopping on valid, and predicts the test split.
 
     Inputs are those of the networks: dense columns, ids as categories, of bags their lengths.
 
     Args:
-        max_rows: of the train split, its first ones. seed: of the split finder. keep: where the test rows' predictions go.
-    Returns: metrics per task, rows/s of fitting (rows times trees a second are not counted), trees per task.
+        max_rows: of the train split, its first ones. seed: of the split finder. file: of the test rows' predictions.
+    Returns: metrics per task, rows/s of fitting and predicting, trees per task.
     Raises:
         UserError: a split is empty, or a task has soft labels, which these trees cannot take.
     """
@@ -45,15 +45,16 @@ def boosted_trees(dataset: Dataset, max_rows: int, seed: int, keep: Path) -> dic
         if settings.kind == "binary" and not train[label].drop_nulls().is_in([0.0, 1.0]).all():
             raise UserError(f"tasks.{task} has soft labels, which boosted trees cannot take. Set trees=false.")
         kind = HistGradientBoostingClassifier if settings.kind == "binary" else HistGradientBoostingRegressor
-        ours, theirs = train.drop_nulls(label), valid.drop_nulls(label)
+        fitted, stopping = train.drop_nulls(label), valid.drop_nulls(label)
         model = kind(categorical_features=mask, random_state=seed, **SETTINGS).fit(
-            _inputs(ours, schema), ours[label].to_numpy(), sample_weight=ours["weight"].to_numpy(),
-            X_val=_inputs(theirs, schema), y_val=theirs[label].to_numpy(), sample_weight_val=theirs["weight"].to_numpy(),
+            _inputs(fitted, schema), fitted[label].to_numpy(), sample_weight=fitted["weight"].to_numpy(),
+            X_val=_inputs(stopping, schema), y_val=stopping[label].to_numpy(),
+            sample_weight_val=stopping["weight"].to_numpy(),
         )  # fmt: skip
         trees[task] = int(model.n_iter_)
-        said = model.decision_function if settings.kind == "binary" else model.predict
-        result = result.with_columns(pl.Series(f"logit.{task}", said(_inputs(test, schema)).astype(np.float32)))
-    predictions.write([result], keep)
+        predict = model.decision_function if settings.kind == "binary" else model.predict
+        result = result.with_columns(pl.Series(f"logit.{task}", predict(_inputs(test, schema)).astype(np.float32)))
+    predictions.write([result], file)
     seconds = time.perf_counter() - begin
     return {"metrics": _metrics(result, schema), "rows_per_s": train.height / seconds, "trees": trees}
 

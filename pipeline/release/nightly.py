@@ -1,5 +1,6 @@
-"""The nightly verdict: is the newest checkpoint at least as good on a new day as the one that serves?"""
+"""The nightly verdict: whether the newest checkpoint is as good on a new day's log as the serving one."""
 
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from features.errors import UserError
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.evaluation.metrics.metrics import Metrics
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.scorer import Scorer
 from pipeline.ingest.config import EncodersFrom, PreprocessConfig
 from pipeline.ingest.job import preprocess
 from pipeline.run import checkpoint
+from pipeline.run.headline import headline
 from pipeline.run.run import Run
 from pipeline.storage.files import write_json
 
@@ -38,10 +40,42 @@ class NightlyConfig(BaseModel):
         return self.out / self.date
 
 
-def nightly(config: NightlyConfig) -> dict[str, Any]:
-    """Encodes the day as each model knows it, evaluates both, and writes verdict.json.
+@dataclass(frozen=True)
+class ModelScore:
+    """A checkpoint's metrics over all rows of the day, encoded with the encoders of its run; dataset: the encoded day."""
 
-    Returns: the verdict: `passed`, both models' metrics, and per task the figure compared, lower is better.
+    run: str
+    step: int
+    dataset: str
+    metrics: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TaskVerdict:
+    """One task: both values of its headline metric `figure` (lower is better; None: undefined), and the outcome."""
+
+    figure: str
+    candidate: float | None
+    serving: float | None
+    passed: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The content of verdict.json. passed: every task passed. serving: None where there was nothing to compare with."""
+
+    passed: bool
+    input: str
+    max_increase: float
+    tasks: dict[str, TaskVerdict]
+    candidate: ModelScore
+    serving: ModelScore | None
+
+
+def nightly(config: NightlyConfig) -> Verdict:
+    """Encodes the day with each model's encoders, evaluates both, and writes verdict.json.
+
     Raises:
         UserError: bad input; there is then no verdict.json.
     """
@@ -50,51 +84,42 @@ def nightly(config: NightlyConfig) -> dict[str, Any]:
     days: dict[str, Dataset] = {}
     candidate = _evaluate(config, days, Run(config.run), None)
     serving = _evaluate(config, days, Run(config.serving), config.serving_step) if config.serving else None
-    if serving and [(t, "ne" in m) for t, m in serving["metrics"].items()] != [
-        (t, "ne" in m) for t, m in candidate["metrics"].items()
-    ]:
+    figures = {task: headline(metrics) for task, metrics in candidate.metrics.items()}
+    # In the same order too, as records list the tasks of the schema.
+    if serving and [*figures.items()] != [(task, headline(metrics)) for task, metrics in serving.metrics.items()]:
         raise UserError(
-            f"{config.run} predicts {', '.join(candidate['metrics'])}, {config.serving} predicts "
-            f"{', '.join(serving['metrics'])}: only models of the same tasks can be compared"
+            f"{config.run} predicts {', '.join(candidate.metrics)}, {config.serving} predicts "
+            f"{', '.join(serving.metrics)}: only models of the same tasks can be compared"
         )
-    tasks = {}
-    for task, ours in candidate["metrics"].items():
-        figure = "ne" if "ne" in ours else "nrmse"
-        theirs = serving["metrics"][task][figure] if serving else None
-        tasks[task] = {
-            "figure": figure,
-            "candidate": ours[figure],
-            "serving": theirs,
-            **_judge(ours, theirs, figure, config),
-        }
-    verdict = {
-        "passed": all(entry["passed"] for entry in tasks.values()),
-        "input": config.input,
-        "max_increase": config.max_increase,
-        "tasks": tasks,
-        "candidate": candidate,
-        "serving": serving,
+    tasks = {
+        task: _judge(candidate.metrics[task], serving.metrics[task][figure] if serving else None, figure, config)
+        for task, figure in figures.items()
     }
-    write_json(config.folder / "verdict.json", verdict)
+    passed = all(task.passed for task in tasks.values())
+    verdict = Verdict(passed, config.input, config.max_increase, tasks, candidate, serving)
+    write_json(config.folder / "verdict.json", asdict(verdict))
     return verdict
 
 
-def _judge(ours: dict[str, Any], theirs: float | None, figure: str, config: NightlyConfig) -> dict[str, Any]:
-    """Whether a task passes, and why. A figure that cannot be computed passes only where the day cannot show it."""
+def _judge(ours: dict[str, Any], theirs: float | None, figure: str, config: NightlyConfig) -> TaskVerdict:
+    """Whether a task passes, and why. An undefined metric passes only where the day has too few labels for it."""
     if ours.get("non_finite"):
-        return {"passed": False, "why": f"{ours['non_finite']} predictions are not finite"}
-    if ours[figure] is None:
-        return {"passed": True, "why": f"the day has too few labels for {figure}"}
-    if theirs is None:
-        return {"passed": True, "why": "serving has no such figure to compare with"}
-    increase = ours[figure] - theirs
-    return {"passed": increase <= config.max_increase, "why": f"{increase:+.4f}, allowed {config.max_increase:+.4f}"}
+        passed, why = False, f"{ours['non_finite']} predictions are not finite"
+    elif ours[figure] is None:
+        passed, why = True, f"the day has too few labels for {figure}"
+    elif theirs is None:
+        passed, why = True, "serving has no such figure to compare with"
+    else:
+        increase = ours[figure] - theirs
+        passed, why = increase <= config.max_increase, f"{increase:+.4f}, allowed {config.max_increase:+.4f}"
+    return TaskVerdict(figure, ours[figure], theirs, passed, why)
 
 
-def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: int | None) -> dict[str, Any]:
-    """Metrics of one checkpoint over all rows of the day, encoded with the encoders the run was trained with.
+def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: int | None) -> ModelScore:
+    """Scores one checkpoint (None: the newest) on all splits of the day.
 
-    `days` keeps what was encoded: models of the same encoders share it.
+    Args:
+        days: encoded so far, by the id of their encoders: models of the same encoders share one.
     """
     found = checkpoint.steps(run.checkpoints)
     if not found or (step is not None and step not in found):
@@ -102,22 +127,17 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
             f"{run.checkpoints}: no checkpoint{f' of step {step}' if step else ''}, there are {found or 'none'}"
         )
     step = found[-1] if step is None else step
-    trained_on = Path(run.config()["dataset"])
-    days_read = run.config().get("days")
-    dataset = open_dataset(trained_on, days_read and days_read.partition("..")[0])  # all have the same encoders
+    trained_on, trained_days = Path(run.config()["dataset"]), run.config().get("days")
+    dataset = open_dataset(trained_on, trained_days and trained_days.partition("..")[0])  # all have the same encoders
     key = dataset.encoders_id
     if key not in days:
         days[key] = _encode(config, dataset.encoded_by, dataset.schema, config.folder / f"day-{key}")
     day = days[key]
-    parts = [
-        Evaluator(run, day, split, config.batch_size).metrics(step)[0]
-        for split, rows in day.manifest.rows.items()
-        if rows
-    ]
-    if not parts:
+    splits = [split for split, rows in day.manifest.rows.items() if rows]
+    if not splits:
         raise UserError(f"{config.input}: no rows. Check input= and the day's logs.")
-    metrics = reduce(Metrics.merge, parts)
-    return {"run": str(run.path), "step": step, "dataset": str(day.path), "metrics": metrics.compute()}
+    metrics = reduce(Metrics.merge, (Scorer(run, day, split, config.batch_size).metrics(step)[0] for split in splits))
+    return ModelScore(str(run.path), step, str(day.path), metrics.compute())
 
 
 def _encode(config: NightlyConfig, trained_on: Path, schema: Schema, out: Path) -> Dataset:

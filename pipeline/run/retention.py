@@ -1,6 +1,6 @@
-"""Which checkpoints of a run stay."""
+"""Which checkpoints of a run are kept."""
 
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from features.errors import UserError
 from features.schema.schema import Split
 from pipeline.run import checkpoint, records
+from pipeline.run.headline import headline
 from pipeline.run.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 class Keep(BaseModel):
-    """Which checkpoints stay once a newer one is there; all of them while nothing is said. The newest always stays.
+    """Which checkpoints are kept once a newer one is committed; all of them if nothing is set. The newest is always kept.
 
     Attributes:
         last: that many of the newest.
         every: those of steps that are multiples of it.
-        best: a split; of each task the one with the lowest NE (regression: MSE) there, on the dataset the run learns from, as
-            eval.jsonl has it. What no evaluator has read yet stays too.
+        best: a split; of each task the one with the best headline metric there (NE; regression: NRMSE), on the dataset that
+            the run trains on, as eval.jsonl has it. Checkpoints that are not evaluated yet are kept too.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -29,14 +32,16 @@ class Keep(BaseModel):
     best: Split | None = None
 
 
-def surplus(
+def steps_to_prune(
     steps: Sequence[int], keep: Keep, newest: int, evaluated: Mapping[int, Mapping[str, Any]] | None = None
 ) -> list[int]:
-    """Those of `steps`, ascending, that nothing in `keep` asks for; none where it asks for nothing.
+    """Those of `steps`, ascending, that no rule of `keep` covers; none where it has no rule.
 
     Args:
-        newest: the step just written, which stays. Those above it go: the run has gone back over them and takes them again.
-        evaluated: metrics per task of the checkpoints that an evaluator has read.
+        newest: the step just written, which is kept. Those above it go: after a rollback the run trains them anew.
+        evaluated: metrics per task of the checkpoints that were evaluated.
+    Raises:
+        UserError: metrics of a task without its headline metric.
     """
     if keep == Keep():
         return []
@@ -44,33 +49,32 @@ def surplus(
     wanted = {newest, *(behind[-keep.last :] if keep.last else [])}
     wanted |= {step for step in behind if keep.every and step % keep.every == 0}
     if keep.best:
-        read = {step: metrics for step, metrics in (evaluated or {}).items() if step in behind}
-        wanted |= {*behind} - read.keys() | best(read)
+        known = {step: metrics for step, metrics in (evaluated or {}).items() if step in behind}
+        wanted |= {*behind} - known.keys() | best_steps(known)
     return [step for step in steps if step not in wanted]
 
 
-def best(evaluated: Mapping[int, Mapping[str, Any]]) -> set[int]:
-    """For each task the step of its lowest NE, or MSE where it is a regression; of equal ones the first."""
-    figures: dict[str, list[tuple[float, int]]] = {}
+def best_steps(evaluated: Mapping[int, Mapping[str, Any]]) -> set[int]:
+    """For each task the step of its lowest headline metric; of equal ones the first. Raises UserError as `headline`."""
+    values: dict[str, list[tuple[float, int]]] = {}
     for step, metrics in evaluated.items():
         for task, measured in metrics.items():
-            value = measured["ne"] if "ne" in measured else measured["mse"]
-            if value is not None:
-                figures.setdefault(task, []).append((value, step))
-    return {min(found)[1] for found in figures.values()}
+            if (value := measured[headline(measured)]) is not None:
+                values.setdefault(task, []).append((value, step))
+    return {min(found)[1] for found in values.values()}
 
 
 def prune(run: Run, keep: Keep, dataset: str, newest: int) -> None:
-    """Deletes the surplus, except what somebody reads at the moment: that is left for the next time.
+    """Deletes the checkpoints that `keep` does not cover; one that is being read is left for the next time.
 
     Args:
-        dataset: name of the one that the run learns from; what was measured on others says nothing of which is best.
+        dataset: name of the one that the run trains on; metrics on others do not decide which is best.
         newest: the step just written.
     """
     try:
         found = records.current(run, keep.best, str(Path(dataset).absolute())) if keep.best else {}
-        read = {step: record["metrics"] for step, record in found.items()}
-        for step in surplus(checkpoint.steps(run.checkpoints), keep, newest, read):
+        evaluated = {step: record["metrics"] for step, record in found.items()}
+        for step in steps_to_prune(checkpoint.steps(run.checkpoints), keep, newest, evaluated):
             checkpoint.remove(checkpoint.folder(run.checkpoints, step))
-    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a damaged record
-        print(f"{run.checkpoints}: old checkpoints are not deleted: {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:
+        logger.warning("%s: old checkpoints are not deleted: %s", run.checkpoints, error)

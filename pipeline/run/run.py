@@ -1,4 +1,4 @@
-"""A run directory: its configuration, its schema, its checkpoints, its metrics, and whether it still goes on."""
+"""A run directory: its configuration, schema, checkpoints, metrics and status."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from pipeline.storage.files import read_lines, storage_of, write_json, write_tex
 
 
 class Status(BaseModel):
-    """What the trainer last said of itself: state (training, finished, failed, preempted), step, time (s since 1970)."""
+    """The trainer's heartbeat: state (training, finished, failed, preempted), step, steps in all, time (s since 1970)."""
 
     state: str
     step: int
@@ -26,7 +26,7 @@ class Status(BaseModel):
 
 
 class Run:
-    """The paths of a run below its folder, and what is read and written there."""
+    """The files of a run below its folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +38,7 @@ class Run:
         self.report = path / "report.html"
 
     def create(self, config: dict[str, Any], schema: Schema) -> None:
-        """Makes the folders and writes config.yaml and schema.yaml, each whole or not at all."""
+        """Makes the folders and writes config.yaml and schema.yaml, each atomically."""
         for folder in (self.checkpoints, self.train_metrics.parent):
             folder.mkdir(parents=True, exist_ok=True)
         contents = {"config.yaml": config, "schema.yaml": schema.model_dump(mode="json", exclude_unset=True)}
@@ -55,11 +55,11 @@ class Run:
             ) from None
 
     def schema(self) -> Schema:
-        """The schema it was trained with, and of its tasks those it was trained on."""
+        """The schema it was trained with, with the tasks it was trained on."""
         return Schema.load(self.path / "schema.yaml").only(self.config().get("tasks"))
 
     def lock(self, name: str, why: str) -> Lock:
-        """A lock held until it is released or its process ends. Raises UserError where another process holds it."""
+        """A lock until it is released or its process ends. Raises UserError, with `why`, where another process has it."""
         file = self.eval_metrics.with_name(f".{name}.lock")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -68,14 +68,14 @@ class Run:
         except BlockingIOError:
             raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
 
-    def say(self, state: str, step: int, steps: int) -> None:
-        """Notes that the run is alive, or how it ended; a full disk does not stop it."""
+    def write_status(self, state: str, step: int, steps: int) -> None:
+        """Writes the heartbeat, or how the run ended; a full disk does not stop it."""
         status = Status(state=state, step=step, steps=steps, time=time.time())
         with suppress(OSError):
             write_json(self.path / "status.json", status.model_dump())
 
     def status(self) -> Status | None:
-        """The last note, None before the first."""
+        """The last heartbeat, None before the first."""
         try:
             return Status.model_validate_json((self.path / "status.json").read_text())
         except FileNotFoundError:
@@ -88,7 +88,7 @@ def config_hash(config: Any) -> str:
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drops the lines past a step: a run that goes on from a checkpoint writes them again."""
+    """Drops the lines past a step: a run that resumes from a checkpoint writes them again."""
     kept = [line for line in read_lines(path) if line["step"] <= last_step]
     if path.exists():
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -66,7 +66,7 @@ def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence
     except BaseException as error:
         ended = isinstance(error, (Preempted, SystemExit))
         if trainer is not None and trainer.rank == 0 and not ended:
-            trainer.run.say("failed", trainer.state.step, trainer.steps)
+            trainer.run.write_status("failed", trainer.state.step, trainer.steps)
         if dist.is_initialized() and (dist.get_world_size() == 1 or ended):
             dist.destroy_process_group()  # other ranks would see the connection break before this one has raised
         elif isinstance(error, RuntimeError) and (cause := process_group.lost_contact(error)):
@@ -167,7 +167,7 @@ class Trainer:
         pinned.close()
         if self.rank == 0:
             self.run.create(config, schema)
-            self.run.say("training", self.state.step, self.steps)
+            self.run.write_status("training", self.state.step, self.steps)
             self._drop_repeated_lines()
         dist.barrier()
         self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)
@@ -195,7 +195,7 @@ class Trainer:
             self.finish_writing()
         if self.metrics:
             self.metrics.close()
-            self.run.say("finished", self.state.step, self.steps)
+            self.run.write_status("finished", self.state.step, self.steps)
         return self.run
 
     def train_segment(self) -> None:
@@ -359,7 +359,7 @@ class Trainer:
         self.finish_writing()
         if self.metrics:
             self.metrics.close()
-            self.run.say("preempted", self.state.step, self.steps)
+            self.run.write_status("preempted", self.state.step, self.steps)
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
         raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
 

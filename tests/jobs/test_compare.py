@@ -1,6 +1,7 @@
-"""jobs.compare from a raw log to its tables, and again over what is there."""
+"""jobs.compare from a raw log to its tables, and again over complete runs."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,26 +32,61 @@ def compare(conf: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run([*command, *more], capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.mark.slow
-def test_models_are_compared_once_and_the_tables_name_all_of_them(conf: Path, tmp_path: Path) -> None:
-    done = compare(conf, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    for name in ("shared_bottom", "mmoe", "boosted trees", "AUC click", "NE % bought", "FLOPs/row", "dwell 3/7"):
-        assert name in done.stdout, name
-    assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
-    assert "| mmoe" in " ".join((tmp_path / "out" / "compare.md").read_text().replace("|", " | ").split())
-    frame = pl.read_parquet(tmp_path / "out" / "compare.parquet")
-    assert set(frame["at"]) == {"chosen", "1/7", "3/7", "7/7"}
-    results = json.loads((tmp_path / "out" / "compare.json").read_text())
-    chosen = frame.filter((pl.col("model") == "mmoe") & (pl.col("task") == "click") & (pl.col("at") == "chosen"))
-    assert chosen["ne"].to_list() == [run["metrics"]["click"]["ne"] for run in results["mmoe"]]
+def cells(table: str) -> dict[str, dict[str, str]]:
+    """Model → column → cell of a table in github style."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
 
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/checkpoints/*/manifest.json")}
+
+def shown(values: list[float]) -> str:
+    """Mean and deviation as the tables have them, of numbers below 1."""
+    parts = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    return "±".join(f"{part:.4f}".removeprefix("0") for part in parts)
+
+
+@pytest.mark.slow
+def test_models_are_compared_once_and_the_tables_are_those_of_their_runs(conf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = compare(conf, out)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "compare.json").read_text())
+    models = ["shared_bottom", "mmoe", "boosted trees"]
+    assert list(results) == models
+    frame = pl.read_parquet(out / "compare.parquet")
+    quality, cost, early = map(cells, (out / "compare.md").read_text().strip().split("\n\n"))
+    assert list(quality) == list(cost) == models
+    columns = {"AUC click": ("click", "auc"), "NE bought": ("bought", "ne"), "NRMSE dwell": ("dwell", "nrmse")}
+    for model in models:
+        rows = frame.filter((pl.col("model") == model) & (pl.col("at") == "chosen"))
+        for column, (task, metric) in columns.items():
+            values = rows.filter(pl.col("task") == task).sort("seed")[metric].to_list()
+            assert values == [run["metrics"][task][metric] for run in results[model]]
+            assert quality[model][column] == shown(values)
+        bought = rows.filter(pl.col("task") == "bought")
+        gap = f"{bought['difference_percent'][0]:+.2f} ±{bought['half_interval_percent'][0]:.2f}"
+        assert quality[model]["NE % bought"] == ("" if model == "shared_bottom" else gap)
+        flops = bought["flops_per_row"][0]
+        assert cost[model]["FLOPs/row"] == ("" if flops is None else f"{flops:,.0f}")
+    for seed, run in enumerate(results["mmoe"]):  # what jobs.evaluate recorded of the chosen checkpoint
+        lines = map(json.loads, (out / f"mmoe-{seed}" / "metrics" / "eval.jsonl").read_text().splitlines())
+        [recorded] = [r["metrics"] for r in lines if (r["split"], r["step"]) == ("test", run["step"])]
+        assert run["metrics"] == recorded
+    ne = {
+        model: statistics.mean(run["early"]["3/7"]["click"]["ne"] for run in results[model])
+        for model in ("mmoe", "shared_bottom")
+    }
+    assert list(early) == ["mmoe"]
+    assert early["mmoe"]["click 3/7"] == f"{100 * (ne['mmoe'] / ne['shared_bottom'] - 1):+.2f}"
+    assert all(
+        cell in done.stdout for table in (quality, cost, early) for row in table.values() for cell in row.values()
+    )
+
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/*/manifest.json")}
     assert len(kept) == 4 * 5  # an epoch's, and those after 1/7 and 3/7
-    again = compare(conf, tmp_path / "out")
+    again = compare(conf, out)
     assert again.stdout == done.stdout
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    other = compare(conf, tmp_path / "out", 'overrides=["train.dense.lr=0.1"]')
+    other = compare(conf, out, 'overrides=["train.dense.lr=0.1"]')
     assert other.returncode == 1
     assert "made with another recipe or overrides" in other.stderr
 

@@ -13,13 +13,15 @@ from sklearn.metrics import log_loss
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.evaluation import expert_weights, predictions
+from pipeline.evaluation import predictions
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
-from pipeline.evaluation.model_cost import size
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.model_cost import model_cost
+from pipeline.evaluation.report.plots import expert_heat_map
+from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.trees import boosted_trees
 from pipeline.run.run import Run
-from pipeline.search import comparison
+from pipeline.search import report
+from pipeline.search.compare import stop_early
 from pipeline.search.comparison import Entry, differences
 from pipeline.storage.files import read_lines
 from pipeline.training.config import Settings, TrainConfig
@@ -114,8 +116,8 @@ def test_predictions_are_the_rankers_for_every_row_of_the_split_once(run: Run, s
     assert rows["row_id"].to_list() == known["row_id"].to_list()
     for column in ("weight", "label.click", "label.bought", "label.dwell"):
         assert rows[column].to_list() == known[column].to_list(), column
-    evaluator = Evaluator(run, dataset, "test", 64)
-    metrics = evaluator.metrics(record["step"])[0].compute()
+    scorer = Scorer(run, dataset, "test", 64)
+    metrics = scorer.metrics(record["step"])[0].compute()
     loss_N, weight_N = predictions.row_losses(rows, "click", "binary")
     share = (known["label.click"] * known["weight"]).sum() / known["weight"].sum()
     entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
@@ -133,8 +135,8 @@ def test_predictions_that_are_missing_are_made_without_a_second_record(run: Run)
 
 
 def test_gate_means_are_those_of_all_real_rows(run: Run, small_dataset: Path) -> None:
-    record = Evaluator(run, Dataset(small_dataset), "test", 64).evaluate(6)  # 300 rows: the last batch has padding
-    other = Evaluator(run, Dataset(small_dataset), "test", 300)
+    record = Scorer(run, Dataset(small_dataset), "test", 64).evaluate(6)  # 300 rows: the last batch has padding
+    other = Scorer(run, Dataset(small_dataset), "test", 300)
     other.metrics(6)
     batch = next(other.loader.batches(other.loader.start()))
     with torch.inference_mode():
@@ -147,7 +149,7 @@ def test_gate_means_are_those_of_all_real_rows(run: Run, small_dataset: Path) ->
 @pytest.mark.parametrize("shape", [(3, 4), (4, 4), (2, 30)])
 def test_heat_maps_name_tasks_and_show_every_weight(shape: tuple[int, int]) -> None:
     mean_UE = torch.rand(shape).tolist()
-    figure = expert_weights.picture([mean_UE, mean_UE], ["click", "bought", "dwell"])
+    figure = expert_heat_map([mean_UE, mean_UE], ["click", "bought", "dwell"])
     axes = figure.axes[0]
     names = [text.get_text() for text in axes.get_yticklabels()]
     assert (
@@ -162,7 +164,7 @@ def test_flops_and_parameters_are_those_of_the_layers(small_dataset: Path) -> No
     ranker = Ranker(dataset.schema, dataset.encoders, config, device="cpu")
     loader = Loader(dataset, "test", 32)
     batch = next(loader.batches(loader.start()))
-    found = size(ranker, batch)
+    found = model_cost(ranker, batch)
     width, tasks = ranker.numbers.out_dim, len(dataset.schema.tasks)
     products = tasks * (width * 8 + 8 * 4 + 4)
     assert found["flops_per_row"] == 2 * products
@@ -182,20 +184,96 @@ def test_trees_learn_and_are_measured_as_the_networks_are(small_dataset: Path, t
     assert json.dumps(found)
 
 
-def test_tables_and_picture_show_every_model_and_task(tmp_path: Path) -> None:
+def cells(table: str) -> dict[str, dict[str, str]]:
+    """Model → column → cell of a table in github style."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> tuple[Entry, Entry]:
+    """Two models on two seeds with a label of both kinds, of which the second deviates between seeds."""
     better, baseline, _ = drawn(tmp_path, 2)
-    for entry in (better, baseline):
-        metrics = {"t": {"auc": 0.75, "ne": 0.8 if entry is better else 0.9}}
-        entry.runs = [
-            {"metrics": metrics, "rows_per_s": 1000.0, "early": dict.fromkeys(["1/7", "3/7", "7/7"], metrics)}
-        ] * 2
-        entry.size = {"parameters": 1234, "table_parameters": 5, "flops_per_row": 10}
-    text = comparison.tables([better, baseline], baseline, {"t": "binary"}, "simple")
-    assert ".7500±.0000" in text
-    assert "-11.11" in text  # 0.8 against 0.9, after each share
-    assert "1,234" in text
-    comparison.parquet([better, baseline], baseline, {"t": "binary"}, tmp_path / "c.parquet")
+    for entry, ne in ((better, 0.8), (baseline, 0.9)):
+        for seed, path in enumerate(entry.rows):
+            rows = pl.read_parquet(path)
+            rows.with_columns(**{"logit.r": pl.col("logit.t") + seed, "label.r": pl.col("label.t")}).write_parquet(path)
+            metrics = {"t": {"auc": 0.75, "ne": ne}, "r": {"r2": 10.6 + seed, "nrmse": 10.5 * ne}}
+            early = {
+                share: {"t": {"ne": ne + rest}, "r": {"nrmse": ne}} for share, rest in (("1/7", 0.1), ("3/7", 0.05))
+            }
+            entry.runs.append({"metrics": metrics, "rows_per_s": 1000.0 + seed, "early": early | {"7/7": metrics}})
+        entry.cost = {"parameters": 1234, "table_parameters": 5, "flops_per_row": 10}
+    return better, baseline
+
+
+KINDS = {"t": "binary", "r": "regression"}
+
+
+def test_tables_show_means_deviations_costs_and_differences(compared: tuple[Entry, Entry]) -> None:
+    better, baseline = compared
+    quality, cost, early = map(cells, report.tables([better, baseline], baseline, KINDS, "github").split("\n\n"))
+    gaps = differences(better, baseline, KINDS)
+    shown = {"AUC t": ".7500±.0000", "R2 r": "11.1000±.7071", "NE t": ".8000±.0000", "NRMSE r": "8.4000±.0000"}
+    shown |= {
+        f"{word} % {task}": f"{gaps[task][0]:+.2f} ±{gaps[task][1]:.2f}" for word, task in (("NE", "t"), ("MSE", "r"))
+    }
+    assert quality["better"] == {"model": "better"} | shown
+    assert [quality["baseline"][column] for column in ("NE t", "NE % t", "MSE % r")] == [".9000±.0000", "", ""]
+    numbers = {"parameters": "1,234", "in tables": "5", "FLOPs/row": "10", "rows/s": "1,000"}
+    assert cost == {name: {"model": name} | numbers for name in ("better", "baseline")}
+    assert early.keys() == {"better"}
+    expected = [
+        100 * (0.9 / 1.0 - 1),
+        100 * (0.85 / 0.95 - 1),
+        100 * (0.8 / 0.9 - 1),
+        *[100 * (0.8**2 / 0.9**2 - 1)] * 3,
+    ]
+    assert list(early["better"].values())[1:] == [f"{value:+.2f}" for value in expected]
+
+
+def test_parquet_has_every_run_share_and_task(compared: tuple[Entry, Entry], tmp_path: Path) -> None:
+    better, baseline = compared
+    report.parquet([better, baseline], baseline, KINDS, tmp_path / "c.parquet")
     frame = pl.read_parquet(tmp_path / "c.parquet")
-    assert frame.height == 2 * 2 * 4
-    panel = comparison.picture([better, baseline], baseline, {"t": "binary"}).axes[0]
-    assert [text.get_text() for text in panel.get_yticklabels()] == ["better"]
+    assert sorted(frame.select("model", "seed", "at", "task").rows()) == sorted(
+        (name, seed, at, task)
+        for name in ("better", "baseline") for seed in range(2) for at in ("chosen", "1/7", "3/7", "7/7") for task in KINDS
+    )  # fmt: skip
+    for row in frame.iter_rows(named=True):
+        entry = better if row["model"] == "better" else baseline
+        run = entry.runs[row["seed"]]
+        metrics = (run["metrics"] if row["at"] == "chosen" else run["early"][row["at"]])[row["task"]]
+        assert {name: row[name] for name in metrics} == metrics
+        gap = (row["difference_percent"], row["half_interval_percent"])
+        assert gap == differences(entry, baseline, KINDS)[row["task"]]
+        assert (row["parameters"], row["rows_per_s"]) == (1234, run["rows_per_s"])
+
+
+def test_the_picture_shows_differences_and_intervals(compared: tuple[Entry, Entry]) -> None:
+    better, baseline = compared
+    panels = report.picture([baseline, better], baseline, KINDS).axes
+    assert [panel.get_title() for panel in panels] == ["t", "r"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["better"]
+    for panel, (mean, half) in zip(panels, differences(better, baseline, KINDS).values(), strict=True):
+        [bar] = panel.containers
+        point, _, [interval] = bar
+        assert (point.get_xdata().tolist(), point.get_ydata().tolist()) == ([mean], [0])
+        assert interval.get_segments()[0][:, 0] == pytest.approx([mean - half, mean + half])
+
+
+@pytest.mark.parametrize(
+    ("aucs", "patience", "kept"),
+    [
+        ([0.5, 0.6, 0.7], 2, 3),
+        ([0.5, 0.6, 0.55, 0.58, 0.9], 2, 2),  # stopped before the best
+        ([0.5, 0.6, 0.55, 0.7, 0.1], 2, 4),
+        ([0.5, 0.5, 0.5], 5, 1),  # of equal ones the first
+        ([None, 0.5], 2, 2),
+    ],
+)
+def test_early_stopping_keeps_the_best_mean_until_patience_runs_out(aucs: list, patience: int, kept: int) -> None:
+    evaluated = [
+        {"step": step, "metrics": {"t": {"auc": auc, "ne": 1.0}, "r": {"r2": 0.3}}} for step, auc in enumerate(aucs, 1)
+    ]
+    assert stop_early(evaluated, KINDS, patience) == kept

@@ -23,11 +23,11 @@ from pipeline.dataset import dataset as datasets
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, day_ranges
 from pipeline.dataset.loader import Loader, Position
-from pipeline.evaluation import predictions
+from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.oracle import Truth
-from pipeline.evaluation.report import report
 from pipeline.release.nightly import NightlyConfig, nightly
+from pipeline.run import records
 from pipeline.run.run import Run
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.trainer import train
@@ -266,7 +266,7 @@ def test_other_days_are_other_records_and_a_day_is_the_same_however_it_is_named(
     for days in (BOTH, "2026-11-01", "2026-11-02", "2026-11-03"):
         [record] = evaluated(run, **({} if days == BOTH else {"days": days}))
         assert record["dataset"] == f"{learnt}/{days}"
-        assert report.evaluated(Run(run), "test", Path(record["dataset"])) == [record]
+        assert records.latest(Run(run), "test", record["dataset"]) == {16: record}
         rows[days] = predicted(run)["logit.click"].to_list()
     assert rows[BOTH] == pytest.approx(rows["2026-11-01"] + rows["2026-11-02"], abs=1e-6)
     assert evaluated(run, dataset=learnt / "2026-11-03") == evaluated(run, dataset=learnt, days="2026-11-03") == []
@@ -280,7 +280,7 @@ def test_the_truth_is_looked_up_for_the_rows_of_every_day(learnt, tmp_path):
     evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="row_id", columns={"click": "p"}))
     rate = known["label.click"].to_numpy().mean()
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-    best = report.best(Run(run), "test", learnt / BOTH)
+    best = oracle.read(Run(run), "test", str(learnt / BOTH))
     assert best is not None
     assert best["click"]["ne"] == pytest.approx(-np.log(0.8) / entropy, rel=1e-6)
 
@@ -304,9 +304,9 @@ def test_nightly_judges_a_run_on_days_by_a_log_encoded_as_they_were(small_datase
         shutil.copytree(small_dataset, tmp_path / "days" / day)
     train(config(tmp_path / "days", tmp_path / "run"))
     verdict = nightly(NightlyConfig(run=tmp_path / "run", input=str(small_log), out=tmp_path / "night", date="d"))
-    candidate, frames = verdict["candidate"], []
+    candidate, frames = verdict.candidate, []
     for split in ("train", "valid", "test"):  # of the same log, read and encoded once before
         evaluated(tmp_path / "run", split=split, step="newest", dataset=small_dataset)
-        frames.append(pl.read_parquet(predictions.path(Run(tmp_path / "run"), split, candidate["step"])))
-    assert Dataset(Path(candidate["dataset"])).encoders_id == Dataset(small_dataset).encoders_id
-    assert candidate["metrics"]["click"]["ne"] == pytest.approx(normalized_entropy(pl.concat(frames)), rel=1e-5)
+        frames.append(pl.read_parquet(predictions.path(Run(tmp_path / "run"), split, candidate.step)))
+    assert Dataset(Path(candidate.dataset)).encoders_id == Dataset(small_dataset).encoders_id
+    assert candidate.metrics["click"]["ne"] == pytest.approx(normalized_entropy(pl.concat(frames)), rel=1e-5)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation import follow, oracle, predictions
-from pipeline.evaluation.follow import EvaluateConfig, evaluate
+from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.oracle import Truth
-from pipeline.evaluation.report import report
+from pipeline.evaluation.report import html, plots, tables
 from pipeline.release.nightly import NightlyConfig, nightly
-from pipeline.run import checkpoint
+from pipeline.run import checkpoint, records
 from pipeline.run.checkpoint import lock
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line, read_lines
@@ -47,7 +48,7 @@ def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A copy of the run that a test may change; the tests' process keeps its priority."""
     monkeypatch.setattr(follow.os, "nice", lambda _: 0)
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(follow, "POLL_INTERVAL", 0.02)
     shutil.copytree(trained, tmp_path / "run")
     return Run(tmp_path / "run")
 
@@ -109,7 +110,7 @@ def test_a_step_that_was_trained_anew_is_evaluated_again_and_its_last_record_cou
     assert evaluated(run) == [4]
     assert evaluated(run) == []
     assert [r["step"] for r in read_lines(run.eval_metrics)] == [2, 4, 6, 4]
-    found = report.evaluated(run, "test", small_dataset)
+    found = list(records.latest(run, "test", str(small_dataset)).values())
     assert [r["step"] for r in found] == [2, 4, 6]
     assert found[1]["metrics"] == found[0]["metrics"] != found[2]["metrics"]
     rows = {step: predictions.path(run, "test", step) for step in (2, 4)}
@@ -120,11 +121,11 @@ def test_a_step_that_was_trained_anew_is_evaluated_again_and_its_last_record_cou
 
 
 def test_a_step_trained_anew_is_evaluated_again_while_the_evaluator_follows(run: Run):
-    run.say("training", 4, 6)
+    run.write_status("training", 4, 6)
     found = evaluate(EvaluateConfig(run=run.path, threads=1, follow=True))
     assert [next(found)["step"] for _ in range(3)] == [2, 4, 6]
     trained_anew(run, step=4, like=2)
-    run.say("finished", 6, 6)
+    run.write_status("finished", 6, 6)
     assert [record["step"] for record in found] == [4]
 
 
@@ -138,10 +139,10 @@ def test_records_that_do_not_say_which_weights_they_are_of_are_made_again(run: R
     assert evaluated(run) == []
 
 
-def test_a_damaged_line_of_an_evaluation_is_said(run: Run):
+def test_a_damaged_line_of_an_evaluation_is_an_error_that_names_the_file(run: Run):
     evaluated(run, step=2)
     run.eval_metrics.write_bytes(run.eval_metrics.read_bytes().replace(b'"split"', b'"split'))
-    with pytest.raises(UserError, match=r"eval\.jsonl: a line is no record of an evaluation\. Remove it"):
+    with pytest.raises(UserError, match=r"eval\.jsonl: a line is not a record of an evaluation\. Remove it"):
         evaluated(run)
 
 
@@ -157,7 +158,7 @@ def test_following_ends_with_the_run_and_misses_nothing(run: Run):
     kept = run.path / "kept"
     run.checkpoints.rename(kept)
     run.checkpoints.mkdir()
-    run.say("training", 0, 6)
+    run.write_status("training", 0, 6)
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.extend(evaluated(run, follow=True)))
     thread.start()
@@ -168,12 +169,12 @@ def test_following_ends_with_the_run_and_misses_nothing(run: Run):
         time.sleep(0.02)
     assert thread.is_alive()
     (kept / "step-00000006").rename(run.checkpoints / "step-00000006")
-    run.say("finished", 6, 6)
+    run.write_status("finished", 6, 6)
     thread.join(30)
     assert found == [2, 4, 6]
 
 
-def test_a_checkpoint_deleted_under_the_evaluator_is_left_out(run: Run, monkeypatch, capsys):
+def test_a_checkpoint_deleted_while_it_is_evaluated_is_left_out(run: Run, monkeypatch, caplog):
     check = checkpoint.check
 
     def deleted(path: Path) -> checkpoint.CheckpointManifest:
@@ -184,7 +185,7 @@ def test_a_checkpoint_deleted_under_the_evaluator_is_left_out(run: Run, monkeypa
 
     monkeypatch.setattr(lock, "check", deleted)
     assert evaluated(run, follow=True) == [2, 6]
-    assert "step 4: left out" in capsys.readouterr().out
+    assert [r.getMessage()[:16] for r in caplog.records if r.levelname == "WARNING"] == ["step 4: left out"]
 
 
 def test_a_damaged_checkpoint_is_named(run: Run):
@@ -220,16 +221,16 @@ def test_two_trainers_do_not_write_to_one_run(run: Run, small_dataset: Path):
         train(TrainConfig(dataset=small_dataset, run=run.path, model=MODEL, train=settings))
 
 
-def test_a_trainer_that_is_gone_or_failed_ends_the_following(run: Run):
-    run.say("training", 6, 9)
-    with pytest.raises(UserError, match="the trainer has said nothing for 0 s"):
+def test_following_ends_with_an_error_once_the_trainer_is_gone_or_failed(run: Run):
+    run.write_status("training", 6, 9)
+    with pytest.raises(UserError, match=r"no trainer heartbeat for 0 s; is it running\?"):
         evaluated(run, follow=True, give_up_after=0.1)
-    run.say("failed", 6, 9)
-    with pytest.raises(UserError, match="training failed at step 6 and was not started again"):
+    run.write_status("failed", 6, 9)
+    with pytest.raises(UserError, match="training failed at step 6 and was not restarted"):
         evaluated(run, follow=True, give_up_after=0.1)
 
 
-def test_what_is_not_there_is_said(run: Run, tmp_path: Path):
+def test_missing_input_is_named(run: Run, tmp_path: Path):
     for settings, words in (
         ({"step": 5}, r"no checkpoint \(step 5\); there are \[2, 4, 6\]"),
         ({"dataset": tmp_path}, "no dataset"),
@@ -250,18 +251,44 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     )
     truth.sample(fraction=1, shuffle=True, seed=1).write_parquet(tmp_path / "truth.parquet")
     columns = {"click": "p", "bought": "p", "dwell": "m"}
-    evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="id", columns=columns))
-    found = json.loads(oracle.best_path(run, "test").read_text())["metrics"]
+    config = EvaluateConfig(
+        run=run.path, threads=1, truth=Truth(file=tmp_path / "truth.parquet", key="id", columns=columns)
+    )
+    evaluation = Evaluation(config)
+    recorded = list(evaluation.records())
+    found = json.loads(oracle.path(run, "test").read_text())["metrics"]
     y, w = rows["label.click"].to_numpy(), rows["weight"].to_numpy()
     rate = np.average(y, weights=w)
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
     assert found["click"]["ne"] == pytest.approx(
         log_loss(y, truth["p"].to_numpy(), sample_weight=w) / entropy, rel=1e-9
     )
-    assert "best" in report.table(run, "test", small_dataset)
-    report.write(run, "test", small_dataset)
+    results = evaluation.results()
+    assert results.records == recorded == list(read_lines(run.eval_metrics))
+    assert results.oracle == found
+    lines = [line.split("|")[2:-1] for line in tables.table(results, "github").replace("<br>", " ").splitlines()]
+    ne, best = recorded[-1]["metrics"]["click"]["ne"], found["click"]["ne"]
+    shown = [[cell.strip() for cell in line][1] for line in lines]
+    steps = [f"{record['metrics']['click']['ne']:.4f}" for record in recorded]
+    assert shown[-5:] == [*steps, f"{best:.4f}", f"{(1 - ne) / (1 - best):.0%}"]
+    curve, limit = plots.learning_curves(results).axes[0].lines
+    assert curve.get_xdata().tolist() == [record["rows"] / 1e6 for record in recorded]
+    assert curve.get_ydata().tolist() == [record["metrics"]["click"]["ne"] for record in recorded]
+    assert set(limit.get_ydata()) == {best}
+    html.write(results)
     assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
-    assert run.report.read_text().count("<td") > 20
+    assert run.report.read_text().count(f" {ne:.4f}</td>") == 1
+
+
+def test_the_dataset_is_opened_and_the_records_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    for module, name in ((follow, "open_dataset"), (records, "read_lines")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
+    evaluation = Evaluation(EvaluateConfig(run=run.path, threads=1))
+    list(evaluation.records())
+    html.write(evaluation.results())
+    assert calls == ["open_dataset", "read_lines"]
 
 
 def test_evaluation_leaves_what_the_trainer_wrote_alone(run: Run):
@@ -276,16 +303,21 @@ def test_evaluation_leaves_what_the_trainer_wrote_alone(run: Run):
 def test_nightly_passes_an_equal_model_and_fails_a_worse_one(run: Run, small_log: Path, tmp_path: Path, trained: Path):
     config = NightlyConfig(run=run.path, serving=trained, input=str(small_log), out=tmp_path / "night", date="monday")
     verdict = nightly(config)
-    assert verdict["passed"]
-    assert verdict["tasks"]["click"]["candidate"] == verdict["tasks"]["click"]["serving"]
+    assert verdict.passed
+    assert {task: judged.figure for task, judged in verdict.tasks.items()} == {
+        "click": "ne", "bought": "ne", "dwell": "nrmse"
+    }  # fmt: skip
+    assert verdict.tasks["click"].candidate == verdict.tasks["click"].serving
     # Every row of the day counts, whatever split its time falls into.
-    assert verdict["candidate"]["metrics"]["click"]["rows"] == 900
-    assert json.loads((tmp_path / "night" / "monday" / "verdict.json").read_text()) == verdict
+    assert verdict.candidate.metrics["click"]["rows"] == 900
+    assert json.loads((tmp_path / "night" / "monday" / "verdict.json").read_text()) == asdict(verdict)
     shutil.rmtree(run.checkpoints / "step-00000006")
     shutil.rmtree(run.checkpoints / "step-00000004")
     worse = nightly(config)
-    assert not worse["passed"]
-    assert worse["candidate"]["step"] == 2
+    assert not worse.passed
+    assert worse.candidate.step == 2
+    for judged in worse.tasks.values():
+        assert judged.passed == (judged.candidate - judged.serving <= config.max_increase)
 
 
 @pytest.mark.slow

@@ -11,15 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import log_loss, mean_squared_error, r2_score, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, mean_squared_error, r2_score, roc_auc_score
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.metrics.metrics_config import RecTaskInfo
 from torchrec.metrics.ne import NEMetric
 
 from features.errors import UserError
-from pipeline.evaluation.metrics import metrics as module
-from pipeline.evaluation.metrics.metrics import Metrics, WindowedNE
+from pipeline.evaluation.metrics import prediction_table
+from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.metrics.prediction_table import PredictionTables
+from pipeline.evaluation.metrics.registry import COLUMNS, METRICS
+from pipeline.evaluation.metrics.windowed import WindowedNE
+from pipeline.run.headline import HEADLINE, RANKING, headline
 
 # Shapes: B rows, T tasks.
 TASKS = [("click", "binary"), ("spend", "regression"), ("like", "binary")]
@@ -114,18 +118,19 @@ def test_ne_is_that_of_torchrec() -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([-1.0, -0.0, 0.0, 0.5, 3.0]),
-            st.sampled_from([0.0, 0.25, 1.0]),
-            st.sampled_from([0.5, 1.0, 3.0]),
-        ),
-        min_size=1,
-        max_size=25,
-    )
+WEIGHTED_ROWS = st.lists(  # logit, label, weight
+    st.tuples(
+        st.sampled_from([-1.0, -0.0, 0.0, 0.5, 3.0]),
+        st.sampled_from([0.0, 0.25, 1.0]),
+        st.sampled_from([0.5, 1.0, 3.0]),
+    ),
+    min_size=1,
+    max_size=25,
 )
+
+
+@settings(max_examples=60, deadline=None)
+@given(WEIGHTED_ROWS)
 def test_auc_is_the_share_of_pairs_in_order_with_ties_counted_half(rows: list[tuple[float, float, float]]) -> None:
     wins = pairs = 0.0
     for logit, label, weight in rows:
@@ -135,6 +140,78 @@ def test_auc_is_the_share_of_pairs_in_order_with_ties_counted_half(rows: list[tu
             wins += pair * (1.0 if logit > other_logit else 0.5 if logit == other_logit else 0.0)
     auc = of_one(CLICK, *(list(x) for x in zip(*rows, strict=True)))["auc"]
     assert auc == (pytest.approx(wins / pairs, rel=1e-12) if pairs else None)
+
+
+@pytest.mark.parametrize("t", [0, 2])
+def test_pr_auc_is_sklearns_average_precision(t: int) -> None:
+    rows = random_rows()
+    logit, label, weight = counted(t, *rows)
+    expected = average_precision_score(label, logit, sample_weight=weight)
+    assert computed(TASKS, *rows)[TASKS[t][0]]["pr_auc"] == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WEIGHTED_ROWS)
+def test_pr_auc_is_the_mean_over_positives_of_the_precision_at_their_rank(
+    rows: list[tuple[float, float, float]],
+) -> None:
+    total = gained = 0.0
+    for logit, label, weight in rows:
+        above = [(y * w, w) for z, y, w in rows if z >= logit]
+        precision = sum(positive for positive, _ in above) / sum(w for _, w in above)
+        total, gained = total + label * weight, gained + label * weight * precision
+    pr_auc = of_one(CLICK, *(list(x) for x in zip(*rows, strict=True)))["pr_auc"]
+    assert pr_auc == (pytest.approx(gained / total, rel=1e-12) if total else None)
+
+
+EVERY_METRIC = [pytest.param(kind, name, id=f"{kind}-{name}") for kind, known in METRICS.items() for name in known]
+WITHOUT_WEIGHTS = ("rows", "non_finite", "positives")  # counts: a row twice with half its weight counts twice
+OF_KIND = {"binary": "click", "regression": "spend"}
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY_METRIC)
+def test_a_metric_depends_neither_on_the_order_of_rows_nor_on_shards(kind: str, name: str) -> None:
+    rows = random_rows(500)
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(1))
+    shards = [Metrics(TASKS) for _ in range(3)]
+    for shard, part in zip(shards, order.split([10, 200, 290]), strict=True):
+        for piece in part.split(70):
+            shard.update(*(x_BT[piece] for x_BT in rows))
+    expected = computed(TASKS, *rows)[OF_KIND[kind]][name]
+    assert expected is not None
+    for a, b, c in ((0, 1, 2), (2, 0, 1)):
+        merged = shards[a].merge(shards[b]).merge(shards[c]).compute()
+        assert merged[OF_KIND[kind]][name] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY_METRIC)
+def test_a_row_twice_with_half_its_weight_is_that_row(kind: str, name: str) -> None:
+    logit_BT, label_BT, observed_BT, weight_BT = random_rows(300)
+    once = computed(TASKS, logit_BT, label_BT, observed_BT, weight_BT)[OF_KIND[kind]][name]
+    rows = (logit_BT, label_BT, observed_BT, weight_BT / 2)
+    twice = computed(TASKS, *(x_BT.repeat(2, 1) for x_BT in rows))[OF_KIND[kind]][name]
+    assert twice == pytest.approx(once * (2 if name in WITHOUT_WEIGHTS else 1), rel=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY_METRIC)
+def test_a_metric_is_none_or_zero_without_rows_and_json_safe_of_any_prediction(kind: str, name: str) -> None:
+    assert Metrics(TASKS).compute()[OF_KIND[kind]][name] in (None, 0)
+    for logit in (math.nan, math.inf, -math.inf, 1e308, -1e308):
+        rows = random_rows(50)
+        rows[0][3:9] = logit
+        value = computed(TASKS, *rows)[OF_KIND[kind]][name]
+        assert json.loads(json.dumps(value, allow_nan=False)) == value
+
+
+def test_headline_ranking_and_columns_are_registered_metrics_with_their_direction() -> None:
+    assert HEADLINE.keys() == RANKING.keys() == COLUMNS.keys() == METRICS.keys()
+    for kind, metrics in METRICS.items():
+        assert metrics[HEADLINE[kind]].higher_is_better is False
+        assert metrics[RANKING[kind]].higher_is_better is True
+        assert all(metrics[name].label for name in COLUMNS[kind])
+        assert headline(computed(TASKS, *random_rows(20))[OF_KIND[kind]]) == HEADLINE[kind]
+    with pytest.raises(UserError, match=r"none of the metrics ne, nrmse"):
+        headline({"mse": 0.5})
 
 
 def test_auc_knows_predictions_apart_that_no_histogram_and_no_float32_sigmoid_does() -> None:
@@ -222,12 +299,13 @@ def test_a_state_of_other_tasks_is_refused() -> None:
 
 
 def test_memory_is_bounded_by_distinct_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COMPACT_CELLS", 1000)
+    monkeypatch.setattr(prediction_table, "COMPACT_CELLS", 1000)
     rows = random_rows(5000)
     metrics, most_pending = Metrics(TASKS), 0
     for part in zip(*(x_BT.split(50) for x_BT in rows), strict=True):
         metrics.update(*part)
-        most_pending = max(most_pending, sum(x_3BT[0].numel() for x_3BT in metrics._pending_3BT))
+        pending_3BT = metrics.statistics[PredictionTables].pending_3BT
+        most_pending = max(most_pending, sum(x_3BT[0].numel() for x_3BT in pending_3BT))
     assert 0 < most_pending < 1000
     assert metrics.state()["table/click"].shape == (3, len(np.unique(counted(0, *rows)[0])))
     assert_same(metrics.compute(), computed(TASKS, *rows))
@@ -250,6 +328,7 @@ def test_rows_that_do_not_count_may_hold_nan(unseen: str) -> None:
 def test_one_class_has_neither_ne_nor_auc(label: float) -> None:
     ours = of_one(CLICK, [0.3, -1.0, 0.7], [label] * 3, [0.1, 0.2, 0.7])
     assert ours["ne"] is ours["auc"] is None
+    assert ours["pr_auc"] == (1.0 if label else None)
     assert ours["base_rate"] == label
     assert ours["log_loss"] is not None
     assert (ours["calibration"] is None) == (label == 0)
@@ -319,9 +398,8 @@ def test_a_prediction_that_is_not_finite_is_counted_and_hides_what_depends_on_it
     rows[0][row, :2] = broken
     ours = computed(TASKS, *rows)
     assert ours["like"] == whole["like"]
-    assert ours["click"] == whole["click"] | dict.fromkeys(["ne", "log_loss", "auc", "calibration", "ece"]) | {
-        "non_finite": 1
-    }
+    of_predictions = ["ne", "log_loss", "auc", "calibration", "ece", "pr_auc"]
+    assert ours["click"] == whole["click"] | dict.fromkeys(of_predictions) | {"non_finite": 1}
     hidden = dict.fromkeys(["mse", "rmse", "nrmse", "r2", "prediction_mean"])
     assert ours["spend"] == whole["spend"] | hidden | {"non_finite": 1}
     json.dumps(ours, allow_nan=False)

@@ -13,8 +13,8 @@ from tiny_training import assert_identical, configuration, last, make_dataset
 
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.metrics.metrics import Metrics
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.trainer import prepare
@@ -83,12 +83,12 @@ def aucs(run: Run, id_of: dict[str, str] | None = None) -> dict[str, float]:
         id_of: tasks that are scored under the id of another.
     """
     dataset = Dataset(Path(run.config()["dataset"]))
-    evaluator = Evaluator(run, dataset, "test", 500)
-    evaluator.metrics(checkpoint.steps(run.checkpoints)[-1])
-    metrics, scored = Metrics(evaluator.tasks), [TASKS.index((id_of or {}).get(task, task)) for task in TASKS]
+    scorer = Scorer(run, dataset, "test", 500)
+    scorer.metrics(checkpoint.steps(run.checkpoints)[-1])
+    metrics, scored = Metrics(scorer.tasks), [TASKS.index((id_of or {}).get(task, task)) for task in TASKS]
     with torch.inference_mode():
-        for batch in evaluator.loader.batches(evaluator.loader.start()):
-            metrics.update(evaluator.ranker(batch)[:, scored], batch.label_BT, batch.observed_BT, batch.weight_BT)
+        for batch in scorer.loader.batches(scorer.loader.start()):
+            metrics.update(scorer.ranker(batch)[:, scored], batch.label_BT, batch.observed_BT, batch.weight_BT)
     return {task: figures["auc"] for task, figures in metrics.compute().items()}
 
 

@@ -24,7 +24,7 @@ from two_ranks_emm import SOURCES, STEPS, STOP, fused, source, stopped
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.restore import emm_sources
@@ -65,16 +65,16 @@ def start(folder: Path, name: str, **options: object) -> dict[str, Tensor]:
 
 
 def logits(folder: Path, name: str, split: str = "valid") -> Tensor:
-    """What the evaluator's model makes of a split in the run's newest checkpoint."""
+    """What the scorer's model makes of a split in the run's newest checkpoint."""
     run = Run(folder / name)
-    evaluator = Evaluator(run, Dataset(folder / "data"), split, 64)
+    scorer = Scorer(run, Dataset(folder / "data"), split, 64)
     checkpoint.load(
         checkpoint.folder(run.checkpoints, checkpoint.steps(run.checkpoints)[-1]),
-        {"model": evaluator.ranker.state_dict()},
+        {"model": scorer.ranker.state_dict()},
         alone=True,
     )
     with torch.no_grad():
-        return torch.cat([evaluator.ranker(batch) for batch in evaluator.loader.batches(evaluator.loader.start())])
+        return torch.cat([scorer.ranker(batch) for batch in scorer.loader.batches(scorer.loader.start())])
 
 
 def from_sources(name: str) -> bool:
@@ -159,14 +159,14 @@ def test_every_ablation_trains_and_without_trained_weights_nothing_is_frozen(
     assert still == ({n for n in after if from_sources(n)} if trained else set())
 
 
-def test_the_evaluator_needs_no_source(folder: Path, one_rank: Path) -> None:
+def test_the_scorer_needs_no_source(folder: Path, one_rank: Path) -> None:
     wanted = logits(one_rank, "one")
     for name in SOURCES:
         (folder / name).rename(folder / f"away-{name}")
     try:
         assert torch.equal(logits(one_rank, "one"), wanted)
-        evaluator = Evaluator(Run(folder / "one"), Dataset(folder / "data"), "valid", 64)
-        assert evaluator.evaluate(STOP)["metrics"]["click"]["auc"] is not None
+        scorer = Scorer(Run(folder / "one"), Dataset(folder / "data"), "valid", 64)
+        assert scorer.evaluate(STOP)["metrics"]["click"]["auc"] is not None
     finally:
         for name in SOURCES:
             (folder / f"away-{name}").rename(folder / name)

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: against the rule written as a loop; and that nobody loses one that they read."""
+"""Which checkpoints are kept, against the rule written as a loop; none is deleted while it is read."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from pipeline.run import checkpoint
+from pipeline.run import checkpoint, records
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import Saver
 from pipeline.run.retention import Keep, prune
@@ -47,15 +47,15 @@ def listed(run: Run, step: int) -> str:
     return manifest.checksum
 
 
-def record(step: int, split: str, dataset: str, made: str | None, ne: float | None, mse: float | None) -> dict:
-    metrics = {"click": {"ne": ne, "auc": 0.1}, "dwell": {"mse": mse}}
+def record(step: int, split: str, dataset: str, made: str | None, ne: float | None, nrmse: float | None) -> dict:
+    metrics = {"click": {"ne": ne, "auc": 0.1}, "dwell": {"nrmse": nrmse}}
     named = {} if made is None else {"checkpoint": made}
     return {"step": step, "split": split, "dataset": dataset, "metrics": metrics} | named
 
 
-def write_records(run: Run, records: list[dict]) -> None:
+def write_records(run: Run, lines: list[dict]) -> None:
     run.eval_metrics.parent.mkdir(parents=True)
-    run.eval_metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+    run.eval_metrics.write_text("".join(json.dumps(r) + "\n" for r in lines))
 
 
 @settings(max_examples=150, deadline=None)
@@ -78,14 +78,14 @@ def test_what_goes_is_what_no_rule_asks_for(steps, place, last, every, best, dra
         run = Run(Path(folder))
         checksums = {step: listed(run, step) for step in ordered}
         made = [checksums.get(step, "gone") if made == "now" else made for step, _, _, made, _, _ in drawn]
-        records = [record(*r[:3], checksum, *r[4:]) for r, checksum in zip(drawn, made, strict=True)]
-        write_records(run, records)
+        lines = [record(*r[:3], checksum, *r[4:]) for r, checksum in zip(drawn, made, strict=True)]
+        write_records(run, lines)
         prune(run, Keep(last=last, every=every, best=best), OURS, written)
         left = checkpoint.steps(run.checkpoints)
     if last is every is best is None:
         assert left == ordered
         return
-    ordered = [step for step in ordered if step <= written]  # what lies above is taken again
+    ordered = [step for step in ordered if step <= written]  # those above are trained anew
     stay = []
     for place, step in enumerate(ordered):
         among_last = last is not None and len(ordered) - place <= last
@@ -93,12 +93,12 @@ def test_what_goes_is_what_no_rule_asks_for(steps, place, last, every, best, dra
         chosen = False
         if best is not None:
             mine = {}
-            for r in records:
+            for r in lines:
                 if r["split"] == best and r["dataset"] == OURS:
                     mine[r["step"]] = r
             mine = [r for s, r in mine.items() if s in ordered and r.get("checkpoint") == checksums[s]]
-            chosen = step not in [r["step"] for r in mine]  # nobody has looked at it yet
-            for task, figure in (("click", "ne"), ("dwell", "mse")):
+            chosen = step not in [r["step"] for r in mine]  # not evaluated yet
+            for task, figure in (("click", "ne"), ("dwell", "nrmse")):
                 known = [r for r in mine if r["metrics"][task][figure] is not None]
                 if known:
                     lowest = min(r["metrics"][task][figure] for r in known)
@@ -109,20 +109,43 @@ def test_what_goes_is_what_no_rule_asks_for(steps, place, last, every, best, dra
     assert left == stay
 
 
-@pytest.mark.parametrize("line", ['{"step": 2, "spl\n', "7\n", "{}\n", "\xff\n"])
-def test_a_damaged_line_of_an_evaluation_deletes_nothing_and_is_said(tmp_path: Path, capsys, line: str) -> None:
+HEAD = {"step": 2, "split": "valid", "dataset": OURS}
+DAMAGED = ['{"step": 2, "spl', "7", "{}", "\xff"]
+DAMAGED += [json.dumps(HEAD | more) for more in ({}, {"metrics": None}, {"metrics": {"click": {"ne": "0.5"}}})]
+DAMAGED += [json.dumps(HEAD | {"step": "2", "metrics": {}})]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_of_an_evaluation_deletes_nothing_and_is_logged(tmp_path: Path, caplog, line: str) -> None:
     run = Run(tmp_path)
     made = {step: listed(run, step) for step in (2, 4, 6)}
     write_records(run, [record(step, "valid", OURS, made[step], step / 10, None) for step in made])
     with run.eval_metrics.open("ab") as file:
-        file.write(line.encode("latin-1"))
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(UserError, match=r"eval\.jsonl: a line is not a record of an evaluation"):
+        records.current(run, "valid", OURS)
     prune(run, Keep(best="valid"), OURS, 6)
     assert checkpoint.steps(run.checkpoints) == [2, 4, 6]
-    said = capsys.readouterr().err
-    assert "eval.jsonl" in said
-    assert said.count("\n") == 1
-    prune(run, Keep(last=1), OURS, 6)  # asks for no evaluation
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "old checkpoints are not deleted" in caplog.text
+    assert "eval.jsonl" in caplog.text
+    prune(run, Keep(last=1), OURS, 6)  # needs no evaluation
     assert checkpoint.steps(run.checkpoints) == [6]
+
+
+def test_a_record_without_the_headline_metric_of_a_task_deletes_nothing_and_is_logged(tmp_path: Path, caplog) -> None:
+    run = Run(tmp_path)
+    made = {step: listed(run, step) for step in (2, 4)}
+    write_records(run, [HEAD | {"checkpoint": made[2], "metrics": {"dwell": {"mse": 0.5}}}])
+    prune(run, Keep(best="valid"), OURS, 4)
+    assert checkpoint.steps(run.checkpoints) == [2, 4]
+    assert "none of the metrics ne, nrmse" in caplog.text
+
+
+def test_a_defect_in_pruning_is_not_hidden(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "steps", lambda _: None)
+    with pytest.raises(TypeError):
+        prune(Run(tmp_path), Keep(last=1), OURS, 6)
 
 
 @pytest.fixture

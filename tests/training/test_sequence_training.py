@@ -1,4 +1,4 @@
-"""Training on sequences: against formulas, one rank against two, a checkpoint on other ranks, and the evaluator."""
+"""Training on sequences: against formulas, one rank against two, a checkpoint on other ranks, and the scorer."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from features.errors import UserError
 from models.ranker import TABLES, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.evaluation.scorer import Evaluator
+from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
@@ -141,14 +141,14 @@ def test_a_checkpoint_of_two_ranks_is_taken_over_by_one_with_all_its_numbers(two
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_evaluator_scores_a_checkpoint_as_the_sharded_model_does(two_ranks: Path, placement: str) -> None:
+def test_the_scorer_scores_a_checkpoint_as_the_sharded_model_does(two_ranks: Path, placement: str) -> None:
     found: dict[int, Tensor] = {}
-    evaluator = Evaluator(Run(two_ranks / placement), Dataset(two_ranks / "data"), "valid", 64)
-    evaluator.metrics(STEPS, lambda batch, logit_BT: found.update(zip(batch.row_id_B.tolist(), logit_BT, strict=True)))
+    scorer = Scorer(Run(two_ranks / placement), Dataset(two_ranks / "data"), "valid", 64)
+    scorer.metrics(STEPS, lambda batch, logit_BT: found.update(zip(batch.row_id_B.tolist(), logit_BT, strict=True)))
     for rank in range(2):
         row_id_B, logit_BT = torch.load(two_ranks / f"{placement}.logits.{rank}.pt", weights_only=True)
         assert len(row_id_B) > 20
         for row_id, logit_T in zip(row_id_B.tolist(), logit_BT, strict=True):
             if row_id >= 0:
                 torch.testing.assert_close(found[row_id], logit_T, rtol=1e-5, atol=1e-5)
-    assert evaluator.evaluate(STEPS)["gates"]
+    assert scorer.evaluate(STEPS)["gates"]

@@ -1,1 +1,1 @@
-"""Metrics per task: one file a family."""
+"""Metrics per task: a file a family, and their registry."""

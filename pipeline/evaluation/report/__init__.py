@@ -1,1 +1,1 @@
-"""An evaluation as tables, plots and a page."""
+"""Reports of evaluations: tables, pictures and a page."""

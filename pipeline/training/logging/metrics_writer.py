@@ -12,7 +12,7 @@ from tqdm import tqdm
 from features.errors import UserError
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line
-from pipeline.terminal import SECONDS, draws_bars
+from pipeline.terminal import SECONDS, draws_bars, short_decimal
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class MetricsWriter:
         for key in ("weight", "ne", "mse"):
             scalars |= {f"train_{key}/{task}": value for task, value in record[key].items() if value is not None}
         self._draw(scalars, record["step"])
-        self.run.say("training", record["step"], self.steps)
+        self.run.write_status("training", record["step"], self.steps)
         figures = _figures(record)
         rate = f"{record['rows_per_s']:,.0f} rows/s"
         if self.bar is not None:
@@ -105,9 +105,7 @@ class MetricsWriter:
 def _figures(record: dict[str, Any]) -> str:
     words = []
     for figure in ("ne", "mse"):
-        known = [
-            f"{task} {value:.4f}".replace(" 0.", " .") for task, value in record[figure].items() if value is not None
-        ]
+        known = [f"{task} {short_decimal(value)}" for task, value in record[figure].items() if value is not None]
         words += [figure.upper(), *known] if known else []
     return " ".join(words)
 

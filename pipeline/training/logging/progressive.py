@@ -16,7 +16,7 @@ from torch import Tensor
 
 from features.batch import PADDING
 from features.schema.schema import Task
-from pipeline.evaluation.metrics.metrics import WindowedNE
+from pipeline.evaluation.metrics.windowed import WindowedNE
 from pipeline.run import checkpoint
 from pipeline.training.step import StepOutput
 

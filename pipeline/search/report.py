@@ -1,0 +1,102 @@
+"""A comparison as tables, as Parquet and as a picture."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.run.headline import HEADLINE, RANKING
+from pipeline.search.comparison import PAIRED, SHARES, Entry, differences
+from pipeline.storage.files import write_json, write_text
+from pipeline.terminal import short_decimal
+
+
+def write(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], folder: Path) -> None:
+    """Writes compare.json (the runs' records), compare.parquet, compare.png and compare.md."""
+    write_json(folder / "compare.json", {entry.name: entry.runs for entry in entries})
+    parquet(entries, baseline, tasks, folder / "compare.parquet")
+    picture(entries, baseline, tasks).savefig(folder / "compare.png", dpi=120)
+    write_text(folder / "compare.md", tables(entries, baseline, tasks, "github") + "\n")
+
+
+def tables(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], style: str) -> str:
+    """Three tables: quality, cost, and the difference to the baseline in the course of training."""
+    columns = [(task, kind, names[kind]) for names in (RANKING, HEADLINE) for task, kind in tasks.items()]
+    quality, cost, early = [], [], []
+    for entry in entries:
+        cells = [_mean([run["metrics"][task][name] for run in entry.runs]) for task, _, name in columns]
+        gaps = differences(entry, baseline, tasks).values()
+        cells += ["" if entry is baseline else f"{mean:+.2f} ±{half:.2f}" for mean, half in gaps]
+        quality.append([entry.name, *cells])
+        counts = [
+            f"{entry.cost[key]:,.0f}" if entry.cost else ""
+            for key in ("parameters", "table_parameters", "flops_per_row")
+        ]
+        cost.append([entry.name, *counts, f"{statistics.median(run['rows_per_s'] for run in entry.runs):,.0f}"])
+        if entry.runs[0].get("early") and entry is not baseline:
+            early.append([entry.name, *(_early(entry, baseline, task, kind, at) for task, kind in tasks.items()
+                                        for at in range(len(SHARES) + 1))])  # fmt: skip
+    headers = [f"{METRICS[kind][name].label} {task}" for task, kind, name in columns]
+    headers += [f"{PAIRED[kind]} % {task}" for task, kind in tasks.items()]
+    shares = [*(f"{round(share * 7)}/7" for share in SHARES), "all"]
+    return "\n\n".join(
+        tabulate(lines, header, tablefmt=style, disable_numparse=True, stralign="right")
+        for lines, header in (
+            (quality, ["model", *headers]),
+            (cost, ["model", "parameters", "in tables", "FLOPs/row", "rows/s"]),
+            (early, [f"NE % to {baseline.name} after", *(f"{task} {share}" for task in tasks for share in shares)]),
+        )
+        if lines
+    )
+
+
+def parquet(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], path: Path) -> None:
+    """A row a model, seed, task and share of the training rows: every metric, and the model's difference and cost."""
+    lines = []
+    for entry in entries:
+        gap = differences(entry, baseline, tasks)
+        for seed, run in enumerate(entry.runs):
+            for share, metrics in [("chosen", run["metrics"]), *run.get("early", {}).items()]:
+                for task in tasks:
+                    known = {"difference_percent": gap[task][0], "half_interval_percent": gap[task][1], **entry.cost}
+                    lines.append({"model": entry.name, "seed": seed, "at": share, "task": task, **metrics[task],
+                                  **known, "rows_per_s": run["rows_per_s"]})  # fmt: skip
+    pl.DataFrame(lines, infer_schema_length=None).write_parquet(path)
+
+
+def picture(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str]) -> Figure:
+    """The differences to the baseline with their intervals, a panel a task; left of 0 is better."""
+    others = [entry for entry in entries if entry is not baseline]
+    gaps = [differences(entry, baseline, tasks) for entry in others]
+    figure = Figure(figsize=(1.6 + 3.2 * len(tasks), 1.4 + 0.28 * len(others)), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, (task, kind) in zip(panels, tasks.items(), strict=True):
+        for place, gap in enumerate(gaps):
+            mean, half = gap[task]
+            color = "tab:green" if mean + half < 0 else "tab:red" if mean - half > 0 else "tab:gray"
+            axes.errorbar(mean, place, xerr=half, fmt="o", color=color, capsize=3)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=task, xlabel=f"{PAIRED[kind]} to {baseline.name}, %")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(others)), [entry.name for entry in others])
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _early(entry: Entry, baseline: Entry, task: str, kind: str, at: int) -> str:
+    """Difference in percent of the mean over seeds, after a share of the training rows."""
+    ours, theirs = (
+        statistics.mean(list(run["early"].values())[at][task][HEADLINE[kind]] for run in e.runs)
+        for e in (entry, baseline)
+    )
+    power = 1 if kind == "binary" else 2  # MSE, as in `differences`
+    return f"{100 * (ours**power / theirs**power - 1):+.2f}"
+
+
+def _mean(values: list[float]) -> str:
+    deviation = f"±{short_decimal(statistics.stdev(values))}" if len(values) > 1 else ""
+    return f"{short_decimal(statistics.mean(values))}{deviation}"
