@@ -1,7 +1,5 @@
-"""Raw files on any file system: which there are, what their columns are, and the units in which workers read them."""
+"""Raw files on any file system: found by pattern, opened, and checked for changes; the units in which workers read them."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +10,13 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from features.errors import UserError
-from features.schema.source import Format
 
-BLOCK_BYTES = 32 << 20  # of text that are held and parsed at a time
+BLOCK_BYTES = 32 << 20  # of raw text or columns that are in memory and parsed at a time
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps
-HEADER_BYTES = 1 << 18
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
 BOM = b"\xef\xbb\xbf"
 
@@ -43,12 +38,12 @@ class RawFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker reads at a time: a whole file, a range of bytes of a text file, or row groups of a Parquet file.
+    """What a worker reads at a time: a file or a part of one.
 
     Attributes:
         number: index of the file among those of its stream.
-        start, stop: lines that begin in these bytes, or row groups; stop None: to the end.
-        first_row: added to the index of a row in the unit it gives a number that is unique in the file.
+        start, stop: what the format counts, such as bytes or row groups, 0 at a file's first unit; stop None: to the end.
+        first_row: plus the index of a row in the unit, a number that is unique in the file.
     """
 
     file: RawFile
@@ -210,86 +205,3 @@ def open_text(path: str, cache: str = "readahead") -> Iterator[tuple[pa.NativeFi
     with open_raw(path, cache) as raw:
         stream = pa.PythonFile(raw, mode="r")
         yield (pa.CompressedInputStream(stream, codec) if (codec := codec_of(path)) else stream), raw
-
-
-def units(files: Sequence[RawFile], format: Format, unit_bytes: int, whole: bool = False) -> list[Unit]:
-    """Files cut into what a worker reads at a time, of about `unit_bytes`.
-
-    Args:
-        whole: rows of a text file have to be counted from its beginning, so that it cannot be cut.
-
-    Raises:
-        UserError: a Parquet file is damaged.
-    """
-    found = []
-    for number, file in enumerate(files):
-        if format.format == "parquet":
-            found += _row_group_units(file, number, unit_bytes)
-        elif whole or format.multiline or codec_of(file.path) or file.size <= unit_bytes:
-            found.append(Unit(file, number))
-        else:
-            count = -(-file.size // unit_bytes)
-            bounds = [file.size * i // count for i in range(count + 1)]
-            found += [Unit(file, number, start, stop, start) for start, stop in zip(bounds, bounds[1:], strict=False)]
-    return found
-
-
-def _row_group_units(file: RawFile, number: int, unit_bytes: int) -> list[Unit]:
-    with readable(file.path), open_raw(file.path) as raw:
-        footer = pq.ParquetFile(raw).metadata
-        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    found, start, first_row, held = [], 0, 0, 0
-    for index, group in enumerate(groups, 1):
-        held += group.total_byte_size
-        if held >= unit_bytes or index == len(groups):
-            found.append(Unit(file, number, start, index, first_row))
-            first_row += sum(g.num_rows for g in groups[start:index])
-            start, held = index, 0
-    return found or [Unit(file, number)]
-
-
-def check_columns(file: RawFile, format: Format, wanted: Sequence[str]) -> list[str] | None:
-    """The names of a CSV or Parquet file's columns; None for JSON lines, whose keys may be absent.
-
-    Raises:
-        UserError: the file cannot be opened, or lacks a wanted column.
-    """
-    if format.format == "parquet":
-        with readable(file.path), open_raw(file.path) as raw:
-            found = pq.ParquetFile(raw).schema_arrow.names
-        cure = "Mend the schema."
-    else:
-        with readable(file.path), open_text(file.path, cache="none") as (stream, _):
-            head = stream.read(HEADER_BYTES).removeprefix(BOM)
-        if format.format == "jsonl":
-            return None
-        found = format.columns or _header(file.path, head, format)
-        cure = "Mend the schema, or name the columns in source.columns."
-    if missing := [c for c in wanted if c not in found]:
-        shown = ", ".join(found)[:1000]
-        raise UserError(f"{file.path}: column {missing[0]} is missing, the file has {shown}. {cure}")
-    if twice := [c for c in wanted if found.count(c) > 1]:
-        raise UserError(f"{file.path}: there are two columns {twice[0]}. Rename one of them. {cure}")
-    return list(found)
-
-
-def _header(path: str, head: bytes, format: Format) -> list[str]:
-    """The names in a file's first line, or where lines are rows in the first that is not blank."""
-    text = head.decode(errors="replace")
-    if format.multiline:  # a header, too, may hold line breaks within quotes
-        lines = iter(io.StringIO(text, newline=""))
-    else:
-        lines = iter([text.lstrip("\r\n").partition("\n")[0].removesuffix("\r")])
-    try:
-        names = next(csv.reader(lines, **csv_options(format)), [])
-    except csv.Error as error:
-        raise UserError(f"{path}: its header line cannot be read: {error}. Mend it, or set source.columns.") from None
-    if not names:
-        raise UserError(f"{path}: is empty, where a header line should be. Remove it, or set source.columns.")
-    return [name.strip() for name in names] if format.trim else names
-
-
-def csv_options(format: Format) -> dict[str, Any]:
-    """What Python's csv.reader is to be told."""
-    quotes = {"quotechar": format.quote} if format.quote else {"quoting": csv.QUOTE_NONE}
-    return {"delimiter": format.delimiter, **quotes}

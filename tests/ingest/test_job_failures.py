@@ -86,7 +86,7 @@ def test_the_first_bad_row_is_named_by_its_line_in_the_file_though_it_is_in_a_la
     (folder / "impressions-1.csv").write_text("\n".join(lines) + "\n")
     message = refused(folder, tmp_path / "out", small_content(), unit_bytes=1000, max_bad_fraction=0)
     assert message.startswith("1 of 901 rows of impressions are bad, more than max_bad_fraction=0.0; the first: ")
-    assert "impressions-1.csv, line 212: 2 columns instead of 9. Mend the log" in message
+    assert "impressions-1.csv, line 212: 2 columns instead of 9. Fix the log" in message
 
 
 @pytest.mark.parametrize("name", ["impressions-1.csv", "impressions-2.csv.gz", "clicks-2.csv"])
@@ -125,7 +125,7 @@ def test_a_log_of_which_no_row_is_left_stops_the_job(small_dataset, small_log, s
     (folder / "impressions-1.csv").write_text((small_log / "impressions-1.csv").read_text().partition("\n")[0] + "\n")
     reference = {"from": small_dataset}
     message = refused(folder, tmp_path / "out", small_content(), encoders=reference, max_bad_fraction=1)
-    assert message.startswith("no row is left of those that were read")
+    assert message.startswith("no rows are left: the files are empty")
     assert refused(folder, tmp_path / "out", small_content()) == message  # and where new ones would have to be fitted
 
 
@@ -181,7 +181,7 @@ def test_a_bad_stream_stops_the_job_however_many_good_rows_another_has(small_log
     (folder / "clicks-1.csv").write_text("\n".join(clicks) + "\n")
     message = refused(folder, tmp_path / "out", small_content(), max_bad_fraction=2 / 303)
     assert message.startswith("2 of 302 rows of click are bad, more than max_bad_fraction=0.0066")
-    assert f"the first: {folder}/clicks-1.csv, line 4: 1 columns instead of 2. Mend" in message
+    assert f"the first: {folder}/clicks-1.csv, line 4: 1 columns instead of 2. Fix" in message
     manifest = run(folder, tmp_path / "out", small_content(), max_bad_fraction=2 / 302)
     assert sum(manifest.dead_letters.values()) == 2
 
@@ -226,7 +226,7 @@ def test_an_order_in_time_needs_a_time(small_log, small_content, tmp_path):
 @pytest.mark.parametrize("out", ["s3://bucket/data", "gs://bucket", "file:///data", "hdfs://name:9000/data"])
 def test_an_out_that_is_a_url_is_refused_before_a_folder_of_its_name_appears(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValidationError, match="is no path: a dataset is written to a file system that is mounted"):
+    with pytest.raises(ValidationError, match="is a URL: a dataset is written to a mounted file system"):
         PreprocessConfig(input="x", out=out)
     assert not list(tmp_path.iterdir())
 

@@ -104,7 +104,7 @@ def test_a_log_without_clicks_has_rows_that_were_not_clicked(ending, tmp_path):
 @pytest.mark.parametrize("ending", FORMATS)
 def test_a_log_without_impressions_has_no_rows_to_make_a_dataset_of(ending, tmp_path):
     folder = written(tmp_path / "log", ending, [], [click(n) for n in range(5)])
-    assert "no row is left" in refused(folder, tmp_path / "out", content_for(ending))
+    assert "no rows are left" in refused(folder, tmp_path / "out", content_for(ending))
 
 
 @pytest.mark.parametrize("ending", FORMATS)
