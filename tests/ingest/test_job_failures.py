@@ -17,7 +17,7 @@ from features.parse import raw
 from jobs.preprocess import main
 from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.formats import text
+from pipeline.ingest.formats import FORMATS, text
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,6 +144,16 @@ def test_a_derived_time_that_is_no_whole_number_stops_the_job(expression, small_
     message = refused(small_log, tmp_path / "out", content, max_bad_fraction=0.1)
     assert "event_time: column moment is" in message
     assert "it must be an integer" in message
+
+
+def test_a_format_that_is_not_registered_is_refused_with_its_key_and_those_that_are(small_log, small_content, tmp_path):
+    content = small_content()
+    content["source"]["outcomes"]["click"]["read"] = {"format": "orc"}
+    message = refused(small_log, tmp_path / "out", content)
+    known = ", ".join(FORMATS)
+    assert message == f"source.outcomes.click.read.format: 'orc' is not a raw format. Use one of {known}."
+    content["source"]["format"] = "avor"
+    assert refused(small_log, tmp_path / "out", content).startswith("source.format: 'avor' is not a raw format.")
 
 
 @pytest.mark.parametrize(
