@@ -1,4 +1,4 @@
-"""The terminal of a running job: progress bars or lines, and child processes kept from writing to it."""
+"""The terminal of a running job: progress bars or lines, and the silence of child processes."""
 
 import logging
 import os

@@ -23,7 +23,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file as it was found.
+    """A raw file.
 
     Attributes:
         path: as fsspec takes it; of a local file the absolute path.
@@ -61,8 +61,8 @@ def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list
             files are then ordered first.
 
     Raises:
-        UserError: there are none (of the first of the dates, where dates are given), the pattern is no such pattern, or the
-            storage cannot be asked.
+        UserError: no file matches (with dates: none of the first date), the pattern is not a glob pattern, or the storage
+            reports an error.
     """
     if dates is None:
         found = needed = _matching(folder, pattern.replace("{date}", "*"))
@@ -77,26 +77,24 @@ def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list
 
 
 def files_by_date(folder: str, pattern: str, dates: Sequence[date]) -> dict[date, list[RawFile]]:
-    """Files as `find` finds them, by the date that stands for {date}; a day that has none has an empty list.
+    """Files as `find` finds them, by the date in place of {date}; empty lists for days without files.
 
     Raises:
-        UserError: the pattern is no such pattern, or the storage cannot be asked.
+        UserError: the pattern is not a glob pattern, or the storage reports an error.
     """
     return {day: _matching(folder, pattern.replace("{date}", day.isoformat())) for day in dates}
 
 
 def _matching(folder: str, pattern: str) -> list[RawFile]:
-    """Files that match a plain glob, in name order; none where there are none."""
+    """Files that match a plain glob, in name order."""
     if Path(pattern).is_absolute() or "://" in pattern:
-        raise UserError(
-            f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to where it lies."
-        )
+        raise UserError(f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to its folder.")
     system, root = file_system(folder)
     if isinstance(system, LocalFileSystem):  # fsspec's own glob does not follow links to folders
         try:
             found = [_local(path) for path in Path(root).glob(pattern) if path.is_file()]
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"{pattern}: no pattern of files: {one_line(error)}. Mend source.files.") from None
+            raise UserError(f"{pattern}: not a glob pattern: {one_line(error)}. Fix source.files.") from None
     else:
         found = _stored(system, folder, f"{_literal(root.rstrip('/'))}/{pattern}")
     return sorted(set(found), key=lambda file: file.path)
@@ -124,7 +122,7 @@ def _local(path: Path) -> RawFile:
 
 def _version(info: dict[str, Any]) -> str:
     version = next((info[key] for key in VERSIONS if info.get(key) is not None), info["size"])
-    # One storage tells a time in one way when it lists files and in another when it is asked for one of them.
+    # A storage may give the same time as a datetime in a listing and as text for a single file.
     return str(version.timestamp() if isinstance(version, datetime) else version)
 
 
@@ -145,13 +143,13 @@ def _reachable(path: str) -> Iterator[None]:
         yield
     except Exception as error:  # each storage has exceptions of its own
         raise UserError(
-            f"{path}: the storage does not answer as it should: {one_line(error)}. Check address and credentials."
+            f"{path}: the storage reports an error: {one_line(error)}. Check address and credentials."
         ) from None
 
 
 @contextmanager
 def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
-    """Turns whatever reading a file raises, and each storage has exceptions of its own, into a UserError."""
+    """Turns whatever reading a file raises into a UserError: each storage and format has exceptions of its own."""
     try:
         yield
     except UserError:
@@ -162,17 +160,17 @@ def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, on one line and without a stop at its end."""
+    """The message of an exception, on one line and without a full stop."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def check_unchanged(file: RawFile) -> None:
-    """Raises UserError where a file is not the one that `find` saw."""
-    if _as_it_is(file.path) != file:
+    """Raises UserError where a file has changed since `find`."""
+    if _current(file.path) != file:
         raise UserError(f"{file.path} changed while it was read. Run again once nobody writes to it.")
 
 
-def _as_it_is(path: str) -> RawFile | None:
+def _current(path: str) -> RawFile | None:
     system, name = file_system(path)
     if isinstance(system, LocalFileSystem):
         return _local(Path(path)) if Path(path).exists() else None
@@ -192,16 +190,16 @@ def open_raw(path: str, cache: str = "readahead") -> BinaryIO:
 
 
 def codec_of(path: str) -> str | None:
-    """How a text file is compressed, by its name; None: it is not."""
+    """The compression of a text file, by its name; None for a plain one."""
     try:
         return pa.Codec.detect(path).name
-    except (ValueError, TypeError):  # a name it does not know; a name without one
+    except (ValueError, TypeError):  # an unknown ending; a name without one
         return None
 
 
 @contextmanager
 def open_text(path: str, cache: str = "readahead") -> Iterator[tuple[pa.NativeFile, BinaryIO]]:
-    """A text file from its beginning, decompressed by its name, and the file below, which knows how far it has been read."""
+    """A text file from its beginning, decompressed by its name, and the raw file, whose position is the progress."""
     with open_raw(path, cache) as raw:
         stream = pa.PythonFile(raw, mode="r")
         yield (pa.CompressedInputStream(stream, codec) if (codec := codec_of(path)) else stream), raw

@@ -103,11 +103,11 @@ class LabelledPart:
 
 @dataclass(frozen=True)
 class ReadReport(Report):
-    """What became of a unit: parts, typed or (without joins) labelled already, or outcomes scattered to buckets.
+    """The rows of a unit: impressions in parts, typed or (without joins) labelled already, or outcomes scattered to buckets.
 
     Attributes:
         file: path of its file.
-        lines: that a text file's lines in the next unit are further down.
+        lines: of a text file; its lines in the next unit have numbers that are higher by as many.
         read: rows, bad ones among them.
         typed, labelled, outcomes: parts of impressions, and paths of outcomes; all but one are empty.
         latest: time of the last impression, None where no step needs it.
@@ -138,8 +138,8 @@ class JoinReport(Report):
 
     Attributes:
         path: of the columns, a batch for each part.
-        join_statuses: outcomes by what became of them, by outcome.
-        latest: time of the last joined one, by outcome.
+        join_statuses: number of outcomes by status, by outcome.
+        latest: time of the last outcome that was joined, by outcome.
     """
 
     step: ClassVar[str] = "join"
@@ -242,7 +242,7 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodeReport(Report):
-    """Path of encoded rows, and what its batches are."""
+    """Path of encoded rows, and the rows of each of its batches."""
 
     step: ClassVar[str] = "encode"
     path: str

@@ -19,7 +19,7 @@ from pipeline.terminal import quiet_children
 def _quiet_import() -> Iterator[None]:
     """Drops what Beam logs while it is imported: warnings about cloud clients that are not installed.
 
-    It logs to the root logger, by a function that adds a handler where there is none, hence the handler.
+    It calls logging.warning, which installs a handler of the root logger unless it has one, hence the NullHandler.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
 
@@ -93,7 +93,7 @@ class StepFn(beam.DoFn):
 
 
 def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, units: list[ReadWork]) -> None:
-    """All steps in one pipeline; what fails is in the job's scratch folder (see schedule.after)."""
+    """Runs all steps in one pipeline; a failure is in the job's scratch folder (see schedule.after)."""
     # Worker processes write to stderr whenever they start and stop; what fails in them is a report.
     quiet = quiet_children() if config.runner == "direct" and config.workers > 1 else nullcontext()
     with quiet, _errors_only(), pipeline_on(config) as pipeline:

@@ -128,7 +128,7 @@ def test_a_file_that_changes_after_it_was_found_is_noticed(tmp_path: Path, what:
         ("", "/tmp/a.csv", r"/tmp/a\.csv: source\.files is a pattern below the input folder"),
         ("", "s3://bucket/a.csv", r"s3://bucket/a\.csv: source\.files is a pattern"),
         ("", "none-*.csv", r"none-\*\.csv: no such file\. Set input=FOLDER, or source\.files"),
-        ("", "a**/b.csv", r"a\*\*/b\.csv: no pattern of files: .* Mend source\.files"),
+        ("", "a**/b.csv", r"a\*\*/b\.csv: not a glob pattern: .* Fix source\.files"),
         ("nowhere://b/x", "*", "nowhere:// needs a package"),
         ("typo://b/x", "*", "typo://b/x: cannot be opened: Protocol not known: typo"),
         ("memory://none", "*.csv", r"memory://none/\*\.csv: no such file"),

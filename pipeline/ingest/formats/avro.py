@@ -42,7 +42,7 @@ class Avro(RawFormat):
             return list(_fields(file.path, fastavro.block_reader(raw)))
 
     def units(self, file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:  # noqa: ARG002
-        """See RawFormat. A file that is cut has the headers of its blocks read, which say how many rows are in each."""
+        """See RawFormat. To cut a file the headers of its blocks are read, which have the number of rows in each."""
         if file.size <= unit_bytes:
             return [Unit(file, number)]
         found, start, first_row, rows = [], 0, 0, 0

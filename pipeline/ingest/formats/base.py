@@ -13,7 +13,7 @@ from pipeline.ingest.files import RawFile, Unit
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no row: its number, what is wrong with it, and its text."""
+    """A line that is not a row: its number, the reason, and its text."""
 
     line: int
     reason: str
@@ -30,7 +30,7 @@ class Block:
         row: number of rows of the unit before these.
         line_numbers: computes the line of each row in the unit, from 1. Formats without lines, and CSV with line breaks in
             values, give the row's number in the file, from 1, where a header counts and blank lines do not.
-        bad: lines of this block that are no rows, numbered in the same way.
+        bad: lines of this block that are not rows, numbered in the same way.
         line_count: lines read for this block, the header and blank ones among them; lines of the file's next unit have
             numbers that are higher by the sum over the blocks of this one. 0 where rows are numbered in the file.
     """

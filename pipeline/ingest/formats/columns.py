@@ -31,15 +31,15 @@ def convert_columns(
 def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
     """A column as text, numbers or lists of text; times as whole seconds since 1970 UTC.
 
-    Wanted as a number it is float64 or, for int and time, int64, or text where a value is none of these. NaN is missing.
+    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing.
 
     Raises:
-        pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be this, or its bytes are no UTF-8.
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be converted, or its bytes are not UTF-8.
     """
     kind = values.type
     if pa.types.is_dictionary(kind):
         return convert(values.dictionary_decode(), wanted, options)
-    if pa.types.is_floating(kind):  # many writers know no other missing number
+    if pa.types.is_floating(kind):  # the only missing number of many writers
         values = pc.if_else(pc.is_nan(values), None, values)
     if wanted == "string":
         lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -54,7 +54,7 @@ def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
 
 
 def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Text stays text, and so becomes a column with a number that is not of the kind, or not finite."""
+    """Numbers of one kind; as text where a value is text, not of the kind, or not finite."""
     is_float = pa.types.is_floating(values.type)
     if not (is_float or pa.types.is_integer(values.type) or pa.types.is_decimal(values.type)):
         return values.cast(TEXT)
@@ -67,7 +67,7 @@ def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _seconds(values: pa.Array, timezone: str) -> pa.Array:
-    """Whole seconds since 1970 UTC; as text where the clocks of the zone never showed one of the times, which stays one."""
+    """Whole seconds since 1970 UTC; as text where the clocks of the zone skipped one of the times, which stays as it is."""
     if pa.types.is_date(values.type):
         values = values.cast(pa.timestamp("s"))
     if values.type.tz is not None:

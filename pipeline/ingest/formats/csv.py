@@ -78,7 +78,7 @@ def _reader_options(options: Format) -> dict[str, Any]:
 
 
 class CsvLines:
-    """CSV in which a line is a row, whatever quotes it holds."""
+    """CSV in which a line is a row: a quote that is left open ends with its line."""
 
     spaces = b"\r"
 
@@ -91,7 +91,7 @@ class CsvLines:
         self.closed = _closed_quotes(options)
 
     def table(self, data: bytes, rows: int) -> pa.Table | None:
-        """See LineParser. A column that is no number here is read as text from now on."""
+        """See LineParser. A column with another value than numbers is read as text from then on."""
         if _has_lone_return(data) or not self._ends_closed(data):
             return None
         try:
@@ -118,7 +118,7 @@ class CsvLines:
         return found
 
     def _fault(self, line: bytes) -> str | None:
-        """What is wrong with a line, but for the number of columns in UTF-8, which the reader counts."""
+        """The reason why a line is not a row, but for the number of columns in UTF-8, which the reader counts."""
         if b"\r" in line.removesuffix(b"\r"):
             return LONE_RETURN
         if self.closed and not self.closed.fullmatch(line):
@@ -127,7 +127,7 @@ class CsvLines:
             return None
         try:
             values = next(csv.reader([line.decode(errors="surrogateescape")], **_reader_options(self.options)))
-        except csv.Error:  # longer than a value may be there
+        except csv.Error:  # a value that is too long for it
             return NOT_UTF8
         if len(values) != len(self.names):
             return _columns_fault(len(values), len(self.names))
@@ -135,7 +135,7 @@ class CsvLines:
         return None if is_utf8(wanted.encode(errors="surrogateescape")) else NOT_UTF8
 
     def _ends_closed(self, data: bytes) -> bool:
-        """Whether no quote is left open in the last line: one further up swallows lines, which shows in their number."""
+        """Whether no quote is left open in the last line: one before it swallows lines, which shows in their number."""
         end = len(data)
         while end and data[end - 1] in b"\r\n":
             end -= 1
@@ -144,7 +144,7 @@ class CsvLines:
     def _read(self, data: bytes, numbers: Mapping[str, pa.DataType]) -> pa.Table:
         table = self._convert(data, numbers, self.columns)
         floats = [c for c, t in numbers.items() if t == pa.float64()]
-        # So that what is shown as wrong is what stands in the file.
+        # So that messages show the text of the file.
         odd = [c for c in floats if not pc.all(pc.is_finite(table[c]), min_count=0).as_py()]
         if odd:
             again = self._convert(data, {}, odd)

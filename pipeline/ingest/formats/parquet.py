@@ -23,7 +23,7 @@ class Parquet(RawFormat):
             return pq.ParquetFile(raw).schema_arrow.names
 
     def units(self, file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:  # noqa: ARG002
-        """See RawFormat. The footer says how many rows are before a row group, so that any file can be cut."""
+        """See RawFormat. The footer has the number of rows in each row group, so any file can be cut."""
         with readable(file.path), open_raw(file.path) as raw:
             footer = pq.ParquetFile(raw).metadata
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]

@@ -1,4 +1,4 @@
-"""Text formats in which a line is a row: files cut at line ends, and which of the lines are no rows."""
+"""Text formats in which a line is a row: files cut at line ends, and which of the lines are not rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ NOT_UTF8 = "not UTF-8"
 
 @dataclass(frozen=True)
 class Lines:
-    """What lines of text hold.
+    """Parsed lines of text.
 
     Attributes:
-        columns: a row for each line that is one.
-        count: lines, whatever they hold.
-        skipped: indices of the lines that are no rows, be they blank or bad, in ascending order.
+        columns: a row for each good line.
+        count: lines, blank and bad ones among them.
+        skipped: indices of the blank and bad lines, in ascending order.
         bad: the bad ones, numbered from 0.
     """
 
@@ -39,7 +39,7 @@ class LineParser(Protocol):
     """A format in which a line is a row.
 
     Attributes:
-        spaces: what a blank line may consist of.
+        spaces: characters that a blank line may hold.
     """
 
     spaces: bytes
@@ -48,7 +48,7 @@ class LineParser(Protocol):
         """The rows of `data`, whole lines; None where they are not `rows` good ones."""
 
     def faults(self, lines: Sequence[bytes]) -> dict[int, str]:
-        """What is wrong with those of the lines, none of them blank, that are no rows."""
+        """The reasons why lines, none of them blank, are not rows, by index; good ones are left out."""
 
 
 def head_of(file: RawFile) -> bytes:

@@ -1,10 +1,10 @@
-"""The steps of the job, one file each: what is done to a unit of a raw file, a part of its rows, a bucket of keys, or a shard.
+"""The steps of the job, one file each: each works on a unit of a raw file, a part of its rows, a bucket, or a shard.
 
     read             unit    raw text to typed rows in parts on disk; their keys, and outcomes, scattered to buckets
     join             bucket  keys and outcomes of the bucket to joined columns, a batch for each part
     scatter_history  part    users, items and times of the rows, scattered by user
     gather_history   bucket  earlier items of each user, a batch for each part
-    label            part    typed rows and what was joined to them to features, labels, split; counted
+    label            part    typed rows and joined columns to features, labels, split; counted
     merge            counts  those of many parts to one
     encode           part    features to ids and numbers, partitioned by shard
     write            shard   rows in their order as Parquet

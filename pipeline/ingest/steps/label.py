@@ -18,7 +18,7 @@ from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.history import histories
 from pipeline.ingest.steps.join import joined
 
-RANKS = 65  # event times by which a part tells how its rows lie in time
+RANKS = 65  # of a part's rows in time, whose event times it reports
 
 
 def label(job: Job, work: LabelWork) -> LabelReport:
@@ -39,7 +39,7 @@ def label_rows(
     lists: dict[str, pa.Array] | None = None,
     as_of: Mapping[str, int] | None = None,
 ) -> tuple[LabelledPart, pl.DataFrame]:
-    """Labels typed rows, writes and counts them; returns their bad ones as dead letters, too.
+    """Labels typed rows, writes and counts them; returns the part and its dead letters.
 
     Args:
         unit, row_id: see TypedPart.
