@@ -22,6 +22,7 @@ from features.errors import UserError
 from features.schema.source import Format
 from pipeline.ingest.files import BOM, find
 from pipeline.ingest.formats import check_columns, raw_format, text, units
+from pipeline.ingest.formats.base import Wanted
 from pipeline.ingest.formats.csv import LONE_RETURN, OPEN_QUOTE
 from pipeline.ingest.formats.text import NOT_UTF8
 
@@ -48,7 +49,7 @@ def read(
     rows, bad, before = [], [], 0
     for unit in units([file], format, unit_bytes):
         count, line_count = 0, 0
-        for block in raw_format(format).read(unit, names, types, lists or {}, lambda _: None):
+        for block in raw_format(format).read(unit, Wanted(types, names, lists or {}), lambda _: None):
             assert block.columns.column_names == list(types)
             assert block.row == count
             count += block.columns.num_rows
@@ -349,7 +350,7 @@ def test_progress_ends_with_the_bytes_of_the_unit(tmp_path: Path) -> None:
         format, total = Format(format=kind), 0
         for unit in units([file], format, 1000):
             noted: list[int] = []
-            for _ in raw_format(format).read(unit, ["a"], {"a": "int"}, {}, noted.append):
+            for _ in raw_format(format).read(unit, Wanted({"a": "int"}, ["a"]), noted.append):
                 pass
             assert noted == sorted(noted)
             total += noted[-1]

@@ -17,6 +17,7 @@ from features.errors import UserError
 from features.schema.source import Format
 from pipeline.ingest.files import find
 from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.formats.base import Wanted
 
 AVRO = Format(format="avro", timezone="Europe/Berlin")
 
@@ -91,7 +92,7 @@ def test_rows_of_avro_are_numbered_in_their_file_however_it_is_cut(tmp_path: Pat
     for unit in cut:
         assert unit.first_row == first
         done: list[int] = []
-        for block in raw_format(AVRO).read(unit, None, {"n": "int"}, {}, done.append):
+        for block in raw_format(AVRO).read(unit, Wanted({"n": "int"}), done.append):
             first += block.columns.num_rows
         assert done[-1] == (file.size if unit.stop is None else unit.stop) - unit.start
     assert first == 2000

@@ -18,8 +18,8 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 from apache_beam.runners import runner as beam_runner
 from job_bench import ENVIRONMENT, content_of, no_beam, refused, run
 
+from pipeline.ingest import progress
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.progress import line
 from pipeline.ingest.runners import RUNNERS, check_runner, pipeline_on, worker_flags
 
 SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
@@ -76,11 +76,11 @@ def test_beams_runner_writes_the_bytes_of_steps_that_are_done_in_a_loop(in_a_loo
     assert len([name for name in in_a_loop if name.startswith("train/")]) == 3
 
 
-def test_progress_is_logged_step_by_step(small_log, small_content, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "pipeline")
+def test_progress_is_logged_step_by_step(small_log, small_content, tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(progress.logger, "info", lines.append)
     run(small_log, tmp_path / "out", small_content(), **SIZES)
     size = sum(path.stat().st_size for path in small_log.iterdir()) / 1e6
-    lines = [record.getMessage() for record in caplog.records if record.name == "pipeline.ingest.progress"]
     assert [line[:8].strip() for line in lines] == ["read", "join", "label", "merge", "encode", "write"]
     assert re.fullmatch(rf"read      {size:.1f}/{size:.1f} MB  \d+\.\d MB/s  \d+\.\d s", lines[0])
     assert all(re.fullmatch(r"\w+ +(\d+)/\1  \d+\.\d s", line) for line in lines[1:])
@@ -88,9 +88,9 @@ def test_progress_is_logged_step_by_step(small_log, small_content, tmp_path, cap
 
 
 def test_a_line_of_progress_has_the_share_done_the_rate_and_the_time_left():
-    assert line("read", 30_000_000, 71_400_000, 2) == "read      30.0/71.4 MB  15.0 MB/s  left 3 s"
-    assert line("encode", 3, 8, 6) == "encode    3/8  left 10 s"
-    assert line("encode", 8, 8, 6) == "encode    8/8  6.0 s"
+    assert progress.line("read", 30_000_000, 71_400_000, 2) == "read      30.0/71.4 MB  15.0 MB/s  left 3 s"
+    assert progress.line("encode", 3, 8, 6) == "encode    3/8  left 10 s"
+    assert progress.line("encode", 8, 8, 6) == "encode    8/8  6.0 s"
 
 
 @pytest.mark.slow

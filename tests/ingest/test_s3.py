@@ -14,6 +14,7 @@ from features.errors import UserError
 from features.schema.source import Format
 from pipeline.ingest.files import check_unchanged, find
 from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.formats.base import Wanted
 
 s3fs = pytest.importorskip("s3fs")
 server = pytest.importorskip("moto.server")
@@ -70,7 +71,7 @@ def test_a_bucket_gives_the_rows_that_were_put_there(bucket: str, name: str, kin
     assert (len(cut) > 1) == (name != "b.csv.gz")
     rows = []
     for unit in cut:
-        for block in raw_format(format).read(unit, names, {"n": "int", "s": "string"}, {}, lambda _: None):
+        for block in raw_format(format).read(unit, Wanted({"n": "int", "s": "string"}, names), lambda _: None):
             rows += [tuple(row.values()) for row in block.columns.to_pylist()]
     check_unchanged(file)
     assert rows == ROWS

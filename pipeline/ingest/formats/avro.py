@@ -5,7 +5,7 @@ Avro block become Arrow columns at once, and everything after is columnar.
 """
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -17,7 +17,7 @@ from fastavro.schema import expand_schema
 from features.errors import UserError
 from features.schema.source import RawType
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
-from pipeline.ingest.formats.base import Block, RawFormat
+from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
 
 SYNC_BYTES = 16  # the marker after the header and after every block
@@ -54,29 +54,22 @@ class Avro(RawFormat):
                     start, first_row = end, rows
         return found or [Unit(file, number)]
 
-    def read(
-        self,
-        unit: Unit,
-        names: Sequence[str] | None,  # noqa: ARG002
-        types: Mapping[str, RawType],
-        lists: Mapping[str, str],  # noqa: ARG002
-        on_bytes: Callable[[int], object],
-    ) -> Iterator[Block]:
+    def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
         """See RawFormat."""
         path, row, batches, size = unit.file.path, 0, list[pa.Table](), 0
         with readable(path, to_its_end=True):
             data, header_bytes = _unit_data(unit)
             reader = fastavro.block_reader(io.BytesIO(data))
-            kinds = _arrow_types(path, _fields(path, reader), types)
+            kinds = _arrow_types(path, _fields(path, reader), wanted.types)
             for block in reader:
                 batches.append(_columns(list(block), kinds))
                 size, done = size + batches[-1].nbytes, block.offset + block.size
                 if size >= BLOCK_BYTES or done == len(data):
                     table = pa.concat_tables(batches)
-                    columns = {name: table[name].combine_chunks() for name in types}
+                    columns = {name: table[name].combine_chunks() for name in wanted.types}
                     first = unit.first_row + row + 1
                     numbers = partial(np.arange, first, first + table.num_rows)
-                    yield Block(convert_columns(path, columns, types, self.options), row, numbers)
+                    yield Block(convert_columns(path, columns, wanted.types, self.options), row, numbers)
                     row, batches, size = row + table.num_rows, [], 0
                 on_bytes(done - header_bytes)
 

@@ -10,6 +10,23 @@ import pyarrow as pa
 from features.schema.source import Format, RawType
 from pipeline.ingest.files import RawFile, Unit
 
+OnBytes = Callable[[int], object]  # called with the number of a unit's bytes read so far
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of a unit.
+
+    Attributes:
+        types: the wanted columns in the order in which a block has them.
+        names: of all columns of the file, as `RawFormat.column_names` gave them.
+        lists: the columns that may hold lists, each with the separator of items where they are text.
+    """
+
+    types: Mapping[str, RawType]
+    names: Sequence[str] | None = None
+    lists: Mapping[str, str] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class BadLine:
@@ -76,21 +93,8 @@ class RawFormat(ABC):
         return [Unit(file, number)]
 
     @abstractmethod
-    def read(
-        self,
-        unit: Unit,
-        names: Sequence[str] | None,
-        types: Mapping[str, RawType],
-        lists: Mapping[str, str],
-        on_bytes: Callable[[int], object],
-    ) -> Iterator[Block]:
+    def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
         """The blocks of a unit, in order.
-
-        Args:
-            names: of the file's columns, as `column_names` gave them.
-            types: the wanted columns in the order in which a block has them.
-            lists: those that may hold lists, each with the separator of items where they are text.
-            on_bytes: called with the number of the unit's bytes read so far.
 
         Raises:
             UserError: the file is truncated or damaged, or a column has a type that is neither text, number nor list.

@@ -15,7 +15,7 @@ import pyarrow.csv as pcsv
 from features.errors import UserError
 from features.schema.source import Format, RawType
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, open_text, readable
-from pipeline.ingest.formats.base import BadLine, Block, RawFormat
+from pipeline.ingest.formats.base import BadLine, Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import TEXT
 from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of, is_utf8, line_blocks
 
@@ -40,19 +40,12 @@ class Csv(RawFormat):
         """See RawFormat."""
         return byte_ranges(file, number, unit_bytes, whole or self.options.multiline)
 
-    def read(
-        self,
-        unit: Unit,
-        names: Sequence[str] | None,
-        types: Mapping[str, RawType],
-        lists: Mapping[str, str],  # noqa: ARG002
-        on_bytes: Callable[[int], object],
-    ) -> Iterator[Block]:
+    def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
         """See RawFormat. Lists are text."""
         has_header = self.options.columns is None and unit.start == 0
         if self.options.multiline:
-            return _multiline_blocks(unit, self.options, names or [], types, has_header, on_bytes)
-        return line_blocks(unit, CsvLines(self.options, names or [], types), has_header, on_bytes)
+            return _multiline_blocks(unit, self.options, wanted, has_header, on_bytes)
+        return line_blocks(unit, CsvLines(self.options, wanted.names or [], wanted.types), has_header, on_bytes)
 
 
 def _header(path: str, head: bytes, options: Format) -> list[str]:
@@ -201,10 +194,9 @@ def _columns_fault(found: int, expected: int) -> str:
 def _multiline_blocks(
     unit: Unit,
     options: Format,
-    names: Sequence[str],
-    types: Mapping[str, RawType],
+    wanted: Wanted,
     has_header: bool,
-    on_bytes: Callable[[int], object],
+    on_bytes: OnBytes,
 ) -> Iterator[Block]:
     """The blocks of a file whose values may hold line breaks."""
     malformed, row, counted = MalformedRows(int(has_header)), 0, 0
@@ -212,7 +204,7 @@ def _multiline_blocks(
         reader = pcsv.open_csv(
             stream,
             pcsv.ReadOptions(
-                column_names=list(names),
+                column_names=list(wanted.names or []),
                 skip_rows_after_names=malformed.header_lines,
                 block_size=BLOCK_BYTES,
                 use_threads=False,
@@ -224,7 +216,9 @@ def _multiline_blocks(
                 invalid_row_handler=malformed.add,
             ),
             pcsv.ConvertOptions(
-                column_types=dict.fromkeys(types, TEXT), include_columns=list(types), strings_can_be_null=False
+                column_types=dict.fromkeys(wanted.types, TEXT),
+                include_columns=list(wanted.types),
+                strings_can_be_null=False,
             ),
         )
         for batch in reader:

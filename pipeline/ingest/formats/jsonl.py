@@ -1,14 +1,14 @@
 """JSON lines: every line an object, whose keys may be absent."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import polars as pl
 import pyarrow as pa
 
 from features.schema.source import RawType
 from pipeline.ingest.files import RawFile, Unit, one_line
-from pipeline.ingest.formats.base import Block, RawFormat
+from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import LIST, TEXT
 from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of, line_blocks
 
@@ -24,16 +24,9 @@ class JsonLines(RawFormat):
         """See RawFormat."""
         return byte_ranges(file, number, unit_bytes, whole)
 
-    def read(
-        self,
-        unit: Unit,
-        names: Sequence[str] | None,  # noqa: ARG002
-        types: Mapping[str, RawType],
-        lists: Mapping[str, str],
-        on_bytes: Callable[[int], object],
-    ) -> Iterator[Block]:
+    def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
         """See RawFormat."""
-        return line_blocks(unit, JsonParser(types, lists), False, on_bytes)
+        return line_blocks(unit, JsonParser(wanted.types, wanted.lists), False, on_bytes)
 
 
 class JsonParser:

@@ -1,14 +1,13 @@
 """Parquet: units are row groups, and rows are numbered in their file."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from features.schema.source import RawType
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
-from pipeline.ingest.formats.base import Block, RawFormat
+from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
 
 BLOCK_ROWS = 1 << 17  # of a block: values that repeat take next to no bytes in the file
@@ -36,14 +35,7 @@ class Parquet(RawFormat):
                 start, size = index, 0
         return found or [Unit(file, number)]
 
-    def read(
-        self,
-        unit: Unit,
-        names: Sequence[str] | None,  # noqa: ARG002
-        types: Mapping[str, RawType],
-        lists: Mapping[str, str],  # noqa: ARG002
-        on_bytes: Callable[[int], object],
-    ) -> Iterator[Block]:
+    def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
         """See RawFormat."""
         path, row = unit.file.path, 0
         with readable(path), open_raw(path) as raw:
@@ -53,8 +45,10 @@ class Parquet(RawFormat):
             footers = [file.metadata.row_group(i) for i in groups]
             rows, size = sum(g.num_rows for g in footers), sum(g.total_byte_size for g in footers)
             batch_rows = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
-            for batch in file.iter_batches(batch_rows, list(groups), list(types), use_threads=False):
-                columns = convert_columns(path, {name: batch[name] for name in types}, types, self.options)
+            for batch in file.iter_batches(batch_rows, list(groups), list(wanted.types), use_threads=False):
+                columns = convert_columns(
+                    path, {name: batch[name] for name in wanted.types}, wanted.types, self.options
+                )
                 first = unit.first_row + row + 1
                 yield Block(columns, row, partial(np.arange, first, first + batch.num_rows))
                 row += batch.num_rows

@@ -1,6 +1,6 @@
 """Text formats in which a line is a row: files cut at line ends, and which of the lines are not rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import BinaryIO, Protocol
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, codec_of, open_text, readable
-from pipeline.ingest.formats.base import BadLine, Block
+from pipeline.ingest.formats.base import BadLine, Block, OnBytes
 
 NEWLINE = ord("\n")
 CACHED_BYTES = 1 << 18
@@ -66,7 +66,7 @@ def byte_ranges(file: RawFile, number: int, unit_bytes: int, whole: bool) -> lis
     return [Unit(file, number, start, stop, start) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def line_blocks(unit: Unit, parser: LineParser, has_header: bool, on_bytes: Callable[[int], object]) -> Iterator[Block]:
+def line_blocks(unit: Unit, parser: LineParser, has_header: bool, on_bytes: OnBytes) -> Iterator[Block]:
     """The blocks of a unit (see RawFormat.read), the first of whose lines that is not blank may be a header."""
     row, line, header = 0, 1, has_header
     for data in _chunks(unit, on_bytes):
@@ -83,7 +83,7 @@ def line_blocks(unit: Unit, parser: LineParser, has_header: bool, on_bytes: Call
         row += found.columns.num_rows
 
 
-def _chunks(unit: Unit, on_bytes: Callable[[int], object]) -> Iterator[bytes]:
+def _chunks(unit: Unit, on_bytes: OnBytes) -> Iterator[bytes]:
     """Whole lines of the unit, without a byte order mark."""
     path, packed = unit.file.path, codec_of(unit.file.path) is not None
     stop, first = unit.file.size if unit.stop is None else unit.stop, unit.start == 0

@@ -14,7 +14,7 @@ from features.schema.source import RawType
 from pipeline.ingest import shuffle
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format
-from pipeline.ingest.formats.base import Block
+from pipeline.ingest.formats.base import Block, Wanted
 from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPart
 from pipeline.ingest.progress import UnitProgress
 from pipeline.ingest.state import Job
@@ -34,7 +34,9 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     codes = set() if outcome else raw.code_columns(job.schema)
     bags = {} if outcome else {n: bag for n, bag in job.schema.bag.items() if not bag.history}
     lists = {job.schema.feature_columns[name]: bag.separator for name, bag in bags.items()}
-    blocks = raw_format(options).read(unit, work.names, types, lists, UnitProgress(job.progress, work.number).record)
+    blocks = raw_format(options).read(
+        unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
+    )
     typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
     for block in _at_least_one(blocks, types):
         typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
