@@ -1,4 +1,4 @@
-"""jobs.generate: a raw event log whose true probabilities are known, to try everything on.
+"""jobs.generate: a raw event log whose true probabilities are known.
 
 Examples:
   python -m jobs.generate out=runs/demo/raw

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m jobs.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dataset", type=Path, help="the dataset's folder")
-    parser.add_argument("--verify", action="store_true", help="read every file and check all that the manifest says")
+    parser.add_argument("--verify", action="store_true", help="read every file and check it against the manifest")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="the page; by default DATASET.card.html beside the folder"
     )
@@ -42,10 +42,10 @@ def inspect(path: Path, html: Path | None, check: bool) -> None:
 
     Args:
         html: the page's file; None: the folder's name with .card.html, beside it.
-        check: whether its files are read and compared with the manifest, too.
+        check: whether its files are also read and compared with the manifest.
 
     Raises:
-        UserError: no dataset, a folder of days, no card, a page that cannot be written, or a fault that the check found.
+        UserError: no dataset, a folder of days, no card, a page that cannot be written, or a failed check.
     """
     if not (path / "manifest.json").exists() and (days := day_ranges(path)):
         raise UserError(f"{path} holds the days {', '.join(days)}. Inspect one: jobs.inspect {path / days[0][:10]}.")
@@ -63,7 +63,9 @@ def inspect(path: Path, html: Path | None, check: bool) -> None:
     try:
         write_text(file, page(name, dataset.manifest, card))
     except OSError as error:
-        raise UserError(f"{file}: the page cannot be written ({error.strerror}). Say --html FILE.") from None
+        raise UserError(
+            f"{file}: the page cannot be written ({error.strerror}). Choose another file with --html."
+        ) from None
     print(f"page      {file}")
 
 

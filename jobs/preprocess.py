@@ -20,7 +20,7 @@ from pipeline.ingest.job import preprocess
 
 @job("preprocess")
 def main(config: DictConfig) -> None:
-    """Parses the configuration, runs the Beam job, says what was written."""
+    """Parses the configuration, runs the Beam job, prints a summary of the dataset."""
     schema = read_schema(config)
     settings: PreprocessConfig = parse(config, PreprocessConfig)
     manifest = preprocess(settings, schema)

@@ -38,7 +38,7 @@ class Format(Strict):
     of the row (the header counts, blank lines do not) instead of the line.
     """
 
-    format: Literal["csv", "jsonl", "parquet"] = "csv"
+    format: str = Field("csv", description="name of a registered raw format (pipeline/ingest/formats)")
     columns: list[str] | None = Field(None, description="names in order for CSV files without a header line")
     delimiter: str = Field(",", min_length=1, max_length=1)
     quote: str | None = Field('"', min_length=1, max_length=1, description="null: quotes are characters like others")

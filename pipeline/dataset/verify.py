@@ -1,4 +1,4 @@
-"""Whether a dataset is still what its manifest says: every file is read again and every sum is made again."""
+"""Verification of a dataset against its manifest: every file is read and every sum computed again."""
 
 import math
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.manifest import DeadLetterFile, Manifest, Shard, footer_sha256
 from pipeline.storage.files import sha256
 
-OWN = ("manifest.json", "schema.yaml", "statistics.json")  # beside encoders/
+UNLISTED = ("manifest.json", "schema.yaml", "statistics.json")  # beside encoders/
 AGAIN = "Restore it, or run jobs.preprocess again."
 IDS_AT_ONCE = 1 << 26  # row ids held in memory, 0.5 GB
 BATCH = 1 << 16  # rows
 
 
 def verify(dataset: Dataset) -> Iterator[str]:
-    """Checks a dataset and says what held, one line a check, as each ends; of days read as one each, and what they share.
+    """Checks a dataset, or each of several days and then their row ids together. Yields a line for each check that passed.
 
     Raises:
         UserError: the first fault, naming the file.
@@ -33,7 +33,7 @@ def verify(dataset: Dataset) -> Iterator[str]:
         for line in _verify(Dataset(dataset.path / day)):
             yield f"{day}  {line}"
     _check_ids(dataset)
-    yield f"row ids of {len(dataset.days)} days: {sum(dataset.manifest.rows.values()):,}, each there once"
+    yield f"row ids of {len(dataset.days)} days: {sum(dataset.manifest.rows.values()):,}, all unique"
 
 
 def _verify(dataset: Dataset) -> Iterator[str]:
@@ -41,9 +41,9 @@ def _verify(dataset: Dataset) -> Iterator[str]:
     manifest, path = dataset.manifest, dataset.path
     files: list[Shard | DeadLetterFile] = [*manifest.shards, *manifest.dead_letter_files]
     _check_sums(manifest, path)
-    yield f"manifest: sums over {len(manifest.shards)} shards and over what became of {sum(manifest.read.values()):,} raw rows"
+    yield f"manifest: sums over {len(manifest.shards)} shards and {sum(manifest.read.values()):,} raw rows"
     found = _check_names(dataset)
-    yield f"folder: {found} files, and none that the manifest does not name"
+    yield f"folder: {found} files, all of them in the manifest"
     for file in files:
         _check_file(path / file.path, file)
     yield f"files: checksums of {len(files)} files, {sum(file.bytes for file in files):,} bytes"
@@ -57,11 +57,11 @@ def _verify(dataset: Dataset) -> Iterator[str]:
         _check_equal(path / part.path, "rows", count, part.rows)
     yield f"dead letters: {sum(file.rows for file in manifest.dead_letter_files):,} rows"
     _check_ids(dataset)
-    yield f"row ids: {rows:,}, each there once"
+    yield f"row ids: {rows:,}, all unique"
 
 
 def _check_sums(manifest: Manifest, path: Path) -> None:
-    """The rules of Manifest: sums over its shards and files, and that every raw row went somewhere."""
+    """The rules of Manifest: sums over its shards and files, and every raw row accounted for."""
     file = path / "manifest.json"
     for split in SPLITS:
         shards = [shard for shard in manifest.shards if shard.split == split]
@@ -79,17 +79,17 @@ def _check_sums(manifest: Manifest, path: Path) -> None:
         bad[part.stream] = bad.get(part.stream, 0) + part.rows
     for stream, count in bad.items():
         if stream == "impressions":
-            went = sum(manifest.rows.values()) + sum(manifest.left_out.values())
+            placed = sum(manifest.rows.values()) + sum(manifest.left_out.values())
         else:
-            went = sum(manifest.outcomes.get(stream, {}).values())
-        _check_equal(file, f"rows of {stream} and where they went", went + count, manifest.read.get(stream, 0))
+            placed = sum(manifest.outcomes.get(stream, {}).values())
+        _check_equal(file, f"rows of {stream} by destination", placed + count, manifest.read.get(stream, 0))
     _check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
 
 
 def _check_names(dataset: Dataset) -> int:
-    """Counts the files in the folder, which the manifest must all name."""
+    """Counts the files in the folder. Raises UserError for one that the manifest does not name."""
     manifest = dataset.manifest
-    named = {*OWN, *(shard.path for shard in manifest.shards), *(file.path for file in manifest.dead_letter_files)}
+    named = {*UNLISTED, *(shard.path for shard in manifest.shards), *(file.path for file in manifest.dead_letter_files)}
     files = [file.relative_to(dataset.path) for file in sorted(dataset.path.rglob("*")) if not file.is_dir()]
     for file in files:
         if file.as_posix() not in named and file.parts[0] != "encoders":
@@ -117,10 +117,10 @@ def _check_rows(dataset: Dataset, shard: Shard) -> None:
     file = dataset.path / shard.path
     with pq.ParquetFile(file) as parquet:
         if different := _kinds(parquet.schema_arrow) ^ _kinds(dataset.columns):
-            raise UserError(f"{file}: column {min(different)[0]} is not as the schema says. {AGAIN}")
+            raise UserError(f"{file}: column {min(different)[0]} differs from the schema. {AGAIN}")
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         if sizes != shard.row_groups:
-            raise UserError(f"{file}: its row groups have not the rows that the manifest says. {AGAIN}")
+            raise UserError(f"{file}: its row groups have other numbers of rows than in the manifest. {AGAIN}")
         observed, totals = dict.fromkeys(shard.observed, 0), dict.fromkeys(shard.observed, 0.0)
         for batch in parquet.iter_batches(BATCH, columns=[f"label.{task}" for task in observed]):
             for task in observed:
@@ -133,25 +133,25 @@ def _check_rows(dataset: Dataset, shard: Shard) -> None:
 
 
 def _kinds(columns: pa.Schema) -> set[tuple[str, str]]:
-    """Names and types, whatever a list's elements are called."""
+    """Names and types, without the names of list elements, which depend on the writer."""
     lists = {field.name for field in columns if pa.types.is_list(field.type)}
     return {(f.name, f"list of {f.type.value_type}" if f.name in lists else str(f.type)) for f in columns}
 
 
 def _check_ids(dataset: Dataset) -> None:
-    """Row ids, each there once; of very many rows, a part of the ids at a time."""
+    """Row ids are unique; those of very many rows are checked in parts."""
     shards = dataset.manifest.shards
     parts = max(1, math.ceil(sum(shard.rows for shard in shards) / IDS_AT_ONCE))
     for part in range(parts):
         found = [ids[ids % parts == part] for shard in shards for ids in _ids(dataset, shard)]
         ids = np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
-        twice = ids[1:][ids[1:] == ids[:-1]]
-        if len(twice):
-            _name_twice(dataset, int(twice[0]))
+        duplicates = ids[1:][ids[1:] == ids[:-1]]
+        if len(duplicates):
+            _raise_duplicate(dataset, int(duplicates[0]))
 
 
 def _ids(dataset: Dataset, shard: Shard) -> Iterator[np.ndarray]:
-    """A shard's row ids as they are read, a batch at a time. Raises UserError for one that is none."""
+    """A shard's row ids as they are read, a batch at a time. Raises UserError for a missing or negative one."""
     file, offset = dataset.path / shard.path, dataset.row_id_offset(shard)
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(BATCH, columns=["row_id"]):
@@ -162,17 +162,17 @@ def _ids(dataset: Dataset, shard: Shard) -> Iterator[np.ndarray]:
             yield values + offset
 
 
-def _name_twice(dataset: Dataset, row_id: int) -> None:
+def _raise_duplicate(dataset: Dataset, row_id: int) -> None:
     """Raises UserError naming the files that hold a row id."""
     files = [s.path for s in dataset.manifest.shards for ids in _ids(dataset, s) for _ in ids[ids == row_id]]
     raise UserError(
-        f"{dataset.path / files[1]}: row_id {row_id} is also in {files[0]}. Make source.row_id a column that is unique, "
+        f"{dataset.path / files[1]}: row_id {row_id} is also in {files[0]}. Make source.row_id a unique column, "
         "and run jobs.preprocess again."
     )
 
 
-def _check_equal(file: Path, what: str, found: float, said: float) -> None:
-    """Raises UserError unless the numbers are the same, sums of labels up to the rounding of another order."""
-    exact = isinstance(found, int) and isinstance(said, int)
-    if found != said if exact else not math.isclose(found, said, rel_tol=1e-9, abs_tol=1e-9):
-        raise UserError(f"{file}: {what} are {found:,}, the manifest says {said:,}. {AGAIN}")
+def _check_equal(file: Path, what: str, found: float, listed: float) -> None:
+    """Raises UserError unless the numbers are equal; sums of labels up to rounding, which depends on their order."""
+    exact = isinstance(found, int) and isinstance(listed, int)
+    if found != listed if exact else not math.isclose(found, listed, rel_tol=1e-9, abs_tol=1e-9):
+        raise UserError(f"{file}: {what} are {found:,}, the manifest says {listed:,}. {AGAIN}")

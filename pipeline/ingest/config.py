@@ -8,11 +8,11 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from features.schema.schema import utc
-from pipeline.ingest.steps import write
+from pipeline.ingest.state import Order
 
 
 class EncodersFrom(BaseModel):
-    """Whose encoders are used: those of the dataset `from`, or new ones."""
+    """The dataset whose encoders are used; None: new ones are fitted."""
 
     model_config = ConfigDict(extra="forbid")
     from_: Path | None = Field(None, alias="from")
@@ -30,15 +30,15 @@ class PreprocessConfig(BaseModel):
             the end of the last day whose files are there.
         order: of the rows: shuffled by a hash, by time, or as they were read.
         seed: of the shuffle.
-        runner: direct (on this machine), or the name of another Beam runner with its flags in `options`.
+        runner: direct (on this machine), or another Beam runner (pipeline/ingest/runners.py) with its flags in `options`.
         workers: processes of the direct runner.
-        options: flags for Beam, as its command line takes them.
+        options: flags of Beam's command line.
         rows_per_row_group, rows_per_shard: sizes of what is written; shuffled shards hold about as many rows.
         unit_bytes: how much of the raw files a worker reads at a time; row ids (and so the shuffle) depend on it, unless the
             schema names row_id.
         bucket_bytes: about how much of the raw files goes into one bucket of a join.
         max_bad_fraction: the job stops when a larger share of the rows is bad.
-        overwrite: replace a dataset that stands at `out`.
+        overwrite: replace a dataset at `out`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,7 +47,7 @@ class PreprocessConfig(BaseModel):
     date: datetime.date | None = None
     encoders: EncodersFrom = EncodersFrom()
     as_of: Annotated[AwareDatetime | None, BeforeValidator(utc)] = None
-    order: write.Order = "shuffled"
+    order: Order = "shuffled"
     seed: int = 0
     runner: str = "direct"
     workers: int = Field(1, ge=1)
@@ -63,10 +63,10 @@ class PreprocessConfig(BaseModel):
     @classmethod
     def _local(cls, out: Path) -> Path:
         if re.match(r"\w+:/", str(out)):
-            raise ValueError(f"{out} is no path: a dataset is written to a file system that is mounted")
+            raise ValueError(f"{out} is a URL: a dataset is written to a mounted file system, so give a path")
         return out
 
     @property
     def folder(self) -> Path:
-        """Where the dataset comes to lie."""
+        """The dataset's folder."""
         return self.out / self.date.isoformat() if self.date else self.out

@@ -1,7 +1,5 @@
-"""Raw files on any file system: which there are, what their columns are, and the units in which workers read them."""
+"""Raw files on any file system: found by pattern, opened, and checked for changes; the units in which workers read them."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,23 +10,20 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from features.errors import UserError
-from features.schema.source import Format
 
-BLOCK_BYTES = 32 << 20  # of text that are held and parsed at a time
+BLOCK_BYTES = 32 << 20  # of raw text or columns that are in memory and parsed at a time
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps
-HEADER_BYTES = 1 << 18
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file as it was found.
+    """A raw file.
 
     Attributes:
         path: as fsspec takes it; of a local file the absolute path.
@@ -43,12 +38,12 @@ class RawFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker reads at a time: a whole file, a range of bytes of a text file, or row groups of a Parquet file.
+    """What a worker reads at a time: a file or a part of one.
 
     Attributes:
         number: index of the file among those of its stream.
-        start, stop: lines that begin in these bytes, or row groups; stop None: to the end.
-        first_row: added to the index of a row in the unit it gives a number that is unique in the file.
+        start, stop: what the format counts, such as bytes or row groups, 0 at a file's first unit; stop None: to the end.
+        first_row: plus the index of a row in the unit, a number that is unique in the file.
     """
 
     file: RawFile
@@ -66,8 +61,8 @@ def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list
             files are then ordered first.
 
     Raises:
-        UserError: there are none (of the first of the dates, where dates are given), the pattern is no such pattern, or the
-            storage cannot be asked.
+        UserError: no file matches (with dates: none of the first date), the pattern is not a glob pattern, or the storage
+            reports an error.
     """
     if dates is None:
         found = needed = _matching(folder, pattern.replace("{date}", "*"))
@@ -82,26 +77,24 @@ def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list
 
 
 def files_by_date(folder: str, pattern: str, dates: Sequence[date]) -> dict[date, list[RawFile]]:
-    """Files as `find` finds them, by the date that stands for {date}; a day that has none has an empty list.
+    """Files as `find` finds them, by the date in place of {date}; empty lists for days without files.
 
     Raises:
-        UserError: the pattern is no such pattern, or the storage cannot be asked.
+        UserError: the pattern is not a glob pattern, or the storage reports an error.
     """
     return {day: _matching(folder, pattern.replace("{date}", day.isoformat())) for day in dates}
 
 
 def _matching(folder: str, pattern: str) -> list[RawFile]:
-    """Files that match a plain glob, in name order; none where there are none."""
+    """Files that match a plain glob, in name order."""
     if Path(pattern).is_absolute() or "://" in pattern:
-        raise UserError(
-            f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to where it lies."
-        )
+        raise UserError(f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to its folder.")
     system, root = file_system(folder)
     if isinstance(system, LocalFileSystem):  # fsspec's own glob does not follow links to folders
         try:
             found = [_local(path) for path in Path(root).glob(pattern) if path.is_file()]
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"{pattern}: no pattern of files: {one_line(error)}. Mend source.files.") from None
+            raise UserError(f"{pattern}: not a glob pattern: {one_line(error)}. Fix source.files.") from None
     else:
         found = _stored(system, folder, f"{_literal(root.rstrip('/'))}/{pattern}")
     return sorted(set(found), key=lambda file: file.path)
@@ -129,7 +122,7 @@ def _local(path: Path) -> RawFile:
 
 def _version(info: dict[str, Any]) -> str:
     version = next((info[key] for key in VERSIONS if info.get(key) is not None), info["size"])
-    # One storage tells a time in one way when it lists files and in another when it is asked for one of them.
+    # A storage may give the same time as a datetime in a listing and as text for a single file.
     return str(version.timestamp() if isinstance(version, datetime) else version)
 
 
@@ -150,13 +143,13 @@ def _reachable(path: str) -> Iterator[None]:
         yield
     except Exception as error:  # each storage has exceptions of its own
         raise UserError(
-            f"{path}: the storage does not answer as it should: {one_line(error)}. Check address and credentials."
+            f"{path}: the storage reports an error: {one_line(error)}. Check address and credentials."
         ) from None
 
 
 @contextmanager
 def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
-    """Turns whatever reading a file raises, and each storage has exceptions of its own, into a UserError."""
+    """Turns whatever reading a file raises into a UserError: each storage and format has exceptions of its own."""
     try:
         yield
     except UserError:
@@ -167,17 +160,17 @@ def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, on one line and without a stop at its end."""
+    """The message of an exception, on one line and without a full stop."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def check_unchanged(file: RawFile) -> None:
-    """Raises UserError where a file is not the one that `find` saw."""
-    if _as_it_is(file.path) != file:
+    """Raises UserError where a file has changed since `find`."""
+    if _current(file.path) != file:
         raise UserError(f"{file.path} changed while it was read. Run again once nobody writes to it.")
 
 
-def _as_it_is(path: str) -> RawFile | None:
+def _current(path: str) -> RawFile | None:
     system, name = file_system(path)
     if isinstance(system, LocalFileSystem):
         return _local(Path(path)) if Path(path).exists() else None
@@ -197,99 +190,16 @@ def open_raw(path: str, cache: str = "readahead") -> BinaryIO:
 
 
 def codec_of(path: str) -> str | None:
-    """How a text file is compressed, by its name; None: it is not."""
+    """The compression of a text file, by its name; None for a plain one."""
     try:
         return pa.Codec.detect(path).name
-    except (ValueError, TypeError):  # a name it does not know; a name without one
+    except (ValueError, TypeError):  # an unknown ending; a name without one
         return None
 
 
 @contextmanager
 def open_text(path: str, cache: str = "readahead") -> Iterator[tuple[pa.NativeFile, BinaryIO]]:
-    """A text file from its beginning, decompressed by its name, and the file below, which knows how far it has been read."""
+    """A text file from its beginning, decompressed by its name, and the raw file, whose position is the progress."""
     with open_raw(path, cache) as raw:
         stream = pa.PythonFile(raw, mode="r")
         yield (pa.CompressedInputStream(stream, codec) if (codec := codec_of(path)) else stream), raw
-
-
-def units(files: Sequence[RawFile], format: Format, unit_bytes: int, whole: bool = False) -> list[Unit]:
-    """Files cut into what a worker reads at a time, of about `unit_bytes`.
-
-    Args:
-        whole: rows of a text file have to be counted from its beginning, so that it cannot be cut.
-
-    Raises:
-        UserError: a Parquet file is damaged.
-    """
-    found = []
-    for number, file in enumerate(files):
-        if format.format == "parquet":
-            found += _row_group_units(file, number, unit_bytes)
-        elif whole or format.multiline or codec_of(file.path) or file.size <= unit_bytes:
-            found.append(Unit(file, number))
-        else:
-            count = -(-file.size // unit_bytes)
-            bounds = [file.size * i // count for i in range(count + 1)]
-            found += [Unit(file, number, start, stop, start) for start, stop in zip(bounds, bounds[1:], strict=False)]
-    return found
-
-
-def _row_group_units(file: RawFile, number: int, unit_bytes: int) -> list[Unit]:
-    with readable(file.path), open_raw(file.path) as raw:
-        footer = pq.ParquetFile(raw).metadata
-        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    found, start, first_row, held = [], 0, 0, 0
-    for index, group in enumerate(groups, 1):
-        held += group.total_byte_size
-        if held >= unit_bytes or index == len(groups):
-            found.append(Unit(file, number, start, index, first_row))
-            first_row += sum(g.num_rows for g in groups[start:index])
-            start, held = index, 0
-    return found or [Unit(file, number)]
-
-
-def check_columns(file: RawFile, format: Format, wanted: Sequence[str]) -> list[str] | None:
-    """The names of a CSV or Parquet file's columns; None for JSON lines, whose keys may be absent.
-
-    Raises:
-        UserError: the file cannot be opened, or lacks a wanted column.
-    """
-    if format.format == "parquet":
-        with readable(file.path), open_raw(file.path) as raw:
-            found = pq.ParquetFile(raw).schema_arrow.names
-        cure = "Mend the schema."
-    else:
-        with readable(file.path), open_text(file.path, cache="none") as (stream, _):
-            head = stream.read(HEADER_BYTES).removeprefix(BOM)
-        if format.format == "jsonl":
-            return None
-        found = format.columns or _header(file.path, head, format)
-        cure = "Mend the schema, or name the columns in source.columns."
-    if missing := [c for c in wanted if c not in found]:
-        shown = ", ".join(found)[:1000]
-        raise UserError(f"{file.path}: column {missing[0]} is missing, the file has {shown}. {cure}")
-    if twice := [c for c in wanted if found.count(c) > 1]:
-        raise UserError(f"{file.path}: there are two columns {twice[0]}. Rename one of them. {cure}")
-    return list(found)
-
-
-def _header(path: str, head: bytes, format: Format) -> list[str]:
-    """The names in a file's first line, or where lines are rows in the first that is not blank."""
-    text = head.decode(errors="replace")
-    if format.multiline:  # a header, too, may hold line breaks within quotes
-        lines = iter(io.StringIO(text, newline=""))
-    else:
-        lines = iter([text.lstrip("\r\n").partition("\n")[0].removesuffix("\r")])
-    try:
-        names = next(csv.reader(lines, **csv_options(format)), [])
-    except csv.Error as error:
-        raise UserError(f"{path}: its header line cannot be read: {error}. Mend it, or set source.columns.") from None
-    if not names:
-        raise UserError(f"{path}: is empty, where a header line should be. Remove it, or set source.columns.")
-    return [name.strip() for name in names] if format.trim else names
-
-
-def csv_options(format: Format) -> dict[str, Any]:
-    """What Python's csv.reader is to be told."""
-    quotes = {"quotechar": format.quote} if format.quote else {"quoting": csv.QUOTE_NONE}
-    return {"delimiter": format.delimiter, **quotes}

@@ -1,19 +1,14 @@
-"""The Beam job: from raw files to a committed dataset, in steps whose elements are files and reports, never rows.
+"""The job: from raw files to a committed dataset, in steps that exchange small messages, never rows.
 
-Blocks of rows live and die inside one step, as Arrow columns from the reader to the writer (see pipeline.ingest.steps).
+Blocks of rows stay inside one step, as Arrow columns from the reader to the writer (see pipeline.ingest.steps).
 """
 
 import datetime
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import apache_beam as beam
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
@@ -21,37 +16,38 @@ from features.schema.schema import RowIndexSplit, Schema
 from features.schema.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit
-from pipeline.dataset.manifest import Manifest, Shard
+from pipeline.dataset.manifest import DeadLetterFile, Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.progress import Progress
-from pipeline.ingest.runners import _check_runner, _pipeline
+from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
-from pipeline.ingest.state import IMPRESSIONS, Job, Work
-from pipeline.ingest.steps import write
-from pipeline.ingest.steps.steps import STEPS
-from pipeline.malloc import release_memory, tune_malloc
-from pipeline.terminal import quiet_children
+from pipeline.ingest.state import IMPRESSIONS, Job
+from pipeline.ingest.steps import dead_letters
 
-UNPACKED = 5  # times as large a compressed file is taken to be
+UNPACKED = 5  # estimated size of a compressed file's content over its own
 
 
 def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     """Reads, joins, fits and encodes, and commits the dataset.
 
     Raises:
-        UserError: bad input or settings; nothing half-written is left, and a dataset that stood at `out` still stands.
+        UserError: bad input or settings; nothing half-written is left, and an earlier dataset at `out` stays.
     """
     out = config.folder.resolve()
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists. Choose another out=, or set overwrite=true to replace it.")
     if out.exists() and not (out / "manifest.json").is_file():
-        raise UserError(f"{out} is no dataset, so overwrite=true leaves it alone. Remove it, or choose another out=.")
+        raise UserError(
+            f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
+        )
     _check(config, schema)
     streams = _find(config, schema)
-    units = list(_units(config, schema, streams))
+    work = _read_work(config, schema, streams)
     reference = _reference(config, schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
@@ -66,7 +62,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         try:
             if reference:
                 shutil.copytree(reference / "encoders", staging / "encoders")
-            _run(config, job, limits, units)
+            run_steps(config, job, limits, work)
             return _commit(job, limits, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
@@ -74,7 +70,10 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
-    _check_runner(config.runner)
+    check_runner(config.runner)
+    raw_format(schema.source)
+    for name in schema.source.outcomes:
+        raw_format(schema.source.format_of(name), f"source.outcomes.{name}.read")
     if config.order == "time" and not schema.event_time:
         raise UserError("order=time: the schema has no event_time. Give it one, or choose another order.")
     if config.date is None:
@@ -83,22 +82,24 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
     if (config.out / "manifest.json").exists():
         raise UserError(f"{where}: {config.out} is a dataset itself. Choose a folder of its own for days, with out=.")
     if "{date}" not in schema.source.files:
-        raise UserError(f"{where}: source.files is {schema.source.files}, which does not say where a {{date}} stands")
+        raise UserError(f"{where}: source.files is {schema.source.files}: put {{date}} where file names have the day")
     if schema.histories:
-        raise UserError(f"{where}: bag {next(iter(schema.histories))} is a history, which a day alone does not have")
+        raise UserError(
+            f"{where}: bag {next(iter(schema.histories))} is a history, which one day does not have. Remove it, or date=."
+        )
     for name, outcome in schema.source.outcomes.items():
         if "{date}" not in outcome.files and outcome.window and outcome.open_window != "keep" and config.as_of is None:
             raise UserError(
-                f"{where}: the files of outcome {name} have no {{date}}. Say with as_of= until when they are complete."
+                f"{where}: the files of outcome {name} have no {{date}}. Set as_of= to the time until which they are complete."
             )
         if "{date}" in outcome.files and (outcome.window is None or outcome.late == "keep"):
             raise UserError(
-                f"{where}: outcome {name} has no window that closes: which days' files are its own? Give it one."
+                f"{where}: outcome {name} may be in any later day's files. Give it a window, with late: drop."
             )
 
 
 def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.RawFile]]:
-    """The files of each stream; of a day, and of its outcomes' windows, if one is asked for. Raises UserError for none."""
+    """The files of each stream; with `date` those of the day, and of its outcomes' windows. Raises UserError for none."""
     streams = {IMPRESSIONS: raw_files.find(config.input, schema.source.files, [config.date] if config.date else None)}
     for name, outcome in schema.source.outcomes.items():
         days = _days(config.date, outcome) if config.date and "{date}" in outcome.files else None
@@ -112,10 +113,10 @@ def _days(day: datetime.date, outcome: Outcome) -> list[datetime.date]:
 
 
 def _as_of(config: PreprocessConfig, schema: Schema) -> dict[str, int]:
-    """For each outcome the time until which it is complete, as far as that is known before anything is read.
+    """For each outcome the time until which it is complete, where that is known before anything is read.
 
-    Of a day's impressions it is the end of the last day whose files are there without a gap: that day's outcomes mostly
-    belong to other impressions, which are not read.
+    With `date` it is the end of the last day before the first gap in the files: outcomes of the later days mostly belong
+    to other impressions, which are not read.
     """
     known = {}
     for name, outcome in schema.source.outcomes.items():
@@ -133,22 +134,24 @@ def _unpacked(file: raw_files.RawFile) -> int:
     return file.size * (UNPACKED if file.path.endswith((".gz", ".bz2", ".zst")) else 1)
 
 
-def _units(config: PreprocessConfig, schema: Schema, streams: dict[str, list[raw_files.RawFile]]) -> Iterator[Work]:
-    """What is read at a time. Raises UserError for a file that cannot be opened, lacks a column, or has one that joins add."""
+def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list[raw_files.RawFile]]) -> list[ReadWork]:
+    """The units of all streams. Raises UserError for an unreadable file, a missing column, or one that the schema adds."""
     added = schema.outcome_columns.keys() | schema.source.derived.keys()
-    for stream, found in streams.items():
+    found: list[ReadWork] = []
+    for stream, files in streams.items():
         outcome = schema.source.outcomes.get(stream)
-        form = schema.source.format_of(stream if outcome else None)
+        options = schema.source.format_of(stream if outcome else None)
         wanted = [outcome.key, *outcome.types] if outcome else schema.raw_columns
-        names = {file.path: raw_files.check_columns(file, form, wanted) for file in found}
+        names = {file.path: check_columns(file, options, wanted) for file in files}
         for path, columns in names.items():
             if not outcome and (both := added & set(columns or ())):
                 raise UserError(
                     f"{path}: column {min(both)} is also what the schema adds: rename the outcome or derived column"
                 )
         whole = outcome is None and isinstance(schema.split, RowIndexSplit)
-        for unit in raw_files.units(found, form, config.unit_bytes, whole):
-            yield {"stream": stream, "unit": asdict(unit), "names": names[unit.file.path]}
+        for unit in units(files, options, config.unit_bytes, whole):
+            found.append(ReadWork(len(found), stream, unit, names[unit.file.path]))
+    return found
 
 
 def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
@@ -165,73 +168,44 @@ def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
     return reference
 
 
-class StepFn(beam.DoFn):
-    """(number, work) of a step to its report, which says what failed where that is the user's to mend."""
-
-    def __init__(self, job: Job, step: str) -> None:
-        self.job, self.step = job, step
-
-    def setup(self) -> None:
-        """Once a worker and step."""
-        release_memory()
-        tune_malloc()
-
-    def process(self, element: tuple[int, Work]) -> Iterator[Work]:
-        """Yields one report."""
-        order, work = element
-        try:
-            report = STEPS[self.step](self.job, {"number": order, **work})
-            (self.job.scratch / "notes" / f"{self.step}-{order:06d}").touch()
-        except UserError as error:
-            report = {"error": str(error)}
-        except OSError as error:
-            report = {"error": f"{self.job.staging.parent}: {raw_files.one_line(error)}. No dataset was written."}
-        yield {"order": order, **report}
-
-
-def _run(config: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
-    """All steps in one pipeline. Raises UserError for the first thing that failed."""
-    steps = schedule.steps_of(job)
-    total = sum(unit["unit"]["file"]["size"] for unit in units if not unit["unit"]["start"])
-    # Beam's worker processes tell every step of their life on stderr; what fails in them is raised here.
-    quiet = quiet_children() if config.runner == "direct" and config.workers > 1 else nullcontext()
-    with quiet, Progress(job.scratch / "notes", steps, total), _pipeline(config) as pipeline:
-        work = pipeline | beam.Create(list(enumerate(units)))
-        for step in steps:
-            reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(job, step))
-            listed = reports | f"all of {step}" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
-            work = listed | f"after {step}" >> beam.FlatMap(schedule.after, job, limits, step)
+def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:
+    """Runs all steps. Raises UserError for the first failure."""
+    total = sum(each.unit.file.size for each in work if not each.unit.start)
+    with Progress(job.progress, schedule.steps_of(job), total):
+        run_pipeline(config, job, limits, work)
     if (job.scratch / "error.json").exists():
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
 
 def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
-    """Puts the parts together and moves the dataset into place."""
-    reads = job.found("read")
-    before, parts = schedule.lines_before(reads), job.labelled()
-    by_file: dict[tuple[str, str], list[tuple[str, int]]] = {}
-    reasons: Counter[str] = Counter()
-    for unit, report in schedule.dead_letter_reports(job):
-        by_file.setdefault((reads[unit]["stream"], reads[unit]["file"]), []).append(
-            (report["dead_letters"], before[unit])
-        )
-        reasons.update(report["reasons"])
-    dead_letter_files = [
-        write.write_dead_letters(job.staging, f"{stream}-{index:05d}", stream, file, found)
-        for index, ((stream, file), found) in enumerate(by_file.items())
-    ]
+    """Writes the dead letters, adds the counts up and moves the dataset into place."""
+    reads, parts = job.found(ReadReport), job.labelled()
     join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
-    for report in job.found("join"):
-        for name, found in report["join_statuses"].items():
+    for joined in job.found(JoinReport):
+        for name, found in joined.join_statuses.items():
             join_statuses[name].update(found)
     read: Counter[str] = Counter()
     for report in reads:
-        read[report["stream"]] += report["read"]
-    left_out: Counter[str] = sum((Counter(part["left_out"]) for part in parts), Counter())
+        read[report.stream] += report.read
+    left_out: Counter[str] = sum((Counter(part.left_out) for part in parts), Counter())
+    reasons: Counter[str] = Counter()
+    for _, spilled in schedule.dead_letters_of(job):
+        reasons.update(spilled.reasons)
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
-        "dead_letters": dict(reasons), "dead_letter_files": dead_letter_files,
+        "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits),
     }  # fmt: skip
-    shards = [Shard(**report["described"]) for report in job.found("write")]
-    return commit(job.staging, out, job.schema, shards, counts)
+    return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
+
+
+def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:
+    """A file for each raw file that has dead letters."""
+    before = schedule.lines_before(reads)
+    by_file: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for unit, spilled in schedule.dead_letters_of(job):
+        by_file.setdefault((reads[unit].stream, reads[unit].file), []).append((str(spilled.path), before[unit]))
+    return [
+        dead_letters.write_file(job.staging, f"{stream}-{index:05d}", stream, file, found)
+        for index, ((stream, file), found) in enumerate(by_file.items())
+    ]

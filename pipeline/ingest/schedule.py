@@ -1,7 +1,6 @@
-"""What follows from the reports of a step: the work of the next one. Runs where the steps run, once between two of them."""
+"""From the reports of a step to the work of the next one. Runs on a worker, once between two steps."""
 
 import math
-import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,24 +11,45 @@ import numpy as np
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
-from features.fit.statistics import Statistics
-from features.schema.schema import SPLITS
+from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
 from pipeline.ingest.files import one_line
-from pipeline.ingest.state import RESERVE_FILE, Job, Work
+from pipeline.ingest.messages import (
+    DeadLetters,
+    EncodeReport,
+    EncodeWork,
+    Failure,
+    GatherHistoryWork,
+    JoinReport,
+    JoinWork,
+    LabelReport,
+    LabelWork,
+    MergeReport,
+    MergeWork,
+    PartWork,
+    Piece,
+    ReadReport,
+    Report,
+    Work,
+    WriteWork,
+    to_json,
+)
+from pipeline.ingest.progress import record_total
+from pipeline.ingest.state import RESERVE_FILE, Job
+from pipeline.ingest.steps.merge import merged
 from pipeline.storage.files import write_json
 
-DONE_WITH = {"label": ("typed", "sent", "reply"), "encode": ("features",)}  # files that no later step reads
-SLICES = 4  # of a shard, one of which is in memory while it is put in order
+CONSUMED = {"label": ("typed", "scattered", "gathered"), "encode": ("features",)}  # files that no later step reads
+SLICES = 4  # of a shard, one of which is in memory while its rows are sorted
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop, and how much goes into a shard.
+    """When to stop, and how large shards are.
 
     Attributes:
         needs_splits: whether a split of the schema without rows stops the job.
-        as_of: per outcome, as far as it is known, seconds until when it is complete.
+        as_of: seconds since 1970 until when an outcome is complete, by outcome, where that is known before it is read.
         reference: the dataset whose encoders are used.
     """
 
@@ -50,146 +70,149 @@ def steps_of(job: Job) -> list[str]:
     return [step for step, needed in needs.items() if needed]
 
 
-def after(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[tuple[int, Work]]:
-    """Keeps the reports of a step and yields the numbered work of the next one; nothing where a step has failed."""
+def after(
+    reports: list[tuple[int, Report | Failure]], job: Job, limits: Limits, step: str
+) -> Iterator[tuple[int, Work]]:
+    """Writes the numbered reports of a step and yields the numbered work of the next one; nothing where a step has failed.
+
+    Then error.json in the scratch folder has the message.
+    """
     if not reports:
         return
-    reports = sorted(reports, key=lambda report: report["order"])
+    following = dict(zip(steps_of(job), steps_of(job)[1:], strict=False)).get(step)
     try:
-        if failed := [report["error"] for report in reports if "error" in report]:
-            raise UserError(failed[0])
-        write_json(job.scratch / f"{step}.json", reports)
-        following = dict(zip(steps_of(job), steps_of(job)[1:], strict=False)).get(step)
+        done = []
+        for _, report in sorted(reports, key=lambda numbered: numbered[0]):
+            if isinstance(report, Failure):
+                raise UserError(report.error)
+            done.append(report)
+        write_json(job.scratch / f"{step}.json", to_json(done))
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
-        (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # so that there is room to say that the disk is full
-        said = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
-        write_json(job.scratch / "error.json", said)
+        (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
+        message = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
+        write_json(job.scratch / "error.json", message)
         return
-    for name in DONE_WITH.get(step, ()):
+    for name in CONSUMED.get(step, ()):
         for path in job.scratch.glob(f"{name}-*"):
             path.unlink(missing_ok=True)
     if following:
-        write_json(job.scratch / "notes" / f"{following}.total", len(work))
+        record_total(job.progress, following, len(work))
     yield from enumerate(work)
 
 
-def lines_before(reads: list[Work]) -> list[int]:
-    """Per unit the lines of its file that stand in the units before it; a file may belong to several streams."""
+def lines_before(reads: list[ReadReport]) -> list[int]:
+    """Per unit the lines of its file in the units before it; a file may belong to several streams."""
     seen: Counter[tuple[str, str]] = Counter()
     before = []
     for report in reads:
-        file = report["stream"], report["file"]
+        file = report.stream, report.file
         before.append(seen[file])
-        seen[file] += report["lines"]
+        seen[file] += report.lines
     return before
 
 
-def dead_letter_reports(job: Job) -> list[tuple[int, Work]]:
-    """What was reported of bad rows, each with the unit it comes from."""
-    reads = [(index, report) for index, report in enumerate(job.found("read")) if report["dead_letters"]]
-    return reads + [(report["unit"], report) for report in job.found("label") if report["dead_letters"]]
+def dead_letters_of(job: Job) -> list[tuple[int, DeadLetters]]:
+    """The spilled dead letters of all steps, each with the number of its unit."""
+    found = [(number, report.dead_letters) for number, report in enumerate(job.found(ReadReport))]
+    found += [(report.part.unit, report.dead_letters) for report in job.found(LabelReport)]
+    return [(unit, dead_letters) for unit, dead_letters in found if dead_letters.path]
 
 
 def complete_until(job: Job, limits: Limits) -> dict[str, int]:
-    """For each outcome with a window the time until which its stream is complete, if nothing else is said.
+    """For each outcome with a window the time until which its stream is complete, unless `limits` has it.
 
     It is that of its last outcome that was joined: one stream may be ahead of another, and a clock may be wrong. If none was
     joined it is the last impression's.
     """
-    latest = [report["latest"] for report in job.found("read") if report["latest"] is not None]
+    latest = [report.latest for report in job.found(ReadReport) if report.latest is not None]
     until = {}
     for name, outcome in job.schema.source.outcomes.items():
         if outcome.window and outcome.open_window != "keep":
-            joined = [report["latest"][name] for report in job.found("join") if report["latest"][name] is not None]
+            joined = [time for report in job.found(JoinReport) if (time := report.latest[name]) is not None]
             until[name] = limits.as_of.get(name, max(joined or latest, default=0))
     return until
 
 
-def _join(job: Job, _: Limits) -> Iterator[Work]:
-    yield from ({"bucket": bucket} for bucket in range(job.buckets))
+def _join(job: Job, _: Limits) -> Iterator[JoinWork]:
+    yield from map(JoinWork, range(job.buckets))
 
 
-def _scatter_history(job: Job, _: Limits) -> Iterator[Work]:
-    for index, part in enumerate(job.parts()):
-        yield {**part, "part": index}
+def _scatter_history(job: Job, _: Limits) -> Iterator[PartWork]:
+    yield from (PartWork(index, part) for index, part in enumerate(job.typed()))
 
 
-def _gather_history(job: Job, _: Limits) -> Iterator[Work]:
+def _gather_history(job: Job, _: Limits) -> Iterator[GatherHistoryWork]:
     for name in job.schema.histories:
-        yield from ({"history": name, "bucket": bucket} for bucket in range(job.buckets))
+        yield from (GatherHistoryWork(name, bucket) for bucket in range(job.buckets))
 
 
-def _label(job: Job, limits: Limits) -> Iterator[Work]:
+def _label(job: Job, limits: Limits) -> Iterator[LabelWork]:
     until = complete_until(job, limits)
-    for index, part in enumerate(job.parts()):
-        yield {**part, "part": index, "as_of": until}
+    yield from (LabelWork(index, part, until) for index, part in enumerate(job.typed()))
 
 
-def _merge(job: Job, limits: Limits) -> Iterator[Work]:
+def _merge(job: Job, limits: Limits) -> Iterator[MergeWork]:
     _check(job, limits)
-    paths = [part["statistics"] for part in job.labelled()]
+    paths = [part.statistics for part in job.labelled()]
     size = max(1, math.isqrt(len(paths)))
-    for number, start in enumerate(range(0, len(paths), size)):
-        yield {"number": number, "paths": paths[start : start + size]}
+    yield from (MergeWork(paths[start : start + size]) for start in range(0, len(paths), size))
 
 
-def rows_of(job: Job) -> dict[str, int]:
+def rows_of(job: Job) -> dict[Split, int]:
     """Rows of each split."""
-    return {split: sum(part["rows"][split] for part in job.labelled()) for split in SPLITS}
+    return {split: sum(part.rows[split] for part in job.labelled()) for split in SPLITS}
 
 
 def _check(job: Job, limits: Limits) -> None:
     """Raises UserError for too many bad rows in a stream, no rows, or a split without any."""
-    reads, total = job.found("read"), rows_of(job)
-    for stream in dict.fromkeys(report["stream"] for report in reads):
-        dead_letters = [(unit, report) for unit, report in dead_letter_reports(job) if reads[unit]["stream"] == stream]
-        bad = sum(sum(report["reasons"].values()) for _, report in dead_letters)
-        read = sum(report["read"] for report in reads if report["stream"] == stream)
+    reads, total = job.found(ReadReport), rows_of(job)
+    for stream in dict.fromkeys(report.stream for report in reads):
+        found = [(unit, each) for unit, each in dead_letters_of(job) if reads[unit].stream == stream]
+        bad = sum(sum(each.reasons.values()) for _, each in found)
+        read = sum(report.read for report in reads if report.stream == stream)
         if bad > limits.max_bad_fraction * read:
-            unit, (line, reason) = min((unit, report["example"]) for unit, report in dead_letters)
-            place = f"{reads[unit]['file']}, line {line + lines_before(reads)[unit]}"
+            unit, line, reason = min((unit, each.line, each.reason) for unit, each in found)
             raise UserError(
-                f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; "
-                f"the first: {place}: {reason}. Mend the log or the schema, or raise the limit."
+                f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; the first: "
+                f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}. Fix the log or the schema, or raise "
+                "the limit."
             )
     if not any(total.values()):
-        raise UserError("no row is left of those that were read: are the files empty, or does a rule leave all out?")
+        raise UserError("no rows are left: the files are empty, or a rule of the schema leaves all rows out.")
     fitted = {"train"} | (job.schema.used_splits if limits.needs_splits else set())
     wanted = fitted if limits.reference is None else set()
     if empty := [split for split in SPLITS if split in wanted and not total[split]]:
         raise UserError(
-            f"split {empty[0]} is empty: none of {sum(total.values())} rows falls into it. Change split in the schema, "
+            f"split {empty[0]} is empty: none of {sum(total.values())} rows belongs to it. Change split in the schema, "
             "or use another dataset's encoders with encoders.from."
         )
 
 
 def _fit(job: Job, limits: Limits) -> None:
     """Fits the encoders, unless those of another dataset are used, and writes the card."""
-    parts = [pickle.loads(Path(report["path"]).read_bytes()) for report in job.found("merge")]
-    statistics = Statistics().merge(*parts)
+    statistics = merged([report.path for report in job.found(MergeReport)])
     if limits.reference is None:
-        aside = job.aside("encoders")
-        Encoders.fit(job.schema, statistics).save(aside)
-        shutil.rmtree(job.staging / "encoders", ignore_errors=True)  # of an earlier try of this
-        aside.rename(job.staging / "encoders")
+        temporary = job.temporary_path("encoders")
+        Encoders.fit(job.schema, statistics).save(temporary)
+        shutil.rmtree(job.staging / "encoders", ignore_errors=True)  # of an earlier attempt
+        temporary.rename(job.staging / "encoders")
     reference = read_card(Path(limits.reference)) if limits.reference else None
     write_json(job.staging / "statistics.json", card(job.schema, job.encoders, statistics, reference))
 
 
-def _encode(job: Job, limits: Limits) -> Iterator[Work]:
+def _encode(job: Job, limits: Limits) -> Iterator[EncodeWork]:
     _fit(job, limits)
     slices = {split: SLICES * max(1, round(rows / limits.rows_per_shard)) for split, rows in rows_of(job).items()}
     bounds = _bounds(job, slices) if job.order == "time" else {}
-    for part in job.labelled():
-        yield {"path": part["features"], "slices": slices, "bounds": bounds}
+    yield from (EncodeWork(part.features, slices, bounds) for part in job.labelled())
 
 
-def _bounds(job: Job, slices: dict[str, int]) -> dict[str, list[int]]:
+def _bounds(job: Job, slices: dict[Split, int]) -> dict[Split, list[int]]:
     """Event times at which slices of shards begin, so that each has about as many rows."""
     bounds = {}
     for split, count in slices.items():
-        seen = [(part["times"][split], part["rows"][split]) for part in job.labelled() if split in part["times"]]
+        seen = [(part.times[split], part.rows[split]) for part in job.labelled() if split in part.times]
         time = np.concatenate([np.array(times, np.int64) for times, _ in seen] or [np.empty(0, np.int64)])
         weight = np.concatenate([np.full(len(times), rows / len(times)) for times, rows in seen] or [np.empty(0)])
         order = np.argsort(time, kind="stable")
@@ -198,33 +221,33 @@ def _bounds(job: Job, slices: dict[str, int]) -> dict[str, list[int]]:
     return bounds
 
 
-def _write(job: Job, limits: Limits) -> Iterator[Work]:
-    """Shards in order, each made of slices, and those of pieces: a file, a batch of it or the first of its rows, rows."""
-    pieces: dict[tuple[str, int], list[list[tuple[str, int, int]]]] = {}
+def _write(job: Job, limits: Limits) -> Iterator[WriteWork]:
+    """The shards of each split, in order, those without rows left out."""
+    pieces: dict[tuple[Split, int], list[list[Piece]]] = {}
     if job.order == "input":
         _fit(job, limits)
         pieces = _in_order(job, limits.rows_per_shard)
-    for report in job.found("encode"):
-        for batch, (split, number, rows) in enumerate(report["batches"]):
-            slices = pieces.setdefault((split, number // SLICES), [[] for _ in range(SLICES)])
-            slices[number % SLICES].append((report["path"], batch, rows))
+    for report in job.found(EncodeReport):
+        for index, batch in enumerate(report.batches):
+            slices = pieces.setdefault((batch.split, batch.slice // SLICES), [[] for _ in range(SLICES)])
+            slices[batch.slice % SLICES].append(Piece(report.path, index, batch.rows))
     for split in SPLITS:
         for key in sorted(key for key in pieces if key[0] == split):
-            if any(rows for slice_ in pieces[key] for *_, rows in slice_):
-                yield {"split": split, "shard": key[1], "slices": pieces[key]}
+            if any(piece.rows for slice_ in pieces[key] for piece in slice_):
+                yield WriteWork(split, pieces[key])
 
 
-def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[str, int], list[list[tuple[str, int, int]]]]:
+def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[Split, int], list[list[Piece]]]:
     """The rows of each split as they were read, cut into shards of one slice."""
-    pieces: dict[tuple[str, int], list[list[tuple[str, int, int]]]] = {}
+    pieces: dict[tuple[Split, int], list[list[Piece]]] = {}
     filled: Counter[str] = Counter()
     for part in job.labelled():
-        for split, rows in part["rows"].items():
+        for split, rows in part.rows.items():
             start = 0
             while start < rows:
                 shard, used = divmod(filled[split], rows_per_shard)
                 size = min(rows - start, rows_per_shard - used)
-                pieces.setdefault((split, shard), [[]])[0].append((part["features"], start, size))
+                pieces.setdefault((split, shard), [[]])[0].append(Piece(part.features, start, size))
                 start, filled[split] = start + size, filled[split] + size
     return pieces
 

@@ -1,15 +1,16 @@
-"""Rows on their way between steps: Arrow files that are mapped instead of read, and rows dealt to buckets by a hash."""
+"""Rows on their way between steps: Arrow files, mapped or read, and rows partitioned into buckets by a hash."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from features.hashing import hash_integers, hash_strings
 
 KEY_SEED = 11  # of the buckets of a join
-PLACE = "__place"  # of a row in its part: what is sent to buckets comes back in another order
+POSITION = "__position"  # of a row in its part: buckets have the rows of a part in another order
 
 
 def write(path: Path, tables: Sequence[pa.Table]) -> str:
@@ -22,7 +23,7 @@ def write(path: Path, tables: Sequence[pa.Table]) -> str:
 
 
 def read(path: str, batch: int = 0, mapped: bool = True) -> pa.Table:
-    """One of the tables, mapped into memory; a small one of many had better be read."""
+    """One of the tables, mapped into memory; reading is faster for a small one of many."""
     with pa.memory_map(path) if mapped else pa.OSFile(path) as file:
         return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(batch)])
 
@@ -39,16 +40,16 @@ def bucket_of(keys: pa.Array, buckets: int) -> np.ndarray:
         )
     else:
         hashes = hash_strings(keys, KEY_SEED)
-    return share_of(hashes, buckets)
+    return hash_range_of(hashes, buckets)
 
 
-def share_of(hashes: np.ndarray, shares: int) -> np.ndarray:
-    """Which of equal shares of the range of 64-bit hashes each lies in: ascending with the hash."""
-    return ((hashes >> np.uint64(32)) * np.uint64(shares) >> np.uint64(32)).astype(np.int64)
+def hash_range_of(hashes: np.ndarray, count: int) -> np.ndarray:
+    """Which of `count` equal ranges of 64-bit hashes each hash is in."""
+    return ((hashes >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
 
 
 def partition(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Table]:
-    """The rows of each bucket, in the order they had."""
+    """The rows of each bucket, in their order."""
     if buckets == 1:
         return [table]
     ordered = table.take(pa.array(np.argsort(bucket_B, kind="stable")))
@@ -56,9 +57,21 @@ def partition(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Ta
     return [ordered.slice(stop - size, size) for stop, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
 
 
+def read_bucket(paths: Sequence[str], bucket: int) -> tuple[pl.DataFrame, list[int]]:
+    """The rows that all parts scattered to a bucket, in the order of the parts, and how many each."""
+    tables = [read(path, bucket, mapped=False) for path in paths]
+    return pl.from_arrow(pa.concat_tables(tables)), [table.num_rows for table in tables]  # type: ignore[return-value]
+
+
+def write_batches(path: Path, frame: pl.DataFrame, sizes: Sequence[int]) -> str:
+    """Writes the rows of a bucket, a batch for each part that they came from; returns the path."""
+    table, ends = frame.rechunk().to_arrow(), np.cumsum(sizes)
+    return write(path, [table.slice(stop - size, size) for stop, size in zip(ends, sizes, strict=True)])
+
+
 def gather(paths: Sequence[str], part: int, rows: int) -> pa.Table:
-    """What buckets sent back to a part, in the order of its rows."""
+    """The batches for a part from the files of all buckets, in the order of its rows."""
     found = pa.concat_tables([read(path, part, mapped=False) for path in paths], promote_options="permissive")
     order = np.empty(rows, np.int64)
-    order[found[PLACE].to_numpy()] = np.arange(rows)
-    return found.drop_columns([PLACE]).combine_chunks().take(pa.array(order))
+    order[found[POSITION].to_numpy()] = np.arange(rows)
+    return found.drop_columns([POSITION]).combine_chunks().take(pa.array(order))

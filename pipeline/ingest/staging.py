@@ -1,4 +1,4 @@
-"""The folder in which a dataset grows beside the place where it will stand."""
+"""The folder in which a dataset is written, beside its final place."""
 
 import re
 import shutil
@@ -15,12 +15,12 @@ from pipeline.storage.files import storage_of
 
 @contextmanager
 def staging_of(out: Path) -> Iterator[Path]:
-    """A folder OUT.staging-… that is gone in the end; those of jobs that were killed are removed.
+    """A folder OUT.staging-… that is removed in the end, as are those of jobs that were killed.
 
-    A job holds a lock on its folder. Where a file system has no such locks, what killed jobs left stays.
+    A job locks its folder. On a file system without locks the folders of killed jobs stay.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     for left in out.parent.glob("*"):
         if re.fullmatch(re.escape(out.name) + r"\.staging-[0-9a-f]{32}", left.name):
@@ -37,10 +37,10 @@ def staging_of(out: Path) -> Iterator[Path]:
 
 
 def _begin(staging: Path, out: Path) -> Lock | None:
-    """Makes the folder and locks it. Raises UserError where it cannot be made."""
+    """Creates the folder and locks it. Raises UserError where it cannot be created."""
     try:
         lock = _locked(staging)
-        (staging / "scratch" / "notes").mkdir(parents=True)
+        (staging / "scratch" / "progress").mkdir(parents=True)
         (staging / "scratch" / RESERVE_FILE).write_bytes(bytes(1 << 16))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
@@ -48,7 +48,7 @@ def _begin(staging: Path, out: Path) -> Lock | None:
 
 
 def _locked(folder: Path) -> Lock | None:
-    """Makes a folder and locks it; again where another job took it, not locked yet, for one that a killed job left."""
+    """Creates a folder and locks it; repeated where another job removed it before it was locked."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -62,5 +62,5 @@ def _locked(folder: Path) -> Lock | None:
 def _remove_unlocked(folder: Path) -> None:
     if not folder.is_dir():
         return
-    with suppress(OSError), storage_of(folder).lock(folder):  # one whose job is alive is locked
+    with suppress(OSError), storage_of(folder).lock(folder):  # fails for the folder of a running job
         shutil.rmtree(folder, ignore_errors=True)

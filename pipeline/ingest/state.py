@@ -1,29 +1,29 @@
-"""What the steps of a job know of it: settings, and what steps before them reported."""
+"""What the steps of a job share: settings, the scratch folder, and the reports of the steps before them."""
 
 import json
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
-from pipeline.ingest.steps.write import Order
+from pipeline.ingest.messages import LabelledPart, LabelReport, R, ReadReport, TypedPart, from_json
 
-Work = dict[str, Any]  # what a step is given, and what it reports
+Order = Literal["shuffled", "time", "input"]
 IMPRESSIONS = "impressions"  # the stream that outcomes belong to
-RESERVE_FILE = "reserve"  # a file that makes room for a last word when the disk is full
+RESERVE_FILE = "reserve"  # removed when the disk is full, to make room for the error message
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every step knows.
+    """What every step is given.
 
     Attributes:
-        staging: folder that becomes the dataset; scratch/ in it holds what goes from step to step.
+        staging: folder that becomes the dataset; scratch/ in it holds files between steps.
         buckets: of joins and histories.
         counts_all: whether statistics are of all rows, or of the train split.
-        memory: what a worker has read already.
+        cache: what a worker has loaded.
     """
 
     schema: Schema
@@ -33,45 +33,56 @@ class Job:
     seed: int
     rows_per_row_group: int
     counts_all: bool
-    memory: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def scratch(self) -> Path:
-        """Where what goes from step to step lies."""
+        """Folder of files between steps."""
         return self.staging / "scratch"
 
-    def aside(self, name: str) -> Path:
-        """A file of this attempt."""
+    @property
+    def progress(self) -> Path:
+        """Folder in which workers record their progress (see pipeline.ingest.progress)."""
+        return self.scratch / "progress"
+
+    def temporary_path(self, name: str) -> Path:
+        """A new path in the scratch folder: a failed attempt's files are named by no report."""
         return self.scratch / f"{name}-{uuid.uuid4().hex}"
 
     @property
     def joins(self) -> bool:
-        """Whether rows wait for something before they can be labelled."""
+        """Whether rows wait for outcomes or histories before they can be labelled."""
         return bool(self.schema.source.outcomes or self.schema.histories)
 
     @property
     def encoders(self) -> Encoders:
         """Loaded once a worker."""
-        if "encoders" not in self.memory:
-            self.memory["encoders"] = Encoders.load(self.staging / "encoders", self.schema)
-        return self.memory["encoders"]
+        if "encoders" not in self.cache:
+            self.cache["encoders"] = Encoders.load(self.staging / "encoders", self.schema)
+        return self.cache["encoders"]
 
-    def found(self, step: str) -> list[Work]:
-        """The reports of a step that was done, in the order of its work; none where the job has no such step."""
-        if step not in self.memory:
-            path = self.scratch / f"{step}.json"
+    def found(self, kind: type[R]) -> list[R]:
+        """The reports of a finished step, in the order of its work; empty where the job has no such step."""
+        if kind.step not in self.cache:
+            path = self.scratch / f"{kind.step}.json"
             if not path.exists():
                 return []
-            self.memory[step] = json.loads(path.read_text())
-        return self.memory[step]
+            self.cache[kind.step] = from_json(kind, json.loads(path.read_text()))
+        return self.cache[kind.step]
 
-    def parts(self, stream: str = IMPRESSIONS) -> list[Work]:
-        """The parts of a stream in the order of its rows."""
-        return [part for report in self.found("read") if report["stream"] == stream for part in report["parts"]]
+    def typed(self) -> list[TypedPart]:
+        """The parts that wait to be labelled, in the order of their rows."""
+        return [part for report in self.found(ReadReport) for part in report.typed]
 
-    def labelled(self) -> list[Work]:
-        """What `label` reported of each part, be it a step of its own or not."""
-        return self.found("label") if self.joins else self.parts()
+    def outcomes(self, stream: str) -> list[str]:
+        """Paths of an outcome's scattered rows, in their order."""
+        return [path for report in self.found(ReadReport) if report.stream == stream for path in report.outcomes]
+
+    def labelled(self) -> list[LabelledPart]:
+        """The labelled parts, whether `label` is a step of its own or part of `read`."""
+        if self.joins:
+            return [report.part for report in self.found(LabelReport)]
+        return [part for report in self.found(ReadReport) for part in report.labelled]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "memory": {}}
+        return {**self.__dict__, "cache": {}}

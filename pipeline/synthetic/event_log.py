@@ -1,8 +1,8 @@
-"""Raw event logs whose truth is known: what the demo trains on, and how far from the best possible NE it stays.
+"""Raw event logs with known true probabilities, which give the best possible NE. The demo trains on one.
 
 Every outcome's logit is a weighted sum of the same K nonlinear effects (`World.effects`), with one weight vector per
 task and one cosine between any two of them: the synthetic data of MMoE (Ma et al. 2018, section 3.2), which
-MultiTab-Bench (arXiv 2511.09970) takes to many tasks. Nearly all of the signal can be told from the logged columns.
+MultiTab-Bench (arXiv 2511.09970) takes to many tasks. Nearly all of the signal is in the logged columns.
 
 The world (items, users, weights) is drawn from the seed alone and a day's rows from the seed and its date, so one more
 day can be added later, alone, and has the same items, users and tastes.
@@ -76,7 +76,7 @@ class LogConfig(BaseModel, extra="forbid"):
     def _rows_per_day(self) -> "LogConfig":
         if self.impressions % self.days or self.rows_per_day >= MAX_ROWS_PER_DAY:
             raise ValueError(
-                f"impressions ({self.impressions:,}) must be a multiple of days ({self.days}), with less than "
+                f"impressions ({self.impressions:,}) must be a multiple of days ({self.days}), with fewer than "
                 f"{MAX_ROWS_PER_DAY:,} a day: a day's rows must not depend on the days around it"
             )
         return self
@@ -237,17 +237,17 @@ def generate(config: LogConfig, out: Path) -> None:
     """
     world = World(config)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         dates = [config.start + datetime.timedelta(days=day) for day in range(config.days)]
-        truth = pa.concat_tables([_write_day(config, world, date, Path(aside)) for date in dates])
+        truth = pa.concat_tables([_write_day(config, world, date, Path(temporary)) for date in dates])
         if (out / "truth.parquet").exists():
             kept = pq.read_table(out / "truth.parquet")
             day = pc.divide(kept["impression_id"], MAX_ROWS_PER_DAY)
             kept = kept.filter(pc.invert(pc.is_in(day, pa.array([date.toordinal() for date in dates]))))
             truth = pa.concat_tables([kept, truth], promote_options="default").sort_by("impression_id")
-        pq.write_table(truth, Path(aside, "truth.parquet"))
-        # By name, so that outcomes are there before the impressions they belong to.
-        for path in sorted(Path(aside).iterdir()):
+        pq.write_table(truth, Path(temporary, "truth.parquet"))
+        # By name, so that outcomes appear before the impressions that they belong to.
+        for path in sorted(Path(temporary).iterdir()):
             path.replace(out / path.name)
 
 
@@ -288,7 +288,7 @@ def _impressions(world: World, rng: np.random.Generator, rows: Rows, id_B: Array
     """The logged columns: ids as strings, and a few percent of values lost."""
     count = len(id_B)
     age_B = world.age_U[rows.user_B]
-    # A tenth of the ages is missing, the young's more often: that it is missing says a little.
+    # A tenth of the ages is missing, more often those of younger users, so that missingness is slightly informative.
     age_missing_B = rng.random(count) < 0.05 + 0.1 / (1 + np.exp((age_B - 40) / 6.0))
     rate_B = _sigmoid(-1.9 + 0.5 * world.quality_I[rows.item_B] + rng.normal(0, 0.15, count))  # around 0.13
     recent = pa.ListArray.from_arrays(pa.array(rows.recent_offset, pa.int32()), _named("i", rows.recent))

@@ -109,7 +109,6 @@ def test_an_unknown_key_is_refused_at_every_level_with_what_is_allowed_there(pla
         ("categorical.hour.dim", 0, ["categorical.hour.dim", "greater than or equal to 1"]),
         ("categorical.hour.vocabulary", {"min_count": 0}, ["categorical.hour.vocabulary.min_count"]),
         ("bag.recent.max_length", 0, ["bag.recent.max_length"]),
-        ("source.format", "orc", ["source.format", "'csv'"]),
         ("source.delimiter", "||", ["source.delimiter", "at most 1"]),
         ("source.delimiter", "", ["source.delimiter", "at least 1"]),
         ("source.quote", "''", ["source.quote", "at most 1"]),

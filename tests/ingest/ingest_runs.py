@@ -18,9 +18,11 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.ingest import job as ingest_job
 from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.job import StepFn, preprocess
+from pipeline.ingest.job import preprocess
+from pipeline.ingest.messages import ReadWork, Work
 from pipeline.ingest.schedule import Limits
-from pipeline.ingest.steps.steps import Job, Work
+from pipeline.ingest.state import Job
+from pipeline.ingest.steps import run_step
 
 SPLITS = ("train", "valid", "test")
 ROOT = Path(__file__).parents[2]
@@ -42,11 +44,11 @@ def refused(folder: Path | str, out: Path, content: dict[str, Any], **settings: 
     return str(caught.value)
 
 
-def run_in_a_loop(_: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
-    """Does what the Beam pipeline does, one element after the other: in place of job._run, and ten times as quick."""
-    work = list(enumerate(units))
+def run_in_a_loop(_: PreprocessConfig, job: Job, limits: Limits, units: list[ReadWork]) -> None:
+    """Does what the Beam pipeline does, one element after the other: in place of job.run_steps, and ten times as quick."""
+    work: list[tuple[int, Work]] = list(enumerate(units))
     for step in schedule.steps_of(job):
-        reports = [report for element in work for report in StepFn(job, step).process(element)]
+        reports = [(number, run_step(job, step, number, each)) for number, each in work]
         work = list(schedule.after(reports, job, limits, step))
     if (error := job.staging / "scratch" / "error.json").exists():
         raise UserError(json.loads(error.read_text()))
@@ -55,7 +57,7 @@ def run_in_a_loop(_: PreprocessConfig, job: Job, limits: Limits, units: list[Wor
 @contextmanager
 def no_beam() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingest_job, "_run", run_in_a_loop)
+        patch.setattr(ingest_job, "run_steps", run_in_a_loop)
         yield
 
 

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from features.errors import UserError
 from features.schema.source import Format
-from pipeline.ingest.files import BOM, check_columns, find, units
-from pipeline.ingest.formats import text
-from pipeline.ingest.formats.blocks import Reader
-from pipeline.ingest.formats.text import LONE_RETURN, NOT_UTF8, OPEN_QUOTE
+from pipeline.ingest.files import BOM, find
+from pipeline.ingest.formats import check_columns, raw_format, text, units
+from pipeline.ingest.formats.base import Wanted
+from pipeline.ingest.formats.csv import LONE_RETURN, OPEN_QUOTE
+from pipeline.ingest.formats.text import NOT_UTF8
 
 WHOLE = 1 << 40
 TYPES = {"n": "int", "x": "float", "s": "string"}
@@ -47,15 +48,16 @@ def read(
     names = check_columns(file, format, list(types))
     rows, bad, before = [], [], 0
     for unit in units([file], format, unit_bytes):
-        reader, count = Reader(unit, format, names, types, lists), 0
-        for block in reader:
+        count, line_count = 0, 0
+        for block in raw_format(format).read(unit, Wanted(types, names, lists or {}), lambda _: None):
             assert block.columns.column_names == list(types)
             assert block.row == count
             count += block.columns.num_rows
-            lines = [before + int(line) for line in block.lines()]
+            line_count += block.line_count
+            lines = [before + int(line) for line in block.line_numbers()]
             rows += [(line, *row.values()) for line, row in zip(lines, block.columns.to_pylist(), strict=True)]
             bad += [(before + line, reason, raw) for line, reason, raw in map(astuple, block.bad)]
-        before += reader.lines
+        before += line_count
     assert [line for line, *_ in rows] == sorted({line for line, *_ in rows})
     return rows, bad
 
@@ -348,7 +350,7 @@ def test_progress_ends_with_the_bytes_of_the_unit(tmp_path: Path) -> None:
         format, total = Format(format=kind), 0
         for unit in units([file], format, 1000):
             noted: list[int] = []
-            for _ in Reader(unit, format, ["a"], {"a": "int"}, note=noted.append):
+            for _ in raw_format(format).read(unit, Wanted({"a": "int"}, ["a"]), noted.append):
                 pass
             assert noted == sorted(noted)
             total += noted[-1]

@@ -15,8 +15,9 @@ from test_blocks import WHOLE, read
 from features.errors import UserError
 from features.parse.values import numbers
 from features.schema.source import Format
-from pipeline.ingest.files import find, units
-from pipeline.ingest.formats.blocks import Reader
+from pipeline.ingest.files import find
+from pipeline.ingest.formats import raw_format, units
+from pipeline.ingest.formats.base import Wanted
 
 
 def test_parquet_types_become_text_and_numbers(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_block_of_parquet_has_few_rows_however_well_they_compress(tmp_path: Pa
     pq.write_table(pa.table({"s": ["the same text in every row"] * 300_000}), tmp_path / "a.parquet")
     [file] = find(str(tmp_path), "a.parquet")
     [unit] = units([file], Format(format="parquet"), WHOLE)
-    blocks = list(Reader(unit, Format(format="parquet"), ["s"], {"s": "string"}))
+    blocks = list(raw_format(Format(format="parquet")).read(unit, Wanted({"s": "string"}), lambda _: None))
     assert [block.columns.num_rows for block in blocks] == [131_072, 131_072, 37_856]
     assert [block.row for block in blocks] == [0, 131_072, 262_144]
 

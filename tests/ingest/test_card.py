@@ -267,7 +267,7 @@ def test_tables_say_where_every_row_went(tmp_path):
     found = {table.title: table for table in tables(manifest, made(draw_rows(100)))}
     went = {line[0]: int(line[1]) for line in found["Where the rows went"].lines}
     assert went.pop("read") == sum(went.values()) == 115
-    outcome = found["Outcomes, by what became of them"]
+    outcome = found["Outcomes by join status"]
     assert dict(zip(outcome.header, outcome.lines[0], strict=True))["late"] == "3"
     assert not any(title.startswith("Drift") for title in found)
     for table in found.values():

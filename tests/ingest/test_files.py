@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from features.errors import UserError
 from features.schema.source import Format
-from pipeline.ingest.files import RawFile, check_columns, check_unchanged, files_by_date, find, units
+from pipeline.ingest.files import RawFile, check_unchanged, files_by_date, find
+from pipeline.ingest.formats import check_columns, units
 
 DAYS = [date(2024, 1, 1), date(2024, 1, 2), date(2024, 1, 3)]
 
@@ -127,7 +128,7 @@ def test_a_file_that_changes_after_it_was_found_is_noticed(tmp_path: Path, what:
         ("", "/tmp/a.csv", r"/tmp/a\.csv: source\.files is a pattern below the input folder"),
         ("", "s3://bucket/a.csv", r"s3://bucket/a\.csv: source\.files is a pattern"),
         ("", "none-*.csv", r"none-\*\.csv: no such file\. Set input=FOLDER, or source\.files"),
-        ("", "a**/b.csv", r"a\*\*/b\.csv: no pattern of files: .* Mend source\.files"),
+        ("", "a**/b.csv", r"a\*\*/b\.csv: not a glob pattern: .* Fix source\.files"),
         ("nowhere://b/x", "*", "nowhere:// needs a package"),
         ("typo://b/x", "*", "typo://b/x: cannot be opened: Protocol not known: typo"),
         ("memory://none", "*.csv", r"memory://none/\*\.csv: no such file"),
@@ -196,7 +197,7 @@ def test_units_of_parquet_are_row_groups_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "options", "said"),
     [
-        ("a.csv", b"a,c\n1,2\n", {}, r"a\.csv: column b is missing, the file has a, c\. Mend the schema, or name the"),
+        ("a.csv", b"a,c\n1,2\n", {}, r"a\.csv: column b is missing, the file has a, c\. Fix the schema, or name the"),
         ("a.csv", b"", {}, r"a\.csv: is empty, where a header line should be"),
         ("a.csv", b"a,b,b\n", {}, r"a\.csv: there are two columns b"),
         ("a.csv", b"1,2\n", {"columns": ["a", "c"]}, r"column b is missing, the file has a, c"),

@@ -113,14 +113,14 @@ def test_what_has_no_days_is_refused(days, tmp_path):
     out = tmp_path / "out"
     content = day_content()
     content["source"]["files"] = "log-*.csv"
-    assert "log-*.csv, which does not say where a {date} stands" in refused(days, out, content, date=FIRST)
+    assert "source.files is log-*.csv: put {date} where" in refused(days, out, content, date=FIRST)
     for click in ({"window": None}, {"late": "keep"}):
         message = refused(days, out, day_content(**click), date=FIRST)
-        assert "outcome click has no window that closes" in message
+        assert "outcome click may be in any later day" in message
     seen = day_content() | {"bag": {"seen": {"history": {"user": "city", "item": "city"}}}}
     assert "bag seen is a history" in refused(days, out, seen, date=FIRST)
     undated = day_content(files="clicks-*.csv")
-    assert "the files of outcome click have no {date}. Say with as_of=" in refused(days, out, undated, date=FIRST)
+    assert "the files of outcome click have no {date}. Set as_of=" in refused(days, out, undated, date=FIRST)
     message = refused(days, out, day_content(), date="2026-04-01")
     assert "log-{date}.csv: no such file of 2026-04-01" in message
 
@@ -166,7 +166,7 @@ def test_only_a_first_day_needs_rows_to_train_on_and_every_day_some_rows(days, t
     assert manifest.rows == {"train": 0, "valid": 10, "test": 0}
     (days / f"log-{FIRST + timedelta(days=2)}.csv").write_text("id,at,city\n")
     before = content_of(out)
-    with pytest.raises(UserError, match="no row is left"):
+    with pytest.raises(UserError, match="no rows are left"):
         run(days, out, content, date=FIRST + timedelta(days=2))
     assert content_of(out) == before
 

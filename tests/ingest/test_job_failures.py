@@ -17,7 +17,7 @@ from features.parse import raw
 from jobs.preprocess import main
 from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.formats import text
+from pipeline.ingest.formats import FORMATS, text
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +86,7 @@ def test_the_first_bad_row_is_named_by_its_line_in_the_file_though_it_is_in_a_la
     (folder / "impressions-1.csv").write_text("\n".join(lines) + "\n")
     message = refused(folder, tmp_path / "out", small_content(), unit_bytes=1000, max_bad_fraction=0)
     assert message.startswith("1 of 901 rows of impressions are bad, more than max_bad_fraction=0.0; the first: ")
-    assert "impressions-1.csv, line 212: 2 columns instead of 9. Mend the log" in message
+    assert "impressions-1.csv, line 212: 2 columns instead of 9. Fix the log" in message
 
 
 @pytest.mark.parametrize("name", ["impressions-1.csv", "impressions-2.csv.gz", "clicks-2.csv"])
@@ -125,7 +125,7 @@ def test_a_log_of_which_no_row_is_left_stops_the_job(small_dataset, small_log, s
     (folder / "impressions-1.csv").write_text((small_log / "impressions-1.csv").read_text().partition("\n")[0] + "\n")
     reference = {"from": small_dataset}
     message = refused(folder, tmp_path / "out", small_content(), encoders=reference, max_bad_fraction=1)
-    assert message.startswith("no row is left of those that were read")
+    assert message.startswith("no rows are left: the files are empty")
     assert refused(folder, tmp_path / "out", small_content()) == message  # and where new ones would have to be fitted
 
 
@@ -144,6 +144,16 @@ def test_a_derived_time_that_is_no_whole_number_stops_the_job(expression, small_
     message = refused(small_log, tmp_path / "out", content, max_bad_fraction=0.1)
     assert "event_time: column moment is" in message
     assert "it must be an integer" in message
+
+
+def test_a_format_that_is_not_registered_is_refused_with_its_key_and_those_that_are(small_log, small_content, tmp_path):
+    content = small_content()
+    content["source"]["outcomes"]["click"]["read"] = {"format": "orc"}
+    message = refused(small_log, tmp_path / "out", content)
+    known = ", ".join(FORMATS)
+    assert message == f"source.outcomes.click.read.format: 'orc' is not a raw format. Use one of {known}."
+    content["source"]["format"] = "avor"
+    assert refused(small_log, tmp_path / "out", content).startswith("source.format: 'avor' is not a raw format.")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,7 @@ def test_a_bad_stream_stops_the_job_however_many_good_rows_another_has(small_log
     (folder / "clicks-1.csv").write_text("\n".join(clicks) + "\n")
     message = refused(folder, tmp_path / "out", small_content(), max_bad_fraction=2 / 303)
     assert message.startswith("2 of 302 rows of click are bad, more than max_bad_fraction=0.0066")
-    assert f"the first: {folder}/clicks-1.csv, line 4: 1 columns instead of 2. Mend" in message
+    assert f"the first: {folder}/clicks-1.csv, line 4: 1 columns instead of 2. Fix" in message
     manifest = run(folder, tmp_path / "out", small_content(), max_bad_fraction=2 / 302)
     assert sum(manifest.dead_letters.values()) == 2
 
@@ -226,7 +236,7 @@ def test_an_order_in_time_needs_a_time(small_log, small_content, tmp_path):
 @pytest.mark.parametrize("out", ["s3://bucket/data", "gs://bucket", "file:///data", "hdfs://name:9000/data"])
 def test_an_out_that_is_a_url_is_refused_before_a_folder_of_its_name_appears(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValidationError, match="is no path: a dataset is written to a file system that is mounted"):
+    with pytest.raises(ValidationError, match="is a URL: a dataset is written to a mounted file system"):
         PreprocessConfig(input="x", out=out)
     assert not list(tmp_path.iterdir())
 
@@ -251,7 +261,7 @@ def test_a_cut_file_ends_the_command_with_one_line_and_exit_code_1(conf, small_l
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("read  ")]
+    lines = [line for line in done.stderr.splitlines() if line and "read  " not in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"error: {folder}/impressions-2.csv.gz: cannot be read")
     assert sorted(tmp_path.iterdir()) == before

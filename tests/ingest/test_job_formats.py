@@ -2,16 +2,21 @@
 
 import csv
 import gzip
+import io
 import json
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ingest_runs import content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run
 
+from pipeline.ingest.formats import FORMATS as REGISTERED
 from pipeline.ingest.formats import text
 
 COLUMNS = ["id", "at", "price", "city", "tags", "click"]
@@ -90,6 +95,37 @@ def typed_parquet_bytes(rows: list[Row]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def avro_bytes(rows: list[Row], **changes: Any) -> bytes:
+    """In blocks of a few rows. `changes` are types of columns in place of plain ones."""
+    kinds = {"id": "long", "at": "long", "price": "double", "city": "string", "tags": "string", "click": "boolean"}
+    fields = [{"name": name, "type": ["null", kind]} for name, kind in (kinds | changes).items()]
+    sink = io.BytesIO()
+    fastavro.writer(sink, {"type": "record", "name": "row", "fields": fields}, rows, "deflate", sync_interval=500)
+    return sink.getvalue()
+
+
+def typed_avro_bytes(rows: list[Row]) -> bytes:
+    """With timestamps, lists and decimals."""
+    changes = {
+        "id": "int",
+        "at": {"type": "long", "logicalType": "timestamp-millis"},
+        "price": {"type": "bytes", "logicalType": "decimal", "precision": 9, "scale": 3},
+        "tags": {"type": "array", "items": "string"},
+        "click": "int",
+    }
+    typed = [
+        row
+        | {
+            "at": datetime.fromtimestamp(row["at"], timezone.utc),
+            "price": None if row["price"] is None else Decimal(row["price"]),
+            "tags": None if row["tags"] is None else row["tags"].split("|"),
+            "click": int(row["click"]),
+        }
+        for row in rows
+    ]
+    return avro_bytes(typed, **changes)
+
+
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[list[Row]], bytes]]] = {
     "csv": ({}, csv_bytes),
     "tsv": ({"delimiter": "\t"}, lambda rows: csv_bytes(rows, "\t")),
@@ -101,6 +137,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[list[Row]], bytes]]] = {
     "jsonl.gz": ({"format": "jsonl"}, lambda rows: gzip.compress(json_bytes(rows))),
     "parquet": ({"format": "parquet"}, parquet_bytes),
     "typed.parquet": ({"format": "parquet"}, typed_parquet_bytes),
+    "avro": ({"format": "avro"}, avro_bytes),
+    "typed.avro": ({"format": "avro"}, typed_avro_bytes),
 }
 
 
@@ -152,6 +190,10 @@ def test_the_rows_of_the_plain_csv_are_those_that_were_written(as_csv):
     assert len({x["city"] for x in found}) == 4
 
 
+def test_every_registered_format_has_a_log_here():
+    assert {source.get("format", "csv") for source, _ in FORMATS.values()} == set(REGISTERED)
+
+
 @pytest.mark.parametrize("ending", [name for name in FORMATS if name != "csv"])
 def test_every_format_gives_the_rows_of_plain_csv(ending, as_csv, tmp_path):
     source, _ = FORMATS[ending]
@@ -159,7 +201,7 @@ def test_every_format_gives_the_rows_of_plain_csv(ending, as_csv, tmp_path):
     same_rows(tmp_path / "out", as_csv)
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("ending", REGISTERED)
 def test_files_cut_into_many_units_give_the_rows_of_whole_ones(ending, as_csv, tmp_path):
     source, _ = FORMATS[ending]
     log = write_log(tmp_path / "log", ending, ROWS)
@@ -228,7 +270,7 @@ def test_a_bucket_gives_the_bytes_of_a_folder(as_csv, tmp_path, monkeypatch):
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["csv.gz", *REGISTERED])
 def test_files_without_rows_add_none(ending, as_csv, tmp_path):
     source, write = FORMATS[ending]
     log = write_log(tmp_path / "log", ending, ROWS)
@@ -242,7 +284,7 @@ def test_files_without_rows_add_none(ending, as_csv, tmp_path):
     same_rows(tmp_path / "out", as_csv)
 
 
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["csv.gz", *REGISTERED])
 def test_the_index_of_a_row_in_its_file_decides_its_split_however_the_file_is_cut(ending, tmp_path):
     source, _ = FORMATS[ending]
     split = {"by": "row_index", "modulo": 7, "train": [0, 1, 2, 3], "valid": [4, 5], "test": [6]}

@@ -290,7 +290,7 @@ def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
         settings_ = {} if moment is None else {"as_of": written(moment, 2)}
         sizes = {"unit_bytes": unit_bytes, "bucket_bytes": bucket_bytes}
         if not expected:
-            with pytest.raises(UserError, match="no row is left"):
+            with pytest.raises(UserError, match="no rows are left"):
                 run(folder, out, content, **settings_, **sizes)
             return
         manifest = run(folder, out, content, **settings_, **sizes)

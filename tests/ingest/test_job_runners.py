@@ -1,6 +1,8 @@
 """The same dataset, byte for byte, from every runner: this process, its workers, and Beam's own job service."""
 
+import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+from apache_beam.runners import runner as beam_runner
 from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
+
+from pipeline.ingest import progress
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.runners import RUNNERS, check_runner, pipeline_on, worker_flags
 
 SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 
@@ -26,10 +34,63 @@ def in_a_loop(small_log, small_content, tmp_path_factory) -> dict[str, bytes]:
     return content_of(out)
 
 
+# Names of Beam that may change with a version of it
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_beam_knows_every_registered_runner(name):
+    check_runner(name)
+    assert type(beam_runner.create_runner(RUNNERS[name])).__name__ == RUNNERS[name]
+
+
+def test_beam_knows_the_flags_of_its_direct_runner():
+    """It ignores those that it does not know, and would do the work in one process."""
+    options = PipelineOptions(worker_flags(3)).view_as(DirectOptions)
+    assert (options.direct_running_mode, options.direct_num_workers) == ("multi_processing", 3)
+    assert PipelineOptions(worker_flags(1)).view_as(DirectOptions).direct_running_mode == "in_memory"
+
+
+def test_the_direct_runner_is_the_one_that_needs_no_network(tmp_path):
+    config = PreprocessConfig(input="in", out=tmp_path, workers=2)
+    assert type(pipeline_on(config).runner).__name__ == RUNNERS["direct"]
+    assert type(pipeline_on(config.model_copy(update={"runner": "portable"})).runner).__name__ == "PortableRunner"
+
+
+def test_importing_the_job_leaves_logging_as_it_was_and_is_silent():
+    code = """
+import logging
+import pipeline.ingest.job, sys
+root, beam = logging.getLogger(), logging.getLogger("apache_beam")
+print(root.handlers, root.filters, root.manager.disable, beam.level, "apache_beam" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[] [] 0 0 True\n", "")
+
+
+# The same bytes
+
+
 def test_beams_runner_writes_the_bytes_of_steps_that_are_done_in_a_loop(in_a_loop, small_log, small_content, tmp_path):
     run(small_log, tmp_path / "out", small_content(), **SIZES)
     assert content_of(tmp_path / "out") == in_a_loop
     assert len([name for name in in_a_loop if name.startswith("train/")]) == 3
+
+
+def test_progress_is_logged_step_by_step(small_log, small_content, tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(progress.logger, "info", lines.append)
+    run(small_log, tmp_path / "out", small_content(), **SIZES)
+    size = sum(path.stat().st_size for path in small_log.iterdir()) / 1e6
+    assert [line[:8].strip() for line in lines] == ["read", "join", "label", "merge", "encode", "write"]
+    assert re.fullmatch(rf"read      {size:.1f}/{size:.1f} MB  \d+\.\d MB/s  \d+\.\d s", lines[0])
+    assert all(re.fullmatch(r"\w+ +(\d+)/\1  \d+\.\d s", line) for line in lines[1:])
+    assert logging.getLogger("apache_beam").level == logging.NOTSET
+
+
+def test_a_line_of_progress_has_the_share_done_the_rate_and_the_time_left():
+    assert progress.line("read", 30_000_000, 71_400_000, 2) == "read      30.0/71.4 MB  15.0 MB/s  left 3 s"
+    assert progress.line("encode", 3, 8, 6) == "encode    3/8  left 10 s"
+    assert progress.line("encode", 8, 8, 6) == "encode    8/8  6.0 s"
 
 
 @pytest.mark.slow

@@ -137,13 +137,13 @@ def test_given_encoders_are_those_of_the_folder_in_which_the_job_was_started(
     """Workers may stand in another one, where the same relative path names nothing."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    undisturbed = job._run
+    undisturbed = job.run_steps
 
     def run_elsewhere(*given: Any) -> None:
         monkeypatch.chdir(elsewhere)
         undisturbed(*given)
 
-    monkeypatch.setattr(job, "_run", run_elsewhere)
+    monkeypatch.setattr(job, "run_steps", run_elsewhere)
     monkeypatch.chdir(small_dataset.parent)
     run(later_log, tmp_path / "out", small_content(), encoders={"from": small_dataset.name})
     assert content_of(tmp_path / "out" / "encoders") == content_of(small_dataset / "encoders")

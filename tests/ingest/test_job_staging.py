@@ -14,10 +14,11 @@ from features.errors import UserError
 from pipeline.ingest import job as ingest_job
 from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.job import StepFn
+from pipeline.ingest.messages import Failure, ReadWork, Report, Work
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
-from pipeline.ingest.state import Job, Work
+from pipeline.ingest.state import Job
+from pipeline.ingest.steps import run_step
 
 SIZES = {"rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 
@@ -95,7 +96,7 @@ def test_a_folder_that_another_job_removes_before_it_is_locked_is_made_again(mom
         monkeypatch.undo()
         assert left == [0]
         with staging_of(tmp_path / "out"):
-            assert (folder / "scratch" / "notes").is_dir()  # and locked: the other job leaves it alone
+            assert (folder / "scratch" / "progress").is_dir()  # and locked: the other job leaves it alone
 
 
 def test_a_folder_is_gone_whatever_ends_the_job(tmp_path):
@@ -114,14 +115,16 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
     lying: dict[str, set[str]] = {}
     undisturbed = schedule.after
 
-    def watched(reports: list[Work], job: Job, limits: Limits, step: str) -> Iterator[tuple[int, Work]]:
+    def watched(
+        reports: list[tuple[int, Report | Failure]], job: Job, limits: Limits, step: str
+    ) -> Iterator[tuple[int, Work]]:
         yield from list(undisturbed(reports, job, limits, step))
         lying[step] = {path.name.split("-")[0] for path in job.scratch.glob("*-*")}
 
     monkeypatch.setattr(schedule, "after", watched)
     run(small_log, tmp_path / "out", content, order="time", **SIZES)
     assert list(lying) == ["read", "join", "scatter_history", "gather_history", "label", "merge", "encode", "write"]
-    waiting = {"typed", "sent", "reply"}
+    waiting = {"typed", "scattered", "gathered"}
     assert waiting <= lying["gather_history"]
     assert not waiting & lying["label"]
     assert "features" in lying["merge"]
@@ -129,24 +132,25 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
     assert "encoded" in lying["encode"]
 
 
-def run_with_retries(_: PreprocessConfig, job: Job, limits: Limits, units: list[Work]) -> None:
+def run_with_retries(_: PreprocessConfig, job: Job, limits: Limits, units: list[ReadWork]) -> None:
     """As a runner does whose workers die: each element and what follows a step twice, and reports in any order."""
-    work, dice = list(enumerate(units)), random.Random(0)
+    work: list[tuple[int, Work]] = list(enumerate(units))
+    dice = random.Random(0)
     for step in schedule.steps_of(job):
-        for element in work:
-            list(StepFn(job, step).process(element))
-        reports = [report for element in work for report in StepFn(job, step).process(element)]
+        for number, each in work:
+            run_step(job, step, number, each)
+        reports = [(number, run_step(job, step, number, each)) for number, each in work]
         dice.shuffle(reports)
         first = list(schedule.after(reports, job, limits, step))
         work = list(schedule.after(dice.sample(reports, len(reports)), job, limits, step))
         assert work == first
-        job.memory.clear()  # of another worker
+        job.cache.clear()  # of another worker
 
 
 @pytest.mark.parametrize("order", ["shuffled", "time", "input"])
 def test_steps_that_are_done_twice_give_the_same_bytes(order, small_log, content, tmp_path, monkeypatch):
     run(small_log, tmp_path / "once", content, order=order, **SIZES)
-    monkeypatch.setattr(ingest_job, "_run", run_with_retries)
+    monkeypatch.setattr(ingest_job, "run_steps", run_with_retries)
     run(small_log, tmp_path / "twice", content, order=order, **SIZES)
     assert content_of(tmp_path / "twice") == content_of(tmp_path / "once")
 

@@ -1,11 +1,13 @@
 """Streams of a job that hold no rows, and keys that are computed: the rows are those of a plain log."""
 
 import gzip
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -43,6 +45,14 @@ def as_parquet(rows: list[dict[str, Any]], like: dict[str, Any]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def as_avro(rows: list[dict[str, Any]], like: dict[str, Any]) -> bytes:
+    kinds = {int: "long", float: "double", str: "string"}
+    fields = [{"name": name, "type": kinds[type(value)]} for name, value in like.items()]
+    sink = io.BytesIO()
+    fastavro.writer(sink, {"type": "record", "name": "row", "fields": fields}, rows)
+    return sink.getvalue()
+
+
 Write = Callable[[list[dict[str, Any]], dict[str, Any]], bytes]
 FORMATS: dict[str, tuple[dict[str, Any], Write]] = {
     "headerless.csv": ({"format": "csv"}, as_csv),
@@ -50,6 +60,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Write]] = {
     "jsonl": ({"format": "jsonl"}, as_jsonl),
     "jsonl.gz": ({"format": "jsonl"}, lambda rows, like: gzip.compress(as_jsonl(rows, like))),
     "parquet": ({"format": "parquet"}, as_parquet),
+    "avro": ({"format": "avro"}, as_avro),
 }
 
 
@@ -104,7 +115,7 @@ def test_a_log_without_clicks_has_rows_that_were_not_clicked(ending, tmp_path):
 @pytest.mark.parametrize("ending", FORMATS)
 def test_a_log_without_impressions_has_no_rows_to_make_a_dataset_of(ending, tmp_path):
     folder = written(tmp_path / "log", ending, [], [click(n) for n in range(5)])
-    assert "no row is left" in refused(folder, tmp_path / "out", content_for(ending))
+    assert "no rows are left" in refused(folder, tmp_path / "out", content_for(ending))
 
 
 @pytest.mark.parametrize("ending", FORMATS)

@@ -1,17 +1,20 @@
 """Raw files in an S3 bucket, served on this machine: the same files, units and rows as from a folder."""
 
 import gzip
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from features.errors import UserError
 from features.schema.source import Format
-from pipeline.ingest.files import check_columns, check_unchanged, find, units
-from pipeline.ingest.formats.blocks import Reader
+from pipeline.ingest.files import check_unchanged, find
+from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.formats.base import Wanted
 
 s3fs = pytest.importorskip("s3fs")
 server = pytest.importorskip("moto.server")
@@ -43,13 +46,22 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         client.put_object(Bucket="logs", Key=f"raw/2024-01-0{day}/a.csv", Body=CSV)
     client.put_object(Bucket="logs", Key="raw/b.csv.gz", Body=gzip.compress(CSV))
     client.put_object(Bucket="logs", Key="raw/c.parquet", Body=(tmp_path / "p").read_bytes())
+    fields = [{"name": "n", "type": "long"}, {"name": "s", "type": "string"}]
+    records, sink = [{"n": n, "s": s} for n, s in ROWS], io.BytesIO()
+    fastavro.writer(sink, {"type": "record", "name": "row", "fields": fields}, records, sync_interval=2000)
+    client.put_object(Bucket="logs", Key="raw/d.avro", Body=sink.getvalue())
     yield "s3://logs/raw"
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "unit_bytes"),
-    [("2024-01-01/a.csv", "csv", 7000), ("b.csv.gz", "csv", 7000), ("c.parquet", "parquet", 5000)],
+    [
+        ("2024-01-01/a.csv", "csv", 7000),
+        ("b.csv.gz", "csv", 7000),
+        ("c.parquet", "parquet", 5000),
+        ("d.avro", "avro", 7000),
+    ],
 )
 def test_a_bucket_gives_the_rows_that_were_put_there(bucket: str, name: str, kind: str, unit_bytes: int) -> None:
     [file] = find(bucket, name)
@@ -59,7 +71,7 @@ def test_a_bucket_gives_the_rows_that_were_put_there(bucket: str, name: str, kin
     assert (len(cut) > 1) == (name != "b.csv.gz")
     rows = []
     for unit in cut:
-        for block in Reader(unit, format, names, {"n": "int", "s": "string"}):
+        for block in raw_format(format).read(unit, Wanted({"n": "int", "s": "string"}, names), lambda _: None):
             rows += [tuple(row.values()) for row in block.columns.to_pylist()]
     check_unchanged(file)
     assert rows == ROWS

@@ -87,9 +87,9 @@ def test_a_file_that_the_manifest_does_not_name_is_found(folder, name):
         (lambda m: m["rows"].update(train=1), "rows of train are 300, the manifest says 1"),
         (lambda m: m["observed"]["test"].update(spent=7), "observed labels of spent in test"),
         (lambda m: m["positives"]["valid"].update(click=0.5), "sum of labels of click in valid"),
-        (lambda m: m["read"].update(impressions=516), "rows of impressions and where they went are 515"),
-        (lambda m: m["left_out"].update(more=1), "rows of impressions and where they went are 516"),
-        (lambda m: m["outcomes"]["click"].update(joined=71), "rows of click and where they went are 82"),
+        (lambda m: m["read"].update(impressions=516), "rows of impressions by destination are 515"),
+        (lambda m: m["left_out"].update(more=1), "rows of impressions by destination are 516"),
+        (lambda m: m["outcomes"]["click"].update(joined=71), "rows of click by destination are 82"),
         (lambda m: m["read"].update(view=1), "rows of view"),
         (lambda m: m["dead_letters"].update(odd=1), "dead letters by reason are 5, the manifest says 6"),
         (lambda m: m["shards"][0]["row_groups"].append(1), "row groups of train/part-00000"),
@@ -172,7 +172,7 @@ def test_days_are_verified_one_by_one_and_then_their_row_ids_together(days):
     said = list(verify(open_dataset(days, "2026-11-02..2026-11-03")))
     alone = list(verify(Dataset(days / "2026-11-02")))
     assert said[:-1] == [f"{day}  {line}" for day in ("2026-11-02", "2026-11-03") for line in alone]
-    assert said[-1] == "row ids of 2 days: 120, each there once"
+    assert said[-1] == "row ids of 2 days: 120, all unique"
 
 
 def test_a_fault_in_one_of_several_days_is_named_with_its_day(days):

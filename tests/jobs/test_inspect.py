@@ -43,7 +43,7 @@ def test_tables_are_printed_and_the_page_is_written_beside_the_dataset(dataset, 
 def test_a_check_says_what_it_checked_and_the_page_goes_where_it_is_told(dataset, tmp_path, capsys):
     main([str(dataset), "--verify", "--html", str(tmp_path / "page.html")])
     output = capsys.readouterr().out
-    assert "verified  row ids: 500, each there once" in output
+    assert "verified  row ids: 500, all unique" in output
     assert (tmp_path / "page.html").exists()
 
 

@@ -1,4 +1,4 @@
-"""A dataset's card: what its train split holds in numbers, and how far it drifted from an earlier dataset's."""
+"""A dataset's card: statistics of its train split, and drift from an earlier dataset."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ VERSION = 1
 def card(
     schema: Schema, encoders: Encoders, statistics: Statistics, reference: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The card as plain data for a JSON file; shares are in [0, 1], and None is what nothing is known of.
+    """The card as plain data for a JSON file; shares are in [0, 1], and None where nothing is known.
 
     Args:
-        encoders: those of the dataset: what is not in their vocabularies is unknown.
-        statistics: of the rows that the card speaks of.
-        reference: the card of the dataset whose encoders are used again; then there is `drift` against it.
+        encoders: of the dataset; values outside their vocabularies are unknown.
+        statistics: of the rows that the card describes.
+        reference: the card of the dataset whose encoders are used; the card then has `drift` from it.
     Returns: a dictionary of
         version, rows;
         numbers: per dense feature and feature with a table of bins: missing, mean, std, min, max, quantiles, histogram (edges
@@ -54,14 +54,16 @@ def read_card(dataset: Path) -> dict[str, Any]:
     """The card in a dataset's folder.
 
     Raises:
-        UserError: there is none, or it is of another version.
+        UserError: it is missing or of another version.
     """
     file = dataset / "statistics.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         version = found["version"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is missing or not what jobs.preprocess wrote. Run jobs.preprocess again.") from None
+        raise UserError(
+            f"{file} is missing or was not written by jobs.preprocess. Run jobs.preprocess again."
+        ) from None
     if version != VERSION:
         raise UserError(f"{file}: of version {version}, this release reads {VERSION}. Run jobs.preprocess again.")
     return found

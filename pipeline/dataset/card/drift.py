@@ -10,7 +10,7 @@ from features.fit.statistics import Statistics
 from features.schema.schema import Schema
 from pipeline.dataset.card.statistics import cells, rounded, shares_of, total, value_counts
 
-FLOOR = 1e-4  # a cell that is empty on one side only must not make the index infinite
+FLOOR = 1e-4  # keeps the index finite where a cell is empty on one side
 MOVES, SHIFTS = 0.1, 0.25  # the usual reading of a population stability index
 
 
@@ -25,7 +25,7 @@ def psi(share: np.ndarray, before: np.ndarray) -> float:
 
 
 def verdict(index: float, chance: float = 0.0) -> str:
-    """What is usually said of a population stability index, of the part of it that chance does not explain.
+    """The usual reading of a population stability index, less the part that chance explains.
 
     Args:
         chance: the index to expect of two samples of one distribution: (cells - 1)(1 / rows + 1 / rows before).
@@ -37,7 +37,7 @@ def verdict(index: float, chance: float = 0.0) -> str:
 def drift(
     schema: Schema, encoders: Encoders, statistics: Statistics, found: dict[str, Any], reference: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What changed, feature by feature; one that either side knows nothing of is left out."""
+    """Drift by feature, the largest first; features without statistics on either side are left out."""
     lines = []
     for part in ("numbers", "ids"):
         for name, now in found[part].items():
@@ -66,7 +66,7 @@ def drift(
 
 
 def _id_cells(counts: pl.DataFrame, before: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Shares now and before of the values that were listed before, of other known ones, and of other unknown ones."""
+    """Shares now and before of the values listed before, of all other known ones, and of all other unknown ones."""
     listed = pl.DataFrame(before["top"], schema={"value": pl.String, "share": pl.Float64}, orient="row")
     found = listed.join(counts, on="value", how="left", maintain_order="left")["count"].fill_null(0).to_list()
     rest = counts.join(listed, on="value", how="anti")

@@ -1,4 +1,4 @@
-"""A dataset's card as one HTML page that needs nothing else: its tables, histograms and most frequent values."""
+"""A dataset's card as one self-contained HTML page: its tables, histograms and most frequent values."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -46,7 +46,7 @@ svg { display: block; width: 100%; height: 60px; fill: #3b6ea8 }
 </head>
 <body>
 <h1>{{ name }}</h1>
-<p>schema {{ fingerprint }}; what is said of train is counted over {{ rows }} rows</p>
+<p>schema {{ fingerprint }}; statistics of train over {{ rows }} rows</p>
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
 <div class="wide"><table>
@@ -83,11 +83,11 @@ svg { display: block; width: 100%; height: 60px; fill: #3b6ea8 }
 
 @dataclass(frozen=True)
 class Picture:
-    """One feature: bars of a height in [0, 1] with the words that a pointer on them shows, or values with their shares.
+    """One feature: bars with heights in [0, 1] and tooltips, or values with their shares.
 
     Attributes:
         about: a line above it.
-        first, last: what stands below the ends of the bars.
+        first, last: labels below the ends of the bars.
         rest: a line below the values.
     """
 
@@ -102,7 +102,7 @@ class Picture:
 
 
 def page(name: str, manifest: Manifest, card: dict[str, Any]) -> str:
-    """The page's HTML; whatever raw values hold is shown as text."""
+    """The page's HTML; raw values are escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return (
         environment.from_string(PAGE)
@@ -140,5 +140,5 @@ def _values(name: str, found: dict[str, Any]) -> Picture:
 
 
 def _heights(counts: list[float]) -> list[float]:
-    """Of the largest one."""
+    """Counts over the largest one."""
     return [round(count / max(*counts, 1e-12), 4) for count in counts]

@@ -14,7 +14,7 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BINS = 20  # of a histogram
 CELLS = 10  # of a number, for drift
 TOP = 50  # values of an id feature that are listed
-DIGITS = 12  # what a digest gives is no more exact
+DIGITS = 12  # the precision of a digest
 
 
 def number_statistics(statistics: Statistics, name: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def number_statistics(statistics: Statistics, name: str) -> dict[str, Any]:
 
 
 def _histogram(digest: Digest, moments: Moments) -> dict[str, Any]:
-    """Counts of the values between the first and the last percent, which would stretch the picture to nothing."""
+    """Counts of the values between the first and the last percent, so that outliers do not flatten it."""
     low, high = digest.quantile(QUANTILES[0]), digest.quantile(QUANTILES[-1])
     if low == high:
         low, high = digest.minimum, digest.maximum
@@ -57,7 +57,7 @@ def _histogram(digest: Digest, moments: Moments) -> dict[str, Any]:
 def cells(digest: Digest, edges: np.ndarray) -> np.ndarray:
     """Shares of the values up to the first edge, from each to the next (which is in it), and beyond the last.
 
-    An edge that is there twice is a value of many rows, and a cell of its own.
+    An edge given twice is a value of many rows, with a cell of its own.
     """
     if not digest.count:
         return np.zeros(len(edges) + 1)
@@ -125,7 +125,7 @@ def share(part: float, whole: float) -> float | None:
 
 
 def rounded(number: float) -> float:
-    """A number with as many digits as a digest is exact to."""
+    """A number rounded to the precision of a digest."""
     return float(f"{number:.{DIGITS}g}")
 
 

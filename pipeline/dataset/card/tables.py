@@ -53,12 +53,12 @@ def _rows(manifest: Manifest) -> Table:
     went |= {f"left out: {rule}": count for rule, count in manifest.left_out.items()}
     went |= {"bad (dead letters)": bad, "read": total}
     lines = [[name, f"{count:,}", percent(count / total if total else None)] for name, count in went.items()]
-    return Table("Where the rows went", ["impressions", "rows", "of those read"], lines)
+    return Table("Where the rows went", ["impressions", "rows", "share"], lines)
 
 
 def _bad_rows(manifest: Manifest) -> Table:
     reasons = sorted(manifest.dead_letters.items(), key=lambda item: (-item[1], item[0]))
-    return Table("Dead letters", ["what is wrong", "rows"], [[reason, f"{count:,}"] for reason, count in reasons])
+    return Table("Dead letters", ["reason", "rows"], [[reason, f"{count:,}"] for reason, count in reasons])
 
 
 def _outcomes(manifest: Manifest) -> Table:
@@ -68,7 +68,7 @@ def _outcomes(manifest: Manifest) -> Table:
         bad = sum(file.rows for file in manifest.dead_letter_files if file.stream == name)
         cells = [manifest.read.get(name, 0), *(counts.get(kind, 0) for kind in kinds), bad]
         lines.append([name, *(f"{cell:,}" for cell in cells)])
-    return Table("Outcomes, by what became of them", ["outcome", "rows read", *kinds, "bad"], lines)
+    return Table("Outcomes by join status", ["outcome", "rows read", *kinds, "bad"], lines)
 
 
 def _tasks(manifest: Manifest, card: dict[str, Any]) -> Table:

@@ -1,1 +1,47 @@
-"""Raw file formats: one file a format."""
+"""Raw file formats: one file a format, registered here."""
+
+from collections.abc import Callable, Sequence
+
+from features.errors import UserError
+from features.schema.source import Format
+from pipeline.ingest.files import RawFile, Unit
+from pipeline.ingest.formats.avro import Avro
+from pipeline.ingest.formats.base import RawFormat
+from pipeline.ingest.formats.csv import Csv
+from pipeline.ingest.formats.jsonl import JsonLines
+from pipeline.ingest.formats.parquet import Parquet
+
+FORMATS: dict[str, Callable[[Format], RawFormat]] = {
+    "csv": Csv, "jsonl": JsonLines, "parquet": Parquet, "avro": Avro,
+}  # fmt: skip
+
+
+def raw_format(options: Format, key: str = "source") -> RawFormat:
+    """The registered format of these options. Raises UserError for an unknown one; `key` is their place in the schema."""
+    if options.format not in FORMATS:
+        raise UserError(f"{key}.format: {options.format!r} is not a raw format. Use one of {', '.join(FORMATS)}.")
+    return FORMATS[options.format](options)
+
+
+def check_columns(file: RawFile, options: Format, wanted: Sequence[str]) -> list[str] | None:
+    """The names of a file's columns; None where every row has keys of its own, which may be absent.
+
+    Raises:
+        UserError: the file cannot be opened, or lacks a wanted column, or has it twice.
+    """
+    form = raw_format(options)
+    found = form.column_names(file)
+    if found is None:
+        return None
+    if missing := [c for c in wanted if c not in found]:
+        shown = ", ".join(found)[:1000]
+        raise UserError(f"{file.path}: column {missing[0]} is missing, the file has {shown}. {form.column_fix}")
+    if twice := [c for c in wanted if found.count(c) > 1]:
+        raise UserError(f"{file.path}: there are two columns {twice[0]}. Rename one of them. {form.column_fix}")
+    return found
+
+
+def units(files: Sequence[RawFile], options: Format, unit_bytes: int, whole: bool = False) -> list[Unit]:
+    """The units of all files of a stream (see RawFormat.units)."""
+    form = raw_format(options)
+    return [unit for number, file in enumerate(files) for unit in form.units(file, number, unit_bytes, whole)]

@@ -1,1 +1,47 @@
-"""The steps of the ingest job."""
+"""The steps of the job, one file each: each works on a unit of a raw file, a part of its rows, a bucket, or a shard.
+
+    read             unit    raw text to typed rows in parts on disk; their keys, and outcomes, scattered to buckets
+    join             bucket  keys and outcomes of the bucket to joined columns, a batch for each part
+    scatter_history  part    users, items and times of the rows, scattered by user
+    gather_history   bucket  earlier items of each user, a batch for each part
+    label            part    typed rows and joined columns to features, labels, split; counted
+    merge            counts  those of many parts to one
+    encode           part    features to ids and numbers, partitioned by shard
+    write            shard   rows in their order as Parquet
+
+Rows stay where they are: only keys travel to the buckets, and joined columns back. A step is given a message and reports
+one (see pipeline.ingest.messages).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from features.errors import UserError
+from pipeline.ingest.files import one_line
+from pipeline.ingest.messages import Failure, Report, Work
+from pipeline.ingest.progress import record_done
+from pipeline.ingest.state import Job
+from pipeline.ingest.steps.encode import encode
+from pipeline.ingest.steps.history import gather_history, scatter_history
+from pipeline.ingest.steps.join import join_bucket
+from pipeline.ingest.steps.label import label
+from pipeline.ingest.steps.merge import merge
+from pipeline.ingest.steps.read import read
+from pipeline.ingest.steps.write import write
+
+STEPS: dict[str, Callable[[Job, Any], Report]] = {
+    "read": read, "join": join_bucket, "scatter_history": scatter_history, "gather_history": gather_history,
+    "label": label, "merge": merge, "encode": encode, "write": write,
+}  # fmt: skip
+
+
+def run_step(job: Job, step: str, number: int, work: Work) -> Report | Failure:
+    """Does one piece of a step's work; what a user can fix becomes a Failure, which reaches the driver on any runner."""
+    try:
+        report = STEPS[step](job, work)
+        record_done(job.progress, step, number)
+    except UserError as error:
+        return Failure(str(error))
+    except OSError as error:
+        return Failure(f"{job.staging.parent}: {one_line(error)}. No dataset was written.")
+    return report

@@ -1,11 +1,9 @@
-"""What becomes of rows on disk: shards with row groups of a set size, and dead letters."""
+"""Step `write`: shards, their rows in order, with row groups of a set size."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -13,20 +11,31 @@ import pyarrow.parquet as pq
 from features.fit.encoders import arrow_schema
 from features.hashing import hash_integers
 from features.schema.schema import Schema, Split
-from pipeline.dataset.manifest import DeadLetterFile, Shard, footer_sha256
+from pipeline.dataset.manifest import Shard, footer_sha256
+from pipeline.ingest import shuffle
+from pipeline.ingest.messages import Piece, WriteReport, WriteWork
+from pipeline.ingest.state import Job, Order
+from pipeline.ingest.steps.encode import rows_of_split
 from pipeline.storage.files import sha256
 from pipeline.storage.local import fsync
 
-Order = Literal["shuffled", "time", "input"]
-DEAD_LETTER_COLUMNS = pa.schema(
-    [
-        ("stream", pa.string()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("reason", pa.string()),
-        ("raw", pa.string()),
-    ]
-)
+
+def write(job: Job, work: WriteWork) -> WriteReport:
+    """Writes a shard, a slice of it in memory at a time."""
+    if job.order == "input":  # rows that stay in their order are encoded only now
+        tables = (_encoded(job, work.split, piece) for pieces in work.slices for piece in pieces)
+    else:
+        slices = (
+            pa.concat_tables(shuffle.read(piece.path, piece.start, mapped=False) for piece in pieces)
+            for pieces in work.slices
+        )
+        tables = (ordered(rows, job.order, job.seed) for rows in slices)
+    path = job.temporary_path("shard")
+    return WriteReport(write_shard(path, job.staging, work.split, job.schema, tables, job.rows_per_row_group))
+
+
+def _encoded(job: Job, split: Split, piece: Piece) -> pa.Table:
+    return job.encoders.encode(rows_of_split(shuffle.read(piece.path), split).slice(piece.start, piece.rows))
 
 
 def ordered(rows: pa.Table, order: Order, seed: int) -> pa.Table:
@@ -40,7 +49,7 @@ def ordered(rows: pa.Table, order: Order, seed: int) -> pa.Table:
 def write_shard(
     path: Path, staging: Path, split: Split, schema: Schema, tables: Iterable[pa.Table], row_group: int
 ) -> Shard:
-    """Writes rows that come table by table, and says what is in the shard."""
+    """Writes rows that come table by table; returns the shard's entry for the manifest."""
     rows, observed, positives = 0, dict.fromkeys(schema.tasks, 0), dict.fromkeys(schema.tasks, 0.0)
     # No dictionaries: ids after zstd are no larger without, and written in half the time.
     with pq.ParquetWriter(
@@ -77,27 +86,3 @@ def whole_groups(tables: Iterable[pa.Table], row_group: int) -> Iterator[pa.Tabl
             yield joined.slice(0, whole)
     if rest and rest[0].num_rows:
         yield rest[0]
-
-
-def write_dead_letters(
-    staging: Path, name: str, stream: str, file: str, found: Sequence[tuple[str, int]]
-) -> DeadLetterFile:
-    """One file of a raw file's dead letters.
-
-    Args:
-        found: spilled dead_letters, with what is added to their lines: those of earlier parts of the file.
-    """
-    parts = [pl.read_ipc(path).with_columns(pl.col("line") + before) for path, before in found]
-    frame = pl.concat(parts).sort("line", maintain_order=True)
-    path = staging / "dead_letters" / f"{name}.parquet"
-    path.parent.mkdir(exist_ok=True)
-    table = frame.select(pl.lit(stream).alias("stream"), pl.lit(file).alias("file"), "line", "reason", "raw").to_arrow()
-    pq.write_table(table.cast(DEAD_LETTER_COLUMNS), path, compression="zstd")
-    fsync(path)
-    return DeadLetterFile(
-        path=str(path.relative_to(staging)),
-        stream=stream,
-        rows=frame.height,
-        bytes=path.stat().st_size,
-        sha256=sha256(path),
-    )

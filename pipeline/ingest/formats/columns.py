@@ -1,0 +1,89 @@
+"""Columns of formats with types of their own (Parquet, Avro) as blocks have them: text, lists of text, numbers."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.errors import UserError
+from features.schema.source import Format, RawType
+
+TEXT, LIST = pa.string(), pa.list_(pa.string())
+
+
+def convert_columns(
+    path: str, columns: Mapping[str, pa.Array], types: Mapping[str, RawType], options: Format
+) -> pa.Table:
+    """The columns of a block, in the order of `types`. Raises UserError for one of another type, naming the file."""
+    found = {}
+    for name, wanted in types.items():
+        try:
+            found[name] = convert(columns[name], wanted, options)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(
+                f"{path}: column {name} is {columns[name].type}, which cannot be read as text or numbers: "
+                f"{str(error).splitlines()[0]}. Write it as another type."
+            ) from None
+    return pa.table(found)
+
+
+def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
+    """A column as text, numbers or lists of text; times as whole seconds since 1970 UTC.
+
+    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be converted, or its bytes are not UTF-8.
+    """
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return convert(values.dictionary_decode(), wanted, options)
+    if pa.types.is_floating(kind):  # the only missing number of many writers
+        values = pc.if_else(pc.is_nan(values), None, values)
+    if wanted == "string":
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        return values.cast(LIST if any(check(kind) for check in lists) else TEXT)
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        values = _seconds(values, options.timezone)
+    elif pa.types.is_boolean(kind):
+        values = values.cast(pa.int8())
+    elif kind == pa.float16():
+        values = values.cast(pa.float32())
+    return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
+
+
+def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Numbers of one kind; as text where a value is text, not of the kind, or not finite."""
+    is_float = pa.types.is_floating(values.type)
+    if not (is_float or pa.types.is_integer(values.type) or pa.types.is_decimal(values.type)):
+        return values.cast(TEXT)
+    if is_float and not pc.all(pc.is_finite(values), min_count=0).as_py():
+        return values.cast(TEXT)
+    try:
+        return values.cast(kind)
+    except pa.ArrowInvalid:
+        return values.cast(TEXT)
+
+
+def _seconds(values: pa.Array, timezone: str) -> pa.Array:
+    """Whole seconds since 1970 UTC; as text where the clocks of the zone skipped one of the times, which stays as it is."""
+    if pa.types.is_date(values.type):
+        values = values.cast(pa.timestamp("s"))
+    if values.type.tz is not None:
+        return _whole_seconds(values)
+    # At the end of summer time an hour comes twice, at its beginning one is left out.
+    localized = partial(pc.assume_timezone, values, timezone, ambiguous="earliest")
+    try:
+        return _whole_seconds(localized(nonexistent="raise"))
+    except pa.ArrowInvalid:
+        before, after = localized(nonexistent="earliest"), localized(nonexistent="latest")
+        return pc.if_else(pc.equal(before, after), _whole_seconds(after).cast(TEXT), values.cast(TEXT))
+
+
+def _whole_seconds(values: pa.Array) -> pa.Array:
+    """Timestamps as seconds since 1970 UTC, rounded down."""
+    per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
+    ticks = values.cast(pa.int64())
+    whole = pc.divide(ticks, per_second)  # towards zero
+    return pc.subtract(whole, pc.less(ticks, pc.multiply(whole, per_second)).cast(pa.int64()))

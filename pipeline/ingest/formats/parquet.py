@@ -1,0 +1,55 @@
+"""Parquet: units are row groups, and rows are numbered in their file."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
+from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
+from pipeline.ingest.formats.columns import convert_columns
+
+BLOCK_ROWS = 1 << 17  # of a block: values that repeat take next to no bytes in the file
+
+
+class Parquet(RawFormat):
+    """Parquet files; columns that the schema wants are read, all others are skipped."""
+
+    def column_names(self, file: RawFile) -> list[str] | None:
+        """See RawFormat."""
+        with readable(file.path), open_raw(file.path) as raw:
+            return pq.ParquetFile(raw).schema_arrow.names
+
+    def units(self, file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:  # noqa: ARG002
+        """See RawFormat. The footer has the number of rows in each row group, so any file can be cut."""
+        with readable(file.path), open_raw(file.path) as raw:
+            footer = pq.ParquetFile(raw).metadata
+            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+        found, start, first_row, size = [], 0, 0, 0
+        for index, group in enumerate(groups, 1):
+            size += group.total_byte_size
+            if size >= unit_bytes or index == len(groups):
+                found.append(Unit(file, number, start, index, first_row))
+                first_row += sum(g.num_rows for g in groups[start:index])
+                start, size = index, 0
+        return found or [Unit(file, number)]
+
+    def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
+        """See RawFormat."""
+        path, row = unit.file.path, 0
+        with readable(path), open_raw(path) as raw:
+            file = pq.ParquetFile(raw, pre_buffer=True)
+            stop = file.num_row_groups if unit.stop is None else unit.stop
+            groups = range(unit.start, stop)
+            footers = [file.metadata.row_group(i) for i in groups]
+            rows, size = sum(g.num_rows for g in footers), sum(g.total_byte_size for g in footers)
+            batch_rows = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
+            for batch in file.iter_batches(batch_rows, list(groups), list(wanted.types), use_threads=False):
+                columns = convert_columns(
+                    path, {name: batch[name] for name in wanted.types}, wanted.types, self.options
+                )
+                first = unit.first_row + row + 1
+                yield Block(columns, row, partial(np.arange, first, first + batch.num_rows))
+                row += batch.num_rows
+                on_bytes(unit.file.size * row // file.metadata.num_rows)

@@ -1,0 +1,66 @@
+"""Dead letters: spilled by the steps that find bad rows, and written as one Parquet file for each raw file in the end."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.parse import raw
+from pipeline.dataset.manifest import DeadLetterFile
+from pipeline.ingest.messages import DeadLetters
+from pipeline.ingest.state import Job
+from pipeline.storage.files import sha256
+from pipeline.storage.local import fsync
+
+COLUMNS = pa.schema(
+    [
+        ("stream", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("reason", pa.string()),
+        ("raw", pa.string()),
+    ]
+)
+
+
+def spill(job: Job, found: Sequence[pl.DataFrame]) -> DeadLetters:
+    """Writes frames of dead letters to a temporary file."""
+    frame = pl.concat(found) if found else raw.dead_letters()
+    if not frame.height:
+        return DeadLetters()
+    path = job.temporary_path("dead_letters")
+    frame.write_ipc(path)
+    reasons = Counter(_kind(reason) for reason in frame["reason"])
+    first = frame.row(int(frame["line"].arg_min() or 0), named=True)
+    return DeadLetters(str(path), dict(reasons), first["line"], first["reason"])
+
+
+def _kind(reason: str) -> str:
+    """A reason without the value that caused it, so that equal causes are counted together."""
+    name, _, rest = reason.partition(": ")
+    return reason if not rest or rest.startswith(("set ", "missing")) else f"{name}: wrong value"
+
+
+def write_file(staging: Path, name: str, stream: str, file: str, found: Sequence[tuple[str, int]]) -> DeadLetterFile:
+    """Writes the dead letters of a raw file.
+
+    Args:
+        found: spilled files, each with the number of the raw file's lines before those it counts.
+    """
+    parts = [pl.read_ipc(path).with_columns(pl.col("line") + before) for path, before in found]
+    frame = pl.concat(parts).sort("line", maintain_order=True)
+    path = staging / "dead_letters" / f"{name}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    table = frame.select(pl.lit(stream).alias("stream"), pl.lit(file).alias("file"), "line", "reason", "raw").to_arrow()
+    pq.write_table(table.cast(COLUMNS), path, compression="zstd")
+    fsync(path)
+    return DeadLetterFile(
+        path=str(path.relative_to(staging)),
+        stream=stream,
+        rows=frame.height,
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+    )

@@ -1,0 +1,109 @@
+"""Step `read`: a unit of a raw file to typed rows."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.errors import UserError
+from features.parse import raw
+from features.parse.raw import LINE, ROW
+from features.schema.source import RawType
+from pipeline.ingest import shuffle
+from pipeline.ingest.files import check_unchanged
+from pipeline.ingest.formats import raw_format
+from pipeline.ingest.formats.base import Block, Wanted
+from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPart
+from pipeline.ingest.progress import UnitProgress
+from pipeline.ingest.state import Job
+from pipeline.ingest.steps.dead_letters import spill
+from pipeline.ingest.steps.join import key_type, scatter, scatter_keys
+from pipeline.ingest.steps.label import label_rows
+
+ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + row in it, where the schema names no row_id column
+
+
+def read(job: Job, work: ReadWork) -> ReadReport:
+    """Reads a unit: impressions to typed parts, or without joins labelled ones; outcomes to buckets."""
+    stream, unit = work.stream, work.unit
+    outcome = job.schema.source.outcomes.get(stream)
+    options = job.schema.source.format_of(stream if outcome else None)
+    types = _types(job, stream)
+    codes = set() if outcome else raw.code_columns(job.schema)
+    bags = {} if outcome else {n: bag for n, bag in job.schema.bag.items() if not bag.history}
+    lists = {job.schema.feature_columns[name]: bag.separator for name, bag in bags.items()}
+    blocks = raw_format(options).read(
+        unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
+    )
+    typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
+    for block in _at_least_one(blocks, types):
+        typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
+        if outcome is not None:
+            path, dead_letters = _scatter_outcomes(job, stream, typed.rows)
+            outcomes.append(path)
+        else:
+            part, dead_letters = _impressions(job, work, typed.rows)
+            if isinstance(part, TypedPart):
+                typed_parts.append(part)
+            else:
+                labelled.append(part)
+            if job.joins and job.schema.event_time:
+                latest.append(pc.max(raw.event_time(job.schema, typed.rows)).as_py())
+        no_rows = [(line.line, line.reason, line.raw) for line in block.bad]
+        bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
+        count += block.columns.num_rows + len(block.bad)
+        lines += block.line_count
+    check_unchanged(unit.file)
+    return ReadReport(
+        stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
+        outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
+        dead_letters=spill(job, bad),
+    )  # fmt: skip
+
+
+def _types(job: Job, stream: str) -> dict[str, RawType]:
+    """The columns that are read of a stream."""
+    if outcome := job.schema.source.outcomes.get(stream):
+        return {outcome.key: key_type(job.schema), **outcome.types}
+    return {name: job.schema.raw_types.get(name, "string") for name in job.schema.raw_columns}
+
+
+def _at_least_one(blocks: Iterator[Block], types: dict[str, RawType]) -> Iterator[Block]:
+    """The blocks of a unit; without any, one that has no rows: later steps need the columns."""
+    block = None
+    for block in blocks:
+        yield block
+    if block is None:
+        yield Block(pa.table({name: pa.array([], pa.string()) for name in types}), 0, lambda: np.empty(0, np.int64))
+
+
+def _impressions(job: Job, work: ReadWork, rows: pa.Table) -> tuple[TypedPart | LabelledPart, pl.DataFrame]:
+    """Spills a block of impressions, or labels it at once where nothing is joined to it."""
+    row_id = work.unit.number * ROW_ID_STRIDE
+    if not job.joins:
+        return label_rows(job, work.number, row_id, rows)
+    path = shuffle.write(job.temporary_path("typed"), [rows])
+    keys = scatter_keys(job, rows) if job.schema.source.outcomes else None
+    return TypedPart(work.number, rows.num_rows, row_id, path, keys), raw.dead_letters()
+
+
+def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.DataFrame]:
+    """Scatters a block of outcomes to buckets; those without a key or a time belong to no impression."""
+    outcome = job.schema.source.outcomes[name]
+    if pa.types.is_nested(rows.schema.field(outcome.key).type):
+        raise UserError(
+            f"source.outcomes.{name}: its key {outcome.key} holds lists: name a column with one value a row"
+        )
+    needed = [outcome.key, *([outcome.time] if outcome.time else [])]
+    missing = [pl.Series(rows[column]).is_null() for column in needed]
+    lost = missing[0] | missing[-1]
+    dead_letters = raw.dead_letters()
+    if lost.any():
+        gone = rows.filter(lost.to_arrow())
+        words = {True: f"{outcome.key}: missing key", False: f"{outcome.time}: missing time"}
+        reasons = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
+        dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons, raw.as_json(gone.drop_columns([LINE, ROW])))
+        rows = rows.filter((~lost).to_arrow())
+    return scatter(job, rows.drop_columns([LINE, ROW]), outcome.key), dead_letters
