@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from features.batch import Batch
-from models.ranker import TABLES, Ranker
+from models.ranker import Ranker, is_table
+from models.torch_compat import onednn_kernel
 
 
 @torch.inference_mode()
@@ -17,10 +18,10 @@ def size(ranker: Ranker, batch: Batch) -> dict[str, Any]:
     Counted are matrix products and attention, as torch.utils.flop_counter does: table look-ups and elementwise work are not.
     """
     ranker.eval()
-    kernels = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    kernels = {onednn_kernel(): _linear_flops}
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         ranker(batch)
-    tables = sum(p.numel() for n, p in ranker.named_parameters() if n.startswith(TABLES))
+    tables = sum(p.numel() for n, p in ranker.named_parameters() if is_table(n))
     return {
         "parameters": sum(p.numel() for p in ranker.parameters()) - tables,
         "table_parameters": tables,
