@@ -115,5 +115,6 @@ TABLE_OPTIMIZERS = {
 
 
 def which(allowed: Callable[[FusedOptimizer], bool]) -> str:
-    """The names of the optimisers of which something is true, for an advice."""
-    return " or ".join(name for name, optimizer in TABLE_OPTIMIZERS.items() if allowed(optimizer))
+    """The names of the optimisers that `allowed` accepts, for messages."""
+    *names, last = (name for name, optimizer in TABLE_OPTIMIZERS.items() if allowed(optimizer))
+    return f"{', '.join(names)} or {last}" if names else last
