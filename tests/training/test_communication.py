@@ -1,9 +1,6 @@
 """What ranks exchange: number formats, slices of a batch, shards of the dense part, copies of the tables."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,6 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor, KeyedTensor
 from two_ranks import stopped, trainer
 from workbench import (
-    PATHS,
     close,
     configuration,
     identical,
@@ -26,6 +22,7 @@ from workbench import (
     model,
     task_loss,
     tensors,
+    torchrun,
     unsharded,
 )
 
@@ -47,12 +44,7 @@ LR, EPS = 0.05, 1e-8  # of the tables, in the workbench's configuration
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> Path:
     """The runs of four_ranks.py, all of one process group."""
-    script = [str(HERE / "four_ranks.py"), str(folder)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", *script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    print(done.stdout, done.stderr)
-    done.check_returncode()
+    torchrun(str(HERE / "four_ranks.py"), str(folder), ranks=RANKS).check_returncode()
     return folder
 
 
