@@ -12,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 from four_ranks import FORMATS, GROUP, LARGE, PLACEMENTS, RARE, RARELY, RUNS, STEPS, STOP
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 from torchrec import KeyedJaggedTensor, KeyedTensor
 from two_ranks import stopped, trainer
 from workbench import (
@@ -32,6 +34,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
 from pipeline.training.config import Settings
+from pipeline.training.parallel import replicas
 from pipeline.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -284,6 +287,13 @@ def test_copies_are_made_equal_before_a_checkpoint_which_holds_each_table_once(r
 def test_a_checkpoint_of_copies_is_read_without_copies_on_one_rank_element_by_element(ranks: Path) -> None:
     stopped(ranks, "copies-rarely", "copies-one", STOP)
     moved(ranks, "copies-one", {k: v for k, v in RARE.items() if k not in ("sharding_group", "sync_every")})
+
+
+def test_a_table_that_is_not_sharded_cannot_be_averaged_and_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"^item\.weight is a DTensor, not a ShardedTensor"):
+        replicas._parts(
+            {"item.weight": DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (1,)), [Replicate()])}
+        )
 
 
 def test_groups_that_do_not_share_the_ranks_evenly_are_refused_in_one_line(ranks: Path) -> None:

@@ -91,7 +91,7 @@ def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
     """
     listed, present = set(manifest.files), {path.name for path in staging.iterdir()}
     if missing := (listed ^ present) | (listed ^ (data_files(staging) | {".metadata"})):
-        raise OSError(f"{sorted(missing)[0]} is not both in the manifest, in the folder and in .metadata")
+        raise OSError(f"{sorted(missing)[0]} is not in all of manifest, folder and .metadata")
 
 
 class Saver:
