@@ -54,10 +54,16 @@ class ReplicatedGroups(DistributedModelParallel):
         self.replicas, self.averaged = env.replica_pg, True
 
     def average(self) -> None:
-        """Makes the replicas equal: weights and the optimiser's state become their mean over the groups."""
+        """Makes the replicas equal: weights and the optimiser's state become their mean over the groups.
+
+        Raises:
+            TypeError: a table or a state that is not a ShardedTensor, which would be left out.
+        """
         if self.averaged:
             return
         tables = {name: value for name, value in self.state_dict().items() if is_table(in_ranker(name))}
+        if not tables:
+            raise TypeError("the state dict has none of the tables, so their replicas could not be averaged")
         state = [tables, *self.fused_optimizer.state_dict()["state"].values()]
         pending = [
             dist.all_reduce(tensor, dist.ReduceOp.AVG, group=self.replicas, async_op=True)
