@@ -1,7 +1,7 @@
-"""jobs.plan: whether a model's embedding tables fit on a cluster, and which rank would hold what. Needs no GPU and no ranks.
+"""jobs.plan: whether a model's embedding tables fit on a cluster, and their placement. Needs no GPU and no ranks.
 
-It takes the command line of jobs.train (its groups and settings: python -m jobs.train --help) and the cluster's size. Without a
-dataset, tables are as large as the schema allows. What does not fit ends with exit code 1 and says by how much.
+It takes the groups and settings of jobs.train (python -m jobs.train --help) except run and resume, and the cluster's size.
+Without a dataset, tables are as large as the schema allows. Tables that do not fit end it with exit code 1 and by how much.
 
 Examples:
   python -m jobs.plan dataset=runs/demo/data model=adatt ranks=64 hbm=80GB
@@ -18,10 +18,10 @@ from jobs.entry import job, parse, read_schema
 @job("plan")
 def main(config: DictConfig) -> None:
     """Prints the plan."""
-    from pipeline.training.parallel.capacity import PlanConfig, answer
+    from pipeline.training.parallel.capacity import PlanConfig, capacity_report
 
     settings: PlanConfig = parse(config, PlanConfig)
-    print("\n".join(answer(settings, read_schema(config) if "data" in config else None)))
+    print("\n".join(capacity_report(settings, read_schema(config) if "data" in config else None)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from models.fusion.emm import EMM, TrainedModel
 from models.inputs import Inputs
 from models.interaction import build_interaction
 from models.managed import managed_tables
-from models.ranker import ModelConfig, Ranker, table_configs
+from models.ranker import ModelConfig, Ranker, table_configs, table_weight
 from models.sequences import sequences_of
 from models.towers import Calibration, TaskTowers
 
@@ -227,8 +227,7 @@ class FusedRanker(Ranker):
         if self.settings.tables != "new":
             names = {f"readers.{m}.{name}": name for name in self.readers[m].state_dict()}
             for table in {self.schema.table_of(feature) for feature in self.schema.sparse}:
-                weight = "embeddings.embedding_bags.{}.weight"
-                names[weight.format(f"{table}@{m}")] = weight.format(table)
+                names[table_weight(f"{table}@{m}")] = table_weight(table)
         ours = [
             f"fusion.levels.{level}.components.{m}.layers.{k}"
             for level, widths in enumerate(self.fusion.widths[m])

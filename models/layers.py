@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.torch_compat import onednn_linear
+
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -143,7 +145,7 @@ def _product(x_BD: Tensor, weight_DN: Tensor, bias_N: Tensor | None = None) -> T
     if ONEDNN and x_BD.device.type == "cpu" and x_BD.dtype == torch.float32:
         # oneDNN's kernels take a sixth less time than those behind torch.mm. They could rectify in passing, but of what is
         # no number their relu makes 0, and a broken input would train on unseen.
-        y_BN = torch.ops.mkldnn._linear_pointwise(x_BD, weight_DN.t(), bias_N, "none", [], "")
+        y_BN = onednn_linear(x_BD, weight_DN.t(), bias_N)
         return y_BN if bias_N is None else y_BN.relu_()
     return x_BD @ weight_DN if bias_N is None else torch.addmm(bias_N, x_BD, weight_DN).relu_()
 

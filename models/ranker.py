@@ -40,7 +40,7 @@ from models.sequences import (
 )
 from models.towers import Calibration, SharedTower, TaskTowers
 
-TABLES = ("embeddings.", "unpooled.")  # what the names of tables' weights begin with, in a ranker
+POOLED, UNPOOLED = "embeddings", "unpooled"  # the modules of a ranker that hold tables
 
 
 class ModelConfig(BaseModel):
@@ -150,6 +150,26 @@ class Ranker(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.scores(self.embedded(batch), batch)
+
+
+def is_table(name: str) -> bool:
+    """Whether a name of a ranker's state dict, or of one of its modules, is that of a table or of what holds them."""
+    return name.split(".")[0] in (POOLED, UNPOOLED)
+
+
+def table_weight(table: str, pooled: bool = True) -> str:
+    """The name of a table's weight in a ranker's state dict. pooled: False for a table that is looked up item by item."""
+    return f"{POOLED}.embedding_bags.{table}.weight" if pooled else f"{UNPOOLED}.embeddings.{table}.weight"
+
+
+def table_of(name: str) -> str:
+    """The table whose weight has a name, in a ranker or in a module around it: the inverse of `table_weight`."""
+    return name.split(".")[-2]
+
+
+def table_weights(ranker: Ranker) -> dict[str, str]:
+    """Of each table of a ranker, the name of its weight in the state dict."""
+    return {table.name: table_weight(table.name, isinstance(table, EmbeddingBagConfig)) for table in ranker.tables}
 
 
 def table_configs(schema: Schema, encoders: Encoders, std: float, suffix: str = "") -> list[EmbeddingBagConfig]:

@@ -1,1 +1,133 @@
-"""Private and unstable names of torch, TorchRec and FBGEMM: each stands here once, with a contract test."""
+"""Private and unstable names of torch, TorchRec and FBGEMM: each stands here once, with a contract test.
+
+tests/pipeline/test_torch_compat.py checks that a name exists and does what is relied on, and that no other file uses one.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.quantize_comm import QuantizedCommCodec
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.remote_device import _remote_device
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.types import ShardedModule
+
+__all__ = ["METADATA_CLASSES", "Shard", "ShardedTensor"]
+
+# Classes that the .metadata file of torch.distributed.checkpoint is pickled from, as (module, name).
+METADATA_CLASSES = frozenset(
+    {
+        *(("torch.distributed.checkpoint.metadata", name) for name in (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+    }
+)  # fmt: skip
+
+
+# Process groups
+
+
+def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
+    """Limits the collectives of a group; of the default group (dist.GroupMember.WORLD) as well."""
+    distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """The limit of the collectives of a group on a device."""
+    return group._get_backend(device).options._timeout
+
+
+def default_store() -> dist.Store:
+    """A new connection to the store of the default process group."""
+    return distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
+
+def rank_device(rank: int, device: torch.device) -> _remote_device:
+    """Where a shard lies, as the metadata of a ShardedTensor says it."""
+    return _remote_device(f"rank:{rank}/{device}")
+
+
+# Sharded tensors
+
+
+def on_cpu(value: ShardedTensor, parts: Sequence[Tensor]) -> ShardedTensor:
+    """A ShardedTensor laid out as `value`, over other tensors in main memory.
+
+    Args:
+        value: whose sizes, offsets, ranks and process group are taken. parts: one for each of its local shards.
+    """
+    whole = deepcopy(value.metadata())
+    shards = [Shard(part, deepcopy(old.metadata)) for part, old in zip(parts, value.local_shards(), strict=True)]
+    for metadata in (*whole.shards_metadata, *(shard.metadata for shard in shards)):
+        if metadata.placement is not None:
+            metadata.placement._device = torch.device("cpu")
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards, sharded_tensor_metadata=whole, process_group=value._process_group
+    )
+
+
+def with_local(value: DTensor, local: Tensor) -> DTensor:
+    """A DTensor laid out as `value` over another local tensor, on whatever device; from_local would move it to the mesh's."""
+    return DTensor(local, value._spec, requires_grad=False)
+
+
+# Tables
+
+
+class OwnState(nn.Module):
+    """A module that decides what a state dict contains of it; TorchRec's wrapper runs no hooks of state_dict."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Tensors by name, relative to the module."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: ARG002
+        destination.update({prefix + name: value for name, value in self.own_state().items()})
+
+
+def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's modules with this rank's tables; TorchRec keeps them in lists that modules() does not look into.
+
+    Raises:
+        RuntimeError: a sharded module has fused tables on this rank and none of their kernels was found.
+    """
+    for module in model.modules():
+        lookups = getattr(module, "_lookups", ())
+        kernels = [
+            m for lookup in lookups for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)
+        ]
+        if isinstance(module, ShardedModule) and not kernels and (tables := list(module.fused_optimizer.params)):
+            raise RuntimeError(
+                f"{type(module).__name__}: no FBGEMM kernel found for its fused tables {', '.join(tables)}. TorchRec has "
+                "changed: the optimiser's step could not be restored. Adapt pipeline/torch_compat.py."
+            )
+        yield from kernels
+
+
+def precision(codec: QuantizedCommCodec) -> Any:
+    """The number format that a codec of TorchRec was made for."""
+    return codec._comm_precision
+
+
+# Gradients and files
+
+
+def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The Euclidean norm of each tensor, as scalars, in few kernel launches."""
+    return torch._foreach_norm(tensors) if tensors else []
+
+
+def is_data_file(name: str, rank: int) -> bool:
+    """Whether a file of a checkpoint holds what a rank has written of the tensors (FileSystemWriter's names)."""
+    return name.startswith(f"__{rank}_")

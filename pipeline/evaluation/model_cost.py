@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from features.batch import Batch
-from models.ranker import TABLES, Ranker
+from models.ranker import Ranker, is_table
+from models.torch_compat import onednn_kernel
 
 
 @torch.inference_mode()
@@ -17,10 +18,10 @@ def model_cost(ranker: Ranker, batch: Batch) -> dict[str, Any]:
     Matrix products and attention are counted (torch.utils.flop_counter); table lookups and elementwise operations are not.
     """
     ranker.eval()
-    kernels = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    kernels = {onednn_kernel(): _linear_flops}
     with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         ranker(batch)
-    tables = sum(p.numel() for n, p in ranker.named_parameters() if n.startswith(TABLES))
+    tables = sum(p.numel() for n, p in ranker.named_parameters() if is_table(n))
     return {
         "parameters": sum(p.numel() for p in ranker.parameters()) - tables,
         "table_parameters": tables,

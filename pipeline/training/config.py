@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from models.ranker import ModelConfig
 from pipeline.run.retention import Keep
+from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 
 
 class Strict(BaseModel):
@@ -15,10 +16,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TableOptimizer(Strict):
-    """Of the embedding tables, fused into their backward: one pass reads, updates and writes the rows of a batch."""
+def _registered(name: str) -> str:
+    if name not in TABLE_OPTIMIZERS:
+        raise ValueError(f"{name} is not one of {', '.join(TABLE_OPTIMIZERS)}")
+    return name
 
-    name: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+
+class TableOptimizer(Strict):
+    """Of the embedding tables, one of pipeline.training.optim.table_optimizers, fused into their backward."""
+
+    name: Annotated[str, AfterValidator(_registered)] = "rowwise_adagrad"
     lr: float = Field(0.02, gt=0)
     eps: float = Field(1e-8, gt=0)
 
@@ -106,8 +113,8 @@ class Settings(Strict):
         kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
             A data_parallel table has one of its own.
         communication: of the embeddings between ranks.
-        sharding_group: ranks that share one copy of the tables (2D parallel, pipeline.training.parallel.replicas), a divisor
-            of all; None: all of them.
+        sharding_group: ranks that share one replica of the tables (2D parallel, pipeline.training.parallel.replicas), a
+            divisor of all; None: all of them.
         sync_every: steps between averages over the copies; a checkpoint averages too.
         dense_parallel: of everything but the tables: a copy a rank, or shards of weights, gradients and optimiser.
         pipelined: TorchRec's pipelined loop (None: where there is a GPU, and weighting and accumulate allow it).

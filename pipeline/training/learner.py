@@ -13,15 +13,17 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from features.batch import Batch
 from models.emm import build_ranker
-from models.ranker import TABLES
+from models.ranker import is_table
 from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
+from pipeline.torch_compat import norms
 from pipeline.training.config import TrainConfig
 from pipeline.training.optim import weighting
 from pipeline.training.optim.dense import build, rate
 from pipeline.training.optim.tables import replicated_tables
 from pipeline.training.parallel import replicas, shard
 from pipeline.training.parallel.row_reset import ManagedRows
+from pipeline.training.parallel.state_names import in_ranker
 from pipeline.training.step import StepOutput, TrainStep
 
 
@@ -48,8 +50,7 @@ class Learner:
         step = TrainStep(ranker, self.loss, s.precision == "bf16", s.accumulate)
         self.model = shard.shard(step, ranker, s, device)
         shard.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)
-        tables = tuple(f"ranker.{prefix}" for prefix in TABLES)
-        dense = [(n, p) for n, p in self.model.named_parameters() if not n.startswith(tables) and p.requires_grad]
+        dense = [(n, p) for n, p in self.model.named_parameters() if not is_table(in_ranker(n)) and p.requires_grad]
         self.dense = build(s.dense, dense, s.clip_norm)
         self.replicas = replicated_tables(self.model, s.tables)
         self.optimizer = CombinedOptimizer([self.dense, self.replicas])  # those of sharded tables are in their backward
@@ -61,9 +62,9 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The tensors of a checkpoint that are the same on any number of ranks, as views: loading fills them in place."""
-        replicas.settle(self.model)
+        replicas.synchronise(self.model)
         return {
-            "model": {name.removeprefix("ranker."): value for name, value in self.model.state_dict().items()},
+            "model": {in_ranker(name): value for name, value in self.model.state_dict().items()},
             "tables": self.model.fused_optimizer.state_dict()["state"] | self.replicas.state_dict()["state"],
             "dense": self.dense.state_dict()["state"],
         }
@@ -112,8 +113,8 @@ class Learner:
     def _largest_gradient(self) -> Tensor:
         """The largest norm of this rank's dense gradients; not finite if one of them is not."""
         grads = [p.grad for p in self.dense.params.values() if p.grad is not None]
-        norms = torch._foreach_norm([g.to_local() if isinstance(g, DTensor) else g for g in grads])
-        return torch.stack(norms).max() if norms else torch.zeros((), device=self.device)
+        found = norms([g.to_local() if isinstance(g, DTensor) else g for g in grads])
+        return torch.stack(list(found)).max() if found else torch.zeros((), device=self.device)
 
     def _prepare(self, step: int) -> None:
         """Learning rate and random state, both functions of the step's number."""

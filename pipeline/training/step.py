@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from features.batch import Batch
 from models.losses import TaskLoss
-from models.ranker import TABLES, Ranker
+from models.ranker import Ranker, is_table
 from pipeline.training.micro_batches import loss_by_micro_batches
 
 
@@ -51,7 +51,7 @@ class TrainStep(nn.Module):
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Those that are trained outside of the tables."""
-        parts = [part for name, part in self.ranker.named_children() if f"{name}." not in TABLES]
+        parts = [part for name, part in self.ranker.named_children() if not is_table(name)]
         return [p for part in (*parts, self.loss) for p in part.parameters() if p.requires_grad]
 
     def _by_micro_batches(self, batch: Batch) -> tuple[Tensor, StepOutput]:

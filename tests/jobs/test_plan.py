@@ -64,8 +64,8 @@ def test_a_datasets_encoders_say_how_large_its_tables_are(small_dataset: Path, p
     assert rows(lines) == {name: encoders.num_embeddings(name) for name in DIMS}
     city = pl.read_parquet(small_dataset / "train" / "*.parquet")["city"]
     assert rows(lines)["city"] > city.max()
-    assert lines[-1].startswith("fits: rank ")
-    assert "68.0 GB" in lines[-1]
+    assert lines[-1].startswith("fits: peak rank ")
+    assert "of 68.0 GB (80.0 GB less 15% reserve and" in lines[-1]
 
 
 def test_without_a_dataset_the_schema_bounds_them_and_that_is_said(bounded: list[str], plan: Callable) -> None:
@@ -75,9 +75,9 @@ def test_without_a_dataset_the_schema_bounds_them_and_that_is_said(bounded: list
         "item": 100_000 + 1 + 3,
         "hour": 24 + 2,  # that many bins, and the largest value
     }
-    assert lines[-2] == "without a dataset, rows are the most there can be: item, hour"
+    assert lines[-2] == "without a dataset, rows are upper bounds: item, hour"
     weights = (2_000_001 * 64 + 100_004 * 32 + 26 * 4) * 4 / 8
-    [least] = [line for line in lines if line.startswith("least")]
+    [least] = [line for line in lines if line.startswith("min")]
     assert float(least.split()[1]) == pytest.approx(weights / 1e6, rel=0.01)
 
 
@@ -89,21 +89,25 @@ def test_a_vocabulary_without_a_bound_is_named(plan: Callable) -> None:
     assert "user_id" not in line
 
 
-def test_the_command_line_of_a_training_can_be_taken_as_it_is(
-    small_dataset: Path, tmp_path: Path, plan: Callable
-) -> None:
+def test_the_command_line_of_a_training_can_be_used_without_its_run(small_dataset: Path, plan: Callable) -> None:
     train = [
         f"dataset={small_dataset}",
-        f"run={tmp_path / 'run'}",
         "model=ple",
         "recipe=demo",
         "+train.sharding.user=[row_wise]",
     ]
-    lines = plan(*train, "ranks=2", "device=cpu", "ddr=2GB", "train.batch_size=512", "resume=auto")
+    lines = plan(*train, "ranks=2", "device=cpu", "ddr=2GB", "train.batch_size=512")
     [user] = [line for line in lines if line.startswith("user")]
     assert "row_wise" in user
-    assert lines[-1].endswith("of dense part leave")
-    assert not (tmp_path / "run").exists()
+    assert re.fullmatch(
+        r"fits: peak rank \d uses [\d.]+ kB of 2.0 GB \(2.0 GB less [\d.]+ MB of dense parameters\)", lines[-1]
+    )
+
+
+@pytest.mark.parametrize("argument", ["run=runs/x", "resume=never"])
+def test_a_run_which_a_plan_does_not_read_is_refused(small_dataset: Path, plan: Callable, argument: str) -> None:
+    [line] = plan(f"dataset={small_dataset}", "ranks=2", "hbm=1GB", argument)
+    assert line.startswith("error: configuration: jobs.plan reads no run: leave run= and resume= out")
 
 
 def test_what_does_not_fit_is_one_line_with_what_helps(bounded: list[str], plan: Callable) -> None:
@@ -114,7 +118,7 @@ def test_what_does_not_fit_is_one_line_with_what_helps(bounded: list[str], plan:
     more = re.search(r"Try (\d+) ranks or more, train\.kernels\.default=\[fused_uvm_caching\]", line)
     assert plan(*bounded, f"ranks={more[1]}", "hbm=60MB", "train.sharding.default=[row_wise]")[-1].startswith("fits")
     cached = ["train.kernels.default=[fused_uvm_caching]", "ddr=1GB"]
-    assert "in main memory" in plan(*bounded, "ranks=8", "hbm=60MB", "train.sharding.default=[row_wise]", *cached)[-1]
+    assert " of main memory" in plan(*bounded, "ranks=8", "hbm=60MB", "train.sharding.default=[row_wise]", *cached)[-1]
 
 
 @pytest.mark.parametrize(
@@ -124,8 +128,8 @@ def test_what_does_not_fit_is_one_line_with_what_helps(bounded: list[str], plan:
         (["data=demo", "ranks=2"], "hbm=80GB"),
         (["data=demo", "ranks=2", "device=cpu"], "ddr=16GB"),
         (["data=demo", "hbm=1GB"], "ranks"),
-        (["data=demo", "ranks=12", "hbm=1GB"], "ranks=12 is no multiple of ranks_per_node=8"),
-        (["data=demo", "ranks=3", "hbm=1GB"], "train.batch_size=4096 is no multiple of ranks=3"),
+        (["data=demo", "ranks=12", "hbm=1GB"], "ranks=12 must be a multiple of ranks_per_node=8"),
+        (["data=demo", "ranks=3", "hbm=1GB"], "train.batch_size=4096 must be a multiple of ranks=3"),
         (["data=demo", "ranks=2", "hbm=many"], "hbm"),
     ],
 )

@@ -211,6 +211,44 @@ def test_a_crash_at_any_point_leaves_the_checkpoints_before_it_and_the_next_save
     assert same(empty, state(4))
 
 
+def no_data_file(name: str, rank: int) -> bool:
+    """As if torch named the files of tensors in another way."""
+    return False
+
+
+@pytest.mark.parametrize("fault", ["names changed", "one too many", "one too few"])
+def test_files_that_the_manifest_would_not_have_are_an_error_and_no_checkpoint(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    finish = FileSystemWriter.finish
+
+    def finished(self: FileSystemWriter, *given: Any, **named: Any) -> None:
+        finish(self, *given, **named)
+        if fault == "one too many":
+            (Path(self.path) / "__1_0.distcp").write_text("of a rank that is not in this run")
+        else:
+            (Path(self.path) / "__0_0.distcp").unlink()
+
+    if fault == "names changed":
+        monkeypatch.setattr(writer, "is_data_file", no_data_file)
+    else:
+        monkeypatch.setattr(FileSystemWriter, "finish", finished)
+    name = "__1_0" if fault == "one too many" else "__0_0"
+    with pytest.raises(
+        UserError, match=rf"step-00000002: cannot be written: {name}\.distcp is not in all of manifest, folder and"
+    ):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_whose_manifest_lists_no_files_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (path / "manifest.json").write_text(manifest(3).sealed({}).model_dump_json())
+    with pytest.raises(UserError, match=r"its manifest names no \.metadata"):
+        checkpoint.check(path)
+
+
 def test_a_checkpoint_saved_again_takes_the_place_of_a_damaged_one(tmp_path: Path) -> None:
     path = save(tmp_path, 3, fill=1)
     (path / "__0_0.distcp").write_bytes(b"")

@@ -1,9 +1,6 @@
 """What ranks exchange: number formats, slices of a batch, shards of the dense part, copies of the tables."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +12,6 @@ import torch.distributed.checkpoint as dcp
 from four_ranks import FORMATS, GROUP, LARGE, PLACEMENTS, RARE, RARELY, RUNS, STEPS, STOP
 from pydantic import ValidationError
 from tiny_training import (
-    PATHS,
     assert_close,
     assert_identical,
     configuration,
@@ -23,10 +19,13 @@ from tiny_training import (
     model,
     task_loss,
     tensors,
+    torchrun,
     unsharded,
     write_checkpoint,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 from torchrec import KeyedJaggedTensor, KeyedTensor
 from two_ranks import stopped, trainer
 
@@ -36,6 +35,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
 from pipeline.training.config import Settings
+from pipeline.training.parallel import replicas
 from pipeline.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -48,12 +48,7 @@ LR, EPS = 0.05, 1e-8  # of the tables, in the tiny_training's configuration
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> Path:
     """The runs of four_ranks.py, all of one process group."""
-    script = [str(HERE / "four_ranks.py"), str(folder)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", *script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    print(done.stdout, done.stderr)
-    done.check_returncode()
+    torchrun(str(HERE / "four_ranks.py"), str(folder), ranks=RANKS).check_returncode()
     return folder
 
 
@@ -293,6 +288,13 @@ def test_copies_are_made_equal_before_a_checkpoint_which_holds_each_table_once(r
 def test_a_checkpoint_of_copies_is_read_without_copies_on_one_rank_element_by_element(ranks: Path) -> None:
     stopped(ranks, "copies-rarely", "copies-one", STOP)
     moved(ranks, "copies-one", {k: v for k, v in RARE.items() if k not in ("sharding_group", "sync_every")})
+
+
+def test_a_table_that_is_not_sharded_cannot_be_averaged_and_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"^item\.weight is a DTensor, not a ShardedTensor"):
+        replicas._parts(
+            {"item.weight": DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (1,)), [Replicate()])}
+        )
 
 
 def test_groups_that_do_not_share_the_ranks_evenly_are_refused_in_one_line(ranks: Path) -> None:

@@ -103,11 +103,11 @@ def test_bytes_of_tables_and_ranks_are_those_of_the_shards(optimizer: str, float
     plan, found = place(tables={"name": optimizer}, sharding=sharding)
     momentum = {name: rows * floats * 4 for name, rows in ROWS.items()}
     assert [t.name for t in found.tables] == ["user", "item", "query", "country"]
-    assert {t.name: (t.rows, t.load.weights, t.load.state) for t in found.tables} == {
+    assert {t.name: (t.rows, t.size.weights, t.size.state) for t in found.tables} == {
         name: (rows, rows * DIM * 4, momentum[name]) for name, rows in ROWS.items()
     }
-    assert [(r.load.weights, r.load.state) for r in found.ranks] == bytes_by_rank(plan, 64, momentum)
-    assert {r.load.gradients for r in found.ranks} == {0 if optimizer == "adam" else ROWS["country"] * DIM * 4}
+    assert [(r.size.weights, r.size.state) for r in found.ranks] == bytes_by_rank(plan, 64, momentum)
+    assert {r.size.gradients for r in found.ranks} == {0 if optimizer == "adam" else ROWS["country"] * DIM * 4}
     assert sum(r.work for r in found.ranks) == pytest.approx(1)
     numbers = 1001 * 4  # and Adam's two moments of each
     assert (found.dense.weights, found.dense.gradients, found.dense.state) == (numbers, numbers, 2 * numbers)
@@ -126,8 +126,8 @@ def test_what_an_optimiser_keeps_counts_where_room_is_short() -> None:
 
 def test_a_group_that_shares_tables_is_planned_alone() -> None:
     plan, found = place(ranks=64, sharding={"default": ["row_wise"]}, sharding_group=16)
-    assert (len(found.ranks), found.copies) == (16, 4)
-    assert found.lines()[-1] == "4 copies of this, each on 16 ranks"
+    assert (len(found.ranks), found.replicas) == (16, 4)
+    assert found.lines()[-1] == "4 replicas, each on 16 ranks"
     assert {s.placement.rank() for p in plan.plan["embeddings"].values() for s in p.sharding_spec.shards} == set(
         range(16)
     )
@@ -135,15 +135,15 @@ def test_a_group_that_shares_tables_is_planned_alone() -> None:
         place(sharding_group=12)
 
 
-def test_many_tables_on_many_ranks_are_told_in_thirteen_lines() -> None:
+def test_many_tables_on_many_ranks_are_summarised_in_thirteen_lines() -> None:
     rows = {f"t{i}": 1000 * (i + 1) for i in range(30)}
     _, found = place(rows, sharding={"default": ["table_wise"]})
     lines = found.lines()
     assert len(lines) == 13
     assert [line.split()[0] for line in lines[1:7]] == [f"t{i}" for i in range(29, 23, -1)]
     assert lines[7].split()[:3] == ["24", "smaller", f"{sum(1000 * (i + 1) for i in range(24)):,}"]
-    assert [line.split()[0] for line in lines[8:-1]] == ["rank", "least", "median", "most"]
-    assert lines[-1].startswith(f"fullest: {found.fullest.rank}")
+    assert [line.split()[0] for line in lines[8:-1]] == ["rank", "min", "median", "max"]
+    assert lines[-1].startswith(f"peak: {found.peak.rank}")
 
 
 # What does not fit
@@ -179,14 +179,14 @@ def test_a_table_too_large_for_one_rank_is_named_and_the_advice_helps() -> None:
     ("device", "change", "says"),
     [
         ("cuda", {"sharding": {"default": ["column_wise"]}}, "one momentum per column shard"),
-        ("cuda", {"sharding": {"item": ["data_parallel"]}, "tables": {"name": "adam"}}, r"sharding\.item: fused Adam moves"),
-        ("cuda", {"sharding": {"item": ["data_parallel"]}, "sharding_group": 8}, "nothing averages its copies"),
-        ("cuda", {"sharding": {"item": ["data_parallel"]}, "kernels": {"item": ["fused"]}}, "one kernel, its own"),
+        ("cuda", {"sharding": {"item": ["data_parallel"]}, "tables": {"name": "adam"}}, r"sharding\.item: fused adam moves"),
+        ("cuda", {"sharding": {"item": ["data_parallel"]}, "sharding_group": 8}, "its replicas would diverge"),
+        ("cuda", {"sharding": {"item": ["data_parallel"]}, "kernels": {"item": ["fused"]}}, "a kernel of its own"),
         ("cuda", {"kernels": {"default": ["dense"]}}, r"train\.kernels\.default: dense is not allowed"),
-        ("cuda", {"kernels": {"shown": ["fused"]}}, r"train\.kernels\.shown: no such table, there are country, item"),
-        ("cpu", {"kernels": {"item": ["fused_uvm_caching"]}}, r"train\.kernels\.item: .* on a CPU it is there already"),
+        ("cuda", {"kernels": {"shown": ["fused"]}}, r"train\.kernels\.shown: no such table; the tables are country, item"),
+        ("cpu", {"kernels": {"item": ["fused_uvm_caching"]}}, r"train\.kernels\.item: .* all tables are in main memory"),
         ("cpu", {"sharding": {"item": ["table_row_wise"]}}, "table_row_wise has no CPU kernel"),
-        ("cpu", {"tables": {"name": "adam"}}, "fused Adam has no CPU kernel"),
+        ("cpu", {"tables": {"name": "adam"}}, "has no CPU kernel for it. Use rowwise_adagrad, adagrad or sgd"),
     ],
 )  # fmt: skip
 def test_what_would_change_results_or_lose_state_is_refused_with_the_reason(
@@ -284,16 +284,16 @@ def test_a_checkpoint_of_sharded_tables_goes_on_replicated_on_two_ranks(two_rank
 
 
 @pytest.mark.slow
-def test_what_the_estimate_says_is_what_the_ranks_hold(two_ranks: Path) -> None:
-    told = (two_ranks / "told.0.txt").read_text().splitlines()
-    assert (two_ranks / "told.1.txt").read_text() == ""
-    assert len(told) == 1 + len(TABLES) + 1 + 2
-    placements = {line.split()[0]: line for line in told[1 : 1 + len(TABLES)]}
+def test_ranks_hold_the_bytes_that_the_estimate_gives(two_ranks: Path) -> None:
+    logged = (two_ranks / "logged.0.txt").read_text().splitlines()
+    assert (two_ranks / "logged.1.txt").read_text() == ""
+    assert len(logged) == 1 + len(TABLES) + 1 + 2
+    placements = {line.split()[0]: line for line in logged[1 : 1 + len(TABLES)]}
     assert all(MIXED.get(name, MIXED["default"])[0] in line for name, line in placements.items())
     estimated = mixed_estimate(two_ranks)
-    assert told == estimated.lines()
+    assert logged == estimated.lines()
     held = [json.loads((two_ranks / f"held.{rank}.json").read_text()) for rank in range(2)]
-    assert [{"weights": r.load.weights, "state": r.load.state} for r in estimated.ranks] == held
+    assert [{"weights": r.size.weights, "state": r.size.state} for r in estimated.ranks] == held
 
 
 def mixed_estimate(folder: Path) -> Estimate:

@@ -21,7 +21,7 @@ from two_ranks_sequences import BAGS, FUSION, PLACEMENTS, STEPS, STOP, config, t
 
 from features.batch import Batch
 from features.errors import UserError
-from models.ranker import TABLES, Ranker
+from models.ranker import Ranker, is_table
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation.scorer import Scorer
@@ -81,7 +81,7 @@ def test_a_step_moves_tables_of_sequences_as_row_wise_adagrad_says(folder: Path)
     total.backward()
     assert losses(folder / "step") == [pytest.approx(total.item(), rel=1e-5)]
     found = last(folder / "step")
-    tables = [name for name, _ in ranker.named_parameters() if name.startswith(TABLES)]
+    tables = [name for name, _ in ranker.named_parameters() if is_table(name)]
     assert sorted(name.split(".")[-2] for name in tables) == ["device", "item", "topics", "user", "words"]
     for name in tables:
         weight = ranker.get_parameter(name)

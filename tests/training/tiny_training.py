@@ -171,9 +171,9 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics" / "train.jsonl").read_text().splitlines()]
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script or a module on two ranks of one thread each, and prints what it said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Runs a script or a module on ranks of one thread each, and prints its output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout, done.stderr)

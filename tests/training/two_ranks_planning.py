@@ -4,8 +4,8 @@ FOLDER holds the dataset `data` and `alone`, a run of one rank that stopped; the
 """
 
 import json
+import logging
 import shutil
-from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -56,12 +56,14 @@ def main(folder: Path) -> None:
         trainer(folder, f"table_wise-{optimizer}", **settings(optimizer, {"default": ["table_wise"]})).run_to_end()
         trainer(folder, f"replicated-{optimizer}", **settings(optimizer, REPLICATED)).run_to_end()
 
-    told = StringIO()
-    with redirect_stdout(told):
-        made = trainer(folder, "mixed", pipelined=True, **settings("rowwise_adagrad", MIXED))
+    logged = StringIO()
+    plan.logger.setLevel(logging.INFO)
+    plan.logger.addHandler(logging.StreamHandler(logged))
+    made = trainer(folder, "mixed", pipelined=True, **settings("rowwise_adagrad", MIXED))
+    plan.logger.handlers.clear()
     made.run_to_end()
     (folder / f"held.{rank}.json").write_text(json.dumps(held(made)))
-    (folder / f"told.{rank}.txt").write_text(told.getvalue())
+    (folder / f"logged.{rank}.txt").write_text(logged.getvalue())
 
     dist.barrier()
     if rank == 0:
@@ -71,13 +73,13 @@ def main(folder: Path) -> None:
     torch.save({name: value.clone() for name, value in tables(made).items()}, folder / f"loaded.{rank}.pt")
     made.run_to_end()
 
-    here, refused = plan.here, ""
-    plan.here = lambda device: plan.Cluster(2, 2, "cpu", 0, 50_000)  # the dense part alone takes 48 kB
+    current, refused = plan.current_cluster, ""
+    plan.current_cluster = lambda device: plan.Cluster(2, 2, "cpu", 0, 50_000)  # the dense part alone takes 48 kB
     try:
         trainer(folder, "never", **settings("rowwise_adagrad", REPLICATED))
     except UserError as error:
         refused = str(error)
-    plan.here = here
+    plan.current_cluster = current
     (folder / f"refused.{rank}.txt").write_text(refused)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, checksummed, renamed into place, and trusted only with a manifest that fits."""
+"""Checkpoints: written to a temporary folder, checksummed, renamed into place; read only with a manifest that fits."""
 
 from pipeline.run.checkpoint.lock import reading, remove, tidy
 from pipeline.run.checkpoint.manifest import CheckpointManifest, check, folder, read, steps

@@ -1,4 +1,4 @@
-"""Who reads a checkpoint holds it, and who deletes it waits, or leaves it alone."""
+"""Locks on checkpoints: a reader's keeps one from being deleted."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pipeline.storage.files import storage_of
 
 @contextmanager
 def reading(path: Path) -> Iterator[CheckpointManifest]:
-    """Holds a checkpoint: it has passed `check`, and is not deleted before the block ends. Raises UserError."""
+    """Locks a checkpoint that passes `check`, which is not deleted before the block ends. Raises UserError."""
     with _locked(path, shared=True, wait=True):
         yield check(path)
 
@@ -28,9 +28,9 @@ def _locked(path: Path, shared: bool = False, wait: bool = False) -> Lock:
 
 
 def remove(path: Path, wait: bool = False) -> bool:
-    """Deletes a checkpoint unless somebody reads it: then returns False, or waits for them.
+    """Deletes a checkpoint, unless another process reads it: then returns False, or waits for it.
 
-    It disappears in one rename; what a crash leaves behind that is hidden, and `tidy` takes it away.
+    It disappears in one rename; what a crash leaves is hidden, and `tidy` removes it.
     """
     try:
         with _locked(path, wait=wait):
@@ -46,6 +46,6 @@ def remove(path: Path, wait: bool = False) -> bool:
 
 
 def tidy(checkpoints: Path) -> None:
-    """Takes away what killed writers and deleters have left. Only for who may write here."""
+    """Removes what killed writers and deleters have left. Only for the process that holds the run's lock."""
     for left in checkpoints.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, without which there is none, and whose files must fit it."""
+"""The manifest of a checkpoint, which is written last: its step, its position in the data, its files and checksums."""
 
 from pathlib import Path
 
@@ -15,15 +15,15 @@ class CheckpointManifest(BaseModel):
     """What a checkpoint is and what its files are.
 
     Attributes:
-        step: batches passed, those of `skipped` without learning from them.
-        rows: learnt from, padding apart. left_out: passed without that, in skipped batches or unreadable row groups.
-        skipped: steps whose batch is left out, since its loss is not finite; they may lie ahead.
+        step: batches passed, those of `skipped` included.
+        rows: trained on, without padding. left_out: passed but not trained on, in skipped batches or unreadable row groups.
+        skipped: steps whose batch is left out, since its loss is not finite; some may be later than `step`.
         epoch, cursors: the loader's position.
         ranks: that wrote it.
-        seed, window, batch_size, data (hash of the train split's shards): what the order of rows depends on besides.
+        seed, window, batch_size, data (hash of the train split's shards): all else that the order of rows depends on.
         fingerprint: of the schema. encoders: of what was fitted. config: hash of what shapes the state (model and optimisers).
         files: name to (bytes, sha256).
-        checksum: of all the rest, since a flipped digit of a cursor is still a cursor.
+        checksum: of all other fields, since a cursor with a flipped digit is still valid JSON.
     """
 
     version: int = VERSION
@@ -56,7 +56,7 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 
 def read(path: Path) -> CheckpointManifest:
-    """A checkpoint's manifest. Raises UserError where there is none that can be read."""
+    """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version."""
     try:
         manifest = CheckpointManifest.model_validate_json((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
@@ -78,6 +78,8 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
         UserError: naming what is missing or differs.
     """
     manifest = read(path)
+    if ".metadata" not in manifest.files:
+        raise UserError(f"{path}: not a checkpoint, its manifest names no .metadata")
     for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
         file = path / name
         if not file.exists():
@@ -90,6 +92,6 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """Steps of the committed checkpoints, ascending; whether their files fit is for `check` to say."""
+    """Steps of the committed checkpoints, ascending; `check` says whether their files are whole."""
     found = (p for p in checkpoints.glob("step-*") if (p / "manifest.json").exists())
     return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())

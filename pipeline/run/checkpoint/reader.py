@@ -1,4 +1,4 @@
-"""Checkpoints read: held against deletion, and loaded on any number of ranks."""
+"""Checkpoints loaded on any number of ranks, without trusting their pickle."""
 
 import pickle
 import warnings
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from features.errors import UserError
+from pipeline.torch_compat import METADATA_CLASSES
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -22,6 +23,11 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
+def data_files(path: Path) -> set[str]:
+    """Names of the files that hold the tensors of a checkpoint, as .metadata has them. Raises OSError, UserError."""
+    return {place.relative_path for place in _Reader(path).read_metadata().storage_data.values()}
+
+
 def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
     """Reads a checkpoint that `check` has passed into a state of the same names and shapes, on any number of ranks.
 
@@ -29,11 +35,11 @@ def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
         state: filled in place.
         alone: without a process group, into unsharded modules.
     Raises:
-        UserError: it is gone, does not fit the state, or holds what is no tensor.
+        UserError: it was deleted, does not fit the state, or contains anything but tensors.
     """
     reader = _Reader(path)
     try:
-        reader.read_metadata()  # first by itself: dcp.load would try again elsewhere where this fails
+        reader.read_metadata()  # for its error: dcp.load would catch it and try another format
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(state, storage_reader=reader, no_dist=alone)
@@ -59,7 +65,7 @@ class _Reader(dcp.FileSystemReader):
             places = [place.relative_path for place in metadata.storage_data.values()]
         except (UserError, OSError):
             raise
-        except Exception:  # a pickle that is none raises what it likes
+        except Exception:  # bytes that are no pickle raise anything
             raise UserError(f"{self.path}/.metadata cannot be read: not a checkpoint") from None
         for name, entry in entries.items():
             if not isinstance(entry, TensorStorageMetadata):
@@ -72,20 +78,8 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Unpickler(pickle.Unpickler):
-    ALLOWED = frozenset(
-        {
-            *(("torch.distributed.checkpoint.metadata", name) for name in (
-                "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-                "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-            ("pathlib", "PosixPath"),
-        }
-    )  # fmt: skip
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (
+        if (module, name) in METADATA_CLASSES or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)

@@ -1,4 +1,4 @@
-"""Checkpoints written to a temporary folder, checksummed and renamed into place, in the background if wanted.
+"""Checkpoints written to a temporary folder, checksummed and renamed into place, in the background if asked for.
 
 Training waits only while its state is copied in memory.
 """
@@ -6,7 +6,6 @@ Training waits only while its state is copied in memory.
 import shutil
 import threading
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from features.errors import UserError
 from pipeline.run.checkpoint.lock import remove
 from pipeline.run.checkpoint.manifest import CheckpointManifest, folder
+from pipeline.run.checkpoint.reader import data_files
 from pipeline.storage.files import sha256, storage_of, write_json
+from pipeline.torch_compat import ShardedTensor, is_data_file, on_cpu, with_local
 
 
 def save(
@@ -32,7 +32,7 @@ def save(
     The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint.
 
     Args:
-        group: of all ranks, for what they tell each other; the default group if None.
+        group: of all ranks, for the messages that this takes; the default group if None.
     Raises:
         UserError: on every rank, if one cannot write, as on a full disk; the checkpoints before it stay.
     """
@@ -52,15 +52,15 @@ def save(
     if outcome[0] is not None:
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(f"{final}: cannot be written: {outcome[0]}. Make room; the run goes on from the one before.")
+        raise UserError(f"{final}: cannot be written: {outcome[0]}. Earlier checkpoints stay.")
     return final
 
 
 def _attempt(act: Any, *arguments: Any) -> Any:
-    """What `act` returns, or a line that says why it could not: the other ranks wait to hear it either way."""
+    """What `act` returns, or the reason why it failed as one line: the other ranks wait for either."""
     try:
         return act(*arguments)
-    except (CheckpointException, OSError) as error:
+    except (CheckpointException, OSError, UserError) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if not isinstance(cause, Exception):
             raise cause from None  # an interrupt, which dcp wraps as well
@@ -71,15 +71,27 @@ def _write(staging: Path, state: dict[str, Any], group: dist.ProcessGroup | None
     """This rank's files in `staging`: name to bytes and checksum."""
     dcp.save(state, storage_writer=dcp.FileSystemWriter(staging, sync_files=True), process_group=group)
     rank = dist.get_rank()
-    ours = [p for p in staging.iterdir() if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")]
+    ours = [p for p in staging.iterdir() if is_data_file(p.name, rank) or (rank == 0 and p.name == ".metadata")]
     return {p.name: (p.stat().st_size, sha256(p)) for p in ours}
 
 
 def _commit(staging: Path, final: Path, manifest: CheckpointManifest) -> None:
+    _check_complete(staging, manifest)
     write_json(staging / "manifest.json", manifest.model_dump())
     if final.exists():  # a damaged one: the run was rolled back
         remove(final, wait=True)
     storage_of(final).commit(staging, final)
+
+
+def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
+    """Compares the files of the manifest with those in the folder, and with those that .metadata says tensors are in.
+
+    Raises:
+        OSError: naming a file that is not in all three: a rank has written none, or torch names its files in another way.
+    """
+    listed, present = set(manifest.files), {path.name for path in staging.iterdir()}
+    if missing := (listed ^ present) | (listed ^ (data_files(staging) | {".metadata"})):
+        raise OSError(f"{sorted(missing)[0]} is not in all of manifest, folder and .metadata")
 
 
 class Saver:
@@ -91,7 +103,7 @@ class Saver:
         checkpoints: the run's folder of them.
         group: of all ranks, used by nothing else: its messages would mix with training's.
         background: False writes while the caller waits, without a copy.
-        written: called in that thread with the step whose checkpoint is on disk.
+        written: called in that thread with the step of a checkpoint that is on disk.
     """
 
     def __init__(
@@ -107,7 +119,7 @@ class Saver:
         self.error: BaseException | None = None
 
     def save(self, state: dict[str, Any], manifest: CheckpointManifest) -> None:
-        """Begins to write a checkpoint; every rank calls it with its part of the state, after `wait`."""
+        """Starts to write a checkpoint; every rank calls it with its part of the state, after `wait`."""
         if not self.background:
             self._write(state, manifest)
             return
@@ -118,7 +130,7 @@ class Saver:
         self.thread.start()
 
     def wait(self) -> UserError | None:
-        """Waits until nothing is being written, and returns why the last checkpoint could not be; the same on all ranks."""
+        """Waits for the checkpoint that is being written, and returns its error; the same on all ranks."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -131,7 +143,7 @@ class Saver:
         try:
             save(self.checkpoints, state, manifest, self.group)
             self.written(manifest.step)
-        except BaseException as error:  # a thread's error would go unseen
+        except BaseException as error:  # raised by `wait`: a thread's error would be lost
             self.error = error
 
 
@@ -147,7 +159,7 @@ def copied(value: Any, into: Any = None) -> Any:
         return _copied_shards(value, into)
     if isinstance(value, DTensor):
         local = copied(value.to_local(), into.to_local() if into is not None else None)
-        return DTensor(local, value._spec, requires_grad=False)  # from_local would move it back to the GPU
+        return with_local(value, local)
     if isinstance(value, Tensor):
         if into is None:
             into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -160,11 +172,4 @@ def _copied_shards(value: ShardedTensor, into: ShardedTensor | None) -> ShardedT
         for theirs, ours in zip(value.local_shards(), into.local_shards(), strict=True):
             ours.tensor.copy_(theirs.tensor.detach(), non_blocking=True)
         return into
-    whole = deepcopy(value.metadata())
-    shards = [Shard(copied(shard.tensor), deepcopy(shard.metadata)) for shard in value.local_shards()]
-    for metadata in (*whole.shards_metadata, *(shard.metadata for shard in shards)):
-        if metadata.placement is not None:
-            metadata.placement._device = torch.device("cpu")
-    return ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards, sharded_tensor_metadata=whole, process_group=value._process_group
-    )
+    return on_cpu(value, [copied(shard.tensor) for shard in value.local_shards()])

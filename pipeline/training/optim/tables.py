@@ -1,6 +1,5 @@
-"""Optimisers of embedding tables that every rank has whole; those of sharded tables are fused into the backward."""
+"""The optimiser of embedding tables of which every rank has a copy; those of sharded tables are fused into the backward."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,61 +9,52 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingType
 from torchrec.optim.keyed import KeyedOptimizer
 
+from models.ranker import is_table, table_of
 from pipeline.training.config import TableOptimizer
-
-# The kernel of replicated tables on a CPU differentiates itself, and rightly so.
-warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel")
+from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
+from pipeline.training.parallel.state_names import in_ranker
 
 
 class ReplicatedTables(KeyedOptimizer):
     """Updates data-parallel tables, of which every rank has a copy with the gradient's mean over the ranks.
 
-    Mathematics, names and shapes of the state are those of the optimisers that are fused into sharded tables, so that a
-    checkpoint fits either. A row that is in no batch has gradient 0, which changes neither it nor its momentum.
+    Mathematics, names and shapes of the state are those of the fused optimisers, so that a checkpoint fits either.
 
     Args:
         tables: by the names that they have in the model.
+        config: of an optimiser with a `change`.
     """
 
     def __init__(self, tables: Mapping[str, nn.Parameter], config: TableOptimizer) -> None:
-        state: dict[nn.Parameter, dict[str, torch.Tensor]] = {weight: {} for weight in tables.values()}
-        if config.name != "sgd":
-            for name, weight in tables.items():
-                like = weight.detach()[:, 0] if config.name == "rowwise_adagrad" else weight.detach()
-                state[weight][f"{name.split('.')[-2]}.momentum1"] = torch.zeros_like(like).contiguous()
+        self.config, self.optimizer = config, TABLE_OPTIMIZERS[config.name]
+        state = {
+            weight: {
+                f"{table_of(name)}.momentum{number}": torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                for number, shape in enumerate(self.optimizer.state_shapes(*weight.shape), start=1)
+            }
+            for name, weight in tables.items()
+        }
         super().__init__(tables, state, [{"params": list(tables.values())}])  # without lr: nothing schedules it
-        self.config = config
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # noqa: ARG002
-        """m += g^2, of a row their mean where it has one momentum; w -= lr g / (sqrt(m) + eps). SGD: w -= lr g."""
+        """Updates all tables that have a gradient; frozen ones have none."""
         for weight in self.params.values():
-            gradient_RD = weight.grad
-            if gradient_RD is None:  # of tables that are frozen
-                continue
-            scale_RD: torch.Tensor | float = self.config.lr
-            for momentum in self.state[weight].values():
-                square_RD = gradient_RD.square()
-                momentum += square_RD.mean(1) if momentum.dim() == 1 else square_RD
-                scale_RD = self.config.lr / (momentum.view(len(momentum), -1).sqrt() + self.config.eps)
-            weight -= scale_RD * gradient_RD
+            if weight.grad is not None:
+                assert self.optimizer.change is not None
+                weight -= self.optimizer.change(
+                    weight.grad, list(self.state[weight].values()), self.config.lr, self.config.eps
+                )
 
 
 def replicated_tables(model: DistributedModelParallel, config: TableOptimizer) -> ReplicatedTables:
-    """The optimiser of a sharded model's data-parallel tables; it does nothing where there are none."""
-    prefixes = {
-        f"{path}.": {f".{table}.weight" for table, sharding in tables.items() if _replicated(sharding.sharding_type)}
-        for path, tables in model.plan.plan.items()
+    """The optimiser of a sharded model's data-parallel tables; it has none to update where all tables are sharded."""
+    replicated = {
+        table
+        for tables in model.plan.plan.values()
         if isinstance(tables, EmbeddingModuleShardingPlan)
+        for table, sharding in tables.items()
+        if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
     }
-    found = {
-        name: weight
-        for name, weight in model.named_parameters()
-        for prefix, suffixes in prefixes.items()
-        if name.startswith(prefix) and name.endswith(tuple(suffixes))
-    }
-    return ReplicatedTables(found, config)
-
-
-def _replicated(sharding_type: str) -> bool:
-    return sharding_type == ShardingType.DATA_PARALLEL.value
+    weights = {name: weight for name, weight in model.named_parameters() if is_table(in_ranker(name))}
+    return ReplicatedTables({n: w for n, w in weights.items() if table_of(n) in replicated}, config)

@@ -1,4 +1,4 @@
-"""Whether a model's tables fit on a cluster that is not here, and where they would go."""
+"""Capacity planning: whether a model's tables fit on a cluster, and how they would be placed."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,19 +15,19 @@ from pipeline.dataset.dataset import open_dataset
 from pipeline.training.config import Settings, Strict
 from pipeline.training.optim import weighting
 from pipeline.training.parallel import plan, shard
-from pipeline.training.parallel.memory import Estimate, size
-from pipeline.training.parallel.plan import FREE, Cluster
+from pipeline.training.parallel.memory import Estimate, readable
+from pipeline.training.parallel.plan import RESERVE, Cluster
 from pipeline.training.step import TrainStep
 
 UNLIMITED = 1 << 60
 
 
 class PlanConfig(Strict):
-    """What jobs.train would be given, and the cluster.
+    """The settings of jobs.train that a plan depends on, and the cluster.
 
     Attributes:
         dataset: whose fitted encoders say how large tables are; without it the schema says how large they can be.
-        run, resume: of jobs.train, so that its command line can be taken as it is; nothing is read or written there.
+        run, resume: settings of jobs.train that must be left at their defaults, since a plan reads no run.
         ranks: of the cluster. ranks_per_node: on each machine.
         hbm: of each rank's GPU. ddr: main memory for each rank. Both in bytes, or as 80GB, 80GiB.
     """
@@ -46,27 +46,31 @@ class PlanConfig(Strict):
     ddr: ByteSize | None = None
 
     @model_validator(mode="after")
-    def _memory_that_counts(self) -> "PlanConfig":
+    def _consistent(self) -> "PlanConfig":
+        if self.run is not None or self.resume != "auto":
+            raise ValueError("jobs.plan reads no run: leave run= and resume= out")
         needed, example = ("hbm", "80GB") if self.device == "cuda" else ("ddr", "16GB")
         if getattr(self, needed) is None:
             raise ValueError(
-                f"{needed} is missing: on {self.device} say how much memory a rank has, as {needed}={example}"
+                f"{needed} is missing: set the memory that each rank has on device={self.device}, such as {needed}={example}"
             )
         if self.ranks > self.ranks_per_node and self.ranks % self.ranks_per_node:
-            raise ValueError(f"ranks={self.ranks} is no multiple of ranks_per_node={self.ranks_per_node}")
+            raise ValueError(f"ranks={self.ranks} must be a multiple of ranks_per_node={self.ranks_per_node}")
         if getattr(self, needed) < 1 << 20:
-            raise ValueError(f"{needed}={getattr(self, needed)} is less than a megabyte: say {needed}={example}")
+            raise ValueError(
+                f"{needed}={getattr(self, needed)} is less than a megabyte; expected something like {needed}={example}"
+            )
         if self.train.batch_size % self.train.lanes:
             raise ValueError(
-                f"train.batch_size={self.train.batch_size} is no multiple of train.lanes={self.train.lanes}"
+                f"train.batch_size={self.train.batch_size} must be a multiple of train.lanes={self.train.lanes}"
             )
         if self.train.batch_size % self.ranks:
-            raise ValueError(f"train.batch_size={self.train.batch_size} is no multiple of ranks={self.ranks}")
+            raise ValueError(f"train.batch_size={self.train.batch_size} must be a multiple of ranks={self.ranks}")
         return self
 
     @property
     def cluster(self) -> Cluster:
-        """As the planner takes it."""
+        """For the planner."""
         return Cluster(
             self.ranks,
             min(self.ranks, self.ranks_per_node),
@@ -76,13 +80,13 @@ class PlanConfig(Strict):
         )
 
 
-def answer(config: PlanConfig, schema: Schema | None) -> list[str]:
-    """What jobs.plan says of tables that fit.
+def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
+    """The plan of tables that fit, in lines.
 
     Args:
         schema: if given with a dataset, the dataset must have been written for it.
     Raises:
-        UserError: tables that do not fit, or whose size nobody can know; settings that contradict each other.
+        UserError: tables that do not fit, or of unknown size; settings that contradict each other.
     """
     if config.dataset:
         dataset = open_dataset(config.dataset, config.days)
@@ -94,33 +98,32 @@ def answer(config: PlanConfig, schema: Schema | None) -> list[str]:
         schema = schema.only(config.tasks)
         encoders, bounds = largest(schema), _bounds(schema)
     else:
-        raise UserError("say dataset=PATH, whose tables are to be placed, or data=NAME for the tables of a schema")
+        raise UserError("no tables to plan: set dataset=PATH, or data=NAME for the tables of a schema")
     if config.model.fusion.get("name") == "emm" and not EMMSettings.of(config.model).sources:
         raise UserError(
-            "model=emm takes its tables from trained runs (model.from): plan the models that it is fused from"
+            "model=emm takes its tables from trained runs (model.from): plan the models that it is fused from instead"
         )
     ranker, settings = build_ranker(schema, encoders, config.model), config.train
     model = TrainStep(ranker, weighting.task_loss(settings, schema.tasks), bf16=False)
     _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster)
     notes = [bounds] if bounds else []
     if settings.lanes % config.ranks:
-        notes.append(
-            f"to train there, say train.lanes={config.ranks} or a multiple: lanes={settings.lanes} is none of the ranks"
-        )
+        advice = f"set train.lanes to a multiple of {config.ranks}"
+        notes.append(f"lanes={settings.lanes} must be divisible by the {config.ranks} ranks; {advice}")
     return [*estimated.lines(), *notes, _summary(estimated, config.cluster)]
 
 
 def largest(schema: Schema) -> Encoders:
-    """Encoders of the most rows that a schema allows.
+    """Encoders with the most rows that a schema allows.
 
     Raises:
-        UserError: a vocabulary of no known size.
+        UserError: a vocabulary of unknown size.
     """
     sizes = {n: t.vocabulary and t.vocabulary.max_size for n, t in schema.all_tables.items() if t.counted}
     if unknown := [name for name, limit in sizes.items() if limit is None]:
         raise UserError(
-            f"table {', '.join(unknown)}: how many values its vocabulary will hold is not known before the data is read. Give "
-            "dataset=, or a bound: vocabulary: {max_size: N} in the schema."
+            f"table {', '.join(unknown)}: the size of its vocabulary is not known before the data is read. Set dataset=, or a "
+            "bound in the schema: vocabulary: {max_size: N}."
         )
     vocabularies = {name: pa.nulls(limit) for name, limit in sizes.items()}
     bins = {name: table.bins for name, table in schema.all_tables.items() if table.bins}
@@ -130,20 +133,20 @@ def largest(schema: Schema) -> Encoders:
 
 
 def _bounds(schema: Schema) -> str:
-    """Which sizes are only bounds."""
+    """A line that names the tables whose sizes are upper bounds."""
     names = [name for name, table in schema.all_tables.items() if table.counted or table.bins]
-    return f"without a dataset, rows are the most there can be: {', '.join(names)}" if names else ""
+    return f"without a dataset, rows are upper bounds: {', '.join(names)}" if names else ""
 
 
 def _summary(estimated: Estimate, cluster: Cluster) -> str:
-    fullest = max(estimated.ranks, key=lambda rank: (rank.hbm, rank.ddr))
-    room = cluster.room(estimated.dense)
-    used, free, kept = (
-        (fullest.hbm, room[0], f", {FREE:.0%} kept free") if cluster.device == "cuda" else (fullest.ddr, room[1], "")
-    )
-    copies = f" in each of {estimated.copies} copies" if estimated.copies > 1 else ""
+    peak = max(estimated.ranks, key=lambda rank: (rank.hbm, rank.ddr))
+    hbm, ddr = cluster.available(estimated.dense)
+    used, free, memory, reserve = (peak.ddr, ddr, cluster.ddr, "")
+    if cluster.device == "cuda":
+        used, free, memory, reserve = (peak.hbm, hbm, cluster.hbm, f"{RESERVE:.0%} reserve and ")
+    each = f" of each of {estimated.replicas} replicas" if estimated.replicas > 1 else ""
     line = (
-        f"fits: rank {fullest.rank} is the fullest{copies}, with {size(used)} of tables and their batches of the {size(free)} "
-        f"that {size(estimated.dense.total)} of dense part leave{kept}"
+        f"fits: peak rank {peak.rank}{each} uses {readable(used)} of {readable(free)} ({readable(memory)} less {reserve}"
+        f"{readable(estimated.dense.total)} of dense parameters)"
     )
-    return line + (f"; {size(fullest.ddr)} in main memory" if cluster.device == "cuda" and fullest.ddr else "")
+    return line + (f", and {readable(peak.ddr)} of main memory" if cluster.device == "cuda" and peak.ddr else "")

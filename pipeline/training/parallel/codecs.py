@@ -1,4 +1,4 @@
-"""Number formats of what ranks send each other of the tables: embeddings on the way there, their gradients on the way back."""
+"""Number formats of the all-to-alls of tables: embeddings forward, their gradients backward."""
 
 import math
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.types import CommOp, QuantizedCommCodecs
 
+from pipeline.torch_compat import precision
 from pipeline.training.config import Settings
 
 OPERATIONS = (
@@ -17,7 +18,7 @@ OPERATIONS = (
 
 
 class ScaledCodec(QuantizedCommCodec):
-    """A format of few exponents for small numbers: they are multiplied by a power of two, which rounds nothing, and sent.
+    """A format of few exponents for small numbers: they are multiplied by a power of two, which is exact, and sent.
 
     TorchRec's own `loss_scale` divides before it goes back to float32, where the small numbers are lost again.
 
@@ -26,7 +27,7 @@ class ScaledCodec(QuantizedCommCodec):
     """
 
     def __init__(self, codec: QuantizedCommCodec, scale: float) -> None:
-        super().__init__(codec._comm_precision)
+        super().__init__(precision(codec))
         self.scale = scale
 
     def encode(self, input_tensor: Tensor, ctx: QuantizationContext | None = None) -> Tensor:

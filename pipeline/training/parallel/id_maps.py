@@ -1,4 +1,4 @@
-"""Maps of ids on several ranks: each holds some sets of a map, and asks the others for the rest."""
+"""Maps of ids on several ranks: each rank has some sets of a map, and asks the others for the rest."""
 
 # Shapes: N distinct ids of a rank in ascending order, M ids that a rank is asked for, S sets, W rows of a set.
 
@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor, Shard
 from features.errors import UserError
 from models.managed import IdMap, set_of
 from models.ranker import Ranker
+from pipeline.torch_compat import OwnState
 from pipeline.training.config import Settings
 
 
-class SharedMap(nn.Module):
-    """A map of ids of which each rank holds some sets, in their order; calls as IdMap's, which all ranks make together.
+class ShardedIdMap(OwnState):
+    """A map of ids of which each rank has some sets, in their order; with IdMap's methods, which all ranks call together.
 
     In a state dict it has the names, shapes and contents of the whole map: a checkpoint fits any number of ranks, or none.
     """
@@ -52,19 +53,19 @@ class SharedMap(nn.Module):
         dist.all_to_all_single(asked, sent)
         return sent.tolist(), asked.tolist()
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: ARG002
+    def own_state(self) -> dict[str, Tensor]:
+        """The buffers of the whole map, sharded by set."""
         whole = torch.Size((self.settings.sets, self.settings.ways))
-        for name, local in self.part[0].named_buffers():
-            destination[prefix + name] = DTensor.from_local(
-                local, self.mesh, [Shard(0)], run_check=False, shape=whole, stride=(whole[1], 1)
-            )
+        layout: dict[str, Any] = {"run_check": False, "shape": whole, "stride": (whole[1], 1)}
+        buffers = self.part[0].named_buffers()
+        return {name: DTensor.from_local(local, self.mesh, [Shard(0)], **layout) for name, local in buffers}
 
 
-def share_out(ranker: Ranker, settings: Settings, device: torch.device) -> None:
-    """Gives each rank its part of the maps of ids, empty.
+def shard_maps(ranker: Ranker, settings: Settings, device: torch.device) -> None:
+    """Replaces the maps of ids by this rank's parts of them, empty.
 
     Raises:
-        UserError: the settings do not go with managed tables.
+        UserError: settings that exclude managed tables.
     """
     if ranker.managed is None:
         return
@@ -74,24 +75,24 @@ def share_out(ranker: Ranker, settings: Settings, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (ranks,)) if ranks > 1 else None
     for table, found in maps.items():
         whole = cast(IdMap, found)
-        maps[table] = SharedMap(whole, mesh) if mesh else IdMap(whole.settings, device=device)
+        maps[table] = ShardedIdMap(whole, mesh) if mesh else IdMap(whole.settings, device=device)
 
 
 def _check(table: str, settings: Settings, ranks: int) -> None:
     kernels = settings.kernels.get(table, settings.kernels.get("default", ["fused"]))
     wrong = None
     if settings.sharding_group not in (None, ranks):
-        wrong = "sharding_group", "copies of it would need copies of its map of ids. Leave this out."
+        wrong = "sharding_group", "replicas of it would need replicas of its map of ids. Leave it out."
     elif settings.pipelined:
-        wrong = "pipelined", "which row an id has is known only once the step before is taken. Leave this out."
+        wrong = "pipelined", "the row of an id is known only after the step before. Leave it out."
     elif set(kernels) != {"fused"}:
-        wrong = f"kernels.{table}", "a cache would still hold rows that start afresh. Say [fused]."
+        wrong = f"kernels.{table}", "a cache would keep the old values of rows that are reset. Use [fused]."
     if wrong:
         raise UserError(f"train.{wrong[0]}: table {table} is managed, and {wrong[1]}")
 
 
 def _exchange(x_N: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """Gives each rank its part of the rows of `x_N`, and takes those that the others have for this one."""
+    """All-to-all: sends each rank its rows of `x_N`, and returns the rows that the others send to this one."""
     found = x_N.new_empty(sum(received), *x_N.shape[1:])
     dist.all_to_all_single(found, x_N.contiguous(), received, sent)
     return found

@@ -1,4 +1,4 @@
-"""What a sharding plan comes to: bytes and expected work, by table and by rank."""
+"""The memory and the expected work of a sharding plan, by table and by rank."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torchrec.distributed.planner.types import Shard, ShardingOption, Stats
 from torchrec.distributed.types import ShardingType
 
 from pipeline.training.config import Settings
+from pipeline.training.optim.table_optimizers import FusedOptimizer
 
-FLOAT = 4  # bytes
-TABLES, RANKS = 8, 4  # more of them than that are summed up
-DENSE_STATE = {"adam": 2, "adamw": 2, "adagrad": 1}  # numbers for each parameter
+TABLES, RANKS = 8, 4  # the most that are printed one by one
+DENSE_STATE = {"adam": 2, "adamw": 2, "adagrad": 1}  # numbers per parameter
 
 
 @dataclass(frozen=True)
-class Load:
-    """Bytes that something takes while it is trained: weights, gradients that are kept, the optimiser's state."""
+class TrainingBytes:
+    """Bytes of something in training: weights, gradients that are kept, the optimiser's state."""
 
     weights: int = 0
     gradients: int = 0
@@ -29,18 +29,18 @@ class Load:
         """All three."""
         return self.weights + self.gradients + self.state
 
-    def __add__(self, other: "Load") -> "Load":
-        return Load(self.weights + other.weights, self.gradients + other.gradients, self.state + other.state)
+    def __add__(self, other: "TrainingBytes") -> "TrainingBytes":
+        return TrainingBytes(self.weights + other.weights, self.gradients + other.gradients, self.state + other.state)
 
 
 @dataclass(frozen=True)
 class TableEstimate:
-    """One table: its size, where it goes, and the bytes of one copy; ranks: how many hold a part of it."""
+    """One table: its size, its placement, and the bytes of one replica; ranks: how many have a part of it."""
 
     name: str
     rows: int
     dim: int
-    load: Load
+    size: TrainingBytes
     placement: str
     kernel: str
     ranks: int
@@ -48,15 +48,15 @@ class TableEstimate:
 
 @dataclass(frozen=True)
 class RankEstimate:
-    """What one rank holds of the tables.
+    """One rank's part of the tables.
 
     Attributes:
-        work: its share of the time that the planner expects all ranks to spend on tables.
-        hbm, ddr: bytes of GPU and main memory, with what a batch needs on its way through the tables.
+        size: of its part. work: its share of the time that the planner expects all ranks to spend on tables.
+        hbm, ddr: bytes of GPU and main memory, with the buffers of a batch.
     """
 
     rank: int
-    load: Load
+    size: TrainingBytes
     work: float
     hbm: int
     ddr: int
@@ -67,63 +67,62 @@ class Estimate:
     """A plan in numbers.
 
     Attributes:
-        tables: the largest first. ranks: those that share one copy of the tables.
-        dense: what each rank has beside the tables.
-        copies: of the tables, in groups of ranks.
+        tables: the largest first. ranks: those that share one replica of the tables.
+        dense: of each rank's part of everything but the tables.
+        replicas: of the tables, one in each group of ranks.
     """
 
     tables: list[TableEstimate]
     ranks: list[RankEstimate]
-    dense: Load
-    copies: int = 1
+    dense: TrainingBytes
+    replicas: int = 1
 
     def lines(self) -> list[str]:
-        """Two small tables; many tables or ranks are summed up."""
+        """Two small tables; many tables or ranks are summarised."""
         right = ("left", *["right"] * 4, "left", "left", "right")
         head = ["table", "rows", "dim", "weights", "optimiser", "placement", "kernel", "ranks"]
         lines = _plain(head, self._table_cells(), right)
         head = ["rank", "tables", "optimiser", "gradients", "dense part", "of bytes", "of work"]
         lines += _plain(head, self._rank_cells(), ("left", *["right"] * 6))
-        return [*lines, f"{self.copies} copies of this, each on {len(self.ranks)} ranks"] if self.copies > 1 else lines
+        return [*lines, f"{self.replicas} replicas, each on {len(self.ranks)} ranks"] if self.replicas > 1 else lines
 
     def _table_cells(self) -> list[list[str]]:
         shown = self.tables if len(self.tables) <= TABLES else self.tables[: TABLES - 2]
         cells = [
-            [t.name, f"{t.rows:,}", str(t.dim), size(t.load.weights), size(t.load.state), t.placement, t.kernel, str(t.ranks)]
-            for t in shown
-        ]  # fmt: skip
+            [t.name, f"{t.rows:,}", str(t.dim), *_bytes(t.size), t.placement, t.kernel, str(t.ranks)] for t in shown
+        ]
         if rest := self.tables[len(shown) :]:
-            load, rows = total(t.load for t in rest), sum(t.rows for t in rest)
-            cells.append([f"{len(rest)} smaller", f"{rows:,}", "", size(load.weights), size(load.state), "", "", ""])
+            rows = sum(t.rows for t in rest)
+            cells.append([f"{len(rest)} smaller", f"{rows:,}", "", *_bytes(total(t.size for t in rest)), "", "", ""])
         return cells
 
     def _rank_cells(self) -> list[list[str]]:
-        """Of each rank, or of the least, the middle and the most in each column and of the fullest."""
-        everything, dense = total(r.load for r in self.ranks).total or 1, size(self.dense.total)
+        """Of each rank; of many ranks the minimum, median and maximum of each column, and the peak rank."""
+        everything, dense = total(r.size for r in self.ranks).total or 1, readable(self.dense.total)
         columns = ("weights", "state", "gradients")
 
         def cells(name: str, numbers: Sequence[int], work: float, whole: int) -> list[str]:
-            return [name, *map(size, numbers), dense, f"{whole / everything:.1%}", f"{work:.1%}"]
+            return [name, *map(readable, numbers), dense, f"{whole / everything:.1%}", f"{work:.1%}"]
 
         if len(self.ranks) <= RANKS:
-            return [cells(str(r.rank), [getattr(r.load, c) for c in columns], r.work, r.load.total) for r in self.ranks]
-        by_load = [sorted(getattr(r.load, c) for r in self.ranks) for c in (*columns, "total")]
-        by_work, fullest = sorted(r.work for r in self.ranks), self.fullest
+            return [cells(str(r.rank), [getattr(r.size, c) for c in columns], r.work, r.size.total) for r in self.ranks]
+        by_size = [sorted(getattr(r.size, c) for r in self.ranks) for c in (*columns, "total")]
+        by_work, peak = sorted(r.work for r in self.ranks), self.peak
         found = []
-        for name, place in (("least", 0), ("median", len(self.ranks) // 2), ("most", -1)):
-            *numbers, whole = (values[place] for values in by_load)
+        for name, place in (("min", 0), ("median", len(self.ranks) // 2), ("max", -1)):
+            *numbers, whole = (values[place] for values in by_size)
             found.append(cells(name, numbers, by_work[place], whole))
-        numbers = [getattr(fullest.load, c) for c in columns]
-        return [*found, cells(f"fullest: {fullest.rank}", numbers, fullest.work, fullest.load.total)]
+        numbers = [getattr(peak.size, c) for c in columns]
+        return [*found, cells(f"peak: {peak.rank}", numbers, peak.work, peak.size.total)]
 
     @property
-    def fullest(self) -> RankEstimate:
-        """The rank that holds the most."""
-        return max(self.ranks, key=lambda rank: (rank.load.total, rank.hbm, rank.ddr))
+    def peak(self) -> RankEstimate:
+        """The rank with the most bytes of tables."""
+        return max(self.ranks, key=lambda rank: (rank.size.total, rank.hbm, rank.ddr))
 
 
-class Chosen(Stats):
-    """Keeps what the planner chose: of TorchRec's interface for what reports on a plan."""
+class PlanRecorder(Stats):
+    """Records the options that the planner chose, through its interface for reports."""
 
     options: Sequence[ShardingOption] = ()
 
@@ -132,11 +131,13 @@ class Chosen(Stats):
         self.options = best_plan
 
 
-def estimate(options: Sequence[ShardingOption], ranks: int, optimizer: str, dense: Load, copies: int) -> Estimate:
+def estimate(
+    options: Sequence[ShardingOption], ranks: int, optimizer: FusedOptimizer, dense: TrainingBytes, replicas: int
+) -> Estimate:
     """Adds a plan's shards up.
 
     Args:
-        options: one a table, as the planner chose it. ranks: of one copy. optimizer: of the tables.
+        options: one a table, as the planner chose it. ranks: of one replica. optimizer: of the tables.
     """
     parts: list[list[tuple[ShardingOption, Shard]]] = [[] for _ in range(ranks)]
     for option in options:
@@ -146,33 +147,27 @@ def estimate(options: Sequence[ShardingOption], ranks: int, optimizer: str, dens
     whole = sum(work) or 1.0
     found = []
     for rank, part in enumerate(parts):
-        load = total(shard_load(option, shard, optimizer) for option, shard in part)
+        part_size = total(shard_bytes(option, shard, optimizer) for option, shard in part)
         storages = [shard.storage for _, shard in part if shard.storage]
         hbm, ddr = sum(s.hbm for s in storages), sum(s.ddr for s in storages)
-        found.append(RankEstimate(rank, load, work[rank] / whole, hbm, ddr))
-    tables = sorted((_table(option, optimizer) for option in options), key=lambda t: (-t.load.total, t.name))
-    return Estimate(tables, found, dense, copies)
+        found.append(RankEstimate(rank, part_size, work[rank] / whole, hbm, ddr))
+    tables = sorted((_table(option, optimizer) for option in options), key=lambda t: (-t.size.total, t.name))
+    return Estimate(tables, found, dense, replicas)
 
 
-def _table(option: ShardingOption, optimizer: str) -> TableEstimate:
-    loads = [shard_load(option, shard, optimizer) for shard in option.shards]
-    holders = {shard.rank for shard, load in zip(option.shards, loads, strict=True) if load.weights}
+def _table(option: ShardingOption, optimizer: FusedOptimizer) -> TableEstimate:
+    sizes = [shard_bytes(option, shard, optimizer) for shard in option.shards]
     rows, dim = option.tensor.shape
-    load = loads[0] if replicated(option) else total(loads)
-    return TableEstimate(option.name, rows, dim, load, option.sharding_type, option.compute_kernel, len(holders))
+    size = sizes[0] if replicated(option) else total(sizes)
+    ranks = len({shard.rank for shard in option.shards})
+    return TableEstimate(option.name, rows, dim, size, option.sharding_type, option.compute_kernel, ranks)
 
 
-def shard_load(option: ShardingOption, shard: Shard, optimizer: str) -> Load:
+def shard_bytes(option: ShardingOption, shard: Shard, optimizer: FusedOptimizer) -> TrainingBytes:
     """Bytes of a part of a table. A fused optimiser keeps no gradients; that of a replicated table is as large as it."""
     rows, columns = shard.size
     weights = rows * columns * option.tensor.element_size()
-    return Load(weights, weights if replicated(option) else 0, table_state(optimizer, rows, columns))
-
-
-def table_state(optimizer: str, rows: int, columns: int) -> int:
-    """Bytes of a table optimiser's state."""
-    numbers = {"rowwise_adagrad": rows, "adagrad": rows * columns, "sgd": 0, "adam": 2 * rows * columns}
-    return FLOAT * numbers[optimizer]
+    return TrainingBytes(weights, weights if replicated(option) else 0, optimizer.state_bytes(rows, columns))
 
 
 def replicated(option: ShardingOption) -> bool:
@@ -180,27 +175,31 @@ def replicated(option: ShardingOption) -> bool:
     return option.sharding_type == ShardingType.DATA_PARALLEL.value
 
 
-def dense_load(model: nn.Module, kinds: tuple[type, ...], settings: Settings, ranks: int) -> Load:
+def dense_bytes(model: nn.Module, kinds: tuple[type, ...], settings: Settings, ranks: int) -> TrainingBytes:
     """Bytes of a rank's part of all but the tables, which are in the modules of `kinds`."""
     tables = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
     others = [p for name, p in model.named_parameters() if not tables or not name.startswith(tables)]
     weights = sum(p.numel() * p.element_size() for p in others)
     trained = sum(p.numel() * p.element_size() for p in others if p.requires_grad)
     parts = ranks if settings.dense_parallel == "fsdp" else 1
-    return Load(weights // parts, trained // parts, trained * DENSE_STATE[settings.dense.name] // parts)
+    return TrainingBytes(weights // parts, trained // parts, trained * DENSE_STATE[settings.dense.name] // parts)
+
+
+def _bytes(size: TrainingBytes) -> list[str]:
+    return [readable(size.weights), readable(size.state)]
 
 
 def _plain(head: list[str], cells: list[list[str]], alignment: tuple[str, ...]) -> list[str]:
     return tabulate(cells, head, "plain", disable_numparse=True, colalign=alignment).splitlines()
 
 
-def total(loads: Iterable[Load]) -> Load:
+def total(sizes: Iterable[TrainingBytes]) -> TrainingBytes:
     """Their sum."""
-    return sum(loads, Load())
+    return sum(sizes, TrainingBytes())
 
 
-def size(count: int) -> str:
-    """Bytes as a person reads them."""
+def readable(count: int) -> str:
+    """A number of bytes with a unit, as 53.3 GB."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if count >= unit:
             return f"{count / unit:,.1f} {name}"

@@ -1,6 +1,8 @@
 """The process group: joined as torchrun describes it, its timeouts, and the errors of a rank that is gone."""
 
+import logging
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -8,12 +10,18 @@ import torch.distributed as dist
 
 from features.errors import UserError
 from pipeline.malloc import tune_malloc
+from pipeline.torch_compat import default_store, set_timeout
 
-STARTING = timedelta(hours=2)  # a rank may wait that long for another that plans, or reads a checkpoint
+STARTING = timedelta(hours=2)  # until training begins: another rank may plan, or read a checkpoint
 
 
 def start() -> torch.device:
-    """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device."""
+    """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device.
+
+    Raises:
+        UserError: more ranks than GPUs on this machine.
+    """
+    quiet_libraries()
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
@@ -22,7 +30,9 @@ def start() -> torch.device:
     backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), STARTING
     if device.type == "cuda":
         if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-            raise UserError(f"more ranks than this machine's {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} GPUs, fewer than ranks: lower --nproc-per-node"
+            )
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -39,17 +49,26 @@ def start() -> torch.device:
     return device
 
 
+def quiet_libraries() -> None:
+    """Silences what torch, TorchRec and FBGEMM advise the authors of libraries, for this process."""
+    for name in ("torchrec.distributed.utils", "torchrec.distributed.model_parallel", "torchrec.distributed.planner"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    # The kernel of replicated tables on a CPU differentiates itself, and rightly so.
+    warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel")
+
+
 def limit_waiting(seconds: float) -> None:
-    """From now on a collective of all ranks may take that long."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.GroupMember.WORLD)
+    """Limits collectives of the default group from now on."""
+    set_timeout(dist.GroupMember.WORLD, timedelta(seconds=seconds))
 
 
 def store() -> dist.Store:
-    """A connection of its own to what all ranks can write to and read from."""
-    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    """A new connection to the key-value store that all ranks share."""
+    return default_store()
 
 
 def lost_contact(error: RuntimeError) -> str | None:
-    """What a collective met where another rank is gone or does not answer; None if the error is another one."""
+    """The sign in a collective's error that another rank is gone or does not answer; None if it has another cause."""
     words = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "Timed out", "Connection refused")
     return next((word for word in words if word in str(error)), "NCCL" if "NCCL" in str(error) else None)

@@ -1,25 +1,27 @@
-"""2D parallelism: tables sharded within groups of ranks and copied from group to group; the copies are averaged."""
+"""2D parallelism: tables sharded within groups of ranks and replicated from group to group; the replicas are averaged."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.remote_device import _remote_device
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.types import EnumerableShardingSpec, ShardingEnv2D, ShardingPlan
 
+from models.ranker import is_table
+from pipeline.torch_compat import ShardedTensor, rank_device, set_timeout, timeout_of
+from pipeline.training.parallel.state_names import in_ranker
 
-class CopiedTables(DistributedModelParallel):
-    """A model whose tables lie once in each group of consecutive ranks.
+
+class ReplicatedGroups(DistributedModelParallel):
+    """A model with one replica of its tables in each group of consecutive ranks.
 
     A group sees the rows of its own ranks only. TorchRec divides what ranks add up for a table by the ranks of the group,
     and the loss is scaled for an average over all ranks: so a group's gradient is that of its own rows times the number of
     groups, and the average over the groups that of the global batch. With SGD and an average after each step, weights are
-    those of one copy. An optimiser with momentum, or an average after several steps, is not the same: each copy steps
+    those of one table. An optimiser with momentum, or an average after several steps, is not the same: each replica steps
     with its own gradients, and weights and momentum are averaged.
 
     DMPCollection of TorchRec does this on GPUs only, and averages the state of Adagrad alone.
@@ -44,19 +46,25 @@ class CopiedTables(DistributedModelParallel):
             device_mesh=mesh,
             use_inter_host_allreduce=True,  # which is how it calls groups of consecutive ranks
         )
-        env.output_dtensor = False  # the state is that of a group: checkpoints are the same as without copies
-        timeout = world._get_backend(device).options._timeout
-        for part in (env.sharding_pg, env.replica_pg):  # that of a part is half an hour, whatever the run's is
-            dist.distributed_c10d._set_pg_timeout(timeout, part)
+        env.output_dtensor = False  # the state is that of a group: checkpoints are the same as without replicas
+        for part in (env.sharding_pg, env.replica_pg):  # a new group has torch's default of half an hour
+            set_timeout(part, timeout_of(world, device))
         _move(plan, dist.get_rank() // group * group, device)
         super().__init__(model, env=env, device=device, plan=plan, **arguments)
         self.replicas, self.averaged = env.replica_pg, True
 
     def average(self) -> None:
-        """Makes the copies equal: weights and the optimiser's state become their mean over the groups."""
+        """Makes the replicas equal: weights and the optimiser's state become their mean over the groups.
+
+        Raises:
+            TypeError: a table or a state that is not a ShardedTensor, which would be left out.
+        """
         if self.averaged:
             return
-        state = [self.state_dict(), *self.fused_optimizer.state_dict()["state"].values()]
+        tables = {name: value for name, value in self.state_dict().items() if is_table(in_ranker(name))}
+        if not tables:
+            raise TypeError("the state dict has none of the tables, so their replicas could not be averaged")
+        state = [tables, *self.fused_optimizer.state_dict()["state"].values()]
         pending = [
             dist.all_reduce(tensor, dist.ReduceOp.AVG, group=self.replicas, async_op=True)
             for named in state
@@ -68,22 +76,31 @@ class CopiedTables(DistributedModelParallel):
 
 
 def after_step(model: nn.Module, step: int, every: int) -> None:
-    """To be called after each step, numbered from 1: averages copied tables every so many; of others nothing."""
-    if isinstance(model, CopiedTables):
+    """To be called after each step, numbered from 1: averages replicated tables every so many steps."""
+    if isinstance(model, ReplicatedGroups):
         model.averaged = False
         if step % every == 0:
             model.average()
 
 
-def settle(model: nn.Module) -> None:
-    """To be called before the state is read or saved: copies of tables are made equal."""
-    if isinstance(model, CopiedTables):
+def synchronise(model: nn.Module) -> None:
+    """To be called before the state is read or saved: makes the replicas of tables equal."""
+    if isinstance(model, ReplicatedGroups):
         model.average()
 
 
 def _parts(named: dict[str, Any]) -> list[Tensor]:
-    """This rank's parts of the tables in a state, as views."""
-    return [s.tensor for value in named.values() if isinstance(value, ShardedTensor) for s in value.local_shards()]
+    """This rank's parts of sharded tables or of their state, as views.
+
+    Raises:
+        TypeError: a value of another kind, which would be left out of the average.
+    """
+    for name, value in named.items():
+        if not isinstance(value, ShardedTensor):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, not a ShardedTensor: its replicas could not be averaged"
+            )
+    return [shard.tensor for value in named.values() for shard in value.local_shards()]
 
 
 def _move(plan: ShardingPlan, first: int, device: torch.device) -> None:
@@ -94,5 +111,5 @@ def _move(plan: ShardingPlan, first: int, device: torch.device) -> None:
             if isinstance(placed.sharding_spec, EnumerableShardingSpec):
                 for part in placed.sharding_spec.shards:
                     rank = part.placement.rank() + first
-                    place = device.type if device.type == "cpu" else f"{device.type}:{rank % get_local_size()}"
-                    part.placement = _remote_device(f"rank:{rank}/{place}")
+                    place = device if device.type == "cpu" else torch.device(device.type, rank % get_local_size())
+                    part.placement = rank_device(rank, place)

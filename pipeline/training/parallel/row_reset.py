@@ -1,4 +1,4 @@
-"""Rows of managed tables: what a row starts with when another id gets it."""
+"""Rows of managed tables: a row that another id gets starts afresh."""
 
 # Shapes: N rows that change hands, D width of a table.
 
@@ -9,32 +9,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from features.fit.encoders import UNKNOWN
-from models.ranker import Ranker
+from models.ranker import Ranker, table_weights
+from pipeline.torch_compat import ShardedTensor
 from pipeline.training.parallel.shard import local_parts
-
-PLACES = ("embeddings.embedding_bags.{}.weight", "unpooled.embeddings.{}.weight")
+from pipeline.training.parallel.state_names import in_step
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What this rank holds of a table's weights or momenta: rows from `row` on, of weights the columns from `column` on."""
+    """A part of a table's weights or momenta on this rank: rows from `row` on, of weights the columns from `column` on."""
 
     tensor: Tensor
     row: int
     column: int
 
-    def set(self, row_N: Tensor, value_D: Tensor) -> None:
-        """Writes those of the rows that lie here."""
+    def write_rows(self, row_N: Tensor, value_D: Tensor) -> None:
+        """Overwrites those of the rows that this part has."""
         own_N = row_N[(row_N >= self.row) & (row_N < self.row + len(self.tensor))] - self.row
         columns = self.tensor[0].numel()
         self.tensor[own_N] = value_D[self.column : self.column + columns].reshape(self.tensor.shape[1:])
 
 
 class ManagedRows:
-    """The rows of managed tables, wherever a plan has put them: the next id shall inherit nothing of a row's past.
+    """Resets rows of managed tables, wherever a plan has put them: the next id inherits nothing of the last one.
 
     Args:
         ranker: with its tables placed.
@@ -46,21 +45,21 @@ class ManagedRows:
         self.dims = {table.name: table.embedding_dim for table in ranker.tables}
         self.weights: dict[str, list[_Part]] = {}
         self.momenta: dict[str, list[_Part]] = {}
-        self.everywhere: set[str] = set()
+        self.replicated: set[str] = set()
         for table in self.managed.maps if self.managed else ():
-            name = next(name for place in PLACES if (name := place.format(table)) in state["model"])
+            name = table_weights(ranker)[table]
             weight = state["model"][name]
-            momenta = state["tables"].get(f"ranker.{name}", {}).values()
+            momenta = state["tables"].get(in_step(name), {}).values()
             self.weights[table] = _parts(weight)
             self.momenta[table] = [part for momentum in momenta for part in _parts(momentum)]
             if not isinstance(weight, ShardedTensor):
-                self.everywhere.add(table)
+                self.replicated.add(table)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Gives rows to the ids of a step that is taken; all ranks call it.
+        """Gives rows to the new ids of a step, after its update; all ranks call it.
 
-        A row starts as what the row of unknown ids is by then, and without momentum.
+        A row starts as a copy of the row of unknown ids, and without momentum.
 
         Args:
             step: from 1.
@@ -71,13 +70,13 @@ class ManagedRows:
             if len(row_N):
                 start_D = self._unknown(table, row_N.device)
                 for part in self.weights[table]:
-                    part.set(row_N, start_D)
+                    part.write_rows(row_N, start_D)
                 for part in self.momenta[table]:
-                    part.set(row_N, torch.zeros_like(start_D))
+                    part.write_rows(row_N, torch.zeros_like(start_D))
 
     def _unknown(self, table: str, device: torch.device) -> Tensor:
-        """The row of unknown ids, as those ranks have it that hold it, or its columns."""
-        if table in self.everywhere:
+        """The row of unknown ids, gathered from the ranks that have it or some of its columns."""
+        if table in self.replicated:
             return self.weights[table][0].tensor[UNKNOWN].clone()
         start_D = torch.zeros(self.dims[table], device=device)
         for part in self.weights[table]:

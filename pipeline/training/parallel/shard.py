@@ -1,7 +1,6 @@
 """Distribution, applied to a model from outside: tables sharded by a plan, the dense part replicated or sharded."""
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
@@ -22,27 +18,20 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DataParallelWrapper, DefaultDataParallelWrapper
 from torchrec.distributed.types import ShardedModule, ShardingEnv, ShardingType
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from features.errors import UserError
-from models.ranker import Ranker
+from models.ranker import Ranker, table_weight
+from pipeline.torch_compat import ShardedTensor, table_kernels
 from pipeline.training.config import Settings
+from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import codecs, id_maps, plan
-from pipeline.training.parallel.replicas import CopiedTables
+from pipeline.training.parallel.replicas import ReplicatedGroups
 
-OPTIMIZERS = {
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adam": EmbOptimType.ADAM,
-}
-BLOCK_ROWS = 1 << 16
-for name in ("torchrec.distributed.utils", "torchrec.distributed.model_parallel"):
-    logging.getLogger(name).setLevel(logging.ERROR)  # advice to library authors
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+BLOCK_ROWS = 1 << 16  # rows of a table that are drawn from one random stream
 
 
-class _Sharder(EmbeddingBagCollectionSharder):
+class _PooledSharder(EmbeddingBagCollectionSharder):
     """Offers row-wise on CPU too: it works there, though the stock sharder does not list it."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -50,14 +39,14 @@ class _Sharder(EmbeddingBagCollectionSharder):
 
 
 class _ItemSharder(EmbeddingCollectionSharder):
-    """Offers no data-parallel tables on CPU: FBGEMM's kernel for them pools there, though it is told not to."""
+    """Offers no data-parallel tables on CPU: FBGEMM's kernel for them sums over a bag there, though pooling is off."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = super().sharding_types(compute_device_type)
         return [t for t in types if compute_device_type != "cpu" or t != ShardingType.DATA_PARALLEL.value]
 
 
-class _Shards(DataParallelWrapper):
+class _FullyShardedDense(DataParallelWrapper):
     """Shards everything but the tables over all ranks (FSDP): weights, gradients and the optimiser's state.
 
     It is one unit, whole from the forward of a step to the end of its backward: the activations of a ranker outweigh its
@@ -80,46 +69,45 @@ class _Shards(DataParallelWrapper):
 
 def sharders(settings: Settings) -> list[Any]:
     """One for each kind of module that holds tables."""
-    how: dict[str, Any] = {
-        "fused_params": {
-            "optimizer": OPTIMIZERS[settings.tables.name],
-            "learning_rate": settings.tables.lr,
-            "eps": settings.tables.eps,
-        },
+    optimizer = TABLE_OPTIMIZERS[settings.tables.name]
+    values = {"learning_rate": settings.tables.lr} | (
+        {"eps": settings.tables.eps} if "eps" in optimizer.settings else {}
+    )
+    arguments: dict[str, Any] = {
+        "fused_params": {"optimizer": optimizer.kernel, **values},
         "qcomm_codecs_registry": codecs.codecs(settings),
     }
-    return [_Sharder(**how), _ItemSharder(**how)]
+    return [_PooledSharder(**arguments), _ItemSharder(**arguments)]
 
 
 def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device) -> DistributedModelParallel:
     """Shards the tables of `ranker`, a part of `model`, by a plan, and replicates or shards the rest.
 
     Raises:
-        UserError: as pipeline.training.planning.plan and pipeline.training.managed.share_out; or a group of ranks that does
-            not divide them.
+        UserError: as `plan.plan` and `id_maps.shard_maps`; or a sharding_group that does not divide the ranks.
     """
     ranks = dist.get_world_size()
     group = settings.sharding_group or ranks
     if ranks % group:
-        raise UserError(
-            f"train.sharding_group={group} does not divide the {ranks} ranks of this run: take a divisor, or leave it out"
-        )
-    id_maps.share_out(ranker, settings, device)
-    how = sharders(settings)
-    placed = plan.plan(model, how, ranker.tables, settings, device)
-    kind = DistributedModelParallel if group == ranks else partial(CopiedTables, group=group)
-    wrapper = _Shards() if settings.dense_parallel == "fsdp" else DefaultDataParallelWrapper(static_graph=True)
+        raise UserError(f"train.sharding_group={group} does not divide the {ranks} ranks: use a divisor, or null")
+    id_maps.shard_maps(ranker, settings, device)
+    table_sharders = sharders(settings)
+    placed = plan.plan(model, table_sharders, ranker.tables, settings, device)
+    kind = DistributedModelParallel if group == ranks else partial(ReplicatedGroups, group=group)
+    wrapper = (
+        _FullyShardedDense() if settings.dense_parallel == "fsdp" else DefaultDataParallelWrapper(static_graph=True)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sharded = kind(
             model,
             device=device,
             plan=placed,
-            sharders=how,
+            sharders=table_sharders,
             init_data_parallel=False,
             data_parallel_wrapper=wrapper,
         )
-        if ranks == 1:  # nobody to average with
+        if ranks == 1:  # no gradients to average
             sharded.to(device)
         else:
             sharded.init_data_parallel()
@@ -128,7 +116,7 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
 
 @contextmanager
 def whole(model: DistributedModelParallel) -> Iterator[None]:
-    """Within it the dense weights can be read outside of a step, sharded or not; all ranks enter it together."""
+    """Gathers the dense weights, if they are sharded, so that they can be read outside of a step; all ranks enter together."""
     sharded = [model.module] if isinstance(model.module, FSDPModule) else []
     for module in sharded:
         module.unshard()
@@ -138,29 +126,26 @@ def whole(model: DistributedModelParallel) -> Iterator[None]:
 
 
 def set_step(model: nn.Module, step: int) -> None:
-    """Tells fused kernels that a checkpoint was loaded.
+    """Restores what no state dict has of the fused kernels once a checkpoint is loaded.
 
-    Adam's bias correction is in no state dict; and rows that a GPU caches (fused_uvm_caching) are those of before.
+    That is the number of steps that an optimiser's bias correction counts; and a GPU's cache of rows (fused_uvm_caching), which
+    is emptied.
+
+    Raises:
+        RuntimeError: as `table_kernels`.
     """
-    for kernel in kernels(model):
+    counting = {optimizer.kernel for optimizer in TABLE_OPTIMIZERS.values() if optimizer.counts_steps}
+    for kernel in table_kernels(model):
         kernel.reset_cache_states()
-        if kernel.optimizer == EmbOptimType.ADAM:
+        if kernel.optimizer in counting:
             kernel.set_optimizer_step(step)
 
 
-def kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """FBGEMM's modules with this rank's tables; TorchRec keeps them in lists that modules() does not look into."""
-    for module in model.modules():
-        for lookup in getattr(module, "_lookups", ()):
-            yield from (m for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen))
-
-
-def init_tables(model: nn.Module, configs: Sequence[BaseEmbeddingConfig], seed: int, std: float) -> None:
+def init_tables(ranker: nn.Module, configs: Sequence[BaseEmbeddingConfig], seed: int, std: float) -> None:
     """Draws the tables' start, normal(0, std): a row's values depend on seed, table and row alone, not on the plan."""
-    state = model.state_dict()
+    state = ranker.state_dict()
     for config in configs:
-        ends = (f"embedding_bags.{config.name}.weight", f"embeddings.{config.name}.weight")
-        weight = next(value for name, value in state.items() if name.endswith(ends))
+        weight = state[table_weight(config.name, isinstance(config, EmbeddingBagConfig))]
         for part, (row, column) in local_parts(weight):
             rows, columns = part.shape
             for block in range(row // BLOCK_ROWS, -(-(row + rows) // BLOCK_ROWS)):
@@ -174,7 +159,7 @@ def init_tables(model: nn.Module, configs: Sequence[BaseEmbeddingConfig], seed: 
 
 
 def local_parts(weight: torch.Tensor | ShardedTensor) -> list[tuple[torch.Tensor, list[int]]]:
-    """What this rank holds of a table: parts, each with the row and column where it begins. A replicated table is one."""
+    """This rank's parts of a table, each with its first row and column. A replicated table has one part."""
     if isinstance(weight, ShardedTensor):
         return [(part.tensor, part.metadata.shard_offsets) for part in weight.local_shards()]
     return [(weight, [0, 0])]

@@ -1,0 +1,270 @@
+"""The contract of private names of torch, TorchRec and FBGEMM: they exist, do what we rely on, and are used nowhere else."""
+
+import ast
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.flop_counter import FlopCounterMode
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
+from torchrec.distributed.types import ShardingPlan
+
+from models import torch_compat as models_compat
+from pipeline import torch_compat
+
+ROOT = Path(__file__).parents[2]
+COMPAT = {"pipeline/torch_compat.py", "models/torch_compat.py"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def sharded() -> DistributedModelParallel:
+    tables = [EmbeddingBagConfig(9, 4, name=name, feature_names=[name]) for name in "ab"]
+    model = nn.Sequential(EmbeddingBagCollection(tables, device=torch.device("meta")))
+    sharder = EmbeddingBagCollectionSharder(fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD})
+    placed = {name: table_wise(rank=0, compute_kernel="fused") for name in "ab"}
+    plan = construct_module_sharding_plan(model[0], placed, sharder, local_size=1, world_size=1, device_type="cpu")
+    return DistributedModelParallel(model, device=CPU, plan=ShardingPlan({"0": plan}), sharders=[sharder])
+
+
+def weight(sharded: DistributedModelParallel) -> torch_compat.ShardedTensor:
+    return sharded.state_dict()["0.embedding_bags.a.weight"]
+
+
+# Process groups
+
+
+def test_a_timeout_that_is_set_is_that_of_the_group() -> None:
+    made = dist.new_group(backend="gloo")
+    for of in (dist.GroupMember.WORLD, made):
+        torch_compat.set_timeout(of, timedelta(seconds=55))
+        assert torch_compat.timeout_of(of, CPU) == timedelta(seconds=55)
+    torch_compat.set_timeout(dist.GroupMember.WORLD, timedelta(seconds=77))
+    assert torch_compat.timeout_of(made, CPU) == timedelta(seconds=55)
+
+
+def test_the_store_is_the_one_that_the_group_was_made_with(tmp_path: Path) -> None:
+    script = tmp_path / "store.py"
+    script.write_text(
+        "import torch.distributed as dist\n"
+        "from pipeline.torch_compat import default_store\n"
+        "made = dist.TCPStore('127.0.0.1', 0, 1, is_master=True)\n"
+        "dist.init_process_group('gloo', store=made, rank=0, world_size=1)\n"
+        "found = default_store()\n"
+        "found.set('key', 'value')\n"
+        "assert found.get('key') == b'value'\n"
+    )
+    subprocess.run([sys.executable, str(script)], env={"PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+
+
+def test_the_place_of_a_shard_has_its_rank_and_device() -> None:
+    place = torch_compat.rank_device(3, torch.device("cuda", 1))
+    assert (place.rank(), place.device()) == (3, torch.device("cuda", 1))
+    assert torch_compat.rank_device(0, CPU) == weight_place()
+
+
+def weight_place() -> object:
+    from torch.distributed._shard.sharding_spec import ShardMetadata
+
+    return ShardMetadata([0], [1], "rank:0/cpu").placement
+
+
+# Sharded tensors
+
+
+def test_a_table_of_a_state_is_a_sharded_tensor_and_so_is_its_copy(sharded: DistributedModelParallel) -> None:
+    value = weight(sharded)
+    assert isinstance(value, torch_compat.ShardedTensor)
+    [shard] = value.local_shards()
+    assert isinstance(shard, torch_compat.Shard)
+    copy = torch_compat.on_cpu(value, [shard.tensor + 1])
+    assert copy.metadata() == value.metadata()
+    assert copy.metadata() is not value.metadata()
+    assert torch.equal(copy.local_shards()[0].tensor, shard.tensor + 1)
+    assert copy.local_shards()[0].metadata.placement.device() == CPU
+
+
+def test_all_state_of_the_fused_optimiser_is_sharded(sharded: DistributedModelParallel) -> None:
+    states = sharded.fused_optimizer.state_dict()["state"]
+    assert len(states) == 2
+    assert all(isinstance(v, torch_compat.ShardedTensor) for state in states.values() for v in state.values())
+
+
+def test_a_dtensor_keeps_its_layout_over_another_tensor() -> None:
+    value = DTensor.from_local(torch.ones(3), init_device_mesh("cpu", (1,)), [Replicate()])
+    copy = torch_compat.with_local(value, torch.zeros(3))
+    assert (copy.placements, copy.shape, copy.device_mesh) == (value.placements, value.shape, value.device_mesh)
+    assert torch.equal(copy.to_local(), torch.zeros(3))
+    meta = torch_compat.with_local(value, torch.empty(3, device="meta"))  # the mesh is on the CPU
+    assert meta.to_local().device.type == "meta"
+
+
+# Tables
+
+
+def test_a_state_dict_has_what_a_module_gives_through_torchrecs_wrapper_too() -> None:
+    class Own(torch_compat.OwnState):
+        def own_state(self) -> dict[str, torch.Tensor]:
+            return {"x": torch.ones(2)}
+
+    plain = nn.ModuleDict({"own": Own(), "linear": nn.Linear(1, 1)})
+    assert set(plain.state_dict()) == {"own.x", "linear.weight", "linear.bias"}
+    wrapped = DistributedModelParallel(plain, device=CPU, init_data_parallel=False)
+    assert set(wrapped.state_dict()) == set(plain.state_dict())
+
+
+def test_the_kernels_of_all_tables_are_found(sharded: DistributedModelParallel) -> None:
+    kernels = list(torch_compat.table_kernels(sharded))
+    assert sum(len(kernel.embedding_specs) for kernel in kernels) == 2
+    parts = [part for kernel in kernels for part in kernel.split_embedding_weights()]
+    assert any(part.data_ptr() == weight(sharded).local_shards()[0].tensor.data_ptr() for part in parts)
+    assert all(hasattr(kernel, name) for kernel in kernels for name in ("set_optimizer_step", "reset_cache_states"))
+
+
+def test_tables_whose_kernel_is_not_found_are_an_error(sharded: DistributedModelParallel) -> None:
+    [module] = [module for module in sharded.modules() if hasattr(module, "_lookups")]
+    module.renamed = module._lookups
+    del module._lookups
+    with pytest.raises(RuntimeError, match=r"no FBGEMM kernel found for its fused tables .*a\.weight"):
+        list(torch_compat.table_kernels(sharded))
+
+
+def test_a_codec_has_the_format_that_it_was_made_for() -> None:
+    codecs = get_qcomm_codecs(QCommsConfig(CommType.FP16, CommType.BF16))
+    found = [str(torch_compat.precision(codec)) for codec in (codecs.forward, codecs.backward)]
+    assert found == ["fp16", "bf16"]
+
+
+# Gradients and files
+
+
+def test_norms_are_those_of_each_tensor() -> None:
+    tensors = [torch.tensor([3.0, 4.0]), torch.tensor([[2.0]]), torch.tensor([float("nan")])]
+    found = [float(norm) for norm in torch_compat.norms(tensors)]
+    assert found[:2] == [5.0, 2.0]
+    assert found[2] != found[2]
+    assert list(torch_compat.norms([])) == []
+
+
+def test_a_checkpoint_has_the_files_and_classes_that_are_allowed(
+    tmp_path: Path, sharded: DistributedModelParallel
+) -> None:
+    dcp.save({"w": weight(sharded), "plain": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(tmp_path))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in names if torch_compat.is_data_file(name, 0)} == names - {".metadata"} != set()
+    assert not any(torch_compat.is_data_file(name, rank) for name in names for rank in (1, 10))
+    assert not torch_compat.is_data_file("__10_0.distcp", 1)
+    classes: set[tuple[str, str]] = set()
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            classes.add((module, name))
+            return super().find_class(module, name)
+
+    with (tmp_path / ".metadata").open("rb") as file:
+        metadata = Unpickler(file).load()
+    assert classes - {("torch", "float32")} <= torch_compat.METADATA_CLASSES
+    assert {place.relative_path for place in metadata.storage_data.values()} == names - {".metadata"}
+
+
+# Models
+
+
+def test_onednns_linear_is_the_product_and_its_operator_can_be_counted() -> None:
+    x, weights, bias = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
+    torch.testing.assert_close(models_compat.onednn_linear(x, weights, bias), x @ weights.T + bias)
+    torch.testing.assert_close(models_compat.onednn_linear(x, weights, None), x @ weights.T)
+    seen: list[tuple] = []
+    count = {models_compat.onednn_kernel(): lambda *shapes, **_: seen.append(shapes) or 7}
+    with FlopCounterMode(display=False, custom_mapping=count) as counter:
+        models_compat.onednn_linear(x, weights, bias)
+    assert counter.get_total_flops() == 7
+    assert seen[0][:2] == (torch.Size((5, 3)), torch.Size((4, 3)))
+
+
+# Nowhere else
+
+PACKAGES = ("torch", "torchrec", "fbgemm_gpu")
+
+
+def private_names(source: str) -> list[str]:
+    """Private names of the packages that a module imports, reads off another object, overrides, or asks for by getattr."""
+    tree, found = ast.parse(source), []
+    own = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if of_packages(alias.name) and private(alias.name)]
+        elif isinstance(node, ast.ImportFrom) and of_packages(node.module or ""):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name for name in names if private(name)]
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            python = isinstance(node.value, ast.Name) and node.value.id == "os"  # os._exit is documented
+            found += [node.attr] if node.attr not in own and not python else []
+        elif isinstance(node, ast.FunctionDef) and is_private(node.name):
+            found += [node.name] if hasattr(nn.Module, node.name) or hasattr(KeyedJaggedTensor, node.name) else []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            found += [a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and is_private(str(a.value))]
+    return found
+
+
+def of_packages(module: str) -> bool:
+    return module.split(".")[0] in PACKAGES
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private(dotted: str) -> bool:
+    return any(is_private(part) for part in dotted.split("."))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._dynamo",
+        "from torch.distributed._shard.sharded_tensor import Shard",
+        "from torch.distributed.remote_device import _remote_device",
+        "x = torch._foreach_norm(y)",
+        "x = group._get_backend(d).options",
+        "class A(nn.Module):\n    def _save_to_state_dict(self): ...",
+        "x = getattr(module, '_lookups', ())",
+    ],
+)
+def test_a_private_name_is_seen(line: str) -> None:
+    assert private_names(line)
+
+
+def test_no_other_file_uses_a_private_name() -> None:
+    files = [path for room in ("features", "models", "pipeline", "jobs") for path in (ROOT / room).rglob("*.py")]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    used = {
+        name: private_names(text)
+        for name, text in texts.items()
+        if name not in COMPAT and any(f"import {p}" in text or f"from {p}" in text for p in PACKAGES)
+    }
+    assert len(used) > 40
+    assert {name: names for name, names in used.items() if names} == {}
