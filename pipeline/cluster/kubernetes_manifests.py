@@ -16,7 +16,7 @@ KubeObject: TypeAlias = client.V1Service | client.V1Job | client.V1CronJob | cli
 
 
 def objects(work: Workload) -> list[KubeObject]:
-    """What the workload is made of, in the order in which it is created."""
+    """The objects of a workload, in the order in which they are created."""
     match work.job:
         case "train":
             return [_service(work), client.V1Job(kind="Job", **_head("batch/v1", work), spec=_job_spec(work))]
@@ -43,7 +43,7 @@ def claims(work: Workload) -> list[KubeObject]:
 
 
 def to_yaml(parts: list[KubeObject]) -> str:
-    """One multi-document stream that `kubectl apply -f -` takes."""
+    """One multi-document stream for `kubectl apply -f -`."""
     plain = client.ApiClient().sanitize_for_serialization(parts)
     return str(yaml.safe_dump_all(plain, explicit_start=True, sort_keys=False, width=120))
 
