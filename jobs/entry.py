@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import logging
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,64 +18,60 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from tqdm import tqdm
 
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.storage.files import write_json
+from pipeline.training.faults.preemption import PREEMPTED
+from pipeline.training.faults.rank_status import write_rank_status
 
 CONF = Path(__file__).parent / "conf"
-PREEMPTED = os.EX_TEMPFAIL  # 75, which tells a scheduler that the job can go on
-NOTES = "TASKFUSE_NOTES"  # names a folder in which each rank of a machine notes how far it has come (jobs.launch)
 
 # Hydra prints its own errors over several lines unless told to let them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
-State = Literal["started", "preempted", "finished"]
+
+class LogHandler(logging.Handler):
+    """Log lines on stderr, above a progress bar where there is one: time, the rank where there are several, message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record."""
+        with suppress(OSError):  # a closed terminal must not end a run
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
-class Note(NamedTuple):
-    """What a rank says to jobs.launch. attempt: counts torchrun's restarts. ranks: of this machine."""
-
-    state: State
-    attempt: int
-    pid: int
-    ranks: int
-
-
-def leave_note(state: State) -> None:
-    """Tells jobs.launch, if that has started this process, how far it has come."""
-    if not (folder := os.environ.get(NOTES)):
-        return
-    if state != "started":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
-    env = os.environ
-    note = Note(state, int(env["TORCHELASTIC_RESTART_COUNT"]), os.getpid(), int(env["LOCAL_WORLD_SIZE"]))
-    path = Path(folder) / env["LOCAL_RANK"]
-    with suppress(OSError):  # a full disk: the exit code says the same, if less surely
-        write_json(path, note)
+def configure_logging(level: str) -> None:
+    """Log lines of this project go to stderr from `level` on: debug, info, warning or error."""
+    rank = f"rank {os.environ['RANK']}  " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    handler = LogHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s  {rank}%(message)s", "%H:%M:%S"))
+    for name in ("features", "models", "pipeline"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False  # libraries give the root logger handlers of their own
+        logger.setLevel(level.upper())
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns what a person can mend into one line on stderr and exit code 1; a defect of ours keeps its traceback."""
+    """Turns a user error into one line on stderr and exit code 1; a defect of ours keeps its traceback."""
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
         rank, line = os.environ.get("RANK", "0"), " ".join(str(error).split())
         if rank != "0":
-            time.sleep(10)  # what all ranks find, rank 0 says, and torchrun ends the others
+            time.sleep(10)  # an error of all ranks is printed by rank 0, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
     except Preempted as notice:
         if os.environ.get("RANK", "0") == "0":
             print(notice, file=sys.stderr, flush=True)
-        leave_note("preempted")
+        write_rank_status("preempted")
         sys.exit(PREEMPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}. Make room, then run the same command again.")
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, then rerun the same command.")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; what was committed stays, run the same command again to go on")
+        sys.exit("error: interrupted; what was committed is kept, rerun the same command to resume")
 
 
 def parse(config: DictConfig, model: type[BaseModel]) -> Any:
@@ -85,7 +82,8 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
     """
     content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(content, dict)
-    content.pop("data", None)
+    for key in ("data", "log_level"):  # of the entry point
+        content.pop(key, None)
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -115,6 +113,7 @@ def describe(main: Callable[..., Any], name: str) -> str:
             *values,
             "\nSettings (any is overridden by its dotted name; ??? must be given):",
             *(f"  {line}" for line in lines[start:]),
+            "  log_level: info             # debug, info, warning, error",
             "\nHydra's own flags, such as --cfg job to print the configuration: --hydra-help",
         ]
     )
@@ -128,15 +127,16 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
         def checked(config: DictConfig) -> None:
             # Inside, since Hydra adds a line of its own to what passes through it.
             with user_errors():
+                configure_logging(config.get("log_level", "info"))
                 main(config)
 
-        def told_to_end(*_: object) -> None:
-            """Outside the training loop, which takes SIGTERM itself."""
+        def on_sigterm(*_: object) -> None:
+            """Outside the training loop, which handles SIGTERM itself."""
             if name != "train":
                 sys.exit(128 + signal.SIGTERM)
-            leave_note("preempted")
+            write_rank_status("preempted")
             if os.environ.get("RANK", "0") == "0":
-                os.write(2, b"told to end; the same command goes on from the newest checkpoint, if there is one\n")
+                os.write(2, b"SIGTERM before training began. Rerun the same command to start or resume.\n")
             sys.exit(PREEMPTED)
 
         command = hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)
@@ -145,12 +145,11 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(describe(main, name))
                 return
-            # So that a job that is told to end still cleans up behind itself.
-            signal.signal(signal.SIGTERM, told_to_end)
-            leave_note("started")
+            signal.signal(signal.SIGTERM, on_sigterm)  # so that an ended job still cleans up behind itself
+            write_rank_status("started")
             with user_errors():
                 command()
-            leave_note("finished")
+            write_rank_status("finished")
 
         return run
 

@@ -1,8 +1,9 @@
 """jobs.launch: torchrun, with an exit code that tells preemption from failure.
 
-torchrun exits with 1 whatever its ranks do once one is told to end. This one exits with 75 if all ranks of this machine
-have kept their work in a checkpoint or had none yet, with 0 if they were done nevertheless; arguments are torchrun's.
-Between SIGTERM and SIGKILL they have 600 s, or what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
+torchrun exits with 1 whatever its ranks do once one receives SIGTERM. This one exits with 75 if all ranks of this machine
+have saved their work in a checkpoint or had none yet, with 0 if they were done nevertheless; arguments are torchrun's.
+Between SIGTERM and SIGKILL they have 600 s, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT. A rank that stops beating for train.timeout
+is killed, also where it is the only one.
 
 Examples:
   python -m jobs.launch --standalone --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple
@@ -10,23 +11,26 @@ Examples:
   python -m jobs.launch --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=H:29400 -m jobs.train dataset=D run=R
 """
 
-import json
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.entry import NOTES, PREEMPTED, Note
+from pipeline.training.faults.preemption import PREEMPTED
+from pipeline.training.faults.rank_status import STATUS_FOLDER, RankStatus, read_rank_statuses, silent_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 def main() -> None:
-    """Runs torchrun in this process, and asks its ranks' notes how they ended where not all of them exited with 0."""
+    """Runs torchrun in this process, and reads its ranks' statuses where not all of them exited with 0."""
     if {"--help", "-h"} & set(sys.argv[1:2]):
         print(f"{__doc__.strip()}\n")
     # Until torchrun has ranks, which it may wait minutes for, and takes the signal itself.
@@ -38,43 +42,51 @@ def main() -> None:
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[NOTES] = folder
+        os.environ[STATUS_FOLDER] = folder
+        threading.Thread(target=end_silent_ranks, args=(Path(folder),), daemon=True, name="heartbeats").start()
         try:
             run.main()
         except SignalException as error:
-            sys.exit(after_signal(error.sigval.name, read_notes(Path(folder))))
+            sys.exit(after_signal(error.sigval.name, read_rank_statuses(Path(folder))))
         except ChildFailedError as error:
-            sys.exit(after_failure(error.failures, read_notes(Path(folder))))
+            sys.exit(after_failure(error.failures, read_rank_statuses(Path(folder))))
 
 
-def read_notes(folder: Path) -> list[Note]:
-    """The last note of each rank that has begun the last attempt that any has begun."""
-    notes = [Note(*json.loads(path.read_text())) for path in folder.iterdir() if not path.suffix]
-    last = max((note.attempt for note in notes), default=0)
-    return [note for note in notes if note.attempt == last]
+def end_silent_ranks(folder: Path) -> None:
+    """Kills ranks of this machine that have stopped beating: torchrun then restarts them, or ends."""
+    while True:
+        time.sleep(1)
+        for rank, age in silent_ranks(folder):
+            with suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+                print(
+                    f"error: pid {rank.pid}, at step {rank.step}: no heartbeat for {age:.0f} s: "
+                    "killed. torchrun --max-restarts=N resumes from the newest checkpoint.",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
 
 
-def after_signal(name: str, notes: list[Note]) -> int | str:
-    """What to exit with once torchrun was told to end. A rank without a note had nothing to lose.
+def after_signal(name: str, statuses: list[RankStatus]) -> int | str:
+    """What to exit with once torchrun was told to end. A rank without a status had nothing to lose.
 
     Args:
-        name: of the signal. notes: of the last attempt.
+        name: of the signal. statuses: of the last attempt.
     """
-    states = [note.state for note in notes]
+    states = [status.state for status in statuses]
     if "started" in states:
-        return f"error: ended by {name} before all ranks had written a checkpoint; the newest one stands"
-    if notes and states == ["finished"] * notes[0].ranks:
+        return f"error: ended by {name} before all ranks had written a checkpoint; the newest one is kept"
+    if statuses and states == ["finished"] * statuses[0].ranks:
         return 0
     return PREEMPTED
 
 
-def after_failure(failures: "dict[int, ProcessFailure]", notes: Iterable[Note]) -> int | str:
+def after_failure(failures: "dict[int, ProcessFailure]", statuses: Iterable[RankStatus]) -> int | str:
     """What to exit with once ranks have ended with another code than 0; those that failed have said why.
 
     Args:
-        failures: by rank. notes: of the last attempt.
+        failures: by rank. statuses: of the last attempt.
     """
-    states = {note.pid: note.state for note in notes}
+    states = {status.pid: status.state for status in statuses}
 
     def lost_nothing(failure: "ProcessFailure") -> bool:
         if failure.pid not in states and failure.exitcode == -signal.SIGTERM:
@@ -87,7 +99,7 @@ def after_failure(failures: "dict[int, ProcessFailure]", notes: Iterable[Note]) 
     if not killed:
         return 1
     ranks = ", ".join(f"rank {rank} by {failure.signal_name()}" for rank, failure in killed.items())
-    return f"error: killed: {ranks}. The kernel sends SIGKILL where memory runs out. The newest checkpoint stands."
+    return f"error: killed: {ranks}. The kernel sends SIGKILL where memory runs out. The newest checkpoint is kept."
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import copy
 import csv
 import gzip
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,16 @@ def write_small_log(folder: Path) -> None:
     clicks = [{"id": row["id"], "dwell": str(n % 50)} for n, row in enumerate(rows) if n % 3 == 0]
     write_csv(folder / "clicks-1.csv", [*clicks[50:], {"id": "99999", "dwell": "1"}])
     write_csv(folder / "clicks-2.csv", [*clicks[:50], {"id": clicks[60]["id"], "dwell": "9999"}])
+
+
+@pytest.fixture(autouse=True)
+def log_configuration() -> Iterator[None]:
+    """A job that runs in the tests' process configures the log: undone, so that caplog sees later tests' lines."""
+    yield
+    for name in ("features", "models", "pipeline"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ owns the lanes l with l mod R = r. So the position of a run is one cursor a lane
 days each day is permuted and cut by itself, and a lane reads its part of one day after that of the day before.
 """
 
+import logging
 import queue
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +23,8 @@ from features.errors import UserError
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.manifest import footer_sha256
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,10 +77,12 @@ class Loader:
         max_corrupt: float = 0.0,
     ) -> None:
         if lanes % ranks:
-            raise UserError(f"lanes={lanes} is no multiple of the {ranks} ranks. Set train.lanes to one.")
+            raise UserError(
+                f"lanes={lanes} must be divisible by the {ranks} ranks; set train.lanes to a multiple of {ranks}"
+            )
         if batch_size % lanes:
             raise UserError(
-                f"batch_size={batch_size} is no multiple of lanes={lanes}: every batch takes equally from each."
+                f"batch_size={batch_size} must be divisible by lanes={lanes}: every batch takes equally from each lane"
             )
         self.dataset, self.schema, self.shards = dataset, dataset.schema, dataset.shards(split)
         self.lanes, self.seed, self.rank, self.ranks = lanes, seed, rank, ranks
@@ -222,7 +226,7 @@ class Loader:
     def _blank(self, group: int, what: str) -> Rows:
         if group not in self.corrupt:
             self.corrupt.add(group)
-            print(f"{what}: its rows are left out", file=sys.stderr, flush=True)
+            logger.warning(f"{what}: its rows are left out")
         lost = int(self.group_rows[list(self.corrupt)].sum())
         if lost > self.max_corrupt * self.rows:
             raise UserError(

@@ -64,7 +64,7 @@ class Uncertainty(Strict):
 
 
 class GradNorm(Strict):
-    """Learnt from the tasks' gradients (pipeline.training.weighting); the schema's loss weights do not count.
+    """Learnt from the tasks' gradients (pipeline.training.optim.weighting); the schema's loss weights do not count.
 
     Attributes:
         alpha: how much a task that learns more slowly than the others gains; 0 only evens the gradients' norms out.
@@ -77,7 +77,7 @@ class GradNorm(Strict):
 
 
 class PCGrad(Strict):
-    """As fixed, less the parts of the tasks' gradients that conflict (pipeline.training.weighting)."""
+    """As fixed, less the parts of the tasks' gradients that conflict (pipeline.training.optim.weighting)."""
 
     name: Literal["pcgrad"] = "pcgrad"
     weights: TaskWeights = {}
@@ -92,35 +92,35 @@ class Settings(Strict):
 
     Attributes:
         batch_size: rows of a global batch, over all ranks.
-        lanes: a multiple of every rank count that may be used, a divisor of batch_size (see pipeline.loader).
+        lanes: a multiple of every rank count that may be used, a divisor of batch_size (see pipeline.dataset.loader).
         window: rows of a lane that are shuffled together.
         epochs: passes over the train split; max_steps ends earlier.
         seed: of the start, the order of rows and dropout.
         precision: bf16 runs the dense part under autocast.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
-        accumulate: slices of a rank's batch that go through the dense part one after the other, for less memory; the same
-            gradients as in one, apart from random draws (pipeline.training.step).
+        accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
+            same gradients as in one, apart from random draws (pipeline.training.step).
         sharding: allowed placements, for "default" or one table by name: a table on one rank, or its rows or columns on
             several, or on those of one machine (table_row_wise), or a copy on each (data_parallel).
         kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
             A data_parallel table has one of its own.
         communication: of the embeddings between ranks.
-        sharding_group: ranks that share one copy of the tables (2D parallel, pipeline.training.copies), a divisor of all;
-            None: all of them.
-        sync_every: steps between averages over the copies; a checkpoint averages besides.
+        sharding_group: ranks that share one copy of the tables (2D parallel, pipeline.training.parallel.replicas), a divisor
+            of all; None: all of them.
+        sync_every: steps between averages over the copies; a checkpoint averages too.
         dense_parallel: of everything but the tables: a copy a rank, or shards of weights, gradients and optimiser.
         pipelined: TorchRec's pipelined loop (None: where there is a GPU, and weighting and accumulate allow it).
         checkpoint_every: steps; None: once an epoch. The last step always has one.
-        checkpoint_at: shares of the run's steps that have one besides.
+        checkpoint_at: shares of the run's steps at which there is one too.
         checkpoint_async: written in the background from a copy in memory.
-        keep: which checkpoints stay.
-        nonfinite: what a loss that is not finite does: stop, or roll back and skip the batch.
-        corrupt: what a row group that cannot be read does: stop, or be left out and counted.
+        keep: which checkpoints are kept.
+        nonfinite: on a loss or gradient that is not finite: stop, or roll back and skip the batch.
+        corrupt: on a row group that cannot be read: stop, or skip its rows and count them.
         max_skipped: batches that may be skipped in a run before it stops all the same.
-        max_corrupt: share of the rows that may be left out before it does.
-        timeout: seconds in a step that ranks wait for each other before they give up.
-        init_from: a run whose newest checkpoint's weights this one starts from; what it does not have starts afresh.
+        max_corrupt: share of the rows that may be skipped so.
+        timeout: seconds that ranks wait for each other in a step, or a launcher for a heartbeat.
+        init_from: a run whose newest checkpoint's weights this one starts from; what it lacks is initialised as usual.
         log_every: steps between lines of train.jsonl.
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
     """
@@ -167,7 +167,7 @@ class Settings(Strict):
                 )
             if self.accumulate > 1:
                 raise ValueError(
-                    f"accumulate={self.accumulate} never has the whole batch's graph, in which weighting {name} looks for each "
+                    f"accumulate={self.accumulate} never holds the whole batch's graph, which weighting {name} needs for each "
                     "task's gradient: leave it out"
                 )
             if self.dense_parallel == "fsdp":
@@ -180,7 +180,7 @@ class Settings(Strict):
             )
         if self.pipelined and self.accumulate > 1:
             raise ValueError(
-                f"pipelined=true looks ahead in the model's graph, which accumulate={self.accumulate} hides: leave it out"
+                f"pipelined=true traces the model's graph, which accumulate={self.accumulate} hides: leave it out"
             )
         return self
 

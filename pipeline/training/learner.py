@@ -1,7 +1,7 @@
-"""What learns: the model, placed on the ranks, with its loss and its optimisers, and what a step does to them."""
+"""The learner: a model placed on the ranks, its loss and optimisers, and a step in three parts: forward, backward, update."""
 
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ from pipeline.training.parallel import replicas, shard
 from pipeline.training.parallel.row_reset import ManagedRows
 from pipeline.training.step import StepOutput, TrainStep
 
-Look = Callable[[StepOutput], None]
-
 
 class Learner:
-    """One rank's part of a model in training.
+    """One rank's part of a model in training: forward, backward and update of a step, called in this order.
 
     Args:
         config: all settings. dataset: whose schema and encoders the model is built from.
@@ -38,7 +36,7 @@ class Learner:
         model: the step, sharded and replicated. ranker: the model inside. loss: of its tasks.
         dense: the optimiser of all but the tables.
     Raises:
-        UserError: a model, a plan or an optimiser that cannot be.
+        UserError: a model, a plan or an optimiser that is not possible.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int) -> None:
@@ -59,6 +57,7 @@ class Learner:
         if self.gradient_loss:
             self.gradient_loss.shared = weighting.shared_parameters(ranker, dense)
         self.managed = ManagedRows(ranker, self.state())
+        self.step = 0  # of the update to come, from 0
 
     def state(self) -> dict[str, Any]:
         """The tensors of a checkpoint that are the same on any number of ranks, as views: loading fills them in place."""
@@ -70,7 +69,7 @@ class Learner:
         }
 
     def load(self, path: Path, updates: int) -> None:
-        """Takes the state of a checkpoint.
+        """Loads the state of a checkpoint.
 
         Args:
             updates: that its optimisers had made.
@@ -78,48 +77,37 @@ class Learner:
         checkpoint.load(path, self.state())
         shard.set_step(self.model, updates)
 
-    def outputs(
-        self, batches: Iterator[Batch], step: int, look: Look, feel: Callable[[int, Tensor], None]
-    ) -> Iterator[StepOutput]:
-        """Takes a step a batch: TorchRec's pipeline where there is a GPU to overlap with, a plain loop elsewhere.
+    def feed(self, batches: Iterator[Batch], count: int) -> Iterator[Batch | None]:  # noqa: ARG002
+        """What `forward` is called with, once a step.
 
         Args:
-            step: taken so far.
-            look: sees what a step has found, in the plain loop before anything is updated.
-            feel: gets the step and the largest norm of a dense gradient, in the plain loop before the dense part is updated.
+            batches: `count` of them, on the CPU.
         """
-        s = self.settings
-        possible = not self.gradient_loss and s.accumulate == 1 and self.ranker.managed is None
-        if s.pipelined if s.pipelined is not None else self.device.type == "cuda" and possible:
-            yield from self._pipelined(batches, step, look, feel)
-            return
-        for number, batch in zip(count(step), batches, strict=False):
-            self._prepare(number)
-            self.optimizer.zero_grad()
-            loss, output = self.model(batch.to(self.device) if self.device.type != "cpu" else batch)
-            look(output)
-            loss.backward()
-            feel(number + 1, self._largest_gradient())
-            if self.gradient_loss:
-                self.gradient_loss.after_backward(number)
-            self.optimizer.step()
-            self._finish(number)
-            yield output
+        return batches
 
-    def _pipelined(
-        self, batches: Iterator[Batch], step: int, look: Look, feel: Callable[[int, Tensor], None]
-    ) -> Iterator[StepOutput]:
-        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
-        for number in count(step):
-            self._prepare(number)
-            try:
-                output = pipeline.progress(batches)
-            except StopIteration:
-                return
-            look(output)
-            feel(number + 1, self._largest_gradient())
-            self._finish(number)
-            yield output
+    def forward(self, batch: Batch | None, step: int) -> StepOutput:
+        """Losses of a batch, before anything is updated.
+
+        Args:
+            step: taken before, which learning rate and random state are functions of.
+        """
+        assert batch is not None
+        self._prepare(step)
+        self.optimizer.zero_grad()
+        self.total, output = self.model(batch.to(self.device) if self.device.type != "cpu" else batch)
+        return output
+
+    def backward(self) -> Tensor:
+        """Gradients of the forward's loss, which update the sharded tables; returns the largest norm of a dense gradient."""
+        self.total.backward()
+        return self._largest_gradient()
+
+    def update(self) -> None:
+        """Updates what is not sharded."""
+        if self.gradient_loss:
+            self.gradient_loss.after_backward(self.step)
+        self.optimizer.step()
+        self._finish()
 
     def _largest_gradient(self) -> Tensor:
         """The largest norm of this rank's dense gradients; not finite if one of them is not."""
@@ -128,11 +116,49 @@ class Learner:
         return torch.stack(norms).max() if norms else torch.zeros((), device=self.device)
 
     def _prepare(self, step: int) -> None:
-        """Learning rate and random state of the step after `step`, both functions of its number."""
+        """Learning rate and random state, both functions of the step's number."""
+        self.step = step
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.dense.param_groups:
             group["lr"] = rate(self.settings.dense, step, self.steps)
 
-    def _finish(self, step: int) -> None:
-        self.managed.after_step(step + 1)
-        replicas.after_step(self.model, step + 1, self.settings.sync_every)
+    def _finish(self) -> None:
+        self.managed.after_step(self.step + 1)
+        replicas.after_step(self.model, self.step + 1, self.settings.sync_every)
+
+
+class PipelinedLearner(Learner):
+    """The same on TorchRec's pipeline, which overlaps the next batches' copies and exchanges with a step on a GPU.
+
+    Its forward is a whole step, so losses and gradients are checked after the update.
+    """
+
+    def feed(self, batches: Iterator[Batch], count: int) -> Iterator[None]:
+        """The pipeline takes batches ahead of the step that they are for."""
+        self.batches = batches
+        self.pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
+        return repeat(None, count)
+
+    def forward(self, batch: Batch | None, step: int) -> StepOutput:  # noqa: ARG002
+        """A step on the next batch, backward and update included."""
+        self._prepare(step)
+        return self.pipeline.progress(self.batches)
+
+    def backward(self) -> Tensor:
+        """The largest norm of a dense gradient."""
+        return self._largest_gradient()
+
+    def update(self) -> None:
+        """What follows the optimisers' update."""
+        self._finish()
+
+
+def build_learner(
+    config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int
+) -> Learner:  # fmt: skip
+    """A learner; pipelined where there is a GPU to overlap with, or where `train.pipelined` says so. See Learner."""
+    pipelined = config.train.pipelined
+    if pipelined is None and device.type == "cuda":
+        simple = config.train.accumulate == 1 and config.train.weighting.name not in ("gradnorm", "pcgrad")
+        pipelined = simple and not any(table.managed for table in dataset.schema.all_tables.values())
+    return (PipelinedLearner if pipelined else Learner)(config, dataset, rank, device, steps)

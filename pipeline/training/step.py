@@ -1,4 +1,4 @@
-"""One step's forward: the ranker's logits and their loss over the global batch, whoever holds which rows."""
+"""One step's forward: the ranker's logits and their loss over the global batch, however ranks share its rows."""
 
 # Shapes: B rows, T tasks, T1 the tasks and one more, E width of all embeddings.
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from features.batch import Batch
 from models.losses import TaskLoss
 from models.ranker import TABLES, Ranker
-from pipeline.training.micro_batches import loss_by_slices
+from pipeline.training.micro_batches import loss_by_micro_batches
 
 
 class StepOutput(NamedTuple):
@@ -31,8 +31,8 @@ class TrainStep(nn.Module):
 
     Args:
         ranker: the model. loss: of its tasks. bf16: autocast of the dense part.
-        accumulate: slices that go through the dense part one after the other. What rows of a rank share at random
-            (dropout, autotask's blocks), rows of a slice share.
+        accumulate: micro-batches that go through the dense part one after the other. Random draws that the rows of a rank
+            share (dropout, autotask's blocks) are shared by the rows of a micro-batch.
     Call Args:
         batch: this rank's rows.
     Returns: the scalar loss, and a StepOutput.
@@ -44,7 +44,7 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         if self.accumulate > 1:
-            return self._by_slices(batch)
+            return self._by_micro_batches(batch)
         with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
             logit_BT = self.ranker(batch)
         return global_loss(self.loss, logit_BT, self.ranker.fusion.penalty(logit_BT.float()), batch)
@@ -54,7 +54,7 @@ class TrainStep(nn.Module):
         parts = [part for name, part in self.ranker.named_children() if f"{name}." not in TABLES]
         return [p for part in (*parts, self.loss) for p in part.parameters() if p.requires_grad]
 
-    def _by_slices(self, batch: Batch) -> tuple[Tensor, StepOutput]:
+    def _by_micro_batches(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         total_T1 = global_weight_sums(batch)
 
         def run(embedding_BE: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class TrainStep(nn.Module):
             return _loss(self.loss, self.loss.of_rows, logit_BT, penalty_B, some, total_T1)
 
         embedding_BE = self.ranker.embedded(batch)
-        total, loss_BT = loss_by_slices(run, embedding_BE, self.dense_parameters(), self.accumulate)
+        total, loss_BT = loss_by_micro_batches(run, embedding_BE, self.dense_parameters(), self.accumulate)
         return total + self.loss.regulariser(total_T1[:-1]), _output(loss_BT, batch)
 
 

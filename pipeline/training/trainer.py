@@ -1,9 +1,10 @@
-"""The training loop: what happens at which step, and how a run ends, goes back, or goes on."""
+"""The training loop: what happens in a step and after it, and how a run is restored, rolled back and ended."""
 
+import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -11,393 +12,400 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from features.batch import Batch
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.dataset import open_dataset
-from pipeline.dataset.loader import Loader, Position
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint, retention
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import Saver
-from pipeline.run.run import Run, config_hash, keep_lines
+from pipeline.run.run import Run, keep_lines
 from pipeline.training.config import TrainConfig
-from pipeline.training.faults.consensus import Agreement, Verdict
-from pipeline.training.faults.hang_watch import Watch
-from pipeline.training.faults.nonfinite import Finite
-from pipeline.training.faults.preemption import Notice
-from pipeline.training.learner import Learner
-from pipeline.training.logging.meter import Meter
-from pipeline.training.logging.metrics_writer import Reporter
-from pipeline.training.logging.progressive import Progress
-from pipeline.training.optim import dense
+from pipeline.training.faults.consensus import Consensus, Verdict
+from pipeline.training.faults.hang_watch import HangWatch
+from pipeline.training.faults.nonfinite import NonfiniteCheck
+from pipeline.training.faults.preemption import PreemptionSignal, exiting_at_start
+from pipeline.training.faults.rollback import Rollbacks
+from pipeline.training.learner import build_learner
+from pipeline.training.logging.meter import ThroughputMeter
+from pipeline.training.logging.metrics_writer import MetricsWriter
+from pipeline.training.logging.progressive import ProgressiveMetrics
+from pipeline.training.observer import Observer
+from pipeline.training.optim.dense import rate
 from pipeline.training.parallel import process_group, shard
 from pipeline.training.restore import emm_sources, resume, warm_start
+from pipeline.training.state import TrainState
 from pipeline.training.step import StepOutput
 
-WRITING = timedelta(hours=2)  # a rank may wait that long for what another writes
+logger = logging.getLogger(__name__)
+
+WRITE_TIMEOUT = timedelta(hours=2)  # a rank may wait that long for what another writes
 
 
-def train(config: TrainConfig, schema: Schema | None = None) -> Run:
-    """Trains a run to its end, from its newest whole checkpoint where it has one.
+def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence[Observer] = ()) -> Run:
+    """Trains a run to its end, from its newest undamaged checkpoint where it has one.
 
     Args:
         config: all settings.
         schema: if given, the dataset must have been written for it.
+        observers: called as the run proceeds.
     Raises:
-        UserError: bad input, a loss that is not finite, or another rank that is gone.
-        Preempted: told to end by SIGTERM, after a checkpoint.
+        UserError: bad input, a loss that is not finite, or a lost rank.
+        Preempted: by SIGTERM, after a checkpoint.
     """
-    device = process_group.start()
     trainer = None
     try:
-        trainer = Trainer(config, schema, device)
+        with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
+            device = process_group.start()
+            trainer = prepare(config, schema, device, observers)
         run = trainer.run_to_end()
         dist.destroy_process_group()
         return run
     except BaseException as error:
-        if trainer is not None and trainer.rank == 0 and not isinstance(error, (Preempted, SystemExit)):
-            trainer.run.say("failed", trainer.step, trainer.steps)
-        if dist.get_world_size() == 1 or isinstance(error, (Preempted, SystemExit)):
-            dist.destroy_process_group()  # others would see the connection break before this rank has said why
-        elif isinstance(error, RuntimeError) and (met := process_group.lost_contact(error)):
-            where = f"step {trainer.step + 1}" if trainer else "at the start"
+        ended = isinstance(error, (Preempted, SystemExit))
+        if trainer is not None and trainer.rank == 0 and not ended:
+            trainer.run.say("failed", trainer.state.step, trainer.steps)
+        if dist.is_initialized() and (dist.get_world_size() == 1 or ended):
+            dist.destroy_process_group()  # other ranks would see the connection break before this one has raised
+        elif isinstance(error, RuntimeError) and (cause := process_group.lost_contact(error)):
+            where = f"step {trainer.state.step + 1}" if trainer else "at the start"
             raise UserError(
-                f"{where}: contact with another rank was lost ({met}). If it failed, it says why. "
-                "torchrun --max-restarts=N goes on from the newest checkpoint."
+                f"{where}: lost contact with another rank ({cause}); its own error, if it failed, says why. "
+                "torchrun --max-restarts=N resumes from the newest checkpoint."
             ) from None
         raise
 
 
-class Trainer:
-    """One rank's part of a run: dataset, model, optimisers and position, built in that order."""
+def prepare(
+    config: TrainConfig, schema: Schema | None, device: torch.device, observers: Sequence[Observer] = ()
+) -> "Trainer":
+    """A trainer whose run is restored, ready for `run_to_end`. Every rank calls it. Raises UserError."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    whole = open_dataset(config.dataset, config.days)
+    if schema is not None:
+        whole.check_compatible(schema.fingerprint, "the schema of this job")
+    dataset = whole.only(config.tasks)
+    with ExitStack() as pinned:  # checkpoints of other runs that this one starts from
+        config = emm_sources.resolve(config, dataset, pinned)
+        trainer = Trainer(config, dataset, device, observers)
+        trainer.restore(whole.schema, pinned)
+    return trainer
 
-    def __init__(self, config: TrainConfig, schema: Schema | None, device: torch.device) -> None:
-        self.settings, self.device = config.train, device
+
+class Trainer:
+    """One rank's part of a run. Building one reads the dataset and places the model, and touches no run.
+
+    Args:
+        config: all settings, the sources of an EMM resolved. dataset: of the tasks that are trained.
+        device: of the model. observers: called as the run proceeds.
+    Attributes:
+        state: how far the run has come. steps: of the whole run.
+    """
+
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, device: torch.device, observers: Sequence[Observer] = ()
+    ) -> None:
+        self.config, self.dataset, self.device, self.observers = config, dataset, device, observers
+        self.settings = s = config.train
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(self.settings.threads or max(1, len(os.sched_getaffinity(0)) // local))
-        whole = open_dataset(config.dataset, config.days)
-        if schema is not None:
-            whole.check_compatible(schema.fingerprint, "the schema of this job")
-        self.dataset = whole.only(config.tasks)
-        self.schema, self.whole_schema = self.dataset.schema, whole.schema
-        self.held = ExitStack()  # checkpoints of other runs that this one starts from
-        self.config = emm_sources.resolved(config, self.dataset, self.held)
-        s = self.settings
         self.loader = Loader(
-            self.dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window,
+            dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window,
             max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0,
         )  # fmt: skip
-        self.position = self.loader.start()
-        self.step, self.saved = 0, -1
-        self.epoch_steps = self.loader.steps(self.position)
+        position = self.loader.start()
+        self.epoch_steps = self.loader.steps(position)
         self.steps = min(s.epochs * self.epoch_steps, s.max_steps or s.epochs * self.epoch_steps)
         self.milestones = {max(1, round(share * self.steps)) for share in s.checkpoint_at}
-        self.learner = Learner(self.config, self.dataset, self.rank, device, self.steps)
-        self.progress = Progress(self.schema.tasks, s.log_every, device)
+        self.learner = build_learner(config, dataset, self.rank, device, self.steps)
+        self.state = TrainState(position, ProgressiveMetrics(dataset.schema.tasks, s.log_every, device))
         self.run = Run(config.run)
-        self.skipped: set[int] = set()
-        self.finite = Finite()
-        self.bad: tuple[int, str] | None = None  # the first step that cannot be learnt from, and why
-        self.tried: set[int] = set()  # checkpoints that the run has gone back to
-        limit = timedelta(seconds=2 * s.timeout)
-        control = dist.new_group(backend="gloo", timeout=limit) if self.ranks > 1 else None
-        writing = dist.new_group(backend="gloo", timeout=WRITING) if self.ranks > 1 else None
-        self.agreement, self.notice = Agreement(control), Notice(self.rank == 0)
-        prune = partial(retention.prune, self.run, s.keep, self.dataset.name) if self.rank == 0 else lambda _: None
-        self.saver = Saver(self.run.checkpoints, writing, s.checkpoint_async, prune)
-        self.reporter: Reporter | None = None
-        self.watch: Watch | None = None
-        self._restore()
-        self.meter = Meter(self._passed(), self.step)
+        self.nonfinite, self.rollbacks = NonfiniteCheck(s.nonfinite), Rollbacks(s.max_skipped)
+        self.preemption = PreemptionSignal(log=self.rank == 0)
+        self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
+        prune = partial(retention.prune, self.run, s.keep, dataset.name) if self.rank == 0 else lambda _: None
+        self.writer = Saver(self.run.checkpoints, self._cpu_group(WRITE_TIMEOUT), s.checkpoint_async, prune)
+        self.metrics: MetricsWriter | None = None
+        self.watch: HangWatch | None = None
+        self.meter = ThroughputMeter(0, 0)
 
-    def _restore(self) -> None:
-        """Goes on from the newest checkpoint that is whole, or begins."""
+    def _cpu_group(self, timeout: timedelta) -> dist.ProcessGroup | None:
+        return dist.new_group(backend="gloo", timeout=timeout) if self.ranks > 1 else None
+
+    def restore(self, schema: Schema, pinned: ExitStack) -> None:
+        """Resumes from the newest undamaged checkpoint, or begins the run.
+
+        Args:
+            schema: of the whole dataset. pinned: closed once the checkpoints of other runs are read.
+        Raises:
+            UserError: another trainer has the run, a checkpoint of another job, resume=never.
+        """
         if self.rank == 0:
             self.lock = self.run.lock("train", "another trainer writes to it")
             checkpoint.tidy(self.run.checkpoints)
-        path = resume.newest(self.run, self._tell)
+        path = resume.newest(self.run)
         if path is not None and self.config.resume == "never":
-            raise UserError(f"{self.run.path} has checkpoints. Choose another run=, or resume=auto to go on with it.")
+            raise UserError(f"{self.run.path} has checkpoints. Choose another run=, or resume=auto to continue it.")
         config = self.config.model_dump(mode="json", by_alias=True)
         if path is not None:
             manifest = checkpoint.read(path)
-            resume.check_compatible(path, manifest, self._manifest(0))
-            self._load(path, manifest)
+            resume.check_compatible(path, manifest, self.manifest(0))
+            self.load(path, manifest)
             ranks = f", written by {manifest.ranks} ranks" if manifest.ranks != self.ranks else ""
-            self._tell(f"goes on from {path}{ranks}")
+            self.log(f"resumed from {path}{ranks}")
             if changed := resume.changes(self.run.config(), config):
-                self._tell(f"changed since: {', '.join(changed)}")
+                self.log(f"changed since: {', '.join(changed)}")
         else:
             for line in emm_sources.load(self.learner.ranker, self.learner.state()["model"]):
-                self._tell(line)
+                self.log(line)
             if self.settings.init_from:
                 model, other = self.learner.state()["model"], Run(self.settings.init_from)
-                self._tell(warm_start.start(other, self.dataset, model, self.held))
-        dist.barrier()  # all have read the old configuration, and what the run starts from
-        self.held.close()
+                self.log(warm_start.start(other, self.dataset, model, pinned))
+        dist.barrier()  # all have read the old configuration, and the checkpoints that the run starts from
+        pinned.close()
         if self.rank == 0:
-            self.run.create(config, self.whole_schema)
-            self.run.say("training", self.step, self.steps)
-            self._forget()
+            self.run.create(config, schema)
+            self.run.say("training", self.state.step, self.steps)
+            self._drop_repeated_lines()
         dist.barrier()
+        self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)
 
-    def _load(self, path: Path, manifest: CheckpointManifest) -> None:
-        self.step, self.position = manifest.step, Position(manifest.epoch, manifest.cursors)
-        self.saved, self.skipped = self.step, set(manifest.skipped)
-        updates = self.step - sum(step <= self.step for step in self.skipped)
-        self.progress.restore(path, manifest.rows, updates)
-        self.learner.load(path, updates)
-
-    def _forget(self) -> None:
-        """Takes the lines of steps back that will be taken again."""
-        for lines in (self.run.train_metrics, self.run.progressive):
-            keep_lines(lines, self.step)
+    def load(self, path: Path, manifest: CheckpointManifest) -> None:
+        """Loads a checkpoint into state and learner."""
+        self.state.take(manifest)
+        self.state.progress.restore(path, manifest.rows, self.state.updates)
+        self.learner.load(path, self.state.updates)
 
     def run_to_end(self) -> Run:
-        """Steps until the last, with metrics and checkpoints on the way."""
-        if self.rank == 0:
-            self.reporter = Reporter(self.run, list(self.schema.tasks), self.step, self.steps)
-        if self.ranks > 1:
-            self.watch = Watch(process_group.store(), self.rank, self.ranks, self.settings.timeout)
-            process_group.limit_waiting(2 * self.settings.timeout)  # the watch speaks before it
-        if self.step >= self.steps:
-            self._tell(f"{self.run.path} is at step {self.step} of {self.steps}: nothing to do")
-        try:
-            with self.notice.taken():
-                if self.settings.nonfinite == "skip" and self.saved < 0:
-                    self.save()  # what to go back to
-                while self.step < self.steps:
-                    self._learn()
-                    if self.step + 1 in self.skipped and self.step < self.steps:
-                        self._advance()
-                        self._conclude()
-                    if not self.loader.steps(self.position):
-                        self.position = self.loader.start(self.position.epoch + 1)
-                self._finish_saving()
-        except UserError:
-            self._settle_saving()  # the other ranks are still there to write their parts
-            raise
-        finally:
-            if self.watch:
-                self.watch.end()
-        if self.reporter:
-            self.reporter.close()
-            self.run.say("finished", self.step, self.steps)
+        """Trains to the last step, with metrics and checkpoints on the way."""
+        with self._session():
+            for observer in self.observers:
+                observer.on_start(self)
+            if self.settings.nonfinite == "skip" and self.state.saved < 0:
+                self.save()  # for a rollback before the first checkpoint
+            while self.state.step < self.steps:
+                self.train_segment()
+                if self.state.step + 1 in self.state.skipped and self.state.step < self.steps:
+                    self.advance()
+                    self.after_step()
+                if not self.loader.steps(self.state.position):
+                    self.state.position = self.loader.start(self.state.position.epoch + 1)
+            self.finish_writing()
+        if self.metrics:
+            self.metrics.close()
+            self.run.say("finished", self.state.step, self.steps)
         return self.run
 
-    def _learn(self) -> None:
-        """Steps to the end of the run or the epoch, to the next batch that is left out, or until the run goes back."""
-        end = min([self.steps, *(step - 1 for step in self.skipped if step > self.step)])
-        for output in self._outputs(self._watched(islice(self.loader.batches(self.position), end - self.step))):
-            self.progress.update(output)
-            self._advance()
-            if not self._conclude():
+    def train_segment(self) -> None:
+        """Trains to the end of the run or of the epoch, to the next batch that is skipped, or until a rollback."""
+        state, learner = self.state, self.learner
+        end = min([self.steps, *(step - 1 for step in state.skipped if step > state.step)])
+        count = min(end - state.step, self.loader.steps(state.position))
+        for batch in learner.feed(self._batches(count), count):
+            output = learner.forward(batch, state.step)
+            self.check_losses(output)
+            norm = learner.backward()
+            self.check_gradients(norm)
+            learner.update()
+            self.record(output)
+            self.advance()
+            for observer in self.observers:
+                observer.on_step(self, output)
+            if not self.after_step():
                 return
 
-    def _conclude(self) -> bool:
-        """What follows a step: metrics, a checkpoint, the end of a run that was told to end. False if the run goes back."""
-        every, last = self.settings.checkpoint_every or self.epoch_steps, self.step == self.steps
-        logs = self.step % self.settings.log_every == 0 or self.step == 1 or last
-        saves = self.step % every == 0 or self.step in self.milestones or last
-        if logs or saves:
-            self._find_bad()
-        verdict = self.agreement.exchange(self.notice.given, self.bad[0] if self.bad else None)
-        if saves or verdict.stop:
-            verdict = Verdict(verdict.stop, self.agreement.settle().bad or verdict.bad)
-        if verdict.bad is not None:
-            self._go_back(verdict.bad)
+    def after_step(self) -> bool:
+        """Metrics, a checkpoint, and the end of a preempted run, where they are due. False after a rollback."""
+        step, every, last = self.state.step, self.settings.checkpoint_every or self.epoch_steps, self._at_end()
+        log_due = step % self.settings.log_every == 0 or step == 1 or last
+        save_due = step % every == 0 or step in self.milestones or last
+        if log_due or save_due:
+            self.nonfinite.check(self.state.position.epoch)
+        verdict = self.consensus.share(self.preemption.received, self.nonfinite.bad[0] if self.nonfinite.bad else None)
+        if save_due or verdict.stop:
+            verdict = Verdict(verdict.stop, self.consensus.collect().bad_step or verdict.bad_step)
+        if verdict.bad_step is not None:
+            self.rollback(verdict.bad_step)
             return False
-        if logs:
-            self._log()
-        if saves or verdict.stop:
+        if log_due:
+            self.write_metrics()
+        if save_due or verdict.stop:
             self.save()
         if verdict.stop and not last:
-            self._end_early()
+            self.stop()
         return True
 
-    def _outputs(self, batches: Iterator[Batch]) -> Iterator[StepOutput]:
-        return self.learner.outputs(batches, self.step, self._look, self._feel)
+    def check_losses(self, output: StepOutput) -> None:
+        """Checks a forward: on a CPU before the backward, which updates the tables; a GPU would have to wait for it."""
+        self.nonfinite.record_losses(self.state.step + 1, output)
+        if self.device.type == "cpu":
+            self.nonfinite.check(self.state.position.epoch)
+        for observer in self.observers:
+            observer.on_forward(self, output)
 
-    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; who waits for them, and how long, is noted."""
-        batches = self.meter.timed(batches)
+    def check_gradients(self, norm: torch.Tensor) -> None:
+        """Checks a backward: on a CPU before the dense part is updated."""
+        self.nonfinite.record_grad_norm(self.state.step + 1, norm)
+        if self.device.type == "cpu":
+            self.nonfinite.check(self.state.position.epoch)
+
+    def record(self, output: StepOutput) -> None:
+        """Adds a step to the progressive metrics."""
+        self.state.progress.update(output)
+
+    def advance(self) -> None:
+        """Moves past a batch; at the end of a day or an epoch its progressive metrics are written."""
+        state = self.state
+        day = self.loader.day(state.position)
+        state.step += 1
+        state.position = self.loader.after(state.position)
+        if self.loader.steps(state.position) and self.loader.day(state.position) == day:
+            return
+        figures, _ = state.progress.figures(state.progress.day_T3)
+        state.progress.day_T3.zero_()
+        record = {
+            "epoch": state.position.epoch, "day": day, "step": state.step, "rows": state.progress.total_rows(),
+        }  # fmt: skip
+        if self.metrics:
+            self.metrics.day(record | figures)
+
+    def write_metrics(self) -> None:
+        """Writes a record of the last steps. Every rank calls it."""
+        state = self.state
+        figures, sums_T3 = state.progress.figures(state.progress.window.sums_T3())
+        rows = state.progress.total_rows()
+        with shard.whole(self.learner.model):
+            weight_T = self.learner.loss.weights().detach().cpu()
+        if self.metrics is None:
+            return
+        consumed = state.rows_consumed(self.loader)
+        rows_per_s, data_wait, step_s = self.meter.read(consumed, state.step)
+        loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
+        self.metrics.log(
+            {
+                "step": state.step,
+                "rows": rows,
+                "left_out": consumed - rows,
+                "epoch": state.position.epoch,
+                "time": time.time(),
+                "lr": rate(self.settings.dense, state.step - 1, self.steps),
+                "loss": float((loss_T * weight_T).sum()),
+                "weight": dict(zip(self.dataset.schema.tasks, weight_T.tolist(), strict=True)),
+                **figures,
+                "rows_per_s": rows_per_s,
+                "data_wait": data_wait,
+                "seconds_left": step_s * (self.steps - state.step),
+            }
+        )
+
+    def rollback(self, bad_step: int) -> None:
+        """Back to the newest checkpoint, from which the same steps are repeated without the batch of `bad_step`.
+
+        To one before it if the run was rolled back to it already, and no batch could be trained on since.
+        """
+        self._enter("save")
+        self.wait_for_writer()
+        if self.nonfinite.bad and self.nonfinite.bad[0] == bad_step:
+            logger.warning(self.nonfinite.bad[1])
+        skipped = self.rollbacks.skip(bad_step, self.state.skipped)
+        path = resume.newest(self.run, below=self.rollbacks.below(bad_step, self.state.skipped))
+        if path is None:
+            raise UserError(
+                f"step {bad_step}: loss or gradient is not finite, and there is no checkpoint to roll back to"
+            )
+        self.load(path, checkpoint.read(path))
+        self.rollbacks.tried.add(self.state.step)
+        self.state.skipped |= skipped
+        self.nonfinite.reset()
+        self.consensus.collect()
+        if self.metrics:
+            self._drop_repeated_lines()
+            self.metrics.roll_back(self.state.step)
+            logger.warning(f"rolled back to step {self.state.step}, to skip the batch of step {bad_step}")
+        self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)
+
+    def save(self) -> None:
+        """Begins to write a checkpoint of this step, once the one before it is done."""
+        self._enter("save")
+        self.meter.pause()
+        begin = time.perf_counter()
+        self.wait_for_writer()
+        state = self.learner.state() | {"progress": self.state.progress.state()}
+        self.writer.save(state, self.manifest(self.state.progress.total_rows()))
+        self.state.saved = self.state.step
+        for observer in self.observers:
+            observer.on_checkpoint(self, self.state.step, time.perf_counter() - begin)
+        self.meter.resume()
+
+    def manifest(self, rows: int) -> CheckpointManifest:
+        """The manifest of a checkpoint of this step. rows: that all ranks have trained on."""
+        return self.state.manifest(self.config, self.dataset, self.loader, self.ranks, rows)
+
+    def wait_for_writer(self) -> None:
+        """Waits until nothing is being written; a checkpoint that could not be written is logged."""
+        if (error := self.writer.wait()) and self.rank == 0:
+            logger.warning(f"{error} Training continues, and retries with the next checkpoint.")
+
+    def finish_writing(self) -> None:
+        """Waits for the last checkpoint. Raises UserError where it cannot be written."""
+        self._enter("save")
+        if error := self.writer.wait():
+            raise error
+
+    def stop(self) -> None:
+        """Ends a preempted run. Raises Preempted once its checkpoint is on disk."""
+        self.finish_writing()
+        if self.metrics:
+            self.metrics.close()
+            self.run.say("preempted", self.state.step, self.steps)
+        path = checkpoint.folder(self.run.checkpoints, self.state.step)
+        raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
+
+    def log(self, line: str) -> None:
+        """A log line of rank 0."""
+        if self.rank == 0:
+            logger.info(line)
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        """What runs beside the loop: metrics, the watch for hung ranks, the handler of SIGTERM."""
+        store = process_group.store() if self.ranks > 1 else None
+        self.watch = HangWatch(store, self.rank, self.ranks, self.settings.timeout)
+        if self.rank == 0:
+            self.metrics = MetricsWriter(self.run, list(self.dataset.schema.tasks), self.state.step, self.steps)
+        if self.ranks > 1:
+            process_group.limit_waiting(2 * self.settings.timeout)  # the watch reports before it
+        if self._at_end():
+            self.log(f"{self.run.path} is at step {self.state.step} of {self.steps}: nothing to do")
+        try:
+            with self.preemption.handling():
+                yield
+        except UserError:
+            self.wait_for_writer()  # the other ranks are still there to write their parts
+            raise
+        finally:
+            self.watch.stop()
+
+    def _at_end(self) -> bool:
+        return self.state.step >= self.steps
+
+    def _batches(self, count: int) -> Iterator[Batch]:
+        """The next batches; the watch knows when they are waited for, and the meter how long."""
+        batches = self.meter.timed(islice(self.loader.batches(self.state.position), count))
         while True:
-            self._at("data")
+            self._enter("data")
             batch = next(batches, None)
-            self._at("step")
+            self._enter("step")
             if batch is None:
                 return
             yield batch
 
-    def _at(self, phase: str) -> None:
+    def _enter(self, phase: str) -> None:
         if self.watch:
-            self.watch.at(self.step + 1, phase)
+            self.watch.enter(self.state.step + 1, phase)
 
-    def _advance(self) -> None:
-        """Goes past a batch; where a day or an epoch ends with it, says how well that was foreseen."""
-        day = self.loader.day(self.position)
-        self.step += 1
-        self.position = self.loader.after(self.position)
-        if self.loader.steps(self.position) and self.loader.day(self.position) == day:
-            return
-        figures, _ = self.progress.figures(self.progress.day_T3)
-        self.progress.day_T3.zero_()
-        record = {"epoch": self.position.epoch, "day": day, "step": self.step, "rows": self.progress.total_rows()}
-        if self.reporter:
-            self.reporter.day(record | figures)
-
-    def _look(self, output: StepOutput) -> None:
-        self.finite.look(self.step + 1, output)
-        if self.device.type == "cpu":
-            # Before the backward, which updates the tables. A GPU would have to wait for the check.
-            self._find_bad()
-
-    def _feel(self, step: int, largest: Tensor) -> None:
-        self.finite.feel(step, largest)
-        if self.device.type == "cpu":
-            self._find_bad()
-
-    def _find_bad(self) -> None:
-        """Stops at a step that cannot be learnt from, or keeps the first one in mind."""
-        if (found := self.finite.first_bad()) is None or self.bad:
-            return
-        step, what = found
-        line = f"step {step}, epoch {self.position.epoch}: {what}."
-        if self.settings.nonfinite == "stop":
-            raise UserError(
-                f"{line} Checkpoints of earlier steps stay. Lower train.dense.lr or train.tables.lr, set train.clip_norm, mend "
-                "these rows, or leave such batches out with train.nonfinite=skip."
-            )
-        self.bad = step, line
-
-    def _go_back(self, bad: int) -> None:
-        """To the newest checkpoint, from which the same steps are taken again without the batch of step `bad`.
-
-        To one before it if it was gone back to already, and not one batch could be learnt from since.
-        """
-        self._at("save")
-        self._settle_saving()
-        if self.bad and self.bad[0] == bad:
-            self._say(self.bad[1])
-        skipped = self.skipped | {bad}
-        if len(skipped) > self.settings.max_skipped:
-            raise UserError(
-                f"step {bad}: loss or gradient is not finite, and {len(self.skipped)} batches were left out already "
-                "(train.max_skipped). Checkpoints of earlier steps stay. Lower train.dense.lr or train.tables.lr, or set "
-                "train.clip_norm."
-            )
-        poor = {step for step in self.tried if all(between in self.skipped for between in range(step + 1, bad))}
-        path = resume.newest(self.run, self._tell, below=min(poor, default=None))
-        if path is None:
-            raise UserError(f"step {bad}: loss or gradient is not finite, and there is no checkpoint to go back to")
-        self._load(path, checkpoint.read(path))
-        self.tried.add(self.step)
-        self.skipped |= skipped
-        self.bad = None
-        self.finite.forget()
-        self.agreement.settle()
-        if self.reporter:
-            self._forget()
-            self.reporter.back_to(self.step)
-            self._say(f"goes back to step {self.step}, to leave the batch of step {bad} out")
-        self.meter = Meter(self._passed(), self.step)
-
-    def _passed(self) -> int:
-        """Rows that the position lies behind."""
-        return self.position.epoch * self.loader.rows + sum(self.position.cursors)
-
-    def _log(self) -> None:
-        figures, sums_T3 = self.progress.figures(self.progress.window.sums_T3())
-        learnt = self.progress.total_rows()
-        with shard.whole(self.learner.model):
-            weight_T = self.learner.loss.weights().detach().cpu()
-        if self.reporter is None:
-            return
-        rows_per_s, data_wait, step_s = self.meter.read(self._passed(), self.step)
-        loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
-        self.reporter.log(
-            {
-                "step": self.step,
-                "rows": learnt,
-                "left_out": self._passed() - learnt,
-                "epoch": self.position.epoch,
-                "time": time.time(),
-                "lr": dense.rate(self.settings.dense, self.step - 1, self.steps),
-                "loss": float((loss_T * weight_T).sum()),
-                "weight": dict(zip(self.schema.tasks, weight_T.tolist(), strict=True)),
-                **figures,
-                "rows_per_s": rows_per_s,
-                "data_wait": data_wait,
-                "seconds_left": step_s * (self.steps - self.step),
-            }
-        )
-
-    def save(self, wait: bool = False) -> None:
-        """Begins to write a checkpoint of this step, once the one before it is done.
-
-        Args:
-            wait: until it is on disk.
-        Raises:
-            UserError: waiting, where it cannot be written.
-        """
-        self._at("save")
-        self.meter.pause()
-        self._settle_saving()
-        self.saver.save(
-            self.learner.state() | {"progress": self.progress.state()}, self._manifest(self.progress.total_rows())
-        )
-        self.saved = self.step
-        if wait:
-            self._finish_saving()
-        self.meter.go_on()
-
-    def _manifest(self, rows: int) -> CheckpointManifest:
-        return CheckpointManifest(
-            step=self.step,
-            rows=rows,
-            left_out=self._passed() - rows,
-            skipped=sorted(self.skipped),
-            epoch=self.position.epoch,
-            cursors=self.position.cursors,
-            ranks=self.ranks,
-            seed=self.settings.seed,
-            window=self.settings.window,
-            batch_size=self.settings.batch_size,
-            data=config_hash([shard.sha256 for shard in self.loader.shards]),  # whatever the folder is called
-            fingerprint=self.schema.fingerprint,
-            encoders=self.dataset.encoders_id,
-            config=config_hash(self.config.shape()),
-        )
-
-    def _settle_saving(self) -> None:
-        if (error := self.saver.wait()) and self.rank == 0:
-            self._say(f"{error} Training goes on, and tries again with the next checkpoint.")
-
-    def _finish_saving(self) -> None:
-        """Waits for the last checkpoint. Raises UserError where it cannot be written."""
-        self._at("save")
-        if error := self.saver.wait():
-            raise error
-
-    def _end_early(self) -> None:
-        self._finish_saving()
-        if self.reporter:
-            self.reporter.close()
-            self.run.say("preempted", self.step, self.steps)
-        raise Preempted(
-            f"told to end: {checkpoint.folder(self.run.checkpoints, self.step)} is written, the same command goes on from it"
-        )
-
-    def _say(self, line: str) -> None:
-        """A line in the midst of a run, by the rank that has something to say."""
-        if self.reporter:
-            self.reporter.say(line)
-        else:
-            print(f"rank {self.rank}: {line}", flush=True)
-
-    def _tell(self, line: str) -> None:
-        if self.rank == 0:
-            print(line, flush=True)
+    def _drop_repeated_lines(self) -> None:
+        for lines in (self.run.train_metrics, self.run.progressive):
+            keep_lines(lines, self.state.step)

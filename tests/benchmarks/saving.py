@@ -19,24 +19,23 @@ import workload
 from tabulate import tabulate
 from train_runs import RESULTS, configuration, machine, preprocess, write_raw
 
+from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 BUCKETS = 300_000  # of each of the 16 tables
 AT_ONCE, BACKGROUND = "at once", "in the background"
 
 
-class Timed(Trainer):
-    """Notes when each checkpoint begins and when training goes on."""
+class Pauses(Observer):
+    """When each checkpoint begins and when training resumes."""
 
-    def run_to_end(self) -> None:
+    def __init__(self) -> None:
         self.pauses: list[tuple[float, float]] = []
-        super().run_to_end()
 
-    def save(self, wait: bool = False) -> None:
-        begin = time.perf_counter()
-        super().save(wait)
-        self.pauses.append((begin, time.perf_counter()))
+    def on_checkpoint(self, trainer: Trainer, step: int, seconds: float) -> None:
+        now = time.perf_counter()
+        self.pauses.append((now - seconds, now))
 
 
 def main() -> None:
@@ -74,9 +73,10 @@ def take(data: Path, folder: Path, background: bool, every: int, saves: int, dev
         "checkpoint_every": every,
         "checkpoint_async": background,
     }
-    trainer = Timed(configuration(data, folder, "bench_mmoe", **train, keep={"last": 1}), None, device)
+    observer = Pauses()
+    trainer = prepare(configuration(data, folder, "bench_mmoe", **train, keep={"last": 1}), None, device, [observer])
     trainer.run_to_end()
-    pauses = trainer.pauses[:saves]
+    pauses = observer.pauses[:saves]
     size = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*"))
     del trainer
     gc.collect()

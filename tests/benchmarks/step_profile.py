@@ -55,20 +55,20 @@ def profile_rank(options: argparse.Namespace) -> None:
     import torch.distributed as dist
     from stopwatch import Stopwatch, attach
 
+    from pipeline.training.observer import Observer
     from pipeline.training.parallel import process_group
-    from pipeline.training.trainer import Trainer
+    from pipeline.training.trainer import Trainer, prepare
 
     stopwatch, last = Stopwatch(), WARMUP + options.steps
     found: dict[str, float] = {}
 
-    class Watched(Trainer):
-        """Notes the stopwatch's first and last step."""
+    class Timing(Observer):
+        """Restarts the stopwatch after the warm-up, and reads it after the last step."""
 
-        def _advance(self) -> None:
-            super()._advance()
-            if self.step == WARMUP:
+        def on_step(self, trainer: Trainer, output: object) -> None:
+            if trainer.state.step == WARMUP:
                 stopwatch.restart()
-            elif self.step == last:
+            elif trainer.state.step == last:
                 found.update(stopwatch.read())
 
     device = process_group.start()
@@ -78,7 +78,7 @@ def profile_rank(options: argparse.Namespace) -> None:
     config = configuration(
         options.worker / "data", folder, f"bench_{options.model}", batch_size=workload.BATCH * ranks, **train
     )
-    trainer = Watched(config, None, device)
+    trainer = prepare(config, None, device, [Timing()])
     attach(trainer, stopwatch)
     trainer.run_to_end()
     all_found: list[Any] = [None] * ranks

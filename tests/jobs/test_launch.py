@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from jobs.entry import PREEMPTED, Note
 from jobs.launch import after_failure, after_signal
+from pipeline.training.faults.preemption import PREEMPTED
+from pipeline.training.faults.rank_status import RankStatus
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -129,7 +130,7 @@ def test_a_job_that_is_told_to_end_while_one_rank_starts_and_one_still_imports_h
     launcher.terminate()
     code, said = end_of(launcher)
     assert code == PREEMPTED
-    assert said == ["told to end; the same command goes on from the newest checkpoint, if there is one"]
+    assert said == ["SIGTERM before training began. Rerun the same command to start or resume."]
 
 
 def test_a_job_that_is_told_to_end_in_its_last_step_is_done(tmp_path: Path) -> None:
@@ -164,13 +165,13 @@ def failure(rank: int, code: int) -> ProcessFailure:
 
 
 def test_ranks_that_were_killed_are_named_in_one_line() -> None:
-    notes = [Note("started", 0, 100, 2), Note("preempted", 0, 101, 2)]
-    said = after_failure({8: failure(0, -signal.SIGKILL), 9: failure(1, PREEMPTED)}, notes)
+    statuses = [RankStatus("started", 0, 100, 2), RankStatus("preempted", 0, 101, 2)]
+    said = after_failure({8: failure(0, -signal.SIGKILL), 9: failure(1, PREEMPTED)}, statuses)
     assert str(said).startswith("error: killed: rank 8 by SIGKILL. ")
     assert after_failure({8: failure(0, 1), 9: failure(1, -signal.SIGTERM)}, []) == 1
     assert after_failure({8: failure(0, -signal.SIGTERM), 9: failure(1, -signal.SIGTERM)}, []) == PREEMPTED
     # A rank that crashes once its checkpoint is written has kept its work.
-    assert after_failure({9: failure(1, -signal.SIGSEGV)}, notes) == PREEMPTED
+    assert after_failure({9: failure(1, -signal.SIGSEGV)}, statuses) == PREEMPTED
 
 
 @pytest.mark.parametrize(
@@ -184,5 +185,49 @@ def test_ranks_that_were_killed_are_named_in_one_line() -> None:
     ],
 )
 def test_a_launcher_that_was_told_to_end_says_0_only_if_all_its_ranks_are_done(states: tuple, code: int) -> None:
-    notes = [Note(state, 3, 100 + rank, 2) for rank, state in enumerate(states)]
-    assert after_signal("SIGTERM", notes) == code
+    statuses = [RankStatus(state, 3, 100 + rank, 2) for rank, state in enumerate(states)]
+    assert after_signal("SIGTERM", statuses) == code
+
+
+def test_a_single_rank_that_is_stopped_is_killed_by_its_launcher_and_started_again(tmp_path: Path) -> None:
+    body = """
+        from pipeline.training.faults.hang_watch import HangWatch
+
+        watch = HangWatch(None, 0, 1, 2.0)
+        watch.enter(7, "step")
+        time.sleep(1)  # a heartbeat of step 7
+        say("training")
+        if ATTEMPT == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        watch.stop()
+    """
+    launcher = start(tmp_path, body, "--standalone", "--nproc-per-node=1", "--max-restarts=1")
+    code, said = end_of(launcher)
+    assert code == 0
+    [line] = [line for line in said if "no heartbeat" in line]
+    assert line.startswith(f"error: pid {(tmp_path / 'training-0-0').read_text()}, at step 7: no heartbeat for ")
+    assert (tmp_path / "training-1-0").exists()
+
+
+def test_a_rank_that_is_preempted_while_the_other_waits_in_start_up_does_not_leave_it_to_sigkill(
+    tmp_path: Path,
+) -> None:
+    body = """
+        import torch.distributed as dist
+        from pipeline.training.faults.preemption import exiting_at_start
+
+        with exiting_at_start(RANK == 0):
+            say("starting")
+            if RANK == 1:
+                time.sleep(60)
+            store = dist.TCPStore("localhost", 0, is_master=True)
+            store.get("nobody-sets-this")  # waits in C for 300 s
+    """
+    launcher = start(tmp_path, body)
+    wait_for(launcher, lambda: len(list(tmp_path.glob("starting-0-*"))) == 2)
+    wait_for(launcher, lambda: bool((tmp_path / "starting-0-1").read_text()))
+    begin = time.monotonic()
+    os.kill(int((tmp_path / "starting-0-1").read_text()), signal.SIGTERM)
+    code, _ = end_of(launcher)
+    assert code == PREEMPTED
+    assert time.monotonic() - begin < 25  # torchrun would wait 30 s before it kills

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from workbench import configuration, on_each_rank
+from workbench import configuration, on_each_rank, write_checkpoint
 
 from models.ranker import ModelConfig
 from pipeline.run import checkpoint
 from pipeline.training.config import TrainConfig
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 # They share (32, 16) and (16, 16): two levels, and towers of other depths.
 SOURCES: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def settings(folder: Path, name: str, model: dict[str, Any], tasks: list[str] | 
 def source(folder: Path, name: str, model: dict[str, Any] | None = None, **train: Any) -> Trainer:
     """A single-task run, of the task its name begins with."""
     config = settings(folder, name, model or SOURCES[name], [name.split("-")[0]], **train)
-    return Trainer(config, None, torch.device("cpu"))
+    return prepare(config, None, torch.device("cpu"))
 
 
 def fused(
@@ -45,7 +45,7 @@ def fused(
 ) -> Trainer:  # fmt: skip
     """A run fused from those named in `of`, by default from all."""
     emm = {"fusion": {"name": "emm"} | fusion, "from": [str(folder / source) for source in of]}
-    return Trainer(settings(folder, name, emm | (model or {}), tasks, **(train or {})), None, torch.device("cpu"))
+    return prepare(settings(folder, name, emm | (model or {}), tasks, **(train or {})), None, torch.device("cpu"))
 
 
 def stopped(folder: Path, source: str, name: str) -> None:
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
         train = {"sharding": {"default": [placement]}, "checkpoint_every": STOP}
         fused(folder, f"two-{placement}", train=train).run_to_end()
         fused(folder, f"two-tuned-{placement}", train=train, tables="tuned").run_to_end()
-    fused(folder, "two-start", train={"sharding": {"default": ["row_wise"]}}).save(wait=True)
+    write_checkpoint(fused(folder, "two-start", train={"sharding": {"default": ["row_wise"]}}))
     dist.barrier()
     if dist.get_rank() == 0:
         stopped(folder, "two-table_wise", "two-resumed")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from two_ranks import stopped, trainer
-from workbench import on_each_rank
+from workbench import on_each_rank, write_checkpoint
 
 from features.errors import UserError
 from pipeline.training.trainer import Trainer
@@ -44,13 +44,17 @@ RARE = {"max_steps": STEPS, "checkpoint_every": STOP, "sharding": MIXED, "shardi
 COLLECTIVES = ("all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
 
 
-class Watching(Trainer):
-    """A trainer that keeps what its rank holds of the tables, before a checkpoint is made and after."""
+def keep_states(made: Trainer) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What its rank holds of the tables, before each checkpoint of a trainer is made and after; filled as it trains."""
+    states, save = [], made.save
 
-    def save(self, wait: bool = False) -> None:
-        before = local(self)
-        super().save(wait)
-        self.states = [*getattr(self, "states", []), (before, local(self))]
+    def watched() -> None:
+        before = local(made)
+        save()
+        states.append((before, local(made)))
+
+    made.save = watched
+    return states
 
 
 def local(made: Trainer) -> dict[str, Tensor]:
@@ -85,7 +89,7 @@ def formats(folder: Path) -> None:
     for placement, sharding in PLACEMENTS.items():
         for name in ("fp32", *FORMATS):
             made = trainer(folder, f"forward-{placement}-{name}", sharding=sharding, communication={"forward": name})
-            batch = next(made.loader.batches(made.position))
+            batch = next(made.loader.batches(made.state.position))
             with torch.no_grad(), bytes_sent() as sent:
                 found = made.learner.ranker.embedded(batch)
             torch.save((batch.row_id_B, found, sent[0]), folder / f"forward-{placement}-{name}.{rank}.pt")
@@ -96,7 +100,7 @@ def formats(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     rank = dist.get_rank()
-    trainer(folder, "start").save(wait=True)
+    write_checkpoint(trainer(folder, "start"))
     formats(folder)
     for name, settings in RUNS.items():
         made = trainer(folder, name, **settings)
@@ -112,9 +116,10 @@ def main(folder: Path) -> None:
         dist.barrier()
         trainer(folder, f"{before}-{after}", **RUNS[after]).run_to_end()
 
-    rarely = trainer(folder, "copies-rarely", Watching, **RARE)
+    rarely = trainer(folder, "copies-rarely", **RARE)
+    states = keep_states(rarely)
     rarely.run_to_end()
-    torch.save(rarely.states, folder / f"held.{rank}.pt")
+    torch.save(states, folder / f"held.{rank}.pt")
     refused = ""
     try:
         trainer(folder, "refused", sharding_group=3)

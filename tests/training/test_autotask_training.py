@@ -17,7 +17,7 @@ from pipeline.evaluation.metrics.metrics import Metrics
 from pipeline.evaluation.scorer import Evaluator
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -73,7 +73,7 @@ def train(data: Path, run: Path, steps: int = 186, batch_size: int = 64, fusion:
     model = ModelConfig(fusion=fusion, tower=[16], embedding_std=0.1, field_dim=5)
     settings = {"batch_size": batch_size, "max_steps": steps, "window": 1000, "dense": {"lr": 0.01}} | settings
     config = configuration(data, run, **settings).model_copy(update={"model": model})
-    return Trainer(config, None, torch.device("cpu")).run_to_end()
+    return prepare(config, None, torch.device("cpu")).run_to_end()
 
 
 def aucs(run: Run, id_of: dict[str, str] | None = None) -> dict[str, float]:

@@ -27,6 +27,7 @@ from workbench import (
     task_loss,
     tensors,
     unsharded,
+    write_checkpoint,
 )
 
 from features.batch import Batch
@@ -235,8 +236,8 @@ def moved(folder: Path, name: str, settings: dict[str, Any]) -> None:
     path = checkpoint.folder(folder / name / "checkpoints", STOP)
     before = tensors(path)
     made = trainer(folder, name, **settings)
-    assert made.step == STOP
-    made.save(wait=True)
+    assert made.state.step == STOP
+    write_checkpoint(made)
     identical(tensors(path), before)
 
 

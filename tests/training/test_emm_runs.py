@@ -9,7 +9,7 @@ import pytest
 import torch
 from emm_runs import SOURCES, STEPS, STOP, fused, source, stopped
 from torch import Tensor
-from workbench import SCHEMA, close, identical, last, losses, make_dataset, model, tensors, torchrun
+from workbench import SCHEMA, close, identical, last, losses, make_dataset, model, tensors, torchrun, write_checkpoint
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
@@ -49,7 +49,7 @@ def two_ranks(folder: Path) -> Path:
 
 def start(folder: Path, name: str, **options: object) -> dict[str, Tensor]:
     """The weights before the first step."""
-    fused(folder, name, **options).save(wait=True)
+    write_checkpoint(fused(folder, name, **options))
     return model(last(folder / name))
 
 
@@ -72,7 +72,7 @@ def from_sources(name: str) -> bool:
 
 
 def test_one_model_a_task_without_the_merge_predicts_what_that_model_predicts(folder: Path) -> None:
-    fused(folder, "alike", of=ONE_EACH, merge=False).save(wait=True)
+    write_checkpoint(fused(folder, "alike", of=ONE_EACH, merge=False))
     found = logits(folder, "alike")
     for task, name in enumerate(ONE_EACH):
         torch.testing.assert_close(found[:, task], logits(folder, name)[:, 0], rtol=1e-5, atol=1e-6)
@@ -243,12 +243,12 @@ REFUSED = {
 def odd_sources(folder: Path) -> Path:
     """Runs that cannot be fused, with a checkpoint of the start."""
     plain = SOURCES["click-a"]
-    source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}).save(wait=True)
-    source(folder, "click-calibrated", plain | {"calibration": "monotone"}).save(wait=True)
+    write_checkpoint(source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}))
+    write_checkpoint(source(folder, "click-calibrated", plain | {"calibration": "monotone"}))
     source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []}).save(
         wait=True
     )
-    source(folder, "click-several", plain).save(wait=True)
+    write_checkpoint(source(folder, "click-several", plain))
     (folder / "click-several").rename(folder / "several")
     (folder / "several" / "config.yaml").write_text(
         (folder / "several" / "config.yaml").read_text().replace("- click\n", "- click\n- dwell\n")
@@ -267,7 +267,7 @@ def test_what_cannot_be_fused_is_refused_in_one_line(odd_sources: Path, tmp_path
 
 def test_models_of_another_dataset_are_refused(folder: Path, tmp_path: Path) -> None:
     make_dataset(tmp_path / "data", rows=400)
-    source(tmp_path, "click-a").save(wait=True)
+    write_checkpoint(source(tmp_path, "click-a"))
     shutil.rmtree(tmp_path / "data")
     shutil.copytree(folder / "data", tmp_path / "data")
     with pytest.raises(UserError, match=r"was trained on rows of encoders .* its ids mean something else"):

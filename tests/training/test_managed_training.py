@@ -14,9 +14,9 @@ from workbench import close, identical, last, torchrun
 from features.errors import UserError
 from features.schema.kinds import Managed
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Position
 from pipeline.evaluation.scorer import Evaluator
 from pipeline.run.run import Run
-from pipeline.training.step import StepOutput
 from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -24,19 +24,20 @@ pytestmark = pytest.mark.usefixtures("device")
 FEATURES = {"item": ("shown", "recent"), "user": ("user",)}
 
 
-class Watched(Trainer):
+class Watched:
     """A trainer beside which plain dictionaries give rows to the ids of each batch.
 
     It keeps, of each step and table: what changed hands, and the table before and after.
     """
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)
+    def __init__(self, made: Trainer) -> None:
+        self.learner = made.learner
         settings = {"item": Managed(rows=130), "user": Managed(rows=30, evict="lfu")}
         self.twins = {table: PlainMap(managed) for table, managed in settings.items()}
         self.steps_seen: list[dict[str, tuple]] = []
         self.batch: dict[str, Counter] = {}
         self.after_step, self.learner.managed.after_step = self.learner.managed.after_step, self._after_step
+        self.batches, made.loader.batches = made.loader.batches, self._batches
 
     def _after_step(self, step: int) -> None:
         before = {table: self._table(table) for table in FEATURES}
@@ -44,11 +45,8 @@ class Watched(Trainer):
         changed = {table: self.twins[table].admit(self.batch[table], step) for table in FEATURES}
         self.steps_seen.append({table: (changed[table], before[table], self._table(table)) for table in FEATURES})
 
-    def _outputs(self, batches: Iterator) -> Iterator[StepOutput]:
-        return super()._outputs(self._noted(batches))
-
-    def _noted(self, batches: Iterator) -> Iterator:
-        for batch in batches:
+    def _batches(self, position: Position) -> Iterator:
+        for batch in self.batches(position):
             values = {name: batch.sparse[name].values().tolist() for name in list(batch.sparse.keys())}
             self.batch = {
                 t: Counter(id for name in names for id in values[name] if id) for t, names in FEATURES.items()
@@ -71,10 +69,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Watched:
-    made = trainer(folder, "one", Watched)
+    made = trainer(folder, "one")
+    watched = Watched(made)
     made.run_to_end()
     logits(folder, made, "one")
-    return made
+    return watched
 
 
 @pytest.fixture(scope="module")

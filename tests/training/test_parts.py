@@ -9,7 +9,7 @@ from workbench import SCHEMA, close, configuration, identical, last, losses, mak
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(folder: Path, name: str, data: str = "data", pipelined: bool = False, **changes: Any) -> Trainer:
     config = configuration(folder / data, folder / name, max_steps=20, pipelined=pipelined)
     config.model = config.model.model_copy(update={"numeric_dim": 3, "field_dim": 4} | changes)
-    return Trainer(config, None, torch.device("cpu"))
+    return prepare(config, None, torch.device("cpu"))
 
 
 def weights(made: Trainer) -> dict[str, torch.Tensor]:

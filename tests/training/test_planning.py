@@ -23,7 +23,7 @@ from pipeline.training.optim.tables import ReplicatedTables
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.memory import Estimate
 from pipeline.training.parallel.plan import Cluster
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 HERE = Path(__file__).parent
 GB = 10**9
@@ -237,7 +237,7 @@ def two_ranks(folder: Path, device: torch.device) -> Path:
 
 def alone(folder: Path, name: str, optimizer: str, steps: int = STEPS) -> Trainer:
     config = configuration(folder / "data", folder / name, **settings(optimizer, {"default": ["table_wise"]}, steps))
-    return Trainer(config, None, torch.device("cpu"))
+    return prepare(config, None, torch.device("cpu"))
 
 
 @pytest.mark.slow

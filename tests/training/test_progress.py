@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from two_ranks import Recorder
 from workbench import configuration, make_dataset, model, start, unsharded
 
 from features.batch import Batch
@@ -16,8 +15,10 @@ from pipeline.dataset.days import DAY_STRIDE
 from pipeline.dataset.loader import Loader
 from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
+from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
 from pipeline.training.step import StepOutput
+from pipeline.training.trainer import Trainer, prepare
 
 DAYS = ("2026-11-01", "2026-11-02", "2026-11-03")
 
@@ -32,16 +33,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     dist.destroy_process_group()
 
 
-class Keeper(Recorder):
-    """Keeps what each step said of its rows."""
+class Keeper(Observer):
+    """Keeps the output of each forward."""
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self) -> None:
         self.kept: list[StepOutput] = []
-        super().__init__(*args)
 
-    def _look(self, output: StepOutput) -> None:
-        super()._look(output)
+    def on_forward(self, trainer: Trainer, output: StepOutput) -> None:
         self.kept.append(output)
+
+
+def kept(config: TrainConfig) -> list[StepOutput]:
+    """The outputs of a run to its end."""
+    keeper = Keeper()
+    prepare(config, None, torch.device("cpu"), [keeper]).run_to_end()
+    return keeper.kept
 
 
 def entropy(p: float) -> float:
@@ -54,14 +60,13 @@ def of_days(folder: Path, run: str, **settings: object) -> TrainConfig:
 
 
 def test_ne_of_each_day_is_that_of_its_rows_by_the_weights_before_them(folder: Path) -> None:
-    trainer = Keeper(of_days(folder, "days"), None, torch.device("cpu"))
-    trainer.run_to_end()
+    outputs = kept(of_days(folder, "days"))
     lines = list(read_lines(folder / "days" / "metrics" / "progressive.jsonl"))
     assert [(line["day"], line["step"], line["rows"]) for line in lines] == [
         (day, 13 * number, 416 * number) for number, day in enumerate(DAYS, start=1)
     ]
-    loss, label, observed, weight = (torch.cat(parts).double() for parts in list(zip(*trainer.kept, strict=True))[:4])
-    day_B = torch.cat([output.row_id_B for output in trainer.kept]) // DAY_STRIDE
+    loss, label, observed, weight = (torch.cat(parts).double() for parts in list(zip(*outputs, strict=True))[:4])
+    day_B = torch.cat([output.row_id_B for output in outputs]) // DAY_STRIDE
     for number, line in enumerate(lines):
         for task, name in enumerate(("click", "conversion", "dwell")):
             mine = (day_B == number) & (observed[:, task] > 0)
@@ -78,8 +83,7 @@ def test_a_batch_is_judged_before_it_is_learnt_from(folder: Path) -> None:
     """The first one by the weights that the run began with."""
     config = of_days(folder, "first", max_steps=1)
     weights = model(start(config))
-    trainer = Keeper(config, None, torch.device("cpu"))
-    trainer.run_to_end()
+    outputs = kept(config)
     dataset = open_dataset(config.dataset, config.days)
     loader = Loader(dataset, "train", 32, 4, config.train.seed, window=config.train.window)
     batch = next(loader.batches(loader.start()))
@@ -88,11 +92,11 @@ def test_a_batch_is_judged_before_it_is_learnt_from(folder: Path) -> None:
     wanted = torch.nn.functional.binary_cross_entropy_with_logits(
         logit_BT[:, 0], batch.label_BT[:, 0].double(), reduction="none"
     )
-    torch.testing.assert_close(trainer.kept[0].loss_BT[:, 0].double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[0].loss_BT[:, 0].double(), wanted.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_without_days_an_epoch_is_one(folder: Path) -> None:
     config = configuration(folder / "data" / DAYS[0], folder / "epochs", epochs=2, max_steps=20)
-    Keeper(config, None, torch.device("cpu")).run_to_end()
+    kept(config)
     [line] = read_lines(folder / "epochs" / "metrics" / "progressive.jsonl")
     assert (line["epoch"], line["day"], line["step"], line["rows"]) == (0, "", 13, 416)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from two_ranks import stopped
 from two_ranks_sequences import BAGS, FUSION, PLACEMENTS, STEPS, STOP, config, trainer
-from workbench import close, identical, last, losses, make_dataset, model, tensors, torchrun
+from workbench import close, identical, last, losses, make_dataset, model, tensors, torchrun, write_checkpoint
 
 from features.batch import Batch
 from features.errors import UserError
@@ -53,7 +53,7 @@ class Double(Ranker):
 
 def test_a_step_moves_tables_of_sequences_as_row_wise_adagrad_says(folder: Path) -> None:
     """From a batch whose loss is a sum of one-row losses, each over its task's weight."""
-    trainer(folder, "start").save(wait=True)
+    write_checkpoint(trainer(folder, "start"))
     start, data, settings = model(last(folder / "start")), Dataset(folder / "data"), config(folder, "step", max_steps=1)
     trainer(folder, "step", max_steps=1).run_to_end()
     ranker = Double(data.schema, data.encoders, settings.model, device="cpu").double()
@@ -122,8 +122,8 @@ def test_a_checkpoint_of_two_ranks_is_taken_over_by_one_with_all_its_numbers(two
     momentum = before["tables.ranker.unpooled.embeddings.item.weight.item.momentum1"]
     assert (momentum > 0).sum() > 10
     alone = trainer(two_ranks, name)
-    assert alone.step == STOP
-    alone.save(wait=True)
+    assert alone.state.step == STOP
+    write_checkpoint(alone)
     close(tensors(path), before, rtol=0, atol=0)
     alone.run_to_end()
     close(last(two_ranks / name), last(two_ranks / placement), rtol=5e-3, atol=5e-4)

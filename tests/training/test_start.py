@@ -88,12 +88,13 @@ def test_weights_go_over_to_rows_of_other_labels_where_the_encoders_are_the_same
 
 
 def test_what_the_other_run_has_not_starts_afresh_and_is_named(
-    data: Path, folder: Path, capsys: pytest.CaptureFixture
+    data: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "pipeline")
     first = run(data, folder / "click only", ["click"], max_steps=2)
-    capsys.readouterr()
+    caplog.clear()
     second = run(data, folder / "all", max_steps=1, init_from=first, tables={"lr": 1e-12})
-    said = capsys.readouterr().out
+    said = caplog.text
     assert "starts from" in said
     assert "fusion.gate.1.weight_SDH, towers.hidden" in said
     assert "embeddings" not in said
@@ -112,22 +113,23 @@ def test_a_run_of_other_encoders_or_without_a_checkpoint_is_refused(data: Path, 
         run(data, folder / "mixed", init_from=folder / "nothing")
 
 
-def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_said(
-    data: Path, folder: Path, capsys: pytest.CaptureFixture
+def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_logged(
+    data: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "pipeline")
     first = run(data, folder / "half good", max_steps=12, checkpoint_every=6)
     good, damaged = (checkpoint.folder(first / "checkpoints", step) for step in (6, 12))
     file = damaged / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
     second = run(data, folder / "from half", max_steps=1, init_from=first, **STILL)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert f"train.init_from: skipped a checkpoint: {file} has" in said
     assert f"starts from {good}" in said
     source, start = workbench.tensors(good), last(second)
     for name in (name for name in source if name.startswith("model.")):
         assert_close(start[name], source[name], rtol=1e-5, atol=1e-8, msg=name)
     (good / ".metadata").unlink()
-    with pytest.raises(UserError, match=r"train.init_from: no checkpoint of .*half good is whole"):
+    with pytest.raises(UserError, match=r"train.init_from: every checkpoint of .*half good is damaged"):
         run(data, folder / "from none", max_steps=1, init_from=first)
 
 

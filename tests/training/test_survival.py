@@ -12,8 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from two_ranks import Recorder, train
-from workbench import PATHS, TRAIN_ROWS, close, configuration, identical, last, losses, make_dataset, model, tensors
+from two_ranks import train
+from workbench import (
+    PATHS,
+    TRAIN_ROWS,
+    close,
+    configuration,
+    identical,
+    last,
+    losses,
+    make_dataset,
+    model,
+    tensors,
+    write_checkpoint,
+)
 
 from features.errors import Preempted, UserError
 from pipeline.dataset.dataset import Dataset
@@ -22,8 +34,10 @@ from pipeline.run import checkpoint
 from pipeline.run.checkpoint import writer
 from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
-from pipeline.training.faults.hang_watch import Beat, blame
+from pipeline.training.faults.hang_watch import Heartbeat, diagnosis
+from pipeline.training.observer import Observer
 from pipeline.training.step import StepOutput
+from pipeline.training.trainer import Trainer, prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -59,17 +73,16 @@ def whole(folder: Path) -> Path:
 def test_a_run_that_was_told_to_end_after_any_step_goes_on_bit_for_bit(
     folder: Path, whole: Path, step: int, capfd: pytest.CaptureFixture
 ) -> None:
-    class Told(Recorder):
-        def _look(self, output: StepOutput) -> None:
-            super()._look(output)
-            if self.step + 1 == step:
+    class Preempting(Observer):
+        def on_forward(self, trainer: Trainer, output: StepOutput) -> None:
+            if trainer.state.step + 1 == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     name = f"told-{step}"
-    with pytest.raises(Preempted, match=rf"step-{step:08d} is written, the same command goes on"):
-        train(folder, name, kind=Told, **EXACT)
+    with pytest.raises(Preempted, match=rf"SIGTERM: saved .*step-{step:08d}\. Rerun the same command to resume"):
+        train(folder, name, Preempting(), **EXACT)
     assert json.loads((folder / name / "status.json").read_text())["state"] == "preempted"
-    assert "told to end: one more step" in capfd.readouterr().err
+    assert "SIGTERM: one more step" in capfd.readouterr().err
     resumed = train(folder, name, **EXACT)
     assert min(resumed.seen) == step + 1
     identical(last(folder / name), last(whole))
@@ -84,7 +97,7 @@ def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> N
     environment = os.environ | {"PYTHONPATH": PATHS}
     done = subprocess.run([*command, "0", "{}", faults], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == os.EX_TEMPFAIL, done.stderr
-    assert "step-00000009 is written" in done.stderr
+    assert re.search(r"SIGTERM: saved \S+step-00000009\.", done.stderr)
     assert manifest(folder / "alone").step == 9
 
 
@@ -139,7 +152,7 @@ def test_a_rank_that_is_killed_and_then_one_that_hangs_cost_the_steps_since_the_
     done = launch(folder, "killed", 2, 0, faults, "--max-restarts=2", checkpoint_every=5, timeout=5)
     assert done.returncode == 0
     # The checkpoint before the fault may have been under way.
-    assert re.search(r"goes on from \S+step-000000(10|05)\n(.*\n)*goes on from \S+step-000000(30|25)\n", done.stdout)
+    assert re.search(r"resumed from \S+step-000000(10|05)\n(.*\n)*.*resumed from \S+step-000000(30|25)\n", done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): step ")]
     hung = next(line for line in lines if "does not answer" in line)
     assert re.match(r"error \(rank 0\): step 33: .* rank 1, pid \d+ on \S+, was at step \d+ and does not answer", hung)
@@ -160,9 +173,8 @@ def test_a_run_goes_from_two_ranks_to_four_to_one_and_every_row_is_seen_once(fol
         assert step <= stopped.step <= step + 2
         assert stopped.ranks == ranks
         if attempt:
-            assert (
-                f"written by 2 ranks\nchanged since: train.sharding.default {plans[0]} -> {plans[1]}\n" in done.stdout
-            )
+            assert "written by 2 ranks\n" in done.stderr
+            assert f"changed since: train.sharding.default {plans[0]} -> {plans[1]}\n" in done.stderr
             [again] = (folder / "resized.again").iterdir()
             before = checkpoint.folder(folder / "resized" / "checkpoints", int(again.name.removeprefix("step-")))
             identical(tensors(again), {n: t for n, t in tensors(before).items() if not n.startswith("progress.")})
@@ -173,8 +185,8 @@ def test_a_run_goes_from_two_ranks_to_four_to_one_and_every_row_is_seen_once(fol
     close(last(folder / "resized"), last(undisturbed), rtol=5e-3, atol=5e-4)
 
 
-def beat(alive: int, step: int, phase: str, seconds: float = 70) -> Beat:
-    return Beat(alive, step, phase, seconds, "node-7", 42, 41)
+def beat(alive: int, step: int, phase: str, seconds: float = 70) -> Heartbeat:
+    return Heartbeat(alive, step, phase, seconds, "node-7", 42, 41)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +195,7 @@ def beat(alive: int, step: int, phase: str, seconds: float = 70) -> Beat:
         ([beat(5, 8, "step"), beat(5, 8, "step")], [beat(8, 8, "step"), beat(5, 8, "step")], "rank 1, pid 42 on node-7, was"),
         ([beat(5, 8, "step"), None], [beat(8, 8, "step"), None], "rank 1 does not answer"),
         ([beat(5, 8, "step"), beat(5, 8, "data")], [beat(8, 8, "step"), beat(8, 8, "data", 71)],
-         "rank 1, pid 42 on node-7, waits for its data since 71 s, in step 8"),
+         "rank 1, pid 42 on node-7, waits for data since 71 s, in step 8"),
         ([beat(5, 9, "data"), beat(5, 8, "step")], [beat(8, 9, "data"), beat(8, 8, "step")], "rank 1, pid 42"),
         ([beat(5, 8, "step")] * 2, [beat(8, 8, "step")] * 2, "all of them are in the same step"),
     ],
@@ -191,8 +203,8 @@ def beat(alive: int, step: int, phase: str, seconds: float = 70) -> Beat:
 def test_the_rank_that_others_wait_for_is_the_silent_one_or_the_one_furthest_behind(
     first: list, then: list, says: str
 ) -> None:
-    assert says in blame(first, then, 0)
-    assert "for 70 s" in blame(first, then, 0)
+    assert says in diagnosis(first, then, 0)
+    assert "for 70 s" in diagnosis(first, then, 0)
 
 
 # What cannot be learnt from
@@ -205,23 +217,14 @@ def step_of(data: Path, row_id: int, epoch: int = 0) -> int:
     return next(number for number, batch in batches if row_id in batch.row_id_B)
 
 
-class WithoutSteps(Recorder):
-    """A trainer that never took part in some steps: nothing is looked at, nothing is learnt."""
-
-    leave: tuple[int, ...] = ()
-
-    def _restore(self) -> None:
-        super()._restore()
-        self.skipped = set(self.leave)
-
-
 def test_batches_whose_loss_is_not_finite_are_skipped_as_if_they_had_not_been(
-    folder: Path, capsys: pytest.CaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = make_dataset(folder / "infinite", spoil=("price", 22))
     wanted = tuple(step_of(data, 22, epoch) for epoch in range(4))
-    twin = type("Twin", (WithoutSteps,), {"leave": wanted})
-    train(folder, "without", data="infinite", kind=twin, checkpoint_every=8)
+    without = prepare(configuration(data, folder / "without", checkpoint_every=8), None, torch.device("cpu"))
+    without.state.skipped = set(wanted)  # from the beginning: these batches are never looked at
+    without.run_to_end()
     train(folder, "skipping", data="infinite", checkpoint_every=8, nonfinite="skip")
     identical(last(folder / "skipping"), last(folder / "without"))
     assert records(folder / "skipping", "train.jsonl") == records(folder / "without", "train.jsonl")
@@ -229,10 +232,10 @@ def test_batches_whose_loss_is_not_finite_are_skipped_as_if_they_had_not_been(
     assert tuple(manifest(folder / "skipping").skipped) == inside
     padding = 13 * 32 - TRAIN_ROWS
     assert manifest(folder / "skipping").left_out == 32 * len(inside) - padding * sum(step % 13 == 0 for step in inside)
-    said = capsys.readouterr().err
+    said = caplog.text
     for step in inside:
         assert re.search(rf"step {step}, epoch \d: the loss of 1 rows of the batch is not finite, row_id 22\.", said)
-        assert f"to leave the batch of step {step} out" in said
+        assert f"to skip the batch of step {step}" in said
     assert said.count("is not finite") == len(inside)
 
 
@@ -248,14 +251,14 @@ def test_too_many_batches_to_skip_stop_the_run_and_what_is_written_is_good(folde
     data = make_dataset(folder / "infinite-too", spoil=("price", 22))
     second = step_of(data, 22, 1)
     with pytest.raises(
-        UserError, match=rf"step {second}: loss or gradient is not finite, and 1 batches were left out already"
+        UserError, match=rf"step {second}: loss or gradient is not finite, and 1 batches were skipped already"
     ):
         train(folder, "limited", data="infinite-too", checkpoint_every=8, nonfinite="skip", max_skipped=1)
     assert all(value.isfinite().all() for value in model(last(folder / "limited")).values())
 
 
 def test_a_row_group_that_cannot_be_read_is_left_out_and_counted_or_stops_the_run_by_name(
-    folder: Path, capsys: pytest.CaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = make_dataset(folder / "torn")
     shard = sorted((data / "train").glob("*.parquet"))[1]
@@ -266,9 +269,9 @@ def test_a_row_group_that_cannot_be_read_is_left_out_and_counted_or_stops_the_ru
         train(folder, "torn-stop", data="torn")
     with pytest.raises(UserError, match=r"40 of 415 rows cannot be read, more than train\.max_corrupt=0\.01 allows"):
         train(folder, "torn-too-much", data="torn", corrupt="skip")
-    capsys.readouterr()
+    caplog.clear()
     survivor = train(folder, "torn-skip", data="torn", corrupt="skip", max_corrupt=0.1, max_steps=26)
-    said = [line for line in capsys.readouterr().err.splitlines() if "are left out" in line]
+    said = [line for line in caplog.messages if "are left out" in line]
     [line] = said  # once, though several lanes and epochs read it
     lost = 40  # a row group
     assert shard.name in line
@@ -284,7 +287,7 @@ def test_a_row_group_that_cannot_be_read_is_left_out_and_counted_or_stops_the_ru
 
 def test_files_that_are_gone_stop_a_run_that_would_leave_damaged_ones_out(folder: Path) -> None:
     data = make_dataset(folder / "vanished")
-    made = Recorder(
+    made = prepare(
         configuration(data, folder / "vanished-run", corrupt="skip", max_corrupt=1.0), None, torch.device("cpu")
     )
     for shard in (data / "train").iterdir():
@@ -293,23 +296,19 @@ def test_files_that_are_gone_stop_a_run_that_would_leave_damaged_ones_out(folder
         made.run_to_end()
 
 
-class Spoiled(Recorder):
-    """Its gradient is not a number in one step, though all losses are finite."""
-
-    at = 0
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        weight = next(iter(self.learner.dense.params.values()))
-        weight.register_hook(lambda grad: grad * torch.nan if self.step + 1 == self.at else grad)
+def train_spoiled(folder: Path, name: str, at: int, **settings: Any) -> None:
+    """A run whose gradient is not a number in one step, though all losses are finite."""
+    made = prepare(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"))
+    weight = next(iter(made.learner.dense.params.values()))
+    weight.register_hook(lambda grad: grad * torch.nan if made.state.step + 1 == at else grad)
+    made.run_to_end()
 
 
 def test_a_gradient_that_is_not_finite_is_found_in_its_own_step_and_no_other_batch_pays_for_it(folder: Path) -> None:
-    spoiled = type("Spoiled", (Spoiled,), {"at": 10})
     with pytest.raises(UserError, match=r"step 10, epoch 0: a gradient is not finite, though the losses are"):
-        train(folder, "spoiled-stop", kind=spoiled, checkpoint_every=5)
+        train_spoiled(folder, "spoiled-stop", 10, checkpoint_every=5)
     assert checkpoint.steps(folder / "spoiled-stop" / "checkpoints") == [5]
-    train(folder, "spoiled", kind=spoiled, checkpoint_every=5, max_steps=15, nonfinite="skip")
+    train_spoiled(folder, "spoiled", 10, checkpoint_every=5, max_steps=15, nonfinite="skip")
     assert manifest(folder / "spoiled").skipped == [10]
     assert checkpoint.steps(folder / "spoiled" / "checkpoints") == [0, 5, 10, 15]  # also where the batch was left out
     for step in (10, 15):
@@ -322,14 +321,14 @@ def test_a_checkpoint_from_which_nothing_can_be_learnt_is_given_up_for_the_one_b
     name = "hopeless"
     train(folder, name, checkpoint_every=5, max_steps=10)
     path = checkpoint.folder(folder / name / "checkpoints", 10)
-    made = Recorder(
+    made = prepare(
         configuration(folder / "data", folder / name, max_steps=20, nonfinite="skip"), None, torch.device("cpu")
     )
     with torch.no_grad():
         for weight in made.learner.dense.params.values():
             weight.fill_(1e38)
     checkpoint.remove(path)
-    made.save(wait=True)
+    write_checkpoint(made)
     made.run_to_end()
     assert manifest(folder / name).step == 20
     assert manifest(folder / name).skipped == [11, 12]
@@ -349,14 +348,13 @@ def test_a_checkpoint_in_the_background_holds_its_step_though_training_has_gone_
         assert gone_on.wait(60)
         return write(*arguments)
 
-    class Watching(Recorder):
-        def _log(self) -> None:
-            super()._log()
-            if self.step == 14:
+    class Watching(Observer):
+        def on_step(self, trainer: Trainer, output: StepOutput) -> None:
+            if trainer.state.step == 15:
                 gone_on.set()
 
     monkeypatch.setattr(writer, "_write", slow)
-    train(folder, "behind", kind=Watching, checkpoint_every=8, max_steps=20)
+    train(folder, "behind", Watching(), checkpoint_every=8, max_steps=20)
     train(folder, "waited", checkpoint_every=8, max_steps=20, checkpoint_async=False)
     for step in (8, 16, 20):
         paths = [checkpoint.folder(folder / name / "checkpoints", step) for name in ("behind", "waited")]
@@ -364,7 +362,7 @@ def test_a_checkpoint_in_the_background_holds_its_step_though_training_has_gone_
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_next_one_is_tried(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write = writer._write
 
@@ -376,10 +374,10 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_next_one_is_tried(
     monkeypatch.setattr(writer, "_write", full)
     train(folder, "full", checkpoint_every=5, max_steps=20)
     assert checkpoint.steps(folder / "full" / "checkpoints") == [5, 15, 20]
-    [said] = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+    [said] = [line for line in caplog.messages if "cannot be written" in line]
     assert "step-00000010" in said
     assert "No space left on device" in said
-    assert "Training goes on" in said
+    assert "Training continues" in said
 
     monkeypatch.setattr(writer, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"step-00000022: cannot be written: .*No space left"):
@@ -387,11 +385,11 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_next_one_is_tried(
     assert checkpoint.steps(folder / "full" / "checkpoints") == [5, 15, 20]
 
 
-def test_settings_that_changed_since_a_checkpoint_are_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_settings_that_changed_since_a_checkpoint_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(folder, "changed", max_steps=3)
-    capsys.readouterr()
+    caplog.set_level("INFO")
     train(folder, "changed", max_steps=5, dense={"lr": 0.5})
-    assert "changed since: train.max_steps 3 -> 5, train.dense.lr 0.003 -> 0.5\n" in capsys.readouterr().out
+    assert "changed since: train.max_steps 3 -> 5, train.dense.lr 0.003 -> 0.5" in caplog.messages
 
 
 def test_a_run_keeps_the_checkpoints_it_was_told_to_keep(folder: Path) -> None:

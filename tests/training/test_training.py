@@ -30,6 +30,7 @@ from workbench import (
     tensors,
     torchrun,
     unsharded,
+    write_checkpoint,
 )
 
 from features.batch import Batch
@@ -41,7 +42,7 @@ from pipeline.run import checkpoint
 from pipeline.training.config import DenseOptimizer, TrainConfig
 from pipeline.training.optim.dense import rate
 from pipeline.training.parallel import shard
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -123,8 +124,8 @@ class Twin:
 
 def start_of(folder: Path, name: str, **settings: Any) -> dict[str, Tensor]:
     """The state before the first step."""
-    made = Trainer(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"))
-    made.save(wait=True)
+    made = prepare(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"))
+    write_checkpoint(made)
     return last(folder / name)
 
 
@@ -277,7 +278,7 @@ def test_tables_start_alike_under_every_plan(folder: Path, two_ranks: Path) -> N
 def test_a_run_on_two_ranks_goes_on_bit_for_bit_in_mid_epoch_with_dropout(two_ranks: Path) -> None:
     identical(last(two_ranks / "dropout-resumed"), last(two_ranks / "dropout"))
     assert losses(two_ranks / "dropout-resumed") == losses(two_ranks / "dropout")
-    assert f"step-{STOP:08d}" in (two_ranks / "told.txt").read_text()
+    assert f"step-{STOP:08d}" in (two_ranks / "log.0.txt").read_text()
 
 
 @pytest.mark.slow
@@ -367,7 +368,7 @@ def test_a_run_that_stopped_at_max_steps_or_an_epochs_end_ends_as_if_it_had_not(
     assert losses(folder / "in-parts") == losses(one_rank / "rowwise_adagrad")
 
 
-def test_a_finished_run_is_left_as_it_is(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_finished_run_is_left_as_it_is(folder: Path) -> None:
     train(folder, "finished", max_steps=3)
     before = {path: path.stat().st_mtime_ns for path in (folder / "finished" / "checkpoints").rglob("*")}
     assert train(folder, "finished", max_steps=3).seen == {}
@@ -375,15 +376,18 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, capsys: pytest.CaptureFix
     assert len(losses(folder / "finished")) == 3
 
 
-def test_a_damaged_newest_checkpoint_is_skipped_and_that_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_and_that_is_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "pipeline")
     train(folder, "damaged", max_steps=20, checkpoint_every=8)
     whole = last(folder / "damaged")
     for step, change in ((20, lambda data: data[:-1] + b"?"), (16, lambda data: data[:-1])):
         path = checkpoint.folder(folder / "damaged" / "checkpoints", step) / "__0_0.distcp"
         path.write_bytes(change(path.read_bytes()))
-    capsys.readouterr()
+    caplog.clear()
     resumed = train(folder, "damaged", max_steps=20, checkpoint_every=8)
-    told = capsys.readouterr().out.splitlines()
+    told = caplog.messages
     assert [line.split(":")[0] for line in told[:2]] == ["skipped a checkpoint"] * 2
     assert "step-00000020/__0_0.distcp: its checksum" in told[0]
     assert "step-00000016/__0_0.distcp has" in told[1]
@@ -436,7 +440,7 @@ def test_fused_adam_is_told_how_many_steps_a_checkpoint_has(folder: Path, monkey
     monkeypatch.setattr(kind, "set_optimizer_step", lambda _, step: told.append(step))
     real = shard.kernels
     monkeypatch.setattr(shard, "kernels", lambda model: map(_adam, real(model)))
-    Trainer(configuration(folder / "data", folder / "adam-steps", max_steps=9), None, torch.device("cpu"))
+    prepare(configuration(folder / "data", folder / "adam-steps", max_steps=9), None, torch.device("cpu"))
     assert told == [7]
 
 
@@ -560,7 +564,7 @@ def test_a_dataset_of_another_schema_is_refused_with_both_named(folder: Path) ->
     schema = Schema.parse(SCHEMA | {"weight": "importance * 2"}, "other.yaml")
     config = configuration(folder / "data", folder / "never")
     with pytest.raises(UserError, match=schema.fingerprint) as error:
-        Trainer(config, schema, torch.device("cpu"))
+        prepare(config, schema, torch.device("cpu"))
     assert Dataset(folder / "data").schema.fingerprint in str(error.value)
 
 

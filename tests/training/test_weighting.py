@@ -23,6 +23,7 @@ from workbench import (
     tensors,
     torchrun,
     unsharded,
+    write_checkpoint,
 )
 
 from features.batch import Batch
@@ -199,7 +200,7 @@ class Steps:
 
     def __init__(self, folder: Path, name: str, weighting: str, steps: int) -> None:
         options = {"weighting": {"name": weighting}, "max_steps": steps, "checkpoint_every": 1}
-        trainer(folder, f"{name}-start", **options).save(wait=True)
+        write_checkpoint(trainer(folder, f"{name}-start", **options))
         run(folder, name, weighting, max_steps=steps, checkpoint_every=1)
         self.states = [last(folder / f"{name}-start")]
         self.states += [tensors(checkpoint.folder(folder / name / "checkpoints", s + 1)) for s in range(steps)]

@@ -6,23 +6,22 @@ FOLDER holds the dataset `data`; the runs are written beside it.
 """
 
 import json
+import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from workbench import configuration, on_each_rank
+from workbench import configuration, on_each_rank, write_checkpoint
 
 from features.batch import PADDING
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
+from pipeline.training.observer import Observer
 from pipeline.training.step import StepOutput
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 PLACEMENTS = ("table_wise", "row_wise")
@@ -39,29 +38,26 @@ SURVIVING = {
 }
 
 
-class Recorder(Trainer):
-    """A trainer that remembers the rows of each step."""
+class Recorder(Observer):
+    """Records the rows of each step."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __init__(self) -> None:
         self.seen: dict[int, list[int]] = {}
 
-    def _outputs(self, batches: Iterator) -> Iterator[StepOutput]:
-        for output in super()._outputs(batches):
-            rows = output.row_id_B
-            self.seen[self.step + 1] = rows[rows != PADDING].tolist()
-            yield output
+    def on_step(self, trainer: Trainer, output: StepOutput) -> None:
+        rows = output.row_id_B
+        self.seen[trainer.state.step] = rows[rows != PADDING].tolist()
 
 
-def trainer(folder: Path, name: str, kind: type[Trainer] = Trainer, **settings: object) -> Trainer:
-    return kind(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"))
+def trainer(folder: Path, name: str, *observers: Observer, **settings: object) -> Trainer:
+    return prepare(configuration(folder / "data", folder / name, **settings), None, torch.device("cpu"), observers)
 
 
-def train(folder: Path, name: str, data: str = "data", kind: type[Recorder] = Recorder, **settings: object) -> Recorder:
-    """A run to its end."""
-    made = kind(configuration(folder / data, folder / name, **settings), None, torch.device("cpu"))
-    made.run_to_end()
-    return made
+def train(folder: Path, name: str, *observers: Observer, data: str = "data", **settings: object) -> Recorder:
+    """A run to its end; returns what a recorder saw of it."""
+    config, recorder = configuration(folder / data, folder / name, **settings), Recorder()
+    prepare(config, None, torch.device("cpu"), [recorder, *observers]).run_to_end()
+    return recorder
 
 
 def stopped(folder: Path, source: str, name: str, step: int = STOP) -> None:
@@ -90,10 +86,10 @@ def main(folder: Path) -> None:
     for optimizer in OPTIMIZERS:
         for placement in PLACEMENTS:
             settings = {"tables": {"name": optimizer, "lr": 0.05}, "sharding": {"default": [placement]}}
-            made = trainer(folder, f"{optimizer}-{placement}", Recorder, checkpoint_every=STOP, **settings)
-            made.run_to_end()
+            recorder = Recorder()
+            trainer(folder, f"{optimizer}-{placement}", recorder, checkpoint_every=STOP, **settings).run_to_end()
             if placement == "table_wise" and optimizer == "rowwise_adagrad":
-                (folder / f"seen.{rank}.json").write_text(json.dumps(made.seen))
+                (folder / f"seen.{rank}.json").write_text(json.dumps(recorder.seen))
 
     table_wise = {"sharding": {"default": ["table_wise"]}}
     logits(folder, "rowwise_adagrad-table_wise", checkpoint_every=STOP, **table_wise)
@@ -103,9 +99,9 @@ def main(folder: Path) -> None:
         logits(folder, name, **settings)
 
     for placement in PLACEMENTS:
-        trainer(folder, f"start-{placement}", sharding={"default": [placement]}).save(wait=True)
+        write_checkpoint(trainer(folder, f"start-{placement}", sharding={"default": [placement]}))
     columns = {"default": ["table_wise"], "item": ["column_wise"]}
-    trainer(folder, "start-column_wise", sharding=columns, tables={"name": "adagrad"}).save(wait=True)
+    write_checkpoint(trainer(folder, "start-column_wise", sharding=columns, tables={"name": "adagrad"}))
 
     again = {"checkpoint_every": STOP, "dropout": 0.3, **table_wise}
     trainer(folder, "dropout", **again).run_to_end()
@@ -113,15 +109,15 @@ def main(folder: Path) -> None:
     if rank == 0:
         stopped(folder, "dropout", "dropout-resumed")
     dist.barrier()
-    told = StringIO()
-    with redirect_stdout(told):
-        trainer(folder, "dropout-resumed", **again).run_to_end()
-    if rank == 0:
-        (folder / "told.txt").write_text(told.getvalue())
+    handler = logging.FileHandler(folder / f"log.{rank}.txt")
+    logging.getLogger("pipeline").addHandler(handler)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    trainer(folder, "dropout-resumed", **again).run_to_end()
+    logging.getLogger("pipeline").removeHandler(handler)
 
     for name, settings in SURVIVING.items():
         made = configuration(folder / f"{name}-two", folder / f"{name}-two-run", **settings)
-        Trainer(made, None, torch.device("cpu")).run_to_end()
+        prepare(made, None, torch.device("cpu")).run_to_end()
 
     trainer(folder, "pipelined", pipelined=True, **table_wise).run_to_end()
     trainer(folder, "pipelined-row_wise", pipelined=True, sharding={"default": ["row_wise"]}).run_to_end()

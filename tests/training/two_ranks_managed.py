@@ -23,7 +23,7 @@ from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 STEPS, STOP = 20, 8
 MIXED = {"default": ["row_wise"], "user": ["table_wise"]}
@@ -60,9 +60,9 @@ def make_managed_dataset(out: Path) -> Path:
     return out
 
 
-def trainer(folder: Path, name: str, kind: type[Trainer] = Trainer, **settings: object) -> Trainer:
+def trainer(folder: Path, name: str, **settings: object) -> Trainer:
     quick = {"max_steps": STEPS, "checkpoint_at": [STOP / STEPS], "log_every": STEPS}
-    return kind(configuration(folder / "data", folder / name, **(quick | settings)), None, torch.device("cpu"))
+    return prepare(configuration(folder / "data", folder / name, **(quick | settings)), None, torch.device("cpu"))
 
 
 def logits(folder: Path, made: Trainer, name: str) -> None:

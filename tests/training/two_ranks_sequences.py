@@ -15,7 +15,7 @@ from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.training.config import TrainConfig
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 # A sequence with a candidate and one without; a bag whose table a sequence reads and one whose table none does.
 BAGS = {
@@ -36,7 +36,7 @@ def config(folder: Path, name: str, fusion: dict[str, Any] | None = None, **sett
 
 
 def trainer(folder: Path, name: str, **settings: Any) -> Trainer:
-    return Trainer(config(folder, name, **settings), None, torch.device("cpu"))
+    return prepare(config(folder, name, **settings), None, torch.device("cpu"))
 
 
 def logits(folder: Path, name: str) -> None:

@@ -29,7 +29,7 @@ from models.ranker import ModelConfig, Ranker
 from pipeline.run import checkpoint
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.parallel import process_group
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, prepare
 
 # What scripts that run by themselves import: this folder, and tests/ above it.
 PATHS = os.pathsep.join(map(str, Path(__file__).parents[:2]))
@@ -153,11 +153,17 @@ def last(run: Path) -> dict[str, Tensor]:
 
 def start(config: TrainConfig) -> dict[str, Tensor]:
     """The state that a run begins with, written where it would lie, and taken away again."""
-    made = Trainer(config, None, torch.device("cpu"))
-    made.save(wait=True)
+    made = prepare(config, None, torch.device("cpu"))
+    write_checkpoint(made)
     state = last(config.run)
     shutil.rmtree(config.run)
     return state
+
+
+def write_checkpoint(made: Trainer) -> None:
+    """A checkpoint of a trainer as it stands, on disk."""
+    made.save()
+    made.finish_writing()
 
 
 def losses(run: Path) -> list[float]:

@@ -1,4 +1,4 @@
-"""What ranks have to agree on before one of them acts: that a run shall end, and that a batch cannot be learnt from."""
+"""Agreement between ranks before one of them acts: that the run stops, and that a step must be rolled back."""
 
 from typing import NamedTuple
 
@@ -6,47 +6,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_NEVER = torch.iinfo(torch.int64).max
+_NO_STEP = torch.iinfo(torch.int64).max
 
 
 class Verdict(NamedTuple):
-    """What the ranks together know.
+    """What the ranks know together.
 
     Attributes:
-        stop: some rank was told to end.
-        bad: the first step whose loss is not finite on some rank.
+        stop: some rank was preempted.
+        bad_step: the first step whose loss or gradient is not finite on some rank.
     """
 
     stop: bool = False
-    bad: int | None = None
+    bad_step: int | None = None
 
 
-class Agreement:
-    """A message of each rank with every step, which all read one step later: so nobody waits for it.
+class Consensus:
+    """A message of each rank with every step, which all ranks read one step later: nobody waits for it.
 
     Args:
-        group: of all ranks on the CPU, used by nothing else; None for a rank alone.
+        group: a CPU process group of all ranks that nothing else uses; None for a single rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.sent: tuple[dist.Work, Tensor] | None = None
+        self.pending: tuple[dist.Work, Tensor] | None = None
 
-    def exchange(self, stop: bool, bad: int | None) -> Verdict:
-        """Tells the others, and returns what all have told a step ago; a rank alone knows at once."""
+    def share(self, stop: bool, bad_step: int | None) -> Verdict:
+        """Sends this rank's message, and returns the verdict of the step before; a single rank knows at once."""
         if self.group is None:
-            return Verdict(stop, bad)
-        before = self.settle()
-        told = torch.tensor([not stop, _NEVER if bad is None else bad])
-        self.sent = dist.all_reduce(told, dist.ReduceOp.MIN, group=self.group, async_op=True), told
-        return before
+            return Verdict(stop, bad_step)
+        earlier = self.collect()
+        message = torch.tensor([not stop, _NO_STEP if bad_step is None else bad_step])
+        self.pending = dist.all_reduce(message, dist.ReduceOp.MIN, group=self.group, async_op=True), message
+        return earlier
 
-    def settle(self) -> Verdict:
-        """Waits for what was told last; nothing new if that is known already."""
-        if self.sent is None:
+    def collect(self) -> Verdict:
+        """Waits for the messages sent last; an empty verdict if they were read already."""
+        if self.pending is None:
             return Verdict()
-        work, told = self.sent
-        self.sent = None
+        work, message = self.pending
+        self.pending = None
         work.wait()
-        going, bad = told.tolist()
-        return Verdict(not going, None if bad == _NEVER else bad)
+        going, bad_step = message.tolist()
+        return Verdict(not going, None if bad_step == _NO_STEP else bad_step)

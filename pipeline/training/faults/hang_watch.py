@@ -1,4 +1,4 @@
-"""A run that hangs: ranks that wait in vain name the one they wait for, and end."""
+"""Hung ranks: each rank beats, ranks that wait in vain name the one they wait for and exit, a launcher ends a silent one."""
 
 import json
 import os
@@ -13,112 +13,121 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from pipeline.training.faults.rank_status import write_heartbeat
+
 PHASES = ("start", "data", "step", "save")  # in the order in which a step goes through them
-LONG = ("start", "save")  # may take as long as they like, for a rank that answers
+UNLIMITED = ("start", "save")  # phases that may take any time, for a rank that beats
 
 
-class Beat(NamedTuple):
-    """What a rank says of itself; `alive` rises as long as it lives."""
+class Heartbeat(NamedTuple):
+    """What a rank last said of itself. beats: rises as long as it lives. launcher: pid of its torchrun."""
 
-    alive: int
+    beats: int
     step: int
     phase: str
     seconds: float
     host: str
     pid: int
-    launcher: int  # pid
+    launcher: int
 
 
-class Watch:
-    """Tells the other ranks once a second where this one is, and looks where they are once it has waited for `timeout`.
+class HangWatch:
+    """A thread that beats once a second, and compares the ranks' heartbeats once this rank has waited for `timeout`.
+
+    A single rank has nobody to compare with: its heartbeat is for jobs.launch.
 
     Args:
-        store: that all ranks reach. rank, ranks: of the process group. timeout: seconds.
+        store: that all ranks reach; None for a single rank. rank, ranks: of the process group. timeout: seconds.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, timeout: float) -> None:
+    def __init__(self, store: dist.Store | None, rank: int, ranks: int, timeout: float) -> None:
         self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
-        self.every = min(1.0, timeout / 5)
-        self.step, self.phase, self.since, self.count = 0, "start", time.monotonic(), 0
-        self.ended = threading.Event()
-        self._tell()
-        self.thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self.interval = min(1.0, timeout / 5)
+        self.step, self.phase, self.since, self.beats = 0, "start", time.monotonic(), 0
+        self.stopped = threading.Event()
+        self._beat()
+        self.thread = threading.Thread(target=self._run, daemon=True, name="hang watch")
         self.thread.start()
 
-    def at(self, step: int, phase: str) -> None:
-        """Notes what this rank does from now on, one of PHASES."""
+    def enter(self, step: int, phase: str) -> None:
+        """Records what this rank does from now on, one of PHASES."""
         self.step, self.phase, self.since = step, phase, time.monotonic()
 
-    def end(self) -> None:
-        """Stops looking."""
-        self.ended.set()
+    def stop(self) -> None:
+        """Ends the thread."""
+        self.stopped.set()
         self.thread.join()
 
     def _run(self) -> None:
-        while not self.ended.wait(self.every):
+        while not self.stopped.wait(self.interval):
             try:
-                self._tell()
-                if time.monotonic() - self.since < 0.8 * self.timeout:
+                self._beat()
+                if self.store is None or time.monotonic() - self.since < 0.8 * self.timeout:
                     continue
-                stuck, first = (self.step, self.phase), self._beats()
+                stuck, before = (self.step, self.phase), self._heartbeats()
                 for _ in range(3):
-                    self.ended.wait(max(self.every, self.timeout / 15))
-                    self._tell()
-                then = self._beats()
+                    self.stopped.wait(max(self.interval, self.timeout / 15))
+                    self._beat()
+                now = self._heartbeats()
             except dist.DistError:
-                return  # the store is gone, and its owner, torchrun, ends us
-            busy = any(beat.phase in LONG for beat in then if beat)
-            if self.ended.is_set() or (self.step, self.phase) != stuck or (busy and not silent(first, then)):
+                return  # the store is gone, and its owner, torchrun, ends this process
+            busy = any(beat.phase in UNLIMITED for beat in now if beat)
+            if self.stopped.is_set() or (self.step, self.phase) != stuck or (busy and not silent(before, now)):
                 continue
-            print(f"error (rank {self.rank}): {blame(first, then, self.rank)}", file=sys.stderr, flush=True)
-            self._end(then[rank] for rank in silent(first, then))
+            print(f"error (rank {self.rank}): {diagnosis(before, now, self.rank)}", file=sys.stderr, flush=True)
+            self._kill(now[rank] for rank in silent(before, now))
             os._exit(1)  # the main thread waits in a collective, which nothing interrupts
 
-    def _end(self, beats: Iterable[Beat | None]) -> None:
-        """Kills those of this launcher: it would wait 30 s for a stopped one to end by itself."""
-        for beat in beats:
+    def _kill(self, heartbeats: Iterable[Heartbeat | None]) -> None:
+        """Kills those of this launcher, which would wait 30 s for a stopped one to exit by itself."""
+        for beat in heartbeats:
             if beat is not None and (beat.host, beat.launcher) == (socket.gethostname(), os.getppid()):
                 with suppress(ProcessLookupError):
                     os.kill(beat.pid, signal.SIGKILL)
 
-    def _tell(self) -> None:
-        self.count += 1
+    def _beat(self) -> None:
+        # Other ranks report first, by name.
+        write_heartbeat(self.step, self.timeout if self.store is None else 2 * self.timeout)
+        if self.store is None:
+            return
+        self.beats += 1
         waited, host = time.monotonic() - self.since, socket.gethostname()
-        beat = Beat(self.count, self.step, self.phase, waited, host, os.getpid(), os.getppid())
+        beat = Heartbeat(self.beats, self.step, self.phase, waited, host, os.getpid(), os.getppid())
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
 
-    def _beats(self) -> list[Beat | None]:
-        """The ranks' last words, None of one that has not begun."""
+    def _heartbeats(self) -> list[Heartbeat | None]:
+        """The ranks' last heartbeats, None of one that has not begun."""
+        assert self.store is not None
         keys = [f"beat/{rank}" for rank in range(self.ranks)]
-        return [Beat(*json.loads(self.store.get(key))) if self.store.check([key]) else None for key in keys]
+        return [Heartbeat(*json.loads(self.store.get(key))) if self.store.check([key]) else None for key in keys]
 
 
-def silent(first: list[Beat | None], then: list[Beat | None]) -> list[int]:
-    """The ranks that said nothing between two looks, some seconds apart."""
-    return [rank for rank, (a, b) in enumerate(zip(first, then, strict=True)) if b is None or a == b]
+def silent(before: list[Heartbeat | None], now: list[Heartbeat | None]) -> list[int]:
+    """The ranks without a heartbeat between two readings, some seconds apart."""
+    return [rank for rank, (a, b) in enumerate(zip(before, now, strict=True)) if b is None or a == b]
 
 
-def blame(first: list[Beat | None], then: list[Beat | None], teller: int) -> str:
-    """One line about the rank that the others wait for: one that is silent, or else the one furthest behind.
+def diagnosis(before: list[Heartbeat | None], now: list[Heartbeat | None], reporter: int) -> str:
+    """One line about the rank that the others wait for: a silent one, or else the one furthest behind.
 
     Args:
-        first, then: of each rank, some seconds apart. teller: the rank that speaks.
+        before, now: of each rank, some seconds apart. reporter: the rank that reports.
     """
-    waits = then[teller]
+    waits = now[reporter]
     assert waits is not None
     begin = f"step {waits.step}: the ranks have waited for each other for {waits.seconds:.0f} s: "
-    end = " It is ended; torchrun --max-restarts=N goes on from the newest checkpoint."
-    if quiet := silent(first, then):
-        rank, beat = quiet[0], then[quiet[0]]
+    end = " It is ended; torchrun --max-restarts=N resumes from the newest checkpoint."
+    if quiet := silent(before, now):
+        rank, beat = quiet[0], now[quiet[0]]
         more = f" (and {len(quiet) - 1} more)" if len(quiet) > 1 else ""
         known = f", pid {beat.pid} on {beat.host}, was at step {beat.step} and" if beat else ""
         return f"{begin}rank {rank}{known} does not answer: it is stopped, or its machine is gone{more}.{end}"
-    beats = [beat for beat in then if beat is not None]
+    beats = [beat for beat in now if beat is not None]
     rank = min(range(len(beats)), key=lambda r: (beats[r].step, PHASES.index(beats[r].phase)))
     last, where = beats[rank], (beats[rank].step, beats[rank].phase)
     if all((beat.step, beat.phase) == where for beat in beats):
-        return f"{begin}all of them are in the same step, so the network between them is the first suspect.{end}"
-    doing = {"data": "waits for its data", "step": "is in it", "save": "writes a checkpoint", "start": "starts"}
+        return f"{begin}all of them are in the same step, so suspect the network between them first.{end}"
+    doing = {"data": "waits for data", "step": "is in it", "save": "writes a checkpoint", "start": "starts"}
     return (
         f"{begin}rank {rank}, pid {last.pid} on {last.host}, {doing[last.phase]} since {last.seconds:.0f} s, in step "
         f"{last.step}.{end}"

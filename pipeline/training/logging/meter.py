@@ -1,4 +1,4 @@
-"""Throughput: rows a second, and the share of time that waits for data."""
+"""Throughput: rows a second, and the share of time spent waiting for data."""
 
 import time
 from collections.abc import Iterator
@@ -6,24 +6,28 @@ from collections.abc import Iterator
 from features.batch import Batch
 
 
-class Meter:
-    """Rows a second and the share of time spent waiting for data since the last reading; pauses do not count."""
+class ThroughputMeter:
+    """Measures from one reading to the next; paused time does not count.
+
+    Args:
+        rows, step: consumed so far.
+    """
 
     def __init__(self, rows: int, step: int) -> None:
         self.rows, self.step = rows, step
         self.seconds = self.waited = 0.0
-        self.go_on()
+        self.resume()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Ends a pause."""
         self.begin = time.perf_counter()
 
     def pause(self) -> None:
-        """Begins one."""
+        """Begins a pause."""
         self.seconds += time.perf_counter() - self.begin
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, the time until each is there measured."""
+        """The batches; measures how long each is waited for."""
         while True:
             begin = time.perf_counter()
             batch = next(batches, None)
@@ -33,10 +37,10 @@ class Meter:
             yield batch
 
     def read(self, rows: int, step: int) -> tuple[float, float, float]:
-        """Rows a second, share of time waited, seconds a step."""
+        """Rows a second, share of time waited, seconds a step; since the last reading."""
         self.pause()
         seconds = max(self.seconds, 1e-9)
         reading = (rows - self.rows) / seconds, self.waited / seconds, seconds / max(step - self.step, 1)
         self.rows, self.step, self.seconds, self.waited = rows, step, 0.0, 0.0
-        self.go_on()
+        self.resume()
         return reading

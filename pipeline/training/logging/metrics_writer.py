@@ -1,6 +1,6 @@
-"""What a person and train.jsonl are told while a run goes on."""
+"""Metrics of a run in training: train.jsonl, progressive.jsonl, TensorBoard, and progress on the terminal."""
 
-import sys
+import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +14,11 @@ from pipeline.run.run import Run
 from pipeline.storage.files import append_line
 from pipeline.terminal import SECONDS, draws_bars
 
+logger = logging.getLogger(__name__)
 
-class Reporter:
-    """Writes train.jsonl and TensorBoard, and shows progress: a bar on a terminal, a line every 10 s elsewhere.
+
+class MetricsWriter:
+    """Writes metrics, and shows progress: a bar on a terminal, a log line every 10 s elsewhere.
 
     Args:
         run: where the files go. tasks: their names. step, steps: where the run starts and ends.
@@ -26,12 +28,12 @@ class Reporter:
         self.run, self.tasks, self.steps = run, tasks, steps
         self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if draws_bars() else None
-        self.said = 0.0
+        self.logged = 0.0
         self.drawing = True
         self.unwritten: list[tuple[Path, dict[str, Any]]] = []
 
     def log(self, record: dict[str, Any]) -> None:
-        """Notes one record: step, rows, left_out, epoch, lr, loss, weight, ne and mse (per task), rows_per_s, data_wait,
+        """Writes one record: step, rows, left_out, epoch, lr, loss, weight, ne and mse (per task), rows_per_s, data_wait,
         seconds_left.
         """
         self._write(self.run.train_metrics, record)
@@ -45,28 +47,28 @@ class Reporter:
         if self.bar is not None:
             self.bar.set_postfix_str(f"{rate}  {figures}  data wait {record['data_wait']:.1%}", refresh=False)
             self.bar.update(record["step"] - self.bar.n)
-        elif time.monotonic() - self.said > SECONDS or record["step"] == self.steps:
-            self.said = time.monotonic()
+        elif time.monotonic() - self.logged > SECONDS or record["step"] == self.steps:
+            self.logged = time.monotonic()
             minutes, seconds = divmod(int(record["seconds_left"]), 60)
-            self.say(
+            logger.info(
                 f"step {record['step']:,}/{self.steps:,}  rows {_short(record['rows'])}  {rate}  {figures}  "
                 f"data wait {record['data_wait']:.1%}  left {minutes}m {seconds:02d}s"
             )
 
-    def back_to(self, step: int) -> None:
-        """Takes the curves of the steps after `step` back, which are taken again."""
+    def roll_back(self, step: int) -> None:
+        """Hides the curves of the steps after `step`, which are repeated."""
         with suppress(OSError):
             self.board.close()
             self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)
 
     def day(self, record: dict[str, Any]) -> None:
-        """Notes one record of progressive.jsonl: epoch, day, step, rows, ne and mse of the batches of a day, or of an epoch."""
+        """Writes a record of progressive.jsonl: epoch, day, step, rows, ne and mse of the batches of a day, or of an epoch."""
         self._write(self.run.progressive, record)
         if record["day"]:
-            self.say(f"day {record['day']}  {_figures(record)}  (each batch before it was learnt from)")
+            logger.info(f"day {record['day']}  {_figures(record)}  (each batch before it was trained on)")
 
     def _write(self, path: Path, record: dict[str, Any]) -> None:
-        """Adds a line; what a full disk does not take is kept until it does."""
+        """Appends a line; on a full disk lines are kept in memory until there is room."""
         first = not self.unwritten
         self.unwritten.append((path, record))
         try:
@@ -75,7 +77,9 @@ class Reporter:
                 del self.unwritten[0]
         except OSError as error:
             if first:
-                self.say(f"{path}: cannot be written: {error.strerror}. Make room; its lines are kept until then.")
+                logger.warning(
+                    f"{path}: cannot be written: {error.strerror}. Free space; its lines are kept in memory until then."
+                )
 
     def _draw(self, scalars: dict[str, float], step: int) -> None:
         try:
@@ -83,15 +87,8 @@ class Reporter:
                 self.board.add_scalar(name, value, step)
         except OSError as error:
             if self.drawing:
-                self.say(f"{self.run.tensorboard}: cannot be written: {error.strerror}. Its curves end here.")
+                logger.warning(f"{self.run.tensorboard}: cannot be written: {error.strerror}. Its curves end here.")
             self.drawing = False
-
-    def say(self, line: str) -> None:
-        """One line for the person, above the bar where there is one."""
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the bar and flushes TensorBoard. Raises UserError where lines could not be written."""
@@ -101,7 +98,7 @@ class Reporter:
             self.bar.close()
         if self.unwritten:
             raise UserError(
-                f"{self.unwritten[0][0]}: {len(self.unwritten)} lines of metrics could not be written: make room"
+                f"{self.unwritten[0][0]}: {len(self.unwritten)} lines of metrics could not be written: free space"
             )
 
 

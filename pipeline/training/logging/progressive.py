@@ -1,7 +1,7 @@
-"""What a run has learnt from: rows counted, and NE of each batch before it was learnt from (progressive validation).
+"""Progressive validation: NE of each batch by the weights before it is trained on, and the rows that were.
 
-Batches are judged by the weights that come before them, so their NE over a day, read in the order of time, is that of a
-model which always knows the past and never the future (Blum et al. 1999; McMahan et al. 2013, section 5).
+Over a day, read in the order of time, that is the NE of a model which always knows the past and never the future
+(Blum et al. 1999; McMahan et al. 2013, section 5).
 """
 
 # Shapes: N updates of the window, T tasks, 3 sums: weight times loss, weight, weight times label.
@@ -21,7 +21,7 @@ from pipeline.run import checkpoint
 from pipeline.training.step import StepOutput
 
 
-class Progress:
+class ProgressiveMetrics:
     """Sums of this rank over the last N steps and over the day so far, and its rows.
 
     Args:
@@ -35,12 +35,12 @@ class Progress:
         self.rows, self.rows_before = torch.zeros((), dtype=torch.int64, device=device), 0
 
     def update(self, output: StepOutput) -> None:
-        """Counts a step."""
+        """Adds a step."""
         self.day_T3 += self.window.update(*output[:4])
         self.rows += (output.row_id_B != PADDING).sum()
 
     def total_rows(self) -> int:
-        """Rows that all ranks together have learnt from. Every rank calls it."""
+        """Rows that all ranks together have trained on. Every rank calls it."""
         rows = self.rows.clone()
         if dist.get_world_size() > 1:
             dist.all_reduce(rows)
@@ -58,15 +58,15 @@ class Progress:
         return {"ne": ne, "mse": {n: v for n, (_, v) in values.items() if n not in ne}}, sums_T3
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's sums, under names of its own: they are added up only when they are read."""
+        """This rank's sums, under names of its own: they are added up only when read."""
         rank = dist.get_rank()
         return {f"window.{rank}": self.window.sums_NT3, f"day.{rank}": self.day_T3}
 
     def restore(self, path: Path, rows: int, updates: int) -> None:
-        """Goes on from a checkpoint of any number of ranks; after a change of N with an empty window.
+        """Restores the sums from a checkpoint of any number of ranks; after a change of N with an empty window.
 
         Args:
-            rows, updates: what all ranks had counted by then.
+            rows, updates: of all ranks, at the checkpoint.
         """
         rank, ranks = dist.get_rank(), dist.get_world_size()
         shapes = {

@@ -1,8 +1,8 @@
-"""Task weighting: the loss that a configuration asks for, and the two kinds that look at each task's gradient.
+"""Task weighting: the loss that a configuration asks for, and the two kinds that use each task's gradient.
 
 GradNorm and PCGrad act on what tasks share: the ranker's dense parameters outside of the towers. Where experts are gated there
-is no last shared layer, of which GradNorm's paper takes the norm for its cost's sake; the norm over all of them is that of
-what the tasks really do to the shared part. A parameter that only one task reaches has gradient 0 from the others.
+is no last shared layer, of which GradNorm's paper takes the norm for its cost's sake; the norm over all of them measures
+what the tasks do to the shared part. A parameter that only one task reaches has gradient 0 from the others.
 """
 
 # Shapes: T tasks, S = T - 1, P shared parameters, all in one row.

@@ -1,4 +1,4 @@
-"""Trained single-task models for a model that is fused from them: looked up when a run begins, their weights taken over."""
+"""Sources of an EMM: trained single-task models, found when a run begins, and their weights taken over."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,14 +16,14 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.restore import warm_start
 
 
-def resolved(config: TrainConfig, dataset: Dataset, held: ExitStack) -> TrainConfig:
-    """The same with `model.from` looked up into `model.fusion.sources`, from which alone the model can be built.
+def resolve(config: TrainConfig, dataset: Dataset, pinned: ExitStack) -> TrainConfig:
+    """The same with `model.from` resolved into `model.fusion.sources`, from which alone the model can be built.
 
-    A run that goes on keeps the sources it began with, even where those runs have gone on as well, or are gone. Every rank
-    calls it; rank 0 looks.
+    A resumed run keeps the sources it began with, even where those runs have continued as well, or are gone. Every rank
+    calls it; rank 0 searches.
 
     Args:
-        held: until it is closed, the checkpoints that were looked up are not deleted.
+        pinned: until it is closed, the checkpoints that were found are not deleted.
     Raises:
         UserError: a run that is no single-task perceptron of this dataset, or a task without one.
     """
@@ -36,7 +36,7 @@ def resolved(config: TrainConfig, dataset: Dataset, held: ExitStack) -> TrainCon
     if EMMSettings.of(config.model).sources:
         return config
     names = [str(Path(name).absolute()) for name in config.model.from_ or []]
-    sources = warm_start.agreed(lambda: _earlier(Run(config.run), names) or _found(names, dataset, held))
+    sources = warm_start.from_rank_0(lambda: _earlier(Run(config.run), names) or _found(names, dataset, pinned))
     choice = {"from_": names, "fusion": config.model.fusion | {"sources": sources}}
     return config.model_copy(update={"model": config.model.model_copy(update=choice)})
 
@@ -49,8 +49,8 @@ def _earlier(run: Run, names: list[str]) -> list[dict[str, Any]] | None:
     return model["fusion"]["sources"] if model.get("from") == names else None
 
 
-def _found(names: list[str], dataset: Dataset, held: ExitStack) -> list[dict[str, Any]]:
-    sources = [_source(name, dataset, held) for name in names]
+def _found(names: list[str], dataset: Dataset, pinned: ExitStack) -> list[dict[str, Any]]:
+    sources = [_source(name, dataset, pinned) for name in names]
     if missing := [task for task in dataset.schema.tasks if task not in {source.task for source in sources}]:
         raise UserError(
             f"model.from: no model of {', '.join(missing)} among {names}. Train one with tasks=[{missing[0]}], or leave the "
@@ -59,12 +59,12 @@ def _found(names: list[str], dataset: Dataset, held: ExitStack) -> list[dict[str
     return [source.model_dump(mode="json", by_alias=True) for source in sources]
 
 
-def _source(name: str, dataset: Dataset, held: ExitStack) -> Source:
+def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
     """What RUN or RUN@STEP was, if its kind is one that can be fused."""
     folder, _, number = name.rpartition("@")
     run, step = (Run(Path(folder)), int(number)) if folder and number.isdecimal() else (Run(Path(name)), None)
     config, tasks = run.config(), list(run.schema().tasks)
-    path = warm_start.newest(run, dataset, "model.from", held, step)
+    path = warm_start.newest(run, dataset, "model.from", pinned, step)
     model = ModelConfig.model_validate(config["model"])
     kind = model.fusion["name"]
     wrong = None

@@ -1,6 +1,7 @@
-"""Where a run goes on: its newest checkpoint that is whole, and whether this job is the one that wrote it."""
+"""Resuming: the newest undamaged checkpoint of a run, and whether this job could have written it."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.run import Run
 
+logger = logging.getLogger(__name__)
 
-def newest(run: Run, say: Callable[[str], None], below: int | None = None) -> Path | None:
-    """The newest checkpoint whose files fit its manifest; those that do not are said. Every rank calls it.
 
-    The ranks share the reading. What rank 0 sees is what there is: ranks must not choose differently.
+def newest(run: Run, below: int | None = None) -> Path | None:
+    """The newest checkpoint whose files fit its manifest; damaged ones are logged. Every rank calls it.
+
+    The ranks share the reading. Rank 0 lists the folder: ranks must not choose differently.
 
     Args:
         below: only of steps less than this.
@@ -30,7 +33,8 @@ def newest(run: Run, say: Callable[[str], None], below: int | None = None) -> Pa
         fault = next((fault for fault in faults if fault), None)
         if fault is None:
             return path
-        say(f"skipped a checkpoint: {fault}")
+        if rank == 0:
+            logger.warning(f"skipped a checkpoint: {fault}")
     return None
 
 
@@ -43,7 +47,7 @@ def _fault(path: Path, rank: int, ranks: int) -> str | None:
 
 
 def check_compatible(path: Path, manifest: CheckpointManifest, ours: CheckpointManifest) -> None:
-    """Raises UserError where a checkpoint is of another model, or of rows in another order, than a job would write now."""
+    """Raises UserError where a checkpoint is of another model, or of rows in another order, than this job would write."""
     for what, name in (
         ("schema", "fingerprint"),
         ("model and optimisers", "config"),

@@ -1,5 +1,6 @@
-"""Weights to start from: another run's, where a run has no checkpoint of its own yet."""
+"""Warm start: another run's weights, where a run has no checkpoint of its own yet."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,13 +14,15 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
+logger = logging.getLogger(__name__)
 
-def agreed(look: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on every rank; also its UserError. Every rank calls it."""
+
+def from_rank_0(find: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank; its UserError too. Every rank calls it."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            outcome = [look()]
+            outcome = [find()]
         except UserError as error:
             outcome = [error]
     dist.broadcast_object_list(outcome)
@@ -28,25 +31,25 @@ def agreed(look: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def start(run: Run, dataset: Dataset, model: dict[str, Tensor], held: ExitStack) -> str:
-    """Takes the weights of another run, of its optimisers and its task weighting nothing. Every rank calls it.
+def start(run: Run, dataset: Dataset, model: dict[str, Tensor], pinned: ExitStack) -> str:
+    """Takes the weights of another run, but not its optimisers or its task weighting. Every rank calls it.
 
     Args:
-        model: the tensors to fill, by name. held: keeps the other run's checkpoint from deletion until it is closed.
-    Returns: a line that says what was taken.
+        model: the tensors to fill, by name. pinned: keeps the other run's checkpoint from deletion until it is closed.
+    Returns: a line about what was taken.
     Raises:
         UserError: as `newest` and `load`.
     """
-    path = agreed(lambda: newest(run, dataset, "train.init_from", held))
-    afresh = load(path, {name: tensor for name, tensor in model.items() if not name.startswith("loss.")})
-    more = f" and {len(afresh) - 3} more" if len(afresh) > 3 else ""
-    return f"starts from {path}" + (f"; not in it: {', '.join(afresh[:3])}{more}" if afresh else "")
+    path = from_rank_0(lambda: newest(run, dataset, "train.init_from", pinned))
+    missing = load(path, {name: tensor for name, tensor in model.items() if not name.startswith("loss.")})
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"starts from {path}" + (f"; not in it: {', '.join(missing[:3])}{more}" if missing else "")
 
 
-def newest(run: Run, dataset: Dataset, setting: str, held: ExitStack, step: int | None = None) -> Path:
-    """The newest checkpoint of `run` that is whole, or that of `step`, whose inputs mean what they mean in `dataset`.
+def newest(run: Run, dataset: Dataset, setting: str, pinned: ExitStack, step: int | None = None) -> Path:
+    """The newest undamaged checkpoint of `run`, or that of `step`, whose inputs mean what they mean in `dataset`.
 
-    Damaged ones are said. The run may go on meanwhile and delete its old ones: not this one, before `held` is closed.
+    Damaged ones are logged. The run may continue meanwhile and prune its old ones: not this one, before `pinned` is closed.
 
     Raises:
         UserError: naming `setting`, where there is none or other encoders made its rows.
@@ -56,7 +59,7 @@ def newest(run: Run, dataset: Dataset, setting: str, held: ExitStack, step: int 
         raise UserError(f"{setting}: {run.path} has no checkpoint. Train it first, or name another run.")
     if step is not None and step not in found:
         raise UserError(f"{setting}: {run.path} has no checkpoint of step {step}, there are {found}")
-    path, theirs = _whole(run, setting, held) if step is None else _held(run, step, held)
+    path, theirs = _whole(run, setting, pinned) if step is None else _pinned(run, step, pinned)
     if theirs != dataset.encoders_id:
         raise UserError(
             f"{setting}: {run.path} was trained on rows of encoders {theirs}, {dataset.path} has {dataset.encoders_id}: its "
@@ -65,21 +68,21 @@ def newest(run: Run, dataset: Dataset, setting: str, held: ExitStack, step: int 
     return path
 
 
-def _whole(run: Run, setting: str, held: ExitStack) -> tuple[Path, str]:
+def _whole(run: Run, setting: str, pinned: ExitStack) -> tuple[Path, str]:
     tried: set[int] = set()
     while left := [step for step in checkpoint.steps(run.checkpoints) if step not in tried]:  # newer ones may have come
         try:
-            return _held(run, left[-1], held)
+            return _pinned(run, left[-1], pinned)
         except UserError as error:
-            print(f"{setting}: skipped a checkpoint: {error}", flush=True)
+            logger.warning(f"{setting}: skipped a checkpoint: {error}")
             tried.add(left[-1])
-    raise UserError(f"{setting}: no checkpoint of {run.path} is whole. Train it again, or name another run.")
+    raise UserError(f"{setting}: every checkpoint of {run.path} is damaged. Train it again, or name another run.")
 
 
-def _held(run: Run, step: int, held: ExitStack) -> tuple[Path, str]:
+def _pinned(run: Run, step: int, pinned: ExitStack) -> tuple[Path, str]:
     path = checkpoint.folder(run.checkpoints, step)
     try:
-        return path, held.enter_context(checkpoint.reading(path)).encoders
+        return path, pinned.enter_context(checkpoint.reading(path)).encoders
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})") from None
 
@@ -94,6 +97,8 @@ def load(path: Path, model: dict[str, Tensor]) -> list[str]:
     theirs = checkpoint.shapes(path)
     fitting: dict[str, Any] = {n: t for n, t in model.items() if theirs.get(f"model.{n}") == tuple(t.size())}
     if not fitting:
-        raise UserError(f"{path}: none of its {len(theirs)} tensors fits this model. Start from a run of a like model.")
+        raise UserError(
+            f"{path}: none of its {len(theirs)} tensors fits this model. Start from a run of a similar model."
+        )
     checkpoint.load(path, {"model": fitting})
     return sorted(model.keys() - fitting.keys())

@@ -15,7 +15,7 @@ from models.losses import TaskLoss, UncertaintyLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.training.micro_batches import loss_by_slices
+from pipeline.training.micro_batches import loss_by_micro_batches
 from pipeline.training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -82,7 +82,7 @@ def test_of_frozen_tables_slices_make_no_gradient_that_would_wake_their_optimise
         loss_S1 = (part_SE.detach() * weight).sum(1, keepdim=True)
         return loss_S1.sum(), loss_S1
 
-    total, _ = loss_by_slices(run, embedding_BE, [weight, unused], 3)
+    total, _ = loss_by_micro_batches(run, embedding_BE, [weight, unused], 3)
     total.backward()
     assert embedding_BE.grad is None
     assert unused.grad is None

@@ -1,0 +1,77 @@
+"""What a rank tells the launcher of its machine: how far it has come, and that it is alive (see jobs.launch)."""
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pipeline.storage.files import write_json
+
+STATUS_FOLDER = "TASKFUSE_RANK_STATUS"  # environment variable: where each rank of a machine writes
+
+State = Literal["started", "preempted", "finished"]
+
+
+class RankStatus(NamedTuple):
+    """A rank's status. attempt: counts torchrun's restarts. ranks: of this machine."""
+
+    state: State
+    attempt: int
+    pid: int
+    ranks: int
+
+
+class Alive(NamedTuple):
+    """A rank's heartbeat. timeout: seconds without one after which the launcher may take it for hung."""
+
+    pid: int
+    timeout: float
+    step: int
+
+
+def write_rank_status(state: State) -> None:
+    """Tells jobs.launch, if it started this process, how far the rank has come."""
+    if not (folder := os.environ.get(STATUS_FOLDER)):
+        return
+    if state != "started" and _in_main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
+    env = os.environ
+    status = RankStatus(state, int(env["TORCHELASTIC_RESTART_COUNT"]), os.getpid(), int(env["LOCAL_WORLD_SIZE"]))
+    with suppress(OSError):  # a full disk: the exit code says the same, if less surely
+        if state == "started":
+            Path(folder, f"{env['LOCAL_RANK']}.alive").unlink(missing_ok=True)  # of an earlier attempt
+        write_json(Path(folder) / env["LOCAL_RANK"], status)
+
+
+def write_heartbeat(step: int, timeout: float) -> None:
+    """Tells jobs.launch, if it started this process, that the rank is alive."""
+    if folder := os.environ.get(STATUS_FOLDER):
+        with suppress(OSError):
+            Path(folder, f"{os.environ['LOCAL_RANK']}.alive").write_text(json.dumps(Alive(os.getpid(), timeout, step)))
+
+
+def read_rank_statuses(folder: Path) -> list[RankStatus]:
+    """The last status of each rank that has begun the last attempt that any has begun."""
+    found = [RankStatus(*json.loads(path.read_text())) for path in folder.iterdir() if not path.suffix]
+    last = max((status.attempt for status in found), default=0)
+    return [status for status in found if status.attempt == last]
+
+
+def silent_ranks(folder: Path) -> list[tuple[Alive, float]]:
+    """The ranks whose last heartbeat is older than their timeout, with its age in seconds; each is returned once."""
+    found = []
+    for path in folder.glob("*.alive"):
+        with suppress(OSError, ValueError):  # being written, or gone
+            age, alive = time.time() - path.stat().st_mtime, Alive(*json.loads(path.read_text()))
+            if age > alive.timeout:
+                path.unlink()
+                found.append((alive, age))
+    return found
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
