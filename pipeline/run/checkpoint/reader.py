@@ -85,6 +85,7 @@ class _Unpickler(pickle.Unpickler):
     )  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # the name in Python 3.13
         if (module, name) in self.ALLOWED or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
