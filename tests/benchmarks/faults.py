@@ -1,6 +1,6 @@
 """Faults done to real runs, and how long each is until training goes on: python tests/benchmarks/faults.py.
 
-Each run is tests/training/faulty.py on a small dataset, two ranks unless said, a checkpoint every 5 of 50 steps. What is
+Each run is tests/training/faulty_run.py on a small dataset, two ranks unless said, a checkpoint every 5 of 50 steps. What is
 timed is therefore everything but the work: noticing, restarting processes, importing, loading the checkpoint. Rows are
 counted by row_id over all ranks and attempts: lost and repeated ones are those that the run's final history misses or
 holds twice.
@@ -21,7 +21,7 @@ from tabulate import tabulate
 TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS), str(TESTS / "training")]
 
-from workbench import TRAIN_ROWS, make_dataset  # noqa: E402
+from tiny_training import TRAIN_ROWS, make_dataset  # noqa: E402
 
 from pipeline.run import checkpoint  # noqa: E402
 
@@ -92,7 +92,7 @@ def suffer(folder: Path, what: str, noticed: str, parts: list) -> dict[str, obje
 
 def launch(folder: Path, name: str, ranks: int, attempt: int, settings: dict, faults: list, restarts: int) -> int:
     """A command to its end; its exit code."""
-    script = [str(TESTS / "training" / "faulty.py"), str(folder), name, str(attempt)]
+    script = [str(TESTS / "training" / "faulty_run.py"), str(folder), name, str(attempt)]
     script += [json.dumps({"checkpoint_every": 5} | settings), json.dumps(faults)]
     torchrun = ["-m", "jobs.launch", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     environment = os.environ | {

@@ -11,12 +11,12 @@ import pytest
 import torch
 import workload as w
 import yaml
+from dataset_from_rows import parse_text, write_dataset
 from floor import flops, products, table_bytes
 from soak import Look, by_step
 from stopwatch import DENSE, PARTS, RANKS, REST, Stopwatch
 from train import CONTENDERS, RECHUB_RUN, table
 from train_runs import HERE
-from written import parsed, write_dataset
 
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
@@ -32,7 +32,7 @@ ROWS, SIZE, GROUP = 500, 100, 60
 def dataset(tmp_path_factory):
     content = yaml.safe_load((HERE / "conf" / "data" / "workload.yaml").read_text())
     schema = Schema.parse(content["schema"], "workload.yaml")
-    rows = parsed(schema, pl.from_arrow(pa.table(w.rows(count=ROWS))).cast(pl.String))
+    rows = parse_text(schema, pl.from_arrow(pa.table(w.rows(count=ROWS))).cast(pl.String))
     encoders = Encoders.fit(schema, Statistics.of(schema, rows))
     return write_dataset(
         tmp_path_factory.mktemp("plain") / "data", schema, {"train": encoders.encode(rows)}, GROUP, 250, encoders

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from handmade import SCHEMA, dead_letters, drawn, fitted, shard, write_manifest
+from dataset_by_hand import SCHEMA, draw_rows, fit_encoders, write_dead_letters, write_manifest, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,8 +26,8 @@ SHARES = st.lists(st.integers(0, 50), min_size=2, max_size=12).filter(any)
 def made(rows: pa.Table, like: pa.Table | None = None) -> dict[str, Any]:
     """The card of rows, or of those under the encoders of others with the card of these as reference."""
     if like is None:
-        return card(SCHEMA, *fitted(rows))
-    encoders, statistics = fitted(like)
+        return card(SCHEMA, *fit_encoders(rows))
+    encoders, statistics = fit_encoders(like)
     return card(SCHEMA, encoders, Statistics.of(SCHEMA, rows), card(SCHEMA, encoders, statistics))
 
 
@@ -42,7 +42,7 @@ def drift_of(found: dict[str, Any], feature: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "step"), [("price", 0), ("age", 1)])  # between whole numbers a digest interpolates
 def test_a_number_is_described_by_what_numpy_says_of_its_raw_values(name, step):
-    rows = drawn(20_000)
+    rows = draw_rows(20_000)
     found, x = made(rows)["numbers"][name], rows[name].drop_null().to_numpy()
     assert found["missing"] == rows[name].null_count / 20_000
     assert (found["mean"], found["std"]) == pytest.approx((x.mean(), x.std()))
@@ -59,7 +59,7 @@ def test_a_number_is_described_by_what_numpy_says_of_its_raw_values(name, step):
 
 @pytest.mark.parametrize("value", [0.0, -3.5, 1e12, None])
 def test_a_number_without_two_values_has_a_card_too(value):
-    rows = drawn(50).set_column(0, "price", pa.array([value] * 50, pa.float64()))
+    rows = draw_rows(50).set_column(0, "price", pa.array([value] * 50, pa.float64()))
     found = json.loads(json.dumps(made(rows), allow_nan=False))["numbers"]["price"]
     if value is None:
         assert (found["missing"], found["mean"], found["histogram"]["counts"]) == (1, None, [])
@@ -70,7 +70,7 @@ def test_a_number_without_two_values_has_a_card_too(value):
 
 
 def test_ids_are_described_by_counts_of_a_loop():
-    rows = drawn(3000, cities=90)
+    rows = draw_rows(3000, cities=90)
     found = made(rows)["ids"]
     cities = Counter(c for c in rows["city"].to_pylist() if c is not None)
     total, known = sum(cities.values()), {c for c, n in cities.items() if n >= 3}
@@ -91,7 +91,7 @@ def test_ids_are_described_by_counts_of_a_loop():
 
 
 def test_a_vocabulary_that_is_used_again_says_what_is_unknown_to_it():
-    rows, like = drawn(3000, seed=1, cities=90), drawn(2000, cities=20)
+    rows, like = draw_rows(3000, seed=1, cities=90), draw_rows(2000, cities=20)
     found = made(rows, like)["ids"]["city"]
     before = Counter(c for c in like["city"].to_pylist() if c is not None)
     known = {c for c, n in before.items() if n >= 3}
@@ -101,7 +101,7 @@ def test_a_vocabulary_that_is_used_again_says_what_is_unknown_to_it():
 
 
 def test_tasks_are_described_by_their_observed_rows_and_correlations_by_the_common_ones():
-    rows = drawn(4000)
+    rows = draw_rows(4000)
     found = made(rows)
     for name, task in found["tasks"].items():
         label = rows[f"label.{name}"].drop_null().to_numpy().astype(float)
@@ -127,15 +127,15 @@ def test_the_index_is_that_of_its_formula_grows_with_distance_and_is_the_same_ei
 
 
 def test_the_same_rows_have_not_drifted_and_other_rows_of_one_distribution_are_stable():
-    rows = drawn(3000)
+    rows = draw_rows(3000)
     assert max(line["psi"] for line in made(rows, rows)["drift"]) < 1e-6
-    for line in made(drawn(3000, seed=1), rows)["drift"]:
+    for line in made(draw_rows(3000, seed=1), rows)["drift"]:
         assert line["verdict"] == "stable"
         assert line["psi"] < 3 * line["chance"]
 
 
 def test_what_shifted_comes_first_and_what_stayed_is_stable():
-    found = made(drawn(8000, seed=1, shift=1.0, cities=400), drawn(8000))
+    found = made(draw_rows(8000, seed=1, shift=1.0, cities=400), draw_rows(8000))
     verdicts = {line["feature"]: line["verdict"] for line in found["drift"]}
     assert {name: verdicts[name] for name in ("age", "user", "tags")} == dict.fromkeys(
         ("age", "user", "tags"), "stable"
@@ -146,7 +146,7 @@ def test_what_shifted_comes_first_and_what_stayed_is_stable():
 
 
 def test_drift_of_a_number_is_that_of_its_cells_counted_row_by_row():
-    rows, like = drawn(20_000, seed=1, shift=0.3), drawn(20_000)
+    rows, like = draw_rows(20_000, seed=1, shift=0.3), draw_rows(20_000)
     edges = made(like)["numbers"]["price"]["cells"]["edges"]
 
     def shares(table: pa.Table) -> list[float]:
@@ -158,7 +158,7 @@ def test_drift_of_a_number_is_that_of_its_cells_counted_row_by_row():
 
 
 def test_drift_of_ids_is_that_of_the_listed_values_the_other_known_ones_unknown_ones_and_missing_ones():
-    rows, like = drawn(3000, seed=1, cities=200), drawn(3000, cities=120)
+    rows, like = draw_rows(3000, seed=1, cities=200), draw_rows(3000, cities=120)
     before = Counter(like["city"].to_pylist())
     ranked = sorted(((c, n) for c, n in before.items() if c is not None), key=lambda item: (-item[1], item[0]))
     listed, known = [c for c, _ in ranked[:50]], {c for c, n in ranked if n >= 3}
@@ -182,7 +182,7 @@ def test_a_value_of_many_rows_that_became_another_is_drift(share, step):
     rng = np.random.default_rng(0)
     heavy_B, other_B = rng.random(3000) < share, rng.normal(5, 3, 3000)
     like, same, moved = (
-        drawn(3000).set_column(0, "price", pa.array(np.where(heavy_B, value, other_B)))
+        draw_rows(3000).set_column(0, "price", pa.array(np.where(heavy_B, value, other_B)))
         for value in (5.0, 5.0, 5.0 + step)
     )
     assert drift_of(made(moved, like), "price")["verdict"] == "shifted"
@@ -190,8 +190,8 @@ def test_a_value_of_many_rows_that_became_another_is_drift(share, step):
 
 
 def test_values_that_went_missing_are_drift():
-    rows = drawn(3000).set_column(0, "price", pa.nulls(3000, pa.float64()))
-    line = drift_of(made(rows, drawn(3000)), "price")
+    rows = draw_rows(3000).set_column(0, "price", pa.nulls(3000, pa.float64()))
+    line = drift_of(made(rows, draw_rows(3000)), "price")
     assert (line["verdict"], line["missing"]) == ("shifted", 1)
     assert line["missing_before"] < 0.2
 
@@ -207,9 +207,9 @@ def test_what_chance_explains_is_no_drift():
 
 
 def test_a_card_survives_json_and_one_of_no_rows_can_be_made():
-    found = made(drawn(500))
+    found = made(draw_rows(500))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    none = made(drawn(0), drawn(100))
+    none = made(draw_rows(0), draw_rows(100))
     assert json.loads(json.dumps(none, allow_nan=False))["drift"] == []
 
 
@@ -245,10 +245,10 @@ class Texts(HTMLParser):
 
 def test_the_page_needs_nothing_else_and_shows_raw_values_as_text(tmp_path):
     evil = "<script>alert('é')</script>"
-    rows = drawn(300)
+    rows = draw_rows(300)
     cities = pa.array([evil] * 100 + ["city & co"] * 200, pa.large_string()).dictionary_encode()
-    found = made(rows.set_column(rows.column_names.index("city"), "city", cities), drawn(300))
-    letters = [dead_letters(tmp_path, "impressions", [evil] * 2)]
+    found = made(rows.set_column(rows.column_names.index("city"), "city", cities), draw_rows(300))
+    letters = [write_dead_letters(tmp_path, "impressions", [evil] * 2)]
     manifest = write_manifest(tmp_path, [], letters, dead_letters={evil: 2})
     parser = Texts()
     parser.feed(page("<b>mine</b>", manifest, found))
@@ -261,10 +261,10 @@ def test_the_page_needs_nothing_else_and_shows_raw_values_as_text(tmp_path):
 
 
 def test_tables_say_where_every_row_went(tmp_path):
-    letters = [dead_letters(tmp_path, "impressions", ["bad"] * 4), dead_letters(tmp_path, "click", ["bad"])]
-    rows = fitted(drawn(100))[0].encode(drawn(100))
-    manifest = write_manifest(tmp_path, [shard(tmp_path, "train/part.parquet", "train", rows)], letters)
-    found = {table.title: table for table in tables(manifest, made(drawn(100)))}
+    letters = [write_dead_letters(tmp_path, "impressions", ["bad"] * 4), write_dead_letters(tmp_path, "click", ["bad"])]
+    rows = fit_encoders(draw_rows(100))[0].encode(draw_rows(100))
+    manifest = write_manifest(tmp_path, [write_shard(tmp_path, "train/part.parquet", "train", rows)], letters)
+    found = {table.title: table for table in tables(manifest, made(draw_rows(100)))}
     went = {line[0]: int(line[1]) for line in found["Where the rows went"].lines}
     assert went.pop("read") == sum(went.values()) == 115
     outcome = found["Outcomes, by what became of them"]

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from job_bench import ROOT, SPLITS, content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run, values_of
+from ingest_runs import ROOT, SPLITS, content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run, values_of
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from job_bench import dead_letters_of, no_beam, rows_by_id, run
+from ingest_runs import dead_letters_of, no_beam, rows_by_id, run
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_bench import ENVIRONMENT, SPLITS, no_beam, refused, run, write_conf
+from ingest_runs import ENVIRONMENT, SPLITS, no_beam, refused, run, write_conf
 from pydantic import ValidationError
 
 from features.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from job_bench import content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run
+from ingest_runs import content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run
 
 from pipeline.ingest.formats import text
 

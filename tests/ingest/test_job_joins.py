@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from job_bench import no_beam, rows_by_id, run, values_of
+from ingest_runs import no_beam, rows_by_id, run, values_of
 
 from features.errors import UserError
 from pipeline.ingest.formats import text

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from job_bench import ENVIRONMENT, content_of, no_beam, run, write_conf
+from ingest_runs import ENVIRONMENT, content_of, no_beam, run, write_conf
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
@@ -39,8 +39,8 @@ def job(small_log: Path, small_content: Callable[[], dict[str, Any]]) -> Run:
 
 
 def killed(log: Path, schema: Path, out: Path) -> list[dict[str, Any]]:
-    """What `killed_jobs` found after each kill."""
-    command = [sys.executable, str(Path(__file__).with_name("killed_jobs.py")), str(log), str(schema), str(out)]
+    """What `kill_ingest_jobs.py` found after each kill."""
+    command = [sys.executable, str(Path(__file__).with_name("kill_ingest_jobs.py")), str(log), str(schema), str(out)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

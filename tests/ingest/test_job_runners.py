@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from job_bench import ENVIRONMENT, content_of, no_beam, refused, run
+from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
 
 SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 

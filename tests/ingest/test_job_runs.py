@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_bench import content_of, no_beam, refused, rows_by_id, rows_of, run, values_of
+from ingest_runs import content_of, no_beam, refused, rows_by_id, rows_of, run, values_of
 
 from features.errors import UserError
 from features.schema.schema import Schema

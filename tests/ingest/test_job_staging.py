@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from job_bench import content_of, no_beam, run
+from ingest_runs import content_of, no_beam, run
 
 from features.errors import UserError
 from pipeline.ingest import job as ingest_job

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from job_bench import content_of, no_beam, refused, rows_by_id, rows_of, run
+from ingest_runs import content_of, no_beam, refused, rows_by_id, rows_of, run
 
 COUNT = 40
 

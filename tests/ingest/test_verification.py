@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from handmade import CONTENT, SCHEMA, drawn, shard, write_dataset, write_manifest
+from dataset_by_hand import CONTENT, SCHEMA, draw_rows, write_dataset, write_manifest, write_shard
 
 from features.errors import UserError
 from features.schema.schema import Schema
@@ -23,7 +23,7 @@ SHARD = "valid/part-00001-of-00002.parquet"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_dataset(tmp_path / "data", drawn(500))
+    write_dataset(tmp_path / "data", draw_rows(500))
     return tmp_path / "data"
 
 
@@ -44,7 +44,7 @@ def replaced(folder: Path, edit: Callable[[pa.Table], pa.Table], keep_sums: bool
     """Writes SHARD with other rows, and a manifest that knows of the new file (but not, on request, of its sums)."""
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
     old = next(s for s in manifest.shards if s.path == SHARD)
-    new = shard(folder, SHARD, "valid", edit(pq.read_table(folder / SHARD)))
+    new = write_shard(folder, SHARD, "valid", edit(pq.read_table(folder / SHARD)))
     if keep_sums:
         sums = ("rows", "row_groups", "observed", "positives")
         new = new.model_copy(update={name: getattr(old, name) for name in sums})
@@ -57,7 +57,7 @@ def set_column(name: str, values: Callable[[pa.ChunkedArray], pa.Array]) -> Call
 
 def test_a_whole_dataset_is_described_in_numbers(folder):
     said = "\n".join(verify(Dataset(folder)))
-    clicks = int(np.array(drawn(500)["label.click"]).sum())
+    clicks = int(np.array(draw_rows(500)["label.click"]).sum())
     for words in ("8 files", f"{1000 + clicks:,} observed labels", "500 rows", "dead letters: 5 rows", "row ids: 500"):
         assert words in said
 
@@ -144,7 +144,7 @@ def test_a_row_id_that_is_negative_is_found(folder):
 
 
 def test_a_split_without_rows_and_a_dataset_without_letters_can_be_verified(tmp_path):
-    write_dataset(tmp_path / "data", drawn(100))
+    write_dataset(tmp_path / "data", draw_rows(100))
     manifest = Manifest.model_validate_json((tmp_path / "data/manifest.json").read_text())
     gone: list[Shard] = [s for s in manifest.shards if s.split == "test"]
     for s in gone:
@@ -164,7 +164,7 @@ def test_a_split_without_rows_and_a_dataset_without_letters_can_be_verified(tmp_
 def days(tmp_path: Path) -> Path:
     """Three days of the same rows, with the same row ids."""
     for day in (1, 2, 3):
-        write_dataset(tmp_path / f"2026-11-0{day}", drawn(60))
+        write_dataset(tmp_path / f"2026-11-0{day}", draw_rows(60))
     return tmp_path
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from handmade import drawn, write_dataset
+from dataset_by_hand import draw_rows, write_dataset
 
 from jobs.inspect import main
 
@@ -13,7 +13,7 @@ from jobs.inspect import main
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect") / "mine"
-    write_dataset(folder, drawn(500))
+    write_dataset(folder, draw_rows(500))
     return folder
 
 
@@ -26,7 +26,7 @@ def test_tables_are_printed_and_the_page_is_written_beside_the_dataset(dataset, 
     before = sorted(dataset.rglob("*"))
     main([str(dataset)])
     output = capsys.readouterr().out
-    rows = drawn(500)
+    rows = draw_rows(500)
     train = [row for row in rows.to_pylist() if row["split"] == 0]
     assert cells(output, "train") == ["train", "300", "58.3%"]
     assert cells(output, "read") == ["read", "515", "100.0%"]
@@ -56,7 +56,7 @@ def test_a_check_says_what_it_checked_and_the_page_goes_where_it_is_told(dataset
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_1(tmp_path, damage, words):
-    write_dataset(tmp_path / "data", drawn(50))
+    write_dataset(tmp_path / "data", draw_rows(50))
     damage(tmp_path / "data")
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path / "data"), "--verify"])
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_1(tmp_path, damage, words):
 
 def test_a_folder_of_days_says_which_there_are_and_how_to_inspect_one(tmp_path):
     for day in ("2026-10-31", "2026-11-01", "2026-11-03"):
-        write_dataset(tmp_path / day, drawn(50))
+        write_dataset(tmp_path / day, draw_rows(50))
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path), "--verify"])
     assert str(caught.value) == (

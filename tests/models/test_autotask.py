@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import twins_autotask as twins
-from checks import Sizes, check, close, drawn_sizes, randomised, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, close, drawn_sizes, randomised, rows
 from torch import Tensor, nn
 
 from features.errors import UserError

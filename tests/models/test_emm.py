@@ -8,9 +8,9 @@ import pytest
 import torch
 import twins
 import twins_emm
-from checks import Sizes, check, check_gates, close, randomised, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, check_gates, close, randomised, rows
 
 from features.errors import UserError
 from models.fusion.emm import EMM, Merge, TrainedModel, common_layers, decompose

@@ -9,9 +9,9 @@ import torch
 import twins
 import twins_experts
 import yaml
-from checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
 from torch import Tensor, nn
 
 from features.errors import UserError

@@ -6,9 +6,9 @@ import pytest
 import torch
 import twins_fields
 import yaml
-from checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
 from torch import Tensor
 
 from features.errors import UserError

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import pytest
 import torch
 import twins
-from checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
 from torch import Tensor
 
 from models.fusion.adatt import AdaTT

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import check, close, drawn_sizes, randomised, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import check, close, drawn_sizes, randomised, rows
 from torch import Tensor
 
 from features.schema.schema import Schema

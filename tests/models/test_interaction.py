@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import twins
-from checks import Sizes, check, close, drawn_sizes, load, randomised, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows
 from torch import Tensor
 
 from features.errors import UserError

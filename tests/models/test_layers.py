@@ -3,9 +3,9 @@
 import pytest
 import torch
 import twins
-from checks import Sizes, check, close, drawn_sizes, randomised, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, close, drawn_sizes, randomised, widths
 from torch import Tensor
 
 from models.layers import StackedMLP, linear, rectified

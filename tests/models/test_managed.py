@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_map import PlainMap
+from references.id_map import ReferenceIdMap
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
@@ -41,7 +41,7 @@ def pooled(ids: list[int]) -> tuple[Tensor, Tensor, dict[int, int]]:
 @given(st.data(), st.sampled_from(["lru", "lfu"]), st.integers(1, 200), st.integers(1, 400))
 def test_a_map_is_what_one_dictionary_a_set_comes_to(data, evict, rows, values):
     managed = Managed(rows=rows, evict=evict)
-    whole, twin = IdMap(managed), PlainMap(managed)
+    whole, twin = IdMap(managed), ReferenceIdMap(managed)
     middle = managed.sets // 2
     parts = [IdMap(managed, 0, middle), IdMap(managed, middle, managed.sets - middle)]
     pool = torch.randint(1, TOP - 1, (values,), generator=torch.Generator().manual_seed(values)).tolist()

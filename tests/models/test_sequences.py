@@ -9,9 +9,9 @@ import pytest
 import torch
 import twins_sequences
 import yaml
-from checks import Sizes, check, check_gates, close, drawn_sizes, randomised, rows, widths
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import Sizes, check, check_gates, close, drawn_sizes, randomised, rows, widths
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 

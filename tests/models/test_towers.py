@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import twins
-from checks import check, drawn_sizes, randomised, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_checks import check, drawn_sizes, randomised, rows
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F

@@ -18,7 +18,7 @@ def test_a_writer_that_is_killed_at_any_moment_leaves_the_checkpoint_before_it_o
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "checkpoints"
-    script = [sys.executable, str(Path(__file__).with_name("killed_writers.py")), str(folder)]
+    script = [sys.executable, str(Path(__file__).with_name("kill_checkpoint_writers.py")), str(folder)]
     done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=True)
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) >= 12
@@ -48,7 +48,7 @@ def test_a_run_on_a_disk_that_fills_up_ends_with_one_line_and_goes_on_once_there
     run.mkdir()
     code = f"""
 from pathlib import Path
-from workbench import configuration, make_dataset
+from tiny_training import configuration, make_dataset
 from jobs.entry import user_errors
 from pipeline.training.trainer import train
 data = Path({str(tmp_path / "data")!r})

@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from handmade import drawn
-from handmade import write_dataset as write_by_hand
-from written import write_dataset
+from dataset_by_hand import draw_rows
+from dataset_by_hand import write_dataset as write_by_hand
+from dataset_from_rows import write_dataset
 
 from features.batch import PADDING
 from features.errors import UserError
@@ -151,7 +151,7 @@ def test_more_days_than_row_ids_have_room_for_are_refused(root, monkeypatch):
 
 def test_a_manifest_of_days_counts_what_all_of_them_count(tmp_path):
     days = ["2026-11-01", "2026-11-02", "2026-11-03"]
-    write_by_hand(tmp_path / days[0], drawn(100))
+    write_by_hand(tmp_path / days[0], draw_rows(100))
     for day in days[1:]:
         shutil.copytree(tmp_path / days[0], tmp_path / day)
         file = tmp_path / day / "manifest.json"

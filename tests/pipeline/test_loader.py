@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pytest
+from dataset_from_rows import write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from written import write_dataset
 
 from features.batch import PADDING, Batch, Rows
 from features.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from workbench import make_dataset
+from tiny_training import make_dataset
 
 from pipeline.training.parallel import process_group
 

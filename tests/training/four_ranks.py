@@ -13,10 +13,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from tiny_training import on_each_rank, write_checkpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from two_ranks import stopped, trainer
-from workbench import on_each_rank, write_checkpoint
 
 from features.errors import UserError
 from pipeline.training.trainer import Trainer

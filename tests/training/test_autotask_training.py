@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import tiny_training
 import torch
-import workbench
-from workbench import configuration, identical, last, make_dataset
+from tiny_training import assert_identical, configuration, last, make_dataset
 
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
@@ -62,7 +62,7 @@ def log(rows: int, share_seed: int = 0) -> pl.DataFrame:
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     def make(name: str, content: dict, share_seed: int = 0) -> Path:
-        monkeypatch.setattr(workbench, "raw_rows", lambda rows: log(rows, share_seed))
+        monkeypatch.setattr(tiny_training, "raw_rows", lambda rows: log(rows, share_seed))
         return make_dataset(tmp_path / name, ROWS, row_group=200, shard_rows=2000, **content)
 
     return make
@@ -111,7 +111,7 @@ def test_labels_of_a_task_held_out_change_no_weight(dataset, tmp_path):
     for seed in range(2):
         data = dataset(f"data-{seed}", EVERY_TASK, share_seed=seed)
         runs.append(last(train(data, tmp_path / f"run-{seed}", steps=4, fusion={"unseen": ["share"]}).path))
-    identical(*runs)
+    assert_identical(*runs)
     data = dataset("data", EVERY_TASK, share_seed=1)
     other = last(train(data, tmp_path / "run", steps=4).path)
     assert any(not torch.equal(other[name], runs[0][name]) for name in other)
@@ -124,4 +124,4 @@ def test_the_pipelined_loop_trains_the_same_model(dataset, tmp_path, examples):
     plain, pipelined = (
         train(data, tmp_path / f"run-{loop}", steps=4, fusion=fusion, pipelined=loop) for loop in (False, True)
     )
-    identical(last(plain.path), last(pipelined.path))
+    assert_identical(last(plain.path), last(pipelined.path))

@@ -14,14 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from four_ranks import FORMATS, GROUP, LARGE, PLACEMENTS, RARE, RARELY, RUNS, STEPS, STOP
 from pydantic import ValidationError
-from torch import Tensor, nn
-from torchrec import KeyedJaggedTensor, KeyedTensor
-from two_ranks import stopped, trainer
-from workbench import (
+from tiny_training import (
     PATHS,
-    close,
+    assert_close,
+    assert_identical,
     configuration,
-    identical,
     last,
     model,
     task_loss,
@@ -29,6 +26,9 @@ from workbench import (
     unsharded,
     write_checkpoint,
 )
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor, KeyedTensor
+from two_ranks import stopped, trainer
 
 from features.batch import Batch
 from features.schema.schema import Schema
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 HERE = Path(__file__).parent
 RANKS = 4
-LR, EPS = 0.05, 1e-8  # of the tables, in the workbench's configuration
+LR, EPS = 0.05, 1e-8  # of the tables, in the tiny_training's configuration
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def ranks(folder: Path) -> Path:
 
 
 def first_batch(folder: Path, rank: int = 0, ranks: int = 1) -> Batch:
-    """Of the workbench's configuration: the whole of it, or the rows of one rank."""
+    """Of the tiny_training's configuration: the whole of it, or the rows of one rank."""
     s = configuration(folder / "data", folder / "none").train
     loader = Loader(Dataset(folder / "data"), "train", s.batch_size, s.lanes, s.seed, rank, ranks, window=s.window)
     return next(loader.batches(loader.start()))
@@ -181,11 +181,11 @@ def test_gradients_in_16_bits_move_a_row_by_their_sum_within_the_rounding_of_eac
 
 
 def test_training_in_slices_is_training_on_the_batch_on_four_ranks_and_on_one(ranks: Path) -> None:
-    close(last(ranks / "slices"), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
+    assert_close(last(ranks / "slices"), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
     made = trainer(ranks, "one-slices", **RUNS["slices"])
     assert made.learner.model.module.accumulate == 3  # 32 rows: 11, 11, 10
     made.run_to_end()
-    close(last(ranks / "one-slices"), last(ranks / "ddp"), rtol=1e-3, atol=1e-5)
+    assert_close(last(ranks / "one-slices"), last(ranks / "ddp"), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(settings: dict
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-slices"])
 def test_a_sharded_dense_part_learns_what_a_copied_one_does_clipped_by_the_norm_of_all(ranks: Path, name: str) -> None:
-    close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
+    assert_close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
     shares = [json.loads((ranks / f"share.{rank}.json").read_text()) for rank in range(RANKS)]
     # Cut along the three experts, one of the four ranks would have nothing.
     assert shares == pytest.approx([1 / RANKS] * RANKS, abs=0.06)
@@ -223,7 +223,7 @@ def test_a_sharded_dense_part_learns_what_a_copied_one_does_clipped_by_the_norm_
 
 @pytest.mark.parametrize("name", ["fsdp-ddp", "ddp-fsdp"])
 def test_a_checkpoint_moves_between_shards_and_copies_of_the_dense_part(ranks: Path, name: str) -> None:
-    close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
+    assert_close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
 
 
 def test_a_checkpoint_of_shards_is_read_on_one_rank_element_by_element(ranks: Path) -> None:
@@ -238,7 +238,7 @@ def moved(folder: Path, name: str, settings: dict[str, Any]) -> None:
     made = trainer(folder, name, **settings)
     assert made.state.step == STOP
     write_checkpoint(made)
-    identical(tensors(path), before)
+    assert_identical(tensors(path), before)
 
 
 # Copies of the tables
@@ -246,7 +246,7 @@ def moved(folder: Path, name: str, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["copies", "copies-fsdp"])
 def test_with_sgd_copies_that_are_averaged_after_each_step_are_one_table(ranks: Path, name: str) -> None:
-    close(last(ranks / name), last(ranks / "whole"), rtol=1e-5, atol=1e-6)
+    assert_close(last(ranks / name), last(ranks / "whole"), rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_steps_with_its_ranks_gradient_scaled_to_the_batch_and_the_mean_of_the_copies_is_kept(
@@ -278,7 +278,7 @@ def test_copies_are_made_equal_before_a_checkpoint_which_holds_each_table_once(r
             assert any(not torch.equal(part, other_before[name]) for name, part in before.items())
             assert all(torch.equal(part, other_after[name]) for name, part in after.items())
             mean = {name: (part + other_before[name]) / 2 for name, part in before.items()}
-            close(after, mean, rtol=1e-6, atol=1e-8)
+            assert_close(after, mean, rtol=1e-6, atol=1e-8)
     path = checkpoint.folder(ranks / "copies-rarely" / "checkpoints", STEPS)
     for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
         if "embedding_bags" in name:

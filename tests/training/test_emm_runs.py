@@ -7,9 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from emm_runs import SOURCES, STEPS, STOP, fused, source, stopped
+from tiny_training import (
+    SCHEMA,
+    assert_close,
+    assert_identical,
+    last,
+    losses,
+    make_dataset,
+    model,
+    tensors,
+    torchrun,
+    write_checkpoint,
+)
 from torch import Tensor
-from workbench import SCHEMA, close, identical, last, losses, make_dataset, model, tensors, torchrun, write_checkpoint
+from two_ranks_emm import SOURCES, STEPS, STOP, fused, source, stopped
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
@@ -43,7 +54,7 @@ def one_rank(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> Path:
-    torchrun(str(Path(__file__).with_name("emm_runs.py")), str(folder)).check_returncode()
+    torchrun(str(Path(__file__).with_name("two_ranks_emm.py")), str(folder)).check_returncode()
     return folder
 
 
@@ -82,7 +93,7 @@ def test_each_source_brings_its_tables_its_codes_its_interaction_and_its_layers(
     found = start(folder, "start")
     for m, name in enumerate(SOURCES):
         theirs = model(last(folder / name))
-        identical(
+        assert_identical(
             {key: value for key, value in found.items() if f"@{m}." in key},
             {
                 key.replace(".weight", f"@{m}.weight"): value
@@ -90,7 +101,7 @@ def test_each_source_brings_its_tables_its_codes_its_interaction_and_its_layers(
                 if key.startswith("embeddings.")
             },
         )
-        identical(
+        assert_identical(
             {key.removeprefix(f"readers.{m}."): v for key, v in found.items() if key.startswith(f"readers.{m}.")},
             {key: value for key, value in theirs.items() if key.startswith(("numbers.", "interaction."))},
         )
@@ -170,7 +181,7 @@ def test_a_run_goes_on_without_its_sources_as_if_it_had_not_stopped(folder: Path
     finally:
         for name in SOURCES:
             (folder / f"away-{name}").rename(folder / name)
-    identical(last(folder / "resumed"), last(one_rank / "one"))
+    assert_identical(last(folder / "resumed"), last(one_rank / "one"))
 
 
 def test_a_source_that_goes_on_does_not_delete_what_is_fused_before_it_is_read(
@@ -202,14 +213,14 @@ def test_a_source_may_be_an_earlier_checkpoint(folder: Path) -> None:
 def test_two_ranks_train_what_one_rank_trains(two_ranks: Path, one_rank: Path, kind: str, placement: str) -> None:
     other = two_ranks / f"two{kind}-{placement}"
     assert losses(other) == pytest.approx(losses(one_rank / f"one{kind}"), rel=1e-3)
-    close(last(other), last(one_rank / f"one{kind}"), rtol=5e-3, atol=5e-4)
+    assert_close(last(other), last(one_rank / f"one{kind}"), rtol=5e-3, atol=5e-4)
 
 
 @pytest.mark.slow
 def test_two_ranks_start_from_the_same_weights_resume_and_run_pipelined(two_ranks: Path, one_rank: Path) -> None:
-    identical(model(last(two_ranks / "two-start")), start(two_ranks, "one-start"))
-    identical(last(two_ranks / "two-resumed"), last(two_ranks / "two-table_wise"))
-    close(last(two_ranks / "two-pipelined"), last(two_ranks / "two-table_wise"), rtol=1e-4, atol=1e-5)
+    assert_identical(model(last(two_ranks / "two-start")), start(two_ranks, "one-start"))
+    assert_identical(last(two_ranks / "two-resumed"), last(two_ranks / "two-table_wise"))
+    assert_close(last(two_ranks / "two-pipelined"), last(two_ranks / "two-table_wise"), rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
@@ -220,8 +231,8 @@ def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fuses 4 models in 2 levels:" in done.stdout
-    assert "click-b (click), step 20: 24-32-16 | 16 | 5" in done.stdout
+    assert "fuses 4 models in 2 levels:" in done.stderr
+    assert "click-b (click), step 20: 24-32-16 | 16 | 5" in done.stderr
 
 
 REFUSED = {
@@ -245,8 +256,8 @@ def odd_sources(folder: Path) -> Path:
     plain = SOURCES["click-a"]
     write_checkpoint(source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}))
     write_checkpoint(source(folder, "click-calibrated", plain | {"calibration": "monotone"}))
-    source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []}).save(
-        wait=True
+    write_checkpoint(
+        source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []})
     )
     write_checkpoint(source(folder, "click-several", plain))
     (folder / "click-several").rename(folder / "several")

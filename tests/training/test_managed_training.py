@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_map import PlainMap
+from references.id_map import ReferenceIdMap
+from tiny_training import assert_close, assert_identical, last, torchrun
 from two_ranks import stopped
 from two_ranks_managed import ADAGRAD, STEPS, STOP, logits, make_managed_dataset, trainer
-from workbench import close, identical, last, torchrun
 
 from features.errors import UserError
 from features.schema.kinds import Managed
@@ -33,7 +33,7 @@ class Watched:
     def __init__(self, made: Trainer) -> None:
         self.learner = made.learner
         settings = {"item": Managed(rows=130), "user": Managed(rows=30, evict="lfu")}
-        self.twins = {table: PlainMap(managed) for table, managed in settings.items()}
+        self.twins = {table: ReferenceIdMap(managed) for table, managed in settings.items()}
         self.steps_seen: list[dict[str, tuple]] = []
         self.batch: dict[str, Counter] = {}
         self.after_step, self.learner.managed.after_step = self.learner.managed.after_step, self._after_step
@@ -115,8 +115,8 @@ def test_a_table_in_columns_or_in_copies_has_its_rows_start_afresh_too(two_ranks
 def test_a_killed_run_goes_on_bit_for_bit(two_ranks: Path):
     stopped(two_ranks, "one", "one-resumed", STOP)
     trainer(two_ranks, "one-resumed").run_to_end()
-    identical(last(two_ranks / "one-resumed"), last(two_ranks / "one"))
-    identical(last(two_ranks / "resumed"), last(two_ranks / "mixed"))
+    assert_identical(last(two_ranks / "one-resumed"), last(two_ranks / "one"))
+    assert_identical(last(two_ranks / "resumed"), last(two_ranks / "mixed"))
 
 
 def test_a_run_goes_on_with_more_ranks_or_fewer(two_ranks: Path):
@@ -153,4 +153,4 @@ def same(found: Path, wanted: Path) -> None:
     found_state, wanted_state = last(found), last(wanted)
     for name in (n for n in wanted_state if ".managed." in n):
         assert torch.equal(found_state[name], wanted_state[name]), name
-    close(found_state, wanted_state)
+    assert_close(found_state, wanted_state)

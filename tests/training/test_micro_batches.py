@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import configuration, task_loss
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from workbench import configuration, task_loss
 
 from features.batch import Batch
 from models.losses import TaskLoss, UncertaintyLoss

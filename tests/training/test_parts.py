@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from workbench import SCHEMA, close, configuration, identical, last, losses, make_dataset, model, torchrun
+from tiny_training import (
+    SCHEMA,
+    assert_close,
+    assert_identical,
+    configuration,
+    last,
+    losses,
+    make_dataset,
+    model,
+    torchrun,
+)
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
@@ -58,7 +68,7 @@ def test_each_interaction_trains_over_coded_numbers_and_the_pipelined_loop_train
     )
     assert all(value == value and abs(value) < 100 for value in losses(folder / name))
     trainer(folder, f"{name}-pipelined", pipelined=True, **changes).run_to_end()
-    identical(last(folder / f"{name}-pipelined"), last(folder / name))
+    assert_identical(last(folder / f"{name}-pipelined"), last(folder / name))
     assert losses(folder / f"{name}-pipelined") == losses(folder / name)
 
 
@@ -94,7 +104,7 @@ def test_two_ranks_train_what_one_does_with_an_interaction_and_a_calibration(fol
         "train.max_steps=20", "train.tables.lr=0.05", "train.dense.lr=0.003",
     )  # fmt: skip
     done.check_returncode()
-    close(last(folder / "two-ranks"), last(folder / "one-rank"), rtol=1e-3, atol=1e-4)
+    assert_close(last(folder / "two-ranks"), last(folder / "one-rank"), rtol=1e-3, atol=1e-4)
 
 
 def test_the_input_is_dropped_in_training_alone(folder: Path):

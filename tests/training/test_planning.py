@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import TABLES, assert_close, assert_identical, configuration, last, losses, tensors, torchrun
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed.types import ShardingPlan
 from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
-from workbench import TABLES, close, configuration, identical, last, losses, tensors, torchrun
 
 from features.errors import UserError
 from pipeline.run import checkpoint
@@ -244,7 +244,7 @@ def alone(folder: Path, name: str, optimizer: str, steps: int = STEPS) -> Traine
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_replicated_tables_train_as_table_wise_ones(two_ranks: Path, optimizer: str) -> None:
     replicated, sharded = two_ranks / f"replicated-{optimizer}", two_ranks / f"table_wise-{optimizer}"
-    close(last(replicated), last(sharded))
+    assert_close(last(replicated), last(sharded))
     assert losses(replicated) == pytest.approx(losses(sharded), rel=1e-5)
     momenta = [name for name in last(replicated) if name.endswith(".momentum1")]
     assert len(momenta) == (0 if optimizer == "sgd" else len(TABLES))
@@ -252,7 +252,7 @@ def test_replicated_tables_train_as_table_wise_ones(two_ranks: Path, optimizer: 
 
 @pytest.mark.slow
 def test_some_tables_replicated_and_pipelined_train_the_same_model(two_ranks: Path) -> None:
-    close(last(two_ranks / "mixed"), last(two_ranks / "table_wise-rowwise_adagrad"))
+    assert_close(last(two_ranks / "mixed"), last(two_ranks / "table_wise-rowwise_adagrad"))
 
 
 @pytest.mark.slow
@@ -266,9 +266,9 @@ def test_a_checkpoint_of_replicated_tables_goes_on_sharded_on_one_rank(two_ranks
     loaded = {name: shard.local_parts(value)[0][0] for name, value in tables(made).items()}
     assert len(loaded) == 2 * len(TABLES)
     assert all(value.abs().max() > 0 for value in loaded.values())
-    identical(loaded, {name: saved[name] for name in loaded})
+    assert_identical(loaded, {name: saved[name] for name in loaded})
     made.run_to_end()
-    close(last(moved), last(source), rtol=1e-3, atol=1e-4)
+    assert_close(last(moved), last(source), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -277,8 +277,10 @@ def test_a_checkpoint_of_sharded_tables_goes_on_replicated_on_two_ranks(two_rank
     for rank in range(2):
         loaded = torch.load(two_ranks / f"loaded.{rank}.pt", weights_only=True)
         assert len(loaded) == 2 * len(TABLES)
-        identical(loaded, {name: saved[name] for name in loaded})
-    close(last(two_ranks / "alone-goes-on"), last(two_ranks / "table_wise-rowwise_adagrad"), rtol=1e-3, atol=1e-4)
+        assert_identical(loaded, {name: saved[name] for name in loaded})
+    assert_close(
+        last(two_ranks / "alone-goes-on"), last(two_ranks / "table_wise-rowwise_adagrad"), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -306,7 +308,9 @@ def planning_model(made: Trainer) -> nn.Module:
     from models.ranker import Ranker
     from pipeline.training.step import TrainStep
 
-    return TrainStep(Ranker(made.schema, made.dataset.encoders, made.config.model), made.learner.loss, bf16=False)
+    return TrainStep(
+        Ranker(made.dataset.schema, made.dataset.encoders, made.config.model), made.learner.loss, bf16=False
+    )
 
 
 @pytest.mark.slow

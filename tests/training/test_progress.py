@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from workbench import configuration, make_dataset, model, start, unsharded
+from tiny_training import configuration, initial_state, make_dataset, model, unsharded
 
 from features.batch import Batch
 from pipeline.dataset.dataset import open_dataset
@@ -82,7 +82,7 @@ def test_ne_of_each_day_is_that_of_its_rows_by_the_weights_before_them(folder: P
 def test_a_batch_is_judged_before_it_is_learnt_from(folder: Path) -> None:
     """The first one by the weights that the run began with."""
     config = of_days(folder, "first", max_steps=1)
-    weights = model(start(config))
+    weights = model(initial_state(config))
     outputs = kept(config)
     dataset = open_dataset(config.dataset, config.days)
     loader = Loader(dataset, "train", 32, 4, config.train.seed, window=config.train.window)

@@ -4,10 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import (
+    assert_close,
+    assert_identical,
+    last,
+    losses,
+    make_dataset,
+    model,
+    tensors,
+    torchrun,
+    write_checkpoint,
+)
 from torch import Tensor
 from two_ranks import stopped
 from two_ranks_sequences import BAGS, FUSION, PLACEMENTS, STEPS, STOP, config, trainer
-from workbench import close, identical, last, losses, make_dataset, model, tensors, torchrun, write_checkpoint
 
 from features.batch import Batch
 from features.errors import UserError
@@ -87,8 +97,8 @@ def test_the_pipelined_loop_and_slices_of_a_batch_train_the_same_on_one_rank(fol
     name = fusion["name"]
     for run, settings in {"plain": {}, "pipelined": {"pipelined": True}, "slices": {"accumulate": 3}}.items():
         trainer(folder, f"{run}-{name}", fusion=fusion, max_steps=STOP, **settings).run_to_end()
-    identical(last(folder / f"pipelined-{name}"), last(folder / f"plain-{name}"))
-    close(last(folder / f"slices-{name}"), last(folder / f"plain-{name}"), rtol=5e-3, atol=5e-4)
+    assert_identical(last(folder / f"pipelined-{name}"), last(folder / f"plain-{name}"))
+    assert_close(last(folder / f"slices-{name}"), last(folder / f"plain-{name}"), rtol=5e-3, atol=5e-4)
 
 
 def test_copies_of_a_table_that_is_read_item_by_item_are_refused_where_the_kernel_would_pool(folder: Path) -> None:
@@ -102,14 +112,14 @@ def test_copies_of_a_table_that_is_read_item_by_item_are_refused_where_the_kerne
 def test_two_ranks_train_what_one_rank_trains_on_sequences(two_ranks: Path, one_rank: Path, placement: str) -> None:
     assert len(losses(two_ranks / placement)) == STEPS
     assert losses(two_ranks / placement) == pytest.approx(losses(one_rank), rel=1e-3)
-    close(last(two_ranks / placement), last(one_rank), rtol=5e-3, atol=5e-4)
+    assert_close(last(two_ranks / placement), last(one_rank), rtol=5e-3, atol=5e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_pipelined_loop_trains_the_same_on_two_ranks(two_ranks: Path, placement: str) -> None:
     plain = tensors(checkpoint.folder(two_ranks / placement / "checkpoints", STOP))
-    identical(last(two_ranks / f"pipelined-{placement}"), plain)
+    assert_identical(last(two_ranks / f"pipelined-{placement}"), plain)
 
 
 @pytest.mark.slow
@@ -124,9 +134,9 @@ def test_a_checkpoint_of_two_ranks_is_taken_over_by_one_with_all_its_numbers(two
     alone = trainer(two_ranks, name)
     assert alone.state.step == STOP
     write_checkpoint(alone)
-    close(tensors(path), before, rtol=0, atol=0)
+    assert_close(tensors(path), before, rtol=0, atol=0)
     alone.run_to_end()
-    close(last(two_ranks / name), last(two_ranks / placement), rtol=5e-3, atol=5e-4)
+    assert_close(last(two_ranks / name), last(two_ranks / placement), rtol=5e-3, atol=5e-4)
 
 
 @pytest.mark.slow

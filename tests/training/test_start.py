@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+import tiny_training
 import torch
-import workbench
+from tiny_training import configuration, last, losses, make_dataset
 from torch.testing import assert_close
-from workbench import configuration, last, losses, make_dataset
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
@@ -35,7 +35,7 @@ def run(data: Path, path: Path, tasks: list[str] | None = None, **settings: obje
 
 
 def test_a_run_of_one_task_trains_what_a_schema_with_that_task_alone_trains(data: Path, folder: Path) -> None:
-    alone = make_dataset(folder / "alone", tasks={"click": workbench.SCHEMA["tasks"]["click"]})
+    alone = make_dataset(folder / "alone", tasks={"click": tiny_training.SCHEMA["tasks"]["click"]})
     part = last(run(data, folder / "part", ["click"], max_steps=9))
     whole = last(run(alone, folder / "whole", max_steps=9))
     assert part.keys() == whole.keys()
@@ -80,7 +80,7 @@ def test_a_run_starts_from_anothers_weights_and_not_from_its_optimisers(data: Pa
 
 def test_weights_go_over_to_rows_of_other_labels_where_the_encoders_are_the_same(data: Path, folder: Path) -> None:
     soft = {"click": {"kind": "binary", "label": "0.1 + 0.8 * click"}}
-    teacher = make_dataset(folder / "teacher", tasks=workbench.SCHEMA["tasks"] | soft)
+    teacher = make_dataset(folder / "teacher", tasks=tiny_training.SCHEMA["tasks"] | soft)
     assert Dataset(teacher).schema.fingerprint != Dataset(data).schema.fingerprint
     first = run(teacher, folder / "taught", max_steps=12)
     second = run(data, folder / "better", max_steps=2, init_from=first)
@@ -125,7 +125,7 @@ def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_logged(
     said = caplog.text
     assert f"train.init_from: skipped a checkpoint: {file} has" in said
     assert f"starts from {good}" in said
-    source, start = workbench.tensors(good), last(second)
+    source, start = tiny_training.tensors(good), last(second)
     for name in (name for name in source if name.startswith("model.")):
         assert_close(start[name], source[name], rtol=1e-5, atol=1e-8, msg=name)
     (good / ".metadata").unlink()

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from two_ranks import train
-from workbench import (
+from tiny_training import (
     PATHS,
     TRAIN_ROWS,
-    close,
+    assert_close,
+    assert_identical,
     configuration,
-    identical,
     last,
     losses,
     make_dataset,
@@ -26,6 +25,7 @@ from workbench import (
     tensors,
     write_checkpoint,
 )
+from two_ranks import train
 
 from features.errors import Preempted, UserError
 from pipeline.dataset.dataset import Dataset
@@ -85,7 +85,7 @@ def test_a_run_that_was_told_to_end_after_any_step_goes_on_bit_for_bit(
     assert "SIGTERM: one more step" in capfd.readouterr().err
     resumed = train(folder, name, **EXACT)
     assert min(resumed.seen) == step + 1
-    identical(last(folder / name), last(whole))
+    assert_identical(last(folder / name), last(whole))
     for file in ("train.jsonl", "progressive.jsonl"):
         assert records(folder / name, file) == records(whole, file)
 
@@ -93,7 +93,7 @@ def test_a_run_that_was_told_to_end_after_any_step_goes_on_bit_for_bit(
 def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> None:
     """And with 0 once it has gone on to its end."""
     faults = json.dumps([[0, 0, 9, "SIGTERM", "self"]])
-    command = [sys.executable, str(HERE / "faulty.py"), str(folder), "alone"]
+    command = [sys.executable, str(HERE / "faulty_run.py"), str(folder), "alone"]
     environment = os.environ | {"PYTHONPATH": PATHS}
     done = subprocess.run([*command, "0", "{}", faults], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == os.EX_TEMPFAIL, done.stderr
@@ -105,9 +105,9 @@ def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> N
 
 
 def launch(folder: Path, name: str, ranks: int, attempt: int, faults: list, *flags: str, **settings: Any) -> Any:
-    """A run of faulty.py under jobs.launch, what it said printed."""
+    """A run of faulty_run.py under jobs.launch, what it said printed."""
     command = [sys.executable, "-m", "jobs.launch", "--standalone", f"--nproc-per-node={ranks}", *flags]
-    command += [str(HERE / "faulty.py"), str(folder), name, str(attempt), json.dumps(settings), json.dumps(faults)]
+    command += [str(HERE / "faulty_run.py"), str(folder), name, str(attempt), json.dumps(settings), json.dumps(faults)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout, done.stderr)
@@ -157,7 +157,7 @@ def test_a_rank_that_is_killed_and_then_one_that_hangs_cost_the_steps_since_the_
     hung = next(line for line in lines if "does not answer" in line)
     assert re.match(r"error \(rank 0\): step 33: .* rank 1, pid \d+ on \S+, was at step \d+ and does not answer", hung)
     exactly_once(folder, "killed")
-    close(last(folder / "killed"), last(undisturbed), rtol=5e-3, atol=5e-4)
+    assert_close(last(folder / "killed"), last(undisturbed), rtol=5e-3, atol=5e-4)
     assert losses(folder / "killed") == pytest.approx(losses(undisturbed), rel=1e-3)
 
 
@@ -177,12 +177,14 @@ def test_a_run_goes_from_two_ranks_to_four_to_one_and_every_row_is_seen_once(fol
             assert f"changed since: train.sharding.default {plans[0]} -> {plans[1]}\n" in done.stderr
             [again] = (folder / "resized.again").iterdir()
             before = checkpoint.folder(folder / "resized" / "checkpoints", int(again.name.removeprefix("step-")))
-            identical(tensors(again), {n: t for n, t in tensors(before).items() if not n.startswith("progress.")})
+            assert_identical(
+                tensors(again), {n: t for n, t in tensors(before).items() if not n.startswith("progress.")}
+            )
     faults, settings = [], {"checkpoint_every": 100}
-    command = [sys.executable, str(HERE / "faulty.py"), str(folder), "resized", "2", json.dumps(settings), "[]"]
+    command = [sys.executable, str(HERE / "faulty_run.py"), str(folder), "resized", "2", json.dumps(settings), "[]"]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": PATHS}, check=True, timeout=120)
     exactly_once(folder, "resized")
-    close(last(folder / "resized"), last(undisturbed), rtol=5e-3, atol=5e-4)
+    assert_close(last(folder / "resized"), last(undisturbed), rtol=5e-3, atol=5e-4)
 
 
 def beat(alive: int, step: int, phase: str, seconds: float = 70) -> Heartbeat:
@@ -226,7 +228,7 @@ def test_batches_whose_loss_is_not_finite_are_skipped_as_if_they_had_not_been(
     without.state.skipped = set(wanted)  # from the beginning: these batches are never looked at
     without.run_to_end()
     train(folder, "skipping", data="infinite", checkpoint_every=8, nonfinite="skip")
-    identical(last(folder / "skipping"), last(folder / "without"))
+    assert_identical(last(folder / "skipping"), last(folder / "without"))
     assert records(folder / "skipping", "train.jsonl") == records(folder / "without", "train.jsonl")
     inside = tuple(step for step in wanted if step <= 50)
     assert tuple(manifest(folder / "skipping").skipped) == inside
@@ -358,7 +360,7 @@ def test_a_checkpoint_in_the_background_holds_its_step_though_training_has_gone_
     train(folder, "waited", checkpoint_every=8, max_steps=20, checkpoint_async=False)
     for step in (8, 16, 20):
         paths = [checkpoint.folder(folder / name / "checkpoints", step) for name in ("behind", "waited")]
-        identical(*map(tensors, paths))
+        assert_identical(*map(tensors, paths))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_next_one_is_tried(

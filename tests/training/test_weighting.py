@@ -9,14 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor, nn
-from two_ranks import stopped, trainer
-from two_ranks_weighting import PLACEMENT, STEPS, STOP, WITH_STATE
-from workbench import (
+from tiny_training import (
     SCHEMA,
-    close,
+    assert_close,
+    assert_identical,
     configuration,
-    identical,
     last,
     losses,
     model,
@@ -25,6 +22,9 @@ from workbench import (
     unsharded,
     write_checkpoint,
 )
+from torch import Tensor, nn
+from two_ranks import stopped, trainer
+from two_ranks_weighting import PLACEMENT, STEPS, STOP, WITH_STATE
 
 from features.batch import Batch
 from features.errors import UserError
@@ -289,7 +289,7 @@ def test_the_first_step_of_pcgrad_moves_tables_as_the_plain_sum_does(folder: Pat
     found = last(run(folder, "pcgrad-first", "pcgrad", max_steps=1))
     plain = last(run(folder, "fixed-first", "fixed", max_steps=1))
     tables = [name for name in plain if "embeddings" in name]
-    identical({name: found[name] for name in tables}, {name: plain[name] for name in tables})
+    assert_identical({name: found[name] for name in tables}, {name: plain[name] for name in tables})
     assert any(not torch.equal(found[name], plain[name]) for name in plain)
 
 
@@ -308,12 +308,12 @@ def test_uncertaintys_variances_start_at_one_and_move_with_the_dense_optimiser(f
 
 def test_fixed_weights_replace_the_schemas_and_equal_ones_are_one(folder: Path) -> None:
     trainer(folder, "default", max_steps=4).run_to_end()
-    identical(
+    assert_identical(
         last(run(folder, "fixed", "fixed", {"weights": {"conversion": 2.0}}, max_steps=4)), last(folder / "default")
     )
     equal = run(folder, "equal", "equal", max_steps=4)
     ones = run(folder, "ones", "fixed", {"weights": dict.fromkeys(TASKS, 1.0)}, max_steps=4)
-    identical(last(equal), last(ones))
+    assert_identical(last(equal), last(ones))
     assert losses(equal) == losses(ones)
     assert losses(equal) != losses(folder / "default")
     assert not any("loss." in name for name in last(folder / "default"))
@@ -323,7 +323,7 @@ def test_fixed_weights_replace_the_schemas_and_equal_ones_are_one(folder: Path) 
 def test_a_run_with_a_weighting_that_stopped_in_mid_epoch_ends_as_if_it_had_not(one_rank: Path, name: str) -> None:
     stopped(one_rank, f"one-{name}", f"one-{name}-resumed", STOP)
     run(one_rank, f"one-{name}-resumed", name, max_steps=STEPS, checkpoint_every=STOP)
-    identical(last(one_rank / f"one-{name}-resumed"), last(one_rank / f"one-{name}"))
+    assert_identical(last(one_rank / f"one-{name}-resumed"), last(one_rank / f"one-{name}"))
     assert losses(one_rank / f"one-{name}-resumed") == losses(one_rank / f"one-{name}")
 
 
@@ -331,15 +331,15 @@ def test_a_run_with_a_weighting_that_stopped_in_mid_epoch_ends_as_if_it_had_not(
 @pytest.mark.parametrize("name", PLACEMENT)
 def test_two_ranks_weight_tasks_as_one_rank_does(two_ranks: Path, one_rank: Path, name: str) -> None:
     assert losses(two_ranks / f"two-{name}") == pytest.approx(losses(one_rank / f"one-{name}"), rel=1e-3)
-    close(last(two_ranks / f"two-{name}"), last(one_rank / f"one-{name}"), rtol=5e-3, atol=5e-4)
+    assert_close(last(two_ranks / f"two-{name}"), last(one_rank / f"one-{name}"), rtol=5e-3, atol=5e-4)
     one, other = (torch.load(two_ranks / f"{name}.{rank}.pt", weights_only=True) for rank in range(2))
-    identical(one, other)
+    assert_identical(one, other)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_STATE)
 def test_a_run_with_a_weighting_goes_on_bit_for_bit_on_two_ranks(two_ranks: Path, name: str) -> None:
-    identical(last(two_ranks / f"two-{name}-resumed"), last(two_ranks / f"two-{name}"))
+    assert_identical(last(two_ranks / f"two-{name}-resumed"), last(two_ranks / f"two-{name}"))
 
 
 def test_a_learnt_weighting_is_another_run_than_a_fixed_one(one_rank: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_learnt_weighting_is_another_run_than_a_fixed_one(one_rank: Path) -> N
 
 def test_the_pipelined_loop_learns_uncertainties_too(one_rank: Path) -> None:
     found = run(one_rank, "pipelined", "uncertainty", max_steps=STEPS, checkpoint_every=STOP, pipelined=True)
-    identical(last(found), last(one_rank / "one-uncertainty"))
+    assert_identical(last(found), last(one_rank / "one-uncertainty"))
 
 
 @pytest.mark.parametrize("name", ["gradnorm", "pcgrad"])

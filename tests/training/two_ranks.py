@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from workbench import configuration, on_each_rank, write_checkpoint
+from tiny_training import configuration, on_each_rank, write_checkpoint
 
 from features.batch import PADDING
 from features.errors import UserError

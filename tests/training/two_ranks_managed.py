@@ -12,9 +12,9 @@ import polars as pl
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+from dataset_from_rows import parse_text, write_dataset
+from tiny_training import SCHEMA, configuration, on_each_rank, raw_rows
 from two_ranks import stopped
-from workbench import SCHEMA, configuration, on_each_rank, raw_rows
-from written import parsed, write_dataset
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
@@ -39,7 +39,7 @@ MANAGED = SCHEMA | {
 
 
 def moving_rows(count: int = 517, seed: int = 3) -> pl.DataFrame:
-    """Rows as workbench.raw_rows, but users and items come and go."""
+    """Rows as tiny_training.raw_rows, but users and items come and go."""
     rng, number = np.random.default_rng(seed), np.arange(count)
     start = number // 2
     lengths = rng.integers(0, 6, count)
@@ -52,7 +52,7 @@ def moving_rows(count: int = 517, seed: int = 3) -> pl.DataFrame:
 
 def make_managed_dataset(out: Path) -> Path:
     schema = Schema.parse(MANAGED, "managed.yaml")
-    found = parsed(schema, moving_rows())
+    found = parse_text(schema, moving_rows())
     split_B = found[SPLIT].to_numpy()
     encoders = Encoders.fit(schema, Statistics.of(schema, found.filter(pa.array(split_B == 0))))
     splits = {split: encoders.encode(found.filter(pa.array(split_B == code))) for code, split in enumerate(SPLITS)}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tiny_training import on_each_rank
 from two_ranks import trainer
-from workbench import on_each_rank
 
 from features.errors import UserError
 from pipeline.training.parallel import plan, shard

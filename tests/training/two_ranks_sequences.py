@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workbench import configuration, on_each_rank
+from tiny_training import configuration, on_each_rank
 
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset

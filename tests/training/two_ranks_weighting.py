@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tiny_training import on_each_rank
 from two_ranks import stopped, trainer
-from workbench import on_each_rank
 
 PLACEMENT = {"uncertainty": "row_wise", "gradnorm": "table_wise", "pcgrad": "row_wise"}
 WITH_STATE = ("uncertainty", "gradnorm")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from pipeline.training.faults.rank_status import write_heartbeat
+from pipeline.training.faults.rank_status import end_heartbeat, write_heartbeat
 
 PHASES = ("start", "data", "step", "save")  # in the order in which a step goes through them
 UNLIMITED = ("start", "save")  # phases that may take any time, for a rank that beats
@@ -57,6 +57,7 @@ class HangWatch:
         """Ends the thread."""
         self.stopped.set()
         self.thread.join()
+        end_heartbeat()
 
     def _run(self) -> None:
         while not self.stopped.wait(self.interval):

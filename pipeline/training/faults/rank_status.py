@@ -40,10 +40,10 @@ def write_rank_status(state: State) -> None:
     if state != "started" and _in_main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
     env = os.environ
+    if state == "started":
+        end_heartbeat()  # of an earlier attempt
     status = RankStatus(state, int(env["TORCHELASTIC_RESTART_COUNT"]), os.getpid(), int(env["LOCAL_WORLD_SIZE"]))
     with suppress(OSError):  # a full disk: the exit code says the same, if less surely
-        if state == "started":
-            Path(folder, f"{env['LOCAL_RANK']}.alive").unlink(missing_ok=True)  # of an earlier attempt
         write_json(Path(folder) / env["LOCAL_RANK"], status)
 
 
@@ -52,6 +52,13 @@ def write_heartbeat(step: int, timeout: float) -> None:
     if folder := os.environ.get(STATUS_FOLDER):
         with suppress(OSError):
             Path(folder, f"{os.environ['LOCAL_RANK']}.alive").write_text(json.dumps(Alive(os.getpid(), timeout, step)))
+
+
+def end_heartbeat() -> None:
+    """Tells jobs.launch that no more heartbeats come, as at the end of training."""
+    if folder := os.environ.get(STATUS_FOLDER):
+        with suppress(OSError):
+            Path(folder, f"{os.environ['LOCAL_RANK']}.alive").unlink(missing_ok=True)
 
 
 def read_rank_statuses(folder: Path) -> list[RankStatus]:

@@ -15,7 +15,7 @@ from pipeline.ingest.steps.write import write_shard
 NOTHING_ELSE: dict[str, Any] = {"read": {}, "left_out": {}, "outcomes": {}, "dead_letters": {}, "letters": []}
 
 
-def parsed(schema: Schema, text: pl.DataFrame) -> pa.Table:
+def parse_text(schema: Schema, text: pl.DataFrame) -> pa.Table:
     """Rows of text as features and labels."""
     types = {name: schema.raw_types.get(name, "string") for name in schema.raw_columns}
     lines = np.arange(text.height) + 2

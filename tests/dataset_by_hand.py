@@ -36,7 +36,7 @@ SCHEMA = Schema.parse(CONTENT, where="hand.yaml")
 MISSING = {"price": 0.1, "age": 0.2, "city": 0.3}  # shares
 
 
-def drawn(count: int, seed: int = 0, shift: float = 0.0, cities: int = 40) -> pa.Table:
+def draw_rows(count: int, seed: int = 0, shift: float = 0.0, cities: int = 40) -> pa.Table:
     """Rows as features.raw hands them over; another `shift` or number of `cities` is another distribution."""
     rng = np.random.default_rng(seed)
 
@@ -72,12 +72,12 @@ def drawn(count: int, seed: int = 0, shift: float = 0.0, cities: int = 40) -> pa
     )
 
 
-def fitted(rows: pa.Table) -> tuple[Encoders, Statistics]:
+def fit_encoders(rows: pa.Table) -> tuple[Encoders, Statistics]:
     statistics = Statistics.of(SCHEMA, rows)
     return Encoders.fit(SCHEMA, statistics), statistics
 
 
-def shard(folder: Path, path: str, split: str, rows: pa.Table) -> Shard:
+def write_shard(folder: Path, path: str, split: str, rows: pa.Table) -> Shard:
     """Writes one shard in row groups of 64."""
     file = folder / path
     file.parent.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def shard(folder: Path, path: str, split: str, rows: pa.Table) -> Shard:
     )  # fmt: skip
 
 
-def dead_letters(folder: Path, stream: str, reasons: list[str]) -> DeadLetterFile:
+def write_dead_letters(folder: Path, stream: str, reasons: list[str]) -> DeadLetterFile:
     path = f"dead_letters/{stream}.parquet"
     (folder / "dead_letters").mkdir(exist_ok=True)
     columns = {
@@ -135,7 +135,7 @@ def write_dataset(folder: Path, rows: pa.Table, reference: dict[str, Any] | None
     """A whole dataset of rows, in two shards a split."""
     folder.mkdir()
     split = rows["split"].to_numpy()
-    encoders, statistics = fitted(rows.filter(pa.array(split == 0)))
+    encoders, statistics = fit_encoders(rows.filter(pa.array(split == 0)))
     encoders.save(folder / "encoders")
     (folder / "schema.yaml").write_text(
         yaml.safe_dump(SCHEMA.model_dump(mode="json", exclude_unset=True), sort_keys=False)
@@ -146,6 +146,6 @@ def write_dataset(folder: Path, rows: pa.Table, reference: dict[str, Any] | None
         found = encoders.encode(rows.filter(pa.array(split == number)))
         half = found.num_rows // 2
         for index, part in enumerate([found.slice(0, half), found.slice(half)]):
-            shards.append(shard(folder, f"{name}/part-{index:05d}-of-00002.parquet", name, part))
-    letters = [dead_letters(folder, "impressions", ["bad"] * 4), dead_letters(folder, "click", ["bad"])]
+            shards.append(write_shard(folder, f"{name}/part-{index:05d}-of-00002.parquet", name, part))
+    letters = [write_dead_letters(folder, "impressions", ["bad"] * 4), write_dead_letters(folder, "click", ["bad"])]
     return write_manifest(folder, shards, letters)

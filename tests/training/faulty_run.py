@@ -1,4 +1,4 @@
-"""A run to which something happens, for test_survival.py: faulty.py FOLDER NAME ATTEMPT SETTINGS FAULTS, under torchrun.
+"""A run to which something happens, for test_survival.py: faulty_run.py FOLDER NAME ATTEMPT SETTINGS FAULTS, under torchrun.
 
 SETTINGS: of train, in JSON. FAULTS: in JSON, a list of [attempt, rank, step, signal, "self" or "launcher"]. Attempts of one
 torchrun follow each other from ATTEMPT on. Each rank writes in FOLDER/NAME.seen/ which rows it took in which step. A run
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from workbench import configuration
+from tiny_training import configuration
 
 from features.batch import PADDING
 from jobs.entry import configure_logging, user_errors

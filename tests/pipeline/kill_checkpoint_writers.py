@@ -1,8 +1,8 @@
-"""Forks writers of a checkpoint and kills each at another moment: killed_writers.py FOLDER. One JSON line says how it went.
+"""Kills writers of a checkpoint at many moments: kill_checkpoint_writers.py FOLDER prints one JSON line for each.
 
-FOLDER holds step-00000001. A writer of step 2 kills itself with SIGKILL just before its n-th look-up, write, rename or
-removal of a file; after each the folder is looked at, and step 2 is written by one that is left alone. The first writer runs
-to its end, which says what there is to choose from.
+FOLDER holds step-00000001. A forked writer of step 2 kills itself with SIGKILL just before its n-th look-up, write, rename or
+removal of a file; FOLDER is inspected after each, and step 2 is written again by a writer that is not killed. A first writer
+runs to its end, to count the moments.
 """
 
 import json

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from dataset_from_rows import parse_text, write_dataset
 from torch import Tensor
-from written import parsed, write_dataset
 
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
@@ -104,7 +104,7 @@ def make_dataset(
         changes: of the schema's keys.
     """
     schema = Schema.parse(SCHEMA | changes, "small.yaml")
-    found = parsed(schema, raw_rows(rows))
+    found = parse_text(schema, raw_rows(rows))
     split_B = found[SPLIT].to_numpy()
     encoders = Encoders.fit(schema, Statistics.of(schema, found.filter(pa.array(split_B == 0))))
     splits = {split: encoders.encode(found.filter(pa.array(split_B == code))) for code, split in enumerate(SPLITS)}
@@ -151,7 +151,7 @@ def last(run: Path) -> dict[str, Tensor]:
     return tensors(checkpoint.folder(folder, checkpoint.steps(folder)[-1]))
 
 
-def start(config: TrainConfig) -> dict[str, Tensor]:
+def initial_state(config: TrainConfig) -> dict[str, Tensor]:
     """The state that a run begins with, written where it would lie, and taken away again."""
     made = prepare(config, None, torch.device("cpu"))
     write_checkpoint(made)
@@ -193,7 +193,7 @@ def on_each_rank(main: Callable[[Path], None]) -> None:
         dist.destroy_process_group()
 
 
-def close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
     """Asserts that two states have the same names and, within the tolerance, the same tensors; each rank's sums apart."""
     found, wanted = ({n: v for n, v in x.items() if not n.startswith("progress.")} for x in (found, wanted))
     assert found.keys() == wanted.keys()
@@ -201,9 +201,9 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-
         torch.testing.assert_close(found[name], wanted[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Asserts that two states are the same to the last bit, each rank's sums apart."""
-    close(found, wanted, rtol=0, atol=0)
+    assert_close(found, wanted, rtol=0, atol=0)
 
 
 def model(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Forks jobs and kills each at another moment: killed_jobs.py LOG SCHEMA OUT. One JSON line a job says what stands at OUT.
+"""Kills ingest jobs at many moments: kill_ingest_jobs.py LOG SCHEMA OUT prints one JSON line for each: the content of OUT.
 
-A job kills itself with SIGKILL just before its n-th look-up, write, rename or removal of a file. The first runs to its end,
-which says what there is to choose from. In the end all that the jobs left behind lies beside OUT.
+A forked job kills itself with SIGKILL just before its n-th look-up, write, rename or removal of a file. A first job runs to
+its end, to list the moments. At the end everything that the killed jobs left behind lies beside OUT.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from job_bench import content_of, no_beam
+from ingest_runs import content_of, no_beam
 
 from features.schema.schema import Schema
 from pipeline.ingest.config import PreprocessConfig

@@ -3,7 +3,7 @@
 from features.schema.kinds import Managed
 
 
-class PlainMap:
+class ReferenceIdMap:
     """Of each set a list of [id, used], one for each of its rows; id None where nobody has the row."""
 
     def __init__(self, managed: Managed) -> None:

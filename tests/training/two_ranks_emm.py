@@ -1,6 +1,6 @@
 """Small single-task runs and runs fused from them; as a script, what two ranks do for test_emm_runs.py, run by torchrun.
 
-    python -m torch.distributed.run --nproc-per-node=2 emm_runs.py FOLDER
+    python -m torch.distributed.run --nproc-per-node=2 two_ranks_emm.py FOLDER
 
 FOLDER holds the dataset `data` and the single-task runs; the fused ones are written beside them.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from workbench import configuration, on_each_rank, write_checkpoint
+from tiny_training import configuration, on_each_rank, write_checkpoint
 
 from models.ranker import ModelConfig
 from pipeline.run import checkpoint
