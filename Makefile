@@ -66,7 +66,7 @@ census: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# What only the benchmark compares with.
+# Contenders of bench-train, outside of the environment that is measured.
 .venv/rechub: .venv/ready tests/benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/benchmarks/requirements.txt
 	touch $@
