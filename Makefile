@@ -59,7 +59,7 @@ census: .venv/ready
 
 # torch comes first, with its dependencies; the rest is pinned whole, since torchrec alone would ask for CUDA's fbgemm.
 .venv/ready: requirements-cpu.txt pyproject.toml
-	test -n "$(PYTHON)" || { echo "error: no python3.11, python3.12 or python3.13 runs: install one, or name it with PYTHON=" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: no python3.11, python3.12 or python3.13 runs: install one, or name it with PYTHON=" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-cpu.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.txt
