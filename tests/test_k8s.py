@@ -11,8 +11,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from jobs.submit import DEMO, Submission, base_files
-from pipeline.cluster.kubernetes import PORT, UID, claims, objects, to_yaml
+from jobs.submit import Submission
+from pipeline.cluster.kubernetes_manifests import PORT, UID, claims, objects, to_yaml
+from pipeline.cluster.kustomize import DEMO, base_files
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "k8s" / "base"

@@ -1,11 +1,13 @@
-"""What any cluster backend is told: a job, its arguments, and what it asks of the cluster."""
+"""What every cluster backend offers, and the workload that it is given: a job, its arguments and its resources."""
 
 import re
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Job: TypeAlias = Literal["train", "preprocess", "nightly"]
+State: TypeAlias = Literal["suspended", "pending", "running", "succeeded", "failed"]
 
 
 def _like(pattern: str, what: str) -> AfterValidator:
@@ -32,7 +34,7 @@ Argument = Annotated[str, _like(r"(?s)[^=]+=.*|~.+|--.+", "KEY=VALUE")]
 
 
 class Workload(BaseModel):
-    """One job and what it asks of a cluster; jobs/conf/submit.yaml holds the defaults, its --help the meanings."""
+    """One job and the resources it requests; jobs/conf/submit.yaml has the defaults, its --help the meanings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
@@ -67,3 +69,29 @@ class Workload(BaseModel):
                 "a rank drives one GPU, so make them equal, or gpus_per_node=0 to train on CPU"
             )
         return self
+
+
+class Status(NamedTuple):
+    """State of a submitted workload, and a detail for a person: pod counts, a reason of failure, a schedule."""
+
+    state: State
+    detail: str
+
+
+class Backend(Protocol):
+    """Where workloads run. Each method raises UserError where the backend cannot do it or refuses, and says why."""
+
+    def render(self, work: Workload) -> str:
+        """The complete text of what `submit` starts, for a dry run: a command line, or a stream of manifests."""
+
+    def submit(self, work: Workload) -> str:
+        """Starts the workload, all of it or nothing. Returns one line for a person: what was created, how to follow it."""
+
+    def status(self, work: Workload) -> Status:
+        """State of the workload of this job and name."""
+
+    def logs(self, work: Workload) -> Iterator[str]:
+        """Log lines so far, each after the name of its process."""
+
+    def stop(self, work: Workload) -> None:
+        """Ends the workload: SIGTERM, then SIGKILL after `grace_s`. A run keeps its checkpoints."""

@@ -1,189 +1,154 @@
-"""A job as typed Kubernetes objects: train an Indexed Job, one pod a node; preprocess a Job; nightly a CronJob."""
+"""Kubernetes: the cluster that a person's kubeconfig, or the pod this runs in, points at."""
 
-import os
-from typing import Any, TypeAlias
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
-from kubernetes import client
+from kubernetes import client, config
+from urllib3.exceptions import HTTPError
 
-from pipeline.cluster.base import Workload
+from features.errors import UserError
+from pipeline.cluster.base import State, Status, Workload
+from pipeline.cluster.kubernetes_manifests import INSTANCE, objects, to_yaml
 
-PORT = 29500  # where the agents of torchrun meet, on pod 0
-MEET_S = 1800  # how long they wait for each other: the last node may still be pulling the image
-UID = 1000  # the user of k8s/Dockerfile
-INSTANCE = "app.kubernetes.io/instance"  # the label that picks the pods of one workload
-KubeObject: TypeAlias = client.V1Service | client.V1Job | client.V1CronJob | client.V1PersistentVolumeClaim
-
-
-def objects(work: Workload) -> list[KubeObject]:
-    """What the workload is made of, in the order in which it is created."""
-    match work.job:
-        case "train":
-            return [_service(work), client.V1Job(kind="Job", **_head("batch/v1", work), spec=_job_spec(work))]
-        case "preprocess":
-            return [client.V1Job(kind="Job", **_head("batch/v1", work), spec=_job_spec(work))]
-        case "nightly":
-            return [_cron_job(work)]
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+TIMEOUT_S = 30  # of one request
+# A Job's condition to the state of its workload.
+CONDITIONS: dict[str, State] = {"Complete": "succeeded", "Failed": "failed", "Suspended": "suspended"}
 
 
-def claims(work: Workload) -> list[KubeObject]:
-    """The two volume claims. Pods of several nodes share them, so the storage class must offer ReadWriteMany."""
-    return [
-        client.V1PersistentVolumeClaim(
-            api_version="v1",
-            kind="PersistentVolumeClaim",
-            metadata=client.V1ObjectMeta(name=name, namespace=work.namespace),
-            spec=client.V1PersistentVolumeClaimSpec(
-                access_modes=["ReadWriteMany"],
-                resources=client.V1VolumeResourceRequirements(requests={"storage": work.storage}),
-            ),
-        )
-        for name in (work.data_claim, work.runs_claim)
-    ]
+class _Connection(NamedTuple):
+    """Clients of one cluster, and the namespace of a workload there."""
+
+    core: client.CoreV1Api
+    batch: client.BatchV1Api
+    namespace: str
+    host: str
 
 
-def to_yaml(parts: list[KubeObject]) -> str:
-    """One multi-document stream that `kubectl apply -f -` takes."""
-    plain = client.ApiClient().sanitize_for_serialization(parts)
-    return str(yaml.safe_dump_all(plain, explicit_start=True, sort_keys=False, width=120))
+class Kubernetes:
+    """train is an Indexed Job with a headless Service, preprocess a Job, nightly a CronJob."""
+
+    def render(self, work: Workload) -> str:
+        """Manifests that `kubectl apply -f -` takes."""
+        return to_yaml(objects(work))
+
+    def submit(self, work: Workload) -> str:
+        """Creates the objects of the workload, all of them or none."""
+        to = _connect(work)
+        create_of: dict[str, Any] = {
+            "Service": to.core.create_namespaced_service,
+            "Job": to.batch.create_namespaced_job,
+            "CronJob": to.batch.create_namespaced_cron_job,
+        }
+        made: list[str] = []
+        for part in objects(work):
+            kind = str(part.kind)
+            try:
+                with _refusals(to, kind, work.name):
+                    create_of[kind](to.namespace, part, _request_timeout=TIMEOUT_S)
+            except UserError:
+                if made == ["Service"]:
+                    with suppress(client.ApiException, HTTPError):
+                        to.core.delete_namespaced_service(work.name, to.namespace, _request_timeout=TIMEOUT_S)
+                raise
+            made.append(kind)
+        verb = "get jobs" if work.job == "nightly" else f"logs -f --prefix --max-log-requests={work.nodes}"
+        selected = f"-n {to.namespace} -l {INSTANCE}={work.name}"
+        created = f"created {' and '.join(made)} {work.name} in namespace {to.namespace}"
+        return f"{created}; follow it with: kubectl {verb} {selected}"
+
+    def status(self, work: Workload) -> Status:
+        """State of the Job, or for nightly of its CronJob: running while one of its Jobs is."""
+        to = _connect(work)
+        if work.job == "nightly":
+            with _refusals(to, "CronJob", work.name):
+                cron = to.batch.read_namespaced_cron_job_status(work.name, to.namespace, _request_timeout=TIMEOUT_S)
+            return _cron_status(cron.spec, cron.status or client.V1CronJobStatus())
+        with _refusals(to, "Job", work.name):
+            found = to.batch.read_namespaced_job_status(work.name, to.namespace, _request_timeout=TIMEOUT_S)
+        return _job_status(found.status or client.V1JobStatus())
+
+    def logs(self, work: Workload) -> Iterator[str]:
+        """Lines of every pod that has started, pod by pod in the order of their names."""
+        to = _connect(work)
+        selector = f"{INSTANCE}={work.name}"
+        with _refusals(to, "pods of", work.name):
+            pods = to.core.list_namespaced_pod(to.namespace, label_selector=selector, _request_timeout=TIMEOUT_S).items
+        started = [pod.metadata for pod in pods if pod.metadata and pod.status and pod.status.phase != "Pending"]
+        for name in sorted(str(metadata.name) for metadata in started):
+            with _refusals(to, "pod", name):
+                text = to.core.read_namespaced_pod_log(name, to.namespace, _request_timeout=TIMEOUT_S)
+            yield from (f"{name}: {line}" for line in text.splitlines())
+
+    def stop(self, work: Workload) -> None:
+        """Deletes the objects of the workload and with them its pods, which get SIGTERM."""
+        to = _connect(work)
+        delete_of: dict[str, Any] = {
+            "Service": to.core.delete_namespaced_service,
+            "Job": to.batch.delete_namespaced_job,
+            "CronJob": to.batch.delete_namespaced_cron_job,
+        }
+        for part in reversed(objects(work)):  # the Job before the Service that its pods meet through
+            kind = str(part.kind)
+            with _refusals(to, kind, work.name):
+                delete_of[kind](work.name, to.namespace, propagation_policy="Background", _request_timeout=TIMEOUT_S)
 
 
-def _head(api_version: str, work: Workload) -> dict[str, Any]:
-    metadata = client.V1ObjectMeta(name=work.name, namespace=work.namespace, labels=_labels(work))
-    return {"api_version": api_version, "metadata": metadata}
+def _job_status(found: client.V1JobStatus) -> Status:
+    for condition in found.conditions or []:
+        if condition.status == "True" and condition.type in CONDITIONS:
+            return Status(CONDITIONS[condition.type], condition.message or condition.type)
+    active, ready = found.active or 0, found.ready or 0
+    counts = f"pods: {ready} ready of {active} active, {found.succeeded or 0} succeeded, {found.failed or 0} failed"
+    return Status("running" if ready else "pending", counts)
 
 
-def _labels(work: Workload) -> dict[str, str]:
-    return {"app.kubernetes.io/name": "taskfuse", "app.kubernetes.io/component": work.job, INSTANCE: work.name}
+def _cron_status(spec: client.V1CronJobSpec, found: client.V1CronJobStatus) -> Status:
+    state: State = "suspended" if spec.suspend else "running" if found.active else "pending"
+    return Status(state, f"schedule {spec.schedule} UTC, last started {found.last_schedule_time or 'never'}")
 
 
-def _service(work: Workload) -> client.V1Service:
-    """Headless: it only gives pod 0 the name JOB-0.SERVICE, and before that pod is ready, for the others wait there."""
-    return client.V1Service(
-        kind="Service",
-        **_head("v1", work),
-        spec=client.V1ServiceSpec(
-            cluster_ip="None",
-            publish_not_ready_addresses=True,
-            selector=_labels(work),
-            ports=[client.V1ServicePort(name="rendezvous", port=PORT)],
-        ),
-    )
+def _connect(work: Workload) -> _Connection:
+    """Clients for the current context, or for the cluster this runs in."""
+    try:
+        config.load_kube_config()
+        namespace = config.list_kube_config_contexts()[1]["context"].get("namespace", "default")
+    except (config.ConfigException, yaml.YAMLError, OSError, TypeError, LookupError, AttributeError) as outside:
+        # The client does not check what a kubeconfig looks like before it walks through it.
+        try:
+            config.load_incluster_config()
+            namespace = NAMESPACE_FILE.read_text().strip()
+        except (config.ConfigException, OSError):
+            raise UserError(
+                f"no usable kubeconfig ({str(outside).rstrip('.')}): set KUBECONFIG to a file with a context "
+                "(kubectl config get-contexts lists them), or print the manifests with dry_run=true"
+            ) from None
+    settings = client.Configuration.get_default_copy()
+    settings.retries = False  # urllib3 would log each retry: a cluster that does not answer is one line
+    api = client.ApiClient(settings)
+    return _Connection(client.CoreV1Api(api), client.BatchV1Api(api), work.namespace or namespace, settings.host)
 
 
-def _cron_job(work: Workload) -> client.V1CronJob:
-    return client.V1CronJob(
-        kind="CronJob",
-        **_head("batch/v1", work),
-        spec=client.V1CronJobSpec(
-            schedule=work.schedule,
-            time_zone="Etc/UTC",
-            concurrency_policy="Forbid",
-            starting_deadline_seconds=3600,
-            suspend=work.suspend,
-            job_template=client.V1JobTemplateSpec(
-                metadata=client.V1ObjectMeta(labels=_labels(work)),
-                spec=_job_spec(work.model_copy(update={"suspend": False})),
-            ),
-        ),
-    )
-
-
-def _job_spec(work: Workload) -> client.V1JobSpec:
-    preempted = client.V1PodFailurePolicyOnPodConditionsPattern(type="DisruptionTarget", status="True")
-    rules = [client.V1PodFailurePolicyRule(action="Ignore", on_pod_conditions=[preempted])]
-    if work.job == "train":
-        kept = client.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[os.EX_TEMPFAIL])  # jobs.launch
-        rules.append(client.V1PodFailurePolicyRule(action="Ignore", on_exit_codes=kept))
-    else:  # 1: bad input, 2: worse than allowed. torchrun makes 1 of whatever else a rank exits with
-        final = client.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[1, 2])
-        rules.append(client.V1PodFailurePolicyRule(action="FailJob", on_exit_codes=final))
-    return client.V1JobSpec(
-        completion_mode="Indexed" if work.job == "train" else None,
-        completions=work.nodes,
-        parallelism=work.nodes,
-        backoff_limit=work.retries * work.nodes,  # when one pod goes, the others lose their peer and fail with it
-        pod_failure_policy=client.V1PodFailurePolicy(rules=rules),
-        suspend=work.suspend or None,
-        template=client.V1PodTemplateSpec(metadata=client.V1ObjectMeta(labels=_labels(work)), spec=_pod_spec(work)),
-    )
-
-
-def _pod_spec(work: Workload) -> client.V1PodSpec:
-    def claim(name: str) -> client.V1PersistentVolumeClaimVolumeSource:
-        return client.V1PersistentVolumeClaimVolumeSource(claim_name=name)
-
-    memory = client.V1EmptyDirVolumeSource(medium="Memory", size_limit=work.shared_memory)
-    return client.V1PodSpec(
-        restart_policy="Never",
-        subdomain=work.name if work.job == "train" else None,
-        termination_grace_period_seconds=work.grace_s,
-        automount_service_account_token=False,
-        share_process_namespace=True,  # process 1 ignores SIGTERM unless it handles it: a job must not be process 1
-        security_context=client.V1PodSecurityContext(
-            run_as_non_root=True,
-            run_as_user=UID,
-            run_as_group=UID,
-            fs_group=UID,
-            fs_group_change_policy="OnRootMismatch",
-            seccomp_profile=client.V1SeccompProfile(type="RuntimeDefault"),
-        ),
-        containers=[_container(work)],
-        volumes=[
-            client.V1Volume(name="data", persistent_volume_claim=claim(work.data_claim)),
-            client.V1Volume(name="runs", persistent_volume_claim=claim(work.runs_claim)),
-            client.V1Volume(name="shared-memory", empty_dir=memory),
-        ],
-    )
-
-
-def _container(work: Workload) -> client.V1Container:
-    gpus = {"nvidia.com/gpu": str(work.gpus_per_node)} if work.gpus_per_node else {}
-    return client.V1Container(
-        name=work.job,
-        image=work.image,
-        command=_command(work),
-        args=[arg.replace("$(", "$$(") for arg in work.args] or None,  # $(NAME) is Kubernetes' own
-        env=_environment(work) or None,
-        resources=client.V1ResourceRequirements(
-            requests={"cpu": work.cpu, "memory": work.memory}, limits={"memory": work.memory, **gpus}
-        ),
-        security_context=client.V1SecurityContext(
-            allow_privilege_escalation=False, capabilities=client.V1Capabilities(drop=["ALL"])
-        ),
-        volume_mounts=[
-            client.V1VolumeMount(name="data", mount_path="/data", read_only=True if work.job == "train" else None),
-            client.V1VolumeMount(name="runs", mount_path="/runs"),
-            client.V1VolumeMount(name="shared-memory", mount_path="/dev/shm"),
-        ],
-    )
-
-
-def _command(work: Workload) -> list[str]:
-    if work.job != "train":
-        return ["python", "-m", f"jobs.{work.job}"]
-    return [
-        "python",
-        "-m",
-        "jobs.launch",
-        f"--nnodes={work.nodes}",
-        f"--nproc-per-node={work.ranks_per_node}",
-        "--node-rank=$(JOB_COMPLETION_INDEX)",
-        "--master-addr=$(JOB_NAME)-0.$(JOB_NAME)",
-        f"--master-port={PORT}",
-        f"--rdzv-conf=timeout={MEET_S}",
-        "-m",
-        "jobs.train",
-    ]
-
-
-def _environment(work: Workload) -> list[client.V1EnvVar]:
-    if work.job != "train":
-        return []
-    # The Job's name is read where it runs: kustomize may have put a prefix before it.
-    label = client.V1ObjectFieldSelector(field_path="metadata.labels['batch.kubernetes.io/job-name']")
-    grace_s = max(work.grace_s - 10, 1)  # torchrun kills its ranks 30 s after SIGTERM unless told otherwise
-    return [
-        client.V1EnvVar(name="JOB_NAME", value_from=client.V1EnvVarSource(field_ref=label)),
-        client.V1EnvVar(name="TORCH_ELASTIC_SHUTDOWN_TIMEOUT", value=str(grace_s)),
-    ]
+@contextmanager
+def _refusals(to: _Connection, kind: str, name: str) -> Iterator[None]:
+    """Turns a request that fails into a UserError of one line."""
+    try:
+        yield
+    except HTTPError as error:
+        raise UserError(
+            f"{kind} {name}: the cluster at {to.host} does not answer ({error}). Check the context and the network."
+        ) from None
+    except client.ApiException as error:
+        try:
+            reason = json.loads(error.body or "")["message"]
+        except (ValueError, KeyError, TypeError):
+            reason = f"{error.status} {error.reason}"
+        line = f"{kind} {name} in namespace {to.namespace}: the cluster refuses: {reason}"
+        if error.status == 409:
+            delete = f"kubectl delete -n {to.namespace} {kind.lower()} {name}"
+            line += f". Choose another name=, or delete it: {delete}"
+        raise UserError(line) from None

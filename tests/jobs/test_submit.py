@@ -1,19 +1,16 @@
 """jobs.submit: the real command line, a real subprocess, and a real client against an API server of our own."""
 
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from fake_kubernetes import FakeServer, fake_server, write_kubeconfig
 from kubernetes.config import kube_config
 
 from jobs.submit import main, quoted
@@ -50,7 +47,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, *words: str, kubeconfig: Path = Pat
     ("words", "said"),
     [
         (["job=foo"], "job: Input should be 'train', 'preprocess' or 'nightly'"),
-        (["cluster=bar"], "cluster: Input should be 'local' or 'k8s'"),
+        (["cluster=bar"], "cluster: bar is not one of local, k8s"),
         (["nodes=0"], "nodes: Input should be greater than or equal to 1"),
         (["nodes=2"], "cluster=local is one node"),
         (["cluster=k8s", "name=My_Job"], "name: 'My_Job' is not a DNS label"),
@@ -132,7 +129,7 @@ def test_a_dry_run_on_this_machine_runs_nothing(fakes: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{sys.executable} -m jobs.nightly\n")
 
 
-def test_local_training_has_as_many_ranks_as_it_was_given(fakes: Path) -> None:
+def test_local_training_has_the_ranks_of_ranks_per_node(fakes: Path) -> None:
     done = submit("job=train", "ranks_per_node=2", "args=[data=demo]", cwd=fakes)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in fakes.glob("rank-*")) == ["rank-0", "rank-1"]
@@ -159,62 +156,15 @@ def test_the_commands_of_two_pods_meet_and_train_together(fakes: Path) -> None:
     assert (fakes / "rank-1").read_text() == "2 ['data=demo']"
 
 
-class FakeServer(ThreadingHTTPServer):
-    """Answers as a Kubernetes API server would: it keeps what it is sent, and refuses the kinds it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-        self.seen: list[tuple[str, str, Any]] = []
-        self.refuse: dict[str, tuple[int, str]] = {}
-
-
-class FakeHandler(BaseHTTPRequestHandler):
-    def answer(self) -> None:
-        server = self.server
-        assert isinstance(server, FakeServer)
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
-        server.seen.append((self.command, self.path, body))
-        code, reply = (200, {"kind": "Status"}) if self.command == "DELETE" else (201, body)
-        if self.command == "POST" and body["kind"] in server.refuse:
-            code, message = server.refuse[body["kind"]]
-            reply = {"kind": "Status", "message": message, "code": code}
-        content = json.dumps(reply).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_POST = do_DELETE = answer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        threading.Thread(target=fake.serve_forever, daemon=True).start()
+    with fake_server() as fake:
         yield fake
-        fake.shutdown()
-
-
-def kubeconfig(folder: Path, port: int) -> Path:
-    content = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u", "namespace": "ml"}}],
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "users": [{"name": "u", "user": {}}],
-    }
-    (folder / "kubeconfig").write_text(yaml.safe_dump(content))
-    return folder / "kubeconfig"
 
 
 def test_train_is_submitted_service_first_into_the_namespace_of_the_context(server: FakeServer, tmp_path: Path) -> None:
     words = ["cluster=k8s", "nodes=2", "name=run-7", "args=[data=demo]"]
-    done = submit(*words, KUBECONFIG=str(kubeconfig(tmp_path, server.server_port)))
+    done = submit(*words, KUBECONFIG=str(write_kubeconfig(tmp_path, server.server_port)))
     assert done.returncode == 0, done.stderr
     assert [(verb, path) for verb, path, _ in server.seen] == [
         ("POST", "/api/v1/namespaces/ml/services"),
@@ -228,7 +178,7 @@ def test_train_is_submitted_service_first_into_the_namespace_of_the_context(serv
 def test_nightly_is_submitted_into_the_namespace_it_is_given(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = kubeconfig(tmp_path, server.server_port)
+    config = write_kubeconfig(tmp_path, server.server_port)
     call(monkeypatch, "job=nightly", "cluster=k8s", "namespace=prod", kubeconfig=config)
     (_, path, body) = server.seen[0]
     assert (path, body["kind"]) == ("/apis/batch/v1/namespaces/prod/cronjobs", "CronJob")
@@ -242,7 +192,7 @@ def test_a_name_that_is_taken_is_one_line_and_leaves_no_service_behind(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.refuse["Job"] = (409, 'jobs.batch "taskfuse-train" already exists')
-    line = refused(monkeypatch, "cluster=k8s", kubeconfig=kubeconfig(tmp_path, server.server_port))
+    line = refused(monkeypatch, "cluster=k8s", kubeconfig=write_kubeconfig(tmp_path, server.server_port))
     assert 'jobs.batch "taskfuse-train" already exists. Choose another name=, or delete it: kubectl' in line
     assert server.seen[-1][:2] == ("DELETE", "/api/v1/namespaces/ml/services/taskfuse-train")
 
@@ -251,15 +201,15 @@ def test_a_service_that_was_there_before_is_left_alone(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.refuse["Service"] = (403, "services is forbidden")
-    line = refused(monkeypatch, "cluster=k8s", kubeconfig=kubeconfig(tmp_path, server.server_port))
-    assert line == "error: Service taskfuse-train was refused in namespace ml: services is forbidden"
+    line = refused(monkeypatch, "cluster=k8s", kubeconfig=write_kubeconfig(tmp_path, server.server_port))
+    assert line == "error: Service taskfuse-train in namespace ml: the cluster refuses: services is forbidden"
     assert [verb for verb, _, _ in server.seen] == ["POST"]
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # taken, and nobody listens
-        done = submit("cluster=k8s", KUBECONFIG=str(kubeconfig(tmp_path, closed.getsockname()[1])))
+        done = submit("cluster=k8s", KUBECONFIG=str(write_kubeconfig(tmp_path, closed.getsockname()[1])))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "does not answer" in done.stderr
 
@@ -271,4 +221,4 @@ def test_a_missing_or_broken_kubeconfig_is_one_line(
     path = tmp_path / "kubeconfig"
     if content is not None:
         path.write_text(content)
-    assert refused(monkeypatch, "cluster=k8s", kubeconfig=path).startswith("error: no cluster to submit to (")
+    assert refused(monkeypatch, "cluster=k8s", kubeconfig=path).startswith("error: no usable kubeconfig (")

@@ -1,10 +1,11 @@
 """Checkpoints that are damaged, half written or hostile: each is refused by name, and none is trusted by accident."""
 
+import io
 import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from features.errors import UserError
 from pipeline.run import checkpoint
-from pipeline.run.checkpoint import CheckpointManifest, writer
+from pipeline.run.checkpoint import CheckpointManifest, reader, writer
 from pipeline.storage.files import sha256
 
 FILES = [".metadata", "__0_0.distcp", "manifest.json"]
@@ -335,6 +336,12 @@ def test_a_planted_data_file_does_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded: Weights only load failed"):
         checkpoint.load(path, state(), alone=True)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_are_read_as_each_python_version_pickles_them(module: str) -> None:
+    """Python 3.13 calls the module pathlib._local, and others have none of that name."""
+    assert reader._Unpickler(io.BytesIO(f"c{module}\nPosixPath\n.".encode())).load() is PosixPath
 
 
 def test_metadata_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""pipeline/storage: what every registered storage guarantees. A member that is not local adds its root to `ROOTS`."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage.base import Storage
+from pipeline.storage.files import STORAGES, read_lines, storage_of, write_json
+
+ROOTS: dict[str, Callable[[Path], Path]] = {"": lambda tmp_path: tmp_path}
+
+
+@pytest.fixture(params=STORAGES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, Path]:
+    """A storage and an empty folder in it."""
+    return STORAGES[request.param], ROOTS[request.param](tmp_path)
+
+
+def test_a_path_of_an_unknown_scheme_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="no storage for nowhere:"):
+        storage_of(Path("nowhere://bucket/a"))
+
+
+def test_content_comes_back_and_is_replaced_whole(place: tuple[Storage, Path]) -> None:
+    storage, root = place
+    for content in (b"", b"\x00\xff" * 1000, b"short"):
+        storage.write(root / "file", content)
+        assert storage.read(root / "file") == content
+    assert storage.list(root, "*") == [root / "file"], "no temporary file stays"
+
+
+def test_a_reader_sees_the_old_content_or_the_new(place: tuple[Storage, Path]) -> None:
+    storage, root = place
+    versions = [bytes([number]) * 200_000 for number in range(20)]
+    storage.write(root / "file", versions[0])
+
+    def write_all() -> None:
+        for version in versions:
+            storage.write(root / "file", version)
+
+    writer = threading.Thread(target=write_all)
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen.add(storage.read(root / "file"))
+    writer.join()
+    assert seen <= set(versions)
+    assert storage.read(root / "file") == versions[-1]
+
+
+def test_list_sorts_what_matches_and_is_empty_without_a_folder(place: tuple[Storage, Path]) -> None:
+    storage, root = place
+    for name in ("step-2", "step-10", "other", "step-1"):
+        storage.write(root / name, b"")
+    assert [path.name for path in storage.list(root, "step-*")] == ["step-1", "step-10", "step-2"]
+    assert storage.list(root / "missing", "*") == []
+
+
+def test_a_committed_folder_is_there_whole_and_changes_places_with_the_one_before(place: tuple[Storage, Path]) -> None:
+    storage, root = place
+    for number in (1, 2):
+        (root / "staging").mkdir(exist_ok=True)
+        for name in ("a", "b"):
+            storage.write(root / "staging" / name, bytes([number]))
+        storage.commit(root / "staging", root / "final")
+        assert [storage.read(root / "final" / name) for name in ("a", "b")] == [bytes([number])] * 2
+    assert storage.read(root / "staging" / "a") == bytes([1]), "the earlier folder, for its owner to delete"
+
+
+def test_one_exclusive_lock_or_many_shared_ones(place: tuple[Storage, Path]) -> None:
+    storage, root = place
+    storage.write(root / "file", b"")
+    with (
+        storage.lock(root / "file", shared=True),
+        storage.lock(root / "file", shared=True),
+        pytest.raises(BlockingIOError),
+    ):
+        storage.lock(root / "file")
+    with storage.lock(root / "file"), pytest.raises(BlockingIOError):
+        storage.lock(root / "file", shared=True)
+    storage.lock(root / "file").release()
+    with pytest.raises(FileNotFoundError):
+        storage.lock(root / "missing")
+
+
+LOCKS_AND_WAITS = """
+import sys
+from pathlib import Path
+from pipeline.storage.files import storage_of
+path = Path(sys.argv[1])
+lock = storage_of(path).lock(path)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(place: tuple[Storage, Path]) -> None:
+    storage, root = place
+    storage.write(root / "file", b"")
+    command = [sys.executable, "-c", LOCKS_AND_WAITS, str(root / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError):
+            storage.lock(root / "file")
+        process.kill()
+        process.wait()
+        storage.lock(root / "file").release()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "file.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "file.json", {"a": object()})
+    assert (tmp_path / "file.json").read_text() == '{\n "a": 1\n}'
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_lines_are_read_up_to_the_last_complete_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [line["step"] for line in read_lines(tmp_path / "a.jsonl")] == [1, 2]
+    assert list(read_lines(tmp_path / "missing.jsonl")) == []
