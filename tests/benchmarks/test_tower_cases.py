@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from matrix_products import Product, backward
+from matrix_products import Operands, Product, backward, floor, operands
 from tower_cases import CASES, Sizes
 from towers import differences
 

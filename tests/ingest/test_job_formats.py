@@ -14,6 +14,8 @@ from ingest_runs import content_of, dead_letters_of, no_beam, rows_by_id, rows_o
 
 from pipeline.ingest.formats import text
 
+pytestmark = pytest.mark.integration
+
 COLUMNS = ["id", "at", "price", "city", "tags", "click"]
 Row = dict[str, Any]
 

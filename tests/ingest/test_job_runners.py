@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
 
+pytestmark = pytest.mark.integration
+
 SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 
 
@@ -32,7 +34,7 @@ def test_beams_runner_writes_the_bytes_of_steps_that_are_done_in_a_loop(in_a_loo
     assert len([name for name in in_a_loop if name.startswith("train/")]) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_two_workers_write_the_bytes_of_one(in_a_loop, small_log, small_content, tmp_path):
     run(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
     assert content_of(tmp_path / "out") == in_a_loop
@@ -67,7 +69,7 @@ def served(module: str, port: int, *arguments: str) -> Iterator[None]:
             os.killpg(process.pid, signal.SIGKILL)  # the pool's workers with it
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_beams_job_service_and_its_workers_write_the_same_bytes(in_a_loop, small_log, small_content, tmp_path):
     jobs, pool = free_ports(2)
     options = [

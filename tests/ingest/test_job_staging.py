@@ -19,6 +19,8 @@ from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import Job, Work
 
+pytestmark = pytest.mark.integration
+
 SIZES = {"rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 
 

@@ -13,6 +13,8 @@ from features.schema.source import Format
 from pipeline.ingest.files import check_columns, check_unchanged, find, units
 from pipeline.ingest.formats.blocks import Reader
 
+pytestmark = pytest.mark.integration
+
 s3fs = pytest.importorskip("s3fs")
 server = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")

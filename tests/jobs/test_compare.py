@@ -9,6 +9,8 @@ import polars as pl
 import pytest
 import yaml
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def conf(small_log: Path, small_content, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +33,6 @@ def compare(conf: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
     return subprocess.run([*command, *more], capture_output=True, text=True, timeout=280, check=False)
 
 
-@pytest.mark.slow
 def test_models_are_compared_once_and_the_tables_name_all_of_them(conf: Path, tmp_path: Path) -> None:
     done = compare(conf, tmp_path / "out")
     assert done.returncode == 0, done.stderr

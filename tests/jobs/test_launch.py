@@ -16,6 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from jobs.entry import PREEMPTED, Note
 from jobs.launch import after_failure, after_signal
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 START = """
 import os, signal, sys, time

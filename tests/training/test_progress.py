@@ -19,6 +19,8 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.parallel import process_group
 from pipeline.training.step import StepOutput
 
+pytestmark = pytest.mark.integration
+
 DAYS = ("2026-11-01", "2026-11-02", "2026-11-03")
 
 
