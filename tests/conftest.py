@@ -35,6 +35,15 @@ SMALL_SCHEMA: dict[str, Any] = {
     "split": {"by": "time", "valid_from": "1970-01-02", "test_from": "1970-01-03"},
 }
 DAYS, ROWS_PER_DAY = 3, 300
+LANES = {"small_dataset": "integration", "device": "integration", "two_ranks": "system", "ranks": "system"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by what they need: see LANES. Others that are no unit tests carry their mark."""
+    for item in items:
+        for fixture in LANES.keys() & getattr(item, "fixturenames", ()):
+            item.add_marker(LANES[fixture])
 
 
 def small_row(number: int) -> dict[str, str]:

@@ -15,6 +15,8 @@ import pytest
 from ingest_contenders import CONTENDERS
 from process_cost import measure
 
+pytestmark = pytest.mark.system
+
 ROWS = 2000
 
 

@@ -25,6 +25,8 @@ from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.loader import Loader
 
+pytestmark = pytest.mark.integration
+
 ROWS, SIZE, GROUP = 500, 100, 60
 
 

@@ -1,6 +1,6 @@
 """Forward and backward of every fusion with its towers, beside plain code and bare matrix products: make bench-towers.
 
-Beside each model of tower_cases.py stand (a) the same maths as research code writes it (plain_towers.py, plain_fields.py), with
+Beside each model of tower_cases.py stand (a) the same maths as research code writes it (tests/references), with
 the same weights, and (b) the matrix products that nobody can avoid (matrix_products.py). First it is checked that (a) gives the
 same outputs and gradients. Within a round the three alternate, ratios are taken within rounds, and medians are printed:
 a machine that slows down slows all three. Gradients of the input and of all parameters are taken.
@@ -23,8 +23,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import plain_fields
-import plain_towers
 import torch
 from matrix_products import floor, seconds
 from tabulate import tabulate
@@ -36,22 +34,27 @@ from models.fusion import FUSIONS
 from models.towers import SharedTower, TaskTowers
 from pipeline.malloc import tune_malloc
 
-PLAIN: dict[str, type[nn.Module]] = {
-    "shared_bottom": plain_towers.SharedBottom,
-    "single_task": plain_towers.SingleTask,
-    "cross_stitch": plain_towers.CrossStitch,
-    "mmoe": plain_towers.MMoE,
-    "ml_mmoe": plain_towers.MMoE,
-    "cgc": plain_towers.PLE,
-    "ple": plain_towers.PLE,
-    "adatt_sp": plain_towers.AdaTT,
-    "adatt": plain_towers.AdaTT,
-    "aitm": plain_towers.AITM,
-    "emm": plain_towers.EMM,
-    "autotask": plain_fields.AutoTask,
-    "multitab": plain_fields.MultiTab,
-    "apem": plain_fields.APEM,
-    "dtrn": plain_fields.DTRN,
+sys.path.append(str(Path(__file__).parents[1]))
+
+from references import emm, experts, fields
+from references.layers import Pair, Reference, Towers, compared, copy_parts
+
+REFERENCES: dict[str, type[Reference]] = {
+    "shared_bottom": experts.SharedBottom,
+    "single_task": experts.SingleTask,
+    "cross_stitch": experts.CrossStitch,
+    "mmoe": experts.MMoE,
+    "ml_mmoe": experts.MMoE,
+    "cgc": experts.PLE,
+    "ple": experts.PLE,
+    "adatt_sp": experts.AdaTT,
+    "adatt": experts.AdaTT,
+    "aitm": experts.AITM,
+    "emm": emm.EMM,
+    "autotask": fields.AutoTask,
+    "multitab": fields.MultiTab,
+    "apem": fields.APEM,
+    "dtrn": fields.DTRN,
 }
 TASKS = [2, 5, 10, 20]
 FIELD_ROWS = 512  # a batch of models that attend over fields: their plain versions would not fit into memory with more
@@ -87,24 +90,22 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.towers(self.fusion(x))
 
+    def pairs(self, other: "Model") -> Iterator[Pair]:
+        """Of a model of references: see references/layers.py."""
+        yield from self.fusion.pairs(other.fusion)
+        yield from self.towers.pairs(other.towers)
+
 
 def build(name: str, sizes: Sizes) -> tuple[Model, Model]:
     """Ours and plain, with the same weights."""
     kind, (config, _) = FUSIONS[name.removesuffix("_sp")], CASES[name](sizes)
     shape = (sizes.token, sizes.tasks, sizes.fields) if kind.fields else (sizes.in_dim, sizes.tasks)
-    fusion, other = kind(*shape, *([{}] if kind.sequences else []), **config), PLAIN[name](*shape, **config)
+    fusion, other = kind(*shape, *([{}] if kind.sequences else []), **config), REFERENCES[name](*shape, **config)
     tower = SharedTower if kind.shared_tower else TaskTowers
     ours = Model(fusion, tower(sizes.tasks, fusion.out_dim, [sizes.tower]))
-    plain = Model(other, plain_towers.Towers(sizes.tasks, fusion.out_dim, [sizes.tower], kind.shared_tower))
-    with torch.no_grad():
-        for part, whole, pick in pairs(plain, ours):
-            part.copy_(pick(whole))
+    plain = Model(other, Towers(sizes.tasks, fusion.out_dim, [sizes.tower], kind.shared_tower))
+    copy_parts(plain.pairs(ours))
     return ours, plain
-
-
-def pairs(plain: Model, ours: Model) -> Iterator[plain_towers.Pair]:
-    yield from plain.fusion.pairs(ours.fusion)
-    yield from plain.towers.pairs(ours.towers)
 
 
 def inputs(name: str, sizes: Sizes, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -118,24 +119,8 @@ def differences(name: str, sizes: Sizes) -> dict[str, float]:
     """Largest differences between ours and plain in float64: of outputs, and of gradients of input and parameters."""
     ours, plain = (model.double().eval() for model in build(name, sizes))
     x, probe_BT = inputs(name, sizes, dtype=torch.float64)
-    logits, slopes = [], []
-    for model in (ours, plain):
-        logits.append(model(x))
-        (slope,) = torch.autograd.grad(logits[-1], x, probe_BT, retain_graph=True)
-        logits[-1].backward(probe_BT)
-        slopes.append(slope)
-    zero = torch.zeros(())
-    weights = [
-        ((zero if part.grad is None else part.grad) - pick(whole.grad)).abs().max()
-        for part, whole, pick in pairs(plain, ours)
-    ]
-    seen = {id(whole) for _, whole, _ in pairs(plain, ours)}
-    assert seen == {id(parameter) for parameter in ours.parameters()}, "parameters that plain does not have"
-    return {
-        "output": (logits[0] - logits[1]).abs().max().item(),
-        "gradient of the input": (slopes[0] - slopes[1]).abs().max().item(),
-        "gradient of a parameter": max(weights).item(),
-    }
+    found = compared(ours, plain, x, probe_BT)
+    return {what: (one - other).abs().max().item() for what, (one, other) in found.items()}
 
 
 def check(name: str) -> None:

@@ -21,6 +21,8 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 from pipeline.ingest.formats import text
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", autouse=True)
 def steps_alone() -> Iterator[None]:

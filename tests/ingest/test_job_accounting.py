@@ -19,6 +19,8 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 from pipeline.ingest.formats import text
 
+pytestmark = pytest.mark.integration
+
 # Every line names itself with a tag, which is also its row id: it can be found again wherever it went.
 COLUMNS = ["tag", "id", "k", "at", "x", "y", "c"]
 AS_OF, WINDOW = 1000, 100

@@ -13,6 +13,8 @@ from ingest_runs import content_of, no_beam, refused, rows_by_id, run, values_of
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 
+pytestmark = pytest.mark.integration
+
 FIRST = date(2026, 3, 1)
 
 

@@ -19,6 +19,8 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import FORMATS, text
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", autouse=True)
 def steps_alone() -> Iterator[None]:

@@ -19,6 +19,8 @@ from ingest_runs import content_of, dead_letters_of, no_beam, rows_by_id, rows_o
 from pipeline.ingest.formats import FORMATS as REGISTERED
 from pipeline.ingest.formats import text
 
+pytestmark = pytest.mark.integration
+
 COLUMNS = ["id", "at", "price", "city", "tags", "click"]
 Row = dict[str, Any]
 

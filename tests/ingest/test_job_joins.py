@@ -18,6 +18,8 @@ from ingest_runs import no_beam, rows_by_id, run, values_of
 from features.errors import UserError
 from pipeline.ingest.formats import text
 
+pytestmark = pytest.mark.integration
+
 BASE = 1_719_800_000  # July 2024
 ZONE = "Europe/Berlin"  # two hours ahead of UTC then
 LENGTH = 3  # of a history

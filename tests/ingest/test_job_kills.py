@@ -20,6 +20,8 @@ from ingest_runs import ENVIRONMENT, content_of, no_beam, run, write_conf
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 
+pytestmark = pytest.mark.system
+
 Run = Callable[..., Any]
 
 
@@ -136,7 +138,6 @@ def test_a_job_that_is_told_to_end_leaves_nothing(after, conf, small_log, tmp_pa
     assert list(there.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_killed_job_with_workers_is_followed_by_one_that_succeeds(job, conf, small_log, tmp_path):
     there = tmp_path / "there"
     there.mkdir()

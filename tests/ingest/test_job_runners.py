@@ -22,6 +22,8 @@ from pipeline.ingest import progress
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.runners import RUNNERS, check_runner, pipeline_on, worker_flags
 
+pytestmark = pytest.mark.integration
+
 SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 
 
@@ -93,7 +95,7 @@ def test_a_line_of_progress_has_the_share_done_the_rate_and_the_time_left():
     assert progress.line("encode", 8, 8, 6) == "encode    8/8  6.0 s"
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_two_workers_write_the_bytes_of_one(in_a_loop, small_log, small_content, tmp_path):
     run(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
     assert content_of(tmp_path / "out") == in_a_loop
@@ -128,7 +130,7 @@ def served(module: str, port: int, *arguments: str) -> Iterator[None]:
             os.killpg(process.pid, signal.SIGKILL)  # the pool's workers with it
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_beams_job_service_and_its_workers_write_the_same_bytes(in_a_loop, small_log, small_content, tmp_path):
     jobs, pool = free_ports(2)
     options = [

@@ -20,6 +20,8 @@ from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps import run_step
 
+pytestmark = pytest.mark.integration
+
 SIZES = {"rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 
 

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_runs import content_of, no_beam, refused, rows_by_id, rows_of, run
 
+pytestmark = pytest.mark.integration
+
 COUNT = 40
 
 

@@ -16,6 +16,8 @@ from pipeline.ingest.files import check_unchanged, find
 from pipeline.ingest.formats import check_columns, raw_format, units
 from pipeline.ingest.formats.base import Wanted
 
+pytestmark = pytest.mark.integration
+
 s3fs = pytest.importorskip("s3fs")
 server = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")

@@ -89,7 +89,7 @@ def test_a_label_used_as_a_feature_is_refused(tmp_path: Path, call):
     assert_one_line(done, "census.yaml", "tasks.college.label uses column education")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path):
     command = [sys.executable, "-m", "jobs.train", f"dataset={tmp_path}", f"run={tmp_path / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_1(tmp_path: Path):
     assert done.stderr.startswith("error: ")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_under_torchrun_an_error_that_all_ranks_meet_is_said_once(tmp_path: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "jobs.train"]
     done = subprocess.run([*command, f"dataset={tmp_path}", "run=x"], capture_output=True, text=True, check=False)

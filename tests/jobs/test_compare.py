@@ -10,6 +10,8 @@ import polars as pl
 import pytest
 import yaml
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture(scope="module")
 def conf(small_log: Path, small_content, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,7 +46,7 @@ def shown(values: list[float]) -> str:
     return "±".join(f"{part:.4f}".removeprefix("0") for part in parts)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_models_are_compared_once_and_the_tables_are_those_of_their_runs(conf: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = compare(conf, out)

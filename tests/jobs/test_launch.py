@@ -17,6 +17,8 @@ from jobs.launch import after_failure, after_signal
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import RankStatus
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 START = """
 import os, signal, sys, time

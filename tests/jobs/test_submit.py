@@ -15,6 +15,8 @@ from kubernetes.config import kube_config
 
 from jobs.submit import main, quoted
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -136,7 +138,7 @@ def test_local_training_has_the_ranks_of_ranks_per_node(fakes: Path) -> None:
     assert (fakes / "rank-1").read_text() == "2 ['data=demo']"
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_commands_of_two_pods_meet_and_train_together(fakes: Path) -> None:
     done = submit("cluster=k8s", "nodes=2", "dry_run=true", "args=[data=demo]", cwd=fakes)
     _, job = yaml.safe_load_all(done.stdout)

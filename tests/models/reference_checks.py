@@ -1,4 +1,4 @@
-"""How a module is held against its twin: sizes and parameters drawn at random, everything in float64."""
+"""How a module is compared with its reference: sizes and parameters drawn at random, everything in float64."""
 
 # Shapes: B rows, D width, T tasks.
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace as Sizes
 
 import torch
 from hypothesis import strategies as st
+from references.layers import compared
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -50,11 +51,21 @@ def load(module: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
-def check(module: nn.Module, twin: Callable[..., Tensor], x: Tensor) -> None:
-    """Equal outputs, and equal gradients of a random sum of them with respect to the input and every parameter."""
+def check(module: nn.Module, reference: Callable[..., Tensor], x: Tensor) -> None:
+    """Equal outputs, and equal gradients of a random sum of them with respect to the input and every parameter.
+
+    Args:
+        reference: a module of references/, which also has gates to compare; or a function (params, x) -> output.
+    """
+    if isinstance(reference, nn.Module):
+        for what, pair in compared(module, reference, x).items():
+            close(*pair, what)
+        if hasattr(module, "gates"):
+            check_gates(module.gates(x), reference.gates(x))
+        return
     x = x.requires_grad_()
     params = dict(module.named_parameters())
-    actual, expected = module(x), twin(params, x)
+    actual, expected = module(x), reference(params, x)
     close(actual, expected, "forward")
     probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inputs = {"x": x, **params}

@@ -1,4 +1,4 @@
-"""AutoTask against its twin (float64 loops), and what must hold of causal attention, blocks, orders and held-out tasks."""
+"""AutoTask against its reference (float64 loops), and what must hold of causal attention, blocks, orders and held-out tasks."""
 
 # Shapes: B rows, T tasks, F features, D width of a token, W width of facet 2.
 
@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-import twins_autotask as twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, randomised, rows
+from references import autotask as reference
 from torch import Tensor, nn
 
 from features.errors import UserError
@@ -48,9 +48,9 @@ def fields(B: int = 4) -> Tensor:
     return torch.randn(B, 4, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 
 
-def facets(size: Sizes, params: twins.Params, x_BFD: Tensor, blocks: list[list[twins.Example]]):
-    ids = [twins.task_id(params, size.task_id, task, size.T, unseen(size)) for task in range(size.T)]
-    return twins.facets(params, x_BFD, blocks, size.heads, size.causal, ids)
+def facets(size: Sizes, params: reference.Params, x_BFD: Tensor, blocks: list[list[reference.Example]]):
+    ids = [reference.task_id(params, size.task_id, task, size.T, unseen(size)) for task in range(size.T)]
+    return reference.facets(params, x_BFD, blocks, size.heads, size.causal, ids)
 
 
 class With:
@@ -65,25 +65,25 @@ class With:
 
 @settings(max_examples=40, deadline=None)
 @given(sizes)
-def test_in_training_it_equals_its_twin_for_the_drawn_order_of_tasks(size):
+def test_in_training_it_equals_its_reference_for_the_drawn_order_of_tasks(size):
     module = autotask(size)
     order_BT = torch.rand(size.B, size.T, generator=torch.Generator().manual_seed(size.seed))
     module._order = lambda *_: order_BT
-    blocks = twins.task_blocks(order_BT.tolist(), size.block or size.T, unseen(size))
+    blocks = reference.task_blocks(order_BT.tolist(), size.block or size.T, unseen(size))
 
     def twin(params, x_BFD):
-        return twins.stacked(facets(size, params, x_BFD, blocks)[0], size.B, size.T)
+        return reference.stacked(facets(size, params, x_BFD, blocks)[0], size.B, size.T)
 
     check(module, twin, rows(size, size.F, size.D))
 
 
 @settings(max_examples=25, deadline=None)
 @given(sizes)
-def test_in_evaluation_it_equals_its_twin_in_the_schemas_order(size):
+def test_in_evaluation_it_equals_its_reference_in_the_schemas_order(size):
     module, x_BFD = autotask(size).eval(), rows(size, size.F, size.D)
-    blocks = twins.task_blocks([list(range(size.T))] * size.B, size.block or size.T, unseen(size))
+    blocks = reference.task_blocks([list(range(size.T))] * size.B, size.block or size.T, unseen(size))
     h, weight = facets(size, dict(module.named_parameters()), x_BFD, blocks)
-    close(module(x_BFD), twins.stacked(h, size.B, size.T))
+    close(module(x_BFD), reference.stacked(h, size.B, size.T))
     nothing = x_BFD.new_zeros(())
     weight_BTT = [
         [[weight[b, t].get((b, other), nothing) for other in range(size.T)] for t in range(size.T)]
@@ -97,17 +97,17 @@ def test_in_evaluation_it_equals_its_twin_in_the_schemas_order(size):
 
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.sampled_from([0.2, 0.5, 0.9]))
-def test_with_rows_of_one_task_each_it_equals_its_twin(size, share):
+def test_with_rows_of_one_task_each_it_equals_its_reference(size, share):
     module = autotask(size, examples="rows")
     rng = torch.Generator().manual_seed(size.seed)
     observed_BT = torch.rand(size.B, size.T, generator=rng) < share  # some rows of no task, some of several
     order_N = torch.rand(size.B * size.T, generator=rng)
     module._order = lambda _, length: order_N[None, :length]
-    blocks = twins.row_blocks(observed_BT.tolist(), order_N.tolist(), size.block or size.T, unseen(size))
+    blocks = reference.row_blocks(observed_BT.tolist(), order_N.tolist(), size.block or size.T, unseen(size))
 
     def twin(params, x_BFD):
         h = facets(size, params, x_BFD, blocks)[0] or {(0, 0): 0 * x_BFD.new_zeros(module.out_dim)}
-        return twins.stacked(h, size.B, size.T)
+        return reference.stacked(h, size.B, size.T)
 
     if blocks:
         check(With(module, observed_BT), twin, rows(size, size.F, size.D))

@@ -1,4 +1,4 @@
-"""EMM against its twin, the decomposition against a search by brute force, and cases whose answer is known."""
+"""EMM against its reference, the decomposition against a search by brute force, and cases whose answer is known."""
 
 # Shapes: B rows, T tasks, M models, D width.
 
@@ -6,11 +6,11 @@ from itertools import combinations
 
 import pytest
 import torch
-import twins
-import twins_emm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_checks import Sizes, check, check_gates, close, randomised, rows
+from reference_checks import Sizes, check, close, randomised, rows
+from references import emm as reference
+from references.loops import mlp
 
 from features.errors import UserError
 from models.fusion.emm import EMM, Merge, TrainedModel, common_layers, decompose
@@ -55,13 +55,10 @@ def columns(size: Sizes) -> list[range]:
 
 @settings(max_examples=100, deadline=None)
 @given(structures())
-def test_emm_equals_its_twin(size):
-    def twin(params, x_BD):
-        return twins_emm.emm(params, x_BD, [model.task for model in size.models], columns(size))
-
-    module = emm(size)
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+def test_emm_equals_its_reference(size):
+    widths = list(zip(*(parts[:-1] for parts in decompose(size.models)), strict=True))
+    arguments = (size.D, size.T, size.models, size.one_input, size.merge)
+    check(emm(size), reference.EMM(*arguments, widths), rows(size))
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +87,7 @@ def test_one_model_a_task_without_the_merge_is_that_model(size):
                     whole[f"{place}.{part}"] = params[f"levels.{level}.components.{m}.layers.{k}.{part}"]
         assert len(whole) // 2 + len(module.remainders[m]) == len(model.widths)
         x_M = x_BD[:, list(columns(size)[m])]
-        expected = torch.stack([twins.mlp(whole, "", 0, len(whole) // 2, x_D) for x_D in x_M])
+        expected = torch.stack([mlp(whole, "", 0, len(whole) // 2, x_D) for x_D in x_M])
         close(module(x_BD)[:, model.task], expected)
 
 

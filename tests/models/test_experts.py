@@ -1,4 +1,4 @@
-"""Flat fusions and numbers of experts against their twins, and the cases in which one fusion is another."""
+"""Flat fusions and numbers of experts against their references, and the cases in which one fusion is another."""
 
 import math
 from contextlib import nullcontext
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import twins
-import twins_experts
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference_checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
+from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows, widths
+from references import experts
+from references.layers import copy_parts, mlp_pairs, mlps
 from torch import Tensor, nn
 
 from features.errors import UserError
@@ -43,10 +43,10 @@ def drawn_counts(draw: st.DrawFn) -> Sizes:
 
 def sees_experts(kind: type[nn.Module], size: Sizes) -> bool:
     """Whether every task has an expert to choose from at every level: in PLE an own or a shared one, in AdaTT any."""
-    own_L = [twins.owned(size.T, size.tasks, size.shared, level) for level in range(len(size.levels))]
+    counts_L = [experts.unit_counts(size.T, size.tasks, size.shared, level) for level in range(len(size.levels))]
     if kind is AdaTT:
-        return all(any(own) for own in own_L)
-    return all(own[t] or own[size.T] for own in own_L for t in range(size.T))
+        return all(any(counts) for counts in counts_L)
+    return all(counts[t] or counts[size.T] for counts in counts_L for t in range(size.T))
 
 
 def sample(size: Sizes, data: st.DataObject) -> AITM:
@@ -57,57 +57,40 @@ def sample(size: Sizes, data: st.DataObject) -> AITM:
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_single_task_equals_its_twin(size):
+def test_single_task_equals_its_reference(size):
     module = randomised(SingleTask(size.D, size.T, size.widths), size.seed)
-    check(module, lambda params, x_BD: twins_experts.single_task(params, x_BD, size.T, size.widths), rows(size))
+    check(module, experts.SingleTask(size.D, size.T, size.widths), rows(size))
     assert module.gates(rows(size)) == []
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_cross_stitch_equals_its_twin(size):
-    def twin(params, x_BD):
-        return twins_experts.cross_stitch(params, x_BD, size.T, size.levels)
-
+def test_cross_stitch_equals_its_reference(size):
     module = randomised(CrossStitch(size.D, size.T, size.levels), size.seed)
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+    check(module, experts.CrossStitch(size.D, size.T, size.levels), rows(size))
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.data())
-def test_aitm_equals_its_twin(size, data):
+def test_aitm_equals_its_reference(size, data):
     module = sample(size, data)
-
-    def twin(params, x_BD):
-        return twins_experts.aitm(params, x_BD, module.chain, size.widths)
-
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+    check(module, experts.AITM(size.D, size.T, size.widths, module.chain), rows(size))
 
 
 @settings(max_examples=100, deadline=None)
 @given(drawn_counts())
-def test_ple_with_other_numbers_of_experts_by_task_and_level_equals_its_twin(size):
-    def twin(params, x_BD):
-        return twins.ple(params, x_BD, size.T, size.levels, size.tasks, size.shared)
-
+def test_ple_with_other_numbers_of_experts_by_task_and_level_equals_its_reference(size):
     assume(sees_experts(PLE, size))
     module = randomised(PLE(size.D, size.T, size.levels, size.tasks, size.shared), size.seed)
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+    check(module, experts.PLE(size.D, size.T, size.levels, size.tasks, size.shared), rows(size))
 
 
 @settings(max_examples=100, deadline=None)
 @given(drawn_counts())
-def test_adatt_with_other_numbers_of_experts_by_task_and_level_equals_its_twin(size):
-    def twin(params, x_BD):
-        return twins.adatt(params, x_BD, size.T, size.levels, size.tasks, size.shared, size.native)
-
+def test_adatt_with_other_numbers_of_experts_by_task_and_level_equals_its_reference(size):
     assume(sees_experts(AdaTT, size))
-    module = randomised(AdaTT(size.D, size.T, size.levels, size.tasks, size.shared, size.native), size.seed)
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+    arguments = (size.D, size.T, size.levels, size.tasks, size.shared, size.native)
+    check(randomised(AdaTT(*arguments), size.seed), experts.AdaTT(*arguments), rows(size))
 
 
 @pytest.mark.parametrize("kind", [PLE, AdaTT])
@@ -183,11 +166,11 @@ def test_a_task_without_own_experts_takes_the_shared_ones_and_only_those():
 
 @settings(max_examples=40, deadline=None)
 @given(sizes)
-def test_cgc_is_ple_of_one_level_and_equals_its_twin(size):
+def test_cgc_is_ple_of_one_level_and_equals_its_reference(size):
     module = randomised(CGC(size.D, size.T, [size.widths], size.experts, 2), size.seed)
     other = load(PLE(size.D, size.T, [size.widths], size.experts, 2), module.state_dict())
     assert torch.equal(module(rows(size)), other(rows(size)))
-    check(module, lambda p, x_BD: twins.cgc(p, x_BD, size.T, size.widths, size.experts, 2), rows(size))
+    check(module, experts.PLE(size.D, size.T, [size.widths], size.experts, 2), rows(size))
 
 
 def test_cgc_of_two_levels_is_refused():
@@ -203,11 +186,7 @@ def test_ml_mmoe_of_one_level_is_mmoe_as_published(size):
     module = randomised(build_fusion({"name": "ml_mmoe", **config}, size.D, tasks, []), size.seed)
     other = load(build_fusion({"name": "mmoe", **config}, size.D, tasks, []), module.state_dict())
     assert torch.equal(module(rows(size)), other(rows(size)))
-    check(
-        module,
-        lambda params, x_BD: twins_experts.mmoe_of_one_level(params, x_BD, size.T, size.experts, size.widths),
-        rows(size),
-    )
+    check(module, experts.MMoE(size.D, size.T, size.experts, [size.widths]), rows(size))
 
 
 def one_stack(module: nn.Module, prefixes: list[str]) -> dict[str, Tensor]:
@@ -259,15 +238,15 @@ def test_adatt_with_zero_gates_adds_the_mean_of_all_experts_to_the_native_combin
     module = randomised(AdaTT(size.D, size.T, [size.widths], size.experts, 1), size.seed)
     with torch.no_grad():
         module.get_parameter("levels.0.gate.weight_SDH").zero_()
-    params, x_BD = dict(module.named_parameters()), rows(size)
-    own = twins.owned(size.T, size.experts, 1)
-    for x_D, h_TD in zip(x_BD, module(x_BD), strict=True):
-        expert_ED = [
-            twins.mlp(params, "levels.0.experts.", e, len(size.widths), x_D) for e in range(sum(map(len, own)))
-        ]
-        for t, h_D in enumerate(h_TD):
-            v = {own[t][0]: 1.0} if len(own[t]) == 1 else {e: params["levels.0.native_OE"][t, e] for e in own[t]}
-            close(h_D, sum(v[e] * expert_ED[e] for e in own[t]) + sum(expert_ED) / len(expert_ED))
+    own = experts.AdaTT(size.D, size.T, [size.widths], size.experts, 1).own
+    x_BD, networks = rows(size), mlps(size.T * size.experts + 1, [size.D, *size.widths]).double()
+    copy_parts(mlp_pairs(networks, module.get_submodule("levels.0.experts")))
+    expert_EBD = torch.stack([network(x_BD) for network in networks])
+    h_BTD = module(x_BD)
+    for t in range(size.T):
+        native_E = module.get_parameter("levels.0.native_OE")[t] if size.experts > 1 else torch.ones(size.T + 1)
+        native_BD = sum(native_E[e] * expert_EBD[e] for e in own(0, t))
+        close(h_BTD[:, t], native_BD + expert_EBD.mean(0))
 
 
 @settings(max_examples=40, deadline=None)
@@ -310,7 +289,7 @@ def test_the_calibrator_of_aitm_equals_its_formula_along_the_chain(size, data, w
     chain = data.draw(st.permutations(range(size.T)))
     logit_BT = 3 * rows(size, size.T)
     penalty_B = AITM(size.D, size.T, size.widths, chain, calibrator=weight).penalty(logit_BT)
-    expected = torch.tensor(twins_experts.calibrator(logit_BT, chain, weight), dtype=torch.float64)
+    expected = torch.tensor(experts.calibrator(logit_BT, chain, weight), dtype=torch.float64)
     torch.testing.assert_close(penalty_B.double(), expected, rtol=1e-5, atol=1e-6)  # computed in float32
 
 

@@ -1,14 +1,14 @@
-"""Fusions that read one token a feature, against their twins, and what must hold of them without one."""
+"""Fusions that read one token a feature, against their references, and what must hold of them without one."""
 
 from pathlib import Path
 
 import pytest
 import torch
-import twins_fields
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
+from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows, widths
+from references import fields as references
 from torch import Tensor
 
 from features.errors import UserError
@@ -65,35 +65,23 @@ def small(**changes: object) -> Sizes:
 
 @settings(max_examples=20, deadline=None)
 @given(sizes)
-def test_apem_equals_its_twin(size):
-    def twin(params, x_BFW):
-        return twins_fields.apem(params, x_BFW, size.T, size.widths, size.layers, size.groups)
-
-    module = apem(size)
-    check(module, lambda *call: twin(*call)[0], fields(size))
-    check_gates(module.gates(fields(size)), twin(dict(module.named_parameters()), fields(size))[1])
+def test_apem_equals_its_reference(size):
+    inner = (size.layers, size.groups, size.points, size.hidden, size.squeeze)
+    check(apem(size), references.APEM(size.D, size.T, size.F, size.widths, *inner), fields(size))
 
 
 @settings(max_examples=30, deadline=None)
 @given(sizes)
-def test_dtrn_equals_its_twin(size):
-    def twin(params, x_BFW):
-        return twins_fields.dtrn(params, x_BFW, size.T, size.widths, behaviours(size))
-
-    module = dtrn(size)
-    check(module, lambda *call: twin(*call)[0], fields(size))
-    check_gates(module.gates(fields(size)), twin(dict(module.named_parameters()), fields(size))[1])
+def test_dtrn_equals_its_reference(size):
+    inner = (behaviours(size), size.condition, size.hidden, size.squeeze)
+    check(dtrn(size), references.DTRN(size.D, size.T, size.F, size.widths, *inner), fields(size))
 
 
 @settings(max_examples=30, deadline=None)
 @given(sizes)
-def test_multitab_equals_its_twin_under_every_mask(size):
-    def twin(params, x_BFW):
-        return twins_fields.multitab(params, x_BFW, size.T, size.layers, size.heads, size.mask)
-
-    module = multitab(size)
-    check(module, lambda *call: twin(*call)[0], fields(size))
-    check_gates(module.gates(fields(size)), twin(dict(module.named_parameters()), fields(size))[1])
+def test_multitab_equals_its_reference_under_every_mask(size):
+    module, inner = multitab(size), (size.layers, size.heads, size.hidden, size.mask)
+    check(module, references.MultiTab(size.D, size.T, size.F, *inner), fields(size))
 
 
 @settings(max_examples=30, deadline=None)

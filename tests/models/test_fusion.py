@@ -1,13 +1,14 @@
-"""Fusions and towers against their twins (float64 loops), and cases whose answer is known without one."""
+"""Fusions and towers against their references in float64, and cases whose answer is known without one."""
 
 from collections.abc import Mapping
 
 import pytest
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_checks import Sizes, check, check_gates, close, drawn_sizes, load, randomised, rows, widths
+from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows, widths
+from references import experts
+from references.layers import Towers, copy_parts, mlp_pairs, mlps
 from torch import Tensor
 
 from models.fusion.adatt import AdaTT
@@ -39,58 +40,36 @@ def adatt(size: Sizes) -> AdaTT:
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, widths)
-def test_shared_bottom_equals_its_twin(size, widths):
+def test_shared_bottom_equals_its_reference(size, widths):
     module = randomised(SharedBottom(size.D, size.T, widths), size.seed)
-    check(module, lambda params, x_BD: twins.shared_bottom(params, x_BD, size.T, widths), rows(size))
+    check(module, experts.SharedBottom(size.D, size.T, widths), rows(size))
 
 
 @settings(max_examples=100, deadline=None)
 @given(sizes)
-def test_mmoe_equals_its_twin(size):
-    def twin(params, x_BD):
-        return twins.mmoe(params, x_BD, size.T, size.experts, size.levels)
-
-    module = mmoe(size)
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+def test_mmoe_equals_its_reference(size):
+    check(mmoe(size), experts.MMoE(size.D, size.T, size.experts, size.levels), rows(size))
 
 
 @settings(max_examples=100, deadline=None)
 @given(sizes)
-def test_ple_equals_its_twin(size):
-    def twin(params, x_BD):
-        return twins.ple(params, x_BD, size.T, size.levels, size.experts, size.shared)
-
-    module = ple(size)
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+def test_ple_equals_its_reference(size):
+    check(ple(size), experts.PLE(size.D, size.T, size.levels, size.experts, size.shared), rows(size))
 
 
 @settings(max_examples=100, deadline=None)
 @given(sizes)
-def test_adatt_equals_its_twin(size):
-    def twin(params, x_BD):
-        return twins.adatt(params, x_BD, size.T, size.levels, size.experts, size.shared, size.native)
-
-    module = adatt(size)
-    check(module, lambda *call: twin(*call)[0], rows(size))
-    check_gates(module.gates(rows(size)), twin(dict(module.named_parameters()), rows(size))[1])
+def test_adatt_equals_its_reference(size):
+    check(adatt(size), experts.AdaTT(size.D, size.T, size.levels, size.experts, size.shared, size.native), rows(size))
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.lists(st.integers(1, 5), max_size=3))
-def test_towers_equal_their_twin(size, widths):
+def test_towers_equal_their_reference(size, widths):
     module = randomised(TaskTowers(size.T, size.D, widths), size.seed)
     h_BTD = rows(size, size.T * size.D).view(size.B, size.T, size.D)
     assert module(h_BTD).shape == (size.B, size.T)
-    check(module, lambda params, h_BTD: twins.towers(params, h_BTD, widths), h_BTD)
-
-
-@settings(max_examples=40, deadline=None)
-@given(sizes, widths)
-def test_ple_of_one_level_is_cgc(size, widths):
-    size.levels = [widths]
-    check(ple(size), lambda p, x_BD: twins.cgc(p, x_BD, size.T, widths, size.experts, size.shared), rows(size))
+    check(module, Towers(size.T, size.D, widths, shared=False), h_BTD)
 
 
 @settings(max_examples=40, deadline=None)
@@ -120,13 +99,9 @@ def test_adatt_with_zero_gates_and_one_expert_a_task_adds_the_mean_of_all_to_the
     module = adatt(size)
     with torch.no_grad():
         module.get_parameter("levels.0.gate.weight_SDH").zero_()
-    params, x_BD = dict(module.named_parameters()), rows(size)
-    expert_EBD = torch.stack(
-        [
-            torch.stack([twins.mlp(params, "levels.0.experts.", e, len(widths), x_D) for x_D in x_BD])
-            for e in range(size.T + size.shared)
-        ]
-    )
+    x_BD, networks = rows(size), mlps(size.T + size.shared, [size.D, *widths]).double()
+    copy_parts(mlp_pairs(networks, module.get_submodule("levels.0.experts")))
+    expert_EBD = torch.stack([network(x_BD) for network in networks])
     close(module(x_BD), (expert_EBD[: size.T] + expert_EBD.mean(0)).transpose(0, 1))
 
 
@@ -248,15 +223,15 @@ def test_native_weights_outside_a_units_own_learnt_experts_have_no_influence(siz
     size.native = True
     module, x_BD = adatt(size), rows(size)
     before = module(x_BD)
-    own = twins.owned(size.T, size.experts, size.shared)
+    own = experts.AdaTT(size.D, size.T, size.levels, size.experts, size.shared).own
     for name, native_OE in module.named_parameters():
         if name.endswith("native_OE"):
             with torch.no_grad():
                 for u in range(len(native_OE)):
-                    kept = native_OE[u, own[u]].clone()
+                    kept = native_OE[u, list(own(0, u))].clone()
                     native_OE[u] = value
-                    if len(own[u]) > 1:
-                        native_OE[u, own[u]] = kept
+                    if len(own(0, u)) > 1:
+                        native_OE[u, list(own(0, u))] = kept
     assert torch.equal(module(x_BD), before)
 
 

@@ -1,14 +1,14 @@
-"""Interactions against their twins (float64 loops written from the equations), and cases whose answer is known without one."""
+"""Interactions against references in float64 loops, written from the equations, and cases whose answer is known without one."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows
+from references.loops import Params, mix, softmax
 from torch import Tensor
 
 from features.errors import UserError
@@ -44,7 +44,7 @@ def attention(size: Sizes) -> Interaction:
     return made
 
 
-def tokens(params: twins.Params, columns: dict[str, list[int]], x_D: Tensor) -> list[Tensor]:
+def tokens(params: Params, columns: dict[str, list[int]], x_D: Tensor) -> list[Tensor]:
     """e_f: the columns of each feature through a layer of its own."""
     e_FW = []
     for f, own in enumerate(columns.values()):
@@ -55,7 +55,7 @@ def tokens(params: twins.Params, columns: dict[str, list[int]], x_D: Tensor) -> 
     return e_FW
 
 
-def dot_twin(params: twins.Params, columns: dict[str, list[int]], x_BD: Tensor) -> Tensor:
+def dot_twin(params: Params, columns: dict[str, list[int]], x_BD: Tensor) -> Tensor:
     """Naumov et al. 2019: <e_i, e_j> of all pairs i < j, after the input."""
     outputs = []
     for x_D in x_BD:
@@ -65,7 +65,7 @@ def dot_twin(params: twins.Params, columns: dict[str, list[int]], x_BD: Tensor) 
     return torch.stack(outputs)
 
 
-def cross_twin(params: twins.Params, layers: int, rank: int | None, x_BD: Tensor) -> Tensor:
+def cross_twin(params: Params, layers: int, rank: int | None, x_BD: Tensor) -> Tensor:
     """Wang et al. 2021, eq. 1 and 2: x_(l+1) = x_0 * (W x_l + b) + x_l, with W = U V^T where there is a rank."""
     outputs = []
     for x_D in x_BD:
@@ -81,9 +81,7 @@ def cross_twin(params: twins.Params, layers: int, rank: int | None, x_BD: Tensor
     return torch.stack(outputs)
 
 
-def attention_twin(
-    params: twins.Params, columns: dict[str, list[int]], layers: int, heads: int, x_BD: Tensor
-) -> Tensor:
+def attention_twin(params: Params, columns: dict[str, list[int]], layers: int, heads: int, x_BD: Tensor) -> Tensor:
     """Song et al. 2019, eq. 5-8: each head's softmax of <W_q e_m, W_k e_k> mixes W_v e_k; then relu(mixed + W_res e_m)."""
     outputs = []
     for x_D in x_BD:
@@ -97,7 +95,7 @@ def attention_twin(
                 for head in range(heads):
                     own = slice(head * share, (head + 1) * share)
                     scores = [(W_q[own] @ e_m) @ (W_k[own] @ e_k) for e_k in e_FW]
-                    parts.append(twins.mix(twins.softmax(scores), [W_v[own] @ e_k for e_k in e_FW]))
+                    parts.append(mix(softmax(scores), [W_v[own] @ e_k for e_k in e_FW]))
                 next_FW.append(torch.relu(torch.cat(parts) + W_res @ e_m))
             e_FW = next_FW
         outputs.append(torch.cat([x_D, *e_FW]))
@@ -106,7 +104,7 @@ def attention_twin(
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_dot_equals_its_twin(size):
+def test_dot_equals_its_reference(size):
     module = dot(size)
     assert module(rows(size)).shape == (size.B, module.out_dim)
     check(module, lambda params, x_BD: dot_twin(params, columns(size), x_BD), rows(size))
@@ -114,7 +112,7 @@ def test_dot_equals_its_twin(size):
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_cross_equals_its_twin_with_full_matrices_and_of_low_rank(size):
+def test_cross_equals_its_reference_with_full_matrices_and_of_low_rank(size):
     module = cross(size)
     assert module(rows(size)).shape == (size.B, module.out_dim)
     check(module, lambda params, x_BD: cross_twin(params, size.layers, size.rank, x_BD), rows(size))
@@ -122,7 +120,7 @@ def test_cross_equals_its_twin_with_full_matrices_and_of_low_rank(size):
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_attention_equals_its_twin(size):
+def test_attention_equals_its_reference(size):
     module = attention(size)
     assert module(rows(size)).shape == (size.B, module.out_dim)
     check(module, lambda p, x_BD: attention_twin(p, columns(size), size.layers, size.heads, x_BD), rows(size))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, randomised, widths
+from references.loops import mlp
 from torch import Tensor
 
 from models.layers import StackedMLP, linear, rectified
@@ -24,7 +24,7 @@ def by_loop(source_S: list[int], depth: int):
     """Network s on input source_S[s], row by row."""
 
     def twin(params, x_UBD):
-        outputs = [[twins.mlp(params, "", s, depth, x_D) for x_D in x_UBD[u]] for s, u in enumerate(source_S)]
+        outputs = [[mlp(params, "", s, depth, x_D) for x_D in x_UBD[u]] for s, u in enumerate(source_S)]
         return torch.stack([torch.stack(rows) for rows in outputs])
 
     return twin

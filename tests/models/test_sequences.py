@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import twins_sequences
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, check_gates, close, drawn_sizes, randomised, rows, widths
+from references import sequences as references
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -141,8 +141,8 @@ def test_the_input_has_each_sequence_as_din_pools_it_with_the_first_feature_of_i
     params = dict(model.sequences.named_parameters())
     for row in range(3):
         candidate = looked_up(model, "shown", row).sum(0)
-        recent = twins_sequences.pooled(params, 0, list(looked_up(model, "recent", row)), candidate)
-        words = twins_sequences.pooled(params, 1, list(looked_up(model, "words", row)), torch.zeros(4))
+        recent = references.pooled(params, 0, list(looked_up(model, "recent", row)), candidate)
+        words = references.pooled(params, 1, list(looked_up(model, "words", row)), torch.zeros(4))
         torch.testing.assert_close(x_BD[row, 17:25], torch.cat([recent, words]))
         assert x_BD[row, 25] == given[row, 0]
     # Where features lie in x is told to interactions and to those that attend, in the schema's order.
@@ -159,7 +159,7 @@ def test_a_schema_whose_tables_are_all_read_by_sequences_has_no_other_collection
     assert model(batch(ids | {"user": IDS["user"]})).isfinite().all()
 
 
-# The modules against their twins
+# The modules against their references
 
 
 def layout(size: Sizes) -> Schema:
@@ -187,7 +187,7 @@ def counts(size: Sizes) -> list[list[int]]:
 
 @settings(max_examples=40, deadline=None)
 @given(sizes)
-def test_sequences_equal_their_twin_with_and_without_a_candidate(size):
+def test_sequences_equal_their_reference_with_and_without_a_candidate(size):
     module, count_BJ = randomised(Sequences(layout(size), size.W), size.seed), counts(size)
     own = [j for j in range(len(size.lengths)) if j in size.candidates]
     pooled, longest = 2 + len(own) * size.D, max(size.lengths)
@@ -207,7 +207,7 @@ def test_sequences_equal_their_twin_with_and_without_a_candidate(size):
                 items = [x_E[place + i * size.D : place + (i + 1) * size.D] for i in range(longest)]
                 first = 2 + own.index(j) * size.D if j in own else None
                 candidate_D = torch.zeros_like(items[0]) if first is None else x_E[first : first + size.D]
-                vectors.append(twins_sequences.pooled(params, j, items[:count], candidate_D))
+                vectors.append(references.pooled(params, j, items[:count], candidate_D))
                 for place, item_D in enumerate(items):
                     token_W = item_D @ params["tokens.weight_SDH"][j] + params["tokens.bias_SH"][j]
                     tokens.append(token_W if place < count else torch.zeros_like(token_W))
@@ -250,7 +250,7 @@ def all_of(size: Sizes) -> Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(sizes)
-def test_dtrn_equals_its_twin_where_behaviours_are_sequences(size):
+def test_dtrn_equals_its_reference_where_behaviours_are_sequences(size):
     module, behaviours = dtrn(size)
 
     def twin(params: dict[str, Tensor], x_BE: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -258,7 +258,7 @@ def test_dtrn_equals_its_twin_where_behaviours_are_sequences(size):
         items_BJ = [
             [own[there] for own, there in zip(*row, strict=True)] for row in zip(item_BJLW, present_BJL, strict=True)
         ]
-        return twins_sequences.dtrn(params, x_BFW, items_BJ, size.T, size.widths, behaviours, fields(size))
+        return references.dtrn(params, x_BFW, items_BJ, size.T, size.widths, behaviours, fields(size))
 
     x_BE = all_of(size)
     check(Called(module, lambda x: module(WithItems(*taken_apart(size, x)))), lambda *call: twin(*call)[0], x_BE)

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import check, drawn_sizes, randomised, rows
+from references.layers import Towers
+from references.loops import Params
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,12 +25,7 @@ sizes = drawn_sizes(kinds=st.lists(st.sampled_from(["binary", "regression"]), mi
 @given(sizes, st.lists(st.integers(1, 5), max_size=3))
 def test_a_shared_tower_is_one_tower_a_task_with_the_same_parameters(size, widths):
     module = randomised(SharedTower(size.T, size.D, widths), size.seed)
-
-    def twin(params: twins.Params, h_BTD: Tensor) -> Tensor:
-        copies = {name.removeprefix("tower."): value.expand(size.T, *value.shape[1:]) for name, value in params.items()}
-        return twins.towers(copies, h_BTD, widths)
-
-    check(module, twin, rows(size, size.T, size.D))
+    check(module, Towers(size.T, size.D, widths, shared=True), rows(size, size.T, size.D))
 
 
 @settings(max_examples=40, deadline=None)
@@ -40,12 +36,12 @@ def test_a_shared_tower_scores_tasks_in_any_order_or_one_alone(size, data):
     torch.testing.assert_close(module(h_BTD[:, order]), module(h_BTD)[:, order], rtol=1e-10, atol=1e-10)
 
 
-def slopes(params: twins.Params, task: int) -> list[Tensor]:
+def slopes(params: Params, task: int) -> list[Tensor]:
     """log(1 + exp(a + log(e - 1))) of every piece: 1 at a = 0."""
     return [torch.log1p((math.e - 1) * torch.exp(a)) for a in params["steepness_TK"][task]]
 
 
-def calibration_twin(params: twins.Params, kinds: list[str], logit_BT: Tensor) -> Tensor:
+def calibration_twin(params: Params, kinds: list[str], logit_BT: Tensor) -> Tensor:
     """From 0, where it is the shift, along the pieces to the logit."""
     outputs = []
     for logit_T in logit_BT:
@@ -64,7 +60,7 @@ def calibration_twin(params: twins.Params, kinds: list[str], logit_BT: Tensor) -
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_calibration_equals_its_twin(size):
+def test_calibration_equals_its_reference(size):
     module = randomised(Calibration(size.kinds), size.seed)
     check(module, lambda params, z_BT: calibration_twin(params, size.kinds, z_BT), 5 * rows(size, len(size.kinds)))
 

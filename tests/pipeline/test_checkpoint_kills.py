@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.system
+
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS / 'training'}"}
 
@@ -41,7 +43,6 @@ def small_disk() -> list[str]:
     pytest.skip("neither root nor a user namespace may mount a file system here")
 
 
-@pytest.mark.slow
 def test_a_run_on_a_disk_that_fills_up_ends_with_one_line_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
     """The disk holds two checkpoints; then it grows, and the same command ends the run."""
     run = tmp_path / "run"

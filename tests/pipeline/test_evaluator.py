@@ -320,7 +320,7 @@ def test_nightly_passes_an_equal_model_and_fails_a_worse_one(run: Run, small_log
         assert judged.passed == (judged.candidate - judged.serving <= config.max_increase)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_nightlys_exit_code_tells_worse_from_broken(run: Run, small_log: Path, tmp_path: Path, trained: Path):
     for step in (4, 6):
         shutil.rmtree(run.checkpoints / f"step-0000000{step}")

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 
 from pipeline.synthetic.event_log import DWELL_SIGMA, LogConfig, generate
 
+pytestmark = pytest.mark.integration
+
 SMALL = {"impressions": 20_000, "days": 2, "users": 20_000, "items": 2_000}
 
 

@@ -207,7 +207,7 @@ def test_a_source_may_be_an_earlier_checkpoint(folder: Path) -> None:
     assert torch.equal(found["embeddings.embedding_bags.user@0.weight"], early["embeddings.embedding_bags.user.weight"])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("placement", ["table_wise", "row_wise"])
 @pytest.mark.parametrize("kind", ["", "-tuned"])
 def test_two_ranks_train_what_one_rank_trains(two_ranks: Path, one_rank: Path, kind: str, placement: str) -> None:
@@ -216,13 +216,14 @@ def test_two_ranks_train_what_one_rank_trains(two_ranks: Path, one_rank: Path, k
     assert_close(last(other), last(one_rank / f"one{kind}"), rtol=5e-3, atol=5e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_two_ranks_start_from_the_same_weights_resume_and_run_pipelined(two_ranks: Path, one_rank: Path) -> None:
     assert_identical(model(last(two_ranks / "two-start")), start(two_ranks, "one-start"))
     assert_identical(last(two_ranks / "two-resumed"), last(two_ranks / "two-table_wise"))
     assert_close(last(two_ranks / "two-pipelined"), last(two_ranks / "two-table_wise"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.system
 def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
     emm_sources = ",".join(str(folder / name) for name in SOURCES)
     command = [

@@ -89,7 +89,7 @@ def test_coded_numbers_with_missing_flags_train_another_model_than_plain_ones(fo
     assert losses(folder / "plain-run") != losses(folder / "coded-run")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_two_ranks_train_what_one_does_with_an_interaction_and_a_calibration(folder: Path):
     changes = {"interaction": {"name": "cross", "layers": 2, "rank": None}, "calibration": "monotone"}
     made = trainer(folder, "one-rank", **changes)

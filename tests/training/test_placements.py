@@ -106,7 +106,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("case", CASES)
 def test_four_ranks_train_random_tables_as_one_rank_does(four_ranks: Path, case: str) -> None:
     train(four_ranks, case, f"one-{case}")

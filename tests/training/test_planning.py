@@ -240,7 +240,7 @@ def alone(folder: Path, name: str, optimizer: str, steps: int = STEPS) -> Traine
     return prepare(config, None, torch.device("cpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_replicated_tables_train_as_table_wise_ones(two_ranks: Path, optimizer: str) -> None:
     replicated, sharded = two_ranks / f"replicated-{optimizer}", two_ranks / f"table_wise-{optimizer}"
@@ -250,12 +250,12 @@ def test_replicated_tables_train_as_table_wise_ones(two_ranks: Path, optimizer: 
     assert len(momenta) == (0 if optimizer == "sgd" else len(TABLES))
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_some_tables_replicated_and_pipelined_train_the_same_model(two_ranks: Path) -> None:
     assert_close(last(two_ranks / "mixed"), last(two_ranks / "table_wise-rowwise_adagrad"))
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
 def test_a_checkpoint_of_replicated_tables_goes_on_sharded_on_one_rank(two_ranks: Path, optimizer: str) -> None:
     source, moved = two_ranks / f"replicated-{optimizer}", two_ranks / f"moved-{optimizer}"
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_replicated_tables_goes_on_sharded_on_one_rank(two_ranks
     assert_close(last(moved), last(source), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_checkpoint_of_sharded_tables_goes_on_replicated_on_two_ranks(two_ranks: Path) -> None:
     saved = tensors(checkpoint.folder(two_ranks / "alone" / "checkpoints", STOP))
     for rank in range(2):
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_sharded_tables_goes_on_replicated_on_two_ranks(two_rank
     )
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_ranks_hold_the_bytes_that_the_estimate_gives(two_ranks: Path) -> None:
     logged = (two_ranks / "logged.0.txt").read_text().splitlines()
     assert (two_ranks / "logged.1.txt").read_text() == ""
@@ -313,7 +313,7 @@ def planning_model(made: Trainer) -> nn.Module:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_plan_that_only_rank_0_makes_is_refused_on_both(two_ranks: Path) -> None:
     for rank in range(2):
         said = (two_ranks / f"refused.{rank}.txt").read_text()

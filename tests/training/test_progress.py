@@ -20,6 +20,8 @@ from pipeline.training.parallel import process_group
 from pipeline.training.step import StepOutput
 from pipeline.training.trainer import Trainer, prepare
 
+pytestmark = pytest.mark.integration
+
 DAYS = ("2026-11-01", "2026-11-02", "2026-11-03")
 
 

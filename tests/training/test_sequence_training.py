@@ -107,7 +107,7 @@ def test_copies_of_a_table_that_is_read_item_by_item_are_refused_where_the_kerne
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_two_ranks_train_what_one_rank_trains_on_sequences(two_ranks: Path, one_rank: Path, placement: str) -> None:
     assert len(losses(two_ranks / placement)) == STEPS
@@ -115,14 +115,14 @@ def test_two_ranks_train_what_one_rank_trains_on_sequences(two_ranks: Path, one_
     assert_close(last(two_ranks / placement), last(one_rank), rtol=5e-3, atol=5e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_pipelined_loop_trains_the_same_on_two_ranks(two_ranks: Path, placement: str) -> None:
     plain = tensors(checkpoint.folder(two_ranks / placement / "checkpoints", STOP))
     assert_identical(last(two_ranks / f"pipelined-{placement}"), plain)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_checkpoint_of_two_ranks_is_taken_over_by_one_with_all_its_numbers(two_ranks: Path, placement: str) -> None:
     name = f"fewer-{placement}"
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_two_ranks_is_taken_over_by_one_with_all_its_numbers(two
     assert_close(last(two_ranks / name), last(two_ranks / placement), rtol=5e-3, atol=5e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_scorer_scores_a_checkpoint_as_the_sharded_model_does(two_ranks: Path, placement: str) -> None:
     found: dict[int, Tensor] = {}

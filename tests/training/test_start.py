@@ -16,6 +16,8 @@ from pipeline.run.run import Run
 from pipeline.training.restore import warm_start
 from pipeline.training.trainer import train
 
+pytestmark = pytest.mark.integration
+
 STILL = {"dense": {"lr": 1e-12}, "tables": {"lr": 1e-12}}
 
 

@@ -90,6 +90,7 @@ def test_a_run_that_was_told_to_end_after_any_step_goes_on_bit_for_bit(
         assert records(folder / name, file) == records(whole, file)
 
 
+@pytest.mark.system
 def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> None:
     """And with 0 once it has gone on to its end."""
     faults = json.dumps([[0, 0, 9, "SIGTERM", "self"]])
@@ -144,7 +145,7 @@ def undisturbed(folder: Path) -> Path:
     return folder / "undisturbed"
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_rank_that_is_killed_and_then_one_that_hangs_cost_the_steps_since_the_last_checkpoint_alone(
     folder: Path, undisturbed: Path
 ) -> None:
@@ -161,7 +162,7 @@ def test_a_rank_that_is_killed_and_then_one_that_hangs_cost_the_steps_since_the_
     assert losses(folder / "killed") == pytest.approx(losses(undisturbed), rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_run_goes_from_two_ranks_to_four_to_one_and_every_row_is_seen_once(folder: Path, undisturbed: Path) -> None:
     plans = ["table_wise"], ["row_wise"]
     for attempt, (ranks, step) in enumerate([(2, 17), (4, 31)]):

@@ -211,7 +211,7 @@ def test_rows_without_an_observed_label_or_weight_move_nothing(folder: Path) -> 
 # One rank against two
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_ranks_train_what_one_rank_trains(two_ranks: Path, one_rank: Path, name: str, placement: str) -> None:
@@ -221,7 +221,7 @@ def test_two_ranks_train_what_one_rank_trains(two_ranks: Path, one_rank: Path, n
     assert_close(last(other), last(one_rank / name), rtol=5e-3, atol=5e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("name", MIXED)
 def test_a_plan_of_several_placements_trains_the_same_model(two_ranks: Path, one_rank: Path, name: str) -> None:
     alone = one_rank / MIXED[name][0]
@@ -229,7 +229,7 @@ def test_a_plan_of_several_placements_trains_the_same_model(two_ranks: Path, one
     assert_close(last(two_ranks / name), last(alone), rtol=5e-3, atol=5e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_data_holds_the_steps_that_are_hard_to_share(two_ranks: Path) -> None:
     """Steps where only one rank, or none, sees a label of the conversion, and an end with padding."""
     kinds: Counter[tuple[bool, bool]] = Counter()
@@ -245,7 +245,7 @@ def test_the_data_holds_the_steps_that_are_hard_to_share(two_ranks: Path) -> Non
     assert padding == 4 * (13 * 32 - TRAIN_ROWS)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["rowwise_adagrad-table_wise", *MIXED])
 def test_the_sharded_forward_is_the_unsharded_rankers(two_ranks: Path, tmp_path: Path, name: str) -> None:
     data = Dataset(two_ranks / "data")
@@ -262,7 +262,7 @@ def test_the_sharded_forward_is_the_unsharded_rankers(two_ranks: Path, tmp_path:
     assert json.loads((two_ranks / f"{name}.keys.json").read_text()) != list(data.schema.sparse)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_tables_start_alike_under_every_plan(folder: Path, two_ranks: Path) -> None:
     start = model(start_of(folder, "start-alone"))
     for plan in ("table_wise", "row_wise", "column_wise"):
@@ -274,14 +274,14 @@ def test_tables_start_alike_under_every_plan(folder: Path, two_ranks: Path) -> N
     assert len(drawn.unique()) > 0.99 * len(drawn)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_run_on_two_ranks_goes_on_bit_for_bit_in_mid_epoch_with_dropout(two_ranks: Path) -> None:
     assert_identical(last(two_ranks / "dropout-resumed"), last(two_ranks / "dropout"))
     assert losses(two_ranks / "dropout-resumed") == losses(two_ranks / "dropout")
     assert f"step-{STOP:08d}" in (two_ranks / "log.0.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_rows_of_two_ranks_are_seen_exactly_once_after_going_on_with_one(two_ranks: Path) -> None:
     stopped(two_ranks, "rowwise_adagrad-table_wise", "fewer")
     alone = train(two_ranks, "fewer", checkpoint_every=STOP)
@@ -294,7 +294,7 @@ def test_rows_of_two_ranks_are_seen_exactly_once_after_going_on_with_one(two_ran
     assert_close(last(two_ranks / "fewer"), last(two_ranks / "rowwise_adagrad-table_wise"), rtol=5e-3, atol=5e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("name", SURVIVING)
 def test_two_ranks_leave_out_what_one_rank_leaves_out(folder: Path, two_ranks: Path, name: str) -> None:
     settings = SURVIVING[name]
@@ -307,7 +307,7 @@ def test_two_ranks_leave_out_what_one_rank_leaves_out(folder: Path, two_ranks: P
     assert losses(two_ranks / f"{name}-two-run") == pytest.approx(losses(folder / f"{name}-alone"), rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_pipelined_loop_trains_the_same_model_on_two_ranks(two_ranks: Path, placement: str) -> None:
     pipelined = two_ranks / ("pipelined" if placement == "table_wise" else "pipelined-row_wise")
@@ -316,13 +316,13 @@ def test_the_pipelined_loop_trains_the_same_model_on_two_ranks(two_ranks: Path, 
     assert losses(pipelined) == losses(plain)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_lanes_that_two_ranks_cannot_share_are_refused_on_both(two_ranks: Path) -> None:
     for rank in range(2):
         assert "lanes=1 must be divisible by the 2 ranks" in (two_ranks / f"refused.{rank}.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_norm_that_is_clipped_is_that_of_the_gradients_averaged_over_ranks(folder: Path, two_ranks: Path) -> None:
     train(folder, "clipped-alone", max_steps=3, clip_norm=0.05)
     assert_close(last(two_ranks / "clipped"), last(folder / "clipped-alone"), rtol=1e-3, atol=1e-4)
@@ -525,7 +525,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_spoilt(folder: Path,
     assert all(map(math.isfinite, losses(run)))
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both_with_one_line(folder: Path, rank: int) -> None:
     clean = Dataset(make_dataset(folder / f"finite-{rank}"))

@@ -34,6 +34,7 @@ def pair() -> Iterator[Pair]:
         watch.stop()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("ours", "theirs"), [("save", "save"), ("step", "save"), ("save", "step"), ("start", "start")])
 def test_ranks_that_wait_for_one_that_writes_or_begins_and_still_answers_go_on_waiting(
     pair: Pair, ended: list, ours: str, theirs: str
@@ -44,6 +45,7 @@ def test_ranks_that_wait_for_one_that_writes_or_begins_and_still_answers_go_on_w
     assert ended == []
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("phase", ["step", "data", "save", "start"])
 def test_a_rank_that_falls_silent_is_named_whatever_the_others_do(
     pair: Pair, ended: list, phase: str, capfd: pytest.CaptureFixture
@@ -56,6 +58,7 @@ def test_a_rank_that_falls_silent_is_named_whatever_the_others_do(
     assert "rank 1, pid" in capfd.readouterr().err
 
 
+@pytest.mark.integration
 def test_a_rank_that_waits_for_its_data_while_the_others_wait_for_it_is_named(
     pair: Pair, ended: list, capfd: pytest.CaptureFixture
 ) -> None:
@@ -66,6 +69,7 @@ def test_a_rank_that_waits_for_its_data_while_the_others_wait_for_it_is_named(
     assert "rank 1, pid" in capfd.readouterr().err.splitlines()[0]
 
 
+@pytest.mark.integration
 def test_ranks_that_step_on_are_left_alone(pair: Pair, ended: list) -> None:
     for step in range(25):
         for watch in pair:

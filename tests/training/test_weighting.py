@@ -327,7 +327,7 @@ def test_a_run_with_a_weighting_that_stopped_in_mid_epoch_ends_as_if_it_had_not(
     assert losses(one_rank / f"one-{name}-resumed") == losses(one_rank / f"one-{name}")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("name", PLACEMENT)
 def test_two_ranks_weight_tasks_as_one_rank_does(two_ranks: Path, one_rank: Path, name: str) -> None:
     assert losses(two_ranks / f"two-{name}") == pytest.approx(losses(one_rank / f"one-{name}"), rel=1e-3)
@@ -336,7 +336,7 @@ def test_two_ranks_weight_tasks_as_one_rank_does(two_ranks: Path, one_rank: Path
     assert_identical(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("name", WITH_STATE)
 def test_a_run_with_a_weighting_goes_on_bit_for_bit_on_two_ranks(two_ranks: Path, name: str) -> None:
     assert_identical(last(two_ranks / f"two-{name}-resumed"), last(two_ranks / f"two-{name}"))

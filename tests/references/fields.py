@@ -1,25 +1,22 @@
-"""The fusions that attend over features as research code writes them: as plain_towers.py, whose remarks hold here too."""
+"""References of the fusions that attend over features: MultiTab-Net, DTRN, APEM and AutoTask (see layers.py)."""
 
-# Shapes: B rows, T tasks, F features, W width of a token, S places of a sequence, K pieces of something, P points.
+# Shapes: B rows, T tasks, F features, W width of a token, G groups, S places of a sequence, P points, H hidden.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from plain_towers import Pair, linear_pairs, mlp_pairs, mlps
+from references.layers import Pair, Reference, linear_pairs, mlp_pairs, mlps, same_pairs
 from torch import Tensor, nn
 from torch.nn import functional
 
 
-def same_pairs(plain: nn.Module, ours: nn.Module) -> Iterator[Pair]:
-    """Of two modules with the same parameters in the same order."""
-    for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
-        yield one, other, lambda tensor: tensor
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, sees_SS: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, sees_SS: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k / sqrt(width)) v over the places seen, and the softmax."""
     score = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return score.masked_fill(~sees_SS, -torch.inf).softmax(-1) @ v
+    weight = score.masked_fill(~sees_SS, -torch.inf).softmax(-1)
+    return weight @ v, weight
 
 
 class GPTBlock(nn.Module):
@@ -34,11 +31,13 @@ class GPTBlock(nn.Module):
     def forward(self, x_BSW: Tensor) -> Tensor:
         sees_SS = torch.ones(x_BSW.shape[1], x_BSW.shape[1], dtype=torch.bool, device=x_BSW.device).tril()
         q, k, v = self.project(self.norm_attention(x_BSW)).chunk(3, 2)
-        x_BSW = x_BSW + self.join(attention(q, k, v, sees_SS))
+        x_BSW = x_BSW + self.join(attention(q, k, v, sees_SS)[0])
         return self.norm_out(x_BSW + self.network(self.norm_network(x_BSW)))
 
 
-class AutoTask(nn.Module):
+class AutoTask(Reference):
+    """Ids of tasks are one-hot; all tasks of a row are one block, in random order during training."""
+
     def __init__(self, in_dim: int, num_tasks: int, num_fields: int, width: int) -> None:
         super().__init__()
         self.num_tasks = num_tasks
@@ -48,7 +47,7 @@ class AutoTask(nn.Module):
         self.over_features, self.over_examples = GPTBlock(inner), GPTBlock(width)
         self.example = nn.Linear(num_fields * in_dim + num_tasks, width)
 
-    def forward(self, x_BFD: Tensor) -> list[Tensor]:
+    def run(self, x_BFD: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         rows, fields = x_BFD.shape[:2]
         facet1, examples = [], []
         for task in range(self.num_tasks):
@@ -63,12 +62,12 @@ class AutoTask(nn.Module):
             facet2_BTW = self.over_examples(example_BTW.gather(1, order_BTW)).gather(1, order_BTW.argsort(1))
         else:
             facet2_BTW = self.over_examples(example_BTW)
-        return [torch.cat([one, facet2_BTW[:, task]], 1) for task, one in enumerate(facet1)]
+        return [torch.cat([one, facet2_BTW[:, task]], 1) for task, one in enumerate(facet1)], []
 
-    def pairs(self, ours: nn.Module) -> Iterator[Pair]:
-        yield self.position_FW, ours.position_FW, lambda tensor: tensor
+    def pairs(self, module: Any) -> Iterator[Pair]:
+        yield self.position_FW, module.position_FW, lambda tensor: tensor
         for name in ("over_features", "over_examples", "example"):
-            yield from same_pairs(getattr(self, name), getattr(ours, name))
+            yield from same_pairs(getattr(self, name), getattr(module, name))
 
 
 class Block(nn.Module):
@@ -80,38 +79,55 @@ class Block(nn.Module):
         self.forward_norm = nn.LayerNorm(dim)
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
-    def forward(self, x_BSW: Tensor, sees_SS: Tensor) -> Tensor:
+    def forward(self, x_BSW: Tensor, sees_SS: Tensor) -> tuple[Tensor, Tensor]:
         y_BSW = self.norm(x_BSW)
         parts = (self.query(y_BSW), *self.key_value(y_BSW).chunk(2, 2))
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        x_BSW = x_BSW + self.out(attention(q, k, v, sees_SS).transpose(1, 2).flatten(2))
-        return x_BSW + self.down(torch.relu(self.up(self.forward_norm(x_BSW))))
+        heads_BHSV, weight_BHSS = attention(q, k, v, sees_SS)
+        x_BSW = x_BSW + self.out(heads_BHSV.transpose(1, 2).flatten(2))
+        return x_BSW + self.down(torch.relu(self.up(self.forward_norm(x_BSW)))), weight_BHSS
 
 
-class MultiTab(nn.Module):
-    """Mask TxT: a task does not see other tasks. Every block renews all tokens."""
+class MultiTab(Reference):
+    """Task tokens before feature tokens, every block renews all of them; a task takes its own token, normalised.
 
-    def __init__(self, in_dim: int, num_tasks: int, num_fields: int, layers: int, heads: int, hidden: int) -> None:
+    Args:
+        mask: "FxT": features do not see tasks; "TxT": a task does not see other tasks; "FxT_TxT": both; or "none".
+    """
+
+    def __init__(
+        self, in_dim: int, num_tasks: int, num_fields: int, layers: int, heads: int, hidden: int, mask: str = "TxT"
+    ) -> None:
         super().__init__()
         self.num_tasks, self.out_dim = num_tasks, in_dim
         self.task_TW = nn.Parameter(torch.randn(num_tasks, in_dim))
         self.blocks = nn.ModuleList(Block(in_dim, heads, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(in_dim)
         sees_SS = torch.ones(num_tasks + num_fields, num_tasks + num_fields, dtype=torch.bool)
-        sees_SS[:num_tasks, :num_tasks] = torch.eye(num_tasks, dtype=torch.bool)
+        if mask in ("FxT", "FxT_TxT"):
+            sees_SS[num_tasks:, :num_tasks] = False
+        if mask in ("TxT", "FxT_TxT"):
+            sees_SS[:num_tasks, :num_tasks] = torch.eye(num_tasks, dtype=torch.bool)
         self.register_buffer("sees_SS", sees_SS)
 
-    def forward(self, x_BFW: Tensor) -> list[Tensor]:
+    def run(self, x_BFW: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         x_BSW = torch.cat([self.task_TW.expand(len(x_BFW), -1, -1), x_BFW], 1)
         for block in self.blocks:
-            x_BSW = block(x_BSW, self.sees_SS)
-        return list(self.norm(x_BSW)[:, : self.num_tasks].unbind(1))
+            x_BSW, weight_BHSS = block(x_BSW, self.sees_SS)
+        return list(self.norm(x_BSW)[:, : self.num_tasks].unbind(1)), [[weight_BHSS]]
 
-    def pairs(self, ours: nn.Module) -> Iterator[Pair]:
-        return same_pairs(self, ours)
+    def gates(self, x_BFW: Tensor) -> list[Tensor]:
+        """How much the last block attends from each task to each feature, the mean of the heads: weight_BTF."""
+        [[weight_BHSS]] = self.run(x_BFW)[1]
+        return [weight_BHSS.mean(1)[:, : self.num_tasks, self.num_tasks :]]
+
+    def pairs(self, module: Any) -> Iterator[Pair]:
+        return same_pairs(self, module)
 
 
 class Excitation(nn.Module):
+    """A gate per field: 2 sigmoid(V relu(U z + a) + b), z the mean of each field."""
+
     def __init__(self, num_fields: int, hidden: int) -> None:
         super().__init__()
         self.squeeze, self.excite = nn.Linear(num_fields, hidden), nn.Linear(hidden, num_fields)
@@ -119,12 +135,17 @@ class Excitation(nn.Module):
     def forward(self, x_BFW: Tensor) -> Tensor:
         return 2 * self.excite(torch.relu(self.squeeze(x_BFW.mean(2)))).sigmoid()
 
-    def pairs(self, ours: nn.Module, index: int) -> Iterator[Pair]:
-        yield from linear_pairs(self.squeeze, ours.squeeze, index)
-        yield from linear_pairs(self.excite, ours.excite, index)
+    def pairs(self, module: Any, index: int) -> Iterator[Pair]:
+        yield from linear_pairs(self.squeeze, module.squeeze, index)
+        yield from linear_pairs(self.excite, module.excite, index)
 
 
-class DTRN(nn.Module):
+class DTRN(Reference):
+    """Per task: behaviours as it reads them, every field times its gate, side by side into the task's network.
+
+    A behaviour is read as x + V relu(U (g * norm(x) + b)), 1 + g and b being generated.
+    """
+
     def __init__(
         self, in_dim: int, num_tasks: int, num_fields: int, widths: Sequence[int], behaviours: Sequence[int],
         condition: int, hidden: int, squeeze: int,
@@ -139,8 +160,8 @@ class DTRN(nn.Module):
         self.excitations = nn.ModuleList(Excitation(num_fields, squeeze) for _ in range(num_tasks))
         self.networks = mlps(num_tasks, [num_fields * in_dim, *widths])
 
-    def forward(self, x_BFW: Tensor) -> list[Tensor]:
-        out = []
+    def run(self, x_BFW: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        out, weights = [], []
         for task, (excitation, network) in enumerate(zip(self.excitations, self.networks, strict=True)):
             tokens = list(x_BFW.unbind(1))
             for index, field in enumerate(self.behaviours):
@@ -151,20 +172,24 @@ class DTRN(nn.Module):
                 y_BW = (1 + scale_W) * functional.layer_norm(tokens[field], tokens[field].shape[1:]) + shift_W
                 tokens[field] = tokens[field] + self.down(torch.relu(self.up(y_BW)))
             read_BFW = torch.stack(tokens, 1)
-            out.append(network((read_BFW * excitation(read_BFW).unsqueeze(2)).flatten(1)))
-        return out
+            weights.append(excitation(read_BFW))
+            out.append(network((read_BFW * weights[-1].unsqueeze(2)).flatten(1)))
+        return out, [weights]
 
-    def pairs(self, ours: nn.Module) -> Iterator[Pair]:
-        for name in ("task_TC", "behaviour_KC"):
-            yield getattr(self, name), getattr(ours.interests, name), lambda tensor: tensor
-        for name in ("task_layer", "behaviour_layer", "generate", "up", "down"):
-            yield from same_pairs(getattr(self, name), getattr(ours.interests, name))
+    def pairs(self, module: Any) -> Iterator[Pair]:
+        if self.behaviours:
+            for name in ("task_TC", "behaviour_KC"):
+                yield getattr(self, name), getattr(module.interests, name), lambda tensor: tensor
+            for name in ("task_layer", "behaviour_layer", "generate", "up", "down"):
+                yield from same_pairs(getattr(self, name), getattr(module.interests, name))
         for task, excitation in enumerate(self.excitations):
-            yield from excitation.pairs(ours.excitation, task)
-        yield from mlp_pairs(self.networks, ours.networks)
+            yield from excitation.pairs(module.excitation, task)
+        yield from mlp_pairs(self.networks, module.networks)
 
 
 class Group(nn.Module):
+    """All fields into each point, each field out of the points, feed-forward, gates."""
+
     def __init__(self, num_fields: int, dim: int, points: int, hidden: int, squeeze: int) -> None:
         super().__init__()
         self.norm, self.forward_norm = (nn.LayerNorm(dim, elementwise_affine=False) for _ in range(2))
@@ -183,38 +208,49 @@ class Group(nn.Module):
         x_BFW = x_BFW + self.down(torch.relu(self.up(self.forward_norm(x_BFW))))
         return x_BFW * self.excitation(x_BFW).unsqueeze(2)
 
-    def pairs(self, ours: nn.Module, index: int) -> Iterator[Pair]:
+    def pairs(self, module: Any, index: int) -> Iterator[Pair]:
         for name in ("ask", "out", "value_query", "point_key_value", "up", "down"):
-            yield from linear_pairs(getattr(self, name), getattr(ours, name), index)
-        yield from self.excitation.pairs(ours.excitation, index)
+            yield from linear_pairs(getattr(self, name), getattr(module, name), index)
+        yield from self.excitation.pairs(module.excitation, index)
 
 
-class APEM(nn.Module):
-    """One layer of groups."""
+class APEM(Reference):
+    """Groups make patterns of each field; a task takes a softmax of all, field by field, times F, into its network."""
 
     def __init__(
-        self, in_dim: int, num_tasks: int, num_fields: int, widths: Sequence[int], groups: int, points: int, hidden: int,
-        squeeze: int,
+        self, in_dim: int, num_tasks: int, num_fields: int, widths: Sequence[int], layers: int = 1, groups: int = 2,
+        points: int = 4, hidden: int = 16, squeeze: int = 16,
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = widths[-1]
-        self.groups = nn.ModuleList(Group(num_fields, in_dim, points, hidden, squeeze) for _ in range(groups))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(Group(num_fields, in_dim, points, hidden, squeeze) for _ in range(groups))
+            for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(in_dim, elementwise_affine=False)
         self.indicators = nn.ParameterList(torch.randn(in_dim) for _ in range(num_tasks))
         self.networks = mlps(num_tasks, [num_fields * in_dim, *widths])
 
-    def forward(self, x_BFW: Tensor) -> list[Tensor]:
-        pattern_BGFW = torch.stack([group(x_BFW) for group in self.groups], 1)
-        out = []
+    def run(self, x_BFW: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        patterns = [x_BFW] * len(self.blocks[0])
+        for groups in self.blocks:
+            patterns = [group(pattern_BFW) for group, pattern_BFW in zip(groups, patterns, strict=True)]
+        pattern_BGFW = torch.stack(patterns, 1)
+        out, weights = [], []
         for indicator_W, network in zip(self.indicators, self.networks, strict=True):
             score_BGF = self.norm(pattern_BGFW) @ indicator_W / math.sqrt(len(indicator_W))
-            weight_BGF = score_BGF.flatten(1).softmax(1).view_as(score_BGF)
-            out.append(network(x_BFW.shape[1] * (weight_BGF.unsqueeze(3) * pattern_BGFW).sum(1).flatten(1)))
-        return out
+            weights.append(score_BGF.flatten(1).softmax(1).view_as(score_BGF))
+            out.append(network(x_BFW.shape[1] * (weights[-1].unsqueeze(3) * pattern_BGFW).sum(1).flatten(1)))
+        return out, [weights]
 
-    def pairs(self, ours: nn.Module) -> Iterator[Pair]:
-        for index, group in enumerate(self.groups):
-            yield from group.pairs(ours.blocks[0], index)
+    def gates(self, x_BFW: Tensor) -> list[Tensor]:
+        """Of all groups: weight_BTF."""
+        return [weight_BTGF.sum(2) for weight_BTGF in super().gates(x_BFW)]
+
+    def pairs(self, module: Any) -> Iterator[Pair]:
+        for layer, groups in enumerate(self.blocks):
+            for index, group in enumerate(groups):
+                yield from group.pairs(module.blocks[layer], index)
         for task, indicator_W in enumerate(self.indicators):
-            yield indicator_W, ours.indicator_TW, lambda indicator_TW, task=task: indicator_TW[task]
-        yield from mlp_pairs(self.networks, ours.networks)
+            yield indicator_W, module.indicator_TW, lambda indicator_TW, task=task: indicator_TW[task]
+        yield from mlp_pairs(self.networks, module.networks)

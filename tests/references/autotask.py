@@ -1,4 +1,4 @@
-"""Twin of AutoTask: float64, one example, place and head at a time, written from the equations of GPT-2 and the paper.
+"""Reference of AutoTask: float64, one example, place and head at a time, written from the equations of GPT-2 and the paper.
 
 Of the module it knows the names and shapes of the parameters, nothing else.
 """

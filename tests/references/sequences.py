@@ -1,13 +1,32 @@
-"""Twins of what reads sequences: float64, one row, task, sequence and item at a time (see twins.py)."""
+"""References of what reads sequences: float64, one row, task, sequence and item at a time (see loops.py)."""
 
 # Shapes: B rows, T tasks, F features, J sequences, L items of one, D width of an item, W of a token.
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from references.loops import Params, mix, mlp, softmax
 from torch import Tensor
-from twins import Fused, Params, mix, mlp, softmax
-from twins_fields import excitation, interest, linear, norm
+
+
+def linear(params: Params, name: str, x_D: Tensor) -> Tensor:
+    """A layer of nn.Linear: W x + b."""
+    bias = params.get(f"{name}.bias")
+    return params[f"{name}.weight"] @ x_D + (0 if bias is None else bias)
+
+
+def norm(x_W: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-5)."""
+    away_W = x_W - sum(x_W) / len(x_W)
+    return away_W / (sum(away_W**2) / len(x_W) + 1e-5) ** 0.5
+
+
+def excitation(params: Params, task: int, x_FW: Sequence[Tensor]) -> list[Tensor]:
+    """A gate per field: 2 sigmoid(V relu(U z + a) + b), z the mean of each field."""
+    h = torch.stack([sum(x_W) / len(x_W) for x_W in x_FW])
+    names = ("squeeze.weight_SDH", "squeeze.bias_SH", "excite.weight_SDH", "excite.bias_SH")
+    U, a, V, b = (params[f"excitation.{name}"][task] for name in names)
+    return [2 / (1 + (-score).exp()) for score in torch.relu(h @ U + a) @ V + b]
 
 
 def fit(params: Params, sequence: int, item_D: Tensor, candidate_D: Tensor) -> Tensor:
@@ -33,6 +52,12 @@ def conditional(params: Params, name: str, task: int, behaviour: int, x_W: Tenso
     return (1 + made[: len(x_W)]) * norm(x_W) + made[len(x_W) :]
 
 
+def interest(params: Params, task: int, behaviour: int, x_W: Tensor) -> Tensor:
+    """x + V relu(U (g * norm(x) + b))."""
+    y_W = conditional(params, "interests.generate", task, behaviour, x_W)
+    return x_W + linear(params, "interests.down", torch.relu(linear(params, "interests.up", y_W)))
+
+
 def attended(params: Params, task: int, behaviour: int, own_W: Tensor, items: Sequence[Tensor]) -> Tensor:
     """x + A z: z the mean of a sequence's conditional norms, weighed by softmax(q y / sqrt(W)), q = Q y of its first place."""
     places = params["interests.attention.place_SW"]
@@ -53,7 +78,7 @@ def dtrn(
     widths: Sequence[int],
     behaviours: Sequence[int],
     sequences: Sequence[int],
-) -> Fused:
+) -> tuple[Tensor, list[Tensor]]:
     """Per task: behaviours as it reads them, sequences with their items, every field times its gate, into its network.
 
     Args:
@@ -68,7 +93,7 @@ def dtrn(
             for k, field in enumerate(behaviours):
                 x_W = attended(params, t, k, x_FW[field], items[field]) if field in items else x_FW[field]
                 own_FW[field] = interest(params, t, k, x_W)
-            gate_F = excitation(params, "excitation", t, own_FW)
+            gate_F = excitation(params, t, own_FW)
             x_D = torch.cat([gate * x_W for gate, x_W in zip(gate_F, own_FW, strict=True)])
             h_TD.append(mlp(params, "networks.", t, len(widths), x_D))
             gate_TF.append(torch.stack(gate_F))
