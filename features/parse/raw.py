@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from features.errors import UserError
 from features.hashing import hash_strings
-from features.parse.bags import listed
 from features.parse.values import WORDS, as_ids, cleaned, coded, numbers
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
@@ -21,7 +19,6 @@ LINE = "__line"  # of the row in its file, or in the part of it that is read at 
 ROW = "__row"  # index of the row there
 ROW_ID = "row_id"
 SPLIT = "__split"  # index into SPLITS
-LARGEST = float(np.finfo(np.float32).max)
 HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same column
 
 
@@ -109,9 +106,13 @@ def as_json(rows: pa.Table) -> pl.Series:
 
 
 def code_columns(schema: Schema) -> set[str]:
-    """The raw columns that hold one id a row, or the items of a history."""
-    wanted = {schema.feature_columns[name] for name in [*schema.categorical, *schema.histories]}
-    return wanted - schema.raw_types.keys()
+    """The raw columns that are read as codes into their values: those of one id a row, and of items of a history."""
+    return {raw.column for raw in schema.raw.values() if raw.coded} - schema.raw_types.keys()
+
+
+def list_columns(schema: Schema) -> dict[str, str]:
+    """The raw columns that may hold lists, with the separator of items where they hold text."""
+    return {raw.column: raw.separator for raw in schema.raw.values() if raw.separator}
 
 
 def view(
@@ -166,17 +167,19 @@ def parse(
     """
     open_windows, histories = open_windows or {}, histories or {}
     frame = _view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
-    columns = {
-        name: _feature(schema, name, histories[name] if name in histories else _column(schema, column, frame, rows))
-        for name, column in schema.feature_columns.items()
-    }
+    columns: dict[str, pa.Array] = {}
+    reasons = []
+    for name, feature in schema.features.items():
+        values = histories[name] if name in histories else _column(schema, schema.raw[name].column, frame, rows)
+        columns[name], reason = feature.parse(name, _arrow(values), schema)
+        reasons.append(reason)
     core = {f"label.{name}": _label(schema, frame, name, open_windows) for name in schema.tasks}
     core["weight"] = _weight(schema, frame)
     core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
     core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
     core[SPLIT] = _split(schema, frame, rows, core["event_time"])
     table = pa.table(columns | {name: series.rechunk().to_arrow() for name, series in core.items()})
-    reason = _faults(schema, table, core)
+    reason = _faults(schema, core, [r for r in reasons if r is not None])
     if schema.source.outcomes:
         key = str(schema.source.key)
         missing = pl.Series(_arrow(_column(schema, key, frame, rows)).is_null())
@@ -231,26 +234,6 @@ def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Ser
     if series.dtype == pl.String:
         raise UserError(f"{key}: {expression!r} is text: compare it with a value, or set source.types")
     return series.cast(pl.Float32)
-
-
-def _feature(schema: Schema, name: str, values: pl.Series | pa.Array) -> pa.Array:
-    """A feature's column as `parse` returns it. Raises UserError for one that is not of the type that its use needs."""
-    if name in schema.bag:
-        return listed(_arrow(values), schema.bag[name])
-    kind, column = "dense" if name in schema.dense else "categorical", schema.feature_columns[name]
-    if kind == "categorical" and name not in _binned(schema):
-        if _is_nested(values):
-            raise UserError(f"categorical.{name}: column {column} holds lists: make it a bag")
-        return as_ids(values)
-    series = values if isinstance(values, pl.Series) else pl.Series(values)
-    if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
-        raise UserError(f"{kind}.{name}: column {column} is {series.dtype}, it must be a number")
-    return series.cast(pl.Float64).rechunk().to_arrow()
-
-
-def _binned(schema: Schema) -> list[str]:
-    """The features whose numbers are looked up by bins."""
-    return [name for name in schema.categorical if schema.all_tables[schema.table_of(name)].bins]
 
 
 def _is_nested(values: pl.Series | pa.Array) -> bool:
@@ -317,15 +300,11 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
     return (time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)
 
 
-def _faults(schema: Schema, rows: pa.Table, core: dict[str, pl.Series]) -> pl.Series:
-    """Per row what makes it unusable, null where all is well."""
-    reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
-    for name in [*schema.dense, *_binned(schema)]:
-        # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
-        span = pc.min_max(rows[name]).as_py()
-        if max(-(span["min"] or 0.0), span["max"] or 0.0) > LARGEST:
-            x = pl.Series(rows[name])
-            reason = _either(reason, x.abs() > LARGEST, pl.format(f"{name}: {{}} is not a finite number", x))
+def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Series]) -> pl.Series:
+    """Per row why it is a dead letter, null for a good one; of several reasons the first, and first those of features."""
+    reason = pl.Series([None], dtype=pl.String).new_from_index(0, core[SPLIT].len())
+    for text in found:
+        reason = reason.zip_with(reason.is_not_null(), text)
     for name, task in schema.tasks.items():
         label = core[f"label.{name}"]
         allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()

@@ -1,12 +1,15 @@
-"""From text to values: numbers, times and ids of a block of rows, and what is wrong with those that are none."""
+"""From text to values: numbers, times, ids and lists of a block of rows, and which of them are not valid."""
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from features.errors import UserError
 from features.schema.source import Format, RawType
 
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
+LARGEST = float(np.finfo(np.float32).max)
 KINDS = {"float": pl.Float64, "int": pl.Int64, "time": pl.Int64}
 _HEX_DIGITS = (
     r"^0[xX]([0-9a-fA-F]{1,16})$"  # pyarrow reads these as integers, so a block that is read as text must, too
@@ -83,3 +86,36 @@ def as_ids(values: pl.Series | pa.Array) -> pa.DictionaryArray:
     codes = array.dictionary_encode()
     distinct: pl.Series = pl.from_arrow(codes.dictionary)  # type: ignore[assignment]
     return pa.DictionaryArray.from_arrays(codes.indices, distinct.cast(pl.String).to_arrow().cast(pa.large_string()))
+
+
+def as_lists(values: pa.Array, separator: str) -> pa.LargeListArray:
+    """Lists, as they are or of the parts of texts."""
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        values = pc.split_pattern(values.cast(pa.large_string()), separator)
+    return values.cast(pa.large_list(values.type.value_type))
+
+
+def finite_numbers(name: str, values: pa.Array, column: str) -> tuple[pa.Array, pl.Series | None]:
+    """A column as float64, and why some of its rows are dead letters (None: none is).
+
+    Args:
+        name: of the feature. column: where it comes from, for an error.
+    Raises:
+        UserError: it is not numeric.
+    """
+    series = pl.Series(values)
+    if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
+        raise UserError(f"{column} is {series.dtype}, it must be a number")
+    numbers = series.cast(pl.Float64).rechunk()
+    array = numbers.to_arrow()
+    # Infinite after LN(0), or beyond float32: one such value would spoil the mean, and so every row.
+    span = pc.min_max(array).as_py()
+    if max(-(span["min"] or 0.0), span["max"] or 0.0) <= LARGEST:
+        return array, None
+    text = pl.format(f"{name}: {{}} is not a finite number", numbers)
+    return array, pl.select(pl.when(numbers.abs() > LARGEST).then(text)).to_series()
+
+
+def float64(values: pa.Array) -> np.ndarray:
+    """float64, NaN where a value is missing."""
+    return values.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)

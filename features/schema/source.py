@@ -120,6 +120,11 @@ class Outcome(Strict):
         return {**({self.time: "time"} if self.time else {}), **self.columns}
 
 
+def outcome_names(name: str, outcome: Outcome) -> list[str]:
+    """The columns that the join of an outcome adds."""
+    return [name, *(f"{name}_{c}" for c in ["count", *(["time"] if outcome.time else []), *outcome.columns])]
+
+
 class History(Strict):
     """What a user met before: the items of earlier rows of the same user, the latest first.
 

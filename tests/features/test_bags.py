@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.parse.bags import listed
-from features.schema.schema import Bag
+from features.kinds.bag import Bag, listed
 
 ITEM = st.sampled_from(["a", "b", "ä", "", " ", "日本", "a b", "."])
 LENGTHS = st.sampled_from([1, 2, 3, 50])

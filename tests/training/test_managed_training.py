@@ -12,7 +12,7 @@ from two_ranks_managed import ADAGRAD, STEPS, STOP, logits, make_managed_dataset
 from workbench import close, identical, last, torchrun
 
 from features.errors import UserError
-from features.schema.kinds import Managed
+from features.schema.tables import Managed
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.scorer import Evaluator
 from pipeline.run.run import Run

@@ -52,8 +52,7 @@ def read(job: Job, work: Work) -> Work:
     form = job.schema.source.format_of(stream if outcome else None)
     types = _types(job, stream)
     codes = set() if outcome else raw.code_columns(job.schema)
-    bags = {} if outcome else {n: bag for n, bag in job.schema.bag.items() if not bag.history}
-    lists = {job.schema.feature_columns[name]: bag.separator for name, bag in bags.items()}
+    lists = {} if outcome else raw.list_columns(job.schema)
     reader = Reader(unit, form, work["names"], types, lists, Share(job.scratch / "notes", work["number"]).note)
     bad, parts, latest, count = [], [], [], 0
     for block in _blocks(reader, types):
