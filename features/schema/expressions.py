@@ -12,7 +12,7 @@ _QUOTED = r"""'[^']*'|"[^"]*"|`[^`]*`|(?<![\w$])(?P<tag>\$\w*\$).*?(?P=tag)"""
 _TOKEN = re.compile(rf"(?P<comment>--|/\*)|{_QUOTED}", re.DOTALL)
 _ESCAPES = re.compile(r"""[\\$]|--|/\*""")  # where quotes may end elsewhere than _QUOTED thinks
 _QUERY = re.compile(r"\b(select|from)\b", re.IGNORECASE)
-_MOMENT = re.compile(r"\b(?:date|datetime|time|timestamp)\s*'[^']*'", re.IGNORECASE)
+_MOMENT = re.compile(r"\b(?:date|datetime|time|timestamp)\s*$", re.IGNORECASE)
 _MOMENTS = {"Date", "Datetime", "Time"}  # types of literals, in a tree
 
 # Functions whose value depends on their row alone, as polars' expression tree names them: FAMILY.FUNCTION, or FUNCTION.
@@ -55,13 +55,11 @@ def _columns_of(expression: str) -> tuple[str, ...]:
         raise ValueError(f"{expression!r} holds a comment ({comment}): remove it, and write - - for two minus signs")
     try:
         meta = pl.sql_expr(expression).meta
-        tree = _tree(expression)
+        tree, written = _tree(expression), _moments(expression)
     except (pl.exceptions.PolarsError, TypeError) as error:
         raise ValueError(f"{expression!r} is not a SQL expression: {error}") from None
     if meta.has_multiple_outputs():
         raise ValueError(f"{expression!r} stands for several columns: name the one that is meant")
-    # A call of the clock has become a literal, as DATE '2020-01-01' has.
-    written = [_tree(moment)["Literal"] for moment in _MOMENT.findall(expression)]
     if beyond := dict.fromkeys(_not_allowed(tree, written)):
         raise ValueError(
             f"{expression!r} uses {', '.join(beyond)}: an expression may only use columns of its row and functions of them"
@@ -71,6 +69,12 @@ def _columns_of(expression: str) -> tuple[str, ...]:
 
 def _tree(expression: str) -> Any:
     return json.loads(pl.sql_expr(expression).meta.serialize(format="json"))
+
+
+def _moments(expression: str) -> list[Any]:
+    """The literals that an expression spells out, such as DATE '2020-01-01'. A call of the clock becomes one, too."""
+    found = [(_MOMENT.search(expression[: token.start()]), token[0]) for token in _TOKEN.finditer(expression)]
+    return [_tree(kind[0] + text)["Literal"] for kind, text in found if kind]
 
 
 def _not_allowed(node: Any, written: list[Any]) -> Iterator[str]:
@@ -99,6 +103,8 @@ def _not_allowed(node: Any, written: list[Any]) -> Iterator[str]:
     elif kind == "Function":
         if (name := _name(content["function"])) not in ALLOWED:
             yield name
+        elif name == "StringExpr.Strptime" and content["function"]["StringExpr"]["Strptime"][1]["format"] is None:
+            yield "a date without a format, which is guessed from other rows"
         for part in content["input"]:
             yield from _not_allowed(part, written)
     elif kind == "Agg":

@@ -57,7 +57,12 @@ def test_what_depends_on_other_rows_is_refused(expression: str) -> None:
     "expression",
     [
         *("x = NOW()", "CURRENT_TIMESTAMP", "LOCALTIMESTAMP", "current_date", "LOCALTIME", '"now"()', "CURRENT_DATE()"),
-        *("at > DATE '2020-01-01' AND at < NOW()", "at + INTERVAL '1 day' > NOW()", "COALESCE(at, CURRENT_DATE)"),
+        *(
+            "at > DATE '2020-01-01' AND at < NOW()",
+            "at + INTERVAL '1 day' > NOW()",
+            "COALESCE(at, CURRENT_DATE)",
+            "s = 'date ' AND at = NOW()",
+        ),
     ],
 )
 def test_what_depends_on_the_clock_is_refused(expression: str) -> None:
@@ -80,6 +85,8 @@ UNLISTED = {
     "COALESCE(x, FIRST(x))": "FIRST over rows",
     "UPPER(STRING_AGG(s))": ".* over rows",
     "UNNEST(list) IN (1, 2)": "UNNEST",
+    "DATE(s) > at": "a date without a format, .*",
+    "TIMESTAMP(s)": "a date without a format, .*",
     "LAG(x) OVER (ORDER BY y) IS NULL": "OVER",
 }
 
@@ -109,7 +116,8 @@ OF_ONE_ROW = [
     "DATE_PART('hour', at)", "STRFTIME(at, '%Y')", "SUBSTR(s, 1, 2)", "REGEXP_LIKE(s, '^(a|max(imum)?)$')",
     "SPLIT_PART(s, ',', 1)", "ARRAY_SUM(list)", "ARRAY_LENGTH(list)", "list[1]", "BIT_AND(y, 3)", "STRPOS(s, 'a')",
     '"sum" + 1', "sum", "CASE WHEN sum IN (1, 2) THEN (x) END", "x * -1 - - 2", "s IN ('it''s', 'a -- b', '/* c')",
-    "at >= DATE '2020-01-02'", "at + INTERVAL '1 day' > TIMESTAMP '2020-01-02 00:00:00'", "LEFT(s, y)", "x IS NOT NULL",
+    "at >= DATE '2020-01-02'", "s = 'date ' OR s = 'x'", "s = 'a date ''x'",
+    "at + INTERVAL '1 day' > TIMESTAMP '2020-01-02 00:00:00'", "LEFT(s, y)", "x IS NOT NULL",
     "s ILIKE 'A%' OR s NOT LIKE '_'", "LPAD(s, 3, '0')", "TRIM(s) || RTRIM(s)", "LOG2(x) + LOG10(x) + LOG(x, 3) + SIGN(x)",
     "x = ANY(list)", "DATE_PART('epoch', at) // 3600 % 24", "TRUNC(CEIL(x) / EXP(y))", "NOT (x > 1 AND y < 3)",
 ]  # fmt: skip

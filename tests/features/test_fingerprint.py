@@ -102,6 +102,17 @@ def test_dates_are_utc_whether_quoted_or_not_and_whatever_the_machines_zone(tmp_
     assert len(prints) == 1
 
 
+def test_the_earlier_name_of_a_key_is_read_with_one_warning_and_the_same_fingerprint(caplog):
+    old = Schema.parse(changed("source.outcomes.click.young", "leave_out"), where="mine.yaml")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "`young` is now `open_window`" in caplog.text
+    caplog.clear()
+    new = Schema.parse(changed("source.outcomes.click.open_window", "leave_out"), where="mine.yaml")
+    assert not caplog.records
+    assert old == new
+    assert old.fingerprint == new.fingerprint
+
+
 # What is shipped
 
 
