@@ -1,4 +1,4 @@
-"""What a row means: schema, statistics, encoders, Batch."""
+"""What a row means: schema, parsing, joins, statistics, encoders, batches."""
 
 import logging
 import os

@@ -21,9 +21,9 @@ def counted(values: np.ndarray) -> pl.DataFrame:
 
 
 def bin_edges(counts: pl.DataFrame, bins: int) -> np.ndarray:
-    """Ascending edges of about `bins` bins of equal mass, the first and last being the smallest and largest value.
+    """Ascending edges of about `bins` bins of as many rows each; the first and last are the smallest and largest value.
 
-    A value that alone outweighs a bin gets edges of its own and leaves the others to the rest: quantiles of a number that is
+    A value with more rows than a bin gets edges of its own and leaves the others to the rest: quantiles of a number that is
     0 in nine rows of ten would be one and the same.
 
     Args:
@@ -31,7 +31,7 @@ def bin_edges(counts: pl.DataFrame, bins: int) -> np.ndarray:
     """
     counts = counts.sort("value")
     value_V, count_V = counts["value"].to_numpy(), counts["count"].to_numpy().astype(np.float64)
-    if len(value_V) < 2:  # a column without two values tells nothing, but has an edge on either side
+    if len(value_V) < 2:  # a column without two values carries nothing, but needs an edge on either side
         start = value_V[0] if len(value_V) else 0.0
         return np.array([start, start + max(1.0, abs(start))])
     if len(value_V) <= bins + 1:

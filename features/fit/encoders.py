@@ -1,4 +1,4 @@
-"""Encoders: what was fitted on the train split, saved readable, and how it turns parsed rows into dataset columns."""
+"""Encoders: fitted on the train split, saved as JSON and Parquet; they turn parsed rows into dataset columns."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,7 @@ from features.parse.values import float64
 from features.schema.schema import Schema
 
 VERSION = 3
-MISSING, UNKNOWN = 0, 1  # the first ids of every table; one of hash buckets or bins has no unknown values
+MISSING, UNKNOWN = 0, 1  # the first ids of every table; tables of hash buckets and bins have no unknown values
 UNKNOWN_SEED = 3  # of the hash that gives unknown values their ids; others than the buckets of hash tables
 
 

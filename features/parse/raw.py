@@ -24,11 +24,11 @@ HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same colu
 
 @dataclass(frozen=True)
 class Typed:
-    """A block's columns with their types, good rows apart from bad ones.
+    """A block's columns with their types, good and bad rows separated.
 
     Attributes:
         rows: text that names ids as codes into its values, other text plain, numbers and times as they are; LINE and ROW.
-        bad: what is wrong with the others: line, reason, raw.
+        bad: the other rows, as dead letters: line, reason, raw.
     """
 
     rows: pa.Table
@@ -56,11 +56,11 @@ def type_columns(
     """Types the raw columns of a block of an impressions' or outcomes' file.
 
     Args:
-        columns: as they were read: text, numbers that the reader took already, or lists of text.
+        columns: as they were read: text, numbers that the reader has parsed, or lists of text.
         types: of all columns.
-        codes: text columns whose values name ids.
+        codes: text columns that are ids.
         form: how the file is written.
-        line: of each row, for what is said of bad ones.
+        line: of each row, for dead letters.
         row: index of the first row.
     """
     found: dict[str, pa.Array] = {}
@@ -71,10 +71,10 @@ def type_columns(
             texts = cleaned(pl.Series(array, dtype=pl.String), form)
             values, wrong = numbers(texts, kind, form)
             if wrong.any():
-                said = pl.select(
+                text = pl.select(
                     pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, pl.lit(WORDS[kind])))
                 ).to_series()
-                reason = said if reason is None else reason.zip_with(reason.is_not_null(), said)
+                reason = text if reason is None else reason.zip_with(reason.is_not_null(), text)
             found[name] = values.to_arrow()
         elif kind != "string":
             found[name] = array.cast(pa.float64() if kind == "float" else pa.int64())
@@ -94,13 +94,13 @@ def type_columns(
 
 
 def dead_letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
-    """What is wrong with rows: the line, why, and the row as text."""
+    """Dead letters: the line, the reason, and the row as text."""
     types = {"line": pl.Int64, "reason": pl.String, "raw": pl.String}
     return pl.DataFrame({"line": line, "reason": reason, "raw": raw}, schema=types)
 
 
 def as_json(rows: pa.Table) -> pl.Series:
-    """The cells that were read, as JSON, for a person to look at."""
+    """The cells that were read, as JSON, for a person to read."""
     frame: pl.DataFrame = pl.from_arrow(_decoded(rows))  # type: ignore[assignment]
     return frame.select(pl.struct(pl.all()).struct.json_encode().alias("raw")).to_series()
 
@@ -118,7 +118,7 @@ def list_columns(schema: Schema) -> dict[str, str]:
 def view(
     schema: Schema, rows: pa.Table, joined: pl.DataFrame | None, expressions: Iterable[str], also: Iterable[str] = ()
 ) -> pl.DataFrame:
-    """The columns that some expressions read, and others by name, derived ones and those of outcomes among them.
+    """The columns that expressions read, and others by name: raw, derived or of outcomes.
 
     Raises:
         UserError: a derived column cannot be computed, or one of those by name holds lists.
@@ -154,7 +154,7 @@ def parse(
     open_windows: dict[str, np.ndarray] | None = None,
     histories: dict[str, pa.Array] | None = None,
 ) -> Parsed:
-    """Features, labels and split of typed rows, and which of them cannot be used.
+    """Features, labels and split of typed rows; those that cannot be used become dead letters.
 
     Args:
         rows: B typed rows of `type_columns`.
@@ -162,8 +162,8 @@ def parse(
         joined: B rows of the columns that outcomes add.
         open_windows: per outcome [B] whether its window was still open when the log ended.
         histories: per bag of a history, B lists of items.
-    Returns: of each feature a column of its name: dense and binned numbers float64, ids as codes into text, bags as lists of
-        those; label.TASK float32, weight float32, event_time int64, row_id int64, SPLIT int8.
+    Returns: of each feature a column of its name, as its kind parses it; label.TASK float32, weight float32, event_time
+        int64, row_id int64, SPLIT int8.
     """
     open_windows, histories = open_windows or {}, histories or {}
     frame = _view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
@@ -303,16 +303,16 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
 def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Series]) -> pl.Series:
     """Per row why it is a dead letter, null for a good one; of several reasons the first, and first those of features."""
     reason = pl.Series([None], dtype=pl.String).new_from_index(0, core[SPLIT].len())
-    for text in found:
-        reason = reason.zip_with(reason.is_not_null(), text)
+    for own in found:
+        reason = reason.zip_with(reason.is_not_null(), own)
     for name, task in schema.tasks.items():
         label = core[f"label.{name}"]
         allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()
         words = "a label in [0, 1]" if task.kind == "binary" else "a finite label"
         reason = _either(reason, ~allowed, pl.format(f"tasks.{name}: {{}} is not {words}", label))
     weight = core["weight"]
-    said = pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
-    reason = _either(reason, ~(weight.is_finite() & (weight >= 0)).fill_null(False), said)
+    text = pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
+    reason = _either(reason, ~(weight.is_finite() & (weight >= 0)).fill_null(False), text)
     reason = _either(reason, core[SPLIT].is_null(), pl.lit("split: its key or time is missing"))
     if schema.event_time:
         reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
@@ -323,11 +323,11 @@ def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Serie
     return reason
 
 
-def _either(reason: pl.Series, wrong: pl.Series, said: pl.Expr) -> pl.Series:
-    """The reasons, and for rows that are wrong and have none yet what is said of them."""
+def _either(reason: pl.Series, wrong: pl.Series, text: pl.Expr) -> pl.Series:
+    """The reasons, and `text` for rows that are wrong and have none yet."""
     if not wrong.any():
         return reason
-    return pl.select(pl.when(reason.is_null() & wrong).then(said).otherwise(reason)).to_series()
+    return pl.select(pl.when(reason.is_null() & wrong).then(text).otherwise(reason)).to_series()
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

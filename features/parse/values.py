@@ -18,14 +18,14 @@ _TIME = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|
 
 
 def cleaned(texts: pl.Series, form: Format) -> pl.Series:
-    """Texts with spaces stripped where the schema says so, and missing markers as nulls."""
+    """Texts with spaces stripped if the format is to, and missing markers as nulls."""
     texts = texts.str.strip_chars() if form.trim else texts
     marked = texts.is_in(form.missing) if form.missing else pl.Series([False], dtype=pl.Boolean)
     return texts.set(marked, None) if marked.any() else texts
 
 
 def numbers(texts: pl.Series, kind: RawType, form: Format) -> tuple[pl.Series, pl.Series]:
-    """Cleaned texts as numbers, times as seconds since 1970 UTC, and which of the texts are none."""
+    """Cleaned texts as numbers, times as seconds since 1970 UTC, and which of the texts are not valid."""
     bare = texts.str.strip_chars(" \t")
     values = bare.cast(KINDS[kind], strict=False)
     if kind == "float":
@@ -39,9 +39,9 @@ def numbers(texts: pl.Series, kind: RawType, form: Format) -> tuple[pl.Series, p
 
 
 def times(texts: pl.Series, form: Format) -> pl.Series:
-    """ISO 8601 dates and times as whole seconds since 1970 UTC; null where a text is none.
+    """ISO 8601 dates and times as whole seconds since 1970 UTC; null where a text is no time.
 
-    A text without an offset is in the format's time zone; of an hour that the clock shows twice it is the first.
+    A text without an offset is in the format's time zone; an hour that the clock shows twice is the first of the two.
     """
     part = texts.str.extract_groups(_TIME).struct
     clock = part.field("2").fill_null("00:00") + part.field("3").fill_null(":00")
@@ -67,12 +67,12 @@ def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:
     """Texts, cleaned, as codes into their values, which may repeat."""
     array = texts.dictionary_encode()
     values, codes = array.dictionary.cast(pa.large_string()), array.indices
-    # As `cleaned` does it: pyarrow's spaces are others, and a key that is also a feature must be one and the same.
+    # As `cleaned` does it: pyarrow strips other spaces, and a key that is also a feature must be the same text.
     values = pl.Series(values, dtype=pl.String).str.strip_chars().to_arrow() if form.trim else values
-    gone_V = pc.is_in(values, value_set=pa.array(form.missing, pa.large_string())).to_numpy(False)
-    if gone_V.any():
-        lost_B = codes.is_null().to_numpy(False) | gone_V[codes.fill_null(0).to_numpy()]
-        codes = pa.array(codes.fill_null(0).to_numpy(), mask=lost_B)
+    null_V = pc.is_in(values, value_set=pa.array(form.missing, pa.large_string())).to_numpy(False)
+    if null_V.any():
+        null_B = codes.is_null().to_numpy(False) | null_V[codes.fill_null(0).to_numpy()]
+        codes = pa.array(codes.fill_null(0).to_numpy(), mask=null_B)
     return pa.DictionaryArray.from_arrays(codes, values)
 
 

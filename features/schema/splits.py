@@ -35,7 +35,7 @@ class HashSplit(Strict):
 
 
 class RowIndexSplit(Strict):
-    """A row's index in its file modulo `modulo` says its split."""
+    """By a row's index in its file modulo `modulo`."""
 
     by: Literal["row_index"]
     modulo: int = Field(ge=1)
