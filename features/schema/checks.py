@@ -118,7 +118,7 @@ def _without_time(schema: Schema) -> Iterator[str]:
         for outcome in schema.outcomes_of(history.when) if history.when else ():
             stream = schema.source.outcomes[outcome]
             if not stream.time:
-                yield f"bag {name}: its history reads outcome {outcome}, which has no time. Give it one: the column of when it happened"
+                yield f"bag {name}: its history reads outcome {outcome}, which has no time: give it one"
             elif str(history.when).strip() != outcome and (stream.window is None or stream.late == "keep"):
                 yield (
                     f"bag {name}: history.when reads more of outcome {outcome} than that it happened, which is known only "

@@ -78,7 +78,7 @@ READ_MORE = [
 def test_a_history_reads_only_outcomes_whose_time_is_known(when):
     content = recalled(when)
     del content["source"]["outcomes"]["click"]["time"]
-    assert "bag recent: its history reads outcome click, which has no time. Give it one" in refusal(content)
+    assert "bag recent: its history reads outcome click, which has no time: give it one" in refusal(content)
 
 
 @pytest.mark.parametrize("when", READ_MORE)
