@@ -1,6 +1,7 @@
-"""From Arrow to tensors: a run of decoded rows, and the Batch that a model takes. Nothing here loops over rows."""
+"""From Arrow to tensors: decoded rows, and the Batch that a model takes. Nothing here loops over rows."""
 
-# Shapes: N rows of a run, B rows of a batch, F categorical features, G bags, D dense columns, T tasks, V values of a bag.
+# Shapes: N rows, B rows of a batch, F features of one id, G features of a list of ids, D dense columns, T tasks, V ids of all
+# lists of a feature.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from features.kinds.base import floats
 from features.schema.schema import Schema
 
 PADDING = -1  # row_id of rows that only fill a batch up
@@ -22,7 +24,7 @@ class Batch(Pipelineable):
     """What a model sees of B rows.
 
     Attributes:
-        sparse: ids of categorical features and bags, keys in the schema's order, stride B.
+        sparse: ids, keys in the order of `Schema.sparse`, stride B.
         dense_BD: float32.
         label_BT: float32, 0 where not observed.
         observed_BT: bool, whether the label counts for the task.
@@ -42,7 +44,7 @@ class Batch(Pipelineable):
         return Batch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the memory from reuse until the stream is through with it."""
+        """Keeps the memory from reuse until the stream has finished with it."""
         for f in fields(self):
             getattr(self, f.name).record_stream(stream)
 
@@ -53,19 +55,19 @@ class Batch(Pipelineable):
 
 @dataclass
 class Rows:
-    """A run of N decoded rows, column by column.
+    """N decoded rows, column by column.
 
     Attributes:
         id_FN: int64.
-        length_GN: int64, ids of each bag in each row.
-        bags: per bag its values, int64 of shape (V,), row after row.
+        length_GN: int64, ids of each list.
+        lists: per feature the ids of its lists, int64 of shape (V,), row after row.
         dense_ND, label_NT: float32; label is NaN where not observed.
         weight_N: float32. row_id_N: int64.
     """
 
     id_FN: Tensor
     length_GN: Tensor
-    bags: list[Tensor]
+    lists: list[Tensor]
     dense_ND: Tensor
     label_NT: Tensor
     weight_N: Tensor
@@ -78,48 +80,45 @@ class Rows:
     def decode(cls, table: pa.Table, schema: Schema) -> "Rows":
         """Decodes rows of a dataset; numeric columns are viewed where Arrow holds them, then stacked once."""
 
-        def stack(names: Sequence[str], dtype: type[np.generic], axis: int) -> Tensor:
-            if not names:
-                return torch.from_numpy(np.zeros((0, table.num_rows) if axis == 0 else (table.num_rows, 0), dtype))
-            return torch.from_numpy(np.stack([_view(table[name], dtype) for name in names], axis=axis))
-
-        lists = [table[name].combine_chunks() for name in schema.bag]
+        numbers = [part for name in schema.dense_ranges for part in schema.features[name].decode(name, table)]
+        lists = [table[name].combine_chunks() for name in schema.lists]
         offsets = [np.asarray(column.offsets, dtype=np.int64) for column in lists]
+        empty = np.zeros((0, table.num_rows), np.int64)
         return cls(
-            id_FN=stack(list(schema.categorical), np.int64, 0),
-            length_GN=torch.from_numpy(np.stack([np.diff(o) for o in offsets])) if lists else _no_bags(table.num_rows),
-            bags=[
+            id_FN=torch.from_numpy(np.stack([_ids(table[name]) for name in schema.single]) if schema.single else empty),
+            length_GN=torch.from_numpy(np.stack([np.diff(o) for o in offsets]) if lists else empty.copy()),
+            lists=[
                 torch.from_numpy(column.values.to_numpy()[o[0] : o[-1]].copy())
                 for column, o in zip(lists, offsets, strict=True)
             ],
-            dense_ND=stack(schema.dense_columns, np.float32, 1),
-            label_NT=stack([f"label.{task}" for task in schema.tasks], np.float32, 1),
-            weight_N=stack(["weight"], np.float32, 0)[0],
-            row_id_N=stack(["row_id"], np.int64, 0)[0],
+            dense_ND=_side_by_side(numbers, table.num_rows),
+            label_NT=_side_by_side([floats(table[f"label.{task}"]) for task in schema.tasks], table.num_rows),
+            weight_N=torch.from_numpy(floats(table["weight"]).copy()),
+            row_id_N=torch.from_numpy(_ids(table["row_id"]).copy()),
         )
 
     @classmethod
     def blank(cls, schema: Schema, rows: int) -> "Rows":
-        """Rows that count in nothing, in place of some that cannot be read."""
+        """Rows of weight 0, in place of some that cannot be read."""
         return cls(
-            id_FN=torch.zeros(len(schema.categorical), rows, dtype=torch.int64),
-            length_GN=torch.zeros(len(schema.bag), rows, dtype=torch.int64),
-            bags=[torch.zeros(0, dtype=torch.int64) for _ in schema.bag],
-            dense_ND=torch.zeros(rows, len(schema.dense_columns)),
+            id_FN=torch.zeros(len(schema.single), rows, dtype=torch.int64),
+            length_GN=torch.zeros(len(schema.lists), rows, dtype=torch.int64),
+            lists=[torch.zeros(0, dtype=torch.int64) for _ in schema.lists],
+            dense_ND=torch.zeros(rows, schema.dense_width),
             label_NT=torch.full((rows, len(schema.tasks)), torch.nan),
             weight_N=torch.zeros(rows),
             row_id_N=torch.full((rows,), PADDING),
         )
 
     def take(self, index_N: Tensor) -> "Rows":
-        """The rows at `index_N`, in its order."""
+        """The rows at `index_N`, in that order."""
         length_GN = self.length_GN[:, index_N]
         return Rows(
             id_FN=self.id_FN[:, index_N],
             length_GN=length_GN,
-            bags=[
+            lists=[
                 _take_ragged(values, before, index_N, after)
-                for values, before, after in zip(self.bags, self.length_GN, length_GN, strict=True)
+                for values, before, after in zip(self.lists, self.length_GN, length_GN, strict=True)
             ],
             dense_ND=self.dense_ND[index_N],
             label_NT=self.label_NT[index_N],
@@ -133,7 +132,7 @@ class Rows:
         return Rows(
             id_FN=self.id_FN[:, start:stop],
             length_GN=self.length_GN[:, start:stop],
-            bags=[values[a:b] for values, (a, b) in zip(self.bags, bounds, strict=True)],
+            lists=[values[a:b] for values, (a, b) in zip(self.lists, bounds, strict=True)],
             dense_ND=self.dense_ND[start:stop],
             label_NT=self.label_NT[start:stop],
             weight_N=self.weight_N[start:stop],
@@ -148,7 +147,7 @@ class Rows:
         return Rows(
             id_FN=torch.cat([p.id_FN for p in parts], 1),
             length_GN=torch.cat([p.length_GN for p in parts], 1),
-            bags=[torch.cat(values) for values in zip(*(p.bags for p in parts), strict=True)],
+            lists=[torch.cat(values) for values in zip(*(p.lists for p in parts), strict=True)],
             dense_ND=torch.cat([p.dense_ND for p in parts]),
             label_NT=torch.cat([p.label_NT for p in parts]),
             weight_N=torch.cat([p.weight_N for p in parts]),
@@ -156,7 +155,7 @@ class Rows:
         )
 
     def batch(self, schema: Schema, size: int) -> Batch:
-        """A batch of `size` rows: these, then padding, which has no ids, no labels and no weight."""
+        """A batch of `size` rows: these, then padding without ids, labels and weight."""
         pad, (num_ids, rows) = size - len(self), self.id_FN.shape
         present_FB = torch.zeros(num_ids, size, dtype=torch.int64)
         present_FB[:, :rows] = 1
@@ -166,7 +165,7 @@ class Rows:
         return Batch(
             sparse=KeyedJaggedTensor(
                 keys=list(schema.sparse),
-                values=torch.cat([self.id_FN.reshape(-1), *self.bags]),
+                values=torch.cat([self.id_FN.reshape(-1), *self.lists]),
                 lengths=length_KB.reshape(-1),
                 stride=size,
             ),
@@ -178,13 +177,13 @@ class Rows:
         )
 
 
-def _view(column: pa.ChunkedArray, dtype: type[np.generic]) -> np.ndarray:
-    """A numeric column as numpy, NaN where a float is null."""
-    return column.to_numpy().astype(dtype, copy=False)
+def _ids(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy().astype(np.int64, copy=False)
 
 
-def _no_bags(rows: int) -> Tensor:
-    return torch.zeros(0, rows, dtype=torch.int64)
+def _side_by_side(parts: Sequence[np.ndarray], rows: int) -> Tensor:
+    """Arrays of shape (N,) or (N, K) as one of shape (N, D), D = 0 where there are none."""
+    return torch.from_numpy(np.column_stack(parts) if parts else np.zeros((rows, 0), np.float32))
 
 
 def _take_ragged(value_V: Tensor, length_N: Tensor, index_M: Tensor, length_M: Tensor) -> Tensor:

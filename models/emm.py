@@ -188,7 +188,7 @@ class FusedRanker(Ranker):
             # TorchRec names what is looked up for one feature in several tables FEATURE@TABLE.
             name = {feature: f"{feature}@{table[feature]}" if len(tables_M) > 1 else feature for feature in table}
             self.features += [name[feature] for feature in self.schema.sparse]
-            self.bags |= {name[bag]: bag for bag in self.schema.bag}
+            self.bags |= {name[bag]: bag for bag in self.schema.lists}
         self.embedding_dim = sum(t.embedding_dim * len(t.feature_names) for t in tables_M[0])
 
     def _towers(self, config: ModelConfig) -> nn.Module:

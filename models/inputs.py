@@ -1,4 +1,4 @@
-"""What the tables and numbers of a row become: one flat vector, and for those that attend one token a feature."""
+"""Input of a model: embeddings and numbers of a row as one flat vector, and as one token a feature."""
 
 # Shapes: B rows, D flat width, F features, N numbers with a code, K bins, W width of a code or token, P columns of a feature.
 
@@ -51,9 +51,9 @@ class Inputs(nn.Module):
         schema: features. encoders: for the bins' edges. numeric_dim: W of a piecewise number's code, 0 for none.
     Attributes:
         out_dim: D.
-        columns: per feature, in the schema's order (id features, then numbers), its columns of x_BD.
+        columns: per feature (those of ids, then those of numbers) its columns of x_BD: the first number, its code, the rest.
     Call Args:
-        embedding_BE: of all id features, side by side, sequences last. dense_BD: the schema's dense columns.
+        embedding_BE: of all id features, side by side, sequences last. dense_BD: as a batch has it.
     Returns: x_BD.
     """
 
@@ -61,22 +61,22 @@ class Inputs(nn.Module):
 
     def __init__(self, schema: Schema, encoders: Encoders, numeric_dim: int) -> None:
         super().__init__()
-        coded = [name for name, feature in schema.dense.items() if feature.piecewise and numeric_dim]
-        places = torch.tensor([schema.dense_columns.index(name) for name in coded], dtype=torch.int64)
-        self.register_buffer("coded_N", places, persistent=False)
+        numbers = schema.dense_ranges
+        coded = [name for name in numbers if schema.features[name].code_bins and numeric_dim]
+        first = torch.tensor([numbers[name].start for name in coded], dtype=torch.int64)
+        self.register_buffer("coded_N", first, persistent=False)
         self.code = Piecewise([encoders.edges[name] for name in coded], numeric_dim) if coded else None
-        order = [*pooled_features(schema), *sequences_of(schema)]
-        widths = {name: schema.all_tables[schema.table_of(name)].dim for name in order}
-        widths |= dict.fromkeys(schema.dense_columns, 1) | {f"{name} code": numeric_dim for name in coded}
-        ends = dict(zip(widths, torch.tensor(list(widths.values())).cumsum(0).tolist(), strict=True))
-        ranges = {name: range(ends[name] - width, ends[name]) for name, width in widths.items()}
-        self.out_dim = sum(widths.values())
-        self.columns = {
-            name: [
-                c for part in (name, f"{name} code", f"{name}_missing") if part in ranges for c in ranges[part]
-            ]
-            for name in [*schema.sparse, *schema.dense]
-        }  # fmt: skip
+        own: dict[str, range] = {}
+        end = 0
+        for name in [*pooled_features(schema), *sequences_of(schema)]:
+            own[name] = range(end, end := end + schema.table(name).dim)
+        codes = {name: end + schema.dense_width + n * numeric_dim for n, name in enumerate(coded)}
+        self.out_dim = end + schema.dense_width + len(coded) * numeric_dim
+        self.columns = {name: list(own[name]) for name in schema.sparse}
+        for name, places in numbers.items():
+            number, *rest = (end + place for place in places)
+            code = range(codes[name], codes[name] + numeric_dim) if name in codes else ()
+            self.columns[name] = [number, *code, *rest]
 
     def forward(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
         if self.code is None:

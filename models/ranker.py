@@ -112,7 +112,7 @@ class Ranker(nn.Module):
         self.features = pooled_features(schema)
         self.lengths = {name: bag.max_length for name, bag in sequences_of(schema).items()}
         unpooled, tables = unpooled_tables(schema), table_configs(schema, encoders, std)
-        self.bags = {name: name for name in schema.bag if schema.table_of(name) not in unpooled}
+        self.bags = {name: name for name in schema.lists if schema.table_of(name) not in unpooled}
         pooled = [table for table in tables if table.name not in unpooled]
         single = [_item_by_item(table) for table in tables if table.name in unpooled]
         self.embeddings = EmbeddingBagCollection(pooled, device=device) if pooled else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec import JaggedTensor
 
 from features.errors import UserError
-from features.schema.kinds import Bag
+from features.kinds.bag import Bag
 from features.schema.schema import Schema
 from models.layers import StackedLinear, StackedMLP
 

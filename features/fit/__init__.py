@@ -1,1 +1,1 @@
-"""What is fitted on the train split: statistics and encoders."""
+"""Statistics of rows, and encoders fitted on those of the train split."""

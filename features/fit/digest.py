@@ -4,7 +4,7 @@ import numpy as np
 from datasketches import tdigest_double
 
 K = 200  # shares of values are right to about a thousandth, and better towards both ends
-SAMPLE = 1 << 14  # of twice as many at once and more, a sample of this size or up to twice as large has to do
+SAMPLE = 1 << 14  # of twice as many values at once or more, a sample of up to twice this size stands for all
 
 
 def _one_of(every: int, values: np.ndarray) -> np.ndarray:
@@ -18,11 +18,11 @@ def _one_of(every: int, values: np.ndarray) -> np.ndarray:
 class Digest:
     """A t-digest of numbers (Dunning and Ertl 2019).
 
-    The same values in the same order of merges give the same digest, be it sent between processes or not. Another order
-    gives one that is as good. Of many values at once it is that of a sample, which stands for all of them.
+    The same values in the same order of merges give the same digest, also when it is pickled in between. Another order
+    gives another digest of the same accuracy. Of many values at once it is that of a sample.
 
     Args:
-        values: float64 numbers; NaN counts for nothing.
+        values: float64 numbers; NaN is left out.
     """
 
     def __init__(self, values: np.ndarray | None = None) -> None:
@@ -35,7 +35,7 @@ class Digest:
                 self._sketch.merge(tdigest_double.deserialize(self._sketch.serialize()))
             if halvings:
                 self._sketch.update(np.array([present.min(), present.max()]))
-        self._sketch.compress()  # what a pickled one is, too
+        self._sketch.compress()  # as a pickled one is
 
     def merge(self, *others: "Digest") -> "Digest":
         """The digest of all parts' values."""
@@ -47,7 +47,7 @@ class Digest:
 
     @property
     def count(self) -> int:
-        """About how many values it was given, and whether there are any: what follows needs one."""
+        """About how many values it holds, and 0 only for none. All other methods need at least one."""
         return int(self._sketch.get_total_weight())
 
     @property
@@ -62,7 +62,7 @@ class Digest:
 
     def below(self, value: float) -> float:
         """Share of values < value."""
-        # Of a value that many rows have, the sketch's own rank is the middle of its rows.
+        # For a value of many rows, the sketch itself ranks the middle of them.
         return float(self._sketch.get_rank(np.nextafter(value, -np.inf)))
 
     def at_most(self, value: float) -> float:

@@ -1,4 +1,4 @@
-"""What a user met before each impression: the last items strictly before its time, without a loop over rows."""
+"""Histories: the last items of a user strictly before each impression, without a loop over rows."""
 
 # Shapes: I impressions, E events, V items of all lists together.
 
@@ -13,7 +13,7 @@ def recent(
     Events of one user in the same second follow each other as they are given, the last given being the latest.
 
     Args:
-        user_I, user_E: numbers that stand for users, from 0.
+        user_I, user_E: numbers of users, from 0.
         time_I, time_E: seconds.
         length: of a list at most.
     Returns: offsets of the lists, int64 of shape (I + 1,), and the index of the event for each element, int64 of shape (V,).

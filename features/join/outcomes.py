@@ -14,11 +14,11 @@ JOIN_STATUSES = ("joined", "duplicate", "early", "late", "unmatched")
 
 @dataclass(frozen=True)
 class Joined:
-    """What `join` found.
+    """Result of `join`.
 
     Attributes:
         columns: [I] NAME, NAME_count, NAME_time where there is one, and NAME_COLUMN of the outcome's columns.
-        join_statuses: outcomes by what became of them, see JOIN_STATUSES; together all O.
+        join_statuses: how many outcomes have each of JOIN_STATUSES; together all O.
         latest: time of the last one that was joined.
     """
 
@@ -98,7 +98,7 @@ class _Places:
 
 
 def _taken(values: pl.Series, start_I: np.ndarray, stop_I: np.ndarray, take: str) -> pl.Series:
-    """Per impression one of the values start .. stop - 1, or what they add up to; null where there are none."""
+    """Per impression one of the values start .. stop - 1, or their sum, minimum or maximum; null without one."""
     if take in ("first", "last"):
         place = pl.Series(start_I if take == "first" else stop_I - 1)
         return values.gather(place.set(pl.Series(stop_I == start_I), None))
@@ -128,7 +128,7 @@ def _joined(start_I: np.ndarray, stop_I: np.ndarray, events: int) -> np.ndarray:
 def _join_statuses(
     key_I: np.ndarray, time_I: np.ndarray, key_D: np.ndarray, time_D: np.ndarray, joined_D: np.ndarray
 ) -> dict[str, int]:
-    """What became of the events, which are sorted by key and time."""
+    """How many events have each status; they are sorted by key and time."""
     known_D = np.isin(key_D, key_I)
     first_K = np.full(int(max(key_D.max(initial=-1), key_I.max(initial=-1))) + 1, np.iinfo(np.int64).max)
     np.minimum.at(first_K, key_I, time_I)

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from features.errors import UserError
 from features.hashing import hash_strings
-from features.parse.bags import listed
 from features.parse.values import WORDS, as_ids, cleaned, coded, numbers
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
@@ -21,17 +19,16 @@ LINE = "__line"  # of the row in its file, or in the part of it that is read at 
 ROW = "__row"  # index of the row there
 ROW_ID = "row_id"
 SPLIT = "__split"  # index into SPLITS
-LARGEST = float(np.finfo(np.float32).max)
 HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same column
 
 
 @dataclass(frozen=True)
 class Typed:
-    """A block's columns with their types, good rows apart from bad ones.
+    """A block's columns with their types, good and bad rows separated.
 
     Attributes:
         rows: text that names ids as codes into its values, other text plain, numbers and times as they are; LINE and ROW.
-        bad: what is wrong with the others: line, reason, raw.
+        bad: the other rows, as dead letters: line, reason, raw.
     """
 
     rows: pa.Table
@@ -59,11 +56,11 @@ def type_columns(
     """Types the raw columns of a block of an impressions' or outcomes' file.
 
     Args:
-        columns: as they were read: text, numbers that the reader took already, or lists of text.
+        columns: as they were read: text, numbers that the reader has parsed, or lists of text.
         types: of all columns.
-        codes: text columns whose values name ids.
+        codes: text columns that are ids.
         form: how the file is written.
-        line: of each row, for what is said of bad ones.
+        line: of each row, for dead letters.
         row: index of the first row.
     """
     found: dict[str, pa.Array] = {}
@@ -74,10 +71,10 @@ def type_columns(
             texts = cleaned(pl.Series(array, dtype=pl.String), form)
             values, wrong = numbers(texts, kind, form)
             if wrong.any():
-                said = pl.select(
+                text = pl.select(
                     pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, pl.lit(WORDS[kind])))
                 ).to_series()
-                reason = said if reason is None else reason.zip_with(reason.is_not_null(), said)
+                reason = text if reason is None else reason.zip_with(reason.is_not_null(), text)
             found[name] = values.to_arrow()
         elif kind != "string":
             found[name] = array.cast(pa.float64() if kind == "float" else pa.int64())
@@ -97,27 +94,31 @@ def type_columns(
 
 
 def dead_letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
-    """What is wrong with rows: the line, why, and the row as text."""
+    """Dead letters: the line, the reason, and the row as text."""
     types = {"line": pl.Int64, "reason": pl.String, "raw": pl.String}
     return pl.DataFrame({"line": line, "reason": reason, "raw": raw}, schema=types)
 
 
 def as_json(rows: pa.Table) -> pl.Series:
-    """The cells that were read, as JSON, for a person to look at."""
+    """The cells that were read, as JSON, for a person to read."""
     frame: pl.DataFrame = pl.from_arrow(_decoded(rows))  # type: ignore[assignment]
     return frame.select(pl.struct(pl.all()).struct.json_encode().alias("raw")).to_series()
 
 
 def code_columns(schema: Schema) -> set[str]:
-    """The raw columns that hold one id a row, or the items of a history."""
-    wanted = {schema.feature_columns[name] for name in [*schema.categorical, *schema.histories]}
-    return wanted - schema.raw_types.keys()
+    """The raw columns that are read as codes into their values: those of one id a row, and of items of a history."""
+    return {raw.column for raw in schema.raw.values() if raw.coded} - schema.raw_types.keys()
+
+
+def list_columns(schema: Schema) -> dict[str, str]:
+    """The raw columns that may hold lists, with the separator of items where they hold text."""
+    return {raw.column: raw.separator for raw in schema.raw.values() if raw.separator}
 
 
 def view(
     schema: Schema, rows: pa.Table, joined: pl.DataFrame | None, expressions: Iterable[str], also: Iterable[str] = ()
 ) -> pl.DataFrame:
-    """The columns that some expressions read, and others by name, derived ones and those of outcomes among them.
+    """The columns that expressions read, and others by name: raw, derived or of outcomes.
 
     Raises:
         UserError: a derived column cannot be computed, or one of those by name holds lists.
@@ -153,7 +154,7 @@ def parse(
     open_windows: dict[str, np.ndarray] | None = None,
     histories: dict[str, pa.Array] | None = None,
 ) -> Parsed:
-    """Features, labels and split of typed rows, and which of them cannot be used.
+    """Features, labels and split of typed rows; those that cannot be used become dead letters.
 
     Args:
         rows: B typed rows of `type_columns`.
@@ -161,22 +162,24 @@ def parse(
         joined: B rows of the columns that outcomes add.
         open_windows: per outcome [B] whether its window was still open when the log ended.
         histories: per bag of a history, B lists of items.
-    Returns: of each feature a column of its name: dense and binned numbers float64, ids as codes into text, bags as lists of
-        those; label.TASK float32, weight float32, event_time int64, row_id int64, SPLIT int8.
+    Returns: of each feature a column of its name, as its kind parses it; label.TASK float32, weight float32, event_time
+        int64, row_id int64, SPLIT int8.
     """
     open_windows, histories = open_windows or {}, histories or {}
     frame = _view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
-    columns = {
-        name: _feature(schema, name, histories[name] if name in histories else _column(schema, column, frame, rows))
-        for name, column in schema.feature_columns.items()
-    }
+    columns: dict[str, pa.Array] = {}
+    reasons = []
+    for name, feature in schema.features.items():
+        values = histories[name] if name in histories else _column(schema, schema.raw[name].column, frame, rows)
+        columns[name], reason = feature.parse(name, _arrow(values), schema)
+        reasons.append(reason)
     core = {f"label.{name}": _label(schema, frame, name, open_windows) for name in schema.tasks}
     core["weight"] = _weight(schema, frame)
     core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
     core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
     core[SPLIT] = _split(schema, frame, rows, core["event_time"])
     table = pa.table(columns | {name: series.rechunk().to_arrow() for name, series in core.items()})
-    reason = _faults(schema, table, core)
+    reason = _faults(schema, core, [r for r in reasons if r is not None])
     if schema.source.outcomes:
         key = str(schema.source.key)
         missing = pl.Series(_arrow(_column(schema, key, frame, rows)).is_null())
@@ -231,26 +234,6 @@ def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Ser
     if series.dtype == pl.String:
         raise UserError(f"{key}: {expression!r} is text: compare it with a value, or set source.types")
     return series.cast(pl.Float32)
-
-
-def _feature(schema: Schema, name: str, values: pl.Series | pa.Array) -> pa.Array:
-    """A feature's column as `parse` returns it. Raises UserError for one that is not of the type that its use needs."""
-    if name in schema.bag:
-        return listed(_arrow(values), schema.bag[name])
-    kind, column = "dense" if name in schema.dense else "categorical", schema.feature_columns[name]
-    if kind == "categorical" and name not in _binned(schema):
-        if _is_nested(values):
-            raise UserError(f"categorical.{name}: column {column} holds lists: make it a bag")
-        return as_ids(values)
-    series = values if isinstance(values, pl.Series) else pl.Series(values)
-    if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
-        raise UserError(f"{kind}.{name}: column {column} is {series.dtype}, it must be a number")
-    return series.cast(pl.Float64).rechunk().to_arrow()
-
-
-def _binned(schema: Schema) -> list[str]:
-    """The features whose numbers are looked up by bins."""
-    return [name for name in schema.categorical if schema.all_tables[schema.table_of(name)].bins]
 
 
 def _is_nested(values: pl.Series | pa.Array) -> bool:
@@ -317,23 +300,19 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
     return (time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)
 
 
-def _faults(schema: Schema, rows: pa.Table, core: dict[str, pl.Series]) -> pl.Series:
-    """Per row what makes it unusable, null where all is well."""
-    reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
-    for name in [*schema.dense, *_binned(schema)]:
-        # Infinite after LN(0), or too large for the dataset: one such value would spoil every row's by its mean.
-        span = pc.min_max(rows[name]).as_py()
-        if max(-(span["min"] or 0.0), span["max"] or 0.0) > LARGEST:
-            x = pl.Series(rows[name])
-            reason = _either(reason, x.abs() > LARGEST, pl.format(f"{name}: {{}} is not a finite number", x))
+def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Series]) -> pl.Series:
+    """Per row why it is a dead letter, null for a good one; of several reasons the first, and first those of features."""
+    reason = pl.Series([None], dtype=pl.String).new_from_index(0, core[SPLIT].len())
+    for own in found:
+        reason = reason.zip_with(reason.is_not_null(), own)
     for name, task in schema.tasks.items():
         label = core[f"label.{name}"]
         allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()
         words = "a label in [0, 1]" if task.kind == "binary" else "a finite label"
         reason = _either(reason, ~allowed, pl.format(f"tasks.{name}: {{}} is not {words}", label))
     weight = core["weight"]
-    said = pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
-    reason = _either(reason, ~(weight.is_finite() & (weight >= 0)).fill_null(False), said)
+    text = pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))
+    reason = _either(reason, ~(weight.is_finite() & (weight >= 0)).fill_null(False), text)
     reason = _either(reason, core[SPLIT].is_null(), pl.lit("split: its key or time is missing"))
     if schema.event_time:
         reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
@@ -344,11 +323,11 @@ def _faults(schema: Schema, rows: pa.Table, core: dict[str, pl.Series]) -> pl.Se
     return reason
 
 
-def _either(reason: pl.Series, wrong: pl.Series, said: pl.Expr) -> pl.Series:
-    """The reasons, and for rows that are wrong and have none yet what is said of them."""
+def _either(reason: pl.Series, wrong: pl.Series, text: pl.Expr) -> pl.Series:
+    """The reasons, and `text` for rows that are wrong and have none yet."""
     if not wrong.any():
         return reason
-    return pl.select(pl.when(reason.is_null() & wrong).then(said).otherwise(reason)).to_series()
+    return pl.select(pl.when(reason.is_null() & wrong).then(text).otherwise(reason)).to_series()
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

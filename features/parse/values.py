@@ -1,12 +1,15 @@
-"""From text to values: numbers, times and ids of a block of rows, and what is wrong with those that are none."""
+"""From text to values: numbers, times, ids and lists of a block of rows, and which of them are not valid."""
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from features.errors import UserError
 from features.schema.source import Format, RawType
 
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
+LARGEST = float(np.finfo(np.float32).max)
 KINDS = {"float": pl.Float64, "int": pl.Int64, "time": pl.Int64}
 _HEX_DIGITS = (
     r"^0[xX]([0-9a-fA-F]{1,16})$"  # pyarrow reads these as integers, so a block that is read as text must, too
@@ -15,14 +18,14 @@ _TIME = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|
 
 
 def cleaned(texts: pl.Series, form: Format) -> pl.Series:
-    """Texts with spaces stripped where the schema says so, and missing markers as nulls."""
+    """Texts with spaces stripped if the format is to, and missing markers as nulls."""
     texts = texts.str.strip_chars() if form.trim else texts
     marked = texts.is_in(form.missing) if form.missing else pl.Series([False], dtype=pl.Boolean)
     return texts.set(marked, None) if marked.any() else texts
 
 
 def numbers(texts: pl.Series, kind: RawType, form: Format) -> tuple[pl.Series, pl.Series]:
-    """Cleaned texts as numbers, times as seconds since 1970 UTC, and which of the texts are none."""
+    """Cleaned texts as numbers, times as seconds since 1970 UTC, and which of the texts are not valid."""
     bare = texts.str.strip_chars(" \t")
     values = bare.cast(KINDS[kind], strict=False)
     if kind == "float":
@@ -36,9 +39,9 @@ def numbers(texts: pl.Series, kind: RawType, form: Format) -> tuple[pl.Series, p
 
 
 def times(texts: pl.Series, form: Format) -> pl.Series:
-    """ISO 8601 dates and times as whole seconds since 1970 UTC; null where a text is none.
+    """ISO 8601 dates and times as whole seconds since 1970 UTC; null where a text is no time.
 
-    A text without an offset is in the format's time zone; of an hour that the clock shows twice it is the first.
+    A text without an offset is in the format's time zone; an hour that the clock shows twice is the first of the two.
     """
     part = texts.str.extract_groups(_TIME).struct
     clock = part.field("2").fill_null("00:00") + part.field("3").fill_null(":00")
@@ -64,12 +67,12 @@ def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:
     """Texts, cleaned, as codes into their values, which may repeat."""
     array = texts.dictionary_encode()
     values, codes = array.dictionary.cast(pa.large_string()), array.indices
-    # As `cleaned` does it: pyarrow's spaces are others, and a key that is also a feature must be one and the same.
+    # As `cleaned` does it: pyarrow strips other spaces, and a key that is also a feature must be the same text.
     values = pl.Series(values, dtype=pl.String).str.strip_chars().to_arrow() if form.trim else values
-    gone_V = pc.is_in(values, value_set=pa.array(form.missing, pa.large_string())).to_numpy(False)
-    if gone_V.any():
-        lost_B = codes.is_null().to_numpy(False) | gone_V[codes.fill_null(0).to_numpy()]
-        codes = pa.array(codes.fill_null(0).to_numpy(), mask=lost_B)
+    null_V = pc.is_in(values, value_set=pa.array(form.missing, pa.large_string())).to_numpy(False)
+    if null_V.any():
+        null_B = codes.is_null().to_numpy(False) | null_V[codes.fill_null(0).to_numpy()]
+        codes = pa.array(codes.fill_null(0).to_numpy(), mask=null_B)
     return pa.DictionaryArray.from_arrays(codes, values)
 
 
@@ -83,3 +86,36 @@ def as_ids(values: pl.Series | pa.Array) -> pa.DictionaryArray:
     codes = array.dictionary_encode()
     distinct: pl.Series = pl.from_arrow(codes.dictionary)  # type: ignore[assignment]
     return pa.DictionaryArray.from_arrays(codes.indices, distinct.cast(pl.String).to_arrow().cast(pa.large_string()))
+
+
+def as_lists(values: pa.Array, separator: str) -> pa.LargeListArray:
+    """Lists, as they are or of the parts of texts."""
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        values = pc.split_pattern(values.cast(pa.large_string()), separator)
+    return values.cast(pa.large_list(values.type.value_type))
+
+
+def finite_numbers(name: str, values: pa.Array, column: str) -> tuple[pa.Array, pl.Series | None]:
+    """A column as float64, and why some of its rows are dead letters (None: none is).
+
+    Args:
+        name: of the feature. column: where it comes from, for an error.
+    Raises:
+        UserError: it is not numeric.
+    """
+    series = pl.Series(values)
+    if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
+        raise UserError(f"{column} is {series.dtype}, it must be a number")
+    numbers = series.cast(pl.Float64).rechunk()
+    array = numbers.to_arrow()
+    # Infinite after LN(0), or beyond float32: one such value would spoil the mean, and so every row.
+    span = pc.min_max(array).as_py()
+    if max(-(span["min"] or 0.0), span["max"] or 0.0) <= LARGEST:
+        return array, None
+    text = pl.format(f"{name}: {{}} is not a finite number", numbers)
+    return array, pl.select(pl.when(numbers.abs() > LARGEST).then(text)).to_series()
+
+
+def float64(values: pa.Array) -> np.ndarray:
+    """float64, NaN where a value is missing."""
+    return values.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)

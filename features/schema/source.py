@@ -1,4 +1,4 @@
-"""The part of a schema that says where raw columns come from: files and how they are written, outcomes, history."""
+"""Section `source` of a schema: files and their format, outcomes, histories."""
 
 import logging
 import re
@@ -32,9 +32,9 @@ Duration = Annotated[
 
 
 class Format(Strict):
-    """How files are written: what is needed to get text and numbers out of them.
+    """How files are written: what is needed to read text and numbers.
 
-    With `multiline` quoted values may hold line breaks; then a file is read in one piece, and bad rows are known by the number
+    With `multiline` quoted values may hold line breaks; then a file is read in one piece, and bad rows are named by the number
     of the row (the header counts, blank lines do not) instead of the line.
     """
 
@@ -52,7 +52,7 @@ class Format(Strict):
     @field_validator("timezone")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in available_timezones() - {"localtime", "Factory"}:  # of one machine, and of none
+        if name not in available_timezones() - {"localtime", "Factory"}:  # the machine's own, and a placeholder
             raise ValueError(f"{name} is no time zone, such as UTC or Europe/Berlin")
         return name
 
@@ -75,10 +75,10 @@ class Outcome(Strict):
         window: how long after the impression an outcome counts; later ones are `late`.
         take: which of several outcomes of an impression gives the columns, or what they add up to.
         duplicates: drop counts rows that are equal in all columns read once, as logs that are delivered twice need it.
-        late: drop, or keep those after the window (which then only says when an impression is old enough).
+        late: drop, or keep those after the window (which then only decides when an impression is old enough).
         open_window: impressions whose window was still open when the log ended have their tasks unobserved, or are left out
-            of the dataset, or are kept as if it had been closed.
-        read: how its files are written, where that is otherwise than the impressions'; by default they have a header line.
+            of the dataset, or are kept as if it had closed.
+        read: how its files are written, where it differs from the impressions'; by default they have a header line.
     """
 
     files: str
@@ -95,7 +95,7 @@ class Outcome(Strict):
     @model_validator(mode="before")
     @classmethod
     def _earlier_names(cls, content: Any) -> Any:
-        """`young` was the name of `open_window`; it is understood for one more release."""
+        """`young` is the earlier name of `open_window`, read for one more release."""
         if isinstance(content, dict) and "young" in content:
             logger.warning("outcomes: `young` is now `open_window`; the old name goes with the next release")
             content = {**content, "open_window": content["young"]}
@@ -120,17 +120,22 @@ class Outcome(Strict):
         return {**({self.time: "time"} if self.time else {}), **self.columns}
 
 
+def outcome_names(name: str, outcome: Outcome) -> list[str]:
+    """The columns that the join of an outcome adds."""
+    return [name, *(f"{name}_{c}" for c in ["count", *(["time"] if outcome.time else []), *outcome.columns])]
+
+
 class History(Strict):
-    """What a user met before: the items of earlier rows of the same user, the latest first.
+    """The items of earlier rows of the same user, the latest first.
 
     Only what was known strictly before the impression counts: the row itself, and what `when` reads. That an outcome
     happened is known when it does (`when: click`); anything else about outcomes, such as `NOT click`, once their window has
-    closed. Rows that turn out bad by their label, or are left out since a window is still open, have been met all the same.
+    closed. Rows that turn out bad by their label, or are left out since a window is still open, are part of it all the same.
 
     Attributes:
         user: column whose value the rows share.
         item: column whose values are listed.
-        when: SQL expression that says which rows count, such as `click`; by default all.
+        when: SQL expression of the rows that count, such as `click`; by default all.
     """
 
     user: str
@@ -139,7 +144,7 @@ class History(Strict):
 
 
 class Source(Format):
-    """Where raw columns come from. Every column is text unless `types` says otherwise."""
+    """Where raw columns come from. A column is text unless `types` has it, or a feature needs a number."""
 
     files: str = Field(description="glob below the input folder, or a file's name; {date} stands for a day's date")
     types: dict[str, RawType] = {}

@@ -101,7 +101,7 @@ class Loader:
         self.starts_S = np.cumsum(rows_S) - rows_S
         self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
         self.lengths = np.diff(self.bounds_SL).sum(axis=0)
-        self.columns = [*self.schema.dense_columns, *self.schema.sparse, *(f"label.{t}" for t in self.schema.tasks)]
+        self.columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks)]
         self._open = lru_cache(maxsize=64)(self._open_shard)
 
     def start(self, epoch: int = 0) -> Position:

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
+from features.batch import Rows
 from features.errors import UserError
 from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset
@@ -19,6 +22,7 @@ from pipeline.evaluation.metrics.accumulator import Metrics
 
 MAX_CATEGORIES = 255  # of scikit-learn's trees; a larger vocabulary counts as a number, its ids go by frequency
 MAX_ITER = 1500
+INPUTS = "inputs"  # one column of all of them
 SETTINGS = {"learning_rate": 0.05, "max_iter": MAX_ITER, "early_stopping": True, "n_iter_no_change": 30}
 
 
@@ -36,8 +40,8 @@ def boosted_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dic
     schema = dataset.schema
     train, valid, test = (_rows(dataset, split) for split in ("train", "valid", "test"))
     train = train.head(max_rows)
-    categories = [_categorical(dataset, name) for name in schema.categorical]
-    mask = [*[False] * len(schema.dense_columns), *categories, *[False] * len(schema.bag)]
+    categories = [_categorical(dataset, name) for name in schema.single]
+    mask = [*[False] * schema.dense_width, *categories, *[False] * len(schema.lists)]
     result = test.select("row_id", "weight", *(f"label.{task}" for task in schema.tasks))
     trees, begin = {}, time.perf_counter()
     for task, settings in schema.tasks.items():
@@ -47,32 +51,30 @@ def boosted_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dic
         kind = HistGradientBoostingClassifier if settings.kind == "binary" else HistGradientBoostingRegressor
         fitted, stopping = train.drop_nulls(label), valid.drop_nulls(label)
         model = kind(categorical_features=mask, random_state=seed, **SETTINGS).fit(
-            _inputs(fitted, schema), fitted[label].to_numpy(), sample_weight=fitted["weight"].to_numpy(),
-            X_val=_inputs(stopping, schema), y_val=stopping[label].to_numpy(),
+            fitted[INPUTS].to_numpy(), fitted[label].to_numpy(), sample_weight=fitted["weight"].to_numpy(),
+            X_val=stopping[INPUTS].to_numpy(), y_val=stopping[label].to_numpy(),
             sample_weight_val=stopping["weight"].to_numpy(),
         )  # fmt: skip
         trees[task] = int(model.n_iter_)
         predict = model.decision_function if settings.kind == "binary" else model.predict
-        result = result.with_columns(pl.Series(f"logit.{task}", predict(_inputs(test, schema)).astype(np.float32)))
+        result = result.with_columns(pl.Series(f"logit.{task}", predict(test[INPUTS].to_numpy()).astype(np.float32)))
     predictions.write([result], file)
     seconds = time.perf_counter() - begin
     return {"metrics": _metrics(result, schema), "rows_per_s": train.height / seconds, "trees": trees}
 
 
 def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:
-    frame = pl.concat(pl.read_parquet(dataset.path / shard.path) for shard in dataset.shards(split))
-    return frame.with_columns(pl.col(name).list.len().cast(pl.Float32) for name in dataset.schema.bag)
+    table = pa.concat_tables(pq.read_table(dataset.path / shard.path) for shard in dataset.shards(split))
+    rows = Rows.decode(table, dataset.schema)
+    x_ND = torch.cat([rows.dense_ND, rows.id_FN.t().float(), rows.length_GN.t().float()], 1)
+    frame: pl.DataFrame = pl.from_arrow(table.drop_columns(list(dataset.schema.columns)))  # type: ignore[assignment]
+    return frame.with_columns(pl.Series(INPUTS, x_ND.numpy()))
 
 
 def _categorical(dataset: Dataset, feature: str) -> bool:
     table = dataset.schema.table_of(feature)
     settings = dataset.schema.all_tables[table]
     return not (settings.bins or settings.managed) and dataset.encoders.num_embeddings(table) <= MAX_CATEGORIES
-
-
-def _inputs(frame: pl.DataFrame, schema: Schema) -> np.ndarray:
-    names = [*schema.dense_columns, *schema.categorical, *schema.bag]
-    return frame.select(pl.col(names).cast(pl.Float32)).to_numpy()
 
 
 def _metrics(rows: pl.DataFrame, schema: Schema) -> dict[str, dict[str, float | int | None]]:

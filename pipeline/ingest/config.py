@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from features.schema.schema import utc
+from features.schema.splits import utc
 from pipeline.ingest.state import Order
 
 

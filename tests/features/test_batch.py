@@ -31,8 +31,12 @@ ids = st.integers(0, 2**62)
 numbers = st.floats(-(2.0**99), 2.0**99, width=32)
 
 
+def numbers_of(schema: Schema) -> list[str]:
+    return [name for name, kind in schema.columns.items() if kind == pa.float32()]
+
+
 def row_of(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
-    columns: dict[str, st.SearchStrategy] = dict.fromkeys(schema.dense_columns, numbers)
+    columns: dict[str, st.SearchStrategy] = dict.fromkeys(numbers_of(schema), numbers)
     columns |= dict.fromkeys(schema.categorical, ids)
     columns |= dict.fromkeys(schema.bag, st.one_of(st.lists(ids, max_size=3), st.lists(ids, min_size=50, max_size=60)))
     columns |= {f"label.{task}": st.none() | st.sampled_from([0.0, 1.0, 0.25]) for task in schema.tasks}
@@ -66,7 +70,7 @@ def expect_rows(batch: Batch, rows: list[dict[str, Any]], size: int, schema: Sch
             assert found.tolist() == (wanted if isinstance(wanted, list) else [wanted])
     assert batch.sparse.values().dtype == torch.int64
     shapes = {"label_BT": len(schema.tasks), "observed_BT": len(schema.tasks), "weight_BT": len(schema.tasks)}
-    for field, width in {"dense_BD": len(schema.dense_columns), **shapes}.items():
+    for field, width in {"dense_BD": len(numbers_of(schema)), **shapes}.items():
         assert getattr(batch, field).shape == (size, width)
         assert getattr(batch, field).dtype == (torch.bool if field == "observed_BT" else torch.float32)
     assert batch.row_id_B.dtype == torch.int64
@@ -78,7 +82,7 @@ def expect_rows(batch: Batch, rows: list[dict[str, Any]], size: int, schema: Sch
             continue
         row = rows[index]
         assert batch.row_id_B[index] == row["row_id"]
-        assert batch.dense_BD[index].tolist() == [row[name] for name in schema.dense_columns]
+        assert batch.dense_BD[index].tolist() == [row[name] for name in numbers_of(schema)]
         for t, task in enumerate(schema.tasks):
             label = row[f"label.{task}"]
             assert batch.label_BT[index, t] == (label or 0.0)
@@ -125,7 +129,7 @@ def test_joined_parts_are_the_parts_one_after_the_other(parts: list[tuple]) -> N
 def test_schemas_without_one_kind_of_feature_work(widths: tuple[int, int, int]) -> None:
     schema = schema_of(*widths)
     rows = [
-        dict.fromkeys(schema.dense_columns, 1.5)
+        dict.fromkeys(numbers_of(schema), 1.5)
         | dict.fromkeys(schema.categorical, i)
         | {name: list(range(i)) for name in schema.bag}
         | {f"label.{task}": None if i == 1 else 1.0 for task in schema.tasks}
@@ -140,7 +144,7 @@ def test_schemas_without_one_kind_of_feature_work(widths: tuple[int, int, int]) 
 
 def test_rows_are_decoded_from_a_table_that_is_a_slice_of_another() -> None:
     rows = [
-        {name: float(i) for name in FULL.dense_columns}
+        {name: float(i) for name in numbers_of(FULL)}
         | dict.fromkeys(FULL.categorical, i)
         | {name: list(range(i)) for name in FULL.bag}
         | {f"label.{task}": None for task in FULL.tasks}

@@ -48,7 +48,7 @@ def test_schemas_of_one_fingerprint_give_a_model_its_inputs_and_logits_in_one_or
     orders: dict[str, set[tuple]] = {}
     for seed in range(20):
         s = Schema.parse(shuffled(content, random.Random(seed)), where="mine.yaml")
-        orders.setdefault(s.fingerprint, set()).add((*s.dense_columns, *s.sparse, *s.tasks))
+        orders.setdefault(s.fingerprint, set()).add((*s.columns, *s.tasks))
     assert {len(found) for found in orders.values()} == {1}
 
 
@@ -100,6 +100,17 @@ def test_dates_are_utc_whether_quoted_or_not_and_whatever_the_machines_zone(tmp_
         assert schema.split.valid_from.isoformat() == "2026-01-02T00:00:00+00:00"
         prints.add(schema.fingerprint)
     assert len(prints) == 1
+
+
+def test_the_earlier_name_of_a_key_is_read_with_one_warning_and_the_same_fingerprint(caplog):
+    old = Schema.parse(changed("source.outcomes.click.young", "leave_out"), where="mine.yaml")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "`young` is now `open_window`" in caplog.text
+    caplog.clear()
+    new = Schema.parse(changed("source.outcomes.click.open_window", "leave_out"), where="mine.yaml")
+    assert not caplog.records
+    assert old == new
+    assert old.fingerprint == new.fingerprint
 
 
 # What is shipped

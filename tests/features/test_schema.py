@@ -354,7 +354,7 @@ def test_a_schema_knows_what_to_read_and_what_joins_and_histories_add():
     assert schema.outcomes_of("long AND stars = '5'") == {"click"}
     assert schema.outcomes_of("buy OR click_count > 1") == {"buy", "click"}
     assert schema.outcomes_of("stars = '5'") == set()
-    assert schema.feature_columns["before"] == "item"
+    assert schema.raw["before"].column == "item"
     assert schema.raw_types == {"price": "float", "time": "time"}
 
 

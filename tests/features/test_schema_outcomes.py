@@ -78,14 +78,14 @@ READ_MORE = [
 def test_a_history_reads_only_outcomes_whose_time_is_known(when):
     content = recalled(when)
     del content["source"]["outcomes"]["click"]["time"]
-    assert "bag recent: its history reads outcome click, which has no time: when was it known?" in refusal(content)
+    assert "bag recent: its history reads outcome click, which has no time: give it one" in refusal(content)
 
 
 @pytest.mark.parametrize("when", READ_MORE)
 @pytest.mark.parametrize("click", [{}, {"window": "1d", "late": "keep"}])
 def test_a_history_that_asks_more_than_whether_an_outcome_happened_needs_a_window_that_closes(when, click):
     message = refusal(recalled(when, **click))
-    assert "bag recent: history.when asks more of outcome click than that it happened" in message
+    assert "bag recent: history.when reads more of outcome click than that it happened" in message
     assert "give the outcome a window (and late: drop)" in message
     accepted(recalled(when, window="1d"))
 

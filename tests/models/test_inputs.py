@@ -151,7 +151,7 @@ def test_coded_numbers_come_last_and_keep_their_missing_flag():
     module = Inputs(made, SimpleNamespace(edges=edges), 4).double()
     embedding_BE, dense_BD = torch.randn(5, 8).double(), torch.randn(5, 4).double()
     x_BD = module(embedding_BE, dense_BD)
-    assert made.dense_columns == ["age", "age_missing", "price", "size"]
+    assert made.dense_ranges == {"age": range(0, 2), "price": range(2, 3), "size": range(3, 4)}
     assert module.out_dim == 8 + 4 + 8
     assert module.columns == {
         "user": [0, 1], "shown": [2, 3, 4], "recent": [5, 6, 7],

@@ -16,7 +16,7 @@ from dataset_from_rows import write_dataset
 from features.batch import PADDING
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
-from features.fit.statistics import Moments
+from features.fit.moments import Moments
 from features.schema.schema import Schema
 from models.ranker import ModelConfig
 from pipeline.dataset import dataset as datasets
@@ -48,7 +48,7 @@ def write_day(root: Path, number: int, day: str, rows: int, schema: Schema = SCH
         {"x": 1000.0 * number + row, "label.click": row % 2, "weight": 1.0, "event_time": 0, "row_id": row}
         for row in range(rows)
     ]
-    encoders = Encoders(schema, {}, {"x": Moments(2, 0, mean, 2.0)}, {})
+    encoders = Encoders(schema, {}, {"x": Moments(2, mean, 2.0)}, {})
     write_dataset(root / day, schema, {"train": pa.Table.from_pylist(content, arrow_schema(schema))}, 16, 60, encoders)
 
 
@@ -220,7 +220,7 @@ def learnt(tmp_path_factory) -> Path:
              "event_time": 0, "row_id": row} for row, x in enumerate(rng.normal(size=TRAIN + TEST))
         ]  # fmt: skip
         rows = pa.Table.from_pylist(content, arrow_schema(schema))
-        encoders = Encoders(schema, {}, {"x": Moments(2, 0, 0.0, 2.0)}, {})
+        encoders = Encoders(schema, {}, {"x": Moments(2, 0.0, 2.0)}, {})
         write_dataset(folder / day, schema, {"train": rows[:TRAIN], "test": rows[TRAIN:]}, 8, 30, encoders)
     train(config(folder, folder / "run"))
     return folder

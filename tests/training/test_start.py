@@ -64,7 +64,7 @@ def test_a_schema_without_some_tasks_keeps_nothing_of_them(data: Path) -> None:
     assert list(part.tasks) == ["dwell"]
     assert not [key for key in part.expressions if "tasks.click" in key]
     assert part.fingerprint == schema.fingerprint
-    assert part.dense_columns == schema.dense_columns
+    assert part.columns == schema.columns
 
 
 def test_a_run_starts_from_anothers_weights_and_not_from_its_optimisers(data: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.schema.schema import Schema
 from pipeline.dataset.card.drift import drift
-from pipeline.dataset.card.statistics import id_statistics, number_statistics, or_none, task_statistics
+from pipeline.dataset.card.statistics import id_statistics, number_statistics, or_none, share, task_statistics
 
 VERSION = 1
 
@@ -32,6 +32,7 @@ def card(
         ids: per other feature: missing, length (mean of a bag's lists that are not empty), and of one with a vocabulary
             vocabulary (its size), seen (how many of its values), distinct, unknown, top, other_known, other_unknown, of a
             hashed one groups; shares but `missing` are of the values that are there;
+        others: where there are any, per feature that is neither (a vector): missing;
         tasks: per task kind, observed, mean, std; correlations: in their order, over rows where both are observed;
         drift: per feature, the largest first: feature, psi, chance, verdict, missing, missing_before, unknown, unknown_before.
     """
@@ -44,10 +45,17 @@ def card(
             for name in schema.sparse
             if name not in statistics.raw
         },
+        **_others(schema, statistics),
         "tasks": task_statistics(schema, statistics),
         "correlations": [[or_none(x) for x in row] for row in np.atleast_2d(statistics.labels.correlations())],
     }
     return found | ({} if reference is None else {"drift": drift(schema, encoders, statistics, found, reference)})
+
+
+def _others(schema: Schema, statistics: Statistics) -> dict[str, Any]:
+    others = [name for name in schema.features if name not in statistics.digests and name not in schema.sparse]
+    missing = {name: {"missing": share(statistics.missing[name], statistics.rows)} for name in others}
+    return {"others": missing} if missing else {}
 
 
 def read_card(dataset: Path) -> dict[str, Any]:

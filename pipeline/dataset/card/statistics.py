@@ -7,7 +7,8 @@ import polars as pl
 
 from features.fit.digest import Digest
 from features.fit.encoders import Encoders
-from features.fit.statistics import Moments, Statistics
+from features.fit.moments import Moments
+from features.fit.statistics import Statistics
 from features.schema.schema import Schema
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -71,7 +72,7 @@ def id_statistics(schema: Schema, encoders: Encoders, statistics: Statistics, na
     counted, missing = name in statistics.values, statistics.missing[name]
     elements = int(statistics.values[name]["count"].sum() if counted else statistics.groups[name].sum())
     found: dict[str, Any] = {"missing": share(missing, statistics.rows)}
-    if name in schema.bag:
+    if name in schema.lists:
         found["length"] = share(elements, statistics.rows - missing)
     if not counted:
         return found | {"groups": shares_of(statistics.groups[name], elements).tolist()}

@@ -29,6 +29,7 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _correlations(card),
         _numbers(card),
         _ids(card),
+        _others(card),
         _drift(card),
     ]
     return [table for table in made if table.lines]
@@ -119,6 +120,11 @@ def _ids(card: dict[str, Any]) -> Table:
         lines.append([name, percent(found["missing"]), *cells, length])
     header = ["id", "missing", "distinct values", "vocabulary seen", "unknown", "most frequent", "values in a list"]
     return Table("Ids (train)", header, lines)
+
+
+def _others(card: dict[str, Any]) -> Table:
+    lines = [[name, percent(found["missing"])] for name, found in card.get("others", {}).items()]
+    return Table("Other features (train)", ["feature", "missing"], lines)
 
 
 def _drift(card: dict[str, Any]) -> Table:

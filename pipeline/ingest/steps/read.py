@@ -32,8 +32,7 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     options = job.schema.source.format_of(stream if outcome else None)
     types = _types(job, stream)
     codes = set() if outcome else raw.code_columns(job.schema)
-    bags = {} if outcome else {n: bag for n, bag in job.schema.bag.items() if not bag.history}
-    lists = {job.schema.feature_columns[name]: bag.separator for name, bag in bags.items()}
+    lists = {} if outcome else raw.list_columns(job.schema)
     blocks = raw_format(options).read(
         unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
     )

@@ -127,7 +127,7 @@ def largest(schema: Schema) -> Encoders:
         )
     vocabularies = {name: pa.nulls(limit) for name, limit in sizes.items()}
     bins = {name: table.bins for name, table in schema.all_tables.items() if table.bins}
-    bins |= {name: feature.piecewise for name, feature in schema.dense.items() if feature.piecewise}
+    bins |= {name: feature.code_bins for name, feature in schema.features.items() if feature.code_bins}
     edges = {name: [float(edge) for edge in range(count + 1)] for name, count in bins.items()}
     return Encoders(schema, vocabularies, {}, edges)
 

@@ -1,12 +1,13 @@
-"""Bags from text and from lists, against loops over rows."""
+"""Bags from text and from lists, against loops over rows; CASES are those of test_kinds."""
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kind_case import Case, ids_by_frequency
+from test_hashing import plain_hash
 
-from features.parse.bags import listed
-from features.schema.schema import Bag
+from features.kinds.bag import Bag, listed
 
 ITEM = st.sampled_from(["a", "b", "ä", "", " ", "日本", "a b", "."])
 LENGTHS = st.sampled_from([1, 2, 3, 50])
@@ -54,3 +55,21 @@ def test_where_nothing_is_given_a_bag_is_an_empty_list_and_never_missing(values)
     found = listed(values, Bag())
     assert found.to_pylist() == [[], [], []]
     assert found.null_count == 0
+
+
+LISTS = [["a", "b", "a", "c"], None, ["b"], ["", "zz", "b"], []]
+KEPT = [[item for item in row or [] if item][:3] for row in LISTS]
+CASES = [
+    Case(
+        {"max_length": 3},
+        ["|".join(row) if row else None for row in LISTS],
+        ids=[[ids_by_frequency(KEPT)[item] for item in row] for row in KEPT],
+        missing=2,
+    ),
+    Case(
+        {"max_length": 3, "hash": 5, "dim": 3},
+        LISTS,
+        ids=[[1 + plain_hash(item) % 5 for item in row] for row in KEPT],
+        missing=2,
+    ),
+]

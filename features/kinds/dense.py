@@ -1,0 +1,78 @@
+"""Dense: one number a row."""
+
+# Shapes: B rows.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pydantic import Field
+
+from features.fit.bins import bin_edges, counted, distinct
+from features.fit.moments import Moments
+from features.kinds.base import Feature, Layout, Raw
+from features.parse.values import finite_numbers, float64
+
+if TYPE_CHECKING:
+    from features.fit.encoders import Encoders
+    from features.fit.statistics import Statistics
+    from features.schema.schema import Schema
+
+
+class Dense(Feature):
+    """A number. A missing value becomes the mean of the train split, and a column NAME_missing on request."""
+
+    section: ClassVar[str] = "dense"
+    layout: ClassVar[Layout] = "numbers"
+
+    column: str | None = None
+    transform: Literal["none", "log1p"] = "none"
+    standardize: bool = True
+    missing_flag: bool = False
+    piecewise: int | None = Field(None, ge=1, le=1024, description="bins of the code beside the number (models.inputs)")
+
+    def raw(self, name: str, schema: Schema) -> Raw:
+        return Raw(self.column or name, "float")
+
+    def parse(self, name: str, values: pa.Array, schema: Schema) -> tuple[pa.Array, pl.Series | None]:
+        """To float64."""
+        return finite_numbers(name, values, f"dense.{name}: column {self.column or name}")
+
+    def count(self, name: str, values: pa.Array, schema: Schema, statistics: Statistics) -> None:
+        """Counts the number as it is, and its moments after the transform."""
+        present = self._transformed(statistics.count_number(name, values))
+        statistics.moments[name] = Moments.of(present)
+        if self.piecewise:
+            statistics.numbers[name] = counted(present)
+
+    def fields(self, name: str) -> dict[str, pa.DataType]:
+        return {name: pa.float32()} | ({f"{name}_missing": pa.float32()} if self.missing_flag else {})
+
+    def encode(self, name: str, values: pa.Array, encoders: Encoders) -> dict[str, pa.Array]:
+        """Transformed, filled with the mean, and standardized."""
+        moments = encoders.moments[name]
+        x_B = self._transformed(float64(values))
+        missing_B = np.isnan(x_B)
+        if missing_B.any():
+            x_B = np.where(missing_B, moments.mean, x_B)
+        found = {name: x_B if not self.standardize else moments.standardized(x_B), f"{name}_missing": missing_B}
+        return {column: pa.array(found[column].astype(np.float32)) for column in self.fields(name)}
+
+    @property
+    def width(self) -> int:
+        return 1 + self.missing_flag
+
+    @property
+    def code_bins(self) -> int | None:
+        return self.piecewise
+
+    def code_edges(self, name: str, statistics: Statistics) -> list[float]:
+        edges = bin_edges(statistics.numbers[name], self.piecewise or 1)
+        return distinct(statistics.moments[name].standardized(edges) if self.standardize else edges)
+
+    def _transformed(self, values: np.ndarray) -> np.ndarray:
+        """In float64; log1p keeps the sign, so that negative amounts stay numbers."""
+        return np.sign(values) * np.log1p(np.abs(values)) if self.transform == "log1p" else values

@@ -1,0 +1,126 @@
+"""Checks across the keys of a schema: names that clash, columns that are missing, labels among the inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from features.kinds import KINDS
+from features.schema.expressions import columns_of
+from features.schema.source import outcome_names
+from features.schema.splits import HashSplit, TimeSplit
+
+if TYPE_CHECKING:
+    from features.schema.schema import Schema
+
+RESERVED = ("weight", "event_time", "row_id")  # columns of every dataset
+
+
+def contradictions(schema: Schema) -> Iterator[str]:
+    """What is wrong between keys that are each valid by themselves."""
+    for key, expression in schema.expressions.items():
+        try:
+            columns_of(expression)
+        except ValueError as error:
+            yield f"{key}: {error}"
+            return
+    yield from _nested(schema)
+    if schema.source.outcomes and not schema.source.key:
+        yield "source.key is missing: outcomes need the column of the impressions that they refer to"
+    if isinstance(schema.split, TimeSplit) and not schema.event_time:
+        yield "event_time is missing: a split by time needs it"
+    yield from _without_time(schema)
+    yield from _added_twice(schema)
+    yield from _names(schema)
+    for name, feature in schema.features.items():
+        yield from feature.contradictions(name, schema)
+    for table in schema.tables.keys() - {f.table for f in schema.sparse.values()}:
+        yield f"tables.{table} is used by no feature: remove it, or write table: {table} in one"
+    if schema.source.columns is not None:
+        for column in schema.raw_columns:
+            if column not in schema.source.columns:
+                yield f"column {column} is used, but source.columns does not list it"
+    yield from _keys_of_outcomes(schema)
+    yield from _leaks(schema)
+
+
+def _nested(schema: Schema) -> Iterator[str]:
+    """Derived columns that read derived columns."""
+    for name, expression in schema.source.derived.items():
+        if nested := [c for c in columns_of(expression) if c in schema.source.derived]:
+            yield f"source.derived.{name} reads {nested[0]}, which is derived itself: write it from raw columns"
+
+
+def _names(schema: Schema) -> Iterator[str]:
+    """Names of features and tables that clash, or that cannot name a file."""
+    features = [(name, f) for section in KINDS for name, f in getattr(schema, section).items()]
+    names = [column for name, feature in features for column in feature.fields(name)]
+    if twice := {n for n in names if names.count(n) > 1}:
+        yield f"feature {min(twice)} is defined twice: {', '.join(KINDS)} share one namespace"
+    for name in dict.fromkeys([*names, *schema.tables]):
+        if name in RESERVED:
+            yield f"feature {name} has the name of a column of every dataset: rename it, with column: {name}"
+        if not re.fullmatch(r"[^./\\]+", name):
+            yield f"feature or table {name!r} has a name that cannot name a file or a module: rename it without . and /"
+
+
+def _keys_of_outcomes(schema: Schema) -> Iterator[str]:
+    """Columns that identify, order or split impressions, but are known only once outcomes are joined."""
+    keys: dict[str, str | None] = {
+        "source.key": schema.source.key,
+        "source.row_id": schema.source.row_id,
+        "event_time": schema.event_time,
+        "split.key": schema.split.key if isinstance(schema.split, HashSplit) else None,
+    }
+    for key, used in keys.items():
+        if used and (later := sorted(_roots(schema, [used]) & schema.outcome_columns.keys())):
+            yield f"{key} reads {later[0]}, which an outcome adds: it must be a column of the impressions"
+
+
+def _leaks(schema: Schema) -> Iterator[str]:
+    """Features that read an outcome or a label."""
+    for name, raw in schema.raw.items():
+        history = schema.histories.get(name)
+        inputs = _roots(schema, [raw.column, history.user] if history else [raw.column])
+        if later := sorted(inputs & schema.outcome_columns.keys()):
+            yield f"feature {name} reads {later[0]}, an outcome that is known only after the impression. Remove it."
+        for task, spec in schema.tasks.items():
+            if answer := sorted(inputs & _roots(schema, columns_of(spec.label))):
+                yield (
+                    f"tasks.{task}.label uses column {answer[0]}, which is also read by the feature {name}: "
+                    "a model would see its answer. Remove one of the two."
+                )
+
+
+def _roots(schema: Schema, columns: list[str]) -> set[str]:
+    """The columns, and those that derived ones among them are computed from."""
+    derived = schema.source.derived
+    return {root for c in columns for root in [c, *(columns_of(derived[c]) if c in derived else [])]}
+
+
+def _added_twice(schema: Schema) -> Iterator[str]:
+    """Columns of expressions that two parts of the schema add."""
+    outcomes = schema.source.outcomes.items()
+    added = [c for name, o in outcomes for c in outcome_names(name, o)] + list(schema.source.derived)
+    for column in sorted({c for c in added if added.count(c) > 1}):
+        yield f"column {column} is added twice, by source.outcomes or source.derived: rename an outcome or a column of it"
+
+
+def _without_time(schema: Schema) -> Iterator[str]:
+    """Outcomes and histories that need an event time, or a time and window of their own, and lack it."""
+    for name, stream in schema.source.outcomes.items():
+        if stream.time and not schema.event_time:
+            yield f"event_time is missing: outcome {name} has a time, which is compared with it"
+    for name, history in schema.histories.items():
+        if not schema.event_time:
+            yield f"event_time is missing: the history of bag {name} is made of earlier rows"
+        for outcome in schema.outcomes_of(history.when) if history.when else ():
+            stream = schema.source.outcomes[outcome]
+            if not stream.time:
+                yield f"bag {name}: its history reads outcome {outcome}, which has no time: give it one"
+            elif str(history.when).strip() != outcome and (stream.window is None or stream.late == "keep"):
+                yield (
+                    f"bag {name}: history.when reads more of outcome {outcome} than that it happened, which is known only "
+                    "once its window has closed: give the outcome a window (and late: drop)"
+                )
