@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from features.fit.encoders import MISSING, UNKNOWN
+from features.kinds.tables import Managed
 from features.schema.schema import Schema
-from features.schema.tables import Managed
 
 FIRST = UNKNOWN + 1  # row of the first set; those before it are for missing values and for ids without a row
 FREE = 0  # no value has this id: it is that of missing ones

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.fit.bins import bin_edges
-from features.fit.moments import Moments
 from features.fit.statistics import Statistics
 from features.hashing import hash_strings
-from features.parse.values import float64
+from features.kinds.bins import bin_edges
+from features.kinds.moments import Moments
+from features.kinds.values import float64
 from features.schema.schema import Schema
 
 VERSION = 3

@@ -7,11 +7,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.fit.bins import counted
 from features.fit.digest import Digest
-from features.fit.moments import LabelSums, Moments
 from features.hashing import hash_strings
-from features.parse.values import float64
+from features.kinds.bins import counted
+from features.kinds.moments import LabelSums, Moments
+from features.kinds.values import float64
 from features.schema.schema import Schema
 
 # Shapes: B rows, T tasks, V distinct values, G groups.

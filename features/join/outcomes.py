@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from features.schema.source import Outcome
+from features.source import Outcome
 
 JOIN_STATUSES = ("joined", "duplicate", "early", "late", "unmatched")
 

@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 
 from features.kinds.base import Layout, Raw
 from features.kinds.categorical import Categorical
-from features.parse.values import as_lists
-from features.schema.source import History
+from features.kinds.values import as_lists
+from features.source import History
 
 if TYPE_CHECKING:
     from features.fit.encoders import Encoders

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.schema.source import RawType, Strict
+from features.source import RawType, Strict
 
 if TYPE_CHECKING:
     from features.fit.encoders import Encoders

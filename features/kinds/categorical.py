@@ -11,8 +11,8 @@ from pydantic import model_validator
 
 from features.errors import UserError
 from features.kinds.base import Feature, Layout, Raw
-from features.parse.values import as_ids, finite_numbers
-from features.schema.tables import Table
+from features.kinds.tables import Table
+from features.kinds.values import as_ids, finite_numbers
 
 if TYPE_CHECKING:
     from features.fit.encoders import Encoders

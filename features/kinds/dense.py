@@ -11,10 +11,10 @@ import polars as pl
 import pyarrow as pa
 from pydantic import Field
 
-from features.fit.bins import bin_edges, counted, distinct
-from features.fit.moments import Moments
 from features.kinds.base import Feature, Layout, Raw
-from features.parse.values import finite_numbers, float64
+from features.kinds.bins import bin_edges, counted, distinct
+from features.kinds.moments import Moments
+from features.kinds.values import finite_numbers, float64
 
 if TYPE_CHECKING:
     from features.fit.encoders import Encoders

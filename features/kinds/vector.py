@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from features.kinds.base import Feature, Layout, Raw, floats
-from features.parse.values import LARGEST, as_lists
+from features.kinds.values import LARGEST, as_lists
 
 if TYPE_CHECKING:
     from features.fit.encoders import Encoders

@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from features.errors import UserError
 from features.hashing import hash_strings
-from features.parse.values import WORDS, as_ids, cleaned, coded, numbers
+from features.kinds.values import WORDS, as_ids, cleaned, coded, numbers
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
-from features.schema.source import Format, RawType
+from features.source import Format, RawType
 
 LINE = "__line"  # of the row in its file, or in the part of it that is read at a time
 ROW = "__row"  # index of the row there

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from features.kinds import KINDS
 from features.schema.expressions import columns_of
-from features.schema.source import outcome_names
 from features.schema.splits import HashSplit, TimeSplit
+from features.source import outcome_names
 
 if TYPE_CHECKING:
     from features.schema.schema import Schema

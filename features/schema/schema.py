@@ -15,11 +15,11 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from features.errors import UserError
 from features.kinds import KINDS, Bag, Categorical, Dense, Feature
 from features.kinds.base import Layout, Raw
+from features.kinds.tables import Table
 from features.schema.checks import contradictions
 from features.schema.expressions import columns_of
-from features.schema.source import History, RawType, Source, Strict, outcome_names
 from features.schema.splits import SPLITS, HashSplit, RowIndexSplit, Split, TimeSplit
-from features.schema.tables import Table
+from features.source import History, RawType, Source, Strict, outcome_names
 
 # Kinds whose names are in every fingerprint, be they used or not; those of later kinds only where they are.
 FIRST_KINDS = ("dense", "categorical", "bag")

@@ -13,7 +13,7 @@ from typing import Any
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import RowIndexSplit, Schema
-from features.schema.source import Outcome
+from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit
 from pipeline.dataset.manifest import DeadLetterFile, Manifest

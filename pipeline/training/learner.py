@@ -23,7 +23,7 @@ from pipeline.training.optim.dense import build, rate
 from pipeline.training.optim.tables import replicated_tables
 from pipeline.training.parallel import replicas, shard
 from pipeline.training.parallel.row_reset import ManagedRows
-from pipeline.training.parallel.state_names import in_ranker
+from pipeline.training.state_names import in_ranker
 from pipeline.training.step import StepOutput, TrainStep
 
 
@@ -46,7 +46,7 @@ class Learner:
         self.rank, self.device, self.steps = rank, device, steps
         torch.manual_seed(s.seed)  # the dense start is the same on every rank
         self.ranker = ranker = build_ranker(dataset.schema, dataset.encoders, config.model)
-        self.loss = weighting.task_loss(s, dataset.schema.tasks)
+        self.loss = weighting.task_loss(s.weighting, dataset.schema.tasks, s.seed)
         step = TrainStep(ranker, self.loss, s.precision == "bf16", s.accumulate)
         self.model = shard.shard(step, ranker, s, device)
         shard.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)

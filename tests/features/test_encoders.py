@@ -15,8 +15,8 @@ from test_hashing import plain_hash
 
 from features.errors import UserError
 from features.fit.encoders import MISSING, UNKNOWN, UNKNOWN_SEED, Encoders, arrow_schema
-from features.fit.moments import Moments
 from features.fit.statistics import Statistics
+from features.kinds.moments import Moments
 from features.schema.schema import Schema
 
 CONTENT: dict[str, Any] = {

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from features.fit.bins import bin_edges, rounded
 from features.fit.encoders import Encoders, arrow_schema
 from features.fit.statistics import Statistics
+from features.kinds.bins import bin_edges, rounded
 from features.schema.schema import Schema
 from models.inputs import Piecewise
 from pipeline.ingest.config import PreprocessConfig

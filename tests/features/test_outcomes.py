@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.join.outcomes import JOIN_STATUSES, join
-from features.schema.source import Outcome
+from features.source import Outcome
 
 Row = dict[str, Any]
 TYPES = {"at": pl.Int64, "n": pl.Int64, "x": pl.Float64, "place": pl.String}

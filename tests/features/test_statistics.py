@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.fit.bins import rounded
 from features.fit.digest import Digest
-from features.fit.moments import LabelSums
 from features.fit.statistics import Statistics
 from features.hashing import hash_strings
+from features.kinds.bins import rounded
+from features.kinds.moments import LabelSums
 from features.schema.schema import Schema
 
 CONTENT: dict[str, Any] = {

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.parse.values import as_ids, cleaned, coded, numbers, times
-from features.schema.source import Format
+from features.kinds.values import as_ids, cleaned, coded, numbers, times
+from features.source import Format
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Half an hour, no daylight saving, daylight saving by half an hour and on the southern half, a day that was left out.

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from features.schema.source import Format
+from features.source import Format
 from pipeline.ingest.files import BOM, find
 from pipeline.ingest.formats import check_columns, raw_format, text, units
 from pipeline.ingest.formats.base import Wanted

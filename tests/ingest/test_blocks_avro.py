@@ -14,7 +14,7 @@ import pytest
 from test_blocks import WHOLE, read
 
 from features.errors import UserError
-from features.schema.source import Format
+from features.source import Format
 from pipeline.ingest.files import find
 from pipeline.ingest.formats import check_columns, raw_format, units
 from pipeline.ingest.formats.base import Wanted

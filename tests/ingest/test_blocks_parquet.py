@@ -13,8 +13,8 @@ import pytest
 from test_blocks import WHOLE, read
 
 from features.errors import UserError
-from features.parse.values import numbers
-from features.schema.source import Format
+from features.kinds.values import numbers
+from features.source import Format
 from pipeline.ingest.files import find
 from pipeline.ingest.formats import raw_format, units
 from pipeline.ingest.formats.base import Wanted

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
-from features.schema.source import Format
+from features.source import Format
 from pipeline.ingest.files import RawFile, check_unchanged, files_by_date, find
 from pipeline.ingest.formats import check_columns, units
 

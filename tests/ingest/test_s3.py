@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import UserError
-from features.schema.source import Format
+from features.source import Format
 from pipeline.ingest.files import check_unchanged, find
 from pipeline.ingest.formats import check_columns, raw_format, units
 from pipeline.ingest.formats.base import Wanted

@@ -11,8 +11,8 @@ from torchrec import KeyedJaggedTensor
 from features.batch import Batch
 from features.errors import UserError
 from features.fit.encoders import Encoders
+from features.kinds.tables import Managed
 from features.schema.schema import Schema
-from features.schema.tables import Managed
 from models.emm import FusedRanker
 from models.managed import IdMap, ManagedIds
 from models.ranker import ModelConfig, Ranker

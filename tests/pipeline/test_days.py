@@ -16,7 +16,7 @@ from dataset_from_rows import write_dataset
 from features.batch import PADDING
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
-from features.fit.moments import Moments
+from features.kinds.moments import Moments
 from features.schema.schema import Schema
 from models.ranker import ModelConfig
 from pipeline.dataset import dataset as datasets

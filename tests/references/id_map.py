@@ -1,6 +1,6 @@
 """A managed table's map of ids, as its documentation has it: one id at a time, in plain Python."""
 
-from features.schema.tables import Managed
+from features.kinds.tables import Managed
 
 
 class ReferenceIdMap:

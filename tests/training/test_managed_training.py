@@ -12,7 +12,7 @@ from two_ranks import stopped
 from two_ranks_managed import ADAGRAD, STEPS, STOP, logits, make_managed_dataset, trainer
 
 from features.errors import UserError
-from features.schema.tables import Managed
+from features.kinds.tables import Managed
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Position
 from pipeline.evaluation.scorer import Scorer

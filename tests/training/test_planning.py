@@ -18,7 +18,8 @@ from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
 
 from features.errors import UserError
 from pipeline.run import checkpoint
-from pipeline.training.config import Settings, TableOptimizer
+from pipeline.training.config import Settings
+from pipeline.training.optim.settings import TableOptimizer
 from pipeline.training.optim.tables import ReplicatedTables
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.memory import Estimate

@@ -13,7 +13,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec.distributed import DistributedModelParallel
 
 from features.errors import UserError
-from pipeline.training.config import Settings, TableOptimizer
+from pipeline.training.config import Settings
+from pipeline.training.optim.settings import TableOptimizer
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.optim.tables import ReplicatedTables
 from pipeline.training.parallel import plan, shard

@@ -39,8 +39,9 @@ from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
-from pipeline.training.config import DenseOptimizer, TrainConfig
+from pipeline.training.config import TrainConfig
 from pipeline.training.optim.dense import rate
+from pipeline.training.optim.settings import DenseOptimizer
 from pipeline.training.parallel import shard
 from pipeline.training.trainer import prepare
 

@@ -7,8 +7,8 @@ import polars as pl
 
 from features.fit.digest import Digest
 from features.fit.encoders import Encoders
-from features.fit.moments import Moments
 from features.fit.statistics import Statistics
+from features.kinds.moments import Moments
 from features.schema.schema import Schema
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

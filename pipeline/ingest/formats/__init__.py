@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from features.errors import UserError
-from features.schema.source import Format
+from features.source import Format
 from pipeline.ingest.files import RawFile, Unit
 from pipeline.ingest.formats.avro import Avro
 from pipeline.ingest.formats.base import RawFormat

@@ -15,7 +15,7 @@ import pyarrow as pa
 from fastavro.schema import expand_schema
 
 from features.errors import UserError
-from features.schema.source import RawType
+from features.source import RawType
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from features.schema.source import Format, RawType
+from features.source import Format, RawType
 from pipeline.ingest.files import RawFile, Unit
 
 OnBytes = Callable[[int], object]  # called with the number of a unit's bytes read so far

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
-from features.schema.source import Format, RawType
+from features.source import Format, RawType
 
 TEXT, LIST = pa.string(), pa.list_(pa.string())
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from features.errors import UserError
-from features.schema.source import Format, RawType
+from features.source import Format, RawType
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, open_text, readable
 from pipeline.ingest.formats.base import BadLine, Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import TEXT

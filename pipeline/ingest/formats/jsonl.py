@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import polars as pl
 import pyarrow as pa
 
-from features.schema.source import RawType
+from features.source import RawType
 from pipeline.ingest.files import RawFile, Unit, one_line
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import LIST, TEXT

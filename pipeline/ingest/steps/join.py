@@ -8,7 +8,7 @@ from features.errors import UserError
 from features.join.outcomes import join
 from features.parse import raw
 from features.schema.schema import Schema
-from features.schema.source import RawType
+from features.source import RawType
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import JoinReport, JoinWork
 from pipeline.ingest.state import Job

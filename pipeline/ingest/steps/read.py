@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from features.errors import UserError
 from features.parse import raw
 from features.parse.raw import LINE, ROW
-from features.schema.source import RawType
+from features.source import RawType
 from pipeline.ingest import shuffle
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 
-from pipeline.training.config import DenseOptimizer
+from pipeline.training.optim.settings import DenseOptimizer
 
 
 def rate(config: DenseOptimizer, step: int, steps: int) -> float:

@@ -10,9 +10,9 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingType
 from torchrec.optim.keyed import KeyedOptimizer
 
 from models.ranker import is_table, table_of
-from pipeline.training.config import TableOptimizer
+from pipeline.training.optim.settings import TableOptimizer
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
-from pipeline.training.parallel.state_names import in_ranker
+from pipeline.training.state_names import in_ranker
 
 
 class ReplicatedTables(KeyedOptimizer):

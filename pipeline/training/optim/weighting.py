@@ -17,16 +17,19 @@ from features.errors import UserError
 from features.schema.schema import Task
 from models.losses import TaskLoss, UncertaintyLoss
 from models.ranker import Ranker
-from pipeline.training.config import Fixed, GradNorm, PCGrad, Settings, Uncertainty
+from pipeline.training.optim.settings import Fixed, GradNorm, PCGrad, Uncertainty, Weighting
 
 
-def task_loss(settings: Settings, tasks: Mapping[str, Task]) -> TaskLoss:
-    """The loss of these tasks under `settings.weighting`.
+def task_loss(weighting: Weighting, tasks: Mapping[str, Task], seed: int) -> TaskLoss:
+    """The loss of these tasks under a weighting.
+
+    Args:
+        seed: of random draws, which PCGrad needs.
 
     Raises:
         UserError: a weight for a task that does not exist.
     """
-    weighting, kinds = settings.weighting, [task.kind for task in tasks.values()]
+    kinds = [task.kind for task in tasks.values()]
     if isinstance(weighting, Uncertainty):
         return UncertaintyLoss(kinds)
     if isinstance(weighting, GradNorm):
@@ -36,7 +39,7 @@ def task_loss(settings: Settings, tasks: Mapping[str, Task]) -> TaskLoss:
     if unknown := sorted(weighting.weights.keys() - tasks.keys()):
         raise UserError(f"train.weighting.weights.{unknown[0]}: no such task, there are {', '.join(tasks)}")
     weights = [weighting.weights.get(name, task.loss_weight) for name, task in tasks.items()]
-    return PCGradLoss(kinds, weights, settings.seed) if isinstance(weighting, PCGrad) else TaskLoss(kinds, weights)
+    return PCGradLoss(kinds, weights, seed) if isinstance(weighting, PCGrad) else TaskLoss(kinds, weights)
 
 
 def shared_parameters(ranker: Ranker, dense: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

@@ -12,8 +12,9 @@ from features.schema.schema import Schema
 from models.emm import EMMSettings, build_ranker
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import open_dataset
-from pipeline.training.config import Settings, Strict
+from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
+from pipeline.training.optim.settings import Strict
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.memory import Estimate, readable
 from pipeline.training.parallel.plan import RESERVE, Cluster
@@ -104,7 +105,7 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
             "model=emm takes its tables from trained runs (model.from): plan the models that it is fused from instead"
         )
     ranker, settings = build_ranker(schema, encoders, config.model), config.train
-    model = TrainStep(ranker, weighting.task_loss(settings, schema.tasks), bf16=False)
+    model = TrainStep(ranker, weighting.task_loss(settings.weighting, schema.tasks, settings.seed), bf16=False)
     _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster)
     notes = [bounds] if bounds else []
     if settings.lanes % config.ranks:

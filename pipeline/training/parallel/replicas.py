@@ -12,7 +12,7 @@ from torchrec.distributed.types import EnumerableShardingSpec, ShardingEnv2D, Sh
 
 from models.ranker import is_table
 from pipeline.torch_compat import ShardedTensor, rank_device, set_timeout, timeout_of
-from pipeline.training.parallel.state_names import in_ranker
+from pipeline.training.state_names import in_ranker
 
 
 class ReplicatedGroups(DistributedModelParallel):

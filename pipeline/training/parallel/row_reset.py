@@ -14,7 +14,7 @@ from features.fit.encoders import UNKNOWN
 from models.ranker import Ranker, table_weights
 from pipeline.torch_compat import ShardedTensor
 from pipeline.training.parallel.shard import local_parts
-from pipeline.training.parallel.state_names import in_step
+from pipeline.training.state_names import in_step
 
 
 @dataclass(frozen=True)

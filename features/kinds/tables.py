@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from features.schema.source import Strict
+from features.source import Strict
 
 WAYS = 64  # rows of a managed table among which one is evicted
 

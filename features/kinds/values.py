@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
-from features.schema.source import Format, RawType
+from features.source import Format, RawType
 
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
 LARGEST = float(np.finfo(np.float32).max)
