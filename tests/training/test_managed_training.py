@@ -130,7 +130,9 @@ def test_a_run_goes_on_with_more_ranks_or_fewer(two_ranks: Path):
 def test_a_scorer_sees_the_logits_that_the_trainer_sees(two_ranks: Path, name: str):
     found: dict[int, torch.Tensor] = {}
     scorer = Scorer(Run(two_ranks / name), Dataset(two_ranks / "data"), "valid", 7)
-    scorer.metrics(STEPS, see=lambda batch, logit_BT: found.update(zip(batch.row_id_B.tolist(), logit_BT, strict=True)))
+    scorer.metrics(
+        STEPS, on_batch=lambda batch, logit_BT: found.update(zip(batch.row_id_B.tolist(), logit_BT, strict=True))
+    )
     parts = [torch.load(path) for path in sorted(two_ranks.glob(f"{name}.logits.*.pt"))]
     theirs = {row: logit for ids, logits in parts for row, logit in zip(ids.tolist(), logits, strict=True) if row >= 0}
     assert len(theirs) == 51
