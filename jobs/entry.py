@@ -27,7 +27,7 @@ from pipeline.training.faults.rank_status import write_rank_status
 
 CONF = Path(__file__).parent / "conf"
 
-# Hydra prints its own errors over several lines unless told to let them through.
+# Hydra prints its own errors over several lines unless it lets them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
@@ -61,9 +61,9 @@ def user_errors() -> Iterator[None]:
         if rank != "0":
             time.sleep(10)  # an error of all ranks is printed by rank 0, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
-    except Preempted as notice:
+    except Preempted as preempted:
         if os.environ.get("RANK", "0") == "0":
-            print(notice, file=sys.stderr, flush=True)
+            print(preempted, file=sys.stderr, flush=True)
         write_rank_status("preempted")
         sys.exit(PREEMPTED)
     except OSError as error:
@@ -96,7 +96,7 @@ def read_schema(config: DictConfig) -> Schema:
     """The schema of the chosen data group. Raises UserError where none is chosen or it is not valid."""
     name = HydraConfig.get().runtime.choices.get("data")
     if name is None:
-        raise UserError("data is missing: say data=NAME, one of jobs/conf/data (see --help)")
+        raise UserError("data is missing: set data=NAME, one of jobs/conf/data (see --help)")
     return Schema.parse(OmegaConf.to_container(config.data.schema, resolve=True), where=f"{name}.yaml")
 
 

@@ -67,7 +67,7 @@ def end_silent_ranks(folder: Path) -> None:
 
 
 def after_signal(name: str, statuses: list[RankStatus]) -> int | str:
-    """What to exit with once torchrun was told to end. A rank without a status had nothing to lose.
+    """The exit code after torchrun was ended by a signal. A rank without a status had nothing to lose.
 
     Args:
         name: of the signal. statuses: of the last attempt.
@@ -81,7 +81,7 @@ def after_signal(name: str, statuses: list[RankStatus]) -> int | str:
 
 
 def after_failure(failures: "dict[int, ProcessFailure]", statuses: Iterable[RankStatus]) -> int | str:
-    """What to exit with once ranks have ended with another code than 0; those that failed have said why.
+    """The exit code after ranks have exited with another code than 0; those that failed have printed their error.
 
     Args:
         failures: by rank. statuses: of the last attempt.

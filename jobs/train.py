@@ -15,7 +15,7 @@ from jobs.entry import job, parse, read_schema
 def main(config: DictConfig) -> None:
     """Parses the configuration and trains; run again, it goes on from the newest checkpoint."""
     from pipeline.training.config import TrainConfig
-    from pipeline.training.trainer import train
+    from pipeline.training.train import train
 
     settings: TrainConfig = parse(config, TrainConfig)
     settings.dataset = settings.dataset.absolute()  # the run's config.yaml is read from elsewhere too

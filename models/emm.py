@@ -145,16 +145,14 @@ class FusedRanker(Ranker):
             raise UserError("model.from: name runs of trained single-task models, at least one of each task")
         if s.tables != "new" and config.interaction != {"name": "concat"}:
             raise UserError(
-                "model.interaction: the trained models bring theirs; leave it out, or say model.fusion.tables=new"
+                "model.interaction: the trained models bring theirs; leave it out, or set model.fusion.tables=new"
             )
         if sequences := list(sequences_of(schema)):
             raise UserError(
-                f"bag {sequences[0]}: fusion emm reads no sequences; say pooling: mean, or take another fusion"
+                f"bag {sequences[0]}: fusion emm reads no sequences; set pooling: mean, or use another fusion"
             )
         if managed := managed_tables(schema):
-            raise UserError(
-                f"table {next(iter(managed))}: fusion emm knows no managed ids; take another fusion, or say hash"
-            )
+            raise UserError(f"table {next(iter(managed))}: fusion emm has no managed ids; use another fusion, or hash")
         self.schema, self.managed = schema, None
         theirs = [Reader(schema, encoders, source.model, config.input_dropout) for source in s.sources]
         one = [Reader(schema, encoders, config, config.input_dropout)]

@@ -90,7 +90,7 @@ def rectified(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor, runs: Sequence
     if torch.compiler.is_compiling():  # fuses by itself
         return torch.relu(linear(x_UBD, weight_SDH, bias_SH))
     device = x_UBD.device.type
-    if torch.is_autocast_enabled(device):  # it does not look into what has a derivative of its own
+    if torch.is_autocast_enabled(device):  # it does not reach into functions with a derivative of their own
         dtype = torch.get_autocast_dtype(device)
         x_UBD, weight_SDH, bias_SH = x_UBD.to(dtype), weight_SDH.to(dtype), bias_SH.to(dtype)
     return _Rectified.apply(x_UBD, weight_SDH, bias_SH)

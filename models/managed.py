@@ -25,7 +25,7 @@ class IdMap(nn.Module):
     number of ranks, and what becomes of an id is the same on all of them.
 
     Args:
-        settings: the table's. first, sets: the sets that it holds; all of them unless told.
+        settings: the table's. first, sets: the sets that it holds; all of them by default.
     """
 
     id_SW: Tensor
@@ -137,7 +137,7 @@ class ManagedIds(nn.Module):
         return changed
 
     def _map(self, table: str) -> IdMap:
-        return cast(IdMap, self.maps[table])  # or what pipeline.training.managed makes of it
+        return cast(IdMap, self.maps[table])  # or pipeline.training.parallel.id_maps.ShardedIdMap
 
 
 def managed_tables(schema: Schema) -> dict[str, Managed]:

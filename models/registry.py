@@ -24,7 +24,7 @@ def chosen(part: str, registry: Mapping[str, type[Kind]], config: Mapping[str, A
 
 
 def build(part: str, kind: type[Kind], config: Mapping[str, Any], *sizes: Any) -> Kind:
-    """`kind` made of `sizes` and, by name, what the config says beside its own name.
+    """`kind` made of `sizes` and, by name, the config's other entries.
 
     Raises:
         UserError: arguments that the class does not take, or one that it lacks.

@@ -37,7 +37,7 @@ def sequences_of(schema: Schema) -> dict[str, Bag]:
 
 
 def unpooled_tables(schema: Schema) -> set[str]:
-    """Tables that a sequence reads: they look up item by item for all their features, since a table can only lie in one place.
+    """Tables that a sequence reads: looked up item by item for all their features, since a table can only lie in one place.
 
     Raises:
         UserError: they differ in width.

@@ -1,4 +1,4 @@
-"""What a process that works on large blocks tells its allocator."""
+"""Settings of the allocator for processes that work on large blocks."""
 
 import ctypes
 

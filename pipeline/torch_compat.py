@@ -54,7 +54,7 @@ def default_store() -> dist.Store:
 
 
 def rank_device(rank: int, device: torch.device) -> _remote_device:
-    """Where a shard lies, as the metadata of a ShardedTensor says it."""
+    """Where a shard lies, from the metadata of a ShardedTensor."""
     return _remote_device(f"rank:{rank}/{device}")
 
 

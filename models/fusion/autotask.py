@@ -152,7 +152,7 @@ class AutoTask(Fusion):
         places = blocks * self.block
         example_NW = functional.pad(self._examples(x_NFD, id_N1I).squeeze(1), (0, 0, 0, places - len(row_N)))
         example_NSW = example_NW.view(blocks, self.block, example_NW.shape[1])
-        # The last block's empty places come after its others, where causal attention does not look.
+        # The last block's empty places come after its others, which causal attention does not see.
         filled_N1S = (torch.arange(places, device=row_N.device) < len(row_N)).view(blocks, 1, self.block)
         mask_NSS = None if self.causal else filled_N1S.expand(-1, self.block, -1)
         cross_NSW = self.over_examples(example_NSW, mask_NSS)

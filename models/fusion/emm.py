@@ -32,7 +32,7 @@ class TrainedModel(NamedTuple):
 
     @property
     def layers(self) -> list[Layer]:
-        """What a cut looks at."""
+        """What a cut is decided by."""
         return list(zip([self.in_dim, *self.widths], self.widths, strict=False))
 
 

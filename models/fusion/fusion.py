@@ -32,7 +32,7 @@ class Fusion(nn.Module):
     out_dim: int
 
     def gates(self, _: Tensor) -> list[Tensor]:
-        """Weights that mix experts, weight_BUE per level, for people to look at; [] where there are none."""
+        """Weights that mix experts, weight_BUE per level, for reports; [] without experts."""
         return []
 
     def penalty(self, _: Tensor) -> Tensor | None:

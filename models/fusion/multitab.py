@@ -16,12 +16,12 @@ Mask = Literal["none", "FxT", "TxT", "FxT_TxT"]
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block that renews the first Q tokens and looks at all.
+    """One pre-norm transformer block that updates the first Q tokens, attending to all.
 
     Args:
         dim: W. heads: share W evenly. hidden: width of the feed-forward layer. dropout: at the end of both branches.
     Call Args:
-        x_BSW: tokens. allowed_QS: bool, who may look at whom.
+        x_BSW: tokens. allowed_QS: bool, which token may attend to which.
     Returns: x_BQW.
     """
 
@@ -58,12 +58,12 @@ class MultiTab(Fusion):
     """A transformer over the features of a row and one learnt token a task; a mask keeps tasks apart.
 
     From the paper's public text (abstract, the authors' settings): a token a feature, a learnt token a task, all attending
-    to all but for the mask, with its variants: "FxT": features do not look at tasks, "TxT": a task does not look at other
-    tasks (they still meet in features that look at them), "FxT_TxT": neither, "none": all see all. The settings for all
+    to all but for the mask, with its variants: "FxT": features do not attend to tasks, "TxT": a task does not attend to other
+    tasks (they still meet in features that attend to them), "FxT_TxT": neither, "none": all see all. The settings for all
     real data are TxT, one block, 4 heads, tokens of 8 or 16, 256 hidden. A task's last token feeds its tower.
 
     Chosen here: no attention between the rows of a batch, which the paper has beside that between features, since a
-    row's score would depend on its neighbours; two blocks instead, for with one no feature would ever look at another.
+    row's score would depend on its neighbours; two blocks instead, for with one no feature would ever attend to another.
     Blocks normalise first and use ReLU. No positions: what a feature is stands in the layer that makes its token. The
     last block renews the tasks' tokens only, since no one reads the others.
 

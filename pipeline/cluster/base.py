@@ -79,7 +79,7 @@ class Status(NamedTuple):
 
 
 class Backend(Protocol):
-    """Where workloads run. Each method raises UserError where the backend cannot do it or refuses, and says why."""
+    """Where workloads run. Each method raises UserError, with the reason, where the backend cannot do it or refuses."""
 
     def render(self, work: Workload) -> str:
         """The complete text of what `submit` starts, for a dry run: a command line, or a stream of manifests."""

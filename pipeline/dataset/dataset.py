@@ -44,7 +44,7 @@ class Dataset:
             raise UserError(f"{path}: dataset of version {self.manifest.version}, this release reads {VERSION}")
         self.schema = Schema.load(path / "schema.yaml")
         self.check_compatible(self.schema.fingerprint, "its own schema.yaml")
-        self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are looked at
+        self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are chosen
         for shard in self.manifest.shards:
             file = path / shard.path
             size = file.stat().st_size if file.exists() else None
@@ -143,7 +143,7 @@ def _no_dataset(path: Path) -> str:
     """Why there is nothing to open."""
     if ranges := day_ranges(path):
         return (
-            f"{path} is no dataset itself; it holds those of the days {', '.join(ranges)}. Where a job takes days, say "
+            f"{path} is no dataset itself; it holds those of the days {', '.join(ranges)}. Where a job takes days, set "
             f"days={ranges[0]}, or give it one: {path / ranges[0][:10]}."
         )
     return f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first."

@@ -57,7 +57,7 @@ class Loader:
         window: rows of a lane that are shuffled together, 0 for the dataset's order.
         ahead: batches decoded in advance.
         max_corrupt: share of the split's rows that may be in row groups whose content is damaged. They become rows that count
-            in nothing, which keeps all others in their places; each rank says it once a row group.
+            in nothing, which keeps all others in their places; each rank logs it once a row group.
 
     Raises:
         UserError: an empty split, or sizes that do not divide.
@@ -152,13 +152,13 @@ class Loader:
         """A lane's rows from its cursor on, window by window."""
         length, cursor = int(self.lengths[lane]), position.cursors[lane]
         edges = self._edges(lane)
-        held: dict[int, Rows] = {}
+        decoded: dict[int, Rows] = {}
         for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
             if stop <= cursor and stop < length:
                 continue
             pieces = self._pieces(order, lane, start, stop)
-            held = {p.group: held.get(p.group) or self._decode(p.group) for p in pieces}
-            parts = [held[p.group].slice(p.start, p.stop) for p in pieces]
+            decoded = {p.group: decoded.get(p.group) or self._decode(p.group) for p in pieces}
+            parts = [decoded[p.group].slice(p.start, p.stop) for p in pieces]
             rows = Rows.concat(parts) if parts else self._decode(0).slice(0, 0)
             if self.window:
                 shuffle = np.random.default_rng([self.seed, position.epoch, lane, index])

@@ -1,4 +1,4 @@
-"""Names of tensors in a checkpoint. What they are within a ranker, models.ranker says (table_weight and its like).
+"""Names of tensors in a checkpoint. Within a ranker they are those of models.ranker (table_weight and its like).
 
 A checkpoint's part `model` has the names of the ranker, and of what else is learnt; its parts `tables` and `dense` have those
 of the training step, which holds the ranker, for the parameter that a state belongs to.

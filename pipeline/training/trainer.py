@@ -1,7 +1,6 @@
 """The training loop: what happens in a step and after it, and how a run is restored, rolled back and ended."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,17 +15,17 @@ import torch.distributed as dist
 from features.batch import Batch
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint, retention
 from pipeline.run.checkpoint import CheckpointManifest
-from pipeline.run.checkpoint.writer import Saver
+from pipeline.run.checkpoint.writer import CheckpointWriter
 from pipeline.run.run import Run, keep_lines
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.consensus import Consensus, Verdict
 from pipeline.training.faults.hang_watch import HangWatch
 from pipeline.training.faults.nonfinite import NonfiniteCheck
-from pipeline.training.faults.preemption import PreemptionSignal, exiting_at_start
+from pipeline.training.faults.preemption import PreemptionSignal
 from pipeline.training.faults.rollback import Rollbacks
 from pipeline.training.learner import build_learner
 from pipeline.training.logging.meter import ThroughputMeter
@@ -40,59 +39,7 @@ from pipeline.training.state import TrainState
 from pipeline.training.step import StepOutput
 
 logger = logging.getLogger(__name__)
-
 WRITE_TIMEOUT = timedelta(hours=2)  # a rank may wait that long for what another writes
-
-
-def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence[Observer] = ()) -> Run:
-    """Trains a run to its end, from its newest undamaged checkpoint where it has one.
-
-    Args:
-        config: all settings.
-        schema: if given, the dataset must have been written for it.
-        observers: called as the run proceeds.
-    Raises:
-        UserError: bad input, a loss that is not finite, or a lost rank.
-        Preempted: by SIGTERM, after a checkpoint.
-    """
-    trainer = None
-    try:
-        with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
-            device = process_group.start()
-            trainer = prepare(config, schema, device, observers)
-        run = trainer.run_to_end()
-        dist.destroy_process_group()
-        return run
-    except BaseException as error:
-        ended = isinstance(error, (Preempted, SystemExit))
-        if trainer is not None and trainer.rank == 0 and not ended:
-            trainer.run.write_status("failed", trainer.state.step, trainer.steps)
-        if dist.is_initialized() and (dist.get_world_size() == 1 or ended):
-            dist.destroy_process_group()  # other ranks would see the connection break before this one has raised
-        elif isinstance(error, RuntimeError) and (cause := process_group.lost_contact(error)):
-            where = f"step {trainer.state.step + 1}" if trainer else "at the start"
-            raise UserError(
-                f"{where}: lost contact with another rank ({cause}); its own error, if it failed, says why. "
-                "torchrun --max-restarts=N resumes from the newest checkpoint."
-            ) from None
-        raise
-
-
-def prepare(
-    config: TrainConfig, schema: Schema | None, device: torch.device, observers: Sequence[Observer] = ()
-) -> "Trainer":
-    """A trainer whose run is restored, ready for `run_to_end`. Every rank calls it. Raises UserError."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // local))
-    whole = open_dataset(config.dataset, config.days)
-    if schema is not None:
-        whole.check_compatible(schema.fingerprint, "the schema of this job")
-    dataset = whole.only(config.tasks)
-    with ExitStack() as pinned:  # checkpoints of other runs that this one starts from
-        config = emm_sources.resolve(config, dataset, pinned)
-        trainer = Trainer(config, dataset, device, observers)
-        trainer.restore(whole.schema, pinned)
-    return trainer
 
 
 class Trainer:
@@ -126,7 +73,7 @@ class Trainer:
         self.preemption = PreemptionSignal(log=self.rank == 0)
         self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
         prune = partial(retention.prune, self.run, s.keep, dataset.name) if self.rank == 0 else lambda _: None
-        self.writer = Saver(self.run.checkpoints, self._cpu_group(WRITE_TIMEOUT), s.checkpoint_async, prune)
+        self.writer = CheckpointWriter(self.run.checkpoints, self._cpu_group(WRITE_TIMEOUT), s.checkpoint_async, prune)
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)

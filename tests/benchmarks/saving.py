@@ -21,7 +21,8 @@ from train_runs import RESULTS, configuration, machine, preprocess, write_raw
 
 from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 BUCKETS = 300_000  # of each of the 16 tables
 AT_ONCE, BACKGROUND = "at once", "in the background"

@@ -57,7 +57,8 @@ def profile_rank(options: argparse.Namespace) -> None:
 
     from pipeline.training.observer import Observer
     from pipeline.training.parallel import process_group
-    from pipeline.training.trainer import Trainer, prepare
+    from pipeline.training.train import prepare
+    from pipeline.training.trainer import Trainer
 
     stopwatch, last = Stopwatch(), WARMUP + options.steps
     found: dict[str, float] = {}

@@ -25,7 +25,7 @@ from pipeline.search.compare import stop_early
 from pipeline.search.comparison import Entry, differences
 from pipeline.storage.files import read_lines
 from pipeline.training.config import Settings, TrainConfig
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 
 MODEL = ModelConfig(fusion={"name": "mmoe", "num_experts": 3, "levels": [[8], [4]]}, tower=[4])
 

@@ -30,7 +30,7 @@ from pipeline.release.nightly import NightlyConfig, nightly
 from pipeline.run import records
 from pipeline.run.run import Run
 from pipeline.training.config import Settings, TrainConfig
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 
 CONTENT = {
     "source": {"files": "*-{date}.csv"},

@@ -28,7 +28,7 @@ from pipeline.run.checkpoint import lock
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line, read_lines
 from pipeline.training.config import Settings, TrainConfig
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 
 MODEL = ModelConfig(fusion={"name": "adatt", "levels": [[8], [4]]}, tower=[4])
 

@@ -20,7 +20,8 @@ from jobs.entry import configure_logging, user_errors
 from pipeline.run import checkpoint
 from pipeline.training.observer import Observer
 from pipeline.training.step import StepOutput
-from pipeline.training.trainer import Trainer, train
+from pipeline.training.train import train
+from pipeline.training.trainer import Trainer
 
 FOLDER, NAME = Path(sys.argv[1]), sys.argv[2]
 ATTEMPT = int(sys.argv[3]) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

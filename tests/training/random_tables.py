@@ -11,7 +11,8 @@ import torch
 from tiny_training import configuration, make_dataset, on_each_rank
 
 from pipeline.training.config import TrainConfig
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 STEPS = 3
 # Of the demo: planned by time alone, four ranks have an empty shard of the smallest table, the only row-wise one.

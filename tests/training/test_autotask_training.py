@@ -17,7 +17,7 @@ from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.training.trainer import prepare
+from pipeline.training.train import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 

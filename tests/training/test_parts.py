@@ -19,7 +19,8 @@ from tiny_training import (
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -24,7 +24,8 @@ from pipeline.training.optim.tables import ReplicatedTables
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.memory import Estimate
 from pipeline.training.parallel.plan import Cluster
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 GB = 10**9

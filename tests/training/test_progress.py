@@ -18,7 +18,8 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
 from pipeline.training.step import StepOutput
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from features.errors import UserError
 from pipeline.run import checkpoint, records
 from pipeline.run.checkpoint import CheckpointManifest
-from pipeline.run.checkpoint.writer import Saver
+from pipeline.run.checkpoint.writer import CheckpointWriter
 from pipeline.run.retention import Keep, prune
 from pipeline.run.run import Run
 
@@ -164,7 +164,7 @@ def test_what_was_written_after_a_fall_back_stays_and_the_damaged_newer_one_goes
         damaged = saved(1.0, step)
     (damaged / ".metadata").unlink()
     run = Run(tmp_path)
-    saver = Saver(run.checkpoints, None, False, partial(prune, run, Keep(last=1), OURS))
+    saver = CheckpointWriter(run.checkpoints, None, False, partial(prune, run, Keep(last=1), OURS))
     saver.save({"w": torch.ones(50)}, CheckpointManifest(step=8, rows=1, **ABOUT))
     assert saver.wait() is None
     assert checkpoint.steps(run.checkpoints) == [8]

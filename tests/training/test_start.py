@@ -14,7 +14,7 @@ from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.restore import warm_start
-from pipeline.training.trainer import train
+from pipeline.training.train import train
 
 pytestmark = pytest.mark.integration
 

@@ -37,7 +37,8 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.faults.hang_watch import Heartbeat, diagnosis
 from pipeline.training.observer import Observer
 from pipeline.training.step import StepOutput
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 

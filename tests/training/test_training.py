@@ -43,7 +43,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.optim.dense import rate
 from pipeline.training.optim.settings import DenseOptimizer
 from pipeline.training.parallel import shard
-from pipeline.training.trainer import prepare
+from pipeline.training.train import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 

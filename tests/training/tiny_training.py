@@ -29,7 +29,8 @@ from models.ranker import ModelConfig, Ranker
 from pipeline.run import checkpoint
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.parallel import process_group
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 # What scripts that run by themselves import: this folder, and tests/ above it.
 PATHS = os.pathsep.join(map(str, Path(__file__).parents[:2]))

@@ -21,7 +21,8 @@ from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
 from pipeline.training.observer import Observer
 from pipeline.training.step import StepOutput
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 PLACEMENTS = ("table_wise", "row_wise")

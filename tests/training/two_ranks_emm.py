@@ -16,7 +16,8 @@ from tiny_training import configuration, on_each_rank, write_checkpoint
 from models.ranker import ModelConfig
 from pipeline.run import checkpoint
 from pipeline.training.config import TrainConfig
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 # They share (32, 16) and (16, 16): two levels, and towers of other depths.
 SOURCES: dict[str, dict[str, Any]] = {

@@ -23,7 +23,8 @@ from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 STEPS, STOP = 20, 8
 MIXED = {"default": ["row_wise"], "user": ["table_wise"]}

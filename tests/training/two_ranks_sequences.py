@@ -15,7 +15,8 @@ from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.training.config import TrainConfig
-from pipeline.training.trainer import Trainer, prepare
+from pipeline.training.train import prepare
+from pipeline.training.trainer import Trainer
 
 # A sequence with a candidate and one without; a bag whose table a sequence reads and one whose table none does.
 BAGS = {

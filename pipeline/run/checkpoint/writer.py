@@ -94,7 +94,7 @@ def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
         raise OSError(f"{sorted(missing)[0]} is not in all of manifest, folder and .metadata")
 
 
-class Saver:
+class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, in a thread and with a process group of its own.
 
     The copy's memory, that of this rank's state once more, is kept from one checkpoint to the next.
@@ -123,7 +123,7 @@ class Saver:
         if not self.background:
             self._write(state, manifest)
             return
-        self.copy = copied(state, self.copy)
+        self.copy = copy_to_cpu(state, self.copy)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies from a GPU are under way
         self.thread = threading.Thread(target=self._write, args=(self.copy, manifest), daemon=True, name="checkpoint")
@@ -147,18 +147,18 @@ class Saver:
             self.error = error
 
 
-def copied(value: Any, into: Any = None) -> Any:
+def copy_to_cpu(value: Any, into: Any = None) -> Any:
     """A copy of a state in the CPU's memory: nested dictionaries of tensors, sharded ones included.
 
     Args:
         into: an earlier copy of the same state, whose memory is used again.
     """
     if isinstance(value, dict):
-        return {name: copied(item, into[name] if into else None) for name, item in value.items()}
+        return {name: copy_to_cpu(item, into[name] if into else None) for name, item in value.items()}
     if isinstance(value, ShardedTensor):
         return _copied_shards(value, into)
     if isinstance(value, DTensor):
-        local = copied(value.to_local(), into.to_local() if into is not None else None)
+        local = copy_to_cpu(value.to_local(), into.to_local() if into is not None else None)
         return with_local(value, local)
     if isinstance(value, Tensor):
         if into is None:
@@ -172,4 +172,4 @@ def _copied_shards(value: ShardedTensor, into: ShardedTensor | None) -> ShardedT
         for theirs, ours in zip(value.local_shards(), into.local_shards(), strict=True):
             ours.tensor.copy_(theirs.tensor.detach(), non_blocking=True)
         return into
-    return on_cpu(value, [copied(shard.tensor) for shard in value.local_shards()])
+    return on_cpu(value, [copy_to_cpu(shard.tensor) for shard in value.local_shards()])

@@ -20,7 +20,7 @@ UNLIMITED = ("start", "save")  # phases that may take any time, for a rank that 
 
 
 class Heartbeat(NamedTuple):
-    """What a rank last said of itself. beats: rises as long as it lives. launcher: pid of its torchrun."""
+    """The last heartbeat of a rank. beats: rises as long as it lives. launcher: pid of its torchrun."""
 
     beats: int
     step: int

@@ -1,4 +1,4 @@
-"""What a rank tells the launcher of its machine: how far it has come, and that it is alive (see jobs.launch)."""
+"""Status and heartbeat of a rank, for the launcher of its machine (see jobs.launch)."""
 
 import json
 import os

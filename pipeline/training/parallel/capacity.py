@@ -27,7 +27,7 @@ class PlanConfig(Strict):
     """The settings of jobs.train that a plan depends on, and the cluster.
 
     Attributes:
-        dataset: whose fitted encoders say how large tables are; without it the schema says how large they can be.
+        dataset: whose fitted encoders give the tables' sizes; without it the schema gives the largest they can be.
         run, resume: settings of jobs.train that must be left at their defaults, since a plan reads no run.
         ranks: of the cluster. ranks_per_node: on each machine.
         hbm: of each rank's GPU. ddr: main memory for each rank. Both in bytes, or as 80GB, 80GiB.

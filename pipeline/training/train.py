@@ -1,0 +1,70 @@
+"""Training a run: from the process group to the last checkpoint."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from features.errors import Preempted, UserError
+from features.schema.schema import Schema
+from pipeline.dataset.dataset import open_dataset
+from pipeline.run.run import Run
+from pipeline.training.config import TrainConfig
+from pipeline.training.faults.preemption import exiting_at_start
+from pipeline.training.observer import Observer
+from pipeline.training.parallel import process_group
+from pipeline.training.restore import emm_sources
+from pipeline.training.trainer import Trainer
+
+
+def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence[Observer] = ()) -> Run:
+    """Trains a run to its end, from its newest undamaged checkpoint where it has one.
+
+    Args:
+        config: all settings.
+        schema: if given, the dataset must have been written for it.
+        observers: called as the run proceeds.
+    Raises:
+        UserError: bad input, a loss that is not finite, or a lost rank.
+        Preempted: by SIGTERM, after a checkpoint.
+    """
+    trainer = None
+    try:
+        with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
+            device = process_group.start()
+            trainer = prepare(config, schema, device, observers)
+        run = trainer.run_to_end()
+        dist.destroy_process_group()
+        return run
+    except BaseException as error:
+        ended = isinstance(error, (Preempted, SystemExit))
+        if trainer is not None and trainer.rank == 0 and not ended:
+            trainer.run.write_status("failed", trainer.state.step, trainer.steps)
+        if dist.is_initialized() and (dist.get_world_size() == 1 or ended):
+            dist.destroy_process_group()  # other ranks would see the connection break before this one has raised
+        elif isinstance(error, RuntimeError) and (cause := process_group.lost_contact(error)):
+            where = f"step {trainer.state.step + 1}" if trainer else "at the start"
+            raise UserError(
+                f"{where}: lost contact with another rank ({cause}); its own error, if it failed, says why. "
+                "torchrun --max-restarts=N resumes from the newest checkpoint."
+            ) from None
+        raise
+
+
+def prepare(
+    config: TrainConfig, schema: Schema | None, device: torch.device, observers: Sequence[Observer] = ()
+) -> "Trainer":
+    """A trainer whose run is restored, ready for `run_to_end`. Every rank calls it. Raises UserError."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    whole = open_dataset(config.dataset, config.days)
+    if schema is not None:
+        whole.check_compatible(schema.fingerprint, "the schema of this job")
+    dataset = whole.only(config.tasks)
+    with ExitStack() as pinned:  # checkpoints of other runs that this one starts from
+        config = emm_sources.resolve(config, dataset, pinned)
+        trainer = Trainer(config, dataset, device, observers)
+        trainer.restore(whole.schema, pinned)
+    return trainer
