@@ -27,7 +27,7 @@ PERCEPTRONS = {"shared_bottom": "bottom", "single_task": "networks"}
 
 
 class Source(BaseModel):
-    """A trained single-task model, so described that a fused run can be rebuilt without it.
+    """A trained single-task model, described so that a fused run can be rebuilt without it.
 
     Attributes:
         run: folder. step: of its checkpoint.
@@ -66,11 +66,11 @@ class EMMSettings(BaseModel):
     Attributes:
         trained: False keeps the structure only: fresh weights, all of them trained (Table II).
         merge: False leaves the exchange between tasks out (Table II).
-        tables: what the trained models read with (embeddings, codes of numbers, interactions): "frozen" as they are,
+        tables: of the inputs of the trained models (embeddings, codes of numbers, interactions): "frozen" as they are,
             "tuned" along with the rest, or "new", one set for all.
-        towers: "own": each task's goes on where its model was cut last, that of its first model where it has several;
+        towers: "own": each task's continues above the last cut of its model, or of its first model where it has several;
             "new": model.tower, from fresh weights. They are trained either way.
-        sources: the models of `model.from`, looked up when a run begins.
+        sources: the models of `model.from`, resolved when a run begins.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -92,7 +92,7 @@ class EMMSettings(BaseModel):
 
 
 class Reader(nn.Module):
-    """What a trained model's first layer reads: embeddings and numbers, then its interaction.
+    """The input of a trained model's first layer: embeddings and numbers, then its interaction.
 
     Its parts have the names that they have in a Ranker.
 
@@ -149,10 +149,12 @@ class FusedRanker(Ranker):
             )
         if sequences := list(sequences_of(schema)):
             raise UserError(
-                f"bag {sequences[0]}: fusion emm reads no sequences; set pooling: mean, or use another fusion"
+                f"bag {sequences[0]}: fusion emm reads no sequences; set pooling: mean, or choose another fusion"
             )
         if managed := managed_tables(schema):
-            raise UserError(f"table {next(iter(managed))}: fusion emm has no managed ids; use another fusion, or hash")
+            raise UserError(
+                f"table {next(iter(managed))}: fusion emm supports no managed ids; choose another fusion, or set hash"
+            )
         self.schema, self.managed = schema, None
         theirs = [Reader(schema, encoders, source.model, config.input_dropout) for source in s.sources]
         one = [Reader(schema, encoders, config, config.input_dropout)]
@@ -183,7 +185,7 @@ class FusedRanker(Ranker):
         self.features, self.bags, self.lengths = [], {}, {}
         for tables in tables_M:
             table = {feature: t.name for t in tables for feature in t.feature_names}
-            # TorchRec names what is looked up for one feature in several tables FEATURE@TABLE.
+            # TorchRec names a feature that is looked up in several tables FEATURE@TABLE.
             name = {feature: f"{feature}@{table[feature]}" if len(tables_M) > 1 else feature for feature in table}
             self.features += [name[feature] for feature in self.schema.sparse]
             self.bags |= {name[bag]: bag for bag in self.schema.lists}
@@ -203,7 +205,7 @@ class FusedRanker(Ranker):
         return [reader for reader in self.readers if isinstance(reader, Reader)]
 
     def read(self, embedding_BE: Tensor, batch: Batch) -> Tensor:
-        """x_BD: what each trained model reads, side by side; or what all of them do."""
+        """x_BD: the inputs of the trained models, concatenated; or the one that all read."""
         if self.frozen_tables:
             embedding_BE = embedding_BE.detach()
         width = self.embedding_dim
@@ -213,14 +215,16 @@ class FusedRanker(Ranker):
         ]
         return torch.cat(x_M, 1)
 
-    def origins(self) -> list[dict[str, str]]:
-        """For each trained model, the names in this model's state of what was its own, with their names in its state.
+    def source_names(self) -> list[dict[str, str]]:
+        """For each trained model, names in this model's state to the names of the same tensors in its own.
 
-        Nothing where `trained` is False.
+        Empty where `trained` is False.
         """
-        return [self._origin(m, source) for m, source in enumerate(self.settings.sources) if self.settings.trained]
+        return [
+            self._names_of_source(m, source) for m, source in enumerate(self.settings.sources) if self.settings.trained
+        ]
 
-    def _origin(self, m: int, source: Source) -> dict[str, str]:
+    def _names_of_source(self, m: int, source: Source) -> dict[str, str]:
         names = {}
         if self.settings.tables != "new":
             names = {f"readers.{m}.{name}": name for name in self.readers[m].state_dict()}
@@ -236,7 +240,7 @@ class FusedRanker(Ranker):
         if self.settings.towers == "own" and m == self._first_models()[task]:
             ours += [f"towers.tasks.{task}.hidden.layers.{k}" for k in range(len(self.fusion.remainders[m]))]
             ours, theirs = [*ours, f"towers.tasks.{task}.out"], [*theirs, "towers.out"]
-        pairs = zip(ours, theirs, strict=False)  # what is left above the cut of another model is not used
+        pairs = zip(ours, theirs, strict=False)  # layers above the last cut are not used
         return names | {
             f"{our}.{part}": f"{their}.{part}" for our, their in pairs for part in ("weight_SDH", "bias_SH")
         }

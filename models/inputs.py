@@ -1,4 +1,4 @@
-"""Input of a model: embeddings and numbers of a row as one flat vector, and as one token a feature."""
+"""Embeddings and dense columns of a row as one flat vector, or, for fusions that attend, one token a feature."""
 
 # Shapes: B rows, D flat width, F features, N numbers with a code, K bins, W width of a code or token, P columns of a feature.
 
@@ -33,7 +33,7 @@ class Piecewise(nn.Module):
         low_NK, high_NK = torch.full((2, len(edges), bins), torch.inf)  # a bin past a number's last is never reached
         for n, edge in enumerate(edges):
             low_NK[n, : len(edge) - 1], high_NK[n, : len(edge) - 1] = torch.tensor(edge[:-1]), torch.tensor(edge[1:])
-        # Edges that differ may be one in float32, and 0 / 0 would be no number.
+        # Edges that differ may round to the same float32, and 0 / 0 would be NaN.
         width_NK = (high_NK - low_NK).nan_to_num(1.0).clamp(min=torch.finfo(torch.float32).tiny)
         self.register_buffer("low_NK", low_NK, persistent=False)
         self.register_buffer("width_NK", width_NK, persistent=False)
@@ -53,7 +53,7 @@ class Inputs(nn.Module):
         out_dim: D.
         columns: per feature (those of ids, then those of numbers) its columns of x_BD: the first number, its code, the rest.
     Call Args:
-        embedding_BE: of all id features, side by side, sequences last. dense_BD: as a batch has it.
+        embedding_BE: of all id features, concatenated, sequences last. dense_BD: as a batch has it.
     Returns: x_BD.
     """
 

@@ -29,7 +29,7 @@ class Interaction(nn.Module):
 
 
 class Concat(Interaction):
-    """None: the features side by side, as they come.
+    """No interaction: the features concatenated, unchanged.
 
     Args:
         in_dim: D = I.
@@ -74,7 +74,7 @@ class Dot(Interaction):
 class Cross(Interaction):
     """Polynomials of the input, one degree a layer: x_(l+1) = x_0 * (W x_l + b) + x_l (DCN-v2; arXiv 2008.13535, eq. 1).
 
-    With a rank R, W = U V^T (eq. 2). The fusion stands on the last layer: the paper's stacked structure.
+    With a rank R, W = U V^T (eq. 2). The fusion reads the last layer: the paper's stacked structure.
 
     Args:
         in_dim: D = I. layers: how many. rank: R; None: W is full.

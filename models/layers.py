@@ -1,4 +1,4 @@
-"""Stacks of small networks computed as batched matrix products, and mixtures of what they give."""
+"""Stacks of small networks computed as batched matrix products, and mixtures of their outputs."""
 
 # Shapes: U inputs, S networks of a stack, C of them that read the same input, B rows, D and H widths in and out, N = C H,
 # E experts, T users of them (tasks or units).
@@ -68,7 +68,7 @@ class StackedMLP(nn.Module):
 def linear(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None) -> Tensor:
     """y_SBH = x W + b, where each input is read by S / U networks that follow each other: one product an input."""
     inputs, out_dim = len(x_UBD), weight_SDH.shape[2]
-    weight_UDN = _side_by_side(weight_SDH, inputs)
+    weight_UDN = _concat_weights(weight_SDH, inputs)
     if bias_SH is None:
         y_UBN = torch.bmm(x_UBD, weight_UDN)
     else:
@@ -87,10 +87,10 @@ def rectified(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor, runs: Sequence
         parts = zip(x_UBD.split(inputs), weight_SDH.split(networks), bias_SH.split(networks), strict=True)
         y_BSH = [rectified(*part).transpose(0, 1) for part in parts if len(part[1])]
         return torch.cat(y_BSH, 1).transpose(0, 1)
-    if torch.compiler.is_compiling():  # fuses by itself
+    if torch.compiler.is_compiling():  # the compiler fuses relu with the product
         return torch.relu(linear(x_UBD, weight_SDH, bias_SH))
     device = x_UBD.device.type
-    if torch.is_autocast_enabled(device):  # it does not reach into functions with a derivative of their own
+    if torch.is_autocast_enabled(device):  # autocast does not reach inside a custom autograd function
         dtype = torch.get_autocast_dtype(device)
         x_UBD, weight_SDH, bias_SH = x_UBD.to(dtype), weight_SDH.to(dtype), bias_SH.to(dtype)
     return _Rectified.apply(x_UBD, weight_SDH, bias_SH)
@@ -103,14 +103,14 @@ for name in ("linear", "rectified", "_packed"):
 class _Rectified(torch.autograd.Function):
     """relu(x W + b), where each input is read by C networks that follow each other: one product an input.
 
-    With a derivative of its own because both ways the order in memory can change where relu passes over all anyway. Products
-    want the rows of an input together, mixtures all experts of a row.
+    A custom derivative lets relu, which visits every element anyway, change the memory layout in both directions: products
+    need the rows of an input contiguous, mixtures all experts of a row.
     """
 
     @staticmethod
     def forward(ctx: Any, x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor) -> Tensor:
         inputs, rows, _ = x_UBD.shape
-        x_UBD, weight_UDN, bias_UN = _packed(x_UBD), _side_by_side(weight_SDH, inputs), bias_SH.view(inputs, -1)
+        x_UBD, weight_UDN, bias_UN = _packed(x_UBD), _concat_weights(weight_SDH, inputs), bias_SH.view(inputs, -1)
         shape = (inputs, rows, len(weight_SDH) // inputs, weight_SDH.shape[2])
         if inputs == 1:
             y_UBCH = _product(x_UBD[0], weight_UDN[0], bias_UN[0]).view(shape)
@@ -132,7 +132,7 @@ class _Rectified(torch.autograd.Function):
         torch.ops.aten.threshold_backward.grad_input(grad_UBCH, y_UBCH, 0, grad_input=z_UBCH)
         z_UBN, x, weight = z_UBCH.flatten(2), None, None
         if ctx.needs_input_grad[0]:
-            weight_UND = _side_by_side(weight_SDH, len(x_UBD)).transpose(1, 2)
+            weight_UND = _concat_weights(weight_SDH, len(x_UBD)).transpose(1, 2)
             x = torch.bmm(z_UBN, weight_UND) if len(x_UBD) > 1 else _product(z_UBN[0], weight_UND[0]).unsqueeze(0)
         if ctx.needs_input_grad[1]:
             weight_UDN = torch.bmm(x_UBD.transpose(1, 2), z_UBN)
@@ -143,15 +143,15 @@ class _Rectified(torch.autograd.Function):
 def _product(x_BD: Tensor, weight_DN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x W, or relu(x W + b)."""
     if ONEDNN and x_BD.device.type == "cpu" and x_BD.dtype == torch.float32:
-        # oneDNN's kernels take a sixth less time than those behind torch.mm. They could rectify in passing, but of what is
-        # no number their relu makes 0, and a broken input would train on unseen.
+        # oneDNN's kernels take a sixth less time than those behind torch.mm. Their fused relu turns NaN into 0, which would
+        # hide a broken input.
         y_BN = onednn_linear(x_BD, weight_DN.t(), bias_N)
         return y_BN if bias_N is None else y_BN.relu_()
     return x_BD @ weight_DN if bias_N is None else torch.addmm(bias_N, x_BD, weight_DN).relu_()
 
 
-def _side_by_side(weight_SDH: Tensor, inputs: int) -> Tensor:
-    """weight_UDN: of the networks that read the same input as one matrix."""
+def _concat_weights(weight_SDH: Tensor, inputs: int) -> Tensor:
+    """weight_UDN: the weights of the networks that read the same input, concatenated to one matrix."""
     in_dim, out_dim = weight_SDH.shape[1:]
     return weight_SDH.view(inputs, -1, in_dim, out_dim).transpose(1, 2).reshape(inputs, in_dim, -1)
 

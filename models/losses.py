@@ -1,4 +1,4 @@
-"""Losses per row and task, and their sum as the mean over what was observed."""
+"""Losses per row and task, and their total over observed rows."""
 
 # Shapes: B rows, T tasks.
 
@@ -35,19 +35,19 @@ class TaskLoss(nn.Module):
 
     def means(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """mean_T: each task's loss without its loss weight; arguments as those of `forward`."""
-        # Not a tiny divisor: a weight over it is infinite, and infinity times a weight of 0 is no gradient of 0.
+        # A tiny divisor would overflow to infinity, and infinity times a weight of 0 is NaN.
         return (loss_BT * observed_weight_BT).sum(0) / total_T.masked_fill(total_T == 0, 1.0)
 
     def weights(self) -> Tensor:
-        """weight_T: how often each task's loss counts now."""
+        """weight_T: the current weight of each task's loss."""
         return self.weight_T
 
     def of_rows(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
-        """What these rows add to the loss; arguments as those of `forward`."""
+        """The contribution of these rows to the loss; arguments as those of `forward`."""
         return (self.means(loss_BT, observed_weight_BT, total_T) * self.weights()).sum()
 
     def regulariser(self, total_T: Tensor) -> Tensor | float:  # noqa: ARG002
-        """What the weighting adds to the loss, however the rows fare."""
+        """The term of the loss that depends on no row."""
         return 0.0
 
     def forward(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class UncertaintyLoss(TaskLoss):
 
     With s = log sigma^2, which is what the paper learns too, a regression task adds exp(-s) / 2 * L + s / 2 (eq. 7) and a
     binary task, the softmax of two classes, exp(-s) * L + s / 2. A task that no row of the global batch observes adds
-    nothing at all: it would shrink its variance without evidence.
+    nothing: its variance would shrink without evidence.
 
     Args:
         kinds: "binary" or "regression" per task.

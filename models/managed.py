@@ -1,4 +1,4 @@
-"""Tables for values without bound (features.kinds.Managed): which id has which row is learnt step by step."""
+"""Tables for an unbounded id space (features.schema.kinds.Managed): ids are mapped to rows as they appear in training."""
 
 # Shapes: V ids of a batch, N distinct ids in ascending order, S sets, W rows of a set, A ids without a row.
 
@@ -14,18 +14,18 @@ from features.kinds.tables import Managed
 from features.schema.schema import Schema
 
 FIRST = UNKNOWN + 1  # row of the first set; those before it are for missing values and for ids without a row
-FREE = 0  # no value has this id: it is that of missing ones
-BUSY = torch.iinfo(torch.int64).max
+FREE = 0  # an unused row: no value has this id, which stands for missing ones
+IN_STEP = torch.iinfo(torch.int64).max  # usage of ids of the current step: never evicted
 
 
 class IdMap(nn.Module):
     """Which id has which row of a table, or of some sets of it.
 
-    What it holds lies as the table's rows do, and an id's set is a function of the id alone: sets can be shared out among any
-    number of ranks, and what becomes of an id is the same on all of them.
+    Its entries have the order of the table's rows, and an id's set is a function of the id alone: sets can be sharded over any
+    number of ranks without a change of any id's row.
 
     Args:
-        settings: the table's. first, sets: the sets that it holds; all of them by default.
+        settings: the table's. first, sets: the range of sets that it holds; all by default.
     """
 
     id_SW: Tensor
@@ -38,7 +38,7 @@ class IdMap(nn.Module):
         self.settings, self.first = settings, first
         shape = settings.sets if sets is None else sets, settings.ways
         self.register_buffer("id_SW", torch.full(shape, FREE, dtype=torch.int64, device=device))
-        # Of lru the step that an id was last seen in, of lfu how often it was seen.
+        # lru: the step in which an id was last seen; lfu: how often it was seen.
         self.register_buffer("used_SW", torch.zeros(shape, dtype=torch.int64, device=device))
 
     def lookup(self, id_N: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ class IdMap(nn.Module):
         return torch.where(found_N, self._row(set_N, way_N), UNKNOWN)
 
     def admit(self, id_N: Tensor, count_N: Tensor, step: int) -> Tensor:
-        """Takes note of the ids of a step, and gives rows to those that have none.
+        """Records the ids of a step, and assigns rows to new ones by eviction.
 
-        An id that was in this step keeps its row. Where fewer are left in a set than new ids, the greatest of these go without.
+        Ids of this step are not evicted. Where a set has fewer other rows than new ids, the largest new ids get no row.
 
         Args:
             id_N, count_N: distinct ids, ascending, and how often each was there. step: from 1.
@@ -58,11 +58,11 @@ class IdMap(nn.Module):
         set_N, way_N, found_N = self._find(id_N)
         here = set_N[found_N], way_N[found_N]
         used = self._seen(self.used_SW[here], count_N[found_N], step)
-        self.used_SW[here] = BUSY
+        self.used_SW[here] = IN_STEP
         id_A, count_A, set_A = id_N[~found_N], count_N[~found_N], set_N[~found_N]
-        touched, which_A = set_A.unique_consecutive(return_inverse=True)
-        used_TW = self.used_SW.index_select(0, touched)
-        left_T = (used_TW < BUSY).sum(1)
+        sets_T, which_A = set_A.unique_consecutive(return_inverse=True)
+        used_TW = self.used_SW.index_select(0, sets_T)
+        left_T = (used_TW < IN_STEP).sum(1)
         place_A = torch.arange(len(set_A), device=set_A.device) - torch.searchsorted(set_A, set_A)
         enough_A = place_A < left_T[which_A]
         least_TW = used_TW.argsort(stable=True)
@@ -91,13 +91,13 @@ def set_of(id_N: Tensor, sets: int) -> Tensor:
 
 
 class ManagedIds(nn.Module):
-    """Puts rows in the place of ids, for the managed tables of a schema.
+    """Replaces the ids of managed tables by rows.
 
-    In training it remembers the ids of the last batch. `admit` gives them rows once the step is taken: so a new id is first
-    read with the row of the unknown ones, which learns from that what to expect of an id that it has never seen.
+    In training it keeps the ids of the last batch, and `admit` assigns rows to them after the step: a new id is first looked up
+    in the row of unknown ids, which thereby learns what to expect of an unseen id.
 
     Args:
-        schema: has managed tables. device: of the maps; "meta" leaves them to whoever shares them out.
+        schema: has managed tables. device: of the maps; "meta" leaves their allocation to the sharding.
     Call Args:
         sparse: all keys of a batch.
     Returns: the same, with rows for the ids of managed tables.
@@ -137,7 +137,7 @@ class ManagedIds(nn.Module):
         return changed
 
     def _map(self, table: str) -> IdMap:
-        return cast(IdMap, self.maps[table])  # or pipeline.training.parallel.id_maps.ShardedIdMap
+        return cast(IdMap, self.maps[table])  # or its sharded form (pipeline.training.parallel.id_maps)
 
 
 def managed_tables(schema: Schema) -> dict[str, Managed]:

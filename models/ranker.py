@@ -32,10 +32,10 @@ from models.managed import managed_ids, with_rows
 from models.sequences import (
     Sequences,
     WithItems,
-    means,
+    concat_items,
+    mean_pooled,
     pooled_features,
     sequences_of,
-    side_by_side,
     unpooled_tables,
 )
 from models.towers import Calibration, SharedTower, TaskTowers
@@ -50,9 +50,9 @@ class ModelConfig(BaseModel):
         interaction: `name`, one of models.interaction.INTERACTIONS, and the arguments of that class.
         fusion: `name`, one of models.fusion.FUSIONS, and the arguments of that class.
         tower: hidden layers of each task's tower.
-        input_dropout: of what the interaction reads. dropout: in towers.
+        input_dropout: of the interaction's input. dropout: in towers.
         calibration: of the towers' logits: "none", or "monotone" (models.towers.Calibration).
-        embedding_std: standard deviation of the embeddings' normal start.
+        embedding_std: standard deviation of the embeddings' normal initialisation.
         numeric_dim: width of a piecewise number's code; 0 leaves codes out.
         field_dim: width of a token, for what attends over features.
         from_: `from` in a config: runs of trained single-task models, for fusion emm (models.emm).
@@ -78,7 +78,7 @@ class Ranker(nn.Module):
         schema: features and tasks.
         encoders: for the tables' sizes and the bins of numbers.
         config: the architecture.
-        device: of the embedding tables; "meta" leaves them to whoever shards them.
+        device: of the embedding tables; "meta" leaves their allocation to the sharding.
     Call Args:
         batch: B rows.
     Returns: logit_BT; for a regression task the prediction itself.
@@ -120,9 +120,9 @@ class Ranker(nn.Module):
         self.tables: list[BaseEmbeddingConfig] = [*pooled, *single]
 
     def embedded(self, batch: Batch) -> Tensor:
-        """All that the tables give, side by side: embedding_BE. A bag's is the mean of its items.
+        """The embeddings of all features, concatenated: embedding_BE. A bag's is the mean of its items.
 
-        What sequences have follows behind all other features (models.sequences.side_by_side).
+        The items of sequences come after all other features (models.sequences.concat_items).
         """
         sparse = with_rows(self.managed, batch.sparse)
         pooled = self.embeddings(sparse) if self.embeddings is not None else None
@@ -130,7 +130,7 @@ class Ranker(nn.Module):
         return _joined(pooled, unpooled, batch.sparse, self.features, self.bags, self.lengths)
 
     def inputs(self, batch: Batch) -> Tensor | WithItems:
-        """What the fusion reads: x_BD, x_BFD for one that attends over features, or these with the items of sequences."""
+        """The input of the fusion: x_BD, x_BFD for one that attends over features, or these with the items of sequences."""
         return self.read(self.embedded(batch), batch)
 
     def read(self, embedding_BE: Tensor, batch: Batch) -> Tensor | WithItems:
@@ -173,7 +173,7 @@ def table_weights(ranker: Ranker) -> dict[str, str]:
 
 
 def table_configs(schema: Schema, encoders: Encoders, std: float, suffix: str = "") -> list[EmbeddingBagConfig]:
-    """The schema's tables, with their names and `suffix`; std: of their start. Raises UserError where there is none."""
+    """The schema's tables, with their names and `suffix`; std: of their initial values. Raises UserError if there is none."""
     if not schema.sparse:
         raise UserError("the schema has no categorical and no bag feature: a ranker needs at least one table")
     return [
@@ -224,8 +224,8 @@ def _joined(
         part |= {name: part[name] / length_KB1[sparse.keys().index(key)] for name, key in bags.items()}
     if unpooled is None:
         return torch.cat([part[name] for name in features], dim=1)
-    part |= means(unpooled, lengths)
-    return torch.cat([*(part[name] for name in features), *side_by_side(unpooled, lengths)], dim=1)
+    part |= mean_pooled(unpooled, lengths)
+    return torch.cat([*(part[name] for name in features), *concat_items(unpooled, lengths)], dim=1)
 
 
 torch.fx.wrap("_joined")  # TorchRec's pipelined loop traces the forward, and a loop over keys cannot be traced

@@ -1,4 +1,4 @@
-"""How a config chooses a part of the model: a name and the arguments of the class that has it."""
+"""Parts of the model by config: the name of a registered class and its arguments."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ def chosen(part: str, registry: Mapping[str, type[Kind]], config: Mapping[str, A
 
 
 def build(part: str, kind: type[Kind], config: Mapping[str, Any], *sizes: Any) -> Kind:
-    """`kind` made of `sizes` and, by name, the config's other entries.
+    """An instance of `kind` from `sizes` and the arguments in `config`.
 
     Raises:
         UserError: arguments that the class does not take, or one that it lacks.

@@ -1,6 +1,6 @@
-"""Bags that are read item by item: their tables, their items beside the pooled features, and what pools them if need be."""
+"""Bags that are read item by item: their tables, their items next to the pooled features, and attention pooling."""
 
-# Shapes: B rows, J sequences, L items of the longest, D width of their table, W of a token, E of all that tables give, P of its
+# Shapes: B rows, J sequences, L items of the longest, D width of their table, W of a token, E of all embeddings, P of its
 # pooled part, V items of a jagged feature.
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ ACTIVATION_UNIT = (36,)  # hidden layers, arXiv 1706.06978, figure 2
 
 
 class WithItems(NamedTuple):
-    """What a fusion reads that wants sequences.
+    """The input of a fusion that reads sequences.
 
     Attributes:
-        x_BFW: a token a feature, of a sequence what Interests makes of it.
-        item_BJLW: a token an item. present_BJL: where there is one; the others hold anything.
+        x_BFW: a token a feature; for a sequence, of its pooled vector (Interests).
+        item_BJLW: a token an item. present_BJL: where there is one; the content of the others is undefined.
     """
 
     x_BFW: Tensor
@@ -37,7 +37,7 @@ def sequences_of(schema: Schema) -> dict[str, Bag]:
 
 
 def unpooled_tables(schema: Schema) -> set[str]:
-    """Tables that a sequence reads: looked up item by item for all their features, since a table can only lie in one place.
+    """Tables that a sequence reads: they look up item by item for all their features, since a table belongs to one collection.
 
     Raises:
         UserError: they differ in width.
@@ -57,12 +57,12 @@ def pooled_features(schema: Schema) -> list[str]:
     return [name for name in schema.sparse if name not in sequences_of(schema)]
 
 
-def means(found: Mapping[str, JaggedTensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:
-    """Of each feature that is no sequence the mean of its items, mean_BD; 0 where there is none."""
+def mean_pooled(found: Mapping[str, JaggedTensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:
+    """For each feature that is no sequence, the mean of its items, mean_BD; 0 for an empty bag."""
     return {name: _mean(items) for name, items in found.items() if name not in lengths}
 
 
-def side_by_side(found: Mapping[str, JaggedTensor], lengths: Mapping[str, int]) -> list[Tensor]:
+def concat_items(found: Mapping[str, JaggedTensor], lengths: Mapping[str, int]) -> list[Tensor]:
     """The items of all sequences, padded with 0 to L each, then how many each has: [item_B(JLD), count_BJ].
 
     Args:
@@ -106,14 +106,14 @@ class Interests(nn.Module):
 
 
 class Sequences(nn.Module):
-    """Takes apart what the tables give: each sequence as one vector beside the pooled features, and its items as tokens.
+    """Splits the embeddings: each sequence as one vector next to the pooled features, and its items as tokens.
 
-    The candidate of a sequence is the first categorical feature of its table: what is shown now, beside what was met before.
+    The candidate of a sequence is the first categorical feature of its table: what is shown now, against what was seen before.
 
     Args:
         schema: has at least one sequence. token_dim: W; 0: the fusion does not read items, and there are no tokens.
     Call Args:
-        embedding_BE: pooled features, then the items of all sequences, then how many each has (`side_by_side`).
+        embedding_BE: pooled features, then the items of all sequences, then how many each has (`concat_items`).
     Returns: embedding_BE, pooled features then sequences; item_BJLW or None; present_BJL.
     """
 

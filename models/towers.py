@@ -1,4 +1,4 @@
-"""Towers: from what the fusion made for each task to one logit a task."""
+"""Towers: from the fusion's output for each task to one logit a task."""
 
 # Shapes: B rows, T tasks, D width, K pieces of a line.
 
@@ -34,7 +34,7 @@ class SharedTower(nn.Module):
     """One multi-layer perceptron for every task, so that a task's logit depends on its h alone.
 
     Args:
-        num_tasks: of no account: what a task is stands in h. in_dim: D. widths, dropout: as for TaskTowers.
+        num_tasks: unused: h tells tasks apart. in_dim: D. widths, dropout: as for TaskTowers.
     Shapes: h_BTD -> logit_BT.
     """
 
@@ -51,10 +51,10 @@ class Calibration(nn.Module):
 
     It moves probabilities and keeps their order: NE may change, AUC does not. It is for towers whose logits are too steep or
     too flat as a whole, such as small ones, or under heavy dropout or weight decay: where the mean prediction fits the mean
-    label, but not among the high ones or among the low ones. It sees train rows only, so it cannot mend what is learnt
-    by heart there.
+    label, but not among the high ones or among the low ones. It is fitted to train rows only, so it cannot correct
+    overfitting.
 
-    Pieces end at the inner knots from -7 to 7; the first and the last go on without end. It begins as the identity, to
+    Pieces end at the inner knots from -7 to 7; the first and the last are unbounded. It begins as the identity, to
     which weight decay draws it back. A regression task passes unchanged.
 
     Args:

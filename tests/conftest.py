@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # as make does, before torch is imported: threads that wait for each other spin
+
 SMALL_SCHEMA: dict[str, Any] = {
     "source": {
         "files": "impressions-*",

@@ -9,8 +9,8 @@ class AdaTT(UnitNetwork):
     """Every task's gate sees the experts of all tasks; its own are added once more, linearly (AdaTT, section 3, eq. 1-10).
 
     f_t = (pad(v_t) + softmax(W_t f_t))^T E per level (eq. 10), where E holds the experts of all units, each a function of
-    its unit's representation. v_t is learnt (eq. 7), or 1 where the unit has one expert: unit by unit, while the paper says
-    so of networks whose units all have one. With shared experts it is the general form of section 3.2: at the last level
+    its unit's representation. v_t is learnt (eq. 7), or 1 for each unit with one expert; the paper states it for
+    networks whose units all have one. With shared experts it is the general form of section 3.2: at the last level
     the shared unit only has experts. Without, it is AdaTT-sp. Gates have no bias, as in eq. 9.
 
     Args:

@@ -15,11 +15,11 @@ from models.layers import StackedLinear, StackedMLP
 
 
 class GroupBlock(nn.Module):
-    """G pre-norm transformer blocks side by side: fields meet through a few inducing points, then each gets a gate.
+    """G parallel pre-norm transformer blocks: fields interact through a few inducing points, then each gets a gate.
 
     A point is a weighted mean of all fields, and each field attends to the points (Lee et al., Set Transformer, ICML 2019,
-    eq. 9-10, one head, without the feed-forward layer at the points), so that the cost is linear in F. Since a point asks
-    the same of every row, its query and the layer for keys are one matrix W x P.
+    eq. 9-10, one head, without the feed-forward layer at the points), so that the cost is linear in F. Since a
+    point's query is the same for every row, it and the layer for keys are one matrix W x P.
 
     Args:
         groups: G. num_fields: F. dim: W. points: P. hidden: width of the feed-forward layer. squeeze: see Excitation.

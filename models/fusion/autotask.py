@@ -56,12 +56,12 @@ class GPTBlock(nn.Module):
 
 
 class AutoTask(Fusion):
-    """Features as a causal sequence that knows its task, beside examples of several tasks as another (arXiv 2407.06549).
+    """Features as a causal sequence with the task's id, and examples of several tasks as another (arXiv 2407.06549).
 
     An example is a row with one of its tasks. Facet 1 attends over its features: each token is [feature; task id], to
     which a learnt embedding of its position is added; the tokens that come out are flattened. Facet 2 attends over a
     block of examples: each token is a linear layer of [all features of the row, flattened; task id], without positions,
-    so that a block may hold any tasks in any order. What both give is h, which one tower reads for every task.
+    so that a block may hold any tasks in any order. Both outputs, concatenated, are h, which one tower reads for every task.
 
     In training the examples of a block come in random order; in evaluation a block holds a row's tasks in the schema's
     order. Left open by the paper and chosen here: facet 2 reads the features as they come, not as facet 1 leaves them,
@@ -109,7 +109,7 @@ class AutoTask(Fusion):
             self.id_TI = nn.Parameter(torch.randn(num_tasks, ids) / math.sqrt(ids))  # as long as a one-hot on average
         else:
             self.register_buffer("id_TI", torch.eye(num_tasks, ids), persistent=False)
-        unit = math.lcm(heads, 8)  # products of matrices want multiples of 8
+        unit = math.lcm(heads, 8)  # matrix products are fastest at multiples of 8
         inner = math.ceil((in_dim + ids) / unit) * unit
         self.position_FW = nn.Parameter(torch.randn(num_fields, inner) * 0.02)
         self.over_features = GPTBlock(inner, heads, causal)
@@ -124,7 +124,7 @@ class AutoTask(Fusion):
             return self._observed(x_BFD, observed_BT)
         return self._blocks(x_BFD, self._ids(), self.unseen_T, self._order(len(x_BFD), len(self.unseen_T)))
 
-    def serve(self, x_BFD: Tensor, tasks: Sequence[int]) -> Tensor:
+    def forward_tasks(self, x_BFD: Tensor, tasks: Sequence[int]) -> Tensor:
         """h_BKD of these tasks alone, each after those before it in this list; one task is single-task inference."""
         chosen = list(tasks)
         return self._blocks(x_BFD, self._ids()[chosen], self.unseen_T[chosen])
@@ -152,7 +152,7 @@ class AutoTask(Fusion):
         places = blocks * self.block
         example_NW = functional.pad(self._examples(x_NFD, id_N1I).squeeze(1), (0, 0, 0, places - len(row_N)))
         example_NSW = example_NW.view(blocks, self.block, example_NW.shape[1])
-        # The last block's empty places come after its others, which causal attention does not see.
+        # The last block's empty places come after its others, which causal attention does not reach.
         filled_N1S = (torch.arange(places, device=row_N.device) < len(row_N)).view(blocks, 1, self.block)
         mask_NSS = None if self.causal else filled_N1S.expand(-1, self.block, -1)
         cross_NSW = self.over_examples(example_NSW, mask_NSS)
@@ -187,7 +187,7 @@ class AutoTask(Fusion):
     def _sees(self, unseen_K: Tensor, order_NK: Tensor | None = None) -> Tensor:
         """mask_NKK of facet 2, which has no positions: which tasks of the row each sees is all that order and blocks do.
 
-        order_NK: as `_order` gives it; None: as the tasks stand.
+        order_NK: as `_order` gives it; None: the schema's order.
         """
         size = 1 if self.reads_observed else self.block
         if order_NK is None:

@@ -1,6 +1,6 @@
 """Cross-stitch networks (Misra et al., CVPR 2016)."""
 
-# Shapes: B rows, T tasks (S those that take, T those that give), D width in and out, L levels.
+# Shapes: B rows, T tasks (S those that receive, T those that send), D width in and out, L levels.
 
 from collections.abc import Sequence
 from typing import Annotated

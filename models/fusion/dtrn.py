@@ -40,7 +40,7 @@ class ItemAttention(nn.Module):
         y_BJSW = self.norm(torch.cat([x_BJW.unsqueeze(2), item_BJLW], 2) + self.place_SW)
         present_BJS = nn.functional.pad(present_BJL, (1, 0), value=True)
         ask_TBJW = self.ask((1 + scale_T1JW) * y_BJSW[:, :, 0] + shift_T1JW)
-        # Scale and shift are the same for all items, so they act on what is asked and on what is read, not on each item for
+        # Scale and shift are the same for all items, so they act on the query and on the sum read, not on each item for
         # each task; and a shift moves all scores alike, which softmax does not see.
         score_TBJS = torch.einsum("tbjw,bjsw->tbjs", (1 + scale_T1JW) * ask_TBJW, y_BJSW) / y_BJSW.shape[3] ** 0.5
         weight_TBJS = score_TBJS.masked_fill(~present_BJS, -torch.inf).softmax(3)
@@ -49,7 +49,7 @@ class ItemAttention(nn.Module):
 
 
 class TaskInterests(nn.Module):
-    """What each behaviour says about the user's interest for each task.
+    """The user's interest in each task, read from each behaviour.
 
     x + V relu(U (g * norm(x) + b)): all share U and V; g and b belong to the pair of task and behaviour and come from one
     small network of the embeddings of the two, so that a pair costs no parameter of its own. A behaviour that is a sequence
@@ -79,7 +79,7 @@ class TaskInterests(nn.Module):
         self.attention = ItemAttention(dim, hidden, length) if sequences else None
 
     def forward(self, x_BKW: Tensor, item_BJLW: Tensor | None = None, present_BJL: Tensor | None = None) -> Tensor:
-        # One layer on the two embeddings side by side, as the sum of its two halves.
+        # One layer on the two concatenated embeddings, as the sum of its two halves.
         pair_TKH = torch.relu(self.task_layer(self.task_TC).unsqueeze(1) + self.behaviour_layer(self.behaviour_KC))
         scale_T1KW, shift_T1KW = self.generate(pair_TKH).unsqueeze(1).chunk(2, 3)
         x_TBKW = x_BKW.expand(self.num_tasks, -1, -1, -1)
@@ -99,11 +99,11 @@ class DTRN(Fusion):
     norms of a transformer over the sequence. A network like SENet a task then weighs each feature.
 
     Chosen here: one block of one head, whose norms come first, over the sequence's own token and its items, latest first, with
-    an embedding of their place. What it gives at the first place is the interest, so only that place asks (the others' outputs
-    would go nowhere); its token has been made with regard to the candidate (models.sequences.Interests). A bag that is not a
-    sequence is its mean, a sequence of one, where attention has nothing to choose: the feed-forward half remains,
+    an embedding of their place. Its output at the first place is the interest, so only that place has a query (the others'
+    outputs would be unused); its token depends on the candidate (models.sequences.Interests). A bag that is not a sequence
+    is its mean, a sequence of one, where attention has nothing to choose: the feed-forward half remains,
     x + f(conditional norm(x)). (A map without f would commute with the mean but be one with the first layer of the task's
-    own network.) Weights of features are in (0, 2). On top, where any method may stand, there is a network a task.
+    own network.) Weights of features are in (0, 2). On top, where the paper allows any method, there is a network a task.
 
     Args:
         in_dim: W. num_tasks: T. num_fields: F.

@@ -32,7 +32,7 @@ class TrainedModel(NamedTuple):
 
     @property
     def layers(self) -> list[Layer]:
-        """What a cut is decided by."""
+        """Widths in and out of each layer, which cuts are compared by."""
         return list(zip([self.in_dim, *self.widths], self.widths, strict=False))
 
 
@@ -40,7 +40,7 @@ def common_layers(models_ML: Sequence[Sequence[Layer]]) -> list[tuple[int, ...]]
     """The longest sequence of layers that all models have in this order; for each layer its place in every model.
 
     The paper's intersection (Algorithm 1) is a set; kept in order it is a longest common subsequence. Where a layer occurs
-    more than once in a model, the place is as high as possible: what lies above the last cut is a tower's, and of use to one
+    more than once in a model, the place is as high as possible: layers above the last cut go to a tower, which serves one
     model only.
     """
 
@@ -85,9 +85,9 @@ class Merge(nn.Module):
     z_t = sum of c(w) V(w), c = softmax(<Q(w), K(w)> / sqrt(D)). Q, K and V are one layer with ReLU each, of every task.
 
     Picking has no gradient, so the paper's gate would never learn. Here what is picked counts f times: the gate gets the true
-    gradient of what is computed, and by what it gives its own task it can turn the exchange down. A straight-through
+    gradient of what is computed, and through its own task's share it can reduce the exchange. A straight-through
     gradient would be that of another function, the mixture of all tasks, and would need the T x T products that picking
-    saves. V starts as the identity, so that what the trained components above read is at first a mean of what they know.
+    saves. V starts as the identity, so that what the trained components above read is at first a mean of their usual inputs.
 
     Args:
         num_tasks: T. seen_dim: width of x, which the gates read. dim: D.
@@ -182,7 +182,7 @@ class EMM(Fusion):
 
     Args:
         in_dim: D in. num_tasks: T.
-        models: M of them, at least one of each task. Their inputs lie side by side in x, in this order.
+        models: M of them, at least one of each task. x is the concatenation of their inputs, in this order.
         one_input: all models read the whole x instead.
         merge: False leaves the exchange between tasks out (Table II).
     Attributes:
@@ -223,7 +223,7 @@ class EMM(Fusion):
         return seen_TBD.transpose(0, 1)
 
     def gates(self, x_BD: Tensor) -> list[Tensor]:
-        """Weights of the trained models per level: weight_BTM; a task gives some to the models of the one it picks."""
+        """Weights of the trained models per level: weight_BTM; part of it on those of the task that it picks."""
         x_M, seen_TBD = self._first(x_BD)
         weights = []
         for level in self.levels:

@@ -1,4 +1,4 @@
-"""What every fusion is to the ranker."""
+"""The interface between the ranker and every fusion."""
 
 # Shapes: B rows, T tasks, F features, D width, U units, E experts.
 
@@ -32,7 +32,7 @@ class Fusion(nn.Module):
     out_dim: int
 
     def gates(self, _: Tensor) -> list[Tensor]:
-        """Weights that mix experts, weight_BUE per level, for reports; [] without experts."""
+        """Weights that mix experts, weight_BUE per level, for reports; [] for a fusion without gates."""
         return []
 
     def penalty(self, _: Tensor) -> Tensor | None:

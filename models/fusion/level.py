@@ -39,7 +39,7 @@ def unit_counts(tasks: TaskExperts, shared: SharedExperts, num_tasks: int, num_l
             f"model.fusion.shared_experts: {shared} is neither a number nor {num_levels} numbers (one a level), "
             "all 0 or more"
         )
-    # Without shared experts at this level or above, nobody would read what a shared unit passes on.
+    # Without shared experts at this level or above, the output of a shared unit would be unused.
     return [[*n, shared_L[level]] if any(shared_L[level:]) else list(n) for level, n in enumerate(count_LT)]
 
 

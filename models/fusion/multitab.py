@@ -1,6 +1,6 @@
 """MultiTab-Net: feature tokens, task tokens and a mask between them (arXiv 2511.09970)."""
 
-# Shapes: B rows, T tasks, F features, W width of a token, S = T + F tokens (the tasks first), Q tokens that ask, H heads,
+# Shapes: B rows, T tasks, F features, W width of a token, S = T + F tokens (the tasks first), Q tokens with a query, H heads,
 # V = W / H.
 
 from typing import Annotated, Literal
@@ -21,7 +21,7 @@ class Block(nn.Module):
     Args:
         dim: W. heads: share W evenly. hidden: width of the feed-forward layer. dropout: at the end of both branches.
     Call Args:
-        x_BSW: tokens. allowed_QS: bool, which token may attend to which.
+        x_BSW: tokens. allowed_QS: bool, the attention mask.
     Returns: x_BQW.
     """
 
@@ -41,16 +41,16 @@ class Block(nn.Module):
         return x_BQW + self.dropout(self.down(torch.relu(self.up(self.forward_norm(x_BQW)))))
 
     def weights(self, x_BSW: Tensor, allowed_QS: Tensor) -> Tensor:
-        """From whom each token that asks takes how much, the mean of the heads: weight_BQS."""
+        """Attention weights, the mean of the heads: weight_BQS."""
         q_BHQV, k_BHSV, _ = self._project(x_BSW, allowed_QS.shape[0])
         score_BHQS = q_BHQV @ k_BHSV.transpose(2, 3) / q_BHQV.shape[3] ** 0.5
         return score_BHQS.masked_fill(~allowed_QS, -torch.inf).softmax(3).mean(1)
 
-    def _project(self, x_BSW: Tensor, asking: int) -> tuple[Tensor, ...]:
+    def _project(self, x_BSW: Tensor, queries: int) -> tuple[Tensor, ...]:
         """Queries of the first tokens, keys and values of all, each head with its part of the width."""
         y_BSW = self.norm(x_BSW)
         k_BSW, v_BSW = self.key_value(y_BSW).chunk(2, 2)
-        parts = (self.query(y_BSW[:, :asking]), k_BSW, v_BSW)
+        parts = (self.query(y_BSW[:, :queries]), k_BSW, v_BSW)
         return tuple(part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
 
 
@@ -58,14 +58,14 @@ class MultiTab(Fusion):
     """A transformer over the features of a row and one learnt token a task; a mask keeps tasks apart.
 
     From the paper's public text (abstract, the authors' settings): a token a feature, a learnt token a task, all attending
-    to all but for the mask, with its variants: "FxT": features do not attend to tasks, "TxT": a task does not attend to other
-    tasks (they still meet in features that attend to them), "FxT_TxT": neither, "none": all see all. The settings for all
+    to all but for the mask, with its variants: "FxT": features do not attend to tasks, "TxT": a task does not attend to
+    other tasks (they still meet in features that attend to them), "FxT_TxT": neither, "none": no mask. The settings for all
     real data are TxT, one block, 4 heads, tokens of 8 or 16, 256 hidden. A task's last token feeds its tower.
 
     Chosen here: no attention between the rows of a batch, which the paper has beside that between features, since a
-    row's score would depend on its neighbours; two blocks instead, for with one no feature would ever attend to another.
-    Blocks normalise first and use ReLU. No positions: what a feature is stands in the layer that makes its token. The
-    last block renews the tasks' tokens only, since no one reads the others.
+    row's score would depend on its neighbours; two blocks instead, for with one no feature would attend to another.
+    Blocks normalise first and use ReLU. No positions: each feature's token comes from a layer of its own. The
+    last block updates the tasks' tokens only, since the others are not read.
 
     Args:
         in_dim: W. num_tasks: T. num_fields: F.
@@ -112,7 +112,7 @@ class MultiTab(Fusion):
     def gates(self, x_BFW: Tensor) -> list[Tensor]:
         """Attention of each task to the features in the last block, the mean of the heads: weight_BTF.
 
-        What is left to 1 a task gives to its own token, and to other tasks where it may.
+        The rest to 1 is on the task's own token, and on other tasks where the mask allows.
         """
         last = self.blocks[-1]
         assert isinstance(last, Block)

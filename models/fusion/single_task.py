@@ -1,4 +1,4 @@
-"""Single-task networks: the baseline that shows whether sharing helps."""
+"""Single-task networks: the baseline for whether sharing helps."""
 
 # Shapes: B rows, T tasks, D width in and out.
 

@@ -122,15 +122,15 @@ def test_a_block_of_one_is_single_task_inference(size):
     alone = autotask(size, block=1)
     for module in (alone.train(), alone.eval(), autotask(size, examples="rows").eval()):
         for task in range(size.T):
-            close(module(x_BFD)[:, [task]], module.serve(x_BFD, [task]))
-            close(module(x_BFD)[:, [task]], autotask(size).serve(x_BFD, [task]))
+            close(module(x_BFD)[:, [task]], module.forward_tasks(x_BFD, [task]))
+            close(module(x_BFD)[:, [task]], autotask(size).forward_tasks(x_BFD, [task]))
 
 
 def test_any_tasks_can_be_served_in_any_order():
     module, x_BFD = plain(T=4).eval(), fields()
-    close(module.serve(x_BFD, range(4)), module(x_BFD))
-    close(module.serve(x_BFD, [2, 0]), module.serve(x_BFD, [2, 0, 3])[:, :2])
-    differ(module.serve(x_BFD, [2, 0])[:, [1, 0]], module.serve(x_BFD, [0, 2]))
+    close(module.forward_tasks(x_BFD, range(4)), module(x_BFD))
+    close(module.forward_tasks(x_BFD, [2, 0]), module.forward_tasks(x_BFD, [2, 0, 3])[:, :2])
+    differ(module.forward_tasks(x_BFD, [2, 0])[:, [1, 0]], module.forward_tasks(x_BFD, [0, 2]))
 
 
 def differ(a: Tensor, b: Tensor) -> None:
@@ -216,8 +216,8 @@ def test_a_task_held_out_has_no_id_is_alone_and_is_heard_by_nobody(task_id, mode
     module._order = lambda *_: torch.linspace(0, 1, 4)[None]
     x_BFD = fields()
     h_BTD = module(x_BFD)
-    close(h_BTD[:, [0, 2, 3]], module.serve(x_BFD, [0, 2, 3]))
-    close(h_BTD[:, [1]], module.serve(x_BFD, [1]))
+    close(h_BTD[:, [0, 2, 3]], module.forward_tasks(x_BFD, [0, 2, 3]))
+    close(h_BTD[:, [1]], module.forward_tasks(x_BFD, [1]))
     if task_id == "embedding":
         h_BTD.sum().backward()
         assert module.id_TI.grad.abs().sum(1).bool().tolist() == [True, False, True, True]

@@ -358,6 +358,7 @@ def trained(fusion: dict[str, Any], pooling: str) -> float:
         return normalized_entropy(model(new)[:, 0], new.label_BT[:, 0]).item()
 
 
+@pytest.mark.integration
 def test_models_learn_whether_what_is_shown_was_met_before_from_a_sequence_but_not_from_a_mean():
     best = learnable(2048, 1000)[1].item()
     plain, dtrn = {"name": "shared_bottom", "widths": [16]}, {"name": "dtrn", "widths": [16], "hidden": 8}

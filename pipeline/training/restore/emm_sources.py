@@ -93,7 +93,7 @@ def load(ranker: Ranker, state: dict[str, Tensor]) -> list[str]:
     if not isinstance(ranker, FusedRanker):
         return []
     sources, fusion = ranker.settings.sources, ranker.fusion
-    for source, names in zip(sources, ranker.origins(), strict=False):
+    for source, names in zip(sources, ranker.source_names(), strict=False):
         path = checkpoint.folder(Run(Path(source.run)).checkpoints, source.step)
         checkpoint.load(path, {"model": {theirs: state[ours] for ours, theirs in names.items()}})
     lines = [f"fuses {len(sources)} models in {len(fusion.levels)} levels:"]
