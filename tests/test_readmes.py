@@ -32,7 +32,6 @@ FOLDERS = [
     ),
     *sorted(p.parent.relative_to(ROOT) for p in (ROOT / "pipeline").glob("*/__init__.py")),
     *sorted(p.parent.relative_to(ROOT) for p in (ROOT / "pipeline" / "training").glob("*/__init__.py")),
-    *(Path("pipeline") / name for name in ("ingest/formats", "evaluation/metrics")),
 ]
 
 
