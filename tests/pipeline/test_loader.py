@@ -166,8 +166,8 @@ def test_two_epochs_at_once_do_not_disturb_each_other(dataset: Dataset) -> None:
     ("arguments", "says"),
     [
         ({"split": "valid"}, "split valid is empty"),
-        ({"lanes": 4, "ranks": 3}, "lanes=4 is no multiple of the 3 ranks"),
-        ({"batch_size": 6, "lanes": 4}, "batch_size=6 is no multiple of lanes=4"),
+        ({"lanes": 4, "ranks": 3}, "lanes=4 must be divisible by the 3 ranks"),
+        ({"batch_size": 6, "lanes": 4}, "batch_size=6 must be divisible by lanes=4"),
     ],
 )
 def test_sizes_that_do_not_divide_and_empty_splits_are_refused(dataset: Dataset, arguments: dict, says: str) -> None:
