@@ -159,5 +159,5 @@ def test_a_ranker_reads_the_rows_that_its_maps_name(pooling):
 def test_fused_models_are_refused():
     source = {"run": "r", "step": 1, "task": "click", "model": {"fusion": {"name": "mmoe"}}}
     config = ModelConfig.model_validate({"fusion": {"name": "emm", "sources": [source]}})
-    with pytest.raises(UserError, match="table item: fusion emm knows no managed ids"):
+    with pytest.raises(UserError, match="table item: fusion emm supports no managed ids"):
         FusedRanker(SCHEMA, None, config)
