@@ -324,6 +324,7 @@ def ingested(folder: Path, out: Path, content: dict[str, Any], **settings: Any) 
     return json.loads((out / "encoders" / "encoders.json").read_text())
 
 
+@pytest.mark.integration
 def test_edges_do_not_depend_on_how_rows_are_spread_over_files_or_workers(small_log, coded_log, tmp_path):
     three = ingested(small_log, tmp_path / "three", coded_log)
     assert ingested(small_log, tmp_path / "workers", coded_log, workers=2) == three
