@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
 
 check: lint
-	$(PYTEST) -m "not integration and not system"
+	TASKFUSE_EXAMPLES_DIVISOR=5 $(PYTEST) -m "not integration and not system"
 
 test: lint
 	$(PYTEST) -m "not system"

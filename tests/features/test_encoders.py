@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hashing import plain_hash
@@ -109,7 +110,7 @@ def plain_values(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.sign(x) * np.log1p(np.abs(x)) if name == "logged" else x
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(ROWS, st.data())
 def test_vocabularies_are_the_same_whatever_parts_were_counted_in_whatever_order(rows, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
@@ -121,7 +122,7 @@ def test_vocabularies_are_the_same_whatever_parts_were_counted_in_whatever_order
     assert {name: values.to_pylist() for name, values in fitted.vocabularies.items()} == plain_vocabularies(rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(ROWS, ROWS, st.booleans())
 def test_ids_are_those_of_a_dictionary(rows, others, twice):
     fitted = fit(rows)
@@ -157,7 +158,7 @@ def test_ids_are_those_of_a_dictionary(rows, others, twice):
             assert found[name].equals(parsed[name])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(ROWS, st.integers(0, 10), st.integers(0, 10))
 def test_rows_are_encoded_one_by_one_as_they_are_together(rows, start, count):
     """One row's values are fewer than the vocabulary's and all rows' are more, which are looked up in two ways."""
@@ -193,7 +194,7 @@ def test_unknown_values_are_dealt_to_all_their_ids_and_a_known_one_to_none_of_th
     assert fitted.encode(table([{"city": "known"}, {"city": None}]))["dealt"].to_pylist() == [UNKNOWN + 3, MISSING]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(ROWS, ROWS)
 def test_numbers_are_transformed_filled_and_scaled_as_numpy_does_in_float64(rows, others):
     fitted = fit(rows)

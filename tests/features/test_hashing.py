@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ TEXTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     TEXTS, st.integers(0, 50), st.integers(0, 50), st.sampled_from([pa.string(), pa.large_string()]), st.integers(0, 9)
 )

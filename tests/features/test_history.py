@@ -1,6 +1,7 @@
 """What a user met before, against a loop over impressions and events."""
 
 import numpy as np
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,13 +27,13 @@ def plain_list(user: int, time: int, happened: list[tuple[int, int]], length: in
     return [index for _, index in sorted(before, reverse=True)][:length]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(MOMENTS, MOMENTS, st.integers(1, 5))
 def test_each_list_is_that_of_a_loop_over_the_events_of_its_user(shown, happened, length):
     assert lists_of(shown, happened, length) == [plain_list(*who, happened, length) for who in shown]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(MOMENTS)
 def test_an_impression_is_never_in_its_own_history_nor_are_those_of_its_second(shown):
     for (user, time), found in zip(shown, lists_of(shown, shown, 50), strict=True):

@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kind_case import Case, ids_by_frequency
@@ -13,7 +14,7 @@ ITEM = st.sampled_from(["a", "b", "ä", "", " ", "日本", "a b", "."])
 LENGTHS = st.sampled_from([1, 2, 3, 50])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.lists(st.none() | st.text("ab|,.ä ", max_size=9), max_size=12), st.sampled_from(["|", ",", ", ", "."]), LENGTHS
 )
@@ -26,7 +27,7 @@ def test_a_text_is_the_list_of_what_its_separators_leave_between_them(texts, sep
         assert found.type == pa.large_list(pa.dictionary(pa.int32(), pa.large_string()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.lists(st.none() | st.lists(st.none() | ITEM, max_size=5), max_size=12),
     LENGTHS,

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kind_case import Case
@@ -68,7 +69,7 @@ def plain(name: str, cell: list[str] | None, length: int) -> tuple[list[float] |
     return numbers, None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(CELL, max_size=8), st.integers(1, 3), st.integers(0, 2))
 def test_lists_are_parsed_as_a_loop_parses_them(cells, length, start):
     array = pa.array(cells, pa.list_(pa.string())).slice(start)
@@ -165,6 +166,7 @@ def dataset(request, small_log, small_content, tmp_path_factory) -> Dataset:
     return found
 
 
+@pytest.mark.integration
 def test_a_vector_goes_from_a_log_through_ingest_and_loader_into_a_training_step(dataset):
     assert dataset.manifest.dead_letters == {"image: wrong value": 2}
     assert len(list(verify(dataset))) > 0

@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,7 +115,7 @@ def plainly_rounded(x: float) -> float:
     return math.ldexp(math.floor(mantissa * 2**16), exponent - 16)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(ROWS, st.data())
 def test_counts_of_any_parts_in_any_order_are_those_of_all_rows(rows, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
@@ -129,7 +130,7 @@ def test_counts_of_any_parts_in_any_order_are_those_of_all_rows(rows, data):
         assert bin_edges(together.numbers[name], bins).tolist() == bin_edges(whole.numbers[name], bins).tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(FINITE, min_size=1))
 def test_rounding_lowers_a_number_by_no_more_than_its_sixteenth_binary_digit_and_keeps_the_order(values):
     x = np.sort(np.array(values))
@@ -150,7 +151,7 @@ def test_any_amount_of_rows_counts_few_values_an_octave_and_both_zeros_as_one():
 # Edges
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(COUNTS, st.integers(1, 20), st.randoms())
 def test_edges_ascend_from_the_smallest_to_the_largest_value_and_make_about_as_many_bins_as_asked(counts, bins, random):
     pairs = list(counts.items())
@@ -232,7 +233,7 @@ def test_edges_are_in_the_scale_of_the_datasets_column():
     assert len(ramp_BK[len(x) :].unique(dim=0)) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.none() | st.integers(-40, 40).map(lambda i: i / 4), min_size=1, max_size=60), st.integers(1, 30))
 def test_ids_of_bins_follow_the_order_of_numbers_and_missing_is_id_0(values, bins):
     encoders, found = ids(values, bins)
@@ -286,7 +287,7 @@ def test_schemas_without_encodings_keep_their_fingerprint():
     assert CODED.fingerprint != SCHEMA.fingerprint
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(ROWS)
 def test_the_dataset_holds_the_same_columns_whatever_a_model_makes_of_them(rows):
     assert arrow_schema(CODED) == arrow_schema(SCHEMA)
@@ -294,7 +295,7 @@ def test_the_dataset_holds_the_same_columns_whatever_a_model_makes_of_them(rows)
     assert tables[0].equals(tables[1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(ROWS)
 def test_edges_come_back_from_disk_bit_for_bit_and_only_where_there_are_any(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("encoders")

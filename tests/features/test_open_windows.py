@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_raw import schema, typed
@@ -52,7 +53,7 @@ YOUNG = st.sampled_from(["unobserved", "leave_out", "keep"])
 ROW = st.fixed_dictionaries({"id": st.sampled_from(["a", "b", None]), "click": st.booleans(), "buy": st.booleans()})
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.fixed_dictionaries({"click": YOUNG, "buy": YOUNG}), st.lists(ROW, max_size=8))
 def test_a_window_that_is_still_open_hides_the_tasks_that_read_its_outcome_or_leaves_the_row_out(ways, log):
     """`log` says of each row whether the windows of its outcomes are still open."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ WAYS = list(itertools.product(TIMINGS, ["first", "last", "sum", "min", "max"], [
 
 
 @pytest.mark.parametrize(("timing", "take", "duplicates"), WAYS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(logs())
 def test_every_impression_has_the_outcomes_and_every_outcome_the_fate_of_a_loop_over_pairs(
     timing, take, duplicates, log

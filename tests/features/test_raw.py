@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +150,7 @@ def agree(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return {name: found[name] for name in expected} == about
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(ROWS, st.integers(0, 100))
 def test_rows_and_letters_are_those_of_a_loop_over_rows(raws, row):
     cells = typed(SCHEMA, text(raws, SCHEMA.raw_columns), row)
@@ -190,7 +191,7 @@ def test_columns_have_the_types_that_encoders_and_statistics_need():
     } == (expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(ROWS, st.data())
 def test_a_file_read_in_blocks_gives_the_rows_of_the_file_read_at_once(raws, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raws)), max_size=4)))
@@ -209,7 +210,7 @@ WHOLE = st.none() | st.integers(-9, 9)
 X = st.sampled_from([(WHOLE, pa.int64()), (st.none() | st.sampled_from([0.5, -1e30, 1e-3, 7.0, 1e39]), pa.float64())])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(X.flatmap(lambda x: st.tuples(st.lists(st.tuples(x[0], WHOLE, WHOLE), max_size=12), st.just(x[1]))))
 def test_numbers_give_the_same_rows_whether_they_were_read_as_numbers_or_as_text(log):
     cells, kind = log

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hashing import plain_hash
@@ -41,7 +42,7 @@ def test_a_hash_split_is_the_same_whatever_else_its_column_is_used_for(use):
     assert parsed(s, k=keys).rows[SPLIT].to_pylist() == [2 if v < 0.3 else 1 if v < 0.6 else 0 for v in share]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.integers(1, 7), st.integers(0, 30), st.integers(0, 30), st.randoms(use_true_random=False))
 def test_a_row_index_split_goes_on_over_blocks_and_bad_rows(modulo, first, height, random):
     names = {remainder: random.choice(SPLITS) for remainder in range(modulo)}

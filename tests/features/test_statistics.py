@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +78,7 @@ def present(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([r[name] for r in rows if r[name] is not None and not np.isnan(r[name])], dtype=np.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(ROWS, st.booleans(), st.integers(0, 3))
 def test_every_count_is_that_of_a_loop_over_rows(rows, twice, start):
     found = Statistics.of(SCHEMA, table(rows, twice).slice(start))  # a slice must not count its parent's rows
@@ -107,7 +108,7 @@ def test_every_count_is_that_of_a_loop_over_rows(rows, twice, start):
     assert found.moments["logged"].mean == pytest.approx(logged.mean() if len(x) else 0.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(ROWS)
 def test_a_shared_tables_values_are_those_of_its_features_together(rows):
     found = Statistics.of(SCHEMA, table(rows))
@@ -117,7 +118,7 @@ def test_a_shared_tables_values_are_those_of_its_features_together(rows):
     assert Statistics().table_values(SCHEMA, "city").schema == found.table_values(SCHEMA, "item").schema
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(ROWS, st.data())
 def test_parts_that_travelled_between_processes_merge_to_the_whole(rows, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
@@ -152,7 +153,7 @@ def test_a_part_is_sent_as_few_bytes_whatever_it_was_cut_from():
     assert len(pickle.dumps(Statistics.of(schema, rows.slice(50_000, 100)))) < 10_000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(ROWS)
 def test_sums_of_labels_are_over_rows_where_both_tasks_are_observed(rows):
     sums, names = Statistics.of(SCHEMA, table(rows)).labels, [f"label.{task}" for task in SCHEMA.tasks]

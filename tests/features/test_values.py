@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as csv
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,14 +72,14 @@ def offsets(draw: st.DrawFn) -> tuple[timezone, str]:
     return timezone(timedelta(minutes=minutes)), draw(st.sampled_from(["", " "])) + draw(st.sampled_from(ways))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.tuples(written(), offsets()), max_size=20), st.sampled_from(ZONES))
 def test_a_time_with_an_offset_is_that_moment_whatever_the_format_says(cells, zone):
     texts = [text + offset for (_, text), (_, offset) in cells]
     assert read(texts, zone) == [seconds(moment.replace(tzinfo=offset)) for (moment, _), (offset, _) in cells]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(written(), max_size=20), st.sampled_from(ZONES))
 def test_a_time_without_an_offset_is_what_the_clocks_of_the_formats_zone_showed(cells, zone):
     expected = [plain_local(moment.replace(microsecond=0), zone) for moment, _ in cells]
@@ -109,7 +110,7 @@ def test_the_hours_of_a_change_in_berlin():
     assert one("2026-10-25 02:30+01:00", "Europe/Berlin") == seconds(datetime(2026, 10, 25, 1, 30, tzinfo=timezone.utc))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(MOMENTS, max_size=20), st.sampled_from(ZONES))
 def test_a_date_without_a_clock_is_its_midnight(moments, zone):
     midnights = [datetime(moment.year, moment.month, moment.day) for moment in moments]
@@ -118,7 +119,7 @@ def test_a_date_without_a_clock_is_its_midnight(moments, zone):
     assert read([text + "Z" for text in texts], zone) == [seconds(m.replace(tzinfo=timezone.utc)) for m in midnights]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.datetimes(datetime(1901, 1, 1), datetime(1969, 12, 31)), max_size=20))
 def test_before_1970_fractions_are_rounded_down_too(moments):
     texts = [moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ") for moment in moments]
@@ -174,7 +175,7 @@ def plain_number(text: str, kind: str) -> float | int | None:
     return number if -(2**63) <= number < 2**63 else None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(TEXTS | st.none() | TEXTS.map(lambda t: f" {t}\t"), max_size=20))
 def test_numbers_are_those_that_python_reads_and_others_are_told_apart_from_missing_ones(texts):
     for kind in ("float", "int"):
@@ -212,7 +213,7 @@ CELLS = st.lists(st.none() | st.sampled_from(["a", " a", "a ", "", " ", "NA", " 
 FORMATS = st.builds(Format, trim=st.booleans(), missing=st.sampled_from([[], [""], ["", "NA"], ["NA", "a"]]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(CELLS, FORMATS, st.booleans())
 def test_spaces_and_missing_markers_are_those_of_a_loop_also_in_codes(texts, form, large):
     stripped = [t.strip() if t is not None and form.trim else t for t in texts]

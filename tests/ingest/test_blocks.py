@@ -15,6 +15,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -115,7 +116,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     data=st.lists(PIECES, max_size=30).map(b"".join),
     columns=st.integers(1, 3),
@@ -153,7 +154,7 @@ JSON_LINES = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(JSON_LINES, max_size=12), st.integers(1, 60), st.booleans())
 def test_json_lines_cut_anywhere_are_those_of_a_reading_line_by_line(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], unit_bytes: int, ends: bool
@@ -234,7 +235,7 @@ def whole(text: str) -> int:
     return int(text, 16) if "0x" in text.lower() else int(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=4))
 def test_numbers_are_those_of_their_text(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple]) -> None:
     folder = tmp_path_factory.getbasetemp()

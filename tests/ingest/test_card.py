@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from dataset_by_hand import SCHEMA, draw_rows, fit_encoders, write_dead_letters, write_manifest, write_shard
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,7 +117,7 @@ def test_tasks_are_described_by_their_observed_rows_and_correlations_by_the_comm
     assert found["correlations"][0][1] is None  # bought is observed where click is 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(SHARES, st.randoms())
 def test_the_index_is_that_of_its_formula_grows_with_distance_and_is_the_same_either_way(counts, random):
     p = np.array(counts) / sum(counts)

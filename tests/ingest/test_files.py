@@ -10,6 +10,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from examples import examples
 from fsspec.registry import known_implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,7 +154,7 @@ def test_a_storage_that_refuses_is_named_in_one_line(monkeypatch: pytest.MonkeyP
         find("memory://b", "*.csv")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 3000))
 def test_units_of_a_text_file_cover_it_once(size: int, unit_bytes: int) -> None:
     found = units([RawFile("a.csv", 1, "1"), RawFile("b.csv", size, "1")], Format(), unit_bytes)

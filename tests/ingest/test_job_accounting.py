@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingest_runs import dead_letters_of, no_beam, rows_by_id, run
@@ -212,7 +213,7 @@ def check_sums(out: Path, files: list[File], outcomes: list[File], letters: list
 
 
 @given(logs(), st.sampled_from([100, 300, 1 << 20]), st.sampled_from([50, 1 << 20]), st.sampled_from([60, 1 << 20]))
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=examples(20), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_every_line_goes_to_one_place_and_no_good_one_is_lost_for_a_bad_neighbour(
     log: tuple[str, list[File], list[File]], unit_bytes: int, bucket_bytes: int, block_bytes: int
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingest_runs import no_beam, rows_by_id, run, values_of
@@ -270,7 +271,7 @@ def found_rows(out: Path, histories: list[str]) -> list[dict[str, Any]]:
     logs(), st.tuples(rules, rules), st.one_of(st.none(), SMALL), st.sampled_from([100, 1 << 20]),
     st.sampled_from([100, 400, 1 << 20]),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
     log: tuple[list[Impression], list[Event], list[Event]],
     drawn: tuple[Rules, Rules],

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, randomised, rows
@@ -63,7 +64,7 @@ class With:
         return self.module(x, self.further)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_in_training_it_equals_its_reference_for_the_drawn_order_of_tasks(size):
     module = autotask(size)
@@ -77,7 +78,7 @@ def test_in_training_it_equals_its_reference_for_the_drawn_order_of_tasks(size):
     check(module, twin, rows(size, size.F, size.D))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(sizes)
 def test_in_evaluation_it_equals_its_reference_in_the_schemas_order(size):
     module, x_BFD = autotask(size).eval(), rows(size, size.F, size.D)
@@ -95,7 +96,7 @@ def test_in_evaluation_it_equals_its_reference_in_the_schemas_order(size):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.sampled_from([0.2, 0.5, 0.9]))
 def test_with_rows_of_one_task_each_it_equals_its_reference(size, share):
     module = autotask(size, examples="rows")
@@ -115,7 +116,7 @@ def test_with_rows_of_one_task_each_it_equals_its_reference(size, share):
         assert not module(rows(size, size.F, size.D), observed_BT).any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(sizes)
 def test_a_block_of_one_is_single_task_inference(size):
     x_BFD = rows(size, size.F, size.D)

@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, randomised, rows
@@ -53,7 +54,7 @@ def columns(size: Sizes) -> list[range]:
     return [range(end - model.in_dim, end) for model, end in zip(size.models, ends, strict=True)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(structures())
 def test_emm_equals_its_reference(size):
     widths = list(zip(*(parts[:-1] for parts in decompose(size.models)), strict=True))
@@ -61,7 +62,7 @@ def test_emm_equals_its_reference(size):
     check(emm(size), reference.EMM(*arguments, widths), rows(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(structures())
 def test_weights_of_the_models_are_shares_and_every_parameter_takes_part(size):
     module = emm(size)
@@ -72,7 +73,7 @@ def test_weights_of_the_models_are_shares_and_every_parameter_takes_part(size):
     torch.autograd.grad(module(rows(size)).sum(), list(module.parameters()), allow_unused=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(structures(one_model=True))
 def test_one_model_a_task_without_the_merge_is_that_model(size):
     size.merge = False
@@ -91,7 +92,7 @@ def test_one_model_a_task_without_the_merge_is_that_model(size):
         close(module(x_BD)[:, model.task], expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(structures(min_tasks=2))
 def test_the_merge_is_the_only_exchange_between_tasks_above_the_first_gates(size):
     size.merge = False
@@ -112,7 +113,7 @@ def merge_of(num_tasks: int, seed: int) -> tuple[Merge, torch.Tensor, torch.Tens
     return module, h_TBD, x_TBD
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(2, 5), st.integers(0, 10**6))
 def test_a_task_picks_the_largest_of_the_others_and_never_itself(num_tasks, seed):
     module, h_TBD, x_TBD = merge_of(num_tasks, seed)
@@ -124,7 +125,7 @@ def test_a_task_picks_the_largest_of_the_others_and_never_itself(num_tasks, seed
             assert index_TB1[t, b] == max(others, key=lambda s, t=t, b=b: score_TBT[t, b, s])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(2, 5), st.integers(0, 10**6))
 def test_the_gate_that_picks_gets_the_gradient_of_what_is_computed(num_tasks, seed):
     module, h_TBD, x_TBD = merge_of(num_tasks, seed)
@@ -172,7 +173,7 @@ def is_subsequence(part, whole):
     return all(layer in rest for layer in part)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(few_layers, min_size=1, max_size=4))
 def test_common_layers_are_a_longest_common_subsequence(models_ML):
     place_LM = common_layers(models_ML)

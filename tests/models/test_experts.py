@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from examples import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows, widths
@@ -55,7 +56,7 @@ def sample(size: Sizes, data: st.DataObject) -> AITM:
     return randomised(AITM(size.D, size.T, size.widths, chain), size.seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes)
 def test_single_task_equals_its_reference(size):
     module = randomised(SingleTask(size.D, size.T, size.widths), size.seed)
@@ -63,21 +64,21 @@ def test_single_task_equals_its_reference(size):
     assert module.gates(rows(size)) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes)
 def test_cross_stitch_equals_its_reference(size):
     module = randomised(CrossStitch(size.D, size.T, size.levels), size.seed)
     check(module, experts.CrossStitch(size.D, size.T, size.levels), rows(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.data())
 def test_aitm_equals_its_reference(size, data):
     module = sample(size, data)
     check(module, experts.AITM(size.D, size.T, size.widths, module.chain), rows(size))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(drawn_counts())
 def test_ple_with_other_numbers_of_experts_by_task_and_level_equals_its_reference(size):
     assume(sees_experts(PLE, size))
@@ -85,7 +86,7 @@ def test_ple_with_other_numbers_of_experts_by_task_and_level_equals_its_referenc
     check(module, experts.PLE(size.D, size.T, size.levels, size.tasks, size.shared), rows(size))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(drawn_counts())
 def test_adatt_with_other_numbers_of_experts_by_task_and_level_equals_its_reference(size):
     assume(sees_experts(AdaTT, size))
@@ -94,7 +95,7 @@ def test_adatt_with_other_numbers_of_experts_by_task_and_level_equals_its_refere
 
 
 @pytest.mark.parametrize("kind", [PLE, AdaTT])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(drawn_counts())
 def test_every_parameter_takes_part_whatever_the_numbers_of_experts(kind, size):
     assume(sees_experts(kind, size))
@@ -104,7 +105,7 @@ def test_every_parameter_takes_part_whatever_the_numbers_of_experts(kind, size):
 
 
 @pytest.mark.parametrize("kind", [PLE, AdaTT])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(drawn_counts())
 def test_a_task_that_would_see_no_expert_is_refused_and_only_then(kind, size):
     with (
@@ -114,7 +115,7 @@ def test_a_task_that_would_see_no_expert_is_refused_and_only_then(kind, size):
 
 
 @pytest.mark.parametrize("kind", [PLE, AdaTT])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_numbers_written_out_build_the_same_network_as_one_number(kind, size):
     depth = len(size.levels)
@@ -164,7 +165,7 @@ def test_a_task_without_own_experts_takes_the_shared_ones_and_only_those():
     assert (gate_BTE[:, 1] > 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_cgc_is_ple_of_one_level_and_equals_its_reference(size):
     module = randomised(CGC(size.D, size.T, [size.widths], size.experts, 2), size.seed)
@@ -178,7 +179,7 @@ def test_cgc_of_two_levels_is_refused():
         build_fusion({"name": "cgc", "levels": [[4], [2]]}, 3, ["a"], [])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_ml_mmoe_of_one_level_is_mmoe_as_published(size):
     config = {"num_experts": size.experts, "levels": [size.widths]}
@@ -201,7 +202,7 @@ def one_stack(module: nn.Module, prefixes: list[str]) -> dict[str, Tensor]:
     return state
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_cross_stitch_that_keeps_everything_is_single_task(size):
     module = CrossStitch(size.D, size.T, size.levels, keep=1.0).double()
@@ -220,7 +221,7 @@ def test_cross_stitch_starts_with_rows_that_keep_most_and_sum_to_one(tasks):
             assert stitch_BST[0, s].sum().item() == pytest.approx(1 if tasks > 1 else 0.7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_adatt_sp_whose_gates_see_nothing_is_a_stack_of_native_experts(size):
     module = randomised(AdaTT(size.D, size.T, size.levels, 1, 0), size.seed)
@@ -232,7 +233,7 @@ def test_adatt_sp_whose_gates_see_nothing_is_a_stack_of_native_experts(size):
     close(module(rows(size)), other(rows(size)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_adatt_with_zero_gates_adds_the_mean_of_all_experts_to_the_native_combination(size):
     module = randomised(AdaTT(size.D, size.T, [size.widths], size.experts, 1), size.seed)
@@ -249,7 +250,7 @@ def test_adatt_with_zero_gates_adds_the_mean_of_all_experts_to_the_native_combin
         close(h_BTD[:, t], native_BD + expert_EBD.mean(0))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_aitm_of_one_task_is_a_plain_network(size):
     module = randomised(AITM(size.D, 1, size.widths, calibrator=0.6), size.seed)
@@ -258,7 +259,7 @@ def test_aitm_of_one_task_is_a_plain_network(size):
     close(module.penalty(rows(size, 1)).double(), torch.zeros(size.B, dtype=torch.float64))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_a_task_of_aitm_reads_the_networks_of_those_before_it_in_the_chain_and_no_other(size, data):
     module, x_BD = sample(size, data), rows(size)
@@ -271,7 +272,7 @@ def test_a_task_of_aitm_reads_the_networks_of_those_before_it_in_the_chain_and_n
     assert not changed[module.chain[:step]].any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_gates_of_aitm_sum_to_one_over_the_task_and_the_one_before_it(size, data):
     module = sample(size, data)
@@ -283,7 +284,7 @@ def test_gates_of_aitm_sum_to_one_over_the_task_and_the_one_before_it(size, data
         assert not weight_BTT[:, task, [t for t in range(size.T) if t not in seen]].any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data(), st.sampled_from([0.1, 0.6, 3.0]))
 def test_the_calibrator_of_aitm_equals_its_formula_along_the_chain(size, data, weight):
     chain = data.draw(st.permutations(range(size.T)))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows, widths
@@ -63,28 +64,28 @@ def small(**changes: object) -> Sizes:
     return Sizes(**(common | changes))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(sizes)
 def test_apem_equals_its_reference(size):
     inner = (size.layers, size.groups, size.points, size.hidden, size.squeeze)
     check(apem(size), references.APEM(size.D, size.T, size.F, size.widths, *inner), fields(size))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes)
 def test_dtrn_equals_its_reference(size):
     inner = (behaviours(size), size.condition, size.hidden, size.squeeze)
     check(dtrn(size), references.DTRN(size.D, size.T, size.F, size.widths, *inner), fields(size))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes)
 def test_multitab_equals_its_reference_under_every_mask(size):
     module, inner = multitab(size), (size.layers, size.heads, size.hidden, size.mask)
     check(module, references.MultiTab(size.D, size.T, size.F, *inner), fields(size))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes, st.data())
 def test_multitab_does_not_know_the_order_of_the_features(size, data):
     order = list(data.draw(st.permutations(range(size.F))))
@@ -93,7 +94,7 @@ def test_multitab_does_not_know_the_order_of_the_features(size, data):
     close(module.gates(x_BFW[:, order])[0], module.gates(x_BFW)[0][:, :, order])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes, st.data())
 def test_features_of_apem_and_dtrn_in_another_order_with_their_parameters_change_nothing(size, data):
     order = list(data.draw(st.permutations(range(size.F))))
@@ -161,7 +162,7 @@ def test_a_row_does_not_depend_on_the_others(build):
     close(torch.cat([module(x_1FW) for x_1FW in x_BFW.split(1)]), module(x_BFW))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes)
 def test_attention_to_features_is_all_that_a_task_does_not_give_to_tasks(size):
     (weight_BTF,) = multitab(size).gates(fields(size))
@@ -170,7 +171,7 @@ def test_attention_to_features_is_all_that_a_task_does_not_give_to_tasks(size):
     assert (weight_BTF.sum(2) < 1 + 1e-12).all()  # the rest may be less than rounding error
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes)
 def test_what_a_task_of_apem_takes_of_all_features_sums_to_one(size):
     (weight_BTF,) = apem(size).gates(fields(size))
@@ -178,7 +179,7 @@ def test_what_a_task_of_apem_takes_of_all_features_sums_to_one(size):
     close(weight_BTF.sum(2), torch.ones(size.B, size.T, dtype=torch.float64))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes, st.sampled_from([1.0, 1e6]))
 def test_gates_of_an_excitation_stay_between_0_and_2_and_start_at_1(size, scale):
     module = Excitation(size.T, size.F, size.squeeze).double()
@@ -190,7 +191,7 @@ def test_gates_of_an_excitation_stay_between_0_and_2_and_start_at_1(size, scale)
     assert ((gate_BTF >= 0) & (gate_BTF <= 2)).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes)
 def test_dtrn_with_gates_of_one_and_no_behaviours_is_single_task_networks(size):
     size.behaviours = set()
@@ -215,7 +216,7 @@ def test_a_behaviour_costs_dtrn_no_parameters_but_its_embedding():
     assert many - few == 3 * small().condition
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes)
 def test_apem_of_one_group_that_changes_nothing_reads_the_features_with_its_selector_alone(size):
     size.groups = 1
@@ -228,7 +229,7 @@ def test_apem_of_one_group_that_changes_nothing_reads_the_features_with_its_sele
     close(module(x_BFW), module.networks(x_TBD).transpose(0, 1))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(sizes)
 def test_groups_of_apem_with_the_same_parameters_find_the_same_as_one(size):
     size.groups = 1
@@ -239,7 +240,7 @@ def test_groups_of_apem_with_the_same_parameters_find_the_same_as_one(size):
 
 
 @pytest.mark.parametrize("build", [apem, dtrn, multitab])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(sizes, st.data())
 def test_tasks_in_another_order_give_outputs_in_that_order(build, size, data):
     tasks = list(data.draw(st.permutations(range(size.T))))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows, widths
@@ -38,32 +39,32 @@ def adatt(size: Sizes) -> AdaTT:
     return randomised(AdaTT(size.D, size.T, size.levels, size.experts, size.shared, size.native), size.seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, widths)
 def test_shared_bottom_equals_its_reference(size, widths):
     module = randomised(SharedBottom(size.D, size.T, widths), size.seed)
     check(module, experts.SharedBottom(size.D, size.T, widths), rows(size))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(sizes)
 def test_mmoe_equals_its_reference(size):
     check(mmoe(size), experts.MMoE(size.D, size.T, size.experts, size.levels), rows(size))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(sizes)
 def test_ple_equals_its_reference(size):
     check(ple(size), experts.PLE(size.D, size.T, size.levels, size.experts, size.shared), rows(size))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(sizes)
 def test_adatt_equals_its_reference(size):
     check(adatt(size), experts.AdaTT(size.D, size.T, size.levels, size.experts, size.shared, size.native), rows(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.lists(st.integers(1, 5), max_size=3))
 def test_towers_equal_their_reference(size, widths):
     module = randomised(TaskTowers(size.T, size.D, widths), size.seed)
@@ -72,7 +73,7 @@ def test_towers_equal_their_reference(size, widths):
     check(module, Towers(size.T, size.D, widths, shared=False), h_BTD)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_ple_of_one_task_is_adatt_without_the_native_residual(size):
     size.T, size.native = 1, False
@@ -80,7 +81,7 @@ def test_ple_of_one_task_is_adatt_without_the_native_residual(size):
     close(module(rows(size)), load(adatt(size), module.state_dict())(rows(size)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, widths)
 def test_adatt_of_one_level_without_the_native_residual_is_mmoe(size, widths):
     size.levels, size.native = [widths], False
@@ -92,7 +93,7 @@ def test_adatt_of_one_level_without_the_native_residual_is_mmoe(size, widths):
     close(module(rows(size)), load(other, state)(rows(size)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, widths)
 def test_adatt_with_zero_gates_and_one_expert_a_task_adds_the_mean_of_all_to_the_own(size, widths):
     size.levels, size.experts, size.native = [widths], 1, True
@@ -120,7 +121,7 @@ def test_adatt_of_two_tasks_equals_a_calculation_by_hand():
     close(module(torch.ones(1, 1, dtype=torch.float64)), torch.tensor(expected, dtype=torch.float64))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, widths)
 def test_mmoe_of_one_expert_gives_it_to_every_task(size, widths):
     size.experts, size.levels = 1, [widths]
@@ -148,7 +149,7 @@ def permuted(params: Mapping[str, Tensor], tasks: list[int], experts: int) -> di
 
 
 @pytest.mark.parametrize("build", [ple, adatt])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_tasks_in_another_order_give_outputs_in_that_order(build, size, data):
     tasks = data.draw(st.permutations(range(size.T)))
@@ -157,7 +158,7 @@ def test_tasks_in_another_order_give_outputs_in_that_order(build, size, data):
     close(other(rows(size)), module(rows(size))[:, tasks])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_tasks_of_mmoe_in_another_order_give_outputs_in_that_order(size, data):
     tasks = data.draw(st.permutations(range(size.T)))
@@ -173,7 +174,7 @@ def units(size: Sizes) -> list[int]:
     return [size.T + bool(size.shared)] * (len(size.levels) - 1) + [size.T]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_gates_of_mmoe_sum_to_one(size):
     gates = mmoe(size).gates(rows(size))
@@ -184,7 +185,7 @@ def test_gates_of_mmoe_sum_to_one(size):
         close(gate_BUE.sum(2), torch.ones_like(gate_BUE[:, :, 0]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_gates_of_ple_sum_to_one_and_are_exactly_zero_on_what_is_hidden(size):
     own = size.T * size.experts
@@ -198,7 +199,7 @@ def test_gates_of_ple_sum_to_one_and_are_exactly_zero_on_what_is_hidden(size):
             assert (gate_BUE[:, t, hidden] == 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_gates_of_adatt_sum_to_one_plus_the_native_weights(size):
     module = adatt(size)
@@ -217,7 +218,7 @@ def test_gates_of_adatt_sum_to_one_plus_the_native_weights(size):
             close(gate_BUE[:, u].sum(1), torch.full_like(gate_BUE[:, u, 0], 1 + native))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.sampled_from([1e6, -1e6, float("inf"), float("nan")]))
 def test_native_weights_outside_a_units_own_learnt_experts_have_no_influence(size, value):
     size.native = True

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import check, close, drawn_sizes, randomised, rows
@@ -54,7 +55,7 @@ def tokens(columns: list[list[int]], params: dict[str, Tensor], x_BD: Tensor) ->
     return torch.stack(outputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.data())
 def test_codes_of_numbers_within_beyond_and_on_their_edges_equal_a_loop_forward_and_backward(size, data):
     edges = [[float(e) for e in own] for own in size.numbers]
@@ -98,7 +99,7 @@ def test_weights_of_bins_that_a_number_does_not_have_learn_nothing():
     assert module.linear.weight_SDH.grad[1].any(1).tolist() == [True, False, False]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes)
 def test_tokens_equal_a_loop_forward_and_backward(size):
     columns = [[c % size.D for c in own] for own in size.columns]
@@ -106,7 +107,7 @@ def test_tokens_equal_a_loop_forward_and_backward(size):
     check(module, lambda params, x_BD: tokens(columns, params, x_BD), rows(size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_a_token_does_not_depend_on_columns_of_other_features(size, data):
     columns = [[c % size.D for c in own] for own in size.columns]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows
@@ -102,7 +103,7 @@ def attention_twin(params: Params, columns: dict[str, list[int]], layers: int, h
     return torch.stack(outputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes)
 def test_dot_equals_its_reference(size):
     module = dot(size)
@@ -110,7 +111,7 @@ def test_dot_equals_its_reference(size):
     check(module, lambda params, x_BD: dot_twin(params, columns(size), x_BD), rows(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes)
 def test_cross_equals_its_reference_with_full_matrices_and_of_low_rank(size):
     module = cross(size)
@@ -118,7 +119,7 @@ def test_cross_equals_its_reference_with_full_matrices_and_of_low_rank(size):
     check(module, lambda params, x_BD: cross_twin(params, size.layers, size.rank, x_BD), rows(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes)
 def test_attention_equals_its_reference(size):
     module = attention(size)
@@ -126,7 +127,7 @@ def test_attention_equals_its_reference(size):
     check(module, lambda p, x_BD: attention_twin(p, columns(size), size.layers, size.heads, x_BD), rows(size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_cross_without_weights_is_the_identity(size):
     module = cross(size)
@@ -136,7 +137,7 @@ def test_cross_without_weights_is_the_identity(size):
     assert torch.equal(module(rows(size)), rows(size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_a_cross_of_low_rank_is_the_full_one_with_the_product_of_its_matrices(size):
     size.rank = size.rank or 2
@@ -150,7 +151,7 @@ def test_a_cross_of_low_rank_is_the_full_one_with_the_product_of_its_matrices(si
     close(load(Cross(size.D, size.layers), state)(rows(size)), low(rows(size)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_a_cross_of_some_layers_is_a_polynomial_of_one_degree_more(size):
     module, scale_S = cross(size), torch.arange(1.0, size.layers + 4, dtype=torch.float64)
@@ -163,7 +164,7 @@ def test_a_cross_of_some_layers_is_a_polynomial_of_one_degree_more(size):
     assert fitted_PX[0].abs().max() <= 1e-6 * y_SBD.abs().max()  # nothing comes of nothing
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_products_do_not_depend_on_which_of_two_features_comes_first(size, data):
     order = data.draw(st.permutations(range(len(size.columns))))
@@ -178,7 +179,7 @@ def test_products_do_not_depend_on_which_of_two_features_comes_first(size, data)
         close(product_B, found[pair if pair in found else pair[::-1]])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_features_in_another_order_attend_alike(size, data):
     order = list(data.draw(st.permutations(range(len(size.columns)))))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, randomised, widths
@@ -30,7 +31,7 @@ def by_loop(source_S: list[int], depth: int):
     return twin
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, widths)
 def test_each_input_goes_to_as_many_networks_as_read_it(size, widths):
     stack = randomised(StackedMLP(sum(size.readers), size.D, widths, readers=size.readers), size.seed)
@@ -38,14 +39,14 @@ def test_each_input_goes_to_as_many_networks_as_read_it(size, widths):
     check(stack, by_loop(source_S, len(widths)), inputs(size, len(size.readers)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, widths)
 def test_a_single_input_goes_to_all_networks(size, widths):
     stack = randomised(StackedMLP(size.T, size.D, widths), size.seed)
     check(stack, by_loop([0] * size.T, len(widths)), inputs(size, 1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.integers(1, 3), st.integers(1, 3))
 def test_what_a_compiler_is_given_equals_what_runs_without_one(size, count, readers):
     rng = torch.Generator().manual_seed(size.seed)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -59,14 +60,14 @@ def loop(kinds: list[str], weights: list[float], drawn: tuple[Tensor, ...], tota
     return loss, gradient_BT
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.floats(-100, 100, **finite), st.floats(0, 1, **finite))
 def test_binary_loss_takes_soft_labels_and_equals_the_formula(logit, label):
     loss_BT = TaskLoss(["binary"], [1.0]).per_row(torch.tensor([[logit]]), torch.tensor([[label]]))
     assert_close(loss_BT.item(), entry("binary", logit, label), rtol=1e-5, atol=ROUNDING)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.floats(-1000, 1000, **finite), st.floats(-1000, 1000, **finite))
 def test_regression_loss_is_the_squared_error(logit, label):
     loss_BT = TaskLoss(["regression"], [1.0]).per_row(torch.tensor([[logit]]), torch.tensor([[label]]))
@@ -74,7 +75,7 @@ def test_regression_loss_is_the_squared_error(logit, label):
     assert_close(loss_BT.item(), entry("regression", logit, label), rtol=1e-6, atol=1e-30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.integers(1, 6), st.data(), seeds)
 def test_loss_and_gradient_equal_a_loop_for_any_mixture_of_tasks(kinds, rows, data, seed):
     weights = [data.draw(st.sampled_from([0.0, 0.25, 1.0, 3.0])) for _ in kinds]
@@ -99,7 +100,7 @@ def test_loss_and_gradient_equal_a_loop_for_any_mixture_of_tasks(kinds, rows, da
     assert (logit_BT.grad[observed_weight_BT == 0] == 0).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.integers(1, 6), st.data(), seeds)
 def test_uncertainty_loss_and_all_its_gradients_equal_the_formula_task_by_task(kinds, rows, data, seed):
     """exp(-s) L + s / 2 for a binary task, exp(-s) L / 2 + s / 2 for a regression, nothing for one without mass."""
@@ -126,7 +127,7 @@ def test_uncertainty_loss_and_all_its_gradients_equal_the_formula_task_by_task(k
     assert_close(module.weights().tolist(), factor_T, rtol=1e-6, atol=0.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(2, 8), st.data(), seeds)
 def test_losses_of_the_ranks_add_up_to_the_loss_of_the_global_batch(rows, data, seed):
     cut = data.draw(st.integers(0, rows))

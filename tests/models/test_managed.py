@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references.id_map import ReferenceIdMap
@@ -37,7 +38,7 @@ def pooled(ids: list[int]) -> tuple[Tensor, Tensor, dict[int, int]]:
     return id_N, count_N, dict(zip(id_N.tolist(), count_N.tolist(), strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data(), st.sampled_from(["lru", "lfu"]), st.integers(1, 200), st.integers(1, 400))
 def test_a_map_is_what_one_dictionary_a_set_comes_to(data, evict, rows, values):
     managed = Managed(rows=rows, evict=evict)

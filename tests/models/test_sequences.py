@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, check_gates, close, drawn_sizes, randomised, rows, widths
@@ -185,7 +186,7 @@ def counts(size: Sizes) -> list[list[int]]:
     return [[int(torch.randint(0, length + 1, (), generator=rng)) for length in size.lengths] for _ in range(size.B)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_sequences_equal_their_reference_with_and_without_a_candidate(size):
     module, count_BJ = randomised(Sequences(layout(size), size.W), size.seed), counts(size)
@@ -248,7 +249,7 @@ def all_of(size: Sizes) -> Tensor:
     return rows(size, (size.F + len(lengths) * max(lengths)) * size.D)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_dtrn_equals_its_reference_where_behaviours_are_sequences(size):
     module, behaviours = dtrn(size)
@@ -266,7 +267,7 @@ def test_dtrn_equals_its_reference_where_behaviours_are_sequences(size):
     check_gates(gates, twin(dict(module.named_parameters()), x_BE)[1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(sizes, st.floats(-1e3, 1e3))
 def test_what_stands_in_places_without_an_item_changes_nothing(size, anything):
     module, _ = dtrn(size)

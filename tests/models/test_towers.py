@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import check, drawn_sizes, randomised, rows
@@ -21,14 +22,14 @@ KNOTS = range(-7, 8)
 sizes = drawn_sizes(kinds=st.lists(st.sampled_from(["binary", "regression"]), min_size=1, max_size=4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.lists(st.integers(1, 5), max_size=3))
 def test_a_shared_tower_is_one_tower_a_task_with_the_same_parameters(size, widths):
     module = randomised(SharedTower(size.T, size.D, widths), size.seed)
     check(module, Towers(size.T, size.D, widths, shared=True), rows(size, size.T, size.D))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
 def test_a_shared_tower_scores_tasks_in_any_order_or_one_alone(size, data):
     order = data.draw(st.lists(st.integers(0, size.T - 1), min_size=1, max_size=5))
@@ -58,14 +59,14 @@ def calibration_twin(params: Params, kinds: list[str], logit_BT: Tensor) -> Tens
     return torch.stack(outputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes)
 def test_calibration_equals_its_reference(size):
     module = randomised(Calibration(size.kinds), size.seed)
     check(module, lambda params, z_BT: calibration_twin(params, size.kinds, z_BT), 5 * rows(size, len(size.kinds)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_between_the_outer_knots_calibration_is_numpys_interpolation(size):
     size.kinds = ["binary"] * len(size.kinds)
@@ -83,7 +84,7 @@ def test_calibration_starts_as_the_identity():
     torch.testing.assert_close(Calibration(["binary"] * 3)(z_BT), z_BT, rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.floats(0.1, 4))
 def test_calibration_rises_strictly_whatever_is_learnt(size, scale):
     module = randomised(Calibration(["binary"]), size.seed)
@@ -93,7 +94,7 @@ def test_calibration_rises_strictly_whatever_is_learnt(size, scale):
     assert (rise_B > 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_regressions_pass_calibration_unchanged_and_teach_it_nothing(size):
     module, z_BT = randomised(Calibration(size.kinds), size.seed), 5 * rows(size, len(size.kinds))

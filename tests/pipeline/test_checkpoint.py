@@ -107,6 +107,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, wanted
 # Damage
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_found_and_where(tmp_path: Path, name: str) -> None:
     file = save(tmp_path) / name

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pytest
 from dataset_from_rows import write_dataset
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,7 +75,7 @@ def loader_threads() -> int:
     return sum(thread.name == "loader" for thread in threading.enumerate())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     rows=st.integers(1, 120),
     row_group=st.integers(1, 40),
@@ -184,11 +185,13 @@ def test_a_position_of_other_lanes_is_refused(dataset: Dataset) -> None:
 # Damage
 
 
+@pytest.mark.integration
 def test_a_flipped_bit_anywhere_in_the_pages_of_a_shard_never_gives_other_rows(tmp_path: Path) -> None:
     """Refused by name, or in statistics of page headers and a column that is not read."""
     assert damaged(tmp_path, lambda size, footer: range(size - footer)) > 0.5
 
 
+@pytest.mark.integration
 def test_a_flipped_bit_in_a_footer_is_refused_by_name_or_changes_nothing_that_is_read(tmp_path: Path) -> None:
     """Parquet has no checksum of the footer: a flipped offset of a column may still show it as another one."""
     assert damaged(tmp_path, lambda size, footer: range(size - footer, size)) > 0.9

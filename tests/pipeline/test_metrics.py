@@ -9,6 +9,7 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, log_loss, mean_squared_error, r2_score, roc_auc_score
@@ -129,7 +130,7 @@ WEIGHTED_ROWS = st.lists(  # logit, label, weight
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(WEIGHTED_ROWS)
 def test_auc_is_the_share_of_pairs_in_order_with_ties_counted_half(rows: list[tuple[float, float, float]]) -> None:
     wins = pairs = 0.0
@@ -150,7 +151,7 @@ def test_pr_auc_is_sklearns_average_precision(t: int) -> None:
     assert computed(TASKS, *rows)[TASKS[t][0]]["pr_auc"] == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(WEIGHTED_ROWS)
 def test_pr_auc_is_the_mean_over_positives_of_the_precision_at_their_rank(
     rows: list[tuple[float, float, float]],
@@ -251,7 +252,7 @@ row = st.tuples(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(row, max_size=40), st.permutations(range(4)), st.randoms(use_true_random=False))
 def test_shards_merged_in_any_order_give_the_metrics_of_all_rows(
     rows: list[tuple], merge_order: list[int], rng: random.Random

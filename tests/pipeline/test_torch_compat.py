@@ -65,6 +65,7 @@ def test_a_timeout_that_is_set_is_that_of_the_group() -> None:
     assert torch_compat.timeout_of(made, CPU) == timedelta(seconds=55)
 
 
+@pytest.mark.integration
 def test_the_store_is_the_one_that_the_group_was_made_with(tmp_path: Path) -> None:
     script = tmp_path / "store.py"
     script.write_text(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_tables import CASES, make_datasets, train
@@ -40,7 +41,7 @@ def place(made: Tables, ranks: int, **train: object):
     return plan.place(made, shard.sharders(wanted), made.configs, wanted, Cluster(ranks, ranks, "cpu", 0, 10**12))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.lists(st.tuples(SIZES, WIDTHS), max_size=4), st.lists(SIZES, max_size=3), WIDTHS, st.integers(1, 8))
 def test_random_tables_are_placed_without_empty_shards_and_with_bytes_in_balance(
     pooled: list[tuple[int, int]], items: list[int], width: int, ranks: int

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed as dist
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +59,7 @@ def write_records(run: Run, lines: list[dict]) -> None:
     run.eval_metrics.write_text("".join(json.dumps(r) + "\n" for r in lines))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.sets(st.integers(1, 12), min_size=1),
     st.integers(0, 11),

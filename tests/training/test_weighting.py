@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -85,7 +86,7 @@ def by_hand(
     return [m * len(moved) / sum(moved) for m in moved]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.integers(1, 6), st.sampled_from([0.0, 0.12, 1.5]), st.sampled_from([0.025, 0.5]), seeds, st.data())
 def test_gradnorms_step_is_the_gradient_of_its_own_loss(num_tasks, alpha, lr, seed, data):
     rng = torch.Generator().manual_seed(seed)
@@ -138,7 +139,7 @@ def surgery(gradients: list[list[float]], order: list[list[int]]) -> list[list[f
     return done
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 6), st.integers(1, 8), st.data(), seeds)
 def test_projections_by_dot_products_are_those_of_the_algorithm(num_tasks, size, data, seed):
     gradient_TP = torch.randn(num_tasks, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -150,14 +151,14 @@ def test_projections_by_dot_products_are_those_of_the_algorithm(num_tasks, size,
     torch.testing.assert_close(found_P, wanted_TP.sum(0), rtol=1e-5, atol=1e-4 * (1 + gradient_TP.abs().max().item()))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.integers(1, 6), st.integers(1, 20), seeds)
 def test_gradients_that_do_not_conflict_stay_as_they_are_to_the_last_bit(num_tasks, size, seed):
     gradient_TP = torch.rand(num_tasks, size, generator=torch.Generator().manual_seed(seed))
     assert (projected(gradient_TP @ gradient_TP.T, orders(num_tasks, seed)) == 1).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.integers(2, 20), seeds)
 def test_two_tasks_gradients_conflict_with_neither_after_their_projection(size, seed):
     gradient_TP = torch.randn(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
