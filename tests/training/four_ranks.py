@@ -26,7 +26,7 @@ MIXED = {"default": ["table_wise"], "item": ["row_wise"]}
 FORMATS = ("fp16", "bf16")
 LARGE = {"name": "sgd", "lr": 100.0}  # the rounding of a gradient stands out from that of a weight
 SGD = {"name": "sgd", "lr": 0.5}
-RARELY, STOP, STEPS = 4, 3, 6  # copies are averaged at step 4, saved at 3 and 6
+RARELY, STOP, STEPS = 4, 3, 6  # replicas are averaged at step 4, saved at 3 and 6
 GROUP = 2
 # Adam hides a gradient's scale from the weights, not from its state; what the loss learns is dense, too.
 DENSE = {"max_steps": STEPS, "checkpoint_every": STOP, "clip_norm": 0.05, "weighting": {"name": "uncertainty"}}
@@ -36,9 +36,9 @@ RUNS = {
     "fsdp": DENSE | {"dense_parallel": "fsdp"},
     "fsdp-slices": DENSE | {"dense_parallel": "fsdp", "accumulate": 3},
     "whole": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED},
-    "copies": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED, "sharding_group": GROUP},
-    "copies-adagrad": {"max_steps": 1, "sharding": MIXED, "sharding_group": GROUP},
-    "copies-fsdp": {"max_steps": STEPS, "tables": SGD, "sharding_group": GROUP, "dense_parallel": "fsdp"},
+    "replicas": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED, "sharding_group": GROUP},
+    "replicas-adagrad": {"max_steps": 1, "sharding": MIXED, "sharding_group": GROUP},
+    "replicas-fsdp": {"max_steps": STEPS, "tables": SGD, "sharding_group": GROUP, "dense_parallel": "fsdp"},
 }
 RARE = {"max_steps": STEPS, "checkpoint_every": STOP, "sharding": MIXED, "sharding_group": GROUP, "sync_every": RARELY}
 COLLECTIVES = ("all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
@@ -59,7 +59,7 @@ def keep_states(made: Trainer) -> list[tuple[dict[str, Tensor], dict[str, Tensor
 
 def local(made: Trainer) -> dict[str, Tensor]:
     """Copies of this rank's parts of weights and momentum, by table and first row."""
-    model = made.learner.model  # the learner's own state averages copies
+    model = made.learner.model  # the learner's own state averages replicas
     tables = {n: v for n, v in model.state_dict().items() if "embedding_bags." in n}
     tables |= {n: v for states in model.fused_optimizer.state_dict()["state"].values() for n, v in states.items()}
     return {f"{n}/{p.metadata.shard_offsets}": p.tensor.clone() for n, v in tables.items() for p in v.local_shards()}
@@ -116,7 +116,7 @@ def main(folder: Path) -> None:
         dist.barrier()
         trainer(folder, f"{before}-{after}", **RUNS[after]).run_to_end()
 
-    rarely = trainer(folder, "copies-rarely", **RARE)
+    rarely = trainer(folder, "replicas-rarely", **RARE)
     states = keep_states(rarely)
     rarely.run_to_end()
     torch.save(states, folder / f"held.{rank}.pt")

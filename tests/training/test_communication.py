@@ -1,4 +1,4 @@
-"""What ranks exchange: number formats, slices of a batch, shards of the dense part, copies of the tables."""
+"""What ranks exchange: number formats, slices of a batch, shards of the dense part, replicas of the tables."""
 
 import json
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def first_batch(folder: Path, rank: int = 0, ranks: int = 1) -> Batch:
 # Formats, against an unsharded model in float64
 
 
-class Held(nn.Module):
+class PooledRecorder(nn.Module):
     """Tables whose pooled embeddings stay at hand, with their gradient."""
 
     def __init__(self, tables: nn.Module) -> None:
@@ -118,11 +118,11 @@ def step(ranks: Path) -> FirstStep:
     data, config = Dataset(ranks / "data"), configuration(ranks / "data", ranks / "none")
     start, batch = model(last(ranks / "start")), first_batch(ranks)
     ranker = unsharded(config, data.schema, data.encoders, start)
-    ranker.embeddings = held = Held(ranker.embeddings)
+    ranker.embeddings = recorder = PooledRecorder(ranker.embeddings)
     total, _ = TrainStep(ranker, task_loss(data.schema), bf16=False)(in_float64(batch))
     total.backward()
-    slopes = held.pooled.values().grad.double().split(held.pooled.length_per_key(), 1)
-    return FirstStep(data.schema, start, batch, dict(zip(held.pooled.keys(), slopes, strict=True)))
+    slopes = recorder.pooled.values().grad.double().split(recorder.pooled.length_per_key(), 1)
+    return FirstStep(data.schema, start, batch, dict(zip(recorder.pooled.keys(), slopes, strict=True)))
 
 
 def in_float64(batch: Batch) -> Batch:
@@ -204,7 +204,9 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(settings: dict
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-slices"])
-def test_a_sharded_dense_part_learns_what_a_copied_one_does_clipped_by_the_norm_of_all(ranks: Path, name: str) -> None:
+def test_a_sharded_dense_part_learns_what_a_replicated_one_does_clipped_by_the_norm_of_all(
+    ranks: Path, name: str
+) -> None:
     assert_close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
     shares = [json.loads((ranks / f"share.{rank}.json").read_text()) for rank in range(RANKS)]
     # Cut along the three experts, one of the four ranks would have nothing.
@@ -217,7 +219,7 @@ def test_a_sharded_dense_part_learns_what_a_copied_one_does_clipped_by_the_norm_
 
 
 @pytest.mark.parametrize("name", ["fsdp-ddp", "ddp-fsdp"])
-def test_a_checkpoint_moves_between_shards_and_copies_of_the_dense_part(ranks: Path, name: str) -> None:
+def test_a_checkpoint_moves_between_shards_and_replicas_of_the_dense_part(ranks: Path, name: str) -> None:
     assert_close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
 
 
@@ -239,15 +241,15 @@ def moved(folder: Path, name: str, settings: dict[str, Any]) -> None:
 # Copies of the tables
 
 
-@pytest.mark.parametrize("name", ["copies", "copies-fsdp"])
-def test_with_sgd_copies_that_are_averaged_after_each_step_are_one_table(ranks: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["replicas", "replicas-fsdp"])
+def test_with_sgd_replicas_that_are_averaged_after_each_step_are_one_table(ranks: Path, name: str) -> None:
     assert_close(last(ranks / name), last(ranks / "whole"), rtol=1e-5, atol=1e-6)
 
 
-def test_a_copy_steps_with_its_ranks_gradient_scaled_to_the_batch_and_the_mean_of_the_copies_is_kept(
+def test_a_replica_steps_with_its_ranks_gradient_scaled_to_the_batch_and_the_mean_of_the_replicas_is_kept(
     ranks: Path, step: FirstStep
 ) -> None:
-    found = last(ranks / "copies-adagrad")
+    found = last(ranks / "replicas-adagrad")
     groups = [range(first, first + GROUP) for first in range(0, RANKS, GROUP)]
     rows = [{row for rank in group for row in first_batch(ranks, rank, RANKS).row_id_B.tolist()} for group in groups]
     mine_GB = torch.tensor([[row in own for row in step.batch.row_id_B.tolist()] for own in rows])
@@ -262,7 +264,7 @@ def test_a_copy_steps_with_its_ranks_gradient_scaled_to_the_batch_and_the_mean_o
         torch.testing.assert_close(momentum.double(), sum(momenta) / len(groups), rtol=1e-3, atol=1e-12)
 
 
-def test_copies_are_made_equal_before_a_checkpoint_which_holds_each_table_once(ranks: Path) -> None:
+def test_replicas_are_made_equal_before_a_checkpoint_which_holds_each_table_once(ranks: Path) -> None:
     held = [torch.load(ranks / f"held.{rank}.pt") for rank in range(RANKS)]
     assert [len(saves) for saves in held] == [STEPS // STOP] * RANKS
     assert STOP % RARELY > 0
@@ -274,20 +276,20 @@ def test_copies_are_made_equal_before_a_checkpoint_which_holds_each_table_once(r
             assert all(torch.equal(part, other_after[name]) for name, part in after.items())
             mean = {name: (part + other_before[name]) / 2 for name, part in before.items()}
             assert_close(after, mean, rtol=1e-6, atol=1e-8)
-    path = checkpoint.folder(ranks / "copies-rarely" / "checkpoints", STEPS)
+    path = checkpoint.folder(ranks / "replicas-rarely" / "checkpoints", STEPS)
     for name, entry in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
         if "embedding_bags" in name:
             assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel()
     size = {
         name: sum(p.stat().st_size for p in (ranks / name).glob("checkpoints/*/*.distcp"))
-        for name in ("copies", "whole")
+        for name in ("replicas", "whole")
     }
-    assert size["copies"] < 1.1 * size["whole"]
+    assert size["replicas"] < 1.1 * size["whole"]
 
 
-def test_a_checkpoint_of_copies_is_read_without_copies_on_one_rank_element_by_element(ranks: Path) -> None:
-    stopped(ranks, "copies-rarely", "copies-one", STOP)
-    moved(ranks, "copies-one", {k: v for k, v in RARE.items() if k not in ("sharding_group", "sync_every")})
+def test_a_checkpoint_of_replicas_is_read_without_replicas_on_one_rank_element_by_element(ranks: Path) -> None:
+    stopped(ranks, "replicas-rarely", "replicas-one", STOP)
+    moved(ranks, "replicas-one", {k: v for k, v in RARE.items() if k not in ("sharding_group", "sync_every")})
 
 
 def test_a_table_that_is_not_sharded_cannot_be_averaged_and_is_an_error() -> None:

@@ -107,7 +107,7 @@ def test_two_ranks_give_every_id_the_row_that_one_rank_gives_it(two_ranks: Path)
     same(two_ranks / "mixed", two_ranks / "one")
 
 
-def test_a_table_in_columns_or_in_copies_has_its_rows_start_afresh_too(two_ranks: Path):
+def test_a_table_in_columns_or_in_replicas_has_its_rows_start_afresh_too(two_ranks: Path):
     trainer(two_ranks, "one-adagrad", tables=ADAGRAD).run_to_end()
     same(two_ranks / "adagrad", two_ranks / "one-adagrad")
 

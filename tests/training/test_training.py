@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from tiny_training import (
     NEVER_OBSERVED,
     PATHS,
@@ -39,9 +41,11 @@ from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
+from pipeline.torch_compat import table_kernels
 from pipeline.training.config import TrainConfig
 from pipeline.training.optim.dense import rate
 from pipeline.training.optim.settings import DenseOptimizer
+from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import shard
 from pipeline.training.train import prepare
 
@@ -433,21 +437,24 @@ def test_a_dataset_of_the_same_schema_with_other_rows_is_refused_in_mid_run(fold
         train(folder, "moved", data="other-data")
 
 
-def test_fused_adam_is_told_how_many_steps_a_checkpoint_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel runs on GPUs alone; here another one stands for it."""
-    train(folder, "adam-steps", max_steps=7)
-    told: list[int] = []
-    kind = shard.SplitTableBatchedEmbeddingBagsCodegen
-    monkeypatch.setattr(kind, "set_optimizer_step", lambda _, step: told.append(step))
-    real = shard.kernels
-    monkeypatch.setattr(shard, "kernels", lambda model: map(_adam, real(model)))
-    prepare(configuration(folder / "data", folder / "adam-steps", max_steps=9), None, torch.device("cpu"))
-    assert told == [7]
+@pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "adagrad"])
+def test_a_fused_optimiser_that_counts_steps_resumes_with_those_of_the_checkpoint(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's kernels run on GPUs alone; here another one stands for them."""
+    train(folder, f"steps-{name}", max_steps=7)
+    steps: list[int] = []
+    kind = SplitTableBatchedEmbeddingBagsCodegen
+    monkeypatch.setattr(kind, "set_optimizer_step", lambda _, step: steps.append(step))
 
+    def renamed(model: torch.nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+        for kernel in table_kernels(model):
+            kernel.optimizer = TABLE_OPTIMIZERS[name].kernel
+            yield kernel
 
-def _adam(kernel: torch.nn.Module) -> torch.nn.Module:
-    kernel.optimizer = shard.EmbOptimType.ADAM
-    return kernel
+    monkeypatch.setattr(shard, "table_kernels", renamed)
+    prepare(configuration(folder / "data", folder / f"steps-{name}", max_steps=9), None, torch.device("cpu"))
+    assert steps == ([] if name == "adagrad" else [7])
 
 
 # Settings that act
@@ -547,12 +554,15 @@ def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both_with_one_line(f
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tables": {"name": "adam"}}, "fused Adam has no CPU kernel"),
+        ({"tables": {"name": "adam"}}, "FBGEMM has no CPU kernel for it"),
         ({"sharding": {"default": ["column_wise"]}}, "column_wise with rowwise_adagrad keeps one"),
         ({"sharding": {"default": ["table_row_wise"]}}, "no CPU kernel"),
         ({"sharding": {"default": ["sideways"]}}, "train.sharding.default: sideways is not allowed"),
-        ({"sharding": {"shown": ["row_wise"]}}, "sharding.shown: no such table, there are device, item, topics, user"),
-        ({"batch_size": 30}, "batch_size=30 must be divisible by lanes=4"),
+        (
+            {"sharding": {"shown": ["row_wise"]}},
+            "sharding.shown: no such table; the tables are device, item, topics, user",
+        ),
+        ({"batch_size": 30}, "batch_size=30 is no multiple of lanes=4"),
     ],
 )
 def test_settings_that_cannot_hold_are_refused_and_nothing_is_written(folder: Path, change: dict, says: str) -> None:
