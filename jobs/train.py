@@ -13,7 +13,7 @@ from jobs.entry import job, parse, read_schema
 
 @job("train")
 def main(config: DictConfig) -> None:
-    """Parses the configuration and trains; run again, it goes on from the newest checkpoint."""
+    """Parses the configuration and trains; run again, it resumes from the newest checkpoint."""
     from pipeline.training.config import TrainConfig
     from pipeline.training.train import train
 

@@ -124,7 +124,7 @@ class TrainConfig(Strict):
     Attributes:
         days: of a dataset of days those to read, in order: FIRST..LAST.
         tasks: train these only (None: all of the dataset's).
-        resume: auto goes on from the newest checkpoint that is whole; never refuses a run that has one.
+        resume: auto resumes from the newest undamaged checkpoint; never refuses a run that has one.
     """
 
     dataset: Path

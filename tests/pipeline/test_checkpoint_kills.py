@@ -43,18 +43,19 @@ def small_disk() -> list[str]:
     pytest.skip("neither root nor a user namespace may mount a file system here")
 
 
-def test_a_run_on_a_disk_that_fills_up_ends_with_one_line_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
+def test_a_run_on_a_disk_that_fills_up_ends_with_one_line_and_resumes_once_there_is_room(tmp_path: Path) -> None:
     """The disk holds two checkpoints; then it grows, and the same command ends the run."""
     run = tmp_path / "run"
     run.mkdir()
     code = f"""
 from pathlib import Path
 from tiny_training import configuration, make_dataset
-from jobs.entry import user_errors
-from pipeline.training.trainer import train
+from jobs.entry import configure_logging, user_errors
+from pipeline.training.train import train
 data = Path({str(tmp_path / "data")!r})
 if not data.exists():
     make_dataset(data)
+configure_logging("info")
 with user_errors():
     train(configuration(data, Path({str(run)!r}) / "r", checkpoint_every=4, max_steps=20))
 """
@@ -67,7 +68,7 @@ with user_errors():
         env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     said = done.stdout.split()
-    full = said[said.index("full") + 1 : said.index("goes")]
+    full = said[said.index("full") + 1 : said.index("room")]
     assert full[0] == "1", done.stderr
     assert full[1:] == [f"step-{step:08d}" for step in range(4, 4 * len(full), 4)], done.stdout
     assert 1 <= len(full[1:]) < 5
@@ -77,5 +78,5 @@ with user_errors():
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "step-00000020: cannot be written: " in error
     assert "No space left on device" in error
-    assert any("Training goes on, and tries again" in line for line in done.stderr.splitlines())
+    assert any("Training continues, and retries" in line for line in done.stderr.splitlines())
     assert "Traceback" not in done.stderr
