@@ -62,8 +62,8 @@ def test_paths_in_code_spans_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
-def test_every_folder_has_a_readme(folder: Path) -> None:
-    assert (ROOT / folder / "README.md").exists()
+def test_every_folder_has_a_readme_of_one_screen(folder: Path) -> None:
+    assert 15 <= len((ROOT / folder / "README.md").read_text().splitlines()) <= 40
 
 
 def test_the_main_readme_is_short() -> None:

@@ -41,7 +41,7 @@ class Settings(Strict):
         communication: of the embeddings between ranks.
         sharding_group: ranks that share one replica of the tables (2D parallel, pipeline.training.parallel.replicas), a
             divisor of all; None: all of them.
-        sync_every: steps between averages over the copies; a checkpoint averages too.
+        sync_every: steps between averages over the replicas; a checkpoint averages too.
         dense_parallel: of everything but the tables: a copy a rank, or shards of weights, gradients and optimiser.
         pipelined: TorchRec's pipelined loop (None: where there is a GPU, and weighting and accumulate allow it).
         checkpoint_every: steps; None: once an epoch. The last step always has one.
