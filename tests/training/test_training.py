@@ -562,7 +562,7 @@ def test_a_loss_that_is_not_finite_on_one_of_two_ranks_ends_both_with_one_line(f
             {"sharding": {"shown": ["row_wise"]}},
             "sharding.shown: no such table; the tables are device, item, topics, user",
         ),
-        ({"batch_size": 30}, "batch_size=30 is no multiple of lanes=4"),
+        ({"batch_size": 30}, "batch_size=30 must be divisible by lanes=4"),
     ],
 )
 def test_settings_that_cannot_hold_are_refused_and_nothing_is_written(folder: Path, change: dict, says: str) -> None:
