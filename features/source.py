@@ -97,6 +97,8 @@ class Outcome(Strict):
     def _earlier_names(cls, content: Any) -> Any:
         """`young` is the earlier name of `open_window`, read for one more release."""
         if isinstance(content, dict) and "young" in content:
+            if "open_window" in content:
+                raise ValueError("young is the earlier name of open_window; remove it")
             logger.warning("outcomes: `young` is now `open_window`; the old name goes with the next release")
             content = {**content, "open_window": content["young"]}
             del content["young"]

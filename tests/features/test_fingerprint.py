@@ -5,10 +5,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from omegaconf import OmegaConf
 from test_schema import BASE, changed
 
+from features.errors import UserError
 from features.schema.schema import Schema
 
 CONF = Path(__file__).parents[2] / "jobs" / "conf" / "data"
@@ -111,6 +113,13 @@ def test_the_earlier_name_of_a_key_is_read_with_one_warning_and_the_same_fingerp
     assert not caplog.records
     assert old == new
     assert old.fingerprint == new.fingerprint
+
+
+def test_a_key_under_both_of_its_names_is_refused():
+    both = changed("source.outcomes.click.young", "leave_out")
+    both["source"]["outcomes"]["click"]["open_window"] = "keep"
+    with pytest.raises(UserError, match="young is the earlier name of open_window; remove it"):
+        Schema.parse(both, where="mine.yaml")
 
 
 # What is shipped
