@@ -32,9 +32,9 @@ GROUP = 2
 DENSE = {"max_steps": STEPS, "checkpoint_every": STOP, "clip_norm": 0.05, "weighting": {"name": "uncertainty"}}
 RUNS = {
     "ddp": DENSE,
-    "slices": DENSE | {"accumulate": 3},  # of 8 rows: 3, 3, 2
+    "micro-batches": DENSE | {"accumulate": 3},  # of 8 rows: 3, 3, 2
     "fsdp": DENSE | {"dense_parallel": "fsdp"},
-    "fsdp-slices": DENSE | {"dense_parallel": "fsdp", "accumulate": 3},
+    "fsdp-micro-batches": DENSE | {"dense_parallel": "fsdp", "accumulate": 3},
     "whole": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED},
     "replicas": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED, "sharding_group": GROUP},
     "replicas-adagrad": {"max_steps": 1, "sharding": MIXED, "sharding_group": GROUP},

@@ -1,4 +1,4 @@
-"""What ranks exchange: number formats, slices of a batch, shards of the dense part, replicas of the tables."""
+"""What ranks exchange: number formats, micro-batches, shards of the dense part, replicas of the tables."""
 
 import json
 from collections.abc import Callable
@@ -172,15 +172,15 @@ def test_gradients_in_16_bits_move_a_row_by_their_sum_within_the_rounding_of_eac
     assert max(shares) > 0.2
 
 
-# A batch in slices (test_slices.py has one rank)
+# Micro-batches (test_micro_batches.py has one rank)
 
 
-def test_training_in_slices_is_training_on_the_batch_on_four_ranks_and_on_one(ranks: Path) -> None:
-    assert_close(last(ranks / "slices"), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
-    made = trainer(ranks, "one-slices", **RUNS["slices"])
+def test_training_in_micro_batches_is_training_on_the_batch_on_four_ranks_and_on_one(ranks: Path) -> None:
+    assert_close(last(ranks / "micro-batches"), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
+    made = trainer(ranks, "one-micro-batches", **RUNS["micro-batches"])
     assert made.learner.model.module.accumulate == 3  # 32 rows: 11, 11, 10
     made.run_to_end()
-    assert_close(last(ranks / "one-slices"), last(ranks / "ddp"), rtol=1e-3, atol=1e-5)
+    assert_close(last(ranks / "one-micro-batches"), last(ranks / "ddp"), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(settings: dict
 # The dense part in shards
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp-slices"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp-micro-batches"])
 def test_a_sharded_dense_part_learns_what_a_replicated_one_does_clipped_by_the_norm_of_all(
     ranks: Path, name: str
 ) -> None:

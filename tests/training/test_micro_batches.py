@@ -1,4 +1,4 @@
-"""A batch that goes through the dense part in slices: the same gradients, and less memory."""
+"""A batch that goes through the dense part in micro-batches: the same gradients, and less memory."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ MMOE = {"name": "mmoe", "num_experts": 3, "levels": [[64], [64]]}
 
 
 def differentiated(folder: Path, fusion: dict[str, Any], learnt: bool, count: int) -> tuple[Tensor, Tensor, dict]:
-    """Loss, loss of each row and gradients of a step in `count` slices, on one device in float64."""
+    """Loss, loss of each row and gradients of a step in `count` micro-batches, on one device in float64."""
     data = Dataset(folder / "data")
     torch.manual_seed(1)
     config = ModelConfig(fusion=fusion, tower=[8], embedding_std=0.1, calibration="monotone")
@@ -59,22 +59,22 @@ def differentiated(folder: Path, fusion: dict[str, Any], learnt: bool, count: in
 
 # AITM's penalty is float32, and so are the pooled embeddings.
 @pytest.mark.parametrize(("fusion", "learnt", "rtol", "atol"), [(MMOE, True, 1e-10, 1e-14), (AITM, False, 1e-4, 1e-8)])
-def test_slices_of_a_batch_add_up_to_the_gradients_of_the_whole_whatever_their_number(
+def test_micro_batches_add_up_to_the_gradients_of_the_whole_whatever_their_number(
     folder: Path, fusion: dict[str, Any], learnt: bool, rtol: float, atol: float
 ) -> None:
     total, loss_BT, slope = differentiated(folder, fusion, learnt, 1)
     assert len(loss_BT) == 32
     for count in (2, 3, 32, 50):
-        in_slices = differentiated(folder, fusion, learnt, count)
-        torch.testing.assert_close(in_slices[0], total, rtol=rtol, atol=0)
-        torch.testing.assert_close(in_slices[1], loss_BT, rtol=1e-12, atol=1e-14)
-        assert in_slices[2].keys() == slope.keys()
+        in_micro_batches = differentiated(folder, fusion, learnt, count)
+        torch.testing.assert_close(in_micro_batches[0], total, rtol=rtol, atol=0)
+        torch.testing.assert_close(in_micro_batches[1], loss_BT, rtol=1e-12, atol=1e-14)
+        assert in_micro_batches[2].keys() == slope.keys()
         for name, wanted in slope.items():
             bounds = (1e-4, 1e-8) if "embeddings" in name else (rtol, atol)
-            torch.testing.assert_close(in_slices[2][name], wanted, rtol=bounds[0], atol=bounds[1])
+            torch.testing.assert_close(in_micro_batches[2][name], wanted, rtol=bounds[0], atol=bounds[1])
 
 
-def test_of_frozen_tables_slices_make_no_gradient_that_would_wake_their_optimiser() -> None:
+def test_of_frozen_tables_micro_batches_make_no_gradient_that_would_wake_their_optimiser() -> None:
     embedding_BE, weight = torch.randn(7, 3, requires_grad=True), nn.Parameter(torch.randn(3))
     unused = nn.Parameter(torch.ones(2))
 
@@ -121,6 +121,6 @@ def most_bytes_kept(folder: Path, count: int) -> int:
     return Kept.most
 
 
-def test_four_slices_keep_a_quarter_of_what_the_whole_batch_keeps_for_its_backward(folder: Path) -> None:
-    whole, slices = most_bytes_kept(folder, 1), most_bytes_kept(folder, 4)
-    assert 0.2 * whole < slices < 0.35 * whole
+def test_four_micro_batches_keep_a_quarter_of_what_the_whole_batch_keeps_for_its_backward(folder: Path) -> None:
+    whole, split = most_bytes_kept(folder, 1), most_bytes_kept(folder, 4)
+    assert 0.2 * whole < split < 0.35 * whole

@@ -93,12 +93,12 @@ def test_a_step_moves_tables_of_sequences_as_row_wise_adagrad_says(folder: Path)
 
 
 @pytest.mark.parametrize("fusion", [FUSION, {"name": "mmoe", "num_experts": 2, "levels": [[8]]}], ids=["dtrn", "mmoe"])
-def test_the_pipelined_loop_and_slices_of_a_batch_train_the_same_on_one_rank(folder: Path, fusion: dict) -> None:
+def test_the_pipelined_loop_and_micro_batches_train_the_same_on_one_rank(folder: Path, fusion: dict) -> None:
     name = fusion["name"]
-    for run, settings in {"plain": {}, "pipelined": {"pipelined": True}, "slices": {"accumulate": 3}}.items():
+    for run, settings in {"plain": {}, "pipelined": {"pipelined": True}, "micro-batches": {"accumulate": 3}}.items():
         trainer(folder, f"{run}-{name}", fusion=fusion, max_steps=STOP, **settings).run_to_end()
     assert_identical(last(folder / f"pipelined-{name}"), last(folder / f"plain-{name}"))
-    assert_close(last(folder / f"slices-{name}"), last(folder / f"plain-{name}"), rtol=5e-3, atol=5e-4)
+    assert_close(last(folder / f"micro-batches-{name}"), last(folder / f"plain-{name}"), rtol=5e-3, atol=5e-4)
 
 
 def test_copies_of_a_table_that_is_read_item_by_item_are_refused_where_the_kernel_would_pool(folder: Path) -> None:

@@ -75,6 +75,7 @@ class HangWatch:
             busy = any(beat.phase in UNLIMITED for beat in now if beat)
             if self.stopped.is_set() or (self.step, self.phase) != stuck or (busy and not silent(before, now)):
                 continue
+            # Not logged: the thread that hangs may hold the lock of a log handler.
             print(f"error (rank {self.rank}): {diagnosis(before, now, self.rank)}", file=sys.stderr, flush=True)
             self._kill(now[rank] for rank in silent(before, now))
             os._exit(1)  # the main thread waits in a collective, which nothing interrupts

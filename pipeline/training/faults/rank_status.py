@@ -50,14 +50,14 @@ def write_rank_status(state: State) -> None:
 def write_heartbeat(step: int, timeout: float) -> None:
     """Tells jobs.launch, if it started this process, that the rank is alive."""
     if folder := os.environ.get(STATUS_FOLDER):
-        with suppress(OSError):
+        with suppress(OSError):  # a full disk must not end training
             Path(folder, f"{os.environ['LOCAL_RANK']}.alive").write_text(json.dumps(Alive(os.getpid(), timeout, step)))
 
 
 def end_heartbeat() -> None:
     """Tells jobs.launch that no more heartbeats come, as at the end of training."""
     if folder := os.environ.get(STATUS_FOLDER):
-        with suppress(OSError):
+        with suppress(OSError):  # gone with the launcher's folder
             Path(folder, f"{os.environ['LOCAL_RANK']}.alive").unlink(missing_ok=True)
 
 

@@ -57,7 +57,7 @@ class MetricsWriter:
 
     def roll_back(self, step: int) -> None:
         """Hides the curves of the steps after `step`, which are repeated."""
-        with suppress(OSError):
+        with suppress(OSError):  # a full disk costs curves, not the run
             self.board.close()
             self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)
 
@@ -92,7 +92,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Ends the bar and flushes TensorBoard. Raises UserError where lines could not be written."""
-        with suppress(OSError):
+        with suppress(OSError):  # a full disk costs curves, not the run
             self.board.close()
         if self.bar is not None:
             self.bar.close()
