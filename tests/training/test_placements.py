@@ -1,4 +1,4 @@
-"""Default placements of random tables: no empty shard, balanced bytes, and four ranks that train what one rank does."""
+"""Default placements of random tables: no empty shard, balanced bytes, and ranks that train what one rank does."""
 
 from collections import Counter
 from math import ceil
@@ -99,16 +99,23 @@ def test_a_table_with_a_row_for_each_rank_may_be_row_wise(rows: int, ranks: int)
     assert len(placed.plan["pooled"]["p0"].sharding_spec.shards) == ranks
 
 
+RANKS = (3, 4, 8)
+
+
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Path:
+def random_tables(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Path:
+    """A folder of runs `RANKS-CASE`, those of one rank included."""
     folder = tmp_path_factory.mktemp("random")
     make_datasets(folder)
-    torchrun(str(Path(__file__).with_name("random_tables.py")), str(folder), ranks=4).check_returncode()
+    for ranks in RANKS:
+        torchrun(str(Path(__file__).with_name("random_tables.py")), str(folder), ranks=ranks).check_returncode()
+    for case in CASES:
+        train(folder, case, f"1-{case}")
     return folder
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", CASES)
-def test_four_ranks_train_random_tables_as_one_rank_does(four_ranks: Path, case: str) -> None:
-    train(four_ranks, case, f"one-{case}")
-    assert_close(last(four_ranks / f"four-{case}"), last(four_ranks / f"one-{case}"))
+def test_ranks_train_random_tables_as_one_rank_does(random_tables: Path, case: str, ranks: int) -> None:
+    assert_close(last(random_tables / f"{ranks}-{case}"), last(random_tables / f"1-{case}"))
