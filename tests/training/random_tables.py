@@ -52,7 +52,7 @@ def config(folder: Path, case: str, name: str) -> TrainConfig:
         max_steps=STEPS,
         lanes=LANES,
         batch_size=2 * LANES,
-        tables={"name": "sgd", "lr": 0.5},  # Adagrad would make a large step of the rounding of a gradient near 0
+        tables={"name": "sgd", "lr": 10.0},  # Adagrad would make a large step of the rounding of a gradient near 0
     )
 
 
