@@ -260,7 +260,8 @@ class Trainer:
         path = resume.newest(self.run, below=self.rollbacks.below(bad_step, self.state.skipped))
         if path is None:
             raise UserError(
-                f"step {bad_step}: loss or gradient is not finite, and there is no checkpoint to roll back to"
+                f"step {bad_step}: loss or gradient is not finite, and no undamaged checkpoint is left to roll back to. Lower "
+                "train.dense.lr or train.tables.lr and start another run=."
             )
         self.load(path, checkpoint.read(path))
         self.rollbacks.tried.add(self.state.step)
