@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Vector(Feature):
-    """`length` numbers a row, as they are: text with separators, a JSON array or a list of a Parquet file.
+    """`length` numbers a row, as they are: text with separators, an array of a JSONL file or a list of a Parquet file.
 
     A missing vector is all zeros, with a 1 in a column NAME_missing on request.
     """
