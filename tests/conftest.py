@@ -15,6 +15,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # as make does, before torch is imported: threads that wait for each other spin
 
+import torch
+
 SMALL_SCHEMA: dict[str, Any] = {
     "source": {
         "files": "impressions-*",
@@ -82,6 +84,12 @@ def write_small_log(folder: Path) -> None:
     clicks = [{"id": row["id"], "dwell": str(n % 50)} for n, row in enumerate(rows) if n % 3 == 0]
     write_csv(folder / "clicks-1.csv", [*clicks[50:], {"id": "99999", "dwell": "1"}])
     write_csv(folder / "clicks-2.csv", [*clicks[:50], {"id": clicks[60]["id"], "dwell": "9999"}])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Weights drawn in a test are the same in every run, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -163,7 +163,8 @@ def test_an_input_has_the_columns_of_the_feature_where_it_says_so(section, case,
 def test_a_ranker_over_tokens_learns_from_the_feature(section, case, tmp_path):
     schema = schema_of(section, case)
     encoders, table = through_a_file(schema, case, tmp_path)
-    config = ModelConfig(interaction={"name": "dot"}, fusion={"name": "shared_bottom", "widths": [4]}, tower=[])
+    # Of few hidden units all may be negative for every row, and the gradient zero.
+    config = ModelConfig(interaction={"name": "dot"}, fusion={"name": "shared_bottom", "widths": [64]}, tower=[])
     ranker = Ranker(schema, encoders, config, device="cpu")
     names = list(ranker.numbers.columns)
     logit_BT = ranker(batch_of(schema, table))
