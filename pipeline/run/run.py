@@ -62,9 +62,8 @@ class Run:
         """A lock until it is released or its process ends. Raises UserError, with `why`, where another process has it."""
         file = self.eval_metrics.with_name(f".{name}.lock")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
         try:
-            return storage_of(file).lock(file)
+            return storage_of(file).lock(file, create=True)
         except BlockingIOError:
             raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
 

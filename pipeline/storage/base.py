@@ -36,12 +36,13 @@ class Storage(Protocol):
         A folder that stands there already changes places with it: `staging` is then the old one, for its owner to delete.
         """
 
-    def lock(self, path: Path, shared: bool = False, wait: bool = False) -> Lock:
-        """Locks a file or folder.
+    def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lock:
+        """Locks a file or folder; its content stays as it is.
 
         Args:
-            shared: with other shared locks. wait: until it is free.
+            shared: with other shared locks. wait: until it is free. create: an empty file where there is none.
         Raises:
             BlockingIOError: another process holds it, and `wait` is false.
             FileNotFoundError: it does not exist, or was replaced before the lock was had.
+            OSError: with errno ELOOP, it is a link.
         """

@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # neither another file by a link, nor a wait at a pipe
 
 
 class FileLock:
@@ -53,12 +55,12 @@ class LocalStorage:
             staging.rename(final)
         fsync(final.parent)
 
-    def lock(self, path: Path, shared: bool = False, wait: bool = False) -> FileLock:
+    def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> FileLock:
         """Locks a file or folder with flock."""
-        lock = FileLock(os.open(path, os.O_RDONLY))
+        lock = FileLock(os.open(path, NO_LINK | (os.O_CREAT if create else 0), 0o666))
         try:
             fcntl.flock(lock.descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            if not os.path.samestat(os.fstat(lock.descriptor), path.stat()):
+            if not os.path.samestat(os.fstat(lock.descriptor), path.lstat()):
                 raise FileNotFoundError(f"{path} was replaced")
         except BaseException:
             lock.release()
@@ -68,9 +70,13 @@ class LocalStorage:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file to; it takes the file's place, fsync to disk, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary path beside `path` to write a file to; it takes the file's place, fsync to disk, when the block ends well.
+
+    The file is made under a random name that nothing had, and a link at `path` is replaced, not followed.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
         fsync(temporary)
         temporary.rename(path)
@@ -84,7 +90,7 @@ def swap_dirs(one: Path, other: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2") and libc.renameat2(AT_FDCWD, both[0], AT_FDCWD, both[1], RENAME_EXCHANGE) == 0:
         return
-    temporary = other.with_name(f"{other.name}.old-{os.getpid()}")
+    temporary = other.with_name(f"{other.name}.old-{uuid.uuid4().hex}")
     other.rename(temporary)
     one.rename(other)
     temporary.rename(one)

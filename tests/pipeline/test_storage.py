@@ -1,5 +1,6 @@
 """pipeline/storage: what every registered storage guarantees. A member that is not local adds its root to `ROOTS`."""
 
+import errno
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.storage.base import Storage
 from pipeline.storage.files import STORAGES, read_lines, storage_of, write_json
+from pipeline.storage.local import LocalStorage, replacing
 
 ROOTS: dict[str, Callable[[Path], Path]] = {"": lambda tmp_path: tmp_path}
 
@@ -124,3 +126,36 @@ def test_lines_are_read_up_to_the_last_complete_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert [line["step"] for line in read_lines(tmp_path / "a.jsonl")] == [1, 2]
     assert list(read_lines(tmp_path / "missing.jsonl")) == []
+
+
+def test_a_lock_creates_an_empty_file_or_leaves_the_one_that_is_there(place: tuple[Storage, Path]) -> None:
+    storage, root = place
+    storage.write(root / "kept", b"content")
+    for name, content in (("made", b""), ("kept", b"content")):
+        with storage.lock(root / name, create=True):
+            assert storage.read(root / name) == content
+
+
+def test_neither_a_write_nor_a_lock_reaches_what_a_link_points_to(tmp_path: Path) -> None:
+    storage, target = LocalStorage(), tmp_path / "target"
+    target.write_bytes(b"of somebody else")
+    for name in ("file", "lock", "dangling"):
+        (tmp_path / name).symlink_to(target if name != "dangling" else tmp_path / "made")
+    storage.write(tmp_path / "file", b"ours")
+    for name in ("lock", "dangling"):
+        with pytest.raises(OSError, match="symbolic link") as refused:
+            storage.lock(tmp_path / name, create=True)
+        assert refused.value.errno == errno.ELOOP
+    assert target.read_bytes() == b"of somebody else"
+    assert not (tmp_path / "made").exists()
+    assert (tmp_path / "file").read_bytes() == b"ours"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_two_writes_of_one_process_use_names_that_cannot_be_guessed(tmp_path: Path) -> None:
+    with replacing(tmp_path / "file") as one, replacing(tmp_path / "file") as other:
+        for path in (one, other):
+            assert path.parent == tmp_path
+            assert len(path.name) >= len(".file.") + 32
+            path.write_bytes(b"")
+        assert one != other
