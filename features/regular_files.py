@@ -67,7 +67,7 @@ def read_regular(folder: Path, name: str, limit: int = MAX_TEXT_BYTES) -> bytes:
     if status.st_size > limit:
         raise UserError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} that such a file may have")
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        return file.read(limit)
+        return file.read(status.st_size)
 
 
 def _kind(mode: int) -> str:

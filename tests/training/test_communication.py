@@ -281,7 +281,7 @@ def test_replicas_are_made_equal_before_a_checkpoint_which_holds_each_table_once
         if "embedding_bags" in name:
             assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel()
     size = {
-        name: sum(p.stat().st_size for p in (ranks / name).glob("checkpoints/*/*.distcp"))
+        name: sum(p.stat().st_size for p in (ranks / name).glob("checkpoints/*/*.bin"))
         for name in ("replicas", "whole")
     }
     assert size["replicas"] < 1.1 * size["whole"]
