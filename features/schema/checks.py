@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from features.kinds import KINDS
+from features.printable import has_controls, printable
 from features.schema.expressions import columns_of
 from features.schema.splits import HashSplit, TimeSplit
 from features.source import outcome_names
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
     from features.schema.schema import Schema
 
 RESERVED = ("weight", "event_time", "row_id")  # columns of every dataset
+LONGEST_NAME = 200  # bytes in UTF-8: with an ending it still names a file
+LONGEST_COLUMN = 1000  # the same of a raw column and of files, whose names somebody else chose
 
 
 def contradictions(schema: Schema) -> Iterator[str]:
     """What is wrong between keys that are each valid by themselves."""
+    yield from _unfit_names(schema)
     for key, expression in schema.expressions.items():
         try:
             columns_of(expression)
@@ -50,6 +54,49 @@ def _nested(schema: Schema) -> Iterator[str]:
     for name, expression in schema.source.derived.items():
         if nested := [c for c in columns_of(expression) if c in schema.source.derived]:
             yield f"source.derived.{name} reads {nested[0]}, which is derived itself: write it from raw columns"
+
+
+def _unfit_names(schema: Schema) -> Iterator[str]:
+    """Names that are empty, too long, control a terminal, or lead out of the folder of the files that they name."""
+    source = schema.source
+    names = [(f"{section}.NAME", name) for section in KINDS for name in getattr(schema, section)]
+    names += [("tables.NAME", name) for name in schema.tables] + [("tasks.NAME", name) for name in schema.tasks]
+    names += [("source.derived.NAME", name) for name in source.derived]
+    names += [("source.outcomes.NAME", name) for name in source.outcomes]
+    for key, name in names:
+        if not name:
+            yield f"{key} is empty: give it a name"
+        if key == "source.outcomes.NAME" and {"/", "\\"} & {*name}:
+            yield f"{key} {_shown(name)} cannot name a file: rename it without / and \\"
+    for key, name, limit in [*((*n, LONGEST_NAME) for n in names), *((*n, LONGEST_COLUMN) for n in _foreign(schema))]:
+        if has_controls(name):
+            yield f"{key} {_shown(name)} has a control character: rename it"
+        elif (length := len(name.encode())) > limit:
+            yield f"{key} {_shown(name)} has {length} bytes, more than {limit}: shorten it"
+
+
+def _foreign(schema: Schema) -> Iterator[tuple[str, str]]:
+    """Raw columns and files that a schema names, each with its key."""
+    source = schema.source
+    yield "source.files", source.files
+    yield from (("source.columns: column", name) for name in source.columns or ())
+    yield from (("source.types: column", name) for name in source.types)
+    yield from (("column", name) for name in (source.key, source.row_id, schema.event_time) if name)
+    if isinstance(schema.split, HashSplit):
+        yield "split.key", schema.split.key
+    yield from ((f"column of feature {name}:", raw.column) for name, raw in schema.raw.items())
+    for history in schema.histories.values():
+        yield from (("column of a history", name) for name in (history.user, history.item))
+    for outcome in source.outcomes.values():
+        yield "files of an outcome", outcome.files
+        yield from (("column of an outcome", name) for name in (outcome.key, outcome.time, *outcome.columns) if name)
+        yield from (("column of an outcome", name) for name in (outcome.read and outcome.read.columns) or ())
+    for key, expression in schema.expressions.items():
+        yield from ((f"{key}: column", name) for name in columns_of(expression))
+
+
+def _shown(name: str) -> str:
+    return f"'{printable(name if len(name) <= 60 else name[:60] + '…')}'"
 
 
 def _names(schema: Schema) -> Iterator[str]:

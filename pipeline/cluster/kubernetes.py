@@ -11,6 +11,7 @@ from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
+from features.printable import printable
 from pipeline.cluster.base import State, Status, Workload
 from pipeline.cluster.kubernetes_manifests import INSTANCE, objects, to_yaml
 
@@ -73,7 +74,7 @@ class Kubernetes:
         return _job_status(found.status or client.V1JobStatus())
 
     def logs(self, work: Workload) -> Iterator[str]:
-        """Lines of every pod that has started, pod by pod in the order of their names."""
+        """Lines of every pod that has started, pod by pod in the order of their names, without control characters."""
         to = _connect(work)
         selector = f"{INSTANCE}={work.name}"
         with _refusals(to, "pods of", work.name):
@@ -82,7 +83,7 @@ class Kubernetes:
         for name in sorted(str(metadata.name) for metadata in started):
             with _refusals(to, "pod", name):
                 text = to.core.read_namespaced_pod_log(name, to.namespace, _request_timeout=TIMEOUT_S)
-            yield from (f"{name}: {line}" for line in text.splitlines())
+            yield from (f"{name}: {printable(line)}" for line in text.replace("\t", " ").splitlines())
 
     def stop(self, work: Workload) -> None:
         """Deletes the objects of the workload and with them its pods, which get SIGTERM."""
