@@ -16,7 +16,7 @@ MAX_TEXT_BYTES = 256 << 20  # of a manifest, schema or encoders.json, unless sai
 def _plain(name: str) -> str:
     """Raises ValueError unless a name stays below the folder it is relative to."""
     parts = PurePosixPath(name).parts
-    if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0] == "/" or has_controls(name):
+    if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0][0] == "/" or has_controls(name):
         raise ValueError(f"{printable(name)!r} is not a plain relative path")
     return name
 

@@ -47,6 +47,7 @@ def escape_output() -> None:
 
     Text of data is in all of it: values, names of files and columns, arguments.
     """
+    os.environ["PYTHON_COLORS"] = "0"  # Python 3.13 colors tracebacks, and its colors would be escaped, too
     for name, start in (("stdout", ""), ("stderr", "\r")):
         stream = getattr(sys, name)
         if not isinstance(stream, PrintableStream):

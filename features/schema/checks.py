@@ -22,13 +22,18 @@ LONGEST_COLUMN = 1000  # the same of a raw column and of files, whose names some
 
 def contradictions(schema: Schema) -> Iterator[str]:
     """What is wrong between keys that are each valid by themselves."""
-    yield from _unfit_names(schema)
+    if unfit := list(_unfit_names(schema)):
+        yield from unfit
+        return
     for key, expression in schema.expressions.items():
         try:
             columns_of(expression)
         except ValueError as error:
             yield f"{key}: {error}"
             return
+    if unfit := list(_unfit_columns(schema)):
+        yield from unfit
+        return
     yield from _nested(schema)
     if schema.source.outcomes and not schema.source.key:
         yield "source.key is missing: outcomes need the column of the impressions that they refer to"
@@ -57,42 +62,35 @@ def _nested(schema: Schema) -> Iterator[str]:
 
 
 def _unfit_names(schema: Schema) -> Iterator[str]:
-    """Names that are empty, too long, control a terminal, or lead out of the folder of the files that they name."""
-    source = schema.source
-    names = [(f"{section}.NAME", name) for section in KINDS for name in getattr(schema, section)]
-    names += [("tables.NAME", name) for name in schema.tables] + [("tasks.NAME", name) for name in schema.tasks]
-    names += [("source.derived.NAME", name) for name in source.derived]
-    names += [("source.outcomes.NAME", name) for name in source.outcomes]
-    for key, name in names:
-        if not name:
-            yield f"{key} is empty: give it a name"
-        if key == "source.outcomes.NAME" and {"/", "\\"} & {*name}:
-            yield f"{key} {_shown(name)} cannot name a file: rename it without / and \\"
-    for key, name, limit in [*((*n, LONGEST_NAME) for n in names), *((*n, LONGEST_COLUMN) for n in _foreign(schema))]:
-        if has_controls(name):
-            yield f"{key} {_shown(name)} has a control character: rename it"
-        elif (length := len(name.encode())) > limit:
-            yield f"{key} {_shown(name)} has {length} bytes, more than {limit}: shorten it"
+    """Names that the schema gives and that are empty, too long, control a terminal, or lead out of a folder of files."""
+    sections = {section: getattr(schema, section) for section in [*KINDS, "tables", "tasks"]}
+    sections |= {"source.derived": schema.source.derived, "source.outcomes": schema.source.outcomes}
+    for section, names in sections.items():
+        for name in names:
+            yield from _unfit(f"name in {section}", name, LONGEST_NAME)
+            if not name:
+                yield f"{section}: a name is empty"
+            if section == "source.outcomes" and {"/", "\\"} & {*name}:
+                yield f"name in {section} {_shown(name)} cannot name a file: rename it without / and \\"
 
 
-def _foreign(schema: Schema) -> Iterator[tuple[str, str]]:
-    """Raw columns and files that a schema names, each with its key."""
-    source = schema.source
-    yield "source.files", source.files
-    yield from (("source.columns: column", name) for name in source.columns or ())
-    yield from (("source.types: column", name) for name in source.types)
-    yield from (("column", name) for name in (source.key, source.row_id, schema.event_time) if name)
-    if isinstance(schema.split, HashSplit):
-        yield "split.key", schema.split.key
-    yield from ((f"column of feature {name}:", raw.column) for name, raw in schema.raw.items())
-    for history in schema.histories.values():
-        yield from (("column of a history", name) for name in (history.user, history.item))
-    for outcome in source.outcomes.values():
-        yield "files of an outcome", outcome.files
-        yield from (("column of an outcome", name) for name in (outcome.key, outcome.time, *outcome.columns) if name)
-        yield from (("column of an outcome", name) for name in (outcome.read and outcome.read.columns) or ())
-    for key, expression in schema.expressions.items():
-        yield from ((f"{key}: column", name) for name in columns_of(expression))
+def _unfit_columns(schema: Schema) -> Iterator[str]:
+    """Raw columns and files that the schema names and whose names are too long or control a terminal."""
+    source, outcomes = schema.source, schema.source.outcomes.values()
+    columns = [*(source.columns or ()), *source.types, *schema.raw_columns]
+    for outcome in outcomes:
+        columns += [outcome.key, *outcome.types, *((outcome.read and outcome.read.columns) or ())]
+    for column in dict.fromkeys(columns):
+        yield from _unfit("column", column, LONGEST_COLUMN)
+    for files in dict.fromkeys([source.files, *(outcome.files for outcome in outcomes)]):
+        yield from _unfit("files", files, LONGEST_COLUMN)
+
+
+def _unfit(what: str, name: str, limit: int) -> Iterator[str]:
+    if has_controls(name):
+        yield f"{what} {_shown(name)} has a control character: rename it"
+    elif (length := len(name.encode())) > limit:
+        yield f"{what} {_shown(name)} has {length} bytes, more than {limit}: shorten it"
 
 
 def _shown(name: str) -> str:
