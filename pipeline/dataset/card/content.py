@@ -94,6 +94,6 @@ class CardContent(_Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if any(len(row) != len(self.tasks) for row in [self.correlations, *self.correlations]):
+        if {len(self.tasks)} != {len(self.correlations), *map(len, self.correlations)}:
             raise ValueError("correlations are of other tasks")
         return self
