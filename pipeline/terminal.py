@@ -73,8 +73,8 @@ def quiet_children() -> Iterator[None]:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
-        ours_again = os.fdopen(os.dup(ours), "w", buffering=1)
-        sys.stderr = stderr.on(ours_again) if isinstance(stderr, PrintableStream) else ours_again
+        reopened = os.fdopen(os.dup(ours), "w", buffering=1)
+        sys.stderr = stderr.on(reopened) if isinstance(stderr, PrintableStream) else reopened
         _redirect_logging(stderr, sys.stderr)
         yield
     finally:
