@@ -3,7 +3,6 @@
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
-from typing_extensions import Self
 
 
 class _Part(BaseModel):
@@ -19,7 +18,7 @@ class _Histogram(_Part):
     counts: list[int]
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "_Histogram":
         if len(self.edges) != len(self.counts) + bool(self.counts):
             raise ValueError("a histogram has an edge more than counts")
         return self
@@ -30,7 +29,7 @@ class _Cells(_Part):
     shares: list[float]
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "_Cells":
         if len(self.shares) != len(self.edges) + 1:
             raise ValueError("there is a share more than edges")
         return self
@@ -93,7 +92,7 @@ class CardContent(_Part):
     drift: list[_Drift] = []
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "CardContent":
         if {len(self.tasks)} != {len(self.correlations), *map(len, self.correlations)}:
             raise ValueError("correlations are of other tasks")
         return self
