@@ -70,6 +70,11 @@ def user_errors() -> Iterator[None]:
         write_rank_status("preempted")
         sys.exit(PREEMPTED)
     except OSError as error:
+        if error.errno == errno.EROFS:
+            sys.exit(
+                f"error: {error.filename or 'a file'}: {error.strerror}. Choose another folder for what this job writes; "
+                "on Kubernetes one below /runs, for preprocess also below /data."
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         file = printable(str(error.filename or "a file"))

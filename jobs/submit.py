@@ -68,7 +68,7 @@ def _refuse_lookups(content: Any) -> None:
         except ValueError as error:
             raise UserError(f"configuration: {content}: {error}") from None
     elif isinstance(content, Mapping):
-        _refuse_lookups([*content.keys(), *content.values()])
+        _refuse_lookups([*content.values()])
     elif isinstance(content, list):
         for value in content:
             _refuse_lookups(value)

@@ -58,7 +58,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "'" if re.match(r"[0-9.+-]|[yYnN]\Z", text) else None
+    style = "'" if re.match(r"[+-]?[0-9.]|[yYnN]\Z", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
