@@ -17,7 +17,7 @@ _DIGEST = r"@sha256:[0-9a-f]{64}"
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _AMOUNT = r"(?=[0-9.]*[1-9])(0|[1-9][0-9]{0,14})(\.[0-9]{1,3})?"  # not 0
 # An interpolation that looks something up outside its own configuration, or may: its name is put together.
-_LOOKUP = re.compile(r"\$\{\s*(oc\.|[^:{}]*\$)")
+_LOOKUP = re.compile(r"\$\{(\s*oc\.|[^:{}]*\$)")
 
 # Fields of a cron schedule: least and greatest value, and names for those from the least on.
 _CRON: dict[str, tuple[int, int, str]] = {
@@ -41,8 +41,8 @@ def _like(pattern: str, what: str, longest: int = 1000) -> AfterValidator:
 def _cron(text: str) -> str:
     """Five fields with one space between them. Raises ValueError, with the field, where they are none of Kubernetes'."""
     fields = [field for field in text.split(" ") if field]
-    if len(fields) != len(_CRON):
-        raise ValueError(f"{text!r} is not a cron schedule of five fields such as '0 3 * * *'")
+    if len(text) > 200 or len(fields) != len(_CRON):
+        raise ValueError(f"{text[:200]!r} is not a cron schedule of five fields such as '0 3 * * *'")
     for field, (name, (least, greatest, names)) in zip(fields, _CRON.items(), strict=True):
         if not all(_is_cron_part(part, least, greatest, names.split()) for part in field.split(",")):
             allowed = f"{least}-{greatest}" + (f" or {names.split()[0]}-{names.split()[-1]}" if names else "")
