@@ -13,11 +13,12 @@ Examples:
 One node, also by --standalone, listens on 127.0.0.1 alone, at --master-port or a free port; it needs no other flag of the
 rendezvous and ignores them. Several need a network that is trusted whole, or rules (on Kubernetes a NetworkPolicy) by which
 only this job's nodes reach each other's ports: nothing there asks who connects. Node 0 listens on the one address that
---master-addr is there, or says that it listens on all (as it does for --master-addr=0.0.0.0 on node 0). --rdzv-backend=c10d,
-for a number of nodes that changes, unpickles what comes in at its port: whoever reaches it runs code on every node.
+--master-addr is there, or says that it listens on all (--master-addr=0.0.0.0 on node 0 is all). --rdzv-backend=c10d, for a
+number of nodes that changes, unpickles what comes in at its port: whoever reaches it runs code on every node.
 """
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -59,6 +60,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[STATUS_FOLDER] = folder
+        end_while_waiting(Path(folder))
         threading.Thread(target=end_silent_ranks, args=(Path(folder),), daemon=True, name="heartbeats").start()
         try:
             record(run.run)(options)
@@ -67,6 +69,28 @@ def main() -> None:
         except ChildFailedError as error:
             sys.exit(after_failure(error.failures, read_rank_statuses(Path(folder))))
     del store  # only now: torchrun's static rendezvous shares its server
+
+
+def end_while_waiting(folder: Path) -> None:
+    """Lets SIGTERM end this process in a wait for other nodes too: that is in C, where Python runs no handler of signals.
+
+    Once torchrun handles the signal, nothing happens here.
+
+    Args:
+        folder: to remove then.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+
+    def wait() -> None:
+        while number := os.read(read_end, 1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler:
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(PREEMPTED)
+
+    threading.Thread(target=wait, daemon=True, name="preemption").start()
 
 
 def end_silent_ranks(folder: Path) -> None:

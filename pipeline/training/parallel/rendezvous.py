@@ -6,6 +6,7 @@ has at its port already, hence the store that `choose` makes beforehand, on a so
 """
 
 import errno
+import os
 import socket
 import sys
 from argparse import Namespace
@@ -86,7 +87,9 @@ def _store(address: str, port: int) -> dist.TCPStore:
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        raise UserError(f"port {port} of {address}: {error.strerror}. Choose another with --master-port.") from None
+        raise UserError(
+            f"port {port} of {address}: {os.strerror(error.errno)}. Choose another with --master-port."
+        ) from None
     port = listener.getsockname()[1]
     return dist.TCPStore(
         address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
