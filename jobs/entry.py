@@ -23,6 +23,7 @@ from tqdm import tqdm
 from features.errors import Preempted, UserError
 from features.printable import printable
 from features.schema.schema import Schema
+from jobs.versions import check_versions
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import write_rank_status
@@ -158,6 +159,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             signal.signal(signal.SIGTERM, on_sigterm)  # so that an ended job still cleans up behind itself
             write_rank_status("started")
             with user_errors():
+                check_versions()
                 command()
             write_rank_status("finished")
 
