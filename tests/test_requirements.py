@@ -1,13 +1,13 @@
 """Pinned sets: every file that is installed has its hash, a set is complete and holds nothing else, and torch's parts fit."""
 
 import re
-import tomllib
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tomllib
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
