@@ -138,6 +138,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             # Inside, since Hydra adds a line of its own to what passes through it.
             with user_errors():
                 configure_logging(config.get("log_level", "info"))
+                check_versions()
                 main(config)
 
         def on_sigterm(*_: object) -> None:
@@ -159,7 +160,6 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             signal.signal(signal.SIGTERM, on_sigterm)  # so that an ended job still cleans up behind itself
             write_rank_status("started")
             with user_errors():
-                check_versions()
                 command()
             write_rank_status("finished")
 

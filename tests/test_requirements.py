@@ -53,7 +53,10 @@ def pins(name: str) -> dict[str, Pin]:
 
 
 def needed(requirements: Iterable[str]) -> set[str]:
-    """Packages that requirements need here, with all that those need, from what is installed. Versions must fit as well."""
+    """Packages that requirements need here, with all that those need, from what is installed. Versions must fit as well.
+
+    Where torch is the CUDA build, the libraries it needs are left out: they are requirements-cuda.txt.
+    """
     waiting, seen = [Requirement(text) for text in requirements], set()
     while waiting:
         requirement = waiting.pop()
@@ -70,7 +73,7 @@ def needed(requirements: Iterable[str]) -> set[str]:
             child = Requirement(text)
             if not child.marker or any(child.marker.evaluate({"extra": extra}) for extra in (*requirement.extras, "")):
                 waiting.append(child)
-    return {name for name, _ in seen}
+    return {name for name, _ in seen} - (set(pins(CUDA)) - {"torch"})
 
 
 def test_all_files_are_known_here() -> None:
