@@ -9,10 +9,9 @@ from typing import NamedTuple
 import pytest
 import tomllib
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from jobs.versions import check_versions
+from jobs.versions import AHEAD, check_versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -151,18 +150,19 @@ def test_torch_torchrec_and_fbgemm_of_a_set_belong_together(monkeypatch: pytest.
     check_versions()
 
 
-def test_pip_can_only_pick_releases_that_belong_together() -> None:
+def test_the_newest_and_the_oldest_releases_that_pip_may_pick_belong_together() -> None:
     bounds = {r.name: r.specifier for r in map(Requirement, [*DEPENDENCIES, *EXTRAS["cpu"]])}
-    torch = int(pins(CPU)["torch"].version.split(".")[1])
 
     def minors(name: str, major: int) -> list[int]:
-        specifier: SpecifierSet = bounds[name]
         return [
-            minor for minor in range(40) if any(specifier.contains(f"{major}.{minor}.{patch}") for patch in range(5))
+            minor for minor in range(40) if any(bounds[name].contains(f"{major}.{minor}.{patch}") for patch in range(5))
         ]
 
-    assert minors("torch", 2) == [torch]
-    assert [minors(name, 1) for name in ("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")] == [[torch - 5]] * 3
+    torch = minors("torch", 2)
+    assert torch == list(range(torch[0], torch[-1] + 1)), "no gap"
+    for name in ("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"):
+        assert [minor + AHEAD for minor in minors(name, 1)] == torch, name
+        assert minors(name, 0) == minors(name, 2) == []
 
 
 def test_what_is_installed_is_what_is_pinned() -> None:
