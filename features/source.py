@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 logger = logging.getLogger(__name__)
 
 RawType = Literal["int", "float", "string", "time"]
+LINE_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20  # a line is in memory several times while it is read
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -44,6 +46,12 @@ class Format(Strict):
     quote: str | None = Field('"', min_length=1, max_length=1, description="null: quotes are characters like others")
     multiline: bool = Field(
         False, description="quoted values may hold line breaks; then each file is read in one piece"
+    )
+    max_line_bytes: int = Field(
+        LINE_BYTES,
+        ge=1,
+        le=MAX_LINE_BYTES,
+        description="of text formats; longer lines (with multiline rows) are bad rows",
     )
     missing: list[str] = [""]
     trim: bool = Field(False, description="strip spaces around every value")

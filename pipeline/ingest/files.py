@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,10 @@ BLOCK_BYTES = 32 << 20  # of raw text or columns that are in memory and parsed a
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
 BOM = b"\xef\xbb\xbf"
+UNPACK_RATIO = (
+    500  # logs reach some tens, lines that hardly differ 200; gzip ends at 1,032, zstd and bzip2 beyond 10,000
+)
+UNPACKED_FREELY = 256 << 20  # bytes that any file may unpack to
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,22 @@ class RawFile:
         path: as fsspec takes it; of a local file the absolute path.
         size: bytes.
         version: changes when the file is written again.
+        max_unpack_ratio: it may unpack to so many times its size, or to UNPACKED_FREELY.
     """
 
     path: str
     size: int
     version: str
+    max_unpack_ratio: int = field(default=UNPACK_RATIO, compare=False)
+
+    def check_unpacked(self, size: int, where: str = "") -> None:
+        """Raises UserError where `size` bytes are more than the file may unpack to; `where` names the part of it."""
+        limit = max(UNPACKED_FREELY, self.size * self.max_unpack_ratio)
+        if size > limit:
+            raise UserError(
+                f"{self.path}{where}: {self.size:,} bytes unpack to {size:,} or more, and {limit:,} are allowed "
+                f"(max_unpack_ratio={self.max_unpack_ratio}). Raise max_unpack_ratio if the file is what it should be."
+            )
 
 
 @dataclass(frozen=True)
@@ -53,12 +68,15 @@ class Unit:
     first_row: int = 0
 
 
-def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list[RawFile]:
+def find(
+    folder: str, pattern: str, dates: Sequence[date] | None = None, max_unpack_ratio: int = UNPACK_RATIO
+) -> list[RawFile]:
     """Files below `folder` (a path, or a URL such as s3://bucket/logs) that match, in name order.
 
     Args:
         pattern: glob; {date} in it stands for any day, or for each of `dates` (at least one), by which
             files are then ordered first.
+        max_unpack_ratio: of the files.
 
     Raises:
         UserError: no file matches (with dates: none of the first date), the pattern is not a glob pattern, or the storage
@@ -73,7 +91,7 @@ def find(folder: str, pattern: str, dates: Sequence[date] | None = None) -> list
     if not needed:
         shown = f"{folder.rstrip('/')}/{pattern}: no such file{f' of {dates[0]}' if dates else ''}"
         raise UserError(f"{shown}. Set input=FOLDER, or source.files in the schema.")
-    return found
+    return [replace(file, max_unpack_ratio=max_unpack_ratio) for file in found]
 
 
 def files_by_date(folder: str, pattern: str, dates: Sequence[date]) -> dict[date, list[RawFile]]:
@@ -86,8 +104,11 @@ def files_by_date(folder: str, pattern: str, dates: Sequence[date]) -> dict[date
 
 
 def _matching(folder: str, pattern: str) -> list[RawFile]:
-    """Files that match a plain glob, in name order."""
-    if Path(pattern).is_absolute() or "://" in pattern:
+    """Files that match a plain glob, in name order.
+
+    Links in the folder are followed, to files and to folders: whoever put them there chose what is read.
+    """
+    if Path(pattern).is_absolute() or "://" in pattern or ".." in pattern.split("/"):
         raise UserError(f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to its folder.")
     system, root = file_system(folder)
     if isinstance(system, LocalFileSystem):  # fsspec's own glob does not follow links to folders
@@ -198,8 +219,37 @@ def codec_of(path: str) -> str | None:
 
 
 @contextmanager
-def open_text(path: str, cache: str = "readahead") -> Iterator[tuple[pa.NativeFile, BinaryIO]]:
-    """A text file from its beginning, decompressed by its name, and the raw file, whose position is the progress."""
-    with open_raw(path, cache) as raw:
-        stream = pa.PythonFile(raw, mode="r")
-        yield (pa.CompressedInputStream(stream, codec) if (codec := codec_of(path)) else stream), raw
+def open_text(file: RawFile, cache: str = "readahead") -> Iterator[tuple[pa.NativeFile, BinaryIO]]:
+    """A text file from its beginning, decompressed by its name, and the raw file, whose position is the progress.
+
+    Reading it raises UserError where it unpacks to more than it may.
+    """
+    with open_raw(file.path, cache) as raw:
+        stream, codec = pa.PythonFile(raw, mode="r"), codec_of(file.path)
+        unpacked = (
+            pa.PythonFile(_Unpacked(pa.CompressedInputStream(stream, codec), file), mode="r") if codec else stream
+        )
+        yield unpacked, raw
+
+
+class _Unpacked:
+    """A stream that counts what was read of it."""
+
+    closed = False
+
+    def __init__(self, stream: pa.NativeFile, file: RawFile) -> None:
+        self.stream, self.file, self.position = stream, file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes. Raises UserError for too many."""
+        data = self.stream.read(size)
+        self.position += len(data)
+        self.file.check_unpacked(self.position)
+        return data
+
+    def tell(self) -> int:
+        """The number of bytes that were read."""
+        return self.position
+
+    def close(self) -> None:
+        """Does nothing: the raw file is closed by whoever opened it."""

@@ -100,10 +100,11 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
 
 def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.RawFile]]:
     """The files of each stream; with `date` those of the day, and of its outcomes' windows. Raises UserError for none."""
-    streams = {IMPRESSIONS: raw_files.find(config.input, schema.source.files, [config.date] if config.date else None)}
+    ratio, day = config.max_unpack_ratio, [config.date] if config.date else None
+    streams = {IMPRESSIONS: raw_files.find(config.input, schema.source.files, day, ratio)}
     for name, outcome in schema.source.outcomes.items():
         days = _days(config.date, outcome) if config.date and "{date}" in outcome.files else None
-        streams[name] = raw_files.find(config.input, outcome.files, days)
+        streams[name] = raw_files.find(config.input, outcome.files, days, ratio)
     return streams
 
 

@@ -17,7 +17,18 @@ from features.source import Format, RawType
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, open_text, readable
 from pipeline.ingest.formats.base import BadLine, Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import TEXT
-from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of, is_utf8, line_blocks
+from pipeline.ingest.formats.text import (
+    NOT_UTF8,
+    SHOWN_BYTES,
+    beginning_of,
+    byte_ranges,
+    first_line,
+    head_of,
+    header_too_long,
+    is_utf8,
+    line_blocks,
+    too_long,
+)
 
 OPEN_QUOTE = (
     "a quote is not closed: set quote: null where quotes are plain characters, or multiline: true where values "
@@ -33,8 +44,10 @@ class Csv(RawFormat):
 
     def column_names(self, file: RawFile) -> list[str] | None:
         """See RawFormat. Raises UserError for a file without a header line."""
-        head = head_of(file)  # a file that cannot be opened is refused now, whoever names its columns
-        return list(self.options.columns or _header(file.path, head, self.options))
+        if self.options.columns:
+            head_of(file)  # a file that cannot be opened is refused now, whoever names its columns
+            return list(self.options.columns)
+        return _header(file, self.options)
 
     def units(self, file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:
         """See RawFormat."""
@@ -45,20 +58,25 @@ class Csv(RawFormat):
         has_header = self.options.columns is None and unit.start == 0
         if self.options.multiline:
             return _multiline_blocks(unit, self.options, wanted, has_header, on_bytes)
-        return line_blocks(unit, CsvLines(self.options, wanted.names or [], wanted.types), has_header, on_bytes)
+        parser = CsvLines(self.options, wanted.names or [], wanted.types)
+        return line_blocks(unit, parser, has_header, self.options.max_line_bytes, on_bytes)
 
 
-def _header(path: str, head: bytes, options: Format) -> list[str]:
+def _header(file: RawFile, options: Format) -> list[str]:
     """The names in a file's first line, or where lines are rows in the first that is not blank."""
-    text = head.decode(errors="replace")
+    path, limit = file.path, options.max_line_bytes
     if options.multiline:  # a header, too, may hold line breaks within quotes
-        lines = iter(io.StringIO(text, newline=""))
+        head = head_of(file, limit + 1)
+        lines = iter(io.StringIO(head.decode(errors="replace"), newline=""))
     else:
-        lines = iter([text.lstrip("\r\n").partition("\n")[0].removesuffix("\r")])
+        head = first_line(file, limit)
+        lines = iter([head.decode(errors="replace")] if head else [])
     try:
         names = next(csv.reader(lines, **_reader_options(options)), [])
     except csv.Error as error:
         raise UserError(f"{path}: its header line cannot be read: {error}. Fix it, or set source.columns.") from None
+    if len(head) > limit and next(lines, None) is None:
+        raise header_too_long(path, limit)
     if not names:
         raise UserError(f"{path}: is empty, where a header line should be. Remove it, or set source.columns.")
     return [name.strip() for name in names] if options.trim else names
@@ -199,9 +217,45 @@ def _multiline_blocks(
     on_bytes: OnBytes,
 ) -> Iterator[Block]:
     """The blocks of a file whose values may hold line breaks."""
-    malformed, row, counted = MalformedRows(int(has_header)), 0, 0
-    with readable(unit.file.path, to_its_end=True), open_text(unit.file.path) as (stream, raw):
-        reader = pcsv.open_csv(
+    malformed, limit = MalformedRows(int(has_header)), options.max_line_bytes
+    row, good, counted = 0, 0, 0
+    with readable(unit.file.path, to_its_end=True), open_text(unit.file) as (stream, raw):
+        for batch in _multiline_batches(unit.file.path, stream, options, wanted, malformed):
+            table = pa.table(batch)
+            numbers = partial(malformed.line_numbers, row, table.num_rows)
+            bad, lines = malformed.take(), malformed.header_lines + row + table.num_rows + len(malformed.numbers)
+            row += table.num_rows
+            sizes = sum(
+                (pc.binary_length(c).to_numpy() for c in table.itercolumns()), np.zeros(table.num_rows, np.int64)
+            )
+            if (long := sizes > limit).any():
+                found, where = table.filter(pa.array(long)), numbers()
+                texts = (beginning_of(_joined(found, i), size) for i, size in enumerate(sizes[long]))
+                reasons = (too_long("row", size, limit) for size in sizes[long])
+                bad += map(BadLine, where[long].tolist(), reasons, texts)
+                bad.sort(key=lambda each: each.line)
+                table, numbers = table.filter(pa.array(~long)), partial(np.compress, ~long, where)
+            yield Block(table, good, numbers, bad, lines - counted)
+            good, counted = good + table.num_rows, lines
+            on_bytes(raw.tell())
+
+
+def _joined(rows: pa.Table, row: int) -> bytes:
+    """The beginning of a row: its values up to SHOWN_BYTES."""
+    found = b""
+    for column in rows.itercolumns():
+        if len(found) < SHOWN_BYTES:
+            value = column.slice(row, 1).cast(pa.binary())
+            found += b" " * bool(found) + pc.binary_slice(value, 0, SHOWN_BYTES)[0].as_py()
+    return found
+
+
+def _multiline_batches(
+    path: str, stream: pa.NativeFile, options: Format, wanted: Wanted, malformed: "MalformedRows"
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a file as Arrow reads them. Raises UserError for one that is longer than a block."""
+    try:
+        yield from pcsv.open_csv(
             stream,
             pcsv.ReadOptions(
                 column_names=list(wanted.names or []),
@@ -221,13 +275,13 @@ def _multiline_blocks(
                 strings_can_be_null=False,
             ),
         )
-        for batch in reader:
-            table = pa.table(batch)
-            numbers = partial(malformed.line_numbers, row, table.num_rows)
-            lines = malformed.header_lines + row + table.num_rows + len(malformed.numbers)
-            yield Block(table, row, numbers, malformed.take(), lines - counted)
-            row, counted = row + table.num_rows, lines
-            on_bytes(raw.tell())
+    except pa.ArrowInvalid as error:
+        if "straddl" not in str(error):
+            raise
+        raise UserError(
+            f"{path}: a row is longer than {BLOCK_BYTES:,} bytes, as if a quote were not closed. Fix it, or set quote: null "
+            "where quotes are plain characters."
+        ) from None
 
 
 class MalformedRows:

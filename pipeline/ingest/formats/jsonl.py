@@ -1,6 +1,8 @@
 """JSON lines: every line an object, whose keys may be absent."""
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import polars as pl
@@ -11,6 +13,10 @@ from pipeline.ingest.files import RawFile, Unit, one_line
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import LIST, TEXT
 from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of, line_blocks
+
+UNREADABLE = "not JSON that can be read"
+INTEGER_DIGITS = 40  # and the sign; the reader's integers end at 2 ** 128, which has 39
+LOW_SURROGATE = re.compile("[\udc00-\udfff]")
 
 
 class JsonLines(RawFormat):
@@ -26,7 +32,7 @@ class JsonLines(RawFormat):
 
     def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
         """See RawFormat."""
-        return line_blocks(unit, JsonParser(wanted.types, wanted.lists), False, on_bytes)
+        return line_blocks(unit, JsonParser(wanted.types, wanted.lists), False, self.options.max_line_bytes, on_bytes)
 
 
 class JsonParser:
@@ -61,7 +67,7 @@ class JsonParser:
         if frame is not None and frame.height == len(among):
             return {}
         if len(among) == 1:
-            return {among[0]: "not JSON that can be read"}
+            return {among[0]: UNREADABLE}
         middle = len(among) // 2
         return self._refused(lines, among[:middle]) | self._refused(lines, among[middle:])
 
@@ -79,12 +85,38 @@ class JsonParser:
 
 
 def _json_fault(line: bytes) -> str | None:
+    """The reason why a line is no JSON object; some of what only the reader refuses is found by `_refused`."""
     try:
-        return None if isinstance(json.loads(line), dict) else "no JSON object"
+        found = json.loads(line, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
+        if b"\\u" in line and LOW_SURROGATE.search(json.dumps(found, ensure_ascii=False)):
+            return UNREADABLE
+        return None if isinstance(found, dict) else "no JSON object"
     except UnicodeDecodeError:
         return NOT_UTF8
+    except _UnreadableError:
+        return UNREADABLE
     except (ValueError, RecursionError) as error:
         return f"not JSON: {one_line(error)}"
+
+
+class _UnreadableError(Exception):
+    """A number that Python reads and the reader does not, which would take long to find among many lines."""
+
+
+def _no_number(_: str) -> float:
+    raise _UnreadableError
+
+
+def _integer(text: str) -> int:
+    if len(text) > INTEGER_DIGITS:
+        raise _UnreadableError
+    return 0
+
+
+def _finite(text: str) -> float:
+    if math.isinf(float(text)):
+        raise _UnreadableError
+    return 0.0
 
 
 def _lists_of_text(texts: pl.Series, separator: str) -> pl.Series:

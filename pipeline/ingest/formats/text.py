@@ -1,6 +1,7 @@
 """Text formats in which a line is a row: files cut at line ends, and which of the lines are not rows."""
 
-from collections.abc import Iterator, Sequence
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import BinaryIO, Protocol
@@ -8,6 +9,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import pyarrow as pa
 
+from features.errors import UserError
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, codec_of, open_text, readable
 from pipeline.ingest.formats.base import BadLine, Block, OnBytes
 
@@ -15,6 +17,7 @@ NEWLINE = ord("\n")
 CACHED_BYTES = 1 << 18
 TAIL_BYTES = 1 << 16  # read at a time for the end of a range's last line
 HEAD_BYTES = 1 << 18
+SHOWN_BYTES = 1 << 12  # of a line that is too long
 NOT_UTF8 = "not UTF-8"
 
 
@@ -51,10 +54,46 @@ class LineParser(Protocol):
         """The reasons why lines, none of them blank, are not rows, by index; good ones are left out."""
 
 
-def head_of(file: RawFile) -> bytes:
+def head_of(file: RawFile, size: int = HEAD_BYTES) -> bytes:
     """The first bytes of a text file, decompressed. Raises UserError where it cannot be opened."""
-    with readable(file.path), open_text(file.path, cache="none") as (stream, _):
-        return stream.read(HEAD_BYTES).removeprefix(BOM)
+    with readable(file.path), open_text(file, cache="none") as (stream, _):
+        return stream.read(size).removeprefix(BOM)
+
+
+def first_line(file: RawFile, limit: int) -> bytes:
+    """The first line that is not blank, without its end; empty where there is none.
+
+    Raises:
+        UserError: the file cannot be opened, or the line is longer than `limit` bytes.
+    """
+    with readable(file.path), open_text(file, cache="none") as (stream, _):
+        found = stream.read(HEAD_BYTES).removeprefix(BOM).lstrip(b"\r\n")
+        while b"\n" not in found and len(found) <= limit and (data := stream.read(max(HEAD_BYTES, len(found)))):
+            found = (found + data).lstrip(b"\r\n")
+    line = found.partition(b"\n")[0]
+    if len(line) > limit:
+        raise header_too_long(file.path, limit)
+    return line.removesuffix(b"\r")
+
+
+def header_too_long(path: str, limit: int) -> UserError:
+    """The error for a header of more than `limit` bytes."""
+    return UserError(
+        f"{path}: its header line is longer than max_line_bytes={limit:,}. Fix it, name the columns in source.columns, or "
+        "raise source.max_line_bytes."
+    )
+
+
+def too_long(what: str, size: int, limit: int) -> str:
+    """The reason why a line or row of `size` bytes, `what` says which, is not read."""
+    return f"{what} of {size} bytes is longer than max_line_bytes={limit}"
+
+
+def beginning_of(data: bytes, size: int) -> str:
+    """Of a line or row of `size` bytes that begins with `data` the first ones as text, with a mark where more follow."""
+    cut = size > SHOWN_BYTES
+    text = codecs.utf_8_decode(data[:SHOWN_BYTES].removeprefix(BOM), "replace", not cut)[0]
+    return f"{text}…" if cut else text.rstrip("\r")
 
 
 def byte_ranges(file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:
@@ -66,33 +105,41 @@ def byte_ranges(file: RawFile, number: int, unit_bytes: int, whole: bool) -> lis
     return [Unit(file, number, start, stop, start) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def line_blocks(unit: Unit, parser: LineParser, has_header: bool, on_bytes: OnBytes) -> Iterator[Block]:
-    """The blocks of a unit (see RawFormat.read), the first of whose lines that is not blank may be a header."""
+def line_blocks(unit: Unit, parser: LineParser, has_header: bool, limit: int, on_bytes: OnBytes) -> Iterator[Block]:
+    """The blocks of a unit (see RawFormat.read), the first of whose lines that is not blank may be a header.
+
+    Lines of more than `limit` bytes, their end not counted, are bad.
+    """
     row, line, header = 0, 1, has_header
-    for data in _chunks(unit, on_bytes):
-        first = line
+    for lines in _chunks(unit, limit, on_bytes):
+        first, data = line, lines.data
+        bad = [
+            BadLine(first + each.index, too_long("line", each.size, limit), beginning_of(each.beginning, each.size))
+            for each in lines.long
+        ]
         if header:
             rest, header = _after_header(data)
             line += data.count(b"\n") - rest.count(b"\n")
             data = rest
         found = parse(data, parser)
-        bad = [replace(each, line=line + each.line) for each in found.bad]
+        bad += [replace(each, line=line + each.line) for each in found.bad]
         numbers = partial(_line_numbers, found, line)
         line += found.count
-        yield Block(found.columns, row, numbers, bad, line - first)
+        yield Block(found.columns, row, numbers, sorted(bad, key=lambda each: each.line), line - first)
         row += found.columns.num_rows
 
 
-def _chunks(unit: Unit, on_bytes: OnBytes) -> Iterator[bytes]:
+def _chunks(unit: Unit, limit: int, on_bytes: OnBytes) -> Iterator["WholeLines"]:
     """Whole lines of the unit, without a byte order mark."""
     path, packed = unit.file.path, codec_of(unit.file.path) is not None
     stop, first = unit.file.size if unit.stop is None else unit.stop, unit.start == 0
     with (
         readable(path, to_its_end=True),
-        open_text(path, cache="readahead" if packed else "none") as (stream, raw),
+        open_text(unit.file, cache="readahead" if packed else "none") as (stream, raw),
     ):
-        for data in whole_lines(stream, 0, None) if packed else whole_lines(raw, unit.start, stop):
-            yield data.removeprefix(BOM) if first else data
+        pieces = _pieces(stream, 0, None) if packed else _pieces(raw, unit.start, stop)
+        for lines in whole_lines(pieces, limit):
+            yield replace(lines, data=lines.data.removeprefix(BOM)) if first else lines
             first = False
             on_bytes(min(raw.tell(), stop) - unit.start)
 
@@ -107,41 +154,94 @@ def _line_numbers(lines: Lines, first: int) -> np.ndarray:
     return np.delete(np.arange(first, first + lines.count), lines.skipped)
 
 
-def whole_lines(stream: BinaryIO | pa.NativeFile, start: int, stop: int | None) -> Iterator[bytes]:
-    """The lines that begin in [start, stop), about BLOCK_BYTES of them at a time, each with its line end."""
-    position, within_line, rest = max(start - 1, 0), start > 0, b""
+@dataclass(frozen=True)
+class LongLine:
+    """A line that is longer than the limit.
+
+    Attributes:
+        index: of the line among those around it.
+        size: bytes, without the line end.
+        beginning: at least its first SHOWN_BYTES.
+    """
+
+    index: int
+    size: int
+    beginning: bytes
+
+
+@dataclass(frozen=True)
+class WholeLines:
+    """Lines with their ends; in place of each of `long` an empty one."""
+
+    data: bytes
+    long: list[LongLine]
+
+
+def whole_lines(pieces: Iterable[bytes], limit: int) -> Iterator[WholeLines]:
+    """Pieces of text as whole lines. Of a line of more than `limit` bytes no more than that is kept in memory."""
+    begun, size = list[bytes](), 0  # of the line that has not ended: its bytes, or the first ones, and their number
+    kept = max(limit, SHOWN_BYTES)
+    for piece in pieces:
+        end = piece.rfind(b"\n") + 1
+        if end:
+            lines, long = piece[:end], list[LongLine]()
+            if size > limit:
+                skipped = piece.index(b"\n")
+                begun.append(piece[: min(skipped, SHOWN_BYTES)])
+                lines, long = piece[skipped:end], [LongLine(0, size + skipped, b"".join(begun))]
+            elif begun:
+                lines = b"".join([*begun, memoryview(piece)[:end]])
+            lines, more = _without_long(lines, limit)
+            yield WholeLines(lines, long + more)
+            begun, size = [], 0
+        if size <= kept:
+            begun.append(piece[end:])
+        size += len(piece) - end
+        if size > kept:
+            begun = [b"".join(begun)[:SHOWN_BYTES]]
+    if size > limit:
+        yield WholeLines(b"\n", [LongLine(0, size, b"".join(begun))])
+    elif size:
+        yield WholeLines(b"".join([*begun, b"\n"]), [])
+
+
+def _without_long(data: bytes, limit: int) -> tuple[bytes, list[LongLine]]:
+    """Whole lines, those of more than `limit` bytes replaced by empty ones; good data costs a search every `limit` bytes."""
+    kept, found, start, position, index = list[bytes](), list[LongLine](), 0, 0, 0
+    while position < len(data):
+        next_ = data.rfind(b"\n", position, position + limit + 1) + 1
+        if not next_:  # no line end where this line should have one
+            next_ = data.index(b"\n", position)
+            index += data.count(b"\n", start, position)
+            found.append(LongLine(index, next_ - position, data[position : min(next_, position + SHOWN_BYTES)]))
+            kept.append(data[start:position])
+            start = next_
+        position = next_
+    return (b"".join([*kept, data[start:]]) if found else data), found
+
+
+def _pieces(stream: BinaryIO | pa.NativeFile, start: int, stop: int | None) -> Iterator[bytes]:
+    """The lines that begin in [start, stop), in pieces of about BLOCK_BYTES; the last line may have no end."""
+    position, within_line = max(start - 1, 0), start > 0
+    open_line = False
     if position:
         stream.seek(position)
     while stop is None or position < stop:
         data = stream.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - position))
         if not data:
-            break
+            return
         position += len(data)
-        if position == stop and not data.endswith(b"\n"):
-            data += _rest_of_line(stream)
         if within_line:  # which began before this range
             _, found, data = data.partition(b"\n")
             within_line = not found
-            if within_line:
-                continue
-        data = rest + data
-        end = data.rfind(b"\n") + 1
-        rest = data[end:]
-        if end:
-            yield data[:end]
-    if rest:
-        yield rest + b"\n"
-
-
-def _rest_of_line(stream: BinaryIO | pa.NativeFile) -> bytes:
-    """The rest of the line, to its end, which a file's last line may lack."""
-    found = b""
-    while data := stream.read(TAIL_BYTES):
+        if data:
+            yield data
+            open_line = not data.endswith(b"\n")
+    size = TAIL_BYTES
+    while open_line and (data := stream.read(size)):
         end = data.find(b"\n") + 1
-        if end:
-            return found + data[:end]
-        found += data
-    return found + b"\n"
+        yield data[:end] if end else data
+        open_line, size = not end, min(2 * size, BLOCK_BYTES)
 
 
 def parse(data: bytes, parser: LineParser) -> Lines:

@@ -1,5 +1,6 @@
 """Dead letters: spilled by the steps that find bad rows, and written as one Parquet file for each raw file in the end."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from pipeline.ingest.state import Job
 from pipeline.storage.files import sha256
 from pipeline.storage.local import fsync
 
+LONG_LINE = re.compile(r"(line|row) of \d+ bytes( is longer than .*)")
+REASON_CHARACTERS = 500  # of the first one, which is on the terminal if there are too many
 COLUMNS = pa.schema(
     [
         ("stream", pa.string()),
@@ -35,13 +38,21 @@ def spill(job: Job, found: Sequence[pl.DataFrame]) -> DeadLetters:
     frame.write_ipc(path)
     reasons = Counter(_kind(reason) for reason in frame["reason"])
     first = frame.row(int(frame["line"].arg_min() or 0), named=True)
-    return DeadLetters(str(path), dict(reasons), first["line"], first["reason"])
+    return DeadLetters(str(path), dict(reasons), first["line"], _shortened(first["reason"]))
 
 
 def _kind(reason: str) -> str:
     """A reason without the value that caused it, so that equal causes are counted together."""
+    if found := LONG_LINE.fullmatch(reason):
+        return f"{found[1]}{found[2]}"
     name, _, rest = reason.partition(": ")
     return reason if not rest or rest.startswith(("set ", "missing")) else f"{name}: wrong value"
+
+
+def _shortened(reason: str) -> str:
+    """A reason without the middle of a long value in it."""
+    half = REASON_CHARACTERS // 2
+    return reason if len(reason) <= REASON_CHARACTERS else f"{reason[:half]} … {reason[-half:]}"
 
 
 def write_file(staging: Path, name: str, stream: str, file: str, found: Sequence[tuple[str, int]]) -> DeadLetterFile:
