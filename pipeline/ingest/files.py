@@ -46,8 +46,9 @@ class RawFile:
         limit = max(UNPACKED_FREELY, self.size * self.max_unpack_ratio)
         if size > limit:
             raise UserError(
-                f"{self.path}{where}: {self.size:,} bytes unpack to {size:,} or more, and {limit:,} are allowed "
-                f"(max_unpack_ratio={self.max_unpack_ratio}). Raise max_unpack_ratio if the file is what it should be."
+                f"{self.path}{where}: {self.size:,} bytes unpack to {size:,} or more, and {limit:,} are allowed: the larger of "
+                f"max_unpack_ratio={self.max_unpack_ratio} times its size and {UNPACKED_FREELY:,}. Raise max_unpack_ratio if "
+                "the file is what it should be."
             )
 
 
@@ -158,6 +159,11 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"{path}: cannot be opened: {one_line(error)}. Set input to a folder or URL.") from None
 
 
+def is_local(path: str) -> bool:
+    """Whether a file is on this machine's own or a mounted file system."""
+    return isinstance(file_system(path)[0], LocalFileSystem)
+
+
 @contextmanager
 def _reachable(path: str) -> Iterator[None]:
     try:
@@ -205,8 +211,14 @@ def _current(path: str) -> RawFile | None:
 
 
 def open_raw(path: str, cache: str = "readahead") -> BinaryIO:
-    """Opens a file's bytes; with cache "none" every read of a remote file is one request."""
+    """Opens a file's bytes; with cache "none" every read of a remote file is one request.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file: reading a pipe or a device might never end.
+    """
     system, name = file_system(path)
+    if isinstance(system, LocalFileSystem) and Path(name).exists() and not Path(name).is_file():
+        raise OSError("it is no regular file")
     return system.open(name, "rb", cache_type=cache, block_size=READ_AHEAD)
 
 

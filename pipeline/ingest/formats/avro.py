@@ -5,8 +5,9 @@ Avro block become Arrow columns at once, and everything after is columnar.
 """
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO
 
 import fastavro
@@ -17,10 +18,12 @@ from fastavro.schema import expand_schema
 from features.errors import UserError
 from features.source import RawType
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
+from pipeline.ingest.formats.avro_limits import block_ends, check_blocks, check_schema
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
 
-SYNC_BYTES = 16  # the marker after the header and after every block
+HEADER_BYTES = 4 << 20  # that a header may have
+BLOCK_ROWS = 1 << 17  # that are Python objects at a time
 PRIMITIVES = {
     "null": pa.null(), "boolean": pa.bool_(), "int": pa.int32(), "long": pa.int64(), "float": pa.float32(),
     "double": pa.float64(), "bytes": pa.binary(), "fixed": pa.binary(), "string": pa.string(), "enum": pa.string(),
@@ -39,7 +42,7 @@ class Avro(RawFormat):
     def column_names(self, file: RawFile) -> list[str] | None:
         """See RawFormat."""
         with readable(file.path), open_raw(file.path) as raw:
-            return list(_fields(file.path, fastavro.block_reader(raw)))
+            return list(_fields(file.path, _reader(raw)[0]))
 
     def units(self, file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:  # noqa: ARG002
         """See RawFormat. To cut a file the headers of its blocks are read, which have the number of rows in each."""
@@ -47,7 +50,7 @@ class Avro(RawFormat):
             return [Unit(file, number)]
         found, start, first_row, rows = [], 0, 0, 0
         with readable(file.path, to_its_end=True), open_raw(file.path) as raw:
-            for end, count in _block_ends(raw, file.size):
+            for _, end, count in block_ends(raw, _reader(raw)[1], file.size):
                 rows += count
                 if end - start >= unit_bytes or end == file.size:
                     found.append(Unit(file, number, start, end, first_row))
@@ -59,19 +62,43 @@ class Avro(RawFormat):
         path, row, batches, size = unit.file.path, 0, list[pa.Table](), 0
         with readable(path, to_its_end=True):
             data, header_bytes = _unit_data(unit)
+            reader, first_block = _reader(io.BytesIO(data))
+            check_blocks(unit.file, data, first_block, reader.codec)
             reader = fastavro.block_reader(io.BytesIO(data))
             kinds = _arrow_types(path, _fields(path, reader), wanted.types)
             for block in reader:
-                batches.append(_columns(list(block), kinds))
-                size, done = size + batches[-1].nbytes, block.offset + block.size
-                if size >= BLOCK_BYTES or done == len(data):
-                    table = pa.concat_tables(batches)
-                    columns = {name: table[name].combine_chunks() for name in wanted.types}
-                    first = unit.first_row + row + 1
-                    numbers = partial(np.arange, first, first + table.num_rows)
-                    yield Block(convert_columns(path, columns, wanted.types, self.options), row, numbers)
-                    row, batches, size = row + table.num_rows, [], 0
-                on_bytes(done - header_bytes)
+                for records in _slices(block):
+                    if size >= BLOCK_BYTES:
+                        yield self._block(unit, wanted, batches, row)
+                        row, batches, size = row + sum(batch.num_rows for batch in batches), [], 0
+                    batches.append(_columns(records, kinds))
+                    size += batches[-1].nbytes
+                on_bytes(block.offset + block.size - header_bytes)
+            if batches:
+                yield self._block(unit, wanted, batches, row)
+
+    def _block(self, unit: Unit, wanted: Wanted, batches: list[pa.Table], row: int) -> Block:
+        table = pa.concat_tables(batches)
+        columns = {name: table[name].combine_chunks() for name in wanted.types}
+        first = unit.first_row + row + 1
+        numbers = partial(np.arange, first, first + table.num_rows)
+        return Block(convert_columns(unit.file.path, columns, wanted.types, self.options), row, numbers)
+
+
+def _slices(block: Iterable[Any]) -> Iterator[list[Any]]:
+    """The records of a block, BLOCK_ROWS at a time; one slice without any where it has none."""
+    records = iter(block)
+    yield list(islice(records, BLOCK_ROWS))
+    while found := list(islice(records, BLOCK_ROWS)):
+        yield found
+
+
+def _reader(raw: BinaryIO) -> tuple[fastavro.block_reader, int]:
+    """A reader of the header of a file, and where its blocks begin. Raises ValueError for a schema that is refused."""
+    head = io.BytesIO(raw.read(HEADER_BYTES))
+    reader = fastavro.block_reader(head)
+    check_schema(reader.writer_schema)
+    return reader, head.tell()
 
 
 def _unit_data(unit: Unit) -> tuple[bytes, int]:
@@ -80,42 +107,11 @@ def _unit_data(unit: Unit) -> tuple[bytes, int]:
         stop = unit.file.size if unit.stop is None else unit.stop
         if not unit.start:
             return raw.read(stop), 0
-        size = _header_bytes(raw)
+        size = _reader(raw)[1]
         raw.seek(0)
         header = raw.read(size)
         raw.seek(unit.start)
         return header + raw.read(stop - unit.start), size
-
-
-def _header_bytes(raw: BinaryIO) -> int:
-    """Reads the header of a file, up to its first block, and returns its length."""
-    fastavro.block_reader(raw)
-    return raw.tell()
-
-
-def _block_ends(raw: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """Where each block of a file ends, and its number of records. Raises ValueError for a damaged or truncated file."""
-    position = _header_bytes(raw)
-    raw.seek(position - SYNC_BYTES)
-    sync = raw.read(SYNC_BYTES)
-    while position < size:
-        count, length = _read_long(raw), _read_long(raw)
-        raw.seek(length, io.SEEK_CUR)
-        if raw.read(SYNC_BYTES) != sync:
-            raise ValueError(f"no sync marker after the block at byte {position}")
-        position = raw.tell()
-        yield position, count
-
-
-def _read_long(raw: BinaryIO) -> int:
-    """A variable-length zig-zag integer (Avro 1.12 specification, "Binary Encoding")."""
-    value, shift = 0, 0
-    while byte := raw.read(1):
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return (value >> 1) ^ -(value & 1)
-        shift += 7
-    raise ValueError("it ends within a block")
 
 
 def _fields(path: str, reader: fastavro.block_reader) -> dict[str, Any]:

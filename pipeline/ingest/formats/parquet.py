@@ -6,9 +6,10 @@ from functools import partial
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
+from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
+from pipeline.ingest.formats.parquet_limits import batch_rows, check_footer, check_pages
 
 BLOCK_ROWS = 1 << 17  # of a block: values that repeat take next to no bytes in the file
 
@@ -26,6 +27,8 @@ class Parquet(RawFormat):
         with readable(file.path), open_raw(file.path) as raw:
             footer = pq.ParquetFile(raw).metadata
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+            if any(g.num_rows < 0 or g.total_byte_size < 0 for g in groups):
+                raise ValueError("the footer has a row group of less than no rows or bytes")
         found, start, first_row, size = [], 0, 0, 0
         for index, group in enumerate(groups, 1):
             size += group.total_byte_size
@@ -44,8 +47,13 @@ class Parquet(RawFormat):
             groups = range(unit.start, stop)
             footers = [file.metadata.row_group(i) for i in groups]
             rows, size = sum(g.num_rows for g in footers), sum(g.total_byte_size for g in footers)
-            batch_rows = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
-            for batch in file.iter_batches(batch_rows, list(groups), list(wanted.types), use_threads=False):
+            names = list(wanted.types)
+            check_footer(unit.file, file.metadata, groups, names)
+            if is_local(path):  # of other files every page would cost a request
+                check_pages(unit.file, raw, file.metadata, groups, names)
+            most = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
+            most = batch_rows(raw, file.metadata, groups, names, most)
+            for batch in file.iter_batches(most, list(groups), list(wanted.types), use_threads=False):
                 columns = convert_columns(
                     path, {name: batch[name] for name in wanted.types}, wanted.types, self.options
                 )
