@@ -41,9 +41,14 @@ class RawFile:
     version: str
     max_unpack_ratio: int = field(default=UNPACK_RATIO, compare=False)
 
+    @property
+    def max_unpacked(self) -> int:
+        """Bytes to which it may unpack."""
+        return max(UNPACKED_FREELY, self.size * self.max_unpack_ratio)
+
     def check_unpacked(self, size: int, where: str = "") -> None:
         """Raises UserError where `size` bytes are more than the file may unpack to; `where` names the part of it."""
-        limit = max(UNPACKED_FREELY, self.size * self.max_unpack_ratio)
+        limit = self.max_unpacked
         if size > limit:
             raise UserError(
                 f"{self.path}{where}: {self.size:,} bytes unpack to {size:,} or more, and {limit:,} are allowed: the larger of "

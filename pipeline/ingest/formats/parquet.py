@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
-from pipeline.ingest.formats.parquet_limits import batch_rows, check_footer, check_pages
+from pipeline.ingest.formats.parquet_limits import batch_rows, check_footer, check_pages, chunks_of
 
 BLOCK_ROWS = 1 << 17  # of a block: values that repeat take next to no bytes in the file
 
@@ -47,12 +47,12 @@ class Parquet(RawFormat):
             groups = range(unit.start, stop)
             footers = [file.metadata.row_group(i) for i in groups]
             rows, size = sum(g.num_rows for g in footers), sum(g.total_byte_size for g in footers)
-            names = list(wanted.types)
-            check_footer(unit.file, file.metadata, groups, names)
+            chunks = chunks_of(file.metadata, groups, list(wanted.types))
+            check_footer(unit.file, chunks)
             if is_local(path):  # of other files every page would cost a request
-                check_pages(unit.file, raw, file.metadata, groups, names)
+                check_pages(unit.file, raw, chunks)
             most = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
-            most = batch_rows(raw, file.metadata, groups, names, most)
+            most = batch_rows(unit.file, raw, file.metadata, chunks, most)
             for batch in file.iter_batches(most, list(groups), list(wanted.types), use_threads=False):
                 columns = convert_columns(
                     path, {name: batch[name] for name in wanted.types}, wanted.types, self.options

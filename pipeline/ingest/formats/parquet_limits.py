@@ -1,6 +1,8 @@
 """What a Parquet file may unpack to, checked before it is decoded: a kilobyte of runs and dictionaries makes terabytes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -15,63 +17,71 @@ HEADER_BYTES = 16 << 20  # of a page, as Arrow has it
 LIST_VALUE_BYTES = 8  # all of a list is in memory
 
 
-def chunks_of(footer: pq.FileMetaData, group: int, wanted: Sequence[str]) -> list[Any]:
-    """The column chunks of a row group that the columns `wanted` are made of."""
-    meta = footer.row_group(group)
-    chunks = [meta.column(i) for i in range(meta.num_columns)]
-    return [chunk for chunk in chunks if chunk.path_in_schema in wanted or _top(chunk.path_in_schema, wanted)]
+@dataclass(frozen=True)
+class Chunk:
+    """A column of a row group, as the footer has it.
+
+    Attributes:
+        meta: its pyarrow.parquet.ColumnChunkMetaData.
+        rows: of the row group.
+    """
+
+    group: int
+    meta: Any
+    rows: int
+    is_list: bool
+
+    @property
+    def where(self) -> str:
+        """Its place in the file, for messages."""
+        return f"row group {self.group}, column {self.meta.path_in_schema}"
 
 
-def _top(path: str, wanted: Sequence[str]) -> bool:
-    return any(path.startswith(f"{name}.") for name in wanted)
+def chunks_of(footer: pq.FileMetaData, groups: Iterable[int], wanted: Sequence[str]) -> list[Chunk]:
+    """The chunks of which these columns are made."""
+    names, leaves = set(wanted), list[tuple[int, bool]]()
+    for index in range(footer.num_columns):
+        column = footer.schema.column(index)
+        if names & {*accumulate(column.path.split("."), "{}.{}".format)}:
+            leaves.append((index, column.max_repetition_level > 0))
+    metas = ((group, footer.row_group(group)) for group in groups)
+    return [Chunk(n, meta.column(index), meta.num_rows, is_list) for n, meta in metas for index, is_list in leaves]
 
 
-def check_footer(file: RawFile, footer: pq.FileMetaData, groups: Sequence[int], wanted: Sequence[str]) -> None:
-    """Checks the sizes that the footer gives of some row groups.
+def check_footer(file: RawFile, chunks: Iterable[Chunk]) -> None:
+    """Checks the sizes that the footer gives.
 
     Raises:
         ValueError: they cannot be.
         UserError: the columns unpack to more than the file may.
     """
     total = 0
-    for group in groups:
-        rows = footer.row_group(group).num_rows
-        for chunk in chunks_of(footer, group, wanted):
-            where = f", row group {group}, column {chunk.path_in_schema}"
-            packed, unpacked, values = chunk.total_compressed_size, chunk.total_uncompressed_size, chunk.num_values
-            if not (0 <= packed <= file.size and unpacked >= 0 and 0 <= rows <= values):
-                raise ValueError(f"{where[2:]}: {values} values of {rows} rows in {packed} bytes")
-            total += max(unpacked, values * (LIST_VALUE_BYTES if _is_list(footer, chunk) else 1))
-            file.check_unpacked(total, where)
+    for chunk in chunks:
+        packed, unpacked, values = (
+            chunk.meta.total_compressed_size, chunk.meta.total_uncompressed_size, chunk.meta.num_values
+        )  # fmt: skip
+        if not (0 <= packed <= file.size and unpacked >= 0 and 0 <= chunk.rows <= values):
+            raise ValueError(f"{chunk.where}: {values} values of {chunk.rows} rows in {packed} bytes")
+        total += max(unpacked, values * (LIST_VALUE_BYTES if chunk.is_list else 1))
+        file.check_unpacked(total, f", {chunk.where}")
 
 
-def _is_list(footer: pq.FileMetaData, chunk: Any) -> bool:
-    return "." in chunk.path_in_schema and any(
-        column.max_repetition_level > 0
-        for column in (footer.schema.column(i) for i in range(footer.num_columns))
-        if column.path == chunk.path_in_schema
-    )
-
-
-def check_pages(
-    file: RawFile, raw: BinaryIO, footer: pq.FileMetaData, groups: Sequence[int], wanted: Sequence[str]
-) -> None:
+def check_pages(file: RawFile, raw: BinaryIO, chunks: Iterable[Chunk]) -> None:
     """Checks the headers of all pages: a reader allocates what they say, whatever the footer has.
 
     Raises:
         ValueError: one is damaged, or its page is larger than PAGE_LIMIT.
-        UserError: the pages of a column unpack to more than the file may.
+        UserError: the pages unpack to more than the file may.
     """
-    for group in groups:
-        for chunk in chunks_of(footer, group, wanted):
-            where = f", row group {group}, column {chunk.path_in_schema}"
-            start = min(o for o in (chunk.dictionary_page_offset, chunk.data_page_offset) if o is not None)
-            total = 0
-            for size in _page_sizes(raw, start, min(start + chunk.total_compressed_size, file.size)):
-                if not 0 <= size <= PAGE_LIMIT:
-                    raise ValueError(f"{where[2:]}: a page of {size} bytes, {PAGE_LIMIT} are allowed")
-                total += size
-                file.check_unpacked(total, where)
+    total = 0
+    for chunk in chunks:
+        offsets = (chunk.meta.dictionary_page_offset, chunk.meta.data_page_offset)
+        start = min(offset for offset in offsets if offset is not None)
+        for size in _page_sizes(raw, start, min(start + chunk.meta.total_compressed_size, file.size)):
+            if not 0 <= size <= PAGE_LIMIT:
+                raise ValueError(f"{chunk.where}: a page of {size} bytes, {PAGE_LIMIT} are allowed")
+            total += size
+            file.check_unpacked(total, f", {chunk.where}")
 
 
 def _page_sizes(raw: BinaryIO, position: int, end: int) -> Iterator[int]:
@@ -162,51 +172,48 @@ class _Header:
         return (value >> 1) ^ -(value & 1)
 
 
-def batch_rows(raw: BinaryIO, footer: pq.FileMetaData, groups: Sequence[int], wanted: Sequence[str], rows: int) -> int:
+def batch_rows(file: RawFile, raw: BinaryIO, footer: pq.FileMetaData, chunks: Iterable[Chunk], rows: int) -> int:
     """At most `rows`: so many that the text of a batch is about DECODED_BYTES, however long the values of dictionaries are.
 
     Raises:
         ValueError: lists of such values are too large for any batch.
+        UserError: the text is more than the file may unpack to.
     """
-    longest: dict[str, int] = {}
-    for group in groups:
-        chunks = [c for c in chunks_of(footer, group, wanted) if c.physical_type == "BYTE_ARRAY" and c.num_values]
-        for chunk, size in zip(chunks, _longest(raw, chunks, group), strict=True):
-            longest[chunk.path_in_schema] = max(size, longest.get(chunk.path_in_schema, 0))
-            if _is_list(footer, chunk) and size * chunk.num_values > DECODED_BYTES:
-                _check_lists(raw, chunk, group, rows)
-    total = sum(longest.values())
-    return max(1, min(rows, DECODED_BYTES // max(total, 1)))
+    texts = [chunk for chunk in chunks if chunk.meta.physical_type == "BYTE_ARRAY" and chunk.meta.num_values]
+    paths = list(dict.fromkeys(chunk.meta.path_in_schema for chunk in texts))
+    reader = pq.ParquetFile(raw, metadata=footer, read_dictionary=paths, buffer_size=1 << 16)
+    longest, most = dict.fromkeys(paths, 0), list[int]()  # bytes of a value by column, and of all values of each chunk
+    for chunk in texts:
+        first = next(_dictionaries(reader, chunk, 1), None)
+        size = 0 if first is None else pc.max(pc.binary_length(first.dictionary)).as_py() or 0
+        longest[chunk.meta.path_in_schema] = max(size, longest[chunk.meta.path_in_schema])
+        most.append(size * chunk.meta.num_values)
+    count_all, total = sum(most) > file.max_unpacked, 0
+    for chunk, size in zip(texts, most, strict=True):
+        if count_all or (chunk.is_list and size > DECODED_BYTES):
+            total += _text_bytes(reader, chunk, rows)
+            file.check_unpacked(total, f", {chunk.where}")
+    return max(1, min(rows, DECODED_BYTES // max(sum(longest.values()), 1)))
 
 
-def _longest(raw: BinaryIO, chunks: Sequence[Any], group: int) -> list[int]:
-    """The bytes of the longest value in the dictionary of each chunk, read with its first row."""
-    found = []
-    for chunk in chunks:
-        batch = next(_dictionaries(raw, chunk, group, 1), None)
-        dictionary = None if batch is None else batch.dictionary
-        found.append(pc.max(pc.binary_length(dictionary)).as_py() or 0 if dictionary is not None else 0)
-    return found
+def _text_bytes(reader: pq.ParquetFile, chunk: Chunk, rows: int) -> int:
+    """The bytes of a chunk's text. Raises ValueError where lists in a batch of so many rows have more than DECODED_BYTES."""
+    total = 0
+    for values in _dictionaries(reader, chunk, rows):
+        lengths = pc.binary_length(values.dictionary).cast(pa.int64())
+        size = pc.sum(lengths.take(values.indices)).as_py() or 0
+        if chunk.is_list and size > DECODED_BYTES:
+            raise ValueError(f"{chunk.where}: lists of {size} bytes in {rows} rows, {DECODED_BYTES} are allowed")
+        total += size
+    return total
 
 
-def _check_lists(raw: BinaryIO, chunk: Any, group: int, rows: int) -> None:
-    """Raises ValueError where the lists of a batch have more text than DECODED_BYTES."""
-    for batch in _dictionaries(raw, chunk, group, rows):
-        lengths = pc.cast(pc.binary_length(batch.dictionary), pa.int64())
-        size = pc.sum(lengths.take(batch.indices)).as_py() or 0
-        if size > DECODED_BYTES:
-            raise ValueError(f"row group {group}, column {chunk.path_in_schema}: lists of {size} bytes in {rows} rows")
-
-
-def _dictionaries(raw: BinaryIO, chunk: Any, group: int, rows: int) -> Iterator[pa.DictionaryArray]:
-    """The values of a column chunk as codes, without the lists around them."""
-    path = chunk.path_in_schema
-    file = pq.ParquetFile(raw, read_dictionary=[path], buffer_size=1 << 16)
-    for batch in file.iter_batches(rows, [group], [path], use_threads=False):
+def _dictionaries(file: pq.ParquetFile, chunk: Chunk, rows: int) -> Iterator[pa.DictionaryArray]:
+    """The values of a column chunk as codes, without the lists around them; none where it cannot be read in this way."""
+    for batch in file.iter_batches(rows, [chunk.group], [chunk.meta.path_in_schema], use_threads=False):
         values = batch.column(0)
-        while pa.types.is_nested(values.type) and hasattr(values, "flatten"):
-            flat = values.flatten()
-            values = flat[0] if isinstance(flat, list) else flat
+        while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            values = values.flatten()
         if not pa.types.is_dictionary(values.type):
             return
         yield values
