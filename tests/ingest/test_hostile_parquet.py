@@ -151,6 +151,18 @@ def test_a_value_that_stands_for_more_text_than_the_file_may_hold_is_refused(
     assert sum(blocks(tmp_path, {"c": "string"})) == 3001
 
 
+@pytest.mark.parametrize("first", [None, [], [None], ["x" * 10_000]])
+def test_long_values_after_rows_without_any_are_found_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str | None] | None
+) -> None:
+    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 20)
+    lists = [first] * 10 + [["x" * 10_000]] * 3000
+    for values in (lists, [value[0] if value else None for value in lists]):
+        pq.write_table(pa.table({"c": values}), tmp_path / "a.parquet", data_page_size=100, write_batch_size=5)
+        with pytest.raises(UserError, match=r"column c\S*: .* unpack to 30,\d+,000 or more.* max_unpack_ratio=10 "):
+            blocks(tmp_path, {"c": "string"}, 10)
+
+
 def test_lists_of_long_values_are_refused_where_one_batch_could_not_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +196,16 @@ def test_columns_within_others_and_names_with_dots_are_found(tmp_path: Path) -> 
     assert [chunk.is_list for chunk in found if chunk.meta.path_in_schema.startswith("l.")] == [True]
     assert "ab" not in [chunk.meta.path_in_schema for chunk in found]
     assert read(tmp_path, "a.parquet", PARQUET, {"l": "string"})[0] == [(1, ["y"])]
+
+
+@pytest.mark.parametrize("wanted", ["string", "int"])
+@pytest.mark.parametrize("lists", [False, True])
+def test_text_that_is_not_utf8_is_refused_by_its_column(tmp_path: Path, wanted: str, lists: bool) -> None:
+    odd = pa.StringArray.from_buffers(2, pa.array([b"a", b"\xff"]).buffers()[1], pa.py_buffer(b"a\xff"))
+    column = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), odd) if lists else odd
+    pq.write_table(pa.table({"c": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: column c is (string|list<.*>), which cannot be read as text"):
+        read(tmp_path, "a.parquet", PARQUET, {"c": wanted})
 
 
 def mutations(data: bytes) -> Iterator[Any]:

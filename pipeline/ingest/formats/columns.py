@@ -43,7 +43,7 @@ def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
         values = pc.if_else(pc.is_nan(values), None, values)
     if wanted == "string":
         lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        return values.cast(LIST if any(check(kind) for check in lists) else TEXT)
+        return _text(values, LIST if any(check(kind) for check in lists) else TEXT)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         values = _seconds(values, options.timezone)
     elif pa.types.is_boolean(kind):
@@ -53,11 +53,18 @@ def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
     return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
 
 
+def _text(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Text or lists of it; a file may call bytes text that are none, which no later step would notice."""
+    found = values.cast(kind)
+    found.validate(full=True)
+    return found
+
+
 def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
     """Numbers of one kind; as text where a value is text, not of the kind, or not finite."""
     is_float = pa.types.is_floating(values.type)
     if not (is_float or pa.types.is_integer(values.type) or pa.types.is_decimal(values.type)):
-        return values.cast(TEXT)
+        return _text(values, TEXT)
     if is_float and not pc.all(pc.is_finite(values), min_count=0).as_py():
         return values.cast(TEXT)
     try:

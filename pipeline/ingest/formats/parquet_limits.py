@@ -14,6 +14,7 @@ from pipeline.ingest.files import RawFile
 PAGE_LIMIT = 256 << 20  # bytes of a page once it is decompressed; usual is one million
 DECODED_BYTES = 512 << 20  # of the text of a batch
 HEADER_BYTES = 16 << 20  # of a page, as Arrow has it
+DICTIONARY_PAGE = 2  # of PageType in parquet.thrift
 LIST_VALUE_BYTES = 8  # all of a list is in memory
 
 
@@ -84,8 +85,9 @@ def check_pages(file: RawFile, raw: BinaryIO, chunks: Iterable[Chunk]) -> None:
             file.check_unpacked(total, f", {chunk.where}")
 
 
-def _page_sizes(raw: BinaryIO, position: int, end: int) -> Iterator[int]:
+def _page_sizes(raw: BinaryIO, start: int, end: int) -> Iterator[int]:
     """The bytes of each page of a column chunk once it is decompressed, as its header says."""
+    position = start
     while position < end:
         raw.seek(position)
         data, size = raw.read(1 << 10), 1 << 10
@@ -101,6 +103,8 @@ def _page_sizes(raw: BinaryIO, position: int, end: int) -> Iterator[int]:
                 data = raw.read(size)
         if header.packed < 0:
             raise ValueError(f"no page header at byte {position}")
+        if header.kind == DICTIONARY_PAGE and position != start:
+            raise ValueError(f"a dictionary after other pages, at byte {position}")
         yield header.unpacked
         position += header.length + header.packed
 
@@ -109,6 +113,7 @@ class _Header:
     """The beginning of a page header, in Thrift's compact protocol.
 
     Attributes:
+        kind: of the page.
         unpacked, packed: sizes of the page in bytes.
         length: of the header.
     """
@@ -117,9 +122,9 @@ class _Header:
         """Raises IndexError where `data` end within it, ValueError where it is none."""
         self.data, self.length = data, 0
         found = self._struct(0)
-        if not {2, 3} <= found.keys():
+        if not {1, 2, 3} <= found.keys():
             raise ValueError("a page header without sizes")
-        self.unpacked, self.packed = found[2], found[3]
+        self.kind, self.unpacked, self.packed = found[1], found[2], found[3]
 
     def _struct(self, depth: int) -> dict[int, int]:
         """Skips a struct and returns its integers by field."""
@@ -184,7 +189,9 @@ def batch_rows(file: RawFile, raw: BinaryIO, footer: pq.FileMetaData, chunks: It
     reader = pq.ParquetFile(raw, metadata=footer, read_dictionary=paths, buffer_size=1 << 16)
     longest, most = dict.fromkeys(paths, 0), list[int]()  # bytes of a value by column, and of all values of each chunk
     for chunk in texts:
-        first = next(_dictionaries(reader, chunk, 1), None)
+        # A reader has the dictionary from the first row on, but of lists only from the first one that is not empty.
+        found = _dictionaries(reader, chunk, rows if chunk.is_list else 1)
+        first = next((values for values in found if len(values.dictionary) or not chunk.is_list), None)
         size = 0 if first is None else pc.max(pc.binary_length(first.dictionary)).as_py() or 0
         longest[chunk.meta.path_in_schema] = max(size, longest[chunk.meta.path_in_schema])
         most.append(size * chunk.meta.num_values)
