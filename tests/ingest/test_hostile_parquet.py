@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -62,7 +63,7 @@ def test_columns_that_unpack_to_too_much_are_refused_by_the_footer(
 class Lying:
     """A column chunk of a footer with other numbers."""
 
-    def __init__(self, real: Any, **more: int) -> None:
+    def __init__(self, real: Any, **more: int | None) -> None:
         self.real, self.more = real, more
 
     def __getattr__(self, name: str) -> Any:
@@ -120,8 +121,7 @@ def test_page_sizes_add_up_to_those_of_the_footer(tmp_path: Path, codec: str, ve
     assert len(found) == 3 * 6
     with (tmp_path / "a.parquet").open("rb") as raw:
         for chunk in found:
-            start = chunk.meta.dictionary_page_offset or chunk.meta.data_page_offset
-            sizes = list(parquet_limits._page_sizes(raw, start, start + chunk.meta.total_compressed_size))
+            sizes = list(parquet_limits._page_sizes(raw, chunk.meta, 1 << 40))
             # The footer counts headers, too.
             assert 0 < chunk.meta.total_uncompressed_size - sum(sizes) < 20_000 * len(sizes)
             assert sum(sizes) > chunk.meta.total_uncompressed_size / 2 or sum(sizes) < 2000
@@ -189,6 +189,28 @@ def test_usual_text_is_read_in_the_batches_it_always_was(tmp_path: Path, kind: p
     assert [row for _, row in read(tmp_path, "a.parquet", PARQUET, {"c": "string"})[0]] == values.to_pylist()
 
 
+def test_row_groups_without_rows_have_no_pages(tmp_path: Path) -> None:
+    table = pa.table({"c": ["a"], "n": [1]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for part in (table[:0], table, table[:0]):
+            writer.write_table(part)
+    assert read(tmp_path, "a.parquet", PARQUET, {"c": "string", "n": "int"})[0] == [(1, "a", 1)]
+
+
+@pytest.mark.parametrize("codec", ["uncompressed", "lz4", "zstd", "snappy"])
+def test_files_of_another_writer_pass_the_checks(tmp_path: Path, codec: Any) -> None:
+    rows = {
+        "s": [f"i{i % 9}" * (i % 50) for i in range(9000)],
+        "n": list(range(9000)),
+        "l": [[i] * (i % 3) for i in range(9000)],
+    }
+    pl.DataFrame(rows).write_parquet(
+        tmp_path / "a.parquet", compression=codec, row_group_size=4000, data_page_size=3000
+    )
+    found, _ = read(tmp_path, "a.parquet", PARQUET, {"s": "string", "n": "int", "l": "string"})
+    assert found == [(i + 1, rows["s"][i], i, [str(n) for n in rows["l"][i]]) for i in range(9000)]
+
+
 def test_columns_within_others_and_names_with_dots_are_found(tmp_path: Path) -> None:
     table = pa.table({"a.b": ["x"], "a": [{"b": 1, "c": [2]}], "ab": [1], "l": [["y"]]})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -243,12 +265,20 @@ def test_whatever_is_changed_in_a_file_it_is_read_or_refused_in_one_line(
 def test_bytes_that_are_no_page_header_are_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "random"
     path.write_bytes(data)
+    _, [chunk] = chunks(written_once(path.parent), ["c"])
+    lying = Lying(chunk.meta, dictionary_page_offset=None, data_page_offset=1, total_compressed_size=len(data))
     with path.open("rb") as raw:
         try:
-            sizes = list(parquet_limits._page_sizes(raw, 0, len(data)))
+            sizes = list(parquet_limits._page_sizes(raw, lying, len(data)))
         except ValueError:
             return
     assert len(sizes) <= len(data)
+
+
+def written_once(folder: Path) -> Path:
+    if not (folder / "once.parquet").exists():
+        pq.write_table(pa.table({"c": range(100)}), folder / "once.parquet")
+    return folder / "once.parquet"
 
 
 def test_a_file_of_another_size_is_a_file_of_the_same_path_and_version() -> None:

@@ -76,37 +76,41 @@ def check_pages(file: RawFile, raw: BinaryIO, chunks: Iterable[Chunk]) -> None:
     """
     total = 0
     for chunk in chunks:
-        offsets = (chunk.meta.dictionary_page_offset, chunk.meta.data_page_offset)
-        start = min(offset for offset in offsets if offset is not None)
-        for size in _page_sizes(raw, start, min(start + chunk.meta.total_compressed_size, file.size)):
+        for size in _page_sizes(raw, chunk.meta, file.size):
             if not 0 <= size <= PAGE_LIMIT:
                 raise ValueError(f"{chunk.where}: a page of {size} bytes, {PAGE_LIMIT} are allowed")
             total += size
             file.check_unpacked(total, f", {chunk.where}")
 
 
-def _page_sizes(raw: BinaryIO, start: int, end: int) -> Iterator[int]:
-    """The bytes of each page of a column chunk once it is decompressed, as its header says."""
-    position = start
-    while position < end:
-        raw.seek(position)
-        data, size = raw.read(1 << 10), 1 << 10
-        while True:
-            try:
-                header = _Header(data)
-                break
-            except IndexError:
-                size *= 4
-                if len(data) < size // 4 or size > HEADER_BYTES:
-                    raise ValueError(f"no page header at byte {position}") from None
-                raw.seek(position)
-                data = raw.read(size)
-        if header.packed < 0:
+def _page_sizes(raw: BinaryIO, chunk: Any, file_size: int) -> Iterator[int]:
+    """The bytes of each page of a column chunk once it is decompressed, as its header says; of those that a reader reads."""
+    # A row group without rows has no offsets.
+    start = min((offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset), default=0)
+    position, values, end = start, 0, min(start + chunk.total_compressed_size, file_size)
+    while position < end and values < chunk.num_values:
+        header = _header(raw, position)
+        if header.packed < 0 or header.values < 0:
             raise ValueError(f"no page header at byte {position}")
         if header.kind == DICTIONARY_PAGE and position != start:
             raise ValueError(f"a dictionary after other pages, at byte {position}")
         yield header.unpacked
         position += header.length + header.packed
+        values += header.values
+
+
+def _header(raw: BinaryIO, position: int) -> "_Header":
+    size = 1 << 10
+    while size <= HEADER_BYTES:
+        raw.seek(position)
+        data = raw.read(size)
+        try:
+            return _Header(data)
+        except IndexError:
+            if len(data) < size:
+                break
+            size *= 4
+    raise ValueError(f"no page header at byte {position}")
 
 
 class _Header:
@@ -115,6 +119,7 @@ class _Header:
     Attributes:
         kind: of the page.
         unpacked, packed: sizes of the page in bytes.
+        values: number of values, 0 but in data pages.
         length: of the header.
     """
 
@@ -125,9 +130,10 @@ class _Header:
         if not {1, 2, 3} <= found.keys():
             raise ValueError("a page header without sizes")
         self.kind, self.unpacked, self.packed = found[1], found[2], found[3]
+        self.values = found.get(5, 0) + found.get(8, 0)  # the headers of data pages of version 1 and 2
 
     def _struct(self, depth: int) -> dict[int, int]:
-        """Skips a struct and returns its integers by field."""
+        """Skips a struct and returns its integers by field, and of structs in it their first field."""
         field, found = 0, dict[int, int]()
         while kind := self._byte():
             field = field + (kind >> 4) if kind >> 4 else self._integer()
@@ -148,7 +154,7 @@ class _Header:
         elif kind == 8:
             self._advance(self._varint())
         elif kind == 12 and depth < 8:
-            self._struct(depth + 1)
+            return self._struct(depth + 1).get(1)
         else:
             raise ValueError("a page header with a field of an unknown type")
         return None
