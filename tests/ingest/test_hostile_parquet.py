@@ -34,7 +34,8 @@ def blocks(folder: Path, types: dict[str, Any], ratio: int = 500) -> list[int]:
 
 def chunks(path: Path, names: list[str]) -> tuple[pq.FileMetaData, list[Chunk]]:
     footer = pq.ParquetFile(path).metadata
-    return footer, chunks_of(footer, range(footer.num_row_groups), names)
+    [file] = find(str(path.parent), path.name)
+    return footer, chunks_of(file, footer, range(footer.num_row_groups), names)
 
 
 @pytest.mark.parametrize("kind", ["pages", "runs", "lists"])
@@ -283,3 +284,16 @@ def written_once(folder: Path) -> Path:
 
 def test_a_file_of_another_size_is_a_file_of_the_same_path_and_version() -> None:
     assert RawFile("a", 1, "v") == RawFile("a", 1, "v", max_unpack_ratio=7)
+
+
+def test_a_damaged_footer_does_not_end_the_process(tmp_path: Path) -> None:
+    data = sample()
+    length = int.from_bytes(data[-8:-4], "little")
+    refused = 0
+    for at in range(len(data) - 8 - length, len(data) - 8 - length // 2, 2):
+        (tmp_path / "a.parquet").write_bytes(data[:at] + bytes([data[at] ^ 0x0B]) + data[at + 1 :])
+        try:
+            blocks(tmp_path, {"n": "int", "s": "string", "l": "string"})
+        except UserError:
+            refused += 1
+    assert refused > 50

@@ -47,7 +47,7 @@ class Parquet(RawFormat):
             groups = range(unit.start, stop)
             footers = [file.metadata.row_group(i) for i in groups]
             rows, size = sum(g.num_rows for g in footers), sum(g.total_byte_size for g in footers)
-            chunks = chunks_of(file.metadata, groups, list(wanted.types))
+            chunks = chunks_of(unit.file, file.metadata, groups, list(wanted.types))
             check_footer(unit.file, chunks)
             if is_local(path):  # of other files every page would cost a request
                 check_pages(unit.file, raw, chunks)

@@ -38,15 +38,61 @@ class Chunk:
         return f"row group {self.group}, column {self.meta.path_in_schema}"
 
 
-def chunks_of(footer: pq.FileMetaData, groups: Iterable[int], wanted: Sequence[str]) -> list[Chunk]:
-    """The chunks of which these columns are made."""
+def chunks_of(file: RawFile, footer: pq.FileMetaData, groups: Iterable[int], wanted: Sequence[str]) -> list[Chunk]:
+    """The chunks of which these columns are made. Raises OSError where the footer is damaged."""
     names, leaves = set(wanted), list[tuple[int, bool]]()
     for index in range(footer.num_columns):
         column = footer.schema.column(index)
         if names & {*accumulate(column.path.split("."), "{}.{}".format)}:
             leaves.append((index, column.max_repetition_level > 0))
-    metas = ((group, footer.row_group(group)) for group in groups)
-    return [Chunk(n, meta.column(index), meta.num_rows, is_list) for n, meta in metas for index, is_list in leaves]
+    found = []
+    for group in groups:
+        _check_metadata(file, footer, group, wanted)
+        meta = footer.row_group(group)
+        found += [Chunk(group, meta.column(index), meta.num_rows, is_list) for index, is_list in leaves]
+    return found
+
+
+def _check_metadata(file: RawFile, footer: pq.FileMetaData, group: int, wanted: Sequence[str]) -> None:
+    """Raises OSError where column chunks are damaged in the footer.
+
+    To ask pyarrow for such a chunk would end the process, by an exception that nobody catches; a reader finds it in order,
+    before it reads the first page.
+    """
+    reader = pq.ParquetFile(pa.PythonFile(_NoPages(file.size), mode="r"), metadata=footer, buffer_size=1 << 16)
+    try:
+        next(reader.iter_batches(1, [group], list(wanted), use_threads=False), None)
+    except _PageReadError:
+        return
+
+
+class _PageReadError(Exception):
+    """A reader has come to the pages of a file."""
+
+
+class _NoPages:
+    """A file of which only the footer is known."""
+
+    closed = False
+
+    def __init__(self, size: int) -> None:
+        self._size, self._position = size, 0
+
+    def size(self) -> int:
+        return self._size
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self._position = position + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, _: int = -1) -> bytes:
+        raise _PageReadError
+
+    def close(self) -> None:
+        pass
 
 
 def check_footer(file: RawFile, chunks: Iterable[Chunk]) -> None:
