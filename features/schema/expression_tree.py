@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 _MOMENTS = {"Date", "Datetime", "Time"}  # types of literals
-_NUMBERS = {f"{sign}Int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64, 128)} | {"Float32", "Float64"}
-_SCALARS = _NUMBERS | _MOMENTS | {"Boolean", "Decimal", "Duration", "String"}
-LITERALS = _SCALARS | {"Null"}
+_NUMBERS = {f"{sign}Int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)} | {"Float32", "Float64"}
+_SCALARS = _NUMBERS | _MOMENTS | {"Boolean", "Decimal", "Duration", "String"}  # what a cast may make
+_LITERALS = _SCALARS | {"Null", "Int128"}
+DECIMAL_DIGITS = 38
 MAX_DEPTH = 150  # levels; from some 800 on, polars' recursion can overflow a thread's stack
 
 # Functions whose value depends on their row alone, as polars' expression tree names them: FAMILY.FUNCTION, or FUNCTION.
@@ -66,6 +67,8 @@ def not_allowed(node: Any, written: list[Any], depth: int = 0) -> Iterator[str]:
                 yield "a date without a format, which is guessed from other rows"
             if not _is_type(to):
                 yield _type_name(to)
+        elif name == "Sql.IsIn" and isinstance(content["input"][1], dict) and _is_one(content["input"][1]):
+            yield "ANY of one value"  # polars aborts where both sides are literals
         below = content["input"]
     elif kind == "Agg":
         yield f"{next(iter(content)).upper()} over rows"
@@ -96,10 +99,15 @@ def _literal(content: Any, written: list[Any]) -> Iterator[str]:
     if content.keys() <= {"Dyn", "Series"}:  # a number, or the list of IN
         return
     types = content.get("Scalar", {}).keys()
-    if not types or types - LITERALS:
+    if not types or types - _LITERALS:
         yield f"a literal of type {', '.join(types or content)}"
     elif types & _MOMENTS and content not in written:
         yield "the clock"
+
+
+def _is_one(node: dict[str, Any]) -> bool:
+    """Whether it is a literal that is no list."""
+    return "Literal" in node and "Series" not in node["Literal"]
 
 
 def _type_name(dtype: Any) -> str:
@@ -114,4 +122,12 @@ def _is_type(dtype: Any) -> bool:
     kind = dtype["Literal"]
     if isinstance(kind, dict) and kind.keys() == {"List"}:
         kind = kind["List"]
-    return (next(iter(kind), None) if isinstance(kind, dict) and len(kind) == 1 else kind) in _SCALARS
+    if not isinstance(kind, dict):
+        return kind in _SCALARS
+    ((name, settings),) = kind.items()
+    if name == "Decimal":  # polars panics beyond
+        precision, scale = settings
+        return 1 <= (precision or DECIMAL_DIGITS) <= DECIMAL_DIGITS and 0 <= (scale or 0) <= (
+            precision or DECIMAL_DIGITS
+        )
+    return name in _SCALARS

@@ -7,7 +7,7 @@ import polars as pl
 import pyarrow as pa
 
 from features.join.history import recent
-from features.parse import raw
+from features.parse import compute, raw
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherHistoryReport, GatherHistoryWork, PartWork, ScatterHistoryReport
 from pipeline.ingest.state import Job
@@ -47,7 +47,7 @@ def _known(job: Job, name: str, frame: pl.DataFrame, outcomes: pl.DataFrame | No
         happened = when.strip() == outcome
         decided = outcomes[f"{outcome}_time"] if happened else time + job.schema.source.outcomes[outcome].window
         known = pl.select(pl.max_horizontal(known, decided)).to_series()
-    return known.set(~raw.truth(frame, f"bag.{name}.history.when", when), None)
+    return known.set(~compute.truth(frame, f"bag.{name}.history.when", when), None)
 
 
 def gather_history(job: Job, work: GatherHistoryWork) -> GatherHistoryReport:
