@@ -79,7 +79,9 @@ def _is_storable(values: pl.Series) -> bool:
         return bool(values.to_physical().is_between(first, last).all())
     if isinstance(kind, pl.List):
         inner = kind.inner
-        return inner not in (pl.Int128, pl.UInt128) and (inner.is_numeric() or inner in (pl.String, pl.Boolean, pl.Null))
+        return inner not in (pl.Int128, pl.UInt128) and (
+            inner.is_numeric() or inner in (pl.String, pl.Boolean, pl.Null)
+        )
     return kind not in (pl.Int128, pl.UInt128, pl.Duration)
 
 
