@@ -29,7 +29,7 @@ def _seconds(value: Any) -> Any:
 
 
 Duration = Annotated[
-    int, BeforeValidator(_seconds), Field(gt=0, description="seconds, or a number with s, m, h, d or w")
+    int, BeforeValidator(_seconds), Field(gt=0, le=10**10, description="seconds, or a number with s, m, h, d or w")
 ]
 
 

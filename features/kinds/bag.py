@@ -35,7 +35,7 @@ class Bag(Categorical):
     layout: ClassVar[Layout] = "ids"
 
     separator: str = Field("|", min_length=1)
-    max_length: int = Field(50, ge=1)
+    max_length: int = Field(50, ge=1, le=1_000_000)
     pooling: Literal["mean", "sequence"] = "mean"
     bins: None = Field(None, description="a list of numbers has none")
     history: History | None = None

@@ -8,6 +8,8 @@ from features.source import Strict
 
 WAYS = 64  # rows of a managed table among which one is evicted
 
+MAX_COUNT = 10**10  # of ids, rows and occurrences: beyond what one table can hold
+
 
 class Vocabulary(Strict):
     """Ids for values seen at least `min_count` times in the train split, the `max_size` most frequent of them.
@@ -15,9 +17,9 @@ class Vocabulary(Strict):
     Other values share `unknown` ids, by a hash.
     """
 
-    min_count: int = Field(1, ge=1)
-    max_size: int | None = Field(None, ge=1)
-    unknown: int = Field(1, ge=1)
+    min_count: int = Field(1, ge=1, le=MAX_COUNT)
+    max_size: int | None = Field(None, ge=1, le=MAX_COUNT)
+    unknown: int = Field(1, ge=1, le=MAX_COUNT)
 
 
 class Managed(Strict):
@@ -28,7 +30,7 @@ class Managed(Strict):
     Metwally et al. 2005, so that nothing stays forever). With 1.5 rows per live value hardly a set overflows.
     """
 
-    rows: int = Field(ge=1, description="at least that many")
+    rows: int = Field(ge=1, le=MAX_COUNT, description="at least that many")
     evict: Literal["lru", "lfu"] = "lru"
 
     @property
@@ -49,9 +51,9 @@ class Table(Strict):
     which of them have a row is learnt with the model.
     """
 
-    dim: int = Field(16, ge=1)
+    dim: int = Field(16, ge=1, le=65_536)
     vocabulary: Vocabulary | None = None
-    hash: int | None = Field(None, ge=1)
+    hash: int | None = Field(None, ge=1, le=MAX_COUNT)
     bins: int | None = Field(None, ge=1, le=1024)
     managed: Managed | None = None
 

@@ -31,7 +31,7 @@ class Task(Strict):
     kind: Literal["binary", "regression"]
     label: str
     observed_when: str | None = None
-    loss_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    loss_weight: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)
 
 
 class Rows(Strict):

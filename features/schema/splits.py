@@ -38,7 +38,7 @@ class RowIndexSplit(Strict):
     """By a row's index in its file modulo `modulo`."""
 
     by: Literal["row_index"]
-    modulo: int = Field(ge=1)
+    modulo: int = Field(ge=1, le=100_000)
     train: list[int]
     valid: list[int] = Field([])
     test: list[int] = Field([])
