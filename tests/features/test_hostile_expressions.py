@@ -259,7 +259,7 @@ WORDS: str = (
 )
 
 
-@settings(max_examples=150, deadline=2_000)
+@settings(max_examples=150, deadline=10_000)
 @given(st.lists(st.sampled_from(WORDS.split(" ")), max_size=40), st.sampled_from(["", " "]))
 def test_any_text_is_refused_in_one_line_or_computed(words: list[str], between: str) -> None:
     text = between.join(words)

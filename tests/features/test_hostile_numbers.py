@@ -44,7 +44,9 @@ LARGEST = {
 @pytest.mark.parametrize("key", LARGEST)
 def test_numbers_have_a_bound_that_holds(key: str, parsed: Callable[[str, Any], Schema]) -> None:
     for value in (LARGEST[key] + 1, 10**18, 10**400):
-        with pytest.raises(UserError, match=rf"^mine.yaml: {key}: Input should be (less than or equal to|a valid number)"):
+        with pytest.raises(
+            UserError, match=rf"^mine.yaml: {key}: Input should be (less than or equal to|a valid number)"
+        ):
             parsed(key, value)
     assert parsed(key, LARGEST[key]).fingerprint
 
