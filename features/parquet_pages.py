@@ -1,7 +1,8 @@
 """Sizes of a Parquet file's pages, compared with its footer: the headers of pages decide what is allocated, not the footer."""
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +42,68 @@ def check_pages(
     ]
     if not chosen:
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with _mapped(path) as content:
         for number in range(footer.num_row_groups) if groups is None else groups:
             for index in chosen:
                 _check_chunk(path, content, footer.row_group(number).column(index))
 
 
-def _check_chunk(path: Path, content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> None:
+def largest_dictionary(path: Path, footer: pq.FileMetaData, column: str) -> int:
+    """Unpacked bytes of the largest dictionary page of a column, 0 without one: the most that one of its values may have.
+
+    Args:
+        footer: of a file that `check_pages` has passed.
+    """
+    found = 0
+    with _mapped(path) as content:
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            chunks = (group.column(index) for index in range(group.num_columns))
+            for chunk in chunks:
+                if chunk.path_in_schema == column:
+                    pages = (header for header, _ in _pages(content, chunk) if DICTIONARY in header)
+                    found = max(found, *(header[UNPACKED] for header in pages), 0)
+    return found
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
+
+
+def _pages(content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> Iterator[tuple[dict[int, Any], int]]:
+    """The headers of a chunk's pages and their lengths, to the last of its values. Raises ValueError for what is none."""
     place = chunk_start(chunk)
     end = place + chunk.total_compressed_size
-    values = unpacked = 0
+    values = 0
     while values < chunk.num_values and place < end:
         try:
             header, body = _Thrift(content, place, end).struct()
-            size, unpacked = header[PACKED], unpacked + header[UNPACKED] + body - place
-            kind = next((header[field] for field in (DATA, DATA_2) if field in header), None)
-            values += kind[VALUES] if kind else 0
-            bad = (
-                min(size, header[UNPACKED], kind[VALUES] if kind else 0, header.get(DICTIONARY, {VALUES: 0})[VALUES])
-                < 0
-            )
-        except (IndexError, KeyError, TypeError):  # no thrift, or not that of a page
-            bad = True
-        if bad:
-            raise UserError(f"{path}: column {chunk.path_in_schema} has a page without a valid header: it is damaged")
-        place = body + size
+            counts = [header[kind][VALUES] for kind in (DATA, DATA_2, DICTIONARY) if kind in header]
+            if min(header[PACKED], header[UNPACKED], *counts) < 0:
+                raise ValueError
+        except (IndexError, KeyError, TypeError):
+            raise ValueError from None
+        yield header, body - place
+        values += _values_of(header)
+        place = body + header[PACKED]
+
+
+def _values_of(header: dict[int, Any]) -> int:
+    """Values of a page, 0 of a dictionary."""
+    return next((header[kind][VALUES] for kind in (DATA, DATA_2) if kind in header), 0)
+
+
+def _check_chunk(path: Path, content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> None:
+    values = unpacked = 0
+    try:
+        for header, length in _pages(content, chunk):
+            values, unpacked = values + _values_of(header), unpacked + header[UNPACKED] + length
+    except ValueError:
+        raise UserError(
+            f"{path}: column {chunk.path_in_schema} has a page without a valid header: it is damaged"
+        ) from None
     if values != chunk.num_values or unpacked > chunk.total_uncompressed_size:
         raise UserError(
             f"{path}: pages of column {chunk.path_in_schema} have {values:,} values and {unpacked:,} bytes when unpacked, "

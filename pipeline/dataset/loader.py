@@ -20,9 +20,12 @@ import torch
 
 from features.batch import Batch, Rows
 from features.errors import UserError
+from features.parquet_limits import check_footer
+from features.parquet_pages import check_pages
+from features.regular_files import status_of
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import footer_sha256
+from pipeline.dataset.manifest import AGAIN, footer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ class Loader:
         self.starts_S = np.cumsum(rows_S) - rows_S
         self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
         self.lengths = np.diff(self.bounds_SL).sum(axis=0)
-        self.columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks)]
+        self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self._open = lru_cache(maxsize=64)(self._open_shard)
 
     def start(self, epoch: int = 0) -> Position:
@@ -197,17 +200,24 @@ class Loader:
 
     def _open_shard(self, path: str) -> pq.ParquetFile:
         whole = self.dataset.path / path
-        if footer_sha256(whole) != next(shard.footer_sha256 for shard in self.shards if shard.path == path):
+        status_of(self.dataset.path, path)
+        known = next(shard for shard in self.shards if shard.path == path)
+        if footer_sha256(whole) != known.footer_sha256:
             raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
         file = pq.ParquetFile(whole, memory_map=True, page_checksum_verification=True)
         if file.schema_arrow != self.dataset.columns:
             raise pa.ArrowInvalid("its columns are not the schema's")
+        footer = file.metadata
+        if [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] != known.row_groups:
+            raise UserError(f"{whole}: its row groups have other numbers of rows than in the manifest. {AGAIN}")
+        check_footer(footer, whole, known.bytes, self.read_columns)
+        check_pages(whole, footer, self.read_columns, nested=True)
         return file
 
     def _decode(self, group: int) -> Rows:
         path, index = self.groups[group]
         try:
-            table = self._open(path).read_row_group(index, [*self.columns, "weight", "row_id"], use_threads=False)
+            table = self._open(path).read_row_group(index, self.read_columns, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
             reason = " ".join(str(error).split())[:200]
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({reason})"

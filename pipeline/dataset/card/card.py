@@ -1,6 +1,5 @@
 """A dataset's card: statistics of its train split, and drift from an earlier dataset."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,9 @@ import numpy as np
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
+from features.plain_json import read_json, validated
 from features.schema.schema import Schema
+from pipeline.dataset.card.content import Content
 from pipeline.dataset.card.drift import drift
 from pipeline.dataset.card.statistics import id_statistics, number_statistics, or_none, share, task_statistics
 
@@ -58,20 +59,32 @@ def _others(schema: Schema, statistics: Statistics) -> dict[str, Any]:
     return {"others": missing} if missing else {}
 
 
-def read_card(dataset: Path) -> dict[str, Any]:
+def read_card(dataset: Path, schema: Schema | None = None) -> dict[str, Any]:
     """The card in a dataset's folder.
 
+    Args:
+        schema: of the dataset, to compare features and tasks with.
     Raises:
-        UserError: it is missing or of another version.
+        UserError: it is missing, damaged, of another version or of another schema.
     """
     file = dataset / "statistics.json"
+    missing = UserError(f"{file} is missing or was not written by jobs.preprocess. Run jobs.preprocess again.")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        version = found["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{file} is missing or was not written by jobs.preprocess. Run jobs.preprocess again."
-        ) from None
+        found = read_json(dataset, file.name)
+    except OSError:
+        raise missing from None
+    except UserError as error:
+        raise UserError(f"{error}. Run jobs.preprocess again.") from None
+    version = found.get("version") if isinstance(found, dict) else None
+    if not isinstance(version, int):
+        raise missing
     if version != VERSION:
         raise UserError(f"{file}: of version {version}, this release reads {VERSION}. Run jobs.preprocess again.")
+    content = validated(Content, found, file)
+    if schema is None:
+        return found
+    features = content.numbers.keys() | content.ids.keys() | content.others.keys()
+    kinds = {name: task.kind for name, task in schema.tasks.items()}
+    if features != schema.features.keys() or kinds != {name: task.kind for name, task in content.tasks.items()}:
+        raise UserError(f"{file}: its features or tasks are not those of the schema. Run jobs.preprocess again.")
     return found
