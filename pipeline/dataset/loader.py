@@ -20,12 +20,9 @@ import torch
 
 from features.batch import Batch, Rows
 from features.errors import UserError
-from features.parquet_limits import check_footer
-from features.parquet_pages import check_pages
-from features.regular_files import status_of
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import AGAIN, footer_sha256
+from pipeline.dataset.shards import open_shard
 
 logger = logging.getLogger(__name__)
 
@@ -199,20 +196,8 @@ class Loader:
         return pieces
 
     def _open_shard(self, path: str) -> pq.ParquetFile:
-        whole = self.dataset.path / path
-        status_of(self.dataset.path, path)
-        known = next(shard for shard in self.shards if shard.path == path)
-        if footer_sha256(whole) != known.footer_sha256:
-            raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
-        file = pq.ParquetFile(whole, memory_map=True, page_checksum_verification=True)
-        if file.schema_arrow != self.dataset.columns:
-            raise pa.ArrowInvalid("its columns are not the schema's")
-        footer = file.metadata
-        if [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] != known.row_groups:
-            raise UserError(f"{whole}: its row groups have other numbers of rows than in the manifest. {AGAIN}")
-        check_footer(footer, whole, known.bytes, self.read_columns)
-        check_pages(whole, footer, self.read_columns, nested=True)
-        return file
+        shard = next(shard for shard in self.shards if shard.path == path)
+        return open_shard(self.dataset, shard, self.read_columns)
 
     def _decode(self, group: int) -> Rows:
         path, index = self.groups[group]
