@@ -122,7 +122,10 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: it is of another version, damaged, or contradicts itself.
     """
     file = folder / "manifest.json"
-    content = read_json(folder, "manifest.json", MAX_BYTES)
+    try:
+        content = read_json(folder, "manifest.json", MAX_BYTES)
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     version = content.get("version", VERSION) if isinstance(content, dict) else VERSION
     if version != VERSION:
         raise UserError(f"{folder}: dataset of version {printable(str(version))}, this release reads {VERSION}")

@@ -8,10 +8,12 @@ from typing import Any
 
 import polars as pl
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from features.batch import Batch
 from features.errors import UserError
+from features.plain_json import fault
 from features.schema.schema import Split
 from models.emm import build_ranker
 from models.ranker import ModelConfig
@@ -40,7 +42,10 @@ class Scorer:
         dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
         self.loader = Loader(dataset, split, batch_size)
-        model = ModelConfig.model_validate(run.config()["model"])
+        try:
+            model = ModelConfig.model_validate(run.config().get("model"))
+        except ValidationError as error:
+            raise UserError(f"{run.path / 'config.yaml'}: model: {fault(error)}") from None
         self.ranker = build_ranker(self.schema, dataset.encoders, model, device="cpu").eval()
 
     @torch.inference_mode()

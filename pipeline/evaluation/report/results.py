@@ -34,8 +34,8 @@ def check_complete(records: Iterable[Mapping[str, Any]], kinds: Mapping[str, str
         missing += [] if record.get("rows") is not None else ["rows"]
         if missing:
             raise UserError(
-                f"{run.eval_metrics}: the record of step {record['step']} lacks {missing[0]}. Remove its line: its checkpoint is "
-                "evaluated again."
+                f"{run.eval_metrics}: the record of step {record['step']} lacks {missing[0]}. Remove its line: its checkpoint "
+                "is evaluated again."
             )
 
 
