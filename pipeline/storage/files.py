@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from features.errors import UserError
 from features.plain_json import parse_json
@@ -62,24 +62,29 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def appending(path: Path) -> BinaryIO:
     """A file opened to append to and to read, made where there is none. Raises UserError for a link or no regular file."""
+    return _regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, "ab+")
+
+
+def _regular(path: Path, flags: int, mode: str) -> BinaryIO:
+    """A regular file, opened without waiting at a pipe. Raises UserError for anything else, OSError."""
     with user_error_for_links(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    file = os.fdopen(descriptor, "ab+")
+        descriptor = os.open(path, flags | NO_LINK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise UserError(f"{path} is no regular file. Remove it.")
-    return file
+    return cast(BinaryIO, os.fdopen(descriptor, mode))
 
 
 @contextmanager
 def user_error_for_links(path: Path) -> Iterator[None]:
-    """Turns the OSError of a link that is not followed into a UserError."""
+    """Turns the OSError of a link that is not followed, or of what is no file, into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket, a folder
             raise
-        raise UserError(f"{path} is a link, which is not followed. Remove it.") from None
+        kind = "a link, which is not followed" if error.errno == errno.ELOOP else "no regular file"
+        raise UserError(f"{path} is {kind}. Remove it.") from None
 
 
 def make_folder(path: Path) -> Path:
@@ -119,12 +124,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def open_regular(path: Path) -> BinaryIO:
     """A file opened to read. Raises UserError for a link, a pipe or whatever else is no regular file, OSError."""
-    with user_error_for_links(path):
-        file = os.fdopen(os.open(path, NO_LINK), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise UserError(f"{path} is no regular file. Restore it.")
-    return file
+    return _regular(path, os.O_RDONLY, "rb")
 
 
 def sha256(path: Path) -> str:
