@@ -8,12 +8,10 @@ from typing import Any
 
 import polars as pl
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from features.batch import Batch
 from features.errors import UserError
-from features.plain_json import fault
 from features.schema.schema import Split
 from models.emm import build_ranker
 from models.ranker import ModelConfig
@@ -42,10 +40,7 @@ class Scorer:
         dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
         self.loader = Loader(dataset, split, batch_size)
-        try:
-            model = ModelConfig.model_validate(run.config().get("model"))
-        except ValidationError as error:
-            raise UserError(f"{run.path / 'config.yaml'}: model: {fault(error)}") from None
+        model = ModelConfig.model_validate(run.config()["model"])
         self.ranker = build_ranker(self.schema, dataset.encoders, model, device="cpu").eval()
 
     @torch.inference_mode()
