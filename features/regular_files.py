@@ -17,10 +17,10 @@ LONGEST, LONGEST_PART = 1024, 255  # bytes of a relative path, and of a name in 
 def _plain(name: str) -> str:
     """Raises ValueError unless a name stays below the folder it is relative to."""
     parts = PurePosixPath(name).parts
-    if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0] == "/" or has_controls(name):
+    if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0][0] == "/" or has_controls(name):
         raise ValueError(f"{printable(name[:100])!r} is not a plain relative path")
     if len(name.encode()) > LONGEST or max(len(part.encode()) for part in parts) > LONGEST_PART:
-        raise ValueError(f"{name[:100]!r}… is longer than a path may be")
+        raise ValueError(f"{printable(name[:100])!r}… is longer than a path may be")
     return name
 
 
@@ -70,7 +70,7 @@ def read_regular(folder: Path, name: str, limit: int = MAX_TEXT_BYTES) -> bytes:
     if status.st_size > limit:
         raise UserError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} that such a file may have")
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        return file.read(limit)
+        return file.read(status.st_size)
 
 
 def _kind(mode: int) -> str:

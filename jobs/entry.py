@@ -21,7 +21,9 @@ from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from features.errors import Preempted, UserError
+from features.printable import printable
 from features.schema.schema import Schema
+from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import write_rank_status
 
@@ -37,7 +39,8 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
         with suppress(OSError):  # a closed terminal must not end a run
-            tqdm.write(self.format(record), file=sys.stderr)
+            keep = "\n\t" if record.exc_info else "\t"  # a line break of a message would look like another record
+            tqdm.write(printable(self.format(record), keep), file=sys.stderr)
 
 
 def configure_logging(level: str) -> None:
@@ -57,19 +60,25 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        rank, line = os.environ.get("RANK", "0"), " ".join(str(error).split())
+        rank, line = os.environ.get("RANK", "0"), printable(" ".join(str(error).split()))
         if rank != "0":
             time.sleep(10)  # an error of all ranks is printed by rank 0, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
     except Preempted as preempted:
         if os.environ.get("RANK", "0") == "0":
-            print(preempted, file=sys.stderr, flush=True)
+            print(printable(str(preempted)), file=sys.stderr, flush=True)
         write_rank_status("preempted")
         sys.exit(PREEMPTED)
     except OSError as error:
+        if error.errno == errno.EROFS:
+            sys.exit(
+                f"error: {error.filename or 'a file'}: {error.strerror}. Choose another folder for what this job writes; "
+                "on Kubernetes one below /runs, for preprocess also below /data."
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, then rerun the same command.")
+        file = printable(str(error.filename or "a file"))
+        sys.exit(f"error: {file}: {error.strerror}. Free space, then rerun the same command.")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what was committed is kept, rerun the same command to resume")
 
@@ -142,6 +151,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
         command = hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)
 
         def run() -> None:
+            escape_output()
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(describe(main, name))
                 return

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import STATUS_FOLDER, RankStatus, read_rank_statuses, silent_ranks
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Runs torchrun in this process, and reads its ranks' statuses where not all of them exited with 0."""
+    escape_output()
     if {"--help", "-h"} & set(sys.argv[1:2]):
         print(f"{__doc__.strip()}\n")
     # Until torchrun has ranks, which it may wait minutes for, and takes the signal itself.

@@ -17,6 +17,7 @@ from features.regular_files import status_of
 from features.schema.schema import Schema
 from pipeline.storage.base import Lock
 from pipeline.storage.files import (
+    json_text,
     make_folder,
     read_lines,
     storage_of,
@@ -120,7 +121,7 @@ def keep_lines(path: Path, last_step: int) -> None:
         if step <= last_step:
             kept.append(line)
     if path.exists():
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json_text(line) + "\n" for line in kept))
 
 
 def _check_kinds(path: Path) -> None:

@@ -105,7 +105,7 @@ def launch(folder: Path, name: str, ranks: int, attempt: int, settings: dict, fa
 
 def spoil(checkpoints: Path, how: str) -> None:
     """Damages the newest checkpoint."""
-    file = checkpoint.folder(checkpoints, checkpoint.steps(checkpoints)[-1]) / "__0_0.distcp"
+    file = checkpoint.folder(checkpoints, checkpoint.steps(checkpoints)[-1]) / "rank-00000.bin"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content if how == "flip" else content[:-100])

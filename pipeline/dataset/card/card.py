@@ -10,7 +10,7 @@ from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.plain_json import read_json, validated
 from features.schema.schema import Schema
-from pipeline.dataset.card.content import Content
+from pipeline.dataset.card.content import CardContent
 from pipeline.dataset.card.drift import drift
 from pipeline.dataset.card.statistics import id_statistics, number_statistics, or_none, share, task_statistics
 
@@ -80,7 +80,7 @@ def read_card(dataset: Path, schema: Schema | None = None) -> dict[str, Any]:
         raise missing
     if version != VERSION:
         raise UserError(f"{file}: of version {version}, this release reads {VERSION}. Run jobs.preprocess again.")
-    content = validated(Content, found, file)
+    content = validated(CardContent, found, file)
     if schema is None:
         return found
     features = content.numbers.keys() | content.ids.keys() | content.others.keys()

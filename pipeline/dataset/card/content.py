@@ -3,7 +3,6 @@
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
-from typing_extensions import Self
 
 MOST = 4096  # entries of a list of edges, shares, values or groups
 
@@ -21,7 +20,7 @@ class Histogram(BaseModel):
     counts: Annotated[list[Count], Field(max_length=MOST)]
 
     @model_validator(mode="after")
-    def _edges_on_either_side_of_each_count(self) -> Self:
+    def _edges_on_either_side_of_each_count(self) -> "Histogram":
         if len(self.edges) != (len(self.counts) + 1 if self.counts else 0):
             raise ValueError("a histogram needs one edge more than counts, or none of both")
         return self
@@ -34,7 +33,7 @@ class Cells(BaseModel):
     shares: Shares
 
     @model_validator(mode="after")
-    def _edges_between_shares(self) -> Self:
+    def _edges_between_shares(self) -> "Cells":
         if self.shares and len(self.shares) != len(self.edges) + 1:
             raise ValueError("cells need one share more than edges")
         return self
@@ -68,7 +67,7 @@ class IdEntry(BaseModel):
     other_unknown: Share | None = None
 
     @model_validator(mode="after")
-    def _of_a_vocabulary_or_hashed(self) -> Self:
+    def _of_a_vocabulary_or_hashed(self) -> "IdEntry":
         known = (self.vocabulary, self.seen, self.distinct, self.other_known, self.other_unknown)
         if any((part is None) != (self.groups is not None) for part in known):
             raise ValueError("needs groups, or else vocabulary, seen, distinct, other_known and other_unknown")
@@ -107,7 +106,7 @@ class DriftEntry(BaseModel):
     unknown_before: Share | None
 
 
-class Content(BaseModel):
+class CardContent(BaseModel):
     """A card (see pipeline.dataset.card.card.card)."""
 
     version: int
@@ -120,7 +119,7 @@ class Content(BaseModel):
     drift: list[DriftEntry] = []
 
     @model_validator(mode="after")
-    def _a_correlation_for_each_two_tasks(self) -> Self:
+    def _a_correlation_for_each_two_tasks(self) -> "CardContent":
         if len(self.tasks) > 1 and [len(row) for row in self.correlations] != [len(self.tasks)] * len(self.tasks):
             raise ValueError("correlations are not those of each two tasks")
         return self
