@@ -1,11 +1,12 @@
 """Limits of a Parquet file that somebody handed over, checked in its footer before anything is decoded."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.parquet_pages import chunk_start
+from features.parquet_pages import check_pages, chunk_start
 
 FREE_BYTES = 1 << 30  # decoded, which a row group may always have
 MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has more
@@ -55,6 +56,20 @@ def check_footer(
         raise UserError(
             f"{where}: its row groups have {rows:,} rows, its footer says {footer.num_rows:,}: it is damaged"
         )
+
+
+def check_file(path: Path, columns: Iterable[str] | None = None) -> None:
+    """Checks a file that is read at once, by its footer and by its pages.
+
+    Args:
+        columns: that will be read; all if None.
+    Raises:
+        UserError: as check_footer and check_pages.
+        pa.ArrowException, OSError: it is no Parquet file.
+    """
+    footer = pq.read_metadata(path)
+    check_footer(footer, path, path.stat().st_size, columns, whole=True)
+    check_pages(path, footer, columns)
 
 
 def decoded_bytes(chunk: pq.ColumnChunkMetaData) -> int:

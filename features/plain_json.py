@@ -17,7 +17,7 @@ LARGEST = 1 << 63  # of an integer, exclusive
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def parse_json(content: bytes, where: object, finite: bool = True) -> Any:
+def parse_json(content: bytes, where: object, strict: bool = True) -> Any:
     """The value of a JSON text in UTF-8.
 
     Args:
@@ -27,10 +27,10 @@ def parse_json(content: bytes, where: object, finite: bool = True) -> Any:
     """
     try:
         found = json.loads(
-            content.decode(), parse_int=_integer, parse_float=_number if finite else float,
-            parse_constant=_refuse if finite else None,
+            content.decode(), parse_int=_integer, parse_float=_number if strict else float,
+            parse_constant=_refuse if strict else None,
         )  # fmt: skip
-        if b"\\ud" in content.lower():  # surrogates: pairs are characters, single ones are nothing that can be written
+        if strict and b"\\ud" in content.lower():  # single surrogates cannot be written; pairs are characters
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise UserError(f"{where}: no valid JSON: nested too deep") from None

@@ -30,7 +30,7 @@ def mutated(draw: st.DrawFn, content: Any) -> bytes:
         if not isinstance(holder, (dict, list)) or not holder:
             continue
         how = draw(st.sampled_from(["drop", "replace", "replace", "insert", "swap"]))
-        odd = draw(st.sampled_from(ODD))
+        odd = copy.deepcopy(draw(st.sampled_from(ODD)))
         if how == "drop":
             del holder[key]
         elif how == "replace":

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from features.errors import UserError
+from features.parquet_limits import check_file
 from features.plain_json import parse_json, validated
 from features.regular_files import read_regular
 from features.schema.schema import Split
@@ -55,7 +57,7 @@ def read(run: Run, split: Split, dataset: str, kinds: Mapping[str, str]) -> dict
     """
     file = path(run, split)
     try:
-        content = parse_json(read_regular(file.parent, file.name, MAX_BYTES), file, finite=False)
+        content = parse_json(read_regular(file.parent, file.name, MAX_BYTES), file, strict=False)
     except FileNotFoundError:
         return None
     known = validated(_Kept, content, file)
@@ -73,9 +75,11 @@ class _Kept(BaseModel):
 
 def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | None]]:
     """Metrics of the true probabilities on a scorer's rows. Raises UserError for a file that cannot be read."""
+    names = [*dict.fromkeys([truth.key, *truth.columns.values()])]
     try:
-        known = pl.read_parquet(truth.file, columns=list({truth.key, *truth.columns.values()}))
-    except (OSError, pl.exceptions.PolarsError) as error:
+        check_file(truth.file, names)
+        known = pl.read_parquet(truth.file, columns=names)
+    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
     found = Metrics(scorer.tasks)
     for batch in scorer.loader.batches(scorer.loader.start()):

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from features.batch import Batch
+from features.errors import UserError
+from features.parquet_limits import check_file
+from features.printable import printable
 from features.regular_files import status_of
 from features.schema.schema import Schema, Split
 from pipeline.run.run import Run
@@ -46,6 +50,17 @@ def is_from(file: Path, provenance: dict[str, str]) -> bool:
     except (OSError, pl.exceptions.PolarsError):
         return False  # damaged: it is written again
     return bool(found) and provenance.items() <= found.items()
+
+
+def read(file: Path) -> pl.DataFrame:
+    """Rows that `write` wrote. Raises UserError for a link, or a file that cannot be read or unpacks to too much."""
+    try:
+        if status_of(file.parent, file.name) is not None:
+            check_file(file)
+        return pl.read_parquet(file)
+    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise UserError(f"{file}: cannot be read ({reason}). Remove it: jobs.evaluate writes it again.") from None
 
 
 def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from pipeline.ingest.job import preprocess
 from pipeline.run import checkpoint
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
-from pipeline.storage.files import make_folder, write_json
+from pipeline.storage.files import make_folder, refuse_link, write_json
 
 
 class NightlyConfig(BaseModel):
@@ -142,11 +142,9 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
 
 
 def _encode(config: NightlyConfig, trained_on: Path, schema: Schema, out: Path) -> Dataset:
-    if out.is_symlink():
-        raise UserError(f"{out} is a link, which is not followed. Remove it.")
     settings = PreprocessConfig(
         input=config.input,
-        out=out,
+        out=refuse_link(out),
         encoders=EncodersFrom.model_validate({"from": trained_on}),
         max_bad_fraction=config.max_bad_fraction,
         overwrite=True,

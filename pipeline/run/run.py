@@ -131,7 +131,7 @@ def _check_kinds(path: Path) -> None:
             raise UserError(f"{folder} is a link or no folder. Replace it by the folder of the run.")
     for name in FILES:
         status_of(path, name)
-    for name in ("metrics", "tensorboard"):
+    for name in ("metrics", "predictions", "tensorboard"):
         for file in sorted((path / name).iterdir()) if (path / name).is_dir() else ():
             with suppress(FileNotFoundError):  # written and renamed meanwhile
                 mode = file.lstat().st_mode

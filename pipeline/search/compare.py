@@ -29,7 +29,7 @@ from pipeline.run import checkpoint, records
 from pipeline.run.headline import RANKING
 from pipeline.run.run import Run
 from pipeline.search.comparison import SHARES, Entry
-from pipeline.storage.files import appending, make_folder, read_lines, write_json
+from pipeline.storage.files import appending, make_folder, read_lines, refuse_link, write_json
 
 MAX_JSON_BYTES = 1 << 20  # of made.json and trees.json
 
@@ -85,9 +85,7 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
     """
     if config.baseline not in config.models:
         raise UserError(f"baseline={config.baseline} is not one of models: {', '.join(config.models)}")
-    data = config.folder / "data"
-    if data.is_symlink():
-        raise UserError(f"{data} is a link, which is not followed. Replace it by the dataset.")
+    data = refuse_link(config.folder / "data")
     if not (data / "manifest.json").exists():
         jobs.run("jobs.preprocess", *jobs.data, f"out={data}")
     dataset = Dataset(data)

@@ -92,14 +92,20 @@ def user_error_for_links(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is {kind}. Remove it.") from None
 
 
+def refuse_link(path: Path) -> Path:
+    """The path of a folder of ours. Raises UserError for a link, also for one that leads nowhere."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, which is not followed. Replace it by what it stands for, or remove it.")
+    return path
+
+
 def make_folder(path: Path) -> Path:
     """Makes a folder of ours where there is none, and those above it; returns it.
 
     Raises:
         UserError: it is a link or a file: what is written into it would lie elsewhere.
     """
-    if path.is_symlink():  # one that leads nowhere, too
-        raise UserError(f"{path} is a link, which is not followed. Remove it.")
+    refuse_link(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -119,7 +125,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         number = 0
         while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
             number += 1
-            record = parse_json(line, f"{path}, line {number}", finite=False)  # a loss may be NaN
+            record = parse_json(line, f"{path}, line {number}", strict=False)  # a loss may be NaN
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: no JSON object. Remove it.")
             yield record

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
 from features.errors import UserError
-from features.parquet_limits import check_footer
-from features.parquet_pages import check_pages
+from features.parquet_limits import check_file
 from features.regular_files import status_of
 
 CATEGORIES, SEGMENTS, RANK, COUNTRIES, QUERIES = 60, 12, 2, 50, 1_000_000
@@ -259,10 +258,8 @@ def generate(config: LogConfig, out: Path) -> None:
 def _read_truth(path: Path) -> pa.Table:
     """The truth of the days that are there. Raises UserError for a file that cannot be read or unpacks to too much."""
     try:
-        with pq.ParquetFile(path) as file:
-            check_footer(file.metadata, path, path.stat().st_size, whole=True)
-            check_pages(path, file.metadata)
-            kept = file.read()
+        check_file(path)
+        kept = pq.read_table(path)
         if kept["impression_id"].type != pa.int64() or not all(
             pa.types.is_primitive(kind) for kind in kept.schema.types
         ):

@@ -68,23 +68,21 @@ def read_card(dataset: Path, schema: Schema | None = None) -> dict[str, Any]:
         UserError: it is missing, damaged, of another version or of another schema.
     """
     file = dataset / "statistics.json"
-    missing = UserError(f"{file} is missing or was not written by jobs.preprocess. Run jobs.preprocess again.")
+    again = "Run jobs.preprocess again."
     try:
         found = read_json(dataset, file.name)
+        version = found.get("version") if isinstance(found, dict) else None
+        if version != VERSION and isinstance(version, int):
+            raise UserError(f"{file}: of version {version}, this release reads {VERSION}")
+        content = validated(CardContent, found, file)
     except OSError:
-        raise missing from None
+        raise UserError(f"{file} is missing or cannot be read. {again}") from None
     except UserError as error:
-        raise UserError(f"{error}. Run jobs.preprocess again.") from None
-    version = found.get("version") if isinstance(found, dict) else None
-    if not isinstance(version, int):
-        raise missing
-    if version != VERSION:
-        raise UserError(f"{file}: of version {version}, this release reads {VERSION}. Run jobs.preprocess again.")
-    content = validated(CardContent, found, file)
+        raise UserError(f"{error}. {again}") from None
     if schema is None:
         return found
     features = content.numbers.keys() | content.ids.keys() | content.others.keys()
     kinds = {name: task.kind for name, task in schema.tasks.items()}
     if features != schema.features.keys() or kinds != {name: task.kind for name, task in content.tasks.items()}:
-        raise UserError(f"{file}: its features or tasks are not those of the schema. Run jobs.preprocess again.")
+        raise UserError(f"{file}: its features or tasks are not those of the schema. {again}")
     return found

@@ -62,17 +62,20 @@ class IdEntry(BaseModel):
     seen: Count | None = None
     distinct: Count | None = None
     unknown: Share | None = None
-    top: Annotated[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]], Field(max_length=MOST)] = []
+    top: (
+        Annotated[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]], Field(max_length=MOST)] | None
+    ) = None
     other_known: Share | None = None
     other_unknown: Share | None = None
 
     @model_validator(mode="after")
     def _of_a_vocabulary_or_hashed(self) -> "IdEntry":
-        known = (self.vocabulary, self.seen, self.distinct, self.other_known, self.other_unknown)
+        known = (self.vocabulary, self.seen, self.distinct, self.top, self.other_known, self.other_unknown)
         if any((part is None) != (self.groups is not None) for part in known):
-            raise ValueError("needs groups, or else vocabulary, seen, distinct, other_known and other_unknown")
+            raise ValueError("needs groups, or else vocabulary, seen, distinct, top, other_known and other_unknown")
         if any(
-            not isinstance(value, str) or isinstance(share, str) or not 0 <= share <= 1 for value, share in self.top
+            not isinstance(value, str) or isinstance(share, str) or not 0 <= share <= 1
+            for value, share in self.top or []
         ):
             raise ValueError("top lists values with their shares")
         return self
