@@ -23,6 +23,7 @@ from tqdm import tqdm
 from features.errors import Preempted, UserError
 from features.printable import printable
 from features.schema.schema import Schema
+from jobs.versions import check_versions
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import write_rank_status
@@ -137,6 +138,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             # Inside, since Hydra adds a line of its own to what passes through it.
             with user_errors():
                 configure_logging(config.get("log_level", "info"))
+                check_versions()
                 main(config)
 
         def on_sigterm(*_: object) -> None:

@@ -94,7 +94,7 @@ def launch(folder: Path, name: str, ranks: int, attempt: int, settings: dict, fa
     """A command to its end; its exit code."""
     script = [str(TESTS / "training" / "faulty_run.py"), str(folder), name, str(attempt)]
     script += [json.dumps({"checkpoint_every": 5} | settings), json.dumps(faults)]
-    torchrun = ["-m", "jobs.launch", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    torchrun = ["-m", "jobs.launch", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "training"))),

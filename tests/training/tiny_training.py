@@ -32,8 +32,8 @@ from pipeline.training.parallel import process_group
 from pipeline.training.train import prepare
 from pipeline.training.trainer import Trainer
 
-# What scripts that run by themselves import: this folder, and tests/ above it.
-PATHS = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+# What scripts that run by themselves import: this folder, tests/ above it, and the packages of this checkout.
+PATHS = os.pathsep.join(map(str, Path(__file__).parents[:3]))
 
 # A table shared with a bag, a bag of its own, a task seen in few rows, weights, a regression, a missing flag.
 SCHEMA = yaml.safe_load("""
@@ -185,7 +185,7 @@ def losses(run: Path) -> list[float]:
 
 def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Runs a script or a module on ranks of one thread each, and prints its output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    command = [sys.executable, "-m", "jobs.launch", f"--nproc-per-node={ranks}", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout, done.stderr)
