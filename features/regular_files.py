@@ -11,13 +11,16 @@ from features.errors import UserError
 from features.printable import has_controls, printable
 
 MAX_TEXT_BYTES = 256 << 20  # of a manifest, schema or encoders.json, unless said otherwise
+LONGEST, LONGEST_PART = 1024, 255  # bytes of a relative path, and of a name in it
 
 
 def _plain(name: str) -> str:
     """Raises ValueError unless a name stays below the folder it is relative to."""
     parts = PurePosixPath(name).parts
     if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0][0] == "/" or has_controls(name):
-        raise ValueError(f"{printable(name)!r} is not a plain relative path")
+        raise ValueError(f"{printable(name[:100])!r} is not a plain relative path")
+    if len(name.encode()) > LONGEST or max(len(part.encode()) for part in parts) > LONGEST_PART:
+        raise ValueError(f"{printable(name[:100])!r}… is longer than a path may be")
     return name
 
 

@@ -52,7 +52,7 @@ def inspect(path: Path, html: Path | None, check: bool) -> None:
     if not (path / "manifest.json").exists() and (days := day_ranges(path)):
         raise UserError(f"{path} holds the days {', '.join(days)}. Inspect one: jobs.inspect {path / days[0][:10]}.")
     dataset = Dataset(path)
-    card = read_card(path)
+    card = read_card(path, dataset.schema)
     for table in tables(dataset.manifest, card):
         print(f"{table.title}\n")
         right = ("left", *["right"] * (len(table.header) - 1))

@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
             if observed
         )
         print(f"{split:5}  {rows:>10,} rows   mean label: {rates or '-'}")
-    for entry in read_card(settings.folder).get("drift", []):
+    for entry in read_card(settings.folder, schema).get("drift", []):
         if entry["verdict"] != "stable":
             unknown = (
                 f", unknown {entry['unknown']:.1%} (was {entry['unknown_before']:.1%})"

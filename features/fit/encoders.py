@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
+from features.fit.fitted_files import AGAIN, VERSION, read_content, read_vocabulary, vocabulary_file
 from features.fit.statistics import Statistics
 from features.hashing import hash_strings
 from features.kinds.bins import bin_edges
@@ -18,7 +19,6 @@ from features.kinds.moments import Moments
 from features.kinds.values import float64
 from features.schema.schema import Schema
 
-VERSION = 3
 MISSING, UNKNOWN = 0, 1  # the first ids of every table; tables of hash buckets and bins have no unknown values
 UNKNOWN_SEED = 3  # of the hash that gives unknown values their ids; others than the buckets of hash tables
 
@@ -84,7 +84,7 @@ class Encoders:
         (folder / "vocabularies").mkdir(parents=True)
         for name, values in self.vocabularies.items():
             ids = pa.array(np.arange(len(values), dtype=np.int64) + self._first(name))
-            pq.write_table(pa.table({"value": values, "id": ids}), folder / "vocabularies" / f"{name}.parquet")
+            pq.write_table(pa.table({"value": values, "id": ids}), folder / vocabulary_file(name))
         content = {
             "version": VERSION,
             "inputs": self.schema.inputs_fingerprint,
@@ -102,32 +102,19 @@ class Encoders:
         """Reads what `save` wrote.
 
         Raises:
-            UserError: it is missing, of another version, or was fitted for other features.
+            UserError: it is missing, damaged, of another version, or was fitted for other features.
         """
-        try:
-            content = json.loads((folder / "encoders.json").read_text())
-            vocabularies = {
-                path.stem: pq.read_table(path)["value"].combine_chunks().cast(pa.large_string())
-                for path in (folder / "vocabularies").glob("*.parquet")
-            }
-            known = {name: content[name] for name in ("version", "inputs", "num_embeddings", "moments")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: encoders cannot be read ({error}). Run jobs.preprocess again.") from None
-        if known["version"] != VERSION:
-            raise UserError(f"{folder}: encoders of version {known['version']}, this release reads {VERSION}")
-        if known["inputs"] != schema.inputs_fingerprint:
-            raise UserError(
-                f"{folder}: encoders were fitted for features {known['inputs']}, this schema has "
-                f"{schema.inputs_fingerprint}. Use the features of that dataset, or fit new encoders."
-            )
-        moments = {n: Moments(m["count"], m["mean"], m["squares"]) for n, m in known["moments"].items()}
-        missing = {name: m["missing"] for name, m in known["moments"].items()}
-        encoders = cls(schema, vocabularies, moments, content.get("edges", {}), missing)
-        for name, count in known["num_embeddings"].items():
-            if schema.all_tables[name].counted and (name not in vocabularies or encoders.num_embeddings(name) != count):
+        content = read_content(folder, schema)
+        moments = {name: Moments(m.count, m.mean, m.squares) for name, m in content.moments.items()}
+        missing = {name: m.missing for name, m in content.moments.items()}
+        encoders = cls(schema, {}, moments, content.edges, missing)
+        for name, count in content.num_embeddings.items():
+            if schema.all_tables[name].counted:
+                encoders.vocabularies[name] = read_vocabulary(folder, name, count - encoders._first(name))
+            elif encoders.num_embeddings(name) != count:
                 raise UserError(
-                    f"{folder}/vocabularies/{name}.parquet is missing, or does not hold the "
-                    f"{count - encoders._first(name)} values that were fitted. Restore it, or run jobs.preprocess again."
+                    f"{folder}/encoders.json: num_embeddings of {name} are {count:,}, the schema's are "
+                    f"{encoders.num_embeddings(name):,}. {AGAIN}"
                 )
         return encoders
 

@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
+from features.fit.fitted_files import encoder_files
+from features.regular_files import status_of
 from features.schema.schema import SPLITS, Schema, Split
-from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges
-from pipeline.dataset.manifest import VERSION, Manifest, Shard, _totals, merge_manifests
+from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges, folder_of_day
+from pipeline.dataset.manifest import (
+    AGAIN,
+    Manifest,
+    Shard,
+    _totals,
+    fitted_files,
+    fitted_names,
+    merge_manifests,
+    read_manifest,
+)
 from pipeline.storage.files import sha256, storage_of, write_json
 
 
@@ -30,27 +40,30 @@ class Dataset:
         """Checks what can be checked without reading rows.
 
         Raises:
-            UserError: no manifest, a version or fingerprint that does not fit, a shard missing or of another size.
+            UserError: no manifest, a version or fingerprint that does not fit, a shard missing or of another size, or a
+                file that is a link or no regular one.
         """
         self.path = self.encoded_by = path
         self.days: list[str] = []
         try:
-            self.manifest = Manifest.model_validate_json((path / "manifest.json").read_text())
+            self.manifest = read_manifest(path)
         except FileNotFoundError:
             raise UserError(_no_dataset(path)) from None
-        except ValidationError as error:
-            raise UserError(f"{path}/manifest.json: {error.errors()[0]['msg']}. Run jobs.preprocess again.") from None
-        if self.manifest.version != VERSION:
-            raise UserError(f"{path}: dataset of version {self.manifest.version}, this release reads {VERSION}")
+        status_of(path, "schema.yaml")
         self.schema = Schema.load(path / "schema.yaml")
         self.check_compatible(self.schema.fingerprint, "its own schema.yaml")
         self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are chosen
+        if {file.path for file in self.manifest.fitted} - {*fitted_names(self.schema)}:
+            raise UserError(f"{path}/manifest.json: fitted lists other files than those of schema.yaml. {AGAIN}")
         for shard in self.manifest.shards:
-            file = path / shard.path
-            size = file.stat().st_size if file.exists() else None
-            if size != shard.bytes:
-                found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
-                raise UserError(f"{file} {found}. Restore it, or run jobs.preprocess again.")
+            if shard.observed.keys() != self.schema.tasks.keys():
+                raise UserError(
+                    f"{path}/manifest.json: {shard.path} has labels of other tasks than schema.yaml. {AGAIN}"
+                )
+            file, status = path / shard.path, status_of(path, shard.path)
+            if status is None or status.st_size != shard.bytes:
+                found = f"has {status.st_size} bytes, the manifest says {shard.bytes}" if status else "is missing"
+                raise UserError(f"{file} {found}. {AGAIN}")
 
     def only(self, tasks: Sequence[str] | None) -> "Dataset":
         """The same dataset with some of the tasks (None: all). Raises UserError for one that does not exist."""
@@ -67,11 +80,7 @@ class Dataset:
     @cached_property
     def encoders_id(self) -> str:
         """16 hex digits of what was fitted: ids and scales mean the same in datasets where it is the same."""
-        folder = self.encoded_by / "encoders"
-        try:
-            files = [sha256(file) for file in [*sorted(folder.rglob("*.parquet")), folder / "encoders.json"]]
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename} is missing. Restore it, or run jobs.preprocess again.") from None
+        files = [sha256(regular(self.encoded_by, f"encoders/{name}")) for name in encoder_files(self.schema)]
         return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
 
     def check_compatible(self, fingerprint: str, owner: str) -> None:
@@ -119,7 +128,7 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
     """
     if days is None:
         return Dataset(path)
-    parts = [Dataset(path / day) for day in _dates(days)]
+    parts = [Dataset(folder_of_day(path, day)) for day in _dates(days)]
     first = parts[0]
     for part in parts[1:]:
         part.check_compatible(first.manifest.fingerprint, f"{first.path}")
@@ -137,6 +146,13 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
     whole.path, whole.days = path, [part.path.name for part in parts]
     whole.manifest = merge_manifests({part.path.name: part.manifest for part in parts})
     return whole
+
+
+def regular(folder: Path, name: str) -> Path:
+    """The path of a file below a dataset's folder. Raises UserError where it is missing, a link or no regular file."""
+    if status_of(folder, name) is None:
+        raise UserError(f"{folder / name} is missing. {AGAIN}")
+    return folder / name
 
 
 def _no_dataset(path: Path) -> str:
@@ -171,6 +187,7 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
         observed=_totals(final, "observed"),
         positives=_totals(final, "positives"),
         shards=final,
+        fitted=fitted_files(staging, schema),
         **counts,
     )
     (staging / "schema.yaml").write_text(

@@ -21,6 +21,15 @@ def day_ranges(folder: Path) -> list[str]:
     return [_span(first.isoformat(), last.isoformat()) for first, last in ranges]
 
 
+def folder_of_day(folder: Path, day: str) -> Path:
+    """Where a day's dataset lies. Raises UserError where that is a link: the datasets of days lie in their folder."""
+    if (folder / day).is_symlink():
+        raise UserError(
+            f"{folder / day} is a link, which is not followed. Replace it by the dataset, or name that itself."
+        )
+    return folder / day
+
+
 def _span(first: str, last: str) -> str:
     return first if first == last else f"{first}..{last}"
 

@@ -22,7 +22,7 @@ from features.batch import Batch, Rows
 from features.errors import UserError
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import footer_sha256
+from pipeline.dataset.shards import open_shard
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Loader:
         self.starts_S = np.cumsum(rows_S) - rows_S
         self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
         self.lengths = np.diff(self.bounds_SL).sum(axis=0)
-        self.columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks)]
+        self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self._open = lru_cache(maxsize=64)(self._open_shard)
 
     def start(self, epoch: int = 0) -> Position:
@@ -196,18 +196,13 @@ class Loader:
         return pieces
 
     def _open_shard(self, path: str) -> pq.ParquetFile:
-        whole = self.dataset.path / path
-        if footer_sha256(whole) != next(shard.footer_sha256 for shard in self.shards if shard.path == path):
-            raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
-        file = pq.ParquetFile(whole, memory_map=True, page_checksum_verification=True)
-        if file.schema_arrow != self.dataset.columns:
-            raise pa.ArrowInvalid("its columns are not the schema's")
-        return file
+        shard = next(shard for shard in self.shards if shard.path == path)
+        return open_shard(self.dataset, shard, self.read_columns)
 
     def _decode(self, group: int) -> Rows:
         path, index = self.groups[group]
         try:
-            table = self._open(path).read_row_group(index, [*self.columns, "weight", "row_id"], use_threads=False)
+            table = self._open(path).read_row_group(index, self.read_columns, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
             reason = " ".join(str(error).split())[:200]
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({reason})"

@@ -1,17 +1,31 @@
 """The manifest of a dataset: which shards it has, and where every raw row went."""
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from features.schema.schema import Split
+from features.errors import UserError
+from features.fit.fitted_files import encoder_files
+from features.plain_json import fault, read_json
+from features.printable import printable
+from features.regular_files import RelativePath
+from features.schema.schema import SPLITS, Schema, Split
+from pipeline.storage.files import open_regular, sha256
 
 VERSION = 2
+MAX_BYTES = 128 << 20  # of manifest.json: two kilobytes a shard or so
+MOST_ROWS_PER_BYTE = 1 << 12  # of a file: a row id is not the same in all rows, so that even these do not pack better
+AGAIN = "Restore it, or run jobs.preprocess again."
+BESIDE = ("manifest.json", "schema.yaml", "statistics.json")  # files of a dataset that its manifest does not list
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
 
 
 class Shard(BaseModel):
@@ -24,25 +38,36 @@ class Shard(BaseModel):
         observed, positives: per task, rows with a label and the sum of the labels.
     """
 
-    path: str
+    path: RelativePath
     split: Split
-    rows: int
-    bytes: int
-    sha256: str
-    footer_sha256: str
-    row_groups: list[int]
-    observed: dict[str, int]
-    positives: dict[str, float]
+    rows: Count
+    bytes: Count
+    sha256: Digest
+    footer_sha256: Digest
+    row_groups: list[Count]
+    observed: dict[str, Count]
+    positives: dict[str, FiniteFloat]
 
 
 class DeadLetterFile(BaseModel):
     """One Parquet file of dead letters, rows of a raw file that could not be used: stream, file, line, reason, raw."""
 
-    path: str
+    path: RelativePath
     stream: str
-    rows: int
-    bytes: int
-    sha256: str
+    rows: Count
+    bytes: Count
+    sha256: Digest
+
+
+class FittedFile(BaseModel):
+    """A file of the encoders, or statistics.json."""
+
+    path: RelativePath
+    bytes: Count
+    sha256: Digest
+
+
+Listed = Shard | DeadLetterFile | FittedFile
 
 
 class Manifest(BaseModel):
@@ -59,21 +84,106 @@ class Manifest(BaseModel):
         complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
         dead_letters: bad rows of all streams by reason.
         dead_letter_files: the files that hold them; `letters` in manifest.json.
+        fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
     """
 
     model_config = ConfigDict(populate_by_name=True)
     version: int = VERSION
     fingerprint: str
-    rows: dict[Split, int]
-    observed: dict[Split, dict[str, int]]
-    positives: dict[Split, dict[str, float]]
-    read: dict[str, int]
-    left_out: dict[str, int]
-    outcomes: dict[str, dict[str, int]]
+    rows: dict[Split, Count]
+    observed: dict[Split, dict[str, Count]]
+    positives: dict[Split, dict[str, FiniteFloat]]
+    read: dict[str, Count]
+    left_out: dict[str, Count]
+    outcomes: dict[str, dict[str, Count]]
     complete_until: dict[str, int] = {}
-    dead_letters: dict[str, int]
+    dead_letters: dict[str, Count]
     dead_letter_files: list[DeadLetterFile] = Field(alias="letters")
     shards: list[Shard]
+    fitted: list[FittedFile] = []
+
+
+def fitted_files(folder: Path, schema: Schema) -> list[FittedFile]:
+    """The entries of a dataset's encoders and statistics, as far as they lie in `folder`."""
+    found = [name for name in fitted_names(schema) if (folder / name).exists()]
+    return [FittedFile(path=p, bytes=(folder / p).stat().st_size, sha256=sha256(folder / p)) for p in found]
+
+
+def fitted_names(schema: Schema) -> list[str]:
+    """The files of a dataset's encoders and statistics, relative to its folder."""
+    return [*(f"encoders/{name}" for name in encoder_files(schema)), "statistics.json"]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a dataset's folder, checked as `check_sums` does.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        UserError: it is of another version, damaged, or contradicts itself.
+    """
+    file = folder / "manifest.json"
+    try:
+        content = read_json(folder, "manifest.json", MAX_BYTES)
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    version = content.get("version", VERSION) if isinstance(content, dict) else VERSION
+    if version != VERSION:
+        raise UserError(f"{folder}: dataset of version {printable(str(version))}, this release reads {VERSION}")
+    try:
+        manifest = Manifest.model_validate(content, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{file}: {fault(error)}. {AGAIN}") from None
+    check_sums(manifest, file)
+    return manifest
+
+
+def check_sums(manifest: Manifest, file: Path) -> None:
+    """The rules of Manifest: no file twice, sums over its shards and files, and every raw row accounted for.
+
+    Raises:
+        UserError: naming `file` and what does not add up.
+    """
+    seen: set[str] = set()
+    parts: list[Shard | DeadLetterFile] = [*manifest.shards, *manifest.dead_letter_files]
+    for part in parts:
+        if part.path in seen:
+            raise UserError(f"{file}: {part.path} is listed twice. {AGAIN}")
+        seen.add(part.path)
+        if part.path.partition("/")[0] in (*BESIDE, "encoders"):
+            raise UserError(f"{file}: {part.path} is listed, which is another file of a dataset. {AGAIN}")
+        if part.rows > MOST_ROWS_PER_BYTE * part.bytes:
+            raise UserError(f"{file}: {part.path} cannot have {part.rows:,} rows in {part.bytes:,} bytes. {AGAIN}")
+    for split in SPLITS:
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        check_equal(file, f"rows of {split}", sum(shard.rows for shard in shards), manifest.rows.get(split, 0))
+        for what in ("observed", "positives"):
+            totals = getattr(manifest, what).get(split, {})
+            if any(getattr(shard, what).keys() != totals.keys() for shard in shards):
+                raise UserError(f"{file}: {what} of {split} and of its shards are of different tasks. {AGAIN}")
+            for task, total in totals.items():
+                name = f"observed labels of {task}" if what == "observed" else f"sum of labels of {task}"
+                found = sum(getattr(shard, what)[task] for shard in shards)
+                check_equal(file, f"{printable(name)} in {split}", found, total)
+    for shard in manifest.shards:
+        check_equal(file, f"rows of the row groups of {shard.path}", sum(shard.row_groups), shard.rows)
+    bad = dict.fromkeys(manifest.read, 0)
+    for letters in manifest.dead_letter_files:
+        bad[letters.stream] = bad.get(letters.stream, 0) + letters.rows
+    for stream, count in bad.items():
+        if stream == "impressions":
+            placed = sum(manifest.rows.values()) + sum(manifest.left_out.values())
+        else:
+            placed = sum(manifest.outcomes.get(stream, {}).values())
+        what = f"rows of {printable(stream)} by destination"
+        check_equal(file, what, placed + count, manifest.read.get(stream, 0))
+    check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
+
+
+def check_equal(file: Path, what: str, found: float, listed: float) -> None:
+    """Raises UserError unless the numbers are equal; sums of labels up to rounding, which depends on their order."""
+    exact = isinstance(found, int) and isinstance(listed, int)
+    if found != listed if exact else not math.isclose(found, listed, rel_tol=1e-9, abs_tol=1e-9):
+        raise UserError(f"{file}: {what} are {found:,}, the manifest says {listed:,}. {AGAIN}")
 
 
 def merge_manifests(days: dict[str, Manifest]) -> Manifest:
@@ -94,7 +204,7 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
         positives=_totals(shards, "positives"),
         read=_sums(m.read for m in manifests),
         left_out=_sums(m.left_out for m in manifests),
-        outcomes={name: _sums(m.outcomes[name] for m in manifests) for name in manifests[0].outcomes},
+        outcomes={name: _sums(m.outcomes.get(name, {}) for m in manifests) for name in manifests[0].outcomes},
         complete_until={name: min(u[name] for u in untils) for name in untils[0] if all(name in u for u in untils)},
         dead_letters=_sums(m.dead_letters for m in manifests),
         dead_letter_files=dead_letter_files,
@@ -119,9 +229,16 @@ def _totals(shards: list[Shard], what: str) -> dict[Split, dict[str, float]]:
 
 
 def footer_sha256(path: Path) -> str:
-    """Checksum of a Parquet file's footer: Parquet has them for pages only, and a footer says which column is which."""
-    with path.open("rb") as file:
-        file.seek(-8, os.SEEK_END)
+    """Checksum of a Parquet file's footer: Parquet has them for pages only, and a footer says which column is which.
+
+    Raises UserError, OSError as open_regular.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little")
-        file.seek(-min(8 + length, path.stat().st_size), os.SEEK_END)
-        return hashlib.sha256(file.read()).hexdigest()
+        file.seek(max(0, size - 8 - length))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -2,20 +2,25 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.schema.schema import SPLITS
-from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import DeadLetterFile, Manifest, Shard, footer_sha256
+from features.fit.fitted_files import encoder_files
+from features.parquet_limits import check_footer
+from features.parquet_pages import check_pages
+from features.printable import printable
+from features.regular_files import status_of
+from pipeline.dataset.card.card import read_card
+from pipeline.dataset.dataset import Dataset, regular
+from pipeline.dataset.manifest import AGAIN, BESIDE, Listed, Shard, check_equal, footer_sha256
 from pipeline.storage.files import sha256
 
-UNLISTED = ("manifest.json", "schema.yaml", "statistics.json")  # beside encoders/
-AGAIN = "Restore it, or run jobs.preprocess again."
 IDS_AT_ONCE = 1 << 26  # row ids held in memory, 0.5 GB
 BATCH = 1 << 16  # rows
 
@@ -39,69 +44,48 @@ def verify(dataset: Dataset) -> Iterator[str]:
 def _verify(dataset: Dataset) -> Iterator[str]:
     """`verify` of one dataset."""
     manifest, path = dataset.manifest, dataset.path
-    files: list[Shard | DeadLetterFile] = [*manifest.shards, *manifest.dead_letter_files]
-    _check_sums(manifest, path)
+    files: list[Listed] = [*manifest.shards, *manifest.dead_letter_files, *manifest.fitted]
     yield f"manifest: sums over {len(manifest.shards)} shards and {sum(manifest.read.values()):,} raw rows"
     found = _check_names(dataset)
     yield f"folder: {found} files, all of them in the manifest"
     for file in files:
-        _check_file(path / file.path, file)
+        _check_file(path, file)
     yield f"files: checksums of {len(files)} files, {sum(file.bytes for file in files):,} bytes"
+    vocabularies = dataset.encoders.vocabularies
+    read_card(path, dataset.schema)
+    yield f"encoders: {sum(map(len, vocabularies.values())):,} values in {len(vocabularies)} vocabularies; statistics"
     for shard in manifest.shards:
         _check_rows(dataset, shard)
     groups, rows = sum(len(shard.row_groups) for shard in manifest.shards), sum(manifest.rows.values())
     labels = sum(sum(observed.values()) for observed in manifest.observed.values())
     yield f"shards: columns, {rows:,} rows in {groups:,} row groups, {labels:,} observed labels and their sums"
     for part in manifest.dead_letter_files:
-        count = pq.read_metadata(path / part.path).num_rows
-        _check_equal(path / part.path, "rows", count, part.rows)
+        with _opened(path / part.path, part.bytes) as parquet:
+            check_equal(path / part.path, "rows", parquet.metadata.num_rows, part.rows)
     yield f"dead letters: {sum(file.rows for file in manifest.dead_letter_files):,} rows"
     _check_ids(dataset)
     yield f"row ids: {rows:,}, all unique"
 
 
-def _check_sums(manifest: Manifest, path: Path) -> None:
-    """The rules of Manifest: sums over its shards and files, and every raw row accounted for."""
-    file = path / "manifest.json"
-    for split in SPLITS:
-        shards = [shard for shard in manifest.shards if shard.split == split]
-        _check_equal(file, f"rows of {split}", sum(shard.rows for shard in shards), manifest.rows.get(split, 0))
-        for task, count in manifest.observed.get(split, {}).items():
-            found = sum(shard.observed[task] for shard in shards)
-            _check_equal(file, f"observed labels of {task} in {split}", found, count)
-        for task, total in manifest.positives.get(split, {}).items():
-            found_sum = sum(shard.positives[task] for shard in shards)
-            _check_equal(file, f"sum of labels of {task} in {split}", found_sum, total)
-    for shard in manifest.shards:
-        _check_equal(file, f"rows of the row groups of {shard.path}", sum(shard.row_groups), shard.rows)
-    bad = dict.fromkeys(manifest.read, 0)
-    for part in manifest.dead_letter_files:
-        bad[part.stream] = bad.get(part.stream, 0) + part.rows
-    for stream, count in bad.items():
-        if stream == "impressions":
-            placed = sum(manifest.rows.values()) + sum(manifest.left_out.values())
-        else:
-            placed = sum(manifest.outcomes.get(stream, {}).values())
-        _check_equal(file, f"rows of {stream} by destination", placed + count, manifest.read.get(stream, 0))
-    _check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
-
-
 def _check_names(dataset: Dataset) -> int:
-    """Counts the files in the folder. Raises UserError for one that the manifest does not name."""
-    manifest = dataset.manifest
-    named = {*UNLISTED, *(shard.path for shard in manifest.shards), *(file.path for file in manifest.dead_letter_files)}
-    files = [file.relative_to(dataset.path) for file in sorted(dataset.path.rglob("*")) if not file.is_dir()]
+    """Counts the files in the folder. Raises UserError for one that nothing names, or that is no regular file."""
+    manifest, path = dataset.manifest, dataset.path
+    named = {*BESIDE, *(f"encoders/{name}" for name in encoder_files(dataset.schema))}
+    named |= {shard.path for shard in manifest.shards} | {file.path for file in manifest.dead_letter_files}
+    files = [
+        file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()
+    ]
     for file in files:
-        if file.as_posix() not in named and file.parts[0] != "encoders":
-            raise UserError(f"{dataset.path / file}: the manifest does not name this file. Move it elsewhere.")
+        if file not in named:
+            raise UserError(f"{path / printable(file)}: the manifest does not name this file. Move it elsewhere.")
+        status_of(path, file)
     return len(files)
 
 
-def _check_file(file: Path, known: Shard | DeadLetterFile) -> None:
+def _check_file(dataset: Path, known: Listed) -> None:
     """Its size and checksums."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing. {AGAIN}")
-    _check_equal(file, "bytes", file.stat().st_size, known.bytes)
+    file = regular(dataset, known.path)
+    check_equal(file, "bytes", file.stat().st_size, known.bytes)
     found = sha256(file)
     if found != known.sha256:
         raise UserError(
@@ -112,24 +96,58 @@ def _check_file(file: Path, known: Shard | DeadLetterFile) -> None:
         raise UserError(f"{file}: the checksum of its footer is not the manifest's. Run jobs.preprocess again.")
 
 
+@contextmanager
+def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
+    """A Parquet file whose pages unpack to what its footer says. Raises UserError, also for what the block cannot read."""
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            check_footer(parquet.metadata, file, bytes_)
+            check_pages(file, parquet.metadata)
+            yield parquet
+    except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
+        raise UserError(f"{file}: cannot be read ({printable(' '.join(str(error).split()))[:200]}). {AGAIN}") from None
+
+
 def _check_rows(dataset: Dataset, shard: Shard) -> None:
     """A shard's columns, rows and labels."""
     file = dataset.path / shard.path
-    with pq.ParquetFile(file) as parquet:
+    tables = {name: dataset.schema.table_of(name) for name in dataset.schema.sparse}
+    sizes = {
+        n: dataset.encoders.num_embeddings(t) for n, t in tables.items() if not dataset.schema.all_tables[t].managed
+    }
+    with _opened(file, shard.bytes) as parquet:
         if different := _kinds(parquet.schema_arrow) ^ _kinds(dataset.columns):
-            raise UserError(f"{file}: column {min(different)[0]} differs from the schema. {AGAIN}")
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-        if sizes != shard.row_groups:
+            raise UserError(f"{file}: column {printable(min(different)[0])} differs from the schema. {AGAIN}")
+        groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        if groups != shard.row_groups:
             raise UserError(f"{file}: its row groups have other numbers of rows than in the manifest. {AGAIN}")
         observed, totals = dict.fromkeys(shard.observed, 0), dict.fromkeys(shard.observed, 0.0)
-        for batch in parquet.iter_batches(BATCH, columns=[f"label.{task}" for task in observed]):
+        for batch in parquet.iter_batches(BATCH, columns=[*(f"label.{task}" for task in observed), *tables]):
             for task in observed:
                 label = batch[f"label.{task}"]
                 observed[task] += len(label) - label.null_count
                 totals[task] += float(label.drop_null().to_numpy().sum(dtype=np.float64))
+            for name in tables:
+                _check_ids_of(file, name, batch[name], sizes.get(name))
     for task, count in observed.items():
-        _check_equal(file, f"observed labels of {task}", count, shard.observed[task])
-        _check_equal(file, f"sum of labels of {task}", totals[task], shard.positives[task])
+        check_equal(file, f"observed labels of {task}", count, shard.observed[task])
+        check_equal(file, f"sum of labels of {task}", totals[task], shard.positives[task])
+
+
+def _check_ids_of(file: Path, feature: str, ids: pa.Array, size: int | None) -> None:
+    """Ids lie in their table: 0 .. size - 1; those of a managed table (None) are hashes, of which none is negative.
+
+    Raises:
+        UserError: one does not, or is missing; such a one would be read from the memory of other rows, or end training.
+    """
+    values = ids.flatten() if pa.types.is_list(ids.type) else ids
+    found = pc.min_max(values).as_py()
+    if ids.null_count or values.null_count:
+        raise UserError(f"{file}: an id of {feature} is missing. {AGAIN}")
+    if len(values) and (found["min"] < 0 or (size is not None and found["max"] >= size)):
+        bad = found["min"] if found["min"] < 0 else found["max"]
+        rows = f"0 .. {size - 1:,}" if size is not None else "0 and above"
+        raise UserError(f"{file}: id {bad:,} of {feature} is not in its table, which has {rows}. {AGAIN}")
 
 
 def _kinds(columns: pa.Schema) -> set[tuple[str, str]]:
@@ -153,7 +171,7 @@ def _check_ids(dataset: Dataset) -> None:
 def _ids(dataset: Dataset, shard: Shard) -> Iterator[np.ndarray]:
     """A shard's row ids as they are read, a batch at a time. Raises UserError for a missing or negative one."""
     file, offset = dataset.path / shard.path, dataset.row_id_offset(shard)
-    with pq.ParquetFile(file) as parquet:
+    with _opened(file, shard.bytes) as parquet:
         for batch in parquet.iter_batches(BATCH, columns=["row_id"]):
             ids: pa.Array = batch["row_id"]
             values = ids.drop_null().to_numpy()
@@ -169,10 +187,3 @@ def _raise_duplicate(dataset: Dataset, row_id: int) -> None:
         f"{dataset.path / files[1]}: row_id {row_id} is also in {files[0]}. Make source.row_id a unique column, "
         "and run jobs.preprocess again."
     )
-
-
-def _check_equal(file: Path, what: str, found: float, listed: float) -> None:
-    """Raises UserError unless the numbers are equal; sums of labels up to rounding, which depends on their order."""
-    exact = isinstance(found, int) and isinstance(listed, int)
-    if found != listed if exact else not math.isclose(found, listed, rel_tol=1e-9, abs_tol=1e-9):
-        raise UserError(f"{file}: {what} are {found:,}, the manifest says {listed:,}. {AGAIN}")

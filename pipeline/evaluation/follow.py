@@ -19,7 +19,7 @@ from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.oracle import Truth
-from pipeline.evaluation.report.results import Results
+from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
@@ -103,16 +103,17 @@ class Evaluation:
                 yield record
 
     def results(self) -> Results:
-        """All that is known of the split by now, for reports."""
+        """All that is known of the split by now, for reports. Raises UserError for a record that lacks a metric."""
         name = self.scorer.dataset.name
         known = [record for _, record in sorted(self.known.items())]
+        check_complete(known, dict(self.scorer.tasks), self.run)
         return Results(
             self.run,
             self.config.split,
             name,
             dict(self.scorer.tasks),
             known,
-            oracle.read(self.run, self.config.split, name),
+            oracle.read(self.run, self.config.split, name, dict(self.scorer.tasks)),
         )
 
     def _evaluated(self, step: int) -> str | None:

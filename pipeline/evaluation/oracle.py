@@ -1,19 +1,26 @@
 """The oracle: metrics of the true probabilities of a generated log, which no model beats but by chance."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from features.errors import UserError
+from features.parquet_limits import check_file
+from features.plain_json import parse_json, validated
+from features.regular_files import read_regular
 from features.schema.schema import Split
 from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.report.results import is_complete
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
 from pipeline.storage.files import write_json
+
+MAX_BYTES = 1 << 20  # of the oracle's metrics
 
 
 class Truth(BaseModel):
@@ -40,18 +47,39 @@ def write(scorer: Scorer, truth: Truth) -> None:
     write_json(path(scorer.run, scorer.split), content)
 
 
-def read(run: Run, split: Split, dataset: str) -> dict[str, dict[str, Any]] | None:
-    """Task → metric → value, None where no truth is known of this dataset (its name, see Dataset.name)."""
+def read(run: Run, split: Split, dataset: str, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
+    """Task → metric → value, None where no truth is known of this dataset (its name, see Dataset.name).
+
+    Args:
+        kinds: of the tasks.
+    Raises:
+        UserError: the file is damaged, or of other tasks.
+    """
     file = path(run, split)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    return known["metrics"] if known.get("dataset") == dataset else None
+    try:
+        content = parse_json(read_regular(file.parent, file.name, MAX_BYTES), file, strict=False)
+    except FileNotFoundError:
+        return None
+    known = validated(_Kept, content, file)
+    if known.dataset != dataset:
+        return None
+    if not is_complete(known.metrics, kinds):
+        raise UserError(f"{file}: lacks a metric of {', '.join(kinds)}. Remove it: jobs.evaluate writes it anew.")
+    return known.metrics
+
+
+class _Kept(BaseModel):
+    dataset: str
+    metrics: dict[str, dict[str, int | float | None]]
 
 
 def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | None]]:
     """Metrics of the true probabilities on a scorer's rows. Raises UserError for a file that cannot be read."""
+    names = [*dict.fromkeys([truth.key, *truth.columns.values()])]
     try:
-        known = pl.read_parquet(truth.file, columns=list({truth.key, *truth.columns.values()}))
-    except (OSError, pl.exceptions.PolarsError) as error:
+        check_file(truth.file, names)
+        known = pl.read_parquet(truth.file, columns=names)
+    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
     found = Metrics(scorer.tasks)
     for batch in scorer.loader.batches(scorer.loader.start()):

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from features.batch import Batch
+from features.errors import UserError
+from features.parquet_limits import check_file
+from features.printable import printable
+from features.regular_files import status_of
 from features.schema.schema import Schema, Split
 from pipeline.run.run import Run
+from pipeline.storage.files import make_folder
 from pipeline.storage.local import replacing
 
 
@@ -32,14 +38,29 @@ def frame(batch: Batch, logit_BT: Tensor, schema: Schema) -> pl.DataFrame:
 
 def write(frames: list[pl.DataFrame], file: Path, provenance: dict[str, str] | None = None) -> None:
     """Writes the rows atomically; `provenance` is kept in the file's metadata, see `is_from`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with replacing(file) as temporary:
         pl.concat(frames).sort("row_id").write_parquet(temporary, metadata=provenance)
 
 
 def is_from(file: Path, provenance: dict[str, str]) -> bool:
-    """Whether a file exists and was written with this provenance."""
-    return file.exists() and provenance.items() <= pl.read_parquet_metadata(file).items()
+    """Whether a file exists and was written with this provenance. Raises UserError for a link."""
+    try:
+        found = pl.read_parquet_metadata(file) if status_of(file.parent, file.name) else {}
+    except (OSError, pl.exceptions.PolarsError):
+        return False  # damaged: it is written again
+    return bool(found) and provenance.items() <= found.items()
+
+
+def read(file: Path) -> pl.DataFrame:
+    """Rows that `write` wrote. Raises UserError for a link, or a file that cannot be read or unpacks to too much."""
+    try:
+        if status_of(file.parent, file.name) is not None:
+            check_file(file)
+        return pl.read_parquet(file)
+    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise UserError(f"{file}: cannot be read ({reason}). Remove it: jobs.evaluate writes it again.") from None
 
 
 def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
@@ -17,6 +16,8 @@ from features.batch import Rows
 from features.errors import UserError
 from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.manifest import AGAIN
+from pipeline.dataset.shards import open_shard
 from pipeline.evaluation import predictions
 from pipeline.evaluation.metrics.accumulator import Metrics
 
@@ -64,7 +65,10 @@ def boosted_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dic
 
 
 def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:
-    table = pa.concat_tables(pq.read_table(dataset.path / shard.path) for shard in dataset.shards(split))
+    try:
+        table = pa.concat_tables(open_shard(dataset, shard).read() for shard in dataset.shards(split))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{dataset.path}: a shard of {split} cannot be read ({str(error)[:200]}). {AGAIN}") from None
     rows = Rows.decode(table, dataset.schema)
     x_ND = torch.cat([rows.dense_ND, rows.id_FN.t().float(), rows.length_GN.t().float()], 1)
     frame: pl.DataFrame = pl.from_arrow(table.drop_columns(list(dataset.schema.columns)))  # type: ignore[assignment]

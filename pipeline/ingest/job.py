@@ -12,10 +12,12 @@ from typing import Any
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
+from features.fit.fitted_files import encoder_files
 from features.schema.schema import RowIndexSplit, Schema
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
-from pipeline.dataset.dataset import Dataset, commit
+from pipeline.dataset.dataset import Dataset, commit, regular
+from pipeline.dataset.days import folder_of_day
 from pipeline.dataset.manifest import DeadLetterFile, Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
@@ -28,6 +30,7 @@ from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps import dead_letters
+from pipeline.storage.files import open_regular
 
 UNPACKED = 5  # estimated size of a compressed file's content over its own
 
@@ -38,7 +41,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     Raises:
         UserError: bad input or settings; nothing half-written is left, and an earlier dataset at `out` stays.
     """
-    out = config.folder.resolve()
+    out = config.out.resolve()
+    out = folder_of_day(out, config.date.isoformat()) if config.date else out
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists. Choose another out=, or set overwrite=true to replace it.")
     if out.exists() and not (out / "manifest.json").is_file():
@@ -61,7 +65,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         )  # fmt: skip
         try:
             if reference:
-                shutil.copytree(reference / "encoders", staging / "encoders")
+                _copy_encoders(reference, staging, schema)
             run_steps(config, job, limits, work)
             return _commit(job, limits, out)
         except OSError as error:
@@ -161,12 +165,24 @@ def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
     if reference is None and config.date and config.out.is_dir():
         days = sorted(path.parent for path in config.out.glob("????-??-??/manifest.json"))
         reference = next((day for day in days if day.name != config.date.isoformat()), None)
+        reference = reference and folder_of_day(config.out, reference.name)
     if reference is not None:
         reference = reference.resolve()
-        Dataset(reference)
+        known = Dataset(reference)
         Encoders.load(reference / "encoders", schema)
-        read_card(reference)
+        read_card(reference, known.schema)
     return reference
+
+
+def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
+    """Copies the files of the encoders, and nothing that only looks like one. Raises UserError, OSError."""
+    (staging / "encoders" / "vocabularies").mkdir(parents=True)
+    for name in encoder_files(schema):
+        with (
+            open_regular(regular(reference, f"encoders/{name}")) as source,
+            (staging / "encoders" / name).open("xb") as copy,
+        ):
+            shutil.copyfileobj(source, copy)
 
 
 def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:

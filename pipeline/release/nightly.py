@@ -3,11 +3,12 @@
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
+from features.regular_files import RelativePath
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.evaluation.metrics.accumulator import Metrics
@@ -17,7 +18,7 @@ from pipeline.ingest.job import preprocess
 from pipeline.run import checkpoint
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
-from pipeline.storage.files import write_json
+from pipeline.storage.files import make_folder, refuse_link, write_json
 
 
 class NightlyConfig(BaseModel):
@@ -29,7 +30,7 @@ class NightlyConfig(BaseModel):
     serving_step: int | None = None
     input: str
     out: Path
-    date: str = Field(min_length=1, pattern=r"^[^/]+$")
+    date: Annotated[RelativePath, Field(pattern=r"^[^/]+$")]
     max_increase: float = Field(0.002, ge=0)
     batch_size: int = Field(8192, ge=1)
     max_bad_fraction: float = 0.001
@@ -79,7 +80,7 @@ def nightly(config: NightlyConfig) -> Verdict:
     Raises:
         UserError: bad input; there is then no verdict.json.
     """
-    config.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(config.folder)
     (config.folder / "verdict.json").unlink(missing_ok=True)
     days: dict[str, Dataset] = {}
     candidate = _evaluate(config, days, Run(config.run), None)
@@ -143,7 +144,7 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
 def _encode(config: NightlyConfig, trained_on: Path, schema: Schema, out: Path) -> Dataset:
     settings = PreprocessConfig(
         input=config.input,
-        out=out,
+        out=refuse_link(out),
         encoders=EncodersFrom.model_validate({"from": trained_on}),
         max_bad_fraction=config.max_bad_fraction,
         overwrite=True,

@@ -1,13 +1,17 @@
 """The records of eval.jsonl: a line for each evaluation of a checkpoint."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, field_validator
 
 from features.errors import UserError
+from features.regular_files import status_of
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
+
+Weights = Annotated[list[float], Field(max_length=4096)]  # of a unit's experts
+Levels = Annotated[list[Annotated[list[Weights], Field(max_length=1024)]], Field(max_length=64)]
 
 
 class Record(BaseModel):
@@ -17,13 +21,23 @@ class Record(BaseModel):
         checkpoint: its manifest's checksum; lines of early versions have none, and are evaluated again.
         dataset: see Dataset.name, with its whole path.
         metrics: task → metric → value, None where it is undefined.
+        rows: seen in training. gates: mean weights by level, unit and expert; None of a model without gates.
     """
 
-    step: int
+    step: Annotated[int, Field(ge=0)]
     checkpoint: str | None = None
     split: str
     dataset: str
     metrics: dict[str, dict[str, float | None]]
+    rows: Annotated[int, Field(ge=0)] | None = None
+    gates: Levels | None = None
+
+    @field_validator("gates")
+    @classmethod
+    def _as_many_weights_in_each_unit(cls, gates: Levels | None) -> Levels | None:
+        if any(len({len(unit) for unit in level}) != 1 for level in gates or []):
+            raise ValueError("units of a level have unlike numbers of experts, or there are none")
+        return gates
 
 
 def latest(run: Run, split: str, dataset: str) -> dict[int, dict[str, Any]]:
@@ -37,12 +51,13 @@ def latest(run: Run, split: str, dataset: str) -> dict[int, dict[str, Any]]:
         UserError: a line is damaged.
     """
     found = {}
+    status_of(run.eval_metrics.parent, run.eval_metrics.name)  # for its own error
     try:
         for line in read_lines(run.eval_metrics):
             record = Record.model_validate(line, strict=True)
             if (record.split, record.dataset) == (split, dataset):
                 found[record.step] = line
-    except ValueError:  # not JSON, or not a Record
+    except (ValueError, UserError):  # not JSON, or not a Record
         raise UserError(
             f"{run.eval_metrics}: a line is not a record of an evaluation. Remove it: its checkpoint is evaluated again."
         ) from None

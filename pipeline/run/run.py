@@ -2,33 +2,53 @@
 
 import hashlib
 import json
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, FiniteFloat
 
 from features.errors import UserError
+from features.plain_json import read_json, validated
+from features.regular_files import status_of
 from features.schema.schema import Schema
 from pipeline.storage.base import Lock
-from pipeline.storage.files import json_text, read_lines, storage_of, write_json, write_text
+from pipeline.storage.files import (
+    json_text,
+    make_folder,
+    read_lines,
+    storage_of,
+    user_error_for_links,
+    write_json,
+    write_text,
+)
+
+FOLDERS = ("checkpoints", "metrics", "predictions", "tensorboard")
+FILES = ("config.yaml", "schema.yaml", "status.json", "report.html", "ne.png", "gates.png")
+MAX_STATUS_BYTES = 1 << 16
 
 
 class Status(BaseModel):
     """The trainer's heartbeat: state (training, finished, failed, preempted), step, steps in all, time (s since 1970)."""
 
-    state: str
+    state: Literal["training", "finished", "failed", "preempted"]
     step: int
     steps: int
-    time: float
+    time: FiniteFloat
 
 
 class Run:
-    """The files of a run below its folder."""
+    """The files of a run below its folder.
+
+    Raises:
+        UserError: one of its files or folders is a link, or not what it should be. The folder of the run may be a link.
+    """
 
     def __init__(self, path: Path) -> None:
+        _check_kinds(path)
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.train_metrics = path / "metrics" / "train.jsonl"
@@ -40,7 +60,7 @@ class Run:
     def create(self, config: dict[str, Any], schema: Schema) -> None:
         """Makes the folders and writes config.yaml and schema.yaml, each atomically."""
         for folder in (self.checkpoints, self.train_metrics.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         contents = {"config.yaml": config, "schema.yaml": schema.model_dump(mode="json", exclude_unset=True)}
         for name, content in contents.items():
             write_text(self.path / name, yaml.safe_dump(content, sort_keys=False))
@@ -61,9 +81,10 @@ class Run:
     def lock(self, name: str, why: str) -> Lock:
         """A lock until it is released or its process ends. Raises UserError, with `why`, where another process has it."""
         file = self.eval_metrics.with_name(f".{name}.lock")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         try:
-            return storage_of(file).lock(file, create=True)
+            with user_error_for_links(file):
+                return storage_of(file).lock(file, create=True)
         except BlockingIOError:
             raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
 
@@ -74,11 +95,12 @@ class Run:
             write_json(self.path / "status.json", status.model_dump())
 
     def status(self) -> Status | None:
-        """The last heartbeat, None before the first."""
+        """The last heartbeat, None before the first. Raises UserError for a damaged one."""
         try:
-            return Status.model_validate_json((self.path / "status.json").read_text())
+            found = read_json(self.path, "status.json", MAX_STATUS_BYTES)
         except FileNotFoundError:
             return None
+        return validated(Status, found, self.path / "status.json")
 
 
 def config_hash(config: Any) -> str:
@@ -87,7 +109,31 @@ def config_hash(config: Any) -> str:
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drops the lines past a step: a run that resumes from a checkpoint writes them again."""
-    kept = [line for line in read_lines(path) if line["step"] <= last_step]
+    """Drops the lines past a step: a run that resumes from a checkpoint writes them again.
+
+    Raises:
+        UserError: a line has no step.
+    """
+    kept = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not isinstance(step := line.get("step"), int):
+            raise UserError(f"{path}, line {number}: has no step. Remove it.")
+        if step <= last_step:
+            kept.append(line)
     if path.exists():
         write_text(path, "".join(json_text(line) + "\n" for line in kept))
+
+
+def _check_kinds(path: Path) -> None:
+    """Raises UserError where something of a run, as far as it is there, is a link or of another kind than it should be."""
+    for name in FOLDERS:
+        if (folder := path / name).is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UserError(f"{folder} is a link or no folder. Replace it by the folder of the run.")
+    for name in FILES:
+        status_of(path, name)
+    for name in ("metrics", "predictions", "tensorboard"):
+        for file in sorted((path / name).iterdir()) if (path / name).is_dir() else ():
+            with suppress(FileNotFoundError):  # written and renamed meanwhile
+                mode = file.lstat().st_mode
+                if not stat.S_ISREG(mode) and not (name == "tensorboard" and stat.S_ISDIR(mode)):
+                    raise UserError(f"{file} is a link or no regular file. Remove it.")

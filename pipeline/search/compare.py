@@ -1,6 +1,5 @@
 """Trains and evaluates the runs of a comparison: each model on each seed, and boosted trees. Complete runs are not repeated."""
 
-import json
 import logging
 import statistics
 import subprocess
@@ -17,17 +16,22 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
+from features.plain_json import read_json, validated
+from features.regular_files import status_of
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import predictions
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.model_cost import model_cost
+from pipeline.evaluation.report.results import check_complete, is_complete
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.trees import boosted_trees
 from pipeline.run import checkpoint, records
 from pipeline.run.headline import RANKING
 from pipeline.run.run import Run
 from pipeline.search.comparison import SHARES, Entry
-from pipeline.storage.files import read_lines, write_json
+from pipeline.storage.files import appending, make_folder, read_lines, refuse_link, write_json
+
+MAX_JSON_BYTES = 1 << 20  # of made.json and trees.json
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +69,7 @@ class Jobs:
     def run(self, module: str, *arguments: str, log: Path | None = None) -> None:
         """Runs one to its end, its output to `log` (None: stderr). Raises UserError where it fails."""
         command = [sys.executable, "-m", module, *self.config_dirs, *arguments]
-        with log.open("ab") if log else nullcontext(sys.stderr) as output:
+        with appending(log) if log else nullcontext(sys.stderr) as output:
             code = subprocess.call(command, stdout=output, stderr=output)
         if code:
             where = f": see {log}" if log else ""
@@ -81,7 +85,7 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
     """
     if config.baseline not in config.models:
         raise UserError(f"baseline={config.baseline} is not one of models: {', '.join(config.models)}")
-    data = config.folder / "data"
+    data = refuse_link(config.folder / "data")
     if not (data / "manifest.json").exists():
         jobs.run("jobs.preprocess", *jobs.data, f"out={data}")
     dataset = Dataset(data)
@@ -136,7 +140,7 @@ class Runs:
         step = stop_early(regular, self.kinds, self.config.patience)
         early = [min(steps, key=lambda s: abs(s - share * total)) for share in (*SHARES, 1)]
         metrics = self._test(run, name_of_rows, sorted({step, *early}))
-        rates = [r["rows_per_s"] for r in read_lines(run.train_metrics)][1:]
+        rates = [rate for r in read_lines(run.train_metrics) if isinstance(rate := r.get("rows_per_s"), float)][1:]
         record = {
             "step": step,
             "epoch": round(step * train["epochs"] / total, 1),
@@ -149,10 +153,10 @@ class Runs:
     def _train(self, path: Path, seed: int, own: list[str]) -> None:
         """Trains a run, or resumes it. Raises UserError for one that was made with other settings."""
         config = self.config
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         recipe = [f"recipe={config.recipe_name}"] if config.recipe_name else []
         settings, earlier = [*recipe, *config.overrides, *own], path / "made.json"
-        if earlier.exists() and json.loads(earlier.read_text()) != settings:
+        if status_of(path, earlier.name) and read_json(path, earlier.name, MAX_JSON_BYTES) != settings:
             raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")
         write_json(earlier, settings)
         if (status := Run(path).status()) and status.state == "finished":
@@ -174,7 +178,9 @@ class Runs:
         """The records of all checkpoints on the validation split, in order of step."""
         if set(checkpoint.steps(run.checkpoints)) - records.current(run, "valid", rows).keys():
             self.jobs.run("jobs.evaluate", f"run={run.path}", "split=valid", "threads=1", log=run.path / "log.txt")
-        return list(records.latest(run, "valid", rows).values())
+        found = list(records.latest(run, "valid", rows).values())
+        check_complete(found, self.kinds, run)
+        return found
 
     def _test(self, run: Run, rows: str, steps: list[int]) -> dict[int, Any]:
         """Metrics on the test split by step; predictions of these steps are written."""
@@ -182,7 +188,9 @@ class Runs:
         if stale or not all(predictions.path(run, "test", step).exists() for step in steps):
             arguments = (f"run={run.path}", "split=test", f"step={steps}", "predictions=true", "threads=1")
             self.jobs.run("jobs.evaluate", *arguments, log=run.path / "log.txt")
-        return {step: record["metrics"] for step, record in records.latest(run, "test", rows).items()}
+        found = records.latest(run, "test", rows)
+        check_complete(found.values(), self.kinds, run)
+        return {step: record["metrics"] for step, record in found.items()}
 
 
 def stop_early(evaluated: Sequence[Mapping[str, Any]], kinds: Mapping[str, str], patience: int) -> int:
@@ -203,8 +211,20 @@ def stop_early(evaluated: Sequence[Mapping[str, Any]], kinds: Mapping[str, str],
 
 def _trees(config: CompareConfig, dataset: Dataset) -> Entry:
     """The trees' entry, fitted once and kept."""
-    kept, rows = config.folder / "trees" / "trees.json", config.folder / "trees" / "test.parquet"
-    if not kept.exists():
+    folder = config.folder / "trees"
+    kept, rows = folder / "trees.json", folder / "test.parquet"
+    if not status_of(config.folder, "trees/trees.json"):
         logger.info("boosted trees, one model a task")
         write_json(kept, boosted_trees(dataset, config.trees_max_rows, 0, rows))
-    return Entry("boosted trees", [json.loads(kept.read_text())], [rows])
+    found = validated(TreesRecord, read_json(folder, kept.name, MAX_JSON_BYTES), kept)
+    if not is_complete(found.metrics, {name: task.kind for name, task in dataset.schema.tasks.items()}):
+        raise UserError(f"{kept}: lacks a metric of a task. Remove it: jobs.compare writes it anew.")
+    return Entry("boosted trees", [found.model_dump()], [rows])
+
+
+class TreesRecord(BaseModel):
+    """What trees.json holds: metrics by task, rows/s, and trees by task."""
+
+    metrics: dict[str, dict[str, int | float | None]]
+    rows_per_s: float
+    trees: dict[str, int]

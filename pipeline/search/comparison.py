@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
+from pipeline.evaluation import predictions
 from pipeline.evaluation.predictions import row_losses
 
 SHARES = (1 / 7, 3 / 7)  # of the training rows, after which runs are compared too (AdaTT, tables 1 and 2)
@@ -42,7 +42,7 @@ def differences(entry: Entry, baseline: Entry, tasks: Mapping[str, str]) -> dict
     Args:
         tasks: name to kind.
     """
-    frames = [[pl.read_parquet(path) for path in e.rows] for e in (entry, baseline)]
+    frames = [[predictions.read(path) for path in e.rows] for e in (entry, baseline)]
     found = {}
     for task, kind in tasks.items():
         loss_SN, base_SN = (np.stack([row_losses(frame, task, kind)[0] for frame in group]) for group in frames)

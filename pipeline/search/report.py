@@ -15,6 +15,7 @@ from pipeline.evaluation.report.plots import literal
 from pipeline.run.headline import HEADLINE, RANKING
 from pipeline.search.comparison import PAIRED, SHARES, Entry, differences
 from pipeline.storage.files import write_json, write_text
+from pipeline.storage.local import replacing
 from pipeline.terminal import short_decimal
 
 
@@ -22,7 +23,8 @@ def write(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], f
     """Writes compare.json (the runs' records), compare.parquet, compare.png and compare.md."""
     write_json(folder / "compare.json", {entry.name: entry.runs for entry in entries})
     parquet(entries, baseline, tasks, folder / "compare.parquet")
-    picture(entries, baseline, tasks).savefig(folder / "compare.png", dpi=120)
+    with replacing(folder / "compare.png") as temporary:
+        picture(entries, baseline, tasks).savefig(temporary, format="png", dpi=120)
     write_text(folder / "compare.md", tables(entries, baseline, tasks, "github") + "\n")
 
 
@@ -78,7 +80,8 @@ def parquet(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str],
                     known = {"difference_percent": gap[task][0], "half_interval_percent": gap[task][1], **entry.cost}
                     lines.append({"model": entry.name, "seed": seed, "at": share, "task": task, **metrics[task],
                                   **known, "rows_per_s": run["rows_per_s"]})  # fmt: skip
-    pl.DataFrame(lines, infer_schema_length=None).write_parquet(path)
+    with replacing(path) as temporary:
+        pl.DataFrame(lines, infer_schema_length=None).write_parquet(temporary)
 
 
 def picture(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str]) -> Figure:

@@ -24,6 +24,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
+from features.errors import UserError
+from features.parquet_limits import check_file
+from features.regular_files import status_of
+
 CATEGORIES, SEGMENTS, RANK, COUNTRIES, QUERIES = 60, 12, 2, 50, 1_000_000
 DEVICES, DEVICE_SHARES = ("phone", "desktop", "tablet", "tv"), (0.5, 0.3, 0.13, 0.07)
 MAX_RECENT, MAX_ROWS_PER_DAY, DAY = 10, 10_000_000, 86_400
@@ -240,8 +244,8 @@ def generate(config: LogConfig, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         dates = [config.start + datetime.timedelta(days=day) for day in range(config.days)]
         truth = pa.concat_tables([_write_day(config, world, date, Path(temporary)) for date in dates])
-        if (out / "truth.parquet").exists():
-            kept = pq.read_table(out / "truth.parquet")
+        if status_of(out, "truth.parquet"):
+            kept = _read_truth(out / "truth.parquet")
             day = pc.divide(kept["impression_id"], MAX_ROWS_PER_DAY)
             kept = kept.filter(pc.invert(pc.is_in(day, pa.array([date.toordinal() for date in dates]))))
             truth = pa.concat_tables([kept, truth], promote_options="default").sort_by("impression_id")
@@ -249,6 +253,20 @@ def generate(config: LogConfig, out: Path) -> None:
         # By name, so that outcomes appear before the impressions that they belong to.
         for path in sorted(Path(temporary).iterdir()):
             path.replace(out / path.name)
+
+
+def _read_truth(path: Path) -> pa.Table:
+    """The truth of the days that are there. Raises UserError for a file that cannot be read or unpacks to too much."""
+    try:
+        check_file(path)
+        kept = pq.read_table(path)
+        if kept["impression_id"].type != pa.int64() or not all(
+            pa.types.is_primitive(kind) for kind in kept.schema.types
+        ):
+            raise ValueError("its columns are not numbers")
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error)[:200]}). Remove it, or choose another out=.") from None
+    return kept
 
 
 def _write_day(config: LogConfig, world: World, date: datetime.date, folder: Path) -> pa.Table:

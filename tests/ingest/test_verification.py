@@ -125,7 +125,7 @@ def test_a_row_id_that_is_there_twice_is_found_with_its_files_however_many_fit_i
     folder, monkeypatch, at_once, twice
 ):
     monkeypatch.setattr(verification, "IDS_AT_ONCE", at_once)
-    assert len(list(verify(Dataset(folder)))) == 6
+    assert len(list(verify(Dataset(folder)))) == 7
     first = pq.read_table(folder / "train/part-00000-of-00002.parquet")["row_id"][0].as_py()
     replaced(
         folder,
@@ -153,7 +153,7 @@ def test_a_split_without_rows_and_a_dataset_without_letters_can_be_verified(tmp_
         (tmp_path / "data" / letters.path).unlink()
     kept = [s for s in manifest.shards if s.split != "test"]
     write_manifest(tmp_path / "data", kept, [], dead_letters={})
-    assert len(list(verify(Dataset(tmp_path / "data")))) == 6
+    assert len(list(verify(Dataset(tmp_path / "data")))) == 7
     assert SCHEMA.fingerprint == manifest.fingerprint
 
 
@@ -189,6 +189,6 @@ def test_a_row_id_of_a_column_that_two_days_have_is_found_with_both(days):
     for day in days.iterdir():
         (day / "schema.yaml").write_text(json.dumps(schema.model_dump(mode="json", exclude_unset=True)))
         change(day, lambda m: m.update(fingerprint=schema.fingerprint))
-        assert len(list(verify(Dataset(day)))) == 6
+        assert len(list(verify(Dataset(day)))) == 7
     with pytest.raises(UserError, match=r"2026-11-03/train/.*: row_id 100 is also in 2026-11-02/train/"):
         list(verify(open_dataset(days, "2026-11-02..2026-11-03")))

@@ -120,7 +120,7 @@ def test_a_forged_card_is_one_line(dataset: Path, tmp_path: Path, forge: Any):
     card = json.loads((dataset / "statistics.json").read_text())
     forge(card)
     (tmp_path / "statistics.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match=r"statistics.json is missing or was not written by jobs.preprocess"):
+    with pytest.raises(UserError, match=r"statistics.json: .*\. Run jobs.preprocess again"):
         read_card(tmp_path)
 
 

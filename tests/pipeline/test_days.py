@@ -280,7 +280,7 @@ def test_the_truth_is_looked_up_for_the_rows_of_every_day(learnt, tmp_path):
     evaluated(run, truth=Truth(file=tmp_path / "truth.parquet", key="row_id", columns={"click": "p"}))
     rate = known["label.click"].to_numpy().mean()
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-    best = oracle.read(Run(run), "test", str(learnt / BOTH))
+    best = oracle.read(Run(run), "test", str(learnt / BOTH), {"click": "binary"})
     assert best is not None
     assert best["click"]["ne"] == pytest.approx(-np.log(0.8) / entropy, rel=1e-6)
 

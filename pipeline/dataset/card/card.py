@@ -1,6 +1,5 @@
 """A dataset's card: statistics of its train split, and drift from an earlier dataset."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
+from features.plain_json import read_json, validated
 from features.schema.schema import Schema
 from pipeline.dataset.card.content import CardContent
 from pipeline.dataset.card.drift import drift
@@ -59,21 +59,30 @@ def _others(schema: Schema, statistics: Statistics) -> dict[str, Any]:
     return {"others": missing} if missing else {}
 
 
-def read_card(dataset: Path) -> dict[str, Any]:
+def read_card(dataset: Path, schema: Schema | None = None) -> dict[str, Any]:
     """The card in a dataset's folder.
 
+    Args:
+        schema: of the dataset, to compare features and tasks with.
     Raises:
-        UserError: it is missing or of another version.
+        UserError: it is missing, damaged, of another version or of another schema.
     """
     file = dataset / "statistics.json"
+    again = "Run jobs.preprocess again."
     try:
-        text = file.read_bytes()
-        version = json.loads(text)["version"]
-        content = CardContent.model_validate_json(text) if version == VERSION else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"{file} is missing or was not written by jobs.preprocess. Run jobs.preprocess again."
-        ) from None
-    if content is None:
-        raise UserError(f"{file}: of version {version}, this release reads {VERSION}. Run jobs.preprocess again.")
-    return content.model_dump(exclude_unset=True)
+        found = read_json(dataset, file.name)
+        version = found.get("version") if isinstance(found, dict) else None
+        if version != VERSION and isinstance(version, int):
+            raise UserError(f"{file}: of version {version}, this release reads {VERSION}")
+        content = validated(CardContent, found, file)
+    except OSError:
+        raise UserError(f"{file} is missing or cannot be read. {again}") from None
+    except UserError as error:
+        raise UserError(f"{error}. {again}") from None
+    if schema is None:
+        return found
+    features = content.numbers.keys() | content.ids.keys() | content.others.keys()
+    kinds = {name: task.kind for name, task in schema.tasks.items()}
+    if features != schema.features.keys() or kinds != {name: task.kind for name, task in content.tasks.items()}:
+        raise UserError(f"{file}: its features or tasks are not those of the schema. {again}")
+    return found

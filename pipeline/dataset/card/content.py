@@ -1,98 +1,128 @@
-"""The content of statistics.json, checked where it is read: a card may come from elsewhere."""
+"""What statistics.json may hold: checked where it is read, since it may have been handed over."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
+
+MOST = 4096  # entries of a list of edges, shares, values or groups
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Number = FiniteFloat | None
+Numbers = Annotated[list[FiniteFloat], Field(max_length=MOST)]
+Shares = Annotated[list[Annotated[FiniteFloat, Field(ge=0, le=1 + 1e-6)]], Field(max_length=MOST)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True)
+class Histogram(BaseModel):
+    """Edges of bins and counts in them."""
 
-
-class _Missing(_Part):
-    missing: float | None
-
-
-class _Histogram(_Part):
-    edges: list[float]
-    counts: list[int]
+    edges: Numbers
+    counts: Annotated[list[Count], Field(max_length=MOST)]
 
     @model_validator(mode="after")
-    def _fits(self) -> "_Histogram":
-        if len(self.edges) != len(self.counts) + bool(self.counts):
-            raise ValueError("a histogram has an edge more than counts")
+    def _edges_on_either_side_of_each_count(self) -> "Histogram":
+        if len(self.edges) != (len(self.counts) + 1 if self.counts else 0):
+            raise ValueError("a histogram needs one edge more than counts, or none of both")
         return self
 
 
-class _Cells(_Part):
-    edges: list[float]
-    shares: list[float]
+class Cells(BaseModel):
+    """Edges between cells and shares in them."""
+
+    edges: Numbers
+    shares: Shares
 
     @model_validator(mode="after")
-    def _fits(self) -> "_Cells":
-        if len(self.shares) != len(self.edges) + 1:
-            raise ValueError("there is a share more than edges")
+    def _edges_between_shares(self) -> "Cells":
+        if self.shares and len(self.shares) != len(self.edges) + 1:
+            raise ValueError("cells need one share more than edges")
         return self
 
 
-class _Number(_Missing):
-    mean: float | None
-    std: float | None
-    min: float | None
-    max: float | None
-    quantiles: dict[str, float]
-    histogram: _Histogram
-    cells: _Cells
+class NumberEntry(BaseModel):
+    """Statistics of a number."""
+
+    missing: Share | None
+    mean: Number
+    std: Number
+    min: Number
+    max: Number
+    quantiles: dict[str, FiniteFloat]
+    histogram: Histogram
+    cells: Cells
 
 
-class _Hashed(_Missing):
-    length: float | None = None
-    groups: list[float]
+class IdEntry(BaseModel):
+    """Statistics of an id feature: of one with a vocabulary `vocabulary` to `other_unknown`, of a hashed one `groups`."""
+
+    missing: Share | None
+    length: Number = None
+    groups: Shares | None = None
+    vocabulary: Count | None = None
+    seen: Count | None = None
+    distinct: Count | None = None
+    unknown: Share | None = None
+    top: (
+        Annotated[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]], Field(max_length=MOST)] | None
+    ) = None
+    other_known: Share | None = None
+    other_unknown: Share | None = None
+
+    @model_validator(mode="after")
+    def _of_a_vocabulary_or_hashed(self) -> "IdEntry":
+        known = (self.vocabulary, self.seen, self.distinct, self.top, self.other_known, self.other_unknown)
+        if any((part is None) != (self.groups is not None) for part in known):
+            raise ValueError("needs groups, or else vocabulary, seen, distinct, top, other_known and other_unknown")
+        if any(
+            not isinstance(value, str) or isinstance(share, str) or not 0 <= share <= 1
+            for value, share in self.top or []
+        ):
+            raise ValueError("top lists values with their shares")
+        return self
 
 
-class _Counted(_Missing):
-    length: float | None = None
-    vocabulary: int
-    seen: int
-    distinct: int
-    unknown: float | None
-    top: list[tuple[str, float]]
-    other_known: float
-    other_unknown: float
+class OtherEntry(BaseModel):
+    """Statistics of any other feature."""
+
+    missing: Share | None
 
 
-class _Task(_Part):
-    kind: str
-    observed: float | None
-    mean: float | None
-    std: float | None
+class TaskEntry(BaseModel):
+    """Statistics of a task's labels."""
+
+    kind: Literal["binary", "regression"]
+    observed: Share | None
+    mean: Number
+    std: Number
 
 
-class _Drift(_Part):
+class DriftEntry(BaseModel):
+    """How far a feature drifted."""
+
     feature: str
-    psi: float
-    chance: float
+    psi: FiniteFloat
+    chance: FiniteFloat
     verdict: Literal["stable", "moves", "shifted"]
-    missing: float
-    missing_before: float
-    unknown: float | None
-    unknown_before: float | None
+    missing: Share | None
+    missing_before: Share | None
+    unknown: Share | None
+    unknown_before: Share | None
 
 
-class CardContent(_Part):
-    """What `card` returns, as a model; unknown keys are left out."""
+class CardContent(BaseModel):
+    """A card (see pipeline.dataset.card.card.card)."""
 
     version: int
-    rows: int
-    numbers: dict[str, _Number]
-    ids: dict[str, _Counted | _Hashed]
-    others: dict[str, _Missing] = {}
-    tasks: dict[str, _Task]
-    correlations: list[list[float | None]]
-    drift: list[_Drift] = []
+    rows: Count
+    numbers: dict[str, NumberEntry]
+    ids: dict[str, IdEntry]
+    others: dict[str, OtherEntry] = {}
+    tasks: dict[str, TaskEntry]
+    correlations: list[list[Number]]
+    drift: list[DriftEntry] = []
 
     @model_validator(mode="after")
-    def _fits(self) -> "CardContent":
-        if {len(self.tasks)} != {len(self.correlations), *map(len, self.correlations)}:
-            raise ValueError("correlations are of other tasks")
+    def _a_correlation_for_each_two_tasks(self) -> "CardContent":
+        if len(self.tasks) > 1 and [len(row) for row in self.correlations] != [len(self.tasks)] * len(self.tasks):
+            raise ValueError("correlations are not those of each two tasks")
         return self

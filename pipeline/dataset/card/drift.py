@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.schema.schema import Schema
@@ -42,8 +43,10 @@ def drift(
     for part in ("numbers", "ids"):
         for name, now in found[part].items():
             before = reference[part].get(name)
-            if before is None or before["missing"] is None or now["missing"] is None:
+            if before is None or before["missing"] is None or now["missing"] is None or not reference["rows"]:
                 continue
+            if len(now.get("groups", ())) != len(before.get("groups", ())):
+                raise UserError(f"statistics.json of the dataset of the encoders: {name} has another number of groups")
             if part == "numbers":
                 edges, shares_before = (np.array(before["cells"][key]) for key in ("edges", "shares"))
                 shares = cells(statistics.digests[name], edges)

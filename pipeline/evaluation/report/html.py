@@ -11,7 +11,7 @@ from features.printable import printable
 from pipeline.evaluation.report.plots import expert_heat_map, learning_curves
 from pipeline.evaluation.report.results import Results
 from pipeline.evaluation.report.tables import table
-from pipeline.storage.files import write_text
+from pipeline.storage.files import storage_of, write_text
 
 
 def write(results: Results) -> None:
@@ -50,5 +50,5 @@ def _save(figure: Figure, path: Path) -> str:
     """Saves a picture as PNG and returns it in base64."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    path.write_bytes(image.getvalue())
+    storage_of(path).write(path, image.getvalue())
     return base64.b64encode(image.getvalue()).decode()

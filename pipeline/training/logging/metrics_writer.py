@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from features.errors import UserError
 from pipeline.run.run import Run
-from pipeline.storage.files import append_line
+from pipeline.storage.files import append_line, make_folder
 from pipeline.terminal import SECONDS, draws_bars, short_decimal
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class MetricsWriter:
 
     def __init__(self, run: Run, tasks: list[str], step: int, steps: int) -> None:
         self.run, self.tasks, self.steps = run, tasks, steps
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self.board = SummaryWriter(str(make_folder(run.tensorboard)), purge_step=step + 1)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if draws_bars() else None
         self.logged = 0.0
         self.drawing = True

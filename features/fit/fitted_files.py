@@ -1,0 +1,146 @@
+"""The files of fitted encoders: which there are, and their content read without trust in whoever handed them over."""
+
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, FiniteFloat
+
+from features.errors import UserError
+from features.parquet_limits import FREE_BYTES, check_footer
+from features.parquet_pages import check_pages, largest_dictionary
+from features.plain_json import read_json, validated
+from features.regular_files import status_of
+from features.schema.schema import Schema
+
+VERSION = 3
+LEAST_BATCH, LARGEST_BATCH = 16, 1 << 16  # values that are decoded at once
+AGAIN = "Restore it, or run jobs.preprocess again."
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class MomentsEntry(BaseModel):
+    """A number's moments in encoders.json."""
+
+    count: Count
+    missing: Count
+    mean: FiniteFloat
+    squares: Annotated[FiniteFloat, Field(ge=0)]
+
+
+class Content(BaseModel):
+    """What encoders.json holds. num_embeddings: per table. edges: of bins, ascending."""
+
+    version: int
+    inputs: str
+    num_embeddings: dict[str, Count]
+    moments: dict[str, MomentsEntry]
+    edges: dict[str, Annotated[list[FiniteFloat], Field(min_length=2)]] = {}
+
+
+def vocabulary_file(table: str) -> str:
+    """The name of a table's vocabulary, relative to the folder of the encoders."""
+    return f"vocabularies/{table}.parquet"
+
+
+def encoder_files(schema: Schema) -> list[str]:
+    """The files of the encoders of a schema: its vocabularies in the order of their names, and encoders.json."""
+    tables = (name for name, table in schema.all_tables.items() if table.counted)
+    return [*sorted(map(vocabulary_file, tables), key=Path), "encoders.json"]
+
+
+def read_content(folder: Path, schema: Schema) -> Content:
+    """encoders.json of `folder`.
+
+    Raises:
+        UserError: it is missing, damaged, of another version, or was fitted for other features.
+    """
+    file = folder / "encoders.json"
+    try:
+        found = read_json(folder, "encoders.json")
+    except OSError as error:
+        raise UserError(f"{folder}: encoders cannot be read ({error}). Run jobs.preprocess again.") from None
+    version = found.get("version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise UserError(f"{folder}: encoders of version {version}, this release reads {VERSION}")
+    try:
+        content = validated(Content, found, file)
+    except UserError as error:
+        raise UserError(f"{folder}: encoders cannot be read ({error}). Run jobs.preprocess again.") from None
+    if content.inputs != schema.inputs_fingerprint:
+        raise UserError(
+            f"{folder}: encoders were fitted for features {content.inputs[:16]!r}, this schema has "
+            f"{schema.inputs_fingerprint}. Use the features of that dataset, or fit new encoders."
+        )
+    _check_names(content, schema, file)
+    for name, edges in content.edges.items():
+        bins = schema.features[name].code_bins if name in schema.dense_ranges else schema.all_tables[name].bins
+        if len(edges) > 2 * (bins or 0) + 4 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise UserError(f"{file}: edges of {name} do not ascend, or are more than those of {bins} bins. {AGAIN}")
+    return content
+
+
+def _check_names(content: Content, schema: Schema, file: Path) -> None:
+    """Raises UserError unless there is an entry for whatever the schema's features need, and for nothing else."""
+    binned = {name for name, table in schema.all_tables.items() if table.bins}
+    coded = {name for name, feature in schema.features.items() if feature.code_bins}
+    for what, found, needed in (
+        ("num_embeddings", content.num_embeddings.keys(), schema.all_tables.keys()),
+        ("moments", content.moments.keys(), schema.dense.keys()),
+        ("edges", content.edges.keys(), binned | coded),
+    ):
+        if different := found ^ needed:
+            name = min(different & needed or different)
+            fault = f"has none for {name}" if name in needed else "has one that the schema does not need"
+            raise UserError(f"{file}: {what} {fault}. {AGAIN}")
+
+
+def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
+    """The values of a table's vocabulary, in order, as large strings.
+
+    Args:
+        folder: of the encoders. size: how many there are.
+    Raises:
+        UserError: it is missing, no regular file, has another number of values or other columns, or would unpack to more than
+            its values can have.
+    """
+    name = vocabulary_file(table)
+    path, status = folder / name, status_of(folder, name)
+    wrong = UserError(f"{path} is missing, or does not hold the {size} values that were fitted. {AGAIN}")
+    if status is None:
+        raise wrong
+    try:
+        with pq.ParquetFile(path) as file:
+            footer, columns = file.metadata, file.schema_arrow
+            if footer.num_rows != size:
+                raise wrong
+            kinds = {column.name: column.type for column in columns}
+            if len(kinds) != len(columns) or kinds.keys() != {"value", "id"} or not (
+                (pa.types.is_string(kinds["value"]) or pa.types.is_large_string(kinds["value"]))
+                and kinds["id"] == pa.int64()
+            ):  # fmt: skip
+                raise UserError(f"{path}: its columns are not those of a vocabulary (value: text, id: int64). {AGAIN}")
+            check_footer(footer, path, status.st_size, whole=True)
+            check_pages(path, footer)
+            return _values(file, path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}). {AGAIN}") from None
+
+
+def _values(file: pq.ParquetFile, path: Path) -> pa.Array:
+    """Values that differ have no more bytes than their pages; a value that is repeated without end may have any number."""
+    footer = file.metadata
+    unpacked = sum(footer.row_group(i).column(0).total_uncompressed_size for i in range(footer.num_row_groups))
+    largest = largest_dictionary(path, footer, "value")
+    batch = min(max(FREE_BYTES // max(largest, 1), LEAST_BATCH), LARGEST_BATCH)
+    found, size = [], 0
+    for part in file.iter_batches(batch, columns=["value"], use_threads=False):
+        values = part.column(0)
+        size += pc.sum(pc.binary_length(values)).as_py() or 0
+        if values.null_count or size > unpacked:
+            raise UserError(f"{path}: a value is there more than once, or missing. {AGAIN}")
+        found.append(values.cast(pa.large_string()))
+    return pa.chunked_array(found, pa.large_string()).combine_chunks()

@@ -1,0 +1,78 @@
+"""Limits of a Parquet file that somebody handed over, checked in its footer before anything is decoded."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from features.errors import UserError
+from features.parquet_pages import check_pages, chunk_start
+
+FREE_BYTES = 1 << 30  # decoded, which a row group may always have
+MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has more
+
+
+def check_footer(
+    footer: pq.FileMetaData, where: object, file_bytes: int, columns: Iterable[str] | None = None, whole: bool = False
+) -> None:
+    """Compares a footer with itself and with the size of its file: what a small file may unpack to is limited.
+
+    A footer may lie about sizes; `features.parquet_pages` compares it with the pages.
+
+    Args:
+        where: of the file, for errors. file_bytes: its size.
+        columns: that will be read, by the names of top-level columns; all if None.
+        whole: they are read at once, so that the limit is one of all row groups together.
+    Raises:
+        UserError: numbers of rows or places that contradict each other, or more decoded bytes than
+            max(FREE_BYTES, MAX_RATIO times those in the file) in a row group (whole: in the file).
+    """
+    wanted = None if columns is None else {*columns}
+    packed = decoded = rows = 0
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        what = f"{where}: row group {number}"
+        if group.num_rows < 0:
+            raise UserError(f"{what} has {group.num_rows:,} rows: the file is damaged")
+        rows += group.num_rows
+        packed, decoded = (packed, decoded) if whole else (0, 0)
+        for index in range(group.num_columns):
+            chunk = group.column(index)
+            if wanted is not None and chunk.path_in_schema.partition(".")[0] not in wanted:
+                continue
+            start = chunk_start(chunk)
+            if min(start, chunk.total_compressed_size, chunk.total_uncompressed_size, chunk.num_values) < 0 or (
+                start + chunk.total_compressed_size > file_bytes
+            ):
+                raise UserError(f"{what}: column {chunk.path_in_schema} lies outside of the file: it is damaged")
+            packed += chunk.total_compressed_size
+            decoded += decoded_bytes(chunk)
+        if decoded > max(FREE_BYTES, MAX_RATIO * packed):
+            raise UserError(
+                f"{where if whole else what} has {packed:,} bytes that unpack to {decoded:,}, more than {MAX_RATIO} times as "
+                f"many and than {FREE_BYTES:,}. Write it in smaller row groups, if it is what it should be."
+            )
+    if rows != footer.num_rows:
+        raise UserError(
+            f"{where}: its row groups have {rows:,} rows, its footer says {footer.num_rows:,}: it is damaged"
+        )
+
+
+def check_file(path: Path, columns: Iterable[str] | None = None) -> None:
+    """Checks a file that is read at once, by its footer and by its pages.
+
+    Args:
+        columns: that will be read; all if None.
+    Raises:
+        UserError: as check_footer and check_pages.
+        pa.ArrowException, OSError: it is no Parquet file.
+    """
+    footer = pq.read_metadata(path)
+    check_footer(footer, path, path.stat().st_size, columns, whole=True)
+    check_pages(path, footer, columns)
+
+
+def decoded_bytes(chunk: pq.ColumnChunkMetaData) -> int:
+    """At least how much memory a column chunk takes: pages may repeat a value any number of times, so values count, too."""
+    width = 8 if chunk.physical_type in ("INT64", "DOUBLE") else 12 if chunk.physical_type == "INT96" else 4
+    return max(chunk.total_uncompressed_size, chunk.num_values * width)
