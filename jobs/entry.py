@@ -20,12 +20,19 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from features.errors import Preempted, UserError
+from features.errors import Preempted, UserError, joined
 from features.schema.schema import Schema
+from jobs import command_line
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import write_rank_status
 
+LEVELS = ("debug", "info", "warning", "error")
 CONF = Path(__file__).parent / "conf"
+
+# Errors of the system that say what is wrong with a file that a user named, and not with this program.
+OF_A_FILE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+}
 
 # Hydra prints its own errors over several lines unless it lets them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -44,11 +51,36 @@ def configure_logging(level: str) -> None:
     """Log lines of this project go to stderr from `level` on: debug, info, warning or error."""
     rank = f"rank {os.environ['RANK']}  " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     handler = LogHandler()
+    if level not in LEVELS:
+        raise UserError(f"log_level={level} is not one of {', '.join(LEVELS)}")
     handler.setFormatter(logging.Formatter(f"%(asctime)s  {rank}%(message)s", "%H:%M:%S"))
     for name in ("features", "models", "pipeline"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False  # libraries give the root logger handlers of their own
         logger.setLevel(level.upper())
+
+
+def environment(name: str, default: str | None = None) -> str:
+    """`${oc.env:NAME,DEFAULT}` in jobs/conf. Other variables may be secrets, and what a setting says is written down.
+
+    Raises:
+        UserError: another variable, or one that is not set and has no default.
+    """
+    if not name.startswith("TASKFUSE_"):
+        raise UserError(
+            f"${{oc.env:{name}}} is not read: only variables TASKFUSE_… are, since settings are written down. Let the shell "
+            f"put the value in: KEY=${name}."
+        )
+    if (value := os.environ.get(name, default)) is None:
+        raise UserError(f"the environment variable {name} is not set")
+    return value
+
+
+def bound_resolvers() -> None:
+    """Leaves of OmegaConf's own resolvers the one that jobs/conf uses."""
+    for name in ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.select"):
+        OmegaConf.clear_resolver(name)
+    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
 
 
 @contextmanager
@@ -67,6 +99,8 @@ def user_errors() -> Iterator[None]:
         write_rank_status("preempted")
         sys.exit(PREEMPTED)
     except OSError as error:
+        if error.errno in OF_A_FILE and error.filename is not None:
+            sys.exit(f"error: {os.fsdecode(error.filename)[:300]}: {error.strerror}. Choose another file or folder.")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, then rerun the same command.")
@@ -88,7 +122,7 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
         return model.model_validate(content)
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors())
-        faults = "; ".join(f"{where}: {what}" if where else what for where, what in places)
+        faults = joined([f"{where}: {what}" if where else what for where, what in places])
         raise UserError(f"configuration: {faults}. See --help for the keys.") from None
 
 
@@ -97,7 +131,12 @@ def read_schema(config: DictConfig) -> Schema:
     name = HydraConfig.get().runtime.choices.get("data")
     if name is None:
         raise UserError("data is missing: set data=NAME, one of jobs/conf/data (see --help)")
-    return Schema.parse(OmegaConf.to_container(config.data.schema, resolve=True), where=f"{name}.yaml")
+    data = config.get("data")
+    schema = data.get("schema") if isinstance(data, DictConfig) else None
+    if not isinstance(schema, DictConfig):
+        raise UserError(f"{name}.yaml: schema is missing, or has no keys (features/SCHEMA.md lists them)")
+    command_line.check_plain(schema, f"{name}.yaml: schema")
+    return Schema.parse(OmegaConf.to_container(schema, resolve=True), where=f"{name}.yaml")
 
 
 def describe(main: Callable[..., Any], name: str) -> str:
@@ -123,10 +162,15 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
     """Makes `main(config)` a command line over jobs/conf/NAME.yaml."""
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        composed = False
+
         @functools.wraps(main)
         def checked(config: DictConfig) -> None:
+            nonlocal composed
+            composed = True
             # Inside, since Hydra adds a line of its own to what passes through it.
             with user_errors():
+                command_line.check_composed(config)
                 configure_logging(config.get("log_level", "info"))
                 main(config)
 
@@ -141,6 +185,21 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
 
         command = hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)
 
+        def compose_and_run() -> None:
+            nonlocal composed
+            composed = False
+            try:
+                command()
+            except (UserError, HydraException, OmegaConfBaseException, OSError):
+                raise
+            except Exception as error:
+                if composed:
+                    raise
+                # Hydra and its parsers have many exceptions for a command line or a file that they cannot read.
+                raise UserError(
+                    f"the command line cannot be read: {type(error).__name__}: {str(error)[:500]}"
+                ) from None
+
         def run() -> None:
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(describe(main, name))
@@ -148,7 +207,9 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             signal.signal(signal.SIGTERM, on_sigterm)  # so that an ended job still cleans up behind itself
             write_rank_status("started")
             with user_errors():
-                command()
+                command_line.check(sys.argv[1:])
+                bound_resolvers()
+                compose_and_run()
             write_rank_status("finished")
 
         return run

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from features.errors import UserError
 from features.schema.schema import Schema
+from features.yaml_text import read_yaml
 from pipeline.storage.base import Lock
 from pipeline.storage.files import read_lines, storage_of, write_json, write_text
 
@@ -23,6 +24,16 @@ class Status(BaseModel):
     step: int
     steps: int
     time: float
+
+
+class _Written(BaseModel):
+    """What is read of a run's config.yaml, which may have been handed over with the run; `model` is checked where it is built."""
+
+    dataset: str
+    days: str | None = None
+    tasks: list[str] | None = None
+    model: dict[str, Any]
+    train: dict[str, Any]
 
 
 class Run:
@@ -46,13 +57,26 @@ class Run:
             write_text(self.path / name, yaml.safe_dump(content, sort_keys=False))
 
     def config(self) -> dict[str, Any]:
-        """The configuration it was trained with. Raises UserError where there is no run."""
+        """The configuration it was trained with.
+
+        Raises:
+            UserError: there is no run, or a file that is not what a training wrote.
+        """
+        file = self.path / "config.yaml"
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text())
+            content = read_yaml(file)
         except FileNotFoundError:
             raise UserError(
                 f"{self.path}: no run (config.yaml is missing). Start one with jobs.train run={self.path}."
             ) from None
+        try:
+            _Written.model_validate(content)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
+            raise UserError(
+                f"{file}: {where}: {error.errors()[0]['msg']}. It is not as jobs.train wrote it: restore it."
+            ) from None
+        return content
 
     def schema(self) -> Schema:
         """The schema it was trained with, with the tasks it was trained on."""
