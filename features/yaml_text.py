@@ -1,4 +1,4 @@
-"""YAML that somebody handed over: read as yaml.safe_load reads it, in bounded time and memory, and each value written out once."""
+"""YAML that somebody handed over: read as yaml.safe_load reads it, in bounded time and memory, without aliases."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from features.errors import UserError
 from features.printable import printable
 from features.regular_files import read_regular
 
-MAX_BYTES = 2 << 20
+MAX_BYTES = 4 << 20
 MAX_VALUES = 100_000  # keys count, too
 MAX_DEPTH = 30
 MAX_SCALAR = 100  # characters of a number, a time or a word such as true; text may be as long as the file
@@ -80,8 +80,8 @@ def parse_yaml(content: bytes, where: str) -> Any:
     Args:
         where: names the text in errors.
     Raises:
-        UserError: not UTF-8 or not YAML; anchors, aliases, merge keys, tags of other kinds of objects or a key that stands twice;
-            more than MAX_BYTES, MAX_VALUES or MAX_DEPTH.
+        UserError: not UTF-8 or not YAML; anchors, aliases, merge keys, other tags, or a key that stands
+            twice; more than MAX_BYTES, MAX_VALUES or MAX_DEPTH.
     """
     if len(content) > MAX_BYTES:
         raise UserError(f"{where} has {len(content):,} bytes, more than the {MAX_BYTES:,} that a YAML file may have")
@@ -104,6 +104,16 @@ def parse_yaml(content: bytes, where: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """As `parse_yaml`, of a regular file. Raises FileNotFoundError, and UserError where a link, a pipe or a device is there."""
     return parse_yaml(read_regular(path.parent, path.name, MAX_BYTES), str(path))
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+def yaml_of(content: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads: what yaml.safe_dump writes, keys in their order, without aliases."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False))
 
 
 def _fault(problem: str, mark: yaml.Mark) -> _Refused:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from features.errors import UserError
 from features.printable import printable
-from features.yaml_text import parse_yaml
+from features.yaml_text import MAX_BYTES, parse_yaml
 
 # The groups of jobs/conf, each with the `# @package` line that its files may have.
 GROUPS = {"data": None, "model": None, "interaction": "model.interaction", "recipe": "_global_"}
@@ -25,7 +25,6 @@ FLAGS = {
 OTHER_FILES = {"--config-path", "--config-name", "--experimental-rerun", "-cp", "-cn"}
 MAX_DEPTH = 40  # of brackets, or of a dotted name
 MAX_ENTRIES, MAX_FOLDERS = 10_000, 8  # of a --config-dir: files and folders in all, folders in each other
-MAX_BYTES = 4 << 20  # of its YAML files together
 MAX_REFERENCES = 12  # ${…} of a configuration: each may double what the next one holds
 NAME = r"[A-Za-z0-9_][\w.-]*"
 ELSEWHERE = re.compile(
@@ -43,7 +42,8 @@ def check(words: Sequence[str]) -> None:
             an override that has them read, or a file under --config-dir that may not be there.
     """
     check_text(words)
-    folders, dir_is_next = [], False
+    folders: list[str] = []
+    dir_is_next = False
     for word in words:
         flag, equals, value = word.partition("=")
         if dir_is_next:
@@ -107,7 +107,7 @@ def check_folder(folder: Path) -> None:
         UserError: naming the file and the key.
     """
     bases: dict[tuple[str, ...], tuple[str, ...]] = {}
-    left = MAX_BYTES
+    left = MAX_BYTES  # of all files together
     for path in _yaml_files(folder):
         parts = path.relative_to(folder).with_suffix("").parts
         if parts[0] not in GROUPS or len(parts) == 1:
@@ -140,8 +140,8 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
             entries += 1
             if entries > MAX_ENTRIES or depth > MAX_FOLDERS:
                 raise UserError(
-                    f"{folder}: more than {MAX_ENTRIES:,} files, or folders more than {MAX_FOLDERS} deep. --config-dir is a folder "
-                    f"with {', '.join(GROUPS)} alone."
+                    f"{folder}: more than {MAX_ENTRIES:,} files, or folders more than {MAX_FOLDERS} deep. --config-dir is a "
+                    f"folder with {', '.join(GROUPS)} alone."
                 )
             if path.is_dir():
                 left.append((path, depth + 1))
@@ -220,7 +220,7 @@ def _check_text(value: str, where: str) -> None:
 
 
 def check_composed(config: DictConfig) -> None:
-    """Raises UserError where a configuration could grow without limit as it is resolved, or has a character that no path has."""
+    """Raises UserError where a configuration could grow without limit as it is resolved, or has a zero byte."""
     count = 0
     for place, text in _texts(config):
         count += text.count("${")

@@ -14,13 +14,14 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from features.errors import Preempted, UserError, joined
+from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
 from pipeline.training.faults.preemption import PREEMPTED
@@ -190,6 +191,11 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             composed = False
             try:
                 command()
+            except OverrideParseException as error:
+                raise UserError(
+                    f"{printable(error.override[:200])}: {error.message.splitlines()[0]}. A value with brackets, spaces or "
+                    "other signs goes into quotes: \"KEY='VALUE'\"."
+                ) from None
             except (UserError, HydraException, OmegaConfBaseException, OSError):
                 raise
             except Exception as error:

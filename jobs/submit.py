@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from pydantic import field_validator
 
+from jobs import command_line
 from jobs.entry import job, parse
 from pipeline.cluster.base import Workload
 from pipeline.cluster.kustomize import write_base
@@ -58,6 +59,7 @@ def run(work: Submission) -> None:
 @job("submit")
 def main(config: DictConfig) -> None:
     """Checks the values, then runs or submits."""
+    command_line.check_plain(config, "configuration")  # all of it is written into a Job
     run(parse(config, Submission))
 
 

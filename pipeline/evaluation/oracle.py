@@ -50,7 +50,7 @@ def read(run: Run, split: Split, dataset: str) -> dict[str, dict[str, Any]] | No
 def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | None]]:
     """Metrics of the true probabilities on a scorer's rows. Raises UserError for a file that cannot be read."""
     try:
-        known = pl.read_parquet(truth.file, columns=list({truth.key, *truth.columns.values()}))
+        known = pl.read_parquet(truth.file, glob=False, columns=list({truth.key, *truth.columns.values()}))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
     found = Metrics(scorer.tasks)

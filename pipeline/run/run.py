@@ -7,12 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from features.errors import UserError
 from features.schema.schema import Schema
-from features.yaml_text import read_yaml
+from features.yaml_text import read_yaml, yaml_of
 from pipeline.storage.base import Lock
 from pipeline.storage.files import read_lines, storage_of, write_json, write_text
 
@@ -27,7 +26,7 @@ class Status(BaseModel):
 
 
 class _Written(BaseModel):
-    """What is read of a run's config.yaml, which may have been handed over with the run; `model` is checked where it is built."""
+    """What is read of a run's config.yaml, which may have been handed over; `model` is checked where it is built."""
 
     dataset: str
     days: str | None = None
@@ -54,7 +53,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         contents = {"config.yaml": config, "schema.yaml": schema.model_dump(mode="json", exclude_unset=True)}
         for name, content in contents.items():
-            write_text(self.path / name, yaml.safe_dump(content, sort_keys=False))
+            write_text(self.path / name, yaml_of(content))
 
     def config(self) -> dict[str, Any]:
         """The configuration it was trained with.

@@ -42,7 +42,7 @@ def differences(entry: Entry, baseline: Entry, tasks: Mapping[str, str]) -> dict
     Args:
         tasks: name to kind.
     """
-    frames = [[pl.read_parquet(path) for path in e.rows] for e in (entry, baseline)]
+    frames = [[pl.read_parquet(path, glob=False) for path in e.rows] for e in (entry, baseline)]
     found = {}
     for task, kind in tasks.items():
         loss_SN, base_SN = (np.stack([row_losses(frame, task, kind)[0] for frame in group]) for group in frames)
