@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _fault("anchors and aliases (& and *) are not read: write the value out", event.start_mark)
         if event.tag is not None and event.tag not in _TAGS:
-            raise _fault(f"the tag {event.tag} is not read: leave it out", event.start_mark)
+            raise _fault(f"the tag {_short(event.tag)[:60]} is not read: leave it out", event.start_mark)
         self.values += 1
         if self.values > MAX_VALUES:
             raise _fault(f"more than {MAX_VALUES:,} keys and values", event.start_mark)

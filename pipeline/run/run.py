@@ -68,10 +68,12 @@ class Run:
             raise UserError(
                 f"{self.path}: no run (config.yaml is missing). Start one with jobs.train run={self.path}."
             ) from None
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: holds no keys. It is not as jobs.train wrote it: restore it.")
         try:
             _Written.model_validate(content)
         except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"])) or "the whole file"
+            where = ".".join(map(str, error.errors()[0]["loc"]))
             raise UserError(
                 f"{file}: {where}: {error.errors()[0]['msg']}. It is not as jobs.train wrote it: restore it."
             ) from None
