@@ -149,7 +149,11 @@ def describe(main: Callable[..., Any], name: str) -> str:
     return "\n".join(
         [
             str(sys.modules[main.__module__].__doc__).strip(),
-            *(["\nGroups, each a folder of jobs/conf (--config-dir=DIR adds files of your own):"] if values else []),
+            *(
+                ["\nGroups, each a folder of jobs/conf (--config-dir=DIR adds files to the same folders of DIR):"]
+                if values
+                else []
+            ),
             *values,
             "\nSettings (any is overridden by its dotted name; ??? must be given):",
             *(f"  {line}" for line in lines[start:]),
