@@ -1,4 +1,4 @@
-# make demo | check | test | test-all | census | bench-train and the other benchmarks; each sets up .venv first.
+# make demo | check | test | test-all | census | bench-train and the other benchmarks; each sets up .venv first. make lock: new pins.
 # check: lint, types, layers, unit tests. test: and one-rank training and Beam. test-all: and several processes, kills, runners.
 # The first Python that runs and that every pin has a wheel or a pure source for; make PYTHON=... takes another.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell $(name) -c '' 2>/dev/null && echo $(name))))
@@ -7,7 +7,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo check lint test test-system test-all census clean
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
+
+.PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-ingest
 
 demo: .venv/ready
@@ -57,19 +60,44 @@ bench-ingest: .venv/ready
 census: .venv/ready
 	$(BIN)/python -m jobs.compare
 
-# torch comes first, with its dependencies; the rest is pinned whole, since torchrec alone would ask for CUDA's fbgemm.
-.venv/ready: requirements-cpu.txt pyproject.toml
+# Every file that is downloaded has its sha256 in one of these, the tools that build included; nothing else is installed. Torch comes
+# first: PyTorch's own CPU build from an index that has it, or else PyPI's build with the libraries of CUDA, which runs on a CPU too.
+REQUIREMENTS := $(foreach name,build torch-cpu cuda cpu test,requirements-$(name).txt)
+
+.venv/ready: $(REQUIREMENTS) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no python3.11, python3.12 or python3.13 runs: install one, or name it with PYTHON=" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-cpu.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) install --require-hashes --no-deps -r requirements-build.txt
+	$(PINNED) -r requirements-torch-cpu.txt || { echo "This index has no CPU build of torch: installing PyPI's, some gigabytes." >&2; \
+		$(PINNED) -r requirements-cuda.txt; }
+	$(PINNED) -r requirements-cpu.txt -r requirements-test.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
 # Contenders of bench-train, outside of the environment that is measured.
 .venv/rechub: .venv/ready tests/benchmarks/requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -r tests/benchmarks/requirements.txt
+	$(PINNED) --target $@ -r tests/benchmarks/requirements.txt
 	touch $@
+
+# Writes the requirements from pyproject.toml with uv. Versions stay unless pyproject.toml forbids them;
+# LOCK=--upgrade renews all, LOCK='--upgrade-package NAME' one. What one file lists, no later one changes or repeats.
+UV ?= uv
+LOCK ?=
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' $(LOCK)
+OMIT = sed -nE 's/^($(1))==.*/--no-emit-package \1/p' requirements-gpu.txt requirements-cpu.txt
+
+lock:
+	$(COMPILE) pyproject.toml --extra s3 -o requirements-gpu.txt
+	awk '/^[a-z]/ {cuda = /^(cuda|nvidia|torch==|triton)/} /^#/ || cuda' requirements-gpu.txt > requirements-cuda.txt
+	$(COMPILE) pyproject.toml --extra s3 --extra cpu -c requirements-gpu.txt \
+		$$($(call OMIT,(cuda|nvidia|triton)[a-z0-9-]*|fbgemm-gpu|torch)) -o requirements-cpu.txt
+	sed '/^#/d; s/+cpu//' requirements-torch-cpu.txt >> requirements-cpu.txt
+	$(COMPILE) pyproject.toml --extra s3 --extra cpu --extra test -c requirements-gpu.txt -c requirements-cpu.txt \
+		$$($(call OMIT,[a-z0-9-]+)) -o requirements-test.txt
+	$(COMPILE) pyproject.toml --extra s3 --extra cpu --extra bench -c requirements-gpu.txt -c requirements-cpu.txt \
+		$$($(call OMIT,[a-z0-9-]+)) -o tests/benchmarks/requirements.txt
+	printf '%s\n' pip 'setuptools>=77' | $(COMPILE) - -c requirements-gpu.txt -o requirements-build.txt
 
 clean:
 	rm -rf .venv runs

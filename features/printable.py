@@ -2,8 +2,11 @@
 
 import re
 
-# C0 and C1 controls, DEL, and what turns the direction of text or breaks lines; a line break and a tab are controls, too.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+# C0 and C1 controls, DEL, what turns the direction of text, breaks lines or marks up text, and halves of characters.
+# A line break and a tab are controls, too. What joins letters (U+200C, U+200D) is not: Persian and emoji need it.
+_CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -16,7 +16,7 @@ MAX_TEXT_BYTES = 256 << 20  # of a manifest, schema or encoders.json, unless sai
 def _plain(name: str) -> str:
     """Raises ValueError unless a name stays below the folder it is relative to."""
     parts = PurePosixPath(name).parts
-    if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0] == "/" or has_controls(name):
+    if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0][0] == "/" or has_controls(name):
         raise ValueError(f"{printable(name)!r} is not a plain relative path")
     return name
 
@@ -67,7 +67,7 @@ def read_regular(folder: Path, name: str, limit: int = MAX_TEXT_BYTES) -> bytes:
     if status.st_size > limit:
         raise UserError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} that such a file may have")
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        return file.read(limit)
+        return file.read(status.st_size)
 
 
 def _kind(mode: int) -> str:

@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
         f"model={model}",
         "recipe=demo",
         setting("run", run),
-        launcher=f"torchrun --standalone --nproc-per-node={config.ranks}",
+        launcher=("jobs.launch", f"--nproc-per-node={config.ranks}"),
     )
     try:
         _finish(trainer)
@@ -67,11 +67,11 @@ Next:
     )
 
 
-def _start(module: str, *arguments: str, launcher: str | None = None) -> subprocess.Popen:
-    """Prints a command and starts it with this Python."""
-    print(f"$ {launcher + ' -m' if launcher else 'python -m'} {module} {shlex.join(arguments)}", flush=True)
-    torchrun = ["-m", "torch.distributed.run", *launcher.split()[1:]] if launcher else []
-    return subprocess.Popen([sys.executable, *torchrun, "-m", module, *arguments], env=ENVIRONMENT)
+def _start(module: str, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Prints a command and starts it with this Python. launcher: the module and flags that start it on several ranks."""
+    words = ["-m", *launcher, "-m", module, *arguments] if launcher else ["-m", module, *arguments]
+    print(f"$ {shlex.join(['python', *words])}", flush=True)
+    return subprocess.Popen([sys.executable, *words], env=ENVIRONMENT)
 
 
 def _finish(process: subprocess.Popen) -> None:

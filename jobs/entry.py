@@ -24,6 +24,8 @@ from features.errors import Preempted, UserError, joined
 from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
+from jobs.versions import check_versions
+from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import write_rank_status
 
@@ -32,7 +34,7 @@ CONF = Path(__file__).parent / "conf"
 
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.
 OF_A_FILE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
 }
 
 # Hydra prints its own errors over several lines unless it lets them through.
@@ -45,7 +47,8 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
         with suppress(OSError):  # a closed terminal must not end a run
-            tqdm.write(self.format(record), file=sys.stderr)
+            keep = "\n\t" if record.exc_info else "\t"  # a line break of a message would look like another record
+            tqdm.write(printable(self.format(record), keep), file=sys.stderr)
 
 
 def configure_logging(level: str) -> None:
@@ -90,21 +93,29 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        rank, line = os.environ.get("RANK", "0"), " ".join(str(error).split())
+        rank, line = os.environ.get("RANK", "0"), printable(" ".join(str(error).split()))
         if rank != "0":
             time.sleep(10)  # an error of all ranks is printed by rank 0, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
     except Preempted as preempted:
         if os.environ.get("RANK", "0") == "0":
-            print(preempted, file=sys.stderr, flush=True)
+            print(printable(str(preempted)), file=sys.stderr, flush=True)
         write_rank_status("preempted")
         sys.exit(PREEMPTED)
     except OSError as error:
+        if error.errno == errno.EROFS:
+            sys.exit(
+                f"error: {error.filename or 'a file'}: {error.strerror}. Choose another folder for what this job writes; "
+                "on Kubernetes one below /runs, for preprocess also below /data."
+            )
         if error.errno in OF_A_FILE and error.filename is not None:
-            sys.exit(f"error: {os.fsdecode(error.filename)[:300]}: {error.strerror}. Choose another file or folder.")
+            sys.exit(
+                f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, then rerun the same command.")
+        file = printable(str(error.filename or "a file"))
+        sys.exit(f"error: {file}: {error.strerror}. Free space, then rerun the same command.")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what was committed is kept, rerun the same command to resume")
 
@@ -177,6 +188,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             with user_errors():
                 command_line.check_composed(config)
                 configure_logging(config.get("log_level", "info"))
+                check_versions()
                 main(config)
 
         def on_sigterm(*_: object) -> None:
@@ -211,6 +223,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
                 ) from None
 
         def run() -> None:
+            escape_output()
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(describe(main, name))
                 return

@@ -21,10 +21,12 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.days import day_ranges
 from pipeline.dataset.verify import verify
 from pipeline.storage.files import write_text
+from pipeline.terminal import escape_output
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the tables, writes the page and, on request, checks every file."""
+    escape_output()
     parser = argparse.ArgumentParser(
         prog="python -m jobs.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -6,12 +6,19 @@ Between SIGTERM and SIGKILL they have 600 s, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT. 
 is killed, also where it is the only one.
 
 Examples:
-  python -m jobs.launch --standalone --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple
-  python -m jobs.launch --standalone --nproc-per-node=8 --max-restarts=3 -m jobs.train dataset=D model=adatt run=R
-  python -m jobs.launch --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=H:29400 -m jobs.train dataset=D run=R
+  python -m jobs.launch --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple
+  python -m jobs.launch --nproc-per-node=8 --max-restarts=3 -m jobs.train dataset=D model=adatt run=R
+  python -m jobs.launch --nnodes=8 --node-rank=N --master-addr=HOST0 --nproc-per-node=8 -m jobs.train dataset=D run=R
+
+One node, also by --standalone, listens on 127.0.0.1 alone, at --master-port or a free port; it needs no other flag of the
+rendezvous and ignores them. Several need a network that is trusted whole, or rules (on Kubernetes a NetworkPolicy) by which
+only this job's nodes reach each other's ports: nothing there asks who connects. Node 0 listens on the one address that
+--master-addr is there, or says that it listens on all (--master-addr=0.0.0.0 on node 0 is all). --rdzv-backend=c10d, for a
+number of nodes that changes, unpickles what comes in at its port: whoever reaches it runs code on every node.
 """
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +29,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from features.errors import UserError
+from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import STATUS_FOLDER, RankStatus, read_rank_statuses, silent_ranks
 
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Runs torchrun in this process, and reads its ranks' statuses where not all of them exited with 0."""
+    escape_output()
     if {"--help", "-h"} & set(sys.argv[1:2]):
         print(f"{__doc__.strip()}\n")
     # Until torchrun has ranks, which it may wait minutes for, and takes the signal itself.
@@ -38,18 +48,49 @@ def main() -> None:
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
+    from pipeline.training.parallel import rendezvous
+
+    options = run.get_args_parser().parse_args()
+    try:
+        store = rendezvous.choose(options)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[STATUS_FOLDER] = folder
+        end_while_waiting(Path(folder))
         threading.Thread(target=end_silent_ranks, args=(Path(folder),), daemon=True, name="heartbeats").start()
         try:
-            run.main()
+            record(run.run)(options)
         except SignalException as error:
             sys.exit(after_signal(error.sigval.name, read_rank_statuses(Path(folder))))
         except ChildFailedError as error:
             sys.exit(after_failure(error.failures, read_rank_statuses(Path(folder))))
+    del store  # only now: torchrun's static rendezvous shares its server
+
+
+def end_while_waiting(folder: Path) -> None:
+    """Lets SIGTERM end this process in a wait for other nodes too: that is in C, where Python runs no handler of signals.
+
+    Once torchrun handles the signal, nothing happens here.
+
+    Args:
+        folder: to remove then.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+
+    def wait() -> None:
+        while number := os.read(read_end, 1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler:
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(PREEMPTED)
+
+    threading.Thread(target=wait, daemon=True, name="preemption").start()
 
 
 def end_silent_ranks(folder: Path) -> None:

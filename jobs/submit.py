@@ -2,23 +2,28 @@
 
 Examples:
   python -m jobs.submit job=train ranks_per_node=2 args='[data=demo,dataset=DATASET,model=adatt,run=RUN]'
-  python -m jobs.submit job=train cluster=k8s nodes=2 ranks_per_node=8 gpus_per_node=8 image=IMAGE \\
+  python -m jobs.submit job=train cluster=k8s nodes=2 ranks_per_node=8 gpus_per_node=8 image=IMAGE@sha256:DIGEST \\
       args='[data=demo,dataset=/data/demo,model=adatt,run=/runs/adatt]'
-  python -m jobs.submit job=nightly cluster=k8s dry_run=true schedule='30 2 * * *' | kubectl apply -f -
+  python -m jobs.submit job=nightly cluster=k8s image=IMAGE@sha256:DIGEST schedule='30 2 * * *' dry_run=true \\
+      | kubectl apply -f -
 """
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import field_validator
 
+from features.errors import UserError
 from jobs import command_line
 from jobs.entry import job, parse
 from pipeline.cluster.base import Workload
 from pipeline.cluster.kustomize import write_base
 from pipeline.cluster.registry import BACKENDS
+from pipeline.cluster.values import refuse_lookups
 
 
 class Submission(Workload):
@@ -56,9 +61,24 @@ def run(work: Submission) -> None:
         print(backend.submit(work))
 
 
+def _refuse_lookups(content: Any) -> None:
+    """Raises UserError where a value would be looked up here, in the environment, and be submitted as it is."""
+    if isinstance(content, str):
+        try:
+            refuse_lookups(content)
+        except ValueError as error:
+            raise UserError(f"configuration: {content}: {error}") from None
+    elif isinstance(content, Mapping):
+        _refuse_lookups([*content.values()])
+    elif isinstance(content, list):
+        for value in content:
+            _refuse_lookups(value)
+
+
 @job("submit")
 def main(config: DictConfig) -> None:
     """Checks the values, then runs or submits."""
+    _refuse_lookups(OmegaConf.to_container(config, resolve=False))
     command_line.check_plain(config, "configuration")  # all of it is written into a Job
     run(parse(config, Submission))
 

@@ -2,8 +2,8 @@
 
 Examples:
   python -m jobs.train dataset=runs/census/data model=adatt run=runs/census/adatt
-  torchrun --standalone --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple train.epochs=2
-  torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 -m jobs.train data=demo dataset=D run=R
+  python -m jobs.launch --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple train.epochs=2
+  python -m jobs.launch --nnodes=8 --node-rank=N --master-addr=HOST0 --nproc-per-node=8 -m jobs.train dataset=D run=R
 """
 
 from omegaconf import DictConfig

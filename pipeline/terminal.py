@@ -1,13 +1,57 @@
-"""The terminal of a running job: progress bars or lines, and the silence of child processes."""
+"""The terminal of a running job: text that does not control it, progress bars or lines, and quiet child processes."""
 
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO, cast
+
+from features.printable import printable
 
 SECONDS = 10  # between lines of progress where there are no bars
+
+
+class PrintableStream:
+    """A text stream on which control characters appear as escapes, but for line breaks and tabs; all else is the stream's.
+
+    Args:
+        stream: what is written to.
+        start: control characters that stay at the beginning of a text, such as the carriage return of a progress bar.
+    """
+
+    def __init__(self, stream: TextIO, start: str = "") -> None:
+        self._stream, self._start = stream, start
+
+    def write(self, text: str) -> int:
+        """Writes a text with its control characters as escapes. Returns its length."""
+        start = self._start if text.startswith(self._start) else ""
+        self._stream.write(start + printable(text[len(start) :], keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Writes several texts."""
+        for line in lines:
+            self.write(line)
+
+    def on(self, stream: TextIO) -> TextIO:
+        """The same for another stream."""
+        return cast("TextIO", PrintableStream(stream, self._start))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def escape_output() -> None:
+    """From now on text that this process prints (tables, errors, log lines, warnings, tracebacks) controls no terminal.
+
+    Text of data is in all of it: values, names of files and columns, arguments.
+    """
+    os.environ["PYTHON_COLORS"] = "0"  # Python 3.13 colors tracebacks, and its colors would be escaped, too
+    for name, start in (("stdout", ""), ("stderr", "\r")):
+        stream = getattr(sys, name)
+        if not isinstance(stream, PrintableStream):
+            setattr(sys, name, PrintableStream(stream, start))
 
 
 def draws_bars() -> bool:
@@ -29,7 +73,8 @@ def quiet_children() -> Iterator[None]:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
-        sys.stderr = os.fdopen(os.dup(ours), "w", buffering=1)
+        reopened = os.fdopen(os.dup(ours), "w", buffering=1)
+        sys.stderr = stderr.on(reopened) if isinstance(stderr, PrintableStream) else reopened
         _redirect_logging(stderr, sys.stderr)
         yield
     finally:

@@ -19,21 +19,7 @@ from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.types import ShardedModule
 
-__all__ = ["METADATA_CLASSES", "Shard", "ShardedTensor"]
-
-# Classes that the .metadata file of torch.distributed.checkpoint is pickled from, as (module, name).
-METADATA_CLASSES = frozenset(
-    {
-        *(("torch.distributed.checkpoint.metadata", name) for name in (
-            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        ("pathlib", "PosixPath"),
-    }
-)  # fmt: skip
-
+__all__ = ["Shard", "ShardedTensor"]
 
 # Process groups
 
@@ -120,14 +106,9 @@ def precision(codec: QuantizedCommCodec) -> Any:
     return codec._comm_precision
 
 
-# Gradients and files
+# Gradients
 
 
 def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     """The Euclidean norm of each tensor, as scalars, in few kernel launches."""
     return torch._foreach_norm(tensors) if tensors else []
-
-
-def is_data_file(name: str, rank: int) -> bool:
-    """Whether a file of a checkpoint holds what a rank has written of the tensors (FileSystemWriter's names)."""
-    return name.startswith(f"__{rank}_")

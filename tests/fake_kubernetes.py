@@ -14,14 +14,17 @@ import yaml
 
 class FakeServer(ThreadingHTTPServer):
     """seen: verb, path and body of each request. refuse: a kind of object to the code and message of its refusal.
-    found: a path without its query to what GET answers, an object or the text of a log; other paths are 404.
+    found: a path without its query to what GET answers, an object or the text of a log, or a list of them one after the
+    other; other paths are 404. gone: paths whose DELETE is 404. lost: kinds that are created, but the answer is lost.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
         self.seen: list[tuple[str, str, Any]] = []
         self.refuse: dict[str, tuple[int, str]] = {}
-        self.found: dict[str, dict[str, Any] | str] = {}
+        self.found: dict[str, Any] = {"/api/v1/namespaces/ml/pods": {"kind": "PodList", "items": []}}
+        self.gone: set[str] = set()
+        self.lost: set[str] = set()
 
 
 class FakeHandler(BaseHTTPRequestHandler):
@@ -33,13 +36,17 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.reply(*self.content(server, body))
 
     def content(self, server: FakeServer, body: Any) -> tuple[int, dict[str, Any] | str]:
+        path = self.path.partition("?")[0]
+        missing = {"kind": "Status", "message": f"{path.rpartition('/')[2]} not found", "code": 404}
         if self.command == "GET":
-            path = self.path.partition("?")[0]
-            missing = {"kind": "Status", "message": f"{path.rpartition('/')[2]} not found", "code": 404}
-            return (200, server.found[path]) if path in server.found else (404, missing)
+            answer = server.found.get(path)
+            return (404, missing) if answer is None else (200, answer.pop(0) if isinstance(answer, list) else answer)
         if self.command == "DELETE":
-            return 200, {"kind": "Status"}
-        if body["kind"] in server.refuse:
+            return (404, missing) if path in server.gone else (200, {"kind": "Status"})
+        if body["kind"] in server.lost:
+            server.found[f"{path}/{body['metadata']['name']}"] = body
+            return 504, {"kind": "Status", "message": "timeout", "code": 504}
+        if self.command == "POST" and body["kind"] in server.refuse:
             code, message = server.refuse[body["kind"]]
             return code, {"kind": "Status", "message": message, "code": code}
         return 201, body
@@ -52,7 +59,7 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    do_GET = do_POST = do_DELETE = answer
+    do_GET = do_POST = do_PUT = do_DELETE = answer
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

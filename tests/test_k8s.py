@@ -9,25 +9,14 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from k8s_manifests import documents, submission
 
-from jobs.submit import Submission
 from pipeline.cluster.kubernetes_manifests import PORT, UID, claims, objects, to_yaml
 from pipeline.cluster.kustomize import DEMO, base_files
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "k8s" / "base"
 REWRITE = "python -m jobs.submit base=k8s/base"
-
-
-def submission(**values: Any) -> Submission:
-    settings = yaml.safe_load((ROOT / "jobs" / "conf" / "submit.yaml").read_text())
-    del settings["defaults"]
-    return Submission.model_validate(OmegaConf.to_container(OmegaConf.create(settings | values), resolve=True))
-
-
-def documents(**values: Any) -> dict[str, Any]:
-    return {d["kind"]: d for d in yaml.safe_load_all(to_yaml(objects(submission(cluster="k8s", **values))))}
 
 
 WORKLOADS = [
@@ -73,7 +62,11 @@ def assert_ranks_can_meet(service: dict[str, Any], job: dict[str, Any]) -> None:
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_the_pods_of_train_find_pod_0_by_the_name_of_the_service(nodes: int) -> None:
     found = documents(job="train", nodes=nodes, name="run-7")
-    assert list(found) == ["Service", "Job"]  # in this order: pods look for the name as soon as they start
+    assert list(found) == [
+        "NetworkPolicy",
+        "Service",
+        "Job",
+    ]  # in this order: pods look for the name as soon as they start
     assert_ranks_can_meet(found["Service"], found["Job"])
 
 
@@ -99,7 +92,7 @@ def test_nightly_runs_one_at_a_time_on_its_schedule() -> None:
 
 @pytest.mark.parametrize("job", ["train", "preprocess"])
 def test_pods_run_as_the_user_of_the_image_with_what_they_were_given(job: str) -> None:
-    given = {"data_claim": "logs", "shared_memory": "64Gi", "memory": "96Gi", "grace_s": 300, "args": ["a=$(HOME)"]}
+    given = {"data_claim": "logs", "shared_memory": "64Gi", "memory": "96Gi", "grace_s": 300, "args": ["a=$(HOME) $x"]}
     pod = documents(job=job, **given)["Job"]["spec"]["template"]["spec"]
     container = pod["containers"][0]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -111,7 +104,7 @@ def test_pods_run_as_the_user_of_the_image_with_what_they_were_given(job: str) -
     assert volumes["data"]["persistentVolumeClaim"]["claimName"] == "logs"
     assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"}
     assert {m["mountPath"]: m["name"] for m in container["volumeMounts"]}["/dev/shm"] == "shared-memory"
-    assert container["args"] == ["a=$$(HOME)"], "Kubernetes would expand it"
+    assert container["args"] == ["a=$$(HOME) $$x"], "Kubernetes would expand it"
 
 
 def test_the_base_is_what_submit_prints() -> None:
@@ -130,7 +123,7 @@ def test_the_base_is_whole_and_valid() -> None:
     for document in found:
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
     kinds = sorted(d["kind"] for d in found)
-    assert kinds == ["CronJob", "Job", "Job", "PersistentVolumeClaim", "PersistentVolumeClaim", "Service"]
+    assert kinds == ["CronJob", "Job", "Job", *["NetworkPolicy"] * 3, *["PersistentVolumeClaim"] * 2, "Service"]
     have = {d["metadata"]["name"] for d in found if d["kind"] == "PersistentVolumeClaim"}
     want = set(re.findall(r"claimName: (\S+)", "".join((BASE / n).read_text() for n in kustomization["resources"])))
     assert have == want == {c.metadata.name for c in claims(submission()) if c.metadata}

@@ -1,7 +1,7 @@
 """From raw columns to typed rows: casts, derived columns, labels and split of a block of rows at a time."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,8 @@ import pyarrow as pa
 from features.errors import UserError
 from features.hashing import hash_strings
 from features.kinds.values import WORDS, as_ids, cleaned, coded, numbers
-from features.schema.expressions import columns_of
+from features.schema.expression_size import Size
+from features.schema.expressions import columns_of, memory_of, reason, shown
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
 from features.source import Format, RawType
 
@@ -19,6 +20,8 @@ LINE = "__line"  # of the row in its file, or in the part of it that is read at 
 ROW = "__row"  # index of the row there
 ROW_ID = "row_id"
 SPLIT = "__split"  # index into SPLITS
+SLICE_BYTES = 256 << 20  # what an expression may need at a time; where it may need more, it is computed for fewer rows
+DERIVED_BYTES = 1 << 30  # texts and lists that the derived columns of a block may hold
 HASH_SPLIT_SEED = 7  # apart from the buckets of a hash table over the same column
 
 
@@ -141,9 +144,13 @@ def _view(
         frame = pl.DataFrame({ROW: rows[ROW].to_numpy()})
     if joined is not None:
         frame = frame.hstack(joined.select(c for c in joined.columns if c in wanted))
-    computed = (evaluate(frame, f"source.derived.{name}", text, name) for name, text in derived.items())
-    # 0 / 0 is no value, neither as a number nor as an id.
-    return frame.with_columns(series.fill_nan(None) if series.dtype.is_float() else series for series in computed)
+    room, computed = DERIVED_BYTES, []
+    for name, text in derived.items():
+        series = evaluate(frame, f"source.derived.{name}", text, name, room)
+        room -= _text_bytes(series)
+        # 0 / 0 is no value, neither as a number nor as an id.
+        computed.append(series.fill_nan(None) if series.dtype.is_float() else series)
+    return frame.with_columns(computed)
 
 
 def parse(
@@ -208,17 +215,43 @@ def event_time(schema: Schema, rows: pa.Table) -> pa.Array:
     return _arrow(_whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series()))
 
 
-def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
+def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str, room: int = DERIVED_BYTES) -> pl.Series:
     """A SQL expression over the columns of a block, one value a row.
 
+    Args:
+        room: bytes that texts and lists of the result may need.
+
     Raises:
-        UserError: the expression does not fit the columns (no such column, wrong type).
+        UserError: the expression does not fit the columns (no such column, wrong type), or its texts do not fit into `room`.
     """
-    try:
-        series = frame.select(pl.sql_expr(expression).alias(name)).to_series()
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{key}: {expression!r} cannot be computed: {str(error).splitlines()[0]}") from None
-    return series if series.len() == frame.height else series.new_from_index(0, frame.height)
+    pieces: list[pl.Series] = []
+    for part in _slices(frame, memory_of(expression)):
+        try:
+            series = part.select(pl.sql_expr(expression).alias(name)).to_series()
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise UserError(f"{key}: {shown(expression)} cannot be computed: {reason(error)}") from None
+        pieces.append(series if series.len() == part.height else series.new_from_index(0, part.height))
+        room -= _text_bytes(pieces[-1])
+        if room < 0:
+            raise UserError(
+                f"{key}: {shown(expression)} makes texts of more than 1 GiB of one block of rows, with the derived columns "
+                "before it: make them shorter"
+            )
+    return pieces[0] if len(pieces) == 1 else pl.concat(pieces)
+
+
+def _slices(frame: pl.DataFrame, size: Size) -> Iterator[pl.DataFrame]:
+    """Runs of a block's rows that an expression can be computed for in SLICE_BYTES, or single rows."""
+    read = (times * frame[column].estimated_size() for column, times in size.times.items() if column in frame.columns)
+    if frame.height < 2 or sum(read) + size.fixed * frame.height <= SLICE_BYTES:
+        yield frame
+    else:
+        yield from _slices(frame.slice(0, frame.height // 2), size)
+        yield from _slices(frame.slice(frame.height // 2), size)
+
+
+def _text_bytes(values: pl.Series) -> int:
+    return int(values.estimated_size()) if values.dtype == pl.String or values.dtype.is_nested() else 0
 
 
 def truth(frame: pl.DataFrame, key: str, expression: str) -> pl.Series:
@@ -230,10 +263,18 @@ def _number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Ser
     """`evaluate`, where text is not a value. Raises UserError."""
     series = evaluate(frame, key, expression, name)
     if series.dtype.is_nested():
-        raise UserError(f"{key}: {expression!r} is {series.dtype}: it must be a number")
+        raise UserError(f"{key}: {shown(expression)} is {series.dtype}: it must be a number")
     if series.dtype == pl.String:
-        raise UserError(f"{key}: {expression!r} is text: compare it with a value, or set source.types")
-    return series.cast(pl.Float32)
+        raise UserError(f"{key}: {shown(expression)} is text: compare it with a value, or set source.types")
+    return _cast(series, key, pl.Float32)
+
+
+def _cast(series: pl.Series, key: str, kind: type[pl.DataType]) -> pl.Series:
+    """Raises UserError for values that the type does not hold, such as 2^64 - 1 as a signed integer."""
+    try:
+        return series.cast(kind)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise UserError(f"{key}: {reason(error)}") from None
 
 
 def _is_nested(values: pl.Series | pa.Array) -> bool:
@@ -258,7 +299,7 @@ def _whole(
     series = pl.Series(_column(schema, name, frame, rows))
     if not series.dtype.is_integer():
         raise UserError(f"{key}: column {name} is {series.dtype}, it must be an integer")
-    return series.cast(pl.Int64)
+    return _cast(series, key, pl.Int64)
 
 
 def _label(schema: Schema, frame: pl.DataFrame, name: str, open_windows: dict[str, np.ndarray]) -> pl.Series:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from features.kinds import KINDS
+from features.printable import has_controls, printable
 from features.schema.expressions import columns_of
 from features.schema.splits import HashSplit, TimeSplit
 from features.source import outcome_names
@@ -15,16 +16,24 @@ if TYPE_CHECKING:
     from features.schema.schema import Schema
 
 RESERVED = ("weight", "event_time", "row_id")  # columns of every dataset
+LONGEST_NAME = 200  # bytes in UTF-8: with an ending it still names a file
+LONGEST_COLUMN = 1000  # the same of a raw column and of files, whose names somebody else chose
 
 
 def contradictions(schema: Schema) -> Iterator[str]:
     """What is wrong between keys that are each valid by themselves."""
+    if unfit := list(_unfit_names(schema)):
+        yield from unfit
+        return
     for key, expression in schema.expressions.items():
         try:
             columns_of(expression)
         except ValueError as error:
             yield f"{key}: {error}"
             return
+    if unfit := list(_unfit_columns(schema)):
+        yield from unfit
+        return
     yield from _nested(schema)
     if schema.source.outcomes and not schema.source.key:
         yield "source.key is missing: outcomes need the column of the impressions that they refer to"
@@ -50,6 +59,42 @@ def _nested(schema: Schema) -> Iterator[str]:
     for name, expression in schema.source.derived.items():
         if nested := [c for c in columns_of(expression) if c in schema.source.derived]:
             yield f"source.derived.{name} reads {nested[0]}, which is derived itself: write it from raw columns"
+
+
+def _unfit_names(schema: Schema) -> Iterator[str]:
+    """Names that the schema gives and that are empty, too long, control a terminal, or lead out of a folder of files."""
+    sections = {section: getattr(schema, section) for section in [*KINDS, "tables", "tasks"]}
+    sections |= {"source.derived": schema.source.derived, "source.outcomes": schema.source.outcomes}
+    for section, names in sections.items():
+        for name in names:
+            yield from _unfit(f"name in {section}", name, LONGEST_NAME)
+            if not name:
+                yield f"{section}: a name is empty"
+            if section == "source.outcomes" and {"/", "\\"} & {*name}:
+                yield f"name in {section} {_shown(name)} cannot name a file: rename it without / and \\"
+
+
+def _unfit_columns(schema: Schema) -> Iterator[str]:
+    """Raw columns and files that the schema names and whose names are too long or control a terminal."""
+    source, outcomes = schema.source, schema.source.outcomes.values()
+    columns = [*(source.columns or ()), *source.types, *schema.raw_columns]
+    for outcome in outcomes:
+        columns += [outcome.key, *outcome.types, *((outcome.read and outcome.read.columns) or ())]
+    for column in dict.fromkeys(columns):
+        yield from _unfit("column", column, LONGEST_COLUMN)
+    for files in dict.fromkeys([source.files, *(outcome.files for outcome in outcomes)]):
+        yield from _unfit("files", files, LONGEST_COLUMN)
+
+
+def _unfit(what: str, name: str, limit: int) -> Iterator[str]:
+    if has_controls(name):
+        yield f"{what} {_shown(name)} has a control character: rename it"
+    elif (length := len(name.encode())) > limit:
+        yield f"{what} {_shown(name)} has {length} bytes, more than {limit}: shorten it"
+
+
+def _shown(name: str) -> str:
+    return f"'{printable(name if len(name) <= 60 else name[:60] + '…')}'"
 
 
 def _names(schema: Schema) -> Iterator[str]:

@@ -1,122 +1,158 @@
 """SQL expressions over the columns of one row: what may be written in a schema."""
 
+import io
 import json
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import polars as pl
 
+from features.printable import printable
+from features.schema.expression_size import Size, size_of
+from features.schema.expression_tree import MAX_DEPTH, not_allowed
+
+# Limits of the text: polars' parser recurses, and a stack that overflows or a parse that never ends cannot be caught.
+MAX_LENGTH = 10_000  # characters
+MAX_WORDS = 500  # words and signs, beside literals: 1,000 can overflow the stack of a thread of 2 MiB
+MAX_BRACKETS = 16  # within each other: each may double the time in which an error is found
+MAX_TREE = 1 << 18  # bytes of the tree: NULLIF, BETWEEN and IN repeat what they compare, so that it can double at each
+
 _QUOTED = r"""'[^']*'|"[^"]*"|`[^`]*`|(?<![\w$])(?P<tag>\$\w*\$).*?(?P=tag)"""
 _TOKEN = re.compile(rf"(?P<comment>--|/\*)|{_QUOTED}", re.DOTALL)
 _ESCAPES = re.compile(r"""[\\$]|--|/\*""")  # where quotes may end elsewhere than _QUOTED thinks
-_QUERY = re.compile(r"\b(select|from)\b", re.IGNORECASE)
+_PREFIXED = re.compile(r"\w''")  # the same, once quoted text is '': q'[a'b]'
+_QUERY = re.compile(r"\b(?:select\b|from\b|values\s*\(|values\s+row\b)", re.IGNORECASE)
 _MOMENT = re.compile(r"\b(?:date|datetime|time|timestamp)\s*$", re.IGNORECASE)
-_MOMENTS = {"Date", "Datetime", "Time"}  # types of literals, in a tree
+_INTERVAL = re.compile(r"\binterval\b(?!\s*')", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d]\w*|[^\w\s,()']")
 
-# Functions whose value depends on their row alone, as polars' expression tree names them: FAMILY.FUNCTION, or FUNCTION.
-# SQL knows some by other names (GREATEST is MaxHorizontal), and its * / // % are Sql.Binary.
-_FAMILIES = {
-    "": "Abs Atan2 Ceil Clip Coalesce Exp FillNull Floor Log Log1p MaxHorizontal MinHorizontal Sign Truncate",
-    "Bitwise.": "CountOnes",
-    "Boolean.": "IsNotNull IsNull Not",
-    "ListExpr.": "Contains Get Join Length Max Mean Min Sum",
-    "Pow.": "Cbrt Generic Sqrt",
-    "Sql.": "Binary IsIn Round ToFloat",
-    "StringExpr.": "ConcatHorizontal Contains EndsWith Find LenBytes LenChars Lowercase Normalize PadEnd PadStart Replace "
-    "Reverse Slice Split StartsWith StripChars StripCharsEnd StripCharsStart Strptime Titlecase Uppercase",
-    "StructExpr.": "FieldByName",
-    "TemporalExpr.": "BaseUtcOffset Century Day Hour IsoYear Millennium Minute Month Nanosecond OffsetBy OrdinalDay Quarter "
-    "Second Time TimeStamp ToString TotalSeconds Week WeekDay Year",
-    "Trigonometry.": "ArcCos ArcSin ArcTan Cos Cot Degrees Radians Sin Tan",
-}
-ALLOWED = {family + name for family, names in _FAMILIES.items() for name in names.split()}
-# Names of other parts of a tree, for a message.
-_WORDS = {"Over": "OVER", "Len": "COUNT(*)", "Explode": "UNNEST", "SubPlan": "a query", "Filter": "FILTER"}
+_FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError)
 
 
 def columns_of(expression: str) -> list[str]:
     """Columns that a SQL expression reads.
 
     Raises:
-        ValueError: it cannot be parsed, holds a query of its own, which could reach files (and would, by being parsed), or
-            its value may depend on more than its row: on other rows, and so on where a block of rows ends, or on the clock.
+        ValueError: it cannot be parsed, holds a query of its own, which could reach files (and would, by being parsed), its
+            value may depend on more than its row: on other rows, and so on where a block of rows ends, or on the clock; or
+            it is too long, too deeply nested, or may need more memory than a small multiple of its row.
     """
-    return list(_columns_of(expression))
+    return list(_checked(expression)[0])
+
+
+def memory_of(expression: str) -> Size:
+    """The memory that computing an expression needs for a row, at most. Raises ValueError as `columns_of` does."""
+    return _checked(expression)[1]
+
+
+def shown(expression: str) -> str:
+    """An expression, or its beginning, for a message of one line."""
+    return repr(expression if len(expression) <= 200 else f"{expression[:200]}…")
 
 
 @lru_cache(maxsize=1024)
-def _columns_of(expression: str) -> tuple[str, ...]:
-    bare = _TOKEN.sub(lambda token: token["comment"] or "''", expression)
-    if _QUERY.search(expression if _ESCAPES.search(expression) else bare):
-        raise ValueError(f"{expression!r} holds a query: an expression may only read columns of its row")
-    if comment := next((t["comment"] for t in _TOKEN.finditer(expression) if t["comment"]), None):
-        raise ValueError(f"{expression!r} holds a comment ({comment}): remove it, and write - - for two minus signs")
+def _checked(expression: str) -> tuple[tuple[str, ...], Size]:
+    _check_text(expression)
+    try:
+        tree, written = _tree(expression), _moments(expression)
+        beyond = dict.fromkeys(not_allowed(tree, written))
+    except _TooLargeError:
+        raise ValueError(
+            f"{shown(expression)} is too large once parsed: nest fewer NULLIF, BETWEEN, IN and CASE"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            f"{shown(expression)} is nested too deeply: allowed are {MAX_DEPTH} operators that work on each other"
+        ) from None
+    except _FAULTS as error:
+        raise ValueError(f"{shown(expression)} is not a SQL expression: {reason(error)}") from None
     try:
         meta = pl.sql_expr(expression).meta
-        tree, written = _tree(expression), _moments(expression)
-    except (pl.exceptions.PolarsError, TypeError) as error:
-        raise ValueError(f"{expression!r} is not a SQL expression: {error}") from None
-    if meta.has_multiple_outputs():
-        raise ValueError(f"{expression!r} stands for several columns: name the one that is meant")
-    if beyond := dict.fromkeys(_not_allowed(tree, written)):
+        if meta.has_multiple_outputs():
+            raise ValueError("stands for several columns: name the one that is meant")
+        if beyond:
+            raise ValueError(
+                f"uses {', '.join(beyond)}: an expression may only use columns of its row and functions of them"
+            )
+        return tuple(meta.root_names()), size_of(tree)
+    except _FAULTS as error:
+        raise ValueError(f"{shown(expression)} {reason(error)}") from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what polars says."""
+    return printable(next(iter(str(error).splitlines()), type(error).__name__))[:500]
+
+
+def _check_text(expression: str) -> None:
+    """Refuses, before polars parses it, what it must not parse. Raises ValueError."""
+    if len(expression) > MAX_LENGTH:
+        raise ValueError(f"{shown(expression)} has {len(expression):,} characters: allowed are {MAX_LENGTH:,}")
+    bare = _TOKEN.sub(lambda token: token["comment"] or "''", expression)
+    text = expression if _ESCAPES.search(expression) or _PREFIXED.search(bare) else bare
+    if _QUERY.search(text):
+        raise ValueError(f"{shown(expression)} holds a query: an expression may only read columns of its row")
+    if comment := next((t["comment"] for t in _TOKEN.finditer(expression) if t["comment"]), None):
         raise ValueError(
-            f"{expression!r} uses {', '.join(beyond)}: an expression may only use columns of its row and functions of them"
+            f"{shown(expression)} holds a comment ({comment}): remove it, and write - - for two minus signs"
         )
-    return tuple(meta.root_names())
+    if (words := len(_WORD.findall(text))) > MAX_WORDS:
+        raise ValueError(f"{shown(expression)} has {words:,} words and signs: allowed are {MAX_WORDS}")
+    if _brackets(text) > MAX_BRACKETS:
+        raise ValueError(f"{shown(expression)} has more than {MAX_BRACKETS} brackets within each other")
+    if _INTERVAL.search(text):
+        raise ValueError(f"{shown(expression)} has an INTERVAL without a literal: write it as INTERVAL '1 day'")
+
+
+def _brackets(text: str) -> int:
+    """The most brackets within each other, whether or not they are closed."""
+    most = 0
+    open_ = dict.fromkeys("([{", 0)
+    opened = dict(zip(")]}", open_, strict=True))
+    for sign in re.findall(r"[()\[\]{}]", text):
+        if sign in open_:
+            open_[sign] += 1
+        else:
+            open_[opened[sign]] = max(0, open_[opened[sign]] - 1)
+        most = max(most, sum(open_.values()))
+    return most
+
+
+class _TooLargeError(Exception):
+    """A tree of more than MAX_TREE bytes."""
+
+
+class _Bounded(io.RawIOBase):
+    """Takes MAX_TREE bytes, then refuses: a tree may be exponentially larger than its text."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.full = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.full or len(self.data) + len(data) > MAX_TREE:
+            self.full = True
+            raise _TooLargeError
+        self.data += data
+        return len(data)
 
 
 def _tree(expression: str) -> Any:
-    return json.loads(pl.sql_expr(expression).meta.serialize(format="json"))
+    written = _Bounded()
+    try:
+        pl.sql_expr(expression).meta.serialize(written, format="json")
+    except pl.exceptions.PolarsError:
+        if written.full:
+            raise _TooLargeError from None
+        raise
+    return json.loads(written.data)
 
 
 def _moments(expression: str) -> list[Any]:
     """The literals that an expression spells out, such as DATE '2020-01-01'. A call of the clock becomes one, too."""
     found = [(_MOMENT.search(expression[: token.start()]), token[0]) for token in _TOKEN.finditer(expression)]
     return [_tree(kind[0] + text)["Literal"] for kind, text in found if kind]
-
-
-def _not_allowed(node: Any, written: list[Any]) -> Iterator[str]:
-    """Names of the parts of an expression tree that do not depend on their row alone.
-
-    Args:
-        written: literals of dates and times that the expression spells out.
-    """
-    if not isinstance(node, dict):
-        yield _WORDS.get(str(node), str(node))
-        return
-    ((kind, content),) = node.items()
-    if kind == "Column":
-        return
-    if kind == "Literal":
-        if _MOMENTS & content.get("Scalar", {}).keys() and content not in written:
-            yield "the clock"
-    elif kind == "BinaryExpr":
-        yield from _not_allowed(content["left"], written)
-        yield from _not_allowed(content["right"], written)
-    elif kind == "Ternary":
-        for part in content.values():
-            yield from _not_allowed(part, written)
-    elif kind == "Cast":
-        yield from _not_allowed(content["expr"], written)
-    elif kind == "Function":
-        if (name := _name(content["function"])) not in ALLOWED:
-            yield name
-        elif name == "StringExpr.Strptime" and content["function"]["StringExpr"]["Strptime"][1]["format"] is None:
-            yield "a date without a format, which is guessed from other rows"
-        for part in content["input"]:
-            yield from _not_allowed(part, written)
-    elif kind == "Agg":
-        yield f"{next(iter(content)).upper()} over rows"
-    else:
-        yield _WORDS.get(kind, str(kind))
-
-
-def _name(function: Any) -> str:
-    """FUNCTION, or FAMILY.FUNCTION, without its settings."""
-    if isinstance(function, str):
-        return function
-    ((family, content),) = function.items()
-    member = content if isinstance(content, str) else next(iter(content), "") if isinstance(content, dict) else ""
-    return family if family in ALLOWED else f"{family}.{member}"

@@ -1,36 +1,30 @@
 """What every cluster backend offers, and the workload that it is given: a job, its arguments and its resources."""
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.cluster.values import (
+    Argument,
+    Bytes,
+    Cpu,
+    Cron,
+    Image,
+    Label,
+    Namespace,
+    Network,
+    ObjectName,
+    SecretKey,
+    Variable,
+)
 
 Job: TypeAlias = Literal["train", "preprocess", "nightly"]
 State: TypeAlias = Literal["suspended", "pending", "running", "succeeded", "failed"]
 
 
-def _like(pattern: str, what: str) -> AfterValidator:
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not {what}")
-        return text
-
-    return AfterValidator(check)
-
-
-# 52 characters: a CronJob appends eleven to its own.
-Label = Annotated[
-    str,
-    _like(
-        r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?",
-        "a DNS label: lower-case letters, digits and '-', a letter first, at most 52 characters",
-    ),
-]
-Name = Annotated[str, _like(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?", "a name of lower-case letters, digits and '-'")]
-Quantity = Annotated[str, _like(r"\d+(\.\d+)?(m|k|[KMGTP]i|[MGTP])?", "a Kubernetes quantity such as 4, 500m or 16Gi")]
-Cron = Annotated[str, _like(r"\s*\S+(\s+\S+){4}\s*", "a cron schedule of five fields such as '0 3 * * *'")]
-Argument = Annotated[str, _like(r"(?s)[^=]+=.*|~.+|--.+", "KEY=VALUE")]
+# Variables of a pod that are the job's own, or Kubernetes'.
+RESERVED = {"HOME", "PATH", "JOB_NAME", "JOB_COMPLETION_INDEX", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
 
 
 class Workload(BaseModel):
@@ -44,16 +38,22 @@ class Workload(BaseModel):
     ranks_per_node: int = Field(ge=1)
     gpus_per_node: int = Field(ge=0)
     name: Label
-    namespace: Name | None
-    image: str = Field(min_length=1)
-    data_claim: Name
-    runs_claim: Name
-    storage: Quantity
-    cpu: Quantity
-    memory: Quantity
-    shared_memory: Quantity
+    namespace: Namespace | None
+    image: Image
+    allow_tag: bool
+    data_claim: ObjectName
+    runs_claim: ObjectName
+    storage: Bytes
+    cpu: Cpu
+    memory: Bytes
+    shared_memory: Bytes
+    ephemeral_storage: Bytes
+    egress: list[Network]
+    secrets: dict[Variable, SecretKey]
     grace_s: int = Field(ge=0)
     retries: int = Field(ge=0)
+    deadline_s: int | None = Field(ge=1)
+    ttl_s: int | None = Field(ge=0)
     schedule: Cron
     suspend: bool
 
@@ -68,6 +68,8 @@ class Workload(BaseModel):
                 f"gpus_per_node is {self.gpus_per_node} and ranks_per_node {self.ranks_per_node}: "
                 "a rank drives one GPU, so make them equal, or gpus_per_node=0 to train on CPU"
             )
+        if taken := sorted(RESERVED & self.secrets.keys()):
+            raise ValueError(f"secrets.{taken[0]}: the pods set {taken[0]} themselves, choose another variable")
         return self
 
 

@@ -15,6 +15,7 @@ DEMO: dict[Job, list[str]] = {
 }
 HEADER = "# Written by `python -m jobs.submit base=k8s/base`: change the values there, or overlay this.\n"
 KUSTOMIZATION = """\
+# The image is a placeholder: an overlay puts the digest of yours in its place, as k8s/README.md shows.
 # The train Job is suspended until there is a dataset. Once preprocess is complete:
 #   kubectl patch job taskfuse-train --patch '{"spec":{"suspend":false}}'
 apiVersion: kustomize.config.k8s.io/v1beta1

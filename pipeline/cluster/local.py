@@ -41,7 +41,7 @@ def _command(work: Workload) -> list[str]:
         raise UserError(
             f"nodes is {work.nodes}, and cluster=local is one node: raise ranks_per_node, or set cluster=k8s"
         )
-    launcher = ["-m", "jobs.launch", "--standalone", f"--nproc-per-node={work.ranks_per_node}"]
+    launcher = ["-m", "jobs.launch", f"--nproc-per-node={work.ranks_per_node}"]
     return [sys.executable, *(launcher if work.job == "train" else []), "-m", f"jobs.{work.job}", *work.args]
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
+from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.oracle import Truth
@@ -66,7 +67,7 @@ class Evaluation:
         if config.follow:
             os.nice(10)  # the trainer comes first
             _wait_for_run(self.run, config.give_up_after)
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // (2 if config.follow else 1)))
+        torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
         self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size)
         self.known: dict[int, dict[str, Any]] = {}
 

@@ -3,6 +3,9 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import grpc
 
 from features.errors import UserError
 from pipeline.ingest import schedule
@@ -96,12 +99,35 @@ def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, un
     """Runs all steps in one pipeline; a failure is in the job's scratch folder (see schedule.after)."""
     # Worker processes write to stderr whenever they start and stop; what fails in them is a report.
     quiet = quiet_children() if config.runner == "direct" and config.workers > 1 else nullcontext()
-    with quiet, _errors_only(), pipeline_on(config) as pipeline:
+    alone = _on_loopback() if config.runner == "direct" else nullcontext()
+    with quiet, alone, _errors_only(), pipeline_on(config) as pipeline:
         work = pipeline | beam.Create(list(enumerate(units)))
         for step in schedule.steps_of(job):
             reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(job, step))
             listed = reports | f"all of {step}" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
             work = listed | f"after {step}" >> beam.FlatMap(schedule.after, job, limits, step)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Servers that Beam starts meanwhile, for worker processes of this machine, listen on 127.0.0.1 only.
+
+    It has no setting for that: they would listen on all interfaces, and exchange pickled functions and rows with whoever
+    connects.
+    """
+    make = grpc.server
+
+    def on_loopback(*args: Any, **named: Any) -> grpc.Server:
+        server = make(*args, **named)
+        listen = server.add_insecure_port
+        server.add_insecure_port = lambda address: listen(address.replace("[::]", "127.0.0.1"))
+        return server
+
+    grpc.server = on_loopback
+    try:
+        yield
+    finally:
+        grpc.server = make
 
 
 @contextmanager

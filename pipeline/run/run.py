@@ -13,7 +13,7 @@ from features.errors import UserError
 from features.schema.schema import Schema
 from features.yaml_text import read_yaml, yaml_of
 from pipeline.storage.base import Lock
-from pipeline.storage.files import read_lines, storage_of, write_json, write_text
+from pipeline.storage.files import json_text, read_lines, storage_of, write_json, write_text
 
 
 class Status(BaseModel):
@@ -115,4 +115,4 @@ def keep_lines(path: Path, last_step: int) -> None:
     """Drops the lines past a step: a run that resumes from a checkpoint writes them again."""
     kept = [line for line in read_lines(path) if line["step"] <= last_step]
     if path.exists():
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json_text(line) + "\n" for line in kept))

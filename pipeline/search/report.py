@@ -1,5 +1,6 @@
 """A comparison as tables, as Parquet and as a picture."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,9 @@ import polars as pl
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from features.printable import printable
 from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.evaluation.report.plots import literal
 from pipeline.run.headline import HEADLINE, RANKING
 from pipeline.search.comparison import PAIRED, SHARES, Entry, differences
 from pipeline.storage.files import write_json, write_text
@@ -24,31 +27,41 @@ def write(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], f
 
 
 def tables(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], style: str) -> str:
-    """Three tables: quality, cost, and the difference to the baseline in the course of training."""
+    """Three tables: quality, cost, and the difference to the baseline in the course of training.
+
+    Args:
+        style: of tabulate; github is Markdown, in which names stay text whatever is in them.
+    """
+
+    def shown(name: str) -> str:
+        text = printable(name)
+        return re.sub(r"[&<>|\[\]`*~\\]", lambda found: f"&#{ord(found[0])};", text) if style == "github" else text
+
     columns = [(task, kind, names[kind]) for names in (RANKING, HEADLINE) for task, kind in tasks.items()]
     quality, cost, early = [], [], []
     for entry in entries:
         cells = [_mean([run["metrics"][task][name] for run in entry.runs]) for task, _, name in columns]
         gaps = differences(entry, baseline, tasks).values()
         cells += ["" if entry is baseline else f"{mean:+.2f} ±{half:.2f}" for mean, half in gaps]
-        quality.append([entry.name, *cells])
+        quality.append([shown(entry.name), *cells])
         counts = [
             f"{entry.cost[key]:,.0f}" if entry.cost else ""
             for key in ("parameters", "table_parameters", "flops_per_row")
         ]
-        cost.append([entry.name, *counts, f"{statistics.median(run['rows_per_s'] for run in entry.runs):,.0f}"])
+        cost.append([shown(entry.name), *counts, f"{statistics.median(run['rows_per_s'] for run in entry.runs):,.0f}"])
         if entry.runs[0].get("early") and entry is not baseline:
-            early.append([entry.name, *(_early(entry, baseline, task, kind, at) for task, kind in tasks.items()
+            early.append([shown(entry.name), *(_early(entry, baseline, task, kind, at) for task, kind in tasks.items()
                                         for at in range(len(SHARES) + 1))])  # fmt: skip
-    headers = [f"{METRICS[kind][name].label} {task}" for task, kind, name in columns]
-    headers += [f"{PAIRED[kind]} % {task}" for task, kind in tasks.items()]
+    headers = [f"{METRICS[kind][name].label} {shown(task)}" for task, kind, name in columns]
+    headers += [f"{PAIRED[kind]} % {shown(task)}" for task, kind in tasks.items()]
     shares = [*(f"{round(share * 7)}/7" for share in SHARES), "all"]
+    parts = [f"{shown(task)} {share}" for task in tasks for share in shares]
     return "\n\n".join(
         tabulate(lines, header, tablefmt=style, disable_numparse=True, stralign="right")
         for lines, header in (
             (quality, ["model", *headers]),
             (cost, ["model", "parameters", "in tables", "FLOPs/row", "rows/s"]),
-            (early, [f"NE % to {baseline.name} after", *(f"{task} {share}" for task in tasks for share in shares)]),
+            (early, [f"NE % to {shown(baseline.name)} after", *parts]),
         )
         if lines
     )
@@ -80,9 +93,9 @@ def picture(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str])
             color = "tab:green" if mean + half < 0 else "tab:red" if mean - half > 0 else "tab:gray"
             axes.errorbar(mean, place, xerr=half, fmt="o", color=color, capsize=3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(title=task, xlabel=f"{PAIRED[kind]} to {baseline.name}, %")
+        axes.set(title=literal(task), xlabel=f"{PAIRED[kind]} to {literal(baseline.name)}, %")
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(others)), [entry.name for entry in others])
+    panels[0].set_yticks(range(len(others)), [literal(entry.name) for entry in others])
     panels[0].invert_yaxis()
     return figure
 

@@ -31,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Writes a JSON file durably and atomically."""
-    write_text(path, json.dumps(content, indent=1))
+    write_text(path, json_text(content, indent=1))
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -43,9 +43,14 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             tail = file.read()
             if not tail.endswith(b"\n"):
                 file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write(json_text(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def json_text(content: object, indent: int | None = None) -> str:
+    """JSON in ASCII without control characters in texts; json.dumps leaves one as it is, DEL."""
+    return json.dumps(content, indent=indent).replace("\x7f", "\\u007f")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
+from pipeline import cores
 from pipeline.dataset.dataset import open_dataset
 from pipeline.run.run import Run
 from pipeline.training.config import TrainConfig
@@ -58,7 +59,7 @@ def prepare(
 ) -> "Trainer":
     """A trainer whose run is restored, ready for `run_to_end`. Every rank calls it. Raises UserError."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(config.train.threads or max(1, cores.available() // local))
     whole = open_dataset(config.dataset, config.days)
     if schema is not None:
         whole.check_compatible(schema.fingerprint, "the schema of this job")

@@ -87,7 +87,7 @@ def rechub(model: str, steps: int, warmup: int, dtype: torch.dtype) -> float:
     that notes when each batch is ready and ends early: from one batch to the next is one whole step (forward, backward,
     Adam, .item() of the losses, drawing and collating the next). Nothing of torch-rechub is patched. Its MLPs have
     batch normalisation, its tables dense gradients and Adam: its own way to these sizes, not the same arithmetic.
-    Needs requirements.txt.
+    Needs requirements.txt, which `make .venv/rechub` installs apart from the environment: PYTHONPATH=.venv/rechub.
     """
     if dtype != torch.float32:
         raise SystemExit("rechub: MTLTrainer has no bf16; use --dtype fp32")

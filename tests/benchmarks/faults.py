@@ -94,7 +94,7 @@ def launch(folder: Path, name: str, ranks: int, attempt: int, settings: dict, fa
     """A command to its end; its exit code."""
     script = [str(TESTS / "training" / "faulty_run.py"), str(folder), name, str(attempt)]
     script += [json.dumps({"checkpoint_every": 5} | settings), json.dumps(faults)]
-    torchrun = ["-m", "jobs.launch", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    torchrun = ["-m", "jobs.launch", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "training"))),
@@ -105,7 +105,7 @@ def launch(folder: Path, name: str, ranks: int, attempt: int, settings: dict, fa
 
 def spoil(checkpoints: Path, how: str) -> None:
     """Damages the newest checkpoint."""
-    file = checkpoint.folder(checkpoints, checkpoint.steps(checkpoints)[-1]) / "__0_0.distcp"
+    file = checkpoint.folder(checkpoints, checkpoint.steps(checkpoints)[-1]) / "rank-00000.bin"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content if how == "flip" else content[:-100])

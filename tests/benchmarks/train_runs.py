@@ -51,7 +51,7 @@ def run(arguments: list[str], ranks: int = 1, path: str = "") -> str:
 
 def command(arguments: list[str], ranks: int = 1) -> list[str]:
     """What `run` starts."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = ["-m", "jobs.launch", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     # torchrun runs a script or, after -m, a module, just as python does.
     return [sys.executable, *launcher, *arguments]
 

@@ -20,7 +20,7 @@ def test_a_plain_relative_path_is_taken_as_it_is(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "/", "/etc/passwd", "../a", "a/../../b", "a/./b", ".", "..", "a//b", "a/", "./a", "//a", "a\x1b", "a\0"],
+    ["", "/", "/etc/passwd", "../a", "a/../../b", "a/./b", ".", "..", "a//b", "a/", "./a", "//a", "//", "a\x1b", "a\0"],
 )
 def test_another_path_is_refused(name: str) -> None:
     with pytest.raises(ValidationError, match="plain relative path"):
@@ -68,6 +68,24 @@ def test_text_of_data_is_shown_with_its_controls_as_escapes() -> None:
         printable("\x1b]0;title\x07 a\tb\nc\x9b\u202eé\ud800") == "\\x1b]0;title\\x07 a\\x09b\\x0ac\\x9b\\u202eé\\ud800"
     )
     assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
+
+
+CONTROLS = ["\0", "\b", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f", "\u061c", "\u200e", "\u2028", "\u202e", "\u2066"]
+CONTROLS += ["\u206a", "\ufeff", "\ufff9", "\ud800", "\udfff"]
+
+
+@pytest.mark.parametrize("character", CONTROLS)
+def test_what_moves_a_cursor_or_turns_text_is_a_control(character: str) -> None:
+    assert has_controls(f"a{character}b")
+    assert printable(character).isascii()
+
+
+@pytest.mark.parametrize(
+    "text", ["é", "漢字", "👩\u200d👩\u200d👧 🇫🇷", "عربى", "می\u200cخواهم", "हिन्दी", "e\u0301", "\xa0", "C:\\x1b"]
+)
+def test_text_of_any_language_is_shown_as_it_is(text: str) -> None:
+    assert not has_controls(text)
+    assert printable(text) == text
 
 
 @given(st.text())

@@ -280,7 +280,8 @@ def test_secrets_of_the_environment_are_not_written_down(call: Call, monkeypatch
         "image=${oc.env:SECRET}",
     ):
         said = call("submit", "job=preprocess", "cluster=k8s", "dry_run=true", args)
-        assert_one_line(said, "configuration: " + args.split("=")[0], "refer to another key")
+        assert_one_line(said, "configuration: ")
+        assert "refer to another key" in said or "would write a secret" in said
     assert "out=/runs/train" in call(
         "submit", "job=preprocess", "cluster=k8s", "dry_run=true", "args=['out=/runs/${cluster}/${name}']"
     ).replace("k8s/taskfuse-preprocess", "train")

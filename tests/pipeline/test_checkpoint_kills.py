@@ -60,7 +60,7 @@ with user_errors():
     train(configuration(data, Path({str(run)!r}) / "r", checkpoint_every=4, max_steps=20))
 """
     script = (
-        'mount -t tmpfs -o size=450k none "$0"; "$@"; echo "full $?"; ls "$0/r/checkpoints" -A; '
+        'mount -t tmpfs -o size=200k none "$0"; "$@"; echo "full $?"; ls "$0/r/checkpoints" -A; '
         'mount -o remount,size=20m "$0"; "$@"; echo "room $?"; ls "$0/r/checkpoints" -A'
     )
     done = subprocess.run(

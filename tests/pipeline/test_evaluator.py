@@ -189,11 +189,11 @@ def test_a_checkpoint_deleted_while_it_is_evaluated_is_left_out(run: Run, monkey
 
 
 def test_a_damaged_checkpoint_is_named(run: Run):
-    file = run.checkpoints / "step-00000004" / "__0_0.distcp"
+    file = run.checkpoints / "step-00000004" / "rank-00000.bin"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"step-00000004/__0_0.distcp: its checksum"):
+    with pytest.raises(UserError, match=r"step-00000004/rank-00000.bin: its checksum"):
         evaluated(run)
 
 

@@ -1,7 +1,6 @@
 """The contract of private names of torch, TorchRec and FBGEMM: they exist, do what we rely on, and are used nowhere else."""
 
 import ast
-import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -167,27 +165,6 @@ def test_norms_are_those_of_each_tensor() -> None:
     assert found[:2] == [5.0, 2.0]
     assert found[2] != found[2]
     assert list(torch_compat.norms([])) == []
-
-
-def test_a_checkpoint_has_the_files_and_classes_that_are_allowed(
-    tmp_path: Path, sharded: DistributedModelParallel
-) -> None:
-    dcp.save({"w": weight(sharded), "plain": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(tmp_path))
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {name for name in names if torch_compat.is_data_file(name, 0)} == names - {".metadata"} != set()
-    assert not any(torch_compat.is_data_file(name, rank) for name in names for rank in (1, 10))
-    assert not torch_compat.is_data_file("__10_0.distcp", 1)
-    classes: set[tuple[str, str]] = set()
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> object:
-            classes.add((module, name))
-            return super().find_class(module, name)
-
-    with (tmp_path / ".metadata").open("rb") as file:
-        metadata = Unpickler(file).load()
-    assert classes - {("torch", "float32")} <= torch_compat.METADATA_CLASSES
-    assert {place.relative_path for place in metadata.storage_data.values()} == names - {".metadata"}
 
 
 # Models

@@ -1,4 +1,4 @@
-"""What four ranks do, for test_communication.py: python -m torch.distributed.run --nproc-per-node=4 four_ranks.py FOLDER
+"""What four ranks do, for test_communication.py: python -m jobs.launch --nproc-per-node=4 four_ranks.py FOLDER
 
 FOLDER holds the dataset `data`; the runs are written beside it. Four, since a group of two is the smallest that shares tables.
 """

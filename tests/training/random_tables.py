@@ -1,4 +1,4 @@
-"""What several ranks do, for test_placements.py: python -m torch.distributed.run --nproc-per-node=4 random_tables.py FOLDER
+"""What several ranks do, for test_placements.py: python -m jobs.launch --nproc-per-node=4 random_tables.py FOLDER
 
 FOLDER holds a dataset `data-CASE` for each case; the runs are written beside them.
 """

@@ -163,7 +163,7 @@ def saved(tmp_path: Path):
 def test_what_was_written_after_a_fall_back_stays_and_the_damaged_newer_one_goes(saved, tmp_path: Path) -> None:
     for step in (4, 8, 12):
         damaged = saved(1.0, step)
-    (damaged / ".metadata").unlink()
+    (damaged / "tensors.json").unlink()
     run = Run(tmp_path)
     saver = CheckpointWriter(run.checkpoints, None, False, partial(prune, run, Keep(last=1), OURS))
     saver.save({"w": torch.ones(50)}, CheckpointManifest(step=8, rows=1, **ABOUT))
@@ -173,7 +173,7 @@ def test_what_was_written_after_a_fall_back_stays_and_the_damaged_newer_one_goes
 
 def test_shapes_that_cannot_be_read_are_said_in_a_line(saved) -> None:
     path = saved(1.0)
-    (path / ".metadata").unlink()
+    (path / "tensors.json").unlink()
     with pytest.raises(UserError, match=r"step-00000004: cannot be read: No such file"):
         checkpoint.shapes(path)
 

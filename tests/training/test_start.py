@@ -121,7 +121,7 @@ def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_logged(
     caplog.set_level("INFO", "pipeline")
     first = run(data, folder / "half good", max_steps=12, checkpoint_every=6)
     good, damaged = (checkpoint.folder(first / "checkpoints", step) for step in (6, 12))
-    file = damaged / "__0_0.distcp"
+    file = damaged / "rank-00000.bin"
     file.write_bytes(file.read_bytes()[:-1])
     second = run(data, folder / "from half", max_steps=1, init_from=first, **STILL)
     said = caplog.text
@@ -130,7 +130,7 @@ def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_logged(
     source, start = tiny_training.tensors(good), last(second)
     for name in (name for name in source if name.startswith("model.")):
         assert_close(start[name], source[name], rtol=1e-5, atol=1e-8, msg=name)
-    (good / ".metadata").unlink()
+    (good / "tensors.json").unlink()
     with pytest.raises(UserError, match=r"train.init_from: every checkpoint of .*half good is damaged"):
         run(data, folder / "from none", max_steps=1, init_from=first)
 

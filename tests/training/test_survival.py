@@ -108,7 +108,7 @@ def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> N
 
 def launch(folder: Path, name: str, ranks: int, attempt: int, faults: list, *flags: str, **settings: Any) -> Any:
     """A run of faulty_run.py under jobs.launch, what it said printed."""
-    command = [sys.executable, "-m", "jobs.launch", "--standalone", f"--nproc-per-node={ranks}", *flags]
+    command = [sys.executable, "-m", "jobs.launch", f"--nproc-per-node={ranks}", *flags]
     command += [str(HERE / "faulty_run.py"), str(folder), name, str(attempt), json.dumps(settings), json.dumps(faults)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

@@ -388,14 +388,14 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_that_is_logged(
     train(folder, "damaged", max_steps=20, checkpoint_every=8)
     whole = last(folder / "damaged")
     for step, change in ((20, lambda data: data[:-1] + b"?"), (16, lambda data: data[:-1])):
-        path = checkpoint.folder(folder / "damaged" / "checkpoints", step) / "__0_0.distcp"
+        path = checkpoint.folder(folder / "damaged" / "checkpoints", step) / "rank-00000.bin"
         path.write_bytes(change(path.read_bytes()))
     caplog.clear()
     resumed = train(folder, "damaged", max_steps=20, checkpoint_every=8)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("pipeline.")]
     assert [line.split(":")[0] for line in told[:2]] == ["skipped a checkpoint"] * 2
-    assert "step-00000020/__0_0.distcp: its checksum" in told[0]
-    assert "step-00000016/__0_0.distcp has" in told[1]
+    assert "step-00000020/rank-00000.bin: its checksum" in told[0]
+    assert "step-00000016/rank-00000.bin has" in told[1]
     assert told[2].endswith("step-00000008")
     assert sorted(resumed.seen) == list(range(9, 21))
     assert_identical(last(folder / "damaged"), whole)

@@ -1,6 +1,6 @@
 """What two ranks do, for test_training.py: run by torchrun, it trains one run after the other in one process group.
 
-    python -m torch.distributed.run --nproc-per-node=2 two_ranks.py FOLDER
+    python -m jobs.launch --nproc-per-node=2 two_ranks.py FOLDER
 
 FOLDER holds the dataset `data`; the runs are written beside it.
 """

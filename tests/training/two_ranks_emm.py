@@ -1,6 +1,6 @@
 """Small single-task runs and runs fused from them; as a script, what two ranks do for test_emm_runs.py, run by torchrun.
 
-    python -m torch.distributed.run --nproc-per-node=2 two_ranks_emm.py FOLDER
+    python -m jobs.launch --nproc-per-node=2 two_ranks_emm.py FOLDER
 
 FOLDER holds the dataset `data` and the single-task runs; the fused ones are written beside them.
 """

@@ -1,6 +1,6 @@
 """What two ranks do, for test_managed_training.py: run by torchrun, it trains one run after the other in one process group.
 
-    python -m torch.distributed.run --nproc-per-node=2 two_ranks_managed.py FOLDER
+    python -m jobs.launch --nproc-per-node=2 two_ranks_managed.py FOLDER
 
 FOLDER holds the dataset `data` and a run of one rank, `one`; the runs are written beside it.
 """

@@ -1,4 +1,4 @@
-"""What two ranks do, for test_planning.py: python -m torch.distributed.run --nproc-per-node=2 two_ranks_planning.py FOLDER
+"""What two ranks do, for test_planning.py: python -m jobs.launch --nproc-per-node=2 two_ranks_planning.py FOLDER
 
 FOLDER holds the dataset `data` and `alone`, a run of one rank that stopped; the runs are written beside them.
 """

@@ -1,6 +1,6 @@
 """What two ranks do, for test_sequence_training.py: run by torchrun, it trains models that read sequences.
 
-    python -m torch.distributed.run --nproc-per-node=2 two_ranks_sequences.py FOLDER
+    python -m jobs.launch --nproc-per-node=2 two_ranks_sequences.py FOLDER
 
 FOLDER holds the dataset `data`; the runs are written beside it.
 """

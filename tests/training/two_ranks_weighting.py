@@ -1,4 +1,4 @@
-"""What two ranks do, for test_weighting.py: python -m torch.distributed.run --nproc-per-node=2 two_ranks_weighting.py FOLDER
+"""What two ranks do, for test_weighting.py: python -m jobs.launch --nproc-per-node=2 two_ranks_weighting.py FOLDER
 
 FOLDER holds the dataset `data`; the runs are written beside it.
 """

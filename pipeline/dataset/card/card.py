@@ -10,6 +10,7 @@ from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.schema.schema import Schema
+from pipeline.dataset.card.content import CardContent
 from pipeline.dataset.card.drift import drift
 from pipeline.dataset.card.statistics import id_statistics, number_statistics, or_none, share, task_statistics
 
@@ -66,12 +67,13 @@ def read_card(dataset: Path) -> dict[str, Any]:
     """
     file = dataset / "statistics.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        version = found["version"]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = file.read_bytes()
+        version = json.loads(text)["version"]
+        content = CardContent.model_validate_json(text) if version == VERSION else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{file} is missing or was not written by jobs.preprocess. Run jobs.preprocess again."
         ) from None
-    if version != VERSION:
+    if content is None:
         raise UserError(f"{file}: of version {version}, this release reads {VERSION}. Run jobs.preprocess again.")
-    return found
+    return content.model_dump(exclude_unset=True)

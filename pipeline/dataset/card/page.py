@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from features.printable import printable
 from pipeline.dataset.card.tables import number, percent, tables
 from pipeline.dataset.manifest import Manifest
 
@@ -22,6 +23,7 @@ PAGE = """{% macro bars(heights, words) -%}
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width">
 <title>{{ name }}</title>
 <style>
@@ -71,7 +73,8 @@ svg { display: block; width: 100%; height: 60px; fill: #3b6ea8 }
 <div class="card"><h3>{{ picture.name }}</h3><p>{{ picture.about }}</p>
 {% if picture.heights %}{{ bars(picture.heights, picture.words) }}{% endif %}
 {% for value, share in picture.listed %}
-<div class="value"><i style="width: {{ 100 * share }}%"></i><span>{{ value }}</span><span>{{ percent(share) }}</span></div>
+<div class="value"><i style="width: {{ "%.4f" % (100 * share) }}%"></i>
+<span>{{ value }}</span><span>{{ percent(share) }}</span></div>
 {% endfor %}
 <p>{{ picture.rest }}</p></div>
 {% endfor %}
@@ -102,8 +105,10 @@ class Picture:
 
 
 def page(name: str, manifest: Manifest, card: dict[str, Any]) -> str:
-    """The page's HTML; raw values are escaped."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """The page's HTML; raw values are escaped, and their control characters shown as escapes."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     return (
         environment.from_string(PAGE)
         .render(
@@ -117,6 +122,10 @@ def page(name: str, manifest: Manifest, card: dict[str, Any]) -> str:
         )
         .lstrip()
     )
+
+
+def _shown(value: Any) -> Any:
+    return printable(value) if type(value) is str else value
 
 
 def _histogram(name: str, found: dict[str, Any]) -> Picture:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from features.printable import printable
 from features.schema.schema import SPLITS
 from pipeline.dataset.manifest import Manifest
 
@@ -12,7 +13,7 @@ LONGEST = 24  # characters of a raw value in a table
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a line of headers and lines of cells, the first of each line naming it."""
+    """A title, a line of headers and lines of cells, the first of each line naming it; without control characters."""
 
     title: str
     header: list[str]
@@ -32,7 +33,12 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _others(card),
         _drift(card),
     ]
-    return [table for table in made if table.lines]
+    return [_printable(table) for table in made if table.lines]
+
+
+def _printable(table: Table) -> Table:
+    lines = [[printable(cell) for cell in line] for line in table.lines]
+    return Table(table.title, [printable(cell) for cell in table.header], lines)
 
 
 def percent(share: float | None) -> str:

@@ -3,9 +3,15 @@
 import torch
 from matplotlib.figure import Figure
 
+from features.printable import printable
 from pipeline.evaluation.metrics.registry import METRICS
 from pipeline.evaluation.report.results import Results
 from pipeline.run.headline import HEADLINE
+
+
+def literal(text: str) -> str:
+    """A text as matplotlib draws it character by character: $ begins no formula, control characters are escapes."""
+    return printable(text).replace("$", r"\$")
 
 
 def learning_curves(results: Results) -> Figure:
@@ -22,7 +28,7 @@ def learning_curves(results: Results) -> Figure:
         )
         if results.oracle and (best := results.oracle[task][name]) is not None:
             axes.axhline(best, linestyle="--", color="tab:green", label=f"best possible {best:.3f}")
-        axes.set(title=task, xlabel="million training rows seen", ylabel=METRICS[kind][name].label)
+        axes.set(title=literal(task), xlabel="million training rows seen", ylabel=METRICS[kind][name].label)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
@@ -36,7 +42,9 @@ def expert_heat_map(means: list[list[list[float]]], tasks: list[str]) -> Figure:
     figure = Figure(figsize=(1 + 4.4 * len(means), 3.2), layout="constrained")
     for level, (axes, mean_UE) in enumerate(zip(figure.subplots(1, len(means), squeeze=False)[0], means, strict=True)):
         units, experts = len(mean_UE), len(mean_UE[0])
-        names = [*tasks, "shared"][:units] if 0 <= units - len(tasks) <= 1 else [str(u) for u in range(units)]
+        names = (
+            [*map(literal, tasks), "shared"][:units] if 0 <= units - len(tasks) <= 1 else [str(u) for u in range(units)]
+        )
         image = axes.imshow(torch.tensor(mean_UE).numpy(), aspect="auto", cmap="viridis")
         axes.set(title=f"level {level + 1}", xlabel="expert", yticks=range(units), yticklabels=names)
         axes.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))

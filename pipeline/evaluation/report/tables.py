@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from features.printable import printable
 from pipeline.evaluation.metrics.registry import COLUMNS, METRICS
 from pipeline.evaluation.report.results import Results
 from pipeline.run.headline import HEADLINE
@@ -17,7 +18,7 @@ def table(results: Results, style: str = "simple") -> str:
     """
     kinds = results.kinds
     columns = [(task, kind, name) for task, kind in kinds.items() for name in COLUMNS[kind]]
-    header = ["step", "rows seen", *(f"{task}\n{METRICS[kind][name].label}" for task, kind, name in columns)]
+    header = ["step", "rows seen", *(f"{printable(task)}\n{METRICS[kind][name].label}" for task, kind, name in columns)]
     lines = [[f"{r['step']:,}", f"{r['rows']:,}", *_cells(r["metrics"], kinds)] for r in results.records]
     if (oracle := results.oracle) and results.records:
         last = results.records[-1]["metrics"]

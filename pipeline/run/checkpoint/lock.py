@@ -1,8 +1,9 @@
 """Locks on checkpoints: a reader's keeps one from being deleted."""
 
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features.errors import UserError
@@ -34,18 +35,26 @@ def remove(path: Path, wait: bool = False) -> bool:
     """
     try:
         with _locked(path, wait=wait):
-            hidden = path.with_name(f".{path.name}.deleted")
-            shutil.rmtree(hidden, ignore_errors=True)
+            hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}.deleted")
             path.rename(hidden)
     except BlockingIOError:
         return False
     except UserError:  # without a manifest nobody reads it
         hidden = path
-    shutil.rmtree(hidden, ignore_errors=True)
+    discard(hidden)
     return True
+
+
+def discard(path: Path) -> None:
+    """Deletes a folder with all that is in it, or a link or file, if it is there and can be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def tidy(checkpoints: Path) -> None:
     """Removes what killed writers and deleters have left. Only for the process that holds the run's lock."""
     for left in checkpoints.glob(".step-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        discard(left)

@@ -1,14 +1,26 @@
 """The manifest of a checkpoint, which is written last: its step, its position in the data, its files and checksums."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
+from features.regular_files import read_regular, status_of
 from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
 
-VERSION = 2
+VERSION = 3  # of up to 2, the index was a pickle
+MAX_MANIFEST_BYTES = 64 << 20
+INDEX = "tensors.json"  # see pipeline.run.checkpoint.index
+
+# Files lie in the checkpoint's own folder.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _Version(BaseModel):
+    version: int = 1
 
 
 class CheckpointManifest(BaseModel):
@@ -26,22 +38,23 @@ class CheckpointManifest(BaseModel):
         checksum: of all other fields, since a cursor with a flipped digit is still valid JSON.
     """
 
+    model_config = ConfigDict(extra="forbid", strict=True)
     version: int = VERSION
-    step: int
-    rows: int
-    left_out: int = 0
-    skipped: list[int] = []
-    epoch: int
-    cursors: list[int]
-    ranks: int = 1
+    step: Count
+    rows: Count
+    left_out: Count = 0
+    skipped: list[Count] = []
+    epoch: Count
+    cursors: list[Count]
+    ranks: Annotated[Count, Field(ge=1)] = 1
     seed: int
-    window: int
-    batch_size: int
+    window: Count
+    batch_size: Count
     data: str
     fingerprint: str
     encoders: str
     config: str
-    files: dict[str, tuple[int, str]] = {}
+    files: dict[FileName, tuple[Count, str]] = {}
     checksum: str = ""
 
     def sealed(self, files: dict[str, tuple[int, str]]) -> "CheckpointManifest":
@@ -58,12 +71,17 @@ def folder(checkpoints: Path, step: int) -> Path:
 def read(path: Path) -> CheckpointManifest:
     """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version."""
     try:
-        manifest = CheckpointManifest.model_validate_json((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
+        content = read_regular(path, "manifest.json", MAX_MANIFEST_BYTES)
+        version = _Version.model_validate_json(content).version
+        if version != VERSION:
+            raise UserError(
+                f"{path}: checkpoint of version {version}, this release reads {VERSION}: the index of older ones is a pickle, "
+                "which could run code. Train again, or load it with the release that wrote it."
+            )
+        manifest = CheckpointManifest.model_validate_json(content)
+    except (OSError, ValueError, RecursionError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
-    if manifest.version != VERSION:
-        raise UserError(f"{path}: checkpoint of version {manifest.version}, this release reads {VERSION}")
     if manifest != manifest.sealed(manifest.files):
         raise UserError(f"{path / 'manifest.json'}: its checksum is not its content's: it changed after it was written")
     return manifest
@@ -78,14 +96,14 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
         UserError: naming what is missing or differs.
     """
     manifest = read(path)
-    if ".metadata" not in manifest.files:
-        raise UserError(f"{path}: not a checkpoint, its manifest names no .metadata")
+    if INDEX not in manifest.files:
+        raise UserError(f"{path}: not a checkpoint, its manifest names no {INDEX}")
     for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
         file = path / name
-        if not file.exists():
+        if (status := status_of(path, name)) is None:
             raise UserError(f"{file} is missing")
-        if file.stat().st_size != size:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+        if status.st_size != size:
+            raise UserError(f"{file} has {status.st_size} bytes, the manifest says {size}")
         if sha256(file) != checksum:
             raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
     return manifest

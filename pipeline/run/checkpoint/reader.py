@@ -1,87 +1,136 @@
-"""Checkpoints loaded on any number of ranks, without trusting their pickle."""
+"""Checkpoints loaded on any number of ranks: bytes into tensors that are there, by an index of names and places."""
 
-import pickle
+import io
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from features.errors import UserError
-from pipeline.torch_compat import METADATA_CLASSES
+from features.regular_files import status_of
+from pipeline.run.checkpoint.index import DTYPES, Index, Part, TensorEntry, read_index, volume
+from pipeline.run.checkpoint.manifest import read
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in a checkpoint that `check` has passed, by its full name. Raises UserError."""
-    try:
-        entries = _Reader(path).read_metadata().state_dict_metadata.items()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
-
-
-def data_files(path: Path) -> set[str]:
-    """Names of the files that hold the tensors of a checkpoint, as .metadata has them. Raises OSError, UserError."""
-    return {place.relative_path for place in _Reader(path).read_metadata().storage_data.values()}
+    return {name: tuple(entry.shape) for name, entry in read_index(path, read(path)).tensors.items()}
 
 
 def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
     """Reads a checkpoint that `check` has passed into a state of the same names and shapes, on any number of ranks.
 
     Args:
-        state: filled in place.
+        state: filled in place; tensors only.
         alone: without a process group, into unsharded modules.
     Raises:
-        UserError: it was deleted, does not fit the state, or contains anything but tensors.
+        UserError: it was deleted, or does not fit the state.
     """
-    reader = _Reader(path)
+    reader = _Reader(path, read_index(path, read(path)))
     try:
-        reader.read_metadata()  # for its error: dcp.load would catch it and try another format
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(state, storage_reader=reader, no_dist=alone)
+            dcp.load(state, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise UserError(f"{path}: cannot be loaded: {' '.join(str(cause).split())[:300]}") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})") from None
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})")
+class _TensorsOnly(dcp.DefaultLoadPlanner):
+    """Refuses what the default planner would unpickle."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002
+        raise _no_tensor(read_item)
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads .metadata, a pickle, without letting it name anything but what describes tensors."""
+class _Reader(dcp.StorageReader):
+    """Reads the parts of tensors that a plan asks for; the plans of all ranks are torch.distributed.checkpoint's."""
+
+    def __init__(self, path: Path, index: Index) -> None:
+        super().__init__()
+        self.path, self.index = path, index
+        self.parts = {
+            MetadataIndex(name, part.offsets): (entry, part)
+            for name, entry in index.tensors.items()
+            for part in entry.parts
+        }
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        try:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                metadata = _Unpickler(file).load()
-            entries = metadata.state_dict_metadata
-            places = [place.relative_path for place in metadata.storage_data.values()]
-        except (UserError, OSError):
-            raise
-        except Exception:  # bytes that are no pickle raise anything
-            raise UserError(f"{self.path}/.metadata cannot be read: not a checkpoint") from None
-        for name, entry in entries.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise UserError(f"{self.path}: {name} is no tensor; loading it could run code, so it is refused")
-        if outside := [place for place in places if place != Path(place).name]:
-            raise UserError(f"{self.path}/.metadata names {outside[0]}, a file outside of the checkpoint")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return Metadata(
+            {name: _described(entry) for name, entry in self.index.tensors.items()}, storage_meta=StorageMeta()
+        )
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            if item.type != LoadItemType.TENSOR:
+                raise _no_tensor(item)
+            by_file[self.parts[item.storage_index][1].file].append(item)
+        for name, items in by_file.items():
+            if status_of(self.path, name) is None:
+                raise FileNotFoundError(2, "No such file or directory", str(self.path / name))
+            with (self.path / name).open("rb") as file:
+                for item in items:
+                    entry, part = self.parts[item.storage_index]
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(_read_block(file, entry, part, item))
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def set_up_storage_reader(self, *_: Any, **__: Any) -> None: ...
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:  # noqa: ARG003
+        return True
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        module = "pathlib" if module == "pathlib._local" else module  # the name in Python 3.13
-        if (module, name) in METADATA_CLASSES or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise UserError(f".metadata names {module}.{name}: not a checkpoint of tensors, loading it could run code")
+def _described(entry: TensorEntry) -> TensorStorageMetadata:
+    """An entry of the index as torch.distributed.checkpoint plans with it."""
+    chunks = [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)) for part in entry.parts]
+    return TensorStorageMetadata(TensorProperties(DTYPES[entry.dtype]), torch.Size(entry.shape), chunks)
+
+
+def _read_block(file: io.BufferedReader, entry: TensorEntry, part: Part, item: ReadItem) -> Tensor:
+    """The block of a part that a plan asks for; of a part only the rows that hold it are read."""
+    first, rows = (item.storage_offsets[0], item.lengths[0]) if part.sizes else (0, 1)
+    sizes = [rows, *part.sizes[1:]] if part.sizes else []
+    row_bytes = volume(part.sizes[1:]) * entry.itemsize
+    block = torch.empty(sizes, dtype=DTYPES[entry.dtype])
+    file.seek(part.start + first * row_bytes)
+    content = block.reshape(-1).view(torch.uint8).numpy().data
+    if file.readinto(content) != len(content):
+        raise UserError(f"{file.name} ends before its part of {item.storage_index.fqn}: it changed while it was read")
+    for dimension in range(1, len(sizes)):
+        block = block.narrow(dimension, item.storage_offsets[dimension], item.lengths[dimension])
+    return block
+
+
+def _no_tensor(item: ReadItem) -> UserError:
+    return UserError(f"{item.storage_index.fqn} is no tensor; loading it could run code, so it is refused")

@@ -3,25 +3,29 @@
 Training waits only while its state is copied in memory.
 """
 
-import shutil
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from features.errors import UserError
-from pipeline.run.checkpoint.lock import remove
-from pipeline.run.checkpoint.manifest import CheckpointManifest, folder
-from pipeline.run.checkpoint.reader import data_files
-from pipeline.storage.files import sha256, storage_of, write_json
-from pipeline.torch_compat import ShardedTensor, is_data_file, on_cpu, with_local
+from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index
+from pipeline.run.checkpoint.lock import discard, remove
+from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder
+from pipeline.storage.files import sha256, storage_of, write_json, write_text
+from pipeline.torch_compat import ShardedTensor, on_cpu, with_local
 
 
 def save(
@@ -32,18 +36,20 @@ def save(
     The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint.
 
     Args:
-        group: of all ranks, for the messages that this takes; the default group if None.
+        state: nested dictionaries of tensors. group: of all ranks, for the messages that this takes; the default group if None.
     Raises:
         UserError: on every rank, if one cannot write, as on a full disk; the checkpoints before it stay.
     """
     final = folder(checkpoints, manifest.step)
     staging = final.with_name(f".{final.name}")
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    outcome: list[Any] = [None]
     if rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-    dist.barrier(group)
-    parts: list[Any] = [None] * ranks
-    dist.all_gather_object(parts, _attempt(_write, staging, state, group), group)
+        outcome = [_attempt(_begin, staging)]
+    dist.broadcast_object_list(outcome, group=group)
+    parts: list[Any] = [outcome[0]] * ranks
+    if outcome[0] is None:
+        dist.all_gather_object(parts, _attempt(_write, staging, state, group), group)
     outcome = [next((part for part in parts if isinstance(part, str)), None)]
     if rank == 0 and outcome[0] is None:
         files = {name: entry for part in parts for name, entry in part.items()}
@@ -51,7 +57,7 @@ def save(
     dist.broadcast_object_list(outcome, group=group)
     if outcome[0] is not None:
         if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+            discard(staging)
         raise UserError(f"{final}: cannot be written: {outcome[0]}. Earlier checkpoints stay.")
     return final
 
@@ -67,31 +73,111 @@ def _attempt(act: Any, *arguments: Any) -> Any:
         return " ".join(str(cause).split())[:300] or type(cause).__name__
 
 
+def _begin(staging: Path) -> None:
+    """A new folder: what a killed writer left is removed, and a link there is not followed."""
+    discard(staging)
+    staging.mkdir(parents=True)
+
+
 def _write(staging: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, tuple[int, str]]:
     """This rank's files in `staging`: name to bytes and checksum."""
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(staging, sync_files=True), process_group=group)
     rank = dist.get_rank()
-    ours = [p for p in staging.iterdir() if is_data_file(p.name, rank) or (rank == 0 and p.name == ".metadata")]
-    return {p.name: (p.stat().st_size, sha256(p)) for p in ours}
+    dcp.save(state, storage_writer=_Writer(staging, rank), process_group=group)
+    ours = [
+        path for name in (data_file(rank), INDEX) if (path := staging / name).exists() and (rank == 0 or name != INDEX)
+    ]
+    return {path.name: (path.stat().st_size, sha256(path)) for path in ours}
 
 
 def _commit(staging: Path, final: Path, manifest: CheckpointManifest) -> None:
-    _check_complete(staging, manifest)
     write_json(staging / "manifest.json", manifest.model_dump())
+    _check_complete(staging, manifest)
     if final.exists():  # a damaged one: the run was rolled back
         remove(final, wait=True)
     storage_of(final).commit(staging, final)
 
 
 def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
-    """Compares the files of the manifest with those in the folder, and with those that .metadata says tensors are in.
+    """Compares the files of the manifest with those in the folder, and with those that the index says tensors are in.
 
     Raises:
-        OSError: naming a file that is not in all three: a rank has written none, or torch names its files in another way.
+        OSError: naming a file that is not in all three.
+        UserError: the index does not fit them.
     """
-    listed, present = set(manifest.files), {path.name for path in staging.iterdir()}
-    if missing := (listed ^ present) | (listed ^ (data_files(staging) | {".metadata"})):
-        raise OSError(f"{sorted(missing)[0]} is not in all of manifest, folder and .metadata")
+    listed, present = set(manifest.files) | {"manifest.json"}, {path.name for path in staging.iterdir()}
+    indexed = {part.file for entry in read_index(staging, manifest).tensors.values() for part in entry.parts}
+    if missing := (listed ^ present) | (listed ^ (indexed | {INDEX, "manifest.json"})):
+        raise OSError(f"{sorted(missing)[0]} is not in all of manifest, folder and index")
+
+
+def data_file(rank: int) -> str:
+    """The name of the file with what a rank has written of the tensors."""
+    return f"rank-{rank:05d}.bin"
+
+
+class _Writer(dcp.StorageWriter):
+    """Writes a rank's parts of the tensors one after the other, and on rank 0 the index of all ranks' parts.
+
+    Which rank writes what is torch.distributed.checkpoint's plan.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__()
+        self.path, self.rank = path, rank
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = []
+        if plan.items:
+            with (self.path / data_file(self.rank)).open("xb") as file:
+                for item in plan.items:
+                    if item.type == WriteItemType.BYTE_IO:
+                        raise TypeError(f"{item.index.fqn} is no tensor: a checkpoint holds nothing else")
+                    tensor = planner.resolve_data(item)
+                    assert isinstance(tensor, Tensor)
+                    start = _write_aligned(file, tensor)
+                    part = Part(offsets=[], sizes=list(tensor.size()), file=data_file(self.rank), start=start)
+                    results.append(WriteResult(item.index, tensor.nbytes, part))
+                file.flush()
+                os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        parts: dict[str, list[Part]] = {name: [] for name in metadata.state_dict_metadata}
+        for result in (result for of_rank in results for result in of_rank):
+            offsets = list(result.index.offset or [0] * len(result.storage_data.sizes))
+            parts[result.index.fqn].append(result.storage_data.model_copy(update={"offsets": offsets}))
+        tensors = {
+            name: TensorEntry(
+                dtype=str(kind.properties.dtype).removeprefix("torch."), shape=list(kind.size), parts=parts[name]
+            )
+            for name, kind in metadata.state_dict_metadata.items()
+            if isinstance(kind, TensorStorageMetadata)
+        }
+        write_text(self.path / INDEX, Index(tensors=tensors).model_dump_json())
+
+    def set_up_storage_writer(self, *_: Any, **__: Any) -> None: ...
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:  # noqa: ARG003
+        return True
+
+
+def _write_aligned(file: BinaryIO, tensor: Tensor) -> int:
+    """Appends the numbers of a tensor, and returns where they begin."""
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    start = file.tell()
+    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return start
 
 
 class CheckpointWriter:

@@ -22,6 +22,7 @@ def start() -> torch.device:
         UserError: more ranks than GPUs on this machine.
     """
     quiet_libraries()
+    listen_on_loopback()
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
@@ -47,6 +48,16 @@ def start() -> torch.device:
     store = dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, ranks, is_master=False))
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return device
+
+
+def listen_on_loopback() -> None:
+    """Where all ranks are on this machine, gloo and NCCL use its loopback interface, unless the environment names another.
+
+    gloo would listen at the address of the host's name, NCCL at the first interface. Neither asks who connects.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")  # "lo" would be all whose names begin so
 
 
 def quiet_libraries() -> None:

@@ -1,0 +1,126 @@
+"""Values that end up in a manifest, each validated as a whole: none can be read as anything but one value of its field."""
+
+import re
+from ipaddress import ip_network
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from features.printable import has_controls
+
+# All patterns are matched whole, and their classes are ASCII: `$` would let a line break pass, \d digits of any script.
+_HOST = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_REGISTRY = rf"((localhost|{_HOST}(\.{_HOST})+)(:[0-9]{{1,5}})?|{_HOST}:[0-9]{{1,5}})/"  # else it is part of the path
+_PATH = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
+_IMAGE = rf"({_REGISTRY})?{_PATH}(/{_PATH})*(:[a-zA-Z0-9_][a-zA-Z0-9_.-]{{0,127}})?"
+_DIGEST = r"@sha256:[0-9a-f]{64}"
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_AMOUNT = r"(?=[0-9.]*[1-9])(0|[1-9][0-9]{0,14})(\.[0-9]{1,3})?"  # not 0
+# An interpolation that looks something up outside its own configuration, or may: its name is put together.
+_LOOKUP = re.compile(r"\$\{(\s*oc\.|[^:{}]*\$)")
+
+# Fields of a cron schedule: least and greatest value, and names for those from the least on.
+_CRON: dict[str, tuple[int, int, str]] = {
+    "minute": (0, 59, ""),
+    "hour": (0, 23, ""),
+    "day of the month": (1, 31, ""),
+    "month": (1, 12, "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC"),
+    "day of the week": (0, 6, "SUN MON TUE WED THU FRI SAT"),
+}
+
+
+def _like(pattern: str, what: str, longest: int = 1000) -> AfterValidator:
+    def check(text: str) -> str:
+        if len(text) > longest or not re.fullmatch(pattern, text):
+            raise ValueError(f"{text[:300]!r} is not {what}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _cron(text: str) -> str:
+    """Five fields with one space between them. Raises ValueError, with the field, where they are none of Kubernetes'."""
+    fields = [field for field in text.split(" ") if field]
+    if len(text) > 200 or len(fields) != len(_CRON):
+        raise ValueError(f"{text[:200]!r} is not a cron schedule of five fields such as '0 3 * * *'")
+    for field, (name, (least, greatest, names)) in zip(fields, _CRON.items(), strict=True):
+        if not all(_is_cron_part(part, least, greatest, names.split()) for part in field.split(",")):
+            allowed = f"{least}-{greatest}" + (f" or {names.split()[0]}-{names.split()[-1]}" if names else "")
+            raise ValueError(
+                f"{text!r} is not a cron schedule: {name} {field!r} is none of *, {allowed}, a list of them, */STEP"
+            )
+    return " ".join(fields)
+
+
+def _is_cron_part(part: str, least: int, greatest: int, names: list[str]) -> bool:
+    """Whether a part is *, A or A-B, each perhaps followed by a /step; A and B within the bounds, or names."""
+    found = re.fullmatch(r"(?:\*|([0-9]{1,2}|[A-Za-z]{3})(?:-([0-9]{1,2}|[A-Za-z]{3}))?)(?:/([1-9][0-9]?))?", part)
+    if not found:
+        return False
+    numbers: list[int] = []
+    for word in filter(None, found.group(1, 2)):
+        if not word.isdigit() and word.upper() not in names:
+            return False
+        numbers.append(int(word) if word.isdigit() else least + names.index(word.upper()))
+    return numbers == sorted(numbers) and all(least <= number <= greatest for number in numbers)
+
+
+def _argument(text: str) -> str:
+    if not re.fullmatch(r"(?s)[^=]+=.*|~.+|--.+", text):
+        raise ValueError(f"{text!r} is not KEY=VALUE")
+    if has_controls(re.sub(r"[\n\t]", "", text)):
+        raise ValueError(f"{text!r} has control characters, or is not UTF-8")
+    refuse_lookups(text)
+    return text
+
+
+def refuse_lookups(text: str) -> None:
+    """Raises ValueError where a text holds an interpolation such as ${oc.env:NAME}, resolved here or in the pod."""
+    if _LOOKUP.search(text):
+        raise ValueError(
+            "an interpolation of ${oc.…} would write a secret into the Job: give it by reference, +secrets.NAME=SECRET/KEY"
+        )
+
+
+def _network(text: str) -> str:
+    try:
+        if not re.fullmatch(r"[0-9a-fA-F.:]+/[0-9]+", text):
+            raise ValueError
+        return str(ip_network(text))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a network such as 10.1.0.0/16 (no bits set after the prefix)") from None
+
+
+def is_pinned(image: str) -> bool:
+    """Whether an image is named by its digest, which no push can change."""
+    return re.search(_DIGEST, image) is not None
+
+
+# 52 characters: a CronJob appends eleven to its own.
+Label = Annotated[
+    str,
+    _like(
+        r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?",
+        "a DNS label: lower-case letters, digits and '-', a letter first, at most 52 characters",
+    ),
+]
+Namespace = Annotated[str, _like(_LABEL, "a namespace: lower-case letters, digits and '-', at most 63 characters")]
+ObjectName = Annotated[
+    str, _like(rf"{_LABEL}(\.{_LABEL})*", "a name of lower-case letters, digits, '-' and '.'", longest=253)
+]
+Cpu = Annotated[str, _like(rf"{_AMOUNT}m?", "a Kubernetes quantity of CPUs such as 4 or 500m")]
+Bytes = Annotated[str, _like(rf"{_AMOUNT}(k|[KMGTP]i|[MGTP])?", "a Kubernetes quantity of bytes such as 16Gi")]
+Cron = Annotated[str, AfterValidator(_cron)]
+Argument = Annotated[str, AfterValidator(_argument)]
+Network = Annotated[str, AfterValidator(_network)]
+Image = Annotated[
+    str, _like(f"{_IMAGE}({_DIGEST})?", "an image such as registry.example/taskfuse@sha256:DIGEST", longest=455)
+]
+Variable = Annotated[str, _like(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "the name of an environment variable")]
+SecretKey = Annotated[
+    str,
+    _like(
+        rf"(?=[^/]{{1,253}}/){_LABEL}(\.{_LABEL})*/(?!\.\.)(?!\.$)[-._a-zA-Z0-9]{{1,253}}",
+        "SECRET/KEY: the name of a Secret and a key of it",
+    ),
+]

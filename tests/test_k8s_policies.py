@@ -1,0 +1,220 @@
+"""k8s/: what every pod may do, asserted over all jobs as submitted, in the base and in an overlay of it."""
+
+import shutil
+import subprocess
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from k8s_manifests import DIGEST, ROOT, documents, pod_of
+
+from pipeline.cluster.base import Job
+
+BASE = ROOT / "k8s" / "base"
+JOBS = get_args(Job)
+OVERLAY = {
+    "resources": ["../base"],
+    "namePrefix": "stage-",
+    "namespace": "ml",
+    "labels": [{"pairs": {"stage": "yes"}, "includeSelectors": True}],
+    "images": [{"name": "taskfuse", "newName": "registry.example/taskfuse", "digest": DIGEST}],
+}
+SECRETS = {"AWS_SECRET_ACCESS_KEY": "logs-reader/secret.key"}
+
+
+def by_kind(found: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """One mapping of kinds to objects per workload, told apart by the component label."""
+    workloads: dict[str, dict[str, dict[str, Any]]] = {}
+    for document in found:
+        if component := document["metadata"].get("labels", {}).get("app.kubernetes.io/component"):
+            workloads.setdefault(component, {})[document["kind"]] = document
+    assert sorted(workloads) == sorted(JOBS)
+    return list(workloads.values())
+
+
+def submitted() -> list[dict[str, dict[str, Any]]]:
+    found = [documents(job=job, name=f"run-{job}", secrets=SECRETS) for job in JOBS]
+    found += [documents(job=job, egress=["10.1.0.0/16", "fd00::/8"], namespace="ml") for job in JOBS]
+    return [*found, documents(job="train", nodes=4, ranks_per_node=8, gpus_per_node=8, suspend=True)]
+
+
+def base() -> list[dict[str, dict[str, Any]]]:
+    names = yaml.safe_load((BASE / "kustomization.yaml").read_text())["resources"]
+    return by_kind([d for name in names for d in yaml.safe_load_all((BASE / name).read_text())])
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> list[dict[str, dict[str, Any]]]:
+    if not shutil.which("kubectl"):
+        pytest.skip("needs kubectl kustomize")
+    shutil.copytree(BASE, tmp_path / "base")
+    (tmp_path / "overlay").mkdir()
+    (tmp_path / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(OVERLAY))
+    command = ["kubectl", "kustomize", str(tmp_path / "overlay")]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return by_kind(list(yaml.safe_load_all(text)))
+
+
+def main_of(workload: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return workload.get("Job") or workload["CronJob"]
+
+
+def job_spec(workload: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    spec = main_of(workload)["spec"]
+    return dict(spec["jobTemplate"]["spec"] if "jobTemplate" in spec else spec)
+
+
+# Volume types that the restricted profile allows.
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+def assert_restricted(pod: dict[str, Any]) -> None:
+    """The rules of the pod security standards, baseline and restricted."""
+    for field in ("hostNetwork", "hostPID", "hostIPC", "hostUsers", "initContainers", "ephemeralContainers"):
+        assert field not in pod
+    assert [set(volume) - {"name"} - VOLUMES for volume in pod["volumes"]] == [set()] * len(pod["volumes"])
+    whole = pod["securityContext"]
+    assert whole["runAsNonRoot"] is True
+    assert whole["runAsUser"] > 0
+    assert whole["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"sysctls", "seLinuxOptions", "windowsOptions", "appArmorProfile"} & whole.keys()
+    for container in pod["containers"]:
+        own = container["securityContext"]
+        assert own["allowPrivilegeEscalation"] is False
+        assert own["capabilities"] == {"drop": ["ALL"]}
+        overriding = {"privileged", "procMount", "runAsUser", "runAsNonRoot", "seccompProfile", "seLinuxOptions"}
+        assert not overriding & own.keys()
+        assert "ports" not in container
+
+
+def assert_contained(workload: dict[str, dict[str, Any]]) -> None:
+    """What goes beyond the profile: files, credentials, resources, time."""
+    pod, spec = pod_of(main_of(workload)), job_spec(workload)
+    assert_restricted(pod)
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    (container,) = pod["containers"]
+    job = container["name"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts.keys() == {"/data", "/runs", "/dev/shm", "/tmp"}
+    assert {path for path, mount in mounts.items() if mount.get("readOnly")} == (
+        set() if job == "preprocess" else {"/data"}
+    )
+    for path in ("/tmp", "/dev/shm"):
+        assert volumes[mounts[path]["name"]]["emptyDir"]["sizeLimit"]
+    resources = container["resources"]
+    assert resources["requests"].keys() == {"cpu", "memory", "ephemeral-storage"}
+    assert resources["requests"].items() <= resources["limits"].items()
+    environment = {entry["name"]: entry for entry in container["env"]}
+    assert environment["HOME"]["value"] == "/tmp"
+    assert spec["activeDeadlineSeconds"] >= 3600
+    assert spec["ttlSecondsAfterFinished"] >= 3600
+
+
+def admits(peer: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Whether a peer of a policy is a pod of its namespace with these labels."""
+    assert peer.keys() == {"podSelector"}
+    assert peer["podSelector"].keys() == {"matchLabels"}
+    return bool(peer["podSelector"]["matchLabels"].items() <= labels.items())
+
+
+def assert_reached_by_its_own_pods_alone(workloads: list[dict[str, dict[str, Any]]]) -> None:
+    """No pod without a policy, nothing comes in but what a pod of the same training sends."""
+    for workload in workloads:
+        pod, spec = pod_of(main_of(workload)), workload["NetworkPolicy"]["spec"]
+        assert spec["podSelector"].keys() == {"matchLabels"}
+        assert spec["podSelector"]["matchLabels"].items() <= pod["labels"].items()
+        assert workload["NetworkPolicy"]["metadata"].get("namespace") == main_of(workload)["metadata"].get("namespace")
+        assert spec["policyTypes"] == ["Ingress", "Egress"]
+        if pod["containers"][0]["name"] != "train":
+            assert spec["ingress"] == []
+            continue
+        (rule,) = spec["ingress"]
+        assert rule.keys() == {"from"}, "all ports, for gloo and NCCL choose theirs"
+        (peer,) = rule["from"]
+        assert admits(peer, pod["labels"])
+        instance = "app.kubernetes.io/instance"
+        assert not admits(peer, pod["labels"] | {instance: "another"})
+        others = [pod_of(main_of(w))["labels"] for w in workloads if w is not workload]
+        assert [o for o in others if o[instance] != pod["labels"][instance] and admits(peer, o)] == []
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_every_submitted_workload_is_contained(number: int) -> None:
+    assert_contained(submitted()[number])
+
+
+def test_every_workload_of_the_base_and_of_an_overlay_is_contained(overlay: list[dict[str, dict[str, Any]]]) -> None:
+    for workload in [*base(), *overlay]:
+        assert_contained(workload)
+
+
+def test_pods_are_reached_by_pods_of_the_same_training_alone(overlay: list[dict[str, dict[str, Any]]]) -> None:
+    for workloads in (submitted(), base(), overlay):
+        assert_reached_by_its_own_pods_alone(workloads)
+
+
+def test_an_overlay_can_put_an_image_in_by_its_digest(overlay: list[dict[str, dict[str, Any]]]) -> None:
+    images = {pod_of(main_of(workload))["containers"][0]["image"] for workload in overlay}
+    assert images == {f"registry.example/taskfuse@{DIGEST}"}
+
+
+def egress_of(job: str, **values: Any) -> list[dict[str, Any]]:
+    return list(documents(job=job, **values)["NetworkPolicy"]["spec"]["egress"])
+
+
+def assert_names_alone(rule: dict[str, Any]) -> None:
+    assert rule["ports"] == [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+    pods, cache = rule["to"]
+    assert pods["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}
+    assert pods["podSelector"] == {"matchLabels": {"k8s-app": "kube-dns"}}
+    network = ip_network(cache["ipBlock"]["cidr"])
+    assert network.num_addresses == 1
+    assert network.is_link_local
+
+
+def test_train_connects_to_name_servers_and_its_own_pods_and_the_others_to_nothing() -> None:
+    names, own = egress_of("train")
+    assert_names_alone(names)
+    policy = documents(job="train")["NetworkPolicy"]["spec"]
+    assert own == {"to": [{"podSelector": policy["podSelector"]}]}
+    assert egress_of("preprocess") == egress_of("nightly") == []
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_networks_of_egress_are_connected_to_beside_them(job: str) -> None:
+    names, rule = egress_of(job, egress=["10.1.0.0/16", "fd00::/8"])
+    assert_names_alone(names)
+    blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
+    assert blocks == [{"cidr": "10.1.0.0/16"}, {"cidr": "fd00::/8"}]
+    assert ip_address("10.1.2.3") in ip_network(blocks[0]["cidr"])
+    assert len(rule["to"]) == (3 if job == "train" else 2)
+
+
+def test_deadlines_and_the_time_to_live_are_those_that_were_given() -> None:
+    assert {job: job_spec(documents(job=job))["activeDeadlineSeconds"] for job in JOBS} == {
+        "train": 7 * 24 * 3600,
+        "preprocess": 24 * 3600,
+        "nightly": 24 * 3600,
+    }
+    spec = job_spec(documents(job="nightly", deadline_s=7200, ttl_s=60))
+    assert (spec["activeDeadlineSeconds"], spec["ttlSecondsAfterFinished"]) == (7200, 60)
+    assert "ttlSecondsAfterFinished" not in job_spec(documents(job="train", ttl_s=None))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_secret_is_in_the_environment_by_reference(job: str) -> None:
+    (container,) = pod_of(main_of(documents(job=job, secrets=SECRETS)))["containers"]
+    (variable,) = [entry for entry in container["env"] if entry["name"] == "AWS_SECRET_ACCESS_KEY"]
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "logs-reader", "key": "secret.key"}}
+    assert "value" not in variable
+
+
+@pytest.mark.parametrize(("cpu", "threads"), [("8", "8"), ("500m", "1"), ("1500m", "2"), ("2.5", "3")])
+def test_libraries_start_no_more_threads_than_the_limit_allows(cpu: str, threads: str) -> None:
+    (container,) = pod_of(main_of(documents(job="preprocess", cpu=cpu)))["containers"]
+    assert {"name": "OMP_NUM_THREADS", "value": threads} in container["env"]
