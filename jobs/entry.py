@@ -30,6 +30,7 @@ from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import write_rank_status
 
 LEVELS = ("debug", "info", "warning", "error")
+DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
 CONF = Path(__file__).parent / "conf"
 
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.
@@ -70,9 +71,9 @@ def environment(name: str, default: str | None = None) -> str:
     Raises:
         UserError: another variable, or one that is not set and has no default.
     """
-    if not name.startswith("TASKFUSE_"):
+    if name != DATA_VARIABLE:
         raise UserError(
-            f"${{oc.env:{name}}} is not read: only variables TASKFUSE_… are, since settings are written down. Let the shell "
+            f"${{oc.env:{name}}} is not read: only {DATA_VARIABLE} is, since settings are written down. Let the shell "
             f"put the value in: KEY=${name}."
         )
     if (value := os.environ.get(name, default)) is None:

@@ -282,16 +282,17 @@ def test_secrets_of_the_environment_are_not_written_down(call: Call, monkeypatch
         said = call("submit", "job=preprocess", "cluster=k8s", "dry_run=true", args)
         assert_one_line(said, "configuration: ")
         assert "refer to another key" in said or "would write a secret" in said
-    assert "out=/runs/train" in call(
-        "submit", "job=preprocess", "cluster=k8s", "dry_run=true", "args=['out=/runs/${cluster}/${name}']"
-    ).replace("k8s/taskfuse-preprocess", "train")
+    words = ("job=preprocess", "cluster=k8s", "dry_run=true", "allow_tag=true", "args=['out=/runs/${cluster}/${name}']")
+    assert "out=/runs/k8s/taskfuse-preprocess" in call("submit", *words)
 
 
-def test_variables_of_this_project_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_of_jobs_conf_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment("TASKFUSE_DATA", "x") == os.environ.get("TASKFUSE_DATA", "x")
     monkeypatch.setenv("TASKFUSE_DATA", "/logs")
     assert environment("TASKFUSE_DATA", "x") == "/logs"
-    assert environment("TASKFUSE_NOTHING", "x") == "x"
-    for name in ("TASKFUSE_NOTHING", "HOME"):
+    monkeypatch.delenv("TASKFUSE_DATA")
+    assert environment("TASKFUSE_DATA", "x") == "x"
+    for name in ("TASKFUSE_DATA", "TASKFUSE_SECRET", "HOME"):
         with pytest.raises(UserError, match=name):
             environment(name)
 
