@@ -1,5 +1,7 @@
 """Exceptions that end a job with a message for its user."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Bad input, in one line: what, where (file, line or key), what to do. Jobs print it and exit with code 1."""
@@ -7,3 +9,9 @@ class UserError(Exception):
 
 class Preempted(Exception):  # noqa: N818
     """A job was asked to end and has saved its work: the same command resumes. Jobs exit with code 75 (EX_TEMPFAIL)."""
+
+
+def joined(faults: Sequence[str], most: int = 20) -> str:
+    """The first faults, in one line, and how many more there are."""
+    more = f"; and {len(faults) - most:,} more" if len(faults) > most else ""
+    return "; ".join(faults[:most]) + more

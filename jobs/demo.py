@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from features.errors import UserError
 from jobs.entry import job
+from pipeline.overrides import setting
 
 ENVIRONMENT = {**os.environ, "TASKFUSE_LINES": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
@@ -32,15 +33,15 @@ def main(config: DictConfig) -> None:
     print("taskfuse demo: a raw event log in, per-task Normalized Entropy out. Each command can be run by itself.\n")
     if (run / "config.yaml").exists():
         shutil.rmtree(run)
-    _finish(_start("jobs.generate", f"out={raw}", f"impressions={config.impressions}"))
-    _finish(_start("jobs.preprocess", "data=demo", f"input={raw}", f"out={data}", "overwrite=true"))
-    evaluator = _start("jobs.evaluate", "data=demo", f"data.input={raw}", f"run={run}", "follow=true")
+    _finish(_start("jobs.generate", setting("out", raw), f"impressions={config.impressions}"))
+    _finish(_start("jobs.preprocess", "data=demo", setting("input", raw), setting("out", data), "overwrite=true"))
+    evaluator = _start("jobs.evaluate", "data=demo", setting("data.input", raw), setting("run", run), "follow=true")
     trainer = _start(
         "jobs.train",
-        f"dataset={data}",
+        setting("dataset", data),
         f"model={model}",
         "recipe=demo",
-        f"run={run}",
+        setting("run", run),
         launcher=("jobs.launch", f"--nproc-per-node={config.ranks}"),
     )
     try:

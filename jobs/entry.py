@@ -14,21 +14,29 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from features.errors import Preempted, UserError
+from features.errors import Preempted, UserError, joined
 from features.printable import printable
 from features.schema.schema import Schema
+from jobs import command_line
 from jobs.versions import check_versions
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import write_rank_status
 
+LEVELS = ("debug", "info", "warning", "error")
+DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
 CONF = Path(__file__).parent / "conf"
+
+# Errors of the system that say what is wrong with a file that a user named, and not with this program.
+OF_A_FILE = {
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+}
 
 # Hydra prints its own errors over several lines unless it lets them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -48,11 +56,36 @@ def configure_logging(level: str) -> None:
     """Log lines of this project go to stderr from `level` on: debug, info, warning or error."""
     rank = f"rank {os.environ['RANK']}  " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     handler = LogHandler()
+    if level not in LEVELS:
+        raise UserError(f"log_level={level} is not one of {', '.join(LEVELS)}")
     handler.setFormatter(logging.Formatter(f"%(asctime)s  {rank}%(message)s", "%H:%M:%S"))
     for name in ("features", "models", "pipeline"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False  # libraries give the root logger handlers of their own
         logger.setLevel(level.upper())
+
+
+def environment(name: str, default: str | None = None) -> str:
+    """`${oc.env:NAME,DEFAULT}` in jobs/conf. Other variables may be secrets, and what a setting says is written down.
+
+    Raises:
+        UserError: another variable, or one that is not set and has no default.
+    """
+    if name != DATA_VARIABLE:
+        raise UserError(
+            f"${{oc.env:{name}}} is not read: only {DATA_VARIABLE} is, since settings are written down. Let the shell "
+            f"put the value in: KEY=${name}."
+        )
+    if (value := os.environ.get(name, default)) is None:
+        raise UserError(f"the environment variable {name} is not set")
+    return value
+
+
+def bound_resolvers() -> None:
+    """Leaves of OmegaConf's own resolvers the one that jobs/conf uses."""
+    for name in ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.select"):
+        OmegaConf.clear_resolver(name)
+    OmegaConf.register_new_resolver("oc.env", environment, replace=True)
 
 
 @contextmanager
@@ -76,6 +109,10 @@ def user_errors() -> Iterator[None]:
                 f"error: {error.filename or 'a file'}: {error.strerror}. Choose another folder for what this job writes; "
                 "on Kubernetes one below /runs, for preprocess also below /data."
             )
+        if error.errno in OF_A_FILE and error.filename is not None:
+            sys.exit(
+                f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         file = printable(str(error.filename or "a file"))
@@ -98,7 +135,7 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
         return model.model_validate(content)
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors())
-        faults = "; ".join(f"{where}: {what}" if where else what for where, what in places)
+        faults = joined([f"{where}: {what}" if where else what for where, what in places])
         raise UserError(f"configuration: {faults}. See --help for the keys.") from None
 
 
@@ -107,7 +144,12 @@ def read_schema(config: DictConfig) -> Schema:
     name = HydraConfig.get().runtime.choices.get("data")
     if name is None:
         raise UserError("data is missing: set data=NAME, one of jobs/conf/data (see --help)")
-    return Schema.parse(OmegaConf.to_container(config.data.schema, resolve=True), where=f"{name}.yaml")
+    data = config.get("data")
+    schema = data.get("schema") if isinstance(data, DictConfig) else None
+    if not isinstance(schema, DictConfig):
+        raise UserError(f"{name}.yaml: schema is missing, or has no keys (features/SCHEMA.md lists them)")
+    command_line.check_plain(schema, f"{name}.yaml: schema")
+    return Schema.parse(OmegaConf.to_container(schema, resolve=True), where=f"{name}.yaml")
 
 
 def describe(main: Callable[..., Any], name: str) -> str:
@@ -119,7 +161,11 @@ def describe(main: Callable[..., Any], name: str) -> str:
     return "\n".join(
         [
             str(sys.modules[main.__module__].__doc__).strip(),
-            *(["\nGroups, each a folder of jobs/conf (--config-dir=DIR adds files of your own):"] if values else []),
+            *(
+                ["\nGroups, each a folder of jobs/conf (--config-dir=DIR adds files to the same folders of DIR):"]
+                if values
+                else []
+            ),
             *values,
             "\nSettings (any is overridden by its dotted name; ??? must be given):",
             *(f"  {line}" for line in lines[start:]),
@@ -133,10 +179,15 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
     """Makes `main(config)` a command line over jobs/conf/NAME.yaml."""
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        composed = False
+
         @functools.wraps(main)
         def checked(config: DictConfig) -> None:
+            nonlocal composed
+            composed = True
             # Inside, since Hydra adds a line of its own to what passes through it.
             with user_errors():
+                command_line.check_composed(config)
                 configure_logging(config.get("log_level", "info"))
                 check_versions()
                 main(config)
@@ -152,6 +203,26 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
 
         command = hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)
 
+        def compose_and_run() -> None:
+            nonlocal composed
+            composed = False
+            try:
+                command()
+            except OverrideParseException as error:
+                raise UserError(
+                    f"{printable(error.override[:200])}: {error.message.splitlines()[0]}. A value with brackets, spaces or "
+                    "other signs goes into quotes: \"KEY='VALUE'\"."
+                ) from None
+            except (UserError, HydraException, OmegaConfBaseException, OSError):
+                raise
+            except Exception as error:
+                if composed:
+                    raise
+                # Hydra and its parsers have many exceptions for a command line or a file that they cannot read.
+                raise UserError(
+                    f"the command line cannot be read: {type(error).__name__}: {str(error)[:500]}"
+                ) from None
+
         def run() -> None:
             escape_output()
             if {"--help", "-h"} & set(sys.argv[1:]):
@@ -160,7 +231,9 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             signal.signal(signal.SIGTERM, on_sigterm)  # so that an ended job still cleans up behind itself
             write_rank_status("started")
             with user_errors():
-                command()
+                command_line.check(sys.argv[1:])
+                bound_resolvers()
+                compose_and_run()
             write_rank_status("finished")
 
         return run

@@ -12,6 +12,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from features.errors import UserError
+from jobs import command_line
 from jobs.entry import user_errors
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.card.page import page
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     with user_errors():
+        command_line.check_text([str(given.dataset), str(given.html)])
         inspect(given.dataset, given.html, given.verify)
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import field_validator
 
 from features.errors import UserError
+from jobs import command_line
 from jobs.entry import job, parse
 from pipeline.cluster.base import Workload
 from pipeline.cluster.kustomize import write_base
@@ -78,6 +79,7 @@ def _refuse_lookups(content: Any) -> None:
 def main(config: DictConfig) -> None:
     """Checks the values, then runs or submits."""
     _refuse_lookups(OmegaConf.to_container(config, resolve=False))
+    command_line.check_plain(config, "configuration")  # all of it is written into a Job
     run(parse(config, Submission))
 
 

@@ -3,11 +3,12 @@
 # Shapes: B rows, T tasks, D input width, K keys of the sparse features.
 
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.fx
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torchrec import (
     EmbeddingBagCollection,
@@ -22,7 +23,7 @@ from torchrec import (
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.batch import Batch
-from features.errors import UserError
+from features.errors import UserError, joined
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from models.fusion import build_fusion, fusion_class
@@ -69,6 +70,15 @@ class ModelConfig(BaseModel):
     numeric_dim: int = Field(8, ge=0)
     field_dim: int = Field(16, ge=1)
     from_: list[str] | None = Field(None, alias="from")
+
+    @classmethod
+    def of_run(cls, content: dict[str, Any], run: Path) -> "ModelConfig":
+        """The model of a run's config.yaml, which may have been handed over. Raises UserError where it is none."""
+        try:
+            return cls.model_validate(content["model"])
+        except ValidationError as error:
+            faults = joined([f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()])
+            raise UserError(f"{run / 'config.yaml'}: {faults}. It is not as jobs.train wrote it: restore it.") from None
 
 
 class Ranker(nn.Module):

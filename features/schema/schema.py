@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
-import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from features.errors import UserError
+from features.errors import UserError, joined
 from features.kinds import KINDS, Bag, Categorical, Dense, Feature
 from features.kinds.base import Layout, Raw
 from features.kinds.tables import Table
@@ -20,6 +19,7 @@ from features.schema.checks import contradictions
 from features.schema.expressions import columns_of
 from features.schema.splits import SPLITS, HashSplit, RowIndexSplit, Split, TimeSplit
 from features.source import History, RawType, Source, Strict, outcome_names
+from features.yaml_text import read_yaml
 
 # Kinds whose names are in every fingerprint, be they used or not; those of later kinds only where they are.
 FIRST_KINDS = ("dense", "categorical", "bag")
@@ -73,11 +73,10 @@ class Schema(Features):
             UserError: naming the file, the key and what is allowed.
         """
         try:
-            return cls.parse(yaml.safe_load(path.read_text()), where=path.name)
+            content = read_yaml(path)
         except FileNotFoundError:
             raise UserError(f"{path}: no such schema file") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: not YAML: {error}") from None
+        return cls.parse(content, where=path.name)
 
     @classmethod
     def parse(cls, content: Any, where: str) -> "Schema":
@@ -85,9 +84,9 @@ class Schema(Features):
         try:
             schema = cls.model_validate(content)
         except ValidationError as error:
-            raise UserError("; ".join(_message(where, e) for e in error.errors())) from None
+            raise UserError(joined([_message(where, e) for e in error.errors()])) from None
         if faults := list(contradictions(schema)):
-            raise UserError("; ".join(f"{where}: {fault}" for fault in faults))
+            raise UserError(joined([f"{where}: {fault}" for fault in faults]))
         return schema
 
     @cached_property

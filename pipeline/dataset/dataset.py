@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
 from features.fit.fitted_files import encoder_files
 from features.regular_files import status_of
 from features.schema.schema import SPLITS, Schema, Split
+from features.yaml_text import yaml_of
 from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges, folder_of_day
 from pipeline.dataset.manifest import (
     AGAIN,
@@ -190,9 +189,7 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
         fitted=fitted_files(staging, schema),
         **counts,
     )
-    (staging / "schema.yaml").write_text(
-        yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False)
-    )
+    (staging / "schema.yaml").write_text(yaml_of(schema.model_dump(mode="json", exclude_unset=True)))
     write_json(staging / "manifest.json", manifest.model_dump(by_alias=True))
     shutil.rmtree(staging / "scratch", ignore_errors=True)
     storage_of(out).commit(staging, out)

@@ -78,9 +78,13 @@ def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | N
     names = [*dict.fromkeys([truth.key, *truth.columns.values()])]
     try:
         check_file(truth.file, names)
-        known = pl.read_parquet(truth.file, columns=names)
+        known = pl.read_parquet(truth.file, glob=False, columns=names)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
+    if missing := [task for task, _ in scorer.tasks if task not in truth.columns]:
+        raise UserError(
+            f"truth.columns: no column for {', '.join(missing)}. Name the one of each task, or leave truth out."
+        )
     found = Metrics(scorer.tasks)
     for batch in scorer.loader.batches(scorer.loader.start()):
         rows = pl.DataFrame({truth.key: batch.row_id_B.numpy()})

@@ -57,7 +57,7 @@ def read(file: Path) -> pl.DataFrame:
     try:
         if status_of(file.parent, file.name) is not None:
             check_file(file)
-        return pl.read_parquet(file)
+        return pl.read_parquet(file, glob=False)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         reason = printable(" ".join(str(error).split()))[:200]
         raise UserError(f"{file}: cannot be read ({reason}). Remove it: jobs.evaluate writes it again.") from None

@@ -40,7 +40,7 @@ class Scorer:
         dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
         self.loader = Loader(dataset, split, batch_size)
-        model = ModelConfig.model_validate(run.config()["model"])
+        model = ModelConfig.of_run(run.config(), run.path)
         self.ranker = build_ranker(self.schema, dataset.encoders, model, device="cpu").eval()
 
     @torch.inference_mode()

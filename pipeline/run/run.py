@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, FiniteFloat
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from features.errors import UserError
 from features.plain_json import read_json, validated
 from features.regular_files import status_of
 from features.schema.schema import Schema
+from features.yaml_text import read_yaml, yaml_of
 from pipeline.storage.base import Lock
 from pipeline.storage.files import (
     json_text,
@@ -40,6 +40,16 @@ class Status(BaseModel):
     time: FiniteFloat
 
 
+class _Written(BaseModel):
+    """What is read of a run's config.yaml, which may have been handed over; `model` is checked where it is built."""
+
+    dataset: str
+    days: str | None = None
+    tasks: list[str] | None = None
+    model: dict[str, Any]
+    train: dict[str, Any]
+
+
 class Run:
     """The files of a run below its folder.
 
@@ -63,16 +73,31 @@ class Run:
             make_folder(folder)
         contents = {"config.yaml": config, "schema.yaml": schema.model_dump(mode="json", exclude_unset=True)}
         for name, content in contents.items():
-            write_text(self.path / name, yaml.safe_dump(content, sort_keys=False))
+            write_text(self.path / name, yaml_of(content))
 
     def config(self) -> dict[str, Any]:
-        """The configuration it was trained with. Raises UserError where there is no run."""
+        """The configuration it was trained with.
+
+        Raises:
+            UserError: there is no run, or a file that is not what a training wrote.
+        """
+        file = self.path / "config.yaml"
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text())
+            content = read_yaml(file)
         except FileNotFoundError:
             raise UserError(
                 f"{self.path}: no run (config.yaml is missing). Start one with jobs.train run={self.path}."
             ) from None
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: holds no keys. It is not as jobs.train wrote it: restore it.")
+        try:
+            _Written.model_validate(content)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(
+                f"{file}: {where}: {error.errors()[0]['msg']}. It is not as jobs.train wrote it: restore it."
+            ) from None
+        return content
 
     def schema(self) -> Schema:
         """The schema it was trained with, with the tasks it was trained on."""

@@ -25,6 +25,7 @@ from pipeline.evaluation.model_cost import model_cost
 from pipeline.evaluation.report.results import check_complete, is_complete
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.trees import boosted_trees
+from pipeline.overrides import setting
 from pipeline.run import checkpoint, records
 from pipeline.run.headline import RANKING
 from pipeline.run.run import Run
@@ -87,7 +88,7 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
         raise UserError(f"baseline={config.baseline} is not one of models: {', '.join(config.models)}")
     data = refuse_link(config.folder / "data")
     if not (data / "manifest.json").exists():
-        jobs.run("jobs.preprocess", *jobs.data, f"out={data}")
+        jobs.run("jobs.preprocess", *jobs.data, setting("out", data))
     dataset = Dataset(data)
     entries = {name: Entry(name) for name in config.models}
     runs = Runs(config, jobs, dataset)
@@ -161,7 +162,7 @@ class Runs:
         write_json(earlier, settings)
         if (status := Run(path).status()) and status.state == "finished":
             return
-        fixed = [f"dataset={self.dataset.path}", f"run={path}", f"train.seed={seed}", "train.threads=1"]
+        fixed = [setting("dataset", self.dataset.path), setting("run", path), f"train.seed={seed}", "train.threads=1"]
         self.jobs.run("jobs.train", *fixed, *settings, log=path / "log.txt")
 
     def _emm_sources(self, seed: int) -> list[str]:
@@ -177,7 +178,9 @@ class Runs:
     def _evaluate(self, run: Run, rows: str) -> list[dict[str, Any]]:
         """The records of all checkpoints on the validation split, in order of step."""
         if set(checkpoint.steps(run.checkpoints)) - records.current(run, "valid", rows).keys():
-            self.jobs.run("jobs.evaluate", f"run={run.path}", "split=valid", "threads=1", log=run.path / "log.txt")
+            self.jobs.run(
+                "jobs.evaluate", setting("run", run.path), "split=valid", "threads=1", log=run.path / "log.txt"
+            )
         found = list(records.latest(run, "valid", rows).values())
         check_complete(found, self.kinds, run)
         return found
@@ -186,7 +189,7 @@ class Runs:
         """Metrics on the test split by step; predictions of these steps are written."""
         stale = {*checkpoint.steps(run.checkpoints)} & {*steps} - records.current(run, "test", rows).keys()
         if stale or not all(predictions.path(run, "test", step).exists() for step in steps):
-            arguments = (f"run={run.path}", "split=test", f"step={steps}", "predictions=true", "threads=1")
+            arguments = (setting("run", run.path), "split=test", f"step={steps}", "predictions=true", "threads=1")
             self.jobs.run("jobs.evaluate", *arguments, log=run.path / "log.txt")
         found = records.latest(run, "test", rows)
         check_complete(found.values(), self.kinds, run)

@@ -65,8 +65,8 @@ def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
     run, step = (Run(Path(folder)), int(number)) if folder and number.isdecimal() else (Run(Path(name)), None)
     config, tasks = run.config(), list(run.schema().tasks)
     path = warm_start.newest(run, dataset, "model.from", pinned, step)
-    model = ModelConfig.model_validate(config["model"])
-    kind = model.fusion["name"]
+    model = ModelConfig.of_run(config, run.path)
+    kind = model.fusion.get("name")
     wrong = None
     if len(tasks) != 1:
         wrong = f"was trained for {', '.join(tasks)}; a source has one task, as with tasks=[{tasks[0]}]"

@@ -1,0 +1,14 @@
+"""Settings as words of another job's command line."""
+
+import re
+from pathlib import Path
+
+
+def setting(key: str, value: str | Path) -> str:
+    """KEY=VALUE, the value in quotes where Hydra's grammar would read it as something else, such as `runs/[x]`."""
+    text = str(value)
+    if re.fullmatch(r"[\w./:@%+-]*", text, re.ASCII):
+        return f"{key}={text}"
+    # In quotes \' is a quote, and backslashes are doubled only before one.
+    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"{key}='{quoted}'"
