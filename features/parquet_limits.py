@@ -1,12 +1,15 @@
 """Limits of a Parquet file that somebody handed over, checked in its footer before anything is decoded."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.parquet_pages import check_pages, chunk_start
+from features.printable import printable
 
 FREE_BYTES = 1 << 30  # decoded, which a row group may always have
 MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has more
@@ -29,6 +32,10 @@ def check_footer(
     """
     wanted = None if columns is None else {*columns}
     packed = decoded = rows = 0
+    try:
+        check_chunks(footer, file_bytes, range(footer.num_row_groups), wanted)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{where}: its footer is damaged: {printable(' '.join(str(error).split()))[:200]}") from None
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         what = f"{where}: row group {number}"
@@ -70,6 +77,53 @@ def check_file(path: Path, columns: Iterable[str] | None = None) -> None:
     footer = pq.read_metadata(path)
     check_footer(footer, path, path.stat().st_size, columns, whole=True)
     check_pages(path, footer, columns)
+
+
+def check_chunks(
+    footer: pq.FileMetaData, file_bytes: int, groups: Iterable[int], columns: Iterable[str] | None = None
+) -> None:
+    """Raises OSError where column chunks of row groups are damaged in the footer.
+
+    To ask pyarrow for such a chunk (`RowGroupMetaData.column`) would end the process, by an exception that nobody catches; a
+    reader finds it in order, before it reads the first page.
+
+    Args:
+        columns: names of top-level columns; all if None.
+    """
+    names = None if columns is None else list(columns)
+    reader = pq.ParquetFile(pa.PythonFile(_NoPages(file_bytes), mode="r"), metadata=footer, buffer_size=1 << 16)
+    for group in groups:
+        with suppress(_PageReadError):
+            next(reader.iter_batches(1, [group], names, use_threads=False), None)
+
+
+class _PageReadError(Exception):
+    """A reader has come to the pages of a file."""
+
+
+class _NoPages:
+    """A file of which only the footer is known."""
+
+    closed = False
+
+    def __init__(self, size: int) -> None:
+        self._size, self._position = size, 0
+
+    def size(self) -> int:
+        return self._size
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self._position = position + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, _: int = -1) -> bytes:
+        raise _PageReadError
+
+    def close(self) -> None:
+        pass
 
 
 def decoded_bytes(chunk: pq.ColumnChunkMetaData) -> int:

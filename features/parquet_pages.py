@@ -4,7 +4,7 @@ import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -42,10 +42,20 @@ def check_pages(
     ]
     if not chosen:
         return
-    with _mapped(path) as content:
+    with mapped(path) as content:
         for number in range(footer.num_row_groups) if groups is None else groups:
             for index in chosen:
                 _check_chunk(path, content, footer.row_group(number).column(index))
+
+
+class Page(NamedTuple):
+    """What the header of a page says: bytes before and after unpacking, values (0 of a dictionary), and its own length."""
+
+    packed: int
+    unpacked: int
+    values: int
+    is_dictionary: bool
+    header: int
 
 
 def largest_dictionary(path: Path, footer: pq.FileMetaData, column: str) -> int:
@@ -55,51 +65,49 @@ def largest_dictionary(path: Path, footer: pq.FileMetaData, column: str) -> int:
         footer: of a file that `check_pages` has passed.
     """
     found = 0
-    with _mapped(path) as content:
+    with mapped(path) as content:
         for number in range(footer.num_row_groups):
             group = footer.row_group(number)
             chunks = (group.column(index) for index in range(group.num_columns))
             for chunk in chunks:
                 if chunk.path_in_schema == column:
-                    pages = (header for header, _ in _pages(content, chunk) if DICTIONARY in header)
-                    found = max(found, *(header[UNPACKED] for header in pages), 0)
+                    found = max(found, *(page.unpacked for page in pages(content, chunk) if page.is_dictionary), 0)
     return found
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
+def mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The bytes of a file, of which only what is looked at is read."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content
 
 
-def _pages(content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> Iterator[tuple[dict[int, Any], int]]:
-    """The headers of a chunk's pages and their lengths, to the last of its values. Raises ValueError for what is none."""
-    place = chunk_start(chunk)
-    end = place + chunk.total_compressed_size
+def pages(content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
+    """The pages of a column chunk, to the last of its values. Raises ValueError for what is no page, or out of its place."""
+    start = place = chunk_start(chunk)
+    end = min(start + chunk.total_compressed_size, len(content))
     values = 0
     while values < chunk.num_values and place < end:
         try:
             header, body = _Thrift(content, place, end).struct()
-            counts = [header[kind][VALUES] for kind in (DATA, DATA_2, DICTIONARY) if kind in header]
-            if min(header[PACKED], header[UNPACKED], *counts) < 0:
-                raise ValueError
+            counts = [header[kind][VALUES] for kind in (DATA, DATA_2) if kind in header]
+            page = Page(header[PACKED], header[UNPACKED], sum(counts), DICTIONARY in header, body - place)
         except (IndexError, KeyError, TypeError):
-            raise ValueError from None
-        yield header, body - place
-        values += _values_of(header)
-        place = body + header[PACKED]
-
-
-def _values_of(header: dict[int, Any]) -> int:
-    """Values of a page, 0 of a dictionary."""
-    return next((header[kind][VALUES] for kind in (DATA, DATA_2) if kind in header), 0)
+            raise ValueError(f"no page header at byte {place}") from None
+        if min(page.packed, page.unpacked, *counts, 0) < 0:
+            raise ValueError(f"no page header at byte {place}")
+        if page.is_dictionary and place != start:
+            raise ValueError(f"a dictionary after other pages, at byte {place}")
+        yield page
+        values += page.values
+        place = body + page.packed
 
 
 def _check_chunk(path: Path, content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> None:
     values = unpacked = 0
     try:
-        for header, length in _pages(content, chunk):
-            values, unpacked = values + _values_of(header), unpacked + header[UNPACKED] + length
+        for page in pages(content, chunk):
+            values, unpacked = values + page.values, unpacked + page.unpacked + page.header
     except ValueError:
         raise UserError(
             f"{path}: column {chunk.path_in_schema} has a page without a valid header: it is damaged"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_blocks import WHOLE, read
 
 from features.errors import UserError
+from features.parquet_pages import mapped, pages
 from features.source import Format
 from pipeline.ingest import files
 from pipeline.ingest.files import RawFile, find
@@ -95,15 +96,15 @@ def test_pages_are_not_believed_to_be_as_the_footer_says(tmp_path: Path, monkeyp
     [file], [chunk] = find(str(tmp_path), "a.parquet", max_unpack_ratio=1), chunks(tmp_path / "a.parquet", ["c"])[1]
     lying = Chunk(0, Lying(chunk.meta, total_uncompressed_size=10), 2000, False)
     check_footer(file, [lying])
-    with Path(file.path).open("rb") as raw:
-        check_pages(file, raw, [lying])
+    with mapped(Path(file.path)) as content:
+        check_pages(file, content, [lying])
         monkeypatch.setattr(parquet_limits, "PAGE_LIMIT", 100_000)
         with pytest.raises(ValueError, match=r"row group 0, column c: a page of \d{6,} bytes, 100000 are allowed"):
-            check_pages(file, raw, [lying])
+            check_pages(file, content, [lying])
         monkeypatch.undo()
         monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 16)
         with pytest.raises(UserError, match=r"row group 0, column c: .* max_unpack_ratio=1 "):
-            check_pages(file, raw, [lying])
+            check_pages(file, content, [lying])
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -120,9 +121,9 @@ def test_page_sizes_add_up_to_those_of_the_footer(tmp_path: Path, codec: str, ve
     )  # fmt: skip
     _, found = chunks(tmp_path / "a.parquet", table.column_names)
     assert len(found) == 3 * 6
-    with (tmp_path / "a.parquet").open("rb") as raw:
+    with mapped(tmp_path / "a.parquet") as content:
         for chunk in found:
-            sizes = list(parquet_limits._page_sizes(raw, chunk.meta, 1 << 40))
+            sizes = [page.unpacked for page in pages(content, chunk.meta)]
             # The footer counts headers, too.
             assert 0 < chunk.meta.total_uncompressed_size - sum(sizes) < 20_000 * len(sizes)
             assert sum(sizes) > chunk.meta.total_uncompressed_size / 2 or sum(sizes) < 2000
@@ -268,11 +269,10 @@ def test_bytes_that_are_no_page_header_are_refused(tmp_path_factory: pytest.Temp
     path.write_bytes(data)
     _, [chunk] = chunks(written_once(path.parent), ["c"])
     lying = Lying(chunk.meta, dictionary_page_offset=None, data_page_offset=1, total_compressed_size=len(data))
-    with path.open("rb") as raw:
-        try:
-            sizes = list(parquet_limits._page_sizes(raw, lying, len(data)))
-        except ValueError:
-            return
+    try:
+        sizes = list(pages(data, lying))
+    except ValueError:
+        return
     assert len(sizes) <= len(data)
 
 

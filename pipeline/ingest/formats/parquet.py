@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from features.parquet_pages import mapped
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
@@ -50,7 +52,8 @@ class Parquet(RawFormat):
             chunks = chunks_of(unit.file, file.metadata, groups, list(wanted.types))
             check_footer(unit.file, chunks)
             if is_local(path):  # of other files every page would cost a request
-                check_pages(unit.file, raw, chunks)
+                with mapped(Path(path)) as content:
+                    check_pages(unit.file, content, chunks)
             most = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
             most = batch_rows(unit.file, raw, file.metadata, chunks, most)
             for batch in file.iter_batches(most, list(groups), list(wanted.types), use_threads=False):

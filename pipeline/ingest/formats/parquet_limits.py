@@ -1,5 +1,6 @@
 """What a Parquet file may unpack to, checked before it is decoded: a kilobyte of runs and dictionaries makes terabytes."""
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.parquet_limits import check_chunks
+from features.parquet_pages import pages
 from pipeline.ingest.files import RawFile
 
 PAGE_LIMIT = 256 << 20  # bytes of a page once it is decompressed; usual is one million
 DECODED_BYTES = 512 << 20  # of the text of a batch
-HEADER_BYTES = 16 << 20  # of a page, as Arrow has it
-DICTIONARY_PAGE = 2  # of PageType in parquet.thrift
 LIST_VALUE_BYTES = 8  # all of a list is in memory
 
 
@@ -45,54 +46,12 @@ def chunks_of(file: RawFile, footer: pq.FileMetaData, groups: Iterable[int], wan
         column = footer.schema.column(index)
         if names & {*accumulate(column.path.split("."), "{}.{}".format)}:
             leaves.append((index, column.max_repetition_level > 0))
-    found = []
+    found, groups = [], list(groups)
+    check_chunks(footer, file.size, groups, wanted)
     for group in groups:
-        _check_metadata(file, footer, group, wanted)
         meta = footer.row_group(group)
         found += [Chunk(group, meta.column(index), meta.num_rows, is_list) for index, is_list in leaves]
     return found
-
-
-def _check_metadata(file: RawFile, footer: pq.FileMetaData, group: int, wanted: Sequence[str]) -> None:
-    """Raises OSError where column chunks are damaged in the footer.
-
-    To ask pyarrow for such a chunk would end the process, by an exception that nobody catches; a reader finds it in order,
-    before it reads the first page.
-    """
-    reader = pq.ParquetFile(pa.PythonFile(_NoPages(file.size), mode="r"), metadata=footer, buffer_size=1 << 16)
-    try:
-        next(reader.iter_batches(1, [group], list(wanted), use_threads=False), None)
-    except _PageReadError:
-        return
-
-
-class _PageReadError(Exception):
-    """A reader has come to the pages of a file."""
-
-
-class _NoPages:
-    """A file of which only the footer is known."""
-
-    closed = False
-
-    def __init__(self, size: int) -> None:
-        self._size, self._position = size, 0
-
-    def size(self) -> int:
-        return self._size
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        self._position = position + (0, self._position, self._size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, _: int = -1) -> bytes:
-        raise _PageReadError
-
-    def close(self) -> None:
-        pass
 
 
 def check_footer(file: RawFile, chunks: Iterable[Chunk]) -> None:
@@ -113,7 +72,7 @@ def check_footer(file: RawFile, chunks: Iterable[Chunk]) -> None:
         file.check_unpacked(total, f", {chunk.where}")
 
 
-def check_pages(file: RawFile, raw: BinaryIO, chunks: Iterable[Chunk]) -> None:
+def check_pages(file: RawFile, content: mmap.mmap, chunks: Iterable[Chunk]) -> None:
     """Checks the headers of all pages: a reader allocates what they say, whatever the footer has.
 
     Raises:
@@ -122,111 +81,11 @@ def check_pages(file: RawFile, raw: BinaryIO, chunks: Iterable[Chunk]) -> None:
     """
     total = 0
     for chunk in chunks:
-        for size in _page_sizes(raw, chunk.meta, file.size):
-            if not 0 <= size <= PAGE_LIMIT:
-                raise ValueError(f"{chunk.where}: a page of {size} bytes, {PAGE_LIMIT} are allowed")
-            total += size
+        for page in pages(content, chunk.meta):
+            if page.unpacked > PAGE_LIMIT:
+                raise ValueError(f"{chunk.where}: a page of {page.unpacked} bytes, {PAGE_LIMIT} are allowed")
+            total += page.unpacked
             file.check_unpacked(total, f", {chunk.where}")
-
-
-def _page_sizes(raw: BinaryIO, chunk: Any, file_size: int) -> Iterator[int]:
-    """The bytes of each page of a column chunk once it is decompressed, as its header says; of those that a reader reads."""
-    # A row group without rows has no offsets.
-    start = min((offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset), default=0)
-    position, values, end = start, 0, min(start + chunk.total_compressed_size, file_size)
-    while position < end and values < chunk.num_values:
-        header = _header(raw, position)
-        if header.packed < 0 or header.values < 0:
-            raise ValueError(f"no page header at byte {position}")
-        if header.kind == DICTIONARY_PAGE and position != start:
-            raise ValueError(f"a dictionary after other pages, at byte {position}")
-        yield header.unpacked
-        position += header.length + header.packed
-        values += header.values
-
-
-def _header(raw: BinaryIO, position: int) -> "_Header":
-    size = 1 << 10
-    while size <= HEADER_BYTES:
-        raw.seek(position)
-        data = raw.read(size)
-        try:
-            return _Header(data)
-        except IndexError:
-            if len(data) < size:
-                break
-            size *= 4
-    raise ValueError(f"no page header at byte {position}")
-
-
-class _Header:
-    """The beginning of a page header, in Thrift's compact protocol.
-
-    Attributes:
-        kind: of the page.
-        unpacked, packed: sizes of the page in bytes.
-        values: number of values, 0 but in data pages.
-        length: of the header.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        """Raises IndexError where `data` end within it, ValueError where it is none."""
-        self.data, self.length = data, 0
-        found = self._struct(0)
-        if not {1, 2, 3} <= found.keys():
-            raise ValueError("a page header without sizes")
-        self.kind, self.unpacked, self.packed = found[1], found[2], found[3]
-        self.values = found.get(5, 0) + found.get(8, 0)  # the headers of data pages of version 1 and 2
-
-    def _struct(self, depth: int) -> dict[int, int]:
-        """Skips a struct and returns its integers by field, and of structs in it their first field."""
-        field, found = 0, dict[int, int]()
-        while kind := self._byte():
-            field = field + (kind >> 4) if kind >> 4 else self._integer()
-            value = self._skip(kind & 15, depth)
-            if value is not None:
-                found[field] = value
-        return found
-
-    def _skip(self, kind: int, depth: int) -> int | None:
-        if kind in (1, 2):  # a boolean is its type
-            return None
-        if kind in (4, 5, 6):
-            return self._integer()
-        if kind == 3:
-            self._byte()
-        elif kind == 7:
-            self._advance(8)
-        elif kind == 8:
-            self._advance(self._varint())
-        elif kind == 12 and depth < 8:
-            return self._struct(depth + 1).get(1)
-        else:
-            raise ValueError("a page header with a field of an unknown type")
-        return None
-
-    def _advance(self, size: int) -> None:
-        self.length += size
-        if self.length > len(self.data):
-            raise IndexError
-
-    def _byte(self) -> int:
-        self._advance(1)
-        return self.data[self.length - 1]
-
-    def _varint(self) -> int:
-        value = shift = 0
-        while True:
-            byte = self._byte()
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            if (shift := shift + 7) > 63:
-                raise ValueError("a page header with a number of too many bytes")
-
-    def _integer(self) -> int:
-        value = self._varint()
-        return (value >> 1) ^ -(value & 1)
 
 
 def batch_rows(file: RawFile, raw: BinaryIO, footer: pq.FileMetaData, chunks: Iterable[Chunk], rows: int) -> int:

@@ -109,3 +109,19 @@ def test_a_damaged_page_header_is_a_user_error_or_passes(data, tmp_path_factory)
     path.write_bytes(content)
     with suppress(UserError):
         check_pages(path, footer)
+
+
+def test_a_damaged_footer_does_not_end_the_process(tmp_path: Path) -> None:
+    """pyarrow aborts where it is asked for a column chunk that is damaged."""
+    file = tmp_path / "a.parquet"
+    written(file, rows(100))
+    data = file.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    refused = 0
+    for at in range(len(data) - 8 - length, len(data) - 8 - length // 2, 3):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x0B]) + data[at + 1 :])
+        try:
+            parquet_limits.check_file(file)
+        except (UserError, OSError, pa.ArrowException):
+            refused += 1
+    assert refused > 50
