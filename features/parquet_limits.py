@@ -1,7 +1,6 @@
 """Limits of a Parquet file that somebody handed over, checked in its footer before anything is decoded."""
 
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -90,24 +89,27 @@ def check_chunks(
     Args:
         columns: names of top-level columns; all if None.
     """
-    names = None if columns is None else list(columns)
-    reader = pq.ParquetFile(pa.PythonFile(_NoPages(file_bytes), mode="r"), metadata=footer, buffer_size=1 << 16)
+    names, file = None if columns is None else list(columns), _NoPages(file_bytes)
+    reader = pq.ParquetFile(pa.PythonFile(file, mode="r"), metadata=footer, buffer_size=1 << 16)
     for group in groups:
-        with suppress(_PageReadError):
+        file.asked = False
+        try:
             next(reader.iter_batches(1, [group], names, use_threads=False), None)
-
-
-class _PageReadError(Exception):
-    """A reader has come to the pages of a file."""
+        except (OSError, pa.ArrowException):
+            if not file.asked:
+                raise
 
 
 class _NoPages:
-    """A file of which only the footer is known."""
+    """A file of which only the footer is known: it ends where its first page is read.
+
+    It raises nothing itself, since Arrow would keep the exception, and with it the frames of all callers.
+    """
 
     closed = False
 
     def __init__(self, size: int) -> None:
-        self._size, self._position = size, 0
+        self._size, self._position, self.asked = size, 0, False
 
     def size(self) -> int:
         return self._size
@@ -120,7 +122,8 @@ class _NoPages:
         return self._position
 
     def read(self, _: int = -1) -> bytes:
-        raise _PageReadError
+        self.asked = True
+        return b""
 
     def close(self) -> None:
         pass

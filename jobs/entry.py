@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ LEVELS = ("debug", "info", "warning", "error")
 DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
 CONF = Path(__file__).parent / "conf"
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.
 OF_A_FILE = {
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
@@ -63,6 +65,13 @@ def configure_logging(level: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False  # libraries give the root logger handlers of their own
         logger.setLevel(level.upper())
+    threading.excepthook = thread_error
+
+
+def thread_error(error: threading.ExceptHookArgs) -> None:
+    """Prints no traceback where a thread of a library meets a full disk, as TensorBoard's does: its next write reports it."""
+    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in FULL):
+        threading.__excepthook__(error)
 
 
 def environment(name: str, default: str | None = None) -> str:
@@ -113,7 +122,7 @@ def user_errors() -> Iterator[None]:
             sys.exit(
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
             )
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         file = printable(str(error.filename or "a file"))
         sys.exit(f"error: {file}: {error.strerror}. Free space, then rerun the same command.")

@@ -109,14 +109,14 @@ def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
     """
     name = vocabulary_file(table)
     path, status = folder / name, status_of(folder, name)
-    wrong = UserError(f"{path} is missing, or does not hold the {size} values that were fitted. {AGAIN}")
+    wrong = f"{path} is missing, or does not hold the {size} values that were fitted. {AGAIN}"
     if status is None:
-        raise wrong
+        raise UserError(wrong)
     try:
         with pq.ParquetFile(path) as file:
             footer, columns = file.metadata, file.schema_arrow
             if footer.num_rows != size:
-                raise wrong
+                raise UserError(wrong)
             kinds = {column.name: column.type for column in columns}
             if len(kinds) != len(columns) or kinds.keys() != {"value", "id"} or not (
                 (pa.types.is_string(kinds["value"]) or pa.types.is_large_string(kinds["value"]))

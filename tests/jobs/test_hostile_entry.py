@@ -1,10 +1,11 @@
 """Jobs that are told to write where they may not."""
 
 import errno
+import threading
 
 import pytest
 
-from jobs.entry import user_errors
+from jobs.entry import thread_error, user_errors
 
 
 def test_a_read_only_file_system_is_one_line() -> None:
@@ -12,3 +13,19 @@ def test_a_read_only_file_system_is_one_line() -> None:
         raise OSError(errno.EROFS, "Read-only file system", "/data/nightly")
     assert str(stop.value.code).startswith("error: /data/nightly: Read-only file system. Choose another folder")
     assert "\n" not in str(stop.value.code)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("code", "printed"), [(errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EIO, True)])
+def test_a_thread_that_meets_a_full_disk_prints_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int, printed: bool
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", thread_error)
+
+    def fail() -> None:
+        raise OSError(code, "of the disk")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert ("Traceback" in capfd.readouterr().err) is printed
