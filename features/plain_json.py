@@ -21,9 +21,10 @@ def parse_json(content: bytes, where: object, strict: bool = True) -> Any:
     """The value of a JSON text in UTF-8.
 
     Args:
-        where: it is, for errors. finite: NaN and Infinity are refused, which Python writes and JSON does not have.
+        where: it is, for errors.
+        strict: refuse NaN and Infinity, which Python writes and JSON does not have, numbers that overflow, and lone surrogates.
     Raises:
-        UserError: it is no JSON, or nested too deep; a number that is too large; a string that is no Unicode.
+        UserError: it is no JSON, or nested too deep; an integer of more than 64 bits; whatever else `strict` refuses.
     """
     try:
         found = json.loads(

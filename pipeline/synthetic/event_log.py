@@ -258,12 +258,11 @@ def generate(config: LogConfig, out: Path) -> None:
 def _read_truth(path: Path) -> pa.Table:
     """The truth of the days that are there. Raises UserError for a file that cannot be read or unpacks to too much."""
     try:
+        schema = pq.read_schema(path)
+        if not all(map(pa.types.is_primitive, schema.types)) or schema.field("impression_id").type != pa.int64():
+            raise ValueError("its columns are not numbers")
         check_file(path)
         kept = pq.read_table(path)
-        if kept["impression_id"].type != pa.int64() or not all(
-            pa.types.is_primitive(kind) for kind in kept.schema.types
-        ):
-            raise ValueError("its columns are not numbers")
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({str(error)[:200]}). Remove it, or choose another out=.") from None
     return kept
