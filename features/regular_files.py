@@ -1,17 +1,25 @@
 """Files of a folder that somebody handed over: regular ones below it, never what a link, a pipe or a device leads to."""
 
+import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, BinaryIO, Literal, cast
 
 from pydantic import AfterValidator
 
 from features.errors import UserError
 from features.printable import has_controls, printable
 
-MAX_TEXT_BYTES = 256 << 20  # of a manifest, schema or encoders.json, unless said otherwise
-LONGEST, LONGEST_PART = 1024, 255  # bytes of a relative path, and of a name in it
+NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # neither another file by a link, nor a wait at a pipe
+MAX_PATH_BYTES, MAX_NAME_BYTES = 1024, 255  # of a relative path, and of a name in it
+
+_KINDS = {
+    "a link": stat.S_ISLNK, "a pipe": stat.S_ISFIFO, "a folder": stat.S_ISDIR, "a socket": stat.S_ISSOCK,
+    "a file": stat.S_ISREG,
+}  # fmt: skip
 
 
 def _plain(name: str) -> str:
@@ -19,7 +27,7 @@ def _plain(name: str) -> str:
     parts = PurePosixPath(name).parts
     if not parts or name != "/".join(parts) or {"..", "."} & {*parts} or parts[0][0] == "/" or has_controls(name):
         raise ValueError(f"{printable(name[:100])!r} is not a plain relative path")
-    if len(name.encode()) > LONGEST or max(len(part.encode()) for part in parts) > LONGEST_PART:
+    if len(name.encode()) > MAX_PATH_BYTES or max(len(part.encode()) for part in parts) > MAX_NAME_BYTES:
         raise ValueError(f"{printable(name[:100])!r}… is longer than a path may be")
     return name
 
@@ -28,7 +36,7 @@ def _plain(name: str) -> str:
 RelativePath = Annotated[str, AfterValidator(_plain)]
 
 
-def status_of(folder: Path, name: str) -> os.stat_result | None:
+def lstat_regular(folder: Path, name: str) -> os.stat_result | None:
     """The status of the file `name` below `folder`, None where it is missing.
 
     The folder itself may be a link: whoever names it trusts it. Nothing below it may be one.
@@ -47,34 +55,72 @@ def status_of(folder: Path, name: str) -> os.stat_result | None:
             return None
         wanted = stat.S_ISREG if number == len(parts) else stat.S_ISDIR
         if not wanted(status.st_mode):
-            kind = "file" if number == len(parts) else "folder"
-            raise UserError(
-                f"{path} is not a regular {kind} but {_kind(status.st_mode)}. Replace it by what it stands for."
-            )
+            raise irregular(path, status.st_mode, "file" if number == len(parts) else "folder")
     return status
 
 
-def read_regular(folder: Path, name: str, limit: int = MAX_TEXT_BYTES) -> bytes:
+def read_regular(folder: Path, name: str, limit: int) -> bytes:
     """The content of the file `name` below `folder`.
 
     Args:
         limit: bytes that it may have.
     Raises:
         FileNotFoundError: it is missing.
-        UserError: as status_of, or it is larger than `limit`.
+        UserError: as lstat_regular, or it is larger than `limit`.
     """
-    status = status_of(folder, name)
+    status = lstat_regular(folder, name)
     path = folder / name
     if status is None:
         raise FileNotFoundError(2, "No such file or directory", str(path))
     if status.st_size > limit:
         raise UserError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} that such a file may have")
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+    with open_regular(path) as file:
         return file.read(status.st_size)
 
 
-def _kind(mode: int) -> str:
-    kinds = {"a link": stat.S_ISLNK, "a pipe": stat.S_ISFIFO, "a folder": stat.S_ISDIR, "a socket": stat.S_ISSOCK}
-    return next(
-        (kind for kind, holds in kinds.items() if holds(mode)), "a device" if not stat.S_ISREG(mode) else "a file"
-    )
+def open_regular(path: Path, flags: int = os.O_RDONLY, mode: str = "rb") -> BinaryIO:
+    """A regular file, opened without waiting at a pipe. Folders on the way may be links.
+
+    Args:
+        flags: of open(2). mode: of the file object, that goes with them.
+    Raises:
+        UserError: it is a link, a pipe or whatever else is no regular file.
+        OSError: it is missing, or cannot be opened.
+    """
+    with user_error_for_links(path):
+        descriptor = os.open(path, flags | NO_LINK, 0o666)
+    if not stat.S_ISREG(kind := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise irregular(path, kind)
+    return cast(BinaryIO, os.fdopen(descriptor, mode))
+
+
+@contextmanager
+def user_error_for_links(path: Path) -> Iterator[None]:
+    """Turns the OSError of a link that is not followed, or of what is no file, into a UserError."""
+    kinds = {errno.ELOOP: stat.S_IFLNK, errno.ENXIO: stat.S_IFSOCK, errno.EISDIR: stat.S_IFDIR}
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in kinds:
+            raise
+        raise irregular(path, kinds[error.errno]) from None
+
+
+def refuse_link(folder: Path) -> Path:
+    """The path of a folder of ours. Raises UserError for a link, also for one that leads nowhere."""
+    if folder.is_symlink():
+        raise irregular(folder, stat.S_IFLNK, "folder")
+    return folder
+
+
+def irregular(path: Path, mode: int, wanted: Literal["file", "folder"] = "file") -> UserError:
+    """The error of a path that is not what is wanted there.
+
+    Args:
+        mode: what it is, as st_mode has it.
+    """
+    if stat.S_ISLNK(mode):
+        return UserError(f"{path} is a link, which is not followed. Replace it by the {wanted} itself.")
+    kind = next((kind for kind, holds in _KINDS.items() if holds(mode)), "a device")
+    return UserError(f"{path} is not a {'regular file' if wanted == 'file' else wanted} but {kind}. Move it away.")

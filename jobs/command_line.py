@@ -151,7 +151,7 @@ def _yaml_files(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, limit: int) -> bytes:
     if not path.is_file():
-        raise UserError(f"{path} is not a regular file. Replace it, or move it away.")
+        raise UserError(f"{path} is not a regular file. Move it away.")
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:

@@ -12,7 +12,7 @@ from features.errors import UserError
 from features.parquet_limits import FREE_BYTES, check_footer
 from features.parquet_pages import check_pages, largest_dictionary
 from features.plain_json import read_json, validated
-from features.regular_files import status_of
+from features.regular_files import lstat_regular
 from features.schema.schema import Schema
 
 VERSION = 3
@@ -108,7 +108,7 @@ def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
             its values can have.
     """
     name = vocabulary_file(table)
-    path, status = folder / name, status_of(folder, name)
+    path, status = folder / name, lstat_regular(folder, name)
     wrong = f"{path} is missing, or does not hold the {size} values that were fitted. {AGAIN}"
     if status is None:
         raise UserError(wrong)

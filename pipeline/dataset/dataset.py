@@ -11,7 +11,7 @@ from typing import Any
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
 from features.fit.fitted_files import encoder_files
-from features.regular_files import status_of
+from features.regular_files import lstat_regular
 from features.schema.schema import SPLITS, Schema, Split
 from features.yaml_text import yaml_of
 from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges, folder_of_day
@@ -48,7 +48,7 @@ class Dataset:
             self.manifest = read_manifest(path)
         except FileNotFoundError:
             raise UserError(_no_dataset(path)) from None
-        status_of(path, "schema.yaml")
+        lstat_regular(path, "schema.yaml")
         self.schema = Schema.load(path / "schema.yaml")
         self.check_compatible(self.schema.fingerprint, "its own schema.yaml")
         self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are chosen
@@ -59,7 +59,7 @@ class Dataset:
                 raise UserError(
                     f"{path}/manifest.json: {shard.path} has labels of other tasks than schema.yaml. {AGAIN}"
                 )
-            file, status = path / shard.path, status_of(path, shard.path)
+            file, status = path / shard.path, lstat_regular(path, shard.path)
             if status is None or status.st_size != shard.bytes:
                 found = f"has {status.st_size} bytes, the manifest says {shard.bytes}" if status else "is missing"
                 raise UserError(f"{file} {found}. {AGAIN}")
@@ -79,7 +79,7 @@ class Dataset:
     @cached_property
     def encoders_id(self) -> str:
         """16 hex digits of what was fitted: ids and scales mean the same in datasets where it is the same."""
-        files = [sha256(regular(self.encoded_by, f"encoders/{name}")) for name in encoder_files(self.schema)]
+        files = [sha256(require_file(self.encoded_by, f"encoders/{name}")) for name in encoder_files(self.schema)]
         return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
 
     def check_compatible(self, fingerprint: str, owner: str) -> None:
@@ -147,9 +147,9 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
     return whole
 
 
-def regular(folder: Path, name: str) -> Path:
+def require_file(folder: Path, name: str) -> Path:
     """The path of a file below a dataset's folder. Raises UserError where it is missing, a link or no regular file."""
-    if status_of(folder, name) is None:
+    if lstat_regular(folder, name) is None:
         raise UserError(f"{folder / name} is missing. {AGAIN}")
     return folder / name
 

@@ -4,6 +4,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from features.errors import UserError
+from features.regular_files import refuse_link
 
 DAY_STRIDE = 1 << 56  # between the row ids of days: room for 65,536 files, each of which has 1 << 40
 MAX_DAYS = (1 << 63) // DAY_STRIDE
@@ -23,11 +24,7 @@ def day_ranges(folder: Path) -> list[str]:
 
 def folder_of_day(folder: Path, day: str) -> Path:
     """Where a day's dataset lies. Raises UserError where that is a link: the datasets of days lie in their folder."""
-    if (folder / day).is_symlink():
-        raise UserError(
-            f"{folder / day} is a link, which is not followed. Replace it by the dataset, or name that itself."
-        )
-    return folder / day
+    return refuse_link(folder / day)
 
 
 def _span(first: str, last: str) -> str:

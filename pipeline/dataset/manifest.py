@@ -14,9 +14,9 @@ from features.errors import UserError
 from features.fit.fitted_files import encoder_files
 from features.plain_json import fault, read_json
 from features.printable import printable
-from features.regular_files import RelativePath
+from features.regular_files import RelativePath, open_regular
 from features.schema.schema import SPLITS, Schema, Split
-from pipeline.storage.files import open_regular, sha256
+from pipeline.storage.files import sha256
 
 VERSION = 2
 MAX_BYTES = 128 << 20  # of manifest.json: two kilobytes a shard or so

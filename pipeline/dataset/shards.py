@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from features.errors import UserError
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
-from features.regular_files import status_of
+from features.regular_files import lstat_regular
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.manifest import AGAIN, Shard, footer_sha256
 
@@ -23,7 +23,7 @@ def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = N
         pa.ArrowException, OSError, ValueError: it cannot be read; its footer or columns are not those that were written.
     """
     path = dataset.path / shard.path
-    status_of(dataset.path, shard.path)
+    lstat_regular(dataset.path, shard.path)
     if footer_sha256(path) != shard.footer_sha256:
         raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
     file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)

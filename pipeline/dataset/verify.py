@@ -15,9 +15,9 @@ from features.fit.fitted_files import encoder_files
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
 from features.printable import printable
-from features.regular_files import status_of
+from features.regular_files import lstat_regular
 from pipeline.dataset.card.card import read_card
-from pipeline.dataset.dataset import Dataset, regular
+from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.manifest import AGAIN, BESIDE, Listed, Shard, check_equal, footer_sha256
 from pipeline.storage.files import sha256
 
@@ -78,13 +78,13 @@ def _check_names(dataset: Dataset) -> int:
     for file in files:
         if file not in named:
             raise UserError(f"{path / printable(file)}: the manifest does not name this file. Move it elsewhere.")
-        status_of(path, file)
+        lstat_regular(path, file)
     return len(files)
 
 
 def _check_file(dataset: Path, known: Listed) -> None:
     """Its size and checksums."""
-    file = regular(dataset, known.path)
+    file = require_file(dataset, known.path)
     check_equal(file, "bytes", file.stat().st_size, known.bytes)
     found = sha256(file)
     if found != known.sha256:

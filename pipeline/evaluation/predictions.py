@@ -14,7 +14,7 @@ from features.batch import Batch
 from features.errors import UserError
 from features.parquet_limits import check_file
 from features.printable import printable
-from features.regular_files import status_of
+from features.regular_files import lstat_regular
 from features.schema.schema import Schema, Split
 from pipeline.run.run import Run
 from pipeline.storage.files import make_folder
@@ -46,7 +46,7 @@ def write(frames: list[pl.DataFrame], file: Path, provenance: dict[str, str] | N
 def is_from(file: Path, provenance: dict[str, str]) -> bool:
     """Whether a file exists and was written with this provenance. Raises UserError for a link."""
     try:
-        found = pl.read_parquet_metadata(file) if status_of(file.parent, file.name) else {}
+        found = pl.read_parquet_metadata(file) if lstat_regular(file.parent, file.name) else {}
     except (OSError, pl.exceptions.PolarsError):
         return False  # damaged: it is written again
     return bool(found) and provenance.items() <= found.items()
@@ -55,7 +55,7 @@ def is_from(file: Path, provenance: dict[str, str]) -> bool:
 def read(file: Path) -> pl.DataFrame:
     """Rows that `write` wrote. Raises UserError for a link, or a file that cannot be read or unpacks to too much."""
     try:
-        if status_of(file.parent, file.name) is not None:
+        if lstat_regular(file.parent, file.name) is not None:
             check_file(file)
         return pl.read_parquet(file, glob=False)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:

@@ -223,7 +223,7 @@ def open_raw(path: str, cache: str = "readahead") -> BinaryIO:
     """
     system, name = file_system(path)
     if isinstance(system, LocalFileSystem) and Path(name).exists() and not Path(name).is_file():
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     return system.open(name, "rb", cache_type=cache, block_size=READ_AHEAD)
 
 

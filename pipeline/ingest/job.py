@@ -13,10 +13,11 @@ from typing import Any
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
+from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
-from pipeline.dataset.dataset import Dataset, commit, regular
+from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
 from pipeline.dataset.manifest import DeadLetterFile, Manifest
 from pipeline.ingest import files as raw_files
@@ -30,7 +31,6 @@ from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps import dead_letters
-from pipeline.storage.files import open_regular
 
 UNPACKED = 5  # estimated size of a compressed file's content over its own
 
@@ -179,7 +179,7 @@ def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
     (staging / "encoders" / "vocabularies").mkdir(parents=True)
     for name in encoder_files(schema):
         with (
-            open_regular(regular(reference, f"encoders/{name}")) as source,
+            open_regular(require_file(reference, f"encoders/{name}")) as source,
             (staging / "encoders" / name).open("xb") as copy,
         ):
             shutil.copyfileobj(source, copy)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
-from features.regular_files import RelativePath
+from features.regular_files import RelativePath, refuse_link
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.evaluation.metrics.accumulator import Metrics
@@ -18,7 +18,7 @@ from pipeline.ingest.job import preprocess
 from pipeline.run import checkpoint
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
-from pipeline.storage.files import make_folder, refuse_link, write_json
+from pipeline.storage.files import make_folder, write_json
 
 
 class NightlyConfig(BaseModel):

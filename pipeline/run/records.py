@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from features.errors import UserError
-from features.regular_files import status_of
+from features.plain_json import fault
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
@@ -51,16 +51,16 @@ def latest(run: Run, split: str, dataset: str) -> dict[int, dict[str, Any]]:
         UserError: a line is damaged.
     """
     found = {}
-    status_of(run.eval_metrics.parent, run.eval_metrics.name)  # for its own error
-    try:
-        for line in read_lines(run.eval_metrics):
+    for number, line in enumerate(read_lines(run.eval_metrics), 1):
+        try:
             record = Record.model_validate(line, strict=True)
-            if (record.split, record.dataset) == (split, dataset):
-                found[record.step] = line
-    except (ValueError, UserError):  # not JSON, or not a Record
-        raise UserError(
-            f"{run.eval_metrics}: a line is not a record of an evaluation. Remove it: its checkpoint is evaluated again."
-        ) from None
+        except ValidationError as error:
+            raise UserError(
+                f"{run.eval_metrics}, line {number}: not a record of an evaluation ({fault(error)}). Remove it: its checkpoint "
+                "is evaluated again."
+            ) from None
+        if (record.split, record.dataset) == (split, dataset):
+            found[record.step] = line
     return dict(sorted(found.items()))
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from features.errors import UserError
 from features.plain_json import read_json, validated
-from features.regular_files import status_of
+from features.regular_files import irregular, lstat_regular, refuse_link, user_error_for_links
 from features.schema.schema import Schema
 from features.yaml_text import read_yaml, yaml_of
 from pipeline.storage.base import Lock
@@ -21,7 +21,6 @@ from pipeline.storage.files import (
     make_folder,
     read_lines,
     storage_of,
-    user_error_for_links,
     write_json,
     write_text,
 )
@@ -152,13 +151,13 @@ def keep_lines(path: Path, last_step: int) -> None:
 def _check_kinds(path: Path) -> None:
     """Raises UserError where something of a run, as far as it is there, is a link or of another kind than it should be."""
     for name in FOLDERS:
-        if (folder := path / name).is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise UserError(f"{folder} is a link or no folder. Replace it by the folder of the run.")
+        if refuse_link(folder := path / name).exists() and not folder.is_dir():
+            raise irregular(folder, folder.stat().st_mode, "folder")
     for name in FILES:
-        status_of(path, name)
+        lstat_regular(path, name)
     for name in ("metrics", "predictions", "tensorboard"):
         for file in sorted((path / name).iterdir()) if (path / name).is_dir() else ():
             with suppress(FileNotFoundError):  # written and renamed meanwhile
                 mode = file.lstat().st_mode
                 if not stat.S_ISREG(mode) and not (name == "tensorboard" and stat.S_ISDIR(mode)):
-                    raise UserError(f"{file} is a link or no regular file. Remove it.")
+                    raise irregular(file, mode)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
 from features.plain_json import read_json, validated
-from features.regular_files import status_of
+from features.regular_files import lstat_regular, refuse_link
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import predictions
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
@@ -30,7 +30,7 @@ from pipeline.run import checkpoint, records
 from pipeline.run.headline import RANKING
 from pipeline.run.run import Run
 from pipeline.search.comparison import SHARES, Entry
-from pipeline.storage.files import appending, make_folder, read_lines, refuse_link, write_json
+from pipeline.storage.files import appending, make_folder, read_lines, write_json
 
 MAX_JSON_BYTES = 1 << 20  # of made.json and trees.json
 
@@ -157,7 +157,7 @@ class Runs:
         make_folder(path)
         recipe = [f"recipe={config.recipe_name}"] if config.recipe_name else []
         settings, earlier = [*recipe, *config.overrides, *own], path / "made.json"
-        if status_of(path, earlier.name) and read_json(path, earlier.name, MAX_JSON_BYTES) != settings:
+        if lstat_regular(path, earlier.name) and read_json(path, earlier.name, MAX_JSON_BYTES) != settings:
             raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")
         write_json(earlier, settings)
         if (status := Run(path).status()) and status.state == "finished":
@@ -216,7 +216,7 @@ def _trees(config: CompareConfig, dataset: Dataset) -> Entry:
     """The trees' entry, fitted once and kept."""
     folder = config.folder / "trees"
     kept, rows = folder / "trees.json", folder / "test.parquet"
-    if not status_of(config.folder, "trees/trees.json"):
+    if not lstat_regular(config.folder, "trees/trees.json"):
         logger.info("boosted trees, one model a task")
         write_json(kept, boosted_trees(dataset, config.trees_max_rows, 0, rows))
     found = validated(TreesRecord, read_json(folder, kept.name, MAX_JSON_BYTES), kept)

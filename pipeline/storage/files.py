@@ -1,25 +1,22 @@
 """Files on whatever storage a path belongs to: text and JSON written atomically, JSON lines appended, checksums."""
 
-import errno
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from features.errors import UserError
 from features.plain_json import parse_json
-from features.regular_files import status_of
+from features.regular_files import open_regular, refuse_link
 from pipeline.storage.base import Storage
-from pipeline.storage.local import NO_LINK, LocalStorage
+from pipeline.storage.local import LocalStorage
 
 # By the scheme of a URL; a path without one is local. Another storage is one more entry.
 STORAGES: dict[str, Storage] = {"": LocalStorage()}
 
-MAX_LINE_BYTES = 16 << 20  # of a record in JSON lines
+MAX_RECORD_BYTES = 16 << 20  # of a record in JSON lines
 
 
 def storage_of(path: Path) -> Storage:
@@ -67,36 +64,7 @@ def json_text(content: object, indent: int | None = None) -> str:
 
 def appending(path: Path) -> BinaryIO:
     """A file opened to append to and to read, made where there is none. Raises UserError for a link or no regular file."""
-    return _regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, "ab+")
-
-
-def _regular(path: Path, flags: int, mode: str) -> BinaryIO:
-    """A regular file, opened without waiting at a pipe. Raises UserError for anything else, OSError."""
-    with user_error_for_links(path):
-        descriptor = os.open(path, flags | NO_LINK, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path} is no regular file. Remove it.")
-    return cast(BinaryIO, os.fdopen(descriptor, mode))
-
-
-@contextmanager
-def user_error_for_links(path: Path) -> Iterator[None]:
-    """Turns the OSError of a link that is not followed, or of what is no file, into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket, a folder
-            raise
-        kind = "a link, which is not followed" if error.errno == errno.ELOOP else "no regular file"
-        raise UserError(f"{path} is {kind}. Remove it.") from None
-
-
-def refuse_link(path: Path) -> Path:
-    """The path of a folder of ours. Raises UserError for a link, also for one that leads nowhere."""
-    if path.is_symlink():
-        raise UserError(f"{path} is a link, which is not followed. Replace it by what it stands for, or remove it.")
-    return path
+    return open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, "ab+")
 
 
 def make_folder(path: Path) -> Path:
@@ -117,25 +85,25 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The complete JSON lines of a file, none where it does not exist.
 
     Raises:
-        UserError: it is a link or no regular file, or a line is no JSON object or longer than MAX_LINE_BYTES.
+        UserError: it is a link or no regular file, or a line is no JSON object or longer than MAX_RECORD_BYTES.
     """
-    if status_of(path.parent, path.name) is None:
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
         return
-    with open_regular(path) as file:
-        number = 0
-        while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+    number = 0
+    with file:
+        while (line := file.readline(MAX_RECORD_BYTES)).endswith(b"\n"):
             number += 1
-            record = parse_json(line, f"{path}, line {number}", strict=False)  # a loss may be NaN
+            try:
+                record = parse_json(line, f"{path}, line {number}", strict=False)  # a loss may be NaN
+            except UserError as error:
+                raise UserError(f"{error}. Remove it.") from None
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: no JSON object. Remove it.")
             yield record
-        if len(line) == MAX_LINE_BYTES:
-            raise UserError(f"{path}, line {number + 1}: longer than {MAX_LINE_BYTES:,} bytes. Remove it.")
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A file opened to read. Raises UserError for a link, a pipe or whatever else is no regular file, OSError."""
-    return _regular(path, os.O_RDONLY, "rb")
+        if len(line) == MAX_RECORD_BYTES:
+            raise UserError(f"{path}, line {number + 1}: longer than {MAX_RECORD_BYTES:,} bytes. Remove it.")
 
 
 def sha256(path: Path) -> str:

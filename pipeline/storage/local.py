@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from features.regular_files import NO_LINK
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
-NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # neither another file by a link, nor a wait at a pipe
 
 
 class FileLock:

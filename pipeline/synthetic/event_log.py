@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from features.errors import UserError
 from features.parquet_limits import check_file
-from features.regular_files import status_of
+from features.regular_files import lstat_regular
 
 CATEGORIES, SEGMENTS, RANK, COUNTRIES, QUERIES = 60, 12, 2, 50, 1_000_000
 DEVICES, DEVICE_SHARES = ("phone", "desktop", "tablet", "tv"), (0.5, 0.3, 0.13, 0.07)
@@ -244,7 +244,7 @@ def generate(config: LogConfig, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         dates = [config.start + datetime.timedelta(days=day) for day in range(config.days)]
         truth = pa.concat_tables([_write_day(config, world, date, Path(temporary)) for date in dates])
-        if status_of(out, "truth.parquet"):
+        if lstat_regular(out, "truth.parquet"):
             kept = _read_truth(out / "truth.parquet")
             day = pc.divide(kept["impression_id"], MAX_ROWS_PER_DAY)
             kept = kept.filter(pc.invert(pc.is_in(day, pa.array([date.toordinal() for date in dates]))))

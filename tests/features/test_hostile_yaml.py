@@ -98,7 +98,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "link.yaml").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.yaml")
     for name in ("link", "pipe"):
-        with pytest.raises(UserError, match="is not a regular file"):
+        with pytest.raises(UserError, match=r"is (a link|not a regular file)"):
             read_yaml(tmp_path / f"{name}.yaml")
     with pytest.raises(FileNotFoundError):
         read_yaml(tmp_path / "none.yaml")

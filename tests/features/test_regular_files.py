@@ -1,6 +1,7 @@
 """features/regular_files.py, features/printable.py: what a handed folder may lead to, and text that controls no terminal."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from features.errors import UserError
 from features.printable import has_controls, printable
-from features.regular_files import RelativePath, read_regular, status_of
+from features.regular_files import RelativePath, lstat_regular, read_regular
 
 
 @pytest.mark.parametrize("name", ["a", "train/part-0.parquet", "..a", "a..b/c", ".metadata"])
@@ -41,11 +42,11 @@ def test_a_regular_file_is_read_up_to_its_limit_also_below_a_linked_folder(tmp_p
     (tmp_path / "real" / "part" / "file").write_bytes(b"12345")
     (tmp_path / "folder").symlink_to(tmp_path / "real")
     assert read_regular(tmp_path / "folder", "part/file", limit=5) == b"12345"
-    assert status_of(tmp_path / "folder", "part/none") is None
+    assert lstat_regular(tmp_path / "folder", "part/none") is None
     with pytest.raises(UserError, match="5 bytes, more than the 4"):
         read_regular(tmp_path / "folder", "part/file", limit=4)
     with pytest.raises(FileNotFoundError, match="none"):
-        read_regular(tmp_path / "folder", "none")
+        read_regular(tmp_path / "folder", "none", limit=5)
 
 
 @pytest.mark.parametrize(("name", "says"), [
@@ -58,7 +59,7 @@ def test_what_is_no_regular_file_is_refused_without_being_opened(tmp_path: Path,
     (tmp_path / "linked").symlink_to(tmp_path / "folder")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
-    for read in (status_of, read_regular):
+    for read in (lstat_regular, partial(read_regular, limit=5)):
         with pytest.raises(UserError, match=says):
             read(tmp_path, name)
 

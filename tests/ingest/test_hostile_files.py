@@ -91,7 +91,7 @@ def test_a_file_that_becomes_a_pipe_is_not_opened(tmp_path: Path) -> None:
     [file] = find(str(tmp_path), "a.csv")
     (tmp_path / "a.csv").unlink()
     os.mkfifo(tmp_path / "a.csv")
-    with pytest.raises(UserError, match=r"a\.csv: cannot be read: .*is no regular file"):
+    with pytest.raises(UserError, match=r"a\.csv: cannot be read: .*is not a regular file"):
         check_columns(file, Format(), ["a"])
 
 

@@ -15,6 +15,7 @@ from mutations import mutated
 from pydantic import ValidationError
 
 from features.errors import UserError
+from features.regular_files import open_regular
 from jobs import inspect
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
@@ -25,7 +26,7 @@ from pipeline.release.nightly import NightlyConfig, nightly
 from pipeline.run import records
 from pipeline.run.run import FILES, FOLDERS, Run, keep_lines
 from pipeline.search.compare import CompareConfig, Jobs, Runs
-from pipeline.storage.files import append_line, appending, make_folder, open_regular, read_lines, sha256
+from pipeline.storage.files import append_line, appending, make_folder, read_lines, sha256
 from pipeline.synthetic.event_log import LogConfig, generate
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
@@ -212,7 +213,7 @@ def test_a_line_without_a_step_is_named_when_a_run_resumes(tmp_path, line):
 
 
 def test_a_line_that_never_ends_is_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.files.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("pipeline.storage.files.MAX_RECORD_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 50)
     assert list(read_lines(path)) == [{"a": 1}]  # a killed writer's last line

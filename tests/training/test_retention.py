@@ -123,7 +123,7 @@ def test_a_damaged_line_of_an_evaluation_deletes_nothing_and_is_logged(tmp_path:
     write_records(run, [record(step, "valid", OURS, made[step], step / 10, None) for step in made])
     with run.eval_metrics.open("ab") as file:
         file.write(line.encode("latin-1") + b"\n")
-    with pytest.raises(UserError, match=r"eval\.jsonl: a line is not a record of an evaluation"):
+    with pytest.raises(UserError, match=r"eval\.jsonl, line 4: no"):
         records.current(run, "valid", OURS)
     prune(run, Keep(best="valid"), OURS, 6)
     assert checkpoint.steps(run.checkpoints) == [2, 4, 6]

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
-from features.regular_files import read_regular, status_of
+from features.regular_files import lstat_regular, read_regular
 from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
 
@@ -100,7 +100,7 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
         raise UserError(f"{path}: not a checkpoint, its manifest names no {INDEX}")
     for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
         file = path / name
-        if (status := status_of(path, name)) is None:
+        if (status := lstat_regular(path, name)) is None:
             raise UserError(f"{file} is missing")
         if status.st_size != size:
             raise UserError(f"{file} has {status.st_size} bytes, the manifest says {size}")

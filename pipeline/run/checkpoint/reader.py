@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from features.errors import UserError
-from features.regular_files import status_of
+from features.regular_files import lstat_regular
 from pipeline.run.checkpoint.index import DTYPES, Index, Part, TensorEntry, read_index, volume
 from pipeline.run.checkpoint.manifest import read
 
@@ -84,7 +84,7 @@ class _Reader(dcp.StorageReader):
                 raise _no_tensor(item)
             by_file[self.parts[item.storage_index][1].file].append(item)
         for name, items in by_file.items():
-            if status_of(self.path, name) is None:
+            if lstat_regular(self.path, name) is None:
                 raise FileNotFoundError(2, "No such file or directory", str(self.path / name))
             with (self.path / name).open("rb") as file:
                 for item in items:
