@@ -10,11 +10,11 @@ Examples:
   python -m jobs.launch --nproc-per-node=8 --max-restarts=3 -m jobs.train dataset=D model=adatt run=R
   python -m jobs.launch --nnodes=8 --node-rank=N --master-addr=HOST0 --nproc-per-node=8 -m jobs.train dataset=D run=R
 
-One node, also by --standalone, listens on 127.0.0.1 alone, at --master-port or a free port; it needs no other flag of the
-rendezvous and ignores them. Several need a network that is trusted whole, or rules (on Kubernetes a NetworkPolicy) by which
-only this job's nodes reach each other's ports: nothing there asks who connects. Node 0 listens on the one address that
---master-addr is there, or says that it listens on all (--master-addr=0.0.0.0 on node 0 is all). --rdzv-backend=c10d, for a
-number of nodes that changes, unpickles what comes in at its port: whoever reaches it runs code on every node.
+One node, also by --standalone, listens on 127.0.0.1 alone, at --master-port or a free port; its other flags of
+the rendezvous have no effect. Several need a network that is trusted whole, or rules (on Kubernetes a NetworkPolicy) by which
+only this job's nodes reach each other's ports: clients are not authenticated. Node 0 listens on the one address that
+--master-addr is there, or prints that it listens on all (--master-addr=0.0.0.0 on node 0 is all). --rdzv-backend=c10d, for a
+number of nodes that changes, unpickles what arrives at its port: anyone who can connect can execute code on every node.
 """
 
 import os
@@ -102,7 +102,7 @@ def end_silent_ranks(folder: Path) -> None:
                 os.kill(rank.pid, signal.SIGKILL)
                 print(
                     f"error: pid {rank.pid}, at step {rank.step}: no heartbeat for {age:.0f} s: "
-                    "killed. torchrun --max-restarts=N resumes from the newest checkpoint.",
+                    "killed. --max-restarts=N resumes from the newest checkpoint.",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
 

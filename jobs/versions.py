@@ -5,7 +5,7 @@ from importlib import metadata
 
 from features.errors import UserError
 
-# TorchRec and FBGEMM 1.N are built for torch 2.(N + 5), as FBGEMM's table of releases says. Their packages require no torch.
+# TorchRec and FBGEMM 1.N are built for torch 2.(N + 5): FBGEMM's release table. The packages declare no torch requirement.
 AHEAD = 5
 BUILT_FOR_TORCH = ("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 

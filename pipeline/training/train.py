@@ -49,7 +49,7 @@ def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence
             where = f"step {trainer.state.step + 1}" if trainer else "at the start"
             raise UserError(
                 f"{where}: lost contact with another rank ({cause}); its own error, if it failed, says why. "
-                "torchrun --max-restarts=N resumes from the newest checkpoint."
+                "jobs.launch --max-restarts=N resumes from the newest checkpoint."
             ) from None
         raise
 

@@ -23,7 +23,7 @@ FRAME = pl.DataFrame(
 
 
 def alone(code: str) -> str:
-    """What a program prints that runs with 2 GiB of memory and 20 seconds; a crash of it fails the test, and no more."""
+    """What a program prints that runs with 4 GiB of memory and 20 seconds; a crash of it fails the test, and no more."""
     limits = "import resource as r\nr.setrlimit(r.RLIMIT_CORE, (0, 0))\nr.setrlimit(r.RLIMIT_CPU, (20, 20))\n"
     limits += "r.setrlimit(r.RLIMIT_AS, (4 << 30, 4 << 30))\n"
     command = [sys.executable, "-c", limits + textwrap.dedent(code)]

@@ -31,7 +31,7 @@ PART = LabelledPart(
 )
 LETTERS = DeadLetters("path", {"price: wrong value": 2}, 7, "price: 'x' is not a number")
 SHARD = Shard(
-    path="a", split="test", rows=2, bytes=3, sha256="x", footer_sha256="y", row_groups=[1, 1], observed={"t": 1},
+    path="a", split="test", rows=2, bytes=3, sha256="ab", footer_sha256="cd", row_groups=[1, 1], observed={"t": 1},
     positives={"t": 0.1 + 0.2},
 )  # fmt: skip
 REPORTS: list[Report] = [

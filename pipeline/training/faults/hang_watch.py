@@ -118,7 +118,7 @@ def diagnosis(before: list[Heartbeat | None], now: list[Heartbeat | None], repor
     waits = now[reporter]
     assert waits is not None
     begin = f"step {waits.step}: the ranks have waited for each other for {waits.seconds:.0f} s: "
-    end = " It is ended; torchrun --max-restarts=N resumes from the newest checkpoint."
+    end = " It is ended; jobs.launch --max-restarts=N resumes from the newest checkpoint."
     if quiet := silent(before, now):
         rank, beat = quiet[0], now[quiet[0]]
         more = f" (and {len(quiet) - 1} more)" if len(quiet) > 1 else ""
