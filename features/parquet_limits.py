@@ -6,9 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.parquet_pages import check_pages, chunk_start
-from features.printable import printable
 
 FREE_BYTES = 1 << 30  # decoded, which a row group may always have
 MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has more
@@ -34,7 +33,7 @@ def check_footer(
     try:
         check_chunks(footer, file_bytes, range(footer.num_row_groups), wanted)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{where}: its footer is damaged: {printable(' '.join(str(error).split()))[:200]}") from None
+        raise UserError(f"{where}: its footer is damaged: {one_line(error)}") from None
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         what = f"{where}: row group {number}"

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.printable import printable
 from features.regular_files import read_regular
 
@@ -36,7 +36,7 @@ def parse_json(content: bytes, where: object, strict: bool = True) -> Any:
     except RecursionError:
         raise UserError(f"{where}: no valid JSON: nested too deep") from None
     except ValueError as error:
-        raise UserError(f"{where}: no valid JSON: {printable(str(error))[:200]}") from None
+        raise UserError(f"{where}: no valid JSON: {one_line(error)}") from None
     return found
 
 
@@ -50,11 +50,13 @@ def validated(model: type[Model], content: Any, where: object) -> Model:
     try:
         return model.model_validate(content, strict=True)
     except ValidationError as error:
-        raise UserError(f"{where}: {fault(error)}") from None
+        raise UserError(f"{where}: {first_fault(error)}") from None
 
 
-def fault(error: ValidationError) -> str:
-    """The first fault of a validation: its place and what is wrong, in a line of limited length."""
+def first_fault(error: BaseException) -> str:
+    """The first fault of a validation, its place and what is wrong, in a line of limited length; another error's message."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     text = first["msg"].removeprefix("Value error, ")

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from features.errors import Preempted, UserError, joined
+from features.errors import Preempted, UserError, join_faults, one_line
 from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
@@ -144,7 +144,7 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
         return model.model_validate(content)
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors())
-        faults = joined([f"{where}: {what}" if where else what for where, what in places])
+        faults = join_faults([f"{where}: {what}" if where else what for where, what in places])
         raise UserError(f"configuration: {faults}. See --help for the keys.") from None
 
 
@@ -228,9 +228,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
                 if composed:
                     raise
                 # Hydra and its parsers have many exceptions for a command line or a file that they cannot read.
-                raise UserError(
-                    f"the command line cannot be read: {type(error).__name__}: {str(error)[:500]}"
-                ) from None
+                raise UserError(f"the command line cannot be read: {type(error).__name__}: {one_line(error)}") from None
 
         def run() -> None:
             escape_output()

@@ -23,7 +23,7 @@ from torchrec import (
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.batch import Batch
-from features.errors import UserError, joined
+from features.errors import UserError, join_faults
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from models.fusion import build_fusion, fusion_class
@@ -77,7 +77,7 @@ class ModelConfig(BaseModel):
         try:
             return cls.model_validate(content["model"])
         except ValidationError as error:
-            faults = joined([f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()])
+            faults = join_faults([f"model.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()])
             raise UserError(f"{run / 'config.yaml'}: {faults}. It is not as jobs.train wrote it: restore it.") from None
 
 

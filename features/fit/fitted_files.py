@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, FiniteFloat
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.parquet_limits import FREE_BYTES, check_footer
 from features.parquet_pages import check_pages, largest_dictionary
 from features.plain_json import read_json, validated
@@ -127,7 +127,7 @@ def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
             check_pages(path, footer)
             return _values(file, path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}). {AGAIN}") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}). {AGAIN}") from None
 
 
 def _values(file: pq.ParquetFile, path: Path) -> pa.Array:

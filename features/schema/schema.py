@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from features.errors import UserError, joined
+from features.errors import UserError, join_faults
 from features.kinds import KINDS, Bag, Categorical, Dense, Feature
 from features.kinds.base import Layout, Raw
 from features.kinds.tables import Table
@@ -84,9 +84,9 @@ class Schema(Features):
         try:
             schema = cls.model_validate(content)
         except ValidationError as error:
-            raise UserError(joined([_message(where, e) for e in error.errors()])) from None
+            raise UserError(join_faults([_message(where, e) for e in error.errors()])) from None
         if faults := list(contradictions(schema)):
-            raise UserError(joined([f"{where}: {fault}" for fault in faults]))
+            raise UserError(join_faults([f"{where}: {fault}" for fault in faults]))
         return schema
 
     @cached_property

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from features.batch import Batch, Rows
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.shards import open_shard
@@ -204,8 +204,7 @@ class Loader:
         try:
             table = self._open(path).read_row_group(index, self.read_columns, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
-            reason = " ".join(str(error).split())[:200]
-            what = f"{self.dataset.path / path}, row group {index}: cannot be read ({reason})"
+            what = f"{self.dataset.path / path}, row group {index}: cannot be read ({one_line(error)})"
             gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none
             if gone or not self.max_corrupt:
                 raise UserError(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from features.errors import UserError
 from features.fit.fitted_files import encoder_files
-from features.plain_json import fault, read_json
+from features.plain_json import first_fault, read_json
 from features.printable import printable
 from features.regular_files import RelativePath, open_regular
 from features.schema.schema import SPLITS, Schema, Split
@@ -132,7 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(content, strict=True)
     except ValidationError as error:
-        raise UserError(f"{file}: {fault(error)}. {AGAIN}") from None
+        raise UserError(f"{file}: {first_fault(error)}. {AGAIN}") from None
     check_sums(manifest, file)
     return manifest
 

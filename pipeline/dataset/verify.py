@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.fit.fitted_files import encoder_files
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
@@ -105,7 +105,7 @@ def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
             check_pages(file, parquet.metadata)
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
-        raise UserError(f"{file}: cannot be read ({printable(' '.join(str(error).split()))[:200]}). {AGAIN}") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {AGAIN}") from None
 
 
 def _check_rows(dataset: Dataset, shard: Shard) -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.parquet_limits import check_file
 from features.plain_json import parse_json, validated
 from features.regular_files import read_regular
@@ -80,7 +80,7 @@ def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | N
         check_file(truth.file, names)
         known = pl.read_parquet(truth.file, glob=False, columns=names)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{truth.file}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{truth.file}: cannot be read: {one_line(error)}") from None
     if missing := [task for task, _ in scorer.tasks if task not in truth.columns]:
         raise UserError(
             f"truth.columns: no column for {', '.join(missing)}. Name the one of each task, or leave truth out."

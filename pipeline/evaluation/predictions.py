@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from features.batch import Batch
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.parquet_limits import check_file
-from features.printable import printable
 from features.regular_files import lstat_regular
 from features.schema.schema import Schema, Split
 from pipeline.run.run import Run
@@ -59,8 +58,9 @@ def read(file: Path) -> pl.DataFrame:
             check_file(file)
         return pl.read_parquet(file, glob=False)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise UserError(f"{file}: cannot be read ({reason}). Remove it: jobs.evaluate writes it again.") from None
+        raise UserError(
+            f"{file}: cannot be read ({one_line(error)}). Remove it: jobs.evaluate writes it again."
+        ) from None
 
 
 def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

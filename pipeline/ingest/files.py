@@ -13,7 +13,7 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 
 BLOCK_BYTES = 32 << 20  # of raw text or columns that are in memory and parsed at a time
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps
@@ -189,11 +189,6 @@ def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
     except Exception as error:
         how, cure = (" to its end", "") if to_its_end else ("", ", or leave it out of source.files")
         raise UserError(f"{path}: cannot be read{how}: {one_line(error)}. Fetch it again{cure}.") from None
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception, on one line and without a full stop."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def check_unchanged(file: RawFile) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import grpc
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.files import one_line
 from pipeline.ingest.messages import Failure, ReadWork, Report, Work
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps import run_step

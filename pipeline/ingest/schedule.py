@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
-from pipeline.ingest.files import one_line
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodeReport,

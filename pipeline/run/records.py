@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from features.errors import UserError
-from features.plain_json import fault
+from features.plain_json import first_fault
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
@@ -56,8 +56,8 @@ def latest(run: Run, split: str, dataset: str) -> dict[int, dict[str, Any]]:
             record = Record.model_validate(line, strict=True)
         except ValidationError as error:
             raise UserError(
-                f"{run.eval_metrics}, line {number}: not a record of an evaluation ({fault(error)}). Remove it: its checkpoint "
-                "is evaluated again."
+                f"{run.eval_metrics}, line {number}: not a record of an evaluation ({first_fault(error)}). Remove it: its "
+                "checkpoint is evaluated again."
             ) from None
         if (record.split, record.dataset) == (split, dataset):
             found[record.step] = line

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from features.errors import UserError
-from features.plain_json import read_json, validated
+from features.plain_json import first_fault, read_json, validated
 from features.regular_files import irregular, lstat_regular, refuse_link, user_error_for_links
 from features.schema.schema import Schema
 from features.yaml_text import read_yaml, yaml_of
@@ -92,10 +92,7 @@ class Run:
         try:
             _Written.model_validate(content)
         except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UserError(
-                f"{file}: {where}: {error.errors()[0]['msg']}. It is not as jobs.train wrote it: restore it."
-            ) from None
+            raise UserError(f"{file}: {first_fault(error)}. It is not as jobs.train wrote it: restore it.") from None
         return content
 
     def schema(self) -> Schema:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.parquet_limits import check_file
 from features.regular_files import lstat_regular
 
@@ -264,7 +264,7 @@ def _read_truth(path: Path) -> pa.Table:
         check_file(path)
         kept = pq.read_table(path)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error)[:200]}). Remove it, or choose another out=.") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}). Remove it, or choose another out=.") from None
     return kept
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import polars as pl
 import pyarrow as pa
 
+from features.errors import one_line
 from features.source import RawType
-from pipeline.ingest.files import RawFile, Unit, one_line
+from pipeline.ingest.files import RawFile, Unit
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import LIST, TEXT
 from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of, line_blocks

@@ -16,8 +16,7 @@ one (see pipeline.ingest.messages).
 from collections.abc import Callable
 from typing import Any
 
-from features.errors import UserError
-from pipeline.ingest.files import one_line
+from features.errors import UserError, one_line
 from pipeline.ingest.messages import Failure, Report, Work
 from pipeline.ingest.progress import record_done
 from pipeline.ingest.state import Job

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from features.errors import UserError
+from features.plain_json import first_fault
 from features.printable import printable
 from features.regular_files import read_regular
 from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, Count, FileName
@@ -102,7 +103,7 @@ def read_index(path: Path, manifest: CheckpointManifest) -> Index:
     except FileNotFoundError:
         raise UserError(f"{path / INDEX} is missing") from None
     except (ValidationError, RecursionError) as error:
-        raise UserError(f"{path / INDEX} is not the index of a checkpoint: {_first(error)}") from None
+        raise UserError(f"{path / INDEX} is not the index of a checkpoint: {first_fault(error)}") from None
     taken: Counter[str] = Counter()
     for name, entry in index.tensors.items():
         for part in entry.parts:
@@ -118,14 +119,6 @@ def read_index(path: Path, manifest: CheckpointManifest) -> Index:
                     f"{path / INDEX}: {printable(name)} does not fit into the {size:,} bytes of {part.file}"
                 )
     return index
-
-
-def _first(error: Exception) -> str:
-    """The first fault, on one line."""
-    if not isinstance(error, ValidationError):
-        return "it is nested too deeply"
-    fault = error.errors()[0]
-    return printable(f"{'.'.join(map(str, fault['loc']))[:200]}: {fault['msg']}"[:400])
 
 
 def _overlap(begin_PD: np.ndarray, end_PD: np.ndarray) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
+from features.plain_json import first_fault
 from features.regular_files import lstat_regular, read_regular
 from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
@@ -80,7 +81,7 @@ def read(path: Path) -> CheckpointManifest:
             )
         manifest = CheckpointManifest.model_validate_json(content)
     except (OSError, ValueError, RecursionError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {first_fault(error)}"
         raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
     if manifest != manifest.sealed(manifest.files):
         raise UserError(f"{path / 'manifest.json'}: its checksum is not its content's: it changed after it was written")

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from features.regular_files import lstat_regular
 from pipeline.run.checkpoint.index import DTYPES, Index, Part, TensorEntry, read_index, volume
 from pipeline.run.checkpoint.manifest import read
@@ -48,7 +48,7 @@ def load(path: Path, state: dict[str, Any], alone: bool = False) -> None:
             dcp.load(state, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        raise UserError(f"{path}: cannot be loaded: {' '.join(str(cause).split())[:300]}") from None
+        raise UserError(f"{path}: cannot be loaded: {one_line(cause)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})") from None
 

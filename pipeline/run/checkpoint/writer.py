@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index
 from pipeline.run.checkpoint.lock import discard, remove
 from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder
@@ -70,7 +70,7 @@ def _attempt(act: Any, *arguments: Any) -> Any:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if not isinstance(cause, Exception):
             raise cause from None  # an interrupt, which dcp wraps as well
-        return " ".join(str(cause).split())[:300] or type(cause).__name__
+        return one_line(cause)
 
 
 def _begin(staging: Path) -> None:

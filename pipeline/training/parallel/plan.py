@@ -30,7 +30,7 @@ from torchrec.distributed.planner.utils import reset_shard_rank
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS, FusedOptimizer
 from pipeline.training.parallel import placements
@@ -292,8 +292,10 @@ def _too_little_memory(
                 f"table {widest.table} needs {readable(widest.widest)} on one rank, which has {readable(room)} of {where} "
                 f"for tables: {readable(over)} too much. Try {helpful}."
             )
-    reason = " ".join(str(error).split())[:200]
-    return f"the tables cannot be placed on {ranks} ranks; row_wise for all of them may help. The planner's error: {reason}"
+    return (
+        f"the tables cannot be placed on {ranks} ranks; row_wise for all of them may help. The planner's error: "
+        f"{one_line(error)}"
+    )
 
 
 @dataclass(frozen=True)
