@@ -3,17 +3,18 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from features.errors import UserError, one_line
 from features.printable import printable
 from features.regular_files import read_regular
 
 MAX_BYTES = 64 << 20  # of a manifest or statistics; parsed they take some ten times as many
-LARGEST = 1 << 63  # of an integer, exclusive
+INT64_LIMIT = 1 << 63  # of an integer, exclusive
 
+Count = Annotated[int, Field(ge=0, lt=INT64_LIMIT)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -64,7 +65,7 @@ def first_fault(error: BaseException) -> str:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20 or not -LARGEST <= (number := int(text)) < LARGEST:
+    if len(text) > 20 or not -INT64_LIMIT <= (number := int(text)) < INT64_LIMIT:
         raise ValueError(f"the number {text[:30]} has more than 64 bits")
     return number
 

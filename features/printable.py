@@ -7,6 +7,7 @@ import re
 _CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -21,6 +22,11 @@ def printable(text: str, keep: str = "") -> str:
 def has_controls(text: str) -> bool:
     """Whether a text has a character that `printable` would change."""
     return _CONTROLS.search(text) is not None
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text has halves of characters, which cannot be written as UTF-8."""
+    return _SURROGATES.search(text) is not None
 
 
 def _escape(character: str) -> str:

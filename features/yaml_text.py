@@ -1,6 +1,5 @@
 """YAML that somebody handed over: read as yaml.safe_load reads it, in bounded time and memory, without aliases."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from features.errors import UserError
-from features.printable import printable
+from features.printable import has_surrogates, printable
 from features.regular_files import read_regular
 
 MAX_BYTES = 4 << 20
@@ -16,7 +15,6 @@ MAX_VALUES = 100_000  # keys count, too
 MAX_DEPTH = 30
 MAX_SCALAR = 100  # characters of a number, a time or a word such as true; text may be as long as the file
 
-_HALF = re.compile("[\ud800-\udfff]")
 _CORE = "tag:yaml.org,2002:"
 _TAGS = {f"{_CORE}{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
 
@@ -55,7 +53,7 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, OverflowError) as error:  # such as the 45th of a month
             raise _fault(f"{_short(node.value)}: {error}", node.start_mark) from None
-        if isinstance(value, str) and _HALF.search(value):
+        if isinstance(value, str) and has_surrogates(value):
             raise _fault("half a surrogate pair is no character: write the character itself", node.start_mark)
         return value
 

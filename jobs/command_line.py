@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from features.errors import UserError
-from features.printable import printable
+from features.printable import has_surrogates, printable
 from features.yaml_text import MAX_BYTES, parse_yaml
 
 # The groups of jobs/conf, each with the `# @package` line that its files may have.
@@ -67,7 +67,7 @@ def check(words: Sequence[str]) -> None:
 def check_text(words: Sequence[str]) -> None:
     """Raises UserError for a word that is not UTF-8, which could neither be printed nor written down."""
     for word in words:
-        if re.search("[\ud800-\udfff]", word):
+        if has_surrogates(word):
             raise UserError(f"the argument {printable(word)} is not UTF-8. Give the file or folder another name.")
 
 

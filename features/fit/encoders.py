@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.fit.fitted_files import AGAIN, VERSION, read_content, read_vocabulary, vocabulary_file
+from features.fit.fitted_files import RESTORE_HINT, VERSION, read_content, read_vocabulary, vocabulary_file
 from features.fit.statistics import Statistics
 from features.hashing import hash_strings
 from features.kinds.bins import bin_edges
@@ -114,7 +114,7 @@ class Encoders:
             elif encoders.num_embeddings(name) != count:
                 raise UserError(
                     f"{folder}/encoders.json: num_embeddings of {name} are {count:,}, the schema's are "
-                    f"{encoders.num_embeddings(name):,}. {AGAIN}"
+                    f"{encoders.num_embeddings(name):,}. {RESTORE_HINT}"
                 )
         return encoders
 

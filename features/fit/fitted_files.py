@@ -11,15 +11,13 @@ from pydantic import BaseModel, Field, FiniteFloat
 from features.errors import UserError, one_line
 from features.parquet_limits import FREE_BYTES, check_footer
 from features.parquet_pages import check_pages, largest_dictionary
-from features.plain_json import read_json, validated
+from features.plain_json import Count, read_json, validated
 from features.regular_files import lstat_regular
 from features.schema.schema import Schema
 
 VERSION = 3
 LEAST_BATCH, LARGEST_BATCH = 16, 1 << 16  # values that are decoded at once
-AGAIN = "Restore it, or run jobs.preprocess again."
-
-Count = Annotated[int, Field(ge=0)]
+RESTORE_HINT = "Restore it, or run jobs.preprocess again."
 
 
 class MomentsEntry(BaseModel):
@@ -79,7 +77,9 @@ def read_content(folder: Path, schema: Schema) -> Content:
     for name, edges in content.edges.items():
         bins = schema.features[name].code_bins if name in schema.dense_ranges else schema.all_tables[name].bins
         if len(edges) > 2 * (bins or 0) + 4 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-            raise UserError(f"{file}: edges of {name} do not ascend, or are more than those of {bins} bins. {AGAIN}")
+            raise UserError(
+                f"{file}: edges of {name} do not ascend, or are more than those of {bins} bins. {RESTORE_HINT}"
+            )
     return content
 
 
@@ -95,7 +95,7 @@ def _check_names(content: Content, schema: Schema, file: Path) -> None:
         if different := found ^ needed:
             name = min(different & needed or different)
             fault = f"has none for {name}" if name in needed else "has one that the schema does not need"
-            raise UserError(f"{file}: {what} {fault}. {AGAIN}")
+            raise UserError(f"{file}: {what} {fault}. {RESTORE_HINT}")
 
 
 def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
@@ -109,7 +109,7 @@ def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
     """
     name = vocabulary_file(table)
     path, status = folder / name, lstat_regular(folder, name)
-    wrong = f"{path} is missing, or does not hold the {size} values that were fitted. {AGAIN}"
+    wrong = f"{path} is missing, or does not hold the {size} values that were fitted. {RESTORE_HINT}"
     if status is None:
         raise UserError(wrong)
     try:
@@ -122,12 +122,14 @@ def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
                 (pa.types.is_string(kinds["value"]) or pa.types.is_large_string(kinds["value"]))
                 and kinds["id"] == pa.int64()
             ):  # fmt: skip
-                raise UserError(f"{path}: its columns are not those of a vocabulary (value: text, id: int64). {AGAIN}")
+                raise UserError(
+                    f"{path}: its columns are not those of a vocabulary (value: text, id: int64). {RESTORE_HINT}"
+                )
             check_footer(footer, path, status.st_size, whole=True)
             check_pages(path, footer)
             return _values(file, path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}). {AGAIN}") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
 
 
 def _values(file: pq.ParquetFile, path: Path) -> pa.Array:
@@ -141,6 +143,6 @@ def _values(file: pq.ParquetFile, path: Path) -> pa.Array:
         values = part.column(0)
         size += pc.sum(pc.binary_length(values)).as_py() or 0
         if values.null_count or size > unpacked:
-            raise UserError(f"{path}: a value is there more than once, or missing. {AGAIN}")
+            raise UserError(f"{path}: a value is there more than once, or missing. {RESTORE_HINT}")
         found.append(values.cast(pa.large_string()))
     return pa.chunked_array(found, pa.large_string()).combine_chunks()

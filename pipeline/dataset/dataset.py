@@ -10,13 +10,12 @@ from typing import Any
 
 from features.errors import UserError
 from features.fit.encoders import Encoders, arrow_schema
-from features.fit.fitted_files import encoder_files
+from features.fit.fitted_files import RESTORE_HINT, encoder_files
 from features.regular_files import lstat_regular
 from features.schema.schema import SPLITS, Schema, Split
 from features.yaml_text import yaml_of
 from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges, folder_of_day
 from pipeline.dataset.manifest import (
-    AGAIN,
     Manifest,
     Shard,
     _totals,
@@ -53,16 +52,16 @@ class Dataset:
         self.check_compatible(self.schema.fingerprint, "its own schema.yaml")
         self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are chosen
         if {file.path for file in self.manifest.fitted} - {*fitted_names(self.schema)}:
-            raise UserError(f"{path}/manifest.json: fitted lists other files than those of schema.yaml. {AGAIN}")
+            raise UserError(f"{path}/manifest.json: fitted lists other files than those of schema.yaml. {RESTORE_HINT}")
         for shard in self.manifest.shards:
             if shard.observed.keys() != self.schema.tasks.keys():
                 raise UserError(
-                    f"{path}/manifest.json: {shard.path} has labels of other tasks than schema.yaml. {AGAIN}"
+                    f"{path}/manifest.json: {shard.path} has labels of other tasks than schema.yaml. {RESTORE_HINT}"
                 )
             file, status = path / shard.path, lstat_regular(path, shard.path)
             if status is None or status.st_size != shard.bytes:
                 found = f"has {status.st_size} bytes, the manifest says {shard.bytes}" if status else "is missing"
-                raise UserError(f"{file} {found}. {AGAIN}")
+                raise UserError(f"{file} {found}. {RESTORE_HINT}")
 
     def only(self, tasks: Sequence[str] | None) -> "Dataset":
         """The same dataset with some of the tasks (None: all). Raises UserError for one that does not exist."""
@@ -150,7 +149,7 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
 def require_file(folder: Path, name: str) -> Path:
     """The path of a file below a dataset's folder. Raises UserError where it is missing, a link or no regular file."""
     if lstat_regular(folder, name) is None:
-        raise UserError(f"{folder / name} is missing. {AGAIN}")
+        raise UserError(f"{folder / name} is missing. {RESTORE_HINT}")
     return folder / name
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from features.errors import UserError
-from features.fit.fitted_files import encoder_files
-from features.plain_json import first_fault, read_json
+from features.fit.fitted_files import RESTORE_HINT, encoder_files
+from features.plain_json import Count, first_fault, read_json
 from features.printable import printable
 from features.regular_files import RelativePath, open_regular
 from features.schema.schema import SPLITS, Schema, Split
@@ -21,10 +21,8 @@ from pipeline.storage.files import sha256
 VERSION = 2
 MAX_BYTES = 128 << 20  # of manifest.json: two kilobytes a shard or so
 MOST_ROWS_PER_BYTE = 1 << 12  # of a file: a row id is not the same in all rows, so that even these do not pack better
-AGAIN = "Restore it, or run jobs.preprocess again."
 BESIDE = ("manifest.json", "schema.yaml", "statistics.json")  # files of a dataset that its manifest does not list
 
-Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
 
 
@@ -132,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(content, strict=True)
     except ValidationError as error:
-        raise UserError(f"{file}: {first_fault(error)}. {AGAIN}") from None
+        raise UserError(f"{file}: {first_fault(error)}. {RESTORE_HINT}") from None
     check_sums(manifest, file)
     return manifest
 
@@ -147,19 +145,21 @@ def check_sums(manifest: Manifest, file: Path) -> None:
     parts: list[Shard | DeadLetterFile] = [*manifest.shards, *manifest.dead_letter_files]
     for part in parts:
         if part.path in seen:
-            raise UserError(f"{file}: {part.path} is listed twice. {AGAIN}")
+            raise UserError(f"{file}: {part.path} is listed twice. {RESTORE_HINT}")
         seen.add(part.path)
         if part.path.partition("/")[0] in (*BESIDE, "encoders"):
-            raise UserError(f"{file}: {part.path} is listed, which is another file of a dataset. {AGAIN}")
+            raise UserError(f"{file}: {part.path} is listed, which is another file of a dataset. {RESTORE_HINT}")
         if part.rows > MOST_ROWS_PER_BYTE * part.bytes:
-            raise UserError(f"{file}: {part.path} cannot have {part.rows:,} rows in {part.bytes:,} bytes. {AGAIN}")
+            raise UserError(
+                f"{file}: {part.path} cannot have {part.rows:,} rows in {part.bytes:,} bytes. {RESTORE_HINT}"
+            )
     for split in SPLITS:
         shards = [shard for shard in manifest.shards if shard.split == split]
         check_equal(file, f"rows of {split}", sum(shard.rows for shard in shards), manifest.rows.get(split, 0))
         for what in ("observed", "positives"):
             totals = getattr(manifest, what).get(split, {})
             if any(getattr(shard, what).keys() != totals.keys() for shard in shards):
-                raise UserError(f"{file}: {what} of {split} and of its shards are of different tasks. {AGAIN}")
+                raise UserError(f"{file}: {what} of {split} and of its shards are of different tasks. {RESTORE_HINT}")
             for task, total in totals.items():
                 name = f"observed labels of {task}" if what == "observed" else f"sum of labels of {task}"
                 found = sum(getattr(shard, what)[task] for shard in shards)
@@ -183,7 +183,7 @@ def check_equal(file: Path, what: str, found: float, listed: float) -> None:
     """Raises UserError unless the numbers are equal; sums of labels up to rounding, which depends on their order."""
     exact = isinstance(found, int) and isinstance(listed, int)
     if found != listed if exact else not math.isclose(found, listed, rel_tol=1e-9, abs_tol=1e-9):
-        raise UserError(f"{file}: {what} are {found:,}, the manifest says {listed:,}. {AGAIN}")
+        raise UserError(f"{file}: {what} are {found:,}, the manifest says {listed:,}. {RESTORE_HINT}")
 
 
 def merge_manifests(days: dict[str, Manifest]) -> Manifest:

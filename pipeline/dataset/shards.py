@@ -1,16 +1,18 @@
 """A shard opened for reading, once it is what the manifest says and unpacks to no more than its size allows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError
+from features.fit.fitted_files import RESTORE_HINT
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
 from features.regular_files import lstat_regular
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import AGAIN, Shard, footer_sha256
+from pipeline.dataset.manifest import Shard, footer_sha256
 
 
 def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = None) -> pq.ParquetFile:
@@ -30,8 +32,13 @@ def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = N
     if file.schema_arrow != dataset.columns:
         raise pa.ArrowInvalid("its columns are not the schema's")
     footer = file.metadata
-    if [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] != shard.row_groups:
-        raise UserError(f"{path}: its row groups have other numbers of rows than in the manifest. {AGAIN}")
+    check_row_groups(footer, path, shard)
     check_footer(footer, path, shard.bytes, columns)
     check_pages(path, footer, columns, nested=True)
     return file
+
+
+def check_row_groups(footer: pq.FileMetaData, path: Path, shard: Shard) -> None:
+    """Raises UserError unless the row groups of a file are those that the manifest lists."""
+    if [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] != shard.row_groups:
+        raise UserError(f"{path}: its row groups have other numbers of rows than in the manifest. {RESTORE_HINT}")

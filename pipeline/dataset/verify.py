@@ -11,14 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
-from features.fit.fitted_files import encoder_files
+from features.fit.fitted_files import RESTORE_HINT, encoder_files
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
 from features.printable import printable
 from features.regular_files import lstat_regular
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, require_file
-from pipeline.dataset.manifest import AGAIN, BESIDE, Listed, Shard, check_equal, footer_sha256
+from pipeline.dataset.manifest import BESIDE, Listed, Shard, check_equal, footer_sha256
+from pipeline.dataset.shards import check_row_groups
 from pipeline.storage.files import sha256
 
 IDS_AT_ONCE = 1 << 26  # row ids held in memory, 0.5 GB
@@ -90,7 +91,7 @@ def _check_file(dataset: Path, known: Listed) -> None:
     if found != known.sha256:
         raise UserError(
             f"{file}: checksum {found[:8]}… is not the manifest's {known.sha256[:8]}…: "
-            f"the file changed after it was written. {AGAIN}"
+            f"the file changed after it was written. {RESTORE_HINT}"
         )
     if isinstance(known, Shard) and footer_sha256(file) != known.footer_sha256:
         raise UserError(f"{file}: the checksum of its footer is not the manifest's. Run jobs.preprocess again.")
@@ -105,7 +106,7 @@ def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
             check_pages(file, parquet.metadata)
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
-        raise UserError(f"{file}: cannot be read ({one_line(error)}). {AGAIN}") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
 
 
 def _check_rows(dataset: Dataset, shard: Shard) -> None:
@@ -117,10 +118,8 @@ def _check_rows(dataset: Dataset, shard: Shard) -> None:
     }
     with _opened(file, shard.bytes) as parquet:
         if different := _kinds(parquet.schema_arrow) ^ _kinds(dataset.columns):
-            raise UserError(f"{file}: column {printable(min(different)[0])} differs from the schema. {AGAIN}")
-        groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-        if groups != shard.row_groups:
-            raise UserError(f"{file}: its row groups have other numbers of rows than in the manifest. {AGAIN}")
+            raise UserError(f"{file}: column {printable(min(different)[0])} differs from the schema. {RESTORE_HINT}")
+        check_row_groups(parquet.metadata, file, shard)
         observed, totals = dict.fromkeys(shard.observed, 0), dict.fromkeys(shard.observed, 0.0)
         for batch in parquet.iter_batches(BATCH, columns=[*(f"label.{task}" for task in observed), *tables]):
             for task in observed:
@@ -143,11 +142,11 @@ def _check_ids_of(file: Path, feature: str, ids: pa.Array, size: int | None) -> 
     values = ids.flatten() if pa.types.is_list(ids.type) else ids
     found = pc.min_max(values).as_py()
     if ids.null_count or values.null_count:
-        raise UserError(f"{file}: an id of {feature} is missing. {AGAIN}")
+        raise UserError(f"{file}: an id of {feature} is missing. {RESTORE_HINT}")
     if len(values) and (found["min"] < 0 or (size is not None and found["max"] >= size)):
         bad = found["min"] if found["min"] < 0 else found["max"]
         rows = f"0 .. {size - 1:,}" if size is not None else "0 and above"
-        raise UserError(f"{file}: id {bad:,} of {feature} is not in its table, which has {rows}. {AGAIN}")
+        raise UserError(f"{file}: id {bad:,} of {feature} is not in its table, which has {rows}. {RESTORE_HINT}")
 
 
 def _kinds(columns: pa.Schema) -> set[tuple[str, str]]:
@@ -176,7 +175,7 @@ def _ids(dataset: Dataset, shard: Shard) -> Iterator[np.ndarray]:
             ids: pa.Array = batch["row_id"]
             values = ids.drop_null().to_numpy()
             if ids.null_count or (values < 0).any():
-                raise UserError(f"{file}: a row_id is missing or negative. {AGAIN}")
+                raise UserError(f"{file}: a row_id is missing or negative. {RESTORE_HINT}")
             yield values + offset
 
 

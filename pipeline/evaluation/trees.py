@@ -14,9 +14,9 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 
 from features.batch import Rows
 from features.errors import UserError, one_line
+from features.fit.fitted_files import RESTORE_HINT
 from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import AGAIN
 from pipeline.dataset.shards import open_shard
 from pipeline.evaluation import predictions
 from pipeline.evaluation.metrics.accumulator import Metrics
@@ -68,7 +68,9 @@ def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:
     try:
         table = pa.concat_tables(open_shard(dataset, shard).read() for shard in dataset.shards(split))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{dataset.path}: a shard of {split} cannot be read ({one_line(error)}). {AGAIN}") from None
+        raise UserError(
+            f"{dataset.path}: a shard of {split} cannot be read ({one_line(error)}). {RESTORE_HINT}"
+        ) from None
     rows = Rows.decode(table, dataset.schema)
     x_ND = torch.cat([rows.dense_ND, rows.id_FN.t().float(), rows.length_GN.t().float()], 1)
     frame: pl.DataFrame = pl.from_arrow(table.drop_columns(list(dataset.schema.columns)))  # type: ignore[assignment]

@@ -18,9 +18,9 @@ from features.parquet_pages import mapped, pages
 from features.source import Format
 from pipeline.ingest import files
 from pipeline.ingest.files import RawFile, find
-from pipeline.ingest.formats import parquet_limits, raw_format, units
+from pipeline.ingest.formats import parquet_expansion, raw_format, units
 from pipeline.ingest.formats.base import Wanted
-from pipeline.ingest.formats.parquet_limits import Chunk, batch_rows, check_footer, check_pages, chunks_of
+from pipeline.ingest.formats.parquet_expansion import Chunk, batch_rows, check_footer_sizes, check_page_sizes, chunks_of
 
 PARQUET = Format(format="parquet")
 
@@ -84,9 +84,9 @@ class Lying:
 def test_sizes_that_cannot_be_are_refused(tmp_path: Path, lie: dict[str, int]) -> None:
     pq.write_table(pa.table({"c": range(100)}), tmp_path / "a.parquet")
     [file], [chunk] = find(str(tmp_path), "a.parquet"), chunks(tmp_path / "a.parquet", ["c"])[1]
-    check_footer(file, [chunk])
+    check_footer_sizes(file, [chunk])
     with pytest.raises(ValueError, match="row group 0, column c: "):
-        check_footer(file, [Chunk(0, Lying(chunk.meta, **lie), 100, False)])
+        check_footer_sizes(file, [Chunk(0, Lying(chunk.meta, **lie), 100, False)])
 
 
 def test_pages_are_not_believed_to_be_as_the_footer_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,16 +95,16 @@ def test_pages_are_not_believed_to_be_as_the_footer_says(tmp_path: Path, monkeyp
     )
     [file], [chunk] = find(str(tmp_path), "a.parquet", max_unpack_ratio=1), chunks(tmp_path / "a.parquet", ["c"])[1]
     lying = Chunk(0, Lying(chunk.meta, total_uncompressed_size=10), 2000, False)
-    check_footer(file, [lying])
+    check_footer_sizes(file, [lying])
     with mapped(Path(file.path)) as content:
-        check_pages(file, content, [lying])
-        monkeypatch.setattr(parquet_limits, "PAGE_LIMIT", 100_000)
+        check_page_sizes(file, content, [lying])
+        monkeypatch.setattr(parquet_expansion, "PAGE_LIMIT", 100_000)
         with pytest.raises(ValueError, match=r"row group 0, column c: a page of \d{6,} bytes, 100000 are allowed"):
-            check_pages(file, content, [lying])
+            check_page_sizes(file, content, [lying])
         monkeypatch.undo()
         monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 16)
         with pytest.raises(UserError, match=r"row group 0, column c: .* max_unpack_ratio=1 "):
-            check_pages(file, content, [lying])
+            check_page_sizes(file, content, [lying])
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -130,7 +130,7 @@ def test_page_sizes_add_up_to_those_of_the_footer(tmp_path: Path, codec: str, ve
 
 
 def test_the_long_values_of_a_dictionary_make_batches_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_limits, "DECODED_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_expansion, "DECODED_BYTES", 1 << 20)
     rows = [f"{i % 7}" * 10_000 for i in range(3000)]
     pq.write_table(pa.table({"c": rows, "n": range(3000)}), tmp_path / "a.parquet")
     assert blocks(tmp_path, {"c": "string"})[:2] == [104, 104]
@@ -168,7 +168,7 @@ def test_long_values_after_rows_without_any_are_found_too(
 def test_lists_of_long_values_are_refused_where_one_batch_could_not_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_limits, "DECODED_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_expansion, "DECODED_BYTES", 1 << 20)
     pq.write_table(pa.table({"c": [["x" * 1000] * 2000] * 3}), tmp_path / "a.parquet")
     with pytest.raises(
         UserError, match=r"a\.parquet: cannot be read: row group 0, column c\S*: lists of 6000000 bytes"

@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
+from features.plain_json import Count
+
 MOST = 4096  # entries of a list of edges, shares, values or groups
 
-Count = Annotated[int, Field(ge=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Number = FiniteFloat | None
 Numbers = Annotated[list[FiniteFloat], Field(max_length=MOST)]

@@ -11,7 +11,7 @@ from features.parquet_pages import mapped
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
-from pipeline.ingest.formats.parquet_limits import batch_rows, check_footer, check_pages, chunks_of
+from pipeline.ingest.formats.parquet_expansion import batch_rows, check_footer_sizes, check_page_sizes, chunks_of
 
 BLOCK_ROWS = 1 << 17  # of a block: values that repeat take next to no bytes in the file
 
@@ -50,10 +50,10 @@ class Parquet(RawFormat):
             footers = [file.metadata.row_group(i) for i in groups]
             rows, size = sum(g.num_rows for g in footers), sum(g.total_byte_size for g in footers)
             chunks = chunks_of(unit.file, file.metadata, groups, list(wanted.types))
-            check_footer(unit.file, chunks)
+            check_footer_sizes(unit.file, chunks)
             if is_local(path):  # of other files every page would cost a request
                 with mapped(Path(path)) as content:
-                    check_pages(unit.file, content, chunks)
+                    check_page_sizes(unit.file, content, chunks)
             most = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
             most = batch_rows(unit.file, raw, file.metadata, chunks, most)
             for batch in file.iter_batches(most, list(groups), list(wanted.types), use_threads=False):

@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from features.errors import UserError
-from features.plain_json import first_fault
+from features.plain_json import Count, first_fault
 from features.printable import printable
 from features.regular_files import read_regular
-from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, Count, FileName
+from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, FileName
 
 MAX_INDEX_BYTES = 1 << 30
 MAX_DIMENSIONS = 8

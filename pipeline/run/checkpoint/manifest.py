@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
-from features.plain_json import first_fault
+from features.plain_json import Count, first_fault
 from features.regular_files import lstat_regular, read_regular
 from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
@@ -17,7 +17,6 @@ INDEX = "tensors.json"  # see pipeline.run.checkpoint.index
 
 # Files lie in the checkpoint's own folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class _Version(BaseModel):

@@ -54,7 +54,7 @@ def chunks_of(file: RawFile, footer: pq.FileMetaData, groups: Iterable[int], wan
     return found
 
 
-def check_footer(file: RawFile, chunks: Iterable[Chunk]) -> None:
+def check_footer_sizes(file: RawFile, chunks: Iterable[Chunk]) -> None:
     """Checks the sizes that the footer gives.
 
     Raises:
@@ -72,7 +72,7 @@ def check_footer(file: RawFile, chunks: Iterable[Chunk]) -> None:
         file.check_unpacked(total, f", {chunk.where}")
 
 
-def check_pages(file: RawFile, content: mmap.mmap, chunks: Iterable[Chunk]) -> None:
+def check_page_sizes(file: RawFile, content: mmap.mmap, chunks: Iterable[Chunk]) -> None:
     """Checks the headers of all pages: a reader allocates what they say, whatever the footer has.
 
     Raises:
