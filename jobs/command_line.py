@@ -27,11 +27,10 @@ MAX_DEPTH = 40  # of brackets, or of a dotted name
 MAX_ENTRIES, MAX_FOLDERS = 10_000, 8  # of a --config-dir: files and folders in all, folders in each other
 MAX_REFERENCES = 12  # ${…} of a configuration: each may double what the next one holds
 NAME = r"[A-Za-z0-9_][\w.-]*"
-ELSEWHERE = re.compile(
-    r"(^|[/\[\](),'\"\s=])[./]|[$\\]"
-)  # in a group's value: leads out of its folder, or to hidden files
+# In a group's value: leads out of its folder, or to hidden files.
+LEAVES_GROUP = re.compile(r"(^|[/\[\](),'\"\s=])[./]|[$\\]")
 # Of another setting, or the time. Hydra's and OmegaConf's resolvers read the environment, or build what nobody wrote down.
-PLAIN = re.compile(r"\$\{(?:[\w.\[\]-]+|now:[%\w :/.-]+)\}")
+ALLOWED_INTERPOLATION = re.compile(r"\$\{(?:[\w.\[\]-]+|now:[%\w :/.-]+)\}")
 
 
 def check(words: Sequence[str]) -> None:
@@ -41,7 +40,7 @@ def check(words: Sequence[str]) -> None:
         UserError: an argument that is not UTF-8 or nested too deeply, a flag of Hydra that reads other files than --config-dir,
             an override that has them read, or a file under --config-dir that may not be there.
     """
-    check_text(words)
+    check_utf8(words)
     folders: list[str] = []
     dir_is_next = False
     for word in words:
@@ -64,7 +63,7 @@ def check(words: Sequence[str]) -> None:
         check_folder(Path(folder))
 
 
-def check_text(words: Sequence[str]) -> None:
+def check_utf8(words: Sequence[str]) -> None:
     """Raises UserError for a word that is not UTF-8, which could neither be printed nor written down."""
     for word in words:
         if has_surrogates(word):
@@ -86,7 +85,7 @@ def _check_override(word: str) -> None:
         raise UserError(f"{shown}: files of your own come with --config-dir=DIR, which are checked")
     if "@" in key:
         raise UserError(f"{shown}: a group cannot be put elsewhere with @. Write {key.split('@')[0]}=NAME.")
-    if (key in GROUPS or key == "hydra" or key.startswith("hydra/")) and ELSEWHERE.search(value):
+    if (key in GROUPS or key == "hydra" or key.startswith("hydra/")) and LEAVES_GROUP.search(value):
         raise UserError(f"{shown}: the value of a group is the name of one of its files, without .. and leading dots")
     if _depth(word) > MAX_DEPTH or key.count(".") > MAX_DEPTH:
         raise UserError(f"{shown}: nested more than {MAX_DEPTH} deep")
@@ -208,11 +207,11 @@ def _check_values(path: Path, value: Any, place: str) -> None:
         for below in value:
             _check_values(path, below, place)
     elif isinstance(value, str):
-        _check_text(value, f"{path}: {place.rstrip('.')}")
+        _check_interpolations(value, f"{path}: {place.rstrip('.')}")
 
 
-def _check_text(value: str, where: str) -> None:
-    if "${" in PLAIN.sub("", value):
+def _check_interpolations(value: str, where: str) -> None:
+    if "${" in ALLOWED_INTERPOLATION.sub("", value):
         raise UserError(
             f"{where}: {printable(value[:100])} may refer to another key, as ${{key}} does, and to nothing else: "
             "${oc.env:…} and the like would write down what is not in the file. Write the value."
@@ -222,7 +221,7 @@ def _check_text(value: str, where: str) -> None:
 def check_composed(config: DictConfig) -> None:
     """Raises UserError where a configuration could grow without limit as it is resolved, or has a zero byte."""
     count = 0
-    for place, text in _texts(config):
+    for place, text in texts(config):
         count += text.count("${")
         if "\0" in text and not place.startswith("data.schema."):
             raise UserError(f"configuration: {place} has a zero byte. Remove it.")
@@ -232,11 +231,11 @@ def check_composed(config: DictConfig) -> None:
 
 def check_plain(config: Any, where: str) -> None:
     """Raises UserError where a part of a configuration, which will be written down, reads more than other settings of it."""
-    for place, text in _texts(config):
-        _check_text(text, f"{where}: {place}")
+    for place, text in texts(config):
+        _check_interpolations(text, f"{where}: {place}")
 
 
-def _texts(config: Any) -> Iterator[tuple[str, str]]:
+def texts(config: Any) -> Iterator[tuple[str, str]]:
     """The texts of a configuration as they are written, with their places."""
     left: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
     while left:

@@ -34,11 +34,9 @@ LEVELS = ("debug", "info", "warning", "error")
 DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
 CONF = Path(__file__).parent / "conf"
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.
-OF_A_FILE = {
-    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
-}
+FILE_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 
 # Hydra prints its own errors over several lines unless it lets them through.
 os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -70,7 +68,7 @@ def configure_logging(level: str) -> None:
 
 def thread_error(error: threading.ExceptHookArgs) -> None:
     """Prints no traceback where a thread of a library meets a full disk, as TensorBoard's does: its next write reports it."""
-    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in FULL):
+    if not (isinstance(error.exc_value, OSError) and error.exc_value.errno in DISK_FULL_ERRNOS):
         threading.__excepthook__(error)
 
 
@@ -118,11 +116,11 @@ def user_errors() -> Iterator[None]:
                 f"error: {error.filename or 'a file'}: {error.strerror}. Choose another folder for what this job writes; "
                 "on Kubernetes one below /runs, for preprocess also below /data."
             )
-        if error.errno in OF_A_FILE and error.filename is not None:
+        if error.errno in FILE_ERRNOS and error.filename is not None:
             sys.exit(
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
             )
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         file = printable(str(error.filename or "a file"))
         sys.exit(f"error: {file}: {error.strerror}. Free space, then rerun the same command.")
@@ -188,61 +186,68 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
     """Makes `main(config)` a command line over jobs/conf/NAME.yaml."""
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
-        composed = False
-
-        @functools.wraps(main)
-        def checked(config: DictConfig) -> None:
-            nonlocal composed
-            composed = True
-            # Inside, since Hydra adds a line of its own to what passes through it.
-            with user_errors():
-                command_line.check_composed(config)
-                configure_logging(config.get("log_level", "info"))
-                check_versions()
-                main(config)
-
-        def on_sigterm(*_: object) -> None:
-            """Outside the training loop, which handles SIGTERM itself."""
-            if name != "train":
-                sys.exit(128 + signal.SIGTERM)
-            write_rank_status("preempted")
-            if os.environ.get("RANK", "0") == "0":
-                os.write(2, b"SIGTERM before training began. Rerun the same command to start or resume.\n")
-            sys.exit(PREEMPTED)
-
-        command = hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)
-
-        def compose_and_run() -> None:
-            nonlocal composed
-            composed = False
-            try:
-                command()
-            except OverrideParseException as error:
-                raise UserError(
-                    f"{printable(error.override[:200])}: {error.message.splitlines()[0]}. A value with brackets, spaces or "
-                    "other signs goes into quotes: \"KEY='VALUE'\"."
-                ) from None
-            except (UserError, HydraException, OmegaConfBaseException, OSError):
-                raise
-            except Exception as error:
-                if composed:
-                    raise
-                # Hydra and its parsers have many exceptions for a command line or a file that they cannot read.
-                raise UserError(f"the command line cannot be read: {type(error).__name__}: {one_line(error)}") from None
-
         def run() -> None:
             escape_output()
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(describe(main, name))
                 return
-            signal.signal(signal.SIGTERM, on_sigterm)  # so that an ended job still cleans up behind itself
+            signal.signal(signal.SIGTERM, sigterm_handler(name))  # so that an ended job still cleans up behind itself
             write_rank_status("started")
             with user_errors():
                 command_line.check(sys.argv[1:])
                 bound_resolvers()
-                compose_and_run()
+                compose_and_run(main, name)
             write_rank_status("finished")
 
         return run
 
     return decorate
+
+
+def sigterm_handler(name: str) -> Callable[..., None]:
+    """What SIGTERM does to the job `name` outside the training loop, which handles it itself."""
+
+    def handle(*_: object) -> None:
+        if name != "train":
+            sys.exit(128 + signal.SIGTERM)
+        write_rank_status("preempted")
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"SIGTERM before training began. Rerun the same command to start or resume.\n")
+        sys.exit(PREEMPTED)
+
+    return handle
+
+
+def compose_and_run(main: Callable[[DictConfig], None], name: str) -> None:
+    """Calls `main` with the configuration that Hydra composes of jobs/conf/NAME.yaml and the command line.
+
+    Raises:
+        UserError: the command line, or a file that it names, cannot be read.
+    """
+    composed = False
+
+    @functools.wraps(main)
+    def checked(config: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        # Inside, since Hydra adds a line of its own to what passes through it.
+        with user_errors():
+            command_line.check_composed(config)
+            configure_logging(config.get("log_level", "info"))
+            check_versions()
+            main(config)
+
+    try:
+        hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)()
+    except OverrideParseException as error:
+        raise UserError(
+            f"{printable(error.override[:200])}: {error.message.splitlines()[0]}. A value with brackets, spaces or "
+            "other signs goes into quotes: \"KEY='VALUE'\"."
+        ) from None
+    except (UserError, HydraException, OmegaConfBaseException, OSError):
+        raise
+    except Exception as error:
+        if composed:
+            raise
+        # Hydra and its parsers have many exceptions for a command line or a file that they cannot read.
+        raise UserError(f"the command line cannot be read: {type(error).__name__}: {one_line(error)}") from None

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     with user_errors():
-        command_line.check_text([str(given.dataset), str(given.html)])
+        command_line.check_utf8([str(given.dataset), str(given.html)])
         inspect(given.dataset, given.html, given.verify)
 
 

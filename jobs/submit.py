@@ -10,11 +10,9 @@ Examples:
 
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import field_validator
 
 from features.errors import UserError
@@ -61,24 +59,14 @@ def run(work: Submission) -> None:
         print(backend.submit(work))
 
 
-def _refuse_lookups(content: Any) -> None:
-    """Raises UserError where a value would be looked up here, in the environment, and be submitted as it is."""
-    if isinstance(content, str):
-        try:
-            refuse_lookups(content)
-        except ValueError as error:
-            raise UserError(f"configuration: {content}: {error}") from None
-    elif isinstance(content, Mapping):
-        _refuse_lookups([*content.values()])
-    elif isinstance(content, list):
-        for value in content:
-            _refuse_lookups(value)
-
-
 @job("submit")
 def main(config: DictConfig) -> None:
     """Checks the values, then runs or submits."""
-    _refuse_lookups(OmegaConf.to_container(config, resolve=False))
+    for place, text in command_line.texts(config):
+        try:
+            refuse_lookups(text)  # before check_plain, whose hint is no way to hand over a secret
+        except ValueError as error:
+            raise UserError(f"configuration: {place}: {error}") from None
     command_line.check_plain(config, "configuration")  # all of it is written into a Job
     run(parse(config, Submission))
 
