@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from features.errors import UserError, one_line
 from features.parquet_pages import check_pages, chunk_start
 
-FREE_BYTES = 1 << 30  # decoded, which a row group may always have
+ALWAYS_ALLOWED_BYTES = 1 << 30  # decoded, which a row group may always have
 MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has more
 
 
@@ -26,7 +26,7 @@ def check_footer(
         whole: they are read at once, so that the limit is one of all row groups together.
     Raises:
         UserError: numbers of rows or places that contradict each other, or more decoded bytes than
-            max(FREE_BYTES, MAX_RATIO times those in the file) in a row group (whole: in the file).
+            max(ALWAYS_ALLOWED_BYTES, MAX_RATIO times those in the file) in a row group (whole: in the file).
     """
     wanted = None if columns is None else {*columns}
     packed = decoded = rows = 0
@@ -52,10 +52,10 @@ def check_footer(
                 raise UserError(f"{what}: column {chunk.path_in_schema} lies outside of the file: it is damaged")
             packed += chunk.total_compressed_size
             decoded += decoded_bytes(chunk)
-        if decoded > max(FREE_BYTES, MAX_RATIO * packed):
+        if decoded > max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * packed):
             raise UserError(
                 f"{where if whole else what} has {packed:,} bytes that unpack to {decoded:,}, more than {MAX_RATIO} times as "
-                f"many and than {FREE_BYTES:,}. Write it in smaller row groups, if it is what it should be."
+                f"many and than {ALWAYS_ALLOWED_BYTES:,}. Write it in smaller row groups, if it is what it should be."
             )
     if rows != footer.num_rows:
         raise UserError(

@@ -14,7 +14,7 @@ from features.errors import UserError
 UNPACKED, PACKED, VALUES = 2, 3, 1
 DATA, DICTIONARY, DATA_2 = 5, 7, 8  # fields that hold a DataPageHeader, DictionaryPageHeader, DataPageHeaderV2
 BOOLS, BYTE, INTS, DOUBLE, BINARY, LISTS, MAP, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 11, 12
-DEEPEST = 8  # structs within structs
+MAX_DEPTH = 8  # structs within structs
 
 
 def check_pages(
@@ -143,7 +143,7 @@ class _Thrift:
     def value(self, kind: int, depth: int) -> Any:
         if kind in INTS:
             return self.integer()
-        if kind == STRUCT and depth < DEEPEST:
+        if kind == STRUCT and depth < MAX_DEPTH:
             return self.struct(depth + 1)[0]
         if kind not in (*BOOLS, BYTE, DOUBLE, BINARY):
             raise TypeError  # lists and maps are in no page's header

@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, FiniteFloat
 
 from features.errors import UserError, one_line
-from features.parquet_limits import FREE_BYTES, check_footer
+from features.parquet_limits import ALWAYS_ALLOWED_BYTES, check_footer
 from features.parquet_pages import check_pages, largest_dictionary
 from features.plain_json import Count, read_json, validated
 from features.regular_files import lstat_regular
 from features.schema.schema import Schema
 
 VERSION = 3
-LEAST_BATCH, LARGEST_BATCH = 16, 1 << 16  # values that are decoded at once
+MIN_BATCH, MAX_BATCH = 16, 1 << 16  # values that are decoded at once
 RESTORE_HINT = "Restore it, or run jobs.preprocess again."
 
 
@@ -137,7 +137,7 @@ def _values(file: pq.ParquetFile, path: Path) -> pa.Array:
     footer = file.metadata
     unpacked = sum(footer.row_group(i).column(0).total_uncompressed_size for i in range(footer.num_row_groups))
     largest = largest_dictionary(path, footer, "value")
-    batch = min(max(FREE_BYTES // max(largest, 1), LEAST_BATCH), LARGEST_BATCH)
+    batch = min(max(ALWAYS_ALLOWED_BYTES // max(largest, 1), MIN_BATCH), MAX_BATCH)
     found, size = [], 0
     for part in file.iter_batches(batch, columns=["value"], use_threads=False):
         values = part.column(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     from features.schema.schema import Schema
 
 RESERVED = ("weight", "event_time", "row_id")  # columns of every dataset
-LONGEST_NAME = 200  # bytes in UTF-8: with an ending it still names a file
-LONGEST_COLUMN = 1000  # the same of a raw column and of files, whose names somebody else chose
+MAX_NAME_BYTES = 200  # bytes in UTF-8: with an ending it still names a file
+MAX_COLUMN_BYTES = 1000  # the same of a raw column and of files, whose names somebody else chose
 
 
 def contradictions(schema: Schema) -> Iterator[str]:
@@ -65,13 +64,12 @@ def _unfit_names(schema: Schema) -> Iterator[str]:
     """Names that the schema gives and that are empty, too long, control a terminal, or lead out of a folder of files."""
     sections = {section: getattr(schema, section) for section in [*KINDS, "tables", "tasks"]}
     sections |= {"source.derived": schema.source.derived, "source.outcomes": schema.source.outcomes}
+    forbidden = {**dict.fromkeys([*KINDS, "tables"], "./\\"), "source.outcomes": "/\\"}  # a module's name has no dot
     for section, names in sections.items():
         for name in names:
-            yield from _unfit(f"name in {section}", name, LONGEST_NAME)
+            yield from _unfit(f"name in {section}", name, MAX_NAME_BYTES, forbidden.get(section, ""))
             if not name:
                 yield f"{section}: a name is empty"
-            if section == "source.outcomes" and {"/", "\\"} & {*name}:
-                yield f"name in {section} {_shown(name)} cannot name a file: rename it without / and \\"
 
 
 def _unfit_columns(schema: Schema) -> Iterator[str]:
@@ -81,16 +79,18 @@ def _unfit_columns(schema: Schema) -> Iterator[str]:
     for outcome in outcomes:
         columns += [outcome.key, *outcome.types, *((outcome.read and outcome.read.columns) or ())]
     for column in dict.fromkeys(columns):
-        yield from _unfit("column", column, LONGEST_COLUMN)
+        yield from _unfit("column", column, MAX_COLUMN_BYTES)
     for files in dict.fromkeys([source.files, *(outcome.files for outcome in outcomes)]):
-        yield from _unfit("files", files, LONGEST_COLUMN)
+        yield from _unfit("files", files, MAX_COLUMN_BYTES)
 
 
-def _unfit(what: str, name: str, limit: int) -> Iterator[str]:
+def _unfit(what: str, name: str, limit: int, forbidden: str = "") -> Iterator[str]:
     if has_controls(name):
         yield f"{what} {_shown(name)} has a control character: rename it"
     elif (length := len(name.encode())) > limit:
         yield f"{what} {_shown(name)} has {length} bytes, more than {limit}: shorten it"
+    elif {*forbidden} & {*name}:
+        yield f"{what} {_shown(name)} cannot name a file: rename it without {' '.join(forbidden)}"
 
 
 def _shown(name: str) -> str:
@@ -98,7 +98,7 @@ def _shown(name: str) -> str:
 
 
 def _names(schema: Schema) -> Iterator[str]:
-    """Names of features and tables that clash, or that cannot name a file."""
+    """Names of features and tables that clash."""
     features = [(name, f) for section in KINDS for name, f in getattr(schema, section).items()]
     names = [column for name, feature in features for column in feature.fields(name)]
     if twice := {n for n in names if names.count(n) > 1}:
@@ -106,8 +106,6 @@ def _names(schema: Schema) -> Iterator[str]:
     for name in dict.fromkeys([*names, *schema.tables]):
         if name in RESERVED:
             yield f"feature {name} has the name of a column of every dataset: rename it, with column: {name}"
-        if not re.fullmatch(r"[^./\\]+", name):
-            yield f"feature or table {name!r} has a name that cannot name a file or a module: rename it without . and /"
 
 
 def _keys_of_outcomes(schema: Schema) -> Iterator[str]:

@@ -89,7 +89,7 @@ class Kubernetes:
                     if _create(to, work, kind, part, replace=kind != main):
                         made.append(kind)
             except UserError:
-                _take_back(to, made, main, work.name)
+                _roll_back(to, made, main, work.name)
                 raise
         verb = "get jobs" if work.job == "nightly" else f"logs -f --prefix --max-log-requests={work.nodes}"
         selected = f"-n {to.namespace} -l {INSTANCE}={work.name}"
@@ -172,7 +172,7 @@ def _create(to: _Connection, work: Workload, kind: str, part: KubeObject, *, rep
     return True
 
 
-def _take_back(to: _Connection, made: list[str], main: str, name: str) -> None:
+def _roll_back(to: _Connection, made: list[str], main: str, name: str) -> None:
     """Deletes what was created, unless the Job is there after all: its pods must not run without their NetworkPolicy."""
     with suppress(client.ApiException, HTTPError):
         if not to.has(main, name):

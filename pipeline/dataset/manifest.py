@@ -21,7 +21,11 @@ from pipeline.storage.files import sha256
 VERSION = 2
 MAX_BYTES = 128 << 20  # of manifest.json: two kilobytes a shard or so
 MOST_ROWS_PER_BYTE = 1 << 12  # of a file: a row id is not the same in all rows, so that even these do not pack better
-BESIDE = ("manifest.json", "schema.yaml", "statistics.json")  # files of a dataset that its manifest does not list
+UNLISTED_FILES = (
+    "manifest.json",
+    "schema.yaml",
+    "statistics.json",
+)  # files of a dataset that its manifest does not list
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
 
@@ -147,7 +151,7 @@ def check_sums(manifest: Manifest, file: Path) -> None:
         if part.path in seen:
             raise UserError(f"{file}: {part.path} is listed twice. {RESTORE_HINT}")
         seen.add(part.path)
-        if part.path.partition("/")[0] in (*BESIDE, "encoders"):
+        if part.path.partition("/")[0] in (*UNLISTED_FILES, "encoders"):
             raise UserError(f"{file}: {part.path} is listed, which is another file of a dataset. {RESTORE_HINT}")
         if part.rows > MOST_ROWS_PER_BYTE * part.bytes:
             raise UserError(

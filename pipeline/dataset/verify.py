@@ -18,7 +18,7 @@ from features.printable import printable
 from features.regular_files import lstat_regular
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, require_file
-from pipeline.dataset.manifest import BESIDE, Listed, Shard, check_equal, footer_sha256
+from pipeline.dataset.manifest import UNLISTED_FILES, Listed, Shard, check_equal, footer_sha256
 from pipeline.dataset.shards import check_row_groups
 from pipeline.storage.files import sha256
 
@@ -71,7 +71,7 @@ def _verify(dataset: Dataset) -> Iterator[str]:
 def _check_names(dataset: Dataset) -> int:
     """Counts the files in the folder. Raises UserError for one that nothing names, or that is no regular file."""
     manifest, path = dataset.manifest, dataset.path
-    named = {*BESIDE, *(f"encoders/{name}" for name in encoder_files(dataset.schema))}
+    named = {*UNLISTED_FILES, *(f"encoders/{name}" for name in encoder_files(dataset.schema))}
     named |= {shard.path for shard in manifest.shards} | {file.path for file in manifest.dead_letter_files}
     files = [
         file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()

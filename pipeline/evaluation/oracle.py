@@ -60,7 +60,7 @@ def read(run: Run, split: Split, dataset: str, kinds: Mapping[str, str]) -> dict
         content = parse_json(read_regular(file.parent, file.name, MAX_BYTES), file, strict=False)
     except FileNotFoundError:
         return None
-    known = validated(_Kept, content, file)
+    known = validated(_OracleFile, content, file)
     if known.dataset != dataset:
         return None
     if not is_complete(known.metrics, kinds):
@@ -68,7 +68,7 @@ def read(run: Run, split: Split, dataset: str, kinds: Mapping[str, str]) -> dict
     return known.metrics
 
 
-class _Kept(BaseModel):
+class _OracleFile(BaseModel):
     dataset: str
     metrics: dict[str, dict[str, int | float | None]]
 

@@ -22,7 +22,7 @@ BOM = b"\xef\xbb\xbf"
 UNPACK_RATIO = (
     500  # logs reach some tens, lines that hardly differ 200; gzip ends at 1,032, zstd and bzip2 beyond 10,000
 )
-UNPACKED_FREELY = 256 << 20  # bytes that any file may unpack to
+ALWAYS_ALLOWED_BYTES = 256 << 20  # bytes that any file may unpack to
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RawFile:
         path: as fsspec takes it; of a local file the absolute path.
         size: bytes.
         version: changes when the file is written again.
-        max_unpack_ratio: it may unpack to so many times its size, or to UNPACKED_FREELY.
+        max_unpack_ratio: it may unpack to so many times its size, or to ALWAYS_ALLOWED_BYTES.
     """
 
     path: str
@@ -44,7 +44,7 @@ class RawFile:
     @property
     def max_unpacked(self) -> int:
         """Bytes to which it may unpack."""
-        return max(UNPACKED_FREELY, self.size * self.max_unpack_ratio)
+        return max(ALWAYS_ALLOWED_BYTES, self.size * self.max_unpack_ratio)
 
     def check_unpacked(self, size: int, where: str = "") -> None:
         """Raises UserError where `size` bytes are more than the file may unpack to; `where` names the part of it."""
@@ -52,8 +52,8 @@ class RawFile:
         if size > limit:
             raise UserError(
                 f"{self.path}{where}: {self.size:,} bytes unpack to {size:,} or more, and {limit:,} are allowed: the larger of "
-                f"max_unpack_ratio={self.max_unpack_ratio} times its size and {UNPACKED_FREELY:,}. Raise max_unpack_ratio if "
-                "the file is what it should be."
+                f"max_unpack_ratio={self.max_unpack_ratio} times its size and {ALWAYS_ALLOWED_BYTES:,}. Raise "
+                "max_unpack_ratio if the file is what it should be."
             )
 
 

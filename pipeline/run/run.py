@@ -39,7 +39,7 @@ class Status(BaseModel):
     time: FiniteFloat
 
 
-class _Written(BaseModel):
+class _RunConfig(BaseModel):
     """What is read of a run's config.yaml, which may have been handed over; `model` is checked where it is built."""
 
     dataset: str
@@ -90,7 +90,7 @@ class Run:
         if not isinstance(content, dict):
             raise UserError(f"{file}: holds no keys. It is not as jobs.train wrote it: restore it.")
         try:
-            _Written.model_validate(content)
+            _RunConfig.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{file}: {first_fault(error)}. It is not as jobs.train wrote it: restore it.") from None
         return content

@@ -61,7 +61,7 @@ def test_encoders_that_are_whole_are_read_by_a_link_to_their_folder_too(folder, 
 
 def test_values_in_many_row_groups_or_small_strings_are_the_same_vocabulary(folder, monkeypatch):
     before = Encoders.load(folder, SCHEMA).vocabularies["city"]
-    monkeypatch.setattr(fitted_files, "LARGEST_BATCH", 3)
+    monkeypatch.setattr(fitted_files, "MAX_BATCH", 3)
     table = pa.table({"value": pa.array(before, pa.string()), "id": pa.array(np.arange(len(before)) + 2)})
     for options in ({"row_group_size": 4}, {"use_dictionary": False}, {"data_page_size": 16}):
         pq.write_table(table, folder / CITY, **options)
@@ -112,7 +112,7 @@ def test_a_vocabulary_with_a_value_twice_missing_or_with_more_columns_is_refused
 
 
 def test_a_vocabulary_of_few_bytes_that_unpack_to_many_is_refused_before_they_are(folder, monkeypatch):
-    monkeypatch.setattr(fitted_files, "FREE_BYTES", 1 << 23)
+    monkeypatch.setattr(fitted_files, "ALWAYS_ALLOWED_BYTES", 1 << 23)
     count = 20_000
     content = json.loads((folder / "encoders.json").read_text())
     content["num_embeddings"]["city"] = count + 2

@@ -67,7 +67,7 @@ def test_a_file_without_rows_or_with_nulls_alone_passes(tmp_path):
 
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_a_small_file_that_unpacks_to_much_is_refused_by_its_footer(tmp_path, monkeypatch, dictionary):
-    monkeypatch.setattr(parquet_limits, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_limits, "ALWAYS_ALLOWED_BYTES", 1 << 20)
     footer = written(tmp_path / "a.parquet", pa.table({"x": np.zeros(1 << 20, np.int64)}), use_dictionary=dictionary)
     size = (tmp_path / "a.parquet").stat().st_size
     assert size < 10_000
@@ -79,7 +79,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused_by_its_footer(tmp_path, mo
 
 
 def test_row_groups_that_are_read_at_once_count_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_limits, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet_limits, "ALWAYS_ALLOWED_BYTES", 1 << 20)
     footer = written(tmp_path / "a", pa.table({"x": np.zeros(1 << 18, np.int64)}), row_group_size=1 << 16)
     size = (tmp_path / "a").stat().st_size
     check_footer(footer, "a", size)

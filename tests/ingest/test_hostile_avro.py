@@ -77,7 +77,7 @@ def test_a_block_that_unpacks_to_too_much_is_refused_before_it_does(
 def test_blocks_that_unpack_to_too_much_together_name_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 20)
+    monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 20)
     rows = [{"s": "x" * 1000} for _ in range(4000)]
     write(tmp_path / "a.avro", {"s": "string"}, rows, codec="deflate", sync_interval=100_000)
     [file] = files.find(str(tmp_path), "a.avro", max_unpack_ratio=50)

@@ -100,7 +100,7 @@ def test_a_file_that_becomes_a_pipe_is_not_opened(tmp_path: Path) -> None:
 def test_a_file_that_unpacks_to_too_much_stops_the_job_with_both_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 16)
+    monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 16)
     line = b'{"a": "0", "b": "0"}\n' if options.get("format") else b"0,0\n"
     data = line * (3 << 14) if {"format", "columns"} & options.keys() else b"a,b\n" + line * (3 << 14)
     packed = PACK[ending](data)
@@ -127,7 +127,7 @@ def read_packed(folder: Path, name: str, format: Format, ratio: int) -> int:
 def test_one_long_line_in_a_small_file_is_not_unpacked_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 24)
+    monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 24)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"0" * (32 << 20) + b"\n1,2\n"))
     with pytest.raises(UserError, match=r"bytes unpack to .* max_unpack_ratio=500 times"):
         read(tmp_path, "a.csv.gz", Format(), {"a": "string"})
@@ -135,7 +135,7 @@ def test_one_long_line_in_a_small_file_is_not_unpacked_into_memory(
 
 @pytest.mark.integration
 def test_the_ratio_is_a_setting_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 10)
+    monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 10)
     (tmp_path / "in").mkdir()
     rows = "".join(f"i{i % 4},{i % 2}\n" for i in range(4000))
     (tmp_path / "in" / "log.csv.gz").write_bytes(gzip.compress(f"item,y\n{rows}".encode()))

@@ -43,7 +43,7 @@ def chunks(path: Path, names: list[str]) -> tuple[pq.FileMetaData, list[Chunk]]:
 def test_columns_that_unpack_to_too_much_are_refused_by_the_footer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 16)
+    monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 16)
     values = {
         "pages": pa.array(["x" * 1000] * 2000), "runs": pa.array([7] * 200_000),
         "lists": pa.array([[7] * 1000] * 200),
@@ -102,7 +102,7 @@ def test_pages_are_not_believed_to_be_as_the_footer_says(tmp_path: Path, monkeyp
         with pytest.raises(ValueError, match=r"row group 0, column c: a page of \d{6,} bytes, 100000 are allowed"):
             check_page_sizes(file, content, [lying])
         monkeypatch.undo()
-        monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 16)
+        monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 16)
         with pytest.raises(UserError, match=r"row group 0, column c: .* max_unpack_ratio=1 "):
             check_page_sizes(file, content, [lying])
 
@@ -142,7 +142,7 @@ def test_the_long_values_of_a_dictionary_make_batches_short(tmp_path: Path, monk
 def test_a_value_that_stands_for_more_text_than_the_file_may_hold_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 20)
+    monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 20)
     pq.write_table(pa.table({"c": ["x" * 10_000] * 3000}), tmp_path / "a.parquet", row_group_size=1000)
     with pytest.raises(
         UserError, match=r"row group 0, column c: \S+ bytes unpack to 10,000,000 or more.* max_unpack_ratio=500"
@@ -157,7 +157,7 @@ def test_a_value_that_stands_for_more_text_than_the_file_may_hold_is_refused(
 def test_long_values_after_rows_without_any_are_found_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str | None] | None
 ) -> None:
-    monkeypatch.setattr(files, "UNPACKED_FREELY", 1 << 20)
+    monkeypatch.setattr(files, "ALWAYS_ALLOWED_BYTES", 1 << 20)
     lists = [first] * 10 + [["x" * 10_000]] * 3000
     for values in (lists, [value[0] if value else None for value in lists]):
         pq.write_table(pa.table({"c": values}), tmp_path / "a.parquet", data_page_size=100, write_batch_size=5)

@@ -237,7 +237,7 @@ def test_verify_finds_an_id_outside_of_its_table(folder, name, place):
 
 
 def test_a_shard_that_unpacks_to_too_much_is_refused_before_it_is_decoded(folder, monkeypatch):
-    monkeypatch.setattr(parquet_limits, "FREE_BYTES", 1000)
+    monkeypatch.setattr(parquet_limits, "ALWAYS_ALLOWED_BYTES", 1000)
     monkeypatch.setattr(parquet_limits, "MAX_RATIO", 1)
     loader = Loader(Dataset(folder), "train", 50)
     with pytest.raises(UserError, match="that unpack to"):

@@ -6,19 +6,19 @@ from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from features.plain_json import Count
 
-MOST = 4096  # entries of a list of edges, shares, values or groups
+MAX_ENTRIES = 4096  # entries of a list of edges, shares, values or groups
 
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Number = FiniteFloat | None
-Numbers = Annotated[list[FiniteFloat], Field(max_length=MOST)]
-Shares = Annotated[list[Annotated[FiniteFloat, Field(ge=0, le=1 + 1e-6)]], Field(max_length=MOST)]
+Numbers = Annotated[list[FiniteFloat], Field(max_length=MAX_ENTRIES)]
+Shares = Annotated[list[Annotated[FiniteFloat, Field(ge=0, le=1 + 1e-6)]], Field(max_length=MAX_ENTRIES)]
 
 
 class Histogram(BaseModel):
     """Edges of bins and counts in them."""
 
     edges: Numbers
-    counts: Annotated[list[Count], Field(max_length=MOST)]
+    counts: Annotated[list[Count], Field(max_length=MAX_ENTRIES)]
 
     @model_validator(mode="after")
     def _edges_on_either_side_of_each_count(self) -> "Histogram":
@@ -64,7 +64,8 @@ class IdEntry(BaseModel):
     distinct: Count | None = None
     unknown: Share | None = None
     top: (
-        Annotated[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]], Field(max_length=MOST)] | None
+        Annotated[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]], Field(max_length=MAX_ENTRIES)]
+        | None
     ) = None
     other_known: Share | None = None
     other_unknown: Share | None = None

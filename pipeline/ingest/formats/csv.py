@@ -34,6 +34,7 @@ OPEN_QUOTE = (
     "a quote is not closed: set quote: null where quotes are plain characters, or multiline: true where values "
     "hold line breaks"
 )
+ROW_TOO_LONG = "straddl"  # of Arrow's message: it has no error class for a row that is longer than a block
 LONE_RETURN = "a carriage return within the line: set multiline: true where values hold line breaks"
 
 
@@ -276,7 +277,7 @@ def _multiline_batches(
             ),
         )
     except pa.ArrowInvalid as error:
-        if "straddl" not in str(error):
+        if ROW_TOO_LONG not in str(error):
             raise
         raise UserError(
             f"{path}: a row is longer than {BLOCK_BYTES:,} bytes, as if a quote were not closed. Fix it, or set quote: null "
