@@ -136,9 +136,7 @@ def test_an_argument_is_quoted_without_its_controls(text: str, capsys: pytest.Ca
         main([str(tmp_path / text)])
     assert_tame(str(stopped.value))
     fault = " is not UTF-8" if text == "\udcff" else ": no dataset"
-    assert f"{printable(text)}{fault}" in str(stopped.value).replace(
-        printable(" ".join(text.split())), printable(text)
-    )
+    assert f"{printable(text)}{fault}" in str(stopped.value).replace(printable(" ".join(text.split())), printable(text))
     with pytest.raises(SystemExit):
         main(["data", f"--{text}"])
     printed = capsys.readouterr().err

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from features.errors import UserError
 from features.printable import printable
-from features.regular_files import read_regular
+from features.regular_files import read_regular, status_of
 from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, Count, FileName
 
-MAX_INDEX_BYTES = 1 << 30
+MAX_INDEX_BYTES = 256 << 20
 MAX_DIMENSIONS = 8
 MAX_COMPARISONS = 1 << 28  # of two parts of a tensor: about a second; 16 thousand parts that are all side by side
 ALIGNMENT = 64  # bytes, of a part's start in its file
@@ -92,7 +92,7 @@ def volume(sizes: list[int]) -> int:
 
 
 def read_index(path: Path, manifest: CheckpointManifest) -> Index:
-    """The index of a checkpoint, compared with the sizes that the manifest gives its files.
+    """The index of a checkpoint, compared with the sizes of its files.
 
     Raises:
         UserError: it is missing, is none, or names bytes that a file does not have.
@@ -103,6 +103,9 @@ def read_index(path: Path, manifest: CheckpointManifest) -> Index:
         raise UserError(f"{path / INDEX} is missing") from None
     except (ValidationError, RecursionError) as error:
         raise UserError(f"{path / INDEX} is not the index of a checkpoint: {_first(error)}") from None
+    for file, (listed, _) in manifest.files.items():
+        if (status := status_of(path, file)) is None or status.st_size != listed:
+            raise UserError(f"{path / file} is missing, or has another size than the manifest has. Restore it.")
     taken: Counter[str] = Counter()
     for name, entry in index.tensors.items():
         for part in entry.parts:

@@ -16,7 +16,7 @@ INDEX = "tensors.json"  # see pipeline.run.checkpoint.index
 
 # Files lie in the checkpoint's own folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # so that sums of them are 64-bit integers
 
 
 class _Version(BaseModel):
@@ -70,6 +70,8 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 def read(path: Path) -> CheckpointManifest:
     """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, which is not followed. Replace it by the folder itself.")
     try:
         content = read_regular(path, "manifest.json", MAX_MANIFEST_BYTES)
         version = _Version.model_validate_json(content).version
@@ -111,5 +113,5 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending; `check` says whether their files are whole."""
-    found = (p for p in checkpoints.glob("step-*") if (p / "manifest.json").exists())
+    found = (p for p in checkpoints.glob("step-*") if not p.is_symlink() and (p / "manifest.json").exists())
     return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())
