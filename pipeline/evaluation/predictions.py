@@ -13,6 +13,7 @@ from torch import Tensor
 from features.batch import Batch
 from features.errors import UserError
 from features.parquet_limits import check_file
+from features.parquet_schema import check_nesting_of
 from features.printable import printable
 from features.regular_files import status_of
 from features.schema.schema import Schema, Split
@@ -44,12 +45,15 @@ def write(frames: list[pl.DataFrame], file: Path, provenance: dict[str, str] | N
 
 
 def is_from(file: Path, provenance: dict[str, str]) -> bool:
-    """Whether a file exists and was written with this provenance. Raises UserError for a link."""
+    """Whether a file exists and was written with this provenance. Raises UserError for a link, or columns nested too deep."""
     try:
-        found = pl.read_parquet_metadata(file) if status_of(file.parent, file.name) else {}
+        if status_of(file.parent, file.name) is None:
+            return False
+        check_nesting_of(file)
+        found = pl.read_parquet_metadata(file)
     except (OSError, pl.exceptions.PolarsError):
         return False  # damaged: it is written again
-    return bool(found) and provenance.items() <= found.items()
+    return provenance.items() <= found.items()
 
 
 def read(file: Path) -> pl.DataFrame:
