@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hostile_pickle import Payload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import memory_below
@@ -66,16 +67,6 @@ def change_index(path: Path, change: Callable[[dict[str, Any]], object]) -> None
     change(index["tensors"])
     (path / "tensors.json").write_text(json.dumps(index))
     reseal(path)
-
-
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
 
 
 # Pickles
