@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
 from features.parquet_pages import check_pages, chunk_start
+from features.parquet_schema import check_nesting_of
 
 ALWAYS_ALLOWED_BYTES = 1 << 30  # decoded, which a row group may always have
 MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has more
@@ -72,6 +73,7 @@ def check_file(path: Path, columns: Iterable[str] | None = None) -> None:
         UserError: as check_footer and check_pages.
         pa.ArrowException, OSError: it is no Parquet file.
     """
+    check_nesting_of(path)
     footer = pq.read_metadata(path)
     check_footer(footer, path, path.stat().st_size, columns, whole=True)
     check_pages(path, footer, columns)

@@ -89,7 +89,7 @@ def pages(content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
     values = 0
     while values < chunk.num_values and place < end:
         try:
-            header, body = _Thrift(content, place, end).struct()
+            header, body = Thrift(content, place, end).struct()
             counts = [header[kind][VALUES] for kind in (DATA, DATA_2) if kind in header]
             page = Page(header[PACKED], header[UNPACKED], sum(counts), DICTIONARY in header, body - place)
         except (IndexError, KeyError, TypeError):
@@ -125,10 +125,10 @@ def chunk_start(chunk: pq.ColumnChunkMetaData) -> int:
     return min((place for place in places if place), default=0)
 
 
-class _Thrift:
+class Thrift:
     """A cursor over thrift's compact protocol: integers and structs as dictionaries by field, all else is skipped."""
 
-    def __init__(self, content: mmap.mmap, place: int, end: int) -> None:
+    def __init__(self, content: mmap.mmap | bytes, place: int, end: int) -> None:
         self.content, self.place, self.end = content, place, end
 
     def struct(self, depth: int = 0) -> tuple[dict[int, Any], int]:
@@ -141,6 +141,7 @@ class _Thrift:
         return found, self.place
 
     def value(self, kind: int, depth: int) -> Any:
+        """A value of a type; None for one that is skipped. Raises IndexError, TypeError."""
         if kind in INTS:
             return self.integer()
         if kind == STRUCT and depth < MAX_DEPTH:
@@ -151,15 +152,18 @@ class _Thrift:
         return None
 
     def byte(self) -> int:
+        """The next byte. Raises IndexError at the end."""
         self.skip(1)
         return self.content[self.place - 1]
 
     def skip(self, count: int) -> None:
+        """Moves on. Raises IndexError beyond the end."""
         self.place += count
         if self.place > self.end:
             raise IndexError
 
     def varint(self) -> int:
+        """An unsigned integer of 7 bits a byte."""
         number = shift = 0
         while (byte := self.byte()) & 128:
             number, shift = number | (byte & 127) << shift, shift + 7
@@ -168,5 +172,6 @@ class _Thrift:
         return number | byte << shift
 
     def integer(self) -> int:
+        """A signed integer."""
         number = self.varint()
         return number >> 1 ^ -(number & 1)

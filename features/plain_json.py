@@ -14,7 +14,7 @@ from features.regular_files import read_regular
 MAX_BYTES = 64 << 20  # of a manifest or statistics; parsed they take some ten times as many
 INT64_LIMIT = 1 << 63  # of an integer, exclusive
 
-Count = Annotated[int, Field(ge=0, lt=INT64_LIMIT)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # so that sums of them are 64-bit integers
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -4,7 +4,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.fx
@@ -62,13 +62,13 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
     interaction: dict[str, Any] = {"name": "concat"}
     fusion: dict[str, Any]
-    tower: list[int] = [32]
+    tower: list[Annotated[int, Field(ge=1, le=1 << 16)]] = Field([32], max_length=64)
     input_dropout: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     calibration: Literal["none", "monotone"] = "none"
-    embedding_std: float = 0.01
-    numeric_dim: int = Field(8, ge=0)
-    field_dim: int = Field(16, ge=1)
+    embedding_std: float = Field(0.01, ge=0, allow_inf_nan=False)
+    numeric_dim: int = Field(8, ge=0, le=1 << 16)
+    field_dim: int = Field(16, ge=1, le=1 << 16)
     from_: list[str] | None = Field(None, alias="from")
 
     @classmethod

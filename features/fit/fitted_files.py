@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 from features.errors import UserError, one_line
 from features.parquet_limits import ALWAYS_ALLOWED_BYTES, check_footer
 from features.parquet_pages import check_pages, largest_dictionary
+from features.parquet_schema import check_nesting_of
 from features.plain_json import Count, read_json, validated
 from features.regular_files import lstat_regular
 from features.schema.schema import Schema
@@ -113,6 +114,7 @@ def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
     if status is None:
         raise UserError(wrong)
     try:
+        check_nesting_of(path)
         with pq.ParquetFile(path) as file:
             footer, columns = file.metadata, file.schema_arrow
             if footer.num_rows != size:

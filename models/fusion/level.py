@@ -13,6 +13,7 @@ from features.errors import UserError
 from models.fusion.fusion import Fusion
 from models.layers import StackedLinear, StackedMLP, mix
 
+MAX_EXPERTS = 10_000  # of a level
 TaskExperts = int | Sequence[int] | Sequence[Sequence[int]]
 SharedExperts = int | Sequence[int]
 
@@ -39,8 +40,15 @@ def unit_counts(tasks: TaskExperts, shared: SharedExperts, num_tasks: int, num_l
             f"model.fusion.shared_experts: {shared} is neither a number nor {num_levels} numbers (one a level), "
             "all 0 or more"
         )
+    if max(sum(n) for n in count_LT) + max(shared_L) > MAX_EXPERTS:
+        raise UserError(f"model.fusion: more than {MAX_EXPERTS:,} experts at a level")
     # Without shared experts at this level or above, the output of a shared unit would be unused.
     return [[*n, shared_L[level]] if any(shared_L[level:]) else list(n) for level, n in enumerate(count_LT)]
+
+
+def unit_of_each_expert(counts: Sequence[int]) -> Tensor:
+    """unit_E of experts in order, in main memory also where a model is built without any: their layout depends on it."""
+    return torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
 
 
 class UnitLevel(nn.Module):
@@ -67,16 +75,17 @@ class UnitLevel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.outputs = outputs
-        unit_E = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        unit_E = unit_of_each_expert(counts)
         self.experts = StackedMLP(len(unit_E), in_dim, layers, readers=None if first else counts)
         self.gate = StackedLinear(outputs, in_dim, len(unit_E), bias=False)
-        own_OE = torch.arange(outputs).unsqueeze(1) == unit_E
-        size_O1 = torch.tensor(counts[:outputs]).unsqueeze(1)
+        own_OE = torch.arange(outputs, device="cpu").unsqueeze(1) == unit_E
+        size_O1 = torch.tensor(counts[:outputs], device="cpu").unsqueeze(1)
         self.register_buffer("hidden_OE", ~visible_OE, persistent=False)
         self.register_buffer("own_OE", own_OE, persistent=False)
         self.register_buffer("learnt_OE", own_OE & (size_O1 > 1), persistent=False)
-        start_OE = (torch.rand(outputs, len(unit_E)) * 2 - 1) / size_O1.clamp(min=1).sqrt()
-        self.native_OE = nn.Parameter(start_OE * self.learnt_OE) if native and self.learnt_OE.any() else None
+        start_OE = torch.rand(outputs, len(unit_E)) * 2 - 1
+        start_OE = start_OE / size_O1.to(start_OE.device).clamp(min=1).sqrt() * self.learnt_OE.to(start_OE.device)
+        self.native_OE = nn.Parameter(start_OE) if native and self.learnt_OE.any() else None
         self.has_native = native
 
     def forward(self, x_UBD: Tensor) -> Tensor:
@@ -120,9 +129,9 @@ class UnitNetwork(Fusion):
         dims = [in_dim, *(layers[-1] for layers in levels)]
         self.levels = nn.ModuleList()
         for index, (layers, counts, outputs) in enumerate(zip(levels, counts_LU, outputs_L, strict=True)):
-            unit_E = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+            unit_E = unit_of_each_expert(counts)
             # The shared unit comes last: it sees all experts, and all see its own.
-            visible_OE = (torch.arange(outputs).unsqueeze(1) == unit_E) | (unit_E == num_tasks)
+            visible_OE = (torch.arange(outputs, device="cpu").unsqueeze(1) == unit_E) | (unit_E == num_tasks)
             visible_OE[num_tasks:] = True
             visible_OE |= not isolated
             if not visible_OE.any(1).all():

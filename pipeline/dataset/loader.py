@@ -134,6 +134,8 @@ class Loader:
             raise UserError(
                 f"the run reads {len(position.cursors)} lanes, train.lanes={self.lanes}: lanes cannot change."
             )
+        if (np.array(position.cursors) > self.lengths).any():
+            raise UserError("the run is at a row that the dataset does not have: its checkpoint is of another dataset.")
         return in_background(self._batches(position), self.ahead)
 
     def _batches(self, position: Position) -> Iterator[Batch]:

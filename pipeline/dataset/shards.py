@@ -10,6 +10,7 @@ from features.errors import UserError
 from features.fit.fitted_files import RESTORE_HINT
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
+from features.parquet_schema import check_nesting_of
 from features.regular_files import lstat_regular
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.manifest import Shard, footer_sha256
@@ -28,6 +29,7 @@ def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = N
     lstat_regular(dataset.path, shard.path)
     if footer_sha256(path) != shard.footer_sha256:
         raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
+    check_nesting_of(path)
     file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     if file.schema_arrow != dataset.columns:
         raise pa.ArrowInvalid("its columns are not the schema's")

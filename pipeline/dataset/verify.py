@@ -14,6 +14,7 @@ from features.errors import UserError, one_line
 from features.fit.fitted_files import RESTORE_HINT, encoder_files
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
+from features.parquet_schema import check_nesting_of
 from features.printable import printable
 from features.regular_files import lstat_regular
 from pipeline.dataset.card.card import read_card
@@ -101,6 +102,7 @@ def _check_file(dataset: Path, known: Listed) -> None:
 def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
     """A Parquet file whose pages unpack to what its footer says. Raises UserError, also for what the block cannot read."""
     try:
+        check_nesting_of(file)
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             check_footer(parquet.metadata, file, bytes_)
             check_pages(file, parquet.metadata)

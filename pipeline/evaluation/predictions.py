@@ -13,6 +13,7 @@ from torch import Tensor
 from features.batch import Batch
 from features.errors import UserError, one_line
 from features.parquet_limits import check_file
+from features.parquet_schema import check_nesting_of
 from features.regular_files import lstat_regular
 from features.schema.schema import Schema, Split
 from pipeline.run.run import Run
@@ -43,12 +44,15 @@ def write(frames: list[pl.DataFrame], file: Path, provenance: dict[str, str] | N
 
 
 def is_from(file: Path, provenance: dict[str, str]) -> bool:
-    """Whether a file exists and was written with this provenance. Raises UserError for a link."""
+    """Whether a file exists and was written with this provenance. Raises UserError for a link, or columns nested too deep."""
     try:
-        found = pl.read_parquet_metadata(file) if lstat_regular(file.parent, file.name) else {}
+        if lstat_regular(file.parent, file.name) is None:
+            return False
+        check_nesting_of(file)
+        found = pl.read_parquet_metadata(file)
     except (OSError, pl.exceptions.PolarsError):
         return False  # damaged: it is written again
-    return bool(found) and provenance.items() <= found.items()
+    return provenance.items() <= found.items()
 
 
 def read(file: Path) -> pl.DataFrame:

@@ -4,6 +4,8 @@
 
 import time
 from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -11,10 +13,11 @@ import torch
 from torch import Tensor
 
 from features.batch import Batch
-from features.errors import UserError
-from features.schema.schema import Split
+from features.errors import UserError, one_line
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema, Split
 from models.emm import build_ranker
-from models.ranker import ModelConfig
+from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation import predictions
@@ -34,14 +37,24 @@ class Scorer:
     """
 
     def __init__(self, run: Run, dataset: Dataset, split: Split, batch_size: int) -> None:
-        self.run, self.split = run, split
+        self.run, self.split, self.fits = run, split, False
         self.dataset = dataset = dataset.only(run.config().get("tasks"))
         self.schema = run.schema()
         dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
         self.loader = Loader(dataset, split, batch_size)
-        model = ModelConfig.of_run(run.config(), run.path)
-        self.ranker = build_ranker(self.schema, dataset.encoders, model, device="cpu").eval()
+        self.model = ModelConfig.of_run(run.config(), run.path)
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        """The model, without the weights of a checkpoint until one has been scored."""
+        return build_ranker(self.schema, self.dataset.encoders, self.model, device="cpu").eval()
+
+    def check_fits(self, step: int) -> None:
+        """Compares the model with the first checkpoint that is scored, before it takes any memory. Raises UserError."""
+        if not self.fits:
+            check_fits(checkpoint.folder(self.run.checkpoints, step), self.schema, self.dataset.encoders, self.model)
+            self.fits = True
 
     @torch.inference_mode()
     def metrics(
@@ -52,8 +65,10 @@ class Scorer:
         Args:
             on_batch: called with every batch and its logit_BT.
         Raises:
-            UserError: a checkpoint that is not complete, or that was trained on rows of other encoders.
+            UserError: a checkpoint that is not complete, of another model than config.yaml has, or trained on rows of other
+                encoders.
         """
+        self.check_fits(step)
         path = checkpoint.folder(self.run.checkpoints, step)
         with checkpoint.reading(path) as manifest:
             if manifest.encoders != self.dataset.encoders_id:
@@ -88,6 +103,7 @@ class Scorer:
             if write_predictions:
                 frames.append(predictions.frame(batch, logit_BT, self.schema))
 
+        self.check_fits(step)
         with ExpertWeights(self.ranker.fusion) as weights:
             metrics, manifest = self.metrics(step, on_batch)
         if write_predictions:
@@ -107,3 +123,28 @@ class Scorer:
     def provenance(self, checksum: str) -> dict[str, str]:
         """Of which checkpoint and dataset a file of predictions is."""
         return {"checkpoint": checksum, "dataset": self.dataset.name}
+
+
+def check_fits(path: Path, schema: Schema, encoders: Encoders, model: ModelConfig) -> None:
+    """Compares the shapes of a model with those of a checkpoint, before any memory is allocated.
+
+    A run's config.yaml may be untrusted: the checkpoint's files limit what the model may take.
+
+    Raises:
+        UserError: no model can be built of the settings, or one of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            wanted = build_ranker(schema, encoders, model).state_dict()
+    except UserError as error:
+        raise UserError(f"{path.parents[1] / 'config.yaml'}: {error}") from None
+    except (RuntimeError, TypeError, ValueError, LookupError, OverflowError, ZeroDivisionError) as error:
+        raise UserError(f"{path.parents[1] / 'config.yaml'}: model cannot be built: {one_line(error)}") from None
+    found = checkpoint.shapes(path)
+    for name, tensor in wanted.items():
+        if (shape := found.get(f"model.{name}")) != tuple(tensor.size()):
+            has = "does not have it" if shape is None else f"has {list(shape)}"
+            raise UserError(
+                f"{path.parents[1] / 'config.yaml'}: its model has {name} of shape {list(tensor.size())}, the checkpoint "
+                f"{path.name} {has}. They are not of one run: restore both."
+            )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -19,6 +18,8 @@ BLOCK_BYTES = 32 << 20  # of raw text or columns that are in memory and parsed a
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
 BOM = b"\xef\xbb\xbf"
+# Stores of files. fsspec knows others, some of which (reference::, zip::) read what a file tells them to read.
+STORES = ("file", "local", "s3", "s3a", "gs", "gcs", "hdfs", "webhdfs", "abfs", "abfss", "az", "adl", "memory")
 UNPACK_RATIO = (
     500  # logs reach some tens, lines that hardly differ 200; gzip ends at 1,032, zstd and bzip2 beyond 10,000
 )
@@ -155,10 +156,14 @@ def _version(info: dict[str, Any]) -> str:
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a path or URL and the path on it. Raises UserError for one that is not installed or known."""
+    scheme = path.partition("://")[0] if "://" in path else ""
+    if "::" in path or path.startswith("data:") or (scheme and scheme not in STORES):
+        raise UserError(
+            f"{path}: raw files are read from paths and from {', '.join(f'{s}://' for s in STORES if s != 'local')}. Set input."
+        )
     try:
         return url_to_fs(path)
     except ImportError as error:
-        scheme = urlsplit(path).scheme
         raise UserError(f"{path}: {scheme}:// needs a package. {one_line(error)}: install it with pip.") from None
     except Exception as error:  # each storage has exceptions of its own
         raise UserError(f"{path}: cannot be opened: {one_line(error)}. Set input to a folder or URL.") from None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from features.errors import UserError
 from features.source import Format
+from pipeline.ingest import files
 from pipeline.ingest.files import RawFile, check_unchanged, files_by_date, find
 from pipeline.ingest.formats import check_columns, units
 
@@ -131,7 +132,7 @@ def test_a_file_that_changes_after_it_was_found_is_noticed(tmp_path: Path, what:
         ("", "none-*.csv", r"none-\*\.csv: no such file\. Set input=FOLDER, or source\.files"),
         ("", "a**/b.csv", r"a\*\*/b\.csv: not a glob pattern: .* Fix source\.files"),
         ("nowhere://b/x", "*", "nowhere:// needs a package"),
-        ("typo://b/x", "*", "typo://b/x: cannot be opened: Protocol not known: typo"),
+        ("typo://b/x", "*", "typo://b/x: raw files are read from paths and from file://, s3://"),
         ("memory://none", "*.csv", r"memory://none/\*\.csv: no such file"),
     ],
 )
@@ -140,6 +141,7 @@ def test_what_cannot_be_found_is_said_in_one_line(
 ) -> None:
     nowhere = {"class": "no_such_package.FileSystem", "err": "Install no_such_package to reach nowhere"}
     monkeypatch.setitem(known_implementations, "nowhere", nowhere)
+    monkeypatch.setattr(files, "STORES", (*files.STORES, "nowhere"))
     with pytest.raises(UserError, match=said) as caught:
         find(folder or str(tmp_path), pattern)
     assert "\n" not in str(caught.value)

@@ -143,3 +143,21 @@ def test_the_ratio_is_a_setting_of_the_job(tmp_path: Path, monkeypatch: pytest.M
         message = refused(tmp_path / "in", tmp_path / "out", schema(files="log.csv.gz"), max_unpack_ratio=10)
         assert "max_unpack_ratio=10 times" in message
         assert run(tmp_path / "in", tmp_path / "out", schema(files="log.csv.gz")).read == {"impressions": 4000}
+
+
+@pytest.mark.parametrize("folder", [
+    "reference::{root}/refs.json", "zip://a::{root}/a.zip", "simplecache::s3://b", "http://127.0.0.1:9/", "github://a:b@/",
+    "reference://x", "dir::file://{root}", "data:,x://", "data:,x", "python://", "S3 ://b",
+])  # fmt: skip
+def test_only_stores_of_files_are_read(tmp_path: Path, folder: str) -> None:
+    """A data file of a --config-dir names its input: it cannot make fsspec follow references or fetch pages."""
+    (tmp_path / "refs.json").write_text('{"version": 1, "templates": {}, "refs": {"a.csv": "file:///etc/passwd"}}')
+    with pytest.raises(UserError, match=r"raw files are read from paths and from file://, s3://|no such file"):
+        find(folder.format(root=tmp_path), "*.csv")
+
+
+def test_a_path_with_colons_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "x.csv").write_text("a\n")
+    assert [file.path for file in find(str(tmp_path / "a:b"), "*.csv")] == [str(tmp_path / "a:b" / "x.csv")]
+    assert len(find(f"file://{tmp_path}/a:b", "*.csv")) == 1

@@ -1,35 +1,13 @@
-import importlib
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from job_calls import assert_one_line
 
 CONF = Path(__file__).parents[2] / "jobs" / "conf"
 JOBS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "job")
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Runs a job's command line in this process (a process each would take minutes); gives what it exits with or prints."""
-
-    def run(job: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [f"jobs.{job}", *map(str, arguments)])
-        try:
-            importlib.import_module(f"jobs.{job}").main()
-        except SystemExit as stopped:
-            return str(stopped.code)
-        return capsys.readouterr().out
-
-    return run
-
-
-def assert_one_line(said: str, *words: str) -> None:
-    assert said.startswith("error: "), said
-    assert "\n" not in said
-    assert [word for word in words if word not in said] == [], said
 
 
 @pytest.mark.parametrize("job", JOBS)

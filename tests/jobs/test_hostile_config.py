@@ -3,19 +3,19 @@
 An attack would create the file PROOF; its good twin is a file of a user's own, which still counts.
 """
 
-import importlib
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 import yaml
+from hostile_pickle import Payload
+from job_calls import Call, assert_one_line
 from omegaconf import OmegaConf
 
 from features.errors import UserError
@@ -23,26 +23,9 @@ from jobs import command_line
 from jobs.entry import environment
 from pipeline.overrides import setting
 
-Call = Callable[..., str]
 ROOT = Path(__file__).parents[2]
 TRAIN = ("dataset=nowhere", "run=nowhere")
 SCHEMA = yaml.safe_load((ROOT / "jobs" / "conf" / "data" / "demo.yaml").read_text())["schema"]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Call:
-    """Runs a job's command line in this process; gives what it exits with or prints."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(job: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [f"jobs.{job}", *map(str, arguments)])
-        try:
-            importlib.import_module(f"jobs.{job}").main()
-        except SystemExit as stopped:
-            return str(stopped.code)
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture
@@ -64,12 +47,6 @@ def logging_to(proof: Path) -> str:
     handlers = {"file": {"class": "logging.FileHandler", "filename": str(proof)}}
     logs = {"version": 1, "handlers": handlers, "root": {"handlers": ["file"], "level": "INFO"}}
     return yaml.safe_dump({"hydra": {"job_logging": logs, "job": {"env_set": {"PYTHONPATH": "/evil"}}}})
-
-
-def assert_one_line(said: str, *words: str) -> None:
-    assert said.startswith("error: "), said
-    assert "\n" not in said
-    assert [word for word in words if word not in said] == [], said
 
 
 @pytest.mark.parametrize("group", ["data", "model", "recipe", "interaction"])
@@ -210,11 +187,7 @@ def test_links_pipes_and_endless_folders_do_not_hang(call: Call, tmp_path: Path)
 def test_words_that_would_read_other_files_are_refused(
     words: list[str], call: Call, proof: Path, tmp_path: Path
 ) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[Any, Any]:
-            return Path.touch, (proof,)
-
-    (tmp_path / "pickle").write_bytes(pickle.dumps(Payload()))
+    (tmp_path / "pickle").write_bytes(pickle.dumps(Payload(proof)))
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "evil.yaml").write_text(logging_to(proof))
     places = {"PICKLE": str(tmp_path / "pickle"), "CONF": str(tmp_path / "outside")}

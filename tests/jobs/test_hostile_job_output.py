@@ -3,36 +3,20 @@
 import importlib
 import json
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from dataset_by_hand import draw_rows, write_dataset
+from hostile_text import HOSTILE, ORDINARY, Page, assert_tame
 
 from features.errors import UserError
-from features.printable import has_controls, printable
+from features.printable import printable
 from jobs.inspect import main
 from pipeline.dataset.card.card import read_card
 
-HOSTILE = [
-    "\x1b]0;owned\x07",
-    "\x9b31m",
-    "a\u202eb",
-    "a\rb",
-    "a\nb",
-    "a\0b",
-    "a\x7f",
-    "<script>x()</script>",
-    "$x_{$",
-    "a|b",
-]
-ORDINARY = ["é", "漢字", "🙂", "عربى", "two words"]
-
-
-def assert_tame(text: str) -> None:
-    assert not has_controls(text.replace("\n", "").replace("\t", "")), repr(text)
+STORED = [text for text in HOSTILE if text != "\ud800"]  # which no Arrow array holds
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +24,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its most frequent city takes the terminal over, others are markup or ordinary; so are reasons of dead letters."""
     folder = tmp_path_factory.mktemp("inspect") / "mine<b>\x1b[31m"
     rows = draw_rows(500)
-    values = [HOSTILE[0]] * 200 + [*HOSTILE, *ORDINARY] * 20
+    values = [STORED[0]] * 200 + ([*STORED, *ORDINARY] * 20)[:300]
     cities = pa.array(values, pa.large_string()).dictionary_encode()
     write_dataset(folder, rows.set_column(rows.column_names.index("city"), "city", cities))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -48,22 +32,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest["dead_letters"] = {"\x1b[2J: wrong value\nread  999": bad - 1, "é <img src=x>": 1}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
-
-
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.names: set[str] = set()
-        self.texts: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.names |= {name for name, _ in attrs}
-
-    def handle_data(self, data: str) -> None:
-        self.texts.add(data.strip())
 
 
 def test_values_and_reasons_are_shown_as_text_in_tables_and_on_the_page(dataset: Path, capsys: pytest.CaptureFixture):
@@ -77,9 +45,9 @@ def test_values_and_reasons_are_shown_as_text_in_tables_and_on_the_page(dataset:
     page = Page(text)
     assert_tame(text)
     assert not {"script", "b", "img", "iframe", "a", "link"} & page.tags
-    assert not {"src", "href", "onerror", "onload"} & page.names
+    assert not {"src", "href", "onerror", "onload"} & {name for name, _ in page.attributes}
     assert "default-src 'none'" in text
-    listed = {printable(value) for value in HOSTILE} & page.texts
+    listed = {printable(value) for value in STORED} & set(page.texts)
     assert len(listed) >= 6  # of the twelve most frequent values
     assert "mine<b>\\x1b[31m" in page.texts
 
@@ -91,7 +59,7 @@ def test_ordinary_values_are_shown_as_they_are(tmp_path: Path, capsys: pytest.Ca
     main([str(tmp_path / "é")])
     assert "漢字 é 🙂 عربى (" in capsys.readouterr().out
     page = Page((tmp_path / "é.card.html").read_text(encoding="utf-8"))
-    assert {"漢字 é 🙂 عربى", "<b>", "é"} <= page.texts
+    assert {"漢字 é 🙂 عربى", "<b>", "é"} <= set(page.texts)
 
 
 def drifted(**changes: Any) -> list[dict[str, Any]]:
@@ -136,9 +104,7 @@ def test_an_argument_is_quoted_without_its_controls(text: str, capsys: pytest.Ca
         main([str(tmp_path / text)])
     assert_tame(str(stopped.value))
     fault = " is not UTF-8" if text == "\udcff" else ": no dataset"
-    assert f"{printable(text)}{fault}" in str(stopped.value).replace(
-        printable(" ".join(text.split())), printable(text)
-    )
+    assert f"{printable(text)}{fault}" in str(stopped.value).replace(printable(" ".join(text.split())), printable(text))
     with pytest.raises(SystemExit):
         main(["data", f"--{text}"])
     printed = capsys.readouterr().err

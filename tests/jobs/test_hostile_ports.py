@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch.distributed as dist
+from hostile_pickle import Payload
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ("train.epochs=1", "train.batch_size=64", "log_level=warning")
@@ -104,16 +105,6 @@ def test_preprocessing_listens_on_loopback_only(workers: int, tmp_path: Path) ->
     found = all_ports(tmp_path / "log", "-m", "jobs.preprocess", *words)
     assert bool(found) == (workers > 1)  # Beam's servers for its worker processes
     assert {port for port in found if not on_loopback(port)} == set()
-
-
-class Payload:
-    """Creates a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
 
 
 RANKS = """

@@ -1,26 +1,18 @@
-"""Checkpoints that are damaged or half written: each is refused by name. Hostile ones: test_hostile_checkpoints.py."""
+"""Checkpoints that are damaged or half written: each is refused by name. Hostile ones: test_hostile_checkpoint*.py."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from features.errors import UserError
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest, writer
 
+pytestmark = pytest.mark.usefixtures("group")
 FILES = ["tensors.json", "rank-00000.bin", "manifest.json"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def state(fill: int | None = None) -> dict[str, Any]:

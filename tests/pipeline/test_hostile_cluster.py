@@ -119,8 +119,15 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, (good, _) in VALUES.items() for value in good])
 def test_one_value_is_accepted(field: str, value: Any) -> None:
-    work = submission(job="nightly", **{field: value})
-    assert yaml.safe_load_all(to_yaml(objects(work)))
+    policy, cron_job = yaml.safe_load_all(to_yaml(objects(submission(job="nightly", **{field: value}))))
+    assert (policy["kind"], cron_job["kind"]) == ("NetworkPolicy", "CronJob")
+    (container,) = pod_of(cron_job)["containers"]
+    if field == "args":
+        assert [expanded(arg, {}) for arg in container["args"]] == value
+    elif field == "image":
+        assert container["image"] == value
+    elif field == "schedule":
+        assert cron_job["spec"]["schedule"] == " ".join(value.split())
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, (_, bad) in VALUES.items() for value in bad])

@@ -7,15 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_text import HOSTILE, ORDINARY, Page, assert_tame
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from features.errors import Preempted, UserError
-from features.printable import has_controls, printable
+from features.printable import printable
 from jobs.entry import configure_logging, user_errors
 from pipeline.evaluation.report import html
 from pipeline.evaluation.report.plots import expert_heat_map, learning_curves
@@ -28,21 +28,6 @@ from pipeline.storage.files import append_line, read_lines, write_json
 from pipeline.terminal import PrintableStream, escape_output
 from pipeline.training.logging.metrics_writer import MetricsWriter
 
-HOSTILE = [
-    "\x1b]0;owned\x07",
-    "\x9b31m",
-    "a\u202eb",
-    "a\rb",
-    "a\nb",
-    "a\0b",
-    "a\x7f",
-    "\ud800",
-    "<script>x()</script>",
-    "$x_{$",
-    "a|b",
-]
-ORDINARY = ["é", "漢字", "🙂", "عربى", "two words", "C:\\x1b"]
-
 
 @contextmanager
 def escaped() -> Iterator[tuple[io.StringIO, io.StringIO]]:
@@ -54,10 +39,6 @@ def escaped() -> Iterator[tuple[io.StringIO, io.StringIO]]:
         patch.setenv("PYTHON_COLORS", "1")
         escape_output()
         yield out, err
-
-
-def assert_tame(text: str, keep: str = "\n\t") -> None:
-    assert not has_controls(text.translate({ord(character): None for character in keep})), repr(text)
 
 
 # The terminal
@@ -181,22 +162,6 @@ def test_tables_of_evaluations_have_no_controls_and_html_no_markup_of_names(tmp_
         assert name in table(results_of([name], tmp_path), style)
 
 
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str | None]] = []
-        self.texts = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.texts += data
-
-
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_a_report_has_no_markup_of_data_and_loads_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run<b>\x1b]0;owned\x07"
@@ -213,7 +178,7 @@ def test_a_report_has_no_markup_of_data_and_loads_nothing(tmp_path: Path) -> Non
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "default-src 'none'" in text
     for name in ["漢字", "<script>x()</script>", "$x_{$", printable(dataset)]:
-        assert name in page.texts
+        assert name in "".join(page.texts)
     assert (folder / "ne.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "gates.png").read_bytes().startswith(b"\x89PNG")
 

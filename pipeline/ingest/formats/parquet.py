@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from features.parquet_pages import mapped
+from features.parquet_schema import check_nesting
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import convert_columns
@@ -22,11 +23,13 @@ class Parquet(RawFormat):
     def column_names(self, file: RawFile) -> list[str] | None:
         """See RawFormat."""
         with readable(file.path), open_raw(file.path) as raw:
+            check_nesting(raw, file.path)
             return pq.ParquetFile(raw).schema_arrow.names
 
     def units(self, file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:  # noqa: ARG002
         """See RawFormat. The footer has the number of rows in each row group, so any file can be cut."""
         with readable(file.path), open_raw(file.path) as raw:
+            check_nesting(raw, file.path)
             footer = pq.ParquetFile(raw).metadata
             groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
             if any(g.num_rows < 0 or g.total_byte_size < 0 for g in groups):
@@ -44,6 +47,7 @@ class Parquet(RawFormat):
         """See RawFormat."""
         path, row = unit.file.path, 0
         with readable(path), open_raw(path) as raw:
+            check_nesting(raw, path)
             file = pq.ParquetFile(raw, pre_buffer=True)
             stop = file.num_row_groups if unit.stop is None else unit.stop
             groups = range(unit.start, stop)

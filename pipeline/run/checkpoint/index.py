@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from features.errors import UserError
 from features.plain_json import Count, first_fault
 from features.printable import printable
-from features.regular_files import read_regular
+from features.regular_files import lstat_regular, read_regular
 from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, FileName
 
-MAX_INDEX_BYTES = 1 << 30
+MAX_INDEX_BYTES = 256 << 20
 MAX_DIMENSIONS = 8
 MAX_COMPARISONS = 1 << 28  # of two parts of a tensor: about a second; 16 thousand parts that are all side by side
 ALIGNMENT = 64  # bytes, of a part's start in its file
@@ -93,7 +93,7 @@ def volume(sizes: list[int]) -> int:
 
 
 def read_index(path: Path, manifest: CheckpointManifest) -> Index:
-    """The index of a checkpoint, compared with the sizes that the manifest gives its files.
+    """The index of a checkpoint, compared with the sizes of its files.
 
     Raises:
         UserError: it is missing, is none, or names bytes that a file does not have.
@@ -104,6 +104,9 @@ def read_index(path: Path, manifest: CheckpointManifest) -> Index:
         raise UserError(f"{path / INDEX} is missing") from None
     except (ValidationError, RecursionError) as error:
         raise UserError(f"{path / INDEX} is not the index of a checkpoint: {first_fault(error)}") from None
+    for file, (listed, _) in manifest.files.items():
+        if (status := lstat_regular(path, file)) is None or status.st_size != listed:
+            raise UserError(f"{path / file} is missing, or has another size than the manifest has. Restore it.")
     taken: Counter[str] = Counter()
     for name, entry in index.tensors.items():
         for part in entry.parts:

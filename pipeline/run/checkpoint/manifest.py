@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
 from features.plain_json import Count, first_fault
-from features.regular_files import lstat_regular, read_regular
+from features.regular_files import lstat_regular, read_regular, refuse_link
 from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
 
@@ -70,6 +70,7 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 def read(path: Path) -> CheckpointManifest:
     """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version."""
+    refuse_link(path)
     try:
         content = read_regular(path, "manifest.json", MAX_MANIFEST_BYTES)
         version = _Version.model_validate_json(content).version
@@ -111,5 +112,5 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending; `check` says whether their files are whole."""
-    found = (p for p in checkpoints.glob("step-*") if (p / "manifest.json").exists())
+    found = (p for p in checkpoints.glob("step-*") if not p.is_symlink() and (p / "manifest.json").exists())
     return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())

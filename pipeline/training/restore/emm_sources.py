@@ -10,6 +10,7 @@ from features.errors import UserError
 from models.emm import PERCEPTRONS, EMMSettings, FusedRanker, Source
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.scorer import check_fits
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.config import TrainConfig
@@ -78,6 +79,7 @@ def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
         wrong = f"has calibration {model.calibration}; a source has none, the fused model may"
     if wrong:
         raise UserError(f"model.from: {run.path} {wrong}.")
+    check_fits(path, run.schema(), dataset.encoders, model)
     return Source(run=str(run.path), step=checkpoint.read(path).step, task=tasks[0], model=model)
 
 
