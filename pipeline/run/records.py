@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator
 
 from features.errors import UserError
 from features.plain_json import first_fault
@@ -10,7 +10,9 @@ from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
 
-Weights = Annotated[list[float], Field(max_length=4096)]  # of a unit's experts
+LARGEST = 1e100  # of a metric: what is near the largest float cannot be drawn
+Weights = Annotated[list[FiniteFloat], Field(min_length=1, max_length=4096)]  # of a unit's experts
+Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Levels = Annotated[list[Annotated[list[Weights], Field(max_length=1024)]], Field(max_length=64)]
 
 
@@ -28,7 +30,7 @@ class Record(BaseModel):
     checkpoint: str | None = None
     split: str
     dataset: str
-    metrics: dict[str, dict[str, float | None]]
+    metrics: dict[str, dict[str, Value | None]]
     rows: Annotated[int, Field(ge=0)] | None = None
     gates: Levels | None = None
 

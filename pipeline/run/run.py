@@ -6,9 +6,9 @@ import stat
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from features.errors import UserError
 from features.plain_json import first_fault, read_json, validated
@@ -42,7 +42,7 @@ class Status(BaseModel):
 class _RunConfig(BaseModel):
     """What is read of a run's config.yaml, which may have been handed over; `model` is checked where it is built."""
 
-    dataset: str
+    dataset: Annotated[str, Field(pattern="^[^\0]*$")]
     days: str | None = None
     tasks: list[str] | None = None
     model: dict[str, Any]
@@ -156,5 +156,6 @@ def _check_kinds(path: Path) -> None:
         for file in sorted((path / name).iterdir()) if (path / name).is_dir() else ():
             with suppress(FileNotFoundError):  # written and renamed meanwhile
                 mode = file.lstat().st_mode
-                if not stat.S_ISREG(mode) and not (name == "tensorboard" and stat.S_ISDIR(mode)):
+                is_other_folder = stat.S_ISDIR(mode) and (name == "tensorboard" or file.name.startswith("."))
+                if not stat.S_ISREG(mode) and not is_other_folder:
                     raise irregular(file, mode)

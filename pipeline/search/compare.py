@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from features.errors import UserError
-from features.plain_json import read_json, validated
+from features.plain_json import first_fault, read_json, validated
 from features.regular_files import lstat_regular, refuse_link
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import predictions
@@ -31,6 +31,7 @@ from pipeline.run.headline import RANKING
 from pipeline.run.run import Run
 from pipeline.search.comparison import SHARES, Entry
 from pipeline.storage.files import appending, make_folder, read_lines, write_json
+from pipeline.training.config import Settings
 
 MAX_JSON_BYTES = 1 << 20  # of made.json and trees.json
 
@@ -133,10 +134,12 @@ class Runs:
             own.append(f"model.from={self._emm_sources(seed)}")
         self._train(path, seed, [*own, f"train.checkpoint_at={list(SHARES)}"])
         run = Run(path)
-        name_of_rows, train = dataset_of(run, EvaluateConfig(run=path)).name, run.config()["train"]
+        name_of_rows, train = dataset_of(run, EvaluateConfig(run=path)).name, settings_of(run)
         valid = self._evaluate(run, name_of_rows)
+        if not valid or not valid[-1]["step"]:
+            raise UserError(f"{path}: no checkpoint of it has been evaluated. Remove it: it is trained again.")
         steps, total = [r["step"] for r in valid], valid[-1]["step"]
-        every = train["checkpoint_every"] or max(1, total // train["epochs"])
+        every = train.checkpoint_every or max(1, total // train.epochs)
         regular = [r for r in valid if r["step"] % every == 0 or r["step"] == total]
         step = stop_early(regular, self.kinds, self.config.patience)
         early = [min(steps, key=lambda s: abs(s - share * total)) for share in (*SHARES, 1)]
@@ -144,7 +147,7 @@ class Runs:
         rates = [rate for r in read_lines(run.train_metrics) if isinstance(rate := r.get("rows_per_s"), float)][1:]
         record = {
             "step": step,
-            "epoch": round(step * train["epochs"] / total, 1),
+            "epoch": round(step * train.epochs / total, 1),
             "rows_per_s": statistics.median(rates or [float("nan")]),
             "metrics": metrics[step],
             "early": {f"{round(s / total * 7)}/7": metrics[s] for s in early},
@@ -194,6 +197,14 @@ class Runs:
         found = records.latest(run, "test", rows)
         check_complete(found.values(), self.kinds, run)
         return {step: record["metrics"] for step, record in found.items()}
+
+
+def settings_of(run: Run) -> Settings:
+    """The training settings of a run. Raises UserError where its config.yaml has others than jobs.train writes."""
+    try:
+        return Settings.model_validate(run.config()["train"])
+    except ValidationError as error:
+        raise UserError(f"{run.path / 'config.yaml'}: train.{first_fault(error)}. Restore it.") from None
 
 
 def stop_early(evaluated: Sequence[Mapping[str, Any]], kinds: Mapping[str, str], patience: int) -> int:

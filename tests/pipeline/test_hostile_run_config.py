@@ -45,6 +45,7 @@ def test_what_jobs_train_writes_is_read(tmp_path: Path) -> None:
         ("a: &a [x]\nb: *a\n", "anchors and aliases"),
         ("model: {}", "dataset: Field required"),
         (changed("dataset", ["/a", "/b"]), "dataset: "),
+        (changed("dataset", "/a\0b"), "dataset: "),
         (changed("tasks", 5), "tasks: "),
         (changed("tasks", [{"a": 1}]), "tasks.0: "),
         (changed("days", 5), "days: "),

@@ -97,6 +97,14 @@ def test_a_run_may_be_named_by_a_link(tmp_path):
         assert (tmp_path / "run/metrics/.test.lock").exists()
 
 
+def test_a_hidden_folder_of_an_editor_is_no_fault_of_a_run(tmp_path):
+    for name in ("metrics", "predictions"):
+        (tmp_path / name / ".ipynb_checkpoints").mkdir(parents=True)
+    Run(tmp_path)
+    (tmp_path / "metrics" / "folder").mkdir()
+    assert "metrics/folder" in refused(lambda: Run(tmp_path))
+
+
 def test_links_that_appear_once_a_run_is_open_are_not_followed(tmp_path, outside):
     run = Run(tmp_path / "run")
     make_folder(run.eval_metrics.parent)
@@ -230,6 +238,8 @@ def test_a_line_that_never_ends_is_not_kept_in_memory(tmp_path, monkeypatch):
         lambda record: record.update(gates=[[[0.5] * 5000]]),
         lambda record: record.update(gates=[[[0.5], [0.5, 0.5]]]),
         lambda record: record.update(gates=[[]]),
+        lambda record: record.update(gates=[[[]]]),
+        lambda record: record["metrics"][next(iter(record["metrics"]))].update(ne=1e308),
     ],
 )
 def test_a_record_that_reports_cannot_show_is_refused(trained, tmp_path, edit):

@@ -61,7 +61,7 @@ def test_torchruns_static_rendezvous_shares_the_server_and_listens_nowhere_else(
     before = listening()
     # As torch.distributed.elastic.rendezvous.static_tcp_rendezvous does.
     shared = dist.TCPStore("127.0.0.1", free, 1, True, timedelta(seconds=5), multi_tenant=True)
-    assert listening() == before
+    assert set(listening()) <= set(before), "stores of earlier tests may end meanwhile"
     shared.set("key", "value")
     assert store.get("key") == b"value"
 
@@ -93,7 +93,7 @@ def test_node_0_of_several_listens_at_the_address_it_is_given_and_the_others_now
 ) -> None:
     words, before = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={free}"), listening()
     assert rendezvous.choose(options(*words, "--node-rank=1")) is None
-    assert listening() == before
+    assert set(listening()) <= set(before), "stores of earlier tests may end meanwhile"
     store = rendezvous.choose(options(*words, "--node-rank=0"))
     assert [port for port in listening() if port not in before] == [("127.0.0.1", free)]
     assert capfd.readouterr().err == ""

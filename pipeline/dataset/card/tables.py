@@ -121,7 +121,7 @@ def _ids(card: dict[str, Any]) -> Table:
         if "vocabulary" in found:
             top = f"{_cut(found['top'][0][0])} ({percent(found['top'][0][1])})" if found["top"] else NOTHING
             seen = f"{found['seen']:,} of {found['vocabulary']:,}"
-            cells = [f"{found['distinct']:,}", seen, percent(found["unknown"]), top]
+            cells = [f"{found['distinct']:,}", seen, percent(found.get("unknown")), top]
         length = number(found["length"]) if found.get("length") is not None else NOTHING
         lines.append([name, percent(found["missing"]), *cells, length])
     header = ["id", "missing", "distinct values", "vocabulary seen", "unknown", "most frequent", "values in a list"]
