@@ -9,7 +9,7 @@ days each day is permuted and cut by itself, and a lane reads its part of one da
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -22,7 +22,7 @@ from features.batch import Batch, Rows
 from features.errors import UserError, one_line
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.shards import open_shard
+from pipeline.dataset.shards import check_ids, open_shard
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Loader:
         ahead: batches decoded in advance.
         max_corrupt: share of the split's rows that may be in row groups whose content is damaged. They become rows that count
             in nothing, which keeps all others in their places; each rank logs it once a row group.
+        table_sizes: see `pipeline.dataset.shards.table_sizes`; ids outside of their table are then an error. None: not checked.
 
     Raises:
         UserError: an empty split, or sizes that do not divide.
@@ -75,6 +76,7 @@ class Loader:
         window: int = 0,
         ahead: int = 4,
         max_corrupt: float = 0.0,
+        table_sizes: Mapping[str, int | None] | None = None,
     ) -> None:
         if lanes % ranks:
             raise UserError(
@@ -89,6 +91,7 @@ class Loader:
         self.share, self.size = batch_size // lanes, batch_size // ranks
         self.window, self.ahead = window, ahead
         self.max_corrupt, self.corrupt = max_corrupt, set[int]()
+        self.table_sizes = table_sizes or {}
         groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
         self.groups = [(shard.path, index) for shard, index, _ in groups]
         self.row_id_offsets = {shard.path: dataset.row_id_offset(shard) for shard in self.shards}
@@ -214,6 +217,8 @@ class Loader:
                     "rows out with train.corrupt=skip."
                 ) from None
             return self._blank(group, what)
+        for name, size in self.table_sizes.items():
+            check_ids(self.dataset.path / path, name, table[name].combine_chunks(), size)
         rows = Rows.decode(table, self.schema)
         if offset := self.row_id_offsets[path]:
             rows.row_id_N += offset

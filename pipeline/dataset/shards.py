@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
@@ -44,3 +45,26 @@ def check_row_groups(footer: pq.FileMetaData, path: Path, shard: Shard) -> None:
     """Raises UserError unless the row groups of a file are those that the manifest lists."""
     if [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] != shard.row_groups:
         raise UserError(f"{path}: its row groups have other numbers of rows than in the manifest. {RESTORE_HINT}")
+
+
+def table_sizes(dataset: Dataset) -> dict[str, int | None]:
+    """Rows of the table of each feature of ids; None for a managed one, whose ids are hashes."""
+    schema, encoders = dataset.schema, dataset.encoders
+    tables = {name: schema.table_of(name) for name in schema.sparse}
+    return {n: None if schema.all_tables[t].managed else encoders.num_embeddings(t) for n, t in tables.items()}
+
+
+def check_ids(file: Path, feature: str, ids: pa.Array, size: int | None) -> None:
+    """Ids lie in their table: 0 .. size - 1; those of a managed table (None) are hashes, of which none is negative.
+
+    Raises:
+        UserError: one does not, or is missing; such a one would be read from the memory of other rows, or end training.
+    """
+    values = ids.flatten() if pa.types.is_list(ids.type) else ids
+    found = pc.min_max(values).as_py()
+    if ids.null_count or values.null_count:
+        raise UserError(f"{file}: an id of {feature} is missing. {RESTORE_HINT}")
+    if len(values) and (found["min"] < 0 or (size is not None and found["max"] >= size)):
+        bad = found["min"] if found["min"] < 0 else found["max"]
+        rows = f"0 .. {size - 1:,}" if size is not None else "0 and above"
+        raise UserError(f"{file}: id {bad:,} of {feature} is not in its table, which has {rows}. {RESTORE_HINT}")

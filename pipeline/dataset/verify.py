@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
@@ -20,7 +19,7 @@ from features.regular_files import lstat_regular
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.manifest import UNLISTED_FILES, Listed, Shard, check_equal, footer_sha256
-from pipeline.dataset.shards import check_row_groups
+from pipeline.dataset.shards import check_ids, check_row_groups, table_sizes
 from pipeline.storage.files import sha256
 
 IDS_AT_ONCE = 1 << 26  # row ids held in memory, 0.5 GB
@@ -114,41 +113,22 @@ def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
 def _check_rows(dataset: Dataset, shard: Shard) -> None:
     """A shard's columns, rows and labels."""
     file = dataset.path / shard.path
-    tables = {name: dataset.schema.table_of(name) for name in dataset.schema.sparse}
-    sizes = {
-        n: dataset.encoders.num_embeddings(t) for n, t in tables.items() if not dataset.schema.all_tables[t].managed
-    }
+    sizes = table_sizes(dataset)
     with _opened(file, shard.bytes) as parquet:
         if different := _kinds(parquet.schema_arrow) ^ _kinds(dataset.columns):
             raise UserError(f"{file}: column {printable(min(different)[0])} differs from the schema. {RESTORE_HINT}")
         check_row_groups(parquet.metadata, file, shard)
         observed, totals = dict.fromkeys(shard.observed, 0), dict.fromkeys(shard.observed, 0.0)
-        for batch in parquet.iter_batches(BATCH, columns=[*(f"label.{task}" for task in observed), *tables]):
+        for batch in parquet.iter_batches(BATCH, columns=[*(f"label.{task}" for task in observed), *sizes]):
             for task in observed:
                 label = batch[f"label.{task}"]
                 observed[task] += len(label) - label.null_count
                 totals[task] += float(label.drop_null().to_numpy().sum(dtype=np.float64))
-            for name in tables:
-                _check_ids_of(file, name, batch[name], sizes.get(name))
+            for name, size in sizes.items():
+                check_ids(file, name, batch[name], size)
     for task, count in observed.items():
         check_equal(file, f"observed labels of {task}", count, shard.observed[task])
         check_equal(file, f"sum of labels of {task}", totals[task], shard.positives[task])
-
-
-def _check_ids_of(file: Path, feature: str, ids: pa.Array, size: int | None) -> None:
-    """Ids lie in their table: 0 .. size - 1; those of a managed table (None) are hashes, of which none is negative.
-
-    Raises:
-        UserError: one does not, or is missing; such a one would be read from the memory of other rows, or end training.
-    """
-    values = ids.flatten() if pa.types.is_list(ids.type) else ids
-    found = pc.min_max(values).as_py()
-    if ids.null_count or values.null_count:
-        raise UserError(f"{file}: an id of {feature} is missing. {RESTORE_HINT}")
-    if len(values) and (found["min"] < 0 or (size is not None and found["max"] >= size)):
-        bad = found["min"] if found["min"] < 0 else found["max"]
-        rows = f"0 .. {size - 1:,}" if size is not None else "0 and above"
-        raise UserError(f"{file}: id {bad:,} of {feature} is not in its table, which has {rows}. {RESTORE_HINT}")
 
 
 def _kinds(columns: pa.Schema) -> set[tuple[str, str]]:

@@ -20,6 +20,7 @@ from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
+from pipeline.dataset.shards import table_sizes
 from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import ExpertWeights
 from pipeline.evaluation.metrics.accumulator import Metrics
@@ -42,7 +43,7 @@ class Scorer:
         self.schema = run.schema()
         dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
-        self.loader = Loader(dataset, split, batch_size)
+        self.loader = Loader(dataset, split, batch_size, table_sizes=table_sizes(dataset))
         self.model = ModelConfig.of_run(run.config(), run.path)
 
     @cached_property

@@ -17,6 +17,7 @@ from features.errors import Preempted, UserError
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
+from pipeline.dataset.shards import table_sizes
 from pipeline.run import checkpoint, retention
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import CheckpointWriter
@@ -60,7 +61,7 @@ class Trainer:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.loader = Loader(
             dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window,
-            max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0,
+            max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(dataset),
         )  # fmt: skip
         position = self.loader.start()
         self.epoch_steps = self.loader.steps(position)

@@ -25,6 +25,7 @@ from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.manifest import Manifest, read_manifest
+from pipeline.dataset.shards import table_sizes
 from pipeline.dataset.verify import verify
 
 SHARD = "train/part-00000-of-00002.parquet"
@@ -226,14 +227,21 @@ def set_ids(table: pa.Table, name: str, value: int) -> pa.Table:
 
 @pytest.mark.parametrize("name", ["city", "user", "age", "tags"])
 @pytest.mark.parametrize("place", ["first", "last", "past the last", "far", "negative"])
-def test_verify_finds_an_id_outside_of_its_table(folder, name, place):
+def test_verify_and_the_loader_find_an_id_outside_of_its_table(folder, name, place):
     size = Dataset(folder).encoders.num_embeddings(name)
     ids = {"first": 0, "last": size - 1, "past the last": size, "far": 2**31 - 1, "negative": -1}
     replace_shard(folder, lambda table: set_ids(table, name, ids[place]))
+
+    def load(dataset):
+        loader = Loader(dataset, "train", 50, table_sizes=table_sizes(dataset))
+        return list(loader.batches(loader.start()))
+
     if ids[place] in (0, size - 1):
         assert len(list(verify(Dataset(folder)))) == 7
-    else:
-        said = refused(folder, lambda d: list(verify(d)))
+        assert load(Dataset(folder))
+        return
+    for read in (lambda d: list(verify(d)), load):
+        said = refused(folder, read)
         assert f"{SHARD}: id {ids[place]:,} of {name} is not in its table, which has 0 .. {size - 1:,}" in said
 
 
