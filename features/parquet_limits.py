@@ -1,4 +1,4 @@
-"""Limits of a Parquet file that somebody handed over, checked in its footer before anything is decoded."""
+"""Limits of an untrusted Parquet file, checked in its footer before anything is decoded."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""JSON of a file that somebody handed over: of limited size and depth, with numbers that fit 64 bits, or one line of error."""
+"""Untrusted JSON: limited size and depth, numbers of 64 bits, errors of one line."""
 
 import json
 import math

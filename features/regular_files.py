@@ -1,4 +1,4 @@
-"""Files of a folder that somebody handed over: regular ones below it, never what a link, a pipe or a device leads to."""
+"""Files of an untrusted folder: regular ones below it; links, pipes and devices are refused."""
 
 import errno
 import os

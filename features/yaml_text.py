@@ -1,4 +1,4 @@
-"""YAML that somebody handed over: read as yaml.safe_load reads it, in bounded time and memory, without aliases."""
+"""Untrusted YAML: read as yaml.safe_load reads it, in bounded time and memory, without aliases."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """A command line and the files of its --config-dir, checked before Hydra reads them: what Hydra composes can run code.
 
-A folder of configuration files may have been handed over. Its files fill the groups of jobs/conf and nothing else, Hydra's
+A folder of configuration files may be untrusted. Its files fill the groups of jobs/conf and nothing else, Hydra's
 own settings least of all: those name Python classes, log files and environment variables.
 """
 

@@ -73,7 +73,7 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def of_run(cls, content: dict[str, Any], run: Path) -> "ModelConfig":
-        """The model of a run's config.yaml, which may have been handed over. Raises UserError where it is none."""
+        """The model of a run's config.yaml, which may be untrusted. Raises UserError where it is none."""
         try:
             return cls.model_validate(content["model"])
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The files of fitted encoders: which there are, and their content read without trust in whoever handed them over."""
+"""The files of fitted encoders: their names, and their content as untrusted input."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,6 +1,6 @@
 """A job as typed Kubernetes objects: train an Indexed Job, one pod a node; preprocess a Job; nightly a CronJob.
 
-Each comes after a NetworkPolicy of its own: the rendezvous of torchrun and gloo believe whoever connects.
+Each comes after a NetworkPolicy of its own: the rendezvous of torchrun and gloo do not authenticate clients.
 """
 
 import math

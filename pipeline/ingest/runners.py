@@ -111,7 +111,7 @@ def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, un
 def _on_loopback() -> Iterator[None]:
     """Servers that Beam starts meanwhile, for worker processes of this machine, listen on 127.0.0.1 only.
 
-    It has no setting for that: they would listen on all interfaces, and exchange pickled functions and rows with whoever
+    It has no setting for that: they would listen on all interfaces, and exchange pickled functions and rows with anyone who
     connects.
     """
     make = grpc.server

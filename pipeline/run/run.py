@@ -40,7 +40,7 @@ class Status(BaseModel):
 
 
 class _RunConfig(BaseModel):
-    """What is read of a run's config.yaml, which may have been handed over; `model` is checked where it is built."""
+    """What is read of a run's config.yaml, which may be untrusted; `model` is checked where it is built."""
 
     dataset: Annotated[str, Field(pattern="^[^\0]*$")]
     days: str | None = None

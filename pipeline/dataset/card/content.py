@@ -1,4 +1,4 @@
-"""What statistics.json may hold: checked where it is read, since it may have been handed over."""
+"""What statistics.json may hold: checked where it is read, since a dataset may be untrusted."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""What an Avro file may unpack to, checked before fastavro decodes it: it believes the sizes that a file gives."""
+"""What an Avro file may unpack to, checked before fastavro decodes it, which allocates whatever sizes a file gives."""
 
 import bz2
 import io

@@ -53,7 +53,7 @@ def start() -> torch.device:
 def listen_on_loopback() -> None:
     """Where all ranks are on this machine, gloo and NCCL use its loopback interface, unless the environment names another.
 
-    gloo would listen at the address of the host's name, NCCL at the first interface. Neither asks who connects.
+    gloo would listen at the address of the host's name, NCCL at the first interface. Neither authenticates its peers.
     """
     if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
