@@ -1,8 +1,8 @@
 """Where torchrun's agents meet: on 127.0.0.1 where one node trains, on one interface of node 0 where several do.
 
 A TCPStore of torch listens on all interfaces and does not authenticate clients. Agents that meet by c10d unpickle what is in
-it, so anyone who can connect can execute code on their machines; the static rendezvous reads JSON. It shares the server that its
-process has at its port already, hence the store that `choose` makes beforehand, on a socket that is bound to one address.
+it, so anyone who can connect can execute code on their machines; the static rendezvous reads JSON. It shares the server that
+its process has at its port already, hence the store that `choose` makes beforehand, on a socket bound to one address.
 """
 
 import errno
