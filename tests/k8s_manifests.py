@@ -1,5 +1,7 @@
 """Manifests for tests: what a submission with given values creates, by kind."""
 
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,13 @@ from pipeline.cluster.kubernetes_manifests import objects, to_yaml
 
 ROOT = Path(__file__).parents[1]
 DIGEST = "sha256:" + "0123456789abcdef" * 4
+
+
+def kustomized(folder: Path) -> list[dict[str, Any]]:
+    """The objects of a kustomization as kubectl, of the environment that runs the tests, reads them."""
+    command = [str(Path(sys.executable).with_name("kubectl")), "kustomize", str(folder)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return list(yaml.safe_load_all(text))
 
 
 @cache

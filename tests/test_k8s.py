@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from k8s_manifests import documents, submission
+from k8s_manifests import documents, kustomized, submission
 
 from pipeline.cluster.kubernetes_manifests import PORT, UID, claims, objects, to_yaml
 from pipeline.cluster.kustomize import DEMO, base_files
@@ -135,15 +134,12 @@ def test_a_base_for_gpus_gives_them_to_train_alone(tmp_path: Path) -> None:
     assert [name for name, text in files.items() if "nvidia.com/gpu" in text] == ["train.yaml"]
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="needs kubectl kustomize")
 def test_an_overlay_may_put_a_prefix_before_every_name(tmp_path: Path) -> None:
     shutil.copytree(BASE, tmp_path / "base")
     overlay = {"resources": ["../base"], "namePrefix": "stage-", "namespace": "ml"}
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
-    command = ["kubectl", "kustomize", str(tmp_path / "overlay")]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = {(d["kind"], d["metadata"]["name"]): d for d in yaml.safe_load_all(text)}
+    found = {(d["kind"], d["metadata"]["name"]): d for d in kustomized(tmp_path / "overlay")}
     assert_ranks_can_meet(found["Service", "stage-taskfuse-train"], found["Job", "stage-taskfuse-train"])
 
 

@@ -1,14 +1,13 @@
 """k8s/: what every pod may do, asserted over all jobs as submitted, in the base and in an overlay of it."""
 
 import shutil
-import subprocess
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
-from k8s_manifests import DIGEST, ROOT, documents, pod_of
+from k8s_manifests import DIGEST, ROOT, documents, kustomized, pod_of
 
 from pipeline.cluster.base import Job
 
@@ -47,14 +46,10 @@ def base() -> list[dict[str, dict[str, Any]]]:
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> list[dict[str, dict[str, Any]]]:
-    if not shutil.which("kubectl"):
-        pytest.skip("needs kubectl kustomize")
     shutil.copytree(BASE, tmp_path / "base")
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(OVERLAY))
-    command = ["kubectl", "kustomize", str(tmp_path / "overlay")]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    return by_kind(list(yaml.safe_load_all(text)))
+    return by_kind(kustomized(tmp_path / "overlay"))
 
 
 def main_of(workload: dict[str, dict[str, Any]]) -> dict[str, Any]:

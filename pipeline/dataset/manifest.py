@@ -171,8 +171,8 @@ def check_sums(manifest: Manifest, file: Path) -> None:
     for shard in manifest.shards:
         check_equal(file, f"rows of the row groups of {shard.path}", sum(shard.row_groups), shard.rows)
     bad = dict.fromkeys(manifest.read, 0)
-    for letters in manifest.dead_letter_files:
-        bad[letters.stream] = bad.get(letters.stream, 0) + letters.rows
+    for part in manifest.dead_letter_files:
+        bad[part.stream] = bad.get(part.stream, 0) + part.rows
     for stream, count in bad.items():
         if stream == "impressions":
             placed = sum(manifest.rows.values()) + sum(manifest.left_out.values())

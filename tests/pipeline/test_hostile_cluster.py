@@ -1,8 +1,6 @@
 """Values of a submission that try to be more than one value: of another field, of YAML, of Kubernetes' own variables."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from k8s_manifests import DIGEST, documents, pod_of, submission
+from k8s_manifests import DIGEST, documents, kustomized, pod_of, submission
 from pydantic import ValidationError
 
 from features.errors import UserError
@@ -216,9 +214,7 @@ def test_kubectl_reads_the_values_that_were_written(tmp_path: Path) -> None:
     work = submission(job="nightly", **given_values)
     (tmp_path / "all.yaml").write_text(to_yaml(objects(work)))
     (tmp_path / "kustomization.yaml").write_text("resources: [all.yaml]\n")
-    command = [str(Path(sys.executable).with_name("kubectl")), "kustomize", str(tmp_path)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    read, written = list(yaml.safe_load_all(text)), list(yaml.safe_load_all(to_yaml(objects(work))))
+    read, written = kustomized(tmp_path), list(yaml.safe_load_all(to_yaml(objects(work))))
     assert sorted(read, key=lambda d: d["kind"]) == sorted(written, key=lambda d: d["kind"])
     assert written[-1]["metadata"] == {"name": "y", "namespace": "1e3", "labels": written[-1]["metadata"]["labels"]}
 
