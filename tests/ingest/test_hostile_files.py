@@ -152,7 +152,7 @@ def test_the_ratio_is_a_setting_of_the_job(tmp_path: Path, monkeypatch: pytest.M
 def test_only_stores_of_files_are_read(tmp_path: Path, folder: str) -> None:
     """A data file of a --config-dir names its input: it cannot make fsspec follow references or fetch pages."""
     (tmp_path / "refs.json").write_text('{"version": 1, "templates": {}, "refs": {"a.csv": "file:///etc/passwd"}}')
-    with pytest.raises(UserError, match=r"raw files are read from paths and from file://, s3://|no such file"):
+    with pytest.raises(UserError, match="raw files are read from paths and from file://, s3://"):
         find(folder.format(root=tmp_path), "*.csv")
 
 
