@@ -312,3 +312,19 @@ def test_the_schema_of_an_index_names_only_numbers() -> None:
     """Whatever is added to the types: none of them is Python's or a string's."""
     kinds = Index.model_json_schema()["$defs"]["TensorEntry"]["properties"]["dtype"]["enum"]
     assert all(isinstance(torch.empty(1, dtype=getattr(torch, kind)).item(), (float, int, bool)) for kind in kinds)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_empty_part_does_not_stand_for_the_one_that_begins_with_it(tmp_path: Path, place: int) -> None:
+    path, loaded = saved(tmp_path), state()
+    wanted = state()
+    checkpoint.load(path, wanted, alone=True)
+
+    def insert(index: dict[str, Any]) -> None:
+        [part] = entry(index)["parts"]
+        empty = part | {"sizes": [0, 5], "start": 64 if part["start"] != 64 else 0}
+        entry(index)["parts"].insert(place, empty)
+
+    change_index(path, insert)
+    checkpoint.load(path, loaded, alone=True)
+    assert torch.equal(loaded["model"]["a.weight"], wanted["model"]["a.weight"])

@@ -69,7 +69,8 @@ class _Reader(dcp.StorageReader):
         self.parts = {
             MetadataIndex(name, part.offsets): (entry, part)
             for name, entry in index.tensors.items()
-            for part in entry.parts
+            # An empty part may begin where another does, and must not stand for it.
+            for part in sorted(entry.parts, key=lambda part: volume(part.sizes))
         }
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
