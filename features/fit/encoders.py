@@ -1,7 +1,7 @@
 """Encoders: fitted on the train split, saved as JSON and Parquet; they turn parsed rows into dataset columns."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,8 @@ class Encoders:
         moments: per dense feature, after its transform.
         edges: ascending edges of bins, of a piecewise number in the scale of the dataset's column, of a table in the raw one.
         missing: per dense feature, how many rows of the train split lacked it.
+        kept_from, kept_tables: where a schema had grown, the encoders_id of those of which some were kept, and the tables whose
+            ids mean what they meant there (see features.fit.reuse).
     """
 
     schema: Schema
@@ -39,6 +41,8 @@ class Encoders:
     moments: dict[str, Moments]
     edges: dict[str, list[float]]
     missing: dict[str, int] = field(default_factory=dict)
+    kept_from: str | None = None
+    kept_tables: tuple[str, ...] = ()
 
     @classmethod
     def fit(cls, schema: Schema, statistics: Statistics) -> "Encoders":
@@ -95,6 +99,7 @@ class Encoders:
             },
         }
         content |= {"edges": self.edges} if self.edges else {}
+        content |= {"kept": {"encoders": self.kept_from, "tables": self.kept_tables}} if self.kept_from else {}
         (folder / "encoders.json").write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -108,6 +113,8 @@ class Encoders:
         moments = {name: Moments(m.count, m.mean, m.squares) for name, m in content.moments.items()}
         missing = {name: m.missing for name, m in content.moments.items()}
         encoders = cls(schema, {}, moments, content.edges, missing)
+        if content.kept:
+            encoders = replace(encoders, kept_from=content.kept.encoders, kept_tables=tuple(content.kept.tables))
         for name, count in content.num_embeddings.items():
             if schema.all_tables[name].counted:
                 encoders.vocabularies[name] = read_vocabulary(folder, name, count - encoders._first(name))

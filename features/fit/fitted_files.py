@@ -30,14 +30,22 @@ class MomentsEntry(BaseModel):
     squares: Annotated[FiniteFloat, Field(ge=0)]
 
 
+class KeptEntry(BaseModel):
+    """The encoders of which some were kept, by the encoders_id of their dataset, and the tables that were."""
+
+    encoders: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    tables: list[str]
+
+
 class Content(BaseModel):
-    """What encoders.json holds. num_embeddings: per table. edges: of bins, ascending."""
+    """What encoders.json holds. num_embeddings: per table. edges: of bins, ascending. kept: where a schema had grown."""
 
     version: int
     inputs: str
     num_embeddings: dict[str, Count]
     moments: dict[str, MomentsEntry]
     edges: dict[str, Annotated[list[FiniteFloat], Field(min_length=2)]] = {}
+    kept: KeptEntry | None = None
 
 
 def vocabulary_file(table: str) -> str:
@@ -88,6 +96,8 @@ def _check_names(content: Content, schema: Schema, file: Path) -> None:
     """Raises UserError unless there is an entry for whatever the schema's features need, and for nothing else."""
     binned = {name for name, table in schema.all_tables.items() if table.bins}
     coded = {name for name, feature in schema.features.items() if feature.code_bins}
+    if content.kept and (other := set(content.kept.tables) - schema.all_tables.keys()):
+        raise UserError(f"{file}: kept has table {min(other)!r}, which the schema has not. {RESTORE_HINT}")
     for what, found, needed in (
         ("num_embeddings", content.num_embeddings.keys(), schema.all_tables.keys()),
         ("moments", content.moments.keys(), schema.dense.keys()),

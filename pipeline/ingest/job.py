@@ -5,12 +5,14 @@ Blocks of rows stay inside one step, as Arrow columns from the reader to the wri
 
 import datetime
 import json
+import logging
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from features.errors import UserError
+from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.regular_files import open_regular
@@ -32,6 +34,8 @@ from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps import dead_letters
 
+logger = logging.getLogger(__name__)
+
 UNPACKED = 5  # estimated size of a compressed file's content over its own
 
 
@@ -52,19 +56,19 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     _check(config, schema)
     streams = _find(config, schema)
     work = _read_work(config, schema, streams)
-    reference = _reference(config, schema)
+    reference, fits = _reference(config, schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
             schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
-            config.rows_per_row_group, counts_all=reference is not None,
+            config.rows_per_row_group, counts_all=not fits,
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
-            _as_of(config, schema), str(reference) if reference else None,
+            _as_of(config, schema), str(reference) if reference else None, fits,
         )  # fmt: skip
         try:
-            if reference:
+            if reference and not fits:
                 _copy_encoders(reference, staging, schema)
             run_steps(config, job, limits, work)
             return _commit(job, limits, out)
@@ -159,19 +163,40 @@ def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list
     return found
 
 
-def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
-    """The dataset whose encoders are used. Raises UserError where they do not fit."""
+def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, bool]:
+    """The dataset whose encoders are used, and whether any are fitted, as there are for features that it has not.
+
+    Raises:
+        UserError: the dataset is damaged, or has none of the schema's features.
+    """
     reference = config.encoders.from_
     if reference is None and config.date and config.out.is_dir():
         days = sorted(path.parent for path in config.out.glob("????-??-??/manifest.json"))
         reference = next((day for day in days if day.name != config.date.isoformat()), None)
         reference = reference and folder_of_day(config.out, reference.name)
-    if reference is not None:
-        reference = reference.resolve()
-        known = Dataset(reference)
+    if reference is None:
+        return None, True
+    reference = reference.resolve()
+    known = Dataset(reference)
+    read_card(reference, known.schema)
+    if known.schema.inputs_fingerprint == schema.inputs_fingerprint:
         Encoders.load(reference / "encoders", schema)
-        read_card(reference, known.schema)
-    return reference
+        return reference, False
+    if config.date and config.encoders.from_ is None:
+        raise UserError(
+            f"{reference.name} in {config.out} was made with other features. Choose another out= for days of this schema, with "
+            f"encoders.from={reference} to keep the encoders of features that are unchanged."
+        )
+    kept = reuse.unchanged(schema, known.schema).features
+    if not kept:
+        raise UserError(f"encoders.from: {reference} has none of this schema's features. Fit new encoders, without it.")
+    assert known.encoders  # checked before the first minute of work
+    fitted = [name for name in schema.features if name not in kept]
+    logger.info(
+        f"encoders: {len(kept)} features as in {reference}; fitted on the train rows of this log: "
+        f"{', '.join(fitted) or 'none'}"
+    )
+    return reference, True
 
 
 def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:

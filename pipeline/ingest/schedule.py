@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from features.errors import UserError, one_line
+from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
+from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodeReport,
@@ -50,6 +53,7 @@ class Limits:
         needs_splits: whether a split of the schema without rows stops the job.
         as_of: seconds since 1970 until when an outcome is complete, by outcome, where that is known before it is read.
         reference: the dataset whose encoders are used.
+        fits: whether encoders are fitted: there is no reference, or the schema has features that it has not.
     """
 
     max_bad_fraction: float
@@ -57,6 +61,7 @@ class Limits:
     needs_splits: bool
     as_of: dict[str, int]
     reference: str | None
+    fits: bool
 
 
 def steps_of(job: Job) -> list[str]:
@@ -180,7 +185,7 @@ def _check(job: Job, limits: Limits) -> None:
     if not any(total.values()):
         raise UserError("no rows are left: the files are empty, or a rule of the schema leaves all rows out.")
     fitted = {"train"} | (job.schema.used_splits if limits.needs_splits else set())
-    wanted = fitted if limits.reference is None else set()
+    wanted = fitted if limits.fits else set()
     if empty := [split for split in SPLITS if split in wanted and not total[split]]:
         raise UserError(
             f"split {empty[0]} is empty: none of {sum(total.values())} rows belongs to it. Change split in the schema, "
@@ -191,13 +196,24 @@ def _check(job: Job, limits: Limits) -> None:
 def _fit(job: Job, limits: Limits) -> None:
     """Fits the encoders, unless those of another dataset are used, and writes the card."""
     statistics = merged([report.path for report in job.found(MergeReport)])
-    if limits.reference is None:
+    known = Dataset(Path(limits.reference)) if limits.reference else None
+    if limits.fits:
         temporary = job.temporary_path("encoders")
-        Encoders.fit(job.schema, statistics).save(temporary)
+        encoders = Encoders.fit(job.schema, statistics)
+        if known:
+            kept = reuse.unchanged(job.schema, known.schema)
+            encoders = reuse.keep(encoders, known.encoders, kept, known.encoders_id)
+        encoders.save(temporary)
         shutil.rmtree(job.staging / "encoders", ignore_errors=True)  # of an earlier attempt
         temporary.rename(job.staging / "encoders")
-    reference = read_card(Path(limits.reference)) if limits.reference else None
+    reference = _comparable(job, known) if known else None
     write_json(job.staging / "statistics.json", card(job.schema, job.encoders, statistics, reference))
+
+
+def _comparable(job: Job, known: Dataset) -> dict[str, Any]:
+    """The card of a dataset, without features that mean something else there."""
+    found, kept = read_card(known.path), reuse.unchanged(job.schema, known.schema).features
+    return found | {part: {n: v for n, v in found[part].items() if n in kept} for part in ("numbers", "ids")}
 
 
 def _encode(job: Job, limits: Limits) -> Iterator[EncodeWork]:

@@ -115,6 +115,29 @@ def test_a_run_of_other_encoders_or_without_a_checkpoint_is_refused(data: Path, 
         run(data, folder / "mixed", init_from=folder / "nothing")
 
 
+def test_a_run_on_a_grown_schema_starts_with_the_tables_that_are_unchanged(
+    data: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "pipeline")
+    first = run(data, folder / "before", max_steps=12)
+    more = {"categorical": tiny_training.SCHEMA["categorical"] | {"also": {"column": "device", "dim": 4}}}
+    changed = {"bag": tiny_training.SCHEMA["bag"] | {"topics": {"dim": 4, "max_length": 2}}}
+    grown = make_dataset(folder / "grown", keep=data, **more, **changed)
+    caplog.clear()
+    second = run(grown, folder / "after", max_steps=1, init_from=first, **STILL)
+    (line,) = [line for line in caplog.messages if "starts from" in line]
+    assert "embedding_bags.also.weight" in line
+    source, start = last(first), last(second)
+    weight = "model.embeddings.embedding_bags.{}.weight"
+    for table in ("user", "item", "device"):
+        assert_close(start[weight.format(table)], source[weight.format(table)], rtol=1e-5, atol=1e-8, msg=table)
+    assert source[weight.format("topics")].shape == start[weight.format("topics")].shape
+    assert not torch.allclose(start[weight.format("topics")], source[weight.format("topics")])
+    other = make_dataset(folder / "other grown", **more)
+    with pytest.raises(UserError, match=r"train.init_from: .*its ids mean something else"):
+        run(other, folder / "not grown from it", init_from=first)
+
+
 def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_logged(
     data: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

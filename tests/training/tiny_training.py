@@ -20,12 +20,14 @@ import yaml
 from dataset_from_rows import parse_text, write_dataset
 from torch import Tensor
 
+from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.fit.statistics import Statistics
 from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Schema
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
+from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.parallel import process_group
@@ -96,18 +98,23 @@ def make_dataset(
     row_group: int = 40,
     shard_rows: int = 130,
     spoil: tuple[str, int] | None = None,
+    keep: Path | None = None,
     **changes: Any,
 ) -> Path:
     """Writes a dataset.
 
     Args:
         spoil: (dense column, row_id) that becomes infinite.
+        keep: a dataset of which the encoders of unchanged features are kept.
         changes: of the schema's keys.
     """
     schema = Schema.parse(SCHEMA | changes, "small.yaml")
     found = parse_text(schema, raw_rows(rows))
     split_B = found[SPLIT].to_numpy()
     encoders = Encoders.fit(schema, Statistics.of(schema, found.filter(pa.array(split_B == 0))))
+    if keep:
+        known = Dataset(keep)
+        encoders = reuse.keep(encoders, known.encoders, reuse.unchanged(schema, known.schema), known.encoders_id)
     splits = {split: encoders.encode(found.filter(pa.array(split_B == code))) for code, split in enumerate(SPLITS)}
     if spoil:
         column, row_id = spoil

@@ -1,7 +1,7 @@
 """Warm start: another run's weights, where a run has no checkpoint of its own yet."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from features.errors import UserError
+from models.ranker import table_weight
 from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
@@ -40,14 +41,27 @@ def start(run: Run, dataset: Dataset, model: dict[str, Tensor], pinned: ExitStac
     Raises:
         UserError: as `newest` and `load`.
     """
-    path = from_rank_0(lambda: newest(run, dataset, "train.init_from", pinned))
-    missing = load(path, {name: tensor for name, tensor in model.items() if not name.startswith("loss.")})
+    path = from_rank_0(lambda: newest(run, dataset, "train.init_from", pinned, grown=True))
+    changed = changed_tables(path, dataset)
+    missing = load(path, {name: tensor for name, tensor in model.items() if not name.startswith("loss.")}, changed)
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     return f"starts from {path}" + (f"; not in it: {', '.join(missing[:3])}{more}" if missing else "")
 
 
-def newest(run: Run, dataset: Dataset, setting: str, pinned: ExitStack, step: int | None = None) -> Path:
+def changed_tables(path: Path, dataset: Dataset) -> set[str]:
+    """The names of the tensors of tables whose ids mean something else in `dataset` than where a checkpoint was trained."""
+    if checkpoint.read(path).encoders == dataset.encoders_id:
+        return set()
+    changed = dataset.schema.all_tables.keys() - set(dataset.encoders.kept_tables)
+    return {table_weight(table, pooled) for table in changed for pooled in (True, False)}
+
+
+def newest(
+    run: Run, dataset: Dataset, setting: str, pinned: ExitStack, step: int | None = None, grown: bool = False
+) -> Path:
     """The newest undamaged checkpoint of `run`, or that of `step`, whose inputs mean what they mean in `dataset`.
+
+    With `grown` it is enough that encoders of the dataset were kept of those the run was trained with.
 
     Damaged ones are logged. The run may continue meanwhile and prune its old ones: not this one, before `pinned` is closed.
 
@@ -60,7 +74,7 @@ def newest(run: Run, dataset: Dataset, setting: str, pinned: ExitStack, step: in
     if step is not None and step not in found:
         raise UserError(f"{setting}: {run.path} has no checkpoint of step {step}, there are {found}")
     path, theirs = _whole(run, setting, pinned) if step is None else _pinned(run, step, pinned)
-    if theirs != dataset.encoders_id:
+    if theirs != dataset.encoders_id and not (grown and theirs == dataset.encoders.kept_from):
         raise UserError(
             f"{setting}: {run.path} was trained on rows of encoders {theirs}, {dataset.path} has {dataset.encoders_id}: its "
             "ids mean something else. Run jobs.preprocess with encoders.from=DATASET, the one it was trained on."
@@ -87,15 +101,19 @@ def _pinned(run: Run, step: int, pinned: ExitStack) -> tuple[Path, str]:
         raise UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})") from None
 
 
-def load(path: Path, model: dict[str, Tensor]) -> list[str]:
+def load(path: Path, model: dict[str, Tensor], changed: Collection[str] = ()) -> list[str]:
     """Fills the tensors of `model` that a checkpoint has too, in the same shape and on any number of ranks.
 
+    Args:
+        changed: names of tensors that are left as they are.
     Returns: the names of those that it has not.
     Raises:
         UserError: none fits.
     """
     theirs = checkpoint.shapes(path)
-    fitting: dict[str, Any] = {n: t for n, t in model.items() if theirs.get(f"model.{n}") == tuple(t.size())}
+    fitting: dict[str, Any] = {
+        n: t for n, t in model.items() if n not in changed and theirs.get(f"model.{n}") == tuple(t.size())
+    }
     if not fitting:
         raise UserError(
             f"{path}: none of its {len(theirs)} tensors fits this model. Start from a run of a similar model."

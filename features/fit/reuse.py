@@ -1,0 +1,67 @@
+"""Encoders of a schema that has grown: those of unchanged features are kept, the others are fitted on the new rows."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from features.fit.encoders import Encoders
+from features.schema.expressions import columns_of
+from features.schema.schema import Schema
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What two schemas have in common: features and embedding tables that mean the same in both."""
+
+    features: frozenset[str]
+    tables: frozenset[str]
+
+
+def unchanged(schema: Schema, known: Schema) -> Kept:
+    """The features of `schema` that `known` has with the same settings and the same raw column, and their tables.
+
+    A shared table is kept where its settings are the same and one of its features is: a feature that joins it later finds the
+    table's ids, and its own new values are unknown ones.
+    """
+    features = {
+        name
+        for name in schema.features.keys() & known.features.keys()
+        if _definition(schema, name) == _definition(known, name)
+    }
+    tables = {schema.table_of(name) for name in features & schema.sparse.keys()}
+    return Kept(frozenset(features), frozenset(tables))
+
+
+def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encoders:
+    """Encoders with what is `kept` of `known` (whose encoders_id is `known_id`), and all else as `fitted`."""
+
+    def chosen(new: dict[str, Any], old: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+        return {name: old[name] if name in names and name in old else value for name, value in new.items()}
+
+    return replace(
+        fitted,
+        vocabularies=chosen(fitted.vocabularies, known.vocabularies, kept.tables),
+        moments=chosen(fitted.moments, known.moments, kept.features),
+        edges=chosen(fitted.edges, known.edges, kept.features | kept.tables),
+        missing=chosen(fitted.missing, known.missing, kept.features),
+        kept_from=known_id,
+        kept_tables=tuple(sorted(kept.tables)),
+    )
+
+
+def _definition(schema: Schema, name: str) -> Any:
+    """All that decides which values a feature has, and how they are encoded."""
+    feature = schema.features[name]
+    table = schema.table(name).model_dump(mode="json") if name in schema.sparse else None
+    settings, origin = feature.model_dump(mode="json", exclude_defaults=True), _origin(schema, schema.raw[name].column)
+    return feature.section, settings, table, origin
+
+
+def _origin(schema: Schema, column: str) -> dict[str, str]:
+    """The column, and those that it is computed from, each with its type or expression."""
+    if column not in schema.source.derived:
+        return {column: schema.raw_types.get(column, "string")}
+    expression = schema.source.derived[column]
+    found = {column: expression}
+    for read in columns_of(expression):
+        found |= _origin(schema, read)
+    return found

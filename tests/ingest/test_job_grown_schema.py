@@ -1,0 +1,115 @@
+"""Encoders of another dataset where the schema has grown: what is unchanged keeps its ids and scales, the rest is fitted."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ingest_runs import no_beam, refused, rows_by_id, run, values_of
+
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.verify import verify
+
+pytestmark = pytest.mark.integration
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    return {
+        "source": {"files": "log.csv", "types": {"price": "float"}, "row_id": "id"},
+        "tables": {"item": {"dim": 4}},
+        "dense": {"price": {}, "age": {"missing_flag": True}},
+        "categorical": {"city": {"dim": 4}, "item": {"table": "item"}},
+        "tasks": {"click": {"kind": "binary", "label": "click = '1'"}},
+        "split": {"by": "row_index", "modulo": 10, "train": list(range(8)), "valid": [8], "test": [9]},
+    } | changes
+
+
+def write_log(folder: Path, seed: int, cities: str, age: float) -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    lines = ["id,price,age,city,item,also,day,click"]
+    for number in range(400):
+        item, also = rng.integers(0, 9, 2)
+        lines.append(
+            f"{number},{rng.lognormal():.3f},{rng.normal(age):.2f},{rng.choice(list(cities))},i{item},i{also},"
+            f"d{rng.integers(0, 7)},{int(rng.random() < 0.3)}"
+        )
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> tuple[Path, Path]:
+    return write_log(tmp_path / "first", 1, "abc", 30), write_log(tmp_path / "second", 2, "bcdef", 60)
+
+
+GROWN: dict[str, Any] = {
+    "dense": {"price": {"transform": "log1p"}, "age": {"missing_flag": True}},
+    "categorical": {"day": {"dim": 2}, "city": {"dim": 4}, "item": {"table": "item"}, "also": {"table": "item"}},
+}
+
+
+def test_unchanged_features_are_encoded_as_they_were_and_others_are_fitted_on_the_new_rows(logs, tmp_path, caplog):
+    caplog.set_level("INFO", "pipeline")
+    first, second = logs
+    with no_beam():
+        run(first, tmp_path / "old", content())
+        run(second, tmp_path / "grown", content(**GROWN), encoders={"from": tmp_path / "old"})
+        run(second, tmp_path / "fewer", content(), encoders={"from": tmp_path / "old"})
+        run(second, tmp_path / "new", content(**GROWN))
+    assert (
+        f"encoders: 3 features as in {tmp_path / 'old'}; fitted on the train rows of this log: price, day, also"
+        in caplog.text
+    )
+    kept, fitted = rows_by_id(tmp_path / "fewer"), rows_by_id(tmp_path / "new")
+    for row, old, new in zip(rows_by_id(tmp_path / "grown"), kept, fitted, strict=True):
+        assert {c: row[c] for c in ("age", "age_missing", "city", "item")} == {
+            c: old[c] for c in ("age", "age_missing", "city", "item")
+        }
+        assert {c: row[c] for c in ("price", "day")} == {c: new[c] for c in ("price", "day")}
+    assert values_of(tmp_path / "grown", "city") == values_of(tmp_path / "old", "city")
+    assert values_of(tmp_path / "grown", "day") == values_of(tmp_path / "new", "day")
+    assert list(verify(Dataset(tmp_path / "grown")))
+
+
+def test_a_feature_of_the_same_name_is_fitted_anew_where_its_column_its_type_or_its_table_changed(
+    logs, tmp_path, caplog
+):
+    caplog.set_level("INFO", "pipeline")
+    first, second = logs
+    source = content()["source"]
+    derived = {
+        "source": source | {"derived": {"place": "UPPER(city)"}},
+        "categorical": {"city": {"dim": 4, "column": "place"}},
+    }
+    bare = {"tables": {}, "categorical": {"city": {"dim": 4}, "item": {"dim": 4}}}
+    with no_beam():
+        run(first, tmp_path / "old", content(**bare))
+        for number, (changes, fitted) in enumerate([
+            (bare | derived, "city"),
+            (bare | {"categorical": {"city": {"dim": 4, "vocabulary": {"min_count": 2}}, "item": {"dim": 4}}}, "city"),
+            (bare | {"tables": {"item": {"dim": 4}}, "categorical": {"item": {"table": "item"}}}, "item"),
+        ]):  # fmt: skip
+            caplog.clear()
+            run(second, tmp_path / f"changed {number}", content(**changes), encoders={"from": tmp_path / "old"})
+            assert caplog.text.rstrip().endswith(f"of this log: {fitted}"), caplog.text
+        assert "has none of this schema's features" in refused(
+            second,
+            tmp_path / "none",
+            content(tables={}, dense={}, categorical={"day": {}}),
+            encoders={"from": tmp_path / "old"},
+        )
+
+
+def test_days_of_one_folder_have_one_schema_and_a_grown_one_needs_another_folder(logs, tmp_path):
+    first, _ = logs
+    (first / "log.csv").rename(first / "log-2026-11-01.csv")
+    (first / "log-2026-11-02.csv").write_bytes((first / "log-2026-11-01.csv").read_bytes())
+    source = {"source": content()["source"] | {"files": "log-{date}.csv"}}
+    with no_beam():
+        run(first, tmp_path / "days", content(**source), date="2026-11-01")
+        line = refused(first, tmp_path / "days", content(**source | GROWN), date="2026-11-02")
+        assert f"encoders.from={tmp_path / 'days' / '2026-11-01'}" in line
+        old = {"from": tmp_path / "days" / "2026-11-01"}
+        run(first, tmp_path / "more", content(**source | GROWN), date="2026-11-02", encoders=old)
+    assert values_of(tmp_path / "more/2026-11-02", "city") == values_of(tmp_path / "days/2026-11-01", "city")
