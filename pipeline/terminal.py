@@ -1,11 +1,9 @@
 """The terminal of a running job: text that does not control it, progress bars or lines, and quiet child processes."""
 
-import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from collections.abc import Iterable
+from typing import Any, TextIO
 
 from features.printable import printable
 
@@ -34,10 +32,6 @@ class PrintableStream:
         for line in lines:
             self.write(line)
 
-    def on(self, stream: TextIO) -> TextIO:
-        """The same for another stream."""
-        return cast("TextIO", PrintableStream(stream, self._start))
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -63,31 +57,3 @@ def short_decimal(value: float, digits: int = 4) -> str:
     """A number with `digits` decimals and without a leading zero: .8123, -.0400, 10.6000."""
     text = f"{value:.{digits}f}"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
-
-
-@contextmanager
-def quiet_children() -> Iterator[None]:
-    """Discards what processes started meanwhile write to stderr; this process's own lines and log records still appear."""
-    sys.stderr.flush()
-    ours, stderr = os.dup(2), sys.stderr
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        reopened = os.fdopen(os.dup(ours), "w", buffering=1)
-        sys.stderr = stderr.on(reopened) if isinstance(stderr, PrintableStream) else reopened
-        _redirect_logging(stderr, sys.stderr)
-        yield
-    finally:
-        _redirect_logging(sys.stderr, stderr)
-        sys.stderr.close()
-        sys.stderr = stderr
-        os.dup2(ours, 2)
-        os.close(ours)
-        os.close(nowhere)
-
-
-def _redirect_logging(before: TextIO, after: TextIO) -> None:
-    """Makes the root logger's handlers of one stream write to another: they keep the stream that they began with."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-            handler.setStream(after)

@@ -2,19 +2,16 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from typing import Any
-
-import grpc
 
 from features.errors import UserError, one_line
-from pipeline.ingest import schedule
+from pipeline.ingest import schedule, workers
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.messages import Failure, ReadWork, Report, Work
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps import run_step
 from pipeline.malloc import release_memory, tune_malloc
-from pipeline.terminal import quiet_children
 
 
 @contextmanager
@@ -42,6 +39,8 @@ with _quiet_import():
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner  # not documented
     from apache_beam.runners.runner import create_runner  # documented as internal
+    from apache_beam.transforms.window import GlobalWindows
+    from apache_beam.utils.windowed_value import WindowedValue
 
 # Beam's names of runners; any other name is taken as Beam's own.
 RUNNERS = {
@@ -67,18 +66,11 @@ def pipeline_on(config: PreprocessConfig) -> beam.Pipeline:
     if config.runner != "direct":
         return beam.Pipeline(RUNNERS.get(config.runner, config.runner), options=PipelineOptions(config.options))
     # Not Beam's DirectRunner, which first tries to fetch another runner from the network.
-    return beam.Pipeline(FnApiRunner(), options=PipelineOptions(config.options + worker_flags(config.workers)))
-
-
-def worker_flags(workers: int) -> list[str]:
-    """Flags by which the direct runner starts processes; none for one worker, which is this process."""
-    if workers == 1:
-        return []
-    return ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
+    return beam.Pipeline(FnApiRunner(), options=PipelineOptions(config.options))
 
 
 class StepFn(beam.DoFn):
-    """(number, work) of a step to (number, report)."""
+    """(number, work) of a step to (number, report), here or in the worker processes of this job."""
 
     def __init__(self, job: Job, step: str) -> None:
         self.job, self.step = job, step
@@ -88,45 +80,34 @@ class StepFn(beam.DoFn):
         release_memory()
         tune_malloc()
 
+    def start_bundle(self) -> None:
+        """Nothing is under way yet."""
+        self.submitted: list[tuple[int, Future[Report | Failure]]] = []
+
     def process(self, element: tuple[int, Work]) -> Iterator[tuple[int, Report | Failure]]:
-        """Yields one report."""
+        """Yields one report, unless worker processes make it."""
         number, work = element
-        yield number, run_step(self.job, self.step, number, work)
+        if workers.RUNNING:
+            self.submitted.append((number, workers.RUNNING[-1].submit(self.step, number, work)))
+        else:
+            yield number, run_step(self.job, self.step, number, work)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Yields what worker processes have made."""
+        for number, report in self.submitted:
+            yield GlobalWindows.windowed_value((number, report.result()))
 
 
 def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, units: list[ReadWork]) -> None:
     """Runs all steps in one pipeline; a failure is in the job's scratch folder (see schedule.after)."""
-    # Worker processes write to stderr whenever they start and stop; what fails in them is a report.
-    quiet = quiet_children() if config.runner == "direct" and config.workers > 1 else nullcontext()
-    alone = _on_loopback() if config.runner == "direct" else nullcontext()
-    with quiet, alone, _errors_only(), pipeline_on(config) as pipeline:
+    several = config.runner == "direct" and config.workers > 1
+    processes = workers.started(config.workers, job) if several else nullcontext()
+    with processes, _errors_only(), pipeline_on(config) as pipeline:
         work = pipeline | beam.Create(list(enumerate(units)))
         for step in schedule.steps_of(job):
             reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(job, step))
             listed = reports | f"all of {step}" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
             work = listed | f"after {step}" >> beam.FlatMap(schedule.after, job, limits, step)
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Servers that Beam starts meanwhile, for worker processes of this machine, listen on 127.0.0.1 only.
-
-    It has no setting for that: they would listen on all interfaces, and exchange pickled functions and rows with anyone who
-    connects.
-    """
-    make = grpc.server
-
-    def on_loopback(*args: Any, **named: Any) -> grpc.Server:
-        server = make(*args, **named)
-        listen = server.add_insecure_port
-        server.add_insecure_port = lambda address: listen(address.replace("[::]", "127.0.0.1"))
-        return server
-
-    grpc.server = on_loopback
-    try:
-        yield
-    finally:
-        grpc.server = make
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -138,6 +137,13 @@ def test_a_job_that_is_told_to_end_leaves_nothing(after, conf, small_log, tmp_pa
     assert list(there.iterdir()) == []
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_killed_job_with_workers_is_followed_by_one_that_succeeds(job, conf, small_log, tmp_path):
     there = tmp_path / "there"
     there.mkdir()
@@ -150,8 +156,7 @@ def test_a_killed_job_with_workers_is_followed_by_one_that_succeeds(job, conf, s
     assert not (there / "out").exists()
     job(there / "out")
     assert content_of(there / "out") == content_of(tmp_path / "expected")
-    for worker in session(process.pid):  # they would notice by themselves that they are alone, after minutes
-        os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not session(process.pid))  # its workers see that their job is gone
     job(there / "out")
     assert [path.name for path in there.iterdir()] == ["out"]
 

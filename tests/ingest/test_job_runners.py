@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 from apache_beam.runners import runner as beam_runner
 from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
 
-from pipeline.ingest import progress
+from pipeline.ingest import progress, workers
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.runners import RUNNERS, check_runner, pipeline_on, worker_flags
+from pipeline.ingest.runners import RUNNERS, check_runner, pipeline_on
 
 pytestmark = pytest.mark.integration
 
@@ -43,13 +42,6 @@ def in_a_loop(small_log, small_content, tmp_path_factory) -> dict[str, bytes]:
 def test_beam_knows_every_registered_runner(name):
     check_runner(name)
     assert type(beam_runner.create_runner(RUNNERS[name])).__name__ == RUNNERS[name]
-
-
-def test_beam_knows_the_flags_of_its_direct_runner():
-    """It ignores those that it does not know, and would do the work in one process."""
-    options = PipelineOptions(worker_flags(3)).view_as(DirectOptions)
-    assert (options.direct_running_mode, options.direct_num_workers) == ("multi_processing", 3)
-    assert PipelineOptions(worker_flags(1)).view_as(DirectOptions).direct_running_mode == "in_memory"
 
 
 def test_the_direct_runner_is_the_one_that_needs_no_network(tmp_path):
@@ -99,6 +91,31 @@ def test_a_line_of_progress_has_the_share_done_the_rate_and_the_time_left():
 def test_two_workers_write_the_bytes_of_one(in_a_loop, small_log, small_content, tmp_path):
     run(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
     assert content_of(tmp_path / "out") == in_a_loop
+
+
+@pytest.mark.system
+def test_a_worker_that_is_killed_ends_the_job_in_one_line(small_log, small_content, tmp_path, monkeypatch):
+    script = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    message = refused(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
+    assert message.startswith(
+        "a worker process ended in step read (signal 9). No dataset was written: run again, with fewer "
+    )
+    assert not workers.RUNNING
+
+
+@pytest.mark.system
+def test_a_defect_in_a_worker_is_raised_where_the_job_is(small_log, small_content, tmp_path, monkeypatch):
+    script = (
+        "from pipeline.ingest import steps, workers\n"
+        "def fail(job, work): raise KeyError('what')\n"
+        "steps.STEPS['merge'] = fail\n"
+        "workers.main()"
+    )
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    with pytest.raises(Exception, match="what"):
+        run(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
+    assert list(tmp_path.iterdir()) == []
 
 
 def free_ports(count: int) -> list[int]:

@@ -327,7 +327,7 @@ def test_our_own_configuration_stands_by_the_rules() -> None:
 
 @pytest.mark.system
 def test_a_handed_folder_runs_nothing_in_workers(proof: Path, small_log: Path, tmp_path: Path) -> None:
-    """The attack in full: a PYTHONPATH for two Beam workers, in which Python would import sitecustomize."""
+    """The attack in full: a PYTHONPATH for two worker processes, in which Python would import sitecustomize."""
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "sitecustomize.py").write_text(f"open({str(proof)!r}, 'w')")
     env_set = {"hydra": {"job": {"env_set": {"PYTHONPATH": f"{tmp_path / 'evil'}:{ROOT}"}}}}

@@ -1,0 +1,125 @@
+"""Processes of this machine that do the work of a job's steps, for `workers=N` of the direct runner.
+
+Beam's own worker processes take seconds to start, a fixed share of each step's work, and open ports. These take the next piece
+of work when they are done with one, exchange messages with the job through pipes, and end with it.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+
+from pipeline.ingest.messages import Failure, Report, Work
+from pipeline.ingest.state import Job
+from pipeline.ingest.steps import run_step
+from pipeline.malloc import release_memory, tune_malloc
+from pipeline.terminal import escape_output
+
+COMMAND = [sys.executable, "-m", "pipeline.ingest.workers"]
+RUNNING: list["Workers"] = []  # of the job in this process: Beam pickles its functions, which find them here
+
+
+class Workers:
+    """Some processes, and a thread for each that waits for what it reports."""
+
+    def __init__(self, count: int, job: Job) -> None:
+        self.processes = [
+            subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(count)
+        ]
+        self.idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        for process in self.processes:
+            self.idle.put(process)
+        self.threads = ThreadPoolExecutor(count)
+        self.job = job
+        self.know_job: set[int] = set()
+
+    def submit(self, step: str, number: int, work: Work) -> Future[Report | Failure]:
+        """Has the next idle process do a piece of a step's work."""
+        return self.threads.submit(self._do, step, number, work)
+
+    def _do(self, step: str, number: int, work: Work) -> Report | Failure:
+        process = self.idle.get()
+        try:
+            if process.pid not in self.know_job:
+                _send(process, self.job)
+                self.know_job.add(process.pid)
+            _send(process, (step, number, work))
+            assert process.stdout is not None
+            report = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return Failure(
+                f"a worker process ended in step {step} ({_end_of(process)}). No dataset was written: run again, with fewer "
+                "workers or smaller unit_bytes and bucket_bytes if memory was short."
+            )
+        finally:
+            self.idle.put(process)
+        if isinstance(report, Exception):
+            raise report
+        return report
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):  # what was not sent to a process that is gone
+                    pipe and pipe.close()
+
+
+def _send(process: subprocess.Popen[bytes], message: object) -> None:
+    assert process.stdin is not None
+    pickle.dump(message, process.stdin)
+    process.stdin.flush()
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    code = process.wait(timeout=10)
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+@contextmanager
+def started(count: int, job: Job) -> Iterator[None]:
+    """Worker processes, which RUNNING has meanwhile."""
+    workers = Workers(count, job)
+    RUNNING.append(workers)
+    try:
+        yield
+    finally:
+        RUNNING.remove(workers)
+        workers.close()
+
+
+def main() -> None:
+    """What a worker process does: work from stdin, reports to what was stdout, until its job closes the pipe or is gone."""
+    escape_output()
+    reports = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no report
+    tune_malloc()
+    last_step = ""
+    try:
+        job = pickle.load(sys.stdin.buffer)
+        while True:
+            step, number, work = pickle.load(sys.stdin.buffer)
+            if step != last_step:
+                release_memory()
+                last_step = step
+            try:
+                report: object = run_step(job, step, number, work)
+            except Exception as error:  # a defect: raised where the job is
+                error.add_note(f"in a worker process, step {step}")
+                report = error
+            pickle.dump(report, reports)
+            reports.flush()
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        os._exit(0)  # nobody waits for what is left
+
+
+if __name__ == "__main__":
+    main()
