@@ -1,6 +1,6 @@
 """What listens while jobs run, and what comes in: nothing beyond this machine, and no pickle is opened.
 
-README.md lists the ports. None of the jobs has a port on another interface than loopback, and there is no exception to list.
+jobs/SECURITY.md lists the ports. None of the jobs has a port on another interface than loopback, and there is no exception to list.
 """
 
 import base64
