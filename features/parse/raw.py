@@ -71,9 +71,10 @@ def type_columns(
     for name, kind in types.items():
         array = _one(columns[name])
         if kind == "time" or (kind != "string" and _is_text(array)):
-            texts = cleaned(pl.Series(array, dtype=pl.String), form) if _is_text(array) else pl.Series(array)
+            texts = cleaned(pl.Series(array, dtype=pl.String), form) if _is_text(array) else array
             values, wrong = times.seconds(name, texts, form) if kind == "time" else numbers(texts, kind)
             if wrong.any():
+                texts = texts if isinstance(texts, pl.Series) else pl.Series(array.cast(pa.string()))
                 words = pl.lit(_words(name, kind, form))
                 text = pl.select(pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, words)))
                 own = text.to_series()

@@ -146,7 +146,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[list[Row]], bytes]]] = {
 
 def content_for(**source: Any) -> dict[str, Any]:
     return {
-        "source": {"files": "log-*", "row_id": "id", "types": {"click": "int"}, "times": {"at": "index"}} | source,
+        "source": {"files": "log-*", "row_id": "id", "types": {"click": "int"}} | source,
         "dense": {"price": {"missing_flag": True}},
         "categorical": {"city": {}},
         "bag": {"tags": {}},
