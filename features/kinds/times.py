@@ -15,16 +15,15 @@ IMPLAUSIBLE = "is not between 1990 and 2100"  # of the reason, by which dead let
 _ISO = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?$"
 _DECIMAL = r"^([+-]?\d+)\.(\d*)$"
 _EXPONENT = r"^([+-]?\d+(?:\.\d*)?[eE][+-]?\d+)$"
-_DAYS, _CLOCKS = (19_900_101, 21_001_231), (19_900_101_000_000, 21_001_231_235_959)
 # What numbers beyond the years 1990 to 2100 may be instead, each with the smallest and the largest one.
 _LIKELY: list[tuple[str, str, int, int]] = [
     ("milliseconds", "ms", EARLIEST * 10**3, LATEST * 10**3),
     ("microseconds", "us", EARLIEST * 10**6, LATEST * 10**6),
     ("nanoseconds", "ns", EARLIEST * 10**9, LATEST * 10**9),
     ("seconds", "s", EARLIEST, LATEST),
-    ("YYYYMMDD", '"%Y%m%d"', *_DAYS),
-    ("YYYYMMDDhhmm", '"%Y%m%d%H%M"', *(bound // 100 for bound in _CLOCKS)),
-    ("YYYYMMDDhhmmss", '"%Y%m%d%H%M%S"', *_CLOCKS),
+    ("YYYYMMDD", '"%Y%m%d"', 19_900_101, 21_001_231),
+    ("YYYYMMDDhhmm", '"%Y%m%d%H%M"', 199_001_010_000, 210_012_312_359),
+    ("YYYYMMDDhhmmss", '"%Y%m%d%H%M%S"', 19_900_101_000_000, 21_001_231_235_959),
 ]
 
 

@@ -36,9 +36,10 @@ def stream_columns(
         if len(lacking) == len(files):
             raise
         also = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        others = len(files) - len(lacking)
+        have = "other file of the stream has" if others == 1 else f"other {others} files of the stream have"
         raise UserError(
-            f"{lacking[0]}{also} lacks column {error.column}, which the other {len(files) - len(lacking)} files of the stream "
-            f"have: fix or remove the file, or list {error.column} in {key}.optional with its default"
+            f"{lacking[0]}{also} lacks column {error.column}, which the {have}: fix or remove the file, or list {error.column} in {key}.optional with its default"
         ) from None
 
 
