@@ -39,7 +39,8 @@ def stream_columns(
         others = len(files) - len(lacking)
         have = "other file of the stream has" if others == 1 else f"other {others} files of the stream have"
         raise UserError(
-            f"{lacking[0]}{also} lacks column {error.column}, which the {have}: fix or remove the file, or list {error.column} in {key}.optional with its default"
+            f"{lacking[0]}{also} lacks column {error.column}, which the {have}: fix or remove the file, or list "
+            f"{error.column} in {key}.optional with its default"
         ) from None
 
 

@@ -111,12 +111,25 @@ def test_times_of_another_unit_stop_the_job_with_their_range_and_the_unit_that_m
     message = refused(tmp_path, tmp_path / "out", content_for())
     assert message.startswith("40 of 40 rows of impressions are bad")
     assert f"at: {at[0]} is not between 1990 and 2100 in seconds since 1970: {says}" in message
-    assert f"40 rows have a at from {at[0]} to {at[-1]}, beyond 1990 and 2100: {says}." in message
+    assert f"{says}. In 40 rows at is from {at[0]} to {at[-1]}. Fix the log or the schema" in message
     unit = says.partition("at: ")[2].rstrip("}").strip('"')
     run(tmp_path, tmp_path / "out", content_for(times={"at": unit}))
     days = len(str(at[0])) == 8
     expected = [START + 3600 * n - (3600 * n % 86_400 if days else 0) for n in range(ROWS)]
     assert times_of(tmp_path / "out") == ([n * 3600 for n in range(ROWS)] if unit == "index" else expected)
+
+
+def test_the_range_and_the_unit_are_named_though_the_first_bad_row_has_another_fault(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log(["noon", *(1000 * (START + n) for n in range(ROWS)), START * 10**9, -5, START]))
+    message = refused(tmp_path, tmp_path / "out", content_for())
+    assert "the first: " in message
+    assert "line 2: at: 'noon' is not a time. In 40 rows at is from " in message
+    assert (
+        f"from {START}000 to {START + ROWS - 1}000: milliseconds? set source.times: {{at: ms}}. Fix the log" in message
+    )
+    manifest = run(tmp_path, tmp_path / "out", content_for(), max_bad_fraction=0.99)
+    assert manifest.rows["train"] == 1
+    assert len(dead_letters_of(tmp_path / "out")) == ROWS + 3
 
 
 EXTREMES = [0, -1, 631_151_999, 4_102_444_801, 2**62, 2**63 - 1, -(2**63)]
