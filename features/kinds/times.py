@@ -83,9 +83,11 @@ def _of_texts(texts: pl.Series, unit: str, form: Format) -> pl.Series:
     """Numbers of a unit, or dates and times of ISO 8601, as seconds; null where a text is neither."""
     found = _whole(texts.cast(pl.Int64, strict=False), unit)
     if (left := found.is_null() & texts.is_not_null()).any():
+        found = found.scatter(left.arg_true(), iso_8601(texts.filter(left), form))
+    if (left := found.is_null() & texts.is_not_null()).any():
         rest = texts.filter(left)
-        number = _whole(hexadecimal(rest).zip_with(rest.str.contains("^0[xX]"), _decimal(rest)), unit)
-        found = found.scatter(left.arg_true(), number.zip_with(number.is_not_null(), iso_8601(rest, form)))
+        number = hexadecimal(rest).zip_with(rest.str.contains("^0[xX]"), _decimal(rest))
+        found = found.scatter(left.arg_true(), _whole(number, unit))
     return found
 
 
@@ -147,8 +149,8 @@ def implausible_reason(name: str, values: pl.Series, unit: str, key: str) -> pl.
         key: where the schema has the units, such as source.times.
     """
     if unit == INDEX:
-        return pl.select(pl.format(f"{name}: {{}} is not between -2^62 and 2^62", values)).to_series()
-    what = pl.format(f"{name}: {{}} {IMPLAUSIBLE} in seconds since 1970", values)
+        return pl.select(pl.format("{}: {} is not between -2^62 and 2^62", pl.lit(name), values)).to_series()
+    what = pl.format(f"{{}}: {{}} {IMPLAUSIBLE} in seconds since 1970", pl.lit(name), values)
     likely = pl.lit(f": where it is a plain order, set {key}: {{{name}: {INDEX}}}")
     raw = values.cast(pl.Float64) * PER_SECOND.get(unit, 1)
     for words, other, first, last in reversed(_LIKELY):

@@ -284,6 +284,9 @@ def test_times_beyond_1990_and_2100_are_found_and_those_of_a_plain_order_nearly_
 def test_the_reason_names_the_likely_unit(number, unit, likely):
     found, _ = seconds("at", pl.Series([str(number)]), Format(times={"at": unit}))
     assert implausible(found, unit).all()
+    assert implausible_reason("{a}", found, unit, "times")[0].startswith(
+        f"{{a}}: {found[0]} is not between 1990 and 2100"
+    )
     [reason] = implausible_reason("at", found, unit, "source.times")
     assert reason == f"at: {found[0]} is not between 1990 and 2100 in seconds since 1970: {likely}"
 
