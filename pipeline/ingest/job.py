@@ -17,6 +17,7 @@ from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema
+from features.schema.unlabelled import check_histories, without_labels
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
@@ -24,8 +25,9 @@ from pipeline.dataset.days import folder_of_day
 from pipeline.dataset.manifest import DeadLetterFile, Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
+from pipeline.ingest.absent_columns import absent_rows, stream_columns
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.formats import raw_format, units
 from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
@@ -53,25 +55,29 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         raise UserError(
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
         )
-    _check(config, schema)
-    streams = _find(config, schema)
-    work = _read_work(config, schema, streams)
+    read = schema
+    if config.labels == "none":
+        check_histories(schema)
+        read = without_labels(schema)
+    _check(config, read)
+    streams = _find(config, read)
+    work = _read_work(config, read, streams)
     reference, fits = _reference(config, schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
-            schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
+            read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=not fits,
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
-            _as_of(config, schema), str(reference) if reference else None, fits,
+            _as_of(config, read), str(reference) if reference else None, fits,
         )  # fmt: skip
         try:
             if reference and not fits:
                 _copy_encoders(reference, staging, schema)
             run_steps(config, job, limits, work)
-            return _commit(job, limits, out)
+            return _commit(job, limits, schema, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
 
@@ -151,7 +157,7 @@ def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list
         outcome = schema.source.outcomes.get(stream)
         options = schema.source.format_of(stream if outcome else None)
         wanted = [outcome.key, *outcome.types] if outcome else schema.raw_columns
-        names = {file.path: check_columns(file, options, wanted) for file in files}
+        names = stream_columns(files, options, wanted, schema.source.format_key(stream if outcome else None))
         for path, columns in names.items():
             if not outcome and (both := added & set(columns or ())):
                 raise UserError(
@@ -167,13 +173,17 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
     """The dataset whose encoders are used, and whether any are fitted, as there are for features that it has not.
 
     Raises:
-        UserError: the dataset is damaged, or has none of the schema's features.
+        UserError: the dataset is damaged, or has none of the schema's features; new encoders would be without labels.
     """
     reference = config.encoders.from_
     if reference is None and config.date and config.out.is_dir():
         days = sorted(path.parent for path in config.out.glob("????-??-??/manifest.json"))
         reference = next((day for day in days if day.name != config.date.isoformat()), None)
         reference = reference and folder_of_day(config.out, reference.name)
+    if reference is None and config.labels == "none":
+        raise UserError(
+            "labels=none: rows without labels train nothing. Set encoders.from=DATASET, whose encoders are used."
+        )
     if reference is None:
         return None, True
     reference = reference.resolve()
@@ -192,6 +202,10 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
         raise UserError(f"encoders.from: {reference} has none of this schema's features. Fit new encoders, without it.")
     assert known.encoders  # checked before the first minute of work
     fitted = [name for name in schema.features if name not in kept]
+    if config.labels == "none":
+        raise UserError(
+            f"labels=none: rows without labels train nothing, and {reference} has no encoders of {', '.join(fitted)}."
+        )
     logger.info(
         f"encoders: {len(kept)} features as in {reference}; fitted on the train rows of this log: "
         f"{', '.join(fitted) or 'none'}"
@@ -219,8 +233,8 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
 
-def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
-    """Writes the dead letters, adds the counts up and moves the dataset into place."""
+def _commit(job: Job, limits: Limits, schema: Schema, out: Path) -> Manifest:
+    """Writes the dead letters, adds the counts up and moves the dataset, of this schema, into place."""
     reads, parts = job.found(ReadReport), job.labelled()
     join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
     for joined in job.found(JoinReport):
@@ -236,9 +250,9 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
-        "complete_until": schedule.complete_until(job, limits),
+        "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
     }  # fmt: skip
-    return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
+    return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:
