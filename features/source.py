@@ -5,7 +5,9 @@ import re
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from features.time_units import check_unit
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,9 @@ class Format(Strict):
     missing: list[str] = [""]
     trim: bool = Field(False, description="strip spaces around every value")
     timezone: str = Field("UTC", description="of times that name none")
+    times: dict[str, Annotated[str, AfterValidator(check_unit)]] = Field(
+        {}, description="by column s, ms, us or ns since 1970, index (a plain order), or a strptime format"
+    )
 
     @field_validator("timezone")
     @classmethod

@@ -1,4 +1,4 @@
-"""From text to values: numbers, times, codes and lists of a block of rows, and which of them are not valid."""
+"""From text to values: numbers, codes and lists of a block of rows, and which of them are not valid."""
 
 import numpy as np
 import polars as pl
@@ -12,15 +12,14 @@ from features.source import Format, RawType
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
 # What writers put where a number or key is missing, whatever the schema lists: an id may be called so, a number may not.
 MISSING_MARKERS = (
-    "", "NULL", "Null", "null", "(null)", "NaN", "nan", "NAN", "-NaN", "-nan", "None", "nil", "NA", "N/A", "n/a", "<NA>", "#N/A",
-    "NaT", "undefined", "\\N",
+    "", "NULL", "Null", "null", "(null)", "NaN", "nan", "NAN", "-NaN", "-nan", "None", "nil", "NA", "N/A", "n/a", "<NA>",
+    "#N/A", "NaT", "undefined", "\\N",
 )  # fmt: skip
 LARGEST = float(np.finfo(np.float32).max)
-KINDS = {"float": pl.Float64, "int": pl.Int64, "time": pl.Int64}
+KINDS = {"float": pl.Float64, "int": pl.Int64}
 _HEX_DIGITS = (
     r"^0[xX]([0-9a-fA-F]{1,16})$"  # pyarrow reads these as integers, so a block that is read as text must, too
 )
-_TIME = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?$"
 
 
 def cleaned(texts: pl.Series, form: Format) -> pl.Series:
@@ -30,47 +29,29 @@ def cleaned(texts: pl.Series, form: Format) -> pl.Series:
     return texts.set(marked, None) if marked.any() else texts
 
 
-def numbers(texts: pl.Series, kind: RawType, form: Format) -> tuple[pl.Series, pl.Series]:
-    """Cleaned texts as numbers, times as seconds since 1970 UTC, and which of the texts are not valid.
-
-    MISSING_MARKERS are null and valid.
-    """
+def numbers(texts: pl.Series, kind: RawType) -> tuple[pl.Series, pl.Series]:
+    """Cleaned texts as numbers, and which of the texts are not valid."""
     bare = texts.str.strip_chars(" \t")
     values = bare.cast(KINDS[kind], strict=False)
     if kind == "float":
         values = values.set(~values.is_finite().fill_null(True), None)
     elif (left := values.is_null() & bare.is_not_null()).any():
-        found = _hexadecimal(bare.filter(left))
-        if kind == "time":
-            found = found.zip_with(found.is_not_null(), times(bare.filter(left), form))
-        values = values.scatter(left.arg_true(), found)
-    wrong = values.is_null() & texts.is_not_null()
-    return values, wrong & ~bare.is_in(MISSING_MARKERS).fill_null(False) if wrong.any() else wrong
+        values = values.scatter(left.arg_true(), hexadecimal(bare.filter(left)))
+    return values, values.is_null() & texts.is_not_null()
 
 
-def times(texts: pl.Series, form: Format) -> pl.Series:
-    """ISO 8601 dates and times as whole seconds since 1970 UTC; null where a text is no time.
-
-    A text without an offset is in the format's time zone; an hour that the clock shows twice is the first of the two.
-    """
-    part = texts.str.extract_groups(_TIME).struct
-    clock = part.field("2").fill_null("00:00") + part.field("3").fill_null(":00")
-    naive = (part.field("1") + " " + clock).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="us")
-    offset = part.field("4").str.replace_all(":", "", literal=True)
-    signed = offset.str.extract(r"^([+-])", 1).replace_strict({"+": 1, "-": -1}, default=0, return_dtype=pl.Int64)
-    hours = offset.str.slice(1, 2).cast(pl.Int64, strict=False).fill_null(0)
-    minutes = offset.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
-    absolute = naive.dt.epoch("s") - signed * (hours * 3600 + minutes * 60)
-    local = naive.dt.replace_time_zone(form.timezone, ambiguous="earliest", non_existent="null").dt.epoch("s")
-    return local.zip_with(offset.is_null(), absolute)
-
-
-def _hexadecimal(texts: pl.Series) -> pl.Series:
+def hexadecimal(texts: pl.Series) -> pl.Series:
+    """Texts such as 0x1F as int64; null where a text is none."""
     return (
         texts.str.extract(_HEX_DIGITS, 1)
         .str.to_integer(base=16, strict=False, dtype=pl.UInt64)
         .reinterpret(signed=True)
     )
+
+
+def is_marker(texts: pl.Series) -> pl.Series:
+    """Whether a text is one of MISSING_MARKERS; false where it is missing."""
+    return texts.str.strip_chars(" \t").is_in(MISSING_MARKERS).fill_null(False)
 
 
 def of_keys(form: Format) -> Format:

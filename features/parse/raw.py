@@ -10,12 +10,14 @@ import pyarrow as pa
 
 from features.errors import UserError
 from features.hashing import hash_strings
+from features.kinds import times
 from features.kinds.canonical import as_ids
-from features.kinds.values import WORDS, cleaned, coded, numbers, of_keys
+from features.kinds.values import WORDS, cleaned, coded, is_marker, numbers, of_keys
 from features.parse import compute
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
 from features.source import Format, RawType
+from features.time_units import is_format
 
 LINE = "__line"  # of the row in its file, or in the part of it that is read at a time
 ROW = "__row"  # index of the row there
@@ -77,14 +79,16 @@ def type_columns(
     form_of_keys = of_keys(form)
     for name, kind in types.items():
         array, text_form = _one(columns[name]), form_of_keys if name in keys else form
-        if kind != "string" and _is_text(array):
-            texts = cleaned(pl.Series(array, dtype=pl.String), form)
-            values, wrong = numbers(texts, kind, form)
+        if kind == "time" or (kind != "string" and _is_text(array)):
+            texts = cleaned(pl.Series(array, dtype=pl.String), form) if _is_text(array) else pl.Series(array)
+            values, wrong = times.seconds(name, texts, form) if kind == "time" else numbers(texts, kind)
+            if _is_text(array) and wrong.any():
+                wrong &= ~is_marker(texts)
             if wrong.any():
-                text = pl.select(
-                    pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, pl.lit(WORDS[kind])))
-                ).to_series()
-                reason = text if reason is None else reason.zip_with(reason.is_not_null(), text)
+                words = pl.lit(_words(name, kind, form))
+                text = pl.select(pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, words)))
+                own = text.to_series()
+                reason = own if reason is None else reason.zip_with(reason.is_not_null(), own)
             found[name] = values.to_arrow()
         elif kind != "string":
             found[name] = array.cast(pa.float64() if kind == "float" else pa.int64())
@@ -101,6 +105,12 @@ def type_columns(
     bad = reason.is_not_null()
     texts = pa.Table.from_pydict({name: columns[name] for name in types}).filter(bad.to_arrow())
     return Typed(rows.filter((~bad).to_arrow()), dead_letters(line[bad.to_numpy()], reason.filter(bad), as_json(texts)))
+
+
+def _words(name: str, kind: RawType, form: Format) -> str:
+    """What the values of a column should be."""
+    unit = form.times.get(name, "") if kind == "time" else ""
+    return f"a time of the form {unit}" if is_format(unit) else WORDS[kind]
 
 
 def dead_letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:

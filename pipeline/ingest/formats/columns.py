@@ -1,16 +1,16 @@
 """Columns of formats with types of their own (Parquet, Avro) as blocks have them: text, lists of text, numbers."""
 
 from collections.abc import Collection, Mapping
-from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.kinds import times
 from features.kinds.canonical import as_text, check_ids
 from features.source import Format, RawType
 
-TEXT, LIST = pa.string(), pa.list_(pa.string())  # as blocks have them
+TEXT, LIST = pa.string(), pa.list_(pa.string())
 
 
 def convert_columns(
@@ -37,9 +37,10 @@ def convert_columns(
 
 
 def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
-    """A column as text, numbers or lists of text; times as whole seconds since 1970 UTC.
+    """A column as text, numbers or lists of text.
 
-    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing.
+    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing. Timestamps
+    are whole seconds, rounded down: wanted as a time they stay timestamps, as a number they are seconds since 1970 UTC.
 
     Raises:
         pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be converted, or its bytes are not UTF-8.
@@ -49,12 +50,17 @@ def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
     if wanted == "string":
         return _lists(values) if _is_list(kind) else as_text(values).cast(TEXT)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        values = _seconds(values, options.timezone)
+        values = _seconds(values)
+        if wanted == "time":
+            return values
+        values = _since_1970(values, options)
     elif pa.types.is_boolean(kind):
         values = values.cast(pa.int8())
     elif pa.types.is_floating(kind):  # NaN: the only missing number of many writers
         values = values.cast(pa.float32()) if kind == pa.float16() else values
         values = pc.if_else(pc.is_nan(values), None, values)
+        if wanted == "time":  # such as whole numbers beside a missing one
+            values = pc.floor(values)
     return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
 
 
@@ -93,24 +99,20 @@ def _exact_text(values: pa.Array, kind: pa.DataType) -> pa.Array:
     return as_text(values).cast(TEXT)
 
 
-def _seconds(values: pa.Array, timezone: str) -> pa.Array:
-    """Whole seconds since 1970 UTC; as text where the clocks of the zone skipped one of the times, which stays as it is."""
+def _seconds(values: pa.Array) -> pa.Array:
+    """Timestamps and dates as whole seconds, rounded down; those without a zone stay without one."""
     if pa.types.is_date(values.type):
-        values = values.cast(pa.timestamp("s"))
-    if values.type.tz is not None:
-        return _whole_seconds(values)
-    # At the end of summer time an hour comes twice, at its beginning one is left out.
-    localized = partial(pc.assume_timezone, values, timezone, ambiguous="earliest")
-    try:
-        return _whole_seconds(localized(nonexistent="raise"))
-    except pa.ArrowInvalid:
-        before, after = localized(nonexistent="earliest"), localized(nonexistent="latest")
-        return pc.if_else(pc.equal(before, after), _whole_seconds(after).cast(TEXT), values.cast(TEXT))
-
-
-def _whole_seconds(values: pa.Array) -> pa.Array:
-    """Timestamps as seconds since 1970 UTC, rounded down."""
+        return values.cast(pa.timestamp("s"))
     per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
     ticks = values.cast(pa.int64())
     whole = pc.divide(ticks, per_second)  # towards zero
-    return pc.subtract(whole, pc.less(ticks, pc.multiply(whole, per_second)).cast(pa.int64()))
+    whole = pc.subtract(whole, pc.less(ticks, pc.multiply(whole, per_second)).cast(pa.int64()))
+    return whole.cast(pa.timestamp("s", values.type.tz and "UTC"))
+
+
+def _since_1970(values: pa.Array, options: Format) -> pa.Array:
+    """Timestamps as seconds since 1970 UTC; as text where the clocks of the zone skipped one of them, which stays as it is."""
+    found, wrong = times.seconds("", values, options)
+    if not wrong.any():
+        return found.to_arrow()
+    return pc.if_else(wrong.to_arrow(), values.cast(TEXT), found.to_arrow().cast(TEXT))
