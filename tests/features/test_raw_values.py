@@ -39,9 +39,7 @@ def test_what_cannot_be_computed_is_missing_as_a_number_as_an_id_in_a_bag_and_in
 def test_a_fraction_is_no_id_and_no_key_of_a_split(changes: dict[str, Any], where: str) -> None:
     source = {"files": "x", "types": {"a": "float", "b": "float"}, "derived": {"half": "a / 2"}}
     s = schema(source=source, tasks={"t": {"kind": "binary", "label": "b"}}, **changes)
-    with pytest.raises(
-        UserError, match=rf"^{where} holds 1\.5, which is no id\. Make it whole or text"
-    ):
+    with pytest.raises(UserError, match=rf"^{where} holds 1\.5, which is no id\. Make it whole or text"):
         parsed(s, a=["2", "3"] if where != "categorical.c: column a" else ["4", "1.5"], b=["1", "0"])
     parsed(s, a=["2", "4"], b=["1", "0"])
 

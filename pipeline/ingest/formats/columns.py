@@ -11,6 +11,7 @@ from features.kinds.canonical import as_text, check_ids
 from features.source import Format, RawType
 
 TEXT, LIST = pa.string(), pa.list_(pa.string())
+MOST_TYPE_CHARACTERS = 60  # of a type's name: a time zone's is the file's
 
 
 def convert_columns(
@@ -62,6 +63,15 @@ def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
         if wanted == "time":  # such as whole numbers beside a missing one
             values = pc.floor(values)
     return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
+
+
+def type_names(columns: Mapping[str, pa.Array]) -> dict[str, str]:
+    """The types of columns in a few words each, as a person reads them."""
+    return {name: _type_name(values.type)[:MOST_TYPE_CHARACTERS] for name, values in columns.items()}
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return f"{kind.value_type} (dictionary)" if pa.types.is_dictionary(kind) else str(kind)
 
 
 def _decoded(values: pa.Array) -> pa.Array:

@@ -1,5 +1,6 @@
 """Step `read`: a unit of a raw file to typed rows."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPa
 from pipeline.ingest.progress import UnitProgress
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
-from pipeline.ingest.steps.join import key_type, scatter, scatter_keys
+from pipeline.ingest.steps.join import comparable, key_type, scatter, scatter_keys
 from pipeline.ingest.steps.label import label_rows
 
 ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + row in it, where the schema names no row_id column
@@ -33,12 +34,19 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     types = _types(job, stream)
     codes = set() if outcome else raw.code_columns(job.schema)
     lists = {} if outcome else raw.list_columns(job.schema)
+    keys = {outcome.key if outcome else str(job.schema.source.key)} - {
+        c for c, kind in types.items() if kind != "string"
+    }
+    ids = keys if outcome else raw.id_columns(job.schema)
     blocks = raw_format(options).read(
-        unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
+        unit, Wanted(types, work.names, lists, ids), UnitProgress(job.progress, work.number).record
     )
+    met: dict[str, Counter[str]] = {}
     typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
     for block in _at_least_one(blocks, types):
-        typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
+        typed = raw.type_columns(
+            block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row, keys
+        )
         if outcome is not None:
             path, dead_letters = _scatter_outcomes(job, stream, typed.rows)
             outcomes.append(path)
@@ -54,11 +62,13 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
         count += block.columns.num_rows + len(block.bad)
         lines += block.line_count
+        for column, kind in block.types.items():
+            met.setdefault(column, Counter())[kind] += block.columns.num_rows
     check_unchanged(unit.file)
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
-        dead_letters=spill(job, bad),
+        dead_letters=spill(job, bad), types={column: dict(rows) for column, rows in met.items()},
     )  # fmt: skip
 
 
@@ -105,4 +115,6 @@ def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.Data
         reasons = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
         dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons, raw.as_json(gone.drop_columns([LINE, ROW])))
         rows = rows.filter((~lost).to_arrow())
+    key = comparable(job.schema, rows[outcome.key].combine_chunks(), f"source.outcomes.{name}: its key {outcome.key}")
+    rows = rows.set_column(rows.column_names.index(outcome.key), outcome.key, key)
     return scatter(job, rows.drop_columns([LINE, ROW]), outcome.key), dead_letters
