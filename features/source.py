@@ -7,7 +7,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from features.time_units import check_unit
+from features.time_units import DEFAULT, check_unit
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,9 @@ class Format(Strict):
     times: dict[str, Annotated[str, AfterValidator(check_unit)]] = Field(
         {}, description="by column s, ms, us or ns since 1970, index (a plain order), or a strptime format"
     )
+    optional: dict[str, str | int | float | None] = Field(
+        {}, description="columns that only some files have, each with its value in the others; null: missing"
+    )
 
     @field_validator("timezone")
     @classmethod
@@ -68,6 +71,10 @@ class Format(Strict):
         if name not in available_timezones() - {"localtime", "Factory"}:  # the machine's own, and a placeholder
             raise ValueError(f"{name} is no time zone, such as UTC or Europe/Berlin")
         return name
+
+    def unit_of(self, column: str | None) -> str:
+        """The unit or strptime format of a column of times."""
+        return self.times.get(str(column), DEFAULT)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -173,3 +180,8 @@ class Source(Format):
         if outcome is None:
             return self
         return self.outcomes[outcome].read or self.model_copy(update={"columns": None})
+
+    def format_key(self, outcome: str | None) -> str:
+        """Where the schema has what `format_of` gives."""
+        own = outcome is not None and self.outcomes[outcome].read is not None
+        return f"source.outcomes.{outcome}.read" if own else "source"

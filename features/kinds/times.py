@@ -38,7 +38,7 @@ def seconds(name: str, values: pl.Series | pa.Array, form: Format) -> tuple[pl.S
             first of the two, one that it skips is no time.
     Returns: int64 of shape (B,), null where there is none; bool of shape (B,).
     """
-    unit = form.times.get(name, DEFAULT)
+    unit = form.unit_of(name)
     if isinstance(values, pa.Array) and pa.types.is_timestamp(values.type):
         return _of_timestamps(values, form)
     series = pl.Series(values)
