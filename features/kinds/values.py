@@ -1,4 +1,4 @@
-"""From text to values: numbers, ids and lists of a block of rows, and which of them are not valid."""
+"""From text to values: numbers, codes and lists of a block of rows, and which of them are not valid."""
 
 import numpy as np
 import polars as pl
@@ -6,9 +6,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.kinds.canonical import as_text
 from features.source import Format, RawType
 
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
+# What writers put where a number or key is missing, whatever the schema lists: an id may be called so, a number may not.
+MISSING_MARKERS = (
+    "", "NULL", "Null", "null", "(null)", "NaN", "nan", "NAN", "-NaN", "-nan", "None", "nil", "NA", "N/A", "n/a", "<NA>",
+    "#N/A", "NaT", "undefined", "\\N",
+)  # fmt: skip
 LARGEST = float(np.finfo(np.float32).max)
 KINDS = {"float": pl.Float64, "int": pl.Int64}
 _HEX_DIGITS = (
@@ -43,6 +49,16 @@ def hexadecimal(texts: pl.Series) -> pl.Series:
     )
 
 
+def is_marker(texts: pl.Series) -> pl.Series:
+    """Whether a text is one of MISSING_MARKERS; false where it is missing."""
+    return texts.str.strip_chars(" \t").is_in(MISSING_MARKERS).fill_null(False)
+
+
+def of_keys(form: Format) -> Format:
+    """The format of columns that are keys: MISSING_MARKERS are missing in them, too."""
+    return form.model_copy(update={"missing": list(dict.fromkeys([*form.missing, *MISSING_MARKERS]))})
+
+
 def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:
     """Texts, cleaned, as codes into their values, which may repeat."""
     array = texts.dictionary_encode()
@@ -56,22 +72,10 @@ def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(codes, values)
 
 
-def as_ids(values: pl.Series | pa.Array) -> pa.DictionaryArray:
-    """Any column as codes into the text of its distinct values: 3, 3.5, true."""
-    array = values if isinstance(values, pa.Array) else values.rechunk().to_arrow()
-    if pa.types.is_dictionary(array.type):
-        return array
-    if pa.types.is_null(array.type):
-        array = array.cast(pa.large_string())
-    codes = array.dictionary_encode()
-    distinct: pl.Series = pl.from_arrow(codes.dictionary)  # type: ignore[assignment]
-    return pa.DictionaryArray.from_arrays(codes.indices, distinct.cast(pl.String).to_arrow().cast(pa.large_string()))
-
-
 def as_lists(values: pa.Array, separator: str) -> pa.LargeListArray:
     """Lists, as they are or of the parts of texts."""
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-        values = pc.split_pattern(values.cast(pa.large_string()), separator)
+        values = pc.split_pattern(as_text(values).cast(pa.large_string()), separator)
     return values.cast(pa.large_list(values.type.value_type))
 
 

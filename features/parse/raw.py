@@ -1,7 +1,7 @@
 """From raw columns to typed rows: casts, derived columns, labels and split of a block of rows at a time."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,8 @@ import pyarrow as pa
 from features.errors import UserError
 from features.hashing import hash_strings
 from features.kinds import times
-from features.kinds.values import WORDS, as_ids, cleaned, coded, numbers
+from features.kinds.canonical import as_ids
+from features.kinds.values import WORDS, cleaned, coded, is_marker, numbers, of_keys
 from features.parse import compute
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
@@ -54,7 +55,13 @@ class Parsed:
 
 
 def type_columns(
-    columns: pa.Table, types: dict[str, RawType], codes: set[str], form: Format, line: np.ndarray, row: int
+    columns: pa.Table,
+    types: dict[str, RawType],
+    codes: set[str],
+    form: Format,
+    line: np.ndarray,
+    row: int,
+    keys: Collection[str] = (),
 ) -> Typed:
     """Types the raw columns of a block of an impressions' or outcomes' file.
 
@@ -65,14 +72,18 @@ def type_columns(
         form: how the file is written.
         line: of each row, for dead letters.
         row: index of the first row.
+        keys: text columns that are keys, in which the usual missing markers are missing.
     """
     found: dict[str, pa.Array] = {}
     reason: pl.Series | None = None
+    form_of_keys = of_keys(form)
     for name, kind in types.items():
-        array = _one(columns[name])
+        array, text_form = _one(columns[name]), form_of_keys if name in keys else form
         if kind == "time" or (kind != "string" and _is_text(array)):
             texts = cleaned(pl.Series(array, dtype=pl.String), form) if _is_text(array) else array
             values, wrong = times.seconds(name, texts, form) if kind == "time" else numbers(texts, kind)
+            if _is_text(array) and wrong.any():
+                wrong &= ~is_marker(texts)
             if wrong.any():
                 texts = texts if isinstance(texts, pl.Series) else pl.Series(array.cast(pa.string()))
                 words = pl.lit(_words(name, kind, form))
@@ -85,9 +96,9 @@ def type_columns(
         elif not _is_text(array):  # a list
             found[name] = array
         elif name in codes:
-            found[name] = coded(array, form)
+            found[name] = coded(array, text_form)
         else:
-            found[name] = cleaned(pl.Series(array, dtype=pl.String), form).to_arrow()
+            found[name] = cleaned(pl.Series(array, dtype=pl.String), text_form).to_arrow()
     found |= {LINE: pa.array(line), ROW: pa.array(np.arange(len(line)) + row)}
     rows = pa.table(found)
     if reason is None:
@@ -118,6 +129,13 @@ def as_json(rows: pa.Table) -> pl.Series:
 def code_columns(schema: Schema) -> set[str]:
     """The raw columns that are read as codes into their values: those of one id a row, and of items of a history."""
     return {raw.column for raw in schema.raw.values() if raw.coded} - schema.raw_types.keys()
+
+
+def id_columns(schema: Schema) -> set[str]:
+    """The raw columns that are text and name something, a value or a list a row: ids, users and items, keys."""
+    used = [schema.raw[name].column for name in schema.sparse] + [history.user for history in schema.histories.values()]
+    used += [key for key in (schema.source.key, getattr(schema.split, "key", None)) if key]
+    return set(used) - schema.raw_types.keys() - schema.source.derived.keys()
 
 
 def list_columns(schema: Schema) -> dict[str, str]:
@@ -281,7 +299,7 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
         column = _column(schema, split.key, frame, rows)
         if _is_nested(column):
             raise UserError(f"split.key: column {split.key} holds lists: name one with one value a row")
-        keys = as_ids(column)
+        keys = as_ids(column, f"split.key: column {split.key}")
         share = hash_strings(keys.dictionary, HASH_SPLIT_SEED) / 2.0**64
         code = np.where(share < split.test, 2, np.where(share < split.test + split.valid, 1, 0)).astype(np.int8)
         return pl.Series(pa.array(code).take(keys.indices))

@@ -87,6 +87,7 @@ class Manifest(BaseModel):
         dead_letters: bad rows of all streams by reason.
         dead_letter_files: the files that hold them; `letters` in manifest.json.
         absent_columns: per stream, rows of files that lack an optional column, by column.
+        types: per stream whose files have types of their own, rows by the type of a column in its file, by column.
         fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
     """
 
@@ -101,6 +102,7 @@ class Manifest(BaseModel):
     outcomes: dict[str, dict[str, Count]]
     complete_until: dict[str, int] = {}
     absent_columns: dict[str, dict[str, Count]] = {}
+    types: dict[str, dict[str, dict[str, Count]]] = {}
     dead_letters: dict[str, Count]
     dead_letter_files: list[DeadLetterFile] = Field(alias="letters")
     shards: list[Shard]
@@ -182,6 +184,11 @@ def check_sums(manifest: Manifest, file: Path) -> None:
             placed = sum(manifest.outcomes.get(stream, {}).values())
         what = f"rows of {printable(stream)} by destination"
         check_equal(file, what, placed + count, manifest.read.get(stream, 0))
+    for stream, types in manifest.types.items():
+        for column, found in types.items():
+            if (total := sum(found.values())) > manifest.read.get(stream, 0):
+                what = f"rows of {printable(stream)} by the type of {printable(column)}"
+                raise UserError(f"{file}: {what} are {total:,}, more than were read. {RESTORE_HINT}")
     for stream, columns in manifest.absent_columns.items():
         if (most := max(columns.values(), default=0)) > manifest.read.get(stream, 0):
             raise UserError(
@@ -220,10 +227,22 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
         outcomes={name: _sums(m.outcomes.get(name, {}) for m in manifests) for name in streams},
         complete_until={name: min(u[name] for u in untils) for name in untils[0] if all(name in u for u in untils)},
         absent_columns={name: _sums(m.absent_columns.get(name, {}) for m in manifests) for name in lacking},
+        types=sum_types(m.types for m in manifests),
         dead_letters=_sums(m.dead_letters for m in manifests),
         dead_letter_files=dead_letter_files,
         shards=shards,
     )
+
+
+def sum_types(parts: Iterable[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Rows by stream, column and type (see Manifest.types) of all parts together."""
+    total: dict[str, dict[str, dict[str, int]]] = {}
+    for part in parts:
+        for stream, columns in part.items():
+            for column, rows in columns.items():
+                known = total.setdefault(stream, {})
+                known[column] = _sums([known.get(column, {}), rows])
+    return total
 
 
 def _sums(counts: Iterable[Mapping[Any, int]]) -> dict[Any, int]:

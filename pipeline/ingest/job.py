@@ -22,7 +22,7 @@ from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
-from pipeline.dataset.manifest import DeadLetterFile, Manifest
+from pipeline.dataset.manifest import DeadLetterFile, Manifest, sum_types
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
 from pipeline.ingest.absent_columns import absent_rows, stream_columns
@@ -251,6 +251,7 @@ def _commit(job: Job, limits: Limits, schema: Schema, out: Path) -> Manifest:
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
+        "types": sum_types({report.stream: report.types} for report in reads),
     }  # fmt: skip
     return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
 

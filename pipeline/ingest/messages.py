@@ -113,6 +113,7 @@ class ReadReport(Report):
         read: rows, bad ones among them.
         typed, labelled, outcomes: parts of impressions, and paths of outcomes; all but one are empty.
         latest: time of the last impression, None where no step needs it.
+        types: rows by the type of the column in its file, by column; empty for text.
         absent, keys: see pipeline.ingest.absent_columns.Completion.
     """
 
@@ -126,6 +127,7 @@ class ReadReport(Report):
     outcomes: list[str]
     latest: int | None
     dead_letters: DeadLetters
+    types: dict[str, dict[str, int]] = field(default_factory=dict)
     absent: dict[str, int] = field(default_factory=dict)
     keys: list[str] | None = None
 

@@ -50,7 +50,7 @@ SCHEMA = Schema.parse(CONTENT, where="mine.yaml")
 
 CELLS = {
     "price": ["5", " 5 ", "NA", "", "-1.5e2", ".5", "x", "inf", "nan", "1e400", "1e200", "5,0"],
-    "qty": ["3", "4", " 1 ", "+2", "0", "NA", "", "-1", "9", "1.0", "0x3", "99999999999999999999", "three"],
+    "qty": ["3", "4", "NULL", " 1 ", "+2", "0", "NA", "", "-1", "9", "1.0", "0x3", "99999999999999999999", "three"],
     "time": ["0", "3599", "3600", "7199", " 7200", "90000", "-1", "", "noon", "1d3", "1970-01-01 02:00", "1970-01-01Z"],
     "id": ["a", " a", "b", "c", "", "NA", "none"],
     "user": ["u", " u ", "", "NA", "ü", "'", "?"],
@@ -84,6 +84,7 @@ def plain_typed(raw: dict[str, str]) -> tuple[dict[str, Any], str | None]:
     wrong = None
     for column in (c for c in row if c in WORDS):
         cell = row[column]
+        cell = None if cell in ("nan", "NULL") else cell
         row[column] = None if cell is None else plain_number(column, cell)
         if cell is not None and row[column] is None:
             wrong = wrong or f"{column}: '{cell}' is not {WORDS[column]}"

@@ -11,7 +11,7 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.kinds.values import as_ids, cleaned, coded, numbers
+from features.kinds.values import MISSING_MARKERS, cleaned, coded, is_marker, numbers, of_keys
 from features.source import Format
 
 # Numbers
@@ -91,20 +91,12 @@ def test_a_key_that_is_also_a_feature_is_the_same_text_as_both_whatever_stands_a
     assert plain[around.index("a")] == "aa ba"
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (pl.Series([3, None, -3, 3]), ["3", None, "-3", "3"]),
-        (pl.Series([3.5, 3.0, None]), ["3.5", "3.0", None]),
-        (pl.Series([True, None, False]), ["true", None, "false"]),
-        (pl.Series(["ä", None, "", "ä"]), ["ä", None, "", "ä"]),
-        (pl.Series([None, None]), [None, None]),
-        (pl.Series([], dtype=pl.Int64), []),
-        (pa.array(["a", None]).dictionary_encode(), ["a", None]),
-        (pa.array([1, None, 1]), ["1", None, "1"]),
-    ],
-)
-def test_any_column_can_be_ids(values, expected):
-    found = as_ids(values)
-    assert pa.types.is_dictionary(found.type)
-    assert found.to_pylist() == expected
+@settings(max_examples=examples(50), deadline=None)
+@given(st.lists(st.none() | st.sampled_from([*MISSING_MARKERS, " NULL\t", "NULL.", "none", "0", "x"]), max_size=12))
+def test_the_usual_missing_markers_are_missing_in_keys_and_no_fault_of_numbers(texts):
+    found = is_marker(pl.Series(texts, dtype=pl.String)).to_list()
+    assert found == [text is not None and text.strip() in MISSING_MARKERS for text in texts]
+    form = of_keys(Format(missing=["x"]))
+    expected = [None if text == "x" or text in MISSING_MARKERS else text for text in texts]
+    assert cleaned(pl.Series(texts, dtype=pl.String), form).to_list() == expected
+    assert coded(pa.array(texts, pa.string()), form).to_pylist() == expected

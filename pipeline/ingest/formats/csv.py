@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from features.errors import UserError
+from features.kinds.values import MISSING_MARKERS
 from features.source import Format, RawType
 from features.time_units import is_format
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, open_text, readable
@@ -185,13 +186,13 @@ class CsvLines:
             pcsv.ConvertOptions(
                 column_types=wanted,
                 include_columns=columns,
-                null_values=self.options.missing,
+                null_values=[*self.options.missing, *MISSING_MARKERS],  # of numbers only
                 strings_can_be_null=False,
             ),
         )
 
     def _casts(self, texts: pa.ChunkedArray, kind: pa.DataType) -> bool:
-        known = texts.filter(pc.invert(pc.is_in(texts, pa.array(self.options.missing, TEXT))))
+        known = texts.filter(pc.invert(pc.is_in(texts, pa.array([*self.options.missing, *MISSING_MARKERS], TEXT))))
         try:
             pc.cast(known, kind)
         except pa.ArrowInvalid:

@@ -7,6 +7,7 @@ import polars as pl
 import pyarrow as pa
 
 from features.join.history import recent
+from features.kinds.canonical import canonical
 from features.parse import compute, raw
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherHistoryReport, GatherHistoryWork, PartWork, ScatterHistoryReport
@@ -25,7 +26,11 @@ def scatter_history(job: Job, work: PartWork) -> ScatterHistoryReport:
         time = pl.Series(raw.event_time(schema, rows))
         known = _known(job, name, frame, outcomes, time)
         columns: dict[str, Any] = {
-            "user": frame[history.user].cast(pl.String), "item": frame[history.item].cast(pl.String), "time": time,
+            **{
+                part: pl.Series(canonical(frame[column].rechunk().to_arrow(), f"bag.{name}.history.{part}: column {column}"))
+                for part, column in (("user", history.user), ("item", history.item))
+            },
+            "time": time,
             "known": known.set(frame[history.item].is_null(), None),
         }  # fmt: skip
         table = pl.DataFrame(columns).with_columns(pl.int_range(pl.len()).alias(shuffle.POSITION)).rechunk().to_arrow()

@@ -1,5 +1,6 @@
 """Step `read`: a unit of a raw file to typed rows."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPa
 from pipeline.ingest.progress import UnitProgress
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
-from pipeline.ingest.steps.join import key_type, scatter, scatter_keys
+from pipeline.ingest.steps.join import comparable, key_type, scatter, scatter_keys
 from pipeline.ingest.steps.label import label_rows
 
 ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + row in it, where the schema names no row_id column
@@ -35,14 +36,17 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     types = _types(job, stream)
     codes = set() if outcome else raw.code_columns(job.schema)
     lists = {} if outcome else raw.list_columns(job.schema)
+    keys, ids = _named(job, stream, types)
     completion = Completion(types, work.names, options, lists)
     blocks = raw_format(options).read(
-        unit, Wanted(completion.present, work.names, lists), UnitProgress(job.progress, work.number).record
+        unit, Wanted(completion.present, work.names, lists, ids), UnitProgress(job.progress, work.number).record
     )
+    met: dict[str, Counter[str]] = {}
     typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
     for block in _at_least_one(blocks, completion.present):
         columns = completion.complete(block.columns)
-        typed = raw.type_columns(columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
+        first = unit.first_row + block.row
+        typed = raw.type_columns(columns, types, codes, options, block.line_numbers(), first, keys)
         if outcome is not None:
             path, dead_letters = _scatter_outcomes(job, stream, typed.rows)
             outcomes.append(path)
@@ -58,11 +62,14 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
         count += block.columns.num_rows + len(block.bad)
         lines += block.line_count
+        for column, kind in block.types.items():
+            met.setdefault(column, Counter())[kind] += block.columns.num_rows
     check_unchanged(unit.file)
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
         dead_letters=spill(job, bad), absent=completion.absent, keys=completion.keys,
+        types={column: dict(rows) for column, rows in met.items()},
     )  # fmt: skip
 
 
@@ -71,6 +78,14 @@ def _types(job: Job, stream: str) -> dict[str, RawType]:
     if outcome := job.schema.source.outcomes.get(stream):
         return {outcome.key: key_type(job.schema), **outcome.types}
     return {name: job.schema.raw_types.get(name, "string") for name in job.schema.raw_columns}
+
+
+def _named(job: Job, stream: str, types: dict[str, RawType]) -> tuple[set[str], set[str]]:
+    """The text columns of a stream that are keys of a join, and those whose values name something, keys among them."""
+    outcome = job.schema.source.outcomes.get(stream)
+    key = outcome.key if outcome else job.schema.source.key
+    keys = {key} if key and types.get(key) == "string" else set()
+    return keys, keys if outcome else raw.id_columns(job.schema)
 
 
 def _at_least_one(blocks: Iterator[Block], types: dict[str, RawType]) -> Iterator[Block]:
@@ -106,6 +121,8 @@ def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.Data
         cells = raw.as_json(gone.drop_columns([LINE, ROW]))
         dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons.filter(lost), cells)
         rows = rows.filter((~lost).to_arrow())
+    key = comparable(job.schema, rows[outcome.key].combine_chunks(), f"source.outcomes.{name}: its key {outcome.key}")
+    rows = rows.set_column(rows.column_names.index(outcome.key), outcome.key, key)
     return scatter(job, rows.drop_columns([LINE, ROW]), outcome.key), dead_letters
 
 
