@@ -38,13 +38,18 @@ class KeptEntry(BaseModel):
 
 
 class Content(BaseModel):
-    """What encoders.json holds. num_embeddings: per table. edges: of bins, ascending. kept: where a schema had grown."""
+    """What encoders.json holds.
+
+    Attributes:
+        num_embeddings: per table. edges: of bins, ascending. counter_means: of smoothed counters. kept: where a schema had grown.
+    """
 
     version: int
     inputs: str
     num_embeddings: dict[str, Count]
     moments: dict[str, MomentsEntry]
     edges: dict[str, Annotated[list[FiniteFloat], Field(min_length=2)]] = {}
+    counter_means: dict[str, FiniteFloat] = {}
     kept: KeptEntry | None = None
 
 
@@ -102,6 +107,7 @@ def _check_names(content: Content, schema: Schema, file: Path) -> None:
         ("num_embeddings", content.num_embeddings.keys(), schema.all_tables.keys()),
         ("moments", content.moments.keys(), schema.dense.keys()),
         ("edges", content.edges.keys(), binned | coded),
+        ("counter_means", content.counter_means.keys(), set(schema.smoothed)),
     ):
         if different := found ^ needed:
             name = min(different & needed or different)

@@ -48,6 +48,15 @@ def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encode
     )
 
 
+def counter_means(schema: Schema, known: Encoders) -> dict[str, float]:
+    """What the smoothed counters that both schemas have are smoothed towards."""
+    return {
+        name: mean
+        for name, mean in known.counter_means.items()
+        if name in schema.smoothed and _origin(schema, name) == _origin(known.schema, name)
+    }
+
+
 def _definition(schema: Schema, name: str) -> Any:
     """All that decides which values a feature has, and how they are encoded."""
     feature = schema.features[name]
@@ -58,10 +67,15 @@ def _definition(schema: Schema, name: str) -> Any:
 
 def _origin(schema: Schema, column: str) -> dict[str, str]:
     """The column, and those that it is computed from, each with its type or expression."""
-    if column not in schema.source.derived:
+    if counter := schema.source.counters.get(column):
+        found = {column: counter.model_dump_json(exclude_defaults=True)}
+        reads = [counter.by, *(c for text in counter.expressions.values() for c in columns_of(text))]
+    elif expression := schema.source.derived.get(column):
+        found, reads = {column: expression}, columns_of(expression)
+    elif outcome := schema.outcome_columns.get(column):
+        return {column: schema.source.outcomes[outcome].model_dump_json(exclude_defaults=True)}
+    else:
         return {column: schema.raw_types.get(column, "string")}
-    expression = schema.source.derived[column]
-    found = {column: expression}
-    for read in columns_of(expression):
+    for read in reads:
         found |= _origin(schema, read)
     return found

@@ -1,6 +1,6 @@
 """What listens while jobs run, and what comes in: nothing beyond this machine, and no pickle is opened.
 
-jobs/SECURITY.md lists the ports. None of the jobs has a port on another interface than loopback, and there is no exception to list.
+jobs/SECURITY.md lists the ports. No job on one machine has a port on another interface than loopback.
 """
 
 import base64
