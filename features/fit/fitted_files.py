@@ -41,7 +41,7 @@ class Content(BaseModel):
     """What encoders.json holds.
 
     Attributes:
-        num_embeddings: per table. edges: of bins, ascending. counter_means: of smoothed counters. kept: where a schema had grown.
+        num_embeddings: per table. edges: of bins, ascending. counter_means: of smoothed counters. kept: of a schema that grew.
     """
 
     version: int
