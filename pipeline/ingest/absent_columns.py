@@ -35,11 +35,12 @@ def stream_columns(
         lacking = [path for path, names in found.items() if error.column not in names]
         if len(lacking) == len(files):
             raise
-        also = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        lack = f"and {len(lacking) - 1} more lack" if len(lacking) > 1 else "lacks"
+        shown = ", ".join(found[lacking[0]])[:1000]
         others = len(files) - len(lacking)
         have = "other file of the stream has" if others == 1 else f"other {others} files of the stream have"
         raise UserError(
-            f"{lacking[0]}{also} lacks column {error.column}, which the {have}: fix or remove the file, or list "
+            f"{lacking[0]} {lack} column {error.column} (found: {shown}), which the {have}: fix or remove the file, or list "
             f"{error.column} in {key}.optional with its default"
         ) from None
 
@@ -69,13 +70,13 @@ class Completion:
         return {c: kind for c, kind in self.types.items() if self.names is None or c in self.names}
 
     def complete(self, columns: pa.Table) -> pa.Table:
-        """A block with all columns, in the order of `types`."""
+        """A block with all columns."""
         if self.names is None and columns.num_rows:
             any_value = {c for c in self.types if columns[c].null_count < columns.num_rows}
             self.keys = [c for c in self.types if c in any_value or c in (self.keys or ())]
         for column in self.options.optional.keys() & self.types.keys():
             columns = self._filled(columns, column)
-        return columns.select(list(self.types))
+        return columns
 
     def _filled(self, columns: pa.Table, column: str) -> pa.Table:
         default = self.options.optional[column]

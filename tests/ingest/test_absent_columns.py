@@ -139,15 +139,17 @@ def test_a_column_that_one_file_lacks_is_a_fault_of_that_file(tmp_path: Path, fo
     folder = write_log(tmp_path / "log", form, without)
     message = refused(folder, tmp_path / "out", content_for(form, {c: None for c in OPTIONAL if c != "dwell"}))
     assert message == (
-        f"{folder}/clicks-1.{form} lacks column dwell, which the other file of the stream has: fix or remove the file, or "
-        "list dwell in source.optional with its default"
+        f"{folder}/clicks-1.{form} lacks column dwell (found: id, when), which the other file of the stream has: fix or "
+        "remove the file, or list dwell in source.optional with its default"
     )
     for number in (2, 3):
         WRITERS[form](folder / f"clicks-{number}.{form}", [without(click(number))])
     content = content_for(form, {c: None for c in OPTIONAL if c != "dwell"})
     content["source"]["outcomes"]["click"]["read"] = {"format": form}
     message = refused(folder, tmp_path / "out", content)
-    assert message.startswith(f"{folder}/clicks-1.{form} (and 2 more) lacks column dwell, which the other file of")
+    assert message.startswith(
+        f"{folder}/clicks-1.{form} and 2 more lack column dwell (found: id, when), which the other file of"
+    )
     assert message.endswith("list dwell in source.outcomes.click.read.optional with its default")
 
 

@@ -151,10 +151,25 @@ def test_extreme_times_of_impressions_and_outcomes_are_dead_letters_and_join_not
     content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
     content["bag"] = {"before": {"history": {"user": "y", "item": "id", "when": "NOT click"}}}
     manifest = run(tmp_path, tmp_path / "out", content, max_bad_fraction=0.99, as_of="2099-01-01")
-    assert [(row["row_id"], row["label.click"]) for row in rows_by_id(tmp_path / "out")] == [(0, 1.0), (8, 0.0)]
+    rows = rows_by_id(tmp_path / "out")
+    assert [(row["row_id"], row["label.click"], row["before"]) for row in rows] == [(0, 1.0, []), (8, 0.0, [])]
     assert manifest.outcomes["click"]["joined"] == 1
     bad = [x["stream"] for x in dead_letters_of(tmp_path / "out") if "is not between 1990 and 2100" in x["reason"]]
     assert bad == ["click"] * (len(EXTREMES) + 1) + ["impressions"] * len(EXTREMES)
+
+
+def test_a_clock_that_is_far_ahead_closes_no_window_of_other_rows(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log([START, START + 7200, 1000 * START]))
+    (tmp_path / "clicks.csv").write_text("id,when\n")
+    content = content_for(
+        files="log.csv",
+        key="id",
+        outcomes={"click": {"files": "clicks.csv", "key": "id", "time": "when", "window": "1h"}},
+    )
+    content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
+    manifest = run(tmp_path, tmp_path / "out", content, max_bad_fraction=0.5)
+    assert manifest.complete_until == {"click": START + 7200}
+    assert [row["label.click"] for row in rows_by_id(tmp_path / "out")] == [0.0, None]
 
 
 @pytest.mark.parametrize(
