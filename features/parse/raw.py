@@ -157,7 +157,7 @@ def parse(
     """Features, labels and split of typed rows; those that cannot be used become dead letters.
 
     Args:
-        rows: B typed rows of `type_columns`.
+        rows: B typed rows of `type_columns`, with the columns of side tables.
         row_id: added to ROW, it is the id of a row where the schema names no `row_id` column.
         joined: B rows of the columns that outcomes add.
         open_windows: per outcome [B] whether its window was still open when the log ended.
@@ -192,7 +192,7 @@ def parse(
             keep &= ~open_B
     found = dead_letters()
     if bad.any():
-        cells = as_json(rows.drop_columns([LINE, ROW]).filter(pa.array(bad)))
+        cells = as_json(rows.select(schema.raw_columns).filter(pa.array(bad)))
         found = dead_letters(rows[LINE].to_numpy()[bad], reason.filter(pl.Series(bad)), cells)
     return Parsed(table if keep.all() else table.filter(pa.array(keep)), found, left_out)
 

@@ -9,6 +9,7 @@ from features.kinds import KINDS
 from features.printable import has_controls, printable
 from features.schema.expressions import columns_of
 from features.schema.splits import HashSplit, TimeSplit
+from features.schema.table_checks import keys_of_tables, side_tables, table_inputs
 from features.source import outcome_names
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def contradictions(schema: Schema) -> Iterator[str]:
             if column not in schema.source.columns:
                 yield f"column {column} is used, but source.columns does not list it"
     yield from _keys_of_outcomes(schema)
+    yield from side_tables(schema)
     yield from _leaks(schema)
 
 
@@ -64,7 +66,9 @@ def _unfit_names(schema: Schema) -> Iterator[str]:
     """Names that the schema gives and that are empty, too long, control a terminal, or lead out of a folder of files."""
     sections = {section: getattr(schema, section) for section in [*KINDS, "tables", "tasks"]}
     sections |= {"source.derived": schema.source.derived, "source.outcomes": schema.source.outcomes}
-    forbidden = {**dict.fromkeys([*KINDS, "tables"], "./\\"), "source.outcomes": "/\\"}  # a module's name has no dot
+    sections |= {"source.tables": schema.source.tables}
+    forbidden = {**dict.fromkeys([*KINDS, "tables"], "./\\")}  # a module's name has no dot
+    forbidden |= {"source.outcomes": "/\\", "source.tables": "/\\"}
     for section, names in sections.items():
         for name in names:
             yield from _unfit(f"name in {section}", name, MAX_NAME_BYTES, forbidden.get(section, ""))
@@ -78,9 +82,11 @@ def _unfit_columns(schema: Schema) -> Iterator[str]:
     columns = [*(source.columns or ()), *source.types, *schema.raw_columns]
     for outcome in outcomes:
         columns += [outcome.key, *outcome.types, *((outcome.read and outcome.read.columns) or ())]
+    columns += keys_of_tables(schema)
     for column in dict.fromkeys(columns):
         yield from _unfit("column", column, MAX_COLUMN_BYTES)
-    for files in dict.fromkeys([source.files, *(outcome.files for outcome in outcomes)]):
+    files_of = [*(outcome.files for outcome in outcomes), *(table.files for table in source.tables.values())]
+    for files in dict.fromkeys([source.files, *files_of]):
         yield from _unfit("files", files, MAX_COLUMN_BYTES)
 
 
@@ -126,6 +132,7 @@ def _leaks(schema: Schema) -> Iterator[str]:
     for name, raw in schema.raw.items():
         history = schema.histories.get(name)
         inputs = _roots(schema, [raw.column, history.user] if history else [raw.column])
+        inputs |= _roots(schema, table_inputs(schema, inputs))
         if later := sorted(inputs & schema.outcome_columns.keys()):
             yield f"feature {name} reads {later[0]}, an outcome that is known only after the impression. Remove it."
         for task, spec in schema.tasks.items():
@@ -146,8 +153,12 @@ def _added_twice(schema: Schema) -> Iterator[str]:
     """Columns of expressions that two parts of the schema add."""
     outcomes = schema.source.outcomes.items()
     added = [c for name, o in outcomes for c in outcome_names(name, o)] + list(schema.source.derived)
+    added += [f"{name}_{column}" for name, table in schema.source.tables.items() for column in table.columns]
     for column in sorted({c for c in added if added.count(c) > 1}):
-        yield f"column {column} is added twice, by source.outcomes or source.derived: rename an outcome or a column of it"
+        yield (
+            f"column {column} is added twice, by source.outcomes, source.tables or source.derived: rename an outcome, a table "
+            "or a column of it"
+        )
 
 
 def _without_time(schema: Schema) -> Iterator[str]:

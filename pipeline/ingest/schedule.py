@@ -23,6 +23,7 @@ from pipeline.ingest.messages import (
     JoinWork,
     LabelReport,
     LabelWork,
+    LookUpWork,
     MergeReport,
     MergeWork,
     PartWork,
@@ -63,8 +64,8 @@ def steps_of(job: Job) -> list[str]:
     """The steps that a job needs, in order."""
     joins, histories = bool(job.schema.source.outcomes), bool(job.schema.histories)
     needs = {
-        "read": True, "join": joins, "scatter_history": histories, "gather_history": histories, "label": job.joins,
-        "merge": True, "encode": job.order != "input", "write": True,
+        "read": True, "join": joins, "look_up": bool(job.schema.source.tables), "scatter_history": histories,
+        "gather_history": histories, "label": job.joins, "merge": True, "encode": job.order != "input", "write": True,
     }  # fmt: skip
     return [step for step, needed in needs.items() if needed]
 
@@ -135,6 +136,12 @@ def complete_until(job: Job, limits: Limits) -> dict[str, int]:
 
 def _join(job: Job, _: Limits) -> Iterator[JoinWork]:
     yield from map(JoinWork, range(job.buckets))
+
+
+def _look_up(job: Job, _: Limits) -> Iterator[LookUpWork]:
+    for name in job.schema.source.tables:
+        pieces = len(job.typed()) if name in job.broadcast else job.buckets
+        yield from (LookUpWork(name, index) for index in range(pieces))
 
 
 def _scatter_history(job: Job, _: Limits) -> Iterator[PartWork]:
@@ -252,6 +259,6 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[Split, int], list[lis
 
 
 PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {
-    "join": _join, "scatter_history": _scatter_history, "gather_history": _gather_history, "label": _label,
+    "join": _join, "look_up": _look_up, "scatter_history": _scatter_history, "gather_history": _gather_history, "label": _label,
     "merge": _merge, "encode": _encode, "write": _write,
 }  # fmt: skip

@@ -23,6 +23,8 @@ class Job:
         staging: folder that becomes the dataset; scratch/ in it holds files between steps.
         buckets: of joins and histories.
         counts_all: whether statistics are of all rows, or of the train split.
+        broadcast: side tables that every worker holds; the others are joined a bucket of keys at a time.
+        snapshots: of side tables in snapshots of which several are read, the seconds since 1970 at which these begin.
         cache: what a worker has loaded.
     """
 
@@ -33,6 +35,8 @@ class Job:
     seed: int
     rows_per_row_group: int
     counts_all: bool
+    broadcast: frozenset[str] = frozenset()
+    snapshots: dict[str, list[int]] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -51,8 +55,8 @@ class Job:
 
     @property
     def joins(self) -> bool:
-        """Whether rows wait for outcomes or histories before they can be labelled."""
-        return bool(self.schema.source.outcomes or self.schema.histories)
+        """Whether rows wait for outcomes, side tables or histories before they can be labelled."""
+        return bool(self.schema.source.outcomes or self.schema.source.tables or self.schema.histories)
 
     @property
     def encoders(self) -> Encoders:

@@ -2,6 +2,7 @@
 
     read             unit    raw text to typed rows in parts on disk; their keys, and outcomes, scattered to buckets
     join             bucket  keys and outcomes of the bucket to joined columns, a batch for each part
+    look_up          part or bucket  what its rows ask of a side table to the columns of its answers
     scatter_history  part    users, items and times of the rows, scattered by user
     gather_history   bucket  earlier items of each user, a batch for each part
     label            part    typed rows and joined columns to features, labels, split; counted
@@ -24,12 +25,13 @@ from pipeline.ingest.steps.encode import encode
 from pipeline.ingest.steps.history import gather_history, scatter_history
 from pipeline.ingest.steps.join import join_bucket
 from pipeline.ingest.steps.label import label
+from pipeline.ingest.steps.look_up import look_up
 from pipeline.ingest.steps.merge import merge
 from pipeline.ingest.steps.read import read
 from pipeline.ingest.steps.write import write
 
 STEPS: dict[str, Callable[[Job, Any], Report]] = {
-    "read": read, "join": join_bucket, "scatter_history": scatter_history, "gather_history": gather_history,
+    "read": read, "join": join_bucket, "look_up": look_up, "scatter_history": scatter_history, "gather_history": gather_history,
     "label": label, "merge": merge, "encode": encode, "write": write,
 }  # fmt: skip
 

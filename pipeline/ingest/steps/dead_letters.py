@@ -41,6 +41,19 @@ def spill(job: Job, found: Sequence[pl.DataFrame]) -> DeadLetters:
     return DeadLetters(str(path), dict(reasons), first["line"], _shortened(first["reason"]))
 
 
+def without_missing(rows: pa.Table, key: str, time: str | None) -> tuple[pa.Table, pl.DataFrame]:
+    """Typed rows without those that lack their key or time, and these as dead letters."""
+    missing = [pl.Series(rows[column]).is_null() for column in (key, time) if column]
+    lost = missing[0] | missing[-1]
+    if not lost.any():
+        return rows, raw.dead_letters()
+    gone = rows.filter(lost.to_arrow())
+    words = {True: f"{key}: missing key", False: f"{time}: missing time"}
+    reasons = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
+    cells = raw.as_json(gone.drop_columns([raw.LINE, raw.ROW]))
+    return rows.filter((~lost).to_arrow()), raw.dead_letters(gone[raw.LINE].to_numpy(), reasons, cells)
+
+
 def _kind(reason: str) -> str:
     """A reason without the value that caused it, so that equal causes are counted together."""
     if found := LONG_LINE.fullmatch(reason):

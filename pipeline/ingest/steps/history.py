@@ -12,11 +12,12 @@ from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherHistoryReport, GatherHistoryWork, PartWork, ScatterHistoryReport
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.join import joined, scatter
+from pipeline.ingest.steps.look_up import part_rows
 
 
 def scatter_history(job: Job, work: PartWork) -> ScatterHistoryReport:
     """Scatters users, items and times of a part to the buckets of their users."""
-    rows, schema = shuffle.read(work.part.path), job.schema
+    rows, schema = part_rows(job, work.index, work.part), job.schema
     outcomes = joined(job, work.index, work.part.rows)
     paths = {}
     for name, history in schema.histories.items():

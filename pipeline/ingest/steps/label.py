@@ -17,13 +17,14 @@ from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.history import histories
 from pipeline.ingest.steps.join import joined
+from pipeline.ingest.steps.look_up import part_rows
 
 RANKS = 65  # of a part's rows in time, whose event times it reports
 
 
 def label(job: Job, work: LabelWork) -> LabelReport:
     """Labels a typed part."""
-    part, rows = work.part, shuffle.read(work.part.path)
+    part, rows = work.part, part_rows(job, work.index, work.part)
     outcomes = joined(job, work.index, part.rows)
     lists = histories(job, work.index, part.rows)
     labelled, dead_letters = label_rows(job, part.unit, part.row_id, rows, outcomes, lists, work.as_of)

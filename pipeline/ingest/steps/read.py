@@ -17,31 +17,36 @@ from pipeline.ingest.formats import raw_format
 from pipeline.ingest.formats.base import Block, Wanted
 from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPart
 from pipeline.ingest.progress import UnitProgress
-from pipeline.ingest.state import Job
-from pipeline.ingest.steps.dead_letters import spill
+from pipeline.ingest.state import IMPRESSIONS, Job
+from pipeline.ingest.steps.dead_letters import spill, without_missing
 from pipeline.ingest.steps.join import key_type, scatter, scatter_keys
 from pipeline.ingest.steps.label import label_rows
+from pipeline.ingest.steps.look_up import scatter_questions, scatter_rows, separators, table_types
 
 ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + row in it, where the schema names no row_id column
 
 
 def read(job: Job, work: ReadWork) -> ReadReport:
-    """Reads a unit: impressions to typed parts, or without joins labelled ones; outcomes to buckets."""
+    """Reads a unit: impressions to typed parts, or without joins labelled ones; outcomes and side tables to buckets."""
     stream, unit = work.stream, work.unit
     outcome = job.schema.source.outcomes.get(stream)
-    options = job.schema.source.format_of(stream if outcome else None)
+    table = job.schema.source.tables.get(stream)
+    options = job.schema.source.format_of(None if stream == IMPRESSIONS else stream)
     types = _types(job, stream)
-    codes = set() if outcome else raw.code_columns(job.schema)
-    lists = {} if outcome else raw.list_columns(job.schema)
+    codes = raw.code_columns(job.schema) if stream == IMPRESSIONS else set()
+    lists = raw.list_columns(job.schema) if stream == IMPRESSIONS else separators(job, stream) if table else {}
     blocks = raw_format(options).read(
         unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
     )
-    typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
+    typed_parts, labelled, outcomes, table_rows, bad, latest, count, lines = [], [], [], [], [], [], 0, 0
     for block in _at_least_one(blocks, types):
         typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
         if outcome is not None:
             path, dead_letters = _scatter_outcomes(job, stream, typed.rows)
             outcomes.append(path)
+        elif table is not None:
+            path, dead_letters = scatter_rows(job, stream, typed.rows, work.snapshot)
+            table_rows.append(path)
         else:
             part, dead_letters = _impressions(job, work, typed.rows)
             if isinstance(part, TypedPart):
@@ -58,7 +63,7 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
-        dead_letters=spill(job, bad),
+        dead_letters=spill(job, bad), table_rows=table_rows,
     )  # fmt: skip
 
 
@@ -66,6 +71,8 @@ def _types(job: Job, stream: str) -> dict[str, RawType]:
     """The columns that are read of a stream."""
     if outcome := job.schema.source.outcomes.get(stream):
         return {outcome.key: key_type(job.schema), **outcome.types}
+    if stream in job.schema.source.tables:
+        return table_types(job.schema, stream)
     return {name: job.schema.raw_types.get(name, "string") for name in job.schema.raw_columns}
 
 
@@ -85,7 +92,7 @@ def _impressions(job: Job, work: ReadWork, rows: pa.Table) -> tuple[TypedPart | 
         return label_rows(job, work.number, row_id, rows)
     path = shuffle.write(job.temporary_path("typed"), [rows])
     keys = scatter_keys(job, rows) if job.schema.source.outcomes else None
-    return TypedPart(work.number, rows.num_rows, row_id, path, keys), raw.dead_letters()
+    return TypedPart(work.number, rows.num_rows, row_id, path, keys, scatter_questions(job, rows)), raw.dead_letters()
 
 
 def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.DataFrame]:
@@ -95,14 +102,5 @@ def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.Data
         raise UserError(
             f"source.outcomes.{name}: its key {outcome.key} holds lists: name a column with one value a row"
         )
-    needed = [outcome.key, *([outcome.time] if outcome.time else [])]
-    missing = [pl.Series(rows[column]).is_null() for column in needed]
-    lost = missing[0] | missing[-1]
-    dead_letters = raw.dead_letters()
-    if lost.any():
-        gone = rows.filter(lost.to_arrow())
-        words = {True: f"{outcome.key}: missing key", False: f"{outcome.time}: missing time"}
-        reasons = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
-        dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons, raw.as_json(gone.drop_columns([LINE, ROW])))
-        rows = rows.filter((~lost).to_arrow())
+    rows, dead_letters = without_missing(rows, outcome.key, outcome.time)
     return scatter(job, rows.drop_columns([LINE, ROW]), outcome.key), dead_letters
