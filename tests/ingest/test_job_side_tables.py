@@ -71,7 +71,7 @@ def as_csv(rows: Rows, _: pa.Schema, names: list[str]) -> bytes:
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        cells = ["|".join(cell) if isinstance(cell, list) else cell for cell in row.values()]
+        cells = ["|".join(row[name]) if isinstance(row[name], list) else row[name] for name in names]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return sink.getvalue().encode()
 
@@ -401,6 +401,7 @@ def test_faults_stop_the_job_in_one_line(tmp_path: Path) -> None:
         with no_beam():
             return refused(folder, tmp_path / "out", content | {"source": source}, **settings_)
 
+    (folder / "log-2024-06-30.csv").write_text("at,item\n2024-06-30,a\n")
     assert "the first snapshot of side table now is of 2024-07-01, which is later" in fault(date="2024-06-30")
     assert "prices-x.csv: no such file" in fault({"files": "prices-x.csv"})
     assert "prices-2024-07-01.csv: column sku is missing, the file has item, price" in fault(
