@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
 from features.hashing import hash_strings
+from features.kinds.canonical import as_ids
 from features.kinds.values import as_lists
 
 KEY, TIME, ASKING, VALID_FROM = "__key", "__time", "__asking", "__valid_from"  # columns of questions and of tables
@@ -62,16 +62,13 @@ def questions(keys: pa.Array, time_B: np.ndarray | None) -> Questions:
 
 
 def key_codes(values: pa.Array, where: str) -> pa.DictionaryArray:
-    """Keys as codes into their distinct texts, which is how both sides compare them.
+    """Keys as codes into their distinct canonical texts, by which both sides compare.
 
     Raises:
-        UserError: naming `where`, for numbers that are not whole: 1.0 and 1 would be two texts.
+        UserError: naming `where`, for a number that is not whole.
     """
-    codes = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
-    distinct: pl.Series = pl.from_arrow(codes.dictionary)  # type: ignore[assignment]
-    if distinct.dtype.is_float() or distinct.dtype.is_decimal():
-        raise UserError(f"{where} is {distinct.dtype}: make it whole with CAST(... AS BIGINT)")
-    texts = distinct.cast(pl.String).to_arrow().cast(pa.large_string()).dictionary_encode()
+    codes = as_ids(values, where)
+    texts = codes.dictionary.dictionary_encode()
     return pa.DictionaryArray.from_arrays(texts.indices.take(codes.indices), texts.dictionary)
 
 

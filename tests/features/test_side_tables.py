@@ -4,7 +4,6 @@ import bisect
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pytest
 from examples import examples
@@ -136,6 +135,14 @@ def test_parts_of_a_table_that_hold_lists_and_text_become_lists() -> None:
     assert s.same_types([text, text], {"items": ","})["items"].type == pa.large_string()
 
 
+def test_keys_compare_by_one_text_whatever_holds_them() -> None:
+    holders = [pa.array([7, None]), pa.array([7.0, None]), pa.array([7.0, float("nan")], pa.float32())]
+    holders += [pa.array(["7", None]), pa.array(["7.0", None]), pa.array([7, None], pa.decimal128(9, 2))]
+    for held in [*holders, *(h.dictionary_encode() for h in holders if not pa.types.is_decimal(h.type))]:
+        assert s.key_codes(held, "here").to_pylist() == ["7", None]
+    assert s.key_codes(pa.array(["7.0", "x", "7"]), "here").dictionary.to_pylist() == ["7", "x"]
+
+
 def test_keys_that_are_fractions_are_refused() -> None:
-    with pytest.raises(UserError, match=r"here is Float64: make it whole with CAST"):
-        s.key_codes(pl.Series([0.5]).to_arrow(), "here")
+    with pytest.raises(UserError, match=r"here holds 0.5, which is no id"):
+        s.key_codes(pa.array([0.5]), "here")
