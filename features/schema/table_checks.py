@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from features.schema.expressions import columns_of
-
 if TYPE_CHECKING:
     from features.schema.schema import Schema
 
@@ -19,18 +17,18 @@ def side_tables(schema: Schema) -> Iterator[str]:
     for name in source.tables:
         if name in source.outcomes or name == STREAM_OF_IMPRESSIONS:
             yield f"source.tables.{name} has the name of another stream, such as an outcome: rename it"
-    later = schema.outcome_columns.keys() | schema.table_columns.keys()
+    later = schema.added_columns.keys() | schema.table_columns.keys()
     for name, table in source.tables.items():
         if table.valid_from and not schema.event_time:
             yield f"event_time is missing: side table {name} has valid_from, which is compared with it"
-        if added := sorted(_read_for(schema, [table.asks]) & later):
+        if added := sorted(schema.roots_of([table.asks]) & later):
             yield (
-                f"source.tables.{name} looks up {added[0]}, which an outcome or a side table adds: write on: with a column "
-                "of the impressions"
+                f"source.tables.{name} looks up {added[0]}, which an outcome, counter or side table adds: write on: "
+                "with a column of the impressions"
             )
     keys = {"source.key": source.key, "source.row_id": source.row_id, "event_time": schema.event_time}
     for key, used in keys.items():
-        if used and (found := sorted(_read_for(schema, [used]) & schema.table_columns.keys())):
+        if used and (found := sorted(schema.roots_of([used]) & schema.table_columns.keys())):
             yield f"{key} reads {found[0]}, which a side table adds: it must be a column of the impressions"
     yield from _numbers_of_text(schema)
 
@@ -61,9 +59,3 @@ def keys_of_tables(schema: Schema) -> list[str]:
         found += [table.key, *table.columns, *([table.valid_from] if table.valid_from else [])]
         found += (table.read and table.read.columns) or []
     return found
-
-
-def _read_for(schema: Schema, columns: Iterable[str]) -> set[str]:
-    """The columns, and those that derived ones among them are computed from."""
-    derived = schema.source.derived
-    return {root for c in columns for root in [c, *(columns_of(derived[c]) if c in derived else [])]}

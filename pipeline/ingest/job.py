@@ -94,10 +94,13 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
         raise UserError(f"{where}: {config.out} is a dataset itself. Choose a folder of its own for days, with out=.")
     if "{date}" not in schema.source.files:
         raise UserError(f"{where}: source.files is {schema.source.files}: put {{date}} where file names have the day")
-    if schema.histories:
-        raise UserError(
-            f"{where}: bag {next(iter(schema.histories))} is a history, which one day does not have. Remove it, or date=."
+    if schema.past:
+        kind = (
+            f"bag {next(iter(schema.histories))} is a history"
+            if schema.histories
+            else "source.counters are of earlier rows"
         )
+        raise UserError(f"{where}: {kind}, which one day does not have. Remove it, or date=.")
     for name, outcome in schema.source.outcomes.items():
         if "{date}" not in outcome.files and outcome.window and outcome.open_window != "keep" and config.as_of is None:
             raise UserError(
@@ -161,7 +164,7 @@ def _read_work(
     valid_from: dict[str, dict[str, int]],
 ) -> list[ReadWork]:
     """The units of all streams. Raises UserError for an unreadable file, a missing column, or one that the schema adds."""
-    added = schema.outcome_columns.keys() | schema.table_columns.keys() | schema.source.derived.keys()
+    added = schema.added_columns.keys() | schema.table_columns.keys() | schema.source.derived.keys()
     found: list[ReadWork] = []
     for stream, files in streams.items():
         is_log, outcome = stream == IMPRESSIONS, schema.source.outcomes.get(stream)
@@ -177,7 +180,8 @@ def _read_work(
         for path, columns in names.items():
             if is_log and (both := added & set(columns or ())):
                 raise UserError(
-                    f"{path}: column {min(both)} is also what the schema adds: rename the outcome, side table or derived column"
+                    f"{path}: column {min(both)} is also what the schema adds: rename the outcome, side table, counter or "
+                    "derived column"
                 )
         whole = is_log and isinstance(schema.split, RowIndexSplit)
         for unit in units(files, options, config.unit_bytes, whole):
