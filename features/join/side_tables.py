@@ -135,7 +135,6 @@ class SideTableIndex:
             current_Q = np.append(self.snapshots, NEVER)[place_Q]
             row_Q = np.where(np.append(self.from_V, NEVER)[row_Q] == current_Q, row_Q, -1)
             unmatched_Q = ~early_Q & (row_Q < 0)
-        row_Q = np.where(unmatched_Q | early_Q, -1, row_Q)
         asking_Q = asked[ASKING].to_numpy()
         counts = [int(asking_Q[which].sum()) for which in (row_Q >= 0, unmatched_Q, early_Q)]
         hashes = np.unique(hash_strings(keys.filter(pa.array(unmatched_Q)), SKETCH_SEED))[:SKETCH]

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ingest_runs import content_of, dead_letters_of, no_beam, refused, rows_by_id, rows_of, run, values_of
 
+from features.errors import UserError
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset, open_dataset
@@ -128,13 +129,13 @@ def content_for(ending: str) -> dict[str, Any]:
             "derived": {
                 "who": "CAST(\"user\" AS BIGINT) + 0", "shop": "item_brand || '/' || user_country", "odd": "id % 2 = 1",
             },
-            "types": {"click": "int"},
+            "types": {"click": "int"}, "counters": {"brand_rows": {"by": "item_brand", "take": "count"}},
             "tables": {
                 "item": item | {"read": {"format": ending}},
                 "user": user | {"valid_from": "since", "read": {"format": ending}},
             },
         },
-        "dense": {"item_cost": raw, "user_age": raw},
+        "dense": {"item_cost": raw, "user_age": raw, "brand_rows": raw},
         "categorical": {"item_brand": {}, "user_country": {}, "shop": {}},
         "bag": {
             "tags": {"column": "item_tags"},
@@ -179,6 +180,8 @@ def expected_rows(log: Log) -> Rows:
             and other["row_id"] % 2
             and other["event_time"] < row["event_time"]
         ]
+        same = [x for x in rows if x["item_brand"] == row["item_brand"] and x["event_time"] < row["event_time"]]
+        row["brand_rows"] = None if row["item_brand"] is None else len(same)
         row["brands"] = [brand for *_, brand in sorted(earlier, reverse=True)]
     return rows
 
@@ -212,7 +215,7 @@ def found_rows(out: Path) -> Rows:
         for name, values in names.items():
             cell = row[name]
             row[name] = [values[i] for i in cell] if isinstance(cell, list) else values.get(cell)
-        for name in ("item_cost", "user_age"):
+        for name in ("item_cost", "user_age", "brand_rows"):
             if row.pop(f"{name}_missing"):
                 row[name] = None
     return rows
@@ -320,6 +323,12 @@ def test_movielens_is_three_files(tmp_path: Path) -> None:
     assert values_of(out, "released")[rows[1]["released"]] == "29-May-2009"
     table = next(t for t in tables(manifest, read_card(out)) if t.title == "Side tables")
     assert table.lines[0] == ["movie", "2", "2", "0", "75.0%", "25.0%", "0.0%", "0.0%", "1"]
+    found = json.loads((out / "manifest.json").read_text())
+    assert found["read"] == {"impressions": 4, "movie": 2, "release": 2, "user": 2}
+    found["side_tables"]["movie"]["rows"] = 1
+    (out / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="rows of movie by destination are 1, the manifest says 2"):
+        Dataset(out)
 
 
 # Days
