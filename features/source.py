@@ -5,7 +5,9 @@ import re
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from features.time_units import DEFAULT, check_unit
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,12 @@ class Format(Strict):
     missing: list[str] = [""]
     trim: bool = Field(False, description="strip spaces around every value")
     timezone: str = Field("UTC", description="of times that name none")
+    times: dict[str, Annotated[str, AfterValidator(check_unit)]] = Field(
+        {}, description="by column s, ms, us or ns since 1970, index (a plain order), or a strptime format"
+    )
+    optional: dict[str, str | int | float | None] = Field(
+        {}, description="columns that only some files have, each with its value in the others; null: missing"
+    )
 
     @field_validator("timezone")
     @classmethod
@@ -63,6 +71,10 @@ class Format(Strict):
         if name not in available_timezones() - {"localtime", "Factory"}:  # the machine's own, and a placeholder
             raise ValueError(f"{name} is no time zone, such as UTC or Europe/Berlin")
         return name
+
+    def unit_of(self, column: str | None) -> str:
+        """The unit or strptime format of a column of times."""
+        return self.times.get(str(column), DEFAULT)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -167,6 +179,11 @@ class SideTable(Strict):
         return self
 
     @property
+    def types(self) -> dict[str, RawType]:
+        """The columns that are read beside the key."""
+        return {**({self.valid_from: "time"} if self.valid_from else {}), **self.columns}
+
+    @property
     def asks(self) -> str:
         """The column of the impressions that names a row."""
         return self.on or self.key
@@ -258,3 +275,10 @@ class Source(Format):
             return self
         other = self.outcomes.get(stream) or self.tables[stream]
         return other.read or self.model_copy(update={"columns": None})
+
+    def format_key(self, stream: str | None) -> str:
+        """Where the schema has what `format_of` gives."""
+        if stream in self.tables:
+            return f"source.tables.{stream}.read" if self.tables[stream].read else "source"
+        own = stream is not None and self.outcomes[stream].read is not None
+        return f"source.outcomes.{stream}.read" if own else "source"

@@ -1,22 +1,25 @@
 """Statistics of rows: counts of values and numbers per feature, of labels per task; those of parts of the rows merge."""
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from features.fit.digest import Digest
 from features.hashing import hash_strings
 from features.kinds.bins import counted
 from features.kinds.moments import LabelSums, Moments
-from features.kinds.values import float64
+from features.kinds.values import MISSING_MARKERS, float64
 from features.schema.schema import Schema
 
 # Shapes: B rows, T tasks, V distinct values, G groups.
 
 GROUPS = 64  # of the values of a hashed feature, of which there are too many to count each
+MARKERS = pa.array(MISSING_MARKERS, pa.large_string())
 GROUP_SEED = 17  # apart from the buckets of its table
 
 
@@ -36,6 +39,7 @@ class Statistics:
         digests: as `raw`, what quantiles and histograms are made of.
         numbers: per table of bins, and per piecewise number after its transform, the frame (value, count).
         labels: of the tasks, in the schema's order.
+        markers: per feature with a hash table, how often it has values that look like missing ones, by value.
     """
 
     rows: int = 0
@@ -47,6 +51,7 @@ class Statistics:
     digests: dict[str, Digest] = field(default_factory=dict)
     numbers: dict[str, pl.DataFrame] = field(default_factory=dict)
     labels: LabelSums = field(default_factory=LabelSums)
+    markers: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, schema: Schema, rows: pa.Table) -> "Statistics":
@@ -81,10 +86,22 @@ class Statistics:
         if hashed:
             group_V = (hash_strings(value_V, GROUP_SEED) % np.uint64(GROUPS)).astype(np.int64)
             self.groups[name] = np.bincount(group_V, count_V, GROUPS).astype(np.int64)
+            odd = np.flatnonzero(pc.is_in(value_V, value_set=MARKERS).to_numpy(False))
+            _add(
+                self.markers.setdefault(name, {}),
+                zip(value_V.take(pa.array(odd)).to_pylist(), count_V[odd].tolist(), strict=True),
+            )
         else:
             frame = pl.DataFrame({"value": pl.from_arrow(value_V), "count": count_V})
             self.values[name] = frame.group_by("value").agg(pl.col("count").sum())
         return int(count_V.sum())
+
+    def marker_counts(self, name: str) -> dict[str, int]:
+        """How often an id feature has values that look like missing ones, by value."""
+        if name not in self.values:
+            return self.markers.get(name, {})
+        found = self.values[name].filter(pl.col("value").is_in(MISSING_MARKERS))
+        return dict(found.sort("value").iter_rows())
 
     def table_values(self, schema: Schema, table: str) -> pl.DataFrame:
         """The frame (value, count) of all features of a table with a vocabulary together."""
@@ -106,6 +123,8 @@ class Statistics:
                 whole.missing[name] = whole.missing.get(name, 0) + count
             for name, count_G in part.groups.items():
                 whole.groups[name] = whole.groups.get(name, 0) + count_G
+            for name, found in part.markers.items():
+                _add(whole.markers.setdefault(name, {}), found.items())
             for name, moments in part.moments.items():
                 whole.moments[name] = whole.moments.get(name, Moments()).merge(moments)
             for name, moments in part.raw.items():
@@ -125,6 +144,11 @@ class Statistics:
         self.values, self.numbers = (
             {name: pl.read_ipc(io.BytesIO(data)) for name, data in state[key].items()} for key in ("values", "numbers")
         )
+
+
+def _add(counts: dict[str, int], more: Iterable[tuple[str, int]]) -> None:
+    for value, count in more:
+        counts[value] = counts.get(value, 0) + count
 
 
 def _frequencies(elements: pa.DictionaryArray) -> tuple[pa.Array, np.ndarray]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from features.kinds.base import Layout, Raw
+from features.kinds.canonical import as_ids, canonical
 from features.kinds.categorical import Categorical
 from features.kinds.values import as_lists
 from features.source import History
@@ -54,7 +55,8 @@ class Bag(Categorical):
 
     def parse(self, name: str, values: pa.Array, schema: Schema) -> tuple[pa.Array, pl.Series | None]:
         """To lists of codes into text."""
-        return listed(values, self), None
+        where = f"bag.{name}: column {self.history.item if self.history else self.column or name}"
+        return listed(values, self, where), None
 
     def count(self, name: str, values: pa.Array, schema: Schema, statistics: Statistics) -> None:
         """Counts the items; an empty list is missing."""
@@ -74,16 +76,21 @@ class Bag(Categorical):
             yield f"bag {name} has table {self.table}, which is of bins: only a categorical feature can be a number's"
 
 
-def listed(values: pa.Array, bag: Bag) -> pa.LargeListArray:
+def listed(values: pa.Array, bag: Bag, where: str) -> pa.LargeListArray:
     """Lists of a bag's values as codes into text, without empty ones, cut to its `max_length`; missing is an empty list.
 
     Args:
-        values: B texts with separators, or B lists of text.
+        values: B texts with separators, single ids, or lists of ids.
+        where: the key and the column, for an error.
+
+    Raises:
+        UserError: an item is no id.
     """
+    if pa.types.is_primitive(values.type) or pa.types.is_decimal(values.type):
+        values = canonical(values, where)
     values = as_lists(values, bag.separator)
     length_B = np.where(values.is_null().to_numpy(False), 0, pc.list_value_length(values.fill_null([])).to_numpy(False))
-    flat = values.flatten()
-    codes = flat if pa.types.is_dictionary(flat.type) else flat.cast(pa.large_string()).dictionary_encode()
+    codes = as_ids(values.flatten(), where)
     empty = np.flatnonzero(pc.equal(codes.dictionary, "").to_numpy(False))
     kept_V = codes.indices.is_valid().to_numpy(False)
     if len(empty):

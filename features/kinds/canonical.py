@@ -120,7 +120,9 @@ def _float_text(values: pa.Array) -> pa.Array:
     try:
         return values.cast(pa.int64()).cast(pa.string())
     except pa.ArrowInvalid:
-        whole = pc.and_(_is_whole(values), pc.less(pc.abs(values), pa.scalar(INT64_END, values.type)))
+        end = pa.scalar(INT64_END, values.type)
+        is_int64 = pc.and_(pc.less(values, end), pc.greater_equal(values, pc.negate(end)))
+        whole = pc.and_(_is_whole(values), is_int64)
         digits = pc.if_else(whole, values, None).cast(pa.int64()).cast(pa.string())
         return pc.if_else(whole, digits, values.cast(pa.string()))
 

@@ -11,8 +11,9 @@ from pydantic import model_validator
 
 from features.errors import UserError
 from features.kinds.base import Feature, Layout, Raw
+from features.kinds.canonical import as_ids
 from features.kinds.tables import Table
-from features.kinds.values import as_ids, finite_numbers
+from features.kinds.values import finite_numbers
 
 if TYPE_CHECKING:
     from features.fit.encoders import Encoders
@@ -47,7 +48,7 @@ class Categorical(Table, Feature):
             return finite_numbers(name, values, column)
         if pa.types.is_nested(values.type):
             raise UserError(f"{column} holds lists: make it a bag")
-        return as_ids(values), None
+        return as_ids(values, column), None
 
     def count(self, name: str, values: pa.Array, schema: Schema, statistics: Statistics) -> None:
         """Counts values, or groups of them where there is no vocabulary to fit."""

@@ -1,4 +1,4 @@
-"""From text to values: numbers, times, ids and lists of a block of rows, and which of them are not valid."""
+"""From text to values: numbers, codes and lists of a block of rows, and which of them are not valid."""
 
 import numpy as np
 import polars as pl
@@ -6,15 +6,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.kinds.canonical import as_text
 from features.source import Format, RawType
 
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
+# What writers put where a number or key is missing, whatever the schema lists: an id may be called so, a number may not.
+MISSING_MARKERS = (
+    "", "NULL", "Null", "null", "(null)", "NaN", "nan", "NAN", "-NaN", "-nan", "None", "nil", "NA", "N/A", "n/a", "<NA>",
+    "#N/A", "NaT", "undefined", "\\N",
+)  # fmt: skip
 LARGEST = float(np.finfo(np.float32).max)
-KINDS = {"float": pl.Float64, "int": pl.Int64, "time": pl.Int64}
+KINDS = {"float": pl.Float64, "int": pl.Int64}
 _HEX_DIGITS = (
     r"^0[xX]([0-9a-fA-F]{1,16})$"  # pyarrow reads these as integers, so a block that is read as text must, too
 )
-_TIME = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?$"
 
 
 def cleaned(texts: pl.Series, form: Format) -> pl.Series:
@@ -24,43 +29,34 @@ def cleaned(texts: pl.Series, form: Format) -> pl.Series:
     return texts.set(marked, None) if marked.any() else texts
 
 
-def numbers(texts: pl.Series, kind: RawType, form: Format) -> tuple[pl.Series, pl.Series]:
-    """Cleaned texts as numbers, times as seconds since 1970 UTC, and which of the texts are not valid."""
+def numbers(texts: pl.Series, kind: RawType) -> tuple[pl.Series, pl.Series]:
+    """Cleaned texts as numbers, and which of the texts are not valid."""
     bare = texts.str.strip_chars(" \t")
     values = bare.cast(KINDS[kind], strict=False)
     if kind == "float":
         values = values.set(~values.is_finite().fill_null(True), None)
     elif (left := values.is_null() & bare.is_not_null()).any():
-        found = _hexadecimal(bare.filter(left))
-        if kind == "time":
-            found = found.zip_with(found.is_not_null(), times(bare.filter(left), form))
-        values = values.scatter(left.arg_true(), found)
+        values = values.scatter(left.arg_true(), hexadecimal(bare.filter(left)))
     return values, values.is_null() & texts.is_not_null()
 
 
-def times(texts: pl.Series, form: Format) -> pl.Series:
-    """ISO 8601 dates and times as whole seconds since 1970 UTC; null where a text is no time.
-
-    A text without an offset is in the format's time zone; an hour that the clock shows twice is the first of the two.
-    """
-    part = texts.str.extract_groups(_TIME).struct
-    clock = part.field("2").fill_null("00:00") + part.field("3").fill_null(":00")
-    naive = (part.field("1") + " " + clock).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="us")
-    offset = part.field("4").str.replace_all(":", "", literal=True)
-    signed = offset.str.extract(r"^([+-])", 1).replace_strict({"+": 1, "-": -1}, default=0, return_dtype=pl.Int64)
-    hours = offset.str.slice(1, 2).cast(pl.Int64, strict=False).fill_null(0)
-    minutes = offset.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
-    absolute = naive.dt.epoch("s") - signed * (hours * 3600 + minutes * 60)
-    local = naive.dt.replace_time_zone(form.timezone, ambiguous="earliest", non_existent="null").dt.epoch("s")
-    return local.zip_with(offset.is_null(), absolute)
-
-
-def _hexadecimal(texts: pl.Series) -> pl.Series:
+def hexadecimal(texts: pl.Series) -> pl.Series:
+    """Texts such as 0x1F as int64; null where a text is none."""
     return (
         texts.str.extract(_HEX_DIGITS, 1)
         .str.to_integer(base=16, strict=False, dtype=pl.UInt64)
         .reinterpret(signed=True)
     )
+
+
+def is_marker(texts: pl.Series) -> pl.Series:
+    """Whether a text is one of MISSING_MARKERS; false where it is missing."""
+    return texts.str.strip_chars(" \t").is_in(MISSING_MARKERS).fill_null(False)
+
+
+def of_keys(form: Format) -> Format:
+    """The format of columns that are keys: MISSING_MARKERS are missing in them, too."""
+    return form.model_copy(update={"missing": list(dict.fromkeys([*form.missing, *MISSING_MARKERS]))})
 
 
 def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:
@@ -76,22 +72,10 @@ def coded(texts: pa.Array, form: Format) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(codes, values)
 
 
-def as_ids(values: pl.Series | pa.Array) -> pa.DictionaryArray:
-    """Any column as codes into the text of its distinct values: 3, 3.5, true."""
-    array = values if isinstance(values, pa.Array) else values.rechunk().to_arrow()
-    if pa.types.is_dictionary(array.type):
-        return array
-    if pa.types.is_null(array.type):
-        array = array.cast(pa.large_string())
-    codes = array.dictionary_encode()
-    distinct: pl.Series = pl.from_arrow(codes.dictionary)  # type: ignore[assignment]
-    return pa.DictionaryArray.from_arrays(codes.indices, distinct.cast(pl.String).to_arrow().cast(pa.large_string()))
-
-
 def as_lists(values: pa.Array, separator: str) -> pa.LargeListArray:
     """Lists, as they are or of the parts of texts."""
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-        values = pc.split_pattern(values.cast(pa.large_string()), separator)
+        values = pc.split_pattern(as_text(values).cast(pa.large_string()), separator)
     return values.cast(pa.large_list(values.type.value_type))
 
 

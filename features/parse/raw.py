@@ -1,7 +1,7 @@
 """From raw columns to typed rows: casts, derived columns, labels and split of a block of rows at a time."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +10,14 @@ import pyarrow as pa
 
 from features.errors import UserError
 from features.hashing import hash_strings
-from features.kinds.values import WORDS, as_ids, cleaned, coded, numbers
+from features.kinds import times
+from features.kinds.canonical import as_ids
+from features.kinds.values import WORDS, cleaned, coded, is_marker, numbers, of_keys
 from features.parse import compute
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
 from features.source import Format, RawType
+from features.time_units import is_format
 
 LINE = "__line"  # of the row in its file, or in the part of it that is read at a time
 ROW = "__row"  # index of the row there
@@ -52,7 +55,13 @@ class Parsed:
 
 
 def type_columns(
-    columns: pa.Table, types: dict[str, RawType], codes: set[str], form: Format, line: np.ndarray, row: int
+    columns: pa.Table,
+    types: dict[str, RawType],
+    codes: set[str],
+    form: Format,
+    line: np.ndarray,
+    row: int,
+    keys: Collection[str] = (),
 ) -> Typed:
     """Types the raw columns of a block of an impressions' or outcomes' file.
 
@@ -63,28 +72,33 @@ def type_columns(
         form: how the file is written.
         line: of each row, for dead letters.
         row: index of the first row.
+        keys: text columns that are keys, in which the usual missing markers are missing.
     """
     found: dict[str, pa.Array] = {}
     reason: pl.Series | None = None
+    form_of_keys = of_keys(form)
     for name, kind in types.items():
-        array = _one(columns[name])
-        if kind != "string" and _is_text(array):
-            texts = cleaned(pl.Series(array, dtype=pl.String), form)
-            values, wrong = numbers(texts, kind, form)
+        array, text_form = _one(columns[name]), form_of_keys if name in keys else form
+        if kind == "time" or (kind != "string" and _is_text(array)):
+            texts = cleaned(pl.Series(array, dtype=pl.String), form) if _is_text(array) else array
+            values, wrong = times.seconds(name, texts, form) if kind == "time" else numbers(texts, kind)
+            if _is_text(array) and wrong.any():
+                wrong &= ~is_marker(texts)
             if wrong.any():
-                text = pl.select(
-                    pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, pl.lit(WORDS[kind])))
-                ).to_series()
-                reason = text if reason is None else reason.zip_with(reason.is_not_null(), text)
+                texts = texts if isinstance(texts, pl.Series) else pl.Series(array.cast(pa.string()))
+                words = pl.lit(_words(name, kind, form))
+                text = pl.select(pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, words)))
+                own = text.to_series()
+                reason = own if reason is None else reason.zip_with(reason.is_not_null(), own)
             found[name] = values.to_arrow()
         elif kind != "string":
             found[name] = array.cast(pa.float64() if kind == "float" else pa.int64())
         elif not _is_text(array):  # a list
             found[name] = array
         elif name in codes:
-            found[name] = coded(array, form)
+            found[name] = coded(array, text_form)
         else:
-            found[name] = cleaned(pl.Series(array, dtype=pl.String), form).to_arrow()
+            found[name] = cleaned(pl.Series(array, dtype=pl.String), text_form).to_arrow()
     found |= {LINE: pa.array(line), ROW: pa.array(np.arange(len(line)) + row)}
     rows = pa.table(found)
     if reason is None:
@@ -92,6 +106,12 @@ def type_columns(
     bad = reason.is_not_null()
     texts = pa.Table.from_pydict({name: columns[name] for name in types}).filter(bad.to_arrow())
     return Typed(rows.filter((~bad).to_arrow()), dead_letters(line[bad.to_numpy()], reason.filter(bad), as_json(texts)))
+
+
+def _words(name: str, kind: RawType, form: Format) -> str:
+    """What the values of a column should be."""
+    unit = form.unit_of(name)
+    return f"a time of the form {unit}" if kind == "time" and is_format(unit) else WORDS[kind]
 
 
 def dead_letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
@@ -109,6 +129,14 @@ def as_json(rows: pa.Table) -> pl.Series:
 def code_columns(schema: Schema) -> set[str]:
     """The raw columns that are read as codes into their values: those of one id a row, and of items of a history."""
     return {raw.column for raw in schema.raw.values() if raw.coded} - schema.raw_types.keys()
+
+
+def id_columns(schema: Schema) -> set[str]:
+    """The raw columns that are text and name something, a value or a list a row: ids, users and items, keys."""
+    used = [schema.raw[name].column for name in schema.sparse] + [history.user for history in schema.histories.values()]
+    used += [table.asks for table in schema.source.tables.values()]
+    used += [key for key in (schema.source.key, getattr(schema.split, "key", None)) if key]
+    return set(used) - schema.raw_types.keys() - schema.source.derived.keys()
 
 
 def list_columns(schema: Schema) -> dict[str, str]:
@@ -204,9 +232,14 @@ def column(schema: Schema, rows: pa.Table, name: str) -> pa.Array:
 
 
 def event_time(schema: Schema, rows: pa.Table) -> pa.Array:
-    """When each of typed rows happened, in whole seconds. Raises UserError where the column is of another type."""
+    """When each of typed rows happened, in whole seconds; null where that is missing or implausible.
+
+    Raises:
+        UserError: the column is of another type.
+    """
     frame = view(schema, rows, None, (), (str(schema.event_time),))
-    return _arrow(_whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series()))
+    found = _whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series())
+    return _arrow(times.plausible(found, schema.source.unit_of(schema.event_time)))
 
 
 def split(schema: Schema, rows: pa.Table) -> np.ndarray:
@@ -237,7 +270,10 @@ def _whole(
         return default
     series = pl.Series(_column(schema, name, frame, rows))
     if not series.dtype.is_integer():
-        raise UserError(f"{key}: column {name} is {series.dtype}, it must be an integer")
+        cure = f"make it CAST(FLOOR(...) AS BIGINT) in source.derived.{name}"
+        if name not in schema.source.derived:
+            cure = f"set source.types: {{{name}: {'time' if key == 'event_time' else 'int'}}}"
+        raise UserError(f"{key}: column {name} is {series.dtype}, it must be a whole number: {cure}")
     return compute.cast(series, key, pl.Int64)
 
 
@@ -272,7 +308,7 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
         column = _column(schema, split.key, frame, rows)
         if _is_nested(column):
             raise UserError(f"split.key: column {split.key} holds lists: name one with one value a row")
-        keys = as_ids(column)
+        keys = as_ids(column, f"split.key: column {split.key}")
         share = hash_strings(keys.dictionary, HASH_SPLIT_SEED) / 2.0**64
         code = np.where(share < split.test, 2, np.where(share < split.test + split.valid, 1, 0)).astype(np.int8)
         return pl.Series(pa.array(code).take(keys.indices))
@@ -296,6 +332,10 @@ def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Serie
     reason = _either(reason, core[SPLIT].is_null(), pl.lit("split: its key or time is missing"))
     if schema.event_time:
         reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
+        time, unit = core["event_time"], schema.source.unit_of(schema.event_time)
+        if (wrong := times.implausible(time, unit)) is not None:
+            text = times.implausible_reason(schema.event_time, time, unit, "source.times")
+            reason = _either(reason, wrong, pl.lit(text))
     if column := schema.source.row_id:
         reason = _either(reason, core[ROW_ID].is_null(), pl.lit(f"{column}: missing row id"))
         # -1 marks the padding of a batch.

@@ -15,15 +15,17 @@ from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema
+from features.schema.unlabelled import without_labels
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
-from pipeline.dataset.manifest import DeadLetterFile, Manifest
+from pipeline.dataset.manifest import DeadLetterFile, Manifest, sum_types
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
+from pipeline.ingest.absent_columns import absent_rows, stream_columns
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.formats import raw_format, units
 from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
@@ -51,27 +53,32 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         raise UserError(
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
         )
-    _check(config, schema)
-    streams = _find(config, schema)
-    valid_from = snapshots(config, schema, streams)
-    work = _read_work(config, schema, streams, valid_from)
+    read = without_labels(schema) if config.labels == "none" else schema
+    _check(config, read)
+    streams = _find(config, read)
+    valid_from = snapshots(config, read, streams)
+    work = _read_work(config, read, streams, valid_from)
     reference = _reference(config, schema)
+    if reference is None and config.labels == "none":
+        raise UserError(
+            "labels=none: rows without labels train nothing. Set encoders.from=DATASET, whose encoders are used."
+        )
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
-            schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
-            config.rows_per_row_group, counts_all=reference is not None, broadcast=_broadcast(config, schema, streams),
+            read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
+            config.rows_per_row_group, counts_all=reference is not None, broadcast=_broadcast(config, read, streams),
             snapshots={name: sorted(set(times.values())) for name, times in valid_from.items()},
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
-            _as_of(config, schema), str(reference) if reference else None,
+            _as_of(config, read), str(reference) if reference else None,
         )  # fmt: skip
         try:
             if reference:
                 _copy_encoders(reference, staging, schema)
             run_steps(config, job, limits, work)
-            return _commit(job, limits, out)
+            return _commit(job, limits, schema, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
 
@@ -168,15 +175,16 @@ def _read_work(
     found: list[ReadWork] = []
     for stream, files in streams.items():
         is_log, outcome = stream == IMPRESSIONS, schema.source.outcomes.get(stream)
-        options = schema.source.format_of(None if is_log else stream)
+        name = None if is_log else stream
+        options = schema.source.format_of(name)
         wanted = (
-            schema.raw_columns
-            if is_log
-            else [outcome.key, *outcome.types]
+            [outcome.key, *outcome.types]
             if outcome
+            else schema.raw_columns
+            if is_log
             else [*table_types(schema, stream)]
         )
-        names = {file.path: check_columns(file, options, wanted) for file in files}
+        names = stream_columns(files, options, wanted, schema.source.format_key(name))
         for path, columns in names.items():
             if is_log and (both := added & set(columns or ())):
                 raise UserError(
@@ -225,8 +233,8 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
 
-def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
-    """Writes the dead letters, adds the counts up and moves the dataset into place."""
+def _commit(job: Job, limits: Limits, schema: Schema, out: Path) -> Manifest:
+    """Writes the dead letters, adds the counts up and moves the dataset, of this schema, into place."""
     reads, parts = job.found(ReadReport), job.labelled()
     join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
     for joined in job.found(JoinReport):
@@ -242,9 +250,10 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
-        "complete_until": schedule.complete_until(job, limits), "side_tables": side_table_counts(job),
+        "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
+        "types": sum_types({report.stream: report.types} for report in reads), "side_tables": side_table_counts(job),
     }  # fmt: skip
-    return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
+    return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:

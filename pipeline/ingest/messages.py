@@ -95,6 +95,7 @@ class LabelledPart:
         left_out: rows by the rule that left them out.
         statistics: path of the counts.
         times: for rows in order of time, event times of each split at evenly spaced ranks.
+        span: the first and the last event time; empty without rows.
     """
 
     unit: int
@@ -103,6 +104,7 @@ class LabelledPart:
     left_out: dict[str, int]
     statistics: str
     times: dict[Split, list[int]]
+    span: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class ReadReport(Report):
         typed, labelled, outcomes: parts of impressions, and paths of outcomes; all but one are empty.
         latest: time of the last impression, None where no step needs it.
         table_rows: paths of a side table's rows, scattered to buckets unless it is broadcast.
+        types: rows by the type of the column in its file, by column; empty for text.
+        absent, keys: see pipeline.ingest.absent_columns.Completion.
     """
 
     step: ClassVar[str] = "read"
@@ -129,6 +133,9 @@ class ReadReport(Report):
     latest: int | None
     dead_letters: DeadLetters
     table_rows: list[str] = field(default_factory=list)
+    types: dict[str, dict[str, int]] = field(default_factory=dict)
+    absent: dict[str, int] = field(default_factory=dict)
+    keys: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Columns of lists where a row needs one value, and numbers that cannot be computed."""
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 from test_raw import parsed, schema, typed
@@ -17,12 +19,29 @@ def test_what_cannot_be_computed_is_missing_as_a_number_as_an_id_in_a_bag_and_in
         bag={"all": {}},
         tasks={"t": {"kind": "binary", "label": "other > 1"}},
     )
-    found = parsed(s, a=["-1", "4", "0.25"], b=["-1", "4", "0.25"])
+    found = parsed(s, a=["-1", "4", "1e22"], b=["-1", "4", "0.25"])
     assert found.bad.is_empty()
-    assert found.rows["same"].to_pylist() == [None, "2.0", "0.5"]
-    assert found.rows["root"].to_pylist() == found.rows["half"].to_pylist() == [None, 2.0, 0.5]
+    assert found.rows["same"].to_pylist() == [None, "2", "100000000000"]
+    assert found.rows["root"].to_pylist() == found.rows["half"].to_pylist() == [None, 2.0, 1e11]
     assert found.rows["label.t"].to_pylist() == [None, 1.0, 0.0]
-    assert [len(items) for items in found.rows["all"].to_pylist()] == [0, 1, 1]
+    assert found.rows["all"].to_pylist() == [[], ["2"], ["100000000000"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"categorical": {"c": {"column": "half"}}}, "categorical.c: column half"),
+        ({"bag": {"c": {"column": "half"}}}, "bag.c: column half"),
+        ({"categorical": {"c": {"column": "a"}}}, "categorical.c: column a"),
+        ({"split": {"by": "hash", "key": "half", "valid": 0.1, "test": 0.1}}, "split.key: column half"),
+    ],
+)
+def test_a_fraction_is_no_id_and_no_key_of_a_split(changes: dict[str, Any], where: str) -> None:
+    source = {"files": "x", "types": {"a": "float", "b": "float"}, "derived": {"half": "a / 2"}}
+    s = schema(source=source, tasks={"t": {"kind": "binary", "label": "b"}}, **changes)
+    with pytest.raises(UserError, match=rf"^{where} holds 1\.5, which is no id\. Make it whole or text"):
+        parsed(s, a=["2", "3"] if where != "categorical.c: column a" else ["4", "1.5"], b=["1", "0"])
+    parsed(s, a=["2", "4"], b=["1", "0"])
 
 
 def test_a_missing_number_is_no_letter_beside_one_that_is_infinite():

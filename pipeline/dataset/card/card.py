@@ -32,7 +32,8 @@ def card(
             and counts of the middle 98% of values), cells (edges and shares of the present values);
         ids: per other feature: missing, length (mean of a bag's lists that are not empty), and of one with a vocabulary
             vocabulary (its size), seen (how many of its values), distinct, unknown, top, other_known, other_unknown, of a
-            hashed one groups; shares but `missing` are of the values that are there;
+            hashed one groups; shares but `missing` are of the values that are there; markers, where there are any: how often
+            values occur that look like missing ones;
         others: where there are any, per feature that is neither (a vector): missing;
         tasks: per task kind, observed, mean, std; correlations: in their order, over rows where both are observed;
         drift: per feature, the largest first: feature, psi, chance, verdict, missing, missing_before, unknown, unknown_before.

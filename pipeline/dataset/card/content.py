@@ -54,7 +54,10 @@ class NumberEntry(BaseModel):
 
 
 class IdEntry(BaseModel):
-    """Statistics of an id feature: of one with a vocabulary `vocabulary` to `other_unknown`, of a hashed one `groups`."""
+    """Statistics of an id feature: of one with a vocabulary `vocabulary` to `other_unknown`, of a hashed one `groups`.
+
+    `markers` are values that look like missing ones, with their counts.
+    """
 
     missing: Share | None
     length: Number = None
@@ -69,6 +72,7 @@ class IdEntry(BaseModel):
     ) = None
     other_known: Share | None = None
     other_unknown: Share | None = None
+    markers: Annotated[dict[str, Count], Field(max_length=MAX_ENTRIES)] = {}
 
     @model_validator(mode="after")
     def _of_a_vocabulary_or_hashed(self) -> "IdEntry":

@@ -74,6 +74,8 @@ def id_statistics(schema: Schema, encoders: Encoders, statistics: Statistics, na
     found: dict[str, Any] = {"missing": share(missing, statistics.rows)}
     if name in schema.lists:
         found["length"] = share(elements, statistics.rows - missing)
+    if markers := statistics.marker_counts(name):
+        found["markers"] = markers
     if not counted:
         return found | {"groups": shares_of(statistics.groups[name], elements).tolist()}
     counts = value_counts(schema, encoders, statistics, name)

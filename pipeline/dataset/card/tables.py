@@ -27,10 +27,13 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _bad_rows(manifest),
         _outcomes(manifest),
         _side_tables(manifest),
+        _absent(manifest),
+        _types(manifest),
         _tasks(manifest, card),
         _correlations(card),
         _numbers(card),
         _ids(card),
+        _markers(card),
         _others(card),
         _drift(card),
     ]
@@ -96,6 +99,27 @@ def _side_tables(manifest: Manifest) -> Table:
     return Table("Side tables", header, lines)
 
 
+def _absent(manifest: Manifest) -> Table:
+    lines = [
+        [column, stream, f"{rows:,}", percent(rows / manifest.read[stream] if manifest.read.get(stream) else None)]
+        for stream, columns in manifest.absent_columns.items()
+        for column, rows in columns.items()
+    ]
+    return Table("Optional columns that files lack", ["column", "stream", "rows without it", "share"], lines)
+
+
+def _types(manifest: Manifest) -> Table:
+    """The columns that have more than one type."""
+    lines = [
+        [column, stream, kind, f"{count:,}"]
+        for stream, columns in manifest.types.items()
+        for column, rows in columns.items()
+        if len(rows) > 1
+        for kind, count in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    return Table("Types met in the raw files, of columns with several", ["column", "stream", "type", "rows"], lines)
+
+
 def _tasks(manifest: Manifest, card: dict[str, Any]) -> Table:
     splits = [split for split in SPLITS if manifest.rows.get(split)]
     header = ["task", "kind", *(f"observed {s}" for s in splits), *(f"mean label {s}" for s in splits), "std train"]
@@ -144,6 +168,16 @@ def _ids(card: dict[str, Any]) -> Table:
         lines.append([name, percent(found["missing"]), *cells, length])
     header = ["id", "missing", "distinct values", "vocabulary seen", "unknown", "most frequent", "values in a list"]
     return Table("Ids (train)", header, lines)
+
+
+def _markers(card: dict[str, Any]) -> Table:
+    lines = [
+        [name, repr(value), f"{count:,}"]
+        for name, found in card["ids"].items()
+        for value, count in sorted(found.get("markers", {}).items(), key=lambda item: (-item[1], item[0]))
+    ]
+    title = "Ids that look like missing values (train): list them in source.missing if they are"
+    return Table(title, ["id", "value", "times"], lines)
 
 
 def _others(card: dict[str, Any]) -> Table:

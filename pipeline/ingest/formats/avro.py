@@ -20,7 +20,7 @@ from features.source import RawType
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
 from pipeline.ingest.formats.avro_limits import block_ends, check_blocks, check_schema
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
-from pipeline.ingest.formats.columns import convert_columns
+from pipeline.ingest.formats.columns import convert_columns, type_names
 
 HEADER_BYTES = 4 << 20  # that a header may have
 BLOCK_ROWS = 1 << 17  # that are Python objects at a time
@@ -82,7 +82,8 @@ class Avro(RawFormat):
         columns = {name: table[name].combine_chunks() for name in wanted.types}
         first = unit.first_row + row + 1
         numbers = partial(np.arange, first, first + table.num_rows)
-        return Block(convert_columns(unit.file.path, columns, wanted.types, self.options), row, numbers)
+        converted = convert_columns(unit.file.path, columns, wanted.types, self.options, wanted.ids)
+        return Block(converted, row, numbers, types=type_names(columns))
 
 
 def _slices(block: Iterable[Any]) -> Iterator[list[Any]]:

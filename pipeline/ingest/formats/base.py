@@ -1,7 +1,7 @@
 """The seam of raw formats: the columns of a file, the units it is cut into, and a unit read block by block."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +21,14 @@ class Wanted:
         types: the wanted columns in the order in which a block has them.
         names: of all columns of the file, as `RawFormat.column_names` gave them.
         lists: the columns that may hold lists, each with the separator of items where they are text.
+        ids: the text columns whose values name something (ids, keys): fractions, and in a row of others than `lists` more
+            than one value, are none.
     """
 
     types: Mapping[str, RawType]
     names: Sequence[str] | None = None
     lists: Mapping[str, str] = field(default_factory=dict)
+    ids: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ class Block:
 
     Attributes:
         columns: the wanted ones, in order: text, or lists of text; those wanted as numbers also as float64 (float) or
-            int64 (int, time), where all values of the block are such.
+            int64 (int, time), where all values of the block are such; times also as timestamps in whole seconds.
         row: number of rows of the unit before these.
         line_numbers: computes the line of each row in the unit, from 1. Formats without lines, and CSV with line breaks in
             values, give the row's number in the file, from 1, where a header counts and blank lines do not.
         bad: lines of this block that are not rows, numbered in the same way.
         line_count: lines read for this block, the header and blank ones among them; lines of the file's next unit have
             numbers that are higher by the sum over the blocks of this one. 0 where rows are numbered in the file.
+        types: of the wanted columns as the file has them, in the words of Arrow; none of text formats.
     """
 
     columns: pa.Table
@@ -57,6 +61,7 @@ class Block:
     line_numbers: Callable[[], np.ndarray]
     bad: list[BadLine] = field(default_factory=list)
     line_count: int = 0
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 class RawFormat(ABC):

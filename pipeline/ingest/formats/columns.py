@@ -1,25 +1,34 @@
 """Columns of formats with types of their own (Parquet, Avro) as blocks have them: text, lists of text, numbers."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Collection, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.kinds import times
+from features.kinds.canonical import as_text, check_ids
 from features.source import Format, RawType
 
 TEXT, LIST = pa.string(), pa.list_(pa.string())
+MOST_TYPE_CHARACTERS = 60  # of a type's name: a time zone's is the file's
 
 
 def convert_columns(
-    path: str, columns: Mapping[str, pa.Array], types: Mapping[str, RawType], options: Format
+    path: str, columns: Mapping[str, pa.Array], types: Mapping[str, RawType], options: Format, ids: Collection[str] = ()
 ) -> pa.Table:
-    """The columns of a block, in the order of `types`. Raises UserError for one of another type, naming the file."""
+    """The columns of a block, in the order of `types`, `ids` as canonical texts.
+
+    Raises:
+        UserError: one is of another type, or a value of `ids` is no id, naming the file.
+    """
     found = {}
     for name, wanted in types.items():
         try:
-            found[name] = convert(columns[name], wanted, options)
+            values = _decoded(columns[name])
+            if name in ids and wanted == "string":
+                check_ids(values.flatten() if _is_list(values.type) else values, f"{path}: column {name}")
+            found[name] = convert(values, wanted, options)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise UserError(
                 f"{path}: column {name} is {columns[name].type}, which cannot be read as text or numbers: "
@@ -29,68 +38,91 @@ def convert_columns(
 
 
 def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
-    """A column as text, numbers or lists of text; times as whole seconds since 1970 UTC.
+    """A column as text, numbers or lists of text.
 
-    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing.
+    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing. Timestamps
+    are whole seconds, rounded down: wanted as a time they stay timestamps, as a number they are seconds since 1970 UTC.
 
     Raises:
         pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be converted, or its bytes are not UTF-8.
     """
+    values = _decoded(values)
     kind = values.type
-    if pa.types.is_dictionary(kind):
-        return convert(values.dictionary_decode(), wanted, options)
-    if pa.types.is_floating(kind):  # the only missing number of many writers
-        values = pc.if_else(pc.is_nan(values), None, values)
     if wanted == "string":
-        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        return _text(values, LIST if any(check(kind) for check in lists) else TEXT)
+        return _lists(values) if _is_list(kind) else as_text(values).cast(TEXT)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        values = _seconds(values, options.timezone)
+        values = _seconds(values)
+        if wanted == "time":
+            return values
+        values = _since_1970(values, options)
     elif pa.types.is_boolean(kind):
         values = values.cast(pa.int8())
-    elif kind == pa.float16():
-        values = values.cast(pa.float32())
+    elif pa.types.is_floating(kind):  # NaN: the only missing number of many writers
+        values = values.cast(pa.float32()) if kind == pa.float16() else values
+        values = pc.if_else(pc.is_nan(values), None, values)
+        if wanted == "time":  # such as whole numbers beside a missing one
+            values = pc.floor(values)
     return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
 
 
-def _text(values: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Text or lists of it; a file may call bytes text that are none, which no later step would notice."""
-    found = values.cast(kind)
-    found.validate(full=True)
-    return found
+def type_names(columns: Mapping[str, pa.Array]) -> dict[str, str]:
+    """The types of columns in a few words each, as a person reads them."""
+    return {name: _type_name(values.type)[:MOST_TYPE_CHARACTERS] for name, values in columns.items()}
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return f"{kind.value_type} (dictionary)" if pa.types.is_dictionary(kind) else str(kind)
+
+
+def _decoded(values: pa.Array) -> pa.Array:
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _lists(values: pa.Array) -> pa.Array:
+    """Lists of text; a file may call bytes text that are none, which no later step would notice."""
+    lists = values.cast(pa.list_(values.type.value_type))
+    items = as_text(lists.values).cast(pa.string())
+    return pa.ListArray.from_arrays(lists.offsets, items, mask=lists.is_null() if lists.null_count else None)
 
 
 def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
     """Numbers of one kind; as text where a value is text, not of the kind, or not finite."""
     is_float = pa.types.is_floating(values.type)
     if not (is_float or pa.types.is_integer(values.type) or pa.types.is_decimal(values.type)):
-        return _text(values, TEXT)
-    if is_float and not pc.all(pc.is_finite(values), min_count=0).as_py():
-        return values.cast(TEXT)
-    try:
-        return values.cast(kind)
-    except pa.ArrowInvalid:
-        return values.cast(TEXT)
+        return as_text(values).cast(TEXT)
+    if not is_float or pc.all(pc.is_finite(values), min_count=0).as_py():
+        try:
+            return values.cast(kind)
+        except pa.ArrowInvalid:
+            pass
+    return _exact_text(values, kind)
 
 
-def _seconds(values: pa.Array, timezone: str) -> pa.Array:
-    """Whole seconds since 1970 UTC; as text where the clocks of the zone skipped one of the times, which stays as it is."""
+def _exact_text(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Numbers of which some are not of a kind, as texts that read as the others exactly."""
+    if pa.types.is_floating(values.type) and kind == pa.float64():
+        values = values.cast(kind)  # so that .1 in 32 bits is what it is beside good values
+    return as_text(values).cast(TEXT)
+
+
+def _seconds(values: pa.Array) -> pa.Array:
+    """Timestamps and dates as whole seconds, rounded down; those without a zone stay without one."""
     if pa.types.is_date(values.type):
-        values = values.cast(pa.timestamp("s"))
-    if values.type.tz is not None:
-        return _whole_seconds(values)
-    # At the end of summer time an hour comes twice, at its beginning one is left out.
-    localized = partial(pc.assume_timezone, values, timezone, ambiguous="earliest")
-    try:
-        return _whole_seconds(localized(nonexistent="raise"))
-    except pa.ArrowInvalid:
-        before, after = localized(nonexistent="earliest"), localized(nonexistent="latest")
-        return pc.if_else(pc.equal(before, after), _whole_seconds(after).cast(TEXT), values.cast(TEXT))
-
-
-def _whole_seconds(values: pa.Array) -> pa.Array:
-    """Timestamps as seconds since 1970 UTC, rounded down."""
+        return values.cast(pa.timestamp("s"))
     per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
     ticks = values.cast(pa.int64())
     whole = pc.divide(ticks, per_second)  # towards zero
-    return pc.subtract(whole, pc.less(ticks, pc.multiply(whole, per_second)).cast(pa.int64()))
+    whole = pc.subtract(whole, pc.less(ticks, pc.multiply(whole, per_second)).cast(pa.int64()))
+    return whole.cast(pa.timestamp("s", values.type.tz and "UTC"))
+
+
+def _since_1970(values: pa.Array, options: Format) -> pa.Array:
+    """Timestamps as seconds since 1970 UTC; as text where the clocks of the zone skipped one of them, which stays as it is."""
+    found, wrong = times.seconds("", values, options)
+    if not wrong.any():
+        return found.to_arrow()
+    return pc.if_else(wrong.to_arrow(), values.cast(TEXT), found.to_arrow().cast(TEXT))

@@ -2,8 +2,7 @@
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import polars as pl
 import pyarrow as pa
@@ -13,11 +12,11 @@ from features.source import RawType
 from pipeline.ingest.files import RawFile, Unit
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import LIST, TEXT
+from pipeline.ingest.formats.json_doubts import DoubtfulLines
 from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of, line_blocks
 
 UNREADABLE = "not JSON that can be read"
 INTEGER_DIGITS = 40  # and the sign; the reader's integers end at 2 ** 128, which has 39
-LOW_SURROGATE = re.compile("[\udc00-\udfff]")
 
 
 class JsonLines(RawFormat):
@@ -33,7 +32,9 @@ class JsonLines(RawFormat):
 
     def read(self, unit: Unit, wanted: Wanted, on_bytes: OnBytes) -> Iterator[Block]:
         """See RawFormat."""
-        return line_blocks(unit, JsonParser(wanted.types, wanted.lists), False, self.options.max_line_bytes, on_bytes)
+        return line_blocks(
+            unit, JsonParser(wanted.types, wanted.lists, wanted.ids), False, self.options.max_line_bytes, on_bytes
+        )
 
 
 class JsonParser:
@@ -41,10 +42,11 @@ class JsonParser:
 
     spaces = b" \t\r"
 
-    def __init__(self, types: Mapping[str, RawType], lists: Mapping[str, str]) -> None:
-        """`lists` are the columns that may hold arrays, with the separator of items where they hold text."""
+    def __init__(self, types: Mapping[str, RawType], lists: Mapping[str, str], ids: Collection[str]) -> None:
+        """`lists` are the columns that may hold arrays, with the separator of items where they hold text; ids: see Wanted."""
         self.columns, self.lists = list(types), {c: s for c, s in lists.items() if c in types}
         self.as_text = False  # whether a value of `lists` was no array
+        self.doubtful = DoubtfulLines(self.columns, ids, self.lists)
 
     def table(self, data: bytes, rows: int) -> pa.Table | None:
         """See LineParser."""
@@ -55,11 +57,14 @@ class JsonParser:
             frame = frame.with_columns(_lists_of_text(frame[c], separator) for c, separator in self.lists.items())
         table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
         kinds = {c: LIST if frame.schema[c] == pl.List else TEXT for c in self.columns}
-        return table.cast(pa.schema(kinds.items()))
+        table = table.cast(pa.schema(kinds.items()))
+        return None if self.doubtful.any_fault(data, table, self.spaces) else table
 
     def faults(self, lines: Sequence[bytes]) -> dict[int, str]:
         """See LineParser."""
-        found = {i: reason for i, line in enumerate(lines) if (reason := _json_fault(line))}
+        found = {
+            i: reason for i, line in enumerate(lines) if (reason := _json_fault(line) or self.doubtful.fault(line))
+        }
         return found | self._refused(lines, [i for i in range(len(lines)) if i not in found])
 
     def _refused(self, lines: Sequence[bytes], among: Sequence[int]) -> dict[int, str]:
@@ -89,8 +94,6 @@ def _json_fault(line: bytes) -> str | None:
     """The reason why a line is no JSON object; some of what only the reader refuses is found by `_refused`."""
     try:
         found = json.loads(line, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
-        if b"\\u" in line and LOW_SURROGATE.search(json.dumps(found, ensure_ascii=False)):
-            return UNREADABLE
         return None if isinstance(found, dict) else "no JSON object"
     except UnicodeDecodeError:
         return NOT_UTF8

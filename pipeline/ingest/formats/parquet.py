@@ -11,7 +11,7 @@ from features.parquet_pages import mapped
 from features.parquet_schema import check_nesting
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
-from pipeline.ingest.formats.columns import convert_columns
+from pipeline.ingest.formats.columns import convert_columns, type_names
 from pipeline.ingest.formats.parquet_expansion import batch_rows, check_footer_sizes, check_page_sizes, chunks_of
 
 BLOCK_ROWS = 1 << 17  # of a block: values that repeat take next to no bytes in the file
@@ -61,10 +61,10 @@ class Parquet(RawFormat):
             most = max(1, min(BLOCK_ROWS, rows * BLOCK_BYTES // max(size, 1)))
             most = batch_rows(unit.file, raw, file.metadata, chunks, most)
             for batch in file.iter_batches(most, list(groups), list(wanted.types), use_threads=False):
-                columns = convert_columns(
-                    path, {name: batch[name] for name in wanted.types}, wanted.types, self.options
-                )
+                found = {name: batch[name] for name in wanted.types}
+                columns = convert_columns(path, found, wanted.types, self.options, wanted.ids)
                 first = unit.first_row + row + 1
-                yield Block(columns, row, partial(np.arange, first, first + batch.num_rows))
+                numbers = partial(np.arange, first, first + batch.num_rows)
+                yield Block(columns, row, numbers, types=type_names(found))
                 row += batch.num_rows
                 on_bytes(unit.file.size * row // file.metadata.num_rows)

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from features.errors import UserError
 from features.join.outcomes import join
+from features.kinds.canonical import canonical
 from features.parse import raw
 from features.schema.schema import Schema
 from features.source import RawType
@@ -21,6 +22,11 @@ def key_type(schema: Schema) -> RawType:
     return schema.raw_types.get(str(schema.source.key), "string")
 
 
+def comparable(schema: Schema, keys: pa.Array, where: str) -> pa.Array:
+    """Keys of either side as integers, or as canonical texts. Raises UserError, naming `where`, for a value that is no key."""
+    return keys if key_type(schema) in ("int", "time") else canonical(keys, where)
+
+
 def scatter_keys(job: Job, rows: pa.Table) -> str:
     """Scatters keys and times of impressions to buckets. Raises UserError for a derived key that has fractions."""
     schema = job.schema
@@ -28,9 +34,8 @@ def scatter_keys(job: Job, rows: pa.Table) -> str:
     fractions = key.dtype.is_numeric() and not key.dtype.is_integer()
     if fractions and key_type(schema) == "string":  # its text would be 1.0, which no outcome has
         raise UserError(f"source.key: {schema.source.key} is {key.dtype}: make it whole with CAST(... AS BIGINT)")
-    if key_type(schema) == "string":
-        key = key.cast(pl.String)
-    columns = {"key": key.to_arrow(), shuffle.POSITION: pa.array(np.arange(rows.num_rows))}
+    keys = comparable(schema, key.rechunk().to_arrow(), f"source.key: column {schema.source.key}")
+    columns = {"key": keys, shuffle.POSITION: pa.array(np.arange(rows.num_rows))}
     return scatter(
         job, pa.table(columns | ({"time": raw.event_time(schema, rows)} if schema.event_time else {})), "key"
     )

@@ -20,14 +20,12 @@ from features.source import RawType
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import LookUpReport, LookUpWork, ReadReport, TypedPart
 from pipeline.ingest.state import Job
-from pipeline.ingest.steps.dead_letters import without_missing
 
 
 def table_types(schema: Schema, name: str) -> dict[str, RawType]:
     """The columns that are read of a side table; its key in the type that it has in the impressions, as outcomes' are."""
     table = schema.source.tables[name]
-    times: dict[str, RawType] = {table.valid_from: "time"} if table.valid_from else {}
-    return {table.key: schema.raw_types.get(table.asks, "string"), **times, **table.columns}
+    return {table.key: schema.raw_types.get(table.asks, "string"), **table.types}
 
 
 def separators(job: Job, name: str) -> dict[str, str]:
@@ -46,7 +44,7 @@ def scatter_rows(job: Job, name: str, rows: pa.Table, snapshot: int | None) -> t
     table = job.schema.source.tables[name]
     if pa.types.is_nested(rows.schema.field(table.key).type):
         raise UserError(f"source.tables.{name}: its key {table.key} holds lists: name a column with one value a row")
-    rows, dead_letters = without_missing(rows, table.key, table.valid_from)
+    rows, dead_letters = _without_missing(rows, table.key, table.valid_from)
     keys = side_tables.key_codes(rows[table.key].combine_chunks(), f"source.tables.{name}.key: {table.key}")
     columns: dict[str, pa.Array] = {KEY: keys.cast(pa.large_string())}
     if table.valid_from:
@@ -57,6 +55,19 @@ def scatter_rows(job: Job, name: str, rows: pa.Table, snapshot: int | None) -> t
         nested = pa.types.is_nested(rows.schema.field(column).type)
         columns[column] = rows[column].cast(pa.large_list(pa.large_string())) if nested else rows[column]
     return _scatter(job, pa.table(columns), 1 if name in job.broadcast else job.buckets), dead_letters
+
+
+def _without_missing(rows: pa.Table, key: str, time: str | None) -> tuple[pa.Table, pl.DataFrame]:
+    """Typed rows without those that lack their key or time, and these as dead letters."""
+    missing = [pl.Series(rows[column]).is_null() for column in (key, time) if column]
+    lost = missing[0] | missing[-1]
+    if not lost.any():
+        return rows, raw.dead_letters()
+    gone = rows.filter(lost.to_arrow())
+    words = {True: f"{key}: missing key", False: f"{time}: missing time"}
+    reasons = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
+    cells = raw.as_json(gone.drop_columns([raw.LINE, raw.ROW]))
+    return rows.filter((~lost).to_arrow()), raw.dead_letters(gone[raw.LINE].to_numpy(), reasons, cells)
 
 
 def scatter_questions(job: Job, rows: pa.Table) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from features.join import counters, history
 from features.join.known import Known
 from features.join.places import key_codes
+from features.kinds.canonical import canonical
 from features.kinds.values import LARGEST
 from features.parse import compute, raw
 from features.schema.schema import Schema
@@ -61,12 +62,12 @@ def _reads(schema: Schema) -> tuple[list[str], list[str]]:
 def _history(name: str, past: History, frame: pl.DataFrame, known: Known) -> tuple[pl.DataFrame, pl.Series]:
     """The columns key, known (null: the row is no event) and item of a block; and whose part in it the log's end left open."""
     since, undecided = known.since([past.when] if past.when else [])
-    item = frame[past.item].cast(pl.String)
+    item = _texts(frame, past.item, f"bag.{name}.history.item")
     counts = item.is_not_null()
     if past.when:
         counts &= compute.truth(frame, f"bag.{name}.history.when", past.when)
     return pl.DataFrame(
-        {"key": frame[past.user].cast(pl.String), "known": since.set(~counts, None), "item": item}
+        {"key": _texts(frame, past.user, f"bag.{name}.history.user"), "known": since.set(~counts, None), "item": item}
     ), undecided
 
 
@@ -81,7 +82,13 @@ def _counter(name: str, past: Counter, frame: pl.DataFrame, known: Known) -> tup
         value = compute.number(frame, f"source.counters.{name}.of", past.of, "value", pl.Float64)
         counts &= (value.abs() <= LARGEST).fill_null(False)
         values = {"value": value}
-    return pl.DataFrame({"key": frame[past.by].cast(pl.String), "known": since.set(~counts, None), **values}), undecided
+    key = _texts(frame, past.by, f"source.counters.{name}.by")
+    return pl.DataFrame({"key": key, "known": since.set(~counts, None), **values}), undecided
+
+
+def _texts(frame: pl.DataFrame, column: str, where: str) -> pl.Series:
+    """A column's values as the texts by which ids compare. Raises UserError, naming `where`, for one that is no id."""
+    return pl.Series(canonical(frame[column].rechunk().to_arrow(), f"{where}: column {column}"))
 
 
 def gather_past(job: Job, work: GatherPastWork) -> GatherPastReport:

@@ -1,5 +1,6 @@
 """Step `read`: a unit of a raw file to typed rows."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,18 +9,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.kinds import times
 from features.parse import raw
 from features.parse.raw import LINE, ROW
 from features.source import RawType
 from pipeline.ingest import shuffle
+from pipeline.ingest.absent_columns import Completion
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format
 from pipeline.ingest.formats.base import Block, Wanted
 from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPart
 from pipeline.ingest.progress import UnitProgress
 from pipeline.ingest.state import IMPRESSIONS, Job
-from pipeline.ingest.steps.dead_letters import spill, without_missing
-from pipeline.ingest.steps.join import key_type, scatter, scatter_keys
+from pipeline.ingest.steps.dead_letters import spill
+from pipeline.ingest.steps.join import comparable, key_type, scatter, scatter_keys
 from pipeline.ingest.steps.label import label_rows
 from pipeline.ingest.steps.look_up import scatter_questions, scatter_rows, separators, table_types
 
@@ -35,12 +38,17 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     types = _types(job, stream)
     codes = raw.code_columns(job.schema) if stream == IMPRESSIONS else set()
     lists = raw.list_columns(job.schema) if stream == IMPRESSIONS else separators(job, stream) if table else {}
+    keys, ids = _named(job, stream, types)
+    completion = Completion(types, work.names, options, lists)
     blocks = raw_format(options).read(
-        unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
+        unit, Wanted(completion.present, work.names, lists, ids), UnitProgress(job.progress, work.number).record
     )
+    met: dict[str, Counter[str]] = {}
     typed_parts, labelled, outcomes, table_rows, bad, latest, count, lines = [], [], [], [], [], [], 0, 0
-    for block in _at_least_one(blocks, types):
-        typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
+    for block in _at_least_one(blocks, completion.present):
+        columns = completion.complete(block.columns)
+        first = unit.first_row + block.row
+        typed = raw.type_columns(columns, types, codes, options, block.line_numbers(), first, keys)
         if outcome is not None:
             path, dead_letters = _scatter_outcomes(job, stream, typed.rows)
             outcomes.append(path)
@@ -59,11 +67,14 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
         count += block.columns.num_rows + len(block.bad)
         lines += block.line_count
+        for column, kind in block.types.items():
+            met.setdefault(column, Counter())[kind] += block.columns.num_rows
     check_unchanged(unit.file)
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
-        dead_letters=spill(job, bad), table_rows=table_rows,
+        dead_letters=spill(job, bad), table_rows=table_rows, absent=completion.absent, keys=completion.keys,
+        types={column: dict(rows) for column, rows in met.items()},
     )  # fmt: skip
 
 
@@ -74,6 +85,24 @@ def _types(job: Job, stream: str) -> dict[str, RawType]:
     if stream in job.schema.source.tables:
         return table_types(job.schema, stream)
     return {name: job.schema.raw_types.get(name, "string") for name in job.schema.raw_columns}
+
+
+def _named(job: Job, stream: str, types: dict[str, RawType]) -> tuple[set[str], set[str]]:
+    """The text columns of a stream that are keys of a join, and those whose values name something, keys among them."""
+    source = job.schema.source
+    if outcome := source.outcomes.get(stream):
+        named = {outcome.key}
+    elif table := source.tables.get(stream):
+        named = {table.key}
+    else:
+        named = {str(source.key), *(table.asks for table in source.tables.values())}
+    keys = {key for key in named if types.get(key) == "string"}
+    if stream == IMPRESSIONS:
+        return keys, raw.id_columns(job.schema)
+    ids = {
+        column for column in types if f"{stream}_{column}" in raw.id_columns(job.schema) and types[column] == "string"
+    }
+    return keys, keys | (ids if stream in source.tables else set())
 
 
 def _at_least_one(blocks: Iterator[Block], types: dict[str, RawType]) -> Iterator[Block]:
@@ -96,11 +125,35 @@ def _impressions(job: Job, work: ReadWork, rows: pa.Table) -> tuple[TypedPart | 
 
 
 def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.DataFrame]:
-    """Scatters a block of outcomes to buckets; those without a key or a time belong to no impression."""
+    """Scatters a block of outcomes to buckets; those without a key or a plausible time belong to no impression."""
     outcome = job.schema.source.outcomes[name]
     if pa.types.is_nested(rows.schema.field(outcome.key).type):
         raise UserError(
             f"source.outcomes.{name}: its key {outcome.key} holds lists: name a column with one value a row"
         )
-    rows, dead_letters = without_missing(rows, outcome.key, outcome.time)
+    reasons = _unplaced(job, name, rows)
+    dead_letters = raw.dead_letters()
+    if (lost := reasons.is_not_null()).any():
+        gone = rows.filter(lost.to_arrow())
+        cells = raw.as_json(gone.drop_columns([LINE, ROW]))
+        dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons.filter(lost), cells)
+        rows = rows.filter((~lost).to_arrow())
+    key = comparable(job.schema, rows[outcome.key].combine_chunks(), f"source.outcomes.{name}: its key {outcome.key}")
+    rows = rows.set_column(rows.column_names.index(outcome.key), outcome.key, key)
     return scatter(job, rows.drop_columns([LINE, ROW]), outcome.key), dead_letters
+
+
+def _unplaced(job: Job, name: str, rows: pa.Table) -> pl.Series:
+    """Why outcomes belong to no impression: they have no key, no time, or an implausible one; null for the others."""
+    outcome = job.schema.source.outcomes[name]
+    reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
+    for column, text in ((outcome.key, "missing key"), (outcome.time, "missing time")):
+        if column and (missing := pl.Series(rows[column]).is_null()).any():
+            reason = reason.zip_with(~missing | reason.is_not_null(), pl.Series([f"{column}: {text}"]))
+    if not outcome.time:
+        return reason
+    time, unit = pl.Series(rows[outcome.time]), job.schema.source.format_of(name).unit_of(outcome.time)
+    if (wrong := times.implausible(time, unit)) is not None:
+        key = f"{job.schema.source.format_key(name)}.times"
+        reason = reason.zip_with(~wrong | reason.is_not_null(), times.implausible_reason(outcome.time, time, unit, key))
+    return reason
