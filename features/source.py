@@ -1,4 +1,4 @@
-"""Section `source` of a schema: files and their format, outcomes, histories, counters."""
+"""Section `source` of a schema: files and their format, outcomes, side tables, histories, counters."""
 
 import logging
 import re
@@ -147,6 +147,53 @@ def outcome_names(name: str, outcome: Outcome) -> list[str]:
     return [name, *(f"{name}_{c}" for c in ["count", *(["time"] if outcome.time else []), *outcome.columns])]
 
 
+class SideTable(Strict):
+    """Facts about what an impression names, such as its item or user, looked up by key.
+
+    Expressions and features see NAME_COLUMN for each of `columns`: the row of the key that was read last, or where rows have
+    versions, the version at the impression's time; null where there is none. They are known at the impression.
+
+    Attributes:
+        files: as for impressions. Files with {date} are whole snapshots, each from its day's beginning on: with `date` the
+            newest one up to that day is read, otherwise an impression sees the one of its time.
+        key: column of the table.
+        on: column of the impressions, raw or derived, that names a row; by default it is called like `key`.
+        columns: further columns with their types.
+        valid_from: column of when a version begins, which may be the second of the impression; it ends with the next one.
+        read: how its files are written, where it differs from the impressions'; by default they have a header line.
+    """
+
+    files: str
+    key: str
+    on: str | None = None
+    columns: dict[str, RawType] = Field(min_length=1)
+    valid_from: str | None = None
+    read: Format | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SideTable":
+        if own := [c for c in self.columns if c in (self.key, self.valid_from)]:
+            raise ValueError(f"column {own[0]} is read as key or valid_from already: remove it from columns")
+        if self.valid_from == self.key:
+            raise ValueError(f"{self.key} is both key and valid_from: a version needs a time of its own")
+        return self
+
+    @property
+    def types(self) -> dict[str, RawType]:
+        """The columns that are read beside the key."""
+        return {**({self.valid_from: "time"} if self.valid_from else {}), **self.columns}
+
+    @property
+    def asks(self) -> str:
+        """The column of the impressions that names a row."""
+        return self.on or self.key
+
+    @property
+    def in_snapshots(self) -> bool:
+        """Whether its files are snapshots of single days."""
+        return "{date}" in self.files
+
+
 class History(Strict):
     """The items of earlier rows of the same user, the latest first.
 
@@ -220,14 +267,18 @@ class Source(Format):
     outcomes: dict[str, Outcome] = {}
     counters: dict[str, Counter] = {}
     derived: dict[str, str] = Field({}, description="further columns as SQL expressions over the raw ones")
+    tables: dict[str, SideTable] = Field({}, description="side tables, looked up by key")
 
-    def format_of(self, outcome: str | None) -> Format:
-        """How the files of an outcome (None: of the impressions) are written."""
-        if outcome is None:
+    def format_of(self, stream: str | None) -> Format:
+        """How the files of an outcome or side table (None: of the impressions) are written."""
+        if stream is None:
             return self
-        return self.outcomes[outcome].read or self.model_copy(update={"columns": None})
+        other = self.outcomes.get(stream) or self.tables[stream]
+        return other.read or self.model_copy(update={"columns": None})
 
-    def format_key(self, outcome: str | None) -> str:
+    def format_key(self, stream: str | None) -> str:
         """Where the schema has what `format_of` gives."""
-        own = outcome is not None and self.outcomes[outcome].read is not None
-        return f"source.outcomes.{outcome}.read" if own else "source"
+        if stream in self.tables:
+            return f"source.tables.{stream}.read" if self.tables[stream].read else "source"
+        own = stream is not None and self.outcomes[stream].read is not None
+        return f"source.outcomes.{stream}.read" if own else "source"

@@ -134,6 +134,7 @@ def code_columns(schema: Schema) -> set[str]:
 def id_columns(schema: Schema) -> set[str]:
     """The raw columns that are text and name something, a value or a list a row: ids, users and items, keys."""
     used = [schema.raw[name].column for name in schema.sparse] + [history.user for history in schema.histories.values()]
+    used += [table.asks for table in schema.source.tables.values()]
     used += [key for key in (schema.source.key, getattr(schema.split, "key", None)) if key]
     return set(used) - schema.raw_types.keys() - schema.source.derived.keys()
 
@@ -184,7 +185,7 @@ def parse(
     """Features, labels and split of typed rows; those that cannot be used become dead letters.
 
     Args:
-        rows: B typed rows of `type_columns`.
+        rows: B typed rows of `type_columns`, with the columns of side tables.
         row_id: added to ROW, it is the id of a row where the schema names no `row_id` column.
         joined: B rows of the columns that outcomes and counters add.
         open_windows: per outcome [B] whether its window was still open when the log ended.
@@ -220,7 +221,7 @@ def parse(
             keep &= ~open_B
     found = dead_letters()
     if bad.any():
-        cells = as_json(rows.drop_columns([LINE, ROW]).filter(pa.array(bad)))
+        cells = as_json(rows.select(schema.raw_columns).filter(pa.array(bad)))
         found = dead_letters(rows[LINE].to_numpy()[bad], reason.filter(pl.Series(bad)), cells)
     return Parsed(table if keep.all() else table.filter(pa.array(keep)), found, left_out)
 

@@ -13,6 +13,7 @@ from features.printable import has_controls, printable
 from features.schema.expressions import columns_of
 from features.schema.past_checks import contradictions_of_the_past
 from features.schema.splits import HashSplit, TimeSplit
+from features.schema.table_checks import keys_of_tables, side_tables, table_inputs
 from features.source import Format, RawType, outcome_names
 from features.time_units import DEFAULT, INDEX
 
@@ -57,6 +58,7 @@ def contradictions(schema: Schema) -> Iterator[str]:
     yield from _units(schema)
     yield from _optional(schema)
     yield from _keys_of_outcomes(schema)
+    yield from side_tables(schema)
     yield from contradictions_of_the_past(schema)
     yield from _leaks(schema)
 
@@ -76,9 +78,10 @@ def _unfit_names(schema: Schema) -> Iterator[str]:
         "source.derived": source.derived,
         "source.outcomes": source.outcomes,
         "source.counters": source.counters,
+        "source.tables": source.tables,
     }
     forbidden = dict.fromkeys([*KINDS, "tables"], "./\\")  # a module's name has no dot
-    forbidden |= dict.fromkeys(["source.outcomes", "source.counters"], "/\\")
+    forbidden |= dict.fromkeys(["source.outcomes", "source.counters", "source.tables"], "/\\")
     for section, names in sections.items():
         for name in names:
             yield from _unfit(f"name in {section}", name, MAX_NAME_BYTES, forbidden.get(section, ""))
@@ -92,9 +95,11 @@ def _unfit_columns(schema: Schema) -> Iterator[str]:
     columns = [*(source.columns or ()), *source.types, *schema.raw_columns]
     for outcome in outcomes:
         columns += [outcome.key, *outcome.types, *((outcome.read and outcome.read.columns) or ())]
+    columns += keys_of_tables(schema)
     for column in dict.fromkeys(columns):
         yield from _unfit("column", column, MAX_COLUMN_BYTES)
-    for files in dict.fromkeys([source.files, *(outcome.files for outcome in outcomes)]):
+    files_of = [*(outcome.files for outcome in outcomes), *(table.files for table in source.tables.values())]
+    for files in dict.fromkeys([source.files, *files_of]):
         yield from _unfit("files", files, MAX_COLUMN_BYTES)
 
 
@@ -131,6 +136,10 @@ def _optional(schema: Schema) -> Iterator[str]:
         key = source.format_key(name)
         needed[key] = [*needed.get(key, ()), outcome.key, outcome.time]
         types[key] = types.get(key, {}) | outcome.types
+    for name, table in source.tables.items():
+        key = source.format_key(name)
+        needed[key] = [*needed.get(key, ()), table.key, table.valid_from]
+        types[key] = types.get(key, {}) | table.types
     for key in needed:
         form = source if key == "source" else source.format_of(key.split(".")[2])
         for column, default in form.optional.items():
@@ -155,6 +164,7 @@ def _units(schema: Schema) -> Iterator[str]:
             yield f"source.times.{column}: it is derived: make it whole seconds there, or write {INDEX} for a plain order"
     typed: dict[str, tuple[Format, dict[str, RawType]]] = {"source": (source, source.types)}
     typed |= {f"source.outcomes.{name}": (source.format_of(name), o.columns) for name, o in source.outcomes.items()}
+    typed |= {f"source.tables.{name}": (source.format_of(name), t.columns) for name, t in source.tables.items()}
     for key, (form, types) in typed.items():
         for column in form.times.keys() & {c for c, kind in types.items() if kind != "time"}:
             yield f"{key}: column {column} is {types[column]}, and has a unit of time in `times`: make it time, or remove one"
@@ -181,6 +191,7 @@ def _leaks(schema: Schema) -> Iterator[str]:
         inputs = schema.roots_of([raw.column, history.user] if history else [raw.column])
         # What a row's counter is looked up by is an input, too; what it counts is of other rows.
         inputs |= schema.roots_of(counters[column].by for column in inputs & counters.keys())
+        inputs |= schema.roots_of(table_inputs(schema, inputs))
         if later := sorted(inputs & schema.outcome_columns.keys()):
             yield f"feature {name} reads {later[0]}, an outcome that is known only after the impression. Remove it."
         for task, spec in schema.tasks.items():
@@ -195,10 +206,12 @@ def _added_twice(schema: Schema) -> Iterator[str]:
     """Columns of expressions that two parts of the schema add."""
     outcomes = schema.source.outcomes.items()
     added = [c for name, o in outcomes for c in outcome_names(name, o)]
+    added += [f"{name}_{column}" for name, table in schema.source.tables.items() for column in table.columns]
     added += [*schema.source.counters, *schema.source.derived]
     for column in sorted({c for c in added if added.count(c) > 1}):
         yield (
-            f"column {column} is added twice, by source.outcomes, counters or derived: rename one, or a column of an outcome"
+            f"column {column} is added twice, by source.outcomes, tables, counters or derived: rename one, or a column of an "
+            "outcome or table"
         )
 
 

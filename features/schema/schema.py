@@ -127,6 +127,8 @@ class Schema(Features):
         parts: list[dict[str, Any]] = [self.tables, *map(self._section, FIRST_KINDS), *self._later_kinds()]
         content = [[[n, f.model_dump(mode="json", exclude_defaults=True)] for n, f in part.items()] for part in parts]
         source = self.source.model_dump(mode="json", include={"types", "derived"})
+        if self.source.tables:
+            source["tables"] = {name: table.columns for name, table in self.source.tables.items()}
         if self.source.counters:  # left out where there are none, as it was before there were any
             source |= self.source.model_dump(mode="json", include={"counters"}, exclude_defaults=True)
         canonical = json.dumps([content, source], sort_keys=True)
@@ -206,7 +208,7 @@ class Schema(Features):
         implied |= dict.fromkeys(self.source.times, "time")
         if self.source.row_id:
             implied[self.source.row_id] = "int"
-        known = self.source.derived.keys() | self.added_columns.keys()
+        known = self.source.derived.keys() | self.added_columns.keys() | self.table_columns.keys()
         return {**{c: t for c, t in implied.items() if c not in known}, **self.source.types}
 
     @cached_property
@@ -231,16 +233,22 @@ class Schema(Features):
         used += [c for c in (self.source.key, self.source.row_id, self.event_time) if c]
         used += [self.split.key] if isinstance(self.split, HashSplit) else []
         used += [history.user for history in self.histories.values()]
+        used += [table.asks for table in self.source.tables.values()]
         used += [counter.by for counter in self.source.counters.values()]
         for expression in self.expressions.values():
             used += columns_of(expression)
-        known = self.source.derived.keys() | self.added_columns.keys()
+        known = self.source.derived.keys() | self.added_columns.keys() | self.table_columns.keys()
         return list(dict.fromkeys(c for c in used if c not in known))
 
     @cached_property
     def outcome_columns(self) -> dict[str, str]:
         """Columns that a join adds, with the outcome they come from."""
         return {c: name for name, outcome in self.source.outcomes.items() for c in outcome_names(name, outcome)}
+
+    @cached_property
+    def table_columns(self) -> dict[str, str]:
+        """Columns that side tables add, with the table they come from."""
+        return {f"{name}_{column}": name for name, table in self.source.tables.items() for column in table.columns}
 
     @cached_property
     def added_columns(self) -> dict[str, str]:

@@ -38,6 +38,7 @@ def _read_columns(schema: Schema) -> set[str]:
     """The columns, raw or derived, that features, histories, time, row id and split read."""
     used = [raw.column for raw in schema.raw.values()]
     used += [schema.split.key] if isinstance(schema.split, HashSplit) else []
+    used += [table.asks for table in schema.source.tables.values()]
     for history in schema.histories.values():
         used += [history.user, history.item, *(columns_of(history.when) if history.when else ())]
     return {*used, *(column for column in (schema.source.row_id, schema.event_time) if column)}

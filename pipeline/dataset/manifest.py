@@ -69,14 +69,36 @@ class FittedFile(BaseModel):
     sha256: Digest
 
 
+class SideTableCounts(BaseModel):
+    """Rows of a side table, and what became of the keys of the impressions.
+
+    Attributes:
+        rows: kept ones, bad rows not among them; `duplicates` of them are replaced by a later row of their key (and version).
+        keys: distinct keys; of several days read as one those of the day with most.
+        matched_rows, unmatched_rows, early_rows, missing_key_rows: impressions whose key has a row, has none, has none yet (it
+            is before the first version or snapshot), or is missing.
+        unmatched_keys: distinct ones, estimated from 64 on; of several days as `keys`.
+    """
+
+    rows: Count
+    keys: Count
+    duplicates: Count
+    matched_rows: Count
+    unmatched_rows: Count
+    early_rows: Count
+    missing_key_rows: Count
+    unmatched_keys: Count
+
+
 Listed = Shard | DeadLetterFile | FittedFile
 
 
 class Manifest(BaseModel):
     """What is in a dataset, and where every raw row went.
 
-    A stream is `impressions` or the name of an outcome. For impressions, `read` is the sum of `rows`, `left_out` and the
-    rows of their dead letters; for an outcome, of its `outcomes` and the rows of its dead letters.
+    A stream is `impressions` or the name of an outcome or side table. For impressions, `read` is the sum of `rows`, `left_out`
+    and the rows of their dead letters; for an outcome, of its `outcomes` and the rows of its dead letters; for a side table, of
+    its `side_tables` rows and those.
 
     Attributes:
         rows, observed, positives: per split, and per split and task.
@@ -86,6 +108,7 @@ class Manifest(BaseModel):
         complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
         dead_letters: bad rows of all streams by reason.
         dead_letter_files: the files that hold them; `letters` in manifest.json.
+        side_tables: per side table its rows, and how many impressions found theirs.
         absent_columns: per stream, rows of files that lack an optional column, by column.
         types: per stream whose files have types of their own, rows by the type of a column in its file, by column.
         fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
@@ -107,6 +130,7 @@ class Manifest(BaseModel):
     dead_letter_files: list[DeadLetterFile] = Field(alias="letters")
     shards: list[Shard]
     fitted: list[FittedFile] = []
+    side_tables: dict[str, SideTableCounts] = {}
 
 
 def fitted_files(folder: Path, schema: Schema) -> list[FittedFile]:
@@ -180,6 +204,8 @@ def check_sums(manifest: Manifest, file: Path) -> None:
     for stream, count in bad.items():
         if stream == "impressions":
             placed = sum(manifest.rows.values()) + sum(manifest.left_out.values())
+        elif stream in manifest.side_tables:
+            placed = manifest.side_tables[stream].rows
         else:
             placed = sum(manifest.outcomes.get(stream, {}).values())
         what = f"rows of {printable(stream)} by destination"
@@ -231,7 +257,16 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
         dead_letters=_sums(m.dead_letters for m in manifests),
         dead_letter_files=dead_letter_files,
         shards=shards,
+        side_tables={
+            name: _side_table([m.side_tables[name] for m in manifests if name in m.side_tables])
+            for name in manifests[0].side_tables
+        },
     )
+
+
+def _side_table(days: list[SideTableCounts]) -> SideTableCounts:
+    distinct = {what: max(getattr(day, what) for day in days) for what in ("keys", "unmatched_keys")}
+    return SideTableCounts(**(_sums(day.model_dump() for day in days) | distinct))
 
 
 def sum_types(parts: Iterable[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dict[str, dict[str, int]]]:

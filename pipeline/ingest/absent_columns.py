@@ -101,12 +101,13 @@ def check_keys(job: Job) -> None:
     for stream in dict.fromkeys(report.stream for report in job.found(ReadReport)):
         reports = [report for report in job.found(ReadReport) if report.stream == stream and report.keys is not None]
         keys = {key for report in reports for key in report.keys or ()}
-        outcome = job.schema.source.outcomes.get(stream)
-        name, source = stream if outcome else None, job.schema.source
+        source = job.schema.source
+        other = source.outcomes.get(stream) or source.tables.get(stream)
+        name = stream if other else None
         options = source.format_of(name)
-        wanted = [outcome.key, *outcome.types] if outcome else job.schema.raw_columns
+        wanted = [other.key, *other.types] if other else job.schema.raw_columns
         if reports and (missing := [c for c in wanted if c not in keys and c not in options.optional]):
-            files = outcome.files if outcome else source.files
+            files = other.files if other else source.files
             raise UserError(
                 f"{files}: no row of {stream} has a value under the key {missing[0]}, which the schema reads. Fix the name in "
                 f"the schema, or list {missing[0]} in {source.format_key(name)}.optional with its default."

@@ -40,6 +40,8 @@ class PreprocessConfig(BaseModel):
         unit_bytes: how much of the raw files a worker reads at a time; row ids (and so the shuffle) depend on it, unless the
             schema names row_id.
         bucket_bytes: about how much of the raw files goes into one bucket of a join.
+        broadcast_bytes: side tables whose raw files have at most so many bytes are held by every worker; larger ones are joined
+            a bucket at a time.
         max_unpack_ratio: a compressed file may unpack to so many times its size (and any to 256 MiB); more stops the job.
         max_bad_fraction: the job stops when a larger share of the rows is bad.
         overwrite: replace a dataset at `out`.
@@ -61,6 +63,7 @@ class PreprocessConfig(BaseModel):
     rows_per_shard: int = Field(1 << 20, ge=1)
     unit_bytes: int = Field(32 << 20, ge=1)
     bucket_bytes: int = Field(128 << 20, ge=1)
+    broadcast_bytes: int = Field(64 << 20, ge=0)
     max_unpack_ratio: int = Field(UNPACK_RATIO, ge=1)
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     overwrite: bool = False

@@ -35,6 +35,8 @@ from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps import dead_letters
+from pipeline.ingest.steps.look_up import side_table_counts, table_types
+from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +63,15 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         read = without_labels(schema)
     _check(config, read)
     streams = _find(config, read)
-    work = _read_work(config, read, streams)
+    valid_from = snapshots(config, read, streams)
+    work = _read_work(config, read, streams, valid_from)
     reference, fits = _reference(config, schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
             read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
-            config.rows_per_row_group, counts_all=not fits,
+            config.rows_per_row_group, counts_all=not fits, broadcast=_broadcast(config, read, streams),
+            snapshots={name: sorted(set(times.values())) for name, times in valid_from.items()},
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
@@ -88,6 +92,9 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
     raw_format(schema.source)
     for name in schema.source.outcomes:
         raw_format(schema.source.format_of(name), f"source.outcomes.{name}.read")
+    for name in schema.source.tables:
+        raw_format(schema.source.format_of(name), f"source.tables.{name}.read")
+    check_snapshots(config, schema)
     if config.order == "time" and not schema.event_time:
         raise UserError("order=time: the schema has no event_time. Give it one, or choose another order.")
     if config.date is None:
@@ -122,7 +129,15 @@ def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.
     for name, outcome in schema.source.outcomes.items():
         days = _days(config.date, outcome) if config.date and "{date}" in outcome.files else None
         streams[name] = raw_files.find(config.input, outcome.files, days, ratio)
+    for name in schema.source.tables:
+        streams[name] = table_files(config, schema, name)
     return streams
+
+
+def _broadcast(config: PreprocessConfig, schema: Schema, streams: dict[str, list[raw_files.RawFile]]) -> frozenset[str]:
+    """The side tables that are small enough for every worker to hold."""
+    sizes = {name: sum(map(_unpacked, streams[name])) for name in schema.source.tables}
+    return frozenset(name for name, size in sizes.items() if size <= config.broadcast_bytes)
 
 
 def _days(day: datetime.date, outcome: Outcome) -> list[datetime.date]:
@@ -152,23 +167,37 @@ def _unpacked(file: raw_files.RawFile) -> int:
     return file.size * (UNPACKED if file.path.endswith((".gz", ".bz2", ".zst")) else 1)
 
 
-def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list[raw_files.RawFile]]) -> list[ReadWork]:
+def _read_work(
+    config: PreprocessConfig,
+    schema: Schema,
+    streams: dict[str, list[raw_files.RawFile]],
+    valid_from: dict[str, dict[str, int]],
+) -> list[ReadWork]:
     """The units of all streams. Raises UserError for an unreadable file, a missing column, or one that the schema adds."""
-    added = schema.added_columns.keys() | schema.source.derived.keys()
+    added = schema.added_columns.keys() | schema.table_columns.keys() | schema.source.derived.keys()
     found: list[ReadWork] = []
     for stream, files in streams.items():
-        outcome = schema.source.outcomes.get(stream)
-        options = schema.source.format_of(stream if outcome else None)
-        wanted = [outcome.key, *outcome.types] if outcome else schema.raw_columns
-        names = stream_columns(files, options, wanted, schema.source.format_key(stream if outcome else None))
+        is_log, outcome = stream == IMPRESSIONS, schema.source.outcomes.get(stream)
+        name = None if is_log else stream
+        options = schema.source.format_of(name)
+        wanted = (
+            [outcome.key, *outcome.types]
+            if outcome
+            else schema.raw_columns
+            if is_log
+            else [*table_types(schema, stream)]
+        )
+        names = stream_columns(files, options, wanted, schema.source.format_key(name))
         for path, columns in names.items():
-            if not outcome and (both := added & set(columns or ())):
+            if is_log and (both := added & set(columns or ())):
                 raise UserError(
-                    f"{path}: column {min(both)} is also what the schema adds: rename the outcome, counter or derived column"
+                    f"{path}: column {min(both)} is also what the schema adds: rename the outcome, side table, counter or "
+                    "derived column"
                 )
-        whole = outcome is None and isinstance(schema.split, RowIndexSplit)
+        whole = is_log and isinstance(schema.split, RowIndexSplit)
         for unit in units(files, options, config.unit_bytes, whole):
-            found.append(ReadWork(len(found), stream, unit, names[unit.file.path]))
+            snapshot = valid_from.get(stream, {}).get(unit.file.path)
+            found.append(ReadWork(len(found), stream, unit, names[unit.file.path], snapshot))
     return found
 
 
@@ -254,7 +283,7 @@ def _commit(job: Job, limits: Limits, schema: Schema, out: Path) -> Manifest:
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
-        "types": sum_types({report.stream: report.types} for report in reads),
+        "types": sum_types({report.stream: report.types} for report in reads), "side_tables": side_table_counts(job),
     }  # fmt: skip
     return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
 

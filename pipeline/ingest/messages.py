@@ -54,12 +54,14 @@ class ReadWork:
         number: of the unit within the job.
         stream: impressions, or the name of an outcome.
         names: of the file's columns, None where rows have keys of their own.
+        snapshot: of a side table in snapshots, seconds since 1970 from which the file's rows are valid.
     """
 
     number: int
     stream: str
     unit: Unit
     names: list[str] | None
+    snapshot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class TypedPart:
         row_id: added to the index of a row in its file.
         path: of the rows.
         keys: path of their keys, scattered to buckets; None without outcomes.
+        questions: paths of what they ask of each side table that is not broadcast, scattered to buckets.
     """
 
     unit: int
@@ -78,6 +81,7 @@ class TypedPart:
     row_id: int
     path: str
     keys: str | None
+    questions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class ReadReport(Report):
         read: rows, bad ones among them.
         typed, labelled, outcomes: parts of impressions, and paths of outcomes; all but one are empty.
         latest: time of the last impression, None where no step needs it.
+        table_rows: paths of a side table's rows, scattered to buckets unless it is broadcast.
         types: rows by the type of the column in its file, by column; empty for text.
         absent, keys: see pipeline.ingest.absent_columns.Completion.
     """
@@ -127,6 +132,7 @@ class ReadReport(Report):
     outcomes: list[str]
     latest: int | None
     dead_letters: DeadLetters
+    table_rows: list[str] = field(default_factory=list)
     types: dict[str, dict[str, int]] = field(default_factory=dict)
     absent: dict[str, int] = field(default_factory=dict)
     keys: list[str] | None = None
@@ -153,6 +159,34 @@ class JoinReport(Report):
     path: str
     join_statuses: dict[str, dict[str, int]]
     latest: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class LookUpWork:
+    """Questions to answer from a side table: those of a part, by its index, where it is broadcast, else of a bucket."""
+
+    table: str
+    index: int
+
+
+@dataclass(frozen=True)
+class LookUpReport(Report):
+    """Answers of a side table.
+
+    Attributes:
+        path: of the columns, of a part's questions, or of a bucket's, a batch for each part.
+        rows, keys, duplicates: of the table, or the bucket's part of it.
+        statuses, sketch: see features.join.side_tables.Found.
+    """
+
+    step: ClassVar[str] = "look_up"
+    table: str
+    path: str
+    rows: int
+    keys: int
+    duplicates: int
+    statuses: dict[str, int]
+    sketch: list[int]
 
 
 @dataclass(frozen=True)
@@ -315,7 +349,7 @@ class WriteReport(Report):
     shard: Shard
 
 
-Work = ReadWork | JoinWork | PartWork | GatherPastWork | MergeWork | EncodeWork | WriteWork
+Work = ReadWork | JoinWork | LookUpWork | PartWork | GatherPastWork | MergeWork | EncodeWork | WriteWork
 
 
 def to_json(reports: Sequence[Report]) -> list[Any]:

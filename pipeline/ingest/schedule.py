@@ -28,6 +28,7 @@ from pipeline.ingest.messages import (
     JoinWork,
     LabelReport,
     LabelWork,
+    LookUpWork,
     MergeReport,
     MergeWork,
     Piece,
@@ -72,8 +73,8 @@ def steps_of(job: Job) -> list[str]:
     """The steps that a job needs, in order."""
     joins, past = bool(job.schema.source.outcomes), bool(job.schema.past)
     needs = {
-        "read": True, "join": joins, "scatter_past": past, "gather_past": past, "label": job.joins,
-        "merge": True, "encode": job.order != "input", "write": True,
+        "read": True, "join": joins, "look_up": bool(job.schema.source.tables), "scatter_past": past, "gather_past": past,
+        "label": job.joins, "merge": True, "encode": job.order != "input", "write": True,
     }  # fmt: skip
     return [step for step, needed in needs.items() if needed]
 
@@ -144,6 +145,12 @@ def complete_until(job: Job, limits: Limits) -> dict[str, int]:
 
 def _join(job: Job, _: Limits) -> Iterator[JoinWork]:
     yield from map(JoinWork, range(job.buckets))
+
+
+def _look_up(job: Job, _: Limits) -> Iterator[LookUpWork]:
+    for name in job.schema.source.tables:
+        pieces = len(job.typed()) if name in job.broadcast else job.buckets
+        yield from (LookUpWork(name, index) for index in range(pieces))
 
 
 def _scatter_past(job: Job, limits: Limits) -> Iterator[ScatterPastWork]:
@@ -296,6 +303,6 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[Split, int], list[lis
 
 
 PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {
-    "join": _join, "scatter_past": _scatter_past, "gather_past": _gather_past, "label": _label,
+    "join": _join, "look_up": _look_up, "scatter_past": _scatter_past, "gather_past": _gather_past, "label": _label,
     "merge": _merge, "encode": _encode, "write": _write,
 }  # fmt: skip

@@ -23,6 +23,8 @@ class Job:
         staging: folder that becomes the dataset; scratch/ in it holds files between steps.
         buckets: of joins, histories and counters.
         counts_all: whether statistics are of all rows, or of the train split.
+        broadcast: side tables that every worker holds; the others are joined a bucket of keys at a time.
+        snapshots: of side tables in snapshots of which several are read, the seconds since 1970 at which these begin.
         earlier: paths of earlier jobs' events, scattered to buckets, by history or counter: they come before the job's own.
         horizon: seconds since 1970; the events that rows from then on need are kept for a later job. None: none are.
         cache: what a worker has loaded.
@@ -35,6 +37,8 @@ class Job:
     seed: int
     rows_per_row_group: int
     counts_all: bool
+    broadcast: frozenset[str] = frozenset()
+    snapshots: dict[str, list[int]] = field(default_factory=dict)
     earlier: dict[str, list[str]] = field(default_factory=dict)
     horizon: int | None = None
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -55,8 +59,8 @@ class Job:
 
     @property
     def joins(self) -> bool:
-        """Whether rows wait for outcomes, histories or counters before they can be labelled."""
-        return bool(self.schema.source.outcomes or self.schema.past)
+        """Whether rows wait for outcomes, side tables, histories or counters before they can be labelled."""
+        return bool(self.schema.source.outcomes or self.schema.source.tables or self.schema.past)
 
     @property
     def encoders(self) -> Encoders:

@@ -34,7 +34,10 @@ JOINED = {
     "join": "bench_join",
     "counters": "bench_counters",
 }  # runs on the log whose clicks lie apart, and their schemas
-PER_ROW_OF = {"counters": "beam-counters"}  # where the pipeline that takes a row at a time is not PER_ROW
+PER_ROW_OF = {
+    "counters": "beam-counters",
+    "side-tables": "beam-tables",
+}  # where the pipeline that takes a row at a time is not PER_ROW
 
 # Settings of jobs.preprocess on the log. The others keep the order of the log, and so do the first two.
 TASKFUSE = {
@@ -43,7 +46,18 @@ TASKFUSE = {
     "taskfuse-shuffled": ["workers=1"],
     "taskfuse-shuffled-2": ["workers=2"],
 }
-NAMES = [*TASKFUSE, FLOOR, "polars", "duckdb", PER_ROW, "census", *JOINED, *PER_ROW_OF.values(), "startup"]
+NAMES = [
+    *TASKFUSE,
+    FLOOR,
+    "polars",
+    "duckdb",
+    PER_ROW,
+    "census",
+    *JOINED,
+    "side-tables",
+    *PER_ROW_OF.values(),
+    "startup",
+]
 
 COLUMNS = [
     "", "log", "rows", "s", "rows/s", "MB/s", "CPU s", "rows per CPU s", "x floor", "x per row", "peak MB"
@@ -129,6 +143,10 @@ def run_of(name: str, options: Options) -> Run:
         return Run("100 rows", log.rows, log.bytes, taskfuse(log, "bench", *ordered))
     if name in JOINED:
         return Run("clicks apart", log.rows, log.bytes + log.click_bytes, taskfuse(log, JOINED[name], *ordered))
+    if name == "side-tables":
+        return Run("items apart", log.rows, log.bytes, taskfuse(log, "bench_tables", *ordered))
+    if name == "beam-tables":
+        return Run("sample, items apart", log.rows, log.bytes, contender(name, log))
     if name in PER_ROW_OF.values():
         return Run("sample, clicks apart", log.rows, log.bytes + log.click_bytes, contender(name, log))
     if name in TASKFUSE:

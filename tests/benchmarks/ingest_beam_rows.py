@@ -21,15 +21,20 @@ def fit(log: Path) -> tempfile.TemporaryDirectory[str]:
     fitted = tempfile.TemporaryDirectory()
     with beam.Pipeline(FnApiRunner()) as pipeline:
         train = _rows(pipeline, log) | "train" >> beam.Filter(lambda row: row["event_time"] < w.VALID_FROM)
-        for name in [*w.IDS, *w.NUMBERS]:
-            values = train | f"{name} values" >> beam.FlatMap(_known, name)
-            if name in w.IDS:
-                found = values | f"{name} counts" >> beam.combiners.Count.PerElement()
-                found = found | f"{name} listed" >> beam.combiners.ToList() | f"{name} ids" >> beam.Map(_vocabulary)
-            else:
-                found = values | f"{name} moments" >> beam.CombineGlobally(MeanAndDeviation())
-            _ = found | f"{name} saved" >> beam.Map(_save, Path(fitted.name, f"{name}.json"))
+        fit_columns(train, w.IDS, w.NUMBERS, Path(fitted.name))
     return fitted
+
+
+def fit_columns(train: Any, ids: list[str], numbers: list[str], folder: Path) -> None:
+    """Adds to a pipeline what counts these columns of parsed rows and saves what was fitted."""
+    for name in [*ids, *numbers]:
+        values = train | f"{name} values" >> beam.FlatMap(_known, name)
+        if name in ids:
+            found = values | f"{name} counts" >> beam.combiners.Count.PerElement()
+            found = found | f"{name} listed" >> beam.combiners.ToList() | f"{name} ids" >> beam.Map(_vocabulary)
+        else:
+            found = values | f"{name} moments" >> beam.CombineGlobally(MeanAndDeviation())
+        _ = found | f"{name} saved" >> beam.Map(_save, folder / f"{name}.json")
 
 
 def encode(log: Path, out: Path, fitted: tempfile.TemporaryDirectory[str]) -> None:
@@ -100,18 +105,22 @@ class MeanAndDeviation(beam.CombineFn):
 class Encode(beam.DoFn):
     """A parsed row to a row of the dataset."""
 
+    ids, numbers = w.IDS, w.NUMBERS
+
     def __init__(self, fitted: Path) -> None:
         self.fitted = fitted
 
     def setup(self) -> None:
         """Reads the vocabularies once a worker."""
-        self.column = {name: json.loads((self.fitted / f"{name}.json").read_text()) for name in [*w.IDS, *w.NUMBERS]}
+        self.column = {
+            name: json.loads((self.fitted / f"{name}.json").read_text()) for name in [*self.ids, *self.numbers]
+        }
 
     def process(self, row: Row) -> Iterator[Row]:
         encoded: Row = {}
-        for name in w.IDS:
+        for name in self.ids:
             encoded[name] = 0 if row[name] is None else self.column[name].get(row[name], w.UNKNOWN)
-        for name in w.NUMBERS:
+        for name in self.numbers:
             mean, std = self.column[name]
             encoded[name] = 0.0 if row[name] is None else (math.log1p(row[name]) - mean) / std
         encoded["label.click"], encoded["weight"] = float(row["click"]), 1.0

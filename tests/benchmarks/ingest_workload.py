@@ -38,12 +38,19 @@ COUNTERS: dict[str, dict[str, Any]] = {
     "user_rows": {"by": IDS[-1], "take": "count"},
 }
 
+# Facts about what IDS[-1] names, in a file of their own.
+ITEMS, ITEM_KEY, KNOWN_ITEMS = "items.csv", IDS[-1], 0.9  # share of the ids that have a row
+ITEM_IDS, ITEM_NUMBERS = ["item_category", "item_brand"], ["item_price"]
+
 # What is written: ids of values that are seen often enough come after UNKNOWN, and 0 is a missing one.
 MIN_COUNT, UNKNOWN, ROW_GROUP = 2, 1, 8192
 COLUMNS = pa.schema(
     [(name, pa.float32()) for name in NUMBERS]
     + [(name, pa.int64()) for name in IDS]
     + [("label.click", pa.float32()), ("weight", pa.float32()), ("event_time", pa.int64()), ("row_id", pa.int64())]
+)
+LOOKED_UP_COLUMNS = pa.schema(
+    [*COLUMNS, *((name, pa.int64()) for name in ITEM_IDS), *((name, pa.float32()) for name in ITEM_NUMBERS)]
 )
 COUNTED_COLUMNS = pa.schema([*COLUMNS, *((name, pa.float32()) for name in COUNTERS)])
 
@@ -56,7 +63,7 @@ CENSUS = "census-income.test.gz"
 
 @dataclass(frozen=True)
 class Log:
-    """CSV files in a folder, rows-NN.csv (impressions) and clicks-NN.csv, and their schemas in conf/data.
+    """CSV files in a folder, rows-NN.csv (impressions), clicks-NN.csv and items.csv, and their schemas in conf/data.
 
     Attributes:
         rows: of the impressions.
@@ -70,7 +77,7 @@ class Log:
 
     @property
     def conf(self) -> Path:
-        """A --config-dir with the data groups bench, bench_join and bench_counters; the census has none."""
+        """A --config-dir with the data groups bench, bench_join, bench_counters and bench_tables; the census has none."""
         return self.folder / "conf"
 
 
@@ -78,6 +85,7 @@ def generated(cache: Path, rows: int) -> Log:
     """The log of so many rows, generated where `cache` has none."""
     folder = _once(cache / f"log-{rows}", lambda aside: _write_log(aside, rows))
     _write_conf(folder / "conf" / "data")
+    _write_items(folder)
     return Log(folder, rows, *(sum(f.stat().st_size for f in folder.glob(p)) for p in (IMPRESSIONS, CLICKS)))
 
 
@@ -116,6 +124,7 @@ def _write_log(folder: Path, rows: int) -> None:
 def _write_conf(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     schemas = {"bench": bench_schema(), "bench_join": join_schema(), "bench_counters": counters_schema()}
+    schemas["bench_tables"] = tables_schema()
     for name, schema in schemas.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"input": None, "schema": schema}, sort_keys=False))
 
@@ -146,6 +155,17 @@ def _clicks(rng: np.random.Generator, rows: pa.Table) -> pa.Table:
     return table.sort_by("click_time")
 
 
+def _write_items(folder: Path) -> None:
+    """Rows of most values of ITEM_KEY, of which some lack a price."""
+    rng, size = np.random.default_rng(2), SIZES[-1]
+    known = np.flatnonzero(rng.random(size) < KNOWN_ITEMS)
+    names = {ITEM_KEY: pa.array([f"{ITEM_KEY[3:]}v{value}" for value in known])}
+    for column, values in (("category", 100), ("brand", 2_000)):
+        names[column] = pa.array([f"{column[0]}{value}" for value in rng.integers(0, values, len(known))])
+    price = pa.array(rng.lognormal(2, 1.5, len(known)).round(2), mask=rng.random(len(known)) < MISSING)
+    pa.csv.write_csv(pa.table(names | {"price": price}), folder / ITEMS, pa.csv.WriteOptions(quoting_style="none"))
+
+
 def bench_schema() -> dict[str, Any]:
     """What taskfuse is told about the log."""
     return {
@@ -174,6 +194,16 @@ def counters_schema() -> dict[str, Any]:
     schema["source"]["outcomes"]["clicked"] |= timed
     schema["source"]["counters"] = COUNTERS
     schema["dense"] |= {name: {"standardize": False} for name in COUNTERS}
+    return schema
+
+
+def tables_schema() -> dict[str, Any]:
+    """The same as bench_schema, with the columns of the side table among the features."""
+    schema = bench_schema()
+    columns = {"category": "string", "brand": "string", "price": "float"}
+    schema["source"]["tables"] = {"item": {"files": ITEMS, "key": ITEM_KEY, "columns": columns}}
+    schema["dense"] |= {name: {"transform": "log1p"} for name in ITEM_NUMBERS}
+    schema["categorical"] |= {name: {"vocabulary": {"min_count": MIN_COUNT}} for name in ITEM_IDS}
     return schema
 
 

@@ -26,6 +26,7 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _rows(manifest),
         _bad_rows(manifest),
         _outcomes(manifest),
+        _side_tables(manifest),
         _absent(manifest),
         _types(manifest),
         _tasks(manifest, card),
@@ -79,6 +80,23 @@ def _outcomes(manifest: Manifest) -> Table:
         cells = [manifest.read.get(name, 0), *(counts.get(kind, 0) for kind in kinds), bad]
         lines.append([name, *(f"{cell:,}" for cell in cells)])
     return Table("Outcomes by join status", ["outcome", "rows read", *kinds, "bad"], lines)
+
+
+def _side_tables(manifest: Manifest) -> Table:
+    rows = {
+        "matched": "matched_rows",
+        "unmatched": "unmatched_rows",
+        "too early": "early_rows",
+        "no key": "missing_key_rows",
+    }
+    lines = []
+    for name, found in manifest.side_tables.items():
+        counts = [getattr(found, field) for field in rows.values()]
+        shares = [percent(count / sum(counts) if any(counts) else None) for count in counts]
+        cells = [found.rows, found.keys, found.duplicates]
+        lines.append([name, *(f"{cell:,}" for cell in cells), *shares, f"{found.unmatched_keys:,}"])
+    header = ["table", "rows", "keys", "duplicates", *(f"impressions {what}" for what in rows), "unmatched keys"]
+    return Table("Side tables", header, lines)
 
 
 def _absent(manifest: Manifest) -> Table:

@@ -2,6 +2,7 @@
 
     read             unit    raw text to typed rows in parts on disk; their keys, and outcomes, scattered to buckets
     join             bucket  keys and outcomes of the bucket to joined columns, a batch for each part
+    look_up          part or bucket  what its rows ask of a side table to the columns of its answers
     scatter_past     part    keys, times and items or numbers of the rows, for each history and counter, scattered by key
     gather_past      bucket  earlier items of each user, or sums over earlier rows of a key, a batch for each part
     label            part    typed rows and joined columns to features, labels, split; counted
@@ -23,13 +24,14 @@ from pipeline.ingest.state import Job
 from pipeline.ingest.steps.encode import encode
 from pipeline.ingest.steps.join import join_bucket
 from pipeline.ingest.steps.label import label
+from pipeline.ingest.steps.look_up import look_up
 from pipeline.ingest.steps.merge import merge
 from pipeline.ingest.steps.past import gather_past, scatter_past
 from pipeline.ingest.steps.read import read
 from pipeline.ingest.steps.write import write
 
 STEPS: dict[str, Callable[[Job, Any], Report]] = {
-    "read": read, "join": join_bucket, "scatter_past": scatter_past, "gather_past": gather_past,
+    "read": read, "join": join_bucket, "look_up": look_up, "scatter_past": scatter_past, "gather_past": gather_past,
     "label": label, "merge": merge, "encode": encode, "write": write,
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from pipeline.ingest.messages import LabelledPart, LabelReport, LabelWork
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.join import joined, open_windows
+from pipeline.ingest.steps.look_up import part_rows
 from pipeline.ingest.steps.past import found_past
 
 RANKS = 65  # of a part's rows in time, whose event times it reports
@@ -24,7 +25,7 @@ RANKS = 65  # of a part's rows in time, whose event times it reports
 
 def label(job: Job, work: LabelWork) -> LabelReport:
     """Labels a typed part."""
-    part, rows = work.part, shuffle.read(work.part.path)
+    part, rows = work.part, part_rows(job, work.index, work.part)
     added = joined(job, work.index, part.rows)
     lists, counters = found_past(job, work.index, part.rows)
     if counters is not None:

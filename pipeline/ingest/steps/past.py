@@ -18,13 +18,14 @@ from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherPastReport, GatherPastWork, ScatterPastReport, ScatterPastWork
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.join import joined, open_windows, scatter
+from pipeline.ingest.steps.look_up import part_rows
 
 NEVER = np.iinfo(np.int64).min  # before all events, where an impression has no time
 
 
 def scatter_past(job: Job, work: ScatterPastWork) -> ScatterPastReport:
     """Scatters a part's keys and events to the buckets of their keys, for each history and counter."""
-    rows, schema = shuffle.read(work.part.path), job.schema
+    rows, schema = part_rows(job, work.index, work.part), job.schema
     outcomes = joined(job, work.index, work.part.rows)
     texts, columns = _reads(schema)
     frame = raw.view(schema, rows, outcomes, texts, columns)
@@ -61,12 +62,12 @@ def _reads(schema: Schema) -> tuple[list[str], list[str]]:
 def _history(name: str, past: History, frame: pl.DataFrame, known: Known) -> tuple[pl.DataFrame, pl.Series]:
     """The columns key, known (null: the row is no event) and item of a block; and whose part in it the log's end left open."""
     since, undecided = known.since([past.when] if past.when else [])
-    item = _text(frame, past.item, f"bag.{name}.history.item")
+    item = _texts(frame, past.item, f"bag.{name}.history.item")
     counts = item.is_not_null()
     if past.when:
         counts &= compute.truth(frame, f"bag.{name}.history.when", past.when)
     return pl.DataFrame(
-        {"key": _text(frame, past.user, f"bag.{name}.history.user"), "known": since.set(~counts, None), "item": item}
+        {"key": _texts(frame, past.user, f"bag.{name}.history.user"), "known": since.set(~counts, None), "item": item}
     ), undecided
 
 
@@ -81,14 +82,13 @@ def _counter(name: str, past: Counter, frame: pl.DataFrame, known: Known) -> tup
         value = compute.number(frame, f"source.counters.{name}.of", past.of, "value", pl.Float64)
         counts &= (value.abs() <= LARGEST).fill_null(False)
         values = {"value": value}
-    return pl.DataFrame(
-        {"key": _text(frame, past.by, f"source.counters.{name}.by"), "known": since.set(~counts, None), **values}
-    ), undecided
+    key = _texts(frame, past.by, f"source.counters.{name}.by")
+    return pl.DataFrame({"key": key, "known": since.set(~counts, None), **values}), undecided
 
 
-def _text(frame: pl.DataFrame, column: str, key: str) -> pl.Series:
-    """The text by which the values of a key or item are compared; `key` is its place in the schema. Raises UserError."""
-    return pl.Series(canonical(frame[column].rechunk().to_arrow(), f"{key}: column {column}"))
+def _texts(frame: pl.DataFrame, column: str, where: str) -> pl.Series:
+    """A column's values as the texts by which ids compare. Raises UserError, naming `where`, for one that is no id."""
+    return pl.Series(canonical(frame[column].rechunk().to_arrow(), f"{where}: column {column}"))
 
 
 def gather_past(job: Job, work: GatherPastWork) -> GatherPastReport:

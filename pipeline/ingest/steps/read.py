@@ -20,29 +20,31 @@ from pipeline.ingest.formats import raw_format
 from pipeline.ingest.formats.base import Block, Wanted
 from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPart
 from pipeline.ingest.progress import UnitProgress
-from pipeline.ingest.state import Job
+from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.join import comparable, key_type, scatter, scatter_keys
 from pipeline.ingest.steps.label import label_rows
+from pipeline.ingest.steps.look_up import scatter_questions, scatter_rows, separators, table_types
 
 ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + row in it, where the schema names no row_id column
 
 
 def read(job: Job, work: ReadWork) -> ReadReport:
-    """Reads a unit: impressions to typed parts, or without joins labelled ones; outcomes to buckets."""
+    """Reads a unit: impressions to typed parts, or without joins labelled ones; outcomes and side tables to buckets."""
     stream, unit = work.stream, work.unit
     outcome = job.schema.source.outcomes.get(stream)
-    options = job.schema.source.format_of(stream if outcome else None)
+    table = job.schema.source.tables.get(stream)
+    options = job.schema.source.format_of(None if stream == IMPRESSIONS else stream)
     types = _types(job, stream)
-    codes = set() if outcome else raw.code_columns(job.schema)
-    lists = {} if outcome else raw.list_columns(job.schema)
+    codes = raw.code_columns(job.schema) if stream == IMPRESSIONS else set()
+    lists = raw.list_columns(job.schema) if stream == IMPRESSIONS else separators(job, stream) if table else {}
     keys, ids = _named(job, stream, types)
     completion = Completion(types, work.names, options, lists)
     blocks = raw_format(options).read(
         unit, Wanted(completion.present, work.names, lists, ids), UnitProgress(job.progress, work.number).record
     )
     met: dict[str, Counter[str]] = {}
-    typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
+    typed_parts, labelled, outcomes, table_rows, bad, latest, count, lines = [], [], [], [], [], [], 0, 0
     for block in _at_least_one(blocks, completion.present):
         columns = completion.complete(block.columns)
         first = unit.first_row + block.row
@@ -50,6 +52,9 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         if outcome is not None:
             path, dead_letters = _scatter_outcomes(job, stream, typed.rows)
             outcomes.append(path)
+        elif table is not None:
+            path, dead_letters = scatter_rows(job, stream, typed.rows, work.snapshot)
+            table_rows.append(path)
         else:
             part, dead_letters = _impressions(job, work, typed.rows)
             if isinstance(part, TypedPart):
@@ -68,7 +73,7 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
-        dead_letters=spill(job, bad), absent=completion.absent, keys=completion.keys,
+        dead_letters=spill(job, bad), table_rows=table_rows, absent=completion.absent, keys=completion.keys,
         types={column: dict(rows) for column, rows in met.items()},
     )  # fmt: skip
 
@@ -77,15 +82,27 @@ def _types(job: Job, stream: str) -> dict[str, RawType]:
     """The columns that are read of a stream."""
     if outcome := job.schema.source.outcomes.get(stream):
         return {outcome.key: key_type(job.schema), **outcome.types}
+    if stream in job.schema.source.tables:
+        return table_types(job.schema, stream)
     return {name: job.schema.raw_types.get(name, "string") for name in job.schema.raw_columns}
 
 
 def _named(job: Job, stream: str, types: dict[str, RawType]) -> tuple[set[str], set[str]]:
     """The text columns of a stream that are keys of a join, and those whose values name something, keys among them."""
-    outcome = job.schema.source.outcomes.get(stream)
-    key = outcome.key if outcome else job.schema.source.key
-    keys = {key} if key and types.get(key) == "string" else set()
-    return keys, keys if outcome else raw.id_columns(job.schema)
+    source = job.schema.source
+    if outcome := source.outcomes.get(stream):
+        named = {outcome.key}
+    elif table := source.tables.get(stream):
+        named = {table.key}
+    else:
+        named = {str(source.key), *(table.asks for table in source.tables.values())}
+    keys = {key for key in named if types.get(key) == "string"}
+    if stream == IMPRESSIONS:
+        return keys, raw.id_columns(job.schema)
+    ids = {
+        column for column in types if f"{stream}_{column}" in raw.id_columns(job.schema) and types[column] == "string"
+    }
+    return keys, keys | (ids if stream in source.tables else set())
 
 
 def _at_least_one(blocks: Iterator[Block], types: dict[str, RawType]) -> Iterator[Block]:
@@ -104,7 +121,7 @@ def _impressions(job: Job, work: ReadWork, rows: pa.Table) -> tuple[TypedPart | 
         return label_rows(job, work.number, row_id, rows)
     path = shuffle.write(job.temporary_path("typed"), [rows])
     keys = scatter_keys(job, rows) if job.schema.source.outcomes else None
-    return TypedPart(work.number, rows.num_rows, row_id, path, keys), raw.dead_letters()
+    return TypedPart(work.number, rows.num_rows, row_id, path, keys, scatter_questions(job, rows)), raw.dead_letters()
 
 
 def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.DataFrame]:
