@@ -14,7 +14,16 @@ from features.fit.fitted_files import RESTORE_HINT, encoder_files
 from features.regular_files import lstat_regular
 from features.schema.schema import SPLITS, Schema, Split
 from features.yaml_text import yaml_of
-from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges, folder_of_day
+from pipeline.dataset.days import (
+    DAY_STRIDE,
+    MAX_DAYS,
+    MissingDays,
+    chosen_days,
+    day_of,
+    day_ranges,
+    folder_of_day,
+    ranges_of,
+)
 from pipeline.dataset.manifest import (
     Manifest,
     Shard,
@@ -108,25 +117,27 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """Which rows these are, for records of what was made of them: its folder, or FOLDER/FIRST..LAST of its days."""
-        return str(self.path / _span(self.days[0], self.days[-1])) if self.days else str(self.path)
+        """Which rows these are, for records of what was made of them: its folder, or FOLDER/FIRST..LAST,… of its days."""
+        ranges = ranges_of(day for name in self.days if (day := day_of(name)))
+        return str(self.path / ",".join(ranges)) if ranges else str(self.path)
 
 
-def open_dataset(path: Path, days: str | None = None) -> Dataset:
+def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays = "refuse") -> Dataset:
     """A dataset, or those of some days below `path` as one: the days' rows follow each other.
 
     Where the schema names no source.row_id, those of the first day keep their row ids, those of the next have DAY_STRIDE
     more, and so on.
 
     Args:
-        days: FIRST..LAST or one day, ISO dates; None: `path` is the dataset.
+        days: FIRST..LAST, a day, or several of these with commas between, ISO dates; None: `path` is the dataset.
+        missing_days: skip leaves days without a dataset out.
     Raises:
         UserError: as Dataset; a day is missing, or was written for another schema or with other encoders than the first;
             more days than row ids have room for.
     """
     if days is None:
         return Dataset(path)
-    parts = [Dataset(folder_of_day(path, day)) for day in _dates(days)]
+    parts = [Dataset(folder_of_day(path, day)) for day in chosen_days(path, days, missing_days)]
     first = parts[0]
     for part in parts[1:]:
         part.check_compatible(first.manifest.fingerprint, f"{first.path}")
