@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -33,7 +34,10 @@ from pipeline.dataset.manifest import (
     merge_manifests,
     read_manifest,
 )
+from pipeline.dataset.past_state import check_listed, stale_days, stale_words
 from pipeline.storage.files import sha256, storage_of, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class Dataset:
@@ -62,6 +66,7 @@ class Dataset:
         self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are chosen
         if {file.path for file in self.manifest.fitted} - {*fitted_names(self.schema)}:
             raise UserError(f"{path}/manifest.json: fitted lists other files than those of schema.yaml. {RESTORE_HINT}")
+        check_listed(self.manifest, self.schema, path)
         for shard in self.manifest.shards:
             if shard.observed.keys() != self.schema.tasks.keys():
                 raise UserError(
@@ -151,6 +156,8 @@ def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays 
             f"days={days}: {len(parts)} days, of which at most {MAX_DAYS} can be read as one where row ids are given by file "
             "and place. Read fewer, or name a column of ids as source.row_id and run jobs.preprocess again."
         )
+    if stale := stale_days(path, {part.path.name: part.manifest for part in parts}):
+        logger.warning("%s: %s", path, stale_words(stale))
     whole = copy.copy(first)
     whole.path, whole.days = path, [part.path.name for part in parts]
     whole.manifest = merge_manifests({part.path.name: part.manifest for part in parts})
