@@ -1,4 +1,4 @@
-"""Section `source` of a schema: files and their format, outcomes, histories."""
+"""Section `source` of a schema: files and their format, outcomes, histories, counters."""
 
 import logging
 import re
@@ -153,6 +153,51 @@ class History(Strict):
     when: str | None = None
 
 
+class Counter(Strict):
+    """A number made of earlier rows with the same key: how many, or the sum or mean of something. It adds a column NAME.
+
+    As in a history, only what was known strictly before the impression counts: that an outcome happened once it has, anything
+    else of outcomes once their window has closed, and rows that turn out bad or are left out all the same. Time is when a
+    row's part in it became known, also for `window` and `decay`: so clicks and their absence are of equally long periods.
+
+    Attributes:
+        by: column whose value the rows share; a row without one has no counter.
+        take: count of rows, or the sum or mean of `of`.
+        of: SQL expression of a number; rows where it is null, infinite or beyond float32 do not count.
+        when: SQL expression of the rows that count; by default all.
+        window: how long ago a row may have become known.
+        decay: half-life of a row's weight.
+        smoothing: of a mean: how many rows with the mean of the train split are added to those that were found.
+    """
+
+    by: str
+    take: Literal["count", "sum", "mean"]
+    of: str | None = None
+    when: str | None = None
+    window: Duration | None = None
+    decay: Duration | None = None
+    smoothing: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Counter":
+        if self.take == "count" and self.of is not None:
+            raise ValueError("take: count counts rows: say which ones with when in place of of")
+        if self.take != "count" and self.of is None:
+            raise ValueError(f"take: {self.take} needs of, the expression of a number")
+        if self.window and self.decay:
+            raise ValueError("give one of window and decay")
+        if self.smoothing and self.take != "mean":
+            raise ValueError(
+                f"smoothing is of take: mean; a {self.take} of few rows is no less certain than one of many"
+            )
+        return self
+
+    @property
+    def expressions(self) -> dict[str, str]:
+        """Its SQL expressions by their keys."""
+        return {key: text for key, text in (("of", self.of), ("when", self.when)) if text is not None}
+
+
 class Source(Format):
     """Where raw columns come from. A column is text unless `types` has it, or a feature needs a number."""
 
@@ -161,6 +206,7 @@ class Source(Format):
     row_id: str | None = Field(None, description="integer column that is unique; by default file and place in it")
     key: str | None = Field(None, description="column that outcomes refer to")
     outcomes: dict[str, Outcome] = {}
+    counters: dict[str, Counter] = {}
     derived: dict[str, str] = Field({}, description="further columns as SQL expressions over the raw ones")
 
     def format_of(self, outcome: str | None) -> Format:

@@ -1,6 +1,7 @@
 """Encoders: fitted on the train split, saved as JSON and Parquet; they turn parsed rows into dataset columns."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Encoders:
         moments: per dense feature, after its transform.
         edges: ascending edges of bins, of a piecewise number in the scale of the dataset's column, of a table in the raw one.
         missing: per dense feature, how many rows of the train split lacked it.
+        counter_means: per smoothed counter, the mean over the train split that it is smoothed towards.
     """
 
     schema: Schema
@@ -39,9 +41,12 @@ class Encoders:
     moments: dict[str, Moments]
     edges: dict[str, list[float]]
     missing: dict[str, int] = field(default_factory=dict)
+    counter_means: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def fit(cls, schema: Schema, statistics: Statistics) -> "Encoders":
+    def fit(
+        cls, schema: Schema, statistics: Statistics, counter_means: Mapping[str, float] | None = None
+    ) -> "Encoders":
         """Chooses each vocabulary: the most frequent values first, ties by value, so that a refit is identical."""
         vocabularies = {}
         for name, table in schema.all_tables.items():
@@ -60,7 +65,7 @@ class Encoders:
             if feature.code_bins:
                 edges[name] = feature.code_edges(name, statistics)
         missing = {name: statistics.missing[name] for name in statistics.moments}
-        return cls(schema, vocabularies, statistics.moments, edges, missing)
+        return cls(schema, vocabularies, statistics.moments, edges, missing, dict(counter_means or {}))
 
     def num_embeddings(self, table: str) -> int:
         """Rows of an embedding table: every id an encoder can give, 0 .. num_embeddings - 1.
@@ -95,6 +100,7 @@ class Encoders:
             },
         }
         content |= {"edges": self.edges} if self.edges else {}
+        content |= {"counter_means": self.counter_means} if self.counter_means else {}
         (folder / "encoders.json").write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -107,7 +113,7 @@ class Encoders:
         content = read_content(folder, schema)
         moments = {name: Moments(m.count, m.mean, m.squares) for name, m in content.moments.items()}
         missing = {name: m.missing for name, m in content.moments.items()}
-        encoders = cls(schema, {}, moments, content.edges, missing)
+        encoders = cls(schema, {}, moments, content.edges, missing, content.counter_means)
         for name, count in content.num_embeddings.items():
             if schema.all_tables[name].counted:
                 encoders.vocabularies[name] = read_vocabulary(folder, name, count - encoders._first(name))

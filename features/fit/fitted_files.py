@@ -31,13 +31,14 @@ class MomentsEntry(BaseModel):
 
 
 class Content(BaseModel):
-    """What encoders.json holds. num_embeddings: per table. edges: of bins, ascending."""
+    """What encoders.json holds. num_embeddings: per table. edges: of bins, ascending. counter_means: of smoothed counters."""
 
     version: int
     inputs: str
     num_embeddings: dict[str, Count]
     moments: dict[str, MomentsEntry]
     edges: dict[str, Annotated[list[FiniteFloat], Field(min_length=2)]] = {}
+    counter_means: dict[str, FiniteFloat] = {}
 
 
 def vocabulary_file(table: str) -> str:
@@ -92,6 +93,7 @@ def _check_names(content: Content, schema: Schema, file: Path) -> None:
         ("num_embeddings", content.num_embeddings.keys(), schema.all_tables.keys()),
         ("moments", content.moments.keys(), schema.dense.keys()),
         ("edges", content.edges.keys(), binned | coded),
+        ("counter_means", content.counter_means.keys(), set(schema.smoothed)),
     ):
         if different := found ^ needed:
             name = min(different & needed or different)

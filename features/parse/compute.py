@@ -90,14 +90,16 @@ def truth(frame: pl.DataFrame, key: str, expression: str) -> pl.Series:
     return number(frame, key, expression, "truth").cast(pl.Boolean).fill_null(False)
 
 
-def number(frame: pl.DataFrame, key: str, expression: str, name: str) -> pl.Series:
-    """`evaluate`, where text is not a value. Raises UserError."""
+def number(
+    frame: pl.DataFrame, key: str, expression: str, name: str, kind: type[pl.DataType] = pl.Float32
+) -> pl.Series:
+    """`evaluate` as a type of numbers, where text is not a value. Raises UserError."""
     series = evaluate(frame, key, expression, name)
     if series.dtype.is_nested():
         raise UserError(f"{key}: {shown(expression)} is {series.dtype}: it must be a number")
     if series.dtype == pl.String:
         raise UserError(f"{key}: {shown(expression)} is text: compare it with a value, or set source.types")
-    return cast(series, key, pl.Float32)
+    return cast(series, key, kind)
 
 
 def cast(series: pl.Series, key: str, kind: type[pl.DataType]) -> pl.Series:

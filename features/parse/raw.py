@@ -159,14 +159,15 @@ def parse(
     Args:
         rows: B typed rows of `type_columns`.
         row_id: added to ROW, it is the id of a row where the schema names no `row_id` column.
-        joined: B rows of the columns that outcomes add.
+        joined: B rows of the columns that outcomes and counters add.
         open_windows: per outcome [B] whether its window was still open when the log ended.
         histories: per bag of a history, B lists of items.
     Returns: of each feature a column of its name, as its kind parses it; label.TASK float32, weight float32, event_time
         int64, row_id int64, SPLIT int8.
     """
     open_windows, histories = open_windows or {}, histories or {}
-    frame = _view(schema, rows, joined, schema.expressions.values(), schema.source.derived)
+    added = [raw.column for raw in schema.raw.values() if raw.column in schema.added_columns]
+    frame = _view(schema, rows, joined, schema.expressions.values(), [*schema.source.derived, *added])
     columns: dict[str, pa.Array] = {}
     reasons = []
     for name, feature in schema.features.items():
@@ -208,13 +209,20 @@ def event_time(schema: Schema, rows: pa.Table) -> pa.Array:
     return _arrow(_whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series()))
 
 
+def split(schema: Schema, rows: pa.Table) -> np.ndarray:
+    """The split of each of typed rows as an index into SPLITS, -1 where what decides it is missing."""
+    keys = (schema.split.key,) if isinstance(schema.split, HashSplit) else ()
+    time = pl.Series(event_time(schema, rows)) if schema.event_time else pl.Series()
+    return _split(schema, _view(schema, rows, None, (), keys), rows, time).fill_null(-1).to_numpy()
+
+
 def _is_nested(values: pl.Series | pa.Array) -> bool:
     """Whether a column has several values a row: lists or records."""
     return values.dtype.is_nested() if isinstance(values, pl.Series) else pa.types.is_nested(values.type)
 
 
 def _column(schema: Schema, name: str, frame: pl.DataFrame, rows: pa.Table) -> pl.Series | pa.Array:
-    return frame[name] if name in schema.source.derived else _one(rows[name])
+    return frame[name] if name in schema.source.derived or name in schema.added_columns else _one(rows[name])
 
 
 def _arrow(values: pl.Series | pa.Array) -> pa.Array:

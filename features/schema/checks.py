@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from features.kinds import KINDS
 from features.printable import has_controls, printable
 from features.schema.expressions import columns_of
+from features.schema.past_checks import contradictions_of_the_past
 from features.schema.splits import HashSplit, TimeSplit
 from features.source import outcome_names
 
@@ -50,6 +51,7 @@ def contradictions(schema: Schema) -> Iterator[str]:
             if column not in schema.source.columns:
                 yield f"column {column} is used, but source.columns does not list it"
     yield from _keys_of_outcomes(schema)
+    yield from contradictions_of_the_past(schema)
     yield from _leaks(schema)
 
 
@@ -63,8 +65,14 @@ def _nested(schema: Schema) -> Iterator[str]:
 def _unfit_names(schema: Schema) -> Iterator[str]:
     """Names that the schema gives and that are empty, too long, control a terminal, or lead out of a folder of files."""
     sections = {section: getattr(schema, section) for section in [*KINDS, "tables", "tasks"]}
-    sections |= {"source.derived": schema.source.derived, "source.outcomes": schema.source.outcomes}
-    forbidden = {**dict.fromkeys([*KINDS, "tables"], "./\\"), "source.outcomes": "/\\"}  # a module's name has no dot
+    source = schema.source
+    sections |= {
+        "source.derived": source.derived,
+        "source.outcomes": source.outcomes,
+        "source.counters": source.counters,
+    }
+    forbidden = dict.fromkeys([*KINDS, "tables"], "./\\")  # a module's name has no dot
+    forbidden |= dict.fromkeys(["source.outcomes", "source.counters"], "/\\")
     for section, names in sections.items():
         for name in names:
             yield from _unfit(f"name in {section}", name, MAX_NAME_BYTES, forbidden.get(section, ""))
@@ -117,53 +125,41 @@ def _keys_of_outcomes(schema: Schema) -> Iterator[str]:
         "split.key": schema.split.key if isinstance(schema.split, HashSplit) else None,
     }
     for key, used in keys.items():
-        if used and (later := sorted(_roots(schema, [used]) & schema.outcome_columns.keys())):
+        if used and (later := sorted(schema.roots_of([used]) & schema.outcome_columns.keys())):
             yield f"{key} reads {later[0]}, which an outcome adds: it must be a column of the impressions"
 
 
 def _leaks(schema: Schema) -> Iterator[str]:
     """Features that read an outcome or a label."""
+    counters = schema.source.counters
     for name, raw in schema.raw.items():
         history = schema.histories.get(name)
-        inputs = _roots(schema, [raw.column, history.user] if history else [raw.column])
+        inputs = schema.roots_of([raw.column, history.user] if history else [raw.column])
+        # What a row's counter is looked up by is an input, too; what it counts is of other rows.
+        inputs |= schema.roots_of(counters[column].by for column in inputs & counters.keys())
         if later := sorted(inputs & schema.outcome_columns.keys()):
             yield f"feature {name} reads {later[0]}, an outcome that is known only after the impression. Remove it."
         for task, spec in schema.tasks.items():
-            if answer := sorted(inputs & _roots(schema, columns_of(spec.label))):
+            if answer := sorted(inputs & schema.roots_of(columns_of(spec.label))):
                 yield (
                     f"tasks.{task}.label uses column {answer[0]}, which is also read by the feature {name}: "
                     "a model would see its answer. Remove one of the two."
                 )
 
 
-def _roots(schema: Schema, columns: list[str]) -> set[str]:
-    """The columns, and those that derived ones among them are computed from."""
-    derived = schema.source.derived
-    return {root for c in columns for root in [c, *(columns_of(derived[c]) if c in derived else [])]}
-
-
 def _added_twice(schema: Schema) -> Iterator[str]:
     """Columns of expressions that two parts of the schema add."""
     outcomes = schema.source.outcomes.items()
-    added = [c for name, o in outcomes for c in outcome_names(name, o)] + list(schema.source.derived)
+    added = [c for name, o in outcomes for c in outcome_names(name, o)]
+    added += [*schema.source.counters, *schema.source.derived]
     for column in sorted({c for c in added if added.count(c) > 1}):
-        yield f"column {column} is added twice, by source.outcomes or source.derived: rename an outcome or a column of it"
+        yield (
+            f"column {column} is added twice, by source.outcomes, counters or derived: rename one, or a column of an outcome"
+        )
 
 
 def _without_time(schema: Schema) -> Iterator[str]:
-    """Outcomes and histories that need an event time, or a time and window of their own, and lack it."""
+    """Outcomes that need an event time, and lack it."""
     for name, stream in schema.source.outcomes.items():
         if stream.time and not schema.event_time:
             yield f"event_time is missing: outcome {name} has a time, which is compared with it"
-    for name, history in schema.histories.items():
-        if not schema.event_time:
-            yield f"event_time is missing: the history of bag {name} is made of earlier rows"
-        for outcome in schema.outcomes_of(history.when) if history.when else ():
-            stream = schema.source.outcomes[outcome]
-            if not stream.time:
-                yield f"bag {name}: its history reads outcome {outcome}, which has no time: give it one"
-            elif str(history.when).strip() != outcome and (stream.window is None or stream.late == "keep"):
-                yield (
-                    f"bag {name}: history.when reads more of outcome {outcome} than that it happened, which is known only "
-                    "once its window has closed: give the outcome a window (and late: drop)"
-                )

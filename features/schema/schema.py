@@ -3,7 +3,7 @@
 import hashlib
 import json
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -18,7 +18,7 @@ from features.kinds.tables import Table
 from features.schema.checks import contradictions
 from features.schema.expressions import columns_of
 from features.schema.splits import SPLITS, HashSplit, RowIndexSplit, Split, TimeSplit
-from features.source import History, RawType, Source, Strict, outcome_names
+from features.source import Counter, History, RawType, Source, Strict, outcome_names
 from features.yaml_text import read_yaml
 
 # Kinds whose names are in every fingerprint, be they used or not; those of later kinds only where they are.
@@ -125,6 +125,8 @@ class Schema(Features):
         parts: list[dict[str, Any]] = [self.tables, *map(self._section, FIRST_KINDS), *self._later_kinds()]
         content = [[[n, f.model_dump(mode="json", exclude_defaults=True)] for n, f in part.items()] for part in parts]
         source = self.source.model_dump(mode="json", include={"types", "derived"})
+        if self.source.counters:  # left out where there are none, as it was before there were any
+            source |= self.source.model_dump(mode="json", include={"counters"}, exclude_defaults=True)
         canonical = json.dumps([content, source], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -201,13 +203,23 @@ class Schema(Features):
             implied[self.event_time] = "time"
         if self.source.row_id:
             implied[self.source.row_id] = "int"
-        derived = self.source.derived.keys()
-        return {**{c: t for c, t in implied.items() if c not in derived}, **self.source.types}
+        known = self.source.derived.keys() | self.added_columns.keys()
+        return {**{c: t for c, t in implied.items() if c not in known}, **self.source.types}
 
     @cached_property
     def histories(self) -> dict[str, History]:
         """The bags that are made of a user's earlier rows."""
         return {name: bag.history for name, bag in self.bag.items() if bag.history}
+
+    @property
+    def past(self) -> dict[str, History | Counter]:
+        """What is made of earlier rows: histories by the names of their bags, then counters."""
+        return {**self.histories, **self.source.counters}
+
+    @property
+    def smoothed(self) -> list[str]:
+        """The counters that need a mean of the train split."""
+        return [name for name, counter in self.source.counters.items() if counter.smoothing is not None]
 
     @cached_property
     def raw_columns(self) -> list[str]:
@@ -216,9 +228,10 @@ class Schema(Features):
         used += [c for c in (self.source.key, self.source.row_id, self.event_time) if c]
         used += [self.split.key] if isinstance(self.split, HashSplit) else []
         used += [history.user for history in self.histories.values()]
+        used += [counter.by for counter in self.source.counters.values()]
         for expression in self.expressions.values():
             used += columns_of(expression)
-        known = self.source.derived.keys() | self.outcome_columns.keys()
+        known = self.source.derived.keys() | self.added_columns.keys()
         return list(dict.fromkeys(c for c in used if c not in known))
 
     @cached_property
@@ -226,10 +239,20 @@ class Schema(Features):
         """Columns that a join adds, with the outcome they come from."""
         return {c: name for name, outcome in self.source.outcomes.items() for c in outcome_names(name, outcome)}
 
+    @cached_property
+    def added_columns(self) -> dict[str, str]:
+        """Columns of expressions that are in no file of the impressions, with the key of what adds them."""
+        found = {c: f"source.outcomes.{name}" for c, name in self.outcome_columns.items()}
+        return found | {name: f"source.counters.{name}" for name in self.source.counters}
+
+    def roots_of(self, columns: Iterable[str]) -> set[str]:
+        """The columns, and those that derived ones among them are computed from."""
+        derived = self.source.derived
+        return {root for c in columns for root in [c, *(columns_of(derived[c]) if c in derived else [])]}
+
     def outcomes_of(self, expression: str) -> set[str]:
         """The outcomes that an expression reads, be it through derived columns."""
-        roots = columns_of(expression)
-        roots += [c for root in roots if root in self.source.derived for c in columns_of(self.source.derived[root])]
+        roots = self.roots_of(columns_of(expression))
         return {self.outcome_columns[c] for c in roots if c in self.outcome_columns}
 
     @property
@@ -253,6 +276,8 @@ class Schema(Features):
         for name, history in self.histories.items():
             if history.when:
                 found[f"bag.{name}.history.when"] = history.when
+        for name, counter in self.source.counters.items():
+            found |= {f"source.counters.{name}.{key}": text for key, text in counter.expressions.items()}
         return found | ({"weight": self.weight} if self.weight else {})
 
 

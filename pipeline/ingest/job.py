@@ -87,10 +87,13 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
         raise UserError(f"{where}: {config.out} is a dataset itself. Choose a folder of its own for days, with out=.")
     if "{date}" not in schema.source.files:
         raise UserError(f"{where}: source.files is {schema.source.files}: put {{date}} where file names have the day")
-    if schema.histories:
-        raise UserError(
-            f"{where}: bag {next(iter(schema.histories))} is a history, which one day does not have. Remove it, or date=."
+    if schema.past:
+        kind = (
+            f"bag {next(iter(schema.histories))} is a history"
+            if schema.histories
+            else "source.counters are of earlier rows"
         )
+        raise UserError(f"{where}: {kind}, which one day does not have. Remove it, or date=.")
     for name, outcome in schema.source.outcomes.items():
         if "{date}" not in outcome.files and outcome.window and outcome.open_window != "keep" and config.as_of is None:
             raise UserError(
@@ -141,7 +144,7 @@ def _unpacked(file: raw_files.RawFile) -> int:
 
 def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list[raw_files.RawFile]]) -> list[ReadWork]:
     """The units of all streams. Raises UserError for an unreadable file, a missing column, or one that the schema adds."""
-    added = schema.outcome_columns.keys() | schema.source.derived.keys()
+    added = schema.added_columns.keys() | schema.source.derived.keys()
     found: list[ReadWork] = []
     for stream, files in streams.items():
         outcome = schema.source.outcomes.get(stream)
@@ -151,7 +154,7 @@ def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list
         for path, columns in names.items():
             if not outcome and (both := added & set(columns or ())):
                 raise UserError(
-                    f"{path}: column {min(both)} is also what the schema adds: rename the outcome or derived column"
+                    f"{path}: column {min(both)} is also what the schema adds: rename the outcome, counter or derived column"
                 )
         whole = outcome is None and isinstance(schema.split, RowIndexSplit)
         for unit in units(files, options, config.unit_bytes, whole):

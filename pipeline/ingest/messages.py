@@ -157,28 +157,58 @@ class PartWork:
 
 
 @dataclass(frozen=True)
-class ScatterHistoryReport(Report):
-    """Paths of a part's users, items and times, scattered to buckets, by history."""
+class ScatterPastWork(PartWork):
+    """A part whose rows are events of histories and counters.
 
-    step: ClassVar[str] = "scatter_history"
+    Attributes:
+        as_of: see LabelWork.
+    """
+
+    as_of: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ScatterPastReport(Report):
+    """A part's keys and events, scattered to buckets.
+
+    Attributes:
+        paths: by history or counter.
+        undecided: rows left out of it since the log ended before a window that it reads of had closed, by history or counter.
+        sums: of each smoothed counter the sum over the part's events in the train split, and their number.
+    """
+
+    step: ClassVar[str] = "scatter_past"
     paths: dict[str, str]
+    undecided: dict[str, int]
+    sums: dict[str, tuple[float, int]]
 
 
 @dataclass(frozen=True)
-class GatherHistoryWork:
-    """A bucket of one history's users."""
+class GatherPastWork:
+    """A bucket of keys of one history or counter.
 
-    history: str
+    Attributes:
+        mean: towards which the counter is smoothed.
+    """
+
+    name: str
     bucket: int
+    mean: float | None = None
 
 
 @dataclass(frozen=True)
-class GatherHistoryReport(Report):
-    """Path of the lists of a history, a batch for each part."""
+class GatherPastReport(Report):
+    """The lists of a history or numbers of a counter.
 
-    step: ClassVar[str] = "gather_history"
-    history: str
+    Attributes:
+        path: of them, a batch for each part.
+        later: of the events of the bucket that a job of later rows needs; None where the job keeps none.
+    """
+
+    step: ClassVar[str] = "gather_past"
+    name: str
     path: str
+    later: str | None
 
 
 @dataclass(frozen=True)
@@ -278,7 +308,7 @@ class WriteReport(Report):
     shard: Shard
 
 
-Work = ReadWork | JoinWork | PartWork | GatherHistoryWork | MergeWork | EncodeWork | WriteWork
+Work = ReadWork | JoinWork | PartWork | GatherPastWork | MergeWork | EncodeWork | WriteWork
 
 
 def to_json(reports: Sequence[Report]) -> list[Any]:

@@ -18,17 +18,18 @@ from pipeline.ingest.messages import (
     EncodeReport,
     EncodeWork,
     Failure,
-    GatherHistoryWork,
+    GatherPastWork,
     JoinReport,
     JoinWork,
     LabelReport,
     LabelWork,
     MergeReport,
     MergeWork,
-    PartWork,
     Piece,
     ReadReport,
     Report,
+    ScatterPastReport,
+    ScatterPastWork,
     Work,
     WriteWork,
     to_json,
@@ -61,9 +62,9 @@ class Limits:
 
 def steps_of(job: Job) -> list[str]:
     """The steps that a job needs, in order."""
-    joins, histories = bool(job.schema.source.outcomes), bool(job.schema.histories)
+    joins, past = bool(job.schema.source.outcomes), bool(job.schema.past)
     needs = {
-        "read": True, "join": joins, "scatter_history": histories, "gather_history": histories, "label": job.joins,
+        "read": True, "join": joins, "scatter_past": past, "gather_past": past, "label": job.joins,
         "merge": True, "encode": job.order != "input", "write": True,
     }  # fmt: skip
     return [step for step, needed in needs.items() if needed]
@@ -137,13 +138,36 @@ def _join(job: Job, _: Limits) -> Iterator[JoinWork]:
     yield from map(JoinWork, range(job.buckets))
 
 
-def _scatter_history(job: Job, _: Limits) -> Iterator[PartWork]:
-    yield from (PartWork(index, part) for index, part in enumerate(job.typed()))
+def _scatter_past(job: Job, limits: Limits) -> Iterator[ScatterPastWork]:
+    until = complete_until(job, limits)
+    yield from (ScatterPastWork(index, part, until) for index, part in enumerate(job.typed()))
 
 
-def _gather_history(job: Job, _: Limits) -> Iterator[GatherHistoryWork]:
-    for name in job.schema.histories:
-        yield from (GatherHistoryWork(name, bucket) for bucket in range(job.buckets))
+def _gather_past(job: Job, limits: Limits) -> Iterator[GatherPastWork]:
+    means = counter_means(job, limits)
+    for name in job.schema.past:
+        yield from (GatherPastWork(name, bucket, means.get(name)) for bucket in range(job.buckets))
+
+
+def counter_means(job: Job, limits: Limits) -> dict[str, float]:
+    """What each smoothed counter is smoothed towards: its mean over the train split, or over that of the reference.
+
+    Raises:
+        UserError: no row of the train split counts.
+    """
+    if job.schema.smoothed and limits.reference:
+        return job.encoders.counter_means
+    means = {}
+    for name in job.schema.smoothed:
+        sums = [report.sums[name] for report in job.found(ScatterPastReport)]
+        count = sum(rows for _, rows in sums)
+        if not count:
+            raise UserError(
+                f"source.counters.{name}: smoothing needs a mean, but no row of the split train counts. Check of, when and "
+                "split, or remove smoothing."
+            )
+        means[name] = sum(total for total, _ in sums) / count
+    return means
 
 
 def _label(job: Job, limits: Limits) -> Iterator[LabelWork]:
@@ -193,7 +217,7 @@ def _fit(job: Job, limits: Limits) -> None:
     statistics = merged([report.path for report in job.found(MergeReport)])
     if limits.reference is None:
         temporary = job.temporary_path("encoders")
-        Encoders.fit(job.schema, statistics).save(temporary)
+        Encoders.fit(job.schema, statistics, counter_means(job, limits)).save(temporary)
         shutil.rmtree(job.staging / "encoders", ignore_errors=True)  # of an earlier attempt
         temporary.rename(job.staging / "encoders")
     reference = read_card(Path(limits.reference)) if limits.reference else None
@@ -252,6 +276,6 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[Split, int], list[lis
 
 
 PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {
-    "join": _join, "scatter_history": _scatter_history, "gather_history": _gather_history, "label": _label,
+    "join": _join, "scatter_past": _scatter_past, "gather_past": _gather_past, "label": _label,
     "merge": _merge, "encode": _encode, "write": _write,
 }  # fmt: skip

@@ -21,8 +21,10 @@ class Job:
 
     Attributes:
         staging: folder that becomes the dataset; scratch/ in it holds files between steps.
-        buckets: of joins and histories.
+        buckets: of joins, histories and counters.
         counts_all: whether statistics are of all rows, or of the train split.
+        earlier: paths of earlier jobs' events, scattered to buckets, by history or counter: they come before the job's own.
+        horizon: seconds since 1970; the events that rows from then on need are kept for a later job. None: none are.
         cache: what a worker has loaded.
     """
 
@@ -33,6 +35,8 @@ class Job:
     seed: int
     rows_per_row_group: int
     counts_all: bool
+    earlier: dict[str, list[str]] = field(default_factory=dict)
+    horizon: int | None = None
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -51,8 +55,8 @@ class Job:
 
     @property
     def joins(self) -> bool:
-        """Whether rows wait for outcomes or histories before they can be labelled."""
-        return bool(self.schema.source.outcomes or self.schema.histories)
+        """Whether rows wait for outcomes, histories or counters before they can be labelled."""
+        return bool(self.schema.source.outcomes or self.schema.past)
 
     @property
     def encoders(self) -> Encoders:

@@ -1,11 +1,12 @@
 """What a user met before, against a loop over impressions and events."""
 
 import numpy as np
+import polars as pl
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.join.history import recent
+from features.join.history import kept, recent
 
 MOMENTS = st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 4)), max_size=20)  # user, time
 
@@ -61,3 +62,18 @@ def test_times_may_be_as_far_apart_as_64_bits_let_them():
     """Numbers that stand for user and time together must not overflow."""
     far = 2**62
     assert lists_of([(10**6, far), (10**6, -far)], [(10**6, -far), (10**6, far - 1), (0, 0)], 5) == [[1, 0], []]
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(MOMENTS, MOMENTS, st.integers(0, 20), st.integers(-2, 4), st.integers(1, 4))
+def test_what_is_kept_at_a_horizon_stands_for_all_before_it(shown, happened, split, horizon, length):
+    """Also in two steps: a day's state holds that of the day before, and events that become known on later days."""
+    shown = [(user, max(time, horizon)) for user, time in shown]
+    rows = [(str(user), at, str(index)) for index, (user, at) in enumerate(happened)]
+    events = pl.DataFrame(rows, {"key": pl.String, "known": pl.Int64, "item": pl.String}, orient="row")
+    found = kept(pl.concat([kept(events[:split], horizon, length), events[split:]]), horizon, length)
+    left = [(int(user), at) for user, at in found.select("key", "known").rows()]
+    items = [[int(found["item"][event]) for event in events] for events in lists_of(shown, left, length)]
+    assert items == lists_of(shown, happened, length)
+    assert found.columns == events.columns
+    assert found.filter(pl.col("known") < horizon).group_by("key").len()["len"].max() in (None, *range(length + 1))

@@ -125,9 +125,9 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
 
     monkeypatch.setattr(schedule, "after", watched)
     run(small_log, tmp_path / "out", content, order="time", **SIZES)
-    assert list(lying) == ["read", "join", "scatter_history", "gather_history", "label", "merge", "encode", "write"]
+    assert list(lying) == ["read", "join", "scatter_past", "gather_past", "label", "merge", "encode", "write"]
     waiting = {"typed", "scattered", "gathered"}
-    assert waiting <= lying["gather_history"]
+    assert waiting <= lying["gather_past"]
     assert not waiting & lying["label"]
     assert "features" in lying["merge"]
     assert not {"features", *waiting} & lying["encode"]

@@ -2,8 +2,8 @@
 
     read             unit    raw text to typed rows in parts on disk; their keys, and outcomes, scattered to buckets
     join             bucket  keys and outcomes of the bucket to joined columns, a batch for each part
-    scatter_history  part    users, items and times of the rows, scattered by user
-    gather_history   bucket  earlier items of each user, a batch for each part
+    scatter_past     part    keys, times and items or numbers of the rows, for each history and counter, scattered by key
+    gather_past      bucket  earlier items of each user, or sums over earlier rows of a key, a batch for each part
     label            part    typed rows and joined columns to features, labels, split; counted
     merge            counts  those of many parts to one
     encode           part    features to ids and numbers, partitioned by shard
@@ -21,15 +21,15 @@ from pipeline.ingest.messages import Failure, Report, Work
 from pipeline.ingest.progress import record_done
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.encode import encode
-from pipeline.ingest.steps.history import gather_history, scatter_history
 from pipeline.ingest.steps.join import join_bucket
 from pipeline.ingest.steps.label import label
 from pipeline.ingest.steps.merge import merge
+from pipeline.ingest.steps.past import gather_past, scatter_past
 from pipeline.ingest.steps.read import read
 from pipeline.ingest.steps.write import write
 
 STEPS: dict[str, Callable[[Job, Any], Report]] = {
-    "read": read, "join": join_bucket, "scatter_history": scatter_history, "gather_history": gather_history,
+    "read": read, "join": join_bucket, "scatter_past": scatter_past, "gather_past": gather_past,
     "label": label, "merge": merge, "encode": encode, "write": write,
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Step `join`: outcomes to the impressions that they belong to, a bucket of keys at a time."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -56,3 +58,17 @@ def joined(job: Job, part: int, rows: int) -> pl.DataFrame | None:
     """The columns that outcomes add to a part; None without outcomes."""
     paths = [report.path for report in job.found(JoinReport)]
     return pl.from_arrow(shuffle.gather(paths, part, rows)) if paths else None  # type: ignore[return-value]
+
+
+def open_windows(schema: Schema, rows: pa.Table, as_of: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Per outcome [B] whether its window was still open when its stream ended.
+
+    Args:
+        rows: B typed impressions.
+        as_of: seconds since 1970 until when each outcome with a window is complete.
+    """
+    found = {}
+    for name, until in as_of.items():
+        closes = pl.Series(raw.event_time(schema, rows)) + schema.source.outcomes[name].window
+        found[name] = (closes > until).fill_null(False).to_numpy()
+    return found

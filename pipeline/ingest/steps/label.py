@@ -15,8 +15,8 @@ from pipeline.ingest import shuffle
 from pipeline.ingest.messages import LabelledPart, LabelReport, LabelWork
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
-from pipeline.ingest.steps.history import histories
-from pipeline.ingest.steps.join import joined
+from pipeline.ingest.steps.join import joined, open_windows
+from pipeline.ingest.steps.past import found_past
 
 RANKS = 65  # of a part's rows in time, whose event times it reports
 
@@ -24,9 +24,11 @@ RANKS = 65  # of a part's rows in time, whose event times it reports
 def label(job: Job, work: LabelWork) -> LabelReport:
     """Labels a typed part."""
     part, rows = work.part, shuffle.read(work.part.path)
-    outcomes = joined(job, work.index, part.rows)
-    lists = histories(job, work.index, part.rows)
-    labelled, dead_letters = label_rows(job, part.unit, part.row_id, rows, outcomes, lists, work.as_of)
+    added = joined(job, work.index, part.rows)
+    lists, counters = found_past(job, work.index, part.rows)
+    if counters is not None:
+        added = counters if added is None else added.hstack(counters)
+    labelled, dead_letters = label_rows(job, part.unit, part.row_id, rows, added, lists, work.as_of)
     return LabelReport(labelled, spill(job, [dead_letters]))
 
 
@@ -35,7 +37,7 @@ def label_rows(
     unit: int,
     row_id: int,
     rows: pa.Table,
-    outcomes: pl.DataFrame | None = None,
+    added: pl.DataFrame | None = None,
     lists: dict[str, pa.Array] | None = None,
     as_of: Mapping[str, int] | None = None,
 ) -> tuple[LabelledPart, pl.DataFrame]:
@@ -43,15 +45,11 @@ def label_rows(
 
     Args:
         unit, row_id: see TypedPart.
-        outcomes: columns that outcomes add.
+        added: columns that outcomes and counters add.
         lists: of histories.
         as_of: see LabelWork.
     """
-    open_windows = {}
-    for name, until in (as_of or {}).items():
-        closes = pl.Series(raw.event_time(job.schema, rows)) + job.schema.source.outcomes[name].window
-        open_windows[name] = (closes > until).fill_null(False).to_numpy()
-    parsed = raw.parse(job.schema, rows, row_id, outcomes, open_windows, lists)
+    parsed = raw.parse(job.schema, rows, row_id, added, open_windows(job.schema, rows, as_of or {}), lists)
     split_B = parsed.rows[SPLIT].to_numpy()
     counted = parsed.rows if job.counts_all else parsed.rows.filter(pa.array(split_B == 0))
     statistics = job.temporary_path("statistics")
