@@ -71,7 +71,9 @@ def definition(schema: Schema, name: str) -> str:
 def _settings(schema: Schema, key: str) -> Any:
     """What stands under a key such as source.outcomes.click, but for where its files are and how they are written."""
     section, name = key.removeprefix("source.").split(".", 1)
-    return getattr(schema.source, section)[name].model_dump(mode="json", exclude_defaults=True, exclude={"files", "read"})
+    return getattr(schema.source, section)[name].model_dump(
+        mode="json", exclude_defaults=True, exclude={"files", "read"}
+    )
 
 
 def state_id(state: State) -> str:

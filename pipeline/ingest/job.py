@@ -25,6 +25,8 @@ from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import check_columns, raw_format, units
 from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
+from pipeline.ingest.past_end import state_of
+from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
@@ -53,11 +55,13 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     streams = _find(config, schema)
     work = _read_work(config, schema, streams)
     reference = _reference(config, schema)
+    start = start_of(schema, config.out, config.date, config.missing_days, config.state.from_, config.encoders.from_)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
+        size += UNPACKED * sum(file.bytes for file in start.state.files) if start else 0
         job = Job(
             schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
-            config.rows_per_row_group, counts_all=reference is not None,
+            config.rows_per_row_group, counts_all=reference is not None, start=start, horizon=_end(config, schema),
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
@@ -66,8 +70,10 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         try:
             if reference:
                 _copy_encoders(reference, staging, schema)
+            if start:
+                copy_state(start, schema, job.begun)
             run_steps(config, job, limits, work)
-            return _commit(job, limits, out)
+            return _commit(job, limits, out, config.state.from_ is not None)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
 
@@ -87,13 +93,6 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
         raise UserError(f"{where}: {config.out} is a dataset itself. Choose a folder of its own for days, with out=.")
     if "{date}" not in schema.source.files:
         raise UserError(f"{where}: source.files is {schema.source.files}: put {{date}} where file names have the day")
-    if schema.past:
-        kind = (
-            f"bag {next(iter(schema.histories))} is a history"
-            if schema.histories
-            else "source.counters are of earlier rows"
-        )
-        raise UserError(f"{where}: {kind}, which one day does not have. Remove it, or date=.")
     for name, outcome in schema.source.outcomes.items():
         if "{date}" not in outcome.files and outcome.window and outcome.open_window != "keep" and config.as_of is None:
             raise UserError(
@@ -136,6 +135,14 @@ def _as_of(config: PreprocessConfig, schema: Schema) -> dict[str, int]:
             midnight = datetime.datetime.combine(last, datetime.time(), schema.source.format_of(name).zone)
             known[name] = int(midnight.timestamp())
     return known
+
+
+def _end(config: PreprocessConfig, schema: Schema) -> int | None:
+    """Seconds since 1970 at which the day ends, in the zone of times that name none; None without `date`."""
+    if config.date is None:
+        return None
+    midnight = datetime.datetime.combine(config.date + datetime.timedelta(days=1), datetime.time(), schema.source.zone)
+    return int(midnight.timestamp())
 
 
 def _unpacked(file: raw_files.RawFile) -> int:
@@ -197,8 +204,8 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
 
-def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
-    """Writes the dead letters, adds the counts up and moves the dataset into place."""
+def _commit(job: Job, limits: Limits, out: Path, state_chosen: bool) -> Manifest:
+    """Writes the dead letters, adds the counts up and moves the dataset into place; `state_chosen`: see state_of."""
     reads, parts = job.found(ReadReport), job.labelled()
     join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
     for joined in job.found(JoinReport):
@@ -214,7 +221,7 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
-        "complete_until": schedule.complete_until(job, limits),
+        "complete_until": schedule.complete_until(job, limits), "state": state_of(job, state_chosen),
     }  # fmt: skip
     return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
 

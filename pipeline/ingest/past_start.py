@@ -46,7 +46,12 @@ class Start:
 
 
 def start_of(
-    schema: Schema, out: Path, date: datetime.date | None, missing_days: MissingDays, named: str | None, encoders: Path | None
+    schema: Schema,
+    out: Path,
+    date: datetime.date | None,
+    missing_days: MissingDays,
+    named: str | None,
+    encoders: Path | None,
 ) -> Start | None:
     """Where the past of a job begins; None: empty, as for a log that is read whole, or the first day in `out`.
 

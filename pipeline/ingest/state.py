@@ -9,6 +9,7 @@ from typing import Any, Literal
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from pipeline.ingest.messages import LabelledPart, LabelReport, R, ReadReport, TypedPart, from_json
+from pipeline.ingest.past_start import Start
 
 Order = Literal["shuffled", "time", "input"]
 IMPRESSIONS = "impressions"  # the stream that outcomes belong to
@@ -23,8 +24,8 @@ class Job:
         staging: folder that becomes the dataset; scratch/ in it holds files between steps.
         buckets: of joins, histories and counters.
         counts_all: whether statistics are of all rows, or of the train split.
-        earlier: paths of earlier jobs' events, scattered to buckets, by history or counter: they come before the job's own.
-        horizon: seconds since 1970; the events that rows from then on need are kept for a later job. None: none are.
+        start: the state that histories and counters begin from; None: they begin empty.
+        horizon: seconds since 1970; what rows from then on need is kept as the dataset's state. None: the last impression's.
         cache: what a worker has loaded.
     """
 
@@ -35,7 +36,7 @@ class Job:
     seed: int
     rows_per_row_group: int
     counts_all: bool
-    earlier: dict[str, list[str]] = field(default_factory=dict)
+    start: Start | None = None
     horizon: int | None = None
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -43,6 +44,11 @@ class Job:
     def scratch(self) -> Path:
         """Folder of files between steps."""
         return self.staging / "scratch"
+
+    @property
+    def begun(self) -> Path:
+        """Folder with the job's copy of the state that it begins from."""
+        return self.scratch / "begun"
 
     @property
     def progress(self) -> Path:

@@ -1,29 +1,18 @@
 """Days that remember: a day by itself, begun with the state of the day before, equals the same day within one job."""
 
-import json
 import random
-import shutil
 from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_runs import content_of, no_beam, refused, rows_by_id, run
+from ingest_runs import no_beam, refused, rows_by_id, run
 
-from features.errors import UserError
-from features.schema.schema import Schema
-from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.past_state import state_id
-from pipeline.dataset.verify import verify
-from pipeline.ingest import job as ingest_job
-from pipeline.ingest.steps import past_state
-from pipeline.release import nightly
+from pipeline.dataset.dataset import open_dataset
 
 pytestmark = pytest.mark.integration
 
@@ -91,7 +80,9 @@ def drawn_rows(seed: int, days: int, size: int) -> list[list[Row]]:
             at = begin + rng.choice([rng.randrange(DAY), rng.randrange(300), DAY - 1 - rng.randrange(300), 12 * 3600])
             wait = rng.choice([None, None, rng.randrange(600), rng.randrange(WINDOW + 1), WINDOW, WINDOW + 1])
             click = None if wait is None else at + wait
-            rows.append(Row(1000 * number + place, at, rng.choice("ab"), rng.randrange(4), rng.randrange(100) / 4, click))
+            rows.append(
+                Row(1000 * number + place, at, rng.choice("ab"), rng.randrange(4), rng.randrange(100) / 4, click)
+            )
         found.append(rows)
     return found
 

@@ -47,7 +47,7 @@ def write_state(job: Job, work: WriteStateWork) -> WriteStateReport:
     with pq.ParquetWriter(temporary, columns, compression="zstd", write_page_checksum=True) as writer:
         groups = []
         for report in job.found(GatherPastReport):
-            if report.name == work.name and report.later is not None:
+            if report.name == work.name:
                 events = shuffle.read(report.later).select(columns.names).cast(columns)
                 writer.write_table(events, row_group_size=max(1, events.num_rows))
                 groups.append(events.num_rows)
