@@ -35,6 +35,7 @@ from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps import dead_letters
 
 UNPACKED = 5  # estimated size of a compressed file's content over its own
+EVENT_BYTES = 64  # estimated size in memory of an event of a history or counter
 
 
 def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
@@ -58,7 +59,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     start = start_of(schema, config.out, config.date, config.missing_days, config.state.from_, config.encoders.from_)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
-        size += UNPACKED * sum(file.bytes for file in start.state.files) if start else 0
+        size += EVENT_BYTES * max(sum(file.row_groups) for file in start.state.files) if start else 0
         job = Job(
             schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=reference is not None, start=start, horizon=_end(config, schema),

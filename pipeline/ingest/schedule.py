@@ -70,8 +70,7 @@ def steps_of(job: Job) -> list[str]:
     """The steps that a job needs, in order."""
     joins, past = bool(job.schema.source.outcomes), bool(job.schema.past)
     needs = {
-        "read": True, "join": joins, "scatter_past": past,
-        "gather_past": past, "write_state": past, "label": job.joins,
+        "read": True, "join": joins, "scatter_past": past, "gather_past": past, "write_state": past, "label": job.joins,
         "merge": True, "encode": job.order != "input", "write": True,
     }  # fmt: skip
     return [step for step, needed in needs.items() if needed]
