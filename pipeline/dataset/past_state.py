@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeline.dataset.days import day_of, days_in
 from pipeline.dataset.manifest import Manifest, State, StateFile, read_manifest
 
 FOLDER = "state"
+DAY = 86_400  # seconds
 
 
 def state_file(name: str) -> str:
@@ -91,6 +93,29 @@ def check_listed(manifest: Manifest, schema: Schema, path: Path) -> None:
         raise UserError(f"{path}/manifest.json: state lists other files than those of schema.yaml. {RESTORE_HINT}")
     if manifest.state.undecided.keys() - schema.past.keys():
         raise UserError(f"{path}/manifest.json: state counts events of no history or counter. {RESTORE_HINT}")
+
+
+def state_lines(state: State) -> list[str]:
+    """A state in words, and what later rows would find too short: a line each."""
+    before = f"began with the state of {state.began_from.dataset}" if state.began_from else "began empty"
+    lines = [f"histories and counters {before}, and end at {utc(state.horizon)}"]
+    if state.began_from and state.gap >= DAY:
+        lines.append(
+            f"the first row is {state.gap / DAY:.1f} days after the end of {state.began_from.dataset}: rows of the days "
+            "between are in no history or counter"
+        )
+    for name, count in state.undecided.items():
+        if count:
+            lines.append(
+                f"{name}: {count:,} events left out, since the window of an outcome was open when its files ended. Make this "
+                "dataset again once they are complete."
+            )
+    if state.cut_short:
+        lines.append(
+            f"{state.cut_short:,} rows are earlier than the end of {state.began_from and state.began_from.dataset}: what "
+            "they could know of it may be missing"
+        )
+    return [printable(line) for line in lines]
 
 
 @contextmanager
@@ -174,6 +199,14 @@ def stale_words(days: list[str]) -> str:
         f"histories and counters of {', '.join(days[:5])}{' …' if len(days) > 5 else ''} go on from another past than the day "
         f"before now has. Run jobs.preprocess again with date={days[0]} overwrite=true, then for the days after it."
     )
+
+
+def utc(seconds: int) -> str:
+    """A moment in ISO 8601; one beyond the years that dates have as seconds since 1970."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s"
 
 
 def _words(columns: pa.Schema) -> str:

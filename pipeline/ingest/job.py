@@ -25,7 +25,7 @@ from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import check_columns, raw_format, units
 from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
-from pipeline.ingest.past_end import state_of
+from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
@@ -74,9 +74,12 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             if start:
                 copy_state(start, schema, job.begun)
             run_steps(config, job, limits, work)
-            return _commit(job, limits, out, config.state.from_ is not None)
+            manifest = _commit(job, limits, out, config.state.from_ is not None)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
+    if config.date and schema.past:
+        warn_of_stale_days(out.parent, config.date)
+    return manifest
 
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:

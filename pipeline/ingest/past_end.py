@@ -1,23 +1,30 @@
 """The state of histories and counters at a job's end, and what it did not see."""
 
+import logging
 from collections import Counter
-from datetime import datetime, timezone
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
 
 from features.errors import UserError
-from pipeline.dataset.manifest import State
+from pipeline.dataset.days import days_in
+from pipeline.dataset.manifest import State, read_manifest
+from pipeline.dataset.past_state import stale_days, stale_words, utc
 from pipeline.ingest.messages import ReadReport, ScatterPastReport, WriteStateReport
 from pipeline.ingest.state import Job
 
-MOST_LATE = (
-    0.5  # share of a log before the horizon of the state that it goes on from: more is a log that was read before
-)
+MOST_LATE = 0.5  # share of rows before the horizon of the state that a log goes on from: more were read for it
+END_OF_TIME = (1 << 63) - 1
+NEAR = 31  # days around a new one that are compared with each other
+
+logger = logging.getLogger(__name__)
 
 
 def horizon(job: Job) -> int:
     """Seconds since 1970 from which on the rows of a later job are: the end of the job's day, or of its last impression."""
     if job.horizon is not None:
         return job.horizon
-    latest = [report.latest + 1 for report in job.found(ReadReport) if report.latest is not None]
+    latest = [min(report.latest, END_OF_TIME - 1) + 1 for report in job.found(ReadReport) if report.latest is not None]
     return max([*latest, job.start.state.horizon if job.start else 0], default=0)
 
 
@@ -28,7 +35,7 @@ def check_overlap(job: Job) -> None:
     late, rows = sum(report.late for report in job.found(ScatterPastReport)), sum(part.rows for part in job.typed())
     if late > MOST_LATE * rows:
         raise UserError(
-            f"{late:,} of {rows:,} rows are before {_utc(job.start.state.horizon)}, until when histories and counters of "
+            f"{late:,} of {rows:,} rows are before {utc(job.start.state.horizon)}, until when histories and counters of "
             f"{job.start.folder} go: it has seen them, or later ones. Set state.from to the dataset of the rows before these "
             "(jobs.nightly: date= to the day of the log), or state.from=empty."
         )
@@ -53,10 +60,14 @@ def state_of(job: Job, chosen: bool) -> State | None:
         chosen=chosen,
         undecided=dict(undecided),
         cut_short=sum(report.late for report in scattered),
-        gap=max(0, earliest - start.state.horizon) if start and earliest is not None else 0,
+        gap=min(max(0, earliest - start.state.horizon), 1 << 50) if start and earliest is not None else 0,
         files=[report.file for report in job.found(WriteStateReport)],
     )
 
 
-def _utc(seconds: int) -> str:
-    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+def warn_of_stale_days(folder: Path, day: date) -> None:
+    """Logs which days around a new one went on from another past than the day before them now has: this job may be why."""
+    with suppress(UserError, OSError):  # another day may be damaged, or replaced meanwhile
+        near = [other.isoformat() for other in days_in(folder) if abs((other - day).days) <= NEAR]
+        if stale := stale_days(folder, {other: read_manifest(folder / other) for other in near}):
+            logger.warning("%s: %s", folder, stale_words(stale))

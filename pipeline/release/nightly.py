@@ -1,5 +1,6 @@
 """The nightly verdict: whether the newest checkpoint is as good on a new day's log as the serving one."""
 
+import logging
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -12,7 +13,7 @@ from features.regular_files import RelativePath, refuse_link
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import MissingDays, chosen_days, day_of
 from pipeline.dataset.manifest import read_manifest
-from pipeline.dataset.past_state import state_id
+from pipeline.dataset.past_state import state_id, state_lines
 from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.scorer import Scorer
 from pipeline.ingest.config import EncodersFrom, PreprocessConfig, StateFrom
@@ -22,6 +23,8 @@ from pipeline.run import checkpoint
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
 from pipeline.storage.files import make_folder, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class NightlyConfig(BaseModel):
@@ -162,5 +165,7 @@ def _encode(config: NightlyConfig, trained_on: Dataset, state: Path | None, out:
         max_bad_fraction=config.max_bad_fraction,
         overwrite=True,
     )
-    preprocess(settings, trained_on.schema)
+    manifest = preprocess(settings, trained_on.schema)
+    for line in state_lines(manifest.state) if manifest.state else ():
+        logger.info(line)
     return Dataset(out)
