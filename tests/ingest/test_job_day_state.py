@@ -138,8 +138,8 @@ def expected_history(row: Row, rows: list[Row], name: str) -> list[int]:
     return [item for *_, item in sorted(known)[::-1][:LENGTH]]
 
 
-@given(st.integers(0, 1 << 30), st.integers(1, 30), st.sampled_from([120, 1500, 1 << 20]))
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.integers(0, 1 << 30), st.integers(1, 30), st.sampled_from([600, 1 << 20]))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_days_one_by_one_are_the_days_of_one_job_and_those_of_a_loop_over_rows(seed: int, size: int, bucket_bytes: int):
     days = drawn_rows(seed, 4, size)
     with TemporaryDirectory() as name:
@@ -214,8 +214,8 @@ def test_a_manifest_says_where_histories_began_and_verification_reads_their_file
     )
     events = sum(pq.read_metadata(days / day(2) / file.path).num_rows for file in states[2].files)
     assert f"state: {events:,} events of 8 histories and counters" in list(verify(Dataset(days / day(2))))
-    seen = pq.read_table(days / day(2) / "state" / "seen.parquet").to_pandas()
-    assert seen.groupby("key").size().max() == LENGTH
+    keys = pq.read_table(days / day(2) / "state" / "seen.parquet")["key"].to_pylist()
+    assert sorted(keys) == ["a"] * LENGTH + ["b"] * LENGTH  # and not all that there were
 
 
 def test_a_day_whose_day_before_is_missing_is_refused_with_what_mends_it_or_skips_it(three):
@@ -246,11 +246,9 @@ def test_days_made_before_the_day_before_was_made_anew_are_named_when_they_are_m
     write_log(log, drawn_rows(3, 4, 20)[:1] + drawn_rows(4, 4, 21)[1:])
     run_days(log, days, range(1, 2), overwrite=True)
     open_dataset(days, span)
-    stale = f"{days}: histories and counters of {day(2)} go on from another past than the day before now has. "
-    assert (
-        caplog.messages
-        == [f"{stale}Run jobs.preprocess again with date={day(2)} overwrite=true, then for the days after it."] * 2
-    )
+    stale = f"{days}: histories and counters of {day(2)} go on from another past than the day before now has. Run "
+    stale += f"jobs.preprocess again with date={day(2)} overwrite=true, then for the days after it."
+    assert caplog.messages == [stale, stale]
     caplog.clear()
     run_days(log, days, range(2, 3), overwrite=True)
     open_dataset(days, span)
@@ -425,8 +423,6 @@ def test_nightly_goes_on_from_the_day_before_and_encodes_the_day_as_it_is_encode
         nightly._evaluate(config, {}, Trained(), None)
         return found["day"]
 
-    clicks = [path for path in (tmp_path / "alone").glob("clicks-*")]
-    assert len(clicks) == 4
     encoded = judge()
     assert encoded.manifest.state.began_from.dataset == str(days / day(2))
     run(log, days, content(), date=day(3))
