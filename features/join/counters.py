@@ -38,25 +38,25 @@ def counted(
     places = Places(key_E, known_E)
     key_S, known_S = key_E[places.order_E], known_E[places.order_E]
     first_I, stop_I = places.first(key_I), places.of(key_I, time_I)
-    totals = []
-    for column in ("value", "weight"):
+    totals = {}
+    for column in ("value", "weight") if counter.take == "mean" else ("value",):
         sum_S = _running(key_S, known_S, events[column].to_numpy()[places.order_E], counter.decay)
         total_I = _before(sum_S, first_I, stop_I)
         if counter.window is not None:
             start_I = places.of(key_I, np.maximum(time_I, FIRST + counter.window) - counter.window)
             total_I = np.where(start_I < stop_I, total_I - _before(sum_S, first_I, start_I), 0.0)
-        totals.append(total_I)
-    value_I, weight_I = totals
+        totals[column] = total_I
     if counter.decay is not None and (counter.take != "mean" or counter.smoothing is not None):
         # From the last event to the impression. A mean that is not smoothed does without: both sums shrink alike.
         last_I = np.append(known_S, 0)[np.where(stop_I > first_I, stop_I - 1, len(known_S))]
         fading_I = np.exp2(-_distance(last_I, np.maximum(time_I, last_I)) / counter.decay)
-        value_I, weight_I = value_I * fading_I, weight_I * fading_I
-    return np.where(key_I > 0, _taken(counter, value_I, weight_I, mean), np.nan)
+        totals = {column: total_I * fading_I for column, total_I in totals.items()}
+    return np.where(key_I > 0, _taken(counter, totals, mean), np.nan)
 
 
-def _taken(counter: Counter, value_I: np.ndarray, weight_I: np.ndarray, mean: float | None) -> np.ndarray:
-    if counter.take != "mean":
+def _taken(counter: Counter, totals: dict[str, np.ndarray], mean: float | None) -> np.ndarray:
+    value_I, weight_I = totals["value"], totals.get("weight")
+    if weight_I is None:  # of a count or sum
         return value_I
     if counter.smoothing is not None:
         assert mean is not None
@@ -124,7 +124,8 @@ def _running(key_S: np.ndarray, known_S: np.ndarray, x_S: np.ndarray, half_life:
 
 def _added_up(segment_S: np.ndarray, x_S: np.ndarray) -> np.ndarray:
     """Running sums within segments: not differences of sums over all, in which large numbers of one key spoil another's."""
-    return pl.DataFrame({"segment": segment_S, "x": x_S}).select(pl.col("x").cum_sum().over("segment"))["x"].to_numpy()
+    frame = pl.DataFrame({"segment": pl.Series(segment_S).set_sorted(), "x": x_S})
+    return frame.select(pl.col("x").cum_sum().over("segment"))["x"].to_numpy()
 
 
 def _distance(earlier: np.ndarray, later: np.ndarray) -> np.ndarray:

@@ -30,6 +30,11 @@ from tabulate import tabulate
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FLOOR, PER_ROW = "arrow", "beam-rows"
+JOINED = {
+    "join": "bench_join",
+    "counters": "bench_counters",
+}  # runs on the log whose clicks lie apart, and their schemas
+PER_ROW_OF = {"counters": "beam-counters"}  # where the pipeline that takes a row at a time is not PER_ROW
 
 # Settings of jobs.preprocess on the log. The others keep the order of the log, and so do the first two.
 TASKFUSE = {
@@ -38,7 +43,7 @@ TASKFUSE = {
     "taskfuse-shuffled": ["workers=1"],
     "taskfuse-shuffled-2": ["workers=2"],
 }
-NAMES = [*TASKFUSE, FLOOR, "polars", "duckdb", PER_ROW, "census", "join", "startup"]
+NAMES = [*TASKFUSE, FLOOR, "polars", "duckdb", PER_ROW, "census", *JOINED, *PER_ROW_OF.values(), "startup"]
 
 COLUMNS = [
     "", "log", "rows", "s", "rows/s", "MB/s", "CPU s", "rows per CPU s", "x floor", "x per row", "peak MB"
@@ -118,11 +123,14 @@ def run_of(name: str, options: Options) -> Run:
     if name == "census":
         log, files = w.census(cache), f"data.schema.source.files={w.IMPRESSIONS}"
         return Run("census", log.rows, log.bytes, taskfuse(log, "census", files, *ordered))
-    log = w.generated(cache, {PER_ROW: options.sample, "startup": 100}.get(name, options.rows))
+    sampled = dict.fromkeys([PER_ROW, *PER_ROW_OF.values()], options.sample)
+    log = w.generated(cache, {**sampled, "startup": 100}.get(name, options.rows))
     if name == "startup":
         return Run("100 rows", log.rows, log.bytes, taskfuse(log, "bench", *ordered))
-    if name == "join":
-        return Run("clicks apart", log.rows, log.bytes + log.click_bytes, taskfuse(log, "bench_join", *ordered))
+    if name in JOINED:
+        return Run("clicks apart", log.rows, log.bytes + log.click_bytes, taskfuse(log, JOINED[name], *ordered))
+    if name in PER_ROW_OF.values():
+        return Run("sample, clicks apart", log.rows, log.bytes + log.click_bytes, contender(name, log))
     if name in TASKFUSE:
         return Run("generated", log.rows, log.bytes, taskfuse(log, "bench", *TASKFUSE[name]))
     return Run("sample" if name == PER_ROW else "generated", log.rows, log.bytes, contender(name, log))
@@ -180,7 +188,7 @@ def line(name: str, runs: dict[str, Run], rounds: list[Round]) -> list[Any]:
     return [
         name, run.log, run.rows, seconds, median(name, "rows_per_s", rounds), run.bytes / 1e6 / seconds,
         median(name, "cpu_s", rounds), median(name, "rows_per_cpu_s", rounds), ratio(name, FLOOR, runs, rounds),
-        ratio(name, PER_ROW, runs, rounds), median(name, "peak_bytes", rounds) / 1e6,
+        ratio(name, PER_ROW_OF.get(name, PER_ROW), runs, rounds), median(name, "peak_bytes", rounds) / 1e6,
     ]  # fmt: skip
 
 
@@ -191,7 +199,8 @@ def median(name: str, key: str, rounds: list[Round]) -> float:
 
 def ratio(name: str, to: str, runs: dict[str, Run], rounds: list[Round]) -> float | None:
     """Rows per CPU second to those of another run, which must be of the same kind of rows: otherwise None."""
-    if to not in runs or runs[name].log not in ("generated", "sample"):
+    alike = runs[name].log in ("generated", "sample") or to in PER_ROW_OF.values()
+    if to not in runs or not alike:
         return None
     return statistics.median(taken[name]["rows_per_cpu_s"] / taken[to]["rows_per_cpu_s"] for taken in rounds)
 

@@ -1,11 +1,11 @@
 """What jobs.preprocess is measured against: the same log to the same columns, taskfuse not imported.
 
-    python tests/benchmarks/ingest_contenders.py arrow|polars|duckdb|beam-rows LOG OUT
+    python tests/benchmarks/ingest_contenders.py arrow|polars|duckdb|beam-rows|beam-counters LOG OUT
 
 reads LOG/rows-*.csv (see ingest_workload.py), writes OUT/*SPLIT/*.parquet, and prints the CPU seconds of its two passes as one
 JSON line. A contender is a file with such a pair, `encode(log, out, fit(log))`, on one thread: `fit` counts the values of id
 columns and takes the moments of numbers over the train split; `encode` goes over the rows again and writes zstd Parquet in
-row groups of 8,192 (Beam's WriteToParquet knows bytes only).
+row groups of 8,192 (Beam's WriteToParquet knows bytes only). beam-counters also reads LOG/clicks-*.csv, and makes counters.
 
 Ids: 0 missing, 1 unknown, then the values seen at least twice in train by falling count, equal counts by value. Numbers:
 log1p, standardised, 0 where missing.
@@ -18,7 +18,8 @@ import os
 import time
 from pathlib import Path
 
-CONTENDERS = {name: f"ingest_{name.replace('-', '_')}" for name in ("arrow", "polars", "duckdb", "beam-rows")}
+NAMES = ("arrow", "polars", "duckdb", "beam-rows", "beam-counters")
+CONTENDERS = {name: f"ingest_{name.replace('-', '_')}" for name in NAMES}
 
 
 def main() -> None:

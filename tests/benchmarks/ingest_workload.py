@@ -29,6 +29,14 @@ TYPES = {
 }  # fmt: skip
 MISSING, EMPTY_IDS = 0.02, "id_3"  # share of empty cells, in all numbers and in one of the id columns
 CLICKED, MAX_DELAY = 0.15, 3600
+WINDOW = 3600  # after which an impression without a click has none
+
+# Made of the clicks on earlier impressions with the same id.
+COUNTERS: dict[str, dict[str, Any]] = {
+    "user_ctr": {"by": IDS[-1], "of": "clicked", "take": "mean", "window": 7 * 86_400, "smoothing": 20},
+    "item_ctr": {"by": IDS[-4], "of": "clicked", "take": "mean", "decay": 86_400, "smoothing": 20},
+    "user_rows": {"by": IDS[-1], "take": "count"},
+}
 
 # What is written: ids of values that are seen often enough come after UNKNOWN, and 0 is a missing one.
 MIN_COUNT, UNKNOWN, ROW_GROUP = 2, 1, 8192
@@ -37,6 +45,7 @@ COLUMNS = pa.schema(
     + [(name, pa.int64()) for name in IDS]
     + [("label.click", pa.float32()), ("weight", pa.float32()), ("event_time", pa.int64()), ("row_id", pa.int64())]
 )
+COUNTED_COLUMNS = pa.schema([*COLUMNS, *((name, pa.float32()) for name in COUNTERS)])
 
 DAY = 86_400
 START = 20_000 * DAY  # 2024-10-04
@@ -61,7 +70,7 @@ class Log:
 
     @property
     def conf(self) -> Path:
-        """A --config-dir with the data groups bench and bench_join; the census has none."""
+        """A --config-dir with the data groups bench, bench_join and bench_counters; the census has none."""
         return self.folder / "conf"
 
 
@@ -106,7 +115,8 @@ def _write_log(folder: Path, rows: int) -> None:
 
 def _write_conf(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, schema in {"bench": bench_schema(), "bench_join": join_schema()}.items():
+    schemas = {"bench": bench_schema(), "bench_join": join_schema(), "bench_counters": counters_schema()}
+    for name, schema in schemas.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"input": None, "schema": schema}, sort_keys=False))
 
 
@@ -154,6 +164,16 @@ def join_schema() -> dict[str, Any]:
     outcome = {"files": CLICKS, "key": "impression_id", "columns": {"dwell": "float"}}
     schema["source"] |= {"types": {}, "key": "impression_id", "outcomes": {"clicked": outcome}}
     schema["tasks"]["click"]["label"] = "clicked"
+    return schema
+
+
+def counters_schema() -> dict[str, Any]:
+    """The same, with COUNTERS as they are among the numbers."""
+    schema = join_schema()
+    timed = {"time": "click_time", "window": WINDOW, "open_window": "keep"}
+    schema["source"]["outcomes"]["clicked"] |= timed
+    schema["source"]["counters"] = COUNTERS
+    schema["dense"] |= {name: {"standardize": False} for name in COUNTERS}
     return schema
 
 

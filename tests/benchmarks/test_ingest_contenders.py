@@ -31,36 +31,44 @@ def expected(log):
     return preprocessed(log, "bench")
 
 
-def preprocessed(log, data):
+def preprocessed(log, data, columns=w.COLUMNS):
     """What jobs.preprocess writes, by split."""
     out = log.folder / f"out-{data}"
     measure(ingest.taskfuse(log, data)(out), ingest.ROOT, ingest.environment())
-    return read(out)
+    return read(out, columns)
 
 
-def read(out):
-    """The columns of each split, in order of row_id."""
+def read(out, columns=w.COLUMNS):
+    """Columns of each split, in order of row_id."""
     found = {}
     for split in w.SPLITS:
         files = sorted(out.glob(f"*{split}/*.parquet"))  # train/, or split=train/
-        tables = [pq.ParquetFile(file).read().select(w.COLUMNS.names).cast(w.COLUMNS) for file in files]
+        tables = [pq.ParquetFile(file).read().select(columns.names).cast(columns) for file in files]
         found[split] = pa.concat_tables(tables).sort_by("row_id")
     return found
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "beam-counters"])
 def test_every_contender_writes_what_preprocess_writes(name, log, expected, tmp_path):
+    assert_alike(name, log, expected, w.COLUMNS, tmp_path / "out")
+
+
+def test_counters_of_the_contender_are_those_of_preprocess(log, tmp_path):
+    expected = preprocessed(log, "bench_counters", w.COUNTED_COLUMNS)
+    assert_alike("beam-counters", log, expected, w.COUNTED_COLUMNS, tmp_path / "out")
+    assert all(len(np.unique(expected["test"][name])) > 10 for name in w.COUNTERS)
+
+
+def assert_alike(name, log, expected, columns, out):
     contender = importlib.import_module(CONTENDERS[name])
-    contender.encode(log.folder, tmp_path / "out", contender.fit(log.folder))
-    found = read(tmp_path / "out")
-    for split, theirs in found.items():
+    contender.encode(log.folder, out, contender.fit(log.folder))
+    for split, theirs in read(out, columns).items():
         ours = expected[split]
         assert len(ours) > 100
-        for column in w.COLUMNS.names:
+        for column in columns.names:
             a, b = (table[column].to_numpy() for table in (ours, theirs))
-            np.testing.assert_allclose(
-                a, b, rtol=0, atol=1e-5 if column in w.NUMBERS else 0, err_msg=f"{split} {column}"
-            )
+            exact = column not in (*w.NUMBERS, *w.COUNTERS)
+            np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 1e-5, err_msg=f"{split} {column}")
 
 
 def test_clicks_of_the_stream_are_those_of_the_column(log, expected):

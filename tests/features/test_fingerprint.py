@@ -72,6 +72,8 @@ CHANGES = [
     ("tasks.click.label", "NOT click"), ("tasks.click.loss_weight", 2), ("tasks.good.kind", "regression"),
     ("tasks.good.observed_when", "click"), ("weight", "2"), ("split.test_from", "2026-01-03T01:00"),
     ("split", {"by": "hash", "key": "id", "valid": 0.1, "test": 0.1}),
+    ("source.counters", {"seen": {"by": "user", "take": "count"}}),
+    ("source.counters", {"seen": {"by": "user", "take": "count", "decay": "1d"}}),
 ]  # fmt: skip
 
 

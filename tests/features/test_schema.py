@@ -69,7 +69,8 @@ def test_the_base_of_these_tests_is_a_schema():
     ("place", "allowed"),
     [
         ("", ["source", "tables", "dense", "categorical", "bag", "tasks", "weight", "event_time", "split"]),
-        ("source.", ["files", "types", "row_id", "key", "outcomes", "derived", *FORMAT]),
+        ("source.", ["files", "types", "row_id", "key", "outcomes", "counters", "derived", *FORMAT]),
+        ("source.counters.ctr.", ["by", "take", "of", "when", "window", "decay", "smoothing"]),
         (
             "source.outcomes.click.",
             ["files", "key", "columns", "time", "window", "take", "duplicates", "late", "open_window"],

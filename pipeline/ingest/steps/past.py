@@ -62,13 +62,11 @@ def _reads(schema: Schema) -> tuple[list[str], list[str]]:
 def _history(name: str, past: History, frame: pl.DataFrame, known: Known) -> tuple[pl.DataFrame, pl.Series]:
     """The columns key, known (null: the row is no event) and item of a block; and whose part in it the log's end left open."""
     since, undecided = known.since([past.when] if past.when else [])
-    item = frame[past.item].cast(pl.String)
+    item = _text(frame, past.item)
     counts = item.is_not_null()
     if past.when:
         counts &= compute.truth(frame, f"bag.{name}.history.when", past.when)
-    return pl.DataFrame(
-        {"key": frame[past.user].cast(pl.String), "known": since.set(~counts, None), "item": item}
-    ), undecided
+    return pl.DataFrame({"key": _text(frame, past.user), "known": since.set(~counts, None), "item": item}), undecided
 
 
 def _counter(name: str, past: Counter, frame: pl.DataFrame, known: Known) -> tuple[pl.DataFrame, pl.Series]:
@@ -82,7 +80,12 @@ def _counter(name: str, past: Counter, frame: pl.DataFrame, known: Known) -> tup
         value = compute.number(frame, f"source.counters.{name}.of", past.of, "value", pl.Float64)
         counts &= (value.abs() <= LARGEST).fill_null(False)
         values = {"value": value}
-    return pl.DataFrame({"key": frame[past.by].cast(pl.String), "known": since.set(~counts, None), **values}), undecided
+    return pl.DataFrame({"key": _text(frame, past.by), "known": since.set(~counts, None), **values}), undecided
+
+
+def _text(frame: pl.DataFrame, column: str) -> pl.Series:
+    """The text by which the values of a key or item are compared."""
+    return frame[column].cast(pl.String)
 
 
 def gather_past(job: Job, work: GatherPastWork) -> GatherPastReport:
