@@ -19,6 +19,7 @@ from pipeline.dataset.card.page import page
 from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.days import day_ranges
+from pipeline.dataset.past_state import state_lines
 from pipeline.dataset.verify import verify
 from pipeline.storage.files import write_text
 from pipeline.terminal import escape_output
@@ -59,6 +60,8 @@ def inspect(path: Path, html: Path | None, check: bool) -> None:
         print(f"{table.title}\n")
         right = ("left", *["right"] * (len(table.header) - 1))
         print(tabulate(table.lines, table.header, tablefmt="simple", disable_numparse=True, colalign=right), end="\n\n")
+    for line in state_lines(dataset.manifest.state) if dataset.manifest.state else ():
+        print(f"state     {line}")
     if check:
         for line in verify(dataset):
             print(f"verified  {line}", flush=True)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
 from pipeline.dataset.card.card import read_card
+from pipeline.dataset.past_state import state_lines
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.job import preprocess
 
@@ -45,6 +46,8 @@ def main(config: DictConfig) -> None:
             )
     for outcome, until in manifest.complete_until.items():
         print(f"{outcome}: complete until {datetime.fromtimestamp(until, timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
+    for line in state_lines(manifest.state) if manifest.state else ():
+        print(line)
     bad, left_out = sum(manifest.dead_letters.values()), sum(manifest.left_out.values())
     print(
         f"{settings.folder}: {len(manifest.shards)} shards, schema {manifest.fingerprint}, {bad} dead letters"

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +15,16 @@ from features.fit.fitted_files import RESTORE_HINT, encoder_files
 from features.regular_files import lstat_regular
 from features.schema.schema import SPLITS, Schema, Split
 from features.yaml_text import yaml_of
-from pipeline.dataset.days import DAY_STRIDE, MAX_DAYS, _dates, _span, day_ranges, folder_of_day
+from pipeline.dataset.days import (
+    DAY_STRIDE,
+    MAX_DAYS,
+    MissingDays,
+    chosen_days,
+    day_of,
+    day_ranges,
+    folder_of_day,
+    ranges_of,
+)
 from pipeline.dataset.manifest import (
     Manifest,
     Shard,
@@ -24,7 +34,10 @@ from pipeline.dataset.manifest import (
     merge_manifests,
     read_manifest,
 )
+from pipeline.dataset.past_state import check_listed, stale_days, stale_words
 from pipeline.storage.files import sha256, storage_of, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class Dataset:
@@ -53,6 +66,7 @@ class Dataset:
         self.columns = arrow_schema(self.schema)  # of the shards, whichever tasks are chosen
         if {file.path for file in self.manifest.fitted} - {*fitted_names(self.schema)}:
             raise UserError(f"{path}/manifest.json: fitted lists other files than those of schema.yaml. {RESTORE_HINT}")
+        check_listed(self.manifest, self.schema, path)
         for shard in self.manifest.shards:
             if shard.observed.keys() != self.schema.tasks.keys():
                 raise UserError(
@@ -108,25 +122,27 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """Which rows these are, for records of what was made of them: its folder, or FOLDER/FIRST..LAST of its days."""
-        return str(self.path / _span(self.days[0], self.days[-1])) if self.days else str(self.path)
+        """Which rows these are, for records of what was made of them: its folder, or FOLDER/FIRST..LAST,… of its days."""
+        ranges = ranges_of(day for name in self.days if (day := day_of(name)))
+        return str(self.path / ",".join(ranges)) if ranges else str(self.path)
 
 
-def open_dataset(path: Path, days: str | None = None) -> Dataset:
+def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays = "refuse") -> Dataset:
     """A dataset, or those of some days below `path` as one: the days' rows follow each other.
 
     Where the schema names no source.row_id, those of the first day keep their row ids, those of the next have DAY_STRIDE
     more, and so on.
 
     Args:
-        days: FIRST..LAST or one day, ISO dates; None: `path` is the dataset.
+        days: FIRST..LAST, a day, or several of these with commas between, ISO dates; None: `path` is the dataset.
+        missing_days: skip leaves days without a dataset out.
     Raises:
         UserError: as Dataset; a day is missing, or was written for another schema or with other encoders than the first;
             more days than row ids have room for.
     """
     if days is None:
         return Dataset(path)
-    parts = [Dataset(folder_of_day(path, day)) for day in _dates(days)]
+    parts = [Dataset(folder_of_day(path, day)) for day in chosen_days(path, days, missing_days)]
     first = parts[0]
     for part in parts[1:]:
         part.check_compatible(first.manifest.fingerprint, f"{first.path}")
@@ -140,6 +156,8 @@ def open_dataset(path: Path, days: str | None = None) -> Dataset:
             f"days={days}: {len(parts)} days, of which at most {MAX_DAYS} can be read as one where row ids are given by file "
             "and place. Read fewer, or name a column of ids as source.row_id and run jobs.preprocess again."
         )
+    if stale := stale_days(path, {part.path.name: part.manifest for part in parts}):
+        logger.warning("%s: %s", path, stale_words(stale))
     whole = copy.copy(first)
     whole.path, whole.days = path, [part.path.name for part in parts]
     whole.manifest = merge_manifests({part.path.name: part.manifest for part in parts})

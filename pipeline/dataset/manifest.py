@@ -90,6 +90,48 @@ class SideTableCounts(BaseModel):
     unmatched_keys: Count
 
 
+class StateFile(FittedFile):
+    """The events of a history or counter at a dataset's end (see pipeline.dataset.past_state).
+
+    Attributes:
+        name: of the history or counter.
+        definition: 16 hex digits of what its events depend on.
+        row_groups: events of each row group; group i has the keys of the i-th of as many ranges of hashes.
+    """
+
+    name: str
+    definition: Digest
+    row_groups: Annotated[list[Count], Field(min_length=1)]
+
+
+class StateOrigin(BaseModel):
+    """The dataset whose state was there before the first row: the name of a day beside it, or a path; and its state's id."""
+
+    dataset: str
+    state: Digest
+
+
+class State(BaseModel):
+    """What later rows need to know of the rows up to a dataset's end: the files of histories and counters.
+
+    Attributes:
+        horizon: seconds since 1970; rows from then on find in it what they would find in the log itself.
+        began_from: None where the past began empty.
+        chosen: whether that was by state.from.
+        undecided: events left out by history or counter, since the window of an outcome was still open when the log ended.
+        cut_short: impressions before the horizon of the state it began from: some of their past may be missing.
+        gap: seconds between that horizon and the first impression.
+    """
+
+    horizon: int
+    began_from: StateOrigin | None
+    chosen: bool
+    undecided: dict[str, Count]
+    cut_short: Count
+    gap: Count
+    files: list[StateFile]
+
+
 Listed = Shard | DeadLetterFile | FittedFile
 
 
@@ -112,6 +154,7 @@ class Manifest(BaseModel):
         absent_columns: per stream, rows of files that lack an optional column, by column.
         types: per stream whose files have types of their own, rows by the type of a column in its file, by column.
         fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
+        state: of histories and counters; None in datasets of earlier releases, and of several days read as one.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -131,6 +174,7 @@ class Manifest(BaseModel):
     shards: list[Shard]
     fitted: list[FittedFile] = []
     side_tables: dict[str, SideTableCounts] = {}
+    state: State | None = None
 
 
 def fitted_files(folder: Path, schema: Schema) -> list[FittedFile]:
@@ -179,7 +223,7 @@ def check_sums(manifest: Manifest, file: Path) -> None:
         if part.path in seen:
             raise UserError(f"{file}: {part.path} is listed twice. {RESTORE_HINT}")
         seen.add(part.path)
-        if part.path.partition("/")[0] in (*UNLISTED_FILES, "encoders"):
+        if part.path.partition("/")[0] in (*UNLISTED_FILES, "encoders", "state"):
             raise UserError(f"{file}: {part.path} is listed, which is another file of a dataset. {RESTORE_HINT}")
         if part.rows > MOST_ROWS_PER_BYTE * part.bytes:
             raise UserError(

@@ -19,6 +19,7 @@ from features.regular_files import lstat_regular
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.manifest import UNLISTED_FILES, Listed, Shard, check_equal, footer_sha256
+from pipeline.dataset.past_state import verify_state
 from pipeline.dataset.shards import check_ids, check_row_groups, table_sizes
 from pipeline.storage.files import sha256
 
@@ -45,7 +46,8 @@ def verify(dataset: Dataset) -> Iterator[str]:
 def _verify(dataset: Dataset) -> Iterator[str]:
     """`verify` of one dataset."""
     manifest, path = dataset.manifest, dataset.path
-    files: list[Listed] = [*manifest.shards, *manifest.dead_letter_files, *manifest.fitted]
+    states = manifest.state.files if manifest.state else []
+    files: list[Listed] = [*manifest.shards, *manifest.dead_letter_files, *manifest.fitted, *states]
     yield f"manifest: sums over {len(manifest.shards)} shards and {sum(manifest.read.values()):,} raw rows"
     found = _check_names(dataset)
     yield f"folder: {found} files, all of them in the manifest"
@@ -55,6 +57,8 @@ def _verify(dataset: Dataset) -> Iterator[str]:
     vocabularies = dataset.encoders.vocabularies
     read_card(path, dataset.schema)
     yield f"encoders: {sum(map(len, vocabularies.values())):,} values in {len(vocabularies)} vocabularies; statistics"
+    if manifest.state:
+        yield verify_state(path, manifest.state, dataset.schema)
     for shard in manifest.shards:
         _check_rows(dataset, shard)
     groups, rows = sum(len(shard.row_groups) for shard in manifest.shards), sum(manifest.rows.values())
@@ -73,6 +77,7 @@ def _check_names(dataset: Dataset) -> int:
     manifest, path = dataset.manifest, dataset.path
     named = {*UNLISTED_FILES, *(f"encoders/{name}" for name in encoder_files(dataset.schema))}
     named |= {shard.path for shard in manifest.shards} | {file.path for file in manifest.dead_letter_files}
+    named |= {file.path for file in manifest.state.files} if manifest.state else set()
     files = [
         file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()
     ]

@@ -17,6 +17,7 @@ from features.errors import UserError
 from features.schema.schema import Split
 from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.days import Days, MissingDays
 from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report.results import Results, check_complete
@@ -37,7 +38,8 @@ class EvaluateConfig(BaseModel):
     run: Path
     split: Split = "test"
     dataset: Path | None = None
-    days: str | None = None
+    days: Days = None
+    missing_days: MissingDays | None = None
     step: int | list[int] | Literal["all", "newest"] = "all"
     predictions: bool = False
     follow: bool = False
@@ -130,7 +132,8 @@ def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:
     """The dataset to evaluate on: another one, other days, or the one the run was trained on. Raises UserError."""
     trained_on = run.config()
     days = config.days or (None if config.dataset else trained_on.get("days"))
-    return open_dataset((config.dataset or Path(trained_on["dataset"])).absolute(), days)
+    missing_days = config.missing_days or ("refuse" if config.days else trained_on.get("missing_days", "refuse"))
+    return open_dataset((config.dataset or Path(trained_on["dataset"])).absolute(), days, missing_days)
 
 
 def _steps(run: Run, config: EvaluateConfig) -> Iterator[int]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from features.schema.splits import utc
+from pipeline.dataset.days import MissingDays
 from pipeline.ingest.files import UNPACK_RATIO
 from pipeline.ingest.state import Order
 
@@ -17,6 +18,13 @@ class EncodersFrom(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     from_: Path | None = Field(None, alias="from")
+
+
+class StateFrom(BaseModel):
+    """The dataset with whose state histories and counters begin, or `empty`; None: see pipeline.ingest.past_start."""
+
+    model_config = ConfigDict(extra="forbid")
+    from_: Annotated[str, Field(min_length=1)] | None = Field(None, alias="from")
 
 
 class PreprocessConfig(BaseModel):
@@ -29,6 +37,9 @@ class PreprocessConfig(BaseModel):
         encoders: from=DATASET uses its fitted encoders, None fits new ones (or takes those of the first day in `out`).
         labels: none reads the features alone, for files to be scored: no outcomes, no columns of labels and weights. It
             needs the encoders of another dataset.
+        state: from=DATASET begins histories and counters with its state, from=empty with nothing. None: with `date` the day
+            before in `out`, else with encoders.from that dataset, or the newest day beside it where it is a day.
+        missing_days: skip takes the newest earlier day where the day before `date` is missing.
         as_of: until when outcomes are complete; None: each stream's last one that belongs to an impression, and with `date`
             the end of the last day whose files are there.
         order: of the rows: shuffled by a hash, by time, or as they were read.
@@ -53,6 +64,8 @@ class PreprocessConfig(BaseModel):
     date: datetime.date | None = None
     encoders: EncodersFrom = EncodersFrom()
     labels: Literal["required", "none"] = "required"
+    state: StateFrom = StateFrom()
+    missing_days: MissingDays = "refuse"
     as_of: Annotated[AwareDatetime | None, BeforeValidator(utc)] = None
     order: Order = "shuffled"
     seed: int = 0

@@ -29,6 +29,8 @@ from pipeline.ingest.absent_columns import absent_rows, stream_columns
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import raw_format, units
 from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
+from pipeline.ingest.past_end import state_of, warn_of_stale_days
+from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
@@ -41,6 +43,7 @@ from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
 logger = logging.getLogger(__name__)
 
 UNPACKED = 5  # estimated size of a compressed file's content over its own
+EVENT_BYTES = 64  # estimated size in memory of an event of a history or counter
 
 
 def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
@@ -57,21 +60,23 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         raise UserError(
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
         )
-    read = schema
-    if config.labels == "none":
-        check_histories(schema)
-        read = without_labels(schema)
+    read = without_labels(schema) if config.labels == "none" else schema
     _check(config, read)
     streams = _find(config, read)
     valid_from = snapshots(config, read, streams)
     work = _read_work(config, read, streams, valid_from)
     reference, fits = _reference(config, schema)
+    start = start_of(schema, config.out, config.date, config.missing_days, config.state.from_, config.encoders.from_)
+    if config.labels == "none" and start is None:
+        check_histories(schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
+        size += EVENT_BYTES * max(sum(file.row_groups) for file in start.state.files) if start else 0
         job = Job(
             read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=not fits, broadcast=_broadcast(config, read, streams),
             snapshots={name: sorted(set(times.values())) for name, times in valid_from.items()},
+            start=start, horizon=_end(config, read),
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
@@ -80,10 +85,15 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         try:
             if reference and not fits:
                 _copy_encoders(reference, staging, schema)
+            if start:
+                copy_state(start, schema, job.begun)
             run_steps(config, job, limits, work)
-            return _commit(job, limits, schema, out)
+            manifest = _commit(job, limits, schema, out, config.state.from_ is not None)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
+    if config.date and schema.past:
+        warn_of_stale_days(out.parent, config.date)
+    return manifest
 
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:
@@ -104,13 +114,6 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
         raise UserError(f"{where}: {config.out} is a dataset itself. Choose a folder of its own for days, with out=.")
     if "{date}" not in schema.source.files:
         raise UserError(f"{where}: source.files is {schema.source.files}: put {{date}} where file names have the day")
-    if schema.past:
-        kind = (
-            f"bag {next(iter(schema.histories))} is a history"
-            if schema.histories
-            else "source.counters are of earlier rows"
-        )
-        raise UserError(f"{where}: {kind}, which one day does not have. Remove it, or date=.")
     for name, outcome in schema.source.outcomes.items():
         if "{date}" not in outcome.files and outcome.window and outcome.open_window != "keep" and config.as_of is None:
             raise UserError(
@@ -161,6 +164,14 @@ def _as_of(config: PreprocessConfig, schema: Schema) -> dict[str, int]:
             midnight = datetime.datetime.combine(last, datetime.time(), schema.source.format_of(name).zone)
             known[name] = int(midnight.timestamp())
     return known
+
+
+def _end(config: PreprocessConfig, schema: Schema) -> int | None:
+    """Seconds since 1970 at which the day ends, in the zone of times that name none; None without `date`."""
+    if config.date is None:
+        return None
+    midnight = datetime.datetime.combine(config.date + datetime.timedelta(days=1), datetime.time(), schema.source.zone)
+    return int(midnight.timestamp())
 
 
 def _unpacked(file: raw_files.RawFile) -> int:
@@ -265,8 +276,8 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
 
-def _commit(job: Job, limits: Limits, schema: Schema, out: Path) -> Manifest:
-    """Writes the dead letters, adds the counts up and moves the dataset, of this schema, into place."""
+def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: bool) -> Manifest:
+    """Writes the dead letters, adds up the counts, moves the dataset of this schema into place; `state_chosen`: see state_of."""
     reads, parts = job.found(ReadReport), job.labelled()
     join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
     for joined in job.found(JoinReport):
@@ -284,6 +295,7 @@ def _commit(job: Job, limits: Limits, schema: Schema, out: Path) -> Manifest:
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
         "types": sum_types({report.stream: report.types} for report in reads), "side_tables": side_table_counts(job),
+        "state": state_of(job, state_chosen),
     }  # fmt: skip
     return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import TypeAdapter
 
 from features.schema.schema import Split
-from pipeline.dataset.manifest import Shard
+from pipeline.dataset.manifest import Shard, StateFile
 from pipeline.ingest.files import Unit
 
 
@@ -216,12 +216,16 @@ class ScatterPastReport(Report):
         paths: by history or counter.
         undecided: rows left out of it since the log ended before a window that it reads of had closed, by history or counter.
         sums: of each smoothed counter the sum over the part's events in the train split, and their number.
+        earliest: time of its first impression, None where there is none.
+        late: impressions before the horizon of the state that the job begins from.
     """
 
     step: ClassVar[str] = "scatter_past"
     paths: dict[str, str]
     undecided: dict[str, int]
     sums: dict[str, tuple[float, int]]
+    earliest: int | None
+    late: int
 
 
 @dataclass(frozen=True)
@@ -230,11 +234,13 @@ class GatherPastWork:
 
     Attributes:
         mean: towards which the counter is smoothed.
+        horizon: seconds since 1970; the events that rows from then on need are kept.
     """
 
     name: str
     bucket: int
-    mean: float | None = None
+    mean: float | None
+    horizon: int
 
 
 @dataclass(frozen=True)
@@ -243,13 +249,28 @@ class GatherPastReport(Report):
 
     Attributes:
         path: of them, a batch for each part.
-        later: of the events of the bucket that a job of later rows needs; None where the job keeps none.
+        later: of the events of the bucket that a job of later rows needs.
     """
 
     step: ClassVar[str] = "gather_past"
     name: str
     path: str
-    later: str | None
+    later: str
+
+
+@dataclass(frozen=True)
+class WriteStateWork:
+    """A history or counter whose events are kept."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class WriteStateReport(Report):
+    """Its file."""
+
+    step: ClassVar[str] = "write_state"
+    file: StateFile
 
 
 @dataclass(frozen=True)
@@ -349,7 +370,9 @@ class WriteReport(Report):
     shard: Shard
 
 
-Work = ReadWork | JoinWork | LookUpWork | PartWork | GatherPastWork | MergeWork | EncodeWork | WriteWork
+Work = (
+    ReadWork | JoinWork | LookUpWork | PartWork | GatherPastWork | WriteStateWork | MergeWork | EncodeWork | WriteWork
+)
 
 
 def to_json(reports: Sequence[Report]) -> list[Any]:

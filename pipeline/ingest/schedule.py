@@ -37,16 +37,22 @@ from pipeline.ingest.messages import (
     ScatterPastReport,
     ScatterPastWork,
     Work,
+    WriteStateWork,
     WriteWork,
     to_json,
 )
+from pipeline.ingest.past_end import check_overlap, horizon
 from pipeline.ingest.progress import record_total
 from pipeline.ingest.state import RESERVE_FILE, Job
 from pipeline.ingest.steps.dead_letters import implausible_times
 from pipeline.ingest.steps.merge import merged
 from pipeline.storage.files import write_json
 
-CONSUMED = {"label": ("typed", "scattered", "gathered"), "encode": ("features",)}  # files that no later step reads
+CONSUMED = {
+    "write_state": ("later",),
+    "label": ("typed", "scattered", "gathered"),
+    "encode": ("features",),
+}  # files that no later step reads
 SLICES = 4  # of a shard, one of which is in memory while its rows are sorted
 
 
@@ -74,7 +80,7 @@ def steps_of(job: Job) -> list[str]:
     joins, past = bool(job.schema.source.outcomes), bool(job.schema.past)
     needs = {
         "read": True, "join": joins, "look_up": bool(job.schema.source.tables), "scatter_past": past, "gather_past": past,
-        "label": job.joins, "merge": True, "encode": job.order != "input", "write": True,
+        "write_state": past, "label": job.joins, "merge": True, "encode": job.order != "input", "write": True,
     }  # fmt: skip
     return [step for step, needed in needs.items() if needed]
 
@@ -159,9 +165,10 @@ def _scatter_past(job: Job, limits: Limits) -> Iterator[ScatterPastWork]:
 
 
 def _gather_past(job: Job, limits: Limits) -> Iterator[GatherPastWork]:
-    means = counter_means(job, limits)
+    check_overlap(job)
+    means, end = counter_means(job, limits), horizon(job)
     for name in job.schema.past:
-        yield from (GatherPastWork(name, bucket, means.get(name)) for bucket in range(job.buckets))
+        yield from (GatherPastWork(name, bucket, means.get(name), end) for bucket in range(job.buckets))
 
 
 def counter_means(job: Job, limits: Limits) -> dict[str, float]:
@@ -184,6 +191,10 @@ def counter_means(job: Job, limits: Limits) -> dict[str, float]:
             )
         means[name] = sum(total for total, _ in sums) / count
     return means
+
+
+def _write_state(job: Job, _: Limits) -> Iterator[WriteStateWork]:
+    yield from map(WriteStateWork, job.schema.past)
 
 
 def _label(job: Job, limits: Limits) -> Iterator[LabelWork]:
@@ -303,6 +314,7 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[Split, int], list[lis
 
 
 PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {
-    "join": _join, "look_up": _look_up, "scatter_past": _scatter_past, "gather_past": _gather_past, "label": _label,
+    "join": _join, "look_up": _look_up, "scatter_past": _scatter_past, "gather_past": _gather_past,
+    "write_state": _write_state, "label": _label,
     "merge": _merge, "encode": _encode, "write": _write,
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from pipeline.ingest.messages import LabelledPart, LabelReport, R, ReadReport, TypedPart, from_json
+from pipeline.ingest.past_start import Start
 
 Order = Literal["shuffled", "time", "input"]
 IMPRESSIONS = "impressions"  # the stream that outcomes belong to
@@ -25,8 +26,8 @@ class Job:
         counts_all: whether statistics are of all rows, or of the train split.
         broadcast: side tables that every worker holds; the others are joined a bucket of keys at a time.
         snapshots: of side tables in snapshots of which several are read, the seconds since 1970 at which these begin.
-        earlier: paths of earlier jobs' events, scattered to buckets, by history or counter: they come before the job's own.
-        horizon: seconds since 1970; the events that rows from then on need are kept for a later job. None: none are.
+        start: the state that histories and counters begin from; None: they begin empty.
+        horizon: seconds since 1970; what rows from then on need is kept as the dataset's state. None: the last impression's.
         cache: what a worker has loaded.
     """
 
@@ -39,7 +40,7 @@ class Job:
     counts_all: bool
     broadcast: frozenset[str] = frozenset()
     snapshots: dict[str, list[int]] = field(default_factory=dict)
-    earlier: dict[str, list[str]] = field(default_factory=dict)
+    start: Start | None = None
     horizon: int | None = None
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -47,6 +48,11 @@ class Job:
     def scratch(self) -> Path:
         """Folder of files between steps."""
         return self.staging / "scratch"
+
+    @property
+    def begun(self) -> Path:
+        """Folder with the job's copy of the state that it begins from."""
+        return self.scratch / "begun"
 
     @property
     def progress(self) -> Path:

@@ -1,5 +1,6 @@
 """The nightly verdict: whether the newest checkpoint is as good on a new day's log as the serving one."""
 
+import logging
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -9,16 +10,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError
 from features.regular_files import RelativePath, refuse_link
-from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.days import MissingDays, chosen_days, day_of
+from pipeline.dataset.manifest import read_manifest
+from pipeline.dataset.past_state import state_id, state_lines
 from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.scorer import Scorer
-from pipeline.ingest.config import EncodersFrom, PreprocessConfig
+from pipeline.ingest.config import EncodersFrom, PreprocessConfig, StateFrom
 from pipeline.ingest.job import preprocess
+from pipeline.ingest.past_start import newest_dataset
 from pipeline.run import checkpoint
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
 from pipeline.storage.files import make_folder, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class NightlyConfig(BaseModel):
@@ -34,6 +40,7 @@ class NightlyConfig(BaseModel):
     max_increase: float = Field(0.002, ge=0)
     batch_size: int = Field(8192, ge=1)
     max_bad_fraction: float = 0.001
+    missing_days: MissingDays = "refuse"
 
     @property
     def folder(self) -> Path:
@@ -120,7 +127,7 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
     """Scores one checkpoint (None: the newest) on all splits of the day.
 
     Args:
-        days: encoded so far, by the id of their encoders: models of the same encoders share one.
+        days: encoded so far, by the ids of encoders and state: models of the same ones share one.
     """
     found = checkpoint.steps(run.checkpoints)
     if not found or (step is not None and step not in found):
@@ -128,11 +135,18 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
             f"{run.checkpoints}: no checkpoint{f' of step {step}' if step else ''}, there are {found or 'none'}"
         )
     step = found[-1] if step is None else step
-    trained_on, trained_days = Path(run.config()["dataset"]), run.config().get("days")
-    dataset = open_dataset(trained_on, trained_days and trained_days.partition("..")[0])  # all have the same encoders
-    key = dataset.encoders_id
+    content = run.config()
+    trained_on, trained_days = Path(content["dataset"]), content.get("days")
+    if trained_days:  # all have the same encoders
+        trained_days = chosen_days(trained_on, trained_days, content.get("missing_days", "refuse"))[0]
+    dataset = open_dataset(trained_on, trained_days)
+    state, key = None, dataset.encoders_id
+    if dataset.schema.past:
+        state = newest_dataset(trained_on, day_of(config.date), config.missing_days)
+        known = read_manifest(state).state
+        key += f"-{state_id(known)}" if known else ""
     if key not in days:
-        days[key] = _encode(config, dataset.encoded_by, dataset.schema, config.folder / f"day-{key}")
+        days[key] = _encode(config, dataset, state, config.folder / f"day-{key}")
     day = days[key]
     splits = [split for split, rows in day.manifest.rows.items() if rows]
     if not splits:
@@ -141,13 +155,17 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
     return ModelScore(str(run.path), step, str(day.path), metrics.compute())
 
 
-def _encode(config: NightlyConfig, trained_on: Path, schema: Schema, out: Path) -> Dataset:
+def _encode(config: NightlyConfig, trained_on: Dataset, state: Path | None, out: Path) -> Dataset:
+    """Encodes the day with the encoders of `trained_on`; histories and counters go on from the dataset `state`."""
     settings = PreprocessConfig(
         input=config.input,
         out=refuse_link(out),
-        encoders=EncodersFrom.model_validate({"from": trained_on}),
+        encoders=EncodersFrom.model_validate({"from": trained_on.encoded_by}),
+        state=StateFrom.model_validate({"from": state and str(state)}),
         max_bad_fraction=config.max_bad_fraction,
         overwrite=True,
     )
-    preprocess(settings, schema)
+    manifest = preprocess(settings, trained_on.schema)
+    for line in state_lines(manifest.state) if manifest.state else ():
+        logger.info(line)
     return Dataset(out)

@@ -15,6 +15,7 @@ from features.plain_json import first_fault, read_json, validated
 from features.regular_files import irregular, lstat_regular, refuse_link, user_error_for_links
 from features.schema.schema import Schema
 from features.yaml_text import read_yaml, yaml_of
+from pipeline.dataset.days import MissingDays
 from pipeline.storage.base import Lock
 from pipeline.storage.files import (
     json_text,
@@ -44,6 +45,7 @@ class _RunConfig(BaseModel):
 
     dataset: Annotated[str, Field(pattern="^[^\0]*$")]
     days: str | None = None
+    missing_days: MissingDays = "refuse"
     tasks: list[str] | None = None
     model: dict[str, Any]
     train: dict[str, Any]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from models.ranker import ModelConfig
+from pipeline.dataset.days import Days, MissingDays
 from pipeline.run.retention import Keep
 from pipeline.training.optim.settings import DenseOptimizer, Fixed, Strict, TableOptimizer, Weighting
 
@@ -122,13 +123,15 @@ class TrainConfig(Strict):
     """A run: which dataset, which model, how, and where its results go.
 
     Attributes:
-        days: of a dataset of days those to read, in order: FIRST..LAST.
+        days: of a dataset of days those to read, in order: FIRST..LAST, or a list of these and of days.
+        missing_days: of `days`: skip leaves those without a dataset out.
         tasks: train these only (None: all of the dataset's).
         resume: auto resumes from the newest undamaged checkpoint; never refuses a run that has one.
     """
 
     dataset: Path
-    days: str | None = None
+    days: Days = None
+    missing_days: MissingDays = "refuse"
     run: Path
     tasks: list[str] | None = None
     model: ModelConfig

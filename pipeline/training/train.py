@@ -60,7 +60,7 @@ def prepare(
     """A trainer whose run is restored, ready for `run_to_end`. Every rank calls it. Raises UserError."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.train.threads or max(1, cores.available() // local))
-    whole = open_dataset(config.dataset, config.days)
+    whole = open_dataset(config.dataset, config.days, config.missing_days)
     if schema is not None:
         whole.check_compatible(schema.fingerprint, "the schema of this job")
     dataset = whole.only(config.tasks)

@@ -119,8 +119,6 @@ def test_what_has_no_days_is_refused(days, tmp_path):
     for click in ({"window": None}, {"late": "keep"}):
         message = refused(days, out, day_content(**click), date=FIRST)
         assert "outcome click may be in any later day" in message
-    seen = day_content() | {"bag": {"seen": {"history": {"user": "city", "item": "city"}}}}
-    assert "bag seen is a history" in refused(days, out, seen, date=FIRST)
     undated = day_content(files="clicks-*.csv")
     assert "the files of outcome click have no {date}. Set as_of=" in refused(days, out, undated, date=FIRST)
     message = refused(days, out, day_content(), date="2026-04-01")

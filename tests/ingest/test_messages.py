@@ -6,7 +6,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from pipeline.dataset.manifest import Shard
+from pipeline.dataset.manifest import Shard, StateFile
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodedBatch,
@@ -22,6 +22,7 @@ from pipeline.ingest.messages import (
     ScatterPastReport,
     TypedPart,
     WriteReport,
+    WriteStateReport,
     from_json,
     to_json,
 )
@@ -35,13 +36,15 @@ SHARD = Shard(
     path="a", split="test", rows=2, bytes=3, sha256="ab", footer_sha256="cd", row_groups=[1, 1], observed={"t": 1},
     positives={"t": 0.1 + 0.2},
 )  # fmt: skip
+STATE = StateFile(path="state/a", bytes=3, sha256="ab", name="a", definition="cd", row_groups=[0, 7])
 REPORTS: list[Report] = [
     ReadReport("impressions", "file", 5, 4, [TypedPart(1, 2, 3, "path", None)], [], [], None, DeadLetters()),
     ReadReport("click", "file", 0, 4, [], [PART], ["scattered"], -5, LETTERS),
     JoinReport("path", {"click": {"joined": 1, "late": 0}}, {"click": None, "buy": 9}),
     LookUpReport("item", "path", 3, 2, 1, {"matched": 5, "unmatched": 1, "early": 0}, [2**64 - 1]),
-    ScatterPastReport({"seen": "path"}, {"seen": 2}, {"ctr": (1.5, 3)}),
-    GatherPastReport("seen", "path", None),
+    ScatterPastReport({"seen": "path"}, {"seen": 2}, {"ctr": (1.5, 3)}, 9, 1),
+    GatherPastReport("seen", "path", "later"),
+    WriteStateReport(STATE),
     LabelReport(PART, LETTERS),
     MergeReport("path"),
     EncodeReport("path", [EncodedBatch("valid", 0, 7)]),

@@ -1,6 +1,7 @@
 """Days of a log, each a dataset of its own, read as one: in order, each row once, whatever the number of ranks."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def test_two_ranks_read_what_one_reads_and_a_position_continues(root):
 
 
 def test_a_missing_day_other_encoders_and_another_schema_are_refused_by_name(root, tmp_path):
-    with pytest.raises(UserError, match=r"2026-11-04: no dataset"):
+    with pytest.raises(UserError, match=r"no dataset of 2026-11-04 in .*date=2026-11-04 first, or set days=2026-11-01"):
         open_dataset(root, "2026-11-01..2026-11-04")
     for days in ("yesterday", "2026-11-02..2026-11-01", "2026-11-02.."[:-1]):
         with pytest.raises(UserError, match="days="):
@@ -118,6 +119,43 @@ def test_a_missing_day_other_encoders_and_another_schema_are_refused_by_name(roo
     write_day(tmp_path, 2, "2026-11-03", 5, schema=Schema.parse(CONTENT | {"weight": "2"}, "other.yaml"))
     with pytest.raises(UserError, match=r"2026-11-03 was written for schema"):
         open_dataset(tmp_path, "2026-11-02..2026-11-03")
+
+
+def test_days_with_holes_are_read_as_a_list_or_with_those_missing_left_out(root, tmp_path, caplog):
+    whole = row_ids(open_dataset(root, "2026-11-01..2026-11-03"))
+    for number, day in enumerate(("2026-11-01", "2026-11-02", "2026-11-04", "2026-11-07")):
+        write_day(tmp_path, number, day, 20)
+    four = "2026-11-01..2026-11-02,2026-11-04,2026-11-07"
+    named = open_dataset(tmp_path, four)
+    assert (named.days, named.name) == (["2026-11-01", "2026-11-02", "2026-11-04", "2026-11-07"], f"{tmp_path}/{four}")
+    with pytest.raises(UserError) as caught:
+        open_dataset(tmp_path, "2026-11-01..2026-11-08")
+    # The line names what can be pasted into a shell: the job of the first day that is missing, and the days that are there.
+    assert str(caught.value) == (
+        f"days=2026-11-01..2026-11-08: no dataset of 2026-11-03, 2026-11-05..2026-11-06, 2026-11-08 in {tmp_path}. Run "
+        f"jobs.preprocess with out={tmp_path} date=2026-11-03 first, or set "
+        '"days=[2026-11-01..2026-11-02,2026-11-04,2026-11-07]" or missing_days=skip.'
+    )
+    [setting] = re.findall(r'"days=\[(.*)\]"', str(caught.value))
+    assert parsed_days(setting.split(",")) == parsed_days(four) == four
+    skipped = open_dataset(tmp_path, "2026-11-01..2026-11-08", "skip")
+    assert "without 2026-11-03, 2026-11-05..2026-11-06, 2026-11-08" in caplog.text
+    assert row_ids(skipped) == row_ids(named) == {
+        1000 * number + row: number * 2**56 + row for number in range(4) for row in range(20)
+    }  # fmt: skip
+    assert row_ids(open_dataset(root, "2026-11-01..2026-11-09", "skip")) == whole
+    with pytest.raises(
+        UserError, match=r"no dataset of these days. It has those of 2026-11-01..2026-11-02, 2026-11-04"
+    ):
+        open_dataset(tmp_path, "2026-12-01..2026-12-08", "skip")
+    for days in ("2026-11-02,2026-11-01", "2026-11-01..2026-11-02,2026-11-02", "2026-11-01,", ""):
+        with pytest.raises(UserError, match="days="):
+            open_dataset(tmp_path, days)
+
+
+def parsed_days(value: str | list[str]) -> str | None:
+    """The setting days= of a job."""
+    return EvaluateConfig.model_validate({"run": "run", "days": value}).days
 
 
 def test_row_ids_of_days_never_meet_and_stay_as_they_are_in_one_dataset(root):

@@ -5,6 +5,7 @@
     look_up          part or bucket  what its rows ask of a side table to the columns of its answers
     scatter_past     part    keys, times and items or numbers of the rows, for each history and counter, scattered by key
     gather_past      bucket  earlier items of each user, or sums over earlier rows of a key, a batch for each part
+    write_state      name    of a history or counter: the events of all buckets that rows of a later dataset need
     label            part    typed rows and joined columns to features, labels, split; counted
     merge            counts  those of many parts to one
     encode           part    features to ids and numbers, partitioned by shard
@@ -27,12 +28,13 @@ from pipeline.ingest.steps.label import label
 from pipeline.ingest.steps.look_up import look_up
 from pipeline.ingest.steps.merge import merge
 from pipeline.ingest.steps.past import gather_past, scatter_past
+from pipeline.ingest.steps.past_state import write_state
 from pipeline.ingest.steps.read import read
 from pipeline.ingest.steps.write import write
 
 STEPS: dict[str, Callable[[Job, Any], Report]] = {
     "read": read, "join": join_bucket, "look_up": look_up, "scatter_past": scatter_past, "gather_past": gather_past,
-    "label": label, "merge": merge, "encode": encode, "write": write,
+    "write_state": write_state, "label": label, "merge": merge, "encode": encode, "write": write,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pipeline.ingest.messages import GatherPastReport, GatherPastWork, ScatterPa
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.join import joined, open_windows, scatter
 from pipeline.ingest.steps.look_up import part_rows
+from pipeline.ingest.steps.past_state import earlier_events
 
 NEVER = np.iinfo(np.int64).min  # before all events, where an impression has no time
 
@@ -43,7 +44,8 @@ def scatter_past(job: Job, work: ScatterPastWork) -> ScatterPastReport:
         undecided[name] = int((open_ & events["key"].is_not_null()).sum())
         table = events.with_columns(time.alias("time"), pl.int_range(pl.len()).alias(shuffle.POSITION))
         paths[name] = scatter(job, table.rechunk().to_arrow(), "key")
-    return ScatterPastReport(paths, undecided, sums)
+    late = int((time < job.start.state.horizon).sum()) if job.start else 0
+    return ScatterPastReport(paths, undecided, sums, time.min(), late)  # type: ignore[arg-type]
 
 
 def _reads(schema: Schema) -> tuple[list[str], list[str]]:
@@ -96,23 +98,23 @@ def gather_past(job: Job, work: GatherPastWork) -> GatherPastReport:
     name, past = work.name, job.schema.past[work.name]
     frame, sizes = shuffle.read_bucket([report.paths[name] for report in job.found(ScatterPastReport)], work.bucket)
     events = _events(past, frame)
-    if earlier := job.earlier.get(name):
-        events = pl.concat([shuffle.read_bucket(earlier, work.bucket)[0].select(events.columns), events])
+    if (earlier := earlier_events(job, name, work.bucket)) is not None:
+        events = pl.concat([earlier.select(events.columns), events])
     codes = key_codes(pl.concat([frame["key"], events["key"]]))
     key_I, key_E = codes[: frame.height], codes[frame.height :]
     time_I = frame["time"].fill_null(NEVER).to_numpy()
     if isinstance(past, History):
         length = job.schema.bag[name].max_length
         found = pl.Series(name, _lists(key_I, time_I, key_E, events, length))
-        later = history.kept(events, job.horizon, length) if job.horizon is not None else None
+        later = history.kept(events, work.horizon, length)
     else:
         found = pl.Series(name, counters.counted(past, key_I, time_I, events, key_E, work.mean)).fill_nan(None)
-        later = counters.kept(past, events, job.horizon) if job.horizon is not None else None
+        later = counters.kept(past, events, work.horizon)
     columns = frame.select(shuffle.POSITION).with_columns(found)
     return GatherPastReport(
         name,
         shuffle.write_batches(job.temporary_path("gathered"), columns, sizes),
-        None if later is None else shuffle.write(job.temporary_path("later"), [later.rechunk().to_arrow()]),
+        shuffle.write(job.temporary_path("later"), [later.rechunk().to_arrow()]),
     )
 
 

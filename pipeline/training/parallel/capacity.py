@@ -12,6 +12,7 @@ from features.schema.schema import Schema
 from models.emm import EMMSettings, build_ranker
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.days import Days, MissingDays
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
 from pipeline.training.optim.settings import Strict
@@ -34,7 +35,8 @@ class PlanConfig(Strict):
     """
 
     dataset: Path | None = None
-    days: str | None = None
+    days: Days = None
+    missing_days: MissingDays = "refuse"
     tasks: list[str] | None = None
     run: Path | None = None
     resume: str = "auto"
@@ -90,7 +92,7 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
         UserError: tables that do not fit, or of unknown size; settings that contradict each other.
     """
     if config.dataset:
-        dataset = open_dataset(config.dataset, config.days)
+        dataset = open_dataset(config.dataset, config.days, config.missing_days)
         if schema is not None:
             dataset.check_compatible(schema.fingerprint, "the schema of this job")
         dataset = dataset.only(config.tasks)

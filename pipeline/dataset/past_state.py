@@ -1,0 +1,213 @@
+"""The state of a dataset: what histories and counters of later rows need to know of its rows, a Parquet file each.
+
+A file has the events that `kept` of features.join leaves, in the order in which they count: `key` text and `known` int64
+(seconds), then `item` text of a history, `value` and `weight` float64 of a counter. Row group i holds the keys whose hashes are
+in the i-th of as many equal ranges, so that a bucket of a later job reads a few row groups. The files may be untrusted.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.errors import UserError, one_line
+from features.fit.fitted_files import RESTORE_HINT
+from features.parquet_limits import check_footer
+from features.parquet_pages import check_pages
+from features.parquet_schema import check_nesting_of
+from features.printable import printable
+from features.regular_files import lstat_regular
+from features.schema.expressions import columns_of
+from features.schema.schema import Schema
+from features.source import Counter, History
+from pipeline.dataset.days import day_of, days_in
+from pipeline.dataset.manifest import Manifest, State, StateFile, read_manifest
+
+FOLDER = "state"
+DAY = 86_400  # seconds
+
+
+def state_file(name: str) -> str:
+    """The path of the events of a history or counter, relative to the dataset."""
+    return f"{FOLDER}/{name}.parquet"
+
+
+def event_columns(past: History | Counter) -> pa.Schema:
+    """The columns of a file of events."""
+    columns = {"key": pa.large_string(), "known": pa.int64()}
+    numbers = {"value": pa.float64(), "weight": pa.float64()}
+    return pa.schema(columns | ({"item": pa.large_string()} if isinstance(past, History) else numbers))
+
+
+def definition(schema: Schema, name: str) -> str:
+    """16 hex digits of all that the events of a history or counter depend on: equal ones mean the same in two schemas.
+
+    That is its settings, the derived columns and outcomes that it reads, and how the text of its columns is read.
+    """
+    past, source = schema.past[name], schema.source
+    columns = [past.user, past.item] if isinstance(past, History) else [past.by]
+    expressions = [past.when] if isinstance(past, History) else [past.of, past.when]
+    columns += [column for text in expressions if text for column in columns_of(text)]
+    roots = schema.roots_of([*columns, str(schema.event_time)])
+    added = {schema.added_columns[column] for column in roots & schema.added_columns.keys()}
+    content = {
+        # Without defaults, so that a release with one more setting still reads yesterday's states.
+        "past": past.model_dump(mode="json", exclude_defaults=True),
+        "length": schema.bag[name].max_length if isinstance(past, History) else None,
+        "time": schema.event_time,
+        "derived": {column: source.derived[column] for column in columns if column in source.derived},
+        "types": {column: schema.raw_types.get(column, "string") for column in roots - schema.added_columns.keys()},
+        "added": {key: _settings(schema, key) for key in added},
+        "text": source.model_dump(mode="json", include={"missing", "trim", "timezone"}, exclude_defaults=True),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(schema: Schema, key: str) -> Any:
+    """What stands under a key such as source.outcomes.click, but for where its files are and how they are written."""
+    section, name = key.removeprefix("source.").split(".", 1)
+    return getattr(schema.source, section)[name].model_dump(
+        mode="json", exclude_defaults=True, exclude={"files", "read"}
+    )
+
+
+def state_id(state: State) -> str:
+    """16 hex digits that identify a state: its horizon, and the checksums of its files."""
+    content = [state.horizon, sorted([file.name, file.definition, file.sha256] for file in state.files)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def check_listed(manifest: Manifest, schema: Schema, path: Path) -> None:
+    """Raises UserError unless the manifest of a dataset lists the state's files of its schema, each once."""
+    if manifest.state is None:
+        return
+    wanted = sorted((name, state_file(name), definition(schema, name)) for name in schema.past)
+    if sorted((file.name, file.path, file.definition) for file in manifest.state.files) != wanted:
+        raise UserError(f"{path}/manifest.json: state lists other files than those of schema.yaml. {RESTORE_HINT}")
+    if manifest.state.undecided.keys() - schema.past.keys():
+        raise UserError(f"{path}/manifest.json: state counts events of no history or counter. {RESTORE_HINT}")
+
+
+def state_lines(state: State) -> list[str]:
+    """A state in words, and what later rows would find too short: a line each."""
+    before = f"began with the state of {state.began_from.dataset}" if state.began_from else "began empty"
+    lines = [f"histories and counters {before}, and end at {utc(state.horizon)}"]
+    if state.began_from and state.gap >= DAY:
+        lines.append(
+            f"the first row is {state.gap / DAY:.1f} days after the end of {state.began_from.dataset}: rows of the days "
+            "between are in no history or counter"
+        )
+    for name, count in state.undecided.items():
+        if count:
+            lines.append(
+                f"{name}: {count:,} events left out, since the window of an outcome was open when its files ended. Make this "
+                "dataset again once they are complete."
+            )
+    if state.cut_short:
+        lines.append(
+            f"{state.cut_short:,} rows are earlier than the end of {state.began_from and state.began_from.dataset}: what "
+            "they could know of it may be missing"
+        )
+    return [printable(line) for line in lines]
+
+
+@contextmanager
+def opened(
+    folder: Path, file: StateFile, columns: pa.Schema, groups: Sequence[int] | None = None
+) -> Iterator[pq.ParquetFile]:
+    """A file of events below `folder`, checked by its footer and pages; what the block cannot read is one line, too.
+
+    Args:
+        columns: that it must have.
+        groups: row groups that will be read; all if None.
+    Raises:
+        UserError: it is missing, no regular file, of another size, damaged, or not as its entry says.
+    """
+    path, status = folder / file.path, lstat_regular(folder, file.path)
+    if status is None or status.st_size != file.bytes:
+        found = f"has {status.st_size:,} bytes, the manifest says {file.bytes:,}" if status else "is missing"
+        raise UserError(f"{path} {found}. {RESTORE_HINT}")
+    try:
+        check_nesting_of(path)
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+            footer, found_columns = parquet.metadata, parquet.schema_arrow
+            if not found_columns.equals(columns):
+                raise UserError(f"{path}: its columns are not those of a state ({_words(columns)}). {RESTORE_HINT}")
+            check_footer(footer, path, status.st_size)
+            if [footer.row_group(number).num_rows for number in range(footer.num_row_groups)] != file.row_groups:
+                raise UserError(f"{path}: its row groups are not those of the manifest. {RESTORE_HINT}")
+            check_pages(path, footer, groups=groups)
+            yield parquet
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+
+
+def read_group(parquet: pq.ParquetFile, number: int, path: Path) -> pa.Table:
+    """The events of a row group. Raises UserError for a missing or non-finite value: `kept` leaves none."""
+    events = parquet.read_row_group(number)
+    for name, column in zip(events.column_names, events.columns, strict=True):
+        finite = not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column), min_count=0).as_py()
+        if column.null_count or not finite:
+            raise UserError(f"{path}: {name} is missing or not finite in an event. {RESTORE_HINT}")
+    return events
+
+
+def verify_state(folder: Path, state: State, schema: Schema) -> str:
+    """Reads all events of a dataset. Returns a line of what was checked. Raises UserError."""
+    events = 0
+    for file in state.files:
+        with opened(folder, file, event_columns(schema.past[file.name])) as parquet:
+            for number in range(parquet.num_row_groups):
+                events += read_group(parquet, number, folder / file.path).num_rows
+    return f"state: {events:,} events of {len(state.files)} histories and counters"
+
+
+def stale_days(folder: Path, manifests: dict[str, Manifest]) -> list[str]:
+    """Days whose state did not begin from what now is the day before, in order.
+
+    The day before was made anew since, or made at all: histories and counters are of another past than that of the days there.
+
+    Args:
+        folder: of the datasets of days.
+        manifests: of the days in question, by day.
+    """
+    there = [day.isoformat() for day in days_in(folder)]
+    found = []
+    for day, manifest in manifests.items():
+        state = manifest.state
+        origin = state.began_from if state else None
+        if state is None or state.chosen or (origin is not None and day_of(origin.dataset) is None):
+            continue
+        before = max((other for other in there if other < day), default=None)
+        known = None if before is None else manifests.get(before) or read_manifest(folder / before)
+        expected = (before, state_id(known.state)) if known and known.state else None
+        if expected != ((origin.dataset, origin.state) if origin else None):
+            found.append(day)
+    return found
+
+
+def stale_words(days: list[str]) -> str:
+    """What `stale_days` has found, as a line for the user."""
+    return (
+        f"histories and counters of {', '.join(days[:5])}{' …' if len(days) > 5 else ''} go on from another past than the day "
+        f"before now has. Run jobs.preprocess again with date={days[0]} overwrite=true, then for the days after it."
+    )
+
+
+def utc(seconds: int) -> str:
+    """A moment in ISO 8601; one beyond the years that dates have as seconds since 1970."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s"
+
+
+def _words(columns: pa.Schema) -> str:
+    return printable(", ".join(f"{field.name}: {field.type}" for field in columns))
