@@ -211,6 +211,16 @@ class History(Strict):
     item: str
     when: str | None = None
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads beside those of its expressions."""
+        return [self.user, self.item]
+
+    @property
+    def expressions(self) -> dict[str, str]:
+        """Its SQL expressions by their keys."""
+        return {"when": self.when} if self.when is not None else {}
+
 
 class Counter(Strict):
     """A number made of earlier rows with the same key: how many, or the sum or mean of something. It adds a column NAME.
@@ -250,6 +260,11 @@ class Counter(Strict):
                 f"smoothing is of take: mean; a {self.take} of few rows is no less certain than one of many"
             )
         return self
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads beside those of its expressions."""
+        return [self.by]
 
     @property
     def expressions(self) -> dict[str, str]:

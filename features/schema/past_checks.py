@@ -56,13 +56,9 @@ def _of_counters(schema: Schema) -> Iterator[str]:
     needed = {"source.key": schema.source.key, "source.row_id": schema.source.row_id, "event_time": schema.event_time}
     needed |= {"split.key": getattr(schema.split, "key", None)}
     read: dict[str, list[str]] = {key: [column] for key, column in needed.items() if column}
-    for name, history in schema.histories.items():
-        read[f"bag.{name}.history"] = [history.user, history.item, *(columns_of(history.when) if history.when else [])]
-    for name, counter in schema.source.counters.items():
-        read[f"source.counters.{name}"] = [
-            counter.by,
-            *(c for text in counter.expressions.values() for c in columns_of(text)),
-        ]
+    for name, past in schema.past.items():
+        key = f"bag.{name}.history" if name in schema.histories else f"source.counters.{name}"
+        read[key] = past.columns + [column for text in past.expressions.values() for column in columns_of(text)]
     for key, columns in read.items():
         if found := sorted(schema.roots_of(columns) & schema.source.counters.keys()):
             yield f"{key} reads {found[0]}, which is a counter: it must read columns of the log"

@@ -52,9 +52,7 @@ def definition(schema: Schema, name: str) -> str:
     That is its settings, the derived columns and outcomes that it reads, and how the text of its columns is read.
     """
     past, source = schema.past[name], schema.source
-    columns = [past.user, past.item] if isinstance(past, History) else [past.by]
-    expressions = [past.when] if isinstance(past, History) else [past.of, past.when]
-    columns += [column for text in expressions if text for column in columns_of(text)]
+    columns = past.columns + [column for text in past.expressions.values() for column in columns_of(text)]
     roots = schema.roots_of([*columns, str(schema.event_time)])
     added = {schema.added_columns[column] for column in roots & schema.added_columns.keys()}
     content = {

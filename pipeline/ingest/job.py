@@ -17,7 +17,7 @@ from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema
-from features.schema.unlabelled import check_histories, without_labels
+from features.schema.unlabelled import check_past, without_labels
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
@@ -68,7 +68,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     reference, fits = _reference(config, schema)
     start = start_of(schema, config.out, config.date, config.missing_days, config.state.from_, config.encoders.from_)
     if config.labels == "none" and start is None:
-        check_histories(schema)
+        check_past(schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         size += EVENT_BYTES * max(sum(file.row_groups) for file in start.state.files) if start else 0
@@ -277,7 +277,7 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
 
 
 def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: bool) -> Manifest:
-    """Writes the dead letters, adds up the counts, moves the dataset of this schema into place; `state_chosen`: see state_of."""
+    """Writes the dead letters, adds up the counts, moves the dataset into place. state_chosen: see state_of."""
     reads, parts = job.found(ReadReport), job.labelled()
     join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
     for joined in job.found(JoinReport):

@@ -154,7 +154,7 @@ def test_counters_and_histories_do_not_read_counters():
 def test_a_counter_with_the_name_of_another_column_that_is_added_is_refused(name):
     content = with_counter({"by": "user", "take": "count"})
     content["source"]["counters"][name] = {"by": "user", "take": "count"}
-    assert f"column {name} is added twice, by source.outcomes, counters or derived" in refusal(content)
+    assert f"column {name} is added twice, by source.outcomes, tables, counters or derived" in refusal(content)
 
 
 def test_a_counter_with_the_name_of_a_history_is_refused():

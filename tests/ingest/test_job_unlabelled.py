@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from ingest_runs import content_of, no_beam, refused, rows_by_id, run
 from pydantic import ValidationError
@@ -74,7 +75,7 @@ def test_files_to_be_scored_need_encoders_and_files_to_be_learnt_from_their_outc
     assert "clicks-*.csv: no such file" in message
 
 
-def test_a_history_of_outcomes_is_refused_and_one_of_rows_is_not(
+def test_a_history_of_outcomes_is_that_of_the_state_and_refused_without_one(
     to_score: Path, small_log: Path, small_content: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
     content = small_content()
@@ -84,8 +85,13 @@ def test_a_history_of_outcomes_is_refused_and_one_of_rows_is_not(
     content["source"]["times"]["dwell"] = "index"
     run(small_log, tmp_path / "first", content)
     settings: dict[str, Any] = {"encoders": {"from": tmp_path / "first"}, "labels": "none"}
-    message = refused(to_score, tmp_path / "out", content, **settings)
-    assert message.startswith("labels=none: bag clicked is a history of outcome click, which is not read.")
+    message = refused(to_score, tmp_path / "out", content, **settings, state={"from": "empty"})
+    assert message.startswith("labels=none: clicked is made of outcome click of earlier rows, and these are not there.")
+    for path in to_score.iterdir():
+        later = pl.read_csv(path, infer_schema=False).with_columns(pl.col("at").cast(pl.Int64) + 10 * 86_400)
+        later.write_csv(path)
+    run(to_score, tmp_path / "scored", content, **settings)
+    assert any(row["clicked"] for row in rows_by_id(tmp_path / "scored"))
     content["bag"]["clicked"]["history"] = {"user": "user", "item": "item", "when": "city IS NOT NULL"}
     shutil.rmtree(tmp_path / "first")
     run(small_log, tmp_path / "first", content)

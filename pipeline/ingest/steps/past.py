@@ -50,20 +50,13 @@ def scatter_past(job: Job, work: ScatterPastWork) -> ScatterPastReport:
 
 def _reads(schema: Schema) -> tuple[list[str], list[str]]:
     """The expressions and columns that all histories and counters read."""
-    texts, columns = [], []
-    for past in schema.past.values():
-        if isinstance(past, History):
-            texts += [past.when] if past.when else []
-            columns += [past.user, past.item]
-        else:
-            texts += past.expressions.values()
-            columns += [past.by]
-    return texts, columns
+    pasts = schema.past.values()
+    return [text for past in pasts for text in past.expressions.values()], [c for past in pasts for c in past.columns]
 
 
 def _history(name: str, past: History, frame: pl.DataFrame, known: Known) -> tuple[pl.DataFrame, pl.Series]:
     """The columns key, known (null: the row is no event) and item of a block; and whose part in it the log's end left open."""
-    since, undecided = known.since([past.when] if past.when else [])
+    since, undecided = known.since([*past.expressions.values()])
     item = _texts(frame, past.item, f"bag.{name}.history.item")
     counts = item.is_not_null()
     if past.when:
