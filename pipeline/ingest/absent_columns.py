@@ -24,12 +24,12 @@ def stream_columns(
         key: where the schema has `options`.
 
     Raises:
-        UserError: a file cannot be opened, has a wanted column twice, or lacks one that is not optional; where others have
-            it the error is about that file, and else about the schema.
+        UserError: a file cannot be opened, has a wanted column twice, or lacks all of them or one that is not optional; where
+            others have that it is a fault of the file, and else of the schema.
     """
     required = [column for column in wanted if column not in options.optional]
     try:
-        return {file.path: check_columns(file, options, required) for file in files}
+        columns = {file.path: check_columns(file, options, required) for file in files}
     except MissingColumnError as error:
         found = {file.path: raw_format(options).column_names(file) or () for file in files}
         lacking = [path for path, names in found.items() if error.column not in names]
@@ -43,6 +43,10 @@ def stream_columns(
             f"{lacking[0]} {lack} column {error.column} (found: {shown}), which the {have}: fix or remove the file, or list "
             f"{error.column} in {key}.optional with its default"
         ) from None
+    for path, names in columns.items():
+        if wanted and names is not None and not set(wanted) & set(names):
+            raise UserError(f"{path}: has none of the columns {', '.join(wanted)[:1000]}: remove it, or fix the schema")
+    return columns
 
 
 @dataclass

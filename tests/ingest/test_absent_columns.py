@@ -160,6 +160,24 @@ def test_a_column_that_all_files_lack_is_a_fault_of_the_schema(tmp_path: Path) -
     assert message.startswith(f"{folder}/log-0.csv: column pirce is missing, the file has id, at, ")
 
 
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_file_that_has_nothing_but_other_columns_is_refused_though_all_are_optional(
+    tmp_path: Path, form: str
+) -> None:
+    WRITERS[form](tmp_path / f"log-0.{form}", [{"x": 1.5, "y": 1}])
+    WRITERS[form](tmp_path / f"log-1.{form}", [{"z": 1.5}])
+    content = {
+        "source": {"files": "log-*", "format": form, "types": {"y": "int"}, "optional": {"x": None, "y": None}},
+        "dense": {"x": {}},
+        "tasks": {"y": {"kind": "binary", "label": "y"}},
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }
+    message = refused(tmp_path, tmp_path / "out", content)
+    assert message == f"{tmp_path}/log-1.{form}: has none of the columns x, y: remove it, or fix the schema"
+    (tmp_path / f"log-1.{form}").unlink()
+    assert run(tmp_path, tmp_path / "out", content).rows["train"] == 1
+
+
 @pytest.mark.parametrize(("section", "column"), [("dense", "pirce"), ("click", "dwel")])
 def test_a_key_that_no_row_of_json_has_is_refused_unless_it_is_optional(
     tmp_path: Path, section: str, column: str

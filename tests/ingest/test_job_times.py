@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -40,6 +41,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def write_avro(path: Path, rows: list[dict[str, Any]]) -> None:
+    fields = [{"name": name, "type": {int: "long", float: "double"}[type(value)]} for name, value in rows[0].items()]
+    with path.open("wb") as file:
+        fastavro.writer(file, {"type": "record", "name": "row", "fields": fields}, rows)
+
+
 def log(at: list[Any]) -> list[dict[str, Any]]:
     return [{"id": n, "x": n % 3, "y": n % 2, "at": value} for n, value in enumerate(at)]
 
@@ -48,8 +55,10 @@ def times_of(out: Path) -> list[int]:
     return [row["event_time"] for row in rows_by_id(out)]
 
 
-@pytest.mark.parametrize("unit", list(UNITS))
-@pytest.mark.parametrize("kind", ["csv", "floats.csv", "jsonl", "parquet", "floats.parquet"])
+KINDS = ["csv", "floats.csv", "jsonl", "parquet", "floats.parquet", "avro", "floats.avro"]
+
+
+@pytest.mark.parametrize(("unit", "kind"), [*((unit, "csv") for unit in UNITS), *(("ms", kind) for kind in KINDS[1:])])
 def test_numbers_of_a_unit_are_the_seconds_that_they_name(tmp_path: Path, unit: str, kind: str) -> None:
     moments = [START + 60 * n for n in range(ROWS)]
     ticks: list[Any] = [moment * UNITS[unit] + UNITS[unit] // 2 for moment in moments]
@@ -59,6 +68,8 @@ def test_numbers_of_a_unit_are_the_seconds_that_they_name(tmp_path: Path, unit: 
     elif kind == "jsonl":
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / "log.jsonl").write_text("".join(lines))
+    elif kind.endswith("avro"):
+        write_avro(tmp_path / "log.avro", rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
     run(tmp_path, tmp_path / "out", content_for(format=kind.rpartition(".")[2], times={"at": unit}))
