@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 
 from features.errors import UserError
-from pipeline.dataset.days import days_in
+from pipeline.dataset.days import day_of, days_in
 from pipeline.dataset.manifest import State, read_manifest
 from pipeline.dataset.past_state import stale_days, stale_words, utc
 from pipeline.ingest.messages import ReadReport, ScatterPastReport, WriteStateReport
@@ -32,13 +32,25 @@ def check_overlap(job: Job) -> None:
     """Raises UserError where the log is one that the state it begins from has seen: its rows would count twice."""
     if job.start is None or job.start.is_day_before:
         return
-    late, rows = sum(report.late for report in job.found(ScatterPastReport)), sum(part.rows for part in job.typed())
+    scattered, rows = job.found(ScatterPastReport), sum(part.rows for part in job.typed())
+    late = sum(report.late for report in scattered)
     if late > MOST_LATE * rows:
+        earliest = min(report.earliest for report in scattered if report.earliest is not None)
         raise UserError(
             f"{late:,} of {rows:,} rows are before {utc(job.start.state.horizon)}, until when histories and counters of "
-            f"{job.start.folder} go: it has seen them, or later ones. Set state.from to the dataset of the rows before these "
-            "(jobs.nightly: date= to the day of the log), or state.from=empty."
+            f"{job.start.folder} go: it has seen them, or later ones. Set state.from={_before(job.start.folder, earliest)} "
+            "(of jobs.nightly date= to the day of the log), or state.from=empty."
         )
+
+
+def _before(folder: Path, earliest: int) -> Path | str:
+    """The newest day beside `folder` whose state ends before the first row, in words where there is none."""
+    days = days_in(folder.parent) if day_of(folder.name) else []
+    for day in reversed(days):
+        state = read_manifest(folder.parent / day.isoformat()).state
+        if state and state.horizon <= earliest:
+            return folder.parent / day.isoformat()
+    return "DATASET to that of the rows before these"
 
 
 def state_of(job: Job, chosen: bool) -> State | None:

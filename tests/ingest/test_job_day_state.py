@@ -370,6 +370,7 @@ def test_a_days_log_with_encoders_from_goes_on_from_the_newest_day_and_is_the_da
         f"20 of 20 rows are before 2026-03-05T00:00:00Z, until when histories and counters of {days / day(3)} go"
         in message
     )
+    assert f"Set state.from={days / day(2)} (" in message
     run(alone, tmp_path / "again", content(), encoders={"from": days / day(0)}, state={"from": str(days / day(2))},
         as_of=str(FIRST + timedelta(days=7)))  # fmt: skip
     assert inputs(tmp_path / "again") == rows_by_id(days / day(3))
