@@ -28,6 +28,7 @@ UNLISTED_FILES = (
 )  # files of a dataset that its manifest does not list
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
+Days = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d(\.\.\d{4}-\d\d-\d\d)?$")]
 
 
 class Shard(BaseModel):
@@ -86,6 +87,9 @@ class Manifest(BaseModel):
         complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
         dead_letters: bad rows of all streams by reason.
         dead_letter_files: the files that hold them; `letters` in manifest.json.
+        absent_days: per stream whose file names have dates, the days without a file, each a day or FIRST..LAST.
+        undecided: per outcome, impressions (bad ones among them) with no known outcome, by cause: its window was still open,
+            or the files of a day that it needs are absent.
         fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
     """
 
@@ -103,6 +107,8 @@ class Manifest(BaseModel):
     dead_letter_files: list[DeadLetterFile] = Field(alias="letters")
     shards: list[Shard]
     fitted: list[FittedFile] = []
+    absent_days: dict[str, list[Days]] = {}
+    undecided: dict[str, dict[str, Count]] = {}
 
 
 def fitted_files(folder: Path, schema: Schema) -> list[FittedFile]:

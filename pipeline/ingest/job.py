@@ -22,14 +22,15 @@ from pipeline.dataset.days import folder_of_day
 from pipeline.dataset.manifest import DeadLetterFile, Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
+from pipeline.ingest.absent_days import absent_days, days_after
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import check_columns, raw_format, units
-from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
+from pipeline.ingest.messages import JoinReport, LabelledPart, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
-from pipeline.ingest.state import IMPRESSIONS, Job
+from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import dead_letters
 
 UNPACKED = 5  # estimated size of a compressed file's content over its own
@@ -53,11 +54,13 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     streams = _find(config, schema)
     work = _read_work(config, schema, streams)
     reference = _reference(config, schema)
+    # With `date` it is as_of that is in front of a gap.
+    absent = AbsentDays() if config.date else absent_days(schema, streams, config.as_of)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
             schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
-            config.rows_per_row_group, counts_all=reference is not None,
+            config.rows_per_row_group, counts_all=reference is not None, absent=absent,
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
@@ -114,7 +117,7 @@ def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.
 
 def _days(day: datetime.date, outcome: Outcome) -> list[datetime.date]:
     """The days on which outcomes of a day's impressions may happen."""
-    return [day + datetime.timedelta(days=after) for after in range(2 + (int(outcome.window or 0) - 1) // 86_400)]
+    return [day + datetime.timedelta(days=after) for after in range(1 + days_after(outcome))]
 
 
 def _as_of(config: PreprocessConfig, schema: Schema) -> dict[str, int]:
@@ -211,9 +214,19 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
-        "complete_until": schedule.complete_until(job, limits),
+        "complete_until": schedule.complete_until(job, limits), "absent_days": job.absent.days,
+        "undecided": _undecided(parts),
     }  # fmt: skip
     return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
+
+
+def _undecided(parts: list[LabelledPart]) -> dict[str, dict[str, int]]:
+    """Per outcome the impressions that are undecided, by cause."""
+    found: dict[str, Counter[str]] = {}
+    for part in parts:
+        for name, causes in part.undecided.items():
+            found.setdefault(name, Counter()).update(causes)
+    return {name: dict(causes) for name, causes in found.items()}
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:

@@ -91,6 +91,7 @@ class LabelledPart:
         left_out: rows by the rule that left them out.
         statistics: path of the counts.
         times: for rows in order of time, event times of each split at evenly spaced ranks.
+        undecided: rows whose outcome is not decided, by outcome and cause.
     """
 
     unit: int
@@ -99,6 +100,7 @@ class LabelledPart:
     left_out: dict[str, int]
     statistics: str
     times: dict[Split, list[int]]
+    undecided: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

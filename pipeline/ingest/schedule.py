@@ -122,14 +122,16 @@ def complete_until(job: Job, limits: Limits) -> dict[str, int]:
     """For each outcome with a window the time until which its stream is complete, unless `limits` has it.
 
     It is that of its last outcome that was joined: one stream may be ahead of another, and a clock may be wrong. If none was
-    joined it is the last impression's.
+    joined it is the last impression's, or the end of the last day of which there is a file.
     """
     latest = [report.latest for report in job.found(ReadReport) if report.latest is not None]
     until = {}
     for name, outcome in job.schema.source.outcomes.items():
         if outcome.window and outcome.open_window != "keep":
             joined = [time for report in job.found(JoinReport) if (time := report.latest[name]) is not None]
-            until[name] = limits.as_of.get(name, max(joined or latest, default=0))
+            end = job.absent.ends.get(name)
+            known = max(joined or latest, default=0)
+            until[name] = limits.as_of.get(name, known if joined or end is None else min(known, end))
     return until
 
 

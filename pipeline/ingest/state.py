@@ -16,6 +16,21 @@ RESERVE_FILE = "reserve"  # removed when the disk is full, to make room for the 
 
 
 @dataclass(frozen=True)
+class AbsentDays:
+    """What the dates in file names say (see pipeline.ingest.absent_days); empty where they say nothing.
+
+    Attributes:
+        days: absent days by stream, each a day or FIRST..LAST.
+        undecided: per outcome, the times [start, stop) of impressions that are undecided: disjoint, in order.
+        ends: per outcome, the end of the day of its last file.
+    """
+
+    days: dict[str, list[str]] = field(default_factory=dict)
+    undecided: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Job:
     """What every step is given.
 
@@ -24,6 +39,7 @@ class Job:
         buckets: of joins and histories.
         counts_all: whether statistics are of all rows, or of the train split.
         cache: what a worker has loaded.
+        absent: days without files.
     """
 
     schema: Schema
@@ -34,6 +50,7 @@ class Job:
     rows_per_row_group: int
     counts_all: bool
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    absent: AbsentDays = AbsentDays()
 
     @property
     def scratch(self) -> Path:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from features.join.history import recent
 from features.parse import compute, raw
 from pipeline.ingest import shuffle
+from pipeline.ingest.absent_days import is_undecided
 from pipeline.ingest.messages import GatherHistoryReport, GatherHistoryWork, PartWork, ScatterHistoryReport
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.join import joined, scatter
@@ -36,18 +37,21 @@ def scatter_history(job: Job, work: PartWork) -> ScatterHistoryReport:
 def _known(job: Job, name: str, frame: pl.DataFrame, outcomes: pl.DataFrame | None, time: pl.Series) -> pl.Series:
     """When each row became part of its user's history: after it, and after what `when` reads was decided; null: never.
 
-    That an outcome happened is known when it does, all else of it only once its window has closed.
+    That an outcome happened is known when it does, all else of it only once its window has closed, and never where it may be
+    in a file that is absent.
     """
     when = job.schema.histories[name].when
     if when is None:
         return time
-    known = time
+    known, counts = time, compute.truth(frame, f"bag.{name}.history.when", when)
     for outcome in job.schema.outcomes_of(when):
         assert outcomes is not None
         happened = when.strip() == outcome
         decided = outcomes[f"{outcome}_time"] if happened else time + job.schema.source.outcomes[outcome].window
         known = pl.select(pl.max_horizontal(known, decided)).to_series()
-    return known.set(~compute.truth(frame, f"bag.{name}.history.when", when), None)
+        if not happened and outcome in job.absent.undecided:
+            counts &= ~pl.Series(is_undecided(time.fill_null(0).to_numpy(), job.absent.undecided[outcome]))
+    return known.set(~counts, None)
 
 
 def gather_history(job: Job, work: GatherHistoryWork) -> GatherHistoryReport:

@@ -12,12 +12,15 @@ from features.parse import raw
 from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Split
 from pipeline.ingest import shuffle
-from pipeline.ingest.messages import LabelledPart, LabelReport, LabelWork
+from pipeline.ingest.absent_days import day_of, is_undecided, midnight
+from pipeline.ingest.messages import LabelledPart, LabelReport, LabelWork, ReadReport
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.history import histories
 from pipeline.ingest.steps.join import joined
 
+WINDOW_OPEN, FILES_ABSENT = "window still open", "files of a day absent"
+NO_TIME = -(1 << 63)  # of rows without a time, which become dead letters
 RANKS = 65  # of a part's rows in time, whose event times it reports
 
 
@@ -47,11 +50,8 @@ def label_rows(
         lists: of histories.
         as_of: see LabelWork.
     """
-    open_windows = {}
-    for name, until in (as_of or {}).items():
-        closes = pl.Series(raw.event_time(job.schema, rows)) + job.schema.source.outcomes[name].window
-        open_windows[name] = (closes > until).fill_null(False).to_numpy()
-    parsed = raw.parse(job.schema, rows, row_id, outcomes, open_windows, lists)
+    windows, absent = _undecided(job, unit, rows, as_of or {})
+    parsed = raw.parse(job.schema, rows, row_id, outcomes, windows, lists, absent)
     split_B = parsed.rows[SPLIT].to_numpy()
     counted = parsed.rows if job.counts_all else parsed.rows.filter(pa.array(split_B == 0))
     statistics = job.temporary_path("statistics")
@@ -63,8 +63,39 @@ def label_rows(
         left_out=parsed.left_out,
         statistics=str(statistics),
         times=_times(parsed.rows, split_B) if job.order == "time" else {},
+        undecided=_causes(windows, absent),
     )
     return part, parsed.bad
+
+
+def _undecided(
+    job: Job, unit: int, rows: pa.Table, as_of: Mapping[str, int]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Per outcome [B] whether its window was still open, and whether it may lie in the files of an absent day."""
+    if not as_of and not job.absent.undecided:
+        return {}, {}
+    time_B = _time_or_day(job, unit, rows)
+    windows = {n: time_B > until - int(job.schema.source.outcomes[n].window or 0) for n, until in as_of.items()}
+    return windows, {name: is_undecided(time_B, ranges) for name, ranges in job.absent.undecided.items()}
+
+
+def _time_or_day(job: Job, unit: int, rows: pa.Table) -> np.ndarray:
+    """Event times; in a schema without, the beginning of the day in the name of their file, 0 where it has none."""
+    if job.schema.event_time:
+        return pl.Series(raw.event_time(job.schema, rows)).fill_null(NO_TIME).to_numpy()
+    day = day_of(job.found(ReadReport)[unit].file, job.schema.source.files)
+    return np.full(rows.num_rows, midnight(day.toordinal(), job.schema.source.zone) if day else 0)
+
+
+def _causes(windows: dict[str, np.ndarray], absent: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
+    """Rows that are undecided by outcome and cause; those of both causes count as open windows."""
+    found: dict[str, dict[str, int]] = {}
+    for name in dict.fromkeys([*windows, *absent]):
+        none_B = np.zeros(1, bool)
+        open_B = windows.get(name, none_B)
+        causes = {WINDOW_OPEN: open_B, FILES_ABSENT: absent.get(name, none_B) & ~open_B}
+        found[name] = {cause: int(rows_B.sum()) for cause, rows_B in causes.items() if rows_B.any()}
+    return {name: causes for name, causes in found.items() if causes}
 
 
 def _times(rows: pa.Table, split_B: np.ndarray) -> dict[Split, list[int]]:
