@@ -62,6 +62,14 @@ class DeadLetterFile(BaseModel):
     sha256: Digest
 
 
+class DeadLetterExample(BaseModel):
+    """A bad row: its file, its line in it, and what is wrong."""
+
+    file: str
+    line: Count
+    reason: str
+
+
 class FittedFile(BaseModel):
     """A file of the encoders, or statistics.json."""
 
@@ -90,6 +98,7 @@ class Manifest(BaseModel):
         absent_days: per stream whose file names have dates, the days without a file, each a day or FIRST..LAST.
         undecided: per outcome, impressions (bad ones among them) with no known outcome, by cause: its window was still open,
             or the files of a day that it needs are absent.
+        dead_letter_examples: the first bad row of each of the most frequent reasons.
         fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
     """
 
@@ -109,6 +118,7 @@ class Manifest(BaseModel):
     fitted: list[FittedFile] = []
     absent_days: dict[str, list[Days]] = {}
     undecided: dict[str, dict[str, Count]] = {}
+    dead_letter_examples: dict[str, DeadLetterExample] = {}
 
 
 def fitted_files(folder: Path, schema: Schema) -> list[FittedFile]:

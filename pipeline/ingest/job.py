@@ -13,25 +13,27 @@ from typing import Any
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
+from features.fit.split_counts import FeatureCounts, summed
 from features.regular_files import open_regular
-from features.schema.schema import RowIndexSplit, Schema
+from features.schema.schema import RowIndexSplit, Schema, Split
 from features.source import Outcome
-from pipeline.dataset.card.card import read_card
+from pipeline.dataset.card.card import read_card, with_splits
 from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
-from pipeline.dataset.manifest import DeadLetterFile, Manifest
+from pipeline.dataset.manifest import DeadLetterExample, DeadLetterFile, Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
 from pipeline.ingest.absent_days import absent_days, days_after
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import check_columns, raw_format, units
-from pipeline.ingest.messages import JoinReport, LabelledPart, ReadReport, ReadWork, WriteReport
+from pipeline.ingest.messages import EncodeReport, JoinReport, LabelledPart, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import dead_letters
+from pipeline.storage.files import write_json
 
 UNPACKED = 5  # estimated size of a compressed file's content over its own
 
@@ -65,6 +67,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
             _as_of(config, schema), str(reference) if reference else None,
+            min_joined=config.min_joined, whole_log=reference is None and config.date is None,
         )  # fmt: skip
         try:
             if reference:
@@ -215,9 +218,25 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits), "absent_days": job.absent.days,
-        "undecided": _undecided(parts),
+        "undecided": _undecided(parts), "dead_letter_examples": _examples(job, reads, reasons),
     }  # fmt: skip
+    _add_splits(job)
     return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
+
+
+def _add_splits(job: Job) -> None:
+    """Adds what was counted of encoded rows to the card, which was written before they were encoded."""
+    parts: dict[Split, list[dict[str, FeatureCounts]]] = {}
+    for encoded in job.found(EncodeReport):
+        for split, counts in encoded.counts.items():
+            parts.setdefault(split, []).append(counts)
+    for written in job.found(WriteReport):
+        if written.counts:
+            parts.setdefault(written.shard.split, []).append(written.counts)
+    path = job.staging / "statistics.json"
+    write_json(
+        path, with_splits(json.loads(path.read_text()), {split: summed(found) for split, found in parts.items()})
+    )
 
 
 def _undecided(parts: list[LabelledPart]) -> dict[str, dict[str, int]]:
@@ -227,6 +246,20 @@ def _undecided(parts: list[LabelledPart]) -> dict[str, dict[str, int]]:
         for name, causes in part.undecided.items():
             found.setdefault(name, Counter()).update(causes)
     return {name: dict(causes) for name, causes in found.items()}
+
+
+def _examples(job: Job, reads: list[ReadReport], reasons: Counter[str]) -> dict[str, DeadLetterExample]:
+    """The first bad row of each of the most frequent reasons."""
+    first: dict[str, tuple[int, int, str]] = {}
+    for unit, spilled in schedule.dead_letters_of(job):
+        for kind, (line, reason) in spilled.examples.items():
+            first[kind] = min(first.get(kind, (unit, line, reason)), (unit, line, reason))
+    before, found = schedule.lines_before(reads), {}
+    for kind, _ in reasons.most_common(dead_letters.EXAMPLES):
+        if kind in first:
+            unit, line, reason = first[kind]
+            found[kind] = DeadLetterExample(file=reads[unit].file, line=line + before[unit], reason=reason)
+    return found
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:

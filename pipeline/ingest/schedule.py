@@ -13,6 +13,7 @@ from features.errors import UserError, one_line
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
+from pipeline.ingest.join_check import check_joined
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodeReport,
@@ -50,6 +51,8 @@ class Limits:
         needs_splits: whether a split of the schema without rows stops the job.
         as_of: seconds since 1970 until when an outcome is complete, by outcome, where that is known before it is read.
         reference: the dataset whose encoders are used.
+        min_joined: share of an outcome's rows that must be joined (see pipeline.ingest.join_check).
+        whole_log: whether all rows of outcomes should belong to the impressions that are read.
     """
 
     max_bad_fraction: float
@@ -57,6 +60,8 @@ class Limits:
     needs_splits: bool
     as_of: dict[str, int]
     reference: str | None
+    min_joined: float = 0.0
+    whole_log: bool = True
 
 
 def steps_of(job: Job) -> list[str]:
@@ -86,6 +91,8 @@ def after(
                 raise UserError(report.error)
             done.append(report)
         write_json(job.scratch / f"{step}.json", to_json(done))
+        if step == "join":
+            check_joined(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
         (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full

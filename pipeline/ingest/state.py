@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from features.fit.encoders import Encoders
-from features.schema.schema import Schema
+from features.schema.schema import Schema, Split
 from pipeline.ingest.messages import LabelledPart, LabelReport, R, ReadReport, TypedPart, from_json
 
 Order = Literal["shuffled", "time", "input"]
@@ -70,6 +70,10 @@ class Job:
     def joins(self) -> bool:
         """Whether rows wait for outcomes or histories before they can be labelled."""
         return bool(self.schema.source.outcomes or self.schema.histories)
+
+    def counts_split(self, split: Split) -> bool:
+        """Whether the features of a split are counted when they are encoded: where the statistics are not of it alone."""
+        return self.counts_all or split != "train"
 
     @property
     def encoders(self) -> Encoders:

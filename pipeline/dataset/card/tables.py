@@ -1,5 +1,6 @@
 """A dataset's manifest and card as short tables, for a terminal and for a page."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,35 +103,57 @@ def _correlations(card: dict[str, Any]) -> Table:
 
 
 def _numbers(card: dict[str, Any]) -> Table:
-    quantiles = ["1%", "25%", "50%", "75%", "99%"]
+    quantiles, splits = ["1%", "25%", "50%", "75%", "99%"], card.get("splits", {})
     lines = [
-        [name, percent(found["missing"])]
-        + [number(found[key]) for key in ("mean", "std", "min")]
+        [name, percent(found["missing"]), *_in_splits(splits, name, "missing", percent)]
+        + [number(found["mean"]), *_in_splits(splits, name, "mean", number)]
+        + [number(found[key]) for key in ("std", "min")]
         + [number(found["quantiles"].get(key)) for key in quantiles]
         + [number(found["max"])]
         for name, found in card["numbers"].items()
     ]
-    header = ["number", "missing", "mean", "std", "min", *(f"{quantile} below" for quantile in quantiles), "max"]
-    return Table("Numbers, before any transform (train)", header, lines)
+    header = ["number", *_columns("missing", splits), *_columns("mean", splits), "std", "min"]
+    return Table(
+        f"Numbers, before any transform {_rows_of(card)}", [*header, *(f"{q} below" for q in quantiles), "max"], lines
+    )
 
 
 def _ids(card: dict[str, Any]) -> Table:
-    lines = []
+    lines, splits = [], card.get("splits", {})
     for name, found in card["ids"].items():
-        cells = ["hashed", "", NOTHING, NOTHING]
+        distinct, seen, top = "hashed", "", NOTHING
         if "vocabulary" in found:
             top = f"{_cut(found['top'][0][0])} ({percent(found['top'][0][1])})" if found["top"] else NOTHING
-            seen = f"{found['seen']:,} of {found['vocabulary']:,}"
-            cells = [f"{found['distinct']:,}", seen, percent(found.get("unknown")), top]
+            distinct, seen = f"{found['distinct']:,}", f"{found['seen']:,} of {found['vocabulary']:,}"
+        missing = [percent(found["missing"]), *_in_splits(splits, name, "missing", percent)]
+        unknown = [percent(found.get("unknown")), *_in_splits(splits, name, "unknown", percent)]
         length = number(found["length"]) if found.get("length") is not None else NOTHING
-        lines.append([name, percent(found["missing"]), *cells, length])
-    header = ["id", "missing", "distinct values", "vocabulary seen", "unknown", "most frequent", "values in a list"]
-    return Table("Ids (train)", header, lines)
+        lines.append([name, *missing, distinct, seen, *unknown, top, length])
+    header = ["id", *_columns("missing", splits), "distinct values", "vocabulary seen", *_columns("unknown", splits)]
+    return Table(f"Ids {_rows_of(card)}", [*header, "most frequent", "values in a list"], lines)
 
 
 def _others(card: dict[str, Any]) -> Table:
-    lines = [[name, percent(found["missing"])] for name, found in card.get("others", {}).items()]
-    return Table("Other features (train)", ["feature", "missing"], lines)
+    splits = card.get("splits", {})
+    lines = [
+        [name, percent(found["missing"]), *_in_splits(splits, name, "missing", percent)]
+        for name, found in card.get("others", {}).items()
+    ]
+    return Table(f"Other features {_rows_of(card)}", ["feature", *_columns("missing", splits)], lines)
+
+
+def _rows_of(card: dict[str, Any]) -> str:
+    """Which rows a card's statistics are of, but for the columns of splits."""
+    return "(all rows)" if "train" in card.get("splits", {}) else "(train)"
+
+
+def _columns(what: str, splits: dict[str, Any]) -> list[str]:
+    """The header of a statistic and of the same in the other splits."""
+    return [what, *(f"{what} {split}" for split in splits)]
+
+
+def _in_splits(splits: dict[str, Any], name: str, what: str, shown: Callable[[float | None], str]) -> list[str]:
+    return [shown(found.get(name, {}).get(what)) for found in splits.values()]
 
 
 def _drift(card: dict[str, Any]) -> Table:

@@ -5,12 +5,12 @@ import polars as pl
 import pyarrow as pa
 
 from features.errors import UserError
-from features.join.outcomes import join
+from features.join.outcomes import EXAMPLES, join
 from features.parse import raw
 from features.schema.schema import Schema
 from features.source import RawType
 from pipeline.ingest import shuffle
-from pipeline.ingest.messages import JoinReport, JoinWork
+from pipeline.ingest.messages import JoinReport, JoinSide, JoinWork
 from pipeline.ingest.state import Job
 
 
@@ -42,14 +42,24 @@ def scatter(job: Job, table: pa.Table, key: str) -> str:
 
 def join_bucket(job: Job, work: JoinWork) -> JoinReport:
     """Joins all outcomes of a bucket to its impressions."""
-    join_statuses, latest = {}, {}
+    join_statuses, latest, sides = {}, {}, {}
     keys, sizes = shuffle.read_bucket([part.keys for part in job.typed() if part.keys], work.bucket)
     columns = keys.select(shuffle.POSITION)
     for name, outcome in job.schema.source.outcomes.items():
         events, _ = shuffle.read_bucket(job.outcomes(name), work.bucket)
         found = join(name, outcome, keys, events.select([outcome.key, *outcome.types]))
         columns, join_statuses[name], latest[name] = columns.hstack(found.columns), found.join_statuses, found.latest
-    return JoinReport(shuffle.write_batches(job.temporary_path("gathered"), columns, sizes), join_statuses, latest)
+        first, last = found.times or (None, None)
+        sides[name] = JoinSide(rows=events.height, keys=found.not_joined, first=first, last=last)
+    path = shuffle.write_batches(job.temporary_path("gathered"), columns, sizes)
+    return JoinReport(path, join_statuses, latest, impressions=_side(keys), outcomes=sides)
+
+
+def _side(keys: pl.DataFrame) -> JoinSide:
+    """What the impressions of a bucket look like."""
+    examples = keys["key"].head(100).drop_nulls().unique(maintain_order=True).head(EXAMPLES)
+    first, last = (keys["time"].min(), keys["time"].max()) if "time" in keys.columns else (None, None)
+    return JoinSide(rows=keys.height, keys=examples.cast(pl.String).to_list(), first=first, last=last)
 
 
 def joined(job: Job, part: int, rows: int) -> pl.DataFrame | None:
