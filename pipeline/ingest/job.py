@@ -63,6 +63,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         job = Job(
             schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=reference is not None, absent=absent,
+            max_bad_fraction=config.max_bad_fraction,
+            stream_bytes={stream: sum(file.size for file in found) for stream, found in streams.items()},
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,

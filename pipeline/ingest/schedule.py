@@ -13,6 +13,7 @@ from features.errors import UserError, one_line
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
+from pipeline.ingest.bad_rows import too_many_message
 from pipeline.ingest.join_check import check_joined
 from pipeline.ingest.messages import (
     DeadLetters,
@@ -35,7 +36,7 @@ from pipeline.ingest.messages import (
     to_json,
 )
 from pipeline.ingest.progress import record_total
-from pipeline.ingest.state import RESERVE_FILE, Job
+from pipeline.ingest.state import IMPRESSIONS, RESERVE_FILE, Job
 from pipeline.ingest.steps.merge import merged
 from pipeline.storage.files import write_json
 
@@ -181,13 +182,10 @@ def _check(job: Job, limits: Limits) -> None:
         read = sum(report.read for report in reads if report.stream == stream)
         if bad > limits.max_bad_fraction * read:
             unit, line, reason = min((unit, each.line, each.reason) for unit, each in found)
-            raise UserError(
-                f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; the first: "
-                f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}. Fix the log or the schema, or raise "
-                "the limit."
-            )
+            first = f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}"
+            raise UserError(too_many_message(bad, read, stream, limits.max_bad_fraction, first))
     if not any(total.values()):
-        raise UserError("no rows are left: the files are empty, or a rule of the schema leaves all rows out.")
+        raise UserError(_no_rows(job))
     fitted = {"train"} | (job.schema.used_splits if limits.needs_splits else set())
     wanted = fitted if limits.reference is None else set()
     if empty := [split for split in SPLITS if split in wanted and not total[split]]:
@@ -195,6 +193,28 @@ def _check(job: Job, limits: Limits) -> None:
             f"split {empty[0]} is empty: none of {sum(total.values())} rows belongs to it. Change split in the schema, "
             "or use another dataset's encoders with encoders.from."
         )
+
+
+def _no_rows(job: Job) -> str:
+    """Why no impression is left: empty files, bad rows, or rules of the schema."""
+    reads = [(unit, each) for unit, each in enumerate(job.found(ReadReport)) if each.stream == IMPRESSIONS]
+    files = list(dict.fromkeys(each.file for _, each in reads))
+    if not sum(each.read for _, each in reads):
+        shown = ", ".join(files[:3]) + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")
+        return f"no rows are left: the files are empty: {shown}. Set input=FOLDER, or source.files in the schema."
+    left_out = sum((Counter(part.left_out) for part in job.labelled()), Counter[str]())
+    units = {unit for unit, _ in reads}
+    bad = [(unit, each) for unit, each in dead_letters_of(job) if unit in units]
+    reasons = sum((Counter(each.reasons) for _, each in bad), Counter[str]())
+    causes = [f"{rows:,} are left out ({rule})" for rule, rows in left_out.most_common() if rows]
+    if bad:
+        unit, line, reason = min((unit, each.line, each.reason) for unit, each in bad)
+        where = f"{job.found(ReadReport)[unit].file}, line {line + lines_before(job.found(ReadReport))[unit]}"
+        most = ", ".join(f"{rows:,} {reason}" for reason, rows in reasons.most_common(3))
+        causes.append(f"{reasons.total():,} are bad ({most}; the first: {where}: {reason})")
+    return (
+        f"no rows are left of {sum(each.read for _, each in reads):,}: {'; '.join(causes)}. Fix the log or the schema."
+    )
 
 
 def _fit(job: Job, limits: Limits) -> None:

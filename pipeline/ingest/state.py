@@ -40,6 +40,8 @@ class Job:
         counts_all: whether statistics are of all rows, or of the train split.
         cache: what a worker has loaded.
         absent: days without files.
+        max_bad_fraction: a larger share of bad rows in a stream stops the job.
+        stream_bytes: size of the files of each stream.
     """
 
     schema: Schema
@@ -51,6 +53,8 @@ class Job:
     counts_all: bool
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     absent: AbsentDays = AbsentDays()
+    max_bad_fraction: float = 1.0
+    stream_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def scratch(self) -> Path:

@@ -110,7 +110,7 @@ def test_what_may_be_in_an_absent_file_is_undecided_as_a_loop_over_days_finds_it
     with TemporaryDirectory() as name:
         folder, out = Path(name), Path(name) / "out"
         write_log(folder, impressions, clicks)
-        manifest = run(folder, out, content_for(zone, window=hours * HOUR))
+        manifest = run(folder, out, content_for(zone, window=hours * HOUR), min_joined=0)
         end = manifest.complete_until["click"]
         rows = rows_by_id(out)
         expected = expected_labels(zone, impressions, clicks, hours * HOUR, end)

@@ -12,6 +12,7 @@ from features.parse import raw
 from features.parse.raw import LINE, ROW
 from features.source import RawType
 from pipeline.ingest import shuffle
+from pipeline.ingest.bad_rows import BadRows
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format
 from pipeline.ingest.formats.base import Block, Wanted
@@ -33,9 +34,13 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     types = _types(job, stream)
     codes = set() if outcome else raw.code_columns(job.schema)
     lists = {} if outcome else raw.list_columns(job.schema)
-    blocks = raw_format(options).read(
-        unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
-    )
+    progress, bad_rows = UnitProgress(job.progress, work.number), BadRows(job, work)
+
+    def on_bytes(done: int) -> None:
+        progress.record(done)
+        bad_rows.record(done)
+
+    blocks = raw_format(options).read(unit, Wanted(types, work.names, lists), on_bytes)
     typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
     for block in _at_least_one(blocks, types):
         typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
@@ -51,9 +56,12 @@ def read(job: Job, work: ReadWork) -> ReadReport:
             if job.joins and job.schema.event_time:
                 latest.append(pc.max(raw.event_time(job.schema, typed.rows)).as_py())
         no_rows = [(line.line, line.reason, line.raw) for line in block.bad]
-        bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
+        found = [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
+        bad_rows.count(block.columns.num_rows + len(block.bad), found, block.line_count)
+        bad += found
         count += block.columns.num_rows + len(block.bad)
         lines += block.line_count
+    bad_rows.end()
     check_unchanged(unit.file)
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
