@@ -69,18 +69,19 @@ def _message(
     reasons = sorted(ADVICE, key=lambda reason: -statuses[reason])
     counts = ", ".join(f"{statuses[reason]:,} {reason}" for reason in reasons if statuses[reason])
     return (
-        f"source.outcomes.{name}: {statuses['joined']:,} of {rows:,} rows belong to an impression ({counts}). Impressions: "
-        f"{_shown(impressions)}. Rows of {name} that belong to none: {_shown(outcomes)}. {ADVICE[reasons[0]]}; if the log "
-        f"is right, set min_joined below {min_joined:g} (0: no check)."
+        f"source.outcomes.{name}: {statuses['joined']:,} of {rows:,} rows belong to an impression ({counts}). Impressions "
+        f"have keys such as {_shown(impressions)}; {name} has, where it belongs to none, keys such as {_shown(outcomes)}. "
+        f"{ADVICE[reasons[0]]}; if the log is right, set min_joined below {min_joined:g} (0: no check)."
     )
 
 
 def _shown(side: JoinSide) -> str:
     """Keys and times of a side, in a line of limited length."""
-    keys = ", ".join(f"'{printable(key if len(key) <= SHOWN else key[: SHOWN - 1] + '…')}'" for key in side.keys)
-    if side.first is None or side.last is None:
-        return f"keys {keys or 'none'}"
-    return f"keys {keys or 'none'}, times {moment(side.first)} to {moment(side.last)}"
+    keys = [f"'{printable(key if len(key) <= SHOWN else key[: SHOWN - 1] + '…')}'" for key in side.keys]
+    times = (
+        "" if side.first is None or side.last is None else f", and times {moment(side.first)} to {moment(side.last)}"
+    )
+    return f"{', '.join(keys) or 'none'}{times}"
 
 
 def moment(seconds: int) -> str:

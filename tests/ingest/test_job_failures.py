@@ -313,7 +313,8 @@ def test_the_command_says_what_it_wrote(conf, small_log, tmp_path, monkeypatch, 
         "impressions: 900 rows read, 900 in splits, 0 bad",
         "click: 303 rows read, 301 joined, 0 early, 0 late, 1 unmatched, 0 duplicate, 1 bad",
     ]
-    assert "1 rows   dwell" in lines[5]
+    assert lines[5].split()[:2] == ["bad", "1"]
+    assert lines[5].endswith("id: wrong value; the first: clicks-2.csv, line 53: id: 'no number' is not an integer")
     assert f"schema {Dataset(out).manifest.fingerprint}" in lines[-2]
     assert lines[-1] == f"next   python -m jobs.inspect {out}   then   python -m jobs.train dataset={out}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["conf", "log", "out"]
