@@ -196,6 +196,11 @@ def check_sums(manifest: Manifest, file: Path) -> None:
             placed = sum(manifest.outcomes.get(stream, {}).values())
         what = f"rows of {printable(stream)} by destination"
         check_equal(file, what, placed + count, manifest.read.get(stream, 0))
+    for name, causes in manifest.undecided.items():
+        if sum(causes.values()) > manifest.read.get("impressions", 0):
+            raise UserError(
+                f"{file}: more impressions are undecided for {printable(name)} than there are. {RESTORE_HINT}"
+            )
     check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
 
 

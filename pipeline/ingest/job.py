@@ -5,12 +5,13 @@ Blocks of rows stay inside one step, as Arrow columns from the reader to the wri
 
 import datetime
 import json
+import logging
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from features.errors import UserError
+from features.errors import UserError, join_faults
 from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.fit.split_counts import FeatureCounts, summed
@@ -35,6 +36,8 @@ from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import dead_letters
 from pipeline.storage.files import write_json
 
+logger = logging.getLogger(__name__)
+
 UNPACKED = 5  # estimated size of a compressed file's content over its own
 
 
@@ -58,6 +61,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     reference = _reference(config, schema)
     # With `date` it is as_of that is in front of a gap.
     absent = AbsentDays() if config.date else absent_days(schema, streams, config.as_of)
+    for stream, days in absent.days.items():
+        logger.warning("%s: no file of %s", stream, join_faults(days, 5))
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(

@@ -1,13 +1,17 @@
 """The end of jobs.preprocess: what every job says, and what only those say that have something to warn of."""
 
+import csv
+import gzip
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from dataset_by_hand import SCHEMA, draw_rows, fit_encoders, write_dead_letters, write_manifest, write_shard
+from ingest_runs import no_beam, run
 
 from features.fit.split_counts import FeatureCounts, count_features, summed
-from pipeline.dataset.card.card import card, with_splits
+from features.schema.schema import Schema
+from pipeline.dataset.card.card import card, read_card, with_splits
 from pipeline.dataset.card.summary import summary
 from pipeline.dataset.manifest import DeadLetterExample, Manifest
 
@@ -129,3 +133,25 @@ def test_counts_of_a_split_are_those_of_a_loop_and_those_of_parts_add_up():
     none = rows.set_column(0, "price", pa.nulls(600, pa.float64()))
     nothing = with_splits({}, {"test": count_features(encoders, none, encoders.encode(none))})["splits"]["test"]
     assert nothing["price"] == {"missing": 1.0, "mean": None}
+
+
+@pytest.mark.parametrize("order", ["shuffled", "time", "input"])
+def test_a_job_counts_valid_and_test_whatever_the_order_of_its_rows(order, small_log, small_content, tmp_path):
+    with no_beam():
+        run(small_log, tmp_path / "out", small_content(), order=order, unit_bytes=3000, rows_per_shard=70)
+    found = read_card(tmp_path / "out", Schema.parse(small_content(), "small.yaml"))["splits"]
+    assert list(found) == ["valid", "test"]
+    days = []
+    for name in ("impressions-1.csv", "impressions-2.csv.gz", "impressions-3.csv"):
+        with (gzip.open if name.endswith(".gz") else open)(small_log / name, "rt", newline="") as file:
+            days.append(list(csv.DictReader(file)))
+    train = {row["city"] for row in days[0]} - {"NA"}
+    for split, rows in zip(("valid", "test"), days[1:], strict=True):
+        cities = [row["city"] for row in rows if row["city"] != "NA"]
+        prices = [float(row["price"]) for row in rows if row["price"]]
+        assert found[split]["city"]["missing"] == (300 - len(cities)) / 300
+        assert found[split]["city"]["unknown"] == sum(city not in train for city in cities) / len(cities) > 0.2
+        assert found[split]["price"]["missing"] == (300 - len(prices)) / 300
+        assert found[split]["price"]["mean"] == pytest.approx(sum(prices) / len(prices))
+        assert found[split]["recent"] == {"missing": 0.2, "unknown": 0.0}
+        assert found[split]["user"] == {"missing": 0.0}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from features.printable import printable
@@ -27,6 +28,8 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _rows(manifest),
         _bad_rows(manifest),
         _outcomes(manifest),
+        _undecided(manifest),
+        _absent_days(manifest),
         _tasks(manifest, card),
         _correlations(card),
         _numbers(card),
@@ -66,7 +69,11 @@ def _rows(manifest: Manifest) -> Table:
 
 def _bad_rows(manifest: Manifest) -> Table:
     reasons = sorted(manifest.dead_letters.items(), key=lambda item: (-item[1], item[0]))
-    return Table("Dead letters", ["reason", "rows"], [[reason, f"{count:,}"] for reason, count in reasons])
+    if not manifest.dead_letter_examples:
+        return Table("Dead letters", ["reason", "rows"], [[reason, f"{count:,}"] for reason, count in reasons])
+    places = {k: f"{Path(e.file).name}, line {e.line}" for k, e in manifest.dead_letter_examples.items()}
+    lines = [[reason, f"{count:,}", places.get(reason, NOTHING)] for reason, count in reasons]
+    return Table("Dead letters", ["reason", "rows", "the first"], lines)
 
 
 def _outcomes(manifest: Manifest) -> Table:
@@ -77,6 +84,17 @@ def _outcomes(manifest: Manifest) -> Table:
         cells = [manifest.read.get(name, 0), *(counts.get(kind, 0) for kind in kinds), bad]
         lines.append([name, *(f"{cell:,}" for cell in cells)])
     return Table("Outcomes by join status", ["outcome", "rows read", *kinds, "bad"], lines)
+
+
+def _undecided(manifest: Manifest) -> Table:
+    """Impressions of which an outcome is not known."""
+    lines = [[n, cause, f"{rows:,}"] for n, causes in manifest.undecided.items() for cause, rows in causes.items()]
+    return Table("Impressions whose outcome is not known", ["outcome", "cause", "impressions"], lines)
+
+
+def _absent_days(manifest: Manifest) -> Table:
+    lines = [[stream, span] for stream, spans in manifest.absent_days.items() for span in spans]
+    return Table("Days without a file", ["stream", "days"], lines)
 
 
 def _tasks(manifest: Manifest, card: dict[str, Any]) -> Table:

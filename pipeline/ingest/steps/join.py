@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from features.errors import UserError
 from features.join.outcomes import EXAMPLES, join
@@ -58,8 +59,8 @@ def join_bucket(job: Job, work: JoinWork) -> JoinReport:
 def _side(keys: pl.DataFrame) -> JoinSide:
     """What the impressions of a bucket look like."""
     examples = keys["key"].head(100).drop_nulls().unique(maintain_order=True).head(EXAMPLES)
-    first, last = (keys["time"].min(), keys["time"].max()) if "time" in keys.columns else (None, None)
-    return JoinSide(rows=keys.height, keys=examples.cast(pl.String).to_list(), first=first, last=last)
+    times = pc.min_max(keys["time"].to_arrow()).as_py() if "time" in keys.columns else {"min": None, "max": None}
+    return JoinSide(rows=keys.height, keys=examples.cast(pl.String).to_list(), first=times["min"], last=times["max"])
 
 
 def joined(job: Job, part: int, rows: int) -> pl.DataFrame | None:
