@@ -15,6 +15,7 @@ from features.errors import UserError, join_faults
 from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.fit.split_counts import FeatureCounts, summed
+from features.printable import printable
 from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema, Split
 from features.source import Outcome
@@ -61,8 +62,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     reference = _reference(config, schema)
     # With `date` it is as_of that is in front of a gap.
     absent = AbsentDays() if config.date else absent_days(schema, streams, config.as_of)
-    for stream, days in absent.days.items():
-        logger.warning("%s: no file of %s", stream, join_faults(days, 5))
+    _warn_of(absent, schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
@@ -83,6 +83,16 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             return _commit(job, limits, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
+
+
+def _warn_of(absent: AbsentDays, schema: Schema) -> None:
+    """Names days without files before the log is read."""
+    for stream, days in absent.days.items():
+        found = schema.source.outcomes.get(stream)
+        advice = ""
+        if stream in absent.undecided and found and not found.window:
+            advice = f". It has no window, so all impressions before may need it: set source.outcomes.{stream}.window"
+        logger.warning("%s: no file of %s%s", stream, join_faults(days, 5), advice)
 
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:
@@ -265,7 +275,9 @@ def _examples(job: Job, reads: list[ReadReport], reasons: Counter[str]) -> dict[
     for kind, _ in reasons.most_common(dead_letters.EXAMPLES):
         if kind in first:
             unit, line, reason = first[kind]
-            found[kind] = DeadLetterExample(file=reads[unit].file, line=line + before[unit], reason=reason)
+            # A name may hold bytes that are no text, which JSON does not have.
+            file = printable(reads[unit].file)
+            found[kind] = DeadLetterExample(file=file, line=line + before[unit], reason=reason)
     return found
 
 

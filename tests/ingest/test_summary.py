@@ -85,7 +85,8 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
     assert lines[4].endswith(", 1 bad; complete until 2026-03-01T00:00:00Z")
     assert lines[5] == "click: not known of 1,230 impressions: 30 (window still open), 1,200 (files of a day absent)"
     assert lines[-2:] == [
-        "warning  click: no file of 2026-03-01, 2026-03-03, 2026-03-05, 2026-03-07, 2026-03-09 and 10 more",
+        "warning  click: no file of 2026-03-01, 2026-03-03, 2026-03-05, 2026-03-07, 2026-03-09 and 10 more; "
+        "where the day had no rows, set open_window: keep",
         "warning  impressions: no file of 2026-02-01..2026-02-07",
     ]
     none = dict.fromkeys(("joined", "duplicate", "early", "late"), 0)

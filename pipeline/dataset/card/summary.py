@@ -120,7 +120,8 @@ def _warnings(manifest: Manifest) -> Iterator[str]:
     """What is right by the rules, and yet often a mistake. One more kind is one more `yield`."""
     for stream, days in manifest.absent_days.items():
         shown = ", ".join(days[:MOST]) + (f" and {len(days) - MOST} more" if len(days) > MOST else "")
-        yield f"warning  {stream}: no file of {shown}"
+        advice = "; where the day had no rows, set open_window: keep" if stream in manifest.undecided else ""
+        yield f"warning  {stream}: no file of {shown}{advice}"
     for name, statuses in manifest.outcomes.items():
         rows = sum(statuses.values()) - statuses.get("duplicate", 0)
         if not manifest.read.get(name):
