@@ -28,7 +28,8 @@ def made(tmp_path) -> tuple[Manifest, dict[str, Any]]:
 
 def lines_of(made: tuple[Manifest, dict[str, Any]], splits: Any = None, **changes: Any) -> list[str]:
     manifest, found = made
-    return summary(manifest.model_copy(update=changes), found | ({"splits": splits} if splits else {}))
+    plain: dict[str, Any] = {"absent_days": {}, "undecided": {}, "dead_letter_examples": {}}
+    return summary(manifest.model_copy(update=plain | changes), found | ({"splits": splits} if splits else {}))
 
 
 def test_it_says_where_every_row_went(made):
@@ -52,6 +53,10 @@ def test_examples_stand_beside_their_reasons_and_rare_reasons_are_counted(made):
         "reason 1": DeadLetterExample(file="/logs/b.csv", line=8, reason="x: " + "y" * 300),
     }
     lines = lines_of(made, dead_letters=reasons, dead_letter_examples=examples)[5:]
+    evil = DeadLetterExample(file="/logs/a\n.csv", line=7, reason="x: '\x1b[2J\n' is not a number")
+    assert lines_of(made, dead_letters={"evil\r": 1}, dead_letter_examples={"evil\r": evil})[5:] == [
+        r"bad             1 rows   evil\x0d; the first: a\x0a.csv, line 7: x: '\x1b[2J\x0a' is not a number"
+    ]
     assert lines[0] == "bad            10 rows   reason 0; the first: a.csv, line 7"
     assert lines[1] == "bad             9 rows   reason 1; the first: b.csv, line 8: x: " + "y" * 156 + "…"
     assert lines[2] == "bad             8 rows   reason 2"

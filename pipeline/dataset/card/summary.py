@@ -5,6 +5,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from features.printable import printable
 from features.schema.schema import SPLITS
 from pipeline.dataset.card.tables import percent
 from pipeline.dataset.manifest import Manifest
@@ -15,8 +16,8 @@ LONGEST = 160  # characters of an example
 
 
 def summary(manifest: Manifest, card: dict[str, Any]) -> list[str]:
-    """The lines, without the dataset's place and what comes next, which its caller knows."""
-    return [
+    """The lines, without the dataset's place and what comes next, which its caller knows; without control characters."""
+    lines = [
         *_splits(manifest),
         *_impressions(manifest),
         *_outcomes(manifest),
@@ -25,6 +26,7 @@ def summary(manifest: Manifest, card: dict[str, Any]) -> list[str]:
         *_drift(card),
         *_warnings(manifest),
     ]
+    return [printable(line) for line in lines]
 
 
 def _splits(manifest: Manifest) -> Iterator[str]:
