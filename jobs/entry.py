@@ -100,6 +100,7 @@ def user_errors() -> Iterator[None]:
     """Turns a user error into one line on stderr and exit code 1; a defect of ours keeps its traceback."""
     try:
         yield
+        sys.stdout.flush()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         rank, line = os.environ.get("RANK", "0"), printable(" ".join(str(error).split()))
         if rank != "0":
@@ -189,7 +190,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
         def run() -> None:
             escape_output()
             if {"--help", "-h"} & set(sys.argv[1:]):
-                print(describe(main, name))
+                print(describe(main, name), flush=True)
                 return
             signal.signal(signal.SIGTERM, sigterm_handler(name))  # so that an ended job still cleans up behind itself
             write_rank_status("started")

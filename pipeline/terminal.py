@@ -1,9 +1,12 @@
 """The terminal of a running job: text that does not control it, progress bars or lines, and quiet child processes."""
 
+import atexit
 import os
+import signal
 import sys
-from collections.abc import Iterable
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 from features.printable import printable
 
@@ -36,16 +39,53 @@ class PrintableStream:
         return getattr(self._stream, name)
 
 
+class PipedOutput(PrintableStream):
+    """Standard output, which whoever reads it may close, as `head` does: the process then ends as other tools do."""
+
+    def write(self, text: str) -> int:
+        """See PrintableStream. Raises SystemExit where nobody reads any more."""
+        with self._until_closed():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered. Raises SystemExit where nobody reads any more."""
+        with self._until_closed():
+            self._stream.flush()
+
+    @contextmanager
+    def _until_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self.discard()
+            sys.exit(128 + signal.SIGPIPE)
+
+    def discard(self) -> None:
+        """Discards what is still buffered and whatever else is printed: Python flushes the stream once more as it ends."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
 def escape_output() -> None:
     """From now on text that this process prints (tables, errors, log lines, warnings, tracebacks) controls no terminal.
 
-    Text of data is in all of it: values, names of files and columns, arguments.
+    Text of data is in all of it: values, names of files and columns, arguments. Where the reader of standard output has gone,
+    the process ends without a traceback, with exit code 141 (128 + SIGPIPE) unless it was about to end anyway.
     """
     os.environ["PYTHON_COLORS"] = "0"  # Python 3.13 colors tracebacks, and its colors would be escaped, too
-    for name, start in (("stdout", ""), ("stderr", "\r")):
-        stream = getattr(sys, name)
-        if not isinstance(stream, PrintableStream):
-            setattr(sys, name, PrintableStream(stream, start))
+    if not isinstance(sys.stdout, PrintableStream):
+        output = PipedOutput(sys.stdout)
+        sys.stdout = cast("TextIO", output)
+        atexit.register(_flush_at_exit, output)
+    if not isinstance(sys.stderr, PrintableStream):
+        sys.stderr = cast("TextIO", PrintableStream(sys.stderr, "\r"))
+
+
+def _flush_at_exit(output: PipedOutput) -> None:
+    """Flushes before Python does, which would print an error of its own."""
+    with suppress(SystemExit, ValueError):  # a stream that was closed is a ValueError
+        output.flush()
 
 
 def draws_bars() -> bool:

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from features.fit.encoders import Encoders
+from features.fit.split_counts import count_features
 from features.fit.statistics import Statistics
 from features.schema.schema import SPLITS, Schema
-from pipeline.dataset.card.card import card
+from pipeline.dataset.card.card import card, with_splits
 from pipeline.dataset.manifest import DeadLetterFile, Manifest, Shard, footer_sha256
 from pipeline.storage.files import sha256
 
@@ -120,6 +121,9 @@ def write_manifest(folder: Path, shards: list[Shard], letters: list[DeadLetterFi
         "dead_letters": {"price: 'x' is not a number": 2, "3 columns instead of 9": sum(bad.values()) - 2},
         "letters": letters,
         "shards": shards,
+        "absent_days": {"click": ["2026-03-02", "2026-03-04..2026-03-05"]},
+        "undecided": {"click": {"window still open": 11}},
+        "dead_letter_examples": {"3 columns instead of 9": {"file": "log.csv", "line": 2, "reason": "bad"}},
     }
     for sums in ("observed", "positives"):
         content[sums] = {
@@ -140,12 +144,16 @@ def write_dataset(folder: Path, rows: pa.Table, reference: dict[str, Any] | None
     (folder / "schema.yaml").write_text(
         yaml.safe_dump(SCHEMA.model_dump(mode="json", exclude_unset=True), sort_keys=False)
     )
-    (folder / "statistics.json").write_text(json.dumps(card(SCHEMA, encoders, statistics, reference)))
-    shards = []
+    shards, counts = [], {}
     for number, name in enumerate(SPLITS):
-        found = encoders.encode(rows.filter(pa.array(split == number)))
+        mine = rows.filter(pa.array(split == number))
+        found = encoders.encode(mine)
+        if name != "train":
+            counts[name] = count_features(encoders, mine, found)
         half = found.num_rows // 2
         for index, part in enumerate([found.slice(0, half), found.slice(half)]):
             shards.append(write_shard(folder, f"{name}/part-{index:05d}-of-00002.parquet", name, part))
+    described = with_splits(card(SCHEMA, encoders, statistics, reference), counts)
+    (folder / "statistics.json").write_text(json.dumps(described))
     letters = [write_dead_letters(folder, "impressions", ["bad"] * 4), write_dead_letters(folder, "click", ["bad"])]
     return write_manifest(folder, shards, letters)

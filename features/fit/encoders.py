@@ -88,6 +88,10 @@ class Encoders:
         vocabulary = self.schema.all_tables[table].vocabulary
         return UNKNOWN + (vocabulary.unknown if vocabulary else 1)
 
+    def unknown_ids(self, table: str) -> range | None:
+        """The ids of values outside a vocabulary; None for a table that has none."""
+        return range(UNKNOWN, self._first(table)) if self.schema.all_tables[table].counted else None
+
     def save(self, folder: Path) -> None:
         """Writes vocabularies/TABLE.parquet and encoders.json below `folder`."""
         (folder / "vocabularies").mkdir(parents=True)

@@ -11,6 +11,7 @@ from features.join.places import Places
 from features.source import Outcome
 
 JOIN_STATUSES = ("joined", "duplicate", "early", "late", "unmatched")
+EXAMPLES = 3  # keys that are kept for a message
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,15 @@ class Joined:
         columns: [I] NAME, NAME_count, NAME_time where there is one, and NAME_COLUMN of the outcome's columns.
         join_statuses: how many outcomes have each of JOIN_STATUSES; together all O.
         latest: time of the last one that was joined.
+        not_joined: keys of some that were not.
+        times: the first and the last time of all, None without.
     """
 
     columns: pl.DataFrame
     join_statuses: dict[str, int]
     latest: int | None
+    not_joined: list[str]
+    times: tuple[int, int] | None
 
 
 def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.DataFrame) -> Joined:
@@ -67,7 +72,14 @@ def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.Data
     joined_D = _joined(start_I[valid_I], stop_I[valid_I], len(key_D))
     join_statuses = _join_statuses(key_I[valid_I], time_I[valid_I], key_D[order_D], time_D[order_D], joined_D)
     latest = int(time_D[order_D][joined_D].max()) if outcome.time and joined_D.any() else None
-    return Joined(pl.DataFrame(columns), {**join_statuses, "duplicate": events.height - unique.height}, latest)
+    not_joined = unique[outcome.key].gather(pl.Series(order_D[np.flatnonzero(~joined_D)[:EXAMPLES]]))
+    return Joined(
+        pl.DataFrame(columns),
+        {**join_statuses, "duplicate": events.height - unique.height},
+        latest,
+        not_joined.cast(pl.String).to_list(),
+        (int(time_D.min()), int(time_D.max())) if outcome.time and len(time_D) else None,
+    )
 
 
 def _codes(left: pl.Series, right: pl.Series) -> tuple[np.ndarray, np.ndarray]:

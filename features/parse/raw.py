@@ -181,6 +181,7 @@ def parse(
     joined: pl.DataFrame | None = None,
     open_windows: dict[str, np.ndarray] | None = None,
     histories: dict[str, pa.Array] | None = None,
+    absent: dict[str, np.ndarray] | None = None,
 ) -> Parsed:
     """Features, labels and split of typed rows; those that cannot be used become dead letters.
 
@@ -190,11 +191,13 @@ def parse(
         joined: B rows of the columns that outcomes and counters add.
         open_windows: per outcome [B] whether its window was still open when the log ended.
         histories: per bag of a history, B lists of items.
+        absent: per outcome [B] whether it may be in a file that is absent.
     Returns: of each feature a column of its name, as its kind parses it; label.TASK float32, weight float32, event_time
         int64, row_id int64, SPLIT int8.
     """
-    open_windows, histories = open_windows or {}, histories or {}
     added = [raw.column for raw in schema.raw.values() if raw.column in schema.added_columns]
+    open_windows, histories, absent = open_windows or {}, histories or {}, absent or {}
+    undecided = [*open_windows.items(), *absent.items()]
     frame = _view(schema, rows, joined, schema.expressions.values(), [*schema.source.derived, *added])
     columns: dict[str, pa.Array] = {}
     reasons = []
@@ -202,7 +205,7 @@ def parse(
         values = histories[name] if name in histories else _column(schema, schema.raw[name].column, frame, rows)
         columns[name], reason = feature.parse(name, _arrow(values), schema)
         reasons.append(reason)
-    core = {f"label.{name}": _label(schema, frame, name, open_windows) for name in schema.tasks}
+    core = {f"label.{name}": _label(schema, frame, name, undecided) for name in schema.tasks}
     core["weight"] = _weight(schema, frame)
     core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
     core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
@@ -215,10 +218,11 @@ def parse(
         reason = _either(reason, missing, pl.lit(f"{key}: missing key"))
     bad = reason.is_not_null().to_numpy()
     keep, left_out = ~bad, {}
-    for name, open_B in open_windows.items():
-        if schema.source.outcomes[name].open_window == "leave_out":
-            left_out[f"window of {name} still open"] = int((open_B & keep).sum())
-            keep &= ~open_B
+    for found_B, rule in ((open_windows, "window of {} still open"), (absent, "files of {} absent")):
+        for name, undecided_B in found_B.items():
+            if schema.source.outcomes[name].open_window == "leave_out":
+                left_out[rule.format(name)] = int((undecided_B & keep).sum())
+                keep &= ~undecided_B
     found = dead_letters()
     if bad.any():
         cells = as_json(rows.select(schema.raw_columns).filter(pa.array(bad)))
@@ -277,7 +281,7 @@ def _whole(
     return compute.cast(series, key, pl.Int64)
 
 
-def _label(schema: Schema, frame: pl.DataFrame, name: str, open_windows: dict[str, np.ndarray]) -> pl.Series:
+def _label(schema: Schema, frame: pl.DataFrame, name: str, undecided: Iterable[tuple[str, np.ndarray]]) -> pl.Series:
     task = schema.tasks[name]
     label = compute.number(frame, f"tasks.{name}.label", task.label, f"label.{name}")
     reads = schema.outcomes_of(task.label)
@@ -285,9 +289,9 @@ def _label(schema: Schema, frame: pl.DataFrame, name: str, open_windows: dict[st
         observed = compute.truth(frame, f"tasks.{name}.observed_when", task.observed_when)
         label = label.set(~observed, None)
         reads |= schema.outcomes_of(task.observed_when)
-    for outcome, open_B in open_windows.items():
+    for outcome, undecided_B in undecided:
         if outcome in reads and schema.source.outcomes[outcome].open_window == "unobserved":
-            label = label.set(pl.Series(open_B), None)
+            label = label.set(pl.Series(undecided_B), None)
     return label
 
 

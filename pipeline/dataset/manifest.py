@@ -28,6 +28,7 @@ UNLISTED_FILES = (
 )  # files of a dataset that its manifest does not list
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
+Days = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d(\.\.\d{4}-\d\d-\d\d)?$")]
 
 
 class Shard(BaseModel):
@@ -59,6 +60,14 @@ class DeadLetterFile(BaseModel):
     rows: Count
     bytes: Count
     sha256: Digest
+
+
+class DeadLetterExample(BaseModel):
+    """A bad row: its file, its line in it, and what is wrong."""
+
+    file: str
+    line: Count
+    reason: str
 
 
 class FittedFile(BaseModel):
@@ -153,6 +162,10 @@ class Manifest(BaseModel):
         side_tables: per side table its rows, and how many impressions found theirs.
         absent_columns: per stream, rows of files that lack an optional column, by column.
         types: per stream whose files have types of their own, rows by the type of a column in its file, by column.
+        absent_days: per stream whose file names have dates, the days without a file, each a day or FIRST..LAST.
+        undecided: per outcome, impressions (bad ones among them) with no known outcome, by cause: its window was still open,
+            or the files of a day that it needs are absent.
+        dead_letter_examples: the first bad row of each of the most frequent reasons.
         fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
         state: of histories and counters; None in datasets of earlier releases, and of several days read as one.
     """
@@ -175,6 +188,9 @@ class Manifest(BaseModel):
     fitted: list[FittedFile] = []
     side_tables: dict[str, SideTableCounts] = {}
     state: State | None = None
+    absent_days: dict[str, list[Days]] = {}
+    undecided: dict[str, dict[str, Count]] = {}
+    dead_letter_examples: dict[str, DeadLetterExample] = {}
 
 
 def fitted_files(folder: Path, schema: Schema) -> list[FittedFile]:
@@ -263,6 +279,11 @@ def check_sums(manifest: Manifest, file: Path) -> None:
         if (most := max(columns.values(), default=0)) > manifest.read.get(stream, 0):
             raise UserError(
                 f"{file}: {most:,} rows of {printable(stream)} lack a column, more than were read. {RESTORE_HINT}"
+            )
+    for name, causes in manifest.undecided.items():
+        if sum(causes.values()) > manifest.read.get("impressions", 0):
+            raise UserError(
+                f"{file}: more impressions are undecided for {printable(name)} than there are. {RESTORE_HINT}"
             )
     check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
 

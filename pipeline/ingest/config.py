@@ -55,6 +55,9 @@ class PreprocessConfig(BaseModel):
             a bucket at a time.
         max_unpack_ratio: a compressed file may unpack to so many times its size (and any to 256 MiB); more stops the job.
         max_bad_fraction: the job stops when a larger share of the rows is bad.
+        min_joined: share of the rows of each outcome, duplicates apart, that must belong to an impression; 0: no check. With
+            `date` or `encoders.from` outcomes may belong to other days' impressions: there only a stream of which no row at
+            all belongs to one stops the job (see pipeline.ingest.join_check).
         overwrite: replace a dataset at `out`.
     """
 
@@ -79,6 +82,7 @@ class PreprocessConfig(BaseModel):
     broadcast_bytes: int = Field(64 << 20, ge=0)
     max_unpack_ratio: int = Field(UNPACK_RATIO, ge=1)
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
+    min_joined: float = Field(0.5, ge=0, le=1)
     overwrite: bool = False
 
     @field_validator("date", mode="before")

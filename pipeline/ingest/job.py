@@ -11,34 +11,38 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from features.errors import UserError
+from features.errors import UserError, join_faults
 from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
+from features.fit.split_counts import FeatureCounts, summed
+from features.printable import printable
 from features.regular_files import open_regular
-from features.schema.schema import RowIndexSplit, Schema
+from features.schema.schema import RowIndexSplit, Schema, Split
 from features.schema.unlabelled import check_past, without_labels
 from features.source import Outcome
-from pipeline.dataset.card.card import read_card
+from pipeline.dataset.card.card import read_card, with_splits
 from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
-from pipeline.dataset.manifest import DeadLetterFile, Manifest, sum_types
+from pipeline.dataset.manifest import DeadLetterExample, DeadLetterFile, Manifest, sum_types
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
 from pipeline.ingest.absent_columns import absent_rows, stream_columns
+from pipeline.ingest.absent_days import absent_days, days_after
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import raw_format, units
-from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
+from pipeline.ingest.messages import EncodeReport, JoinReport, LabelledPart, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
-from pipeline.ingest.state import IMPRESSIONS, Job
+from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import dead_letters
 from pipeline.ingest.steps.look_up import side_table_counts, table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
+from pipeline.storage.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,9 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     start = start_of(schema, config.out, config.date, config.missing_days, config.state.from_, config.encoders.from_)
     if config.labels == "none" and start is None:
         check_past(schema)
+    # With `date` it is as_of that is in front of a gap.
+    absent = AbsentDays() if config.date else absent_days(read, streams, config.as_of)
+    _warn_of(absent, read)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         size += EVENT_BYTES * max(sum(file.row_groups) for file in start.state.files) if start else 0
@@ -76,11 +83,13 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=not fits, broadcast=_broadcast(config, read, streams),
             snapshots={name: sorted(set(times.values())) for name, times in valid_from.items()},
-            start=start, horizon=_end(config, read),
+            start=start, horizon=_end(config, read), absent=absent, max_bad_fraction=config.max_bad_fraction,
+            stream_bytes={stream: sum(file.size for file in found) for stream, found in streams.items()},
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
             _as_of(config, read), str(reference) if reference else None, fits,
+            min_joined=config.min_joined, whole_log=reference is None and config.date is None,
         )  # fmt: skip
         try:
             if reference and not fits:
@@ -94,6 +103,16 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     if config.date and schema.past:
         warn_of_stale_days(out.parent, config.date)
     return manifest
+
+
+def _warn_of(absent: AbsentDays, schema: Schema) -> None:
+    """Names days without files before the log is read."""
+    for stream, days in absent.days.items():
+        found = schema.source.outcomes.get(stream)
+        advice = ""
+        if stream in absent.undecided and found and not found.window:
+            advice = f". It has no window, so all impressions before may need it: set source.outcomes.{stream}.window"
+        logger.warning("%s: no file of %s%s", stream, join_faults(days, 5), advice)
 
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:
@@ -145,7 +164,7 @@ def _broadcast(config: PreprocessConfig, schema: Schema, streams: dict[str, list
 
 def _days(day: datetime.date, outcome: Outcome) -> list[datetime.date]:
     """The days on which outcomes of a day's impressions may happen."""
-    return [day + datetime.timedelta(days=after) for after in range(2 + (int(outcome.window or 0) - 1) // 86_400)]
+    return [day + datetime.timedelta(days=after) for after in range(1 + days_after(outcome))]
 
 
 def _as_of(config: PreprocessConfig, schema: Schema) -> dict[str, int]:
@@ -295,9 +314,51 @@ def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: b
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
         "types": sum_types({report.stream: report.types} for report in reads), "side_tables": side_table_counts(job),
-        "state": state_of(job, state_chosen),
+        "state": state_of(job, state_chosen), "absent_days": job.absent.days, "undecided": _undecided(parts),
+        "dead_letter_examples": _examples(job, reads, reasons),
     }  # fmt: skip
+    _add_splits(job)
     return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
+
+
+def _add_splits(job: Job) -> None:
+    """Adds what was counted of encoded rows to the card, which was written before they were encoded."""
+    parts: dict[Split, list[dict[str, FeatureCounts]]] = {}
+    for encoded in job.found(EncodeReport):
+        for split, counts in encoded.counts.items():
+            parts.setdefault(split, []).append(counts)
+    for written in job.found(WriteReport):
+        if written.counts:
+            parts.setdefault(written.shard.split, []).append(written.counts)
+    path = job.staging / "statistics.json"
+    write_json(
+        path, with_splits(json.loads(path.read_text()), {split: summed(found) for split, found in parts.items()})
+    )
+
+
+def _undecided(parts: list[LabelledPart]) -> dict[str, dict[str, int]]:
+    """Per outcome the impressions that are undecided, by cause."""
+    found: dict[str, Counter[str]] = {}
+    for part in parts:
+        for name, causes in part.undecided.items():
+            found.setdefault(name, Counter()).update(causes)
+    return {name: dict(causes) for name, causes in found.items()}
+
+
+def _examples(job: Job, reads: list[ReadReport], reasons: Counter[str]) -> dict[str, DeadLetterExample]:
+    """The first bad row of each of the most frequent reasons."""
+    first: dict[str, tuple[int, int, str]] = {}
+    for unit, spilled in schedule.dead_letters_of(job):
+        for kind, (line, reason) in spilled.examples.items():
+            first[kind] = min(first.get(kind, (unit, line, reason)), (unit, line, reason))
+    before, found = schedule.lines_before(reads), {}
+    for kind, _ in reasons.most_common(dead_letters.EXAMPLES):
+        if kind in first:
+            unit, line, reason = first[kind]
+            # A name may hold bytes that are no text, which JSON does not have.
+            file = printable(reads[unit].file)
+            found[kind] = DeadLetterExample(file=file, line=line + before[unit], reason=reason)
+    return found
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import TypeAdapter
 
+from features.fit.split_counts import FeatureCounts
 from features.schema.schema import Split
 from pipeline.dataset.manifest import Shard, StateFile
 from pipeline.ingest.files import Unit
@@ -38,12 +39,14 @@ class DeadLetters:
         path: None where there are none.
         reasons: rows by reason.
         line, reason: of the first one; the line is counted within its unit.
+        examples: line and reason of the first one of each of `reasons`.
     """
 
     path: str | None = None
     reasons: dict[str, int] = field(default_factory=dict)
     line: int = 0
     reason: str = ""
+    examples: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class LabelledPart:
         statistics: path of the counts.
         times: for rows in order of time, event times of each split at evenly spaced ranks.
         span: the first and the last event time; empty without rows.
+        undecided: rows whose outcome is not decided, by outcome and cause.
     """
 
     unit: int
@@ -105,6 +109,7 @@ class LabelledPart:
     statistics: str
     times: dict[Split, list[int]]
     span: list[int] = field(default_factory=list)
+    undecided: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,21 @@ class JoinWork:
 
 
 @dataclass(frozen=True)
+class JoinSide:
+    """What one side of a join looks like.
+
+    Attributes:
+        keys: some of them; of outcomes some that were not joined.
+        first, last: of the times; None without.
+    """
+
+    rows: int = 0
+    keys: list[str] = field(default_factory=list)
+    first: int | None = None
+    last: int | None = None
+
+
+@dataclass(frozen=True)
 class JoinReport(Report):
     """Columns that outcomes add to the impressions of a bucket.
 
@@ -153,12 +173,15 @@ class JoinReport(Report):
         path: of the columns, a batch for each part.
         join_statuses: number of outcomes by status, by outcome.
         latest: time of the last outcome that was joined, by outcome.
+        impressions, outcomes: what the sides look like, the latter by outcome.
     """
 
     step: ClassVar[str] = "join"
     path: str
     join_statuses: dict[str, dict[str, int]]
     latest: dict[str, int | None]
+    impressions: JoinSide = JoinSide()
+    outcomes: dict[str, JoinSide] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -334,11 +357,16 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class EncodeReport(Report):
-    """Path of encoded rows, and the rows of each of its batches."""
+    """Path of encoded rows, and the rows of each of its batches.
+
+    Attributes:
+        counts: of the features, by split (see Job.counts_split).
+    """
 
     step: ClassVar[str] = "encode"
     path: str
     batches: list[EncodedBatch]
+    counts: dict[Split, dict[str, FeatureCounts]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -364,10 +392,15 @@ class WriteWork:
 
 @dataclass(frozen=True)
 class WriteReport(Report):
-    """A shard that was written under a temporary name."""
+    """A shard that was written under a temporary name.
+
+    Attributes:
+        counts: of the features, where its rows were encoded only now.
+    """
 
     step: ClassVar[str] = "write"
     shard: Shard
+    counts: dict[str, FeatureCounts] = field(default_factory=dict)
 
 
 Work = (

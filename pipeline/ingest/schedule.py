@@ -17,7 +17,9 @@ from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
 from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.absent_columns import check_keys
+from pipeline.ingest.bad_rows import too_many_message
 from pipeline.ingest.empty_split import empty_split
+from pipeline.ingest.join_check import check_joined
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodeReport,
@@ -43,7 +45,7 @@ from pipeline.ingest.messages import (
 )
 from pipeline.ingest.past_end import check_overlap, horizon
 from pipeline.ingest.progress import record_total
-from pipeline.ingest.state import RESERVE_FILE, Job
+from pipeline.ingest.state import IMPRESSIONS, RESERVE_FILE, Job
 from pipeline.ingest.steps.dead_letters import implausible_times
 from pipeline.ingest.steps.merge import merged
 from pipeline.storage.files import write_json
@@ -65,6 +67,8 @@ class Limits:
         as_of: seconds since 1970 until when an outcome is complete, by outcome, where that is known before it is read.
         reference: the dataset whose encoders are used.
         fits: whether encoders are fitted: there is no reference, or the schema has features that it has not.
+        min_joined: share of an outcome's rows that must be joined (see pipeline.ingest.join_check).
+        whole_log: whether all rows of outcomes should belong to the impressions that are read.
     """
 
     max_bad_fraction: float
@@ -73,6 +77,8 @@ class Limits:
     as_of: dict[str, int]
     reference: str | None
     fits: bool
+    min_joined: float = 0.0
+    whole_log: bool = True
 
 
 def steps_of(job: Job) -> list[str]:
@@ -102,6 +108,8 @@ def after(
                 raise UserError(report.error)
             done.append(report)
         write_json(job.scratch / f"{step}.json", to_json(done))
+        if step == "join":
+            check_joined(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
         (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
@@ -138,14 +146,16 @@ def complete_until(job: Job, limits: Limits) -> dict[str, int]:
     """For each outcome with a window the time until which its stream is complete, unless `limits` has it.
 
     It is that of its last outcome that was joined: one stream may be ahead of another, and a clock may be wrong. If none was
-    joined it is the last impression's.
+    joined it is the last impression's, or the end of the last day of which there is a file.
     """
     latest = [report.latest for report in job.found(ReadReport) if report.latest is not None]
     until = {}
     for name, outcome in job.schema.source.outcomes.items():
         if outcome.window and outcome.open_window != "keep":
             joined = [time for report in job.found(JoinReport) if (time := report.latest[name]) is not None]
-            until[name] = limits.as_of.get(name, max(joined or latest, default=0))
+            end = job.absent.ends.get(name)
+            known = max(joined or latest, default=0)
+            until[name] = limits.as_of.get(name, known if joined or end is None else min(known, end))
     return until
 
 
@@ -224,19 +234,39 @@ def _check(job: Job, limits: Limits) -> None:
         read = sum(report.read for report in reads if report.stream == stream)
         if bad > limits.max_bad_fraction * read:
             unit, line, reason = min((unit, each.line, each.reason) for unit, each in found)
-            raise UserError(
-                f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; the first: "
-                f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}."
-                f"{implausible_times([each for _, each in found], reason)} Fix the log or the schema, or raise the limit."
-            )
+            first = f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}"
+            range_ = implausible_times([each for _, each in found], reason)
+            raise UserError(too_many_message(bad, read, stream, limits.max_bad_fraction, f"{first}.{range_}"))
     if not any(total.values()):
-        raise UserError("no rows are left: the files are empty, or a rule of the schema leaves all rows out.")
+        raise UserError(_no_rows(job))
     fitted = {"train"} | (job.schema.used_splits if limits.needs_splits else set())
     wanted = fitted if limits.fits else set()
     if empty := [split for split in SPLITS if split in wanted and not total[split]]:
         spans = [part.span for part in job.labelled() if part.span]
         span = [min(first for first, _ in spans), max(last for _, last in spans)]
         raise UserError(empty_split(job.schema, empty[0], sum(total.values()), span))
+
+
+def _no_rows(job: Job) -> str:
+    """Why no impression is left: empty files, bad rows, or rules of the schema."""
+    reads = [(unit, each) for unit, each in enumerate(job.found(ReadReport)) if each.stream == IMPRESSIONS]
+    files = list(dict.fromkeys(each.file for _, each in reads))
+    if not sum(each.read for _, each in reads):
+        shown = ", ".join(files[:3]) + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")
+        return f"no rows are left: the files are empty: {shown}. Set input=FOLDER, or source.files in the schema."
+    left_out = sum((Counter(part.left_out) for part in job.labelled()), Counter[str]())
+    units = {unit for unit, _ in reads}
+    bad = [(unit, each) for unit, each in dead_letters_of(job) if unit in units]
+    reasons = sum((Counter(each.reasons) for _, each in bad), Counter[str]())
+    causes = [f"{rows:,} are left out ({rule})" for rule, rows in left_out.most_common() if rows]
+    if bad:
+        unit, line, reason = min((unit, each.line, each.reason) for unit, each in bad)
+        where = f"{job.found(ReadReport)[unit].file}, line {line + lines_before(job.found(ReadReport))[unit]}"
+        most = ", ".join(f"{rows:,} {reason}" for reason, rows in reasons.most_common(3))
+        causes.append(f"{reasons.total():,} are bad ({most}; the first: {where}: {reason})")
+    return (
+        f"no rows are left of {sum(each.read for _, each in reads):,}: {'; '.join(causes)}. Fix the log or the schema."
+    )
 
 
 def _fit(job: Job, limits: Limits) -> None:

@@ -7,13 +7,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from features.fit.encoders import Encoders
-from features.schema.schema import Schema
+from features.schema.schema import Schema, Split
 from pipeline.ingest.messages import LabelledPart, LabelReport, R, ReadReport, TypedPart, from_json
 from pipeline.ingest.past_start import Start
 
 Order = Literal["shuffled", "time", "input"]
 IMPRESSIONS = "impressions"  # the stream that outcomes belong to
 RESERVE_FILE = "reserve"  # removed when the disk is full, to make room for the error message
+
+
+@dataclass(frozen=True)
+class AbsentDays:
+    """What the dates in file names say (see pipeline.ingest.absent_days); empty where they say nothing.
+
+    Attributes:
+        days: absent days by stream, each a day or FIRST..LAST.
+        undecided: per outcome, the times [start, stop) of impressions that are undecided: disjoint, in order.
+        ends: per outcome, the end of the day of its last file.
+    """
+
+    days: dict[str, list[str]] = field(default_factory=dict)
+    undecided: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,9 @@ class Job:
         start: the state that histories and counters begin from; None: they begin empty.
         horizon: seconds since 1970; what rows from then on need is kept as the dataset's state. None: the last impression's.
         cache: what a worker has loaded.
+        absent: days without files.
+        max_bad_fraction: a larger share of bad rows in a stream stops the job.
+        stream_bytes: size of the files of each stream.
     """
 
     schema: Schema
@@ -43,6 +61,9 @@ class Job:
     start: Start | None = None
     horizon: int | None = None
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    absent: AbsentDays = AbsentDays()
+    max_bad_fraction: float = 1.0
+    stream_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def scratch(self) -> Path:
@@ -67,6 +88,10 @@ class Job:
     def joins(self) -> bool:
         """Whether rows wait for outcomes, side tables, histories or counters before they can be labelled."""
         return bool(self.schema.source.outcomes or self.schema.source.tables or self.schema.past)
+
+    def counts_split(self, split: Split) -> bool:
+        """Whether the features of a split are counted when they are encoded: where the statistics are not of it alone."""
+        return self.counts_all or split != "train"
 
     @property
     def encoders(self) -> Encoders:

@@ -228,6 +228,7 @@ def test_every_line_goes_to_one_place_and_no_good_one_is_lost_for_a_bad_neighbou
             "unit_bytes": unit_bytes,
             "bucket_bytes": bucket_bytes,
             "max_bad_fraction": 1,
+            "min_joined": 0,
             "as_of": "1970-01-01T00:16:40",
         }
         run(folder, out, content_for(form), **sizes)

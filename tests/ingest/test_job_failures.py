@@ -310,6 +310,12 @@ def test_the_command_says_what_it_wrote(conf, small_log, tmp_path, monkeypatch, 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[:3]] == [[split, "300", "rows"] for split in SPLITS]
     assert "click 0.3333 of 300, bought 0.5000 of 100" in lines[0]
-    assert Dataset(out).manifest.fingerprint in lines[3]
-    assert "1 dead letters" in lines[3]
+    assert lines[3:5] == [
+        "impressions: 900 rows read, 900 in splits, 0 bad",
+        "click: 303 rows read, 301 joined, 0 early, 0 late, 1 unmatched, 0 duplicate, 1 bad",
+    ]
+    assert lines[5].split()[:2] == ["bad", "1"]
+    assert lines[5].endswith("id: wrong value; the first: clicks-2.csv, line 53: id: 'no number' is not an integer")
+    assert f"schema {Dataset(out).manifest.fingerprint}" in lines[-2]
+    assert lines[-1] == f"next   python -m jobs.inspect {out}   then   python -m jobs.train dataset={out}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["conf", "log", "out"]

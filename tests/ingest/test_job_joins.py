@@ -295,7 +295,7 @@ def test_joined_columns_fates_and_histories_are_those_of_a_loop_over_rows(
         folder, out = Path(name), Path(name) / "out"
         write_log(folder, impressions, streams)
         settings_ = {} if moment is None else {"as_of": written(moment, 2)}
-        sizes = {"unit_bytes": unit_bytes, "bucket_bytes": bucket_bytes}
+        sizes = {"unit_bytes": unit_bytes, "bucket_bytes": bucket_bytes, "min_joined": 0}
         if not expected:
             with pytest.raises(UserError, match="no rows are left"):
                 run(folder, out, content, **settings_, **sizes)
@@ -320,7 +320,7 @@ def test_what_a_row_teaches_about_joins_in_a_log_small_enough_to_read(tmp_path: 
     clicks = [Event("a", BASE + 10, 2), Event("a", BASE + 10, 2), Event("b", BASE + 16, 1), Event("z", BASE + 99, None)]
     rule = Rules(window=10, take="first", duplicates="drop", late="drop", open_window="unobserved")
     write_log(tmp_path, impressions, {"click": clicks})
-    manifest = run(tmp_path, tmp_path / "out", content_for({"click": rule}))
+    manifest = run(tmp_path, tmp_path / "out", content_for({"click": rule}), min_joined=0.3)
     rows = found_rows(tmp_path / "out", ["seen", "clicked", "ignored"])
     # The last click that belongs to a row is that of second 10: of rows whose window closed later nothing is known.
     assert [row["label.click_any"] for row in rows] == [1, None, None, None]
@@ -330,7 +330,7 @@ def test_what_a_row_teaches_about_joins_in_a_log_small_enough_to_read(tmp_path: 
     assert [row["ignored"] for row in rows] == [[], [], [], []]
     assert manifest.outcomes["click"] == {"joined": 1, "duplicate": 1, "early": 0, "late": 1, "unmatched": 1}
     assert manifest.complete_until == {"click": BASE + 10}
-    run(tmp_path, tmp_path / "told", content_for({"click": rule}), as_of=written(BASE + 60, 2))
+    run(tmp_path, tmp_path / "told", content_for({"click": rule}), as_of=written(BASE + 60, 2), min_joined=0.3)
     rows = found_rows(tmp_path / "told", ["seen", "clicked", "ignored"])
     assert [row["label.click_any"] for row in rows] == [1, 0, 0, None]
     assert [row["ignored"] for row in rows] == [[], [], ["y"], ["z", "y"]]  # known in the seconds 15 and 30

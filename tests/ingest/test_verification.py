@@ -94,6 +94,11 @@ def test_a_file_that_the_manifest_does_not_name_is_found(folder, name):
         (lambda m: m["dead_letters"].update(odd=1), "dead letters by reason are 5, the manifest says 6"),
         (lambda m: m["shards"][0]["row_groups"].append(1), "row groups of train/part-00000"),
         (lambda m: m["letters"][0].update(bytes=3), "bytes are"),
+        (
+            lambda m: m.update(undecided={"click": {"window still open": 515, "other": 1}}),
+            "more impressions are undecided",
+        ),
+        (lambda m: m.update(absent_days={"click": ["2026-03-01.."]}), "absent_days.click.0"),
         (lambda m: m["shards"][3].update(footer_sha256="0"), "footer"),
     ],
 )

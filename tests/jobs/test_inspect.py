@@ -1,13 +1,16 @@
 """jobs.inspect on a dataset whose every number is known."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from dataset_by_hand import draw_rows, write_dataset
+from dataset_by_hand import draw_rows, fit_encoders, write_dataset
 
 from jobs.inspect import main
+from pipeline.dataset.card.tables import number, percent
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,7 @@ def test_tables_are_printed_and_the_page_is_written_beside_the_dataset(dataset, 
     assert cells(output, "city")[1] == f"{sum(row['city'] is None for row in train) / 3:.1f}%"
     clicked = [row["label.click"] for row in train]
     assert f"{sum(clicked) / 3:.1f}%" in cells(output.partition("\nTasks")[2], "click")
+    assert "2026-03-04..2026-03-05" in output
     assert "verified" not in output
     page = dataset.with_name("mine.card.html")
     assert str(page) in output
@@ -94,3 +98,34 @@ def test_the_command_line_ends_with_code_1_where_there_is_no_dataset(tmp_path):
         done.stderr
         == f"error: {tmp_path}: no dataset (manifest.json is missing). Run jobs.preprocess out={tmp_path} first.\n"
     )
+
+
+def test_a_reader_that_takes_only_the_first_lines_ends_it_without_a_word(dataset):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.inspect", str(dataset)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+def test_valid_and_test_stand_beside_train(dataset, capsys):
+    rows = draw_rows(500)
+    encoders, _ = fit_encoders(rows.filter(pa.array(rows["split"].to_numpy() == 0)))
+    main([str(dataset)])
+    lines = capsys.readouterr().out.splitlines()
+    numbers = [re.split(r"\s{2,}", line) for line in lines if line.startswith(("number ", "price "))]
+    assert numbers[0][1:7] == ["missing", "missing valid", "missing test", "mean", "mean valid", "mean test"]
+    known = set(encoders.vocabularies["city"].to_pylist())
+    for place, code in ((2, 1), (3, 2)):
+        mine = [row for row in rows.to_pylist() if row["split"] == code]
+        prices = [row["price"] for row in mine if row["price"] is not None]
+        assert numbers[1][place] == percent((len(mine) - len(prices)) / len(mine))
+        assert numbers[1][place + 3] == number(sum(prices) / len(prices))
+        cities = [row["city"] for row in mine if row["city"] is not None]
+        ids = [re.split(r"\s{2,}", line) for line in lines if line.startswith(("id ", "city "))]
+        assert ids[0][6:9] == ["unknown", "unknown valid", "unknown test"]
+        assert ids[1][place + 5] == percent(sum(city not in known for city in cities) / len(cities))

@@ -1,5 +1,6 @@
 """A dataset's card: statistics of its train split, and drift from an earlier dataset."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,20 @@ import numpy as np
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
+from features.fit.split_counts import FeatureCounts
 from features.fit.statistics import Statistics
 from features.plain_json import read_json, validated
-from features.schema.schema import Schema
+from features.schema.schema import SPLITS, Schema, Split
 from pipeline.dataset.card.content import CardContent
 from pipeline.dataset.card.drift import drift
-from pipeline.dataset.card.statistics import id_statistics, number_statistics, or_none, share, task_statistics
+from pipeline.dataset.card.statistics import (
+    id_statistics,
+    number_statistics,
+    or_none,
+    share,
+    split_statistics,
+    task_statistics,
+)
 
 VERSION = 1
 
@@ -37,6 +46,7 @@ def card(
         others: where there are any, per feature that is neither (a vector): missing;
         tasks: per task kind, observed, mean, std; correlations: in their order, over rows where both are observed;
         drift: per feature, the largest first: feature, psi, chance, verdict, missing, missing_before, unknown, unknown_before.
+        Once rows are encoded, `with_splits` adds splits.
     """
     found = {
         "version": VERSION,
@@ -52,6 +62,11 @@ def card(
         "correlations": [[or_none(x) for x in row] for row in np.atleast_2d(statistics.labels.correlations())],
     }
     return found | ({} if reference is None else {"drift": drift(schema, encoders, statistics, found, reference)})
+
+
+def with_splits(found: dict[str, Any], counts: Mapping[Split, Mapping[str, FeatureCounts]]) -> dict[str, Any]:
+    """A card with `splits`: per split (but train, unless the card is of all rows) and feature missing, unknown and mean."""
+    return found | {"splits": {split: split_statistics(counts[split]) for split in SPLITS if split in counts}}
 
 
 def _others(schema: Schema, statistics: Statistics) -> dict[str, Any]:
@@ -84,6 +99,7 @@ def read_card(dataset: Path, schema: Schema | None = None) -> dict[str, Any]:
         return found
     features = content.numbers.keys() | content.ids.keys() | content.others.keys()
     kinds = {name: task.kind for name, task in schema.tasks.items()}
+    features |= {name for found_in in content.splits.values() for name in found_in}
     if features != schema.features.keys() or kinds != {name: task.kind for name, task in content.tasks.items()}:
         raise UserError(f"{file}: its features or tasks are not those of the schema. {again}")
     return found

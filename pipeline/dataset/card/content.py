@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from features.plain_json import Count
+from features.schema.splits import Split
 
 MAX_ENTRIES = 4096  # entries of a list of edges, shares, values or groups
 
@@ -115,6 +116,14 @@ class DriftEntry(BaseModel):
     unknown_before: Share | None
 
 
+class SplitEntry(BaseModel):
+    """Statistics of a feature in one split."""
+
+    missing: Share | None
+    unknown: Share | None = None
+    mean: Number = None
+
+
 class CardContent(BaseModel):
     """A card (see pipeline.dataset.card.card.card)."""
 
@@ -126,6 +135,7 @@ class CardContent(BaseModel):
     tasks: dict[str, TaskEntry]
     correlations: list[list[Number]]
     drift: list[DriftEntry] = []
+    splits: dict[Split, dict[str, SplitEntry]] = {}
 
     @model_validator(mode="after")
     def _a_correlation_for_each_two_tasks(self) -> "CardContent":

@@ -1,5 +1,7 @@
 """Statistics of a dataset's card: numbers, ids and tasks of the train split."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import polars as pl
 
 from features.fit.digest import Digest
 from features.fit.encoders import Encoders
+from features.fit.split_counts import FeatureCounts
 from features.fit.statistics import Statistics
 from features.kinds.moments import Moments
 from features.schema.schema import Schema
@@ -102,6 +105,19 @@ def task_statistics(schema: Schema, statistics: Statistics) -> dict[str, Any]:
         mean = share(total, count)
         std = None if mean is None else max(square / count - mean**2, 0.0) ** 0.5
         found[name] = {"kind": task.kind, "observed": share(count, statistics.rows), "mean": mean, "std": std}
+    return found
+
+
+def split_statistics(counts: Mapping[str, FeatureCounts]) -> dict[str, dict[str, float | None]]:
+    """Per feature of a split: missing (share of rows), unknown (share of values) with a vocabulary, mean of numbers."""
+    found: dict[str, dict[str, float | None]] = {}
+    for name, count in counts.items():
+        found[name] = {"missing": share(count.missing, count.rows)}
+        if count.unknown is not None:
+            found[name]["unknown"] = share(count.unknown, count.values)
+        if count.total is not None:
+            mean = share(count.total, count.values)
+            found[name]["mean"] = None if mean is None or not math.isfinite(mean) else rounded(mean)
     return found
 
 

@@ -1,6 +1,8 @@
 """A dataset's manifest and card as short tables, for a terminal and for a page."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from features.printable import printable
@@ -27,8 +29,10 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _bad_rows(manifest),
         _outcomes(manifest),
         _side_tables(manifest),
-        _absent(manifest),
+        _absent_columns(manifest),
         _types(manifest),
+        _undecided(manifest),
+        _absent_days(manifest),
         _tasks(manifest, card),
         _correlations(card),
         _numbers(card),
@@ -69,7 +73,11 @@ def _rows(manifest: Manifest) -> Table:
 
 def _bad_rows(manifest: Manifest) -> Table:
     reasons = sorted(manifest.dead_letters.items(), key=lambda item: (-item[1], item[0]))
-    return Table("Dead letters", ["reason", "rows"], [[reason, f"{count:,}"] for reason, count in reasons])
+    if not manifest.dead_letter_examples:
+        return Table("Dead letters", ["reason", "rows"], [[reason, f"{count:,}"] for reason, count in reasons])
+    places = {k: f"{Path(e.file).name}, line {e.line}" for k, e in manifest.dead_letter_examples.items()}
+    lines = [[reason, f"{count:,}", places.get(reason, NOTHING)] for reason, count in reasons]
+    return Table("Dead letters", ["reason", "rows", "the first"], lines)
 
 
 def _outcomes(manifest: Manifest) -> Table:
@@ -99,7 +107,7 @@ def _side_tables(manifest: Manifest) -> Table:
     return Table("Side tables", header, lines)
 
 
-def _absent(manifest: Manifest) -> Table:
+def _absent_columns(manifest: Manifest) -> Table:
     lines = [
         [column, stream, f"{rows:,}", percent(rows / manifest.read[stream] if manifest.read.get(stream) else None)]
         for stream, columns in manifest.absent_columns.items()
@@ -118,6 +126,17 @@ def _types(manifest: Manifest) -> Table:
         for kind, count in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
     ]
     return Table("Types met in the raw files, of columns with several", ["column", "stream", "type", "rows"], lines)
+
+
+def _undecided(manifest: Manifest) -> Table:
+    """Impressions of which an outcome is not known."""
+    lines = [[n, cause, f"{rows:,}"] for n, causes in manifest.undecided.items() for cause, rows in causes.items()]
+    return Table("Impressions whose outcome is not known", ["outcome", "cause", "impressions"], lines)
+
+
+def _absent_days(manifest: Manifest) -> Table:
+    lines = [[stream, span] for stream, spans in manifest.absent_days.items() for span in spans]
+    return Table("Days without a file", ["stream", "days"], lines)
 
 
 def _tasks(manifest: Manifest, card: dict[str, Any]) -> Table:
@@ -144,30 +163,34 @@ def _correlations(card: dict[str, Any]) -> Table:
 
 
 def _numbers(card: dict[str, Any]) -> Table:
-    quantiles = ["1%", "25%", "50%", "75%", "99%"]
+    quantiles, splits = ["1%", "25%", "50%", "75%", "99%"], card.get("splits", {})
     lines = [
-        [name, percent(found["missing"])]
-        + [number(found[key]) for key in ("mean", "std", "min")]
+        [name, percent(found["missing"]), *_in_splits(splits, name, "missing", percent)]
+        + [number(found["mean"]), *_in_splits(splits, name, "mean", number)]
+        + [number(found[key]) for key in ("std", "min")]
         + [number(found["quantiles"].get(key)) for key in quantiles]
         + [number(found["max"])]
         for name, found in card["numbers"].items()
     ]
-    header = ["number", "missing", "mean", "std", "min", *(f"{quantile} below" for quantile in quantiles), "max"]
-    return Table("Numbers, before any transform (train)", header, lines)
+    header = ["number", *_columns("missing", splits), *_columns("mean", splits), "std", "min"]
+    return Table(
+        f"Numbers, before any transform {_rows_of(card)}", [*header, *(f"{q} below" for q in quantiles), "max"], lines
+    )
 
 
 def _ids(card: dict[str, Any]) -> Table:
-    lines = []
+    lines, splits = [], card.get("splits", {})
     for name, found in card["ids"].items():
-        cells = ["hashed", "", NOTHING, NOTHING]
+        distinct, seen, top = "hashed", "", NOTHING
         if "vocabulary" in found:
             top = f"{_cut(found['top'][0][0])} ({percent(found['top'][0][1])})" if found["top"] else NOTHING
-            seen = f"{found['seen']:,} of {found['vocabulary']:,}"
-            cells = [f"{found['distinct']:,}", seen, percent(found.get("unknown")), top]
+            distinct, seen = f"{found['distinct']:,}", f"{found['seen']:,} of {found['vocabulary']:,}"
+        missing = [percent(found["missing"]), *_in_splits(splits, name, "missing", percent)]
+        unknown = [percent(found.get("unknown")), *_in_splits(splits, name, "unknown", percent)]
         length = number(found["length"]) if found.get("length") is not None else NOTHING
-        lines.append([name, percent(found["missing"]), *cells, length])
-    header = ["id", "missing", "distinct values", "vocabulary seen", "unknown", "most frequent", "values in a list"]
-    return Table("Ids (train)", header, lines)
+        lines.append([name, *missing, distinct, seen, *unknown, top, length])
+    header = ["id", *_columns("missing", splits), "distinct values", "vocabulary seen", *_columns("unknown", splits)]
+    return Table(f"Ids {_rows_of(card)}", [*header, "most frequent", "values in a list"], lines)
 
 
 def _markers(card: dict[str, Any]) -> Table:
@@ -181,8 +204,26 @@ def _markers(card: dict[str, Any]) -> Table:
 
 
 def _others(card: dict[str, Any]) -> Table:
-    lines = [[name, percent(found["missing"])] for name, found in card.get("others", {}).items()]
-    return Table("Other features (train)", ["feature", "missing"], lines)
+    splits = card.get("splits", {})
+    lines = [
+        [name, percent(found["missing"]), *_in_splits(splits, name, "missing", percent)]
+        for name, found in card.get("others", {}).items()
+    ]
+    return Table(f"Other features {_rows_of(card)}", ["feature", *_columns("missing", splits)], lines)
+
+
+def _rows_of(card: dict[str, Any]) -> str:
+    """Which rows a card's statistics are of, but for the columns of splits."""
+    return "(all rows)" if "train" in card.get("splits", {}) else "(train)"
+
+
+def _columns(what: str, splits: dict[str, Any]) -> list[str]:
+    """The header of a statistic and of the same in the other splits."""
+    return [what, *(f"{what} {split}" for split in splits)]
+
+
+def _in_splits(splits: dict[str, Any], name: str, what: str, shown: Callable[[float | None], str]) -> list[str]:
+    return [shown(found.get(name, {}).get(what)) for found in splits.values()]
 
 
 def _drift(card: dict[str, Any]) -> Table:

@@ -18,6 +18,7 @@ from pipeline.storage.files import sha256
 from pipeline.storage.local import fsync
 
 LONG_LINE = re.compile(r"(line|row) of \d+ bytes( is longer than .*)")
+EXAMPLES = 20  # reasons of which the first row is kept
 IMPLAUSIBLE_TIME = rf"^(.*): (-?\d+) {IMPLAUSIBLE} in seconds since 1970(.*)$"
 REASON_CHARACTERS = 500  # of the first one, which is on the terminal if there are too many
 COLUMNS = pa.schema(
@@ -38,9 +39,14 @@ def spill(job: Job, found: Sequence[pl.DataFrame]) -> DeadLetters:
         return DeadLetters()
     path = job.temporary_path("dead_letters")
     frame.write_ipc(path)
-    reasons = Counter(_kind(reason) for reason in frame["reason"])
+    reasons: Counter[str] = Counter()
+    examples: dict[str, tuple[int, str]] = {}
+    for line, reason in frame.select("line", "reason").sort("line", maintain_order=True).iter_rows():
+        reasons[kind := _kind(reason)] += 1
+        if kind not in examples and len(examples) < EXAMPLES:
+            examples[kind] = line, _shortened(reason)
     first = frame.row(int(frame["line"].arg_min() or 0), named=True)
-    return DeadLetters(str(path), dict(reasons), first["line"], _shortened(first["reason"]))
+    return DeadLetters(str(path), dict(reasons), first["line"], _shortened(first["reason"]), examples=examples)
 
 
 def implausible_times(found: Sequence[DeadLetters], reason: str) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from features.fit.split_counts import FeatureCounts, count_features
 from features.hashing import hash_integers
 from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Split
@@ -16,14 +17,18 @@ def encode(job: Job, work: EncodeWork) -> EncodeReport:
     """Encodes a part and partitions its rows."""
     rows = shuffle.read(work.path)
     tables, batches = [], []
+    counts: dict[Split, dict[str, FeatureCounts]] = {}
     for split in SPLITS:
-        encoded = job.encoders.encode(rows_of_split(rows, split))
+        mine = rows_of_split(rows, split)
+        encoded = job.encoders.encode(mine)
+        if mine.num_rows and job.counts_split(split):
+            counts[split] = count_features(job.encoders, mine, encoded)
         slices = work.slices[split]
         slice_B = _slice_of(job, encoded, slices, work.bounds.get(split, []))
         for number, table in enumerate(shuffle.partition(encoded, slice_B, slices)):
             tables.append(table)
             batches.append(EncodedBatch(split, number, table.num_rows))
-    return EncodeReport(shuffle.write(job.temporary_path("encoded"), tables), batches)
+    return EncodeReport(shuffle.write(job.temporary_path("encoded"), tables), batches, counts=counts)
 
 
 def rows_of_split(rows: pa.Table, split: Split) -> pa.Table:

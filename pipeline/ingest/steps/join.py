@@ -1,19 +1,18 @@
 """Step `join`: outcomes to the impressions that they belong to, a bucket of keys at a time."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from features.errors import UserError
-from features.join.outcomes import join
+from features.join.outcomes import EXAMPLES, join
 from features.kinds.canonical import canonical
 from features.parse import raw
 from features.schema.schema import Schema
 from features.source import RawType
 from pipeline.ingest import shuffle
-from pipeline.ingest.messages import JoinReport, JoinWork
+from pipeline.ingest.messages import JoinReport, JoinSide, JoinWork
 from pipeline.ingest.state import Job
 
 
@@ -49,31 +48,27 @@ def scatter(job: Job, table: pa.Table, key: str) -> str:
 
 def join_bucket(job: Job, work: JoinWork) -> JoinReport:
     """Joins all outcomes of a bucket to its impressions."""
-    join_statuses, latest = {}, {}
+    join_statuses, latest, sides = {}, {}, {}
     keys, sizes = shuffle.read_bucket([part.keys for part in job.typed() if part.keys], work.bucket)
     columns = keys.select(shuffle.POSITION)
     for name, outcome in job.schema.source.outcomes.items():
         events, _ = shuffle.read_bucket(job.outcomes(name), work.bucket)
         found = join(name, outcome, keys, events.select([outcome.key, *outcome.types]))
         columns, join_statuses[name], latest[name] = columns.hstack(found.columns), found.join_statuses, found.latest
-    return JoinReport(shuffle.write_batches(job.temporary_path("gathered"), columns, sizes), join_statuses, latest)
+        first, last = found.times or (None, None)
+        sides[name] = JoinSide(rows=events.height, keys=found.not_joined, first=first, last=last)
+    path = shuffle.write_batches(job.temporary_path("gathered"), columns, sizes)
+    return JoinReport(path, join_statuses, latest, impressions=_side(keys), outcomes=sides)
+
+
+def _side(keys: pl.DataFrame) -> JoinSide:
+    """What the impressions of a bucket look like."""
+    examples = keys["key"].head(100).drop_nulls().unique(maintain_order=True).head(EXAMPLES)
+    times = pc.min_max(keys["time"].to_arrow()).as_py() if "time" in keys.columns else {"min": None, "max": None}
+    return JoinSide(rows=keys.height, keys=examples.cast(pl.String).to_list(), first=times["min"], last=times["max"])
 
 
 def joined(job: Job, part: int, rows: int) -> pl.DataFrame | None:
     """The columns that outcomes add to a part; None without outcomes."""
     paths = [report.path for report in job.found(JoinReport)]
     return pl.from_arrow(shuffle.gather(paths, part, rows)) if paths else None  # type: ignore[return-value]
-
-
-def open_windows(schema: Schema, rows: pa.Table, as_of: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Per outcome [B] whether its window was still open when its stream ended.
-
-    Args:
-        rows: B typed impressions.
-        as_of: seconds since 1970 until when each outcome with a window is complete.
-    """
-    found = {}
-    for name, until in as_of.items():
-        closes = pl.Series(raw.event_time(schema, rows)) + schema.source.outcomes[name].window
-        found[name] = (closes > until).fill_null(False).to_numpy()
-    return found

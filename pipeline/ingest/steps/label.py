@@ -16,9 +16,10 @@ from pipeline.ingest import shuffle
 from pipeline.ingest.messages import LabelledPart, LabelReport, LabelWork
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
-from pipeline.ingest.steps.join import joined, open_windows
+from pipeline.ingest.steps.join import joined
 from pipeline.ingest.steps.look_up import part_rows
 from pipeline.ingest.steps.past import found_past
+from pipeline.ingest.steps.undecided import undecided
 
 RANKS = 65  # of a part's rows in time, whose event times it reports
 
@@ -51,7 +52,8 @@ def label_rows(
         lists: of histories.
         as_of: see LabelWork.
     """
-    parsed = raw.parse(job.schema, rows, row_id, added, open_windows(job.schema, rows, as_of or {}), lists)
+    open_ = undecided(job, unit, rows, as_of or {})
+    parsed = raw.parse(job.schema, rows, row_id, added, open_.open_windows, lists, open_.absent)
     split_B = parsed.rows[SPLIT].to_numpy()
     counted = parsed.rows if job.counts_all else parsed.rows.filter(pa.array(split_B == 0))
     statistics = job.temporary_path("statistics")
@@ -64,6 +66,7 @@ def label_rows(
         statistics=str(statistics),
         times=_times(parsed.rows, split_B) if job.order == "time" else {},
         span=list(pc.min_max(parsed.rows["event_time"]).as_py().values()) if parsed.rows.num_rows else [],
+        undecided=open_.causes,
     )
     return part, parsed.bad
 

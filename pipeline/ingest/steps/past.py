@@ -17,9 +17,10 @@ from features.source import Counter, History
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherPastReport, GatherPastWork, ScatterPastReport, ScatterPastWork
 from pipeline.ingest.state import Job
-from pipeline.ingest.steps.join import joined, open_windows, scatter
+from pipeline.ingest.steps.join import joined, scatter
 from pipeline.ingest.steps.look_up import part_rows
 from pipeline.ingest.steps.past_state import earlier_events
+from pipeline.ingest.steps.undecided import undecided
 
 NEVER = np.iinfo(np.int64).min  # before all events, where an impression has no time
 
@@ -31,9 +32,9 @@ def scatter_past(job: Job, work: ScatterPastWork) -> ScatterPastReport:
     texts, columns = _reads(schema)
     frame = raw.view(schema, rows, outcomes, texts, columns)
     time = pl.Series(raw.event_time(schema, rows))
-    known = Known(schema, time, outcomes, open_windows(schema, rows, work.as_of))
+    known = Known(schema, time, outcomes, undecided(job, work.part.unit, rows, work.as_of).either)
     train = pl.Series(raw.split(schema, rows) == 0) if schema.smoothed else None
-    paths, undecided, sums = {}, {}, {}
+    paths, left_open, sums = {}, {}, {}
     for name, past in schema.past.items():
         events, open_ = (
             _history(name, past, frame, known) if isinstance(past, History) else _counter(name, past, frame, known)
@@ -41,11 +42,11 @@ def scatter_past(job: Job, work: ScatterPastWork) -> ScatterPastReport:
         if name in schema.smoothed:
             counts = events.filter(train & events["known"].is_not_null())["value"]
             sums[name] = (float(counts.sum()), len(counts))
-        undecided[name] = int((open_ & events["key"].is_not_null()).sum())
+        left_open[name] = int((open_ & events["key"].is_not_null()).sum())
         table = events.with_columns(time.alias("time"), pl.int_range(pl.len()).alias(shuffle.POSITION))
         paths[name] = scatter(job, table.rechunk().to_arrow(), "key")
     late = int((time < job.start.state.horizon).sum()) if job.start else 0
-    return ScatterPastReport(paths, undecided, sums, time.min(), late)  # type: ignore[arg-type]
+    return ScatterPastReport(paths, left_open, sums, time.min(), late)  # type: ignore[arg-type]
 
 
 def _reads(schema: Schema) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from features.parse.raw import LINE, ROW
 from features.source import RawType
 from pipeline.ingest import shuffle
 from pipeline.ingest.absent_columns import Completion
+from pipeline.ingest.bad_rows import BadRows
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format
 from pipeline.ingest.formats.base import Block, Wanted
@@ -40,9 +41,13 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     lists = raw.list_columns(job.schema) if stream == IMPRESSIONS else separators(job, stream) if table else {}
     keys, ids = _named(job, stream, types)
     completion = Completion(types, work.names, options, lists)
-    blocks = raw_format(options).read(
-        unit, Wanted(completion.present, work.names, lists, ids), UnitProgress(job.progress, work.number).record
-    )
+    progress, bad_rows = UnitProgress(job.progress, work.number), BadRows(job, work)
+
+    def on_bytes(done: int) -> None:
+        progress.record(done)
+        bad_rows.record(done)
+
+    blocks = raw_format(options).read(unit, Wanted(completion.present, work.names, lists, ids), on_bytes)
     met: dict[str, Counter[str]] = {}
     typed_parts, labelled, outcomes, table_rows, bad, latest, count, lines = [], [], [], [], [], [], 0, 0
     for block in _at_least_one(blocks, completion.present):
@@ -64,11 +69,14 @@ def read(job: Job, work: ReadWork) -> ReadReport:
             if job.joins and job.schema.event_time:
                 latest.append(pc.max(raw.event_time(job.schema, typed.rows)).as_py())
         no_rows = [(line.line, line.reason, line.raw) for line in block.bad]
-        bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
+        found = [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
+        bad_rows.count(block.columns.num_rows + len(block.bad), found, block.line_count)
+        bad += found
         count += block.columns.num_rows + len(block.bad)
         lines += block.line_count
         for column, kind in block.types.items():
             met.setdefault(column, Counter())[kind] += block.columns.num_rows
+    bad_rows.end()
     check_unchanged(unit.file)
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,

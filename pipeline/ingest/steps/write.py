@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.fit.encoders import arrow_schema
+from features.fit.split_counts import FeatureCounts, count_features, summed
 from features.hashing import hash_integers
 from features.schema.schema import Schema, Split
 from pipeline.dataset.manifest import Shard, footer_sha256
@@ -22,8 +23,9 @@ from pipeline.storage.local import fsync
 
 def write(job: Job, work: WriteWork) -> WriteReport:
     """Writes a shard, a slice of it in memory at a time."""
+    counts: list[dict[str, FeatureCounts]] = []
     if job.order == "input":  # rows that stay in their order are encoded only now
-        tables = (_encoded(job, work.split, piece) for pieces in work.slices for piece in pieces)
+        tables = (_encoded(job, work.split, piece, counts) for pieces in work.slices for piece in pieces)
     else:
         slices = (
             pa.concat_tables(shuffle.read(piece.path, piece.start, mapped=False) for piece in pieces)
@@ -31,11 +33,17 @@ def write(job: Job, work: WriteWork) -> WriteReport:
         )
         tables = (ordered(rows, job.order, job.seed) for rows in slices)
     path = job.temporary_path("shard")
-    return WriteReport(write_shard(path, job.staging, work.split, job.schema, tables, job.rows_per_row_group))
+    shard = write_shard(path, job.staging, work.split, job.schema, tables, job.rows_per_row_group)
+    return WriteReport(shard, counts=summed(counts))
 
 
-def _encoded(job: Job, split: Split, piece: Piece) -> pa.Table:
-    return job.encoders.encode(rows_of_split(shuffle.read(piece.path), split).slice(piece.start, piece.rows))
+def _encoded(job: Job, split: Split, piece: Piece, counts: list[dict[str, FeatureCounts]]) -> pa.Table:
+    """Encodes a piece, and adds the counts of its features."""
+    rows = rows_of_split(shuffle.read(piece.path), split).slice(piece.start, piece.rows)
+    encoded = job.encoders.encode(rows)
+    if job.counts_split(split):
+        counts.append(count_features(job.encoders, rows, encoded))
+    return encoded
 
 
 def ordered(rows: pa.Table, order: Order, seed: int) -> pa.Table:

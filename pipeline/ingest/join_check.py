@@ -1,0 +1,92 @@
+"""Whether enough outcomes found their impressions: where none or few do, every label would be a negative."""
+
+from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime, timezone
+
+from features.errors import UserError
+from features.join.outcomes import EXAMPLES
+from features.printable import printable
+from pipeline.ingest.messages import JoinReport, JoinSide, ReadReport
+from pipeline.ingest.state import IMPRESSIONS, Job
+
+ENOUGH = 1000  # rows of either side, from which on a part of a log in which nothing is joined is no chance
+SHOWN = 40  # characters of a key
+ADVICE = {
+    "unmatched": "Keys are compared as text: fix key, or derive one that both sides have",
+    "late": "Fix the column time, its unit or time zone, or the window",
+    "early": "Fix the column time, its unit or time zone",
+}  # by the most frequent reason
+
+
+def check_joined(job: Job, min_joined: float, whole_log: bool, max_bad_fraction: float) -> None:
+    """Raises UserError where a smaller share than `min_joined` of an outcome's rows, duplicates apart, was joined, or none.
+
+    Where the log is a part of a longer one, as a day is, most outcomes may belong to impressions of other parts: there only
+    a stream of ENOUGH rows of which none was joined to ENOUGH impressions stops the job.
+
+    Args:
+        max_bad_fraction: streams with more bad rows are left to the check of these, which names the first.
+    """
+    reports = job.found(JoinReport)
+    impressions = _merged(report.impressions for report in reports)
+    if not impressions.rows or _is_bad(job, IMPRESSIONS, max_bad_fraction) or not min_joined:
+        return
+    for name in job.schema.source.outcomes:
+        statuses = sum((Counter(report.join_statuses[name]) for report in reports), Counter[str]())
+        joined, rows = statuses["joined"], statuses.total() - statuses["duplicate"]
+        few = joined < min_joined * rows or (rows and not joined)
+        if not whole_log:
+            few = not joined and min(rows, impressions.rows) >= ENOUGH
+        if few and not _is_bad(job, name, max_bad_fraction):
+            outcomes = _merged(report.outcomes[name] for report in reports)
+            raise UserError(_message(name, statuses, rows, impressions, outcomes, min_joined))
+
+
+def _is_bad(job: Job, stream: str, max_bad_fraction: float) -> bool:
+    """Whether a stream has more bad rows than allowed."""
+    reads = [report for report in job.found(ReadReport) if report.stream == stream]
+    bad = sum(sum(report.dead_letters.reasons.values()) for report in reads)
+    return bad > max_bad_fraction * sum(report.read for report in reads)
+
+
+def _merged(sides: Iterable[JoinSide]) -> JoinSide:
+    """A side of the join over all buckets."""
+    found = list(sides)
+    times = [time for side in found for time in (side.first, side.last) if time is not None]
+    return JoinSide(
+        rows=sum(side.rows for side in found),
+        keys=[key for side in found for key in side.keys][:EXAMPLES],
+        first=min(times, default=None),
+        last=max(times, default=None),
+    )
+
+
+def _message(
+    name: str, statuses: Counter[str], rows: int, impressions: JoinSide, outcomes: JoinSide, min_joined: float
+) -> str:
+    """The line that says what the two sides look like."""
+    reasons = sorted(ADVICE, key=lambda reason: -statuses[reason])
+    counts = ", ".join(f"{statuses[reason]:,} {reason}" for reason in reasons if statuses[reason])
+    return (
+        f"source.outcomes.{name}: {statuses['joined']:,} of {rows:,} rows belong to an impression ({counts}). Impressions "
+        f"have keys such as {_shown(impressions)}; {name} has, where it belongs to none, keys such as {_shown(outcomes)}. "
+        f"{ADVICE[reasons[0]]}; if the log is right, set min_joined below {min_joined:g} (0: no check)."
+    )
+
+
+def _shown(side: JoinSide) -> str:
+    """Keys and times of a side, in a line of limited length."""
+    keys = [f"'{printable(key if len(key) <= SHOWN else key[: SHOWN - 1] + '…')}'" for key in side.keys]
+    times = (
+        "" if side.first is None or side.last is None else f", and times {moment(side.first)} to {moment(side.last)}"
+    )
+    return f"{', '.join(keys) or 'none'}{times}"
+
+
+def moment(seconds: int) -> str:
+    """Seconds since 1970 as a date and time, or as they are where there is no such date."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s"
