@@ -21,10 +21,19 @@ def without_labels(schema: Schema) -> Schema:
                 "give the files of the outcomes"
             )
     used = _read_columns(schema)
+    tables = {schema.table_columns[c] for c in schema.roots_of(used) if c in schema.table_columns}
+    used |= {schema.source.tables[name].asks for name in tables}
     derived = {name: text for name, text in schema.source.derived.items() if name in used}
     fields = {name: getattr(schema, name) for name in type(schema).model_fields}
     fields |= {
-        "source": schema.source.model_copy(update={"outcomes": {}, "key": None, "derived": derived}),
+        "source": schema.source.model_copy(
+            update={
+                "outcomes": {},
+                "key": None,
+                "derived": derived,
+                "tables": {name: table for name, table in schema.source.tables.items() if name in tables},
+            }
+        ),
         "tasks": {n: t.model_copy(update={"label": "NULL", "observed_when": None}) for n, t in schema.tasks.items()},
         "weight": None,
     }
@@ -37,7 +46,7 @@ def _read_columns(schema: Schema) -> set[str]:
     """The columns, raw or derived, that features, histories, time, row id and split read."""
     used = [raw.column for raw in schema.raw.values()]
     used += [schema.split.key] if isinstance(schema.split, HashSplit) else []
-    used += [table.asks for table in schema.source.tables.values()]
+    used += [counter.by for counter in schema.source.counters.values()]
     for history in schema.histories.values():
         used += [history.user, history.item, *(columns_of(history.when) if history.when else ())]
     return {*used, *(column for column in (schema.source.row_id, schema.event_time) if column)}
