@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from features.join.places import Places
 from features.source import Outcome
 
 JOIN_STATUSES = ("joined", "duplicate", "early", "late", "unmatched")
@@ -42,18 +43,18 @@ def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.Data
     unique = events
     if outcome.duplicates == "drop":
         unique = events.unique(maintain_order=True, keep="first")
-    key_I, key_D, keys = _codes(impressions["key"], unique[outcome.key])
+    key_I, key_D = _codes(impressions["key"], unique[outcome.key])
     valid_I = impressions["key"].is_not_null().to_numpy()
     if outcome.time:
         time_I, time_D = impressions["time"].fill_null(0).to_numpy(), unique[outcome.time].to_numpy()
         valid_I = valid_I & impressions["time"].is_not_null().to_numpy()
     else:
         time_I, time_D = np.zeros(len(key_I), np.int64), np.zeros(len(key_D), np.int64)
-    order_D = np.lexsort((time_D, key_D))
-    place = _Places(key_D[order_D], time_D[order_D], keys)
+    place = Places(key_D, time_D)
+    order_D = place.order_E
     start_I = place.of(key_I, time_I, "left")
     closes = outcome.window is not None and outcome.late == "drop"
-    stop_I = place.of(key_I, time_I + (outcome.window or 0), "right") if closes else place.ends(key_I)
+    stop_I = place.of(key_I, time_I + (outcome.window or 0), "right") if closes else place.first(key_I + 1)
     stop_I = np.where(valid_I, stop_I, start_I)
     count_I = stop_I - start_I
     columns: dict[str, pl.Series] = {
@@ -69,32 +70,10 @@ def join(name: str, outcome: Outcome, impressions: pl.DataFrame, events: pl.Data
     return Joined(pl.DataFrame(columns), {**join_statuses, "duplicate": events.height - unique.height}, latest)
 
 
-def _codes(left: pl.Series, right: pl.Series) -> tuple[np.ndarray, np.ndarray, int]:
-    """Keys of both sides as numbers 0 .. keys - 1; a missing one as any."""
+def _codes(left: pl.Series, right: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of both sides as numbers from 0; a missing one as any."""
     both = pl.concat([left, right]).rank("dense").cast(pl.Int64).fill_null(1).to_numpy() - 1
-    return both[: len(left)], both[len(left) :], int(both.max(initial=-1)) + 1
-
-
-class _Places:
-    """Where (key, time) would stand among events that are sorted so."""
-
-    def __init__(self, key_D: np.ndarray, time_D: np.ndarray, keys: int) -> None:
-        self.first_K = np.searchsorted(key_D, np.arange(keys + 1))
-        self.key_D, self.times = key_D, np.unique(time_D)
-        self.event_D = self._number(key_D, np.searchsorted(self.times, time_D))
-
-    def _number(self, key: np.ndarray, rank: np.ndarray) -> np.ndarray:
-        # Ranks of times instead of times: key and time fit into one integer, whatever the times are.
-        return key * (len(self.times) + 1) + rank
-
-    def of(self, key_I: np.ndarray, time_I: np.ndarray, side: str) -> np.ndarray:
-        """The place before (left) or after (right) the events of that key and time."""
-        rank_I = np.searchsorted(self.times, time_I, side=side)  # type: ignore[call-overload]
-        return np.searchsorted(self.event_D, self._number(key_I, rank_I), side="left")
-
-    def ends(self, key_I: np.ndarray) -> np.ndarray:
-        """The place after the last event of a key."""
-        return self.first_K[key_I + 1]
+    return both[: len(left)], both[len(left) :]
 
 
 def _taken(values: pl.Series, start_I: np.ndarray, stop_I: np.ndarray, take: str) -> pl.Series:
