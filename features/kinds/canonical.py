@@ -12,6 +12,8 @@ r"""One text for equal ids, whatever holds them: the rules by which ids, keys, s
 So files agree of which one was written by a tool that turns whole numbers into floats as soon as one is missing.
 """
 
+from typing import Any
+
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,9 +47,10 @@ def canonical(values: pa.Array, where: str) -> pa.LargeStringArray:
     """
     if pa.types.is_dictionary(values.type):
         return canonical(values.dictionary, where).take(values.indices)
+    if _is_text(values.type):
+        return without_decimals(values.cast(pa.large_string()))
     check_ids(values, where)
-    texts = as_text(values).cast(pa.large_string())
-    return without_decimals(texts) if _is_text(values.type) else texts
+    return as_text(values).cast(pa.large_string())
 
 
 def as_ids(values: pl.Series | pa.Array, where: str) -> pa.DictionaryArray:
@@ -154,7 +157,7 @@ def _wide(decimals: pa.Array) -> pa.Array:
     return decimals.cast(pa.decimal128(kind.precision, kind.scale)) if kind.bit_width < 128 else decimals
 
 
-def _first_not(condition: pa.Array, values: pa.Array) -> object | None:
+def _first_not(condition: pa.Array, values: pa.Array) -> Any:
     """The first of the values for which a condition is false; None where there is none."""
     if pc.all(condition, min_count=0).as_py():
         return None

@@ -25,10 +25,14 @@ def convert_columns(
     found = {}
     for name, wanted in types.items():
         try:
-            values = _decoded(columns[name])
-            if name in ids and wanted == "string":
-                check_ids(values.flatten() if _is_list(values.type) else values, f"{path}: column {name}")
-            found[name] = convert(values, wanted, options)
+            values, where = _decoded(columns[name]), f"{path}: column {name}"
+            if not (name in ids and wanted == "string"):
+                found[name] = convert(values, wanted, options)
+            elif _is_list(values.type):
+                found[name] = _lists_of_ids(values, where)
+            else:
+                check_ids(values, where)
+                found[name] = convert(values, wanted, options)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise UserError(
                 f"{path}: column {name} is {columns[name].type}, which cannot be read as text or numbers: "
@@ -84,9 +88,20 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _lists(values: pa.Array) -> pa.Array:
     """Lists of text; a file may call bytes text that are none, which no later step would notice."""
-    lists = values.cast(pa.list_(values.type.value_type))
-    items = as_text(lists.values).cast(pa.string())
-    return pa.ListArray.from_arrays(lists.offsets, items, mask=lists.is_null() if lists.null_count else None)
+    found = values.cast(LIST)
+    found.validate(full=True)
+    return found
+
+
+def _lists_of_ids(values: pa.Array, where: str) -> pa.Array:
+    """Lists of canonical texts. Raises UserError, naming `where`, for an item that is no id."""
+    kind = values.type.value_type
+    if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return _lists(values)
+    check_ids(values.flatten(), where)
+    lists = pa.concat_arrays([values.cast(pa.list_(kind))])
+    missing = lists.is_null() if lists.null_count else None
+    return pa.ListArray.from_arrays(lists.offsets, as_text(lists.values).cast(TEXT), mask=missing)
 
 
 def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -19,7 +19,7 @@ from features.printable import has_surrogates
 
 SEARCHED_BYTES = 1 << 18  # of a block: one that is no larger is searched for keys that stand twice line by line
 SAMPLE, SAMPLED_PART = 1000, 64  # lines of a larger block that are, and at most which part of it
-HALF_CHARACTER = r"not text: an escape such as \ud800 is half a character"
+HALF_CHARACTER = r"not text, but an escape of half a character such as \ud800"
 _HIGH, _LOW = rb"[89abAB][0-9a-fA-F]{2}", rb"[c-fC-F][0-9a-fA-F]{2}"
 # A half whose neighbour does not make it whole. In text that has a backslash before u, what is found is no escape.
 _HALVES = [
