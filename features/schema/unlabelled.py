@@ -13,6 +13,8 @@ def without_labels(schema: Schema) -> Schema:
     the fingerprints of the whole: what it reads is of that schema.
     """
     used = _read_columns(schema)
+    tables = {schema.table_columns[c] for c in schema.roots_of(used) if c in schema.table_columns}
+    used |= {schema.source.tables[name].asks for name in tables}
     derived = {name: text for name, text in schema.source.derived.items() if name in used}
     fields = {name: getattr(schema, name) for name in type(schema).model_fields}
     nothing = {name: {"when": "FALSE"} for name in schema.past if _outcomes_of(schema, name)}
@@ -20,7 +22,8 @@ def without_labels(schema: Schema) -> Schema:
         name: counter.model_copy(update={**nothing[name], "of": counter.of and "0"}) if name in nothing else counter
         for name, counter in schema.source.counters.items()
     }
-    changes = {"outcomes": {}, "key": None, "derived": derived, "counters": counters}
+    side_tables = {name: table for name, table in schema.source.tables.items() if name in tables}
+    changes = {"outcomes": {}, "key": None, "derived": derived, "counters": counters, "tables": side_tables}
     fields |= {
         "source": schema.source.model_copy(update=changes),
         "bag": {
@@ -56,7 +59,6 @@ def _read_columns(schema: Schema) -> set[str]:
     """The columns, raw or derived, that features, histories, time, row id and split read."""
     used = [raw.column for raw in schema.raw.values()]
     used += [schema.split.key] if isinstance(schema.split, HashSplit) else []
-    used += [table.asks for table in schema.source.tables.values()]
     for past in schema.past.values():
         used += past.columns + [column for text in past.expressions.values() for column in columns_of(text)]
     return {*used, *(column for column in (schema.source.row_id, schema.event_time) if column)}
