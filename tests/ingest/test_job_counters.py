@@ -333,12 +333,12 @@ def test_rows_that_turn_out_bad_are_counted_all_the_same(tmp_path: Path) -> None
 
 
 def test_what_is_no_number_does_not_count(tmp_path: Path) -> None:
-    write_log(tmp_path, shown_at(0, 10, 20, 30, 40), {})
-    of = "CASE id WHEN 0 THEN NULL WHEN 1 THEN 1 / (id - 1) WHEN 2 THEN 1e300 ELSE 7 END"
+    write_log(tmp_path, shown_at(0, 10, 20, 30, 40, 50), {})
+    of = "CASE id WHEN 0 THEN NULL WHEN 1 THEN 1 / (id - 1) WHEN 2 THEN 1e300 WHEN 3 THEN 0 / (id - 3) ELSE 7 END"
     counters = {name: {"by": "user", "of": of, "take": name} for name in ("mean", "sum")}
     run(tmp_path, tmp_path / "out", content_for({}, counters))
-    assert list(found_numbers(tmp_path / "out", "mean").values()) == [None, None, None, None, 7]
-    assert list(found_numbers(tmp_path / "out", "sum").values()) == [0, 0, 0, 0, 7]
+    assert list(found_numbers(tmp_path / "out", "mean").values()) == [None, None, None, None, None, 7]
+    assert list(found_numbers(tmp_path / "out", "sum").values()) == [0, 0, 0, 0, 0, 7]
 
 
 def test_any_kind_of_feature_reads_a_counter_and_so_do_derived_columns_and_weights(tmp_path: Path) -> None:
