@@ -32,6 +32,7 @@ from pipeline.dataset.manifest import Manifest, State, StateFile, read_manifest
 
 FOLDER = "state"
 DAY = 86_400  # seconds
+MOST_NAMES = 3  # histories and counters in a line
 
 
 def state_file(name: str) -> str:
@@ -102,12 +103,14 @@ def state_lines(state: State) -> list[str]:
             f"the first row is {state.gap / DAY:.1f} days after the end of {state.began_from.dataset}: rows of the days "
             "between are in no history or counter"
         )
-    for name, count in state.undecided.items():
-        if count:
-            lines.append(
-                f"{name}: {count:,} events left out, since the window of an outcome was open when its files ended. Make this "
-                "dataset again once they are complete."
-            )
+    undecided = sorted(((-count, name) for name, count in state.undecided.items() if count))
+    if undecided:
+        most = ", ".join(f"{-count:,} of {name}" for count, name in undecided[:MOST_NAMES])
+        rest = f" and those of {len(undecided) - MOST_NAMES} more" if len(undecided) > MOST_NAMES else ""
+        lines.append(
+            f"events left out of histories and counters: {most}{rest}, since the window of an outcome was open when its files "
+            "ended. Make this dataset again once they are complete, before later ones go on from it."
+        )
     if state.cut_short:
         lines.append(
             f"{state.cut_short:,} rows are earlier than the end of {state.began_from and state.began_from.dataset}: what "
@@ -184,7 +187,10 @@ def stale_days(folder: Path, manifests: dict[str, Manifest]) -> list[str]:
         if state is None or state.chosen or (origin is not None and day_of(origin.dataset) is None):
             continue
         before = max((other for other in there if other < day), default=None)
-        known = None if before is None else manifests.get(before) or read_manifest(folder / before)
+        try:
+            known = None if before is None else manifests.get(before) or read_manifest(folder / before)
+        except (UserError, OSError):  # it is not one of those that are read, and may be damaged
+            continue
         expected = (before, state_id(known.state)) if known and known.state else None
         if expected != ((origin.dataset, origin.state) if origin else None):
             found.append(day)

@@ -332,7 +332,7 @@ def test_what_late_outcomes_would_have_added_is_counted(three):
     assert manifest.state.undecided["seen"] == 0
     assert manifest.state.undecided["clicked"] == len(left_out)
     assert manifest.state.undecided["ignored"] == len(rows)
-    assert f"clicked: {len(left_out)} events left out" in lines(manifest)
+    assert f"{len(rows)} of ignored, {len(left_out)} of clicked, " in lines(manifest)
 
 
 def test_rows_before_the_midnight_that_the_state_begins_at_are_counted(three):

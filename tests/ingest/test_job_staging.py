@@ -126,9 +126,11 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
 
     monkeypatch.setattr(schedule, "after", watched)
     run(small_log, tmp_path / "out", content, order="time", **SIZES)
-    assert list(lying) == ["read", "join", "scatter_past", "gather_past", "label", "merge", "encode", "write"]
+    steps = ["read", "join", "scatter_past", "gather_past", "write_state", "label", "merge", "encode", "write"]
+    assert list(lying) == steps
     waiting = {"typed", "scattered", "gathered"}
-    assert waiting <= lying["gather_past"]
+    assert {"later", *waiting} <= lying["gather_past"]
+    assert "later" not in lying["write_state"]
     assert not waiting & lying["label"]
     assert "features" in lying["merge"]
     assert not {"features", *waiting} & lying["encode"]

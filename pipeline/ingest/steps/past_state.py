@@ -27,9 +27,9 @@ def earlier_events(job: Job, name: str, bucket: int) -> pl.DataFrame | None:
     count = len(file.row_groups)
     # A bucket is a range of hashes, and so is a row group: this one's first and last value, and the groups with these.
     first, last = -(-(bucket << 32) // job.buckets), -(-((bucket + 1) << 32) // job.buckets) - 1
-    found = [columns.empty_table()]
-    with opened(job.begun, file, columns, range(first * count >> 32, (last * count >> 32) + 1)) as parquet:
-        for number in range(first * count >> 32, (last * count >> 32) + 1):
+    groups, found = range(first * count >> 32, (last * count >> 32) + 1), [columns.empty_table()]
+    with opened(job.begun, file, columns, groups) as parquet:
+        for number in groups:
             events = read_group(parquet, number, job.start.folder / file.path)
             keys = events["key"].combine_chunks()
             if (shuffle.bucket_of(keys, count) != number).any():
