@@ -60,7 +60,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     streams = _find(config, schema)
     work = _read_work(config, schema, streams)
     reference = _reference(config, schema)
-    # With `date` it is as_of that is in front of a gap.
+    # With `date` outcomes are complete until the first absent day (see _as_of), so no window reaches beyond it.
     absent = AbsentDays() if config.date else absent_days(schema, streams, config.as_of)
     _warn_of(absent, schema)
     with staging_of(out) as staging:
