@@ -326,6 +326,15 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
             name: _side_table([m.side_tables[name] for m in manifests if name in m.side_tables])
             for name in manifests[0].side_tables
         },
+        absent_days={
+            stream: list(dict.fromkeys(day for m in manifests for day in m.absent_days.get(stream, [])))
+            for stream in dict.fromkeys(stream for m in manifests for stream in m.absent_days)
+        },
+        undecided={
+            name: _sums(m.undecided.get(name, {}) for m in manifests)
+            for name in dict.fromkeys(name for m in manifests for name in m.undecided)
+        },
+        dead_letter_examples={k: example for m in reversed(manifests) for k, example in m.dead_letter_examples.items()},
     )
 
 

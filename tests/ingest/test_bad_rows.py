@@ -1,5 +1,6 @@
 """Too many bad rows stop a job while it reads, and never one that would pass at its end; a log without rows says why."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -81,6 +82,19 @@ def test_bad_rows_that_stand_together_stop_no_job_that_passes_at_its_end(tmp_pat
     assert (sum(manifest.dead_letters.values()), manifest.rows["train"]) == (400, 2000)
     message = refused(folder, tmp_path / "again", CONTENT, max_bad_fraction=0.16, unit_bytes=500)
     assert message.startswith("400 of 2400 rows of impressions are bad, more than max_bad_fraction=0.16; the first: ")
+
+
+@pytest.mark.usefixtures("small")
+def test_what_a_reader_has_only_taken_in_is_not_read(tmp_path, monkeypatch):
+    """A compressed file is in memory before the first of its rows come out, and bad ones may come first."""
+    monkeypatch.setattr(bad_rows, "AHEAD_BYTES", 1 << 20)
+    folder = write(tmp_path / "log", "bggggggggg", "gggggggggg", "gggggggggg")
+    for path in folder.iterdir():
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    content = json.loads(json.dumps(CONTENT))
+    content["source"]["files"] = "log-*.csv.gz"
+    assert sum(run(folder, tmp_path / "out", content, max_bad_fraction=0.05).dead_letters.values()) == 100
 
 
 @pytest.mark.usefixtures("small")

@@ -207,15 +207,17 @@ def test_a_manifest_of_days_counts_what_all_of_them_count(tmp_path):
             total[keys] = total.get(keys, 0) + value
     assert dict(counters(found.model_dump())) == total
     assert total["outcomes", "click", "early"] == 0
+    assert total["undecided", "click", "window still open"] == 33
+    assert found.absent_days == {"click": ["2026-03-02", "2026-03-04..2026-03-05"]}
     assert open_dataset(tmp_path, f"{days[1]}..{days[2]}").manifest.complete_until == {"click": 1_000_000 - 3}
     assert sum(letters.rows for letters in found.dead_letter_files) == 15
     assert all((tmp_path / part.path).is_file() for part in [*found.dead_letter_files, *found.shards])
 
 
 def counters(tree: dict[str, Any]) -> list[tuple[tuple[str, ...], int]]:
-    """The numbers of nested dictionaries with the keys that lead to them; versions and times are no counters."""
+    """The numbers of nested dictionaries with the keys that lead to them; versions, times and lines are no counters."""
     found = []
-    for key in tree.keys() - {"version", "complete_until"}:
+    for key in tree.keys() - {"version", "complete_until", "dead_letter_examples"}:
         value = tree[key]
         parts = counters(value) if isinstance(value, dict) else [((), value)] if isinstance(value, int | float) else []
         found += [((key, *keys), number) for keys, number in parts]
