@@ -69,7 +69,8 @@ def extent(
             return count, values, None
         if count > 1:
             _, _, opened = row_of(lines[i], quote)
-            if len(row_of(lines[i], quote, opened)[0]) == columns:
+            plain, fault, _ = row_of(lines[i], quote, opened)
+            if fault is None and len(plain) == columns:
                 return 1, [], STRAY_QUOTE
         return count, values, f"{len(values)} columns instead of {columns}"
     return 1, [], NOT_CLOSED.format(f" within max_row_lines={max_lines} lines")

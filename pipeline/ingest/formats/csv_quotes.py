@@ -117,9 +117,10 @@ class Quotes:
         return self.row(data, 0, len(data)).fault
 
     def plain_columns(self, data: bytes, start: int, stop: int) -> int:
-        """The columns of a line if the quote that it leaves open were a character like others."""
+        """The columns of a line if the quote that it leaves open were a character like others; 0 for a line with a fault."""
         found = self.row(data, start, stop)
-        return found.columns + data.count(self.delimiter, found.opened, stop)
+        rest = data[found.opened : stop].removesuffix(b"\n").removesuffix(b"\r")
+        return 0 if b"\r" in rest else found.columns + rest.count(self.delimiter)
 
 
 def _end(pattern: re.Pattern[bytes], data: bytes, start: int, stop: int) -> int:
