@@ -3,6 +3,7 @@
 Blocks of rows stay inside one step, as Arrow columns from the reader to the writer (see pipeline.ingest.steps).
 """
 
+import dataclasses
 import datetime
 import json
 import shutil
@@ -19,11 +20,12 @@ from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
-from pipeline.dataset.manifest import DeadLetterFile, Manifest
+from pipeline.dataset.manifest import DeadLetterFile, Lines, Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.formats.base import LineCounts
 from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
@@ -210,10 +212,18 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
         reasons.update(spilled.reasons)
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
-        "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
+        "lines": _lines(reads), "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits),
     }  # fmt: skip
     return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
+
+
+def _lines(reads: list[ReadReport]) -> dict[str, Lines]:
+    """Where the lines of each stream of text files went."""
+    totals: dict[str, LineCounts] = {}
+    for report in reads:
+        totals[report.stream] = totals.get(report.stream, LineCounts()) + report.counts
+    return {stream: Lines(**dataclasses.asdict(counts)) for stream, counts in totals.items() if counts.physical}
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from features.schema.schema import Split
 from pipeline.dataset.manifest import Shard
 from pipeline.ingest.files import Unit
+from pipeline.ingest.formats.base import LineCounts
 
 
 class Report:
@@ -111,6 +112,8 @@ class ReadReport(Report):
         read: rows, bad ones among them.
         typed, labelled, outcomes: parts of impressions, and paths of outcomes; all but one are empty.
         latest: time of the last impression, None where no step needs it.
+        counts: where the lines of a text file went.
+        swallowed: lines that bad rows take beyond their first ones.
     """
 
     step: ClassVar[str] = "read"
@@ -123,6 +126,8 @@ class ReadReport(Report):
     outcomes: list[str]
     latest: int | None
     dead_letters: DeadLetters
+    counts: LineCounts = field(default_factory=LineCounts)
+    swallowed: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 from features.errors import UserError
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, codec_of, open_text, readable
 from pipeline.ingest.formats.base import OnBytes
+from pipeline.ingest.formats.recognition import PROBED_BYTES, check_packed, check_text
 
 TAIL_BYTES = 1 << 16  # read at a time for the end of a range's last line
 HEAD_BYTES = 1 << 18
@@ -18,25 +20,40 @@ NOT_UTF8 = "not UTF-8"
 
 
 def head_of(file: RawFile, size: int = HEAD_BYTES) -> bytes:
-    """The first bytes of a text file, decompressed. Raises UserError where it cannot be opened."""
-    with readable(file.path), open_text(file, cache="none") as (stream, _):
-        return stream.read(size).removeprefix(BOM)
+    """The first bytes of a text file, decompressed. Raises UserError where it cannot be opened, or is no such file."""
+    with _beginning(file, size) as (head, _):
+        return head
 
 
 def first_line(file: RawFile, limit: int) -> bytes:
     """The first line that is not blank, without its end; empty where there is none.
 
     Raises:
-        UserError: the file cannot be opened, or the line is longer than `limit` bytes.
+        UserError: the file cannot be opened, or is no text, or the line is longer than `limit` bytes.
     """
-    with readable(file.path), open_text(file, cache="none") as (stream, _):
-        found = stream.read(HEAD_BYTES).removeprefix(BOM).lstrip(b"\r\n")
+    with _beginning(file, HEAD_BYTES) as (head, stream):
+        found = head.lstrip(b"\r\n")
         while b"\n" not in found and len(found) <= limit and (data := stream.read(max(HEAD_BYTES, len(found)))):
             found = (found + data).lstrip(b"\r\n")
     line = found.partition(b"\n")[0]
     if len(line) > limit:
         raise header_too_long(file.path, limit)
     return line.removesuffix(b"\r")
+
+
+@contextmanager
+def _beginning(file: RawFile, size: int) -> Iterator[tuple[bytes, pa.NativeFile]]:
+    """The first bytes of a text file, decompressed, and the stream of those after them."""
+    with readable(file.path), open_text(file, cache="none") as (stream, raw):
+        try:
+            head = stream.read(size)
+        except (OSError, pa.ArrowException):
+            if codec_of(file.path):
+                raw.seek(0)
+                check_packed(file.path, raw.read(PROBED_BYTES))
+            raise
+        check_text(file.path, head)
+        yield head.removeprefix(BOM), stream
 
 
 def header_too_long(path: str, limit: int) -> UserError:

@@ -14,7 +14,7 @@ from features.source import RawType
 from pipeline.ingest import shuffle
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format
-from pipeline.ingest.formats.base import Block, Wanted
+from pipeline.ingest.formats.base import Block, LineCounts, Wanted
 from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPart
 from pipeline.ingest.progress import UnitProgress
 from pipeline.ingest.state import Job
@@ -37,6 +37,7 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
     )
     typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
+    counts, swallowed = LineCounts(), 0
     for block in _at_least_one(blocks, types):
         typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
         if outcome is not None:
@@ -54,11 +55,13 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         bad += [raw.dead_letters(*zip(*no_rows, strict=True) if no_rows else ()), typed.bad, dead_letters]
         count += block.columns.num_rows + len(block.bad)
         lines += block.line_count
+        counts += block.counts
+        swallowed += sum(line.lines - 1 for line in block.bad)
     check_unchanged(unit.file)
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
-        dead_letters=spill(job, bad),
+        dead_letters=spill(job, bad), counts=counts, swallowed=swallowed,
     )  # fmt: skip
 
 
