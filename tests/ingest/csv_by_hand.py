@@ -67,10 +67,10 @@ def extent(
             return 1, [], RETURN_OUTSIDE if fault == LONE_RETURN else fault
         if len(values) == columns:
             return count, values, None
-        if count > 1:
+        if count > 1 and columns > 2 and row_of(lines[i + count - 1], quote)[1] is None:
             _, _, opened = row_of(lines[i], quote)
             plain, fault, _ = row_of(lines[i], quote, opened)
-            if fault is None and len(plain) == columns:
+            if fault is None and len(plain) == len(row_of(lines[i + count - 1], quote)[0]) == columns:
                 return 1, [], STRAY_QUOTE
         return count, values, f"{len(values)} columns instead of {columns}"
     return 1, [], NOT_CLOSED.format(f" within max_row_lines={max_lines} lines")

@@ -151,7 +151,7 @@ class CsvRows:
     def header_lines(self, lines: WholeLines, complete: bool) -> tuple[int, int]:
         """See RowParser: the first row that is not blank."""
         filled = lines.data.lstrip(b"\r\n")
-        blank = lines.data.count(b"\n") - filled.count(b"\n")
+        blank = lines.data.count(b"\n", 0, len(lines.data) - len(filled))
         extent = self.extents.at(TextLines(filled, [], complete), 0) if filled else None
         return blank, extent.lines if extent else 0
 

@@ -57,15 +57,18 @@ class Quotes:
         return np.flatnonzero(np.frombuffer(data, np.uint8) == ord(self.quote))
 
     def neighbours(self, data: bytes, quotes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of quotes in a row: whether each may open a value, and whether it may close one, as half of a pair, too."""
-        text, delimiter = np.frombuffer(data, np.uint8), ord(self.delimiter)
-        before = text[np.maximum(quotes - 1, 0)]
-        before = np.where(quotes == 0, NEWLINE, before)
-        after = text[quotes + 1]  # there is one: data end in a line's end
+        """Of all quotes in a row: whether each may open a value, and whether it may close one; half of a pair may be either."""
         twice = np.diff(quotes) == 1
-        opens = (before == delimiter) | (before == NEWLINE) | np.append(False, twice)
-        closes = (after == delimiter) | (after == NEWLINE) | (after == RETURN) | np.append(twice, False)
-        return opens, closes
+        opens = self._begins_value(data, quotes) | np.append(False, twice)
+        return opens, self._ends_value(data, quotes) | np.append(twice, False)
+
+    def _begins_value(self, data: bytes, quotes: np.ndarray) -> np.ndarray:
+        before = np.frombuffer(data, np.uint8)[quotes - 1]  # of the first byte the last one, which is a line's end
+        return (before == ord(self.delimiter)) | (before == NEWLINE)
+
+    def _ends_value(self, data: bytes, quotes: np.ndarray) -> np.ndarray:
+        after = np.frombuffer(data, np.uint8)[quotes + 1]
+        return (after == ord(self.delimiter)) | (after == NEWLINE) | (after == RETURN)
 
     def regular(self, data: bytes) -> bool:
         """Whether all quotes open and close values in turn, in one line or over several."""
@@ -74,6 +77,8 @@ class Quotes:
             return True
         if len(quotes) % 2:
             return False
+        if self._begins_value(data, quotes[0::2]).all() and self._ends_value(data, quotes[1::2]).all():
+            return True  # as usual: without quotes in values
         opens, closes = self.neighbours(data, quotes)
         return bool(opens[0::2].all() and closes[1::2].all())
 

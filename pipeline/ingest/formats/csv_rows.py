@@ -60,8 +60,9 @@ class RowExtents:
     """Where rows end that begin at a given line, found byte by byte.
 
     A row has at most `max_row_lines` lines and `max_line_bytes` bytes. Where its quotes are not closed in these, or text
-    follows a closing one, only its first line is lost. Where they are closed but the number of columns is wrong, either
-    the first line has a stray quote, which is so if it has the right number without, or all lines are one faulty row.
+    follows a closing one, only its first line is lost. Where they are closed but the number of columns is wrong, all its
+    lines are lost, unless its first and its last line each have the right number by themselves: then the first one has a
+    stray quote. Of two columns that may be by chance, so there the lines are lost.
     """
 
     def __init__(self, options: Format, columns: int) -> None:
@@ -99,9 +100,21 @@ class RowExtents:
         count = int(np.searchsorted(ends, found.end)) - first + 1
         if within or found.columns == self.columns:
             return Extent(count, None)
-        if count > 1 and self.quotes.plain_columns(data, start, int(ends[first])) == self.columns:
+        if count > 1 and self._is_stray(lines, first, first + count - 1):
             return Extent(1, STRAY_QUOTE)
         return Extent(count, columns_fault(found.columns, self.columns))
+
+    def _is_stray(self, lines: TextLines, first: int, last: int) -> bool:
+        """Whether the first and the last line of a row are rather rows by themselves."""
+        if self.columns <= 2:
+            return False
+        data, starts = lines.data, lines.starts
+        alone = self.quotes.row(data, int(starts[last]), int(starts[last + 1]))
+        return (
+            alone.fault is None
+            and alone.columns == self.columns
+            and self.quotes.plain_columns(data, int(starts[first]), int(starts[first + 1])) == self.columns
+        )
 
 
 def columns_fault(found: int, expected: int) -> str:

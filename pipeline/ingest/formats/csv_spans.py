@@ -32,13 +32,21 @@ class SpanFinder:
     def begin(self, lines: TextLines) -> bool:
         """Looks for a row that began before the unit, whose first lines are given. False: it takes more of them."""
         if self.before is not None:
-            tail = self.extents.at(lines, 0, within=True)
+            tail = self.extents.at(self._near(lines), 0, within=True)
             if tail is None:
                 return False
             if tail.fault is None:  # most often it is not: within quotes, a quote that opens a value looks out of place
                 self.taken = self._taken(lines.data[: lines.starts[tail.lines]], tail.lines)
             self.before = None
         return True
+
+    def _near(self, lines: TextLines) -> TextLines:
+        """Of lines as many as the rest of a row may have."""
+        size = self.extents.max_bytes + 1
+        if len(lines.data) <= size:
+            return lines
+        near = lines.data[: lines.data.rfind(b"\n", 0, size) + 1]
+        return TextLines(near, [each for each in lines.long if each < near.count(b"\n")], complete=True)
 
     def _taken(self, tail: bytes, count: int) -> int:
         """How many of the unit's first lines, at most `count`, belong to rows that began before it."""

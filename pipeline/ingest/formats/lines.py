@@ -10,11 +10,8 @@ from pipeline.ingest.files import Unit
 from pipeline.ingest.formats.base import BadLine, Block, OnBytes
 from pipeline.ingest.formats.csv_rows import TextLines
 from pipeline.ingest.formats.csv_spans import Span, SpanFinder
-from pipeline.ingest.formats.text import WholeLines, row_text
+from pipeline.ingest.formats.text import CACHED_BYTES, NEWLINE, WholeLines, row_text
 from pipeline.ingest.formats.text_blocks import Parsed, joined, text_blocks
-
-NEWLINE = ord("\n")
-CACHED_BYTES = 1 << 18
 
 
 class LineParser(Protocol):
@@ -53,7 +50,7 @@ class LineRows:
     def header_lines(self, lines: WholeLines, complete: bool) -> tuple[int, int]:  # noqa: ARG002
         """See RowParser: the first line that is not blank."""
         filled = lines.data.lstrip(b"\r\n")
-        return lines.data.count(b"\n") - filled.count(b"\n"), int(bool(filled))
+        return lines.data.count(b"\n", 0, len(lines.data) - len(filled)), int(bool(filled))
 
     def parse(self, lines: WholeLines, following: WholeLines | None) -> Parsed:
         """See RowParser; a bad line costs itself only."""
