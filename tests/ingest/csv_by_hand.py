@@ -4,17 +4,20 @@ import codecs
 
 from pipeline.ingest.files import BOM
 from pipeline.ingest.formats.csv_quotes import AFTER_QUOTE, LINE_BREAKS, LONE_RETURN, OPEN_QUOTE, STRAY_QUOTE
-from pipeline.ingest.formats.csv_rows import NOT_CLOSED, RETURN_OUTSIDE
+from pipeline.ingest.formats.csv_rows import FURTHER, NOT_CLOSED, RETURN_OUTSIDE
 from pipeline.ingest.formats.text import NOT_UTF8
 
 Bad = tuple[int, str, str, int]  # line, reason, text, lines
 MORE = "more lines are needed"
 
 
-def row_of(text: str, quote: str | None, plain_from: int | None = None) -> tuple[list[str], str | None, int]:
+def row_of(
+    text: str, quote: str | None, plain_from: int | None = None, most: int | None = None
+) -> tuple[list[str], str | None, int]:
     """The values of a row that is all of `text`, the reason why it is none, and where its last quoted value began.
 
-    At `plain_from` a quote is a character like others, and so are those after it.
+    At `plain_from` a quote is a character like others, and so are those after it. Beyond the first line at most `most`
+    columns end in one that has quotes.
     """
     values, value, state, opened = list[str](), "", "start", 0
     position = 0
@@ -42,6 +45,8 @@ def row_of(text: str, quote: str | None, plain_from: int | None = None) -> tuple
             return values, AFTER_QUOTE, opened
         elif c == quote and quotes and state == "start":
             state, opened = "quoted", position
+            if most is not None and len(values) + 1 > most and "\n" in text[:position]:
+                return values, f"more than {most} columns", opened
         else:
             value += c
             state = "plain"
@@ -60,9 +65,12 @@ def extent(
         text = "\n".join(lines[i : i + count])
         if len(encoded(text)) > max_bytes or long.keys() & set(range(i, i + count)):
             return 1, [], NOT_CLOSED.format(f" within max_line_bytes={max_bytes} bytes")
-        values, fault, opened = row_of(text, quote)
+        most = 2 * columns + FURTHER
+        values, fault, opened = row_of(text, quote, most=most)
         if fault == MORE:
             continue
+        if fault and fault.startswith("more than"):
+            return 1, [], f"{fault} instead of {columns}"
         if fault:
             return 1, [], RETURN_OUTSIDE if fault == LONE_RETURN else fault
         if len(values) == columns:

@@ -19,6 +19,7 @@ OPEN_QUOTE = (
 AFTER_QUOTE = "text after a closing quote: set quote: null where quotes are plain characters"
 STRAY_QUOTE = "a stray quote: set quote: null where quotes are plain characters"
 LINE_BREAKS = "a value with line breaks: set multiline: true"
+TOO_MANY = "too many columns"
 LONE_RETURN = "a carriage return within the line: set multiline: true where values hold line breaks"
 
 
@@ -29,7 +30,7 @@ class Row:
     Attributes:
         end: offset after the row; where it has a fault, of that.
         columns: that were found.
-        fault: OPEN_QUOTE, AFTER_QUOTE or LONE_RETURN.
+        fault: OPEN_QUOTE, AFTER_QUOTE, LONE_RETURN or TOO_MANY.
         opened: offset after the last quote that opened a value.
     """
 
@@ -93,14 +94,21 @@ class Quotes:
         opens, closes = self.neighbours(data, quotes)
         return np.unique(line[np.where(nth % 2 == 0, ~opens | last, ~closes)]).tolist()
 
-    def row(self, data: bytes, start: int, stop: int, within: bool = False) -> Row:
-        """Reads the row that begins at `start`, or whose quoted value goes on there, as far as `stop`, a line's end."""
+    def row(self, data: bytes, start: int, stop: int, within: bool = False, most: tuple[int, int] | None = None) -> Row:
+        """Reads the row that begins at `start`, as far as `stop`, a line's end.
+
+        Args:
+            within: a quoted value goes on there, of a row that began before.
+            most: an offset, and how many columns are followed beyond it: no value with quotes that comes after so many.
+        """
         position, columns, opened = start, 1, start
         quoted = within
         if not within and data.startswith(self.quote, start):
             quoted, position, opened = True, start + 1, start + 1
         while True:
             if quoted:
+                if most and opened > most[0] and columns > most[1]:
+                    return Row(position, columns, TOO_MANY, opened)
                 position = _end(self._content, data, position, stop)
                 if position >= stop:
                     return Row(stop, columns, OPEN_QUOTE, opened)

@@ -14,12 +14,14 @@ from pipeline.ingest.formats.csv_quotes import (
     OPEN_QUOTE,
     RETURN,
     STRAY_QUOTE,
+    TOO_MANY,
     Quotes,
 )
 
 NOT_CLOSED = "a quote is not closed{}: set quote: null where quotes are plain characters"
 RETURN_OUTSIDE = "a carriage return outside quotes: write line ends as LF or CRLF"
 AT_ONCE = 1 << 12  # rows that are found together: after an irregular row they are found anew
+FURTHER = 16
 FEW = 16  # rows between two irregular ones, where reading all of them byte by byte takes less time
 
 
@@ -63,6 +65,9 @@ class RowExtents:
     follows a closing one, only its first line is lost. Where they are closed but the number of columns is wrong, all its
     lines are lost, unless its first and its last line each have the right number by themselves: then the first one has a
     stray quote. Of two columns that may be by chance, so there the lines are lost.
+
+    A row of several lines is not followed beyond twice its columns, and FURTHER ones, so that no line is read more often than
+    that, whatever the quotes in it: there, too, only the first line is lost.
     """
 
     def __init__(self, options: Format, columns: int) -> None:
@@ -88,13 +93,16 @@ class RowExtents:
         if limited := next_long < len(lines.long):
             by_size = min(by_size, lines.long[next_long])
         stop = max(min(by_number, by_size, len(ends)), first + 1)
-        found = self.quotes.row(data, start, int(ends[stop - 1]), within)
+        most = 2 * self.columns + FURTHER
+        found = self.quotes.row(data, start, int(ends[stop - 1]), within, None if within else (int(ends[first]), most))
         if found.fault == OPEN_QUOTE:
             if stop >= by_number:
                 return Extent(1, NOT_CLOSED.format(f" within max_row_lines={self.max_lines} lines"))
             if stop < len(ends) or limited:
                 return Extent(1, NOT_CLOSED.format(f" within max_line_bytes={self.max_bytes} bytes"))
             return Extent(1, NOT_CLOSED.format("")) if lines.complete else None
+        if found.fault == TOO_MANY:
+            return Extent(1, f"more than {most} columns instead of {self.columns}")
         if found.fault:
             return Extent(1, RETURN_OUTSIDE if found.fault == LONE_RETURN else found.fault)
         count = int(np.searchsorted(ends, found.end)) - first + 1
