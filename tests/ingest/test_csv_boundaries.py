@@ -36,6 +36,11 @@ def ends_with_returns(data: bytes) -> bool:
     block_bytes=st.integers(1, 60),
 )
 @example(data=b'a,"b\nc"\nd,e\n', columns=2, multiline=False, limits=(1, 60), unit_bytes=5, block_bytes=5)
+@example(data=b'x,"\nb,"\nc,"\n', columns=2, multiline=False, limits=(5, 60), unit_bytes=5, block_bytes=60)
+@example(data=b'u1,"x,y\nu2,z,w"\nu3,p,q\n', columns=3, multiline=True, limits=(5, 60), unit_bytes=9, block_bytes=60)
+@example(
+    data=b'a,"b\n' + b"c" * 20 + b'\nd"\n', columns=2, multiline=True, limits=(5, 15), unit_bytes=9, block_bytes=60
+)
 @example(data=b'a,"b\rc\nd"\n', columns=2, multiline=False, limits=(5, 60), unit_bytes=9, block_bytes=60)
 @example(
     data=b'a,"b\n' + b"c" * 20 + b'\n"d\n', columns=2, multiline=True, limits=(5, 15), unit_bytes=9, block_bytes=60

@@ -59,15 +59,12 @@ class Csv(RawFormat):
 
 
 def _before(unit: Unit, options: Format) -> Callable[[], bytes]:
-    """Reads the lines before a unit, without the header: of more than a row may have it has the last ones."""
+    """Reads the lines before a unit, of more than a row may have the last ones. A header among them leaves no quote open."""
 
     def read() -> bytes:
         start = max(unit.start - options.max_line_bytes - 1, 0)
         found = lines_between(unit.file, start, unit.start, options.max_line_bytes)
-        data = found.data.split(b"\n", found.long[-1].index + 1)[-1] if found.long else found.data
-        if start == 0 and options.columns is None and not found.long:
-            data = data.lstrip(b"\r\n").partition(b"\n")[2]
-        return data
+        return found.data.split(b"\n", found.long[-1].index + 1)[-1] if found.long else found.data
 
     return read
 

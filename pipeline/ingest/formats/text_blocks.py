@@ -76,10 +76,8 @@ def text_blocks(unit: Unit, parser: RowParser, has_header: bool, limit: int, on_
     for lines in lines_of(unit, limit, physical, on_bytes):
         yield from blocks.add(lines, None)
     if blocks.pending.data:
-        at_end = unit.stop is None or unit.stop >= unit.file.size
-        following = (
-            END if at_end else lines_between(unit.file, int(unit.stop or 0), int(unit.stop or 0) + limit + 2, limit)
-        )
+        stop = unit.file.size if unit.stop is None else unit.stop
+        following = lines_between(unit.file, stop, stop + limit + 2, limit) if stop < unit.file.size else END
         yield from blocks.add(END, following)
 
 
