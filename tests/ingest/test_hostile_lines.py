@@ -22,6 +22,8 @@ from features.schema.schema import Schema
 from features.source import Format
 from pipeline.ingest.files import BOM
 from pipeline.ingest.formats import text
+from pipeline.ingest.formats.csv_quotes import Quotes
+from pipeline.ingest.formats.csv_rows import FURTHER
 from pipeline.ingest.formats.text import NOT_UTF8, SHOWN_BYTES, whole_lines
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -190,6 +192,27 @@ def test_a_row_that_does_not_end_costs_its_first_line_only(tmp_path: Path) -> No
             '1,"x,y',
         )
     ]
+
+
+@pytest.mark.parametrize("multiline", [False, True])
+@pytest.mark.parametrize("line", ['b",x,"', 'a,"', 'a,"x', '"""', 'a,b,"",""', '5" x,"'])
+def test_quotes_that_are_open_in_every_line_are_not_followed_through_the_file_from_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, multiline: bool
+) -> None:
+    data = f"{line}\n".encode() * 5000
+    (tmp_path / "a.csv").write_bytes(data)
+    followed, row = 0, Quotes.row
+
+    def counted(self: Quotes, data: bytes, start: int, *given: Any) -> Any:
+        nonlocal followed
+        found = row(self, data, start, *given)
+        followed += found.end - start
+        return found
+
+    monkeypatch.setattr(Quotes, "row", counted)
+    rows, bad = read(tmp_path, "a.csv", Format(columns=["a", "b", "c"], multiline=multiline), {"a": "string"}, 10_000)
+    assert len(rows) + len(bad) > 0
+    assert followed < len(data) * (2 * 3 + FURTHER + 10)
 
 
 BAD_JSON = {
