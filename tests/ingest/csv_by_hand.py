@@ -96,6 +96,11 @@ def shown(text: str) -> str:
     return codecs.decode(encoded(text).rstrip(b"\r"), errors="replace")
 
 
+def with_a_line_end(data: bytes) -> bytes:
+    """Data that are not refused for carriage returns alone."""
+    return b"\n" + data if b"\n" not in data and b"\r" in data.rstrip(b"\r") else data
+
+
 def by_hand(
     data: bytes,
     columns: int,

@@ -14,7 +14,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from csv_by_hand import by_hand
+from csv_by_hand import by_hand, with_a_line_end
 from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -124,7 +124,7 @@ def test_lines_cut_anywhere_are_those_of_a_reading_line_by_line(
     block_bytes: int,
     quote: str | None,
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder, data = tmp_path_factory.getbasetemp(), with_a_line_end(data)
     (folder / "random.csv").write_bytes(data)
     format = Format(columns=["a", "b", "c"][:columns], quote=quote)
     expected = by_hand(data, columns, quote, wanted=1)

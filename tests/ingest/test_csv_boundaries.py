@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from csv_by_hand import by_hand
+from csv_by_hand import by_hand, with_a_line_end
 from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -19,11 +19,6 @@ PIECES = st.sampled_from(
     [b"a", b"b", b",", b",", b'"', b'"', b"\n", b"\n", b"\r", b"\r\n", b" ", b"\xff", b'""', b'"\n', b',"', b'",',
      b'x,"y\nz"\n', b'"p",q\n', b"r,s\n", b"\n\n", b'"a""b,c\n', "é".encode()]
 )  # fmt: skip
-
-
-def ends_with_returns(data: bytes) -> bool:
-    """Whether data are refused as a whole."""
-    return b"\n" not in data and b"\r" in data.rstrip(b"\r")
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -55,7 +50,7 @@ def test_rows_and_faults_are_those_of_a_reading_character_by_character(
     block_bytes: int,
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    data = b"\n" + data if ends_with_returns(data) else data
+    data = with_a_line_end(data)
     (folder / "random.csv").write_bytes(data)
     names = ["a", "b", "c"][:columns]
     format = Format(columns=names, multiline=multiline, max_row_lines=limits[0], max_line_bytes=limits[1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from csv_by_hand import by_hand
+from csv_by_hand import by_hand, with_a_line_end
 from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -59,7 +59,7 @@ PIECES = st.sampled_from([b"a", b",", b'"', b"\n", b"\n", b"\r", b"\r\n", "é".e
 def test_lines_are_those_of_a_reading_line_by_line_where_longer_ones_are_bad(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, limit: int, unit_bytes: int, block_bytes: int
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder, data = tmp_path_factory.getbasetemp(), with_a_line_end(data)
     expected = by_hand(data, 2, limits=(1000, limit), wanted=1)
     for ending, compress in COMPRESSIONS.items():
         (folder / f"random.csv{ending}").write_bytes(compress(data))

@@ -19,6 +19,8 @@ OTHERS = {
     b"\xff\xfe": "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
 }  # fmt: skip
 PROBED_BYTES = 4096
+TEXT_BYTES = bytes(byte for byte in range(256) if byte >= 32 or byte in b"\t\n\v\f\r")
+FEW_CONTROLS = 3  # that a line of text may have
 BZIP2_BLOCK = slice(4, 10), (b"1AY&SY", b"\x17rE8P\x90")  # of the first block, or the end where there is none
 
 
@@ -30,7 +32,8 @@ def check_text(path: str, head: bytes) -> None:
     """
     if reason := _other(path, head) or _wide(head):
         raise UserError(f"{path}: {reason}.")
-    if b"\0" in head.partition(b"\n")[0]:
+    controls = head.partition(b"\n")[0].translate(None, TEXT_BYTES)
+    if b"\0" in controls and len(controls) > FEW_CONTROLS:
         raise UserError(f"{path}: is no text: its first line has NUL bytes. Leave it out of source.files, or fix it.")
     if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
         raise UserError(f"{path}: its lines end with CR alone. Convert it with tr '\\r' '\\n'.")
