@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 RawType = Literal["int", "float", "string", "time"]
 LINE_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20  # a line is in memory several times while it is read
+ROW_LINES = 1000  # a stray quote is searched for its end in as many lines; texts that people write have some tens
+MAX_ROW_LINES = 1_000_000
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -38,8 +40,7 @@ Duration = Annotated[
 class Format(Strict):
     """How files are written: what is needed to read text and numbers.
 
-    With `multiline` quoted values may hold line breaks; then a file is read in one piece, and bad rows are named by the number
-    of the row (the header counts, blank lines do not) instead of the line.
+    With `multiline` quoted values may hold line breaks; then a file is read in one piece. A row is named by its first line.
     """
 
     format: str = Field("csv", description="name of a registered raw format (pipeline/ingest/formats)")
@@ -54,6 +55,12 @@ class Format(Strict):
         ge=1,
         le=MAX_LINE_BYTES,
         description="of text formats; longer lines (with multiline rows) are bad rows",
+    )
+    max_row_lines: int = Field(
+        ROW_LINES,
+        ge=1,
+        le=MAX_ROW_LINES,
+        description="of CSV: lines that a row may take before its quote counts as stray",
     )
     missing: list[str] = [""]
     trim: bool = Field(False, description="strip spaces around every value")

@@ -70,6 +70,23 @@ class DeadLetterExample(BaseModel):
     reason: str
 
 
+class Lines(BaseModel):
+    """Where the lines of a stream's text files went.
+
+    Attributes:
+        physical: counted by their ends alone; the sum of the others.
+        header, blank: lines of headers, and those without text between rows.
+        rows, dead_letters: lines that rows took, and those that could not be read as rows. A row that was read and is a dead
+            letter for its values is among the rows.
+    """
+
+    physical: Count
+    header: Count
+    blank: Count
+    rows: Count
+    dead_letters: Count
+
+
 class FittedFile(BaseModel):
     """A file of the encoders, or statistics.json."""
 
@@ -154,6 +171,7 @@ class Manifest(BaseModel):
     Attributes:
         rows, observed, positives: per split, and per split and task.
         read: rows found in the raw files per stream, lines that are no rows among them.
+        lines: of text files, per stream; datasets of earlier releases have none.
         left_out: impressions that a rule of the schema left out, by rule.
         outcomes: per outcome its rows by what became of them: joined, duplicate, early, late, unmatched.
         complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
@@ -177,6 +195,7 @@ class Manifest(BaseModel):
     observed: dict[Split, dict[str, Count]]
     positives: dict[Split, dict[str, FiniteFloat]]
     read: dict[str, Count]
+    lines: dict[str, Lines] = {}
     left_out: dict[str, Count]
     outcomes: dict[str, dict[str, Count]]
     complete_until: dict[str, int] = {}
@@ -286,6 +305,19 @@ def check_sums(manifest: Manifest, file: Path) -> None:
                 f"{file}: more impressions are undecided for {printable(name)} than there are. {RESTORE_HINT}"
             )
     check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
+    _check_lines(manifest, file)
+
+
+def _check_lines(manifest: Manifest, file: Path) -> None:
+    """Every line is accounted for, and those of rows and dead letters are at least as many as these."""
+    for stream, lines in manifest.lines.items():
+        placed = lines.header + lines.blank + lines.rows + lines.dead_letters
+        check_equal(file, f"lines of {printable(stream)} by what they hold", placed, lines.physical)
+        taken, read = lines.rows + lines.dead_letters, manifest.read.get(stream, 0)
+        if taken < read:
+            raise UserError(
+                f"{file}: {read:,} rows of {printable(stream)} cannot be in {taken:,} lines. {RESTORE_HINT}"
+            )
 
 
 def check_equal(file: Path, what: str, found: float, listed: float) -> None:
@@ -314,6 +346,7 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
         observed=_totals(shards, "observed"),
         positives=_totals(shards, "positives"),
         read=_sums(m.read for m in manifests),
+        lines=_lines(manifests),
         left_out=_sums(m.left_out for m in manifests),
         outcomes={name: _sums(m.outcomes.get(name, {}) for m in manifests) for name in streams},
         complete_until={name: min(u[name] for u in untils) for name in untils[0] if all(name in u for u in untils)},
@@ -352,6 +385,12 @@ def sum_types(parts: Iterable[dict[str, dict[str, dict[str, int]]]]) -> dict[str
                 known = total.setdefault(stream, {})
                 known[column] = _sums([known.get(column, {}), rows])
     return total
+
+
+def _lines(manifests: list[Manifest]) -> dict[str, Lines]:
+    """The lines of the streams of which all days have them."""
+    known = [stream for stream in manifests[0].lines if all(stream in m.lines for m in manifests)]
+    return {stream: Lines(**_sums(m.lines[stream].model_dump() for m in manifests)) for stream in known}
 
 
 def _sums(counts: Iterable[Mapping[Any, int]]) -> dict[Any, int]:

@@ -49,6 +49,8 @@ def _verify(dataset: Dataset) -> Iterator[str]:
     states = manifest.state.files if manifest.state else []
     files: list[Listed] = [*manifest.shards, *manifest.dead_letter_files, *manifest.fitted, *states]
     yield f"manifest: sums over {len(manifest.shards)} shards and {sum(manifest.read.values()):,} raw rows"
+    if manifest.lines:
+        yield f"lines: {_lines(dataset)}"
     found = _check_names(dataset)
     yield f"folder: {found} files, all of them in the manifest"
     for file in files:
@@ -70,6 +72,23 @@ def _verify(dataset: Dataset) -> Iterator[str]:
     yield f"dead letters: {sum(file.rows for file in manifest.dead_letter_files):,} rows"
     _check_ids(dataset)
     yield f"row ids: {rows:,}, all unique"
+
+
+def _lines(dataset: Dataset) -> str:
+    """Where the lines of each stream went. Raises UserError where a row is a line, and there are more of these than rows."""
+    source, found = dataset.schema.source, []
+    for stream, lines in dataset.manifest.lines.items():
+        read = dataset.manifest.read.get(stream, 0)
+        if not source.format_of(stream if stream in source.outcomes else None).multiline and lines.rows > read:
+            raise UserError(
+                f"{dataset.path}/manifest.json: {lines.rows:,} lines of rows of {printable(stream)} are not in {read:,} rows. "
+                f"{RESTORE_HINT}"
+            )
+        found.append(
+            f"{lines.physical:,} of {printable(stream)} = {lines.header:,} header + {lines.blank:,} blank + {lines.rows:,} of "
+            f"rows + {lines.dead_letters:,} of dead letters"
+        )
+    return "; ".join(found)
 
 
 def _check_names(dataset: Dataset) -> int:

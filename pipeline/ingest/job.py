@@ -3,6 +3,7 @@
 Blocks of rows stay inside one step, as Arrow columns from the reader to the writer (see pipeline.ingest.steps).
 """
 
+import dataclasses
 import datetime
 import json
 import logging
@@ -24,13 +25,14 @@ from features.source import Outcome
 from pipeline.dataset.card.card import read_card, with_splits
 from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
-from pipeline.dataset.manifest import DeadLetterExample, DeadLetterFile, Manifest, sum_types
+from pipeline.dataset.manifest import DeadLetterExample, DeadLetterFile, Lines, Manifest, sum_types
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
 from pipeline.ingest.absent_columns import absent_rows, stream_columns
 from pipeline.ingest.absent_days import absent_days, days_after
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import raw_format, units
+from pipeline.ingest.formats.base import LineCounts
 from pipeline.ingest.messages import EncodeReport, JoinReport, LabelledPart, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import copy_state, start_of
@@ -311,7 +313,7 @@ def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: b
         reasons.update(spilled.reasons)
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
-        "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
+        "lines": _lines(reads), "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
         "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
         "types": sum_types({report.stream: report.types} for report in reads), "side_tables": side_table_counts(job),
         "state": state_of(job, state_chosen), "absent_days": job.absent.days, "undecided": _undecided(parts),
@@ -359,6 +361,14 @@ def _examples(job: Job, reads: list[ReadReport], reasons: Counter[str]) -> dict[
             file = printable(reads[unit].file)
             found[kind] = DeadLetterExample(file=file, line=line + before[unit], reason=reason)
     return found
+
+
+def _lines(reads: list[ReadReport]) -> dict[str, Lines]:
+    """Where the lines of each stream of text files went."""
+    totals: dict[str, LineCounts] = {}
+    for report in reads:
+        totals[report.stream] = totals.get(report.stream, LineCounts()) + report.counts
+    return {stream: Lines(**dataclasses.asdict(counts)) for stream, counts in totals.items() if counts.physical}
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:

@@ -13,6 +13,7 @@ from features.fit.split_counts import FeatureCounts
 from features.schema.schema import Split
 from pipeline.dataset.manifest import Shard, StateFile
 from pipeline.ingest.files import Unit
+from pipeline.ingest.formats.base import LineCounts
 
 
 class Report:
@@ -125,6 +126,8 @@ class ReadReport(Report):
         table_rows: paths of a side table's rows, scattered to buckets unless it is broadcast.
         types: rows by the type of the column in its file, by column; empty for text.
         absent, keys: see pipeline.ingest.absent_columns.Completion.
+        counts: where the lines of a text file went.
+        swallowed: lines that bad rows take beyond their first ones.
     """
 
     step: ClassVar[str] = "read"
@@ -141,6 +144,8 @@ class ReadReport(Report):
     types: dict[str, dict[str, int]] = field(default_factory=dict)
     absent: dict[str, int] = field(default_factory=dict)
     keys: list[str] | None = None
+    counts: LineCounts = field(default_factory=LineCounts)
+    swallowed: int = 0
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,8 @@ def _check(job: Job, limits: Limits) -> None:
         found = [(unit, each) for unit, each in dead_letters_of(job) if reads[unit].stream == stream]
         bad = sum(sum(each.reasons.values()) for _, each in found)
         read = sum(report.read for report in reads if report.stream == stream)
+        swallowed = sum(report.swallowed for report in reads if report.stream == stream)
+        bad, read = bad + swallowed, read + swallowed  # a bad row counts for the lines that it takes
         if bad > limits.max_bad_fraction * read:
             unit, line, reason = min((unit, each.line, each.reason) for unit, each in found)
             first = f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}"

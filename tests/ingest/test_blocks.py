@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +14,7 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from csv_by_hand import by_hand, with_a_line_end
 from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -23,8 +23,7 @@ from features.errors import UserError
 from features.source import Format
 from pipeline.ingest.files import BOM, find
 from pipeline.ingest.formats import check_columns, raw_format, text, units
-from pipeline.ingest.formats.base import Wanted
-from pipeline.ingest.formats.csv import LONE_RETURN, OPEN_QUOTE
+from pipeline.ingest.formats.base import LineCounts, Wanted
 from pipeline.ingest.formats.text import NOT_UTF8
 
 WHOLE = 1 << 40
@@ -43,11 +42,15 @@ def read(
     types: Mapping[str, Any],
     unit_bytes: int = WHOLE,
     lists: Mapping[str, str] | None = None,
+    spans: bool = False,
 ) -> tuple[list[tuple], list[tuple]]:
-    """All rows of a file as (line, values...) and its bad lines, numbered in the file, after a look at their order."""
+    """All rows of a file as (line, values...) and its bad lines, numbered in the file, after a look at their order.
+
+    With `spans` a bad line has the number of its lines.
+    """
     [file] = find(str(folder), name)
     names = check_columns(file, format, list(types))
-    rows, bad, before = [], [], 0
+    rows, bad, before, counts = [], [], 0, LineCounts()
     for unit in units([file], format, unit_bytes):
         count, line_count = 0, 0
         for block in raw_format(format).read(unit, Wanted(types, names, lists or {}), lambda _: None):
@@ -57,9 +60,15 @@ def read(
             line_count += block.line_count
             lines = [before + int(line) for line in block.line_numbers()]
             rows += [(line, *row.values()) for line, row in zip(lines, block.columns.to_pylist(), strict=True)]
-            bad += [(before + line, reason, raw) for line, reason, raw in map(astuple, block.bad)]
+            bad += [(before + each.line, each.reason, each.raw, each.lines)[: 4 if spans else 3] for each in block.bad]
+            counts += block.counts
         before += line_count
     assert [line for line, *_ in rows] == sorted({line for line, *_ in rows})
+    if format.format in ("csv", "jsonl"):
+        assert counts.physical == before == counts.header + counts.blank + counts.rows + counts.dead_letters
+        if name.endswith((".csv", ".jsonl")):
+            data = (folder / name).read_bytes()
+            assert before == data.count(b"\n") + (data[-1:] not in (b"", b"\n"))
     return rows, bad
 
 
@@ -67,31 +76,6 @@ def read(
 def blocks_of(size: int) -> Iterator[None]:
     with mock.patch.object(text, "BLOCK_BYTES", size), mock.patch.object(text, "TAIL_BYTES", max(size // 2, 1)):
         yield
-
-
-def by_python(data: bytes, columns: int, quote: str | None) -> tuple[list[tuple], list[tuple]]:
-    """What `read` should give of the first of some text columns without a header, from one line at a time."""
-    rows, bad = [], []
-    options: dict[str, Any] = {"quotechar": quote} if quote else {"quoting": csv.QUOTE_NONE}
-    for number, line in enumerate(data.removeprefix(BOM).split(b"\n"), 1):
-        if not line.strip(b"\r"):
-            continue
-        if b"\r" in line.removesuffix(b"\r"):
-            bad.append((number, LONE_RETURN, line.decode(errors="replace").rstrip("\r")))
-            continue
-        found = list(csv.reader([line.decode(errors="surrogateescape") + "\n", "next line"], **options))
-        reason = None
-        if len(found) == 1:  # an open quote took the next line in
-            reason = OPEN_QUOTE
-        elif len(found[0]) != columns:
-            reason = f"{len(found[0])} columns instead of {columns}"
-        elif "\udcff" in found[0][0]:
-            reason = NOT_UTF8
-        if reason:
-            bad.append((number, reason, line.decode(errors="replace").rstrip("\r")))
-        else:
-            rows.append((number, found[0][0]))
-    return rows, bad
 
 
 LINES = [b"x,y\n", b'"p, q",r\n', b"z,\xff\n", b"\n\n"]
@@ -140,13 +124,13 @@ def test_lines_cut_anywhere_are_those_of_a_reading_line_by_line(
     block_bytes: int,
     quote: str | None,
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder, data = tmp_path_factory.getbasetemp(), with_a_line_end(data)
     (folder / "random.csv").write_bytes(data)
     format = Format(columns=["a", "b", "c"][:columns], quote=quote)
-    expected = by_python(data, columns, quote)
-    assert read(folder, "random.csv", format, {"a": "string"}) == expected
+    expected = by_hand(data, columns, quote, wanted=1)
+    assert read(folder, "random.csv", format, {"a": "string"}, spans=True) == expected
     with blocks_of(block_bytes):
-        assert read(folder, "random.csv", format, {"a": "string"}, unit_bytes) == expected
+        assert read(folder, "random.csv", format, {"a": "string"}, unit_bytes, spans=True) == expected
 
 
 JSON_LINES = st.sampled_from(
@@ -296,18 +280,16 @@ def test_bad_lines_among_many_are_found_each(tmp_path: Path) -> None:
 def test_values_with_line_breaks_are_read_where_the_format_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('"a","b\nc"\n1,"x\ny"\n2\n3,"z ""w"""\n4,5,6\n7\n8,9\n')
     rows, bad = read(tmp_path, "a.csv", Format(multiline=True), {"b\nc": "string"})
-    assert rows == [(2, "x\ny"), (4, 'z "w"'), (7, "9")]
-    assert [line for line, *_ in bad] == [3, 5, 6]
-    assert [reason for _, reason, _ in bad] == [
-        f"{count} columns instead of 2 (rows are counted here, not lines)" for count in (1, 3, 1)
-    ]
+    assert rows == [(3, "x\ny"), (6, 'z "w"'), (9, "9")]
+    assert [line for line, *_ in bad] == [5, 7, 8]
+    assert [reason for _, reason, _ in bad] == [f"{count} columns instead of 2" for count in (1, 3, 1)]
 
 
-def test_where_values_hold_line_breaks_rows_are_numbered_without_blank_lines(tmp_path: Path) -> None:
+def test_where_values_hold_line_breaks_rows_are_numbered_by_their_first_lines(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('a,b\n\n1,"x\ny"\n\n\n2\n3,z\n')
     rows, bad = read(tmp_path, "a.csv", Format(multiline=True), {"b": "string"})
-    assert rows == [(2, "x\ny"), (4, "z")]
-    assert [line for line, *_ in bad] == [3]
+    assert rows == [(3, "x\ny"), (8, "z")]
+    assert [line for line, *_ in bad] == [7]
 
 
 def test_a_list_in_json_is_a_list_and_a_text_beside_it_is_split(tmp_path: Path) -> None:

@@ -9,18 +9,21 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from csv_by_hand import by_hand, with_a_line_end
 from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ingest_runs import dead_letters_of, no_beam, refused, rows_by_id, run
 from memory import memory_below
-from test_blocks import WHOLE, blocks_of, by_python, read
+from test_blocks import WHOLE, blocks_of, read
 
 from features.errors import UserError
 from features.schema.schema import Schema
 from features.source import Format
 from pipeline.ingest.files import BOM
 from pipeline.ingest.formats import text
+from pipeline.ingest.formats.csv_quotes import Quotes
+from pipeline.ingest.formats.csv_rows import FURTHER
 from pipeline.ingest.formats.text import NOT_UTF8, SHOWN_BYTES, whole_lines
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -56,20 +59,14 @@ PIECES = st.sampled_from([b"a", b",", b'"', b"\n", b"\n", b"\r", b"\r\n", "é".e
 def test_lines_are_those_of_a_reading_line_by_line_where_longer_ones_are_bad(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, limit: int, unit_bytes: int, block_bytes: int
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    lines = data.split(b"\n")
-    long = {number: line for number, line in enumerate(lines, 1) if len(line) > limit}
-    rows, bad = by_python(b"\n".join(b"" if n in long else line for n, line in enumerate(lines, 1)), 2, '"')
-    bad += [
-        (n, too_long(line, limit), line.removeprefix(BOM).decode(errors="replace").rstrip("\r"))
-        for n, line in long.items()
-    ]
+    folder, data = tmp_path_factory.getbasetemp(), with_a_line_end(data)
+    expected = by_hand(data, 2, limits=(1000, limit), wanted=1)
     for ending, compress in COMPRESSIONS.items():
         (folder / f"random.csv{ending}").write_bytes(compress(data))
         format = Format(columns=["a", "b"], max_line_bytes=limit)
         with blocks_of(block_bytes):
-            found = read(folder, f"random.csv{ending}", format, {"a": "string"}, unit_bytes)
-        assert found == (rows, sorted(bad))
+            found = read(folder, f"random.csv{ending}", format, {"a": "string"}, unit_bytes, spans=True)
+        assert found == expected
 
 
 @settings(max_examples=examples(100), deadline=None)
@@ -168,22 +165,54 @@ def test_a_header_follows_any_number_of_blank_lines(tmp_path: Path) -> None:
 
 def test_a_row_of_several_lines_that_is_too_long_is_a_bad_row(tmp_path: Path) -> None:
     wide = "x\n" * 600
-    (tmp_path / "a.csv").write_text(f'a,b,c\n1,x,y\n2,"{wide}",z\n3\n4,"{wide[:900]}",w\n5,v,u\n')
+    text = f'1,x,y\n2,"{wide}",z\n3\n4,"{wide[:900]}",w\n5,v,u\n'
+    (tmp_path / "a.csv").write_text("a,b,c\n" + text)
     format = Format(multiline=True, max_line_bytes=1000)
     rows, bad = read(tmp_path, "a.csv", format, {"a": "int", "b": "string"})
-    assert rows == [(2, "1", "x"), (5, "4", wide[:900]), (6, "5", "v")]
-    assert [(line, reason) for line, reason, _ in bad] == [
-        (3, "row of 1201 bytes is longer than max_line_bytes=1000"),
-        (4, "1 columns instead of 3 (rows are counted here, not lines)"),
+    assert rows == [(2, 1, "x"), (605, 4, wide[:900]), (1056, 5, "v")]
+    assert bad[0] == (
+        3,
+        "a quote is not closed within max_line_bytes=1000 bytes: set quote: null where quotes are plain characters",
+        '2,"x',
+    )
+    assert [line for line, *_ in bad] == list(range(3, 605))
+    expected = by_hand(text.encode(), 3, multiline=True, limits=(1000, 1000))
+    assert [(line + 1, reason, raw) for line, reason, raw, _ in expected[1]] == bad
+
+
+def test_a_row_that_does_not_end_costs_its_first_line_only(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('a,b\n1,"' + "x,y\n" * (1 << 14))
+    with blocks_of(1 << 12):
+        rows, bad = read(tmp_path, "a.csv", Format(multiline=True), {"b": "string"})
+    assert [line for line, *_ in rows] == list(range(3, (1 << 14) + 2))
+    assert bad == [
+        (
+            2,
+            "a quote is not closed within max_row_lines=1000 lines: set quote: null where quotes are plain characters",
+            '1,"x,y',
+        )
     ]
-    assert bad[0][2] == f"2 {wide}"
 
 
-def test_a_row_that_does_not_end_stops_the_job_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.ingest.formats.csv.BLOCK_BYTES", 1 << 16)
-    (tmp_path / "a.csv").write_text('a,b\n1,"' + "x\n" * (1 << 17))
-    with pytest.raises(UserError, match=r"a\.csv: a row is longer than 65,536 bytes, as if a quote were not closed"):
-        read(tmp_path, "a.csv", Format(multiline=True), {"b": "string"})
+@pytest.mark.parametrize("multiline", [False, True])
+@pytest.mark.parametrize("line", ['b",x,"', 'a,"', 'a,"x', '"""', 'a,b,"",""', '5" x,"'])
+def test_quotes_that_are_open_in_every_line_are_not_followed_through_the_file_from_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, multiline: bool
+) -> None:
+    data = f"{line}\n".encode() * 5000
+    (tmp_path / "a.csv").write_bytes(data)
+    followed, row = 0, Quotes.row
+
+    def counted(self: Quotes, data: bytes, start: int, *given: Any) -> Any:
+        nonlocal followed
+        found = row(self, data, start, *given)
+        followed += found.end - start
+        return found
+
+    monkeypatch.setattr(Quotes, "row", counted)
+    rows, bad = read(tmp_path, "a.csv", Format(columns=["a", "b", "c"], multiline=multiline), {"a": "string"}, 10_000)
+    assert len(rows) + len(bad) > 0
+    assert followed < len(data) * (2 * 3 + FURTHER + 10)
 
 
 BAD_JSON = {
@@ -239,7 +268,7 @@ def test_csv_lines_of_quotes_or_commas_cost_themselves_only(tmp_path: Path, valu
 
 
 def test_lines_of_control_bytes_are_no_header_and_no_crash(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b"\xff\xfe" * 1000)
+    (tmp_path / "a.csv").write_bytes(b"\xff\xf0" * 1000)
     with pytest.raises(UserError, match=r"column a is missing"):
         read(tmp_path, "a.csv", Format(), {"a": "string"})
 

@@ -53,8 +53,20 @@ class File:
         return b"\xef\xbb\xbf" * self.mark + data
 
     def letters(self) -> set[tuple[str, int]]:
-        first = 1 + bool(self.header)
-        return {(self.name, number) for number, line in enumerate(self.lines, first) if line.fate == LETTER}
+        number, found = 1 + bool(self.header), set()
+        for line in self.lines:
+            found |= {(self.name, number)} if line.fate == LETTER else set()
+            number += 1 + line.data.count(b"\n")
+        return found
+
+    def counts(self) -> Counter[str]:
+        """Lines as the manifest has them, but for whether a row can be read."""
+        blank = sum(line.fate == BLANK for line in self.lines[: None if self.closed or not self.lines else -1])
+        return Counter(
+            physical=self.data.count(b"\n") + (self.data[-1:] not in (b"", b"\n")),
+            header=bool(self.header),
+            blank=blank,
+        )
 
 
 def good(tag: int) -> dict[str, str]:
@@ -99,6 +111,8 @@ CSV: dict[str, tuple[Callable[[int], bytes], str]] = {
     "half a line": (lambda tag: csv_line(good(tag))[:-8], LETTER),
     "an open quote": (lambda tag: csv_line(good(tag) | {"c": '"a'}), LETTER),
     "no UTF-8": (lambda tag: csv_line(good(tag) | {"c": ""}) + b"\xff\xfe", LETTER),
+    "a line break": (lambda tag: csv_line(good(tag) | {"c": '"a\nt1.,1,k1,1,1,1,b\n"'}), LETTER),
+    "a line break and a column": (lambda tag: csv_line(good(tag) | {"c": '"a\nb"'}) + b",1", LETTER),
     "a return": (lambda tag: csv_line(good(tag) | {"c": "a\rb"}), LETTER),
 }
 JSON: dict[str, tuple[Callable[[int], bytes], str]] = {
@@ -210,6 +224,12 @@ def check_sums(out: Path, files: list[File], outcomes: list[File], letters: list
     assert sum(manifest.left_out.values()) == join_statuses["impressions"][LEFT_OUT]
     assert sum(manifest.outcomes["click"].values()) == join_statuses["click"][ROW]
     assert sum(manifest.dead_letters.values()) == len(letters)
+    for name, found in (("impressions", files), ("click", outcomes)):
+        counts = sum((file.counts() for file in found), Counter())
+        lines = manifest.lines[name].model_dump() if name in manifest.lines else {}
+        assert {key: lines.get(key, 0) for key in ("physical", "header", "blank")} == {
+            key: counts[key] for key in ("physical", "header", "blank")
+        }
     assert Counter(letter["stream"] for letter in letters) == Counter(
         {name: count[LETTER] for name, count in join_statuses.items() if count[LETTER]}
     )

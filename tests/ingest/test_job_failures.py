@@ -48,7 +48,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
         lambda f: cut(f / "impressions-2.csv.gz", 100), ["impressions-2.csv.gz: cannot be read to its end"],
     ),
     "a gzip file that is none": (
-        replaced("impressions-2.csv.gz", "id,at\n1,2\n"), ["impressions-2.csv.gz: cannot be read"],
+        replaced("impressions-2.csv.gz", "id,at\n1,2\n"), ["impressions-2.csv.gz: is not gzip: rename it to"],
     ),
     "a missing column": (
         replaced("impressions-3.csv", "id,at\n1,2\n"),

@@ -43,6 +43,11 @@ def check_columns(file: RawFile, options: Format, wanted: Sequence[str]) -> list
     if found is None:
         return None
     if missing := [c for c in wanted if c not in found]:
+        padded = any(name.strip() == missing[0] for name in found)
+        if padded:
+            raise UserError(
+                f"{file.path}: the header has spaces around {missing[0]}. Set trim: true in the schema's source."
+            )
         shown = ", ".join(found)[:1000]
         message = f"{file.path}: column {missing[0]} is missing, the file has {shown}. {form.column_fix}"
         raise MissingColumnError(message, missing[0])

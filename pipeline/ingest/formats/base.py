@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -33,11 +33,32 @@ class Wanted:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is not a row: its number, the reason, and its text."""
+    """A line that is not a row: its number, the reason, and its text; or `lines` of them, which are none together."""
 
     line: int
     reason: str
     raw: str
+    lines: int = 1
+
+
+@dataclass(frozen=True)
+class LineCounts:
+    """Where the lines of text files went.
+
+    Attributes:
+        physical: lines, counted by their ends alone, whatever they hold; the sum of the others.
+        header, blank: lines of headers, and those without text between rows.
+        rows, dead_letters: lines that rows take, and those that are not rows.
+    """
+
+    physical: int = 0
+    header: int = 0
+    blank: int = 0
+    rows: int = 0
+    dead_letters: int = 0
+
+    def __add__(self, other: "LineCounts") -> "LineCounts":
+        return LineCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -48,12 +69,13 @@ class Block:
         columns: the wanted ones, in order: text, or lists of text; those wanted as numbers also as float64 (float) or
             int64 (int, time), where all values of the block are such; times also as timestamps in whole seconds.
         row: number of rows of the unit before these.
-        line_numbers: computes the line of each row in the unit, from 1. Formats without lines, and CSV with line breaks in
-            values, give the row's number in the file, from 1, where a header counts and blank lines do not.
+        line_numbers: computes the line of each row in the unit, from 1: of a row of several lines the first. Formats without
+            lines give the row's number in the file, from 1.
         bad: lines of this block that are not rows, numbered in the same way.
         line_count: lines read for this block, the header and blank ones among them; lines of the file's next unit have
             numbers that are higher by the sum over the blocks of this one. 0 where rows are numbered in the file.
         types: of the wanted columns as the file has them, in the words of Arrow; none of text formats.
+        counts: of lines; a bad row at the end of a unit has lines of the next one. Zeros where there are no lines.
     """
 
     columns: pa.Table
@@ -62,6 +84,7 @@ class Block:
     bad: list[BadLine] = field(default_factory=list)
     line_count: int = 0
     types: Mapping[str, str] = field(default_factory=dict)
+    counts: LineCounts = LineCounts()
 
 
 class RawFormat(ABC):

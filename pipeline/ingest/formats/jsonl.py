@@ -13,7 +13,8 @@ from pipeline.ingest.files import RawFile, Unit
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import LIST, TEXT
 from pipeline.ingest.formats.json_doubts import DoubtfulLines
-from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of, line_blocks
+from pipeline.ingest.formats.lines import line_blocks
+from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of
 
 UNREADABLE = "not JSON that can be read"
 INTEGER_DIGITS = 40  # and the sign; the reader's integers end at 2 ** 128, which has 39

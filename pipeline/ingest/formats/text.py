@@ -1,17 +1,18 @@
-"""Text formats in which a line is a row: files cut at line ends, and which of the lines are not rows."""
+"""Text files cut into whole lines, however long these are."""
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from features.errors import UserError
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, codec_of, open_text, readable
-from pipeline.ingest.formats.base import BadLine, Block, OnBytes
+from pipeline.ingest.formats.base import OnBytes
+from pipeline.ingest.formats.recognition import PROBED_BYTES, check_packed, check_text
 
 NEWLINE = ord("\n")
 CACHED_BYTES = 1 << 18
@@ -21,59 +22,41 @@ SHOWN_BYTES = 1 << 12  # of a line that is too long
 NOT_UTF8 = "not UTF-8"
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Parsed lines of text.
-
-    Attributes:
-        columns: a row for each good line.
-        count: lines, blank and bad ones among them.
-        skipped: indices of the blank and bad lines, in ascending order.
-        bad: the bad ones, numbered from 0.
-    """
-
-    columns: pa.Table
-    count: int
-    skipped: np.ndarray
-    bad: list[BadLine]
-
-
-class LineParser(Protocol):
-    """A format in which a line is a row.
-
-    Attributes:
-        spaces: characters that a blank line may hold.
-    """
-
-    spaces: bytes
-
-    def table(self, data: bytes, rows: int) -> pa.Table | None:
-        """The rows of `data`, whole lines; None where they are not `rows` good ones."""
-
-    def faults(self, lines: Sequence[bytes]) -> dict[int, str]:
-        """The reasons why lines, none of them blank, are not rows, by index; good ones are left out."""
-
-
 def head_of(file: RawFile, size: int = HEAD_BYTES) -> bytes:
-    """The first bytes of a text file, decompressed. Raises UserError where it cannot be opened."""
-    with readable(file.path), open_text(file, cache="none") as (stream, _):
-        return stream.read(size).removeprefix(BOM)
+    """The first bytes of a text file, decompressed. Raises UserError where it cannot be opened, or is no such file."""
+    with _beginning(file, size) as (head, _):
+        return head
 
 
 def first_line(file: RawFile, limit: int) -> bytes:
     """The first line that is not blank, without its end; empty where there is none.
 
     Raises:
-        UserError: the file cannot be opened, or the line is longer than `limit` bytes.
+        UserError: the file cannot be opened, or is no text, or the line is longer than `limit` bytes.
     """
-    with readable(file.path), open_text(file, cache="none") as (stream, _):
-        found = stream.read(HEAD_BYTES).removeprefix(BOM).lstrip(b"\r\n")
+    with _beginning(file, HEAD_BYTES) as (head, stream):
+        found = head.lstrip(b"\r\n")
         while b"\n" not in found and len(found) <= limit and (data := stream.read(max(HEAD_BYTES, len(found)))):
             found = (found + data).lstrip(b"\r\n")
     line = found.partition(b"\n")[0]
     if len(line) > limit:
         raise header_too_long(file.path, limit)
     return line.removesuffix(b"\r")
+
+
+@contextmanager
+def _beginning(file: RawFile, size: int) -> Iterator[tuple[bytes, pa.NativeFile]]:
+    """The first bytes of a text file, decompressed, and the stream of those after them."""
+    with readable(file.path), open_text(file, cache="none") as (stream, raw):
+        try:
+            head = stream.read(size)
+        except (OSError, pa.ArrowException):
+            if codec_of(file.path):
+                raw.seek(0)
+                check_packed(file.path, raw.read(PROBED_BYTES))
+            raise
+        check_text(file.path, head)
+        yield head.removeprefix(BOM), stream
 
 
 def header_too_long(path: str, limit: int) -> UserError:
@@ -96,6 +79,11 @@ def beginning_of(data: bytes, size: int) -> str:
     return f"{text}…" if cut else text.rstrip("\r")
 
 
+def row_text(data: bytes) -> str:
+    """A bad row, given without its line end, as text."""
+    return data.rstrip(b"\r").decode(errors="replace")
+
+
 def byte_ranges(file: RawFile, number: int, unit_bytes: int, whole: bool) -> list[Unit]:
     """A file cut into equal ranges of bytes; whole where it is compressed, or has to be (see RawFormat.units)."""
     if whole or codec_of(file.path) or file.size <= unit_bytes:
@@ -105,32 +93,8 @@ def byte_ranges(file: RawFile, number: int, unit_bytes: int, whole: bool) -> lis
     return [Unit(file, number, start, stop, start) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
-def line_blocks(unit: Unit, parser: LineParser, has_header: bool, limit: int, on_bytes: OnBytes) -> Iterator[Block]:
-    """The blocks of a unit (see RawFormat.read), the first of whose lines that is not blank may be a header.
-
-    Lines of more than `limit` bytes, their end not counted, are bad.
-    """
-    row, line, header = 0, 1, has_header
-    for lines in _chunks(unit, limit, on_bytes):
-        first, data = line, lines.data
-        bad = [
-            BadLine(first + each.index, too_long("line", each.size, limit), beginning_of(each.beginning, each.size))
-            for each in lines.long
-        ]
-        if header:
-            rest, header = _after_header(data)
-            line += data.count(b"\n") - rest.count(b"\n")
-            data = rest
-        found = parse(data, parser)
-        bad += [replace(each, line=line + each.line) for each in found.bad]
-        numbers = partial(_line_numbers, found, line)
-        line += found.count
-        yield Block(found.columns, row, numbers, sorted(bad, key=lambda each: each.line), line - first)
-        row += found.columns.num_rows
-
-
-def _chunks(unit: Unit, limit: int, on_bytes: OnBytes) -> Iterator["WholeLines"]:
-    """Whole lines of the unit, without a byte order mark."""
+def lines_of(unit: Unit, limit: int, physical: "PhysicalLines", on_bytes: OnBytes) -> Iterator["WholeLines"]:
+    """Whole lines of the unit, without a byte order mark; `physical` counts them as they are read."""
     path, packed = unit.file.path, codec_of(unit.file.path) is not None
     stop, first = unit.file.size if unit.stop is None else unit.stop, unit.start == 0
     with (
@@ -138,20 +102,45 @@ def _chunks(unit: Unit, limit: int, on_bytes: OnBytes) -> Iterator["WholeLines"]
         open_text(unit.file, cache="readahead" if packed else "none") as (stream, raw),
     ):
         pieces = _pieces(stream, 0, None) if packed else _pieces(raw, unit.start, stop)
-        for lines in whole_lines(pieces, limit):
+        for lines in whole_lines(physical.counted(pieces), limit):
             yield replace(lines, data=lines.data.removeprefix(BOM)) if first else lines
             first = False
             on_bytes(min(raw.tell(), stop) - unit.start)
 
 
-def _after_header(data: bytes) -> tuple[bytes, bool]:
-    """What follows the first line that is not blank, and whether that is still to come."""
-    filled = data.lstrip(b"\r\n")
-    return filled.partition(b"\n")[2], not filled
+def lines_between(file: RawFile, start: int, stop: int, limit: int) -> "WholeLines":
+    """The lines of a plain file that begin in [start, stop), without a byte order mark."""
+    data, long, before = list[bytes](), list[LongLine](), 0
+    with readable(file.path, to_its_end=True), open_text(file, cache="none") as (_, raw):
+        for lines in whole_lines(_pieces(raw, start, min(stop, file.size)), limit):
+            data.append(lines.data)
+            long += [replace(each, index=before + each.index) for each in lines.long]
+            before += lines.data.count(b"\n")
+    found = b"".join(data)
+    return WholeLines(found if start else found.removeprefix(BOM), long)
 
 
-def _line_numbers(lines: Lines, first: int) -> np.ndarray:
-    return np.delete(np.arange(first, first + lines.count), lines.skipped)
+def count_line_ends(data: bytes) -> int:
+    """How often LF occurs; several times as fast as `bytes.count`."""
+    whole = np.frombuffer(data, np.uint8)
+    starts = range(0, len(whole), CACHED_BYTES)
+    return sum(int(np.count_nonzero(whole[start : start + CACHED_BYTES] == NEWLINE)) for start in starts)
+
+
+class PhysicalLines:
+    """Counts the lines of text by its bytes, whatever becomes of them: line ends, and a last line without one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The pieces, none of them empty, counted when the next one is asked for at the latest."""
+        ended = True
+        for piece in pieces:
+            self.count += count_line_ends(piece)
+            ended = piece.endswith(b"\n")
+            yield piece
+        self.count += not ended
 
 
 @dataclass(frozen=True)
@@ -242,37 +231,6 @@ def _pieces(stream: BinaryIO | pa.NativeFile, start: int, stop: int | None) -> I
         end = data.find(b"\n") + 1
         yield data[:end] if end else data
         open_line, size = not end, min(2 * size, BLOCK_BYTES)
-
-
-def parse(data: bytes, parser: LineParser) -> Lines:
-    """Reads whole lines; a bad one costs itself only."""
-    count, blank = _count_lines(data)
-    table = parser.table(data, count - len(blank))
-    if table is not None:
-        return Lines(table, count, blank, [])
-    lines = data.split(b"\n")[:-1]
-    filled = [i for i, line in enumerate(lines) if line.strip(parser.spaces)]
-    faults = {filled[i]: reason for i, reason in parser.faults([lines[i] for i in filled]).items()}
-    good = [lines[i] + b"\n" for i in filled if i not in faults]
-    table = parser.table(b"".join(good), len(good))
-    if table is None:
-        raise RuntimeError("lines that can be read one by one cannot be read together")
-    bad = [BadLine(i, faults[i], lines[i].rstrip(b"\r").decode(errors="replace")) for i in sorted(faults)]
-    skipped = np.setdiff1d(np.arange(count), np.array([i for i in filled if i not in faults], np.int64))
-    return Lines(table, count, skipped, bad)
-
-
-def _count_lines(data: bytes) -> tuple[int, np.ndarray]:
-    """How many lines there are, and the indices of the empty ones, which most data do not have."""
-    count, is_empty = 0, data.startswith((b"\n", b"\r\n")) or (b"\r" in data and b"\n\r\n" in data)
-    whole = np.frombuffer(data, np.uint8)
-    for start in range(0, len(whole), CACHED_BYTES):
-        ends = whole[start : start + CACHED_BYTES + 1] == NEWLINE
-        count += int(np.count_nonzero(ends[:CACHED_BYTES]))
-        is_empty = is_empty or bool((ends[1:] & ends[:-1]).any())
-    if not is_empty:
-        return count, np.empty(0, np.int64)
-    return count, np.array([i for i, line in enumerate(data.split(b"\n")[:-1]) if line in (b"", b"\r")], np.int64)
 
 
 def is_utf8(data: bytes) -> bool:

@@ -18,7 +18,7 @@ from pipeline.ingest.absent_columns import Completion
 from pipeline.ingest.bad_rows import BadRows
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format
-from pipeline.ingest.formats.base import Block, Wanted
+from pipeline.ingest.formats.base import Block, LineCounts, Wanted
 from pipeline.ingest.messages import LabelledPart, ReadReport, ReadWork, TypedPart
 from pipeline.ingest.progress import UnitProgress
 from pipeline.ingest.state import IMPRESSIONS, Job
@@ -50,6 +50,7 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     blocks = raw_format(options).read(unit, Wanted(completion.present, work.names, lists, ids), on_bytes)
     met: dict[str, Counter[str]] = {}
     typed_parts, labelled, outcomes, table_rows, bad, latest, count, lines = [], [], [], [], [], [], 0, 0
+    counts, swallowed = LineCounts(), 0
     for block in _at_least_one(blocks, completion.present):
         columns = completion.complete(block.columns)
         first = unit.first_row + block.row
@@ -76,13 +77,15 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         lines += block.line_count
         for column, kind in block.types.items():
             met.setdefault(column, Counter())[kind] += block.columns.num_rows
+        counts += block.counts
+        swallowed += sum(line.lines - 1 for line in block.bad)
     bad_rows.end()
     check_unchanged(unit.file)
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
         dead_letters=spill(job, bad), table_rows=table_rows, absent=completion.absent, keys=completion.keys,
-        types={column: dict(rows) for column, rows in met.items()},
+        types={column: dict(rows) for column, rows in met.items()}, counts=counts, swallowed=swallowed,
     )  # fmt: skip
 
 
