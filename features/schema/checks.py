@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from features.errors import did_you_mean
 from features.kinds import KINDS
 from features.printable import has_controls, printable
 from features.schema.expressions import columns_of
@@ -48,7 +49,8 @@ def contradictions(schema: Schema) -> Iterator[str]:
     if schema.source.columns is not None:
         for column in schema.raw_columns:
             if column not in schema.source.columns:
-                yield f"column {column} is used, but source.columns does not list it"
+                known = [*schema.source.columns, *schema.outcome_columns, *schema.source.derived]
+                yield f"column {column} is used, but source.columns does not list it{did_you_mean(column, known)}"
     yield from _keys_of_outcomes(schema)
     yield from _leaks(schema)
 

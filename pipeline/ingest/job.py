@@ -147,7 +147,7 @@ def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list
         outcome = schema.source.outcomes.get(stream)
         options = schema.source.format_of(stream if outcome else None)
         wanted = [outcome.key, *outcome.types] if outcome else schema.raw_columns
-        names = {file.path: check_columns(file, options, wanted) for file in files}
+        names = {file.path: check_columns(file, options, wanted, () if outcome else added) for file in files}
         for path, columns in names.items():
             if not outcome and (both := added & set(columns or ())):
                 raise UserError(
