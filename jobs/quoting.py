@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from features.errors import UserError
@@ -57,8 +57,8 @@ def _quoted(word: str, parser: OverridesParser, sweeps: bool) -> str:
             f"{shlex.quote(f'{key}=[{value}]')} for a list."
         )
     # Spaces around a text are dropped, unless it is in quotes. A backslash is an escape.
-    is_text = read.type is not OverrideType.DEL and type(read.value()) is str
-    return setting(key, value, always=True) if is_text and read.value() != value and "\\" not in value else word
+    is_text = isinstance(read.value(), str) and not WRITTEN_FOR_HYDRA.match(value) and "\\" not in value
+    return setting(key, value, always=True) if is_text and read.value() != value else word
 
 
 def typed(key: str, value: str) -> str:
