@@ -39,7 +39,7 @@ def explained(error: ConfigCompositionException) -> Exception:
 
 def _keys(config: DictConfig, prefix: str = "", depth: int = 0) -> Iterator[str]:
     """The dotted names of all settings, without Hydra's own."""
-    for key in config:
+    for key in map(str, config):
         if prefix or key != "hydra":
             yield f"{prefix}{key}"
             below = config._get_node(key)

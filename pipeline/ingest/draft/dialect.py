@@ -101,23 +101,24 @@ def _json(lines: list[bytes]) -> Dialect:
 def _csv(head: bytes, lines: list[bytes], others: list[bytes]) -> Dialect:
     options, why = dict[str, Any](), dict[str, str]()
     texts = [line.decode(errors="replace") for line in lines]
-    delimiter, columns, share = _delimiter(texts)
-    if delimiter != ",":
-        options["delimiter"] = delimiter
-        why["delimiter"] = f"{DELIMITERS[delimiter]} cut {share:.0%} of {len(texts):,} lines into {columns} values"
-    rows = _rows(head, delimiter)
-    if (broken := _line_breaks(rows, columns)) and columns > 1:
+    cut = _cut(head, texts)
+    if cut.delimiter != ",":
+        options["delimiter"] = cut.delimiter
+        why["delimiter"] = (
+            f"{DELIMITERS[cut.delimiter]} cut {cut.share:.0%} of {len(cut.rows):,} rows into {cut.columns} values"
+        )
+    rows = cut.rows
+    if broken := sum(any("\n" in value or "\r" in value for value in row) for row in rows):
         options["multiline"] = True
         why["multiline"] = f"{broken:,} of {len(rows):,} rows have line breaks within quotes"
-    elif (stray := _stray_quotes(texts, delimiter)) is not None:
+    elif (stray := _stray_quotes(texts, cut)) is not None:
         options["quote"] = None
-        why["quote"] = f'a " within a value, not around it, as in {stray!r:.60}'
-    if not options.get("multiline"):
-        rows = [_values(text, delimiter, csv.QUOTE_NONE if "quote" in options else csv.QUOTE_MINIMAL) for text in texts]
+        why["quote"] = f'a " is no quote around a value, as in {stray!r:.60}'
+        rows = [_values(text, cut.delimiter, csv.QUOTE_NONE) for text in texts]
     first, rest = rows[0] if rows else [], rows[1:]
     header = _is_header(first, rest) or (bool(others) and others == lines[:1] and not any(map(NUMBER.fullmatch, first)))
     if not header:
-        options["columns"] = [f"c{i}" for i in range(1, columns + 1)]
+        options["columns"] = [f"c{i}" for i in range(1, cut.columns + 1)]
         why["columns"] = "no header line: the first line is one of values"
     if _has_spaces(rows):
         options["trim"] = True
@@ -125,53 +126,66 @@ def _csv(head: bytes, lines: list[bytes], others: list[bytes]) -> Dialect:
     return Dialect(options, why)
 
 
-def _delimiter(texts: list[str]) -> tuple[str, int, float]:
-    """The delimiter by which most lines have the same number of values, more than one; with the number and the share."""
+@dataclass(frozen=True)
+class _Cut:
+    """The rows that a delimiter makes of a text, and the share that has the same number of values."""
+
+    delimiter: str
+    rows: list[list[str]]
+    columns: int
+    share: float
+
+
+def _cut(head: bytes, texts: list[str]) -> _Cut:
+    """The delimiter and the meaning of quotes by which most rows have as many values as the first, more than one."""
     found = []
     for place, delimiter in enumerate(DELIMITERS):
-        counts = Counter(len(_values(text, delimiter)) for text in texts)
-        columns, lines = max(counts.items(), key=lambda each: (each[1], each[0]))
-        if columns > 1:
-            found.append((lines / len(texts) >= 0.9, columns, -place, delimiter, lines / len(texts)))
-    if not found:
-        return ",", 1, 1.0
-    _, columns, _, delimiter, share = max(found)
-    return delimiter, columns, share
+        enclosed = [_values(text, delimiter, strict=True) for text in texts]
+        plain = [_values(text, delimiter, csv.QUOTE_NONE) for text in texts] if any('"' in t for t in texts) else []
+        for trust, rows in enumerate([plain, _rows(head, delimiter), enclosed]):
+            counts = Counter(map(len, rows))
+            columns, most = max(counts.items(), key=lambda each: (each[1], each[0]), default=(0, 0))
+            if columns > 1:
+                share = most / len(rows)
+                fits = share >= 0.9 and len(rows[0]) == columns
+                found.append(((fits, trust, columns, -place), _Cut(delimiter, rows, columns, share)))
+    return max(found, key=lambda each: each[0])[1] if found else _Cut(",", [[text] for text in texts], 1, 1.0)
 
 
-def _values(text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> list[str]:
+def _values(text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL, strict: bool = False) -> list[str]:
     try:
-        return next(csv.reader([text], delimiter=delimiter, quoting=quoting), [])
-    except csv.Error:  # a value that is too long for it
+        return next(csv.reader([text], delimiter=delimiter, quoting=quoting, strict=strict), [])
+    except csv.Error:  # a value that is too long for it, or a stray quote
         return []
 
 
 def _rows(head: bytes, delimiter: str) -> list[list[str]]:
-    """The rows as values with line breaks would have it, up to the first fault."""
+    """The rows as values with line breaks would have it; none where a value is as long as after a quote that is not closed."""
     text, found = io.StringIO(head.decode(errors="replace"), newline=""), list[list[str]]()
     try:
-        for row in csv.reader(text, delimiter=delimiter):
+        for row in csv.reader(text, delimiter=delimiter, strict=True):
+            if any(value.count("\n") > MAX_MULTILINE for value in row):
+                return []
             if row:
                 found.append(row)
             if len(found) == LINES:
                 break
-    except csv.Error:
-        pass
-    return found[:-1] if len(head) >= HEAD_BYTES else found
+    except csv.Error:  # such as text after a closing quote
+        return []
+    return found[:-1] if len(head) >= HEAD_BYTES and len(found) < LINES else found
 
 
-def _line_breaks(rows: list[list[str]], columns: int) -> int:
-    """Rows with line breaks in values; none where the rows do not add up, as after a quote that is not closed."""
-    broken = [row for row in rows if any("\n" in value or "\r" in value for value in row)]
-    fits = all(len(row) == columns and max(value.count("\n") for value in row) <= MAX_MULTILINE for row in broken)
-    return len(broken) if fits and sum(len(row) == columns for row in rows) >= 0.98 * len(rows) else 0
-
-
-def _stray_quotes(texts: list[str], delimiter: str) -> str | None:
-    """A value that begins with a quote and does not end with one, where no value is within quotes; None: there is none."""
-    values = [value for text in texts if '"' in text for value in text.split(delimiter)]
-    around = any(len(v) > 1 and v[0] == v[-1] == '"' for v in values)
-    return None if around else next((v for v in values if v.startswith('"')), None)
+def _stray_quotes(texts: list[str], cut: _Cut) -> str | None:
+    """A line that has as many values as others only where quotes are plain characters; None: most quotes enclose values."""
+    delimiter, columns = cut.delimiter, cut.columns
+    quoted = [text for text in texts if '"' in text]
+    plain = [len(_values(text, delimiter, csv.QUOTE_NONE)) == columns for text in quoted]
+    enclosed = [len(_values(text, delimiter, strict=True)) == columns for text in quoted]
+    stray = [
+        text for text, as_plain, as_quoted in zip(quoted, plain, enclosed, strict=True) if as_plain and not as_quoted
+    ]
+    needed = sum(as_quoted and not as_plain for as_plain, as_quoted in zip(plain, enclosed, strict=True))
+    return stray[0] if len(stray) > needed else None
 
 
 def _is_header(first: list[str], rest: list[list[str]]) -> bool:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import numpy as np
+
 from pipeline.ingest.draft.column import Column
 from pipeline.ingest.draft.roles import DAY, Stream
 
@@ -28,7 +30,7 @@ def division_of(stream: Stream, event_time: Column | None, key: Column | None) -
     if days is not None and len(days) >= 3:
         held_out = max(1, round(0.1 * len(days)))
         valid, test = days[-2 * held_out], days[-held_out]
-        settings = {"by": "time", "valid_from": f"{valid:%Y-%m-%d}", "test_from": f"{test:%Y-%m-%d}"}
+        settings: dict[str, Any] = {"by": "time", "valid_from": f"{valid:%Y-%m-%d}", "test_from": f"{test:%Y-%m-%d}"}
         last = "the last day is" if held_out == 1 else f"the last {held_out} days are"
         return Division(settings, f"{len(days)} days from {days[0]:%Y-%m-%d} to {days[-1]:%Y-%m-%d}: {last} the test")
     no_days = (
@@ -51,8 +53,8 @@ def _days(stream: Stream, event_time: Column | None) -> list[datetime] | None:
     """The days (UTC) of the log without a last one of less than an hour; None where its end is not known."""
     if event_time is None or event_time.moments is None:
         return []
-    seconds = event_time.moments.seconds
-    first, last = int(seconds.min()), int(seconds.max())  # type: ignore[arg-type]
+    seconds = event_time.moments.seconds.drop_nulls().to_numpy()
+    first, last = int(seconds.min()), int(seconds.max())
     dated = stream.sample.group.days
     if dated:
         last = max(
@@ -68,5 +70,4 @@ def span_of(event_time: Column | None) -> int:
     """Seconds from the first to the last row of the sample."""
     if event_time is None or event_time.moments is None:
         return 0
-    seconds = event_time.moments.seconds
-    return int(seconds.max() - seconds.min())  # type: ignore[operator]
+    return int(np.ptp(event_time.moments.seconds.drop_nulls().to_numpy()))

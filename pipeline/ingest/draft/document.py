@@ -30,6 +30,10 @@ class Document:
             line += f" {word}"
         self.lines.append(line)
 
+    def suggestion(self, depth: int, key: str, value: Any) -> None:
+        """An entry that is commented out, on one line."""
+        self.lines.append(f"{' ' * INDENT * depth}# {scalar(key)}: {flow(value)}")
+
     def section(self, depth: int, key: str, why: str | None = None) -> None:
         """A key whose content follows, deeper."""
         self._line(depth, f"{scalar(key)}:", why)
@@ -42,8 +46,14 @@ class Document:
             for below, content in value.items():
                 self.entry(depth + 1, below, content)
         elif len(text) > WIDTH and isinstance(value, list):
-            self._line(depth, f"{scalar(key)}:", why)
-            self.lines += [f"{' ' * INDENT * (depth + 1)}- {flow(item)}" for item in value]
+            self._line(depth, f"{scalar(key)}: [", why)
+            line = inside = " " * INDENT * (depth + 1)
+            for item in map(flow, value):
+                if len(line) + len(item) > WIDTH and line != inside:
+                    self.lines.append(line.rstrip())
+                    line = inside
+                line += f"{item}, "
+            self.lines += [line.rstrip(), f"{' ' * INDENT * depth}]"]
         else:
             self._line(depth, f"{scalar(key)}: {text}", why)
 
@@ -75,4 +85,4 @@ def flow(value: Any) -> str:
         return "[" + ", ".join(map(flow, value)) + "]"
     if isinstance(value, str):
         return scalar(value)
-    return json.dumps(value)
+    return re.sub(r"^(-?\d+)e", r"\1.0e", json.dumps(value))  # YAML's numbers with an exponent have a point

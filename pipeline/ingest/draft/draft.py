@@ -151,7 +151,7 @@ def _summary(roles: Roles, tasks: Sequence[Label], features: Features, others: S
     for feature in features.found:
         kinds[feature.section] = kinds.get(feature.section, 0) + 1
     counted = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    lines.append(f"features     {counted}; {len(features.left_out)} columns left out")
+    lines.append(f"features     {counted}; columns left out: {len(features.left_out)}")
     lines += [f"not used     {pattern}: {why}" for pattern, why in [*roles.others, *others]]
     return [printable(line) for line in lines]
 

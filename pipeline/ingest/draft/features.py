@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from features.printable import has_controls
+from features.printable import has_controls, printable
 from features.schema.checks import MAX_COLUMN_BYTES, MAX_NAME_BYTES, RESERVED
-from pipeline.ingest.draft.column import Column
+from pipeline.ingest.draft.column import SHOWN, Column
 from pipeline.ingest.draft.labels import Label
 
 ID = re.compile(r"(^|_)(id|ids|uid|guid|uuid|key|code|hash|sku|asin|isbn|zip|postcode|ip|type|category|class|version)$")
+# Whole numbers that name somebody or something.
+ENTITY = re.compile(
+    r"^(user|member|item|product|ad|campaign|advertiser|creative|query|video|movie|film|book|article|news|song|track|artist"
+    r"|author|shop|store|seller|brand|page|publisher|site|app|post|city|region|country|category|device|browser|session)$"
+)
 LATER = re.compile(
     r"(^|_)(dwell|revenue|watch_?time|play_?time|time_spent|conversion|convert|purchase|bought|refund|checkout|completion"
     r"|post_click|order_value|clicked|click_time|label)"
@@ -101,9 +106,10 @@ def _useless(column: Column) -> str | None:
     if column.known >= 100 and column.distinct == column.known and (texts or (column.kind == "int" and _is_id(column))):
         return "has another value in every row"
     if texts:
-        length = column.values.str.len_chars().mean()
-        words = column.values.str.count_matches(" ").mean() + 1  # type: ignore[operator]
-        if length > LONG_TEXT and words > WORDS and column.distinct > FEW:  # type: ignore[operator]
+        known = column.values.drop_nulls()
+        length = float(known.str.len_chars().to_numpy().mean())
+        words = float(known.str.count_matches(" ").to_numpy().mean()) + 1
+        if length > LONG_TEXT and words > WORDS and column.distinct > FEW:
             return f"is prose, {length:.0f} characters on average"
     return None
 
@@ -134,7 +140,7 @@ def _follows(missing: pl.Series, answers: pl.Series) -> bool:
 
 
 def _is_id(column: Column) -> bool:
-    return ID.search(column.word) is not None
+    return ID.search(column.word) is not None or ENTITY.search(column.word) is not None
 
 
 def _name(column: str, taken: set[str]) -> str:
@@ -159,9 +165,9 @@ def _kind(column: Column, table: str | None) -> tuple[str, dict[str, Any], str]:
         separator = {"separator": column.separator} if column.separator not in (None, ",") else {}
         return "vector", {"length": length, **separator, **_flag(column)}, f"{length} numbers in every row"
     if column.kind == "list":
-        lengths = column.values.drop_nulls().list.len()
-        most = int(lengths.max() or 1)  # type: ignore[arg-type]
-        settings = {"table": table} if table else _table(column)
+        lengths = column.values.drop_nulls().list.len().to_numpy()
+        most = int(lengths.max())
+        settings: dict[str, Any] = {"table": table} if table else _table(column)
         if column.separator not in (None, "|"):
             settings["separator"] = column.separator
         if most > 50:
@@ -170,6 +176,8 @@ def _kind(column: Column, table: str | None) -> tuple[str, dict[str, Any], str]:
     if column.kind in NUMERIC and not (column.kind == "int" and (column.distinct <= FEW or _is_id(column))):
         settings, why = _dense(column)
         return "dense", settings, why
+    if column.counts:
+        seen += f", most often {printable(column.counts[0][0][:SHOWN])!r}"
     if column.missing:
         seen += f", {column.missing:.1%} missing"
     return "categorical", {"table": table} if table else _table(column), seen

@@ -26,6 +26,9 @@ PAIRS = (
 )  # fmt: skip
 
 
+MOST_ANSWERS = 10  # values of a column that may be a label
+
+
 @dataclass(frozen=True)
 class Label:
     """A task's label.
@@ -68,29 +71,30 @@ def given(stream: Stream, text: str) -> Label:
             f"label={text}: {stream.pattern} has no column {missing[0]}{near}; it has {', '.join(stream.columns)[:1000]}"
         )
     values, numbers = _computed(stream, text, names)
-    first, last = values.min(), values.max()
-    if first is None or first == last:
+    known = values.drop_nulls().to_numpy()
+    if not len(known) or known.min() == known.max():
         shown = "; ".join(f"{name} is {_values(stream.columns[name])}" for name in names)
         raise UserError(
-            f"label={text}: it is {'missing' if first is None else first} for all {len(values):,} rows looked at. "
+            f"label={text}: it is {f'{known[0]:g}' if len(known) else 'missing'} for all {len(values):,} rows looked at. "
             f"{shown}. Write another expression."
         )
-    binary = first >= 0 and last <= 1  # type: ignore[operator]
-    why = f"as given; mean {values.mean():.4f} of {values.count():,} rows looked at"
+    binary = known.min() >= 0 and known.max() <= 1
+    why = f"as given; mean {known.mean():.4f} of {len(known):,} rows looked at"
     name = re.sub(r"\W", "_", names[0])[:100] if names else "label"
     return Label(name, "binary" if binary else "regression", text, names, numbers, why)
 
 
 def none_seen(folder: str, stream: Stream) -> UserError:
     """The refusal to guess, with the columns that may be meant and what to type."""
-    two = [c for c in stream.columns.values() if c.kind in ("int", "text", "float") and c.distinct == 2]
-    two.sort(key=lambda c: -list(stream.columns).index(c.name))  # the label often comes last
-    shown = "; ".join(f"{c.name} is {_values(c)}" for c in two[:5])
-    example = _example(two[0]) if two else "label=COLUMN"
+    few = [c for c in stream.columns.values() if c.counts and 2 <= c.distinct <= MOST_ANSWERS]
+    # Of two values first, and the last column, where the label often stands.
+    few.sort(key=lambda c: (c.distinct > 2, -list(stream.columns).index(c.name)))
+    shown = "; ".join(f"{c.name} is {_values(c)}" for c in few[:5])
+    examples = [_example(few[0])] if few else []
     return UserError(
         f"{folder}: no label can be seen: no column of {stream.pattern} has two values and a name such as click or label, and "
-        f"no other files refer to its rows by a key. {f'Columns of two values: {shown}. ' if two else ''}Say which it is: "
-        f"{example}, or a number to predict: label=COLUMN."
+        f"no other files refer to its rows by a key. {f'Columns of few values: {shown}. ' if few else ''}Name one, or an "
+        f"expression: {' or '.join([*examples, 'label=COLUMN'])}."
     )
 
 
@@ -111,8 +115,11 @@ def sql_text(value: str) -> str:
 
 
 def _example(column: Column) -> str:
-    rarer = column.counts[-1][0]
-    return shlex.quote(f"label={sql_name(column.name)} = {sql_text(rarer)}")
+    """What to type for one that counts the rarest value, or the column where it is a label as it is."""
+    if _pair(column) == ("0", "1"):
+        return f"label={column.name}"
+    word = f"label={sql_name(column.name)} = {sql_text(column.counts[-1][0])}"
+    return shlex.quote(word) if set(word) & {*'"$`\\!'} else f'"{word}"'
 
 
 def _values(column: Column) -> str:
@@ -142,9 +149,10 @@ def _of_column(column: Column) -> Label:
     if pair := _pair(column):
         return _of_pair(column, pair)
     if column.kind in ("int", "float") and column.distinct > 1:
-        low, high = column.values.min(), column.values.max()
-        kind: Literal["binary", "regression"] = "binary" if low >= 0 and high <= 1 else "regression"  # type: ignore[operator]
-        why = f"as given; {low} to {high}, mean {column.values.mean():.4g}"
+        known = column.values.drop_nulls().to_numpy()
+        low, high = known.min(), known.max()
+        kind: Literal["binary", "regression"] = "binary" if low >= 0 and high <= 1 else "regression"
+        why = f"as given; {low:g} to {high:g}, mean {known.mean():.4g}"
         typed: Literal["int", "float"] = "int" if column.kind == "int" else "float"
         return Label(column.name, kind, sql_name(column.name), (column.name,), {column.name: typed}, why)
     example = f" Type which value counts as 1: {_example(column)}" if column.counts else " Name another column."
@@ -155,7 +163,10 @@ def _computed(
     stream: Stream, text: str, names: tuple[str, ...]
 ) -> tuple[pl.Series, dict[str, Literal["int", "float"]]]:
     """An expression over the sample, and which columns are read as numbers for it. Raises UserError."""
-    kinds = {n: c.kind for n in names if (c := stream.columns[n]).kind in ("int", "float")}
+    kinds: dict[str, Literal["int", "float"]] = {}
+    for name in names:
+        if (kind := stream.columns[name].kind) == "int" or kind == "float":
+            kinds[name] = kind
     error = UserError(f"label={text}: cannot be computed")
     for numbers in [kinds, {}] if kinds else [{}]:
         frame = pl.DataFrame(
@@ -166,7 +177,7 @@ def _computed(
             ]
         )
         try:
-            return number(frame, f"label={text}", text, "label"), numbers  # type: ignore[return-value]
+            return number(frame, f"label={text}", text, "label"), numbers
         except UserError as fault:
             error = fault
     raise error

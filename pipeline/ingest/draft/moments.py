@@ -46,18 +46,22 @@ class Moments:
         return f"{WORDS[self.unit]} since 1970" if self.unit in UNITS else f"times of the form {self.unit}"
 
 
+ID = re.compile(r"(^|_)(id|ids|uid|guid|uuid|key)$")
+
+
 def moments_of(texts: pl.Series, name: str) -> Moments | None:
     """The times of a column of text, nulls where missing; None where it does not hold times.
 
     Args:
-        name: of the column, in lower case. A number is a time where the name says so, or the rows are in its order.
+        name: of the column, in lower case. A number is a time where it says so, or where the rows are in its order and it
+            is not that of an id.
     """
     known = texts.drop_nulls().str.strip_chars()
     if known.is_empty():
         return None
     numbers = known.cast(pl.Int64, strict=False)
     if numbers.null_count() == 0:
-        found = _of_numbers(texts, numbers, NAME.search(name) is not None)
+        found = _of_numbers(texts, numbers, name)
         return found or (_of_formats(texts, known, ("%Y%m%d%H%M%S", "%Y%m%d")) if NAME.search(name) else None)
     seconds = times(texts.str.strip_chars(), Format())
     if seconds.null_count() == texts.null_count():
@@ -65,19 +69,21 @@ def moments_of(texts: pl.Series, name: str) -> Moments | None:
     return _of_formats(texts, known, FORMATS)
 
 
-def _of_numbers(texts: pl.Series, numbers: pl.Series, named: bool) -> Moments | None:
+def _of_numbers(texts: pl.Series, numbers: pl.Series, name: str) -> Moments | None:
+    named, is_id = NAME.search(name) is not None, ID.search(name) is not None
     first, last = numbers.min(), numbers.max()
     for unit, per_second in UNITS.items():
         if EARLIEST * per_second <= first and last < LATEST * per_second:  # type: ignore[operator]
-            if not named and not (len(numbers) >= 50 and last > first and _ascends(numbers)):  # type: ignore[operator]
+            if is_id or (not named and not (len(numbers) >= 50 and _ascends(numbers))):
                 return None
             return Moments(unit, texts.str.strip_chars().cast(pl.Int64, strict=False) // per_second)
     return None
 
 
 def _ascends(numbers: pl.Series) -> bool:
-    """Whether most rows are in this order, as those of a log are."""
-    return float((np.diff(numbers.to_numpy()) >= 0).mean()) > 0.95
+    """Whether most rows are in this order, as those of a log are, and are not numbered one by one."""
+    steps = np.diff(numbers.to_numpy())
+    return float((steps >= 0).mean()) > 0.95 and float((steps == 1).mean()) < 0.9
 
 
 def _of_formats(texts: pl.Series, known: pl.Series, formats: tuple[str, ...]) -> Moments | None:

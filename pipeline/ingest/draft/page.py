@@ -136,7 +136,7 @@ def _outcome(page: Document, roles: Roles, outcome: Outcomes, options: dict[str,
             page.entry(4, "window", _duration(window), f"later ones do not count; {later}")
             if window > 0.1 * span_of(event_time):
                 page.entry(4, "open_window", "keep", "the log is short beside the window: most would have no label yet")
-    elif stream.times:
+    elif any(time is not outcome.key for time in stream.times):
         page.remark(4, "it has times, but none that follows those of the impressions: no time and window")
     own = source_options(stream, roles)
     base = {key: value for key, value in options.items() if key not in ("columns", "times")}
@@ -168,7 +168,7 @@ def outcome_columns(roles: Roles, outcome: Outcomes) -> tuple[dict[str, str], di
 def _duration(seconds: int) -> str:
     """Seconds as a window is written, rounded up."""
     for unit, size in (("d", DAY), ("h", HOUR), ("m", 60)):
-        if seconds >= size and (seconds % size == 0 or seconds >= 10 * size):
+        if seconds >= size and (seconds % size == 0 or seconds >= 2 * size):
             return f"{-(-seconds // size)}{unit}"
     return f"{seconds}s"
 
@@ -197,7 +197,8 @@ def _tasks(page: Document, roles: Roles, tasks: Sequence[Label]) -> None:
     names = {_task_name(task.name) for task in tasks}
     for outcome in roles.outcomes:
         name = outcome.name if outcome.name not in names else f"{outcome.name}_outcome"
-        page.entry(2, name, {"kind": "binary", "label": sql_name(outcome.name)}, "1 where one came within the window")
+        why = "1 where one came" + " within its window" * bool(outcome.window)
+        page.entry(2, name, {"kind": "binary", "label": sql_name(outcome.name)}, why)
         for column, kind in outcome_columns(roles, outcome)[0].items():
             if kind == "string":
                 continue
@@ -205,7 +206,7 @@ def _tasks(page: Document, roles: Roles, tasks: Sequence[Label]) -> None:
             label = sql_name(f"{outcome.name}_{column}")
             label = f"LN(1 + {label})" if len(values) and values.min() >= 0 else label  # type: ignore[operator]
             more = {"kind": "regression", "label": label, "observed_when": sql_name(outcome.name)}
-            page.remark(2, f"perhaps also {scalar(_task_name(column))}: {flow(more)}")
+            page.suggestion(2, _task_name(column), more)
 
 
 def _task_name(column: str) -> str:

@@ -10,13 +10,29 @@ import polars as pl
 
 from features.errors import UserError, did_you_mean
 from pipeline.ingest.draft.column import Column, column_of, word_of
+from pipeline.ingest.draft.moments import NAME
 from pipeline.ingest.draft.sample import Sample
 
 UNIQUE = 0.98  # share of different values in a key: logs that are delivered twice repeat some
 MORE = 1.1  # times the rows, which are estimates
 ALL = 0.95  # share of the impressions from which on a stream is about every one of them
 DAY = 86_400
-WINDOWS = (600, 1800, 3600, 7200, 6 * 3600, 12 * 3600, DAY, 2 * DAY, 3 * DAY, 7 * DAY, 14 * DAY, 30 * DAY, 90 * DAY)
+WINDOWS = (
+    600,
+    1800,
+    3600,
+    2 * 3600,
+    3 * 3600,
+    6 * 3600,
+    12 * 3600,
+    DAY,
+    2 * DAY,
+    3 * DAY,
+    7 * DAY,
+    14 * DAY,
+    30 * DAY,
+    90 * DAY,
+)
 
 
 @dataclass(frozen=True)
@@ -201,7 +217,9 @@ def _match(key: Column, column: Column) -> int:
 
     Samples of two streams need not be of the same rows: of columns of one name a few matches are enough.
     """
-    if column.kind not in ("int", "text") or not column.known:
+    # What is a time by its order alone may be ids that are given in turn.
+    may_be_ids = column.kind in ("int", "text") or (column.kind == "time" and not NAME.search(column.word))
+    if not may_be_ids or not column.known:
         return 0
     of = column.texts.unique()
     matched = int(of.is_in(key.texts.unique().implode()).sum())
@@ -247,7 +265,9 @@ def _outcomes(
     while name in taken or any(c.startswith(f"{name}_") and c in taken for c in _adds(name, stream)):
         name += "_event"
     best, delays = None, np.empty(0, np.int64)
-    for time in stream.times if moment else ():
+    for time in stream.times:
+        if moment is None or time is column:
+            continue
         found = _delays(key, moment, column, time)
         if len(found) and (found >= 0).mean() > ALL:
             best, delays = time, np.sort(found[found >= 0])
