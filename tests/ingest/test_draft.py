@@ -240,7 +240,7 @@ def test_columns_that_give_the_label_away_are_left_out(tmp_path: Path) -> None:
     ("given", "says"),
     [
         ({"label": "clik"}, "(did you mean click?)"),
-        ({"label": "click = 2"}, "it is 0.0 for all 300 rows looked at. click is '0' in"),
+        ({"label": "click = 2"}, "it is 0 for all 300 rows looked at. click is '0' in"),
         ({"label": "tags"}, "tags"),
         ({"label": "user"}, "Type which value counts as 1: "),
         ({"label": "click ="}, "not a SQL expression"),

@@ -73,6 +73,7 @@ def given(stream: Stream, text: str) -> Label:
     values, numbers = _computed(stream, text, names)
     known = values.drop_nulls().to_numpy()
     if not len(known) or known.min() == known.max():
+        always = f"{known[0]:g}" if len(known) else "missing"
         shown = "; ".join(f"{name} is {_values(stream.columns[name])}" for name in names)
         raise UserError(
             f"label={text}: it is {f'{known[0]:g}' if len(known) else 'missing'} for all {len(values):,} rows looked at. "
