@@ -76,8 +76,7 @@ def given(stream: Stream, text: str) -> Label:
         always = f"{known[0]:g}" if len(known) else "missing"
         shown = "; ".join(f"{name} is {_values(stream.columns[name])}" for name in names)
         raise UserError(
-            f"label={text}: it is {f'{known[0]:g}' if len(known) else 'missing'} for all {len(values):,} rows looked at. "
-            f"{shown}. Write another expression."
+            f"label={text}: it is {always} for all {len(values):,} rows looked at. {shown}. Write another expression."
         )
     binary = known.min() >= 0 and known.max() <= 1
     why = f"as given; mean {known.mean():.4f} of {len(known):,} rows looked at"
