@@ -5,7 +5,9 @@ import re
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from features.time_units import DEFAULT, check_unit
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,12 @@ class Format(Strict):
     missing: list[str] = [""]
     trim: bool = Field(False, description="strip spaces around every value")
     timezone: str = Field("UTC", description="of times that name none")
+    times: dict[str, Annotated[str, AfterValidator(check_unit)]] = Field(
+        {}, description="by column s, ms, us or ns since 1970, index (a plain order), or a strptime format"
+    )
+    optional: dict[str, str | int | float | None] = Field(
+        {}, description="columns that only some files have, each with its value in the others; null: missing"
+    )
 
     @field_validator("timezone")
     @classmethod
@@ -63,6 +71,10 @@ class Format(Strict):
         if name not in available_timezones() - {"localtime", "Factory"}:  # the machine's own, and a placeholder
             raise ValueError(f"{name} is no time zone, such as UTC or Europe/Berlin")
         return name
+
+    def unit_of(self, column: str | None) -> str:
+        """The unit or strptime format of a column of times."""
+        return self.times.get(str(column), DEFAULT)
 
     @property
     def zone(self) -> ZoneInfo:
@@ -168,3 +180,8 @@ class Source(Format):
         if outcome is None:
             return self
         return self.outcomes[outcome].read or self.model_copy(update={"columns": None})
+
+    def format_key(self, outcome: str | None) -> str:
+        """Where the schema has what `format_of` gives."""
+        own = outcome is not None and self.outcomes[outcome].read is not None
+        return f"source.outcomes.{outcome}.read" if own else "source"

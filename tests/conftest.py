@@ -25,6 +25,7 @@ SMALL_SCHEMA: dict[str, Any] = {
         "trim": True,
         "missing": ["", "NA"],
         "types": {"qty": "int"},
+        "times": {"at": "index"},
         "outcomes": {"click": {"files": "clicks-*.csv", "key": "id", "columns": {"dwell": "float"}}},
     },
     "tables": {"item": {"dim": 4}},

@@ -1,4 +1,4 @@
-"""From text to values: numbers, times, ids and lists of a block of rows, and which of them are not valid."""
+"""From text to values: numbers, ids and lists of a block of rows, and which of them are not valid."""
 
 import numpy as np
 import polars as pl
@@ -10,11 +10,10 @@ from features.source import Format, RawType
 
 WORDS = {"float": "a number", "int": "an integer", "time": "a time"}
 LARGEST = float(np.finfo(np.float32).max)
-KINDS = {"float": pl.Float64, "int": pl.Int64, "time": pl.Int64}
+KINDS = {"float": pl.Float64, "int": pl.Int64}
 _HEX_DIGITS = (
     r"^0[xX]([0-9a-fA-F]{1,16})$"  # pyarrow reads these as integers, so a block that is read as text must, too
 )
-_TIME = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?$"
 
 
 def cleaned(texts: pl.Series, form: Format) -> pl.Series:
@@ -24,38 +23,19 @@ def cleaned(texts: pl.Series, form: Format) -> pl.Series:
     return texts.set(marked, None) if marked.any() else texts
 
 
-def numbers(texts: pl.Series, kind: RawType, form: Format) -> tuple[pl.Series, pl.Series]:
-    """Cleaned texts as numbers, times as seconds since 1970 UTC, and which of the texts are not valid."""
+def numbers(texts: pl.Series, kind: RawType) -> tuple[pl.Series, pl.Series]:
+    """Cleaned texts as numbers, and which of the texts are not valid."""
     bare = texts.str.strip_chars(" \t")
     values = bare.cast(KINDS[kind], strict=False)
     if kind == "float":
         values = values.set(~values.is_finite().fill_null(True), None)
     elif (left := values.is_null() & bare.is_not_null()).any():
-        found = _hexadecimal(bare.filter(left))
-        if kind == "time":
-            found = found.zip_with(found.is_not_null(), times(bare.filter(left), form))
-        values = values.scatter(left.arg_true(), found)
+        values = values.scatter(left.arg_true(), hexadecimal(bare.filter(left)))
     return values, values.is_null() & texts.is_not_null()
 
 
-def times(texts: pl.Series, form: Format) -> pl.Series:
-    """ISO 8601 dates and times as whole seconds since 1970 UTC; null where a text is no time.
-
-    A text without an offset is in the format's time zone; an hour that the clock shows twice is the first of the two.
-    """
-    part = texts.str.extract_groups(_TIME).struct
-    clock = part.field("2").fill_null("00:00") + part.field("3").fill_null(":00")
-    naive = (part.field("1") + " " + clock).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False, time_unit="us")
-    offset = part.field("4").str.replace_all(":", "", literal=True)
-    signed = offset.str.extract(r"^([+-])", 1).replace_strict({"+": 1, "-": -1}, default=0, return_dtype=pl.Int64)
-    hours = offset.str.slice(1, 2).cast(pl.Int64, strict=False).fill_null(0)
-    minutes = offset.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
-    absolute = naive.dt.epoch("s") - signed * (hours * 3600 + minutes * 60)
-    local = naive.dt.replace_time_zone(form.timezone, ambiguous="earliest", non_existent="null").dt.epoch("s")
-    return local.zip_with(offset.is_null(), absolute)
-
-
-def _hexadecimal(texts: pl.Series) -> pl.Series:
+def hexadecimal(texts: pl.Series) -> pl.Series:
+    """Texts such as 0x1F as int64; null where a text is none."""
     return (
         texts.str.extract(_HEX_DIGITS, 1)
         .str.to_integer(base=16, strict=False, dtype=pl.UInt64)

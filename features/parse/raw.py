@@ -10,11 +10,13 @@ import pyarrow as pa
 
 from features.errors import UserError
 from features.hashing import hash_strings
+from features.kinds import times
 from features.kinds.values import WORDS, as_ids, cleaned, coded, numbers
 from features.parse import compute
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
 from features.source import Format, RawType
+from features.time_units import is_format
 
 LINE = "__line"  # of the row in its file, or in the part of it that is read at a time
 ROW = "__row"  # index of the row there
@@ -68,14 +70,15 @@ def type_columns(
     reason: pl.Series | None = None
     for name, kind in types.items():
         array = _one(columns[name])
-        if kind != "string" and _is_text(array):
-            texts = cleaned(pl.Series(array, dtype=pl.String), form)
-            values, wrong = numbers(texts, kind, form)
+        if kind == "time" or (kind != "string" and _is_text(array)):
+            texts = cleaned(pl.Series(array, dtype=pl.String), form) if _is_text(array) else array
+            values, wrong = times.seconds(name, texts, form) if kind == "time" else numbers(texts, kind)
             if wrong.any():
-                text = pl.select(
-                    pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, pl.lit(WORDS[kind])))
-                ).to_series()
-                reason = text if reason is None else reason.zip_with(reason.is_not_null(), text)
+                texts = texts if isinstance(texts, pl.Series) else pl.Series(array.cast(pa.string()))
+                words = pl.lit(_words(name, kind, form))
+                text = pl.select(pl.when(wrong).then(pl.format("{}: '{}' is not {}", pl.lit(name), texts, words)))
+                own = text.to_series()
+                reason = own if reason is None else reason.zip_with(reason.is_not_null(), own)
             found[name] = values.to_arrow()
         elif kind != "string":
             found[name] = array.cast(pa.float64() if kind == "float" else pa.int64())
@@ -92,6 +95,12 @@ def type_columns(
     bad = reason.is_not_null()
     texts = pa.Table.from_pydict({name: columns[name] for name in types}).filter(bad.to_arrow())
     return Typed(rows.filter((~bad).to_arrow()), dead_letters(line[bad.to_numpy()], reason.filter(bad), as_json(texts)))
+
+
+def _words(name: str, kind: RawType, form: Format) -> str:
+    """What the values of a column should be."""
+    unit = form.unit_of(name)
+    return f"a time of the form {unit}" if kind == "time" and is_format(unit) else WORDS[kind]
 
 
 def dead_letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:
@@ -203,9 +212,14 @@ def column(schema: Schema, rows: pa.Table, name: str) -> pa.Array:
 
 
 def event_time(schema: Schema, rows: pa.Table) -> pa.Array:
-    """When each of typed rows happened, in whole seconds. Raises UserError where the column is of another type."""
+    """When each of typed rows happened, in whole seconds; null where that is missing or implausible.
+
+    Raises:
+        UserError: the column is of another type.
+    """
     frame = view(schema, rows, None, (), (str(schema.event_time),))
-    return _arrow(_whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series()))
+    found = _whole(schema, "event_time", str(schema.event_time), frame, rows, pl.Series())
+    return _arrow(times.plausible(found, schema.source.unit_of(schema.event_time)))
 
 
 def _is_nested(values: pl.Series | pa.Array) -> bool:
@@ -229,7 +243,10 @@ def _whole(
         return default
     series = pl.Series(_column(schema, name, frame, rows))
     if not series.dtype.is_integer():
-        raise UserError(f"{key}: column {name} is {series.dtype}, it must be an integer")
+        cure = f"make it CAST(FLOOR(...) AS BIGINT) in source.derived.{name}"
+        if name not in schema.source.derived:
+            cure = f"set source.types: {{{name}: {'time' if key == 'event_time' else 'int'}}}"
+        raise UserError(f"{key}: column {name} is {series.dtype}, it must be a whole number: {cure}")
     return compute.cast(series, key, pl.Int64)
 
 
@@ -288,6 +305,10 @@ def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Serie
     reason = _either(reason, core[SPLIT].is_null(), pl.lit("split: its key or time is missing"))
     if schema.event_time:
         reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
+        time, unit = core["event_time"], schema.source.unit_of(schema.event_time)
+        if (wrong := times.implausible(time, unit)) is not None:
+            why = times.implausible_reason(schema.event_time, time, unit, "source.times")
+            reason = _either(reason, wrong, pl.lit(why))
     if column := schema.source.row_id:
         reason = _either(reason, core[ROW_ID].is_null(), pl.lit(f"{column}: missing row id"))
         # -1 marks the padding of a batch.

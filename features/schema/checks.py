@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import polars as pl
+
 from features.errors import did_you_mean
-from features.kinds import KINDS
+from features.kinds import KINDS, times
+from features.kinds.values import WORDS, cleaned, numbers
 from features.printable import has_controls, printable
 from features.schema.expressions import columns_of
 from features.schema.splits import HashSplit, TimeSplit
-from features.source import outcome_names
+from features.source import Format, RawType, outcome_names
+from features.time_units import DEFAULT, INDEX
 
 if TYPE_CHECKING:
     from features.schema.schema import Schema
@@ -51,6 +55,8 @@ def contradictions(schema: Schema) -> Iterator[str]:
             if column not in schema.source.columns:
                 known = [*schema.source.columns, *schema.outcome_columns, *schema.source.derived]
                 yield f"column {column} is used, but source.columns does not list it{did_you_mean(column, known)}"
+    yield from _units(schema)
+    yield from _optional(schema)
     yield from _keys_of_outcomes(schema)
     yield from _leaks(schema)
 
@@ -108,6 +114,44 @@ def _names(schema: Schema) -> Iterator[str]:
     for name in dict.fromkeys([*names, *schema.tables]):
         if name in RESERVED:
             yield f"feature {name} has the name of a column of every dataset: rename it, with column: {name}"
+
+
+def _optional(schema: Schema) -> Iterator[str]:
+    """Columns that files may lack, though every row needs them, or whose value in their place is none of their type."""
+    source = schema.source
+    needed = {"source": [source.key, source.row_id, schema.event_time]}
+    types: dict[str, dict[str, RawType]] = {"source": schema.raw_types}
+    for name, outcome in source.outcomes.items():
+        key = source.format_key(name)
+        needed[key] = [*needed.get(key, ()), outcome.key, outcome.time]
+        types[key] = types.get(key, {}) | outcome.types
+    for key in needed:
+        form = source if key == "source" else source.format_of(key.split(".")[2])
+        for column, default in form.optional.items():
+            kind = types[key].get(column, "string")
+            if column in needed[key]:
+                yield f"{key}.optional: every row needs column {column}: remove it"
+            elif default is not None and kind != "string" and not _is_valid(column, str(default), kind, form):
+                yield f"{key}.optional.{column}: {default!r} is not {WORDS[kind]}, as the column is"
+
+
+def _is_valid(column: str, text: str, kind: RawType, form: Format) -> bool:
+    texts = cleaned(pl.Series([text]), form)
+    _, wrong = times.seconds(column, texts, form) if kind == "time" else numbers(texts, kind)
+    return not wrong.any()
+
+
+def _units(schema: Schema) -> Iterator[str]:
+    """Columns that have a unit of time and are read as something else, or are computed."""
+    source = schema.source
+    for column, unit in source.times.items():
+        if column in source.derived and unit not in (DEFAULT, INDEX):
+            yield f"source.times.{column}: it is derived: make it whole seconds there, or write {INDEX} for a plain order"
+    typed: dict[str, tuple[Format, dict[str, RawType]]] = {"source": (source, source.types)}
+    typed |= {f"source.outcomes.{name}": (source.format_of(name), o.columns) for name, o in source.outcomes.items()}
+    for key, (form, types) in typed.items():
+        for column in form.times.keys() & {c for c, kind in types.items() if kind != "time"}:
+            yield f"{key}: column {column} is {types[column]}, and has a unit of time in `times`: make it time, or remove one"
 
 
 def _keys_of_outcomes(schema: Schema) -> Iterator[str]:

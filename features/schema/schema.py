@@ -62,7 +62,9 @@ class Schema(Features):
 
     tasks: dict[str, Task] = Field(min_length=1)
     weight: str | None = Field(None, description="SQL expression: weight of the row in every loss and metric")
-    event_time: str | None = Field(None, description="column: seconds since 1970 UTC, or dates and times (ISO 8601)")
+    event_time: str | None = Field(
+        None, description="column: seconds since 1970 UTC, dates and times (ISO 8601), or as source.times has it"
+    )
     split: HashSplit | RowIndexSplit | TimeSplit = Field(discriminator="by")
 
     @classmethod
@@ -199,6 +201,7 @@ class Schema(Features):
         implied: dict[str, RawType] = {raw.column: raw.type for raw in self.raw.values() if raw.type != "string"}
         if self.event_time:
             implied[self.event_time] = "time"
+        implied |= dict.fromkeys(self.source.times, "time")
         if self.source.row_id:
             implied[self.source.row_id] = "int"
         derived = self.source.derived.keys()

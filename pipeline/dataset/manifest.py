@@ -86,6 +86,7 @@ class Manifest(BaseModel):
         complete_until: per outcome with a window, seconds since 1970 until which it was taken to be complete.
         dead_letters: bad rows of all streams by reason.
         dead_letter_files: the files that hold them; `letters` in manifest.json.
+        absent_columns: per stream, rows of files that lack an optional column, by column.
         fitted: encoders and statistics; empty in datasets of earlier releases, and of several days read as one.
     """
 
@@ -99,6 +100,7 @@ class Manifest(BaseModel):
     left_out: dict[str, Count]
     outcomes: dict[str, dict[str, Count]]
     complete_until: dict[str, int] = {}
+    absent_columns: dict[str, dict[str, Count]] = {}
     dead_letters: dict[str, Count]
     dead_letter_files: list[DeadLetterFile] = Field(alias="letters")
     shards: list[Shard]
@@ -180,6 +182,11 @@ def check_sums(manifest: Manifest, file: Path) -> None:
             placed = sum(manifest.outcomes.get(stream, {}).values())
         what = f"rows of {printable(stream)} by destination"
         check_equal(file, what, placed + count, manifest.read.get(stream, 0))
+    for stream, columns in manifest.absent_columns.items():
+        if (most := max(columns.values(), default=0)) > manifest.read.get(stream, 0):
+            raise UserError(
+                f"{file}: {most:,} rows of {printable(stream)} lack a column, more than were read. {RESTORE_HINT}"
+            )
     check_equal(file, "dead letters by reason", sum(bad.values()), sum(manifest.dead_letters.values()))
 
 
@@ -196,6 +203,8 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
     An outcome was complete until then in all of them, which is the earliest of their times.
     """
     manifests = list(days.values())
+    streams = dict.fromkeys(name for m in manifests for name in m.outcomes)
+    lacking = dict.fromkeys(name for m in manifests for name in m.absent_columns)
     untils = [m.complete_until for m in manifests]
     shards = [s.model_copy(update={"path": f"{day}/{s.path}"}) for day, m in days.items() for s in m.shards]
     dead_letter_files = [
@@ -208,8 +217,9 @@ def merge_manifests(days: dict[str, Manifest]) -> Manifest:
         positives=_totals(shards, "positives"),
         read=_sums(m.read for m in manifests),
         left_out=_sums(m.left_out for m in manifests),
-        outcomes={name: _sums(m.outcomes.get(name, {}) for m in manifests) for name in manifests[0].outcomes},
+        outcomes={name: _sums(m.outcomes.get(name, {}) for m in manifests) for name in streams},
         complete_until={name: min(u[name] for u in untils) for name in untils[0] if all(name in u for u in untils)},
+        absent_columns={name: _sums(m.absent_columns.get(name, {}) for m in manifests) for name in lacking},
         dead_letters=_sums(m.dead_letters for m in manifests),
         dead_letter_files=dead_letter_files,
         shards=shards,

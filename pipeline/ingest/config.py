@@ -3,7 +3,7 @@
 import datetime
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -27,6 +27,8 @@ class PreprocessConfig(BaseModel):
         out: the dataset to write.
         date: one day: files whose pattern has {date} are those of that day, and the dataset is out/DATE.
         encoders: from=DATASET uses its fitted encoders, None fits new ones (or takes those of the first day in `out`).
+        labels: none reads the features alone, for files to be scored: no outcomes, no columns of labels and weights. It
+            needs the encoders of another dataset.
         as_of: until when outcomes are complete; None: each stream's last one that belongs to an impression, and with `date`
             the end of the last day whose files are there.
         order: of the rows: shuffled by a hash, by time, or as they were read.
@@ -48,6 +50,7 @@ class PreprocessConfig(BaseModel):
     out: Path
     date: datetime.date | None = None
     encoders: EncodersFrom = EncodersFrom()
+    labels: Literal["required", "none"] = "required"
     as_of: Annotated[AwareDatetime | None, BeforeValidator(utc)] = None
     order: Order = "shuffled"
     seed: int = 0
@@ -61,6 +64,16 @@ class PreprocessConfig(BaseModel):
     max_unpack_ratio: int = Field(UNPACK_RATIO, ge=1)
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     overwrite: bool = False
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _written_out(cls, day: Any) -> Any:
+        """Only as 2026-11-07: 20261107 would be seconds since 1970."""
+        if isinstance(day, int) or (isinstance(day, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", day)):
+            digits = re.fullmatch(r"(\d{4})\D?(\d\d)\D?(\d\d)", str(day))
+            wanted = "-".join(digits.groups()) if digits else "2026-11-07"
+            raise ValueError(f"{day} is not written as a day is wanted here: write {wanted}")
+        return day
 
     @field_validator("out")
     @classmethod

@@ -15,6 +15,7 @@ from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema
+from features.schema.unlabelled import check_histories, without_labels
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
@@ -22,8 +23,9 @@ from pipeline.dataset.days import folder_of_day
 from pipeline.dataset.manifest import DeadLetterFile, Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule
+from pipeline.ingest.absent_columns import absent_rows, stream_columns
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.formats import check_columns, raw_format, units
+from pipeline.ingest.formats import raw_format, units
 from pipeline.ingest.messages import JoinReport, ReadReport, ReadWork, WriteReport
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners import check_runner, run_pipeline
@@ -49,25 +51,29 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         raise UserError(
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
         )
-    _check(config, schema)
-    streams = _find(config, schema)
-    work = _read_work(config, schema, streams)
+    read = schema
+    if config.labels == "none":
+        check_histories(schema)
+        read = without_labels(schema)
+    _check(config, read)
+    streams = _find(config, read)
+    work = _read_work(config, read, streams)
     reference = _reference(config, schema)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
-            schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
+            read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=reference is not None,
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
-            _as_of(config, schema), str(reference) if reference else None,
+            _as_of(config, read), str(reference) if reference else None,
         )  # fmt: skip
         try:
             if reference:
                 _copy_encoders(reference, staging, schema)
             run_steps(config, job, limits, work)
-            return _commit(job, limits, out)
+            return _commit(job, limits, schema, out)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
 
@@ -147,7 +153,8 @@ def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list
         outcome = schema.source.outcomes.get(stream)
         options = schema.source.format_of(stream if outcome else None)
         wanted = [outcome.key, *outcome.types] if outcome else schema.raw_columns
-        names = {file.path: check_columns(file, options, wanted, () if outcome else added) for file in files}
+        key = schema.source.format_key(stream if outcome else None)
+        names = stream_columns(files, options, wanted, key, () if outcome else added)
         for path, columns in names.items():
             if not outcome and (both := added & set(columns or ())):
                 raise UserError(
@@ -160,7 +167,7 @@ def _read_work(config: PreprocessConfig, schema: Schema, streams: dict[str, list
 
 
 def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
-    """The dataset whose encoders are used. Raises UserError where they do not fit."""
+    """The dataset whose encoders are used. Raises UserError where they do not fit, or new ones would be without labels."""
     reference = config.encoders.from_
     if reference is None and config.date and config.out.is_dir():
         days = sorted(path.parent for path in config.out.glob("????-??-??/manifest.json"))
@@ -171,6 +178,10 @@ def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
         known = Dataset(reference)
         Encoders.load(reference / "encoders", schema)
         read_card(reference, known.schema)
+    elif config.labels == "none":
+        raise UserError(
+            "labels=none: rows without labels train nothing. Set encoders.from=DATASET, whose encoders are used."
+        )
     return reference
 
 
@@ -194,8 +205,8 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 
 
-def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
-    """Writes the dead letters, adds the counts up and moves the dataset into place."""
+def _commit(job: Job, limits: Limits, schema: Schema, out: Path) -> Manifest:
+    """Writes the dead letters, adds the counts up and moves the dataset, of this schema, into place."""
     reads, parts = job.found(ReadReport), job.labelled()
     join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
     for joined in job.found(JoinReport):
@@ -211,9 +222,9 @@ def _commit(job: Job, limits: Limits, out: Path) -> Manifest:
     counts: dict[str, Any] = {
         "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
         "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
-        "complete_until": schedule.complete_until(job, limits),
+        "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
     }  # fmt: skip
-    return commit(job.staging, out, job.schema, [report.shard for report in job.found(WriteReport)], counts)
+    return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
 
 
 def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:

@@ -91,6 +91,7 @@ class LabelledPart:
         left_out: rows by the rule that left them out.
         statistics: path of the counts.
         times: for rows in order of time, event times of each split at evenly spaced ranks.
+        span: the first and the last event time; empty without rows.
     """
 
     unit: int
@@ -99,6 +100,7 @@ class LabelledPart:
     left_out: dict[str, int]
     statistics: str
     times: dict[Split, list[int]]
+    span: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class ReadReport(Report):
         read: rows, bad ones among them.
         typed, labelled, outcomes: parts of impressions, and paths of outcomes; all but one are empty.
         latest: time of the last impression, None where no step needs it.
+        absent, keys: see pipeline.ingest.absent_columns.Completion.
     """
 
     step: ClassVar[str] = "read"
@@ -123,6 +126,8 @@ class ReadReport(Report):
     outcomes: list[str]
     latest: int | None
     dead_letters: DeadLetters
+    absent: dict[str, int] = field(default_factory=dict)
+    keys: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from features.errors import UserError, one_line
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
+from pipeline.ingest.absent_columns import check_keys
+from pipeline.ingest.empty_split import empty_split
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodeReport,
@@ -35,6 +37,7 @@ from pipeline.ingest.messages import (
 )
 from pipeline.ingest.progress import record_total
 from pipeline.ingest.state import RESERVE_FILE, Job
+from pipeline.ingest.steps.dead_letters import implausible_times
 from pipeline.ingest.steps.merge import merged
 from pipeline.storage.files import write_json
 
@@ -164,7 +167,8 @@ def rows_of(job: Job) -> dict[Split, int]:
 
 
 def _check(job: Job, limits: Limits) -> None:
-    """Raises UserError for too many bad rows in a stream, no rows, or a split without any."""
+    """Raises UserError for a key that no row has, too many bad rows in a stream, no rows, or a split without any."""
+    check_keys(job)
     reads, total = job.found(ReadReport), rows_of(job)
     for stream in dict.fromkeys(report.stream for report in reads):
         found = [(unit, each) for unit, each in dead_letters_of(job) if reads[unit].stream == stream]
@@ -174,18 +178,17 @@ def _check(job: Job, limits: Limits) -> None:
             unit, line, reason = min((unit, each.line, each.reason) for unit, each in found)
             raise UserError(
                 f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; the first: "
-                f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}. Fix the log or the schema, or raise "
-                "the limit."
+                f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}."
+                f"{implausible_times([each for _, each in found], reason)} Fix the log or the schema, or raise the limit."
             )
     if not any(total.values()):
         raise UserError("no rows are left: the files are empty, or a rule of the schema leaves all rows out.")
     fitted = {"train"} | (job.schema.used_splits if limits.needs_splits else set())
     wanted = fitted if limits.reference is None else set()
     if empty := [split for split in SPLITS if split in wanted and not total[split]]:
-        raise UserError(
-            f"split {empty[0]} is empty: none of {sum(total.values())} rows belongs to it. Change split in the schema, "
-            "or use another dataset's encoders with encoders.from."
-        )
+        spans = [part.span for part in job.labelled() if part.span]
+        span = [min(first for first, _ in spans), max(last for _, last in spans)]
+        raise UserError(empty_split(job.schema, empty[0], sum(total.values()), span))
 
 
 def _fit(job: Job, limits: Limits) -> None:

@@ -23,6 +23,7 @@ def waiting(click: str, buy: str) -> Schema:
                 "buy": {"files": "b", "open_window": buy, **window},
             },
             "derived": {"long": "click_dwell > 3"},
+            "times": {"time": "index"},
         },
         event_time="time",
         tasks={

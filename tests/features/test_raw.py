@@ -29,6 +29,7 @@ CONTENT: dict[str, Any] = {
             "click": {"files": "click.csv", "key": "id", "columns": {"dwell": "float", "place": "string"}},
             "buy": {"files": "buy.csv", "key": "id"},
         },
+        "times": {"time": "index"},
         "derived": {"hour": "CAST(FLOOR(time / 3600) % 24 AS BIGINT)", "shout": "UPPER(\"user\") || '!'"},
     },
     "dense": {"price": {}},
@@ -50,7 +51,7 @@ SCHEMA = Schema.parse(CONTENT, where="mine.yaml")
 CELLS = {
     "price": ["5", " 5 ", "NA", "", "-1.5e2", ".5", "x", "inf", "nan", "1e400", "1e200", "5,0"],
     "qty": ["3", "4", " 1 ", "+2", "0", "NA", "", "-1", "9", "1.0", "0x3", "99999999999999999999", "three"],
-    "time": ["0", "3599", "3600", "7199", " 7200", "90000", "-1", "", "noon", "1e3", "1970-01-01 02:00", "1970-01-01Z"],
+    "time": ["0", "3599", "3600", "7199", " 7200", "90000", "-1", "", "noon", "1d3", "1970-01-01 02:00", "1970-01-01Z"],
     "id": ["a", " a", "b", "c", "", "NA", "none"],
     "user": ["u", " u ", "", "NA", "ü", "'", "?"],
     "stars": ["5", " 5", "4", "NA", ""],
@@ -276,7 +277,7 @@ def test_an_expression_reads_ids_as_the_text_they_stand_for_and_may_read_no_colu
 
 def test_bags_come_from_lists_too_and_histories_from_where_they_were_found():
     s = schema(
-        source={"files": "x"},
+        source={"files": "x", "times": {"at": "index"}},
         categorical={"item": {}},
         bag={"tags": {}, "before": {"history": {"user": "u", "item": "item"}, "max_length": 2}},
         event_time="at",
@@ -315,7 +316,7 @@ def test_a_feature_may_have_the_name_of_the_split():
         ({"source": {"files": "x", "row_id": "id"}}, {"id": ["-1", "7"]}, "id: -1 is not a row id >= 0"),
         ({"split": {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1}},
          {"k": ["", "a"]}, "split: its key or time is missing"),
-        ({"event_time": "at"}, {"at": ["", "7"]}, "at: missing event time"),
+        ({"event_time": "at"}, {"at": ["", "700000000"]}, "at: missing event time"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_becomes_a_letter_and_its_neighbour_does_not(changes, columns, reason):

@@ -6,14 +6,13 @@ from decimal import Decimal
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_blocks import WHOLE, read
 
 from features.errors import UserError
-from features.kinds.values import numbers
+from features.kinds.times import seconds
 from features.source import Format
 from pipeline.ingest.files import find
 from pipeline.ingest.formats import raw_format, units
@@ -22,14 +21,17 @@ from pipeline.ingest.formats.base import Wanted
 
 def test_parquet_types_become_text_and_numbers(tmp_path: Path) -> None:
     moments = [datetime(1969, 12, 31, 23, 59, 58, 500_000), datetime(2024, 7, 1, 12)]
-    zone = ZoneInfo("Europe/Berlin")
-    naive = [math.floor(m.replace(tzinfo=zone).timestamp()) for m in moments]
-    aware = [math.floor(m.replace(tzinfo=timezone.utc).timestamp()) for m in moments]
-    midnight = [int(datetime(2024, 7, 1, tzinfo=zone).timestamp())] * 2
+    naive = [m.replace(microsecond=0) for m in moments]
+    aware = [m.replace(tzinfo=timezone.utc) for m in naive]
+    midnight = [datetime(2024, 7, 1)] * 2
+    berlin = [int(m.replace(tzinfo=ZoneInfo("Europe/Berlin")).timestamp()) for m in naive]
     cases: dict[str, tuple[pa.Array, str, list]] = {
         "naive": (pa.array(moments, pa.timestamp("us")), "time", naive),
         "aware": (pa.array(moments, pa.timestamp("ms", "UTC")), "time", aware),
         "day": (pa.array([date(2024, 7, 1)] * 2), "time", midnight),
+        "number": (pa.array(moments, pa.timestamp("us")), "int", berlin),
+        "floats": (pa.array([1.7e9 + 0.75, -0.25]), "time", [1_700_000_000, -1]),
+        "gone time": (pa.array([1.7e9, math.nan]), "time", [1_700_000_000, None]),
         "dictionary": (pa.array(["a", None]).dictionary_encode(), "string", ["a", None]),
         "bytes": (pa.array([b"a", b"b"]), "string", ["a", "b"]),
         "id": (pa.array([7, None], pa.int32()), "string", ["7", None]),
@@ -65,7 +67,7 @@ def test_times_of_parquet_are_those_of_their_text_and_one_that_the_clocks_skippe
     shown = [day + timedelta(minutes=15 * number) for day in changes for number in range(20)]
     pq.write_table(pa.table({"at": pa.array([*shown, None], kind)}), tmp_path / "a.parquet")
     rows, _ = read(tmp_path, "a.parquet", Format(format="parquet", timezone=zone), {"at": "time"})
-    values, wrong = numbers(pl.Series([at if at is None else str(at) for _, at in rows]), "time", Format(timezone=zone))
+    values, wrong = seconds("at", pa.array([at for _, at in rows], pa.timestamp("s")), Format(timezone=zone))
     back = [
         moment.replace(tzinfo=ZoneInfo(zone)).astimezone(timezone.utc).astimezone(ZoneInfo(zone)) for moment in shown
     ]
@@ -81,8 +83,12 @@ def test_days_that_began_an_hour_late_are_no_times(tmp_path: Path) -> None:
     pq.write_table(pa.table({"day": pa.array(days, pa.date32())}), tmp_path / "a.parquet")
     form = Format(format="parquet", timezone="America/Sao_Paulo")
     rows, _ = read(tmp_path, "a.parquet", form, {"day": "time"})
-    midnight = datetime(2018, 11, 3, 3, tzinfo=timezone.utc)
-    assert rows == [(1, str(int(midnight.timestamp()))), (2, "2018-11-04 00:00:00"), (3, None)]
+    assert rows == [(1, datetime(2018, 11, 3)), (2, datetime(2018, 11, 4)), (3, None)]
+    midnight = int(datetime(2018, 11, 3, 3, tzinfo=timezone.utc).timestamp())
+    values, wrong = seconds("day", pa.array([day for _, day in rows], pa.timestamp("s")), form)
+    assert (values.to_list(), wrong.to_list()) == ([midnight, None, None], [False, True, False])
+    rows, _ = read(tmp_path, "a.parquet", form, {"day": "int"})
+    assert rows == [(1, str(midnight)), (2, "2018-11-04 00:00:00"), (3, None)]
 
 
 def test_a_block_of_parquet_has_few_rows_however_well_they_compress(tmp_path: Path) -> None:

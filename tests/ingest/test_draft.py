@@ -133,6 +133,29 @@ def test_a_window_that_is_long_beside_the_log_leaves_labels_observed(tmp_path: P
     assert sum(found["order"] for found in manifest.observed.values()) == len(impressions)
 
 
+def test_times_in_milliseconds_and_in_words_are_read_as_moments(tmp_path: Path) -> None:
+    draw, at = random.Random(2), {}
+    for day in range(1, 5):
+        rows = [row | {"reqId": f"r{day}{i:05d}"} for i, row in enumerate(log(300, day, step=280))]
+        rows = [row | {"ts": row["ts"] + 86_400 * (day - 1)} for row in rows]
+        clicks = [{"req_id": r["reqId"], "then": r["ts"] + draw.randrange(3000)} for r in rows if r.pop("click")]
+        at |= {click["req_id"]: click["then"] for click in clicks}
+        clicks = [c | {"then": f"{datetime.fromtimestamp(c['then'], timezone.utc):%d/%m/%Y %H:%M:%S}"} for c in clicks]
+        write_csv(tmp_path / "raw" / f"imp-2026-11-0{day}.csv", [row | {"ts": 1000 * row["ts"] + 7} for row in rows])
+        write_csv(tmp_path / "raw" / f"clk-2026-11-0{day}.csv", clicks, delimiter=";")
+    schema, _ = drafted(tmp_path, tmp_path / "raw")
+    assert schema["source"]["times"] == {"ts": "ms"}
+    outcome = schema["source"]["outcomes"]["clk"]
+    assert outcome["read"] == {"delimiter": ";", "times": {"then": "%d/%m/%Y %H:%M:%S"}}
+    assert (outcome["time"], outcome["window"]) == ("then", "1h")
+    assert schema["split"] == {"by": "time", "valid_from": "2026-11-03", "test_from": "2026-11-04"}
+    manifest = preprocessed(tmp_path, tmp_path / "raw", schema)
+    assert manifest.outcomes["clk"]["joined"] == len(at)
+    assert {row["event_time"] // 86_400 for row in rows_by_id(tmp_path / "dataset")} == {
+        FIRST // 86_400 + i for i in range(4)
+    }
+
+
 def test_a_tsv_without_a_header_line_needs_its_label_named(tmp_path: Path) -> None:
     rows = log(1200)
     write_csv(tmp_path / "raw" / "log.tsv", rows, header=False, delimiter="\t")

@@ -308,7 +308,12 @@ def test_one_file_may_hold_impressions_and_outcomes(tmp_path):
     (tmp_path / "log.csv").write_text("a,b,at,bought\n" + "\n".join(lines) + "\n")
     outcome = {"files": "log.csv", "key": "a", "time": "bought", "window": 5}
     content = simple(
-        source={"files": "log.csv", "key": "a", "outcomes": {"buy": outcome}},
+        source={
+            "files": "log.csv",
+            "key": "a",
+            "outcomes": {"buy": outcome},
+            "times": {"at": "index", "bought": "index"},
+        },
         dense={},
         tasks={"t": {"kind": "binary", "label": "buy"}},
         event_time="at",
@@ -330,7 +335,7 @@ def test_a_log_ends_at_the_latest_of_its_times_though_they_are_derived(tmp_path)
     content = simple(
         source={
             "files": "log.csv", "key": "a", "outcomes": {"click": outcome}, "types": {"ms": "int"},
-            "derived": {"at": "CAST(ms / 1000 AS BIGINT)"},
+            "derived": {"at": "CAST(ms / 1000 AS BIGINT)"}, "times": {"at": "index"},
         },
         dense={},
         tasks={"t": {"kind": "binary", "label": "click"}},

@@ -165,10 +165,11 @@ def content_for(form: str) -> dict:
     return {
         "source": {
             "files": "log-*", "format": form, "row_id": "id", "key": "k", "types": {"y": "int"},
+            "times": {"at": "index"},
             "outcomes": {
                 "click": {
                     "files": "clicks-*", "key": "k", "time": "when", "columns": {"tag": "string"}, "window": WINDOW,
-                    "open_window": "leave_out", "read": {"format": "csv"},
+                    "open_window": "leave_out", "read": {"format": "csv", "times": {"when": "index"}},
                 }
             },
         },

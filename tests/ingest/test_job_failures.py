@@ -142,10 +142,11 @@ def test_a_derived_time_that_is_no_whole_number_stops_the_job(expression, small_
     content = small_content() | {"event_time": "moment", "split": {"by": "hash", "key": "user", "valid": 0, "test": 0}}
     content["source"]["derived"] = {"moment": expression}
     content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}, "window": 5}
+    content["source"]["times"] = {"dwell": "index"}
     content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
     message = refused(small_log, tmp_path / "out", content, max_bad_fraction=0.1)
     assert "event_time: column moment is" in message
-    assert "it must be an integer" in message
+    assert "it must be a whole number: make it CAST(FLOOR(...) AS BIGINT) in source.derived.moment" in message
 
 
 def test_a_format_that_is_not_registered_is_refused_with_its_key_and_those_that_are(small_log, small_content, tmp_path):

@@ -36,6 +36,7 @@ def content(small_content) -> dict[str, Any]:
     """The small log's schema with a window and a history, so that a job has every step there is."""
     content = small_content()
     content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}, "window": "9d", "open_window": "keep"}
+    content["source"]["times"]["dwell"] = "index"
     content["bag"]["before"] = {"history": {"user": "user", "item": "item"}}
     content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
     return content

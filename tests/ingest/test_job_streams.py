@@ -81,8 +81,8 @@ def content_for(ending: str, **outcome: Any) -> dict[str, Any]:
     read = {"files": "clicks.*", "key": "id", "time": "when", "columns": {"dwell": "float", "place": "string"}}
     return {
         "source": {
-            "files": "log.*", "key": "id", "row_id": "id", **form, **names[0],
-            "outcomes": {"click": read | {"window": 10, "read": form | names[1]} | outcome},
+            "files": "log.*", "key": "id", "row_id": "id", "times": {"at": "index"}, **form, **names[0],
+            "outcomes": {"click": read | {"window": 10, "read": form | names[1] | {"times": {"when": "index"}}} | outcome},
         },
         "categorical": {"user": {}},
         "bag": {
@@ -179,6 +179,7 @@ def test_a_derived_number_can_be_row_id_time_and_key_of_the_split(tmp_path):
     content["source"] |= {
         "row_id": "twice",
         "types": {"id": "int", "at": "int"},
+        "times": {"later": "index"},
         "derived": {"twice": "2 * id", "later": "at + 5", "third": "id % 3"},
     }
     content |= {"event_time": "later", "split": {"by": "hash", "key": "third", "valid": 0, "test": 0}}

@@ -26,6 +26,7 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _rows(manifest),
         _bad_rows(manifest),
         _outcomes(manifest),
+        _absent(manifest),
         _tasks(manifest, card),
         _correlations(card),
         _numbers(card),
@@ -76,6 +77,15 @@ def _outcomes(manifest: Manifest) -> Table:
         cells = [manifest.read.get(name, 0), *(counts.get(kind, 0) for kind in kinds), bad]
         lines.append([name, *(f"{cell:,}" for cell in cells)])
     return Table("Outcomes by join status", ["outcome", "rows read", *kinds, "bad"], lines)
+
+
+def _absent(manifest: Manifest) -> Table:
+    lines = [
+        [column, stream, f"{rows:,}", percent(rows / manifest.read[stream] if manifest.read.get(stream) else None)]
+        for stream, columns in manifest.absent_columns.items()
+        for column, rows in columns.items()
+    ]
+    return Table("Optional columns that files lack", ["column", "stream", "rows without it", "share"], lines)
 
 
 def _tasks(manifest: Manifest, card: dict[str, Any]) -> Table:

@@ -139,11 +139,17 @@ def _outcome(page: Document, roles: Roles, outcome: Outcomes, options: dict[str,
     elif any(time is not outcome.key for time in stream.times):
         page.remark(4, "it has times, but none that follows those of the impressions: no time and window")
     own = source_options(stream, roles)
-    base = {key: value for key, value in options.items() if key not in ("columns", "times")}
-    if {k: v for k, v in own.items() if k != "missing"} != {k: v for k, v in base.items() if k != "missing"} or not set(
-        own.get("missing", ())
-    ) <= {*base.get("missing", ())}:
+    if _differs(own, options, stream):
         page.entry(4, "read", own, "its files are written otherwise than those of the impressions")
+
+
+def _differs(own: dict[str, Any], options: dict[str, Any], stream: Stream) -> bool:
+    """Whether the files of an outcome cannot be read as those of the impressions; what only these have does no harm."""
+    inherited = {key: value for key, value in options.items() if key not in ("columns", "missing", "times")}
+    times = {c: unit for c, unit in options.get("times", {}).items() if c in stream.columns}
+    missing = {*own.get("missing", ())} <= {*options.get("missing", [""])}
+    rest = {key: value for key, value in own.items() if key not in ("missing", "times")}
+    return rest != inherited or own.get("times", {}) != times or not missing
 
 
 def outcome_columns(roles: Roles, outcome: Outcomes) -> tuple[dict[str, str], dict[str, str]]:

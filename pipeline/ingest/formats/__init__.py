@@ -23,6 +23,14 @@ def raw_format(options: Format, key: str = "source") -> RawFormat:
     return FORMATS[options.format](options)
 
 
+class MissingColumnError(UserError):
+    """A file lacks a column."""
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 def check_columns(file: RawFile, options: Format, wanted: Sequence[str], added: Iterable[str] = ()) -> list[str] | None:
     """The names of a file's columns; None where every row has keys of its own, which may be absent.
 
@@ -30,7 +38,8 @@ def check_columns(file: RawFile, options: Format, wanted: Sequence[str], added: 
         added: further columns that expressions may read, for the suggestion where a name is mistyped.
 
     Raises:
-        UserError: the file cannot be opened, or lacks a wanted column, or has it twice.
+        MissingColumnError: the file lacks a wanted column.
+        UserError: it cannot be opened, or has a wanted column twice.
     """
     form = raw_format(options)
     found = form.column_names(file)
@@ -39,7 +48,8 @@ def check_columns(file: RawFile, options: Format, wanted: Sequence[str], added: 
     if missing := [c for c in wanted if c not in found]:
         shown = ", ".join(found)[:1000]
         near = did_you_mean(missing[0], [*found, *added])
-        raise UserError(f"{file.path}: column {missing[0]} is missing{near}, the file has {shown}. {form.column_fix}")
+        message = f"{file.path}: column {missing[0]} is missing{near}, the file has {shown}. {form.column_fix}"
+        raise MissingColumnError(message, missing[0])
     if twice := [c for c in wanted if found.count(c) > 1]:
         raise UserError(f"{file.path}: there are two columns {twice[0]}. Rename one of them. {form.column_fix}")
     return found

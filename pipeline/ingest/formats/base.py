@@ -43,7 +43,7 @@ class Block:
 
     Attributes:
         columns: the wanted ones, in order: text, or lists of text; those wanted as numbers also as float64 (float) or
-            int64 (int, time), where all values of the block are such.
+            int64 (int, time), where all values of the block are such; times also as timestamps in whole seconds.
         row: number of rows of the unit before these.
         line_numbers: computes the line of each row in the unit, from 1. Formats without lines, and CSV with line breaks in
             values, give the row's number in the file, from 1, where a header counts and blank lines do not.

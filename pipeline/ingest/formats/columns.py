@@ -1,12 +1,12 @@
 """Columns of formats with types of their own (Parquet, Avro) as blocks have them: text, lists of text, numbers."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.kinds import times
 from features.source import Format, RawType
 
 TEXT, LIST = pa.string(), pa.list_(pa.string())
@@ -29,9 +29,10 @@ def convert_columns(
 
 
 def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
-    """A column as text, numbers or lists of text; times as whole seconds since 1970 UTC.
+    """A column as text, numbers or lists of text.
 
-    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing.
+    Wanted as a number it is float64 or, for int and time, int64, or text where a value is neither. NaN is missing. Timestamps
+    are whole seconds, rounded down: wanted as a time they stay timestamps, as a number they are seconds since 1970 UTC.
 
     Raises:
         pa.ArrowInvalid, pa.ArrowNotImplementedError: its type cannot be converted, or its bytes are not UTF-8.
@@ -45,11 +46,16 @@ def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
         lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         return _text(values, LIST if any(check(kind) for check in lists) else TEXT)
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        values = _seconds(values, options.timezone)
+        values = _seconds(values)
+        if wanted == "time":
+            return values
+        values = _since_1970(values, options)
     elif pa.types.is_boolean(kind):
         values = values.cast(pa.int8())
     elif kind == pa.float16():
         values = values.cast(pa.float32())
+    if wanted == "time" and pa.types.is_floating(values.type):  # such as whole numbers beside a missing one
+        values = pc.floor(values)
     return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
 
 
@@ -73,24 +79,20 @@ def _as_numbers(values: pa.Array, kind: pa.DataType) -> pa.Array:
         return values.cast(TEXT)
 
 
-def _seconds(values: pa.Array, timezone: str) -> pa.Array:
-    """Whole seconds since 1970 UTC; as text where the clocks of the zone skipped one of the times, which stays as it is."""
+def _seconds(values: pa.Array) -> pa.Array:
+    """Timestamps and dates as whole seconds, rounded down; those without a zone stay without one."""
     if pa.types.is_date(values.type):
-        values = values.cast(pa.timestamp("s"))
-    if values.type.tz is not None:
-        return _whole_seconds(values)
-    # At the end of summer time an hour comes twice, at its beginning one is left out.
-    localized = partial(pc.assume_timezone, values, timezone, ambiguous="earliest")
-    try:
-        return _whole_seconds(localized(nonexistent="raise"))
-    except pa.ArrowInvalid:
-        before, after = localized(nonexistent="earliest"), localized(nonexistent="latest")
-        return pc.if_else(pc.equal(before, after), _whole_seconds(after).cast(TEXT), values.cast(TEXT))
-
-
-def _whole_seconds(values: pa.Array) -> pa.Array:
-    """Timestamps as seconds since 1970 UTC, rounded down."""
+        return values.cast(pa.timestamp("s"))
     per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[values.type.unit]
     ticks = values.cast(pa.int64())
     whole = pc.divide(ticks, per_second)  # towards zero
-    return pc.subtract(whole, pc.less(ticks, pc.multiply(whole, per_second)).cast(pa.int64()))
+    whole = pc.subtract(whole, pc.less(ticks, pc.multiply(whole, per_second)).cast(pa.int64()))
+    return whole.cast(pa.timestamp("s", values.type.tz and "UTC"))
+
+
+def _since_1970(values: pa.Array, options: Format) -> pa.Array:
+    """Timestamps as seconds since 1970 UTC; as text where the clocks of the zone skipped one of them, which stays as it is."""
+    found, wrong = times.seconds("", values, options)
+    if not wrong.any():
+        return found.to_arrow()
+    return pc.if_else(wrong.to_arrow(), values.cast(TEXT), found.to_arrow().cast(TEXT))

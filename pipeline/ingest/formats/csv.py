@@ -14,6 +14,7 @@ import pyarrow.csv as pcsv
 
 from features.errors import UserError
 from features.source import Format, RawType
+from features.time_units import is_format
 from pipeline.ingest.files import BLOCK_BYTES, BOM, RawFile, Unit, open_text, readable
 from pipeline.ingest.formats.base import BadLine, Block, OnBytes, RawFormat, Wanted
 from pipeline.ingest.formats.columns import TEXT
@@ -97,7 +98,9 @@ class CsvLines:
     def __init__(self, options: Format, names: Sequence[str], types: Mapping[str, RawType]) -> None:
         """`names` are the file's columns, `types` those that are wanted, in order."""
         self.options, self.names, self.columns = options, list(names), list(types)
-        self.numbers = {c: pa.float64() if t == "float" else pa.int64() for c, t in types.items() if t != "string"}
+        formatted = {c for c, unit in options.times.items() if is_format(unit)}  # 01022026 is no number there
+        numeric = {c: t for c, t in types.items() if t != "string" and c not in formatted}
+        self.numbers = {c: pa.float64() if t == "float" else pa.int64() for c, t in numeric.items()}
         if options.trim and any(_is_number(text) for text in options.missing):
             self.numbers = {}  # the reader would take " -1" for a number where "-1" is missing
         self.closed = _closed_quotes(options)

@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.kinds.times import IMPLAUSIBLE
 from features.parse import raw
 from pipeline.dataset.manifest import DeadLetterFile
 from pipeline.ingest.messages import DeadLetters
@@ -17,6 +18,7 @@ from pipeline.storage.files import sha256
 from pipeline.storage.local import fsync
 
 LONG_LINE = re.compile(r"(line|row) of \d+ bytes( is longer than .*)")
+IMPLAUSIBLE_TIME = rf"^(.*): (-?\d+) {IMPLAUSIBLE} in seconds since 1970(.*)$"
 REASON_CHARACTERS = 500  # of the first one, which is on the terminal if there are too many
 COLUMNS = pa.schema(
     [
@@ -39,6 +41,28 @@ def spill(job: Job, found: Sequence[pl.DataFrame]) -> DeadLetters:
     reasons = Counter(_kind(reason) for reason in frame["reason"])
     first = frame.row(int(frame["line"].arg_min() or 0), named=True)
     return DeadLetters(str(path), dict(reasons), first["line"], _shortened(first["reason"]))
+
+
+def implausible_times(found: Sequence[DeadLetters], reason: str) -> str:
+    """How the implausible times among spilled dead letters range, with their likely unit unless `reason` has it.
+
+    Empty without any. Reads the files of all: for the message of a job that stops.
+    """
+    ranges: dict[tuple[str, str], tuple[int, int, int]] = {}  # by column and likely unit: rows, first and last
+    for path in (each.path for each in found if each.path):
+        part = pl.read_ipc(path, columns=["reason"])["reason"].str.extract_groups(IMPLAUSIBLE_TIME)
+        times = part.struct.unnest().drop_nulls().with_columns(pl.col("2").cast(pl.Int64))
+        grouped = times.group_by("1", "3").agg(
+            pl.len(), pl.col("2").min().alias("first"), pl.col("2").max().alias("last")
+        )
+        for name, likely, rows, first, last in grouped.iter_rows():
+            before = ranges.get((name, likely), (0, first, last))
+            ranges[name, likely] = (before[0] + rows, min(before[1], first), max(before[2], last))
+    if not ranges:
+        return ""
+    (name, likely), (rows, first, last) = max(ranges.items(), key=lambda item: (item[1], item[0]))
+    said = "" if reason.endswith(likely) else likely
+    return f" In {rows:,} rows {name} is from {first} to {last}{said}."
 
 
 def _kind(reason: str) -> str:

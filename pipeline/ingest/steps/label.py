@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from features.fit.statistics import Statistics
 from features.parse import raw
@@ -63,6 +64,7 @@ def label_rows(
         left_out=parsed.left_out,
         statistics=str(statistics),
         times=_times(parsed.rows, split_B) if job.order == "time" else {},
+        span=list(pc.min_max(parsed.rows["event_time"]).as_py().values()) if parsed.rows.num_rows else [],
     )
     return part, parsed.bad
 

@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.kinds import times
 from features.parse import raw
 from features.parse.raw import LINE, ROW
 from features.source import RawType
 from pipeline.ingest import shuffle
+from pipeline.ingest.absent_columns import Completion
 from pipeline.ingest.files import check_unchanged
 from pipeline.ingest.formats import raw_format
 from pipeline.ingest.formats.base import Block, Wanted
@@ -33,12 +35,14 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     types = _types(job, stream)
     codes = set() if outcome else raw.code_columns(job.schema)
     lists = {} if outcome else raw.list_columns(job.schema)
+    completion = Completion(types, work.names, options, lists)
     blocks = raw_format(options).read(
-        unit, Wanted(types, work.names, lists), UnitProgress(job.progress, work.number).record
+        unit, Wanted(completion.present, work.names, lists), UnitProgress(job.progress, work.number).record
     )
     typed_parts, labelled, outcomes, bad, latest, count, lines = [], [], [], [], [], 0, 0
-    for block in _at_least_one(blocks, types):
-        typed = raw.type_columns(block.columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
+    for block in _at_least_one(blocks, completion.present):
+        columns = completion.complete(block.columns)
+        typed = raw.type_columns(columns, types, codes, options, block.line_numbers(), unit.first_row + block.row)
         if outcome is not None:
             path, dead_letters = _scatter_outcomes(job, stream, typed.rows)
             outcomes.append(path)
@@ -58,7 +62,7 @@ def read(job: Job, work: ReadWork) -> ReadReport:
     return ReadReport(
         stream=stream, file=unit.file.path, lines=lines, read=count, typed=typed_parts, labelled=labelled,
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
-        dead_letters=spill(job, bad),
+        dead_letters=spill(job, bad), absent=completion.absent, keys=completion.keys,
     )  # fmt: skip
 
 
@@ -89,20 +93,33 @@ def _impressions(job: Job, work: ReadWork, rows: pa.Table) -> tuple[TypedPart | 
 
 
 def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.DataFrame]:
-    """Scatters a block of outcomes to buckets; those without a key or a time belong to no impression."""
+    """Scatters a block of outcomes to buckets; those without a key or a plausible time belong to no impression."""
     outcome = job.schema.source.outcomes[name]
     if pa.types.is_nested(rows.schema.field(outcome.key).type):
         raise UserError(
             f"source.outcomes.{name}: its key {outcome.key} holds lists: name a column with one value a row"
         )
-    needed = [outcome.key, *([outcome.time] if outcome.time else [])]
-    missing = [pl.Series(rows[column]).is_null() for column in needed]
-    lost = missing[0] | missing[-1]
+    reasons = _unplaced(job, name, rows)
     dead_letters = raw.dead_letters()
-    if lost.any():
+    if (lost := reasons.is_not_null()).any():
         gone = rows.filter(lost.to_arrow())
-        words = {True: f"{outcome.key}: missing key", False: f"{outcome.time}: missing time"}
-        reasons = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
-        dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons, raw.as_json(gone.drop_columns([LINE, ROW])))
+        cells = raw.as_json(gone.drop_columns([LINE, ROW]))
+        dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons.filter(lost), cells)
         rows = rows.filter((~lost).to_arrow())
     return scatter(job, rows.drop_columns([LINE, ROW]), outcome.key), dead_letters
+
+
+def _unplaced(job: Job, name: str, rows: pa.Table) -> pl.Series:
+    """Why outcomes belong to no impression: they have no key, no time, or an implausible one; null for the others."""
+    outcome = job.schema.source.outcomes[name]
+    reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
+    for column, text in ((outcome.key, "missing key"), (outcome.time, "missing time")):
+        if column and (missing := pl.Series(rows[column]).is_null()).any():
+            reason = reason.zip_with(~missing | reason.is_not_null(), pl.Series([f"{column}: {text}"]))
+    if not outcome.time:
+        return reason
+    time, unit = pl.Series(rows[outcome.time]), job.schema.source.format_of(name).unit_of(outcome.time)
+    if (wrong := times.implausible(time, unit)) is not None:
+        key = f"{job.schema.source.format_key(name)}.times"
+        reason = reason.zip_with(~wrong | reason.is_not_null(), times.implausible_reason(outcome.time, time, unit, key))
+    return reason

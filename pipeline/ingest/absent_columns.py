@@ -1,0 +1,123 @@
+"""Columns that some files lack: which of them may, what stands in their place, and which no row of the job has."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features.errors import UserError
+from features.source import Format, RawType
+from pipeline.ingest.files import RawFile
+from pipeline.ingest.formats import MissingColumnError, check_columns, raw_format
+from pipeline.ingest.messages import ReadReport
+from pipeline.ingest.state import Job
+
+
+def stream_columns(
+    files: Sequence[RawFile], options: Format, wanted: Sequence[str], key: str, added: Iterable[str] = ()
+) -> dict[str, list[str] | None]:
+    """The names of the columns of each file of a stream, by its path; None where rows have keys of their own.
+
+    Args:
+        wanted: columns.
+        key: where the schema has `options`.
+        added: see check_columns.
+
+    Raises:
+        UserError: a file cannot be opened, has a wanted column twice, or lacks one that is not optional; where others have
+            it the error is about that file, and else about the schema.
+    """
+    required = [column for column in wanted if column not in options.optional]
+    try:
+        return {file.path: check_columns(file, options, required, added) for file in files}
+    except MissingColumnError as error:
+        found = {file.path: raw_format(options).column_names(file) or () for file in files}
+        lacking = [path for path, names in found.items() if error.column not in names]
+        if len(lacking) == len(files):
+            raise
+        also = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        others = len(files) - len(lacking)
+        have = "other file of the stream has" if others == 1 else f"other {others} files of the stream have"
+        raise UserError(
+            f"{lacking[0]}{also} lacks column {error.column}, which the {have}: fix or remove the file, or list "
+            f"{error.column} in {key}.optional with its default"
+        ) from None
+
+
+@dataclass
+class Completion:
+    """Fills optional columns in the blocks of a unit, and counts the rows that lack them.
+
+    Attributes:
+        types: of the wanted columns.
+        names: of the file's columns; None where every row has keys of its own, of which null ones count as absent.
+        lists: see Wanted.
+        absent: rows that lack an optional column, by column.
+        keys: where rows have keys of their own, the columns that any row has; None as long as there was no row.
+    """
+
+    types: Mapping[str, RawType]
+    names: Sequence[str] | None
+    options: Format
+    lists: Mapping[str, str]
+    absent: dict[str, int] = field(default_factory=dict)
+    keys: list[str] | None = None
+
+    @property
+    def present(self) -> dict[str, RawType]:
+        """The columns that can be read."""
+        return {c: kind for c, kind in self.types.items() if self.names is None or c in self.names}
+
+    def complete(self, columns: pa.Table) -> pa.Table:
+        """A block with all columns, in the order of `types`."""
+        if self.names is None and columns.num_rows:
+            any_value = {c for c in self.types if columns[c].null_count < columns.num_rows}
+            self.keys = [c for c in self.types if c in any_value or c in (self.keys or ())]
+        for column in self.options.optional.keys() & self.types.keys():
+            columns = self._filled(columns, column)
+        return columns.select(list(self.types))
+
+    def _filled(self, columns: pa.Table, column: str) -> pa.Table:
+        default = self.options.optional[column]
+        text = None if default is None else str(default)
+        if column not in columns.column_names:
+            values = pa.repeat(pa.scalar(text, pa.string()), columns.num_rows)
+            self.absent[column] = self.absent.get(column, 0) + columns.num_rows
+            return columns.append_column(column, values)
+        if self.names is not None or not (nulls := columns[column].null_count):
+            return columns
+        self.absent[column] = self.absent.get(column, 0) + nulls
+        if text is None:
+            return columns
+        kind = columns[column].type
+        value = text.split(self.lists[column]) if pa.types.is_list(kind) else text
+        place = columns.column_names.index(column)
+        return columns.set_column(place, column, pc.fill_null(columns[column], pa.scalar(value, kind)))
+
+
+def check_keys(job: Job) -> None:
+    """Raises UserError where no row of a stream has a key that the schema reads, as after a typing error."""
+    for stream in dict.fromkeys(report.stream for report in job.found(ReadReport)):
+        reports = [report for report in job.found(ReadReport) if report.stream == stream and report.keys is not None]
+        keys = {key for report in reports for key in report.keys or ()}
+        outcome = job.schema.source.outcomes.get(stream)
+        name, source = stream if outcome else None, job.schema.source
+        options = source.format_of(name)
+        wanted = [outcome.key, *outcome.types] if outcome else job.schema.raw_columns
+        if reports and (missing := [c for c in wanted if c not in keys and c not in options.optional]):
+            files = outcome.files if outcome else source.files
+            raise UserError(
+                f"{files}: no row of {stream} has a value under the key {missing[0]}, which the schema reads. Fix the name in "
+                f"the schema, or list {missing[0]} in {source.format_key(name)}.optional with its default."
+            )
+
+
+def absent_rows(reads: Sequence[ReadReport]) -> dict[str, dict[str, int]]:
+    """By stream the rows that lack an optional column, by column."""
+    total: dict[str, dict[str, int]] = {}
+    for report in reads:
+        for column, rows in report.absent.items():
+            counts = total.setdefault(report.stream, {})
+            counts[column] = counts.get(column, 0) + rows
+    return total
