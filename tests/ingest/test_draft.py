@@ -232,7 +232,11 @@ def test_a_table_that_a_larger_stream_refers_to_is_not_the_impressions(tmp_path:
     assert schema["source"]["files"] == "ratings.csv"
     assert schema["tasks"] == {"rating": {"kind": "binary", "label": "rating >= 4"}}
     assert set(schema["categorical"]) == {"userId", "movieId", "hour"}  # ids, though numbers
-    assert "movies.csv" in text
+    (suggested,) = [line for line in text.splitlines() if line.startswith("    # tables: ")]
+    assert yaml.safe_load(suggested.strip(" #"))["tables"] == {
+        "link": {"files": "links.csv", "key": "movieId", "columns": {"imdbId": "int"}},
+        "movie": {"files": "movies.csv", "key": "movieId", "columns": {"title": "string", "genres": "string"}},
+    }
     manifest = preprocessed(tmp_path, tmp_path / "raw", schema)
     assert sum(manifest.positives[s]["rating"] for s in manifest.rows) == sum(r["rating"] >= 4 for r in ratings)
     schema, _ = drafted(tmp_path, tmp_path / "raw", label="rating")

@@ -15,12 +15,14 @@ from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.ingest.draft import sample
 from pipeline.ingest.draft.column import column_of
 from pipeline.ingest.draft.dialect import NoLogError
 from pipeline.ingest.draft.groups import Group, find_groups, literal, matches, pattern_of
 from pipeline.ingest.draft.moments import FORMATS, UNITS, moments_of
 from pipeline.ingest.draft.sample import Sample, sample_of
 from pipeline.ingest.files import find
+from pipeline.ingest.formats import text
 
 NAMES = ["user", "price", "note", "n"]
 
@@ -58,6 +60,32 @@ def test_a_sample_has_the_rows_that_the_csv_module_wrote(
     assert found.dialect.options.get("columns") == (None if header else names)
     assert found.dialect.options.get("delimiter", ",") == delimiter
     assert (found.rows, found.to_its_end, found.bad) == (len(rows), True, 0)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_of_a_large_file_beginning_and_end_are_read_each_row_once(tmp_path: Path, monkeypatch, form: str) -> None:
+    rows = [{"id": f"r{i:06d}", "n": i} for i in range(5000)]
+    monkeypatch.setattr(sample, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(sample, "TAIL_BYTES", 3_000)
+    if form == "csv":
+        (tmp_path / "a.csv").write_text("id,n\n" + "".join(f"{row['id']},{row['n']}\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.csv", row_group_size=900)
+    found = sampled(tmp_path, "a.csv")
+    read = found.columns["id"].to_list()
+    assert len({*read}) == len(read) < 4000
+    assert (read[0], read[-1], found.to_its_end) == ("r000000", "r004999", True)
+    assert found.rows == pytest.approx(5000, rel=0.3)
+
+
+def test_a_compressed_file_that_is_not_read_to_its_end_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sample, "PIECE_ROWS", 100)
+    monkeypatch.setattr(text, "BLOCK_BYTES", 4_000)
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as file:
+        file.write("id,n\n" + "".join(f"r{i},{i}\n" for i in range(5000)))
+    found = sampled(tmp_path, "a.csv.gz")
+    assert not found.to_its_end
+    assert found.height == 100
 
 
 def test_values_with_line_breaks_are_told_from_stray_quotes(tmp_path: Path) -> None:

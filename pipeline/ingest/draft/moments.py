@@ -62,6 +62,8 @@ def moments_of(texts: pl.Series, name: str) -> Moments | None:
     numbers = known.cast(pl.Float64, strict=False)
     if numbers.null_count():
         return _first(texts, [None, *FORMATS])
+    if not numbers.is_finite().all():
+        return None
     named = NAME.search(name) is not None
     if not named and (ID.search(name) or len(numbers) < 50 or not _ascends(numbers)):
         return None

@@ -8,10 +8,10 @@ from typing import Any
 from pipeline.ingest.draft.column import MARKERS, Column
 from pipeline.ingest.draft.config import DraftConfig
 from pipeline.ingest.draft.division import Division, span_of
-from pipeline.ingest.draft.document import Document, flow, scalar
+from pipeline.ingest.draft.document import Document, scalar
 from pipeline.ingest.draft.features import Features, unfit_name
 from pipeline.ingest.draft.labels import Label, sql_name
-from pipeline.ingest.draft.roles import DAY, Outcomes, Roles, Stream
+from pipeline.ingest.draft.roles import DAY, Outcomes, Roles, Stream, outcome_name
 from pipeline.ingest.files import is_local
 
 ORDER = ("dense", "categorical", "bag", "vector")
@@ -180,12 +180,20 @@ def _duration(seconds: int) -> str:
 
 
 def _tables(page: Document, roles: Roles) -> None:
-    """Side tables, as comments."""
-    page.remark(2, "Side tables: rows of users, items and the like, by a key that the impressions refer to.")
+    """Side tables, as comments: whether what they hold was known at the impression is for a person to say."""
+    page.remark(
+        2, "rows of users, items and the like, by a key that the impressions refer to; features could read NAME_COLUMN:"
+    )
+    found: dict[str, Any] = {}
     for stream, key, column in roles.tables:
-        columns = {c.name: TYPES[c.kind] for c in stream.columns.values() if c is not key and c.kind in TYPES}
-        settings: dict[str, Any] = {"files": stream.pattern, "key": key.name, "columns": columns}
-        page.remark(2, f"{flow(settings)}; {column.name} of the impressions has its values")
+        kinds = {**TYPES, "list": "string", "numbers": "string"}
+        fit = [c for c in stream.columns.values() if c is not key and c.kind in kinds and not unfit_name(c.name)]
+        columns = {c.name: kinds[c.kind] for c in fit}
+        on = {} if key.name == column.name else {"on": column.name}
+        read = {} if not (own := source_options(stream)) else {"read": own}
+        name = outcome_name(stream.pattern)
+        found[name] = {"files": stream.pattern, "key": key.name, **on, "columns": columns, **read}
+    page.suggestion(2, "tables", found)
 
 
 def _hour(roles: Roles, features: Features) -> tuple[str, str] | None:
