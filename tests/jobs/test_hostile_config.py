@@ -375,4 +375,4 @@ def test_files_whose_names_are_not_utf8_are_read(small_log: Path, small_content,
     assert "1 dead letters" in said
     said.encode()  # what a terminal does
     Path(os.fsdecode(odd)).write_text("id,seconds\n1001,2\n")
-    assert_one_line(call("preprocess", mine, "data=mine", "out=other"), "column dwell is missing")
+    assert_one_line(call("preprocess", mine, "data=mine", "out=other"), "column dwell")
