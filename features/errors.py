@@ -1,8 +1,13 @@
 """Exceptions that end a job with a message for its user."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from itertools import islice
 
 from features.printable import printable
+
+# Names are compared in time that grows with their number and length.
+MOST_KNOWN, LONGEST = 10_000, 200
 
 
 class UserError(Exception):
@@ -17,6 +22,13 @@ def join_faults(faults: Sequence[str], most: int = 20) -> str:
     """The first faults, in one line, and how many more there are."""
     more = f"; and {len(faults) - most:,} more" if len(faults) > most else ""
     return "; ".join(faults[:most]) + more
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` with the known name that is nearest to a mistyped one; empty where none is near."""
+    candidates = list(islice(known, MOST_KNOWN))
+    near = get_close_matches(name[:LONGEST], candidates, 1) or [c for c in candidates if c.lower() == name.lower()]
+    return f" (did you mean {printable(near[0][:LONGEST])}?)" if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -15,16 +15,18 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from features.errors import Preempted, UserError, join_faults, one_line
+from features.errors import Preempted, UserError, did_you_mean, join_faults, one_line
 from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
+from jobs.mistyped import explained
+from jobs.quoting import quoted, typed
 from jobs.versions import check_versions
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
@@ -142,9 +144,17 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        places = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors())
+        places = ((".".join(map(str, e["loc"])), message_of(e, model)) for e in error.errors())
         faults = join_faults([f"{where}: {what}" if where else what for where, what in places])
         raise UserError(f"configuration: {faults}. See --help for the keys.") from None
+
+
+def message_of(error: Any, model: type[BaseModel]) -> str:
+    """What one validation error says; of a key at the top that the job does not have also the nearest one that it has."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    known = [str(field.alias or name) for name, field in model.model_fields.items()]
+    mistyped = error["type"] == "extra_forbidden" and len(error["loc"]) == 1
+    return message + (did_you_mean(str(error["loc"][0]), known) if mistyped else "")
 
 
 def read_schema(config: DictConfig) -> Schema:
@@ -196,6 +206,7 @@ def job(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None
             write_rank_status("started")
             with user_errors():
                 command_line.check(sys.argv[1:])
+                sys.argv[1:] = quoted(sys.argv[1:])
                 bound_resolvers()
                 compose_and_run(main, name)
             write_rank_status("finished")
@@ -241,10 +252,12 @@ def compose_and_run(main: Callable[[DictConfig], None], name: str) -> None:
     try:
         hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)()
     except OverrideParseException as error:
-        raise UserError(
-            f"{printable(error.override[:200])}: {error.message.splitlines()[0]}. A value with brackets, spaces or "
-            "other signs goes into quotes: \"KEY='VALUE'\"."
-        ) from None
+        key, equals, value = error.override.partition("=")
+        what = error.message.splitlines()[0] if equals else "not KEY=VALUE"
+        how = f"If it is a text, type {typed(key, value)}." if equals else "See --help."
+        raise UserError(f"{printable(error.override[:200])}: {what}. {how}") from None
+    except ConfigCompositionException as error:
+        raise explained(error) from None
     except (UserError, HydraException, OmegaConfBaseException, OSError):
         raise
     except Exception as error:

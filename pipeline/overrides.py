@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 
-def setting(key: str, value: str | Path) -> str:
-    """KEY=VALUE, the value in quotes where Hydra's grammar would read it as something else, such as `runs/[x]`."""
+def setting(key: str, value: str | Path, always: bool = False) -> str:
+    """KEY=VALUE, the value in quotes where Hydra's grammar would read it as something else, such as `runs/[x]`.
+
+    Args:
+        always: in quotes whatever the value is.
+    """
     text = str(value)
-    if re.fullmatch(r"[\w./:@%+-]*", text, re.ASCII):
+    if not always and re.fullmatch(r"[\w./:@%+-]*", text, re.ASCII):
         return f"{key}={text}"
     # In quotes \' is a quote, and backslashes are doubled only before one.
     quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from features.errors import did_you_mean
 from features.kinds import KINDS, times
 from features.kinds.values import WORDS, cleaned, numbers
 from features.printable import has_controls, printable
@@ -54,7 +55,8 @@ def contradictions(schema: Schema) -> Iterator[str]:
     if schema.source.columns is not None:
         for column in schema.raw_columns:
             if column not in schema.source.columns:
-                yield f"column {column} is used, but source.columns does not list it"
+                known = [*schema.source.columns, *schema.outcome_columns, *schema.source.derived]
+                yield f"column {column} is used, but source.columns does not list it{did_you_mean(column, known)}"
     yield from _units(schema)
     yield from _optional(schema)
     yield from _keys_of_outcomes(schema)

@@ -1,6 +1,6 @@
 """Columns that some files lack: which of them may, what stands in their place, and which no row of the job has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -15,13 +15,14 @@ from pipeline.ingest.state import Job
 
 
 def stream_columns(
-    files: Sequence[RawFile], options: Format, wanted: Sequence[str], key: str
+    files: Sequence[RawFile], options: Format, wanted: Sequence[str], key: str, added: Iterable[str] = ()
 ) -> dict[str, list[str] | None]:
     """The names of the columns of each file of a stream, by its path; None where rows have keys of their own.
 
     Args:
         wanted: columns.
         key: where the schema has `options`.
+        added: see check_columns.
 
     Raises:
         UserError: a file cannot be opened, has a wanted column twice, or lacks all of them or one that is not optional; where
@@ -29,7 +30,7 @@ def stream_columns(
     """
     required = [column for column in wanted if column not in options.optional]
     try:
-        columns = {file.path: check_columns(file, options, required) for file in files}
+        columns = {file.path: check_columns(file, options, required, added) for file in files}
     except MissingColumnError as error:
         found = {file.path: raw_format(options).column_names(file) or () for file in files}
         lacking = [path for path, names in found.items() if error.column not in names]

@@ -219,7 +219,7 @@ def _read_work(
             if is_log
             else [*table_types(schema, stream)]
         )
-        names = stream_columns(files, options, wanted, schema.source.format_key(name))
+        names = stream_columns(files, options, wanted, schema.source.format_key(name), added if is_log else ())
         for path, columns in names.items():
             if is_log and (both := added & set(columns or ())):
                 raise UserError(

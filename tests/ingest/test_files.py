@@ -240,3 +240,13 @@ def test_damaged_parquet_is_named_when_it_is_cut_into_units(tmp_path: Path) -> N
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-4])
     with pytest.raises(UserError, match=r"a\.parquet: cannot be read: "):
         units(find(str(tmp_path), "*.parquet"), Format(format="parquet"), 1)
+
+
+def test_a_mistyped_column_suggests_the_nearest_one_that_a_file_or_the_schema_has(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("impression_id,price\n1,2\n")
+    (file,) = find(str(tmp_path), "a.csv")
+    for wanted, nearest in (("impresion_id", "impression_id"), ("click_dwel", "click_dwell")):
+        with pytest.raises(UserError, match=rf"column {wanted} is missing \(did you mean {nearest}\?\), the file has"):
+            check_columns(file, Format(), [wanted], ["click_dwell"])
+    with pytest.raises(UserError, match="column qqq is missing, the file has impression_id, price"):
+        check_columns(file, Format(), ["qqq"])

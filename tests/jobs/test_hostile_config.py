@@ -217,13 +217,13 @@ def test_a_word_that_is_not_utf8_is_one_line(call: Call, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["run=runs/[x]"], "run=runs/[x]: "), (["run={a"], "into quotes"), (["run=a,b"], "quote"), (["run=[x]"], "run: "),
+        (["run=[x"], "run=[x: "), (["run={a"], "type 'run=\"{a\"'"), (["run=a,b"], "'run=\"a,b\"'"), (["run=[x]"], "run: "),
         (["run=null"], "run: "),
         (["model=null"], "the command line cannot be read"), (["hydra=null"], "the command line cannot be read"),
         (["log_level=null"], "log_level"), (["log_level=loud"], "debug, info, warning, error"),
         (["run=${run}"], "Recursive"), (["run=${nope:x}"], "nope"),
         (["--nope"], "--nope"), (["--config-dir"], "--config-dir=DIR"),
-        ([""], "into quotes"),
+        ([""], "not KEY=VALUE"),
         (["train=5"], "train"), (["model.fusion=[]"], "model.fusion"),
     ],
 )  # fmt: skip
@@ -375,4 +375,4 @@ def test_files_whose_names_are_not_utf8_are_read(small_log: Path, small_content,
     assert "1 dead letters" in said
     said.encode()  # what a terminal does
     Path(os.fsdecode(odd)).write_text("id,seconds\n1001,2\n")
-    assert_one_line(call("preprocess", mine, "data=mine", "out=other"), "column dwell is missing")
+    assert_one_line(call("preprocess", mine, "data=mine", "out=other"), "column dwell")

@@ -148,8 +148,8 @@ dist.destroy_process_group()
 def fakes(tmp_path: Path) -> Path:
     """A folder where jobs.train and jobs.nightly are stand-ins and the rest of jobs is real."""
     (tmp_path / "jobs").mkdir()
-    for name in ("__init__.py", "command_line.py", "entry.py", "submit.py", "versions.py", "launch.py"):
-        shutil.copy(ROOT / "jobs" / name, tmp_path / "jobs" / name)
+    for path in (ROOT / "jobs").glob("*.py"):
+        shutil.copy(path, tmp_path / "jobs" / path.name)
     shutil.copytree(ROOT / "jobs" / "conf", tmp_path / "jobs" / "conf")
     (tmp_path / "jobs" / "nightly.py").write_text("import sys; print(sys.argv[1:]); sys.exit(2)\n")
     (tmp_path / "jobs" / "train.py").write_text(FAKE_TRAIN)

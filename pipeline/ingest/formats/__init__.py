@@ -1,8 +1,8 @@
 """Raw file formats: one file a format, registered here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from features.errors import UserError
+from features.errors import UserError, did_you_mean
 from features.source import Format
 from pipeline.ingest.files import RawFile, Unit
 from pipeline.ingest.formats.avro import Avro
@@ -31,8 +31,11 @@ class MissingColumnError(UserError):
         self.column = column
 
 
-def check_columns(file: RawFile, options: Format, wanted: Sequence[str]) -> list[str] | None:
+def check_columns(file: RawFile, options: Format, wanted: Sequence[str], added: Iterable[str] = ()) -> list[str] | None:
     """The names of a file's columns; None where every row has keys of its own, which may be absent.
+
+    Args:
+        added: further columns that expressions may read, for the suggestion where a name is mistyped.
 
     Raises:
         MissingColumnError: the file lacks a wanted column.
@@ -49,7 +52,8 @@ def check_columns(file: RawFile, options: Format, wanted: Sequence[str]) -> list
                 f"{file.path}: the header has spaces around {missing[0]}. Set trim: true in the schema's source."
             )
         shown = ", ".join(found)[:1000]
-        message = f"{file.path}: column {missing[0]} is missing, the file has {shown}. {form.column_fix}"
+        near = did_you_mean(missing[0], [*found, *added])
+        message = f"{file.path}: column {missing[0]} is missing{near}, the file has {shown}. {form.column_fix}"
         raise MissingColumnError(message, missing[0])
     if twice := [c for c in wanted if found.count(c) > 1]:
         raise UserError(f"{file.path}: there are two columns {twice[0]}. Rename one of them. {form.column_fix}")

@@ -1,0 +1,35 @@
+"""jobs.draft: a first schema from raw files, with the reason of each guess beside it; to be read and mended.
+
+It looks at some rows of each kind of file below a folder: how they are written, what the columns hold, which files refer to
+the rows of others. It writes what jobs.preprocess takes as it stands, and nothing where no label can be seen.
+
+Examples:
+  python -m jobs.draft input=/logs out=my/conf/data/mine.yaml
+  python -m jobs.draft input=../shared/data files=census-income.test.gz out=my/conf/data/mine.yaml label="c42 = '50000+.'"
+  python -m jobs.draft input=/logs files='imp-{date}.csv,clk-{date}.csv' out=my/conf/data/mine.yaml event_time=ts overwrite=true
+"""
+
+import shlex
+
+from omegaconf import DictConfig
+
+from jobs.entry import job, parse
+from pipeline.overrides import setting
+
+
+@job("draft")
+def main(config: DictConfig) -> None:
+    """Writes the draft, prints what was found and the next command."""
+    from pipeline.ingest.draft.config import DraftConfig
+    from pipeline.ingest.draft.draft import draft
+
+    settings: DraftConfig = parse(config, DraftConfig)
+    for line in draft(settings).lines:
+        print(line)
+    folder, name = settings.out.parent.parent, settings.out.stem
+    words = [f"--config-dir={folder}", setting("data", name), setting("out", f"runs/{name}")]
+    print(f"{settings.out}: a draft. Read it, then:\n{shlex.join(['python', '-m', 'jobs.preprocess', *words])}")
+
+
+if __name__ == "__main__":
+    main()
