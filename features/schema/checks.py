@@ -145,7 +145,7 @@ def _units(schema: Schema) -> Iterator[str]:
     for column, unit in source.times.items():
         if column in source.derived and unit not in (DEFAULT, INDEX):
             yield f"source.times.{column}: it is derived: make it whole seconds there, or write {INDEX} for a plain order"
-    typed = {"source": (source, source.types)}
+    typed: dict[str, tuple[Format, dict[str, RawType]]] = {"source": (source, source.types)}
     typed |= {f"source.outcomes.{name}": (source.format_of(name), o.columns) for name, o in source.outcomes.items()}
     for key, (form, types) in typed.items():
         for column in form.times.keys() & {c for c, kind in types.items() if kind != "time"}:
