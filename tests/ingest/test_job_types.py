@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from examples import examples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ingest_runs import dead_letters_of, no_beam, refused, rows_by_id, run, values_of
 
@@ -131,7 +131,10 @@ FIXED = [
 ]
 
 
-@settings(max_examples=examples(8), deadline=None, derandomize=True)
+@settings(max_examples=examples(6), deadline=None, derandomize=True)
+@example((FIXED[:2], [0, 1]), ("csv", ""), ("csv", ".0"), ("jsonl", "text"))
+@example((FIXED[:2], [0, 1]), ("parquet", "text"), ("parquet", "double"), ("csv", ".000"))
+@example((FIXED[:2], [0, 1]), ("avro", "string"), ("avro", "string"), ("parquet", "decimal"))
 @given(LOGS, st.sampled_from(KINDS), st.sampled_from(KINDS), st.sampled_from(KINDS))
 def test_ids_joins_splits_and_histories_are_those_of_whole_numbers_whatever_holds_them(
     log: Any, first: tuple[str, str], second: tuple[str, str], clicks: tuple[str, str]
