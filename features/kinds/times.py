@@ -15,16 +15,15 @@ IMPLAUSIBLE = "is not between 1990 and 2100"  # of the reason, by which dead let
 _ISO = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?$"
 _DECIMAL = r"^([+-]?\d+)\.(\d*)$"
 _EXPONENT = r"^([+-]?\d+(?:\.\d*)?[eE][+-]?\d+)$"
-_DAYS, _CLOCKS = (19_900_101, 21_001_231), (19_900_101_000_000, 21_001_231_235_959)
 # What numbers beyond the years 1990 to 2100 may be instead, each with the smallest and the largest one.
 _LIKELY: list[tuple[str, str, int, int]] = [
     ("milliseconds", "ms", EARLIEST * 10**3, LATEST * 10**3),
     ("microseconds", "us", EARLIEST * 10**6, LATEST * 10**6),
     ("nanoseconds", "ns", EARLIEST * 10**9, LATEST * 10**9),
     ("seconds", "s", EARLIEST, LATEST),
-    ("YYYYMMDD", '"%Y%m%d"', *_DAYS),
-    ("YYYYMMDDhhmm", '"%Y%m%d%H%M"', *(bound // 100 for bound in _CLOCKS)),
-    ("YYYYMMDDhhmmss", '"%Y%m%d%H%M%S"', *_CLOCKS),
+    ("YYYYMMDD", '"%Y%m%d"', 19_900_101, 21_001_231),
+    ("YYYYMMDDhhmm", '"%Y%m%d%H%M"', 199_001_010_000, 210_012_312_359),
+    ("YYYYMMDDhhmmss", '"%Y%m%d%H%M%S"', 19_900_101_000_000, 21_001_231_235_959),
 ]
 
 
@@ -84,9 +83,11 @@ def _of_texts(texts: pl.Series, unit: str, form: Format) -> pl.Series:
     """Numbers of a unit, or dates and times of ISO 8601, as seconds; null where a text is neither."""
     found = _whole(texts.cast(pl.Int64, strict=False), unit)
     if (left := found.is_null() & texts.is_not_null()).any():
+        found = found.scatter(left.arg_true(), iso_8601(texts.filter(left), form))
+    if (left := found.is_null() & texts.is_not_null()).any():
         rest = texts.filter(left)
-        number = _whole(hexadecimal(rest).zip_with(rest.str.contains("^0[xX]"), _decimal(rest)), unit)
-        found = found.scatter(left.arg_true(), number.zip_with(number.is_not_null(), iso_8601(rest, form)))
+        number = hexadecimal(rest).zip_with(rest.str.contains("^0[xX]"), _decimal(rest))
+        found = found.scatter(left.arg_true(), _whole(number, unit))
     return found
 
 
@@ -148,8 +149,8 @@ def implausible_reason(name: str, values: pl.Series, unit: str, key: str) -> pl.
         key: where the schema has the units, such as source.times.
     """
     if unit == INDEX:
-        return pl.select(pl.format(f"{name}: {{}} is not between -2^62 and 2^62", values)).to_series()
-    what = pl.format(f"{name}: {{}} {IMPLAUSIBLE} in seconds since 1970", values)
+        return pl.select(pl.format("{}: {} is not between -2^62 and 2^62", pl.lit(name), values)).to_series()
+    what = pl.format(f"{{}}: {{}} {IMPLAUSIBLE} in seconds since 1970", pl.lit(name), values)
     likely = pl.lit(f": where it is a plain order, set {key}: {{{name}: {INDEX}}}")
     raw = values.cast(pl.Float64) * PER_SECOND.get(unit, 1)
     for words, other, first, last in reversed(_LIKELY):

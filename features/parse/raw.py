@@ -334,8 +334,8 @@ def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Serie
         reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
         time, unit = core["event_time"], schema.source.unit_of(schema.event_time)
         if (wrong := times.implausible(time, unit)) is not None:
-            text = times.implausible_reason(schema.event_time, time, unit, "source.times")
-            reason = _either(reason, wrong, pl.lit(text))
+            why = times.implausible_reason(schema.event_time, time, unit, "source.times")
+            reason = _either(reason, wrong, pl.lit(why))
     if column := schema.source.row_id:
         reason = _either(reason, core[ROW_ID].is_null(), pl.lit(f"{column}: missing row id"))
         # -1 marks the padding of a batch.

@@ -162,7 +162,7 @@ def _units(schema: Schema) -> Iterator[str]:
     for column, unit in source.times.items():
         if column in source.derived and unit not in (DEFAULT, INDEX):
             yield f"source.times.{column}: it is derived: make it whole seconds there, or write {INDEX} for a plain order"
-    typed = {"source": (source, source.types)}
+    typed: dict[str, tuple[Format, dict[str, RawType]]] = {"source": (source, source.types)}
     typed |= {f"source.outcomes.{name}": (source.format_of(name), o.columns) for name, o in source.outcomes.items()}
     typed |= {f"source.tables.{name}": (source.format_of(name), t.columns) for name, t in source.tables.items()}
     for key, (form, types) in typed.items():

@@ -10,16 +10,7 @@ def without_labels(schema: Schema) -> Schema:
     """The same features, time and split; every label is missing, every weight 1, and no outcome is read.
 
     It keeps the fingerprints of the whole: what it reads is of that schema.
-
-    Raises:
-        UserError: a history reads an outcome.
     """
-    for name, history in schema.histories.items():
-        if history.when and (read := sorted(schema.outcomes_of(history.when))):
-            raise UserError(
-                f"labels=none: bag {name} is a history of outcome {read[0]}, which is not read. Leave labels=none out, and "
-                "give the files of the outcomes"
-            )
     used = _read_columns(schema)
     tables = {schema.table_columns[c] for c in schema.roots_of(used) if c in schema.table_columns}
     used |= {schema.source.tables[name].asks for name in tables}
@@ -40,6 +31,16 @@ def without_labels(schema: Schema) -> Schema:
     part = type(schema).model_construct(**fields)
     part.__dict__ |= {"fingerprint": schema.fingerprint, "inputs_fingerprint": schema.inputs_fingerprint}
     return part
+
+
+def check_histories(schema: Schema) -> None:
+    """Raises UserError where a history reads an outcome: without labels no outcome is read."""
+    for name, history in schema.histories.items():
+        if history.when and (read := sorted(schema.outcomes_of(history.when))):
+            raise UserError(
+                f"labels=none: bag {name} is a history of outcome {read[0]}, which is not read. Leave labels=none out, and "
+                "give the files of the outcomes"
+            )
 
 
 def _read_columns(schema: Schema) -> set[str]:

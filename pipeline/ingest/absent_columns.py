@@ -24,22 +24,29 @@ def stream_columns(
         key: where the schema has `options`.
 
     Raises:
-        UserError: a file cannot be opened, has a wanted column twice, or lacks one that is not optional; where others have
-            it the error is about that file, and else about the schema.
+        UserError: a file cannot be opened, has a wanted column twice, or lacks all of them or one that is not optional; where
+            others have that it is a fault of the file, and else of the schema.
     """
     required = [column for column in wanted if column not in options.optional]
     try:
-        return {file.path: check_columns(file, options, required) for file in files}
+        columns = {file.path: check_columns(file, options, required) for file in files}
     except MissingColumnError as error:
         found = {file.path: raw_format(options).column_names(file) or () for file in files}
         lacking = [path for path, names in found.items() if error.column not in names]
         if len(lacking) == len(files):
             raise
-        also = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        lack = f"and {len(lacking) - 1} more lack" if len(lacking) > 1 else "lacks"
+        shown = ", ".join(found[lacking[0]])[:1000]
+        others = len(files) - len(lacking)
+        have = "other file of the stream has" if others == 1 else f"other {others} files of the stream have"
         raise UserError(
-            f"{lacking[0]}{also} lacks column {error.column}, which the other {len(files) - len(lacking)} files of the stream "
-            f"have: fix or remove the file, or list {error.column} in {key}.optional with its default"
+            f"{lacking[0]} {lack} column {error.column} (found: {shown}), which the {have}: fix or remove the file, or list "
+            f"{error.column} in {key}.optional with its default"
         ) from None
+    for path, names in columns.items():
+        if wanted and names is not None and not set(wanted) & set(names):
+            raise UserError(f"{path}: has none of the columns {', '.join(wanted)[:1000]}: remove it, or fix the schema")
+    return columns
 
 
 @dataclass
@@ -67,13 +74,13 @@ class Completion:
         return {c: kind for c, kind in self.types.items() if self.names is None or c in self.names}
 
     def complete(self, columns: pa.Table) -> pa.Table:
-        """A block with all columns, in the order of `types`."""
+        """A block with all columns."""
         if self.names is None and columns.num_rows:
             any_value = {c for c in self.types if columns[c].null_count < columns.num_rows}
             self.keys = [c for c in self.types if c in any_value or c in (self.keys or ())]
         for column in self.options.optional.keys() & self.types.keys():
             columns = self._filled(columns, column)
-        return columns.select(list(self.types))
+        return columns
 
     def _filled(self, columns: pa.Table, column: str) -> pa.Table:
         default = self.options.optional[column]

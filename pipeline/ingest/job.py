@@ -15,7 +15,7 @@ from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
 from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema
-from features.schema.unlabelled import without_labels
+from features.schema.unlabelled import check_histories, without_labels
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
@@ -53,16 +53,15 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         raise UserError(
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
         )
-    read = without_labels(schema) if config.labels == "none" else schema
+    read = schema
+    if config.labels == "none":
+        check_histories(schema)
+        read = without_labels(schema)
     _check(config, read)
     streams = _find(config, read)
     valid_from = snapshots(config, read, streams)
     work = _read_work(config, read, streams, valid_from)
     reference = _reference(config, schema)
-    if reference is None and config.labels == "none":
-        raise UserError(
-            "labels=none: rows without labels train nothing. Set encoders.from=DATASET, whose encoders are used."
-        )
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         job = Job(
@@ -199,7 +198,7 @@ def _read_work(
 
 
 def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
-    """The dataset whose encoders are used. Raises UserError where they do not fit."""
+    """The dataset whose encoders are used. Raises UserError where they do not fit, or new ones would be without labels."""
     reference = config.encoders.from_
     if reference is None and config.date and config.out.is_dir():
         days = sorted(path.parent for path in config.out.glob("????-??-??/manifest.json"))
@@ -210,6 +209,10 @@ def _reference(config: PreprocessConfig, schema: Schema) -> Path | None:
         known = Dataset(reference)
         Encoders.load(reference / "encoders", schema)
         read_card(reference, known.schema)
+    elif config.labels == "none":
+        raise UserError(
+            "labels=none: rows without labels train nothing. Set encoders.from=DATASET, whose encoders are used."
+        )
     return reference
 
 

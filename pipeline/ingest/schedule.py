@@ -210,7 +210,7 @@ def _check(job: Job, limits: Limits) -> None:
             raise UserError(
                 f"{bad} of {read} rows of {stream} are bad, more than max_bad_fraction={limits.max_bad_fraction}; the first: "
                 f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}."
-                f"{implausible_times([each for _, each in found])} Fix the log or the schema, or raise the limit."
+                f"{implausible_times([each for _, each in found], reason)} Fix the log or the schema, or raise the limit."
             )
     if not any(total.values()):
         raise UserError("no rows are left: the files are empty, or a rule of the schema leaves all rows out.")

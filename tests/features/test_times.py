@@ -2,17 +2,22 @@
 
 import math
 from datetime import datetime, timedelta, timezone
+from decimal import ROUND_FLOOR, Decimal, localcontext
 from functools import cache
 from zoneinfo import ZoneInfo, available_timezones
 
 import polars as pl
+import pyarrow as pa
 import pytest
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.kinds.times import iso_8601, seconds
+from features.errors import UserError
+from features.kinds.times import implausible, implausible_reason, iso_8601, plausible, seconds
+from features.schema.schema import Schema
 from features.source import Format
+from features.time_units import PER_SECOND
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Half an hour, no daylight saving, daylight saving by half an hour and on the southern half, a day that was left out.
@@ -160,3 +165,168 @@ def test_times_may_be_seconds_since_1970_or_written_out_in_one_column():
     values, wrong = seconds("at", pl.Series(texts), Format())
     assert values.to_list() == [1767312000, 1767312000, -1, None, 1767308400, None, 1000, 1]
     assert wrong.to_list() == [False, False, False, False, False, True, False, False]
+
+
+WHOLE = st.integers(-(2**62), 2**62)
+DECIMALS = st.builds(
+    lambda whole, fraction: f"{whole}.{fraction}", st.integers(-(10**15), 10**15), st.text("0123456789", max_size=3)
+)
+
+
+@settings(max_examples=examples(50), deadline=None)
+@given(st.lists(WHOLE | DECIMALS | st.none(), max_size=20), st.sampled_from([*PER_SECOND, "index"]))
+def test_numbers_of_a_unit_are_rounded_down_to_seconds_as_text_and_as_numbers(ticks, unit):
+    form, size = Format(times={"at": unit}), PER_SECOND.get(unit, 1)
+
+    def floor(tick):
+        return None if tick is None else int((Decimal(tick) / size).to_integral_value(ROUND_FLOOR))
+
+    with localcontext(prec=60):
+        expected = [floor(tick) for tick in ticks]
+    texts = pl.Series([None if tick is None else str(tick) for tick in ticks], dtype=pl.String)
+    values, wrong = seconds("at", texts, form)
+    assert values.to_list() == expected
+    assert not wrong.any()
+    whole = [tick for tick in ticks if not isinstance(tick, str)]
+    values, wrong = seconds("at", pa.array(whole, pa.int64()), form)
+    assert values.to_list() == [None if tick is None else tick // size for tick in whole]
+    assert not wrong.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("1.7e9", 1_700_000_000), ("1.70000000025e+09", 1_700_000_000), ("-5e-1", -1), ("-0.25", -1), ("-1.0", -1), ("7.", 7),
+        ("1e400", None), ("-9.3e18", None), ("inf", None), ("nan", None), ("1.2.3", None), (".", None), ("1e", None),
+        ("9223372036854775808", None), ("0x65", 101), ("1_000", None), ("1,5", None),
+    ],
+)  # fmt: skip
+def test_floats_that_stand_for_whole_numbers_are_read_and_what_is_no_number_is_not(text, found):
+    values, wrong = seconds("at", pl.Series([text]), Format())
+    assert (values.to_list(), wrong.to_list()) == ([found], [found is None])
+
+
+FORMS = ["%d/%m/%Y %H:%M", "%Y%m%d", "%Y%m%d%H%M%S", "%b %d %Y %I:%M:%S %p", "%d.%m.%y %H:%M"]
+
+
+@settings(max_examples=examples(50), deadline=None)
+@given(st.lists(MOMENTS, max_size=10), st.sampled_from(FORMS), st.sampled_from(ZONES))
+def test_texts_of_a_format_are_what_python_reads_on_the_clocks_of_the_zone(moments, form, zone):
+    texts = [moment.strftime(form) for moment in moments]
+    expected = [plain_local(datetime.strptime(text, form), zone) for text in texts]
+    values, wrong = seconds("at", pl.Series(texts, dtype=pl.String), Format(times={"at": form}, timezone=zone))
+    assert values.to_list() == expected
+    assert wrong.to_list() == [moment is None for moment in expected]
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "%d/%m/%Y"])
+def test_timestamps_of_a_file_have_a_unit_of_their_own(unit):
+    moments = [datetime(2026, 3, 29, 1, 59), datetime(2026, 3, 29, 2, 30), None]  # half past two was left out
+    form = Format(times={"at": unit}, timezone="Europe/Berlin")
+    values, wrong = seconds("at", pa.array(moments, pa.timestamp("s")), form)
+    assert values.to_list() == [plain_local(datetime(2026, 3, 29, 1, 59), "Europe/Berlin"), None, None]
+    assert wrong.to_list() == [False, True, False]
+    values, _ = seconds("at", pa.array([2**62, -5], pa.timestamp("s", "UTC")), form)
+    assert values.to_list() == [2**62, -5]
+    values, wrong = seconds("at", pa.array([2**62, -(2**62)], pa.timestamp("s")), form)
+    assert values.to_list() == [None, None]
+    assert wrong.all()
+
+
+def test_dates_that_a_file_has_as_numbers_are_read_by_their_format():
+    values, _ = seconds("day", pa.array([20261107, None]), Format(times={"day": "%Y%m%d"}))
+    assert values.to_list() == [since_1970(datetime(2026, 11, 7, tzinfo=timezone.utc)), None]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["minutes", "", "S", "%H:%M", "%Y-%m", "%d", "%", "%Y-%m-%d %H", "%d/%m", "%Y-%m-%d %H:%M %Z", "%Q", "%d%m%Y" * 20],
+)
+def test_what_is_no_unit_or_does_not_tell_the_day_is_refused_when_the_schema_is_read(unit):
+    with pytest.raises(ValueError, match=r"times\.at"):
+        Format(times={"at": unit})
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns", "index", *FORMS, "%Y-%m-%dT%H:%M:%S%.f%z", "%s"])
+def test_units_and_formats_of_a_moment_are_taken(unit):
+    assert Format(times={"at": unit}).unit_of("at") == unit
+
+
+# Plausible ones
+
+FIRST, LAST = (since_1970(datetime(year, 1, 1, tzinfo=timezone.utc)) for year in (1990, 2100))
+
+
+@settings(max_examples=examples(50), deadline=None)
+@given(st.lists(st.none() | st.integers(-(2**63), 2**63 - 1) | st.integers(FIRST - 2, LAST + 2), max_size=10))
+def test_times_beyond_1990_and_2100_are_found_and_those_of_a_plain_order_nearly_never(times):
+    column = pl.Series(times, dtype=pl.Int64)
+    wrong = [time is not None and not FIRST <= time <= LAST for time in times]
+    found = implausible(column)
+    assert (found.to_list() if found is not None else [False] * len(times)) == wrong
+    assert plausible(column).to_list() == [None if bad else time for bad, time in zip(wrong, times, strict=True)]
+    far = [time is not None and abs(time) > 2**62 for time in times]
+    found = implausible(column, "index")
+    assert (found.to_list() if found is not None else [False] * len(times)) == far
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "likely"),
+    [
+        (1_700_000_000_000, "s", "milliseconds? set source.times: {at: ms}"),
+        (1_700_000_000, "ms", "seconds? set source.times: {at: s}"),
+        (1_700_000_000_000_000, "ms", "microseconds? set source.times: {at: us}"),
+        (20_261_107, "s", 'YYYYMMDD? set source.times: {at: "%Y%m%d"}'),
+        (202_611_071_200, "s", 'YYYYMMDDhhmm? set source.times: {at: "%Y%m%d%H%M"}'),
+        (5, "s", "where it is a plain order, set source.times: {at: index}"),
+    ],
+)
+def test_the_reason_names_the_likely_unit(number, unit, likely):
+    found, _ = seconds("at", pl.Series([str(number)]), Format(times={"at": unit}))
+    assert implausible(found, unit).all()
+    assert implausible_reason("{a}", found, unit, "times")[0].startswith(
+        f"{{a}}: {found[0]} is not between 1990 and 2100"
+    )
+    [reason] = implausible_reason("at", found, unit, "source.times")
+    assert reason == f"at: {found[0]} is not between 1990 and 2100 in seconds since 1970: {likely}"
+
+
+# In a schema
+
+
+def schema(**source):
+    outcomes = {"click": {"files": "c", "key": "id", "time": "when", "columns": {"n": "int"}}}
+    return Schema.parse(
+        {
+            "source": {"files": "x", "key": "id", "outcomes": outcomes} | source,
+            "dense": {"x": {}}, "tasks": {"t": {"kind": "binary", "label": "click"}}, "event_time": "at",
+            "split": {"by": "hash", "key": "id", "valid": 0, "test": 0},
+        },
+        where="mine.yaml",
+    )  # fmt: skip
+
+
+def test_a_unit_makes_a_column_a_time_and_defaults_keep_the_fingerprint():
+    assert schema(times={"x": "ms"}).raw_types["x"] == "time"
+    assert schema(times={}, optional={}).fingerprint == schema().fingerprint
+    assert schema(times={"at": "ms"}).fingerprint != schema().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ({"times": {"at": "ms"}, "types": {"at": "int"}}, "source: column at is int, and has a unit of time in `times`"),
+        ({"times": {"n": "ms"}}, "source.outcomes.click: column n is int, and has a unit of time"),
+        ({"times": {"at": "ms"}, "derived": {"at": "y"}}, "source.times.at: it is derived: make it whole seconds"),
+        ({"times": {"at": "fortnights"}}, "source.times.at: Value error, 'fortnights' is no unit of time: use s, ms, us, ns"),
+        ({"optional": {"id": None}}, "source.optional: every row needs column id"),
+        ({"optional": {"at": 5}}, "source.optional: every row needs column at"),
+        ({"optional": {"when": 5}}, "source.optional: every row needs column when"),
+        ({"optional": {"x": "much"}}, "source.optional.x: 'much' is not a number"),
+        ({"optional": {"n": 1.5}}, "source.optional.n: 1.5 is not an integer"),
+    ],
+)  # fmt: skip
+def test_units_and_optional_columns_that_contradict_the_schema_are_refused(source, says):
+    with pytest.raises(UserError) as caught:
+        schema(**source)
+    assert says in str(caught.value)

@@ -52,7 +52,7 @@ FAULTS: dict[str, tuple[Any, list[str]]] = {
     ),
     "a missing column": (
         replaced("impressions-3.csv", "id,at\n1,2\n"),
-        ["impressions-3.csv: column price is missing, the file has id, at"],
+        ["impressions-3.csv lacks column price (found: id, at), which the other 2 files of the stream have: "],
     ),
     "an empty file": (replaced("impressions-3.csv", ""), ["impressions-3.csv: is empty"]),
     "no impressions": (lambda f: [p.unlink() for p in f.glob("impressions*")], ["impressions-*: no such file"]),

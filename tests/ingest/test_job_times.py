@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -40,6 +41,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def write_avro(path: Path, rows: list[dict[str, Any]]) -> None:
+    fields = [{"name": name, "type": {int: "long", float: "double"}[type(value)]} for name, value in rows[0].items()]
+    with path.open("wb") as file:
+        fastavro.writer(file, {"type": "record", "name": "row", "fields": fields}, rows)
+
+
 def log(at: list[Any]) -> list[dict[str, Any]]:
     return [{"id": n, "x": n % 3, "y": n % 2, "at": value} for n, value in enumerate(at)]
 
@@ -48,8 +55,10 @@ def times_of(out: Path) -> list[int]:
     return [row["event_time"] for row in rows_by_id(out)]
 
 
-@pytest.mark.parametrize("unit", list(UNITS))
-@pytest.mark.parametrize("kind", ["csv", "floats.csv", "jsonl", "parquet", "floats.parquet"])
+KINDS = ["csv", "floats.csv", "jsonl", "parquet", "floats.parquet", "avro", "floats.avro"]
+
+
+@pytest.mark.parametrize(("unit", "kind"), [*((unit, "csv") for unit in UNITS), *(("ms", kind) for kind in KINDS[1:])])
 def test_numbers_of_a_unit_are_the_seconds_that_they_name(tmp_path: Path, unit: str, kind: str) -> None:
     moments = [START + 60 * n for n in range(ROWS)]
     ticks: list[Any] = [moment * UNITS[unit] + UNITS[unit] // 2 for moment in moments]
@@ -59,6 +68,8 @@ def test_numbers_of_a_unit_are_the_seconds_that_they_name(tmp_path: Path, unit: 
     elif kind == "jsonl":
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / "log.jsonl").write_text("".join(lines))
+    elif kind.endswith("avro"):
+        write_avro(tmp_path / "log.avro", rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log.parquet")
     run(tmp_path, tmp_path / "out", content_for(format=kind.rpartition(".")[2], times={"at": unit}))
@@ -111,12 +122,25 @@ def test_times_of_another_unit_stop_the_job_with_their_range_and_the_unit_that_m
     message = refused(tmp_path, tmp_path / "out", content_for())
     assert message.startswith("40 of 40 rows of impressions are bad")
     assert f"at: {at[0]} is not between 1990 and 2100 in seconds since 1970: {says}" in message
-    assert f"40 rows have a at from {at[0]} to {at[-1]}, beyond 1990 and 2100: {says}." in message
+    assert f"{says}. In 40 rows at is from {at[0]} to {at[-1]}. Fix the log or the schema" in message
     unit = says.partition("at: ")[2].rstrip("}").strip('"')
     run(tmp_path, tmp_path / "out", content_for(times={"at": unit}))
     days = len(str(at[0])) == 8
     expected = [START + 3600 * n - (3600 * n % 86_400 if days else 0) for n in range(ROWS)]
     assert times_of(tmp_path / "out") == ([n * 3600 for n in range(ROWS)] if unit == "index" else expected)
+
+
+def test_the_range_and_the_unit_are_named_though_the_first_bad_row_has_another_fault(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log(["noon", *(1000 * (START + n) for n in range(ROWS)), START * 10**9, -5, START]))
+    message = refused(tmp_path, tmp_path / "out", content_for())
+    assert "the first: " in message
+    assert "line 2: at: 'noon' is not a time. In 40 rows at is from " in message
+    assert (
+        f"from {START}000 to {START + ROWS - 1}000: milliseconds? set source.times: {{at: ms}}. Fix the log" in message
+    )
+    manifest = run(tmp_path, tmp_path / "out", content_for(), max_bad_fraction=0.99)
+    assert manifest.rows["train"] == 1
+    assert len(dead_letters_of(tmp_path / "out")) == ROWS + 3
 
 
 EXTREMES = [0, -1, 631_151_999, 4_102_444_801, 2**62, 2**63 - 1, -(2**63)]
@@ -138,10 +162,25 @@ def test_extreme_times_of_impressions_and_outcomes_are_dead_letters_and_join_not
     content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
     content["bag"] = {"before": {"history": {"user": "y", "item": "id", "when": "NOT click"}}}
     manifest = run(tmp_path, tmp_path / "out", content, max_bad_fraction=0.99, as_of="2099-01-01")
-    assert [(row["row_id"], row["label.click"]) for row in rows_by_id(tmp_path / "out")] == [(0, 1.0), (8, 0.0)]
+    rows = rows_by_id(tmp_path / "out")
+    assert [(row["row_id"], row["label.click"], row["before"]) for row in rows] == [(0, 1.0, []), (8, 0.0, [])]
     assert manifest.outcomes["click"]["joined"] == 1
     bad = [x["stream"] for x in dead_letters_of(tmp_path / "out") if "is not between 1990 and 2100" in x["reason"]]
     assert bad == ["click"] * (len(EXTREMES) + 1) + ["impressions"] * len(EXTREMES)
+
+
+def test_a_clock_that_is_far_ahead_closes_no_window_of_other_rows(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log([START, START + 7200, 1000 * START]))
+    (tmp_path / "clicks.csv").write_text("id,when\n")
+    content = content_for(
+        files="log.csv",
+        key="id",
+        outcomes={"click": {"files": "clicks.csv", "key": "id", "time": "when", "window": "1h"}},
+    )
+    content["tasks"] = {"click": {"kind": "binary", "label": "click"}}
+    manifest = run(tmp_path, tmp_path / "out", content, max_bad_fraction=0.5)
+    assert manifest.complete_until == {"click": START + 7200}
+    assert [row["label.click"] for row in rows_by_id(tmp_path / "out")] == [0.0, None]
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def spill(job: Job, found: Sequence[pl.DataFrame]) -> DeadLetters:
     return DeadLetters(str(path), dict(reasons), first["line"], _shortened(first["reason"]))
 
 
-def implausible_times(found: Sequence[DeadLetters]) -> str:
-    """How the implausible times among spilled dead letters range, with the likely unit; empty without any.
+def implausible_times(found: Sequence[DeadLetters], reason: str) -> str:
+    """How the implausible times among spilled dead letters range, with their likely unit unless `reason` has it.
 
-    Reads the files of all: for the message of a job that stops.
+    Empty without any. Reads the files of all: for the message of a job that stops.
     """
     ranges: dict[tuple[str, str], tuple[int, int, int]] = {}  # by column and likely unit: rows, first and last
     for path in (each.path for each in found if each.path):
@@ -61,7 +61,8 @@ def implausible_times(found: Sequence[DeadLetters]) -> str:
     if not ranges:
         return ""
     (name, likely), (rows, first, last) = max(ranges.items(), key=lambda item: (item[1], item[0]))
-    return f" {rows:,} rows have a {name} from {first} to {last}, beyond 1990 and 2100{likely}."
+    said = "" if reason.endswith(likely) else likely
+    return f" In {rows:,} rows {name} is from {first} to {last}{said}."
 
 
 def _kind(reason: str) -> str:

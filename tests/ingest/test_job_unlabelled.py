@@ -1,0 +1,100 @@
+"""labels=none: files to be scored give the features, and nothing else is read; and how a day is written."""
+
+import csv
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ingest_runs import content_of, no_beam, refused, rows_by_id, run
+from pydantic import ValidationError
+
+from pipeline.dataset.dataset import Dataset
+from pipeline.ingest.config import PreprocessConfig
+
+OTHERS = ("qty",)  # read by a label and by the weight alone
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_alone() -> Iterator[None]:
+    with no_beam():
+        yield
+
+
+@pytest.fixture
+def to_score(small_log: Path, tmp_path: Path) -> Path:
+    """The small log as it is before anything happened: no clicks, and no column that only labels and weights read."""
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    for path in (small_log / "impressions-1.csv", small_log / "impressions-3.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{k: v for k, v in row.items() if k not in OTHERS} for row in csv.DictReader(file)]
+        with (folder / path.name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+def test_the_features_are_those_of_the_labelled_rows_and_no_label_is_observed(
+    to_score: Path, small_log: Path, small_dataset: Path, small_content: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    content = small_content()
+    content["source"]["derived"] = {"bulk": "qty * 2", "initial": 'SUBSTR("user", 1, 2)'}
+    content["tasks"]["bought"]["label"] = "bulk > 2"
+    content["categorical"]["initial"] = {"dim": 4}
+    run(small_log, tmp_path / "first", content)
+    reference = {"from": tmp_path / "first"}
+    manifest = run(to_score, tmp_path / "out", content, encoders=reference, labels="none")
+    assert manifest.fingerprint == Dataset(tmp_path / "first").manifest.fingerprint
+    assert Dataset(tmp_path / "out").manifest == manifest
+    assert manifest.read == {"impressions": 600}
+    assert manifest.outcomes == {}
+    assert all(count == 0 for counts in manifest.observed.values() for count in counts.values())
+    labelled = {row["row_id"]: row for row in rows_by_id(tmp_path / "first")}
+    found = rows_by_id(tmp_path / "out")
+    assert len(found) == 600
+    for row in found:
+        same = labelled[row["row_id"]]
+        blank = {name: None for name in same if name.startswith("label.")} | {"weight": 1.0}
+        assert row == same | blank
+    assert content_of(tmp_path / "out" / "encoders") == content_of(tmp_path / "first" / "encoders")
+    assert (tmp_path / "out" / "schema.yaml").read_bytes() == (tmp_path / "first" / "schema.yaml").read_bytes()
+
+
+def test_files_to_be_scored_need_encoders_and_files_to_be_learnt_from_their_outcomes(
+    to_score: Path, small_dataset: Path, small_content: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    message = refused(to_score, tmp_path / "out", small_content(), labels="none")
+    assert message == (
+        "labels=none: rows without labels train nothing. Set encoders.from=DATASET, whose encoders are used."
+    )
+    message = refused(to_score, tmp_path / "out", small_content(), encoders={"from": small_dataset})
+    assert "clicks-*.csv: no such file" in message
+
+
+def test_a_history_of_outcomes_is_refused_and_one_of_rows_is_not(
+    to_score: Path, small_log: Path, small_content: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    content = small_content()
+    content["bag"] |= {"clicked": {"table": "item", "history": {"user": "user", "item": "item", "when": "click"}}}
+    content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}}
+    content["tasks"] = {"click": content["tasks"]["click"]}
+    content["source"]["times"]["dwell"] = "index"
+    run(small_log, tmp_path / "first", content)
+    settings: dict[str, Any] = {"encoders": {"from": tmp_path / "first"}, "labels": "none"}
+    message = refused(to_score, tmp_path / "out", content, **settings)
+    assert message.startswith("labels=none: bag clicked is a history of outcome click, which is not read.")
+    content["bag"]["clicked"]["history"] = {"user": "user", "item": "item", "when": "city IS NOT NULL"}
+    shutil.rmtree(tmp_path / "first")
+    run(small_log, tmp_path / "first", content)
+    run(to_score, tmp_path / "out", content, **settings)
+    assert any(row["clicked"] for row in rows_by_id(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("written", [20261107, "20261107", "2026/11/07", "2026-11-07T00:00", "1794009600", "today"])
+def test_a_day_that_is_written_otherwise_is_refused_with_the_form_that_is_wanted(written: str | int) -> None:
+    with pytest.raises(ValidationError, match=r"is not written as a day is wanted here: write 2026-11-07"):
+        PreprocessConfig(input="log", out=Path("out"), date=written)  # type: ignore[arg-type]
+    assert str(PreprocessConfig(input="log", out=Path("out"), date="2026-11-07").date) == "2026-11-07"  # type: ignore[arg-type]
