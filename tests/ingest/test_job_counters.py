@@ -367,7 +367,9 @@ def test_a_column_of_the_log_with_the_name_of_a_counter_is_refused(tmp_path: Pat
     content = content_for({}, {"item": {"by": "user", "take": "count"}})
     content["source"]["derived"] = {"double": "id * 2"}
     message = refused(tmp_path, tmp_path / "out", content)
-    assert "column item is also what the schema adds: rename the outcome, counter or derived column" in message
+    assert (
+        "column item is also what the schema adds: rename the outcome, side table, counter or derived column" in message
+    )
 
 
 def test_text_is_refused_as_what_is_added_up(tmp_path: Path) -> None:

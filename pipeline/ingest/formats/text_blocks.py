@@ -119,7 +119,7 @@ class _Blocks:
         counts += LineCounts(self.physical.count - self.counted, 0, -len(long), 0, sum(each.lines for each in bad))
         block = Block(
             parsed.columns, self.row, partial(parsed.line_numbers, before), sorted(bad, key=lambda each: each.line),
-            taken, counts,
+            taken, counts=counts,
         )  # fmt: skip
         self.row, self.line, self.counted = self.row + parsed.columns.num_rows, self.line + taken, self.physical.count
         return block
