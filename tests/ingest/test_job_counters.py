@@ -308,7 +308,7 @@ def test_means_are_smoothed_towards_that_of_the_train_split_and_later_towards_th
     other = tmp_path / "other"
     other.mkdir()
     write_log(other, [replace(row, id=row.id + 40) for row in rows], {})
-    run(other, tmp_path / "next", content, encoders={"from": out})
+    run(other, tmp_path / "next", content, encoders={"from": out}, state={"from": "empty"})
     smoothed = [(sum(range(40, 40 + i)) + 4 * 1.0) / (i + 4) for i in range(4)]
     assert list(found_numbers(tmp_path / "next", "ids").values()) == pytest.approx(smoothed)
 
