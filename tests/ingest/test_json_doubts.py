@@ -12,7 +12,9 @@ from ingest_runs import dead_letters_of, no_beam, rows_by_id, run, values_of
 
 from pipeline.ingest.formats import json_doubts
 from pipeline.ingest.formats.jsonl import JsonParser
-from pipeline.ingest.formats.text import parse
+from pipeline.ingest.formats.lines import LineRows
+from pipeline.ingest.formats.text import WholeLines
+from pipeline.ingest.formats.text_blocks import Parsed
 
 HALF = json_doubts.HALF_CHARACTER
 TYPES: dict[str, Any] = {"a": "string", "tags": "string", "free": "string"}  # the last one is no id
@@ -68,6 +70,10 @@ def plain_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value)
+
+
+def parse(data: bytes, parser: JsonParser) -> Parsed:
+    return LineRows(parser).parse(WholeLines(data, []), None)
 
 
 @settings(max_examples=examples(150), deadline=None)
