@@ -17,6 +17,8 @@ from pipeline.ingest import bad_rows
 from pipeline.ingest import job as ingest_job
 from pipeline.ingest.bad_rows import WORTH_BYTES, Tally, too_many
 from pipeline.ingest.formats import text
+from pipeline.ingest.formats.lines import LineRows
+from pipeline.ingest.formats.text_blocks import Parsed
 
 pytestmark = pytest.mark.integration
 
@@ -62,8 +64,14 @@ def write(folder: Path, *files: str) -> Path:
 def test_a_bad_log_stops_the_job_before_it_is_read(unit_bytes, tmp_path, monkeypatch):
     folder = write(tmp_path / "log", "gbbb", "bbbb", "bbbb", "bbbb")
     read = []
-    real = text.parse
-    monkeypatch.setattr(text, "parse", lambda data, parser: read.append(len(data)) or real(data, parser))
+    real = LineRows.parse
+
+    def counted(*arguments: Any) -> Parsed:
+        found = real(*arguments)
+        read.append(found.size)
+        return found
+
+    monkeypatch.setattr(LineRows, "parse", counted)
     message = refused(folder, tmp_path / "out", CONTENT, max_bad_fraction=0.05, unit_bytes=unit_bytes)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert sum(read) < size / 2
@@ -171,6 +179,7 @@ def test_bad_rows_and_rules_that_leave_none_are_told_apart(tmp_path):
     content = json.loads(json.dumps(CONTENT)) | {"event_time": "when"}
     click = {"files": "clicks.csv", "key": "id", "time": "at", "window": "1h", "open_window": "leave_out"}
     content["source"] |= {"key": "id", "outcomes": {"click": click}, "derived": {"when": "CAST(id AS BIGINT)"}}
+    content["source"]["times"] = {"when": "index", "at": "index"}
     message = refused(folder, tmp_path / "out", content, max_bad_fraction=1)
     assert message.startswith(
         "no rows are left of 200: 100 are left out (window of click still open); 100 are bad (100 x: wrong value; "

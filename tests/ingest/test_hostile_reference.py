@@ -53,7 +53,7 @@ def test_encoders_of_another_dataset_are_copied_with_nothing_beside_them(referen
     assert found == sorted(names)
     assert all((out / name).read_bytes() == (reference / name).read_bytes() for name in names)
     assert not any((out / name).is_symlink() for name in names)
-    assert len(list(verify(Dataset(out)))) == 7
+    assert len(list(verify(Dataset(out)))) == 8
     with pytest.raises(UserError, match="does not name this file"):
         list(verify(Dataset(reference)))
 
@@ -75,7 +75,7 @@ def test_a_dataset_lists_its_encoders_and_statistics_and_one_of_an_earlier_relea
     del manifest["fitted"]
     (old / "manifest.json").write_text(json.dumps(manifest))
     assert Dataset(old).encoders_id == Dataset(small_dataset).encoders_id
-    assert len(list(verify(Dataset(old)))) == 7
+    assert len(list(verify(Dataset(old)))) == 8
 
 
 def test_a_day_that_is_a_link_is_neither_replaced_nor_taken_encoders_from(small_log, small_content, tmp_path):

@@ -62,6 +62,7 @@ class File:
     def counts(self) -> Counter[str]:
         """Lines as the manifest has them, but for whether a row can be read."""
         blank = sum(line.fate == BLANK for line in self.lines[: None if self.closed or not self.lines else -1])
+        blank += not (self.header or self.lines)
         return Counter(
             physical=self.data.count(b"\n") + (self.data[-1:] not in (b"", b"\n")),
             header=bool(self.header),

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_runs import content_of, no_beam, refused, rows_by_id, run
+from ingest_runs import content_of, no_beam, refused, rows_by_id
+from ingest_runs import run as run_job
 from test_job_joins import (
     BASE,
     SMALL,
@@ -35,6 +37,7 @@ pytestmark = pytest.mark.integration
 
 Labels = dict[str, dict[str, float | None]]  # of a row, by outcome and what of it
 RUN_STEPS = ingest_job.run_steps  # with Beam
+run = partial(run_job, min_joined=0)  # of outcomes at random few belong to an impression
 CLOSED = Rules(window=10, take="first", duplicates="drop", late="drop", open_window="unobserved")
 
 

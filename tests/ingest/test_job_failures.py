@@ -108,7 +108,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(name, small_log, small_co
 
 def test_a_file_that_vanishes_before_it_is_read_is_named(small_log, small_content, tmp_path, monkeypatch):
     folder = shutil.copytree(small_log, tmp_path / "log")
-    monkeypatch.setattr("pipeline.ingest.job._reference", lambda *_: (folder / "clicks-1.csv").unlink())
+    monkeypatch.setattr("pipeline.ingest.job._reference", lambda *_: (folder / "clicks-1.csv").unlink() or (None, True))
     assert f"{folder}/clicks-1.csv" in refused(folder, tmp_path / "out", small_content())
 
 

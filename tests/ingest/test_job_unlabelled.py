@@ -83,7 +83,7 @@ def test_a_history_of_outcomes_is_that_of_the_state_and_refused_without_one(
     content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}}
     content["tasks"] = {"click": content["tasks"]["click"]}
     content["source"]["times"]["dwell"] = "index"
-    run(small_log, tmp_path / "first", content)
+    run(small_log, tmp_path / "first", content, min_joined=0)
     settings: dict[str, Any] = {"encoders": {"from": tmp_path / "first"}, "labels": "none"}
     message = refused(to_score, tmp_path / "out", content, **settings, state={"from": "empty"})
     assert message.startswith("labels=none: clicked is made of outcome click of earlier rows, and these are not there.")
@@ -94,7 +94,7 @@ def test_a_history_of_outcomes_is_that_of_the_state_and_refused_without_one(
     assert any(row["clicked"] for row in rows_by_id(tmp_path / "scored"))
     content["bag"]["clicked"]["history"] = {"user": "user", "item": "item", "when": "city IS NOT NULL"}
     shutil.rmtree(tmp_path / "first")
-    run(small_log, tmp_path / "first", content)
+    run(small_log, tmp_path / "first", content, min_joined=0)
     run(to_score, tmp_path / "out", content, **settings)
     assert any(row["clicked"] for row in rows_by_id(tmp_path / "out"))
 

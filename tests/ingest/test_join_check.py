@@ -50,7 +50,7 @@ def test_clicks_of_another_key_stop_the_job_with_both_sides(tmp_path):
     assert message == (
         "source.outcomes.click: 0 of 5 rows belong to an impression (5 unmatched). Impressions have keys such as 'a0', 'a1', "
         "'a2', and times 2026-03-01T00:00:00Z to 2026-03-01T00:19:00Z; click has, where it belongs to none, keys such as "
-        "'0.0', '1.0', '2.0', and times 2026-03-01T00:00:00Z to 2026-03-01T00:04:00Z. Keys are compared as text: fix key, or "
+        "'0', '1', '2', and times 2026-03-01T00:00:00Z to 2026-03-01T00:04:00Z. Keys are compared as text: fix key, or "
         "derive one that both sides have; if the log is right, set min_joined below 0.5 (0: no check)."
     )
 

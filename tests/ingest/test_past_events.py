@@ -35,7 +35,7 @@ def content() -> dict[str, Any]:
 
 def run_from(earlier: Path | None, folder: Path, out: Path, **settings: Any) -> State:
     """Runs a job that begins with the state of an earlier dataset; returns the one that it leaves."""
-    state = run(folder, out, content(), state={"from": str(earlier or "empty")}, **settings).state
+    state = run(folder, out, content(), state={"from": str(earlier or "empty")}, min_joined=0, **settings).state
     assert state is not None
     return state
 
