@@ -14,7 +14,8 @@ from features.fit.split_counts import count_features
 from features.fit.statistics import Statistics
 from features.schema.schema import SPLITS, Schema
 from pipeline.dataset.card.card import card, with_splits
-from pipeline.dataset.manifest import DeadLetterFile, Manifest, Shard, footer_sha256
+from pipeline.dataset.entries import DeadLetterFile, Shard
+from pipeline.dataset.manifest import Manifest, footer_sha256
 from pipeline.storage.files import sha256
 
 CONTENT: dict[str, Any] = {

@@ -25,15 +25,8 @@ from pipeline.dataset.days import (
     folder_of_day,
     ranges_of,
 )
-from pipeline.dataset.manifest import (
-    Manifest,
-    Shard,
-    _totals,
-    fitted_files,
-    fitted_names,
-    merge_manifests,
-    read_manifest,
-)
+from pipeline.dataset.entries import Shard
+from pipeline.dataset.manifest import Manifest, _totals, fitted_files, fitted_names, merge_manifests, read_manifest
 from pipeline.dataset.past_state import check_listed, stale_days, stale_words
 from pipeline.storage.files import sha256, storage_of, write_json
 

@@ -28,7 +28,8 @@ from features.schema.expressions import columns_of
 from features.schema.schema import Schema
 from features.source import Counter, History
 from pipeline.dataset.days import day_of, days_in
-from pipeline.dataset.manifest import Manifest, State, StateFile, read_manifest
+from pipeline.dataset.entries import State, StateFile
+from pipeline.dataset.manifest import Manifest, read_manifest
 
 FOLDER = "state"
 DAY = 86_400  # seconds

@@ -14,7 +14,8 @@ from features.parquet_pages import check_pages
 from features.parquet_schema import check_nesting_of
 from features.regular_files import lstat_regular
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import Shard, footer_sha256
+from pipeline.dataset.entries import Shard
+from pipeline.dataset.manifest import footer_sha256
 
 
 def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = None) -> pq.ParquetFile:

@@ -18,7 +18,8 @@ from features.printable import printable
 from features.regular_files import lstat_regular
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, require_file
-from pipeline.dataset.manifest import UNLISTED_FILES, Listed, Shard, check_equal, footer_sha256
+from pipeline.dataset.entries import Listed, Shard
+from pipeline.dataset.manifest import UNLISTED_FILES, check_equal, footer_sha256
 from pipeline.dataset.past_state import verify_state
 from pipeline.dataset.shards import check_ids, check_row_groups, table_sizes
 from pipeline.storage.files import sha256

@@ -3,37 +3,31 @@
 Blocks of rows stay inside one step, as Arrow columns from the reader to the writer (see pipeline.ingest.steps).
 """
 
-import dataclasses
 import datetime
 import json
 import logging
 import shutil
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from features.errors import UserError, join_faults
 from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.fit.fitted_files import encoder_files
-from features.fit.split_counts import FeatureCounts, summed
-from features.printable import printable
 from features.regular_files import open_regular
-from features.schema.schema import RowIndexSplit, Schema, Split
+from features.schema.schema import RowIndexSplit, Schema
 from features.schema.unlabelled import check_past, without_labels
 from features.source import Outcome
-from pipeline.dataset.card.card import read_card, with_splits
+from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
-from pipeline.dataset.manifest import DeadLetterExample, DeadLetterFile, Lines, Manifest, sum_types
+from pipeline.dataset.manifest import Manifest
 from pipeline.ingest import files as raw_files
-from pipeline.ingest import schedule
-from pipeline.ingest.absent_columns import absent_rows, stream_columns
+from pipeline.ingest import schedule, totals
+from pipeline.ingest.absent_columns import stream_columns
 from pipeline.ingest.absent_days import absent_days, days_after
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import raw_format, units
-from pipeline.ingest.formats.base import LineCounts
-from pipeline.ingest.messages import EncodeReport, JoinReport, LabelledPart, ReadReport, ReadWork, WriteReport
+from pipeline.ingest.messages import ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
@@ -41,10 +35,8 @@ from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
-from pipeline.ingest.steps import dead_letters
-from pipeline.ingest.steps.look_up import side_table_counts, table_types
+from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
-from pipeline.storage.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -298,86 +290,7 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
 
 
 def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: bool) -> Manifest:
-    """Writes the dead letters, adds up the counts, moves the dataset into place. state_chosen: see state_of."""
-    reads, parts = job.found(ReadReport), job.labelled()
-    join_statuses = {name: Counter[str]() for name in job.schema.source.outcomes}
-    for joined in job.found(JoinReport):
-        for name, found in joined.join_statuses.items():
-            join_statuses[name].update(found)
-    read: Counter[str] = Counter()
-    for report in reads:
-        read[report.stream] += report.read
-    left_out: Counter[str] = sum((Counter(part.left_out) for part in parts), Counter())
-    reasons: Counter[str] = Counter()
-    for _, spilled in schedule.dead_letters_of(job):
-        reasons.update(spilled.reasons)
-    counts: dict[str, Any] = {
-        "read": dict(read), "left_out": dict(left_out), "outcomes": {n: dict(f) for n, f in join_statuses.items()},
-        "lines": _lines(reads), "dead_letters": dict(reasons), "dead_letter_files": _write_dead_letters(job, reads),
-        "complete_until": schedule.complete_until(job, limits), "absent_columns": absent_rows(reads),
-        "types": sum_types({report.stream: report.types} for report in reads), "side_tables": side_table_counts(job),
-        "state": state_of(job, state_chosen), "absent_days": job.absent.days, "undecided": _undecided(parts),
-        "dead_letter_examples": _examples(job, reads, reasons),
-    }  # fmt: skip
-    _add_splits(job)
+    """Writes dead letters and totals, and moves the dataset into place. state_chosen: see state_of."""
+    counts = totals.of_job(job, limits) | {"state": state_of(job, state_chosen)}
+    totals.add_splits(job)
     return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
-
-
-def _add_splits(job: Job) -> None:
-    """Adds what was counted of encoded rows to the card, which was written before they were encoded."""
-    parts: dict[Split, list[dict[str, FeatureCounts]]] = {}
-    for encoded in job.found(EncodeReport):
-        for split, counts in encoded.counts.items():
-            parts.setdefault(split, []).append(counts)
-    for written in job.found(WriteReport):
-        if written.counts:
-            parts.setdefault(written.shard.split, []).append(written.counts)
-    path = job.staging / "statistics.json"
-    write_json(
-        path, with_splits(json.loads(path.read_text()), {split: summed(found) for split, found in parts.items()})
-    )
-
-
-def _undecided(parts: list[LabelledPart]) -> dict[str, dict[str, int]]:
-    """Per outcome the impressions that are undecided, by cause."""
-    found: dict[str, Counter[str]] = {}
-    for part in parts:
-        for name, causes in part.undecided.items():
-            found.setdefault(name, Counter()).update(causes)
-    return {name: dict(causes) for name, causes in found.items()}
-
-
-def _examples(job: Job, reads: list[ReadReport], reasons: Counter[str]) -> dict[str, DeadLetterExample]:
-    """The first bad row of each of the most frequent reasons."""
-    first: dict[str, tuple[int, int, str]] = {}
-    for unit, spilled in schedule.dead_letters_of(job):
-        for kind, (line, reason) in spilled.examples.items():
-            first[kind] = min(first.get(kind, (unit, line, reason)), (unit, line, reason))
-    before, found = schedule.lines_before(reads), {}
-    for kind, _ in reasons.most_common(dead_letters.EXAMPLES):
-        if kind in first:
-            unit, line, reason = first[kind]
-            # A name may hold bytes that are no text, which JSON does not have.
-            file = printable(reads[unit].file)
-            found[kind] = DeadLetterExample(file=file, line=line + before[unit], reason=reason)
-    return found
-
-
-def _lines(reads: list[ReadReport]) -> dict[str, Lines]:
-    """Where the lines of each stream of text files went."""
-    totals: dict[str, LineCounts] = {}
-    for report in reads:
-        totals[report.stream] = totals.get(report.stream, LineCounts()) + report.counts
-    return {stream: Lines(**dataclasses.asdict(counts)) for stream, counts in totals.items() if counts.physical}
-
-
-def _write_dead_letters(job: Job, reads: list[ReadReport]) -> list[DeadLetterFile]:
-    """A file for each raw file that has dead letters."""
-    before = schedule.lines_before(reads)
-    by_file: dict[tuple[str, str], list[tuple[str, int]]] = {}
-    for unit, spilled in schedule.dead_letters_of(job):
-        by_file.setdefault((reads[unit].stream, reads[unit].file), []).append((str(spilled.path), before[unit]))
-    return [
-        dead_letters.write_file(job.staging, f"{stream}-{index:05d}", stream, file, found)
-        for index, ((stream, file), found) in enumerate(by_file.items())
-    ]

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from features.fit.split_counts import FeatureCounts
 from features.schema.schema import Split
-from pipeline.dataset.manifest import Shard, StateFile
+from pipeline.dataset.entries import Shard, StateFile
 from pipeline.ingest.files import Unit
 from pipeline.ingest.formats.base import LineCounts
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from features.errors import UserError
 from pipeline.dataset.days import day_of, days_in
-from pipeline.dataset.manifest import State, read_manifest
+from pipeline.dataset.entries import State
+from pipeline.dataset.manifest import read_manifest
 from pipeline.dataset.past_state import stale_days, stale_words, utc
 from pipeline.ingest.messages import ReadReport, ScatterPastReport, WriteStateReport
 from pipeline.ingest.state import Job

@@ -11,7 +11,7 @@ from features.regular_files import open_regular
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.days import MissingDays, day_of, days_in, folder_of_day, ranges_of
-from pipeline.dataset.manifest import State, StateFile, StateOrigin
+from pipeline.dataset.entries import State, StateFile, StateOrigin
 from pipeline.dataset.past_state import definition, state_id
 
 EMPTY = "empty"  # state.from=empty: histories and counters begin without any rows

@@ -11,7 +11,8 @@ from test_blocks import blocks_of
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.manifest import Lines, merge_manifests
+from pipeline.dataset.entries import Lines
+from pipeline.dataset.manifest import merge_manifests
 from pipeline.dataset.verify import verify
 from pipeline.ingest.formats.csv_quotes import Quotes
 

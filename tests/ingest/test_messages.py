@@ -6,7 +6,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from pipeline.dataset.manifest import Shard, StateFile
+from pipeline.dataset.entries import Shard, StateFile
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodedBatch,

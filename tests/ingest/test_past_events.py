@@ -10,7 +10,7 @@ from ingest_runs import no_beam, rows_by_id, run, values_of
 from test_job_counters import CASES, CLOSED, content_for
 from test_job_joins import BASE, Event, Impression, write_log, written
 
-from pipeline.dataset.manifest import State
+from pipeline.dataset.entries import State
 
 pytestmark = pytest.mark.integration
 

@@ -13,7 +13,8 @@ from features.fit.split_counts import FeatureCounts, count_features, summed
 from features.schema.schema import Schema
 from pipeline.dataset.card.card import card, read_card, with_splits
 from pipeline.dataset.card.summary import summary
-from pipeline.dataset.manifest import DeadLetterExample, Manifest
+from pipeline.dataset.entries import DeadLetterExample
+from pipeline.dataset.manifest import Manifest
 
 
 @pytest.fixture

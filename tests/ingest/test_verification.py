@@ -15,7 +15,8 @@ from features.errors import UserError
 from features.schema.schema import Schema
 from pipeline.dataset import verify as verification
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.manifest import Manifest, Shard
+from pipeline.dataset.entries import Shard
+from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.verify import verify
 
 SHARD = "valid/part-00001-of-00002.parquet"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from features.kinds.times import IMPLAUSIBLE
 from features.parse import raw
-from pipeline.dataset.manifest import DeadLetterFile
+from pipeline.dataset.entries import DeadLetterFile
 from pipeline.ingest.messages import DeadLetters
 from pipeline.ingest.state import Job
 from pipeline.storage.files import sha256

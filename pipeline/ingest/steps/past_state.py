@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.fit.fitted_files import RESTORE_HINT
-from pipeline.dataset.manifest import StateFile
+from pipeline.dataset.entries import StateFile
 from pipeline.dataset.past_state import definition, event_columns, opened, read_group, state_file
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherPastReport, WriteStateReport, WriteStateWork

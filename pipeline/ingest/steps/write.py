@@ -12,7 +12,8 @@ from features.fit.encoders import arrow_schema
 from features.fit.split_counts import FeatureCounts, count_features, summed
 from features.hashing import hash_integers
 from features.schema.schema import Schema, Split
-from pipeline.dataset.manifest import Shard, footer_sha256
+from pipeline.dataset.entries import Shard
+from pipeline.dataset.manifest import footer_sha256
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import Piece, WriteReport, WriteWork
 from pipeline.ingest.state import Job, Order
