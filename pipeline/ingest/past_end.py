@@ -55,12 +55,12 @@ def _before(folder: Path, earliest: int) -> Path | str:
 
 
 def state_of(job: Job, chosen: bool) -> State | None:
-    """What the manifest says of the state; None for a schema without histories and counters.
+    """What the manifest says of the state; None where none is kept.
 
     Args:
         chosen: whether state.from was given.
     """
-    if not job.schema.past:
+    if not job.keeps_state:
         return None
     scattered, start = job.found(ScatterPastReport), job.start
     undecided: Counter[str] = Counter(dict.fromkeys(job.schema.past, 0))

@@ -86,7 +86,7 @@ def steps_of(job: Job) -> list[str]:
     joins, past = bool(job.schema.source.outcomes), bool(job.schema.past)
     needs = {
         "read": True, "join": joins, "look_up": bool(job.schema.source.tables), "scatter_past": past, "gather_past": past,
-        "write_state": past, "label": job.joins, "merge": True, "encode": job.order != "input", "write": True,
+        "write_state": job.keeps_state, "label": job.joins, "merge": True, "encode": job.order != "input", "write": True,
     }  # fmt: skip
     return [step for step, needed in needs.items() if needed]
 

@@ -90,7 +90,7 @@ def test_a_history_of_outcomes_is_that_of_the_state_and_refused_without_one(
     for path in to_score.iterdir():
         later = pl.read_csv(path, infer_schema=False).with_columns(pl.col("at").cast(pl.Int64) + 10 * 86_400)
         later.write_csv(path)
-    run(to_score, tmp_path / "scored", content, **settings)
+    assert run(to_score, tmp_path / "scored", content, **settings).state is None
     assert any(row["clicked"] for row in rows_by_id(tmp_path / "scored"))
     content["bag"]["clicked"]["history"] = {"user": "user", "item": "item", "when": "city IS NOT NULL"}
     shutil.rmtree(tmp_path / "first")
