@@ -77,7 +77,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=not fits, broadcast=_broadcast(config, read, streams),
             snapshots={name: sorted(set(times.values())) for name, times in valid_from.items()},
-            start=start, horizon=_end(config, read), labelled=config.labels != "none", absent=absent, max_bad_fraction=config.max_bad_fraction,
+            start=start, horizon=_end(config, read), reads_labels=config.labels != "none", absent=absent,
+            max_bad_fraction=config.max_bad_fraction,
             stream_bytes={stream: sum(file.size for file in found) for stream, found in streams.items()},
         )  # fmt: skip
         limits = Limits(

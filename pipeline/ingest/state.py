@@ -43,7 +43,7 @@ class Job:
         snapshots: of side tables in snapshots of which several are read, the seconds since 1970 at which these begin.
         start: the state that histories and counters begin from; None: they begin empty.
         horizon: seconds since 1970; what rows from then on need is kept as the dataset's state. None: the last impression's.
-        labelled: whether outcomes and labels are read.
+        reads_labels: whether outcomes and labels are read.
         cache: what a worker has loaded.
         absent: days without files.
         max_bad_fraction: a larger share of bad rows in a stream stops the job.
@@ -61,7 +61,7 @@ class Job:
     snapshots: dict[str, list[int]] = field(default_factory=dict)
     start: Start | None = None
     horizon: int | None = None
-    labelled: bool = True
+    reads_labels: bool = True
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     absent: AbsentDays = AbsentDays()
     max_bad_fraction: float = 1.0
@@ -89,7 +89,7 @@ class Job:
     @property
     def keeps_state(self) -> bool:
         """Whether a later job can go on from this one's histories and counters: those of unlabelled rows lack outcomes."""
-        return bool(self.schema.past) and self.labelled
+        return bool(self.schema.past) and self.reads_labels
 
     @property
     def joins(self) -> bool:
