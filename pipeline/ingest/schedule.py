@@ -4,7 +4,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from features.errors import UserError, one_line
 from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
+from features.schema.unlabelled import without_labels
 from pipeline.dataset.card.card import card, read_card
 from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.absent_columns import check_keys
@@ -189,8 +190,10 @@ def counter_means(job: Job, limits: Limits) -> dict[str, float]:
     """
     means: dict[str, float] = {}
     if job.schema.smoothed and limits.reference:
-        known = Dataset(Path(limits.reference))
-        means = reuse.counter_means(job.schema, known.encoders)
+        known = Dataset(Path(limits.reference)).encoders
+        if not job.reads_labels:
+            known = replace(known, schema=without_labels(known.schema))
+        means = reuse.counter_means(job.schema, known)
     for name in (name for name in job.schema.smoothed if name not in means):
         sums = [report.sums[name] for report in job.found(ScatterPastReport)]
         count = sum(rows for _, rows in sums)

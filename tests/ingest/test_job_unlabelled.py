@@ -99,6 +99,25 @@ def test_a_history_of_outcomes_is_that_of_the_state_and_refused_without_one(
     assert any(row["clicked"] for row in rows_by_id(tmp_path / "out"))
 
 
+def test_a_counter_of_outcomes_is_smoothed_towards_the_mean_of_the_labelled_rows(
+    to_score: Path, small_log: Path, small_content: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    content = small_content()
+    content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}}
+    content["source"]["times"]["dwell"] = "index"
+    clicked = {"by": "user", "of": "age", "when": "click", "take": "mean", "smoothing": 5}
+    content["source"]["counters"] = {"clicked_age": clicked}
+    content["dense"] = {"age": {}, "clicked_age": {"standardize": False}}
+    content["tasks"] = {"click": content["tasks"]["click"]}
+    run(small_log, tmp_path / "first", content, min_joined=0)
+    for path in to_score.iterdir():
+        later = pl.read_csv(path, infer_schema=False)
+        later.with_columns(pl.col("at").cast(pl.Int64) + 10 * 86_400, user=pl.lit("new")).write_csv(path)
+    run(to_score, tmp_path / "scored", content, encoders={"from": tmp_path / "first"}, labels="none")
+    mean = Dataset(tmp_path / "first").encoders.counter_means["clicked_age"]
+    assert all(row["clicked_age"] == pytest.approx(mean) for row in rows_by_id(tmp_path / "scored"))
+
+
 @pytest.mark.parametrize("written", [20261107, "20261107", "2026/11/07", "2026-11-07T00:00", "1794009600", "today"])
 def test_a_day_that_is_written_otherwise_is_refused_with_the_form_that_is_wanted(written: str | int) -> None:
     with pytest.raises(ValidationError, match=r"is not written as a day is wanted here: write 2026-11-07"):
