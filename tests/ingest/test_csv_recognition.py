@@ -106,6 +106,8 @@ def test_other_encodings_binary_files_and_old_line_ends_are_named(tmp_path: Path
     assert "its lines end with CR alone. Convert it with tr '\\r' '\\n'." in fault_of(tmp_path, "a.csv", format)
     (tmp_path / "a.csv").write_bytes(bytes(range(256)) * 100)
     assert "is no text: its first line has NUL bytes" in fault_of(tmp_path, "a.csv", format)
+    (tmp_path / "a.csv").write_bytes(bytes(number for number in range(1, 256) if number != 10) * 20)
+    assert "is no text: its first line has control characters, and is not UTF-8" in fault_of(tmp_path, "a.csv", format)
 
 
 def test_text_that_only_resembles_such_files_is_read(tmp_path: Path) -> None:
@@ -125,6 +127,16 @@ def test_a_header_with_spaces_suggests_trim(tmp_path: Path, multiline: bool) -> 
     with pytest.raises(UserError, match=r"a\.csv: the header has spaces around click\. Set trim: true"):
         check_columns(file, Format(multiline=multiline), ["user", "click"])
     assert check_columns(file, Format(trim=True, multiline=multiline), ["user", "click"]) == ["user", "click"]
+
+
+@pytest.mark.parametrize(("sign", "said"), [(";", '";"'), ("\t", r'"\\t"'), ("|", r'"\|"')])
+def test_a_header_that_another_delimiter_cuts_suggests_it(tmp_path: Path, sign: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(f"user{sign} click\nu{sign}1\n")
+    [file] = find(str(tmp_path), "a.csv")
+    with pytest.raises(UserError, match=rf"column click is missing.* Set delimiter: {said} in the schema's source\.$"):
+        check_columns(file, Format(), ["click"])
+    with pytest.raises(UserError, match=r"column price is missing.* Fix the schema, or name the columns"):
+        check_columns(file, Format(), ["price"])
 
 
 @pytest.mark.parametrize("multiline", [False, True])

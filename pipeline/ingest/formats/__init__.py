@@ -1,5 +1,6 @@
 """Raw file formats: one file a format, registered here."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 
 from features.errors import UserError, did_you_mean
@@ -14,6 +15,7 @@ from pipeline.ingest.formats.parquet import Parquet
 FORMATS: dict[str, Callable[[Format], RawFormat]] = {
     "csv": Csv, "jsonl": JsonLines, "parquet": Parquet, "avro": Avro,
 }  # fmt: skip
+DELIMITERS = ",;\t|"  # that a header may be cut by where the schema's does not cut it
 
 
 def raw_format(options: Format, key: str = "source") -> RawFormat:
@@ -53,11 +55,20 @@ def check_columns(file: RawFile, options: Format, wanted: Sequence[str], added: 
             )
         shown = ", ".join(found)[:1000]
         near = did_you_mean(missing[0], [*found, *added])
-        message = f"{file.path}: column {missing[0]} is missing{near}, the file has {shown}. {form.column_fix}"
+        fix = _delimiter_fix(options, found, missing[0]) or form.column_fix
+        message = f"{file.path}: column {missing[0]} is missing{near}, the file has {shown}. {fix}"
         raise MissingColumnError(message, missing[0])
     if twice := [c for c in wanted if found.count(c) > 1]:
         raise UserError(f"{file.path}: there are two columns {twice[0]}. Rename one of them. {form.column_fix}")
     return found
+
+
+def _delimiter_fix(options: Format, found: Sequence[str], wanted: str) -> str:
+    """What to do where a header is one name for the schema's delimiter, and has the wanted one for another; else empty."""
+    for sign in DELIMITERS if options.format == "csv" and len(found) == 1 else ():
+        if wanted in (name.strip() for name in found[0].split(sign)):
+            return f"Set delimiter: {json.dumps(sign)} in the schema's source."
+    return ""
 
 
 def units(files: Sequence[RawFile], options: Format, unit_bytes: int, whole: bool = False) -> list[Unit]:

@@ -1,5 +1,6 @@
 """Files that are not the text they are taken for, recognised by their first bytes before any work starts."""
 
+import codecs
 from pathlib import PurePosixPath
 
 from features.errors import UserError
@@ -32,11 +33,22 @@ def check_text(path: str, head: bytes) -> None:
     """
     if reason := _other(path, head) or _wide(head):
         raise UserError(f"{path}: {reason}.")
-    controls = head.partition(b"\n")[0].translate(None, TEXT_BYTES)
-    if b"\0" in controls and len(controls) > FEW_CONTROLS:
-        raise UserError(f"{path}: is no text: its first line has NUL bytes. Leave it out of source.files, or fix it.")
+    line = head.partition(b"\n")[0]
+    controls = line.translate(None, TEXT_BYTES)
+    if len(controls) > FEW_CONTROLS and (b"\0" in controls or not _is_utf8(line)):
+        found = "NUL bytes" if b"\0" in controls else "control characters, and is not UTF-8"
+        raise UserError(f"{path}: is no text: its first line has {found}. Leave it out of source.files, or fix it.")
     if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
         raise UserError(f"{path}: its lines end with CR alone. Convert it with tr '\\r' '\\n'.")
+
+
+def _is_utf8(start: bytes) -> bool:
+    """Whether bytes are UTF-8, of which the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def check_packed(path: str, head: bytes) -> None:
