@@ -100,6 +100,12 @@ def test_a_row_of_several_lines_is_one_dead_letter_without_multiline_wherever_un
     list(verify(Dataset(tmp_path / "out")))
 
 
+def test_a_carriage_return_outside_quotes_is_counted_under_its_reason(tmp_path: Path) -> None:
+    log(tmp_path / "in", {60: "u60,a\rb,1"}, rows=100)
+    manifest = run(tmp_path / "in", tmp_path / "out", content_for(), max_bad_fraction=0.1)
+    assert manifest.dead_letters == {"a carriage return outside quotes: write line ends as LF or CRLF": 1}
+
+
 def test_bytes_that_are_no_utf8_cost_their_row_only(tmp_path: Path) -> None:
     log(tmp_path / "in", {}, rows=100)
     data = (tmp_path / "in" / "log-0.csv").read_bytes()

@@ -76,7 +76,9 @@ def _kind(reason: str) -> str:
     if found := LONG_LINE.fullmatch(reason):
         return f"{found[1]}{found[2]}"
     name, _, rest = reason.partition(": ")
-    return reason if not rest or rest.startswith(("set ", "missing")) else f"{name}: wrong value"
+    if name == "not JSON":
+        return name
+    return reason if not rest or rest.startswith(("set ", "write ", "missing")) else f"{name}: wrong value"
 
 
 def _shortened(reason: str) -> str:
