@@ -79,7 +79,7 @@ class Completion:
         if self.names is None and columns.num_rows:
             any_value = {c for c in self.types if columns[c].null_count < columns.num_rows}
             self.keys = [c for c in self.types if c in any_value or c in (self.keys or ())]
-        for column in self.options.optional.keys() & self.types.keys():
+        for column in (c for c in self.options.optional if c in self.types):
             columns = self._filled(columns, column)
         return columns
 

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_runs import content_of, no_beam, refused, rows_by_id, run
 
+from features.source import Format
 from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.manifest import Manifest, merge_manifests
+from pipeline.ingest.absent_columns import Completion
 
 START = 1_800_000_000
 PER_FILE = 20
@@ -114,6 +116,13 @@ def test_a_file_without_optional_columns_is_as_one_with_their_values_and_its_row
     ]
     assert ["dwell", "click", str(PER_FILE), "50.0%"] in table.lines
     assert len(table.lines) == 4
+
+
+def test_columns_that_a_file_lacks_are_counted_in_the_order_of_the_schema() -> None:
+    names = [f"c{number}" for number in range(9)]
+    completion = Completion(dict.fromkeys(names, "string"), ["id"], Format(optional=dict.fromkeys(names)), {})
+    completion.complete(pa.table({"id": ["a"]}))
+    assert list(completion.absent) == names
 
 
 def test_optional_columns_that_all_files_have_change_nothing(tmp_path: Path) -> None:
