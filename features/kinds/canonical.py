@@ -32,7 +32,10 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 WHOLE_DECIMAL = pa.decimal256(76, 0)
 ZERO_DECIMALS = r"^(-?[0-9]+)\.0+$"
 _CLOCK = r"(\d\d:\d\d:\d\d)(?:(\.\d*[1-9])|\.)?0*"  # of Arrow's text, which has the digits of its unit
-_HOW = "Make it whole or text in source.derived: CAST(... AS BIGINT) of a column of type float, or CAST(... AS VARCHAR)"
+_HOW = (
+    "Make it whole or text in source.derived: CAST(... AS BIGINT) of a column of type float, or CAST(... AS VARCHAR); of "
+    "outcomes and side tables in their files"
+)
 
 
 def canonical(values: pa.Array, where: str) -> pa.LargeStringArray:

@@ -156,6 +156,12 @@ def test_nanoseconds_times_of_day_and_truth_values_have_one_text() -> None:
     assert canonical(pa.nulls(2), "here").to_pylist() == [None, None]
 
 
+HOW = (
+    "Make it whole or text in source.derived: CAST(... AS BIGINT) of a column of type float, or CAST(... AS VARCHAR); of "
+    "outcomes and side tables in their files."
+)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
@@ -163,6 +169,7 @@ def test_nanoseconds_times_of_day_and_truth_values_have_one_text() -> None:
         (pa.array([0.5], pa.float32()), "here holds 0.5, which is no id"),
         (pa.array([math.inf]), "here holds inf, which is no id"),
         (pa.array([Decimal("1.50")]), "here holds 1.50, which is no id"),
+        (pa.array([2.5]), f"here holds 2.5, which is no id. {HOW}"),
         (pa.array([2.0**53 + 2]), "here holds 9007199254740994.0, of which a float has lost the last digits."),
         (pa.array([2.0**24 + 2], pa.float32()), "here holds 16777218.0, of which a float has lost the last digits"),
         (pa.array([1e300]), "here holds 1e+300, of which a float has lost the last digits"),
