@@ -30,7 +30,8 @@ def main(config: DictConfig) -> None:
         print(line)
     print(f"{settings.folder}: {len(manifest.shards)} shards, schema {manifest.fingerprint}")
     folder = shlex.quote(str(settings.folder))
-    print(f"next   python -m jobs.inspect {folder}   then   python -m jobs.train dataset={folder}")
+    train = "" if settings.labels == "none" else f"   then   python -m jobs.train dataset={folder}"
+    print(f"next   python -m jobs.inspect {folder}{train}")
 
 
 if __name__ == "__main__":

@@ -319,3 +319,7 @@ def test_the_command_says_what_it_wrote(conf, small_log, tmp_path, monkeypatch, 
     assert f"schema {Dataset(out).manifest.fingerprint}" in lines[-2]
     assert lines[-1] == f"next   python -m jobs.inspect {out}   then   python -m jobs.train dataset={out}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["conf", "log", "out"]
+    asked = [*arguments[:3], f"out={tmp_path / 'asked'}", f"encoders.from={out}", "labels=none"]
+    monkeypatch.setattr(sys, "argv", ["preprocess", *asked])
+    main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"next   python -m jobs.inspect {tmp_path / 'asked'}"
