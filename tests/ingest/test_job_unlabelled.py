@@ -118,7 +118,7 @@ def test_counters_of_outcomes_are_those_of_the_state_smoothed_towards_the_mean_o
     run(to_score, tmp_path / "scored", content, encoders={"from": tmp_path / "first"}, labels="none")
     state = pl.read_parquet(tmp_path / "first" / "state" / "ctr.parquet")
     sums = {key: (value, weight) for key, value, weight in state.group_by("key").sum()["key", "value", "weight"].rows()}
-    users = {}
+    users: dict[int, str] = {}
     for path in to_score.iterdir():
         with path.open(newline="", encoding="utf-8") as file:
             users |= {int(row["id"]): row["user"] for row in csv.DictReader(file)}
