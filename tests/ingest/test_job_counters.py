@@ -394,3 +394,12 @@ def test_units_buckets_and_workers_do_not_change_a_number(tmp_path: Path, monkey
     monkeypatch.setattr(ingest_job, "run_steps", RUN_STEPS)
     run(tmp_path, tmp_path / "beam", content, **small, workers=2)
     assert content_of(tmp_path / "cut") == content_of(tmp_path / "beam")
+
+
+def test_times_of_another_unit_are_named_before_what_they_do_to_counters(tmp_path: Path) -> None:
+    rows = [replace(row, at=row.at * 1000) for row in shown_at(0, 10)]
+    write_log(tmp_path, rows, {})
+    counters = {"many": {"by": "user", "of": "id", "take": "mean", "smoothing": 4}}
+    message = refused(tmp_path, tmp_path / "out", content_for({}, counters))
+    assert message.startswith("2 of 2 rows of impressions are bad")
+    assert "milliseconds? set source.times" in message
