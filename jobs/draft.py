@@ -1,7 +1,7 @@
-"""jobs.draft: a first schema from raw files, with the reason of each guess beside it; to be read and mended.
+"""jobs.draft: a first schema from raw files, with the reason of each guess beside it, to be reviewed and edited.
 
-It looks at some rows of each kind of file below a folder: how they are written, what the columns hold, which files refer to
-the rows of others. It writes what jobs.preprocess takes as it stands, and nothing where no label can be seen.
+It reads some rows of each kind of file below a folder and finds the format, the columns and the files that refer to rows of
+others. jobs.preprocess accepts the schema as it is. Where no label is found, nothing is written and candidates are listed.
 
 Examples:
   python -m jobs.draft input=/logs out=my/conf/data/mine.yaml

@@ -49,7 +49,12 @@ def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encode
 
 
 def counter_means(schema: Schema, known: Encoders) -> dict[str, float]:
-    """What the smoothed counters that both schemas have are smoothed towards."""
+    """What the smoothed counters that both schemas have are smoothed towards.
+
+    All of them where the schemas share their encoders: one that is read without labels has no expressions to compare.
+    """
+    if schema.inputs_fingerprint == known.schema.inputs_fingerprint:
+        return dict(known.counter_means)
     return {
         name: mean
         for name, mean in known.counter_means.items()

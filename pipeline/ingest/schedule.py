@@ -4,7 +4,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from features.errors import UserError, one_line
 from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
-from features.schema.unlabelled import without_labels
 from pipeline.dataset.card.card import card, read_card
 from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.absent_columns import check_keys
@@ -179,30 +178,24 @@ def _gather_past(job: Job, limits: Limits) -> Iterator[GatherPastWork]:
     check_overlap(job)
     means, end = counter_means(job, limits), horizon(job)
     for name in job.schema.past:
-        yield from (GatherPastWork(name, bucket, means.get(name), end) for bucket in range(job.buckets))
+        mean = means.get(name, math.nan) if name in job.schema.smoothed else None
+        yield from (GatherPastWork(name, bucket, mean, end) for bucket in range(job.buckets))
 
 
 def counter_means(job: Job, limits: Limits) -> dict[str, float]:
     """What each smoothed counter is smoothed towards: its mean over the train split, or over that of the reference.
 
-    Raises:
-        UserError: no row of the train split counts.
+    Those of which no row of the train split counts are left out.
     """
     means: dict[str, float] = {}
     if job.schema.smoothed and limits.reference:
-        known = Dataset(Path(limits.reference)).encoders
-        if not job.reads_labels:
-            known = replace(known, schema=without_labels(known.schema))
-        means = reuse.counter_means(job.schema, known)
+        known = Dataset(Path(limits.reference))
+        means = reuse.counter_means(job.schema, known.encoders)
     for name in (name for name in job.schema.smoothed if name not in means):
         sums = [report.sums[name] for report in job.found(ScatterPastReport)]
         count = sum(rows for _, rows in sums)
-        if not count:
-            raise UserError(
-                f"source.counters.{name}: smoothing needs a mean, but no row of the split train counts. Check of, when and "
-                "split, or remove smoothing."
-            )
-        means[name] = sum(total for total, _ in sums) / count
+        if count:
+            means[name] = sum(total for total, _ in sums) / count
     return means
 
 
@@ -216,7 +209,12 @@ def _label(job: Job, limits: Limits) -> Iterator[LabelWork]:
 
 
 def _merge(job: Job, limits: Limits) -> Iterator[MergeWork]:
-    _check(job, limits)
+    _check(job, limits)  # first: bad rows may be why no row counts
+    if without_mean := [*set(job.schema.smoothed) - counter_means(job, limits).keys()]:
+        raise UserError(
+            f"source.counters.{min(without_mean)}: smoothing needs a mean, but no row of the split train counts. Check of, "
+            "when and split, or remove smoothing."
+        )
     paths = [part.statistics for part in job.labelled()]
     size = max(1, math.isqrt(len(paths)))
     yield from (MergeWork(paths[start : start + size]) for start in range(0, len(paths), size))

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import polars as pl
 import pytest
 from examples import examples
 from hypothesis import HealthCheck, given, settings
@@ -394,3 +395,13 @@ def test_units_buckets_and_workers_do_not_change_a_number(tmp_path: Path, monkey
     monkeypatch.setattr(ingest_job, "run_steps", RUN_STEPS)
     run(tmp_path, tmp_path / "beam", content, **small, workers=2)
     assert content_of(tmp_path / "cut") == content_of(tmp_path / "beam")
+
+
+def test_times_of_another_unit_are_named_before_what_they_do_to_counters(tmp_path: Path) -> None:
+    write_log(tmp_path, shown_at(0, 10), {})
+    for path in tmp_path.glob("*.csv"):
+        pl.read_csv(path, infer_schema=False).with_columns(at=pl.lit(str(BASE * 1000))).write_csv(path)
+    counters = {"many": {"by": "user", "of": "id", "take": "mean", "smoothing": 4}}
+    message = refused(tmp_path, tmp_path / "out", content_for({}, counters))
+    assert message.startswith("2 of 2 rows of impressions are bad")
+    assert "milliseconds? set source.times" in message

@@ -1,6 +1,7 @@
 """labels=none: files to be scored give the features, and nothing else is read; and how a day is written."""
 
 import csv
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,23 +100,31 @@ def test_a_history_of_outcomes_is_that_of_the_state_and_refused_without_one(
     assert any(row["clicked"] for row in rows_by_id(tmp_path / "out"))
 
 
-def test_a_counter_of_outcomes_is_smoothed_towards_the_mean_of_the_labelled_rows(
+def test_counters_of_outcomes_are_those_of_the_state_smoothed_towards_the_mean_of_the_encoders(
     to_score: Path, small_log: Path, small_content: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
     content = small_content()
-    content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}}
-    content["source"]["times"]["dwell"] = "index"
-    clicked = {"by": "user", "of": "age", "when": "click", "take": "mean", "smoothing": 5}
-    content["source"]["counters"] = {"clicked_age": clicked}
-    content["dense"] = {"age": {}, "clicked_age": {"standardize": False}}
+    content["source"]["counters"] = {"ctr": {"by": "user", "of": "click", "take": "mean", "smoothing": 4}}
+    content["dense"]["ctr"] = {"standardize": False}
+    content["source"]["outcomes"]["click"] |= {"time": "dwell", "columns": {}, "window": "2d"}
     content["tasks"] = {"click": content["tasks"]["click"]}
+    content["source"]["times"]["dwell"] = "index"
     run(small_log, tmp_path / "first", content, min_joined=0)
+    encoders = tmp_path / "first" / "encoders" / "encoders.json"
+    mean = json.loads(encoders.read_text())["counter_means"]["ctr"]
     for path in to_score.iterdir():
-        later = pl.read_csv(path, infer_schema=False)
-        later.with_columns(pl.col("at").cast(pl.Int64) + 10 * 86_400, user=pl.lit("new")).write_csv(path)
+        later = pl.read_csv(path, infer_schema=False).with_columns(pl.col("at").cast(pl.Int64) + 10 * 86_400)
+        later.write_csv(path)
     run(to_score, tmp_path / "scored", content, encoders={"from": tmp_path / "first"}, labels="none")
-    mean = Dataset(tmp_path / "first").encoders.counter_means["clicked_age"]
-    assert all(row["clicked_age"] == pytest.approx(mean) for row in rows_by_id(tmp_path / "scored"))
+    state = pl.read_parquet(tmp_path / "first" / "state" / "ctr.parquet")
+    sums = {key: (value, weight) for key, value, weight in state.group_by("key").sum()["key", "value", "weight"].rows()}
+    users: dict[int, str] = {}
+    for path in to_score.iterdir():
+        with path.open(newline="", encoding="utf-8") as file:
+            users |= {int(row["id"]): row["user"] for row in csv.DictReader(file)}
+    for row in rows_by_id(tmp_path / "scored"):
+        clicks, rows = sums.get(users[row["row_id"]], (0.0, 0.0))
+        assert row["ctr"] == pytest.approx((clicks + 4 * mean) / (rows + 4), rel=1e-5)
 
 
 @pytest.mark.parametrize("written", [20261107, "20261107", "2026/11/07", "2026-11-07T00:00", "1794009600", "today"])

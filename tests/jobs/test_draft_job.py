@@ -21,7 +21,7 @@ def test_the_command_that_is_printed_runs_on_what_was_written(tmp_path: Path, ca
     assert (python, flag, module) == ("python", "-m", "jobs.preprocess")
     printed = call("preprocess", *words)
     assert "runs/mine: 3 shards" in printed
-    assert "0 dead letters" in printed
+    assert ", 0 bad" in printed
     assert "mean label: c4 0.2" in printed
     assert_one_line(call(*start, "label=c4 = '50000+.'"), "overwrite=true")
 

@@ -143,7 +143,7 @@ def _groups(name: str, found: dict[str, Any]) -> Picture:
 
 def _values(name: str, found: dict[str, Any]) -> Picture:
     listed, others = found["top"][:LISTED], found["distinct"] - LISTED
-    about = f"{percent(found['missing'])} missing, {percent(found['unknown'])} of values unknown"
+    about = f"{percent(found['missing'])} missing, {percent(found.get('unknown'))} of values unknown"
     rest = f"{percent(max(0.0, 1 - sum(share for _, share in listed)))} in {others:,} others" if others > 0 else ""
     return Picture(name, about, listed=[(value, share) for value, share in listed], rest=rest)
 
