@@ -150,3 +150,19 @@ def test_lists_half_characters_and_keys_that_stand_twice_are_dead_letters_of_the
     words = values_of(tmp_path / "out", "item")
     found = [(words[row["item"]], row["label.buy"], row["weight"]) for row in rows_by_id(tmp_path / "out")]
     assert found == [("a", 1.0, 1.0), ("[b]", 1.0, 3.0)]
+
+
+@pytest.mark.integration
+def test_lines_that_are_no_json_are_counted_together_whatever_is_wrong_with_them(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"item": "a"}\n{"item": "a"\n{"item": "a"}{"item": "b"}\n')
+    content: dict[str, Any] = {
+        "source": {"files": "log.jsonl", "format": "jsonl"},
+        "categorical": {"item": {}},
+        "tasks": {"y": {"kind": "binary", "label": "1"}},
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }
+    with no_beam():
+        manifest = run(folder, tmp_path / "out", content, max_bad_fraction=0.9)
+    assert manifest.dead_letters == {"not JSON": 2}
