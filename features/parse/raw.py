@@ -111,7 +111,11 @@ def type_columns(
 def _words(name: str, kind: RawType, form: Format) -> str:
     """What the values of a column should be."""
     unit = form.unit_of(name)
-    return f"a time of the form {unit}" if kind == "time" and is_format(unit) else WORDS[kind]
+    if kind != "time":
+        return WORDS[kind]
+    return (
+        f"a time of the form {unit}" if is_format(unit) else "a time (of other forms than ISO 8601: set source.times)"
+    )
 
 
 def dead_letters(line: Iterable[int] = (), reason: Iterable[str] = (), raw: Iterable[str] = ()) -> pl.DataFrame:

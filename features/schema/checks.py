@@ -57,6 +57,7 @@ def contradictions(schema: Schema) -> Iterator[str]:
             if column not in schema.source.columns:
                 known = [*schema.source.columns, *schema.outcome_columns, *schema.source.derived]
                 yield f"column {column} is used, but source.columns does not list it{did_you_mean(column, known)}"
+    yield from _unread(schema)
     yield from _units(schema)
     yield from _optional(schema)
     yield from _keys_of_outcomes(schema)
@@ -127,6 +128,21 @@ def _names(schema: Schema) -> Iterator[str]:
     for name in dict.fromkeys([*names, *schema.tables]):
         if name in RESERVED:
             yield f"feature {name} has the name of a column of every dataset: rename it, with column: {name}"
+
+
+def _unread(schema: Schema) -> Iterator[str]:
+    """Columns in `times` and `optional` that nothing reads, such as mistyped ones."""
+    source = schema.source
+    read: dict[str, tuple[Format, set[str]]] = {"source": (source, {*schema.raw_columns, *source.derived})}
+    streams = {name: {o.key, *o.types} for name, o in source.outcomes.items()}
+    streams |= {name: {table.key, *table.types} for name, table in source.tables.items()}
+    for name, columns in streams.items():
+        key = source.format_key(name)
+        read[key] = (source.format_of(name), read.get(key, (source, set()))[1] | columns)
+    for key, (form, columns) in read.items():
+        for setting, named in (("times", form.times), ("optional", form.optional)):
+            for column in named.keys() - columns:
+                yield f"{key}.{setting}: column {column} is not read{did_you_mean(column, columns)}: fix or remove it"
 
 
 def _optional(schema: Schema) -> Iterator[str]:

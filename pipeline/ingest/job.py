@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from features.errors import UserError, join_faults
@@ -22,7 +23,7 @@ from pipeline.dataset.dataset import Dataset, commit, require_file
 from pipeline.dataset.days import folder_of_day
 from pipeline.dataset.manifest import Manifest
 from pipeline.ingest import files as raw_files
-from pipeline.ingest import schedule, totals
+from pipeline.ingest import schedule, totals, workers
 from pipeline.ingest.absent_columns import stream_columns
 from pipeline.ingest.absent_days import absent_days, days_after
 from pipeline.ingest.config import PreprocessConfig
@@ -31,7 +32,6 @@ from pipeline.ingest.messages import ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
-from pipeline.ingest.runners import check_runner, run_pipeline
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
@@ -112,7 +112,10 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
-    check_runner(config.runner)
+    if config.runner != "direct":
+        from pipeline.ingest.runners import check_runner
+
+        check_runner(config.runner)
     raw_format(schema.source)
     for name in schema.source.outcomes:
         raw_format(schema.source.format_of(name), f"source.outcomes.{name}.read")
@@ -284,8 +287,12 @@ def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
 def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:
     """Runs all steps. Raises UserError for the first failure."""
     total = sum(each.unit.file.size for each in work if not each.unit.start)
-    with Progress(job.progress, schedule.steps_of(job), total):
-        run_pipeline(config, job, limits, work)
+    several = config.runner == "direct" and config.workers > 1
+    with workers.started(config.workers, job, work) if several else nullcontext():
+        from pipeline.ingest.runners import run_pipeline
+
+        with Progress(job.progress, schedule.steps_of(job), total):
+            run_pipeline(config, job, limits, work)
     if (job.scratch / "error.json").exists():
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
 

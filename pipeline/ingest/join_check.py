@@ -1,4 +1,4 @@
-"""Whether enough outcomes found their impressions: where none or few do, every label would be a negative."""
+"""Whether outcomes found their impressions, and these their rows in side tables: else all labels and columns are empty."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,8 +6,12 @@ from datetime import datetime, timezone
 
 from features.errors import UserError
 from features.join.outcomes import EXAMPLES
+from features.join.side_tables import KEY
+from features.kinds.canonical import as_ids
+from features.parse import raw
 from features.printable import printable
-from pipeline.ingest.messages import JoinReport, JoinSide, ReadReport
+from pipeline.ingest import shuffle
+from pipeline.ingest.messages import JoinReport, JoinSide, LookUpReport, ReadReport
 from pipeline.ingest.state import IMPRESSIONS, Job
 
 ENOUGH = 1000  # rows of either side, from which on a part of a log in which nothing is joined is no chance
@@ -41,6 +45,32 @@ def check_joined(job: Job, min_joined: float, whole_log: bool, max_bad_fraction:
         if few and not _is_bad(job, name, max_bad_fraction):
             outcomes = _merged(report.outcomes[name] for report in reports)
             raise UserError(_message(name, statuses, rows, impressions, outcomes, min_joined))
+
+
+def check_looked_up(job: Job, min_joined: float, whole_log: bool) -> None:
+    """Raises UserError where no impression has a row in a side table; of a part of a log only with ENOUGH impressions."""
+    for name, table in job.schema.source.tables.items():
+        reports = [report for report in job.found(LookUpReport) if report.table == name]
+        statuses = sum((Counter(report.statuses) for report in reports), Counter[str]())
+        if not min_joined or statuses["matched"] or statuses["unmatched"] < (1 if whole_log else ENOUGH):
+            continue
+        rows = shuffle.read(next(part.path for part in job.typed() if part.rows))
+        asked = as_ids(raw.column(job.schema, rows, table.asks), f"source.tables.{name}.on").dictionary.to_pylist()
+        ours, theirs = (JoinSide(rows=0, keys=keys[:EXAMPLES]) for keys in (asked, _table_keys(job, name)))
+        raise UserError(
+            f"source.tables.{name}: none of {statuses['unmatched']:,} impressions has a row in it. Impressions have in "
+            f"{table.asks} keys such as {_shown(ours)}; the table has in {table.key} {_shown(theirs)}. Keys are compared as "
+            "text: fix key or on; if the log is right, set min_joined=0."
+        )
+
+
+def _table_keys(job: Job, name: str) -> list[str]:
+    """Some keys of a side table."""
+    for path in job.table_rows(name):
+        for bucket in range(1 if name in job.broadcast else job.buckets):
+            if keys := shuffle.read(path, bucket)[KEY].unique().to_pylist():
+                return keys
+    return []
 
 
 def _is_bad(job: Job, stream: str, max_bad_fraction: float) -> bool:

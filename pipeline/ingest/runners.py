@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from features.errors import UserError, one_line
 from pipeline.ingest import schedule, workers
@@ -100,9 +100,7 @@ class StepFn(beam.DoFn):
 
 def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, units: list[ReadWork]) -> None:
     """Runs all steps in one pipeline; a failure is in the job's scratch folder (see schedule.after)."""
-    several = config.runner == "direct" and config.workers > 1
-    processes = workers.started(config.workers, job) if several else nullcontext()
-    with processes, _errors_only(), pipeline_on(config) as pipeline:
+    with _errors_only(), pipeline_on(config) as pipeline:
         work = pipeline | beam.Create(list(enumerate(units)))
         for step in schedule.steps_of(job):
             reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(job, step))

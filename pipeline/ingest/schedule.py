@@ -19,7 +19,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.absent_columns import check_keys
 from pipeline.ingest.bad_rows import too_many_message
 from pipeline.ingest.empty_split import empty_split
-from pipeline.ingest.join_check import check_joined
+from pipeline.ingest.join_check import check_joined, check_looked_up
 from pipeline.ingest.messages import (
     DeadLetters,
     EncodeReport,
@@ -110,6 +110,8 @@ def after(
         write_json(job.scratch / f"{step}.json", to_json(done))
         if step == "join":
             check_joined(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
+        if step == "look_up":
+            check_looked_up(job, limits.min_joined, limits.whole_log)
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
         (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full

@@ -86,6 +86,10 @@ class Job:
         """A new path in the scratch folder: a failed attempt's files are named by no report."""
         return self.scratch / f"{name}-{uuid.uuid4().hex}"
 
+    def table_rows(self, name: str) -> list[str]:
+        """Paths of a side table's rows, in their order; scattered to buckets unless it is broadcast."""
+        return [path for report in self.found(ReadReport) if report.stream == name for path in report.table_rows]
+
     @property
     def keeps_state(self) -> bool:
         """Whether a later job can go on from this one's histories and counters: those of unlabelled rows lack outcomes."""

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -35,11 +35,14 @@ class Workers:
             self.idle.put(process)
         self.threads = ThreadPoolExecutor(count)
         self.job = job
+        self.begun: dict[tuple[str, int], Future[Report | Failure]] = {}
         self.know_job: set[int] = set()
 
     def submit(self, step: str, number: int, work: Work) -> Future[Report | Failure]:
-        """Has the next idle process do a piece of a step's work."""
-        return self.threads.submit(self._do, step, number, work)
+        """Has the next idle process do a piece of a step's work, unless it was submitted before."""
+        if (step, number) not in self.begun:
+            self.begun[step, number] = self.threads.submit(self._do, step, number, work)
+        return self.begun[step, number]
 
     def _do(self, step: str, number: int, work: Work) -> Report | Failure:
         process = self.idle.get()
@@ -85,11 +88,13 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 @contextmanager
-def started(count: int, job: Job) -> Iterator[None]:
-    """Worker processes, which RUNNING has meanwhile."""
+def started(count: int, job: Job, first: Sequence[Work]) -> Iterator[None]:
+    """Worker processes, which RUNNING has meanwhile; they begin with the work of the step `read`, before Beam asks for it."""
     workers = Workers(count, job)
     RUNNING.append(workers)
     try:
+        for number, work in enumerate(first):
+            workers.submit("read", number, work)
         yield
     finally:
         RUNNING.remove(workers)

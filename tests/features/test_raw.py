@@ -64,7 +64,7 @@ BUY = {"a", "c"}
 INTEGER = re.compile(r"[+-]?[0-9]+|0x[0-9a-f]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MOMENTS = {"1970-01-01 02:00": 3600, "1970-01-01Z": 0}  # Berlin was an hour ahead of UTC
-WORDS = {"price": "a number", "qty": "an integer", "time": "a time"}
+WORDS = {"price": "a number", "qty": "an integer", "time": "a time (of other forms than ISO 8601: set source.times)"}
 
 
 def plain_number(column: str, cell: str) -> float | None:

@@ -378,3 +378,10 @@ def test_a_file_is_refused_by_its_name(tmp_path):
         with pytest.raises(UserError, match=name) as caught:
             Schema.load(tmp_path / name)
         assert caught.value.args
+
+
+@pytest.mark.parametrize(("setting", "value"), [("times", "ms"), ("optional", 0)])
+def test_a_unit_or_default_of_a_column_that_nothing_reads_is_refused(setting, value):
+    content = copy.deepcopy(BASE)
+    content["source"][setting] = {"nothing_such": value}
+    assert f"source.{setting}: column nothing_such is not read: fix or remove it" in refusal(content)

@@ -207,7 +207,8 @@ def test_days_at_the_end_are_absent_only_where_they_are_said_to_be_complete(log,
         (log / f"clicks-{name_of(number)}.csv").unlink()
     told = f"{name_of(8)}T00:00Z"
     ordinary = run(log, tmp_path / "ordinary", content_for(window="1h"))
-    assert ordinary.absent_days == {}
+    assert ordinary.absent_days == {"click": [f"{name_of(6)}..{name_of(7)}"]}
+    assert ordinary.undecided["click"].keys() == {"window still open"}
     assert labels_of(tmp_path / "ordinary")[5] == [*HALF[:5], *[None] * 5]  # the last click is that of the fifth
     said = run(log, tmp_path / "said", content_for(window="1h"), as_of=told)
     assert said.absent_days == {"click": [f"{name_of(6)}..{name_of(7)}"]}

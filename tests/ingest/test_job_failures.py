@@ -231,7 +231,7 @@ def test_a_raw_column_with_a_name_that_the_schema_adds_is_refused(small_log, sma
 
 def test_an_order_in_time_needs_a_time(small_log, small_content, tmp_path):
     content = small_content() | {"split": {"by": "hash", "key": "user", "valid": 0.3, "test": 0.3}}
-    del content["event_time"]
+    del content["event_time"], content["source"]["times"]
     assert "order=time: the schema has no event_time" in refused(small_log, tmp_path / "out", content, order="time")
     assert run(small_log, tmp_path / "out", content).read["impressions"] == 900
 

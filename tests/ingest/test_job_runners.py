@@ -53,7 +53,7 @@ def test_the_direct_runner_is_the_one_that_needs_no_network(tmp_path):
 def test_importing_the_job_leaves_logging_as_it_was_and_is_silent():
     code = """
 import logging
-import pipeline.ingest.job, sys
+import pipeline.ingest.job, pipeline.ingest.runners, sys
 root, beam = logging.getLogger(), logging.getLogger("apache_beam")
 print(root.handlers, root.filters, root.manager.disable, beam.level, "apache_beam" in sys.modules)
 """

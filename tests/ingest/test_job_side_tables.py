@@ -18,7 +18,7 @@ import pytest
 from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_runs import content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run, values_of
+from ingest_runs import content_of, dead_letters_of, no_beam, refused, rows_by_id, rows_of, run, values_of
 
 from features.errors import UserError
 from pipeline.dataset.card.card import read_card
@@ -240,7 +240,7 @@ def test_broadcast_and_bucketed_tables_give_what_dictionaries_hold(
             out = folder / f"out-{broadcast_bytes}"
             manifest = run(
                 folder, out, content_for(ending), max_bad_fraction=1, unit_bytes=unit_bytes, bucket_bytes=bucket_bytes,
-                broadcast_bytes=broadcast_bytes,
+                broadcast_bytes=broadcast_bytes, min_joined=0,
             )  # fmt: skip
             assert found_rows(out) == expected
             assert {n: c.model_dump() for n, c in manifest.side_tables.items()} == expected_counts(log)
@@ -329,3 +329,23 @@ def test_movielens_is_three_files(tmp_path: Path) -> None:
     (out / "manifest.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="rows of movie by destination are 1, the manifest says 2"):
         Dataset(out)
+
+
+@pytest.mark.parametrize("broadcast_bytes", [0, 1 << 20])
+def test_a_table_in_which_no_impression_has_a_row_stops_the_job_with_both_sides(tmp_path: Path, broadcast_bytes: int):
+    (tmp_path / "log.csv").write_text("id,item,click\n" + "".join(f"{i},i{i % 3},{i % 2}\n" for i in range(30)))
+    (tmp_path / "items.csv").write_text("item,cost\n" + "".join(f"{i},1.5\n" for i in range(3)))
+    content: dict[str, Any] = {
+        "source": {"files": "log.csv", "tables": {"item": {"files": "items.csv", "key": "item", "columns": {"cost": "float"}}}},
+        "dense": {"item_cost": {}},
+        "tasks": {"click": {"kind": "binary", "label": "click = '1'"}},
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }  # fmt: skip
+    with no_beam():
+        message = refused(tmp_path, tmp_path / "out", content, broadcast_bytes=broadcast_bytes)
+        assert message == (
+            "source.tables.item: none of 30 impressions has a row in it. Impressions have in item keys such as 'i0', 'i1', "
+            "'i2'; the table has in item '0', '1', '2'. Keys are compared as text: fix key or on; "
+            "if the log is right, set min_joined=0."
+        )
+        assert run(tmp_path, tmp_path / "out", content, min_joined=0).side_tables["item"].unmatched_rows == 30

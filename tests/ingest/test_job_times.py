@@ -134,7 +134,10 @@ def test_the_range_and_the_unit_are_named_though_the_first_bad_row_has_another_f
     write(tmp_path / "log.csv", log(["noon", *(1000 * (START + n) for n in range(ROWS)), START * 10**9, -5, START]))
     message = refused(tmp_path, tmp_path / "out", content_for())
     assert "the first: " in message
-    assert "line 2: at: 'noon' is not a time. In 40 rows at is from " in message
+    assert (
+        "line 2: at: 'noon' is not a time (of other forms than ISO 8601: set source.times). In 40 rows at is from "
+        in message
+    )
     assert (
         f"from {START}000 to {START + ROWS - 1}000: milliseconds? set source.times: {{at: ms}}. Fix the log" in message
     )

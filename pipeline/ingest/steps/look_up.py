@@ -18,7 +18,7 @@ from features.parse import raw
 from features.schema.schema import Schema
 from features.source import RawType
 from pipeline.ingest import shuffle
-from pipeline.ingest.messages import LookUpReport, LookUpWork, ReadReport, TypedPart
+from pipeline.ingest.messages import LookUpReport, LookUpWork, TypedPart
 from pipeline.ingest.state import Job
 
 
@@ -124,7 +124,7 @@ def _report(work: LookUpWork, path: str, index: SideTableIndex, found: side_tabl
 
 
 def _index(job: Job, name: str, bucket: int, mapped: bool = False) -> SideTableIndex:
-    paths = [path for report in job.found(ReadReport) if report.stream == name for path in report.table_rows]
+    paths = job.table_rows(name)
     rows = side_tables.same_types([shuffle.read(path, bucket, mapped) for path in paths], separators(job, name))
     return SideTableIndex(rows, job.snapshots.get(name))
 
