@@ -92,9 +92,10 @@ def pages(content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
             header, body = Thrift(content, place, end).struct()
             counts = [header[kind][VALUES] for kind in (DATA, DATA_2) if kind in header]
             page = Page(header[PACKED], header[UNPACKED], sum(counts), DICTIONARY in header, body - place)
+            least = min(page.packed, page.unpacked, *counts, 0)  # a damaged field may be a struct, which has no order
         except (IndexError, KeyError, TypeError):
             raise ValueError(f"no page header at byte {place}") from None
-        if min(page.packed, page.unpacked, *counts, 0) < 0:
+        if least < 0:
             raise ValueError(f"no page header at byte {place}")
         if page.is_dictionary and place != start:
             raise ValueError(f"a dictionary after other pages, at byte {place}")

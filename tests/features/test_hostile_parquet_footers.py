@@ -14,7 +14,7 @@ from parquet_forgery import lied
 from features import parquet_limits
 from features.errors import UserError
 from features.parquet_limits import check_footer
-from features.parquet_pages import check_pages
+from features.parquet_pages import check_pages, pages
 
 
 def written(path: Path, table: pa.Table, **options) -> pq.FileMetaData:
@@ -107,3 +107,13 @@ def test_a_damaged_footer_does_not_end_the_process(tmp_path: Path) -> None:
         except (UserError, OSError, pa.ArrowException):
             refused += 1
     assert refused > 50
+
+
+def test_a_page_header_whose_size_is_a_struct_is_no_page_header() -> None:
+    class Chunk:
+        dictionary_page_offset, data_page_offset, total_compressed_size, num_values = None, 4, 60, 3
+
+    # Thrift: i32 1 = 0, struct 2 (the unpacked size) = {}, i32 3 = 2, struct 5 (of a data page) = {i32 1 = 3}.
+    header = bytes([0x15, 0x00, 0x1C, 0x00, 0x15, 0x04, 0x2C, 0x15, 0x06, 0x00, 0x00])
+    with pytest.raises(ValueError, match="no page header at byte 4"):
+        list(pages(b"PAR1" + header + bytes(60), Chunk()))  # type: ignore[arg-type]
