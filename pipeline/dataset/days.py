@@ -80,7 +80,7 @@ def chosen_days(folder: Path, days: str, missing_days: MissingDays) -> list[str]
     found = [day for day in wanted if day in there]
     missing = [day for day in wanted if day not in there]
     if not found:
-        raise UserError(f"days={days}: {folder} has no dataset of these days. {_held(folder)}")
+        raise UserError(f"days={days}: {folder} has no dataset of these days. {_available(folder)}")
     if missing and missing_days == "refuse":
         first = missing[0]
         raise UserError(
@@ -118,7 +118,7 @@ def parse_days(days: str) -> list[date]:
     return found
 
 
-def _held(folder: Path) -> str:
+def _available(folder: Path) -> str:
     ranges = day_ranges(folder)
     return f"It has those of {', '.join(ranges)}." if ranges else "Run jobs.preprocess with date= first."
 

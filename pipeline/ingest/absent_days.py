@@ -53,9 +53,8 @@ def absent_days(schema: Schema, streams: Mapping[str, Sequence[RawFile]], as_of:
         named = max(needed, *impressions) if impressions else needed
         days[name] = _gaps(present, min(impressions or present), min(named, LAST_DAY))
         ends[name] = midnight(min(last, LAST_DAY) + 1, zone)
-        if outcome.open_window != "keep":  # of the days after the last file the windows are open
-            gaps = [gap for gap in days[name] if gap[0] <= needed]
-            undecided[name] = _merged(_times(gap, last, outcome, zone) for gap in gaps)
+        if outcome.open_window != "keep":
+            undecided[name] = _merged(_times(gap, last, outcome, zone) for gap in days[name])
     return AbsentDays(
         {stream: [_shown(gap) for gap in gaps] for stream, gaps in days.items() if gaps},
         {name: ranges for name, ranges in undecided.items() if ranges},
