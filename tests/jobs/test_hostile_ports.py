@@ -126,13 +126,13 @@ sys.exit(attempt == 0)
 
 
 def attack(port: int, payload: bytes) -> None:
-    """Sets every key of the store to a pickle: as it is, or as the c10d rendezvous has it, in base64."""
+    """Sets every key of the store to a pickle; the state of a c10d rendezvous to one in base64, as agents read it."""
     with suppress(dist.DistError, RuntimeError):  # the store is gone
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=2))
-        for value in (payload, base64.b64encode(payload)):
-            for key in store.list_keys():
-                store.set(key, value)
-            time.sleep(0.3)
+        for key in store.list_keys():
+            is_state = key.startswith("torch.rendezvous.") and "/" not in key
+            store.set(key, base64.b64encode(payload) if is_state else payload)
+        time.sleep(0.3)
 
 
 def attacked(tmp_path: Path, *launcher: str) -> bool:
