@@ -1,5 +1,6 @@
 """Runs over some of the tasks, runs that start from another's weights, and checkpoints at shares of a run."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_a_run_starts_from_anothers_weights_and_not_from_its_optimisers(data: Pa
     assert losses(second)[0] < losses(first)[0]
     steps = [value for name, value in start.items() if name.startswith("dense.") and name.endswith(".step")]
     assert {float(value) for value in steps} == {1.0}
+
+
+def test_a_start_from_another_run_prints_no_warning_of_a_library(data: Path, folder: Path) -> None:
+    first = run(data, folder / "heard", max_steps=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(data, folder / "unheard", max_steps=1, init_from=first)
+    assert [str(warning.message) for warning in caught] == []
 
 
 def test_weights_go_over_to_rows_of_other_labels_where_the_encoders_are_the_same(data: Path, folder: Path) -> None:

@@ -65,6 +65,7 @@ def quiet_libraries() -> None:
     for name in ("torchrec.distributed.utils", "torchrec.distributed.model_parallel", "torchrec.distributed.planner"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecating ShardedTensor")  # at its callers
     # The kernel of replicated tables on a CPU differentiates itself, and rightly so.
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel")
 
