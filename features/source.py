@@ -257,7 +257,7 @@ class Counter(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Counter":
         if self.take == "count" and self.of is not None:
-            raise ValueError("take: count counts rows: say which ones with when in place of of")
+            raise ValueError("take: count counts rows: choose them with when in place of of")
         if self.take != "count" and self.of is None:
             raise ValueError(f"take: {self.take} needs of, the expression of a number")
         if self.window and self.decay:

@@ -1,4 +1,4 @@
-"""When it is known what an expression over outcomes says of a row."""
+"""When the value of an expression over outcomes becomes known."""
 
 # Shapes: B rows of a block.
 

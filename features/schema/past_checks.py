@@ -1,4 +1,4 @@
-"""Checks of histories and counters: what they read is known before they are made, and says nothing of the row itself."""
+"""Checks of histories and counters: what they read is known before they are made, and reveals nothing of the row itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def contradictions_of_the_past(schema: Schema) -> Iterator[str]:
 
 
 def _untimed(schema: Schema, text: str, reader: str, key: str, absence: bool = False) -> Iterator[str]:
-    """Outcomes that an expression reads without a time at which what it says of them is known.
+    """Outcomes that an expression reads without a time at which their value is known.
 
     Args:
         reader, key: how messages name what reads the outcome, and the expression.

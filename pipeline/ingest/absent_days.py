@@ -2,7 +2,7 @@
 
 An outcome may be in an absent file. So an impression at time t is undecided where its window [t, t + window] touches an
 absent day [midnight, next midnight) in the time zone of the outcome's stream. Days after the stream's last file are the
-ordinary end of a log (see schedule.complete_until), but for those before `as_of`, by which they are said to be complete.
+ordinary end of a log (see schedule.complete_until), but for those before `as_of`, by which they are declared complete.
 
 An outcome without a window may happen at any time: a day that is absent before the stream's last file leaves all impressions
 up to its end undecided, and days after the last file those from their beginning on.
@@ -36,7 +36,7 @@ def absent_days(schema: Schema, streams: Mapping[str, Sequence[RawFile]], as_of:
 
     Args:
         streams: the files of each stream.
-        as_of: until when outcomes are said to be complete.
+        as_of: until when outcomes are declared complete.
     """
     impressions = days_of(streams[IMPRESSIONS], schema.source.files)
     days = {IMPRESSIONS: _gaps(impressions, min(impressions), max(impressions)) if impressions else []}

@@ -33,7 +33,7 @@ def accepted(content: dict[str, Any]) -> Schema:
     ("changes", "said"),
     [
         ({"take": "median"}, "source.counters.seen.take: Input should be 'count', 'sum' or 'mean'"),
-        ({"take": "count"}, "take: count counts rows: say which ones with when in place of of"),
+        ({"take": "count"}, "take: count counts rows: choose them with when in place of of"),
         ({"of": None}, "take: mean needs of, the expression of a number"),
         ({"decay": "1d"}, "give one of window and decay"),
         ({"take": "sum"}, "smoothing is of take: mean; a sum of few rows"),

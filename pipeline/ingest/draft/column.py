@@ -156,7 +156,7 @@ def _separator(texts: pl.Series) -> str | None:
 
 
 def _is_vector(lists: pl.Series) -> bool:
-    """Whether every row has as many numbers, several and not all whole: an embedding, say."""
+    """Whether every row has as many numbers, several and not all whole: an embedding, for example."""
     lengths = lists.drop_nulls().list.len()
     if lengths.is_empty() or lengths.min() != lengths.max() or lengths.min() < 2:  # type: ignore[operator]
         return False

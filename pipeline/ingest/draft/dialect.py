@@ -37,7 +37,7 @@ class Dialect:
 
     Attributes:
         options: keys of `source` that differ from their defaults.
-        why: what each of them was told from.
+        why: the evidence for each of them.
     """
 
     options: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The draft: streams are found and sampled, their roles told, and the schema written with a reason beside each guess."""
+"""The draft: streams are found and sampled, given roles, and the schema written with a reason beside each guess."""
 
 import re
 from collections.abc import Sequence

@@ -145,7 +145,7 @@ def _of_pair(column: Column, pair: tuple[str, str]) -> Label:
 
 
 def _of_column(column: Column) -> Label:
-    """A column that is named as the label. Raises UserError where it has texts: which one is meant has to be said."""
+    """A column that is named as the label. Raises UserError where it has texts: the user must name the value that is meant."""
     if pair := _pair(column):
         return _of_pair(column, pair)
     if column.kind in ("int", "float") and column.distinct > 1:

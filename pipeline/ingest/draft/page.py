@@ -180,7 +180,7 @@ def _duration(seconds: int) -> str:
 
 
 def _tables(page: Document, roles: Roles) -> None:
-    """Side tables, as comments: whether what they hold was known at the impression is for a person to say."""
+    """Side tables, as comments: whether what they hold was known at the impression is for a person to decide."""
     page.remark(
         2, "rows of users, items and the like, by a key that the impressions refer to; features could read NAME_COLUMN:"
     )

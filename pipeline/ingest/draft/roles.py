@@ -100,7 +100,7 @@ class Roles:
         outcomes: by name.
         tables: streams of one row a value of an impressions' column, with both columns: side tables.
         others: pattern and reason of streams that are not used.
-        why: what the impressions were told from.
+        why: the evidence for the choice of impressions.
     """
 
     impressions: Stream
@@ -119,7 +119,7 @@ def stream_of(sample: Sample) -> Stream:
 
 
 def roles_of(streams: Sequence[Stream], impressions: str | None, key: str | None, event_time: str | None) -> Roles:
-    """Tells what streams are, from shared keys, numbers of rows and times.
+    """Assigns roles to streams by shared keys, numbers of rows and times.
 
     Args:
         impressions, key, event_time: a pattern and columns that are given; None: to be found.
