@@ -7,7 +7,7 @@ from typing import Any
 
 from features.printable import printable
 from features.schema.schema import SPLITS
-from pipeline.dataset.card.tables import percent
+from pipeline.dataset.card.tables import most_frequent, percent
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.past_state import state_lines
 
@@ -76,7 +76,7 @@ def _bad_of(manifest: Manifest, stream: str) -> int:
 
 def _bad_rows(manifest: Manifest) -> Iterator[str]:
     """The most frequent reasons, each with an example."""
-    reasons = sorted(manifest.dead_letters.items(), key=lambda item: (-item[1], item[0]))
+    reasons = most_frequent(manifest.dead_letters)
     for reason, rows in reasons[:MOST]:
         line = f"bad    {rows:>10,} rows   {_cut(reason)}"
         if example := manifest.dead_letter_examples.get(reason):

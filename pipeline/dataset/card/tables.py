@@ -1,6 +1,6 @@
 """A dataset's manifest and card as short tables, for a terminal and for a page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ def percent(share: float | None) -> str:
     return f"{share * 100:.2f}%" if 0 < share < 0.1 or 0.99 < share < 1 else f"{share * 100:.1f}%"
 
 
+def most_frequent(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Items in order of their counts, the largest first; of equal counts by name."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
 def number(value: float | None) -> str:
     """A number in few characters."""
     return NOTHING if value is None else f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
@@ -72,7 +77,7 @@ def _rows(manifest: Manifest) -> Table:
 
 
 def _bad_rows(manifest: Manifest) -> Table:
-    reasons = sorted(manifest.dead_letters.items(), key=lambda item: (-item[1], item[0]))
+    reasons = most_frequent(manifest.dead_letters)
     if not manifest.dead_letter_examples:
         return Table("Dead letters", ["reason", "rows"], [[reason, f"{count:,}"] for reason, count in reasons])
     places = {k: f"{Path(e.file).name}, line {e.line}" for k, e in manifest.dead_letter_examples.items()}
@@ -117,15 +122,17 @@ def _absent_columns(manifest: Manifest) -> Table:
 
 
 def _types(manifest: Manifest) -> Table:
-    """The columns that have more than one type."""
+    """The types of each column of Parquet and Avro files; with rows, where files differ."""
     lines = [
-        [column, stream, kind, f"{count:,}"]
+        [
+            column,
+            stream,
+            ", ".join(f"{kind}: {count:,}" if len(rows) > 1 else kind for kind, count in most_frequent(rows)),
+        ]
         for stream, columns in manifest.types.items()
         for column, rows in columns.items()
-        if len(rows) > 1
-        for kind, count in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
     ]
-    return Table("Types met in the raw files, of columns with several", ["column", "stream", "type", "rows"], lines)
+    return Table("Column types in the raw files", ["column", "stream", "types (rows)"], lines)
 
 
 def _undecided(manifest: Manifest) -> Table:
@@ -197,7 +204,7 @@ def _markers(card: dict[str, Any]) -> Table:
     lines = [
         [name, repr(value), f"{count:,}"]
         for name, found in card["ids"].items()
-        for value, count in sorted(found.get("markers", {}).items(), key=lambda item: (-item[1], item[0]))
+        for value, count in most_frequent(found.get("markers", {}))
     ]
     title = "Ids that look like missing values (train): list them in source.missing if they are"
     return Table(title, ["id", "value", "times"], lines)
