@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ingest_runs import content_of, no_beam, refused, rows_by_id, run
+from ingest_runs import content_of, refused, rows_by_id, run
 
 from features.source import Format
 from pipeline.dataset.card.tables import tables
@@ -18,15 +18,10 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.manifest import Manifest, merge_manifests
 from pipeline.ingest.absent_columns import Completion
 
+pytestmark = pytest.mark.usefixtures("steps_alone")
 START = 1_800_000_000
 PER_FILE = 20
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

@@ -1,6 +1,5 @@
 """Days without files: what needs them is undecided, as a loop over rows and days finds it; what does not need them is not."""
 
-from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,7 @@ import pytest
 from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_runs import no_beam, rows_by_id, run, values_of
+from ingest_runs import rows_by_id, run, values_of
 
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
@@ -19,16 +18,10 @@ from pipeline.dataset.verify import verify
 from pipeline.ingest.absent_days import absent_days, day_of
 from pipeline.ingest.files import RawFile
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 FIRST, DAYS = date(2026, 3, 27), 6  # the clocks of Berlin change on the 29th
 HOUR, DAY = 3600, 86_400
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def name_of(number: int) -> str:

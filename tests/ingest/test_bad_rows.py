@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ingest_runs import no_beam, refused, run
+from ingest_runs import refused, run
 
 from pipeline.ingest import bad_rows
 from pipeline.ingest import job as ingest_job
@@ -20,7 +19,7 @@ from pipeline.ingest.formats import text
 from pipeline.ingest.formats.lines import LineRows
 from pipeline.ingest.formats.text_blocks import Parsed
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 GOOD, BAD = "{},1,2\n", "{},x,2\n"
 CONTENT: dict[str, Any] = {
@@ -29,12 +28,6 @@ CONTENT: dict[str, Any] = {
     "tasks": {"y": {"kind": "binary", "label": "y = '2'"}},
     "split": {"by": "hash", "key": "id", "valid": 0, "test": 0},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """What stray quotes cost a dataset: their lines, all of them counted, and no row beside them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from csv_by_hand import by_hand
-from ingest_runs import dead_letters_of, no_beam, refused, rows_by_id, run, values_of
+from ingest_runs import dead_letters_of, refused, rows_by_id, run, values_of
 from test_blocks import blocks_of
 
 from features.errors import UserError
@@ -16,15 +15,9 @@ from pipeline.dataset.manifest import merge_manifests
 from pipeline.dataset.verify import verify
 from pipeline.ingest.formats.csv_quotes import Quotes
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 ROWS = 20_000
 MESSAGE = "a quote is not closed within max_row_lines=1000 lines: set quote: null where quotes are plain characters"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def content_for(**source: Any) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from ingest_runs import no_beam, refused, run
+from ingest_runs import refused, run
 
 from features.errors import UserError
 from features.printable import has_controls, printable
@@ -16,7 +15,7 @@ from jobs.entry import user_errors
 from jobs.inspect import main
 from pipeline.dataset.dataset import Dataset
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 VALUES = ["\x1b]0;owned\x07", "\x9b31m", "\u202etxt", "a\x7f", "<script>", "$x_{$", "é漢字🙂", "عربى"]
 CONTENT: dict[str, Any] = {
@@ -27,12 +26,6 @@ CONTENT: dict[str, Any] = {
     "split": {"by": "row_index", "modulo": 5, "train": [0, 1, 2], "valid": [3], "test": [4]},
 }
 BAD = ['1,"a",\x1b]0;owned\x07bad,1', '2,"b",1,\x1b]0;x\x07', "3,\u202e", '4,"c",1,7']
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def write_log(folder: Path, name: bytes, header: str = "id,city,x,y", bad: list[str] = BAD) -> Path:

@@ -15,19 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ingest_runs import ROOT, SPLITS, content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run, values_of
+from ingest_runs import ROOT, SPLITS, content_of, dead_letters_of, rows_by_id, rows_of, run, values_of
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 from pipeline.ingest.formats import text
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 
 def raw_rows(folder: Path) -> Iterator[dict[str, str]]:

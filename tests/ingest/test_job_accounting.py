@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,13 +14,13 @@ import pytest
 from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_runs import dead_letters_of, no_beam, rows_by_id, run
+from ingest_runs import dead_letters_of, rows_by_id, run
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 from pipeline.ingest.formats import text
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 # Every line names itself with a tag, which is also its row id: it can be found again wherever it went.
 COLUMNS = ["tag", "id", "k", "at", "x", "y", "c"]
@@ -199,12 +199,6 @@ def content_for(form: str) -> dict:
         "event_time": "at",
         "split": {"by": "time", "valid_from": "1970-01-01T00:01:00", "test_from": "1970-01-01T00:01:40"},
     }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def tags(lines: list[Line], fate: str) -> list[int]:

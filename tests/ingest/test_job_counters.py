@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_runs import content_of, no_beam, refused, rows_by_id
+from ingest_runs import content_of, refused, rows_by_id
 from ingest_runs import run as run_job
 from test_job_joins import (
     BASE,
@@ -34,7 +34,7 @@ from test_job_joins import (
 from pipeline.ingest import job as ingest_job
 from pipeline.ingest.formats import text
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 Labels = dict[str, dict[str, float | None]]  # of a row, by outcome and what of it
 RUN_STEPS = ingest_job.run_steps  # with Beam
@@ -104,12 +104,6 @@ CASES = {
         bought_unclicked, ("click", "buy"),
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def allowed(case: Case, outcomes: dict[str, Rules]) -> bool:

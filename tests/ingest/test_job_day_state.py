@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,16 +26,10 @@ from pipeline.release import nightly
 from pipeline.release.nightly import NightlyConfig
 from pipeline.storage.files import make_folder, sha256
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 FIRST = date(2026, 3, 1)
 DAY, WINDOW, LENGTH = 86_400, 30 * 3600, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 class Row(NamedTuple):

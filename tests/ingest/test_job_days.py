@@ -2,26 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ingest_runs import content_of, no_beam, refused, rows_by_id, run, values_of
+from ingest_runs import content_of, refused, rows_by_id, run, values_of
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 FIRST = date(2026, 3, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def day_content(**click: Any) -> dict[str, Any]:

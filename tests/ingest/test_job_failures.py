@@ -4,12 +4,11 @@ import gzip
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ingest_runs import ENVIRONMENT, SPLITS, no_beam, refused, run, write_conf
+from ingest_runs import ENVIRONMENT, SPLITS, refused, run, write_conf
 from pydantic import ValidationError
 
 from features.errors import UserError
@@ -19,13 +18,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import FORMATS, text
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 
 # Logs that cannot be read

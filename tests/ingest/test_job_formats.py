@@ -4,7 +4,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -14,21 +14,15 @@ import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ingest_runs import content_of, dead_letters_of, no_beam, rows_by_id, rows_of, run
+from ingest_runs import content_of, dead_letters_of, rows_by_id, rows_of, run
 
 from pipeline.ingest.formats import FORMATS as REGISTERED
 from pipeline.ingest.formats import text
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 COLUMNS = ["id", "at", "price", "city", "tags", "click"]
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def row(number: int) -> Row:

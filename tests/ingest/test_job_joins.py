@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -14,12 +13,12 @@ import pytest
 from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_runs import no_beam, rows_by_id, run, values_of
+from ingest_runs import rows_by_id, run, values_of
 
 from features.errors import UserError
 from pipeline.ingest.formats import text
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 BASE = 1_719_800_000  # July 2024
 ZONE = "Europe/Berlin"  # two hours ahead of UTC then
@@ -54,12 +53,6 @@ class Rules:
     duplicates: str
     late: str
     open_window: str
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 # Drawn logs. Few keys, users and seconds, so that all that can coincide does.

@@ -3,25 +3,18 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ingest_runs import content_of, no_beam, refused, rows_by_id, rows_of, run, values_of
+from ingest_runs import content_of, refused, rows_by_id, rows_of, run, values_of
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 from pipeline.ingest import job
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 
 SIZES = {"order": "input", "rows_per_row_group": 32, "rows_per_shard": 100}  # those of `small_dataset`

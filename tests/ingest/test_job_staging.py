@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ingest_runs import content_of, no_beam, run
+from ingest_runs import content_of, run
 
 from features.errors import UserError
 from pipeline.ingest import job as ingest_job
@@ -20,7 +20,7 @@ from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps import run_step
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 SIZES = {
     "rows_per_shard": 100,
@@ -28,12 +28,6 @@ SIZES = {
     "bucket_bytes": 20_000,
     "min_joined": 0,
 }  # clicks have times of their own
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 @pytest.fixture

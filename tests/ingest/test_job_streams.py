@@ -3,7 +3,7 @@
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,11 @@ import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ingest_runs import content_of, no_beam, refused, rows_by_id, rows_of, run
+from ingest_runs import content_of, refused, rows_by_id, rows_of, run
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 COUNT = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def impression(number: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,12 @@ import fastavro
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ingest_runs import dead_letters_of, no_beam, refused, rows_by_id, run
+from ingest_runs import dead_letters_of, refused, rows_by_id, run
 
+pytestmark = pytest.mark.usefixtures("steps_alone")
 START = int(datetime(2026, 11, 7, tzinfo=timezone.utc).timestamp())
 ROWS = 40
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def content_for(**source: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,22 +15,16 @@ import pytest
 from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ingest_runs import dead_letters_of, no_beam, refused, rows_by_id, run, values_of
+from ingest_runs import dead_letters_of, refused, rows_by_id, run, values_of
 
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 Cells = list[int | None]
 BASE = 1_719_800_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def text(value: int | None, ending: str = "") -> str:

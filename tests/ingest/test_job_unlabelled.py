@@ -3,25 +3,20 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-from ingest_runs import content_of, no_beam, refused, rows_by_id, run
+from ingest_runs import content_of, refused, rows_by_id, run
 from pydantic import ValidationError
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.ingest.config import PreprocessConfig
 
+pytestmark = pytest.mark.usefixtures("steps_alone")
 OTHERS = ("qty",)  # read by a label and by the weight alone
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 @pytest.fixture

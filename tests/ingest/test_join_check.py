@@ -1,24 +1,17 @@
 """Outcomes that find no impressions stop the job, with what the two sides look like."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ingest_runs import no_beam, refused, rows_by_id, run
+from ingest_runs import refused, rows_by_id, run
 
 from pipeline.ingest import join_check
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 START = 1_772_323_200  # 2026-03-01
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def content_for(**click: Any) -> dict[str, Any]:

@@ -1,28 +1,21 @@
 """A job that starts from the events which an earlier one kept gives the rows that one job over both logs gives."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-from ingest_runs import no_beam, rows_by_id, run, values_of
+from ingest_runs import rows_by_id, run, values_of
 from test_job_counters import CASES, CLOSED, content_for
 from test_job_joins import BASE, Event, Impression, write_log, written
 
 from pipeline.dataset.entries import State
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 
 DAY = 100  # seconds
 COUNTERS = [name for name, case in CASES.items() if "smoothing" not in case.content]
 BAGS = {"seen": None, "chosen": "click", "ignored": "NOT click"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_alone() -> Iterator[None]:
-    with no_beam():
-        yield
 
 
 def content() -> dict[str, Any]:
