@@ -18,6 +18,11 @@ class Preempted(Exception):  # noqa: N818
     """A job was asked to end and has saved its work: the same command resumes. Jobs exit with code 75 (EX_TEMPFAIL)."""
 
 
+def fault_text(message: str) -> str:
+    """The message of a validation error of pydantic, without its word for a ValueError of ours."""
+    return message.removeprefix("Value error, ")
+
+
 def join_faults(faults: Sequence[str], most: int = 20) -> str:
     """The first faults, in one line, and how many more there are."""
     more = f"; and {len(faults) - most:,} more" if len(faults) > most else ""

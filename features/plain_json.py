@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from features.errors import UserError, one_line
+from features.errors import UserError, fault_text, one_line
 from features.printable import printable
 from features.regular_files import read_regular
 
@@ -60,7 +60,7 @@ def first_fault(error: BaseException) -> str:
         return one_line(error)
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
-    text = first["msg"].removeprefix("Value error, ")
+    text = fault_text(first["msg"])
     return printable(f"{place[:200]}: {text[:300]}" if place else text[:300])
 
 

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from features.errors import Preempted, UserError, did_you_mean, join_faults, one_line
+from features.errors import Preempted, UserError, did_you_mean, fault_text, join_faults, one_line
 from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
@@ -151,7 +151,7 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
 
 def message_of(error: Any, model: type[BaseModel]) -> str:
     """What one validation error says; of a key at the top that the job does not have also the nearest one that it has."""
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = fault_text(error["msg"])
     known = [str(field.alias or name) for name, field in model.model_fields.items()]
     mistyped = error["type"] == "extra_forbidden" and len(error["loc"]) == 1
     return message + (did_you_mean(str(error["loc"][0]), known) if mistyped else "")

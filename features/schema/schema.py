@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from features.errors import UserError, did_you_mean, join_faults
+from features.errors import UserError, did_you_mean, fault_text, join_faults
 from features.kinds import KINDS, Bag, Categorical, Dense, Feature
 from features.kinds.base import Layout, Raw
 from features.kinds.tables import Table
@@ -299,7 +299,7 @@ def _message(where: str, error: Any) -> str:
     ]
     key = ".".join(loc) or "the whole file"
     if error["type"] != "extra_forbidden":
-        return f"{where}: {key}: {error['msg']}"
+        return f"{where}: {key}: {fault_text(error['msg'])}"
     allowed = _allowed(loc[:-1])
     return f"{where}: {key}: unknown key{did_you_mean(loc[-1], allowed)}, allowed are {', '.join(allowed)}"
 

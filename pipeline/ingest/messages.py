@@ -219,20 +219,15 @@ class LookUpReport(Report):
 
 @dataclass(frozen=True)
 class PartWork:
-    """A typed part and its index among those of the impressions."""
+    """A typed part, to label or to scatter as events of histories and counters.
+
+    Attributes:
+        index: among the parts of the impressions.
+        as_of: seconds since 1970 until when each outcome with a window is complete.
+    """
 
     index: int
     part: TypedPart
-
-
-@dataclass(frozen=True)
-class ScatterPastWork(PartWork):
-    """A part whose rows are events of histories and counters.
-
-    Attributes:
-        as_of: see LabelWork.
-    """
-
     as_of: dict[str, int]
 
 
@@ -299,17 +294,6 @@ class WriteStateReport(Report):
 
     step: ClassVar[str] = "write_state"
     file: StateFile
-
-
-@dataclass(frozen=True)
-class LabelWork(PartWork):
-    """A part that can be labelled.
-
-    Attributes:
-        as_of: seconds since 1970 until when each outcome with a window is complete.
-    """
-
-    as_of: dict[str, int]
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,14 @@ from pipeline.ingest.messages import (
     JoinReport,
     JoinWork,
     LabelReport,
-    LabelWork,
     LookUpWork,
     MergeReport,
     MergeWork,
+    PartWork,
     Piece,
     ReadReport,
     Report,
     ScatterPastReport,
-    ScatterPastWork,
     Work,
     WriteStateWork,
     WriteWork,
@@ -171,9 +170,9 @@ def _look_up(job: Job, _: Limits) -> Iterator[LookUpWork]:
         yield from (LookUpWork(name, index) for index in range(pieces))
 
 
-def _scatter_past(job: Job, limits: Limits) -> Iterator[ScatterPastWork]:
+def _typed_parts(job: Job, limits: Limits) -> Iterator[PartWork]:
     until = complete_until(job, limits)
-    yield from (ScatterPastWork(index, part, until) for index, part in enumerate(job.typed()))
+    yield from (PartWork(index, part, until) for index, part in enumerate(job.typed()))
 
 
 def _gather_past(job: Job, limits: Limits) -> Iterator[GatherPastWork]:
@@ -203,11 +202,6 @@ def counter_means(job: Job, limits: Limits) -> dict[str, float]:
 
 def _write_state(job: Job, _: Limits) -> Iterator[WriteStateWork]:
     yield from map(WriteStateWork, job.schema.past)
-
-
-def _label(job: Job, limits: Limits) -> Iterator[LabelWork]:
-    until = complete_until(job, limits)
-    yield from (LabelWork(index, part, until) for index, part in enumerate(job.typed()))
 
 
 def _merge(job: Job, limits: Limits) -> Iterator[MergeWork]:
@@ -349,7 +343,7 @@ def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[Split, int], list[lis
 
 
 PLANS: dict[str, Callable[[Job, Limits], Iterator[Work]]] = {
-    "join": _join, "look_up": _look_up, "scatter_past": _scatter_past, "gather_past": _gather_past,
-    "write_state": _write_state, "label": _label,
+    "join": _join, "look_up": _look_up, "scatter_past": _typed_parts, "gather_past": _gather_past,
+    "write_state": _write_state, "label": _typed_parts,
     "merge": _merge, "encode": _encode, "write": _write,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from features.parse import raw
 from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Split
 from pipeline.ingest import shuffle
-from pipeline.ingest.messages import LabelledPart, LabelReport, LabelWork
+from pipeline.ingest.messages import LabelledPart, LabelReport, PartWork
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.join import joined
@@ -24,7 +24,7 @@ from pipeline.ingest.steps.undecided import undecided
 RANKS = 65  # of a part's rows in time, whose event times it reports
 
 
-def label(job: Job, work: LabelWork) -> LabelReport:
+def label(job: Job, work: PartWork) -> LabelReport:
     """Labels a typed part."""
     part, rows = work.part, part_rows(job, work.index, work.part)
     added = joined(job, work.index, part.rows)
@@ -50,7 +50,7 @@ def label_rows(
         unit, row_id: see TypedPart.
         added: columns that outcomes and counters add.
         lists: of histories.
-        as_of: see LabelWork.
+        as_of: see PartWork.
     """
     open_ = undecided(job, unit, rows, as_of or {})
     parsed = raw.parse(job.schema, rows, row_id, added, open_.open_windows, lists, open_.absent)

@@ -15,7 +15,7 @@ from features.parse import compute, raw
 from features.schema.schema import Schema
 from features.source import Counter, History
 from pipeline.ingest import shuffle
-from pipeline.ingest.messages import GatherPastReport, GatherPastWork, ScatterPastReport, ScatterPastWork
+from pipeline.ingest.messages import GatherPastReport, GatherPastWork, PartWork, ScatterPastReport
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.join import joined, scatter
 from pipeline.ingest.steps.look_up import part_rows
@@ -25,7 +25,7 @@ from pipeline.ingest.steps.undecided import undecided
 NEVER = np.iinfo(np.int64).min  # before all events, where an impression has no time
 
 
-def scatter_past(job: Job, work: ScatterPastWork) -> ScatterPastReport:
+def scatter_past(job: Job, work: PartWork) -> ScatterPastReport:
     """Scatters a part's keys and events to the buckets of their keys, for each history and counter."""
     rows, schema = part_rows(job, work.index, work.part), job.schema
     outcomes = joined(job, work.index, work.part.rows)
