@@ -160,7 +160,7 @@ def test_a_tsv_without_a_header_line_needs_its_label_named(tmp_path: Path) -> No
     rows = log(1200)
     write_csv(tmp_path / "raw" / "log.tsv", rows, header=False, delimiter="\t")
     said = refused(tmp_path, tmp_path / "raw")
-    assert "no label can be seen" in said
+    assert "no label was found" in said
     assert "c9 is '0' in " in said
     assert "label=c9" in said
     schema, _ = drafted(tmp_path, tmp_path / "raw", label="c9")
@@ -267,7 +267,7 @@ def test_columns_that_give_the_label_away_are_left_out(tmp_path: Path) -> None:
     ("given", "says"),
     [
         ({"label": "clik"}, "(did you mean click?)"),
-        ({"label": "click = 2"}, "it is 0 for all 300 rows looked at. click is '0' in"),
+        ({"label": "click = 2"}, "it is 0 for all 300 sampled rows. click is '0' in"),
         ({"label": "tags"}, "tags"),
         ({"label": "user"}, "Type which value counts as 1: "),
         ({"label": "click ="}, "not a SQL expression"),

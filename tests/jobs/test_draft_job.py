@@ -13,7 +13,7 @@ def write_log(folder: Path) -> None:
 def test_the_command_that_is_printed_runs_on_what_was_written(tmp_path: Path, call) -> None:
     write_log(tmp_path / "raw logs")
     start = ["draft", f"input={tmp_path / 'raw logs'}", "out=my conf/data/mine.yaml"]
-    assert_one_line(call(*start), "no label can be seen", "\"label=c4 = '50000+.'\"")
+    assert_one_line(call(*start), "no label was found", "\"label=c4 = '50000+.'\"")
     assert not (tmp_path / "my conf").exists()
     said = call(*start, "label=c4 = '50000+.'")
     assert "label        c4: c4 = '50000+.' (binary)" in said

@@ -202,7 +202,7 @@ def _ids(card: dict[str, Any]) -> Table:
 
 def _markers(card: dict[str, Any]) -> Table:
     lines = [
-        [name, repr(value), f"{count:,}"]
+        [name, f"'{value}'", f"{count:,}"]
         for name, found in card["ids"].items()
         for value, count in most_frequent(found.get("markers", {}))
     ]

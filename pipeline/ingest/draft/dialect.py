@@ -14,7 +14,7 @@ from pipeline.ingest.formats.text import head_of
 
 HEAD_BYTES = 1 << 20
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars", "\x01": "\\x01"}
-LINES = 1_000  # that are looked at
+LINES = 1_000  # of a sample
 # Beginnings of files that are no logs as they are, with what to do.
 OTHERS = {
     b"\x1f\x8b": "is gzip under another name: let it end in .gz",

@@ -45,7 +45,7 @@ def draft(config: DraftConfig) -> Drafted:
     """Samples the files below `input` and writes a first schema.
 
     Raises:
-        UserError: there are no logs, no label can be seen, or `out` cannot be written; then nothing is.
+        UserError: there are no logs, no label was found, or `out` cannot be written; then nothing is.
     """
     check_out(config)
     streams, others = _streams(config)

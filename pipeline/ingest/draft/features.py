@@ -125,10 +125,10 @@ def _leaks(column: Column, labels: Sequence[Label], answers: pl.Series | None) -
     both = pl.DataFrame({"value": column.values.cast(pl.String).fill_null(""), "answer": answers}).drop_nulls()
     per_value = both.group_by("value").agg(pl.col("answer").n_unique().alias("answers"))
     if 1 < per_value.height <= FEW and (per_value["answers"] == 1).all() and both["answer"].n_unique() > 1:
-        return f"gives the label {labels[0].name} away: each of its values goes with one answer in all rows looked at"
+        return f"gives the label {labels[0].name} away: each of its values goes with one answer in all sampled rows"
     missing = column.values.is_null()
     if 0.001 < column.missing < 0.999 and _follows(missing, answers):
-        return f"gives the label {labels[0].name} away: it is missing where that is the same in all rows looked at"
+        return f"gives the label {labels[0].name} away: it is missing where that is the same in all sampled rows"
     return None
 
 

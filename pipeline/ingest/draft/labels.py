@@ -76,10 +76,10 @@ def given(stream: Stream, text: str) -> Label:
         always = f"{known[0]:g}" if len(known) else "missing"
         shown = "; ".join(f"{name} is {_values(stream.columns[name])}" for name in names)
         raise UserError(
-            f"label={text}: it is {always} for all {len(values):,} rows looked at. {shown}. Write another expression."
+            f"label={text}: it is {always} for all {len(values):,} sampled rows. {shown}. Write another expression."
         )
     binary = known.min() >= 0 and known.max() <= 1
-    why = f"as given; mean {known.mean():.4f} of {len(known):,} rows looked at"
+    why = f"as given; mean {known.mean():.4f} of {len(known):,} sampled rows"
     name = re.sub(r"\W", "_", names[0])[:100] if names else "label"
     return Label(name, "binary" if binary else "regression", text, names, numbers, why)
 
@@ -92,7 +92,7 @@ def none_seen(folder: str, stream: Stream) -> UserError:
     shown = "; ".join(f"{c.name} is {_values(c)}" for c in few[:5])
     examples = [_example(few[0])] if few else []
     return UserError(
-        f"{folder}: no label can be seen: no column of {stream.pattern} has two values and a name such as click or label, and "
+        f"{folder}: no label was found: no column of {stream.pattern} has two values and a name such as click or label, and "
         f"no other files refer to its rows by a key. {f'Columns of few values: {shown}. ' if few else ''}Name one, or an "
         f"expression: {' or '.join([*examples, 'label=COLUMN'])}."
     )
@@ -136,7 +136,7 @@ def _pair(column: Column) -> tuple[str, str] | None:
 
 def _of_pair(column: Column, pair: tuple[str, str]) -> Label:
     share = dict(column.counts)[pair[1]] / column.known
-    name, why = sql_name(column.name), f"by its name and values; {pair[1]} in {share:.2%} of the rows looked at"
+    name, why = sql_name(column.name), f"by its name and values; {pair[1]} in {share:.2%} of the sampled rows"
     if pair == ("0", "1"):
         return Label(column.name, "binary", name, (column.name,), {column.name: "int"}, why)
     if column.kind == "int":

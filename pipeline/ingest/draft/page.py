@@ -30,9 +30,9 @@ def written(
     """The whole file."""
     page, first = Document(), roles.impressions
     page.remark(
-        0, "A draft by jobs.draft: each guess has its reason beside it. Read it, mend it, delete what is not meant."
+        0, "A draft by jobs.draft: each guess has its reason beside it. Read it, correct it, delete what is not meant."
     )
-    page.remark(0, f"Looked at: {first.sample.height:,} of about {first.sample.rows:,} impressions.")
+    page.remark(0, f"Sampled: {first.sample.height:,} of about {first.sample.rows:,} impressions.")
     page.entry(0, "input", _folder(config.input))
     page.section(0, "schema")
     hour = _hour(roles, features)
@@ -104,7 +104,7 @@ def _is_read(column: Column, roles: Roles | None) -> bool:
 
 def _why_option(key: str, stream: Stream) -> str | None:
     if key == "missing":
-        return f"found among the values; looked for: {' '.join(MARKERS)}"
+        return f"found among the values; searched for: {' '.join(MARKERS)}"
     if key == "times":
         return "; ".join(
             f"{c.name} has {c.moments.words}" for c in stream.times if c.moments and not c.moments.is_default

@@ -30,7 +30,7 @@ class Sample:
     Attributes:
         group: its files.
         dialect: how they are written.
-        columns: text, or lists of text; those that all files looked at have.
+        columns: text, or lists of text; those that all sampled files have.
         left_out: why the others are not there, by name.
         rows: estimated number of all.
         to_its_end: whether the last rows of the last file are among them.
@@ -92,7 +92,7 @@ def _together(pieces: list[_Piece]) -> tuple[dict[str, pl.Series], dict[str, str
     for name in dict.fromkeys(name for piece in pieces for name in piece.table.column_names):
         found = [piece.table[name] for piece in pieces if name in piece.table.column_names]
         if len(found) < len(pieces):
-            left_out[name] = f"only {len(found)} of {len(pieces)} files looked at have it"
+            left_out[name] = f"only {len(found)} of {len(pieces)} sampled files have it"
         elif name not in left_out:
             kinds = {values.type for values in found}
             kind = LIST if LIST in kinds else pa.string()
