@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import takewhile
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -28,17 +29,30 @@ def quoted(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a word that is no setting, with the form in which to type it.
     """
-    parser, sweeps, after_dir, found = (
-        OverridesParser.create(),
-        bool({"--multirun", "-m"} & {*words}),
-        False,
-        list[str](),
-    )
+    _check_pieces(words)
+    parser, sweeps = OverridesParser.create(), bool({"--multirun", "-m"} & {*words})
+    found, after_dir = list[str](), False
     for word in words:
         is_setting = "=" in word and not word.startswith(("-", "~")) and not after_dir
         found.append(_quoted(word, parser, sweeps) if is_setting else word)
         after_dir = word in ("--config-dir", "-cd")
     return found
+
+
+def _check_pieces(words: Sequence[str]) -> None:
+    """Raises UserError for a setting with spaces that a shell has split, such as `label=click`, `=`, `1`."""
+    for first, word in enumerate(words[:-1]):
+        rest = [*takewhile(_is_piece, words[first + 1 :])]
+        if "=" in word and not word.startswith(("-", "~", "=")) and rest:
+            whole = " ".join([word, *rest])
+            key, _, value = whole.partition("=")
+            form = shlex.quote(whole) if WRITTEN_FOR_HYDRA.match(value) else typed(key, value)
+            raise UserError(f"{printable(whole[:200])}: is split at its spaces. Type {form}.")
+
+
+def _is_piece(word: str) -> bool:
+    """Whether a word is neither a flag nor a setting."""
+    return word != "" and not word.startswith(("-", "~")) and "=" not in word[1:]
 
 
 def _quoted(word: str, parser: OverridesParser, sweeps: bool) -> str:

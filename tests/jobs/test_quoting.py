@@ -1,3 +1,4 @@
+import re
 import shlex
 import subprocess
 
@@ -108,3 +109,19 @@ def test_what_cannot_be_told_from_a_list_is_answered_with_the_form_to_type(call)
     assert_one_line(call("generate", "out=/x/a,b"), "'out=\"/x/a,b\"'", "'out=[/x/a,b]'")
     assert_one_line(call("generate", "out=[x"), "'out=\"[x\"'")
     assert_one_line(call("generate", "out"), "not KEY=VALUE")
+    assert_one_line(
+        call("draft", "input=x", "label=c4", "=", "1", "out=y"), "label=c4 = 1: is split", "'label=\"c4 = 1\"'"
+    )
+
+
+@pytest.mark.parametrize("text", ["label=c4 = 1 out=y", "out=/my logs", "a=1 + b --cfg job"])
+def test_a_setting_that_a_shell_has_split_is_answered_with_the_form_to_type(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        quoted(text.split())
+    words = shlex.split(str(caught.value).partition("Type ")[2].removesuffix("."))
+    assert [text_of(word) for word in words] == [re.split(r" out=| --cfg", text.partition("=")[2])[0]]
+
+
+def test_a_list_that_a_shell_has_split_stays_one() -> None:
+    with pytest.raises(UserError, match=r"Type 'a=\[x, y\]'\.$"):
+        quoted(["a=[x,", "y]", "b=1"])
