@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ingest_runs import dead_letters_of, refused, rows_by_id, run, values_of
 
 from pipeline.dataset.card.card import read_card
+from pipeline.dataset.card.summary import summary
 from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset
 
@@ -267,6 +268,8 @@ def test_usual_markers_are_missing_in_numbers_and_keys_and_counted_in_ids(tmp_pa
     assert card["ids"]["item"]["markers"] == card["ids"]["hashed"]["markers"] == {"NULL": 2}
     [table] = [t for t in tables(manifest, card) if t.title.startswith("Ids that look like missing values")]
     assert table.lines == [["item", "'NULL'", "2"], ["hashed", "'NULL'", "2"]]
+    advice = "list it in source.missing where it means a missing value"
+    assert summary(manifest, card)[-2:] == [f"warning  {name}: 'NULL' (2): {advice}" for name in ("item", "hashed")]
 
 
 def test_the_card_says_which_types_a_column_has_in_the_files(tmp_path: Path) -> None:

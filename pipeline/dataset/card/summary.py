@@ -147,7 +147,7 @@ def _markers(card: dict[str, Any]) -> Iterator[str]:
     """Ids that look like missing values."""
     for name, found in card["ids"].items():
         if markers := found.get("markers"):
-            shown = ", ".join(f"'{value}' ({count:,} values)" for value, count in list(markers.items())[:MOST])
+            shown = ", ".join(f"'{value}' ({count:,})" for value, count in list(markers.items())[:MOST])
             yield f"warning  {name}: {shown}: list it in source.missing where it means a missing value"
 
 
