@@ -19,7 +19,7 @@ def is_format(unit: str) -> bool:
 
 
 def check_unit(unit: str) -> str:
-    """The unit. Raises ValueError for one that is neither a unit nor a format that tells year, month and day."""
+    """The unit. Raises ValueError for one that is neither a unit nor a format with year, month and day."""
     if unit in PER_SECOND or unit == INDEX:
         return unit
     if not is_format(unit):

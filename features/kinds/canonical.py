@@ -110,7 +110,7 @@ def as_text(values: pa.Array) -> pa.Array:
     if pa.types.is_time(kind):
         return pc.replace_substring_regex(values.cast(pa.string()), rf"^{_CLOCK}$", r"\1\2")
     texts = values if _is_text(kind) and kind != pa.string_view() else values.cast(pa.string())
-    texts.validate(full=True)  # a file may call bytes text that are none, which no later step would notice
+    texts.validate(full=True)  # a file may declare text that is not UTF-8, which no later step would notice
     return texts
 
 
