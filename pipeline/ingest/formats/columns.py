@@ -87,7 +87,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _lists(values: pa.Array) -> pa.Array:
-    """Lists of text; a file may call bytes text that are none, which no later step would notice."""
+    """Lists of text; a file may declare text that is not UTF-8, which no later step would notice."""
     found = values.cast(LIST)
     found.validate(full=True)
     return found
