@@ -89,7 +89,7 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
         absent_days={"click": days, "impressions": ["2026-02-01..2026-02-07"]},
     )
     assert lines[4].endswith(", 1 bad; complete until 2026-03-01T00:00:00Z")
-    assert lines[5] == "click: not known of 1,230 impressions: 30 (window still open), 1,200 (files of a day absent)"
+    assert lines[5] == "click: unknown for 1,230 impressions: 30 (window still open), 1,200 (files of a day absent)"
     assert lines[-2:] == [
         "warning  click: no file of 2026-03-01, 2026-03-03, 2026-03-05, 2026-03-07, 2026-03-09 and 10 more; "
         "where the day had no rows, set open_window: keep",
@@ -99,7 +99,9 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
     assert lines_of(made, outcomes={"click": none | {"unmatched": 80}})[-1].endswith(
         "none of its rows belongs to an impression"
     )
-    assert lines_of(made, outcomes={"click": none}, read={"impressions": 115})[-1].endswith("so no impression has one")
+    assert lines_of(made, outcomes={"click": none}, read={"impressions": 115})[-1].endswith(
+        "its files are empty: every impression counts as one without it"
+    )
 
 
 def test_features_that_drifted_are_listed(made):
