@@ -208,6 +208,8 @@ def test_a_manifest_says_where_histories_began_and_verification_reads_their_file
             "dataset": day(number - 1),
             "state": state_id(states[number - 1]),
         }
+    later = states[0].model_copy(update={"horizon": midnight(2)})
+    assert len({state_id(state) for state in (*states, later)}) == 4
     assert "began empty" in lines(Dataset(days / day(0)).manifest)
     assert f"began with the state of {day(0)}, and end at 2026-03-03T00:00:00Z" in lines(
         Dataset(days / day(1)).manifest
@@ -255,7 +257,9 @@ def test_days_made_before_the_day_before_was_made_anew_are_named_when_they_are_m
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("damage", ["flipped", "short", "missing", "link", "no state", "other key", "unlisted"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "short", "missing", "link", "no state", "other key", "unlisted", "no groups"]
+)
 def test_a_damaged_state_is_refused(three, damage):
     log, days = three
     folder = days / day(2)
@@ -286,6 +290,9 @@ def test_a_damaged_state_is_refused(three, damage):
     elif damage == "unlisted":
         listed["state"]["files"].pop()
         words = "state lists other files"
+    elif damage == "no groups":
+        listed["state"]["files"][0]["row_groups"] = []
+        words = "row_groups"
     (folder / "manifest.json").write_text(json.dumps(listed))
     assert words in refusal(log, days, date=day(3))
     if damage != "no state":

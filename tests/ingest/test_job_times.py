@@ -215,3 +215,10 @@ def test_a_split_without_rows_is_answered_with_what_the_log_has(
 ) -> None:
     write(tmp_path / "log.csv", log([START + 3600 * n for n in range(ROWS)]))
     assert says in refused(tmp_path, tmp_path / "out", content_for() | {"split": split})
+
+
+def test_bounds_are_proposed_only_where_the_log_has_times_between_them(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log([START] * ROWS))
+    split = {"by": "time", "valid_from": "2026-11-01", "test_from": "2026-11-02"}
+    message = refused(tmp_path, tmp_path / "out", content_for() | {"split": split})
+    assert "Move the bounds of split into that range, or use another dataset's encoders" in message

@@ -120,6 +120,15 @@ def test_of_a_large_block_a_sample_is_searched_and_every_line_once_a_key_stood_t
     assert [bad.line for bad in parse(b"".join([*plain[:7], twice, *plain[8:]]), parser).bad] == [7]
 
 
+@pytest.mark.parametrize("half", [rb"\ud83d", rb"\uD83D", rb"\ude00", rb"\uDE00", rb"\uDE00\uD83D", rb"\uD83Dx\uDE00"])
+def test_half_a_character_is_found_in_every_line_of_a_large_block(half: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_doubts, "SEARCHED_BYTES", 100)
+    lines = [rb'{"free": "\ud83D\uDE00 \uD83d\ude00"}' + b"\n"] * 999
+    lines[500] = b'{"free": "%s"}\n' % half
+    found = parse(b"".join(lines), JsonParser(TYPES, {"tags": "|"}, {"a", "tags"}))
+    assert [(bad.line, bad.reason) for bad in found.bad] == [(500, HALF)]
+
+
 @pytest.mark.integration
 def test_lists_half_characters_and_keys_that_stand_twice_are_dead_letters_of_the_dataset_also_in_keys(
     tmp_path: Path,
