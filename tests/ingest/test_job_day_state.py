@@ -23,6 +23,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.past_state import state_id, state_lines
 from pipeline.dataset.verify import verify
 from pipeline.ingest import job as ingest_job
+from pipeline.ingest.shuffle import bucket_of
 from pipeline.release import nightly
 from pipeline.release.nightly import NightlyConfig
 from pipeline.storage.files import make_folder, sha256
@@ -298,6 +299,23 @@ def test_a_damaged_state_is_refused(three, damage):
     if damage != "no state":
         with pytest.raises(UserError, match=words):
             list(verify(Dataset(folder)))
+
+
+def test_a_state_with_keys_in_another_row_group_than_that_of_their_hash_is_refused(three):
+    log, days = three
+    file, manifest = days / day(2) / "state" / "clicked.parquet", days / day(2) / "manifest.json"
+    table = pq.read_table(file)
+    bucket = bucket_of(table["key"].combine_chunks(), 2)
+    groups = [table.filter(pa.array(bucket == number)) for number in (1, 0)]
+    with pq.ParquetWriter(file, table.schema, write_page_checksum=True) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=max(1, len(group)))
+    listed = json.loads(manifest.read_text())
+    entry = next(entry for entry in listed["state"]["files"] if entry["name"] == "clicked")
+    entry |= {"bytes": file.stat().st_size, "sha256": sha256(file), "row_groups": [len(group) for group in groups]}
+    manifest.write_text(json.dumps(listed))
+    assert "clicked.parquet: row group " in (said := refusal(log, days, date=day(3)))
+    assert "has other keys" in said
 
 
 def test_a_state_of_another_definition_is_refused_by_name(three):
