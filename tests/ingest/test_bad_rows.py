@@ -84,6 +84,16 @@ def test_a_bad_log_stops_the_job_before_it_is_read(unit_bytes, tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("rows", "reason"), [("1,x,2\n1\n", "x: 'x'"), ("1\n1,x,2\n", "1 columns instead of 3")])
+def test_the_first_bad_row_is_the_first_by_its_line_whatever_is_wrong_with_others(rows, reason, tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log-0.csv").write_text("id,x,y\n" + rows * 1000)
+    message = refused(tmp_path / "log", tmp_path / "out", CONTENT, max_bad_fraction=0.05)
+    assert "bad after reading " in message
+    assert f"/log-0.csv, line 2: {reason}" in message
+
+
+@pytest.mark.usefixtures("small")
 def test_bad_rows_that_stand_together_stop_no_job_that_passes_at_its_end(tmp_path):
     folder = write(tmp_path / "log", "bbbb", "gggg", "gggg", "gggg", "gggg", "gggg")
     manifest = run(folder, tmp_path / "out", CONTENT, max_bad_fraction=0.17, unit_bytes=500)

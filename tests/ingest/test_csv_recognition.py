@@ -129,6 +129,12 @@ def test_text_with_control_characters_whose_last_character_is_cut_is_text() -> N
         check_text("a.csv", line.encode() + b"\xe4x")
 
 
+def test_a_line_end_may_be_cut_after_its_carriage_return() -> None:
+    check_text("a.csv", b"user,click\r")
+    with pytest.raises(UserError, match="its lines end with CR alone"):
+        check_text("a.csv", b"user,click\ru")
+
+
 @pytest.mark.parametrize("multiline", [False, True])
 def test_a_header_with_spaces_suggests_trim(tmp_path: Path, multiline: bool) -> None:
     (tmp_path / "a.csv").write_text("user, click\nu, 1\n")

@@ -204,6 +204,7 @@ def test_a_clock_that_is_far_ahead_closes_no_window_of_other_rows(tmp_path: Path
             "valid is from valid_from=2026-11-07T00:10:00Z until before test_from=2026-11-07T00:20:00Z",
         ),
         ({"by": "hash", "key": "id", "valid": 0, "test": 1e-9}, "shared out as train 1, valid 0, test 1e-09"),
+        ({"by": "hash", "key": "id", "valid": 1e-9, "test": 0.25}, "shared out as train 0.75, valid 1e-09, test 0.25"),
         (
             {"by": "row_index", "modulo": 100, "train": list(range(90)), "valid": list(range(90, 100)), "test": []},
             "index in their file is 90, 91, 92, 93, 94, 95, 96, 97, 98, 99 modulo 100, counted from 0",

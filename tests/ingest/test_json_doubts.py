@@ -129,6 +129,14 @@ def test_half_a_character_is_found_in_every_line_of_a_large_block(half: bytes, m
     assert [(bad.line, bad.reason) for bad in found.bad] == [(500, HALF)]
 
 
+def test_a_list_in_a_list_is_found_in_every_line_of_a_large_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_doubts, "SEARCHED_BYTES", 100)
+    lines = [b'{"tags": ["x", "y", "z"]}\n'] * 999
+    lines[500] = b'{"tags": ["x", ["y"]]}\n'
+    found = parse(b"".join(lines), JsonParser(TYPES, {"tags": "|"}, {"a", "tags"}))
+    assert [bad.line for bad in found.bad] == [500]
+
+
 @pytest.mark.integration
 def test_lists_half_characters_and_keys_that_stand_twice_are_dead_letters_of_the_dataset_also_in_keys(
     tmp_path: Path,
