@@ -5,8 +5,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 from examples import examples
 from hypothesis import given, settings
@@ -136,6 +138,15 @@ def test_a_small_log_is_read_to_its_end_so_that_the_count_is_that_of_all_its_row
     folder = write(tmp_path / "log", "bbbb", "gggg")
     message = refused(folder, tmp_path / "out", CONTENT, unit_bytes=300)
     assert message.startswith("400 of 800 rows of impressions are bad, more than max_bad_fraction=0.001")
+
+
+@pytest.mark.parametrize(("lines", "place"), [(2, "line 3 after byte 4,096"), (0, "line 3")])
+def test_a_line_is_counted_from_its_units_beginning_and_a_row_in_its_file(lines, place, tmp_path):
+    job = SimpleNamespace(stream_bytes={"click": 0}, progress=tmp_path)
+    unit = SimpleNamespace(start=4096, file=SimpleNamespace(path="/x/a"))
+    rows = bad_rows.BadRows(job, SimpleNamespace(stream="click", unit=unit))  # type: ignore[arg-type]
+    rows.count(2, [pl.DataFrame({"line": [3], "reason": ["odd"]})], lines)
+    assert rows.first == f"/x/a, {place}: odd"
 
 
 logs = st.lists(

@@ -13,7 +13,7 @@ from features.fit.split_counts import FeatureCounts, count_features, summed
 from features.schema.schema import Schema
 from pipeline.dataset.card.card import card, read_card, with_splits
 from pipeline.dataset.card.summary import summary
-from pipeline.dataset.entries import DeadLetterExample
+from pipeline.dataset.entries import DeadLetterExample, SideTableCounts
 from pipeline.dataset.manifest import Manifest
 
 
@@ -103,6 +103,14 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
     assert not [
         line for line in lines_of(made, outcomes={"click": none | {"unmatched": 0}}) if "warning" in line
     ]  # all bad
+
+
+def test_the_share_of_unmatched_keys_is_of_all_impressions(made):
+    counts = {"rows": 9, "keys": 9, "duplicates": 0, "unmatched_keys": 3, "missing_key_rows": 40}
+    items = SideTableCounts(matched_rows=30, unmatched_rows=20, early_rows=10, **counts)
+    assert lines_of(made, side_tables={"item": items})[-1] == (
+        "warning  item: 20.0% of the impressions have a key without a row here (3 keys)"
+    )
 
 
 def test_features_that_drifted_are_listed(made):
