@@ -15,7 +15,7 @@ from ingest_runs import rows_by_id, run, values_of
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
-from pipeline.ingest.absent_days import absent_days, day_of
+from pipeline.ingest.absent_days import absent_days, day_of, days_after
 from pipeline.ingest.files import RawFile
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
@@ -261,6 +261,12 @@ def test_with_a_date_nothing_is_absent_but_what_as_of_has(log, tmp_path):
 )
 def test_the_day_of_a_file_is_what_stands_in_place_of_the_date(pattern, path, day):
     assert day_of(path, pattern) == day
+
+
+@pytest.mark.parametrize("window", [1, 86_399, 86_400, 86_401, 2 * 86_400, 2 * 86_400 + 1])
+def test_outcomes_of_a_days_last_second_may_happen_as_many_days_after_it_as_its_window_reaches(window):
+    schema = Schema.parse(content_for(window=f"{window}s"), where="mine.yaml")
+    assert days_after(schema.source.outcomes["click"]) == (DAY - 1 + window) // DAY
 
 
 def spans(content: dict[str, Any], impressions: list[str], clicks: list[str]) -> dict[str, list[str]]:

@@ -40,6 +40,22 @@ PIECES = st.sampled_from(
 @example(
     data=b'a,"b\n' + b"c" * 20 + b'\n"d\n', columns=2, multiline=True, limits=(5, 15), unit_bytes=9, block_bytes=60
 )
+@example(  # the last column in which quotes are followed, and the one after it
+    data=b'a,"b\nc"' + b"," * 18 + b'"d"\ne,f\n',
+    columns=2,
+    multiline=True,
+    limits=(5, 60),
+    unit_bytes=99,
+    block_bytes=99,
+)
+@example(
+    data=b'a,"b\nc"' + b"," * 19 + b'"d"\ne,f\n',
+    columns=2,
+    multiline=True,
+    limits=(5, 60),
+    unit_bytes=99,
+    block_bytes=99,
+)
 def test_rows_and_faults_are_those_of_a_reading_character_by_character(
     tmp_path_factory: pytest.TempPathFactory,
     data: bytes,

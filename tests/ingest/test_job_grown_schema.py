@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from ingest_runs import no_beam, refused, rows_by_id, run, values_of
 
+from features.fit.reuse import unchanged
+from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 
@@ -99,6 +101,15 @@ def test_a_feature_of_the_same_name_is_fitted_anew_where_its_column_its_type_or_
             content(tables={}, dense={}, categorical={"day": {}}),
             encoders={"from": tmp_path / "old"},
         )
+
+
+def test_a_column_of_another_type_has_other_ids(tmp_path):
+    """7 and 007 are one id of an integer, and two of text."""
+    known, typed = content(), content()
+    typed["source"]["types"]["item"] = "int"
+    kept = unchanged(*(Schema.parse(each, where="mine.yaml") for each in (typed, known)))
+    assert kept.features == {"price", "age", "city"}
+    assert kept.tables == {"city"}
 
 
 def test_days_of_one_folder_have_one_schema_and_a_grown_one_needs_another_folder(logs, tmp_path):

@@ -198,6 +198,7 @@ def test_a_clock_that_is_far_ahead_closes_no_window_of_other_rows(tmp_path: Path
             "valid is from valid_from=2026-11-07T00:10:00Z until before test_from=2026-11-07T00:20:00Z",
         ),
         ({"by": "hash", "key": "id", "valid": 0, "test": 1e-9}, "shared out as train 1, valid 0, test 1e-09"),
+        ({"by": "hash", "key": "id", "valid": 1e-9, "test": 0.25}, "shared out as train 0.75, valid 1e-09, test 0.25"),
         (
             {"by": "row_index", "modulo": 100, "train": list(range(90)), "valid": list(range(90, 100)), "test": []},
             "index in their file is 90, 91, 92, 93, 94, 95, 96, 97, 98, 99 modulo 100, counted from 0",
@@ -209,3 +210,10 @@ def test_a_split_without_rows_is_answered_with_what_the_log_has(
 ) -> None:
     write(tmp_path / "log.csv", log([START + 3600 * n for n in range(ROWS)]))
     assert says in refused(tmp_path, tmp_path / "out", content_for() | {"split": split})
+
+
+def test_bounds_are_proposed_only_where_the_log_has_times_between_them(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log([START] * ROWS))
+    split = {"by": "time", "valid_from": "2026-11-01", "test_from": "2026-11-02"}
+    message = refused(tmp_path, tmp_path / "out", content_for() | {"split": split})
+    assert "Move the bounds of split into that range, or use another dataset's encoders" in message
