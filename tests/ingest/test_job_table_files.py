@@ -176,3 +176,19 @@ def test_snapshots_without_event_time_need_a_date(tmp_path: Path) -> None:
         )
         run(tmp_path, tmp_path / "days", content, date="2024-07-03")
     assert prices(tmp_path / "days" / "2024-07-03") == [3, None]
+
+
+def test_versions_within_snapshots_need_a_date_as_a_later_file_has_rows_that_begin_before_it(tmp_path: Path) -> None:
+    content = day_log(tmp_path)
+    content["split"] = {"by": "hash", "key": "item", "valid": 0, "test": 0}
+    (tmp_path / "prices-2024-07-01.csv").write_text("item,price,since\na,1,2024-06-01\nb,1,2024-07-02\n")
+    (tmp_path / "prices-2024-07-03.csv").write_text("item,price,since\na,3,2024-06-01\n")
+    content["source"]["tables"]["now"]["valid_from"] = "since"
+    with no_beam():
+        assert refused(tmp_path, tmp_path / "out", content) == (
+            "source.tables.now: its files have {date}, each is the whole table from that day on; by valid_from its rows would "
+            "reach impressions of days before. Set date=, remove valid_from, or write * in place of {date}."
+        )
+        for day, expected in {"2024-07-01": [1, None], "2024-07-02": [1, 1], "2024-07-03": [3, None]}.items():
+            run(tmp_path, tmp_path / day, content, date=day)
+            assert prices(tmp_path / day / day) == expected
