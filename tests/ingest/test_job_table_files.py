@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_runs import no_beam, refused, rows_by_id, run
 
-from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.verify import verify
 
 pytestmark = pytest.mark.integration
 
@@ -69,6 +70,23 @@ def test_a_file_without_labels_is_looked_up_in_the_tables_that_features_read(tmp
     assert [row["item_cost"] for row in rows_by_id(tmp_path / "scored")] == [1, 2]
     assert [row["label.kept"] for row in rows_by_id(tmp_path / "out")] == [1, 0]
     assert list(manifest.side_tables) == ["item"]
+
+
+def test_rows_of_a_table_may_have_several_lines_where_impressions_have_one(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("item,y\na,1\nb,0\n")
+    (tmp_path / "items.csv").write_text('item,about,cost\na,"two\nlines",1\nb,"and\nthree\nlines",2\n')
+    table = {"files": "items.csv", "key": "item", "columns": {"cost": "float"}, "read": {"multiline": True}}
+    content = {
+        "source": {"files": "log.csv", "types": {"y": "int"}, "tables": {"item": table}},
+        "dense": {"item_cost": {"standardize": False}},
+        "tasks": {"y": {"kind": "binary", "label": "y"}},
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }
+    with no_beam():
+        run(tmp_path, tmp_path / "out", content)
+    assert [row["item_cost"] for row in rows_by_id(tmp_path / "out")] == [1, 2]
+    said = "; ".join(verify(Dataset(tmp_path / "out")))
+    assert "6 of item = 1 header + 0 blank + 5 of rows + 0 of dead letters" in said
 
 
 # Days
