@@ -219,6 +219,11 @@ class History(Strict):
     when: str | None = None
 
     @property
+    def key(self) -> str:
+        """The column whose value the rows share."""
+        return self.user
+
+    @property
     def columns(self) -> list[str]:
         """The columns that it reads beside those of its expressions."""
         return [self.user, self.item]
@@ -267,6 +272,11 @@ class Counter(Strict):
                 f"smoothing is of take: mean; a {self.take} of few rows is no less certain than one of many"
             )
         return self
+
+    @property
+    def key(self) -> str:
+        """The column whose value the rows share."""
+        return self.by
 
     @property
     def columns(self) -> list[str]:

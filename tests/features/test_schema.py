@@ -385,3 +385,13 @@ def test_a_unit_or_default_of_a_column_that_nothing_reads_is_refused(setting, va
     content = copy.deepcopy(BASE)
     content["source"][setting] = {"nothing_such": value}
     assert f"source.{setting}: column nothing_such is not read: fix or remove it" in refusal(content)
+
+
+@pytest.mark.parametrize("section", ["outcomes", "tables"])
+def test_what_files_of_a_stream_may_lack_is_checked_whatever_its_name(section: str):
+    stream = {"files": "x.csv", "key": "id", "columns": {"n": "int"}, "read": {"optional": {"n": 1}}}
+    content = changed("source." + section, {"a.b": stream})
+    content["tasks"]["click"]["label"] = "1"
+    Schema.parse(content, where="mine.yaml")
+    stream["read"] = {"optional": {"n": "none"}}
+    assert f"source.{section}.a.b.read.optional.n: 'none' is not an integer" in refusal(content)

@@ -37,6 +37,15 @@ def test_settings_of_hydra_are_not_suggested(call) -> None:
     assert "hydra" not in said
 
 
+def test_only_a_schema_takes_keys_that_its_file_lacks(call) -> None:
+    hint = "+KEY=VALUE adds a key that a file lacks"
+    assert hint not in call("preprocess", "data=demo", "out=x", "encoder.from=x")
+    word = "data.schema.source.missing=[]"
+    assert hint in call("preprocess", "data=demo", "out=x", word)
+    assert "Extra inputs are not permitted" in call("preprocess", "data=demo", "out=x", "+encoder.from=x")
+    assert "no such setting" not in call("preprocess", "data=demo", "out=x", "data.input=nowhere", f"+{word}")
+
+
 def test_an_added_setting_that_a_job_does_not_have_suggests_the_nearest_one(call) -> None:
     assert_one_line(call("preprocess", "data=demo", "out=x", "+overwrit=true"), "overwrit", "(did you mean overwrite?)")
 

@@ -166,5 +166,7 @@ def _unplaced(job: Job, name: str, rows: pa.Table) -> pl.Series:
     time, unit = pl.Series(rows[outcome.time]), job.schema.source.format_of(name).unit_of(outcome.time)
     if (wrong := times.implausible(time, unit)) is not None:
         key = f"{job.schema.source.format_key(name)}.times"
-        reason = reason.zip_with(~wrong | reason.is_not_null(), times.implausible_reason(outcome.time, time, unit, key))
+        own_unit = times.has_own_unit(rows.schema.field(outcome.time))
+        why = times.implausible_reason(outcome.time, time, unit, key, own_unit=own_unit)
+        reason = reason.zip_with(~wrong | reason.is_not_null(), why)
     return reason
