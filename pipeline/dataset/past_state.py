@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
 from features.fit.fitted_files import RESTORE_HINT
+from features.hashing import bucket_of
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
 from features.parquet_schema import check_nesting_of
@@ -172,12 +173,14 @@ def opened(
 
 
 def read_group(parquet: pq.ParquetFile, number: int, path: Path) -> pa.Table:
-    """The events of a row group. Raises UserError for a missing or non-finite value: `kept` leaves none."""
+    """The events of a row group. Raises UserError for a missing or non-finite value, or the key of another group."""
     events = parquet.read_row_group(number)
     for name, column in zip(events.column_names, events.columns, strict=True):
         finite = not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column), min_count=0).as_py()
         if column.null_count or not finite:
             raise UserError(f"{path}: {name} is missing or not finite in an event. {RESTORE_HINT}")
+    if (bucket_of(events["key"].combine_chunks(), parquet.num_row_groups) != number).any():
+        raise UserError(f"{path}: row group {number} has other keys. {RESTORE_HINT}")
     return events
 
 
