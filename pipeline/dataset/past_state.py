@@ -130,8 +130,9 @@ def state_lines(state: State) -> list[str]:
         most = ", ".join(f"{-count:,} of {name}" for count, name in undecided[:MOST_NAMES])
         rest = f" and those of {len(undecided) - MOST_NAMES} more" if len(undecided) > MOST_NAMES else ""
         lines.append(
-            f"events left out of histories and counters: {most}{rest}, since the window of an outcome was open when its files "
-            "ended. Make this dataset again once they are complete, before later ones go on from it."
+            f"events left out of histories and counters: {most}{rest}, since an outcome is not known: its window was still "
+            "open, or files of a day are absent. Run jobs.preprocess for this dataset again once all files are there, before "
+            "later days."
         )
     if state.cut_short:
         lines.append(
