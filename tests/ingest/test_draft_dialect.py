@@ -116,6 +116,24 @@ def test_spaces_around_values_are_trimmed(tmp_path: Path) -> None:
     assert sampled(tmp_path, "a.csv").dialect.options == {"trim": True}
 
 
+def test_a_header_in_which_a_name_stands_twice_is_one_and_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "user,item,item,click\n" + "".join(f"u{i % 7},x{i % 3},z{i % 5},{i % 2}\n" for i in range(300))
+    )
+    found = sampled(tmp_path, "a.csv")
+    assert columns_read(found) == {"user": [f"u{i % 7}" for i in range(300)], "click": [str(i % 2) for i in range(300)]}
+    assert found.left_out == {"item": "several columns have this name"}
+    # Without numbers below a name such a line may be one of values.
+    for first, last, is_header in [
+        ("x,x,b", "7", True),
+        ("x,x,b", "w", False),
+        ("x,x,", "7", False),
+        ("x,x,1", "7", False),
+    ]:
+        (tmp_path / "a.csv").write_text(f"{first}\n" + "".join(f"u{i},v{i},{last}\n" for i in range(9)))
+        assert ("columns" not in sampled(tmp_path, "a.csv").dialect.options) == is_header
+
+
 RECORDS = [{"user": f"u{i}", "n": i, "x": i / 4, "tags": ["a", f"b{i % 3}"], "yes": i % 2 == 0} for i in range(40)]
 
 

@@ -179,12 +179,18 @@ def _stray_quotes(texts: list[str], cut: _Cut) -> str | None:
 
 
 def _is_header(first: list[str], rest: list[list[str]]) -> bool:
-    """Whether the values of the first line are names: distinct, no numbers, and not found in their columns."""
+    """Whether the values of the first line are names: no numbers, and not found in their columns.
+
+    They are distinct, but where a column of numbers below them leaves no doubt.
+    """
     names = [value.strip() for value in first]
-    if len({*names}) < len(names) or any(NUMBER.fullmatch(name) for name in names) or names.count("") > 1:
+    if any(NUMBER.fullmatch(name) for name in names) or names.count("") > 1:
         return False
-    seen = [{row[i].strip() for row in rest if len(row) == len(names)} for i in range(len(names))]
-    return not any(name and name in values for name, values in zip(names, seen, strict=True))
+    seen = [{row[i].strip() for row in rest if len(row) == len(names)} - {""} for i in range(len(names))]
+    numbers = any(
+        name and values and all(map(NUMBER.fullmatch, values)) for name, values in zip(names, seen, strict=True)
+    )
+    return (numbers or len({*names}) == len(names)) and not any(map(set.__contains__, seen, names))
 
 
 def _has_spaces(rows: list[list[str]]) -> bool:
