@@ -32,10 +32,10 @@ Range = tuple[int, int]
 
 
 def absent_days(schema: Schema, streams: Mapping[str, Sequence[RawFile]], as_of: datetime | None) -> AbsentDays:
-    """The absent days of a log that is read whole.
+    """The absent days of a log that is read whole; of one that is read by day, those of its outcomes' windows.
 
     Args:
-        streams: the files of each stream.
+        streams: the files of each stream; with `date` those that may hold a day and its outcomes.
         as_of: until when outcomes are declared complete.
     """
     impressions = days_of(streams[IMPRESSIONS], schema.source.files)

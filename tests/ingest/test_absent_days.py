@@ -234,11 +234,31 @@ def test_a_history_of_rows_without_a_click_leaves_out_those_that_may_have_one(lo
     ]  # the window of later ones is open
 
 
-def test_with_a_date_nothing_is_absent_but_what_as_of_has(log, tmp_path):
+@pytest.mark.parametrize("as_of", [None, f"{name_of(9)}T00:00Z"])
+def test_a_day_by_itself_has_no_labels_that_the_log_read_whole_has_not(log, tmp_path, as_of):
     (log / f"clicks-{name_of(4)}.csv").unlink()
-    manifest = run(log, tmp_path / "out", content_for(window="36h"), date=name_of(3))
+    content = content_for(window="36h")
+    run(log, tmp_path / "whole", content, as_of=as_of)
+    manifest = run(log, tmp_path / "days", content, date=name_of(3), as_of=as_of)
+    assert labels_of(tmp_path / "days" / name_of(3))[3] == labels_of(tmp_path / "whole")[3] == [None] * 10
+    assert manifest.absent_days == {"click": [name_of(4)]}
+    assert manifest.undecided == {"click": {"files of a day absent" if as_of else "window still open": 10}}
+    kept = run(log, tmp_path / "kept", content | {"source": content["source"] | {"outcomes": {
+        "click": content["source"]["outcomes"]["click"] | {"open_window": "keep"}}}}, date=name_of(3), as_of=as_of)  # fmt: skip
+    assert labels_of(tmp_path / "kept" / name_of(3))[3] == HALF
+    assert kept.absent_days == {"click": [name_of(4)]}
+
+
+def test_with_a_date_days_after_the_last_file_are_the_ordinary_end_or_complete_only_until_as_of(log, tmp_path):
+    for number in (4, 5):
+        (log / f"clicks-{name_of(number)}.csv").unlink()
+    content = content_for(window="12h", files="clicks-{date}.csv")
+    manifest = run(log, tmp_path / "out", content, date=name_of(3))
     assert manifest.absent_days == {}
     assert manifest.complete_until == {"click": midnight(4)}
+    said = run(log, tmp_path / "said", content, date=name_of(3), as_of=f"{name_of(4)}T00:00Z")
+    assert said.absent_days == {}
+    assert said.complete_until == {"click": midnight(4)}
 
 
 # The dates in file names
