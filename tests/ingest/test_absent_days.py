@@ -277,10 +277,34 @@ def test_with_a_date_days_after_the_last_file_are_the_ordinary_end_or_complete_o
         ("log-{date}.csv", "/x/log-2026-02-30.csv", None),
         ("log-[{date}].csv", "/x/log-2.csv", None),
         ("log-*.csv", "/x/log-2026-03-01.csv", None),
+        ("{date}/c*.csv", "/2026-12-31/in/2026-03-01/clicks.csv", date(2026, 3, 1)),
+        ("{date}/*", "/2026-12-31/2026-03-01/2026-03-02.csv", date(2026, 3, 1)),
+        ("{date}/**/c*.csv", "/2026-12-31/2026-03-01/a/b/clicks.csv", date(2026, 3, 1)),
+        ("{date}/**/a/**/c*.csv", "/2026-12-31/2026-03-01/a/b/a/clicks.csv", date(2026, 3, 1)),
+        ("{date}/**/c*.csv", "2026-03-01/clicks.csv", date(2026, 3, 1)),
+        ("./{date}//c[!a]?-*.csv", "/2026-12-31/2026-03-01/cb1-.csv", date(2026, 3, 1)),
+        ("**/".join(["", *["a/"] * 30, "{date}.csv"]), "/2026-12-31" + "/a" * 200 + "/x-2026-03-01.csv", None),
     ],
 )
 def test_the_day_of_a_file_is_what_stands_in_place_of_the_date(pattern, path, day):
     assert day_of(path, pattern) == day
+
+
+def test_below_a_folder_whose_name_is_a_date_the_same_days_are_absent(log, tmp_path):
+    content = content_for(window="1h", files="{date}/c*.csv")
+    content["source"]["files"] = "{date}/log*.csv"
+    found = []
+    for name in ("plain", "2026-12-31/in"):
+        folder = tmp_path / name
+        for number in range(8):
+            (folder / name_of(number)).mkdir(parents=True)
+            for stream in ("log", "clicks")[: 1 if number == 3 else 2]:
+                text = (log / f"{stream}-{name_of(number)}.csv").read_text()
+                (folder / name_of(number) / f"{stream}.csv").write_text(text)
+        found.append(run(folder, folder / "out", content))
+        assert labels_of(folder / "out")[3] == [None] * 10
+    assert found[0].absent_days == found[1].absent_days == {"click": [name_of(3)]}
+    assert found[0].undecided == found[1].undecided
 
 
 def spans(content: dict[str, Any], impressions: list[str], clicks: list[str]) -> dict[str, list[str]]:

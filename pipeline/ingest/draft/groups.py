@@ -8,6 +8,7 @@ from datetime import date
 from features.errors import UserError
 from features.printable import has_controls
 from pipeline.ingest import files as raw_files
+from pipeline.ingest.absent_days import day_of
 from pipeline.ingest.files import RawFile, file_system
 
 MAX_FILES = 100_000
@@ -106,11 +107,7 @@ def matches(pattern: str, name: str) -> bool:
 
 def _group(folder: str, pattern: str, files: list[RawFile]) -> Group:
     root = _root(folder)
-    days = (
-        {_day(found[0]) for file in files for found in VARIES.finditer(_below(root, file)) if found["date"]}
-        if "{date}" in pattern
-        else set()
-    )
+    days = {day_of(_below(root, file), pattern) for file in files}
     return Group(pattern, files, sorted(day for day in days if day))
 
 
