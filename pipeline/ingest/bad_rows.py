@@ -70,7 +70,7 @@ class BadRows:
         """Counts a block.
 
         Args:
-            rows: bad ones among them.
+            rows: bad ones among them; lines that bad rows take beside their own count only at the end of reading.
             bad: the dead letters.
             lines: of the block; 0 where rows are numbered in their file.
         """

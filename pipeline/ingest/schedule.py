@@ -110,7 +110,7 @@ def after(
         if step == "join":
             check_joined(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
         if step == "look_up":
-            check_looked_up(job, limits.min_joined, limits.whole_log)
+            check_looked_up(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
         (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
