@@ -98,7 +98,7 @@ def test_a_bad_row_counts_for_the_lines_that_it_takes(tmp_path):
     lines[51] = '50,"a50' + "\n" * 31 + f'",{START},c'
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
     message = refused(folder, tmp_path / "out", content_for(), max_bad_fraction=0.05)
-    assert "of impressions are bad" in message
+    assert message.startswith("32 of 131 lines of impressions are bad")
     assert "multiline" in message
 
 
