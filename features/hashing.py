@@ -6,6 +6,7 @@ import pyarrow as pa
 # An odd multiplier has an inverse modulo 2**64, so powers can be divided out again.
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
+KEY_SEED = 11  # of the buckets of keys
 
 
 def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
@@ -37,6 +38,26 @@ def hash_integers(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """64-bit hashes of int64 values, uint64 of the same shape; no two values share one."""
     with np.errstate(over="ignore"):
         return _mix(values.astype(np.uint64) + _mix(np.full(1, seed, np.uint64)))
+
+
+def bucket_of(keys: pa.Array, buckets: int) -> np.ndarray:
+    """The bucket of each key, text or integer; of a missing one, any."""
+    if pa.types.is_integer(keys.type):
+        hashes = hash_integers(keys.fill_null(0).to_numpy(), KEY_SEED)
+    elif pa.types.is_dictionary(keys.type):
+        return (
+            bucket_of(keys.dictionary, buckets)[keys.indices.fill_null(0).to_numpy()]
+            if len(keys.dictionary)
+            else np.zeros(len(keys), int)
+        )
+    else:
+        hashes = hash_strings(keys, KEY_SEED)
+    return hash_range_of(hashes, buckets)
+
+
+def hash_range_of(hashes: np.ndarray, count: int) -> np.ndarray:
+    """Which of `count` equal ranges of 64-bit hashes each hash is in."""
+    return ((hashes >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
 
 
 def _powers(base: np.uint64, count: int) -> np.ndarray:

@@ -72,6 +72,19 @@ class Format(Strict):
         {}, description="columns that only some files have, each with its value in the others; null: missing"
     )
 
+    @field_validator("delimiter", "quote")
+    @classmethod
+    def _one_byte(cls, sign: str | None) -> str | None:
+        if sign is not None and (not sign.isascii() or sign in "\r\n"):
+            raise ValueError(f"{sign!r} is not one ASCII character within a line, such as , or \\t")
+        return sign
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Format":
+        if self.quote == self.delimiter:
+            raise ValueError(f"quote and delimiter are both {self.quote!r}: change one of them, or set quote: null")
+        return self
+
     @field_validator("timezone")
     @classmethod
     def _known(cls, name: str) -> str:
@@ -219,6 +232,11 @@ class History(Strict):
     when: str | None = None
 
     @property
+    def key(self) -> str:
+        """The column whose value the rows share."""
+        return self.user
+
+    @property
     def columns(self) -> list[str]:
         """The columns that it reads beside those of its expressions."""
         return [self.user, self.item]
@@ -267,6 +285,11 @@ class Counter(Strict):
                 f"smoothing is of take: mean; a {self.take} of few rows is no less certain than one of many"
             )
         return self
+
+    @property
+    def key(self) -> str:
+        """The column whose value the rows share."""
+        return self.by
 
     @property
     def columns(self) -> list[str]:

@@ -6,7 +6,7 @@ others. jobs.preprocess accepts the schema as it is. Where no label is found, no
 Examples:
   python -m jobs.draft input=/logs out=my/conf/data/mine.yaml
   python -m jobs.draft input=../shared/data files=census-income.test.gz out=my/conf/data/mine.yaml label="c42 = '50000+.'"
-  python -m jobs.draft input=/logs files='imp-{date}.csv,clk-{date}.csv' out=my/conf/data/mine.yaml event_time=ts overwrite=true
+  python -m jobs.draft input=/logs files='["imp-{date}.csv","clk-{date}.csv"]' out=my/conf/data/mine.yaml overwrite=true
 """
 
 import shlex

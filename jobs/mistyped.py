@@ -32,9 +32,9 @@ def explained(error: ConfigCompositionException) -> Exception:
     nearest = did_you_mean(key, [k for k in known if k.startswith(inside) and "." not in k[len(inside) :]])
     if not nearest and (same := [k for k in known if k.rpartition(".")[2] == name]):
         nearest = f" (did you mean {same[0]}?)"
-    return UserError(
-        f"{printable(key[:200])}: no such setting{nearest}. See --help; +KEY=VALUE adds a key that a file lacks."
-    )
+    # Only a data group has keys that are not all in its file: those of a schema.
+    adds = "; +KEY=VALUE adds a key that a file lacks" if key.startswith("data.") else ""
+    return UserError(f"{printable(key[:200])}: no such setting{nearest}. See --help{adds}.")
 
 
 def _keys(config: DictConfig, prefix: str = "", depth: int = 0) -> Iterator[str]:

@@ -204,6 +204,10 @@ class FusedRanker(Ranker):
     def _readers(self) -> list[Reader]:
         return [reader for reader in self.readers if isinstance(reader, Reader)]
 
+    def reads_features(self, _: str, __: Sequence[int], /) -> bool:
+        """All of it does: each level reads the input again, in as many widths as there are models."""
+        return True
+
     def read(self, embedding_BE: Tensor, batch: Batch) -> Tensor:
         """x_BD: the inputs of the trained models, concatenated; or the one that all read."""
         if self.frozen_tables:

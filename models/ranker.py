@@ -2,6 +2,7 @@
 
 # Shapes: B rows, T tasks, D input width, K keys of the sparse features.
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,7 @@ from models.sequences import (
 from models.towers import Calibration, SharedTower, TaskTowers
 
 POOLED, UNPOOLED = "embeddings", "unpooled"  # the modules of a ranker that hold tables
+INPUT_MODULES = ("numbers", "interaction", "tokens", "sequences")  # those between tables and fusion
 
 
 class ModelConfig(BaseModel):
@@ -128,6 +130,15 @@ class Ranker(nn.Module):
         self.embeddings = EmbeddingBagCollection(pooled, device=device) if pooled else None
         self.unpooled = EmbeddingCollection(single, device=device) if single else None
         self.tables: list[BaseEmbeddingConfig] = [*pooled, *single]
+
+    def reads_features(self, name: str, shape: Sequence[int], /) -> bool:
+        """Whether a tensor of the network weighs features by their places in x_BD or among the tokens.
+
+        These are its first layers; of one that attends over features, all of it.
+        """
+        part = name.split(".")[0]
+        first = part in INPUT_MODULES or (part == "fusion" and self.interaction.out_dim in shape)
+        return first or self.tokens is not None
 
     def embedded(self, batch: Batch) -> Tensor:
         """The embeddings of all features, concatenated: embedding_BE. A bag's is the mean of its items.

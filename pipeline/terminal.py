@@ -1,4 +1,4 @@
-"""The terminal of a running job: text that does not control it, progress bars or lines, and quiet child processes."""
+"""The terminal of a running job: text that does not control it, output into a pipe, and progress bars or lines."""
 
 import atexit
 import os

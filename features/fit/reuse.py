@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from features.fit.encoders import Encoders
-from features.schema.expressions import columns_of
+from features.schema.origins import origins, reads_of
 from features.schema.schema import Schema
 
 
@@ -17,7 +17,7 @@ class Kept:
 
 
 def unchanged(schema: Schema, known: Schema) -> Kept:
-    """The features of `schema` that `known` has with the same settings and the same raw column, and their tables.
+    """The features of `schema` that `known` has with the same settings and the same origins, and their tables.
 
     A shared table is kept where its settings are the same and one of its features is: a feature that joins it later finds the
     table's ids, and its own new values are unknown ones.
@@ -49,16 +49,11 @@ def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encode
 
 
 def counter_means(schema: Schema, known: Encoders) -> dict[str, float]:
-    """What the smoothed counters that both schemas have are smoothed towards.
-
-    All of them where the schemas share their encoders: one that is read without labels has no expressions to compare.
-    """
-    if schema.inputs_fingerprint == known.schema.inputs_fingerprint:
-        return dict(known.counter_means)
+    """What the smoothed counters that mean the same in both schemas are smoothed towards."""
     return {
         name: mean
         for name, mean in known.counter_means.items()
-        if name in schema.smoothed and _origin(schema, name) == _origin(known.schema, name)
+        if name in schema.smoothed and origins(schema, [name]) == origins(known.schema, [name])
     }
 
 
@@ -66,21 +61,5 @@ def _definition(schema: Schema, name: str) -> Any:
     """All that decides which values a feature has, and how they are encoded."""
     feature = schema.features[name]
     table = schema.table(name).model_dump(mode="json") if name in schema.sparse else None
-    settings, origin = feature.model_dump(mode="json", exclude_defaults=True), _origin(schema, schema.raw[name].column)
-    return feature.section, settings, table, origin
-
-
-def _origin(schema: Schema, column: str) -> dict[str, str]:
-    """The column, and those that it is computed from, each with its type or expression."""
-    if counter := schema.source.counters.get(column):
-        found = {column: counter.model_dump_json(exclude_defaults=True)}
-        reads = [counter.by, *(c for text in counter.expressions.values() for c in columns_of(text))]
-    elif expression := schema.source.derived.get(column):
-        found, reads = {column: expression}, columns_of(expression)
-    elif outcome := schema.outcome_columns.get(column):
-        return {column: schema.source.outcomes[outcome].model_dump_json(exclude_defaults=True)}
-    else:
-        return {column: schema.raw_types.get(column, "string")}
-    for read in reads:
-        found |= _origin(schema, read)
-    return found
+    columns = [schema.raw[name].column, *(reads_of(schema, name) if name in schema.histories else [])]
+    return feature.section, feature.model_dump(mode="json", exclude_defaults=True), table, origins(schema, columns)

@@ -5,7 +5,8 @@ weight at t is 2^(-(t - known) / half-life).
 
 Sums are float64, within a key, in the order in which its events became known. Those of whole numbers below 2^53 are exact but
 for decay; else the error is at most n * eps * (the sum of absolute values), n being the events of the key until then, and with
-decay about 1e-12 of that sum. A window is the difference of two such sums.
+decay about 1e-12 of that sum. A window is the end of one
+span of its length and the beginning of the next: its sum is no difference of two larger ones.
 """
 
 # Shapes: I impressions, E events, S events sorted by key and time.
@@ -40,12 +41,12 @@ def counted(
     first_I, stop_I = places.first(key_I), places.of(key_I, time_I)
     totals = {}
     for column in ("value", "weight") if counter.take == "mean" else ("value",):
-        sum_S = _running(key_S, known_S, events[column].to_numpy()[places.order_E], counter.decay)
-        total_I = _before(sum_S, first_I, stop_I)
-        if counter.window is not None:
+        x_S = events[column].to_numpy()[places.order_E]
+        if counter.window is None:
+            totals[column] = _before(_running(key_S, known_S, x_S, counter.decay), first_I, stop_I)
+        else:
             start_I = places.of(key_I, np.maximum(time_I, FIRST + counter.window) - counter.window)
-            total_I = np.where(start_I < stop_I, total_I - _before(sum_S, first_I, start_I), 0.0)
-        totals[column] = total_I
+            totals[column] = _in_window(key_S, known_S, x_S, start_I, stop_I, time_I // counter.window, counter.window)
     if counter.decay is not None and (counter.take != "mean" or counter.smoothing is not None):
         # From the last event to the impression. A mean that is not smoothed does without: both sums shrink alike.
         last_I = np.append(known_S, 0)[np.where(stop_I > first_I, stop_I - 1, len(known_S))]
@@ -97,6 +98,31 @@ def kept(counter: Counter, events: pl.DataFrame, horizon: int) -> pl.DataFrame:
 def _before(sum_S: np.ndarray, first_I: np.ndarray, stop_I: np.ndarray) -> np.ndarray:
     """The running sum of a key before a place; 0 before its first event."""
     return np.append(sum_S, 0.0)[np.where(stop_I > first_I, stop_I - 1, len(sum_S))]
+
+
+def _in_window(
+    key_S: np.ndarray,
+    known_S: np.ndarray,
+    x_S: np.ndarray,
+    start_I: np.ndarray,
+    stop_I: np.ndarray,
+    span_I: np.ndarray,
+    window: int,
+) -> np.ndarray:
+    """The sum of the events at places start .. stop - 1, all of one key and known within a window before the impression.
+
+    Args:
+        span_I: the impressions' times in whole windows.
+    """
+    if not len(x_S):
+        return np.zeros(len(start_I))
+    span_S = known_S // window
+    segment_S = np.cumsum(np.append(True, (key_S[1:] != key_S[:-1]) | (span_S[1:] != span_S[:-1])))
+    from_begin_S = _added_up(segment_S, x_S)
+    to_end_S = _added_up(segment_S[-1] - segment_S[::-1], x_S[::-1])[::-1]
+    some_I, first_I, last_I = start_I < stop_I, np.minimum(start_I, len(x_S) - 1), np.maximum(stop_I - 1, 0)
+    before_I = np.where(some_I & (span_S[first_I] < span_I), to_end_S[first_I], 0.0)
+    return before_I + np.where(some_I & (span_S[last_I] == span_I), from_begin_S[last_I], 0.0)
 
 
 def _running(key_S: np.ndarray, known_S: np.ndarray, x_S: np.ndarray, half_life: int | None) -> np.ndarray:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from features.errors import UserError
 from features.hashing import hash_strings
+from features.join.places import Places
 from features.kinds.canonical import as_ids
 from features.kinds.values import as_lists
 
@@ -108,26 +109,22 @@ class SideTableIndex:
         key_R, self.texts = codes.indices.to_numpy(), codes.dictionary
         versioned = VALID_FROM in rows.column_names
         from_R = rows[VALID_FROM].to_numpy() if versioned else np.full(len(key_R), NEVER)
-        order_R = np.lexsort((from_R, key_R))
+        order_R = Places(key_R.astype(np.int64), from_R).order_E
         key, start = key_R[order_R], from_R[order_R]
         last = np.append((key[1:] != key[:-1]) | (start[1:] != start[:-1]), np.ones(min(len(key), 1), bool))
-        self.key_V, self.from_V = key[last].astype(np.int64), start[last]
+        self.from_V = start[last]
+        self.places = Places(key[last].astype(np.int64), self.from_V)
         self.values = rows.drop_columns([KEY, *([VALID_FROM] if versioned else [])]).take(pa.array(order_R[last]))
         self.keys, self.duplicates = len(self.texts), int(len(key_R) - last.sum())
         self.snapshots = None if snapshots is None else np.unique(np.array(snapshots, np.int64))
-        self.starts = np.unique(self.from_V)
-        # Ranks of times instead of times: key and time fit into one integer, whatever the times are.
-        self.number_V = self.key_V * (len(self.starts) + 1) + np.searchsorted(self.starts, self.from_V)
 
     def find(self, asked: pa.Table) -> Found:
         """Answers questions (see Questions.asked; without TIME all versions are valid)."""
         keys = asked[KEY].combine_chunks()
         key_Q = pc.index_in(keys, value_set=self.texts).fill_null(-1).to_numpy().astype(np.int64)
         time_Q = asked[TIME].to_numpy() if TIME in asked.column_names else np.full(len(keys), np.iinfo(np.int64).max)
-        stop_Q = np.searchsorted(
-            self.number_V, key_Q * (len(self.starts) + 1) + np.searchsorted(self.starts, time_Q, side="right")
-        )
-        row_Q = np.where(stop_Q > np.searchsorted(self.key_V, key_Q), stop_Q - 1, -1)
+        stop_Q = self.places.of(key_Q, time_Q, "right")
+        row_Q = np.where(stop_Q > self.places.first(key_Q), stop_Q - 1, -1)
         unmatched_Q, early_Q = key_Q < 0, (key_Q >= 0) & (row_Q < 0)
         if self.snapshots is not None:
             place_Q = np.searchsorted(self.snapshots, time_Q, side="right") - 1

@@ -12,6 +12,7 @@ FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 t
 FARTHEST = 2**62  # of a plain order: a window is added to it without an overflow
 MOST_EAST, MOST_WEST = 14 * 60, -12 * 60  # minutes, the offsets that clocks on earth show
 IMPLAUSIBLE = "is not between 1990 and 2100"  # of the reason, by which dead letters are found again
+OWN_UNIT = {b"unit": b"of the file"}  # metadata of a column of seconds that the file has as timestamps
 _ISO = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(?:[.,]\d+)?)?\s*(Z|z|UTC|[+-]\d\d(?::?\d\d)?)?$"
 _DECIMAL = r"^([+-]?\d+)\.(\d*)$"
 _EXPONENT = r"^([+-]?\d+(?:\.\d*)?[eE][+-]?\d+)$"
@@ -25,6 +26,11 @@ _LIKELY: list[tuple[str, str, int, int]] = [
     ("YYYYMMDDhhmm", '"%Y%m%d%H%M"', 199_001_010_000, 210_012_312_359),
     ("YYYYMMDDhhmmss", '"%Y%m%d%H%M%S"', 19_900_101_000_000, 21_001_231_235_959),
 ]
+
+
+def has_own_unit(field: pa.Field) -> bool:
+    """Whether a column of typed rows was one of timestamps, so that no unit of the schema changes it."""
+    return OWN_UNIT.items() <= (field.metadata or {}).items()
 
 
 def seconds(name: str, values: pl.Series | pa.Array, form: Format) -> tuple[pl.Series, pl.Series]:
@@ -139,22 +145,30 @@ def plausible(values: pl.Series, unit: str = DEFAULT) -> pl.Series:
     return values if wrong is None else values.set(wrong, None)
 
 
-def implausible_reason(name: str, values: pl.Series, unit: str, key: str) -> pl.Series:
-    """Why times are refused that `implausible` found, with the likely unit.
+def implausible_reason(
+    name: str, values: pl.Series, unit: str, key: str, derived: bool = False, own_unit: bool = False
+) -> pl.Series:
+    """Why times are refused that `implausible` found, with the likely unit, and where to set it.
 
     Args:
         name: of their column.
         values: seconds since 1970.
         unit: as which they were read.
         key: where the schema has the units, such as source.times.
+        derived: whether an expression makes them.
+        own_unit: whether they are timestamps of a file, see `has_own_unit`.
     """
     if unit == INDEX:
         return pl.select(pl.format("{}: {} is not between -2^62 and 2^62", pl.lit(name), values)).to_series()
     what = pl.format(f"{{}}: {{}} {IMPLAUSIBLE} in seconds since 1970", pl.lit(name), values)
     likely = pl.lit(f": where it is a plain order, set {key}: {{{name}: {INDEX}}}")
+    if own_unit:
+        wrong = pl.lit(": its timestamps have a unit of their own, the wrong one: write the column again, or")
+        return pl.select(pl.concat_str(what, wrong, likely.str.strip_prefix(":"))).to_series()
     raw = values.cast(pl.Float64) * PER_SECOND.get(unit, 1)
     for words, other, first, last in reversed(_LIKELY):
         if other != unit:
-            hint = pl.lit(f": {words}? set {key}: {{{name}: {other}}}")
+            cure = f"make it seconds in source.derived.{name}" if derived else f"set {key}: {{{name}: {other}}}"
+            hint = pl.lit(f": {words}? {cure}")
             likely = pl.when(pl.lit(raw).is_between(first, last)).then(hint).otherwise(likely)
     return pl.select(pl.concat_str(what, likely)).to_series()

@@ -100,7 +100,9 @@ def type_columns(
         else:
             found[name] = cleaned(pl.Series(array, dtype=pl.String), text_form).to_arrow()
     found |= {LINE: pa.array(line), ROW: pa.array(np.arange(len(line)) + row)}
-    rows = pa.table(found)
+    clocks = {name for name, kind in types.items() if kind == "time" and pa.types.is_timestamp(columns[name].type)}
+    fields = [pa.field(n, a.type, metadata=times.OWN_UNIT if n in clocks else None) for n, a in found.items()]
+    rows = pa.table(list(found.values()), schema=pa.schema(fields))
     if reason is None:
         return Typed(rows, dead_letters())
     bad = reason.is_not_null()
@@ -139,6 +141,7 @@ def id_columns(schema: Schema) -> set[str]:
     """The raw columns that are text and name something, a value or a list a row: ids, users and items, keys."""
     used = [schema.raw[name].column for name in schema.sparse] + [history.user for history in schema.histories.values()]
     used += [table.asks for table in schema.source.tables.values()]
+    used += [counter.by for counter in schema.source.counters.values()]
     used += [key for key in (schema.source.key, getattr(schema.split, "key", None)) if key]
     return set(used) - schema.raw_types.keys() - schema.source.derived.keys()
 
@@ -215,7 +218,7 @@ def parse(
     core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
     core[SPLIT] = _split(schema, frame, rows, core["event_time"])
     table = pa.table(columns | {name: series.rechunk().to_arrow() for name, series in core.items()})
-    reason = _faults(schema, core, [r for r in reasons if r is not None])
+    reason = _faults(schema, core, [r for r in reasons if r is not None], rows.schema)
     if schema.source.outcomes:
         key = str(schema.source.key)
         missing = pl.Series(_arrow(_column(schema, key, frame, rows)).is_null())
@@ -324,7 +327,7 @@ def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series)
     return (time >= valid_from).cast(pl.Int8) + (time >= test_from).cast(pl.Int8)
 
 
-def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Series]) -> pl.Series:
+def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Series], typed: pa.Schema) -> pl.Series:
     """Per row why it is a dead letter, null for a good one; of several reasons the first, and first those of features."""
     reason = pl.Series([None], dtype=pl.String).new_from_index(0, core[SPLIT].len())
     for own in found:
@@ -342,7 +345,9 @@ def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Serie
         reason = _either(reason, core["event_time"].is_null(), pl.lit(f"{schema.event_time}: missing event time"))
         time, unit = core["event_time"], schema.source.unit_of(schema.event_time)
         if (wrong := times.implausible(time, unit)) is not None:
-            why = times.implausible_reason(schema.event_time, time, unit, "source.times")
+            derived = schema.event_time in schema.source.derived
+            own_unit = not derived and times.has_own_unit(typed.field(schema.event_time))
+            why = times.implausible_reason(schema.event_time, time, unit, "source.times", derived, own_unit)
             reason = _either(reason, wrong, pl.lit(why))
     if column := schema.source.row_id:
         reason = _either(reason, core[ROW_ID].is_null(), pl.lit(f"{column}: missing row id"))

@@ -150,16 +150,18 @@ def _optional(schema: Schema) -> Iterator[str]:
     source = schema.source
     needed = {"source": [source.key, source.row_id, schema.event_time]}
     types: dict[str, dict[str, RawType]] = {"source": schema.raw_types}
+    forms: dict[str, Format] = {"source": source}
     for name, outcome in source.outcomes.items():
         key = source.format_key(name)
         needed[key] = [*needed.get(key, ()), outcome.key, outcome.time]
         types[key] = types.get(key, {}) | outcome.types
+        forms[key] = source.format_of(name)
     for name, table in source.tables.items():
         key = source.format_key(name)
         needed[key] = [*needed.get(key, ()), table.key, table.valid_from]
         types[key] = types.get(key, {}) | table.types
-    for key in needed:
-        form = source if key == "source" else source.format_of(key.split(".")[2])
+        forms[key] = source.format_of(name)
+    for key, form in forms.items():
         for column, default in form.optional.items():
             kind = types[key].get(column, "string")
             if column in needed[key]:

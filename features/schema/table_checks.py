@@ -12,11 +12,12 @@ STREAM_OF_IMPRESSIONS = "impressions"
 
 
 def side_tables(schema: Schema) -> Iterator[str]:
-    """What is wrong with side tables beside other parts of the schema."""
+    """What is wrong with side tables beside other parts of the schema, and with names that two streams have."""
     source = schema.source
-    for name in source.tables:
-        if name in source.outcomes or name == STREAM_OF_IMPRESSIONS:
-            yield f"source.tables.{name} has the name of another stream, such as an outcome: rename it"
+    for section, names in (("outcomes", source.outcomes), ("tables", source.tables)):
+        for name in names:
+            if name == STREAM_OF_IMPRESSIONS or (section == "tables" and name in source.outcomes):
+                yield f"source.{section}.{name} has the name of another stream, such as an outcome: rename it"
     later = schema.added_columns.keys() | schema.table_columns.keys()
     for name, table in source.tables.items():
         if table.valid_from and not schema.event_time:

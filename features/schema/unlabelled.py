@@ -9,15 +9,17 @@ from features.schema.splits import HashSplit
 def without_labels(schema: Schema) -> Schema:
     """The same features, time and split; every label is missing, every weight 1, and no outcome is read.
 
-    Histories and counters over outcomes are those of a state: a row whose outcomes are not read adds nothing to them. It keeps
-    the fingerprints of the whole: what it reads is of that schema.
+    Histories and counters over outcomes or columns of labels are those of a state: a row of which these are not read adds
+    nothing to them. It keeps the fingerprints of the whole: what it reads is of that schema.
     """
+    nothing = {name: {"when": "FALSE"} for name in schema.past if _labels_read(schema, name)}
     used = _read_columns(schema)
+    for name in schema.past.keys() - nothing.keys():
+        used |= {column for text in schema.past[name].expressions.values() for column in columns_of(text)}
     tables = {schema.table_columns[c] for c in schema.roots_of(used) if c in schema.table_columns}
     used |= {schema.source.tables[name].asks for name in tables}
     derived = {name: text for name, text in schema.source.derived.items() if name in used}
     fields = {name: getattr(schema, name) for name in type(schema).model_fields}
-    nothing = {name: {"when": "FALSE"} for name in schema.past if _outcomes_of(schema, name)}
     counters = {
         name: counter.model_copy(update={**nothing[name], "of": counter.of and "0"}) if name in nothing else counter
         for name, counter in schema.source.counters.items()
@@ -41,24 +43,28 @@ def without_labels(schema: Schema) -> Schema:
 
 
 def check_past(schema: Schema) -> None:
-    """Raises UserError where a history or counter reads an outcome: an unlabelled log has none, and there is no state."""
+    """Raises UserError where a history or counter reads labels or outcomes: the log has none, and there is no state."""
     for name in schema.past:
-        if read := _outcomes_of(schema, name):
+        if read := _labels_read(schema, name):
             raise UserError(
-                f"labels=none: {name} is made of outcome {read[0]} of earlier rows, and these are not there. Set state.from to "
-                "the dataset of the earlier rows."
+                f"labels=none: {name} is made of {read[0]} of earlier rows, an outcome or label, and these are not there. Set "
+                "state.from to the dataset of the earlier rows."
             )
 
 
-def _outcomes_of(schema: Schema, name: str) -> list[str]:
-    """The outcomes that a history or counter reads."""
-    return sorted(outcome for text in schema.past[name].expressions.values() for outcome in schema.outcomes_of(text))
+def _labels_read(schema: Schema, name: str) -> list[str]:
+    """The columns of outcomes, and those of labels alone, that a history or counter reads: files to be scored lack them."""
+    texts = [text for task in schema.tasks.values() for text in (task.label, task.observed_when) if text]
+    labels = schema.roots_of(column for text in texts for column in columns_of(text))
+    known = schema.roots_of(_read_columns(schema)) | schema.table_columns.keys()  # of tables at the impression
+    past = schema.past[name].expressions.values()
+    read = schema.roots_of(column for text in past for column in columns_of(text)) - schema.source.derived.keys()
+    return sorted(read & (schema.outcome_columns.keys() | (labels - known)))
 
 
 def _read_columns(schema: Schema) -> set[str]:
-    """The columns, raw or derived, that features, histories, time, row id and split read."""
+    """The columns, raw or derived, that features, time, row id and split read, and those that histories and counters are by."""
     used = [raw.column for raw in schema.raw.values()]
     used += [schema.split.key] if isinstance(schema.split, HashSplit) else []
-    for past in schema.past.values():
-        used += past.columns + [column for text in past.expressions.values() for column in columns_of(text)]
+    used += [column for past in schema.past.values() for column in past.columns]
     return {*used, *(column for column in (schema.source.row_id, schema.event_time) if column)}

@@ -130,10 +130,14 @@ def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays 
         days: FIRST..LAST, a day, or several of these with commas between, ISO dates; None: `path` is the dataset.
         missing_days: skip leaves days without a dataset out.
     Raises:
-        UserError: as Dataset; a day is missing, or was written for another schema or with other encoders than the first;
-            more days than row ids have room for.
+        UserError: as Dataset; `missing_days` without days; a day is missing, or was written for another schema or with other
+            encoders than the first; more days than row ids have room for.
     """
     if days is None:
+        if missing_days == "skip":
+            raise UserError(
+                "missing_days=skip: no days are named of which one may be missing. Set days=, or remove it."
+            )
         return Dataset(path)
     parts = [Dataset(folder_of_day(path, day)) for day in chosen_days(path, days, missing_days)]
     first = parts[0]

@@ -125,7 +125,8 @@ class State(BaseModel):
         horizon: seconds since 1970; rows from then on find in it what they would find in the log itself.
         began_from: None where the past began empty.
         chosen: whether that was by state.from.
-        undecided: events left out by history or counter, since the window of an outcome was still open when the log ended.
+        undecided: events left out by history or counter, since an outcome is not known: its window was still open when the log
+            ended, or files of a day that it needs are absent.
         cut_short: impressions before the horizon of the state it began from: some of their past may be missing.
         gap: seconds between that horizon and the first impression.
     """

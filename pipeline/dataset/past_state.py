@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
 from features.fit.fitted_files import RESTORE_HINT
+from features.hashing import bucket_of
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
 from features.parquet_schema import check_nesting_of
 from features.printable import printable
 from features.regular_files import lstat_regular
-from features.schema.expressions import columns_of
+from features.schema.origins import origins, reads_of
 from features.schema.schema import Schema
 from features.source import Counter, History
 from pipeline.dataset.days import day_of, days_in
@@ -49,12 +50,12 @@ def event_columns(past: History | Counter) -> pa.Schema:
 
 
 def definition(schema: Schema, name: str) -> str:
-    """16 hex digits of all that the events of a history or counter depend on: equal ones mean the same in two schemas.
+    """16 hex digits that a manifest has of a history or counter: of its settings and the derived columns and outcomes it reads.
 
-    That is its settings, the derived columns and outcomes that it reads, and how the text of its columns is read.
+    Side tables and units of time are not in it, so that states keep their ids: `meaning` has all.
     """
     past, source = schema.past[name], schema.source
-    columns = past.columns + [column for text in past.expressions.values() for column in columns_of(text)]
+    columns = reads_of(schema, name)
     roots = schema.roots_of([*columns, str(schema.event_time)])
     added = {schema.added_columns[column] for column in roots & schema.added_columns.keys()}
     content = {
@@ -68,6 +69,26 @@ def definition(schema: Schema, name: str) -> str:
         "text": source.model_dump(mode="json", include={"missing", "trim", "timezone"}, exclude_defaults=True),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def meaning(schema: Schema, name: str) -> dict[str, Any]:
+    """All that the events of a history or counter depend on: where it is equal, one schema goes on from the other's state."""
+    past, source = schema.past[name], schema.source
+    found = origins(schema, [*reads_of(schema, name), str(schema.event_time)])
+    added = schema.outcome_columns | schema.table_columns
+    streams = {added[column] for column in found.keys() & added.keys()}
+    text = source.model_dump(mode="json", include={"missing", "trim", "timezone", "times", "optional"})
+    # Of columns that are read only: a new one that some files lack, or that has a unit, changes nothing here.
+    read = found.keys() | {c for s in streams for c in (source.outcomes.get(s) or source.tables[s]).types}
+    for key in ("times", "optional"):
+        text[key] = {column: value for column, value in text[key].items() if column in read}
+    return {
+        "past": past.model_dump(mode="json"),
+        "length": schema.bag[name].max_length if isinstance(past, History) else None,
+        "time": schema.event_time,
+        "origins": found,
+        "text": text,
+    }
 
 
 def _settings(schema: Schema, key: str) -> Any:
@@ -109,8 +130,9 @@ def state_lines(state: State) -> list[str]:
         most = ", ".join(f"{-count:,} of {name}" for count, name in undecided[:MOST_NAMES])
         rest = f" and those of {len(undecided) - MOST_NAMES} more" if len(undecided) > MOST_NAMES else ""
         lines.append(
-            f"events left out of histories and counters: {most}{rest}, since the window of an outcome was open when its files "
-            "ended. Make this dataset again once they are complete, before later ones go on from it."
+            f"events left out of histories and counters: {most}{rest}, since an outcome is not known: its window was still "
+            "open, or files of a day are absent. Run jobs.preprocess for this dataset again once all files are there, before "
+            "later days."
         )
     if state.cut_short:
         lines.append(
@@ -152,12 +174,14 @@ def opened(
 
 
 def read_group(parquet: pq.ParquetFile, number: int, path: Path) -> pa.Table:
-    """The events of a row group. Raises UserError for a missing or non-finite value: `kept` leaves none."""
+    """The events of a row group. Raises UserError for a missing or non-finite value, or the key of another group."""
     events = parquet.read_row_group(number)
     for name, column in zip(events.column_names, events.columns, strict=True):
         finite = not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column), min_count=0).as_py()
         if column.null_count or not finite:
             raise UserError(f"{path}: {name} is missing or not finite in an event. {RESTORE_HINT}")
+    if (bucket_of(events["key"].combine_chunks(), parquet.num_row_groups) != number).any():
+        raise UserError(f"{path}: row group {number} has other keys. {RESTORE_HINT}")
     return events
 
 

@@ -78,9 +78,10 @@ def _verify(dataset: Dataset) -> Iterator[str]:
 def _lines(dataset: Dataset) -> str:
     """Where the lines of each stream went. Raises UserError where a row is a line, and there are more of these than rows."""
     source, found = dataset.schema.source, []
+    others = source.outcomes.keys() | source.tables.keys()
     for stream, lines in dataset.manifest.lines.items():
         read = dataset.manifest.read.get(stream, 0)
-        if not source.format_of(stream if stream in source.outcomes else None).multiline and lines.rows > read:
+        if not source.format_of(stream if stream in others else None).multiline and lines.rows > read:
             raise UserError(
                 f"{dataset.path}/manifest.json: {lines.rows:,} lines of rows of {printable(stream)} are not in {read:,} rows. "
                 f"{RESTORE_HINT}"

@@ -132,7 +132,8 @@ def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:
     """The dataset to evaluate on: another one, other days, or the one the run was trained on. Raises UserError."""
     trained_on = run.config()
     days = config.days or (None if config.dataset else trained_on.get("days"))
-    missing_days = config.missing_days or ("refuse" if config.days else trained_on.get("missing_days", "refuse"))
+    inherited: MissingDays = trained_on.get("missing_days", "refuse") if days and not config.days else "refuse"
+    missing_days = config.missing_days or inherited
     return open_dataset((config.dataset or Path(trained_on["dataset"])).absolute(), days, missing_days)
 
 

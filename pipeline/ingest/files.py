@@ -90,7 +90,7 @@ def find(
             reports an error.
     """
     if dates is None:
-        found = needed = _matching(folder, pattern.replace("{date}", "*"))
+        found = needed = matching(folder, pattern.replace("{date}", "*"))
     else:
         by_date = files_by_date(folder, pattern, dates)
         found = list(dict.fromkeys(file for files in by_date.values() for file in files))
@@ -107,13 +107,16 @@ def files_by_date(folder: str, pattern: str, dates: Sequence[date]) -> dict[date
     Raises:
         UserError: the pattern is not a glob pattern, or the storage reports an error.
     """
-    return {day: _matching(folder, pattern.replace("{date}", day.isoformat())) for day in dates}
+    return {day: matching(folder, pattern.replace("{date}", day.isoformat())) for day in dates}
 
 
-def _matching(folder: str, pattern: str) -> list[RawFile]:
-    """Files that match a plain glob, in name order.
+def matching(folder: str, pattern: str) -> list[RawFile]:
+    """Files that match a plain glob, in name order; none where nothing does.
 
     Links in the folder are followed, to files and to folders: whoever put them there chose what is read.
+
+    Raises:
+        UserError: the pattern is not a glob pattern, or the storage reports an error.
     """
     if Path(pattern).is_absolute() or "://" in pattern or ".." in pattern.split("/"):
         raise UserError(f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to its folder.")

@@ -248,7 +248,9 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
     reference = reference.resolve()
     known = Dataset(reference)
     read_card(reference, known.schema)
-    if known.schema.inputs_fingerprint == schema.inputs_fingerprint:
+    kept = reuse.unchanged(schema, known.schema).features
+    # Equal fingerprints alone would not show that a side table is looked up by another column, or an outcome's other window.
+    if known.schema.inputs_fingerprint == schema.inputs_fingerprint and kept == schema.features.keys():
         Encoders.load(reference / "encoders", schema)
         return reference, False
     if config.date and config.encoders.from_ is None:
@@ -256,7 +258,6 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
             f"{reference.name} in {config.out} was made with other features. Choose another out= for days of this schema, with "
             f"encoders.from={reference} to keep the encoders of features that are unchanged."
         )
-    kept = reuse.unchanged(schema, known.schema).features
     if not kept:
         raise UserError(f"encoders.from: {reference} has none of this schema's features. Fit new encoders, without it.")
     assert known.encoders  # checked before the first minute of work

@@ -12,7 +12,7 @@ from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.days import MissingDays, day_of, days_in, folder_of_day, ranges_of
 from pipeline.dataset.entries import State, StateFile, StateOrigin
-from pipeline.dataset.past_state import definition, state_id
+from pipeline.dataset.past_state import meaning, state_id
 
 EMPTY = "empty"  # state.from=empty: histories and counters begin without any rows
 
@@ -135,17 +135,18 @@ def day_before(folder: Path, date: datetime.date, missing_days: MissingDays) -> 
 
 def _start(folder: Path, name: str, schema: Schema) -> Start:
     """The state of a dataset. Raises UserError where it has none, or one of other histories or counters."""
-    state = Dataset(folder).manifest.state
+    dataset = Dataset(folder)
+    state = dataset.manifest.state
     if state is None:
         raise UserError(
             f"{folder} has no state: {', '.join(map(printable, schema.past))} would begin empty, and be too short for a log "
             "that others came before. Run jobs.preprocess for it again; where no rows came before, jobs.preprocess takes "
             "state.from=empty."
         )
-    found = {file.name: file.definition for file in state.files}
+    known = dataset.schema
     for past in schema.past:
-        if found.get(past) != definition(schema, past):
-            what = "has another definition" if past in found else "is missing"
+        if past not in known.past or meaning(known, past) != meaning(schema, past):
+            what = "has another definition" if past in known.past else "is missing"
             raise UserError(
                 f"{folder}: {printable(past)} {what} in its state. Run jobs.preprocess for it again with this schema, or "
                 "set state.from=empty to begin without."

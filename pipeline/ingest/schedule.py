@@ -190,8 +190,9 @@ def counter_means(job: Job, limits: Limits) -> dict[str, float]:
     """
     means: dict[str, float] = {}
     if job.schema.smoothed and limits.reference:
-        known = Dataset(Path(limits.reference))
-        means = reuse.counter_means(job.schema, known.encoders)
+        known = Dataset(Path(limits.reference)).encoders
+        # Without labels, a schema has no expressions to compare; but then all encoders are those of the reference.
+        means = reuse.counter_means(job.schema, known) if limits.fits else dict(known.counter_means)
     for name in (name for name in job.schema.smoothed if name not in means):
         sums = [report.sums[name] for report in job.found(ScatterPastReport)]
         count = sum(rows for _, rows in sums)

@@ -7,9 +7,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.hashing import hash_integers, hash_strings
-
-KEY_SEED = 11  # of the buckets of a join
 POSITION = "__position"  # of a row in its part: buckets have the rows of a part in another order
 
 
@@ -26,26 +23,6 @@ def read(path: str, batch: int = 0, mapped: bool = True) -> pa.Table:
     """One of the tables, mapped into memory; reading is faster for a small one of many."""
     with pa.memory_map(path) if mapped else pa.OSFile(path) as file:
         return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(batch)])
-
-
-def bucket_of(keys: pa.Array, buckets: int) -> np.ndarray:
-    """The bucket of each key, text or integer; of a missing one, any."""
-    if pa.types.is_integer(keys.type):
-        hashes = hash_integers(keys.fill_null(0).to_numpy(), KEY_SEED)
-    elif pa.types.is_dictionary(keys.type):
-        return (
-            bucket_of(keys.dictionary, buckets)[keys.indices.fill_null(0).to_numpy()]
-            if len(keys.dictionary)
-            else np.zeros(len(keys), int)
-        )
-    else:
-        hashes = hash_strings(keys, KEY_SEED)
-    return hash_range_of(hashes, buckets)
-
-
-def hash_range_of(hashes: np.ndarray, count: int) -> np.ndarray:
-    """Which of `count` equal ranges of 64-bit hashes each hash is in."""
-    return ((hashes >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
 
 
 def partition(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Table]:

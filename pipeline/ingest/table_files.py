@@ -52,7 +52,7 @@ def snapshots(
     """
     found = {}
     for name, table in schema.source.tables.items():
-        if table.in_snapshots and not table.valid_from and config.date is None:
+        if table.in_snapshots and config.date is None:
             zone = schema.source.format_of(name).zone
             days = days_of(table.files, streams[name])
             found[name] = {
@@ -63,9 +63,16 @@ def snapshots(
 
 
 def check_snapshots(config: PreprocessConfig, schema: Schema) -> None:
-    """Raises UserError for snapshots that no time of the impressions can choose among."""
+    """Raises UserError for snapshots that no time of the impressions can choose among, or that rows' own times would."""
     for name, table in schema.source.tables.items():
-        if table.in_snapshots and not schema.event_time and config.date is None:
+        if not table.in_snapshots or config.date is not None:
+            continue
+        if table.valid_from:
+            raise UserError(
+                f"source.tables.{name}: its files have {{date}}, each is the whole table from that day on; by valid_from its "
+                "rows would reach impressions of days before. Set date=, remove valid_from, or write * in place of {date}."
+            )
+        if not schema.event_time:
             raise UserError(
                 f"source.tables.{name}: its files have {{date}}, of which an impression sees those of its time: give the "
                 "schema event_time, or set date="

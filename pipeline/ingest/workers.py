@@ -8,10 +8,12 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
+from typing import Any
 
 from pipeline.ingest.messages import Failure, Report, Work
 from pipeline.ingest.state import Job
@@ -51,9 +53,8 @@ class Workers:
                 _send(process, self.job)
                 self.know_job.add(process.pid)
             _send(process, (step, number, work))
-            assert process.stdout is not None
-            report = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
+            report = _receive(process)
+        except (EOFError, OSError):
             return Failure(
                 f"a worker process ended in step {step} ({_end_of(process)}). No dataset was written: run again, with fewer "
                 "workers or smaller unit_bytes and bucket_bytes if memory was short."
@@ -82,8 +83,24 @@ def _send(process: subprocess.Popen[bytes], message: object) -> None:
     process.stdin.flush()
 
 
+def _receive(process: subprocess.Popen[bytes]) -> Any:
+    """What a process reports. Raises EOFError where it has ended, or sends something else, for which it is ended."""
+    assert process.stdout is not None
+    try:
+        return pickle.load(process.stdout)
+    except (EOFError, OSError):
+        raise
+    except Exception as error:  # of what is no pickle, or the beginning of one, it raises anything
+        process.kill()
+        raise EOFError from error
+
+
 def _end_of(process: subprocess.Popen[bytes]) -> str:
-    code = process.wait(timeout=10)
+    try:
+        code = process.wait(timeout=10)
+    except subprocess.TimeoutExpired:  # alive, with its pipe closed
+        process.kill()
+        code = process.wait()
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -117,9 +134,8 @@ def main() -> None:
                 last_step = step
             try:
                 report: object = run_step(job, step, number, work)
-            except Exception as error:  # a defect: raised where the job is
-                error.add_note(f"in a worker process, step {step}")
-                report = error
+            except Exception:  # a defect: raised where the job is, as text, since not every exception can be pickled
+                report = RuntimeError(f"in a worker process, step {step}: {traceback.format_exc()}")
             pickle.dump(report, reports)
             reports.flush()
     except (EOFError, BrokenPipeError, KeyboardInterrupt):

@@ -54,7 +54,8 @@ class Settings(Strict):
         max_skipped: batches that may be skipped in a run before it stops all the same.
         max_corrupt: share of the rows that may be skipped so.
         timeout: seconds that ranks wait for each other in a step, or a launcher for a heartbeat.
-        init_from: a run whose newest checkpoint's weights this one starts from; what it lacks is initialised as usual.
+        init_from: a run whose newest checkpoint's weights this one starts from; what it lacks, and
+            what reads features that are others there, is initialised as usual.
         log_every: steps between lines of train.jsonl.
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
     """

@@ -110,7 +110,7 @@ class Trainer:
                 self.log(line)
             if self.settings.init_from:
                 model, other = self.learner.state()["model"], Run(self.settings.init_from)
-                self.log(warm_start.start(other, self.dataset, model, pinned))
+                self.log(warm_start.start(other, self.dataset, self.learner.ranker, model, pinned))
         dist.barrier()  # all have read the old configuration, and the checkpoints that the run starts from
         pinned.close()
         if self.rank == 0:

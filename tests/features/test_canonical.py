@@ -156,6 +156,13 @@ def test_nanoseconds_times_of_day_and_truth_values_have_one_text() -> None:
     assert canonical(pa.nulls(2), "here").to_pylist() == [None, None]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_bytes_that_a_file_calls_text_are_none(kind: pa.DataType) -> None:
+    bytes_ = pa.array([b"a", b"\xff"], pa.binary() if kind == pa.string() else pa.large_binary())
+    with pytest.raises(pa.ArrowInvalid):
+        as_text(bytes_.view(kind))
+
+
 HOW = (
     "Make it whole or text in source.derived: CAST(... AS BIGINT) of a column of type float, or CAST(... AS VARCHAR); of "
     "outcomes and side tables in their files."

@@ -132,6 +132,16 @@ def test_sums_of_whole_numbers_are_exact_whatever_other_keys_hold():
     assert values(counter, [(1, 60)], events) == [0]
 
 
+def test_a_large_number_that_has_left_the_window_leaves_nothing_behind_also_from_a_state():
+    counter = Counter(by="u", take="sum", of="x", window=7)
+    events = frame(counter, [(1, 0, 3e38), (1, 9, 1.0), (1, 15, 5.0), (1, 17, 3.0), (1, 30, -3e38)])
+    rows = [(1, moment) for moment in (8, 10, 16, 18, 22, 23, 24, 25)]
+    expected = [0, 1, 6, 8, 8, 3, 3, 0]
+    assert values(counter, rows, events) == expected
+    horizon = 16
+    assert values(counter, rows[2:], kept(counter, events, horizon)) == expected[2:]
+
+
 def test_a_mean_with_decay_of_long_ago_is_still_that_mean_and_a_smoothed_one_the_trains():
     events = [(1, 0, 1.0), (1, 1, 0.0)]
     plain = Counter(by="u", take="mean", of="x", decay=1)

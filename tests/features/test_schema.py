@@ -111,6 +111,15 @@ def test_an_unknown_key_is_refused_at_every_level_with_what_is_allowed_there(pla
         ("categorical.hour.vocabulary", {"min_count": 0}, ["categorical.hour.vocabulary.min_count"]),
         ("bag.recent.max_length", 0, ["bag.recent.max_length"]),
         ("source.delimiter", "||", ["source.delimiter", "at most 1"]),
+        ("source.delimiter", "¦", ["source.delimiter: '¦' is not one ASCII character within a line"]),
+        ("source.quote", "“", ["source.quote: '“' is not one ASCII character within a line, such as , or \\t"]),
+        ("source.quote", "\n", [r"source.quote: '\n' is not one ASCII character"]),
+        ("source.quote", ",", ["source: quote and delimiter are both ',': change one of them, or set quote: null"]),
+        (
+            "source.outcomes.click.read",
+            {"delimiter": "\r"},
+            ["source.outcomes.click.read.delimiter", "is not one ASCII"],
+        ),
         ("source.delimiter", "", ["source.delimiter", "at least 1"]),
         ("source.quote", "''", ["source.quote", "at most 1"]),
         ("source.multiline", "perhaps", ["source.multiline", "boolean"]),
@@ -385,3 +394,13 @@ def test_a_unit_or_default_of_a_column_that_nothing_reads_is_refused(setting, va
     content = copy.deepcopy(BASE)
     content["source"][setting] = {"nothing_such": value}
     assert f"source.{setting}: column nothing_such is not read: fix or remove it" in refusal(content)
+
+
+@pytest.mark.parametrize("section", ["outcomes", "tables"])
+def test_what_files_of_a_stream_may_lack_is_checked_whatever_its_name(section: str):
+    stream = {"files": "x.csv", "key": "id", "columns": {"n": "int"}, "read": {"optional": {"n": 1}}}
+    content = changed("source." + section, {"a.b": stream})
+    content["tasks"]["click"]["label"] = "1"
+    Schema.parse(content, where="mine.yaml")
+    stream["read"] = {"optional": {"n": "none"}}
+    assert f"source.{section}.a.b.read.optional.n: 'none' is not an integer" in refusal(content)

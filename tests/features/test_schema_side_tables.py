@@ -51,6 +51,10 @@ def test_features_of_any_kind_histories_derived_columns_and_the_split_may_read_a
         (with_table(columns={"brand": "text"}), "source.tables.goods.columns.brand: Input should be 'int', 'float', "),
         (changed("source.tables.click", ITEM), "source.tables.click has the name of another stream"),
         (changed("source.tables.impressions", ITEM), "source.tables.impressions has the name of another stream"),
+        (
+            changed("source.outcomes", {"impressions": {"files": "x.csv", "key": "id"}}),
+            "source.outcomes.impressions has the name of another stream",
+        ),
         (changed("source.tables.a/b", ITEM), "name in source.tables 'a/b' cannot name a file"),
         (with_table(key="a\x1b"), "column 'a\\x1b' has a control character"),
         (with_table(files="a\x1b"), "files 'a\\x1b' has a control character"),

@@ -103,6 +103,12 @@ def test_dictionaries_may_hold_values_that_no_row_has() -> None:
     assert s.questions(s.key_codes(codes, "here"), None).asked.to_pydict() == {s.KEY: ["c"], s.ASKING: [2]}
 
 
+def test_a_row_without_a_text_has_no_code() -> None:
+    answers = pa.table({"name": pa.array(["x", None], pa.large_string())})
+    found = s.spread(answers, np.array([1, 0, -1]), "t")["t_name"]
+    assert found.indices.to_pylist() == [None, 0, None]  # a null among the codes' values counts as a value
+
+
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 5_000, 100_000])
 def test_unmatched_keys_are_counted_exactly_up_to_63_and_estimated_beyond(count: int) -> None:
     index, keys = s.SideTableIndex(table_of([], False)), pa.array([f"k{i}" for i in range(count)], pa.large_string())

@@ -214,3 +214,10 @@ def test_days_that_are_read_as_one_add_up_and_a_count_beyond_the_rows_is_damage(
     file.write_text(json.dumps(content))
     with pytest.raises(Exception, match=r"41 rows of click lack a column, more than were read"):
         Dataset(tmp_path / "out")
+
+
+def test_a_key_that_stood_in_any_block_of_a_file_is_there():
+    completion = Completion({"a": "string", "b": "string", "c": "string"}, None, Format(), {})
+    for present in ("a", "b"):
+        completion.complete(pa.table({c: pa.array(["x" if c == present else None], pa.string()) for c in "abc"}))
+    assert completion.keys == ["a", "b"]

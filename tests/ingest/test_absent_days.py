@@ -14,8 +14,9 @@ from ingest_runs import rows_by_id, run, values_of
 
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.past_state import state_lines
 from pipeline.dataset.verify import verify
-from pipeline.ingest.absent_days import absent_days, day_of
+from pipeline.ingest.absent_days import absent_days, day_of, days_after
 from pipeline.ingest.files import RawFile
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
@@ -225,13 +226,17 @@ def test_a_history_of_rows_without_a_click_leaves_out_those_that_may_have_one(lo
         name: {"max_length": 100, "history": {"user": "everyone", "item": "id", "when": when}}
         for name, when in (("ignored", "NOT click"), ("clicked", "click"))
     }
-    run(log, tmp_path / "out", content)
+    manifest = run(log, tmp_path / "out", content)
     last = rows_by_id(tmp_path / "out")[-1]
     ids = {name: sorted(int(values_of(tmp_path / "out", name)[i]) for i in last[name]) for name in content["bag"]}
     assert ids["clicked"] == [10 * n + i for n in range(8) if n != 3 for i in range(5)]
     assert ids["ignored"] == [
         10 * n + i for n in range(8) if n != 3 for i in range(5, 10) if 10 * n + i < 75
     ]  # the window of later ones is open
+    (line,) = [line for line in state_lines(manifest.state) if "left out" in line]
+    assert manifest.undecided["click"]["files of a day absent"] == 10
+    assert f"{manifest.state.undecided['ignored']} of ignored" in line
+    assert "its window was still open, or files of a day are absent. Run jobs.preprocess for this dataset again" in line
 
 
 @pytest.mark.parametrize("as_of", [None, f"{name_of(9)}T00:00Z"])
@@ -305,6 +310,12 @@ def test_below_a_folder_whose_name_is_a_date_the_same_days_are_absent(log, tmp_p
         assert labels_of(folder / "out")[3] == [None] * 10
     assert found[0].absent_days == found[1].absent_days == {"click": [name_of(3)]}
     assert found[0].undecided == found[1].undecided
+
+
+@pytest.mark.parametrize("window", [1, 86_399, 86_400, 86_401, 2 * 86_400, 2 * 86_400 + 1])
+def test_outcomes_of_a_days_last_second_may_happen_as_many_days_after_it_as_its_window_reaches(window):
+    schema = Schema.parse(content_for(window=f"{window}s"), where="mine.yaml")
+    assert days_after(schema.source.outcomes["click"]) == (DAY - 1 + window) // DAY
 
 
 def spans(content: dict[str, Any], impressions: list[str], clicks: list[str]) -> dict[str, list[str]]:

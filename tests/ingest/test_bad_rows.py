@@ -4,8 +4,10 @@ import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import polars as pl
 import pytest
 from examples import examples
 from hypothesis import given, settings
@@ -77,6 +79,16 @@ def test_a_bad_log_stops_the_job_before_it_is_read(unit_bytes, tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("rows", "reason"), [("1,x,2\n1\n", "x: 'x'"), ("1\n1,x,2\n", "1 columns instead of 3")])
+def test_the_first_bad_row_is_the_first_by_its_line_whatever_is_wrong_with_others(rows, reason, tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log-0.csv").write_text("id,x,y\n" + rows * 1000)
+    message = refused(tmp_path / "log", tmp_path / "out", CONTENT, max_bad_fraction=0.05)
+    assert "bad after reading " in message
+    assert f"/log-0.csv, line 2: {reason}" in message
+
+
+@pytest.mark.usefixtures("small")
 def test_bad_rows_that_stand_together_stop_no_job_that_passes_at_its_end(tmp_path):
     folder = write(tmp_path / "log", "bbbb", "gggg", "gggg", "gggg", "gggg", "gggg")
     manifest = run(folder, tmp_path / "out", CONTENT, max_bad_fraction=0.17, unit_bytes=500)
@@ -119,6 +131,15 @@ def test_a_small_log_is_read_to_its_end_so_that_the_count_is_that_of_all_its_row
     folder = write(tmp_path / "log", "bbbb", "gggg")
     message = refused(folder, tmp_path / "out", CONTENT, unit_bytes=300)
     assert message.startswith("400 of 800 rows of impressions are bad, more than max_bad_fraction=0.001")
+
+
+@pytest.mark.parametrize(("lines", "place"), [(2, "line 3 after byte 4,096"), (0, "line 3")])
+def test_a_line_is_counted_from_its_units_beginning_and_a_row_in_its_file(lines, place, tmp_path):
+    job = SimpleNamespace(stream_bytes={"click": 0}, progress=tmp_path)
+    unit = SimpleNamespace(start=4096, file=SimpleNamespace(path="/x/a"))
+    rows = bad_rows.BadRows(job, SimpleNamespace(stream="click", unit=unit))  # type: ignore[arg-type]
+    rows.count(2, [pl.DataFrame({"line": [3], "reason": ["odd"]})], lines)
+    assert rows.first == f"/x/a, {place}: odd"
 
 
 logs = st.lists(

@@ -275,6 +275,29 @@ def test_tables_say_where_every_row_went(tmp_path):
         assert all(len(line) == len(table.header) for line in table.lines)
 
 
+def test_statistics_of_all_rows_are_not_called_those_of_train(tmp_path):
+    """As of a dataset that is made with the encoders of another one, in which no split is fitted on."""
+    rows = fit_encoders(draw_rows(100))[0].encode(draw_rows(100))
+    shard = write_shard(tmp_path, "train/part.parquet", "train", rows)
+    manifest = write_manifest(tmp_path, [shard], [], dead_letters={})
+    found = made(draw_rows(100))
+    found["ids"]["city"]["markers"] = {"NULL": 3}
+    for content, words in ((found, "train"), (found | {"splits": {"train": {}, "test": {}}}, "all rows")):
+        made_of = {table.title: table for table in tables(manifest, content)}
+        assert made_of["Tasks"].header[-1] == f"std {words}"
+        assert f"Ids that look like missing values ({words}): list them in source.missing if they are" in made_of
+        over = {"train": "train rows", "all rows": "rows"}[words]
+        assert f"Correlations of labels, over {over} where both are observed" in made_of
+        html = page("mine", manifest, content)
+        for text in (
+            "statistics of {} over",
+            "Histograms of the middle 98% of values ({})",
+            "Most frequent values ({})",
+        ):
+            assert text.format(words) in html
+        assert ("(train)" in html) == (words == "train")
+
+
 def test_shares_and_numbers_are_short_and_small_ones_are_not_zero():
     assert [percent(x) for x in (None, 0, 0.0012, 0.5, 0.9996, 1)] == [
         "–",

@@ -40,6 +40,22 @@ PIECES = st.sampled_from(
 @example(
     data=b'a,"b\n' + b"c" * 20 + b'\n"d\n', columns=2, multiline=True, limits=(5, 15), unit_bytes=9, block_bytes=60
 )
+@example(  # the last column in which quotes are followed, and the one after it
+    data=b'a,"b\nc"' + b"," * 18 + b'"d"\ne,f\n',
+    columns=2,
+    multiline=True,
+    limits=(5, 60),
+    unit_bytes=99,
+    block_bytes=99,
+)
+@example(
+    data=b'a,"b\nc"' + b"," * 19 + b'"d"\ne,f\n',
+    columns=2,
+    multiline=True,
+    limits=(5, 60),
+    unit_bytes=99,
+    block_bytes=99,
+)
 def test_rows_and_faults_are_those_of_a_reading_character_by_character(
     tmp_path_factory: pytest.TempPathFactory,
     data: bytes,
@@ -59,6 +75,41 @@ def test_rows_and_faults_are_those_of_a_reading_character_by_character(
     assert read(folder, "random.csv", format, types, spans=True) == expected
     with blocks_of(block_bytes):
         assert read(folder, "random.csv", format, types, unit_bytes, spans=True) == expected
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(
+    data=st.lists(PIECES, max_size=40).map(b"".join),
+    delimiter=st.sampled_from([b"\t", b" "]),
+    columns=st.integers(1, 3),
+    multiline=st.booleans(),
+    size=st.integers(1, 60),
+)
+@example(data=b'a,"b\n"c",d\n', delimiter=b"\t", columns=2, multiline=True, size=60)
+@example(data=b'a,"b\n"c",d\n', delimiter=b" ", columns=2, multiline=True, size=60)
+def test_a_delimiter_that_is_white_space_is_none_to_trim(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, delimiter: bytes, columns: int, multiline: bool, size: int
+) -> None:
+    folder, sign = tmp_path_factory.getbasetemp(), delimiter.decode()
+    data = with_a_line_end(data.replace(b" ", b""))  # the one white space is the delimiter
+    (folder / "trimmed.csv").write_bytes(data.replace(b",", delimiter))
+    names = ["a", "b", "c"][:columns]
+    rows, bad = by_hand(data, columns, '"', multiline)
+    expected = (
+        [(line, *(value.replace(",", sign) for value in values)) for line, *values in rows],
+        [(line, reason, raw.replace(",", sign), lines) for line, reason, raw, lines in bad],
+    )
+    format = Format(columns=names, multiline=multiline, delimiter=sign, trim=True)
+    with blocks_of(size):
+        assert read(folder, "trimmed.csv", format, dict.fromkeys(names, "string"), size, spans=True) == expected
+
+
+@pytest.mark.parametrize(("delimiter", "multiline"), [("\t", False), ("\t", True), (" ", False), (" ", True)])
+def test_trim_leaves_the_delimiters_of_a_header_with_quotes(tmp_path: Path, delimiter: str, multiline: bool) -> None:
+    with (tmp_path / "header.csv").open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([["a", "b"], ["1", "2"]])
+    format = Format(delimiter=delimiter, multiline=multiline, trim=True)
+    assert read(tmp_path, "header.csv", format, {"a": "string", "b": "string"}) == ([(2, "1", "2")], [])
 
 
 # Files as they are: with line breaks and quotes in values, with CRLF, damaged in several ways, and JSON lines.

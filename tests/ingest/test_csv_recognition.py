@@ -19,6 +19,7 @@ from features.errors import UserError
 from features.source import Format
 from pipeline.ingest.files import find
 from pipeline.ingest.formats import check_columns
+from pipeline.ingest.formats.recognition import check_text
 
 TEXT = "user,click\n" + "".join(f"u{i},{i % 2}\n" for i in range(40))
 
@@ -118,6 +119,20 @@ def test_text_that_only_resembles_such_files_is_read(tmp_path: Path) -> None:
     rows, bad = read(tmp_path, "a.csv", Format(), {"b": "string"})
     assert rows == [(2, "\0\0\0\0"), (4, "x")]
     assert [line for line, *_ in bad] == [3]
+
+
+def test_text_with_control_characters_whose_last_character_is_cut_is_text() -> None:
+    line = "\1" * 9 + "ü" * 40 + "価"
+    for cut in range(3):
+        check_text("a.csv", line.encode()[: len(line.encode()) - cut])
+    with pytest.raises(UserError, match="control characters, and is not UTF-8"):
+        check_text("a.csv", line.encode() + b"\xe4x")
+
+
+def test_a_line_end_may_be_cut_after_its_carriage_return() -> None:
+    check_text("a.csv", b"user,click\r")
+    with pytest.raises(UserError, match="its lines end with CR alone"):
+        check_text("a.csv", b"user,click\ru")
 
 
 @pytest.mark.parametrize("multiline", [False, True])

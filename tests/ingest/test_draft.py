@@ -243,6 +243,20 @@ def test_a_table_that_a_larger_stream_refers_to_is_not_the_impressions(tmp_path:
     assert schema["tasks"] == {"rating": {"kind": "regression", "label": "rating"}}
 
 
+@pytest.mark.parametrize("no", ["0.0", "-1.0"])
+def test_labels_that_pandas_wrote_as_floats_since_some_are_missing_are_found(tmp_path: Path, no: str) -> None:
+    rows = log(400)
+    for i, row in enumerate(rows):
+        row["click"] = "" if i % 7 == 0 else "1.0" if row["click"] else no
+    write_csv(tmp_path / "raw" / "imp.csv", rows)
+    schema, text = drafted(tmp_path, tmp_path / "raw")
+    known = [row["click"] == "1.0" for row in rows if row["click"]]
+    assert f"1 in {sum(known) / len(known):.2%} of the sampled rows" in text
+    preprocessed(tmp_path, tmp_path / "raw", schema)
+    labels = [row["label.click"] for row in rows_by_id(tmp_path / "dataset")]
+    assert labels == [None if not row["click"] else float(row["click"] == "1.0") for row in rows]
+
+
 def test_columns_that_give_the_label_away_are_left_out(tmp_path: Path) -> None:
     rows = [
         row

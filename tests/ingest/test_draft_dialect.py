@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from examples import examples
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features.errors import UserError
 from pipeline.ingest.draft import sample
 from pipeline.ingest.draft.column import column_of
 from pipeline.ingest.draft.dialect import NoLogError
-from pipeline.ingest.draft.groups import Group, find_groups, literal, matches, pattern_of
+from pipeline.ingest.draft.groups import Group, find_groups, literal, shape_of
 from pipeline.ingest.draft.moments import FORMATS, UNITS, moments_of
 from pipeline.ingest.draft.sample import Sample, sample_of
 from pipeline.ingest.files import find
@@ -116,6 +118,24 @@ def test_spaces_around_values_are_trimmed(tmp_path: Path) -> None:
     assert sampled(tmp_path, "a.csv").dialect.options == {"trim": True}
 
 
+def test_a_header_in_which_a_name_stands_twice_is_one_and_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "user,item,item,click\n" + "".join(f"u{i % 7},x{i % 3},z{i % 5},{i % 2}\n" for i in range(300))
+    )
+    found = sampled(tmp_path, "a.csv")
+    assert columns_read(found) == {"user": [f"u{i % 7}" for i in range(300)], "click": [str(i % 2) for i in range(300)]}
+    assert found.left_out == {"item": "several columns have this name"}
+    # Without numbers below a name such a line may be one of values.
+    for first, last, is_header in [
+        ("x,x,b", "7", True),
+        ("x,x,b", "w", False),
+        ("x,x,", "7", False),
+        ("x,x,1", "7", False),
+    ]:
+        (tmp_path / "a.csv").write_text(f"{first}\n" + "".join(f"u{i},v{i},{last}\n" for i in range(9)))
+        assert ("columns" not in sampled(tmp_path, "a.csv").dialect.options) == is_header
+
+
 RECORDS = [{"user": f"u{i}", "n": i, "x": i / 4, "tags": ["a", f"b{i % 3}"], "yes": i % 2 == 0} for i in range(40)]
 
 
@@ -159,7 +179,7 @@ def test_a_format_is_told_by_content_and_its_nested_columns_are_left_out(tmp_pat
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (gzip.compress(b"a,b\n1,2\n"), "is gzip under another name"), ("a,b\n1,2\n".encode("utf-16"), "is UTF-16"),
+        (gzip.compress(b"a,b\n1,2\n"), "rename it to a.csv.gz"), ("a,b\n1,2\n".encode("utf-16"), "is UTF-16"),
         (b"a\0b", "is binary"), (b"\n\n", "is empty"), (b'[{"a": 1}]\n', "one JSON"), (b"PK\x03\x04zip", "is a ZIP"),
         (b"{a: 1}\n", "no objects"), (b"a,b\n", "has no rows"),
     ],
@@ -229,5 +249,44 @@ def test_patterns_part_the_files_and_find_reads_them_back(tmp_path: Path) -> Non
     assert found == {pattern: [tmp_path / name for name in names] for pattern, names in streams.items()}
     for pattern, names in streams.items():
         assert [Path(file.path) for file in find(str(tmp_path), pattern)] == [tmp_path / name for name in names]
-        assert all(matches(pattern, name) for name in names)
-    assert pattern_of("2026-13-01.csv") == "*.csv"  # no date
+    assert shape_of("2026-13-01.csv") == ("*.csv", [])  # no date
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "days"),
+    [
+        (["export-2026-12-31/imp-2026-11-0{}.csv"], "export-2026-12-31/imp-{date}.csv", [1, 2, 3]),
+        (["dt=2026-11-0{}/imp-2026-12-31.csv"], "dt={date}/imp-2026-12-31.csv", [1, 2, 3]),
+        (["dt=2026-11-0{0}/imp-2026-11-0{0}.csv"], "dt={date}/imp-*.csv", [1, 2, 3]),
+        (["run-2026-12-0{0}/imp-2026-11-0{0}.csv"], "run-*/imp-{date}.csv", [1, 2, 3]),
+        (
+            ["run-2026-12-01/2026-11-0{}.csv", "run-2026-12-02/2026-11-1{}.csv"],
+            "run-*/{date}.csv",
+            [1, 2, 3, 11, 12, 13],
+        ),
+        (["run-2026-12-31/2026-11-05-part-0{}.csv"], "run-2026-12-31/{date}-part-*.csv", [5]),
+    ],
+)
+def test_of_several_dates_in_a_name_the_one_of_the_rows_is_the_day(
+    tmp_path: Path, names: list[str], pattern: str, days: list[int]
+) -> None:
+    paths = [tmp_path / name.format(i) for name in names for i in (1, 2, 3)]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a,b\n1,2\n")
+    [group] = find_groups(str(tmp_path), None)
+    assert group.pattern == pattern
+    assert group.days == [date(2026, 11, day) for day in days]
+    assert {Path(file.path) for file in group.files} == {*paths}
+    assert find(str(tmp_path), pattern) == group.files
+
+
+def test_an_error_of_the_storage_is_none_of_a_folder_without_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError("403 Forbidden")
+
+    monkeypatch.setattr(MemoryFileSystem, "glob", forbidden)
+    with pytest.raises(
+        UserError, match=r"^memory://b/logs: the storage reports an error: .*403 Forbidden\. Check address"
+    ):
+        find_groups("memory://b/logs", None)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from ingest_runs import content_of, no_beam, rows_by_id, run
 
 from features.errors import UserError
+from features.hashing import bucket_of
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.past_state import state_id, state_lines
@@ -201,6 +203,8 @@ def test_a_manifest_says_where_histories_began_and_verification_reads_their_file
             "dataset": day(number - 1),
             "state": state_id(states[number - 1]),
         }
+    later = states[0].model_copy(update={"horizon": midnight(2)})
+    assert len({state_id(state) for state in (*states, later)}) == 4
     assert "began empty" in lines(Dataset(days / day(0)).manifest)
     assert f"began with the state of {day(0)}, and end at 2026-03-03T00:00:00Z" in lines(
         Dataset(days / day(1)).manifest
@@ -248,7 +252,9 @@ def test_days_made_before_the_day_before_was_made_anew_are_named_when_they_are_m
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("damage", ["flipped", "short", "missing", "link", "no state", "other key", "unlisted"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "short", "missing", "link", "no state", "other key", "other group", "unlisted", "no groups"]
+)
 def test_a_damaged_state_is_refused(three, damage):
     log, days = three
     folder = days / day(2)
@@ -276,14 +282,42 @@ def test_a_damaged_state_is_refused(three, damage):
         entry = next(entry for entry in listed["state"]["files"] if entry["name"] == "clicked")
         entry |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
         words = "key is missing"
+    elif damage == "other group":
+        table = pq.read_table(file)
+        pq.write_table(
+            pa.concat_tables([table, table]), file, row_group_size=len(table)
+        )  # a key is of one of two groups
+        entry = next(entry for entry in listed["state"]["files"] if entry["name"] == "clicked")
+        entry |= {"bytes": file.stat().st_size, "sha256": sha256(file), "row_groups": [len(table)] * 2}
+        words = "row group . has other keys"
     elif damage == "unlisted":
         listed["state"]["files"].pop()
         words = "state lists other files"
+    elif damage == "no groups":
+        listed["state"]["files"][0]["row_groups"] = []
+        words = "row_groups"
     (folder / "manifest.json").write_text(json.dumps(listed))
-    assert words in refusal(log, days, date=day(3))
+    assert re.search(words, refusal(log, days, date=day(3)))
     if damage != "no state":
         with pytest.raises(UserError, match=words):
             list(verify(Dataset(folder)))
+
+
+def test_a_state_with_keys_in_another_row_group_than_that_of_their_hash_is_refused(three):
+    log, days = three
+    file, manifest = days / day(2) / "state" / "clicked.parquet", days / day(2) / "manifest.json"
+    table = pq.read_table(file)
+    bucket = bucket_of(table["key"].combine_chunks(), 2)
+    groups = [table.filter(pa.array(bucket == number)) for number in (1, 0)]
+    with pq.ParquetWriter(file, table.schema, write_page_checksum=True) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=max(1, len(group)))
+    listed = json.loads(manifest.read_text())
+    entry = next(entry for entry in listed["state"]["files"] if entry["name"] == "clicked")
+    entry |= {"bytes": file.stat().st_size, "sha256": sha256(file), "row_groups": [len(group) for group in groups]}
+    manifest.write_text(json.dumps(listed))
+    assert "clicked.parquet: row group " in (said := refusal(log, days, date=day(3)))
+    assert "has other keys" in said
 
 
 def test_a_state_of_another_definition_is_refused_by_name(three):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from ingest_runs import no_beam, refused, rows_by_id, run, values_of
 
+from features.fit.reuse import unchanged
+from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
 
@@ -101,6 +103,15 @@ def test_a_feature_of_the_same_name_is_fitted_anew_where_its_column_its_type_or_
         )
 
 
+def test_a_column_of_another_type_has_other_ids(tmp_path):
+    """7 and 007 are one id of an integer, and two of text."""
+    known, typed = content(), content()
+    typed["source"]["types"]["item"] = "int"
+    kept = unchanged(*(Schema.parse(each, where="mine.yaml") for each in (typed, known)))
+    assert kept.features == {"price", "age", "city"}
+    assert kept.tables == {"city"}
+
+
 def test_days_of_one_folder_have_one_schema_and_a_grown_one_needs_another_folder(logs, tmp_path):
     first, _ = logs
     (first / "log.csv").rename(first / "log-2026-11-01.csv")
@@ -113,3 +124,42 @@ def test_days_of_one_folder_have_one_schema_and_a_grown_one_needs_another_folder
         old = {"from": tmp_path / "days" / "2026-11-01"}
         run(first, tmp_path / "more", content(**source | GROWN), date="2026-11-02", encoders=old)
     assert values_of(tmp_path / "more/2026-11-02", "city") == values_of(tmp_path / "days/2026-11-01", "city")
+
+
+def test_what_reads_a_side_table_that_changed_is_fitted_anew_and_goes_on_from_no_state(logs, tmp_path, caplog):
+    caplog.set_level("INFO", "pipeline")
+    first, second = logs
+    for log in logs:
+        (log / "items.csv").write_text("item,kind\n" + "".join(f"i{n},00{n % 3}\n" for n in range(9)))
+    head, *lines = (second / "log.csv").read_text().splitlines()
+    later = [f"{number},{line.split(',', 1)[1]}" for number, line in enumerate(lines, 1000)]
+    (second / "log.csv").write_text("\n".join([head, *later]) + "\n")
+
+    def with_table(**changes: Any) -> dict[str, Any]:
+        table = {"files": "items.csv", "key": "item", "columns": {"kind": "string"}} | changes
+        counter = {"by": "of_kind", "take": "count"}
+        return content(
+            source=content()["source"]
+            | {"tables": {"of": table}, "counters": {"rows": counter}, "times": {"id": "index"}},
+            tables={},
+            dense={"rows": {"standardize": False}},
+            categorical={"city": {"dim": 4}, "kind": {"column": "of_kind", "dim": 4}},
+            event_time="id",
+        )
+
+    old = {"encoders": {"from": tmp_path / "old"}}
+    with no_beam():
+        run(first, tmp_path / "old", with_table())
+        run(second, tmp_path / "same", with_table(), **old)
+        assert (
+            min(row["rows"] for row in rows_by_id(tmp_path / "same")) > 90
+        )  # goes on from the 400 rows of three kinds
+        for number, change in enumerate([{"columns": {"kind": "int"}}, {"on": "also"}]):
+            line = refused(second, tmp_path / f"refused {number}", with_table(**change), **old)
+            assert f"{tmp_path / 'old'}: rows has another definition in its state" in line
+            caplog.clear()
+            run(second, tmp_path / f"empty {number}", with_table(**change), state={"from": "empty"}, **old)
+            assert min(row["rows"] for row in rows_by_id(tmp_path / f"empty {number}")) == 0
+            assert "1 features as in" in caplog.text
+            assert caplog.text.rstrip().endswith("of this log: rows, kind"), caplog.text
+            assert 1 not in {row["kind"] for row in rows_by_id(tmp_path / f"empty {number}")}  # none is unknown

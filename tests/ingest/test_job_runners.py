@@ -105,15 +105,28 @@ def test_a_worker_that_is_killed_ends_the_job_in_one_line(small_log, small_conte
 
 
 @pytest.mark.system
+def test_a_worker_that_lives_and_sends_no_report_ends_the_job_in_one_line(
+    small_log, small_content, tmp_path, monkeypatch
+):
+    script = "import sys\nprint('hello', flush=True)\nsys.stdin.read()"
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    message = refused(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
+    assert message.startswith("a worker process ended in step read (signal 9). No dataset was written: run again")
+    assert not workers.RUNNING
+
+
+@pytest.mark.system
 def test_a_defect_in_a_worker_is_raised_where_the_job_is(small_log, small_content, tmp_path, monkeypatch):
     script = (
         "from pipeline.ingest import steps, workers\n"
-        "def fail(job, work): raise KeyError('what')\n"
+        "class Odd(Exception):\n"
+        "    def __init__(self, message, column): super().__init__(message)\n"  # cannot be unpickled
+        "def fail(job, work): raise Odd('what', 'c')\n"
         "steps.STEPS['merge'] = fail\n"
         "workers.main()"
     )
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
-    with pytest.raises(Exception, match="what"):
+    with pytest.raises(Exception, match=r"in a worker process, step merge: [\s\S]*what"):
         run(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
     assert list(tmp_path.iterdir()) == []
 

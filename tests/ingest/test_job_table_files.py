@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from ingest_runs import no_beam, refused, rows_by_id, run
 
-from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.verify import verify
 
 pytestmark = pytest.mark.integration
 
@@ -69,6 +70,23 @@ def test_a_file_without_labels_is_looked_up_in_the_tables_that_features_read(tmp
     assert [row["item_cost"] for row in rows_by_id(tmp_path / "scored")] == [1, 2]
     assert [row["label.kept"] for row in rows_by_id(tmp_path / "out")] == [1, 0]
     assert list(manifest.side_tables) == ["item"]
+
+
+def test_rows_of_a_table_may_have_several_lines_where_impressions_have_one(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("item,y\na,1\nb,0\n")
+    (tmp_path / "items.csv").write_text('item,about,cost\na,"two\nlines",1\nb,"and\nthree\nlines",2\n')
+    table = {"files": "items.csv", "key": "item", "columns": {"cost": "float"}, "read": {"multiline": True}}
+    content = {
+        "source": {"files": "log.csv", "types": {"y": "int"}, "tables": {"item": table}},
+        "dense": {"item_cost": {"standardize": False}},
+        "tasks": {"y": {"kind": "binary", "label": "y"}},
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }
+    with no_beam():
+        run(tmp_path, tmp_path / "out", content)
+    assert [row["item_cost"] for row in rows_by_id(tmp_path / "out")] == [1, 2]
+    said = "; ".join(verify(Dataset(tmp_path / "out")))
+    assert "6 of item = 1 header + 0 blank + 5 of rows + 0 of dead letters" in said
 
 
 # Days
@@ -176,3 +194,19 @@ def test_snapshots_without_event_time_need_a_date(tmp_path: Path) -> None:
         )
         run(tmp_path, tmp_path / "days", content, date="2024-07-03")
     assert prices(tmp_path / "days" / "2024-07-03") == [3, None]
+
+
+def test_versions_within_snapshots_need_a_date_as_a_later_file_has_rows_that_begin_before_it(tmp_path: Path) -> None:
+    content = day_log(tmp_path)
+    content["split"] = {"by": "hash", "key": "item", "valid": 0, "test": 0}
+    (tmp_path / "prices-2024-07-01.csv").write_text("item,price,since\na,1,2024-06-01\nb,1,2024-07-02\n")
+    (tmp_path / "prices-2024-07-03.csv").write_text("item,price,since\na,3,2024-06-01\n")
+    content["source"]["tables"]["now"]["valid_from"] = "since"
+    with no_beam():
+        assert refused(tmp_path, tmp_path / "out", content) == (
+            "source.tables.now: its files have {date}, each is the whole table from that day on; by valid_from its rows would "
+            "reach impressions of days before. Set date=, remove valid_from, or write * in place of {date}."
+        )
+        for day, expected in {"2024-07-01": [1, None], "2024-07-02": [1, 1], "2024-07-03": [3, None]}.items():
+            run(tmp_path, tmp_path / day, content, date=day)
+            assert prices(tmp_path / day / day) == expected

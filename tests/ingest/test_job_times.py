@@ -124,6 +124,47 @@ def test_times_of_another_unit_stop_the_job_with_their_range_and_the_unit_that_m
     assert times_of(tmp_path / "out") == ([n * 3600 for n in range(ROWS)] if unit == "index" else expected)
 
 
+@pytest.mark.parametrize(
+    "outcomes", [{}, {"click": {"files": "clicks.parquet", "key": "id", "read": {"format": "parquet"}}}]
+)
+@pytest.mark.parametrize("ticks", [[START + n for n in range(ROWS)], [20_261_107] * ROWS])
+def test_timestamps_of_a_wrong_unit_are_not_mended_by_the_schema_but_written_again(
+    tmp_path: Path, ticks: list[int], outcomes: dict[str, Any]
+) -> None:
+    columns = {**{name: pa.array(range(ROWS)) for name in ("id", "x", "y")}, "at": pa.array(ticks, pa.timestamp("ms"))}
+    (tmp_path / "log").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "log" / "log.parquet")
+    pq.write_table(pa.table({"id": range(ROWS)}), tmp_path / "log" / "clicks.parquet")
+    source: dict[str, Any] = {"format": "parquet", "key": "id", "outcomes": outcomes}
+    says = (
+        f"at: {ticks[0] // 1000} is not between 1990 and 2100 in seconds since 1970: its timestamps have a unit of their own, "
+        "the wrong one: write the column again, or where it is a plain order, set source.times: {at: index}. In 40 rows"
+    )
+    assert says in refused(tmp_path / "log", tmp_path / "out", content_for(**source))
+    run(tmp_path / "log", tmp_path / "out", content_for(**source, times={"at": "index"}))
+    assert times_of(tmp_path / "out") == [tick // 1000 for tick in ticks]
+
+
+def test_an_outcome_whose_timestamps_have_a_wrong_unit_is_to_be_written_again(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log([START + n for n in range(ROWS)]))
+    clicks = {"id": range(ROWS), "then": pa.array([START] * ROWS, pa.timestamp("ms"))}
+    pq.write_table(pa.table(clicks), tmp_path / "clicks.parquet")
+    click = {"files": "clicks.parquet", "key": "id", "time": "then", "read": {"format": "parquet"}}
+    message = refused(tmp_path, tmp_path / "out", content_for(key="id", outcomes={"click": click}, files="log.csv"))
+    assert f"then: {START // 1000} is not between" in message
+    assert "its timestamps have a unit of their own, the wrong one: write the column again" in message
+
+
+def test_a_derived_time_is_mended_where_it_is_derived(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", [row | {"ms": row.pop("at")} for row in log([1000 * (START + n) for n in range(ROWS)])])
+    source: dict[str, Any] = {"types": {"y": "int", "ms": "int"}, "derived": {"at": "ms"}}
+    message = refused(tmp_path, tmp_path / "out", content_for(**source))
+    assert "in seconds since 1970: milliseconds? make it seconds in source.derived.at. In 40 rows" in message
+    source["derived"] = {"at": "CAST(FLOOR(ms / 1000) AS BIGINT)"}
+    run(tmp_path, tmp_path / "out", content_for(**source))
+    assert times_of(tmp_path / "out") == [START + n for n in range(ROWS)]
+
+
 def test_the_range_and_the_unit_are_named_though_the_first_bad_row_has_another_fault(tmp_path: Path) -> None:
     write(tmp_path / "log.csv", log(["noon", *(1000 * (START + n) for n in range(ROWS)), START * 10**9, -5, START]))
     message = refused(tmp_path, tmp_path / "out", content_for())
@@ -198,6 +239,7 @@ def test_a_clock_that_is_far_ahead_closes_no_window_of_other_rows(tmp_path: Path
             "valid is from valid_from=2026-11-07T00:10:00Z until before test_from=2026-11-07T00:20:00Z",
         ),
         ({"by": "hash", "key": "id", "valid": 0, "test": 1e-9}, "shared out as train 1, valid 0, test 1e-09"),
+        ({"by": "hash", "key": "id", "valid": 1e-9, "test": 0.25}, "shared out as train 0.75, valid 1e-09, test 0.25"),
         (
             {"by": "row_index", "modulo": 100, "train": list(range(90)), "valid": list(range(90, 100)), "test": []},
             "index in their file is 90, 91, 92, 93, 94, 95, 96, 97, 98, 99 modulo 100, counted from 0",
@@ -209,3 +251,10 @@ def test_a_split_without_rows_is_answered_with_what_the_log_has(
 ) -> None:
     write(tmp_path / "log.csv", log([START + 3600 * n for n in range(ROWS)]))
     assert says in refused(tmp_path, tmp_path / "out", content_for() | {"split": split})
+
+
+def test_bounds_are_proposed_only_where_the_log_has_times_between_them(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", log([START] * ROWS))
+    split = {"by": "time", "valid_from": "2026-11-01", "test_from": "2026-11-02"}
+    message = refused(tmp_path, tmp_path / "out", content_for() | {"split": split})
+    assert "Move the bounds of split into that range, or use another dataset's encoders" in message

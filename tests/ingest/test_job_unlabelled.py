@@ -82,7 +82,9 @@ def test_a_history_of_outcomes_is_that_of_the_state_and_refused_without_one(
     run(small_log, tmp_path / "first", content, min_joined=0)
     settings: dict[str, Any] = {"encoders": {"from": tmp_path / "first"}, "labels": "none"}
     message = refused(to_score, tmp_path / "out", content, **settings, state={"from": "empty"})
-    assert message.startswith("labels=none: clicked is made of outcome click of earlier rows, and these are not there.")
+    assert message.startswith(
+        "labels=none: clicked is made of click of earlier rows, an outcome or label, and these are not there."
+    )
     for path in to_score.iterdir():
         later = pl.read_csv(path, infer_schema=False).with_columns(pl.col("at").cast(pl.Int64) + 10 * 86_400)
         later.write_csv(path)
@@ -120,6 +122,67 @@ def test_counters_of_outcomes_are_those_of_the_state_smoothed_towards_the_mean_o
     for row in rows_by_id(tmp_path / "scored"):
         clicks, rows = sums.get(users[row["row_id"]], (0.0, 0.0))
         assert row["ctr"] == pytest.approx((clicks + 4 * mean) / (rows + 4), rel=1e-5)
+
+
+def ratings_content() -> dict[str, Any]:
+    return {
+        "source": {
+            "files": "log.csv", "row_id": "id", "types": {"rating": "int", "cost": "int"},
+            "derived": {"doubled": "rating * 2", "spent": "cost + 1"},
+            "counters": {
+                "mean": {"by": "user", "take": "mean", "of": "rating"},
+                "doubles": {"by": "user", "take": "sum", "of": "doubled"},
+                "spending": {"by": "user", "take": "sum", "of": "spent"},
+            },
+        },
+        "dense": {name: {"standardize": False} for name in ("mean", "doubles", "spending")},
+        "tasks": {"liked": {"kind": "binary", "label": "rating >= 4"}},
+        "event_time": "at",
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }  # fmt: skip
+
+
+def test_counters_of_a_column_of_labels_are_those_of_the_state_and_others_go_on(tmp_path: Path) -> None:
+    ratings = {"a": [1, 4, 5], "b": [2]}
+    lines = [(user, rating) for user, found in ratings.items() for rating in found]
+    begin = 1_700_000_000
+    text = "".join(f"{i},{begin + i},{user},{rating},{i}\n" for i, (user, rating) in enumerate(lines))
+    (tmp_path / "log.csv").write_text(f"id,at,user,rating,cost\n{text}")
+    run(tmp_path, tmp_path / "first", ratings_content())
+    (tmp_path / "log.csv").write_text("".join(
+        ["id,at,user,cost\n", *(f"{i},{begin + 100 + i},{user},10\n" for i, user in enumerate("aba"))]
+    ))  # fmt: skip
+    settings: dict[str, Any] = {"encoders": {"from": tmp_path / "first"}, "labels": "none"}
+    run(tmp_path, tmp_path / "scored", ratings_content(), **settings)
+    found = rows_by_id(tmp_path / "scored")
+    for row, user in zip(found, "aba", strict=True):
+        assert row["mean"] == pytest.approx(sum(ratings[user]) / len(ratings[user]))
+        assert row["doubles"] == 2 * sum(ratings[user])
+    # Rows 0 to 2 of the first log are a's, row 3 is b's; of the second log a's third row has seen a's first one.
+    assert [row["spending"] for row in found] == [1 + 2 + 3, 4, 1 + 2 + 3 + 11]
+    message = refused(tmp_path, tmp_path / "out", ratings_content(), **settings, state={"from": "empty"})
+    assert message.startswith(
+        "labels=none: mean is made of rating of earlier rows, an outcome or label, and these are not"
+    )
+
+
+def test_a_counter_of_a_derived_column_of_outcomes_is_that_of_the_state(tmp_path: Path) -> None:
+    content = ratings_content()
+    click = {"files": "clicks.csv", "key": "id", "time": "then", "window": "60s", "columns": {"dwell": "float"}}
+    content["source"] |= {
+        "key": "id", "types": {}, "outcomes": {"click": click}, "derived": {"longer": "click_dwell + 1"},
+        "counters": {"mean": {"by": "user", "take": "sum", "of": "longer"}},
+    }  # fmt: skip
+    content |= {"dense": {"mean": {"standardize": False}}, "tasks": {"click": {"kind": "binary", "label": "click"}}}
+    begin = 1_700_000_000
+    log = [f"{i},{begin + i},u\n" for i in range(4)]
+    (tmp_path / "log.csv").write_text("".join(["id,at,user\n", *log, f"4,{begin + 500},v\n"]))
+    (tmp_path / "clicks.csv").write_text(f"id,then,dwell\n0,{begin + 5},2\n3,{begin + 6},7\n")
+    run(tmp_path, tmp_path / "first", content, as_of="2024-01-01")
+    (tmp_path / "clicks.csv").unlink()
+    (tmp_path / "log.csv").write_text(f"id,at,user\n9,{begin + 1000},u\n")
+    run(tmp_path, tmp_path / "scored", content, encoders={"from": tmp_path / "first"}, labels="none")
+    assert [row["mean"] for row in rows_by_id(tmp_path / "scored")] == [2 + 1 + 7 + 1]
 
 
 @pytest.mark.parametrize("written", [20261107, "20261107", "2026/11/07", "2026-11-07T00:00", "1794009600", "today"])

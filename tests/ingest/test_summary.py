@@ -13,7 +13,7 @@ from features.fit.split_counts import FeatureCounts, count_features, summed
 from features.schema.schema import Schema
 from pipeline.dataset.card.card import card, read_card, with_splits
 from pipeline.dataset.card.summary import summary
-from pipeline.dataset.entries import DeadLetterExample
+from pipeline.dataset.entries import DeadLetterExample, SideTableCounts
 from pipeline.dataset.manifest import Manifest
 
 
@@ -89,7 +89,7 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
         absent_days={"click": days, "impressions": ["2026-02-01..2026-02-07"]},
     )
     assert lines[4].endswith(", 1 bad; complete until 2026-03-01T00:00:00Z")
-    assert lines[5] == "click: not known of 1,230 impressions: 30 (window still open), 1,200 (files of a day absent)"
+    assert lines[5] == "click: unknown for 1,230 impressions: 30 (window still open), 1,200 (files of a day absent)"
     assert lines[-2:] == [
         "warning  click: no file of 2026-03-01, 2026-03-03, 2026-03-05, 2026-03-07, 2026-03-09 and 10 more; "
         "where the day had no rows, set open_window: keep",
@@ -99,7 +99,20 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
     assert lines_of(made, outcomes={"click": none | {"unmatched": 80}})[-1].endswith(
         "none of its rows belongs to an impression"
     )
-    assert lines_of(made, outcomes={"click": none}, read={"impressions": 115})[-1].endswith("so no impression has one")
+    assert lines_of(made, outcomes={"click": none}, read={"impressions": 115})[-1].endswith(
+        "its files are empty: every impression counts as one without it"
+    )
+    assert not [
+        line for line in lines_of(made, outcomes={"click": none | {"unmatched": 0}}) if "warning" in line
+    ]  # all bad
+
+
+def test_the_share_of_unmatched_keys_is_of_all_impressions(made):
+    counts = {"rows": 9, "keys": 9, "duplicates": 0, "unmatched_keys": 3, "missing_key_rows": 40}
+    items = SideTableCounts(matched_rows=30, unmatched_rows=20, early_rows=10, **counts)
+    assert lines_of(made, side_tables={"item": items})[-1] == (
+        "warning  item: 20.0% of the impressions have a key without a row here (3 keys)"
+    )
 
 
 def test_features_that_drifted_are_listed(made):
@@ -140,6 +153,25 @@ def test_counts_of_a_split_are_those_of_a_loop_and_those_of_parts_add_up():
     none = rows.set_column(0, "price", pa.nulls(600, pa.float64()))
     nothing = with_splits({}, {"test": count_features(encoders, none, encoders.encode(none))})["splits"]["test"]
     assert nothing["price"] == {"missing": 1.0, "mean": None}
+
+
+def test_the_example_of_a_reason_is_its_first_bad_row_by_file_and_line(tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    for number, bad in ((0, (57, 90)), (1, (3,))):
+        rows = [f"{200 * number + n},{'x' if n in bad else 1},2" for n in range(100)]
+        (folder / f"log-{number}.csv").write_text("\n".join(["id,x,y", *rows, ""]))
+    content = {
+        "source": {"files": "log-*.csv", "row_id": "id"},
+        "dense": {"x": {}},
+        "tasks": {"y": {"kind": "binary", "label": "y = '2'"}},
+        "split": {"by": "hash", "key": "id", "valid": 0, "test": 0},
+    }
+    with no_beam():
+        found = run(folder, tmp_path / "out", content, max_bad_fraction=0.1, unit_bytes=200).dead_letter_examples
+    [example] = found.values()
+    line = (folder / "log-0.csv").read_text().split("\n").index("57,x,2") + 1
+    assert (example.file, example.line) == (str(folder / "log-0.csv"), line)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "time", "input"])

@@ -1,7 +1,10 @@
 import shlex
 from pathlib import Path
 
+import yaml
 from job_calls import assert_one_line
+
+from jobs import draft
 
 
 def write_log(folder: Path) -> None:
@@ -24,6 +27,23 @@ def test_the_command_that_is_printed_runs_on_what_was_written(tmp_path: Path, ca
     assert ", 0 bad" in printed
     assert "mean label: c4 0.2" in printed
     assert_one_line(call(*start, "label=c4 = '50000+.'"), "overwrite=true")
+
+
+def test_patterns_are_given_as_the_help_writes_them(tmp_path: Path, call) -> None:
+    """Those without {date} as the settings' comment has them, those with it as the example in the docstring."""
+    conf = Path(draft.__file__).with_name("conf") / "draft.yaml"
+    plain = next(word for word in conf.read_text().split() if word.startswith("files=")).rstrip(";")
+    [dated] = [
+        word for line in (draft.__doc__ or "").splitlines() if "{date}" in line for word in shlex.split(line)[4:5]
+    ]
+    for day in ("", "-2026-11-07", "-2026-11-08"):
+        rows = "".join(f"{i},{i % 3},{i % 2}\n" for i in range(60))
+        (tmp_path / f"imp{day}.csv").write_text(f"id,item,label\n{rows}")
+        (tmp_path / f"clk{day}.csv").write_text("id,at\n1,2\n7,5\n")
+    for number, (word, files) in enumerate({plain: "imp.csv", dated: "imp-{date}.csv"}.items()):
+        call("draft", f"input={tmp_path}", word, f"out=conf/data/mine{number}.yaml")
+        found = yaml.safe_load(Path(f"conf/data/mine{number}.yaml").read_text())
+        assert found["schema"]["source"]["files"] == files
 
 
 def test_a_folder_without_logs_is_one_line(tmp_path: Path, call) -> None:

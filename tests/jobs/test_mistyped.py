@@ -31,6 +31,21 @@ def test_a_setting_that_resembles_none_suggests_none(call) -> None:
     assert_one_line(said, "train.qqqqq: no such setting.", "--help")
 
 
+def test_settings_of_hydra_are_not_suggested(call) -> None:
+    said = call("train", "dataset=x", "run=y", "verbose=3")
+    assert_one_line(said, "verbose: no such setting")
+    assert "hydra" not in said
+
+
+def test_only_a_schema_takes_keys_that_its_file_lacks(call) -> None:
+    hint = "+KEY=VALUE adds a key that a file lacks"
+    assert hint not in call("preprocess", "data=demo", "out=x", "encoder.from=x")
+    word = "data.schema.source.missing=[]"
+    assert hint in call("preprocess", "data=demo", "out=x", word)
+    assert "Extra inputs are not permitted" in call("preprocess", "data=demo", "out=x", "+encoder.from=x")
+    assert "no such setting" not in call("preprocess", "data=demo", "out=x", "data.input=nowhere", f"+{word}")
+
+
 def test_an_added_setting_that_a_job_does_not_have_suggests_the_nearest_one(call) -> None:
     assert_one_line(call("preprocess", "data=demo", "out=x", "+overwrit=true"), "overwrit", "(did you mean overwrite?)")
 

@@ -67,6 +67,7 @@ def test_whatever_hydra_does_not_read_is_text(value: str) -> None:
     [
         ("a=1", 1), ("a=1e3", 1000.0), ("a=true", True), ("a=null", None), ("a=[1,x]", [1, "x"]), ("a={b:2}", {"b": 2}),
         ("a='x y'", "x y"), ('a="1"', "1"), ("a=b c", "b c"),
+        ("a=b\\,c", "b,c"),
     ],
 )  # fmt: skip
 def test_what_hydra_reads_keeps_its_type(word: str, value: object) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+import yaml
 from dataset_by_hand import draw_rows
 from dataset_by_hand import write_dataset as write_by_hand
 from dataset_from_rows import write_dataset
@@ -151,6 +152,13 @@ def test_days_with_holes_are_read_as_a_list_or_with_those_missing_left_out(root,
     for days in ("2026-11-02,2026-11-01", "2026-11-01..2026-11-02,2026-11-02", "2026-11-01,", ""):
         with pytest.raises(UserError, match="days="):
             open_dataset(tmp_path, days)
+
+
+def test_days_cannot_be_left_out_where_none_are_named(root):
+    with pytest.raises(
+        UserError, match=r"^missing_days=skip: no days are named of which one may be missing\. Set days="
+    ):
+        open_dataset(root / "2026-11-01", None, "skip")
 
 
 def parsed_days(value: str | list[str]) -> str | None:
@@ -310,6 +318,18 @@ def test_other_days_are_other_records_and_a_day_is_the_same_however_it_is_named(
         rows[days] = predicted(run)["logit.click"].to_list()
     assert rows[BOTH] == pytest.approx(rows["2026-11-01"] + rows["2026-11-02"], abs=1e-6)
     assert evaluated(run, dataset=learnt / "2026-11-03") == evaluated(run, dataset=learnt, days="2026-11-03") == []
+
+
+def test_another_dataset_does_not_take_over_that_days_could_be_missing(learnt, tmp_path):
+    run = shutil.copytree(learnt / "run", tmp_path / "run")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"missing_days": "skip"}))
+    [record] = evaluated(run, dataset=learnt / "2026-11-03")
+    assert record["dataset"] == f"{learnt}/2026-11-03"
+    [record] = evaluated(run)
+    assert record["dataset"] == f"{learnt}/{BOTH}"
+    with pytest.raises(UserError, match="missing_days=skip: no days are named"):
+        evaluated(run, dataset=learnt / "2026-11-02", missing_days="skip")
 
 
 def test_the_truth_is_looked_up_for_the_rows_of_every_day(learnt, tmp_path):

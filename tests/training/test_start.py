@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import tiny_training
 import torch
+import yaml
 from tiny_training import configuration, last, losses, make_dataset
 from torch.testing import assert_close
 
 from features.errors import UserError
+from features.schema.schema import Schema
+from models.ranker import ModelConfig, Ranker, is_table
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.run import checkpoint
@@ -145,6 +148,67 @@ def test_a_run_on_a_grown_schema_starts_with_the_tables_that_are_unchanged(
     other = make_dataset(folder / "other grown", **more)
     with pytest.raises(UserError, match=r"train.init_from: .*its ids mean something else"):
         run(other, folder / "not grown from it", init_from=first)
+
+
+D = tiny_training.SCHEMA["dense"]
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        {"price": D["price"], "age": D["age"]},  # another order
+        {"age": D["age"], "importance": {}},  # another feature in the same place
+        {"age": D["age"], "price": {}},  # another scale
+    ],
+    ids=["order", "feature", "scale"],
+)
+def test_layers_that_read_the_features_start_fresh_where_these_are_others(
+    data: Path, folder: Path, dense: dict, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    caplog.set_level("INFO", "pipeline")
+    source, name = folder / "of the first features", request.node.callspec.id
+    if not source.exists():
+        run(data, source, max_steps=12)
+    other = make_dataset(folder / f"other {name}", keep=data, dense=dense)
+    caplog.clear()
+    path = run(other, folder / f"after other {name}", max_steps=1, init_from=source, **STILL)
+    before, after = tiny_training.model(last(source)), tiny_training.model(last(path))
+    shapes = {n: value.shape for n, value in before.items()}
+    assert shapes == {n: value.shape for n, value in after.items()}  # which is all that was compared
+    fresh = {n for n in shapes if not torch.allclose(before[n], after[n], rtol=1e-4, atol=1e-7)}
+    # 35: two tables of 8, two of 8 and 4, one of 4, and the columns age, its flag, and price.
+    assert fresh == {n for n, shape in shapes.items() if 35 in shape} != set()
+    assert f"; started fresh: {', '.join(sorted(fresh))}" in caplog.text
+
+
+MODELS = Path(__file__).parents[2] / "jobs" / "conf" / "model"
+ON_ROWS = ["single_task", "shared_bottom", "cross_stitch", "mmoe", "ml_mmoe", "cgc", "ple", "adatt", "adatt_sp", "aitm"]
+
+
+@pytest.mark.parametrize("interaction", [{"name": "concat"}, {"name": "dot"}, {"name": "cross", "layers": 2}])
+@pytest.mark.parametrize("name", ON_ROWS)
+def test_all_layers_that_are_wider_where_a_table_is_are_known_to_read_the_features(
+    data: Path, name: str, interaction: dict
+) -> None:
+    narrow, wide = (ranker_of(data, name, width, interaction) for width in (8, 9))
+    shapes = {n: value.shape for n, value in narrow.state_dict().items() if not is_table(n)}
+    wider = {n for n, value in wide.state_dict().items() if n in shapes and value.shape != shapes[n]}
+    assert wider
+    assert wider <= {n for n in shapes if narrow.reads_features(n, shapes[n])} < shapes.keys()
+
+
+@pytest.mark.parametrize("name", ["apem", "autotask", "multitab"])
+def test_all_of_a_network_that_attends_over_features_reads_them(data: Path, name: str) -> None:
+    ranker = ranker_of(data, name)
+    assert all(ranker.reads_features(n, value.shape) for n, value in ranker.state_dict().items() if not is_table(n))
+
+
+def ranker_of(data: Path, name: str, width: int = 8, interaction: dict | None = None) -> Ranker:
+    """A shipped model of the small schema, with a table of another width."""
+    content = yaml.safe_load((MODELS / f"{name}.yaml").read_text()) | {"interaction": interaction or {"name": "concat"}}
+    user = {"categorical": tiny_training.SCHEMA["categorical"] | {"user": {"dim": width}}}
+    schema = Schema.parse(tiny_training.SCHEMA | user, "small.yaml")
+    return Ranker(schema, Dataset(data).encoders, ModelConfig.model_validate(content))
 
 
 def test_a_damaged_newest_checkpoint_of_the_other_run_is_passed_over_and_logged(

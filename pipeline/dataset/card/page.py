@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from features.printable import printable
-from pipeline.dataset.card.tables import number, percent, tables
+from pipeline.dataset.card.tables import number, percent, rows_of, tables
 from pipeline.dataset.manifest import Manifest
 
 LISTED = 12  # values of an id feature
@@ -48,7 +48,7 @@ svg { display: block; width: 100%; height: 60px; fill: #3b6ea8 }
 </head>
 <body>
 <h1>{{ name }}</h1>
-<p>schema {{ fingerprint }}; statistics of train over {{ rows }} rows</p>
+<p>schema {{ fingerprint }}; statistics of {{ rows_of }} over {{ rows }} rows</p>
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
 <div class="wide"><table>
@@ -59,7 +59,7 @@ svg { display: block; width: 100%; height: 60px; fill: #3b6ea8 }
 {% endfor %}
 </table></div>
 {% endfor %}
-{% if numbers %}<h2>Histograms of the middle 98% of values (train)</h2>{% endif %}
+{% if numbers %}<h2>Histograms of the middle 98% of values ({{ rows_of }})</h2>{% endif %}
 <div class="cards">
 {% for picture in numbers %}
 <div class="card"><h3>{{ picture.name }}</h3><p>{{ picture.about }}</p>
@@ -67,7 +67,7 @@ svg { display: block; width: 100%; height: 60px; fill: #3b6ea8 }
 <p class="ends"><span>{{ picture.first }}</span><span>{{ picture.last }}</span></p></div>
 {% endfor %}
 </div>
-{% if ids %}<h2>Most frequent values (train)</h2>{% endif %}
+{% if ids %}<h2>Most frequent values ({{ rows_of }})</h2>{% endif %}
 <div class="cards">
 {% for picture in ids %}
 <div class="card"><h3>{{ picture.name }}</h3><p>{{ picture.about }}</p>
@@ -115,6 +115,7 @@ def page(name: str, manifest: Manifest, card: dict[str, Any]) -> str:
             name=name,
             fingerprint=manifest.fingerprint,
             rows=f"{card['rows']:,}",
+            rows_of=rows_of(card),
             tables=tables(manifest, card),
             numbers=[_histogram(*item) for item in card["numbers"].items() if item[1]["histogram"]["counts"]],
             ids=[_groups(*item) if "groups" in item[1] else _values(*item) for item in card["ids"].items()],

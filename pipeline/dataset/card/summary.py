@@ -1,7 +1,6 @@
 """The end of jobs.preprocess in a screen: where rows went, outcomes, bad rows, unseen ids and warnings, a line each."""
 
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from features.printable import printable
 from features.schema.schema import SPLITS
 from pipeline.dataset.card.tables import most_frequent, percent
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.past_state import state_lines
+from pipeline.dataset.past_state import state_lines, utc
 
 UNSEEN = 0.01  # share of values outside the vocabulary in valid or test, from which on a feature is named
 MOST = 5  # features, reasons and warnings of a kind that are named
@@ -56,18 +55,11 @@ def _outcomes(manifest: Manifest) -> Iterator[str]:
     for name, statuses in manifest.outcomes.items():
         counts = "".join(f", {rows:,} {status}" for status, rows in statuses.items())
         until = manifest.complete_until.get(name)
-        ends = f"; complete until {_moment(until)}" if until is not None else ""
+        ends = f"; complete until {utc(until)}" if until is not None else ""
         yield f"{name}: {manifest.read.get(name, 0):,} rows read{counts}, {_bad_of(manifest, name):,} bad{ends}"
         if causes := manifest.undecided.get(name):
             shown = ", ".join(f"{rows:,} ({cause})" for cause, rows in causes.items())
-            yield f"{name}: not known of {sum(causes.values()):,} impressions: {shown}"
-
-
-def _moment(seconds: int) -> str:
-    try:
-        return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-    except (ValueError, OverflowError, OSError):
-        return f"{seconds} s"
+            yield f"{name}: unknown for {sum(causes.values()):,} impressions: {shown}"
 
 
 def _bad_of(manifest: Manifest, stream: str) -> int:
@@ -130,7 +122,7 @@ def _warnings(manifest: Manifest) -> Iterator[str]:
     for name, statuses in manifest.outcomes.items():
         rows = sum(statuses.values()) - statuses.get("duplicate", 0)
         if not manifest.read.get(name):
-            yield f"warning  {name}: its files have no rows, so no impression has one"
+            yield f"warning  {name}: its files are empty: every impression counts as one without it"
         elif rows and not statuses.get("joined"):
             yield f"warning  {name}: none of its rows belongs to an impression"
     for name, found in manifest.side_tables.items():

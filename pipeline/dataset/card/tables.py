@@ -148,7 +148,8 @@ def _absent_days(manifest: Manifest) -> Table:
 
 def _tasks(manifest: Manifest, card: dict[str, Any]) -> Table:
     splits = [split for split in SPLITS if manifest.rows.get(split)]
-    header = ["task", "kind", *(f"observed {s}" for s in splits), *(f"mean label {s}" for s in splits), "std train"]
+    header = ["task", "kind", *(f"observed {s}" for s in splits), *(f"mean label {s}" for s in splits)]
+    header.append(f"std {rows_of(card)}")
     lines = []
     for name, task in card["tasks"].items():
         observed = {s: manifest.observed.get(s, {}).get(name, 0) for s in splits}
@@ -161,7 +162,7 @@ def _tasks(manifest: Manifest, card: dict[str, Any]) -> Table:
 
 def _correlations(card: dict[str, Any]) -> Table:
     names = list(card["tasks"])
-    title = "Correlations of labels, over train rows where both are observed"
+    title = f"Correlations of labels, over {'rows' if rows_of(card) == 'all rows' else 'train rows'} where both are observed"
     if len(names) < 2:
         return Table(title, [], [])
     rows = zip(names, card["correlations"], strict=True)
@@ -181,7 +182,7 @@ def _numbers(card: dict[str, Any]) -> Table:
     ]
     header = ["number", *_columns("missing", splits), *_columns("mean", splits), "std", "min"]
     return Table(
-        f"Numbers, before any transform {_rows_of(card)}", [*header, *(f"{q} below" for q in quantiles), "max"], lines
+        f"Numbers, before any transform ({rows_of(card)})", [*header, *(f"{q} below" for q in quantiles), "max"], lines
     )
 
 
@@ -197,7 +198,7 @@ def _ids(card: dict[str, Any]) -> Table:
         length = number(found["length"]) if found.get("length") is not None else NOTHING
         lines.append([name, *missing, distinct, seen, *unknown, top, length])
     header = ["id", *_columns("missing", splits), "distinct values", "vocabulary seen", *_columns("unknown", splits)]
-    return Table(f"Ids {_rows_of(card)}", [*header, "most frequent", "values in a list"], lines)
+    return Table(f"Ids ({rows_of(card)})", [*header, "most frequent", "values in a list"], lines)
 
 
 def _markers(card: dict[str, Any]) -> Table:
@@ -206,7 +207,7 @@ def _markers(card: dict[str, Any]) -> Table:
         for name, found in card["ids"].items()
         for value, count in most_frequent(found.get("markers", {}))
     ]
-    title = "Ids that look like missing values (train): list them in source.missing if they are"
+    title = f"Ids that look like missing values ({rows_of(card)}): list them in source.missing if they are"
     return Table(title, ["id", "value", "times"], lines)
 
 
@@ -216,12 +217,12 @@ def _others(card: dict[str, Any]) -> Table:
         [name, percent(found["missing"]), *_in_splits(splits, name, "missing", percent)]
         for name, found in card.get("others", {}).items()
     ]
-    return Table(f"Other features {_rows_of(card)}", ["feature", *_columns("missing", splits)], lines)
+    return Table(f"Other features ({rows_of(card)})", ["feature", *_columns("missing", splits)], lines)
 
 
-def _rows_of(card: dict[str, Any]) -> str:
+def rows_of(card: dict[str, Any]) -> str:
     """Which rows a card's statistics are of, but for the columns of splits."""
-    return "(all rows)" if "train" in card.get("splits", {}) else "(train)"
+    return "all rows" if "train" in card.get("splits", {}) else "train"
 
 
 def _columns(what: str, splits: dict[str, Any]) -> list[str]:

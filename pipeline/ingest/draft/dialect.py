@@ -8,25 +8,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from features.errors import UserError
 from features.source import LINE_BYTES, Format
-from pipeline.ingest.files import RawFile, codec_of, open_raw, readable
+from pipeline.ingest.files import RawFile, open_raw, readable
 from pipeline.ingest.formats.text import head_of
 
 HEAD_BYTES = 1 << 20
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars", "\x01": "\\x01"}
 LINES = 1_000  # of a sample
-# Beginnings of files that are no logs as they are, with what to do.
-OTHERS = {
-    b"\x1f\x8b": "is gzip under another name: let it end in .gz",
-    b"\x28\xb5\x2f\xfd": "is zstd under another name: let it end in .zst",
-    b"BZh": "is bzip2 under another name: let it end in .bz2",
-    b"PK\x03\x04": "is a ZIP archive: unpack it",
-    b"ORC": "is ORC: write it as Parquet",
-    b"\xff\xfe": "is UTF-16: save it as UTF-8",
-    b"\xfe\xff": "is UTF-16: save it as UTF-8",
-    b"\x89PNG": "is a picture",
-    b"%PDF": "is a PDF",
-}
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*|\s*\d{4}-\d\d-\d\d.*")
 MAX_MULTILINE = 100  # line breaks of a value: more are those of a quote that is not closed
 
@@ -61,7 +50,7 @@ def dialect_of(file: RawFile, other: RawFile | None) -> Dialect:
 
     Raises:
         NoLogError: it is no log, or in a format that is not read.
-        UserError: it cannot be opened.
+        UserError: it cannot be opened, or the other cannot be read.
     """
     with readable(file.path), open_raw(file.path) as raw:
         magic = raw.read(4)
@@ -69,9 +58,10 @@ def dialect_of(file: RawFile, other: RawFile | None) -> Dialect:
         return Dialect({"format": "parquet"}, {"format": "by the file's first bytes"})
     if magic == b"Obj\x01":
         return Dialect({"format": "avro"}, {"format": "by the file's first bytes"})
-    if codec_of(file.path) is None and (what := next((w for m, w in OTHERS.items() if magic.startswith(m)), None)):
-        raise NoLogError(what)
-    head = head_of(file, HEAD_BYTES)
+    try:
+        head = head_of(file, HEAD_BYTES)
+    except UserError as error:  # it can be opened, so the fault is in what it holds
+        raise NoLogError(str(error).removeprefix(f"{file.path}: ").rstrip(".")) from None
     if b"\0" in head:
         raise NoLogError("is binary, of a format that is not read")
     lines = _lines(head)
@@ -189,12 +179,18 @@ def _stray_quotes(texts: list[str], cut: _Cut) -> str | None:
 
 
 def _is_header(first: list[str], rest: list[list[str]]) -> bool:
-    """Whether the values of the first line are names: distinct, no numbers, and not found in their columns."""
+    """Whether the values of the first line are names: no numbers, and not found in their columns.
+
+    They are distinct, but where a column of numbers below them leaves no doubt.
+    """
     names = [value.strip() for value in first]
-    if len({*names}) < len(names) or any(NUMBER.fullmatch(name) for name in names) or names.count("") > 1:
+    if any(NUMBER.fullmatch(name) for name in names) or names.count("") > 1:
         return False
-    seen = [{row[i].strip() for row in rest if len(row) == len(names)} for i in range(len(names))]
-    return not any(name and name in values for name, values in zip(names, seen, strict=True))
+    seen = [{row[i].strip() for row in rest if len(row) == len(names)} - {""} for i in range(len(names))]
+    numbers = any(
+        name and values and all(map(NUMBER.fullmatch, values)) for name, values in zip(names, seen, strict=True)
+    )
+    return (numbers or len({*names}) == len(names)) and not any(map(set.__contains__, seen, names))
 
 
 def _has_spaces(rows: list[list[str]]) -> bool:

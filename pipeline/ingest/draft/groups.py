@@ -50,17 +50,18 @@ def find_groups(folder: str, patterns: Sequence[str] | None) -> list[Group]:
         UserError: there are no files, or too many, or the storage reports an error.
     """
     if patterns is not None:
-        return [_group(folder, pattern, raw_files.find(folder, pattern)) for pattern in dict.fromkeys(patterns)]
-    found: dict[str, list[RawFile]] = {}
+        return [_group(pattern, raw_files.find(folder, pattern)) for pattern in dict.fromkeys(patterns)]
+    found: dict[str, list[tuple[str, list[date]]]] = {}
     listed = _listed(folder)
-    for name, file in listed.items():
-        found.setdefault(pattern_of(name), []).append(file)
-    names = {file: name for name, file in listed.items()}
+    for name in listed:
+        shape, days = shape_of(name)
+        found.setdefault(shape, []).append((name, days))
     groups: list[Group] = []
-    for pattern, files in sorted(found.items()):
-        alone = len(files) == 1 and "{date}" not in pattern
-        groups.append(_group(folder, literal(names[files[0]]) if alone else pattern, files))
-    return groups
+    for shape, members in found.items():
+        alone = len(members) == 1 and "{date}" not in shape
+        pattern = literal(members[0][0]) if alone else pattern_of(shape, [days for _, days in members])
+        groups.append(_group(pattern, [listed[name] for name, _ in members]))
+    return sorted(groups, key=lambda group: group.pattern)
 
 
 def apart(folder: str, group: Group) -> list[Group]:
@@ -69,26 +70,43 @@ def apart(folder: str, group: Group) -> list[Group]:
     return [Group(literal(_below(root, file)), [file], []) for file in group.files]
 
 
-def pattern_of(name: str) -> str:
-    """The pattern of the stream that a file belongs to by its name below the input folder.
+def shape_of(name: str) -> tuple[str, list[date]]:
+    """A name below the input folder with signs for what varies: {date} for each of its dates, and these.
 
     Numbers with leading zeros, of several digits or behind words such as `part` vary between the files of a stream. Beside a
     date others belong to the name of the stream: event_1-2026-11-01.csv is no part of event_2.
     """
     dated = any(_day(found[0]) for found in VARIES.finditer(name) if found["date"])
-    parts, end, has_date = list[str](), 0, False
+    parts, end, days = list[str](), 0, list[date]()
     for found in VARIES.finditer(name):
         before, text = name[end : found.start()], found[0]
         parts.append(literal(before))
-        if found["date"] and _day(text) and not has_date:
+        if found["date"] and (day := _day(text)):
             parts.append("{date}")
-            has_date = True
+            days.append(day)
         elif found["number"] and dated and not (text[0] == "0" or len(text) > 3 or PART.search(before)):
             parts.append(text)
         else:
             parts.append("*")
         end = found.end()
-    return "".join([*parts, literal(name[end:])])
+    return "".join([*parts, literal(name[end:])]), days
+
+
+def pattern_of(shape: str, days: Sequence[Sequence[date]]) -> str:
+    """The pattern of names of one shape, each with its dates: {date} where these vary most, else * or the one that all have.
+
+    Of places that vary alike, the earliest dates are those of the rows: an export is named by a later one.
+    """
+    places = list(zip(*days, strict=True))
+    if len(places) < 2:
+        return shape
+    of_rows = min(range(len(places)), key=lambda i: (-len({*places[i]}), min(places[i]), i))
+    first, *others = shape.split("{date}")
+    signs = [
+        "{date}" if i == of_rows else "*" if len({*place}) > 1 else place[0].isoformat()
+        for i, place in enumerate(places)
+    ]
+    return first + "".join(sign + text for sign, text in zip(signs, others, strict=True))
 
 
 def literal(name: str) -> str:
@@ -96,30 +114,15 @@ def literal(name: str) -> str:
     return re.sub(r"[*?\[]", lambda sign: f"[{sign[0]}]", name)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether `jobs.preprocess` would read a file as one of a pattern."""
-    signs = re.split(r"(\[[*?\[]\]|\{date\}|\*)", pattern)
-    text = "".join(
-        "[^/]*" if sign in ("{date}", "*") else re.escape(sign[1] if i % 2 else sign) for i, sign in enumerate(signs)
-    )
-    return re.fullmatch(text, name) is not None
-
-
-def _group(folder: str, pattern: str, files: list[RawFile]) -> Group:
-    root = _root(folder)
-    days = {day_of(_below(root, file), pattern) for file in files}
-    return Group(pattern, files, sorted(day for day in days if day))
+def _group(pattern: str, files: list[RawFile]) -> Group:
+    return Group(pattern, files, sorted({day for file in files if (day := day_of(file.path, pattern))}))
 
 
 def _listed(folder: str) -> dict[str, RawFile]:
-    """The files below a folder that may be logs, by name. Raises UserError for none."""
+    """The files below a folder that may be logs, by name. Raises UserError for none, or where the storage reports an error."""
     root, found = _root(folder), dict[str, RawFile]()
     for pattern in DEPTHS:
-        try:
-            files = raw_files.find(folder, pattern)
-        except UserError:  # none so deep
-            continue
-        names = {_below(root, file): file for file in files if file.size}
+        names = {_below(root, file): file for file in raw_files.matching(folder, pattern) if file.size}
         found |= {
             name: file
             for name, file in names.items()

@@ -128,19 +128,18 @@ def _values(column: Column) -> str:
 
 
 def _pair(column: Column) -> tuple[str, str] | None:
-    if column.distinct != 2:
+    if column.distinct != 2 or not column.counts:
         return None
-    values = {value for value, _ in column.counts}
+    values = {*column.texts.unique()}  # of numbers 1 for 1.0, too, which pandas writes where a label is missing
     return next((pair for pair in PAIRS if {*pair} == values), None)
 
 
 def _of_pair(column: Column, pair: tuple[str, str]) -> Label:
-    share = dict(column.counts)[pair[1]] / column.known
+    share = float((column.texts == pair[1]).mean())  # type: ignore[arg-type]
     name, why = sql_name(column.name), f"by its name and values; {pair[1]} in {share:.2%} of the sampled rows"
-    if pair == ("0", "1"):
-        return Label(column.name, "binary", name, (column.name,), {column.name: "int"}, why)
-    if column.kind == "int":
-        return Label(column.name, "binary", f"{name} = {pair[1]}", (column.name,), {column.name: "int"}, why)
+    if column.kind == "int" or column.kind == "float":
+        expression = name if pair == ("0", "1") else f"{name} = {pair[1]}"
+        return Label(column.name, "binary", expression, (column.name,), {column.name: column.kind}, why)
     return Label(column.name, "binary", f"{name} = {sql_text(pair[1])}", (column.name,), {}, why)
 
 

@@ -49,7 +49,8 @@ class Quotes:
         quote, delimiter = re.escape(self.quote), re.escape(self.delimiter)
         self._event = re.compile(delimiter + quote + rb"|\r(?!\n)|\n")
         self._content = re.compile(rb"(?:[^%b]+|%b%b)*" % (quote, quote, quote))
-        self._padding = re.compile(rb"[ \t]*" if options.trim else b"")
+        spaces = b" \t".replace(self.delimiter, b"") if options.trim else b""
+        self._padding = re.compile(b"[%b]*" % spaces if spaces else b"")
 
     def positions(self, data: bytes) -> np.ndarray:
         """Where the quotes are."""

@@ -13,6 +13,7 @@ OTHERS = {
     b"PK\x03\x04": "is a ZIP archive or an Excel workbook: unpack it, or save it as CSV",
     b"\xfd7zXZ\0": "is packed with xz: unpack it, or pack it with gzip or zstd",
     b"ARROW1\0\0": "is Arrow IPC: write it as Parquet",
+    b"\x89PNG\r\n": "is a picture", b"%PDF-": "is a PDF",
     b"SQLite format 3\0": "is an SQLite database: export its table as CSV",
     b"\0\0\xfe\xff": "is UTF-32: convert it with iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe\0\0": "is UTF-32: convert it with iconv -f UTF-32 -t UTF-8",
@@ -20,6 +21,7 @@ OTHERS = {
     b"\xff\xfe": "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
 }  # fmt: skip
 PROBED_BYTES = 4096
+ORC_BYTES = 64  # text may begin with ORC, too, as ORCID does, but has no NUL so soon
 TEXT_BYTES = bytes(byte for byte in range(256) if byte >= 32 or byte in b"\t\n\v\f\r")
 FEW_CONTROLS = 3  # that a line of text may have
 BZIP2_BLOCK = slice(4, 10), (b"1AY&SY", b"\x17rE8P\x90")  # of the first block, or the end where there is none
@@ -68,6 +70,8 @@ def _other(path: str, head: bytes) -> str | None:
                 return f"is {name}, packed twice: unpack it once"
             plain = file.stem if codec_of(path) else file.name
             return f"is {name} under the name {file.name}: rename it to {plain}{ending}"
+    if head.startswith(b"ORC") and b"\0" in head[:ORC_BYTES]:
+        return "is ORC: write it as Parquet"
     return next((reason for magic, reason in OTHERS.items() if head.startswith(magic)), None)
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.fit.split_counts import FeatureCounts, count_features
-from features.hashing import hash_integers
+from features.hashing import hash_integers, hash_range_of
 from features.parse.raw import SPLIT
 from features.schema.schema import SPLITS, Split
 from pipeline.ingest import shuffle
@@ -40,4 +40,4 @@ def rows_of_split(rows: pa.Table, split: Split) -> pa.Table:
 def _slice_of(job: Job, rows: pa.Table, slices: int, bounds: list[int]) -> np.ndarray:
     if job.order == "time":
         return np.searchsorted(np.array(bounds), rows["event_time"].to_numpy(), side="right")
-    return shuffle.hash_range_of(hash_integers(rows["row_id"].to_numpy(), job.seed), slices)
+    return hash_range_of(hash_integers(rows["row_id"].to_numpy(), job.seed), slices)

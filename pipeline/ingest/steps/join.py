@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.hashing import bucket_of
 from features.join.outcomes import EXAMPLES, join
 from features.kinds.canonical import canonical
 from features.parse import raw
@@ -42,7 +43,7 @@ def scatter_keys(job: Job, rows: pa.Table) -> str:
 
 def scatter(job: Job, table: pa.Table, key: str) -> str:
     """Scatters rows to buckets by a column; returns the path of a file with a batch for each bucket."""
-    bucket_B = shuffle.bucket_of(table[key].combine_chunks(), job.buckets)
+    bucket_B = bucket_of(table[key].combine_chunks(), job.buckets)
     return shuffle.write(job.temporary_path("scattered"), shuffle.partition(table, bucket_B, job.buckets))
 
 

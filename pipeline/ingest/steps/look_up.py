@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from features.errors import UserError
+from features.hashing import bucket_of
 from features.join import side_tables
 from features.join.side_tables import KEY, VALID_FROM, Questions, SideTableIndex
 from features.parse import raw
@@ -69,7 +70,7 @@ def scatter_questions(job: Job, rows: pa.Table) -> dict[str, str]:
 
 
 def _scatter(job: Job, table: pa.Table, buckets: int) -> str:
-    bucket_B = shuffle.bucket_of(table[KEY].combine_chunks(), buckets)
+    bucket_B = bucket_of(table[KEY].combine_chunks(), buckets)
     return shuffle.write(job.temporary_path("scattered"), shuffle.partition(table, bucket_B, buckets))
 
 

@@ -10,10 +10,10 @@ from features.join import counters, history
 from features.join.known import Known
 from features.join.places import key_codes
 from features.kinds.canonical import canonical
-from features.kinds.values import LARGEST
+from features.kinds.values import LARGEST, cleaned, of_keys
 from features.parse import compute, raw
 from features.schema.schema import Schema
-from features.source import Counter, History
+from features.source import Counter, Format, History
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherPastReport, GatherPastWork, PartWork, ScatterPastReport
 from pipeline.ingest.state import Job
@@ -23,6 +23,7 @@ from pipeline.ingest.steps.past_state import earlier_events
 from pipeline.ingest.steps.undecided import undecided
 
 NEVER = np.iinfo(np.int64).min  # before all events, where an impression has no time
+KEYS = of_keys(Format())  # what is missing in a key, though it may be an id in a feature of the same column
 
 
 def scatter_past(job: Job, work: PartWork) -> ScatterPastReport:
@@ -39,6 +40,8 @@ def scatter_past(job: Job, work: PartWork) -> ScatterPastReport:
         events, open_ = (
             _history(name, past, frame, known) if isinstance(past, History) else _counter(name, past, frame, known)
         )
+        if past.key not in schema.source.derived:
+            events = events.with_columns(cleaned(events["key"], KEYS))
         if name in schema.smoothed:
             counts = events.filter(train & events["known"].is_not_null())["value"]
             sums[name] = (float(counts.sum()), len(counts))

@@ -4,8 +4,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.errors import UserError
-from features.fit.fitted_files import RESTORE_HINT
+from features.hashing import bucket_of
 from pipeline.dataset.entries import StateFile
 from pipeline.dataset.past_state import definition, event_columns, opened, read_group, state_file
 from pipeline.ingest import shuffle
@@ -31,10 +30,7 @@ def earlier_events(job: Job, name: str, bucket: int) -> pl.DataFrame | None:
     with opened(job.begun, file, columns, groups) as parquet:
         for number in groups:
             events = read_group(parquet, number, job.start.folder / file.path)
-            keys = events["key"].combine_chunks()
-            if (shuffle.bucket_of(keys, count) != number).any():
-                raise UserError(f"{job.start.folder / file.path}: row group {number} has other keys. {RESTORE_HINT}")
-            found.append(events.filter(pa.array(shuffle.bucket_of(keys, job.buckets) == bucket)))
+            found.append(events.filter(pa.array(bucket_of(events["key"].combine_chunks(), job.buckets) == bucket)))
     return pl.from_arrow(pa.concat_tables(found))  # type: ignore[return-value]
 
 

@@ -41,7 +41,8 @@ def _reasons(job: Job, stream: str, rows: pa.Table, key: str, time: str | None) 
         wrong &= ~_is_old(job, stream, time_B)
     if wrong is not None and wrong.any():
         units = f"{job.schema.source.format_key(stream)}.times"
-        why = times.implausible_reason(time, time_B, unit, units)
+        own_unit = times.has_own_unit(rows.schema.field(time))
+        why = times.implausible_reason(time, time_B, unit, units, own_unit=own_unit)
         reason = reason.zip_with(~wrong | reason.is_not_null(), why)
     return reason
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from features.errors import UserError
-from models.ranker import table_weight
+from features.fit import reuse
+from models.ranker import Ranker, is_table, table_of
 from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
@@ -32,7 +33,7 @@ def from_rank_0(find: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def start(run: Run, dataset: Dataset, model: dict[str, Tensor], pinned: ExitStack) -> str:
+def start(run: Run, dataset: Dataset, ranker: Ranker, model: dict[str, Tensor], pinned: ExitStack) -> str:
     """Takes the weights of another run, but not its optimisers or its task weighting. Every rank calls it.
 
     Args:
@@ -42,18 +43,33 @@ def start(run: Run, dataset: Dataset, model: dict[str, Tensor], pinned: ExitStac
         UserError: as `newest` and `load`.
     """
     path = from_rank_0(lambda: newest(run, dataset, "train.init_from", pinned, grown=True))
-    changed = changed_tables(path, dataset)
-    missing = load(path, {name: tensor for name, tensor in model.items() if not name.startswith("loss.")}, changed)
+    weights = {name: tensor for name, tensor in model.items() if not name.startswith("loss.")}
+    shapes = {name: tuple(tensor.size()) for name, tensor in weights.items()}
+    missing = load(path, weights, from_rank_0(lambda: changed_tensors(run, path, dataset, ranker, shapes)))
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    return f"starts from {path}" + (f"; not in it: {', '.join(missing[:3])}{more}" if missing else "")
+    return f"starts from {path}" + (f"; started fresh: {', '.join(missing[:3])}{more}" if missing else "")
 
 
-def changed_tables(path: Path, dataset: Dataset) -> set[str]:
-    """The names of the tensors of tables whose ids mean something else in `dataset` than where a checkpoint was trained."""
+def changed_tensors(
+    run: Run, path: Path, dataset: Dataset, ranker: Ranker, shapes: dict[str, tuple[int, ...]]
+) -> set[str]:
+    """Which tensors of a model, given by their shapes, mean something else in `dataset` than in a checkpoint of `run`.
+
+    These are the tables whose ids are others, and what reads the features, unless all of them are the same in the same order.
+    """
     if checkpoint.read(path).encoders == dataset.encoders_id:
         return set()
-    changed = dataset.schema.all_tables.keys() - set(dataset.encoders.kept_tables)
-    return {table_weight(table, pooled) for table in changed for pooled in (True, False)}
+    schema, known = dataset.schema, run.schema()
+    tables, same = schema.all_tables.keys() - set(dataset.encoders.kept_tables), reuse.unchanged(schema, known).features
+    same_inputs = list(schema.features) == list(known.features) == [name for name in known.features if name in same]
+    changed = set()
+    for name, shape in shapes.items():
+        if is_table(name) or name.startswith("managed."):
+            other = table_of(name) in tables
+        else:
+            other = not same_inputs and ranker.reads_features(name, shape)
+        changed |= {name} if other else set()
+    return changed
 
 
 def newest(
