@@ -32,10 +32,10 @@ Range = tuple[int, int]
 
 
 def absent_days(schema: Schema, streams: Mapping[str, Sequence[RawFile]], as_of: datetime | None) -> AbsentDays:
-    """The absent days of a log that is read whole.
+    """The absent days of a log that is read whole; of one that is read by day, those of its outcomes' windows.
 
     Args:
-        streams: the files of each stream.
+        streams: the files of each stream; with `date` those that may hold a day and its outcomes.
         as_of: until when outcomes are declared complete.
     """
     impressions = days_of(streams[IMPRESSIONS], schema.source.files)
@@ -68,17 +68,43 @@ def days_of(files: Iterable[RawFile], pattern: str) -> set[int]:
 
 
 def day_of(path: str, pattern: str) -> date | None:
-    """The day that stands in place of {date} in a path that matches `pattern`; None for another word there."""
+    """The day that stands in place of {date} in the path of a file that was found by `pattern`; None for another word there.
+
+    Folders are matched one by one from the file upwards, so a date in the path of the input folder is none of the file's.
+    """
     if "{date}" not in pattern:
         return None
-    for text in dict.fromkeys(ISO_DATE.findall(path)):
-        # Here * also stands for slashes, which is enough to find the place: the path is known to match.
-        if fnmatchcase(path, "*/" + pattern.replace("**/", "*").replace("{date}", text)):
+    folders = path.split("/")
+    wanted = [part for part in pattern.split("/") if part not in ("", ".")]
+    for text in dict.fromkeys(text for folder in reversed(folders) for text in ISO_DATE.findall(folder)):
+        if _ends_with(folders, [part.replace("{date}", text) for part in wanted]):
             try:
                 return date.fromisoformat(text)
             except ValueError:  # 2026-02-30
                 continue
     return None
+
+
+def _ends_with(folders: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the last of some names are as wanted, where ** stands for any number of them.
+
+    What stands between two ** is looked for once, as near to the end as it can be: so its time grows with the product of
+    both lengths, whatever the pattern is.
+    """
+    at, place = len(folders), len(wanted)  # what is before them is still to be matched
+    retry: tuple[int, int] | None = None  # where the ** that was met last goes on with one more name
+    while place:
+        if wanted[place - 1] == "**":
+            place -= 1
+            retry = at - 1, place
+        elif at and fnmatchcase(folders[at - 1], wanted[place - 1]):
+            at, place = at - 1, place - 1
+        elif retry and retry[0] >= 0:
+            at, place = retry
+            retry = at - 1, place
+        else:
+            return False
+    return True
 
 
 def days_after(outcome: Outcome) -> int:

@@ -70,7 +70,7 @@ class BadRows:
         """Counts a block.
 
         Args:
-            rows: bad ones among them.
+            rows: bad ones among them; lines that bad rows take beside their own count only at the end of reading.
             bad: the dead letters.
             lines: of the block; 0 where rows are numbered in their file.
         """
@@ -141,9 +141,16 @@ def too_many(tallies: Sequence[Tally], total: int, max_bad_fraction: float, stre
     )
 
 
-def too_many_message(bad: int, rows: int, stream: str, max_bad_fraction: float, first: str, when: str = "") -> str:
-    """The line for a stream with too many bad rows; `first` is a sentence about the first of them."""
+def too_many_message(
+    bad: int, rows: int, stream: str, max_bad_fraction: float, first: str, when: str = "", what: str = "rows"
+) -> str:
+    """The line for a stream with too many bad rows.
+
+    Args:
+        first: a sentence about the first of them.
+        what: is counted, rows or lines.
+    """
     return (
-        f"{bad} of {rows} rows of {stream} are bad{when}, more than max_bad_fraction={max_bad_fraction}; the first: "
+        f"{bad:,} of {rows:,} {what} of {stream} are bad{when}, more than max_bad_fraction={max_bad_fraction}; the first: "
         f"{first} Fix the log or the schema, or raise the limit."
     )

@@ -67,8 +67,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     start = start_of(schema, config.out, config.date, config.missing_days, config.state.from_, config.encoders.from_)
     if config.labels == "none" and start is None:
         check_past(schema)
-    # With `date` outcomes are complete until the first absent day (see _as_of), so no window reaches beyond it.
-    absent = AbsentDays() if config.date else absent_days(read, streams, config.as_of)
+    absent = absent_days(read, streams, config.as_of)
     _warn_of(absent, read)
     with staging_of(out) as staging:
         size = sum(_unpacked(file) for found in streams.values() for file in found)

@@ -4,9 +4,12 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime, timezone
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from features.errors import UserError
 from features.join.outcomes import EXAMPLES
-from features.join.side_tables import KEY
+from features.join.side_tables import KEY, VALID_FROM
 from features.kinds.canonical import as_ids
 from features.parse import raw
 from features.printable import printable
@@ -47,21 +50,65 @@ def check_joined(job: Job, min_joined: float, whole_log: bool, max_bad_fraction:
             raise UserError(_message(name, statuses, rows, impressions, outcomes, min_joined))
 
 
-def check_looked_up(job: Job, min_joined: float, whole_log: bool) -> None:
-    """Raises UserError where no impression has a row in a side table; of a part of a log only with ENOUGH impressions."""
-    for name, table in job.schema.source.tables.items():
+def check_looked_up(job: Job, min_joined: float, whole_log: bool, max_bad_fraction: float) -> None:
+    """Raises UserError where no impression has a row in a side table; of a part of a log only with ENOUGH impressions.
+
+    Args:
+        max_bad_fraction: see `check_joined`.
+    """
+    if not min_joined or _is_bad(job, IMPRESSIONS, max_bad_fraction):
+        return
+    for name in job.schema.source.tables:
         reports = [report for report in job.found(LookUpReport) if report.table == name]
         statuses = sum((Counter(report.statuses) for report in reports), Counter[str]())
-        if not min_joined or statuses["matched"] or statuses["unmatched"] < (1 if whole_log else ENOUGH):
+        without = statuses["unmatched"] + statuses["early"]
+        if statuses["matched"] or without < (1 if whole_log else ENOUGH) or _is_bad(job, name, max_bad_fraction):
             continue
-        rows = shuffle.read(next(part.path for part in job.typed() if part.rows))
-        asked = as_ids(raw.column(job.schema, rows, table.asks), f"source.tables.{name}.on").dictionary.to_pylist()
-        ours, theirs = (JoinSide(rows=0, keys=keys[:EXAMPLES]) for keys in (asked, _table_keys(job, name)))
-        raise UserError(
-            f"source.tables.{name}: none of {statuses['unmatched']:,} impressions has a row in it. Impressions have in "
-            f"{table.asks} keys such as {_shown(ours)}; the table has in {table.key} {_shown(theirs)}. Keys are compared as "
-            "text: fix key or on; if the log is right, set min_joined=0."
-        )
+        if statuses["early"] <= statuses["unmatched"]:
+            raise UserError(_without_row(job, name, without))
+        if times := [
+            time for part in job.typed() for time in _span(raw.event_time(job.schema, shuffle.read(part.path)))
+        ]:  # else all rows are bad ones
+            raise UserError(_too_late(job, name, without, times))
+
+
+def _without_row(job: Job, name: str, impressions: int) -> str:
+    """The line for a side table that has none of the keys that are asked for."""
+    table, rows = job.schema.source.tables[name], shuffle.read(next(part.path for part in job.typed() if part.rows))
+    asked = as_ids(raw.column(job.schema, rows, table.asks), f"source.tables.{name}.on").dictionary.to_pylist()
+    ours, theirs = (JoinSide(rows=0, keys=keys[:EXAMPLES]) for keys in (asked, _table_keys(job, name)))
+    return (
+        f"source.tables.{name}: none of {impressions:,} impressions has a row in it. Impressions have in "
+        f"{table.asks} keys such as {_shown(ours)}; the table has in {table.key} {_shown(theirs)}. Keys are compared as "
+        "text: fix key or on; if the log is right, set min_joined=0."
+    )
+
+
+def _too_late(job: Job, name: str, impressions: int, times: list[int]) -> str:
+    """The line for a side table whose versions, or snapshots, all begin after the impressions, of which `times` are."""
+    table, source = job.schema.source.tables[name], job.schema.source
+    began = job.snapshots.get(name) or [
+        time
+        for path in job.table_rows(name)
+        for bucket in range(1 if name in job.broadcast else job.buckets)
+        for time in _span(shuffle.read(path, bucket)[VALID_FROM])
+    ]
+    what = table.valid_from or "{date} of files"
+    cure = (
+        f"the column {table.valid_from} or its unit in {source.format_key(name)}.times"
+        if table.valid_from
+        else "the days in its files' names, or add earlier files"
+    )
+    return (
+        f"source.tables.{name}: none of {impressions:,} impressions has a version that had begun. {what} runs from "
+        f"{moment(min(began))} to {moment(max(began))}, impressions from {moment(min(times))} to {moment(max(times))}: fix "
+        f"{cure}; if the log is right, set min_joined=0."
+    )
+
+
+def _span(times: pa.Array) -> list[int]:
+    """The first and the last of some times; none of none."""
+    return [time for time in pc.min_max(times).as_py().values() if time is not None]
 
 
 def _table_keys(job: Job, name: str) -> list[str]:
@@ -74,10 +121,11 @@ def _table_keys(job: Job, name: str) -> list[str]:
 
 
 def _is_bad(job: Job, stream: str, max_bad_fraction: float) -> bool:
-    """Whether a stream has more bad rows than allowed."""
+    """Whether a stream has more bad rows than allowed, each counted for the lines that it takes."""
     reads = [report for report in job.found(ReadReport) if report.stream == stream]
-    bad = sum(sum(report.dead_letters.reasons.values()) for report in reads)
-    return bad > max_bad_fraction * sum(report.read for report in reads)
+    swallowed = sum(report.swallowed for report in reads)
+    bad = swallowed + sum(sum(report.dead_letters.reasons.values()) for report in reads)
+    return bad > max_bad_fraction * (swallowed + sum(report.read for report in reads))
 
 
 def _merged(sides: Iterable[JoinSide]) -> JoinSide:

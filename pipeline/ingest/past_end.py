@@ -37,21 +37,23 @@ def check_overlap(job: Job) -> None:
     late = sum(report.late for report in scattered)
     if late > MOST_LATE * rows:
         earliest = min(report.earliest for report in scattered if report.earliest is not None)
+        before = _before(job.start.folder, earliest)
+        such = f", such as {before}" if before else ""
         raise UserError(
-            f"{late:,} of {rows:,} rows are before {utc(job.start.state.horizon)}, until when histories and counters of "
-            f"{job.start.folder} go: it has seen them, or later ones. Set state.from={_before(job.start.folder, earliest)} "
-            "(of jobs.nightly date= to the day of the log), or state.from=empty."
+            f"{late:,} of {rows:,} rows are before {utc(job.start.state.horizon)}, where the state of {job.start.folder} ends: "
+            f"it has them already. Set state.from to a dataset that ends before {utc(earliest)}{such}, or state.from=empty; "
+            "with jobs.nightly, set date= to the day of the log."
         )
 
 
-def _before(folder: Path, earliest: int) -> Path | str:
-    """The newest day beside `folder` whose state ends before the first row, in words where there is none."""
+def _before(folder: Path, earliest: int) -> Path | None:
+    """The newest day beside `folder` whose state ends before the first row; None where there is none."""
     days = days_in(folder.parent) if day_of(folder.name) else []
     for day in reversed(days):
         state = read_manifest(folder.parent / day.isoformat()).state
         if state and state.horizon <= earliest:
             return folder.parent / day.isoformat()
-    return "DATASET to that of the rows before these"
+    return None
 
 
 def state_of(job: Job, chosen: bool) -> State | None:

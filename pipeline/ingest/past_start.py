@@ -70,6 +70,10 @@ def start_of(
         return None
     if named is not None:
         folder = Path(named).resolve()
+        if not folder.is_dir():
+            raise UserError(
+                f"state.from={printable(named)}: no such folder. Name a dataset, a folder of days, or empty."
+            )
         if not (folder / "manifest.json").exists():  # a folder of days
             folder = newest_dataset(folder, date, missing_days)
         return _start(folder, str(folder), schema)
@@ -96,9 +100,13 @@ def newest_dataset(folder: Path, date: datetime.date | None, missing_days: Missi
         return folder
     found = days_in(days)
     newest = day_before(days, date, missing_days) if date else found[-1].isoformat() if found else None
+    if not found:
+        raise UserError(
+            f"{days}: no dataset and no days in it. Set state.from to the dataset of earlier rows, or to empty."
+        )
     if newest is None:
         raise UserError(
-            f"{days}: no day before {date or 'the log'} to go on from, there are {', '.join(ranges_of(found)) or 'none'}. "
+            f"{days}: no day before {date} to go on from, there are {', '.join(ranges_of(found))}. "
             "Set state.from to the dataset of earlier rows, or to empty."
         )
     return folder_of_day(days, newest)

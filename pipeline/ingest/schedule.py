@@ -110,7 +110,7 @@ def after(
         if step == "join":
             check_joined(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
         if step == "look_up":
-            check_looked_up(job, limits.min_joined, limits.whole_log)
+            check_looked_up(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
         (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
@@ -236,7 +236,10 @@ def _check(job: Job, limits: Limits) -> None:
             unit, line, reason = min((unit, each.line, each.reason) for unit, each in found)
             first = f"{reads[unit].file}, line {line + lines_before(reads)[unit]}: {reason}"
             range_ = implausible_times([each for _, each in found], reason)
-            raise UserError(too_many_message(bad, read, stream, limits.max_bad_fraction, f"{first}.{range_}"))
+            what = "lines" if swallowed else "rows"
+            raise UserError(
+                too_many_message(bad, read, stream, limits.max_bad_fraction, f"{first}.{range_}", what=what)
+            )
     if not any(total.values()):
         raise UserError(_no_rows(job))
     fitted = {"train"} | (job.schema.used_splits if limits.needs_splits else set())

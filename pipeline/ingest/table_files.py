@@ -1,16 +1,13 @@
 """The files of side tables: as they are, or of tables written as whole snapshots by day, those that rows may see."""
 
 import datetime
-import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 from features.errors import UserError
 from features.schema.schema import Schema
+from pipeline.ingest.absent_days import day_of
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.files import RawFile, find
-
-DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def table_files(config: PreprocessConfig, schema: Schema, name: str) -> list[RawFile]:
@@ -37,9 +34,7 @@ def days_of(pattern: str, files: list[RawFile]) -> dict[str, datetime.date]:
     """The day in each file's name, by path. Raises UserError for a file without one."""
     found = {}
     for file in files:
-        day = next(
-            (day for text in DAY.findall(file.path) if (day := _day(text)) and _is_of(file, pattern, text)), None
-        )
+        day = day_of(file.path, pattern)
         if day is None:
             raise UserError(
                 f"{file.path}: no day such as 2026-11-21 stands in place of {{date}} of {pattern}. Rename it."
@@ -82,15 +77,3 @@ def check_snapshots(config: PreprocessConfig, schema: Schema) -> None:
                 f"source.tables.{name}: its files have {{date}}, of which an impression sees those of its time: give the "
                 "schema event_time, or set date="
             )
-
-
-def _day(text: str) -> datetime.date | None:
-    try:
-        return datetime.date.fromisoformat(text)
-    except ValueError:
-        return None
-
-
-def _is_of(file: RawFile, pattern: str, day: str) -> bool:
-    """Whether a file matches a pattern with this day in it; `**/` may stand for no folder."""
-    return fnmatchcase(file.path, f"*/{pattern.replace('**/', '*').replace('{date}', day)}")

@@ -239,11 +239,31 @@ def test_a_history_of_rows_without_a_click_leaves_out_those_that_may_have_one(lo
     assert "its window was still open, or files of a day are absent. Run jobs.preprocess for this dataset again" in line
 
 
-def test_with_a_date_nothing_is_absent_but_what_as_of_has(log, tmp_path):
+@pytest.mark.parametrize("as_of", [None, f"{name_of(9)}T00:00Z"])
+def test_a_day_by_itself_has_no_labels_that_the_log_read_whole_has_not(log, tmp_path, as_of):
     (log / f"clicks-{name_of(4)}.csv").unlink()
-    manifest = run(log, tmp_path / "out", content_for(window="36h"), date=name_of(3))
+    content = content_for(window="36h")
+    run(log, tmp_path / "whole", content, as_of=as_of)
+    manifest = run(log, tmp_path / "days", content, date=name_of(3), as_of=as_of)
+    assert labels_of(tmp_path / "days" / name_of(3))[3] == labels_of(tmp_path / "whole")[3] == [None] * 10
+    assert manifest.absent_days == {"click": [name_of(4)]}
+    assert manifest.undecided == {"click": {"files of a day absent" if as_of else "window still open": 10}}
+    kept = run(log, tmp_path / "kept", content | {"source": content["source"] | {"outcomes": {
+        "click": content["source"]["outcomes"]["click"] | {"open_window": "keep"}}}}, date=name_of(3), as_of=as_of)  # fmt: skip
+    assert labels_of(tmp_path / "kept" / name_of(3))[3] == HALF
+    assert kept.absent_days == {"click": [name_of(4)]}
+
+
+def test_with_a_date_days_after_the_last_file_are_the_ordinary_end_or_complete_only_until_as_of(log, tmp_path):
+    for number in (4, 5):
+        (log / f"clicks-{name_of(number)}.csv").unlink()
+    content = content_for(window="12h", files="clicks-{date}.csv")
+    manifest = run(log, tmp_path / "out", content, date=name_of(3))
     assert manifest.absent_days == {}
     assert manifest.complete_until == {"click": midnight(4)}
+    said = run(log, tmp_path / "said", content, date=name_of(3), as_of=f"{name_of(4)}T00:00Z")
+    assert said.absent_days == {}
+    assert said.complete_until == {"click": midnight(4)}
 
 
 # The dates in file names
@@ -262,10 +282,34 @@ def test_with_a_date_nothing_is_absent_but_what_as_of_has(log, tmp_path):
         ("log-{date}.csv", "/x/log-2026-02-30.csv", None),
         ("log-[{date}].csv", "/x/log-2.csv", None),
         ("log-*.csv", "/x/log-2026-03-01.csv", None),
+        ("{date}/c*.csv", "/2026-12-31/in/2026-03-01/clicks.csv", date(2026, 3, 1)),
+        ("{date}/*", "/2026-12-31/2026-03-01/2026-03-02.csv", date(2026, 3, 1)),
+        ("{date}/**/c*.csv", "/2026-12-31/2026-03-01/a/b/clicks.csv", date(2026, 3, 1)),
+        ("{date}/**/a/**/c*.csv", "/2026-12-31/2026-03-01/a/b/a/clicks.csv", date(2026, 3, 1)),
+        ("{date}/**/c*.csv", "2026-03-01/clicks.csv", date(2026, 3, 1)),
+        ("./{date}//c[!a]?-*.csv", "/2026-12-31/2026-03-01/cb1-.csv", date(2026, 3, 1)),
+        ("**/".join(["", *["a/"] * 30, "{date}.csv"]), "/2026-12-31" + "/a" * 200 + "/x-2026-03-01.csv", None),
     ],
 )
 def test_the_day_of_a_file_is_what_stands_in_place_of_the_date(pattern, path, day):
     assert day_of(path, pattern) == day
+
+
+def test_below_a_folder_whose_name_is_a_date_the_same_days_are_absent(log, tmp_path):
+    content = content_for(window="1h", files="{date}/c*.csv")
+    content["source"]["files"] = "{date}/log*.csv"
+    found = []
+    for name in ("plain", "2026-12-31/in"):
+        folder = tmp_path / name
+        for number in range(8):
+            (folder / name_of(number)).mkdir(parents=True)
+            for stream in ("log", "clicks")[: 1 if number == 3 else 2]:
+                text = (log / f"{stream}-{name_of(number)}.csv").read_text()
+                (folder / name_of(number) / f"{stream}.csv").write_text(text)
+        found.append(run(folder, folder / "out", content))
+        assert labels_of(folder / "out")[3] == [None] * 10
+    assert found[0].absent_days == found[1].absent_days == {"click": [name_of(3)]}
+    assert found[0].undecided == found[1].undecided
 
 
 @pytest.mark.parametrize("window", [1, 86_399, 86_400, 86_401, 2 * 86_400, 2 * 86_400 + 1])

@@ -72,7 +72,7 @@ def test_a_bad_log_stops_the_job_before_it_is_read(unit_bytes, tmp_path, monkeyp
     assert sum(read) < size / 2
     bad, rows = int(message.split()[0]), int(message.split()[2])
     assert 0.05 * 1600 < bad < rows <= 800
-    assert f"{bad} of {rows} rows of impressions are bad after reading " in message
+    assert f"{bad:,} of {rows:,} rows of impressions are bad after reading " in message
     assert "more than max_bad_fraction=0.05; the first: " in message
     assert "/log-0.csv, line " in message
     assert "x: 'x' is not a number. Fix the log" in message
@@ -94,7 +94,7 @@ def test_bad_rows_that_stand_together_stop_no_job_that_passes_at_its_end(tmp_pat
     manifest = run(folder, tmp_path / "out", CONTENT, max_bad_fraction=0.17, unit_bytes=500)
     assert (sum(manifest.dead_letters.values()), manifest.rows["train"]) == (400, 2000)
     message = refused(folder, tmp_path / "again", CONTENT, max_bad_fraction=0.16, unit_bytes=500)
-    assert message.startswith("400 of 2400 rows of impressions are bad, more than max_bad_fraction=0.16; the first: ")
+    assert message.startswith("400 of 2,400 rows of impressions are bad, more than max_bad_fraction=0.16; the first: ")
 
 
 @pytest.mark.usefixtures("small")
@@ -166,7 +166,7 @@ def test_a_wholly_bad_log_is_too_many_once_a_small_part_is_read():
     assert found * unit.bytes / total == pytest.approx(0.004, rel=0.05)
     message = too_many([unit] * found, total, 0.001, "click")
     assert message == (
-        f"{100_000 * found} of {100_000 * found} rows of click are bad after reading 0.4% of its files, more than "
+        f"{100_000 * found:,} of {100_000 * found:,} rows of click are bad after reading 0.4% of its files, more than "
         "max_bad_fraction=0.001; the first: x.csv, line 2: bad. Fix the log or the schema, or raise the limit."
     )
 

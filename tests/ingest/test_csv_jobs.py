@@ -65,11 +65,11 @@ def test_lines_that_a_bad_row_takes_count_as_bad(tmp_path: Path) -> None:
     assert manifest.lines["impressions"] == Lines(physical=106, header=1, blank=0, rows=102, dead_letters=3)
     message = refused(tmp_path / "in", tmp_path / "more", content_for(), max_bad_fraction=0.029)
     assert message.startswith(
-        f"3 of 102 rows of impressions are bad, more than max_bad_fraction=0.029; the first: {tmp_path}/in/log-0.csv, line 24: "
-        "4 columns instead of 3."
+        f"3 of 102 lines of impressions are bad, more than max_bad_fraction=0.029; the first: {tmp_path}/in/log-0.csv, line "
+        "24: 4 columns instead of 3."
     )
     message = refused(tmp_path / "in", tmp_path / "lines", content_for(multiline=False), max_bad_fraction=0.06)
-    assert message.startswith("7 of 105 rows of impressions are bad")
+    assert message.startswith("7 of 105 lines of impressions are bad")
     assert "line 11: a value with line breaks: set multiline: true" in message
 
 

@@ -393,14 +393,26 @@ def test_a_days_log_with_encoders_from_goes_on_from_the_newest_day_and_is_the_da
     assert inputs(tmp_path / "out") == rows_by_id(days / day(3))
     # Once the day itself is there, its rows would be seen twice.
     message = refusal(alone, tmp_path / "again", encoders={"from": days / day(0)})
-    assert (
-        f"20 of 20 rows are before 2026-03-05T00:00:00Z, until when histories and counters of {days / day(3)} go"
-        in message
-    )
-    assert f"Set state.from={days / day(2)} (" in message
+    assert f"20 of 20 rows are before 2026-03-05T00:00:00Z, where the state of {days / day(3)} ends" in message
+    assert f", such as {days / day(2)}, or state.from=empty; with jobs.nightly, set date=" in message
     run(alone, tmp_path / "again", content(), encoders={"from": days / day(0)}, state={"from": str(days / day(2))},
         as_of=str(FIRST + timedelta(days=7)))  # fmt: skip
     assert inputs(tmp_path / "again") == rows_by_id(days / day(3))
+
+
+def test_where_a_state_is_not_to_be_found_the_message_says_what_is_missing(log, tmp_path):
+    missing, empty = tmp_path / "nowhere", tmp_path / "empty"
+    empty.mkdir()
+    assert refusal(log, tmp_path / "out", state={"from": str(missing)}) == (
+        f"state.from={missing}: no such folder. Name a dataset, a folder of days, or empty."
+    )
+    message = refusal(log, tmp_path / "out", state={"from": str(empty)})
+    assert message.startswith(f"{empty}: no dataset and no days in it.")
+    whole = tmp_path / "whole"
+    run(log, whole, content())
+    message = refusal(log, tmp_path / "out", state={"from": str(whole)})
+    assert f"the state of {whole} ends: it has them already. Set state.from to a dataset that ends before " in message
+    assert "such as" not in message
 
 
 def test_a_whole_dataset_has_a_state_too_and_one_without_it_is_refused(three, tmp_path):

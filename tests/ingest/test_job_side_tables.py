@@ -349,3 +349,65 @@ def test_a_table_in_which_no_impression_has_a_row_stops_the_job_with_both_sides(
             "if the log is right, set min_joined=0."
         )
         assert run(tmp_path, tmp_path / "out", content, min_joined=0).side_tables["item"].unmatched_rows == 30
+
+
+def versions(folder: Path, since: str, at: str = "1793491200") -> dict[str, Any]:
+    """30 impressions of 2026-11-01, and an item whose only version begins `since`."""
+    (folder / "log.csv").write_text("id,at,item,click\n" + "".join(f"{i},{at},a,{i % 2}\n" for i in range(30)))
+    (folder / "items.csv").write_text(f"item,cost,since\na,1.5,{since}\n")
+    table = {"files": "items.csv", "key": "item", "columns": {"cost": "float"}, "valid_from": "since"}
+    return {
+        "source": {"files": "log.csv", "tables": {"item": table}},
+        "dense": {"item_cost": {}},
+        "tasks": {"click": {"kind": "binary", "label": "click = '1'"}},
+        "event_time": "at",
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("since", "unit"),
+    [
+        ("1793490200000", "milliseconds"),
+        ("20261001", "YYYYMMDD"),
+        ("20757", "between 1990"),
+        ("9999-12-31", "between 1990"),
+    ],
+)
+def test_a_version_that_begins_at_no_plausible_time_is_a_bad_row(since: str, unit: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, tmp_path / "out", versions(tmp_path, since))
+    assert "1 of 1 rows of item are bad" in message
+    assert "since: " in message
+    assert unit in message
+
+
+@pytest.mark.parametrize("since", ["0", "1970-01-01", "1900-01-01", "0001-01-01T00:00:00Z", "1985-03-01", "1793491200"])
+def test_a_version_may_have_begun_before_all_logs(since: str, tmp_path: Path) -> None:
+    content = versions(tmp_path, since)
+    content["source"]["timezone"] = "America/Los_Angeles"
+    assert run(tmp_path, tmp_path / "out", content).side_tables["item"].matched_rows == 30
+
+
+@pytest.mark.parametrize("broadcast_bytes", [0, 1 << 20])
+def test_versions_that_all_begin_after_the_impressions_stop_the_job(broadcast_bytes: int, tmp_path: Path) -> None:
+    content = versions(tmp_path, "2026-11-02")
+    message = refused(tmp_path, tmp_path / "out", content, broadcast_bytes=broadcast_bytes)
+    assert message == (
+        "source.tables.item: none of 30 impressions has a version that had begun. since runs from 2026-11-02T00:00:00Z to "
+        "2026-11-02T00:00:00Z, impressions from 2026-11-01T00:00:00Z to 2026-11-01T00:00:00Z: fix the column since or its "
+        "unit in source.times; if the log is right, set min_joined=0."
+    )
+    assert run(tmp_path, tmp_path / "out", content, min_joined=0).side_tables["item"].early_rows == 30
+
+
+@pytest.mark.parametrize("at", ["20261101", ""])
+def test_bad_times_of_impressions_are_named_before_versions_that_had_not_begun(at: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, tmp_path / "out", versions(tmp_path, "2026-10-01", at))
+    assert message.startswith("30 of 30 rows of impressions are bad")
+
+
+@pytest.mark.parametrize("row", [",1.5,2026-10-01", "a,1.5,"])
+def test_bad_rows_of_a_table_are_named_before_what_they_lead_to(row: str, tmp_path: Path) -> None:
+    content = versions(tmp_path, "2026-10-01")
+    (tmp_path / "items.csv").write_text("item,cost,since\n" + f"{row}\n" * 5)
+    assert refused(tmp_path, tmp_path / "out", content).startswith("5 of 5 rows of item are bad")

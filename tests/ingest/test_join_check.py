@@ -92,6 +92,16 @@ def test_too_many_bad_rows_are_named_before_what_they_lead_to(tmp_path):
     )
 
 
+def test_a_bad_row_counts_for_the_lines_that_it_takes(tmp_path):
+    folder = write(tmp_path / "log", impressions(100), [(f"q{n}", START) for n in range(50)])
+    lines = (folder / "log.csv").read_text().splitlines()
+    lines[51] = '50,"a50' + "\n" * 31 + f'",{START},c'
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+    message = refused(folder, tmp_path / "out", content_for(), max_bad_fraction=0.05)
+    assert message.startswith("32 of 131 lines of impressions are bad")
+    assert "multiline" in message
+
+
 def test_what_a_log_has_is_shown_in_a_line_of_limited_length_that_controls_no_terminal(tmp_path):
     keys = ["\x1b[31m" + "x" * 10_000, "\u202e", "c"]
     (tmp_path / "log").mkdir()

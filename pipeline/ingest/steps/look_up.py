@@ -21,6 +21,7 @@ from features.source import RawType
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import LookUpReport, LookUpWork, TypedPart
 from pipeline.ingest.state import Job
+from pipeline.ingest.steps.placed import placed
 
 
 def table_types(schema: Schema, name: str) -> dict[str, RawType]:
@@ -37,7 +38,7 @@ def separators(job: Job, name: str) -> dict[str, str]:
 
 
 def scatter_rows(job: Job, name: str, rows: pa.Table, snapshot: int | None) -> tuple[str, pl.DataFrame]:
-    """Scatters a block of a side table to buckets, if it has any; rows without key or time are dead letters.
+    """Scatters a block of a side table to buckets, if it has any; rows without a key or a plausible time are dead letters.
 
     Args:
         snapshot: when the file's rows become valid, where the table has no such column.
@@ -45,7 +46,7 @@ def scatter_rows(job: Job, name: str, rows: pa.Table, snapshot: int | None) -> t
     table = job.schema.source.tables[name]
     if pa.types.is_nested(rows.schema.field(table.key).type):
         raise UserError(f"source.tables.{name}: its key {table.key} holds lists: name a column with one value a row")
-    rows, dead_letters = _without_missing(rows, table.key, table.valid_from)
+    rows, dead_letters = placed(job, name, rows, table.key, table.valid_from)
     keys = side_tables.key_codes(rows[table.key].combine_chunks(), f"source.tables.{name}.key: {table.key}")
     columns: dict[str, pa.Array] = {KEY: keys.cast(pa.large_string())}
     if table.valid_from:
@@ -56,19 +57,6 @@ def scatter_rows(job: Job, name: str, rows: pa.Table, snapshot: int | None) -> t
         nested = pa.types.is_nested(rows.schema.field(column).type)
         columns[column] = rows[column].cast(pa.large_list(pa.large_string())) if nested else rows[column]
     return _scatter(job, pa.table(columns), 1 if name in job.broadcast else job.buckets), dead_letters
-
-
-def _without_missing(rows: pa.Table, key: str, time: str | None) -> tuple[pa.Table, pl.DataFrame]:
-    """Typed rows without those that lack their key or time, and these as dead letters."""
-    missing = [pl.Series(rows[column]).is_null() for column in (key, time) if column]
-    lost = missing[0] | missing[-1]
-    if not lost.any():
-        return rows, raw.dead_letters()
-    gone = rows.filter(lost.to_arrow())
-    words = {True: f"{key}: missing key", False: f"{time}: missing time"}
-    reasons = missing[0].filter(lost).replace_strict(words, return_dtype=pl.String)
-    cells = raw.as_json(gone.drop_columns([raw.LINE, raw.ROW]))
-    return rows.filter((~lost).to_arrow()), raw.dead_letters(gone[raw.LINE].to_numpy(), reasons, cells)
 
 
 def scatter_questions(job: Job, rows: pa.Table) -> dict[str, str]:

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
-from features.kinds import times
 from features.parse import raw
 from features.parse.raw import LINE, ROW
 from features.source import RawType
@@ -26,6 +25,7 @@ from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.join import comparable, key_type, scatter, scatter_keys
 from pipeline.ingest.steps.label import label_rows
 from pipeline.ingest.steps.look_up import scatter_questions, scatter_rows, separators, table_types
+from pipeline.ingest.steps.placed import placed
 
 ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + row in it, where the schema names no row_id column
 
@@ -142,31 +142,7 @@ def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.Data
         raise UserError(
             f"source.outcomes.{name}: its key {outcome.key} holds lists: name a column with one value a row"
         )
-    reasons = _unplaced(job, name, rows)
-    dead_letters = raw.dead_letters()
-    if (lost := reasons.is_not_null()).any():
-        gone = rows.filter(lost.to_arrow())
-        cells = raw.as_json(gone.drop_columns([LINE, ROW]))
-        dead_letters = raw.dead_letters(gone[LINE].to_numpy(), reasons.filter(lost), cells)
-        rows = rows.filter((~lost).to_arrow())
+    rows, dead_letters = placed(job, name, rows, outcome.key, outcome.time)
     key = comparable(job.schema, rows[outcome.key].combine_chunks(), f"source.outcomes.{name}: its key {outcome.key}")
     rows = rows.set_column(rows.column_names.index(outcome.key), outcome.key, key)
     return scatter(job, rows.drop_columns([LINE, ROW]), outcome.key), dead_letters
-
-
-def _unplaced(job: Job, name: str, rows: pa.Table) -> pl.Series:
-    """Why outcomes belong to no impression: they have no key, no time, or an implausible one; null for the others."""
-    outcome = job.schema.source.outcomes[name]
-    reason = pl.Series([None], dtype=pl.String).new_from_index(0, rows.num_rows)
-    for column, text in ((outcome.key, "missing key"), (outcome.time, "missing time")):
-        if column and (missing := pl.Series(rows[column]).is_null()).any():
-            reason = reason.zip_with(~missing | reason.is_not_null(), pl.Series([f"{column}: {text}"]))
-    if not outcome.time:
-        return reason
-    time, unit = pl.Series(rows[outcome.time]), job.schema.source.format_of(name).unit_of(outcome.time)
-    if (wrong := times.implausible(time, unit)) is not None:
-        key = f"{job.schema.source.format_key(name)}.times"
-        own_unit = times.has_own_unit(rows.schema.field(outcome.time))
-        why = times.implausible_reason(outcome.time, time, unit, key, own_unit=own_unit)
-        reason = reason.zip_with(~wrong | reason.is_not_null(), why)
-    return reason
