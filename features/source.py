@@ -204,7 +204,7 @@ class SideTable(Strict):
         return {**({self.valid_from: "time"} if self.valid_from else {}), **self.columns}
 
     @property
-    def asks(self) -> str:
+    def foreign_key(self) -> str:
         """The column of the impressions that names a row."""
         return self.on or self.key
 

@@ -7,10 +7,18 @@ import polars as pl
 from features.printable import has_controls
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 to 9999
 INDEX = "index"  # numbers that only order the rows, in seconds of no calendar
 DEFAULT = "s"
 MAX_FORMAT = 100  # characters
 _PROBES = (datetime(2026, 11, 7, 22, 5, 3, tzinfo=timezone.utc), datetime(1999, 1, 31, tzinfo=timezone.utc))
+
+
+def as_utc(seconds: float) -> str:
+    """A time since 1970 in ISO 8601, in UTC; one beyond the years that dates have as its seconds."""
+    if not FIRST_SECOND <= seconds <= LAST_SECOND:
+        return f"{int(seconds)} s"
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def is_format(unit: str) -> bool:

@@ -6,7 +6,7 @@ Examples:
   python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/mine input=s3://bucket/logs overwrite=true
   python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/days date=2026-11-21      # one day: /data/days/2026-11-21
   python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/today encoders.from=/data/mine
-  python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/asked input=/asked encoders.from=/data/mine labels=none
+  python -m jobs.preprocess --config-dir=my/conf data=mine out=/data/new input=/new encoders.from=/data/mine labels=none
 """
 
 import shlex

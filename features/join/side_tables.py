@@ -1,10 +1,10 @@
 """Side tables: the row of a key, or its version at a time, for each impression, without a loop over rows.
 
-Only questions travel: the distinct keys of a block of impressions, with versions the distinct keys and times. A hot key is one
-question, and its texts are in memory once however many rows ask for it.
+Only lookups travel: the distinct keys of a block of impressions, with versions the distinct keys and times. A hot key is one
+lookup, and its texts are in memory once however many rows have it.
 """
 
-# Shapes: B impressions, Q questions, R rows of a table as read, V its rows without duplicates, K its keys.
+# Shapes: B impressions, Q lookups, R rows of a table as read, V its rows without duplicates, K its keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from features.join.places import Places
 from features.kinds.canonical import as_ids
 from features.kinds.values import as_lists
 
-KEY, TIME, ASKING, VALID_FROM = "__key", "__time", "__asking", "__valid_from"  # columns of questions and of tables
+KEY, TIME, ROWS, VALID_FROM = "__key", "__time", "__rows", "__valid_from"  # columns of lookups and of tables
 NEVER = np.iinfo(np.int64).min  # before any version
 MAX_BYTES = 2 << 30  # that the texts looked up for one block of rows may have
 SKETCH = 64  # smallest hashes of unmatched keys, from which their number is estimated
@@ -28,23 +28,23 @@ LOOK_UP_STATUSES = ("matched", "unmatched", "early")
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What a block of impressions asks of a table.
+class Lookups:
+    """The lookups of a block of impressions in a table.
 
     Attributes:
-        asked: [Q] KEY, ASKING (how many rows ask it), and TIME for a table with versions; no two are equal.
-        question_B: the question of each row, -1 where its key is missing.
+        distinct: [Q] KEY, ROWS (how many rows have it), and TIME for a table with versions; no two are equal.
+        lookup_B: the lookup of each row, -1 where its key is missing.
     """
 
-    asked: pa.Table
-    question_B: np.ndarray
+    distinct: pa.Table
+    lookup_B: np.ndarray
 
 
-def questions(keys: pa.Array, time_B: np.ndarray | None) -> Questions:
-    """The questions of B impressions.
+def lookups(keys: pa.Array, time_B: np.ndarray | None) -> Lookups:
+    """The lookups of B impressions.
 
     Args:
-        keys: B texts as codes into distinct ones, see `key_codes`.
+        keys: B texts as codes into distinct ones, see `canonical_codes`.
         time_B: seconds, NEVER where it is missing; None: the table has no versions.
     """
     code_B = keys.indices.fill_null(-1).to_numpy()
@@ -53,16 +53,16 @@ def questions(keys: pa.Array, time_B: np.ndarray | None) -> Questions:
     if time_B is not None:
         times, rank = np.unique(time_B[present], return_inverse=True)
         number_B = number_B * len(times) + rank
-    number_Q, question, asking_Q = np.unique(number_B, return_inverse=True, return_counts=True)
-    columns = {KEY: keys.dictionary.take(pa.array(number_Q // max(len(times), 1))), ASKING: pa.array(asking_Q)}
+    number_Q, lookup, rows_Q = np.unique(number_B, return_inverse=True, return_counts=True)
+    columns = {KEY: keys.dictionary.take(pa.array(number_Q // max(len(times), 1))), ROWS: pa.array(rows_Q)}
     if time_B is not None:
         columns[TIME] = pa.array(times[number_Q % max(len(times), 1)])
-    question_B = np.full(len(code_B), -1)
-    question_B[present] = question
-    return Questions(pa.table(columns), question_B)
+    lookup_B = np.full(len(code_B), -1)
+    lookup_B[present] = lookup
+    return Lookups(pa.table(columns), lookup_B)
 
 
-def key_codes(values: pa.Array, where: str) -> pa.DictionaryArray:
+def canonical_codes(values: pa.Array, where: str) -> pa.DictionaryArray:
     """Keys as codes into their distinct canonical texts, by which both sides compare.
 
     Raises:
@@ -75,10 +75,10 @@ def key_codes(values: pa.Array, where: str) -> pa.DictionaryArray:
 
 @dataclass(frozen=True)
 class Found:
-    """Answers of a table.
+    """What lookups find in a table.
 
     Attributes:
-        row_Q: index of the row of `SideTableIndex.values` for each question, -1 without one.
+        row_Q: index of the row of `SideTableIndex.values` for each lookup, -1 without one.
         statuses: impressions by what became of their key: matched, unmatched (no such key, or not in the snapshot of the
             time), early (before the first version or snapshot).
         sketch: smallest hashes of the distinct unmatched keys (see `distinct_keys`).
@@ -118,11 +118,13 @@ class SideTableIndex:
         self.keys, self.duplicates = len(self.texts), int(len(key_R) - last.sum())
         self.snapshots = None if snapshots is None else np.unique(np.array(snapshots, np.int64))
 
-    def find(self, asked: pa.Table) -> Found:
-        """Answers questions (see Questions.asked; without TIME all versions are valid)."""
-        keys = asked[KEY].combine_chunks()
+    def find(self, lookups: pa.Table) -> Found:
+        """The rows of lookups (see Lookups.distinct; without TIME all versions are valid)."""
+        keys = lookups[KEY].combine_chunks()
         key_Q = pc.index_in(keys, value_set=self.texts).fill_null(-1).to_numpy().astype(np.int64)
-        time_Q = asked[TIME].to_numpy() if TIME in asked.column_names else np.full(len(keys), np.iinfo(np.int64).max)
+        time_Q = (
+            lookups[TIME].to_numpy() if TIME in lookups.column_names else np.full(len(keys), np.iinfo(np.int64).max)
+        )
         stop_Q = self.places.of(key_Q, time_Q, "right")
         row_Q = np.where(stop_Q > self.places.first(key_Q), stop_Q - 1, -1)
         unmatched_Q, early_Q = key_Q < 0, (key_Q >= 0) & (row_Q < 0)
@@ -132,8 +134,8 @@ class SideTableIndex:
             current_Q = np.append(self.snapshots, NEVER)[place_Q]
             row_Q = np.where(np.append(self.from_V, NEVER)[row_Q] == current_Q, row_Q, -1)
             unmatched_Q = ~early_Q & (row_Q < 0)
-        asking_Q = asked[ASKING].to_numpy()
-        counts = [int(asking_Q[which].sum()) for which in (row_Q >= 0, unmatched_Q, early_Q)]
+        rows_Q = lookups[ROWS].to_numpy()
+        counts = [int(rows_Q[which].sum()) for which in (row_Q >= 0, unmatched_Q, early_Q)]
         hashes = np.unique(hash_strings(keys.filter(pa.array(unmatched_Q)), SKETCH_SEED))[:SKETCH]
         return Found(row_Q, dict(zip(LOOK_UP_STATUSES, counts, strict=True)), hashes.tolist())
 
@@ -159,20 +161,20 @@ def take(values: pa.Table, row: np.ndarray, name: str) -> pa.Table:
     return values.take(index)
 
 
-def spread(answers: pa.Table, question_B: np.ndarray, name: str) -> dict[str, pa.Array]:
-    """The answers for each of B rows: texts as codes into those of the questions.
+def spread(results: pa.Table, lookup_B: np.ndarray, name: str) -> dict[str, pa.Array]:
+    """The results for each of B rows: texts as codes into those of the lookups.
 
     Raises:
         UserError: texts are too large for what reads them, naming table `name`.
     """
     found: dict[str, pa.Array] = {}
-    index = pa.array(question_B.astype(np.int32), mask=question_B < 0)
-    for column in answers.column_names:
-        values = answers[column].combine_chunks()
-        _check_bytes(name, column, values, question_B)
+    index = pa.array(lookup_B.astype(np.int32), mask=lookup_B < 0)
+    for column in results.column_names:
+        values = results[column].combine_chunks()
+        _check_bytes(name, column, values, lookup_B)
         if pa.types.is_large_string(values.type):
-            missing_B = (question_B < 0) | np.append(values.is_null().to_numpy(False), True)[question_B]
-            codes = pa.array(np.where(missing_B, 0, question_B).astype(np.int32), mask=missing_B)
+            missing_B = (lookup_B < 0) | np.append(values.is_null().to_numpy(False), True)[lookup_B]
+            codes = pa.array(np.where(missing_B, 0, lookup_B).astype(np.int32), mask=missing_B)
             found[f"{name}_{column}"] = pa.DictionaryArray.from_arrays(codes, values)
         else:
             found[f"{name}_{column}"] = values.take(index)

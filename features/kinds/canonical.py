@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
+from features.time_units import FIRST_SECOND, LAST_SECOND, PER_SECOND
 
 EXACT = {
     16: 2**11,
@@ -26,9 +27,7 @@ EXACT = {
     64: 2**53,
 }  # whole numbers up to here, by the bits of a float: beyond, neighbours are one
 INT64_END = 2.0**63
-FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 DAY_MS = 86_400_000
-PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 WHOLE_DECIMAL = pa.decimal256(76, 0)
 ZERO_DECIMALS = r"^(-?[0-9]+)\.0+$"
 _CLOCK = r"(\d\d:\d\d:\d\d)(?:(\.\d*[1-9])|\.)?0*"  # of Arrow's text, which has the digits of its unit

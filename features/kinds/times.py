@@ -5,10 +5,9 @@ import pyarrow as pa
 
 from features.kinds.values import hexadecimal
 from features.source import Format
-from features.time_units import DEFAULT, INDEX, PER_SECOND, is_format
+from features.time_units import DEFAULT, FIRST_SECOND, INDEX, LAST_SECOND, PER_SECOND, is_format
 
 EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1 January of 1990 and of 2100, seconds since 1970
-FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 to 9999
 FARTHEST = 2**62  # of a plain order: a window is added to it without an overflow
 MOST_EAST, MOST_WEST = 14 * 60, -12 * 60  # minutes, the offsets that clocks on earth show
 IMPLAUSIBLE = "is not between 1990 and 2100"  # of the reason, by which dead letters are found again

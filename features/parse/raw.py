@@ -140,7 +140,7 @@ def code_columns(schema: Schema) -> set[str]:
 def id_columns(schema: Schema) -> set[str]:
     """The raw columns that are text and name something, a value or a list a row: ids, users and items, keys."""
     used = [schema.raw[name].column for name in schema.sparse] + [history.user for history in schema.histories.values()]
-    used += [table.asks for table in schema.source.tables.values()]
+    used += [table.foreign_key for table in schema.source.tables.values()]
     used += [counter.by for counter in schema.source.counters.values()]
     used += [key for key in (schema.source.key, getattr(schema.split, "key", None)) if key]
     return set(used) - schema.raw_types.keys() - schema.source.derived.keys()

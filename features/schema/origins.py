@@ -31,7 +31,7 @@ def origins(schema: Schema, columns: Iterable[str]) -> dict[str, Any]:
         elif name := schema.table_columns.get(column):
             table = source.tables[name]
             own = table.model_dump(mode="json", exclude_defaults=True, exclude={"files", "read", "columns"})
-            own, reads = own | {"type": table.columns[column[len(name) + 1 :]]}, [table.asks]
+            own, reads = own | {"type": table.columns[column[len(name) + 1 :]]}, [table.foreign_key]
         found[column] = own
         left += reads
     return found

@@ -233,7 +233,7 @@ class Schema(Features):
         used += [c for c in (self.source.key, self.source.row_id, self.event_time) if c]
         used += [self.split.key] if isinstance(self.split, HashSplit) else []
         used += [history.user for history in self.histories.values()]
-        used += [table.asks for table in self.source.tables.values()]
+        used += [table.foreign_key for table in self.source.tables.values()]
         used += [counter.by for counter in self.source.counters.values()]
         for expression in self.expressions.values():
             used += columns_of(expression)

@@ -22,7 +22,7 @@ def side_tables(schema: Schema) -> Iterator[str]:
     for name, table in source.tables.items():
         if table.valid_from and not schema.event_time:
             yield f"event_time is missing: side table {name} has valid_from, which is compared with it"
-        if added := sorted(schema.roots_of([table.asks]) & later):
+        if added := sorted(schema.roots_of([table.foreign_key]) & later):
             yield (
                 f"source.tables.{name} looks up {added[0]}, which an outcome, counter or side table adds: write on: "
                 "with a column of the impressions"
@@ -50,7 +50,7 @@ def _numbers_of_text(schema: Schema) -> Iterator[str]:
 
 def table_inputs(schema: Schema, columns: Iterable[str]) -> list[str]:
     """The columns of the impressions by which those of side tables among `columns` are looked up: they show its value."""
-    return [schema.source.tables[schema.table_columns[c]].asks for c in columns if c in schema.table_columns]
+    return [schema.source.tables[schema.table_columns[c]].foreign_key for c in columns if c in schema.table_columns]
 
 
 def keys_of_tables(schema: Schema) -> list[str]:

@@ -17,7 +17,7 @@ def without_labels(schema: Schema) -> Schema:
     for name in schema.past.keys() - nothing.keys():
         used |= {column for text in schema.past[name].expressions.values() for column in columns_of(text)}
     tables = {schema.table_columns[c] for c in schema.roots_of(used) if c in schema.table_columns}
-    used |= {schema.source.tables[name].asks for name in tables}
+    used |= {schema.source.tables[name].foreign_key for name in tables}
     derived = {name: text for name, text in schema.source.derived.items() if name in used}
     fields = {name: getattr(schema, name) for name in type(schema).model_fields}
     counters = {

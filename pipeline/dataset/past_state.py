@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from features.regular_files import lstat_regular
 from features.schema.origins import origins, reads_of
 from features.schema.schema import Schema
 from features.source import Counter, History
+from features.time_units import as_utc
 from pipeline.dataset.days import day_of, days_in
 from pipeline.dataset.entries import State, StateFile
 from pipeline.dataset.manifest import Manifest, read_manifest
@@ -119,7 +119,7 @@ def check_listed(manifest: Manifest, schema: Schema, path: Path) -> None:
 def state_lines(state: State) -> list[str]:
     """A state in words, and what later rows would find too short: a line each."""
     before = f"began with the state of {state.began_from.dataset}" if state.began_from else "began empty"
-    lines = [f"histories and counters {before}, and end at {utc(state.horizon)}"]
+    lines = [f"histories and counters {before}, and end at {as_utc(state.horizon)}"]
     if state.began_from and state.gap >= DAY:
         lines.append(
             f"the first row is {state.gap / DAY:.1f} days after the end of {state.began_from.dataset}: rows of the days "
@@ -228,14 +228,6 @@ def stale_words(days: list[str]) -> str:
         f"histories and counters of {', '.join(days[:5])}{' …' if len(days) > 5 else ''} go on from another past than the day "
         f"before now has. Run jobs.preprocess again with date={days[0]} overwrite=true, then for the days after it."
     )
-
-
-def utc(seconds: int) -> str:
-    """A moment in ISO 8601; one beyond the years that dates have as seconds since 1970."""
-    try:
-        return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-    except (ValueError, OverflowError, OSError):
-        return f"{seconds} s"
 
 
 def _words(columns: pa.Schema) -> str:

@@ -55,7 +55,8 @@ class PreprocessConfig(BaseModel):
             a bucket at a time.
         max_unpack_ratio: a compressed file may unpack to so many times its size (and any to 256 MiB); more stops the job.
         max_bad_fraction: the job stops when a larger share of the rows is bad.
-        min_joined: share of the rows of each outcome, duplicates apart, that must belong to an impression; 0: no check. With
+        min_joined: share of the rows of each outcome, duplicates apart, that must belong to an impression; 0: no check, also of
+            side tables that have a row for no impression. With
             `date` or `encoders.from` outcomes may belong to other days' impressions: there only a stream of which no row at
             all belongs to one stops the job (see pipeline.ingest.join_check).
         overwrite: replace a dataset at `out`.
@@ -92,7 +93,7 @@ class PreprocessConfig(BaseModel):
         if isinstance(day, int) or (isinstance(day, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", day)):
             digits = re.fullmatch(r"(\d{4})\D?(\d\d)\D?(\d\d)", str(day))
             wanted = "-".join(digits.groups()) if digits else "2026-11-07"
-            raise ValueError(f"{day} is not written as a day is wanted here: write {wanted}")
+            raise ValueError(f"{day} is no date as YYYY-MM-DD: write {wanted}")
         return day
 
     @field_validator("out")

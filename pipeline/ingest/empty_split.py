@@ -1,10 +1,8 @@
 """The message for a split without rows: which times or keys the log has, where the split's bounds are, and what to change."""
 
-from datetime import datetime, timezone
-
-from features.kinds.times import FIRST_SECOND, LAST_SECOND
 from features.schema.schema import HashSplit, RowIndexSplit, Schema, Split
 from features.schema.splits import TimeSplit
+from features.time_units import as_utc
 
 VALID_SHARE, TEST_SHARE = 0.8, 0.9  # of the range of times, where proposed bounds lie
 
@@ -31,21 +29,21 @@ def empty_split(schema: Schema, empty: Split, rows: int, span: list[int]) -> str
 
 
 def _timed(split: TimeSplit, empty: Split, span: list[int]) -> str:
-    valid_from, test_from = (moment(bound.timestamp()) for bound in (split.valid_from, split.test_from))
+    valid_from, test_from = (as_utc(bound.timestamp()) for bound in (split.valid_from, split.test_from))
     bounds = {
         "train": f"train ends before valid_from={valid_from}",
         "valid": f"valid is from valid_from={valid_from} until before test_from={test_from}",
         "test": f"test begins at test_from={test_from}",
     }  # fmt: skip
     first, last = span
-    proposed = [moment(first + int((last - first) * share)) for share in (VALID_SHARE, TEST_SHARE)]
+    proposed = [as_utc(first + int((last - first) * share)) for share in (VALID_SHARE, TEST_SHARE)]
     such = (
         f", such as valid_from: {proposed[0]} and test_from: {proposed[1]}"
-        if len({*proposed, moment(first)}) > 2
+        if len({*proposed, as_utc(first)}) > 2
         else ""
     )
     return (
-        f"Event times run from {moment(first)} to {moment(last)}, and {bounds[empty]}. Move the bounds of split into that "
+        f"Event times run from {as_utc(first)} to {as_utc(last)}, and {bounds[empty]}. Move the bounds of split into that "
         f"range{such}"
     )
 
@@ -65,10 +63,3 @@ def _indexed(split: RowIndexSplit, empty: Split) -> str:
         f"It has the rows whose index in their file is {own} modulo {split.modulo}, counted from 0, and the files are shorter. "
         "Change split in the schema"
     )
-
-
-def moment(seconds: float) -> str:
-    """A time with its zone; seconds where no calendar has it."""
-    if not FIRST_SECOND <= seconds <= LAST_SECOND:
-        return f"{int(seconds)} s"
-    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"

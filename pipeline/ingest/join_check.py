@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime, timezone
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +12,7 @@ from features.join.side_tables import KEY, VALID_FROM
 from features.kinds.canonical import as_ids
 from features.parse import raw
 from features.printable import printable
+from features.time_units import as_utc
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import JoinReport, JoinSide, LookUpReport, ReadReport
 from pipeline.ingest.state import IMPRESSIONS, Job
@@ -73,13 +73,13 @@ def check_looked_up(job: Job, min_joined: float, whole_log: bool, max_bad_fracti
 
 
 def _without_row(job: Job, name: str, impressions: int) -> str:
-    """The line for a side table that has none of the keys that are asked for."""
+    """The line for a side table that has none of the impressions' keys."""
     table, rows = job.schema.source.tables[name], shuffle.read(next(part.path for part in job.typed() if part.rows))
-    asked = as_ids(raw.column(job.schema, rows, table.asks), f"source.tables.{name}.on").dictionary.to_pylist()
-    ours, theirs = (JoinSide(rows=0, keys=keys[:EXAMPLES]) for keys in (asked, _table_keys(job, name)))
+    wanted = as_ids(raw.column(job.schema, rows, table.foreign_key), f"source.tables.{name}.on").dictionary.to_pylist()
+    ours, theirs = (JoinSide(rows=0, keys=keys[:EXAMPLES]) for keys in (wanted, _table_keys(job, name)))
     return (
         f"source.tables.{name}: none of {impressions:,} impressions has a row in it. Impressions have in "
-        f"{table.asks} keys such as {_shown(ours)}; the table has in {table.key} {_shown(theirs)}. Keys are compared as "
+        f"{table.foreign_key} keys such as {_shown(ours)}; the table has in {table.key} {_shown(theirs)}. Keys are compared as "
         "text: fix key or on; if the log is right, set min_joined=0."
     )
 
@@ -101,7 +101,7 @@ def _too_late(job: Job, name: str, impressions: int, times: list[int]) -> str:
     )
     return (
         f"source.tables.{name}: none of {impressions:,} impressions has a version that had begun. {what} runs from "
-        f"{moment(min(began))} to {moment(max(began))}, impressions from {moment(min(times))} to {moment(max(times))}: fix "
+        f"{as_utc(min(began))} to {as_utc(max(began))}, impressions from {as_utc(min(times))} to {as_utc(max(times))}: fix "
         f"{cure}; if the log is right, set min_joined=0."
     )
 
@@ -148,7 +148,7 @@ def _message(
     counts = ", ".join(f"{statuses[reason]:,} {reason}" for reason in reasons if statuses[reason])
     return (
         f"source.outcomes.{name}: {statuses['joined']:,} of {rows:,} rows belong to an impression ({counts}). Impressions "
-        f"have keys such as {_shown(impressions)}; {name} has, where it belongs to none, keys such as {_shown(outcomes)}. "
+        f"have keys such as {_shown(impressions)}; rows of {name} without an impression have keys such as {_shown(outcomes)}. "
         f"{ADVICE[reasons[0]]}; if the log is right, set min_joined below {min_joined:g} (0: no check)."
     )
 
@@ -157,14 +157,6 @@ def _shown(side: JoinSide) -> str:
     """Keys and times of a side, in a line of limited length."""
     keys = [f"'{printable(key if len(key) <= SHOWN else key[: SHOWN - 1] + '…')}'" for key in side.keys]
     times = (
-        "" if side.first is None or side.last is None else f", and times {moment(side.first)} to {moment(side.last)}"
+        "" if side.first is None or side.last is None else f", and times {as_utc(side.first)} to {as_utc(side.last)}"
     )
     return f"{', '.join(keys) or 'none'}{times}"
-
-
-def moment(seconds: int) -> str:
-    """Seconds since 1970 as a date and time, or as they are where there is no such date."""
-    try:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return f"{seconds} s"

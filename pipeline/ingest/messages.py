@@ -77,7 +77,7 @@ class TypedPart:
         row_id: added to the index of a row in its file.
         path: of the rows.
         keys: path of their keys, scattered to buckets; None without outcomes.
-        questions: paths of what they ask of each side table that is not broadcast, scattered to buckets.
+        lookups: paths of their lookups in each side table that is not broadcast, scattered to buckets.
     """
 
     unit: int
@@ -85,7 +85,7 @@ class TypedPart:
     row_id: int
     path: str
     keys: str | None
-    questions: dict[str, str] = field(default_factory=dict)
+    lookups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class JoinReport(Report):
 
 @dataclass(frozen=True)
 class LookUpWork:
-    """Questions to answer from a side table: those of a part, by its index, where it is broadcast, else of a bucket."""
+    """Lookups in a side table: those of a part, by its index, where it is broadcast, else of a bucket."""
 
     table: str
     index: int
@@ -199,10 +199,10 @@ class LookUpWork:
 
 @dataclass(frozen=True)
 class LookUpReport(Report):
-    """Answers of a side table.
+    """Results of lookups in a side table.
 
     Attributes:
-        path: of the columns, of a part's questions, or of a bucket's, a batch for each part.
+        path: of the columns, of a part's lookups, or of a bucket's, a batch for each part.
         rows, keys, duplicates: of the table, or the bucket's part of it.
         statuses, sketch: see features.join.side_tables.Found.
     """

@@ -7,10 +7,11 @@ from datetime import date
 from pathlib import Path
 
 from features.errors import UserError
+from features.time_units import as_utc
 from pipeline.dataset.days import day_of, days_in
 from pipeline.dataset.entries import State
 from pipeline.dataset.manifest import read_manifest
-from pipeline.dataset.past_state import stale_days, stale_words, utc
+from pipeline.dataset.past_state import stale_days, stale_words
 from pipeline.ingest.messages import ReadReport, ScatterPastReport, WriteStateReport
 from pipeline.ingest.state import Job
 
@@ -40,9 +41,9 @@ def check_overlap(job: Job) -> None:
         before = _before(job.start.folder, earliest)
         such = f", such as {before}" if before else ""
         raise UserError(
-            f"{late:,} of {rows:,} rows are before {utc(job.start.state.horizon)}, where the state of {job.start.folder} ends: "
-            f"it has them already. Set state.from to a dataset that ends before {utc(earliest)}{such}, or state.from=empty; "
-            "with jobs.nightly, set date= to the day of the log."
+            f"{late:,} of {rows:,} rows are before {as_utc(job.start.state.horizon)}, where the state of {job.start.folder} "
+            f"ends: it has them already. Set state.from to a dataset that ends before {as_utc(earliest)}{such}, or "
+            "state.from=empty; with jobs.nightly, set date= to the day of the log."
         )
 
 

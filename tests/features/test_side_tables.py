@@ -16,7 +16,7 @@ from features.join import side_tables as s
 KEYS = st.sampled_from(["a", "b", "c", "", "ä", "d"])
 TIMES = st.integers(-3, 6)
 ROWS = st.lists(st.tuples(KEYS, TIMES, st.sampled_from([None, "x", "y", ""]), st.integers(0, 9)), max_size=20)
-ASKING = st.lists(st.tuples(st.none() | KEYS, st.none() | TIMES), max_size=30)
+LOOKUPS = st.lists(st.tuples(st.none() | KEYS, st.none() | TIMES), max_size=30)
 
 Row = tuple[str, int, str | None, int]
 
@@ -31,21 +31,21 @@ def table_of(rows: list[Row], versioned: bool) -> pa.Table:
 
 
 def looked_up(
-    rows: list[Row], asking: list[tuple[str | None, int | None]], kind: str, snapshots: list[int]
+    rows: list[Row], wanted: list[tuple[str | None, int | None]], kind: str, snapshots: list[int]
 ) -> tuple[list[dict[str, Any]], dict[str, int], int]:
     """What this package finds: the columns of each impression, statuses, and the number of unmatched keys."""
     versioned = kind != "latest"
     index = s.SideTableIndex(table_of(rows, versioned), snapshots if kind == "snapshots" else None)
-    times = np.array([s.NEVER if time is None else time for _, time in asking], np.int64)
-    codes = s.key_codes(pa.array([key for key, _ in asking], pa.string()), "here")
-    asked = s.questions(codes, times if versioned else None)
-    found = index.find(asked.asked)
-    columns = s.spread(s.take(index.values, found.row_Q, "t"), asked.question_B, "t")
-    return pa.table(columns).to_pylist() if asking else [], found.statuses, s.distinct_keys(found.sketch)
+    times = np.array([s.NEVER if time is None else time for _, time in wanted], np.int64)
+    codes = s.canonical_codes(pa.array([key for key, _ in wanted], pa.string()), "here")
+    lookups = s.lookups(codes, times if versioned else None)
+    found = index.find(lookups.distinct)
+    columns = s.spread(s.take(index.values, found.row_Q, "t"), lookups.lookup_B, "t")
+    return pa.table(columns).to_pylist() if wanted else [], found.statuses, s.distinct_keys(found.sketch)
 
 
 def one_by_one(
-    rows: list[Row], asking: list[tuple[str | None, int | None]], kind: str, snapshots: list[int]
+    rows: list[Row], wanted: list[tuple[str | None, int | None]], kind: str, snapshots: list[int]
 ) -> tuple[list[dict[str, Any]], dict[str, int], int]:
     """The same by dictionaries: key to time to the last row."""
     nothing = {"t_name": None, "t_number": None, "t_items": None}
@@ -53,7 +53,7 @@ def one_by_one(
     for row in rows:
         table.setdefault(row[0], {})[0 if kind == "latest" else row[1]] = row
     found, statuses, unmatched = [], dict.fromkeys(("matched", "unmatched", "early"), 0), set()
-    for key, time in asking:
+    for key, time in wanted:
         if key is None:
             found.append(nothing)
             continue
@@ -71,13 +71,13 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("kind", ["latest", "versions", "snapshots"])
-@given(rows=ROWS, asking=ASKING, more=st.lists(TIMES, max_size=2))
+@given(rows=ROWS, wanted=LOOKUPS, more=st.lists(TIMES, max_size=2))
 @settings(max_examples=examples(60), deadline=None, derandomize=True)
 def test_every_row_finds_what_dictionaries_hold_for_its_key_and_time(
-    kind: str, rows: list[Row], asking: list[tuple[str | None, int | None]], more: list[int]
+    kind: str, rows: list[Row], wanted: list[tuple[str | None, int | None]], more: list[int]
 ) -> None:
     snapshots = sorted({row[1] for row in rows} | set(more))  # one may have no rows
-    assert looked_up(rows, asking, kind, snapshots) == one_by_one(rows, asking, kind, snapshots)
+    assert looked_up(rows, wanted, kind, snapshots) == one_by_one(rows, wanted, kind, snapshots)
 
 
 @given(rows=ROWS)
@@ -89,23 +89,23 @@ def test_rows_that_a_later_one_replaces_are_counted(rows: list[Row]) -> None:
         assert (index.keys, index.duplicates) == (len({row[0] for row in rows}), len(rows) - len(distinct))
 
 
-def test_a_hot_key_is_one_question_and_its_text_is_held_once() -> None:
-    keys = s.key_codes(pa.array(["hot"] * 1000 + ["cold", None]), "here")
-    asked = s.questions(keys, None)
-    assert asked.asked.to_pydict() == {s.KEY: ["hot", "cold"], s.ASKING: [1000, 1]}
+def test_a_hot_key_is_one_lookup_and_its_text_is_held_once() -> None:
+    keys = s.canonical_codes(pa.array(["hot"] * 1000 + ["cold", None]), "here")
+    lookups = s.lookups(keys, None)
+    assert lookups.distinct.to_pydict() == {s.KEY: ["hot", "cold"], s.ROWS: [1000, 1]}
     index = s.SideTableIndex(table_of([("hot", 0, "x" * 1000, 1)], False))
-    found = s.spread(s.take(index.values, index.find(asked.asked).row_Q, "t"), asked.question_B, "t")
+    found = s.spread(s.take(index.values, index.find(lookups.distinct).row_Q, "t"), lookups.lookup_B, "t")
     assert found["t_name"].nbytes < 10_000
 
 
 def test_dictionaries_may_hold_values_that_no_row_has() -> None:
     codes = pa.DictionaryArray.from_arrays(pa.array([2, None, 2], pa.int32()), pa.array(["a", None, "c"]))
-    assert s.questions(s.key_codes(codes, "here"), None).asked.to_pydict() == {s.KEY: ["c"], s.ASKING: [2]}
+    assert s.lookups(s.canonical_codes(codes, "here"), None).distinct.to_pydict() == {s.KEY: ["c"], s.ROWS: [2]}
 
 
 def test_a_row_without_a_text_has_no_code() -> None:
-    answers = pa.table({"name": pa.array(["x", None], pa.large_string())})
-    found = s.spread(answers, np.array([1, 0, -1]), "t")["t_name"]
+    results = pa.table({"name": pa.array(["x", None], pa.large_string())})
+    found = s.spread(results, np.array([1, 0, -1]), "t")["t_name"]
     assert found.indices.to_pylist() == [None, 0, None]  # a null among the codes' values counts as a value
 
 
@@ -113,7 +113,7 @@ def test_a_row_without_a_text_has_no_code() -> None:
 def test_unmatched_keys_are_counted_exactly_up_to_63_and_estimated_beyond(count: int) -> None:
     index, keys = s.SideTableIndex(table_of([], False)), pa.array([f"k{i}" for i in range(count)], pa.large_string())
     halves = [keys.slice(0, count // 2 + count % 2), keys.slice(count // 3)]  # they overlap
-    sketches = [index.find(s.questions(s.key_codes(half, "here"), None).asked).sketch for half in halves]
+    sketches = [index.find(s.lookups(s.canonical_codes(half, "here"), None).distinct).sketch for half in halves]
     estimate = s.distinct_keys(s.merged_sketch(sketches))
     assert estimate == count if count < 64 else abs(estimate / count - 1) < 0.4
 
@@ -123,14 +123,14 @@ def test_texts_that_would_not_fit_into_memory_stop_the_job_with_a_line_that_says
     columns: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = s.SideTableIndex(table_of([("hot", 0, "x" * 100, 8)], False))
-    asked = s.questions(s.key_codes(pa.array(["hot"] * 50 + ["cold"]), "here"), None)
-    answers = s.take(index.values.select([columns]), index.find(asked.asked).row_Q, "t")
+    lookups = s.lookups(s.canonical_codes(pa.array(["hot"] * 50 + ["cold"]), "here"), None)
+    results = s.take(index.values.select([columns]), index.find(lookups.distinct).row_Q, "t")
     size = 50 * (100 if columns == "name" else 2 + 2 * 16)
     monkeypatch.setattr(s, "MAX_BYTES", size)
-    s.spread(answers, asked.question_B, "t")
+    s.spread(results, lookups.lookup_B, "t")
     monkeypatch.setattr(s, "MAX_BYTES", size - 1)
     with pytest.raises(UserError, match=rf"source.tables.t: column {columns} has {size:,} bytes .* lower unit_bytes="):
-        s.spread(answers, asked.question_B, "t")
+        s.spread(results, lookups.lookup_B, "t")
 
 
 def test_parts_of_a_table_that_hold_lists_and_text_become_lists() -> None:
@@ -145,10 +145,10 @@ def test_keys_compare_by_one_text_whatever_holds_them() -> None:
     holders = [pa.array([7, None]), pa.array([7.0, None]), pa.array([7.0, float("nan")], pa.float32())]
     holders += [pa.array(["7", None]), pa.array(["7.0", None]), pa.array([7, None], pa.decimal128(9, 2))]
     for held in [*holders, *(h.dictionary_encode() for h in holders if not pa.types.is_decimal(h.type))]:
-        assert s.key_codes(held, "here").to_pylist() == ["7", None]
-    assert s.key_codes(pa.array(["7.0", "x", "7"]), "here").dictionary.to_pylist() == ["7", "x"]
+        assert s.canonical_codes(held, "here").to_pylist() == ["7", None]
+    assert s.canonical_codes(pa.array(["7.0", "x", "7"]), "here").dictionary.to_pylist() == ["7", "x"]
 
 
 def test_keys_that_are_fractions_are_refused() -> None:
     with pytest.raises(UserError, match=r"here holds 0.5, which is no id"):
-        s.key_codes(pa.array([0.5]), "here")
+        s.canonical_codes(pa.array([0.5]), "here")

@@ -187,6 +187,6 @@ def test_a_counter_of_a_derived_column_of_outcomes_is_that_of_the_state(tmp_path
 
 @pytest.mark.parametrize("written", [20261107, "20261107", "2026/11/07", "2026-11-07T00:00", "1794009600", "today"])
 def test_a_day_that_is_written_otherwise_is_refused_with_the_form_that_is_wanted(written: str | int) -> None:
-    with pytest.raises(ValidationError, match=r"is not written as a day is wanted here: write 2026-11-07"):
+    with pytest.raises(ValidationError, match=r"is no date as YYYY-MM-DD: write 2026-11-07"):
         PreprocessConfig(input="log", out=Path("out"), date=written)  # type: ignore[arg-type]
     assert str(PreprocessConfig(input="log", out=Path("out"), date="2026-11-07").date) == "2026-11-07"  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def test_clicks_of_another_key_stop_the_job_with_both_sides(tmp_path):
     message = refused(write(tmp_path / "log", impressions(), clicks), tmp_path / "out", content_for())
     assert message == (
         "source.outcomes.click: 0 of 5 rows belong to an impression (5 unmatched). Impressions have keys such as 'a0', 'a1', "
-        "'a2', and times 2026-03-01T00:00:00Z to 2026-03-01T00:19:00Z; click has, where it belongs to none, keys such as "
+        "'a2', and times 2026-03-01T00:00:00Z to 2026-03-01T00:19:00Z; rows of click without an impression have keys such as "
         "'0', '1', '2', and times 2026-03-01T00:00:00Z to 2026-03-01T00:04:00Z. Keys are compared as text: fix key, or "
         "derive one that both sides have; if the log is right, set min_joined below 0.5 (0: no check)."
     )
@@ -128,7 +128,7 @@ def test_many_buckets_have_one_message(tmp_path):
 @pytest.mark.parametrize("content", [content_for(time=None, window=None), content_for(window=None)])
 def test_outcomes_without_times_or_windows_are_checked_too(content, tmp_path):
     folder = write(tmp_path / "log", impressions(), [("b", START)])
-    assert "click has, where it belongs to none, keys such as 'b'" in refused(folder, tmp_path / "out", content)
+    assert "rows of click without an impression have keys such as 'b'" in refused(folder, tmp_path / "out", content)
 
 
 def test_a_part_of_a_log_stops_only_where_nothing_of_much_is_joined(tmp_path, monkeypatch):

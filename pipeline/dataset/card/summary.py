@@ -6,9 +6,10 @@ from typing import Any
 
 from features.printable import printable
 from features.schema.schema import SPLITS
+from features.time_units import as_utc
 from pipeline.dataset.card.tables import most_frequent, percent
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.past_state import state_lines, utc
+from pipeline.dataset.past_state import state_lines
 
 UNSEEN = 0.01  # share of values outside the vocabulary in valid or test, from which on a feature is named
 MOST = 5  # features, reasons and warnings of a kind that are named
@@ -55,7 +56,7 @@ def _outcomes(manifest: Manifest) -> Iterator[str]:
     for name, statuses in manifest.outcomes.items():
         counts = "".join(f", {rows:,} {status}" for status, rows in statuses.items())
         until = manifest.complete_until.get(name)
-        ends = f"; complete until {utc(until)}" if until is not None else ""
+        ends = f"; complete until {as_utc(until)}" if until is not None else ""
         yield f"{name}: {manifest.read.get(name, 0):,} rows read{counts}, {_bad_of(manifest, name):,} bad{ends}"
         if causes := manifest.undecided.get(name):
             shown = ", ".join(f"{rows:,} ({cause})" for cause, rows in causes.items())

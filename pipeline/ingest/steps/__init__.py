@@ -2,7 +2,7 @@
 
     read             unit    raw text to typed rows in parts on disk; their keys, and outcomes, scattered to buckets
     join             bucket  keys and outcomes of the bucket to joined columns, a batch for each part
-    look_up          part or bucket  what its rows ask of a side table to the columns of its answers
+    look_up          part or bucket  its lookups in a side table to columns
     scatter_past     part    keys, times and items or numbers of the rows, for each history and counter, scattered by key
     gather_past      bucket  earlier items of each user, or sums over earlier rows of a key, a batch for each part
     write_state      name    of a history or counter: the events of all buckets that rows of a later dataset need

@@ -1,7 +1,7 @@
 """Step `look_up`: the columns of side tables for what impressions ask of them, by part or by bucket of keys.
 
-A table that is broadcast is held by every worker, and answers the questions of a part at a time. Of a larger one, rows and
-questions are scattered to buckets by key while they are read, and the answers of a bucket come back as a batch for each part.
+A table that is broadcast is held by every worker, which does the lookups of a part at a time. Of a larger one, rows and
+lookups are scattered to buckets by key while they are read, and the results of a bucket come back as a batch for each part.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ import pyarrow as pa
 from features.errors import UserError
 from features.hashing import bucket_of
 from features.join import side_tables
-from features.join.side_tables import KEY, VALID_FROM, Questions, SideTableIndex
+from features.join.side_tables import KEY, VALID_FROM, Lookups, SideTableIndex
 from features.parse import raw
 from features.schema.schema import Schema
 from features.source import RawType
@@ -27,7 +27,7 @@ from pipeline.ingest.steps.placed import placed
 def table_types(schema: Schema, name: str) -> dict[str, RawType]:
     """The columns that are read of a side table; its key in the type that it has in the impressions, as outcomes' are."""
     table = schema.source.tables[name]
-    return {table.key: schema.raw_types.get(table.asks, "string"), **table.types}
+    return {table.key: schema.raw_types.get(table.foreign_key, "string"), **table.types}
 
 
 def separators(job: Job, name: str) -> dict[str, str]:
@@ -47,7 +47,7 @@ def scatter_rows(job: Job, name: str, rows: pa.Table, snapshot: int | None) -> t
     if pa.types.is_nested(rows.schema.field(table.key).type):
         raise UserError(f"source.tables.{name}: its key {table.key} holds lists: name a column with one value a row")
     rows, dead_letters = placed(job, name, rows, table.key, table.valid_from)
-    keys = side_tables.key_codes(rows[table.key].combine_chunks(), f"source.tables.{name}.key: {table.key}")
+    keys = side_tables.canonical_codes(rows[table.key].combine_chunks(), f"source.tables.{name}.key: {table.key}")
     columns: dict[str, pa.Array] = {KEY: keys.cast(pa.large_string())}
     if table.valid_from:
         columns[VALID_FROM] = rows[table.valid_from]
@@ -59,13 +59,13 @@ def scatter_rows(job: Job, name: str, rows: pa.Table, snapshot: int | None) -> t
     return _scatter(job, pa.table(columns), 1 if name in job.broadcast else job.buckets), dead_letters
 
 
-def scatter_questions(job: Job, rows: pa.Table) -> dict[str, str]:
-    """Scatters what a block of impressions asks of the side tables that are not broadcast; returns the path for each."""
+def scatter_lookups(job: Job, rows: pa.Table) -> dict[str, str]:
+    """Scatters the lookups of a block of impressions in the side tables that are not broadcast; returns the path for each."""
     found = {}
     for name in job.schema.source.tables.keys() - job.broadcast:
-        asked = _questions(job, name, rows).asked
-        asked = asked.append_column(shuffle.POSITION, pa.array(np.arange(asked.num_rows)))
-        found[name] = _scatter(job, asked, job.buckets)
+        lookups = _lookups(job, name, rows).distinct
+        lookups = lookups.append_column(shuffle.POSITION, pa.array(np.arange(lookups.num_rows)))
+        found[name] = _scatter(job, lookups, job.buckets)
     return found
 
 
@@ -74,37 +74,39 @@ def _scatter(job: Job, table: pa.Table, buckets: int) -> str:
     return shuffle.write(job.temporary_path("scattered"), shuffle.partition(table, bucket_B, buckets))
 
 
-def _questions(job: Job, name: str, rows: pa.Table) -> Questions:
+def _lookups(job: Job, name: str, rows: pa.Table) -> Lookups:
     """What typed rows ask of a side table. Raises UserError for a key that has fractions, or holds lists."""
     schema, table = job.schema, job.schema.source.tables[name]
-    plain = table.asks in schema.source.derived or pa.types.is_nested(rows.schema.field(table.asks).type)
-    keys = raw.column(schema, rows, table.asks) if plain else rows[table.asks].combine_chunks()
+    plain = table.foreign_key in schema.source.derived or pa.types.is_nested(rows.schema.field(table.foreign_key).type)
+    keys = raw.column(schema, rows, table.foreign_key) if plain else rows[table.foreign_key].combine_chunks()
     time_B = None
     if table.valid_from or name in job.snapshots:
         time_B = raw.event_time(schema, rows).fill_null(side_tables.NEVER).to_numpy()
-    return side_tables.questions(side_tables.key_codes(keys, f"source.tables.{name}.on: {table.asks}"), time_B)
+    return side_tables.lookups(
+        side_tables.canonical_codes(keys, f"source.tables.{name}.on: {table.foreign_key}"), time_B
+    )
 
 
 def look_up(job: Job, work: LookUpWork) -> LookUpReport:
-    """Answers the questions of a part from a broadcast table, or those of a bucket."""
+    """Does the lookups of a part in a broadcast table, or those of a bucket."""
     name = work.table
     if name in job.broadcast:
         index = _broadcast_index(job, name)
-        asked = _questions(job, name, shuffle.read(job.typed()[work.index].path)).asked
-        found = index.find(asked)
-        answers = side_tables.take(index.values, found.row_Q, name)
-        path = shuffle.write(job.temporary_path("gathered"), [answers])
+        lookups = _lookups(job, name, shuffle.read(job.typed()[work.index].path)).distinct
+        found = index.find(lookups)
+        results = side_tables.take(index.values, found.row_Q, name)
+        path = shuffle.write(job.temporary_path("gathered"), [results])
         return _report(work, path, index, found)
     index = _index(job, name, work.index)
-    parts = [shuffle.read(part.questions[name], work.index, mapped=False) for part in job.typed()]
-    asked = pa.concat_tables(parts)
-    found = index.find(asked)
+    parts = [shuffle.read(part.lookups[name], work.index, mapped=False) for part in job.typed()]
+    lookups = pa.concat_tables(parts)
+    found = index.find(lookups)
     ends = np.cumsum([part.num_rows for part in parts])
-    answers = [
+    results = [
         side_tables.take(index.values, row_Q, name).append_column(shuffle.POSITION, part[shuffle.POSITION])
         for part, row_Q in zip(parts, np.split(found.row_Q, ends[:-1]), strict=True)
     ]
-    return _report(work, shuffle.write(job.temporary_path("gathered"), answers), index, found)
+    return _report(work, shuffle.write(job.temporary_path("gathered"), results), index, found)
 
 
 def _report(work: LookUpWork, path: str, index: SideTableIndex, found: side_tables.Found) -> LookUpReport:
@@ -130,13 +132,13 @@ def part_rows(job: Job, index: int, part: TypedPart) -> pa.Table:
     """The typed rows of a part, with the columns of side tables."""
     rows = shuffle.read(part.path)
     for name in job.schema.source.tables:
-        asked = _questions(job, name, rows)
+        lookups = _lookups(job, name, rows)
         reports = [report for report in job.found(LookUpReport) if report.table == name]
         if name in job.broadcast:
-            answers = shuffle.read(reports[index].path)
+            results = shuffle.read(reports[index].path)
         else:
-            answers = shuffle.gather([report.path for report in reports], index, asked.asked.num_rows)
-        for column, values in side_tables.spread(answers, asked.question_B, name).items():
+            results = shuffle.gather([report.path for report in reports], index, lookups.distinct.num_rows)
+        for column, values in side_tables.spread(results, lookups.lookup_B, name).items():
             rows = rows.append_column(column, values)
     return rows
 

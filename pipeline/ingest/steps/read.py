@@ -24,7 +24,7 @@ from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps.dead_letters import spill
 from pipeline.ingest.steps.join import comparable, key_type, scatter, scatter_keys
 from pipeline.ingest.steps.label import label_rows
-from pipeline.ingest.steps.look_up import scatter_questions, scatter_rows, separators, table_types
+from pipeline.ingest.steps.look_up import scatter_lookups, scatter_rows, separators, table_types
 from pipeline.ingest.steps.placed import placed
 
 ROW_ID_STRIDE = 1 << 40  # row_id = number of the file * stride + row in it, where the schema names no row_id column
@@ -106,7 +106,7 @@ def _named(job: Job, stream: str, types: dict[str, RawType]) -> tuple[set[str], 
     elif table := source.tables.get(stream):
         named = {table.key}
     else:
-        named = {str(source.key), *(table.asks for table in source.tables.values())}
+        named = {str(source.key), *(table.foreign_key for table in source.tables.values())}
     keys = {key for key in named if types.get(key) == "string"}
     if stream == IMPRESSIONS:
         return keys, raw.id_columns(job.schema)
@@ -132,7 +132,7 @@ def _impressions(job: Job, work: ReadWork, rows: pa.Table) -> tuple[TypedPart | 
         return label_rows(job, work.number, row_id, rows)
     path = shuffle.write(job.temporary_path("typed"), [rows])
     keys = scatter_keys(job, rows) if job.schema.source.outcomes else None
-    return TypedPart(work.number, rows.num_rows, row_id, path, keys, scatter_questions(job, rows)), raw.dead_letters()
+    return TypedPart(work.number, rows.num_rows, row_id, path, keys, scatter_lookups(job, rows)), raw.dead_letters()
 
 
 def _scatter_outcomes(job: Job, name: str, rows: pa.Table) -> tuple[str, pl.DataFrame]:
