@@ -67,7 +67,7 @@ def test_the_share_is_that_of_rows_which_are_no_duplicates_and_keys_are_those_of
     write(folder, impressions(), [*clicks, *clicks, *other, ("one more", START)])
     message = refused(folder, tmp_path / "out", content_for())
     assert "10 of 21 rows belong to an impression (11 unmatched)" in message
-    assert "belongs to none, keys such as 'one more', 'other 0', 'other 1', and times" in message
+    assert "without an impression have keys such as 'one more', 'other 0', 'other 1', and times" in message
     assert "if the log is right, set min_joined below 0.5" in message
     assert "10 of 21 rows" in refused(folder, tmp_path / "out", content_for(), min_joined=0.48)
     run(folder, tmp_path / "out", content_for(), min_joined=0.47)
@@ -121,7 +121,7 @@ def test_many_buckets_have_one_message(tmp_path):
     folder = write(tmp_path / "log", impressions(50), clicks)
     message = refused(folder, tmp_path / "out", content_for(), bucket_bytes=100, unit_bytes=100)
     assert "0 of 50 rows belong to an impression (50 unmatched)" in message
-    assert "times 2026-03-01T00:00:00Z to 2026-03-01T00:49:00Z; click" in message
+    assert "times 2026-03-01T00:00:00Z to 2026-03-01T00:49:00Z; rows of click" in message
     assert message.count("'a") == message.count("'b") == 3
 
 
