@@ -155,4 +155,5 @@ def _tree(expression: str) -> Any:
 def _moments(expression: str) -> list[Any]:
     """The literals that an expression spells out, such as DATE '2020-01-01'. A call of the clock becomes one, too."""
     found = [(_MOMENT.search(expression[: token.start()]), token[0]) for token in _TOKEN.finditer(expression)]
-    return [_tree(kind[0] + text)["Literal"] for kind, text in found if kind]
+    trees = [_tree(kind[0] + text) for kind, text in found if kind]
+    return [tree["Literal"] for tree in trees if "Literal" in tree]  # DATE `a` is a column by another name

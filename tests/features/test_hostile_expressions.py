@@ -8,7 +8,7 @@ import textwrap
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
@@ -261,6 +261,7 @@ WORDS: str = (
 
 @settings(max_examples=150, deadline=10_000)
 @given(st.lists(st.sampled_from(WORDS.split(" ")), max_size=40), st.sampled_from(["", " "]))
+@example(["DATE", "`", "`"], "")
 def test_any_text_is_refused_in_one_line_or_computed(words: list[str], between: str) -> None:
     text = between.join(words)
     message = ""
