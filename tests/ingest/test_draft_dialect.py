@@ -179,7 +179,7 @@ def test_a_format_is_told_by_content_and_its_nested_columns_are_left_out(tmp_pat
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (gzip.compress(b"a,b\n1,2\n"), "rename it to a.csv.gz"), ("a,b\n1,2\n".encode("utf-16"), "is UTF-16"),
+        (gzip.compress(b"a,b\n1,2\n", mtime=0), "rename it to a.csv.gz"), ("a,b\n1,2\n".encode("utf-16"), "is UTF-16"),
         (b"a\0b", "is binary"), (b"\n\n", "is empty"), (b'[{"a": 1}]\n', "one JSON"), (b"PK\x03\x04zip", "is a ZIP"),
         (b"{a: 1}\n", "no objects"), (b"a,b\n", "has no rows"),
     ],
