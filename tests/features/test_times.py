@@ -198,7 +198,7 @@ def test_numbers_of_a_unit_are_rounded_down_to_seconds_as_text_and_as_numbers(ti
     [
         ("1.7e9", 1_700_000_000), ("1.70000000025e+09", 1_700_000_000), ("-5e-1", -1), ("-0.25", -1), ("-1.0", -1), ("7.", 7),
         ("1e400", None), ("-9.3e18", None), ("inf", None), ("nan", None), ("1.2.3", None), (".", None), ("1e", None),
-        ("9223372036854775808", None), ("0x65", 101), ("1_000", None), ("1,5", None),
+        ("9223372036854775808", None), ("9223372036854775808e0", None), ("0x65", 101), ("1_000", None), ("1,5", None),
     ],
 )  # fmt: skip
 def test_floats_that_stand_for_whole_numbers_are_read_and_what_is_no_number_is_not(text, found):

@@ -103,6 +103,19 @@ def test_a_feature_of_the_same_name_is_fitted_anew_where_its_column_its_type_or_
         )
 
 
+def test_bins_of_a_table_keep_their_edges(logs, tmp_path):
+    first, second = logs
+    binned = {"tables": {}, "categorical": {"age_bin": {"column": "age", "dim": 2, "bins": 4}}}
+    with no_beam():
+        run(first, tmp_path / "old", content(**binned))
+        more = binned["categorical"] | {"city": {"dim": 4}}
+        run(second, tmp_path / "grown", content(**binned | {"categorical": more}), encoders={"from": tmp_path / "old"})
+    edges = [Dataset(tmp_path / name).encoders.edges["age_bin"] for name in ("old", "grown")]
+    assert list(edges[0]) == list(edges[1])
+    ids = {row["age_bin"] for row in rows_by_id(tmp_path / "grown")}
+    assert len(ids) == 1, "people of 60 are above all edges of people of 30"
+
+
 def test_a_column_of_another_type_has_other_ids(tmp_path):
     """7 and 007 are one id of an integer, and two of text."""
     known, typed = content(), content()

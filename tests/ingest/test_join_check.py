@@ -139,6 +139,8 @@ def test_a_part_of_a_log_stops_only_where_nothing_of_much_is_joined(tmp_path, mo
     folder = write(tmp_path / "log", impressions(20), [(f"b{n}", START) for n in range(19)], "-2026-03-01")
     manifest = run(folder, tmp_path / "days", content, date="2026-03-01")
     assert manifest.outcomes["click"]["joined"] == 0
+    write(folder, impressions(19), [(f"b{n}", START) for n in range(20)], "-2026-03-01")
+    run(folder, tmp_path / "few", content, date="2026-03-01")
     write(folder, impressions(20), [(f"b{n}", START) for n in range(20)], "-2026-03-01")
     (tmp_path / "more" / "days").mkdir(parents=True)
     message = refused(folder, tmp_path / "more" / "days", content, date="2026-03-01")
