@@ -36,8 +36,8 @@ PIECES = st.sampled_from(
 @example(
     data=b'a,"b\n' + b"c" * 20 + b'\nd"\n', columns=2, multiline=True, limits=(5, 15), unit_bytes=9, block_bytes=60
 )
-@example(data=b'a,"b\nc"\n', columns=2, multiline=True, limits=(5, 7), unit_bytes=99, block_bytes=99)  # as many bytes
-@example(data=b'a,"b\nc"\n', columns=2, multiline=True, limits=(5, 6), unit_bytes=99, block_bytes=99)  # one too many
+@example(data=b'a,"b\nc"\n', columns=2, multiline=False, limits=(5, 7), unit_bytes=99, block_bytes=99)  # as many bytes
+@example(data=b'a,"b\nc"\n', columns=2, multiline=False, limits=(5, 6), unit_bytes=99, block_bytes=99)  # one too many
 @example(data=b'a,"b\rc\nd"\n', columns=2, multiline=False, limits=(5, 60), unit_bytes=9, block_bytes=60)
 @example(
     data=b'a,"b\n' + b"c" * 20 + b'\n"d\n', columns=2, multiline=True, limits=(5, 15), unit_bytes=9, block_bytes=60

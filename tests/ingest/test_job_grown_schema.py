@@ -105,12 +105,12 @@ def test_a_feature_of_the_same_name_is_fitted_anew_where_its_column_its_type_or_
 
 def test_bins_of_a_table_keep_their_edges(logs, tmp_path):
     first, second = logs
-    binned = {"tables": {}, "categorical": {"age_bin": {"column": "age", "dim": 2, "bins": 4}}}
+    binned = {"tables": {"ages": {"dim": 2, "bins": 4}}, "categorical": {"age_bin": {"column": "age", "table": "ages"}}}
     with no_beam():
         run(first, tmp_path / "old", content(**binned))
         more = binned["categorical"] | {"city": {"dim": 4}}
         run(second, tmp_path / "grown", content(**binned | {"categorical": more}), encoders={"from": tmp_path / "old"})
-    edges = [Dataset(tmp_path / name).encoders.edges["age_bin"] for name in ("old", "grown")]
+    edges = [Dataset(tmp_path / name).encoders.edges["ages"] for name in ("old", "grown")]
     assert list(edges[0]) == list(edges[1])
     ids = {row["age_bin"] for row in rows_by_id(tmp_path / "grown")}
     assert len(ids) == 1, "people of 60 are above all edges of people of 30"
