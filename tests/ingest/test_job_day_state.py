@@ -365,14 +365,16 @@ def test_what_late_outcomes_would_have_added_is_counted(three):
     assert f"{len(rows)} of ignored, {len(left_out)} of clicked, " in lines(manifest)
 
 
-def test_rows_before_the_midnight_that_the_state_begins_at_are_counted(three):
+@pytest.mark.parametrize("count", [1, 20])
+def test_rows_before_the_midnight_that_the_state_begins_at_are_counted(three, count):
+    """Of a day by itself even where all rows are: its files are those of the day, on clocks of another zone."""
     log, days = three
     rows = drawn_rows(3, 4, 20)
-    rows[3][5] = rows[3][5]._replace(at=midnight(3) - 7, click=None)
+    rows[3][:count] = [row._replace(at=midnight(3) - 7, click=None) for row in rows[3][:count]]
     write_log(log, rows)
     manifest = run(log, days, content(), date=day(3))
-    assert manifest.state.cut_short == 1
-    assert f"1 rows are earlier than the end of {day(2)}" in lines(manifest)
+    assert manifest.state.cut_short == count
+    assert f"{count} rows are earlier than the end of {day(2)}" in lines(manifest)
 
 
 # A log that is read with the encoders of another dataset

@@ -94,6 +94,22 @@ def test_two_workers_write_the_bytes_of_one(in_a_loop, small_log, small_content,
 
 
 @pytest.mark.system
+def test_what_a_library_prints_in_a_worker_is_no_report(in_a_loop, small_log, small_content, tmp_path, monkeypatch):
+    script = (
+        "from pipeline.ingest import steps, workers\n"
+        "read = steps.STEPS['read']\n"
+        "def chatty(job, work):\n"
+        "    print('hello', flush=True)\n"
+        "    return read(job, work)\n"
+        "steps.STEPS['read'] = chatty\n"
+        "workers.main()"
+    )
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    run(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
+    assert content_of(tmp_path / "out") == in_a_loop
+
+
+@pytest.mark.system
 def test_a_worker_that_is_killed_ends_the_job_in_one_line(small_log, small_content, tmp_path, monkeypatch):
     script = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])

@@ -332,6 +332,28 @@ def test_movielens_is_three_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broadcast_bytes", [0, 1 << 20])
+def test_lists_of_one_file_and_text_of_another_are_the_same_lists(tmp_path: Path, broadcast_bytes: int) -> None:
+    (tmp_path / "log.csv").write_text("id,item,click\n0,a,1\n1,b,0\n2,a,0\n")
+    (tmp_path / "items-1.jsonl").write_text('{"item": "a", "tags": ["p", "q|r"]}\n')
+    (tmp_path / "items-2.jsonl").write_text('{"item": "b", "tags": "q|r;p"}\n')
+    table = {"files": "items-*.jsonl", "key": "item", "columns": {"tags": "string"}, "read": {"format": "jsonl"}}
+    content = {
+        "source": {"files": "log.csv", "tables": {"item": table}},
+        "bag": {"tags": {"column": "item_tags", "separator": ";", "dim": 4, "vocabulary": {"min_count": 1}}},
+        "tasks": {"click": {"kind": "binary", "label": "click = '1'"}},
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    }
+    with no_beam():
+        run(tmp_path, tmp_path / "out", content, broadcast_bytes=broadcast_bytes)
+    names = values_of(tmp_path / "out", "tags")
+    assert [[names[i] for i in row["tags"]] for row in rows_by_id(tmp_path / "out")] == [
+        ["p", "q|r"],
+        ["q|r", "p"],
+        ["p", "q|r"],
+    ]
+
+
+@pytest.mark.parametrize("broadcast_bytes", [0, 1 << 20])
 def test_a_table_in_which_no_impression_has_a_row_stops_the_job_with_both_sides(tmp_path: Path, broadcast_bytes: int):
     (tmp_path / "log.csv").write_text("id,item,click\n" + "".join(f"{i},i{i % 3},{i % 2}\n" for i in range(30)))
     (tmp_path / "items.csv").write_text("item,cost\n" + "".join(f"{i},1.5\n" for i in range(3)))
