@@ -218,6 +218,13 @@ def test_days_that_are_read_as_one_add_up_and_a_count_beyond_the_rows_is_damage(
         Dataset(tmp_path / "out")
 
 
+def test_nulls_of_json_are_counted_in_every_block():
+    completion = Completion({"a": "string"}, None, Format(optional={"a": None}), {})
+    for values in (["x", None], [None, None, "y"]):
+        completion.complete(pa.table({"a": pa.array(values, pa.string())}))
+    assert completion.absent == {"a": 3}
+
+
 def test_a_key_that_stood_in_any_block_of_a_file_is_there():
     completion = Completion({"a": "string", "b": "string", "c": "string"}, None, Format(), {})
     for present in ("a", "b"):

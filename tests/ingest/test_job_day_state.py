@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -131,6 +132,20 @@ def expected_history(row: Row, rows: list[Row], name: str) -> list[int]:
         if other.user == row.user and (name == "seen" or joined == (name == "clicked")) and since < row.at:
             known.append((since, place, other.item))
     return [item for *_, item in sorted(known)[::-1][:LENGTH]]
+
+
+def test_of_clicks_in_one_second_those_on_rows_of_the_day_before_come_first(tmp_path):
+    second = midnight(1) + 3600
+    days = [[Row(1000 * number + i, midnight(number) + 100 + i, "a", 2 * number + i, 1.0, second) for i in range(2)]
+            for number in range(2)]  # fmt: skip
+    days[1].append(Row(1002, second + 60, "a", 9, 1.0, None))
+    write_log(tmp_path / "log", days)
+    run_days(tmp_path / "log", tmp_path / "days", range(2))
+    rows = [row for rows in days for row in rows]
+    made = [row for number in range(2) for row in rows_by_id(tmp_path / "days" / day(number))]
+    codes = {row.item: found["item"] for row, found in zip(rows, made, strict=True)}
+    assert made[-1]["clicked"] == [codes[item] for item in expected_history(rows[-1], rows, "clicked")]
+    assert made[-1]["clicked"] == [codes[item] for item in (3, 2, 1)]
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 30), st.sampled_from([600, 1 << 20]))
@@ -256,7 +271,19 @@ def test_days_made_before_the_day_before_was_made_anew_are_named_when_they_are_m
 
 
 @pytest.mark.parametrize(
-    "damage", ["flipped", "short", "missing", "link", "no state", "other key", "other group", "unlisted", "no groups"]
+    "damage",
+    [
+        "flipped",
+        "short",
+        "missing",
+        "link",
+        "no state",
+        "other key",
+        "infinite",
+        "other group",
+        "unlisted",
+        "no groups",
+    ],
 )
 def test_a_damaged_state_is_refused(three, damage):
     log, days = three
@@ -285,6 +312,18 @@ def test_a_damaged_state_is_refused(three, damage):
         entry = next(entry for entry in listed["state"]["files"] if entry["name"] == "clicked")
         entry |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
         words = "key is missing"
+    elif damage == "infinite":
+        file = folder / "state" / "recent_price.parquet"
+        table = pq.read_table(file)
+        changed = table.set_column(
+            table.column_names.index("value"), "value", pa.array([np.inf, *table["value"].to_pylist()[1:]])
+        )
+        groups = next(entry for entry in listed["state"]["files"] if entry["name"] == "recent_price")["row_groups"]
+        assert len(groups) == 1
+        pq.write_table(changed, file, row_group_size=len(table), write_page_checksum=True)
+        entry = next(entry for entry in listed["state"]["files"] if entry["name"] == "recent_price")
+        entry |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        words = "value is missing or not finite"
     elif damage == "other group":
         table = pq.read_table(file)
         pq.write_table(
@@ -392,6 +431,9 @@ def log_of_day(log: Path, number: int, folder: Path) -> Path:
 
 def test_a_days_log_with_encoders_from_goes_on_from_the_newest_day_and_is_the_day(three, tmp_path):
     log, days = three
+    rows = drawn_rows(3, 4, 20)
+    rows[3][0] = rows[3][0]._replace(at=midnight(3), click=None)  # when the state of the day before ends
+    write_log(log, rows)
     alone = log_of_day(log, 3, tmp_path / "alone")
     run(alone, tmp_path / "out", content(), encoders={"from": days / day(0)}, as_of=str(FIRST + timedelta(days=7)))
     run(log, days, content(), date=day(3))

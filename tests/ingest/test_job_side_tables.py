@@ -25,6 +25,7 @@ from pipeline.dataset.card.card import read_card
 from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.verify import verify
+from pipeline.ingest import join_check
 from pipeline.ingest.formats import text
 
 pytestmark = pytest.mark.integration
@@ -420,6 +421,16 @@ def test_versions_that_all_begin_after_the_impressions_stop_the_job(broadcast_by
         "unit in source.times; if the log is right, set min_joined=0."
     )
     assert run(tmp_path, tmp_path / "out", content, min_joined=0).side_tables["item"].early_rows == 30
+
+
+def test_of_a_part_of_a_log_a_few_impressions_without_a_row_stop_nothing(tmp_path: Path, monkeypatch) -> None:
+    content = versions(tmp_path, "2026-10-01")
+    run(tmp_path, tmp_path / "out", content)
+    (tmp_path / "items.csv").write_text("item,cost,since\nz,1.5,2026-10-01\n")
+    settings = {"encoders": {"from": tmp_path / "out"}}
+    assert run(tmp_path, tmp_path / "night", content, **settings).side_tables["item"].unmatched_rows == 30
+    monkeypatch.setattr(join_check, "ENOUGH", 30)
+    assert "none of 30 impressions has a row in it" in refused(tmp_path, tmp_path / "refused", content, **settings)
 
 
 @pytest.mark.parametrize("at", ["20261101", ""])

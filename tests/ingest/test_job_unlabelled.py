@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from ingest_runs import content_of, refused, rows_by_id, run
+from ingest_runs import content_of, refused, rows_by_id, rows_of, run
 from pydantic import ValidationError
 
 from pipeline.dataset.dataset import Dataset
@@ -183,6 +183,20 @@ def test_a_counter_of_a_derived_column_of_outcomes_is_that_of_the_state(tmp_path
     (tmp_path / "log.csv").write_text(f"id,at,user\n9,{begin + 1000},u\n")
     run(tmp_path, tmp_path / "scored", content, encoders={"from": tmp_path / "first"}, labels="none")
     assert [row["mean"] for row in rows_by_id(tmp_path / "scored")] == [2 + 1 + 7 + 1]
+
+
+def test_the_split_is_by_a_derived_key_as_it_was(
+    to_score: Path, small_log: Path, small_content, tmp_path: Path
+) -> None:
+    content = small_content()
+    content["source"]["derived"] = {"who": "CONCAT('#', \"user\")"}
+    content["split"] = {"by": "hash", "key": "who", "valid": 0.2, "test": 0.3}
+    run(small_log, tmp_path / "first", content)
+    run(to_score, tmp_path / "out", content, encoders={"from": tmp_path / "first"}, labels="none")
+    for split in ("train", "valid", "test"):
+        before, after = ({*rows_of(tmp_path / name, split)["row_id"].to_pylist()} for name in ("first", "out"))
+        assert after
+        assert after <= before
 
 
 @pytest.mark.parametrize("written", [20261107, "20261107", "2026/11/07", "2026-11-07T00:00", "1794009600", "today"])

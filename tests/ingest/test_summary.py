@@ -88,6 +88,8 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
         undecided={"click": {"window still open": 30, "files of a day absent": 1200}},
         absent_days={"click": days, "impressions": ["2026-02-01..2026-02-07"]},
     )
+    kept = lines_of(made, absent_days={"click": days[:1]})  # of an outcome that hides no label for it
+    assert kept[-1] == "warning  click: no file of 2026-03-01"
     assert lines[4].endswith(", 1 bad; complete until 2026-03-01T00:00:00Z")
     assert lines[5] == "click: unknown for 1,230 impressions: 30 (window still open), 1,200 (files of a day absent)"
     assert lines[-2:] == [

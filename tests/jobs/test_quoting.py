@@ -78,7 +78,7 @@ def test_what_hydra_reads_keeps_its_type(word: str, value: object) -> None:
 @pytest.mark.parametrize(
     "words",
     [["data=a b=c"], ["+data=x=/y"], ["hydra.run.dir=a=b"], ["~a.b=c=d"], ["--config-dir", "my=conf d"],
-     ["--config-dir", "my=x=y"], ["--cfg", "job"], ["a=[x"], ["a='x"], ["a=${b}=1"]],
+     ["--config-dir", "my=x=y"], ["--cfg", "job"], ["--multirun", "a=1,2"], ["a=1,2", "-m"], ["a=[x"], ["a='x"], ["a=${b}=1"]],
 )  # fmt: skip
 def test_groups_flags_and_what_is_written_for_hydra_stay_as_they_are(words: list[str]) -> None:
     assert quoted(words) == words
