@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from examples import examples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
@@ -194,6 +194,7 @@ def test_fractions_and_what_a_float_does_not_hold_exactly_are_no_ids(values: pa.
 
 @settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.none() | st.floats(allow_nan=False) | NUMBERS.map(float), max_size=8))
+@example([2.0**63, -(2.0**63)])
 def test_the_text_of_any_float_reads_as_the_same_number(numbers: list[float | None]) -> None:
     texts = as_text(pa.array(numbers, pa.float64())).to_pylist()
     assert [None if text is None else float(text) for text in texts] == numbers

@@ -410,6 +410,7 @@ def test_rows_before_the_midnight_that_the_state_begins_at_are_counted(three, co
     log, days = three
     rows = drawn_rows(3, 4, 20)
     rows[3][:count] = [row._replace(at=midnight(3) - 7, click=None) for row in rows[3][:count]]
+    rows[3][count:] = [row._replace(at=midnight(3), click=None) for row in rows[3][count:]]
     write_log(log, rows)
     manifest = run(log, days, content(), date=day(3))
     assert manifest.state.cut_short == count

@@ -76,6 +76,17 @@ def parse(data: bytes, parser: JsonParser) -> Parsed:
     return LineRows(parser).parse(WholeLines(data, []), None)
 
 
+def test_a_list_under_a_key_that_is_written_with_escapes_is_found():
+    found = parse(
+        rb"""{"\u0061": ["x"]}
+{"\u0061": "[x"}
+""",
+        JsonParser(TYPES, {}, {"a"}),
+    )
+    assert [(bad.line, bad.reason) for bad in found.bad] == [(0, "a holds a list where one value is needed")]
+    assert found.columns["a"].to_pylist() == ["[x"]
+
+
 @settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.tuples(PAIRS, st.booleans()), max_size=6), st.booleans())
 @example([([("a", "x"), ("a", "y")], True), ([("a", "\\ud800")], True)], True)
