@@ -86,17 +86,16 @@ def find(
         max_unpack_ratio: of the files.
 
     Raises:
-        UserError: no file matches (with dates: none of the first date), the pattern is not a glob pattern, or the storage
-            reports an error.
+        UserError: no file matches, the pattern is not a glob pattern, or the storage reports an error.
     """
     if dates is None:
-        found = needed = matching(folder, pattern.replace("{date}", "*"))
+        found = matching(folder, pattern.replace("{date}", "*"))
     else:
         by_date = files_by_date(folder, pattern, dates)
         found = list(dict.fromkeys(file for files in by_date.values() for file in files))
-        needed = by_date[dates[0]]
-    if not needed:
-        shown = f"{folder.rstrip('/')}/{pattern}: no such file{f' of {dates[0]}' if dates else ''}"
+    if not found:
+        of = f" of {dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}" if dates else ""
+        shown = f"{folder.rstrip('/')}/{pattern}: no such file{of}"
         raise UserError(f"{shown}. Set input=FOLDER, or source.files in the schema.")
     return [replace(file, max_unpack_ratio=max_unpack_ratio) for file in found]
 

@@ -254,6 +254,20 @@ def test_a_day_by_itself_has_no_labels_that_the_log_read_whole_has_not(log, tmp_
     assert kept.absent_days == {"click": [name_of(4)]}
 
 
+@pytest.mark.parametrize("as_of", [None, f"{name_of(9)}T00:00Z"])
+def test_a_day_whose_own_outcome_file_is_absent_is_as_in_the_log_read_whole(log, tmp_path, as_of):
+    (log / f"clicks-{name_of(3)}.csv").unlink()
+    content = content_for(window="36h")
+    run(log, tmp_path / "whole", content, as_of=as_of)
+    manifest = run(log, tmp_path / "days", content, date=name_of(3), as_of=as_of)
+    assert labels_of(tmp_path / "days" / name_of(3))[3] == labels_of(tmp_path / "whole")[3] == [None] * 10
+    assert manifest.absent_days == {"click": [name_of(3)]}
+    keep = content_for(window="36h", open_window="keep")
+    run(log, tmp_path / "kept whole", keep, as_of=as_of)
+    run(log, tmp_path / "kept", keep, date=name_of(3), as_of=as_of)
+    assert labels_of(tmp_path / "kept" / name_of(3))[3] == labels_of(tmp_path / "kept whole")[3]
+
+
 def test_with_a_date_days_after_the_last_file_are_the_ordinary_end_or_complete_only_until_as_of(log, tmp_path):
     for number in (4, 5):
         (log / f"clicks-{name_of(number)}.csv").unlink()

@@ -56,11 +56,15 @@ def test_dates_pick_the_days_that_have_files(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("days", [DAYS[2:], [date(2023, 12, 31), *DAYS]])
-def test_the_first_date_must_have_a_file_whatever_the_others_have(tmp_path: Path, days: list[date]) -> None:
-    said = rf"\{{date\}}/a\.csv: no such file of {days[0]}\. Set input=FOLDER, or source\.files"
+@pytest.mark.parametrize(
+    ("days", "shown"),
+    [(DAYS[2:], "2024-01-03"), ([date(2023, 12, 30), date(2023, 12, 31)], "2023-12-30 to 2023-12-31")],
+)
+def test_one_of_the_dates_must_have_a_file(tmp_path: Path, days: list[date], shown: str) -> None:
+    assert find(str(log(tmp_path)), "{date}/a.csv", [*days, *DAYS])
+    said = rf"\{{date\}}/a\.csv: no such file of {shown}\. Set input=FOLDER, or source\.files"
     with pytest.raises(UserError, match=said):
-        find(str(log(tmp_path)), "{date}/a.csv", days)
+        find(str(tmp_path), "{date}/a.csv", days)
 
 
 def test_files_by_date_are_those_of_each_day_and_none_where_a_day_has_none(tmp_path: Path) -> None:
