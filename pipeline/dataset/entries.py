@@ -129,6 +129,7 @@ class State(BaseModel):
             ended, or files of a day that it needs are absent.
         cut_short: impressions before the horizon of the state it began from: some of their past may be missing.
         gap: seconds between that horizon and the first impression.
+        ahead: impressions at or after `horizon`: rows of later files before them are not in their past.
     """
 
     horizon: int
@@ -138,6 +139,7 @@ class State(BaseModel):
     cut_short: Count
     gap: Count
     files: list[StateFile]
+    ahead: Count = 0
 
 
 Listed = Shard | DeadLetterFile | FittedFile

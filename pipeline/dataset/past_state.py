@@ -139,6 +139,11 @@ def state_lines(state: State) -> list[str]:
             f"{state.cut_short:,} rows are earlier than the end of {state.began_from and state.began_from.dataset}: what "
             "they could know of it may be missing"
         )
+    if state.ahead:
+        lines.append(
+            f"{state.ahead:,} rows are at or after {as_utc(state.horizon)}, the end of the day: rows of later files before "
+            "them are not in their histories and counters"
+        )
     return [printable(line) for line in lines]
 
 

@@ -234,11 +234,8 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
     Raises:
         UserError: the dataset is damaged, or has none of the schema's features; new encoders would be without labels.
     """
-    reference = config.encoders.from_
-    if reference is None and config.date and config.out.is_dir():
-        days = sorted(path.parent for path in config.out.glob("????-??-??/manifest.json"))
-        reference = next((day for day in days if day.name != config.date.isoformat()), None)
-        reference = reference and folder_of_day(config.out, reference.name)
+    sibling = _other_day(config)
+    reference = config.encoders.from_ or sibling
     if reference is None and config.labels == "none":
         raise UserError(
             "labels=none: rows without labels train nothing. Set encoders.from=DATASET, whose encoders are used."
@@ -248,16 +245,15 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
     reference = reference.resolve()
     known = Dataset(reference)
     read_card(reference, known.schema)
-    kept = reuse.unchanged(schema, known.schema).features
-    # Equal fingerprints alone would not show that a side table is looked up by another column, or an outcome's other window.
-    if known.schema.inputs_fingerprint == schema.inputs_fingerprint and kept == schema.features.keys():
+    if sibling and not _same_features(schema, Dataset(sibling).schema):
+        raise UserError(
+            f"{sibling.name} in {config.out} was made with other features. Choose another out= for days of this schema, with "
+            f"encoders.from={sibling.resolve()} to keep the encoders of features that are unchanged."
+        )
+    if _same_features(schema, known.schema):
         Encoders.load(reference / "encoders", schema)
         return reference, False
-    if config.date and config.encoders.from_ is None:
-        raise UserError(
-            f"{reference.name} in {config.out} was made with other features. Choose another out= for days of this schema, with "
-            f"encoders.from={reference} to keep the encoders of features that are unchanged."
-        )
+    kept = reuse.unchanged(schema, known.schema).features
     if not kept:
         raise UserError(f"encoders.from: {reference} has none of this schema's features. Fit new encoders, without it.")
     assert known.encoders  # checked before the first minute of work
@@ -271,6 +267,24 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
         f"{', '.join(fitted) or 'none'}"
     )
     return reference, True
+
+
+def _other_day(config: PreprocessConfig) -> Path | None:
+    """The first other day in the folder of days that the job writes to."""
+    if config.date is None or not config.out.is_dir():
+        return None
+    days = sorted(path.parent.name for path in config.out.glob("????-??-??/manifest.json"))
+    name = next((day for day in days if day != config.date.isoformat()), None)
+    return name and folder_of_day(config.out, name)  # type: ignore[return-value]
+
+
+def _same_features(schema: Schema, known: Schema) -> bool:
+    """Whether all features of one schema mean the same in the other, which has no others.
+
+    Equal fingerprints alone would not show that a side table is looked up by another column, or an outcome's other window.
+    """
+    kept = reuse.unchanged(schema, known).features
+    return known.inputs_fingerprint == schema.inputs_fingerprint and kept == schema.features.keys()
 
 
 def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:

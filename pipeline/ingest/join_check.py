@@ -42,9 +42,15 @@ def check_joined(job: Job, min_joined: float, whole_log: bool, max_bad_fraction:
     for name in job.schema.source.outcomes:
         statuses = sum((Counter(report.join_statuses[name]) for report in reports), Counter[str]())
         joined, rows = statuses["joined"], statuses.total() - statuses["duplicate"]
-        few = joined < min_joined * rows or (rows and not joined)
+        bad = _bad_rows(job, name)
+        few = joined < min_joined * rows or (rows + bad and not joined)
         if not whole_log:
-            few = not joined and min(rows, impressions.rows) >= ENOUGH
+            few = not joined and min(rows + bad, impressions.rows) >= ENOUGH
+        if few and not rows and not _is_bad(job, name, max_bad_fraction):
+            raise UserError(
+                f"source.outcomes.{name}: all of its {bad:,} rows are bad, so no impression has one. Fix what makes them bad, "
+                "or set a lower max_bad_fraction, which names the first; if the log is right, set min_joined=0."
+            )
         if few and not _is_bad(job, name, max_bad_fraction):
             outcomes = _merged(report.outcomes[name] for report in reports)
             raise UserError(_message(name, statuses, rows, impressions, outcomes, min_joined))
@@ -124,8 +130,14 @@ def _is_bad(job: Job, stream: str, max_bad_fraction: float) -> bool:
     """Whether a stream has more bad rows than allowed, each counted for the lines that it takes."""
     reads = [report for report in job.found(ReadReport) if report.stream == stream]
     swallowed = sum(report.swallowed for report in reads)
-    bad = swallowed + sum(sum(report.dead_letters.reasons.values()) for report in reads)
+    bad = swallowed + _bad_rows(job, stream)
     return bad > max_bad_fraction * (swallowed + sum(report.read for report in reads))
+
+
+def _bad_rows(job: Job, stream: str) -> int:
+    """The dead letters of a stream."""
+    reads = [report for report in job.found(ReadReport) if report.stream == stream]
+    return sum(sum(report.dead_letters.reasons.values()) for report in reads)
 
 
 def _merged(sides: Iterable[JoinSide]) -> JoinSide:

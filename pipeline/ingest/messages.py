@@ -241,6 +241,7 @@ class ScatterPastReport(Report):
         sums: of each smoothed counter the sum over the part's events in the train split, and their number.
         earliest: time of its first impression, None where there is none.
         late: impressions before the horizon of the state that the job begins from.
+        ahead: impressions at or after the end of the job's day.
     """
 
     step: ClassVar[str] = "scatter_past"
@@ -249,6 +250,7 @@ class ScatterPastReport(Report):
     sums: dict[str, tuple[float, int]]
     earliest: int | None
     late: int
+    ahead: int
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def state_of(job: Job, chosen: bool) -> State | None:
         cut_short=sum(report.late for report in scattered),
         gap=min(max(0, earliest - start.state.horizon), 1 << 50) if start and earliest is not None else 0,
         files=[report.file for report in job.found(WriteStateReport)],
+        ahead=sum(report.ahead for report in scattered),
     )
 
 

@@ -148,8 +148,8 @@ def _start(folder: Path, name: str, schema: Schema) -> Start:
         if past not in known.past or meaning(known, past) != meaning(schema, past):
             what = "has another definition" if past in known.past else "is missing"
             raise UserError(
-                f"{folder}: {printable(past)} {what} in its state. Run jobs.preprocess for it again with this schema, or "
-                "set state.from=empty to begin without."
+                f"{folder}: {printable(past)} {what} in its state. Make the datasets of earlier rows again with this schema, "
+                "in another out= and from the first one on, which takes state.from=empty; or begin without them, with the same."
             )
     return Start(folder, name, state)
 

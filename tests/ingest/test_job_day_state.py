@@ -417,6 +417,16 @@ def test_rows_before_the_midnight_that_the_state_begins_at_are_counted(three, co
     assert f"{count} rows are earlier than the end of {day(2)}" in lines(manifest)
 
 
+def test_rows_after_the_end_of_their_files_day_are_counted(three):
+    log, days = three
+    rows = drawn_rows(3, 4, 20)
+    rows[3][7:9] = [row._replace(at=midnight(4) + i, click=None) for i, row in enumerate(rows[3][7:9])]
+    write_log(log, rows)
+    manifest = run(log, days, content(), date=day(3))
+    assert (manifest.state.ahead, manifest.state.cut_short) == (2, 0)
+    assert f"2 rows are at or after {day(4)}T00:00:00Z, the end of the day: rows of later files" in lines(manifest)
+
+
 # A log that is read with the encoders of another dataset
 
 

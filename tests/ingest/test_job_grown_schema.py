@@ -135,6 +135,8 @@ def test_days_of_one_folder_have_one_schema_and_a_grown_one_needs_another_folder
         line = refused(first, tmp_path / "days", content(**source | GROWN), date="2026-11-02")
         assert f"encoders.from={tmp_path / 'days' / '2026-11-01'}" in line
         old = {"from": tmp_path / "days" / "2026-11-01"}
+        again = refused(first, tmp_path / "days", content(**source | GROWN), date="2026-11-02", encoders=old)
+        assert again == line
         run(first, tmp_path / "more", content(**source | GROWN), date="2026-11-02", encoders=old)
     assert values_of(tmp_path / "more/2026-11-02", "city") == values_of(tmp_path / "days/2026-11-01", "city")
 

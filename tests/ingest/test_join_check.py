@@ -48,6 +48,15 @@ def test_clicks_of_another_key_stop_the_job_with_both_sides(tmp_path):
     )
 
 
+def test_outcomes_that_are_all_bad_stop_the_job_even_where_bad_rows_are_allowed(tmp_path):
+    folder = write(tmp_path / "log", impressions(), [(key, at * 1000) for key, at in impressions(7)])
+    message = refused(folder, tmp_path / "out", content_for(), max_bad_fraction=1)
+    assert message.startswith("source.outcomes.click: all of its 7 rows are bad, so no impression has one.")
+    assert "the first: " in refused(folder, tmp_path / "out", content_for(), max_bad_fraction=0)
+    manifest = run(folder, tmp_path / "out", content_for(), max_bad_fraction=1, min_joined=0)
+    assert sum(manifest.dead_letters.values()) == 7
+
+
 @pytest.mark.parametrize(
     ("shift", "status", "advice"), [(7200, "late", "or the window"), (-7200, "early", "time, its unit or time zone")]
 )

@@ -104,9 +104,8 @@ def test_what_is_not_known_and_what_is_absent_is_said(made):
     assert lines_of(made, outcomes={"click": none}, read={"impressions": 115})[-1].endswith(
         "its files are empty: every impression counts as one without it"
     )
-    assert not [
-        line for line in lines_of(made, outcomes={"click": none | {"unmatched": 0}}) if "warning" in line
-    ]  # all bad
+    all_bad = lines_of(made, outcomes={"click": none | {"unmatched": 0}})
+    assert all_bad[-1] == "warning  click: none of its rows belongs to an impression"
 
 
 def test_the_share_of_unmatched_keys_is_of_all_impressions(made):
@@ -115,6 +114,16 @@ def test_the_share_of_unmatched_keys_is_of_all_impressions(made):
     assert lines_of(made, side_tables={"item": items})[-1] == (
         "warning  item: 20.0% of the impressions have a key without a row here (3 keys)"
     )
+
+
+def test_of_many_features_and_columns_with_a_warning_the_first_are_named(made):
+    made[1]["ids"] = {f"f{n}": made[1]["ids"]["city"] | {"markers": {"NULL": 3}} for n in range(9)}
+    lines = lines_of(made, absent_columns={"impressions": {f"c{n}": 2 for n in range(7)}})
+    assert [line.split(":")[0] for line in lines[-12:]] == [
+        *["warning  impressions"] * 6, *(f"warning  f{n}" for n in range(5)),
+        "warning  4 other features have such values, too (jobs.inspect lists them)",
+    ]  # fmt: skip
+    assert lines[-7] == "warning  impressions: files lack 2 other columns, too (jobs.inspect lists them)"
 
 
 def test_features_that_drifted_are_listed(made):

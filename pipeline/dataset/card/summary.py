@@ -124,7 +124,7 @@ def _warnings(manifest: Manifest) -> Iterator[str]:
         rows = sum(statuses.values()) - statuses.get("duplicate", 0)
         if not manifest.read.get(name):
             yield f"warning  {name}: its files are empty: every impression counts as one without it"
-        elif rows and not statuses.get("joined"):
+        elif not statuses.get("joined") and (rows or _bad_of(manifest, name)):
             yield f"warning  {name}: none of its rows belongs to an impression"
     for name, found in manifest.side_tables.items():
         if found.unmatched_rows:
@@ -132,16 +132,21 @@ def _warnings(manifest: Manifest) -> Iterator[str]:
             share = percent(found.unmatched_rows / impressions)
             yield f"warning  {name}: {share} of the impressions have a key without a row here ({found.unmatched_keys:,} keys)"
     for stream, columns in manifest.absent_columns.items():
-        for column, rows in columns.items():
+        for column, rows in list(columns.items())[:MOST]:
             yield f"warning  {stream}: {rows:,} rows are of files without column {column}, and have its default"
+        if len(columns) > MOST:
+            yield f"warning  {stream}: files lack {len(columns) - MOST} other columns, too (jobs.inspect lists them)"
 
 
 def _markers(card: dict[str, Any]) -> Iterator[str]:
     """Ids that look like missing values."""
-    for name, found in card["ids"].items():
-        if markers := found.get("markers"):
-            shown = ", ".join(f"'{value}' ({count:,})" for value, count in list(markers.items())[:MOST])
-            yield f"warning  {name}: {shown}: list it in source.missing where it means a missing value"
+    names = [name for name, found in card["ids"].items() if found.get("markers")]
+    for name in names[:MOST]:
+        markers = list(card["ids"][name]["markers"].items())
+        shown = ", ".join(f"'{value}' ({count:,})" for value, count in markers[:MOST])
+        yield f"warning  {name}: {shown}: list it in source.missing where it means a missing value"
+    if len(names) > MOST:
+        yield f"warning  {len(names) - MOST} other features have such values, too (jobs.inspect lists them)"
 
 
 def _cut(text: str) -> str:

@@ -34,9 +34,13 @@ def convert_columns(
                 check_ids(values, where)
                 found[name] = convert(values, wanted, options)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            if "UTF8" in (fault := str(error).splitlines()[0]):
+                raise UserError(
+                    f"{path}: column {name} has bytes that are not UTF-8 ({fault}). Write them as text."
+                ) from None
             raise UserError(
-                f"{path}: column {name} is {columns[name].type}, which cannot be read as text or numbers: "
-                f"{str(error).splitlines()[0]}. Write it as another type."
+                f"{path}: column {name} is {columns[name].type}, which cannot be read as text or numbers: {fault}. Write it "
+                "as another type."
             ) from None
     return pa.table(found)
 

@@ -49,7 +49,8 @@ def scatter_past(job: Job, work: PartWork) -> ScatterPastReport:
         table = events.with_columns(time.alias("time"), pl.int_range(pl.len()).alias(shuffle.POSITION))
         paths[name] = scatter(job, table.rechunk().to_arrow(), "key")
     late = int((time < job.start.state.horizon).sum()) if job.start else 0
-    return ScatterPastReport(paths, left_open, sums, time.min(), late)  # type: ignore[arg-type]
+    ahead = 0 if job.horizon is None else int((time >= job.horizon).sum())
+    return ScatterPastReport(paths, left_open, sums, time.min(), late, ahead)  # type: ignore[arg-type]
 
 
 def _reads(schema: Schema) -> tuple[list[str], list[str]]:
