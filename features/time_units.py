@@ -1,5 +1,6 @@
 """How a column of times may be written: a unit of whole numbers since 1970, a plain order, or a strptime format."""
 
+import re
 from datetime import datetime, timezone
 
 import polars as pl
@@ -41,17 +42,24 @@ def check_unit(unit: str) -> str:
         raise ValueError(f"{unit!r}: names of time zones are not read: use %z for offsets, or source.timezone")
     if not _reads_days(unit):
         raise ValueError(
-            f"{unit!r} is no strptime format of a moment: it needs year, month and day, and minutes where it has hours, "
-            "such as %d/%m/%Y %H:%M (polars lists the directives)"
+            f"{unit!r} is no strptime format of a moment: it needs year, month and day, such as %d/%m/%Y %H:%M "
+            "(polars lists the directives)"
         )
     return unit
+
+
+def with_minutes(unit: str) -> tuple[str, str]:
+    """A strptime format with minutes, which polars needs where there are hours, and what a text of `unit` then lacks."""
+    hours, minutes = (re.search(rf"(?<!%)(?:%%)*%-?[{of}]", unit) for of in ("HIkl", "McrRTX"))
+    return (unit + "%M", "00") if hours and not minutes else (unit, "")
 
 
 def _reads_days(unit: str) -> bool:
     """Whether texts that are written by a format are read by it as moments of the same day."""
     probes = pl.Series(_PROBES)
     try:
-        found = probes.dt.strftime(unit).str.to_datetime(unit, strict=False, time_unit="us")
+        whole, rest = with_minutes(unit)
+        found = (probes.dt.strftime(unit) + rest).str.to_datetime(whole, strict=False, time_unit="us")
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return False
     return found.dt.date().to_list() == [probe.date() for probe in _PROBES]

@@ -5,10 +5,11 @@ import pyarrow as pa
 
 from features.kinds.values import hexadecimal
 from features.source import Format
-from features.time_units import DEFAULT, FIRST_SECOND, INDEX, LAST_SECOND, PER_SECOND, is_format
+from features.time_units import DEFAULT, FIRST_SECOND, INDEX, LAST_SECOND, PER_SECOND, is_format, with_minutes
 
 EARLIEST, LATEST = 631_152_000, 4_102_444_800  # 1 January of 1990 and of 2100, seconds since 1970
 FARTHEST = 2**62  # of a plain order: a window is added to it without an overflow
+FIRST_HOUR, LAST_HOUR = 1_990_010_100, 2_100_123_123  # as YYYYMMDDhh; as seconds, of 2033 to 2036
 MOST_EAST, MOST_WEST = 14 * 60, -12 * 60  # minutes, the offsets that clocks on earth show
 IMPLAUSIBLE = "is not between 1990 and 2100"  # of the reason, by which dead letters are found again
 OWN_UNIT = {b"unit": b"of the file"}  # metadata of a column of seconds that the file has as timestamps
@@ -81,7 +82,8 @@ def _absolute(naive: pl.Series, form: Format) -> pl.Series:
 
 def _formatted(texts: pl.Series, unit: str, form: Format) -> pl.Series:
     """Texts of one strptime format as seconds; null where a text is of another form."""
-    return _absolute(texts.str.to_datetime(unit, strict=False, time_unit="us"), form)
+    unit, rest = with_minutes(unit)
+    return _absolute((texts + rest).str.to_datetime(unit, strict=False, time_unit="us"), form)
 
 
 def _of_texts(texts: pl.Series, unit: str, form: Format) -> pl.Series:
@@ -129,13 +131,20 @@ def iso_8601(texts: pl.Series, form: Format) -> pl.Series:
 def implausible(values: pl.Series, unit: str = DEFAULT) -> pl.Series | None:
     """Which seconds since 1970 are no times of a log, that is beyond 1990 and 2100; None where none is.
 
-    Of a plain order (`index`) those beyond FARTHEST.
+    Of a plain order (`index`) those beyond FARTHEST. Seconds of 2033 to 2036 that all read as YYYYMMDDhh are none either.
     """
     first, last = (-FARTHEST, FARTHEST) if unit == INDEX else (EARLIEST, LATEST)
     lowest, highest = values.min(), values.max()
     if lowest is None or (lowest >= first and highest <= last):  # type: ignore[operator]
-        return None
+        hours = unit == DEFAULT and lowest is not None and lowest >= FIRST_HOUR and highest <= LAST_HOUR  # type: ignore[operator]
+        return values.is_not_null() if hours and _are_hours(values) else None
     return ~values.is_between(first, last).fill_null(True)
+
+
+def _are_hours(values: pl.Series) -> bool:
+    """Whether all numbers read as YYYYMMDDhh; of seconds since 1970 one in a hundred does by chance."""
+    month, day, hour = values // 10**4 % 100, values // 100 % 100, values % 100
+    return bool((month.is_between(1, 12) & day.is_between(1, 31) & (hour < 24)).all())
 
 
 def plausible(values: pl.Series, unit: str = DEFAULT) -> pl.Series:
@@ -159,6 +168,11 @@ def implausible_reason(
     """
     if unit == INDEX:
         return pl.select(pl.format("{}: {} is not between -2^62 and 2^62", pl.lit(name), values)).to_series()
+    if unit == DEFAULT and not own_unit and not derived and EARLIEST <= values.min() <= values.max() <= LATEST:  # type: ignore[operator]
+        hint = (
+            f'reads as YYYYMMDDhh, and in seconds since 1970 as one of 2033 to 2036: set {key}: {{{name}: "%Y%m%d%H"}}'
+        )
+        return pl.select(pl.format("{}: {} {}", pl.lit(name), values, pl.lit(hint))).to_series()
     what = pl.format(f"{{}}: {{}} {IMPLAUSIBLE} in seconds since 1970", pl.lit(name), values)
     likely = pl.lit(f": where it is a plain order, set {key}: {{{name}: {INDEX}}}")
     if own_unit:

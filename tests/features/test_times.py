@@ -206,7 +206,33 @@ def test_floats_that_stand_for_whole_numbers_are_read_and_what_is_no_number_is_n
     assert (values.to_list(), wrong.to_list()) == ([found], [found is None])
 
 
-FORMS = ["%d/%m/%Y %H:%M", "%Y%m%d", "%Y%m%d%H%M%S", "%b %d %Y %I:%M:%S %p", "%d.%m.%y %H:%M"]
+def test_numbers_that_all_read_as_hours_of_a_calendar_are_no_seconds():
+    hours = pl.Series([2026110105, None, 2026123123, 1990010100])
+    assert implausible(hours).to_list() == [True, None or False, True, True]
+    assert implausible_reason("ts", hours, "s", "source.times")[0] == (
+        "ts: 2026110105 reads as YYYYMMDDhh, and in seconds since 1970 as one of 2033 to 2036: set source.times: "
+        '{ts: "%Y%m%d%H"}'
+    )
+    for real in (2026110124, 2026110005, 2026130105, 2026113205):  # beside which the others are seconds
+        assert implausible(pl.Series([2026110105, real])) is None
+    assert implausible(pl.Series([1_800_000_000, 2026110105])) is None
+    assert implausible(hours, "index") is None
+    values, wrong = seconds("ts", hours, Format(times={"ts": "%Y%m%d%H"}))
+    expected = [datetime(2026, 11, 1, 5), None, datetime(2026, 12, 31, 23), datetime(1990, 1, 1)]
+    assert values.to_list() == [t and since_1970(t.replace(tzinfo=timezone.utc)) for t in expected]
+    assert not wrong.any()
+
+
+FORMS = [
+    "%Y%m%d%H",
+    "%d.%m.%Y %Hh",
+    "%Y-%m-%d %I%p",
+    "%d/%m/%Y %H:%M",
+    "%Y%m%d",
+    "%Y%m%d%H%M%S",
+    "%b %d %Y %I:%M:%S %p",
+    "%d.%m.%y %H:%M",
+]
 
 
 @settings(max_examples=examples(50), deadline=None)
@@ -240,7 +266,7 @@ def test_dates_that_a_file_has_as_numbers_are_read_by_their_format():
 
 @pytest.mark.parametrize(
     "unit",
-    ["minutes", "", "S", "%H:%M", "%Y-%m", "%d", "%", "%Y-%m-%d %H", "%d/%m", "%Y-%m-%d %H:%M %Z", "%Q", "%d%m%Y" * 20],
+    ["minutes", "", "S", "%H:%M", "%Y-%m", "%d", "%", "%Y %H", "%d/%m", "%Y-%m-%d %H:%M %Z", "%Q", "%d%m%Y" * 20],
 )
 def test_what_is_no_unit_or_does_not_tell_the_day_is_refused_when_the_schema_is_read(unit):
     with pytest.raises(ValueError, match=r"times\.at"):

@@ -223,6 +223,14 @@ def test_numbers_are_times_only_where_name_or_order_says_so() -> None:
     assert moments_of(pl.Series([str(1_700_000_000 + i) for i in range(200)]), "c5") is None  # ids given in turn
     assert moments_of(pl.Series([str(1_700_000_000 + i * i) for i in range(200)]), "c5") is not None
     assert moments_of(pl.Series(["250", "300"]), "watch_time") is None
+    digits = {
+        "20261101": "%Y%m%d",
+        "2026110105": "%Y%m%d%H",
+        "202611010500": "%Y%m%d%H%M",
+        "20261101050000": "%Y%m%d%H%M%S",
+    }
+    for text, unit in digits.items():
+        assert moments_of(pl.Series([text] * 3), "ts").unit == unit
 
 
 def test_patterns_part_the_files_and_find_reads_them_back(tmp_path: Path) -> None:

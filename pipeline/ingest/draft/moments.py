@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from features.kinds.times import EARLIEST, LATEST, seconds
+from features.kinds.times import implausible, seconds
 from features.source import Format
+from features.time_units import DEFAULT
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 WORDS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -16,7 +17,7 @@ WORDS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nano
 DATES = ("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%Y/%m/%d", "%d-%b-%Y", "%d %b %Y", "%b %d %Y")
 CLOCKS = (" %H:%M:%S", " %H:%M", "", " %I:%M:%S %p", " %I:%M %p")
 FORMATS = (*(date + clock for date in DATES for clock in CLOCKS), "%d/%b/%Y:%H:%M:%S %z")
-FORMATS_OF_DIGITS = ("%Y%m%d", "%Y%m%d%H%M", "%Y%m%d%H%M%S")
+FORMATS_OF_DIGITS = ("%Y%m%d", "%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S")
 NAME = re.compile(
     r"(^|_)(time|times|timestamp|ts|tstamp|date|datetime|day|dt|at|when|epoch|created|updated|moment|utc|unix)(_|\d*$)"
 )
@@ -82,8 +83,7 @@ def _first(texts: pl.Series, units: Sequence[str | None]) -> Moments | None:
 def _seconds(texts: pl.Series, unit: str | None) -> pl.Series | None:
     """Texts as seconds; None where one is no time of that unit."""
     found, wrong = seconds("time", texts, Format(times={"time": unit} if unit else {}))
-    in_range = found.drop_nulls().is_between(EARLIEST, LATEST, closed="left")
-    return None if wrong.any() or not in_range.all() else found
+    return None if wrong.any() or implausible(found, unit or DEFAULT) is not None else found
 
 
 def _ascends(numbers: pl.Series) -> bool:
