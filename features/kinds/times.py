@@ -169,10 +169,10 @@ def implausible_reason(
     if unit == INDEX:
         return pl.select(pl.format("{}: {} is not between -2^62 and 2^62", pl.lit(name), values)).to_series()
     if unit == DEFAULT and not own_unit and not derived and EARLIEST <= values.min() <= values.max() <= LATEST:  # type: ignore[operator]
-        hint = (
+        calendar = (
             f'reads as YYYYMMDDhh, and in seconds since 1970 as one of 2033 to 2036: set {key}: {{{name}: "%Y%m%d%H"}}'
         )
-        return pl.select(pl.format("{}: {} {}", pl.lit(name), values, pl.lit(hint))).to_series()
+        return pl.select(pl.format("{}: {} {}", pl.lit(name), values, pl.lit(calendar))).to_series()
     what = pl.format(f"{{}}: {{}} {IMPLAUSIBLE} in seconds since 1970", pl.lit(name), values)
     likely = pl.lit(f": where it is a plain order, set {key}: {{{name}: {INDEX}}}")
     if own_unit:

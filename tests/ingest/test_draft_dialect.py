@@ -229,8 +229,8 @@ def test_numbers_are_times_only_where_name_or_order_says_so() -> None:
         "202611010500": "%Y%m%d%H%M",
         "20261101050000": "%Y%m%d%H%M%S",
     }
-    for text, unit in digits.items():
-        assert moments_of(pl.Series([text] * 3), "ts").unit == unit
+    for number, unit in digits.items():
+        assert moments_of(pl.Series([number] * 3), "ts").unit == unit
 
 
 def test_patterns_part_the_files_and_find_reads_them_back(tmp_path: Path) -> None:

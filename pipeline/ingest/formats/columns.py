@@ -1,7 +1,10 @@
 """Columns of formats with types of their own (Parquet, Avro) as blocks have them: text, lists of text, numbers."""
 
+import json
 from collections.abc import Collection, Mapping
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -9,9 +12,14 @@ from features.errors import UserError
 from features.kinds import times
 from features.kinds.canonical import as_text, check_ids
 from features.source import Format, RawType
+from pipeline.ingest.formats.text import is_utf8
 
 TEXT, LIST = pa.string(), pa.list_(pa.string())
 MOST_TYPE_CHARACTERS = 60  # of a type's name: a time zone's is the file's
+
+
+class NotUTF8Error(UserError):
+    """A text is not UTF-8, though a file declares it as text or a schema wants it as such."""
 
 
 def convert_columns(
@@ -20,7 +28,8 @@ def convert_columns(
     """The columns of a block, in the order of `types`, `ids` as canonical texts.
 
     Raises:
-        UserError: one is of another type, or a value of `ids` is no id, naming the file.
+        NotUTF8Error: a text is not UTF-8, see `not_utf8`.
+        UserError: a column is of another type, or a value of `ids` is no id, naming the file.
     """
     found = {}
     for name, wanted in types.items():
@@ -35,9 +44,7 @@ def convert_columns(
                 found[name] = convert(values, wanted, options)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             if "UTF8" in (fault := str(error).splitlines()[0]):
-                raise UserError(
-                    f"{path}: column {name} has bytes that are not UTF-8 ({fault}). Write them as text."
-                ) from None
+                raise NotUTF8Error(f"{path}: column {name} has bytes that are not UTF-8: write them as text.") from None
             raise UserError(
                 f"{path}: column {name} is {columns[name].type}, which cannot be read as text or numbers: {fault}. Write it "
                 "as another type."
@@ -71,6 +78,41 @@ def convert(values: pa.Array, wanted: RawType, options: Format) -> pa.Array:
         if wanted == "time":  # such as whole numbers beside a missing one
             values = pc.floor(values)
     return _as_numbers(values, pa.float64() if wanted == "float" else pa.int64())
+
+
+def not_utf8(columns: Mapping[str, pa.Array]) -> np.ndarray:
+    """Which rows have a text, or one in a list, that is not UTF-8: bool (B,). Value by value, for blocks with such a row."""
+    found = np.zeros(len(next(iter(columns.values()))), bool)
+    for values in map(_decoded, columns.values()):
+        kind = values.type.value_type if (nested := _is_list(values.type)) else values.type
+        if _is_text(kind):
+            row_V = pc.list_parent_indices(values).to_numpy() if nested else np.arange(len(values))
+            texts = (values.flatten() if nested else values).cast(pa.large_binary())
+            found[row_V[[not is_utf8(text or b"") for text in texts.to_pylist()]]] = True
+    return found
+
+
+def shown_rows(columns: Mapping[str, pa.Array]) -> list[str]:
+    """Rows as JSON for a person to read, with a sign for what is not UTF-8."""
+    cells = {}
+    for name, values in columns.items():
+        plain = _decoded(values)
+        kind = plain.type.value_type if _is_list(plain.type) else plain.type
+        binary = pa.list_(pa.large_binary()) if _is_list(plain.type) else pa.large_binary()
+        cells[name] = (plain.cast(binary) if _is_text(kind) else plain).to_pylist()
+    rows = (dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True))
+    return [json.dumps(row, ensure_ascii=False, default=_shown) for row in rows]
+
+
+def _shown(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(
+        is_kind(kind)
+        for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    )
 
 
 def type_names(columns: Mapping[str, pa.Array]) -> dict[str, str]:

@@ -1,18 +1,19 @@
 """Parquet: units are row groups, and rows are numbered in their file."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.parquet_pages import mapped
 from features.parquet_schema import check_nesting
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
-from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
-from pipeline.ingest.formats.columns import convert_columns, type_names
+from pipeline.ingest.formats.base import BadLine, Block, OnBytes, RawFormat, Wanted
+from pipeline.ingest.formats.columns import NotUTF8Error, convert_columns, not_utf8, shown_rows, type_names
 from pipeline.ingest.formats.parquet_expansion import batch_rows, check_footer_sizes, check_page_sizes, chunks_of
+from pipeline.ingest.formats.text import NOT_UTF8
 
 BLOCK_ROWS = 1 << 17  # of a block: values that repeat take next to no bytes in the file
 
@@ -62,9 +63,20 @@ class Parquet(RawFormat):
             most = batch_rows(unit.file, raw, file.metadata, chunks, most)
             for batch in file.iter_batches(most, list(groups), list(wanted.types), use_threads=False):
                 found = {name: batch[name] for name in wanted.types}
-                columns = convert_columns(path, found, wanted.types, self.options, wanted.ids)
-                first = unit.first_row + row + 1
-                numbers = partial(np.arange, first, first + batch.num_rows)
-                yield Block(columns, row, numbers, types=type_names(found))
+                number_B = unit.first_row + row + 1 + np.arange(batch.num_rows)
+                yield self._block(path, found, wanted, row, number_B)
                 row += batch.num_rows
                 on_bytes(unit.file.size * row // file.metadata.num_rows)
+
+    def _block(self, path: str, found: dict[str, pa.Array], wanted: Wanted, row: int, number_B: np.ndarray) -> Block:
+        """A batch as a block; rows with text that is not UTF-8 are bad ones."""
+        bad, good = list[BadLine](), found
+        try:
+            columns = convert_columns(path, good, wanted.types, self.options, wanted.ids)
+        except NotUTF8Error:
+            bad_B = not_utf8(found)
+            lost = shown_rows({name: values.filter(pa.array(bad_B)) for name, values in found.items()})
+            bad = [BadLine(number, NOT_UTF8, text) for number, text in zip(number_B[bad_B].tolist(), lost, strict=True)]
+            good, number_B = {name: values.filter(pa.array(~bad_B)) for name, values in found.items()}, number_B[~bad_B]
+            columns = convert_columns(path, good, wanted.types, self.options, wanted.ids)
+        return Block(columns, row, lambda: number_B, bad, types=type_names(found))
