@@ -43,7 +43,7 @@ def check_overlap(job: Job) -> None:
         raise UserError(
             f"{late:,} of {rows:,} rows are before {as_utc(job.start.state.horizon)}, where the state of {job.start.folder} "
             f"ends: it has them already. Set state.from to a dataset that ends before {as_utc(earliest)}{such}, or "
-            "state.from=empty; with jobs.nightly, set date= to the day of the log."
+            "state.from=empty; with jobs.nightly, date= is the day of the log, and the log has that day alone."
         )
 
 

@@ -452,7 +452,7 @@ def test_a_days_log_with_encoders_from_goes_on_from_the_newest_day_and_is_the_da
     # Once the day itself is there, its rows would be seen twice.
     message = refusal(alone, tmp_path / "again", encoders={"from": days / day(0)})
     assert f"20 of 20 rows are before 2026-03-05T00:00:00Z, where the state of {days / day(3)} ends" in message
-    assert f", such as {days / day(2)}, or state.from=empty; with jobs.nightly, set date=" in message
+    assert f", such as {days / day(2)}, or state.from=empty; with jobs.nightly, date= is the day" in message
     run(alone, tmp_path / "again", content(), encoders={"from": days / day(0)}, state={"from": str(days / day(2))},
         as_of=str(FIRST + timedelta(days=7)))  # fmt: skip
     assert inputs(tmp_path / "again") == rows_by_id(days / day(3))
