@@ -9,7 +9,7 @@ import polars as pl
 
 from features.errors import UserError, did_you_mean
 from features.parse.compute import number
-from features.schema.expressions import columns_of
+from features.schema.expressions import columns_of, sql_name
 from pipeline.ingest.draft.column import SHOWN, Column
 from pipeline.ingest.draft.roles import Stream
 
@@ -98,17 +98,6 @@ def none_seen(folder: str, stream: Stream) -> UserError:
     )
 
 
-def sql_name(column: str) -> str:
-    """A column in an expression, quoted where its name could be something else."""
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
-        try:
-            if columns_of(column) == [column]:
-                return column
-        except ValueError:  # a keyword
-            pass
-    return '"' + column.replace('"', '""') + '"'
-
-
 def sql_text(value: str) -> str:
     """A literal text in an expression."""
     return "'" + value.replace("'", "''") + "'"
@@ -166,7 +155,7 @@ def _computed(
     for name in names:
         if (kind := stream.columns[name].kind) == "int" or kind == "float":
             kinds[name] = kind
-    error = UserError(f"label={text}: cannot be computed")
+    faults: list[UserError] = []
     for numbers in [kinds, {}] if kinds else [{}]:
         frame = pl.DataFrame(
             [
@@ -178,5 +167,5 @@ def _computed(
         try:
             return number(frame, f"label={text}", text, "label"), numbers
         except UserError as fault:
-            error = fault
-    raise error
+            faults.append(fault)
+    raise faults[0]  # of numbers where there are any: the other one is of those as text, too
