@@ -29,7 +29,13 @@ _OF_RAW: dict[RawType, type[pl.DataType]] = {
 
 @dataclass(frozen=True)
 class _Mixed:
-    """A comparison of text with another kind of value, and the columns that either side reads."""
+    """A comparison of text with another kind of value.
+
+    Attributes:
+        kind: of the other side, "number" or "truth value".
+        text: the columns that its side reads, only those of text where there are any.
+        other: the columns of the other side.
+    """
 
     kind: str
     text: tuple[str, ...]
@@ -54,7 +60,7 @@ def mixed_comparison(
         cure = "remove the quotes" if number else "write TRUE or FALSE without quotes"
     elif number:
         column = found.text[0]
-        key = (declared or {}).get(column, f"source.types.{column}")
+        key = (declared or {}).get(column, f"source.types.{column}") if types.get(column) == pl.String else ""
         cure = f"write TRY_CAST({sql_name(column)} AS DOUBLE), which is null where it is no number"
         cure += f", or set {key} to float or int" if key else ""
     else:
@@ -70,7 +76,9 @@ def _mixed(expression: str, types: tuple[tuple[str, pl.DataType], ...]) -> _Mixe
         left, right = (_kind(side, rows) for side in sides)
         if left != right and "text" in (left, right) and (kind := right if left == "text" else left):
             text, other = sides if left == "text" else sides[::-1]
-            return _Mixed(kind, _columns(text), _columns(other))
+            columns = _columns(text)
+            texts = tuple(column for column in columns if dict(types).get(column) == pl.String)
+            return _Mixed(kind, texts or columns, _columns(other))
     return None
 
 
