@@ -183,6 +183,12 @@ def test_cells_of_a_number_of_few_values_are_those_counted_row_by_row(counts, pa
     assert sum(entry["histogram"]["counts"]) == pytest.approx(len(x), abs=1 + 0.05 * len(x))
 
 
+def test_no_share_is_negative_of_values_that_are_neighbouring_floats():
+    statistics = Statistics(rows=109)
+    statistics.count_number("v", pa.array([-1.0] * 42 + [-5e-324] * 18 + [0.0] * 49))
+    NumberEntry.model_validate_json(json.dumps(number_statistics(statistics, "v")))
+
+
 def test_drift_of_a_number_is_that_of_its_cells_counted_row_by_row():
     rows, like = draw_rows(20_000, seed=1, shift=0.3), draw_rows(20_000)
     edges = made(like)["numbers"]["price"]["cells"]["edges"]
