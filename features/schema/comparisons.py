@@ -94,18 +94,19 @@ def _types(schema: Schema) -> dict[str, pl.DataType]:
     """Types of the columns that expressions read, without raw ones that may hold lists."""
     source = schema.source
     lists = {raw.column for raw in schema.raw.values() if raw.separator}
-    found = {column: _OF_RAW["string"]() for column in schema.raw_columns if column not in lists}
+    found: dict[str, pl.DataType] = {column: pl.String() for column in schema.raw_columns if column not in lists}
     found |= {column: _OF_RAW[kind]() for column, kind in schema.raw_types.items()}
     for name, outcome in source.outcomes.items():
         found |= dict.fromkeys(outcome_names(name, outcome), pl.Int64()) | {name: pl.Boolean()}
         found |= {f"{name}_{column}": _OF_RAW[kind]() for column, kind in outcome.columns.items()}
     for name, table in source.tables.items():
         found |= {f"{name}_{column}": _OF_RAW[kind]() for column, kind in table.columns.items()}
+    found |= dict.fromkeys(source.counters, pl.Float64())
     rows = pl.LazyFrame(schema=found)
     for name, expression in source.derived.items():
         if (kind := _type(tree_of(expression), rows)) is not None:
             found[name] = kind
-    return found | dict.fromkeys(source.counters, pl.Float64())
+    return found
 
 
 def _declared(schema: Schema) -> dict[str, str]:
@@ -150,7 +151,7 @@ def _expression(node: Any) -> pl.Expr:
 
 
 def _kind(node: Any, rows: pl.LazyFrame) -> str | None:
-    """ "text", "number" or "truth value", also of a list's items; None for another type and an unknown one."""
+    """What values, or a list's items, are: "text", "number" or "truth value"; None for another type and an unknown one."""
     kind = _type(node, rows)
     if isinstance(kind, pl.List):
         kind = kind.inner  # type: ignore[assignment]

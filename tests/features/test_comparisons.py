@@ -182,6 +182,9 @@ def test_derived_columns_are_compared_by_what_they_are() -> None:
         changed("tasks.good.label", "stars > shown", number)
     )
     assert "compares text (stars) with a number (price)" in refusal(changed("tasks.good.label", "stars > price * 2"))
+    counted = changed("source.counters.seen", {"by": "user", "take": "count"})
+    half = changed("source.derived.half", "seen / 2", counted)
+    assert "with a number (half)" in refusal(changed("tasks.good.label", "stars = half", half))
     assert "with a number (click_count)" in refusal(changed("tasks.good.label", "stars = click_count"))
     assert "with a truth value (click)" in refusal(changed("tasks.good.label", "stars = click"))
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from features.errors import UserError, did_you_mean
 from features.parse.compute import number
-from features.schema.expressions import columns_of, sql_name
+from features.schema.expressions import column_of, columns_of, sql_name
 from pipeline.ingest.draft.column import SHOWN, Column
 from pipeline.ingest.draft.roles import Stream
 
@@ -70,6 +70,8 @@ def given(stream: Stream, text: str) -> Label:
         raise UserError(
             f"label={text}: {stream.pattern} has no column {missing[0]}{near}; it has {', '.join(stream.columns)[:1000]}"
         )
+    if column := column_of(text):
+        return _of_column(stream.columns[column])
     values, numbers = _computed(stream, text, names)
     known = values.drop_nulls().to_numpy()
     if not len(known) or known.min() == known.max():
