@@ -77,7 +77,14 @@ class Digest:
             return low
         while low < (middle := low / 2 + high / 2) < high:
             low, high = (low, middle) if self.at_most(middle) >= share else (middle, high)
-        return high
+        # A value of many rows counts half in its own rank, which is `at_most` of the number below it: -5e-324 in place of 0.
+        above = float(np.nextafter(high, np.inf))
+        return above + 0.0 if self._is_value(above) else high + 0.0  # 0 for -0
+
+    def _is_value(self, number: float) -> bool:
+        """Whether rows have exactly this value, rather than others on both sides: their ranks have a step there."""
+        step = self._sketch.get_rank(np.nextafter(number, np.inf)) - self._sketch.get_rank(number)
+        return bool(step * self._sketch.get_total_weight() > 0.25)  # half a row, or more
 
     def __getstate__(self) -> bytes:
         return bytes(self._sketch.serialize())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
+from features.schema.expressions import column_of
 from features.schema.schema import Schema
 
 
@@ -29,8 +30,8 @@ class Known:
     def since(self, expressions: list[str]) -> tuple[pl.Series, pl.Series]:
         """When the value of all expressions is known of each row, and where the log ended before that.
 
-        That an outcome happened is known when it does: of an expression that is its name. Its absence, and any other expression
-        over outcomes, is known once the window has closed: at the event time plus the window.
+        That an outcome happened is known when it does: of an expression that is its name, quoted or not. Its absence, and any
+        other expression over outcomes, is known once the window has closed: at the event time plus the window.
 
         Returns: int64 seconds [B], null where it is never known; bool [B].
         """
@@ -38,7 +39,7 @@ class Known:
         undecided = pl.Series([False], dtype=pl.Boolean).new_from_index(0, len(known))
         for expression in expressions:
             for outcome in self.schema.outcomes_of(expression):
-                decided, open_ = self._of(outcome, expression.strip() == outcome)
+                decided, open_ = self._of(outcome, column_of(expression) == outcome)
                 later = pl.max_horizontal(known, decided)
                 known = pl.select(pl.when(known.is_null() | decided.is_null()).then(None).otherwise(later)).to_series()
                 undecided |= open_

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import polars as pl
 
 from features.errors import UserError
+from features.schema.comparisons import mixed_comparison
 from features.schema.expression_size import Size
-from features.schema.expressions import memory_of, reason, shown
+from features.schema.expressions import columns_of, memory_of, reason, shown
 
 SLICE_BYTES = 256 << 20  # what an expression may need at a time; where it may need more, it is computed for fewer rows
 FIRST_DAY, END_DAY = -719_162, 2_932_897  # 1 January of the years 1 and 10000, in days since 1970
@@ -37,8 +38,12 @@ def evaluate(frame: pl.DataFrame, key: str, expression: str, name: str, room: in
         room: bytes that texts and lists of the result may need.
 
     Raises:
-        UserError: the expression does not fit the columns (no such column, wrong type), or its texts do not fit into `room`.
+        UserError: the expression does not fit the columns (no such column, wrong type, text compared with a number), or its
+            texts do not fit into `room`.
     """
+    types = {column: frame.schema[column] for column in columns_of(expression) if column in frame.columns}
+    if wrong := mixed_comparison(expression, types):
+        raise UserError(f"{key}: {wrong}")
     pieces: list[pl.Series] = []
     for part in _slices(frame, memory_of(expression)):
         try:

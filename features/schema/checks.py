@@ -11,6 +11,7 @@ from features.errors import did_you_mean
 from features.kinds import KINDS, times
 from features.kinds.values import WORDS, cleaned, numbers
 from features.printable import has_controls, printable
+from features.schema.comparisons import mixed_comparisons
 from features.schema.expressions import columns_of
 from features.schema.past_checks import contradictions_of_the_past
 from features.schema.splits import HashSplit, TimeSplit
@@ -63,6 +64,7 @@ def contradictions(schema: Schema) -> Iterator[str]:
     yield from _keys_of_outcomes(schema)
     yield from side_tables(schema)
     yield from contradictions_of_the_past(schema)
+    yield from mixed_comparisons(schema)
     yield from _leaks(schema)
 
 

@@ -27,7 +27,7 @@ _MOMENT = re.compile(r"\b(?:date|datetime|time|timestamp)\s*$", re.IGNORECASE)
 _INTERVAL = re.compile(r"\binterval\b(?!\s*')", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d]\w*|[^\w\s,()']")
 
-_FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError)
+FAULTS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, ValueError, OverflowError)
 
 
 def columns_of(expression: str) -> list[str]:
@@ -39,6 +39,24 @@ def columns_of(expression: str) -> list[str]:
             it is too long, too deeply nested, or may need more memory than a small multiple of its row.
     """
     return list(_checked(expression)[0])
+
+
+@lru_cache(maxsize=1024)
+def column_of(expression: str) -> str | None:
+    """The column that an expression is, quoted or in brackets, too; None for another. Raises ValueError as `columns_of`."""
+    columns = columns_of(expression)
+    return columns[0] if len(columns) == 1 and tree_of(expression) == {"Column": columns[0]} else None
+
+
+def sql_name(column: str) -> str:
+    """A column in an expression, quoted where its name could be something else."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
+        try:
+            if columns_of(column) == [column]:
+                return column
+        except ValueError:  # a keyword
+            pass
+    return '"' + column.replace('"', '""') + '"'
 
 
 def memory_of(expression: str) -> Size:
@@ -55,7 +73,7 @@ def shown(expression: str) -> str:
 def _checked(expression: str) -> tuple[tuple[str, ...], Size]:
     _check_text(expression)
     try:
-        tree, written = _tree(expression), _moments(expression)
+        tree, written = tree_of(expression), _moments(expression)
         beyond = dict.fromkeys(not_allowed(tree, written))
     except _TooLargeError:
         raise ValueError(
@@ -65,7 +83,7 @@ def _checked(expression: str) -> tuple[tuple[str, ...], Size]:
         raise ValueError(
             f"{shown(expression)} is nested too deeply: allowed are {MAX_DEPTH} operators that work on each other"
         ) from None
-    except _FAULTS as error:
+    except FAULTS as error:
         raise ValueError(f"{shown(expression)} is not a SQL expression: {reason(error)}") from None
     try:
         meta = pl.sql_expr(expression).meta
@@ -76,7 +94,7 @@ def _checked(expression: str) -> tuple[tuple[str, ...], Size]:
                 f"uses {', '.join(beyond)}: an expression may only use columns of its row and functions of them"
             )
         return tuple(meta.root_names()), size_of(tree)
-    except _FAULTS as error:
+    except FAULTS as error:
         raise ValueError(f"{shown(expression)} {reason(error)}") from None
 
 
@@ -141,7 +159,8 @@ class _Bounded(io.RawIOBase):
         return len(data)
 
 
-def _tree(expression: str) -> Any:
+def tree_of(expression: str) -> Any:
+    """The tree of an expression whose text was checked, as polars serializes it. Raises _TooLargeError, or as polars does."""
     written = _Bounded()
     try:
         pl.sql_expr(expression).meta.serialize(written, format="json")
@@ -155,5 +174,5 @@ def _tree(expression: str) -> Any:
 def _moments(expression: str) -> list[Any]:
     """The literals that an expression spells out, such as DATE '2020-01-01'. A call of the clock becomes one, too."""
     found = [(_MOMENT.search(expression[: token.start()]), token[0]) for token in _TOKEN.finditer(expression)]
-    trees = [_tree(kind[0] + text) for kind, text in found if kind]
+    trees = [tree_of(kind[0] + text) for kind, text in found if kind]
     return [tree["Literal"] for tree in trees if "Literal" in tree]  # DATE `a` is a column by another name

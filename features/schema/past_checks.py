@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from features.schema.expressions import columns_of
+from features.schema.expressions import column_of, columns_of
 
 if TYPE_CHECKING:
     from features.schema.schema import Schema
@@ -44,7 +44,7 @@ def _untimed(schema: Schema, text: str, reader: str, key: str, absence: bool = F
         stream = schema.source.outcomes[outcome]
         if not stream.time:
             yield f"{reader} reads outcome {outcome}, which has no time: give it one"
-        elif (absence or text.strip() != outcome) and (stream.window is None or stream.late == "keep"):
+        elif (absence or column_of(text) != outcome) and (stream.window is None or stream.late == "keep"):
             yield (
                 f"{key} reads more of outcome {outcome} than that it happened, which is known only "
                 "once its window has closed: give the outcome a window (and late: drop)"

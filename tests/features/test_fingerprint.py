@@ -56,10 +56,10 @@ def test_schemas_of_one_fingerprint_give_a_model_its_inputs_and_logits_in_one_or
 
 CHANGES = [
     ("source.files", "log.csv"), ("source.key", "user"), ("source.trim", True), ("source.missing", ["-"]),
-    ("source.delimiter", ";"), ("source.row_id", "id"), ("source.types", {"stars": "int"}),
+    ("source.delimiter", ";"), ("source.row_id", "id"), ("source.types", {"user": "int"}),
     ("source.outcomes.click.files", "clicks.csv"), ("source.outcomes.click.columns", {"dwell": "int"}),
     ("source.quote", None), ("source.multiline", True), ("source.timezone", "Asia/Tokyo"), ("source.format", "jsonl"),
-    ("source.types", {"stars": "time"}), ("source.outcomes.click.time", "at"), ("source.outcomes.click.take", "last"),
+    ("source.types", {"user": "time"}), ("source.outcomes.click.time", "at"), ("source.outcomes.click.take", "last"),
     ("source.outcomes.click.duplicates", "keep"), ("source.outcomes.click.late", "keep"),
     ("source.outcomes.click.open_window", "keep"), ("source.outcomes.click.open_window", "leave_out"),
     ("source.outcomes.click.read", {"delimiter": ";"}), ("tables.item.vocabulary.unknown", 2),

@@ -134,6 +134,6 @@ def test_controls_that_are_no_names_are_allowed() -> None:
     """Hive separates by \\x01, and a value may be anything."""
     content = copy.deepcopy(CONTENT)
     content["source"] |= {"delimiter": "\x01", "missing": ["\\N", "\x1b"]}
-    content["tasks"]["t"]["label"] = "click AND id <> 'a\x1b'"
+    content["tasks"]["t"]["label"] = "click AND CAST(id AS TEXT) <> 'a\x1b'"
     content["categorical"] = {"x2": {"table": "shared"}}
     Schema.parse(content, where="mine.yaml")

@@ -350,7 +350,7 @@ def test_the_files_of_an_outcome_are_written_as_the_impressions_are_unless_it_sa
 def test_a_schema_knows_what_to_read_and_what_joins_and_histories_add():
     click = {"files": "c", "key": "id", "time": "at", "columns": {"dwell": "float"}}
     content = changed("source.outcomes.buy", {"files": "b", "key": "id"}, changed("source.outcomes.click", click))
-    content = changed("source.derived.long", "click_dwell > patience", content)
+    content = changed("source.derived.long", "click_dwell > CAST(patience AS DOUBLE)", content)
     content = changed("tasks.bought", {"kind": "binary", "label": "buy", "observed_when": "long"}, content)
     content = changed("bag.before", {"history": {"user": "who", "item": "item", "when": "click"}}, content)
     schema = Schema.parse(content, where="mine.yaml")

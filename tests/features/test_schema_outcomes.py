@@ -70,11 +70,12 @@ READ_MORE = [
     "long",
     "click AND stars = '5'",
     "click IS NULL",
-    "(click)",
+    "(NOT click)",
+    '"click" AND click',
 ]
 
 
-@pytest.mark.parametrize("when", ["click", " click ", *READ_MORE])
+@pytest.mark.parametrize("when", ["click", " click ", '"click"', *READ_MORE])
 def test_a_history_reads_only_outcomes_whose_time_is_known(when):
     content = recalled(when)
     del content["source"]["outcomes"]["click"]["time"]
@@ -90,7 +91,9 @@ def test_a_history_that_asks_more_than_whether_an_outcome_happened_needs_a_windo
     accepted(recalled(when, window="1d"))
 
 
-@pytest.mark.parametrize("when", [None, "click", " click\n", "stars = '5'", "hour > 3"])
+@pytest.mark.parametrize(
+    "when", [None, "click", " click\n", '"click"', "(click)", '(("click"))', "`click`", "stars = '5'", "hour > 3"]
+)
 @pytest.mark.parametrize("click", [{}, {"window": "1d"}, {"window": "1d", "late": "keep"}])
 def test_a_history_of_all_rows_or_those_with_an_outcome_needs_no_window(when, click):
     accepted(recalled(when, **click))

@@ -11,14 +11,16 @@ import pyarrow as pa
 import pytest
 from dataset_by_hand import SCHEMA, draw_rows, fit_encoders, write_dead_letters, write_manifest, write_shard
 from examples import examples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from features.errors import UserError
 from features.fit.statistics import Statistics
 from pipeline.dataset.card.card import card, read_card
+from pipeline.dataset.card.content import NumberEntry
 from pipeline.dataset.card.drift import psi, verdict
 from pipeline.dataset.card.page import page
+from pipeline.dataset.card.statistics import number_statistics
 from pipeline.dataset.card.tables import number, percent, tables
 
 SHARES = st.lists(st.integers(0, 50), min_size=2, max_size=12).filter(any)
@@ -144,6 +146,47 @@ def test_what_shifted_comes_first_and_what_stayed_is_stable():
     assert verdicts["price"] == verdicts["city"] == "shifted"
     assert {line["feature"] for line in found["drift"][:2]} == {"price", "city"}
     assert [line["psi"] for line in found["drift"]] == sorted((line["psi"] for line in found["drift"]), reverse=True)
+
+
+TIES = st.sampled_from([-1e9, -3.0, -1.0, -0.5, -1e-12, 0.0, 1e-12, 0.1, 0.5, 1.0, 2.0, 3.0, 1e9])
+
+
+def plain_cells(x: np.ndarray, edges: list[float]) -> list[float]:
+    """Shares of the values up to the first edge, …, and beyond the last, where the first of two equal edges is no part."""
+    counts = [0] * (len(edges) + 1)
+    for value in x.tolist():
+        counts[
+            sum(value > e or (value == e and e == after) for e, after in zip(edges, [*edges[1:], None], strict=True))
+        ] += 1
+    return [count / len(x) for count in counts]
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(st.dictionaries(TIES, st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 9))
+@example({-1.0: 50, 0.0: 350, 1.0: 100}, 1, 0)
+@example({-1.0: 1, 0.0: 5, 1.0: 1}, 1, 0)
+@example({-1.0: 3, 0.0: 5, 1.0: 2}, 1, 0)
+@example({0.0: 5, 1e9: 1}, 2, 0)
+def test_cells_of_a_number_of_few_values_are_those_counted_row_by_row(counts, parts, seed):
+    x = np.random.default_rng(seed).permutation(np.repeat([*counts], [*counts.values()]))
+    found = [Statistics() for _ in range(parts)]
+    for part, values in zip(found, np.array_split(x, parts), strict=True):
+        part.rows = len(values)
+        part.count_number("v", pa.array(values))
+    entry = number_statistics(found[0].merge(*found[1:]), "v")
+    NumberEntry.model_validate_json(json.dumps(entry))
+    edges, shares = entry["cells"]["edges"], entry["cells"]["shares"]
+    assert min(shares) >= 0
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx(plain_cells(x, edges), abs=0.05 + 1 / len(x))
+    assert all(e == 0 or abs(e) > 1e-300 for e in [*edges, *entry["quantiles"].values(), *entry["histogram"]["edges"]])
+    assert sum(entry["histogram"]["counts"]) == pytest.approx(len(x), abs=1 + 0.05 * len(x))
+
+
+def test_no_share_is_negative_of_values_that_are_neighbouring_floats():
+    statistics = Statistics(rows=109)
+    statistics.count_number("v", pa.array([-1.0] * 42 + [-5e-324] * 18 + [0.0] * 49))
+    NumberEntry.model_validate_json(json.dumps(number_statistics(statistics, "v")))
 
 
 def test_drift_of_a_number_is_that_of_its_cells_counted_row_by_row():

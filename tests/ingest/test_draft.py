@@ -239,8 +239,35 @@ def test_a_table_that_a_larger_stream_refers_to_is_not_the_impressions(tmp_path:
     }
     manifest = preprocessed(tmp_path, tmp_path / "raw", schema)
     assert sum(manifest.positives[s]["rating"] for s in manifest.rows) == sum(r["rating"] >= 4 for r in ratings)
-    schema, _ = drafted(tmp_path, tmp_path / "raw", label="rating")
-    assert schema["tasks"] == {"rating": {"kind": "regression", "label": "rating"}}
+    for quoted in ("rating", '"rating"', " (rating)"):
+        schema, _ = drafted(tmp_path, tmp_path / "raw", label=quoted)
+        assert schema["tasks"] == {"rating": {"kind": "regression", "label": "rating"}}
+
+
+def test_a_label_that_compares_a_column_of_text_with_a_number_is_refused_with_what_computes(tmp_path: Path) -> None:
+    rows = [{"v": "n/k" if i == 10 else f"{i % 11}.5", "note": f"n{i % 7}"} for i in range(400)]
+    write_csv(tmp_path / "raw" / "imp.csv", rows)
+    said = refused(tmp_path, tmp_path / "raw", label="v > 9.0")
+    assert "label=v > 9.0: 'v > 9.0' compares text (v) with a number: write TRY_CAST(v AS DOUBLE)" in said
+    schema, text = drafted(tmp_path, tmp_path / "raw", label="TRY_CAST(v AS DOUBLE) > 9.0")
+    known = [float(row["v"]) > 9 for row in rows if row["v"] != "n/k"]
+    assert f"mean {sum(known) / len(known):.4f} of {len(known)} sampled rows" in text
+    assert next(iter(schema["tasks"].values()))["label"] == "TRY_CAST(v AS DOUBLE) > 9.0"
+
+
+@pytest.mark.parametrize("label", ["y", '"y"', "(`y`)"])
+def test_a_column_of_two_values_is_the_same_label_quoted_or_not(tmp_path: Path, label: str) -> None:
+    rows = [{"y": 1 if i % 3 else -1, "note": f"n{i % 7}"} for i in range(300)]
+    write_csv(tmp_path / "raw" / "imp.csv", rows)
+    schema, _ = drafted(tmp_path, tmp_path / "raw", label=label)
+    assert schema["tasks"] == {"y": {"kind": "binary", "label": "y = 1"}}
+
+
+def test_of_a_label_that_no_types_fit_the_first_mismatch_is_said(tmp_path: Path) -> None:
+    rows = [{"v": "n/k" if i == 10 else f"{i % 11}.5", "price": i % 9} for i in range(400)]
+    write_csv(tmp_path / "raw" / "imp.csv", rows)
+    said = refused(tmp_path, tmp_path / "raw", label="price > 3.5 AND v > 9.0")
+    assert "compares text (v) with a number" in said
 
 
 @pytest.mark.parametrize("no", ["0.0", "-1.0"])

@@ -67,7 +67,8 @@ def cells(digest: Digest, edges: np.ndarray) -> np.ndarray:
         return np.zeros(len(edges) + 1)
     first_of_two = np.append(edges[1:] == edges[:-1], False)[: len(edges)]
     up_to = [digest.below(x) if first else digest.at_most(x) for x, first in zip(edges, first_of_two, strict=True)]
-    return np.diff([0.0, *up_to, 1.0]).round(DIGITS)
+    # Neighbouring floats as edges, such as 0 and 5e-324, have ranks that the digest does not separate.
+    return np.diff(np.maximum.accumulate([0.0, *np.minimum(up_to, 1.0), 1.0])).round(DIGITS)
 
 
 def id_statistics(schema: Schema, encoders: Encoders, statistics: Statistics, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import polars as pl
 
 from features.errors import UserError, did_you_mean
 from features.parse.compute import number
-from features.schema.expressions import columns_of
+from features.schema.expressions import column_of, columns_of, sql_name
 from pipeline.ingest.draft.column import SHOWN, Column
 from pipeline.ingest.draft.roles import Stream
 
@@ -70,6 +70,8 @@ def given(stream: Stream, text: str) -> Label:
         raise UserError(
             f"label={text}: {stream.pattern} has no column {missing[0]}{near}; it has {', '.join(stream.columns)[:1000]}"
         )
+    if column := column_of(text):
+        return _of_column(stream.columns[column])
     values, numbers = _computed(stream, text, names)
     known = values.drop_nulls().to_numpy()
     if not len(known) or known.min() == known.max():
@@ -96,17 +98,6 @@ def none_seen(folder: str, stream: Stream) -> UserError:
         f"no other files refer to its rows by a key. {f'Columns of few values: {shown}. ' if few else ''}Name one, or an "
         f"expression: {' or '.join([*examples, 'label=COLUMN'])}."
     )
-
-
-def sql_name(column: str) -> str:
-    """A column in an expression, quoted where its name could be something else."""
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
-        try:
-            if columns_of(column) == [column]:
-                return column
-        except ValueError:  # a keyword
-            pass
-    return '"' + column.replace('"', '""') + '"'
 
 
 def sql_text(value: str) -> str:
@@ -166,7 +157,7 @@ def _computed(
     for name in names:
         if (kind := stream.columns[name].kind) == "int" or kind == "float":
             kinds[name] = kind
-    error = UserError(f"label={text}: cannot be computed")
+    faults: list[UserError] = []
     for numbers in [kinds, {}] if kinds else [{}]:
         frame = pl.DataFrame(
             [
@@ -178,5 +169,5 @@ def _computed(
         try:
             return number(frame, f"label={text}", text, "label"), numbers
         except UserError as fault:
-            error = fault
-    raise error
+            faults.append(fault)
+    raise faults[0]  # of numbers where there are any: the other one is of those as text, too
