@@ -5,19 +5,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BeforeValidator, Field, model_validator
 
-from features.kinds.times import EARLIEST, LATEST
 from features.source import Strict
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+FIRST_DAY, LAST_DAY = 19_900_101, 21_001_231  # as YYYYMMDD
 
 
 def utc(value: Any) -> Any:
     """Dates and times without a zone are UTC: a split must not move with the machine's zone.
 
-    Raises ValueError for a number that is no plausible time in seconds, as 20261107 is none.
+    Raises ValueError for a number such as 20261107, which would be seconds of 1970.
     """
-    if isinstance(value, int | float) and not EARLIEST <= value <= LATEST:
+    if isinstance(value, int | float) and FIRST_DAY <= value <= LAST_DAY:
         raise ValueError(f"{value} is no time: write it as 2026-11-07 or 2026-11-07T12:00:00Z")
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
     if isinstance(moment, date) and not isinstance(moment, datetime):  # what YAML makes of a date without quotes

@@ -42,7 +42,7 @@ REPORTS: list[Report] = [
     ReadReport("click", "file", 0, 4, [], [PART], ["scattered"], -5, LETTERS),
     JoinReport("path", {"click": {"joined": 1, "late": 0}}, {"click": None, "buy": 9}),
     LookUpReport("item", "path", 3, 2, 1, {"matched": 5, "unmatched": 1, "early": 0}, [2**64 - 1]),
-    ScatterPastReport({"seen": "path"}, {"seen": 2}, {"ctr": (1.5, 3)}, 9, 1),
+    ScatterPastReport({"seen": "path"}, {"seen": 2}, {"ctr": (1.5, 3)}, 9, 1, 2),
     GatherPastReport("seen", "path", "later"),
     WriteStateReport(STATE),
     LabelReport(PART, LETTERS),
