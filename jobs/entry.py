@@ -25,6 +25,7 @@ from features.errors import Preempted, UserError, did_you_mean, fault_text, join
 from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
+from jobs.command_line import CONF
 from jobs.mistyped import explained
 from jobs.quoting import quoted, typed
 from jobs.versions import check_versions
@@ -34,7 +35,6 @@ from pipeline.training.faults.rank_status import write_rank_status
 
 LEVELS = ("debug", "info", "warning", "error")
 DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
-CONF = Path(__file__).parent / "conf"
 
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.

@@ -189,10 +189,10 @@ def _tables(page: Document, roles: Roles) -> None:
         kinds = {**TYPES, "list": "string", "numbers": "string"}
         fit = [c for c in stream.columns.values() if c is not key and c.kind in kinds and not unfit_name(c.name)]
         columns = {c.name: kinds[c.kind] for c in fit}
-        on = {} if key.name == column.name else {"on": column.name}
+        by = {} if key.name == column.name else {"by": column.name}
         read = {} if not (own := source_options(stream)) else {"read": own}
         name = outcome_name(stream.pattern)
-        found[name] = {"files": stream.pattern, "key": key.name, **on, "columns": columns, **read}
+        found[name] = {"files": stream.pattern, "key": key.name, **by, "columns": columns, **read}
     page.suggestion(2, "tables", found)
 
 
