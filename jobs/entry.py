@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -27,7 +26,7 @@ from features.schema.schema import Schema
 from jobs import command_line
 from jobs.command_line import CONF
 from jobs.mistyped import explained
-from jobs.quoting import quoted, typed
+from jobs.quoting import quoted, refused
 from jobs.versions import check_versions
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
@@ -252,10 +251,7 @@ def compose_and_run(main: Callable[[DictConfig], None], name: str) -> None:
     try:
         hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)()
     except OverrideParseException as error:
-        key, equals, value = error.override.partition("=")
-        what = error.message.splitlines()[0] if equals else "not KEY=VALUE"
-        how = f"If it is a text, type {typed(key, value)}." if equals else "See --help."
-        raise UserError(f"{printable(error.override[:200])}: {what}. {how}") from None
+        raise refused(error.override, error.message.splitlines()[0]) from None
     except ConfigCompositionException as error:
         raise explained(error) from None
     except (UserError, HydraException, OmegaConfBaseException, OSError):

@@ -47,7 +47,7 @@ def test_features_of_any_kind_histories_derived_columns_and_the_split_may_read_a
         (with_table(columns={}), "source.tables.goods.columns: Dictionary should have at least 1 item"),
         (with_table(columns={"item": "string"}), "column item is read as key or valid_from already"),
         (with_table(valid_from="item"), "item is both key and valid_from"),
-        (with_table(keys="item"), "goods.keys: unknown key (did you mean key?), allowed are files, key, on, columns, "),
+        (with_table(keys="item"), "goods.keys: unknown key (did you mean key?), allowed are files, key, by, columns, "),
         (with_table(columns={"brand": "text"}), "source.tables.goods.columns.brand: Input should be 'int', 'float', "),
         (changed("source.tables.click", ITEM), "source.tables.click has the name of another stream"),
         (changed("source.tables.impressions", ITEM), "source.tables.impressions has the name of another stream"),

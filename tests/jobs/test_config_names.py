@@ -13,7 +13,9 @@ SAYS = "has the name of a config of taskfuse, which would be read in its place: 
 
 
 @pytest.mark.parametrize(
-    "name", ["data/demo.yaml", "data/census.yaml", "model/mmoe.yaml", "recipe/demo.yaml", "interaction/dot.yaml", "data/demo.yml"]
+    "name",
+    ["data/demo.yaml", "data/census.yaml", "model/mmoe.yaml", "recipe/demo.yaml", "interaction/dot.yaml", "data/demo.yml",
+    ]
 )  # fmt: skip
 def test_a_file_with_the_name_of_one_of_ours_is_refused_chosen_or_not(name: str, call: Call, tmp_path: Path) -> None:
     path = tmp_path / "conf" / name
