@@ -54,16 +54,16 @@ def refused(word: str, why: str) -> UserError:
     """
     key, equals, value = word.partition("=")
     shown = printable(word[:200])
-    if not equals or not key.strip("+~ "):
+    if not equals or key.strip() in ("", "+", "++", "~"):
         return UserError(f"{shown}: not KEY=VALUE. See --help.")
-    if _reads(f"{key}=0"):
+    if _is_key(key):
         return UserError(f"{shown}: {why}. {_forms(key, value)}.")
     bare = re.sub(r"^([+~]*)\s+", r"\1", key.strip())
-    if bare != key and _reads(f"{bare}=0"):
+    if bare != key and _is_key(bare):
         return UserError(f"{shown}: a key has no spaces around it. {_forms(bare, value.strip())}.")
     return UserError(
-        f"{shown}: a key on a command line has ASCII letters, digits, _, -, $ and dots alone, no spaces. Correct it, or where it "
-        "is a name of your own, write it into a YAML file (--config-dir=DIR)."
+        f"{shown}: a key on a command line has ASCII letters, digits, _, -, $ and dots alone, no spaces. Correct it, or where "
+        "it is a name of your own, write it into a YAML file (--config-dir=DIR)."
     )
 
 
@@ -83,6 +83,11 @@ def _element_in_quotes(found: re.Match[str]) -> str:
     return f'{found[1]}"{found[2].rstrip()}"'
 
 
+def _is_key(key: str) -> bool:
+    """Whether a key, with + or ~ before it, is one that Hydra's grammar can read."""
+    return key not in ("", "+", "++", "~") and _reads(f"{key}=0")
+
+
 def _reads(word: str) -> bool:
     """Whether Hydra's grammar can read a word."""
     try:
@@ -100,7 +105,7 @@ def _check_pieces(words: Sequence[str]) -> None:
             continue
         whole = " ".join([word, *rest])
         key, value = (part.strip() for part in whole.split("=", 1))
-        if _reads(f"{key}=0"):
+        if _is_key(key):
             raise UserError(f"{printable(whole[:200])}: is split at its spaces. {_forms(key, value)}.")
 
 
@@ -114,19 +119,18 @@ def _quoted(word: str, sweeps: bool) -> str:
     name = key.lstrip("+")
     if name in GROUPS or name == "hydra" or name.startswith(("hydra.", "hydra/")):
         return word
-    if not name.strip():
+    if not _is_key(key):
         raise refused(word, "")
     try:
         read: Override = PARSER.parse_override(word)
-    except HydraException as error:
-        if not _reads(f"{key}=0"):
-            raise refused(word, str(error)) from None
+    except HydraException:
         return word if WRITTEN_FOR_HYDRA.match(value) else setting(key, value, always=True)
     if read.is_sweep_override() and not sweeps:
         listed = f"{key}=[{value}]"
         as_list = f", or {_for_shell(listed)} for a list" if _reads(listed) else ""
         raise UserError(
-            f"{printable(word[:200])}: with commas it stands for several values. Type {typed(key, value)} for one text{as_list}."
+            f"{printable(word[:200])}: with commas it stands for several values. Type {typed(key, value)} for one text"
+            f"{as_list}."
         )
     # Spaces around a text are dropped, unless it is in quotes. A backslash is an escape.
     is_text = isinstance(read.value(), str) and not WRITTEN_FOR_HYDRA.match(value) and "\\" not in value

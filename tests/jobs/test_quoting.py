@@ -153,8 +153,8 @@ def refusal(words: list[str]) -> str | None:
 
 
 PIECES = st.sampled_from(
-    ["x", "out", "data", "a.b", "+", "++", "~", " ", " ", "=", "=", "y = 1", "{", "}", "[", "]", ",", ": ", "'", '"', "(", ")", "choice(",
-     "1", "$", "é", "\\", "#", "/l", "null"]
+    ["x", "out", "data", "a.b", "+", "++", "~", " ", " ", "=", "=", "y = 1", "{", "}", "[", "]", ",", ": ", "'", '"', "(", ")", 
+     "choice(", "1", "$", "é", "\\", "#", "/l", "null"]
 )  # fmt: skip
 
 
@@ -177,11 +177,12 @@ def test_whatever_is_advised_is_accepted_when_it_is_typed(words: list[str]) -> N
     [
         ("out =x", "out =x: a key has no spaces around it. Type 'out=x'."),
         (" + out = a b", "Type '+out=a b'."),
-        ("data.schema.source.derived.a b=x", "a b=x: a key on a command line has ASCII letters, digits, _, -, $ and dots alone"),
+        ("data.schema.source.derived.a b=x", "a b=x: a key on a command line has ASCII letters, digits, _, -, $ and dots"),
         ("hydra.a b=1", "no spaces. Correct it, or where it is a name of your own, write it into a YAML file"),
         ("x={z: y = 1}", "Type 'x={z: \"y = 1\"}', or if all of it is one text 'x=\"{z: y = 1}\"'."),
         ("x=[a=1,b c]", "Type 'x=[\"a=1\",b c]', or if all of it is one text"),
         ("x=[y", "If it is a text, type 'x=\"[y\"'."),
+        ("+=x", "+=x: not KEY=VALUE. See --help."),
         ("=x", "=x: not KEY=VALUE. See --help."),
     ],
 )  # fmt: skip
