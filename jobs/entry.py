@@ -26,7 +26,7 @@ from features.schema.schema import Schema
 from jobs import command_line
 from jobs.command_line import CONF
 from jobs.mistyped import explained
-from jobs.quoting import quoted, refused
+from jobs.quoting import quoted, refused, typed
 from jobs.versions import check_versions
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
@@ -149,8 +149,15 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
 
 
 def message_of(error: Any, model: type[BaseModel]) -> str:
-    """What one validation error says; of a key at the top that the job does not have also the nearest one that it has."""
+    """What one validation error says, and what to type where that is known.
+
+    Of a key at the top that the job does not have it is the nearest one that it has, of a text that Hydra reads as a whole
+    number the text in quotes.
+    """
     message = fault_text(error["msg"])
+    is_number = error["type"] in ("string_type", "path_type") and type(error["input"]) is int
+    if is_number and all(isinstance(part, str) for part in error["loc"]):
+        message += f": type {typed('.'.join(error['loc']), str(error['input']))}"
     known = [str(field.alias or name) for name, field in model.model_fields.items()]
     mistyped = error["type"] == "extra_forbidden" and len(error["loc"]) == 1
     return message + (did_you_mean(str(error["loc"][0]), known) if mistyped else "")

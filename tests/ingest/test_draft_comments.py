@@ -153,7 +153,9 @@ def test_a_table_of_several_rows_a_key_that_cannot_be_read_is_named_with_the_tru
     _, text = drafted(tmp_path, folder, impressions="impressions.csv")
     assert "tables" not in offered(text)
     said = " ".join(text.replace("#", "").split())
-    assert f'"users.csv" has several rows with one user, but {why}: which of them an impression sees is not known' in said
+    assert (
+        f'"users.csv" has several rows with one user, but {why}: which of them an impression sees is not known' in said
+    )
 
 
 def test_events_of_single_impressions_are_no_versions_of_a_user(tmp_path: Path) -> None:
