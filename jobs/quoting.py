@@ -103,6 +103,8 @@ def _check_pieces(words: Sequence[str]) -> None:
         rest = [*takewhile(_is_piece, words[first + 1 :])]
         if word.startswith(("-", "~", "=")) or not rest or not ("=" in word or rest[0].startswith("=")):
             continue
+        if "=" in word and len(rest) > 1 and _is_key(rest[0]) and rest[1].startswith("="):
+            continue  # such as `data=mine out = x`: it is the next setting that is split
         whole = " ".join([word, *rest])
         key, value = (part.strip() for part in whole.split("=", 1))
         if _is_key(key):

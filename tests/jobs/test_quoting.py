@@ -123,6 +123,14 @@ def test_a_setting_that_a_shell_has_split_is_answered_with_the_form_to_type(text
     assert [text_of(word) for word in words] == [re.split(r" out=| --cfg", text.partition("=")[2])[0]]
 
 
+@pytest.mark.parametrize(
+    "text", ["data=mine out = /x seed=1", "data=mine out =/x", "data=mine out= /x", "out = /x data=mine"]
+)
+def test_of_two_settings_the_one_that_a_shell_has_split_is_named(text: str) -> None:
+    with pytest.raises(UserError, match=r"^out ?= ?/x: is split at its spaces\. Type 'out=/x'\.$"):
+        quoted(text.split())
+
+
 def test_a_list_that_a_shell_has_split_stays_one() -> None:
     with pytest.raises(UserError, match=r"Type 'a=\[x, y\]'\.$"):
         quoted(["a=[x,", "y]", "b=1"])
