@@ -95,6 +95,22 @@ def test_tables_in_files_by_day_are_snapshots_or_where_keys_repeat_versions_of_a
     assert manifest.side_tables["item"].matched_rows > 0
 
 
+@pytest.mark.parametrize("drop", ["", "ts"])
+def test_files_by_day_with_other_keys_each_are_parts_of_one_table(drop: str, tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    write_csv(folder / "impressions.csv", [{k: v for k, v in row.items() if k != drop} for row in log(500)])
+    for day in range(1, 4):
+        write_csv(folder / f"items-2026-11-0{day}.csv", items()[20 * (day - 1) : 20 * day])
+    users = [{"user": f"u{i}", "age": i % 50} for i in range(150)]
+    write_csv(folder / "users-2026-11-01.csv", users)
+    _, text = drafted(tmp_path, folder)
+    tables = offered(text)["tables"]
+    assert tables["item"]["files"] == "items-*.csv"
+    assert tables["user"]["files"] == ("users-*.csv" if drop else "users-{date}.csv")
+    _, manifest = uncommented(tmp_path, folder, text)
+    assert [manifest.side_tables[name].matched_rows for name in ("item", "user")] == [500, 500]
+
+
 def test_outcomes_tables_and_tasks_that_would_share_a_name_get_others(tmp_path: Path) -> None:
     folder = tmp_path / "raw"
     rows = [row | {"id": f"r{i:06d}", "item_brand": "x"} for i, row in enumerate(log(600))]

@@ -16,6 +16,7 @@ from pipeline.ingest.draft.sample import Sample
 UNIQUE = 0.98  # share of different values in a key: logs that are delivered twice repeat some
 MORE = 1.1  # times the rows, which are estimates
 ALL = 0.95  # share of the impressions from which on a stream is about every one of them
+FEW_MISSING = 0.0005  # of a key or time: more such rows, which are bad ones, stop jobs.preprocess
 SAMPLED = 3  # files of a stream at most
 DAY = 86_400
 WINDOWS = (
@@ -97,19 +98,15 @@ class Table:
 
     Attributes:
         key: its column that names them. column: that of the impressions with the same values.
-        valid_from: of several rows a key, the time from which each is valid; None: one row a key, also of snapshots by day.
-        files: as `files` of a schema has them.
+        files: as `files` of a schema has them; with {date} each file is a snapshot of the whole table.
+        valid_from: of several rows a key, the time from which each is valid; None: one row a key.
     """
 
     stream: Stream
     key: Column
     column: Column
+    files: str
     valid_from: Column | None = None
-
-    @property
-    def files(self) -> str:
-        """The pattern, where rows have times of their own without {date}, which is of whole snapshots."""
-        return self.stream.pattern.replace("{date}", "*") if self.valid_from else self.stream.pattern
 
 
 @dataclass(frozen=True)
@@ -268,7 +265,7 @@ def _event_time(stream: Stream, given: str | None) -> Column | None:
             )
         return column
     names = ("event_time", "timestamp", "ts", "time", "impression_time", "event_timestamp", "datetime", "date")
-    fit = [c for c in stream.times if c.missing < 0.0005 and c.distinct > 1]
+    fit = [c for c in stream.times if c.missing < FEW_MISSING and c.distinct > 1]
     return min(fit, key=lambda c: names.index(c.word) if c.word in names else len(names), default=None)
 
 
@@ -331,17 +328,21 @@ def _side_table(first: Stream, stream: Stream, moment: Column | None) -> Table |
     Args:
         moment: the event time of the impressions, without which neither versions nor snapshots can be chosen among.
     """
+    files, whole = stream.sample.group.files, stream.pattern.replace("{date}", "*")
     for key in stream.unique:
         if column := _refers_to(first, key):
-            return Table(stream, key, column)
+            # Of several files with other keys none is the whole table.
+            return Table(stream, key, column, whole if moment is None or len(files) > 1 else stream.pattern)
     if moment is None or (link := _repeated_key(first, stream)) is None:
         return None
     key, column = link
-    if "{date}" in stream.pattern and key.known <= MORE * min(len(stream.sample.group.files), SAMPLED) * key.distinct:
-        return Table(stream, key, column)
-    versions = {time.name: pl.DataFrame([key.values, time.values]).n_unique() for time in stream.times}
+    if "{date}" in stream.pattern and key.known <= MORE * min(len(files), SAMPLED) * key.distinct:
+        return Table(stream, key, column, stream.pattern)
+    versions = {
+        c.name: pl.DataFrame([key.values, c.values]).n_unique() for c in stream.times if c.missing < FEW_MISSING
+    }
     best = max(versions, key=lambda name: versions[name], default=None)
-    return None if best is None else Table(stream, key, column, stream.columns[best])
+    return None if best is None else Table(stream, key, column, whole, stream.columns[best])
 
 
 def _refers_to(first: Stream, key: Column) -> Column | None:
@@ -359,7 +360,7 @@ def _repeated_key(first: Stream, stream: Stream) -> tuple[Column, Column] | None
     """
     if _row_key(first, stream):
         return None
-    keys = [c for c in stream.columns.values() if c.kind in ("int", "text") and c.missing < 0.01]
+    keys = [c for c in stream.columns.values() if c.kind in ("int", "text") and c.missing < FEW_MISSING]
     links = [(key, column) for key in keys if (column := _refers_to(first, key))]
     return max(links, key=lambda link: link[0].distinct, default=None)
 
