@@ -151,10 +151,14 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
 def message_of(error: Any, model: type[BaseModel]) -> str:
     """What one validation error says, and what to type where that is known.
 
-    Of a key at the top that the job does not have it is the nearest one that it has, of a text that Hydra reads as a whole
-    number the text in quotes.
+    Of a key at the top that the job does not have it is the nearest one that it has, of a text or a day that Hydra reads as
+    a whole number the text in quotes or the form of a day.
     """
     message = fault_text(error["msg"])
+    if error["type"].startswith("date_") and type(error["input"]) is int:
+        from pipeline.dataset.days import written_out
+
+        return f"{error['input']} is no date as YYYY-MM-DD: write {written_out(error['input'])}"
     is_number = error["type"] in ("string_type", "path_type") and type(error["input"]) is int
     if is_number and all(isinstance(part, str) for part in error["loc"]):
         message += f": type {typed('.'.join(error['loc']), str(error['input']))}"

@@ -16,8 +16,7 @@ from pipeline.overrides import setting
 
 # A list, a dict or a text in quotes: a fault in one is its writer's to mend. ${…} refers to another setting.
 WRITTEN_FOR_HYDRA = re.compile(r"\s*[\[{'\"]|.*\$\{", re.S)
-# One element of a list or dict: what stands between its signs.
-ELEMENT = re.compile(r"(?<=[\[{,:])(\s*)([^\[\]{},:'\"\\]*=[^\[\]{},:'\"\\]*?)(?=\s*[\]},])")
+SIGNS = re.compile(r"([\[\]{},:])")  # of a list or dict, between its elements
 
 PARSER = OverridesParser.create()
 
@@ -73,14 +72,17 @@ def _forms(key: str, value: str) -> str:
     if _reads(word) and (key.startswith("~") or quoted([word]) == [word]):
         return f"Type {_for_shell(word)}"
     text = typed(key, value)
-    repaired = f"{key}={ELEMENT.sub(_element_in_quotes, value)}"
+    repaired = f"{key}={''.join(map(_element, SIGNS.split(value)))}"
     if WRITTEN_FOR_HYDRA.match(value) and repaired != word and _reads(repaired):
         return f"Type {_for_shell(repaired)}, or if all of it is one text {text}"
     return f"If it is a text, type {text}" if WRITTEN_FOR_HYDRA.match(value) else f"Type {text}"
 
 
-def _element_in_quotes(found: re.Match[str]) -> str:
-    return f'{found[1]}"{found[2].rstrip()}"'
+def _element(text: str) -> str:
+    """An element of a list or dict, in quotes where Hydra's grammar would refuse it for a =."""
+    if "=" not in text or re.search(r"['\"\\]", text):
+        return text
+    return text[: len(text) - len(text.lstrip())] + f'"{text.strip()}"'
 
 
 def _is_key(key: str) -> bool:

@@ -39,6 +39,9 @@ def test_a_text_that_is_read_as_a_number_is_answered_with_what_to_type(call):
         call("train", "dataset=x", "run=y", "days=20261101"),
         "days: 20261101 is no date as YYYY-MM-DD: write 2026-11-01",
     )
+    assert_one_line(
+        call("generate", "out=x", "start=20261101"), "start: 20261101 is no date as YYYY-MM-DD: write 2026-11-01"
+    )
     assert_one_line(call("train", "dataset=2026", "run=y"), "dataset: ", "type 'dataset=\"2026\"'")
     assert_one_line(call("train", 'dataset="2026"', "run=y"), "2026: no dataset")
 
