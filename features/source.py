@@ -177,7 +177,7 @@ class SideTable(Strict):
         files: as for impressions. Files with {date} are whole snapshots, each from its day's beginning on: with `date` the
             newest one up to that day is read, otherwise an impression sees the one of its time.
         key: column of the table.
-        on: column of the impressions, raw or derived, that names a row; by default it is called like `key`.
+        by: column of the impressions, raw or derived, that names a row; by default it is called like `key`.
         columns: further columns with their types.
         valid_from: column of when a version begins, which may be the second of the impression; it ends with the next one.
         read: how its files are written, where it differs from the impressions'; by default they have a header line.
@@ -185,7 +185,7 @@ class SideTable(Strict):
 
     files: str
     key: str
-    on: str | None = None
+    by: str | None = None
     columns: dict[str, RawType] = Field(min_length=1)
     valid_from: str | None = None
     read: Format | None = None
@@ -206,7 +206,7 @@ class SideTable(Strict):
     @property
     def foreign_key(self) -> str:
         """The column of the impressions that names a row."""
-        return self.on or self.key
+        return self.by or self.key
 
     @property
     def in_snapshots(self) -> bool:

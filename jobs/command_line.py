@@ -15,7 +15,8 @@ from features.errors import UserError
 from features.printable import has_surrogates, printable
 from features.yaml_text import MAX_BYTES, parse_yaml
 
-# The groups of jobs/conf, each with the `# @package` line that its files may have.
+CONF = Path(__file__).parent / "conf"
+# The groups of CONF, each with the `# @package` line that its files may have.
 GROUPS = {"data": None, "model": None, "interaction": "model.interaction", "recipe": "_global_"}
 RECIPE_KEYS = ("model", "train", "tasks")  # a recipe stands at the top of the configuration
 FLAGS = {
@@ -113,6 +114,7 @@ def check_folder(folder: Path) -> None:
             raise UserError(
                 f"{path}: a file under --config-dir lies in one of the folders {', '.join(GROUPS)}. Move it there or away."
             )
+        check_name(path, parts)
         content = _read(path, left)
         left -= len(content)
         if base := _check_file(path, content, parts[0]):
@@ -126,6 +128,22 @@ def check_folder(folder: Path) -> None:
                     f"{folder / Path(*parts)}.yaml: defaults: {now[-1]} is made from itself. Break the circle."
                 )
             seen.add(now)
+
+
+def check_name(path: Path, parts: Sequence[str]) -> None:
+    """Checks the name of a file that --config-dir is to read: Hydra reads CONF first, and one of the same name nowhere else.
+
+    Args:
+        parts: its group, folders below it and its name without .yaml.
+
+    Raises:
+        UserError: CONF has a file of this group and name, and it is another one.
+    """
+    own = CONF.joinpath(*parts[:-1], f"{parts[-1]}.yaml")
+    if own.is_file() and not (path.exists() and path.samefile(own)):
+        raise UserError(
+            f"{path} has the name of a config of taskfuse, which would be read in its place: give it another name"
+        )
 
 
 def _yaml_files(folder: Path) -> Iterator[Path]:
@@ -201,13 +219,23 @@ def _check_values(path: Path, value: Any, place: str) -> None:
     if isinstance(value, Mapping):
         for key, below in value.items():
             if not isinstance(key, str):
-                raise UserError(f"{path}: {place}{printable(str(key))}: a key is text: put it into quotes")
+                where = f"{path}: {place.rstrip('.')}".removesuffix(": ")
+                raise UserError(f"{where}: a key that YAML reads as {_as_read(key)}: put it into quotes")
             _check_values(path, below, f"{place}{printable(key)}.")
     elif isinstance(value, list):
         for below in value:
             _check_values(path, below, place)
     elif isinstance(value, str):
         _check_interpolations(value, f"{path}: {place.rstrip('.')}")
+
+
+def _as_read(key: Any) -> str:
+    """What YAML makes of a key that is no text, with words that may stand in the file."""
+    if isinstance(key, bool):
+        return "true, such as on or yes" if key else "false, such as off or no"
+    if key is None:
+        return "null, such as ~"
+    return f"the {'number' if isinstance(key, int | float) else 'time'} {printable(str(key))}"
 
 
 def _check_interpolations(value: str, where: str) -> None:

@@ -13,6 +13,7 @@ import shlex
 
 from omegaconf import DictConfig
 
+from jobs.command_line import check_name
 from jobs.entry import job, parse
 from pipeline.overrides import setting
 
@@ -24,6 +25,7 @@ def main(config: DictConfig) -> None:
     from pipeline.ingest.draft.draft import draft
 
     settings: DraftConfig = parse(config, DraftConfig)
+    check_name(settings.out, (settings.out.absolute().parent.name, settings.out.stem))
     for line in draft(settings).lines:
         print(line)
     folder, name = settings.out.parent.parent, settings.out.stem

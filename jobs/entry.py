@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -25,8 +24,9 @@ from features.errors import Preempted, UserError, did_you_mean, fault_text, join
 from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
+from jobs.command_line import CONF
 from jobs.mistyped import explained
-from jobs.quoting import quoted, typed
+from jobs.quoting import quoted, refused, typed
 from jobs.versions import check_versions
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
@@ -34,7 +34,6 @@ from pipeline.training.faults.rank_status import write_rank_status
 
 LEVELS = ("debug", "info", "warning", "error")
 DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
-CONF = Path(__file__).parent / "conf"
 
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.
@@ -150,8 +149,19 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
 
 
 def message_of(error: Any, model: type[BaseModel]) -> str:
-    """What one validation error says; of a key at the top that the job does not have also the nearest one that it has."""
+    """What one validation error says, and what to type where that is known.
+
+    Of a key at the top that the job does not have it is the nearest one that it has, of a text or a day that Hydra reads as
+    a whole number the text in quotes or the form of a day.
+    """
     message = fault_text(error["msg"])
+    if error["type"].startswith("date_") and type(error["input"]) is int:
+        from pipeline.dataset.days import written_out
+
+        return f"{error['input']} is no date as YYYY-MM-DD: write {written_out(error['input'])}"
+    is_number = error["type"] in ("string_type", "path_type") and type(error["input"]) is int
+    if is_number and all(isinstance(part, str) for part in error["loc"]):
+        message += f": type {typed('.'.join(error['loc']), str(error['input']))}"
     known = [str(field.alias or name) for name, field in model.model_fields.items()]
     mistyped = error["type"] == "extra_forbidden" and len(error["loc"]) == 1
     return message + (did_you_mean(str(error["loc"][0]), known) if mistyped else "")
@@ -252,10 +262,7 @@ def compose_and_run(main: Callable[[DictConfig], None], name: str) -> None:
     try:
         hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)()
     except OverrideParseException as error:
-        key, equals, value = error.override.partition("=")
-        what = error.message.splitlines()[0] if equals else "not KEY=VALUE"
-        how = f"If it is a text, type {typed(key, value)}." if equals else "See --help."
-        raise UserError(f"{printable(error.override[:200])}: {what}. {how}") from None
+        raise refused(error.override, error.message.splitlines()[0]) from None
     except ConfigCompositionException as error:
         raise explained(error) from None
     except (UserError, HydraException, OmegaConfBaseException, OSError):

@@ -24,7 +24,7 @@ def side_tables(schema: Schema) -> Iterator[str]:
             yield f"event_time is missing: side table {name} has valid_from, which is compared with it"
         if added := sorted(schema.roots_of([table.foreign_key]) & later):
             yield (
-                f"source.tables.{name} looks up {added[0]}, which an outcome, counter or side table adds: write on: "
+                f"source.tables.{name} looks up {added[0]}, which an outcome, counter or side table adds: write by: "
                 "with a column of the impressions"
             )
     keys = {"source.key": source.key, "source.row_id": source.row_id, "event_time": schema.event_time}

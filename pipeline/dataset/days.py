@@ -1,6 +1,7 @@
 """Datasets of single days, read as one: which days there are, and how their row ids stay apart."""
 
 import logging
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from datetime import date, timedelta
@@ -19,8 +20,21 @@ MAX_DAYS = (1 << 63) // DAY_STRIDE
 logger = logging.getLogger(__name__)
 
 
+def written_out(day: Any) -> str:
+    """How a day that was given in another form is written; of what is none, how any day is."""
+    digits = re.fullmatch(r"(\d{4})\D?(\d\d)\D?(\d\d)", str(day))
+    found = "-".join(digits.groups()) if digits else ""
+    return found if day_of(found) else "2026-11-07"
+
+
 def _joined(value: Any) -> Any:
-    """A list of days and ranges as one text, so that a run's config.yaml has a text whichever way they were given."""
+    """A list of days and ranges as one text, so that a run's config.yaml has a text whichever way they were given.
+
+    Raises:
+        ValueError: a number, as 20261107 is.
+    """
+    if isinstance(value, int | float):
+        raise ValueError(f"{value} is no date as YYYY-MM-DD: write {written_out(value)}")
     return ",".join(map(str, value)) if isinstance(value, list) and value else value
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from features.schema.splits import utc
-from pipeline.dataset.days import MissingDays
+from pipeline.dataset.days import MissingDays, written_out
 from pipeline.ingest.files import UNPACK_RATIO
 from pipeline.ingest.state import Order
 
@@ -91,9 +91,7 @@ class PreprocessConfig(BaseModel):
     def _written_out(cls, day: Any) -> Any:
         """Only as 2026-11-07: 20261107 would be seconds since 1970."""
         if isinstance(day, int) or (isinstance(day, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", day)):
-            digits = re.fullmatch(r"(\d{4})\D?(\d\d)\D?(\d\d)", str(day))
-            wanted = "-".join(digits.groups()) if digits else "2026-11-07"
-            raise ValueError(f"{day} is no date as YYYY-MM-DD: write {wanted}")
+            raise ValueError(f"{day} is no date as YYYY-MM-DD: write {written_out(day)}")
         return day
 
     @field_validator("out")

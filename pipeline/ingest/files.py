@@ -76,7 +76,11 @@ class Unit:
 
 
 def find(
-    folder: str, pattern: str, dates: Sequence[date] | None = None, max_unpack_ratio: int = UNPACK_RATIO
+    folder: str,
+    pattern: str,
+    dates: Sequence[date] | None = None,
+    max_unpack_ratio: int = UNPACK_RATIO,
+    key: str = "source.files",
 ) -> list[RawFile]:
     """Files below `folder` (a path, or a URL such as s3://bucket/logs) that match, in name order.
 
@@ -84,32 +88,34 @@ def find(
         pattern: glob; {date} in it stands for any day, or for each of `dates` (at least one), by which
             files are then ordered first.
         max_unpack_ratio: of the files.
+        key: where the pattern was given, for messages.
 
     Raises:
         UserError: no file matches, the pattern is not a glob pattern, or the storage reports an error.
     """
     if dates is None:
-        found = matching(folder, pattern.replace("{date}", "*"))
+        found = matching(folder, pattern.replace("{date}", "*"), key)
     else:
-        by_date = files_by_date(folder, pattern, dates)
+        by_date = files_by_date(folder, pattern, dates, key)
         found = list(dict.fromkeys(file for files in by_date.values() for file in files))
     if not found:
         of = f" of {dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}" if dates else ""
-        shown = f"{folder.rstrip('/')}/{pattern}: no such file{of}"
-        raise UserError(f"{shown}. Set input=FOLDER, or source.files in the schema.")
+        raise UserError(f"{folder.rstrip('/')}/{pattern}: no such file{of}. Set input=FOLDER, or {key}.")
     return [replace(file, max_unpack_ratio=max_unpack_ratio) for file in found]
 
 
-def files_by_date(folder: str, pattern: str, dates: Sequence[date]) -> dict[date, list[RawFile]]:
+def files_by_date(
+    folder: str, pattern: str, dates: Sequence[date], key: str = "source.files"
+) -> dict[date, list[RawFile]]:
     """Files as `find` finds them, by the date in place of {date}; empty lists for days without files.
 
     Raises:
         UserError: the pattern is not a glob pattern, or the storage reports an error.
     """
-    return {day: matching(folder, pattern.replace("{date}", day.isoformat())) for day in dates}
+    return {day: matching(folder, pattern.replace("{date}", day.isoformat()), key) for day in dates}
 
 
-def matching(folder: str, pattern: str) -> list[RawFile]:
+def matching(folder: str, pattern: str, key: str = "source.files") -> list[RawFile]:
     """Files that match a plain glob, in name order; none where nothing does.
 
     Links in the folder are followed, to files and to folders: whoever put them there chose what is read.
@@ -118,13 +124,13 @@ def matching(folder: str, pattern: str) -> list[RawFile]:
         UserError: the pattern is not a glob pattern, or the storage reports an error.
     """
     if Path(pattern).is_absolute() or "://" in pattern or ".." in pattern.split("/"):
-        raise UserError(f"{pattern}: source.files is a pattern below the input folder. Set input=FOLDER to its folder.")
+        raise UserError(f"{pattern}: {key} is a pattern below the input folder. Set input=FOLDER to its folder.")
     system, root = file_system(folder)
     if isinstance(system, LocalFileSystem):  # fsspec's own glob does not follow links to folders
         try:
             found = [_local(path) for path in Path(root).glob(pattern) if path.is_file()]
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"{pattern}: not a glob pattern: {one_line(error)}. Fix source.files.") from None
+            raise UserError(f"{pattern}: not a glob pattern: {one_line(error)}. Fix {key}.") from None
     else:
         found = _stored(system, folder, f"{_literal(root.rstrip('/'))}/{pattern}")
     return sorted(set(found), key=lambda file: file.path)
@@ -194,7 +200,7 @@ def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        how, cure = (" to its end", "") if to_its_end else ("", ", or leave it out of source.files")
+        how, cure = (" to its end", "") if to_its_end else ("", ", or leave it out of the schema's files")
         raise UserError(f"{path}: cannot be read{how}: {one_line(error)}. Fetch it again{cure}.") from None
 
 

@@ -147,7 +147,7 @@ def _find(config: PreprocessConfig, schema: Schema) -> dict[str, list[raw_files.
     streams = {IMPRESSIONS: raw_files.find(config.input, schema.source.files, day, ratio)}
     for name, outcome in schema.source.outcomes.items():
         days = _days(config.date, outcome) if config.date and "{date}" in outcome.files else None
-        streams[name] = raw_files.find(config.input, outcome.files, days, ratio)
+        streams[name] = raw_files.find(config.input, outcome.files, days, ratio, f"source.outcomes.{name}.files")
     for name in schema.source.tables:
         streams[name] = table_files(config, schema, name)
     return streams

@@ -81,12 +81,12 @@ def check_looked_up(job: Job, min_joined: float, whole_log: bool, max_bad_fracti
 def _without_row(job: Job, name: str, impressions: int) -> str:
     """The line for a side table that has none of the impressions' keys."""
     table, rows = job.schema.source.tables[name], shuffle.read(next(part.path for part in job.typed() if part.rows))
-    wanted = as_ids(raw.column(job.schema, rows, table.foreign_key), f"source.tables.{name}.on").dictionary.to_pylist()
+    wanted = as_ids(raw.column(job.schema, rows, table.foreign_key), f"source.tables.{name}.by").dictionary.to_pylist()
     ours, theirs = (JoinSide(rows=0, keys=keys[:EXAMPLES]) for keys in (wanted, _table_keys(job, name)))
     return (
         f"source.tables.{name}: none of {impressions:,} impressions has a row in it. Impressions have in "
         f"{table.foreign_key} keys such as {_shown(ours)}; the table has in {table.key} {_shown(theirs)}. Keys are compared as "
-        "text: fix key or on; if the log is right, set min_joined=0."
+        "text: fix key or by; if the log is right, set min_joined=0."
     )
 
 

@@ -256,7 +256,7 @@ def _no_rows(job: Job) -> str:
     files = list(dict.fromkeys(each.file for _, each in reads))
     if not sum(each.read for _, each in reads):
         shown = ", ".join(files[:3]) + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")
-        return f"no rows are left: the files are empty: {shown}. Set input=FOLDER, or source.files in the schema."
+        return f"no rows are left: the files are empty: {shown}. Set input=FOLDER, or source.files."
     left_out = sum((Counter(part.left_out) for part in job.labelled()), Counter[str]())
     units = {unit for unit, _ in reads}
     bad = [(unit, each) for unit, each in dead_letters_of(job) if unit in units]

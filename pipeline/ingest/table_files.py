@@ -17,7 +17,7 @@ def table_files(config: PreprocessConfig, schema: Schema, name: str) -> list[Raw
         UserError: there are none, or a file's name has no day.
     """
     pattern = schema.source.tables[name].files
-    found = find(config.input, pattern, None, config.max_unpack_ratio)
+    found = find(config.input, pattern, None, config.max_unpack_ratio, f"source.tables.{name}.files")
     if "{date}" not in pattern or config.date is None:
         return found
     days = days_of(pattern, found)

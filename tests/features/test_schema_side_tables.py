@@ -19,11 +19,11 @@ def accepted(content: dict[str, Any]) -> Schema:
 
 
 def test_columns_are_looked_up_by_a_column_of_the_impressions_which_is_read_for_it():
-    schema = accepted(with_table(on="session"))
+    schema = accepted(with_table(by="session"))
     assert schema.table_columns == dict.fromkeys(["goods_brand", "goods_cost", "goods_tags"], "goods")
     assert "session" in schema.raw_columns
     assert not schema.table_columns.keys() & {*schema.raw_columns, *schema.raw_types}
-    by_derived = accepted(with_table(changed("source.derived.room", "session || '-'"), on="room"))
+    by_derived = accepted(with_table(changed("source.derived.room", "session || '-'"), by="room"))
     assert "session" in by_derived.raw_columns
     assert "room" not in by_derived.raw_columns
 
@@ -47,7 +47,7 @@ def test_features_of_any_kind_histories_derived_columns_and_the_split_may_read_a
         (with_table(columns={}), "source.tables.goods.columns: Dictionary should have at least 1 item"),
         (with_table(columns={"item": "string"}), "column item is read as key or valid_from already"),
         (with_table(valid_from="item"), "item is both key and valid_from"),
-        (with_table(keys="item"), "goods.keys: unknown key (did you mean key?), allowed are files, key, on, columns, "),
+        (with_table(keys="item"), "goods.keys: unknown key (did you mean key?), allowed are files, key, by, columns, "),
         (with_table(columns={"brand": "text"}), "source.tables.goods.columns.brand: Input should be 'int', 'float', "),
         (changed("source.tables.click", ITEM), "source.tables.click has the name of another stream"),
         (changed("source.tables.impressions", ITEM), "source.tables.impressions has the name of another stream"),
@@ -59,10 +59,10 @@ def test_features_of_any_kind_histories_derived_columns_and_the_split_may_read_a
         (with_table(key="a\x1b"), "column 'a\\x1b' has a control character"),
         (with_table(files="a\x1b"), "files 'a\\x1b' has a control character"),
         (with_table(changed("source.derived.goods_cost", "price")), "column goods_cost is added twice"),
-        (with_table(on="click"), "source.tables.goods looks up click, which an outcome, counter or side table adds"),
-        (with_table(on="goods_brand"), "goods looks up goods_brand, which an outcome, counter or side table adds"),
+        (with_table(by="click"), "source.tables.goods looks up click, which an outcome, counter or side table adds"),
+        (with_table(by="goods_brand"), "goods looks up goods_brand, which an outcome, counter or side table adds"),
         (
-            with_table(changed("source.derived.brand", "goods_brand || 'x'"), on="brand"),
+            with_table(changed("source.derived.brand", "goods_brand || 'x'"), by="brand"),
             "source.tables.goods looks up goods_brand, which an outcome, counter or side table adds",
         ),
         (with_table(changed("source.key", "goods_brand")), "source.key reads goods_brand, which a side table adds"),
@@ -78,7 +78,7 @@ def test_features_of_any_kind_histories_derived_columns_and_the_split_may_read_a
         ),
         # A table shows the value that it is looked up by.
         (
-            with_table(changed("categorical.goods_brand", {}), on="stars"),
+            with_table(changed("categorical.goods_brand", {}), by="stars"),
             "uses column stars, which is also read by the feature goods_brand",
         ),
     ],
@@ -104,7 +104,7 @@ def test_fingerprints_of_schemas_without_tables_stay_and_settings_of_tables_chan
     assert accepted(changed("source.tables", {})).fingerprint == base.fingerprint
     assert accepted(changed("source.tables", {})).inputs_fingerprint == base.inputs_fingerprint
     plain = accepted(with_table())
-    others = [{"files": "other.csv"}, {"key": "id"}, {"on": "session"}, {"columns": {"brand": "string"}}]
+    others = [{"files": "other.csv"}, {"key": "id"}, {"by": "session"}, {"columns": {"brand": "string"}}]
     others += [{"valid_from": "since"}, {"read": {"format": "jsonl"}}]
     prints = [base.fingerprint, plain.fingerprint, *(accepted(with_table(**other)).fingerprint for other in others)]
     assert len(set(prints)) == len(prints)

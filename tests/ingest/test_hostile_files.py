@@ -70,7 +70,9 @@ def test_the_files_of_outcomes_do_not_leave_the_input_folder_either(tmp_path: Pa
                 (folder / "linked.csv").symlink_to(tmp_path / "secret.csv")
                 assert run(folder, tmp_path / "out", content).read["seen"] == 1
             else:
-                assert "../secret.csv: source.files is a pattern below" in refused(folder, tmp_path / "out", content)
+                assert "../secret.csv: source.outcomes.seen.files is a pattern below" in refused(
+                    folder, tmp_path / "out", content
+                )
 
 
 def test_a_pipe_a_device_and_links_to_them_are_no_files(tmp_path: Path) -> None:

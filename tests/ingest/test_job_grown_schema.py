@@ -169,7 +169,7 @@ def test_what_reads_a_side_table_that_changed_is_fitted_anew_and_goes_on_from_no
         assert (
             min(row["rows"] for row in rows_by_id(tmp_path / "same")) > 90
         )  # goes on from the 400 rows of three kinds
-        for number, change in enumerate([{"columns": {"kind": "int"}}, {"on": "also"}]):
+        for number, change in enumerate([{"columns": {"kind": "int"}}, {"by": "also"}]):
             line = refused(second, tmp_path / f"refused {number}", with_table(**change), **old)
             assert f"{tmp_path / 'old'}: rows has another definition in its state" in line
             caplog.clear()

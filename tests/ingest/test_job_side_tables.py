@@ -122,7 +122,7 @@ def write_log(folder: Path, log: Log, ending: str) -> None:
 def content_for(ending: str) -> dict[str, Any]:
     """A schema whose features show every column that is looked up."""
     item = {"files": "items-*", "key": "item", "columns": {"brand": "string", "cost": "float", "tags": "string"}}
-    user = {"files": "users-*", "key": "user", "on": "who", "columns": {"country": "string", "age": "int"}}
+    user = {"files": "users-*", "key": "user", "by": "who", "columns": {"country": "string", "age": "int"}}
     raw = {"standardize": False, "missing_flag": True}
     return {
         "source": {
@@ -368,7 +368,7 @@ def test_a_table_in_which_no_impression_has_a_row_stops_the_job_with_both_sides(
         message = refused(tmp_path, tmp_path / "out", content, broadcast_bytes=broadcast_bytes)
         assert message == (
             "source.tables.item: none of 30 impressions has a row in it. Impressions have in item keys such as 'i0', 'i1', "
-            "'i2'; the table has in item '0', '1', '2'. Keys are compared as text: fix key or on; "
+            "'i2'; the table has in item '0', '1', '2'. Keys are compared as text: fix key or by; "
             "if the log is right, set min_joined=0."
         )
         assert run(tmp_path, tmp_path / "out", content, min_joined=0).side_tables["item"].unmatched_rows == 30

@@ -54,7 +54,7 @@ def test_a_file_without_labels_is_looked_up_in_the_tables_that_features_read(tmp
         "source": {
             "files": "log.csv", "row_id": "id", "types": {"bought": "int"}, "derived": {"upper_item": "UPPER(item)"},
             "tables": {
-                "item": {"files": "items.csv", "key": "item", "on": "upper_item", "columns": {"cost": "float"}},
+                "item": {"files": "items.csv", "key": "item", "by": "upper_item", "columns": {"cost": "float"}},
                 "shop": {"files": "shops.csv", "key": "shop", "columns": {"refunds": "int"}},
             },
         },
@@ -171,7 +171,7 @@ def test_faults_stop_the_job_in_one_line(tmp_path: Path) -> None:
     assert "the first snapshot of side table now is of 2024-07-01, which is later" in fault(date="2024-06-30")
     assert "prices-x.csv: no such file" in fault({"files": "prices-x.csv"})
     assert "prices-2024-07-01.csv: column sku is missing, the file has item, price" in fault(
-        {"key": "sku", "on": "item"}
+        {"key": "sku", "by": "item"}
     )
     assert fault({"read": {"format": "xml"}}).startswith("source.tables.now.read.format: 'xml' is not a raw format")
     (folder / "prices-latest.csv").write_text("item,price\n")

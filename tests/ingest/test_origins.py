@@ -17,7 +17,7 @@ CONTENT: dict[str, Any] = {
         "outcomes": {"click": {"files": "clicks.csv", "key": "id", "time": "when", "window": "1h"}},
         "derived": {"liked": "rating >= 4", "asked": "LOWER(item)"},
         "tables": {
-            "it": {"files": "items.csv", "key": "item", "on": "asked", "columns": {"cat": "string", "size": "int"}},
+            "it": {"files": "items.csv", "key": "item", "by": "asked", "columns": {"cat": "string", "size": "int"}},
         },
         "counters": {
             "cat_rows": {"by": "it_cat", "take": "count"},
@@ -53,7 +53,7 @@ def changed(path: str, value: Any) -> Schema:
         ("tables.it.columns.size", "float", set(), set()),
         ("tables.it.columns.more", "string", set(), set()),
         ("tables.it.files", "other.csv", set(), set()),
-        ("tables.it.on", "also", {"cat", "cat_rows"}, {"cat_rows"}),
+        ("tables.it.by", "also", {"cat", "cat_rows"}, {"cat_rows"}),
         ("tables.it.key", "other", {"cat", "cat_rows"}, {"cat_rows"}),
         ("tables.it.valid_from", "since", {"cat", "cat_rows"}, {"cat_rows"}),
         ("derived.asked", "UPPER(item)", {"cat", "cat_rows"}, {"cat_rows"}),

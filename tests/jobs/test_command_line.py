@@ -34,6 +34,18 @@ def test_a_value_of_the_wrong_type_is_named(call):
     assert_one_line(call("train", "dataset=x", "run=y", "train.dense.lr=-1"), "train.dense.lr", "greater than 0")
 
 
+def test_a_text_that_is_read_as_a_number_is_answered_with_what_to_type(call):
+    assert_one_line(
+        call("train", "dataset=x", "run=y", "days=20261101"),
+        "days: 20261101 is no date as YYYY-MM-DD: write 2026-11-01",
+    )
+    assert_one_line(
+        call("generate", "out=x", "start=20261101"), "start: 20261101 is no date as YYYY-MM-DD: write 2026-11-01"
+    )
+    assert_one_line(call("train", "dataset=2026", "run=y"), "dataset: ", "type 'dataset=\"2026\"'")
+    assert_one_line(call("train", 'dataset="2026"', "run=y"), "2026: no dataset")
+
+
 def test_an_argument_that_a_fusion_does_not_take_is_named(small_dataset: Path, tmp_path: Path, call):
     done = call(
         "train", f"dataset={small_dataset}", f"run={tmp_path / 'run'}", "model=mmoe", "+model.fusion.native=true"

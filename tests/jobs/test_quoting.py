@@ -11,7 +11,7 @@ from job_calls import assert_one_line
 
 from features.errors import UserError
 from jobs import command_line
-from jobs.quoting import quoted, typed
+from jobs.quoting import quoted, refused, typed
 
 PARSER = OverridesParser.create()
 
@@ -123,6 +123,86 @@ def test_a_setting_that_a_shell_has_split_is_answered_with_the_form_to_type(text
     assert [text_of(word) for word in words] == [re.split(r" out=| --cfg", text.partition("=")[2])[0]]
 
 
+@pytest.mark.parametrize(
+    "text", ["data=mine out = /x seed=1", "data=mine out =/x", "data=mine out= /x", "out = /x data=mine"]
+)
+def test_of_two_settings_the_one_that_a_shell_has_split_is_named(text: str) -> None:
+    with pytest.raises(UserError, match=r"^out ?= ?/x: is split at its spaces\. Type 'out=/x'\.$"):
+        quoted(text.split())
+
+
 def test_a_list_that_a_shell_has_split_stays_one() -> None:
     with pytest.raises(UserError, match=r"Type 'a=\[x, y\]'\.$"):
         quoted(["a=[x,", "y]", "b=1"])
+
+
+def first_form(message: str) -> str | None:
+    """The first form that a message says to type, as a shell passes it on; None where it says another thing."""
+    before, found, form = message.partition("ype ")
+    if not found or not before.endswith((" T", " t")):
+        return None
+    lexer = shlex.shlex(form, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    return re.sub(r"[.,]$", "", next(lexer))
+
+
+def refusal(words: list[str]) -> str | None:
+    """What a job says of words that it refuses; None where they are read."""
+    try:
+        found = quoted(words)
+    except UserError as error:
+        return str(error)
+    for word in found:
+        try:
+            PARSER.parse_override(word)
+        except HydraException as error:
+            return str(refused(word, str(error).splitlines()[0]))
+    return None
+
+
+PIECES = st.sampled_from(
+    ["x", "out", "data", "a.b", "+", "++", "~", " ", " ", "=", "=", "y = 1", "{", "}", "[", "]", ",", ": ", "'", '"', "(", ")",
+     "choice(", "1", "$", "é", "\\", "#", "/l", "null"]
+)  # fmt: skip
+
+
+@given(st.lists(st.lists(PIECES, min_size=1, max_size=7).map("".join), min_size=1, max_size=3))
+@example(["out =x"])
+@example(["+ data.schema.weight = price + 1"])
+@example(["x={z: y = 1}"])
+@example(["x=[a=1,", "b]"])
+@example(["~x =a=b"])
+@example(["out", "=", "x"])
+@example(["a=choice(1,2=3)"])
+def test_whatever_is_advised_is_accepted_when_it_is_typed(words: list[str]) -> None:
+    words = [word for word in words if not word.startswith("-")]
+    if (message := refusal(words)) and (form := first_form(message)):
+        assert (form, refusal([form])) == (form, None), message
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("out =x", "out =x: a key has no spaces around it. Type 'out=x'."),
+        (" + out = a b", "Type '+out=a b'."),
+        ("data.schema.source.derived.a b=x", "a b=x: a key on a command line has ASCII letters, digits, _, -, $ and dots"),
+        ("hydra.a b=1", "no spaces. Correct it, or where it is a name of your own, write it into a YAML file"),
+        ("x={z: y = 1}", "Type 'x={z: \"y = 1\"}', or if all of it is one text 'x=\"{z: y = 1}\"'."),
+        ("x=[a=1,b c]", "Type 'x=[\"a=1\",b c]', or if all of it is one text"),
+        ("x=[y", "If it is a text, type 'x=\"[y\"'."),
+        ("+=x", "+=x: not KEY=VALUE. See --help."),
+        ("=x", "=x: not KEY=VALUE. See --help."),
+    ],
+)  # fmt: skip
+def test_what_hydra_cannot_read_is_answered_by_what_is_wrong_with_it(word: str, says: str) -> None:
+    assert says in str(refusal([word]))
+
+
+def test_a_job_prints_what_to_type_for_words_that_cannot_be_read(call) -> None:
+    assert_one_line(call("generate", "out =x"), "Type 'out=x'.")
+    assert_one_line(call("preprocess", "data=demo", "out=x", "+data.schema.source.derived.a b=price"), "YAML file")
+    assert_one_line(
+        call("preprocess", "data=demo", "out=x", "+data.schema.source.derived={z: price = 1}"), '{z: "price = 1"}'
+    )
+    typed_word = '+data.schema.source.derived={z: "price = 1"}'
+    assert_one_line(call("preprocess", "data=demo", "out=x", typed_word, "input=/nowhere"), "/nowhere/", "no such file")

@@ -14,6 +14,7 @@ import yaml
 from dataset_by_hand import draw_rows
 from dataset_by_hand import write_dataset as write_by_hand
 from dataset_from_rows import write_dataset
+from pydantic import ValidationError
 
 from features.batch import PADDING
 from features.errors import UserError
@@ -164,6 +165,15 @@ def test_days_cannot_be_left_out_where_none_are_named(root):
 def parsed_days(value: str | list[str]) -> str | None:
     """The setting days= of a job."""
     return EvaluateConfig.model_validate({"run": "run", "days": value}).days
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(20261101, "2026-11-01"), (20261399, "2026-11-07"), (2026, "2026-11-07"), (1.5, "")]
+)
+def test_days_that_are_read_as_a_number_are_answered_with_the_form_of_a_day(value: float, wanted: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{value} is no date as YYYY-MM-DD: write {wanted}"):
+        EvaluateConfig.model_validate({"run": "run", "days": value})
+    assert EvaluateConfig.model_validate({"run": "run", "days": None}).days is None
 
 
 def test_row_ids_of_days_never_meet_and_stay_as_they_are_in_one_dataset(root):

@@ -144,8 +144,9 @@ def _summary(roles: Roles, tasks: Sequence[Label], features: Features, others: S
     for outcome in roles.outcomes:
         matched = f"{outcome.matched:,} of {outcome.of:,} sampled values of {outcome.key.name} match"
         lines.append(f"outcome      {outcome.name}: {_described(outcome.stream)}: {matched}")
-    for stream, key, _ in roles.tables:
-        lines.append(f"side table   {_described(stream)}: by {key.name}")
+    for table in roles.tables:
+        versions = f", versions by {table.valid_from.name}" if table.valid_from else ""
+        lines.append(f"side table   {_described(table.stream)}: by {table.key.name}{versions}")
     lines += [f"label        {task.name}: {task.expression} ({task.kind}), {task.why}" for task in tasks]
     kinds: dict[str, int] = {}
     for feature in features.found:

@@ -50,7 +50,9 @@ def find_groups(folder: str, patterns: Sequence[str] | None) -> list[Group]:
         UserError: there are no files, or too many, or the storage reports an error.
     """
     if patterns is not None:
-        return [_group(pattern, raw_files.find(folder, pattern)) for pattern in dict.fromkeys(patterns)]
+        return [
+            _group(pattern, raw_files.find(folder, pattern, key="files=PATTERN")) for pattern in dict.fromkeys(patterns)
+        ]
     found: dict[str, list[tuple[str, list[date]]]] = {}
     listed = _listed(folder)
     for name in listed:

@@ -1,17 +1,20 @@
 """The schema of a draft as YAML, section by section, with the reason of each guess as its comment."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
+from features.schema.table_checks import STREAM_OF_IMPRESSIONS
 from pipeline.ingest.draft.column import MARKERS, Column
 from pipeline.ingest.draft.config import DraftConfig
 from pipeline.ingest.draft.division import Division, span_of
 from pipeline.ingest.draft.document import Document, scalar
 from pipeline.ingest.draft.features import Features, unfit_name
 from pipeline.ingest.draft.labels import Label, sql_name
-from pipeline.ingest.draft.roles import DAY, Outcomes, Roles, Stream, outcome_name
+from pipeline.ingest.draft.roles import DAY, Outcomes, Roles, Stream, Table, added_names, outcome_name
 from pipeline.ingest.files import is_local
 
 ORDER = ("dense", "categorical", "bag", "vector")
@@ -80,12 +83,12 @@ def _source(page: Document, roles: Roles, tasks: Sequence[Label], hour: tuple[st
         for outcome in roles.outcomes:
             _outcome(page, roles, outcome, options)
     if roles.tables:
-        _tables(page, roles)
+        _tables(page, roles, options)
     if hour:
         page.entry(2, "derived", {hour[0]: hour[1]}, "UTC")
 
 
-def source_options(stream: Stream, roles: Roles | None = None) -> dict[str, Any]:
+def source_options(stream: Stream, roles: Roles) -> dict[str, Any]:
     """How the files of a stream are written, as keys of `source` or of `read`."""
     options = dict(stream.sample.dialect.options)
     if markers := sorted({marker for column in stream.columns.values() for marker in column.markers}):
@@ -97,9 +100,10 @@ def source_options(stream: Stream, roles: Roles | None = None) -> dict[str, Any]
     return options
 
 
-def _is_read(column: Column, roles: Roles | None) -> bool:
-    """Whether a column of times is the event time, or of an outcome."""
-    return roles is None or column is roles.event_time or any(column is outcome.time for outcome in roles.outcomes)
+def _is_read(column: Column, roles: Roles) -> bool:
+    """Whether a column of times is the event time, of an outcome, or of the versions of a side table."""
+    others = [*(outcome.time for outcome in roles.outcomes), *(table.valid_from for table in roles.tables)]
+    return column is roles.event_time or any(column is time for time in others)
 
 
 def _why_option(key: str, stream: Stream) -> str | None:
@@ -138,13 +142,18 @@ def _outcome(page: Document, roles: Roles, outcome: Outcomes, options: dict[str,
                 page.entry(4, "open_window", "keep", "the log is short beside the window: most would have no label yet")
     elif any(time is not outcome.key for time in stream.times):
         page.remark(4, "it has times, but none that follows those of the impressions: no time and window")
+    for key, own in _read(stream, roles, options).items():
+        page.entry(4, key, own, "its files are written otherwise than those of the impressions")
+
+
+def _read(stream: Stream, roles: Roles, options: dict[str, Any]) -> dict[str, Any]:
+    """The key `read` of an outcome or side table, where its files are not written as those of the impressions."""
     own = source_options(stream, roles)
-    if _differs(own, options, stream):
-        page.entry(4, "read", own, "its files are written otherwise than those of the impressions")
+    return {"read": own or {"format": "csv"}} if _differs(own, options, stream) else {}
 
 
 def _differs(own: dict[str, Any], options: dict[str, Any], stream: Stream) -> bool:
-    """Whether the files of an outcome cannot be read as those of the impressions; what only these have does no harm."""
+    """Whether the files of another stream cannot be read as those of the impressions; what only these have does no harm."""
     inherited = {key: value for key, value in options.items() if key not in ("columns", "missing", "times")}
     times = {c: unit for c, unit in options.get("times", {}).items() if c in stream.columns}
     missing = {*own.get("missing", ())} <= {*options.get("missing", [""])}
@@ -179,21 +188,55 @@ def _duration(seconds: int) -> str:
     return f"{seconds}s"
 
 
-def _tables(page: Document, roles: Roles) -> None:
+def _tables(page: Document, roles: Roles, options: dict[str, Any]) -> None:
     """Side tables, as comments: whether what they hold was known at the impression is for a person to decide."""
     page.remark(
         2, "rows of users, items and the like, by a key that the impressions refer to; features could read NAME_COLUMN:"
     )
     found: dict[str, Any] = {}
-    for stream, key, column in roles.tables:
-        kinds = {**TYPES, "list": "string", "numbers": "string"}
-        fit = [c for c in stream.columns.values() if c is not key and c.kind in kinds and not unfit_name(c.name)]
-        columns = {c.name: kinds[c.kind] for c in fit}
-        on = {} if key.name == column.name else {"on": column.name}
-        read = {} if not (own := source_options(stream)) else {"read": own}
-        name = outcome_name(stream.pattern)
-        found[name] = {"files": stream.pattern, "key": key.name, **on, "columns": columns, **read}
-    page.suggestion(2, "tables", found)
+    taken = {
+        *roles.impressions.columns,
+        *(c for each in roles.outcomes for c in [each.name, *added_names(each.name, each.stream)]),
+    }
+    for table in roles.tables:
+        columns, lists = _table_columns(table)
+        if lists:
+            page.remark(
+                2,
+                f"{scalar(table.files)}: to be added with a bag or vector that reads it: {', '.join(map(scalar, lists))}",
+            )
+        if not columns:
+            page.remark(2, f"{scalar(table.files)} is left out: it has no column of one value a row beside its key")
+            continue
+        name = outcome_name(table.stream.pattern)
+        while name in {*found, STREAM_OF_IMPRESSIONS, *(each.name for each in roles.outcomes)} or taken & _named(
+            name, columns
+        ):
+            name += "_table"
+        taken |= _named(name, columns)
+        by = {} if table.key.name == table.column.name else {"by": table.column.name}
+        since = {"valid_from": table.valid_from.name} if table.valid_from else {}
+        read = _read(table.stream, roles, options)
+        found[name] = {"files": table.files, "key": table.key.name, **by, "columns": columns, **since, **read}
+    if found:
+        page.suggestion(2, "tables", found)
+
+
+def _named(name: str, columns: Iterable[str]) -> set[str]:
+    """The columns that a side table adds."""
+    return {f"{name}_{column}" for column in columns}
+
+
+def _table_columns(table: Table) -> tuple[dict[str, str], list[str]]:
+    """The columns of a side table with their types, and those of lists, which only a bag or a vector can read."""
+    kinds = {**TYPES, "list": "string", "numbers": "string"}
+    fit = [
+        c
+        for c in table.stream.columns.values()
+        if c not in (table.key, table.valid_from) and c.kind in kinds and not unfit_name(c.name)
+    ]
+    lists = [c.name for c in fit if c.values.dtype == pl.List and c.separator is None]
+    return {c.name: kinds[c.kind] for c in fit if c.name not in lists}, lists
 
 
 def _hour(roles: Roles, features: Features) -> tuple[str, str] | None:
@@ -209,8 +252,10 @@ def _tasks(page: Document, roles: Roles, tasks: Sequence[Label]) -> None:
     for task in tasks:
         page.entry(2, _task_name(task.name), {"kind": task.kind, "label": task.expression}, task.why)
     names = {_task_name(task.name) for task in tasks}
+    binary = {each.name: each.name if each.name not in names else f"{each.name}_outcome" for each in roles.outcomes}
+    names |= {*binary.values()}
     for outcome in roles.outcomes:
-        name = outcome.name if outcome.name not in names else f"{outcome.name}_outcome"
+        name = binary[outcome.name]
         why = "1 where one came" + " within its window" * bool(outcome.window)
         page.entry(2, name, {"kind": "binary", "label": sql_name(outcome.name)}, why)
         for column, kind in outcome_columns(roles, outcome)[0].items():
@@ -220,7 +265,11 @@ def _tasks(page: Document, roles: Roles, tasks: Sequence[Label]) -> None:
             label = sql_name(f"{outcome.name}_{column}")
             label = f"LN(1 + {label})" if len(values) and values.min() >= 0 else label  # type: ignore[operator]
             more = {"kind": "regression", "label": label, "observed_when": sql_name(outcome.name)}
-            page.suggestion(2, _task_name(column), more)
+            suggested = _task_name(column)
+            while suggested in names:
+                suggested = f"{outcome.name}_{suggested}"
+            names.add(suggested)
+            page.suggestion(2, suggested, more)
 
 
 def _task_name(column: str) -> str:

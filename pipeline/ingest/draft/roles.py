@@ -16,6 +16,8 @@ from pipeline.ingest.draft.sample import Sample
 UNIQUE = 0.98  # share of different values in a key: logs that are delivered twice repeat some
 MORE = 1.1  # times the rows, which are estimates
 ALL = 0.95  # share of the impressions from which on a stream is about every one of them
+FEW_MISSING = 0.0005  # of a key or time: more such rows, which are bad ones, stop jobs.preprocess
+SAMPLED = 3  # files of a stream at most
 DAY = 86_400
 WINDOWS = (
     600,
@@ -91,6 +93,23 @@ class Outcomes:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A stream of rows of users, items or the like: a side table.
+
+    Attributes:
+        key: its column that names them. column: that of the impressions with the same values.
+        files: as `files` of a schema has them; with {date} each file is a snapshot of the whole table.
+        valid_from: of several rows a key, the time from which each is valid; None: one row a key.
+    """
+
+    stream: Stream
+    key: Column
+    column: Column
+    files: str
+    valid_from: Column | None = None
+
+
+@dataclass(frozen=True)
 class Roles:
     """What each stream is.
 
@@ -98,7 +117,7 @@ class Roles:
         impressions: the stream of rows. key: what outcomes refer to; None without outcomes.
         event_time: of the impressions, where they have one.
         outcomes: by name.
-        tables: streams of one row a value of an impressions' column, with both columns: side tables.
+        tables: streams of rows a value of an impressions' column: side tables.
         others: pattern and reason of streams that are not used.
         why: the evidence for the choice of impressions.
     """
@@ -107,7 +126,7 @@ class Roles:
     key: Column | None
     event_time: Column | None
     outcomes: list[Outcomes]
-    tables: list[tuple[Stream, Column, Column]]
+    tables: list[Table]
     others: list[tuple[str, str]]
     why: str
 
@@ -144,14 +163,14 @@ def roles_of(streams: Sequence[Stream], impressions: str | None, key: str | None
     for stream, column, matched in by_key[best] if best else ():
         outcomes.append(_outcomes(first, first.columns[str(best)], moment, stream, column, matched, outcomes))
         used.add(id(stream))
-    tables, unused = list[tuple[Stream, Column, Column]](), list[tuple[str, str]]()
+    tables, unused = list[Table](), list[tuple[str, str]]()
     for stream in others:
         if id(stream) in used:
             continue
-        if link := _side_table(first, stream):
-            tables.append((stream, *link))
+        if table := _side_table(first, stream, moment):
+            tables.append(table)
         else:
-            unused.append((stream.pattern, _why_unused(first, stream)))
+            unused.append((stream.pattern, _why_unused(first, stream, moment)))
     found_key = named or (first.columns[best] if best else None)
     return Roles(first, found_key, moment, outcomes, tables, unused, why)
 
@@ -246,7 +265,7 @@ def _event_time(stream: Stream, given: str | None) -> Column | None:
             )
         return column
     names = ("event_time", "timestamp", "ts", "time", "impression_time", "event_timestamp", "datetime", "date")
-    fit = [c for c in stream.times if c.missing < 0.0005 and c.distinct > 1]
+    fit = [c for c in stream.times if c.missing < FEW_MISSING and c.distinct > 1]
     return min(fit, key=lambda c: names.index(c.word) if c.word in names else len(names), default=None)
 
 
@@ -262,7 +281,7 @@ def _outcomes(
     """A stream as outcomes, with its time where it comes after that of the impressions."""
     taken = {*first.columns, *(each.name for each in before)}
     name = outcome_name(stream.pattern)
-    while name in taken or any(c.startswith(f"{name}_") and c in taken for c in _adds(name, stream)):
+    while name in taken or any(c.startswith(f"{name}_") and c in taken for c in added_names(name, stream)):
         name += "_event"
     best, delays = None, np.empty(0, np.int64)
     for time in stream.times:
@@ -275,8 +294,8 @@ def _outcomes(
     return Outcomes(name, stream, column, matched, column.distinct, best, delays)
 
 
-def _adds(name: str, stream: Stream) -> list[str]:
-    """The columns that a join with a stream may add."""
+def added_names(name: str, stream: Stream) -> list[str]:
+    """The columns that a join with a stream may add beside its name."""
     return [f"{name}_{suffix}" for suffix in ("count", "time", *stream.columns)]
 
 
@@ -303,19 +322,62 @@ def outcome_name(pattern: str) -> str:
     return "outcome"
 
 
-def _side_table(first: Stream, stream: Stream) -> tuple[Column, Column] | None:
-    """The key of a table of users, items or the like and the column of the impressions that refers to it."""
+def _side_table(first: Stream, stream: Stream, moment: Column | None) -> Table | None:
+    """A stream as a table of users, items or the like, with one row a key, versions by time, or snapshots by day.
+
+    Args:
+        moment: the event time of the impressions, without which neither versions nor snapshots can be chosen among.
+    """
+    files, whole = stream.sample.group.files, stream.pattern.replace("{date}", "*")
     for key in stream.unique:
-        for column in first.columns.values():
-            if column.word == key.word and column.distinct < UNIQUE * column.known and _match(key, column):
-                return key, column
-    return None
+        if column := _refers_to(first, key):
+            # Of several files with other keys none is the whole table.
+            return Table(stream, key, column, whole if moment is None or len(files) > 1 else stream.pattern)
+    if moment is None or (link := _repeated_key(first, stream)) is None:
+        return None
+    key, column = link
+    if "{date}" in stream.pattern and key.known <= MORE * min(len(files), SAMPLED) * key.distinct:
+        return Table(stream, key, column, stream.pattern)
+    versions = {
+        c.name: pl.DataFrame([key.values, c.values]).n_unique() for c in stream.times if c.missing < FEW_MISSING
+    }
+    best = max(versions, key=lambda name: versions[name], default=None)
+    return None if best is None else Table(stream, key, column, whole, stream.columns[best])
 
 
-def _why_unused(first: Stream, stream: Stream) -> str:
-    for key in first.unique:
-        if any(_match(key, c) for c in stream.columns.values()):
-            if _is_of_every_row(first, key, stream):
-                return "has a row for about every impression: an outcome has some, and what it holds may be known only later"
-            return "refers to the impressions by another key, or has more rows than they have"
+def _refers_to(first: Stream, key: Column) -> Column | None:
+    """The column of the impressions with the name and the values of a table's key, which is no key of theirs."""
+    return next(
+        (c for c in first.columns.values() if c.word == key.word and c.distinct < UNIQUE * c.known and _match(key, c)),
+        None,
+    )
+
+
+def _repeated_key(first: Stream, stream: Stream) -> tuple[Column, Column] | None:
+    """The key of a table with several rows of each, and the column of the impressions; None where it refers to single ones.
+
+    Of several columns that both have, the one with the most values: others, such as a country, are what the rows say.
+    """
+    if _row_key(first, stream):
+        return None
+    keys = [c for c in stream.columns.values() if c.kind in ("int", "text") and c.missing < FEW_MISSING]
+    links = [(key, column) for key in keys if (column := _refers_to(first, key))]
+    return max(links, key=lambda link: link[0].distinct, default=None)
+
+
+def _row_key(first: Stream, stream: Stream) -> Column | None:
+    """The key of single impressions that a stream refers to."""
+    return next((key for key in first.unique if any(_match(key, c) for c in stream.columns.values())), None)
+
+
+def _why_unused(first: Stream, stream: Stream, moment: Column | None) -> str:
+    if key := _row_key(first, stream):
+        if _is_of_every_row(first, key, stream):
+            return (
+                "has a row for about every impression: an outcome has some, and what it holds may be known only later"
+            )
+        return "refers to the impressions by another key, or has more rows than they have"
+    if link := _repeated_key(first, stream):
+        lacks = "the impressions have no event_time" if moment is None else "no time from which each is valid"
+        return f"has several rows with one {link[0].name}, but {lacks}: which of them an impression sees is not known"
     return "no column has the values of a key of the impressions"

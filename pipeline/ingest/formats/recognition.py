@@ -39,7 +39,9 @@ def check_text(path: str, head: bytes) -> None:
     controls = line.translate(None, TEXT_BYTES)
     if len(controls) > FEW_CONTROLS and (b"\0" in controls or not _is_utf8(line)):
         found = "NUL bytes" if b"\0" in controls else "control characters, and is not UTF-8"
-        raise UserError(f"{path}: is no text: its first line has {found}. Leave it out of source.files, or fix it.")
+        raise UserError(
+            f"{path}: is no text: its first line has {found}. Leave it out of the schema's files, or fix it."
+        )
     if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
         raise UserError(f"{path}: its lines end with CR alone. Convert it with tr '\\r' '\\n'.")
 

@@ -83,7 +83,7 @@ def _lookups(job: Job, name: str, rows: pa.Table) -> Lookups:
     if table.valid_from or name in job.snapshots:
         time_B = raw.event_time(schema, rows).fill_null(side_tables.NEVER).to_numpy()
     return side_tables.lookups(
-        side_tables.canonical_codes(keys, f"source.tables.{name}.on: {table.foreign_key}"), time_B
+        side_tables.canonical_codes(keys, f"source.tables.{name}.by: {table.foreign_key}"), time_B
     )
 
 
