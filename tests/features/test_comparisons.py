@@ -120,7 +120,7 @@ ITEM = {"files": "i", "key": "item", "columns": {"cost": "float", "size": "strin
 
 def with_streams(path: str, value: Any) -> dict[str, Any]:
     content = changed("source.outcomes.order", ORDER)
-    content = changed("source.tables.thing", ITEM | {"on": "item"}, content)
+    content = changed("source.tables.thing", ITEM | {"by": "item"}, content)
     return changed(path, value, content)
 
 
