@@ -202,7 +202,8 @@ def test_a_job_prints_what_to_type_for_words_that_cannot_be_read(call) -> None:
     assert_one_line(call("generate", "out =x"), "Type 'out=x'.")
     assert_one_line(call("preprocess", "data=demo", "out=x", "+data.schema.source.derived.a b=price"), "YAML file")
     assert_one_line(
-        call("preprocess", "data=demo", "out=x", "+data.schema.source.derived={z: price = item_id}"), '{z: "price = 1"}'
+        call("preprocess", "data=demo", "out=x", "+data.schema.source.derived={z: price = item_id}"),
+        '{z: "price = item_id"}',
     )
     typed_word = '+data.schema.source.derived={z: "price = item_id"}'
     assert_one_line(call("preprocess", "data=demo", "out=x", typed_word, "input=/nowhere"), "/nowhere/", "no such file")
