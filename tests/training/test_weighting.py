@@ -33,7 +33,8 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
 from pipeline.training.config import Settings
-from pipeline.training.optim.weighting import PCGradLoss, balanced, orders, projected
+from pipeline.training.optim.weighting.gradnorm import balanced
+from pipeline.training.optim.weighting.pcgrad import PCGradLoss, orders, projected
 
 pytestmark = pytest.mark.usefixtures("device")
 
