@@ -3,6 +3,7 @@
 # Shapes: B rows, T tasks, T1 the tasks and one more, E width of all embeddings.
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from features.batch import Batch
 from models.losses import TaskLoss
@@ -72,7 +74,8 @@ class TrainStep(nn.Module):
                 logit_BT = functional_call(_DensePart(self.ranker), replaced, arguments, tie_weights=False)
             return loss.per_row(logit_BT, batch.label_BT)
 
-        with torch.autocast(loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
+        attention = sdpa_kernel(SDPBackend.MATH) if loss.second_derivatives else nullcontext()
+        with torch.autocast(loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16), attention:
             logit_BT = self.ranker.scores(embedding_BE, batch)
         penalty_B = self.ranker.fusion.penalty(logit_BT.float())
         total, loss_BT = _loss(loss, loss, logit_BT, penalty_B, batch, total_T1)

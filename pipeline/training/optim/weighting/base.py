@@ -135,9 +135,11 @@ class EmbeddingLoss(AdaptiveLoss):
 
     Attributes:
         shared: the parameters that it can replace.
+        second_derivatives: it differentiates derivatives by the embeddings: attention is computed by operators that allow it.
     """
 
     shared: Sequence[nn.Parameter] = ()
+    second_derivatives: ClassVar[bool] = False
 
     def from_embeddings(
         self,

@@ -14,6 +14,7 @@ from pipeline.training.optim.weighting.mgda import shortest
 from pipeline.training.optim.weighting.solved import SolvedLoss
 
 PRECISION, EVALUATIONS = 1e-10, 100
+LEAST = 1e-6  # |g_w| relative to the longest gradient: below, its square is lost in the rounding of products
 
 
 class CAGrad(Weighted):
@@ -79,7 +80,7 @@ def conflict_averse(dot_TT: np.ndarray, c: float) -> np.ndarray:
         weight_T = weights(s)
         return s - np.sqrt(max(weight_T @ dot_TT @ weight_T, 0.0))
 
-    s = _root(excess, PRECISION * largest, largest)
+    s = _root(excess, LEAST * largest, largest)
     return 1 + tasks * weights(s) * radius / s
 
 

@@ -82,7 +82,7 @@ class FAMOLoss(AdaptiveLoss):
             (self.moment_T, self.square_T), (gradient_T, gradient_T.square()), BETAS, strict=True
         ):
             state.lerp_(value, 1 - beta)
-        moment, square = (1 - beta ** self.steps.clamp(min=1) for beta in BETAS)
+        moment, square = (1 - beta ** self.steps.clamp(min=1).double() for beta in BETAS)
         self.logit_T -= self.lr * (self.moment_T / moment) / ((self.square_T / square).sqrt() + ADAM_EPS)
         self.previous_T.copy_(torch.where(seen_T, loss_T, 0.0))
         ratio_T = torch.where(seen_T, torch.softmax(self.logit_T, 0) / (loss_T + EPS), 0.0)

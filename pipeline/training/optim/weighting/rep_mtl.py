@@ -62,6 +62,8 @@ class RepMTLLoss(EmbeddingLoss):
         kinds: "binary" or "regression" per task. loss_weights: w_t. regulation, alignment, temperature, group: see RepMTL.
     """
 
+    second_derivatives = True
+
     def __init__(
         self,
         kinds: Sequence[str],
@@ -90,9 +92,7 @@ class RepMTLLoss(EmbeddingLoss):
         """The two terms, times their weights; gradients come out right once ranks average them."""
         weight_BT = batch.weight_BT * batch.observed_BT
         own_BT = loss_BT * (weight_BT > 0)
-        saliency = [
-            torch.autograd.grad(own_B.sum(), embedding_BE, create_graph=True)[0].float() for own_B in own_BT.unbind(1)
-        ]
+        saliency = [torch.autograd.grad(own_B.sum(), embedding_BE, create_graph=True)[0] for own_B in own_BT.unbind(1)]
         saliency_BTE = torch.stack(saliency, 1)
         entropy_B = entropies(saliency_BTE.mean(2))
         aligned_B = alignments(saliency_BTE, self.group_rows, self.temperature)
