@@ -98,7 +98,7 @@ class RepMTLLoss(EmbeddingLoss):
         aligned_B = alignments(saliency_BTE, self.group_rows, self.temperature)
         full = global_mean((batch.row_id_B == PADDING).any().float()) == 0
         weight_B = batch.weight_BT[:, 0] / total_T1[-1].clamp(min=torch.finfo(total_T1.dtype).tiny)
-        return (weight_B * (self.regulation * entropy_B + self.alignment * full * aligned_B)).sum()
+        return (weight_B * (self.regulation * entropy_B + self.alignment * (full * aligned_B))).sum()
 
 
 def entropies(saliency_BT: Tensor) -> Tensor:
