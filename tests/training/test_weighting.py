@@ -263,7 +263,7 @@ def test_the_pipelined_loop_learns_uncertainties_too(one_rank: Path) -> None:
     assert_identical(last(found), last(one_rank / "one-uncertainty"))
 
 
-@pytest.mark.parametrize("name", ["gradnorm", "pcgrad"])
+@pytest.mark.parametrize("name", ["gradnorm", "pcgrad", "cagrad", "flat_minima", "rep_mtl"])
 def test_weighting_by_gradients_works_under_bfloat16_dropout_and_clipping(folder: Path, name: str) -> None:
     found = run(folder, f"all-{name}", name, max_steps=5, precision="bf16", dropout=0.2, clip_norm=0.1)
     assert all(map(math.isfinite, losses(found)))

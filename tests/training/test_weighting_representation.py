@@ -19,6 +19,7 @@ from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
+from pipeline.training.optim.weighting.base import EmbeddingLoss
 from pipeline.training.optim.weighting.rep_mtl import RepMTLLoss
 from pipeline.training.step import TrainStep
 
@@ -152,6 +153,29 @@ def test_a_steps_gradient_is_that_of_its_loss_by_finite_differences(
                 p += sign * 1e-6 * d
         sides.append(step(batch)[0].item())
     assert found == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-5)
+
+
+class Repeated(EmbeddingLoss):
+    """Keeps what the dense part gives on the embeddings once more."""
+
+    def from_embeddings(self, run, embedding_BE, loss_BT, batch, total_T1) -> float:
+        self.first_BT, self.again_BT = loss_BT.detach(), run([p.detach() for p in self.shared]).detach()
+        self.other_BT = run([2 * p.detach() for p in self.shared]).detach()
+        return 0.0
+
+
+def test_the_dense_part_runs_again_with_the_same_draws_and_other_parameters(folder: Path) -> None:
+    data = Dataset(folder / "data")
+    config = ModelConfig(fusion=FUSIONS["mmoe"], tower=[8], dropout=0.5, input_dropout=0.5, embedding_std=0.5)
+    ranker = Ranker(data.schema, data.encoders, config, device="cpu")
+    loss, loader = Repeated(["regression"] * 3, [1.0] * 3), Loader(data, "train", 8, 2, 0)
+    loss.shared = [p for n, p in ranker.named_parameters() if n.startswith("fusion.")]
+    before = [p.clone() for p in loss.shared]
+    torch.manual_seed(9)
+    TrainStep(ranker, loss, bf16=False)(next(loader.batches(loader.start())))
+    torch.testing.assert_close(loss.again_BT, loss.first_BT, rtol=0, atol=0)
+    assert (loss.other_BT - loss.first_BT).abs().max() > 1e-3
+    assert all(torch.equal(p, q) for p, q in zip(loss.shared, before, strict=True))
 
 
 def test_settings_of_a_run_reach_the_loss(folder: Path) -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import weightings as paper
 
-from pipeline.training.optim.weighting.aligned import balance
-from pipeline.training.optim.weighting.cagrad import conflict_averse
+from pipeline.training.optim.weighting.aligned import AlignedLoss, balance
+from pipeline.training.optim.weighting.cagrad import CAGradLoss, conflict_averse
 from pipeline.training.optim.weighting.fairgrad import RIDGE, FairGradLoss, fair
 from pipeline.training.optim.weighting.mgda import MGDALoss, shortest
 
@@ -166,6 +166,15 @@ def test_aligned_gradients_are_orthogonal_and_equally_long(gradient_TP):
 def test_directions_that_no_gradient_has_do_not_shorten_the_others():
     assert np.allclose(balance(np.diag([4.0, 0.0, 4.0])), np.diag([1.0, 0.0, 1.0]))
     assert not balance(np.zeros((2, 2))).any()
+
+
+@pytest.mark.parametrize(
+    "kind", [MGDALoss, AlignedLoss, lambda *a: CAGradLoss(*a, 0.5), lambda *a: FairGradLoss(*a, 2.0)]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_products_that_are_not_finite_leave_the_plain_sum_for_the_check_of_the_step(kind, bad):
+    dot_TT = torch.tensor([[bad, 1.0], [1.0, 2.0]])
+    assert kind(["binary"] * 2, [3.0, 0.5]).coefficients(dot_TT, 0).tolist() == [3.0, 0.5]
 
 
 def test_shares_in_float32_become_coefficients_with_the_loss_weights():

@@ -18,7 +18,6 @@ RUNS = {
     "dwa": ("table_wise", {"window": 4, "temperature": 0.1}),
     "famo": ("row_wise", {"lr": 0.1}),
     "stch": ("table_wise", {"warmup": 12, "mu": 0.3}),
-    "cagrad": ("row_wise", {}),
     "nash_mtl": ("table_wise", {}),
     "rep_mtl": ("row_wise", {}),
     "flat_minima": ("table_wise", {}),

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from models.losses import TaskLoss
-from pipeline.training.optim.weighting.base import GRADIENT_REFUSALS, SharedGradientLoss, Weighted
+from pipeline.training.optim.weighting.base import GRADIENT_REFUSALS, Weighted
+from pipeline.training.optim.weighting.solved import SolvedLoss
 
 
 class Aligned(Weighted):
@@ -27,7 +26,7 @@ class Aligned(Weighted):
         return AlignedLoss(kinds, loss_weights)
 
 
-class AlignedLoss(SharedGradientLoss):
+class AlignedLoss(SolvedLoss):
     """d = G B w with B = sqrt(lambda_min) V Lambda^(-1/2) V^T (Aligned-MTL, Senushkin et al., CVPR 2023).
 
     V Lambda V^T are the eigenvectors and eigenvalues of G^T G, lambda_min the least of those that are not numerically 0 (the
@@ -35,10 +34,9 @@ class AlignedLoss(SharedGradientLoss):
     gradients: so they count, where scaling the gradients before would not.
     """
 
-    def coefficients(self, dot_TT: Tensor, step: int) -> Tensor:  # noqa: ARG002
+    def solved(self, dot_TT: np.ndarray, weight_T: np.ndarray) -> np.ndarray:
         """B w."""
-        own_TT = dot_TT.double().cpu().numpy()
-        return torch.from_numpy(balance((own_TT + own_TT.T) / 2)).to(self.weight_T) @ self.weight_T
+        return balance(dot_TT) @ weight_T
 
 
 def balance(dot_TT: np.ndarray) -> np.ndarray:

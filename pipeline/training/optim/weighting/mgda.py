@@ -58,14 +58,15 @@ def shortest(dot_TT: np.ndarray) -> np.ndarray:
     weight_T = np.zeros(len(dot_TT))
     active = [int(dot_TT.diagonal().argmin())]
     weight_T[active] = 1
-    for _ in range(100 * len(dot_TT)):  # it ends long before, unless rounding makes it repeat itself
+    square = float("inf")
+    while True:
         slope_T = dot_TT @ weight_T
         entering = int(slope_T.argmin())
-        if entering in active or slope_T[entering] >= weight_T @ slope_T - EPS:
-            break
-        active.append(entering)
-        active = _descend(dot_TT, weight_T, active)
-    return weight_T / weight_T.sum()
+        # No vector is of use any more, or rounding has eaten the progress.
+        if slope_T[entering] >= weight_T @ slope_T - EPS or weight_T @ slope_T >= square:
+            return weight_T / weight_T.sum()
+        square = float(weight_T @ slope_T)
+        active = _descend(dot_TT, weight_T, [*(index for index in active if index != entering), entering])
 
 
 def _descend(dot_TT: np.ndarray, weight_T: np.ndarray, active: list[int]) -> list[int]:

@@ -19,8 +19,13 @@ class SolvedLoss(SharedGradientLoss):
         """How often each gradient counts, 1 in the plain sum; dot_TT: their products, symmetric, in float64."""
         raise NotImplementedError
 
+    def solved(self, dot_TT: np.ndarray, weight_T: np.ndarray) -> np.ndarray:
+        """`coefficients` in NumPy: the shares of the weighted gradients, times the loss weights."""
+        return self.shares(dot_TT * np.outer(weight_T, weight_T)) * weight_T
+
     def coefficients(self, dot_TT: Tensor, step: int) -> Tensor:  # noqa: ARG002
-        """The shares times the loss weights."""
-        own_TT = (dot_TT * self.weight_T * self.weight_T.unsqueeze(1)).double().cpu().numpy()
-        share_T = torch.from_numpy(self.shares((own_TT + own_TT.T) / 2))
-        return share_T.to(self.weight_T) * self.weight_T
+        """Those of `solved`; of the plain sum where a product is not finite, which the check of the step reports."""
+        own_TT, weight_T = dot_TT.double().cpu().numpy(), self.weight_T.double().cpu().numpy()
+        if not np.isfinite(own_TT).all():
+            return self.weight_T
+        return torch.from_numpy(self.solved((own_TT + own_TT.T) / 2, weight_T)).to(self.weight_T)
