@@ -62,7 +62,7 @@ def shortest(dot_TT: np.ndarray) -> np.ndarray:
     while True:
         slope_T = dot_TT @ weight_T
         entering = int(slope_T.argmin())
-        # No vector is of use any more, or rounding has eaten the progress.
+        # No vector shortens it any more, or only within rounding.
         if slope_T[entering] >= weight_T @ slope_T - EPS or weight_T @ slope_T >= square:
             return weight_T / weight_T.sum()
         square = float(weight_T @ slope_T)
