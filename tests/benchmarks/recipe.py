@@ -136,7 +136,7 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, and what it may be at work on."""
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
             self.process.wait()
@@ -173,7 +173,7 @@ def run(jobs: Sequence[Job], out: Path, workers: int) -> None:
                     flush=True,
                 )
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             for worker in started:
                 worker.close()
 

@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -89,7 +91,7 @@ def trained_and_scored(
 ) -> dict[str, Any]:
     """Trains a run in `folder`, which is removed at the end, and scores its last checkpoint on the test split.
 
-    Returns: step, metrics by task (with gap, where the truth is known), and seconds of training: of the clock, and of the processor.
+    Returns: step, metrics by task (with gap, where the truth is known), and seconds of training, of the clock and the CPU.
     """
     shutil.rmtree(folder, ignore_errors=True)
     begin, begin_cpu = time.perf_counter(), time.process_time()
@@ -148,13 +150,24 @@ def gap_closed(kind: str, predicted_B: Tensor, true_B: Tensor, weight_B: Tensor)
 
 
 def work() -> None:
-    """Answers jobs from stdin until it ends; a job that fails ends the worker after its answer."""
+    """Answers jobs from stdin; its end, or that of the process that writes there, ends the worker, a job at work too.
+
+    A job that fails ends the worker after its answer.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     bound_resolvers()
     configure_logging("warning")
-    for line in sys.stdin:
-        job = json.loads(line)
+    jobs: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            jobs.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        job = json.loads(jobs.get())
         truth = Truth.model_validate(job["truth"]) if job["truth"] else None
         try:
             found = trained_and_scored(Path(job["path"]), Path(job["run"]), job["overrides"], job["seed"], truth)
