@@ -113,6 +113,17 @@ def test_stchs_weights_are_the_derivatives_of_the_scalarisation(loss_ST, mu, see
         assert found_T.tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "module", [FAMOLoss(["binary"] * 2, 0.05, 0.0), STCHLoss(["binary"] * 2, [1.0] * 2, 1.0, 2)]
+)  # fmt: skip
+def test_a_loss_that_is_not_above_0_has_no_part_in_a_step_and_harms_no_other(module: AdaptiveLoss) -> None:
+    loss_ST = torch.tensor([[1.0, 0.5], [-0.2, 0.4], [0.9, 0.3], [-0.1, 0.2]], dtype=torch.float64)
+    found_ST = gradients(module, loss_ST)
+    assert found_ST.isfinite().all()
+    assert found_ST[1::2, 0].tolist() == [0, 0]
+    assert (found_ST[:, 1] > 0).all()
+
+
 def test_stchs_warm_up_descends_log_losses_and_ends_with_the_mean_of_its_second_half():
     loss_ST = torch.tensor([[4.0, 1.0], [8.0, 3.0], [2.0, 0.0], [1.0, 0.5], [3.0, 1.0]], dtype=torch.float64)
     module = STCHLoss(["binary"] * 2, [1.0, 2.0], mu=0.5, warmup=4)

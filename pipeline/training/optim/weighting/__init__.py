@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
-from features.schema.schema import Task
+from features.errors import UserError
+from features.schema.task import Task
 from models.losses import TaskLoss
 from pipeline.training.optim.weighting.aligned import Aligned
 from pipeline.training.optim.weighting.base import WeightingSettings
@@ -52,6 +53,12 @@ def task_loss(weighting: WeightingSettings, tasks: Mapping[str, Task], seed: int
         seed: of random draws.
 
     Raises:
-        UserError: a weight for a task that does not exist.
+        UserError: a weight for a task that does not exist, or a loss that the weighting cannot work with.
     """
+    below = [name for name, task in tasks.items() if task.loss_name == "ziln"]
+    if below and weighting.logarithms:
+        raise UserError(
+            f"train.weighting.name={weighting.name} takes logarithms of losses, and loss ziln of {below[0]} falls below 0: "
+            "choose another weighting, such as dwa or uncertainty"
+        )
     return weighting.build([task.kind for task in tasks.values()], weighting.task_weights(tasks), seed)

@@ -29,6 +29,7 @@ class FAMO(WeightingSettings):
     lr: float = Field(0.025, gt=0, allow_inf_nan=False)
     gamma: float = Field(1e-3, ge=0, allow_inf_nan=False)
     refuses: ClassVar = {"accumulate": WHOLE_BATCH_LOSSES}
+    logarithms: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FAMOLoss."""
@@ -45,7 +46,7 @@ class FAMOLoss(AdaptiveLoss):
     Taken: equations, and from the authors' code lr, gamma and Adam for xi. Chosen: L_t' is the loss of the next batch, which
     costs nothing, where the authors' code evaluates the same batch again, a further forward with its exchange of embeddings.
     Noise between batches does not build up: sums of log L_t - log L_t' over steps telescope. A task that a batch does not
-    observe has weight 0 there and no part in c; the change of its loss counts as 0.
+    observe, or whose loss is not above 0, has weight 0 there and no part in c; the change of its loss counts as 0.
 
     Args:
         kinds: "binary" or "regression" per task. lr, gamma: see FAMO.
@@ -67,7 +68,8 @@ class FAMOLoss(AdaptiveLoss):
     def forward(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """The scalar to differentiate; arguments as those of `TaskLoss.forward`."""
         mean_T = self.means(loss_BT, observed_weight_BT, total_T)
-        self.learn(global_mean(mean_T), total_T > 0)
+        loss_T = global_mean(mean_T)
+        self.learn(loss_T, (total_T > 0) & (loss_T > 0))
         return (mean_T * self.weights()).sum()
 
     @torch.no_grad()

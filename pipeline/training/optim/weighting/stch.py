@@ -29,6 +29,7 @@ class STCH(Weighted):
     mu: float = Field(1.0, gt=0, allow_inf_nan=False)
     warmup: int = Field(400, ge=0)
     refuses: ClassVar = {"accumulate": WHOLE_BATCH_LOSSES}
+    logarithms: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """STCHLoss."""
@@ -42,7 +43,7 @@ class STCHLoss(AdaptiveLoss):
     learning: objectives f_t are log losses relative to a reference R_t, the mean losses at the end of a warm-up on
     sum_t w_t log L_t; the ideal point z is 0; the factor T; mu = 1. Chosen here: a warm-up in steps, of which the second half
     gives R_t (the code: 4 epochs, and the one after them); a task without a reference has l_t = 0; tasks that a batch does
-    not observe are left out of the sum and of T.
+    not observe, or whose loss is not above 0, are left out of the sum and of T.
 
     Args:
         kinds: "binary" or "regression" per task. loss_weights: w_t. mu, warmup: see STCH.
@@ -68,7 +69,8 @@ class STCHLoss(AdaptiveLoss):
     def forward(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """The scalar to differentiate; arguments as those of `TaskLoss.forward`."""
         mean_T = self.means(loss_BT, observed_weight_BT, total_T)
-        self.loss_T, seen_T = global_mean(mean_T), total_T > 0
+        loss_T = global_mean(mean_T)
+        self.loss_T, seen_T = loss_T.clamp(min=0), (total_T > 0) & (loss_T > 0)
         reference_T = torch.where(self.count_T > 0, self.sum_T / self.count_T.clamp(min=1), self.loss_T)
         smooth_T = slopes(self.loss_T, reference_T, seen_T, self.weight_T, self.mu)
         early_T = self.weight_T * seen_T / (self.loss_T + EPS)
