@@ -16,6 +16,18 @@ from models.fusion.fusion import Fusion
 from models.layers import StackedLinear, mix
 
 
+def checked_groups(groups: Sequence[int | Sequence[int]], num_tasks: int) -> list[Sequence[int]]:
+    """The groups. Raises UserError where they are not lists that name each task once."""
+    lists = [group for group in groups if isinstance(group, Sequence)]
+    found = sorted(task for group in lists for task in group)
+    if len(lists) < len(groups) or not all(lists) or found != list(range(num_tasks)):
+        raise UserError(
+            f"model.fusion.groups: must be lists that name each of the {num_tasks} tasks exactly once, such as [[a, b], [c]], "
+            "or null"
+        )
+    return lists
+
+
 class FeatureGates(nn.Module):
     """Scales an input for each category: x * sum_l softmax(x W)_l 2 sigmoid(x B_l A_l), with B_l of D x rank, A_l of rank x D.
 
@@ -137,19 +149,15 @@ class HoME(Fusion):
 
     def __init__(
         self, in_dim: int, num_tasks: int, levels: Sequence[Annotated[Sequence[int], Field(min_length=1)]],
-        groups: Sequence[Sequence[int]] | None = None, experts: Annotated[int, Field(ge=1, le=1000)] = 2,
+        groups: Sequence[int | Sequence[int]] | None = None, experts: Annotated[int, Field(ge=1, le=1000)] = 2,
         rank: Annotated[int, Field(ge=1)] = 16, loras: Annotated[int, Field(ge=1)] = 2,
     ) -> None:  # fmt: skip
         super().__init__()
-        groups = [list(range(num_tasks))] if groups is None else groups
         if len(levels) != 2:
             raise UserError(f"model.fusion.levels: home has two levels, of groups and of tasks, not {len(levels)}")
-        if sorted(task for group in groups for task in group) != list(range(num_tasks)) or not all(groups):
-            raise UserError(
-                f"model.fusion.groups: must name each of the {num_tasks} tasks exactly once, in groups that have one, or be null"
-            )
-        count, self.num_tasks, self.out_dim = len(groups), num_tasks, levels[1][-1]
-        group_T = torch.tensor([g for task in range(num_tasks) for g, group in enumerate(groups) if task in group])
+        lists = checked_groups([range(num_tasks)] if groups is None else groups, num_tasks)
+        count, self.num_tasks, self.out_dim = len(lists), num_tasks, levels[1][-1]
+        group_T = torch.tensor([g for task in range(num_tasks) for g, group in enumerate(lists) if task in group])
         # Categories of the first level: the groups', then the shared; of the second: the tasks' before these.
         sees_group_GC = torch.eye(count + 1, dtype=torch.bool)
         sees_group_GC[:, -1] = sees_group_GC[-1] = True

@@ -37,7 +37,7 @@ def small(**changes: object) -> Sizes:
     return Sizes(**(common | {"group_of": [0, 1, 0]} | changes))
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(sizes)
 def test_home_equals_its_reference(size):
     module, depths = build(size), [len(layers) for layers in size.levels]
@@ -127,10 +127,10 @@ def test_groups_are_given_by_names_and_default_to_one_of_all():
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"groups": [["a", "b"], ["c", "d"]]}, "model.fusion.groups: d is not one of a, b, c"),
-    ({"groups": [["a"], ["b"]]}, "model.fusion.groups: must name each of the 3 tasks exactly once"),
-    ({"groups": [["a", "b"], ["c", "a"]]}, "model.fusion.groups: must name each of the 3 tasks exactly once"),
-    ({"groups": [["a", "b", "c"], []]}, "in groups that have one"),
-    ({"groups": ["a", "b", "c"]}, "model.fusion.groups: Input should be a valid"),
+    ({"groups": [["a"], ["b"]]}, "model.fusion.groups: must be lists that name each of the 3 tasks exactly once"),
+    ({"groups": [["a", "b"], ["c", "a"]]}, "model.fusion.groups: must be lists that name each of the 3 tasks exactly once"),
+    ({"groups": [["a", "b", "c"], []]}, "model.fusion.groups: must be lists that name each of the 3 tasks exactly once"),
+    ({"groups": ["a", "b", "c"]}, "such as [[a, b], [c]], or null"),
     ({"levels": [[4]]}, "model.fusion.levels: home has two levels, of groups and of tasks, not 1"),
     ({"levels": [[4], []]}, "model.fusion.levels: "),
     ({"experts": 0}, "model.fusion.experts: "), ({"rank": 0}, "model.fusion.rank: "), ({"loras": 0}, "model.fusion.loras: "),

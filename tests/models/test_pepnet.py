@@ -138,13 +138,14 @@ def test_pepnet_reads_features_before_any_interaction():
     with pytest.raises(
         UserError, match=r"^model\.interaction: fusion pepnet reads the features themselves, use concat$"
     ):
-        ranker("cross")
+        ranker("dot")
 
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"priors": ["a", "e"]}, "model.fusion.priors: e is not one of a, b"),
     ({"domains": ["b", "b"]}, "model.fusion.domains: names a feature twice"),
-    ({"hidden": 0}, "model.fusion.hidden: "), ({"widths": []}, "model.fusion.widths: "), ({"widths": [0]}, "model.fusion.widths: "),
+    ({"hidden": 0}, "model.fusion.hidden: "), ({"widths": []}, "model.fusion.widths: "),
+    ({"widths": [0]}, "model.fusion.widths: "),
 ])  # fmt: skip
 def test_what_pepnet_does_not_take_is_said_in_one_line(changes, words):
     with pytest.raises(UserError) as caught:

@@ -69,7 +69,8 @@ def home(
     """h_BTH, and of both levels the weights: of each task's group, then of the shared unit; of each task.
 
     Args:
-        groups: tasks of each. depths: layers of an expert at both levels. count: experts of a category. loras: of a feature gate.
+        groups: tasks of each. depths: layers of an expert at both levels. count: experts of a category.
+        loras: of a feature gate.
     """
     shared, tasks = len(groups), sum(map(len, groups))
     of_task = {task: g for g, group in enumerate(groups) for task in group}
