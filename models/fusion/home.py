@@ -1,7 +1,8 @@
 """Hierarchy of multi-gate experts (HoME, arXiv 2408.05430)."""
 
 # Shapes: B rows, T tasks, G groups of tasks and the shared one, C categories of experts, N experts of a category, E = C N,
-# U units that mix experts, S networks of a stack, L low-rank maps, D and H widths in and out, K width that a gate reads.
+# U units that mix experts, S networks of a stack, L low-rank maps of a category, M of all, D and H widths in and out, K width that
+# a gate reads.
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -31,10 +32,11 @@ def checked_groups(groups: Sequence[int | Sequence[int]], num_tasks: int) -> lis
 class FeatureGates(nn.Module):
     """Scales an input for each category: x * sum_l softmax(x W)_l 2 sigmoid(x B_l A_l), with B_l of D x rank, A_l of rank x D.
 
-    A starts at 0, so that every scale is 1 before training.
+    Scales start near 1. They would be exactly 1 if A started at 0, but then the first gradient of W would be rounding errors
+    only, which Adam scales up to full steps.
 
     Args:
-        categories: C, each with weights of its own. dim: D. rank: inner width. loras: L.
+        categories: C, each with weights of its own. dim: D. rank: inner width. loras: L; M = C L.
     Shapes: x_CBD, or x_1BD for all -> x_CBD.
     """
 
@@ -43,11 +45,13 @@ class FeatureGates(nn.Module):
         self.loras = loras
         self.down = StackedLinear(categories * loras, dim, rank, bias=False)
         self.up = StackedLinear(categories * loras, rank, dim, bias=False)
-        nn.init.zeros_(self.up.weight_SDH)
-        self.choice = StackedLinear(categories, dim, loras, bias=False)
+        self.choice = StackedLinear(categories, dim, loras, bias=False) if loras > 1 else None
 
     def forward(self, x_CBD: Tensor) -> Tensor:
-        scale_CLBD = 2 * self.up(self.down(x_CBD)).sigmoid().unflatten(0, (-1, self.loras))
+        scale_MBD = 2 * self.up(self.down(x_CBD)).sigmoid()
+        if self.choice is None:
+            return x_CBD * scale_MBD
+        scale_CLBD = scale_MBD.unflatten(0, (-1, self.loras))
         weight_CLB1 = self.choice(x_CBD).softmax(2).transpose(1, 2).unsqueeze(3)
         return x_CBD * (weight_CLB1 * scale_CLBD).sum(1)
 

@@ -1,5 +1,6 @@
 """Fusions and towers against their references in float64, and cases whose answer is known without one."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,6 +296,21 @@ def batch(rows: slice = slice(None)) -> Batch:
     )
     dense_BD, one_BT = torch.randn(12, 3, generator=rng)[rows], torch.ones(12, 3)[rows]
     return Batch(sparse, dense_BD, one_BT, one_BT.bool(), one_BT, torch.arange(12)[rows])
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_no_first_gradient_is_rounding_errors_only_which_adam_would_scale_up_to_full_steps(file):
+    torch.manual_seed(4)
+    config = ModelConfig.model_validate(yaml.safe_load(file.read_text()))
+    model, given = Ranker(Schema.parse(SCHEMA, "small.yaml"), ENCODERS, config, device="cpu"), batch()
+    single, x = model.fusion.eval(), model.inputs(given).detach()
+    double, observed = copy.deepcopy(single).double(), (given.observed_BT,) if model.fusion.reads_observed else ()
+    h_BTD = single(x, *observed)
+    probe_BTD = torch.randn_like(h_BTD)
+    h_BTD.backward(probe_BTD)
+    double(x.double(), *observed).backward(probe_BTD.double())
+    for (name, one), other in zip(single.named_parameters(), double.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-3 * other.grad.norm(), name
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

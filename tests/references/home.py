@@ -31,7 +31,7 @@ def expert(params: Params, prefix: str, network: int, depth: int, x_D: Tensor) -
 def scaled(params: Params, prefix: str, category: int, loras: int, x_D: Tensor) -> Tensor:
     """x * sum_l softmax(x W)_l 2 sigmoid(x B_l A_l)."""
     own = f"{prefix}feature_gates."
-    choice = softmax(list(x_D @ params[f"{own}choice.weight_SDH"][category]))
+    choice = softmax(list(x_D @ params[f"{own}choice.weight_SDH"][category])) if loras > 1 else [1]
     scale_D = torch.zeros_like(x_D)
     for lora, weight in enumerate(choice):
         place = category * loras + lora
