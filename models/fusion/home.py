@@ -1,8 +1,8 @@
 """Hierarchy of multi-gate experts (HoME, arXiv 2408.05430)."""
 
 # Shapes: B rows, T tasks, G groups of tasks and the shared one, C categories of experts, N experts of a category, E = C N,
-# U units that mix experts, S networks of a stack, L low-rank maps of a category, M of all, D and H widths in and out, K width that
-# a gate reads.
+# U units that mix experts, S networks of a stack, L low-rank maps of a category, M of all, D and H widths in and out, K width
+# of what a gate reads.
 
 from collections.abc import Sequence
 from typing import Annotated
