@@ -16,6 +16,8 @@ from features.errors import UserError
 from models.fusion.fusion import Fusion
 from models.layers import StackedLinear, mix
 
+Layers = Annotated[Sequence[Annotated[int, Field(ge=2)]], Field(min_length=1)]
+
 
 def checked_groups(groups: Sequence[int | Sequence[int]], num_tasks: int) -> list[Sequence[int]]:
     """The groups. Raises UserError where they are not lists that name each task once."""
@@ -132,14 +134,16 @@ class HoME(Fusion):
     - Feature gates scale what experts read: 2 sigmoid(v B A) of low rank, several mixed by a softmax. Self gates add a further
       mixture of a unit's own experts, by softmax(x W), or sigmoid where there is one, so that these always have a gradient.
 
-    Of the paper only the abstract was reachable here; mask, feature and self gates are as public reimplementations have them,
-    where these agree. Chosen here: layer norm, of one row and expert, stands in for the paper's batch norm, since statistics
-    of a rank's rows would make weights depend on the number of ranks. It and Swish follow every layer of an expert. Each
-    category has one feature gate, of a given rank. At the second level only tasks have self gates.
+    Of the paper only the abstract was reachable here; the levels and the forms of the gates are those of most public
+    reimplementations. These differ in details, so the following was chosen: what the gate of z_shared sees and experts of
+    the second level read; one feature gate a category, of a given rank; at the second level self gates of tasks only; norm and
+    Swish after every layer of an expert. Layer norm, of one row and expert, stands in for the paper's batch norm: statistics
+    of a rank's rows would make weights depend on the number of ranks.
 
     Args:
         in_dim: D in. num_tasks: T.
-        levels: for each of the two levels the layers of its experts, such as [[256], [128]]; the last is D out.
+        levels: for each of the two levels the layers of its experts, such as [[256], [128]]; the last is D out. The norm
+            leaves nothing of a layer of one unit.
         groups: the tasks of each group (in a config by name), such as [[click, dwell], [conversion]]; None: all in one.
         experts: N, of each category at both levels. rank: of a feature gate. loras: L, mixed in one feature gate.
     Shapes: x_BD -> h_BTD.
@@ -152,7 +156,7 @@ class HoME(Fusion):
     input_C: Tensor
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Annotated[Sequence[int], Field(min_length=1)]],
+        self, in_dim: int, num_tasks: int, levels: Sequence[Layers],
         groups: Sequence[int | Sequence[int]] | None = None, experts: Annotated[int, Field(ge=1, le=1000)] = 2,
         rank: Annotated[int, Field(ge=1)] = 16, loras: Annotated[int, Field(ge=1)] = 2,
     ) -> None:  # fmt: skip

@@ -132,7 +132,7 @@ def test_groups_are_given_by_names_and_default_to_one_of_all():
     ({"groups": [["a", "b", "c"], []]}, "model.fusion.groups: must be lists that name each of the 3 tasks exactly once"),
     ({"groups": ["a", "b", "c"]}, "such as [[a, b], [c]], or null"),
     ({"levels": [[4]]}, "model.fusion.levels: home has two levels, of groups and of tasks, not 1"),
-    ({"levels": [[4], []]}, "model.fusion.levels: "),
+    ({"levels": [[4], []]}, "model.fusion.levels: "), ({"levels": [[4], [1]]}, "model.fusion.levels: "),
     ({"experts": 0}, "model.fusion.experts: "), ({"rank": 0}, "model.fusion.rank: "), ({"loras": 0}, "model.fusion.loras: "),
 ])  # fmt: skip
 def test_what_home_does_not_take_is_said_in_one_line(changes, words):
