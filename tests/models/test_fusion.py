@@ -73,12 +73,12 @@ def test_adatt_equals_its_reference(size):
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(sizes, st.lists(st.integers(1, 5), max_size=3))
-def test_towers_equal_their_reference(size, widths):
-    module = randomised(TaskTowers(size.T, size.D, widths), size.seed)
+@given(sizes, st.lists(st.integers(1, 5), max_size=3), st.integers(1, 3))
+def test_towers_equal_their_reference(size, widths, outputs):
+    module = randomised(TaskTowers(size.T, size.D, widths, outputs=outputs), size.seed)
     h_BTD = rows(size, size.T * size.D).view(size.B, size.T, size.D)
-    assert module(h_BTD).shape == (size.B, size.T)
-    check(module, Towers(size.T, size.D, widths, shared=False), h_BTD)
+    assert module(h_BTD).shape == (outputs, size.B, size.T)
+    check(module, Towers(size.T, size.D, widths, shared=False, outputs=outputs), h_BTD)
 
 
 @settings(max_examples=examples(40), deadline=None)
@@ -279,7 +279,9 @@ tasks:
   stay: {kind: regression, label: stay}
 split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
 """)
-ENCODERS = SimpleNamespace(edges={"price": [-1.0, 0.0, 1.0]}, num_embeddings={"item": 11, "user": 7}.__getitem__)
+ENCODERS = SimpleNamespace(
+    edges={"price": [-1.0, 0.0, 1.0]}, labels={}, num_embeddings={"item": 11, "user": 7}.__getitem__
+)
 SHIPPED = sorted(path for path in (Path(__file__).parents[2] / "jobs/conf/model").glob("*.yaml") if path.stem != "emm")
 
 

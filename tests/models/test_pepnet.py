@@ -29,7 +29,7 @@ bag: {met: {table: item, max_length: 3}}
 tasks: {click: {kind: binary, label: click}, buy: {kind: binary, label: buy}}
 split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
 """)
-ENCODERS = SimpleNamespace(edges={}, num_embeddings={"item": 11, "user": 7, "device": 5}.__getitem__)
+ENCODERS = SimpleNamespace(edges={}, labels={}, num_embeddings={"item": 11, "user": 7, "device": 5}.__getitem__)
 fields = st.none() | st.lists(st.integers(0, 2), unique=True, max_size=3)
 sizes = drawn_sizes(widths=widths, priors=fields, domains=fields, hidden=st.integers(1, 4))
 

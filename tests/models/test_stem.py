@@ -36,7 +36,7 @@ split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], 
 DIMS = {"user": 2, "shown": 3, "met": 3, "topics": 4}
 TABLE_OF = {"user": "user", "shown": "item", "met": "item", "topics": "topics"}
 ENCODERS = SimpleNamespace(
-    edges={"price": [-1.0, 0.0, 1.0]}, num_embeddings={"item": 11, "user": 7, "topics": 5}.__getitem__
+    edges={"price": [-1.0, 0.0, 1.0]}, labels={}, num_embeddings={"item": 11, "user": 7, "topics": 5}.__getitem__
 )
 IDS = {"user": [[3], [6], []], "shown": [[2], [10], []], "met": [[], [4, 4, 9], []], "topics": [[1], [4, 0], []]}
 count = st.integers(1, 2)
