@@ -275,7 +275,7 @@ categorical: {user: {dim: 2, hash: 7}, shown: {table: item}}
 bag: {met: {table: item, max_length: 3}}
 tasks:
   click: {kind: binary, label: click}
-  buy: {kind: binary, label: buy}
+  buy: {kind: binary, label: buy, given: click}
   stay: {kind: regression, label: stay}
 split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
 """)
