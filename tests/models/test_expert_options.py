@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, randomised, rows, widths
 from references import experts as references
+from references import fields
 from torch import Tensor, nn
 
 from features.errors import UserError
@@ -57,6 +58,19 @@ def both(name: str, size: Sizes, **options: object) -> tuple[nn.Module, nn.Modul
 @given(sizes)
 def test_fusions_without_gates_equal_their_references_with_any_layers(name, size):
     check(*both(name, size, experts=size.experts), rows(size))
+
+
+@settings(max_examples=examples(15), deadline=None)
+@given(sizes, st.integers(1, 3))
+def test_networks_above_features_equal_their_references_with_any_layers(size, num_fields):
+    x_BFW, tasks, names = rows(size, num_fields, size.D), [f"t{t}" for t in range(size.T)], list("abc")[:num_fields]
+    config = {"widths": size.widths, "hidden": 3, "squeeze": 2, "experts": size.experts}
+    module = build_fusion({"name": "apem", **config}, size.D, tasks, names)
+    check(randomised(module, size.seed), fields.APEM(size.D, size.T, num_fields, **config), x_BFW)
+    config |= {"condition": 2, "behaviours": ["a"]}
+    module = build_fusion({"name": "dtrn", **config}, size.D, tasks, names)
+    reference = fields.DTRN(size.D, size.T, num_fields, **config | {"behaviours": [0]})
+    check(randomised(module, size.seed), reference, x_BFW)
 
 
 @pytest.mark.parametrize("name", GATED)

@@ -244,7 +244,11 @@ REFUSED = {
     "several tasks": (("several",), {}, r"was trained for click, dwell; a source has one task"),
     "another fusion": (("click-mmoe",), {}, r"has fusion mmoe; a source is a plain stack of layers"),
     "calibration": (("click-calibrated",), {}, r"has calibration monotone; a source has none"),
-    "layers of another kind": (("click-gelu",), {}, r"has experts {activation: gelu}; a source's layers are linear and ReLU"),
+    "layers of another kind": (
+        ("click-gelu",),
+        {},
+        r"has experts {activation: gelu}; a source's layers are linear and ReLU",
+    ),
     "a task that is not trained": (("dwell",), {"tasks": ["click"]}, r"was trained for dwell, which is none of"),
     "nothing in common": (("click-a", "conversion", "dwell-small"), {}, r"no layer is common to all .*dwell-small"),
     "an interaction of its own": (ONE_EACH, {"model": {"interaction": {"name": "dot"}}}, r"the trained models bring"),
