@@ -42,9 +42,10 @@ class StackedLinear(nn.Module):
 
 
 class StackedLayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016, eq. 4) of S networks, each with a scale and a shift of its own.
+    """Layer normalisation (Ba et al. 2016) of S networks, each with a scale g and a shift b of its own.
 
-    Mean and variance are those of one row, so the result depends on no other row and no rank.
+    y = g (x - mean) / sqrt(variance + 1e-5) + b, with mean and variance over the H numbers of one row: the result depends on
+    no other row and no rank. 1e-5 is torch's; g starts at 1 and b at 0.
 
     Args:
         stack: S. dim: H.

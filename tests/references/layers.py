@@ -39,7 +39,7 @@ class Reference(nn.Module):
 
 
 class RowNorm(nn.Module):
-    """Ba et al. 2016, eq. 4, row by row: g (x - mean) / sqrt(variance + 1e-5) + b, the variance divided by H."""
+    """Ba et al. 2016, row by row: g (x - mean) / sqrt(variance + 1e-5) + b, the variance divided by H."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
