@@ -11,14 +11,14 @@ class AdaTT(UnitNetwork):
 
     f_t = (pad(v_t) + softmax(W_t f_t))^T E per level (eq. 10), where E holds the experts of all units, each a function of
     its unit's representation. With shared experts it is the general form of section 3.2: at the last level the shared
-    unit only has experts. Without, it is AdaTT-sp. Gates have no bias, as in eq. 9.
+    unit only has experts. Without, it is AdaTT-sp. Gates have no bias by default, as in eq. 9.
 
     v_t is learnt (eq. 7), except that a single expert counts fully. Section 3.1 states the exception for m_1 = … = m_T = 1,
-    where all fusion units have one expert; where only some units have one, the paper states nothing. By default it holds unit
-    by unit: with one expert a task and several shared ones every m_t is 1, so v_t is 1 and only the shared unit's vector
-    is learnt. In the published code it holds for all units or none: with one expert a task and several shared ones the v_t
-    are learnt as well, from U(-1, 1), so that a task's own expert starts with a random weight. `native: published` is that
-    form, by level; a vector of n experts starts from U(-1/sqrt(n), 1/sqrt(n)) in both.
+    where all fusion units have one expert; units of which only some have one are left to eq. 7, and shared units are not
+    mentioned. By default the exception holds unit by unit: with one expert a task and several shared ones every m_t is 1,
+    so v_t is 1 and only the shared unit's vector is learnt. In the published code it holds for all units, shared ones too,
+    or for none: there those v_t are learnt as well, from U(-1, 1), so that a task's own expert starts with a random weight.
+    `native: published` is that form, level by level; a vector of n experts starts from U(-1/sqrt(n), 1/sqrt(n)) in both.
 
     Checked against the published code (weights copied over): largest difference 2e-14 forward and backward, measured
     outside this repository.

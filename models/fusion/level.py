@@ -91,7 +91,7 @@ class UnitLevel(nn.Module):
         start_OE = torch.rand(outputs, len(unit_E)) * 2 - 1
         start_OE = start_OE / size_O1.to(start_OE.device).clamp(min=1).sqrt() * self.learnt_OE.to(start_OE.device)
         self.native_OE = nn.Parameter(start_OE) if native and self.learnt_OE.any() else None
-        self.has_native = native is not False
+        self.has_native = bool(native)
 
     def forward(self, x_UBD: Tensor) -> Tensor:
         return mix(self.weights(x_UBD), self.experts(x_UBD))

@@ -56,7 +56,10 @@ def parsed(spec: Schema, rows: list[dict[str, Any]]) -> pa.Table:
         ({"click": {"loss": "huber"}}, "my.yaml: tasks.click.loss: a binary task has none"),
         ({"click": {"transform": "log1p"}}, "my.yaml: tasks.click.transform: a binary task has none"),
         ({"spend": {"transform": "log1p"}}, "my.yaml: tasks.spend.transform: the loss ziln takes the logarithm itself"),
-        ({"buy": {"given": "crat"}}, "my.yaml: tasks.buy.given: crat is not another binary task, allowed are click, cart"),
+        (
+            {"buy": {"given": "crat"}},
+            "my.yaml: tasks.buy.given: crat is not another binary task, allowed are click, cart",
+        ),
         ({"buy": {"given": "buy"}}, "my.yaml: tasks.buy.given: buy is not another binary task"),
         ({"buy": {"given": "dwell"}}, "my.yaml: tasks.buy.given: dwell is not another binary task"),
         (
