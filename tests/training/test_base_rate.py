@@ -30,7 +30,7 @@ def by_hand(task: str) -> float:
     return math.log(positive / (whole - positive))
 
 
-def trainer(folder: Path, name: str, **model: object) -> Trainer:
+def trainer(folder: Path, name: str, tasks: list[str] | None = None, **model: object) -> Trainer:
     config = configuration(folder / "data", folder / name)
     return prepare(
         config.model_copy(update={"model": config.model.model_copy(update=model)}), None, torch.device("cpu")
@@ -80,4 +80,4 @@ def test_models_of_given_tasks_need_one(folder: Path) -> None:
     with pytest.raises(
         UserError, match=r"model\.given\.name: esmm learns tasks that are given others, and no task has"
     ):
-        trainer(folder, "esmm", fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
+        trainer(folder, "esmm", ["conversion"], fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
