@@ -9,6 +9,8 @@ import torch
 from tiny_training import configuration, raw_rows
 
 from features.errors import UserError
+from models.emm import build_ranker
+from models.ranker import ModelConfig
 from models.row_losses import GivenConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.training.train import prepare
@@ -30,7 +32,7 @@ def by_hand(task: str) -> float:
     return math.log(positive / (whole - positive))
 
 
-def trainer(folder: Path, name: str, tasks: list[str] | None = None, **model: object) -> Trainer:
+def trainer(folder: Path, name: str, **model: object) -> Trainer:
     config = configuration(folder / "data", folder / name)
     return prepare(
         config.model_copy(update={"model": config.model.model_copy(update=model)}), None, torch.device("cpu")
@@ -76,8 +78,10 @@ def test_rates_of_days_are_those_of_their_rows_together(folder: Path) -> None:
     assert data.base_rates()["click"] != rates["click"]
 
 
-def test_models_of_given_tasks_need_one(folder: Path) -> None:
+def test_models_over_all_impressions_need_a_task_that_is_given_another(folder: Path) -> None:
+    data = Dataset(folder / "data").only(["conversion"])
+    config = ModelConfig(fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
     with pytest.raises(
         UserError, match=r"model\.given\.name: esmm learns tasks that are given others, and no task has"
     ):
-        trainer(folder, "esmm", ["conversion"], fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
+        build_ranker(data.schema, data.encoders, config)
