@@ -91,7 +91,7 @@ def test_multitab_equals_its_reference_under_every_mask_and_kind_of_rows(size):
 @pytest.mark.parametrize("rows", ["alone", "batch"])
 def test_multitab_drops_what_its_reference_drops(rows):
     size = small(layers=1, hidden=16)
-    module = randomised(MultiTab(4, 3, 4, 1, 2, 16, "TxT", rows, 0.4, 0.3), size.seed)
+    module = randomised(MultiTab(4, 3, 4, 1, 2, 16, "TxT", rows, dropout=0.4, attention_dropout=0.3), size.seed)
     twin = references.MultiTab(4, 3, 4, 1, 2, 16, "TxT", rows, 0.4, 0.3).double()
     twin.load_state_dict(dict(module.named_parameters()), strict=False)
     torch.manual_seed(3)
@@ -104,7 +104,7 @@ def test_multitab_drops_what_its_reference_drops(rows):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_block_of_multitab_is_torchs_attention_and_a_gelu_network(allowed):
-    block = randomised(Block(6, 2, 5, 0.0, 0.0), 4)
+    block = randomised(Block(6, 2, 5, None), 4)
     x_NPD = torch.randn(3, 7, 6, dtype=torch.float64)
     allowed_PP = torch.rand(7, 7) < 0.6
     allowed_PP |= torch.eye(7, dtype=torch.bool)
@@ -132,6 +132,13 @@ def test_multitab_starts_as_its_authors_code(mode):
             assert value.std().item() == pytest.approx(bound / 3**0.5, rel=0.08), name
         else:
             assert value.std().item() == pytest.approx(0.01, rel=0.08), name
+
+
+def test_without_a_std_multitab_starts_as_linear_layers():
+    module = MultiTab(64, 32, 3, layers=1, hidden=64, std=None)
+    assert module.task_TW.std().item() == pytest.approx(1, rel=0.1)
+    for value in (module.blocks[0].value.weight, module.blocks[0].up.weight, module.blocks[0].up.bias):
+        assert 0.9 / 8 < value.abs().max() <= 1 / 8
 
 
 @pytest.mark.parametrize("mode", ROWS)
