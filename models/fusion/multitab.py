@@ -94,8 +94,8 @@ class MultiTab(Fusion):
     learnt token a task, all attending to all but for the mask: "FxT": features do not attend to tasks, "TxT": a task does
     not attend to other tasks (they still meet in features that attend to them), "FxT_TxT": neither, "none": no mask. A
     task's last token feeds its tower; no norm follows the last block. Blocks and the places of dropout are the code's (see
-    Block), and so is the start with `std` 0.01. It learns slowly: on a generated log of 80,000 rows, NE of clicks after 236 steps of
-    1,024 rows was 1.06 with it and 0.87 with None, which suits one pass over a stream better.
+    Block), and so is the start with `std` 0.01. It learns slowly: on a generated log of 80,000 rows, NE of clicks after 236
+    steps of 1,024 was 1.06 with it and 0.87 with None, which suits one pass over a stream better.
 
     In the code each block over features is followed by one over rows, which reads a row as one token of all its own, S W
     wide, with the same heads and hidden width, without a mask. Here it is an option, `rows`:
