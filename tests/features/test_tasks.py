@@ -168,7 +168,7 @@ def test_a_scale_that_would_divide_by_zero_is_refused(tmp_path: Path, entry: dic
     content = json.loads(file.read_text())
     content["labels"]["dwell"] |= entry
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="encoders.json"):
+    with pytest.raises(UserError, match="encoders"):
         Encoders.load(tmp_path / "encoders", schema())
 
 
