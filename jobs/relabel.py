@@ -4,7 +4,11 @@ Examples:
   python -m jobs.evaluate run=runs/demo/teacher split=train step=newest predictions=true
   python -m jobs.relabel dataset=runs/demo/data predictions=runs/demo/teacher/predictions/train-00000440.parquet \\
       out=runs/demo/soft
-  python -m jobs.train dataset=runs/demo/soft model=autotask recipe=autotask run=runs/demo/student
+
+AutoTask's two stages, from a teacher that is any run (the paper: train.epochs=30 and 45):
+  python -m jobs.train dataset=runs/demo/soft model=autotask recipe=autotask train.epochs=1 run=runs/demo/first
+  python -m jobs.train dataset=runs/demo/data model=autotask recipe=autotask train.epochs=1 \\
+      train.init_from=runs/demo/first run=runs/demo/second
 """
 
 from omegaconf import DictConfig
