@@ -24,7 +24,7 @@ def series(
     records = []
     for i in range(count):
         ne, mse = ({t: f(i) for t, f in tasks.items() if t.startswith("m") == m} for m in (False, True))
-        record = {"step": i + 1, "rows": rows * (i + 1), "lr": LR, "loss": loss, "ne": ne, "mse": mse}
+        record = {"step": i + 1, "rows": rows * (i + 1), "lr": LR, "loss": loss, "ne": ne, "task_loss": mse}
         records.append(record | {"weight": dict.fromkeys(tasks, 1.0) | (weight or {})})
     return records
 
@@ -104,9 +104,9 @@ def test_a_task_that_rises_while_others_fall_conflicts_with_them() -> None:
     assert "while click fell: the tasks likely conflict" in fault.line
 
 
-def test_a_regression_that_rises_is_named_with_its_mse() -> None:
+def test_a_regression_that_rises_is_named_with_its_loss() -> None:
     fault = only(series(60, click=falling(1, 0.7), m=noisy(4, slope=0.05)))
-    assert "rows MSE has risen from 4." in fault.line
+    assert "rows loss has risen from 4." in fault.line
 
 
 def test_a_regression_that_began_better_than_it_is_names_the_learning_rate() -> None:

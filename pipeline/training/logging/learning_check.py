@@ -1,6 +1,6 @@
 """Whether a run learns: a line for a task whose figures in train.jsonl are worse than no model, or become worse.
 
-A figure is NE of a binary task, the mean squared error of another, of a window: the rows since the record before, each by the
+A figure is NE of a binary task, the loss of another, of a window: the rows since the record before, each by the
 weights before it was trained on. So neither rises by overfitting before the second epoch.
 """
 
@@ -15,7 +15,7 @@ ROWS = 10_000  # seen before anything is judged: 100 positives at a base rate of
 WINDOWS = 5  # that are compared as one, by their mean
 ERRORS = 6.0  # standard errors that a difference must exceed: the highest of 200 windows is some 5 above the lowest by chance
 NO_MODEL = 1.01  # NE, of the base rate and what is not worth a line above it
-START = 2.0  # of the first step's MSE, which is that of one batch
+START = 2.0  # of the first step's loss, which is that of one batch
 RISE = 1.1  # of a task's own best, beyond the changes of difficulty from day to day
 DROWNED = 0.95  # share of the loss above which one task leaves little to others
 LIGHT = 0.01  # weight relative to the heaviest task's, likewise
@@ -44,7 +44,7 @@ def faults(records: Sequence[Record], known: Collection[tuple[str, str]] = ()) -
     """What the newest record adds.
 
     Args:
-        records: of train.jsonl, in order, with `step`, `rows`, `lr`, `loss`, and by task `ne`, `mse` and `weight`.
+        records: of train.jsonl, in order, with `step`, `rows`, `lr`, `loss`, and by task `ne`, `task_loss` and `weight`.
         known: tasks and causes that have had their line.
     """
     if len(records) < 2 * WINDOWS or records[-1]["rows"] < ROWS:
@@ -63,7 +63,7 @@ class Series:
     """A task's figure in each record, None where a window has no label, or labels of one class only."""
 
     def __init__(self, records: Sequence[Record], task: str) -> None:
-        self.values = [record["ne"].get(task, record["mse"].get(task)) for record in records]
+        self.values = [record["ne"].get(task, record["task_loss"].get(task)) for record in records]
 
     def level(self, end: int) -> Level | None:
         """Of the windows before a place; None where one has no figure.
@@ -93,7 +93,7 @@ def _unlabelled(task: str, records: Sequence[Record]) -> Fault:
 
 
 def _worse(task: str, now: Level, figures: Series, records: Sequence[Record]) -> Fault | None:
-    """NE above that of the base rate, MSE above that of the untrained model, for the reason that the figures support."""
+    """NE above that of the base rate, loss above that of the untrained model, for the reason that the figures support."""
     last, start = records[-1], figures.values[0] if records[0]["step"] == 1 else None
     low = now.mean - ERRORS * now.error
     if task in last["ne"]:
@@ -146,9 +146,9 @@ def _rising(task: str, now: Level, series: Mapping[str, Series], records: Sequen
 def _heaviest(task: str, records: Sequence[Record]) -> str | None:
     """The reason in words why the loss is another task's, as far as records show it; one that diverges is no reason."""
     first, last = records[0], records[-1]
-    for other, value in last["mse"].items():
+    for other, value in last["task_loss"].items():
         loss = last["weight"][other] * (value or 0.0)
-        if other != task and loss > DROWNED * last["loss"] > 0 and value <= (first["mse"][other] or value):
+        if other != task and loss > DROWNED * last["loss"] > 0 and value <= (first["task_loss"][other] or value):
             return f"{other} makes {min(loss / last['loss'], 1):.0%} of the loss"
     heaviest = max(last["weight"], key=last["weight"].get)
     if last["weight"][task] < LIGHT * last["weight"][heaviest]:
@@ -157,7 +157,7 @@ def _heaviest(task: str, records: Sequence[Record]) -> str | None:
 
 
 def _name(task: str, record: Record) -> str:
-    return "NE" if task in record["ne"] else "MSE"
+    return "NE" if task in record["ne"] else "loss"
 
 
 def _falls(before: Level, after: Level) -> bool:
