@@ -85,7 +85,7 @@ def test_nothing_is_judged_before_enough_rows_and_windows() -> None:
 
 def test_ne_that_still_falls_from_above_1_is_a_start_far_from_the_base_rate() -> None:
     fault = only(series(12, click=lambda i: 3.5 - 0.1 * i, m=falling(9, 4)))
-    assert "but falling: it began far from the base rate, or learns slowly" in fault.line
+    assert "but falling: a start far from the base rate, or slow learning. Set model.start=base_rate" in fault.line
 
 
 def test_a_task_whose_loss_is_lost_beside_a_regression_names_it() -> None:

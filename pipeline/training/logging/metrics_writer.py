@@ -54,7 +54,7 @@ class MetricsWriter:
         self.faults = {(task, cause) for record in earlier for task, cause, _ in record.faults}
 
     def log(self, record: dict[str, Any]) -> None:
-"""Writes one record: step, rows, left_out, epoch, lr, loss, weight, ne and task_loss (per task), rows_per_s, data_wait,
+        """Writes one record: step, rows, left_out, epoch, lr, loss, weight, ne and task_loss (per task), rows_per_s, data_wait,
         seconds_left; and faults (task, cause, line), where the check of learning adds some.
         """
         self.records = [*self.records[1 - HISTORY :], record]
