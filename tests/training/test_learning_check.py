@@ -109,6 +109,10 @@ def test_a_regression_that_rises_is_named_with_its_loss() -> None:
     assert "rows loss has risen from 4." in fault.line
 
 
+def test_losses_below_0_are_not_compared_by_their_ratio() -> None:
+    assert not lines(series(100, click=falling(1, 0.7), m=lambda i: -2.0 + 0.001 * i + 0.0001 * (i % 3)))
+
+
 def test_a_regression_that_began_better_than_it_is_names_the_learning_rate() -> None:
     fault = only(series(m=lambda i: 4.0 if i == 0 else 50 - 2 * i, click=falling(1, 0.8)))
     assert "worse than the untrained model's 4.0000: likely the learning rate is too high" in fault.line

@@ -100,7 +100,7 @@ def _worse(task: str, now: Level, figures: Series, records: Sequence[Record]) ->
         bad, standard = low > NO_MODEL, "its base rate's 1"
     else:
         bad, standard = (
-            start is not None and low > START * start,
+            start is not None and low > START * start > 0,
             f"the untrained model's {short_decimal(start or 0.0)}",
         )
     if not bad:
@@ -122,7 +122,9 @@ def _worse(task: str, now: Level, figures: Series, records: Sequence[Record]) ->
 def _rising(task: str, now: Level, series: Mapping[str, Series], records: Sequence[Record]) -> Fault | None:
     """A figure that has been above its own best for twice WINDOWS, alone or with those of all tasks."""
     best, before = series[task].best(), series[task].level(len(records) - WINDOWS)
-    if best is None or any(a is None or a.mean <= RISE * best[0].mean or not _falls(a, best[0]) for a in (now, before)):
+    if best is None or best[0].mean <= 0:  # a log likelihood of a density may be: no share of it says anything
+        return None
+    if any(a is None or a.mean <= RISE * best[0].mean or not _falls(a, best[0]) for a in (now, before)):
         return None
     (then, at), last = best, records[-1]
     levels_shown = f"{short_decimal(then.mean)} to {short_decimal(now.mean)}"
