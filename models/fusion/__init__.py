@@ -12,11 +12,14 @@ from models.fusion.cross_stitch import CrossStitch
 from models.fusion.dtrn import DTRN
 from models.fusion.emm import EMM
 from models.fusion.fusion import Fusion
+from models.fusion.home import HoME
 from models.fusion.mmoe import MMoE
 from models.fusion.multitab import MultiTab
+from models.fusion.pepnet import PEPNet
 from models.fusion.ple import CGC, PLE
 from models.fusion.shared_bottom import SharedBottom
 from models.fusion.single_task import SingleTask
+from models.fusion.stem import STEM
 from models.registry import build, chosen
 
 FUSIONS: dict[str, type[Fusion]] = {
@@ -34,6 +37,9 @@ FUSIONS: dict[str, type[Fusion]] = {
     "dtrn": DTRN,
     "multitab": MultiTab,
     "autotask": AutoTask,
+    "home": HoME,
+    "pepnet": PEPNet,
+    "stem": STEM,
 }
 
 
@@ -48,12 +54,14 @@ def build_fusion(
     tasks: Sequence[str],
     fields: Sequence[str],
     sequences: Mapping[str, int] | None = None,
+    columns: Sequence[Sequence[int]] = (),
 ) -> Any:
     """The fusion named `config["name"]` with the other keys as its arguments.
 
     Args:
         in_dim: D of x_BD, or of a token. tasks, fields: names, in order; a field is a feature.
         sequences: fields that are read item by item, with the most items each may have.
+        columns: of x_BD, by field.
     Raises:
         UserError: an unknown name, arguments that the class does not take, or tasks or features that do not exist.
     """
@@ -61,11 +69,23 @@ def build_fusion(
     config = dict(config)
     names = dict.fromkeys(kind.task_arguments, tasks) | dict.fromkeys(kind.field_arguments, fields)
     for key, known in names.items():
-        if unknown := set(config.get(key) or ()) - set(known):
+        if unknown := set(_flat(config.get(key) or ())) - set(known):
             raise UserError(f"model.fusion.{key}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
         if config.get(key) is not None:
-            config[key] = [known.index(name) for name in config[key]]
+            config[key] = _indices(config[key], known)
     sizes: tuple[Any, ...] = (in_dim, len(tasks), len(fields)) if kind.fields else (in_dim, len(tasks))
     if kind.sequences:
         sizes += ({fields.index(name): length for name, length in (sequences or {}).items()},)
+    if kind.reads_columns:
+        sizes += (columns,)
     return build("fusion", kind, config, *sizes)
+
+
+def _flat(names: Sequence[Any]) -> list[Any]:
+    """The names in lists of names, and in lists of such lists."""
+    return [name for part in names for name in (_flat(part) if isinstance(part, list) else [part])]
+
+
+def _indices(names: Sequence[Any], known: Sequence[str]) -> list[Any]:
+    """Of each name its place in `known`, in lists as `names` has them."""
+    return [_indices(name, known) if isinstance(name, list) else known.index(name) for name in names]

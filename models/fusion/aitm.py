@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from features.errors import UserError
 from models.fusion.fusion import Fusion
-from models.layers import StackedMLP
+from models.layers import PLAIN_EXPERTS, ExpertLayers
 
 
 class Transfer(nn.Module):
@@ -57,7 +57,8 @@ class AITM(Fusion):
         chain: the tasks from the first step to the last (in a config by name); None: the schema's order.
         calibrator: weight of the behavioural expectation calibrator, see `penalty`. The paper's .6 is for funnels, where
             each step implies the one before.
-        dropout: after each layer of the tasks' networks and after g.
+        dropout: after g, and after each layer of the tasks' networks unless `experts` has a dropout of its own.
+        experts: layers of the tasks' networks, by default linear and ReLU.
     Shapes: x_BD -> h_BTD.
     Raises:
         UserError: a chain that does not name each task once.
@@ -68,13 +69,15 @@ class AITM(Fusion):
     def __init__(
         self, in_dim: int, num_tasks: int, widths: Sequence[int], chain: Sequence[int] | None = None,
         calibrator: Annotated[float, Field(ge=0)] = 0.0, dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        experts: ExpertLayers = PLAIN_EXPERTS,
     ) -> None:  # fmt: skip
         super().__init__()
         self.chain = list(range(num_tasks)) if chain is None else list(chain)
         if sorted(self.chain) != list(range(num_tasks)):
             raise UserError(f"model.fusion.chain: must name each of the {num_tasks} tasks exactly once, or be null")
         self.num_tasks, self.out_dim, self.calibrator = num_tasks, widths[-1], calibrator
-        self.networks = StackedMLP(num_tasks, in_dim, widths, dropout)
+        layers = experts if experts.dropout else experts.model_copy(update={"dropout": dropout})
+        self.networks = layers.stack(num_tasks, in_dim, widths)
         self.transfers = nn.ModuleList(Transfer(self.out_dim, dropout) for _ in self.chain[1:])
 
     def forward(self, x_BD: Tensor) -> Tensor:

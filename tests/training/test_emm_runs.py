@@ -244,6 +244,11 @@ REFUSED = {
     "several tasks": (("several",), {}, r"was trained for click, dwell; a source has one task"),
     "another fusion": (("click-mmoe",), {}, r"has fusion mmoe; a source is a plain stack of layers"),
     "calibration": (("click-calibrated",), {}, r"has calibration monotone; a source has none"),
+    "layers of another kind": (
+        ("click-gelu",),
+        {},
+        r"has experts {activation: gelu}; a source's layers are linear and ReLU",
+    ),
     "a task that is not trained": (("dwell",), {"tasks": ["click"]}, r"was trained for dwell, which is none of"),
     "nothing in common": (("click-a", "conversion", "dwell-small"), {}, r"no layer is common to all .*dwell-small"),
     "an interaction of its own": (ONE_EACH, {"model": {"interaction": {"name": "dot"}}}, r"the trained models bring"),
@@ -257,6 +262,8 @@ def odd_sources(folder: Path) -> Path:
     plain = SOURCES["click-a"]
     write_checkpoint(source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}))
     write_checkpoint(source(folder, "click-calibrated", plain | {"calibration": "monotone"}))
+    gelu = plain["fusion"] | {"experts": {"activation": "gelu", "dropout": 0.1}}
+    write_checkpoint(source(folder, "click-gelu", plain | {"fusion": gelu}))
     write_checkpoint(
         source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []})
     )

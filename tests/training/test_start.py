@@ -1,6 +1,7 @@
 """Runs over some of the tasks, runs that start from another's weights, and checkpoints at shares of a run."""
 
 import warnings
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def test_a_run_of_some_tasks_is_evaluated_on_them(data: Path, folder: Path) -> N
     (record,) = evaluate(EvaluateConfig(run=path, step="newest", threads=1))
     assert list(record["metrics"]) == ["click", "dwell"]  # in the schema's order
     assert Run(path).schema().fingerprint == Dataset(data).schema.fingerprint
+
+
+def test_towers_of_their_own_layers_are_trained_scored_and_resumed(data: Path, folder: Path) -> None:
+    layers = {"dwell": [6, 3], "click": [], "conversion": [5]}
+
+    def trained(path: Path, steps: int) -> dict[str, torch.Tensor]:
+        config = configuration(data, path, max_steps=steps)
+        train(config.model_copy(update={"model": config.model.model_copy(update={"tower": layers})}))
+        return last(path)
+
+    whole = trained(folder / "own-towers", 6)
+    shapes = [tuple(value.shape) for name, value in whole.items() if name.startswith("model.towers.tasks.1.hidden")]
+    assert [shape[-1] for shape in shapes] == [5, 5]
+    (record,) = evaluate(EvaluateConfig(run=folder / "own-towers", step="newest", threads=1))
+    assert list(record["metrics"]) == ["click", "conversion", "dwell"]
+    trained(folder / "own-resumed", 3)
+    resumed = trained(folder / "own-resumed", 6)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_a_task_that_does_not_exist_is_named(data: Path, folder: Path) -> None:
@@ -182,11 +201,26 @@ def test_layers_that_read_the_features_start_fresh_where_these_are_others(
 
 
 MODELS = Path(__file__).parents[2] / "jobs" / "conf" / "model"
-ON_ROWS = ["single_task", "shared_bottom", "cross_stitch", "mmoe", "ml_mmoe", "cgc", "ple", "adatt", "adatt_sp", "aitm"]
+ON_ROWS = [
+    "single_task",
+    "shared_bottom",
+    "cross_stitch",
+    "mmoe",
+    "ml_mmoe",
+    "cgc",
+    "ple",
+    "adatt",
+    "adatt_sp",
+    "aitm",
+    "home",
+]
 
 
-@pytest.mark.parametrize("interaction", [{"name": "concat"}, {"name": "dot"}, {"name": "cross", "layers": 2}])
-@pytest.mark.parametrize("name", ON_ROWS)
+INTERACTIONS = [{"name": "concat"}, {"name": "dot"}, {"name": "cross", "layers": 2}]
+CONCAT_ONLY = [(name, INTERACTIONS[0]) for name in ("pepnet", "stem")]
+
+
+@pytest.mark.parametrize(("name", "interaction"), [*product(ON_ROWS, INTERACTIONS), *CONCAT_ONLY])
 def test_all_layers_that_are_wider_where_a_table_is_are_known_to_read_the_features(
     data: Path, name: str, interaction: dict
 ) -> None:
