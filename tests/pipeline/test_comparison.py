@@ -20,8 +20,8 @@ from pipeline.evaluation.model_cost import model_cost
 from pipeline.evaluation.report.plots import expert_heat_map
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
-from pipeline.search import report
-from pipeline.search.compare import stop_early
+from pipeline.search import compare, report
+from pipeline.search.compare import CompareConfig, stop_early
 from pipeline.search.comparison import Entry, differences
 from pipeline.storage.files import read_lines
 from pipeline.training.config import Settings, TrainConfig
@@ -196,6 +196,20 @@ def test_robust_trees_name_a_task_that_is_not_observed_in_the_rows_they_read(
     with pytest.raises(UserError, match=r"^tasks\.bought is not observed in the first 50 train rows"):
         trees.robust_trees(Dataset(small_dataset), 50, 0, tmp_path / "rows.parquet")
     assert not (tmp_path / "rows.parquet").exists()
+
+
+def test_both_kinds_of_trees_are_fitted_once_and_are_rows_of_the_tables(small_dataset: Path, tmp_path: Path) -> None:
+    config, dataset = CompareConfig(folder=tmp_path, models=["ple"], baseline="ple"), Dataset(small_dataset)
+    entries = [compare._trees(kind, config, dataset) for kind in config.trees]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in files) == [
+        "rmtgb/test.parquet", "rmtgb/trees.json", "trees/test.parquet", "trees/trees.json",
+    ]  # fmt: skip
+    assert [compare._trees(kind, config, dataset) for kind in config.trees] == entries
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    kinds = {name: task.kind for name, task in dataset.schema.tasks.items()}
+    quality = report.tables(entries, entries[0], kinds, "github").split("\n\n")[0]
+    assert list(cells(quality)) == ["boosted trees", "R-MTGB"]
 
 
 def cells(table: str) -> dict[str, dict[str, str]]:
