@@ -1,4 +1,4 @@
-"""jobs.compare: architectures side by side on one data set, over several seeds, with boosted trees among them.
+"""jobs.compare: architectures side by side on one data set, over several seeds, with boosted trees and R-MTGB among them.
 
 Prints and saves per task AUC and NE, the NE difference to a baseline with a paired 95% interval, the cost of each model, and
 the difference after 1/7 and 3/7 of the training rows. Each run is represented by the checkpoint that early stopping on the

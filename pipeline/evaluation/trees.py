@@ -1,8 +1,9 @@
-"""Gradient-boosted trees on a dataset, one model a task: the baseline that a network has to beat."""
+"""Gradient-boosted trees on a dataset: the baselines that a network has to beat."""
 
-# Shapes: N rows, D columns.
+# Shapes: N rows, D columns, T tasks, F features, G bags.
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.shards import open_shard
 from pipeline.evaluation import predictions
 from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.rmtgb import OWN, RobustBoosting, TaskRows
 
 MAX_CATEGORIES = 255  # of scikit-learn's trees; a larger vocabulary counts as a number, its ids go by frequency
 MAX_ITER = 1500
@@ -38,30 +40,85 @@ def boosted_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dic
     Raises:
         UserError: a split is empty, or a task has soft labels, which these trees cannot take.
     """
-    schema = dataset.schema
-    train, valid, test = (_rows(dataset, split) for split in ("train", "valid", "test"))
-    train = train.head(max_rows)
-    categories = [_categorical(dataset, name) for name in schema.single]
-    mask = [*[False] * schema.dense_width, *categories, *[False] * len(schema.lists)]
-    result = test.select("row_id", "weight", *(f"label.{task}" for task in schema.tasks))
-    trees, begin = {}, time.perf_counter()
-    for task, settings in schema.tasks.items():
+    data = _Splits.read(dataset, max_rows)
+    raw, trees, begin = {}, {}, time.perf_counter()
+    for task, settings in dataset.schema.tasks.items():
         label = f"label.{task}"
-        if settings.kind == "binary" and not train[label].drop_nulls().is_in([0.0, 1.0]).all():
-            raise UserError(f"tasks.{task} has soft labels, which boosted trees cannot take. Set trees=false.")
+        if settings.kind == "binary" and not data.train[label].drop_nulls().is_in([0.0, 1.0]).all():
+            raise UserError(
+                f"tasks.{task} has soft labels, which boosted trees cannot take. Set trees=[rmtgb] or trees=[]."
+            )
         kind = HistGradientBoostingClassifier if settings.kind == "binary" else HistGradientBoostingRegressor
-        fitted, stopping = train.drop_nulls(label), valid.drop_nulls(label)
-        model = kind(categorical_features=mask, random_state=seed, **SETTINGS).fit(
+        fitted, stopping = data.train.drop_nulls(label), data.valid.drop_nulls(label)
+        model = kind(categorical_features=data.categorical, random_state=seed, **SETTINGS).fit(
             fitted[INPUTS].to_numpy(), fitted[label].to_numpy(), sample_weight=fitted["weight"].to_numpy(),
             X_val=stopping[INPUTS].to_numpy(), y_val=stopping[label].to_numpy(),
             sample_weight_val=stopping["weight"].to_numpy(),
         )  # fmt: skip
         trees[task] = int(model.n_iter_)
         predict = model.decision_function if settings.kind == "binary" else model.predict
-        result = result.with_columns(pl.Series(f"logit.{task}", predict(test[INPUTS].to_numpy()).astype(np.float32)))
-    predictions.write([result], file)
-    seconds = time.perf_counter() - begin
-    return {"metrics": _metrics(result, schema), "rows_per_s": train.height / seconds, "trees": trees}
+        raw[task] = predict(data.test[INPUTS].to_numpy())
+    return data.record(raw, file, begin) | {"trees": trees}
+
+
+def robust_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dict[str, Any]:
+    """Fits R-MTGB (`RobustBoosting`) on the same rows and inputs as `boosted_trees`.
+
+    Args: as there; seed: of the partition's start.
+    Returns: as there, a task's trees with those that it shares, and each task's weight of the outliers' trees.
+    Raises:
+        UserError: a split is empty, or a task is not observed in the train split.
+    """
+    data, tasks = _Splits.read(dataset, max_rows), dataset.schema.tasks
+    begin = time.perf_counter()
+    train, valid = data.labelled(data.train), data.labelled(data.valid)
+    unseen = (np.isnan(train.label_NT) | (train.weight_N[:, None] == 0)).all(0)
+    if unseen.any():
+        raise UserError(
+            f"tasks.{list(tasks)[int(unseen.argmax())]} is not observed in the first {max_rows} train rows, so R-MTGB cannot "
+            "learn it. Set trees=[boosted] or trees=[]."
+        )
+    model = RobustBoosting([task.kind == "binary" for task in tasks.values()], data.categorical, seed=seed)
+    model.fit(train, valid)
+    raw_NT = model.predict(data.test[INPUTS].to_numpy())
+    common = sum(len(trees) for trees in model.trees[:OWN])
+    own = {task: common + len(trees) for task, trees in zip(tasks, model.trees[OWN:], strict=True)}
+    weight = dict(zip(tasks, model.outlier_weight_T().tolist(), strict=True))
+    return data.record(dict(zip(tasks, raw_NT.T, strict=True)), file, begin) | {"trees": own, "outlier_weight": weight}
+
+
+TREES = {"boosted": boosted_trees, "rmtgb": robust_trees}
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """The rows of each split, their inputs as one column, and which inputs are categories."""
+
+    schema: Schema
+    train: pl.DataFrame
+    valid: pl.DataFrame
+    test: pl.DataFrame
+    categorical: list[bool]
+
+    @classmethod
+    def read(cls, dataset: Dataset, max_rows: int) -> "_Splits":
+        schema = dataset.schema
+        train, valid, test = (_rows(dataset, split) for split in ("train", "valid", "test"))
+        categories = [_categorical(dataset, name) for name in schema.single]
+        mask = [*[False] * schema.dense_width, *categories, *[False] * len(schema.lists)]
+        return cls(schema, train.head(max_rows), valid, test, mask)
+
+    def labelled(self, rows: pl.DataFrame) -> TaskRows:
+        label_NT = rows.select(pl.col(f"label.{t}") for t in self.schema.tasks).cast(pl.Float64).to_numpy()
+        return TaskRows(rows[INPUTS].to_numpy(), label_NT, rows["weight"].to_numpy().astype(np.float64))
+
+    def record(self, raw: dict[str, np.ndarray], file: Path, begin: float) -> dict[str, Any]:
+        """Writes the test rows' predictions, and returns metrics and rows/s since `begin`."""
+        columns = self.test.select("row_id", "weight", *(f"label.{task}" for task in self.schema.tasks))
+        rows = columns.with_columns(pl.Series(f"logit.{task}", raw_N.astype(np.float32)) for task, raw_N in raw.items())
+        predictions.write([rows], file)
+        seconds = time.perf_counter() - begin
+        return {"metrics": _metrics(rows, self.schema), "rows_per_s": self.train.height / seconds}
 
 
 def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""Trains and evaluates the runs of a comparison: each model on each seed, and boosted trees. Complete runs are not repeated."""
+"""Trains and evaluates the runs of a comparison: each model on each seed, and trees. Complete runs are not repeated."""
 
 import logging
 import statistics
@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,7 +24,7 @@ from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.model_cost import model_cost
 from pipeline.evaluation.report.results import check_complete, is_complete
 from pipeline.evaluation.scorer import Scorer
-from pipeline.evaluation.trees import boosted_trees
+from pipeline.evaluation.trees import TREES
 from pipeline.overrides import setting
 from pipeline.run import checkpoint, records
 from pipeline.run.headline import RANKING
@@ -34,6 +34,7 @@ from pipeline.storage.files import appending, make_folder, read_lines, write_jso
 from pipeline.training.config import Settings
 
 MAX_JSON_BYTES = 1 << 20  # of made.json and trees.json
+TREE_ENTRIES = {"boosted": ("boosted trees", "trees"), "rmtgb": ("R-MTGB", "rmtgb")}  # of trees: name and folder
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class CompareConfig(BaseModel):
     models: list[str] = Field(min_length=1)
     baseline: str
     seeds: int = Field(3, ge=1)
-    trees: bool = True
+    trees: list[Literal["boosted", "rmtgb"]] = ["boosted", "rmtgb"]
     trees_max_rows: int = Field(1_000_000, ge=1)
     patience: int = Field(2, ge=0)
     workers: int = Field(2, ge=1)
@@ -108,8 +109,8 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
     for name, entry in entries.items():
         scorer = Scorer(Run(config.folder / f"{name}-0"), dataset, "test", 256)
         entry.cost = model_cost(scorer.ranker, next(scorer.loader.batches(scorer.loader.start())))
-    if config.trees:
-        entries["boosted trees"] = _trees(config, dataset)
+    for kind in config.trees:
+        entries[TREE_ENTRIES[kind][0]] = _trees(kind, config, dataset)
     return list(entries.values()), {name: task.kind for name, task in dataset.schema.tasks.items()}
 
 
@@ -223,22 +224,27 @@ def stop_early(evaluated: Sequence[Mapping[str, Any]], kinds: Mapping[str, str],
     return evaluated[best]["step"]
 
 
-def _trees(config: CompareConfig, dataset: Dataset) -> Entry:
-    """The trees' entry, fitted once and kept."""
-    folder = config.folder / "trees"
+def _trees(kind: str, config: CompareConfig, dataset: Dataset) -> Entry:
+    """The entry of a kind of trees, fitted once and kept."""
+    name, place = TREE_ENTRIES[kind]
+    folder = config.folder / place
     kept, rows = folder / "trees.json", folder / "test.parquet"
-    if not lstat_regular(config.folder, "trees/trees.json"):
-        logger.info("boosted trees, one model a task")
-        write_json(kept, boosted_trees(dataset, config.trees_max_rows, 0, rows))
+    if not lstat_regular(config.folder, f"{place}/trees.json"):
+        logger.info(name)
+        write_json(kept, TREES[kind](dataset, config.trees_max_rows, 0, rows))
     found = validated(TreesRecord, read_json(folder, kept.name, MAX_JSON_BYTES), kept)
     if not is_complete(found.metrics, {name: task.kind for name, task in dataset.schema.tasks.items()}):
         raise UserError(f"{kept}: lacks a metric of a task. Remove it: jobs.compare writes it anew.")
-    return Entry("boosted trees", [found.model_dump()], [rows])
+    if found.outlier_weight:
+        weights = "  ".join(f"{task} {weight:.2f}" for task, weight in found.outlier_weight.items())
+        logger.info("%s  weight of the outliers' trees: %s", name, weights)
+    return Entry(name, [found.model_dump()], [rows])
 
 
 class TreesRecord(BaseModel):
-    """What trees.json holds: metrics by task, rows/s, and trees by task."""
+    """What trees.json holds: metrics by task, rows/s, trees by task, and of R-MTGB the weight of the outliers' trees."""
 
     metrics: dict[str, dict[str, int | float | None]]
     rows_per_s: float
     trees: dict[str, int]
+    outlier_weight: dict[str, float] = {}

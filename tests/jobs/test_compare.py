@@ -52,7 +52,7 @@ def test_models_are_compared_once_and_the_tables_are_those_of_their_runs(conf: P
     done = compare(conf, out)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "compare.json").read_text())
-    models = ["shared_bottom", "mmoe", "boosted trees"]
+    models = ["shared_bottom", "mmoe", "boosted trees", "R-MTGB"]
     assert list(results) == models
     frame = pl.read_parquet(out / "compare.parquet")
     quality, cost, early = map(cells, (out / "compare.md").read_text().strip().split("\n\n"))

@@ -10,18 +10,18 @@ import pytest
 import torch
 from sklearn.metrics import log_loss
 
+from features.errors import UserError
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.evaluation import predictions
+from pipeline.evaluation import predictions, trees
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.model_cost import model_cost
 from pipeline.evaluation.report.plots import expert_heat_map
 from pipeline.evaluation.scorer import Scorer
-from pipeline.evaluation.trees import boosted_trees
 from pipeline.run.run import Run
-from pipeline.search import report
-from pipeline.search.compare import stop_early
+from pipeline.search import compare, report
+from pipeline.search.compare import CompareConfig, stop_early
 from pipeline.search.comparison import Entry, differences
 from pipeline.storage.files import read_lines
 from pipeline.training.config import Settings, TrainConfig
@@ -173,8 +173,9 @@ def test_flops_and_parameters_are_those_of_the_layers(small_dataset: Path) -> No
     assert found["table_parameters"] == sum(rows[n] * t.dim for n, t in dataset.schema.all_tables.items())
 
 
-def test_trees_learn_and_are_measured_as_the_networks_are(small_dataset: Path, tmp_path: Path) -> None:
-    found = boosted_trees(Dataset(small_dataset), 10_000, 0, tmp_path / "rows.parquet")
+@pytest.mark.parametrize("kind", trees.TREES)
+def test_trees_learn_and_are_measured_as_the_networks_are(small_dataset: Path, tmp_path: Path, kind: str) -> None:
+    found = trees.TREES[kind](Dataset(small_dataset), 10_000, 0, tmp_path / "rows.parquet")
     rows = pl.read_parquet(tmp_path / "rows.parquet")
     assert found["metrics"].keys() == {"click", "bought", "dwell"}
     observed = rows.drop_nulls("label.dwell")
@@ -182,6 +183,33 @@ def test_trees_learn_and_are_measured_as_the_networks_are(small_dataset: Path, t
     error = ((observed["logit.dwell"] - observed["label.dwell"]) ** 2 * weight).sum() / weight.sum()
     assert found["metrics"]["dwell"]["mse"] == pytest.approx(error, rel=1e-4)
     assert json.dumps(found)
+    if kind == "rmtgb":
+        assert all(0 < weight < 1 for weight in found["outlier_weight"].values())
+
+
+def test_robust_trees_name_a_task_that_is_not_observed_in_the_rows_they_read(
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = trees._rows
+    unobserved = pl.lit(None, pl.Float32).alias("label.bought")
+    monkeypatch.setattr(trees, "_rows", lambda *split: read(*split).with_columns(unobserved))
+    with pytest.raises(UserError, match=r"^tasks\.bought is not observed in the first 50 train rows"):
+        trees.robust_trees(Dataset(small_dataset), 50, 0, tmp_path / "rows.parquet")
+    assert not (tmp_path / "rows.parquet").exists()
+
+
+def test_both_kinds_of_trees_are_fitted_once_and_are_rows_of_the_tables(small_dataset: Path, tmp_path: Path) -> None:
+    config, dataset = CompareConfig(folder=tmp_path, models=["ple"], baseline="ple"), Dataset(small_dataset)
+    entries = [compare._trees(kind, config, dataset) for kind in config.trees]
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in files) == [
+        "rmtgb/test.parquet", "rmtgb/trees.json", "trees/test.parquet", "trees/trees.json",
+    ]  # fmt: skip
+    assert [compare._trees(kind, config, dataset) for kind in config.trees] == entries
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    kinds = {name: task.kind for name, task in dataset.schema.tasks.items()}
+    quality = report.tables(entries, entries[0], kinds, "github").split("\n\n")[0]
+    assert list(cells(quality)) == ["boosted trees", "R-MTGB"]
 
 
 def cells(table: str) -> dict[str, dict[str, str]]:

@@ -2,19 +2,37 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from features.errors import UserError
+from features.plain_json import validated
 from pipeline.run.run import Run
-from pipeline.storage.files import append_line, make_folder
+from pipeline.storage.files import append_line, make_folder, read_lines
 from pipeline.terminal import SECONDS, draws_bars, short_decimal
+from pipeline.training.logging.learning_check import faults
 
 logger = logging.getLogger(__name__)
+HISTORY = 200  # records that the check of learning looks back
+
+
+class _Record(BaseModel):
+    """What a resumed run reads of the records before it."""
+
+    step: int
+    rows: int
+    lr: float
+    loss: float
+    weight: dict[str, float]
+    ne: dict[str, float | None]
+    task_loss: dict[str, float | None]
+    faults: list[Annotated[list[str], Field(min_length=3, max_length=3)]] = []
 
 
 class MetricsWriter:
@@ -31,11 +49,20 @@ class MetricsWriter:
         self.logged = 0.0
         self.drawing = True
         self.unwritten: list[tuple[Path, dict[str, Any]]] = []
+        earlier = [validated(_Record, record, run.train_metrics) for record in read_lines(run.train_metrics)]
+        self.records: list[Mapping[str, Any]] = [record.model_dump() for record in earlier[-HISTORY:]]
+        self.faults = {(task, cause) for record in earlier for task, cause, _ in record.faults}
 
     def log(self, record: dict[str, Any]) -> None:
         """Writes one record: step, rows, left_out, epoch, lr, loss, weight, ne and task_loss (per task), rows_per_s, data_wait,
-        seconds_left.
+        seconds_left; and faults (task, cause, line), where the check of learning adds some.
         """
+        self.records = [*self.records[1 - HISTORY :], record]
+        if found := faults(self.records, self.faults):
+            record["faults"] = [list(fault) for fault in found]
+            self.faults |= {(fault.task, fault.cause) for fault in found}
+            for fault in found:
+                logger.warning(fault.line)
         self._write(self.run.train_metrics, record)
         scalars = {f"train/{key}": record[key] for key in ("lr", "loss", "rows_per_s", "data_wait")}
         for key in ("weight", "ne", "task_loss"):
@@ -57,6 +84,7 @@ class MetricsWriter:
 
     def roll_back(self, step: int) -> None:
         """Hides the curves of the steps after `step`, which are repeated."""
+        self.records = [record for record in self.records if record["step"] <= step]
         with suppress(OSError):  # a full disk costs curves, not the run
             self.board.close()
             self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)
@@ -91,11 +119,14 @@ class MetricsWriter:
             self.drawing = False
 
     def close(self) -> None:
-        """Ends the bar and flushes TensorBoard. Raises UserError where lines could not be written."""
+        """Ends the bar, flushes TensorBoard and names the run's faults. Raises UserError where lines could not be written."""
         with suppress(OSError):  # a full disk costs curves, not the run
             self.board.close()
         if self.bar is not None:
             self.bar.close()
+        if self.faults:
+            names = ", ".join(f"{task} ({cause})" for task, cause in sorted(self.faults))
+            logger.warning(f"not all was learnt: {names}. {self.run.train_metrics} has the lines, as faults.")
         if self.unwritten:
             raise UserError(
                 f"{self.unwritten[0][0]}: {len(self.unwritten)} lines of metrics could not be written: free space"
