@@ -28,6 +28,7 @@ from features.errors import UserError, join_faults
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from models.fusion import build_fusion, fusion_class
+from models.fusion.tasks import task_infos
 from models.inputs import Inputs, Tokens
 from models.interaction import Concat, build_interaction
 from models.managed import managed_ids, with_rows
@@ -114,7 +115,8 @@ class Ranker(nn.Module):
         self.sequences = Sequences(schema, config.field_dim if kind.sequences else 0) if self.lengths else None
         in_dim = config.field_dim if kind.fields else self.interaction.out_dim
         fields = list(self.numbers.columns)
-        self.fusion = build_fusion(config.fusion, in_dim, list(schema.tasks), fields, self.lengths)
+        infos = task_infos(schema.tasks)
+        self.fusion = build_fusion(config.fusion, in_dim, list(schema.tasks), fields, self.lengths, infos)
         towers = SharedTower if kind.shared_tower else TaskTowers
         self.towers: nn.Module = towers(len(schema.tasks), self.fusion.out_dim, config.tower, config.dropout)
         kinds = [task.kind for task in schema.tasks.values()]

@@ -17,6 +17,7 @@ from models.fusion.multitab import MultiTab
 from models.fusion.ple import CGC, PLE
 from models.fusion.shared_bottom import SharedBottom
 from models.fusion.single_task import SingleTask
+from models.fusion.tasks import TaskInfo
 from models.registry import build, chosen
 
 FUSIONS: dict[str, type[Fusion]] = {
@@ -48,12 +49,14 @@ def build_fusion(
     tasks: Sequence[str],
     fields: Sequence[str],
     sequences: Mapping[str, int] | None = None,
+    infos: Sequence[TaskInfo] | None = None,
 ) -> Any:
     """The fusion named `config["name"]` with the other keys as its arguments.
 
     Args:
         in_dim: D of x_BD, or of a token. tasks, fields: names, in order; a field is a feature.
         sequences: fields that are read item by item, with the most items each may have.
+        infos: of the same tasks; None: all are binary, of all rows.
     Raises:
         UserError: an unknown name, arguments that the class does not take, or tasks or features that do not exist.
     """
@@ -68,4 +71,8 @@ def build_fusion(
     sizes: tuple[Any, ...] = (in_dim, len(tasks), len(fields)) if kind.fields else (in_dim, len(tasks))
     if kind.sequences:
         sizes += ({fields.index(name): length for name, length in (sequences or {}).items()},)
+    if kind.reads_tasks:
+        if "tasks" in config:
+            raise UserError("model.fusion.tasks: the schema says what its tasks are; leave it out")
+        config["tasks"] = infos or [TaskInfo(name) for name in tasks]
     return build("fusion", kind, config, *sizes)

@@ -16,6 +16,7 @@ class Fusion(nn.Module):
         fields: it attends over features and reads x_BFD, one token a feature, in place of x_BD.
         sequences: it reads WithItems (models.sequences) in place of x_BFD where the schema has sequences.
         shared_tower: one tower scores every task.
+        reads_tasks: it has an argument `tasks`, which is no part of a config: a TaskInfo of each (models.fusion.tasks).
         reads_observed: it is called with observed_BT as well.
         task_arguments: arguments that a config gives as names of tasks, and the class takes as their indices.
         field_arguments: the same with names of features.
@@ -26,6 +27,7 @@ class Fusion(nn.Module):
     fields: ClassVar[bool] = False
     sequences: ClassVar[bool] = False
     shared_tower: ClassVar[bool] = False
+    reads_tasks: ClassVar[bool] = False
     task_arguments: ClassVar[tuple[str, ...]] = ()
     field_arguments: ClassVar[tuple[str, ...]] = ()
     reads_observed: bool = False
