@@ -1,6 +1,6 @@
 """The ranker of a model that is fused from trained ones (models.fusion.emm): its tables, inputs and towers are theirs."""
 
-# Shapes: B rows, T tasks, M trained models, E width of all embeddings of a model, D width.
+# Shapes: B rows, T tasks, M trained models, E width of all embeddings of a model, D width, K numbers a task.
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection
 
 from features.batch import Batch
@@ -22,7 +23,7 @@ from models.interaction import build_interaction
 from models.managed import managed_tables
 from models.ranker import ModelConfig, Ranker, table_configs, table_weight
 from models.sequences import sequences_of
-from models.towers import Calibration, TaskTowers
+from models.towers import TaskTowers, Towers
 
 
 class Source(BaseModel):
@@ -115,20 +116,30 @@ class Reader(nn.Module):
         return self.interaction(self.dropout(self.numbers(embedding_BE, dense_BD)))
 
 
-class OwnTowers(nn.Module):
+class OwnTowers(Towers):
     """A tower a task as TaskTowers, but each of its own depth and widths: a loop over tasks for that reason.
 
     Args:
         in_dim: D. widths: of each task's hidden layers. dropout: after each hidden layer.
-    Shapes: h_BTD -> logit_BT.
+        sizes: numbers of each task; K is the largest, and what a task does not have is 0.
+    Shapes: h_BTD -> out_KBT.
     """
 
-    def __init__(self, in_dim: int, widths: Sequence[Sequence[int]], dropout: float) -> None:
+    def __init__(self, in_dim: int, widths: Sequence[Sequence[int]], dropout: float, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.tasks = nn.ModuleList(TaskTowers(1, in_dim, w, dropout) for w in widths)
+        towers = (TaskTowers(1, in_dim, w, dropout, size) for w, size in zip(widths, sizes, strict=True))
+        self.tasks, self.sizes = nn.ModuleList(towers), sizes
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        return torch.cat([tower(h_BTD[:, task : task + 1]) for task, tower in enumerate(self.tasks)], 1)
+        found = [tower(h_BTD[:, task : task + 1]) for task, tower in enumerate(self.tasks)]
+        padded = [F.pad(out_KB1, (0, 0, 0, 0, 0, max(self.sizes) - len(out_KB1))) for out_KB1 in found]
+        return torch.cat(padded, 2)
+
+    def start_at(self, start_KT: Tensor) -> None:
+        """Sets the biases of each task's last layer."""
+        for task, (tower, size) in enumerate(zip(self.tasks, self.sizes, strict=True)):
+            assert isinstance(tower, TaskTowers)
+            tower.start_at(start_KT[:size, task : task + 1])
 
 
 class FusedRanker(Ranker):
@@ -176,9 +187,8 @@ class FusedRanker(Ranker):
         ]
         in_dim = sum(reader.out_dim for reader in self._readers())
         self.fusion = EMM(in_dim, len(tasks), models, s.tables == "new", s.merge, s.projection)
+        self._place_heads(schema, encoders, config)
         self.towers = self._towers(config)
-        kinds = [task.kind for task in schema.tasks.values()]
-        self.calibration = Calibration(kinds) if config.calibration == "monotone" else None
         if s.trained:
             self.fusion.freeze()
         self.frozen_tables = s.trained and s.tables == "frozen"
@@ -200,11 +210,12 @@ class FusedRanker(Ranker):
             self.bags |= {name[bag]: bag for bag in self.schema.lists}
         self.embedding_dim = sum(t.embedding_dim * len(t.feature_names) for t in tables_M[0])
 
-    def _towers(self, config: ModelConfig) -> nn.Module:
+    def _towers(self, config: ModelConfig) -> Towers:
         num_tasks, in_dim = len(self.schema.tasks), self.fusion.out_dim
         if self.settings.towers == "new":
-            return TaskTowers(num_tasks, in_dim, config.tower, config.dropout)
-        return OwnTowers(in_dim, [self.fusion.remainders[m] for m in self._first_models()], config.dropout)
+            return TaskTowers(num_tasks, in_dim, config.tower, config.dropout, max(self.units.sizes))
+        widths = [self.fusion.remainders[m] for m in self._first_models()]
+        return OwnTowers(in_dim, widths, config.dropout, self.units.sizes)
 
     def _first_models(self) -> list[int]:
         """Of each task, the model whose remainder its own tower is."""

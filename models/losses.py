@@ -1,4 +1,4 @@
-"""Losses per row and task, and their total over observed rows."""
+"""The total of losses per row and task (models.row_losses) over observed rows."""
 
 # Shapes: B rows, T tasks.
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class TaskLoss(nn.Module):
-    """Binary cross-entropy or squared error by task, over observed rows, weighted by row and by task.
+    """The mean of each task's losses over observed rows, weighted by row, and their sum, weighted by task.
 
     A task's loss is sum(w * loss) / sum(w) over the observed rows of the *global* batch, so that it does not depend on how
     ranks share them; the total is the sum of the tasks' losses, each times its loss weight.
@@ -19,19 +18,11 @@ class TaskLoss(nn.Module):
         kinds: "binary" or "regression" per task. loss_weights: per task.
     """
 
-    binary_T: Tensor
     weight_T: Tensor
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float]) -> None:
+    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float]) -> None:  # noqa: ARG002
         super().__init__()
-        self.register_buffer("binary_T", torch.tensor([kind == "binary" for kind in kinds]), persistent=False)
         self.register_buffer("weight_T", torch.tensor(loss_weights), persistent=False)
-
-    def per_row(self, logit_BT: Tensor, label_BT: Tensor) -> Tensor:
-        """loss_BT in float32, whether observed or not; soft labels in [0, 1] are allowed for binary tasks."""
-        logit_BT = logit_BT.float()
-        cross_entropy_BT = F.binary_cross_entropy_with_logits(logit_BT, label_BT, reduction="none")
-        return torch.where(self.binary_T, cross_entropy_BT, (logit_BT - label_BT).square())
 
     def means(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
         """mean_T: each task's loss without its loss weight; arguments as those of `forward`."""
@@ -54,7 +45,7 @@ class TaskLoss(nn.Module):
         """The scalar to differentiate.
 
         Args:
-            loss_BT: from `per_row`.
+            loss_BT: from models.row_losses.
             observed_weight_BT: weight of observed rows, 0 elsewhere.
             total_T: sum of observed_weight_BT over the global batch; a task that is nowhere observed adds 0.
         """

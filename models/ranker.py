@@ -1,8 +1,8 @@
 """The ranker: embeddings and numbers -> interaction -> fusion -> towers, written as for one device."""
 
-# Shapes: B rows, T tasks, D input width, K keys of the sparse features.
+# Shapes: B rows, T tasks, D input width, K numbers a task; in `_joined` keys of the sparse features.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,11 +27,14 @@ from features.batch import Batch
 from features.errors import UserError, join_faults
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
+from features.schema.task import given_chain
 from models.fusion import build_fusion, fusion_class
 from models.fusion.tasks import task_infos
 from models.inputs import Inputs, Tokens
 from models.interaction import Concat, build_interaction
+from models.label_units import LabelUnits
 from models.managed import managed_ids, with_rows
+from models.row_losses import GivenConfig, RowLosses
 from models.sequences import (
     Sequences,
     WithItems,
@@ -41,7 +44,7 @@ from models.sequences import (
     sequences_of,
     unpooled_tables,
 )
-from models.towers import Calibration, SharedTower, TaskTowers
+from models.towers import Calibration, SharedTower, TaskTowers, Towers
 
 POOLED, UNPOOLED = "embeddings", "unpooled"  # the modules of a ranker that hold tables
 INPUT_MODULES = ("numbers", "interaction", "tokens", "sequences")  # those between tables and fusion
@@ -56,6 +59,8 @@ class ModelConfig(BaseModel):
         tower: hidden layers of each task's tower.
         input_dropout: of the interaction's input. dropout: in towers.
         calibration: of the towers' logits: "none", or "monotone" (models.towers.Calibration).
+        start: of the towers' biases: "base_rate", or "zero", near 0 as any other layer.
+        given: how tasks that are given others are learnt (models.row_losses).
         embedding_std: standard deviation of the embeddings' normal initialisation.
         numeric_dim: width of a piecewise number's code; 0 leaves codes out.
         field_dim: width of a token, for what attends over features.
@@ -69,6 +74,8 @@ class ModelConfig(BaseModel):
     input_dropout: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     calibration: Literal["none", "monotone"] = "none"
+    start: Literal["base_rate", "zero"] = "base_rate"
+    given: GivenConfig = GivenConfig()
     embedding_std: float = Field(0.01, ge=0, allow_inf_nan=False)
     numeric_dim: int = Field(8, ge=0, le=1 << 16)
     field_dim: int = Field(16, ge=1, le=1 << 16)
@@ -94,7 +101,7 @@ class Ranker(nn.Module):
         device: of the embedding tables; "meta" leaves their allocation to the sharding.
     Call Args:
         batch: B rows.
-    Returns: logit_BT; for a regression task the prediction itself.
+    Returns: logit_BT; for a regression task the prediction, in the label's unit.
     Raises:
         UserError: a fusion, an interaction or an argument of it that does not exist, or two that do not go together.
     """
@@ -117,8 +124,20 @@ class Ranker(nn.Module):
         fields = list(self.numbers.columns)
         infos = task_infos(schema.tasks)
         self.fusion = build_fusion(config.fusion, in_dim, list(schema.tasks), fields, self.lengths, infos)
+        self._place_heads(schema, encoders, config)
         towers = SharedTower if kind.shared_tower else TaskTowers
-        self.towers: nn.Module = towers(len(schema.tasks), self.fusion.out_dim, config.tower, config.dropout)
+        sizes = len(schema.tasks), self.fusion.out_dim
+        self.towers: Towers = towers(*sizes, config.tower, config.dropout, max(self.units.sizes))
+        if self.row_losses.entire_space and self.fusion.reads_observed:
+            raise UserError(
+                f"model.given.name: {config.given.name} learns from all impressions, fusion {config.fusion['name']} from "
+                "observed labels alone. Set model.given.name=observed, or choose another fusion."
+            )
+
+    def _place_heads(self, schema: Schema, encoders: Encoders, config: ModelConfig) -> None:
+        imputed = [name for name, task in schema.tasks.items() if given_chain(schema.tasks, name)]
+        self.units = LabelUnits(schema.tasks, encoders.labels, frozenset(imputed if config.given.name == "dr" else ()))
+        self.row_losses = RowLosses(schema.tasks, self.units, config.given)
         kinds = [task.kind for task in schema.tasks.values()]
         self.calibration = Calibration(kinds) if config.calibration == "monotone" else None
 
@@ -165,14 +184,31 @@ class Ranker(nn.Module):
         x = self.interaction(x_BD) if self.tokens is None else self.tokens(x_BD)
         return x if item_BJLW is None else WithItems(x, item_BJLW, present_BJL)
 
-    def scores(self, embedding_BE: Tensor, batch: Batch) -> Tensor:
-        """The dense part, from embeddings to logit_BT, row by row; of `batch` everything but `sparse`."""
+    def dense_outputs(self, embedding_BE: Tensor, batch: Batch) -> Tensor:
+        """The dense part, from embeddings to out_KBT, row by row; of `batch` everything but `sparse`."""
         observed = (batch.observed_BT,) if self.fusion.reads_observed else ()
-        logit_BT = self.towers(self.fusion(self.read(embedding_BE, batch), *observed))
-        return self.fusion.detach_unseen(logit_BT if self.calibration is None else self.calibration(logit_BT))
+        out_KBT = self.towers(self.fusion(self.read(embedding_BE, batch), *observed))
+        if self.calibration is not None:
+            out_KBT = torch.cat([self.calibration(out_KBT[0]).unsqueeze(0), out_KBT[1:]])
+        return self.fusion.detach_unseen(out_KBT)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """out_KBT, which losses are made of (models.label_units)."""
+        return self.dense_outputs(self.embedded(batch), batch)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.scores(self.embedded(batch), batch)
+        return self.units(self.outputs(batch))
+
+    def start_at(self, rates: Mapping[str, float]) -> None:
+        """Sets the towers' biases to what is known before anything is learnt of the rows.
+
+        A start near 0 is a probability of 1/2 for a task of 2%: the first steps would be spent on what one number per task
+        says, and all that tasks share would pay for it.
+
+        Args:
+            rates: weighted mean train label of each binary task.
+        """
+        self.towers.start_at(self.fusion.start(self.units.start(rates)))
 
 
 def is_table(name: str) -> bool:

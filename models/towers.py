@@ -1,6 +1,6 @@
-"""Towers: from the fusion's output for each task to one logit a task."""
+"""Towers: from the fusion's output for each task to the task's numbers, most often one, its logit."""
 
-# Shapes: B rows, T tasks, D width, K pieces of a line.
+# Shapes: B rows, T tasks, D width, N = B T, K numbers a task; of a calibration pieces of a line.
 
 import math
 from collections.abc import Sequence
@@ -12,38 +12,65 @@ from torch.nn import functional as F
 from models.layers import StackedLinear, StackedMLP
 
 
-class TaskTowers(nn.Module):
+class Towers(nn.Module):
+    """What a ranker needs of towers. Shapes: h_BTD -> out_KBT."""
+
+    def start_at(self, start_KT: Tensor) -> None:
+        """Sets the biases of the outputs."""
+        raise NotImplementedError
+
+
+class TaskTowers(Towers):
     """One multi-layer perceptron a task, all computed together.
 
     Args:
         num_tasks: T. in_dim: D. widths: hidden layers, may be empty. dropout: after each hidden layer.
-    Shapes: h_BTD -> logit_BT.
+        outputs: K, numbers a task (models.label_units).
+    Shapes: h_BTD -> out_KBT.
     """
 
-    def __init__(self, num_tasks: int, in_dim: int, widths: Sequence[int], dropout: float = 0.0) -> None:
+    def __init__(
+        self, num_tasks: int, in_dim: int, widths: Sequence[int], dropout: float = 0.0, outputs: int = 1
+    ) -> None:
         super().__init__()
         self.hidden = StackedMLP(num_tasks, in_dim, widths, dropout)
-        self.out = StackedLinear(num_tasks, widths[-1] if widths else in_dim, 1)
+        self.out = StackedLinear(num_tasks, widths[-1] if widths else in_dim, outputs)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        logit_TB1 = self.out(self.hidden(h_BTD.transpose(0, 1)))
-        return logit_TB1.squeeze(2).transpose(0, 1)
+        out_TBK: Tensor = self.out(self.hidden(h_BTD.transpose(0, 1)))
+        return out_TBK.permute(2, 1, 0)
+
+    @torch.no_grad()
+    def start_at(self, start_KT: Tensor) -> None:
+        """Sets the biases of the last layer."""
+        assert self.out.bias_SH is not None
+        self.out.bias_SH.copy_(start_KT.T)
 
 
-class SharedTower(nn.Module):
-    """One multi-layer perceptron for every task, so that a task's logit depends on its h alone.
+class SharedTower(Towers):
+    """One multi-layer perceptron for every task; a task's own are the biases of its outputs alone.
 
     Args:
-        num_tasks: unused: h tells tasks apart. in_dim: D. widths, dropout: as for TaskTowers.
-    Shapes: h_BTD -> logit_BT.
+        num_tasks: T. in_dim: D. widths, dropout, outputs: as for TaskTowers.
+    Shapes: h_BTD -> out_KBT.
     """
 
-    def __init__(self, num_tasks: int, in_dim: int, widths: Sequence[int], dropout: float = 0.0) -> None:  # noqa: ARG002
+    def __init__(
+        self, num_tasks: int, in_dim: int, widths: Sequence[int], dropout: float = 0.0, outputs: int = 1
+    ) -> None:
         super().__init__()
-        self.tower = TaskTowers(1, in_dim, widths, dropout)
+        self.tower = TaskTowers(1, in_dim, widths, dropout, outputs)
+        self.bias_K1T = nn.Parameter(torch.zeros(outputs, 1, num_tasks))
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        return self.tower(h_BTD.flatten(0, 1).unsqueeze(1)).view(h_BTD.shape[:2])
+        out_KN1 = self.tower(h_BTD.flatten(0, 1).unsqueeze(1))
+        return out_KN1.view(-1, *h_BTD.shape[:2]) + self.bias_K1T
+
+    @torch.no_grad()
+    def start_at(self, start_KT: Tensor) -> None:
+        """Sets the biases of the outputs."""
+        self.tower.start_at(torch.zeros(len(start_KT), 1))
+        self.bias_K1T.copy_(start_KT.unsqueeze(1))
 
 
 class Calibration(nn.Module):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.fit.fitted_files import RESTORE_HINT, VERSION, read_content, read_vocabulary, vocabulary_file
+from features.fit.label_scale import LabelScale, scale_entry
 from features.fit.statistics import Statistics
 from features.hashing import hash_strings
 from features.kinds.bins import bin_edges
@@ -34,6 +35,7 @@ class Encoders:
         edges: ascending edges of bins, of a piecewise number in the scale of the dataset's column, of a table in the raw one.
         missing: per dense feature, how many rows of the train split lacked it.
         counter_means: per smoothed counter, the mean over the train split that it is smoothed towards.
+        labels: per regression task, the scale it is learnt in; a task that has none is learnt as it is.
         kept_from, kept_tables: where a schema had grown, the encoders_id of those of which some were kept, and the tables whose
             ids mean what they meant there (see features.fit.reuse).
     """
@@ -44,6 +46,7 @@ class Encoders:
     edges: dict[str, list[float]]
     missing: dict[str, int] = field(default_factory=dict)
     counter_means: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, LabelScale] = field(default_factory=dict)
     kept_from: str | None = None
     kept_tables: tuple[str, ...] = ()
 
@@ -69,7 +72,8 @@ class Encoders:
             if feature.code_bins:
                 edges[name] = feature.code_edges(name, statistics)
         missing = {name: statistics.missing[name] for name in statistics.moments}
-        return cls(schema, vocabularies, statistics.moments, edges, missing, dict(counter_means or {}))
+        labels = {name: target.scale() for name, target in statistics.targets.items()}
+        return cls(schema, vocabularies, statistics.moments, edges, missing, dict(counter_means or {}), labels)
 
     def num_embeddings(self, table: str) -> int:
         """Rows of an embedding table: every id an encoder can give, 0 .. num_embeddings - 1.
@@ -109,6 +113,7 @@ class Encoders:
         }
         content |= {"edges": self.edges} if self.edges else {}
         content |= {"counter_means": self.counter_means} if self.counter_means else {}
+        content |= {"labels": {name: scale_entry(scale) for name, scale in self.labels.items()}} if self.labels else {}
         content |= {"kept": {"encoders": self.kept_from, "tables": self.kept_tables}} if self.kept_from else {}
         (folder / "encoders.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -122,7 +127,8 @@ class Encoders:
         content = read_content(folder, schema)
         moments = {name: Moments(m.count, m.mean, m.squares) for name, m in content.moments.items()}
         missing = {name: m.missing for name, m in content.moments.items()}
-        encoders = cls(schema, {}, moments, content.edges, missing, content.counter_means)
+        labels = {n: LabelScale(e.mean, e.std, e.positive) for n, e in content.labels.items() if n in schema.tasks}
+        encoders = cls(schema, {}, moments, content.edges, missing, content.counter_means, labels)
         if content.kept:
             encoders = replace(encoders, kept_from=content.kept.encoders, kept_tables=tuple(content.kept.tables))
         for name, count in content.num_embeddings.items():

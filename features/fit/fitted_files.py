@@ -30,6 +30,14 @@ class MomentsEntry(BaseModel):
     squares: Annotated[FiniteFloat, Field(ge=0)]
 
 
+class LabelEntry(BaseModel):
+    """The scale of a regression task's labels in encoders.json."""
+
+    mean: FiniteFloat
+    std: Annotated[FiniteFloat, Field(gt=0)]
+    positive: Annotated[float, Field(gt=0, lt=1)]
+
+
 class KeptEntry(BaseModel):
     """The encoders of which some were kept, by the encoders_id of their dataset, and the tables that were."""
 
@@ -41,7 +49,8 @@ class Content(BaseModel):
     """What encoders.json holds.
 
     Attributes:
-        num_embeddings: per table. edges: of bins, ascending. counter_means: of smoothed counters. kept: of a schema that grew.
+        num_embeddings: per table. edges: of bins, ascending. counter_means: of smoothed counters. labels: scales of
+            regression tasks; datasets of before there were any have none. kept: of a schema that grew.
     """
 
     version: int
@@ -50,6 +59,7 @@ class Content(BaseModel):
     moments: dict[str, MomentsEntry]
     edges: dict[str, Annotated[list[FiniteFloat], Field(min_length=2)]] = {}
     counter_means: dict[str, FiniteFloat] = {}
+    labels: dict[str, LabelEntry] = {}
     kept: KeptEntry | None = None
 
 

@@ -4,16 +4,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from features.fit.encoders import Encoders
+from features.schema.expressions import columns_of
 from features.schema.origins import origins, reads_of
 from features.schema.schema import Schema
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What two schemas have in common: features and embedding tables that mean the same in both."""
+    """What two schemas have in common: features, embedding tables and labels of regression tasks that mean the same in both."""
 
     features: frozenset[str]
     tables: frozenset[str]
+    labels: frozenset[str]
 
 
 def unchanged(schema: Schema, known: Schema) -> Kept:
@@ -28,7 +30,10 @@ def unchanged(schema: Schema, known: Schema) -> Kept:
         if _definition(schema, name) == _definition(known, name)
     }
     tables = {schema.table_of(name) for name in features & schema.sparse.keys()}
-    return Kept(frozenset(features), frozenset(tables))
+    labels = {
+        name for name in schema.tasks.keys() & known.tasks.keys() if _target(schema, name) == _target(known, name)
+    }
+    return Kept(frozenset(features), frozenset(tables), frozenset(labels))
 
 
 def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encoders:
@@ -43,6 +48,7 @@ def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encode
         moments=chosen(fitted.moments, known.moments, kept.features),
         edges=chosen(fitted.edges, known.edges, kept.features | kept.tables),
         missing=chosen(fitted.missing, known.missing, kept.features),
+        labels=chosen(fitted.labels, known.labels, kept.labels),
         kept_from=known_id,
         kept_tables=tuple(sorted(kept.tables)),
     )
@@ -55,6 +61,13 @@ def counter_means(schema: Schema, known: Encoders) -> dict[str, float]:
         for name, mean in known.counter_means.items()
         if name in schema.smoothed and origins(schema, [name]) == origins(known.schema, [name])
     }
+
+
+def _target(schema: Schema, name: str) -> Any:
+    """All that decides what a task's labels are, and in which scale they are learnt."""
+    task, reads = schema.tasks[name], columns_of(schema.tasks[name].label)
+    log = task.transform == "log1p", task.loss_name == "ziln"
+    return task.kind, task.label, log, origins(schema, reads)
 
 
 def _definition(schema: Schema, name: str) -> Any:

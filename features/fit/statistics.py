@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.fit.digest import Digest
+from features.fit.label_scale import LabelMoments
 from features.hashing import hash_strings
 from features.kinds.bins import counted
 from features.kinds.moments import LabelSums, Moments
@@ -39,6 +40,7 @@ class Statistics:
         digests: as `raw`, what quantiles and histograms are made of.
         numbers: per table of bins, and per piecewise number after its transform, the frame (value, count).
         labels: of the tasks, in the schema's order.
+        targets: per regression task, moments of its labels as they are learnt.
         markers: per feature with a hash table, how often it has values that look like missing ones, by value.
     """
 
@@ -51,11 +53,12 @@ class Statistics:
     digests: dict[str, Digest] = field(default_factory=dict)
     numbers: dict[str, pl.DataFrame] = field(default_factory=dict)
     labels: LabelSums = field(default_factory=LabelSums)
+    targets: dict[str, LabelMoments] = field(default_factory=dict)
     markers: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, schema: Schema, rows: pa.Table) -> "Statistics":
-        """Counts all rows of a table with a column for each feature and each `label.TASK`.
+        """Counts all rows of a table with a column for each feature, each `label.TASK`, and weight.
 
         Args:
             rows: as `features.parse.raw.parse` returns them, null (of a number also NaN) where missing.
@@ -65,6 +68,12 @@ class Statistics:
             feature.count(name, rows[name].combine_chunks(), schema, found)
         label_BT = np.column_stack([float64(rows[f"label.{task}"].combine_chunks()) for task in schema.tasks])
         found.labels = LabelSums.of(label_BT)
+        weight_B = float64(rows["weight"].combine_chunks())
+        found.targets = {
+            name: LabelMoments.of_labels(label_BT[:, t], weight_B, task)
+            for t, (name, task) in enumerate(schema.tasks.items())
+            if task.kind == "regression"
+        }
         return found
 
     def count_number(self, name: str, values: pa.Array) -> np.ndarray:
@@ -131,6 +140,8 @@ class Statistics:
                 whole.raw[name] = whole.raw.get(name, Moments()).merge(moments)
             for name, digest in part.digests.items():
                 digests.setdefault(name, []).append(digest)
+            for name, target in part.targets.items():
+                whole.targets[name] = whole.targets.get(name, LabelMoments()).merge(target)
             whole.labels = whole.labels.merge(part.labels)
         whole.digests = {name: found[0].merge(*found[1:]) for name, found in digests.items()}
         return whole

@@ -9,17 +9,24 @@ import numpy as np
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of a number (merged as in Chan et al. 1979)."""
+    """Count, mean and sum of squared deviations of a number (merged as in Chan et al. 1979).
 
-    count: int = 0
+    Of weighted values, the count is the sum of their weights, and the others are weighted.
+    """
+
+    count: float = 0
     mean: float = 0.0
     squares: float = 0.0
 
     @classmethod
-    def of(cls, values: np.ndarray) -> "Moments":
-        """Moments of float64 values, none of them NaN."""
+    def of(cls, values: np.ndarray, weights: np.ndarray | None = None) -> "Moments":
+        """Moments of float64 values, none of them NaN; weights are above 0."""
         if not values.size:
             return cls()
+        if weights is not None:
+            count = float(weights.sum())
+            mean = float(values @ weights / count)
+            return cls(count, mean, float((values - mean) ** 2 @ weights))
         mean = float(values.mean())
         return cls(len(values), mean, float(((values - mean) ** 2).sum()))
 

@@ -16,6 +16,7 @@ from features.kinds.values import WORDS, cleaned, coded, is_marker, numbers, of_
 from features.parse import compute
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
+from features.schema.task import given_chain
 from features.source import Format, RawType
 from features.time_units import is_format
 
@@ -212,7 +213,7 @@ def parse(
         values = histories[name] if name in histories else _column(schema, schema.raw[name].column, frame, rows)
         columns[name], reason = feature.parse(name, _arrow(values), schema)
         reasons.append(reason)
-    core = {f"label.{name}": _label(schema, frame, name, undecided) for name in schema.tasks}
+    core = _given({name: _label(schema, frame, name, undecided) for name in schema.tasks}, schema)
     core["weight"] = _weight(schema, frame)
     core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
     core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
@@ -302,6 +303,16 @@ def _label(schema: Schema, frame: pl.DataFrame, name: str, undecided: Iterable[t
     return label
 
 
+def _given(labels: dict[str, pl.Series], schema: Schema) -> dict[str, pl.Series]:
+    """The columns of labels, each only where those that its task is given are 1."""
+    found = {}
+    for name, label in labels.items():
+        for other in given_chain(schema.tasks, name):
+            label = label.set((labels[other] != 1).fill_null(True), None)
+        found[f"label.{name}"] = label
+    return found
+
+
 def _weight(schema: Schema, frame: pl.DataFrame) -> pl.Series:
     if schema.weight is None:
         return pl.Series([1.0], dtype=pl.Float32).new_from_index(0, frame.height)
@@ -336,6 +347,8 @@ def _faults(schema: Schema, core: dict[str, pl.Series], found: Iterable[pl.Serie
         label = core[f"label.{name}"]
         allowed = label.is_between(0, 1) if task.kind == "binary" else label.is_finite()
         words = "a label in [0, 1]" if task.kind == "binary" else "a finite label"
+        if task.transform == "log1p":
+            allowed, words = allowed & (label > -1), "a finite label above -1, of which log1p is taken"
         reason = _either(reason, ~allowed, pl.format(f"tasks.{name}: {{}} is not {words}", label))
     weight = core["weight"]
     text = pl.format("weight: {} is not a number >= 0", weight.cast(pl.String).fill_null("missing"))

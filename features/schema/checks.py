@@ -16,6 +16,7 @@ from features.schema.expressions import columns_of
 from features.schema.past_checks import contradictions_of_the_past
 from features.schema.splits import HashSplit, TimeSplit
 from features.schema.table_checks import keys_of_tables, side_tables, table_inputs
+from features.schema.task import given_chain
 from features.source import Format, RawType, outcome_names
 from features.time_units import DEFAULT, INDEX
 
@@ -65,7 +66,28 @@ def contradictions(schema: Schema) -> Iterator[str]:
     yield from side_tables(schema)
     yield from contradictions_of_the_past(schema)
     yield from mixed_comparisons(schema)
+    yield from _tasks(schema)
     yield from _leaks(schema)
+
+
+def _tasks(schema: Schema) -> Iterator[str]:
+    """Losses and transforms that do not fit a task's kind, and conditions on tasks that do not exist."""
+    for name, task in schema.tasks.items():
+        if task.kind == "binary" and (task.loss or task.transform != "none"):
+            key = "loss" if task.loss else "transform"
+            yield f"tasks.{name}.{key}: a binary task has none, its loss is the cross-entropy. Remove it."
+        if task.loss_name == "ziln" and task.transform != "none":
+            yield f"tasks.{name}.transform: the loss ziln takes the logarithm itself. Remove it."
+        if task.given is None:
+            continue
+        binary = [other for other, found in schema.tasks.items() if found.kind == "binary" and other != name]
+        if task.given not in binary:
+            allowed = f"allowed are {', '.join(binary)}" if binary else "and there is no other binary task"
+            yield f"tasks.{name}.given: {task.given} is not another binary task{did_you_mean(task.given, binary)}, {allowed}"
+        elif task.kind != "binary":
+            yield f"tasks.{name}.given: a regression task is observed where observed_when is true. Write that instead."
+        elif name in given_chain(schema.tasks, task.given):
+            yield f"tasks.{name}.given: {name} and {task.given} are given each other. Remove one of the two."
 
 
 def _nested(schema: Schema) -> Iterator[str]:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -18,20 +18,12 @@ from features.kinds.tables import Table
 from features.schema.checks import contradictions
 from features.schema.expressions import columns_of
 from features.schema.splits import SPLITS, HashSplit, RowIndexSplit, Split, TimeSplit
+from features.schema.task import Task
 from features.source import Counter, History, RawType, Source, Strict, outcome_names
 from features.yaml_text import read_yaml
 
 # Kinds whose names are in every fingerprint, be they used or not; those of later kinds only where they are.
 FIRST_KINDS = ("dense", "categorical", "bag")
-
-
-class Task(Strict):
-    """Something to predict. `label` and `observed_when` are SQL expressions over raw columns."""
-
-    kind: Literal["binary", "regression"]
-    label: str
-    observed_when: str | None = None
-    loss_weight: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)
 
 
 class Rows(Strict):
@@ -294,14 +286,19 @@ class Schema(Features):
 
 def _message(where: str, error: Any) -> str:
     """One validation error as: file, key, what is wrong, what is allowed."""
-    loc = [
-        str(part) for part in error["loc"] if part not in ("hash", "row_index", "time") or error["loc"][0] != "split"
-    ]
+    loc = [str(part) for place, part in enumerate(error["loc"]) if not _is_tag(error["loc"], place)]
     key = ".".join(loc) or "the whole file"
     if error["type"] != "extra_forbidden":
         return f"{where}: {key}: {fault_text(error['msg'])}"
     allowed = _allowed(loc[:-1])
     return f"{where}: {key}: unknown key{did_you_mean(loc[-1], allowed)}, allowed are {', '.join(allowed)}"
+
+
+def _is_tag(loc: Sequence[int | str], place: int) -> bool:
+    """Whether pydantic put a part of a location there to tell which of several models was tried."""
+    if place == 1:
+        return loc[0] == "split" and loc[1] in ("hash", "row_index", "time")
+    return place == 3 and loc[0] == "tasks" and loc[2] == "loss"
 
 
 def _allowed(path: list[str]) -> list[str]:

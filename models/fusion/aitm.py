@@ -132,12 +132,12 @@ def conditions(tasks: Sequence[TaskInfo], chain: Sequence[int]) -> Tensor:
     """
     index = {task.name: t for t, task in enumerate(tasks)}
     condition_C: list[set[str]] = [set() for _ in chain]
-    leave_out = "leave it out of model.fusion.chain, or set model.fusion.calibrator=0"
+    leave_out = "or leave it out of model.fusion.chain, or set model.fusion.calibrator=0"
     for first, names in zip(chain, condition_C, strict=True):
         task = tasks[first]
         while task.name not in names:
             if wrong := _without_probability(task, index):
-                raise UserError(f"model.fusion.calibrator: task {tasks[first].name} {wrong}, or {leave_out}")
+                raise UserError(f"model.fusion.calibrator: task {tasks[first].name} {wrong}; {leave_out}")
             names.add(task.name)
             task = tasks[index[task.given or task.name]]
     return torch.tensor([[name in names for name in index] for names in condition_C])
@@ -146,9 +146,9 @@ def conditions(tasks: Sequence[TaskInfo], chain: Sequence[int]) -> Tensor:
 def _without_probability(task: TaskInfo, index: Mapping[str, int]) -> str | None:
     """Why the logit of a task does not give a probability over all rows, and what to do."""
     if task.kind != "binary":
-        return f"needs a probability and {task.name} is of kind {task.kind}: choose a binary task"
+        return f"is of kind {task.kind} and has no probability: choose a binary task"
     if task.given is not None and task.given not in index:
-        return f"is given {task.given}, which is not among the tasks {', '.join(index)}: train {task.given} as well"
+        return f"is given {task.given}, which is not among the tasks {', '.join(index)}: train {task.given} too"
     if task.undeclared:
         other = task.undeclared[0]
         return f"is observed by the label of {other}: add `given: {other}` to {task.name} in the schema"

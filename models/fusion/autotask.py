@@ -133,9 +133,14 @@ class AutoTask(Fusion):
         """One level, weight_BTT of facet 2, the mean over heads: of each task on the tasks it sees in evaluation."""
         return [self.over_examples.weights(self._examples(x_BFD, self._ids()), self._sees(self.unseen_T))]
 
-    def detach_unseen(self, logit_BT: Tensor) -> Tensor:
-        """The logits, those of unseen tasks without a gradient."""
-        return torch.where(self.unseen_T, logit_BT.detach(), logit_BT)
+    def detach_unseen(self, out_KBT: Tensor) -> Tensor:
+        """The outputs, those of unseen tasks without a gradient."""
+        return torch.where(self.unseen_T, out_KBT.detach(), out_KBT)
+
+    def start(self, start_KT: Tensor) -> Tensor:
+        """The outputs' biases at the start; an unseen task's is the mean of the others."""
+        mean_K1 = start_KT[:, ~self.unseen_T.cpu()].mean(1, keepdim=True)
+        return torch.where(self.unseen_T.cpu(), mean_K1, start_KT)
 
     def _blocks(self, x_BFD: Tensor, id_KI: Tensor, unseen_K: Tensor, order_BK: Tensor | None = None) -> Tensor:
         """h_BKD of every row with each of K tasks, which share blocks."""

@@ -1,6 +1,6 @@
 """The interface between the ranker and every fusion."""
 
-# Shapes: B rows, T tasks, F features, D width, U units, E experts.
+# Shapes: B rows, T tasks, F features, D width, U units, E experts, K numbers of a task.
 
 from typing import ClassVar
 
@@ -41,6 +41,10 @@ class Fusion(nn.Module):
         """A further loss of each row from its logit_BT: loss_B, or None."""
         return None
 
-    def detach_unseen(self, logit_BT: Tensor) -> Tensor:
-        """The logits, without a gradient where a task's labels must not train the model."""
-        return logit_BT
+    def detach_unseen(self, out_KBT: Tensor) -> Tensor:
+        """The outputs, without a gradient where a task's labels must not train the model."""
+        return out_KBT
+
+    def start(self, start_KT: Tensor) -> Tensor:
+        """The outputs' biases at the start, without those that a task's labels must not give."""
+        return start_KT

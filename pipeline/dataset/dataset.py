@@ -88,6 +88,20 @@ class Dataset:
         files = [sha256(require_file(self.encoded_by, f"encoders/{name}")) for name in encoder_files(self.schema)]
         return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
 
+    def base_rates(self) -> dict[str, float]:
+        """Per binary task the weighted mean of its train labels, half a row away from 0 and 1; without labels 1/2.
+
+        A rate of 0 or 1 would have no logit.
+        """
+        shards = [shard for shard in self.manifest.shards if shard.split == "train"]
+        rates = {}
+        for name, task in self.schema.tasks.items():
+            if task.kind == "binary":
+                weight = sum(shard.weights.get(name, shard.observed[name]) for shard in shards)
+                positive = sum(shard.weighted.get(name, shard.positives[name]) for shard in shards)
+                rates[name] = min(max((positive + 0.5) / (weight + 1), 1e-12), 1 - 1e-12)
+        return rates
+
     def check_compatible(self, fingerprint: str, owner: str) -> None:
         """Raises UserError unless `owner` (named in the message) has the dataset's fingerprint."""
         if self.manifest.fingerprint != fingerprint:

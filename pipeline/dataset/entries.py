@@ -20,6 +20,7 @@ class Shard(BaseModel):
         row_groups: rows of each row group, in order.
         sha256, footer_sha256: of the whole file, and of the part that says where columns lie.
         observed, positives: per task, rows with a label and the sum of the labels.
+        weights, weighted: the same of a schema with weights, each row times its weight.
     """
 
     path: RelativePath
@@ -31,6 +32,8 @@ class Shard(BaseModel):
     row_groups: list[Count]
     observed: dict[str, Count]
     positives: dict[str, FiniteFloat]
+    weights: dict[str, Annotated[FiniteFloat, Field(ge=0)]] = {}
+    weighted: dict[str, FiniteFloat] = {}
 
 
 class DeadLetterFile(BaseModel):

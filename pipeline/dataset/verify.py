@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
@@ -145,16 +146,24 @@ def _check_rows(dataset: Dataset, shard: Shard) -> None:
             raise UserError(f"{file}: column {printable(min(different)[0])} differs from the schema. {RESTORE_HINT}")
         check_row_groups(parquet.metadata, file, shard)
         observed, totals = dict.fromkeys(shard.observed, 0), dict.fromkeys(shard.observed, 0.0)
-        for batch in parquet.iter_batches(BATCH, columns=[*(f"label.{task}" for task in observed), *sizes]):
+        weights, weighted = dict.fromkeys(shard.weights, 0.0), dict.fromkeys(shard.weights, 0.0)
+        for batch in parquet.iter_batches(BATCH, columns=[*(f"label.{task}" for task in observed), "weight", *sizes]):
+            weight = batch["weight"].cast(pa.float64())
             for task in observed:
-                label = batch[f"label.{task}"]
+                label = batch[f"label.{task}"].cast(pa.float64())
                 observed[task] += len(label) - label.null_count
-                totals[task] += float(label.drop_null().to_numpy().sum(dtype=np.float64))
+                totals[task] += pc.sum(label).as_py() or 0.0
+                if task in weights:
+                    weights[task] += pc.sum(weight.filter(label.is_valid())).as_py() or 0.0
+                    weighted[task] += pc.sum(pc.multiply(label, weight)).as_py() or 0.0
             for name, size in sizes.items():
                 check_ids(file, name, batch[name], size)
     for task, count in observed.items():
         check_equal(file, f"observed labels of {task}", count, shard.observed[task])
         check_equal(file, f"sum of labels of {task}", totals[task], shard.positives[task])
+    for task, weight in weights.items():
+        check_equal(file, f"weights of labels of {task}", weight, shard.weights[task])
+        check_equal(file, f"weighted sum of labels of {task}", weighted[task], shard.weighted.get(task, math.nan))
 
 
 def _kinds(columns: pa.Schema) -> set[tuple[str, str]]:

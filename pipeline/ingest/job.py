@@ -250,10 +250,12 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
             f"{sibling.name} in {config.out} was made with other features. Choose another out= for days of this schema, with "
             f"encoders.from={sibling.resolve()} to keep the encoders of features that are unchanged."
         )
-    if _same_features(schema, known.schema):
+    unchanged = reuse.unchanged(schema, known.schema)
+    other = [n for n, t in schema.tasks.items() if t.kind == "regression" and n not in unchanged.labels]
+    if _same_features(schema, known.schema) and (not other or config.labels == "none"):
         Encoders.load(reference / "encoders", schema)
         return reference, False
-    kept = reuse.unchanged(schema, known.schema).features
+    kept = unchanged.features
     if not kept:
         raise UserError(f"encoders.from: {reference} has none of this schema's features. Fit new encoders, without it.")
     assert known.encoders  # checked before the first minute of work
@@ -264,7 +266,7 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
         )
     logger.info(
         f"encoders: {len(kept)} features as in {reference}; fitted on the train rows of this log: "
-        f"{', '.join(fitted) or 'none'}"
+        f"{', '.join([*fitted, *(f'the scale of task {name}' for name in other)]) or 'none'}"
     )
     return reference, True
 

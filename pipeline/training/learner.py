@@ -46,6 +46,8 @@ class Learner:
         self.rank, self.device, self.steps = rank, device, steps
         torch.manual_seed(s.seed)  # the dense start is the same on every rank
         self.ranker = ranker = build_ranker(dataset.schema, dataset.encoders, config.model)
+        if config.model.start == "base_rate":
+            ranker.start_at(dataset.base_rates())
         self.loss = weighting.task_loss(s.weighting, dataset.schema.tasks, s.seed)
         step = TrainStep(ranker, self.loss, s.precision == "bf16", s.accumulate)
         self.model = shard.shard(step, ranker, s, device)

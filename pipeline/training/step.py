@@ -1,6 +1,6 @@
-"""One step's forward: the ranker's logits and their loss over the global batch, however ranks share its rows."""
+"""One step's forward: the ranker's outputs and their loss over the global batch, however ranks share its rows."""
 
-# Shapes: B rows, T tasks, T1 the tasks and one more, E width of all embeddings.
+# Shapes: B rows, T tasks, T1 the tasks and one more, E width of all embeddings, K numbers a task.
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,8 +46,8 @@ class TrainStep(nn.Module):
         if self.accumulate > 1:
             return self._by_micro_batches(batch)
         with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
-            logit_BT = self.ranker(batch)
-        return global_loss(self.loss, logit_BT, self.ranker.fusion.penalty(logit_BT.float()), batch)
+            out_KBT = self.ranker.outputs(batch)
+        return global_loss(self.loss, self.ranker, out_KBT, batch)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Those that are trained outside of the tables."""
@@ -55,14 +55,14 @@ class TrainStep(nn.Module):
         return [p for part in (*parts, self.loss) for p in part.parameters() if p.requires_grad]
 
     def _by_micro_batches(self, batch: Batch) -> tuple[Tensor, StepOutput]:
+        batch = self.ranker.row_losses.training_batch(batch)
         total_T1 = global_weight_sums(batch)
 
         def run(embedding_BE: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             some = rows_of(batch, rows)
             with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
-                logit_BT = self.ranker.scores(embedding_BE, some)
-            penalty_B = self.ranker.fusion.penalty(logit_BT.float())
-            return _loss(self.loss, self.loss.of_rows, logit_BT, penalty_B, some, total_T1)
+                out_KBT = self.ranker.dense_outputs(embedding_BE, some)
+            return _loss(self.loss.of_rows, self.ranker, out_KBT, some, total_T1)
 
         embedding_BE = self.ranker.embedded(batch)
         total, loss_BT = loss_by_micro_batches(run, embedding_BE, self.dense_parameters(), self.accumulate)
@@ -93,11 +93,10 @@ def global_weight_sums(batch: Batch) -> Tensor:
     return total_T1 / ranks
 
 
-def global_loss(
-    loss: TaskLoss, logit_BT: Tensor, penalty_B: Tensor | None, batch: Batch
-) -> tuple[Tensor, StepOutput]:  # fmt: skip
+def global_loss(loss: TaskLoss, ranker: Ranker, out_KBT: Tensor, batch: Batch) -> tuple[Tensor, StepOutput]:
     """Mean loss over the observed rows of all ranks; gradients come out right once ranks average them."""
-    total, loss_BT = _loss(loss, loss, logit_BT, penalty_B, batch, global_weight_sums(batch))
+    batch = ranker.row_losses.training_batch(batch)
+    total, loss_BT = _loss(loss, ranker, out_KBT, batch, global_weight_sums(batch))
     return total, _output(loss_BT.detach(), batch)
 
 
@@ -105,20 +104,19 @@ torch.fx.wrap("global_loss")  # one node for TorchRec's pipeline, which traces t
 
 
 def _loss(
-    loss: TaskLoss,
     reduce: Callable[[Tensor, Tensor, Tensor], Tensor],
-    logit_BT: Tensor,
-    penalty_B: Tensor | None,
+    ranker: Ranker,
+    out_KBT: Tensor,
     batch: Batch,
     total_T1: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch's rows, reduced to a scalar, and loss_BT."""
-    loss_BT = loss.per_row(logit_BT, batch.label_BT)
+    """The loss of a batch's rows, reduced to a scalar, and loss_BT as metrics take it."""
+    loss_BT, shown_BT = ranker.row_losses(out_KBT, batch.label_BT, batch.observed_BT)
     total = reduce(loss_BT, batch.weight_BT * batch.observed_BT, total_T1[:-1])
-    if penalty_B is not None:
+    if (penalty_B := ranker.fusion.penalty(out_KBT[0].float())) is not None:
         weight_B = batch.weight_BT[:, 0]
         total = total + (penalty_B * weight_B).sum() / total_T1[-1].clamp(min=torch.finfo(total_T1.dtype).tiny)
-    return total, loss_BT
+    return total, shown_BT
 
 
 def _output(loss_BT: Tensor, batch: Batch) -> StepOutput:

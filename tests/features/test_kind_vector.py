@@ -187,9 +187,9 @@ def test_a_vector_goes_from_a_log_through_ingest_and_loader_into_a_training_step
     optimizer = torch.optim.SGD(ranker.parameters(), lr=0.05)
     losses = []
     for _ in range(2):
-        logit_BT = ranker(batch)
+        loss_BT, _ = ranker.row_losses(ranker.outputs(batch), batch.label_BT, batch.observed_BT)
         weight_BT = batch.weight_BT * batch.observed_BT
-        losses.append(loss(loss.per_row(logit_BT, batch.label_BT), weight_BT, weight_BT.sum(0)))
+        losses.append(loss(loss_BT, weight_BT, weight_BT.sum(0)))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()

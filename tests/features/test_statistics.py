@@ -67,6 +67,7 @@ def table(rows: list[dict[str, Any]], twice: bool = False) -> pa.Table:
         columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), elements)
     for task in SCHEMA.tasks:
         columns[f"label.{task}"] = pa.array([r[f"label.{task}"] for r in rows], pa.float32())
+    columns["weight"] = pa.array([1 + i % 3 for i in range(len(rows))], pa.float32())
     return pa.table(columns)
 
 
@@ -149,7 +150,8 @@ def test_a_part_is_sent_as_few_bytes_whatever_it_was_cut_from():
     schema = Schema.parse(
         CONTENT | {"dense": {}, "categorical": {"city": {}}, "bag": {}, "tables": {}}, where="mine.yaml"
     )
-    rows = pa.table({"city": words, **{f"label.{task}": pa.nulls(100_000, pa.float32()) for task in schema.tasks}})
+    labels = {f"label.{task}": pa.nulls(100_000, pa.float32()) for task in schema.tasks}
+    rows = pa.table({"city": words, **labels, "weight": pa.array(np.ones(100_000, np.float32))})
     assert len(pickle.dumps(Statistics.of(schema, rows.slice(50_000, 100)))) < 10_000
 
 

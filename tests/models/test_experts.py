@@ -340,9 +340,9 @@ def test_the_calibrator_stays_finite_at_logits_as_large_as_they_get():
 
 
 WITHOUT_PROBABILITY = {
-    "a regression": ([TaskInfo("dwell", "regression")], r"task dwell needs a probability and dwell is of kind regression"),
+    "a regression": ([TaskInfo("dwell", "regression")], r"task dwell is of kind regression and has no"),
     "an undeclared condition": ([TaskInfo("buy", undeclared=("click",))], r"task buy .* add `given: click` to buy in"),
-    "a condition that is not trained": ([TaskInfo("buy", given="cart")], r"task buy is given cart, .* train cart as well"),
+    "a condition that is not trained": ([TaskInfo("buy", given="cart")], r"task buy is given cart, .* train cart too"),
     "a condition further up": (
         [TaskInfo("buy", given="cart"), TaskInfo("cart", undeclared=("click",))], r"task buy is observed .* to cart in"
     ),

@@ -65,12 +65,12 @@ def test_adatt_equals_its_reference(size):
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(sizes, st.lists(st.integers(1, 5), max_size=3))
-def test_towers_equal_their_reference(size, widths):
-    module = randomised(TaskTowers(size.T, size.D, widths), size.seed)
+@given(sizes, st.lists(st.integers(1, 5), max_size=3), st.integers(1, 3))
+def test_towers_equal_their_reference(size, widths, outputs):
+    module = randomised(TaskTowers(size.T, size.D, widths, outputs=outputs), size.seed)
     h_BTD = rows(size, size.T * size.D).view(size.B, size.T, size.D)
-    assert module(h_BTD).shape == (size.B, size.T)
-    check(module, Towers(size.T, size.D, widths, shared=False), h_BTD)
+    assert module(h_BTD).shape == (outputs, size.B, size.T)
+    check(module, Towers(size.T, size.D, widths, shared=False, outputs=outputs), h_BTD)
 
 
 @settings(max_examples=examples(40), deadline=None)

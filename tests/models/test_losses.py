@@ -1,4 +1,4 @@
-"""TaskLoss against the formulas in float64 loops, and where it must be exactly zero or stay finite."""
+"""TaskLoss and the losses of rows against the formulas in float64 loops, and where it must be exactly zero or stay finite."""
 
 import math
 
@@ -10,13 +10,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from features.schema.task import Task
+from models.label_units import LabelUnits
 from models.losses import TaskLoss, UncertaintyLoss
+from models.row_losses import GivenConfig, RowLosses
 
 # Shapes: B rows, T tasks.
 KINDS = ["binary", "regression"]
 ROUNDING = 2e-5  # of (1 - y) z, as float32 computes it for |z| up to 100
 finite = {"allow_nan": False, "allow_infinity": False, "width": 32}
 seeds = st.integers(0, 10**6)
+
+
+def row_losses(kinds: list[str], logit_BT: Tensor, label_BT: Tensor) -> Tensor:
+    """Of plain tasks, whose labels are learnt as they are."""
+    tasks = {f"task{t}": Task(kind=kind, label="x") for t, kind in enumerate(kinds)}
+    losses = RowLosses(tasks, LabelUnits(tasks, {}), GivenConfig())
+    loss_BT, shown_BT = losses(logit_BT.unsqueeze(0), label_BT, torch.ones_like(label_BT, dtype=torch.bool))
+    assert shown_BT is loss_BT
+    return loss_BT
 
 
 def entry(kind: str, logit: float, label: float) -> float:
@@ -63,14 +75,14 @@ def loop(kinds: list[str], weights: list[float], drawn: tuple[Tensor, ...], tota
 @settings(max_examples=examples(200), deadline=None)
 @given(st.floats(-100, 100, **finite), st.floats(0, 1, **finite))
 def test_binary_loss_takes_soft_labels_and_equals_the_formula(logit, label):
-    loss_BT = TaskLoss(["binary"], [1.0]).per_row(torch.tensor([[logit]]), torch.tensor([[label]]))
+    loss_BT = row_losses(["binary"], torch.tensor([[logit]]), torch.tensor([[label]]))
     assert_close(loss_BT.item(), entry("binary", logit, label), rtol=1e-5, atol=ROUNDING)
 
 
 @settings(max_examples=examples(100), deadline=None)
 @given(st.floats(-1000, 1000, **finite), st.floats(-1000, 1000, **finite))
 def test_regression_loss_is_the_squared_error(logit, label):
-    loss_BT = TaskLoss(["regression"], [1.0]).per_row(torch.tensor([[logit]]), torch.tensor([[label]]))
+    loss_BT = row_losses(["regression"], torch.tensor([[logit]]), torch.tensor([[label]]))
     # float32 rounds the difference once and its square once.
     assert_close(loss_BT.item(), entry("regression", logit, label), rtol=1e-6, atol=1e-30)
 
@@ -84,7 +96,7 @@ def test_loss_and_gradient_equal_a_loop_for_any_mixture_of_tasks(kinds, rows, da
     total_T = observed_weight_BT.sum(0) + elsewhere
     module = TaskLoss(kinds, weights)
 
-    loss_BT = module.per_row(logit_BT.requires_grad_(), label_BT)
+    loss_BT = row_losses(kinds, logit_BT.requires_grad_(), label_BT)
     assert loss_BT.dtype == torch.float32
     loss = module(loss_BT, observed_weight_BT, total_T)
     loss.backward()
@@ -110,7 +122,7 @@ def test_uncertainty_loss_and_all_its_gradients_equal_the_formula_task_by_task(k
     module = UncertaintyLoss(kinds)
     s_T = torch.tensor([data.draw(st.sampled_from([-2.0, 0.0, 0.5, 3.0])) for _ in kinds])
     module.log_variance_T.data.copy_(s_T)
-    loss = module(module.per_row(logit_BT.requires_grad_(), label_BT), observed_weight_BT, total_T)
+    loss = module(row_losses(kinds, logit_BT.requires_grad_(), label_BT), observed_weight_BT, total_T)
     loss.backward()
 
     expected, slope_T = 0.0, []
@@ -133,7 +145,7 @@ def test_losses_of_the_ranks_add_up_to_the_loss_of_the_global_batch(rows, data, 
     cut = data.draw(st.integers(0, rows))
     module = TaskLoss(KINDS, [1.0, 0.5])
     logit_BT, label_BT, observed_weight_BT = drawn(KINDS, rows, seed)
-    loss_BT, total_T = module.per_row(logit_BT, label_BT), observed_weight_BT.sum(0)
+    loss_BT, total_T = row_losses(KINDS, logit_BT, label_BT), observed_weight_BT.sum(0)
     parts = module(loss_BT[:cut], observed_weight_BT[:cut], total_T) + module(
         loss_BT[cut:], observed_weight_BT[cut:], total_T
     )
@@ -146,7 +158,7 @@ def test_a_task_observed_nowhere_adds_exactly_zero_and_has_no_gradient(absent, w
     logit_BT, label_BT, observed_weight_BT = drawn(KINDS, 50, 0)
     observed_weight_BT[:, absent] = 0
     module = TaskLoss(KINDS, [weight, weight])
-    loss_BT = module.per_row(logit_BT.requires_grad_(), label_BT)
+    loss_BT = row_losses(KINDS, logit_BT.requires_grad_(), label_BT)
     loss = module(loss_BT, observed_weight_BT, observed_weight_BT.sum(0))
     loss.backward()
     without = TaskLoss(KINDS, [weight * (task != absent) for task in range(2)])
@@ -159,7 +171,7 @@ def test_an_uncertainty_is_at_rest_where_it_is_what_the_task_shows():
     """sigma^2 of a regression is its mean squared error, of a binary task twice its log loss; then each adds its half."""
     logit_BT, label_BT, observed_weight_BT = drawn(KINDS, 50, 0)
     module = UncertaintyLoss(KINDS)
-    loss_BT, total_T = module.per_row(logit_BT, label_BT), observed_weight_BT.sum(0)
+    loss_BT, total_T = row_losses(KINDS, logit_BT, label_BT), observed_weight_BT.sum(0)
     module.log_variance_T.data.copy_(
         (module.means(loss_BT, observed_weight_BT, total_T) * torch.tensor([2.0, 1.0])).log()
     )
@@ -170,7 +182,7 @@ def test_an_uncertainty_is_at_rest_where_it_is_what_the_task_shows():
 def test_a_batch_in_which_nothing_is_observed_has_loss_zero_and_no_gradient():
     logit_BT, label_BT, _ = drawn(KINDS, 5, 0)
     module = TaskLoss(KINDS, [1.0, 1.0])
-    loss = module(module.per_row(logit_BT.requires_grad_(), label_BT), torch.zeros(5, 2), torch.zeros(2))
+    loss = module(row_losses(KINDS, logit_BT.requires_grad_(), label_BT), torch.zeros(5, 2), torch.zeros(2))
     loss.backward()
     assert loss.item() == 0
     assert (logit_BT.grad == 0).all()
@@ -183,7 +195,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(logit, label, dtype):
     logit_BT = torch.full((3, 2), logit, dtype=dtype, requires_grad=True)
     label_BT, observed_weight_BT = torch.full((3, 2), label), torch.tensor([[1.0], [0.0], [2.0]]).expand(3, 2)
     module = TaskLoss(KINDS, [1.0, 1.0])
-    loss_BT = module.per_row(logit_BT, label_BT)
+    loss_BT = row_losses(KINDS, logit_BT, label_BT)
     assert loss_BT.dtype == torch.float32
     module(loss_BT, observed_weight_BT, observed_weight_BT.sum(0)).backward()
     for t, kind in enumerate(KINDS):
@@ -196,5 +208,5 @@ def test_extreme_logits_give_finite_losses_and_gradients(logit, label, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_of_bfloat16_logits_are_computed_in_float32(kind):
-    loss_BT = TaskLoss([kind], [1.0]).per_row(torch.tensor([[1.5]], dtype=torch.bfloat16), torch.tensor([[0.3]]))
+    loss_BT = row_losses([kind], torch.tensor([[1.5]], dtype=torch.bfloat16), torch.tensor([[0.3]]))
     assert_close(loss_BT.item(), entry(kind, 1.5, 0.3), rtol=1e-6, atol=0.0)

@@ -46,7 +46,9 @@ tasks:
   buy: {kind: binary, label: buy}
 split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
 """)
-ENCODERS = SimpleNamespace(edges={}, num_embeddings={"item": 11, "user": 7, "topics": 5, "words": 9}.__getitem__)
+ENCODERS = SimpleNamespace(
+    edges={}, labels={}, num_embeddings={"item": 11, "user": 7, "topics": 5, "words": 9}.__getitem__
+)
 # What three rows hold; the last is padding, which has no ids.
 IDS = {
     "user": [[3], [6], []],

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.towers import Calibration, SharedTower
+from models.towers import Calibration, SharedTower, TaskTowers
 
 # Shapes: B rows, T tasks, D width, K pieces of a line.
 KNOTS = range(-7, 8)
@@ -23,18 +23,29 @@ sizes = drawn_sizes(kinds=st.lists(st.sampled_from(["binary", "regression"]), mi
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(sizes, st.lists(st.integers(1, 5), max_size=3))
-def test_a_shared_tower_is_one_tower_a_task_with_the_same_parameters(size, widths):
-    module = randomised(SharedTower(size.T, size.D, widths), size.seed)
-    check(module, Towers(size.T, size.D, widths, shared=True), rows(size, size.T, size.D))
+@given(sizes, st.lists(st.integers(1, 5), max_size=3), st.integers(1, 3))
+def test_a_shared_tower_is_one_tower_a_task_with_the_same_parameters(size, widths, outputs):
+    module = randomised(SharedTower(size.T, size.D, widths, outputs=outputs), size.seed)
+    check(module, Towers(size.T, size.D, widths, shared=True, outputs=outputs), rows(size, size.T, size.D))
 
 
 @settings(max_examples=examples(40), deadline=None)
 @given(sizes, st.data())
-def test_a_shared_tower_scores_tasks_in_any_order_or_one_alone(size, data):
-    order = data.draw(st.lists(st.integers(0, size.T - 1), min_size=1, max_size=5))
+def test_but_for_the_biases_a_shared_tower_scores_tasks_in_any_order(size, data):
+    order = data.draw(st.permutations(range(size.T)))
     module, h_BTD = randomised(SharedTower(size.T, size.D, [3]), size.seed), rows(size, size.T, size.D)
-    torch.testing.assert_close(module(h_BTD[:, order]), module(h_BTD)[:, order], rtol=1e-10, atol=1e-10)
+    module.bias_K1T.data.zero_()
+    torch.testing.assert_close(module(h_BTD[:, order]), module(h_BTD)[:, :, order], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [TaskTowers, SharedTower])
+def test_towers_that_start_at_a_value_give_it_where_nothing_comes_in(kind):
+    module, start_KT = kind(4, 3, [5], outputs=2), torch.randn(2, 4)
+    module.start_at(start_KT)
+    for name, parameter in module.named_parameters():
+        if "hidden" in name:
+            parameter.data.zero_()
+    torch.testing.assert_close(module(torch.zeros(6, 4, 3)), start_KT.unsqueeze(1).expand(2, 6, 4))
 
 
 def slopes(params: Params, task: int) -> list[Tensor]:

@@ -73,20 +73,28 @@ def same_pairs(reference: nn.Module, module: nn.Module) -> Iterator[Pair]:
 
 
 class Towers(Reference):
-    """One a task, or, `shared`, one for all; the layer to the logit has no ReLU. Shapes: h_BTD, or a list -> logit_BT."""
+    """One a task, or, `shared`, one for all with biases of each task; the last layer has no ReLU.
 
-    def __init__(self, num_tasks: int, in_dim: int, widths: Sequence[int], shared: bool) -> None:
+    Shapes: h_BTD, or a list -> out_KBT.
+    """
+
+    def __init__(self, num_tasks: int, in_dim: int, widths: Sequence[int], shared: bool, outputs: int = 1) -> None:
         super().__init__()
         self.num_towers = 1 if shared else num_tasks
         self.hidden = mlps(self.num_towers, [in_dim, *widths])
-        self.out = nn.ModuleList(nn.Linear([in_dim, *widths][-1], 1) for _ in range(self.num_towers))
+        self.out = nn.ModuleList(nn.Linear([in_dim, *widths][-1], outputs) for _ in range(self.num_towers))
+        self.bias_K1T = nn.Parameter(torch.zeros(outputs, 1, num_tasks)) if shared else None
 
     def forward(self, h: list[Tensor] | Tensor) -> Tensor:
         h = list(h.unbind(1)) if isinstance(h, Tensor) else h
         which = [task % self.num_towers for task in range(len(h))]
-        return torch.cat([self.out[i](self.hidden[i](h_BD)) for i, h_BD in zip(which, h, strict=True)], 1)
+        out_TBK = torch.stack([self.out[i](self.hidden[i](h_BD)) for i, h_BD in zip(which, h, strict=True)])
+        out_KBT = out_TBK.permute(2, 1, 0)
+        return out_KBT if self.bias_K1T is None else out_KBT + self.bias_K1T
 
     def pairs(self, module: nn.Module) -> Iterator[Pair]:
+        if self.bias_K1T is not None:
+            yield self.bias_K1T, module.bias_K1T, lambda tensor: tensor
         module = getattr(module, "tower", module)
         yield from mlp_pairs(self.hidden, module.hidden)
         for task, linear in enumerate(self.out):

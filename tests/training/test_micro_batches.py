@@ -8,7 +8,6 @@ import torch
 from tiny_training import configuration, task_loss
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 
 from features.batch import Batch
 from models.losses import TaskLoss, UncertaintyLoss
@@ -26,20 +25,8 @@ def first_batch(folder: Path, rows: int) -> Batch:
     return next(loader.batches(loader.start()))
 
 
-class InFloat64(TaskLoss):
-    """Losses that stay in float64."""
-
-    def per_row(self, logit_BT: Tensor, label_BT: Tensor) -> Tensor:
-        label_BT = label_BT.double()
-        cross_entropy_BT = F.binary_cross_entropy_with_logits(logit_BT, label_BT, reduction="none")
-        return torch.where(self.binary_T, cross_entropy_BT, (logit_BT - label_BT).square())
-
-
-class LearntInFloat64(InFloat64, UncertaintyLoss):
-    pass
-
-
-AITM = {"name": "aitm", "widths": [8], "calibrator": 0.5}
+# Conversion is given click, so that its probability over all rows is below click's: only backwards is there a penalty.
+AITM = {"name": "aitm", "widths": [8], "chain": ["conversion", "click"], "calibrator": 0.5}
 MMOE = {"name": "mmoe", "num_experts": 3, "levels": [[64], [64]]}
 
 
@@ -50,7 +37,7 @@ def differentiated(folder: Path, fusion: dict[str, Any], learnt: bool, count: in
     config = ModelConfig(fusion=fusion, tower=[8], embedding_std=0.1, calibration="monotone")
     ranker = Ranker(data.schema, data.encoders, config, device="cpu").double()
     kinds = [task.kind for task in data.schema.tasks.values()]
-    loss = LearntInFloat64(kinds) if learnt else InFloat64(kinds, [1.0, 2.0, 0.5])
+    loss = UncertaintyLoss(kinds) if learnt else TaskLoss(kinds, [1.0, 2.0, 0.5])
     step, batch = TrainStep(ranker, loss.double(), bf16=False, accumulate=count), first_batch(folder, 32)
     total, output = step(Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()})))
     (3 * total).backward()

@@ -54,7 +54,7 @@ bag:
   topics: {dim: 4}
 tasks:
   click: {kind: binary, label: click}
-  conversion: {kind: binary, label: conversion, observed_when: click = 1, loss_weight: 2.0}
+  conversion: {kind: binary, label: conversion, given: click, loss_weight: 2.0}
   dwell: {kind: regression, label: dwell, observed_when: click = 1, loss_weight: 0.5}
 weight: importance
 split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}

@@ -14,7 +14,7 @@ from pipeline.evaluation.metrics.binary import entropy
 class WindowedNE:
     """NE of each task over the last N updates, for the trainer: sums only, on the device until a value is asked for.
 
-    A regression task has no entropy: its value is the weighted mean loss (MSE if its losses are squared errors).
+    A regression task has no entropy: its value is the weighted mean loss.
 
     Args:
         tasks: (name, kind), as for `Metrics`.

@@ -60,6 +60,8 @@ def write_shard(
 ) -> Shard:
     """Writes rows that come table by table; returns the shard's entry for the manifest."""
     rows, observed, positives = 0, dict.fromkeys(schema.tasks, 0), dict.fromkeys(schema.tasks, 0.0)
+    weighing = schema.tasks if schema.weight else ()
+    weights, weighted = dict.fromkeys(weighing, 0.0), dict.fromkeys(weighing, 0.0)
     # No dictionaries: ids after zstd are no larger without, and written in half the time.
     with pq.ParquetWriter(
         path,
@@ -76,11 +78,16 @@ def write_shard(
                 label = table[f"label.{task}"]
                 observed[task] += table.num_rows - label.null_count
                 positives[task] += pc.sum(label.cast(pa.float64())).as_py() or 0.0
+            for task in weighing:
+                label, weight = table[f"label.{task}"].cast(pa.float64()), table["weight"].cast(pa.float64())
+                weights[task] += pc.sum(weight.filter(label.is_valid())).as_py() or 0.0
+                weighted[task] += pc.sum(pc.multiply(label, weight)).as_py() or 0.0
     fsync(path)
     groups = [row_group] * (rows // row_group) + [rows % row_group] * (rows % row_group > 0)
     return Shard(
         path=str(path.relative_to(staging)), split=split, rows=rows, bytes=path.stat().st_size, sha256=sha256(path),
         footer_sha256=footer_sha256(path), row_groups=groups, observed=observed, positives=positives,
+        weights=weights, weighted=weighted,
     )  # fmt: skip
 
 

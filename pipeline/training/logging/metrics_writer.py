@@ -33,12 +33,12 @@ class MetricsWriter:
         self.unwritten: list[tuple[Path, dict[str, Any]]] = []
 
     def log(self, record: dict[str, Any]) -> None:
-        """Writes one record: step, rows, left_out, epoch, lr, loss, weight, ne and mse (per task), rows_per_s, data_wait,
+        """Writes one record: step, rows, left_out, epoch, lr, loss, weight, ne and task_loss (per task), rows_per_s, data_wait,
         seconds_left.
         """
         self._write(self.run.train_metrics, record)
         scalars = {f"train/{key}": record[key] for key in ("lr", "loss", "rows_per_s", "data_wait")}
-        for key in ("weight", "ne", "mse"):
+        for key in ("weight", "ne", "task_loss"):
             scalars |= {f"train_{key}/{task}": value for task, value in record[key].items() if value is not None}
         self._draw(scalars, record["step"])
         self.run.write_status("training", record["step"], self.steps)
@@ -62,7 +62,7 @@ class MetricsWriter:
             self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)
 
     def day(self, record: dict[str, Any]) -> None:
-        """Writes a record of progressive.jsonl: epoch, day, step, rows, ne and mse of the batches of a day, or of an epoch."""
+        """Writes a record of progressive.jsonl: epoch, day, step, rows, ne and task_loss of a day's or an epoch's batches."""
         self._write(self.run.progressive, record)
         if record["day"]:
             logger.info(f"day {record['day']}  {_figures(record)}  (each batch before it was trained on)")
@@ -104,9 +104,9 @@ class MetricsWriter:
 
 def _figures(record: dict[str, Any]) -> str:
     words = []
-    for figure in ("ne", "mse"):
+    for figure, label in (("ne", "NE"), ("task_loss", "loss")):
         known = [f"{task} {short_decimal(value)}" for task, value in record[figure].items() if value is not None]
-        words += [figure.upper(), *known] if known else []
+        words += [label, *known] if known else []
     return " ".join(words)
 
 

@@ -47,7 +47,10 @@ class ProgressiveMetrics:
         return self.rows_before + int(rows)
 
     def figures(self, sums_T3: Tensor) -> tuple[dict[str, dict[str, float | None]], Tensor]:
-        """`ne` of binary tasks and `mse` of the others over all ranks' sums, and the sums. Every rank calls it."""
+        """`ne` of binary tasks, `task_loss` of the others over all ranks' sums, and the sums. Every rank calls it.
+
+        A regression task's loss is of standardised labels: squared error is 1 for a prediction of the train mean.
+        """
         sums_T3 = sums_T3.clone()
         if dist.get_world_size() > 1:
             dist.all_reduce(sums_T3)
@@ -55,7 +58,7 @@ class ProgressiveMetrics:
         found = zip(self.kinds.items(), self.window.value(sums_T3), strict=True)
         values = {name: (kind, None if isnan(value) else value) for (name, kind), value in found}
         ne = {name: value for name, (kind, value) in values.items() if kind == "binary"}
-        return {"ne": ne, "mse": {n: v for n, (_, v) in values.items() if n not in ne}}, sums_T3
+        return {"ne": ne, "task_loss": {n: v for n, (_, v) in values.items() if n not in ne}}, sums_T3
 
     def state(self) -> dict[str, Tensor]:
         """This rank's sums, under names of its own: they are added up only when read."""
