@@ -15,6 +15,7 @@ from features.batch import Batch
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
+from features.schema.task import given_chain
 from models.chains import ChainLayer, chain_of
 from models.fusion.decomposition import TrainedModel
 from models.fusion.emm import EMM
@@ -214,6 +215,12 @@ class FusedRanker(Ranker):
         num_tasks, in_dim = len(self.schema.tasks), self.fusion.out_dim
         if self.settings.towers == "new":
             return TaskTowers(num_tasks, in_dim, config.tower, config.dropout, max(self.units.sizes))
+        given = [name for name in self.schema.tasks if given_chain(self.schema.tasks, name)]
+        if self.settings.trained and config.given.name == "dr" and given:
+            raise UserError(
+                f"model.given.name: dr needs a number of {given[0]}'s tower that its trained model does not have; set "
+                "model.fusion.towers=new, or model.given.name=ipw"
+            )
         widths = [self.fusion.remainders[m] for m in self._first_models()]
         return OwnTowers(in_dim, widths, config.dropout, self.units.sizes)
 

@@ -87,6 +87,11 @@ def from_sources(name: str) -> bool:
 def test_one_model_a_task_without_the_merge_predicts_what_that_model_predicts(folder: Path) -> None:
     write_checkpoint(fused(folder, "alike", of=ONE_EACH, merge=False))
     found = logits(folder, "alike")
+    scale = Dataset(folder / "data").encoders.labels["dwell"]
+    assert (scale.mean, scale.std) != (
+        0,
+        1,
+    )  # a regression source is learnt standardised, and answers in its label's unit
     for task, name in enumerate(ONE_EACH):
         torch.testing.assert_close(found[:, task], logits(folder, name)[:, 0], rtol=1e-5, atol=1e-6)
 
@@ -99,12 +104,23 @@ def test_networks_of_one_expert_a_level_can_be_fused_with_others(folder: Path) -
         "click-mmoe-1": {"name": "mmoe", "num_experts": 1, "levels": [[32], [16]]},
     }
     for name, fusion in kinds.items():
-        source(folder, name, {"fusion": fusion, "tower": [5]}).run_to_end()
+        source(folder, name, {"fusion": fusion, "tower": [5]}, max_steps=3).run_to_end()
     write_checkpoint(fused(folder, "one-expert", of=tuple(kinds), merge=False))
     found = logits(folder, "one-expert")
     for name in kinds:
         task = ["click", "conversion", "dwell"].index(name.split("-")[0])
         torch.testing.assert_close(found[:, task], logits(folder, name)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["esmm", "ipw", "dr"])
+def test_conversions_may_be_learnt_over_all_impressions(folder: Path, given: str) -> None:
+    towers = "new" if given == "dr" else "own"
+    options = {"model": {"given": {"name": given}}, "towers": towers, "train": {"max_steps": 2}}
+    fused(folder, given, **options).run_to_end()
+    before, after = start(folder, f"start-{given}", **options), model(last(folder / given))
+    assert {name for name, value in after.items() if torch.equal(value, before[name])} == set(
+        filter(from_sources, after)
+    )
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -136,7 +152,8 @@ def test_each_source_brings_its_tables_its_codes_its_interaction_and_its_layers(
         if name != "click-b":  # the second model of its task: what is above its last cut is not used
             task = ["click", "conversion", "dwell"].index(name.split("-")[0])
             ours += [value for key, value in found.items() if key.startswith(f"towers.tasks.{task}.hidden")]
-            assert torch.equal(found[f"towers.tasks.{task}.out.weight_SDH"], theirs["towers.out.weight_SDH"])
+            for part in ("weight_SDH", "bias_SH"):
+                assert torch.equal(found[f"towers.tasks.{task}.out.{part}"], theirs[f"towers.out.{part}"])
             assert len(ours) == len(layers)
         for our, their in zip(ours, layers, strict=False):
             assert torch.equal(our, their)
@@ -294,6 +311,11 @@ REFUSED = {
         r"no layer below .*dwell-small",
     ),
     "an interaction of its own": (ONE_EACH, {"model": {"interaction": {"name": "dot"}}}, r"the trained models bring"),
+    "a tower of one more number": (
+        ONE_EACH,
+        {"model": {"given": {"name": "dr"}}},
+        r"needs a number of conversion's tower",
+    ),
     "an unknown projection": (ONE_EACH, {"projection": "tanh"}, r"model.fusion.projection: Input should be 'relu' or"),
     "an unknown setting": (ONE_EACH, {"depth": 3}, r"model.fusion.depth: Extra inputs"),
 }
