@@ -4,6 +4,7 @@ Examples:
   python -m jobs.generate out=runs/demo/raw
   python -m jobs.generate out=runs/demo/raw impressions=75000 days=1 start=2026-11-09     # one more day of the same world
   python -m jobs.generate out=runs/hard/raw task_correlation=0.1 noise=0.3 extra_tasks=2
+  python -m jobs.generate out=runs/six_tasks/raw extra_tasks=3 event_rates=[0.06,0.015,0.003]        # for data=six_tasks
 """
 
 from pathlib import Path

@@ -135,7 +135,12 @@ class Ranker(nn.Module):
             )
 
     def _place_heads(self, schema: Schema, encoders: Encoders, config: ModelConfig) -> None:
-        imputed = [name for name, task in schema.tasks.items() if given_chain(schema.tasks, name)]
+        imputed = [name for name in schema.tasks if given_chain(schema.tasks, name)]
+        if config.given.name != "observed" and not imputed:
+            raise UserError(
+                f"model.given.name: {config.given.name} learns tasks that are given others, and no task has `given`. Write one "
+                "in the schema, such as tasks.conversion.given: click, or set model.given.name=observed."
+            )
         self.units = LabelUnits(schema.tasks, encoders.labels, frozenset(imputed if config.given.name == "dr" else ()))
         self.row_losses = RowLosses(schema.tasks, self.units, config.given)
         kinds = [task.kind for task in schema.tasks.values()]

@@ -14,26 +14,25 @@ day can be added later, alone, and has the same items, users and tastes.
 import datetime
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
 from features.errors import UserError, one_line
 from features.parquet_limits import check_file
 from features.regular_files import lstat_regular
+from pipeline.synthetic.draws import Array, bias, draw, named, sigmoid, write_csv, zipf
 
 CATEGORIES, SEGMENTS, RANK, COUNTRIES, QUERIES = 60, 12, 2, 50, 1_000_000
 DEVICES, DEVICE_SHARES = ("phone", "desktop", "tablet", "tv"), (0.5, 0.3, 0.13, 0.07)
 MAX_RECENT, MAX_ROWS_PER_DAY, DAY = 10, 10_000_000, 86_400
 
 # A task's rate, and the standard deviation of its logit: what puts the best possible NE near 0.8.
-CLICK, CONVERSION, EVENT = (0.13, 1.5), (0.2, 1.5), (0.2, 1.3)
+CLICK, CONVERSION, EVENT_SCALE = (0.13, 1.5), (0.2, 1.5), 1.3
 DWELL_MEAN, DWELL_SCALE, DWELL_SIGMA = 4.0, 0.5, 0.6  # of log1p(seconds)
 
 # Spread of each family of effects before a task weighs it. A single user's own effect is next to nothing: most users
@@ -45,8 +44,6 @@ STRENGTH = {
 
 # Second number of every random stream's seed; those of a day or of an extra task have more numbers after it.
 WORLD, WEIGHTS, SAMPLE, ROWS, OUTCOMES = range(5)
-
-Array = NDArray[Any]
 
 
 class LogConfig(BaseModel, extra="forbid"):
@@ -62,6 +59,7 @@ class LogConfig(BaseModel, extra="forbid"):
         users: user ids that may occur.
         items: item ids that may occur.
         extra_tasks: binary outcomes besides click and conversion, each of any impression.
+        event_rates: mean rates of the extra tasks, in order; the last one is also that of all further ones.
         task_correlation: cosine between the weight vectors of any two tasks.
         noise: share of the logit's deviation from its mean that is taken away; rates stay.
     """
@@ -72,6 +70,7 @@ class LogConfig(BaseModel, extra="forbid"):
     users: int = Field(default=1_000_000, ge=1)
     items: int = Field(default=50_000, ge=CATEGORIES)
     extra_tasks: int = Field(default=0, ge=0, le=16)
+    event_rates: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[0.2], min_length=1)
     task_correlation: float = Field(default=0.5, ge=0, le=1)
     noise: float = Field(default=0.0, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
@@ -83,6 +82,12 @@ class LogConfig(BaseModel, extra="forbid"):
                 f"impressions ({self.impressions:,}) must be a multiple of days ({self.days}), with fewer than "
                 f"{MAX_ROWS_PER_DAY:,} a day: a day's rows must not depend on the days around it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _as_many_rates_as_tasks(self) -> "LogConfig":
+        if len(self.event_rates) > max(1, self.extra_tasks):
+            raise ValueError(f"event_rates has {len(self.event_rates)} rates for extra_tasks={self.extra_tasks}")
         return self
 
     @property
@@ -112,14 +117,14 @@ class World:
     def __init__(self, config: LogConfig) -> None:
         rng = np.random.default_rng([config.seed, WORLD])
         # Items: popularity falls as Zipf's law with a flattened head, so that no single item is a tenth of the log.
-        share_C = _zipf(CATEGORIES, 0.5)
+        share_C = zipf(CATEGORIES, 0.5)
         self.category_I = rng.permutation(np.searchsorted(np.cumsum(share_C), np.linspace(0, 1, config.items, False)))
         self.factor_CR = rng.standard_normal((CATEGORIES, RANK))
         self.quality_I = rng.standard_normal(config.items)
         self.log_price_I = rng.normal(3.0, 0.8, config.items)
         self.lifetime_I = np.ceil(rng.lognormal(4.0, 0.8, config.items)).astype(np.int64)
         self.phase_I = rng.integers(0, self.lifetime_I)
-        popularity_I = rng.permutation(_zipf(config.items, 1.7, head=100))
+        popularity_I = rng.permutation(zipf(config.items, 1.7, head=100))
         self.item_cdf_I = np.cumsum(popularity_I)
         # Items of a category side by side: a draw within a category is a draw from one stretch of the distribution.
         self.by_category_I = np.argsort(self.category_I, kind="stable")
@@ -131,13 +136,13 @@ class World:
         liking_SC = np.exp(1.5 * rng.standard_normal((SEGMENTS, RANK)) @ self.factor_CR.T) * share_C
         self.liking_cdf_SC = np.cumsum(liking_SC / liking_SC.sum(1, keepdims=True), axis=1)
         self.query_id = rng.permutation(QUERIES)
-        self.query_cdf = np.cumsum(_zipf(QUERIES, 0.8))
+        self.query_cdf = np.cumsum(zipf(QUERIES, 0.8))
         # Users.
         self.user_id_U = rng.permutation(config.users)
-        self.user_cdf_U = np.cumsum(_zipf(config.users, 1.8, head=200))
+        self.user_cdf_U = np.cumsum(zipf(config.users, 1.8, head=200))
         self.segment_U = rng.integers(0, SEGMENTS, config.users)
         self.age_U = np.clip(rng.gamma(6.0, 4.5, config.users) + 14, 16, 90).astype(np.int64)
-        self.country_U = _draw(rng, np.cumsum(_zipf(COUNTRIES, 1.1)), config.users)
+        self.country_U = draw(rng, np.cumsum(zipf(COUNTRIES, 1.1)), config.users)
         self.activity_U = np.floor(rng.lognormal(2.2, 1.2, config.users)).astype(np.int64)
         self.effect_U = rng.standard_normal(config.users)
 
@@ -150,22 +155,23 @@ class World:
         self.weight_KT = _directions(config, len(effects))
         self.weight_KT /= (self.standardised(effects) @ self.weight_KT).std(0)
         self.bias_T = np.zeros(self.weight_KT.shape[1])
-        scale = [CLICK[1], CONVERSION[1], DWELL_SCALE] + [EVENT[1]] * config.extra_tasks
+        scale = [CLICK[1], CONVERSION[1], DWELL_SCALE] + [EVENT_SCALE] * config.extra_tasks
         self.weight_KT *= (1 - config.noise) * np.array(scale)
         logit_BT = self.logits(sample)
         seen_B = np.ones(len(logit_BT))
-        self.bias_T[0] = _bias(logit_BT[:, 0], seen_B, CLICK[0])
-        self.bias_T[1] = _bias(logit_BT[:, 1], _sigmoid(logit_BT[:, 0] + self.bias_T[0]), CONVERSION[0])
+        self.bias_T[0] = bias(logit_BT[:, 0], seen_B, CLICK[0])
+        self.bias_T[1] = bias(logit_BT[:, 1], sigmoid(logit_BT[:, 0] + self.bias_T[0]), CONVERSION[0])
         self.bias_T[2] = DWELL_MEAN
-        self.bias_T[3:] = [_bias(logit_B, seen_B, EVENT[0]) for logit_B in logit_BT[:, 3:].T]
+        rates = config.event_rates + [config.event_rates[-1]] * config.extra_tasks
+        self.bias_T[3:] = [bias(logit_B, seen_B, rate) for logit_B, rate in zip(logit_BT[:, 3:].T, rates, strict=False)]
 
     def rows(self, rng: np.random.Generator, date: datetime.date, count: int) -> Rows:
         """Draws `count` impressions of a day, in order of time."""
         midnight = int(datetime.datetime.combine(date, datetime.time(), datetime.timezone.utc).timestamp())
         second = np.arange(DAY)
         traffic_cdf = np.cumsum(1 - 0.6 * np.cos(2 * np.pi * (second / DAY - 1 / 6)))  # least at 4, most at 16 o'clock
-        time_B = midnight + np.sort(_draw(rng, traffic_cdf / traffic_cdf[-1], count))
-        user_B, item_B = _draw(rng, self.user_cdf_U, count), _draw(rng, self.item_cdf_I, count)
+        time_B = midnight + np.sort(draw(rng, traffic_cdf / traffic_cdf[-1], count))
+        user_B, item_B = draw(rng, self.user_cdf_U, count), draw(rng, self.item_cdf_I, count)
         activity_B = self.activity_U[user_B]
         length_B = rng.binomial(MAX_RECENT, activity_B / (activity_B + 10.0))
         owner = np.repeat(np.arange(count), length_B)
@@ -176,9 +182,9 @@ class World:
             time_B=time_B,
             user_B=user_B,
             item_B=item_B,
-            query_B=_draw(rng, self.query_cdf, count),
-            device_B=_draw(rng, np.cumsum(DEVICE_SHARES), count),
-            position_B=1 + _draw(rng, np.cumsum(_zipf(10, 0.6)), count),
+            query_B=draw(rng, self.query_cdf, count),
+            device_B=draw(rng, np.cumsum(DEVICE_SHARES), count),
+            position_B=1 + draw(rng, np.cumsum(zipf(10, 0.6)), count),
             recent=recent,
             recent_offset=np.concatenate([[0], np.cumsum(length_B)]),
             taste_BR=taste_BR / np.maximum(length_B, 1)[:, None],
@@ -273,22 +279,22 @@ def _write_day(config: LogConfig, world: World, date: datetime.date, folder: Pat
     rng, count = np.random.default_rng([config.seed, ROWS, date.toordinal()]), config.rows_per_day
     rows = world.rows(rng, date, count)
     logit_BT = world.logits(rows)
-    p_BT = _sigmoid(logit_BT)
+    p_BT = sigmoid(logit_BT)
     id_B = date.toordinal() * MAX_ROWS_PER_DAY + np.arange(count)
     price_B = np.round(np.exp(world.log_price_I[rows.item_B]), 2)
-    _write_csv(folder / f"impressions-{date}.csv", _impressions(world, rng, rows, id_B, price_B))
+    write_csv(folder / f"impressions-{date}.csv", _impressions(world, rng, rows, id_B, price_B))
 
     clicked_B = rng.random(count) < p_BT[:, 0]
     click_time_B = rows.time_B + rng.integers(1, 120, count)
     dwell_B = np.maximum(np.round(np.expm1(rng.normal(logit_BT[:, 2], DWELL_SIGMA)), 3), 0.001)
     clicks = {"impression_id": id_B, "click_time": click_time_B, "dwell_seconds": dwell_B}
-    _write_csv(folder / f"clicks-{date}.csv", {name: column[clicked_B] for name, column in clicks.items()})
+    write_csv(folder / f"clicks-{date}.csv", {name: column[clicked_B] for name, column in clicks.items()})
 
     converted_B = clicked_B & (rng.random(count) < p_BT[:, 1])
     delay_B = rng.exponential(1200, count).astype(np.int64) + 10
     revenue_B = np.round(price_B * rng.geometric(0.7, count) * rng.uniform(0.8, 1.0, count), 2)
     conversions = {"impression_id": id_B, "conversion_time": click_time_B + delay_B, "revenue": revenue_B}
-    _write_csv(folder / f"conversions-{date}.csv", {name: column[converted_B] for name, column in conversions.items()})
+    write_csv(folder / f"conversions-{date}.csv", {name: column[converted_B] for name, column in conversions.items()})
 
     truth = {"impression_id": id_B, "p_click": p_BT[:, 0], "p_conversion": p_BT[:, 1], "dwell_mean": logit_BT[:, 2]}
     for k in range(1, config.extra_tasks + 1):
@@ -297,7 +303,7 @@ def _write_day(config: LogConfig, world: World, date: datetime.date, folder: Pat
         truth[f"p_event_{k}"] = p_B = p_BT[:, 2 + k]
         happened_B = rng.random(count) < p_B
         event = {"impression_id": id_B, f"event_{k}_time": rows.time_B + rng.integers(1, 3600, count)}
-        _write_csv(folder / f"event_{k}-{date}.csv", {name: column[happened_B] for name, column in event.items()})
+        write_csv(folder / f"event_{k}-{date}.csv", {name: column[happened_B] for name, column in event.items()})
     return pa.table(truth)
 
 
@@ -307,17 +313,17 @@ def _impressions(world: World, rng: np.random.Generator, rows: Rows, id_B: Array
     age_B = world.age_U[rows.user_B]
     # A tenth of the ages is missing, more often those of younger users, so that missingness is slightly informative.
     age_missing_B = rng.random(count) < 0.05 + 0.1 / (1 + np.exp((age_B - 40) / 6.0))
-    rate_B = _sigmoid(-1.9 + 0.5 * world.quality_I[rows.item_B] + rng.normal(0, 0.15, count))  # around 0.13
-    recent = pa.ListArray.from_arrays(pa.array(rows.recent_offset, pa.int32()), _named("i", rows.recent))
+    rate_B = sigmoid(-1.9 + 0.5 * world.quality_I[rows.item_B] + rng.normal(0, 0.15, count))  # around 0.13
+    recent = pa.ListArray.from_arrays(pa.array(rows.recent_offset, pa.int32()), named("i", rows.recent))
     return {
         "impression_id": pa.array(id_B),
         "event_time": pa.array(rows.time_B),
-        "user_id": _named("u", world.user_id_U[rows.user_B]),
-        "item_id": _named("i", rows.item_B),
-        "category": _named("c", world.category_I[rows.item_B]),
-        "query_id": _named("q", world.query_id[rows.query_B]),
+        "user_id": named("u", world.user_id_U[rows.user_B]),
+        "item_id": named("i", rows.item_B),
+        "category": named("c", world.category_I[rows.item_B]),
+        "query_id": named("q", world.query_id[rows.query_B]),
         "device": pa.array(DEVICES).take(pa.array(rows.device_B, mask=rng.random(count) < 0.01)),
-        "country": _named("k", world.country_U[rows.user_B], rng.random(count) < 0.02),
+        "country": named("k", world.country_U[rows.user_B], rng.random(count) < 0.02),
         "position": pa.array(rows.position_B),
         "recent_items": pc.binary_join(recent, "|"),
         "user_age": pa.array(age_B, mask=age_missing_B),
@@ -340,40 +346,3 @@ def _directions(config: LogConfig, effects: int) -> Array:
     basis_KT, _ = np.linalg.qr(np.vstack([np.ones(effects), own]).T)
     shared_K = np.full(effects, effects**-0.5)
     return np.sqrt(config.task_correlation) * shared_K[:, None] + np.sqrt(1 - config.task_correlation) * basis_KT[:, 1:]
-
-
-def _bias(logit_B: Array, weight_B: Array, rate: float) -> float:
-    """The constant that, added to the logits, makes their weighted mean probability the rate; by bisection."""
-    low, high = -20.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.average(_sigmoid(logit_B + middle), weights=weight_B) < rate else (low, middle)
-    return low
-
-
-def _zipf(count: int, power: float, head: float = 0.0) -> Array:
-    """Shares of ranks 1..count, proportional to (rank + head)^-power: Zipf-Mandelbrot."""
-    share = (np.arange(1, count + 1) + head) ** -power
-    return share / share.sum()
-
-
-def _draw(rng: np.random.Generator, cdf: Array, count: int) -> Array:
-    """Draws `count` indices; the last step of the cdf takes what rounding leaves above it."""
-    return np.minimum(np.searchsorted(cdf, rng.random(count), side="right"), len(cdf) - 1)
-
-
-def _sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def _named(prefix: str, id_B: Array, missing_B: Array | None = None) -> pa.Array:
-    """Ids as strings: 12 with prefix i is i12."""
-    return pc.binary_join_element_wise(prefix, pa.array(id_B, mask=missing_B).cast(pa.string()), "")
-
-
-def _write_csv(path: Path, columns: dict[str, Any]) -> None:
-    """A header line and the rows, nothing quoted; pyarrow quotes a header it writes itself."""
-    with path.open("wb") as file:
-        file.write((",".join(columns) + "\n").encode())
-        options = pa.csv.WriteOptions(include_header=False, quoting_style="none")
-        pa.csv.write_csv(pa.table(columns), file, options)

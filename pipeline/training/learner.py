@@ -19,7 +19,7 @@ from pipeline.run import checkpoint
 from pipeline.torch_compat import norms
 from pipeline.training.config import TrainConfig
 from pipeline.training.optim import weighting
-from pipeline.training.optim.dense import build, rate
+from pipeline.training.optim.dense import build, rate, table_rate
 from pipeline.training.optim.tables import replicated_tables
 from pipeline.training.parallel import replicas, shard
 from pipeline.training.parallel.row_reset import ManagedRows
@@ -33,7 +33,7 @@ class Learner:
     Args:
         config: all settings. dataset: whose schema and encoders the model is built from.
         rank: of this process. device: of the model.
-        steps: of the whole run, over which the learning rate falls.
+        steps: of the whole run, over which learning rates fall. epoch_steps: of an epoch.
     Attributes:
         model: the step, sharded and replicated. ranker: the model inside. loss: of its tasks.
         dense: the optimiser of all but the tables.
@@ -41,9 +41,11 @@ class Learner:
         UserError: a model, a plan or an optimiser that is not possible.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int, epoch_steps: int
+    ) -> None:
         self.settings = s = config.train
-        self.rank, self.device, self.steps = rank, device, steps
+        self.rank, self.device, self.steps, self.epoch_steps = rank, device, steps, epoch_steps
         torch.manual_seed(s.seed)  # the dense start is the same on every rank
         self.ranker = ranker = build_ranker(dataset.schema, dataset.encoders, config.model)
         if config.model.start == "base_rate":
@@ -124,6 +126,10 @@ class Learner:
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.dense.param_groups:
             group["lr"] = rate(self.settings.dense, step, self.steps)
+        table_lr = table_rate(self.settings.tables, step, self.steps, self.epoch_steps)
+        if table_lr != self.replicas.lr:
+            self.replicas.lr = table_lr
+            shard.set_table_rate(self.model, table_lr)
 
     def _finish(self) -> None:
         self.managed.after_step(self.step + 1)
@@ -157,11 +163,11 @@ class PipelinedLearner(Learner):
 
 
 def build_learner(
-    config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int
-) -> Learner:  # fmt: skip
+    config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int, epoch_steps: int
+) -> Learner:
     """A learner; pipelined where there is a GPU to overlap with, or where `train.pipelined` says so. See Learner."""
     pipelined = config.train.pipelined
     if pipelined is None and device.type == "cuda":
         simple = config.train.accumulate == 1 and config.train.weighting.name not in ("gradnorm", "pcgrad")
         pipelined = simple and not any(table.managed for table in dataset.schema.all_tables.values())
-    return (PipelinedLearner if pipelined else Learner)(config, dataset, rank, device, steps)
+    return (PipelinedLearner if pipelined else Learner)(config, dataset, rank, device, steps, epoch_steps)

@@ -67,7 +67,7 @@ class Trainer:
         self.epoch_steps = self.loader.steps(position)
         self.steps = min(s.epochs * self.epoch_steps, s.max_steps or s.epochs * self.epoch_steps)
         self.milestones = {max(1, round(share * self.steps)) for share in s.checkpoint_at}
-        self.learner = build_learner(config, dataset, self.rank, device, self.steps)
+        self.learner = build_learner(config, dataset, self.rank, device, self.steps, self.epoch_steps)
         self.state = TrainState(position, ProgressiveMetrics(dataset.schema.tasks, s.log_every, device))
         self.run = Run(config.run)
         self.nonfinite, self.rollbacks = NonfiniteCheck(s.nonfinite), Rollbacks(s.max_skipped)

@@ -16,6 +16,7 @@ from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.release.nightly import NightlyConfig
 from pipeline.synthetic.event_log import LogConfig
+from pipeline.synthetic.ratings_log import RatingsConfig
 from pipeline.training.config import TrainConfig
 from pipeline.training.parallel.capacity import PlanConfig
 
@@ -23,6 +24,7 @@ CONF = Path(__file__).parents[2] / "jobs" / "conf"
 JOBS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateConfig,
     "generate": LogConfig,
+    "generate_ratings": RatingsConfig,
     "nightly": NightlyConfig,
     "plan": PlanConfig,
     "preprocess": PreprocessConfig,
@@ -30,7 +32,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
 }
 GROUPS = {"train.model", "plan.model"}  # from conf/model and conf/interaction, which override defaults on purpose
-NOT_FIELDS = {"generate.out"}  # the job itself takes it
+NOT_FIELDS = {"generate.out", "generate_ratings.out"}  # the job itself takes it
 MISSING = object()
 
 

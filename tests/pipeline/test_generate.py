@@ -140,6 +140,16 @@ def test_more_tasks_change_nothing_about_clicks_and_conversions(tmp_path):
         assert path.read_bytes() == (more / path.name).read_bytes()
 
 
+def test_each_extra_task_has_the_rate_that_was_asked_for_and_the_last_one_is_repeated(tmp_path):
+    logs = make(tmp_path / "rates", impressions=40_000, extra_tasks=4, event_rates=[0.2, 0.02, 0.004])
+    rates = [truth(logs, f"p_event_{k}").mean() for k in range(1, 5)]
+    assert rates == pytest.approx([0.2, 0.02, 0.004, 0.004], rel=0.1)
+    shares = [happened(logs, f"event_{k}").mean() for k in range(1, 5)]
+    for rate, share in zip(rates, shares, strict=True):
+        assert abs(share - rate) < 4 * np.sqrt(rate / 40_000)
+    assert best_ne(truth(logs, "p_event_3")) < 0.95  # a rare task has a signal too
+
+
 def test_task_correlation_is_seen_in_the_true_logits(tmp_path):
     def correlation(asked: float) -> float:
         logs = make(tmp_path / str(asked), extra_tasks=1, task_correlation=asked)
@@ -161,7 +171,14 @@ def test_noise_takes_the_signal_away_and_leaves_the_rates(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "key"),
-    [({"impressions": 10, "days": 3}, "impressions"), ({"noise": 1.0}, "noise"), ({"colour": 1}, "colour")],
+    [
+        ({"impressions": 10, "days": 3}, "impressions"),
+        ({"noise": 1.0}, "noise"),
+        ({"colour": 1}, "colour"),
+        ({"extra_tasks": 1, "event_rates": [0.1, 0.2]}, "event_rates"),
+        ({"extra_tasks": 1, "event_rates": [0.0]}, "event_rates"),
+        ({"event_rates": []}, "event_rates"),
+    ],
 )
 def test_a_configuration_that_cannot_be_kept_is_refused_by_name(changes, key):
     with pytest.raises(ValidationError, match=key):

@@ -12,7 +12,14 @@ import torch
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, log_loss, mean_squared_error, r2_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    log_loss,
+    mean_absolute_error,
+    mean_squared_error,
+    r2_score,
+    roc_auc_score,
+)
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.metrics.metrics_config import RecTaskInfo
@@ -99,6 +106,9 @@ def test_regression_metrics_are_those_of_sklearn_with_weights() -> None:
     expected |= {
         "label_mean": np.average(label, weights=weight),
         "prediction_mean": np.average(prediction, weights=weight),
+        "mae": mean_absolute_error(label, prediction, sample_weight=weight),
+        "coverage": weight[label <= prediction].sum() / weight.sum(),
+        "calibration": (prediction * weight).sum() / (label * weight).sum(),
     }
     assert ours == pytest.approx(expected, rel=1e-12)
 
@@ -401,7 +411,7 @@ def test_a_prediction_that_is_not_finite_is_counted_and_hides_what_depends_on_it
     assert ours["like"] == whole["like"]
     of_predictions = ["ne", "log_loss", "auc", "calibration", "ece", "pr_auc"]
     assert ours["click"] == whole["click"] | dict.fromkeys(of_predictions) | {"non_finite": 1}
-    hidden = dict.fromkeys(["mse", "rmse", "nrmse", "r2", "prediction_mean"])
+    hidden = dict.fromkeys(["mse", "rmse", "nrmse", "r2", "mae", "coverage", "calibration", "prediction_mean"])
     assert ours["spend"] == whole["spend"] | hidden | {"non_finite": 1}
     json.dumps(ours, allow_nan=False)
 

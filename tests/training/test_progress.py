@@ -76,7 +76,7 @@ def test_ne_of_each_day_is_that_of_its_rows_by_the_weights_before_them(folder: P
             w, y = weight[mine, task], label[mine, task]
             mean = float((w * loss[mine, task]).sum() / w.sum())
             if name == "dwell":
-                assert line["mse"][name] == pytest.approx(mean, rel=1e-9)
+                assert line["task_loss"][name] == pytest.approx(mean, rel=1e-9)
             else:
                 assert line["ne"][name] == pytest.approx(mean / entropy(float((w * y).sum() / w.sum())), rel=1e-9)
     assert lines[0]["ne"]["click"] != lines[1]["ne"]["click"]

@@ -7,6 +7,7 @@ import torch
 from tiny_training import (
     assert_close,
     assert_identical,
+    dwell_variance,
     last,
     losses,
     make_dataset,
@@ -76,7 +77,9 @@ def test_a_step_moves_tables_of_sequences_as_row_wise_adagrad_says(folder: Path)
     total = torch.zeros((), dtype=torch.float64)
     for t, task in enumerate(data.schema.tasks.values()):
         z_B, label_B = logit_BT[:, t], batch.label_BT[:, t].double()
-        one_B = torch.nn.functional.softplus(z_B) - label_B * z_B if task.kind == "binary" else (z_B - label_B) ** 2
+        one_B = (z_B - label_B) ** 2 / dwell_variance()
+        if task.kind == "binary":
+            one_B = torch.nn.functional.softplus(z_B) - label_B * z_B
         total = total + task.loss_weight * (observed_weight_BT[:, t] * one_B).sum() / observed_weight_BT[:, t].sum()
     total.backward()
     assert losses(folder / "step") == [pytest.approx(total.item(), rel=1e-5)]

@@ -15,6 +15,7 @@ from tiny_training import (
     assert_close,
     assert_identical,
     configuration,
+    dwell_variance,
     last,
     losses,
     model,
@@ -233,7 +234,7 @@ def task_losses(logit_BT: Tensor, batch: Batch) -> dict[str, Tensor]:
         for b in range(len(logit_BT)):
             if batch.observed_BT[b, t]:
                 weight, label, z = float(batch.weight_BT[b, t]), float(batch.label_BT[b, t]), logit_BT[b, t]
-                one = (z - label) ** 2 if task == "dwell" else torch.log1p(torch.exp(z)) - label * z
+                one = (z - label) ** 2 / dwell_variance() if task == "dwell" else torch.log1p(torch.exp(z)) - label * z
                 top, bottom = top + weight * one, bottom + weight
         found[task] = top / (bottom or 1.0)
     return found

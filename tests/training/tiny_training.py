@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ def raw_rows(count: int = 517, seed: int = 3) -> pl.DataFrame:
     unseen[NEVER_OBSERVED] = True
     frame = pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String))
     return frame.with_columns(pl.when(pl.Series(unseen)).then(None).otherwise("click").alias("click"))
+
+
+@cache
+def dwell_variance(count: int = 517) -> float:
+    """Weighted variance of the train labels of dwell, in whose units its squared errors count."""
+    rows = raw_rows(count).with_row_index().filter(pl.col("index") % 10 < 8, pl.col("click") == "1")
+    label, weight = rows["dwell"].cast(pl.Float32).cast(pl.Float64), rows["importance"].cast(pl.Float64)
+    mean = (label * weight).sum() / weight.sum()
+    return float((weight * (label - mean) ** 2).sum() / weight.sum())
 
 
 def make_dataset(

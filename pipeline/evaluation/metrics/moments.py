@@ -21,7 +21,8 @@ class TaskMoments:
         rows: how many.
         non_finite: those whose prediction is NaN or infinite.
         positives: sum of labels, without weights.
-        weight: sum of weights. prediction, squared_error: weighted sums.
+        weight: sum of weights. prediction, squared_error, absolute_error: weighted sums.
+        covered: weight of rows whose label is not above the prediction.
         label_mean: weighted. label_m2: weighted sum of squared deviations from it.
     """
 
@@ -31,6 +32,8 @@ class TaskMoments:
     weight: float
     prediction: float
     squared_error: float
+    absolute_error: float
+    covered: float
     label_mean: float
     label_m2: float
 
@@ -55,6 +58,8 @@ class Moments:
             "weight": weight_T,
             "prediction": (w_BT * z_BT).sum(0),
             "squared_error": (w_BT * (z_BT - y_BT).square()).sum(0),
+            "absolute_error": (w_BT * (z_BT - y_BT).abs()).sum(0),
+            "covered": (w_BT * (y_BT <= z_BT)).sum(0),
             "label_mean": mean_T,
             "label_m2": (w_BT * (y_BT - mean_T).square()).sum(0),
         }

@@ -31,6 +31,9 @@ _ALL = [
     Metric("rmse", "regression", Moments, regression.rmse, higher_is_better=False, label="RMSE"),
     Metric("nrmse", "regression", Moments, regression.nrmse, higher_is_better=False, label="NRMSE"),
     Metric("r2", "regression", Moments, regression.r2, higher_is_better=True, label="R2"),
+    Metric("mae", "regression", Moments, regression.mae, higher_is_better=False, label="MAE"),
+    Metric("coverage", "regression", Moments, regression.coverage, label="coverage"),
+    Metric("calibration", "regression", Moments, regression.calibration, label="calib"),
     Metric("label_mean", "regression", Moments, regression.label_mean),
     Metric("prediction_mean", "regression", Moments, regression.prediction_mean),
 ]

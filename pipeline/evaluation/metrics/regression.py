@@ -33,3 +33,19 @@ def label_mean(of: TaskMoments) -> float | None:
 def prediction_mean(of: TaskMoments) -> float | None:
     """Mean prediction."""
     return of.prediction / of.weight if of.weight else None
+
+
+def mae(of: TaskMoments) -> float | None:
+    """Mean absolute error, which huber and the median aim at."""
+    return of.absolute_error / of.weight if of.weight else None
+
+
+def coverage(of: TaskMoments) -> float | None:
+    """Share of labels not above their prediction: q, for a task with loss quantile."""
+    return of.covered / of.weight if of.weight and not of.non_finite else None
+
+
+def calibration(of: TaskMoments) -> float | None:
+    """Sum of predictions / sum of labels, both weighted: of revenue, what is predicted of each unit that comes in."""
+    label = of.label_mean * of.weight
+    return of.prediction / label if label else None

@@ -1,4 +1,4 @@
-"""The optimiser of the dense part; its learning rate is a function of the step alone: nothing of a schedule needs saving."""
+"""The optimiser of the dense part, and learning rates: functions of the step alone, so nothing of a schedule needs saving."""
 
 import math
 from collections.abc import Iterable
@@ -9,16 +9,21 @@ from torch.distributed.tensor import DTensor
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 
-from pipeline.training.optim.settings import DenseOptimizer
+from pipeline.training.optim.settings import DenseOptimizer, Schedule, TableOptimizer
 
 
-def rate(config: DenseOptimizer, step: int, steps: int) -> float:
+def rate(config: Schedule, step: int, steps: int) -> float:
     """Learning rate of step `step` (from 0) out of `steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
     left = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
     return config.lr * (config.final + (1 - config.final) * left)
+
+
+def table_rate(config: TableOptimizer, step: int, steps: int, epoch_steps: int) -> float:
+    """The same of the tables, which is 0 once their epochs are over."""
+    return 0.0 if config.epochs and step >= config.epochs * epoch_steps else rate(config, step, steps)
 
 
 def build(

@@ -19,23 +19,35 @@ def _registered(name: str) -> str:
     return name
 
 
-class TableOptimizer(Strict):
-    """Of the embedding tables, one of pipeline.training.optim.table_optimizers, fused into their backward."""
+class Schedule(Strict):
+    """Of a learning rate: it rises linearly over `warmup_steps`, then decays to `final` of itself by the last step."""
+
+    lr: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["none", "linear", "cosine"] = "none"
+    final: float = Field(0.0, ge=0, le=1)
+
+
+class TableOptimizer(Schedule):
+    """Of the embedding tables, one of pipeline.training.optim.table_optimizers, fused into their backward.
+
+    Attributes:
+        epochs: after which the tables stay as they are (null: none). Rows of rare ids learn their few labels by heart when they
+            are seen again, and the error on other rows jumps at the second epoch (Zhang et al., arXiv 2209.06053).
+    """
 
     name: Annotated[str, AfterValidator(_registered)] = "rowwise_adagrad"
     lr: float = Field(0.02, gt=0)
     eps: float = Field(1e-8, gt=0)
+    epochs: int | None = Field(None, ge=1)
 
 
-class DenseOptimizer(Strict):
-    """Of everything but the tables; lr rises linearly over `warmup_steps`, then decays to `final` of itself."""
+class DenseOptimizer(Schedule):
+    """Of everything but the tables."""
 
     name: Literal["adam", "adamw", "adagrad"] = "adam"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    decay: Literal["none", "linear", "cosine"] = "none"
-    final: float = Field(0.0, ge=0, le=1)
 
 
 TaskWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]

@@ -26,7 +26,7 @@ class ReplicatedTables(KeyedOptimizer):
     """
 
     def __init__(self, tables: Mapping[str, nn.Parameter], config: TableOptimizer) -> None:
-        self.config, self.optimizer = config, TABLE_OPTIMIZERS[config.name]
+        self.config, self.optimizer, self.lr = config, TABLE_OPTIMIZERS[config.name], config.lr
         state = {
             weight: {
                 f"{table_of(name)}.momentum{number}": torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -34,7 +34,7 @@ class ReplicatedTables(KeyedOptimizer):
             }
             for name, weight in tables.items()
         }
-        super().__init__(tables, state, [{"params": list(tables.values())}])  # without lr: nothing schedules it
+        super().__init__(tables, state, [{"params": list(tables.values())}])  # without lr, which the learner sets
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # noqa: ARG002
@@ -43,7 +43,7 @@ class ReplicatedTables(KeyedOptimizer):
             if weight.grad is not None:
                 assert self.optimizer.change is not None
                 weight -= self.optimizer.change(
-                    weight.grad, list(self.state[weight].values()), self.config.lr, self.config.eps
+                    weight.grad, list(self.state[weight].values()), self.lr, self.config.eps
                 )
 
 

@@ -141,6 +141,12 @@ def set_step(model: nn.Module, step: int) -> None:
             kernel.set_optimizer_step(step)
 
 
+def set_table_rate(model: nn.Module, lr: float) -> None:
+    """Sets the learning rate of the optimisers that are fused into the tables' backward."""
+    for kernel in table_kernels(model):
+        kernel.set_learning_rate(lr)
+
+
 def init_tables(ranker: nn.Module, configs: Sequence[BaseEmbeddingConfig], seed: int, std: float) -> None:
     """Draws the tables' start, normal(0, std): a row's values depend on seed, table and row alone, not on the plan."""
     state = ranker.state_dict()
