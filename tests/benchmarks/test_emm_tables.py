@@ -64,18 +64,17 @@ def test_every_command_is_one_that_jobs_train_takes(monkeypatch, tmp_path, publi
     records = measured(tmp_path, 1, published)
     assert records["census"]["EMM"] == [[0.5, 0.6]]
     assert records["demo"]["TM-2"] == [[0.7, 0.8]]
-    trained = [command[2:] for command in commands if command[1] == "jobs.train"]
-    assert len(trained) == 2 * (4 + 1 + 4)
-    with initialize_config_dir(str(CONF), version_base=None):
-        configs = [compose("train", command) for command in trained]
-        for command in commands:
-            compose(command[1].removeprefix("jobs."), command[2:])
-    runs = [config.run for config in configs]
-    assert len(set(runs)) == len(runs)
+    trained, evaluated = ([c[2:] for c in commands if c[1] == f"jobs.{job}"] for job in ("train", "evaluate"))
+    runs = {next(word for word in command if word.startswith("run=")) for command in trained}
+    assert len(runs) == len(trained) == len(evaluated) == 2 * (4 + 1 + 4)
+    few = [command for command in trained if "model=emm" in command] + ([] if published else trained[:4])
+    with initialize_config_dir(str(CONF), version_base=None):  # composing all of them would take a while
+        configs = [compose("train", command) for command in few]
+        compose("evaluate", evaluated[0])
     fused = [config for config in configs if config.model.fusion.name == "emm"]
     choices = {(config.model.fusion.trained, config.model.fusion.merge) for config in fused}
     assert choices == {(trained, merge) for trained in (False, True) for merge in (False, True)}
     for config in fused:
-        assert set(config.model["from"]) < set(runs)
+        assert {f"run={source}" for source in config.model["from"]} < runs
         settings = EMMSettings.of(ModelConfig.model_validate(dict(config.model)))
         assert (settings.tables, settings.projection) == (("new", "linear") if published else ("frozen", "relu"))

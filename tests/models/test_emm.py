@@ -59,7 +59,7 @@ def columns(size: Sizes) -> list[range]:
     return [range(end - model.in_dim, end) for model, end in zip(size.models, ends, strict=True)]
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(structures())
 def test_emm_equals_its_reference(size):
     widths = list(zip(*(parts[:-1] for parts in decompose(size.models)), strict=True))
