@@ -1,6 +1,7 @@
 """Embeddings and dense columns of a row as one flat vector, or, for fusions that attend, one token a feature."""
 
-# Shapes: B rows, D flat width, F features, N numbers with a code, K bins, W width of a code or token, P columns of a feature.
+# Shapes: B rows, D flat width, E width of all embeddings, S sets of them, F features, N numbers with a code, K bins, W width of
+# a code or token, P columns of a feature.
 
 from collections.abc import Mapping, Sequence
 
@@ -49,18 +50,20 @@ class Inputs(nn.Module):
 
     Args:
         schema: features. encoders: for the bins' edges. numeric_dim: W of a piecewise number's code, 0 for none.
+        sets: S; if more than 1, the input of each set is its embeddings with the numbers, which are the same for all.
     Attributes:
         out_dim: D.
         columns: per feature (those of ids, then those of numbers) its columns of x_BD: the first number, its code, the rest.
     Call Args:
-        embedding_BE: of all id features, concatenated, sequences last. dense_BD: as a batch has it.
-    Returns: x_BD.
+        embedding_BE: of all id features, concatenated, sequences last; set after set. dense_BD: as a batch has it.
+    Returns: x_BD, or x_BSD where there are sets.
     """
 
     coded_N: Tensor
 
-    def __init__(self, schema: Schema, encoders: Encoders, numeric_dim: int) -> None:
+    def __init__(self, schema: Schema, encoders: Encoders, numeric_dim: int, sets: int = 1) -> None:
         super().__init__()
+        self.sets = sets
         numbers = schema.dense_ranges
         coded = [name for name in numbers if schema.features[name].code_bins and numeric_dim]
         first = torch.tensor([numbers[name].start for name in coded], dtype=torch.int64)
@@ -79,9 +82,14 @@ class Inputs(nn.Module):
             self.columns[name] = [number, *code, *rest]
 
     def forward(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
-        if self.code is None:
-            return torch.cat([embedding_BE, dense_BD], 1)
-        return torch.cat([embedding_BE, dense_BD, self.code(dense_BD[:, self.coded_N]).flatten(1)], 1)
+        parts = [dense_BD]
+        if self.code is not None:
+            parts.append(self.code(dense_BD[:, self.coded_N]).flatten(1))
+        if self.sets == 1:
+            return torch.cat([embedding_BE, *parts], 1)
+        # The rows of a set lie together in memory, as products of a network a set need them.
+        embedding_SBE = embedding_BE.unflatten(1, (self.sets, -1)).transpose(0, 1)
+        return torch.cat([embedding_SBE, *(part.expand(self.sets, -1, -1) for part in parts)], 2).transpose(0, 1)
 
 
 class Tokens(nn.Module):

@@ -106,24 +106,31 @@ class Ranker(nn.Module):
         UserError: a fusion, an interaction or an argument of it that does not exist, or two that do not go together.
     """
 
+    sets = 1  # of embeddings (Fusion.table_sets)
+
     def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> None:
         super().__init__()
+        kind = fusion_class(config.fusion)
+        self.sets = kind.table_sets(len(schema.tasks))
         self._place_tables(schema, encoders, config.embedding_std, torch.device(device))
         self.managed = managed_ids(schema, device)
-        self.numbers = Inputs(schema, encoders, config.numeric_dim)
+        self.numbers = Inputs(schema, encoders, config.numeric_dim, self.sets)
         self.dropout = nn.Dropout(config.input_dropout)
-        kind = fusion_class(config.fusion)
         self.interaction = build_interaction(config.interaction, self.numbers, config.field_dim)
-        if kind.fields and not isinstance(self.interaction, Concat):
+        if (kind.fields or kind.reads_columns or self.sets > 1) and not isinstance(self.interaction, Concat):
+            reason = "attends over features itself" if kind.fields else "reads the features themselves"
+            raise UserError(f"model.interaction: fusion {config.fusion['name']} {reason}, use concat")
+        if self.sets > 1 and self.lengths:
             raise UserError(
-                f"model.interaction: fusion {config.fusion['name']} attends over features itself, use concat"
+                f"bag {next(iter(self.lengths))}: fusion {config.fusion['name']} reads no sequences; set pooling: mean, or "
+                "choose another fusion"
             )
         self.tokens = Tokens(self.numbers.columns, self.numbers.out_dim, config.field_dim) if kind.fields else None
         self.sequences = Sequences(schema, config.field_dim if kind.sequences else 0) if self.lengths else None
         in_dim = config.field_dim if kind.fields else self.interaction.out_dim
-        fields = list(self.numbers.columns)
-        infos = task_infos(schema.tasks)
-        self.fusion = build_fusion(config.fusion, in_dim, list(schema.tasks), fields, self.lengths, infos)
+        fields, columns = list(self.numbers.columns), list(self.numbers.columns.values())
+        infos, names = task_infos(schema.tasks), list(schema.tasks)
+        self.fusion = build_fusion(config.fusion, in_dim, names, fields, self.lengths, columns, infos)
         self._place_heads(schema, encoders, config)
         towers = SharedTower if kind.shared_tower else TaskTowers
         sizes = len(schema.tasks), self.fusion.out_dim
@@ -149,7 +156,7 @@ class Ranker(nn.Module):
     def _place_tables(self, schema: Schema, encoders: Encoders, std: float, device: torch.device) -> None:
         self.features = pooled_features(schema)
         self.lengths = {name: bag.max_length for name, bag in sequences_of(schema).items()}
-        unpooled, tables = unpooled_tables(schema), table_configs(schema, encoders, std)
+        unpooled, tables = unpooled_tables(schema), table_configs(schema, encoders, std, sets=self.sets)
         self.bags = {name: name for name in schema.lists if schema.table_of(name) not in unpooled}
         pooled = [table for table in tables if table.name not in unpooled]
         single = [_item_by_item(table) for table in tables if table.name in unpooled]
@@ -164,20 +171,25 @@ class Ranker(nn.Module):
         """
         part = name.split(".")[0]
         first = part in INPUT_MODULES or (part == "fusion" and self.interaction.out_dim in shape)
+        first |= name.startswith(tuple(f"fusion.{layer}." for layer in self.fusion.feature_layers))
         return first or self.tokens is not None
 
     def embedded(self, batch: Batch) -> Tensor:
         """The embeddings of all features, concatenated: embedding_BE. A bag's is the mean of its items.
 
-        The items of sequences come after all other features (models.sequences.concat_items).
+        The items of sequences come after all other features (models.sequences.concat_items). Where an id has several, these are
+        the first of all features, then the second of all, and so on.
         """
         sparse = with_rows(self.managed, batch.sparse)
         pooled = self.embeddings(sparse) if self.embeddings is not None else None
         unpooled = self.unpooled(sparse) if self.unpooled is not None else None
-        return _joined(pooled, unpooled, batch.sparse, self.features, self.bags, self.lengths)
+        return _joined(pooled, unpooled, batch.sparse, self.features, self.bags, self.lengths, self.sets)
 
     def inputs(self, batch: Batch) -> Tensor | WithItems:
-        """The input of the fusion: x_BD, x_BFD for one that attends over features, or these with the items of sequences."""
+        """The input of the fusion: x_BD, x_BFD for one that attends over features, or these with the items of sequences.
+
+        Where an id has several embeddings, x_BSD.
+        """
         return self.read(self.embedded(batch), batch)
 
     def read(self, embedding_BE: Tensor, batch: Batch) -> Tensor | WithItems:
@@ -236,14 +248,20 @@ def table_weights(ranker: Ranker) -> dict[str, str]:
     return {table.name: table_weight(table.name, isinstance(table, EmbeddingBagConfig)) for table in ranker.tables}
 
 
-def table_configs(schema: Schema, encoders: Encoders, std: float, suffix: str = "") -> list[EmbeddingBagConfig]:
-    """The schema's tables, with their names and `suffix`; std: of their initial values. Raises UserError if there is none."""
+def table_configs(
+    schema: Schema, encoders: Encoders, std: float, suffix: str = "", sets: int = 1
+) -> list[EmbeddingBagConfig]:
+    """The schema's tables, with their names and `suffix`; std: of their initial values; sets: embeddings of each id.
+
+    Raises:
+        UserError: there is none.
+    """
     if not schema.sparse:
         raise UserError("the schema has no categorical and no bag feature: a ranker needs at least one table")
     return [
         EmbeddingBagConfig(
             name=name + suffix,
-            embedding_dim=table.dim,
+            embedding_dim=table.dim * sets,
             num_embeddings=encoders.num_embeddings(name),
             feature_names=features,
             # Bags are divided by their lengths in `_joined`: TorchRec 1.8 divides a table-wise bag twice once another
@@ -273,12 +291,14 @@ def _joined(
     features: list[str],
     bags: dict[str, str],
     lengths: dict[str, int],
+    sets: int,
 ) -> Tensor:
     """Sums by name (a sharded KeyedTensor lists them by rank, an unsharded one by table), bags to means; sequences last.
 
     Args:
         features: names of sums, in the order wanted. bags: those of bags, with the keys of their ids.
         lengths: the most items of each sequence.
+        sets: parts of each sum; then the order is part by part, and by feature within.
     """
     part: dict[str, Tensor] = {}
     if pooled is not None:
@@ -286,6 +306,8 @@ def _joined(
     if bags:
         length_KB1 = sparse.lengths().view(len(sparse.keys()), -1, 1).clamp(min=1)
         part |= {name: part[name] / length_KB1[sparse.keys().index(key)] for name, key in bags.items()}
+    if unpooled is None and sets > 1:
+        return torch.cat([part[name].unflatten(1, (sets, -1)) for name in features], dim=2).flatten(1)
     if unpooled is None:
         return torch.cat([part[name] for name in features], dim=1)
     part |= mean_pooled(unpooled, lengths)

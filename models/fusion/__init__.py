@@ -12,11 +12,14 @@ from models.fusion.cross_stitch import CrossStitch
 from models.fusion.dtrn import DTRN
 from models.fusion.emm import EMM
 from models.fusion.fusion import Fusion
+from models.fusion.home import HoME
 from models.fusion.mmoe import MMoE
 from models.fusion.multitab import MultiTab
+from models.fusion.pepnet import PEPNet
 from models.fusion.ple import CGC, PLE
 from models.fusion.shared_bottom import SharedBottom
 from models.fusion.single_task import SingleTask
+from models.fusion.stem import STEM
 from models.fusion.tasks import TaskInfo
 from models.registry import build, chosen
 
@@ -35,6 +38,9 @@ FUSIONS: dict[str, type[Fusion]] = {
     "dtrn": DTRN,
     "multitab": MultiTab,
     "autotask": AutoTask,
+    "home": HoME,
+    "pepnet": PEPNet,
+    "stem": STEM,
 }
 
 
@@ -49,6 +55,7 @@ def build_fusion(
     tasks: Sequence[str],
     fields: Sequence[str],
     sequences: Mapping[str, int] | None = None,
+    columns: Sequence[Sequence[int]] = (),
     infos: Sequence[TaskInfo] | None = None,
 ) -> Any:
     """The fusion named `config["name"]` with the other keys as its arguments.
@@ -56,6 +63,7 @@ def build_fusion(
     Args:
         in_dim: D of x_BD, or of a token. tasks, fields: names, in order; a field is a feature.
         sequences: fields that are read item by item, with the most items each may have.
+        columns: of x_BD, by field.
         infos: of the same tasks; None: all are binary, of all rows.
     Raises:
         UserError: an unknown name, arguments that the class does not take, or tasks or features that do not exist.
@@ -64,15 +72,27 @@ def build_fusion(
     config = dict(config)
     names = dict.fromkeys(kind.task_arguments, tasks) | dict.fromkeys(kind.field_arguments, fields)
     for key, known in names.items():
-        if unknown := set(config.get(key) or ()) - set(known):
+        if unknown := set(_flat(config.get(key) or ())) - set(known):
             raise UserError(f"model.fusion.{key}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
         if config.get(key) is not None:
-            config[key] = [known.index(name) for name in config[key]]
+            config[key] = _indices(config[key], known)
     sizes: tuple[Any, ...] = (in_dim, len(tasks), len(fields)) if kind.fields else (in_dim, len(tasks))
     if kind.sequences:
         sizes += ({fields.index(name): length for name, length in (sequences or {}).items()},)
+    if kind.reads_columns:
+        sizes += (columns,)
     if kind.reads_tasks:
         if "tasks" in config:
             raise UserError("model.fusion.tasks: the schema says what its tasks are; leave it out")
         config["tasks"] = infos or [TaskInfo(name) for name in tasks]
     return build("fusion", kind, config, *sizes)
+
+
+def _flat(names: Sequence[Any]) -> list[Any]:
+    """The names in lists of names, and in lists of such lists."""
+    return [name for part in names for name in (_flat(part) if isinstance(part, list) else [part])]
+
+
+def _indices(names: Sequence[Any], known: Sequence[str]) -> list[Any]:
+    """Of each name its place in `known`, in lists as `names` has them."""
+    return [_indices(name, known) if isinstance(name, list) else known.index(name) for name in names]

@@ -1,6 +1,6 @@
 """The interface between the ranker and every fusion."""
 
-# Shapes: B rows, T tasks, F features, D width, U units, E experts, K numbers of a task.
+# Shapes: B rows, T tasks, F features, S sets of embeddings, D width, U units, E experts, K numbers of a task.
 
 from typing import ClassVar
 
@@ -10,28 +10,38 @@ from torch import Tensor, nn
 class Fusion(nn.Module):
     """Base of all fusions: (in_dim, num_tasks, …), or (in_dim, num_tasks, num_fields, …) where `fields` is set.
 
-    Where `sequences` is set as well, a mapping follows: of each field that is a sequence, the most items it may have.
+    Where `sequences` is set as well, a mapping follows: of each field that is a sequence, the most items it may have. Where
+    `reads_columns` is set, it is (in_dim, num_tasks, columns, …): of each field, its columns of x_BD.
 
     Attributes:
         fields: it attends over features and reads x_BFD, one token a feature, in place of x_BD.
         sequences: it reads WithItems (models.sequences) in place of x_BFD where the schema has sequences.
+        reads_columns: it reads x_BD and knows which columns are a feature's, so the interaction must be concat.
+        feature_layers: first parts of the names of parameters that weigh features though none of their widths is D.
         shared_tower: one tower scores every task.
         reads_tasks: it has an argument `tasks`, which is no part of a config: a TaskInfo of each (models.fusion.tasks).
         reads_observed: it is called with observed_BT as well.
-        task_arguments: arguments that a config gives as names of tasks, and the class takes as their indices.
+        task_arguments: arguments that a config gives as names of tasks, or as lists of these, and the class takes as indices.
         field_arguments: the same with names of features.
         out_dim: D of what it returns.
-    Shapes: x_BD or x_BFD -> h_BTD.
+    Shapes: x_BD, x_BFD or, with S > 1 sets, x_BSD -> h_BTD.
     """
 
     fields: ClassVar[bool] = False
     sequences: ClassVar[bool] = False
+    reads_columns: ClassVar[bool] = False
+    feature_layers: ClassVar[tuple[str, ...]] = ()
     shared_tower: ClassVar[bool] = False
     reads_tasks: ClassVar[bool] = False
     task_arguments: ClassVar[tuple[str, ...]] = ()
     field_arguments: ClassVar[tuple[str, ...]] = ()
     reads_observed: bool = False
     out_dim: int
+
+    @classmethod
+    def table_sets(cls, num_tasks: int) -> int:  # noqa: ARG003
+        """S: how many embeddings each id has, side by side in the row of one table, so that a table is S times as wide."""
+        return 1
 
     def gates(self, _: Tensor) -> list[Tensor]:
         """Weights that mix experts, weight_BUE per level, for reports; [] for a fusion without gates."""

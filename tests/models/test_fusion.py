@@ -1,9 +1,13 @@
 """Fusions and towers against their references in float64, and cases whose answer is known without one."""
 
+import copy
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,11 +15,15 @@ from reference_checks import Sizes, check, close, drawn_sizes, load, randomised,
 from references import experts
 from references.layers import Towers, copy_parts, mlp_pairs, mlps
 from torch import Tensor
+from torchrec import KeyedJaggedTensor
 
+from features.batch import Batch
+from features.schema.schema import Schema
 from models.fusion.adatt import AdaTT
 from models.fusion.mmoe import MMoE
 from models.fusion.ple import PLE
 from models.fusion.shared_bottom import SharedBottom
+from models.ranker import ModelConfig, Ranker
 from models.towers import TaskTowers
 
 # Shapes: B rows, T tasks, U units (the tasks, then the shared one), S networks side by side, E experts, D width.
@@ -254,3 +262,79 @@ def test_fresh_experts_differ_and_gates_far_out_stay_finite(kind):
             assert len(weight_SDH.unique(dim=0)) == len(weight_SDH), name
     for gate_BUE in module.gates(torch.full((2, 4), 1e6)):
         assert gate_BUE.isfinite().all()
+
+
+# Every member, as shipped
+
+
+SCHEMA = yaml.safe_load("""
+source: {files: "*.csv", types: {click: int, buy: int, stay: float}}
+tables: {item: {dim: 4, hash: 11}}
+dense: {age: {missing_flag: true}, price: {piecewise: 2}}
+categorical: {user: {dim: 2, hash: 7}, shown: {table: item}}
+bag: {met: {table: item, max_length: 3}}
+tasks:
+  click: {kind: binary, label: click}
+  buy: {kind: binary, label: buy, given: click}
+  stay: {kind: regression, label: stay}
+split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
+""")
+ENCODERS = SimpleNamespace(
+    edges={"price": [-1.0, 0.0, 1.0]}, labels={}, num_embeddings={"item": 11, "user": 7}.__getitem__
+)
+SHIPPED = sorted(path for path in (Path(__file__).parents[2] / "jobs/conf/model").glob("*.yaml") if path.stem != "emm")
+
+
+def batch(rows: slice = slice(None)) -> Batch:
+    """Some of 12 rows, in which every id occurs."""
+    rng = torch.Generator().manual_seed(1)
+    ids = {"user": [[r % 7] for r in range(12)], "shown": [[r % 11] for r in range(12)]}
+    ids["met"] = [[*range(r % 4)] for r in range(12)]
+    own = {name: found[rows] for name, found in ids.items()}
+    sparse = KeyedJaggedTensor(
+        keys=list(ids),
+        values=torch.tensor([i for found in own.values() for row in found for i in row], dtype=torch.int64),
+        lengths=torch.tensor([len(row) for found in own.values() for row in found]),
+    )
+    dense_BD, one_BT = torch.randn(12, 3, generator=rng)[rows], torch.ones(12, 3)[rows]
+    return Batch(sparse, dense_BD, one_BT, one_BT.bool(), one_BT, torch.arange(12)[rows])
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_no_first_gradient_is_rounding_errors_only_which_adam_would_scale_up_to_full_steps(file):
+    torch.manual_seed(4)
+    config = ModelConfig.model_validate(yaml.safe_load(file.read_text()))
+    model, given = Ranker(Schema.parse(SCHEMA, "small.yaml"), ENCODERS, config, device="cpu"), batch()
+    single, x = model.fusion.eval(), model.inputs(given).detach()
+    double, observed = copy.deepcopy(single).double(), (given.observed_BT,) if model.fusion.reads_observed else ()
+    h_BTD = single(x, *observed)
+    probe_BTD = torch.randn_like(h_BTD)
+    h_BTD.backward(probe_BTD)
+    double(x.double(), *observed).backward(probe_BTD.double())
+    for (name, one), other in zip(single.named_parameters(), double.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-3 * other.grad.norm(), name
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_fusion_scores_rows_one_by_one_learns_everywhere_and_can_be_traced(file):
+    torch.manual_seed(3)
+    config = ModelConfig.model_validate(yaml.safe_load(file.read_text()))
+    model, given = Ranker(Schema.parse(SCHEMA, "small.yaml"), ENCODERS, config, device="cpu"), batch()
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from gates that start at exactly 1
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model(given).square().sum().backward()
+    assert {name for name, parameter in model.named_parameters() if not parameter.grad.any()} == set()
+    model.eval()
+    logit_BT, x = model(given), model.inputs(given)
+    assert logit_BT.shape == (12, 3)
+    torch.testing.assert_close(torch.cat([model(batch(slice(row, row + 1))) for row in range(12)]), logit_BT)
+    for weight_BUE in model.fusion.gates(x):
+        assert weight_BUE.shape[0] == 12
+        assert weight_BUE.ndim == 3
+    # TorchRec's pipelined loop traces what it runs.
+    traced = torch.fx.symbolic_trace(model.fusion)
+    observed = (given.observed_BT,) if model.fusion.reads_observed else ()
+    assert torch.equal(traced(x, *observed), model.fusion(x, *observed))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(given).isfinite().all()

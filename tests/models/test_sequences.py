@@ -297,7 +297,7 @@ def test_dtrn_reads_items_in_their_order_and_its_tasks_read_them_differently():
 def configs() -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted(MODELS.glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
-        if config["fusion"]["name"] not in ("emm", "aitm"):
+        if config["fusion"]["name"] not in ("emm", "aitm", "stem"):
             yield path.stem, config
     yield "aitm", {"fusion": {"name": "aitm", "widths": [16], "chain": ["click", "buy"]}}
 

@@ -1,6 +1,7 @@
 """Runs over some of the tasks, runs that start from another's weights, and checkpoints at shares of a run."""
 
 import warnings
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -182,11 +183,26 @@ def test_layers_that_read_the_features_start_fresh_where_these_are_others(
 
 
 MODELS = Path(__file__).parents[2] / "jobs" / "conf" / "model"
-ON_ROWS = ["single_task", "shared_bottom", "cross_stitch", "mmoe", "ml_mmoe", "cgc", "ple", "adatt", "adatt_sp", "aitm"]
+ON_ROWS = [
+    "single_task",
+    "shared_bottom",
+    "cross_stitch",
+    "mmoe",
+    "ml_mmoe",
+    "cgc",
+    "ple",
+    "adatt",
+    "adatt_sp",
+    "aitm",
+    "home",
+]
 
 
-@pytest.mark.parametrize("interaction", [{"name": "concat"}, {"name": "dot"}, {"name": "cross", "layers": 2}])
-@pytest.mark.parametrize("name", ON_ROWS)
+INTERACTIONS = [{"name": "concat"}, {"name": "dot"}, {"name": "cross", "layers": 2}]
+CONCAT_ONLY = [(name, INTERACTIONS[0]) for name in ("pepnet", "stem")]
+
+
+@pytest.mark.parametrize(("name", "interaction"), [*product(ON_ROWS, INTERACTIONS), *CONCAT_ONLY])
 def test_all_layers_that_are_wider_where_a_table_is_are_known_to_read_the_features(
     data: Path, name: str, interaction: dict
 ) -> None:
