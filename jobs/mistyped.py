@@ -5,7 +5,7 @@ from typing import Any
 
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigTypeError, OmegaConfBaseException
 
 from features.errors import UserError, did_you_mean
 from features.printable import printable
@@ -14,7 +14,7 @@ MAX_DEPTH = 8  # of the settings that are suggested
 
 
 def explained(error: ConfigCompositionException) -> Exception:
-    """The error for a setting or a value of a group that is not there, in our words; any other as it is."""
+    """The error for a setting or a value of a group that is not there or is of another kind; any other as it is."""
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -22,6 +22,11 @@ def explained(error: ConfigCompositionException) -> Exception:
         return UserError(
             f"Could not find '{printable(error.missing_cfg_file[:200])}'{near}. Available options in '{group}': "
             f"{' '.join(error.options)}. Files of your own come with --config-dir=DIR."
+        )
+    if isinstance(cause, ConfigTypeError) and cause.full_key:
+        key = printable(str(cause.full_key)[:200])
+        return UserError(
+            f"{key}: a list and a mapping cannot be merged. To replace one by the other: '~{key}' '+{key}=VALUE'"
         )
     if not isinstance(cause, OmegaConfBaseException) or not isinstance(cause.parent_node, DictConfig):
         return error

@@ -1,6 +1,6 @@
 """The ranker of a model that is fused from trained ones (models.fusion.emm): its tables, inputs and towers are theirs."""
 
-# Shapes: B rows, T tasks, M trained models, E width of all embeddings of a model, D width, K numbers a task.
+# Shapes: B rows, T tasks, M trained models, E width of all embeddings of a model, D width.
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection
 
 from features.batch import Batch
@@ -24,7 +23,7 @@ from models.interaction import build_interaction
 from models.managed import managed_tables
 from models.ranker import ModelConfig, Ranker, table_configs, table_weight
 from models.sequences import sequences_of
-from models.towers import TaskTowers, Towers
+from models.towers import OwnTowers, Towers, build_towers, widths_by_task
 
 
 class Source(BaseModel):
@@ -56,10 +55,15 @@ class Source(BaseModel):
         return chain
 
     @property
+    def tower(self) -> list[int]:
+        """Of the hidden layers of its tower."""
+        return widths_by_task(self.model.tower, [self.task])[0]
+
+    @property
     def layer_names(self) -> list[str]:
         """Of all its layers with ReLU, in its state."""
         below = [f"fusion.{layer.name}" for layer in self.chain]
-        return below + [f"towers.hidden.layers.{k}" for k in range(len(self.model.tower))]
+        return below + [f"towers.hidden.layers.{k}" for k in range(len(self.tower))]
 
 
 class EMMSettings(BaseModel):
@@ -117,32 +121,6 @@ class Reader(nn.Module):
         return self.interaction(self.dropout(self.numbers(embedding_BE, dense_BD)))
 
 
-class OwnTowers(Towers):
-    """A tower a task as TaskTowers, but each of its own depth and widths: a loop over tasks for that reason.
-
-    Args:
-        in_dim: D. widths: of each task's hidden layers. dropout: after each hidden layer.
-        sizes: numbers of each task; K is the largest, and what a task does not have is 0.
-    Shapes: h_BTD -> out_KBT.
-    """
-
-    def __init__(self, in_dim: int, widths: Sequence[Sequence[int]], dropout: float, sizes: Sequence[int]) -> None:
-        super().__init__()
-        towers = (TaskTowers(1, in_dim, w, dropout, size) for w, size in zip(widths, sizes, strict=True))
-        self.tasks, self.sizes = nn.ModuleList(towers), sizes
-
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        found = [tower(h_BTD[:, task : task + 1]) for task, tower in enumerate(self.tasks)]
-        padded = [F.pad(out_KB1, (0, 0, 0, 0, 0, max(self.sizes) - len(out_KB1))) for out_KB1 in found]
-        return torch.cat(padded, 2)
-
-    def start_at(self, start_KT: Tensor) -> None:
-        """Sets the biases of each task's last layer."""
-        for task, (tower, size) in enumerate(zip(self.tasks, self.sizes, strict=True)):
-            assert isinstance(tower, TaskTowers)
-            tower.start_at(start_KT[:size, task : task + 1])
-
-
 class FusedRanker(Ranker):
     """A ranker over trained models, each with tables of its own, named TABLE@M, unless one new set serves all.
 
@@ -182,7 +160,7 @@ class FusedRanker(Ranker):
                 tasks.index(source.task),
                 reader.out_dim,
                 [layer.width for layer in source.chain],
-                source.model.tower,
+                source.tower,
             )
             for source, reader in zip(s.sources, theirs, strict=True)
         ]
@@ -212,9 +190,9 @@ class FusedRanker(Ranker):
         self.embedding_dim = sum(t.embedding_dim * len(t.feature_names) for t in tables_M[0])
 
     def _towers(self, config: ModelConfig) -> Towers:
-        num_tasks, in_dim = len(self.schema.tasks), self.fusion.out_dim
         if self.settings.towers == "new":
-            return TaskTowers(num_tasks, in_dim, config.tower, config.dropout, max(self.units.sizes))
+            widths = widths_by_task(config.tower, list(self.schema.tasks))
+            return build_towers(widths, self.fusion.out_dim, config.dropout, self.units.sizes)
         given = [name for name in self.schema.tasks if given_chain(self.schema.tasks, name)]
         if self.settings.trained and config.given.name == "dr" and given:
             raise UserError(
@@ -222,7 +200,7 @@ class FusedRanker(Ranker):
                 "model.fusion.towers=new, or model.given.name=ipw"
             )
         widths = [self.fusion.remainders[m] for m in self._first_models()]
-        return OwnTowers(in_dim, widths, config.dropout, self.units.sizes)
+        return OwnTowers(self.fusion.out_dim, widths, config.dropout, self.units.sizes)
 
     def _first_models(self) -> list[int]:
         """Of each task, the model whose remainder its own tower is."""

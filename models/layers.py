@@ -4,17 +4,23 @@
 # E experts, T users of them (tasks or units).
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from models.torch_compat import onednn_linear
 
 ONEDNN = torch.backends.mkldnn.is_available()
+ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
+Activation = Literal["relu", "gelu", "silu"]
+Norm = Literal["none", "layer"]
+Width = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class StackedLinear(nn.Module):
@@ -35,21 +41,47 @@ class StackedLinear(nn.Module):
         return linear(x_SBD, self.weight_SDH, self.bias_SH)
 
 
+class StackedLayerNorm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) of S networks, each with a scale g and a shift b of its own.
+
+    y = g (x - mean) / sqrt(variance + 1e-5) + b, with mean and variance over the H numbers of one row: the result depends on
+    no other row and no rank. 1e-5 is torch's; g starts at 1 and b at 0.
+
+    Args:
+        stack: S. dim: H.
+    Shapes: x_SBH -> y_SBH.
+    """
+
+    def __init__(self, stack: int, dim: int) -> None:
+        super().__init__()
+        self.shape = (dim,)
+        self.scale_SH = nn.Parameter(torch.ones(stack, dim))
+        self.shift_SH = nn.Parameter(torch.zeros(stack, dim))
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        return F.layer_norm(x_SBH, self.shape) * self.scale_SH.unsqueeze(1) + self.shift_SH.unsqueeze(1)
+
+
 class StackedMLP(nn.Module):
-    """S multi-layer perceptrons with ReLU after every layer.
+    """S multi-layer perceptrons. A layer is, in this order: linear, norm, activation, dropout.
 
     Args:
         stack: S. in_dim: D. widths: of the layers, the last is H. dropout: after each layer.
         readers: how many of the networks read each input, in order; None: one each, or all the only one.
+        activation, norm: of every layer, the last one too; see `ExpertLayers`.
     Shapes: x_UBD -> y_SBH.
     """
 
     def __init__(
-        self, stack: int, in_dim: int, widths: Sequence[int], dropout: float = 0.0, readers: Sequence[int] | None = None
-    ) -> None:
+        self, stack: int, in_dim: int, widths: Sequence[int], dropout: float = 0.0, readers: Sequence[int] | None = None,
+        activation: Activation = "relu", norm: Norm = "none",
+    ) -> None:  # fmt: skip
         super().__init__()
         dims = [in_dim, *widths]
         self.layers = nn.ModuleList(StackedLinear(stack, i, o) for i, o in zip(dims, dims[1:], strict=False))
+        self.norms = nn.ModuleList(StackedLayerNorm(stack, width) for width in widths if norm == "layer")
+        self.activation = ACTIVATIONS[activation]
+        self.fused = activation == "relu" and norm == "none"
         self.dropout = nn.Dropout(dropout)
         # Inputs with equally many readers that follow each other: (how many inputs, how many networks).
         runs = [(count, len(list(inputs))) for count, inputs in groupby(readers or [])]
@@ -57,16 +89,89 @@ class StackedMLP(nn.Module):
 
     def forward(self, x_UBD: Tensor) -> Tensor:
         runs = self.runs
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             assert isinstance(layer, StackedLinear)
             assert layer.bias_SH is not None
-            x_UBD = self.dropout(rectified(x_UBD, layer.weight_SDH, layer.bias_SH, runs))
-            runs = []
+            if self.fused:
+                y_SBH = rectified(x_UBD, layer.weight_SDH, layer.bias_SH, runs)
+            else:
+                y_SBH = linear(x_UBD, layer.weight_SDH, layer.bias_SH, runs)
+                y_SBH = self.activation(self.norms[index](y_SBH) if self.norms else y_SBH)
+            x_UBD, runs = self.dropout(y_SBH), []
         return x_UBD
 
 
-def linear(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None) -> Tensor:
-    """y_SBH = x W + b, where each input is read by S / U networks that follow each other: one product an input."""
+class StackedGate(StackedLinear):
+    """S gates before their softmax: a linear layer over the experts, above hidden layers with ReLU where there are any.
+
+    Args:
+        stack: S. in_dim: D. num_experts: E. bias: of the linear layer; hidden layers always have one. layers: their widths.
+    Shapes: x_SBD, or x_1BD for all -> score_SBE.
+    """
+
+    def __init__(self, stack: int, in_dim: int, num_experts: int, bias: bool, layers: Sequence[int]) -> None:
+        super().__init__(stack, layers[-1] if layers else in_dim, num_experts, bias)
+        self.hidden = StackedMLP(stack, in_dim, layers)
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return super().forward(self.hidden(x_SBD))
+
+
+class ExpertLayers(BaseModel):
+    """`model.fusion.experts`: the layers of a fusion's experts or, in one without experts, of its networks.
+
+    Batch normalisation is not among the norms: its statistics are those of the rows that a rank has, so the weights would
+    depend on the number of ranks.
+
+    Attributes:
+        activation: gelu is the exact one, x Phi(x) (Hendrycks & Gimpel 2016); silu is x sigmoid(x).
+        norm: "layer": StackedLayerNorm before the activation.
+        dropout: after each activation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    activation: Activation = "relu"
+    norm: Norm = "none"
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def stack(
+        self, networks: int, in_dim: int, widths: Sequence[int], readers: Sequence[int] | None = None
+    ) -> StackedMLP:
+        """Networks of such layers; arguments as those of StackedMLP."""
+        return StackedMLP(networks, in_dim, widths, self.dropout, readers, self.activation, self.norm)
+
+
+class GateLayers(BaseModel):
+    """`model.fusion.gate`: what a fusion's gates are below their softmax.
+
+    The papers of MMoE, PLE and AdaTT have softmax(W x), the default. Published code often has more: that of AdaTT a bias,
+    DeepCTR-Torch hidden layers with ReLU.
+
+    Attributes:
+        bias: of the last layer. layers: widths of hidden layers with ReLU.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bias: bool = False
+    layers: tuple[Width, ...] = Field((), max_length=64)
+
+    def stack(self, gates: int, in_dim: int, num_experts: int) -> StackedGate:
+        """Such gates; arguments as those of StackedGate."""
+        return StackedGate(gates, in_dim, num_experts, self.bias, self.layers)
+
+
+PLAIN_EXPERTS, LINEAR_GATES = ExpertLayers(), GateLayers()
+
+
+def linear(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None, runs: Sequence[tuple[int, int]] = ()) -> Tensor:
+    """y_SBH = x W + b, where each input is read by S / U networks that follow each other: one product an input.
+
+    Args:
+        runs: how many inputs and how many networks, run by run, where their ratio changes; () where it does not.
+    """
+    if len(runs) > 1:
+        assert bias_SH is not None
+        return _by_run(linear, x_UBD, weight_SDH, bias_SH, runs)
     inputs, out_dim = len(x_UBD), weight_SDH.shape[2]
     weight_UDN = _concat_weights(weight_SDH, inputs)
     if bias_SH is None:
@@ -77,16 +182,9 @@ def linear(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None) -> Tensor:
 
 
 def rectified(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor, runs: Sequence[tuple[int, int]] = ()) -> Tensor:
-    """y_SBH = relu(x W + b).
-
-    Args:
-        runs: how many inputs and how many networks, run by run, where their ratio changes; () where it does not.
-    """
+    """y_SBH = relu(x W + b); arguments as those of `linear`."""
     if len(runs) > 1:
-        inputs, networks = (list(sizes) for sizes in zip(*runs, strict=True))
-        parts = zip(x_UBD.split(inputs), weight_SDH.split(networks), bias_SH.split(networks), strict=True)
-        y_BSH = [rectified(*part).transpose(0, 1) for part in parts if len(part[1])]
-        return torch.cat(y_BSH, 1).transpose(0, 1)
+        return _by_run(rectified, x_UBD, weight_SDH, bias_SH, runs)
     if torch.compiler.is_compiling():  # the compiler fuses relu with the product
         return torch.relu(linear(x_UBD, weight_SDH, bias_SH))
     device = x_UBD.device.type
@@ -94,6 +192,20 @@ def rectified(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor, runs: Sequence
         dtype = torch.get_autocast_dtype(device)
         x_UBD, weight_SDH, bias_SH = x_UBD.to(dtype), weight_SDH.to(dtype), bias_SH.to(dtype)
     return _Rectified.apply(x_UBD, weight_SDH, bias_SH)
+
+
+def _by_run(
+    layer: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_UBD: Tensor,
+    weight_SDH: Tensor,
+    bias_SH: Tensor,
+    runs: Sequence[tuple[int, int]],
+) -> Tensor:
+    """y_SBH of `linear` or `rectified`, run by run; rows are contiguous, as mixtures need them."""
+    inputs, networks = (list(sizes) for sizes in zip(*runs, strict=True))
+    parts = zip(x_UBD.split(inputs), weight_SDH.split(networks), bias_SH.split(networks), strict=True)
+    y_BSH = [layer(*part).transpose(0, 1) for part in parts if len(part[1])]
+    return torch.cat(y_BSH, 1).transpose(0, 1)
 
 
 for name in ("linear", "rectified", "_packed"):

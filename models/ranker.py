@@ -5,7 +5,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.fx
@@ -44,7 +44,7 @@ from models.sequences import (
     sequences_of,
     unpooled_tables,
 )
-from models.towers import Calibration, SharedTower, TaskTowers, Towers
+from models.towers import Calibration, TowerLayers, Towers, build_towers, widths_by_task
 
 POOLED, UNPOOLED = "embeddings", "unpooled"  # the modules of a ranker that hold tables
 INPUT_MODULES = ("numbers", "interaction", "tokens", "sequences")  # those between tables and fusion
@@ -56,7 +56,7 @@ class ModelConfig(BaseModel):
     Attributes:
         interaction: `name`, one of models.interaction.INTERACTIONS, and the arguments of that class.
         fusion: `name`, one of models.fusion.FUSIONS, and the arguments of that class.
-        tower: hidden layers of each task's tower.
+        tower: hidden layers of each task's tower: one list for all tasks, or a mapping from task to list.
         input_dropout: of the interaction's input. dropout: in towers.
         calibration: of the towers' logits: "none", or "monotone" (models.towers.Calibration).
         start: of the towers' biases: "base_rate", or "zero", near 0 as any other layer.
@@ -70,7 +70,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
     interaction: dict[str, Any] = {"name": "concat"}
     fusion: dict[str, Any]
-    tower: list[Annotated[int, Field(ge=1, le=1 << 16)]] = Field([32], max_length=64)
+    tower: TowerLayers = [32]
     input_dropout: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     calibration: Literal["none", "monotone"] = "none"
@@ -132,9 +132,8 @@ class Ranker(nn.Module):
         infos, names = task_infos(schema.tasks), list(schema.tasks)
         self.fusion = build_fusion(config.fusion, in_dim, names, fields, self.lengths, columns, infos)
         self._place_heads(schema, encoders, config)
-        towers = SharedTower if kind.shared_tower else TaskTowers
-        sizes = len(schema.tasks), self.fusion.out_dim
-        self.towers: Towers = towers(*sizes, config.tower, config.dropout, max(self.units.sizes))
+        widths, sizes = widths_by_task(config.tower, list(schema.tasks)), self.units.sizes
+        self.towers: Towers = build_towers(widths, self.fusion.out_dim, config.dropout, sizes, kind.shared_tower)
         if self.row_losses.entire_space and self.fusion.reads_observed:
             raise UserError(
                 f"model.given.name: {config.given.name} learns from all impressions, fusion {config.fusion['name']} from "

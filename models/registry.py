@@ -34,6 +34,11 @@ def build(part: str, kind: type[Kind], config: Mapping[str, Any], *sizes: Any) -
     try:
         validate_call(type(made).__init__)(made, *sizes, **arguments)
     except ValidationError as error:
-        faults = "; ".join(f"model.{part}.{e['loc'][0]}: {e['msg']}" for e in error.errors())
+        faults = "; ".join(f"model.{part}.{_path(e['loc'], arguments)}: {e['msg']}" for e in error.errors())
         raise UserError(f"{faults} ({part} {config['name']})") from None
     return made
+
+
+def _path(place: tuple[str | int, ...], arguments: Mapping[str, Any]) -> str:
+    """The key of a fault: of an argument, or below one that is a mapping. Below others it would name types."""
+    return ".".join(map(str, place if isinstance(arguments.get(str(place[0])), Mapping) else place[:1]))

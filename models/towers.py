@@ -3,13 +3,27 @@
 # Shapes: B rows, T tasks, D width, N = B T, K numbers a task; of a calibration pieces of a line.
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, PlainValidator, TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import StackedLinear, StackedMLP
+from features.errors import UserError
+from models.layers import StackedLinear, StackedMLP, Width
+
+Layers = Annotated[list[Width], Field(max_length=64)]
+OF_ALL, BY_TASK = TypeAdapter(Layers), TypeAdapter(dict[str, Layers])
+
+
+def checked(tower: Any) -> list[int] | dict[str, list[int]]:
+    """Of the two forms the one meant: a union of them would put its kinds into the place of an error."""
+    return BY_TASK.validate_python(tower) if isinstance(tower, Mapping) else OF_ALL.validate_python(tower)
+
+
+TowerLayers = Annotated[list[int] | dict[str, list[int]], PlainValidator(checked)]  # of all tasks, or by task
 
 
 class Towers(nn.Module):
@@ -47,6 +61,32 @@ class TaskTowers(Towers):
         self.out.bias_SH.copy_(start_KT.T)
 
 
+class OwnTowers(Towers):
+    """A tower a task as TaskTowers, but each of its own depth and widths: a loop over tasks for that reason.
+
+    Args:
+        in_dim: D. widths: of each task's hidden layers. dropout: after each hidden layer.
+        sizes: numbers of each task; K is the largest, and what a task does not have is 0.
+    Shapes: h_BTD -> out_KBT.
+    """
+
+    def __init__(self, in_dim: int, widths: Sequence[Sequence[int]], dropout: float, sizes: Sequence[int]) -> None:
+        super().__init__()
+        towers = (TaskTowers(1, in_dim, w, dropout, size) for w, size in zip(widths, sizes, strict=True))
+        self.tasks, self.sizes = nn.ModuleList(towers), sizes
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        out_KB1 = [tower(h_BTD[:, task : task + 1]) for task, tower in enumerate(self.tasks)]
+        missing = [max(self.sizes) - size for size in self.sizes]
+        return torch.cat([F.pad(out, (0, 0, 0, 0, 0, more)) for out, more in zip(out_KB1, missing, strict=True)], 2)
+
+    def start_at(self, start_KT: Tensor) -> None:
+        """Sets the biases of each task's last layer."""
+        for task, (tower, size) in enumerate(zip(self.tasks, self.sizes, strict=True)):
+            assert isinstance(tower, TaskTowers)
+            tower.start_at(start_KT[:size, task : task + 1])
+
+
 class SharedTower(Towers):
     """One multi-layer perceptron for every task; a task's own are the biases of its outputs alone.
 
@@ -71,6 +111,44 @@ class SharedTower(Towers):
         """Sets the biases of the outputs."""
         self.tower.start_at(torch.zeros(len(start_KT), 1))
         self.bias_K1T.copy_(start_KT.unsqueeze(1))
+
+
+def widths_by_task(tower: Sequence[int] | Mapping[str, Sequence[int]], tasks: Sequence[str]) -> list[list[int]]:
+    """Hidden layers of each task's tower, in the order of `tasks`.
+
+    Args:
+        tower: those of all tasks, or by task: {"click": [64, 32], "dwell": []}.
+    Raises:
+        UserError: a mapping that names another task, or not all of them.
+    """
+    if not isinstance(tower, Mapping):
+        return [list(tower)] * len(tasks)
+    if unknown := sorted(set(tower) - set(tasks)):
+        raise UserError(f"model.tower: {', '.join(unknown)} is not one of the tasks {', '.join(tasks)}")
+    if missing := [task for task in tasks if task not in tower]:
+        raise UserError(
+            f"model.tower: has no layers for {', '.join(missing)}; name each task, or give one list for all"
+        )
+    return [list(tower[task]) for task in tasks]
+
+
+def build_towers(
+    widths: Sequence[Sequence[int]], in_dim: int, dropout: float, sizes: Sequence[int], shared: bool = False
+) -> Towers:
+    """The towers of a model: those of equal layers as one product a layer.
+
+    Args:
+        widths: of each task's hidden layers. in_dim: D. dropout: after each hidden layer. sizes: numbers of each task.
+        shared: one tower for all tasks.
+    Raises:
+        UserError: a shared one of several widths.
+    """
+    equal = all(w == widths[0] for w in widths)
+    if shared and not equal:
+        raise UserError("model.tower: this fusion has one tower for all tasks, give it one list of layers")
+    if not equal:
+        return OwnTowers(in_dim, widths, dropout, sizes)
+    return (SharedTower if shared else TaskTowers)(len(widths), in_dim, widths[0], dropout, max(sizes))
 
 
 class Calibration(nn.Module):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from features.errors import UserError
 from models.fusion.fusion import Fusion
 from models.fusion.tasks import TaskInfo
-from models.layers import StackedMLP
+from models.layers import PLAIN_EXPERTS, ExpertLayers
 
 
 class Transfer(nn.Module):
@@ -61,7 +61,8 @@ class AITM(Fusion):
         chain: some of the tasks, from the first step to the last (in a config by name); None: all, in the schema's order.
         calibrator: weight of the behavioural expectation calibrator, see `penalty`. The paper's .6 is for funnels, where
             each step implies the one before.
-        dropout: after each layer of the tasks' networks and after g.
+        dropout: after g, and after each layer of the tasks' networks unless `experts` has a dropout of its own.
+        experts: layers of the tasks' networks, by default linear and ReLU.
         tasks: from the schema (not in a config); None: all are binary, of all rows.
     Shapes: x_BD -> h_BTD.
     Raises:
@@ -76,6 +77,7 @@ class AITM(Fusion):
     def __init__(
         self, in_dim: int, num_tasks: int, widths: Sequence[int], chain: Sequence[int] | None = None,
         calibrator: Annotated[float, Field(ge=0)] = 0.0, dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        experts: ExpertLayers = PLAIN_EXPERTS,
         tasks: Sequence[TaskInfo] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -89,7 +91,8 @@ class AITM(Fusion):
         self.num_tasks, self.out_dim, self.calibrator = num_tasks, widths[-1], calibrator
         if calibrator:
             self.register_buffer("condition_CT", conditions(tasks, self.chain), persistent=False)
-        self.networks = StackedMLP(num_tasks, in_dim, widths, dropout)
+        layers = experts if experts.dropout else experts.model_copy(update={"dropout": dropout})
+        self.networks = layers.stack(num_tasks, in_dim, widths)
         self.transfers = nn.ModuleList(Transfer(self.out_dim, dropout) for _ in self.chain[1:])
 
     def forward(self, x_BD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.excitation import Excitation
 from models.fusion.fusion import Fusion
-from models.layers import StackedLinear, StackedMLP
+from models.layers import PLAIN_EXPERTS, ExpertLayers, StackedLinear
 
 
 class GroupBlock(nn.Module):
@@ -68,6 +68,7 @@ class APEM(Fusion):
         in_dim: W. num_tasks: T. num_fields: F. widths: of each task's network, the last is D.
         layers: group blocks in a row. groups: G. points: P.
         hidden, squeeze: inside the feed-forward layers and the networks of the gates.
+        experts: layers of the tasks' networks, by default linear and ReLU.
     Shapes: x_BFW -> h_BTD.
     """
 
@@ -77,7 +78,7 @@ class APEM(Fusion):
         self, in_dim: int, num_tasks: int, num_fields: int, widths: Sequence[int],
         layers: Annotated[int, Field(ge=1)] = 1, groups: Annotated[int, Field(ge=1)] = 2,
         points: Annotated[int, Field(ge=1)] = 4, hidden: Annotated[int, Field(ge=1)] = 16,
-        squeeze: Annotated[int, Field(ge=1)] = 16,
+        squeeze: Annotated[int, Field(ge=1)] = 16, experts: ExpertLayers = PLAIN_EXPERTS,
     ) -> None:  # fmt: skip
         super().__init__()
         self.groups, self.num_fields, self.out_dim = groups, num_fields, widths[-1]
@@ -87,7 +88,7 @@ class APEM(Fusion):
         self.norm = nn.LayerNorm(in_dim, elementwise_affine=False)
         bound = in_dim**-0.5
         self.indicator_TW = nn.Parameter(torch.empty(num_tasks, in_dim).uniform_(-bound, bound))
-        self.networks = StackedMLP(num_tasks, num_fields * in_dim, widths)
+        self.networks = experts.stack(num_tasks, num_fields * in_dim, widths)
 
     def forward(self, x_BFW: Tensor) -> Tensor:
         x_GBFW = self.blocks(x_BFW.expand(self.groups, -1, -1, -1))

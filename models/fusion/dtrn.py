@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from features.errors import UserError
 from models.excitation import Excitation
 from models.fusion.fusion import Fusion
-from models.layers import StackedMLP
+from models.layers import PLAIN_EXPERTS, ExpertLayers
 from models.sequences import WithItems
 
 
@@ -113,6 +113,7 @@ class DTRN(Fusion):
             the weighing remains.
         condition: width of the embeddings of tasks and behaviours. hidden: inside the hypernetwork and f.
         squeeze: inside the networks that weigh features.
+        experts: layers of the tasks' networks, by default linear and ReLU.
     Shapes: x_BFW, or WithItems where a feature is a sequence -> h_BTD.
     Raises:
         UserError: a behaviour that is named twice.
@@ -128,6 +129,7 @@ class DTRN(Fusion):
         self, in_dim: int, num_tasks: int, num_fields: int, sequences: Mapping[int, int], widths: Sequence[int],
         behaviours: Sequence[int] | None = None, condition: Annotated[int, Field(ge=1)] = 8,
         hidden: Annotated[int, Field(ge=1)] = 32, squeeze: Annotated[int, Field(ge=1)] = 16,
+        experts: ExpertLayers = PLAIN_EXPERTS,
     ) -> None:  # fmt: skip
         super().__init__()
         chosen = list(sequences if behaviours is None else behaviours)
@@ -141,7 +143,7 @@ class DTRN(Fusion):
         inner = (len(chosen), in_dim, condition, hidden, read, max(sequences.values(), default=0))
         self.interests = TaskInterests(num_tasks, *inner) if chosen else None
         self.excitation = Excitation(num_tasks, num_fields, squeeze)
-        self.networks = StackedMLP(num_tasks, num_fields * in_dim, widths)
+        self.networks = experts.stack(num_tasks, num_fields * in_dim, widths)
 
     def forward(self, x: Tensor | WithItems) -> Tensor:
         x_TBFW = self._read(x)

@@ -4,18 +4,19 @@
 # something on.
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from features.errors import UserError
 from models.fusion.fusion import Fusion
-from models.layers import StackedLinear, StackedMLP, mix
+from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, mix
 
 MAX_EXPERTS = 10_000  # of a level
 TaskExperts = int | Sequence[int] | Sequence[Sequence[int]]
 SharedExperts = int | Sequence[int]
+Native = bool | Literal["published"]
 
 
 def unit_counts(tasks: TaskExperts, shared: SharedExperts, num_tasks: int, num_levels: int) -> list[list[int]]:
@@ -58,8 +59,10 @@ class UnitLevel(nn.Module):
         in_dim: D. layers: of each expert, the last is H. counts: experts of each of the U units.
         outputs: O, the first units; the others only have experts.
         visible_OE: bool, the experts that a unit's gate chooses from.
-        native: add each unit's own experts, combined by a learnt vector (AdaTT, eq. 7); one expert counts fully.
+        native: add each unit's own experts, combined by a vector (AdaTT, eq. 7). True: learnt where the unit has several
+            experts, 1 where it has one. "published": learnt for every unit unless all U of them have one.
         first: all units read the same input.
+        expert_layers, gate_layers: of the experts, and of the gates.
     Call Args:
         x_UBD: inputs of the units; x_1BD at the first level.
     Returns: h_OBH.
@@ -71,22 +74,24 @@ class UnitLevel(nn.Module):
 
     def __init__(
         self, in_dim: int, layers: Sequence[int], counts: Sequence[int], outputs: int, visible_OE: Tensor,
-        native: bool = False, first: bool = False,
+        native: Native = False, first: bool = False, expert_layers: ExpertLayers = PLAIN_EXPERTS,
+        gate_layers: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip
         super().__init__()
         self.outputs = outputs
         unit_E = unit_of_each_expert(counts)
-        self.experts = StackedMLP(len(unit_E), in_dim, layers, readers=None if first else counts)
-        self.gate = StackedLinear(outputs, in_dim, len(unit_E), bias=False)
+        self.experts = expert_layers.stack(len(unit_E), in_dim, layers, None if first else counts)
+        self.gate = gate_layers.stack(outputs, in_dim, len(unit_E))
         own_OE = torch.arange(outputs, device="cpu").unsqueeze(1) == unit_E
         size_O1 = torch.tensor(counts[:outputs], device="cpu").unsqueeze(1)
         self.register_buffer("hidden_OE", ~visible_OE, persistent=False)
         self.register_buffer("own_OE", own_OE, persistent=False)
-        self.register_buffer("learnt_OE", own_OE & (size_O1 > 1), persistent=False)
+        every_unit = native == "published" and any(count != 1 for count in counts)
+        self.register_buffer("learnt_OE", own_OE & (every_unit | (size_O1 > 1)), persistent=False)
         start_OE = torch.rand(outputs, len(unit_E)) * 2 - 1
         start_OE = start_OE / size_O1.to(start_OE.device).clamp(min=1).sqrt() * self.learnt_OE.to(start_OE.device)
         self.native_OE = nn.Parameter(start_OE) if native and self.learnt_OE.any() else None
-        self.has_native = native
+        self.has_native = bool(native)
 
     def forward(self, x_UBD: Tensor) -> Tensor:
         return mix(self.weights(x_UBD), self.experts(x_UBD))
@@ -112,7 +117,7 @@ class UnitNetwork(Fusion):
         in_dim: D in. num_tasks: T. levels: for each level the layers of its experts; the last is D out.
         task_experts, shared_experts: see `unit_counts`.
         isolated: a task's gate sees its own and the shared experts only.
-        native: see UnitLevel.
+        native: see UnitLevel. experts, gate: layers of the experts, and of the gates.
     Shapes: x_BD -> h_BTD.
     Raises:
         UserError: numbers of experts that do not fit, or a task that sees no expert at some level.
@@ -120,7 +125,8 @@ class UnitNetwork(Fusion):
 
     def __init__(
         self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts,
-        shared_experts: SharedExperts, isolated: bool, native: bool,
+        shared_experts: SharedExperts, isolated: bool, native: Native, experts: ExpertLayers = PLAIN_EXPERTS,
+        gate: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = levels[-1][-1]
@@ -136,7 +142,9 @@ class UnitNetwork(Fusion):
             visible_OE |= not isolated
             if not visible_OE.any(1).all():
                 raise UserError(f"model.fusion.task_experts: a task sees no expert at level {index + 1}, add one")
-            self.levels.append(UnitLevel(dims[index], layers, counts, outputs, visible_OE, native, first=index == 0))
+            self.levels.append(
+                UnitLevel(dims[index], layers, counts, outputs, visible_OE, native, index == 0, experts, gate)
+            )
 
     def forward(self, x_BD: Tensor) -> Tensor:
         h_UBD = x_BD.unsqueeze(0)

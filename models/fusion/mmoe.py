@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.fusion.fusion import Fusion
-from models.layers import StackedLinear, StackedMLP, mix
+from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, mix
 
 
 class MMoE(Fusion):
@@ -16,19 +16,26 @@ class MMoE(Fusion):
     With more than one level it is the ML-MMoE of AdaTT (arXiv 2304.04959, section 4.1): each expert above the first level
     has a gate of its own that mixes the experts below, and all gates, softmax(W x), read the raw input.
 
+    Checked against the published code, MMoE and ML-MMoE (weights copied over): largest difference 2e-14 forward and
+    backward, measured outside this repository.
+
     Args:
         in_dim: D in. num_tasks: T. num_experts: E.
         levels: for each level the layers of its experts, such as [[256, 128]] or [[256], [128]]; the last is D out.
+        experts: their layers, by default linear and ReLU. gate: of the gates, by default W alone.
     Shapes: x_BD -> h_BTD.
     """
 
-    def __init__(self, in_dim: int, num_tasks: int, num_experts: int, levels: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, in_dim: int, num_tasks: int, num_experts: int, levels: Sequence[Sequence[int]],
+        experts: ExpertLayers = PLAIN_EXPERTS, gate: GateLayers = LINEAR_GATES,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = levels[-1][-1]
         dims = [in_dim, *(layers[-1] for layers in levels)]
-        self.experts = nn.ModuleList(StackedMLP(num_experts, d, w) for d, w in zip(dims, levels, strict=False))
+        self.experts = nn.ModuleList(experts.stack(num_experts, d, w) for d, w in zip(dims, levels, strict=False))
         users = [num_experts] * (len(levels) - 1) + [num_tasks]
-        self.gate = nn.ModuleList(StackedLinear(u, in_dim, num_experts, bias=False) for u in users)
+        self.gate = nn.ModuleList(gate.stack(u, in_dim, num_experts) for u in users)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         h_UBD = x_BD.unsqueeze(0)

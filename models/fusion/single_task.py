@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from models.fusion.fusion import Fusion
-from models.layers import StackedMLP
+from models.layers import PLAIN_EXPERTS, ExpertLayers
 
 
 class SingleTask(Fusion):
@@ -15,13 +15,16 @@ class SingleTask(Fusion):
 
     Args:
         in_dim: D in. num_tasks: T. widths: of the layers, the last is D out.
+        experts: what a layer is, by default linear and ReLU.
     Shapes: x_BD -> h_BTD.
     """
 
-    def __init__(self, in_dim: int, num_tasks: int, widths: Sequence[int]) -> None:
+    def __init__(
+        self, in_dim: int, num_tasks: int, widths: Sequence[int], experts: ExpertLayers = PLAIN_EXPERTS
+    ) -> None:
         super().__init__()
         self.num_tasks, self.out_dim = num_tasks, widths[-1]
-        self.networks = StackedMLP(num_tasks, in_dim, widths)
+        self.networks = experts.stack(num_tasks, in_dim, widths)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         h_TBD = self.networks(x_BD.unsqueeze(0))

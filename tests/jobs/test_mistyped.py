@@ -26,6 +26,14 @@ def test_a_mistyped_setting_suggests_the_nearest_one(word: str, nearest: str, ca
     assert_one_line(call("train", "dataset=x", "run=y", word), f"(did you mean {nearest}?)")
 
 
+@pytest.mark.parametrize("word", ["model.tower={a:[3]}", "model.fusion=[3]"])
+def test_a_list_in_the_place_of_a_mapping_and_the_reverse_are_answered_with_what_to_type(word: str, call) -> None:
+    key, _, value = word.partition("=")
+    typed = f"'~{key}' '+{key}=VALUE'"
+    assert_one_line(call("train", "dataset=x", "run=y", word), f"{key}: a list and a mapping cannot be merged", typed)
+    assert "merged" not in call("train", "dataset=x", "run=y", f"~{key}", f"+{key}={value}")
+
+
 def test_a_setting_that_resembles_none_suggests_none(call) -> None:
     said = call("train", "dataset=x", "run=y", "train.qqqqq=3")
     assert_one_line(said, "train.qqqqq: no such setting.", "--help")

@@ -1,4 +1,4 @@
-"""The shared tower and the calibration of logits; TaskTowers are in test_fusion.py."""
+"""The shared tower, towers of their own layers, and the calibration of logits; TaskTowers are in test_fusion.py."""
 
 import math
 
@@ -8,16 +8,19 @@ import torch
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from reference_checks import check, drawn_sizes, randomised, rows
 from references.layers import Towers
-from references.loops import Params
+from references.loops import Params, mlp
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.towers import Calibration, SharedTower, TaskTowers
+from features.errors import UserError
+from models.ranker import ModelConfig
+from models.towers import Calibration, OwnTowers, SharedTower, TaskTowers, build_towers, widths_by_task
 
-# Shapes: B rows, T tasks, D width, K pieces of a line.
+# Shapes: B rows, T tasks, D width, K numbers a task; of a calibration pieces of a line.
 KNOTS = range(-7, 8)
 sizes = drawn_sizes(kinds=st.lists(st.sampled_from(["binary", "regression"]), min_size=1, max_size=4))
 
@@ -46,6 +49,89 @@ def test_towers_that_start_at_a_value_give_it_where_nothing_comes_in(kind):
         if "hidden" in name:
             parameter.data.zero_()
     torch.testing.assert_close(module(torch.zeros(6, 4, 3)), start_KT.unsqueeze(1).expand(2, 6, 4))
+
+
+def own_towers_twin(params: Params, widths: list[list[int]], sizes: list[int], h_BTD: Tensor) -> Tensor:
+    """A network a task and row, and a linear layer above it; a number that a task does not have is 0."""
+    out_KBT = []
+    for k in range(max(sizes)):
+        rows_BT = []
+        for h_TD in h_BTD:
+            out_T = []
+            for t, size in enumerate(sizes):
+                h_D = mlp(params, f"tasks.{t}.hidden.", 0, len(widths[t]), h_TD[t])
+                weight_DH, bias_H = params[f"tasks.{t}.out.weight_SDH"][0], params[f"tasks.{t}.out.bias_SH"][0]
+                out_T.append(h_D @ weight_DH[:, k] + bias_H[k] if k < size else torch.zeros(()).double())
+            rows_BT.append(torch.stack(out_T))
+        out_KBT.append(torch.stack(rows_BT))
+    return torch.stack(out_KBT)
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(sizes, st.data())
+def test_towers_of_their_own_layers_equal_their_reference(size, data):
+    widths = data.draw(st.lists(st.lists(st.integers(1, 4), max_size=2), min_size=size.T, max_size=size.T))
+    numbers = data.draw(st.lists(st.integers(1, 3), min_size=size.T, max_size=size.T))
+    module = randomised(OwnTowers(size.D, widths, 0.0, numbers), size.seed)
+    h_BTD = rows(size, size.T, size.D)
+    check(module, lambda params, h_BTD: own_towers_twin(params, widths, numbers, h_BTD), h_BTD)
+
+
+def test_towers_of_their_own_layers_start_at_a_value_where_nothing_comes_in():
+    module, start_KT = OwnTowers(3, [[5], [], [4, 2]], 0.0, [2, 1, 2]), torch.randn(2, 3)
+    module.start_at(start_KT)
+    for name, parameter in module.named_parameters():
+        if "hidden" in name:
+            parameter.data.zero_()
+    start_KT[1, 1] = 0
+    torch.testing.assert_close(module(torch.zeros(6, 3, 3)), start_KT.unsqueeze(1).expand(2, 6, 3))
+
+
+@pytest.mark.parametrize("tower", [[4], {"a": [4], "b": [4]}, [], {"b": [], "a": []}])
+@pytest.mark.parametrize("shared", [False, True])
+def test_towers_of_equal_layers_are_one_product_however_they_are_written(tower, shared):
+    towers = build_towers(widths_by_task(tower, ["a", "b"]), 3, 0.0, [1, 2], shared)
+    plain = (SharedTower if shared else TaskTowers)(2, 3, [4] if tower in ([4], {"a": [4], "b": [4]}) else [], 0.0, 2)
+    assert type(towers) is type(plain)
+    assert {n: p.shape for n, p in towers.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+
+
+def test_towers_by_task_follow_the_tasks_and_not_the_mapping():
+    towers = build_towers(widths_by_task({"dwell": [], "click": [64, 32]}, ["click", "dwell"]), 8, 0.1, [1, 1])
+    assert isinstance(towers, OwnTowers)
+    assert [[layer.weight_SDH.shape[2] for layer in tower.hidden.layers] for tower in towers.tasks] == [[64, 32], []]
+    assert towers(torch.randn(5, 2, 8)).shape == (1, 5, 2)
+    # TorchRec's pipelined loop traces the model.
+    assert torch.fx.symbolic_trace(towers.eval())(torch.ones(5, 2, 8)).equal(towers(torch.ones(5, 2, 8)))
+
+
+@pytest.mark.parametrize(("tower", "shared", "message"), [
+    ({"click": [8], "dwel": []}, False, r"model\.tower: dwel is not one of the tasks click, dwell"),
+    ({"click": [8]}, False, r"model\.tower: has no layers for dwell; name each task, or give one list for all"),
+    ({}, False, r"model\.tower: has no layers for click, dwell; "),
+    ({"click": [8], "dwell": []}, True, r"model\.tower: this fusion has one tower for all tasks, give it one list"),
+])  # fmt: skip
+def test_towers_that_do_not_fit_the_tasks_are_refused_in_one_line(tower, shared, message):
+    with pytest.raises(UserError, match=f"^{message}") as refused:
+        build_towers(widths_by_task(tower, ["click", "dwell"]), 8, 0.0, [1, 1], shared)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("tower", "place"), [
+    ([8, 0], (1,)), ([1 << 17], (0,)), ("8", ()), (None, ()), ([1] * 65, ()),
+    ({"click": [8, 0]}, ("click", 1)), ({"click": 8}, ("click",)), ({"click": [1] * 65}, ("click",)),
+])  # fmt: skip
+def test_layers_of_towers_that_are_no_widths_are_refused_at_their_place(tower, place):
+    with pytest.raises(ValidationError) as refused:
+        ModelConfig.model_validate({"fusion": {"name": "mmoe"}, "tower": tower})
+    assert [error["loc"] for error in refused.value.errors()] == [("tower", *place)]
+
+
+@pytest.mark.parametrize("tower", [[8, 4], [], {"click": [8], "dwell": []}])
+def test_layers_of_towers_are_written_as_they_are_read(tower):
+    config = ModelConfig.model_validate({"fusion": {"name": "mmoe"}, "tower": tower})
+    written = config.model_dump(mode="json", by_alias=True)
+    assert ModelConfig.model_validate(written).tower == written["tower"] == tower
 
 
 def slopes(params: Params, task: int) -> list[Tensor]:

@@ -7,10 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from references.layers import Pair, Reference, linear_pairs, mixed, mlp_pairs, mlps
+from references.layers import Pair, Reference, gate_network, gate_pairs, mixed, mlp_pairs, mlps
 from torch import Tensor, nn
 
 Levels = Sequence[Sequence[int]]
+Options = Mapping[str, Any] | None  # of experts or of gates, as a config has them; None: linear and ReLU, linear
 TaskExperts = int | Sequence[int] | Sequence[Sequence[int]]  # the same everywhere, by task, or by level and task
 SharedExperts = int | Sequence[int]  # the same everywhere, or by level
 
@@ -18,10 +19,10 @@ SharedExperts = int | Sequence[int]  # the same everywhere, or by level
 class SharedBottom(Reference):
     """Caruana 1997: all tasks take the output of one network."""
 
-    def __init__(self, in_dim: int, num_tasks: int, widths: Sequence[int]) -> None:
+    def __init__(self, in_dim: int, num_tasks: int, widths: Sequence[int], experts: Options = None) -> None:
         super().__init__()
         self.num_tasks, self.out_dim = num_tasks, widths[-1]
-        self.bottom = mlps(1, [in_dim, *widths])
+        self.bottom = mlps(1, [in_dim, *widths], experts)
 
     def run(self, x_BD: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         return [self.bottom[0](x_BD)] * self.num_tasks, []
@@ -33,10 +34,10 @@ class SharedBottom(Reference):
 class SingleTask(Reference):
     """A network a task, and nothing between them."""
 
-    def __init__(self, in_dim: int, num_tasks: int, widths: Sequence[int]) -> None:
+    def __init__(self, in_dim: int, num_tasks: int, widths: Sequence[int], experts: Options = None) -> None:
         super().__init__()
         self.out_dim = widths[-1]
-        self.networks = mlps(num_tasks, [in_dim, *widths])
+        self.networks = mlps(num_tasks, [in_dim, *widths], experts)
 
     def run(self, x_BD: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         return [network(x_BD) for network in self.networks], []
@@ -48,11 +49,11 @@ class SingleTask(Reference):
 class CrossStitch(Reference):
     """Misra et al. 2016, eq. 1: after each level x~_s = sum_t a_st x_t."""
 
-    def __init__(self, in_dim: int, num_tasks: int, levels: Levels) -> None:
+    def __init__(self, in_dim: int, num_tasks: int, levels: Levels, experts: Options = None) -> None:
         super().__init__()
         self.num_tasks, self.out_dim = num_tasks, levels[-1][-1]
         dims = [in_dim, *(widths[-1] for widths in levels)]
-        self.networks = nn.ModuleList(mlps(num_tasks, [d, *w]) for d, w in zip(dims, levels, strict=False))
+        self.networks = nn.ModuleList(mlps(num_tasks, [d, *w], experts) for d, w in zip(dims, levels, strict=False))
         self.stitch_TT = nn.ParameterList(torch.rand(num_tasks, num_tasks) for _ in levels)
 
     def run(self, x_BD: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -77,14 +78,22 @@ class MMoE(Reference):
     On several levels every expert above the first has a gate too, and all gates read the raw x (AdaTT, section 4.1).
     """
 
-    def __init__(self, in_dim: int, num_tasks: int, num_experts: int, levels: Levels) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        num_tasks: int,
+        num_experts: int,
+        levels: Levels,
+        experts: Options = None,
+        gate: Options = None,
+    ) -> None:
         super().__init__()
         self.num_experts, self.out_dim = num_experts, levels[-1][-1]
         dims = [in_dim, *(widths[-1] for widths in levels)]
         users = [num_experts] * (len(levels) - 1) + [num_tasks]
-        self.experts = nn.ModuleList(mlps(num_experts, [d, *w]) for d, w in zip(dims, levels, strict=False))
+        self.experts = nn.ModuleList(mlps(num_experts, [d, *w], experts) for d, w in zip(dims, levels, strict=False))
         self.gate = nn.ModuleList(
-            nn.ModuleList(nn.Linear(in_dim, num_experts, bias=False) for _ in range(count)) for count in users
+            nn.ModuleList(gate_network(in_dim, num_experts, **(gate or {})) for _ in range(count)) for count in users
         )
 
     def run(self, x_BD: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -99,7 +108,7 @@ class MMoE(Reference):
         for level, experts in enumerate(self.experts):
             yield from mlp_pairs(experts, module.experts[level])
             for user, gate in enumerate(self.gate[level]):
-                yield from linear_pairs(gate, module.gate[level], user)
+                yield from gate_pairs(gate, module.gate[level], user)
 
 
 def unit_counts(num_tasks: int, task_experts: TaskExperts, shared_experts: SharedExperts, level: int) -> list[int]:
@@ -117,19 +126,20 @@ class Units(Reference):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Levels, task_experts: TaskExperts, shared_experts: SharedExperts
-    ) -> None:
+        self, in_dim: int, num_tasks: int, levels: Levels, task_experts: TaskExperts, shared_experts: SharedExperts,
+        experts: Options = None, gate: Options = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_tasks, self.out_dim = num_tasks, levels[-1][-1]
         self.counts = [unit_counts(num_tasks, task_experts, shared_experts, level) for level in range(len(levels))]
         dims = [in_dim, *(widths[-1] for widths in levels)]
         self.experts = nn.ModuleList(
-            nn.ModuleList(mlps(count, [d, *w]) for count in counts)
+            nn.ModuleList(mlps(count, [d, *w], experts) for count in counts)
             for d, w, counts in zip(dims, levels, self.counts, strict=False)
         )
         self.givers = [num_tasks + any(above[-1] for above in self.counts[level + 1 :]) for level in range(len(levels))]
         self.gate = nn.ModuleList(
-            nn.ModuleList(nn.Linear(dims[level], len(self.seen(level, unit)), bias=False) for unit in range(givers))
+            nn.ModuleList(gate_network(dims[level], len(self.seen(level, u)), **(gate or {})) for u in range(givers))
             for level, givers in enumerate(self.givers)
         )
 
@@ -170,9 +180,7 @@ class Units(Reference):
             for unit, experts in enumerate(units):
                 yield from mlp_pairs(experts, module.levels[level].experts, self.own(level, unit).start)
             for unit, gate in enumerate(self.gate[level]):
-                seen = self.seen(level, unit)
-                weight = module.levels[level].gate.weight_SDH
-                yield gate.weight, weight, lambda weight_SDH, unit=unit, seen=seen: weight_SDH[unit][:, seen].t()
+                yield from gate_pairs(gate, module.levels[level].gate, unit, self.seen(level, unit))
 
 
 class PLE(Units):
@@ -185,8 +193,10 @@ class PLE(Units):
         levels: Levels,
         task_experts: TaskExperts = 1,
         shared_experts: SharedExperts = 1,
+        experts: Options = None,
+        gate: Options = None,
     ) -> None:
-        super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts)
+        super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts, experts, gate)
 
     def seen(self, level: int, unit: int) -> list[int]:
         if unit == self.num_tasks:
@@ -201,18 +211,28 @@ class PLE(Units):
 
 
 class AdaTT(Units):
-    """Li et al. 2023, eq. 2-10 and section 3.2: f_u = (pad(v_u) + softmax(W_u f_u)) E; v = 1 where a unit has one expert."""
+    """Li et al. 2023, eq. 2-10 and section 3.2: f_u = (pad(v_u) + softmax(W_u f_u)) E; v = 1 where a unit has one expert.
+
+    native: "published": v = 1 only at levels where all units have one expert; False: no v.
+    """
 
     def __init__(
         self, in_dim: int, num_tasks: int, levels: Levels, task_experts: TaskExperts, shared_experts: SharedExperts,
-        native: bool = True,
+        native: bool | str = True, experts: Options = None, gate: Options = None,
     ) -> None:  # fmt: skip
-        super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts)
+        super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts, experts, gate)
         self.native = native
         self.native_1E = nn.ModuleList(
             nn.ParameterList(torch.rand(1, counts[unit]) for unit in range(givers))
             for counts, givers in zip(self.counts, self.givers, strict=True)
         )
+
+    def learnt(self, level: int, unit: int) -> bool:
+        """Whether the unit's v is learnt."""
+        units = self.counts[level] if any(n[-1] for n in self.counts[level:]) else self.counts[level][:-1]
+        if self.native == "published":
+            return len(self.own(level, unit)) > 0 and units != [1] * len(units)
+        return bool(self.native) and len(self.own(level, unit)) > 1
 
     def mixtures(self, level: int, weights: list[Tensor], expert: list[Tensor]) -> list[Tensor]:
         expert_BED, h = torch.stack(expert, 1), []
@@ -221,7 +241,9 @@ class AdaTT(Units):
             if own := self.own(level, unit) if self.native else ():
                 own_BED = torch.stack([expert[e] for e in own], 1)
                 native_1E = self.native_1E[level][unit]
-                h[-1] = h[-1] + (torch.matmul(native_1E, own_BED).squeeze(1) if len(own) > 1 else own_BED[:, 0])
+                h[-1] = h[-1] + (
+                    torch.matmul(native_1E, own_BED).squeeze(1) if self.learnt(level, unit) else own_BED.sum(1)
+                )
         return h
 
     def gates(self, x_BD: Tensor) -> list[Tensor]:
@@ -230,7 +252,9 @@ class AdaTT(Units):
         for level, weight_BUE in enumerate(found):
             for unit in range(weight_BUE.shape[1] if self.native else 0):
                 own = self.own(level, unit)
-                weight_BUE[:, unit, own.start : own.stop] += self.native_1E[level][unit] if len(own) > 1 else 1
+                weight_BUE[:, unit, own.start : own.stop] += (
+                    self.native_1E[level][unit] if self.learnt(level, unit) else 1
+                )
         return found
 
     def pairs(self, module: Any) -> Iterator[Pair]:
@@ -238,7 +262,7 @@ class AdaTT(Units):
         for level, natives in enumerate(self.native_1E):
             for unit, native_1E in enumerate(natives):
                 own = self.own(level, unit)
-                if self.native and len(own) > 1:  # else it is 1 and not learnt
+                if self.learnt(level, unit):  # else it is 1
                     part = slice(own.start, own.stop)
                     weight = module.levels[level].native_OE
                     yield native_1E, weight, lambda native_OE, unit=unit, part=part: native_OE[unit : unit + 1, part]
@@ -250,11 +274,14 @@ class AITM(Reference):
     A task outside of the chain takes the output of its own network.
     """
 
-    def __init__(self, in_dim: int, num_tasks: int, widths: Sequence[int], chain: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, in_dim: int, num_tasks: int, widths: Sequence[int], chain: Sequence[int] | None = None,
+        experts: Options = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = dim = widths[-1]
         self.chain = range(num_tasks) if chain is None else chain
-        self.networks = mlps(num_tasks, [in_dim, *widths])
+        self.networks = mlps(num_tasks, [in_dim, *widths], experts)
         self.passes = nn.ModuleList(nn.Linear(dim, dim) for _ in self.chain[1:])
         self.heads = nn.ModuleList(  # h1, h2, h3
             nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(3)) for _ in self.chain[1:]

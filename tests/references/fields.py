@@ -3,7 +3,7 @@
 # Shapes: B rows, T tasks, F features, W width of a token, G groups, S places of a sequence, P points, H hidden.
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -148,7 +148,7 @@ class DTRN(Reference):
 
     def __init__(
         self, in_dim: int, num_tasks: int, num_fields: int, widths: Sequence[int], behaviours: Sequence[int],
-        condition: int, hidden: int, squeeze: int,
+        condition: int, hidden: int, squeeze: int, experts: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.behaviours, self.out_dim = list(behaviours), widths[-1]
@@ -158,7 +158,7 @@ class DTRN(Reference):
         self.generate = nn.Linear(hidden, 2 * in_dim)
         self.up, self.down = nn.Linear(in_dim, hidden), nn.Linear(hidden, in_dim)
         self.excitations = nn.ModuleList(Excitation(num_fields, squeeze) for _ in range(num_tasks))
-        self.networks = mlps(num_tasks, [num_fields * in_dim, *widths])
+        self.networks = mlps(num_tasks, [num_fields * in_dim, *widths], experts)
 
     def run(self, x_BFW: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         out, weights = [], []
@@ -219,7 +219,7 @@ class APEM(Reference):
 
     def __init__(
         self, in_dim: int, num_tasks: int, num_fields: int, widths: Sequence[int], layers: int = 1, groups: int = 2,
-        points: int = 4, hidden: int = 16, squeeze: int = 16,
+        points: int = 4, hidden: int = 16, squeeze: int = 16, experts: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = widths[-1]
@@ -229,7 +229,7 @@ class APEM(Reference):
         )
         self.norm = nn.LayerNorm(in_dim, elementwise_affine=False)
         self.indicators = nn.ParameterList(torch.randn(in_dim) for _ in range(num_tasks))
-        self.networks = mlps(num_tasks, [num_fields * in_dim, *widths])
+        self.networks = mlps(num_tasks, [num_fields * in_dim, *widths], experts)
 
     def run(self, x_BFW: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         patterns = [x_BFW] * len(self.blocks[0])

@@ -6,9 +6,10 @@ arguments of its fusion and has `pairs(module)`: its parameters, each beside the
 part of that which it is.
 """
 
-# Shapes: B rows, T tasks, U units with a gate, E experts a gate chooses from, D width.
+# Shapes: B rows, T tasks, U units with a gate, E experts a gate chooses from, D and H width.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +38,54 @@ class Reference(nn.Module):
         raise NotImplementedError
 
 
-def mlp(dims: Sequence[int]) -> nn.Sequential:
+class RowNorm(nn.Module):
+    """Ba et al. 2016, row by row: g (x - mean) / sqrt(variance + 1e-5) + b, the variance divided by H."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain_H, self.shift_H = nn.Parameter(torch.rand(dim)), nn.Parameter(torch.rand(dim))
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        rows = []
+        for x_H in x_BH:
+            centred_H = x_H - sum(x_H) / len(x_H)
+            variance = sum(centred_H * centred_H) / len(x_H)
+            rows.append(self.gain_H * centred_H / (variance + 1e-5) ** 0.5 + self.shift_H)
+        return torch.stack(rows)
+
+
+class Gelu(nn.Module):
+    """x Phi(x), Phi the distribution function of the standard normal."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+class Silu(nn.Module):
+    """x / (1 + exp(-x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + torch.exp(-x))
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": Gelu, "silu": Silu}
+
+
+def mlp(dims: Sequence[int], activation: str = "relu", norm: str = "none") -> nn.Sequential:
     layers: list[nn.Module] = []
     for inner, outer in zip(dims, dims[1:], strict=False):
-        layers += [nn.Linear(inner, outer), nn.ReLU()]
+        layers += [nn.Linear(inner, outer), *([RowNorm(outer)] if norm == "layer" else []), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
 
-def mlps(count: int, dims: Sequence[int]) -> nn.ModuleList:
-    return nn.ModuleList(mlp(dims) for _ in range(count))
+def mlps(count: int, dims: Sequence[int], experts: Mapping[str, Any] | None = None) -> nn.ModuleList:
+    """Networks; experts: their activation and norm, as a config names them."""
+    return nn.ModuleList(mlp(dims, **(experts or {})) for _ in range(count))
+
+
+def gate_network(in_dim: int, num_experts: int, bias: bool = False, layers: Sequence[int] = ()) -> nn.Sequential:
+    """The scores of experts: a linear layer above hidden ones with ReLU."""
+    return nn.Sequential(*mlp([in_dim, *layers]), nn.Linear([in_dim, *layers][-1], num_experts, bias=bias))
 
 
 def mixed(gate_BE: Tensor, expert_BED: Tensor) -> Tensor:
@@ -62,8 +102,22 @@ def linear_pairs(linear: nn.Linear, stacked: Any, index: int) -> Iterator[Pair]:
 def mlp_pairs(networks: Iterable[nn.Module], stacked: Any, first: int = 0) -> Iterator[Pair]:
     """Of networks that are `first`, `first` + 1, … of a stack."""
     for index, network in enumerate(networks):
-        for linear, layer in zip(network[::2], stacked.layers, strict=True):
+        linears = [layer for layer in network if isinstance(layer, nn.Linear)]
+        for linear, layer in zip(linears, stacked.layers, strict=True):
             yield from linear_pairs(linear, layer, first + index)
+        norms = [layer for layer in network if isinstance(layer, RowNorm)]
+        for norm, layer in zip(norms, stacked.norms, strict=True):
+            yield norm.gain_H, layer.scale_SH, lambda scale_SH, s=first + index: scale_SH[s]
+            yield norm.shift_H, layer.shift_SH, lambda shift_SH, s=first + index: shift_SH[s]
+
+
+def gate_pairs(gate: nn.Sequential, stacked: Any, index: int, seen: Sequence[int] | None = None) -> Iterator[Pair]:
+    """Of a gate; seen: the experts that it chooses from, out of all of the stack's; None: all."""
+    yield from mlp_pairs([gate[:-1]], stacked.hidden, index)
+    linear, seen = gate[-1], range(len(gate[-1].weight)) if seen is None else seen
+    yield linear.weight, stacked.weight_SDH, lambda weight_SDH: weight_SDH[index][:, seen].t()
+    if linear.bias is not None:
+        yield linear.bias, stacked.bias_SH, lambda bias_SH: bias_SH[index][seen]
 
 
 def same_pairs(reference: nn.Module, module: nn.Module) -> Iterator[Pair]:

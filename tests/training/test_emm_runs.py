@@ -304,6 +304,11 @@ REFUSED = {
     ),
     "tokens": (("click-apem",), {}, r"has fusion apem; a source is a plain chain of layers"),
     "calibration": (("click-calibrated",), {}, r"has calibration monotone; a source has none"),
+    "layers of another kind": (
+        ("click-gelu",),
+        {},
+        r"has experts {activation: gelu}; a source's layers are linear and ReLU",
+    ),
     "a task that is not trained": (("dwell",), {"tasks": ["click"]}, r"was trained for dwell, which is none of"),
     "nothing in common": (
         ("click-a", "conversion", "dwell-small"),
@@ -328,6 +333,8 @@ def odd_sources(folder: Path) -> Path:
     write_checkpoint(source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}))
     write_checkpoint(source(folder, "click-apem", {"fusion": {"name": "apem", "widths": [16]}}))
     write_checkpoint(source(folder, "click-calibrated", plain | {"calibration": "monotone"}))
+    gelu = plain["fusion"] | {"experts": {"activation": "gelu", "dropout": 0.1}}
+    write_checkpoint(source(folder, "click-gelu", plain | {"fusion": gelu}))
     write_checkpoint(
         source(folder, "dwell-small", plain | {"fusion": {"name": "single_task", "widths": [4]}, "tower": []})
     )

@@ -57,6 +57,24 @@ def test_a_run_of_some_tasks_is_evaluated_on_them(data: Path, folder: Path) -> N
     assert Run(path).schema().fingerprint == Dataset(data).schema.fingerprint
 
 
+def test_towers_of_their_own_layers_are_trained_scored_and_resumed(data: Path, folder: Path) -> None:
+    layers = {"dwell": [6, 3], "click": [], "conversion": [5]}
+
+    def trained(path: Path, steps: int) -> dict[str, torch.Tensor]:
+        config = configuration(data, path, max_steps=steps)
+        train(config.model_copy(update={"model": config.model.model_copy(update={"tower": layers})}))
+        return last(path)
+
+    whole = trained(folder / "own-towers", 6)
+    shapes = [tuple(value.shape) for name, value in whole.items() if name.startswith("model.towers.tasks.1.hidden")]
+    assert [shape[-1] for shape in shapes] == [5, 5]
+    (record,) = evaluate(EvaluateConfig(run=folder / "own-towers", step="newest", threads=1))
+    assert list(record["metrics"]) == ["click", "conversion", "dwell"]
+    trained(folder / "own-resumed", 3)
+    resumed = trained(folder / "own-resumed", 6)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 def test_a_task_that_does_not_exist_is_named(data: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"clik.*click, conversion, dwell"):
         run(data, folder / "none", ["clik"])

@@ -23,7 +23,11 @@ from pipeline.training.trainer import Trainer
 SOURCES: dict[str, dict[str, Any]] = {
     "click-a": {"fusion": {"name": "shared_bottom", "widths": [32, 16]}, "tower": [16, 12]},
     "click-b": {"fusion": {"name": "single_task", "widths": [24, 32, 16, 16]}, "tower": [5], "dropout": 0.3},
-    "conversion": {"fusion": {"name": "shared_bottom", "widths": [20, 32, 16]}, "tower": [7, 16, 16], "numeric_dim": 3},
+    "conversion": {
+        "fusion": {"name": "shared_bottom", "widths": [20, 32, 16]},
+        "tower": {"conversion": [7, 16, 16]},
+        "numeric_dim": 3,
+    },
     "dwell": {"fusion": {"name": "single_task", "widths": [32, 16, 16]}, "tower": [], "interaction": {"name": "dot"}},
 }
 STEPS, STOP = 20, 12

@@ -9,6 +9,7 @@ from torch import Tensor
 from features.errors import UserError
 from models.chains import CHAINS, ONE_EXPERT, PERCEPTRONS, chain_of
 from models.emm import EMMSettings, FusedRanker, Source
+from models.layers import PLAIN_EXPERTS
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.scorer import check_fits
@@ -76,6 +77,8 @@ def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
         wrong = f"was trained for {tasks[0]}, which is none of this job's tasks: {', '.join(dataset.schema.tasks)}"
     elif kind not in {*PERCEPTRONS, *ONE_EXPERT}:
         wrong = no_chain
+    elif layers := [f"{key}: {value}" for key, value in _other_layers(model).items()]:
+        wrong = f"has experts {{{', '.join(layers)}}}; a source's layers are linear and ReLU, without norm"
     elif model.calibration != "none":
         wrong = f"has calibration {model.calibration}; a source has none, the fused model may"
     if wrong:
@@ -84,6 +87,13 @@ def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
     if chain_of(model.fusion) is None:
         raise UserError(f"model.from: {run.path} {no_chain}.")
     return Source(run=str(run.path), step=checkpoint.read(path).step, task=tasks[0], model=model)
+
+
+def _other_layers(model: ModelConfig) -> dict[str, Any]:
+    """Settings of a chain's layers that its components in the fused model would not have. Dropout has no weights."""
+    plain, given = PLAIN_EXPERTS.model_dump(exclude={"dropout"}), model.fusion.get("experts")
+    given = given if isinstance(given, dict) else {}
+    return {key: given[key] for key, value in plain.items() if given.get(key, value) != value}
 
 
 def load(ranker: Ranker, state: dict[str, Tensor]) -> list[str]:
