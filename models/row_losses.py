@@ -68,7 +68,7 @@ class RowLosses(nn.Module):
         self.register_buffer("quantile_T", torch.tensor(quantiles), persistent=False)
         self.register_buffer("above_TT", above_TT, persistent=False)
         self.register_buffer("given_T", above_TT.any(1), persistent=False)
-        self.entire_space = given.name != "observed" and bool(self.given_T.any())
+        self.entire_space = given.name != "observed" and any(given_chain(tasks, name) for name in names)
 
     def training_batch(self, batch: Batch) -> Batch:
         """The batch with the labels and the rows that are learnt from.

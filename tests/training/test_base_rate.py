@@ -9,6 +9,8 @@ import torch
 from tiny_training import configuration, raw_rows
 
 from features.errors import UserError
+from models.emm import build_ranker
+from models.ranker import ModelConfig
 from models.row_losses import GivenConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.training.train import prepare
@@ -76,8 +78,10 @@ def test_rates_of_days_are_those_of_their_rows_together(folder: Path) -> None:
     assert data.base_rates()["click"] != rates["click"]
 
 
-def test_models_of_given_tasks_need_one(folder: Path) -> None:
+def test_models_over_all_impressions_need_a_task_that_is_given_another(folder: Path) -> None:
+    data = Dataset(folder / "data").only(["conversion"])
+    config = ModelConfig(fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
     with pytest.raises(
         UserError, match=r"model\.given\.name: esmm learns tasks that are given others, and no task has"
     ):
-        trainer(folder, "esmm", fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
+        build_ranker(data.schema, data.encoders, config)
