@@ -3,6 +3,7 @@
 # Shapes: B rows, D flat width, E width of all embeddings, S sets of them, F features, N numbers with a code, K bins, W width of
 # a code or token, P columns of a feature.
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -95,6 +96,8 @@ class Inputs(nn.Module):
 class Tokens(nn.Module):
     """One token a feature: its columns of x_BD through a linear layer of its own, since they differ in width.
 
+    A feature of n columns starts as nn.Linear(n, W) does: weights and bias uniform within 1 / sqrt(n).
+
     Args:
         columns: of each feature in x_BD. dim: W.
     Shapes: x_BD -> x_BFW.
@@ -108,6 +111,11 @@ class Tokens(nn.Module):
         padded = [[*own, *[in_dim] * (width - len(own))] for own in columns.values()]  # column D holds zeros
         self.register_buffer("column_FP", torch.tensor(padded), persistent=False)
         self.linear = StackedLinear(len(padded), width, dim)
+        scale_F1 = torch.tensor([[math.sqrt(width / max(len(own), 1))] for own in columns.values()])
+        assert self.linear.bias_SH is not None
+        with torch.no_grad():  # StackedLinear starts as the widest feature would
+            self.linear.weight_SDH.mul_(scale_F1.unsqueeze(2))
+            self.linear.bias_SH.mul_(scale_F1)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         x_FPB = nn.functional.pad(x_BD, (0, 1)).t()[self.column_FP]

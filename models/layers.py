@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models.torch_compat import onednn_linear
@@ -236,8 +235,9 @@ class _Rectified(torch.autograd.Function):
         return y_UBCH.transpose(1, 2).flatten(0, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_SBH: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a derivative of the derivative is wanted
+            return _rectified_gradients(grad_SBH, *ctx.saved_tensors)
         x_UBD, weight_SDH, y_UBCH = ctx.saved_tensors
         grad_UBCH = grad_SBH.unflatten(0, y_UBCH.shape[::2]).transpose(1, 2)
         z_UBCH = torch.empty_like(y_UBCH, memory_format=torch.contiguous_format)
@@ -250,6 +250,18 @@ class _Rectified(torch.autograd.Function):
             weight_UDN = torch.bmm(x_UBD.transpose(1, 2), z_UBN)
             weight = weight_UDN.unflatten(2, y_UBCH.shape[2:]).transpose(1, 2).flatten(0, 1)
         return x, weight, z_UBN.sum(1).view(len(weight_SDH), -1)
+
+
+def _rectified_gradients(
+    grad_SBH: Tensor, x_UBD: Tensor, weight_SDH: Tensor, y_UBCH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, W and b in relu(x W + b) by operators that have gradients themselves."""
+    grad_UBCH = grad_SBH.unflatten(0, y_UBCH.shape[::2]).transpose(1, 2)
+    z_UBN = (grad_UBCH * (y_UBCH > 0)).flatten(2)
+    x = torch.bmm(z_UBN, _concat_weights(weight_SDH, len(x_UBD)).transpose(1, 2))
+    weight_UDN = torch.bmm(x_UBD.transpose(1, 2), z_UBN)
+    weight = weight_UDN.unflatten(2, y_UBCH.shape[2:]).transpose(1, 2).flatten(0, 1)
+    return x, weight, z_UBN.sum(1).view(len(weight_SDH), -1)
 
 
 def _product(x_BD: Tensor, weight_DN: Tensor, bias_N: Tensor | None = None) -> Tensor:

@@ -137,7 +137,8 @@ class Ranker(nn.Module):
         if self.row_losses.entire_space and self.fusion.reads_observed:
             raise UserError(
                 f"model.given.name: {config.given.name} learns from all impressions, fusion {config.fusion['name']} from "
-                "observed labels alone. Set model.given.name=observed, or choose another fusion."
+                "observed labels alone. Set model.given.name=observed, or model.fusion.examples=tasks: a row is then an "
+                "example of every task."
             )
 
     def _place_heads(self, schema: Schema, encoders: Encoders, config: ModelConfig) -> None:

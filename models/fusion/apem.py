@@ -54,11 +54,11 @@ class GroupBlock(nn.Module):
 class APEM(Fusion):
     """Groups of transformers find patterns in the features of a row; each task selects those it reads, then its network.
 
-    From the paper's public text (the abstract): features are enhanced by a group transformer with a modified set attention,
-    which is cheap, and a squeeze-and-excitation over the feature fields; a pattern selector with a task-indicator vector a
-    task, adaptive, then selects explicitly what each task reads.
+    The paper's full text was not reachable here. From its abstract: features are enhanced by a group transformer with a
+    modified set attention, which is cheap, and a squeeze-and-excitation over the feature fields; a pattern selector with a
+    task-indicator vector a task, adaptive, then selects explicitly what each task reads.
 
-    Chosen here, for no equation is public: a group is a transformer of its own over all fields (`GroupBlock`), and a
+    Chosen here, without the paper's equations: a group is a transformer of its own over all fields (`GroupBlock`), and a
     pattern is what one group makes of one field, G F in all. The weight of a pattern for a task is the softmax over all
     patterns of <u_t, norm(pattern)> / sqrt(W), where u_t is the task's indicator: adaptive, as the pattern is the row's.
     A task then reads a field as the weighted sum of the groups' patterns of it, times F (equal weights give their

@@ -15,9 +15,14 @@ from torch.nn import functional
 from features.errors import UserError
 from models.fusion.fusion import Fusion
 
+STD = 0.02  # of initial weights and positions
+
 
 class GPTBlock(nn.Module):
     """Pre-norm attention and a GELU network of four times the width, then the norm that ends a stack of blocks (GPT-2).
+
+    Weights start as GPT-2's, N(0, 0.02^2) with biases of 0, but for its scaling of residual layers by depth: the paper names
+    GPT-2 and no start, and here one block is the whole depth.
 
     Args:
         width: W, a multiple of heads. heads: H. causal: a place sees itself and those before it, not those after.
@@ -33,6 +38,10 @@ class GPTBlock(nn.Module):
         self.project = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.join = nn.Linear(width, width)
         self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=STD)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x_NSW: Tensor, mask_NSS: Tensor | None = None) -> Tensor:
         query, key, value = self._parts(x_NSW)
@@ -63,24 +72,32 @@ class AutoTask(Fusion):
     block of examples: each token is a linear layer of [all features of the row, flattened; task id], without positions,
     so that a block may hold any tasks in any order. Both outputs, concatenated, are h, which one tower reads for every task.
 
-    In training the examples of a block come in random order; in evaluation a block holds a row's tasks in the schema's
-    order. Left open by the paper and chosen here: facet 2 reads the features as they come, not as facet 1 leaves them,
-    through a linear layer; one block of GPT-2 per facet, with its last norm; no dropout in them.
+    The paper's blocks are random mixtures of examples: with `examples` "mixed", those of all rows and tasks that are observed
+    are shuffled and cut into blocks. Random draws and blocks are of a rank's rows (of a micro-batch of them), so that, as with
+    dropout, the number of ranks changes the weights. In evaluation every row is scored for every task alone, as the first of
+    a block is in training: a score depends on its row alone. Of N examples, one shares its block with a certain other of
+    its row with a chance of (block - 1) / (N - 1); where a task is observed only after another's outcome, that shows the
+    outcome, which blocks far smaller than the batch keep rare.
+
+    Left open by the text that was reachable here, and chosen: the size of a block; facet 2 reads the features as they come,
+    not as facet 1 leaves them, through a linear layer, which starts as nn.Linear does; one block of GPT-2 per facet, with
+    its last norm; no dropout in them.
 
     Args:
         in_dim: D. num_tasks: T. num_fields: F.
         width: W of facet 2. heads: of both facets; a feature's [token; id] is filled up to a multiple of them and of 8.
         task_id: "onehot", "embedding" (learnt, as wide as the one-hot), or "none".
         causal: False lets every place of a sequence see all others, in both facets.
-        block: examples of a block; None: T; 1: no interaction between tasks.
-        examples: "tasks": each row is an example of every task, and a block holds tasks of one row. "rows": for logs
-            whose rows belong to one task each, the one that is observed; in training a block holds examples of several
-            rows (of one rank, so the number of ranks counts, as with dropout), and in evaluation every row is scored for
-            every task alone.
+        block: examples of a block; None: T, where a mixture holds each task about once; 1: no interaction between tasks. Of a
+            larger block, fewer examples are trained as they are scored, without others before them.
+        examples: "mixed": each row is an example of every task that is observed for it; see above.
+            "rows": the same, by its name for logs whose rows belong to one task each.
+            "tasks": each row is an example of every task, observed or not, and a block holds tasks of one row, in training
+            in random order, in evaluation in the schema's. Nothing crosses rows.
         unseen: tasks that are not learnt: no label of theirs moves a weight. Their id is 0 and they are scored alone.
     Call Args:
-        x_BFD: one token a feature. observed_BT: bool, given where examples are rows, and read in training.
-    Returns: h_BTD; where examples are rows, in training, 0 for what is none.
+        x_BFD: one token a feature. observed_BT: bool, given unless `examples` is "tasks", and read in training.
+    Returns: h_BTD; in training, 0 for what is no example.
     Raises:
         UserError: a width that is no multiple of heads.
     """
@@ -95,12 +112,12 @@ class AutoTask(Fusion):
         self, in_dim: int, num_tasks: int, num_fields: int, width: Annotated[int, Field(ge=1)],
         heads: Annotated[int, Field(ge=1)] = 1, task_id: Literal["onehot", "embedding", "none"] = "onehot",
         causal: bool = True, block: Annotated[int, Field(ge=1)] | None = None,
-        examples: Literal["tasks", "rows"] = "tasks", unseen: Sequence[int] = (),
+        examples: Literal["tasks", "mixed", "rows"] = "tasks", unseen: Sequence[int] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         if width % heads:
             raise UserError(f"model.fusion.width: {width} is not a multiple of heads, which is {heads}")
-        self.causal, self.reads_observed, self.block = causal, examples == "rows", block or num_tasks
+        self.causal, self.reads_observed, self.block = causal, examples != "tasks", block or num_tasks
         unseen_T = torch.zeros(num_tasks, dtype=torch.bool)
         unseen_T[list(unseen)] = True
         self.register_buffer("unseen_T", unseen_T, persistent=False)
@@ -111,7 +128,7 @@ class AutoTask(Fusion):
             self.register_buffer("id_TI", torch.eye(num_tasks, ids), persistent=False)
         unit = math.lcm(heads, 8)  # matrix products are fastest at multiples of 8
         inner = math.ceil((in_dim + ids) / unit) * unit
-        self.position_FW = nn.Parameter(torch.randn(num_fields, inner) * 0.02)
+        self.position_FW = nn.Parameter(torch.randn(num_fields, inner) * STD)
         self.over_features = GPTBlock(inner, heads, causal)
         self.example = nn.Linear(num_fields * in_dim + ids, width)
         self.over_examples = GPTBlock(width, heads, causal)

@@ -94,9 +94,9 @@ class TaskInterests(nn.Module):
 class DTRN(Fusion):
     """A bottom for each task: its own reading of the behaviours, its own weight of each feature, then its own network.
 
-    From the paper's public text (abstract, summaries): one hypernetwork, few parameters, reads the user's interests out of
-    every kind of behaviour sequence for every task: conditioned on task and kind, it makes the scale and shift of the layer
-    norms of a transformer over the sequence. A network like SENet a task then weighs each feature.
+    The paper's full text was not reachable here. From its abstract and summaries: one hypernetwork, few parameters, reads
+    the user's interests out of every kind of behaviour sequence for every task: conditioned on task and kind, it makes the
+    scale and shift of the layer norms of a transformer over the sequence. A network like SENet a task then weighs each feature.
 
     Chosen here: one block of one head, whose norms come first, over the sequence's own token and its items, latest first, with
     an embedding of their place. Its output at the first place is the interest, so only that place has a query (the others'

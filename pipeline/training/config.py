@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 from models.ranker import ModelConfig
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.run.retention import Keep
-from pipeline.training.optim.settings import DenseOptimizer, Fixed, Strict, TableOptimizer, Weighting
+from pipeline.training.optim.settings import DenseOptimizer, TableOptimizer
+from pipeline.training.optim.strict import Strict
+from pipeline.training.optim.weighting import Weighting
+from pipeline.training.optim.weighting.fixed import Fixed
 
 
 class Communication(Strict):
@@ -94,21 +97,14 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _go_together(self) -> "Settings":
-        name = self.weighting.name
-        if name in ("gradnorm", "pcgrad"):
-            if self.pipelined:
-                raise ValueError(
-                    f"pipelined=true runs the backward itself, where weighting {name} has to act: leave it out"
-                )
-            if self.accumulate > 1:
-                raise ValueError(
-                    f"accumulate={self.accumulate} never holds the whole batch's graph, which weighting {name} needs for each "
-                    "task's gradient: leave it out"
-                )
-            if self.dense_parallel == "fsdp":
-                raise ValueError(
-                    f"dense_parallel=fsdp shards the weights whose gradients weighting {name} compares: use ddp"
-                )
+        chosen = {
+            "pipelined": self.pipelined and "pipelined=true",
+            "accumulate": self.accumulate > 1 and f"accumulate={self.accumulate}",
+            "dense_parallel": self.dense_parallel == "fsdp" and "dense_parallel=fsdp",
+        }
+        for setting, reason in self.weighting.refuses.items():
+            if written := chosen[setting]:
+                raise ValueError(f"{written} {reason.format(name=self.weighting.name)}: leave it out")
         if self.sharding_group and any("fused_uvm_caching" in allowed for allowed in self.kernels.values()):
             raise ValueError(
                 "sharding_group averages the tables of its groups behind the cache of kernel fused_uvm_caching: use fused"

@@ -21,6 +21,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.optim import weighting
 from pipeline.training.optim.dense import build, rate, table_rate
 from pipeline.training.optim.tables import replicated_tables
+from pipeline.training.optim.weighting.base import AdaptiveLoss, shared_parameters
 from pipeline.training.parallel import replicas, shard
 from pipeline.training.parallel.row_reset import ManagedRows
 from pipeline.training.state_names import in_ranker
@@ -58,9 +59,9 @@ class Learner:
         self.dense = build(s.dense, dense, s.clip_norm)
         self.replicas = replicated_tables(self.model, s.tables)
         self.optimizer = CombinedOptimizer([self.dense, self.replicas])  # those of sharded tables are in their backward
-        self.gradient_loss = self.loss if isinstance(self.loss, weighting.GradientLoss) else None
-        if self.gradient_loss:
-            self.gradient_loss.shared = weighting.shared_parameters(ranker, dense)
+        self.adaptive = self.loss if isinstance(self.loss, AdaptiveLoss) else None
+        if self.adaptive:
+            self.adaptive.attach(shared_parameters(ranker, dense), s.batch_size // s.lanes)
         self.managed = ManagedRows(ranker, self.state())
         self.step = 0  # of the update to come, from 0
 
@@ -109,8 +110,8 @@ class Learner:
 
     def update(self) -> None:
         """Updates what is not sharded."""
-        if self.gradient_loss:
-            self.gradient_loss.after_backward(self.step)
+        if self.adaptive:
+            self.adaptive.after_backward(self.step)
         self.optimizer.step()
         self._finish()
 
@@ -130,8 +131,12 @@ class Learner:
         if table_lr != self.replicas.lr:
             self.replicas.lr = table_lr
             shard.set_table_rate(self.model, table_lr)
+        if self.adaptive:
+            self.adaptive.before_step()
 
     def _finish(self) -> None:
+        if self.adaptive:
+            self.adaptive.after_update()
         self.managed.after_step(self.step + 1)
         replicas.after_step(self.model, self.step + 1, self.settings.sync_every)
 
@@ -168,6 +173,6 @@ def build_learner(
     """A learner; pipelined where there is a GPU to overlap with, or where `train.pipelined` says so. See Learner."""
     pipelined = config.train.pipelined
     if pipelined is None and device.type == "cuda":
-        simple = config.train.accumulate == 1 and config.train.weighting.name not in ("gradnorm", "pcgrad")
+        simple = config.train.accumulate == 1 and "pipelined" not in config.train.weighting.refuses
         pipelined = simple and not any(table.managed for table in dataset.schema.all_tables.values())
     return (PipelinedLearner if pipelined else Learner)(config, dataset, rank, device, steps, epoch_steps)

@@ -2,18 +2,22 @@
 
 # Shapes: B rows, T tasks, T1 the tasks and one more, E width of all embeddings, K numbers a task.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from features.batch import Batch
 from models.losses import TaskLoss
 from models.ranker import Ranker, is_table
 from pipeline.training.micro_batches import loss_by_micro_batches
+from pipeline.training.optim.weighting.base import EmbeddingLoss
 
 
 class StepOutput(NamedTuple):
@@ -45,6 +49,8 @@ class TrainStep(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         if self.accumulate > 1:
             return self._by_micro_batches(batch)
+        if isinstance(self.loss, EmbeddingLoss):
+            return self._with_embeddings(batch, self.loss)
         with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
             out_KBT = self.ranker.outputs(batch)
         return global_loss(self.loss, self.ranker, out_KBT, batch)
@@ -53,6 +59,31 @@ class TrainStep(nn.Module):
         """Those that are trained outside of the tables."""
         parts = [part for name, part in self.ranker.named_children() if not is_table(name)]
         return [p for part in (*parts, self.loss) for p in part.parameters() if p.requires_grad]
+
+    def _with_embeddings(self, batch: Batch, loss: EmbeddingLoss) -> tuple[Tensor, StepOutput]:
+        """A step whose loss sees the embeddings, and runs the dense part again."""
+        batch = self.ranker.row_losses.training_batch(batch)
+        total_T1, embedding_BE = global_weight_sums(batch), self.ranker.embedded(batch)
+        shared: Sequence[nn.Parameter] = loss.shared
+        names = {id(parameter): f"ranker.{name}" for name, parameter in self.ranker.named_parameters()}
+
+        def run(values: Sequence[Tensor]) -> Tensor:
+            replaced = {names[id(p)]: value for p, value in zip(shared, values, strict=True)}
+            torch.manual_seed(torch.initial_seed())  # the draws of the forward, before which the learner seeds
+            with torch.autocast(loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
+                arguments = (embedding_BE.detach(), batch)
+                out_KBT = functional_call(_DensePart(self.ranker), replaced, arguments, tie_weights=False)
+            return self.ranker.row_losses(out_KBT, batch.label_BT, batch.observed_BT)[0]
+
+        def reduce(loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
+            total = loss(loss_BT, observed_weight_BT, total_T)
+            return total + loss.from_embeddings(run, embedding_BE, loss_BT, batch, total_T1)
+
+        attention = sdpa_kernel(SDPBackend.MATH) if loss.second_derivatives else nullcontext()
+        with torch.autocast(loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16), attention:
+            out_KBT = self.ranker.dense_outputs(embedding_BE, batch)
+        total, loss_BT = _loss(reduce, self.ranker, out_KBT, batch, total_T1)
+        return total, _output(loss_BT.detach(), batch)
 
     def _by_micro_batches(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         batch = self.ranker.row_losses.training_batch(batch)
@@ -67,6 +98,17 @@ class TrainStep(nn.Module):
         embedding_BE = self.ranker.embedded(batch)
         total, loss_BT = loss_by_micro_batches(run, embedding_BE, self.dense_parameters(), self.accumulate)
         return total + self.loss.regulariser(total_T1[:-1]), _output(loss_BT, batch)
+
+
+class _DensePart(nn.Module):
+    """The ranker from its embeddings on, as a module that functional_call can call."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        self.ranker = ranker
+
+    def forward(self, embedding_BE: Tensor, batch: Batch) -> Tensor:
+        return self.ranker.dense_outputs(embedding_BE, batch)
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:

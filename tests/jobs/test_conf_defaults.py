@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from jobs.submit import Submission
 from pipeline.evaluation.follow import EvaluateConfig
+from pipeline.evaluation.relabel import RelabelConfig
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.release.nightly import NightlyConfig
 from pipeline.synthetic.event_log import LogConfig
@@ -28,6 +29,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "nightly": NightlyConfig,
     "plan": PlanConfig,
     "preprocess": PreprocessConfig,
+    "relabel": RelabelConfig,
     "submit": Submission,
     "train": TrainConfig,
 }

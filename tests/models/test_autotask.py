@@ -96,10 +96,11 @@ def test_in_evaluation_it_equals_its_reference_in_the_schemas_order(size):
     )
 
 
-@settings(max_examples=examples(40), deadline=None)
-@given(sizes, st.sampled_from([0.2, 0.5, 0.9]))
-def test_with_rows_of_one_task_each_it_equals_its_reference(size, share):
-    module = autotask(size, examples="rows")
+@pytest.mark.parametrize("kind", ["mixed", "rows"])
+@settings(max_examples=examples(30), deadline=None)
+@given(sizes, st.sampled_from([0.2, 0.5, 0.9, 1.0]))
+def test_examples_of_what_is_observed_equal_their_reference(kind, size, share):
+    module = autotask(size, examples=kind)
     rng = torch.Generator().manual_seed(size.seed)
     observed_BT = torch.rand(size.B, size.T, generator=rng) < share  # some rows of no task, some of several
     order_N = torch.rand(size.B * size.T, generator=rng)
@@ -121,7 +122,7 @@ def test_with_rows_of_one_task_each_it_equals_its_reference(size, share):
 def test_a_block_of_one_is_single_task_inference(size):
     x_BFD = rows(size, size.F, size.D)
     alone = autotask(size, block=1)
-    for module in (alone.train(), alone.eval(), autotask(size, examples="rows").eval()):
+    for module in (alone.train(), alone.eval(), autotask(size, examples="mixed").eval()):
         for task in range(size.T):
             close(module(x_BFD)[:, [task]], module.forward_tasks(x_BFD, [task]))
             close(module(x_BFD)[:, [task]], autotask(size).forward_tasks(x_BFD, [task]))
@@ -160,6 +161,69 @@ def test_an_earlier_task_does_not_hear_of_a_later_one_and_a_later_hears_of_an_ea
     differ(before[:, 1], after[:, 1])
     differ(before[:, 2], after[:, 2])
     close(before[:, 2, :-6], after[:, 2, :-6])  # facet 1 knows its own task only
+
+
+def mixtures(module: AutoTask, observed_BT: Tensor) -> list[set[reference.Example]]:
+    """Of each observed row and task, which others a change of their row's features reaches in facet 2: found by trying."""
+    x_BFD, reached = fields(len(observed_BT)), []
+    draw_N = torch.rand(int(observed_BT.sum()))
+    module._order = lambda *_: draw_N[None]
+    before = module(x_BFD, observed_BT)[..., -6:]
+    for row in range(len(x_BFD)):
+        changed = x_BFD.clone()
+        changed[row] += 1
+        moved_BT = ((module(changed, observed_BT)[..., -6:] - before).abs() > 1e-12).any(2)
+        reached.append({(b, t) for b, t in moved_BT.nonzero().tolist()})
+    return reached
+
+
+def test_mixed_examples_are_cut_into_blocks_across_rows_and_all_of_them_once():
+    module = plain(examples="mixed", block=4, causal=False)
+    observed_BT = torch.rand(8, 3, generator=torch.Generator().manual_seed(2)) < 0.7
+    reached = mixtures(module, observed_BT)
+    every = {(b, t) for b, t in observed_BT.nonzero().tolist()}
+    for row, of_row in enumerate(reached):
+        own = {(b, t) for b, t in every if b == row}
+        assert own <= of_row <= every
+        assert len(of_row) <= 4 * len(own)  # blocks of 4
+        assert {b for b, _ in of_row} > {row}
+    sizes_of = [sum(example in of_row for of_row in reached) for example in sorted(every)]
+    assert max(sizes_of) <= 4  # no more rows than the block has examples
+    alone = mixtures(plain(examples="mixed", block=1), observed_BT)
+    assert alone == [{(b, t) for b, t in every if b == row} for row in range(8)]
+
+
+def test_in_evaluation_mixed_examples_do_not_know_other_rows_nor_what_is_observed():
+    module, x_BFD = plain(examples="mixed", block=4).eval(), fields(6)
+    h_BTD = module(x_BFD, torch.rand(6, 3) < 0.5)
+    assert torch.equal(module(x_BFD, torch.zeros(6, 3, dtype=torch.bool)), h_BTD)
+    close(torch.cat([module(x_1FD) for x_1FD in x_BFD.split(1)]), h_BTD)
+    close(module.gates(x_BFD)[0], torch.eye(3).double().expand(6, 3, 3))
+
+
+def test_every_order_of_mixed_examples_is_as_likely():
+    module = plain(T=2, examples="mixed", block=2)
+    observed_BT = torch.tensor([[True, False], [False, True], [True, False]])
+    first = []
+    for _ in range(150):
+        h_BTD = module(fields(3), observed_BT)[..., -6:]
+        alone = module.eval()(fields(3))[..., -6:]
+        module.train()
+        first.append(((h_BTD - alone)[observed_BT].abs() < 1e-12).all(1))  # those without another before them
+    assert torch.stack(first).sum(1).tolist() == [2] * 150  # of a block of 2 and one of 1
+    assert all(70 < count < 130 for count in torch.stack(first).sum(0).tolist())
+
+
+def test_blocks_start_as_gpt2():
+    module = AutoTask(29, 3, 40, 128)
+    for name, value in module.named_parameters():
+        if name.startswith("over_") and "norm" not in name:
+            if name.endswith("bias"):
+                assert not value.any()
+            else:
+                assert value.std().item() == pytest.approx(0.02, rel=0.12), name  # 5 standard errors of 1,024 numbers
+                assert abs(value.mean().item()) < 0.1 / value.numel() ** 0.5, name
+    assert module.position_FW.std().item() == pytest.approx(0.02, rel=0.15)
 
 
 def test_an_earlier_row_of_a_block_does_not_hear_of_a_later_one_and_blocks_not_of_each_other():
@@ -248,6 +312,7 @@ def test_arguments_that_cannot_be_are_refused():
         ({"unseen": ["c"]}, r"model.fusion.unseen: c is not one of a, b"),
         ({"task_id": "name"}, r"model.fusion.task_id"),
         ({"block": 0}, r"model.fusion.block"),
+        ({"examples": "all"}, r"model.fusion.examples"),
     ):
         with pytest.raises(UserError, match=words):
             build(**wrong)

@@ -18,18 +18,19 @@ from models.fusion import FUSIONS, build_fusion
 from models.fusion.apem import APEM
 from models.fusion.dtrn import DTRN
 from models.fusion.fusion import Fusion
-from models.fusion.multitab import MultiTab
+from models.fusion.multitab import Block, MultiTab
 from models.fusion.single_task import SingleTask
 
 # Shapes: B rows, T tasks, F features, G groups, W = D width of a token.
 MODELS = Path(__file__).parents[2] / "jobs/conf/model"
 MASKS = ["none", "FxT", "TxT", "FxT_TxT"]
+ROWS = ["none", "alone", "batch"]
 FUSED = ["apem", "dtrn", "multitab"]
 inside = st.integers(1, 3)
 sizes = drawn_sizes(
     F=st.integers(1, 4), heads=st.integers(1, 2), share=st.integers(1, 3), layers=st.integers(1, 2), groups=inside,
     points=inside, hidden=inside, squeeze=inside, condition=inside, widths=widths, mask=st.sampled_from(MASKS),
-    behaviours=st.sets(st.integers(0, 3)),
+    behaviours=st.sets(st.integers(0, 3)), rows=st.sampled_from(ROWS),
 )  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def dtrn(size: Sizes) -> DTRN:
 
 def multitab(size: Sizes) -> MultiTab:
     size.D = size.heads * size.share
-    return randomised(MultiTab(size.D, size.T, size.F, size.layers, size.heads, size.hidden, size.mask), size.seed)
+    inner = (size.layers, size.heads, size.hidden, size.mask, size.rows)
+    return randomised(MultiTab(size.D, size.T, size.F, *inner), size.seed)
 
 
 def fields(size: Sizes) -> Tensor:
@@ -61,6 +63,7 @@ def fields(size: Sizes) -> Tensor:
 def small(**changes: object) -> Sizes:
     common = {"B": 3, "D": 4, "T": 3, "F": 4, "seed": 5, "heads": 2, "share": 2, "layers": 2, "groups": 2, "points": 2}
     common |= {"hidden": 3, "squeeze": 2, "condition": 2, "widths": [5, 3], "mask": "TxT", "behaviours": {1, 3}}
+    common |= {"rows": "none"}
     return Sizes(**(common | changes))
 
 
@@ -78,16 +81,80 @@ def test_dtrn_equals_its_reference(size):
     check(dtrn(size), references.DTRN(size.D, size.T, size.F, size.widths, *inner), fields(size))
 
 
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes)
-def test_multitab_equals_its_reference_under_every_mask(size):
-    module, inner = multitab(size), (size.layers, size.heads, size.hidden, size.mask)
+def test_multitab_equals_its_reference_under_every_mask_and_kind_of_rows(size):
+    module, inner = multitab(size), (size.layers, size.heads, size.hidden, size.mask, size.rows)
     check(module, references.MultiTab(size.D, size.T, size.F, *inner), fields(size))
+
+
+@pytest.mark.parametrize("rows", ["alone", "batch"])
+def test_multitab_drops_what_its_reference_drops(rows):
+    size = small(layers=1, hidden=16)
+    module = randomised(MultiTab(4, 3, 4, 1, 2, 16, "TxT", rows, dropout=0.4, attention_dropout=0.3), size.seed)
+    twin = references.MultiTab(4, 3, 4, 1, 2, 16, "TxT", rows, 0.4, 0.3).double()
+    twin.load_state_dict(dict(module.named_parameters()), strict=False)
+    torch.manual_seed(3)
+    found_BTW = module(fields(size))
+    torch.manual_seed(3)
+    close(found_BTW, torch.stack(twin(fields(size)), 1))
+    assert not torch.allclose(module(fields(size)), found_BTW)
+    assert torch.equal(module.eval()(fields(size)), module(fields(size)))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_block_of_multitab_is_torchs_attention_and_a_gelu_network(allowed):
+    block = randomised(Block(6, 2, 5, None), 4)
+    x_NPD = torch.randn(3, 7, 6, dtype=torch.float64)
+    allowed_PP = torch.rand(7, 7) < 0.6
+    allowed_PP |= torch.eye(7, dtype=torch.bool)
+    attention = torch.nn.MultiheadAttention(6, 2, batch_first=True).double()
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([block.query.weight, block.value.weight]))
+        attention.in_proj_bias.copy_(torch.cat([block.query.bias, block.value.bias]))
+    load(attention.out_proj, block.out.state_dict())
+    y_NPD = block.norm(x_NPD)
+    z_NPD = x_NPD + attention(y_NPD, y_NPD, y_NPD, attn_mask=~allowed_PP if allowed else None)[0]
+    network = torch.nn.Sequential(block.forward_norm, block.up, torch.nn.GELU(), block.down)
+    close(block(x_NPD, allowed_PP if allowed else None), z_NPD + network(z_NPD))
+
+
+@pytest.mark.parametrize("mode", ROWS)
+def test_multitab_starts_as_its_authors_code(mode):
+    """N(0, 0.01^2), but for Glorot's uniform of queries, keys and values; biases 0, norms 1."""
+    for name, value in MultiTab(32, 32, 3, layers=1, hidden=64, rows=mode).named_parameters():
+        width, (layer, kind) = value.shape[-1], name.split(".")[-2:] if "." in name else ("", name)
+        if kind == "bias" or "norm" in layer:
+            assert torch.equal(value, torch.full_like(value, float(kind != "bias"))), name
+        elif layer in ("query", "value") and (mode == "batch" or "row" not in name):
+            bound = (6 / (4 * width)) ** 0.5
+            assert 0.98 * bound < value.abs().max() <= bound, name
+            assert value.std().item() == pytest.approx(bound / 3**0.5, rel=0.08), name
+        else:
+            assert value.std().item() == pytest.approx(0.01, rel=0.08), name
+
+
+def test_without_a_std_multitab_starts_as_linear_layers():
+    module = MultiTab(64, 32, 3, layers=1, hidden=64, std=None)
+    assert module.task_TW.std().item() == pytest.approx(1, rel=0.1)
+    for value in (module.blocks[0].value.weight, module.blocks[0].up.weight, module.blocks[0].up.bias):
+        assert 0.9 / 8 < value.abs().max() <= 1 / 8
+
+
+@pytest.mark.parametrize("mode", ROWS)
+def test_rows_of_multitab_meet_only_with_rows_batch(mode):
+    module, x_BFW = multitab(size := small(rows=mode)), fields(small())
+    alone = torch.cat([module(x_1FW) for x_1FW in x_BFW.split(1)])
+    assert torch.allclose(alone, module(x_BFW), rtol=0, atol=1e-10) == (mode != "batch")
+    order = [2, 0, 1]
+    close(module(x_BFW[order]), module(x_BFW)[order])
+    assert module(x_BFW).shape == (size.B, size.T, size.D)
 
 
 @settings(max_examples=examples(30), deadline=None)
 @given(sizes, st.data())
 def test_multitab_does_not_know_the_order_of_the_features(size, data):
+    size.rows = "none"  # a block over rows reads the features at their places
     order = list(data.draw(st.permutations(range(size.F))))
     module, x_BFW = multitab(size), fields(size)
     close(module(x_BFW[:, order]), module(x_BFW))
@@ -243,6 +310,7 @@ def test_groups_of_apem_with_the_same_parameters_find_the_same_as_one(size):
 @settings(max_examples=examples(20), deadline=None)
 @given(sizes, st.data())
 def test_tasks_in_another_order_give_outputs_in_that_order(build, size, data):
+    size.rows = "none"
     tasks = list(data.draw(st.permutations(range(size.T))))
     module = build(size)
     own = ("task_TW", "indicator_TW", "networks.", "excitation.", "interests.task_TC")
@@ -280,6 +348,7 @@ def test_a_shipped_config_builds_learns_everywhere_and_can_be_traced(name):
         ({"name": "dtrn", "widths": [3], "behaviours": ["b", "b"]}, ["model.fusion.behaviours", "twice"]),
         ({"name": "multitab", "heads": 3}, ["model.fusion.heads", "field_dim 4", "multiple of 3"]),
         ({"name": "multitab", "heads": 0}, ["model.fusion.heads", "greater than or equal to 1"]),
+        ({"name": "multitab", "rows": "all"}, ["model.fusion.rows", "'batch'"]),
         ({"name": "multitab", "mask": "TxF"}, ["model.fusion.mask", "'FxT_TxT'"]),
         ({"name": "apem", "widths": [3], "groups": 0}, ["model.fusion.groups", "greater than or equal to 1"]),
         ({"name": "apem"}, ["model.fusion.widths"]),

@@ -121,6 +121,17 @@ def test_a_token_does_not_depend_on_columns_of_other_features(size, data):
     assert same == [column not in own for own in columns]
 
 
+def test_a_token_starts_within_the_bound_of_its_own_width():
+    widths = {"a": 1, "b": 4, "c": 64}
+    places = iter(range(sum(widths.values())))
+    module = Tokens({name: [next(places) for _ in range(n)] for name, n in widths.items()}, sum(widths.values()), 500)
+    for f, n in enumerate(widths.values()):
+        for value in (module.linear.weight_SDH[f, :n], module.linear.bias_SH[f]):
+            assert value.abs().max() <= n**-0.5
+            assert value.abs().max() > 0.97 * n**-0.5
+            assert value.std().item() == pytest.approx((3 * n) ** -0.5, rel=0.1)
+
+
 def schema(**piecewise_bins: int) -> Schema:
     """Two tables of other widths, one of them shared with a bag, and three numbers, one with a missing flag."""
     dense = {"age": {"missing_flag": True}, "price": {}, "size": {}}

@@ -71,39 +71,64 @@ class AutoTask(Reference):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(dim)
-        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.forward_norm = nn.LayerNorm(dim)
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    """z = x + drop(out(attention(norm x))); z + down(drop(gelu(up(norm z)))), every place renewed, weights dropped as well.
 
-    def forward(self, x_BSW: Tensor, sees_SS: Tensor) -> tuple[Tensor, Tensor]:
-        y_BSW = self.norm(x_BSW)
-        parts = (self.query(y_BSW), *self.key_value(y_BSW).chunk(2, 2))
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        heads_BHSV, weight_BHSS = attention(q, k, v, sees_SS)
-        x_BSW = x_BSW + self.out(heads_BHSV.transpose(1, 2).flatten(2))
-        return x_BSW + self.down(torch.relu(self.up(self.forward_norm(x_BSW)))), weight_BHSS
-
-
-class MultiTab(Reference):
-    """Task tokens before feature tokens, every block renews all of them; a task takes its own token, normalised.
-
-    Args:
-        mask: "FxT": features do not see tasks; "TxT": a task does not see other tasks; "FxT_TxT": both; or "none".
+    alone: a place sees itself only, whatever it is given, and the queries and keys are numbers that do not matter.
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, num_fields: int, layers: int, heads: int, hidden: int, mask: str = "TxT"
+        self, dim: int, heads: int, hidden: int, dropout: float, attention_dropout: float, alone: bool = False
     ) -> None:
         super().__init__()
-        self.num_tasks, self.out_dim = num_tasks, in_dim
+        self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
+        self.norm = nn.LayerNorm(dim)
+        self.query = None if alone else nn.Linear(dim, dim)
+        self.value, self.out = nn.Linear(dim, dim if alone else 2 * dim), nn.Linear(dim, dim)
+        self.forward_norm = nn.LayerNorm(dim)
+        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def drop(self, x: Tensor, share: float) -> Tensor:
+        return functional.dropout(x, share, self.training)
+
+    def forward(self, x_BSW: Tensor, sees_SS: Tensor) -> tuple[Tensor, Tensor]:
+        y_BSW = self.norm(x_BSW)
+        if self.query is None:
+            parts = (torch.cos(y_BSW), torch.sin(y_BSW), self.value(y_BSW))
+            sees_SS = torch.eye(y_BSW.shape[1], dtype=torch.bool)
+        else:
+            parts = (self.query(y_BSW), *self.value(y_BSW).chunk(2, 2))
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        weight_BHSS = attention(q, k, v, sees_SS)[1]
+        heads_BHSV = self.drop(weight_BHSS, self.attention_dropout) @ v
+        x_BSW = x_BSW + self.drop(self.out(heads_BHSV.transpose(1, 2).flatten(2)), self.dropout)
+        u_BSH = self.up(self.forward_norm(x_BSW))
+        gelu_BSH = u_BSH * (1 + torch.erf(u_BSH / math.sqrt(2))) / 2
+        return x_BSW + self.down(self.drop(gelu_BSH, self.dropout)), weight_BHSS
+
+
+class MultiTab(Reference):
+    """Task tokens before feature tokens, every block renews all of them; a task takes its own token.
+
+    Args:
+        mask: "FxT": features do not see tasks; "TxT": a task does not see other tasks; "FxT_TxT": both; or "none".
+        rows: "batch": after each block, one over rows, a row's tokens side by side as one; "alone": a row sees itself alone.
+    """
+
+    def __init__(
+        self, in_dim: int, num_tasks: int, num_fields: int, layers: int, heads: int, hidden: int, mask: str = "TxT",
+        rows: str = "none", dropout: float = 0.0, attention_dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.num_tasks, self.out_dim, self.rows, self.dropout = num_tasks, in_dim, rows, dropout
         self.task_TW = nn.Parameter(torch.randn(num_tasks, in_dim))
-        self.blocks = nn.ModuleList(Block(in_dim, heads, hidden) for _ in range(layers))
-        self.norm = nn.LayerNorm(in_dim)
-        sees_SS = torch.ones(num_tasks + num_fields, num_tasks + num_fields, dtype=torch.bool)
+        self.blocks = nn.ModuleList(Block(in_dim, heads, hidden, dropout, attention_dropout) for _ in range(layers))
+        places = num_tasks + num_fields
+        across = attention_dropout if rows == "batch" else 0.0
+        count = 0 if rows == "none" else layers
+        self.row_blocks = nn.ModuleList(
+            Block(places * in_dim, heads, hidden, dropout, across, rows == "alone") for _ in range(count)
+        )
+        sees_SS = torch.ones(places, places, dtype=torch.bool)
         if mask in ("FxT", "FxT_TxT"):
             sees_SS[num_tasks:, :num_tasks] = False
         if mask in ("TxT", "FxT_TxT"):
@@ -112,9 +137,13 @@ class MultiTab(Reference):
 
     def run(self, x_BFW: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         x_BSW = torch.cat([self.task_TW.expand(len(x_BFW), -1, -1), x_BFW], 1)
-        for block in self.blocks:
+        x_BSW = functional.dropout(x_BSW, self.dropout, self.training)
+        sees_BB = torch.ones(len(x_BFW), len(x_BFW), dtype=torch.bool, device=x_BFW.device)
+        for index, block in enumerate(self.blocks):
             x_BSW, weight_BHSS = block(x_BSW, self.sees_SS)
-        return list(self.norm(x_BSW)[:, : self.num_tasks].unbind(1)), [[weight_BHSS]]
+            if self.rows != "none":
+                x_BSW = self.row_blocks[index](x_BSW.flatten(1).unsqueeze(0), sees_BB)[0][0].view_as(x_BSW)
+        return list(x_BSW[:, : self.num_tasks].unbind(1)), [[weight_BHSS]]
 
     def gates(self, x_BFW: Tensor) -> list[Tensor]:
         """How much the last block attends from each task to each feature, the mean of the heads: weight_BTF."""

@@ -1,4 +1,4 @@
-"""AutoTask through the trainer: logs of one task a row, a task held out, the pipelined loop."""
+"""AutoTask through the trainer: mixed examples, logs of one task a row, a task held out, the pipelined loop."""
 
 import json
 from collections.abc import Callable
@@ -92,9 +92,9 @@ def aucs(run: Run, id_of: dict[str, str] | None = None) -> dict[str, float]:
     return {task: figures["auc"] for task, figures in metrics.compute().items()}
 
 
-@pytest.mark.parametrize("examples", ["tasks", "rows"])
+@pytest.mark.parametrize("examples", ["tasks", "mixed", "rows"])
 def test_a_task_held_out_of_training_is_scored_better_than_chance(dataset, tmp_path, record_property, examples):
-    data = dataset("data", EVERY_TASK if examples == "tasks" else ONE_TASK)
+    data = dataset("data", ONE_TASK if examples == "rows" else EVERY_TASK)
     run = train(data, tmp_path / "run", fusion={"examples": examples, "unseen": ["share"]})
     found, given = aucs(run), aucs(run, {"share": "like"})
     print(f"{examples}: like {found['like']:.3f}, late {found['late']:.3f}; share, never seen, without an id "
@@ -106,18 +106,19 @@ def test_a_task_held_out_of_training_is_scored_better_than_chance(dataset, tmp_p
     assert given["share"] > 0.8
 
 
-def test_labels_of_a_task_held_out_change_no_weight(dataset, tmp_path):
-    runs = []
+@pytest.mark.parametrize("examples", ["tasks", "mixed"])
+def test_labels_of_a_task_held_out_change_no_weight(dataset, tmp_path, examples):
+    runs, fusion = [], {"examples": examples}
     for seed in range(2):
         data = dataset(f"data-{seed}", EVERY_TASK, share_seed=seed)
-        runs.append(last(train(data, tmp_path / f"run-{seed}", steps=4, fusion={"unseen": ["share"]}).path))
+        runs.append(last(train(data, tmp_path / f"run-{seed}", steps=4, fusion=fusion | {"unseen": ["share"]}).path))
     assert_identical(*runs)
     data = dataset("data", EVERY_TASK, share_seed=1)
-    other = last(train(data, tmp_path / "run", steps=4).path)
+    other = last(train(data, tmp_path / "run", steps=4, fusion=fusion).path)
     assert any(not torch.equal(other[name], runs[0][name]) for name in other)
 
 
-@pytest.mark.parametrize("examples", ["tasks", "rows"])
+@pytest.mark.parametrize("examples", ["tasks", "mixed"])
 def test_the_pipelined_loop_trains_the_same_model(dataset, tmp_path, examples):
     data = dataset("data", ONE_TASK)
     fusion = {"examples": examples, "unseen": ["late"], "block": 5}

@@ -10,16 +10,27 @@ import torch.distributed as dist
 from tiny_training import on_each_rank
 from two_ranks import stopped, trainer
 
-PLACEMENT = {"uncertainty": "row_wise", "gradnorm": "table_wise", "pcgrad": "row_wise"}
-WITH_STATE = ("uncertainty", "gradnorm")
+# The placement of tables, and options: windows that end before and after the run stops.
+RUNS = {
+    "uncertainty": ("row_wise", {}),
+    "gradnorm": ("table_wise", {}),
+    "pcgrad": ("row_wise", {}),
+    "dwa": ("table_wise", {"window": 4, "temperature": 0.1}),
+    "famo": ("row_wise", {"lr": 0.1}),
+    "stch": ("table_wise", {"warmup": 12, "mu": 0.3}),
+    "nash_mtl": ("table_wise", {}),
+    "rep_mtl": ("row_wise", {}),
+    "flat_minima": ("table_wise", {}),
+}
+WITH_STATE = ("uncertainty", "gradnorm", "dwa", "famo", "stch")
 STOP, STEPS = 9, 24  # an epoch has 13
 
 
 def main(folder: Path) -> None:
     rank = dist.get_rank()
-    for name, placement in PLACEMENT.items():
+    for name, (placement, options) in RUNS.items():
         settings = {
-            "weighting": {"name": name},
+            "weighting": {"name": name} | options,
             "sharding": {"default": [placement]},
             "max_steps": STEPS,
             "checkpoint_every": STOP,

@@ -1,16 +1,11 @@
-"""Settings of optimisers and task weighting, a part of those of jobs.train."""
+"""Settings of optimisers, a part of those of jobs.train; those of task weightings are in weighting/."""
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
+from pipeline.training.optim.strict import Strict
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
-
-
-class Strict(BaseModel):
-    """Settings that refuse unknown keys."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def _registered(name: str) -> str:
@@ -48,48 +43,3 @@ class DenseOptimizer(Schedule):
     name: Literal["adam", "adamw", "adagrad"] = "adam"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-
-
-TaskWeights = dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-
-
-class Fixed(Strict):
-    """The schema's loss weight for each task; `weights` stand in for some of them or all."""
-
-    name: Literal["fixed"] = "fixed"
-    weights: TaskWeights = {}
-
-
-class Equal(Strict):
-    """1 for each task, whatever the schema says."""
-
-    name: Literal["equal"] = "equal"
-
-
-class Uncertainty(Strict):
-    """Learnt with the dense parameters (models.losses.UncertaintyLoss); the schema's loss weights do not count."""
-
-    name: Literal["uncertainty"] = "uncertainty"
-
-
-class GradNorm(Strict):
-    """Learnt from the tasks' gradients (pipeline.training.optim.weighting); the schema's loss weights do not count.
-
-    Attributes:
-        alpha: how much a task that learns more slowly than the others gains; 0 only evens the gradients' norms out.
-        lr: share by which a weight changes in a step, about.
-    """
-
-    name: Literal["gradnorm"] = "gradnorm"
-    alpha: float = Field(1.5, ge=0, allow_inf_nan=False)
-    lr: float = Field(0.025, gt=0, allow_inf_nan=False)
-
-
-class PCGrad(Strict):
-    """As fixed, less the parts of the tasks' gradients that conflict (pipeline.training.optim.weighting)."""
-
-    name: Literal["pcgrad"] = "pcgrad"
-    weights: TaskWeights = {}
-
-
-Weighting = Annotated[Fixed | Equal | Uncertainty | GradNorm | PCGrad, Field(discriminator="name")]

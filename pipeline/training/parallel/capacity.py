@@ -15,7 +15,7 @@ from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
-from pipeline.training.optim.settings import Strict
+from pipeline.training.optim.strict import Strict
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.memory import Estimate, readable
 from pipeline.training.parallel.plan import RESERVE, Cluster

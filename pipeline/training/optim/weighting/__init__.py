@@ -1,0 +1,64 @@
+"""Task weightings: a registry with one entry a method, and the loss that a configuration asks for."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Union
+
+from pydantic import Field
+
+from features.errors import UserError
+from features.schema.task import Task
+from models.losses import TaskLoss
+from pipeline.training.optim.weighting.aligned import Aligned
+from pipeline.training.optim.weighting.base import WeightingSettings
+from pipeline.training.optim.weighting.cagrad import CAGrad
+from pipeline.training.optim.weighting.dwa import DWA
+from pipeline.training.optim.weighting.fairgrad import FairGrad, NashMTL
+from pipeline.training.optim.weighting.famo import FAMO
+from pipeline.training.optim.weighting.fixed import Equal, Fixed, Uncertainty
+from pipeline.training.optim.weighting.flat_minima import FlatMinima
+from pipeline.training.optim.weighting.gradnorm import GradNorm
+from pipeline.training.optim.weighting.mgda import MGDA
+from pipeline.training.optim.weighting.pcgrad import PCGrad
+from pipeline.training.optim.weighting.rep_mtl import RepMTL
+from pipeline.training.optim.weighting.stch import STCH
+
+WEIGHTINGS: dict[str, type[WeightingSettings]] = {
+    "fixed": Fixed,
+    "equal": Equal,
+    "uncertainty": Uncertainty,
+    "gradnorm": GradNorm,
+    "pcgrad": PCGrad,
+    "dwa": DWA,
+    "famo": FAMO,
+    "stch": STCH,
+    "mgda": MGDA,
+    "cagrad": CAGrad,
+    "nash_mtl": NashMTL,
+    "fairgrad": FairGrad,
+    "aligned": Aligned,
+    "rep_mtl": RepMTL,
+    "flat_minima": FlatMinima,
+}
+
+if TYPE_CHECKING:
+    Weighting = WeightingSettings
+else:
+    Weighting = Annotated[Union[tuple(WEIGHTINGS.values())], Field(discriminator="name")]  # noqa: UP007
+
+
+def task_loss(weighting: WeightingSettings, tasks: Mapping[str, Task], seed: int) -> TaskLoss:
+    """The loss of these tasks under a weighting.
+
+    Args:
+        seed: of random draws.
+
+    Raises:
+        UserError: a weight for a task that does not exist, or a loss that the weighting cannot work with.
+    """
+    below = [name for name, task in tasks.items() if task.loss_name == "ziln"]
+    if below and weighting.logarithms:
+        raise UserError(
+            f"train.weighting.name={weighting.name} takes logarithms of losses, and loss ziln of {below[0]} falls below 0: "
+            "choose another weighting, such as dwa or uncertainty"
+        )
+    return weighting.build([task.kind for task in tasks.values()], weighting.task_weights(tasks), seed)
