@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
-.PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-ingest
+.PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -53,6 +53,9 @@ bench-faults: .venv/ready
 
 bench-towers: .venv/ready
 	$(BIN)/python tests/benchmarks/towers.py
+
+bench-emm: .venv/ready
+	$(BIN)/python tests/benchmarks/emm_tables.py
 
 bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py

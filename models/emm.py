@@ -14,16 +14,16 @@ from features.batch import Batch
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
-from models.fusion.emm import EMM, TrainedModel
+from features.schema.task import given_chain
+from models.chains import ChainLayer, chain_of
+from models.fusion.decomposition import TrainedModel
+from models.fusion.emm import EMM
 from models.inputs import Inputs
 from models.interaction import build_interaction
 from models.managed import managed_tables
 from models.ranker import ModelConfig, Ranker, table_configs, table_weight
 from models.sequences import sequences_of
 from models.towers import OwnTowers, Towers, build_towers, widths_by_task
-
-# Fusions that are one multi-layer perceptron where there is one task, and the name of their StackedMLP.
-PERCEPTRONS = {"shared_bottom": "bottom", "single_task": "networks"}
 
 
 class Source(BaseModel):
@@ -46,9 +46,13 @@ class Source(BaseModel):
         return f"{self.run} ({self.task})"
 
     @property
-    def widths(self) -> list[int]:
-        """Of its layers with ReLU, from the first to the last below the logit."""
-        return [*self.model.fusion["widths"], *self.tower]
+    def chain(self) -> list[ChainLayer]:
+        """Its layers below the tower. Raises UserError where its fusion is no chain of layers."""
+        if (chain := chain_of(self.model.fusion)) is None:
+            raise UserError(
+                f"model.from: fusion {self.model.fusion['name']} of {self.name} is no plain chain of layers"
+            )
+        return chain
 
     @property
     def tower(self) -> list[int]:
@@ -57,11 +61,8 @@ class Source(BaseModel):
 
     @property
     def layer_names(self) -> list[str]:
-        """Of the same layers, in its state."""
-        below = [
-            f"fusion.{PERCEPTRONS[self.model.fusion['name']]}.layers.{k}"
-            for k in range(len(self.model.fusion["widths"]))
-        ]
+        """Of all its layers with ReLU, in its state."""
+        below = [f"fusion.{layer.name}" for layer in self.chain]
         return below + [f"towers.hidden.layers.{k}" for k in range(len(self.tower))]
 
 
@@ -71,10 +72,12 @@ class EMMSettings(BaseModel):
     Attributes:
         trained: False keeps the structure only: fresh weights, all of them trained (Table II).
         merge: False leaves the exchange between tasks out (Table II).
+        projection: of the merge's Q, K and V: "relu" (the paper's text) or "linear" (its code), see models.fusion.emm.Merge.
         tables: of the inputs of the trained models (embeddings, codes of numbers, interactions): "frozen" as they are,
             "tuned" along with the rest, or "new", one set for all.
         towers: "own": each task's continues above the last cut of its model, or of its first model where it has several;
-            "new": model.tower, from fresh weights. They are trained either way.
+            "new": model.tower, from fresh weights. They are trained either way. The authors' code has both new
+            (jobs/conf/recipe/emm_census.yaml).
         sources: the models of `model.from`, resolved when a run begins.
     """
 
@@ -82,6 +85,7 @@ class EMMSettings(BaseModel):
     name: Literal["emm"]
     trained: bool = True
     merge: bool = True
+    projection: Literal["relu", "linear"] = "relu"
     tables: Literal["frozen", "tuned", "new"] = "frozen"
     towers: Literal["own", "new"] = "own"
     sources: list[Source] = []
@@ -151,11 +155,17 @@ class FusedRanker(Ranker):
         self._build_tables(encoders, config, device)
         tasks = list(schema.tasks)
         models = [
-            TrainedModel(source.name, tasks.index(source.task), reader.out_dim, source.widths)
+            TrainedModel(
+                source.name,
+                tasks.index(source.task),
+                reader.out_dim,
+                [layer.width for layer in source.chain],
+                source.tower,
+            )
             for source, reader in zip(s.sources, theirs, strict=True)
         ]
         in_dim = sum(reader.out_dim for reader in self._readers())
-        self.fusion = EMM(in_dim, len(tasks), models, one_input=s.tables == "new", merge=s.merge)
+        self.fusion = EMM(in_dim, len(tasks), models, s.tables == "new", s.merge, s.projection)
         self._place_heads(schema, encoders, config)
         self.towers = self._towers(config)
         if s.trained:
@@ -183,6 +193,12 @@ class FusedRanker(Ranker):
         if self.settings.towers == "new":
             widths = widths_by_task(config.tower, list(self.schema.tasks))
             return build_towers(widths, self.fusion.out_dim, config.dropout, self.units.sizes)
+        given = [name for name in self.schema.tasks if given_chain(self.schema.tasks, name)]
+        if self.settings.trained and config.given.name == "dr" and given:
+            raise UserError(
+                f"model.given.name: dr needs a number of {given[0]}'s tower that its trained model does not have; set "
+                "model.fusion.towers=new, or model.given.name=ipw"
+            )
         widths = [self.fusion.remainders[m] for m in self._first_models()]
         return OwnTowers(self.fusion.out_dim, widths, config.dropout, self.units.sizes)
 

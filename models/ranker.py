@@ -29,6 +29,7 @@ from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from features.schema.task import given_chain
 from models.fusion import build_fusion, fusion_class
+from models.fusion.tasks import task_infos
 from models.inputs import Inputs, Tokens
 from models.interaction import Concat, build_interaction
 from models.label_units import LabelUnits
@@ -128,7 +129,8 @@ class Ranker(nn.Module):
         self.sequences = Sequences(schema, config.field_dim if kind.sequences else 0) if self.lengths else None
         in_dim = config.field_dim if kind.fields else self.interaction.out_dim
         fields, columns = list(self.numbers.columns), list(self.numbers.columns.values())
-        self.fusion = build_fusion(config.fusion, in_dim, list(schema.tasks), fields, self.lengths, columns)
+        infos, names = task_infos(schema.tasks), list(schema.tasks)
+        self.fusion = build_fusion(config.fusion, in_dim, names, fields, self.lengths, columns, infos)
         self._place_heads(schema, encoders, config)
         widths, sizes = widths_by_task(config.tower, list(schema.tasks)), self.units.sizes
         self.towers: Towers = build_towers(widths, self.fusion.out_dim, config.dropout, sizes, kind.shared_tower)

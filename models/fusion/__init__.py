@@ -20,6 +20,7 @@ from models.fusion.ple import CGC, PLE
 from models.fusion.shared_bottom import SharedBottom
 from models.fusion.single_task import SingleTask
 from models.fusion.stem import STEM
+from models.fusion.tasks import TaskInfo
 from models.registry import build, chosen
 
 FUSIONS: dict[str, type[Fusion]] = {
@@ -55,6 +56,7 @@ def build_fusion(
     fields: Sequence[str],
     sequences: Mapping[str, int] | None = None,
     columns: Sequence[Sequence[int]] = (),
+    infos: Sequence[TaskInfo] | None = None,
 ) -> Any:
     """The fusion named `config["name"]` with the other keys as its arguments.
 
@@ -62,6 +64,7 @@ def build_fusion(
         in_dim: D of x_BD, or of a token. tasks, fields: names, in order; a field is a feature.
         sequences: fields that are read item by item, with the most items each may have.
         columns: of x_BD, by field.
+        infos: of the same tasks; None: all are binary, of all rows.
     Raises:
         UserError: an unknown name, arguments that the class does not take, or tasks or features that do not exist.
     """
@@ -78,6 +81,10 @@ def build_fusion(
         sizes += ({fields.index(name): length for name, length in (sequences or {}).items()},)
     if kind.reads_columns:
         sizes += (columns,)
+    if kind.reads_tasks:
+        if "tasks" in config:
+            raise UserError("model.fusion.tasks: the schema says what its tasks are; leave it out")
+        config["tasks"] = infos or [TaskInfo(name) for name in tasks]
     return build("fusion", kind, config, *sizes)
 
 

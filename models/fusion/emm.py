@@ -4,107 +4,47 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from features.errors import UserError
+from models.fusion.decomposition import TrainedModel, decompose
 from models.fusion.fusion import Fusion
 from models.layers import StackedLinear, StackedMLP, mix
-
-Layer = tuple[int, int]  # width in, width out
-
-
-class TrainedModel(NamedTuple):
-    """A multi-layer perceptron that was trained for one task.
-
-    Attributes:
-        name: for messages. task: index of its task.
-        in_dim: width of what it reads. widths: of all its layers with ReLU, up to the one unit of its logit.
-    """
-
-    name: str
-    task: int
-    in_dim: int
-    widths: list[int]
-
-    @property
-    def layers(self) -> list[Layer]:
-        """Widths in and out of each layer, which cuts are compared by."""
-        return list(zip([self.in_dim, *self.widths], self.widths, strict=False))
-
-
-def common_layers(models_ML: Sequence[Sequence[Layer]]) -> list[tuple[int, ...]]:
-    """The longest sequence of layers that all models have in this order; for each layer its place in every model.
-
-    The paper's intersection (Algorithm 1) is a set; kept in order it is a longest common subsequence. Where a layer occurs
-    more than once in a model, the place is as high as possible: layers above the last cut go to a tower, which serves one
-    model only.
-    """
-
-    @cache
-    def longest(end_M: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        best: tuple[tuple[int, ...], ...] = ()
-        for layer in dict.fromkeys(reversed(models_ML[0][: end_M[0]])):
-            ends = zip(models_ML, end_M, strict=True)
-            place_M = tuple(max((i for i in range(end) if model[i] == layer), default=-1) for model, end in ends)
-            if min(place_M) >= 0 and len(below := longest(place_M)) >= len(best):
-                best = (*below, place_M)
-        return best
-
-    return list(longest(tuple(map(len, models_ML))))
-
-
-def decompose(models: Sequence[TrainedModel]) -> list[list[list[int]]]:
-    """Cuts every model after each common layer (EMM, section III-A, Algorithm 1).
-
-    Returns: for each model the widths of its component at every level, and last those of what is left above.
-    Raises:
-        UserError: there is no common layer.
-    """
-    place_LM = common_layers([model.layers for model in models])
-    if not place_LM:
-        structures = "; ".join(f"{m.name} {'-'.join(map(str, [m.in_dim, *m.widths]))}" for m in models)
-        raise UserError(
-            "model.from: no layer is common to all models, with the same width in and out, to cut them at. Their widths, from "
-            f"the input on: {structures}. Train models that share a layer, such as 128-64 in all."
-        )
-    parts = []
-    for model, place_L in zip(models, zip(*place_LM, strict=True), strict=True):
-        ends = [0, *(place + 1 for place in place_L), len(model.widths)]
-        parts.append([model.widths[first:last] for first, last in zip(ends, ends[1:], strict=False)])
-    return parts
 
 
 class Merge(nn.Module):
     """Multi-task merge: each task attends over itself and the one other task that its fusion gate picks (eq. 3-6).
 
-    f = softmax of W x over all tasks; of the others, the one of largest f is picked, row by row. With w in {h_t, f h_picked}:
-    z_t = sum of c(w) V(w), c = softmax(<Q(w), K(w)> / sqrt(D)). Q, K and V are one layer with ReLU each, of every task.
+    f = softmax of W x over all tasks; of the others, the one of largest f is picked, row by row. With w in {h_t, h_picked}:
+    z_t = sum of c(w) V(w), c = softmax(<Q(w), K(w)> / sqrt(D)). Q, K and V are one layer each, of every task.
 
-    Picking has no gradient, so the paper's gate would never learn. Here what is picked counts f times: the gate gets the true
-    gradient of what is computed, and through its own task's share it can reduce the exchange. A straight-through
-    gradient would be that of another function, the mixture of all tasks, and would need the T x T products that picking
-    saves. V starts as the identity, so that what the trained components above read is at first a mean of their usual inputs.
+    Picking has no gradient, so the gate of the authors' code never learns. Here h_picked counts f / f0 times, f0 the value
+    of f taken as a constant: 1 whatever the number of tasks, with the gradient of log f, by which the gate learns whether
+    more of what it picked would lower the loss. How much is exchanged is for c alone. V starts as the identity, so that
+    what the trained components above read is at first a mean of their usual inputs.
 
     Args:
         num_tasks: T. seen_dim: width of x, which the gates read. dim: D.
+        projection: Q, K and V: "relu" with a bias and an activation, as the paper's text has it (which activation it does
+            not say: ReLU is chosen here); "linear" with neither, as in the authors' code.
     Call Args: h_TBD, x_TBD.
     Returns: z_TBD.
     """
 
     itself_TT: Tensor
 
-    def __init__(self, num_tasks: int, seen_dim: int, dim: int) -> None:
+    def __init__(self, num_tasks: int, seen_dim: int, dim: int, projection: Literal["relu", "linear"] = "relu") -> None:
         super().__init__()
         self.gate = StackedLinear(num_tasks, seen_dim, num_tasks, bias=False)
-        self.project = StackedLinear(num_tasks, dim, 3 * dim)  # Q, K and V in one product
+        self.activation = nn.ReLU() if projection == "relu" else nn.Identity()
+        self.project = StackedLinear(num_tasks, dim, 3 * dim, bias=projection == "relu")  # Q, K and V in one product
         with torch.no_grad():
             self.project.weight_SDH[:, :, 2 * dim :] = torch.eye(dim)
-            assert self.project.bias_SH is not None
-            self.project.bias_SH[:, 2 * dim :] = 0
+            if self.project.bias_SH is not None:
+                self.project.bias_SH[:, 2 * dim :] = 0
         self.register_buffer("itself_TT", torch.eye(num_tasks, dtype=torch.bool), persistent=False)
 
     def forward(self, h_TBD: Tensor, x_TBD: Tensor) -> Tensor:
@@ -113,11 +53,14 @@ class Merge(nn.Module):
 
     def attend(self, h_TBD: Tensor, x_TBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shares c of the task and of the picked one, share_T2B; their values V, value_T2BD; the picked, index_TB1."""
-        gate_TBT = self.gate(x_TBD).softmax(-1)
-        index_TB1 = gate_TBT.masked_fill(self.itself_TT.unsqueeze(1), -1).argmax(-1, keepdim=True)
-        picked_TBD = gate_TBT.gather(-1, index_TB1) * h_TBD.gather(0, index_TB1.expand_as(h_TBD))
+        log_gate_TBT = self.gate(x_TBD).log_softmax(-1)
+        index_TB1 = log_gate_TBT.masked_fill(self.itself_TT.unsqueeze(1), -torch.inf).argmax(-1, keepdim=True)
+        log_gate_TB1 = log_gate_TBT.gather(-1, index_TB1)
+        # Of logarithms, because f itself underflows to 0 where the task's own gate is far above all others.
+        factor_TB1 = (log_gate_TB1 - log_gate_TB1.detach()).exp()
+        picked_TBD = factor_TB1 * h_TBD.gather(0, index_TB1.expand_as(h_TBD))
         pair_TXD = torch.cat([h_TBD, picked_TBD], 1)
-        project_T2BD3 = torch.relu(self.project(pair_TXD)).unflatten(1, (2, -1))
+        project_T2BD3 = self.activation(self.project(pair_TXD)).unflatten(1, (2, -1))
         query_T2BD, key_T2BD, value_T2BD = project_T2BD3.chunk(3, -1)
         share_T2B = ((query_T2BD * key_T2BD).sum(-1) / math.sqrt(h_TBD.shape[-1])).softmax(1)
         return share_T2B, value_T2BD, index_TB1
@@ -131,6 +74,7 @@ class KnowledgeFusion(nn.Module):
     Args:
         tasks: of each model. in_dims: D in of each component. widths: of their layers, the last the same for all.
         num_tasks: T. seen_dim: width of what the gates read. merge: whether tasks are merged.
+        projection: see Merge.
     Call Args:
         x_M: input of each component, (B, D). seen_TBD: what each task's gates read.
     Returns: z_TBD.
@@ -140,12 +84,12 @@ class KnowledgeFusion(nn.Module):
 
     def __init__(
         self, tasks: Sequence[int], in_dims: Sequence[int], widths: Sequence[Sequence[int]], num_tasks: int,
-        seen_dim: int, merge: bool,
+        seen_dim: int, merge: bool, projection: Literal["relu", "linear"],
     ) -> None:  # fmt: skip
         super().__init__()
         self.components = nn.ModuleList(StackedMLP(1, d, w) for d, w in zip(in_dims, widths, strict=True))
         self.gate = StackedLinear(num_tasks, seen_dim, len(tasks), bias=False)
-        self.merge = Merge(num_tasks, seen_dim, widths[0][-1]) if merge and num_tasks > 1 else None
+        self.merge = Merge(num_tasks, seen_dim, widths[0][-1], projection) if merge and num_tasks > 1 else None
         others_TM = torch.arange(num_tasks).unsqueeze(1) != torch.tensor(tasks)
         self.register_buffer("others_TM", others_TM, persistent=False)
 
@@ -175,26 +119,27 @@ class KnowledgeFusion(nn.Module):
 class EMM(Fusion):
     """Trained single-task models as one multi-task model (EMM, section III, Algorithms 1 and 2).
 
-    Models are cut into as many components each as there are layers common to all; the components of a level are fused, and
-    every component of a task reads at the next level what was fused for the task below. As Algorithm 2 calls a level with Z
-    in the place of x, so do its gates: they read all of x at the first level and the task's own Z above. They have no bias.
-    The paper counts one component more, above the last common layer: for that, there are towers.
+    Models are cut wherever a layer's width is common to all (models.fusion.decomposition); the components of a level are
+    fused, and every component of a task reads at the next level what was fused for the task below. As Algorithm 2 calls a
+    level with Z in the place of x, so do its gates: they read all of x at the first level and the task's own Z above.
+    They have no bias.
 
     Args:
         in_dim: D in. num_tasks: T.
         models: M of them, at least one of each task. x is the concatenation of their inputs, in this order.
         one_input: all models read the whole x instead.
-        merge: False leaves the exchange between tasks out (Table II).
+        merge: False leaves the exchange between tasks out (Table II). projection: of Q, K and V, see Merge.
     Attributes:
         widths: for each model those of its component at every level. remainders: those of its layers above the last cut.
     Shapes: x_BD -> h_BTD.
     Raises:
-        UserError: the models share no layer, or their inputs are not those of x.
+        UserError: the models share no layer width, or their inputs are not those of x.
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, models: Sequence[TrainedModel], one_input: bool = False, merge: bool = True
-    ) -> None:
+        self, in_dim: int, num_tasks: int, models: Sequence[TrainedModel], one_input: bool = False, merge: bool = True,
+        projection: Literal["relu", "linear"] = "relu",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.tasks, self.num_tasks = [model.task for model in models], num_tasks
         in_dims = [model.in_dim for model in models]
@@ -212,7 +157,7 @@ class EMM(Fusion):
         self.levels = nn.ModuleList()
         seen_dim = in_dim
         for widths_M in zip(*self.widths, strict=True):
-            self.levels.append(KnowledgeFusion(self.tasks, in_dims, widths_M, num_tasks, seen_dim, merge))
+            self.levels.append(KnowledgeFusion(self.tasks, in_dims, widths_M, num_tasks, seen_dim, merge, projection))
             seen_dim = widths_M[0][-1]
             in_dims = [seen_dim] * len(models)
 

@@ -19,6 +19,7 @@ class Fusion(nn.Module):
         reads_columns: it reads x_BD and knows which columns are a feature's, so the interaction must be concat.
         feature_layers: first parts of the names of parameters that weigh features though none of their widths is D.
         shared_tower: one tower scores every task.
+        reads_tasks: it has an argument `tasks`, which is no part of a config: a TaskInfo of each (models.fusion.tasks).
         reads_observed: it is called with observed_BT as well.
         task_arguments: arguments that a config gives as names of tasks, or as lists of these, and the class takes as indices.
         field_arguments: the same with names of features.
@@ -31,6 +32,7 @@ class Fusion(nn.Module):
     reads_columns: ClassVar[bool] = False
     feature_layers: ClassVar[tuple[str, ...]] = ()
     shared_tower: ClassVar[bool] = False
+    reads_tasks: ClassVar[bool] = False
     task_arguments: ClassVar[tuple[str, ...]] = ()
     field_arguments: ClassVar[tuple[str, ...]] = ()
     reads_observed: bool = False

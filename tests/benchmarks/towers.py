@@ -9,7 +9,7 @@ On a CPU with one thread, times are CPU time of the process, which others on the
 are those of all tensors kept for the backward pass, each memory counted once, without parameters and input.
 """
 
-# Shapes: B rows, T tasks, D width of the input, F fields, W width of a token.
+# Shapes: B rows, T tasks, D width of the input, F fields, W width of a token, K numbers a task.
 
 import argparse
 import contextlib
@@ -88,7 +88,8 @@ class Model(nn.Module):
         self.fusion, self.towers = fusion, towers
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.towers(self.fusion(x))
+        out: Tensor = self.towers(self.fusion(x))
+        return out[0] if out.dim() == 3 else out  # ours are out_KBT, the first of K numbers a task is its logit
 
     def pairs(self, other: "Model") -> Iterator[Pair]:
         """Of a model of references: see references/layers.py."""

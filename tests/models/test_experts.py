@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from models.fusion.cross_stitch import CrossStitch
 from models.fusion.mmoe import MMoE
 from models.fusion.ple import CGC, PLE
 from models.fusion.single_task import SingleTask
+from models.fusion.tasks import TaskInfo
 
 # Shapes: B rows, T tasks, L levels, E experts, D width.
 MODELS = Path(__file__).parents[2] / "jobs/conf/model"
@@ -51,8 +53,8 @@ def sees_experts(kind: type[nn.Module], size: Sizes) -> bool:
 
 
 def sample(size: Sizes, data: st.DataObject) -> AITM:
-    """AITM with a drawn chain."""
-    chain = data.draw(st.permutations(range(size.T)))
+    """AITM with a drawn chain of some of the tasks."""
+    chain = data.draw(st.permutations(range(size.T)))[: data.draw(st.integers(1, size.T))]
     return randomised(AITM(size.D, size.T, size.widths, chain), size.seed)
 
 
@@ -256,7 +258,7 @@ def test_aitm_of_one_task_is_a_plain_network(size):
     module = randomised(AITM(size.D, 1, size.widths, calibrator=0.6), size.seed)
     close(module(rows(size)), load(SingleTask(size.D, 1, size.widths), module.state_dict())(rows(size)))
     close(module.gates(rows(size))[0], torch.ones(size.B, 1, 1, dtype=torch.float64))
-    close(module.penalty(rows(size, 1)).double(), torch.zeros(size.B, dtype=torch.float64))
+    close(module.penalty(rows(size, 1)), torch.zeros(size.B, dtype=torch.float64))
 
 
 @settings(max_examples=examples(40), deadline=None)
@@ -264,12 +266,23 @@ def test_aitm_of_one_task_is_a_plain_network(size):
 def test_a_task_of_aitm_reads_the_networks_of_those_before_it_in_the_chain_and_no_other(size, data):
     module, x_BD = sample(size, data), rows(size)
     before = module(x_BD)
-    step = data.draw(st.integers(0, size.T - 1))
+    step = data.draw(st.integers(0, len(module.chain) - 1))
     with torch.no_grad():
         for name, value in module.networks.named_parameters():
             value[module.chain[step]] += 100 if "bias" in name else 1
     changed = (module(x_BD) != before).flatten(2).any(2).any(0)
-    assert not changed[module.chain[:step]].any()
+    assert not changed[[task for task in range(size.T) if task not in module.chain[step:]]].any()
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(sizes, st.data())
+def test_a_task_outside_of_the_chain_is_its_own_network(size, data):
+    module = sample(size, data)
+    outside = [task for task in range(size.T) if task not in module.chain]
+    assume(outside)
+    networks = {f"networks.{name}": value for name, value in module.networks.state_dict().items()}
+    alone = load(SingleTask(size.D, size.T, size.widths), networks)
+    close(module(rows(size))[:, outside], alone(rows(size))[:, outside])
 
 
 @settings(max_examples=examples(40), deadline=None)
@@ -279,19 +292,77 @@ def test_gates_of_aitm_sum_to_one_over_the_task_and_the_one_before_it(size, data
     (weight_BTT,) = module.gates(rows(size))
     close(weight_BTT.sum(2), torch.ones(size.B, size.T, dtype=torch.float64))
     assert (weight_BTT >= 0).all()
-    for step, task in enumerate(module.chain):
-        seen = {task, module.chain[max(step - 1, 0)]}
+    before = dict(pairwise(reversed(module.chain)))
+    for task in range(size.T):
+        seen = {task, before.get(task, task)}
         assert not weight_BTT[:, task, [t for t in range(size.T) if t not in seen]].any()
 
 
-@settings(max_examples=examples(40), deadline=None)
+def infos_of(given: dict[int, int], num_tasks: int) -> list[TaskInfo]:
+    return [TaskInfo(f"t{t}", given=f"t{given[t]}" if t in given else None) for t in range(num_tasks)]
+
+
+@settings(max_examples=examples(60), deadline=None)
 @given(sizes, st.data(), st.sampled_from([0.1, 0.6, 3.0]))
 def test_the_calibrator_of_aitm_equals_its_formula_along_the_chain(size, data, weight):
-    chain = data.draw(st.permutations(range(size.T)))
-    logit_BT = 3 * rows(size, size.T)
-    penalty_B = AITM(size.D, size.T, size.widths, chain, calibrator=weight).penalty(logit_BT)
-    expected = torch.tensor(experts.calibrator(logit_BT, chain, weight), dtype=torch.float64)
-    torch.testing.assert_close(penalty_B.double(), expected, rtol=1e-5, atol=1e-6)  # computed in float32
+    chain = data.draw(st.permutations(range(size.T)))[: data.draw(st.integers(1, size.T))]
+    order = data.draw(st.permutations(range(size.T)))
+    given = {order[k]: order[data.draw(st.integers(0, k - 1))] for k in range(1, size.T) if data.draw(st.booleans())}
+    logit_BT = (3 * rows(size, size.T)).requires_grad_()
+    module = AITM(size.D, size.T, size.widths, chain, weight, tasks=infos_of(given, size.T))
+    penalty_B, wanted_B = module.penalty(logit_BT), experts.calibrator(logit_BT, chain, weight, given)
+    close(penalty_B, wanted_B)
+    probe_B = torch.randn(size.B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    slopes = [torch.autograd.grad((loss_B * probe_B).sum(), logit_BT, materialize_grads=True)[0]
+              if loss_B.requires_grad else torch.zeros_like(logit_BT) for loss_B in (penalty_B, wanted_B)]  # fmt: skip
+    close(*slopes, "gradient")
+
+
+def test_a_step_given_the_one_before_it_is_never_likelier_than_that_one():
+    config = {"name": "aitm", "widths": [4], "calibrator": 0.6}
+    logit_BT = 5 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    tasks = [TaskInfo("click"), TaskInfo("cart", given="click"), TaskInfo("buy", given="cart")]
+    names = ["click", "cart", "buy"]
+    assert not build_fusion(config, 5, names, [], infos=tasks).penalty(logit_BT).any()
+    assert build_fusion(config, 5, names, []).penalty(logit_BT).any()
+    backwards = build_fusion(config | {"chain": ["buy", "click"]}, 5, names, [], infos=tasks).penalty(logit_BT)
+    p_BT = logit_BT.sigmoid()
+    torch.testing.assert_close(backwards, 0.6 * (p_BT[:, 0] - p_BT.prod(1)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_calibrator_stays_finite_at_logits_as_large_as_they_get():
+    module = AITM(3, 3, [4], [0, 1], 0.6, tasks=infos_of({1: 0}, 3))
+    logit_BT = torch.tensor([[-1e30, 1e30, 1e30], [1e30, -1e30, -1e30], [-800.0, -800.0, 0.0]], requires_grad=True)
+    penalty_B = module.penalty(logit_BT)
+    penalty_B.sum().backward()
+    assert penalty_B.tolist() == [0, 0, 0]
+    assert logit_BT.grad.isfinite().all()
+
+
+WITHOUT_PROBABILITY = {
+    "a regression": ([TaskInfo("dwell", "regression")], r"task dwell is of kind regression and has no"),
+    "an undeclared condition": ([TaskInfo("buy", undeclared=("click",))], r"task buy .* add `given: click` to buy in"),
+    "a condition that is not trained": ([TaskInfo("buy", given="cart")], r"task buy is given cart, .* train cart too"),
+    "a condition further up": (
+        [TaskInfo("buy", given="cart"), TaskInfo("cart", undeclared=("click",))], r"task buy is observed .* to cart in"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_PROBABILITY)
+def test_a_calibrator_over_a_task_without_a_probability_over_all_rows_is_refused(case):
+    others, message = WITHOUT_PROBABILITY[case]
+    infos, names = [TaskInfo("click"), *others], ["click", *(task.name for task in others)]
+    config = {"name": "aitm", "widths": [4], "calibrator": 0.6, "chain": names[:2]}
+    with pytest.raises(UserError, match=rf"^model\.fusion\.calibrator: {message}") as refused:
+        build_fusion(config, 5, names, [], infos=infos)
+    assert "leave it out of model.fusion.chain" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    build_fusion(config | {"chain": ["click"]}, 5, names, [], infos=infos)
+    assert (
+        build_fusion(config | {"calibrator": 0.0}, 5, names, [], infos=infos).penalty(torch.zeros(2, len(names)))
+        is None
+    )
 
 
 def test_the_calibrator_of_aitm_is_zero_on_a_funnel_and_grows_where_a_later_step_is_likelier():
@@ -309,10 +380,17 @@ def test_without_a_calibrator_aitm_has_no_penalty():
     assert AITM(3, 2, [4]).penalty(torch.zeros(5, 2)) is None
 
 
-@pytest.mark.parametrize("chain", [["a", "b"], ["a", "b", "b"], ["a", "b", "c", "a"], []])
-def test_a_chain_that_does_not_name_each_task_once_is_refused(chain):
-    with pytest.raises(UserError, match=r"^model\.fusion\.chain: must name each of the 3 tasks exactly once"):
+@pytest.mark.parametrize("chain", [["a", "b", "b"], ["a", "b", "c", "a"], []])
+def test_a_chain_that_names_a_task_twice_or_none_is_refused(chain):
+    with pytest.raises(
+        UserError, match=rf"^model\.fusion\.chain: \[{', '.join(chain)}\] must name each of its tasks once"
+    ):
         build_fusion({"name": "aitm", "widths": [4], "chain": chain}, 5, ["a", "b", "c"], [])
+
+
+def test_what_tasks_are_is_no_part_of_a_config():
+    with pytest.raises(UserError, match=r"^model\.fusion\.tasks: the schema"):
+        build_fusion({"name": "aitm", "widths": [4], "tasks": []}, 5, ["a", "b"], [])
 
 
 def test_a_chain_is_given_by_names_of_tasks_and_defaults_to_the_schemas_order():

@@ -17,11 +17,12 @@ class EMM(Reference):
         models: each has `task` and `in_dim`, the columns of x that it reads: all, or, `one_input` False, those after the
             models' before it.
         widths: for each level and model the layers of its component. None: each layer of the models is a level.
+        projection: "relu" (the text: a layer with an activation) or "linear" (the authors' code: a matrix).
     """
 
     def __init__(
         self, in_dim: int, num_tasks: int, models: Sequence[Any], one_input: bool = False, merge: bool = True,
-        widths: Sequence[Sequence[Sequence[int]]] | None = None,
+        projection: str = "relu", widths: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.tasks, self.num_tasks = [model.task for model in models], num_tasks
@@ -45,8 +46,12 @@ class EMM(Reference):
             for sees in (self.own, lambda task: range(num_tasks))
         )
         self.attention = nn.ModuleList(  # Q, K and V of every task
-            nn.ModuleList(nn.ModuleList(nn.Linear(d, d) for _ in range(3)) for _ in range(num_tasks)) for d in outers
+            nn.ModuleList(
+                nn.ModuleList(nn.Linear(d, d, bias=projection == "relu") for _ in range(3)) for _ in range(num_tasks)
+            )
+            for d in outers
         )
+        self.activation = torch.relu if projection == "relu" else lambda value_BD: value_BD
 
     def own(self, task: int) -> list[int]:
         return [model for model, of in enumerate(self.tasks) if of == task]
@@ -71,14 +76,15 @@ class EMM(Reference):
     def merged(self, level: int, task: int, h: list[Tensor], x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 3-6: z_BD, the shares of the task and of the other that it picked, share_B2, and which that is, index_B."""
         other = [t for t in range(self.num_tasks) if t != task]
-        q, k, v = self.attention[level][task]
+        q, k, v = (lambda w_BD, of=of: self.activation(of(w_BD)) for of in self.attention[level][task])
         largest_B, index_B = self.pick[level][task](x_BD).softmax(1)[:, other].max(1)
         other_BTD = torch.stack([h[t] for t in other], 1)
-        picked_BD = largest_B.unsqueeze(1) * other_BTD[torch.arange(len(index_B)), index_B]
+        factor_B = largest_B / largest_B.detach()  # 1, so that the gate gets a gradient and h_picked no factor
+        picked_BD = factor_B.unsqueeze(1) * other_BTD[torch.arange(len(index_B)), index_B]
         both = [h[task], picked_BD]
-        scores = [(q(w_BD).relu() * k(w_BD).relu()).sum(1) / w_BD.shape[1] ** 0.5 for w_BD in both]
+        scores = [(q(w_BD) * k(w_BD)).sum(1) / w_BD.shape[1] ** 0.5 for w_BD in both]
         share_B2 = torch.stack(scores, 1).softmax(1)
-        z_BD = share_B2[:, :1] * v(both[0]).relu() + share_B2[:, 1:] * v(both[1]).relu()
+        z_BD = share_B2[:, :1] * v(both[0]) + share_B2[:, 1:] * v(both[1])
         return z_BD, share_B2, index_B
 
     def gates(self, x_BD: Tensor) -> list[Tensor]:
@@ -107,7 +113,8 @@ class EMM(Reference):
             for task in range(self.num_tasks if self.merge else 0):
                 yield from linear_pairs(self.pick[level][task], theirs.merge.gate, task)
                 for index, linear in enumerate(self.attention[level][task]):
-                    part = slice(index * len(linear.bias), (index + 1) * len(linear.bias))
+                    part = slice(index * len(linear.weight), (index + 1) * len(linear.weight))
                     weight, bias = theirs.merge.project.weight_SDH, theirs.merge.project.bias_SH
                     yield linear.weight, weight, lambda weight, task=task, part=part: weight[task][:, part].t()
-                    yield linear.bias, bias, lambda bias, task=task, part=part: bias[task, part]
+                    if bias is not None:
+                        yield linear.bias, bias, lambda bias, task=task, part=part: bias[task, part]

@@ -2,7 +2,6 @@
 
 # Shapes: B rows, T tasks, U units (the tasks, then the shared one), E experts a gate chooses from, D width.
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -270,7 +269,10 @@ class AdaTT(Units):
 
 
 class AITM(Reference):
-    """Xi et al. 2021: z_1 = q_1; p = relu(G z_(t-1) + c); z_t = sum_u w_u h1(u), w = softmax(<h2(u), h3(u)> / sqrt(D))."""
+    """Xi et al. 2021: z_1 = q_1; p = relu(G z_(t-1) + c); z_t = sum_u w_u h1(u), w = softmax(<h2(u), h3(u)> / sqrt(D)).
+
+    A task outside of the chain takes the output of its own network.
+    """
 
     def __init__(
         self, in_dim: int, num_tasks: int, widths: Sequence[int], chain: Sequence[int] | None = None,
@@ -280,14 +282,14 @@ class AITM(Reference):
         self.out_dim = dim = widths[-1]
         self.chain = range(num_tasks) if chain is None else chain
         self.networks = mlps(num_tasks, [in_dim, *widths], experts)
-        self.passes = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_tasks - 1))
+        self.passes = nn.ModuleList(nn.Linear(dim, dim) for _ in self.chain[1:])
         self.heads = nn.ModuleList(  # h1, h2, h3
-            nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(3)) for _ in range(num_tasks - 1)
+            nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(3)) for _ in self.chain[1:]
         )
 
     def run(self, x_BD: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         q = [network(x_BD) for network in self.networks]
-        z, weights = {self.chain[0]: q[self.chain[0]]}, []
+        z, weights = {task: q_BD for task, q_BD in enumerate(q) if task not in self.chain[1:]}, []
         for (before, task), pass_on, (h1, h2, h3) in zip(pairwise(self.chain), self.passes, self.heads, strict=True):
             p_BD = torch.relu(pass_on(z[before]))
             scores = [(h2(u_BD) * h3(u_BD)).sum(1) / self.out_dim**0.5 for u_BD in (p_BD, q[task])]
@@ -297,9 +299,11 @@ class AITM(Reference):
         return [z[task] for task in range(len(q))], [weights]
 
     def gates(self, x_BD: Tensor) -> list[Tensor]:
-        """weight_BTT: of itself and of the task before it."""
-        weight_BTT = x_BD.new_zeros(len(x_BD), len(self.chain), len(self.chain))
-        weight_BTT[:, self.chain[0], self.chain[0]] = 1
+        """weight_BTT: of itself and of the task before it; 1 of itself where there is none before it."""
+        count = len(self.networks)
+        weight_BTT = x_BD.new_zeros(len(x_BD), count, count)
+        for task in set(range(count)) - set(self.chain[1:]):
+            weight_BTT[:, task, task] = 1
         for (before, task), weight_B2 in zip(pairwise(self.chain), self.run(x_BD)[1][0], strict=True):
             weight_BTT[:, task, before], weight_BTT[:, task, task] = weight_B2.unbind(1)
         return [weight_BTT]
@@ -314,10 +318,23 @@ class AITM(Reference):
                 yield head.weight, transfer.project.weight, lambda weight, rows=rows: weight[rows]
 
 
-def calibrator(logit_BT: Tensor, chain: Sequence[int], weight: float) -> list[float]:
-    """Xi et al. 2021: weight * sum_t max(p_t - p_(t-1), 0) along the chain, by row."""
+def calibrator(logit_BT: Tensor, chain: Sequence[int], weight: float, given: Mapping[int, int] | None = None) -> Tensor:
+    """Xi et al. 2021: weight * sum_t max(p_t - p_(t-1), 0) along the chain: loss_B.
+
+    Args:
+        given: of a task, the task under which alone it is defined: its p is the product with that one's.
+    """
     losses = []
-    for logit_T in logit_BT.tolist():
-        p_T = [1 / (1 + math.exp(-logit)) for logit in logit_T]
-        losses.append(weight * sum(max(p_T[task] - p_T[before], 0) for before, task in pairwise(chain)))
-    return losses
+    for logit_T in logit_BT:
+        p = []
+        for task in chain:
+            p.append(1 / (1 + torch.exp(-logit_T[task])))
+            while task in (given or {}):
+                task = given[task]
+                p[-1] = p[-1] / (1 + torch.exp(-logit_T[task]))
+        loss = logit_T.new_zeros(())
+        for before, after in pairwise(p):
+            if after > before:
+                loss = loss + weight * (after - before)
+        losses.append(loss)
+    return torch.stack(losses)

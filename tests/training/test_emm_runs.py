@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tiny_training import (
     SCHEMA,
     assert_close,
@@ -31,6 +32,7 @@ from pipeline.training.restore import emm_sources
 
 pytestmark = pytest.mark.usefixtures("device")
 
+CONF = Path(__file__).parents[2] / "jobs" / "conf"
 ONE_EACH = ("click-b", "conversion", "dwell")
 
 
@@ -85,8 +87,48 @@ def from_sources(name: str) -> bool:
 def test_one_model_a_task_without_the_merge_predicts_what_that_model_predicts(folder: Path) -> None:
     write_checkpoint(fused(folder, "alike", of=ONE_EACH, merge=False))
     found = logits(folder, "alike")
+    scale = Dataset(folder / "data").encoders.labels["dwell"]
+    assert (scale.mean, scale.std) != (
+        0,
+        1,
+    )  # a regression source is learnt standardised, and answers in its label's unit
     for task, name in enumerate(ONE_EACH):
         torch.testing.assert_close(found[:, task], logits(folder, name)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_networks_of_one_expert_a_level_can_be_fused_with_others(folder: Path) -> None:
+    one_expert = {"levels": [[20], [32, 16]], "task_experts": 1, "shared_experts": 0}
+    kinds = {
+        "conversion-ple": {"name": "ple", **one_expert},
+        "dwell-adatt": {"name": "adatt", "native": False, **one_expert},
+        "click-mmoe-1": {"name": "mmoe", "num_experts": 1, "levels": [[32], [16]]},
+    }
+    for name, fusion in kinds.items():
+        source(folder, name, {"fusion": fusion, "tower": [5]}, max_steps=3).run_to_end()
+    write_checkpoint(fused(folder, "one-expert", of=tuple(kinds), merge=False))
+    found = logits(folder, "one-expert")
+    for name in kinds:
+        task = ["click", "conversion", "dwell"].index(name.split("-")[0])
+        torch.testing.assert_close(found[:, task], logits(folder, name)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["esmm", "ipw", "dr"])
+def test_conversions_may_be_learnt_over_all_impressions(folder: Path, given: str) -> None:
+    towers = "new" if given == "dr" else "own"
+    options = {"model": {"given": {"name": given}}, "towers": towers, "train": {"max_steps": 2}}
+    fused(folder, given, **options).run_to_end()
+    before, after = start(folder, f"start-{given}", **options), model(last(folder / given))
+    assert {name for name, value in after.items() if torch.equal(value, before[name])} == set(
+        filter(from_sources, after)
+    )
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_linear_projections_train(folder: Path, merge: bool) -> None:
+    fused(folder, f"linear-{merge}", projection="linear", merge=merge, train={"max_steps": 2}).run_to_end()
+    after = model(last(folder / f"linear-{merge}"))
+    assert any(name.endswith("merge.project.weight_SDH") for name in after) == merge
+    assert not any(name.endswith("merge.project.bias_SH") for name in after)
 
 
 def test_each_source_brings_its_tables_its_codes_its_interaction_and_its_layers(folder: Path) -> None:
@@ -110,7 +152,8 @@ def test_each_source_brings_its_tables_its_codes_its_interaction_and_its_layers(
         if name != "click-b":  # the second model of its task: what is above its last cut is not used
             task = ["click", "conversion", "dwell"].index(name.split("-")[0])
             ours += [value for key, value in found.items() if key.startswith(f"towers.tasks.{task}.hidden")]
-            assert torch.equal(found[f"towers.tasks.{task}.out.weight_SDH"], theirs["towers.out.weight_SDH"])
+            for part in ("weight_SDH", "bias_SH"):
+                assert torch.equal(found[f"towers.tasks.{task}.out.{part}"], theirs[f"towers.out.{part}"])
             assert len(ours) == len(layers)
         for our, their in zip(ours, layers, strict=False):
             assert torch.equal(our, their)
@@ -223,6 +266,18 @@ def test_two_ranks_start_from_the_same_weights_resume_and_run_pipelined(two_rank
     assert_close(last(two_ranks / "two-pipelined"), last(two_ranks / "two-table_wise"), rtol=1e-4, atol=1e-5)
 
 
+def test_the_recipe_of_the_papers_experiments_leaves_tables_and_towers_of_the_sources_behind(folder: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        paths = [f"dataset={folder / 'data'}", f"run={folder / 'paper'}"]
+        sources = compose("train", [*paths, "model=single_task", "recipe=emm_census_sources"])
+        whole = compose("train", [*paths, "model=emm", "model.from=[a]", "recipe=emm_census"])
+    fusion = {"name": "emm", "trained": True, "merge": True, "projection": "linear", "tables": "new", "towers": "new"}
+    assert whole.model.fusion == fusion
+    assert whole.train == sources.train
+    assert whole.model.tower == sources.model.tower == [8]
+    assert whole.train.dense.weight_decay == 1e-6
+
+
 @pytest.mark.system
 def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
     emm_sources = ",".join(str(folder / name) for name in SOURCES)
@@ -233,7 +288,7 @@ def test_the_command_line_does_all_of_it(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "fuses 4 models in 2 levels:" in done.stderr
-    assert "click-b (click), step 20: 24-32-16 | 16 | 5" in done.stderr
+    assert "click-b (click), step 20: 24-32 | 16-16 | 5" in done.stderr
 
 
 REFUSED = {
@@ -242,7 +297,12 @@ REFUSED = {
     "no run": (("nothing",), {}, r"nothing: no run"),
     "no checkpoint of that step": (("click-a@7",), {}, r"has no checkpoint of step 7"),
     "several tasks": (("several",), {}, r"was trained for click, dwell; a source has one task"),
-    "another fusion": (("click-mmoe",), {}, r"has fusion mmoe; a source is a plain stack of layers"),
+    "another fusion": (
+        ("click-mmoe",),
+        {},
+        r"fusion mmoe; a source is a plain chain .*with one expert",
+    ),
+    "tokens": (("click-apem",), {}, r"has fusion apem; a source is a plain chain of layers"),
     "calibration": (("click-calibrated",), {}, r"has calibration monotone; a source has none"),
     "layers of another kind": (
         ("click-gelu",),
@@ -250,8 +310,18 @@ REFUSED = {
         r"has experts {activation: gelu}; a source's layers are linear and ReLU",
     ),
     "a task that is not trained": (("dwell",), {"tasks": ["click"]}, r"was trained for dwell, which is none of"),
-    "nothing in common": (("click-a", "conversion", "dwell-small"), {}, r"no layer is common to all .*dwell-small"),
+    "nothing in common": (
+        ("click-a", "conversion", "dwell-small"),
+        {},
+        r"no layer below .*dwell-small",
+    ),
     "an interaction of its own": (ONE_EACH, {"model": {"interaction": {"name": "dot"}}}, r"the trained models bring"),
+    "a tower of one more number": (
+        ONE_EACH,
+        {"model": {"given": {"name": "dr"}}},
+        r"needs a number of conversion's tower",
+    ),
+    "an unknown projection": (ONE_EACH, {"projection": "tanh"}, r"model.fusion.projection: Input should be 'relu' or"),
     "an unknown setting": (ONE_EACH, {"depth": 3}, r"model.fusion.depth: Extra inputs"),
 }
 
@@ -261,6 +331,7 @@ def odd_sources(folder: Path) -> Path:
     """Runs that cannot be fused, with a checkpoint of the start."""
     plain = SOURCES["click-a"]
     write_checkpoint(source(folder, "click-mmoe", {"fusion": {"name": "mmoe", "num_experts": 2, "levels": [[32, 16]]}}))
+    write_checkpoint(source(folder, "click-apem", {"fusion": {"name": "apem", "widths": [16]}}))
     write_checkpoint(source(folder, "click-calibrated", plain | {"calibration": "monotone"}))
     gelu = plain["fusion"] | {"experts": {"activation": "gelu", "dropout": 0.1}}
     write_checkpoint(source(folder, "click-gelu", plain | {"fusion": gelu}))

@@ -25,7 +25,8 @@ def first_batch(folder: Path, rows: int) -> Batch:
     return next(loader.batches(loader.start()))
 
 
-AITM = {"name": "aitm", "widths": [8], "calibrator": 0.5}
+# Conversion is given click, so that its probability over all rows is below click's: only backwards is there a penalty.
+AITM = {"name": "aitm", "widths": [8], "chain": ["conversion", "click"], "calibrator": 0.5}
 MMOE = {"name": "mmoe", "num_experts": 3, "levels": [[64], [64]]}
 
 

@@ -19,7 +19,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.train import prepare
 from pipeline.training.trainer import Trainer
 
-# They share (32, 16) and (16, 16): two levels, and towers of other depths.
+# They share the widths 32 and 16: two levels of components of one layer or two, and towers of other depths.
 SOURCES: dict[str, dict[str, Any]] = {
     "click-a": {"fusion": {"name": "shared_bottom", "widths": [32, 16]}, "tower": [16, 12]},
     "click-b": {"fusion": {"name": "single_task", "widths": [24, 32, 16, 16]}, "tower": [5], "dropout": 0.3},

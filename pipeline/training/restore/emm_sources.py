@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from features.errors import UserError
-from models.emm import PERCEPTRONS, EMMSettings, FusedRanker, Source
+from models.chains import CHAINS, ONE_EXPERT, PERCEPTRONS, chain_of
+from models.emm import EMMSettings, FusedRanker, Source
 from models.layers import PLAIN_EXPERTS
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
@@ -27,7 +28,7 @@ def resolve(config: TrainConfig, dataset: Dataset, pinned: ExitStack) -> TrainCo
     Args:
         pinned: until it is closed, the checkpoints that were found are not deleted.
     Raises:
-        UserError: a run that is no single-task perceptron of this dataset, or a task without one.
+        UserError: a run that is no chain of layers for one task of this dataset, or a task without one.
     """
     if config.model.fusion.get("name") != "emm":
         if config.model.from_:
@@ -69,25 +70,27 @@ def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
     path = warm_start.newest(run, dataset, "model.from", pinned, step)
     model = ModelConfig.of_run(config, run.path)
     kind = model.fusion.get("name")
-    wrong = None
+    wrong, no_chain = None, f"has fusion {kind}; a source is a plain chain of layers: {CHAINS}"
     if len(tasks) != 1:
         wrong = f"was trained for {', '.join(tasks)}; a source has one task, as with tasks=[{tasks[0]}]"
     elif tasks[0] not in dataset.schema.tasks:
         wrong = f"was trained for {tasks[0]}, which is none of this job's tasks: {', '.join(dataset.schema.tasks)}"
-    elif kind not in PERCEPTRONS:
-        wrong = f"has fusion {kind}; a source is a plain stack of layers, one of {', '.join(PERCEPTRONS)}"
+    elif kind not in {*PERCEPTRONS, *ONE_EXPERT}:
+        wrong = no_chain
     elif layers := [f"{key}: {value}" for key, value in _other_layers(model).items()]:
         wrong = f"has experts {{{', '.join(layers)}}}; a source's layers are linear and ReLU, without norm"
     elif model.calibration != "none":
         wrong = f"has calibration {model.calibration}; a source has none, the fused model may"
     if wrong:
         raise UserError(f"model.from: {run.path} {wrong}.")
-    check_fits(path, run.schema(), dataset.encoders, model)
+    check_fits(path, run.schema(), dataset.encoders, model)  # a fusion that has been built has arguments that fit
+    if chain_of(model.fusion) is None:
+        raise UserError(f"model.from: {run.path} {no_chain}.")
     return Source(run=str(run.path), step=checkpoint.read(path).step, task=tasks[0], model=model)
 
 
 def _other_layers(model: ModelConfig) -> dict[str, Any]:
-    """Settings of a perceptron's layers that its components in the fused model would not have. Dropout has no weights."""
+    """Settings of a chain's layers that its components in the fused model would not have. Dropout has no weights."""
     plain, given = PLAIN_EXPERTS.model_dump(exclude={"dropout"}), model.fusion.get("experts")
     given = given if isinstance(given, dict) else {}
     return {key: given[key] for key, value in plain.items() if given.get(key, value) != value}
