@@ -1,8 +1,10 @@
 """Exceptions that end a job with a message for its user."""
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import islice
+from typing import Any
 
 from features.printable import printable
 
@@ -18,9 +20,17 @@ class Preempted(Exception):  # noqa: N818
     """A job was asked to end and has saved its work: the same command resumes. Jobs exit with code 75 (EX_TEMPFAIL)."""
 
 
-def fault_text(message: str) -> str:
-    """The message of a validation error of pydantic, without its word for a ValueError of ours."""
-    return message.removeprefix("Value error, ")
+def fault_text(error: Any) -> str:
+    """The message of a validation error of pydantic (one of its `errors()`), without words for its own classes and tags."""
+    context = error.get("ctx", {})
+    if error["type"] == "union_tag_invalid":
+        near = did_you_mean(context["tag"], re.findall("'(.+?)'", context["expected_tags"]))
+        return f"{printable(context['tag'][:LONGEST])} is not one of {context['expected_tags']}{near}"
+    if error["type"] == "union_tag_not_found":
+        return f"{context['discriminator'].strip(chr(39))} is missing"
+    if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return "Input should be a mapping"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def join_faults(faults: Sequence[str], most: int = 20) -> str:

@@ -58,9 +58,9 @@ def first_fault(error: BaseException) -> str:
     """The first fault of a validation, its place and what is wrong, in a line of limited length; another error's message."""
     if not isinstance(error, ValidationError):
         return one_line(error)
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
-    text = fault_text(first["msg"])
+    text = fault_text(first)
     return printable(f"{place[:200]}: {text[:300]}" if place else text[:300])
 
 

@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
@@ -136,7 +136,10 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
     Raises:
         UserError: unknown keys, missing values or values of the wrong type, all named in one line.
     """
-    content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing: add {error.full_key}=VALUE. --help says what it is.") from None
     assert isinstance(content, dict)
     for key in ("data", "log_level"):  # of the entry point
         content.pop(key, None)
@@ -154,7 +157,7 @@ def message_of(error: Any, model: type[BaseModel]) -> str:
     Of a key at the top that the job does not have it is the nearest one that it has, of a text or a day that Hydra reads as
     a whole number the text in quotes or the form of a day.
     """
-    message = fault_text(error["msg"])
+    message = fault_text(error)
     if error["type"].startswith("date_") and type(error["input"]) is int:
         from pipeline.dataset.days import written_out
 

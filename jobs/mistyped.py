@@ -11,6 +11,8 @@ from features.errors import UserError, did_you_mean
 from features.printable import printable
 
 MAX_DEPTH = 8  # of the settings that are suggested
+# Sections with keys that are not all in their files: of a schema, options of a model or a weighting, settings of one table.
+EXTENSIBLE = ("data.", "model.", "train.weighting.", "train.sharding.", "train.kernels.")
 
 
 def explained(error: ConfigCompositionException) -> Exception:
@@ -37,8 +39,7 @@ def explained(error: ConfigCompositionException) -> Exception:
     nearest = did_you_mean(key, [k for k in known if k.startswith(inside) and "." not in k[len(inside) :]])
     if not nearest and (same := [k for k in known if k.rpartition(".")[2] == name]):
         nearest = f" (did you mean {same[0]}?)"
-    # Only a data group has keys that are not all in its file: those of a schema.
-    adds = "; +KEY=VALUE adds a key that a file lacks" if key.startswith("data.") else ""
+    adds = "; +KEY=VALUE adds a key that a file lacks" if key.startswith(EXTENSIBLE) else ""
     return UserError(f"{printable(key[:200])}: no such setting{nearest}. See --help{adds}.")
 
 

@@ -145,8 +145,9 @@ class Ranker(nn.Module):
         imputed = [name for name in schema.tasks if given_chain(schema.tasks, name)]
         if config.given.name != "observed" and not imputed:
             raise UserError(
-                f"model.given.name: {config.given.name} learns tasks that are given others, and no task has `given`. Write one "
-                "in the schema, such as tasks.conversion.given: click, or set model.given.name=observed."
+                f"model.given.name: {config.given.name} learns tasks that are given others, and no task has `given` among "
+                f"those of this run ({', '.join(schema.tasks)}). Write it in the schema, such as tasks.conversion.given: "
+                "click, with both in tasks=[…] where that is set; or set model.given.name=observed."
             )
         self.units = LabelUnits(schema.tasks, encoders.labels, frozenset(imputed if config.given.name == "dr" else ()))
         self.row_losses = RowLosses(schema.tasks, self.units, config.given)

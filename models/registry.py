@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError, validate_call
 
-from features.errors import UserError
+from features.errors import UserError, fault_text
 
 Kind = TypeVar("Kind")
 
@@ -34,7 +34,7 @@ def build(part: str, kind: type[Kind], config: Mapping[str, Any], *sizes: Any) -
     try:
         validate_call(type(made).__init__)(made, *sizes, **arguments)
     except ValidationError as error:
-        faults = "; ".join(f"model.{part}.{_path(e['loc'], arguments)}: {e['msg']}" for e in error.errors())
+        faults = "; ".join(f"model.{part}.{_path(e['loc'], arguments)}: {fault_text(e)}" for e in error.errors())
         raise UserError(f"{faults} ({part} {config['name']})") from None
     return made
 

@@ -6,7 +6,7 @@ import types
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -286,12 +286,12 @@ class Schema(Features):
 
 def _message(where: str, error: Any) -> str:
     """One validation error as: file, key, what is wrong, what is allowed."""
-    loc = [str(part) for place, part in enumerate(error["loc"]) if not _is_tag(error["loc"], place)]
-    key = ".".join(loc) or "the whole file"
+    loc = error["loc"]
+    key = ".".join(str(part) for place, part in enumerate(loc) if not _is_tag(loc, place)) or "the whole file"
     if error["type"] != "extra_forbidden":
-        return f"{where}: {key}: {fault_text(error['msg'])}"
+        return f"{where}: {key}: {fault_text(error)}"
     allowed = _allowed(loc[:-1])
-    return f"{where}: {key}: unknown key{did_you_mean(loc[-1], allowed)}, allowed are {', '.join(allowed)}"
+    return f"{where}: {key}: unknown key{did_you_mean(str(loc[-1]), allowed)}, allowed are {', '.join(allowed)}"
 
 
 def _is_tag(loc: Sequence[int | str], place: int) -> bool:
@@ -301,16 +301,26 @@ def _is_tag(loc: Sequence[int | str], place: int) -> bool:
     return place == 3 and loc[0] == "tasks" and loc[2] == "loss"
 
 
-def _allowed(path: list[str]) -> list[str]:
-    """The keys that may stand under `path` in a schema."""
+def _allowed(loc: Sequence[int | str]) -> list[str]:
+    """The keys that may stand under a location in a schema; pydantic's tags choose among several models."""
     kinds: list[Any] = [Schema]
-    for key in path:
-        kinds = [found for kind in kinds for found in _below(kind, key)]
+    for place, key in enumerate(map(str, loc)):
+        if _is_tag(loc, place):
+            kinds = [kind for kind in kinds if any(key in get_args(f.annotation) for f in kind.model_fields.values())]
+        else:
+            kinds = [found for kind in kinds for found in _below(kind, key)]
     return list(dict.fromkeys(name for kind in kinds for name in kind.model_fields))
 
 
 def _below(kind: Any, key: str) -> list[Any]:
     """What may stand under a key of a model or dict: models, and dicts of them."""
-    below = get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[key].annotation
-    options = get_args(below) if get_origin(below) in (Union, types.UnionType) else [below]
-    return [k for k in options if get_origin(k) is dict or (isinstance(k, type) and issubclass(k, BaseModel))]
+    return _options(get_args(kind)[1] if get_origin(kind) is dict else kind.model_fields[key].annotation)
+
+
+def _options(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [found for option in get_args(annotation) for found in _options(option)]
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_model or get_origin(annotation) is dict else []

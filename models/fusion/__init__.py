@@ -72,10 +72,13 @@ def build_fusion(
     config = dict(config)
     names = dict.fromkeys(kind.task_arguments, tasks) | dict.fromkeys(kind.field_arguments, fields)
     for key, known in names.items():
-        if unknown := set(_flat(config.get(key) or ())) - set(known):
-            raise UserError(f"model.fusion.{key}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
-        if config.get(key) is not None:
-            config[key] = _indices(config[key], known)
+        if (chosen_names := config.get(key)) is None:
+            continue
+        if not isinstance(chosen_names, list):
+            raise UserError(f"model.fusion.{key}: {chosen_names} is no list: write [{chosen_names}]")
+        if unknown := [str(name) for name in _flat(chosen_names) if name not in known]:
+            raise UserError(f"model.fusion.{key}: {', '.join(unknown)} is not one of {', '.join(known)}")
+        config[key] = _indices(chosen_names, known)
     sizes: tuple[Any, ...] = (in_dim, len(tasks), len(fields)) if kind.fields else (in_dim, len(tasks))
     if kind.sequences:
         sizes += ({fields.index(name): length for name, length in (sequences or {}).items()},)

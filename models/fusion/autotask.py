@@ -99,7 +99,7 @@ class AutoTask(Fusion):
         x_BFD: one token a feature. observed_BT: bool, given unless `examples` is "tasks", and read in training.
     Returns: h_BTD; in training, 0 for what is no example.
     Raises:
-        UserError: a width that is no multiple of heads.
+        UserError: a width that is no multiple of heads, or no task that is learnt.
     """
 
     fields = True
@@ -117,6 +117,8 @@ class AutoTask(Fusion):
         super().__init__()
         if width % heads:
             raise UserError(f"model.fusion.width: {width} is not a multiple of heads, which is {heads}")
+        if len(set(unseen)) == num_tasks:
+            raise UserError("model.fusion.unseen: names all tasks, and nothing would be learnt; leave one out of it")
         self.causal, self.reads_observed, self.block = causal, examples != "tasks", block or num_tasks
         unseen_T = torch.zeros(num_tasks, dtype=torch.bool)
         unseen_T[list(unseen)] = True

@@ -55,16 +55,16 @@ def is_from(file: Path, provenance: dict[str, str]) -> bool:
     return provenance.items() <= found.items()
 
 
-def read(file: Path) -> pl.DataFrame:
-    """Rows that `write` wrote. Raises UserError for a link, or a file that cannot be read or unpacks to too much."""
+def read(file: Path, hint: str = "Remove it: jobs.evaluate writes it again.") -> pl.DataFrame:
+    """Rows that `write` wrote. Raises UserError, which ends in `hint`, for a file that cannot be read; also for a link, or one
+    that unpacks to too much.
+    """
     try:
         if lstat_regular(file.parent, file.name) is not None:
             check_file(file)
         return pl.read_parquet(file, glob=False)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({one_line(error)}). Remove it: jobs.evaluate writes it again."
-        ) from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {hint}") from None
 
 
 def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

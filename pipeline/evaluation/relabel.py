@@ -83,7 +83,7 @@ def _predictions(file: Path, dataset: Dataset) -> pl.DataFrame:
     """The predictions, sorted by row_id. Raises UserError for other rows or tasks, or a number that is not finite."""
     if not file.is_file():
         raise UserError(f"{file}: no file of predictions. {HINT}")
-    rows = predictions.read(file)
+    rows = predictions.read(file, HINT)  # the file is a user's word: it may be anything
     tasks = [name.removeprefix("logit.") for name in rows.columns if name.startswith("logit.")]
     if unknown := [task for task in tasks if task not in dataset.schema.tasks]:
         raise UserError(f"{file}: predicts {printable(unknown[0])}, which is no task of {dataset.path}. {HINT}")

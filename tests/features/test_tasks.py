@@ -64,10 +64,19 @@ def parsed(spec: Schema, rows: list[dict[str, Any]]) -> pa.Table:
             "my.yaml: tasks.dwell.given: a regression task is observed where observed_when",
         ),
         ({"click": {"given": "buy"}}, "are given each other. Remove one of the two."),
-        ({"dwell": {"loss": "hubber"}}, "my.yaml: tasks.dwell.loss: Input tag 'hubber' found"),
+        (
+            {"dwell": {"loss": "hubber"}},
+            "hubber is not one of 'squared', 'huber', 'quantile', 'ziln' (did you mean huber?)",
+        ),
+        ({"dwell": {"loss": {"delta": 2}}}, "my.yaml: tasks.dwell.loss: name is missing"),
+        ({"dwell": {"loss": 5}}, "my.yaml: tasks.dwell.loss: Input should be a mapping"),
         ({"dwell": {"loss": {"name": "huber", "delta": 0}}}, "my.yaml: tasks.dwell.loss.delta: "),
         ({"dwell": {"loss": {"name": "quantile", "q": 1.5}}}, "my.yaml: tasks.dwell.loss.q: "),
-        ({"dwell": {"loss": {"name": "huber", "dleta": 2}}}, "my.yaml: tasks.dwell.loss.dleta: unknown key"),
+        (
+            {"dwell": {"loss": {"name": "huber", "dleta": 2}}},
+            "dleta: unknown key (did you mean delta?), allowed are name, delta",
+        ),
+        ({"dwell": {"loss": {"name": "quantile", "delta": 2}}}, "dwell.loss.delta: unknown key, allowed are name, q"),
     ],
 )
 def test_what_does_not_fit_is_named(tasks, fault):

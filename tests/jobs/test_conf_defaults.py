@@ -98,3 +98,9 @@ def test_a_default_in_the_yaml_is_that_of_the_class(job: str) -> None:
 def test_what_a_user_must_give_has_no_default_in_the_class(job: str) -> None:
     for path, field, value in fields_of(JOBS[job], settings_of(job), job):
         assert (value == "???") <= field.is_required(), path
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_every_model_lists_the_settings_that_all_models_have(model: str) -> None:
+    content = yaml.safe_load((CONF / "model" / f"{model}.yaml").read_text())
+    assert {"fusion", "tower", "dropout", "start", "embedding_std"} <= content.keys()

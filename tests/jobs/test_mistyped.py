@@ -45,13 +45,28 @@ def test_settings_of_hydra_are_not_suggested(call) -> None:
     assert "hydra" not in said
 
 
-def test_only_a_schema_takes_keys_that_its_file_lacks(call) -> None:
+@pytest.mark.parametrize("key", ["train.weighting.temperature", "model.given.name", "train.sharding.user"])
+def test_an_option_that_its_file_does_not_list_is_answered_with_how_to_add_it(key: str, call) -> None:
+    assert_one_line(
+        call("train", "dataset=x", "run=y", f"{key}=1"), "no such setting", "+KEY=VALUE adds a key that a file lacks"
+    )
+
+
+def test_only_some_sections_take_keys_that_their_files_lack(call) -> None:
     hint = "+KEY=VALUE adds a key that a file lacks"
     assert hint not in call("preprocess", "data=demo", "out=x", "encoder.from=x")
+    assert hint not in call("train", "dataset=x", "run=y", "train.lane=8")
     word = "data.schema.source.missing=[]"
     assert hint in call("preprocess", "data=demo", "out=x", word)
     assert "Extra inputs are not permitted" in call("preprocess", "data=demo", "out=x", "+encoder.from=x")
     assert "no such setting" not in call("preprocess", "data=demo", "out=x", "data.input=nowhere", f"+{word}")
+
+
+@pytest.mark.parametrize(
+    ("words", "key"), [(["run=y"], "dataset"), (["dataset=x", "run=y", "model=emm"], "model.from")]
+)
+def test_a_setting_that_must_be_given_is_named_with_what_to_type(words: list[str], key: str, call) -> None:
+    assert_one_line(call("train", *words), f"{key} is missing: add {key}=VALUE")
 
 
 def test_an_added_setting_that_a_job_does_not_have_suggests_the_nearest_one(call) -> None:

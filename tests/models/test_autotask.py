@@ -310,6 +310,9 @@ def test_arguments_that_cannot_be_are_refused():
     for wrong, words in (
         ({"heads": 3}, r"model.fusion.width: 8 is not a multiple of heads, which is 3"),
         ({"unseen": ["c"]}, r"model.fusion.unseen: c is not one of a, b"),
+        ({"unseen": "b"}, r"model.fusion.unseen: b is no list: write \[b\]"),
+        ({"unseen": [1]}, r"model.fusion.unseen: 1 is not one of a, b"),
+        ({"unseen": ["a", "b"]}, r"model.fusion.unseen: names all tasks"),
         ({"task_id": "name"}, r"model.fusion.task_id"),
         ({"block": 0}, r"model.fusion.block"),
         ({"examples": "all"}, r"model.fusion.examples"),

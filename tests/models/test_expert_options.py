@@ -174,7 +174,7 @@ def test_defaults_written_out_build_the_same_network(name):
         ("ple", {"experts": {"norm": "batch"}}, r"experts\.norm: Input should be 'none' or 'layer'"),
         ("adatt", {"experts": {"dropout": 1}}, r"experts\.dropout: Input should be less than 1"),
         ("aitm", {"experts": {"width": 3}}, r"experts\.width: Extra inputs are not permitted"),
-        ("single_task", {"experts": "gelu"}, r"experts: Input should be a valid dictionary"),
+        ("single_task", {"experts": "gelu"}, r"experts: Input should be a mapping"),
         ("mmoe", {"gate": {"layers": [8, 0]}}, r"gate\.layers\.1: Input should be greater than or equal to 1"),
         ("cgc", {"gate": {"bias": "no way"}}, r"gate\.bias: Input should be a valid boolean"),
         ("ple", {"gate": {"dropout": 0.1}}, r"gate\.dropout: Extra inputs are not permitted"),

@@ -82,6 +82,6 @@ def test_models_over_all_impressions_need_a_task_that_is_given_another(folder: P
     data = Dataset(folder / "data").only(["conversion"])
     config = ModelConfig(fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
     with pytest.raises(
-        UserError, match=r"model\.given\.name: esmm learns tasks that are given others, and no task has"
+        UserError, match=r"model\.given\.name: esmm .*, and no task has `given` among those of this run \(conversion\)"
     ):
         build_ranker(data.schema, data.encoders, config)

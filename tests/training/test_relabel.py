@@ -174,6 +174,10 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(teacher, tmp_path):
     for changes, words in (
         ({"dataset": other}, "has 415 rows, train of"),
         ({"predictions": tmp_path / "none.parquet"}, "no file of predictions"),
+        (
+            {"predictions": other / "manifest.json"},
+            r"manifest\.json: cannot be read \(.*\)\. Write them with jobs\.evaluate",
+        ),
         ({"dataset": tmp_path / "none"}, "no dataset"),
     ):
         with pytest.raises(UserError, match=words):
