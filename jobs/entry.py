@@ -103,7 +103,10 @@ def user_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        rank, line = os.environ.get("RANK", "0"), printable(" ".join(str(error).split()))
+        message = str(error)
+        if isinstance(error, MissingMandatoryValue):
+            message = f"{error.full_key} is missing: add {error.full_key}=VALUE. --help says what it is."
+        rank, line = os.environ.get("RANK", "0"), printable(" ".join(message.split()))
         if rank != "0":
             time.sleep(10)  # an error of all ranks is printed by rank 0, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
@@ -136,10 +139,7 @@ def parse(config: DictConfig, model: type[BaseModel]) -> Any:
     Raises:
         UserError: unknown keys, missing values or values of the wrong type, all named in one line.
     """
-    try:
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is missing: add {error.full_key}=VALUE. --help says what it is.") from None
+    content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(content, dict)
     for key in ("data", "log_level"):  # of the entry point
         content.pop(key, None)
