@@ -312,10 +312,11 @@ def test_arguments_that_cannot_be_are_refused():
         ({"unseen": ["c"]}, r"model.fusion.unseen: c is not one of a, b"),
         ({"unseen": "b"}, r"model.fusion.unseen: b is no list: write \[b\]"),
         ({"unseen": [1]}, r"model.fusion.unseen: 1 is not one of a, b"),
-        ({"unseen": ["a", "b"]}, r"model.fusion.unseen: names all tasks"),
         ({"task_id": "name"}, r"model.fusion.task_id"),
         ({"block": 0}, r"model.fusion.block"),
         ({"examples": "all"}, r"model.fusion.examples"),
     ):
         with pytest.raises(UserError, match=words):
             build(**wrong)
+    with pytest.raises(UserError, match=r"model.fusion.unseen: names all tasks"):
+        build(unseen=["a", "b"]).start(torch.zeros(1, 2))
