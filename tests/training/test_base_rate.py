@@ -82,6 +82,23 @@ def test_models_over_all_impressions_need_a_task_that_is_given_another(folder: P
     data = Dataset(folder / "data").only(["conversion"])
     config = ModelConfig(fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
     with pytest.raises(
-        UserError, match=r"model\.given\.name: esmm learns tasks that are given others, and no task has"
+        UserError, match=r"esmm learns tasks that are given others, and click is not among tasks=. Add it there, or set"
     ):
         build_ranker(data.schema, data.encoders, config)
+    data = Dataset(folder / "data").only(["click", "dwell"])
+    with pytest.raises(UserError, match=r"given others, and no task has `given`. Write one in the schema, such as"):
+        build_ranker(data.schema, data.encoders, config)
+
+
+@pytest.mark.parametrize("unseen", ["click", "conversion"])
+def test_over_all_impressions_no_task_of_a_chain_is_held_out(folder: Path, unseen: str) -> None:
+    fusion = {"name": "autotask", "width": 8, "examples": "tasks", "unseen": [unseen]}
+    data = Dataset(folder / "data")
+    build_ranker(data.schema, data.encoders, ModelConfig(fusion=fusion))
+    build_ranker(
+        data.schema, data.encoders, ModelConfig(fusion=fusion | {"unseen": ["dwell"]}, given=GivenConfig(name="esmm"))
+    )
+    with pytest.raises(
+        UserError, match=rf"model\.fusion\.unseen: with .*name=esmm labels of {unseen} train other tasks"
+    ):
+        build_ranker(data.schema, data.encoders, ModelConfig(fusion=fusion, given=GivenConfig(name="esmm")))
