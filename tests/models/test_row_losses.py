@@ -95,6 +95,25 @@ def test_a_label_of_0_gives_a_lognormal_finite_gradients_and_none_to_its_mean_an
     assert out_KBT.grad.flatten().tolist() == [pytest.approx(sigmoid(0.5)), 0.0, 0.0]
 
 
+def test_losses_and_predictions_of_half_precision_are_computed_in_float32():
+    tasks = {"click": binary(), "dwell": regression(), "spend": regression("ziln")}
+    units = LabelUnits(tasks, {"dwell": LabelScale(7000.0, 300.0), "spend": SCALE})
+    losses, out_KBT = RowLosses(tasks, units, GivenConfig()), torch.randn(3, 20, 3).bfloat16()
+    label_BT, observed_BT = torch.rand(20, 3), torch.ones(20, 3, dtype=torch.bool)
+    for half, single in (
+        (losses(out_KBT, label_BT, observed_BT)[0], losses(out_KBT.float(), label_BT, observed_BT)[0]),
+        (units(out_KBT), units(out_KBT.float())),
+    ):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, single)
+
+
+def test_no_loss_is_infinite_at_the_ends_of_a_scale():
+    assert math.isfinite(of_one(regression(transform="log1p"), [0.0], -1.0))  # a teacher's prediction may be exactly -1
+    at_floor = of_one(regression("ziln"), [0.0, 0.0, -1000.0], math.exp(6.1))
+    assert at_floor == pytest.approx(math.log(2) + 1e6 / 2 + math.log(1e-3), rel=1e-4)
+
+
 def test_no_prediction_is_infinite():
     for task, out in ((regression(transform="log1p"), [1e6]), (regression("ziln"), [9.0, 1e6, 1e6])):
         units = LabelUnits({"task": task}, {"task": SCALE})
@@ -121,6 +140,11 @@ def test_at_the_start_each_task_answers_with_what_its_train_labels_say():
 # click -> cart -> buy, beside another task and a regression.
 CHAIN = {"cart": binary("click"), "other": binary(), "click": binary(), "buy": binary("cart"), "dwell": regression()}
 ABOVE = {"cart": ["click"], "buy": ["cart", "click"]}
+
+
+def test_only_tasks_that_are_given_others_have_an_imputed_loss():
+    assert LabelUnits(CHAIN, {}, frozenset(ABOVE)).sizes == [2, 1, 1, 2, 1]
+    assert LabelUnits({"spend": regression("ziln")} | CHAIN, {}).sizes == [3, 1, 1, 1, 1, 1]
 
 
 def chain_losses(name: str, **more: float) -> RowLosses:
