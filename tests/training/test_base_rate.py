@@ -56,6 +56,16 @@ def test_towers_start_at_the_weighted_train_mean_of_their_task(folder: Path, fus
         assert row == pytest.approx(wanted, abs=1e-5)
 
 
+def test_calibration_leaves_the_further_numbers_of_a_task_as_they_are(folder: Path) -> None:
+    data = Dataset(folder / "data")
+    config = ModelConfig(fusion=TASK_TOWERS, calibration="monotone", given=GivenConfig(name="dr"))
+    ranker = build_ranker(data.schema, data.encoders, config, device="cpu")
+    ranker.read = lambda *_: torch.ones(3, ranker.interaction.out_dim)
+    out_KBT = ranker.dense_outputs(torch.zeros(3, 1), None)
+    assert out_KBT.shape == (2, 3, 3)
+    assert torch.equal(out_KBT[1], ranker.towers(ranker.fusion(ranker.read()))[1])
+
+
 def test_zero_starts_near_zero(folder: Path) -> None:
     towers = trainer(folder, "zero", fusion=TASK_TOWERS, start="zero").learner.ranker.towers
     assert towers.out.bias_SH.abs().max() < 1 / math.sqrt(8)
