@@ -65,9 +65,10 @@ def counter_means(schema: Schema, known: Encoders) -> dict[str, float]:
 
 def _target(schema: Schema, name: str) -> Any:
     """All that decides what a task's labels are, and in which scale they are learnt."""
-    task, reads = schema.tasks[name], columns_of(schema.tasks[name].label)
+    task = schema.tasks[name]
+    reads = {*columns_of(task.label), *columns_of(task.observed_when or "NULL")}
     log = task.transform == "log1p", task.loss_name == "ziln"
-    return task.kind, task.label, log, origins(schema, reads)
+    return task.kind, task.label, task.observed_when, log, origins(schema, reads)
 
 
 def _definition(schema: Schema, name: str) -> Any:
