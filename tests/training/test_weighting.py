@@ -144,7 +144,7 @@ def test_each_task_meets_the_others_in_an_order_of_its_own_that_depends_on_the_s
 def test_only_shared_parameters_lose_what_conflicts(device: torch.device):
     """Two tasks that pull shared numbers in opposite directions, the first twice as hard, and a penalty that is no task's."""
     shared, towers = nn.Parameter(torch.ones(2)), nn.Parameter(torch.tensor([2.0, -1.0]))
-    module = PCGradLoss(["regression", "regression"], [1.0, 1.0], seed=0)
+    module = PCGradLoss([1.0, 1.0], seed=0)
     module.shared = [shared]
     loss_BT = (shared[0] * towers + torch.stack([shared[1], -0.5 * shared[1]])).unsqueeze(0)
     observed_weight_BT = torch.ones(1, 2)

@@ -55,7 +55,7 @@ def test_no_task_becomes_worse_along_the_shortest_combination(gradient_TP):
 
 
 def test_mgda_of_equal_gradients_is_the_plain_sum_and_a_task_without_a_gradient_stops_nobody():
-    loss = MGDALoss(["binary"] * 3, [1.0] * 3)
+    loss = MGDALoss([1.0] * 3)
     assert loss.shares(np.ones((3, 3))).sum() == pytest.approx(3)
     share_T = loss.shares(np.diag([4.0, 0.0, 1.0]))
     assert share_T[[0, 2]] == pytest.approx([0.4, 1.6])
@@ -130,7 +130,7 @@ def test_the_nash_direction_does_not_depend_on_the_scale_of_a_loss(gradient_TP, 
 
 
 def test_gradients_that_cancel_or_are_missing_have_finite_shares_and_orthogonal_ones_of_one_norm_share_1():
-    loss = FairGradLoss(["binary"] * 3, [1.0] * 3, 1.0)
+    loss = FairGradLoss([1.0] * 3, 1.0)
     gradient_TP = np.array([[1.0, 0], [-1, 0], [0, 0]])
     share_T = loss.shares(gradient_TP @ gradient_TP.T)
     assert np.isfinite(share_T).all()
@@ -174,11 +174,11 @@ def test_directions_that_no_gradient_has_do_not_shorten_the_others():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_products_that_are_not_finite_leave_the_plain_sum_for_the_check_of_the_step(kind, bad):
     dot_TT = torch.tensor([[bad, 1.0], [1.0, 2.0]])
-    assert kind(["binary"] * 2, [3.0, 0.5]).coefficients(dot_TT, 0).tolist() == [3.0, 0.5]
+    assert kind([3.0, 0.5]).coefficients(dot_TT, 0).tolist() == [3.0, 0.5]
 
 
 def test_shares_in_float32_become_coefficients_with_the_loss_weights():
-    loss = MGDALoss(["binary"] * 2, [3.0, 0.5])
+    loss = MGDALoss([3.0, 0.5])
     gradient_TP = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     found_T = loss.coefficients(gradient_TP @ gradient_TP.T, 0)
     # The hull of (3, 0) and (0, 1): nearest to 0 at weights .1 and .9, times two tasks.

@@ -32,7 +32,7 @@ class CAGrad(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """CAGradLoss."""
-        return CAGradLoss(kinds, loss_weights, self.c)
+        return CAGradLoss(loss_weights, self.c)
 
 
 class CAGradLoss(SolvedLoss):
@@ -43,11 +43,11 @@ class CAGradLoss(SolvedLoss):
     division by 1 + c^2, which the authors' code offers. c = 0.5 is the default of LibMTL.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task. c: see CAGrad.
+        loss_weights: per task. c: see CAGrad.
     """
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], c: float) -> None:
-        super().__init__(kinds, loss_weights)
+    def __init__(self, loss_weights: Sequence[float], c: float) -> None:
+        super().__init__(loss_weights)
         self.c = c
 
     def shares(self, dot_TT: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ class FairGrad(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FairGradLoss."""
-        return FairGradLoss(kinds, loss_weights, self.alpha)
+        return FairGradLoss(loss_weights, self.alpha)
 
 
 class NashMTL(Weighted):
@@ -48,7 +48,7 @@ class NashMTL(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FairGradLoss."""
-        return FairGradLoss(kinds, loss_weights, alpha=1.0)
+        return FairGradLoss(loss_weights, alpha=1.0)
 
 
 class FairGradLoss(SolvedLoss):
@@ -61,11 +61,11 @@ class FairGradLoss(SolvedLoss):
     authors weight the losses.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task. alpha: see FairGrad.
+        loss_weights: per task. alpha: see FairGrad.
     """
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], alpha: float) -> None:
-        super().__init__(kinds, loss_weights)
+    def __init__(self, loss_weights: Sequence[float], alpha: float) -> None:
+        super().__init__(loss_weights)
         self.alpha = alpha
 
     def shares(self, dot_TT: np.ndarray) -> np.ndarray:

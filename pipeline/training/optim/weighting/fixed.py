@@ -14,7 +14,7 @@ class Fixed(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """TaskLoss."""
-        return TaskLoss(kinds, loss_weights)
+        return TaskLoss(loss_weights)
 
 
 class Equal(WeightingSettings):
@@ -24,7 +24,7 @@ class Equal(WeightingSettings):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """TaskLoss."""
-        return TaskLoss(kinds, loss_weights)
+        return TaskLoss(loss_weights)
 
 
 class Uncertainty(WeightingSettings):

@@ -25,7 +25,7 @@ class MGDA(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """MGDALoss."""
-        return MGDALoss(kinds, loss_weights)
+        return MGDALoss(loss_weights)
 
 
 class MGDALoss(SolvedLoss):
