@@ -1,6 +1,6 @@
 """CAGrad: near the average gradient, the direction that helps the worst task most."""
 
-# Shapes: T tasks.
+# Shapes: T tasks, A of them with a gradient.
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
@@ -50,9 +50,9 @@ class CAGradLoss(SolvedLoss):
         super().__init__(loss_weights)
         self.c = c
 
-    def shares(self, dot_TT: np.ndarray) -> np.ndarray:
-        """1 + T w_t c |g0| / |g_w|."""
-        return conflict_averse(dot_TT, self.c)
+    def shares(self, dot_AA: np.ndarray) -> np.ndarray:
+        """1 + T w_t c |g0| / |g_w|, of the tasks with a gradient."""
+        return conflict_averse(dot_AA, self.c)
 
 
 def conflict_averse(dot_TT: np.ndarray, c: float) -> np.ndarray:
