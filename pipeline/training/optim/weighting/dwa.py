@@ -3,7 +3,7 @@
 # Shapes: B rows, T tasks.
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ class DWA(Weighted):
     name: Literal["dwa"] = "dwa"
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
     window: int = Field(200, ge=1)
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """DWALoss."""

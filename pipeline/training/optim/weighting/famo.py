@@ -29,7 +29,7 @@ class FAMO(WeightingSettings):
     lr: float = Field(0.025, gt=0, allow_inf_nan=False)
     gamma: float = Field(1e-3, ge=0, allow_inf_nan=False)
     refuses: ClassVar = {"accumulate": WHOLE_BATCH_LOSSES}
-    logarithms: ClassVar = True
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FAMOLoss."""

@@ -31,6 +31,7 @@ class GradNorm(WeightingSettings):
     alpha: float = Field(1.5, ge=0, allow_inf_nan=False)
     lr: float = Field(0.025, gt=0, allow_inf_nan=False)
     refuses: ClassVar = GRADIENT_REFUSALS
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """GradNormLoss."""

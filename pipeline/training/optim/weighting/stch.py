@@ -27,9 +27,9 @@ class STCH(Weighted):
 
     name: Literal["stch"] = "stch"
     mu: float = Field(1.0, gt=0, allow_inf_nan=False)
-    warmup: int = Field(400, ge=0)
+    warmup: int = Field(400, ge=1)
     refuses: ClassVar = {"accumulate": WHOLE_BATCH_LOSSES}
-    logarithms: ClassVar = True
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """STCHLoss."""
