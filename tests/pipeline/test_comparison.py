@@ -237,6 +237,11 @@ def test_both_kinds_of_trees_are_fitted_once_and_are_rows_of_the_tables(small_da
     ]  # fmt: skip
     assert [compare._trees(kind, config, dataset) for kind in config.trees] == entries
     assert {path: path.stat().st_mtime_ns for path in files} == files
+    fewer = config.model_copy(update={"trees_max_rows": 100})
+    with pytest.raises(
+        UserError, match=r"trees was made with trees_max_rows=1000000. Choose another folder=, or remove it"
+    ):
+        compare._trees("boosted", fewer, dataset)
     kinds = {name: task.kind for name, task in dataset.schema.tasks.items()}
     quality = report.tables(entries, entries[0], kinds, "github").split("\n\n")[0]
     assert list(cells(quality)) == ["boosted trees", "R-MTGB"]

@@ -245,7 +245,7 @@ def test_tensorboard_has_a_curve_a_task_whatever_its_name(tmp_path: Path) -> Non
     writer = MetricsWriter(run, tasks, step=0, steps=1)
     values = dict.fromkeys(tasks, 0.5)
     writer.log({
-        "step": 1, "rows": 10, "lr": 0.1, "loss": 1.0, "weight": values, "ne": values, "mse": {}, "rows_per_s": 1.0,
+        "step": 1, "rows": 10, "lr": 0.1, "loss": 1.0, "weight": values, "ne": values, "task_loss": {}, "rows_per_s": 1.0,
         "data_wait": 0.0, "seconds_left": 0.0,
     })  # fmt: skip
     writer.close()

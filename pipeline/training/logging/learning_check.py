@@ -111,7 +111,10 @@ def _worse(task: str, now: Level, figures: Series, records: Sequence[Record]) ->
         cause = "a start far from the base rate, or slow learning"
         reason = f", but falling: {cause}. Set model.start=base_rate, or raise train.dense.lr ({last['lr']:g} now)."
     elif heavy := _heaviest(task, records):
-        reason = f": {heavy}. Raise +train.weighting.weights={{{task}: …}} or set another train.weighting.name."
+        reason = (
+            f": {heavy}. Weigh it more, with +train.weighting.weights.{task}=… where train.weighting.name takes weights, or "
+            "set another train.weighting.name."
+        )
     else:
         reason = (
             f": likely the learning rate is too high. Lower train.dense.lr ({last['lr']:g} now) and train.tables.lr."
