@@ -166,7 +166,7 @@ class FusedRanker(Ranker):
         ]
         in_dim = sum(reader.out_dim for reader in self._readers())
         self.fusion = EMM(in_dim, len(tasks), models, s.tables == "new", s.merge, s.projection)
-        self._place_heads(schema, encoders, config)
+        self.place_heads(schema, encoders, config)
         self.towers = self._towers(config)
         if s.trained:
             self.fusion.freeze()

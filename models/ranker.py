@@ -131,7 +131,7 @@ class Ranker(nn.Module):
         fields, columns = list(self.numbers.columns), list(self.numbers.columns.values())
         infos, names = task_infos(schema.tasks), list(schema.tasks)
         self.fusion = build_fusion(config.fusion, in_dim, names, fields, self.lengths, columns, infos)
-        self._place_heads(schema, encoders, config)
+        self.place_heads(schema, encoders, config)
         widths, sizes = widths_by_task(config.tower, list(schema.tasks)), self.units.sizes
         self.towers: Towers = build_towers(widths, self.fusion.out_dim, config.dropout, sizes, kind.shared_tower)
         if self.row_losses.entire_space and self.fusion.reads_observed:
@@ -141,7 +141,7 @@ class Ranker(nn.Module):
                 "example of every task."
             )
 
-    def _place_heads(self, schema: Schema, encoders: Encoders, config: ModelConfig) -> None:
+    def place_heads(self, schema: Schema, encoders: Encoders, config: ModelConfig) -> None:
         imputed = [name for name in schema.tasks if given_chain(schema.tasks, name)]
         if config.given.name != "observed" and not imputed:
             raise UserError(

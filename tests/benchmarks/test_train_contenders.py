@@ -92,7 +92,8 @@ def test_plain_trainer_and_taskfuse_compute_the_same_loss_and_gradient_from_the_
     ours = next(Loader(dataset, "train", ROWS).batches(Loader(dataset, "train", ROWS).start()))
     loss = TaskLoss([1.0] * w.TASKS)
     observed_weight_BT = ours.weight_BT * ours.observed_BT
-    our_loss = loss(loss.per_row(ranker(ours), ours.label_BT), observed_weight_BT, observed_weight_BT.sum(0))
+    loss_BT, _ = ranker.row_losses(ranker.outputs(ours), ours.label_BT, ours.observed_BT)
+    our_loss = loss(loss_BT, observed_weight_BT, observed_weight_BT.sum(0))
     theirs = next(plain_trainer.batches(paths(dataset), ROWS, 0))  # the same rows in another order
     their_loss = plain(*theirs)
     torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from omegaconf import OmegaConf
 from test_schema import changed, refusal
 
 from features.errors import UserError
@@ -200,4 +201,7 @@ def test_the_schemas_of_the_repository_compare_numbers_with_numbers() -> None:
     files = sorted((Path(__file__).parents[2] / "jobs" / "conf" / "data").glob("*.yaml"))
     assert files
     for file in files:
-        accepted(read_yaml(file)["schema"])
+        content = read_yaml(file)
+        parents = [read_yaml(file.with_stem(name)) for name in content.get("defaults", ()) if name != "_self_"]
+        schemas = [{"schema": part["schema"]} for part in (*parents, content)]  # without what Hydra alone resolves
+        accepted(OmegaConf.to_container(OmegaConf.merge(*schemas))["schema"])

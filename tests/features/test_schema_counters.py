@@ -169,7 +169,7 @@ def test_a_counter_with_the_name_of_a_history_is_refused():
 
 def fitted(folder: Path, schema: Schema, means: dict[str, float]) -> Path:
     columns = {name: pa.array([], pa.float64()) for name in schema.dense}
-    labels = {f"label.{task}": pa.array([], pa.float32()) for task in schema.tasks}
+    labels = {name: pa.array([], pa.float32()) for name in ["weight", *(f"label.{task}" for task in schema.tasks)]}
     Encoders.fit(schema, Statistics.of(schema, pa.table(columns | labels)), means).save(folder)
     return folder
 
