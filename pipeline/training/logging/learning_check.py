@@ -109,7 +109,7 @@ def _worse(task: str, now: Level, figures: Series, records: Sequence[Record]) ->
     before = figures.level(len(records) - WINDOWS)
     if before and start is not None and start > now.mean and _falls(before, now):
         cause = "a start far from the base rate, or slow learning"
-        reason = f", but falling: {cause}. Set model.start=base_rate, or raise train.dense.lr ({last['lr']:g} now)."
+        reason = f", but falling: {cause}. Set model.start=base_rate if it is not, or raise train.dense.lr ({last['lr']:g} now)."
     elif heavy := _heaviest(task, records):
         reason = (
             f": {heavy}. Weigh it more, with +train.weighting.weights.{task}=… where train.weighting.name takes weights, or "
