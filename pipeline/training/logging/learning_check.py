@@ -108,8 +108,10 @@ def _worse(task: str, now: Level, figures: Series, records: Sequence[Record]) ->
     head = f"{task}: {_name(task, last)} {short_decimal(now.mean)} after {last['rows']:,} rows, worse than {standard}"
     before = figures.level(len(records) - WINDOWS)
     if before and start is not None and start > now.mean and _falls(before, now):
-        cause = "a start far from the base rate, or slow learning"
-        reason = f", but falling: {cause}. Set model.start=base_rate if it is not, or raise train.dense.lr ({last['lr']:g} now)."
+        reason = (
+            ", but falling: a start far from the base rate, or slow learning. Set model.start=base_rate (the default), or "
+            f"raise train.dense.lr ({last['lr']:g} now)."
+        )
     elif heavy := _heaviest(task, records):
         reason = (
             f": {heavy}. Weigh it more, with +train.weighting.weights.{task}=… where train.weighting.name takes weights, or "

@@ -163,7 +163,7 @@ class EmbeddingLoss(AdaptiveLoss):
 
 
 def shared_parameters(ranker: Ranker, dense: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
-    """The trained dense parameters before the towers, also those of a fusion that one task alone has, and a tower of all tasks."""
+    """The trained dense parameters before the towers, a fusion's for one task among them; and a tower of all tasks."""
     own = ("loss.", "ranker.calibration.") + (() if ranker.fusion.shared_tower else ("ranker.towers.",))
     return [parameter for name, parameter in dense if parameter.requires_grad and not name.startswith(own)]
 
