@@ -10,6 +10,7 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import weightings as paper
+from tiny_training import assert_close, configuration, last, model
 from torch import Tensor
 from two_ranks import trainer
 
@@ -17,11 +18,13 @@ from features.batch import PADDING, Batch
 from models.layers import rectified
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
+from models.row_losses import GivenConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.training.optim.weighting.base import EmbeddingLoss
 from pipeline.training.optim.weighting.rep_mtl import RepMTLLoss
 from pipeline.training.step import TrainStep
+from pipeline.training.train import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -169,6 +172,18 @@ def test_the_dense_part_runs_again_with_the_same_draws_and_other_parameters(fold
     torch.testing.assert_close(loss.again_BT, loss.first_BT, rtol=0, atol=0)
     assert (loss.other_BT - loss.first_BT).abs().max() > 1e-3
     assert all(torch.equal(p, q) for p, q in zip(loss.shared, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["observed", "esmm"])
+def test_a_run_with_both_terms_off_is_one_of_fixed_weights_also_over_all_impressions(folder: Path, name: str) -> None:
+    states = []
+    for weighting in ({"name": "rep_mtl", "regulation": 0, "alignment": 0}, {"name": "fixed"}):
+        path = folder / f"{name}-{weighting['name']}"
+        config = configuration(folder / "data", path, weighting=weighting, max_steps=5)
+        of_given = config.model.model_copy(update={"given": GivenConfig(name=name)})
+        prepare(config.model_copy(update={"model": of_given}), None, torch.device("cpu")).run_to_end()
+        states.append(model(last(path)))
+    assert_close(*states)
 
 
 def test_settings_of_a_run_reach_the_loss(folder: Path) -> None:
