@@ -293,6 +293,8 @@ def test_a_run_cannot_go_on_with_another_weighting(one_rank: Path, change: dict[
         ({"name": "uncertainty", "lr": 0.1}, "weighting.uncertainty.lr"),
         ({"name": "gradnorm", "alpha": -1}, "weighting.gradnorm.alpha"),
         ({"name": "fixed", "weights": {"click": -1.0}}, "weighting.fixed.weights.click"),
+        ({"name": "fairgrad", "alpha": 0.1}, "weighting.fairgrad.alpha"),
+        ({"name": "fairgrad", "alpha": 100}, "weighting.fairgrad.alpha"),
         ({"name": "stch", "warmup": 0}, "weighting.stch.warmup"),  # without a reference there is nothing to smooth
         ({"name": "random"}, "'fixed', 'equal', 'uncertainty', 'gradnorm', 'pcgrad'"),
     ],

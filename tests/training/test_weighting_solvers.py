@@ -111,6 +111,17 @@ def test_fair_shares_solve_the_papers_equation(gradient_TP, alpha):
     )
 
 
+@pytest.mark.parametrize("alpha", [0.5, 10.0])
+def test_fair_shares_are_a_solution_at_both_limits_of_alpha_for_gradients_of_unlike_lengths(alpha):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        gradient_TP = rng.normal(size=(4, 6)) * 10 ** rng.uniform(-3, 3, size=(4, 1))
+        dot_TT = gradient_TP @ gradient_TP.T / (gradient_TP**2).sum(1).mean()
+        w_T = fair(dot_TT, alpha)
+        found_T = (dot_TT + RIDGE * np.diag(dot_TT.diagonal())) @ w_T * w_T ** (1 / alpha)
+        np.testing.assert_allclose(found_T, 1, rtol=1e-2)
+
+
 @settings(max_examples=examples(8), deadline=None)
 @given(gradients(most_tasks=3).filter(independent), st.sampled_from([1.0, 2.0]))
 def test_fair_shares_are_those_found_one_after_the_other_by_bisection(gradient_TP, alpha):

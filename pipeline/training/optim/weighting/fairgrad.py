@@ -22,11 +22,12 @@ class FairGrad(Weighted):
     When: no task may be left behind, whatever the scale of its gradient; a backward more per task.
 
     Attributes:
-        alpha: of fairness: 1 is proportional fairness, which is nash_mtl; the larger, the more the least gain counts.
+        alpha: of fairness: 1 is proportional fairness, which is nash_mtl; the larger, the more the least gain counts. Beyond
+            these limits rounding hides the solution where gradients differ in length by orders of magnitude.
     """
 
     name: Literal["fairgrad"] = "fairgrad"
-    alpha: float = Field(1.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(1.0, ge=0.5, le=10)
     refuses: ClassVar = GRADIENT_REFUSALS
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
