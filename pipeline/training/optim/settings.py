@@ -32,7 +32,7 @@ class TableOptimizer(Schedule):
     """
 
     name: Annotated[str, AfterValidator(_registered)] = "rowwise_adagrad"
-    lr: float = Field(0.02, gt=0)
+    lr: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
     epochs: int | None = Field(None, ge=1)
 
@@ -41,5 +41,5 @@ class DenseOptimizer(Schedule):
     """Of everything but the tables."""
 
     name: Literal["adam", "adamw", "adagrad"] = "adam"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(3e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
