@@ -120,6 +120,11 @@ def test_a_regression_that_began_better_than_it_is_names_the_learning_rate() -> 
     assert "worse than the untrained model's 4.0000: likely the learning rate is too high" in fault.line
 
 
+def test_a_regression_is_not_compared_with_a_first_record_that_is_not_the_untrained_models() -> None:
+    records = series(m=lambda i: 4.0 if i == 0 else 50 - 2 * i, click=falling(1, 0.8))
+    assert not lines([record | {"step": record["step"] + 100} for record in records])
+
+
 def test_a_regression_that_diverges_is_no_reason_of_another_tasks_fault() -> None:
     found = lines(series(m=lambda i: 4.0 if i == 0 else 5000 - 20 * i, click=noisy(1.3), loss=5001.0))
     assert {f[:2] for f in found} == {("m", "worse than no model"), ("click", "worse than no model")}
