@@ -20,6 +20,8 @@ ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
 Activation = Literal["relu", "gelu", "silu"]
 Norm = Literal["none", "layer"]
 Width = Annotated[int, Field(ge=1, le=1 << 16)]
+Widths = Annotated[Sequence[Width], Field(min_length=1, max_length=64)]  # of layers
+Levels = Annotated[Sequence[Widths], Field(min_length=1, max_length=64)]  # of the layers of each level
 
 
 class StackedLinear(nn.Module):

@@ -134,19 +134,31 @@ class Ranker(nn.Module):
         self.place_heads(schema, encoders, config)
         widths, sizes = widths_by_task(config.tower, list(schema.tasks)), self.units.sizes
         self.towers: Towers = build_towers(widths, self.fusion.out_dim, config.dropout, sizes, kind.shared_tower)
-        if self.row_losses.entire_space and self.fusion.reads_observed:
+        if self.row_losses.entire_space:
+            self._check_entire_space(config, names)
+
+    def _check_entire_space(self, config: ModelConfig, tasks: Sequence[str]) -> None:
+        if self.fusion.reads_observed:
             raise UserError(
                 f"model.given.name: {config.given.name} learns from all impressions, fusion {config.fusion['name']} from "
                 "observed labels alone. Set model.given.name=observed, or model.fusion.examples=tasks: a row is then an "
                 "example of every task."
             )
+        if unseen := [tasks[t] for t in self.fusion.unseen if tasks[t] in self.row_losses.chained]:
+            raise UserError(
+                f"model.fusion.unseen: with model.given.name={config.given.name} labels of {unseen[0]} train other tasks too. "
+                "Set model.given.name=observed, or hold out another task."
+            )
 
     def place_heads(self, schema: Schema, encoders: Encoders, config: ModelConfig) -> None:
         imputed = [name for name in schema.tasks if given_chain(schema.tasks, name)]
         if config.given.name != "observed" and not imputed:
+            left_out = sorted({task.given for task in schema.tasks.values() if task.given})
+            what = f"{', '.join(left_out)} is not among tasks=" if left_out else "no task has `given`"
+            advice = "Add it there" if left_out else "Write one in the schema, such as tasks.conversion.given: click"
             raise UserError(
-                f"model.given.name: {config.given.name} learns tasks that are given others, and no task has `given`. Write one "
-                "in the schema, such as tasks.conversion.given: click, or set model.given.name=observed."
+                f"model.given.name: {config.given.name} learns tasks that are given others, and {what}. {advice}, or set "
+                "model.given.name=observed."
             )
         self.units = LabelUnits(schema.tasks, encoders.labels, frozenset(imputed if config.given.name == "dr" else ()))
         self.row_losses = RowLosses(schema.tasks, self.units, config.given)

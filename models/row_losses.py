@@ -25,6 +25,8 @@ class GivenConfig(BaseModel):
         name: "observed": from the rows where they are observed, as any other task. "esmm": from all rows where the task they
             are given is, as p(click) p(conversion | click) (ESMM, Ma et al., SIGIR 2018, eq. 2-3). "ipw" and "dr": esmm and the
             loss of the observed rows, weighted by 1 / p(click), or doubly robust (ESCM2, Wang et al., SIGIR 2022, eq. 7-13).
+            Training figures are then of the product, evaluation's of p(conversion | click). Impressions without a click count
+            by their click label of 0: after jobs.relabel has replaced it, only those with a conversion label do.
         weight: of that further loss.
         min_propensity: below which p(click) does not fall in 1 / p(click): few rows would outweigh all others.
     """
@@ -51,7 +53,8 @@ class RowLosses(nn.Module):
 
     delta_T: Tensor
     quantile_T: Tensor
-    kind_T: Tensor
+    huber_T: Tensor
+    pinball_T: Tensor
     above_TT: Tensor
     given_T: Tensor
 
@@ -63,12 +66,20 @@ class RowLosses(nn.Module):
         deltas = [loss.delta if isinstance(loss, HuberLoss) else 1.0 for loss in losses]
         quantiles = [loss.q if isinstance(loss, QuantileLoss) else 0.5 for loss in losses]
         names = list(tasks)
-        above_TT = torch.tensor([[other in given_chain(tasks, name) for other in names] for name in names])
-        self.register_buffer("delta_T", torch.tensor(deltas), persistent=False)
-        self.register_buffer("quantile_T", torch.tensor(quantiles), persistent=False)
-        self.register_buffer("above_TT", above_TT, persistent=False)
-        self.register_buffer("given_T", above_TT.any(1), persistent=False)
-        self.entire_space = given.name != "observed" and any(given_chain(tasks, name) for name in names)
+        above = {name: given_chain(tasks, name) for name in names}
+        above_TT = torch.tensor([[other in above[name] for other in names] for name in names])
+        for name, values in (
+            ("delta_T", torch.tensor(deltas)),
+            ("quantile_T", torch.tensor(quantiles)),
+            ("huber_T", torch.tensor([kind == "huber" for kind in self.kinds])),
+            ("pinball_T", torch.tensor([kind == "quantile" for kind in self.kinds])),
+            ("above_TT", above_TT),
+            ("given_T", above_TT.any(1)),
+        ):
+            self.register_buffer(name, values, persistent=False)
+        # Those whose labels train the others of their chain as well, where losses are over all impressions.
+        self.chained = {task for name in names if above[name] for task in (name, *above[name])}
+        self.entire_space = given.name != "observed" and bool(self.chained)
 
     def training_batch(self, batch: Batch) -> Batch:
         """The batch with the labels and the rows that are learnt from.
@@ -124,10 +135,10 @@ class RowLosses(nn.Module):
         if "huber" in self.kinds:
             size_BT = error_BT.abs()
             linear_BT = self.delta_T * (2 * size_BT - self.delta_T)
-            loss_BT = torch.where(self._is("huber") & (size_BT > self.delta_T), linear_BT, loss_BT)
+            loss_BT = torch.where(self.huber_T & (size_BT > self.delta_T), linear_BT, loss_BT)
         if "quantile" in self.kinds:
             pinball_BT = torch.maximum(-self.quantile_T * error_BT, (1 - self.quantile_T) * error_BT)
-            loss_BT = torch.where(self._is("quantile"), pinball_BT, loss_BT)
+            loss_BT = torch.where(self.pinball_T, pinball_BT, loss_BT)
         if "ziln" in self.kinds:
             loss_BT = torch.where(self.units.lognormal_T, self._lognormal(out_KBT, label_BT), loss_BT)
         return loss_BT
@@ -141,9 +152,6 @@ class RowLosses(nn.Module):
         log_BT = (torch.where(positive_BT, label_BT, 1.0).log() - self.units.mean_T) / self.units.std_T
         density_BT = ((log_BT - mean_BT) / spread_BT).square() / 2 + spread_BT.log()
         return cross_entropy_BT + torch.where(positive_BT, density_BT, 0.0)
-
-    def _is(self, kind: str) -> Tensor:
-        return torch.tensor([found == kind for found in self.kinds], device=self.delta_T.device)
 
 
 def _cross_entropy_of_log(log_BT: Tensor, label_BT: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class LabelMoments:
             return LabelScale()
         # A share of 0 or 1 would be learnt as certain from the first step on.
         share = (self.of.count + 0.5) / (self.weight + 1)
-        return LabelScale(self.of.mean, self.of.std or 1.0, share)
+        return LabelScale(self.of.mean, self.of.std or 1.0, min(max(share, 1e-12), 1 - 1e-12))
 
 
 def scale_entry(scale: LabelScale) -> dict[str, float]:

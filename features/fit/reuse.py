@@ -48,7 +48,9 @@ def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encode
         moments=chosen(fitted.moments, known.moments, kept.features),
         edges=chosen(fitted.edges, known.edges, kept.features | kept.tables),
         missing=chosen(fitted.missing, known.missing, kept.features),
-        labels=chosen(fitted.labels, known.labels, kept.labels),
+        # A task of which `known` has no scale is learnt as it is, in later runs as well: their towers start from earlier ones.
+        labels={name: value for name, value in fitted.labels.items() if name not in kept.labels}
+        | {name: value for name, value in known.labels.items() if name in kept.labels},
         kept_from=known_id,
         kept_tables=tuple(sorted(kept.tables)),
     )
@@ -65,9 +67,10 @@ def counter_means(schema: Schema, known: Encoders) -> dict[str, float]:
 
 def _target(schema: Schema, name: str) -> Any:
     """All that decides what a task's labels are, and in which scale they are learnt."""
-    task, reads = schema.tasks[name], columns_of(schema.tasks[name].label)
+    task = schema.tasks[name]
+    reads = {*columns_of(task.label), *columns_of(task.observed_when or "NULL")}
     log = task.transform == "log1p", task.loss_name == "ziln"
-    return task.kind, task.label, log, origins(schema, reads)
+    return task.kind, task.label, task.observed_when, log, origins(schema, reads)
 
 
 def _definition(schema: Schema, name: str) -> Any:

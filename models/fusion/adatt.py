@@ -1,9 +1,7 @@
 """Adaptive task-to-task fusion (AdaTT, arXiv 2304.04959)."""
 
-from collections.abc import Sequence
-
 from models.fusion.level import Native, SharedExperts, TaskExperts, UnitNetwork
-from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers
+from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, Levels
 
 
 class AdaTT(UnitNetwork):
@@ -34,7 +32,7 @@ class AdaTT(UnitNetwork):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts = 1,
+        self, in_dim: int, num_tasks: int, levels: Levels, task_experts: TaskExperts = 1,
         shared_experts: SharedExperts = 0, native: Native = True, experts: ExpertLayers = PLAIN_EXPERTS,
         gate: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from features.errors import UserError
 from models.fusion.fusion import Fusion
 from models.fusion.tasks import TaskInfo
-from models.layers import PLAIN_EXPERTS, ExpertLayers
+from models.layers import PLAIN_EXPERTS, ExpertLayers, Widths
 
 
 class Transfer(nn.Module):
@@ -75,7 +75,7 @@ class AITM(Fusion):
     condition_CT: Tensor
 
     def __init__(
-        self, in_dim: int, num_tasks: int, widths: Sequence[int], chain: Sequence[int] | None = None,
+        self, in_dim: int, num_tasks: int, widths: Widths, chain: Sequence[int] | None = None,
         calibrator: Annotated[float, Field(ge=0)] = 0.0, dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         experts: ExpertLayers = PLAIN_EXPERTS,
         tasks: Sequence[TaskInfo] | None = None,

@@ -2,7 +2,6 @@
 
 # Shapes: B rows, T tasks, F features, W width of a token, G groups, P inducing points, N = B F, D width out.
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from models.excitation import Excitation
 from models.fusion.fusion import Fusion
-from models.layers import PLAIN_EXPERTS, ExpertLayers, StackedLinear
+from models.layers import PLAIN_EXPERTS, ExpertLayers, StackedLinear, Widths
 
 
 class GroupBlock(nn.Module):
@@ -75,7 +74,7 @@ class APEM(Fusion):
     fields = True
 
     def __init__(
-        self, in_dim: int, num_tasks: int, num_fields: int, widths: Sequence[int],
+        self, in_dim: int, num_tasks: int, num_fields: int, widths: Widths,
         layers: Annotated[int, Field(ge=1)] = 1, groups: Annotated[int, Field(ge=1)] = 2,
         points: Annotated[int, Field(ge=1)] = 4, hidden: Annotated[int, Field(ge=1)] = 16,
         squeeze: Annotated[int, Field(ge=1)] = 16, experts: ExpertLayers = PLAIN_EXPERTS,

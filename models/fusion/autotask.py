@@ -99,7 +99,7 @@ class AutoTask(Fusion):
         x_BFD: one token a feature. observed_BT: bool, given unless `examples` is "tasks", and read in training.
     Returns: h_BTD; in training, 0 for what is no example.
     Raises:
-        UserError: a width that is no multiple of heads.
+        UserError: a width that is no multiple of heads, or no task that is not unseen.
     """
 
     fields = True
@@ -118,8 +118,11 @@ class AutoTask(Fusion):
         if width % heads:
             raise UserError(f"model.fusion.width: {width} is not a multiple of heads, which is {heads}")
         self.causal, self.reads_observed, self.block = causal, examples != "tasks", block or num_tasks
+        if len(set(unseen)) == num_tasks:
+            raise UserError("model.fusion.unseen: holds out every task; leave one to learn from")
+        self.unseen = list(unseen)
         unseen_T = torch.zeros(num_tasks, dtype=torch.bool)
-        unseen_T[list(unseen)] = True
+        unseen_T[self.unseen] = True
         self.register_buffer("unseen_T", unseen_T, persistent=False)
         ids = 0 if task_id == "none" else num_tasks
         if task_id == "embedding":

@@ -2,7 +2,6 @@
 
 # Shapes: B rows, T tasks (S those that receive, T those that send), D width in and out, L levels.
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -10,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.fusion.fusion import Fusion
-from models.layers import PLAIN_EXPERTS, ExpertLayers, mix
+from models.layers import PLAIN_EXPERTS, ExpertLayers, Levels, mix
 
 
 class CrossStitch(Fusion):
@@ -31,7 +30,7 @@ class CrossStitch(Fusion):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]],
+        self, in_dim: int, num_tasks: int, levels: Levels,
         keep: Annotated[float, Field(ge=0, le=1)] = 0.9, experts: ExpertLayers = PLAIN_EXPERTS,
     ) -> None:  # fmt: skip
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from features.errors import UserError
 from models.excitation import Excitation
 from models.fusion.fusion import Fusion
-from models.layers import PLAIN_EXPERTS, ExpertLayers
+from models.layers import PLAIN_EXPERTS, ExpertLayers, Widths
 from models.sequences import WithItems
 
 
@@ -126,7 +126,7 @@ class DTRN(Fusion):
     read_J: Tensor
 
     def __init__(
-        self, in_dim: int, num_tasks: int, num_fields: int, sequences: Mapping[int, int], widths: Sequence[int],
+        self, in_dim: int, num_tasks: int, num_fields: int, sequences: Mapping[int, int], widths: Widths,
         behaviours: Sequence[int] | None = None, condition: Annotated[int, Field(ge=1)] = 8,
         hidden: Annotated[int, Field(ge=1)] = 32, squeeze: Annotated[int, Field(ge=1)] = 16,
         experts: ExpertLayers = PLAIN_EXPERTS,

@@ -2,6 +2,7 @@
 
 # Shapes: B rows, T tasks, F features, S sets of embeddings, D width, U units, E experts, K numbers of a task.
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class Fusion(nn.Module):
         shared_tower: one tower scores every task.
         reads_tasks: it has an argument `tasks`, which is no part of a config: a TaskInfo of each (models.fusion.tasks).
         reads_observed: it is called with observed_BT as well.
+        unseen: indices of tasks whose labels must not train the model.
         task_arguments: arguments that a config gives as names of tasks, or as lists of these, and the class takes as indices.
         field_arguments: the same with names of features.
         out_dim: D of what it returns.
@@ -36,6 +38,7 @@ class Fusion(nn.Module):
     task_arguments: ClassVar[tuple[str, ...]] = ()
     field_arguments: ClassVar[tuple[str, ...]] = ()
     reads_observed: bool = False
+    unseen: Sequence[int] = ()
     out_dim: int
 
     @classmethod

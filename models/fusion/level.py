@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from features.errors import UserError
 from models.fusion.fusion import Fusion
-from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, mix
+from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, Levels, mix
 
 MAX_EXPERTS = 10_000  # of a level
 TaskExperts = int | Sequence[int] | Sequence[Sequence[int]]
@@ -124,7 +124,7 @@ class UnitNetwork(Fusion):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts,
+        self, in_dim: int, num_tasks: int, levels: Levels, task_experts: TaskExperts,
         shared_experts: SharedExperts, isolated: bool, native: Native, experts: ExpertLayers = PLAIN_EXPERTS,
         gate: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip

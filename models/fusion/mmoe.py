@@ -2,12 +2,10 @@
 
 # Shapes: B rows, T tasks, E experts a level, D width, U gates of a level.
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from models.fusion.fusion import Fusion
-from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, mix
+from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, Levels, mix
 
 
 class MMoE(Fusion):
@@ -27,7 +25,7 @@ class MMoE(Fusion):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, num_experts: int, levels: Sequence[Sequence[int]],
+        self, in_dim: int, num_tasks: int, num_experts: int, levels: Levels,
         experts: ExpertLayers = PLAIN_EXPERTS, gate: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip
         super().__init__()

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from features.errors import UserError
 from models.fusion.fusion import Fusion
-from models.layers import StackedMLP
-
-Widths = Annotated[Sequence[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+from models.layers import StackedMLP, Widths
 
 
 class GateUnit(nn.Module):

@@ -1,10 +1,8 @@
 """Progressive layered extraction (Tang et al., RecSys 2020)."""
 
-from collections.abc import Sequence
-
 from features.errors import UserError
 from models.fusion.level import SharedExperts, TaskExperts, UnitNetwork
-from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers
+from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, Levels
 
 
 class PLE(UnitNetwork):
@@ -29,7 +27,7 @@ class PLE(UnitNetwork):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts = 1,
+        self, in_dim: int, num_tasks: int, levels: Levels, task_experts: TaskExperts = 1,
         shared_experts: SharedExperts = 1, experts: ExpertLayers = PLAIN_EXPERTS, gate: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip
         super().__init__(in_dim, num_tasks, levels, task_experts, shared_experts, True, False, experts, gate)
@@ -43,7 +41,7 @@ class CGC(PLE):
     """
 
     def __init__(
-        self, in_dim: int, num_tasks: int, levels: Sequence[Sequence[int]], task_experts: TaskExperts = 1,
+        self, in_dim: int, num_tasks: int, levels: Levels, task_experts: TaskExperts = 1,
         shared_experts: SharedExperts = 1, experts: ExpertLayers = PLAIN_EXPERTS, gate: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip
         if len(levels) != 1:

@@ -2,12 +2,10 @@
 
 # Shapes: B rows, T tasks, D width.
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from models.fusion.fusion import Fusion
-from models.layers import PLAIN_EXPERTS, ExpertLayers
+from models.layers import PLAIN_EXPERTS, ExpertLayers, Widths
 
 
 class SharedBottom(Fusion):
@@ -19,9 +17,7 @@ class SharedBottom(Fusion):
     Shapes: x_BD -> h_BTD, the same for each task.
     """
 
-    def __init__(
-        self, in_dim: int, num_tasks: int, widths: Sequence[int], experts: ExpertLayers = PLAIN_EXPERTS
-    ) -> None:
+    def __init__(self, in_dim: int, num_tasks: int, widths: Widths, experts: ExpertLayers = PLAIN_EXPERTS) -> None:
         super().__init__()
         self.num_tasks, self.out_dim = num_tasks, widths[-1]
         self.bottom = experts.stack(1, in_dim, widths)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.fusion.fusion import Fusion
 from models.fusion.level import unit_of_each_expert
-from models.layers import StackedLinear, StackedMLP, mix
+from models.layers import StackedLinear, StackedMLP, Width, Widths, mix
 
 Count = Annotated[int, Field(ge=1, le=1000)]
 
@@ -44,8 +44,8 @@ class STEM(Fusion):
     own_T1E: Tensor
 
     def __init__(
-        self, in_dim: int, num_tasks: int, widths: Annotated[Sequence[int], Field(min_length=1)], task_experts: Count = 1,
-        shared_experts: Count = 1, gate_widths: Sequence[int] = (),
+        self, in_dim: int, num_tasks: int, widths: Widths, task_experts: Count = 1,
+        shared_experts: Count = 1, gate_widths: Sequence[Width] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = widths[-1]

@@ -1,6 +1,7 @@
 """Tasks: what a schema may say of their losses and conditions, and the scale that a regression is learnt in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,12 @@ def test_scales_are_weighted_moments_of_what_is_learnt_over_parts_in_any_cut(val
         assert scale.positive == pytest.approx((whole + 0.5) / (sum(w for _, w in pairs) + 1))
 
 
+@pytest.mark.parametrize("positive", [0.0, 1.0])
+def test_no_share_of_labels_above_0_is_certain_however_heavy_the_rows(positive: float) -> None:
+    scale = LabelMoments.of_labels(np.array([positive]), np.array([1e18]), schema().tasks["spend"]).scale()
+    assert 0 < scale.positive < 1
+
+
 ROWS = [
     {"click": i % 2, "cart": 0, "buy": 0, "dwell": float(i), "spend": float(i % 3), "w": 1.0 + i % 2} for i in range(20)
 ]
@@ -179,3 +186,11 @@ def test_encoders_that_are_kept_bring_the_scales_of_labels_that_mean_the_same():
     kept = reuse.keep(new, old, reuse.unchanged(spec, known), "0" * 16)
     assert kept.labels["dwell"] == LabelScale(7.0, 7.0, 0.7)
     assert kept.labels["time"] == new.labels["time"] != old.labels["time"]
+    before = reuse.keep(new, replace(old, labels={}), reuse.unchanged(spec, known), "0" * 16)
+    assert before.labels.keys() == {"time"}  # what earlier runs learnt as it is stays so
+
+
+def test_a_scale_is_fitted_again_where_other_rows_are_observed():
+    known, spec = schema(), schema(dwell={"observed_when": "cart = 0"})
+    assert reuse.unchanged(spec, known).labels >= {"time", "spend"}
+    assert "dwell" not in reuse.unchanged(spec, known).labels

@@ -74,6 +74,25 @@ def test_unchanged_features_are_encoded_as_they_were_and_others_are_fitted_on_th
     assert list(verify(Dataset(tmp_path / "grown")))
 
 
+def test_tasks_that_changed_have_scales_of_the_new_rows_beside_features_that_are_all_kept(logs, tmp_path, caplog):
+    caplog.set_level("INFO", "pipeline")
+    first, second = logs
+    same, cost = {"kind": "regression", "label": "price"}, {"kind": "regression", "label": "price * 100"}
+    with no_beam():
+        run(first, tmp_path / "old", content(dense={"age": {}}, tasks={"same": same, "cost": same}))
+        run(
+            second,
+            tmp_path / "new",
+            content(dense={"age": {}}, tasks={"same": same, "cost": cost}),
+            encoders={"from": tmp_path / "old"},
+        )
+    old, new = (Dataset(tmp_path / name).encoders.labels for name in ("old", "new"))
+    assert "fitted on the train rows of this log: the scale of task cost" in caplog.text
+    assert new["same"] == old["same"]
+    assert new["cost"].mean > 10 * old["cost"].mean
+    assert values_of(tmp_path / "new", "city") == values_of(tmp_path / "old", "city")
+
+
 def test_a_feature_of_the_same_name_is_fitted_anew_where_its_column_its_type_or_its_table_changed(
     logs, tmp_path, caplog
 ):

@@ -30,7 +30,7 @@ sizes = drawn_sizes(
 
 
 def unseen(size: Sizes) -> list[int]:
-    return [task for task in sorted(size.held_out) if task < size.T]
+    return [task for task in sorted(size.held_out) if task < size.T][: size.T - 1]
 
 
 def autotask(size: Sizes, **changes: object) -> AutoTask:
@@ -310,6 +310,7 @@ def test_arguments_that_cannot_be_are_refused():
     for wrong, words in (
         ({"heads": 3}, r"model.fusion.width: 8 is not a multiple of heads, which is 3"),
         ({"unseen": ["c"]}, r"model.fusion.unseen: c is not one of a, b"),
+        ({"unseen": ["a", "b"]}, r"model.fusion.unseen: holds out every task"),
         ({"task_id": "name"}, r"model.fusion.task_id"),
         ({"block": 0}, r"model.fusion.block"),
         ({"examples": "all"}, r"model.fusion.examples"),

@@ -18,7 +18,9 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from features.batch import Batch
+from features.errors import UserError
 from features.schema.schema import Schema
+from models.fusion import build_fusion
 from models.fusion.adatt import AdaTT
 from models.fusion.mmoe import MMoE
 from models.fusion.ple import PLE
@@ -298,6 +300,23 @@ def batch(rows: slice = slice(None)) -> Batch:
     )
     dense_BD, one_BT = torch.randn(12, 3, generator=rng)[rows], torch.ones(12, 3)[rows]
     return Batch(sparse, dense_BD, one_BT, one_BT.bool(), one_BT, torch.arange(12)[rows])
+
+
+WITHOUT_LAYERS = {"levels": [[], [[]], [[8], []], [[0]]], "widths": [[], [0], [-1]]}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_fusion_without_layers_or_units_is_refused(file):
+    fusion = yaml.safe_load(file.read_text())["fusion"]
+    for key in WITHOUT_LAYERS.keys() & fusion.keys():
+        for value in WITHOUT_LAYERS[key]:
+            with pytest.raises(UserError, match=rf"model\.fusion\.{key}"):
+                build_fusion(fusion | {key: value}, 8, ["a", "b"], ["f", "g"], {}, [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_model_lists_what_all_models_have(file):
+    assert yaml.safe_load(file.read_text()).keys() >= {"fusion", "tower", "dropout", "start", "embedding_std"}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)

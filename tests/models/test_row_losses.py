@@ -87,6 +87,33 @@ def test_predictions_are_in_the_unit_of_the_label(out, mean, spread):
     assert prediction(regression("ziln"), [out, mean, spread]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_label_of_0_gives_a_lognormal_finite_gradients_and_none_to_its_mean_and_spread():
+    units = LabelUnits({"task": regression("ziln")}, {"task": SCALE})
+    out_KBT = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1).requires_grad_()
+    losses = RowLosses({"task": regression("ziln")}, units, GivenConfig())
+    losses(out_KBT, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))[0].sum().backward()
+    assert out_KBT.grad.flatten().tolist() == [pytest.approx(sigmoid(0.5)), 0.0, 0.0]
+
+
+def test_losses_and_predictions_of_half_precision_are_computed_in_float32():
+    tasks = {"click": binary(), "dwell": regression(), "spend": regression("ziln")}
+    units = LabelUnits(tasks, {"dwell": LabelScale(7000.0, 300.0), "spend": SCALE})
+    losses, out_KBT = RowLosses(tasks, units, GivenConfig()), torch.randn(3, 20, 3).bfloat16()
+    label_BT, observed_BT = torch.rand(20, 3), torch.ones(20, 3, dtype=torch.bool)
+    for half, single in (
+        (losses(out_KBT, label_BT, observed_BT)[0], losses(out_KBT.float(), label_BT, observed_BT)[0]),
+        (units(out_KBT), units(out_KBT.float())),
+    ):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, single)
+
+
+def test_no_loss_is_infinite_at_the_ends_of_a_scale():
+    assert math.isfinite(of_one(regression(transform="log1p"), [0.0], -1.0))  # a teacher's prediction may be exactly -1
+    at_floor = of_one(regression("ziln"), [0.0, 0.0, -1000.0], math.exp(6.1))
+    assert at_floor == pytest.approx(math.log(2) + 1e6 / 2 + math.log(1e-3), rel=1e-4)
+
+
 def test_no_prediction_is_infinite():
     for task, out in ((regression(transform="log1p"), [1e6]), (regression("ziln"), [9.0, 1e6, 1e6])):
         units = LabelUnits({"task": task}, {"task": SCALE})
@@ -113,6 +140,11 @@ def test_at_the_start_each_task_answers_with_what_its_train_labels_say():
 # click -> cart -> buy, beside another task and a regression.
 CHAIN = {"cart": binary("click"), "other": binary(), "click": binary(), "buy": binary("cart"), "dwell": regression()}
 ABOVE = {"cart": ["click"], "buy": ["cart", "click"]}
+
+
+def test_only_tasks_that_are_given_others_have_an_imputed_loss():
+    assert LabelUnits(CHAIN, {}, frozenset(ABOVE)).sizes == [2, 1, 1, 2, 1]
+    assert LabelUnits({"spend": regression("ziln")} | CHAIN, {}).sizes == [3, 1, 1, 1, 1, 1]
 
 
 def chain_losses(name: str, **more: float) -> RowLosses:
@@ -215,6 +247,29 @@ def test_the_propensity_gets_no_gradient_from_what_it_weighs():
     names = list(CHAIN)
     assert torch.equal(gradients[0][0, :, names.index("click")], gradients[1][0, :, names.index("click")])
     assert not torch.equal(gradients[0][0, :, names.index("buy")], gradients[1][0, :, names.index("buy")])
+
+
+def test_the_doubly_robust_form_trains_a_prediction_by_its_own_loss_and_the_imputation_by_its_error():
+    out_KBT, batch = drawn(3, 50)
+    out_KBT.requires_grad_()
+    gradient = {}
+    for name in ("ipw", "dr"):
+        losses = chain_losses(name, weight=0.3, min_propensity=0.2)
+        training = losses.training_batch(batch)
+        loss_BT, _ = losses(out_KBT, training.label_BT, training.observed_BT)
+        gradient[name] = torch.autograd.grad((loss_BT * training.observed_BT).sum(), out_KBT)[0]
+    assert_close(gradient["dr"][0], gradient["ipw"][0])
+    out_KBT = out_KBT.detach()
+    buy, above, checked = list(CHAIN).index("buy"), [list(CHAIN).index(name) for name in ABOVE["buy"]], set()
+    for b in training.observed_BT[:, buy].nonzero().flatten().tolist():
+        z, y, w = (float(v) for v in (out_KBT[0, b, buy], batch.label_BT[b, buy], out_KBT[1, b, buy]))
+        reached = all(batch.observed_BT[b, a] and batch.label_BT[b, a] == 1 for a in above)
+        ratio = reached / max(math.prod(sigmoid(float(out_KBT[0, b, a])) for a in above), 0.2)
+        error = -(y * math.log(sigmoid(z)) + (1 - y) * math.log(1 - sigmoid(z)))
+        of_imputed = 1 - ratio - 2 * ratio * (error - math.log1p(math.exp(w)))
+        assert float(gradient["dr"][1, b, buy]) == pytest.approx(0.3 * of_imputed * sigmoid(w), rel=1e-6)
+        checked.add(reached)
+    assert checked == {False, True}
 
 
 @pytest.mark.parametrize("z", [-200.0, -30.0, 30.0, 200.0])

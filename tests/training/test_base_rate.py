@@ -56,6 +56,16 @@ def test_towers_start_at_the_weighted_train_mean_of_their_task(folder: Path, fus
         assert row == pytest.approx(wanted, abs=1e-5)
 
 
+def test_calibration_leaves_the_further_numbers_of_a_task_as_they_are(folder: Path) -> None:
+    data = Dataset(folder / "data")
+    config = ModelConfig(fusion=TASK_TOWERS, calibration="monotone", given=GivenConfig(name="dr"))
+    ranker = build_ranker(data.schema, data.encoders, config, device="cpu")
+    ranker.read = lambda *_: torch.ones(3, ranker.interaction.out_dim)
+    out_KBT = ranker.dense_outputs(torch.zeros(3, 1), None)
+    assert out_KBT.shape == (2, 3, 3)
+    assert torch.equal(out_KBT[1], ranker.towers(ranker.fusion(ranker.read()))[1])
+
+
 def test_zero_starts_near_zero(folder: Path) -> None:
     towers = trainer(folder, "zero", fusion=TASK_TOWERS, start="zero").learner.ranker.towers
     assert towers.out.bias_SH.abs().max() < 1 / math.sqrt(8)
@@ -82,6 +92,23 @@ def test_models_over_all_impressions_need_a_task_that_is_given_another(folder: P
     data = Dataset(folder / "data").only(["conversion"])
     config = ModelConfig(fusion=TASK_TOWERS, given=GivenConfig(name="esmm"))
     with pytest.raises(
-        UserError, match=r"model\.given\.name: esmm learns tasks that are given others, and no task has"
+        UserError, match=r"esmm learns tasks that are given others, and click is not among tasks=. Add it there, or set"
     ):
         build_ranker(data.schema, data.encoders, config)
+    data = Dataset(folder / "data").only(["click", "dwell"])
+    with pytest.raises(UserError, match=r"given others, and no task has `given`. Write one in the schema, such as"):
+        build_ranker(data.schema, data.encoders, config)
+
+
+@pytest.mark.parametrize("unseen", ["click", "conversion"])
+def test_over_all_impressions_no_task_of_a_chain_is_held_out(folder: Path, unseen: str) -> None:
+    fusion = {"name": "autotask", "width": 8, "examples": "tasks", "unseen": [unseen]}
+    data = Dataset(folder / "data")
+    build_ranker(data.schema, data.encoders, ModelConfig(fusion=fusion))
+    build_ranker(
+        data.schema, data.encoders, ModelConfig(fusion=fusion | {"unseen": ["dwell"]}, given=GivenConfig(name="esmm"))
+    )
+    with pytest.raises(
+        UserError, match=rf"model\.fusion\.unseen: with .*name=esmm labels of {unseen} train other tasks"
+    ):
+        build_ranker(data.schema, data.encoders, ModelConfig(fusion=fusion, given=GivenConfig(name="esmm")))
