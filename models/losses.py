@@ -15,12 +15,12 @@ class TaskLoss(nn.Module):
     ranks share them; the total is the sum of the tasks' losses, each times its loss weight.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task.
+        loss_weights: per task.
     """
 
     weight_T: Tensor
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float]) -> None:  # noqa: ARG002
+    def __init__(self, loss_weights: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("weight_T", torch.tensor(loss_weights), persistent=False)
 
@@ -64,7 +64,7 @@ class UncertaintyLoss(TaskLoss):
     """
 
     def __init__(self, kinds: Sequence[str]) -> None:
-        super().__init__(kinds, [1.0 if kind == "binary" else 0.5 for kind in kinds])
+        super().__init__([1.0 if kind == "binary" else 0.5 for kind in kinds])
         self.log_variance_T = nn.Parameter(torch.zeros(len(kinds)))
 
     def weights(self) -> Tensor:

@@ -48,7 +48,9 @@ def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encode
         moments=chosen(fitted.moments, known.moments, kept.features),
         edges=chosen(fitted.edges, known.edges, kept.features | kept.tables),
         missing=chosen(fitted.missing, known.missing, kept.features),
-        labels=chosen(fitted.labels, known.labels, kept.labels),
+        # A task of which `known` has no scale is learnt as it is, in later runs as well: their towers start from earlier ones.
+        labels={name: value for name, value in fitted.labels.items() if name not in kept.labels}
+        | {name: value for name, value in known.labels.items() if name in kept.labels},
         kept_from=known_id,
         kept_tables=tuple(sorted(kept.tables)),
     )

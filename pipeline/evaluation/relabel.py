@@ -44,7 +44,8 @@ def relabel(config: RelabelConfig) -> Manifest:
     A label is replaced where it is observed; tasks without predictions keep theirs, and so do valid and test. Rows, order,
     encoders and the schema with its fingerprint stay, so that runs on either dataset can start from each other's weights
     (train.init_from). Files that stay are hard links where the file system has them, else copies. statistics.json still
-    describes the labels of the log.
+    describes the labels of the log. A task that others are given has no label of 0 any more, from which esmm, ipw and dr
+    conclude that these did not happen: train with model.given.name=observed.
 
     Args:
         config: `predictions` are read whole, some 10 bytes a row and task.

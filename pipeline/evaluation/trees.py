@@ -38,18 +38,17 @@ def boosted_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dic
         max_rows: of the train split, its first ones. seed: of the split finder. file: of the test rows' predictions.
     Returns: metrics per task, rows/s of fitting and predicting, trees per task.
     Raises:
-        UserError: a split is empty, or a task has soft labels, which these trees cannot take.
+        UserError: a split is empty, a task is not observed in train or valid, or has soft labels or those of one class.
     """
     data = _Splits.read(dataset, max_rows)
+    for task, settings in dataset.schema.tasks.items():
+        if fault := data.not_for_boosting(task, settings.kind == "binary"):
+            raise UserError(f"tasks.{task} {fault}, which boosted trees cannot take. Set trees=[rmtgb] or trees=[].")
     raw, trees, begin = {}, {}, time.perf_counter()
     for task, settings in dataset.schema.tasks.items():
         label = f"label.{task}"
-        if settings.kind == "binary" and not data.train[label].drop_nulls().is_in([0.0, 1.0]).all():
-            raise UserError(
-                f"tasks.{task} has soft labels, which boosted trees cannot take. Set trees=[rmtgb] or trees=[]."
-            )
         kind = HistGradientBoostingClassifier if settings.kind == "binary" else HistGradientBoostingRegressor
-        fitted, stopping = data.train.drop_nulls(label), data.valid.drop_nulls(label)
+        fitted, stopping = data.observed(data.train, task), data.observed(data.valid, task)
         model = kind(categorical_features=data.categorical, random_state=seed, **SETTINGS).fit(
             fitted[INPUTS].to_numpy(), fitted[label].to_numpy(), sample_weight=fitted["weight"].to_numpy(),
             X_val=stopping[INPUTS].to_numpy(), y_val=stopping[label].to_numpy(),
@@ -67,17 +66,11 @@ def robust_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dict
     Args: as there; seed: of the partition's start.
     Returns: as there, a task's trees with those that it shares, and each task's weight of the outliers' trees.
     Raises:
-        UserError: a split is empty, or a task is not observed in the train split.
+        UserError: a split is empty, or a task is not observed in train or valid.
     """
     data, tasks = _Splits.read(dataset, max_rows), dataset.schema.tasks
     begin = time.perf_counter()
     train, valid = data.labelled(data.train), data.labelled(data.valid)
-    unseen = (np.isnan(train.label_NT) | (train.weight_N[:, None] == 0)).all(0)
-    if unseen.any():
-        raise UserError(
-            f"tasks.{list(tasks)[int(unseen.argmax())]} is not observed in the first {max_rows} train rows, so R-MTGB cannot "
-            "learn it. Set trees=[boosted] or trees=[]."
-        )
     model = RobustBoosting([task.kind == "binary" for task in tasks.values()], data.categorical, seed=seed)
     model.fit(train, valid)
     raw_NT = model.predict(data.test[INPUTS].to_numpy())
@@ -102,11 +95,36 @@ class _Splits:
 
     @classmethod
     def read(cls, dataset: Dataset, max_rows: int) -> "_Splits":
+        """Raises UserError where a split is empty, or a task is not observed in the rows that trees learn or stop by."""
         schema = dataset.schema
         train, valid, test = (_rows(dataset, split) for split in ("train", "valid", "test"))
         categories = [_categorical(dataset, name) for name in schema.single]
         mask = [*[False] * schema.dense_width, *categories, *[False] * len(schema.lists)]
-        return cls(schema, train.head(max_rows), valid, test, mask)
+        data = cls(schema, train.head(max_rows), valid, test, mask)
+        for task in schema.tasks:
+            if not data.observed(data.train, task)["weight"].sum():
+                raise UserError(
+                    f"tasks.{task} is not observed in the first {max_rows} train rows, so no trees can learn it. Raise "
+                    "trees_max_rows, or set trees=[]."
+                )
+            if not data.observed(data.valid, task)["weight"].sum():
+                raise UserError(
+                    f"tasks.{task} is not observed in valid, where the number of trees is found. Set trees=[]."
+                )
+        return data
+
+    def observed(self, rows: pl.DataFrame, task: str) -> pl.DataFrame:
+        return rows.drop_nulls(f"label.{task}")
+
+    def not_for_boosting(self, task: str, binary: bool) -> str | None:
+        """What of a task's labels scikit-learn refuses."""
+        train, valid = (self.observed(rows, task) for rows in (self.train, self.valid))
+        labels = pl.concat([train, valid])[f"label.{task}"]
+        if binary and not labels.is_in([0.0, 1.0]).all():
+            return "has soft labels"
+        if binary and train[f"label.{task}"].n_unique() == 1:
+            return "has labels of one class in train"
+        return None
 
     def labelled(self, rows: pl.DataFrame) -> TaskRows:
         label_NT = rows.select(pl.col(f"label.{t}") for t in self.schema.tasks).cast(pl.Float64).to_numpy()

@@ -231,8 +231,13 @@ def _trees(kind: str, config: CompareConfig, dataset: Dataset) -> Entry:
     kept, rows = folder / "trees.json", folder / "test.parquet"
     if not lstat_regular(config.folder, f"{place}/trees.json"):
         logger.info(name)
-        write_json(kept, TREES[kind](dataset, config.trees_max_rows, 0, rows))
+        limit = {"max_rows": config.trees_max_rows}
+        write_json(kept, TREES[kind](dataset, config.trees_max_rows, 0, rows) | limit)
     found = validated(TreesRecord, read_json(folder, kept.name, MAX_JSON_BYTES), kept)
+    if found.max_rows not in (config.trees_max_rows, None):
+        raise UserError(
+            f"{folder} was made with trees_max_rows={found.max_rows}. Choose another folder=, or remove it."
+        )
     if not is_complete(found.metrics, {name: task.kind for name, task in dataset.schema.tasks.items()}):
         raise UserError(f"{kept}: lacks a metric of a task. Remove it: jobs.compare writes it anew.")
     if found.outlier_weight:
@@ -242,9 +247,13 @@ def _trees(kind: str, config: CompareConfig, dataset: Dataset) -> Entry:
 
 
 class TreesRecord(BaseModel):
-    """What trees.json holds: metrics by task, rows/s, trees by task, and of R-MTGB the weight of the outliers' trees."""
+    """What trees.json holds: metrics by task, rows/s, trees by task, and of R-MTGB the weight of the outliers' trees.
+
+    And trees_max_rows, which files of earlier versions lack.
+    """
 
     metrics: dict[str, dict[str, int | float | None]]
     rows_per_s: float
     trees: dict[str, int]
     outlier_weight: dict[str, float] = {}
+    max_rows: int | None = None

@@ -90,7 +90,7 @@ def test_plain_trainer_and_taskfuse_compute_the_same_loss_and_gradient_from_the_
     ranker = Ranker(dataset.schema, dataset.encoders, config, device="cpu")
     copied(plain, dataset.encoders, ranker)
     ours = next(Loader(dataset, "train", ROWS).batches(Loader(dataset, "train", ROWS).start()))
-    loss = TaskLoss(["binary"] * w.TASKS, [1.0] * w.TASKS)
+    loss = TaskLoss([1.0] * w.TASKS)
     observed_weight_BT = ours.weight_BT * ours.observed_BT
     loss_BT, _ = ranker.row_losses(ranker.outputs(ours), ours.label_BT, ours.observed_BT)
     our_loss = loss(loss_BT, observed_weight_BT, observed_weight_BT.sum(0))

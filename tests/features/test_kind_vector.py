@@ -183,7 +183,7 @@ def test_a_vector_goes_from_a_log_through_ingest_and_loader_into_a_training_step
     config = ModelConfig(interaction={"name": "dot"}, fusion={"name": "shared_bottom", "widths": [8]})
     ranker = Ranker(dataset.schema, dataset.encoders, config, device="cpu")
     tasks = dataset.schema.tasks.values()
-    loss = TaskLoss([task.kind for task in tasks], [task.loss_weight for task in tasks])
+    loss = TaskLoss([task.loss_weight for task in tasks])
     optimizer = torch.optim.SGD(ranker.parameters(), lr=0.05)
     losses = []
     for _ in range(2):

@@ -1,6 +1,7 @@
 """Tasks: what a schema may say of their losses and conditions, and the scale that a regression is learnt in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,8 @@ def test_encoders_that_are_kept_bring_the_scales_of_labels_that_mean_the_same():
     kept = reuse.keep(new, old, reuse.unchanged(spec, known), "0" * 16)
     assert kept.labels["dwell"] == LabelScale(7.0, 7.0, 0.7)
     assert kept.labels["time"] == new.labels["time"] != old.labels["time"]
+    before = reuse.keep(new, replace(old, labels={}), reuse.unchanged(spec, known), "0" * 16)
+    assert before.labels.keys() == {"time"}  # what earlier runs learnt as it is stays so
 
 
 def test_a_scale_is_fitted_again_where_other_rows_are_observed():

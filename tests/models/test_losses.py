@@ -94,7 +94,7 @@ def test_loss_and_gradient_equal_a_loop_for_any_mixture_of_tasks(kinds, rows, da
     elsewhere = torch.tensor([data.draw(st.sampled_from([0.0, 5.0])) for _ in kinds])
     logit_BT, label_BT, observed_weight_BT = drawn(kinds, rows, seed)
     total_T = observed_weight_BT.sum(0) + elsewhere
-    module = TaskLoss(kinds, weights)
+    module = TaskLoss(weights)
 
     loss_BT = row_losses(kinds, logit_BT.requires_grad_(), label_BT)
     assert loss_BT.dtype == torch.float32
@@ -143,7 +143,7 @@ def test_uncertainty_loss_and_all_its_gradients_equal_the_formula_task_by_task(k
 @given(st.integers(2, 8), st.data(), seeds)
 def test_losses_of_the_ranks_add_up_to_the_loss_of_the_global_batch(rows, data, seed):
     cut = data.draw(st.integers(0, rows))
-    module = TaskLoss(KINDS, [1.0, 0.5])
+    module = TaskLoss([1.0, 0.5])
     logit_BT, label_BT, observed_weight_BT = drawn(KINDS, rows, seed)
     loss_BT, total_T = row_losses(KINDS, logit_BT, label_BT), observed_weight_BT.sum(0)
     parts = module(loss_BT[:cut], observed_weight_BT[:cut], total_T) + module(
@@ -157,11 +157,11 @@ def test_losses_of_the_ranks_add_up_to_the_loss_of_the_global_batch(rows, data, 
 def test_a_task_observed_nowhere_adds_exactly_zero_and_has_no_gradient(absent, weight):
     logit_BT, label_BT, observed_weight_BT = drawn(KINDS, 50, 0)
     observed_weight_BT[:, absent] = 0
-    module = TaskLoss(KINDS, [weight, weight])
+    module = TaskLoss([weight, weight])
     loss_BT = row_losses(KINDS, logit_BT.requires_grad_(), label_BT)
     loss = module(loss_BT, observed_weight_BT, observed_weight_BT.sum(0))
     loss.backward()
-    without = TaskLoss(KINDS, [weight * (task != absent) for task in range(2)])
+    without = TaskLoss([weight * (task != absent) for task in range(2)])
     assert torch.equal(loss, without(loss_BT, observed_weight_BT, observed_weight_BT.sum(0)))
     assert (logit_BT.grad[:, absent] == 0).all()
     assert logit_BT.grad[:, 1 - absent].any()
@@ -181,7 +181,7 @@ def test_an_uncertainty_is_at_rest_where_it_is_what_the_task_shows():
 
 def test_a_batch_in_which_nothing_is_observed_has_loss_zero_and_no_gradient():
     logit_BT, label_BT, _ = drawn(KINDS, 5, 0)
-    module = TaskLoss(KINDS, [1.0, 1.0])
+    module = TaskLoss([1.0, 1.0])
     loss = module(row_losses(KINDS, logit_BT.requires_grad_(), label_BT), torch.zeros(5, 2), torch.zeros(2))
     loss.backward()
     assert loss.item() == 0
@@ -194,7 +194,7 @@ def test_a_batch_in_which_nothing_is_observed_has_loss_zero_and_no_gradient():
 def test_extreme_logits_give_finite_losses_and_gradients(logit, label, dtype):
     logit_BT = torch.full((3, 2), logit, dtype=dtype, requires_grad=True)
     label_BT, observed_weight_BT = torch.full((3, 2), label), torch.tensor([[1.0], [0.0], [2.0]]).expand(3, 2)
-    module = TaskLoss(KINDS, [1.0, 1.0])
+    module = TaskLoss([1.0, 1.0])
     loss_BT = row_losses(KINDS, logit_BT, label_BT)
     assert loss_BT.dtype == torch.float32
     module(loss_BT, observed_weight_BT, observed_weight_BT.sum(0)).backward()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -187,14 +188,43 @@ def test_trees_learn_and_are_measured_as_the_networks_are(small_dataset: Path, t
         assert all(0 < weight < 1 for weight in found["outlier_weight"].values())
 
 
-def test_robust_trees_name_a_task_that_is_not_observed_in_the_rows_they_read(
-    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = trees._rows
-    unobserved = pl.lit(None, pl.Float32).alias("label.bought")
-    monkeypatch.setattr(trees, "_rows", lambda *split: read(*split).with_columns(unobserved))
-    with pytest.raises(UserError, match=r"^tasks\.bought is not observed in the first 50 train rows"):
-        trees.robust_trees(Dataset(small_dataset), 50, 0, tmp_path / "rows.parquet")
+@pytest.mark.parametrize(
+    ("kind", "splits", "label", "says"),
+    [
+        (
+            "boosted",
+            ["train"],
+            None,
+            "is not observed in the first 50 train rows, so no trees can learn it. Raise trees_max",
+        ),
+        (
+            "rmtgb",
+            ["train"],
+            None,
+            "is not observed in the first 50 train rows, so no trees can learn it. Raise trees_max",
+        ),
+        ("boosted", ["valid"], None, "is not observed in valid, where the number of trees is found. Set trees=[]."),
+        ("rmtgb", ["valid"], None, "is not observed in valid, where the number of trees is found. Set trees=[]."),
+        ("boosted", ["train"], 0.0, "has labels of one class in train, which boosted"),
+        ("boosted", ["train"], 0.5, "has soft labels, which boosted"),
+        ("boosted", ["valid"], 0.5, "has soft labels, which boosted"),
+        ("rmtgb", ["train"], 0.0, None),
+        ("rmtgb", ["train", "valid"], 0.5, None),
+    ],
+)
+def test_trees_name_a_task_whose_labels_they_cannot_take_and_what_they_advise_works(
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, splits: list[str],
+    label: float | None, says: str | None,
+) -> None:  # fmt: skip
+    read, constant = trees._rows, pl.lit(label, pl.Float32).alias("label.bought")
+    monkeypatch.setattr(
+        trees, "_rows", lambda data, split: read(data, split).with_columns(*[constant] * (split in splits))
+    )
+    if says is None:
+        assert trees.TREES[kind](Dataset(small_dataset), 50, 0, tmp_path / "rows.parquet")["trees"]["bought"] > 0
+        return
+    with pytest.raises(UserError, match=rf"^tasks\.bought {re.escape(says)}"):
+        trees.TREES[kind](Dataset(small_dataset), 50, 0, tmp_path / "rows.parquet")
     assert not (tmp_path / "rows.parquet").exists()
 
 
@@ -207,6 +237,11 @@ def test_both_kinds_of_trees_are_fitted_once_and_are_rows_of_the_tables(small_da
     ]  # fmt: skip
     assert [compare._trees(kind, config, dataset) for kind in config.trees] == entries
     assert {path: path.stat().st_mtime_ns for path in files} == files
+    fewer = config.model_copy(update={"trees_max_rows": 100})
+    with pytest.raises(
+        UserError, match=r"trees was made with trees_max_rows=1000000. Choose another folder=, or remove it"
+    ):
+        compare._trees("boosted", fewer, dataset)
     kinds = {name: task.kind for name, task in dataset.schema.tasks.items()}
     quality = report.tables(entries, entries[0], kinds, "github").split("\n\n")[0]
     assert list(cells(quality)) == ["boosted trees", "R-MTGB"]

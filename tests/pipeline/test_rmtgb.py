@@ -204,3 +204,40 @@ def test_rows_of_weight_0_and_their_labels_change_nothing() -> None:
     )  # fmt: skip
     found = RobustBoosting([False] * 6, [False] * 6, sizes).fit(more, valid).predict(x_ND)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_smaller_group_of_tasks_are_the_outliers_whichever_sign_theta_has() -> None:
+    model = RobustBoosting([False] * 4, [False])
+    for sign in (1, -1):
+        model.theta_T = sign * np.array([9.0, 9, 9, -9])
+        assert model.outlier_weight_T() == pytest.approx([0, 0, 0, 1], abs=1e-3)
+
+
+def test_the_second_block_is_cut_with_theta_where_the_loss_of_validation_rows_was_lowest() -> None:
+    train, valid, x_ND, _ = unlike(0, rows=200, more=50)
+
+    class Scripted(RobustBoosting):
+        def _held_out_loss(self, tasks) -> float:
+            return abs(len(self.trees[REGULAR]) - 4)
+
+    long, short = (
+        Scripted([False] * 6, [False] * 6, BoostingSettings(shared=2, partition=length, own=0)).fit(train, valid)
+        for length in (9, 4)
+    )
+    assert len(long.trees[REGULAR]) == len(long.trees[OUTLIER]) == 4
+    assert (long.theta_T == short.theta_T).all()
+    assert (long.predict(x_ND) == short.predict(x_ND)).all()
+
+
+def test_validation_losses_of_all_tasks_count_alike_relative_to_their_base_rates() -> None:
+    starts = []
+
+    class Watched(RobustBoosting):
+        def _block(self, functions, tasks, length, patience) -> None:
+            starts.append(self._held_out_loss(tasks))
+
+    rng = np.random.default_rng(0)
+    label_NT = np.stack([rng.random(100) < 0.1, 5000 + 300 * rng.normal(size=100)], 1).astype(float)
+    rows = TaskRows(rng.normal(size=(100, 2)).astype(np.float32), label_NT, np.ones(100))
+    Watched([True, False], [False, False]).fit(rows, rows)
+    assert starts == pytest.approx([1.0] * 4)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from tiny_training import configuration
 
+from pipeline.run.run import Run
 from pipeline.training.logging.learning_check import ROWS, WINDOWS, Fault, faults
+from pipeline.training.logging.metrics_writer import MetricsWriter
 from pipeline.training.train import prepare
 
 LR = 0.01
@@ -90,7 +92,7 @@ def test_ne_that_still_falls_from_above_1_is_a_start_far_from_the_base_rate() ->
 
 def test_a_task_whose_loss_is_lost_beside_a_regression_names_it() -> None:
     fault = only(series(click=noisy(1.1), m=noisy(400, slope=-0.1), loss=400.5))
-    assert "m makes 100% of the loss. Raise +train.weighting.weights={click: …}" in fault.line
+    assert "m makes 100% of the loss. Weigh it more, with +train.weighting.weights.click=… where" in fault.line
 
 
 def test_a_task_of_little_weight_names_the_heaviest() -> None:
@@ -118,6 +120,11 @@ def test_a_regression_that_began_better_than_it_is_names_the_learning_rate() -> 
     assert "worse than the untrained model's 4.0000: likely the learning rate is too high" in fault.line
 
 
+def test_a_regression_is_not_compared_with_a_first_record_that_is_not_the_untrained_models() -> None:
+    records = series(m=lambda i: 4.0 if i == 0 else 50 - 2 * i, click=falling(1, 0.8))
+    assert not lines([record | {"step": record["step"] + 100} for record in records])
+
+
 def test_a_regression_that_diverges_is_no_reason_of_another_tasks_fault() -> None:
     found = lines(series(m=lambda i: 4.0 if i == 0 else 5000 - 20 * i, click=noisy(1.3), loss=5001.0))
     assert {f[:2] for f in found} == {("m", "worse than no model"), ("click", "worse than no model")}
@@ -136,6 +143,27 @@ def test_a_task_without_labels_or_with_one_class_is_named_once_and_one_window_wi
     assert "of one class in each of the last 10 windows" in found[0].line
     assert "no label is observed" in found[1].line
     assert not lines(series(50, click=lambda i: 0.9 if i == 3 else None, sale=falling(1, 0.8)))
+
+
+def test_a_line_that_a_rollback_takes_back_comes_again_and_one_before_it_does_not(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    (run.path / "metrics").mkdir(parents=True)
+    records = series(17, click=noisy(1.8), sale=lambda i: 0.9 if i < 12 else 1.5 + 0.001 * (i % 2))
+    records = [record | {"rows_per_s": 1.0, "data_wait": 0.0, "seconds_left": 0.0} for record in records]
+    writer, written = MetricsWriter(run, ["click", "sale"], 0, 17), list[tuple[int, str]]()
+
+    def log(steps: range) -> None:
+        for step in steps:
+            record = dict(records[step - 1])
+            writer.log(record)
+            written.extend((step, task) for task, _, _ in record.get("faults", []))
+
+    log(range(1, 18))
+    [(_, first), (found, second)] = written
+    assert (first, second) == ("click", "sale")
+    writer.roll_back(12)
+    log(range(13, 18))
+    assert written[2:] == [(found, "sale")]
 
 
 @pytest.mark.integration

@@ -37,7 +37,7 @@ def differentiated(folder: Path, fusion: dict[str, Any], learnt: bool, count: in
     config = ModelConfig(fusion=fusion, tower=[8], embedding_std=0.1, calibration="monotone")
     ranker = Ranker(data.schema, data.encoders, config, device="cpu").double()
     kinds = [task.kind for task in data.schema.tasks.values()]
-    loss = UncertaintyLoss(kinds) if learnt else TaskLoss(kinds, [1.0, 2.0, 0.5])
+    loss = UncertaintyLoss(kinds) if learnt else TaskLoss([1.0, 2.0, 0.5])
     step, batch = TrainStep(ranker, loss.double(), bf16=False, accumulate=count), first_batch(folder, 32)
     total, output = step(Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()})))
     (3 * total).backward()

@@ -165,6 +165,11 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(teacher, tmp_path):
             "lacks row_id",
         ),
         ("order", [pl.col("row_id").reverse()], "not in order"),
+        (
+            "repeated",
+            [pl.when(pl.col("row_id") == known[1]).then(known[0]).otherwise("row_id").alias("row_id")],
+            "repeated or",
+        ),
         ("task", [pl.lit(0.0, pl.Float32).alias("logit.sale")], "predicts sale, which is no task"),
         ("type", [pl.col("logit.click").cast(pl.String)], "has no column row_id, logit.click"),
     ):

@@ -144,7 +144,7 @@ def test_each_task_meets_the_others_in_an_order_of_its_own_that_depends_on_the_s
 def test_only_shared_parameters_lose_what_conflicts(device: torch.device):
     """Two tasks that pull shared numbers in opposite directions, the first twice as hard, and a penalty that is no task's."""
     shared, towers = nn.Parameter(torch.ones(2)), nn.Parameter(torch.tensor([2.0, -1.0]))
-    module = PCGradLoss(["regression", "regression"], [1.0, 1.0], seed=0)
+    module = PCGradLoss([1.0, 1.0], seed=0)
     module.shared = [shared]
     loss_BT = (shared[0] * towers + torch.stack([shared[1], -0.5 * shared[1]])).unsqueeze(0)
     observed_weight_BT = torch.ones(1, 2)
@@ -293,6 +293,9 @@ def test_a_run_cannot_go_on_with_another_weighting(one_rank: Path, change: dict[
         ({"name": "uncertainty", "lr": 0.1}, "weighting.uncertainty.lr"),
         ({"name": "gradnorm", "alpha": -1}, "weighting.gradnorm.alpha"),
         ({"name": "fixed", "weights": {"click": -1.0}}, "weighting.fixed.weights.click"),
+        ({"name": "fairgrad", "alpha": 0.1}, "weighting.fairgrad.alpha"),
+        ({"name": "fairgrad", "alpha": 100}, "weighting.fairgrad.alpha"),
+        ({"name": "stch", "warmup": 0}, "weighting.stch.warmup"),  # without a reference there is nothing to smooth
         ({"name": "random"}, "'fixed', 'equal', 'uncertainty', 'gradnorm', 'pcgrad'"),
     ],
 )

@@ -51,7 +51,7 @@ def weights_of(loss_ST: Tensor, seed: int) -> Tensor:
 @given(histories(), st.integers(1, 4), st.sampled_from([0.3, 2.0]), seeds)
 def test_dwas_weights_are_those_of_equation_7_over_windows(loss_ST, window, temperature, seed):
     weight_T = weights_of(loss_ST, seed)
-    module = DWALoss(["binary"] * len(weight_T), weight_T.tolist(), temperature, window)
+    module = DWALoss(weight_T.tolist(), temperature, window)
     module.weight_T = weight_T
     found_ST = gradients(module, loss_ST)
     lambda_ST = torch.tensor(paper.dwa(loss_ST.tolist(), temperature, window), dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_dwas_weights_are_those_of_equation_7_over_windows(loss_ST, window, temp
 
 def test_dwa_in_micro_batches_is_dwa_on_the_batch():
     loss_SBT = torch.rand(6, 7, 3, dtype=torch.float64)
-    whole, parts = (DWALoss(["binary"] * 3, [1.0] * 3, 0.5, 2).double() for _ in range(2))
+    whole, parts = (DWALoss([1.0] * 3, 0.5, 2).double() for _ in range(2))
     for loss_BT in loss_SBT:
         weight_BT = torch.ones_like(loss_BT)
         for module in (whole, parts):
@@ -76,7 +76,7 @@ def test_dwa_in_micro_batches_is_dwa_on_the_batch():
 
 
 def test_a_step_that_was_not_finished_leaves_no_trace_in_dwas_window():
-    module, loss_BT = DWALoss(["binary"] * 2, [1.0] * 2, 1.0, 1), torch.tensor([[1.0, 2.0]])
+    module, loss_BT = DWALoss([1.0] * 2, 1.0, 1), torch.tensor([[1.0, 2.0]])
     for scale in (100.0, 1.0):
         module.before_step()
         module(scale * loss_BT, torch.ones(1, 2), torch.ones(2))
@@ -87,14 +87,14 @@ def test_a_step_that_was_not_finished_leaves_no_trace_in_dwas_window():
 @settings(max_examples=examples(60), deadline=None)
 @given(histories(), st.sampled_from([0.025, 0.5]), st.sampled_from([0.0, 0.1]))
 def test_famos_weights_are_those_of_algorithm_1(loss_ST, lr, gamma):
-    found_ST = gradients(FAMOLoss(["binary"] * loss_ST.shape[1], lr, gamma), loss_ST)
+    found_ST = gradients(FAMOLoss(loss_ST.shape[1], lr, gamma), loss_ST)
     wanted_ST = torch.tensor(paper.famo(loss_ST.tolist(), lr, gamma), dtype=torch.float64)
     # Where both logits' derivatives all but vanish, Adam divides rounding by rounding.
     torch.testing.assert_close(found_ST, wanted_ST, rtol=1e-5, atol=1e-9)
 
 
 def test_famo_gives_a_task_that_stalls_the_weight_of_one_that_falls():
-    module = FAMOLoss(["binary"] * 2, 0.05, 0.0)
+    module = FAMOLoss(2, 0.05, 0.0)
     fall_S = torch.exp(-0.05 * torch.arange(40))
     loss_ST = torch.stack([fall_S, torch.ones(40)], 1).double()
     gradients(module, loss_ST)
@@ -114,7 +114,7 @@ def test_stchs_weights_are_the_derivatives_of_the_scalarisation(loss_ST, mu, see
 
 
 @pytest.mark.parametrize(
-    "module", [FAMOLoss(["binary"] * 2, 0.05, 0.0), STCHLoss(["binary"] * 2, [1.0] * 2, 1.0, 2)]
+    "module", [FAMOLoss(2, 0.05, 0.0), STCHLoss([1.0] * 2, 1.0, 2)]
 )  # fmt: skip
 def test_a_loss_that_is_not_above_0_has_no_part_in_a_step_and_harms_no_other(module: AdaptiveLoss) -> None:
     loss_ST = torch.tensor([[1.0, 0.5], [-0.2, 0.4], [0.9, 0.3], [-0.1, 0.2]], dtype=torch.float64)
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_above_0_has_no_part_in_a_step_and_harms_no_other(mod
 
 def test_stchs_warm_up_descends_log_losses_and_ends_with_the_mean_of_its_second_half():
     loss_ST = torch.tensor([[4.0, 1.0], [8.0, 3.0], [2.0, 0.0], [1.0, 0.5], [3.0, 1.0]], dtype=torch.float64)
-    module = STCHLoss(["binary"] * 2, [1.0, 2.0], mu=0.5, warmup=4)
+    module = STCHLoss([1.0, 2.0], mu=0.5, warmup=4)
     found_ST = gradients(module, loss_ST)
     torch.testing.assert_close(found_ST[:2], torch.tensor([1.0, 2.0]).double() / loss_ST[:2], rtol=1e-6, atol=0)
     assert (module.sum_T / module.count_T).tolist() == [1.5, 0.5]

@@ -15,12 +15,16 @@ from two_ranks import trainer
 from weighting_steps import SCHEMAS, TASKS, Steps, adams, run, task_losses
 
 from features.errors import UserError
+from models.losses import UncertaintyLoss
+from models.ranker import ModelConfig, Ranker
+from pipeline.dataset.dataset import Dataset
 from pipeline.training.config import Settings
 from pipeline.training.observer import Observer
 from pipeline.training.optim.weighting import WEIGHTINGS, task_loss
+from pipeline.training.optim.weighting.base import shared_parameters
 from pipeline.training.optim.weighting.fairgrad import RIDGE
 from pipeline.training.optim.weighting.pcgrad import orders
-from pipeline.training.step import StepOutput
+from pipeline.training.step import StepOutput, TrainStep
 from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -112,17 +116,35 @@ def test_flat_minima_adds_each_tasks_gradient_where_its_own_loss_is_sharpest_nea
         assert (found_P - without_P.sum(0)).abs().max() > 3e-3
 
 
+@pytest.mark.parametrize("fusion", [{"name": "shared_bottom", "widths": [8]}, {"name": "autotask", "width": 8}])
+def test_methods_combine_gradients_of_all_dense_parameters_but_a_tasks_tower_and_calibration(
+    folder: Path, fusion: dict[str, Any]
+) -> None:
+    data = Dataset(folder / "data")
+    config = ModelConfig(fusion=fusion, tower=[4], field_dim=5, calibration="monotone")
+    ranker = Ranker(data.schema, data.encoders, config, device="cpu")
+    step = TrainStep(ranker, UncertaintyLoss(["binary"] * 3), bf16=False)
+    dense = [(name, p) for name, p in step.named_parameters() if ".embeddings." not in name]
+    found = {id(p) for p in shared_parameters(ranker, dense)}
+    kept = {name for name, p in dense if id(p) not in found}
+    own = {"loss.", "ranker.calibration."} | ({"ranker.towers."} if fusion["name"] == "shared_bottom" else set())
+    assert kept == {name for name, _ in dense if name.startswith(tuple(own))}
+    assert {name.split(".")[-2] + "." for name in kept} >= {"loss.", "calibration."}
+
+
 # What does not go together
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_logarithms_of_losses_that_fall_below_0_are_refused_in_one_line(name: str) -> None:
+def test_losses_that_fall_below_0_are_refused_where_a_weighting_needs_them_above_0(name: str) -> None:
     tasks: Any = {"spend": SimpleNamespace(kind="regression", loss_name="ziln", loss_weight=1.0)}
     weighting = Settings(weighting={"name": name}).weighting
-    if name not in ("famo", "stch"):
+    if name not in ("uncertainty", "gradnorm", "dwa", "famo", "stch"):
         assert task_loss(weighting, tasks, 0).weights().numel() == 1
         return
-    with pytest.raises(UserError, match=rf"^train.weighting.name={name} .* ziln of spend falls below 0: choose.*$"):
+    with pytest.raises(
+        UserError, match=rf"^train.weighting.name={name} .* ziln of spend .*: choose one of fixed, equal, pcg"
+    ):
         task_loss(weighting, tasks, 0)
 
 

@@ -10,6 +10,7 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import weightings as paper
+from tiny_training import assert_close, configuration, last, model
 from torch import Tensor
 from two_ranks import trainer
 
@@ -17,11 +18,13 @@ from features.batch import PADDING, Batch
 from models.layers import rectified
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
+from models.row_losses import GivenConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.training.optim.weighting.base import EmbeddingLoss
 from pipeline.training.optim.weighting.rep_mtl import RepMTLLoss
 from pipeline.training.step import TrainStep
+from pipeline.training.train import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -59,7 +62,7 @@ def terms(saliency_BTE: Tensor, loss: RepMTLLoss, padded: bool = False) -> tuple
 @given(saliencies(), st.sampled_from([0.3, 1.0]))
 def test_the_terms_and_their_derivatives_are_those_of_the_equations(drawn, temperature):
     saliency_BTE, group = drawn
-    loss = RepMTLLoss(["binary"] * saliency_BTE.shape[1], [1.0] * saliency_BTE.shape[1], 0.7, 0.4, temperature, group)
+    loss = RepMTLLoss([1.0] * saliency_BTE.shape[1], 0.7, 0.4, temperature, group)
     one, other = (saliency_BTE.clone().requires_grad_() for _ in range(2))
     found, weight_B = terms(one, loss)
     wanted = paper.rep_mtl(other, weight_B, group, 0.7, 0.4, temperature)
@@ -70,7 +73,7 @@ def test_the_terms_and_their_derivatives_are_those_of_the_equations(drawn, tempe
 
 
 def test_the_alignment_prefers_rows_whose_tasks_agree_and_differ_from_other_rows():
-    loss = RepMTLLoss(["binary"] * 2, [1.0] * 2, 0.0, 1.0, 0.5, 2)
+    loss = RepMTLLoss([1.0] * 2, 0.0, 1.0, 0.5, 2)
     agree, differ = torch.zeros(2, 2, 2).double(), torch.zeros(2, 2, 2).double()
     agree[0, :, 0] = agree[1, :, 1] = 1.0
     differ[:, 0, 0] = differ[:, 1, 1] = 1.0
@@ -78,7 +81,7 @@ def test_the_alignment_prefers_rows_whose_tasks_agree_and_differ_from_other_rows
 
 
 def test_a_batch_that_its_lanes_do_not_fill_has_no_alignment():
-    loss = RepMTLLoss(["binary"] * 2, [1.0] * 2, 0.0, 1.0, 0.5, 4)
+    loss = RepMTLLoss([1.0] * 2, 0.0, 1.0, 0.5, 4)
     saliency_BTE = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0)).double()
     assert terms(saliency_BTE, loss)[0] != 0
     assert terms(saliency_BTE, loss, padded=True)[0] == 0
@@ -86,7 +89,7 @@ def test_a_batch_that_its_lanes_do_not_fill_has_no_alignment():
 
 @pytest.mark.parametrize(("lane_rows", "group", "wanted"), [(512, 128, 128), (12, 8, 6), (7, 5, 1), (3, 128, 3)])
 def test_a_group_is_the_largest_that_divides_a_lane(lane_rows: int, group: int, wanted: int) -> None:
-    loss = RepMTLLoss(["binary"], [1.0], 1.0, 1.0, 0.5, group)
+    loss = RepMTLLoss([1.0], 1.0, 1.0, 0.5, group)
     loss.attach([], lane_rows)
     assert loss.group_rows == wanted
 
@@ -110,7 +113,6 @@ def test_first_derivatives_are_the_same_with_and_without_a_graph_of_them() -> No
         torch.testing.assert_close(one, other)
 
 
-KINDS = ["binary", "binary", "regression"]
 FUSIONS: dict[str, dict[str, Any]] = {
     "mmoe": {"name": "mmoe", "num_experts": 3, "levels": [[8], [4]]},
     "attention": {"name": "shared_bottom", "widths": [8]},
@@ -126,14 +128,14 @@ def test_a_steps_gradient_is_that_of_its_loss_by_finite_differences(
     interaction = {"name": "attention", "layers": 1} if name == "attention" else {"name": "concat"}
     config = ModelConfig(fusion=FUSIONS[name], interaction=interaction, tower=[8], embedding_std=0.5)
     ranker = Ranker(data.schema, data.encoders, config, device="cpu").double()
-    step = TrainStep(ranker, RepMTLLoss(KINDS, [1.0] * 3, 0.9, 0.9, 0.5, 4).double(), bf16=False)
+    step = TrainStep(ranker, RepMTLLoss([1.0] * 3, 0.9, 0.9, 0.5, 4).double(), bf16=False)
     loader = Loader(data, "train", 8, 2, 0)
     batch = next(loader.batches(loader.start()))
     batch = Batch(**(vars(batch) | {"dense_BD": batch.dense_BD.double()}))
     # Pooled embeddings are float32, too coarse for finite differences.
     embedding_BE = ranker.embedded(batch).detach().double().requires_grad_()
     monkeypatch.setattr(ranker, "embedded", lambda _: embedding_BE)
-    plain = TrainStep(ranker, TaskLoss(KINDS, [1.0] * 3).double(), bf16=False)
+    plain = TrainStep(ranker, TaskLoss([1.0] * 3).double(), bf16=False)
     assert (step(batch)[0] - plain(batch)[0]).abs() > 0.05
     parameters = [embedding_BE, *(p for n, p in ranker.named_parameters() if not n.startswith("embeddings."))]
     rng = torch.Generator().manual_seed(4)
@@ -162,7 +164,7 @@ def test_the_dense_part_runs_again_with_the_same_draws_and_other_parameters(fold
     data = Dataset(folder / "data")
     config = ModelConfig(fusion=FUSIONS["mmoe"], tower=[8], dropout=0.5, input_dropout=0.5, embedding_std=0.5)
     ranker = Ranker(data.schema, data.encoders, config, device="cpu")
-    loss, loader = Repeated(KINDS, [1.0] * 3), Loader(data, "train", 8, 2, 0)
+    loss, loader = Repeated([1.0] * 3), Loader(data, "train", 8, 2, 0)
     loss.shared = [p for n, p in ranker.named_parameters() if n.startswith("fusion.")]
     before = [p.clone() for p in loss.shared]
     torch.manual_seed(9)
@@ -170,6 +172,18 @@ def test_the_dense_part_runs_again_with_the_same_draws_and_other_parameters(fold
     torch.testing.assert_close(loss.again_BT, loss.first_BT, rtol=0, atol=0)
     assert (loss.other_BT - loss.first_BT).abs().max() > 1e-3
     assert all(torch.equal(p, q) for p, q in zip(loss.shared, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["observed", "esmm"])
+def test_a_run_with_both_terms_off_is_one_of_fixed_weights_also_over_all_impressions(folder: Path, name: str) -> None:
+    states = []
+    for weighting in ({"name": "rep_mtl", "regulation": 0, "alignment": 0}, {"name": "fixed"}):
+        path = folder / f"{name}-{weighting['name']}"
+        config = configuration(folder / "data", path, weighting=weighting, max_steps=5)
+        of_given = config.model.model_copy(update={"given": GivenConfig(name=name)})
+        prepare(config.model_copy(update={"model": of_given}), None, torch.device("cpu")).run_to_end()
+        states.append(model(last(path)))
+    assert_close(*states)
 
 
 def test_settings_of_a_run_reach_the_loss(folder: Path) -> None:

@@ -248,4 +248,4 @@ def unsharded(config: TrainConfig, schema: Schema, encoders: Encoders, weights: 
 
 
 def task_loss(schema: Schema) -> TaskLoss:
-    return TaskLoss([t.kind for t in schema.tasks.values()], [t.loss_weight for t in schema.tasks.values()])
+    return TaskLoss([t.loss_weight for t in schema.tasks.values()])

@@ -108,10 +108,15 @@ def _worse(task: str, now: Level, figures: Series, records: Sequence[Record]) ->
     head = f"{task}: {_name(task, last)} {short_decimal(now.mean)} after {last['rows']:,} rows, worse than {standard}"
     before = figures.level(len(records) - WINDOWS)
     if before and start is not None and start > now.mean and _falls(before, now):
-        cause = "a start far from the base rate, or slow learning"
-        reason = f", but falling: {cause}. Set model.start=base_rate, or raise train.dense.lr ({last['lr']:g} now)."
+        reason = (
+            ", but falling: a start far from the base rate, or slow learning. Set model.start=base_rate (the default), or "
+            f"raise train.dense.lr ({last['lr']:g} now)."
+        )
     elif heavy := _heaviest(task, records):
-        reason = f": {heavy}. Raise +train.weighting.weights={{{task}: …}} or set another train.weighting.name."
+        reason = (
+            f": {heavy}. Weigh it more, with +train.weighting.weights.{task}=… where train.weighting.name takes weights, or "
+            "set another train.weighting.name."
+        )
     else:
         reason = (
             f": likely the learning rate is too high. Lower train.dense.lr ({last['lr']:g} now) and train.tables.lr."

@@ -51,7 +51,9 @@ class MetricsWriter:
         self.unwritten: list[tuple[Path, dict[str, Any]]] = []
         earlier = [validated(_Record, record, run.train_metrics) for record in read_lines(run.train_metrics)]
         self.records: list[Mapping[str, Any]] = [record.model_dump() for record in earlier[-HISTORY:]]
-        self.faults = {(task, cause) for record in earlier for task, cause, _ in record.faults}
+        self.faults = {
+            (task, cause): record.step for record in earlier for task, cause, _ in record.faults
+        }  # and its step
 
     def log(self, record: dict[str, Any]) -> None:
         """Writes one record: step, rows, left_out, epoch, lr, loss, weight, ne and task_loss (per task), rows_per_s, data_wait,
@@ -60,7 +62,7 @@ class MetricsWriter:
         self.records = [*self.records[1 - HISTORY :], record]
         if found := faults(self.records, self.faults):
             record["faults"] = [list(fault) for fault in found]
-            self.faults |= {(fault.task, fault.cause) for fault in found}
+            self.faults |= {(fault.task, fault.cause): record["step"] for fault in found}
             for fault in found:
                 logger.warning(fault.line)
         self._write(self.run.train_metrics, record)
@@ -85,6 +87,7 @@ class MetricsWriter:
     def roll_back(self, step: int) -> None:
         """Hides the curves of the steps after `step`, which are repeated."""
         self.records = [record for record in self.records if record["step"] <= step]
+        self.faults = {fault: found for fault, found in self.faults.items() if found <= step}
         with suppress(OSError):  # a full disk costs curves, not the run
             self.board.close()
             self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)

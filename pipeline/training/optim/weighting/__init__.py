@@ -56,9 +56,10 @@ def task_loss(weighting: WeightingSettings, tasks: Mapping[str, Task], seed: int
         UserError: a weight for a task that does not exist, or a loss that the weighting cannot work with.
     """
     below = [name for name, task in tasks.items() if task.loss_name == "ziln"]
-    if below and weighting.logarithms:
+    if below and weighting.positive:
+        fitting = ", ".join(name for name, other in WEIGHTINGS.items() if not other.positive)
         raise UserError(
-            f"train.weighting.name={weighting.name} takes logarithms of losses, and loss ziln of {below[0]} falls below 0: "
-            "choose another weighting, such as dwa or uncertainty"
+            f"train.weighting.name={weighting.name} needs losses above 0, and loss ziln of {below[0]} falls below: "
+            f"choose one of {fitting}"
         )
     return weighting.build([task.kind for task in tasks.values()], weighting.task_weights(tasks), seed)

@@ -23,7 +23,7 @@ class Aligned(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """AlignedLoss."""
-        return AlignedLoss(kinds, loss_weights)
+        return AlignedLoss(loss_weights)
 
 
 class AlignedLoss(SolvedLoss):

@@ -26,12 +26,12 @@ class WeightingSettings(Strict):
     Attributes:
         refuses: settings of train that the weighting does not work with, and why, as a sentence that begins with the
             setting; {name} is the weighting's.
-        logarithms: it takes those of losses, which must be above 0.
+        positive: it divides by losses or takes their logarithms, or finds a variance from them: they must be above 0.
     """
 
     name: str
     refuses: ClassVar[Mapping[str, str]] = {}
-    logarithms: ClassVar[bool] = False
+    positive: ClassVar[bool] = False
 
     def task_weights(self, tasks: Mapping[str, Task]) -> list[float]:
         """The weight of each task's loss, or what the weighting multiplies with its own: 1 unless it has `weights`."""
@@ -163,7 +163,7 @@ class EmbeddingLoss(AdaptiveLoss):
 
 
 def shared_parameters(ranker: Ranker, dense: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
-    """Those of a run's trained dense parameters that belong to all tasks. One tower for all tasks is one of them."""
+    """The trained dense parameters before the towers, a fusion's for one task among them; and a tower of all tasks."""
     own = ("loss.", "ranker.calibration.") + (() if ranker.fusion.shared_tower else ("ranker.towers.",))
     return [parameter for name, parameter in dense if parameter.requires_grad and not name.startswith(own)]
 

@@ -1,6 +1,6 @@
 """CAGrad: near the average gradient, the direction that helps the worst task most."""
 
-# Shapes: T tasks.
+# Shapes: T tasks, A of them with a gradient.
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
@@ -32,7 +32,7 @@ class CAGrad(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """CAGradLoss."""
-        return CAGradLoss(kinds, loss_weights, self.c)
+        return CAGradLoss(loss_weights, self.c)
 
 
 class CAGradLoss(SolvedLoss):
@@ -43,16 +43,16 @@ class CAGradLoss(SolvedLoss):
     division by 1 + c^2, which the authors' code offers. c = 0.5 is the default of LibMTL.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task. c: see CAGrad.
+        loss_weights: per task. c: see CAGrad.
     """
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], c: float) -> None:
-        super().__init__(kinds, loss_weights)
+    def __init__(self, loss_weights: Sequence[float], c: float) -> None:
+        super().__init__(loss_weights)
         self.c = c
 
-    def shares(self, dot_TT: np.ndarray) -> np.ndarray:
-        """1 + T w_t c |g0| / |g_w|."""
-        return conflict_averse(dot_TT, self.c)
+    def shares(self, dot_AA: np.ndarray) -> np.ndarray:
+        """1 + T w_t c |g0| / |g_w|, of the tasks with a gradient."""
+        return conflict_averse(dot_AA, self.c)
 
 
 def conflict_averse(dot_TT: np.ndarray, c: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 # Shapes: B rows, T tasks.
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,10 +26,11 @@ class DWA(Weighted):
     name: Literal["dwa"] = "dwa"
     temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
     window: int = Field(200, ge=1)
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """DWALoss."""
-        return DWALoss(kinds, loss_weights, self.temperature, self.window)
+        return DWALoss(loss_weights, self.temperature, self.window)
 
 
 class DWALoss(AdaptiveLoss):
@@ -40,7 +41,7 @@ class DWALoss(AdaptiveLoss):
     the steps that observe it; r_t is 1 for a task that one of the two windows did not observe.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task, a further factor.
+        loss_weights: per task, a further factor.
         temperature: tau. window: steps.
     """
 
@@ -50,12 +51,12 @@ class DWALoss(AdaptiveLoss):
     previous_T: Tensor
     steps: Tensor
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], temperature: float, window: int) -> None:
-        super().__init__(kinds, loss_weights)
+    def __init__(self, loss_weights: Sequence[float], temperature: float, window: int) -> None:
+        super().__init__(loss_weights)
         self.temperature, self.window = temperature, window
-        self.register_buffer("rate_T", torch.ones(len(kinds)))
+        self.register_buffer("rate_T", torch.ones(len(loss_weights)))
         for name in ("sum_T", "count_T", "previous_T"):
-            self.register_buffer(name, torch.zeros(len(kinds)))
+            self.register_buffer(name, torch.zeros(len(loss_weights)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of the window so far
         self.step_T: Tensor | None = None
 

@@ -1,6 +1,6 @@
 """FairGrad and Nash-MTL: every task gains its fair part of a step."""
 
-# Shapes: T tasks.
+# Shapes: T tasks, A of them with a gradient.
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -22,16 +22,17 @@ class FairGrad(Weighted):
     When: no task may be left behind, whatever the scale of its gradient; a backward more per task.
 
     Attributes:
-        alpha: of fairness: 1 is proportional fairness, which is nash_mtl; the larger, the more the least gain counts.
+        alpha: of fairness: 1 is proportional fairness, which is nash_mtl; the larger, the more the least gain counts. Beyond
+            these limits rounding hides the solution where gradients differ in length by orders of magnitude.
     """
 
     name: Literal["fairgrad"] = "fairgrad"
-    alpha: float = Field(1.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(1.0, ge=0.5, le=10)
     refuses: ClassVar = GRADIENT_REFUSALS
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FairGradLoss."""
-        return FairGradLoss(kinds, loss_weights, self.alpha)
+        return FairGradLoss(loss_weights, self.alpha)
 
 
 class NashMTL(Weighted):
@@ -48,7 +49,7 @@ class NashMTL(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FairGradLoss."""
-        return FairGradLoss(kinds, loss_weights, alpha=1.0)
+        return FairGradLoss(loss_weights, alpha=1.0)
 
 
 class FairGradLoss(SolvedLoss):
@@ -57,25 +58,19 @@ class FairGradLoss(SolvedLoss):
     With alpha = 1 it is Nash-MTL. The authors solve a least-squares problem, those of Nash-MTL a sequence of convex ones; here
     Newton steps find the only solution. Chosen here: products are divided by the mean squared norm, so that orthogonal
     gradients of one norm have w = 1, as in the plain sum; a ridge of 1e-6 of a gradient's squared norm, since gradients that
-    cancel exactly have no solution; a task without a gradient is left out; towers and tables keep the plain sum, where the
-    authors weight the losses.
+    cancel exactly have no solution; towers and tables keep the plain sum, where the authors weight the losses.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task. alpha: see FairGrad.
+        loss_weights: per task. alpha: see FairGrad.
     """
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], alpha: float) -> None:
-        super().__init__(kinds, loss_weights)
+    def __init__(self, loss_weights: Sequence[float], alpha: float) -> None:
+        super().__init__(loss_weights)
         self.alpha = alpha
 
-    def shares(self, dot_TT: np.ndarray) -> np.ndarray:
-        """w of the products over their mean square; 1 for a gradient of 0."""
-        share_T = np.ones(len(dot_TT))
-        (seen,) = dot_TT.diagonal().nonzero()
-        if len(seen):
-            own_TT = dot_TT[np.ix_(seen, seen)]
-            share_T[seen] = fair(own_TT / own_TT.diagonal().mean(), self.alpha)
-        return share_T
+    def shares(self, dot_AA: np.ndarray) -> np.ndarray:
+        """w of the products over their mean square."""
+        return fair(dot_AA / dot_AA.diagonal().mean(), self.alpha)
 
 
 def fair(dot_TT: np.ndarray, alpha: float) -> np.ndarray:

@@ -29,11 +29,11 @@ class FAMO(WeightingSettings):
     lr: float = Field(0.025, gt=0, allow_inf_nan=False)
     gamma: float = Field(1e-3, ge=0, allow_inf_nan=False)
     refuses: ClassVar = {"accumulate": WHOLE_BATCH_LOSSES}
-    logarithms: ClassVar = True
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FAMOLoss."""
-        return FAMOLoss(kinds, self.lr, self.gamma)
+        return FAMOLoss(len(loss_weights), self.lr, self.gamma)
 
 
 class FAMOLoss(AdaptiveLoss):
@@ -49,7 +49,7 @@ class FAMOLoss(AdaptiveLoss):
     observe, or whose loss is not above 0, has weight 0 there and no part in c; the change of its loss counts as 0.
 
     Args:
-        kinds: "binary" or "regression" per task. lr, gamma: see FAMO.
+        num_tasks: T. lr, gamma: see FAMO.
     """
 
     logit_T: Tensor
@@ -58,11 +58,11 @@ class FAMOLoss(AdaptiveLoss):
     previous_T: Tensor
     steps: Tensor
 
-    def __init__(self, kinds: Sequence[str], lr: float, gamma: float) -> None:
-        super().__init__(kinds, [1.0 / len(kinds)] * len(kinds))
+    def __init__(self, num_tasks: int, lr: float, gamma: float) -> None:
+        super().__init__([1.0 / num_tasks] * num_tasks)
         self.lr, self.gamma = lr, gamma
         for name in ("logit_T", "moment_T", "square_T", "previous_T"):
-            self.register_buffer(name, torch.zeros(len(kinds)))
+            self.register_buffer(name, torch.zeros(num_tasks))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of Adam
 
     def forward(self, loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Weights that no gradient and no history of losses decides: given ones, ones, and learnt variances."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from models.losses import TaskLoss, UncertaintyLoss
 from pipeline.training.optim.weighting.base import Weighted, WeightingSettings
@@ -14,7 +14,7 @@ class Fixed(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """TaskLoss."""
-        return TaskLoss(kinds, loss_weights)
+        return TaskLoss(loss_weights)
 
 
 class Equal(WeightingSettings):
@@ -24,7 +24,7 @@ class Equal(WeightingSettings):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """TaskLoss."""
-        return TaskLoss(kinds, loss_weights)
+        return TaskLoss(loss_weights)
 
 
 class Uncertainty(WeightingSettings):
@@ -34,6 +34,7 @@ class Uncertainty(WeightingSettings):
     """
 
     name: Literal["uncertainty"] = "uncertainty"
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """UncertaintyLoss."""

@@ -35,9 +35,9 @@ class FlatMinima(Weighted):
     rho: float = Field(0.05, gt=0, allow_inf_nan=False)
     refuses: ClassVar = GRADIENT_REFUSALS
 
-    def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:
+    def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """FlatMinimaLoss."""
-        return FlatMinimaLoss(kinds, loss_weights, self.rho, seed)
+        return FlatMinimaLoss(loss_weights, self.rho, seed)
 
 
 class FlatMinimaLoss(PCGradLoss, EmbeddingLoss):
@@ -53,11 +53,11 @@ class FlatMinimaLoss(PCGradLoss, EmbeddingLoss):
     paper perturbs what is not shared too.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task. rho: see FlatMinima. seed: as for PCGradLoss.
+        loss_weights: per task. rho: see FlatMinima. seed: as for PCGradLoss.
     """
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], rho: float, seed: int) -> None:
-        super().__init__(kinds, loss_weights, seed)
+    def __init__(self, loss_weights: Sequence[float], rho: float, seed: int) -> None:
+        super().__init__(loss_weights, seed)
         self.rho = rho
 
     def from_embeddings(

@@ -31,10 +31,11 @@ class GradNorm(WeightingSettings):
     alpha: float = Field(1.5, ge=0, allow_inf_nan=False)
     lr: float = Field(0.025, gt=0, allow_inf_nan=False)
     refuses: ClassVar = GRADIENT_REFUSALS
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """GradNormLoss."""
-        return GradNormLoss(kinds, self.alpha, self.lr)
+        return GradNormLoss(len(loss_weights), self.alpha, self.lr)
 
 
 class GradNormLoss(GradientLoss):
@@ -44,16 +45,16 @@ class GradNormLoss(GradientLoss):
     observes it. All weights are 1 at the start.
 
     Args:
-        kinds: "binary" or "regression" per task. alpha, lr: see `balanced`.
+        num_tasks: T. alpha, lr: see `balanced`.
     """
 
     initial_T: Tensor
 
-    def __init__(self, kinds: Sequence[str], alpha: float, lr: float) -> None:
-        super().__init__(kinds, [1.0] * len(kinds))
+    def __init__(self, num_tasks: int, alpha: float, lr: float) -> None:
+        super().__init__([1.0] * num_tasks)
         self.alpha, self.lr = alpha, lr
-        self.register_buffer("weight_T", torch.ones(len(kinds)))
-        self.register_buffer("initial_T", torch.zeros(len(kinds)))
+        self.register_buffer("weight_T", torch.ones(num_tasks))
+        self.register_buffer("initial_T", torch.zeros(num_tasks))
 
     def after_backward(self, step: int) -> None:  # noqa: ARG002
         """Changes the weights for the next step."""

@@ -1,6 +1,6 @@
 """MGDA: the shortest convex combination of the tasks' gradients."""
 
-# Shapes: T tasks, A of them that are active.
+# Shapes: T tasks, A of them with a gradient, or active.
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -25,24 +25,19 @@ class MGDA(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """MGDALoss."""
-        return MGDALoss(kinds, loss_weights)
+        return MGDALoss(loss_weights)
 
 
 class MGDALoss(SolvedLoss):
     """min |sum_t a_t g_t|^2 over a_t >= 0, sum_t a_t = 1 (Désidéri 2012; Sener & Koltun, NeurIPS 2018, eq. 3).
 
     Sener & Koltun solve it with Frank-Wolfe steps, here Wolfe's algorithm gives the exact point. Chosen here: the combination
-    is multiplied by T, so that where all gradients are equal it is their plain sum, on the scale of towers and tables. A task
-    that the batch does not observe has no gradient, and is left out of the hull: with it, nothing else would be learnt.
+    is multiplied by T, so that where all gradients are equal it is their plain sum, on the scale of towers and tables.
     """
 
-    def shares(self, dot_TT: np.ndarray) -> np.ndarray:
-        """T times the weights of the shortest combination."""
-        share_T = np.ones(len(dot_TT))
-        (seen_A,) = dot_TT.diagonal().nonzero()
-        if len(seen_A):
-            share_T[seen_A] = len(seen_A) * shortest(dot_TT[np.ix_(seen_A, seen_A)])
-        return share_T
+    def shares(self, dot_AA: np.ndarray) -> np.ndarray:
+        """The number of tasks times the weights of the shortest combination."""
+        return len(dot_AA) * shortest(dot_AA)
 
 
 def shortest(dot_TT: np.ndarray) -> np.ndarray:

@@ -21,9 +21,9 @@ class PCGrad(Weighted):
     name: Literal["pcgrad"] = "pcgrad"
     refuses: ClassVar = GRADIENT_REFUSALS
 
-    def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:
+    def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """PCGradLoss."""
-        return PCGradLoss(kinds, loss_weights, seed)
+        return PCGradLoss(loss_weights, seed)
 
 
 class PCGradLoss(SharedGradientLoss):
@@ -32,11 +32,11 @@ class PCGradLoss(SharedGradientLoss):
     The gradients are those of the losses times their loss weights. Towers and tables get the plain sum of the gradients.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: per task. seed: of the order of projections.
+        loss_weights: per task. seed: of the order of projections.
     """
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> None:
-        super().__init__(kinds, loss_weights)
+    def __init__(self, loss_weights: Sequence[float], seed: int) -> None:
+        super().__init__(loss_weights)
         self.seed = seed
 
     def coefficients(self, dot_TT: Tensor, step: int) -> Tensor:

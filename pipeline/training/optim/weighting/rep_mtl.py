@@ -38,7 +38,7 @@ class RepMTL(Weighted):
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """RepMTLLoss."""
-        return RepMTLLoss(kinds, loss_weights, self.regulation, self.alignment, self.temperature, self.group)
+        return RepMTLLoss(loss_weights, self.regulation, self.alignment, self.temperature, self.group)
 
 
 class RepMTLLoss(EmbeddingLoss):
@@ -59,21 +59,20 @@ class RepMTLLoss(EmbeddingLoss):
     The terms reach everything that S_t depends on, embeddings and towers included.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: w_t. regulation, alignment, temperature, group: see RepMTL.
+        loss_weights: w_t. regulation, alignment, temperature, group: see RepMTL.
     """
 
     second_derivatives = True
 
     def __init__(
         self,
-        kinds: Sequence[str],
         loss_weights: Sequence[float],
         regulation: float,
         alignment: float,
         temperature: float,
         group: int,
     ) -> None:
-        super().__init__(kinds, loss_weights)
+        super().__init__(loss_weights)
         self.regulation, self.alignment, self.temperature = regulation, alignment, temperature
         self.most_rows = self.group_rows = group
 

@@ -27,13 +27,13 @@ class STCH(Weighted):
 
     name: Literal["stch"] = "stch"
     mu: float = Field(1.0, gt=0, allow_inf_nan=False)
-    warmup: int = Field(400, ge=0)
+    warmup: int = Field(400, ge=1)
     refuses: ClassVar = {"accumulate": WHOLE_BATCH_LOSSES}
-    logarithms: ClassVar = True
+    positive: ClassVar = True
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
         """STCHLoss."""
-        return STCHLoss(kinds, loss_weights, self.mu, self.warmup)
+        return STCHLoss(loss_weights, self.mu, self.warmup)
 
 
 class STCHLoss(AdaptiveLoss):
@@ -46,7 +46,7 @@ class STCHLoss(AdaptiveLoss):
     not observe, or whose loss is not above 0, are left out of the sum and of T.
 
     Args:
-        kinds: "binary" or "regression" per task. loss_weights: w_t. mu, warmup: see STCH.
+        loss_weights: w_t. mu, warmup: see STCH.
     """
 
     sum_T: Tensor
@@ -54,11 +54,11 @@ class STCHLoss(AdaptiveLoss):
     steps: Tensor
     used_T: Tensor
 
-    def __init__(self, kinds: Sequence[str], loss_weights: Sequence[float], mu: float, warmup: int) -> None:
-        super().__init__(kinds, loss_weights)
+    def __init__(self, loss_weights: Sequence[float], mu: float, warmup: int) -> None:
+        super().__init__(loss_weights)
         self.mu, self.warmup = mu, warmup
         for name in ("sum_T", "count_T"):
-            self.register_buffer(name, torch.zeros(len(kinds)))
+            self.register_buffer(name, torch.zeros(len(loss_weights)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("used_T", torch.tensor(loss_weights), persistent=False)
 
