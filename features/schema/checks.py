@@ -73,8 +73,8 @@ def contradictions(schema: Schema) -> Iterator[str]:
 def _tasks(schema: Schema) -> Iterator[str]:
     """Losses and transforms that do not fit a task's kind, and conditions on tasks that do not exist."""
     for name, task in schema.tasks.items():
-        if task.kind == "binary" and (task.loss or task.transform != "none"):
-            key = "loss" if task.loss else "transform"
+        if task.kind == "binary" and (own := task.model_fields_set & {"loss", "transform"}):
+            key = min(own)
             yield f"tasks.{name}.{key}: a binary task has none, its loss is the cross-entropy. Remove it."
         if task.loss_name == "ziln" and task.transform != "none":
             yield f"tasks.{name}.transform: the loss ziln takes the logarithm itself. Remove it."

@@ -47,7 +47,7 @@ class Task(Strict):
     Attributes:
         given: a binary task: where its label is not 1, this one's is not observed. `model.given` says how that is learnt.
         transform: of a regression's label before it is learnt; predictions and metrics stay in the label's unit.
-        loss: of a regression task; null: squared.
+        loss: of a regression task.
         loss_weight: of its mean loss in the total. A regression is learnt standardised, so 1 means the same for each task.
     """
 
@@ -56,13 +56,13 @@ class Task(Strict):
     observed_when: str | None = None
     given: str | None = None
     transform: Literal["none", "log1p"] = "none"
-    loss: Loss | None = None
+    loss: Loss = SquaredLoss(name="squared")
     loss_weight: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)
 
     @property
     def loss_name(self) -> str:
         """The name of a regression task's loss."""
-        return self.loss.name if self.loss else "squared"
+        return self.loss.name
 
 
 def given_chain(tasks: Mapping[str, Any], name: str) -> list[str]:

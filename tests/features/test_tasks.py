@@ -91,6 +91,7 @@ def test_a_loss_by_its_name_is_the_same_schema_as_one_with_keys():
         schema(dwell={"loss": "huber"}).fingerprint == schema(dwell={"loss": {"name": "huber", "delta": 1}}).fingerprint
     )
     assert schema(dwell={"loss": "huber"}).fingerprint != schema().fingerprint
+    assert schema(dwell={"loss": "squared"}).fingerprint == schema().fingerprint
     assert Schema.parse(
         schema(dwell={"loss": "huber"}).model_dump(mode="json", exclude_unset=True), "again"
     ).fingerprint

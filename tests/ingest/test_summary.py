@@ -205,3 +205,11 @@ def test_a_job_counts_valid_and_test_whatever_the_order_of_its_rows(order, small
         assert found[split]["price"]["mean"] == pytest.approx(sum(prices) / len(prices))
         assert found[split]["recent"] == {"missing": 0.2, "unknown": 0.0}
         assert found[split]["user"] == {"missing": 0.0}
+
+
+def test_a_task_without_a_label_in_train_is_named_unless_no_task_has_one(made):
+    observed = {"train": {"click": 100, "bought": 0}}
+    assert lines_of(made, observed=observed)[-1] == (
+        "warning  task bought: no train row has a label; check its label, observed_when and given"
+    )
+    assert not any("no train row" in line for line in lines_of(made, observed={"train": {"click": 0, "bought": 0}}))

@@ -15,6 +15,7 @@ from two_ranks import trainer
 from weighting_steps import SCHEMAS, TASKS, Steps, adams, run, task_losses
 
 from features.errors import UserError
+from features.schema.task import Task
 from models.losses import UncertaintyLoss
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
@@ -183,3 +184,9 @@ def test_weightings_of_losses_run_in_the_pipelined_loop(folder: Path, name: str)
     options = {"window": 2} if name == "dwa" else None
     found, plain = (run(folder, f"{name}-{loop}", name, options, max_steps=8, pipelined=loop) for loop in (True, False))
     assert losses(found) == losses(plain)
+
+
+def test_weights_that_are_all_0_are_refused_where_a_weighting_reads_them() -> None:
+    weights, tasks = dict.fromkeys(TASKS, 0.0), {name: Task(kind="binary", label="x") for name in TASKS}
+    with pytest.raises(UserError, match="every task has loss weight 0"):
+        task_loss(WEIGHTINGS["fixed"](weights=weights), tasks, 0)

@@ -131,6 +131,9 @@ def _warnings(manifest: Manifest) -> Iterator[str]:
             impressions = found.matched_rows + found.unmatched_rows + found.early_rows + found.missing_key_rows
             share = percent(found.unmatched_rows / impressions)
             yield f"warning  {name}: {share} of the impressions have a key without a row here ({found.unmatched_keys:,} keys)"
+    trained = manifest.observed.get("train", {})
+    for task in (name for name, count in trained.items() if not count and any(trained.values())):
+        yield f"warning  task {task}: no train row has a label; check its label, observed_when and given"
     for stream, columns in manifest.absent_columns.items():
         for column, rows in list(columns.items())[:MOST]:
             yield f"warning  {stream}: {rows:,} rows are of files without column {column}, and have its default"

@@ -53,7 +53,8 @@ def task_loss(weighting: WeightingSettings, tasks: Mapping[str, Task], seed: int
         seed: of random draws.
 
     Raises:
-        UserError: a weight for a task that does not exist, or a loss that the weighting cannot work with.
+        UserError: a weight for a task that does not exist, weights that are all 0, or a loss that the weighting cannot work
+            with.
     """
     below = [name for name, task in tasks.items() if task.loss_name == "ziln"]
     if below and weighting.positive:
@@ -62,4 +63,9 @@ def task_loss(weighting: WeightingSettings, tasks: Mapping[str, Task], seed: int
             f"train.weighting.name={weighting.name} needs losses above 0, and loss ziln of {below[0]} falls below: "
             f"choose one of {fitting}"
         )
-    return weighting.build([task.kind for task in tasks.values()], weighting.task_weights(tasks), seed)
+    weights = weighting.task_weights(tasks)
+    if not any(weights):
+        raise UserError(
+            "every task has loss weight 0: nothing would be learnt. Give one a weight above 0, or tasks= without it."
+        )
+    return weighting.build([task.kind for task in tasks.values()], weights, seed)
