@@ -295,7 +295,7 @@ def _message(where: str, error: Any) -> str:
 
 
 def _is_tag(loc: Sequence[int | str], place: int) -> bool:
-    """Whether pydantic put a part of a location there to tell which of several models was tried."""
+    """Whether a part of a location is the name of one of several models, which pydantic puts there."""
     if place == 1:
         return loc[0] == "split" and loc[1] in ("hash", "row_index", "time")
     return place == 3 and loc[0] == "tasks" and loc[2] == "loss"
