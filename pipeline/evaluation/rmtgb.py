@@ -50,7 +50,7 @@ class BoostingSettings:
 
 
 class RobustBoosting:
-    """R-MTGB (Emami, Martínez-Muñoz, Hernández-Lobato 2025, arXiv 2507.11411), for tasks that are observed on the same rows.
+    """R-MTGB (Emami, Martínez-Muñoz, Hernández-Lobato 2025, arXiv 2507.11411), for tasks of the same rows, each observed on some.
 
     With s_t = sigmoid(theta_t), a task's raw prediction is
 
