@@ -23,7 +23,7 @@ SCALE = LabelScale(mean=4.4, std=1.7, positive=0.03)
 seeds = st.integers(0, 10**6)
 
 
-def regression(loss: Any = None, **more: Any) -> Task:
+def regression(loss: Any = "squared", **more: Any) -> Task:
     return Task(kind="regression", label="x", loss=loss, **more)
 
 

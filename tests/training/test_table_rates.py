@@ -10,6 +10,7 @@ from tiny_training import configuration, last, model, tensors, write_checkpoint
 from models.ranker import is_table
 from pipeline.training.optim.dense import table_rate
 from pipeline.training.optim.settings import TableOptimizer
+from pipeline.training.optim.tables import ReplicatedTables
 from pipeline.training.train import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -26,18 +27,29 @@ def tables(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model(state).items() if is_table(name)}
 
 
-@pytest.mark.parametrize("placement", ["table_wise", "data_parallel"])
-def test_tables_stay_as_they_are_after_their_epochs_and_the_rest_goes_on(folder: Path, placement: str) -> None:
-    found = train(
-        folder, f"frozen-{placement}", epochs=3, checkpoint_every=EPOCH, sharding={"default": [placement]},
-        tables={"name": "adagrad", "lr": 0.05, "epochs": 1},
-    )  # fmt: skip
+def test_tables_stay_as_they_are_after_their_epochs_and_the_rest_goes_on(folder: Path) -> None:
+    tables_of_one_epoch = {"name": "adagrad", "lr": 0.05, "epochs": 1}
+    found = train(folder, "frozen", epochs=3, checkpoint_every=EPOCH, tables=tables_of_one_epoch)
     first, second, third = (tensors(found / f"step-{n * EPOCH:08d}") for n in (1, 2, 3))
     for name, value in tables(first).items():
         assert torch.equal(value, tables(second)[name])
         assert torch.equal(value, tables(third)[name])
     dense = [name for name in model(first) if not is_table(name)]
     assert any(not torch.equal(model(first)[name], model(third)[name]) for name in dense)
+
+
+def test_tables_of_which_every_rank_has_a_copy_follow_the_same_rate(folder: Path) -> None:
+    """One rank has no such tables: the optimiser that they would have is given one, and a gradient of 1."""
+    settings = {"tables": {"name": "sgd", "lr": 0.5, "warmup_steps": 4, "epochs": 1}, "epochs": 2, "max_steps": None}
+    learner = prepare(configuration(folder / "data", folder / "copies", **settings), None, torch.device("cpu")).learner
+    for step, rate in ((0, 0.125), (1, 0.25), (EPOCH - 1, 0.5), (EPOCH, 0.0)):
+        weight = torch.nn.Parameter(torch.zeros(2, 3))
+        copies = ReplicatedTables({"ranker.embeddings.embedding_bags.t.weight": weight}, learner.settings.tables)
+        learner.replicas = copies
+        learner._prepare(step)
+        weight.grad = torch.ones_like(weight)
+        copies.step()
+        torch.testing.assert_close(weight.detach(), torch.full((2, 3), -rate))
 
 
 def test_the_rate_that_a_table_is_changed_by_is_that_of_its_step(folder: Path) -> None:
