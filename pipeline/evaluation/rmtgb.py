@@ -50,7 +50,7 @@ class BoostingSettings:
 
 
 class RobustBoosting:
-    """R-MTGB (Emami, Martínez-Muñoz, Hernández-Lobato 2025, arXiv 2507.11411), for tasks of the same rows, each observed on some.
+    """R-MTGB (Emami, Martínez-Muñoz, Hernández-Lobato 2025, arXiv 2507.11411); tasks may be observed on other rows each.
 
     With s_t = sigmoid(theta_t), a task's raw prediction is
 
