@@ -63,7 +63,7 @@ class Settings(Strict):
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
     """
 
-    batch_size: int = Field(4096, ge=1)
+    batch_size: int = Field(2048, ge=1)
     lanes: int = Field(8, ge=1)
     window: int = Field(16384, ge=1)
     epochs: int = Field(1, ge=1)

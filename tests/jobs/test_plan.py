@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_one_line_with_what_helps(bounded: list[str], plan:
         (["data=demo", "ranks=2", "device=cpu"], "ddr=16GB"),
         (["data=demo", "hbm=1GB"], "ranks"),
         (["data=demo", "ranks=12", "hbm=1GB"], "ranks=12 must be a multiple of ranks_per_node=8"),
-        (["data=demo", "ranks=3", "hbm=1GB"], "train.batch_size=4096 must be a multiple of ranks=3"),
+        (["data=demo", "ranks=3", "hbm=1GB"], "train.batch_size=2048 must be a multiple of ranks=3"),
         (["data=demo", "ranks=2", "hbm=many"], "hbm"),
     ],
 )
