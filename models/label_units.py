@@ -42,18 +42,18 @@ class LabelUnits(nn.Module):
     ) -> None:
         super().__init__()
         self.tasks, self.scales = tasks, {name: scales.get(name, LabelScale()) for name in tasks}
-        self.sizes = [3 if task.loss_name == "ziln" else 1 + (name in imputed) for name, task in tasks.items()]
+        self.sizes = [3 if task.loss.name == "ziln" else 1 + (name in imputed) for name, task in tasks.items()]
         for name, values in (
             ("regression_T", [task.kind == "regression" for task in tasks.values()]),
             ("log_T", [task.transform == "log1p" for task in tasks.values()]),
-            ("lognormal_T", [task.loss_name == "ziln" for task in tasks.values()]),
+            ("lognormal_T", [task.loss.name == "ziln" for task in tasks.values()]),
             ("mean_T", [scale.mean for scale in self.scales.values()]),
             ("std_T", [scale.std for scale in self.scales.values()]),
         ):
             self.register_buffer(name, torch.tensor(values), persistent=False)
         self.has_regression = any(task.kind == "regression" for task in tasks.values())
         self.has_log = any(task.transform == "log1p" for task in tasks.values())
-        self.has_lognormal = any(task.loss_name == "ziln" for task in tasks.values())
+        self.has_lognormal = any(task.loss.name == "ziln" for task in tasks.values())
 
     def standardised(self, label_BT: Tensor) -> Tensor:
         """Labels as regression tasks learn them; those of other tasks mean nothing here."""
@@ -85,7 +85,7 @@ class LabelUnits(nn.Module):
         """
         start_KT = torch.zeros(max(self.sizes), len(self.tasks))
         for t, (name, task) in enumerate(self.tasks.items()):
-            if task.loss_name == "ziln":
+            if task.loss.name == "ziln":
                 positive = self.scales[name].positive
                 start_KT[:3, t] = torch.tensor([math.log(positive / (1 - positive)), 0.0, START_SPREAD])
             elif task.kind == "binary":

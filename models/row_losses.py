@@ -61,7 +61,7 @@ class RowLosses(nn.Module):
     def __init__(self, tasks: Mapping[str, Task], units: LabelUnits, given: GivenConfig) -> None:
         super().__init__()
         self.units, self.given = units, given
-        self.kinds = [task.loss_name if task.kind == "regression" else "binary" for task in tasks.values()]
+        self.kinds = [task.loss.name if task.kind == "regression" else "binary" for task in tasks.values()]
         losses = [task.loss for task in tasks.values()]
         deltas = [loss.delta if isinstance(loss, HuberLoss) else 1.0 for loss in losses]
         quantiles = [loss.q if isinstance(loss, QuantileLoss) else 0.5 for loss in losses]

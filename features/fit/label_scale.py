@@ -42,7 +42,7 @@ class LabelMoments:
         counts_N = ~np.isnan(label_N) & (weight_N > 0)
         label_N, weight_N = label_N[counts_N], weight_N[counts_N]
         whole = float(weight_N.sum())
-        if task.loss_name == "ziln":
+        if task.loss.name == "ziln":
             label_N, weight_N = label_N[label_N > 0], weight_N[label_N > 0]
             label_N = np.log(label_N)
         elif task.transform == "log1p":

@@ -69,7 +69,7 @@ def _target(schema: Schema, name: str) -> Any:
     """All that decides what a task's labels are, and in which scale they are learnt."""
     task = schema.tasks[name]
     reads = {*columns_of(task.label), *columns_of(task.observed_when or "NULL")}
-    log = task.transform == "log1p", task.loss_name == "ziln"
+    log = task.transform == "log1p", task.loss.name == "ziln"
     return task.kind, task.label, task.observed_when, log, origins(schema, reads)
 
 

@@ -76,7 +76,7 @@ def _tasks(schema: Schema) -> Iterator[str]:
         if task.kind == "binary" and (own := task.model_fields_set & {"loss", "transform"}):
             key = min(own)
             yield f"tasks.{name}.{key}: a binary task has none, its loss is the cross-entropy. Remove it."
-        if task.loss_name == "ziln" and task.transform != "none":
+        if task.loss.name == "ziln" and task.transform != "none":
             yield f"tasks.{name}.transform: the loss ziln takes the logarithm itself. Remove it."
         if task.given is None:
             continue

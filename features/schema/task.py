@@ -59,11 +59,6 @@ class Task(Strict):
     loss: Loss = SquaredLoss(name="squared")
     loss_weight: float = Field(1.0, ge=0, le=1e9, allow_inf_nan=False)
 
-    @property
-    def loss_name(self) -> str:
-        """The name of a regression task's loss."""
-        return self.loss.name
-
 
 def given_chain(tasks: Mapping[str, Any], name: str) -> list[str]:
     """The tasks that must be 1 where a task is observed, the nearest first; without those that a schema left out."""

@@ -48,7 +48,7 @@ def boosted_trees(dataset: Dataset, max_rows: int, seed: int, file: Path) -> dic
     for task, settings in dataset.schema.tasks.items():
         label = f"label.{task}"
         kind = HistGradientBoostingClassifier if settings.kind == "binary" else HistGradientBoostingRegressor
-        fitted, stopping = data.observed(data.train, task), data.observed(data.valid, task)
+        fitted, stopping = _observed(data.train, task), _observed(data.valid, task)
         model = kind(categorical_features=data.categorical, random_state=seed, **SETTINGS).fit(
             fitted[INPUTS].to_numpy(), fitted[label].to_numpy(), sample_weight=fitted["weight"].to_numpy(),
             X_val=stopping[INPUTS].to_numpy(), y_val=stopping[label].to_numpy(),
@@ -102,23 +102,20 @@ class _Splits:
         mask = [*[False] * schema.dense_width, *categories, *[False] * len(schema.lists)]
         data = cls(schema, train.head(max_rows), valid, test, mask)
         for task in schema.tasks:
-            if not data.observed(data.train, task)["weight"].sum():
+            if not _observed(data.train, task)["weight"].sum():
                 raise UserError(
                     f"tasks.{task} is not observed in the first {max_rows} train rows, so no trees can learn it. Raise "
                     "trees_max_rows, or set trees=[]."
                 )
-            if not data.observed(data.valid, task)["weight"].sum():
+            if not _observed(data.valid, task)["weight"].sum():
                 raise UserError(
                     f"tasks.{task} is not observed in valid, where the number of trees is found. Set trees=[]."
                 )
         return data
 
-    def observed(self, rows: pl.DataFrame, task: str) -> pl.DataFrame:
-        return rows.drop_nulls(f"label.{task}")
-
     def not_for_boosting(self, task: str, binary: bool) -> str | None:
         """What of a task's labels scikit-learn refuses."""
-        train, valid = (self.observed(rows, task) for rows in (self.train, self.valid))
+        train, valid = (_observed(rows, task) for rows in (self.train, self.valid))
         labels = pl.concat([train, valid])[f"label.{task}"]
         if binary and not labels.is_in([0.0, 1.0]).all():
             return "has soft labels"
@@ -137,6 +134,10 @@ class _Splits:
         predictions.write([rows], file)
         seconds = time.perf_counter() - begin
         return {"metrics": _metrics(rows, self.schema), "rows_per_s": self.train.height / seconds}
+
+
+def _observed(rows: pl.DataFrame, task: str) -> pl.DataFrame:
+    return rows.drop_nulls(f"label.{task}")
 
 
 def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,7 +137,7 @@ def test_methods_combine_gradients_of_all_dense_parameters_but_a_tasks_tower_and
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_losses_that_fall_below_0_are_refused_where_a_weighting_needs_them_above_0(name: str) -> None:
-    tasks: Any = {"spend": SimpleNamespace(kind="regression", loss_name="ziln", loss_weight=1.0)}
+    tasks = {"spend": Task(kind="regression", label="x", loss="ziln")}
     weighting = Settings(weighting={"name": name}).weighting
     if name not in ("uncertainty", "gradnorm", "dwa", "famo", "stch"):
         assert task_loss(weighting, tasks, 0).weights().numel() == 1

@@ -56,7 +56,7 @@ def task_loss(weighting: WeightingSettings, tasks: Mapping[str, Task], seed: int
         UserError: a weight for a task that does not exist, weights that are all 0, or a loss that the weighting cannot work
             with.
     """
-    below = [name for name, task in tasks.items() if task.loss_name == "ziln"]
+    below = [name for name, task in tasks.items() if task.loss.name == "ziln"]
     if below and weighting.positive:
         fitting = ", ".join(name for name, other in WEIGHTINGS.items() if not other.positive)
         raise UserError(
