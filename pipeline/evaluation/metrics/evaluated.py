@@ -1,4 +1,4 @@
-"""All figures of a checkpoint on a split, by task, metric and slice, with the values that intervals come from: a Parquet file."""
+"""All figures of a checkpoint on a split by task, metric and slice, with what intervals need: a Parquet file."""
 
 # Shapes: K buckets.
 
@@ -21,7 +21,7 @@ from pipeline.storage.files import make_folder
 from pipeline.storage.local import replacing
 
 ALL = "all"  # the slice of all rows
-COLUMNS: dict[str, Any] = {
+COLUMNS: dict[Any, Any] = {
     "task": pl.String,
     "metric": pl.String,
     "dimension": pl.String,
