@@ -2,32 +2,45 @@
 
 Examples:
   python -m jobs.evaluate run=runs/demo/adatt
-  python -m jobs.evaluate run=runs/demo/adatt split=valid follow=true
+  python -m jobs.evaluate run=runs/demo/adatt split=valid follow=true every=4 order=newest
   python -m jobs.evaluate run=/runs/serving dataset=/data/2026-11-22 step=newest
 """
+
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from jobs.entry import job, parse
+from pipeline.terminal import short_decimal
 
 
 @job("evaluate")
 def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report."""
+    from pipeline.evaluation import ranks
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import html, tables
-    from pipeline.terminal import short_decimal
 
     if "data" in config and "truth" in config.data and config.truth is None:
         config.truth = OmegaConf.to_container(config.data.truth, resolve=True)
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     evaluation = Evaluation(settings)
     for record in evaluation.records():
-        ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
-        print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
+        print(_line(record), flush=True)
+    if not ranks.is_first():
+        return
     results = evaluation.results()
     html.write(results)
     print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record in a line: step, split, NE of each binary task, duration, lag behind the trainer."""
+    ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
+    line = f"step {record['step']:,}  {record['split']}  NE {ne}  {record['seconds']:.1f} s"
+    if lag := record.get("lag"):
+        line += f"  lag {lag['steps']:,} steps, {lag['seconds']:,.1f} s"
+    return line
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from features.errors import UserError
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.evaluation import follow, oracle, predictions
+from pipeline.evaluation import follow, oracle, predictions, priority
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report import html, plots, tables
@@ -47,7 +47,7 @@ def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A copy of the run that a test may change; the tests' process keeps its priority."""
-    monkeypatch.setattr(follow.os, "nice", lambda _: 0)
+    monkeypatch.setattr(priority, "lower", lambda _: None)
     monkeypatch.setattr(follow, "POLL_INTERVAL", 0.02)
     shutil.copytree(trained, tmp_path / "run")
     return Run(tmp_path / "run")

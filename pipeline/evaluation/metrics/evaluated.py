@@ -17,6 +17,7 @@ from features.parquet_limits import check_file
 from features.plain_json import first_fault
 from features.regular_files import lstat_regular
 from pipeline.evaluation.metrics.intervals import buckets_used, quantile, standard_error
+from pipeline.run.run import Run
 from pipeline.storage.files import make_folder
 from pipeline.storage.local import replacing
 
@@ -77,6 +78,12 @@ class Evaluated:
         if not found.height:
             raise KeyError((task, metric, of_slice))
         return found["value"][0]
+
+
+def path(run: Run, split: str, step: int, share: float = 1.0) -> Path:
+    """Where the figures of a checkpoint are kept; those of a share of the split beside those of all of it."""
+    part = "" if share == 1 else f"-share-{share:g}"
+    return run.path / "evaluations" / f"{split}-{step:08d}{part}.parquet"
 
 
 def with_intervals(figures: pl.DataFrame, confidence: float = 0.95) -> pl.DataFrame:
