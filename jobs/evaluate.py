@@ -26,7 +26,7 @@ def main(config: DictConfig) -> None:
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     evaluation = Evaluation(settings)
     for record in evaluation.records():
-        print(_line(record), flush=True)
+        print(progress_line(record), flush=True)
     if not ranks.is_first():
         return
     results = evaluation.results()
@@ -34,7 +34,7 @@ def main(config: DictConfig) -> None:
     print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
 
 
-def _line(record: dict[str, Any]) -> str:
+def progress_line(record: dict[str, Any]) -> str:
     """A record in a line: step, split, NE of each binary task, duration, lag behind the trainer."""
     ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
     line = f"step {record['step']:,}  {record['split']}  NE {ne}  {record['seconds']:.1f} s"

@@ -23,6 +23,7 @@ from pipeline.evaluation.metrics import evaluated
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.storage.base import Lock
+from pipeline.storage.local import remove_leftovers
 
 RETRY_AFTER = 60.0  # seconds until a checkpoint that could not be evaluated is tried again, unless its manifest changes
 
@@ -126,7 +127,7 @@ class Pending:
             logger.warning("step %s: left out, its checkpoint was deleted or damaged (%s)", claim.step, error)
 
     def _claim(self, step: int) -> Claim | None:
-        name = evaluated.path(self.run, self.split, step, self.share).stem
+        name = self._figures(step).stem
         if (lock := self.run.try_lock(name)) is None:
             return None
         version = _version(self._manifest_file(step))
@@ -136,6 +137,8 @@ class Pending:
             )
             if not self._awaits(step):  # whoever had the lock until now has recorded it
                 return None
+            for file in (self._figures(step), predictions.path(self.run, self.split, step)):
+                remove_leftovers(file)
             stack.pop_all()
             return claim
 
@@ -158,7 +161,7 @@ class Pending:
         checksum = record["checkpoint"]
         if record.get("buckets") is not None:  # lines of early versions have no file of figures
             try:
-                found = evaluated.read(evaluated.path(self.run, self.split, step, self.share)).provenance
+                found = evaluated.read(self._figures(step)).provenance
             except UserError:
                 return False
             wanted = (checksum, self.dataset, self.split, self.share)
@@ -189,6 +192,9 @@ class Pending:
         except UserError:
             self._manifests[step] = version, "", 0
         return self._manifests[step]
+
+    def _figures(self, step: int) -> Path:
+        return evaluated.path(self.run, self.split, step, self.share)
 
     def _manifest_file(self, step: int) -> Path:
         return checkpoint.folder(self.run.checkpoints, step) / "manifest.json"

@@ -14,6 +14,7 @@ from features.plain_json import first_fault
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line, json_text, read_lines, write_text
+from pipeline.storage.local import remove_leftovers
 
 LARGEST = 1e100  # of a metric: what is near the largest float cannot be drawn
 Weights = Annotated[list[FiniteFloat], Field(min_length=1, max_length=4096)]  # of a unit's experts
@@ -106,6 +107,7 @@ def put(run: Run, record: dict[str, Any]) -> None:
         UserError: a line is damaged.
     """
     with run.wait_for_lock(LOCK):
+        remove_leftovers(run.eval_metrics)
         lines = list(read_lines(run.eval_metrics))
         others = [line for line in lines if _identity(line) != _identity(record)]
         if len(others) < len(lines):

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import glob
 import os
 import uuid
 import weakref
@@ -83,6 +84,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes what killed writers of a file have left beside it. Only for a process that alone writes the file by now."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
+        left.unlink(missing_ok=True)
 
 
 def swap_dirs(one: Path, other: Path) -> None:
