@@ -71,6 +71,17 @@ def changes(event: str) -> bool:
 
 
 def state(path: Path) -> dict[str, object]:
+    """See `state_here`: in a child, since a process that has read Parquet has threads, and can fork no more."""
+    reading, writing = os.pipe()
+    if not os.fork():
+        os.write(writing, json.dumps(state_here(path)).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        return json.loads(pipe.read())
+
+
+def state_here(path: Path) -> dict[str, object]:
     """Records, files that are whole, and files that nobody should find."""
     run = Run(path)
     whole = []

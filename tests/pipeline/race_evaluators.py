@@ -96,8 +96,7 @@ def main(path: Path, seed: int) -> None:
     committed.add((step, last))
     run.write_status("finished", step, step)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in processes.values()]
-    name = EvaluateConfig(run=path)
-    dataset = follow.dataset_of(run, name).name
+    dataset = follow.dataset_of(run, EvaluateConfig(run=path)).name
     now = {at: records.checksum(run, at) for at in checkpoint.steps(run.checkpoints)}
     whole = [at for at, checksum in now.items() if checksum]
     lines = [(line["step"], line["checkpoint"]) for line in read_lines(run.eval_metrics)]
