@@ -47,6 +47,7 @@ class Metrics:
         used = dict.fromkeys(metric.statistic for kind in kinds for metric in METRICS[kind].values())
         self.statistics: dict[type[Statistic], Statistic] = {s: s(self.tasks, self.grouping) for s in used}
         bounds = [(0.0, 1.0) if kind == "binary" else (-_LARGEST, _LARGEST) for _, kind in self.tasks]
+        self.rows = 0
         self._low_T, self._high_T = torch.tensor(bounds, dtype=torch.float64).reshape(-1, 2).T
 
     def update(
@@ -74,8 +75,11 @@ class Metrics:
         z_BT, y_BT, w_BT = (torch.where(counts_BT, x_BT, 0.0) for x_BT in (z_BT, y_BT, w_BT))
         key_BC = self._no_keys(len(z_BT)) if key_BC is None else key_BC.cpu()
         cluster_B = (key_BC[:, 0].numpy() & 0xFFFFFFFF).astype(np.uint32)
-        slice_BD = key_BC[:, _UNDEFINED_COUNTS:].numpy().astype(np.int32)
-        rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD)
+        slice_BD = key_BC[:, _UNDEFINED_COUNTS:].numpy().astype(np.int16)
+        # Rows are kept in the precision they have.
+        dtype = np.float64 if any(x.dtype == torch.float64 for x in (logit_BT, label_BT, weight_BT)) else np.float32
+        rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD, dtype)
+        self.rows += int((w_BT != 0).any(1).sum())
         for statistic in self.statistics.values():
             statistic.update(rows)
 
@@ -87,8 +91,10 @@ class Metrics:
     def merge(self, other: "Metrics") -> "Metrics":
         """The metrics of the rows of both; neither is changed."""
         if self.tasks != other.tasks or self.grouping != other.grouping:
-            raise ValueError(f"cannot merge metrics of tasks {self.tasks} and {other.tasks}")
+            ours, theirs = ((m.tasks, m.grouping) for m in (self, other))
+            raise ValueError(f"cannot merge metrics of {ours} and {theirs}")
         both = Metrics(self.tasks, self.grouping, self.dimensions)
+        both.rows = self.rows + other.rows
         both.statistics = {kind: ours.merge(other.statistics[kind]) for kind, ours in self.statistics.items()}
         return both
 
@@ -161,6 +167,19 @@ def values_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, floa
         return None if not math.isfinite(number) else int(number) if name in COUNTS else number
 
     return {task: {name: value(name, figure) for name, figure in known.items()} for task, known in figures.items()}
+
+
+def errors_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, float]]:
+    """Task → metric → standard error over all rows, where there is one."""
+    return {
+        task: {
+            name: float(error)
+            for name, figure in known.items()
+            if figure.left_out_SK is not None and name not in COUNTS
+            if math.isfinite(error := standard_error(figure.left_out_SK[0])) and math.isfinite(figure.value_S[0])
+        }
+        for task, known in figures.items()
+    }
 
 
 def _lines(task: str, metric: str, figure: Figure, row_S: np.ndarray, names: list[tuple[str, str]]) -> pl.DataFrame:

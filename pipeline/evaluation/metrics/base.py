@@ -31,7 +31,7 @@ class Grouping:
     buckets: int = 1
     ndcg: int = 10
     train_rates: Mapping[str, float] = field(default_factory=dict)
-    max_bytes: float = float("inf")
+    max_bytes: float = field(default=float("inf"), compare=False)
 
     @property
     def count(self) -> int:
@@ -52,7 +52,8 @@ class Rows:
         logit_BT: logit of a binary task, prediction of a regression; may be NaN or infinite.
         counts_BT: observed and of weight above 0.
         cluster_B: uint32, hash of the row's cluster. group_B: int64, its group; those of one number are one group.
-        slice_BD: int32, place of its slice among those of the dimension, -1 for none.
+        slice_BD: int16, place of its slice among those of the dimension, -1 for none.
+        dtype: float32 where that holds logits, labels and weights exactly.
     """
 
     logit_BT: Tensor
@@ -62,6 +63,7 @@ class Rows:
     cluster_B: np.ndarray
     group_B: np.ndarray
     slice_BD: np.ndarray
+    dtype: type[np.floating[Any]] = np.float64
 
 
 @dataclass(frozen=True)
