@@ -16,7 +16,7 @@ from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_o
 from pipeline.evaluation.metrics.base import Grouping, bucket_of
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, Provenance, as_array, paired, with_intervals
 from pipeline.evaluation.metrics.intervals import quantile, standard_error
-from pipeline.evaluation.metrics.registry import COUNTS, METRICS
+from pipeline.evaluation.metrics.registry import METRICS, TOTALS
 
 # Shapes: B rows, T tasks, C keys of a row.
 TASKS = [("click", "binary"), ("spend", "regression"), ("like", "binary")]
@@ -142,7 +142,7 @@ def test_the_frame_has_a_line_for_each_figure_and_only_slices_with_rows() -> Non
         values_of(figures)["click"], nan_ok=True
     )
     assert errors_of(figures)["click"]["ne"] == frame.filter(task="click", metric="ne", slice=ALL)["se"][0]
-    assert not {*COUNTS} & errors_of(figures)["click"].keys()
+    assert not {*TOTALS} & errors_of(figures)["click"].keys()
 
 
 def test_an_interval_is_students() -> None:

@@ -61,7 +61,8 @@ _ALL = [
     Metric("label_mean", "regression", Sums, of_sums(regression.label_mean)),
     Metric("prediction_mean", "regression", Sums, of_sums(regression.prediction_mean)),
 ]
-COUNTS = ("rows", "non_finite")  # whole numbers, without intervals
+COUNTS = ("rows", "non_finite")  # whole numbers
+TOTALS = (*COUNTS, "weight_sum", "positives")  # have no intervals
 # Kind of task → name → metric.
 METRICS = {kind: {m.name: m for m in _ALL if m.kind == kind} for kind in ("binary", "regression")}
 # Kind of task → names of the metrics that the report's table shows.
