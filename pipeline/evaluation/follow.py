@@ -1,8 +1,8 @@
 """Follows a run: evaluates checkpoints as they are committed and appends each one's record to eval.jsonl, once.
 
-A checkpoint is identified by its manifest's checksum: after a rollback the same step is another checkpoint. What belongs to an
-evaluation is written in this order, each atomically: predictions, the file of all figures, the line of eval.jsonl. So a line
-has its files, and an evaluator that is killed before the line leaves files that the next one replaces.
+A checkpoint is identified by its manifest's checksum: after a rollback the same step is another checkpoint. The files of an
+evaluation (all figures, predictions) are written before its line in eval.jsonl, each atomically. So a line has its files, and
+an evaluator that is killed before the line leaves files that the next one replaces.
 """
 
 import time
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
@@ -21,6 +21,7 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.evaluation import oracle, priority, ranks
 from pipeline.evaluation.lag import lag
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.pending import Claim, Order, Pending
 from pipeline.evaluation.report.results import Results, check_complete
@@ -32,12 +33,11 @@ POLL_INTERVAL = 0.5  # seconds
 WAIT, END = -1, -2  # instead of a step: nothing to evaluate now, or any more
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(MeasureConfig):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
-    model_config = ConfigDict(extra="forbid")
     run: Path
-    split: Split = "test"
+    split: Split | Literal["all"] = "test"
     dataset: Path | None = None
     days: Days = None
     missing_days: MissingDays | None = None
@@ -45,8 +45,6 @@ class EvaluateConfig(BaseModel):
     predictions: bool = False
     every: int = Field(1, ge=1)
     order: Order = "oldest"
-    share: float = Field(1.0, gt=0, le=1)
-    share_by: str | None = None
     follow: bool = False
     idle: bool = True
     give_up_after: float = Field(600, gt=0)
@@ -81,9 +79,9 @@ class Evaluation:
             priority.lower(config.idle)
             _wait_for_run(self.run, config.give_up_after)
         torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
-        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size)
+        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size, config)
         self.pending = Pending(
-            self.run, config.split, self.scorer.dataset.name, config.share,
+            self.run, config.split, self.scorer.dataset.name, config.share, own_dataset=self.scorer.own_dataset,
             every=config.every, order=config.order, with_predictions=config.predictions,
         )  # fmt: skip
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
@@ -160,7 +158,7 @@ class Evaluation:
                 return None
             if claim is None:
                 return None
-            record |= {"share": self.config.share, "lag": lag(self.run, step, claim.committed)}
+            record["lag"] = lag(self.run, step, claim.committed)
             self.pending.record(claim, record)
             return record
 

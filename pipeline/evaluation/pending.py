@@ -20,12 +20,14 @@ from features.schema.schema import Split
 from pipeline.evaluation import predictions
 from pipeline.evaluation.lag import commit_time
 from pipeline.evaluation.metrics import evaluated
+from pipeline.evaluation.metrics.evaluated import Provenance
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.storage.base import Lock
 from pipeline.storage.local import remove_leftovers
 
 RETRY_AFTER = 60.0  # seconds until a checkpoint that could not be evaluated is tried again, unless its manifest changes
+ABANDONED_AFTER = 3600.0  # seconds without a change of a temporary file
 
 Order = Literal["oldest", "newest"]
 Version = tuple[int, int, int] | None  # of a file: inode, time of change and size; None where there is none
@@ -73,7 +75,7 @@ class Pending:
     """Checkpoints without a record of one evaluation: a split of a dataset, or a share of it.
 
     Args:
-        dataset: its name, see Dataset.name.
+        dataset: its name, see Dataset.name. own_dataset: whether it is the one that the run trains on.
         every: take the checkpoints at multiples of so many times `train.checkpoint_every` steps; of a run that writes one an
             epoch those of every so many epochs. It depends on the step alone, so that several evaluators, restarts, rollbacks
             and deleted checkpoints do not change the choice.
@@ -84,10 +86,10 @@ class Pending:
     """
 
     def __init__(
-        self, run: Run, split: Split, dataset: str, share: float = 1.0,
-        *, every: int = 1, order: Order = "oldest", with_predictions: bool = False,
+        self, run: Run, split: Split | Literal["all"], dataset: str, share: float = 1.0,
+        *, own_dataset: bool = True, every: int = 1, order: Order = "oldest", with_predictions: bool = False,
     ) -> None:  # fmt: skip
-        self.run, self.split, self.dataset, self.share = run, split, dataset, share
+        self.run, self.split, self.dataset, self.share, self.own_dataset = run, split, dataset, share, own_dataset
         self.every, self.order, self.with_predictions = every, order, with_predictions
         self.spacing = _spacing(run) if every > 1 else None
         self._known: dict[int, dict[str, Any]] = {}
@@ -137,8 +139,9 @@ class Pending:
             )
             if not self._awaits(step):  # whoever had the lock until now has recorded it
                 return None
-            for file in (self._figures(step), predictions.path(self.run, self.split, step)):
-                remove_leftovers(file)
+            remove_leftovers(self._figures(step))
+            # Evaluations of several datasets write to one place, so that only an old one belongs to nobody.
+            remove_leftovers(predictions.path(self.run, self.split, step), ABANDONED_AFTER)
             stack.pop_all()
             return claim
 
@@ -156,7 +159,8 @@ class Pending:
     def _has_files(self, step: int, record: dict[str, Any]) -> bool:
         """Whether the files of a record are there, and of its evaluation.
 
-        They are checked once: an evaluator of another dataset may replace them, and the two must not go on by turns.
+        They are checked once: an evaluator of another dataset may replace the predictions, and the two must not go on by
+        turns.
         """
         checksum = record["checkpoint"]
         if record.get("buckets") is not None:  # lines of early versions have no file of figures
@@ -194,7 +198,10 @@ class Pending:
         return self._manifests[step]
 
     def _figures(self, step: int) -> Path:
-        return evaluated.path(self.run, self.split, step, self.share)
+        of = Provenance(
+            run=str(self.run.path), step=step, checkpoint="", dataset=self.dataset, split=self.split, share=self.share
+        )
+        return evaluated.path(self.run, of, self.own_dataset)
 
     def _manifest_file(self, step: int) -> Path:
         return checkpoint.folder(self.run.checkpoints, step) / "manifest.json"

@@ -4,10 +4,11 @@ import ctypes
 import fcntl
 import glob
 import os
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -86,10 +87,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Deletes what killed writers of a file have left beside it. Only for a process that alone writes the file by now."""
+def remove_leftovers(path: Path, seconds: float = 0) -> None:
+    """Deletes the temporary files that killed writers of a file have left beside it.
+
+    Args:
+        seconds: since their last change. 0 is for a process that alone writes the file now.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
-        left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if time.time() - left.lstat().st_mtime >= seconds:
+                left.unlink()
 
 
 def swap_dirs(one: Path, other: Path) -> None:

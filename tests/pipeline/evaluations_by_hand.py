@@ -1,6 +1,5 @@
 """Checkpoints without tensors, and records and files of figures that nobody computed: for tests of who evaluates what."""
 
-import functools
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,6 @@ import polars as pl
 
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
-from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.run import Run
@@ -46,23 +44,9 @@ def write_figures(run: Run, about: dict[str, Any]) -> Path:
         split=about["split"], share=about.get("share", 1.0), cluster="user", buckets=2,
     )  # fmt: skip
     line = {"task": "click", "metric": "ne", "dimension": "all", "slice": "all", "rows": 1, "value": 0.9, "se": 0.1}
-    file = evaluated.path(run, about["split"], about["step"], about.get("share", 1.0))
+    file = evaluated.path(run, provenance, about["dataset"] == DATASET)
     evaluated.write(Evaluated(pl.DataFrame([line | {"left_out": [0.9, 0.8]}], evaluated.COLUMNS), provenance), file)
     return file
-
-
-def with_figures(evaluate: Any = Scorer.evaluate) -> Any:
-    """`Scorer.evaluate` that also writes a file of figures, before it returns its record."""
-
-    @functools.wraps(evaluate)
-    def both(self: Scorer, step: int, write_predictions: bool = False) -> dict[str, Any]:
-        found = evaluate(self, step, write_predictions)
-        if "buckets" not in found:
-            write_figures(self.run, found)
-            found |= {"buckets": 2, "cluster": "user"}
-        return found
-
-    return both
 
 
 def set_commit_time(run: Run, step: int, seconds: float) -> None:

@@ -13,13 +13,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluations_by_hand import with_figures
-
 from features.errors import UserError
 from pipeline.evaluation import predictions
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.metrics import evaluated
-from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
 
@@ -87,7 +84,7 @@ def state_here(path: Path) -> dict[str, object]:
     whole = []
     for step in STEPS:
         try:
-            figures = evaluated.read(evaluated.path(run, "test", step)).provenance.checkpoint
+            figures = evaluated.read(path / "evaluations" / f"test-{step:08d}.parquet").provenance.checkpoint
             rows = len(predictions.read(predictions.path(run, "test", step)))
         except UserError:
             continue
@@ -95,12 +92,11 @@ def state_here(path: Path) -> dict[str, object]:
     lines = [
         [line["step"], line["checkpoint"], line["metrics"]["click"]["ne"]] for line in read_lines(run.eval_metrics)
     ]
-    hidden = [p.name for name in ("metrics", "evaluations", "predictions") for p in (path / name).glob(".*.*.*")]
+    hidden = [p.name for name in ("metrics", "evaluations") for p in (path / name).glob(".*.*.*")]
     return {"lines": lines, "whole": whole, "left": sorted(name for name in hidden if not name.endswith(".lock"))}
 
 
 def main(path: Path, kills: int) -> None:
-    Scorer.evaluate = with_figures(Scorer.evaluate)
     fresh = Path(shutil.copytree(path, path.with_name("fresh")))
     events = events_of(path)
     print(json.dumps(state(path)), flush=True)

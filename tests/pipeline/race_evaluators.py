@@ -14,11 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from evaluations_by_hand import with_figures
-
 from pipeline.evaluation import follow
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
-from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint, records
 from pipeline.run.retention import Keep, prune
 from pipeline.run.run import Run
@@ -65,7 +62,6 @@ def damage(run: Run, step: int) -> None:
 def main(path: Path, seed: int) -> None:
     rng, run = random.Random(seed), Run(path)
     follow.POLL_INTERVAL = 0.01
-    Scorer.evaluate = with_figures(Scorer.evaluate)
     sources = path.with_name("sources")
     run.checkpoints.rename(sources)
     run.checkpoints.mkdir()

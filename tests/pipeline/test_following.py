@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from evaluations_by_hand import set_commit_time, with_figures
+from evaluations_by_hand import set_commit_time
 
 from features.errors import UserError
 from models.ranker import ModelConfig
 from pipeline.evaluation import follow, predictions, priority, ranks
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.metrics import evaluated
-from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
@@ -44,7 +43,6 @@ def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(priority, "lower", lambda _: None)
     monkeypatch.setattr(follow, "POLL_INTERVAL", 0.02)
-    monkeypatch.setattr(Scorer, "evaluate", with_figures(Scorer.evaluate))
     return Run(Path(shutil.copytree(trained, tmp_path / "run")))
 
 
@@ -74,12 +72,12 @@ def test_a_follower_takes_what_a_killed_one_leaves(run: Run):
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.extend(r["step"] for r in evaluate(config(run, follow=True))))
     thread.start()
-    while len(found) < 2:
+    while thread.is_alive() and len(found) < 2:
         time.sleep(0.02)
     time.sleep(0.2)
     assert found == [2, 6]
     held.release()
-    while len(found) < 3:
+    while thread.is_alive() and len(found) < 3:
         time.sleep(0.02)
     run.write_status("finished", 6, 6)
     thread.join(30)
@@ -114,7 +112,7 @@ def test_a_record_has_its_lag_and_share_and_the_line_shows_the_lag(run: Run):
 def test_files_are_written_before_the_line_and_made_again_where_they_are_damaged(run: Run):
     list(evaluate(config(run, predictions=True)))
     before = list(read_lines(run.eval_metrics))
-    figures = evaluated.path(run, "test", 4)
+    figures = run.path / "evaluations" / "test-00000004.parquet"
     figures.write_bytes(figures.read_bytes()[:50])
     predictions.path(run, "test", 2).unlink()
     assert [record["step"] for record in evaluate(config(run, predictions=True))] == [2, 4]

@@ -10,7 +10,6 @@ from evaluations_by_hand import DATASET, commit, record, set_commit_time, write_
 from features.errors import UserError
 from pipeline.evaluation import pending as pending_module
 from pipeline.evaluation.lag import commit_time, lag
-from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.pending import Claim, Pending
 from pipeline.run import checkpoint, records
 from pipeline.run.retention import Keep, prune
@@ -157,13 +156,18 @@ def test_a_claim_ends_with_its_record_so_that_a_waiting_evaluator_finds_nothing_
 
 def test_splits_datasets_and_shares_have_records_of_their_own(run: Run):
     commit(run, 3)
-    others = [Pending(run, "valid", DATASET), Pending(run, "test", "/other"), pending(run, share=0.1)]
+    others = [
+        Pending(run, "valid", DATASET),
+        Pending(run, "test", "/other", own_dataset=False),
+        pending(run, share=0.1),
+    ]
     assert [taken(each) for each in (pending(run), *others)] == [[3]] * 4
     assert len(list(read_lines(run.eval_metrics))) == 4
     part = records.latest(run, "test", DATASET, share=0.1)[3]
     assert part["share"] == 0.1
     assert records.latest(run, "test", DATASET)[3]["share"] == 1.0
-    assert evaluated.path(run, "test", 3, 0.1) != evaluated.path(run, "test", 3)
+    files = {write_figures(run, record(3, "a", **other)) for other in ({}, {"dataset": "/other"}, {"share": 0.1})}
+    assert len(files) == 3
 
 
 def test_deletion_of_checkpoints_counts_evaluations_of_the_whole_split_only(run: Run):
@@ -189,7 +193,7 @@ def test_a_record_is_put_in_place_of_the_one_of_the_same_evaluation_and_becomes_
     assert [line["step"] for line in read_lines(run.eval_metrics)] == [4, 4, 6, 4, 8]
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other weights", "other dataset", "link"])
+@pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other weights", "other rows", "link"])
 def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_second_line(run: Run, tmp_path: Path, fault):
     checksum = commit(run, 2)
     about = record(2, checksum, buckets=2)
@@ -203,10 +207,12 @@ def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_secon
     if fault in ("cut", "empty"):
         file.write_bytes(file.read_bytes()[:-9] if fault == "cut" else b"")
     if fault.startswith("other"):
-        write_figures(run, about | {"other weights": {"checkpoint": "b"}, "other dataset": {"dataset": "/b"}}[fault])
+        write_figures(
+            run, about | {"other weights": {"checkpoint": "b"}, "other rows": {"dataset": "/b"}}[fault]
+        ).replace(file)
     them = pending(run)
     with them.take([2]) as claim:
-        if fault != "missing":  # also where the other evaluator's file stays: the two do not go on by turns
+        if fault != "missing":  # then it stays missing, and the next evaluator tries again, but not this one
             write_figures(run, about)
         them.record(claim, about | {"seconds": 2})
     assert them.take([2]) is None
