@@ -1,8 +1,9 @@
-"""Kills evaluators at many moments: kill_evaluators.py RUN KILLS prints one JSON line for each.
+"""Kills evaluators at many moments: kill_evaluators.py RUN KILLS [again] prints one JSON line for each.
 
-RUN has checkpoints and no evaluation. A forked evaluator of two checkpoints kills itself with SIGKILL just before its n-th
-look-up, lock, write, rename or removal of a file of the run. Then another one evaluates what is left. A first evaluator runs
-to its end, to list the moments: KILLS of them are tried, first those that change a file or a lock.
+RUN has checkpoints and no evaluation; with `again` both are evaluated, but a file of the first record is missing. A forked
+evaluator of two checkpoints kills itself with SIGKILL just before its n-th look-up, lock, write, rename or removal of a file
+of the run. Then another one evaluates what is left. A first evaluator runs to its end, to list the moments: KILLS of them are
+tried, first those that change a file or a lock.
 """
 
 import json
@@ -96,7 +97,10 @@ def state_here(path: Path) -> dict[str, object]:
     return {"lines": lines, "whole": whole, "left": sorted(name for name in hidden if not name.endswith(".lock"))}
 
 
-def main(path: Path, kills: int) -> None:
+def main(path: Path, kills: int, again: bool) -> None:
+    if again:
+        assert forked(path) == 0
+        (path / "evaluations" / "test-00000002.parquet").unlink()
     fresh = Path(shutil.copytree(path, path.with_name("fresh")))
     events = events_of(path)
     print(json.dumps(state(path)), flush=True)
@@ -108,14 +112,15 @@ def main(path: Path, kills: int) -> None:
         shutil.rmtree(path)
         shutil.copytree(fresh, path)
         code, between = forked(path, kill_at(moment)), state(path)
-        again = forked(path)
-        print(json.dumps([events[moment], code, between, again, state(path)]), flush=True)
+        then = forked(path)
+        print(json.dumps([events[moment], code, between, then, state(path)]), flush=True)
 
 
 def spread(among: list[int], count: int) -> set[int]:
-    """At most `count` of them, as far from each other as can be."""
-    return {among[i * len(among) // count] for i in range(count)} if among and count else set()
+    """At most `count` of them, as far from each other as can be, the last one too."""
+    last = len(among) - 1
+    return {among[last - i * last // max(count - 1, 1)] for i in range(count)} if among else set()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), "again" in sys.argv)

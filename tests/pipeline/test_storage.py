@@ -1,9 +1,12 @@
 """pipeline/storage: what every registered storage guarantees. A member that is not local adds its root to `ROOTS`."""
 
 import errno
+import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 
 from pipeline.storage.base import Storage
 from pipeline.storage.files import STORAGES, read_lines, storage_of, write_json
-from pipeline.storage.local import LocalStorage, replacing
+from pipeline.storage.local import LocalStorage, remove_leftovers, replacing
 
 ROOTS: dict[str, Callable[[Path], Path]] = {"": lambda tmp_path: tmp_path}
 
@@ -159,3 +162,20 @@ def test_two_writes_of_one_process_use_names_that_cannot_be_guessed(tmp_path: Pa
             assert len(path.name) >= len(".file.") + 32
             path.write_bytes(b"")
         assert one != other
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old_enough(tmp_path: Path) -> None:
+    file, other = tmp_path / "part[1].parquet", tmp_path / "part1.parquet"
+    with pytest.raises(KeyboardInterrupt), replacing(file) as temporary:
+        left, others = Path(shutil.copy(temporary, tmp_path / "copy")), []
+        name = temporary.name
+        raise KeyboardInterrupt
+    left = left.rename(tmp_path / name)
+    for each in (f".{other.name}.{'0' * 32}", f".{file.name}.notes", file.name):
+        others.append(tmp_path / each)
+        others[-1].touch()
+    os.utime(left, (time.time() - 100, time.time() - 100))
+    remove_leftovers(file, seconds=200)
+    assert left.exists()
+    remove_leftovers(file, seconds=50)
+    assert (left.exists(), [each.exists() for each in others]) == (False, [True] * 3)
