@@ -168,8 +168,8 @@ class Pending:
                 found = evaluated.read(self._figures(step)).provenance
             except UserError:
                 return False
-            wanted = (checksum, self.dataset, self.split, self.share)
-            if (found.checkpoint, found.dataset, found.split, found.share) != wanted:
+            keys = ("checkpoint", "dataset", "split", "cluster", "buckets")
+            if any(getattr(found, key) != record.get(key) for key in keys) or found.share != self.share:
                 return False
         if self.with_predictions:
             file = predictions.path(self.run, self.split, step)

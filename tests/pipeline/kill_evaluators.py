@@ -23,6 +23,7 @@ from pipeline.storage.files import read_lines
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock"}
 STEPS = [2, 4]
+QUICK = {"buckets": 2, "cold_start": False, "by_time": []}  # few slices
 
 
 def forked(path: Path, on_event: Callable[[str, tuple], object] | None = None) -> int:
@@ -37,7 +38,7 @@ def forked(path: Path, on_event: Callable[[str, tuple], object] | None = None) -
 
     if on_event:
         sys.addaudithook(hook)
-    list(evaluate(EvaluateConfig(run=path, threads=1, step=STEPS, predictions=True)))
+    list(evaluate(EvaluateConfig(run=path, threads=1, step=STEPS, predictions=True, **QUICK)))
     hooked.clear()
     os._exit(0)
 

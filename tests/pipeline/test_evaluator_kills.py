@@ -20,7 +20,7 @@ pytestmark = pytest.mark.system
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(HERE)])}
-KILLS = 34
+KILLS = 26
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def check(kills: list[Any], whole: dict[str, Any]) -> None:
     for event, code, _, again, after in kills:
         assert code == -signal.SIGKILL, event
         assert again == 0, event
-        assert after == whole, event
+        assert after | {"lines": sorted(after["lines"])} == whole | {"lines": sorted(whole["lines"])}, event
         assert not after["left"], event
-    assert len(kills) >= 10
 
 
 def test_an_evaluator_that_is_killed_at_any_moment_and_started_again_leaves_one_record_a_checkpoint(trained, tmp_path):
     whole, *kills = results("kill_evaluators.py", shutil.copytree(trained, tmp_path / "run"), KILLS)
     assert [step for step, *_ in whole["lines"]] == [step for step, *_ in whole["whole"]] == [2, 4]
     check(kills, whole)
+    assert len(kills) > KILLS - 4
     for event, _, between, *_ in kills:  # a line has its files
         assert {step for step, *_ in between["lines"]} <= {step for step, *_ in between["whole"]}, event
     assert {len(between["lines"]) for _, _, between, *_ in kills} == {0, 1, 2}
@@ -59,7 +59,7 @@ def test_an_evaluator_that_is_killed_at_any_moment_and_started_again_leaves_one_
 
 
 def test_an_evaluation_that_is_made_again_has_its_one_record_all_the_time(trained, tmp_path):
-    whole, *kills = results("kill_evaluators.py", shutil.copytree(trained, tmp_path / "run"), 12, "again")
+    whole, *kills = results("kill_evaluators.py", shutil.copytree(trained, tmp_path / "run"), 8, "again")
     assert [step for step, *_ in whole["lines"]] == [4, 2]
     check(kills, whole)
     orders = [[step for step, *_ in between["lines"]] for _, _, between, *_ in kills]

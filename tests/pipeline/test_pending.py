@@ -196,7 +196,7 @@ def test_a_record_is_put_in_place_of_the_one_of_the_same_evaluation_and_becomes_
 @pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other weights", "other rows", "link"])
 def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_second_line(run: Run, tmp_path: Path, fault):
     checksum = commit(run, 2)
-    about = record(2, checksum, buckets=2)
+    about = record(2, checksum, buckets=2, cluster="user")
     file = write_figures(run, about)
     records.put(run, about)
     assert pending(run).take([2]) is None  # the good twin

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -166,14 +165,11 @@ def test_two_writes_of_one_process_use_names_that_cannot_be_guessed(tmp_path: Pa
 
 def test_what_a_killed_writer_left_is_removed_once_it_is_old_enough(tmp_path: Path) -> None:
     file, other = tmp_path / "part[1].parquet", tmp_path / "part1.parquet"
-    with pytest.raises(KeyboardInterrupt), replacing(file) as temporary:
-        left, others = Path(shutil.copy(temporary, tmp_path / "copy")), []
-        name = temporary.name
-        raise KeyboardInterrupt
-    left = left.rename(tmp_path / name)
-    for each in (f".{other.name}.{'0' * 32}", f".{file.name}.notes", file.name):
-        others.append(tmp_path / each)
-        others[-1].touch()
+    with replacing(file) as temporary:
+        left = temporary
+    others = [file, tmp_path / f".{other.name}.{'0' * 32}", tmp_path / f".{file.name}.notes"]
+    for each in (left, *others):
+        each.touch()
     os.utime(left, (time.time() - 100, time.time() - 100))
     remove_leftovers(file, seconds=200)
     assert left.exists()
