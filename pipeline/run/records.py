@@ -21,6 +21,7 @@ Weights = Annotated[list[FiniteFloat], Field(min_length=1, max_length=4096)]  # 
 Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Levels = Annotated[list[Annotated[list[Weights], Field(max_length=1024)]], Field(max_length=64)]
 Bins = Annotated[list[Annotated[list[Value | None], Field(min_length=4, max_length=4)]], Field(max_length=1024)]
+FileName = Annotated[str, Field(pattern=r"^[a-z]{1,20}-[0-9]{8,20}(-[0-9a-f]{8})?\.parquet$")]
 Natural = Annotated[int, Field(ge=0)]
 Seconds = Annotated[FiniteFloat, Field(ge=0)]
 IDENTITY = ("split", "dataset", "share", "step", "checkpoint")  # of an evaluation: one line each
@@ -43,7 +44,8 @@ class Record(BaseModel):
         metrics: task → metric → value, None where it is undefined.
         rows: seen in training. gates: mean weights by level, unit and expert; None of a model without gates.
         share: of the split's clusters that was scored; lines of early versions have none, and are of all.
-        cluster, buckets: what intervals are computed from. A record with them has a file of all figures in RUN/evaluations.
+        cluster, buckets: what intervals are computed from. A record with them has a file of all figures, `evaluation`, in
+            RUN/evaluations.
         intervals: task → metric → standard error.
         reliability: task → bins of [mean prediction, mean label, its standard error, weight].
         rows_evaluated, rows_per_s, ranks: of the evaluation. ranking: "exact", or the bound on the error of AUC.
@@ -59,6 +61,7 @@ class Record(BaseModel):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     cluster: str | None = None
     buckets: Annotated[int, Field(ge=1)] | None = None
+    evaluation: FileName | None = None
     intervals: dict[str, dict[str, Value | None]] | None = None
     reliability: dict[str, Bins] | None = None
     lag: Lag | None = None

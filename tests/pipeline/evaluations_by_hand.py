@@ -41,7 +41,7 @@ def write_figures(run: Run, about: dict[str, Any]) -> Path:
     """The file of figures of a record."""
     provenance = Provenance(
         run=str(run.path), step=about["step"], checkpoint=about["checkpoint"], dataset=about["dataset"],
-        split=about["split"], share=about.get("share", 1.0), cluster="user", buckets=2,
+        split=about["split"], share=about.get("share", 1.0), cluster="user", buckets=about.get("buckets", 2),
     )  # fmt: skip
     line = {"task": "click", "metric": "ne", "dimension": "all", "slice": "all", "rows": 1, "value": 0.9, "se": 0.1}
     file = evaluated.path(run, provenance, about["dataset"] == DATASET)

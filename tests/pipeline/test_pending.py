@@ -193,7 +193,7 @@ def test_a_record_is_put_in_place_of_the_one_of_the_same_evaluation_and_becomes_
     assert [line["step"] for line in read_lines(run.eval_metrics)] == [4, 4, 6, 4, 8]
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other weights", "other rows", "link"])
+@pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other weights", "other rows", "other buckets", "link"])
 def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_second_line(run: Run, tmp_path: Path, fault):
     checksum = commit(run, 2)
     about = record(2, checksum, buckets=2, cluster="user")
@@ -207,9 +207,8 @@ def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_secon
     if fault in ("cut", "empty"):
         file.write_bytes(file.read_bytes()[:-9] if fault == "cut" else b"")
     if fault.startswith("other"):
-        write_figures(
-            run, about | {"other weights": {"checkpoint": "b"}, "other rows": {"dataset": "/b"}}[fault]
-        ).replace(file)
+        changed = {"weights": {"checkpoint": "b"}, "rows": {"dataset": "/b"}, "buckets": {"buckets": 3}}
+        write_figures(run, about | changed[fault.removeprefix("other ")]).replace(file)
     them = pending(run)
     with them.take([2]) as claim:
         if fault != "missing":  # then it stays missing, and the next evaluator tries again, but not this one
@@ -284,11 +283,13 @@ def test_lag_is_to_the_heartbeat_and_after_training_to_the_newest_checkpoint(run
     "more",
     [{"lag": {"steps": -1, "seconds": 0.0}}, {"lag": {"steps": 1}}, {"share": 0.0}, {"share": 1.5}, {"buckets": 0},
      {"intervals": {"click": {"ne": "0.1"}}}, {"reliability": {"click": [[0.1, 0.2, 0.3]]}}, {"ranks": 0},
-     {"ranking": "close"}, {"ranking": {"other": 0.1}}],
+     {"ranking": "close"}, {"ranking": {"other": 0.1}},
+     {"evaluation": "../../secret-00000001.parquet"}, {"evaluation": "test-00000001.parquet\n"}],
 )  # fmt: skip
 def test_a_record_with_fields_that_no_evaluator_writes_is_one_line_of_error(run: Run, more):
     good = {"lag": {"steps": 0, "seconds": 1.5}, "share": 0.5, "buckets": 100, "cluster": "user", "ranks": 2}
     good |= {"intervals": {"click": {"ne": 0.1, "auc": None}}, "reliability": {"click": [[0.1, 0.2, None, 5.0]]}}
+    good |= {"evaluation": "test-00000001-0a1b2c3d.parquet"}
     good |= {"ranking": {"sketch": 1e-6}, "rows_evaluated": 5, "rows_per_s": 3.5}
     append_line(run.eval_metrics, record(1, "a", **good))
     assert list(records.latest(run, "test", DATASET, share=0.5)) == [1]
