@@ -9,7 +9,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 
 from features.errors import UserError
 from features.plain_json import Count, validated
-from features.regular_files import lstat_regular
 from features.yaml_text import read_yaml
 from pipeline.evaluation.metrics.evaluated import ALL
 from pipeline.run.headline import HEADLINE
@@ -170,7 +169,7 @@ def load_gates(path: Path) -> Gates:
     try:
         content = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing. pipeline/release/README.md has an example.") from None
+        raise UserError(f"{path} is missing. pipeline/release/GATES.md has an example.") from None
     return validated(Gates, content, path)
 
 
@@ -182,19 +181,6 @@ def default_gates(kinds: Mapping[str, str], max_increase: float) -> Gates:
     change = Change(worse_by_at_most=max_increase)
     metrics = dict.fromkeys(HEADLINE[kind] for kind in kinds.values())
     return Gates(default=[Gate(metric=metric, change=change) for metric in metrics])
-
-
-def chosen_gates(given: Path | None, run: Path, kinds: Mapping[str, str], max_increase: float) -> tuple[Gates, str]:
-    """The gates to judge a run by, and where they stand: a given file, else RUN/gates.yaml, else `default_gates`.
-
-    Raises:
-        UserError: as load_gates.
-    """
-    if given is not None:
-        return load_gates(given), str(given)
-    if lstat_regular(run, "gates.yaml") is not None:
-        return load_gates(run / "gates.yaml"), str(run / "gates.yaml")
-    return default_gates(kinds, max_increase), "the default gates"
 
 
 def _amount(given: Any) -> tuple[float, bool]:
