@@ -40,12 +40,12 @@ def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Sequence[str
         kinds: task → kind. dimensions: that the evaluation has slices of (the column `dimension` of figures).
         where: gates.yaml, for the message.
     """
-    for task in gates.tasks:
+    for task, own in gates.tasks.items():
         if task not in kinds:
-            known = printable(", ".join(kinds))
-            raise UserError(
-                f"{where}: tasks.{printable(task)}: no such task{did_you_mean(task, kinds)}; there are {known}"
-            )
+            known, near = printable(", ".join(kinds)), did_you_mean(task, kinds)
+            raise UserError(f"{where}: tasks.{printable(task)}: no such task{near}; there are {known}")
+        if own.allow_ne_above_one and kinds[task] != "binary":
+            raise UserError(f"{where}: tasks.{printable(task)}.allow_ne_above_one: is for binary tasks: remove it")
     lists = [("default", gates.default, sorted(set(kinds.values())))]
     lists += [(f"tasks.{printable(task)}", own.gates, [kinds[task]]) for task, own in gates.tasks.items()]
     for place, found, of_kinds in lists:
@@ -104,7 +104,7 @@ def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str |
         return f"metric {printable(gate.metric)}{near}: {' and '.join(kinds)} tasks have {', '.join(metrics)}"
     if gate.change and metrics[gate.metric].higher_is_better is None:
         return f"metric {gate.metric}: no change of it is a worse one, since neither direction is better: give a band"
-    known = printable(", ".join(dimension for dimension in dimensions if dimension != ALL)) or "nothing"
+    known = printable("; ".join(dimension for dimension in dimensions if dimension != ALL)) or "nothing"
     for pattern in gate.slices or ():
         if not can_cover(pattern, dimensions):
             return f"slices {printable(pattern)}: the evaluation has slices of {known}, and a pattern is like device=*"

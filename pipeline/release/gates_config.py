@@ -1,7 +1,9 @@
 """gates.yaml: what a checkpoint must satisfy before it goes live, and the gates that hold where there is no such file."""
 
 import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +16,8 @@ from pipeline.evaluation.metrics.evaluated import ALL
 from pipeline.run.headline import HEADLINE
 
 NE = ("ne", "ne_train")  # 1 is no better than predicting the base rate
+
+_SHARE = re.compile(r"-?[0-9]+(\.[0-9]+)?%")
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -185,12 +189,10 @@ def default_gates(kinds: Mapping[str, str], max_increase: float) -> Gates:
 
 def _amount(given: Any) -> tuple[float, bool]:
     """A number, or a text as 1%, as a number and whether it is a share. Raises ValueError."""
-    share, number = isinstance(given, str) and given.endswith("%"), math.nan
-    try:
-        if share or (isinstance(given, int | float) and not isinstance(given, bool)):
+    share, number = isinstance(given, str) and _SHARE.fullmatch(given) is not None, math.nan
+    if share or (isinstance(given, int | float) and not isinstance(given, bool)):
+        with suppress(OverflowError):
             number = float(given[:-1]) / 100 if share else float(given)
-    except (ValueError, OverflowError):
-        pass
     if not math.isfinite(number):
         raise ValueError("must be a number, or a share of the serving checkpoint's value such as 1%")
     return number, share

@@ -56,6 +56,7 @@ def written(folder: Path, content: Any) -> Path:
         ("tasks: {click: [{metric: ne, change: {worse_by_at_most: 1 %!}}]}", "must be a number, or a share"),
         ("tasks: {click: [{metric: ne, change: {worse_by_at_most: nan%}}]}", "must be a number, or a share"),
         ("tasks: {click: [{metric: ne, change: {worse_by_at_most: true}}]}", "must be a number, or a share"),
+        ('tasks: {click: [{metric: ne, change: {worse_by_at_most: "\\n1%"}}]}', "must be a number, or a share"),
         ("tasks: {click: {gate: []}}", "tasks.click.gate: Extra inputs are not permitted"),
         ("tasks: {click: 1}", "tasks.click: Input should be a mapping"),
         ("a: [", "not YAML"),
@@ -126,6 +127,7 @@ def test_any_document_is_gates_or_one_line(tmp_path_factory: pytest.TempPathFact
     [
         ({"tasks": {"clik": []}}, "tasks.clik: no such task (did you mean click?); there are click, watch"),
         ({"default": [{"metric": "au", "max": 1}]}, "default.0: metric au (did you mean auc?)"),
+        ({"tasks": {"watch": {"allow_ne_above_one": True}}}, "tasks.watch.allow_ne_above_one: is for binary tasks"),
         ({"tasks": {"watch": [{"metric": "ne", "max": 1}]}}, "tasks.watch.0: metric ne: regression tasks have"),
         ({"default": [{"metric": "calibration", "change": {"worse_by_at_most": 1}}]}, "neither direction is better"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "os=ios"}]}, "default.0: slice os=ios: the evaluation has slices of"),
@@ -172,7 +174,7 @@ def test_the_example_of_the_page_is_read_and_fits_a_run(tmp_path: Path) -> None:
     gates = load_gates(written(tmp_path, text))
     assert gates.default
     assert gates.tasks
-    check_gates(gates, dict.fromkeys(gates.tasks, "binary"), DIMENSIONS, "GATES.md")
+    check_gates(gates, dict.fromkeys(gates.tasks, "binary"), [*DIMENSIONS, "country"], "GATES.md")
 
 
 def test_the_default_gates_are_of_the_headline_metrics_of_the_tasks() -> None:
