@@ -21,7 +21,7 @@ class Grouping:
         slices: of each dimension the names of its slices; a row is in one of them or in none. Slice 0 is all rows, those of the
             first dimension follow.
         buckets: K; rows are put into them by the hash of their cluster. With 1 there are no intervals.
-        ndcg: k of NDCG@k.
+        ndcg: k of NDCG@k. grouped: whether rows have groups; without, what ranks within groups is undefined.
         train_rates: base rate of each binary task in training, where it is known.
         max_bytes: that rows kept for ranking metrics may take; beyond, AUC of slices and intervals are of a sample of clusters,
             and those of all rows of logits rounded to a grid.
@@ -30,6 +30,7 @@ class Grouping:
     slices: tuple[tuple[str, ...], ...] = ()
     buckets: int = 1
     ndcg: int = 10
+    grouped: bool = True
     train_rates: Mapping[str, float] = field(default_factory=dict)
     max_bytes: float = field(default=float("inf"), compare=False)
 

@@ -15,7 +15,9 @@ import numpy as np
 from typing_extensions import Self
 
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
+from pipeline.evaluation.metrics.grouped import grouped
 from pipeline.evaluation.metrics.ranking import SliceRanking, SortedRows
+from pipeline.evaluation.metrics.xauc import xauc
 
 GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
 CLUSTER, GROUP, SLICES, LOGIT, LABEL, WEIGHT = range(6)
@@ -186,6 +188,19 @@ class TaskRows:
             broken = self.slice_ND[broken_N, d]
             found.append(np.bincount(broken[broken >= 0], minlength=len(names)) > 0)
         return np.concatenate(found)
+
+    @cached_property
+    def in_groups(self) -> dict[str, tuple[float, np.ndarray]]:
+        """GAUC and NDCG@k of all rows; NaN where each is a group of its own."""
+        if not self.grouping.grouped:
+            return dict.fromkeys(("gauc", "ndcg"), (math.nan, np.full(self.grouping.buckets, math.nan)))
+        rows = (self.logit_N, self.label_N, self.weight_N, self.group_N, self.bucket_N)
+        return grouped(*rows, self.grouping.buckets, self.grouping.ndcg)
+
+    @cached_property
+    def in_order(self) -> tuple[float, np.ndarray]:
+        """XAUC of all rows of a regression."""
+        return xauc(self.logit_N, self.label_N, self.weight_N, self.bucket_N, self.grouping.buckets)
 
     def whole_only(self, value: float, left_out_K: np.ndarray | None) -> Figure:
         """A figure of the slice of all rows alone."""

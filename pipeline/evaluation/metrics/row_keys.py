@@ -91,6 +91,7 @@ class SplitKeys:
             tuple(numbers.names for numbers in self.numbers),
             config.buckets,
             config.ndcg,
+            self.group != ROW,
             self.train_rates,
             config.memory * 2**30,
         )
