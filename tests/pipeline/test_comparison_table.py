@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluated_by_hand import evaluated, line
+from evaluated_by_hand import around, evaluated, line
 from scipy.stats import t as student_t
 
 from features.errors import UserError
@@ -90,6 +90,16 @@ def test_the_table_shows_what_differs_and_figures_without_intervals() -> None:
     assert rows["NE"] == ["all", "1,000", "0.7900", "0.8000", "-0.01000 ± 0.00000", "-1.25% ± 0.06%", "*"]
     assert rows["AUC"] == ["all", "1,000", "0.7000", "0.6000", "+0.10000 ± -", "+16.67% ± -"]
     assert rows["calib"] == ["all", "1,000", "-", "1.0000", "-", "-"]
+
+
+def test_a_share_of_a_figure_below_zero_is_not_shown() -> None:
+    both = [evaluated([line("watch", "r2", value, around(value, 0.001))]) for value in (0.1, -0.2)]
+    for ours, theirs, shown in (
+        (both[0], both[1], "+0.30000 ± 0.00000 - *"),
+        (both[1], both[0], "-0.30000 ± 0.00000 -300.00%"),
+    ):
+        text = " ".join(table(ours, theirs, {"watch": "regression"}).split())
+        assert shown in text
 
 
 def test_other_rows_and_other_tasks_are_refused() -> None:
