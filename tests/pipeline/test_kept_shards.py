@@ -126,6 +126,21 @@ def test_a_text_that_many_rows_have_is_in_memory_once_and_refused_where_it_would
         with_plain_texts(read, Path("a.parquet"))
 
 
+def test_a_damaged_page_of_a_kept_text_is_found_before_it_is_unpacked_where_it_is_read(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    (shard,) = data.shards("train")
+    file = data.path / shard.path
+    group = pq.read_metadata(file).row_group(1)
+    (chunk,) = (c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "raw.word")
+    content = bytearray(file.read_bytes())
+    content[chunk.dictionary_page_offset : chunk.dictionary_page_offset + 4] = b"\xff" * 4
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"column raw\.word has a page without a valid header"):
+        open_shard(data, shard, ["row_id", "raw.word"])
+    with open_shard(data, shard, ["row_id"]) as opened:
+        assert opened.read(["row_id"]).num_rows == 50
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
