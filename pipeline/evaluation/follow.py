@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
@@ -20,10 +20,11 @@ from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.evaluation import oracle, predictions
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
-from pipeline.evaluation.weights import Memory, Shard, Tables
+from pipeline.evaluation.weights import Loading, Shard, Tables
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line
@@ -33,12 +34,11 @@ POLL_INTERVAL = 0.5  # seconds
 logger = logging.getLogger(__name__)
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(MeasureConfig):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
-    model_config = ConfigDict(extra="forbid")
     run: Path
-    split: Split = "test"
+    split: Split | Literal["all"] = "test"
     dataset: Path | None = None
     days: Days = None
     missing_days: MissingDays | None = None
@@ -65,7 +65,7 @@ class Evaluation:
     With `follow` it first waits for the run to be created.
 
     Args:
-        shard: splits the work over the ranks of the process group (pipeline.evaluation.weights.Memory).
+        shard: splits the work over the ranks of the process group (pipeline.evaluation.weights.Loading).
     Raises:
         UserError: bad input; no run within `give_up_after` seconds.
     """
@@ -76,8 +76,8 @@ class Evaluation:
             os.nice(10)  # the trainer comes first
             _wait_for_run(self.run, config.give_up_after)
         torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
-        memory = Memory(config.tables, config.table_precision, shard)
-        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size, memory)
+        dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
+        self.scorer = Scorer(self.run, dataset, config.split, config.batch_size, config, loading)
         self.known: dict[int, dict[str, Any]] = {}
 
     def records(self) -> Iterator[dict[str, Any]]:

@@ -6,9 +6,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from features.batch import Batch, Rows
+from features.batch import Batch
 from features.errors import UserError
-from features.schema.schema import Schema
 
 Found = TypeVar("Found")
 
@@ -43,15 +42,15 @@ def gathered(act: Callable[[], Found]) -> list[Found]:
 
 
 def batches_in_step(
-    batches: Iterator[Batch], schema: Schema, rows: int, device: torch.device | None = None
+    batches: Iterator[Batch], empty: Callable[[], Batch], device: torch.device | None = None
 ) -> Iterator[Batch]:
     """A rank's batches, then batches of padding until the last rank has none left: a sharded forward needs all ranks.
 
-    It takes one small all-reduce a batch. Padding has weight 0 and row_id PADDING, and counts in nothing.
+    It takes one small all-reduce a batch.
 
     Args:
-        batches: of this rank, of any number. schema: of their rows.
-        rows: of a batch of padding. device: of collectives, the process group's; None: the CPU.
+        batches: of this rank, of any number. empty: makes one of padding alone, which counts in nothing.
+        device: of collectives, the process group's; None: the CPU.
     Raises:
         UserError: on every rank, where one cannot read its next batch.
     """
@@ -72,4 +71,4 @@ def batches_in_step(
             raise UserError("another rank cannot read its rows: its own error says why")
         if worst == ENDED:
             return
-        yield batch or Rows.blank(schema, 0).batch(schema, rows)
+        yield batch or empty()

@@ -44,20 +44,21 @@ class _Distinct:
         return self.found_N
 
 
-def needed_rows(dataset: Dataset, split: Split, part: int = 0, parts: int = 1) -> dict[str, np.ndarray]:
-    """Of each table the rows that a split looks up, ascending int64, and row MISSING; read from the columns of ids alone.
+def needed_rows(dataset: Dataset, splits: Sequence[Split], part: int = 0, parts: int = 1) -> dict[str, np.ndarray]:
+    """Of each table the rows that some splits look up, ascending int64, and row MISSING; read from the columns of ids alone.
 
     Managed tables are left out: which rows their ids have is known to each checkpoint's map of ids.
 
     Args:
-        part, parts: of the split's shards only each `parts`-th, from `part` on: ranks share the work.
+        part, parts: of the splits' shards only each `parts`-th, from `part` on: ranks share the work.
     Raises:
         UserError: a shard that cannot be read, or an id outside of its table.
     """
     schema, sizes = dataset.schema, table_sizes(dataset)
     features = {name: schema.table_of(name) for name in schema.sparse if sizes[name] is not None}
     found = {table: _Distinct() for table in features.values()}
-    for shard in dataset.shards(split)[part::parts] if features else ():
+    shards = [shard for split in splits for shard in dataset.shards(split)] if features else []
+    for shard in shards[part::parts]:
         try:
             _add_shard(dataset, shard, features, sizes, found)
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -98,7 +99,7 @@ class CompactIds:
         schema: of the batches. needed: of some tables the needed rows, ascending. rows: of all tables, by name.
         device: of the batches.
     Call Args:
-        sparse: all features of a batch, in the schema's order.
+        sparse: all features of a batch, in the schema's order, id_V.
     Raises:
         UserError: an id that is not among the needed ones: the split is another than the one they were read from.
     """
@@ -126,6 +127,7 @@ class CompactIds:
         self.start_F = torch.tensor([int(start_T[table]) if table >= 0 else 0 for table in table_F], device=device)
 
     def __call__(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The same features with places for ids."""
         id_V = sparse.values()
         if not len(self.number_N) or not len(id_V):
             return sparse

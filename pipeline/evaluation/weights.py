@@ -1,13 +1,13 @@
 """A checkpoint's weights as a function from batches to logits, in the memory that there is.
 
-In one process the model is whole, on the GPU where there is one. On several ranks the tables are sharded and loaded straight from
-the checkpoint's files, whatever ranks have written these. With `tables: needed` a rank holds the rows that the split looks up, and
-no others: then each rank scores by itself.
+In one process the model is whole, on the GPU where there is one. On several ranks the tables are sharded and loaded straight
+from the checkpoint's files, whatever ranks have written these. With `tables: needed` each rank holds the rows that the split
+looks up, and scores its batches by itself.
 """
 
 # Shapes: B rows, T tasks, N needed rows of a table, D columns.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +26,8 @@ from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker, table_weights
 from models.table_storage import Precision, allocate_tables, store_tables
 from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.lockstep import batches_in_step, gathered, rank_of
 from pipeline.evaluation.needed_rows import CompactIds, needed_rows, union
-from pipeline.evaluation.lockstep import gathered, rank_of
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.run import Run
@@ -65,17 +65,19 @@ class ModelWeights:
     """A run's model with the weights of one checkpoint after the other.
 
     Args:
-        run: whose checkpoints. dataset: of the run's tasks. split: whose rows will be scored.
-        batch_size: rows of a batch, over all ranks. loading: how the tables are held.
+        run: whose checkpoints. dataset: of the run's tasks. splits: whose rows will be scored.
+        batch_size: rows of a batch, on each rank. loading: how the tables are held.
     Call Args:
-        batch: on the CPU. On several ranks whose tables are sharded all of them call together (pipeline.evaluation.lockstep.batches_in_step).
+        batch: on the CPU. Where tables are sharded all ranks call together (`in_step`).
     Returns: logit_BT on the CPU.
     Raises:
         UserError: settings that do not go together.
     """
 
-    def __init__(self, run: Run, dataset: Dataset, split: Split, batch_size: int, loading: Loading | None = None) -> None:
-        self.run, self.dataset, self.split, self.batch_size = run, dataset, split, batch_size
+    def __init__(
+        self, run: Run, dataset: Dataset, splits: Sequence[Split], batch_size: int, loading: Loading | None = None
+    ) -> None:
+        self.run, self.dataset, self.splits, self.batch_size = run, dataset, splits, batch_size
         self.loading = loading or Loading()
         self.rank, self.ranks = self.loading.share
         self.model = ModelConfig.of_run(run.config(), run.path)
@@ -93,7 +95,9 @@ class ModelWeights:
         if self.sharded:
             assert self.loading.shard is not None
             where, trained = self.run.path / "config.yaml", self.run.config()["train"]
-            self.loading.shard(ranker, trained, where, self.device, self.loading.precision, self.batch_size)
+            self.loading.shard(
+                ranker, trained, where, self.device, self.loading.precision, self.batch_size * self.ranks
+            )
         else:
             allocate_tables(ranker, self.device)
         return ranker.to(self.device).eval()
@@ -103,7 +107,7 @@ class ModelWeights:
         """Of each table of the schema the rows that are loaded, ascending; of none where all are."""
         if self.loading.tables == "all":
             return {}
-        return union(gathered(lambda: needed_rows(self.dataset, self.split, self.rank, self.ranks)))
+        return union(gathered(lambda: needed_rows(self.dataset, self.splits, self.rank, self.ranks)))
 
     @cached_property
     def compact(self) -> CompactIds:
@@ -141,6 +145,10 @@ class ModelWeights:
             self._load(path)
         return manifest
 
+    def in_step(self, batches: Iterator[Batch], empty: Callable[[], Batch]) -> Iterator[Batch]:
+        """A rank's batches, and padding while other ranks still have some (pipeline.evaluation.lockstep.batches_in_step)."""
+        return batches_in_step(batches, empty, self.device) if self.ranks > 1 else batches
+
     def _load(self, path: Path) -> None:
         state: dict[str, Any] = dict(self.ranker.state_dict())
         needed = self._rows_of(self.ranker)
@@ -154,7 +162,7 @@ class ModelWeights:
                 kernel.reset_cache_states()  # of rows of the checkpoint before
 
     def _rows_of(self, ranker: Ranker) -> dict[str, np.ndarray]:
-        """Of each table of a ranker that does not hold all its rows, those that it holds. EMM has several of one of a schema."""
+        """Of each table of a ranker that does not hold all its rows, those that it holds; EMM has several tables of one."""
         of_schema = {table.name: self.dataset.schema.table_of(table.feature_names[0]) for table in ranker.tables}
         return {name: self.needed[table] for name, table in of_schema.items() if table in self.needed}
 
@@ -168,6 +176,7 @@ class ModelWeights:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
+        """The logits of a batch."""
         ranker, held = self.ranker, batch.to(self.device) if self.device.type != "cpu" else batch
         if self.needed:
             # Of a copy: the batch's own ids are those of the encoders, by which slices are made.
