@@ -64,11 +64,11 @@ def batches_in_step(
             batch = next(batches, None)
         except UserError as error:
             failed = error
-        dist.all_reduce(state.fill_(FAILED if failed else READ if batch else ENDED), dist.ReduceOp.MAX)
+        dist.all_reduce(state.fill_(FAILED if failed else ENDED if batch is None else READ), dist.ReduceOp.MAX)
         if failed:
             raise failed
         if (worst := int(state.item())) == FAILED:
             raise UserError("another rank cannot read its rows: its own error says why")
         if worst == ENDED:
             return
-        yield batch or empty()
+        yield empty() if batch is None else batch
