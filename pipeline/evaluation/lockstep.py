@@ -41,6 +41,21 @@ def gathered(act: Callable[[], Found]) -> list[Found]:
     return outcomes
 
 
+def to_first(value: Found) -> list[Found] | None:
+    """Each rank's value, on rank 0; None on the others. Every rank calls it. Values pass through main memory."""
+    rank, ranks = rank_of()
+    if ranks == 1:
+        return [value]
+    values: list[Any] | None = [None] * ranks if rank == 0 else None
+    dist.gather_object(value, values, group=_cpu_group())
+    return values
+
+
+def _cpu_group() -> dist.ProcessGroup | None:
+    """All ranks, through main memory; None: the default group is that."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
 def batches_in_step(
     batches: Iterator[Batch], empty: Callable[[], Batch], device: torch.device | None = None
 ) -> Iterator[Batch]:

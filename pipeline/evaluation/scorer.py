@@ -20,6 +20,7 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import ExpertWeights
+from pipeline.evaluation.lockstep import to_first
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
@@ -58,8 +59,7 @@ class Scorer:
         splits: list[Split] = [s for s in SPLITS if dataset.manifest.rows.get(s)] if split == "all" else [split]
         self.keys = SplitKeys(self.measure, dataset, splits, train_rates(run))
         self.weights = ModelWeights(run, dataset, splits, batch_size, loading)
-        share = (self.weights.rank, self.weights.ranks)
-        self.readers = [SplitReader(dataset, each, batch_size, *share, keys=self.keys) for each in splits]
+        self.splits, self.batch_size = splits, batch_size
 
     @property
     def ranker(self) -> Ranker:
@@ -70,27 +70,43 @@ class Scorer:
     def metrics(
         self, step: int, on_batch: Callable[[Batch, Tensor], None] | None = None
     ) -> tuple[Metrics, checkpoint.CheckpointManifest]:
-        """A checkpoint's metrics on the split, and its manifest.
+        """A checkpoint's metrics on the split, and its manifest. Where ranks share the rows all of them call it: rank 0 then has
+        the metrics of all rows, others those of their own.
 
         Args:
-            on_batch: called with every batch and its logit_BT.
+            on_batch: called with every batch of this rank and its logit_BT.
         Raises:
             UserError: a checkpoint that is not complete, of another model than config.yaml has, or trained on rows of other
                 encoders.
         """
         manifest = self.weights.load(step)
         metrics = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-        for batch in self.batches():
-            logit_BT = self.weights(batch)
-            metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
-            if on_batch:
-                on_batch(batch, logit_BT)
-        return metrics, manifest
+        for reader in self._readers(self.weights.rank, self.weights.ranks):
+            for batch in self.weights.in_step(reader.batches(), reader.empty):
+                logit_BT = self.weights(batch)
+                metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
+                if on_batch:
+                    on_batch(batch, logit_BT)
+        return self._merged(metrics), manifest
+
+    def _merged(self, metrics: Metrics) -> Metrics:
+        """On rank 0 the metrics of all ranks' rows; on others their own."""
+        if self.weights.ranks == 1:
+            return metrics
+        for rows, state in (to_first((metrics.rows, metrics.state())) or [])[1:]:
+            other = Metrics(self.tasks, self.keys.grouping, self.keys.names)
+            other.rows = rows
+            other.load(state)
+            metrics = metrics.merge(other)
+        return metrics
+
+    def _readers(self, rank: int = 0, ranks: int = 1) -> list[SplitReader]:
+        return [SplitReader(self.dataset, s, self.batch_size, rank, ranks, keys=self.keys) for s in self.splits]
 
     def batches(self) -> Iterator[Batch]:
-        """The rows that are scored, in the order of the dataset; on several ranks this one's, in step with the others'."""
-        for reader in self.readers:
-            yield from self.weights.in_step(reader.batches(), reader.empty)
+        """All rows that are scored, in the order of the dataset, whatever ranks there are."""
+        for reader in self._readers():
+            yield from reader.batches()
 
     def score(self, step: int) -> Evaluated:
         """All figures of a checkpoint, none of it written. Raises UserError as `metrics`."""
@@ -99,6 +115,8 @@ class Scorer:
 
     def evaluate(self, step: int, write_predictions: bool = False) -> dict[str, Any]:
         """One checkpoint's record for eval.jsonl (see pipeline.run.records); its figures of all slices are written to a file.
+
+        Where ranks share the rows all of them call it; rank 0 writes, and the others have no record.
 
         Args:
             write_predictions: write each row's prediction (pipeline.evaluation.predictions).
@@ -116,6 +134,11 @@ class Scorer:
         self.weights.check_fits(step)
         with ExpertWeights(self.ranker.fusion) as weights:
             metrics, manifest = self.metrics(step, on_batch)
+        gates = weights.means_of_ranks() if self.weights.ranks > 1 else weights.means()
+        if self.weights.ranks > 1 and write_predictions:
+            frames = [frame for part in to_first(frames) or [] for frame in part]
+        if self.weights.rank:
+            return {}
         figures = metrics.figures()
         provenance = self.provenance_of(step, manifest.checksum)
         file = evaluated.path(self.run, provenance, self.own_dataset)
@@ -141,7 +164,7 @@ class Scorer:
             "reliability": metrics.reliability(),
             "ranking": metrics.ranking(),
             "evaluation": file.name,
-            "gates": weights.means(),
+            "gates": gates,
         }
 
     @cached_property

@@ -183,7 +183,10 @@ class ModelWeights:
             held = Batch(**{**vars(held), "sparse": self.compact(held.sparse)})
         if not self.sharded:
             return ranker(held).to(batch.label_BT.device)
-        with torch.inference_mode(False), torch.no_grad():  # FBGEMM's CPU kernels of sharded tables are autograd functions
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # FBGEMM's CPU kernels of sharded tables are autograd functions
             return ranker(held).to(batch.label_BT.device)
 
 
