@@ -75,7 +75,8 @@ class Evaluation:
         if config.follow:
             os.nice(10)  # the trainer comes first
             _wait_for_run(self.run, config.give_up_after)
-        torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (2 if config.follow else 1)
+        torch.set_num_threads(config.threads or max(1, cores.available() // processes))
         dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
         self.scorer = Scorer(self.run, dataset, config.split, config.batch_size, config, loading)
         self.known: dict[int, dict[str, Any]] = {}

@@ -70,8 +70,9 @@ class Scorer:
     def metrics(
         self, step: int, on_batch: Callable[[Batch, Tensor], None] | None = None
     ) -> tuple[Metrics, checkpoint.CheckpointManifest]:
-        """A checkpoint's metrics on the split, and its manifest. Where ranks share the rows all of them call it: rank 0 then has
-        the metrics of all rows, others those of their own.
+        """A checkpoint's metrics on the split, and its manifest.
+
+        Where ranks share the rows all of them call it: rank 0 then has the metrics of all rows, others those of their own.
 
         Args:
             on_batch: called with every batch of this rank and its logit_BT.

@@ -20,7 +20,9 @@ from features.errors import UserError
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.split_reader import SplitReader
+from pipeline.evaluation import predictions
 from pipeline.evaluation.lockstep import batches_in_step
+from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.weights import Loading, ModelWeights
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
@@ -110,6 +112,14 @@ def main(folder: Path) -> None:
     for case in CASES:
         made = weights(folder, case, loading["fp32"])
         torch.save(scores(made), folder / f"{case}.fp32.{ranks}-{rank}.pt")
+    run = Run(folder / TWO)
+    scorer = Scorer(run, made.dataset, "valid", BATCH, loading=loading["fp32"])
+    record = scorer.evaluate(checkpoint.steps(run.checkpoints)[-1], write_predictions=True)
+    if rank == 0:
+        rows = predictions.read(predictions.path(run, "valid", record["step"]))
+        torch.save((record, rows.to_dict(as_series=False)), folder / f"record.{ranks}.pt")
+    else:
+        assert record == {}
     for name in ("fp16", "needed"):
         torch.save(scores(weights(folder, TWO, loading[name])), folder / f"{TWO}.{name}.{ranks}-{rank}.pt")
     state = [tensor for kernel in table_kernels(made.ranker) for tensor in kernel.split_optimizer_states()]

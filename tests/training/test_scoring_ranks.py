@@ -2,13 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
-from ranks_scoring import CASES, EMM, TWO, make_runs, scores, weights
+from ranks_scoring import BATCH, CASES, EMM, TWO, make_runs, scores, weights
 from tiny_training import torchrun
 from torch import Tensor
 
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation import predictions
+from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.weights import Loading
+from pipeline.run import checkpoint
+from pipeline.run.run import Run
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -69,6 +76,25 @@ def test_the_rows_that_are_needed_give_the_same_logits_on_several_ranks(ranks: P
     for count in RANKS:
         found = of_ranks(ranks, TWO, "needed", count)
         assert largest_difference(found, wanted) == 0
+
+
+def test_a_record_of_several_ranks_is_that_of_one_process(ranks: Path) -> None:
+    run = Run(ranks / TWO)
+    [step] = checkpoint.steps(run.checkpoints)
+    wanted = Scorer(run, Dataset(ranks / "plain" / "data"), "valid", BATCH).evaluate(step, write_predictions=True)
+    wanted_rows = predictions.read(predictions.path(run, "valid", step))
+    for count in RANKS:
+        record, rows = torch.load(ranks / f"record.{count}.pt")
+        assert record["rows_evaluated"] == wanted["rows_evaluated"] > 20
+        for key in ("metrics", "intervals"):
+            assert record[key].keys() == wanted[key].keys()
+            for task, figures in wanted[key].items():
+                assert record[key][task] == pytest.approx(figures, rel=1e-5, abs=1e-7), (key, task)
+        for level, means in enumerate(wanted["gates"]):
+            torch.testing.assert_close(torch.tensor(record["gates"][level]), torch.tensor(means), rtol=1e-5, atol=1e-6)
+        found = pl.DataFrame(rows)
+        assert found["row_id"].equals(wanted_rows["row_id"])
+        assert np.abs(found["logit.click"].to_numpy() - wanted_rows["logit.click"].to_numpy()).max() < 1e-6
 
 
 def test_sharded_tables_have_no_optimiser_state(ranks: Path) -> None:
