@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tiny_training import configuration, make_dataset, on_each_rank, write_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from two_ranks_emm import fused, source
 from two_ranks_managed import make_managed_dataset
 from two_ranks_sequences import BAGS, FUSION
@@ -83,6 +83,12 @@ def scores(made: ModelWeights) -> tuple[Tensor, Tensor]:
     return row_id_N[row_id_N >= 0], logit_NT[row_id_N >= 0]
 
 
+def state_numbers(model: nn.Module) -> int:
+    """Numbers that the optimisers of a model's tables keep on this rank."""
+    states = [state for kernel in table_kernels(model) for state in kernel.split_optimizer_states()]
+    return sum(tensor.numel() for state in states for tensor in state)
+
+
 def refusal(act: Any) -> str:
     try:
         act()
@@ -106,8 +112,11 @@ def main(folder: Path) -> None:
         "fp16": Loading(precision="fp16", shard=shard_for_scoring),
         "needed": Loading("needed", shard=shard_for_scoring),
     }
+    training = 0
     if ranks == 2:
-        write_checkpoint(trainer(folder, TWO))
+        learning = trainer(folder, TWO)
+        write_checkpoint(learning)
+        training = state_numbers(learning.learner.model)
     dist.barrier()
     for case in CASES:
         made = weights(folder, case, loading["fp32"])
@@ -122,13 +131,12 @@ def main(folder: Path) -> None:
         assert record == {}
     for name in ("fp16", "needed"):
         torch.save(scores(weights(folder, TWO, loading[name])), folder / f"{TWO}.{name}.{ranks}-{rank}.pt")
-    state = [tensor for kernel in table_kernels(made.ranker) for tensor in kernel.split_optimizer_states()]
     refused = [
         refusal(lambda: weights(folder, TWO, Loading(precision="bf16", shard=shard_for_scoring))),
         refusal(lambda: damaged(folder / TWO, loading["fp32"], folder)),
         refusal(lambda: list(batches_in_step(failing([Batch]), list))),
     ]
-    torch.save((refused, state), folder / f"refused.{ranks}-{rank}.pt")
+    torch.save((refused, (state_numbers(made.ranker), training)), folder / f"refused.{ranks}-{rank}.pt")
 
 
 def damaged(run: Path, loading: Loading, folder: Path) -> None:
