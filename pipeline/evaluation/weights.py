@@ -7,6 +7,7 @@ looks up, and scores its batches by itself.
 
 # Shapes: B rows, T tasks, N needed rows of a table, D columns.
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from features.errors import UserError, one_line
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema, Split
 from models.emm import build_ranker
+from models.managed import managed_tables
 from models.ranker import ModelConfig, Ranker, table_weights
 from models.table_storage import Precision, allocate_tables, store_tables
 from pipeline.dataset.dataset import Dataset
@@ -34,6 +36,8 @@ from pipeline.run.run import Run
 from pipeline.torch_compat import table_kernels
 
 Tables = Literal["all", "needed"]
+
+logger = logging.getLogger(__name__)
 
 # Shards the tables of a ranker, which are on the meta device, over all ranks; the rest it leaves where it is.
 # Arguments: the ranker; `train` of the run's config.yaml, and where that is; the device; the tables' format; rows of a batch of
@@ -107,6 +111,8 @@ class ModelWeights:
         """Of each table of the schema the rows that are loaded, ascending; of none where all are."""
         if self.loading.tables == "all":
             return {}
+        if self.rank == 0 and (managed := managed_tables(self.dataset.schema)):
+            logger.info("tables=needed: all rows of managed tables are loaded: %s", ", ".join(managed))
         return union(gathered(lambda: needed_rows(self.dataset, self.splits, self.rank, self.ranks)))
 
     @cached_property
