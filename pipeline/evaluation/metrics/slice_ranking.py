@@ -142,6 +142,8 @@ def _ece(positive: np.ndarray, negative: np.ndarray, predicted: np.ndarray) -> n
     shape = weight.shape[:-1]
     # Running sums of all leading entries, one behind the other, so that one interpolation serves all.
     total = weight.sum(-1)
+    if not total.size:
+        return total
     knots = np.concatenate((np.zeros((*shape, 1)), weight.cumsum(-1)), -1) / np.where(total > 0, total, 1)[..., None]
     excess = np.concatenate((np.zeros((*shape, 1)), (predicted - positive).cumsum(-1)), -1)
     offset = 2.0 * np.arange(total.size).reshape(*shape, 1)
