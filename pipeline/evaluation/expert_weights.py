@@ -49,7 +49,7 @@ class ExpertWeights:
 
     def means_of_ranks(self) -> list[list[list[float]]]:
         """As `means`, of the rows of all ranks, which call it together; on rank 0."""
-        for rows, sums in (to_first((self.rows, self.sums)) or [])[1:]:
+        for rows, sums in (to_first((self.rows, [sum_UE.cpu() for sum_UE in self.sums])) or [])[1:]:
             self.rows += rows
             self.sums = [a + b.to(a.device) for a, b in zip(self.sums, sums, strict=True)]
         return self.means()

@@ -17,7 +17,7 @@ from small_checkpoint import MANIFEST
 
 from features.errors import UserError
 from pipeline.run import checkpoint
-from pipeline.run.checkpoint import rows
+from pipeline.run.checkpoint import reader, rows
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
@@ -71,6 +71,26 @@ def test_the_rows_that_are_wanted_are_read_from_any_parts(
     with mock.patch.multiple(rows, **sizes):
         checkpoint.load_rows(path, {"model.t": (row_N, found_ND)})
     assert torch.equal(found_ND, table_RD[row_N].double())
+
+
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(0, 60),
+    st.integers(1, 5),
+    st.lists(st.integers(0, 100), max_size=3),
+    st.lists(st.integers(0, 100), max_size=2),
+    st.sampled_from(sorted(DTYPES)),
+    st.integers(1, 200),
+)
+def test_a_tensor_is_read_some_rows_at_a_time(
+    tmp_path_factory: pytest.TempPathFactory, height, width, row_cuts, column_cuts, dtype, block
+) -> None:
+    table_RD = torch.arange(height * width).reshape(height, width).to(DTYPES[dtype])
+    path = write(tmp_path_factory.mktemp("blocks") / "step-00000003", table_RD, row_cuts, column_cuts)
+    found_RD = torch.full((height, width), -1, dtype=torch.float64)
+    with mock.patch.object(reader, "BLOCK_BYTES", block):
+        checkpoint.load(path, {"model": {"t": found_RD}}, alone=True)
+    assert torch.equal(found_RD, table_RD.double())
 
 
 def test_what_lies_between_distant_rows_is_not_read(tmp_path: Path) -> None:

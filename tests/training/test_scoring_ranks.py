@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import predictions
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.weights import Loading
 from pipeline.run import checkpoint
@@ -82,6 +83,17 @@ def test_the_rows_that_are_needed_give_the_same_logits(ranks: Path, case: str) -
     assert any(held[name] < every[name] for name in held.keys() - managed)
     wanted = by_row([scores(weights(ranks, case))])
     assert largest_difference(by_row([scores(made)]), wanted) == 0
+
+
+def test_the_rows_that_are_needed_give_the_same_figures_of_every_slice(ranks: Path) -> None:
+    run, dataset = Run(ranks / TWO), Dataset(ranks / "plain" / "data")
+    [step] = checkpoint.steps(run.checkpoints)
+    measure = MeasureConfig(min_rows=1)
+    whole, needed = (
+        Scorer(run, dataset, "all", BATCH, measure, Loading(tables)).score(step).figures for tables in ("all", "needed")
+    )
+    assert whole["slice"].n_unique() > 5  # ids that are rare, unseen or missing among them
+    assert needed.equals(whole)
 
 
 def test_the_rows_that_are_needed_give_the_same_logits_on_several_ranks(ranks: Path) -> None:
