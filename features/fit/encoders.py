@@ -185,6 +185,7 @@ class Encoders:
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:
-    """Columns of a dataset's shards: those of features, labels (null = not observed), weight, event_time, row_id."""
+    """Columns of a dataset's shards: features, labels (null = not observed), weight, event_time, row_id, and kept ones."""
     columns = schema.columns | {f"label.{task}": pa.float32() for task in schema.tasks}
-    return pa.schema(columns | {"weight": pa.float32(), "event_time": pa.int64(), "row_id": pa.int64()})
+    columns |= {"weight": pa.float32(), "event_time": pa.int64(), "row_id": pa.int64()}
+    return pa.schema(columns | schema.kept)
