@@ -66,7 +66,10 @@ def _losses(ranker: Ranker, batch: Batch) -> Tensor:
     batch = ranker.row_losses.training_batch(batch)
     loss_BT, _ = ranker.row_losses(ranker.outputs(batch), batch.label_BT, batch.observed_BT)
     weight_BT = (batch.weight_BT * batch.observed_BT).double()
-    return (loss_BT.double() * weight_BT).sum(0) / weight_BT.sum(0)
+    total_T = weight_BT.sum(0)
+    # Not 0 / 0: its gradient is NaN, and would be added to those of the other tasks.
+    mean_T = (loss_BT.double() * weight_BT).sum(0) / torch.where(total_T > 0, total_T, 1.0)
+    return torch.where(total_T > 0, mean_T, torch.nan)
 
 
 def _shared_parameters(ranker: Ranker) -> dict[str, nn.Parameter]:
@@ -79,7 +82,7 @@ def _shared_parameters(ranker: Ranker) -> dict[str, nn.Parameter]:
 def _after_step(
     parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...], rates: list[float]
 ) -> Iterator[None]:
-    """Within: the parameters after a gradient step. Of tables only the rows that a batch uses are written, and copied before."""
+    """Within: the parameters after a gradient step. Of tables only the rows that a batch uses are copied and written."""
     undo: list[tuple[Tensor, Tensor | None, Tensor]] = []
     for parameter, gradient, rate in zip(parameters, gradients, rates, strict=True):
         if gradient is None:
@@ -95,11 +98,11 @@ def _after_step(
     try:
         yield
     finally:
-        for parameter, row_V, value in undo:
-            if row_V is None:
-                parameter.copy_(value)
+        for changed, rows, value in undo:
+            if rows is None:
+                changed.copy_(value)
             else:
-                parameter.index_copy_(0, row_V, value)
+                changed.index_copy_(0, rows, value)
 
 
 @contextmanager

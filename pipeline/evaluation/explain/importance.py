@@ -79,9 +79,7 @@ class Sample:
             part = rows.slice(start, min(start + self.batch_size, len(rows)))
             batch = part.batch(self.schema, len(part))
             sums.update(_counted(batch, self.score(batch)))
-        found = [
-            METRICS[kind][HEADLINE[kind]].compute(sums.of_task(t)) for t, (_, kind) in enumerate(self.tasks)
-        ]
+        found = [METRICS[kind][HEADLINE[kind]].compute(sums.of_task(t)) for t, (_, kind) in enumerate(self.tasks)]
         left_out = [figure.left_out_SK[0] for figure in found if figure.left_out_SK is not None]
         return Figures(np.array([figure.value_S[0] for figure in found]), np.array(left_out))
 
