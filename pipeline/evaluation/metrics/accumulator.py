@@ -16,10 +16,10 @@ from pipeline.evaluation.metrics.evaluated import ALL
 from pipeline.evaluation.metrics.evaluated import COLUMNS as FRAME
 from pipeline.evaluation.metrics.intervals import standard_error
 from pipeline.evaluation.metrics.kept_rows import KeptRows
-from pipeline.evaluation.metrics.registry import COUNTS, METRICS
+from pipeline.evaluation.metrics.registry import COUNTS, METRICS, TOTALS
 
 _LARGEST = torch.finfo(torch.float64).max
-_UNDEFINED_COUNTS = 2  # keys before the slices
+_FIRST_KEYS = 2  # before those of slices
 
 
 class Metrics:
@@ -47,6 +47,7 @@ class Metrics:
         used = dict.fromkeys(metric.statistic for kind in kinds for metric in METRICS[kind].values())
         self.statistics: dict[type[Statistic], Statistic] = {s: s(self.tasks, self.grouping) for s in used}
         bounds = [(0.0, 1.0) if kind == "binary" else (-_LARGEST, _LARGEST) for _, kind in self.tasks]
+        self.rows = 0
         self._low_T, self._high_T = torch.tensor(bounds, dtype=torch.float64).reshape(-1, 2).T
 
     def update(
@@ -74,21 +75,26 @@ class Metrics:
         z_BT, y_BT, w_BT = (torch.where(counts_BT, x_BT, 0.0) for x_BT in (z_BT, y_BT, w_BT))
         key_BC = self._no_keys(len(z_BT)) if key_BC is None else key_BC.cpu()
         cluster_B = (key_BC[:, 0].numpy() & 0xFFFFFFFF).astype(np.uint32)
-        slice_BD = key_BC[:, _UNDEFINED_COUNTS:].numpy().astype(np.int32)
-        rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD)
+        slice_BD = key_BC[:, _FIRST_KEYS:].numpy().astype(np.int16)
+        # Rows are kept in the precision they have.
+        dtype = np.float64 if any(x.dtype == torch.float64 for x in (logit_BT, label_BT, weight_BT)) else np.float32
+        rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD, dtype)
+        self.rows += int((w_BT != 0).any(1).sum())
         for statistic in self.statistics.values():
             statistic.update(rows)
 
     def _no_keys(self, rows: int) -> Tensor:
-        key_BC = torch.full((rows, _UNDEFINED_COUNTS + len(self.grouping.slices)), -1)
+        key_BC = torch.full((rows, _FIRST_KEYS + len(self.grouping.slices)), -1)
         key_BC[:, 0] = torch.arange(rows) * 0x9E3779B1
         return key_BC
 
     def merge(self, other: "Metrics") -> "Metrics":
         """The metrics of the rows of both; neither is changed."""
         if self.tasks != other.tasks or self.grouping != other.grouping:
-            raise ValueError(f"cannot merge metrics of tasks {self.tasks} and {other.tasks}")
+            ours, theirs = ((m.tasks, m.grouping) for m in (self, other))
+            raise ValueError(f"cannot merge metrics of {ours} and {theirs}")
         both = Metrics(self.tasks, self.grouping, self.dimensions)
+        both.rows = self.rows + other.rows
         both.statistics = {kind: ours.merge(other.statistics[kind]) for kind, ours in self.statistics.items()}
         return both
 
@@ -163,8 +169,21 @@ def values_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, floa
     return {task: {name: value(name, figure) for name, figure in known.items()} for task, known in figures.items()}
 
 
+def errors_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, float]]:
+    """Task → metric → standard error over all rows, where there is one."""
+    return {
+        task: {
+            name: float(error)
+            for name, figure in known.items()
+            if figure.left_out_SK is not None and name not in TOTALS
+            if math.isfinite(error := standard_error(figure.left_out_SK[0])) and math.isfinite(figure.value_S[0])
+        }
+        for task, known in figures.items()
+    }
+
+
 def _lines(task: str, metric: str, figure: Figure, row_S: np.ndarray, names: list[tuple[str, str]]) -> pl.DataFrame:
-    intervals = figure.left_out_SK is not None and metric not in COUNTS
+    intervals = figure.left_out_SK is not None and metric not in TOTALS
     left_SK = figure.left_out_SK if intervals else np.zeros((len(row_S), 0))
     assert left_SK is not None
     left_SK = np.where(np.isfinite(left_SK), left_SK, np.nan)

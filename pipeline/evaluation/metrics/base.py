@@ -21,7 +21,7 @@ class Grouping:
         slices: of each dimension the names of its slices; a row is in one of them or in none. Slice 0 is all rows, those of the
             first dimension follow.
         buckets: K; rows are put into them by the hash of their cluster. With 1 there are no intervals.
-        ndcg: k of NDCG@k.
+        ndcg: k of NDCG@k. grouped: whether rows have groups; without, what ranks within groups is undefined.
         train_rates: base rate of each binary task in training, where it is known.
         max_bytes: that rows kept for ranking metrics may take; beyond, AUC of slices and intervals are of a sample of clusters,
             and those of all rows of logits rounded to a grid.
@@ -30,8 +30,9 @@ class Grouping:
     slices: tuple[tuple[str, ...], ...] = ()
     buckets: int = 1
     ndcg: int = 10
+    grouped: bool = True
     train_rates: Mapping[str, float] = field(default_factory=dict)
-    max_bytes: float = float("inf")
+    max_bytes: float = field(default=float("inf"), compare=False)
 
     @property
     def count(self) -> int:
@@ -52,7 +53,8 @@ class Rows:
         logit_BT: logit of a binary task, prediction of a regression; may be NaN or infinite.
         counts_BT: observed and of weight above 0.
         cluster_B: uint32, hash of the row's cluster. group_B: int64, its group; those of one number are one group.
-        slice_BD: int32, place of its slice among those of the dimension, -1 for none.
+        slice_BD: int16, place of its slice among those of the dimension, -1 for none.
+        dtype: float32 where that holds logits, labels and weights exactly.
     """
 
     logit_BT: Tensor
@@ -62,6 +64,7 @@ class Rows:
     cluster_B: np.ndarray
     group_B: np.ndarray
     slice_BD: np.ndarray
+    dtype: type[np.floating[Any]] = np.float64
 
 
 @dataclass(frozen=True)

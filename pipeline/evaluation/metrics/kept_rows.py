@@ -15,7 +15,9 @@ import numpy as np
 from typing_extensions import Self
 
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
+from pipeline.evaluation.metrics.grouped import grouped
 from pipeline.evaluation.metrics.ranking import SliceRanking, SortedRows
+from pipeline.evaluation.metrics.xauc import xauc
 
 GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
 CLUSTER, GROUP, SLICES, LOGIT, LABEL, WEIGHT = range(6)
@@ -24,7 +26,7 @@ CLUSTER, GROUP, SLICES, LOGIT, LABEL, WEIGHT = range(6)
 class KeptRows:
     """`TaskRows` of all tasks.
 
-    Memory: per row 12 bytes, 4 a dimension of slices, and for each task 8 bytes and twice those of a logit (4 as float32).
+    Memory: per row 12 bytes, 2 a dimension of slices, and 12 a task (24 in float64).
     """
 
     def __init__(self, tasks: Tasks, grouping: Grouping) -> None:
@@ -36,8 +38,9 @@ class KeptRows:
 
     def update(self, rows: Rows) -> None:
         """Adds B rows."""
-        label_BT = rows.label_BT.where(rows.counts_BT, math.nan).numpy()
-        part = (rows.cluster_B, rows.group_B, rows.slice_BD, rows.logit_BT.numpy(), label_BT, rows.weight_BT.numpy())
+        label_BT = rows.label_BT.where(rows.counts_BT, math.nan)
+        of_tasks = (x_BT.numpy().astype(rows.dtype) for x_BT in (rows.logit_BT, label_BT, rows.weight_BT))
+        part = (rows.cluster_B, rows.group_B, rows.slice_BD, *of_tasks)
         if self.halvings:
             self._add_to_grid(part)
         self._keep(part)
@@ -101,7 +104,7 @@ class KeptRows:
             count, dimensions = len(self.tasks), len(self.grouping.slices)
             wide = np.zeros((0, count))
             self.parts = [
-                (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros((0, dimensions), np.int32), wide, wide, wide)
+                (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros((0, dimensions), np.int16), wide, wide, wide)
             ]
         if len(self.parts) > 1:
             self.parts = [tuple(np.concatenate(columns) for columns in zip(*self.parts, strict=True))]
@@ -163,9 +166,7 @@ class TaskRows:
     def by_dimension(self) -> list[SliceRanking]:
         """The ranking within the slices of each dimension."""
         return [
-            SliceRanking(
-                self.sorted_rows, self.slice_ND[self.order_N, d].astype(np.int16), len(names), self.grouping.buckets
-            )
+            SliceRanking(self.sorted_rows, self.slice_ND[self.order_N, d], len(names), self.grouping.buckets)
             for d, names in enumerate(self.grouping.slices)
         ]
 
@@ -187,6 +188,19 @@ class TaskRows:
             broken = self.slice_ND[broken_N, d]
             found.append(np.bincount(broken[broken >= 0], minlength=len(names)) > 0)
         return np.concatenate(found)
+
+    @cached_property
+    def in_groups(self) -> dict[str, tuple[float, np.ndarray]]:
+        """GAUC and NDCG@k of all rows; NaN where each is a group of its own."""
+        if not self.grouping.grouped:
+            return dict.fromkeys(("gauc", "ndcg"), (math.nan, np.full(self.grouping.buckets, math.nan)))
+        rows = (self.logit_N, self.label_N, self.weight_N, self.group_N, self.bucket_N)
+        return grouped(*rows, self.grouping.buckets, self.grouping.ndcg)
+
+    @cached_property
+    def in_order(self) -> tuple[float, np.ndarray]:
+        """XAUC of all rows of a regression."""
+        return xauc(self.logit_N, self.label_N, self.weight_N, self.bucket_N, self.grouping.buckets)
 
     def whole_only(self, value: float, left_out_K: np.ndarray | None) -> Figure:
         """A figure of the slice of all rows alone."""

@@ -15,6 +15,11 @@ def ranking(figure: Callable[[SliceRanking], Figure]) -> Callable[[TaskRows], Fi
     return lambda rows: rows.of_slices(figure)
 
 
+def within_groups(name: str) -> Callable[[TaskRows], Figure]:
+    """A metric of the order within groups, of the whole split."""
+    return lambda rows: rows.whole_only(*rows.in_groups[name])
+
+
 _ALL = [
     *(
         metric
@@ -36,6 +41,8 @@ _ALL = [
     Metric("calibration", "binary", Sums, of_sums(binary.calibration), label="calib"),
     Metric("ece", "binary", KeptRows, ranking(SliceRanking.ece), higher_is_better=False, label="ECE"),
     Metric("pr_auc", "binary", KeptRows, ranking(SliceRanking.pr_auc), higher_is_better=True, label="PR-AUC"),
+    Metric("gauc", "binary", KeptRows, within_groups("gauc"), higher_is_better=True, label="grouped AUC"),
+    Metric("ndcg", "binary", KeptRows, within_groups("ndcg"), higher_is_better=True, label="NDCG"),
     Metric("mse", "regression", Sums, of_sums(regression.mse), higher_is_better=False, label="MSE"),
     Metric("rmse", "regression", Sums, of_sums(regression.rmse), higher_is_better=False, label="RMSE"),
     Metric("nrmse", "regression", Sums, of_sums(regression.nrmse), higher_is_better=False, label="NRMSE"),
@@ -43,10 +50,19 @@ _ALL = [
     Metric("mae", "regression", Sums, of_sums(regression.mae), higher_is_better=False, label="MAE"),
     Metric("coverage", "regression", Sums, of_sums(regression.coverage), label="coverage"),
     Metric("calibration", "regression", Sums, of_sums(regression.calibration), label="calib"),
+    Metric(
+        "xauc",
+        "regression",
+        KeptRows,
+        lambda rows: rows.whole_only(*rows.in_order),
+        higher_is_better=True,
+        label="XAUC",
+    ),
     Metric("label_mean", "regression", Sums, of_sums(regression.label_mean)),
     Metric("prediction_mean", "regression", Sums, of_sums(regression.prediction_mean)),
 ]
-COUNTS = ("rows", "non_finite")  # whole numbers, without intervals
+COUNTS = ("rows", "non_finite")  # whole numbers
+TOTALS = (*COUNTS, "weight_sum", "positives")  # have no intervals
 # Kind of task → name → metric.
 METRICS = {kind: {m.name: m for m in _ALL if m.kind == kind} for kind in ("binary", "regression")}
 # Kind of task → names of the metrics that the report's table shows.

@@ -38,8 +38,8 @@ class MeasureConfig(BaseModel):
         top: most frequent values of a dimension that are slices. min_rows: of a slice.
         cold_start: slices of the ids that training has not seen, or in fewer than `rare` rows.
         by_time: slices by day and hour (UTC), where the schema has an event time.
-        buckets: of the jackknife; 1: no intervals. cluster: kept column whose rows share a bucket, or row; None: the user, where
-            a column of users is kept, or else row.
+        buckets: of the jackknife; 1: no intervals. cluster: kept column whose rows share a bucket, or row; None: the user,
+            where a column of users is kept, or else row.
         group: kept column within whose rows GAUC and NDCG rank; None: the cluster. ndcg: its k.
         share: of the clusters that are scored, by the hash of `share_by` (None: of the cluster), the same in every evaluation.
         memory: GiB that all ranks together keep of rows for ranking metrics; see pipeline.evaluation.metrics.kept_rows.

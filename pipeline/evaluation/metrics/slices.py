@@ -19,6 +19,7 @@ from features.errors import UserError, did_you_mean
 from features.fit.encoders import MISSING
 from features.parse.compute import evaluate
 from features.schema.expressions import columns_of
+from features.schema.kept import kept_column
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.metrics.settings import Edges, MeasureConfig, Sql
 
@@ -84,13 +85,15 @@ class _Edges(Dimension):
         self.name, self.edges = settings.column, settings.edges
         schema = dataset.schema
         if settings.column in schema.keep:
-            self.columns = [f"raw.{settings.column}"]
+            self.columns = [kept_column(settings.column)]
             self.cut_V = np.array(settings.edges, np.float64)
             return
         if settings.column not in schema.dense:
             raise UserError(_unknown(settings.column, dataset, "a number"))
         self.columns = [settings.column]
-        encoded = schema.dense[settings.column].encode(settings.column, pa.array(settings.edges, pa.float64()), dataset.encoders)
+        encoded = schema.dense[settings.column].encode(
+            settings.column, pa.array(settings.edges, pa.float64()), dataset.encoders
+        )
         self.cut_V = encoded[settings.column].to_numpy().astype(np.float64)
 
     def values(self, table: pa.Table) -> pa.Array:
@@ -104,7 +107,9 @@ class _Edges(Dimension):
         edges = [f"{edge:g}" for edge in self.edges]
         if value == 0:
             return f"{self.name} below {edges[0]}"
-        return f"{self.name} {edges[value - 1]}..{edges[value]}" if value < len(edges) else f"{self.name} from {edges[-1]}"
+        return (
+            f"{self.name} {edges[value - 1]}..{edges[value]}" if value < len(edges) else f"{self.name} from {edges[-1]}"
+        )
 
 
 class _Sql(Dimension):
@@ -115,10 +120,11 @@ class _Sql(Dimension):
         names = columns_of(settings.sql)
         if missing := [name for name in names if name not in dataset.schema.keep]:
             raise UserError(_unknown(missing[0], dataset, "a kept column"))
-        self.columns = [f"raw.{name}" for name in names]
+        self.names = names
+        self.columns = [kept_column(name) for name in names]
 
     def values(self, table: pa.Table) -> pa.Array:
-        renamed = table.select(self.columns).rename_columns([name.removeprefix("raw.") for name in self.columns])
+        renamed = table.select(self.columns).rename_columns(self.names)
         frame = pl.from_arrow(renamed)
         assert isinstance(frame, pl.DataFrame)
         found = evaluate(frame, "slices.sql", self.sql, "holds")
@@ -163,7 +169,9 @@ class _Time(Dimension):
     def values(self, table: pa.Table) -> pa.Array:
         time_N = table["event_time"].combine_chunks()
         at_N = time_N.fill_null(0).to_numpy()
-        return pa.array(at_N // DAY if self.name == "day" else at_N % DAY // 3600, mask=~time_N.is_valid().to_numpy(False))
+        return pa.array(
+            at_N // DAY if self.name == "day" else at_N % DAY // 3600, mask=~time_N.is_valid().to_numpy(False)
+        )
 
     def label(self, value: object) -> str | None:
         if not isinstance(value, int):
@@ -216,7 +224,7 @@ def _dimension(entry: str | Sequence[str] | Edges | Sql, dataset: Dataset) -> Di
     if not isinstance(entry, str):
         return _Cross([_dimension(part, dataset) for part in entry])
     if entry in dataset.schema.keep:
-        return _Column(entry, f"raw.{entry}")
+        return _Column(entry, kept_column(entry))
     single = dataset.schema.single
     if entry in single and dataset.encoders.unknown_ids(dataset.schema.table_of(entry)) is not None:
         return _Feature(entry, dataset)
