@@ -191,6 +191,21 @@ def test_what_a_feature_has_does_not_depend_on_which_others_are_permuted():
     assert among["both"].value_T[0] > among["user"].value_T[0]
 
 
+def test_rows_of_weight_0_do_not_count_whatever_is_predicted_for_them():
+    rows = planted()
+    rows = replace(rows, row_id_N=torch.arange(ROWS))
+    weightless_N = rows.weight_N == 0
+
+    def broken(batch: Batch) -> Tensor:
+        return torch.where(weightless_N[batch.row_id_B].unsqueeze(1), torch.nan, score(batch))
+
+    wanted, _ = importances(Sample(rows, SCHEMA, score, K, 500), {}, 1, 0)
+    found, _ = importances(Sample(rows, SCHEMA, broken, K, 500), {}, 1, 0)
+    assert weightless_N.any()
+    assert np.isfinite(wanted.value_T).all()
+    assert found.value_T.tolist() == wanted.value_T.tolist()
+
+
 def test_a_prediction_that_is_not_finite_leaves_its_task_undefined_and_no_other():
     def broken(batch: Batch) -> Tensor:
         return torch.where(torch.arange(3) == 0, torch.nan, score(batch))
