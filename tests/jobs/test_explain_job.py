@@ -54,7 +54,9 @@ def test_every_feature_and_group_is_explained_and_the_same_again(run: Run, call:
     assert affinity is not None
     assert (affinity.tasks, affinity.batches, affinity.batch_rows) == (TASKS, 4, 64)
     assert all(affinity.z_TT[t][t] > 0 for t in range(3))
-    assert [word for word in [*FEATURES, "who", "a step on dwell", "test-00000004.json"] if word not in said] == []
+    assert [
+        word for word in [*FEATURES, "who", "step on", "Task affinity", "test-00000004.json"] if word not in said
+    ] == []
     assert said == call(*command)
     assert content.read(run, "test", 4) == found
 

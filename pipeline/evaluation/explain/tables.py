@@ -14,7 +14,7 @@ LABELS = {name: metric.label for metrics in METRICS.values() for name, metric in
 
 
 def tables(explanation: Explanation) -> str:
-    """Importance of features, then affinity of tasks where there is one."""
+    """Importance of features, the largest mean rise over tasks first, then affinity of tasks where there is one."""
     return "\n\n".join(_parts(explanation))
 
 
@@ -23,8 +23,10 @@ def _parts(explanation: Explanation) -> Iterator[str]:
     header = ["permuted", *(f"{printable(task)}\n{LABELS[found.metric]}" for task, found in figures.items())]
     lines = [["nothing", *("-" if found.value is None else f"{found.value:.4f}" for found in figures.values())]]
     lines += [[printable(e.name), *(_rise(e.tasks[task]) for task in figures)] for e in explanation.importance]
+    yield f"Rise of each figure when a feature's values are permuted (± {explanation.confidence:.0%} interval):"
     yield _table(lines, header)
     if explanation.affinity is not None:
+        yield "Task affinity: 1 - loss after / loss before, of the column's task after a step on the row's:"
         yield _affinity(explanation.affinity)
 
 
@@ -37,10 +39,9 @@ def _rise(rise: Rise) -> str:
 def _affinity(affinity: Affinity) -> str:
     names = [printable(task) for task in affinity.tasks]
     lines = [
-        [f"a step on {name}", *map(_share, z_T, se_T)]
-        for name, z_T, se_T in zip(names, affinity.z_TT, affinity.se_TT, strict=True)
+        [name, *map(_share, z_T, se_T)] for name, z_T, se_T in zip(names, affinity.z_TT, affinity.se_TT, strict=True)
     ]
-    return _table(lines, ["share of the loss that goes away", *names])
+    return _table(lines, ["step on", *names])
 
 
 def _share(z: float | None, se: float | None) -> str:
