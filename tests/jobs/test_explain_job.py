@@ -72,6 +72,15 @@ def test_the_figures_are_those_of_jobs_evaluate(run: Run, call: Call):
         assert figure.value == pytest.approx(record["metrics"][task][figure.metric], rel=1e-9)
 
 
+def test_the_rows_of_tables_that_the_split_needs_are_enough(run: Run, call: Call):
+    start = ["explain", f"run={run.path}", "threads=1", "permutations=1"]
+    call(*start)
+    found = content.read(run, "test", 4)
+    content.path(run, "test", 4).unlink()
+    call(*start, "tables=needed")
+    assert content.read(run, "test", 4) == found
+
+
 def test_about_as_many_rows_as_asked_for_are_read(run: Run, call: Call):
     call("explain", f"run={run.path}", "threads=1", "rows=100", "features=[price]", "affinity_batches=0")
     found = content.read(run, "test", 4)

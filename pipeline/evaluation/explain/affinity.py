@@ -25,7 +25,7 @@ def affinities(
     """Z of every pair of tasks, the mean over batches and its standard error; row i: the step is on task i.
 
     Args:
-        ranker: in evaluation mode, on the CPU, tables not sharded; its weights are the same afterwards.
+        ranker: in evaluation mode, tables not sharded and in fp32; its weights are the same afterwards.
         dense_rate, table_rate: learning rates of what is shared.
     Returns: z_TT and error_TT, NaN where no batch has rows of both tasks or no loss of task j is above 0 (the error with fewer
         than two batches).
@@ -57,7 +57,7 @@ def _of_batch(ranker: Ranker, batch: Batch, dense_rate: float, table_rate: float
         if gradient is not None:
             with torch.no_grad(), _after_step(parameters, gradient, rates):
                 z_T = 1 - _losses(ranker, batch) / before_T
-            z_TT[i] = torch.where(known_T, z_T, torch.nan).numpy()
+            z_TT[i] = torch.where(known_T, z_T, torch.nan).cpu().numpy()
     return z_TT
 
 

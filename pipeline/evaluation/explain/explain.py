@@ -14,8 +14,6 @@ from features.batch import Batch, Rows
 from features.errors import UserError, did_you_mean
 from features.plain_json import first_fault
 from features.schema.schema import Schema, Split
-from models.emm import build_ranker
-from models.ranker import ModelConfig, Ranker
 from pipeline import cores
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.days import Days, MissingDays
@@ -29,7 +27,7 @@ from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics.intervals import buckets_used, quantile, standard_error
 from pipeline.evaluation.metrics.row_keys import SplitKeys
 from pipeline.evaluation.metrics.settings import MeasureConfig
-from pipeline.evaluation.scorer import check_fits
+from pipeline.evaluation.weights import Loading, ModelWeights, Tables
 from pipeline.run import checkpoint
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
@@ -54,6 +52,7 @@ class ExplainConfig(BaseModel):
     cluster: str | None = None
     confidence: float = Field(0.95, gt=0, lt=1)
     affinity_batches: int = Field(20, ge=0)
+    tables: Tables = "all"
     batch_size: int = Field(8192, ge=1)
     threads: int | None = Field(None, ge=1)
 
@@ -84,15 +83,16 @@ def explain(config: ExplainConfig) -> Explanation:
     measure = MeasureConfig(cold_start=False, by_time=[], buckets=config.buckets, cluster=config.cluster, share=share)
     keys = SplitKeys(measure, dataset, [config.split])
     rows = read_rows(dataset, config.split, keys)
-    ranker, manifest = load_ranker(run, dataset, step)
-    sample = Sample(rows, dataset.schema, ranker, config.buckets, config.batch_size)
+    weights = ModelWeights(run, dataset, [config.split], config.batch_size, Loading(config.tables))
+    manifest = weights.load(step)
+    sample = Sample(rows, dataset.schema, weights, config.buckets, config.batch_size)
     figures, rises = importances(sample, groups, config.permutations, config.seed)
     found = Explanation(
         run=str(run.path), step=step, checkpoint=manifest.checksum, dataset=dataset.name, split=config.split,
         rows=len(rows), share=share, cluster=keys.cluster, buckets=config.buckets, permutations=config.permutations,
         seed=config.seed, confidence=config.confidence, figures=_figures(dataset.schema, figures),
         importance=_importance(dataset.schema, groups, rises, config.confidence),
-        affinity=_affinity(ranker, rows, dataset.schema, rates, config),
+        affinity=_affinity(weights, rows, rates, config),
     )  # fmt: skip
     content.write(found, run)
     return found
@@ -124,25 +124,6 @@ def read_rows(dataset: Dataset, split: Split, keys: SplitKeys) -> Rows:
     if not len(rows):
         raise UserError(f"{dataset.path}: the share of split {split} that rows= stands for has no rows. Raise rows.")
     return rows
-
-
-def load_ranker(run: Run, dataset: Dataset, step: int) -> tuple[Ranker, checkpoint.CheckpointManifest]:
-    """A checkpoint's model on the CPU, in evaluation mode, its tables whole and differentiable.
-
-    Raises:
-        UserError: a checkpoint that is not complete, of another model than config.yaml has, or of other encoders.
-    """
-    model, path = ModelConfig.of_run(run.config(), run.path), checkpoint.folder(run.checkpoints, step)
-    check_fits(path, dataset.schema, dataset.encoders, model)
-    ranker = build_ranker(dataset.schema, dataset.encoders, model, device="cpu").eval()
-    with checkpoint.reading(path) as manifest:
-        if manifest.encoders != dataset.encoders_id:
-            raise UserError(
-                f"{dataset.path} was encoded with {dataset.encoders_id}, {path} trained with {manifest.encoders}: its ids "
-                "mean something else. Run jobs.preprocess with encoders.from=DATASET, the one it was trained on."
-            )
-        checkpoint.load(path, {"model": ranker.state_dict()}, alone=True)
-    return ranker, manifest
 
 
 def _step(run: Run, wanted: int | Literal["newest"]) -> int:
@@ -189,14 +170,14 @@ def _rises(tasks: Sequence[str], rise: Figures, confidence: float) -> dict[str, 
     }
 
 
-def _affinity(ranker: Ranker, rows: Rows, schema: Schema, rates: _TrainRates, config: ExplainConfig) -> Affinity | None:
+def _affinity(weights: ModelWeights, rows: Rows, rates: _TrainRates, config: ExplainConfig) -> Affinity | None:
     if not config.affinity_batches:
         return None
+    schema = weights.dataset.schema
     size = min(rates.batch_size, len(rows))
     count = min(config.affinity_batches, len(rows) // size)
-    z_TT, error_TT = affinities(
-        ranker, _random_batches(rows, schema, size, count, config.seed), rates.dense.lr, rates.tables.lr
-    )
+    batches = map(weights.held, _random_batches(rows, schema, size, count, config.seed))
+    z_TT, error_TT = affinities(weights.ranker, batches, rates.dense.lr, rates.tables.lr)
     return Affinity(
         tasks=list(schema.tasks), batches=count, batch_rows=size, dense_rate=rates.dense.lr, table_rate=rates.tables.lr,
         z_TT=[[_number(z) for z in row] for row in z_TT], se_TT=[[_number(e) for e in row] for row in error_TT],
