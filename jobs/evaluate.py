@@ -33,18 +33,9 @@ def main(config: DictConfig) -> None:
             raise UserError("compare names both of its runs: leave run out")
         config.run = str(config.compare[0])
     settings: EvaluateConfig = parse(config, EvaluateConfig)
-<<<<<<< HEAD
     if settings.compare:
         print(comparison(settings))
         return
-    evaluation = Evaluation(settings)
-    for record in evaluation.records():
-        ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
-        print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
-    results = evaluation.results()
-    html.write(results)
-    print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
-=======
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
         for record in evaluation.records():
@@ -54,7 +45,6 @@ def main(config: DictConfig) -> None:
             results = evaluation.results()
             html.write(results)
             print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
->>>>>>> weights
 
 
 if __name__ == "__main__":
