@@ -5,17 +5,19 @@ evaluation (all figures, predictions) are written before its line in eval.jsonl,
 an evaluator that is killed before the line leaves files that the next one replaces.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
+from models.table_storage import Precision
 from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
@@ -26,6 +28,7 @@ from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.pending import Claim, Order, Pending
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.weights import Loading, Shard, Tables
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
@@ -50,7 +53,11 @@ class EvaluateConfig(MeasureConfig):
     give_up_after: float = Field(600, gt=0)
     batch_size: int = Field(8192, ge=1)
     threads: int | None = Field(None, ge=1)
+    tables: Tables = "all"
+    table_precision: Precision = "fp32"
     truth: Truth | None = None
+    compare: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    compare_slices: Annotated[int, Field(ge=0, le=10_000)] | list[str] = 10
 
     @model_validator(mode="after")
     def _following_takes_every_step(self) -> "EvaluateConfig":
@@ -69,17 +76,21 @@ class Evaluation:
     Several may work on one run, each in a process of its own, or each on several ranks: see pipeline.evaluation.pending and
     pipeline.evaluation.ranks. With `follow` it first waits for the run to be created.
 
+    Args:
+        shard: splits the work over the ranks of the process group (pipeline.evaluation.weights.Loading).
     Raises:
         UserError: bad input; no run within `give_up_after` seconds.
     """
 
-    def __init__(self, config: EvaluateConfig) -> None:
+    def __init__(self, config: EvaluateConfig, shard: Shard | None = None) -> None:
         self.config, self.run, self.began = config, Run(config.run), time.time()
         if config.follow:
             priority.lower(config.idle)
             _wait_for_run(self.run, config.give_up_after)
-        torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
-        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size, config)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (2 if config.follow else 1)
+        torch.set_num_threads(config.threads or max(1, cores.available() // processes))
+        dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
+        self.scorer = Scorer(self.run, dataset, config.split, config.batch_size, config, loading)
         self.pending = Pending(
             self.run, config.split, self.scorer.dataset.name, config.share, own_dataset=self.scorer.own_dataset,
             every=config.every, order=config.order, with_predictions=config.predictions,

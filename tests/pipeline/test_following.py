@@ -19,6 +19,7 @@ from models.ranker import ModelConfig
 from pipeline.evaluation import follow, predictions, priority, ranks
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.metrics import evaluated
+from pipeline.evaluation.report import html, tables
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
@@ -144,6 +145,16 @@ def test_a_checkpoint_that_cannot_be_read_keeps_no_lock(run: Run):
     file.write_bytes(whole)
     assert [record["step"] for record in evaluate(config(run))] == [4, 6]
     assert not list(run.eval_metrics.parent.glob(".test-*"))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_has_an_empty_table_and_a_report(run: Run):
+    shutil.rmtree(run.checkpoints)
+    run.write_status("finished", 6, 6)
+    evaluation = Evaluation(config(run, follow=True))
+    assert list(evaluation.records()) == []
+    html.write(results := evaluation.results())
+    assert "click" in tables.table(results)
+    assert run.report.exists()
 
 
 def test_a_run_whose_trainer_never_wrote_a_heartbeat_is_given_up(run: Run):
