@@ -164,8 +164,8 @@ def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays 
             )
         if part.schema.kept != first.schema.kept:
             raise UserError(
-                f"{part.path} keeps the columns {list(part.schema.keep)}, {first.path} keeps {list(first.schema.keep)}: days that "
-                "are read as one must keep the same. Run jobs.preprocess again for one of them, with the other's `keep`."
+                f"{part.path} keeps the columns {list(part.schema.keep)}, {first.path} keeps {list(first.schema.keep)}: days "
+                "that are read as one must keep the same. Run jobs.preprocess again for one of them, with the other's `keep`."
             )
     if len(parts) > MAX_DAYS and not first.schema.source.row_id:
         raise UserError(
