@@ -27,6 +27,7 @@ def main(config: DictConfig) -> None:
         print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
     results = evaluation.results()
     html.write(results)
+    evaluation.publish()
     print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
 
 

@@ -7,11 +7,12 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
@@ -22,8 +23,12 @@ from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.tracked import publish, series_of, tracked, with_bounds
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
+from pipeline.run.tracking import registry as tracking
+from pipeline.run.tracking.base import Evaluated
+from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.files import append_line
 
 POLL_INTERVAL = 0.5  # seconds
@@ -31,7 +36,7 @@ POLL_INTERVAL = 0.5  # seconds
 logger = logging.getLogger(__name__)
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(TrackingSettings):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
     model_config = ConfigDict(extra="forbid")
@@ -66,12 +71,15 @@ class Evaluation:
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config, self.run = config, Run(config.run)
+        tracking.check(config)
         if config.follow:
             os.nice(10)  # the trainer comes first
             _wait_for_run(self.run, config.give_up_after)
         torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
         self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size)
         self.known: dict[int, dict[str, Any]] = {}
+        own = config.dataset is None and config.days is None
+        self.series = series_of(config.split, None if own else self.scorer.dataset.name)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Evaluates the checkpoints in order and yields each record once it is in eval.jsonl; `follow` ends with training.
@@ -80,10 +88,11 @@ class Evaluation:
             UserError: a damaged checkpoint; or, following, no heartbeat of the trainer for `give_up_after` seconds.
         """
         config, run, scorer = self.config, self.run, self.scorer
-        with run.lock(config.split, f"another evaluator is at work on split {config.split}"):
+        with run.lock(config.split, f"another evaluator is at work on split {config.split}"), ExitStack() as stack:
             if config.truth:
                 oracle.write(scorer, config.truth)
             self.known = records.latest(run, config.split, scorer.dataset.name)
+            sinks = stack.enter_context(tracked(config, run, config.split, self.series, self.known.values()))
             failed: dict[int, str] = {}
             for step in _steps(run, config):
                 current, file = records.checksum(run, step), predictions.path(run, config.split, step)
@@ -102,6 +111,7 @@ class Evaluation:
                 if self._evaluated(step) != record["checkpoint"]:
                     append_line(run.eval_metrics, record)
                     self.known[step] = record
+                    sinks.handle(Evaluated(with_bounds(record)))
                 yield record
 
     def results(self) -> Results:
@@ -117,6 +127,10 @@ class Evaluation:
             known,
             oracle.read(self.run, self.config.split, name, dict(self.scorer.tasks)),
         )
+
+    def publish(self) -> None:
+        """Sends the report to MLflow, where the settings ask for it."""
+        publish(self.config, self.run, self.config.split, self.series, self.run.report)
 
     def _evaluated(self, step: int) -> str | None:
         """Checksum of the checkpoint that a step's record is of."""

@@ -27,7 +27,7 @@ from pipeline.storage.files import (
 )
 
 FOLDERS = ("checkpoints", "metrics", "predictions", "tensorboard")
-FILES = ("config.yaml", "schema.yaml", "status.json", "report.html", "ne.png", "gates.png")
+FILES = ("config.yaml", "schema.yaml", "status.json", "mlflow.json", "report.html", "ne.png", "gates.png")
 MAX_STATUS_BYTES = 1 << 16
 
 
@@ -101,13 +101,17 @@ class Run:
         """The schema it was trained with, with the tasks it was trained on."""
         return Schema.load(self.path / "schema.yaml").only(self.config().get("tasks"))
 
-    def lock(self, name: str, why: str) -> Lock:
-        """A lock until it is released or its process ends. Raises UserError, with `why`, where another process has it."""
+    def lock(self, name: str, why: str, wait: bool = False) -> Lock:
+        """A lock until it is released or its process ends.
+
+        Raises:
+            UserError: with `why`, another process has it, unless it is to `wait`.
+        """
         file = self.eval_metrics.with_name(f".{name}.lock")
         make_folder(file.parent)
         try:
             with user_error_for_links(file):
-                return storage_of(file).lock(file, create=True)
+                return storage_of(file).lock(file, wait=wait, create=True)
         except BlockingIOError:
             raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
 
