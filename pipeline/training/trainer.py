@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -76,9 +77,12 @@ class Trainer:
         self.nonfinite, self.rollbacks = NonfiniteCheck(s.nonfinite), Rollbacks(s.max_skipped)
         self.preemption = PreemptionSignal(log=self.rank == 0)
         self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
-        group = self._cpu_group(WRITE_TIMEOUT)
-        self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, self._committed)
         self.sinks = tracking.Sinks()
+        committed = (
+            partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda _: None
+        )
+        group = self._cpu_group(WRITE_TIMEOUT)
+        self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, committed)
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)
@@ -307,12 +311,6 @@ class Trainer:
         if error := self.writer.wait():
             raise error
 
-    def _committed(self, step: int) -> None:
-        """What follows a checkpoint that is on disk; called in the thread that wrote it."""
-        if self.rank == 0:
-            retention.prune(self.run, self.settings.keep, self.dataset.name, step)
-            self.sinks.handle(Committed(step, time.time()))
-
     def stop(self) -> None:
         """Ends a preempted run. Raises Preempted once its checkpoint is on disk."""
         self.finish_writing()
@@ -352,7 +350,7 @@ class Trainer:
             yield
             return
         job = Job(self.run, TRAIN, step=self.state.step, history=list(read_lines(self.run.train_metrics)))
-        with tracking.opened(job, self.config) as self.sinks:
+        with tracking.opened(job, self.config, into=self.sinks):
             self.sinks.handle(Published(page_file(self.config.dataset)))
             self.metrics = MetricsWriter(
                 self.run, list(self.dataset.schema.tasks), self.state.step, self.steps, self.sinks
@@ -380,3 +378,9 @@ class Trainer:
     def _drop_repeated_lines(self) -> None:
         for lines in (self.run.train_metrics, self.run.progressive):
             keep_lines(lines, self.state.step)
+
+
+def _committed(run: Run, keep: retention.Keep, dataset: str, sinks: tracking.Sinks, step: int) -> None:
+    """What follows a checkpoint of rank 0 that is on disk; called in the thread that wrote it."""
+    retention.prune(run, keep, dataset, step)
+    sinks.handle(Committed(step, time.time()))

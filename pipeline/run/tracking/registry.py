@@ -56,14 +56,19 @@ def check(settings: TrackingSettings) -> None:
 
 @contextmanager
 def opened(
-    job: Job, settings: TrackingSettings, members: Mapping[str, Callable[[Job, TrackingSettings], Sink | None]] = SINKS
+    job: Job,
+    settings: TrackingSettings,
+    members: Mapping[str, Callable[[Job, TrackingSettings], Sink | None]] = SINKS,
+    into: Sinks | None = None,
 ) -> Iterator[Sinks]:
     """The sinks that the settings ask for, closed with how the job ended.
 
+    Args:
+        members: that there are. into: gets them, if given: an object that others hold already.
     Raises:
         UserError: a folder of the run is a link, a package is missing, or a port is in use.
     """
-    sinks = Sinks()
+    sinks = into or Sinks()
     state: State = "failed"
     try:
         for name, open_sink in members.items():
