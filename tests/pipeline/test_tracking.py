@@ -18,12 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from features.errors import UserError
 from features.yaml_text import yaml_of
+from models.ranker import ModelConfig
+from pipeline.evaluation.follow import EvaluateConfig, Evaluation
 from pipeline.evaluation.tracked import series_of, with_bounds
 from pipeline.run.run import Run
 from pipeline.run.tracking import tensorboard
 from pipeline.run.tracking.base import TRAIN, Committed, Evaluated, Event, Job, Published, RolledBack, Trained
 from pipeline.run.tracking.registry import SINKS, check, opened
 from pipeline.run.tracking.settings import TrackingSettings
+from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.train import train
 
 HOSTILE = 'a"b\\c\n<x>{$/ü'
 
@@ -312,5 +316,11 @@ def test_a_port_in_use_is_one_line_before_a_job_begins_and_closes_what_was_opene
     with pytest.raises(UserError), opened(Job(run, TRAIN), settings, {"first": lambda *_: Watched(), **SINKS}):
         pass
     assert ended == ["failed"]
+    model, path = ModelConfig(fusion={"name": "shared_bottom"}, tower=[4]), run.path / "new"
+    with pytest.raises(UserError, match="in use"):
+        train(TrainConfig(dataset=run.path / "data", run=path, model=model, train=Settings(), metrics_port=taken))
+    assert not path.exists()
+    with pytest.raises(UserError, match="in use"):
+        Evaluation(EvaluateConfig(run=path, metrics_port=taken))
     with pytest.raises(UserError, match=r"no\.such\.host"):
         check(TrackingSettings(metrics_port=taken, metrics_host="no.such.host.invalid"))

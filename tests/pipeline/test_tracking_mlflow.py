@@ -1,6 +1,6 @@
 """MLflow: a run directory is one run of it with every figure once, whatever is killed, resumed, rolled back or evaluated anew.
 
-Tests run over the package where it is installed, with its database file, and over tests/pipeline/fake_mlflow.py everywhere.
+Tests run over the package where it is installed, with its database file, and over tests/fake_mlflow.py everywhere.
 """
 
 import importlib.util
