@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
@@ -20,6 +20,7 @@ from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.evaluation import oracle, predictions
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
@@ -27,7 +28,7 @@ from pipeline.evaluation.tracked import publish, series_of, tracked, with_bounds
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.run.tracking import registry as tracking
-from pipeline.run.tracking.base import Evaluated
+from pipeline.run.tracking.base import EvalRecord
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.files import append_line
 
@@ -36,12 +37,11 @@ POLL_INTERVAL = 0.5  # seconds
 logger = logging.getLogger(__name__)
 
 
-class EvaluateConfig(TrackingSettings):
+class EvaluateConfig(MeasureConfig, TrackingSettings):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
-    model_config = ConfigDict(extra="forbid")
     run: Path
-    split: Split = "test"
+    split: Split | Literal["all"] = "test"
     dataset: Path | None = None
     days: Days = None
     missing_days: MissingDays | None = None
@@ -76,7 +76,7 @@ class Evaluation:
             os.nice(10)  # the trainer comes first
             _wait_for_run(self.run, config.give_up_after)
         torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
-        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size)
+        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size, config)
         self.known: dict[int, dict[str, Any]] = {}
         own = config.dataset is None and config.days is None
         self.series = series_of(config.split, None if own else self.scorer.dataset.name)
@@ -111,7 +111,7 @@ class Evaluation:
                 if self._evaluated(step) != record["checkpoint"]:
                     append_line(run.eval_metrics, record)
                     self.known[step] = record
-                    sinks.handle(Evaluated(with_bounds(record)))
+                    sinks.handle(EvalRecord(with_bounds(record)))
                 yield record
 
     def results(self) -> Results:

@@ -23,7 +23,7 @@ from pipeline.evaluation.follow import EvaluateConfig, Evaluation
 from pipeline.evaluation.tracked import series_of, with_bounds
 from pipeline.run.run import Run
 from pipeline.run.tracking import tensorboard
-from pipeline.run.tracking.base import TRAIN, Committed, Evaluated, Event, Job, Published, RolledBack, Trained
+from pipeline.run.tracking.base import TRAIN, Committed, EvalRecord, Event, Job, Published, RolledBack, TrainRecord
 from pipeline.run.tracking.registry import SINKS, check, opened
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.config import Settings, TrainConfig
@@ -98,7 +98,7 @@ def scrape(port: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def test_no_error_of_a_member_reaches_a_job_and_each_is_one_line(
     run: Run, all_on: TrackingSettings, name: str, series: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken: list[Event] = [Trained({"step": 1}), Evaluated({"step": 1}), Committed(1, 0.0), RolledBack(0)]
+    broken: list[Event] = [TrainRecord({"step": 1}), EvalRecord({"step": 1}), Committed(1, 0.0), RolledBack(0)]
     with opened(Job(run, series, "test"), all_on, {name: SINKS[name]}) as sinks:
         assert list(sinks.members) == [name]
         for event in [*broken, *broken, Published(run.path / "none.html")]:
@@ -154,7 +154,7 @@ def test_a_split_has_every_defined_figure_of_every_record_with_bounds_of_the_hea
     records = [with_bounds(evaluated(step, ne)) for step, ne in ((2, 0.95), (4, 0.9))]
     with opened(Job(run, "eval_test", "test"), TrackingSettings()) as sinks:
         for record in records:
-            sinks.handle(Evaluated(record))
+            sinks.handle(EvalRecord(record))
     found = curves(run.tensorboard / "eval_test")
     assert set(found) == {
         *(f"eval_test/click/{name}" for name in ("ne", "auc", "calibration", "ne/low", "ne/high")),
@@ -172,11 +172,11 @@ def test_a_restarted_evaluator_draws_each_step_once_and_what_a_kill_left_out(run
     job, records = Job(run, "eval_test", "test"), [evaluated(step, step / 10) for step in (2, 4, 6, 8)]
     with opened(job, TrackingSettings()) as sinks:
         for record in records[:2]:
-            sinks.handle(Evaluated(record))
+            sinks.handle(EvalRecord(record))
     # The third is in eval.jsonl, but its curve is not: the evaluator was killed in between.
     with opened(Job(run, "eval_test", "test", history=records[:3]), TrackingSettings()) as sinks:
-        sinks.handle(Evaluated(records[3]))
-        sinks.handle(Evaluated(evaluated(4, 0.45)))  # trained anew after a rollback
+        sinks.handle(EvalRecord(records[3]))
+        sinks.handle(EvalRecord(evaluated(4, 0.45)))  # trained anew after a rollback
     wanted = [(2, 0.2), (4, 0.45), (6, 0.6), (8, 0.8)]
     found = curves(run.tensorboard / "eval_test")["eval_test/click/ne"]
     assert found == [(step, pytest.approx(value)) for step, value in wanted]
@@ -187,7 +187,7 @@ def test_evaluators_of_two_splits_and_of_another_dataset_do_not_touch_each_other
     assert other not in (series_of("test", None), series_of("test", "/elsewhere/2026-11-22"))
     for series, split, value in (("eval_test", "test", 0.1), ("eval_valid", "valid", 0.2), (other, "test", 0.3)):
         with opened(Job(run, series, split), TrackingSettings()) as sinks:
-            sinks.handle(Evaluated(evaluated(2, value, split=split)))
+            sinks.handle(EvalRecord(evaluated(2, value, split=split)))
     with opened(Job(run, other, "test"), TrackingSettings()):  # begins anew, without its record
         pass
     folders = [run.tensorboard / series for series in ("eval_test", "eval_valid", other)]
@@ -198,9 +198,14 @@ def test_evaluators_of_two_splits_and_of_another_dataset_do_not_touch_each_other
 def test_a_resumed_and_a_rolled_back_training_have_each_step_once(run: Run) -> None:
     with opened(Job(run, TRAIN), TrackingSettings()) as sinks:
         for step in (1, 2, 3):
-            sinks.handle(Trained(trained(step, 1.0)))
+            sinks.handle(TrainRecord(trained(step, 1.0)))
     with opened(Job(run, TRAIN, step=2), TrackingSettings()) as sinks:
-        for event in (Trained(trained(3, 2.0)), Trained(trained(4, 2.0)), RolledBack(3), Trained(trained(4, 3.0))):
+        for event in (
+            TrainRecord(trained(3, 2.0)),
+            TrainRecord(trained(4, 2.0)),
+            RolledBack(3),
+            TrainRecord(trained(4, 3.0)),
+        ):
             sinks.handle(event)
     found = curves(run.tensorboard)
     assert found["train/loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0)]
@@ -222,9 +227,9 @@ def test_a_full_disk_costs_curves_and_one_line_and_curves_go_on_with_room(
     monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
     with opened(Job(run, "eval_test", "test"), TrackingSettings()) as sinks:
         for step in (2, 4):
-            sinks.handle(Evaluated(evaluated(step)))
+            sinks.handle(EvalRecord(evaluated(step)))
         full = False
-        sinks.handle(Evaluated(evaluated(6)))
+        sinks.handle(EvalRecord(evaluated(6)))
     assert [r.getMessage().count("No space left") for r in caplog.records] == [1]
     assert [step for step, _ in curves(run.tensorboard / "eval_test")["eval_test/click/ne"]] == [6]
 
@@ -245,8 +250,8 @@ def test_a_link_where_curves_of_a_split_belong_is_refused(run: Run, tmp_path: Pa
 def test_prometheus_reads_the_newest_figures_of_a_training(run: Run, port: int) -> None:
     with opened(Job(run, TRAIN), TrackingSettings(metrics_port=port)) as sinks:
         assert scrape(port) == {}  # nothing is known, which is not 0
-        sinks.handle(Trained(trained(1)))
-        sinks.handle(Trained(trained(2, 0.25)))
+        sinks.handle(TrainRecord(trained(1)))
+        sinks.handle(TrainRecord(trained(2, 0.25)))
         sinks.handle(Committed(2, 1700.5))
         found = scrape(port)
     plain = {name.removeprefix("taskfuse_train_"): value for (name, labels), value in found.items() if not labels}
@@ -265,7 +270,7 @@ def test_prometheus_reads_the_newest_figures_of_an_evaluator_whatever_a_task_is_
     with opened(Job(run, "eval_test", "test", history=history), TrackingSettings(metrics_port=port)) as sinks:
         split, task = ("split", "test"), ("task", HOSTILE)
         assert scrape(port)[("taskfuse_eval_ne", (split, task))] == 0.95
-        sinks.handle(Evaluated(evaluated(4, 0.9, HOSTILE, lag=lag, rows_per_s=7000.0)))
+        sinks.handle(EvalRecord(evaluated(4, 0.9, HOSTILE, lag=lag, rows_per_s=7000.0)))
         found = scrape(port)
     assert found[("taskfuse_eval_ne", (split, task))] == 0.9
     assert found[("taskfuse_eval_ne_standard_error", (split, task))] == 0.01

@@ -24,7 +24,7 @@ from features.plain_json import read_json
 from features.yaml_text import yaml_of
 from pipeline.run.run import Run
 from pipeline.run.tracking import background, mlflow
-from pipeline.run.tracking.base import TRAIN, Evaluated, Job, Published, Record, RolledBack, Trained
+from pipeline.run.tracking.base import TRAIN, EvalRecord, Job, Published, Record, RolledBack, TrainRecord
 from pipeline.run.tracking.registry import opened
 from pipeline.run.tracking.settings import TrackingSettings
 
@@ -99,7 +99,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_figures_of_a_training_and_its_settings_are_one_run_named_like_the_folder(tracked: Tracked) -> None:
-    tracked.job(*[Trained(trained(step)) for step in (1, 2, 3)])
+    tracked.job(*[TrainRecord(trained(step)) for step in (1, 2, 3)])
     [run] = tracked.runs()
     assert run.info.run_name == "adatt"
     assert run.info.status == "FINISHED"
@@ -112,18 +112,18 @@ def test_the_figures_of_a_training_and_its_settings_are_one_run_named_like_the_f
 
 def test_a_killed_and_resumed_training_goes_on_in_the_same_run_with_every_step_once(tracked: Tracked) -> None:
     lines: list[Record] = [trained(step) for step in (1, 2, 3)]
-    tracked.job(*map(Trained, lines))
+    tracked.job(*map(TrainRecord, lines))
     # Resumed at step 2: step 3 is repeated a little differently, as on a GPU, step 4 was not sent before the kill.
-    tracked.job(Trained(trained(3, loss=0.3334)), Trained(trained(5)), history=[*lines[:2], trained(4)])
+    tracked.job(TrainRecord(trained(3, loss=0.3334)), TrainRecord(trained(5)), history=[*lines[:2], trained(4)])
     assert sorted(tracked.points("train/loss")) == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25), (5, 0.2)]
 
 
 def test_a_record_that_was_not_sent_before_an_evaluator_was_killed_is_sent_by_the_next(tracked: Tracked) -> None:
-    tracked.job(Evaluated(evaluated(2)), series="eval_test")
+    tracked.job(EvalRecord(evaluated(2)), series="eval_test")
     known: list[Record] = [evaluated(2), evaluated(4, 0.8)]
     for _ in range(2):
         tracked.job(series="eval_test", history=known)
-    tracked.job(Evaluated(evaluated(2, 0.7, "valid")), series="eval_valid")
+    tracked.job(EvalRecord(evaluated(2, 0.7, "valid")), series="eval_valid")
     assert tracked.points("eval_test/click/ne") == [(2, 0.9), (4, 0.8)]
     assert tracked.points("eval_valid/click/ne") == [(2, 0.7)]
     assert tracked.points("eval_test/click/gauc") == []
@@ -131,7 +131,7 @@ def test_a_record_that_was_not_sent_before_an_evaluator_was_killed_is_sent_by_th
 
 def test_a_checkpoint_trained_anew_has_its_new_value_as_the_newest(tracked: Tracked) -> None:
     again = evaluated(4, 0.6) | {"time": 2000.0}
-    tracked.job(*map(Evaluated, [evaluated(2), evaluated(4), again]), series="eval_test")
+    tracked.job(*map(EvalRecord, [evaluated(2), evaluated(4), again]), series="eval_test")
     [run] = tracked.runs()
     assert run.data.metrics["eval_test/click/ne"] == 0.6
     assert sorted(tracked.points("eval_test/click/ne")) == [(2, 0.9), (4, 0.6), (4, 0.9)]
@@ -139,7 +139,11 @@ def test_a_checkpoint_trained_anew_has_its_new_value_as_the_newest(tracked: Trac
 
 def test_steps_repeated_after_a_rollback_are_one_point_and_a_tag_names_the_rollback(tracked: Tracked) -> None:
     tracked.job(
-        Trained(trained(1)), Trained(trained(2)), RolledBack(1), Trained(trained(2, loss=0.7)), Trained(trained(3))
+        TrainRecord(trained(1)),
+        TrainRecord(trained(2)),
+        RolledBack(1),
+        TrainRecord(trained(2, loss=0.7)),
+        TrainRecord(trained(3)),
     )
     assert [step for step, _ in tracked.points("train/loss")] == [1, 2, 3]
     [run] = tracked.runs()
@@ -147,9 +151,9 @@ def test_steps_repeated_after_a_rollback_are_one_point_and_a_tag_names_the_rollb
 
 
 def test_a_setting_that_was_changed_before_a_resume_is_a_tag(tracked: Tracked) -> None:
-    tracked.job(Trained(trained(1)))
+    tracked.job(TrainRecord(trained(1)))
     tracked.write_config(lr=0.05)
-    tracked.job(Trained(trained(2)))
+    tracked.job(TrainRecord(trained(2)))
     [run] = tracked.runs()
     assert run.data.params["train.dense.lr"] == "0.1"
     assert run.data.tags["changed.train.dense.lr"] == "0.05"
@@ -171,7 +175,7 @@ def test_more_figures_than_a_request_may_have_all_arrive(tracked: Tracked) -> No
 
 def test_task_names_of_any_kind_are_sent(tracked: Tracked) -> None:
     tasks = ["a+b", "a*b", "..", ".", "", " ", "ü", "a/../b", "x" * 300, "x" * 301]
-    tracked.job(Trained(trained(1, ne=0.5) | {"ne": {task: n / 10 for n, task in enumerate(tasks)}}))
+    tracked.job(TrainRecord(trained(1, ne=0.5) | {"ne": {task: n / 10 for n, task in enumerate(tasks)}}))
     for n, task in enumerate(tasks):
         assert tracked.points(mlflow.key_of("train_ne", *task.split("/"))) == [(1, n / 10)]
 
@@ -207,7 +211,7 @@ def test_what_is_sent_while_mlflow_cannot_be_reached_arrives_once_it_can(
 
     monkeypatch.setattr(fake_mlflow.MlflowClient, "log_batch", refuse)
     with caplog.at_level(logging.WARNING):
-        tracked.job(*[Trained(trained(step)) for step in range(1, 7)])
+        tracked.job(*[TrainRecord(trained(step)) for step in range(1, 7)])
     assert calls[0] > 4
     assert [step for step, _ in tracked.points("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert "secret" not in caplog.text
@@ -221,18 +225,18 @@ def test_a_server_that_hangs_costs_a_job_a_limited_time_and_one_line(
     monkeypatch.setattr(background, "CLOSE_S", 0.2)
     tracked, ended = Tracked(tmp_path, fake_mlflow.MlflowClient), background.Queue[int]()
     monkeypatch.setattr(fake_mlflow.MlflowClient, "search_runs", lambda *_: ended.get())
-    tracked.job(*[Trained(trained(step)) for step in (1, 2)])
+    tracked.job(*[TrainRecord(trained(step)) for step in (1, 2)])
     assert "could not be sent in time" in caplog.text
     ended.put(0)
 
 
 def test_two_runs_of_a_folder_are_two_runs_of_one_experiment(tracked: Tracked) -> None:
-    tracked.job(Trained(trained(1)))
+    tracked.job(TrainRecord(trained(1)))
     first = tracked.runs()[0].info
     shutil.rmtree(tracked.run.path)  # started anew at the same place
     (tracked.run.path / "metrics").mkdir(parents=True)
     tracked.write_config(lr=0.2)
-    tracked.job(Trained(trained(1)))
+    tracked.job(TrainRecord(trained(1)))
     second = tracked.runs()[0].info
     assert second.run_id != first.run_id
     assert second.experiment_id == first.experiment_id
@@ -245,7 +249,7 @@ def test_a_damaged_identity_is_one_line_and_sends_nothing(
     fake_mlflow.install(monkeypatch)
     tracked = Tracked(tmp_path, fake_mlflow.MlflowClient)
     (tracked.run.path / "mlflow.json").write_text(content)
-    tracked.job(Trained(trained(1)))
+    tracked.job(TrainRecord(trained(1)))
     assert "mlflow.json" in caplog.text
     assert not fake_mlflow.STORES[tracked.uri].runs
 

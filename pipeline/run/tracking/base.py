@@ -31,13 +31,13 @@ class Job:
     history: Sequence[Record] = ()
 
 
-class Trained(NamedTuple):
+class TrainRecord(NamedTuple):
     """A record of train.jsonl."""
 
     record: Record
 
 
-class Evaluated(NamedTuple):
+class EvalRecord(NamedTuple):
     """A record of eval.jsonl, with `bounds` {task: {metric: [low, high]}} where it has intervals."""
 
     record: Record
@@ -62,7 +62,7 @@ class Published(NamedTuple):
     file: Path
 
 
-Event: TypeAlias = Trained | Evaluated | Committed | RolledBack | Published
+Event: TypeAlias = TrainRecord | EvalRecord | Committed | RolledBack | Published
 
 
 class Sink(Protocol):

@@ -23,7 +23,18 @@ from features.regular_files import lstat_regular
 from pipeline.run.run import Run
 from pipeline.run.tracking import scalars
 from pipeline.run.tracking.background import Background
-from pipeline.run.tracking.base import TRAIN, Evaluated, Event, Job, Published, Record, RolledBack, Sink, State, Trained
+from pipeline.run.tracking.base import (
+    TRAIN,
+    EvalRecord,
+    Event,
+    Job,
+    Published,
+    Record,
+    RolledBack,
+    Sink,
+    State,
+    TrainRecord,
+)
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.files import write_json
 
@@ -120,7 +131,7 @@ class Mlflow:
     def handle(self, event: Event) -> None:
         """Sends an event, and what could not be sent before it."""
         match event:
-            case Trained(record) | Evaluated(record):
+            case TrainRecord(record) | EvalRecord(record):
                 self._add(record)
             case RolledBack(step):
                 self.tags["taskfuse.rolled_back"] = f"to step {step}: steps repeated since have their first values here"

@@ -9,7 +9,7 @@ from typing import Any
 
 from features.errors import UserError, one_line
 from pipeline.run.headline import HEADLINE
-from pipeline.run.tracking.base import TRAIN, Committed, Evaluated, Event, Job, Record, Sink, State, Trained
+from pipeline.run.tracking.base import TRAIN, Committed, EvalRecord, Event, Job, Record, Sink, State, TrainRecord
 from pipeline.run.tracking.settings import TrackingSettings
 
 HINT = "pip install 'prometheus-client>=0.20,<1', or leave metrics_port out"
@@ -99,7 +99,7 @@ class Prometheus:
     def handle(self, event: Event) -> None:
         """Sets the gauges."""
         match event:
-            case Trained(record):
+            case TrainRecord(record):
                 for key, (name, text) in TRAIN_GAUGES.items():
                     self._set(name, text, record.get(key))
                 for key, (name, text) in TRAIN_TASK_GAUGES.items():
@@ -108,7 +108,7 @@ class Prometheus:
             case Committed(step, time):
                 self._set("taskfuse_train_checkpoint_step", "Step of the newest checkpoint.", step)
                 self._set("taskfuse_train_checkpoint_timestamp_seconds", "When it was written, since 1970.", time)
-            case Evaluated(record):
+            case EvalRecord(record):
                 self._evaluated(record)
 
     def close(self, _: State) -> None:

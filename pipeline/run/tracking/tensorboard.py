@@ -5,7 +5,7 @@ from contextlib import suppress
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.run.tracking import scalars
-from pipeline.run.tracking.base import TRAIN, Evaluated, Event, Job, Record, RolledBack, Sink, State, Trained
+from pipeline.run.tracking.base import TRAIN, EvalRecord, Event, Job, Record, RolledBack, Sink, State, TrainRecord
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.files import make_folder
 
@@ -25,7 +25,7 @@ class TrainingCurves:
     def handle(self, event: Event) -> None:
         """Draws a record, or begins again after a rollback."""
         match event:
-            case Trained(record):
+            case TrainRecord(record):
                 for name, value in scalars.of_training(record).items():
                     self.writer.add_scalar(name, value, record["step"])
             case RolledBack(step):
@@ -55,7 +55,7 @@ class EvaluationCurves:
 
     def handle(self, event: Event) -> None:
         """Draws a record; one of an earlier step takes the place of what was drawn from there on."""
-        if not isinstance(event, Evaluated):
+        if not isinstance(event, EvalRecord):
             return
         step = event.record["step"]
         is_newest = step > max(self.records, default=-1)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from features.errors import UserError
 from features.plain_json import validated
 from pipeline.run.run import Run
-from pipeline.run.tracking.base import RolledBack, Trained
+from pipeline.run.tracking.base import RolledBack, TrainRecord
 from pipeline.run.tracking.registry import Sinks
 from pipeline.storage.files import append_line, read_lines
 from pipeline.terminal import SECONDS, draws_bars, short_decimal
@@ -65,7 +65,7 @@ class MetricsWriter:
             for fault in found:
                 logger.warning(fault.line)
         self._write(self.run.train_metrics, record)
-        self.sinks.handle(Trained(record))
+        self.sinks.handle(TrainRecord(record))
         self.run.write_status("training", record["step"], self.steps)
         figures = _figures(record)
         rate = f"{record['rows_per_s']:,.0f} rows/s"
