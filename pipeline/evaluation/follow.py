@@ -78,7 +78,7 @@ class Evaluation:
         torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
         self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size, config)
         self.known: dict[int, dict[str, Any]] = {}
-        own = config.dataset is None and config.days is None
+        own = self.scorer.own_dataset and config.days is None
         self.series = series_of(config.split, None if own else self.scorer.dataset.name)
 
     def records(self) -> Iterator[dict[str, Any]]:
