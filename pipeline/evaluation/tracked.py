@@ -6,12 +6,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.lockstep import rank_of
 from pipeline.evaluation.metrics.intervals import quantile
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
 from pipeline.run.tracking import mlflow
 from pipeline.run.tracking.base import Job, Published
-from pipeline.run.tracking.registry import Sinks, opened
+from pipeline.run.tracking.registry import SINKS, Sinks, check, opened
 from pipeline.run.tracking.settings import TrackingSettings
 
 CONFIDENCE = 0.95  # of the two-sided intervals
@@ -42,17 +43,24 @@ def with_bounds(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "bounds": bounds}
 
 
+def check_settings(settings: TrackingSettings) -> None:
+    """Raises UserError on the first rank where a package is missing or a port is in use."""
+    if rank_of()[0] == 0:
+        check(settings)
+
+
 def tracked(
     settings: TrackingSettings, run: Run, split: str, series: str, known: Iterable[Mapping[str, Any]]
 ) -> AbstractContextManager[Sinks]:
-    """The sinks of an evaluation.
+    """The sinks of an evaluation; on ranks but the first there are none.
 
     Args:
         series: see `series_of`. known: the records by now, of which sinks lack those that a killed evaluator did not send.
     Raises:
         UserError: see `opened`.
     """
-    return opened(Job(run, series, split, history=[with_bounds(record) for record in known]), settings)
+    job = Job(run, series, split, history=[with_bounds(record) for record in known])
+    return opened(job, settings, SINKS if rank_of()[0] == 0 else {})
 
 
 def publish(settings: TrackingSettings, run: Run, split: str, series: str, file: Path) -> None:
