@@ -20,7 +20,7 @@ from features.errors import UserError
 from features.yaml_text import yaml_of
 from models.ranker import ModelConfig
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-from pipeline.evaluation.tracked import series_of, with_bounds
+from pipeline.evaluation.tracked import check_settings, series_of, tracked, with_bounds
 from pipeline.run.run import Run
 from pipeline.run.tracking import tensorboard
 from pipeline.run.tracking.base import TRAIN, Committed, EvalRecord, Event, Job, Published, RolledBack, TrainRecord
@@ -145,6 +145,20 @@ def test_members_that_are_off_by_default_open_nothing(run: Run) -> None:
     with opened(Job(run, TRAIN), TrackingSettings()) as sinks:
         assert list(sinks.members) == ["TensorBoard"]
     assert not (run.path / "mlflow.json").exists()
+
+
+def test_of_an_evaluation_on_ranks_the_first_alone_has_sinks(
+    run: Run, all_on: TrackingSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr("pipeline.evaluation.tracked.rank_of", lambda rank=rank: (rank, 2))
+        with tracked(all_on, run, "test", "eval_test", []) as sinks:
+            assert set(sinks.members) == (set() if rank else set(SINKS))
+            if rank == 0:
+                with pytest.raises(UserError, match="in use"):
+                    check_settings(all_on)
+                monkeypatch.setattr("pipeline.evaluation.tracked.rank_of", lambda: (1, 2))
+                check_settings(all_on)  # the port is the first rank's
 
 
 # TensorBoard
