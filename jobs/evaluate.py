@@ -42,6 +42,7 @@ def main(config: DictConfig) -> None:
         if rank == 0:
             results = evaluation.results()
             html.write(results)
+            evaluation.publish()
             print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
 
 

@@ -28,15 +28,18 @@ from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.pending import Claim, Order, Pending
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.tracked import check_settings, publish, series_of, tracked, with_bounds
 from pipeline.evaluation.weights import Loading, Shard, Tables
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.run.tracking.base import EvalRecord
+from pipeline.run.tracking.settings import TrackingSettings
 
 POLL_INTERVAL = 0.5  # seconds
 WAIT, END = -1, -2  # instead of a step: nothing to evaluate now, or any more
 
 
-class EvaluateConfig(MeasureConfig):
+class EvaluateConfig(MeasureConfig, TrackingSettings):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
     run: Path
@@ -84,6 +87,7 @@ class Evaluation:
 
     def __init__(self, config: EvaluateConfig, shard: Shard | None = None) -> None:
         self.config, self.run, self.began = config, Run(config.run), time.time()
+        check_settings(config)
         if config.follow:
             priority.lower(config.idle)
             _wait_for_run(self.run, config.give_up_after)
@@ -95,6 +99,8 @@ class Evaluation:
             self.run, config.split, self.scorer.dataset.name, config.share, own_dataset=self.scorer.own_dataset,
             every=config.every, order=config.order, with_predictions=config.predictions,
         )  # fmt: skip
+        own = self.scorer.own_dataset and config.days is None
+        self.series = series_of(config.split, None if own else self.scorer.dataset.name)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -109,11 +115,14 @@ class Evaluation:
         if config.truth and ranks.is_first():
             oracle.write(self.scorer, config.truth)
         steps = None if config.follow else ranks.from_first(lambda: _steps(self.run, config))
-        while (step := ranks.from_first(lambda: self._next(steps))) != END:
-            if step == WAIT:
-                time.sleep(POLL_INTERVAL)
-            elif record := self._evaluate(step):
-                yield record
+        known = self.pending.known().values() if ranks.is_first() else ()
+        with tracked(config, self.run, config.split, self.series, known) as sinks:
+            while (step := ranks.from_first(lambda: self._next(steps))) != END:
+                if step == WAIT:
+                    time.sleep(POLL_INTERVAL)
+                elif record := self._evaluate(step):
+                    sinks.handle(EvalRecord(with_bounds(record)))
+                    yield record
 
     def results(self) -> Results:
         """All that is known of the split by now, for reports. Raises UserError for a record that lacks a metric."""
@@ -128,6 +137,10 @@ class Evaluation:
             known,
             oracle.read(self.run, self.config.split, name, dict(self.scorer.tasks)),
         )
+
+    def publish(self) -> None:
+        """Sends the report to MLflow, where the settings ask for it."""
+        publish(self.config, self.run, self.config.split, self.series, self.run.report)
 
     def _next(self, steps: list[int] | None) -> int:
         """The step that was claimed, WAIT or END. Called at least every POLL_INTERVAL, so that no rank waits for long.

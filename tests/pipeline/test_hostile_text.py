@@ -22,6 +22,9 @@ from pipeline.evaluation.report.plots import expert_heat_map, learning_curves
 from pipeline.evaluation.report.results import Results
 from pipeline.evaluation.report.tables import table
 from pipeline.run.run import Run
+from pipeline.run.tracking.base import TRAIN, Job
+from pipeline.run.tracking.registry import opened
+from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.search import report
 from pipeline.search.comparison import Entry
 from pipeline.storage.files import append_line, read_lines, write_json
@@ -242,13 +245,14 @@ def test_tensorboard_has_a_curve_a_task_whatever_its_name(tmp_path: Path) -> Non
     tasks = [*ORDINARY, "<script>x()</script>", "$x_{$", "a|b"]
     run = Run(tmp_path)
     run.train_metrics.parent.mkdir(parents=True)
-    writer = MetricsWriter(run, tasks, step=0, steps=1)
     values = dict.fromkeys(tasks, 0.5)
-    writer.log({
-        "step": 1, "rows": 10, "lr": 0.1, "loss": 1.0, "weight": values, "ne": values, "task_loss": {}, "rows_per_s": 1.0,
-        "data_wait": 0.0, "seconds_left": 0.0,
-    })  # fmt: skip
-    writer.close()
+    with opened(Job(run, TRAIN), TrackingSettings()) as sinks:
+        writer = MetricsWriter(run, tasks, step=0, steps=1, sinks=sinks)
+        writer.log({
+            "step": 1, "rows": 10, "lr": 0.1, "loss": 1.0, "weight": values, "ne": values, "task_loss": {},
+            "rows_per_s": 1.0, "data_wait": 0.0, "seconds_left": 0.0,
+        })  # fmt: skip
+        writer.close()
     board = EventAccumulator(str(run.tensorboard))
     board.Reload()
     assert {f"train_ne/{task}" for task in tasks} <= set(board.Tags()["scalars"])
