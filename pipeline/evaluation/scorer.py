@@ -119,6 +119,9 @@ class Scorer:
             "seconds": time.perf_counter() - begin,
             "metrics": metrics.compute(),
             "gates": weights.means(),
+            "gate_names": [
+                level._asdict() for level in self.ranker.fusion.gate_names(list(self.schema.tasks), self.ranker.fields)
+            ],
         }
 
     def provenance(self, checksum: str) -> dict[str, str]:

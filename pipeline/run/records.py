@@ -15,6 +15,15 @@ Weights = Annotated[list[FiniteFloat], Field(min_length=1, max_length=4096)]  # 
 Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Levels = Annotated[list[Annotated[list[Weights], Field(max_length=1024)]], Field(max_length=64)]
 
+Names = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=4096)]
+
+
+class GateNames(BaseModel):
+    """Names of a level's units and experts, in the order of its gates."""
+
+    units: Names
+    experts: Names
+
 
 class Record(BaseModel):
     """What every line must have; `Scorer.evaluate` writes more, which only people and reports read.
@@ -24,6 +33,7 @@ class Record(BaseModel):
         dataset: see Dataset.name, with its whole path.
         metrics: task → metric → value, None where it is undefined.
         rows: seen in training. gates: mean weights by level, unit and expert; None of a model without gates.
+        gate_names: of these units and experts; lines of early versions have none.
     """
 
     step: Annotated[int, Field(ge=0)]
@@ -33,6 +43,7 @@ class Record(BaseModel):
     metrics: dict[str, dict[str, Value | None]]
     rows: Annotated[int, Field(ge=0)] | None = None
     gates: Levels | None = None
+    gate_names: Annotated[list[GateNames], Field(max_length=64)] | None = None
 
     @field_validator("gates")
     @classmethod
