@@ -49,10 +49,14 @@ def built(name: str) -> tuple[Fusion, torch.Tensor]:
 def mean_weights(name: str) -> list[dict[str, dict[str, float]]]:
     """By level, unit and expert, the mean weight over the rows."""
     fusion, x = built(name)
+    levels = zip(fusion.gate_names(TASKS, FEATURES), fusion.gates(x), strict=True)
     return [
-        {unit: dict(zip(names.experts, row, strict=True)) for unit, row in zip(names.units, mean_UE, strict=True)}
-        for names, mean_UE in zip(fusion.gate_names(TASKS, FEATURES), (w.mean(0).tolist() for w in fusion.gates(x)), strict=True)
-    ]  # fmt: skip
+        {
+            unit: dict(zip(names.experts, row, strict=True))
+            for unit, row in zip(names.units, w.mean(0).tolist(), strict=True)
+        }
+        for names, w in levels
+    ]
 
 
 def test_every_fusion_is_among_those_tested() -> None:
