@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +13,6 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import MissingDays, chosen_days, day_of
 from pipeline.dataset.manifest import read_manifest
 from pipeline.dataset.past_state import state_id, state_lines
-from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.scorer import Scorer
 from pipeline.ingest.config import EncodersFrom, PreprocessConfig, StateFrom
 from pipeline.ingest.job import preprocess
@@ -148,10 +146,9 @@ def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: i
     if key not in days:
         days[key] = _encode(config, dataset, state, config.folder / f"day-{key}")
     day = days[key]
-    splits = [split for split, rows in day.manifest.rows.items() if rows]
-    if not splits:
+    if not any(day.manifest.rows.values()):
         raise UserError(f"{config.input}: no rows. Check input= and the day's logs.")
-    metrics = reduce(Metrics.merge, (Scorer(run, day, split, config.batch_size).metrics(step)[0] for split in splits))
+    metrics = Scorer(run, day, "all", config.batch_size).metrics(step)[0]
     return ModelScore(str(run.path), step, str(day.path), metrics.compute())
 
 
