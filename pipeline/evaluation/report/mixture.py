@@ -23,25 +23,22 @@ def section(models: Sequence[Model]) -> Section:
         gates = model.last.get("gates") or []
         names = model.last.get("gate_names") or []
         drawings = [
-            Drawing(f"Level {level + 1} of {len(gates)}" if len(gates) > 1 else "Gates", heat_map(mean_UE, *_named(names, level, mean_UE, model)))
+            Drawing(_title(level, len(gates)), heat_map(mean_UE, *_named(names, level, mean_UE, model)))
             for level, mean_UE in enumerate(gates)
             if mean_UE and mean_UE[0]
-        ]  # fmt: skip
+        ]
         if drawings:
             blocks.append(Drawings(drawings, model.name if len(models) > 1 else ""))
-    if not blocks:
-        return Section(
-            "inside",
-            "What is inside?",
-            _lead(models),
-            [Note("No gates: nothing is mixed by weights that could be shown.")],
-        )
-    blocks.append(
-        Note(
-            "Mean over the rows of the split. Rows mix, columns are mixed; an expert is named by the task that owns it."
-        )
+    about = (
+        "Mean weights over the rows of the split: each line mixes the columns. An expert has the name of the task that owns it."
+        if blocks
+        else "The model has no gates."
     )
-    return Section("inside", "What is inside?", _lead(models), blocks)
+    return Section("inside", "What is inside?", _lead(models), [*blocks, Note(about)])
+
+
+def _title(level: int, levels: int) -> str:
+    return f"Level {level + 1} of {levels}" if levels > 1 else "Gates"
 
 
 def _lead(models: Sequence[Model]) -> str:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from features.printable import printable
-from pipeline.evaluation.report import course, mixture, quality, reliability, settings, slices, trend
+from pipeline.evaluation.report import course, mixture, plots, quality, reliability, settings, slices, trend
 from pipeline.evaluation.report.blocks import Section
 from pipeline.evaluation.report.content import Judgement, Model, Night, Trend
 from pipeline.evaluation.report.numbers import count
@@ -26,19 +26,20 @@ from pipeline.storage.files import write_text
 
 FOLDER = Path(__file__).parent
 DEFINITIONS = (
-    "NE: log loss over the entropy of the base rate (He et al. 2014). NRMSE: root mean squared error over the standard deviation "
-    "of the label. Of both 1 is no better than predicting the mean label, and lower is better."
+    "NE: log loss over the entropy of the base rate (He et al. 2014). NRMSE: root mean squared error over the standard "
+    "deviation of the label. Of both 1 is no better than predicting the mean label, and lower is better."
 )
 
 
 def write_run(results: Results, baseline: Model | None = None) -> None:
-    """Writes the run's report.html.
+    """Writes the run's report.html, and ne.png beside it.
 
     Args:
         baseline: another model to compare it with, such as the one that is serving.
     Raises:
         UserError: a file of the run is damaged.
     """
+    plots.write_curves(results)
     write_text(results.run.report, run_page(model_of(results), baseline))
 
 
@@ -114,7 +115,8 @@ def _answers(
 def _about(model: Model) -> str:
     if not model.records:
         return f"Split {model.split} of {model.dataset}. No checkpoint has been evaluated yet."
-    return f"Split {model.split} of {model.dataset}; step {count(model.last['step'])}, after {count(model.last['rows'])} training rows."
+    step, rows = count(model.last["step"]), count(model.last["rows"])
+    return f"Split {model.split} of {model.dataset}; step {step}, after {rows} training rows."
 
 
 def _page(kind: str, title: str, about: str, sections: Sequence[Section]) -> str:

@@ -94,10 +94,10 @@ def _way(model: Model, task: str, changed: Changes) -> str:
 def _gates(gates: Sequence[Gate]) -> list[Block]:
     if not gates:
         return []
-    header = ["gate", "task", "metric", "slice", "outcome", "value", "95% interval", "bound", "why"]
+    header = ["gate", "outcome", "task", "metric", "slice", "value", "95% interval", "bound", "why"]
     lines = [
         [
-            text(gate.name), text(gate.task), text(gate.metric), text(gate.of_slice), text(gate.outcome, gate.outcome),
+            text(gate.name), text(gate.outcome, gate.outcome), text(gate.task), text(gate.metric), text(gate.of_slice),
             number(figure(gate.estimate).value, gate.estimate.value), text(figure(gate.estimate).interval),
             text(gate.bound, "name"), text(gate.why, "name"),
         ]
@@ -116,9 +116,8 @@ def _card(model: Model, task: str, found: Found, changed: Changes | None, baseli
         lines.append((f"change to {baseline.name}", str(difference(change.relative, "%"))))
     if best is not None:
         lines.append(("best possible", f"{significant(best)}, gap closed {percent(closed_gap(value.value, best))}"))
-    for further in (RANKING[kind], "calibration"):
-        if (task, further) in found:
-            lines.append((label(kind, further), str(figure(found[task, further]))))
+    further = [other for other in (RANKING[kind], "calibration") if (task, other) in found]
+    lines += [(label(kind, other), str(figure(found[task, other]))) for other in further]
     lines.append(("rows", count(found.get((task, "rows"), Estimate()).value)))
     shown = figure(value)
     below = f"95% interval {shown.interval}" if shown.interval != NOTHING else "no interval was kept"

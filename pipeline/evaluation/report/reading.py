@@ -15,7 +15,6 @@ from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.report.content import Model, TrainLine
 from pipeline.evaluation.report.results import Results
-from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
 
 MAX_LINES = 4000  # of train.jsonl that are kept, evenly spread
@@ -35,7 +34,7 @@ class _Line(BaseModel):
 
 
 def model_of(results: Results) -> Model:
-    """The model of a run's results. Raises UserError for a damaged file of the run."""
+    """The model of a run's results, whose records `pipeline.run.records` has checked. Raises UserError for a damaged file."""
     run = results.run
     return Model(
         name=run.path.resolve().name,
@@ -62,7 +61,9 @@ def figures_of(results: Results) -> Evaluated | None:
     if not results.records:
         return None
     last = results.records[-1]
-    file = results.run.path / "evaluations" / f"{results.split}-{last['step']:08d}.parquet"
+    if not (name := last.get("evaluation")):
+        return None
+    file = results.run.path / "evaluations" / name
     if lstat_regular(file.parent, file.name) is None:
         return None
     found = evaluated.read(file)

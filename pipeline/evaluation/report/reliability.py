@@ -30,11 +30,7 @@ def section(models: Sequence[Model]) -> Section:
     blocks: list[Block] = []
     drawn = models[:7]
     drawings = [
-        Drawing(
-            task,
-            curve([(model.name, bins_of(model, task), reach_of(model)) for model in drawn]),
-            _caption(models[0], task),
-        )
+        Drawing(task, curve([(one.name, bins_of(one, task), reach_of(one)) for one in drawn]), _caption(models, task))
         for task in models[0].kinds
         if any(bins_of(model, task) for model in drawn)
     ]
@@ -44,8 +40,8 @@ def section(models: Sequence[Model]) -> Section:
         blocks.append(Drawings(drawings, "Mean label over mean prediction"))
         blocks.append(
             Note(
-                "Rows in order of their prediction, in bins of about equal weight; bars are 95% intervals of the mean label, the "
-                "dashed line is perfect calibration. Above it predictions are too low."
+                "Rows in order of their prediction, in bins of about equal weight; bars are 95% intervals of the mean label, "
+                "the dashed line is perfect calibration. Above it predictions are too low."
             )
         )
     else:
@@ -99,9 +95,10 @@ def _is_off(one: Estimate) -> bool:
     return one.low is not None and one.high is not None and not one.low <= 1 <= one.high
 
 
-def _caption(model: Model, task: str) -> str:
-    one = estimates(model).get((task, "ece"), Estimate())
-    return f"Expected calibration error {significant(one.value)}" if one.value is not None else ""
+def _caption(models: Sequence[Model], task: str) -> str:
+    found = [(model.name, estimates(model).get((task, "ece"), Estimate()).value) for model in models[:7]]
+    shown = [f"{name} {significant(x)}" if len(models) > 1 else significant(x) for name, x in found if x is not None]
+    return f"Expected calibration error {', '.join(shown)}" if shown else ""
 
 
 def curve(series: Sequence[tuple[str, Sequence[Bin], float]]) -> Markup:

@@ -31,8 +31,8 @@ def section(models: Sequence[Model], baseline: Model | None) -> Section:
 
 def _lead(blocks: Sequence[Block]) -> str:
     parts = [
-        f"{count(len(block.differing))} of {count(len(block.differing) + len(block.same))} settings of {block.ours} differ from "
-        f"{block.theirs}."
+        f"{count(len(block.differing))} of {count(len(block.differing) + len(block.same))} settings of {block.ours} differ "
+        f"from {block.theirs}."
         for block in blocks
         if isinstance(block, Settings) and block.theirs
     ]

@@ -42,17 +42,13 @@ def _lead(found: Sequence[Harm]) -> str:
     harmful = sum(one.harm.low is not None and one.harm.low > 0 for one in judged)
     chance = len(judged) * 0.025
     return (
-        f"{harmful} of {count(len(judged))} figures of slices do harm, with a 95% interval above 0; by chance alone it would be "
-        f"about {significant(chance, 2)}."
+        f"{harmful} of {count(len(judged))} figures of slices do harm, with a 95% interval above 0; by chance alone it would "
+        f"be about {significant(chance, 2)}."
     )
 
 
 def _definition(baseline: Model | None, minimum: int) -> str:
-    reference = (
-        f"as good as {baseline.name} there"
-        if baseline
-        else "as good as the rest of the rows, relative to its mean label"
-    )
+    reference = f"as good as {baseline.name} there" if baseline else "as good as the rest, relative to its mean label"
     return (
         f"Harm: by how much the metric of all rows would fall if the slice were {reference}. Slices overlap, so harms do not "
         f"add up. Slices of fewer than {count(minimum)} observed rows are not listed."

@@ -24,7 +24,8 @@ def sections(trend: Trend) -> list[Section]:
         for task, kind in trend.kinds.items()
     ]
     blocks: list[Block] = [*(Banner("alarm", line) for line in trend.alarms), Drawings(charts, f"{metrics} by night")]
-    lead = f"{count(passed)} of {count(len(nights))} nights passed; {count(len(trend.alarms)) if trend.alarms else 'no'} alarms."
+    alarms = f"{len(trend.alarms)} alarm{'s' if len(trend.alarms) > 1 else ''}" if trend.alarms else "no alarms"
+    lead = f"{count(passed)} of {count(len(nights))} nights passed; {alarms}."
     table = Table(
         _header(trend), [_line(night, trend) for night in reversed(nights)], "Nights", 4, 31, "earlier nights"
     )
