@@ -22,6 +22,7 @@ from pipeline.evaluation import follow, oracle, predictions
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report import page, plots, tables
+from pipeline.evaluation.report.numbers import significant
 from pipeline.release.nightly import NightlyConfig, nightly
 from pipeline.run import checkpoint, records
 from pipeline.run.checkpoint import lock
@@ -277,7 +278,10 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     assert set(limit.get_ydata()) == {best}
     page.write_run(results)
     assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
-    assert run.report.read_text().count(f" {ne:.4f}</td>") == 1
+    text = run.report.read_text()
+    assert f'<p class="figure">{significant(ne)}<span>NE</span></p>' in text
+    assert f"<dd>{significant(best)}, gap closed" in text
+    assert text.count("<tr><td") > len(recorded)
 
 
 def test_the_dataset_is_opened_and_the_records_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch):
