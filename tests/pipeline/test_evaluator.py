@@ -280,7 +280,7 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     page.write_run(results)
     assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
     text = run.report.read_text()
-    [shown_ne] = re.findall(r'<p class="figure">([\d.]+)<span>NE</span></p>', text)
+    shown_ne, *_ = re.findall(r'<p class="figure">([\d.]+)<span>NE</span></p>', text)
     assert float(shown_ne) == pytest.approx(ne, rel=1e-3)
     assert f"<dd>{significant(best)}, gap closed" in text
     assert text.count("<tr><td") > len(recorded)
