@@ -17,6 +17,7 @@ def main(config: DictConfig) -> None:
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import page, tables
     from pipeline.terminal import short_decimal
+    from pipeline.training.config import Settings
 
     if "data" in config and "truth" in config.data and config.truth is None:
         config.truth = OmegaConf.to_container(config.data.truth, resolve=True)
@@ -26,7 +27,7 @@ def main(config: DictConfig) -> None:
         ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
         print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
     results = evaluation.results()
-    page.write_run(results)
+    page.write_run(results, defaults=Settings().model_dump(mode="json"))
     print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
 
 

@@ -272,6 +272,14 @@ def test_a_page_can_be_made_without_what_early_versions_did_not_keep(missing):
         checked(page.run_page(replace(of, **{key: empty[key] for key in missing})))  # type: ignore[arg-type]
 
 
+def test_training_settings_are_compared_with_the_defaults_where_there_is_no_baseline():
+    of = replace(model(), defaults={"seed": 0, "epochs": 1})
+    shown = checked(page.run_page(of)).shown()
+    assert "1 of 4 settings of adatt differ from the defaults of train." in shown
+    assert re.search(r"train.seed\n7\n0\n", shown)
+    assert "differ from mmoe" in checked(page.run_page(of, model("mmoe"))).shown()
+
+
 def test_a_run_without_an_evaluation_says_so():
     assert "No checkpoint has been evaluated yet." in checked(page.run_page(replace(model(), records=[]))).shown()
 

@@ -46,6 +46,7 @@ class Model:
         training, progressive: lines of its train.jsonl and progressive.jsonl.
         config: its config.yaml. card: a relative link to the page of its dataset's card.
         facts: further lines about it, a name and a text each.
+        defaults: of its training settings, where known, to mark what was set.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Model:
     config: Mapping[str, Any] = field(default_factory=dict)
     card: str | None = None
     facts: Sequence[tuple[str, str]] = ()
+    defaults: Mapping[str, Any] | None = None
 
     @property
     def last(self) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ It loads nothing and runs only the script whose hash it names; texts of data are
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,16 +32,17 @@ DEFINITIONS = (
 )
 
 
-def write_run(results: Results, baseline: Model | None = None) -> None:
+def write_run(results: Results, baseline: Model | None = None, defaults: Mapping[str, Any] | None = None) -> None:
     """Writes the run's report.html, and ne.png beside it.
 
     Args:
         baseline: another model to compare it with, such as the one that is serving.
+        defaults: of training settings, which it is compared with where there is no baseline.
     Raises:
         UserError: a file of the run is damaged.
     """
     plots.write_curves(results)
-    write_text(results.run.report, run_page(model_of(results), baseline))
+    write_text(results.run.report, run_page(replace(model_of(results), defaults=defaults), baseline))
 
 
 def write_comparison(models: Sequence[Model], baseline: Model | None, file: Path) -> None:

@@ -22,11 +22,18 @@ def section(models: Sequence[Model], baseline: Model | None) -> Section:
         links = [("data card", f"of {model.dataset}", model.card)] if model.card else []
         blocks.append(Facts(_facts(model), links))
         if model is not baseline and model.config:
-            other = baseline if baseline and baseline.config else None
-            blocks.append(
-                compared(model.config, model.name, other.config if other else None, other.name if other else "")
-            )
+            theirs, name = _compared_with(model, baseline)
+            blocks.append(compared(model.config, model.name, theirs, name))
     return Section("run", "What was run?", _lead(blocks), blocks)
+
+
+def _compared_with(model: Model, baseline: Model | None) -> tuple[Mapping[str, Any] | None, str]:
+    """The baseline's configuration, or else the model's own with the default training settings; and what it is called."""
+    if baseline and baseline.config:
+        return baseline.config, baseline.name
+    if model.defaults is not None:
+        return {**model.config, "train": model.defaults}, "the defaults of train"
+    return None, ""
 
 
 def _lead(blocks: Sequence[Block]) -> str:
