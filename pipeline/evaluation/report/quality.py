@@ -177,7 +177,7 @@ def _models_of_task(
 ) -> Table:
     """One task: a line a model, the best first."""
     kind = models[0].kinds[task]
-    names = (HEADLINE[kind], RANKING[kind], "calibration")
+    names = (HEADLINE[kind], RANKING[kind])
     header = ["model"]
     for name in names:
         header += [label(kind, name), "95% interval"]
