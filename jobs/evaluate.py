@@ -4,6 +4,7 @@ Examples:
   python -m jobs.evaluate run=runs/demo/adatt
   python -m jobs.evaluate run=runs/demo/adatt split=valid follow=true every=4 order=newest
   python -m jobs.evaluate run=/runs/serving dataset=/data/2026-11-22 step=newest
+  python -m jobs.evaluate compare='[runs/demo/adatt,runs/demo/ple@440]'
   python -m jobs.launch --nproc-per-node=8 -m jobs.evaluate run=/runs/large step=newest table_precision=fp16
 """
 
@@ -21,7 +22,8 @@ def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report; with `compare`, prints a comparison."""
     from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-    from pipeline.evaluation.report import html, tables
+    from pipeline.evaluation.report import page, tables
+    from pipeline.training.config import Settings
     from pipeline.training.parallel import process_group
     from pipeline.training.parallel.scoring import shard_for_scoring
 
@@ -41,7 +43,7 @@ def main(config: DictConfig) -> None:
             print(progress_line(record), flush=True)
         if rank == 0:
             results = evaluation.results()
-            html.write(results)
+            page.write_run(results, defaults=Settings().model_dump(mode="json"))
             evaluation.publish()
             print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
 

@@ -22,7 +22,7 @@ Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Levels = Annotated[list[Annotated[list[Weights], Field(max_length=1024)]], Field(max_length=64)]
 Bins = Annotated[list[Annotated[list[Value | None], Field(min_length=4, max_length=4)]], Field(max_length=1024)]
 FileName = Annotated[str, Field(pattern=r"^[a-z]{1,20}-[0-9]{8,20}(-[0-9a-f]{8})?\.parquet$")]
-Natural = Annotated[int, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0, le=1 << 53)]
 Seconds = Annotated[FiniteFloat, Field(ge=0)]
 IDENTITY = ("split", "dataset", "share", "step", "checkpoint")  # of an evaluation: one line each
 LOCK = "eval"  # of Run.lock, around a change of eval.jsonl
@@ -35,20 +35,38 @@ class Lag(BaseModel):
     seconds: Seconds
 
 
+Names = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=4096)]
+
+
+class GateNames(BaseModel):
+    """Names of a level's units and experts, in the order of its gates."""
+
+    units: Names
+    experts: Names
+
+
+class Sketch(BaseModel):
+    """AUC of rounded logits: the bound on its error, and the share of clusters that intervals and slices are of."""
+
+    sketch: Value
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
 class Record(BaseModel):
-    """What every line must have; `Scorer.evaluate` writes more, which only people and reports read.
+    """What every line must have, or may; `Scorer.evaluate` writes more, which only people read.
 
     Attributes:
         checkpoint: its manifest's checksum; lines of early versions have none, and are evaluated again.
         dataset: see Dataset.name, with its whole path.
         metrics: task → metric → value, None where it is undefined.
         rows: seen in training. gates: mean weights by level, unit and expert; None of a model without gates.
+        gate_names: of these units and experts.
         share: of the split's clusters that was scored; lines of early versions have none, and are of all.
         cluster, buckets: what intervals are computed from. A record with them has a file of all figures, `evaluation`, in
             RUN/evaluations.
         intervals: task → metric → standard error.
         reliability: task → bins of [mean prediction, mean label, its standard error, weight].
-        rows_evaluated, rows_per_s, ranks: of the evaluation. ranking: "exact", or the bound on the error of AUC.
+        rows_evaluated, rows_per_s, ranks: of the evaluation. ranking: "exact", or how AUC was approximated.
     """
 
     step: Natural
@@ -58,9 +76,10 @@ class Record(BaseModel):
     metrics: dict[str, dict[str, Value | None]]
     rows: Natural | None = None
     gates: Levels | None = None
+    gate_names: Annotated[list[GateNames], Field(max_length=64)] | None = None
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     cluster: str | None = None
-    buckets: Annotated[int, Field(ge=1)] | None = None
+    buckets: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     evaluation: FileName | None = None
     intervals: dict[str, dict[str, Value | None]] | None = None
     reliability: dict[str, Bins] | None = None
@@ -68,7 +87,9 @@ class Record(BaseModel):
     rows_evaluated: Natural | None = None
     rows_per_s: Seconds | None = None
     ranks: Annotated[int, Field(ge=1)] | None = None
-    ranking: Literal["exact"] | dict[Literal["sketch"], Seconds] | None = None
+    ranking: Literal["exact"] | Sketch | None = None
+    seconds: Value | None = None
+    time: Value | None = None
 
     @field_validator("gates")
     @classmethod
