@@ -6,7 +6,7 @@ last line on stdout is the outcome as JSON.
 Examples:
   python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly date=2026-11-09
   python -m jobs.nightly run=/runs/new input=/logs/today out=/nightly gates=gates.yaml bless=pass webhook=true
-  python -m jobs.nightly 'train={args: [model=ple], ranks: 8}' days=/data/days input=/logs out=/nightly date=2026-11-09 bless=pass
+  python -m jobs.nightly 'train={args: [model=ple]}' days=/runs/days input=/logs out=/runs/nightly date=2026-11-09
   python -m jobs.nightly bless=back out=/nightly
 """
 

@@ -11,18 +11,8 @@ def text(result: Result) -> str:
     night = result.night
     parts = []
     if gates := (night.summary("gates") or {}).get("gates"):
-        lines = [
-            [
-                gate["outcome"].upper(),
-                gate["task"],
-                gate["slice"],
-                gate["gate"],
-                gate["candidate"],
-                gate["serving"],
-                gate["why"],
-            ]
-            for gate in gates
-        ]
+        keys = ("task", "slice", "gate", "candidate", "serving", "why")
+        lines = [[gate["outcome"].upper(), *(gate[key] for key in keys)] for gate in gates]
         head = ["", "task", "slice", "gate", "candidate", "serving", ""]
         parts.append(tabulate(lines, head, floatfmt=".4f", missingval="-"))
     parts += [f"data  {line}" for line in (night.summary("check") or {}).get("violations", [])]
