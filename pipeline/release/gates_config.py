@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 
 from features.errors import UserError
 from features.plain_json import Count, validated
+from features.regular_files import lstat_regular
 from features.yaml_text import read_yaml
 from pipeline.evaluation.metrics.evaluated import ALL
 from pipeline.run.headline import HEADLINE
@@ -39,12 +40,12 @@ class Change(Strict):
         worse_by_at_most: a non-inferiority margin. better_by_at_least: a gain to be shown (superiority).
     """
 
-    worse_by_at_most: FiniteFloat | Name | None = None
-    better_by_at_least: FiniteFloat | Name | None = None
+    worse_by_at_most: float | str | None = None
+    better_by_at_least: float | str | None = None
 
-    @field_validator("worse_by_at_most", "better_by_at_least")
+    @field_validator("worse_by_at_most", "better_by_at_least", mode="plain")
     @classmethod
-    def _is_amount(cls, given: float | str | None) -> float | str | None:
+    def _is_amount(cls, given: Any) -> float | str | None:
         if given is not None and _amount(given)[0] < 0:
             raise ValueError("must be at least 0")
         return given
@@ -183,14 +184,27 @@ def default_gates(kinds: Mapping[str, str], max_increase: float) -> Gates:
     return Gates(default=[Gate(metric=metric, change=change) for metric in metrics])
 
 
-def _amount(given: float | str) -> tuple[float, bool]:
+def chosen_gates(given: Path | None, run: Path, kinds: Mapping[str, str], max_increase: float) -> tuple[Gates, str]:
+    """The gates to judge a run by, and where they stand: a given file, else RUN/gates.yaml, else `default_gates`.
+
+    Raises:
+        UserError: as load_gates.
+    """
+    if given is not None:
+        return load_gates(given), str(given)
+    if lstat_regular(run, "gates.yaml") is not None:
+        return load_gates(run / "gates.yaml"), str(run / "gates.yaml")
+    return default_gates(kinds, max_increase), "the default gates"
+
+
+def _amount(given: Any) -> tuple[float, bool]:
     """A number, or a text as 1%, as a number and whether it is a share. Raises ValueError."""
-    if not isinstance(given, str):
-        return given, False
+    share, number = isinstance(given, str) and given.endswith("%"), math.nan
     try:
-        share = float(given.removesuffix("%")) / 100 if given.endswith("%") else math.nan
-    except ValueError:
-        share = math.nan
-    if not math.isfinite(share):
+        if share or (isinstance(given, int | float) and not isinstance(given, bool)):
+            number = float(given[:-1]) / 100 if share else float(given)
+    except (ValueError, OverflowError):
+        pass
+    if not math.isfinite(number):
         raise ValueError("must be a number, or a share of the serving checkpoint's value such as 1%")
-    return share, True
+    return number, share
