@@ -85,17 +85,17 @@ def encode(config: NightlyConfig, origin: Origin) -> Path:
     """
     if config.days and (shared := _in_days(config, config.days, origin)):
         return shared
-    out = refuse_link(config.folder / f"day-{origin.key}")
     settings = PreprocessConfig(
         input=str(config.input),
-        out=out,
+        out=refuse_link(config.folder / f"day-{origin.key}"),
+        date=day_of(config.date) if config.days else None,  # input then has the files of other days, too
         encoders=EncodersFrom.model_validate({"from": origin.dataset.encoded_by}),
         state=StateFrom.model_validate({"from": origin.state and str(origin.state)}),
         max_bad_fraction=config.max_bad_fraction,
         overwrite=True,
     )
     _preprocess(settings, origin)
-    return out
+    return settings.folder
 
 
 def _in_days(config: NightlyConfig, days: Path, origin: Origin) -> Path | None:

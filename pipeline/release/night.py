@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from features.errors import UserError, one_line
 from features.plain_json import Count, read_json, validated
-from pipeline.release.gates import EXIT_CODES, Outcome
+from pipeline.release.verdict import EXIT_CODES, Outcome
 from pipeline.run.run import config_hash
 from pipeline.storage.files import make_folder, write_json
 

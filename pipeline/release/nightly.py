@@ -7,19 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from features.errors import Preempted, UserError
-from features.plain_json import validated
+from features.plain_json import first_fault, validated
 from features.regular_files import user_error_for_links
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
 from pipeline.release import serving, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import Checked, rows_of_nights
-from pipeline.release.gates import Outcome, check_gates, judge
+from pipeline.release.gates import check_gates, judge
 from pipeline.release.gates_config import Gates, default_gates, load_gates
 from pipeline.release.night import FILE, ModelReference, Night, Recorder, nights, open_night, tidy
 from pipeline.release.outcome import announce, error_message, message_of
 from pipeline.release.trend import Trend, trend
+from pipeline.release.verdict import Outcome, Verdict
 from pipeline.release.webhook import webhook_url
 from pipeline.storage.files import make_folder, storage_of
 
@@ -116,9 +119,8 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     checked = recorder.step("check", of_check, lambda: steps.check(config, encoded, of_roles["candidate"], before))
     violations = validated(Checked, checked, config.folder / FILE).violations
     if violations and config.data_gates.action == "stop":
-        return "undecided", f"the day's data: {violations[0]}" + (
-            f" (and {len(violations) - 1} more)" * (len(violations) > 1)
-        )
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        return "undecided", f"undecided: the day's data: {violations[0]}{more}"
 
     candidate = chosen.candidate or _train(config, recorder, chosen, kinds)
     ours = _evaluate(config, recorder, "candidate", candidate, encoded)
@@ -133,12 +135,19 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
         found = judge(gates, kinds, ours, theirs)
         return {"outcome": found.outcome, "gates": [_plain(asdict(gate)) for gate in found.gates]}
 
-    found = recorder.step("gates", {**models, "gates": gates.model_dump(mode="json")}, verdict)
-    worst = [gate for gate in found["gates"] if gate["outcome"] == found["outcome"]]
-    if found["outcome"] == "pass":
-        return "pass", f"all {len(worst)} gates pass"
-    more = f" (and {len(worst) - 1} more)" if len(worst) > 1 else ""
-    return found["outcome"], f"{worst[0]['task']}: {worst[0]['gate']}: {worst[0]['why']}{more}"
+    recorder.step("gates", {**models, "gates": gates.model_dump(mode="json")}, verdict)
+    found = verdict_of(recorder.night)
+    assert found is not None
+    return found.outcome, found.line
+
+
+def verdict_of(night: Night) -> Verdict | None:
+    """The verdict of a night's gates; None where it did not come to them. Raises UserError for a damaged one."""
+    found = night.summary("gates")
+    try:
+        return None if found is None else TypeAdapter(Verdict).validate_python(found)
+    except ValidationError as error:
+        raise UserError(f"{night.date}/{FILE}: gates: {first_fault(error)}. Set again=true to judge it anew.") from None
 
 
 def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) -> steps.Chosen:

@@ -46,7 +46,7 @@ def error_message(config: NightlyConfig, error: BaseException) -> dict[str, Any]
     """The JSON line of a night that ended with an error."""
     why = printable(" ".join(str(error).split()))[:1000] or type(error).__name__
     record = str((config.folder / FILE).absolute())
-    return {"date": config.date, "outcome": "error", "exit_code": 1, "why": why, "record": record}
+    return {"date": config.date, "outcome": "error", "exit_code": 1, "why": f"error: {why}", "record": record}
 
 
 def announce(config: NightlyConfig, message: dict[str, Any], url: str | None) -> None:
@@ -68,7 +68,7 @@ def announce(config: NightlyConfig, message: dict[str, Any], url: str | None) ->
 def pager_text(message: dict[str, Any]) -> str:
     """The message in a few lines, the worst first, of MAX_MESSAGE_BYTES at most."""
     lines = [
-        f"night {message['date']}: {str(message['outcome']).upper()}: {message['why']}",
+        f"night {message['date']}: {message['why']}",
         *message.get("not_passed", []),
         *(f"data: {line}" for line in message.get("data", [])),
         *(f"alarm: {line}" for line in message.get("alarms", [])),

@@ -14,8 +14,8 @@ from pydantic import Field, FiniteFloat
 from features.errors import UserError
 from features.plain_json import read_json, validated
 from pipeline.dataset.days import day_of
-from pipeline.release.gates import Outcome
 from pipeline.release.night import ModelReference, Strict, Text
+from pipeline.release.verdict import Outcome
 from pipeline.run import checkpoint
 from pipeline.run.retention import pin, unpin
 from pipeline.run.run import Run

@@ -15,8 +15,8 @@ from statistics import NormalDist
 from tabulate import tabulate
 
 from features.errors import UserError
-from pipeline.release.gates import Outcome
 from pipeline.release.night import Figure, ModelReference, Night, Scored, nights
+from pipeline.release.verdict import Outcome
 
 DECAY_NIGHTS = 3
 CONFIDENCE = 0.99
