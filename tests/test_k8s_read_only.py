@@ -78,4 +78,4 @@ def test_the_jobs_of_the_base_need_no_other_folder_than_their_pods_can_write(tmp
     for job, args in DEMO.items():  # preprocess, train, nightly
         done = run_pod(tmp_path, job, [*args, *more.get(job, [])])
         assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "runs" / "nightly").glob("*/verdict.json"))
+    assert list((tmp_path / "runs" / "nightly").glob("*/night.json"))
