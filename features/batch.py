@@ -1,10 +1,10 @@
 """From Arrow to tensors: decoded rows, and the Batch that a model takes. Nothing here loops over rows."""
 
 # Shapes: N rows, B rows of a batch, F features of one id, G features of a list of ids, D dense columns, T tasks, V ids of all
-# lists of a feature.
+# lists of a feature, C keys.
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ class Batch(Pipelineable):
         observed_BT: bool, whether the label counts for the task.
         weight_BT: float32, the row's weight; 0 in rows that are padding.
         row_id_B: int64, PADDING in rows that are padding.
+        key_BC: int64, what evaluation groups rows by (pipeline.evaluation.row_keys); no columns where it is not asked for.
     """
 
     sparse: KeyedJaggedTensor
@@ -38,6 +39,7 @@ class Batch(Pipelineable):
     observed_BT: Tensor
     weight_BT: Tensor
     row_id_B: Tensor
+    key_BC: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
@@ -62,7 +64,7 @@ class Rows:
         length_GN: int64, ids of each list.
         lists: per feature the ids of its lists, int64 of shape (V,), row after row.
         dense_ND, label_NT: float32; label is NaN where not observed.
-        weight_N: float32. row_id_N: int64.
+        weight_N: float32. row_id_N: int64. key_NC: see Batch.
     """
 
     id_FN: Tensor
@@ -72,6 +74,7 @@ class Rows:
     label_NT: Tensor
     weight_N: Tensor
     row_id_N: Tensor
+    key_NC: Tensor
 
     def __len__(self) -> int:
         return len(self.row_id_N)
@@ -95,6 +98,7 @@ class Rows:
             label_NT=_side_by_side([floats(table[f"label.{task}"]) for task in schema.tasks], table.num_rows),
             weight_N=torch.from_numpy(floats(table["weight"]).copy()),
             row_id_N=torch.from_numpy(_ids(table["row_id"]).copy()),
+            key_NC=torch.zeros(table.num_rows, 0, dtype=torch.int64),
         )
 
     @classmethod
@@ -108,6 +112,7 @@ class Rows:
             label_NT=torch.full((rows, len(schema.tasks)), torch.nan),
             weight_N=torch.zeros(rows),
             row_id_N=torch.full((rows,), PADDING),
+            key_NC=torch.zeros(rows, 0, dtype=torch.int64),
         )
 
     def take(self, index_N: Tensor) -> "Rows":
@@ -124,6 +129,7 @@ class Rows:
             label_NT=self.label_NT[index_N],
             weight_N=self.weight_N[index_N],
             row_id_N=self.row_id_N[index_N],
+            key_NC=self.key_NC[index_N],
         )
 
     def slice(self, start: int, stop: int) -> "Rows":
@@ -137,6 +143,7 @@ class Rows:
             label_NT=self.label_NT[start:stop],
             weight_N=self.weight_N[start:stop],
             row_id_N=self.row_id_N[start:stop],
+            key_NC=self.key_NC[start:stop],
         )
 
     @staticmethod
@@ -152,6 +159,7 @@ class Rows:
             label_NT=torch.cat([p.label_NT for p in parts]),
             weight_N=torch.cat([p.weight_N for p in parts]),
             row_id_N=torch.cat([p.row_id_N for p in parts]),
+            key_NC=torch.cat([p.key_NC for p in parts]),
         )
 
     def batch(self, schema: Schema, size: int) -> Batch:
@@ -174,6 +182,7 @@ class Rows:
             observed_BT=torch.nn.functional.pad(observed_NT, (0, 0, 0, pad)),
             weight_BT=weight_BT.contiguous(),
             row_id_B=torch.nn.functional.pad(self.row_id_N, (0, pad), value=PADDING),
+            key_BC=torch.nn.functional.pad(self.key_NC, (0, 0, 0, pad)),
         )
 
 

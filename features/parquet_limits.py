@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
-from features.parquet_pages import check_pages, chunk_start
+from features.parquet_pages import check_pages, chunk_start, is_part_of
 from features.parquet_schema import check_nesting_of
 
 ALWAYS_ALLOWED_BYTES = 1 << 30  # decoded, which a row group may always have
@@ -44,7 +44,7 @@ def check_footer(
         packed, decoded = (packed, decoded) if whole else (0, 0)
         for index in range(group.num_columns):
             chunk = group.column(index)
-            if wanted is not None and chunk.path_in_schema.partition(".")[0] not in wanted:
+            if wanted is not None and not is_part_of(chunk.path_in_schema, wanted):
                 continue
             start = chunk_start(chunk)
             if min(start, chunk.total_compressed_size, chunk.total_uncompressed_size, chunk.num_values) < 0 or (

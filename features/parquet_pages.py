@@ -37,7 +37,7 @@ def check_pages(
     chosen = [
         index
         for index in range(footer.num_columns)
-        if (wanted is None or footer.schema.column(index).path.partition(".")[0] in wanted)
+        if (wanted is None or is_part_of(footer.schema.column(index).path, wanted))
         and (not nested or footer.schema.column(index).max_repetition_level)
     ]
     if not chosen:
@@ -46,6 +46,12 @@ def check_pages(
         for number in range(footer.num_row_groups) if groups is None else groups:
             for index in chosen:
                 _check_chunk(path, content, footer.row_group(number).column(index))
+
+
+def is_part_of(path: str, columns: set[str]) -> bool:
+    """Whether a path of a Parquet schema may be of one of these top-level columns, whose names may have dots themselves."""
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in columns for end in range(1, len(parts) + 1))
 
 
 class Page(NamedTuple):

@@ -12,7 +12,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.fit.fitted_files import RESTORE_HINT, VERSION, read_content, read_vocabulary, vocabulary_file
+from features.fit.fitted_files import (
+    NO_COUNTS,
+    RESTORE_HINT,
+    VERSION,
+    read_content,
+    read_vocabulary,
+    vocabulary_file,
+)
 from features.fit.label_scale import LabelScale, scale_entry
 from features.fit.statistics import Statistics
 from features.hashing import hash_strings
@@ -36,6 +43,8 @@ class Encoders:
         missing: per dense feature, how many rows of the train split lacked it.
         counter_means: per smoothed counter, the mean over the train split that it is smoothed towards.
         labels: per regression task, the scale it is learnt in; a task that has none is learnt as it is.
+        counts: per table with a vocabulary, int64, how often each value occurs in the train split that it was fitted on, over
+            all rows and lists; empty where a dataset of before there were any does not say.
         kept_from, kept_tables: where a schema had grown, the encoders_id of those of which some were kept, and the tables whose
             ids mean what they meant there (see features.fit.reuse).
     """
@@ -49,20 +58,23 @@ class Encoders:
     labels: dict[str, LabelScale] = field(default_factory=dict)
     kept_from: str | None = None
     kept_tables: tuple[str, ...] = ()
+    counts: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def fit(
         cls, schema: Schema, statistics: Statistics, counter_means: Mapping[str, float] | None = None
     ) -> "Encoders":
         """Chooses each vocabulary: the most frequent values first, ties by value, so that a refit is identical."""
-        vocabularies = {}
+        vocabularies, counts = {}, {}
         for name, table in schema.all_tables.items():
             if table.counted:
-                counts = statistics.table_values(schema, name)
+                values = statistics.table_values(schema, name)
                 minimum = table.vocabulary.min_count if table.vocabulary else 1
                 limit = table.vocabulary.max_size if table.vocabulary else None
-                kept = counts.filter(pl.col("count") >= minimum).sort("count", "value", descending=[True, False])
-                vocabularies[name] = kept.head(limit or kept.height)["value"].to_arrow().cast(pa.large_string())
+                frequent = values.filter(pl.col("count") >= minimum).sort("count", "value", descending=[True, False])
+                kept = frequent.head(limit or frequent.height)
+                vocabularies[name] = kept["value"].to_arrow().cast(pa.large_string())
+                counts[name] = kept["count"].to_numpy()
         edges = {
             name: bin_edges(numbers, table.bins).tolist()
             for name, table in schema.all_tables.items()
@@ -73,7 +85,8 @@ class Encoders:
                 edges[name] = feature.code_edges(name, statistics)
         missing = {name: statistics.missing[name] for name in statistics.moments}
         labels = {name: target.scale() for name, target in statistics.targets.items()}
-        return cls(schema, vocabularies, statistics.moments, edges, missing, dict(counter_means or {}), labels)
+        means = dict(counter_means or {})
+        return cls(schema, vocabularies, statistics.moments, edges, missing, means, labels, counts=counts)
 
     def num_embeddings(self, table: str) -> int:
         """Rows of an embedding table: every id an encoder can give, 0 .. num_embeddings - 1.
@@ -101,7 +114,10 @@ class Encoders:
         (folder / "vocabularies").mkdir(parents=True)
         for name, values in self.vocabularies.items():
             ids = pa.array(np.arange(len(values), dtype=np.int64) + self._first(name))
-            pq.write_table(pa.table({"value": values, "id": ids}), folder / vocabulary_file(name))
+            columns = {"value": values, "id": ids}
+            if len(count_V := self.counts.get(name, NO_COUNTS)) == len(values):
+                columns["count"] = pa.array(count_V)
+            pq.write_table(pa.table(columns), folder / vocabulary_file(name))
         content = {
             "version": VERSION,
             "inputs": self.schema.inputs_fingerprint,
@@ -133,7 +149,8 @@ class Encoders:
             encoders = replace(encoders, kept_from=content.kept.encoders, kept_tables=tuple(content.kept.tables))
         for name, count in content.num_embeddings.items():
             if schema.all_tables[name].counted:
-                encoders.vocabularies[name] = read_vocabulary(folder, name, count - encoders._first(name))
+                values, counts = read_vocabulary(folder, name, count - encoders._first(name))
+                encoders.vocabularies[name], encoders.counts[name] = values, counts
             elif encoders.num_embeddings(name) != count:
                 raise UserError(
                     f"{folder}/encoders.json: num_embeddings of {name} are {count:,}, the schema's are "
@@ -185,6 +202,7 @@ class Encoders:
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:
-    """Columns of a dataset's shards: those of features, labels (null = not observed), weight, event_time, row_id."""
+    """Columns of a dataset's shards: features, labels (null = not observed), weight, event_time, row_id, and kept ones."""
     columns = schema.columns | {f"label.{task}": pa.float32() for task in schema.tasks}
-    return pa.schema(columns | {"weight": pa.float32(), "event_time": pa.int64(), "row_id": pa.int64()})
+    columns |= {"weight": pa.float32(), "event_time": pa.int64(), "row_id": pa.int64()}
+    return pa.schema(columns | schema.kept)

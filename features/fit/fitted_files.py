@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,6 +19,8 @@ from features.schema.schema import Schema
 
 VERSION = 3
 MIN_BATCH, MAX_BATCH = 16, 1 << 16  # values that are decoded at once
+NO_COUNTS = np.zeros(0, np.int64)
+COLUMNS = {"value": (pa.string(), pa.large_string()), "id": (pa.int64(),), "count": (pa.int64(),)}  # of a vocabulary
 RESTORE_HINT = "Restore it, or run jobs.preprocess again."
 
 
@@ -125,14 +128,15 @@ def _check_names(content: Content, schema: Schema, file: Path) -> None:
             raise UserError(f"{file}: {what} {fault}. {RESTORE_HINT}")
 
 
-def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
-    """The values of a table's vocabulary, in order, as large strings.
+def read_vocabulary(folder: Path, table: str, size: int) -> tuple[pa.Array, np.ndarray]:
+    """A table's vocabulary: its values, in order, as large strings, and how often each occurs in the train split.
 
     Args:
-        folder: of the encoders. size: how many there are.
+        folder: of the encoders. size: how many values there are.
+    Returns: the values, and int64 counts, none where the file has no column of them, as before there were any.
     Raises:
-        UserError: it is missing, no regular file, has another number of values or other columns, or would unpack to more than
-            its values can have.
+        UserError: it is missing, no regular file, has another number of values or other columns, would unpack to more than
+            its values can have, or a value or count is none.
     """
     name = vocabulary_file(table)
     path, status = folder / name, lstat_regular(folder, name)
@@ -145,19 +149,31 @@ def read_vocabulary(folder: Path, table: str, size: int) -> pa.Array:
             footer, columns = file.metadata, file.schema_arrow
             if footer.num_rows != size:
                 raise UserError(wrong)
-            kinds = {column.name: column.type for column in columns}
-            if len(kinds) != len(columns) or kinds.keys() != {"value", "id"} or not (
-                (pa.types.is_string(kinds["value"]) or pa.types.is_large_string(kinds["value"]))
-                and kinds["id"] == pa.int64()
-            ):  # fmt: skip
+            if not _is_vocabulary(columns):
                 raise UserError(
-                    f"{path}: its columns are not those of a vocabulary (value: text, id: int64). {RESTORE_HINT}"
+                    f"{path}: its columns are not those of a vocabulary (value: text, id and count: int64). {RESTORE_HINT}"
                 )
             check_footer(footer, path, status.st_size, whole=True)
             check_pages(path, footer)
-            return _values(file, path)
+            return _values(file, path), _counts(file, path) if "count" in columns.names else NO_COUNTS
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+
+
+def _is_vocabulary(columns: pa.Schema) -> bool:
+    names = set(columns.names)
+    return (
+        len(names) == len(columns)
+        and {"value", "id"} <= names <= COLUMNS.keys()
+        and all(column.type in COLUMNS[column.name] for column in columns)
+    )
+
+
+def _counts(file: pq.ParquetFile, path: Path) -> np.ndarray:
+    found = file.read(["count"], use_threads=False)["count"]
+    if found.null_count or (count_V := found.to_numpy()).min(initial=0) < 0:
+        raise UserError(f"{path}: the count of a value is missing or negative. {RESTORE_HINT}")
+    return count_V
 
 
 def _values(file: pq.ParquetFile, path: Path) -> pa.Array:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from features.fit.encoders import Encoders
+from features.fit.fitted_files import NO_COUNTS
 from features.schema.expressions import columns_of
 from features.schema.origins import origins, reads_of
 from features.schema.schema import Schema
@@ -45,6 +46,9 @@ def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encode
     return replace(
         fitted,
         vocabularies=chosen(fitted.vocabularies, known.vocabularies, kept.tables),
+        counts=chosen(
+            fitted.counts, {name: known.counts.get(name, NO_COUNTS) for name in known.vocabularies}, kept.tables
+        ),
         moments=chosen(fitted.moments, known.moments, kept.features),
         edges=chosen(fitted.edges, known.edges, kept.features | kept.tables),
         missing=chosen(fitted.missing, known.missing, kept.features),

@@ -32,7 +32,7 @@ class Statistics:
 
     Attributes:
         rows: counted rows.
-        missing: per feature, rows without a value (of a bag: with an empty list).
+        missing: per feature, rows without a value (of a bag: with an empty list); per column of `Schema.kept`.
         values: per feature with a vocabulary, the frame (value, count).
         groups: per feature with a hash table, int64 counts of its values in GROUPS groups by another hash.
         moments: per dense feature, after its transform.
@@ -66,6 +66,7 @@ class Statistics:
         found = cls(rows=rows.num_rows)
         for name, feature in schema.features.items():
             feature.count(name, rows[name].combine_chunks(), schema, found)
+        found.missing |= {column: rows[column].null_count for column in schema.kept}
         label_BT = np.column_stack([float64(rows[f"label.{task}"].combine_chunks()) for task in schema.tasks])
         found.labels = LabelSums.of(label_BT)
         weight_B = float64(rows["weight"].combine_chunks())

@@ -14,9 +14,10 @@ from features.kinds import times
 from features.kinds.canonical import as_ids
 from features.kinds.values import WORDS, cleaned, coded, is_marker, numbers, of_keys
 from features.parse import compute
+from features.parse.kept import kept_columns
+from features.parse.labels import labels, weights
 from features.schema.expressions import columns_of
 from features.schema.schema import SPLITS, HashSplit, RowIndexSplit, Schema
-from features.schema.task import given_chain
 from features.source import Format, RawType
 from features.time_units import is_format
 
@@ -201,9 +202,10 @@ def parse(
         histories: per bag of a history, B lists of items.
         absent: per outcome [B] whether it may be in a file that is absent.
     Returns: of each feature a column of its name, as its kind parses it; label.TASK float32, weight float32, event_time
-        int64, row_id int64, SPLIT int8.
+        int64, row_id int64, SPLIT int8; those of `Schema.kept`.
     """
-    added = [raw.column for raw in schema.raw.values() if raw.column in schema.added_columns]
+    named = [*(raw.column for raw in schema.raw.values()), *schema.keep]
+    added = [column for column in named if column in schema.added_columns]
     open_windows, histories, absent = open_windows or {}, histories or {}, absent or {}
     undecided = [*open_windows.items(), *absent.items()]
     frame = _view(schema, rows, joined, schema.expressions.values(), [*schema.source.derived, *added])
@@ -213,12 +215,14 @@ def parse(
         values = histories[name] if name in histories else _column(schema, schema.raw[name].column, frame, rows)
         columns[name], reason = feature.parse(name, _arrow(values), schema)
         reasons.append(reason)
-    core = _given({name: _label(schema, frame, name, undecided) for name in schema.tasks}, schema)
-    core["weight"] = _weight(schema, frame)
+    core = labels(schema, frame, undecided)
+    core["weight"] = weights(schema, frame)
     core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
     core[ROW_ID] = _whole(schema, "source.row_id", schema.source.row_id, frame, rows, pl.Series(rows[ROW]) + row_id)
     core[SPLIT] = _split(schema, frame, rows, core["event_time"])
-    table = pa.table(columns | {name: series.rechunk().to_arrow() for name, series in core.items()})
+    columns |= {name: series.rechunk().to_arrow() for name, series in core.items()}
+    columns |= kept_columns(schema, rows.num_rows, lambda name: _column(schema, name, frame, rows))
+    table = pa.table(columns)
     reason = _faults(schema, core, [r for r in reasons if r is not None], rows.schema)
     if schema.source.outcomes:
         key = str(schema.source.key)
@@ -287,36 +291,6 @@ def _whole(
             cure = f"set source.types: {{{name}: {'time' if key == 'event_time' else 'int'}}}"
         raise UserError(f"{key}: column {name} is {series.dtype}, it must be a whole number: {cure}")
     return compute.cast(series, key, pl.Int64)
-
-
-def _label(schema: Schema, frame: pl.DataFrame, name: str, undecided: Iterable[tuple[str, np.ndarray]]) -> pl.Series:
-    task = schema.tasks[name]
-    label = compute.number(frame, f"tasks.{name}.label", task.label, f"label.{name}")
-    reads = schema.outcomes_of(task.label)
-    if task.observed_when is not None:
-        observed = compute.truth(frame, f"tasks.{name}.observed_when", task.observed_when)
-        label = label.set(~observed, None)
-        reads |= schema.outcomes_of(task.observed_when)
-    for outcome, undecided_B in undecided:
-        if outcome in reads and schema.source.outcomes[outcome].open_window == "unobserved":
-            label = label.set(pl.Series(undecided_B), None)
-    return label
-
-
-def _given(labels: dict[str, pl.Series], schema: Schema) -> dict[str, pl.Series]:
-    """The columns of labels, each only where those that its task is given are 1."""
-    found = {}
-    for name, label in labels.items():
-        for other in given_chain(schema.tasks, name):
-            label = label.set((labels[other] != 1).fill_null(True), None)
-        found[f"label.{name}"] = label
-    return found
-
-
-def _weight(schema: Schema, frame: pl.DataFrame) -> pl.Series:
-    if schema.weight is None:
-        return pl.Series([1.0], dtype=pl.Float32).new_from_index(0, frame.height)
-    return compute.number(frame, "weight", schema.weight, "weight")
 
 
 def _split(schema: Schema, frame: pl.DataFrame, rows: pa.Table, time: pl.Series) -> pl.Series:

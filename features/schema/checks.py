@@ -13,6 +13,7 @@ from features.kinds.values import WORDS, cleaned, numbers
 from features.printable import has_controls, printable
 from features.schema.comparisons import mixed_comparisons
 from features.schema.expressions import columns_of
+from features.schema.kept import faults_of_kept
 from features.schema.past_checks import contradictions_of_the_past
 from features.schema.splits import HashSplit, TimeSplit
 from features.schema.table_checks import keys_of_tables, side_tables, table_inputs
@@ -56,7 +57,7 @@ def contradictions(schema: Schema) -> Iterator[str]:
         yield f"tables.{table} is used by no feature: remove it, or write table: {table} in one"
     if schema.source.columns is not None:
         for column in schema.raw_columns:
-            if column not in schema.source.columns:
+            if column not in schema.source.columns and column not in schema.keep:
                 known = [*schema.source.columns, *schema.outcome_columns, *schema.source.derived]
                 yield f"column {column} is used, but source.columns does not list it{did_you_mean(column, known)}"
     yield from _unread(schema)
@@ -65,6 +66,7 @@ def contradictions(schema: Schema) -> Iterator[str]:
     yield from _keys_of_outcomes(schema)
     yield from side_tables(schema)
     yield from contradictions_of_the_past(schema)
+    yield from faults_of_kept(schema)
     yield from mixed_comparisons(schema)
     yield from _tasks(schema)
     yield from _leaks(schema)

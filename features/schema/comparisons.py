@@ -84,14 +84,14 @@ def _mixed(expression: str, types: tuple[tuple[str, pl.DataType], ...]) -> _Mixe
 
 def mixed_comparisons(schema: Schema) -> Iterator[str]:
     """The comparisons of text with numbers that a schema shows before a row is read."""
-    types, declared = _types(schema), _declared(schema)
+    types, declared = column_types(schema), _declared(schema)
     for key, expression in schema.expressions.items():
         if found := mixed_comparison(expression, {c: types[c] for c in columns_of(expression) if c in types}, declared):
             yield f"{key}: {found}"
 
 
-def _types(schema: Schema) -> dict[str, pl.DataType]:
-    """Types of the columns that expressions read, without raw ones that may hold lists."""
+def column_types(schema: Schema) -> dict[str, pl.DataType]:
+    """Types of the columns that expressions read or `keep` names, without raw ones that may hold lists."""
     source = schema.source
     lists = {raw.column for raw in schema.raw.values() if raw.separator}
     found: dict[str, pl.DataType] = {column: pl.String() for column in schema.raw_columns if column not in lists}

@@ -17,6 +17,7 @@ from features.kinds.base import Layout, Raw
 from features.kinds.tables import Table
 from features.schema.checks import contradictions
 from features.schema.expressions import columns_of
+from features.schema.kept import kept_types
 from features.schema.splits import SPLITS, HashSplit, RowIndexSplit, Split, TimeSplit
 from features.schema.task import Task
 from features.source import Counter, History, RawType, Source, Strict, outcome_names
@@ -58,6 +59,9 @@ class Schema(Features):
         None, description="column: seconds since 1970 UTC, dates and times (ISO 8601), or as source.times has it"
     )
     split: HashSplit | RowIndexSplit | TimeSplit = Field(discriminator="by")
+    keep: list[str] = Field(
+        [], description="columns whose values the dataset keeps as they are, for slices and keys of evaluation"
+    )
 
     @classmethod
     def load(cls, path: Path) -> "Schema":
@@ -174,6 +178,11 @@ class Schema(Features):
         return {c: kind for name, feature in self.features.items() for c, kind in feature.fields(name).items()}
 
     @cached_property
+    def kept(self) -> dict[str, pa.DataType]:
+        """Columns of a dataset that hold those of `keep`, with their types; no inputs of a model."""
+        return kept_types(self)
+
+    @cached_property
     def all_tables(self) -> dict[str, Table]:
         """Every embedding table by name: the shared ones, and one for each feature that has its own."""
         return {**self.tables, **{name: f for name, f in self.sparse.items() if f.table is None}}
@@ -229,6 +238,7 @@ class Schema(Features):
         used += [counter.by for counter in self.source.counters.values()]
         for expression in self.expressions.values():
             used += columns_of(expression)
+        used += self.keep
         known = self.source.derived.keys() | self.added_columns.keys() | self.table_columns.keys()
         return list(dict.fromkeys(c for c in used if c not in known))
 

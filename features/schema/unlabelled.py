@@ -1,19 +1,24 @@
 """A schema without labels: for files that are to be scored, which know neither outcomes nor the columns of labels."""
 
+from collections.abc import Iterable
+
 from features.errors import UserError
 from features.schema.expressions import columns_of
 from features.schema.schema import Schema
 from features.schema.splits import HashSplit
+from features.schema.table_checks import table_inputs
 
 
 def without_labels(schema: Schema) -> Schema:
     """The same features, time and split; every label is missing, every weight 1, and no outcome is read.
 
     Histories and counters over outcomes or columns of labels are those of a state: a row of which these are not read adds
-    nothing to them. It keeps the fingerprints of the whole: what it reads is of that schema.
+    nothing to them. Kept columns of outcomes, labels and the weight stay, without values. It keeps the fingerprints of the
+    whole: what it reads is of that schema.
     """
     nothing = {name: {"when": "FALSE"} for name in schema.past if _labels_read(schema, name)}
-    used = _read_columns(schema)
+    keep = _known_kept(schema)
+    used = _read_columns(schema) | {*keep}
     for name in schema.past.keys() - nothing.keys():
         used |= {column for text in schema.past[name].expressions.values() for column in columns_of(text)}
     tables = {schema.table_columns[c] for c in schema.roots_of(used) if c in schema.table_columns}
@@ -36,9 +41,11 @@ def without_labels(schema: Schema) -> Schema:
         },
         "tasks": {n: t.model_copy(update={"label": "NULL", "observed_when": None}) for n, t in schema.tasks.items()},
         "weight": None,
+        "keep": keep,
     }
     part = type(schema).model_construct(**fields)
-    part.__dict__ |= {"fingerprint": schema.fingerprint, "inputs_fingerprint": schema.inputs_fingerprint}
+    whole = {key: getattr(schema, key) for key in ("fingerprint", "inputs_fingerprint", "kept")}
+    part.__dict__ |= whole
     return part
 
 
@@ -55,11 +62,23 @@ def check_past(schema: Schema) -> None:
 def _labels_read(schema: Schema, name: str) -> list[str]:
     """The columns of outcomes, and those of labels alone, that a history or counter reads: files to be scored lack them."""
     texts = [text for task in schema.tasks.values() for text in (task.label, task.observed_when) if text]
-    labels = schema.roots_of(column for text in texts for column in columns_of(text))
-    known = schema.roots_of(_read_columns(schema)) | schema.table_columns.keys()  # of tables at the impression
     past = schema.past[name].expressions.values()
     read = schema.roots_of(column for text in past for column in columns_of(text)) - schema.source.derived.keys()
-    return sorted(read & (schema.outcome_columns.keys() | (labels - known)))
+    return sorted(read & _alone(schema, texts))
+
+
+def _known_kept(schema: Schema) -> list[str]:
+    """The kept columns that files to be scored have: neither of outcomes, nor read by labels or the weight alone."""
+    texts = [text for task in schema.tasks.values() for text in (task.label, task.observed_when) if text]
+    later = _alone(schema, [*texts, *([schema.weight] if schema.weight else [])])
+    return [name for name in schema.keep if not schema.roots_of([name, *table_inputs(schema, [name])]) & later]
+
+
+def _alone(schema: Schema, texts: Iterable[str]) -> set[str]:
+    """The columns of outcomes, and those that these expressions of labels read and no feature, time, row id, split or past."""
+    read = schema.roots_of(column for text in texts for column in columns_of(text))
+    known = schema.roots_of(_read_columns(schema)) | schema.table_columns.keys()  # of tables at the impression
+    return schema.outcome_columns.keys() | (read - known)
 
 
 def _read_columns(schema: Schema) -> set[str]:

@@ -9,9 +9,10 @@ days each day is permuted and cut by itself, and a lane reads its part of one da
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +45,17 @@ class Piece:
     stop: int
 
 
+class RowKeys(Protocol):
+    """What evaluation groups rows by, and which rows it takes."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Columns of the dataset that it needs."""
+
+    def of(self, table: pa.Table, row_id_N: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of N rows the keys, int64 (N, C), and which of the rows are taken, bool (N,); None: all."""
+
+
 class Loader:
     """Batches of one split for one rank.
 
@@ -59,6 +71,7 @@ class Loader:
         max_corrupt: share of the split's rows that may be in row groups whose content is damaged. They become rows that count
             in nothing, which keeps all others in their places; each rank logs it once a row group.
         table_sizes: see `pipeline.dataset.shards.table_sizes`; ids outside of their table are then an error. None: not checked.
+        keys: fills `Batch.key_BC`. One that does not take all rows is for `SplitReader` alone.
 
     Raises:
         UserError: an empty split, or sizes that do not divide.
@@ -77,6 +90,7 @@ class Loader:
         ahead: int = 4,
         max_corrupt: float = 0.0,
         table_sizes: Mapping[str, int | None] | None = None,
+        keys: RowKeys | None = None,
     ) -> None:
         if lanes % ranks:
             raise UserError(
@@ -91,7 +105,7 @@ class Loader:
         self.share, self.size = batch_size // lanes, batch_size // ranks
         self.window, self.ahead = window, ahead
         self.max_corrupt, self.corrupt = max_corrupt, set[int]()
-        self.table_sizes = table_sizes or {}
+        self.table_sizes, self.keys = table_sizes or {}, keys
         groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
         self.groups = [(shard.path, index) for shard, index, _ in groups]
         self.row_id_offsets = {shard.path: dataset.row_id_offset(shard) for shard in self.shards}
@@ -105,6 +119,7 @@ class Loader:
         self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
         self.lengths = np.diff(self.bounds_SL).sum(axis=0)
         self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
+        self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
         self._open = lru_cache(maxsize=64)(self._open_shard)
 
     def start(self, epoch: int = 0) -> Position:
@@ -162,9 +177,9 @@ class Loader:
             if stop <= cursor and stop < length:
                 continue
             pieces = self._pieces(order, lane, start, stop)
-            decoded = {p.group: decoded.get(p.group) or self._decode(p.group) for p in pieces}
+            decoded = {p.group: decoded.get(p.group) or self.decode(p.group) for p in pieces}
             parts = [decoded[p.group].slice(p.start, p.stop) for p in pieces]
-            rows = Rows.concat(parts) if parts else self._decode(0).slice(0, 0)
+            rows = Rows.concat(parts) if parts else self.decode(0).slice(0, 0)
             if self.window:
                 shuffle = np.random.default_rng([self.seed, position.epoch, lane, index])
                 rows = rows.take(torch.from_numpy(shuffle.permutation(len(rows))))
@@ -204,7 +219,8 @@ class Loader:
         shard = next(shard for shard in self.shards if shard.path == path)
         return open_shard(self.dataset, shard, self.read_columns)
 
-    def _decode(self, group: int) -> Rows:
+    def decode(self, group: int) -> Rows:
+        """The rows of a row group. Raises UserError where it cannot be read."""
         path, index = self.groups[group]
         try:
             table = self._open(path).read_row_group(index, self.read_columns, use_threads=False)
@@ -222,7 +238,11 @@ class Loader:
         rows = Rows.decode(table, self.schema)
         if offset := self.row_id_offsets[path]:
             rows.row_id_N += offset
-        return rows
+        if self.keys is None:
+            return rows
+        key_NC, taken_N = self.keys.of(table, rows.row_id_N.numpy())
+        rows = replace(rows, key_NC=torch.from_numpy(key_NC))
+        return rows if taken_N is None else rows.take(torch.from_numpy(np.flatnonzero(taken_N)))
 
     def _blank(self, group: int, what: str) -> Rows:
         if group not in self.corrupt:

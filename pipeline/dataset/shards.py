@@ -9,17 +9,18 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.fit.fitted_files import RESTORE_HINT
-from features.parquet_limits import check_footer
+from features.parquet_limits import ALWAYS_ALLOWED_BYTES, check_footer
 from features.parquet_pages import check_pages
 from features.parquet_schema import check_nesting_of
 from features.regular_files import lstat_regular
+from features.schema.kept import TEXT
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.manifest import footer_sha256
 
 
 def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = None) -> pq.ParquetFile:
-    """Opens one.
+    """Opens one. Kept texts are read as codes into their values: a value that many rows have is in memory once.
 
     Args:
         columns: that will be read; all if None.
@@ -32,14 +33,37 @@ def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = N
     if footer_sha256(path) != shard.footer_sha256:
         raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
     check_nesting_of(path)
-    file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    if file.schema_arrow != dataset.columns:
+    texts = [column for column, kind in dataset.schema.kept.items() if kind == TEXT]
+    file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True, read_dictionary=texts)
+    if file.schema_arrow != _as_read(dataset.columns, texts):
         raise pa.ArrowInvalid("its columns are not the schema's")
     footer = file.metadata
     check_row_groups(footer, path, shard)
     check_footer(footer, path, shard.bytes, columns)
     check_pages(path, footer, columns, nested=True)
+    check_pages(path, footer, [column for column in texts if columns is None or column in columns])
     return file
+
+
+def _as_read(columns: pa.Schema, texts: Sequence[str]) -> pa.Schema:
+    for name in texts:
+        columns = columns.set(columns.get_field_index(name), pa.field(name, pa.dictionary(pa.int32(), pa.string())))
+    return columns
+
+
+def with_plain_texts(rows: pa.Table, where: Path) -> pa.Table:
+    """Rows of a shard with kept texts themselves in place of codes. Raises UserError where they are too large, naming it."""
+    for index, field in enumerate(rows.schema):
+        if pa.types.is_dictionary(field.type):
+            codes = rows[field.name].combine_chunks()
+            size = pc.sum(pc.binary_length(codes.dictionary).take(codes.indices)).as_py() or 0
+            if size > ALWAYS_ALLOWED_BYTES:
+                raise UserError(
+                    f"{where}: column {field.name} has {size:,} bytes of text in a row group, more than "
+                    f"{ALWAYS_ALLOWED_BYTES:,}. Write it in smaller row groups, or keep another column."
+                )
+            rows = rows.set_column(index, pa.field(field.name, TEXT), codes.cast(TEXT))
+    return rows
 
 
 def check_row_groups(footer: pq.FileMetaData, path: Path, shard: Shard) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
@@ -19,6 +19,7 @@ from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.evaluation import oracle, predictions
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
@@ -31,12 +32,11 @@ POLL_INTERVAL = 0.5  # seconds
 logger = logging.getLogger(__name__)
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(MeasureConfig):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
-    model_config = ConfigDict(extra="forbid")
     run: Path
-    split: Split = "test"
+    split: Split | Literal["all"] = "test"
     dataset: Path | None = None
     days: Days = None
     missing_days: MissingDays | None = None
@@ -70,7 +70,7 @@ class Evaluation:
             os.nice(10)  # the trainer comes first
             _wait_for_run(self.run, config.give_up_after)
         torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
-        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size)
+        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size, config)
         self.known: dict[int, dict[str, Any]] = {}
 
     def records(self) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ from features.errors import UserError, one_line
 from features.parquet_limits import check_file
 from features.plain_json import parse_json, validated
 from features.regular_files import read_regular
-from features.schema.schema import Split
 from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.report.results import is_complete
 from pipeline.evaluation.scorer import Scorer
@@ -36,7 +35,7 @@ class Truth(BaseModel):
     columns: dict[str, str]
 
 
-def path(run: Run, split: Split) -> Path:
+def path(run: Run, split: str) -> Path:
     """Where the oracle's metrics are kept."""
     return run.eval_metrics.with_name(f"best-{split}.json")
 
@@ -47,7 +46,7 @@ def write(scorer: Scorer, truth: Truth) -> None:
     write_json(path(scorer.run, scorer.split), content)
 
 
-def read(run: Run, split: Split, dataset: str, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
+def read(run: Run, split: str, dataset: str, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
     """Task → metric → value, None where no truth is known of this dataset (its name, see Dataset.name).
 
     Args:
@@ -86,7 +85,7 @@ def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | N
             f"truth.columns: no column for {', '.join(missing)}. Name the one of each task, or leave truth out."
         )
     found = Metrics(scorer.tasks)
-    for batch in scorer.loader.batches(scorer.loader.start()):
+    for batch in scorer.batches():
         rows = pl.DataFrame({truth.key: batch.row_id_B.numpy()})
         rows = rows.join(known, on=truth.key, how="left", maintain_order="left")
         columns = []

@@ -15,13 +15,13 @@ from features.errors import UserError, one_line
 from features.parquet_limits import check_file
 from features.parquet_schema import check_nesting_of
 from features.regular_files import lstat_regular
-from features.schema.schema import Schema, Split
+from features.schema.schema import Schema
 from pipeline.run.run import Run
 from pipeline.storage.files import make_folder
 from pipeline.storage.local import replacing
 
 
-def path(run: Run, split: Split, step: int) -> Path:
+def path(run: Run, split: str, step: int) -> Path:
     """Where the predictions of a checkpoint are kept."""
     return run.path / "predictions" / f"{split}-{step:08d}.parquet"
 

@@ -19,7 +19,7 @@ from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.entries import Listed, Shard
 from pipeline.dataset.manifest import Manifest
-from pipeline.dataset.shards import open_shard
+from pipeline.dataset.shards import open_shard, with_plain_texts
 from pipeline.evaluation import predictions
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.steps.write import write_shard
@@ -110,8 +110,9 @@ def _relabelled(dataset: Dataset, shard: Shard, rows: pl.DataFrame, staging: Pat
     """Writes a shard with its new labels; returns its entry of the manifest."""
     try:
         with open_shard(dataset, shard) as parquet:
-            groups = (parquet.read_row_group(group) for group in range(parquet.num_row_groups))
-            tables = _with_labels(groups, rows, dataset.schema, file, dataset.path / shard.path)
+            path = dataset.path / shard.path
+            groups = (with_plain_texts(parquet.read_row_group(g), path) for g in range(parquet.num_row_groups))
+            tables = _with_labels(groups, rows, dataset.schema, file, path)
             return write_shard(staging / shard.path, staging, SPLIT, dataset.schema, tables, max(shard.row_groups))
     except (pa.ArrowException, ValueError) as error:
         raise UserError(f"{dataset.path / shard.path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None

@@ -3,10 +3,10 @@
 # Shapes: B rows, T tasks.
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import torch
@@ -15,15 +15,18 @@ from torch import Tensor
 from features.batch import Batch
 from features.errors import UserError, one_line
 from features.fit.encoders import Encoders
-from features.schema.schema import Schema, Split
+from features.schema.schema import SPLITS, Schema, Split
 from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker
-from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.loader import Loader
-from pipeline.dataset.shards import table_sizes
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import ExpertWeights
-from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.metrics import evaluated
+from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
+from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
+from pipeline.evaluation.metrics.row_keys import SplitKeys
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
@@ -32,18 +35,29 @@ class Scorer:
     """A run's model on one split of a dataset: one process, on the CPU, tables not sharded.
 
     Args:
-        run: whose checkpoints. dataset: must have the run's schema. split: of it. batch_size: rows at a time.
+        run: whose checkpoints. dataset: must have the run's schema. split: of it, or all of them. batch_size: rows at a time.
+        measure: slices, clusters and groups.
     Raises:
         UserError: no run, or a dataset of another schema.
     """
 
-    def __init__(self, run: Run, dataset: Dataset, split: Split, batch_size: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        dataset: Dataset,
+        split: Split | Literal["all"],
+        batch_size: int,
+        measure: MeasureConfig | None = None,
+    ) -> None:
         self.run, self.split, self.fits = run, split, False
         self.dataset = dataset = dataset.only(run.config().get("tasks"))
         self.schema = run.schema()
         dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
         self.tasks = [(name, task.kind) for name, task in self.schema.tasks.items()]
-        self.loader = Loader(dataset, split, batch_size, table_sizes=table_sizes(dataset))
+        self.measure = measure or MeasureConfig()
+        splits: list[Split] = [s for s in SPLITS if dataset.manifest.rows.get(s)] if split == "all" else [split]
+        self.keys = SplitKeys(self.measure, dataset, splits, train_rates(run))
+        self.readers = [SplitReader(dataset, each, batch_size, keys=self.keys) for each in splits]
         self.model = ModelConfig.of_run(run.config(), run.path)
 
     @cached_property
@@ -79,17 +93,26 @@ class Scorer:
                     "one it was trained on."
                 )
             checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
-        metrics = Metrics(self.tasks)
-        for batch in self.loader.batches(self.loader.start()):
+        metrics = Metrics(self.tasks, self.keys.grouping, self.keys.names)
+        for batch in self.batches():
             logit_BT = self.ranker(batch)
-            metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT)
+            metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
             if on_batch:
                 on_batch(batch, logit_BT)
         return metrics, manifest
 
+    def batches(self) -> Iterator[Batch]:
+        """The rows that are scored, in the order of the dataset."""
+        for reader in self.readers:
+            yield from reader.batches()
+
+    def score(self, step: int) -> Evaluated:
+        """All figures of a checkpoint, none of it written. Raises UserError as `metrics`."""
+        metrics, manifest = self.metrics(step)
+        return Evaluated(metrics.frame(metrics.figures()), self.provenance_of(step, manifest.checksum))
+
     def evaluate(self, step: int, write_predictions: bool = False) -> dict[str, Any]:
-        """One checkpoint's record for eval.jsonl (see pipeline.run.records), with rows (seen in training), time, seconds and
-        mean gate weights.
+        """One checkpoint's record for eval.jsonl (see pipeline.run.records); its figures of all slices are written to a file.
 
         Args:
             write_predictions: write each row's prediction (pipeline.evaluation.predictions).
@@ -107,23 +130,65 @@ class Scorer:
         self.check_fits(step)
         with ExpertWeights(self.ranker.fusion) as weights:
             metrics, manifest = self.metrics(step, on_batch)
+        figures = metrics.figures()
+        provenance = self.provenance_of(step, manifest.checksum)
+        file = evaluated.path(self.run, provenance, self.own_dataset)
+        evaluated.write(Evaluated(metrics.frame(figures), provenance), file)
         if write_predictions:
             predictions.write(frames, predictions.path(self.run, self.split, step), self.provenance(manifest.checksum))
+        seconds = time.perf_counter() - begin
         return {
             "step": step,
             "checkpoint": manifest.checksum,
             "rows": manifest.rows,
             "split": self.split,
             "dataset": self.dataset.name,
+            "share": self.measure.share,
+            "cluster": self.keys.cluster,
+            "buckets": self.measure.buckets,
             "time": time.time(),
-            "seconds": time.perf_counter() - begin,
-            "metrics": metrics.compute(),
+            "seconds": seconds,
+            "rows_evaluated": metrics.rows,
+            "rows_per_s": metrics.rows / seconds,
+            "metrics": values_of(figures),
+            "intervals": errors_of(figures),
+            "reliability": metrics.reliability(),
+            "ranking": metrics.ranking(),
+            "evaluation": file.name,
             "gates": weights.means(),
         }
+
+    @cached_property
+    def own_dataset(self) -> bool:
+        """Whether the rows are of the dataset that the run trains on."""
+        return self.dataset.path == Path(self.run.config()["dataset"]).absolute()
+
+    def provenance_of(self, step: int, checksum: str) -> Provenance:
+        """Of which checkpoint and rows an evaluation is."""
+        return Provenance(
+            run=str(self.run.path),
+            step=step,
+            checkpoint=checksum,
+            dataset=self.dataset.name,
+            split=self.split,
+            share=self.measure.share,
+            cluster=self.keys.cluster,
+            buckets=self.measure.buckets,
+        )
 
     def provenance(self, checksum: str) -> dict[str, str]:
         """Of which checkpoint and dataset a file of predictions is."""
         return {"checkpoint": checksum, "dataset": self.dataset.name}
+
+
+def train_rates(run: Run) -> dict[str, float]:
+    """Base rates of the train split that a run was trained on; none where that dataset is gone."""
+    content = run.config()
+    try:
+        dataset = open_dataset(Path(content["dataset"]), content.get("days"), content.get("missing_days", "refuse"))
+    except UserError:
+        return {}
+    return dataset.only(content.get("tasks")).base_rates()
 
 
 def check_fits(path: Path, schema: Schema, encoders: Encoders, model: ModelConfig) -> None:

@@ -142,7 +142,8 @@ def _observed(rows: pl.DataFrame, task: str) -> pl.DataFrame:
 
 def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:
     try:
-        table = pa.concat_tables(open_shard(dataset, shard).read() for shard in dataset.shards(split))
+        columns = [name for name in dataset.columns.names if name not in dataset.schema.kept]
+        table = pa.concat_tables(open_shard(dataset, shard, columns).read(columns) for shard in dataset.shards(split))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{dataset.path}: a shard of {split} cannot be read ({one_line(error)}). {RESTORE_HINT}"

@@ -26,7 +26,7 @@ from pipeline.storage.files import (
     write_text,
 )
 
-FOLDERS = ("checkpoints", "metrics", "predictions", "tensorboard")
+FOLDERS = ("checkpoints", "evaluations", "metrics", "predictions", "tensorboard")
 FILES = ("config.yaml", "schema.yaml", "status.json", "report.html", "ne.png", "gates.png")
 MAX_STATUS_BYTES = 1 << 16
 
@@ -154,7 +154,7 @@ def _check_kinds(path: Path) -> None:
             raise irregular(folder, folder.stat().st_mode, "folder")
     for name in FILES:
         lstat_regular(path, name)
-    for name in ("metrics", "predictions", "tensorboard"):
+    for name in ("evaluations", "metrics", "predictions", "tensorboard"):
         for file in sorted((path / name).iterdir()) if (path / name).is_dir() else ():
             with suppress(FileNotFoundError):  # written and renamed meanwhile
                 mode = file.lstat().st_mode

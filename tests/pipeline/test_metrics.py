@@ -26,9 +26,8 @@ from torchrec.metrics.metrics_config import RecTaskInfo
 from torchrec.metrics.ne import NEMetric
 
 from features.errors import UserError
-from pipeline.evaluation.metrics import prediction_table
 from pipeline.evaluation.metrics.accumulator import Metrics
-from pipeline.evaluation.metrics.prediction_table import PredictionTables
+from pipeline.evaluation.metrics.base import Grouping
 from pipeline.evaluation.metrics.registry import COLUMNS, METRICS
 from pipeline.evaluation.metrics.windowed import WindowedNE
 from pipeline.run.headline import HEADLINE, RANKING, headline
@@ -37,6 +36,7 @@ from pipeline.run.headline import HEADLINE, RANKING, headline
 TASKS = [("click", "binary"), ("spend", "regression"), ("like", "binary")]
 CLICK = TASKS[:1]
 SPEND = TASKS[1:2]
+TRAINED = Grouping(train_rates={"click": 0.2, "like": 0.4})
 
 
 def random_rows(rows: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,7 +51,7 @@ def random_rows(rows: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
 
 
 def computed(tasks: list[tuple[str, str]], *tensors_BT: Tensor) -> dict[str, dict[str, float | int | None]]:
-    metrics = Metrics(tasks)
+    metrics = Metrics(tasks, TRAINED)
     metrics.update(*tensors_BT)
     return metrics.compute()
 
@@ -110,6 +110,9 @@ def test_regression_metrics_are_those_of_sklearn_with_weights() -> None:
         "coverage": weight[label <= prediction].sum() / weight.sum(),
         "calibration": (prediction * weight).sum() / (label * weight).sum(),
     }
+    pair_BB = np.outer(weight, weight) * (label[:, None] > label)
+    right_BB = (prediction[:, None] > prediction) + 0.5 * (prediction[:, None] == prediction)
+    expected["xauc"] = (pair_BB * right_BB).sum() / pair_BB.sum()
     assert ours == pytest.approx(expected, rel=1e-12)
 
 
@@ -184,7 +187,7 @@ OF_KIND = {"binary": "click", "regression": "spend"}
 def test_a_metric_depends_neither_on_the_order_of_rows_nor_on_shards(kind: str, name: str) -> None:
     rows = random_rows(500)
     order = torch.randperm(500, generator=torch.Generator().manual_seed(1))
-    shards = [Metrics(TASKS) for _ in range(3)]
+    shards = [Metrics(TASKS, TRAINED) for _ in range(3)]
     for shard, part in zip(shards, order.split([10, 200, 290]), strict=True):
         for piece in part.split(70):
             shard.update(*(x_BT[piece] for x_BT in rows))
@@ -195,7 +198,7 @@ def test_a_metric_depends_neither_on_the_order_of_rows_nor_on_shards(kind: str, 
         assert merged[OF_KIND[kind]][name] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "name"), EVERY_METRIC)
+@pytest.mark.parametrize(("kind", "name"), [case for case in EVERY_METRIC if "ndcg" not in case.values])
 def test_a_row_twice_with_half_its_weight_is_that_row(kind: str, name: str) -> None:
     logit_BT, label_BT, observed_BT, weight_BT = random_rows(300)
     once = computed(TASKS, logit_BT, label_BT, observed_BT, weight_BT)[OF_KIND[kind]][name]
@@ -234,6 +237,7 @@ def test_auc_knows_predictions_apart_that_no_histogram_and_no_float32_sigmoid_do
 def test_a_soft_label_is_a_positive_and_a_negative_row() -> None:
     soft = of_one(CLICK, [0.5, -1.0, 2.0], [0.25, 0.0, 0.75], [2.0, 1.0, 4.0])
     hard = of_one(CLICK, [0.5, 0.5, -1.0, 2.0, 2.0], [1, 0, 0, 1, 0], [0.5, 1.5, 1.0, 3.0, 1.0])
+    hard["ndcg"] = soft["ndcg"]  # of a list of items, which a row is one of
     assert soft | {"rows": 5, "positives": 2.0} == pytest.approx(hard, rel=1e-14)
     assert (soft["rows"], soft["positives"]) == (3, 1.0)
 
@@ -268,7 +272,7 @@ def test_shards_merged_in_any_order_give_the_metrics_of_all_rows(
     rows: list[tuple], merge_order: list[int], rng: random.Random
 ) -> None:
     def metrics_of(chosen: list[tuple], updates: int) -> Metrics:
-        metrics = Metrics(TASKS)
+        metrics = Metrics(TASKS, TRAINED)
         for u in range(updates):
             part = chosen[u::updates]
             fields = list(zip(*part, strict=True))[:4] or [[]] * 4
@@ -287,39 +291,27 @@ def test_shards_merged_in_any_order_give_the_metrics_of_all_rows(
 def test_state_survives_a_file_without_pickle_and_goes_on() -> None:
     rows = random_rows()
     expected = computed(TASKS, *rows)
-    first = Metrics(TASKS)
+    first = Metrics(TASKS, TRAINED)
     first.update(*(x_BT[:700] for x_BT in rows))
     state, file = first.state(), io.BytesIO()
-    torch.save(state, file)
+    np.savez(file, **state)
     file.seek(0)
-    second = Metrics.from_state(TASKS, torch.load(file, weights_only=True))
+    second = Metrics(TASKS, TRAINED)
+    second.load(dict(np.load(file, allow_pickle=False)))
     assert second.compute() == first.compute()
     second.update(*(x_BT[700:] for x_BT in rows))
     assert_same(second.compute(), expected)
     first.update(*(x_BT[700:] for x_BT in rows))
-    assert Metrics.from_state(TASKS, state).compute() != first.compute() == second.compute()
+    before = Metrics(TASKS, TRAINED)
+    before.load(state)
+    assert before.compute() != first.compute() == second.compute()
 
 
-def test_a_state_of_other_tasks_is_refused() -> None:
-    with pytest.raises(ValueError, match="not one of tasks"):
-        Metrics.from_state(CLICK, Metrics(TASKS).state())
-    with pytest.raises(ValueError, match="not one of tasks"):
-        Metrics.from_state(SPEND, Metrics([*SPEND, ("visits", "regression")]).state())
+def test_metrics_of_other_tasks_are_not_merged() -> None:
     with pytest.raises(ValueError, match="cannot merge"):
         Metrics(CLICK).merge(Metrics(SPEND))
-
-
-def test_memory_is_bounded_by_distinct_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction_table, "COMPACT_CELLS", 1000)
-    rows = random_rows(5000)
-    metrics, most_pending = Metrics(TASKS), 0
-    for part in zip(*(x_BT.split(50) for x_BT in rows), strict=True):
-        metrics.update(*part)
-        pending_3BT = metrics.statistics[PredictionTables].pending_3BT
-        most_pending = max(most_pending, sum(x_3BT[0].numel() for x_3BT in pending_3BT))
-    assert 0 < most_pending < 1000
-    assert metrics.state()["table/click"].shape == (3, len(np.unique(counted(0, *rows)[0])))
-    assert_same(metrics.compute(), computed(TASKS, *rows))
+    with pytest.raises(ValueError, match="cannot merge"):
+        Metrics(CLICK).merge(Metrics(CLICK, TRAINED))
 
 
 @pytest.mark.parametrize("unseen", ["observed", "weight"])
@@ -409,20 +401,11 @@ def test_a_prediction_that_is_not_finite_is_counted_and_hides_what_depends_on_it
     rows[0][row, :2] = broken
     ours = computed(TASKS, *rows)
     assert ours["like"] == whole["like"]
-    of_predictions = ["ne", "log_loss", "auc", "calibration", "ece", "pr_auc"]
+    of_predictions = ["ne", "log_loss", "auc", "calibration", "ece", "pr_auc", "ne_train", "gauc", "ndcg"]
     assert ours["click"] == whole["click"] | dict.fromkeys(of_predictions) | {"non_finite": 1}
-    hidden = dict.fromkeys(["mse", "rmse", "nrmse", "r2", "mae", "coverage", "calibration", "prediction_mean"])
+    hidden = dict.fromkeys(["mse", "rmse", "nrmse", "r2", "mae", "coverage", "calibration", "prediction_mean", "xauc"])
     assert ours["spend"] == whole["spend"] | hidden | {"non_finite": 1}
     json.dumps(ours, allow_nan=False)
-
-
-def test_a_diverged_model_does_not_fill_the_memory() -> None:
-    metrics = Metrics(CLICK)
-    ones_BT = torch.ones(100, 1)
-    for broken in (math.nan, math.inf, -math.inf):
-        metrics.update(ones_BT * broken, ones_BT, ones_BT, ones_BT)
-    assert metrics.state()["table/click"].shape == (3, 1)
-    assert (metrics.compute()["click"]["non_finite"], metrics.compute()["click"]["base_rate"]) == (300, 1.0)
 
 
 @pytest.mark.parametrize(("t", "label"), [(0, 1.5), (0, -0.1), (0, math.nan), (1, math.nan), (1, math.inf)])

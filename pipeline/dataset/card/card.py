@@ -11,6 +11,7 @@ from features.fit.encoders import Encoders
 from features.fit.split_counts import FeatureCounts
 from features.fit.statistics import Statistics
 from features.plain_json import read_json, validated
+from features.schema.kept import NUMBER, TEXT, WHOLE
 from features.schema.schema import SPLITS, Schema, Split
 from pipeline.dataset.card.content import CardContent
 from pipeline.dataset.card.drift import drift
@@ -24,6 +25,7 @@ from pipeline.dataset.card.statistics import (
 )
 
 VERSION = 1
+KEPT_TYPES = {TEXT: "text", WHOLE: "integer", NUMBER: "number"}
 
 
 def card(
@@ -44,6 +46,7 @@ def card(
             hashed one groups; shares but `missing` are of the values that are there; markers, where there are any: how often
             values occur that look like missing ones;
         others: where there are any, per feature that is neither (a vector): missing;
+        kept: where there are any, per kept column (raw.NAME): type (text, integer, number), missing;
         tasks: per task kind, observed, mean, std; correlations: in their order, over rows where both are observed;
         drift: per feature, the largest first: feature, psi, chance, verdict, missing, missing_before, unknown, unknown_before.
         Once rows are encoded, `with_splits` adds splits.
@@ -58,6 +61,7 @@ def card(
             if name not in statistics.raw
         },
         **_others(schema, statistics),
+        **_kept(schema, statistics),
         "tasks": task_statistics(schema, statistics),
         "correlations": [[or_none(x) for x in row] for row in np.atleast_2d(statistics.labels.correlations())],
     }
@@ -73,6 +77,14 @@ def _others(schema: Schema, statistics: Statistics) -> dict[str, Any]:
     others = [name for name in schema.features if name not in statistics.digests and name not in schema.sparse]
     missing = {name: {"missing": share(statistics.missing[name], statistics.rows)} for name in others}
     return {"others": missing} if missing else {}
+
+
+def _kept(schema: Schema, statistics: Statistics) -> dict[str, Any]:
+    kept = {
+        column: {"type": KEPT_TYPES[kind], "missing": share(statistics.missing[column], statistics.rows)}
+        for column, kind in schema.kept.items()
+    }
+    return {"kept": kept} if kept else {}
 
 
 def read_card(dataset: Path, schema: Schema | None = None) -> dict[str, Any]:
@@ -100,6 +112,9 @@ def read_card(dataset: Path, schema: Schema | None = None) -> dict[str, Any]:
     features = content.numbers.keys() | content.ids.keys() | content.others.keys()
     kinds = {name: task.kind for name, task in schema.tasks.items()}
     features |= {name for found_in in content.splits.values() for name in found_in}
+    kept = {column: entry.type for column, entry in content.kept.items()}
+    if kept != {column: KEPT_TYPES[kind] for column, kind in schema.kept.items()}:
+        raise UserError(f"{file}: its kept columns are not those of the schema. {again}")
     if features != schema.features.keys() or kinds != {name: task.kind for name, task in content.tasks.items()}:
         raise UserError(f"{file}: its features or tasks are not those of the schema. {again}")
     return found

@@ -94,6 +94,13 @@ class OtherEntry(BaseModel):
     missing: Share | None
 
 
+class KeptEntry(BaseModel):
+    """Statistics of a kept column."""
+
+    type: Literal["text", "integer", "number"]
+    missing: Share | None
+
+
 class TaskEntry(BaseModel):
     """Statistics of a task's labels."""
 
@@ -132,6 +139,7 @@ class CardContent(BaseModel):
     numbers: dict[str, NumberEntry]
     ids: dict[str, IdEntry]
     others: dict[str, OtherEntry] = {}
+    kept: dict[str, KeptEntry] = {}
     tasks: dict[str, TaskEntry]
     correlations: list[list[Number]]
     drift: list[DriftEntry] = []

@@ -23,7 +23,7 @@ class Table:
 
 
 def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
-    """All tables that have a line: where rows went, outcomes, tasks, numbers, ids, drift."""
+    """All tables that have a line: where rows went, outcomes, tasks, numbers, ids, kept columns, drift."""
     made = [
         _rows(manifest),
         _bad_rows(manifest),
@@ -39,6 +39,7 @@ def tables(manifest: Manifest, card: dict[str, Any]) -> list[Table]:
         _ids(card),
         _markers(card),
         _others(card),
+        _kept(card),
         _drift(card),
     ]
     return [_printable(table) for table in made if table.lines]
@@ -218,6 +219,11 @@ def _others(card: dict[str, Any]) -> Table:
         for name, found in card.get("others", {}).items()
     ]
     return Table(f"Other features ({rows_of(card)})", ["feature", *_columns("missing", splits)], lines)
+
+
+def _kept(card: dict[str, Any]) -> Table:
+    lines = [[name, found["type"], percent(found["missing"])] for name, found in card.get("kept", {}).items()]
+    return Table(f"Columns kept for slices and keys, no inputs ({rows_of(card)})", ["column", "type", "missing"], lines)
 
 
 def rows_of(card: dict[str, Any]) -> str:

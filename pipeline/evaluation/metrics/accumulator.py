@@ -1,46 +1,63 @@
-"""Metrics of each task over the observed, weighted rows: exact, in float64, and mergeable over ranks and shards."""
+"""Metrics of each task over the observed, weighted rows, by slice and with intervals: mergeable over ranks and shards."""
 
-# Shapes: B rows, T tasks.
+# Shapes: B rows, T tasks, S slices, K buckets, D dimensions of slices; keys of a row: cluster, group, then one a dimension.
 
 import math
+from typing import Any
 
+import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
 from features.errors import UserError
-from pipeline.evaluation.metrics.base import Rows, Statistic, Tasks
-from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Statistic, Tasks
+from pipeline.evaluation.metrics.evaluated import ALL
+from pipeline.evaluation.metrics.evaluated import COLUMNS as FRAME
+from pipeline.evaluation.metrics.intervals import standard_error
+from pipeline.evaluation.metrics.kept_rows import KeptRows
+from pipeline.evaluation.metrics.registry import COUNTS, METRICS, TOTALS
 
 _LARGEST = torch.finfo(torch.float64).max
+_FIRST_KEYS = 2  # before those of slices
 
 
 class Metrics:
     """Accumulates the predictions of T tasks and reports each task's registered metrics.
 
     Rows not observed or of weight 0 do not count, whatever they hold, NaN included. Shards of the same rows, merged in
-    any order, give the same metrics up to the rounding of float64 sums. Everything is kept on the CPU; `PredictionTables`
+    any order, give the same metrics up to the rounding of float64 sums. Everything is kept on the CPU; `KeptRows`
     has the memory that it takes.
 
     Args:
         tasks: (name, kind) in the order of the tensors' columns; kind is "binary" (outputs are logits) or "regression"
             (outputs are the predictions).
+        grouping: slices and buckets; by default none.
+        dimensions: names of the grouping's dimensions.
     """
 
-    def __init__(self, tasks: Tasks) -> None:
+    def __init__(self, tasks: Tasks, grouping: Grouping | None = None, dimensions: tuple[str, ...] = ()) -> None:
         self.tasks = tuple((name, kind) for name, kind in tasks)
+        self.grouping, self.dimensions = grouping or Grouping(), dimensions
         if unknown := {kind for _, kind in self.tasks} - METRICS.keys():
             raise ValueError(f"task kinds {sorted(unknown)}: allowed are {' and '.join(METRICS)}")
         if len(dict(self.tasks)) < len(self.tasks):
             raise ValueError(f"task names repeat: {[name for name, _ in self.tasks]}")
         kinds = dict.fromkeys(kind for _, kind in self.tasks)
         used = dict.fromkeys(metric.statistic for kind in kinds for metric in METRICS[kind].values())
-        self.statistics: dict[type[Statistic], Statistic] = {statistic: statistic(self.tasks) for statistic in used}
+        self.statistics: dict[type[Statistic], Statistic] = {s: s(self.tasks, self.grouping) for s in used}
         bounds = [(0.0, 1.0) if kind == "binary" else (-_LARGEST, _LARGEST) for _, kind in self.tasks]
+        self.rows = 0
         self._low_T, self._high_T = torch.tensor(bounds, dtype=torch.float64).reshape(-1, 2).T
 
-    def update(self, logit_BT: Tensor, label_BT: Tensor, observed_BT: Tensor, weight_BT: Tensor) -> None:
+    def update(
+        self, logit_BT: Tensor, label_BT: Tensor, observed_BT: Tensor, weight_BT: Tensor, key_BC: Tensor | None = None
+    ) -> None:
         """Adds B rows.
 
+        Args:
+            key_BC: int64: hash of the row's cluster (its low 32 bits count), its group, and for each dimension the place of its
+                slice, -1 for none. None: each row is a cluster of its own by its place in the batch, in no slice.
         Raises:
             UserError: a row that counts has a label that is not finite (binary: not in [0, 1]), or a weight that is
                 negative or not finite. A prediction that is not finite is no error: it is counted in `non_finite`.
@@ -56,47 +73,82 @@ class Metrics:
         allowed_BT = (y_BT >= self._low_T) & (y_BT <= self._high_T)
         self._check("label", "finite (binary: in [0, 1])", counts_BT & ~allowed_BT)
         z_BT, y_BT, w_BT = (torch.where(counts_BT, x_BT, 0.0) for x_BT in (z_BT, y_BT, w_BT))
-        rows = Rows(z_BT, y_BT, w_BT, counts_BT)
+        key_BC = self._no_keys(len(z_BT)) if key_BC is None else key_BC.cpu()
+        cluster_B = (key_BC[:, 0].numpy() & 0xFFFFFFFF).astype(np.uint32)
+        slice_BD = key_BC[:, _FIRST_KEYS:].numpy().astype(np.int16)
+        # Rows are kept in the precision they have.
+        dtype = np.float64 if any(x.dtype == torch.float64 for x in (logit_BT, label_BT, weight_BT)) else np.float32
+        rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD, dtype)
+        self.rows += int((w_BT != 0).any(1).sum())
         for statistic in self.statistics.values():
             statistic.update(rows)
 
+    def _no_keys(self, rows: int) -> Tensor:
+        key_BC = torch.full((rows, _FIRST_KEYS + len(self.grouping.slices)), -1)
+        key_BC[:, 0] = torch.arange(rows) * 0x9E3779B1
+        return key_BC
+
     def merge(self, other: "Metrics") -> "Metrics":
         """The metrics of the rows of both; neither is changed."""
-        if self.tasks != other.tasks:
-            raise ValueError(f"cannot merge metrics of tasks {self.tasks} and {other.tasks}")
-        both = Metrics(self.tasks)
+        if self.tasks != other.tasks or self.grouping != other.grouping:
+            ours, theirs = ((m.tasks, m.grouping) for m in (self, other))
+            raise ValueError(f"cannot merge metrics of {ours} and {theirs}")
+        both = Metrics(self.tasks, self.grouping, self.dimensions)
+        both.rows = self.rows + other.rows
         both.statistics = {kind: ours.merge(other.statistics[kind]) for kind, ours in self.statistics.items()}
         return both
 
-    def state(self) -> dict[str, Tensor]:
-        """All that was accumulated: one (T,) sum per key and one (3, G) table per binary task, float64 on the CPU.
-
-        Not copied, as tables are large, and never changed by later updates: do not write into it.
-        """
+    def state(self) -> dict[str, np.ndarray]:
+        """All that was accumulated, as arrays: not copied, as they are large, and not to be written into."""
         return {key: x for statistic in self.statistics.values() for key, x in statistic.state().items()}
 
-    @classmethod
-    def from_state(cls, tasks: Tasks, state: dict[str, Tensor]) -> "Metrics":
-        """The metrics of the same tasks whose `state()` this is. Raises ValueError for a state of other tasks."""
-        metrics = cls(tasks)
-        expected = metrics.state()
-        if state.keys() != expected.keys() or any(len(state[key]) != len(x) for key, x in expected.items()):
-            raise ValueError(f"a state with {sorted(state)} is not one of tasks {metrics.tasks}")
-        given = {key: x.detach().to("cpu", torch.float64) for key, x in state.items()}
-        for statistic in metrics.statistics.values():
-            statistic.load(given)
-        return metrics
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        """Replaces all by the `state()` of metrics of the same tasks and grouping."""
+        for statistic in self.statistics.values():
+            statistic.load(state)
 
-    def compute(self) -> dict[str, dict[str, float | int | None]]:
-        """Task → metric → value. None is undefined: no rows, one class, constant labels or a prediction not finite."""
-        report: dict[str, dict[str, float | int | None]] = {}
+    def figures(self) -> dict[str, dict[str, Figure]]:
+        """Task → metric → its figure in every slice."""
+        found: dict[str, dict[str, Figure]] = {}
         for t, (name, kind) in enumerate(self.tasks):
             metrics = METRICS[kind].values()
             of_task = {used: self.statistics[used].of_task(t) for used in {metric.statistic for metric in metrics}}
-            values = {metric.name: metric.compute(of_task[metric.statistic]) for metric in metrics}
-            # JSON knows neither NaN nor infinity.
-            report[name] = {n: v if v is not None and math.isfinite(v) else None for n, v in values.items()}
-        return report
+            found[name] = {metric.name: metric.compute(of_task[metric.statistic]) for metric in metrics}
+        return found
+
+    def compute(self) -> dict[str, dict[str, float | int | None]]:
+        """Task → metric → value over all rows. None is undefined: no rows, one class, constant labels, no finite prediction."""
+        return values_of(self.figures())
+
+    def frame(self, figures: dict[str, dict[str, Figure]]) -> pl.DataFrame:
+        """Figures as the frame of an `Evaluated`; slices without a row that counts for a task have no line of it."""
+        names = [(ALL, ALL)]
+        for dimension, slices in zip(self.dimensions, self.grouping.slices, strict=True):
+            names += [(dimension, name) for name in slices]
+        parts = [
+            _lines(task, metric, figure, figures[task]["rows"].value_S, names)
+            for task, known in figures.items()
+            for metric, figure in known.items()
+        ]
+        return pl.concat(parts).filter((pl.col("rows") > 0) | (pl.col("slice") == ALL))
+
+    def reliability(self) -> dict[str, list[list[float | None]]]:
+        """Of each binary task the reliability curve (`SliceRanking.reliability`), empty where a prediction is not finite."""
+        rows = self.statistics.get(KeptRows)
+        found = {}
+        for t, (name, kind) in enumerate(self.tasks):
+            if kind == "binary" and rows is not None:
+                of_task = rows.of_task(t)
+                found[name] = [] if of_task.unknown_S[0] else of_task.whole.reliability()
+        return found
+
+    def ranking(self) -> Any:
+        """How AUC of all rows was computed: exact, or the bound on its error where logits were put on a grid."""
+        rows = self.statistics.get(KeptRows)
+        if not isinstance(rows, KeptRows) or not rows.halvings:
+            return "exact"
+        errors = [rows.of_task(t).auc_error for t, (_, kind) in enumerate(self.tasks) if kind == "binary"]
+        return {"sketch": max(errors, default=0.0), "share": 0.5**rows.halvings}
 
     def _check(self, what: str, rule: str, bad_BT: Tensor) -> None:
         if bad_BT.any():
@@ -105,3 +157,50 @@ class Metrics:
                 f"task {self.tasks[t][0]}: {count} observed rows have a {what} that is not {rule}. "
                 f"Correct the {what} in the schema and run jobs.preprocess again."
             )
+
+
+def values_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, float | int | None]]:
+    """Task → metric → value over all rows, for JSON, which knows neither NaN nor infinity."""
+
+    def value(name: str, figure: Figure) -> float | int | None:
+        number = float(figure.value_S[0])
+        return None if not math.isfinite(number) else int(number) if name in COUNTS else number
+
+    return {task: {name: value(name, figure) for name, figure in known.items()} for task, known in figures.items()}
+
+
+def errors_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, float]]:
+    """Task → metric → standard error over all rows, where there is one."""
+    return {
+        task: {
+            name: float(error)
+            for name, figure in known.items()
+            if figure.left_out_SK is not None and name not in TOTALS
+            if math.isfinite(error := standard_error(figure.left_out_SK[0])) and math.isfinite(figure.value_S[0])
+        }
+        for task, known in figures.items()
+    }
+
+
+def _lines(task: str, metric: str, figure: Figure, row_S: np.ndarray, names: list[tuple[str, str]]) -> pl.DataFrame:
+    intervals = figure.left_out_SK is not None and metric not in TOTALS
+    left_SK = figure.left_out_SK if intervals else np.zeros((len(row_S), 0))
+    assert left_SK is not None
+    left_SK = np.where(np.isfinite(left_SK), left_SK, np.nan)
+    error_S = np.where(np.isfinite(figure.value_S), standard_error(left_SK), np.nan)
+    return pl.DataFrame(
+        {
+            "task": pl.repeat(task, len(row_S), eager=True),
+            "metric": pl.repeat(metric, len(row_S), eager=True),
+            "dimension": [dimension for dimension, _ in names],
+            "slice": [name for _, name in names],
+            "rows": row_S.astype(np.int64),
+            "value": np.where(np.isfinite(figure.value_S), figure.value_S, np.nan),
+            "se": error_S,
+            "left_out": pl.Series(left_SK).arr.to_list() if left_SK.shape[1] else [[]] * len(row_S),
+        },
+        schema=FRAME,
+        strict=False,
+    ).with_columns(
+        pl.col("value", "se").fill_nan(None), pl.col("left_out").list.eval(pl.element().fill_nan(None))
+    )  # fmt: skip

@@ -1,64 +1,41 @@
-"""Metrics of binary tasks, from the table of their distinct predictions."""
-
-# Shapes: G distinct predictions.
-
-import math
+"""Metrics of binary tasks that are functions of sums; elementwise over slices and buckets, NaN where undefined."""
 
 import numpy as np
 
-from pipeline.evaluation.metrics.prediction_table import PredictionTable
-
-ECE_BINS = 20
+from pipeline.evaluation.metrics.sums import TaskSums
 
 
-def base_rate(table: PredictionTable) -> float | None:
+def base_rate(of: TaskSums) -> np.ndarray:
     """Weighted mean label."""
-    return table.positive / table.weight if table.weight else None
+    return of.positive / (of.positive + of.negative)
 
 
-def ne(table: PredictionTable) -> float | None:
+def ne(of: TaskSums) -> np.ndarray:
     """Normalized Entropy: log loss over the entropy of the base rate (He et al. 2014, eq. 1); 1 is no better than it."""
-    if not (table.finite and table.positive and table.negative):
-        return None
-    return table.loss / entropy(table.positive, table.negative)
+    return of.loss / entropy(of.positive, of.negative)
 
 
-def log_loss(table: PredictionTable) -> float | None:
-    """Nats per unit of weight."""
-    return table.loss / table.weight if table.finite else None
+def ne_train(of: TaskSums) -> np.ndarray:
+    """Log loss over that of predicting the base rate of the train split: NE against what was known before these rows.
 
-
-def auc(table: PredictionTable) -> float | None:
-    """Probability that a positive outranks a negative, a tie counted half; not binned."""
-    if not (table.finite and table.positive and table.negative):
-        return None
-    below_G = table.negative_G.cumsum(0) - table.negative_G / 2
-    return float(table.positive_G / table.positive @ below_G / table.negative)
-
-
-def calibration(table: PredictionTable) -> float | None:
-    """Sum of predictions / sum of labels, both weighted."""
-    return float(table.predicted_G.sum()) / table.positive if table.finite and table.positive else None
-
-
-def ece(table: PredictionTable) -> float | None:
-    """Expected calibration error (Naeini et al. 2015) over 20 bins of equal weight.
-
-    Bins of equal width would hold nearly all rows of a rare label in the first. Equal predictions that straddle an edge are
-    divided in proportion, so the order of rows cannot matter. Biased upwards on few rows, like every binned ECE.
+    It differs from `ne` by how far the base rate has moved, which a model could not know.
     """
-    if not table.finite:
-        return None
-    # The excess of predictions over labels, a function of the weight below, is cut at equal distances. It is linear between
-    # predictions, so rounding cannot move a prediction from bin to bin.
-    excess_G = table.predicted_G - table.positive_G
-    weight, excess = (
-        np.concatenate(([0.0], x_G.cumsum(0).numpy())) for x_G in (table.positive_G + table.negative_G, excess_G)
-    )
-    at_edge = np.interp(np.linspace(0.0, weight[-1], ECE_BINS + 1), weight, excess)
-    return float(np.abs(np.diff(at_edge)).sum() / weight[-1])
+    known = of.positive * -np.log(of.train_rate) + of.negative * -np.log1p(-of.train_rate)
+    return of.loss / known
 
 
-def entropy(positive: float, negative: float) -> float:
-    """Log loss, in nats summed over the weight, of predicting the base rate: P ln(W/P) + N ln(W/N)."""
-    return positive * math.log1p(negative / positive) + negative * math.log1p(positive / negative)
+def log_loss(of: TaskSums) -> np.ndarray:
+    """Nats per unit of weight."""
+    return of.loss / (of.positive + of.negative)
+
+
+def calibration(of: TaskSums) -> np.ndarray:
+    """Sum of predictions / sum of labels, both weighted."""
+    return np.where(of.non_finite > 0, np.nan, of.prediction) / np.where(of.positive > 0, of.positive, np.nan)
+
+
+def entropy(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Log loss, in nats summed over the weight, of predicting the base rate: P ln(W/P) + N ln(W/N); NaN with one class."""
+    one_class = (positive <= 0) | (negative <= 0)
+    p, n = np.where(one_class, 1.0, positive), np.where(one_class, 1.0, negative)
+    return np.where(one_class, np.nan, p * np.log1p(n / p) + n * np.log1p(p / n))

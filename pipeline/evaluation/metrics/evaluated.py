@@ -17,6 +17,7 @@ from features.parquet_limits import check_file
 from features.plain_json import first_fault
 from features.regular_files import lstat_regular
 from pipeline.evaluation.metrics.intervals import buckets_used, quantile, standard_error
+from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import make_folder
 from pipeline.storage.local import replacing
 
@@ -122,6 +123,12 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
 def as_array(left_out: pl.Series | None) -> np.ndarray:
     """`left_out` of one line as a float64 array of shape (K,), NaN for null."""
     return np.zeros(0) if left_out is None else left_out.cast(pl.Float64).fill_null(np.nan).to_numpy()
+
+
+def path(run: Run, of: Provenance, own_dataset: bool = True) -> Path:
+    """Where an evaluation is kept: RUN/evaluations/SPLIT-STEP.parquet, on other rows with a hash of which."""
+    other = "" if own_dataset and of.share == 1 else f"-{config_hash([of.dataset, of.share])[:8]}"
+    return run.path / "evaluations" / f"{of.split}-{of.step:08d}{other}.parquet"
 
 
 def write(evaluated: Evaluated, file: Path) -> None:

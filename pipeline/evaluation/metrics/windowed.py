@@ -4,6 +4,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,4 +66,4 @@ def _windowed(loss: float, weight: float, positive: float, binary: bool) -> floa
     # An all-reduce may add the two sums in different orders, so those of one class need not be equal to the last bit; a
     # true base rate of 1e-12 would need 1e12 rows in the window.
     one_class = min(positive, weight - positive) <= 1e-12 * weight
-    return math.nan if one_class else loss / entropy(positive, weight - positive)
+    return math.nan if one_class else loss / float(entropy(np.array(positive), np.array(weight - positive)))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from features.errors import UserError
-from features.schema.schema import Split
 from pipeline.evaluation.metrics.registry import COLUMNS
 from pipeline.run.run import Run
 
@@ -20,7 +19,7 @@ class Results:
     """
 
     run: Run
-    split: Split
+    split: str
     dataset: str
     kinds: dict[str, str]
     records: list[dict[str, Any]]

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from features.fit.encoders import arrow_schema
 from features.fit.split_counts import FeatureCounts, count_features, summed
 from features.hashing import hash_integers
+from features.schema.kept import TEXT
 from features.schema.schema import Schema, Split
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.manifest import footer_sha256
@@ -62,12 +63,13 @@ def write_shard(
     rows, observed, positives = 0, dict.fromkeys(schema.tasks, 0), dict.fromkeys(schema.tasks, 0.0)
     weighing = schema.tasks if schema.weight else ()
     weights, weighted = dict.fromkeys(weighing, 0.0), dict.fromkeys(weighing, 0.0)
-    # No dictionaries: ids after zstd are no larger without, and written in half the time.
+    # No dictionaries but of kept texts: ids after zstd are no larger without, and written in half the time.
+    texts = [column for column, kind in schema.kept.items() if kind == TEXT]
     with pq.ParquetWriter(
         path,
         arrow_schema(schema),
         compression="zstd",
-        use_dictionary=False,
+        use_dictionary=texts,
         write_page_checksum=True,
         store_schema=True,
     ) as writer:

@@ -1,0 +1,281 @@
+"""The rows that ranking metrics are computed from: all of them, or within a limit of memory a sample of their clusters.
+
+Past the limit the clusters are halved by their hash, as often as it takes. Ranking metrics of the whole split are then those
+of all rows with logits on a grid (`GRID`); those of slices, and every standard error, are of the sample.
+"""
+
+# Shapes: B rows of a batch, N rows, T tasks, D dimensions, S slices, K buckets.
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from typing_extensions import Self
+
+from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
+from pipeline.evaluation.metrics.grouped import grouped
+from pipeline.evaluation.metrics.ranking import SliceRanking, SortedRows
+from pipeline.evaluation.metrics.xauc import xauc
+
+GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
+CLUSTER, GROUP, SLICES, LOGIT, LABEL, WEIGHT = range(6)
+
+
+class KeptRows:
+    """`TaskRows` of all tasks.
+
+    Memory: per row 12 bytes, 2 a dimension of slices, and 12 a task (24 in float64).
+    """
+
+    def __init__(self, tasks: Tasks, grouping: Grouping) -> None:
+        self.tasks, self.grouping = tuple(tasks), grouping
+        self.parts: list[tuple[np.ndarray, ...]] = []
+        self.bytes = 0
+        self.halvings = 0
+        self.grid: dict[int, np.ndarray] = {}  # of each binary task (3, G): logits on the grid, weights of both classes
+
+    def update(self, rows: Rows) -> None:
+        """Adds B rows."""
+        label_BT = rows.label_BT.where(rows.counts_BT, math.nan)
+        of_tasks = (x_BT.numpy().astype(rows.dtype) for x_BT in (rows.logit_BT, label_BT, rows.weight_BT))
+        part = (rows.cluster_B, rows.group_B, rows.slice_BD, *of_tasks)
+        if self.halvings:
+            self._add_to_grid(part)
+        self._keep(part)
+
+    def _keep(self, part: tuple[np.ndarray, ...]) -> None:
+        part = _sampled(part, self.halvings)
+        self.parts.append(part)
+        self.bytes += sum(x.nbytes for x in part)
+        while self.bytes > self.grouping.max_bytes and self.halvings < 31:
+            self._halve()
+
+    def _halve(self) -> None:
+        if not self.halvings:
+            for part in self.parts:
+                self._add_to_grid(part)
+        self.halvings += 1
+        self.parts = [_sampled(part, self.halvings) for part in self.parts]
+        self.bytes = sum(x.nbytes for part in self.parts for x in part)
+
+    def _add_to_grid(self, part: tuple[np.ndarray, ...]) -> None:
+        for t, (_, kind) in enumerate(self.tasks):
+            if kind == "binary":
+                logit_N, positive_N, negative_N = _classes(part, t)
+                on_grid_N = np.where(np.isfinite(logit_N), np.rint(logit_N * GRID) / GRID, math.inf)
+                added = np.stack((on_grid_N, positive_N, negative_N))
+                self.grid[t] = _distinct(np.concatenate((self.grid.get(t, added[:, :0]), added), 1))
+
+    def merge(self, other: Self) -> Self:
+        """The rows of both."""
+        both = type(self)(self.tasks, self.grouping)
+        both.halvings = max(self.halvings, other.halvings)
+        if both.halvings:
+            for source in (self, other):
+                for t, table in source.grid.items():
+                    both.grid[t] = _distinct(np.concatenate((both.grid.get(t, table[:, :0]), table), 1))
+                for part in () if source.halvings else source.parts:
+                    both._add_to_grid(part)
+        for part in (*self.parts, *other.parts):
+            both._keep(part)
+        return both
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The rows, and what stands in for those that were left out."""
+        names = ("cluster", "group", "slices", "logit", "label", "weight")
+        state = {f"rows/{name}": x for name, x in zip(names, self._columns, strict=True)}
+        state["rows/halvings"] = np.array([self.halvings])
+        return state | {f"grid/{t}": table for t, table in self.grid.items()}
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        """Replaces the rows."""
+        names = ("cluster", "group", "slices", "logit", "label", "weight")
+        self.parts = [tuple(state[f"rows/{name}"] for name in names)]
+        self.bytes = sum(x.nbytes for x in self.parts[0])
+        self.halvings = int(state["rows/halvings"][0])
+        self.grid = {int(key.removeprefix("grid/")): x for key, x in state.items() if key.startswith("grid/")}
+
+    @property
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        """All parts as one."""
+        if not self.parts:
+            count, dimensions = len(self.tasks), len(self.grouping.slices)
+            wide = np.zeros((0, count))
+            self.parts = [
+                (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros((0, dimensions), np.int16), wide, wide, wide)
+            ]
+        if len(self.parts) > 1:
+            self.parts = [tuple(np.concatenate(columns) for columns in zip(*self.parts, strict=True))]
+        return self.parts[0]
+
+    def of_task(self, t: int) -> "TaskRows":
+        """The rows of one task that count."""
+        part = self._columns
+        kept_N = ~np.isnan(part[LABEL][:, t])
+        cluster_N, group_N, slice_ND, logit_N, label_N, weight_N = (
+            x[kept_N] if x.ndim == 1 or x is part[SLICES] else x[kept_N, t] for x in part
+        )
+        share = 0.5**self.halvings
+        return TaskRows(
+            self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_ND, logit_N, label_N, weight_N, share,
+            self.grid.get(t),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """One task's rows that count; those of a share of clusters where memory was short, and then all rows' table.
+
+    Attributes:
+        table_3G: logits on a grid, ascending, and weights of both classes; None where all rows are here.
+    """
+
+    grouping: Grouping
+    bucket_N: np.ndarray
+    group_N: np.ndarray
+    slice_ND: np.ndarray
+    logit_N: np.ndarray
+    label_N: np.ndarray
+    weight_N: np.ndarray
+    share: float
+    table_3G: np.ndarray | None
+
+    @cached_property
+    def order_N(self) -> np.ndarray:  # noqa: N802
+        """Of the rows with finite predictions, by ascending prediction."""
+        order_N = np.argsort(self.logit_N, kind="stable")
+        return order_N[np.isfinite(self.logit_N[order_N])]
+
+    @cached_property
+    def sorted_rows(self) -> SortedRows:
+        """The rows in that order."""
+        order_N = self.order_N
+        logit_N, label_N, weight_N = (
+            x_N[order_N].astype(np.float64) for x_N in (self.logit_N, self.label_N, self.weight_N)
+        )
+        return _sorted_rows(logit_N, weight_N * label_N, weight_N * (1 - label_N), self.bucket_N[order_N])
+
+    @cached_property
+    def whole(self) -> SliceRanking:
+        """The ranking of all rows."""
+        return SliceRanking(self.sorted_rows, None, 1, self.grouping.buckets)
+
+    @cached_property
+    def by_dimension(self) -> list[SliceRanking]:
+        """The ranking within the slices of each dimension."""
+        return [
+            SliceRanking(self.sorted_rows, self.slice_ND[self.order_N, d], len(names), self.grouping.buckets)
+            for d, names in enumerate(self.grouping.slices)
+        ]
+
+    @cached_property
+    def table(self) -> SliceRanking | None:
+        """The ranking of all rows on the grid, where only a share is here."""
+        if self.table_3G is None:
+            return None
+        logit_G, positive_G, negative_G = self.table_3G[:, np.isfinite(self.table_3G[0])]
+        return SliceRanking(_sorted_rows(logit_G, positive_G, negative_G, np.zeros(len(logit_G), np.int64)), None, 1, 1)
+
+    @cached_property
+    def unknown_S(self) -> np.ndarray:  # noqa: N802
+        """Slices with a prediction that is not finite: nothing that depends on predictions is defined there."""
+        broken_N = ~np.isfinite(self.logit_N)
+        all_rows = self.table_3G is not None and not np.isfinite(self.table_3G[0]).all()
+        found = [np.array([broken_N.any() or all_rows])]
+        for d, names in enumerate(self.grouping.slices):
+            broken = self.slice_ND[broken_N, d]
+            found.append(np.bincount(broken[broken >= 0], minlength=len(names)) > 0)
+        return np.concatenate(found)
+
+    @cached_property
+    def in_groups(self) -> dict[str, tuple[float, np.ndarray]]:
+        """GAUC and NDCG@k of all rows; NaN where each is a group of its own."""
+        if not self.grouping.grouped:
+            return dict.fromkeys(("gauc", "ndcg"), (math.nan, np.full(self.grouping.buckets, math.nan)))
+        rows = (self.logit_N, self.label_N, self.weight_N, self.group_N, self.bucket_N)
+        return grouped(*rows, self.grouping.buckets, self.grouping.ndcg)
+
+    @cached_property
+    def in_order(self) -> tuple[float, np.ndarray]:
+        """XAUC of all rows of a regression."""
+        return xauc(self.logit_N, self.label_N, self.weight_N, self.bucket_N, self.grouping.buckets)
+
+    def whole_only(self, value: float, left_out_K: np.ndarray | None) -> Figure:
+        """A figure of the slice of all rows alone."""
+        value_S = np.full(self.grouping.count, np.nan)
+        value_S[0] = value
+        if left_out_K is None or self.grouping.buckets == 1:
+            return Figure(np.where(self.unknown_S, np.nan, value_S))
+        left_out_SK = np.full((self.grouping.count, self.grouping.buckets), np.nan)
+        left_out_SK[0] = left_out_K
+        return self._known(Figure(value_S, self._scaled(value_S, left_out_SK)))
+
+    def of_slices(self, figure: Callable[[SliceRanking], Figure]) -> Figure:
+        """A ranking figure of every slice."""
+        parts = [figure(ranking) for ranking in (self.whole, *self.by_dimension)]
+        value_S = np.concatenate([part.value_S for part in parts])
+        if parts[0].left_out_SK is None:
+            left_SK = None
+        else:
+            left_SK = self._scaled(
+                value_S, np.concatenate([part.left_out_SK for part in parts if part.left_out_SK is not None])
+            )
+        if self.table is not None:
+            whole = figure(self.table).value_S[0]
+            if left_SK is not None:
+                left_SK[0] += whole - value_S[0]
+            value_S[0] = whole
+        return self._known(Figure(value_S, left_SK))
+
+    def _scaled(self, value_S: np.ndarray, left_out_SK: np.ndarray) -> np.ndarray:
+        """Values without a bucket as if all clusters were here: the standard error of the whole split is that much smaller."""
+        shrunk = left_out_SK.copy()
+        shrunk[0] = value_S[0] + math.sqrt(self.share) * (left_out_SK[0] - value_S[0])
+        return shrunk
+
+    def _known(self, figure: Figure) -> Figure:
+        value_S = np.where(self.unknown_S, np.nan, figure.value_S)
+        left_SK = None if figure.left_out_SK is None else np.where(self.unknown_S[:, None], np.nan, figure.left_out_SK)
+        return Figure(value_S, left_SK)
+
+    @property
+    def auc_error(self) -> float:
+        """Bound on the error of the whole split's AUC that the grid makes: half of the pairs that share a logit on it."""
+        if self.table_3G is None:
+            return 0.0
+        _, positive_G, negative_G = self.table_3G
+        pairs = positive_G.sum() * negative_G.sum()
+        return float(positive_G @ negative_G / 2 / pairs) if pairs else 0.0
+
+
+def _sorted_rows(
+    logit_N: np.ndarray, positive_N: np.ndarray, negative_N: np.ndarray, bucket_N: np.ndarray
+) -> SortedRows:
+    """Rows that are sorted by logit."""
+    tie_N = np.cumsum(np.diff(logit_N, prepend=logit_N[:1]) > 0, dtype=np.int32)
+    with np.errstate(over="ignore"):
+        predicted_N = (positive_N + negative_N) / (1 + np.exp(-logit_N))
+    return SortedRows(tie_N, positive_N, negative_N, predicted_N, bucket_N)
+
+
+def _classes(part: tuple[np.ndarray, ...], t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logit and weight of both classes of the rows of a task that count."""
+    kept_N = ~np.isnan(part[LABEL][:, t])
+    logit_N, label_N, weight_N = (part[x][kept_N, t].astype(np.float64) for x in (LOGIT, LABEL, WEIGHT))
+    return logit_N, weight_N * label_N, weight_N * (1 - label_N)
+
+
+def _sampled(part: tuple[np.ndarray, ...], halvings: int) -> tuple[np.ndarray, ...]:
+    """The rows of the clusters that are left after so many halvings: by the low bits of the hash; buckets are by the high."""
+    if not halvings:
+        return part
+    kept_N = part[CLUSTER] & np.uint32((1 << halvings) - 1) == 0
+    return tuple(x[kept_N] for x in part)
+
+
+def _distinct(rows_3N: np.ndarray) -> np.ndarray:
+    """Rows (logit, positive weight, negative weight) by ascending logit, equal logits added up: (3, N) -> (3, G)."""
+    logit_G, group_N = np.unique(rows_3N[0], return_inverse=True)
+    return np.stack((logit_G, *(np.bincount(group_N, x_N, len(logit_G)) for x_N in rows_3N[1:])))

@@ -1,0 +1,246 @@
+"""Figures of slices and without buckets, against the metrics of the rows that are left; what is kept in little memory."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from examples import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import Tensor
+
+from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
+from pipeline.evaluation.metrics.base import Grouping, bucket_of
+from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, Provenance, as_array, paired, with_intervals
+from pipeline.evaluation.metrics.intervals import quantile, standard_error
+from pipeline.evaluation.metrics.registry import METRICS, TOTALS
+
+# Shapes: B rows, T tasks, C keys of a row.
+TASKS = [("click", "binary"), ("spend", "regression"), ("like", "binary")]
+BUCKETS = 7
+GROUPING = Grouping((("device=a", "device=b", "device=c"), ("cold",)), BUCKETS, train_rates={"click": 0.2, "like": 0.4})
+DIMENSIONS = ("device", "age (cold start)")
+SLICES = {ALL: None, "device=a": (2, 0), "device=b": (2, 1), "device=c": (2, 2), "cold": (3, 0)}
+FIRST_ORDER = ("pr_auc", "ece", "gauc", "ndcg")  # their values without a bucket have tests of their own
+
+
+def random_rows(rows: int = 900, seed: int = 0, users: int = 60) -> tuple[Tensor, ...]:
+    """Logits with ties, labels of each kind (soft ones too), masks, weights, and keys of users."""
+    rng = np.random.default_rng(seed)
+    logit_BT = np.round(rng.normal(size=(rows, 3)) * 4) / 4
+    label_BT = (rng.random((rows, 3)) < 1 / (1 + np.exp(1 - logit_BT))).astype(float)
+    label_BT[:, 2] = np.where(rng.random(rows) < 0.2, rng.random(rows).round(2), label_BT[:, 2])
+    label_BT[:, 1] = 5 + rng.normal(size=rows) + logit_BT[:, 1]
+    observed_BT = rng.random((rows, 3)) < 0.7
+    weight_BT = rng.random((rows, 3)) * (rng.random((rows, 3)) < 0.9)
+    user_B = rng.integers(0, users, rows)
+    hash_U = rng.integers(0, 1 << 32, users)
+    device_B = np.where(rng.random(rows) < 0.1, -1, rng.integers(0, 3, rows))
+    cold_B = np.where(rng.random(rows) < 0.1, 0, -1)
+    key_BC = np.column_stack((hash_U[user_B], user_B, device_B, cold_B))
+    return tuple(map(torch.from_numpy, (logit_BT, label_BT, observed_BT, weight_BT, key_BC)))
+
+
+def metrics_of(rows: tuple[Tensor, ...], grouping: Grouping = GROUPING, batch: int = 100) -> Metrics:
+    metrics = Metrics(TASKS, grouping, DIMENSIONS if grouping.slices else ())
+    for start in range(0, len(rows[0]), batch):
+        part = [x[start : start + batch] for x in rows]
+        part[4] = part[4] if grouping.slices else part[4][:, :2]
+        metrics.update(*part)
+    return metrics
+
+
+def without_groups(rows: tuple[Tensor, ...], keep_B: np.ndarray) -> dict:
+    """Metrics of some rows alone."""
+    plain = Grouping(train_rates=GROUPING.train_rates)
+    return metrics_of(tuple(x[torch.from_numpy(keep_B)] for x in rows), plain).compute()
+
+
+def in_slice(rows: tuple[Tensor, ...], name: str) -> np.ndarray:
+    key_BC = rows[4].numpy()
+    place = SLICES[name]
+    return np.ones(len(key_BC), bool) if place is None else key_BC[:, place[0]] == place[1]
+
+
+def same(found: float, expected: float | None) -> bool:
+    missing = expected is None
+    return math.isnan(found) if missing else found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_slices_figures_are_the_metrics_of_its_rows(seed: int) -> None:
+    rows = random_rows(seed=seed)
+    figures = metrics_of(rows).figures()
+    for s, name in enumerate(SLICES):
+        expected = without_groups(rows, in_slice(rows, name))
+        for task, kind in TASKS:
+            for metric in METRICS[kind].keys() - {"gauc", "ndcg", "xauc"}:
+                assert same(figures[task][metric].value_S[s], expected[task][metric]), (name, task, metric)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_value_without_a_bucket_is_the_metric_of_the_other_buckets_rows(seed: int) -> None:
+    rows = random_rows(seed=seed)
+    figures, bucket_B = metrics_of(rows).figures(), bucket_of(rows[4][:, 0].numpy().astype(np.uint32), BUCKETS)
+    for s, name in enumerate(SLICES):
+        for k in range(BUCKETS):
+            mine_B = in_slice(rows, name)
+            expected = without_groups(rows, mine_B & (bucket_B != k))
+            counts_BT = (rows[2] & (rows[3] > 0)).numpy()
+            for t, (task, kind) in enumerate(TASKS):
+                empty = not (counts_BT[:, t] & mine_B & (bucket_B == k)).any()
+                for metric in METRICS[kind].keys() - {*FIRST_ORDER, "xauc"}:
+                    found = figures[task][metric].left_out_SK[s, k]
+                    assert same(found, None if empty else expected[task][metric]), (name, task, metric, k)
+
+
+def test_pr_auc_and_ece_without_a_bucket_are_right_to_first_order() -> None:
+    rows = random_rows(6000, users=3000)
+    grouping = replace(GROUPING, buckets=40)
+    figures, bucket_B = metrics_of(rows, grouping).figures(), bucket_of(rows[4][:, 0].numpy().astype(np.uint32), 40)
+    for metric, tolerance in (("pr_auc", 0.02), ("ece", 0.35)):  # of the standard deviation between buckets
+        found_K = figures["click"][metric].left_out_SK[0]
+        exact_K = [without_groups(rows, bucket_B != k)["click"][metric] for k in range(40)]
+        assert np.std(found_K - exact_K) < tolerance * np.std(exact_K)
+        assert float(standard_error(found_K)) == pytest.approx(float(standard_error(np.array(exact_K))), rel=tolerance)
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 9))
+def test_shards_merged_give_the_figures_of_all_rows(seed: int, count: int, buckets: int) -> None:
+    rows, grouping = random_rows(count, seed), replace(GROUPING, buckets=buckets)
+    shard_B = np.random.default_rng(seed).integers(0, 3, count)
+    parts = [metrics_of(tuple(x[torch.from_numpy(shard_B == i)] for x in rows), grouping, 7) for i in range(3)]
+    merged, whole = parts[2].merge(parts[0]).merge(parts[1]), metrics_of(rows, grouping)
+    assert merged.rows == whole.rows
+    for task, known in whole.figures().items():
+        for metric, figure in known.items():
+            found = merged.figures()[task][metric]
+            np.testing.assert_allclose(found.value_S, figure.value_S, rtol=1e-9, atol=1e-12, err_msg=metric)
+            np.testing.assert_allclose(found.left_out_SK, figure.left_out_SK, rtol=1e-8, atol=1e-11, err_msg=metric)
+
+
+def test_the_frame_has_a_line_for_each_figure_and_only_slices_with_rows() -> None:
+    rows = random_rows()
+    rows[4][:, 3] = -1
+    metrics = metrics_of(rows)
+    figures = metrics.figures()
+    frame = metrics.frame(figures)
+    assert frame["slice"].unique().to_list().count("cold") == 0
+    assert set(frame["dimension"]) == {ALL, "device"}
+    line = frame.filter(task="click", metric="auc", slice="device=b").to_dicts()[0]
+    assert line["value"] == figures["click"]["auc"].value_S[2]
+    assert line["rows"] == figures["click"]["rows"].value_S[2]
+    assert line["se"] == pytest.approx(float(standard_error(figures["click"]["auc"].left_out_SK[2])))
+    assert len(line["left_out"]) == BUCKETS
+    assert frame.filter(metric="rows")["left_out"].list.len().to_list() == [0] * frame.filter(metric="rows").height
+    whole = frame.filter(slice=ALL, task="click")
+    assert dict(zip(whole["metric"], whole["value"], strict=True)) == pytest.approx(
+        values_of(figures)["click"], nan_ok=True
+    )
+    assert errors_of(figures)["click"]["ne"] == frame.filter(task="click", metric="ne", slice=ALL)["se"][0]
+    assert not {*TOTALS} & errors_of(figures)["click"].keys()
+
+
+def test_an_interval_is_students() -> None:
+    left_K = np.array([0.5, 0.51, np.nan, 0.49, 0.5])
+    mean = np.nanmean(left_K)
+    expected = math.sqrt(3 / 4 * np.nansum((left_K - mean) ** 2))
+    assert float(standard_error(left_K)) == pytest.approx(expected)
+    assert float(quantile(0.95, 4)) == pytest.approx(3.182446, abs=1e-6)  # of Student's t table, 3 degrees of freedom
+    assert float(quantile(0.95, 4, sides=1)) == pytest.approx(2.353363, abs=1e-6)
+    assert math.isnan(float(quantile(0.95, 1)))
+    assert math.isnan(float(standard_error(np.array([0.5, np.nan]))))
+
+
+def test_differences_are_paired_by_bucket() -> None:
+    rows = random_rows(2000)
+    worse = (rows[0] + 0.01 * torch.randn(rows[0].shape, generator=torch.Generator().manual_seed(0)), *rows[1:])
+    two = [
+        Evaluated(
+            m.frame(m.figures()),
+            Provenance(run="r", step=step, checkpoint="", dataset="d", split="test", buckets=BUCKETS),
+        )
+        for step, m in enumerate((metrics_of(rows), metrics_of(worse)))
+    ]
+    line = paired(*two).filter(task="click", metric="ne", slice=ALL).to_dicts()[0]
+    ours, theirs = (e.figures.filter(task="click", metric="ne", slice=ALL) for e in two)
+    assert line["delta"] == ours["value"][0] - theirs["value"][0]
+    left_K = as_array(ours["left_out"][0]) - as_array(theirs["left_out"][0])
+    assert line["se"] == pytest.approx(math.sqrt((BUCKETS - 1) / BUCKETS * ((left_K - left_K.mean()) ** 2).sum()))
+    assert line["se"] < ours["se"][0] / 3
+    assert line["buckets"] == BUCKETS
+    whole = with_intervals(two[0].figures).filter(task="click", metric="ne", slice=ALL).to_dicts()[0]
+    reach = float(quantile(0.95, BUCKETS)) * whole["se"]
+    assert (whole["low"], whole["high"]) == pytest.approx((whole["value"] - reach, whole["value"] + reach))
+
+
+@pytest.mark.parametrize("batch", [50, 5000])
+def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_a_sample(batch: int) -> None:
+    rng = np.random.default_rng(0)
+    logit_BT = torch.from_numpy(rng.normal(size=(20_000, 3)))
+    rows = (logit_BT, *random_rows(20_000, users=4000)[1:])
+    exact = metrics_of(rows)
+    limit = sum(x.nbytes for part in exact.statistics.values() for x in part.state().values()) // 5
+    small = metrics_of(rows, replace(GROUPING, max_bytes=limit), batch)
+    kept = small.state()["rows/cluster"]
+    assert 1 / 16 <= len(kept) / 20_000 <= 1 / 4
+    found, expected = small.figures(), exact.figures()
+    for metric in ("auc", "pr_auc", "ece"):
+        assert found["click"][metric].value_S[0] == pytest.approx(expected["click"][metric].value_S[0], abs=1e-6)
+        assert found["click"][metric].value_S[1] == pytest.approx(expected["click"][metric].value_S[1], abs=0.1)
+    assert found["click"]["ne"].value_S == pytest.approx(expected["click"]["ne"].value_S, rel=1e-12)
+    errors, smaller = (float(standard_error(f["click"]["auc"].left_out_SK[0])) for f in (expected, found))
+    assert errors / 3 < smaller < errors * 3
+    ranking = small.ranking()
+    assert 0 < ranking["sketch"] < 1e-5
+    assert abs(found["click"]["auc"].value_S[0] - expected["click"]["auc"].value_S[0]) <= ranking["sketch"]
+    assert exact.ranking() == "exact"
+
+
+@pytest.mark.parametrize("t", [0, 2])
+def test_ranking_metrics_of_a_slice_are_scikit_learns(t: int) -> None:
+    logit_BT, label_BT, observed_BT, weight_BT, key_BC = rows = random_rows(3000)
+    rows[1][:, 2] = (label_BT[:, 2] > 0.5).double()
+    figures = metrics_of(rows).figures()[TASKS[t][0]]
+    keep_B = (observed_BT[:, t] & (weight_BT[:, t] > 0) & (key_BC[:, 2] == 1)).numpy()
+    label, logit, weight = (x[:, t].numpy()[keep_B] for x in (label_BT, logit_BT, weight_BT))
+    assert figures["auc"].value_S[2] == pytest.approx(roc_auc_score(label, logit, sample_weight=weight), rel=1e-10)
+    assert figures["pr_auc"].value_S[2] == pytest.approx(
+        average_precision_score(label, logit, sample_weight=weight), rel=1e-10
+    )
+
+
+def test_the_reliability_curve_is_of_bins_of_equal_weight() -> None:
+    rng = np.random.default_rng(5)
+    logit_B = rng.normal(size=4000)
+    label_B = (rng.random(4000) < 1 / (1 + np.exp(-logit_B))).astype(float)
+    metrics = Metrics(TASKS[:1], Grouping(buckets=50))
+    key_BC = np.column_stack((rng.integers(0, 1 << 32, 4000), np.zeros(4000, np.int64)))
+    ones_BT = torch.ones(4000, 1)
+    metrics.update(
+        *(torch.from_numpy(x).unsqueeze(1) for x in (logit_B, label_B)), ones_BT, ones_BT, torch.from_numpy(key_BC)
+    )
+    [curve] = metrics.reliability().values()
+    order = np.argsort(logit_B).reshape(20, 200)
+    for line, index in zip(curve, order, strict=True):
+        assert line[0] == pytest.approx((1 / (1 + np.exp(-logit_B[index]))).mean(), rel=1e-9)
+        assert line[1] == pytest.approx(label_B[index].mean(), rel=1e-9, abs=1e-12)
+        assert line[3] == pytest.approx(200)
+        binomial = math.sqrt(label_B[index].mean() * (1 - label_B[index].mean()) / 200)
+        assert line[2] == pytest.approx(binomial, rel=0.45)
+
+
+def test_a_prediction_that_is_not_finite_hides_its_slices_alone() -> None:
+    rows = random_rows()
+    counts_B = (rows[2] & (rows[3] > 0))[:, 0].numpy() & in_slice(rows, "device=b")
+    rows[0][int(np.flatnonzero(counts_B)[0]), 0] = math.nan
+    rows[4][int(np.flatnonzero(counts_B)[0]), 3] = -1
+    figures = metrics_of(rows).figures()["click"]
+    for metric in ("ne", "auc", "pr_auc", "ece", "calibration"):
+        undefined = np.isnan(figures[metric].value_S)
+        assert undefined.tolist() == [True, False, True, False, False], metric
+        assert np.isnan(figures[metric].left_out_SK[2]).sum() >= BUCKETS - 1  # one may be without the row
