@@ -11,7 +11,7 @@ import polars as pl
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, as_array, paired
 from pipeline.evaluation.metrics.intervals import buckets_used, quantile
 from pipeline.release.gates_config import Gate
-from pipeline.release.slice_patterns import covers
+from pipeline.evaluation.metrics.slice_names import covers
 
 COUNTS = ("rows", "weight_sum", "positives", "non_finite")  # of the rows themselves: nothing is estimated
 

@@ -16,7 +16,7 @@ from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
 from pipeline.evaluation.metrics.registry import METRICS
 from pipeline.release.gate_figures import Figure, Figures
 from pipeline.release.gates_config import NE, Gate, Gates
-from pipeline.release.slice_patterns import can_cover, can_occur
+from pipeline.evaluation.metrics.slice_names import can_cover, can_occur
 from pipeline.release.verdict import GateVerdict, Judged, Outcome, Verdict, interval, worst
 
 BELOW_ONE = Gate(metric="ne", max=1.0, missing="pass")  # of every binary task, unless allowed

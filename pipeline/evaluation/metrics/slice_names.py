@@ -1,4 +1,4 @@
-"""Which slices a gate names: one by its name, or all that a pattern or a dimension covers."""
+"""Names of slices: which ones a pattern or a dimension covers, and which an evaluation may have."""
 
 import re
 from collections.abc import Iterable
@@ -40,4 +40,4 @@ def _form_of_part(part: str) -> str:
     if column != part:
         return rf"{re.escape(column)}: (?:unseen|rare|missing|\*)"
     is_condition = not re.fullmatch(r"[\w.]+", part)
-    return rf"{re.escape(part)}(?:=.+| \S*(?:\.\.|\*)\S*){'?' if is_condition else ''}"
+    return rf"{re.escape(part)}(?:=(?:(?!, [\w.]+=).)+| \S*(?:\.\.|\*)\S*){'?' if is_condition else ''}"
