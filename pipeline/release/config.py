@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from features.regular_files import RelativePath
 from features.schema.schema import Split
 from pipeline.dataset.days import MissingDays, day_of
+from pipeline.evaluation.metrics.settings import MeasureConfig
 
 
 class _Strict(BaseModel):
@@ -66,8 +67,8 @@ class TrainStep(_Strict):
         return self
 
 
-class NightlyConfig(_Strict):
-    """Settings of jobs.nightly; jobs/conf/nightly.yaml has a comment on each.
+class NightlyConfig(MeasureConfig):
+    """Settings of jobs.nightly, with those of what is measured; jobs/conf/nightly.yaml has a comment on each.
 
     Attributes:
         run, step: the candidate's; step None: the newest. Without `run`, `train` trains one.
@@ -127,6 +128,11 @@ class NightlyConfig(_Strict):
     def folder(self) -> Path:
         """Where this night's results go."""
         return self.out / self.date
+
+    @property
+    def measure(self) -> MeasureConfig:
+        """What is measured."""
+        return MeasureConfig.model_validate(self.model_dump(include={*MeasureConfig.model_fields}))
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from features.errors import Preempted, UserError
 from features.plain_json import first_fault, validated
 from features.regular_files import user_error_for_links
 from pipeline.evaluation.metrics import evaluated as figures
-from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
+from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.release import serving, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import Checked, rows_of_nights
@@ -21,13 +21,13 @@ from pipeline.release.gates import check_gates, judge
 from pipeline.release.gates_config import Gates, default_gates, load_gates
 from pipeline.release.night import FILE, ModelReference, Night, Recorder, nights, open_night, tidy
 from pipeline.release.outcome import announce, error_message, message_of
+from pipeline.release.scoring import comparable
 from pipeline.release.trend import Trend, trend
 from pipeline.release.verdict import Outcome, Verdict
 from pipeline.release.webhook import webhook_url
 from pipeline.storage.files import make_folder, storage_of
 
 LOCK = ".nightly.lock"
-DIMENSIONS = (ALL,)  # that the scored figures have slices of
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def alone(out: Path) -> Iterator[None]:
 
 def _gates(config: NightlyConfig) -> tuple[Gates, dict[str, str]]:
     """The gates, and task → kind of the candidate. Raises UserError for a gate that names nothing real."""
-    kinds = steps.kinds_of(config)
+    kinds, dimensions = steps.measured(config)
     of_run = config.run / "gates.yaml" if config.run else None
     path = config.gates or (of_run if of_run and of_run.exists() else None)
     gates = load_gates(path) if path else default_gates(kinds, config.max_increase)
-    check_gates(gates, kinds, DIMENSIONS, str(path or "max_increase"))
+    check_gates(gates, kinds, dimensions, str(path or "max_increase"))
     return gates, kinds
 
 
@@ -127,7 +127,12 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     theirs = _evaluate(config, recorder, "serving", chosen.serving, encoded) if chosen.serving else None
     if chosen.best:
         _evaluate(config, recorder, "best", chosen.best, encoded)
-    models = {"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump(), **day}
+    models = {
+        **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump(), **day},
+        "measure": config.measure.model_dump(mode="json"),
+    }
+    if theirs and encoded.folders["serving"] != encoded.folders["candidate"]:
+        theirs = comparable(theirs)
     if theirs:
         recorder.step("compare", models, lambda: steps.compare(ours, theirs))
 
@@ -192,7 +197,8 @@ def _evaluate(
     if recorder.night.summary(name) and not file.exists():
         recorder.forget(name)
     day = encoded.manifests[encoded.folders[role]]
-    inputs = {"model": model.model_dump(), "day": day, "batch_size": config.batch_size}
+    measure = config.measure.model_dump(mode="json")
+    inputs = {"model": model.model_dump(), "day": day, "batch_size": config.batch_size, "measure": measure}
     recorder.step(name, inputs, lambda: steps.evaluate(config, role, model, encoded))
     return figures.read(file)
 

@@ -10,6 +10,8 @@ from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics import evaluated as figures
+from pipeline.evaluation.metrics.evaluated import ALL
+from pipeline.evaluation.metrics.slices import dimensions
 from pipeline.release import encoded_day, scoring, training_step
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import check_data
@@ -51,10 +53,16 @@ class Encoded(Strict):
         return all(_identity(Path(folder)) == known for folder, known in self.manifests.items())
 
 
-def kinds_of(config: NightlyConfig) -> dict[str, str]:
-    """Task → kind of the candidate, in order; with `train` those of the schema of `days`. Raises UserError."""
-    schema = Run(config.run).schema() if config.run else origin_of_days(config).dataset.schema
-    return {name: task.kind for name, task in schema.tasks.items()}
+def measured(config: NightlyConfig) -> tuple[dict[str, str], list[str]]:
+    """Task → kind of the candidate, in order (with `train`: of `days`), and the dimensions of the slices.
+
+    Raises:
+        UserError: no such run or dataset, or a slice that it cannot have.
+    """
+    origin = origin_of(config, Run(config.run)) if config.run else origin_of_days(config)
+    schema = Run(config.run).schema() if config.run else origin.dataset.schema
+    found = dimensions(config, origin.dataset.only([*schema.tasks]))
+    return {name: task.kind for name, task in schema.tasks.items()}, [ALL, *(dimension.name for dimension in found)]
 
 
 def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | None, nights: Sequence[Night]) -> Chosen:
@@ -149,7 +157,7 @@ def train(config: NightlyConfig, chosen: Chosen, kinds: Mapping[str, str]) -> di
 def evaluate(config: NightlyConfig, role: str, model: ModelReference, encoded: Encoded) -> dict[str, Any]:
     """Scores the model of a role and writes its figures to ROLE.parquet of the night. Raises UserError."""
     folder = encoded.folders[role]
-    found = scoring.score(model, Dataset(Path(folder)), config.batch_size)
+    found = scoring.score(model, Dataset(Path(folder)), config.batch_size, config.measure)
     file = f"{role}.parquet"
     figures.write(found, config.folder / file)
     return Scored(model=model, day=folder, file=file, figures=scoring.figures_of(found)).model_dump()
@@ -159,7 +167,7 @@ def compare(ours: figures.Evaluated, theirs: figures.Evaluated) -> dict[str, Any
     """The summary of `compare`: each task's change of its headline metric, with its standard error paired by bucket."""
     lines = figures.paired(ours, theirs)
     wanted = scoring.figures_of(ours)
-    found = lines.filter(slice=figures.ALL).select("task", "metric", "ours", "theirs", "delta", "se", "buckets", "rows")
+    found = lines.filter(slice=ALL).select("task", "metric", "ours", "theirs", "delta", "se", "buckets", "rows")
     return {"changes": [line for line in found.iter_rows(named=True) if wanted[line["task"]].metric == line["metric"]]}
 
 
