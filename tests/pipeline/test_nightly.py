@@ -149,7 +149,9 @@ def test_a_planted_regression_of_one_slice_fails_its_gate_alone(world, out, tmp_
     (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"tasks": {"click": [of_items, whole]}}))
     settings = {"serving": world / "run", "gates": tmp_path / "gates.yaml", "slices": ["item"], "min_rows": 30}
     found = judged(world, out, 3, run=bad.path, **settings)
-    outcomes = {gate["slice"]: gate["outcome"] for gate in found.night.summary("gates")["gates"] if gate["task"] == "click"}
+    outcomes = {
+        gate["slice"]: gate["outcome"] for gate in found.night.summary("gates")["gates"] if gate["task"] == "click"
+    }
     assert len(outcomes) == 21
     assert {name for name, outcome in outcomes.items() if outcome == "fail"} == {"item=i3"}
     assert outcomes["all"] == "pass"
