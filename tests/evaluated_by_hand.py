@@ -63,7 +63,7 @@ BINARY = {"ne": ne_of, "auc": auc_of, "calibration": lambda label_N, p_N: float(
 def scored(
     task: str, label_N: np.ndarray, p_N: np.ndarray, bucket_N: np.ndarray, slices: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """A binary task's lines on all rows and on slices (device=... to a mask), each figure computed without each bucket in turn."""
+    """A binary task's lines on all rows and on slices (name → mask), each figure computed without each bucket in turn."""
     lines = []
     buckets = int(bucket_N.max()) + 1
     for name, mask_N in {"all": np.ones(len(label_N), bool), **slices}.items():

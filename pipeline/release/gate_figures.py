@@ -10,8 +10,8 @@ import polars as pl
 
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, as_array, paired
 from pipeline.evaluation.metrics.intervals import buckets_used, quantile
-from pipeline.release.gates_config import Gate
 from pipeline.evaluation.metrics.slice_names import covers
+from pipeline.release.gates_config import Gate
 
 COUNTS = ("rows", "weight_sum", "positives", "non_finite")  # of the rows themselves: nothing is estimated
 
@@ -19,10 +19,10 @@ Key = tuple[str, str, str]  # task, metric, slice
 
 
 @dataclass(frozen=True)
-class Figure:
-    """An estimate, its standard error (0: exact, None: unknown), the buckets that this is from, and the rows."""
+class Estimate:
+    """A figure or a change of one, its standard error (0: exact, None: unknown), the buckets of this, and the rows."""
 
-    estimate: float
+    value: float
     se: float | None
     buckets: int
     rows: int
@@ -59,27 +59,27 @@ class Figures:
         """Of a slice, that count for the task; 0 where it did not occur."""
         return self._ours[key]["rows"] if key in self._ours else 0
 
-    def ours(self, key: Key) -> Figure | None:
+    def ours(self, key: Key) -> Estimate | None:
         """A figure of the candidate; None where it is undefined or the slice did not occur."""
         line = self._ours.get(key)
         if line is None or not _finite(line["value"]):
             return None
-        return Figure(line["value"], _se(key, line["se"]), line["buckets"], line["rows"])
+        return Estimate(line["value"], _se(key, line["se"]), line["buckets"], line["rows"])
 
     def theirs(self, key: Key) -> float | None:
         """A figure of the serving checkpoint."""
         line = self._theirs.get(key)
         return line["value"] if line and _finite(line["value"]) else None
 
-    def change(self, key: Key, relative: bool) -> Figure | None:
+    def change(self, key: Key, relative: bool) -> Estimate | None:
         """Candidate - serving, or this over serving's absolute value, with the standard error paired by bucket."""
         theirs, line = self.theirs(key), self._changes.get(key)
         if line is None or theirs is None or not _finite(line["relative" if relative else "delta"]):
             return None  # of a relative change also where serving's value is 0
         if relative:
             share = math.copysign(1, theirs) * line["relative"]
-            return Figure(share, _se(key, line["relative_se"]), line["buckets"], line["rows"])
-        return Figure(line["delta"], _se(key, line["se"]), line["buckets"], line["rows"])
+            return Estimate(share, _se(key, line["relative_se"]), line["buckets"], line["rows"])
+        return Estimate(line["delta"], _se(key, line["se"]), line["buckets"], line["rows"])
 
     @cached_property
     def _changes(self) -> dict[Key, dict[str, Any]]:

@@ -14,9 +14,9 @@ from features.errors import UserError, did_you_mean
 from features.printable import printable
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
 from pipeline.evaluation.metrics.registry import METRICS
-from pipeline.release.gate_figures import Figure, Figures
-from pipeline.release.gates_config import NE, Gate, Gates
 from pipeline.evaluation.metrics.slice_names import can_cover, can_occur
+from pipeline.release.gate_figures import Estimate, Figures
+from pipeline.release.gates_config import NE, Gate, Gates
 from pipeline.release.verdict import GateVerdict, Judged, Outcome, Verdict, interval, worst
 
 BELOW_ONE = Gate(metric="ne", max=1.0, missing="pass")  # of every binary task, unless allowed
@@ -40,12 +40,12 @@ def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Sequence[str
         kinds: task → kind. dimensions: that the evaluation has slices of (the column `dimension` of figures).
         where: gates.yaml, for the message.
     """
-    for task in gates.tasks:
+    for task, own in gates.tasks.items():
         if task not in kinds:
-            known = printable(", ".join(kinds))
-            raise UserError(
-                f"{where}: tasks.{printable(task)}: no such task{did_you_mean(task, kinds)}; there are {known}"
-            )
+            known, near = printable(", ".join(kinds)), did_you_mean(task, kinds)
+            raise UserError(f"{where}: tasks.{printable(task)}: no such task{near}; there are {known}")
+        if own.allow_ne_above_one and kinds[task] != "binary":
+            raise UserError(f"{where}: tasks.{printable(task)}.allow_ne_above_one: is for binary tasks: remove it")
     lists = [("default", gates.default, sorted(set(kinds.values())))]
     lists += [(f"tasks.{printable(task)}", own.gates, [kinds[task]]) for task, own in gates.tasks.items()]
     for place, found, of_kinds in lists:
@@ -76,7 +76,7 @@ def judge(gates: Gates, kinds: Mapping[str, str], candidate: Evaluated, serving:
 
 
 def decide(
-    figure: Figure, confidence: float, least: float, most: float
+    figure: Estimate, confidence: float, least: float, most: float
 ) -> tuple[Outcome, float | None, float | None, int | None]:
     """Whether a figure is within [least, most].
 
@@ -86,12 +86,12 @@ def decide(
     reach = figure.reach(confidence)
     if reach is None:
         return "undecided", None, None, None
-    low, high = figure.estimate - reach, figure.estimate + reach
+    low, high = figure.value - reach, figure.value + reach
     if low >= least and high <= most:
         return "pass", low, high, None
     if low > most or high < least:
         return "fail", low, high, None
-    distance = min(abs(figure.estimate - least), abs(figure.estimate - most))
+    distance = min(abs(figure.value - least), abs(figure.value - most))
     rows = figure.rows * (reach / distance) * (reach / distance) if distance else math.inf
     return "undecided", low, high, max(math.ceil(rows) - figure.rows, 1) if rows <= MOST_ROWS else None
 
@@ -104,7 +104,7 @@ def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str |
         return f"metric {printable(gate.metric)}{near}: {' and '.join(kinds)} tasks have {', '.join(metrics)}"
     if gate.change and metrics[gate.metric].higher_is_better is None:
         return f"metric {gate.metric}: no change of it is a worse one, since neither direction is better: give a band"
-    known = printable(", ".join(dimension for dimension in dimensions if dimension != ALL)) or "nothing"
+    known = printable("; ".join(dimension for dimension in dimensions if dimension != ALL)) or "nothing"
     for pattern in gate.slices or ():
         if not can_cover(pattern, dimensions):
             return f"slices {printable(pattern)}: the evaluation has slices of {known}, and a pattern is like device=*"
@@ -117,7 +117,7 @@ def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str |
 def _of_task(gates: Gates, task: str, kind: str, figures: Figures) -> Iterator[GateVerdict]:
     """The verdicts on one task."""
     non_finite = figures.ours((task, "non_finite", ALL))
-    if non_finite and (count := non_finite.estimate):
+    if non_finite and (count := non_finite.value):
         why = f"{count:,.0f} predictions are not finite"
         yield GateVerdict(
             "predictions are finite", task, ALL, "non_finite", 1.0, count, figures.theirs((task, "non_finite", ALL)), "value",
@@ -152,8 +152,8 @@ def _judge(gate: Gate, higher_is_better: bool | None, key: tuple[str, str, str],
         least, most = (-margin, math.inf) if higher_is_better else (-math.inf, margin)
     task, metric, name = key
     verdict = GateVerdict(
-        str(gate), task, name, metric, gate.confidence, ours.estimate if ours else None, theirs, judged,
-        figure.estimate if figure else None, None, None, rows, None, "pass", "",
+        str(gate), task, name, metric, gate.confidence, ours.value if ours else None, theirs, judged,
+        figure.value if figure else None, None, None, rows, None, "pass", "",
     )  # fmt: skip
     if gate.min_rows is not None and 0 < rows < gate.min_rows:
         more = gate.min_rows - rows if gate.below_min_rows == "undecided" else None
@@ -165,12 +165,12 @@ def _judge(gate: Gate, higher_is_better: bool | None, key: tuple[str, str, str],
         verdict = replace(verdict, outcome=gate.missing, why=_missing(ours, theirs, rows, judged))
     else:
         verdict = _decided(verdict, gate, figure, least, most)
-    if ours and gate.metric in NE and not gate.allow_ne_above_one and ours.estimate >= 1:
+    if ours and gate.metric in NE and not gate.allow_ne_above_one and ours.value >= 1:
         verdict = _with_ne_above_one(verdict, gate, ours)
     return verdict
 
 
-def _missing(ours: Figure | None, theirs: float | None, rows: int, judged: Judged) -> str:
+def _missing(ours: Estimate | None, theirs: float | None, rows: int, judged: Judged) -> str:
     """Why there is nothing to judge."""
     if not rows:
         return "no rows"
@@ -181,12 +181,12 @@ def _missing(ours: Figure | None, theirs: float | None, rows: int, judged: Judge
     return f"the {judged} is undefined"
 
 
-def _decided(verdict: GateVerdict, gate: Gate, figure: Figure, least: float, most: float) -> GateVerdict:
+def _decided(verdict: GateVerdict, gate: Gate, figure: Estimate, least: float, most: float) -> GateVerdict:
     """The verdict with the outcome of its interval."""
     if figure.se is None and gate.min_rows is not None:  # a metric without intervals, on rows enough
         figure = replace(figure, se=0.0)
     outcome, low, high, more = decide(figure, gate.confidence, least, most)
-    why = interval(verdict.judged, figure.estimate, low, high, gate.confidence)
+    why = interval(verdict.judged, figure.value, low, high, gate.confidence)
     if low is None:
         why += ", without an interval: set min_rows to judge it by its value"
     elif outcome == "undecided":
@@ -194,11 +194,11 @@ def _decided(verdict: GateVerdict, gate: Gate, figure: Figure, least: float, mos
     return replace(verdict, outcome=outcome, low=low, high=high, more_rows=more, why=why)
 
 
-def _with_ne_above_one(verdict: GateVerdict, gate: Gate, ours: Figure) -> GateVerdict:
+def _with_ne_above_one(verdict: GateVerdict, gate: Gate, ours: Estimate) -> GateVerdict:
     """A verdict on a figure of NE that is 1 or more: it does not pass, and fails where its bound is, too."""
     figure = replace(ours, se=0.0) if ours.se is None and gate.min_rows is not None else ours
     outcome, low, high, more = decide(figure, gate.confidence, -math.inf, math.nextafter(1, 0))
     if worst((outcome, verdict.outcome)) == verdict.outcome:
         return verdict
-    why = f"{interval('value', ours.estimate, low, high, gate.confidence)}: not below 1, the NE of the base rate"
+    why = f"{interval('value', ours.value, low, high, gate.confidence)}: not below 1, the NE of the base rate"
     return replace(verdict, outcome=outcome, more_rows=more, why=why)

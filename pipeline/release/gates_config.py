@@ -1,7 +1,9 @@
 """gates.yaml: what a checkpoint must satisfy before it goes live, and the gates that hold where there is no such file."""
 
 import math
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,12 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 
 from features.errors import UserError
 from features.plain_json import Count, validated
-from features.regular_files import lstat_regular
 from features.yaml_text import read_yaml
 from pipeline.evaluation.metrics.evaluated import ALL
 from pipeline.run.headline import HEADLINE
 
 NE = ("ne", "ne_train")  # 1 is no better than predicting the base rate
+
+_SHARE = re.compile(r"-?[0-9]+(\.[0-9]+)?%")
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -170,7 +173,7 @@ def load_gates(path: Path) -> Gates:
     try:
         content = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing. pipeline/release/README.md has an example.") from None
+        raise UserError(f"{path} is missing. pipeline/release/GATES.md has an example.") from None
     return validated(Gates, content, path)
 
 
@@ -184,27 +187,12 @@ def default_gates(kinds: Mapping[str, str], max_increase: float) -> Gates:
     return Gates(default=[Gate(metric=metric, change=change) for metric in metrics])
 
 
-def chosen_gates(given: Path | None, run: Path, kinds: Mapping[str, str], max_increase: float) -> tuple[Gates, str]:
-    """The gates to judge a run by, and where they stand: a given file, else RUN/gates.yaml, else `default_gates`.
-
-    Raises:
-        UserError: as load_gates.
-    """
-    if given is not None:
-        return load_gates(given), str(given)
-    if lstat_regular(run, "gates.yaml") is not None:
-        return load_gates(run / "gates.yaml"), str(run / "gates.yaml")
-    return default_gates(kinds, max_increase), "the default gates"
-
-
 def _amount(given: Any) -> tuple[float, bool]:
     """A number, or a text as 1%, as a number and whether it is a share. Raises ValueError."""
-    share, number = isinstance(given, str) and given.endswith("%"), math.nan
-    try:
-        if share or (isinstance(given, int | float) and not isinstance(given, bool)):
+    share, number = isinstance(given, str) and _SHARE.fullmatch(given) is not None, math.nan
+    if share or (isinstance(given, int | float) and not isinstance(given, bool)):
+        with suppress(OverflowError):
             number = float(given[:-1]) / 100 if share else float(given)
-    except (ValueError, OverflowError):
-        pass
     if not math.isfinite(number):
         raise ValueError("must be a number, or a share of the serving checkpoint's value such as 1%")
     return number, share

@@ -107,7 +107,7 @@ def interval(judged: Judged, estimate: float, low: float | None, high: float | N
     text = _share if judged == "relative change" else number if judged == "value" else _signed
     ends = ""
     if low is not None and high is not None and low < high:
-        ends = f" ({text(low)} to {text(high)}, each at {confidence:.6g})"
+        ends = f" ({text(low)} to {text(high)}, each at {100 * confidence:.6g}%)"
     return f"{judged} {text(estimate)}{ends}"
 
 

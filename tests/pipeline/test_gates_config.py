@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from features.errors import UserError
 from pipeline.release.gates import check_gates, judge
-from pipeline.release.gates_config import Gate, Gates, chosen_gates, default_gates, load_gates
+from pipeline.release.gates_config import Gate, Gates, default_gates, load_gates
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"click": "binary", "watch": "regression"}
@@ -44,7 +44,10 @@ def written(folder: Path, content: Any) -> Path:
         ("default: [{metric: ne, max: 1, slice: a=b, slices: c}]", "give slice or slices, not both"),
         ("default: [{metric: ne, max: 1, confidence: 95}]", "default.0.confidence: Input should be less than 1"),
         ("default: [{metric: ne, max: 1, missing: skip}]", "default.0.missing: Input should be 'fail' or 'pass'"),
-        ("default: [{metric: ne, max: 1, min_rows: -1}]", "default.0.min_rows: Input should be greater than or equal to 0"),
+        (
+            "default: [{metric: ne, max: 1, min_rows: -1}]",
+            "default.0.min_rows: Input should be greater than or equal to 0",
+        ),
         ("default: [{metric: ne, max: 1, below_min_rows: pass}]", "below_min_rows needs min_rows"),
         ("default: [{metric: auc, min: 1, allow_ne_above_one: true}]", "allow_ne_above_one is for gates on ne"),
         ("tasks: {click: [{metric: ne, change: {}}]}", "tasks.click.gates.0.change: give one of worse_by_at_most and"),
@@ -53,6 +56,7 @@ def written(folder: Path, content: Any) -> Path:
         ("tasks: {click: [{metric: ne, change: {worse_by_at_most: 1 %!}}]}", "must be a number, or a share"),
         ("tasks: {click: [{metric: ne, change: {worse_by_at_most: nan%}}]}", "must be a number, or a share"),
         ("tasks: {click: [{metric: ne, change: {worse_by_at_most: true}}]}", "must be a number, or a share"),
+        ('tasks: {click: [{metric: ne, change: {worse_by_at_most: "\\n1%"}}]}', "must be a number, or a share"),
         ("tasks: {click: {gate: []}}", "tasks.click.gate: Extra inputs are not permitted"),
         ("tasks: {click: 1}", "tasks.click: Input should be a mapping"),
         ("a: [", "not YAML"),
@@ -67,10 +71,12 @@ def test_what_is_no_gate_is_refused_with_file_and_key(tmp_path: Path, text: str,
     assert "\n" not in str(caught.value)
 
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1%", "device=*"])
-KEYS = st.sampled_from([*Gate.model_fields, "default", "tasks", "gates", "worse_by_at_most", "click", "watch", "ne"]) | st.text(
-    max_size=4
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1%", "device=*"])
 )
+KEYS = st.sampled_from(
+    [*Gate.model_fields, "default", "tasks", "gates", "worse_by_at_most", "click", "watch", "ne"]
+) | st.text(max_size=4)
 METRICS = st.sampled_from(["ne", "auc", "calibration", "nrmse", "rows", "x"])
 GATES = st.fixed_dictionaries(
     {"metric": METRICS},
@@ -84,7 +90,9 @@ GATES = st.fixed_dictionaries(
     },
 )
 DOCUMENTS = st.one_of(
-    st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12),
+    st.recursive(
+        LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+    ),
     st.fixed_dictionaries(
         {"default": st.lists(GATES, max_size=3)},
         optional={"tasks": st.dictionaries(st.sampled_from(["click", "watch", "x"]), st.lists(GATES, max_size=2))},
@@ -92,7 +100,7 @@ DOCUMENTS = st.one_of(
 )
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(DOCUMENTS)
 def test_any_document_is_gates_or_one_line(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
     file = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -106,8 +114,9 @@ def test_any_document_is_gates_or_one_line(tmp_path_factory: pytest.TempPathFact
         gates = load_gates(file)
         check_gates(gates, KINDS, DIMENSIONS, str(file))
     except UserError as error:
-        assert str(error).startswith(f"{file}: ")
-        assert "\n" not in str(error)
+        faults = str(error).splitlines()
+        if len(faults) != 1 or not faults[0].startswith(f"{file}: "):
+            pytest.fail(f"not one line: {faults}")
         return
     verdict = judge(gates, KINDS, evaluated(figures), evaluated(figures))
     assert {gate.task for gate in verdict.gates} <= KINDS.keys()
@@ -118,6 +127,7 @@ def test_any_document_is_gates_or_one_line(tmp_path_factory: pytest.TempPathFact
     [
         ({"tasks": {"clik": []}}, "tasks.clik: no such task (did you mean click?); there are click, watch"),
         ({"default": [{"metric": "au", "max": 1}]}, "default.0: metric au (did you mean auc?)"),
+        ({"tasks": {"watch": {"allow_ne_above_one": True}}}, "tasks.watch.allow_ne_above_one: is for binary tasks"),
         ({"tasks": {"watch": [{"metric": "ne", "max": 1}]}}, "tasks.watch.0: metric ne: regression tasks have"),
         ({"default": [{"metric": "calibration", "change": {"worse_by_at_most": 1}}]}, "neither direction is better"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "os=ios"}]}, "default.0: slice os=ios: the evaluation has slices of"),
@@ -140,8 +150,9 @@ def test_a_gate_that_names_nothing_real_is_refused(content: dict, says: str) -> 
 
 @pytest.mark.parametrize(
     "name",
-    ["all", "device=mobile", "device=mobile, country=DE", "device=a, b, country=c", "position <= 3", "user_age 18..25",
-     "user_age ..18", "user_id: unseen", "user_id: rare", "user_id: missing", "day=2026-11-08", "hour=13"],
+    ["all", "device=mobile", "device=missing", "device=mobile, country=DE", "device=a, b, country=c", "position <= 3",
+     "user_age 18..25", "user_age below 18", "user_age from 65", "user_age missing",
+     "user_id: unseen", "user_id: rare", "user_id: missing", "day=2026-11-08", "hour=13"],
 )  # fmt: skip
 def test_slices_of_every_form_are_known(name: str) -> None:
     check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), KINDS, DIMENSIONS, "x")
@@ -158,29 +169,24 @@ def test_patterns_and_dimensions_are_known(pattern: str) -> None:
         check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), KINDS, ["all"], "x")
 
 
-def test_the_example_of_the_readme_is_read_and_fits_a_run(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.+?)```", (ROOT / "pipeline/release/README.md").read_text(), re.DOTALL)
+def test_the_example_of_the_page_is_read_and_fits_a_run(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.+?)```", (ROOT / "pipeline/release/GATES.md").read_text(), re.DOTALL)
     gates = load_gates(written(tmp_path, text))
     assert gates.default
     assert gates.tasks
-    check_gates(gates, dict.fromkeys(gates.tasks, "binary"), DIMENSIONS, "README.md")
+    check_gates(gates, dict.fromkeys(gates.tasks, "binary"), [*DIMENSIONS, "country"], "GATES.md")
 
 
-def test_gates_are_a_given_file_or_the_runs_or_the_default(tmp_path: Path) -> None:
-    (run := tmp_path / "run").mkdir()
-    mine, theirs = [{"metric": "ne", "max": bound} for bound in (0.5, 0.6)]
-    assert chosen_gates(None, run, KINDS, 0.01) == (default_gates(KINDS, 0.01), "the default gates")
-    assert [str(gate) for gate in default_gates(KINDS, 0.01).default] == [
-        f"{metric} worse by at most 0.01" for metric in ("ne", "nrmse")
-    ]
-    written(run, {"default": [theirs]})
-    assert chosen_gates(None, run, KINDS, 0.01)[0].default[0].max == 0.6
-    file = written(tmp_path, {"default": [mine]})
-    found, where = chosen_gates(file, run, KINDS, 0.01)
-    assert (found.default[0].max, where) == (0.5, str(file))
-    with pytest.raises(UserError, match="is missing"):
-        load_gates(tmp_path / "other.yaml")
-    (run / "gates.yaml").unlink()
-    (run / "gates.yaml").symlink_to(file)
+def test_the_default_gates_are_of_the_headline_metrics_of_the_tasks() -> None:
+    found = default_gates(KINDS, 0.01)
+    check_gates(found, KINDS, ["all"], "x")
+    assert [str(gate) for gate in found.default] == ["ne worse by at most 0.01", "nrmse worse by at most 0.01"]
+    assert [gate.metric for gate in default_gates({"click": "binary"}, 0.01).default] == ["ne"]
+
+
+def test_a_missing_file_and_a_link_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gates.yaml is missing\."):
+        load_gates(tmp_path / "gates.yaml")
+    (tmp_path / "link.yaml").symlink_to(written(tmp_path, {}))
     with pytest.raises(UserError, match="link"):
-        chosen_gates(None, run, KINDS, 0.01)
+        load_gates(tmp_path / "link.yaml")

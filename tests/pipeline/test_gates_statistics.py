@@ -1,4 +1,4 @@
-"""Verdicts on simulated users: planted regressions fail the right gate, and how often a gate errs where there is no difference."""
+"""Verdicts on simulated users: planted regressions fail the right gate, and gates err as rarely as they state."""
 
 # Shapes: N rows, U users.
 
@@ -34,7 +34,7 @@ class Day:
     """A day of two tasks: users of several rows, their true logits, and a serving model that knows these with some noise."""
 
     def __init__(self, seed: int, users: int = 3000, rows: int = 10) -> None:
-        self.rng = rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         user_N = np.repeat(np.arange(users), rows)
         self.bucket_N = rng.integers(0, BUCKETS, users)[user_N]
         device_N = rng.choice(["desktop", "mobile", "tablet"], users, p=[0.5, 0.3, 0.2])[user_N]
@@ -54,7 +54,7 @@ class Day:
         return evaluated(lines)
 
     def noise(self, size: float) -> np.ndarray:
-        return self.rng.normal(0, size, len(self.bucket_N))
+        return np.random.default_rng(1).normal(0, size, len(self.bucket_N))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_regression_of_one_task_fails_the_gates_of_this_task(day: Day, serving
 
 
 def test_a_regression_of_one_slice_fails_the_gate_of_this_slice(day: Day, serving: Evaluated) -> None:
-    broken_N = np.where(day.slices["device=tablet"], day.noise(0.7), 0.0)
+    broken_N = np.where(day.slices["device=tablet"], day.noise(0.5), 0.0)
     assert failing(day, serving, click=broken_N) == {("click", "ne", "device=tablet")}
 
 
@@ -93,7 +93,7 @@ def test_a_shift_of_calibration_fails_the_band_and_nothing_else(day: Day, servin
     assert failing(day, serving, click=0.25) == {("click", "calibration", "all")}
 
 
-def outcomes(margin: dict, by_user: bool, repeats: int = 400) -> list[str]:
+def outcomes(margin: dict, by_user: bool, repeats: int = 300) -> list[str]:
     """What one gate on NE comes to for two models that err equally, the rows of a user alike."""
     gates = Gates.model_validate({"default": [{"metric": "ne", "change": margin}]}, strict=True)
     rng, found = np.random.default_rng(1), []
@@ -130,12 +130,12 @@ def test_the_sums_by_bucket_are_the_figures_without_each_bucket() -> None:
 @pytest.mark.parametrize("key", ["worse_by_at_most", "better_by_at_least"])
 def test_a_gate_whose_margin_is_the_true_difference_passes_and_fails_as_rarely_as_it_states(key: str) -> None:
     found = outcomes({key: 0}, by_user=True)
-    # 5% of 400 is 20, with a standard deviation of 4.4.
-    assert 7 <= found.count("pass") <= 33
-    assert 7 <= found.count("fail") <= 33
+    # 5% of 300 is 15, with a standard deviation of 3.8.
+    assert 4 <= found.count("pass") <= 27
+    assert 4 <= found.count("fail") <= 27
 
 
 def test_buckets_of_single_rows_would_err_several_times_as_often() -> None:
     found = outcomes({"worse_by_at_most": 0}, by_user=False)
-    assert found.count("pass") > 60
-    assert found.count("fail") > 60
+    assert found.count("pass") > 45
+    assert found.count("fail") > 45

@@ -35,9 +35,10 @@ def _form(dimension: str) -> str:
 
 
 def _form_of_part(part: str) -> str:
-    """A column's slices are `column=value` or, between edges, `column 18..25`; a condition in SQL is its own slice."""
+    """Slices are `column=value`, between edges `column 18..25`, of ids `column: unseen`; a condition in SQL is its own."""
     column = part.removesuffix(COLD_START)
     if column != part:
         return rf"{re.escape(column)}: (?:unseen|rare|missing|\*)"
+    value, of_edges = r"=(?:(?!, [\w.]+=).)+", r" (?:below \S+|\S+\.\.\S+|from \S+|missing|\*)"
     is_condition = not re.fullmatch(r"[\w.]+", part)
-    return rf"{re.escape(part)}(?:=(?:(?!, [\w.]+=).)+| \S*(?:\.\.|\*)\S*){'?' if is_condition else ''}"
+    return rf"{re.escape(part)}(?:{value}|{of_edges}){'?' if is_condition else ''}"

@@ -264,9 +264,15 @@ class SliceNumbers:
         """Of N rows the number of their slice, or NO_SLICE."""
         values = self.dimension.values(table)
         if isinstance(values, pa.StructArray):
-            frame = pl.DataFrame({"value": pl.from_arrow(values)})
+            frame = pl.DataFrame({"value": pl.from_arrow(_plain(values))})
             found = frame.join(self.lookup, on="value", how="left", nulls_equal=True, maintain_order="left")["slice"]
             return found.fill_null(NO_SLICE).to_numpy()
+        if pa.types.is_dictionary(values.type):
+            place_V = np.append(self._places(values.dictionary), self._places(pa.nulls(1, values.dictionary.type)))
+            return place_V[values.indices.fill_null(len(place_V) - 1).to_numpy()]
+        return self._places(values)
+
+    def _places(self, values: pa.Array) -> np.ndarray:
         place_N = pc.index_in(values, value_set=self.lookup["value"].to_arrow().cast(values.type))
         return place_N.fill_null(NO_SLICE).to_numpy().astype(np.int16)
 
@@ -276,12 +282,21 @@ def count_values(dimensions: Sequence[Dimension], tables: Iterable[pa.Table]) ->
     counts: list[list[pl.DataFrame]] = [[] for _ in dimensions]
     for table in tables:
         for dimension, parts in zip(dimensions, counts, strict=True):
-            values = pl.from_arrow(dimension.values(table))
+            values = pl.from_arrow(_plain(dimension.values(table)))
             assert isinstance(values, pl.Series)
             parts.append(values.alias("value").to_frame().group_by("value").len("rows"))
             if len(parts) > 16:
                 parts[:] = [_added_up(parts)]
     return [_added_up(parts) for parts in counts]
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    """Texts instead of codes of them, which differ between row groups."""
+    if pa.types.is_struct(values.type):
+        return pa.StructArray.from_arrays(
+            [_plain(part) for part in values.flatten()], [field.name for field in values.type]
+        )
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 def _added_up(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
