@@ -18,7 +18,7 @@ def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report; with `compare`, prints a comparison."""
     from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-    from pipeline.evaluation.report import html, tables
+    from pipeline.evaluation.report import page, tables
     from pipeline.terminal import short_decimal
 
     if "data" in config and "truth" in config.data and config.truth is None:
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
         ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
         print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
     results = evaluation.results()
-    html.write(results)
+    page.write_run(results)
     print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
 
 

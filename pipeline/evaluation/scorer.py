@@ -156,6 +156,9 @@ class Scorer:
             "ranking": metrics.ranking(),
             "evaluation": file.name,
             "gates": weights.means(),
+            "gate_names": [
+                level._asdict() for level in self.ranker.fusion.gate_names(list(self.schema.tasks), self.ranker.fields)
+            ],
         }
 
     @cached_property

@@ -1,6 +1,6 @@
 """The records of eval.jsonl: a line for each evaluation of a checkpoint."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator
 
@@ -15,15 +15,46 @@ Weights = Annotated[list[FiniteFloat], Field(min_length=1, max_length=4096)]  # 
 Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Levels = Annotated[list[Annotated[list[Weights], Field(max_length=1024)]], Field(max_length=64)]
 
+Names = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=4096)]
+
+
+class GateNames(BaseModel):
+    """Names of a level's units and experts, in the order of its gates."""
+
+    units: Names
+    experts: Names
+
+
+Whole = Annotated[int, Field(ge=0, le=1 << 53)]
+Bin = Annotated[list[Value | None], Field(min_length=4, max_length=4)]
+
+
+class Lag(BaseModel):
+    """How far an evaluation was behind its trainer."""
+
+    steps: Whole
+    seconds: Value
+
+
+class Sketch(BaseModel):
+    """AUC of rounded logits: the bound on its error."""
+
+    sketch: Value
+
 
 class Record(BaseModel):
-    """What every line must have; `Scorer.evaluate` writes more, which only people and reports read.
+    """What every line must have, or may; `Scorer.evaluate` writes more, which only people read.
 
     Attributes:
         checkpoint: its manifest's checksum; lines of early versions have none, and are evaluated again.
         dataset: see Dataset.name, with its whole path.
         metrics: task → metric → value, None where it is undefined.
         rows: seen in training. gates: mean weights by level, unit and expert; None of a model without gates.
+        gate_names: of these units and experts.
+        intervals: task → metric → standard error, by buckets of rows that share a value of the cluster.
+        reliability: task → bins of mean prediction, mean label, its standard error, weight.
+        evaluation: the file in RUN/evaluations with the figures of all slices.
+        Lines of early versions lack all from gate_names on.
     """
 
     step: Annotated[int, Field(ge=0)]
@@ -33,6 +64,20 @@ class Record(BaseModel):
     metrics: dict[str, dict[str, Value | None]]
     rows: Annotated[int, Field(ge=0)] | None = None
     gates: Levels | None = None
+    gate_names: Annotated[list[GateNames], Field(max_length=64)] | None = None
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    cluster: str | None = None
+    buckets: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    intervals: dict[str, dict[str, Value | None]] | None = None
+    reliability: dict[str, Annotated[list[Bin], Field(max_length=1000)]] | None = None
+    lag: Lag | None = None
+    rows_evaluated: Whole | None = None
+    rows_per_s: Value | None = None
+    ranks: Annotated[int, Field(ge=1)] | None = None
+    ranking: Literal["exact"] | Sketch | None = None
+    evaluation: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.parquet$", max_length=200)] | None = None
+    seconds: Value | None = None
+    time: Value | None = None
 
     @field_validator("gates")
     @classmethod

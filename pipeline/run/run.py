@@ -27,7 +27,7 @@ from pipeline.storage.files import (
 )
 
 FOLDERS = ("checkpoints", "evaluations", "metrics", "predictions", "tensorboard")
-FILES = ("config.yaml", "schema.yaml", "status.json", "report.html", "ne.png", "gates.png")
+FILES = ("config.yaml", "schema.yaml", "status.json", "report.html", "ne.png")
 MAX_STATUS_BYTES = 1 << 16
 
 
