@@ -48,21 +48,29 @@ class ModelReference(Strict):
 
 
 class Figure(Strict):
-    """A task's headline metric over all rows of the day; None: undefined, or without an interval."""
+    """A task's headline metric over all rows of the day, and its 95% interval; None: undefined, or without an interval."""
 
     metric: Text
     value: FiniteFloat | None
     se: FiniteFloat | None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
     rows: Count
 
 
 class Scored(Strict):
-    """The summary of a step that scores a checkpoint; file: its Evaluated, relative to the night's folder."""
+    """The summary of a step that scores a checkpoint.
+
+    Attributes:
+        day: folder of the encoded day. file: its Evaluated, relative to the night's folder. figures: by task.
+        record: as for eval.jsonl (see pipeline.run.records).
+    """
 
     model: ModelReference
     day: Text
     file: Text
     figures: dict[Text, Figure]
+    record: dict[str, Any] = {}
 
 
 class Step(Strict):

@@ -1,5 +1,6 @@
 """The nightly job: whether a checkpoint is as good on a new day's log as the serving one, as a pipeline of recorded steps."""
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from features.errors import Preempted, UserError
+from features.errors import Preempted, UserError, one_line
 from features.plain_json import first_fault, validated
 from features.regular_files import user_error_for_links
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import Evaluated
-from pipeline.release import serving, steps
+from pipeline.release import pages, serving, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import Checked, rows_of_nights
 from pipeline.release.gates import check_gates, judge
@@ -28,6 +29,8 @@ from pipeline.release.webhook import webhook_url
 from pipeline.storage.files import make_folder, storage_of
 
 LOCK = ".nightly.lock"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def nightly(config: NightlyConfig) -> Result:
             if config.bless == "pass" and recorder.night.outcome == "pass":
                 _bless(config, recorder)
             found = trend(config.out, config.decay_nights, config.decay_confidence)
+            pages.write_trend(found, kinds, config.out)
     except Preempted:
         raise
     except Exception as error:
@@ -140,10 +144,21 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
         found = judge(gates, kinds, ours, theirs)
         return {"outcome": found.outcome, "gates": [_plain(asdict(gate)) for gate in found.gates]}
 
-    recorder.step("gates", {**models, "gates": gates.model_dump(mode="json")}, verdict)
+    of_gates = {**models, "gates": gates.model_dump(mode="json")}
+    recorder.step("gates", of_gates, verdict)
     found = verdict_of(recorder.night)
     assert found is not None
+    recorder.step("report", of_gates, lambda: _report(config, recorder.night, found, kinds))
     return found.outcome, found.line
+
+
+def _report(config: NightlyConfig, night: Night, verdict: Verdict, kinds: dict[str, str]) -> dict[str, Any]:
+    """Writes the page of the night; one that cannot be drawn is a warning, since the verdict stands without it."""
+    try:
+        return {"page": str(pages.write_night(night, verdict, kinds, config.folder))}
+    except (UserError, OSError) as error:
+        logger.warning("%s: no page of the night: %s", config.folder, error)
+        return {"error": one_line(error)}
 
 
 def verdict_of(night: Night) -> Verdict | None:

@@ -1,13 +1,16 @@
 """All figures of a checkpoint over all rows of the day, whatever split their time falls into."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
+from pipeline.evaluation.metrics.accumulator import errors_of, values_of
+from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, with_intervals
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slice_names import COLD_START
 from pipeline.evaluation.scorer import Scorer
@@ -18,18 +21,28 @@ from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
 
 
-def score(model: ModelReference, day: Dataset, batch_size: int, measure: MeasureConfig) -> Evaluated:
-    """Scores a checkpoint.
+def score(
+    model: ModelReference, day: Dataset, batch_size: int, measure: MeasureConfig
+) -> tuple[Evaluated, dict[str, Any]]:
+    """Scores a checkpoint. Returns its figures, and its record as for eval.jsonl.
 
-    The raw rows identify the dataset of the result, not the encoded ones: models of other encoders are paired on them.
+    The raw rows identify the dataset of the figures, not the encoded ones: models of other encoders are paired on them.
 
     Raises:
         UserError: the checkpoint is damaged, or another one by now.
     """
-    found = Scorer(Run(Path(model.run)), day, "all", batch_size, measure).score(model.step)
-    if found.provenance.checkpoint != model.checkpoint:
+    scorer = Scorer(Run(Path(model.run)), day, "all", batch_size, measure)
+    metrics, manifest = scorer.metrics(model.step)
+    if manifest.checksum != model.checkpoint:
         raise UserError(f"{model}: its checkpoint was replaced while it was judged. Run the same command again.")
-    return replace(found, provenance=found.provenance.model_copy(update={"dataset": rows_id(day)}))
+    figures, provenance = metrics.figures(), scorer.provenance_of(model.step, manifest.checksum)
+    record = {
+        **{"step": model.step, "checkpoint": model.checkpoint, "rows": manifest.rows, "time": time.time()},
+        **{"split": provenance.split, "dataset": provenance.dataset, "share": provenance.share},
+        **{"cluster": provenance.cluster, "buckets": provenance.buckets, "ranking": metrics.ranking()},
+        **{"metrics": values_of(figures), "intervals": errors_of(figures), "reliability": metrics.reliability()},
+    }
+    return Evaluated(metrics.frame(figures), provenance.model_copy(update={"dataset": rows_id(day)})), record
 
 
 def comparable(theirs: Evaluated) -> Evaluated:
@@ -43,10 +56,9 @@ def comparable(theirs: Evaluated) -> Evaluated:
 def figures_of(evaluated: Evaluated) -> dict[str, Figure]:
     """Each task's headline metric."""
     lines = evaluated.figures.filter(pl.col("slice") == ALL, pl.col("metric").is_in([*HEADLINE.values()]))
-    return {
-        line["task"]: Figure(metric=line["metric"], value=line["value"], se=line["se"], rows=line["rows"])
-        for line in lines.iter_rows(named=True)
-    }
+    columns = ("metric", "value", "se", "low", "high", "rows")
+    found = with_intervals(lines).iter_rows(named=True)
+    return {line["task"]: Figure(**{name: line[name] for name in columns}) for line in found}
 
 
 def reference(run: Run, step: int | None) -> ModelReference:

@@ -155,5 +155,5 @@ def _scored(night: Night, role: str) -> Scored | None:
 def _cell(figure: Figure | None) -> str:
     if figure is None or figure.value is None:
         return "-"
-    reach = "" if figure.se is None else f" ± {NormalDist().inv_cdf(0.975) * figure.se:.4f}"
+    reach = "" if figure.low is None or figure.high is None else f" ± {(figure.high - figure.low) / 2:.4f}"
     return f"{figure.value:.4f}{reach}"

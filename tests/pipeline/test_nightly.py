@@ -86,7 +86,7 @@ def states(out: Path, number: int) -> dict[str, str]:
 def test_an_equal_model_passes_with_every_step_recorded_and_moves_the_pointer(world, out):
     first = judged(world, out, 3, bless="pass")
     assert (first.night.outcome, first.night.exit_code, first.message["serving"]) == ("pass", 0, None)
-    assert [*states(out, 3)] == ["models", "preprocess", "check", "evaluate candidate", "gates", "bless"]
+    assert [*states(out, 3)] == ["models", "preprocess", "check", "evaluate candidate", "gates", "report", "bless"]
     second = judged(world, out, 4, bless="pass")
     assert (second.night.outcome, second.message["blessed"]) == ("pass", "serves already")
     assert {*states(out, 4)} == {*states(out, 3), "evaluate serving", "compare"}
@@ -96,6 +96,9 @@ def test_an_equal_model_passes_with_every_step_recorded_and_moves_the_pointer(wo
     assert [(line["task"], line["metric"], line["delta"], line["se"]) for line in changes] == [
         ("click", "ne", 0, 0), ("save", "ne", 0, 0), ("dwell", "nrmse", 0, 0)
     ]  # fmt: skip
+    page = (out / day(4) / "report.html").read_text()
+    assert "worse by at most 0.01" in page
+    assert day(4) in (out / "trend.html").read_text()
     pointer = json.loads((out / "serving.json").read_text())
     assert (pointer["night"], pointer["step"], pointer["verdict"]) == (day(3), 120, "pass")
     assert json.loads(json.dumps(second.message)) == second.message
@@ -167,7 +170,8 @@ def test_too_few_rows_are_undecided_and_exit_with_3(world, out, tmp_path):
 
 def test_figures_are_those_of_all_rows_and_of_all_rows_but_a_bucket(world):
     run, dataset = Run(world / "run"), open_dataset(world / "days" / day(3))
-    found = score(reference(run, None), dataset, 200, MeasureConfig(buckets=20))
+    found, of_record = score(reference(run, None), dataset, 200, MeasureConfig(buckets=20))
+    assert of_record["metrics"]["click"]["ne"] == found.value("click", "ne")
     frames = []
     for split in ("train", "valid", "test"):
         scorer = Scorer(run, dataset, split, 10_000)
@@ -337,6 +341,14 @@ def test_the_best_checkpoint_is_scored_for_the_record(world, out, tmp_path):
     assert found.night.scored("best").model.step == 60
     assert found.night.scored("candidate").model.step == 120
     assert pl.read_parquet(out / day(3) / "best.parquet").height > 0
+
+
+def test_a_page_that_cannot_be_drawn_does_not_stop_the_verdict(world, out, tmp_path, caplog):
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    (run / "metrics" / "train.jsonl").write_text('{"rows": "many"}\n')
+    assert judged(world, out, 3, run=run).night.outcome == "pass"
+    assert "no page of the night" in caplog.text
+    assert "train.jsonl" in record(out, 3)["steps"][-1]["summary"]["error"]
 
 
 def test_what_killed_writers_left_is_removed(world, out):

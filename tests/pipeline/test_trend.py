@@ -19,7 +19,9 @@ def write_night(out: Path, date: str, ne: float | None, checkpoint: str = "a", s
 
     def scored(value: float | None) -> dict:
         model = ModelReference(run="/runs/r", step=1, checkpoint=checkpoint)
-        figure = Figure(metric="ne", value=value, se=se, rows=100)
+        reach = None if value is None or se is None else 2 * se
+        ends = {} if reach is None else {"low": value - reach, "high": value + reach}
+        figure = Figure(metric="ne", value=value, se=se, rows=100, **ends)
         return Scored(model=model, day="d", file="f", figures={"click": figure}).model_dump()
 
     steps = [
@@ -80,7 +82,7 @@ def test_nights_without_figures_and_damaged_ones_do_not_stop_it(tmp_path, caplog
     lines = table(found).splitlines()
     assert lines[2].split()[:2] == ["2026-11-01", "pass"]
     assert lines[2].split()[-1] == "-"
-    assert lines[3].split()[-3:] == ["0.8000", "±", f"{1.96 * SE:.4f}"]
+    assert lines[3].split()[-3:] == ["0.8000", "±", f"{2 * SE:.4f}"]
 
 
 def test_a_folder_without_nights_has_an_empty_trend(tmp_path):
