@@ -1,6 +1,7 @@
 """The pages of a night and of all nights, OUT/DATE/report.html and OUT/trend.html."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.evaluation.metrics import evaluated
@@ -8,6 +9,7 @@ from pipeline.evaluation.report import content, page
 from pipeline.evaluation.report.content import Check, Estimate, Gate, Judgement, Model, TrendNight
 from pipeline.evaluation.report.reading import train_lines
 from pipeline.release.night import Figure, Night, Scored
+from pipeline.release.scoring import comparable
 from pipeline.release.trend import ROLES, NightPoint, Trend
 from pipeline.release.verdict import Verdict
 from pipeline.run.run import Run
@@ -28,6 +30,9 @@ def write_night(night: Night, verdict: Verdict, kinds: Mapping[str, str], folder
         for role in ("candidate", "serving", "best")
         if (scored := night.scored(role)) is not None
     }
+    ours, theirs = night.scored("candidate"), night.scored("serving")
+    if ours and theirs and ours.day != theirs.day and (figures := models["serving"].evaluated):
+        models["serving"] = replace(models["serving"], evaluated=comparable(figures))
     violations = (night.summary("check") or {}).get("violations", [])
     checks = [Check("data", "undecided", str(line)) for line in violations] or [Check("data", "pass")]
     steps = [(step.name, f"{step.state} in {step.seconds:.1f} s") for step in night.steps if step.seconds is not None]

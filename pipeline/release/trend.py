@@ -2,7 +2,7 @@
 
 Two nights have other rows, so they cannot be paired: a night is compared with the first nights of the same checkpoint by a
 two-sample z test of the difference over the root of the summed squared standard errors. These are those of the rows; that
-days differ among themselves (weekends, campaigns) is not in them, so read an alarm as a reason to look, not as a verdict.
+days differ among themselves (weekends, campaigns) is not in them, so an alarm asks for an investigation and is no verdict.
 """
 
 import logging

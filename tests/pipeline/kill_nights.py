@@ -89,6 +89,8 @@ def restore(root: Path) -> None:
 def found(root: Path) -> dict[str, Any]:
     """What a night left, but for times and the random names of the encoded day's files."""
     recorded, pointer = read_night(root / "nights" / day(2)), read_serving(root / "nights")
+    for step in recorded.steps if recorded else ():
+        step.summary.get("record", {}).pop("time", None)
     left = [str(file.relative_to(root)) for file in (root / "nights").rglob("*") if file.name.startswith(".")]
     return {
         "outcome": recorded and recorded.outcome,
