@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+from pipeline.evaluation.metrics import slice_ranking
 from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
 from pipeline.evaluation.metrics.base import Grouping, bucket_of
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, Provenance, as_array, paired, with_intervals
@@ -92,20 +93,38 @@ def test_a_value_without_a_bucket_is_the_metric_of_the_other_buckets_rows(seed: 
             counts_BT = (rows[2] & (rows[3] > 0)).numpy()
             for t, (task, kind) in enumerate(TASKS):
                 empty = not (counts_BT[:, t] & mine_B & (bucket_B == k)).any()
-                for metric in METRICS[kind].keys() - {*FIRST_ORDER, "xauc"}:
+                of_bins = {"auc"} if s else {"xauc"}  # in slices; XAUC has none
+                for metric in METRICS[kind].keys() - {*FIRST_ORDER, *of_bins} - ({"xauc"} if s else set()):
                     found = figures[task][metric].left_out_SK[s, k]
                     assert same(found, None if empty else expected[task][metric]), (name, task, metric, k)
 
 
-def test_pr_auc_and_ece_without_a_bucket_are_right_to_first_order() -> None:
+@pytest.mark.parametrize(("metric", "name", "tolerance"), [
+    ("pr_auc", ALL, 0.02), ("ece", ALL, 0.35),
+    ("auc", "device=a", 0.07), ("pr_auc", "device=b", 0.07), ("ece", "device=c", 0.35),
+])  # fmt: skip
+def test_what_is_of_first_order_has_the_right_standard_error(metric: str, name: str, tolerance: float) -> None:
     rows = random_rows(6000, users=3000)
     grouping = replace(GROUPING, buckets=40)
     figures, bucket_B = metrics_of(rows, grouping).figures(), bucket_of(rows[4][:, 0].numpy().astype(np.uint32), 40)
-    for metric, tolerance in (("pr_auc", 0.02), ("ece", 0.35)):  # of the standard deviation between buckets
-        found_K = figures["click"][metric].left_out_SK[0]
-        exact_K = [without_groups(rows, bucket_B != k)["click"][metric] for k in range(40)]
-        assert np.std(found_K - exact_K) < tolerance * np.std(exact_K)
-        assert float(standard_error(found_K)) == pytest.approx(float(standard_error(np.array(exact_K))), rel=tolerance)
+    found_K = figures["click"][metric].left_out_SK[list(SLICES).index(name)]
+    mine_B = in_slice(rows, name)
+    exact_K = [without_groups(rows, mine_B & (bucket_B != k))["click"][metric] for k in range(40)]
+    assert np.std(found_K - exact_K) < tolerance * np.std(exact_K)
+    assert float(standard_error(found_K)) == pytest.approx(float(standard_error(np.array(exact_K))), rel=tolerance)
+
+
+def test_past_as_many_predictions_as_bins_a_slices_auc_is_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(3000)
+    rows = (torch.randn(3000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64), *rows[1:])
+    exact = metrics_of(rows).figures()["click"]
+    monkeypatch.setattr(slice_ranking, "MAX_BINS", 64)
+    binned = metrics_of(rows).figures()["click"]
+    assert binned["auc"].value_S[0] == exact["auc"].value_S[0]
+    for metric in ("auc", "pr_auc", "ece"):
+        assert (binned[metric].value_S != exact[metric].value_S).any()
+        assert binned[metric].value_S == pytest.approx(exact[metric].value_S, abs=0.02)
+    assert np.abs(binned["auc"].value_S - exact["auc"].value_S).max() < 1 / 64 / 2
 
 
 @settings(max_examples=examples(40), deadline=None)

@@ -3,6 +3,7 @@
 # Shapes: B rows, T tasks, S slices, K buckets, D dimensions of slices; keys of a row: cluster, group, then one a dimension.
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.evaluation.metrics.evaluated import ALL
 from pipeline.evaluation.metrics.evaluated import COLUMNS as FRAME
 from pipeline.evaluation.metrics.intervals import standard_error
 from pipeline.evaluation.metrics.kept_rows import KeptRows
+from pipeline.evaluation.metrics.ranking import reliability
 from pipeline.evaluation.metrics.registry import COUNTS, METRICS, TOTALS
 
 _LARGEST = torch.finfo(torch.float64).max
@@ -109,12 +111,16 @@ class Metrics:
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Task → metric → its figure in every slice."""
-        found: dict[str, dict[str, Figure]] = {}
-        for t, (name, kind) in enumerate(self.tasks):
-            metrics = METRICS[kind].values()
-            of_task = {used: self.statistics[used].of_task(t) for used in {metric.statistic for metric in metrics}}
-            found[name] = {metric.name: metric.compute(of_task[metric.statistic]) for metric in metrics}
-        return found
+        # Statistics add up what is pending as they are read: not in several threads.
+        read = [{used: s.of_task(t) for used, s in self.statistics.items()} for t in range(len(self.tasks))]
+
+        def of_task(t: int) -> dict[str, Figure]:
+            return {
+                name: metric.compute(read[t][metric.statistic]) for name, metric in METRICS[self.tasks[t][1]].items()
+            }
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy computes most of it without Python's lock
+            return dict(zip((name for name, _ in self.tasks), pool.map(of_task, range(len(self.tasks))), strict=True))
 
     def compute(self) -> dict[str, dict[str, float | int | None]]:
         """Task → metric → value over all rows. None is undefined: no rows, one class, constant labels, no finite prediction."""
@@ -133,13 +139,13 @@ class Metrics:
         return pl.concat(parts).filter((pl.col("rows") > 0) | (pl.col("slice") == ALL))
 
     def reliability(self) -> dict[str, list[list[float | None]]]:
-        """Of each binary task the reliability curve (`SliceRanking.reliability`), empty where a prediction is not finite."""
+        """Of each binary task the reliability curve (`ranking.reliability`), empty where a prediction is not finite."""
         rows = self.statistics.get(KeptRows)
         found = {}
         for t, (name, kind) in enumerate(self.tasks):
             if kind == "binary" and rows is not None:
                 of_task = rows.of_task(t)
-                found[name] = [] if of_task.unknown_S[0] else of_task.whole.reliability()
+                found[name] = [] if of_task.unknown_S[0] else reliability(of_task.ranked)
         return found
 
     def ranking(self) -> Any:

@@ -16,7 +16,8 @@ from typing_extensions import Self
 
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
 from pipeline.evaluation.metrics.grouped import grouped
-from pipeline.evaluation.metrics.ranking import SliceRanking, SortedRows
+from pipeline.evaluation.metrics.ranking import RankedRows
+from pipeline.evaluation.metrics.slice_ranking import SliceCounts, binned
 from pipeline.evaluation.metrics.xauc import xauc
 
 GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
@@ -112,14 +113,16 @@ class KeptRows:
 
     def of_task(self, t: int) -> "TaskRows":
         """The rows of one task that count."""
-        part = self._columns
-        kept_N = ~np.isnan(part[LABEL][:, t])
-        cluster_N, group_N, slice_ND, logit_N, label_N, weight_N = (
-            x[kept_N] if x.ndim == 1 or x is part[SLICES] else x[kept_N, t] for x in part
+        cluster_N, group_N, slice_ND, *of_tasks = self._columns
+        logit_N, label_N, weight_N = (x_NT[:, t] for x_NT in of_tasks)
+        kept_N = np.flatnonzero(~np.isnan(label_N))
+        cluster_N, group_N, logit_N, label_N, weight_N = (
+            x_N[kept_N] for x_N in (cluster_N, group_N, logit_N, label_N, weight_N)
         )
+        slice_DN = np.ascontiguousarray(slice_ND[kept_N].T)
         share = 0.5**self.halvings
         return TaskRows(
-            self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_ND, logit_N, label_N, weight_N, share,
+            self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_DN, logit_N, label_N, weight_N, share,
             self.grid.get(t),
         )  # fmt: skip
 
@@ -135,7 +138,7 @@ class TaskRows:
     grouping: Grouping
     bucket_N: np.ndarray
     group_N: np.ndarray
-    slice_ND: np.ndarray
+    slice_DN: np.ndarray
     logit_N: np.ndarray
     label_N: np.ndarray
     weight_N: np.ndarray
@@ -149,34 +152,32 @@ class TaskRows:
         return order_N[np.isfinite(self.logit_N[order_N])]
 
     @cached_property
-    def sorted_rows(self) -> SortedRows:
+    def ranked(self) -> RankedRows:
         """The rows in that order."""
         order_N = self.order_N
         logit_N, label_N, weight_N = (
             x_N[order_N].astype(np.float64) for x_N in (self.logit_N, self.label_N, self.weight_N)
         )
-        return _sorted_rows(logit_N, weight_N * label_N, weight_N * (1 - label_N), self.bucket_N[order_N])
+        classes = (weight_N * label_N, weight_N * (1 - label_N))
+        return _ranked(logit_N, *classes, self.bucket_N[order_N], self.grouping.buckets)
 
     @cached_property
-    def whole(self) -> SliceRanking:
-        """The ranking of all rows."""
-        return SliceRanking(self.sorted_rows, None, 1, self.grouping.buckets)
-
-    @cached_property
-    def by_dimension(self) -> list[SliceRanking]:
-        """The ranking within the slices of each dimension."""
-        return [
-            SliceRanking(self.sorted_rows, self.slice_ND[self.order_N, d], len(names), self.grouping.buckets)
-            for d, names in enumerate(self.grouping.slices)
-        ]
-
-    @cached_property
-    def table(self) -> SliceRanking | None:
-        """The ranking of all rows on the grid, where only a share is here."""
+    def table(self) -> RankedRows | None:
+        """All rows' logits on the grid, where only a share of the rows is here."""
         if self.table_3G is None:
             return None
         logit_G, positive_G, negative_G = self.table_3G[:, np.isfinite(self.table_3G[0])]
-        return SliceRanking(_sorted_rows(logit_G, positive_G, negative_G, np.zeros(len(logit_G), np.int64)), None, 1, 1)
+        return _ranked(logit_G, positive_G, negative_G, np.zeros(len(logit_G), np.int64), 1)
+
+    @cached_property
+    def of_slices(self) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """Of each dimension the ranking figures of its slices (`SliceCounts.figures`)."""
+        if not self.grouping.slices:
+            return []
+        rows = binned(self.ranked, self.order_N, len(self.logit_N))
+        return [
+            SliceCounts.of(rows, self.slice_DN[d], len(names)).figures() for d, names in enumerate(self.grouping.slices)
+        ]
 
     @cached_property
     def unknown_S(self) -> np.ndarray:  # noqa: N802
@@ -185,7 +186,7 @@ class TaskRows:
         all_rows = self.table_3G is not None and not np.isfinite(self.table_3G[0]).all()
         found = [np.array([broken_N.any() or all_rows])]
         for d, names in enumerate(self.grouping.slices):
-            broken = self.slice_ND[broken_N, d]
+            broken = self.slice_DN[d, broken_N]
             found.append(np.bincount(broken[broken >= 0], minlength=len(names)) > 0)
         return np.concatenate(found)
 
@@ -212,21 +213,22 @@ class TaskRows:
         left_out_SK[0] = left_out_K
         return self._known(Figure(value_S, self._scaled(value_S, left_out_SK)))
 
-    def of_slices(self, figure: Callable[[SliceRanking], Figure]) -> Figure:
-        """A ranking figure of every slice."""
-        parts = [figure(ranking) for ranking in (self.whole, *self.by_dimension)]
-        value_S = np.concatenate([part.value_S for part in parts])
-        if parts[0].left_out_SK is None:
+    def figure(self, name: str, metric: Callable[[RankedRows], tuple[float, np.ndarray]]) -> Figure:
+        """A ranking metric of all rows and of every slice.
+
+        Args:
+            name: in `SliceCounts.figures`. metric: of all rows, one of pipeline.evaluation.metrics.ranking.
+        """
+        whole, left_K = metric(self.ranked)
+        value_S = np.concatenate([np.array([whole]), *(figures[name][0] for figures in self.of_slices)])
+        if self.grouping.buckets == 1:
             left_SK = None
         else:
-            left_SK = self._scaled(
-                value_S, np.concatenate([part.left_out_SK for part in parts if part.left_out_SK is not None])
-            )
+            left_SK = self._scaled(value_S, np.concatenate([left_K[None], *(f[name][1] for f in self.of_slices)]))
         if self.table is not None:
-            whole = figure(self.table).value_S[0]
+            value_S[0] = metric(self.table)[0]
             if left_SK is not None:
-                left_SK[0] += whole - value_S[0]
-            value_S[0] = whole
+                left_SK[0] += value_S[0] - whole
         return self._known(Figure(value_S, left_SK))
 
     def _scaled(self, value_S: np.ndarray, left_out_SK: np.ndarray) -> np.ndarray:
@@ -250,14 +252,14 @@ class TaskRows:
         return float(positive_G @ negative_G / 2 / pairs) if pairs else 0.0
 
 
-def _sorted_rows(
-    logit_N: np.ndarray, positive_N: np.ndarray, negative_N: np.ndarray, bucket_N: np.ndarray
-) -> SortedRows:
+def _ranked(
+    logit_N: np.ndarray, positive_N: np.ndarray, negative_N: np.ndarray, bucket_N: np.ndarray, buckets: int
+) -> RankedRows:
     """Rows that are sorted by logit."""
     tie_N = np.cumsum(np.diff(logit_N, prepend=logit_N[:1]) > 0, dtype=np.int32)
     with np.errstate(over="ignore"):
         predicted_N = (positive_N + negative_N) / (1 + np.exp(-logit_N))
-    return SortedRows(tie_N, positive_N, negative_N, predicted_N, bucket_N)
+    return RankedRows(tie_N, positive_N, negative_N, predicted_N, bucket_N, buckets)
 
 
 def _classes(part: tuple[np.ndarray, ...], t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,28 +1,27 @@
-"""Ranking metrics of a binary task in every slice of a dimension and without every bucket, from one sort of its rows.
+"""Ranking metrics of a binary task over all rows, exactly, and without every bucket, from one sort.
 
 AUC is a sum over pairs of a positive and a negative row. Without a bucket it is the sum of all pairs less those of its
-positives, less those of its negatives, plus those of both: exact, for three running sums over the sorted rows.
+positives, less those of its negatives, plus those of both: exact, from running sums over the sorted rows.
 """
 
-# Shapes: N rows, S slices of a dimension, K buckets, G groups of equal predictions, E edges of bins.
+# Shapes: N rows, K buckets, G groups of equal predictions, E bins.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from pipeline.evaluation.metrics.base import Figure
 from pipeline.evaluation.metrics.intervals import standard_error
 
 BINS = 20  # of ECE and of the reliability curve
 
 
 @dataclass(frozen=True)
-class SortedRows:
+class RankedRows:
     """Rows of a binary task by ascending logit. A soft label y is a positive row of weight y·w and a negative of (1 - y)·w.
 
     Attributes:
-        tie_N: number of the distinct logit. predicted_N: probability times weight. bucket_N: 0 .. K - 1.
+        tie_N: number of the distinct logit, ascending. predicted_N: probability times weight. bucket_N: 0 .. buckets - 1.
     """
 
     tie_N: np.ndarray
@@ -30,214 +29,173 @@ class SortedRows:
     negative_N: np.ndarray
     predicted_N: np.ndarray
     bucket_N: np.ndarray
-
-    def take(self, index_N: np.ndarray) -> "SortedRows":
-        """Some of the rows, in the order of `index_N`."""
-        return SortedRows(*(getattr(self, name)[index_N] for name in self.__dataclass_fields__))
-
-
-class SliceRanking:
-    """Ranking figures of the slices of one dimension.
-
-    Args:
-        rows: sorted. slice_N: of each row, 0 .. S - 1, or -1 for none. slices: S. buckets: K.
-    """
-
-    def __init__(self, rows: SortedRows, slice_N: np.ndarray | None, slices: int, buckets: int) -> None:
-        self.slices, self.buckets = slices, buckets
-        if slice_N is None:
-            self.slice_N, self.rows = np.zeros(len(rows.tie_N), np.int64), rows
-        else:
-            order = np.argsort(slice_N, kind="stable")[np.count_nonzero(slice_N < 0) :]
-            self.slice_N, self.rows = slice_N[order].astype(np.int64), rows.take(order)
-        self.runs = _Runs(self.rows, self.slice_N, slices)
+    buckets: int
 
     @cached_property
-    def cell_N(self) -> np.ndarray:  # noqa: N802
-        """Of each row its place in (S, K)."""
-        return self.slice_N * self.buckets + self.rows.bucket_N
+    def start_G(self) -> np.ndarray:  # noqa: N802
+        """The first row of each distinct logit."""
+        return np.flatnonzero(np.diff(self.tie_N, prepend=-1))
 
-    def by_bucket(self, value_N: np.ndarray) -> np.ndarray:
-        """Sums of a value by slice and bucket, (S, K)."""
-        cells = self.slices * self.buckets
-        return np.bincount(self.cell_N, value_N, cells).reshape(self.slices, self.buckets)
-
-    def auc(self) -> Figure:
-        """Probability that a positive outranks a negative, a tie counted half; not binned."""
-        runs, rows = self.runs, self.rows
-        of_positives_SK = self.by_bucket(rows.positive_N * runs.below(runs.negative_G, self.slice_N))
-        positive_SK, negative_SK = self.by_bucket(rows.positive_N), self.by_bucket(rows.negative_N)
-        positive_S, negative_S, won_S = (x.sum(1) for x in (positive_SK, negative_SK, of_positives_SK))
-        value_S = _ratio(won_S, positive_S * negative_S)
-        if self.buckets == 1:
-            return Figure(value_S)
-        of_negatives_SK = self.by_bucket(rows.negative_N * runs.above(runs.positive_G, self.slice_N))
-        left_SK = won_S[:, None] - of_positives_SK - of_negatives_SK + self._within()
-        pairs_SK = (positive_S[:, None] - positive_SK) * (negative_S[:, None] - negative_SK)
-        # What rounding leaves of a class that is in one bucket only is no class.
-        pairs_SK[pairs_SK <= 1e-12 * (positive_S * negative_S)[:, None]] = 0
-        return Figure(value_S, np.where(positive_SK + negative_SK > 0, _ratio(left_SK, pairs_SK), np.nan))
-
-    def _within(self) -> np.ndarray:
-        """Weight of the pairs in order that lie within one bucket, (S, K)."""
-        order = np.argsort(self.cell_N.astype(_smallest(self.slices * self.buckets)), kind="stable")
-        rows, cell_N = self.rows.take(order), self.cell_N[order]
-        runs = _Runs(rows, cell_N, self.slices * self.buckets)
-        won_N = rows.positive_N * runs.below(runs.negative_G, cell_N)
-        return np.bincount(cell_N, won_N, self.slices * self.buckets).reshape(self.slices, self.buckets)
-
-    def pr_auc(self) -> Figure:
-        """Average precision (Boyd et al. 2013): mean over positives of the precision among all that rank at least as high.
-
-        Ties share one precision. Without a bucket it is of first order in its weight (infinitesimal jackknife).
-        """
-        runs, rows = self.runs, self.rows
-        positive_S = self.by_bucket(rows.positive_N).sum(1)
-        above_G = runs.from_top(runs.positive_G)
-        total_G = above_G + runs.from_top(runs.negative_G)
-        precision_G = above_G / np.where(total_G > 0, total_G, 1)
-        gained_G = runs.positive_G * precision_G
-        value_S = _ratio(np.bincount(runs.slice_G, gained_G, self.slices), positive_S)
-        if self.buckets == 1:
-            return Figure(value_S)
-        # A row changes the precision of its own prediction and of all below it.
-        slope_G = runs.positive_G / np.where(total_G > 0, total_G, 1)
-        fall_G = runs.to_here(slope_G * precision_G)
-        rise_G = runs.to_here(slope_G) - fall_G
-        of_row_N = rows.positive_N * runs.rows_of(precision_G + rise_G) - rows.negative_N * runs.rows_of(fall_G)
-        positive_SK, left_SK = self.by_bucket(rows.positive_N), self.by_bucket(of_row_N)
-        gained_S1 = (value_S * positive_S)[:, None]
-        return Figure(value_S, self._known(_ratio(gained_S1 - left_SK, positive_S[:, None] - positive_SK)))
-
-    def ece(self) -> Figure:
-        """Expected calibration error (Naeini et al. 2015) over 20 bins of equal weight.
-
-        Bins of equal width would hold nearly all rows of a rare label in the first. Equal predictions that straddle an edge
-        are divided in proportion, so the order of rows cannot matter. Biased upwards on few rows, like every binned ECE.
-        Without a bucket the edges stay where they are.
-        """
-        runs = self.runs
-        excess_SE = np.diff(runs.at_edges(runs.predicted_G - runs.positive_G, BINS), axis=1)
-        weight_S = runs.weight_S
-        value_S = _ratio(np.abs(excess_SE).sum(1), weight_S)
-        if self.buckets == 1:
-            return Figure(value_S)
-        bin_N, rows = self.runs.bins(BINS), self.rows
-        cells = self.slices * self.buckets * BINS
-        excess = np.bincount(self.cell_N * BINS + bin_N, rows.predicted_N - rows.positive_N, cells)
-        excess_SKE = excess.reshape(self.slices, self.buckets, BINS)
-        left_SK = np.abs(excess_SKE.sum(1, keepdims=True) - excess_SKE).sum(2)
-        weight_SK = self.by_bucket(rows.positive_N + rows.negative_N)
-        left_SK = _ratio(left_SK, weight_S[:, None] - weight_SK)
-        centre_S = _ratio(np.abs(excess_SKE.sum(1)).sum(1), weight_S)  # a tie on an edge is in one bin here
-        return Figure(value_S, self._known(left_SK + (value_S - centre_S)[:, None]))
-
-    def reliability(self) -> list[list[float | None]]:
-        """Of all rows: mean prediction, mean label, its standard error and the weight of each of 20 bins of equal weight."""
-        runs, bin_N = self.runs, self.runs.bins(BINS)
-        if not len(bin_N):
-            return []
-        weight_E, predicted_E, positive_E = (
-            np.diff(runs.at_edges(x_G, BINS))[0]
-            for x_G in (runs.positive_G + runs.negative_G, runs.predicted_G, runs.positive_G)
-        )
-        cell_N, cells = bin_N * self.buckets + self.rows.bucket_N, BINS * self.buckets
-        weight_EK, label_EK = (
-            np.bincount(cell_N, x_N, cells).reshape(BINS, self.buckets)
-            for x_N in (self.rows.positive_N + self.rows.negative_N, self.rows.positive_N)
-        )
-        left_EK = _ratio(label_EK.sum(1)[:, None] - label_EK, weight_EK.sum(1)[:, None] - weight_EK)
-        error_E = standard_error(np.where(weight_EK > 0, left_EK, np.nan))
-        columns = (predicted_E / weight_E, positive_E / weight_E, error_E, weight_E)
-        return [[float(x) if np.isfinite(x) else None for x in line] for line in zip(*columns, strict=True)]
-
-    def _known(self, left_SK: np.ndarray) -> np.ndarray:
-        """NaN for a bucket without rows of the slice."""
-        return np.where(self.by_bucket(self.rows.positive_N + self.rows.negative_N) > 0, left_SK, np.nan)
-
-
-class _Runs:
-    """Runs of equal predictions in one slice, of rows that are sorted by slice and prediction; running sums over them.
-
-    Attributes:
-        positive_G, negative_G, predicted_G: sums of the rows. slice_G: their slice. weight_S: of the slices.
-    """
-
-    def __init__(self, rows: SortedRows, slice_N: np.ndarray, slices: int) -> None:
-        changed_N = np.ones(len(slice_N), bool)
-        changed_N[1:] = (rows.tie_N[1:] != rows.tie_N[:-1]) | (slice_N[1:] != slice_N[:-1])
-        self.start_G = np.flatnonzero(changed_N)
-        self.lengths = np.diff(self.start_G, append=len(slice_N))
-        self.alone = len(self.start_G) == len(slice_N)  # no two rows are in one run
-        self.slice_G = slice_N[self.start_G]
-        # Of each slice the first run, and the one behind its last.
-        self.first_S, self.end_S = (
-            np.searchsorted(self.slice_G, np.arange(slices), side) for side in ("left", "right")
-        )
-        self.positive_G, self.negative_G, self.predicted_G = (
-            self._sums(x_N) for x_N in (rows.positive_N, rows.negative_N, rows.predicted_N)
-        )
-        self.weight_before = _before(self.positive_G + self.negative_G)
-        self.weight_S = self.weight_before[self.end_S] - self.weight_before[self.first_S]
-
-    def _sums(self, value_N: np.ndarray) -> np.ndarray:
-        return value_N if self.alone or not len(value_N) else np.add.reduceat(value_N, self.start_G)
+    def sums(self, value_N: np.ndarray) -> np.ndarray:
+        """Sums over the rows of each distinct logit, (G,)."""
+        return value_N if len(self.start_G) in (0, len(value_N)) else np.add.reduceat(value_N, self.start_G)
 
     def rows_of(self, value_G: np.ndarray) -> np.ndarray:
-        """The value of each row's run."""
-        return value_G if self.alone else np.repeat(value_G, self.lengths)
+        """The value of each row's logit, (N,)."""
+        return value_G if len(value_G) == len(self.tie_N) else value_G[self.tie_N]
 
-    def below(self, value_G: np.ndarray, slice_N: np.ndarray) -> np.ndarray:
-        """Of each row the sum over lower predictions of its slice, and half of its own prediction's."""
-        before = _before(value_G)
-        middle_G = (before[:-1] + before[1:]) / 2
-        return self.rows_of(middle_G) - before[self.first_S][slice_N]
+    @cached_property
+    def positive_G(self) -> np.ndarray:  # noqa: N802
+        """Weight of the positive class at each distinct logit."""
+        return self.sums(self.positive_N)
 
-    def above(self, value_G: np.ndarray, slice_N: np.ndarray) -> np.ndarray:
-        """Of each row the sum over higher predictions of its slice, and half of its own prediction's."""
-        before = _before(value_G)
-        middle_G = (before[:-1] + before[1:]) / 2
-        return before[self.end_S][slice_N] - self.rows_of(middle_G)
+    @cached_property
+    def negative_G(self) -> np.ndarray:  # noqa: N802
+        """Weight of the negative class at each distinct logit."""
+        return self.sums(self.negative_N)
 
-    def from_top(self, value_G: np.ndarray) -> np.ndarray:
-        """Of each run the sum over those of its slice that are not lower."""
-        before = _before(value_G)
-        return before[self.end_S][self.slice_G] - before[:-1]
+    @cached_property
+    def predicted_G(self) -> np.ndarray:  # noqa: N802
+        """Predicted probability times weight at each distinct logit."""
+        return self.sums(self.predicted_N)
 
-    def to_here(self, value_G: np.ndarray) -> np.ndarray:
-        """Of each run the sum over those of its slice that are not higher."""
-        before = _before(value_G)
-        return before[1:] - before[self.first_S][self.slice_G]
+    @cached_property
+    def weight_before(self) -> np.ndarray:
+        """Weight of lower logits, and of all, (G + 1,)."""
+        return before(self.positive_G + self.negative_G)
 
-    def at_edges(self, value_G: np.ndarray, bins: int) -> np.ndarray:
-        """The running sum of each slice at the edges of bins of equal weight, (S, bins + 1); linear within a run."""
-        before = _before(value_G)
-        start_S = self.weight_before[self.first_S]
-        edge_SE = start_S[:, None] + self.weight_S[:, None] * np.linspace(0, 1, bins + 1)
-        edge_SE[:, -1] = self.weight_before[self.end_S]
-        return np.interp(edge_SE, self.weight_before, before)
+    def by_bucket(self, value_N: np.ndarray) -> np.ndarray:
+        """Sums by bucket, (K,)."""
+        return np.bincount(self.bucket_N, value_N, self.buckets)
+
+    @cached_property
+    def positive_K(self) -> np.ndarray:  # noqa: N802
+        """Weight of the positive class by bucket."""
+        return self.by_bucket(self.positive_N)
+
+    @cached_property
+    def negative_K(self) -> np.ndarray:  # noqa: N802
+        """Weight of the negative class by bucket."""
+        return self.by_bucket(self.negative_N)
+
+    @property
+    def known_K(self) -> np.ndarray:  # noqa: N802
+        """Buckets that have rows."""
+        return self.positive_K + self.negative_K > 0
 
     def bins(self, bins: int) -> np.ndarray:
-        """Of each row the bin of equal weight that the middle of its run lies in."""
-        middle_G = (self.weight_before[:-1] + self.weight_before[1:]) / 2 - self.weight_before[self.first_S][
-            self.slice_G
-        ]
-        share_G = middle_G / np.maximum(self.weight_S[self.slice_G], 1e-300)
-        return self.rows_of(np.minimum((share_G * bins).astype(np.int64), bins - 1))
+        """Of each row the bin of equal weight that the middle of its logit's weight lies in."""
+        edges = self.weight_before
+        middle_G = (edges[:-1] + edges[1:]) / 2
+        return self.rows_of(np.minimum(middle_G * (bins / max(edges[-1], 1e-300)), bins - 1).astype(np.int64))
 
 
-def _before(value_G: np.ndarray) -> np.ndarray:
-    """Running sums, (G + 1,): of what is before each run, and of all."""
+def auc(rows: RankedRows) -> tuple[float, np.ndarray]:
+    """Probability that a positive outranks a negative, a tie counted half; not binned. The value, and without each bucket."""
+    positive, negative = rows.positive_K.sum(), rows.negative_K.sum()
+    won_K = rows.by_bucket(rows.positive_N * rows.rows_of(_below(rows.negative_G)))
+    won = won_K.sum()
+    if rows.buckets == 1:
+        return float(ratio(won, positive * negative)), np.full(1, np.nan)
+    lost_K = rows.by_bucket(rows.negative_N * rows.rows_of(positive - _below(rows.positive_G)))
+    pairs_K = (positive - rows.positive_K) * (negative - rows.negative_K)
+    pairs_K[pairs_K <= 1e-12 * positive * negative] = 0  # what rounding leaves of a class that is in one bucket
+    left_K = ratio(won - won_K - lost_K + _won_within(rows), pairs_K)
+    return float(ratio(won, positive * negative)), np.where(rows.known_K, left_K, np.nan)
+
+
+def _won_within(rows: RankedRows) -> np.ndarray:
+    """Weight of the pairs in order that lie within one bucket, (K,)."""
+    order = np.argsort(rows.bucket_N.astype(np.uint16), kind="stable")
+    bucket_N, tie_N, positive_N, negative_N = (
+        x_N[order] for x_N in (rows.bucket_N, rows.tie_N, rows.positive_N, rows.negative_N)
+    )
+    changed_N = (np.diff(tie_N, prepend=-1) != 0) | (np.diff(bucket_N, prepend=-1) != 0)
+    in_order = replace(
+        rows, tie_N=np.cumsum(changed_N) - 1, positive_N=positive_N, negative_N=negative_N, bucket_N=bucket_N
+    )
+    # Running sums go on over buckets; what they were at the first row of its bucket is taken off.
+    first_K = np.searchsorted(bucket_N, np.arange(rows.buckets))
+    start_K = before(negative_N)[first_K]
+    return in_order.by_bucket(positive_N * (in_order.rows_of(_below(in_order.negative_G)) - start_K[bucket_N]))
+
+
+def pr_auc(rows: RankedRows) -> tuple[float, np.ndarray]:
+    """Average precision (Boyd et al. 2013): mean over positives of the precision among all that rank at least as high.
+
+    Ties share one precision. Without a bucket it is of first order in its weight (infinitesimal jackknife).
+    """
+    positive = rows.positive_K.sum()
+    above_G = positive - before(rows.positive_G)[:-1]
+    total_G = rows.weight_before[-1] - rows.weight_before[:-1]
+    # Of the highest logits rounding may leave nothing of a difference of large sums.
+    above_G, total_G = np.maximum(above_G, rows.positive_G), np.maximum(total_G, rows.positive_G + rows.negative_G)
+    precision_G = above_G / np.where(total_G > 0, total_G, 1)
+    gained = float(rows.positive_G @ precision_G)
+    if rows.buckets == 1:
+        return float(ratio(gained, positive)), np.full(1, np.nan)
+    # A row changes the precision of its own logit and of all below it.
+    slope_G = rows.positive_G / np.where(total_G > 0, total_G, 1)
+    fall_G = np.cumsum(slope_G * precision_G)
+    rise_G = np.cumsum(slope_G) - fall_G
+    of_row_N = rows.positive_N * rows.rows_of(precision_G + rise_G) - rows.negative_N * rows.rows_of(fall_G)
+    left_K = ratio(gained - rows.by_bucket(of_row_N), positive - rows.positive_K)
+    return float(ratio(gained, positive)), np.where(rows.known_K, left_K, np.nan)
+
+
+def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
+    """Expected calibration error (Naeini et al. 2015) over 20 bins of equal weight.
+
+    Bins of equal width would hold nearly all rows of a rare label in the first. Equal predictions that straddle an edge are
+    divided in proportion, so the order of rows cannot matter. Biased upwards on few rows, like every binned ECE. Without a
+    bucket the edges stay where they are.
+    """
+    weight = rows.weight_before[-1]
+    value = float(ratio(np.abs(_in_bins(rows, rows.predicted_G - rows.positive_G)).sum(), weight))
+    if rows.buckets == 1:
+        return value, np.full(1, np.nan)
+    cell_N = rows.bucket_N * BINS + rows.bins(BINS)
+    excess = np.bincount(cell_N, rows.predicted_N - rows.positive_N, rows.buckets * BINS).reshape(rows.buckets, BINS)
+    left_K = ratio(np.abs(excess.sum(0) - excess).sum(1), weight - rows.positive_K - rows.negative_K)
+    centre = ratio(np.abs(excess.sum(0)).sum(), weight)  # a tie on an edge is in one bin here
+    return value, np.where(rows.known_K, left_K + (value - centre), np.nan)
+
+
+def reliability(rows: RankedRows) -> list[list[float | None]]:
+    """Mean prediction, mean label, its standard error and the weight of each of 20 bins of equal weight; [] without rows."""
+    if not len(rows.tie_N):
+        return []
+    weight_E, predicted_E, positive_E = (
+        _in_bins(rows, x_G) for x_G in (rows.positive_G + rows.negative_G, rows.predicted_G, rows.positive_G)
+    )
+    cell_N, cells = rows.bins(BINS) * rows.buckets + rows.bucket_N, BINS * rows.buckets
+    weight_EK, label_EK = (
+        np.bincount(cell_N, x_N, cells).reshape(BINS, rows.buckets)
+        for x_N in (rows.positive_N + rows.negative_N, rows.positive_N)
+    )
+    left_EK = ratio(label_EK.sum(1)[:, None] - label_EK, weight_EK.sum(1)[:, None] - weight_EK)
+    error_E = standard_error(np.where(weight_EK > 0, left_EK, np.nan))
+    columns = (predicted_E / weight_E, positive_E / weight_E, error_E, weight_E)
+    return [[float(x) if np.isfinite(x) else None for x in line] for line in zip(*columns, strict=True)]
+
+
+def _in_bins(rows: RankedRows, value_G: np.ndarray) -> np.ndarray:
+    """Sums over bins of equal weight, (E,); a logit on an edge is divided in proportion."""
+    edge_E = np.linspace(0, rows.weight_before[-1], BINS + 1)
+    return np.diff(np.interp(edge_E, rows.weight_before, before(value_G)))
+
+
+def _below(value_G: np.ndarray) -> np.ndarray:
+    """Of each logit the sum over lower ones, and half of its own."""
+    return np.cumsum(value_G) - value_G / 2
+
+
+def before(value_G: np.ndarray) -> np.ndarray:
+    """Running sums (G + 1,): of what is before each entry, and of all."""
     return np.concatenate(([0.0], np.cumsum(value_G)))
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Elementwise, NaN where the denominator is 0."""
-    return np.divide(
-        numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan), where=denominator > 0
-    )
-
-
-def _smallest(count: int) -> type[np.unsignedinteger]:
-    """An integer type for numbers below `count`; 16 bits and fewer are sorted by radix."""
-    return np.uint16 if count <= 1 << 16 else np.uint32
+def ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.ndarray:
+    """Elementwise, NaN where the denominator is not above 0."""
+    shape = np.broadcast(numerator, denominator).shape
+    return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=np.asarray(denominator) > 0)

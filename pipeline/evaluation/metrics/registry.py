@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 
-from pipeline.evaluation.metrics import binary, regression
+import numpy as np
+
+from pipeline.evaluation.metrics import binary, ranking, regression
 from pipeline.evaluation.metrics.base import Figure, Metric
 from pipeline.evaluation.metrics.kept_rows import KeptRows, TaskRows
-from pipeline.evaluation.metrics.ranking import SliceRanking
+from pipeline.evaluation.metrics.ranking import RankedRows
 from pipeline.evaluation.metrics.sums import Sums, of_sums
 from pipeline.run.headline import HEADLINE, RANKING
 
 
-def ranking(figure: Callable[[SliceRanking], Figure]) -> Callable[[TaskRows], Figure]:
-    """A ranking metric in every slice."""
-    return lambda rows: rows.of_slices(figure)
+def ranked(name: str, metric: Callable[[RankedRows], tuple[float, np.ndarray]]) -> Callable[[TaskRows], Figure]:
+    """A ranking metric of all rows and of every slice."""
+    return lambda rows: rows.figure(name, metric)
 
 
 def within_groups(name: str) -> Callable[[TaskRows], Figure]:
@@ -37,10 +39,10 @@ _ALL = [
     Metric("ne", "binary", Sums, of_sums(binary.ne), higher_is_better=False, label="NE"),
     Metric("ne_train", "binary", Sums, of_sums(binary.ne_train), higher_is_better=False, label="NE (train base rate)"),
     Metric("log_loss", "binary", Sums, of_sums(binary.log_loss), higher_is_better=False, label="log loss"),
-    Metric("auc", "binary", KeptRows, ranking(SliceRanking.auc), higher_is_better=True, label="AUC"),
+    Metric("auc", "binary", KeptRows, ranked("auc", ranking.auc), higher_is_better=True, label="AUC"),
     Metric("calibration", "binary", Sums, of_sums(binary.calibration), label="calib"),
-    Metric("ece", "binary", KeptRows, ranking(SliceRanking.ece), higher_is_better=False, label="ECE"),
-    Metric("pr_auc", "binary", KeptRows, ranking(SliceRanking.pr_auc), higher_is_better=True, label="PR-AUC"),
+    Metric("ece", "binary", KeptRows, ranked("ece", ranking.ece), higher_is_better=False, label="ECE"),
+    Metric("pr_auc", "binary", KeptRows, ranked("pr_auc", ranking.pr_auc), higher_is_better=True, label="PR-AUC"),
     Metric("gauc", "binary", KeptRows, within_groups("gauc"), higher_is_better=True, label="grouped AUC"),
     Metric("ndcg", "binary", KeptRows, within_groups("ndcg"), higher_is_better=True, label="NDCG"),
     Metric("mse", "regression", Sums, of_sums(regression.mse), higher_is_better=False, label="MSE"),

@@ -65,15 +65,16 @@ class SplitKeys:
 
     @cached_property
     def numbers(self) -> list[SliceNumbers]:
-        """The slices of each dimension: reads their columns of the splits once."""
+        """The slices of each dimension that has some: reads their columns of the splits once."""
         if not self.dimensions:
             return []
         counts = count_values(self.dimensions, self._tables())
         config = self.config
-        return [
+        found = [
             SliceNumbers(dimension, of_values, config.top, config.min_rows)
             for dimension, of_values in zip(self.dimensions, counts, strict=True)
         ]
+        return [numbers for numbers in found if numbers.names]
 
     def _tables(self) -> Iterator[pa.Table]:
         needed = list(dict.fromkeys(column for d in self.dimensions for column in d.columns))
@@ -98,8 +99,8 @@ class SplitKeys:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the dimensions."""
-        return tuple(dimension.name for dimension in self.dimensions)
+        """Of the dimensions that have slices."""
+        return tuple(numbers.dimension.name for numbers in self.numbers)
 
     def of(self, table: pa.Table, row_id_N: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """The keys of N rows, int64 (N, C), and which are in the share that is scored; None: all."""

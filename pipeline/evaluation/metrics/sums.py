@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from typing_extensions import Self
 
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
@@ -104,35 +103,22 @@ class Sums:
 
     def _columns(self, rows: Rows) -> Tensor:
         """What each row adds, (B, T·C)."""
-        z_BT, y_BT, w_BT, counts_BT = rows.logit_BT, rows.label_BT, rows.weight_BT, rows.counts_BT
-        binary_T = self.binary_T
-        pivot_T = torch.from_numpy(np.nan_to_num(self.pivot_T))
-        one_BT = w_BT * y_BT
-        zero_BT = w_BT * (1 - y_BT)
-        centred_BT = torch.where(counts_BT, y_BT - pivot_T, 0.0)
-        # Not softplus: torch's is linear above 20, an error of 2e-9. A class of weight 0 costs nothing, even at infinity.
-        loss_BT = -(_weighted(one_BT, logsigmoid(z_BT)) + _weighted(zero_BT, logsigmoid(-z_BT)))
-        loss_BT = torch.where(z_BT.isfinite() | ~counts_BT, loss_BT, torch.nan)
-        error_BT = z_BT - y_BT
-        regression = torch.zeros_like(z_BT)
-        column_BTC = torch.stack(
-            [
-                counts_BT.double(),
-                (~z_BT.isfinite()).double(),
-                y_BT,
-                w_BT,
-                torch.where(binary_T, one_BT, regression),
-                torch.where(binary_T, zero_BT, regression),
-                w_BT * torch.where(binary_T, z_BT.sigmoid(), z_BT),
-                torch.where(binary_T, loss_BT, w_BT * error_BT.square()),
-                torch.where(binary_T, regression, w_BT * error_BT.abs()),
-                torch.where(binary_T, regression, w_BT * (y_BT <= z_BT)),
-                torch.where(binary_T, regression, w_BT * centred_BT),
-                torch.where(binary_T, regression, w_BT * centred_BT.square()),
-            ],
-            dim=-1,
-        )
-        return column_BTC.reshape(len(z_BT), -1)
+        column_BTC = rows.logit_BT.new_zeros(*rows.logit_BT.shape, len(NAMES))
+        for kind, tasks in (("binary", self.binary_T), ("regression", ~self.binary_T)):
+            if not tasks.any():
+                continue
+            which = slice(None) if tasks.all() else tasks
+            z_BT, y_BT, w_BT, counts_BT = (
+                x[:, which] for x in (rows.logit_BT, rows.label_BT, rows.weight_BT, rows.counts_BT)
+            )
+            added = {"rows": counts_BT, "non_finite": ~z_BT.isfinite(), "positives": y_BT, "weight": w_BT}
+            if kind == "binary":
+                added |= _of_classes(z_BT, y_BT, w_BT)
+            else:
+                added |= _of_errors(z_BT, y_BT, w_BT, torch.from_numpy(np.nan_to_num(self.pivot_T))[which])
+            for name, x_BT in added.items():
+                column_BTC[:, which, COLUMN[name]] = torch.where(counts_BT, x_BT, 0.0).double()
+        return column_BTC.reshape(len(rows.logit_BT), -1)
 
     def merge(self, other: Self) -> Self:
         """The sums of the rows of both."""
@@ -191,6 +177,26 @@ def of_sums(formula: Callable[[TaskSums], np.ndarray]) -> Callable[[BucketSums],
     return compute
 
 
-def _weighted(weight_BT: Tensor, value_BT: Tensor) -> Tensor:
-    """The product, 0 where the weight is."""
-    return torch.where(weight_BT == 0, 0.0, weight_BT * value_BT)
+def _of_classes(z_BT: Tensor, y_BT: Tensor, w_BT: Tensor) -> dict[str, Tensor]:
+    """What a row of binary tasks adds."""
+    # Log loss by its exact form: torch's softplus is linear above 20, an error of 2e-9.
+    small_BT = (-z_BT.abs()).exp()
+    loss_BT = z_BT.clamp(min=0) - y_BT * z_BT + small_BT.log1p()
+    probability_BT = torch.where(z_BT >= 0, 1.0, small_BT) / (1 + small_BT)
+    positive_BT = w_BT * y_BT
+    negative_BT = w_BT * (1 - y_BT)
+    loss_BT = torch.where(z_BT.isfinite(), w_BT * loss_BT, torch.nan)
+    return {"positive": positive_BT, "negative": negative_BT, "prediction": w_BT * probability_BT, "loss": loss_BT}
+
+
+def _of_errors(z_BT: Tensor, y_BT: Tensor, w_BT: Tensor, pivot_T: Tensor) -> dict[str, Tensor]:
+    """What a row of regression tasks adds."""
+    error_BT, centred_BT = z_BT - y_BT, y_BT - pivot_T
+    return {
+        "prediction": w_BT * z_BT,
+        "loss": w_BT * error_BT.square(),
+        "absolute_error": w_BT * error_BT.abs(),
+        "covered": w_BT * (y_BT <= z_BT),
+        "label": w_BT * centred_BT,
+        "label_square": w_BT * centred_BT.square(),
+    }
