@@ -10,10 +10,9 @@ import polars as pl
 
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, as_array, paired
 from pipeline.evaluation.metrics.intervals import buckets_used, quantile
+from pipeline.evaluation.metrics.registry import TOTALS
 from pipeline.evaluation.metrics.slice_names import covers
 from pipeline.release.gates_config import Gate
-
-COUNTS = ("rows", "weight_sum", "positives", "non_finite")  # of the rows themselves: nothing is estimated
 
 Key = tuple[str, str, str]  # task, metric, slice
 
@@ -113,4 +112,4 @@ def _finite(value: float | None) -> bool:
 
 
 def _se(key: Key, se: float | None) -> float | None:
-    return 0.0 if key[1] in COUNTS else se if _finite(se) else None
+    return 0.0 if key[1] in TOTALS else se if _finite(se) else None

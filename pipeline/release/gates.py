@@ -13,7 +13,7 @@ from dataclasses import replace
 from features.errors import UserError, did_you_mean
 from features.printable import printable
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
-from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.evaluation.metrics.registry import METRICS, WHOLE_ONLY
 from pipeline.evaluation.metrics.slice_names import can_cover, can_occur
 from pipeline.release.gate_figures import Estimate, Figures
 from pipeline.release.gates_config import NE, Gate, Gates
@@ -102,6 +102,8 @@ def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str |
     if gate.metric not in metrics:
         near = did_you_mean(gate.metric, metrics)
         return f"metric {printable(gate.metric)}{near}: {' and '.join(kinds)} tasks have {', '.join(metrics)}"
+    if gate.metric in WHOLE_ONLY and (gate.slices or gate.slice != ALL):
+        return f"metric {gate.metric}: is of the whole split only: leave slice out"
     if gate.change and metrics[gate.metric].higher_is_better is None:
         return f"metric {gate.metric}: no change of it is a worse one, since neither direction is better: give a band"
     known = printable("; ".join(dimension for dimension in dimensions if dimension != ALL)) or "nothing"

@@ -106,7 +106,7 @@ class Gate(Strict):
     allow_ne_above_one: bool = False
 
     @model_validator(mode="after")
-    def _says_one_thing(self) -> "Gate":
+    def _one_kind_of_bound(self) -> "Gate":
         absolute = [key for key in ("min", "max", "band") if getattr(self, key) is not None]
         if self.change and absolute:
             raise ValueError(f"{absolute[0]} and change are two gates: write each as a gate of its own")
@@ -169,7 +169,7 @@ class Gates(Strict):
 
 
 def load_gates(path: Path) -> Gates:
-    """Reads gates.yaml. Raises UserError with file and key: it is missing, no YAML, or says what no gate is."""
+    """Reads gates.yaml. Raises UserError with file and key: it is missing, no YAML, or holds what is no gate."""
     try:
         content = read_yaml(path)
     except FileNotFoundError:

@@ -1,6 +1,5 @@
 """What the gates came to: the outcome, each gate's reason, and a table for a terminal."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -96,9 +95,11 @@ def table(verdict: Verdict, style: str = "simple") -> str:
 
 
 def number(value: float | None) -> str:
-    """Four decimals, or four digits of what is very small or large; - for none."""
+    """Four decimals, or four digits of what is very small or large; a count whole; - for none."""
     if value is None:
         return "-"
+    if value >= 10 and value.is_integer():
+        return f"{value:,.0f}"
     return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 10_000 else f"{value:.4g}"
 
 
@@ -116,4 +117,4 @@ def _signed(value: float) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{value:+.3%}" if math.isfinite(value) else str(value)
+    return f"{value:+.3%}"

@@ -1,24 +1,17 @@
-"""Two evaluations side by side: values, intervals and marks by their formulas, the choice of slices, files of two runs."""
+"""Two evaluations side by side: values, intervals and marks by their formulas, the choice of slices."""
 
 import re
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
-from evaluated_by_hand import evaluated, line
+from evaluated_by_hand import around, evaluated, line
 from scipy.stats import t as student_t
 
 from features.errors import UserError
-from models.ranker import ModelConfig
-from pipeline.evaluation.compared_runs import Compared, comparison, parse_compared
-from pipeline.evaluation.follow import EvaluateConfig, evaluate
-from pipeline.evaluation.metrics import evaluated as files
+from pipeline.evaluation.compared_runs import Compared, parse_compared
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.report.comparison_table import differences, table
-from pipeline.run.run import Run
-from pipeline.training.config import Settings, TrainConfig
-from pipeline.training.train import train
 
 KINDS = {"click": "binary", "watch": "regression"}
 SLICES = ["all", *(f"device=d{n}" for n in range(14))]
@@ -99,6 +92,16 @@ def test_the_table_shows_what_differs_and_figures_without_intervals() -> None:
     assert rows["calib"] == ["all", "1,000", "-", "1.0000", "-", "-"]
 
 
+def test_a_share_of_a_figure_below_zero_is_not_shown() -> None:
+    both = [evaluated([line("watch", "r2", value, around(value, 0.001))]) for value in (0.1, -0.2)]
+    for ours, theirs, shown in (
+        (both[0], both[1], "+0.30000 ± 0.00000 - *"),
+        (both[1], both[0], "-0.30000 ± 0.00000 -300.00%"),
+    ):
+        text = " ".join(table(ours, theirs, {"watch": "regression"}).split())
+        assert shown in text
+
+
 def test_other_rows_and_other_tasks_are_refused() -> None:
     ours = evaluated([line("click", "ne", 0.8, [0.8] * 4)])
     with pytest.raises(UserError, match="not evaluated on the same rows"):
@@ -113,35 +116,3 @@ def test_other_rows_and_other_tasks_are_refused() -> None:
 )
 def test_a_checkpoint_is_a_run_and_maybe_a_step(text: str, run: str, step: int | None) -> None:
     assert parse_compared(text) == Compared(Path(run), step)
-
-
-@pytest.mark.integration
-def test_two_evaluated_checkpoints_are_compared_and_what_is_missing_is_named(
-    small_dataset: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "run"
-    settings = Settings(batch_size=32, lanes=4, epochs=1, max_steps=6, checkpoint_every=3, threads=1)
-    model = ModelConfig(fusion={"name": "shared_bottom", "widths": [8]}, tower=[4])
-    train(TrainConfig(dataset=small_dataset, run=path, model=model, train=settings))
-    run, measured = Run(path), {"threads": 1, "buckets": 10}
-    (last,) = evaluate(EvaluateConfig(run=path, step="newest", **measured))
-    asked = EvaluateConfig(run=path, compare=[str(path), f"{path}@3"])
-    with pytest.raises(
-        UserError, match=r"step 3 has not been evaluated .* Run python -m jobs.evaluate run=\S+ split=test step=3\."
-    ):
-        comparison(asked)
-    (first,) = evaluate(EvaluateConfig(run=path, step=3, **measured))
-    shown = comparison(asked)
-    for task, metric in (("click", "ne"), ("click", "auc")):
-        values = [f"{record['metrics'][task][metric]:.4f}" for record in (last, first)]
-        assert re.search(rf"{task} +{metric.upper()} +all +\S+ +{values[0]} +{values[1]} ", shown)
-    kinds = {name: task.kind for name, task in run.schema().tasks.items()}
-    two = [files.read(path / "evaluations" / f"test-{step:08d}.parquet") for step in (last["step"], 3)]
-    assert isinstance(differences(two[0], two[1], kinds), pl.DataFrame)
-    file = path / "evaluations" / "test-00000003.parquet"
-    files.write(Evaluated(two[1].figures, two[1].provenance.model_copy(update={"checkpoint": "other"})), file)
-    with pytest.raises(UserError, match="of a checkpoint that was since replaced"):
-        comparison(asked)
-    file.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="cannot be read"):
-        comparison(asked)

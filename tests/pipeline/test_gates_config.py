@@ -129,6 +129,8 @@ def test_any_document_is_gates_or_one_line(tmp_path_factory: pytest.TempPathFact
         ({"default": [{"metric": "au", "max": 1}]}, "default.0: metric au (did you mean auc?)"),
         ({"tasks": {"watch": {"allow_ne_above_one": True}}}, "tasks.watch.allow_ne_above_one: is for binary tasks"),
         ({"tasks": {"watch": [{"metric": "ne", "max": 1}]}}, "tasks.watch.0: metric ne: regression tasks have"),
+        ({"default": [{"metric": "gauc", "min": 1, "slice": "device=a"}]}, "gauc: is of the whole split only"),
+        ({"default": [{"metric": "gauc", "min": 1, "slices": "device"}]}, "gauc: is of the whole split only"),
         ({"default": [{"metric": "calibration", "change": {"worse_by_at_most": 1}}]}, "neither direction is better"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "os=ios"}]}, "default.0: slice os=ios: the evaluation has slices of"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "device"}]}, "(for each slice of it: slices: device)"),

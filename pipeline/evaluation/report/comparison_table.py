@@ -21,6 +21,8 @@ def differences(
 ) -> pl.DataFrame:
     """The lines of `table`: those of `paired`, with half of the two-sided interval of delta and of relative, and `differs`.
 
+    Relative is null where theirs is not above 0.
+
     Args:
         kinds: task → kind, of ours. slices: patterns or dimensions; or how many: those whose headline metric differs most in
             standard errors, most first.
@@ -29,12 +31,15 @@ def differences(
     """
     shown = [(task, metric) for task, kind in kinds.items() for metric in COLUMNS[kind]]
     wanted = pl.DataFrame(shown, schema={"task": pl.String, "metric": pl.String}, orient="row")
-    chosen = Evaluated(wanted.join(ours.figures, on=["task", "metric"], maintain_order="left"), ours.provenance)
+    chosen = Evaluated(wanted.join(ours.figures, on=["task", "metric"], maintain_order="left_right"), ours.provenance)
     if not set(chosen.figures["task"]) & set(theirs.figures["task"]):
         raise UserError(f"{ours.provenance.run} and {theirs.provenance.run} have no task in common")
     lines = paired(chosen, theirs)
     reach = pl.Series(quantile(CONFIDENCE, lines["buckets"].to_numpy())).fill_nan(None)
     lines = lines.with_columns(half=pl.col("se") * reach, relative_half=pl.col("relative_se") * reach)
+    # A share of a figure that may be negative, as R2, has no direction.
+    positive = pl.when(pl.col("theirs") > 0)
+    lines = lines.with_columns(relative=positive.then("relative"), relative_half=positive.then("relative_half"))
     lines = lines.with_columns(differs=(pl.col("delta").abs() > pl.col("half")).fill_null(False))
     whole, parts = lines.filter(slice=ALL), lines.filter(pl.col("slice") != ALL)
     if isinstance(slices, int):
