@@ -210,11 +210,9 @@ def open_night(folder: Path, date: str, settings: dict[str, Any], again: bool) -
 def read_night(folder: Path) -> Night | None:
     """The record in a night's folder, None where there is none. Raises UserError for a damaged one."""
     try:
-        found = read_json(folder, FILE, MAX_BYTES)
+        return validated(Night, read_json(folder, FILE, MAX_BYTES), folder / FILE)
     except FileNotFoundError:
         return None
-    try:
-        return validated(Night, found, folder / FILE)
     except UserError as error:
         raise UserError(f"{error}. It is not as jobs.nightly wrote it: restore it, or set again=true.") from None
 
