@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -18,7 +19,8 @@ from pipeline.dataset.loader import Loader
 from pipeline.evaluation import follow, oracle, predictions
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.oracle import Truth
-from pipeline.evaluation.report import html, plots, tables
+from pipeline.evaluation.report import page, plots, tables
+from pipeline.evaluation.report.numbers import significant
 from pipeline.run import checkpoint, records
 from pipeline.run.checkpoint import lock
 from pipeline.run.run import Run
@@ -271,9 +273,13 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     assert curve.get_xdata().tolist() == [record["rows"] / 1e6 for record in recorded]
     assert curve.get_ydata().tolist() == [record["metrics"]["click"]["ne"] for record in recorded]
     assert set(limit.get_ydata()) == {best}
-    html.write(results)
+    page.write_run(results)
     assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
-    assert run.report.read_text().count(f" {ne:.4f}</td>") == 1
+    text = run.report.read_text()
+    shown_ne, *_ = re.findall(r'<p class="figure">([\d.]+)<span>NE</span></p>', text)
+    assert float(shown_ne) == pytest.approx(ne, rel=1e-3)
+    assert f"<dd>{significant(best)}, gap closed" in text
+    assert text.count("<tr><td") > len(recorded)
 
 
 def test_the_dataset_is_opened_and_the_records_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -283,7 +289,7 @@ def test_the_dataset_is_opened_and_the_records_are_read_once(run: Run, monkeypat
         monkeypatch.setattr(module, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
     evaluation = Evaluation(EvaluateConfig(run=run.path, threads=1))
     list(evaluation.records())
-    html.write(evaluation.results())
+    page.write_run(evaluation.results())
     assert calls == ["open_dataset", "read_lines"]
 
 

@@ -21,7 +21,7 @@ from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-from pipeline.evaluation.report import html
+from pipeline.evaluation.report import page
 from pipeline.release.config import NightlyConfig
 from pipeline.release.nightly import nightly
 from pipeline.run import records
@@ -61,7 +61,7 @@ def configured(steps: int) -> Settings:
 def evaluate(run: Path) -> None:
     evaluation = Evaluation(EvaluateConfig(run=run, threads=1, predictions=True, step="newest"))
     list(evaluation.records())
-    html.write(evaluation.results())
+    page.write_run(evaluation.results())
 
 
 def refused(act: Callable[[], object]) -> str:
@@ -145,14 +145,14 @@ def test_a_folder_of_ours_is_made_where_nothing_is_and_never_in_place_of_a_file_
 def test_an_evaluation_writes_through_no_link(trained, tmp_path, outside):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     evaluate(run)  # the good twin
-    assert {path.name for path in run.iterdir()} >= {"report.html", "ne.png", "gates.png", "predictions"}
-    for name in ("report.html", "ne.png", "gates.png"):
+    assert {path.name for path in run.iterdir()} >= {"report.html", "ne.png", "predictions"}
+    for name in ("report.html", "ne.png"):
         shutil.rmtree(run)
         shutil.copytree(trained, run)
         evaluation = Evaluation(EvaluateConfig(run=run, threads=1, step="newest"))
         list(evaluation.records())
         (run / name).symlink_to(outside / "file")
-        html.write(evaluation.results())  # takes the link's place
+        page.write_run(evaluation.results())  # takes the link's place
         assert not (run / name).is_symlink()
         (run / name).unlink()
         (run / name).symlink_to(outside / "file")

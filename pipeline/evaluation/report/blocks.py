@@ -37,6 +37,10 @@ class Table:
         """Which block of the template shows it."""
         return "table"
 
+    def is_name(self, column: int) -> bool:
+        """Whether a column holds words."""
+        return column < self.names or any("name" in line[column].style for line in self.lines[:1])
+
     @property
     def parts(self) -> list[Sequence[Sequence[Cell]]]:
         """The lines that are shown, and those that are opened."""

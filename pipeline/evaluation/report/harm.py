@@ -31,7 +31,8 @@ class Harm:
     """One slice of a task.
 
     Attributes:
-        share: of the weight of all rows. value: its headline metric. reference: that of the rest, or the baseline's there.
+        dimension: what it is a value of. share: of the weight of all rows. value: its headline metric.
+        reference: that of the rest, or the baseline's there.
         harm: by how much the headline metric of all rows would fall.
     """
 

@@ -35,11 +35,12 @@ def significant(value: float | None, digits: int = DIGITS) -> str:
 
 
 def figure(found: Estimate) -> Shown:
-    """A figure of four significant digits, of more where its interval is narrower than these."""
+    """A figure of four significant digits: more where its interval is narrower, fewer where they would be noise."""
     if found.value is None or found.low is None or found.high is None:
         return Shown(significant(found.value), NOTHING)
     of_value = DIGITS - 1 - _power(found.value, DIGITS) if found.value else 0
-    return _aligned(found, max(of_value, _of_error(found)), "")
+    of_error = _of_error(found)
+    return _aligned(found, max(of_error, min(of_value, of_error + 1)), "")
 
 
 def difference(found: Estimate, unit: str = "") -> Shown:

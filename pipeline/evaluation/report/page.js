@@ -46,5 +46,3 @@ for (const table of document.querySelectorAll("table")) {
     head.addEventListener("keydown", (event) => event.key === "Enter" && sort());
   });
 }
-// Paper has nothing to click on.
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));

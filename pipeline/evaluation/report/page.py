@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from features.errors import UserError
 from features.printable import printable
 from pipeline.evaluation.report import course, mixture, plots, quality, reliability, settings, slices, trend
 from pipeline.evaluation.report.blocks import Section
@@ -97,11 +98,19 @@ def night_page(night: Night) -> str:
 def _answers(
     models: Sequence[Model], baseline: Model | None, judgement: Judgement | None = None, night: Night | None = None
 ) -> list[Section]:
-    """The sections, in the order of a page."""
+    """The sections, in the order of a page. Raises UserError for models of unlike tasks."""
     beside = [baseline] if baseline and baseline not in models else []
+    for model in (*models, *beside):
+        if model.kinds != models[0].kinds:
+            raise UserError(
+                f"{models[0].name} predicts {', '.join(models[0].kinds)}, {model.name} predicts {', '.join(model.kinds)}: only "
+                "models of the same tasks can be compared"
+            )
     run = settings.section([*models, *beside], baseline)
     if night:
         run = settings.with_steps(run, night.steps)
+    if not any(model.records for model in models):
+        return [Section("good", "Is it good?", "No checkpoint has been evaluated yet."), run]
     return [
         quality.section(models, baseline, judgement, night.checks if night else ()),
         reliability.section([*models, *beside]),

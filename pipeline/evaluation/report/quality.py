@@ -48,7 +48,7 @@ def section(
         blocks += [Banner(judgement.outcome, judgement.summary), *_gates(judgement.gates)]
     if checks:
         lines = [[text(check.name), text(check.outcome, check.outcome), text(check.why, "name")] for check in checks]
-        blocks.append(Table(["check of the day's data", "outcome", "why"], lines))
+        blocks.append(Table(["check", "outcome", "why"], lines, "Checks of the day's data", names=2))
     others = [model for model in models if model is not baseline]
     by_model = {model.name: changes(model, baseline) for model in others if baseline}
     if len(models) == 1:

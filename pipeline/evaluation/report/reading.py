@@ -88,11 +88,8 @@ def _lines(path: Path) -> Iterator[TrainLine]:
 
 def card_link(report: Path, dataset: str) -> str | None:
     """A relative link from a report to the page that jobs.inspect wrote beside a dataset; None where there is none."""
-    folder = Path(dataset)
-    file = folder.with_name(f"{folder.name}.card.html")
     try:
-        if not file.is_file():
-            return None
-    except (OSError, ValueError):
+        file = Path(dataset).with_name(f"{Path(dataset).name}.card.html")
+        return f"./{quote(os.path.relpath(file, report.parent.resolve()))}" if file.is_file() else None
+    except (OSError, ValueError):  # no path at all
         return None
-    return "./" + quote(os.path.relpath(file, report.parent.resolve()))

@@ -57,7 +57,7 @@ def _definition(baseline: Model | None, minimum: int) -> str:
 
 def _table(ranked: Sequence[Harm], title: str, metric: str, baseline: Model | None) -> Table:
     reference = f"{metric} of {baseline.name}" if baseline else f"{metric} of the rest"
-    header = ["slice", "harm", "", "95% interval", metric, "95% interval", reference, "rows", "share", "dimension"]
+    header = ["slice", "harm", "", "95% interval", metric, "95% interval", reference, "rows", "share"]
     shown = [x for one in ranked for x in one.harm if x is not None]
     axis = svg.Axis(*svg.span([*shown, 0.0], 0.02), 3, 117)
     return Table(header, [_line(one, axis) for one in ranked], title, 1, FIRST, f"more slices of {title}")
@@ -77,7 +77,6 @@ def _line(one: Harm, axis: svg.Axis) -> list[Cell]:
         number(significant(one.reference), one.reference),
         number(count(one.rows), one.rows),
         number(percent(one.share), one.share),
-        text(one.dimension, "name quiet"),
     ]
 
 
