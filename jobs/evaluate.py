@@ -4,7 +4,10 @@ Examples:
   python -m jobs.evaluate run=runs/demo/adatt
   python -m jobs.evaluate run=runs/demo/adatt split=valid follow=true
   python -m jobs.evaluate run=/runs/serving dataset=/data/2026-11-22 step=newest
-  python -m jobs.evaluate compare=[runs/demo/adatt,runs/demo/mmoe@600]
+    if settings.compare:
+        print(comparison(settings))
+        return
+  python -m jobs.launch --nproc-per-node=8 -m jobs.evaluate run=/runs/large step=newest table_precision=fp16
 """
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +23,8 @@ def main(config: DictConfig) -> None:
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import page, tables
     from pipeline.terminal import short_decimal
+    from pipeline.training.parallel import process_group
+    from pipeline.training.parallel.scoring import shard_for_scoring
 
     if "data" in config and "truth" in config.data and config.truth is None:
         config.truth = OmegaConf.to_container(config.data.truth, resolve=True)
@@ -31,13 +36,15 @@ def main(config: DictConfig) -> None:
     if settings.compare:
         print(comparison(settings))
         return
-    evaluation = Evaluation(settings)
-    for record in evaluation.records():
-        ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
-        print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
-    results = evaluation.results()
-    page.write_run(results)
-    print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
+    with process_group.joined() as rank:
+        evaluation = Evaluation(settings, shard_for_scoring)
+        for record in evaluation.records():
+            ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
+            print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
+        if rank == 0:
+            results = evaluation.results()
+            page.write_run(results)
+            print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from features.batch import Batch
 from models.fusion.fusion import Fusion
+from pipeline.evaluation.lockstep import to_first
 
 ROWS = 65_536  # of a split that are averaged: a mean needs no more
 
@@ -45,6 +46,13 @@ class ExpertWeights:
         sums = [weight_BUE[real_B].double().sum(0) for weight_BUE in self.fusion.gates(self.x)]
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
         self.rows += int(real_B.sum())
+
+    def means_of_ranks(self) -> list[list[list[float]]]:
+        """As `means`, of the rows of all ranks, which call it together; on rank 0."""
+        for rows, sums in (to_first((self.rows, [sum_UE.cpu() for sum_UE in self.sums])) or [])[1:]:
+            self.rows += rows
+            self.sums = [a + b.to(a.device) for a, b in zip(self.sums, sums, strict=True)]
+        return self.means()
 
     def means(self) -> list[list[list[float]]]:
         """U x E mean weights of each level, [] for a model without gates."""

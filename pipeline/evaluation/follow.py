@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from features.errors import UserError
 from features.schema.schema import Split
+from models.table_storage import Precision
 from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
@@ -23,6 +24,7 @@ from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.weights import Loading, Shard, Tables
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line
@@ -46,6 +48,8 @@ class EvaluateConfig(MeasureConfig):
     give_up_after: float = Field(600, gt=0)
     batch_size: int = Field(8192, ge=1)
     threads: int | None = Field(None, ge=1)
+    tables: Tables = "all"
+    table_precision: Precision = "fp32"
     truth: Truth | None = None
     compare: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
     compare_slices: Annotated[int, Field(ge=0, le=10_000)] | list[str] = 10
@@ -62,17 +66,21 @@ class Evaluation:
 
     With `follow` it first waits for the run to be created.
 
+    Args:
+        shard: splits the work over the ranks of the process group (pipeline.evaluation.weights.Loading).
     Raises:
         UserError: bad input; no run within `give_up_after` seconds.
     """
 
-    def __init__(self, config: EvaluateConfig) -> None:
+    def __init__(self, config: EvaluateConfig, shard: Shard | None = None) -> None:
         self.config, self.run = config, Run(config.run)
         if config.follow:
             os.nice(10)  # the trainer comes first
             _wait_for_run(self.run, config.give_up_after)
-        torch.set_num_threads(config.threads or max(1, cores.available() // (2 if config.follow else 1)))
-        self.scorer = Scorer(self.run, dataset_of(self.run, config), config.split, config.batch_size, config)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (2 if config.follow else 1)
+        torch.set_num_threads(config.threads or max(1, cores.available() // processes))
+        dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
+        self.scorer = Scorer(self.run, dataset, config.split, config.batch_size, config, loading)
         self.known: dict[int, dict[str, Any]] = {}
 
     def records(self) -> Iterator[dict[str, Any]]:

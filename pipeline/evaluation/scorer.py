@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 
 from features.batch import Batch
-from features.errors import UserError, one_line
-from features.fit.encoders import Encoders
-from features.schema.schema import SPLITS, Schema, Split
-from models.emm import build_ranker
-from models.ranker import ModelConfig, Ranker
+from features.errors import UserError
+from features.schema.schema import SPLITS, Split
+from models.ranker import Ranker
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import ExpertWeights
+from pipeline.evaluation.lockstep import to_first
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
 from pipeline.evaluation.metrics.row_keys import SplitKeys
 from pipeline.evaluation.metrics.settings import MeasureConfig
+from pipeline.evaluation.weights import Loading, ModelWeights
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
 
 class Scorer:
-    """A run's model on one split of a dataset: one process, on the CPU, tables not sharded.
+    """A run's model on one split of a dataset.
 
     Args:
-        run: whose checkpoints. dataset: must have the run's schema. split: of it, or all of them. batch_size: rows at a time.
-        measure: slices, clusters and groups.
+        run: whose checkpoints. dataset: must have the run's schema. split: of it, or all of them.
+        batch_size: rows at a time, on each rank. measure: slices, clusters and groups. loading: how the tables are held.
     Raises:
         UserError: no run, or a dataset of another schema.
     """
@@ -48,8 +48,9 @@ class Scorer:
         split: Split | Literal["all"],
         batch_size: int,
         measure: MeasureConfig | None = None,
+        loading: Loading | None = None,
     ) -> None:
-        self.run, self.split, self.fits = run, split, False
+        self.run, self.split = run, split
         self.dataset = dataset = dataset.only(run.config().get("tasks"))
         self.schema = run.schema()
         dataset.check_compatible(self.schema.fingerprint, f"the run {run.path}")
@@ -57,19 +58,13 @@ class Scorer:
         self.measure = measure or MeasureConfig()
         splits: list[Split] = [s for s in SPLITS if dataset.manifest.rows.get(s)] if split == "all" else [split]
         self.keys = SplitKeys(self.measure, dataset, splits, train_rates(run))
-        self.readers = [SplitReader(dataset, each, batch_size, keys=self.keys) for each in splits]
-        self.model = ModelConfig.of_run(run.config(), run.path)
+        self.weights = ModelWeights(run, dataset, splits, batch_size, loading)
+        self.splits, self.batch_size = splits, batch_size
 
-    @cached_property
+    @property
     def ranker(self) -> Ranker:
         """The model, without the weights of a checkpoint until one has been scored."""
-        return build_ranker(self.schema, self.dataset.encoders, self.model, device="cpu").eval()
-
-    def check_fits(self, step: int) -> None:
-        """Compares the model with the first checkpoint that is scored, before it takes any memory. Raises UserError."""
-        if not self.fits:
-            check_fits(checkpoint.folder(self.run.checkpoints, step), self.schema, self.dataset.encoders, self.model)
-            self.fits = True
+        return self.weights.ranker
 
     @torch.inference_mode()
     def metrics(
@@ -77,33 +72,41 @@ class Scorer:
     ) -> tuple[Metrics, checkpoint.CheckpointManifest]:
         """A checkpoint's metrics on the split, and its manifest.
 
+        Where ranks share the rows all of them call it: rank 0 then has the metrics of all rows, others those of their own.
+
         Args:
-            on_batch: called with every batch and its logit_BT.
+            on_batch: called with every batch of this rank and its logit_BT.
         Raises:
             UserError: a checkpoint that is not complete, of another model than config.yaml has, or trained on rows of other
                 encoders.
         """
-        self.check_fits(step)
-        path = checkpoint.folder(self.run.checkpoints, step)
-        with checkpoint.reading(path) as manifest:
-            if manifest.encoders != self.dataset.encoders_id:
-                raise UserError(
-                    f"{self.dataset.path} was encoded with {self.dataset.encoders_id}, {path} trained with "
-                    f"{manifest.encoders}: its ids mean something else. Run jobs.preprocess with encoders.from=DATASET, the "
-                    "one it was trained on."
-                )
-            checkpoint.load(path, {"model": self.ranker.state_dict()}, alone=True)
+        manifest = self.weights.load(step)
         metrics = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-        for batch in self.batches():
-            logit_BT = self.ranker(batch)
-            metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
-            if on_batch:
-                on_batch(batch, logit_BT)
-        return metrics, manifest
+        for reader in self._readers(self.weights.rank, self.weights.ranks):
+            for batch in self.weights.in_step(reader.batches(), reader.empty):
+                logit_BT = self.weights(batch)
+                metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
+                if on_batch:
+                    on_batch(batch, logit_BT)
+        return self._merged(metrics), manifest
+
+    def _merged(self, metrics: Metrics) -> Metrics:
+        """On rank 0 the metrics of all ranks' rows; on others their own."""
+        if self.weights.ranks == 1:
+            return metrics
+        for rows, state in (to_first((metrics.rows, metrics.state())) or [])[1:]:
+            other = Metrics(self.tasks, self.keys.grouping, self.keys.names)
+            other.rows = rows
+            other.load(state)
+            metrics = metrics.merge(other)
+        return metrics
+
+    def _readers(self, rank: int = 0, ranks: int = 1) -> list[SplitReader]:
+        return [SplitReader(self.dataset, s, self.batch_size, rank, ranks, keys=self.keys) for s in self.splits]
 
     def batches(self) -> Iterator[Batch]:
-        """The rows that are scored, in the order of the dataset."""
-        for reader in self.readers:
+        """All rows that are scored, in the order of the dataset, whatever ranks there are."""
+        for reader in self._readers():
             yield from reader.batches()
 
     def score(self, step: int) -> Evaluated:
@@ -113,6 +116,8 @@ class Scorer:
 
     def evaluate(self, step: int, write_predictions: bool = False) -> dict[str, Any]:
         """One checkpoint's record for eval.jsonl (see pipeline.run.records); its figures of all slices are written to a file.
+
+        Where ranks share the rows all of them call it; rank 0 writes, and the others have no record.
 
         Args:
             write_predictions: write each row's prediction (pipeline.evaluation.predictions).
@@ -127,9 +132,14 @@ class Scorer:
             if write_predictions:
                 frames.append(predictions.frame(batch, logit_BT, self.schema))
 
-        self.check_fits(step)
+        self.weights.check_fits(step)
         with ExpertWeights(self.ranker.fusion) as weights:
             metrics, manifest = self.metrics(step, on_batch)
+        gates = weights.means_of_ranks() if self.weights.ranks > 1 else weights.means()
+        if self.weights.ranks > 1 and write_predictions:
+            frames = [frame for part in to_first(frames) or [] for frame in part]
+        if self.weights.rank:
+            return {}
         figures = metrics.figures()
         provenance = self.provenance_of(step, manifest.checksum)
         file = evaluated.path(self.run, provenance, self.own_dataset)
@@ -155,7 +165,7 @@ class Scorer:
             "reliability": metrics.reliability(),
             "ranking": metrics.ranking(),
             "evaluation": file.name,
-            "gates": weights.means(),
+            "gates": gates,
             "gate_names": [
                 level._asdict() for level in self.ranker.fusion.gate_names(list(self.schema.tasks), self.ranker.fields)
             ],
@@ -192,28 +202,3 @@ def train_rates(run: Run) -> dict[str, float]:
     except UserError:
         return {}
     return dataset.only(content.get("tasks")).base_rates()
-
-
-def check_fits(path: Path, schema: Schema, encoders: Encoders, model: ModelConfig) -> None:
-    """Compares the shapes of a model with those of a checkpoint, before any memory is allocated.
-
-    A run's config.yaml may be untrusted: the checkpoint's files limit what the model may take.
-
-    Raises:
-        UserError: no model can be built of the settings, or one of another shape.
-    """
-    try:
-        with torch.device("meta"):
-            wanted = build_ranker(schema, encoders, model).state_dict()
-    except UserError as error:
-        raise UserError(f"{path.parents[1] / 'config.yaml'}: {error}") from None
-    except (RuntimeError, TypeError, ValueError, LookupError, OverflowError, ZeroDivisionError) as error:
-        raise UserError(f"{path.parents[1] / 'config.yaml'}: model cannot be built: {one_line(error)}") from None
-    found = checkpoint.shapes(path)
-    for name, tensor in wanted.items():
-        if (shape := found.get(f"model.{name}")) != tuple(tensor.size()):
-            has = "does not have it" if shape is None else f"has {list(shape)}"
-            raise UserError(
-                f"{path.parents[1] / 'config.yaml'}: its model has {name} of shape {list(tensor.size())}, the checkpoint "
-                f"{path.name} {has}. They are not of one run: restore both."
-            )

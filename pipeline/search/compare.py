@@ -108,7 +108,7 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
             raise
     for name, entry in entries.items():
         scorer = Scorer(Run(config.folder / f"{name}-0"), dataset, "test", 256)
-        entry.cost = model_cost(scorer.ranker, next(scorer.batches()))
+        entry.cost = model_cost(scorer.ranker, next(scorer.batches()).to(scorer.weights.device))
     for kind in config.trees:
         entries[TREE_ENTRIES[kind][0]] = _trees(kind, config, dataset)
     return list(entries.values()), {name: task.kind for name, task in dataset.schema.tasks.items()}

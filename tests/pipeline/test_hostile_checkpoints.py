@@ -181,7 +181,7 @@ def test_an_index_that_does_not_describe_its_files_is_refused_before_anything_is
     path = saved(tmp_path)
     change_index(path, change)
     checkpoint.check(path)
-    monkeypatch.setattr(reader, "_read_block", fail)
+    monkeypatch.setattr(reader, "_read_into", fail)
     with memory_below(10_000_000):
         for use in (checkpoint.shapes, lambda path: checkpoint.load(path, state(), alone=True)):
             with pytest.raises(UserError, match=says) as refused:

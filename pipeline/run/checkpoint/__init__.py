@@ -3,6 +3,7 @@
 from pipeline.run.checkpoint.lock import reading, remove, tidy
 from pipeline.run.checkpoint.manifest import CheckpointManifest, check, folder, read, steps
 from pipeline.run.checkpoint.reader import load, shapes
+from pipeline.run.checkpoint.rows import load_rows
 from pipeline.run.checkpoint.writer import save
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "check",
     "folder",
     "load",
+    "load_rows",
     "read",
     "reading",
     "remove",

@@ -13,10 +13,14 @@ from pipeline.storage.files import storage_of
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[CheckpointManifest]:
-    """Locks a checkpoint that passes `check`, which is not deleted before the block ends. Raises UserError."""
+def reading(path: Path, part: int = 0, parts: int = 1) -> Iterator[CheckpointManifest]:
+    """Locks a checkpoint that passes `check`, which is not deleted before the block ends. Raises UserError.
+
+    Args:
+        part, parts: as `check`: ranks share the work.
+    """
     with _locked(path, shared=True, wait=True):
-        yield check(path)
+        yield check(path, part, parts)
 
 
 def _locked(path: Path, shared: bool = False, wait: bool = False) -> Lock:

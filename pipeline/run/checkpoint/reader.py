@@ -26,6 +26,8 @@ from features.regular_files import lstat_regular
 from pipeline.run.checkpoint.index import DTYPES, Index, Part, TensorEntry, read_index, volume
 from pipeline.run.checkpoint.manifest import read
 
+BLOCK_BYTES = 32 << 20  # that are in memory beside the tensor which is filled: a table may be as large as the memory
+
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor in a checkpoint that `check` has passed, by its full name. Raises UserError."""
@@ -91,7 +93,7 @@ class _Reader(dcp.StorageReader):
                 for item in items:
                     entry, part = self.parts[item.storage_index]
                     target = planner.resolve_tensor(item).detach()
-                    target.copy_(_read_block(file, entry, part, item))
+                    _read_into(target, file, entry, part, item)
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -118,18 +120,30 @@ def _described(entry: TensorEntry) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(DTYPES[entry.dtype]), torch.Size(entry.shape), chunks)
 
 
-def _read_block(file: io.BufferedReader, entry: TensorEntry, part: Part, item: ReadItem) -> Tensor:
-    """The block of a part that a plan asks for; of a part only the rows that hold it are read."""
-    first, rows = (item.storage_offsets[0], item.lengths[0]) if part.sizes else (0, 1)
-    sizes = [rows, *part.sizes[1:]] if part.sizes else []
+def _read_into(target: Tensor, file: io.BufferedReader, entry: TensorEntry, part: Part, item: ReadItem) -> None:
+    """Copies the block of a part that a plan asks for; of a part only the rows that hold it are read, some at a time."""
+    if not part.sizes:
+        target.copy_(_read_rows(file, part.start, [], entry, item))
+        return
+    first, rows = item.storage_offsets[0], item.lengths[0]
     row_bytes = volume(part.sizes[1:]) * entry.itemsize
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for begin in range(0, rows, step):
+        count = min(step, rows - begin)
+        start = part.start + (first + begin) * row_bytes
+        block = _read_rows(file, start, [count, *part.sizes[1:]], entry, item)
+        for dimension in range(1, block.dim()):
+            block = block.narrow(dimension, item.storage_offsets[dimension], item.lengths[dimension])
+        target[begin : begin + count].copy_(block)
+
+
+def _read_rows(file: io.BufferedReader, start: int, sizes: list[int], entry: TensorEntry, item: ReadItem) -> Tensor:
+    """The tensor of these sizes whose bytes begin at `start`."""
     block = torch.empty(sizes, dtype=DTYPES[entry.dtype])
-    file.seek(part.start + first * row_bytes)
+    file.seek(start)
     content = block.reshape(-1).view(torch.uint8).numpy().data
     if file.readinto(content) != len(content):
         raise UserError(f"{file.name} ends before its part of {item.storage_index.fqn}: it changed while it was read")
-    for dimension in range(1, len(sizes)):
-        block = block.narrow(dimension, item.storage_offsets[dimension], item.lengths[dimension])
     return block
 
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -48,6 +50,28 @@ def start() -> torch.device:
     store = dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, ranks, is_master=False))
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return device
+
+
+@contextmanager
+def joined() -> Iterator[int]:
+    """For a job that also runs as one process: the process group, where torchrun has started ranks, and this one's rank.
+
+    Raises:
+        UserError: as `start`; or where another rank is lost.
+    """
+    if "RANK" not in os.environ:
+        yield 0
+        return
+    start()
+    try:
+        yield dist.get_rank()
+        dist.destroy_process_group()  # not after an error: others would see the connection break before it is printed
+    except RuntimeError as error:
+        if (cause := lost_contact(error)) is None:
+            raise
+        raise UserError(
+            f"lost contact with another rank ({cause}); its own error, if it failed, says why. Run the same command again."
+        ) from None
 
 
 def listen_on_loopback() -> None:

@@ -12,7 +12,7 @@ from models.emm import EMMSettings, FusedRanker, Source
 from models.layers import PLAIN_EXPERTS
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.scorer import check_fits
+from pipeline.evaluation.weights import check_fits
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.training.config import TrainConfig
