@@ -7,8 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from features.regular_files import RelativePath
 from features.schema.schema import Split
+from models.table_storage import Precision
 from pipeline.dataset.days import MissingDays, day_of
 from pipeline.evaluation.metrics.settings import MeasureConfig
+from pipeline.evaluation.weights import Loading, Tables
 
 
 class _Strict(BaseModel):
@@ -99,6 +101,8 @@ class NightlyConfig(MeasureConfig):
     keep_served: int = Field(5, ge=2)
     again: bool = False
     batch_size: int = Field(8192, ge=1)
+    tables: Tables = "all"
+    table_precision: Precision = "fp32"
     max_bad_fraction: float = 0.001
     missing_days: MissingDays = "refuse"
     decay_nights: int = Field(3, ge=1)
@@ -133,6 +137,11 @@ class NightlyConfig(MeasureConfig):
     def measure(self) -> MeasureConfig:
         """What is measured."""
         return MeasureConfig.model_validate(self.model_dump(include={*MeasureConfig.model_fields}))
+
+    @property
+    def loading(self) -> Loading:
+        """How the tables are held."""
+        return Loading(self.tables, self.table_precision)
 
     @property
     def identity(self) -> dict[str, Any]:

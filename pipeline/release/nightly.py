@@ -212,7 +212,7 @@ def _evaluate(
     if recorder.night.summary(name) and not file.exists():
         recorder.forget(name)
     day = encoded.manifests[encoded.folders[role]]
-    measure = config.measure.model_dump(mode="json")
+    measure = {**config.measure.model_dump(mode="json"), "tables": [config.tables, config.table_precision]}
     inputs = {"model": model.model_dump(), "day": day, "batch_size": config.batch_size, "measure": measure}
     recorder.step(name, inputs, lambda: steps.evaluate(config, role, model, encoded))
     return figures.read(file)

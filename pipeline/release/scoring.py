@@ -14,6 +14,7 @@ from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, with_intervals
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slice_names import COLD_START
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.weights import Loading
 from pipeline.release.encoded_day import rows_id
 from pipeline.release.night import Figure, ModelReference
 from pipeline.run import checkpoint
@@ -22,7 +23,7 @@ from pipeline.run.run import Run
 
 
 def score(
-    model: ModelReference, day: Dataset, batch_size: int, measure: MeasureConfig
+    model: ModelReference, day: Dataset, batch_size: int, measure: MeasureConfig, loading: Loading | None = None
 ) -> tuple[Evaluated, dict[str, Any]]:
     """Scores a checkpoint. Returns its figures, and its record as for eval.jsonl.
 
@@ -31,7 +32,7 @@ def score(
     Raises:
         UserError: the checkpoint is damaged, or another one by now.
     """
-    scorer = Scorer(Run(Path(model.run)), day, "all", batch_size, measure)
+    scorer = Scorer(Run(Path(model.run)), day, "all", batch_size, measure, loading)
     metrics, manifest = scorer.metrics(model.step)
     if manifest.checksum != model.checkpoint:
         raise UserError(f"{model}: its checkpoint was replaced while it was judged. Run the same command again.")

@@ -157,7 +157,7 @@ def train(config: NightlyConfig, chosen: Chosen, kinds: Mapping[str, str]) -> di
 def evaluate(config: NightlyConfig, role: str, model: ModelReference, encoded: Encoded) -> dict[str, Any]:
     """Scores the model of a role and writes its figures to ROLE.parquet of the night. Raises UserError."""
     folder = encoded.folders[role]
-    found, record = scoring.score(model, Dataset(Path(folder)), config.batch_size, config.measure)
+    found, record = scoring.score(model, Dataset(Path(folder)), config.batch_size, config.measure, config.loading)
     file = f"{role}.parquet"
     figures.write(found, config.folder / file)
     return Scored(model=model, day=folder, file=file, figures=scoring.figures_of(found), record=record).model_dump()
