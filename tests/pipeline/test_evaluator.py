@@ -2,11 +2,8 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,6 @@ from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report import page, plots, tables
 from pipeline.evaluation.report.numbers import significant
-from pipeline.release.nightly import NightlyConfig, nightly
 from pipeline.run import checkpoint, records
 from pipeline.run.checkpoint import lock
 from pipeline.run.run import Run
@@ -297,48 +293,6 @@ def test_evaluation_leaves_what_the_trainer_wrote_alone(run: Run):
     before = state()
     evaluated(run)
     assert state() == before
-
-
-def test_nightly_passes_an_equal_model_and_fails_a_worse_one(run: Run, small_log: Path, tmp_path: Path, trained: Path):
-    config = NightlyConfig(run=run.path, serving=trained, input=str(small_log), out=tmp_path / "night", date="monday")
-    verdict = nightly(config)
-    assert verdict.passed
-    assert {task: judged.figure for task, judged in verdict.tasks.items()} == {
-        "click": "ne", "bought": "ne", "dwell": "nrmse"
-    }  # fmt: skip
-    assert verdict.tasks["click"].candidate == verdict.tasks["click"].serving
-    # Every row of the day counts, whatever split its time falls into.
-    assert verdict.candidate.metrics["click"]["rows"] == 900
-    assert json.loads((tmp_path / "night" / "monday" / "verdict.json").read_text()) == asdict(verdict)
-    shutil.rmtree(run.checkpoints / "step-00000006")
-    shutil.rmtree(run.checkpoints / "step-00000004")
-    worse = nightly(config)
-    assert not worse.passed
-    assert worse.candidate.step == 2
-    for judged in worse.tasks.values():
-        assert judged.passed == (judged.candidate - judged.serving <= config.max_increase)
-
-
-@pytest.mark.system
-def test_nightlys_exit_code_tells_worse_from_broken(run: Run, small_log: Path, tmp_path: Path, trained: Path):
-    for step in (4, 6):
-        shutil.rmtree(run.checkpoints / f"step-0000000{step}")
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.nightly",
-        f"run={run.path}",
-        f"serving={trained}",
-        f"out={tmp_path / 'night'}",
-        "date=d1",
-    ]
-    worse = subprocess.run([*command, f"input={small_log}"], capture_output=True, text=True, check=False)
-    assert (worse.returncode, "worse than allowed" in worse.stdout) == (2, True), worse.stderr
-    broken = subprocess.run([*command, f"input={tmp_path}"], capture_output=True, text=True, check=False)
-    assert broken.returncode == 1
-    assert broken.stderr.startswith("error: ")
-    assert broken.stderr.count("\n") == 1
-    assert not (tmp_path / "night" / "d1" / "verdict.json").exists()
 
 
 def test_a_line_is_appended_whole_after_a_torn_one(tmp_path: Path):

@@ -22,7 +22,8 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation
 from pipeline.evaluation.report import page
-from pipeline.release.nightly import NightlyConfig, nightly
+from pipeline.release.config import NightlyConfig
+from pipeline.release.nightly import nightly
 from pipeline.run import records
 from pipeline.run.run import FILES, FOLDERS, Run, keep_lines
 from pipeline.search.compare import CompareConfig, Jobs, Runs
@@ -289,25 +290,45 @@ def test_the_page_of_a_dataset_takes_the_place_of_a_link(small_dataset, tmp_path
     assert "<title>data</title>" in (tmp_path / "data.card.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["day", "verdict.json", "encoded day"])
+@pytest.mark.parametrize("name", ["day", "night.json", "encoded day", "lock", "pins", "serving.json", "figures"])
 def test_a_nightly_writes_through_no_link(trained, small_log, tmp_path, outside, name):
-    config = NightlyConfig(run=trained, input=str(small_log), out=tmp_path / "nightly", date="2026-11-09")
+    run = shutil.copytree(trained, tmp_path / "run")
+    given = {"run": run, "input": str(small_log), "out": tmp_path / "nightly", "date": "2026-11-09"}
+    lax = {"metric": "ne", "max": 9, "allow_ne_above_one": True}
+    (run / "gates.yaml").write_text(json.dumps({"default": [lax]}))
+    config = NightlyConfig(
+        **given, data_gates={"action": "warn"}, bless="pass", by_time=[], cold_start=False, buckets=5
+    )
+    config.out.mkdir()
     if name == "day":
-        config.out.mkdir()
         config.folder.symlink_to(outside)
         assert "2026-11-09 is a link" in refused(lambda: nightly(config))
         return
-    if name == "verdict.json":
-        config.folder.mkdir(parents=True)
-        (config.folder / name).symlink_to(outside / "file")
-    nightly(config)
-    assert json.loads((config.folder / "verdict.json").read_text())["passed"]
+    if name == "lock":
+        (config.out / ".nightly.lock").symlink_to(outside / "file")
+        assert "nightly.lock is a link" in refused(lambda: nightly(config))
+        return
+    if name == "pins":
+        (run / "pins").symlink_to(outside)
+        assert "pins is a link" in refused(lambda: nightly(config))
+        return
+    if name in ("night.json", "serving.json"):
+        config.folder.mkdir()
+        file = (config.folder if name == "night.json" else config.out) / name
+        file.symlink_to(outside / "file")
+        assert f"{name} is a link" in refused(lambda: nightly(config))
+        return
+    if name == "figures":
+        config.folder.mkdir()
+        (config.folder / "candidate.parquet").symlink_to(outside / "file")
+    assert nightly(config).night.outcome == "pass"
     if name == "encoded day":
         [day] = config.folder.glob("day-*")
         day.rename(tmp_path / "other")
         day.symlink_to(tmp_path / "other")
         before = (tmp_path / "other/manifest.json").stat()
-        assert f"{day.name} is a link" in refused(lambda: nightly(config))
+        again = config.model_copy(update={"again": True})
+        assert f"{day.name} is a link" in refused(lambda: nightly(again))
         assert (tmp_path / "other/manifest.json").stat() == before
 
 
