@@ -96,7 +96,7 @@ class Evaluation:
         dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
         self.scorer = Scorer(self.run, dataset, config.split, config.batch_size, config, loading)
         self.pending = Pending(
-            self.run, config.split, self.scorer.dataset.name, config.share, own_dataset=self.scorer.own_dataset,
+            self.run, config.split, self.scorer.dataset.name, config, own_dataset=self.scorer.own_dataset,
             every=config.every, order=config.order, with_predictions=config.predictions,
         )  # fmt: skip
         own = self.scorer.own_dataset and config.days is None
@@ -135,7 +135,7 @@ class Evaluation:
             name,
             dict(self.scorer.tasks),
             known,
-            oracle.read(self.run, self.config.split, name, dict(self.scorer.tasks)),
+            oracle.read(self.run, self.config.split, name, dict(self.scorer.tasks), self.config.share),
         )
 
     def publish(self) -> None:

@@ -156,6 +156,7 @@ class Scorer:
             "share": self.measure.share,
             "cluster": self.keys.cluster,
             "buckets": self.measure.buckets,
+            "measure": self.measure.hash,
             "time": time.time(),
             "seconds": seconds,
             "rows_evaluated": metrics.rows,
@@ -185,8 +186,10 @@ class Scorer:
             dataset=self.dataset.name,
             split=self.split,
             share=self.measure.share,
+            share_by=self.keys.share_by if self.measure.share < 1 else "",
             cluster=self.keys.cluster,
             buckets=self.measure.buckets,
+            measure=self.measure.hash,
         )
 
     def provenance(self, checksum: str) -> dict[str, str]:

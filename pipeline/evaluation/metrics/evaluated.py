@@ -39,8 +39,8 @@ class Provenance(BaseModel):
 
     Attributes:
         checkpoint: checksum of its manifest. dataset: see Dataset.name.
-        share: of the split's clusters that was scored. cluster: the key that rows are dealt into buckets by: a column, or row.
-        buckets: K.
+        share: of the split's clusters that was scored. share_by: the key it was chosen by; "" where all are. cluster: the key that rows are dealt into buckets by: a column, or row.
+        buckets: K. measure: hash of the settings, see MeasureConfig.hash; files of early versions have none.
     """
 
     run: str
@@ -49,12 +49,14 @@ class Provenance(BaseModel):
     dataset: str
     split: str
     share: float = Field(1.0, gt=0, le=1)
+    share_by: str = ""
     cluster: str = "row"
     buckets: int = Field(1, ge=1)
+    measure: str = ""
 
     def same_rows(self, other: "Provenance") -> bool:
         """Whether two evaluations are of the same rows in the same buckets, so that they can be paired."""
-        keys = ("dataset", "split", "share", "cluster", "buckets")
+        keys = ("dataset", "split", "share", "share_by", "cluster", "buckets")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
