@@ -1,6 +1,7 @@
 """The evaluations of two checkpoints, as they were written: the input of jobs.evaluate's compare."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,9 @@ from features.errors import UserError
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
+from pipeline.evaluation.metrics.slice_names import covers
 from pipeline.evaluation.report import comparison_table
+from pipeline.overrides import setting
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 
@@ -34,8 +37,22 @@ def comparison(config: EvaluateConfig) -> str:
     """
     assert config.compare
     ours, theirs = (_read(parse_compared(text), config) for text in config.compare)
+    if isinstance(config.compare_slices, list):
+        _check_slices(config.compare_slices, ours, theirs)
     kinds = {name: task.kind for name, task in Run(parse_compared(config.compare[0]).run).schema().tasks.items()}
     return comparison_table.table(ours, theirs, kinds, config.compare_slices)
+
+
+def _check_slices(wanted: list[str], ours: Evaluated, theirs: Evaluated) -> None:
+    """Raises UserError for a dimension or pattern that no slice of both has."""
+    one, other = (set(found.figures.select("dimension", "slice").unique().iter_rows()) for found in (ours, theirs))
+    for pattern in wanted:
+        if not any(covers([pattern], *of) for of in one & other):
+            known = ", ".join(sorted({dimension for dimension, _ in one & other} - {evaluated.ALL})) or "none"
+            raise UserError(
+                f"compare_slices: the two have no slice {pattern} in common. Dimensions that both have: {known}. Run "
+                "jobs.evaluate on both with the same slices=[...]."
+            )
 
 
 def _read(of: Compared, config: EvaluateConfig) -> Evaluated:
@@ -50,10 +67,13 @@ def _read(of: Compared, config: EvaluateConfig) -> Evaluated:
         share=config.share,
     )  # fmt: skip
     file = evaluated.path(run, wanted, dataset.path == Path(run.config()["dataset"]).absolute())
-    given = [f"run={run.path}", f"split={config.split}", f"step={step}"]
-    given += [f"dataset={config.dataset}"] if config.dataset else []
+    given = [setting("run", run.path), f"split={config.split}", f"step={step}"]
+    given += [setting("dataset", config.dataset)] if config.dataset else []
+    given += [f"days=[{config.days}]"] if config.days else []
+    given += [f"missing_days={config.missing_days}"] if config.missing_days else []
     given += [f"share={config.share}"] if config.share < 1 else []
-    command = f"python -m jobs.evaluate {' '.join(given)}"
+    given += [f"share_by={config.share_by}"] if config.share_by else []
+    command = f"python -m jobs.evaluate {shlex.join(given)}"
     if not file.exists():
         raise UserError(f"{run.path}: step {step} has not been evaluated ({file} is missing). Run {command}.")
     found = evaluated.read(file)

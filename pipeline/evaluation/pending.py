@@ -21,7 +21,6 @@ from pipeline.evaluation import predictions
 from pipeline.evaluation.lag import commit_time
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Provenance
-from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.storage.base import Lock
@@ -76,8 +75,8 @@ class Pending:
     """Checkpoints without a record of one evaluation: a split of a dataset, or a share of it.
 
     Args:
-        dataset: its name, see Dataset.name. measure: the share, and what is measured: a checkpoint whose record is of other
-            settings awaits evaluation, once in each process: two that differ must not go on by turns. own_dataset: whether it is the one that the run trains on.
+        dataset: its name, see Dataset.name. measure: see Scorer.measured: a checkpoint whose record has another one
+            awaits evaluation, once in each process: two that differ must not go on by turns. own_dataset: whether it is the one that the run trains on.
         every: take the checkpoints at multiples of so many times `train.checkpoint_every` steps; of a run that writes one an
             epoch those of every so many epochs. It depends on the step alone, so that several evaluators, restarts, rollbacks
             and deleted checkpoints do not change the choice.
@@ -88,11 +87,11 @@ class Pending:
     """
 
     def __init__(
-        self, run: Run, split: Split | Literal["all"], dataset: str, measure: MeasureConfig,
+        self, run: Run, split: Split | Literal["all"], dataset: str, share: float, measure: str,
         *, own_dataset: bool = True, every: int = 1, order: Order = "oldest", with_predictions: bool = False,
     ) -> None:  # fmt: skip
         self.run, self.split, self.dataset, self.own_dataset = run, split, dataset, own_dataset
-        self.share, self.measure = measure.share, measure.hash
+        self.share, self.measure = share, measure
         self.every, self.order, self.with_predictions = every, order, with_predictions
         self.spacing = _spacing(run) if every > 1 else None
         self._known: dict[int, dict[str, Any]] = {}
@@ -190,7 +189,7 @@ class Pending:
         if step in [record["step"] for record in others] and not self._has_warned:
             self._has_warned = True
             logger.info(
-                "%s: %d records of split %s were measured with other settings (slices, buckets, cluster, ...): as far as their "
+                "%s: %d records of split %s were measured with other settings (slices, buckets, table_precision, ...): as far as their "
                 "checkpoints are here and asked for, these are evaluated again and the records replaced",
                 self.run.eval_metrics, len(others), self.split,
             )  # fmt: skip

@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def pending(run: Run, measure: MeasureConfig = MEASURE, **settings: object) -> Pending:
-    return Pending(run, "test", DATASET, measure, **settings)
+    return Pending(run, "test", DATASET, measure.share, measure.hash, **settings)
 
 
 def finish(them: Pending, claim: Claim, **more: object) -> None:
@@ -165,8 +165,8 @@ def test_a_claim_ends_with_its_record_so_that_a_waiting_evaluator_finds_nothing_
 def test_splits_datasets_and_shares_have_records_of_their_own(run: Run):
     commit(run, 3)
     others = [
-        Pending(run, "valid", DATASET, MEASURE),
-        Pending(run, "test", "/other", MEASURE, own_dataset=False),
+        Pending(run, "valid", DATASET, 1.0, MEASURE.hash),
+        Pending(run, "test", "/other", 1.0, MEASURE.hash, own_dataset=False),
         pending(run, MeasureConfig(share=0.1)),
     ]
     assert [taken(each) for each in (pending(run), *others)] == [[3]] * 4
@@ -201,7 +201,9 @@ def test_a_record_is_put_in_place_of_the_one_of_the_same_evaluation_and_becomes_
     assert [line["step"] for line in read_lines(run.eval_metrics)] == [4, 4, 6, 4, 8]
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other weights", "other rows", "other buckets", "other settings", "link"])
+@pytest.mark.parametrize(
+    "fault", ["missing", "cut", "empty", "other weights", "other rows", "other buckets", "other settings", "link"]
+)
 def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_second_line(run: Run, tmp_path: Path, fault):
     checksum = commit(run, 2)
     about = record(2, checksum)

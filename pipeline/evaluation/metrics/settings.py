@@ -64,9 +64,6 @@ class MeasureConfig(BaseModel):
 
     @property
     def hash(self) -> str:
-        """Of what the figures depend on beside the rows and the memory: evaluations of another one are made again.
-
-        Which share of the clusters is scored has its own field wherever this has one; how it is chosen has none.
-        """
+        """Of the settings that the figures depend on, but for memory, and for share, which is recorded by itself."""
         left_out = {"share", "memory"} if self.share < 1 else {"share", "memory", "share_by"}
         return config_hash(self.model_dump(mode="json", include=MeasureConfig.model_fields.keys() - left_out))
