@@ -75,8 +75,9 @@ class Pending:
     """Checkpoints without a record of one evaluation: a split of a dataset, or a share of it.
 
     Args:
-        dataset: its name, see Dataset.name. measure: see Scorer.measured: a checkpoint whose record has another one
-            awaits evaluation, once in each process: two that differ must not go on by turns. own_dataset: whether it is the one that the run trains on.
+        dataset: its name, see Dataset.name. own_dataset: whether it is the one that the run trains on.
+        measure: see Scorer.measured. A checkpoint whose record has another one awaits evaluation, once in each process: two
+            evaluators that differ must not go on by turns.
         every: take the checkpoints at multiples of so many times `train.checkpoint_every` steps; of a run that writes one an
             epoch those of every so many epochs. It depends on the step alone, so that several evaluators, restarts, rollbacks
             and deleted checkpoints do not change the choice.
@@ -189,8 +190,8 @@ class Pending:
         if step in [record["step"] for record in others] and not self._has_warned:
             self._has_warned = True
             logger.info(
-                "%s: %d records of split %s were measured with other settings (slices, buckets, table_precision, ...): as far as their "
-                "checkpoints are here and asked for, these are evaluated again and the records replaced",
+                "%s: %d records of split %s were measured with other settings (slices, buckets, table_precision, ...): their "
+                "checkpoints, as far as they are here and asked for, are evaluated again and the records replaced",
                 self.run.eval_metrics, len(others), self.split,
             )  # fmt: skip
 

@@ -140,9 +140,9 @@ def test_a_restart_with_other_slices_or_tables_in_16_bits_replaces_the_records(r
 
 def test_the_best_possible_is_of_the_share_that_it_was_computed_on(run: Run):
     evaluation, kinds = Evaluation(config(run, share=0.5)), {"click": "binary"}
-    with mock.patch.object(oracle, "metrics", lambda *_: {"click": {"ne": 0.5}}):
+    with mock.patch.object(oracle, "metrics", return_value={"click": {"ne": 0.5}}):
         oracle.write(evaluation.scorer, Truth(file=Path("truth"), key="row", columns={}))
-    with mock.patch.object(oracle, "is_complete", lambda *_: True):
+    with mock.patch.object(oracle, "is_complete", return_value=True):
         name = evaluation.scorer.dataset.name
         assert oracle.read(run, "test", name, kinds, 0.5) == {"click": {"ne": 0.5}}
         assert oracle.read(run, "test", name, kinds) is None

@@ -39,8 +39,9 @@ class Provenance(BaseModel):
 
     Attributes:
         checkpoint: checksum of its manifest. dataset: see Dataset.name.
-        share: of the split's clusters that was scored. share_by: the key it was chosen by; "" where all are. cluster: the key that rows are dealt into buckets by: a column, or row.
-        buckets: K. measure: hash of the settings, see MeasureConfig.hash; files of early versions have none.
+        share: of the split's clusters that was scored. share_by: the key it was chosen by; "" where all are.
+        cluster: the key that rows are put into buckets by: a column, or row. buckets: K.
+        measure: see Scorer.measured; files of early versions have none.
     """
 
     run: str
