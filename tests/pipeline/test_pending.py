@@ -1,5 +1,6 @@
 """Which checkpoints await evaluation, and how several evaluators share them: locks and files are real, there is no model."""
 
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from evaluations_by_hand import DATASET, MEASURE, commit, record, set_commit_tim
 
 from features.errors import UserError
 from pipeline.evaluation import pending as pending_module
+from pipeline.evaluation import predictions
 from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.lag import commit_time, lag
 from pipeline.evaluation.metrics.settings import MeasureConfig
@@ -162,6 +164,21 @@ def test_a_claim_ends_with_its_record_so_that_a_waiting_evaluator_finds_nothing_
     assert two.take([1]) is None
 
 
+def test_a_checkpoint_that_was_recorded_just_before_its_lock_was_free_is_not_taken(run: Run, monkeypatch):
+    commit(run, 1)
+    one, two, lock = pending(run), pending(run), run.try_lock
+    claim = one.take([1])
+
+    def once_it_is_free(name: str) -> object:
+        with claim:
+            finish(one, claim)
+        return lock(name)
+
+    monkeypatch.setattr(two.run, "try_lock", once_it_is_free)
+    assert two.take([1]) is None
+    assert [path.name for path in run.eval_metrics.parent.glob(".test-*")] == []
+
+
 def test_splits_datasets_and_shares_have_records_of_their_own(run: Run):
     commit(run, 3)
     others = [
@@ -282,6 +299,18 @@ def test_what_a_killed_evaluator_left_half_written_is_removed_by_the_next_one(ru
         path.write_text("")
     assert taken(pending(run)) == [2]
     assert [path.exists() for path in (*left, *others)] == [False, False, True, True]
+
+
+def test_half_written_predictions_which_may_be_of_another_dataset_are_removed_once_they_are_old(run: Run):
+    file = predictions.path(run, "test", 2)
+    file.parent.mkdir()
+    new, old = (file.with_name(f".{file.name}.{digits * 16}") for digits in ("0a", "0b"))
+    for path in (new, old):
+        path.write_text("")
+    os.utime(old, (1.0, 1.0))
+    commit(run, 2)
+    assert taken(pending(run)) == [2]
+    assert (new.exists(), old.exists()) == (True, False)
 
 
 def test_a_checkpoint_that_failed_is_tried_again_when_it_is_written_anew_or_a_minute_later(
