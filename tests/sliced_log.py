@@ -22,7 +22,8 @@ CONTENT: dict[str, Any] = {
         "plain": {"column": "price", "standardize": False},
     },
     "categorical": {
-        "user_id": {"column": "user"}, "city": {"vocabulary": {"min_count": 20, "unknown": 3}}, "hashed": {"column": "city", "hash": 7},
+        "user_id": {"column": "user"}, "city": {"vocabulary": {"min_count": 20, "unknown": 3}},
+        "hashed": {"column": "city", "hash": 7},
         "price_bin": {"column": "price", "bins": 4},
     },
     "tasks": {
@@ -30,7 +31,7 @@ CONTENT: dict[str, Any] = {
         "buy": {"kind": "binary", "label": "buy = '1'", "observed_when": "click = '1'"},
         "spend": {"kind": "regression", "label": "CAST(spend AS DOUBLE)"},
     },
-    "weight": "CASE WHEN position = 3 THEN 2 WHEN id LIKE '%3' THEN 0 ELSE 1 END",
+    "weight": "CASE WHEN position = 3 THEN 2 WHEN id % 10 = 3 THEN 0 ELSE 1 END",
     "event_time": "at",
     "split": {"by": "hash", "key": "id", "valid": 0.1, "test": 0.5},
     "keep": ["user", "device", "position", "price", "signup", "who_country", "who_age", "cheap", "at", "session"],
@@ -54,7 +55,9 @@ def rows_of_log(count: int = 1500, seed: int = 0) -> list[dict[str, str]]:
                 "position": "" if number % 13 == 0 else str(number % 7),
                 "price": "" if rng.random() < 0.1 else str(price),
                 "signup": "" if user % 5 == 0 else str(START - 86_400 * (user % 4)),
-                "city": ["Köln", "Paris, France", "", "Oslo", f"place {number % 50}"][min(int(rng.exponential(1.5)), 4)],
+                "city": ["Köln", "Paris, France", "", "Oslo", f"place {number % 50}"][
+                    min(int(rng.exponential(1.5)), 4)
+                ],
                 "click": str(int(click)),
                 "buy": str(int(rng.random() < 0.3)),
                 "spend": str(round(float(rng.gamma(2) + click), 3)),

@@ -1,4 +1,4 @@
-"""Slices, clusters, groups and shares of an evaluation, end to end: against the formulas on the rows that are filtered by hand."""
+"""Slices, clusters, groups and shares of an evaluation, end to end: against formulas on rows that are filtered by hand."""
 
 import copy
 import math
@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import sliced_log
+import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from features.errors import UserError
@@ -22,11 +24,13 @@ from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.metrics import evaluated as evaluations
+from pipeline.evaluation.metrics import row_keys, slices
 from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.metrics.base import bucket_of
-from pipeline.evaluation.metrics.evaluated import Evaluated, paired
+from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance, paired
 from pipeline.evaluation.metrics.row_keys import SplitKeys
 from pipeline.evaluation.metrics.settings import MeasureConfig
+from pipeline.evaluation.metrics.slices import SliceNumbers
 from pipeline.evaluation.scorer import Scorer
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.job import preprocess
@@ -55,7 +59,7 @@ SLICES: list[Any] = [
     {"sql": "device = 'mobile' AND price > 2.5"},
 ]
 ORDERED = ("who_age", "age", "plain", "day", "hour")  # all of their slices are measured
-MOST = 12  # slices of a dimension whose figures are compared
+MOST = 6  # slices of a dimension whose figures are compared
 Row = dict[str, Any]
 Rows = list[Row]
 
@@ -118,7 +122,9 @@ def formulas(rows: Rows, entropy_of: Rows | None = None) -> dict[str, dict[str, 
     found: dict[str, dict[str, float]] = {}
     for task in (*BINARY, "spend"):
         counted = [row for row in rows if row[f"label.{task}"] is not None and row["weight"] > 0]
-        z, y, w = (np.array([row[key] for row in counted], float) for key in (f"logit.{task}", f"label.{task}", "weight"))
+        z, y, w = (
+            np.array([row[key] for row in counted], float) for key in (f"logit.{task}", f"label.{task}", "weight")
+        )
         found[task] = {"rows": len(counted)}
         if not counted:
             continue
@@ -146,10 +152,13 @@ def assert_figures(found: pl.DataFrame, name: str, rows: Rows) -> None:
         values = dict(zip(lines["metric"], lines["value"], strict=True))
         assert set(lines["rows"]) == ({expected["rows"]} if expected["rows"] else set()), (name, task)
         for metric, value in expected.items() if values else ():
-            assert values[metric] == pytest.approx(value, rel=2e-5, nan_ok=True), (name, task, metric)
+            wanted = None if math.isnan(value) else pytest.approx(value, rel=2e-5)
+            assert values[metric] == wanted, (name, task, metric)
 
 
-def scored(run: Run, dataset: Path, split: Any = "test", batch_size: int = 8192, step: int = 8, **settings: Any) -> Evaluated:
+def scored(
+    run: Run, dataset: Path, split: Any = "test", batch_size: int = 8192, step: int = 8, **settings: Any
+) -> Evaluated:
     return Scorer(run, Dataset(dataset), split, batch_size, MeasureConfig(**settings)).score(step)
 
 
@@ -169,7 +178,9 @@ def vocabulary(dataset: Path, table: str) -> Counter[str]:
 
 def of_city(dataset: Path) -> Callable[[Row], object]:
     known = {city for city, count in vocabulary(dataset, "city").items() if count >= 20}
-    return lambda row: "missing" if row["city"] is None else value_name(row["city"]) if row["city"] in known else "unseen"
+    return lambda row: (
+        "missing" if row["city"] is None else value_name(row["city"]) if row["city"] in known else "unseen"
+    )
 
 
 def of_range(value: float | None, edges: list[float]) -> str:
@@ -184,14 +195,11 @@ def of_range(value: float | None, edges: list[float]) -> str:
 def names_by_hand(dataset: Path) -> dict[str, Callable[[Row], str | None]]:
     """Of each dimension the name of a row's slice, None for none."""
     city, counts = of_city(dataset), {name: vocabulary(dataset, name) for name in ("user_id", "city")}
-    mean_price = np.mean(
-        [float(p) for s in Dataset(dataset).shards("train") for p in pl.read_parquet(dataset / s.path)["raw.price"].drop_nulls()]
-    )
+    of_train = [pl.read_parquet(dataset / shard.path)["raw.price"] for shard in Dataset(dataset).shards("train")]
+    mean_price = pl.concat(of_train).mean()
 
     def named(*columns: str) -> Callable[[Row], str]:
-        return lambda row: ", ".join(
-            f"{c}={city(row) if c == 'city' else value_name(row[c])}" for c in columns
-        )
+        return lambda row: ", ".join(f"{c}={city(row) if c == 'city' else value_name(row[c])}" for c in columns)
 
     def cold(feature: str, column: str, least: int) -> Callable[[Row], str | None]:
         def name(row: Row) -> str | None:
@@ -242,4 +250,279 @@ def test_figures_of_every_kind_of_slice_are_those_of_its_rows(
             assert len(names) == top, dimension
             assert min(frequent[name] for name in names) >= max(frequent[name] for name in expected - names), dimension
         for name in sorted(names)[:MOST]:
-            assert_figures(found.filter(dimension=dimension), name, [row for row in rows[split] if name_of(row) == name])
+            assert_figures(
+                found.filter(dimension=dimension), name, [row for row in rows[split] if name_of(row) == name]
+            )
+
+
+def row_ids(run: Run, dataset: Path, **settings: Any) -> list[int]:
+    batches = Scorer(run, Dataset(dataset), "test", 50, MeasureConfig(**settings)).batches()
+    return [x for batch in batches for x in batch.row_id_B.tolist() if x >= 0]
+
+
+def test_the_size_of_batches_changes_no_figure(run: Run, dataset: Path) -> None:
+    whole, small = (scored(run, dataset, batch_size=size, slices=SLICES, min_rows=20, buckets=5) for size in (8192, 17))
+    keys = ["task", "metric", "slice"]
+    assert whole.figures.select(keys).equals(small.figures.select(keys))
+    for column in ("value", "se"):
+        np.testing.assert_allclose(*(x.figures[column].to_numpy() for x in (whole, small)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("settings", "by"), [
+    ({}, "user"), ({"cluster": "session"}, "session"), ({"cluster": "session", "share_by": "user"}, "user"),
+    ({"cluster": "row"}, "row_id"), ({"share_by": "position"}, "position"), ({"share_by": "price"}, "price"),
+])  # fmt: skip
+def test_a_share_has_whole_clusters_and_figures_of_its_rows(
+    run: Run, dataset: Path, rows: dict[str, Rows], settings: dict[str, Any], by: str
+) -> None:
+    taken, more = (row_ids(run, dataset, share=share, **settings) for share in (0.4, 0.7))
+    assert taken == row_ids(run, dataset, share=0.4, **settings)
+    assert len(set(taken)) == len(taken)
+    assert set(taken) < set(more) < {row["row_id"] for row in rows["test"]}
+    states: dict[Any, list[bool]] = {}
+    for row in rows["test"]:
+        key = row["row_id"] if row[by] is None else f"{by} {row[by]}"  # rows without the key are clusters of their own
+        states.setdefault(key, []).append(row["row_id"] in taken)
+    assert all(len(set(found)) == 1 for found in states.values())
+    clusters = len(states)
+    chosen = sum(found[0] for found in states.values())
+    assert abs(chosen - 0.4 * clusters) < 4 * math.sqrt(0.4 * 0.6 * clusters)
+    found = scored(run, dataset, share=0.4, slices=["device"], min_rows=1, **settings).figures
+    of_share = [row for row in rows["test"] if row["row_id"] in set(taken)]
+    assert_figures(found, "all", of_share)
+    assert_figures(found, "device=desktop", [row for row in of_share if row["device"] == "desktop"])
+
+
+@pytest.mark.parametrize("cluster", ["user", "position", "price", "row"])
+def test_a_value_without_a_bucket_is_that_of_the_clusters_in_the_others(
+    run: Run, dataset: Path, rows: dict[str, Rows], cluster: str
+) -> None:
+    scorer = Scorer(
+        run, Dataset(dataset), "test", 64, MeasureConfig(cluster=cluster, buckets=3, slices=["device"], min_rows=1)
+    )
+    bucket_of_row: dict[int, int] = {}
+    for batch in scorer.batches():
+        found_B = bucket_of((batch.key_BC[:, 0].numpy() & 0xFFFFFFFF).astype(np.uint32), 3)
+        bucket_of_row |= dict(zip(batch.row_id_B.tolist(), found_B.tolist(), strict=True))
+    buckets: dict[Any, set[int]] = {}
+    missing: list[int] = []
+    for row in rows["test"]:
+        key = row["row_id" if cluster == "row" else cluster]
+        buckets.setdefault(key, set()).add(bucket_of_row[row["row_id"]])
+        missing += [bucket_of_row[row["row_id"]]] if key is None else []
+    assert all(len(found) == 1 for key, found in buckets.items() if key is not None)
+    assert set().union(*buckets.values()) == {0, 1, 2}
+    assert cluster == "row" or set(missing) == {0, 1, 2}
+    found = scorer.score(8).figures
+    for name in ("all", "device=mobile"):
+        for k in range(3):
+            others = [
+                row for row in rows["test"]
+                if bucket_of_row[row["row_id"]] != k and (name == "all" or row["device"] == "mobile")
+            ]  # fmt: skip
+            for task, metric in (("click", "ne"), ("click", "calibration"), ("spend", "nrmse")):
+                [left] = found.filter(slice=name, task=task, metric=metric)["left_out"]
+                assert left[k] == pytest.approx(formulas(others)[task][metric], rel=2e-5), (name, task, metric, k)
+
+
+@pytest.mark.parametrize(("group", "key"), [("session", "session"), ("who_country", "who_country"), (None, "user")])
+def test_gauc_is_the_mean_over_the_groups_of_a_column(
+    run: Run, dataset: Path, rows: dict[str, Rows], group: str | None, key: str
+) -> None:
+    found = scored(run, dataset, group=group).value("click", "gauc")
+    groups: dict[Any, Rows] = {}
+    for row in rows["test"]:
+        if row["weight"] > 0:
+            groups.setdefault(("row", row["row_id"]) if row[key] is None else row[key], []).append(row)
+    total = weights = 0.0
+    for of_group in groups.values():
+        y, z, w = (
+            np.array([row[name] for row in of_group], float) for name in ("label.click", "logit.click", "weight")
+        )
+        if 0 < y.mean() < 1:
+            total += w.sum() * roc_auc_score(y, z, sample_weight=w)
+            weights += w.sum()
+    assert found == pytest.approx(total / weights, rel=1e-6)
+
+
+def test_rows_that_are_groups_of_their_own_are_not_ranked(run: Run, dataset: Path) -> None:
+    found = scored(run, dataset, group="row")
+    assert found.value("click", "gauc") is found.value("click", "ndcg") is None
+    assert scored(run, dataset, cluster="row").value("click", "gauc") is None
+    assert scored(run, dataset, cluster="row", group="session").value("click", "gauc") is not None
+
+
+def test_evaluations_of_the_same_rows_pair_over_checkpoints_and_others_are_refused(run: Run, dataset: Path) -> None:
+    settings: dict[str, Any] = {"share": 0.5, "slices": ["device"], "min_rows": 20, "buckets": 10}
+    ours, theirs = (scored(run, dataset, step=step, **settings) for step in (8, 4))
+
+    def provenance(split: Any = "test", batch_size: int = 64, **settings: Any) -> Provenance:
+        return Scorer(run, Dataset(dataset), split, batch_size, MeasureConfig(**settings)).provenance_of(4, "")
+
+    line = paired(ours, theirs).filter(task="click", metric="ne", slice="device=desktop").to_dicts()[0]
+    names = {"slice": "device=desktop", "task": "click", "metric": "ne"}
+    values = [x.figures.filter(**names)["value"][0] for x in (ours, theirs)]
+    assert (line["ours"], line["theirs"], line["delta"]) == (*values, values[0] - values[1])
+    assert values[0] != values[1]
+    left = [x.figures.filter(**names)["left_out"][0].to_list() for x in (ours, theirs)]
+    deltas = np.array([a - b for a, b in zip(*left, strict=True) if a is not None])
+    count = len(deltas)
+    assert (len(left[0]), line["buckets"]) == (10, count)
+    assert line["se"] == pytest.approx(math.sqrt((count - 1) / count * ((deltas - deltas.mean()) ** 2).sum()))
+    for other in ({"share": 0.6}, {"share_by": "session"}, {"cluster": "session"}, {"buckets": 11}, {"share": 1.0}):
+        with pytest.raises(UserError, match="were not evaluated on the same rows"):
+            paired(ours, Evaluated(theirs.figures, provenance(**settings | other)))
+    with pytest.raises(UserError, match="were not evaluated on the same rows"):
+        paired(ours, Evaluated(theirs.figures, provenance("valid", **settings)))
+    assert paired(ours, Evaluated(theirs.figures, provenance(**settings, batch_size=3))).height
+
+
+@torch.inference_mode()
+def test_parts_of_ranks_are_the_whole_and_their_metrics_merge(run: Run, dataset: Path) -> None:
+    scorer = Scorer(
+        run, Dataset(dataset), "test", 64, MeasureConfig(slices=["device", "city"], min_rows=5, buckets=4, share=0.8)
+    )
+    whole, _ = scorer.metrics(8)
+    seen: list[list[int]] = []
+    merged = Metrics(scorer.tasks, scorer.keys.grouping, scorer.keys.names)
+    for rank in range(3):
+        part = Metrics(scorer.tasks, scorer.keys.grouping, scorer.keys.names)
+        seen.append([])
+        for batch in SplitReader(scorer.dataset, "test", 23, rank, 3, scorer.keys).batches():
+            part.update(scorer.ranker(batch), batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
+            seen[-1] += [x for x in batch.row_id_B.tolist() if x >= 0]
+        merged = merged.merge(part)
+    assert all(seen)
+    together = [x for part in seen for x in part]
+    assert sorted(together) == sorted(row_ids(run, dataset, share=0.8))
+    ours, theirs = (metrics.frame(metrics.figures()) for metrics in (merged, whole))
+    assert ours.drop("value", "se", "left_out").equals(theirs.drop("value", "se", "left_out"))
+    for column in ("value", "se"):
+        np.testing.assert_allclose(ours[column].to_numpy(), theirs[column].to_numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_file_of_an_evaluation_has_what_was_scored(run: Run, dataset: Path) -> None:
+    [record] = evaluate(EvaluateConfig(run=run.path, split="valid", step=8, threads=1, slices=["device"], min_rows=10))
+    found = evaluations.read(run.path / "evaluations" / record["evaluation"])
+    expected = scored(run, dataset, "valid", slices=["device"], min_rows=10)
+    assert found.provenance == expected.provenance
+    assert found.figures.equals(expected.figures)
+    assert record["metrics"]["click"]["ne"] == found.value("click", "ne")
+    assert record["rows_evaluated"] == sum(row["weight"] > 0 for row in predicted_rows(run, dataset))
+
+
+def predicted_rows(run: Run, dataset: Path) -> Rows:
+    shards = Dataset(dataset).shards("valid")
+    return pl.concat([pl.read_parquet(dataset / shard.path, columns=["weight"]) for shard in shards]).to_dicts()
+
+
+def keys_of(dataset: Path, **settings: Any) -> SplitKeys:
+    return SplitKeys(MeasureConfig(**settings), Dataset(dataset), ["test"])
+
+
+def test_of_equally_frequent_values_the_smaller_are_slices(dataset: Path, rows: dict[str, Rows]) -> None:
+    counts = Counter(row["price"] for row in rows["test"] if row["price"] is not None)
+    wanted = sorted(counts, key=lambda price: (-counts[price], price))[:40]
+    assert counts[wanted[39]] == counts[wanted[38]]
+    names = next(
+        n for n in keys_of(dataset, slices=["price"], top=41, min_rows=1).numbers if n.dimension.name == "price"
+    ).names
+    assert names == ("price=missing", *(f"price={price}" for price in wanted))
+
+
+def test_ranges_days_and_hours_are_listed_in_order_and_wholly(dataset: Path) -> None:
+    edges = [17, 18, 20, 30, 40, 60]
+    found = {
+        n.dimension.name: n.names
+        for n in keys_of(dataset, slices=[{"column": "who_age", "edges": edges}], top=2, min_rows=1).numbers
+    }
+    inner = tuple(f"who_age {a}..{b}" for a, b in zip(edges, edges[1:], strict=False))
+    assert found["who_age"] == ("who_age below 17", *inner, "who_age from 60", "who_age missing")
+    assert found["hour"] == tuple(f"hour={hour:02d}" for hour in range(24))
+    assert found["day"] == tuple(f"day=2026-11-{day:02d}" for day in (6, 7, 8, 9))
+
+
+def test_what_is_off_makes_no_slices(dataset: Path, run: Run) -> None:
+    assert keys_of(dataset, cold_start=False, by_time=[]).numbers == []
+    assert [n.dimension.name for n in keys_of(dataset, by_time=["hour"], cold_start=False, min_rows=20).numbers] == [
+        "hour"
+    ]
+    found = scored(run, dataset, cold_start=False, by_time=[], buckets=1).figures
+    assert set(found["slice"]) == {"all"}
+    assert found["se"].null_count() == found.height
+
+
+def test_a_dataset_without_kept_columns_and_with_times_that_are_no_dates(small_dataset: Path) -> None:
+    keys = SplitKeys(MeasureConfig(min_rows=1), Dataset(small_dataset), ["test"])
+    assert keys.cluster == keys.group == "row"
+    assert {numbers.dimension.name for numbers in keys.numbers} <= {"city (cold start)", "item (cold start)"}
+    assert any(name.startswith("city: missing") for numbers in keys.numbers for name in numbers.names)
+    with pytest.raises(UserError, match=r"cluster=user: not a kept column of .*set cluster=row"):
+        SplitKeys(MeasureConfig(cluster="user"), Dataset(small_dataset), ["test"])
+
+
+def test_ids_beyond_a_table_are_named_before_they_are_looked_up(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_keys, "table_sizes", lambda _: {"city": 2})
+    with pytest.raises(UserError, match=r"id \d of city is not in its table, which has 0 \.\. 1"):
+        _ = keys_of(dataset).numbers
+
+
+def table_of(**columns: Any) -> pa.Table:
+    return pa.table({f"raw.{name}": values for name, values in columns.items()})
+
+
+def numbers_of(dataset: Path, entry: Any, tables: list[pa.Table], top: int = 20, least: int = 1) -> SliceNumbers:
+    [dimension] = slices.dimensions(MeasureConfig(slices=[entry], cold_start=False, by_time=[]), Dataset(dataset))
+    [counts] = slices.count_values([dimension], tables)
+    return SliceNumbers(dimension, counts, top, least)
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_100_000_values_are_counted_over_row_groups(dataset: Path, dictionary: bool) -> None:
+    """Each value in two of 20 row groups, so that partial counts have to be added up."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.permutation(100_000), rng.permutation(100_000), np.full(7, 77), np.full(5, 3)])
+    texts = [pa.array([f"v{v}" for v in part]) for part in np.array_split(values, 20)]
+    tables = [table_of(device=text.dictionary_encode() if dictionary else text) for text in texts]
+    numbers = numbers_of(dataset, "device", tables, top=4)
+    assert numbers.names == ("device=v77", "device=v3", "device=v0", "device=v1")
+    found = np.concatenate([numbers.of(table) for table in tables])
+    assert found.tolist() == [{77: 0, 3: 1, 0: 2, 1: 3}.get(v, -1) for v in values.tolist()]
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_missing_values_are_one_slice_alone_and_in_crosses(dataset: Path, dictionary: bool) -> None:
+    texts = pa.array(["a", None, "b", None, "a", "missing"])
+    table = table_of(
+        device=texts.dictionary_encode() if dictionary else texts, position=pa.array([1, 1, None, None, 1, 1])
+    )
+    alone = numbers_of(dataset, "device", [table])
+    assert [alone.names[n] for n in alone.of(table)] == [
+        "device=a", "device=missing", "device=b", "device=missing", "device=a", 'device="missing"'
+    ]  # fmt: skip
+    cross = numbers_of(dataset, ["device", "position"], [table])
+    assert [cross.names[n] for n in cross.of(table)] == [
+        "device=a, position=1", "device=missing, position=1", "device=b, position=missing",
+        "device=missing, position=missing", "device=a, position=1", 'device="missing", position=1',
+    ]  # fmt: skip
+    nothing = table_of(device=pa.nulls(3, pa.string()).dictionary_encode() if dictionary else pa.nulls(3, pa.string()))
+    assert numbers_of(dataset, "device", [table]).of(nothing).tolist() == alone.of(table)[[1, 1, 1]].tolist()
+    assert numbers_of(dataset, "device", [table], least=2).names == ("device=missing", "device=a")
+
+
+def test_negative_zero_is_zero_and_edges_belong_to_the_range_above(dataset: Path) -> None:
+    table = table_of(price=pa.array([0.0, -0.0, 5.0, math.nextafter(5, 0), None]))
+    numbers = numbers_of(dataset, "price", [table])
+    assert numbers.names[0] == "price=0.0"
+    assert numbers.of(table)[:2].tolist() == [0, 0]
+    ranges = numbers_of(dataset, {"column": "price", "edges": [0, 5]}, [table])
+    assert [ranges.names[n] for n in ranges.of(table)] == [
+        "price 0..5", "price 0..5", "price from 5", "price 0..5", "price missing"
+    ]  # fmt: skip
+    assert ranges.names == ("price 0..5", "price from 5", "price missing")
+
+
+def test_past_the_limit_of_values_the_most_frequent_are_kept(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "MAX_VALUES", 3)
+    tables = [table_of(position=pa.array([1, 1, 1, 2, 2, 9, 10 + n])) for n in range(40)]
+    assert numbers_of(dataset, "position", tables).names == ("position=1", "position=2", "position=9")
