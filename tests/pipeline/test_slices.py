@@ -30,6 +30,7 @@ from pipeline.evaluation.metrics.base import bucket_of
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance, paired
 from pipeline.evaluation.metrics.row_keys import SplitKeys
 from pipeline.evaluation.metrics.settings import MeasureConfig
+from pipeline.evaluation.metrics.slice_names import can_occur
 from pipeline.evaluation.metrics.slices import SliceNumbers
 from pipeline.evaluation.scorer import Scorer
 from pipeline.ingest.config import PreprocessConfig
@@ -237,6 +238,7 @@ def test_figures_of_every_kind_of_slice_are_those_of_its_rows(
     assert_figures(found, "all", rows[split])
     dimensions = names_by_hand(dataset)
     assert set(found["dimension"]) - {"all"} <= dimensions.keys()
+    assert all(can_occur(name, dimensions) for name in found["slice"].unique())
     for dimension, name_of in dimensions.items():
         counts = Counter(name for row in rows[split] if (name := name_of(row)) is not None)
         frequent = {name: count for name, count in counts.items() if count >= least}
@@ -520,6 +522,14 @@ def test_negative_zero_is_zero_and_edges_belong_to_the_range_above(dataset: Path
         "price 0..5", "price 0..5", "price from 5", "price 0..5", "price missing"
     ]  # fmt: skip
     assert ranges.names == ("price 0..5", "price from 5", "price missing")
+    large = numbers_of(
+        dataset,
+        {"column": "price", "edges": [-2.5, 1794002400, 1794002401]},
+        [table_of(price=[-3.0, 1.0, 2e9, 1794002400.5])],
+    )
+    assert large.names == (
+        "price below -2.5", "price -2.5..1794002400", "price 1794002400..1794002401", "price from 1794002401"
+    )  # fmt: skip
 
 
 def test_past_the_limit_of_values_the_most_frequent_are_kept(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

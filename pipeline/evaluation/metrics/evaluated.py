@@ -99,7 +99,8 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
     if not ours.provenance.same_rows(theirs.provenance):
         raise UserError(
             f"{ours.provenance.run} step {ours.provenance.step} and {theirs.provenance.run} step {theirs.provenance.step} were "
-            "not evaluated on the same rows (dataset, split, share, share_by, cluster and buckets): evaluate both with the same settings"
+            "not evaluated on the same rows (dataset, split, share, share_by, cluster and buckets): evaluate both with "
+            "the same settings"
         )
     keys = ["task", "metric", "slice"]
     both = ours.figures.join(

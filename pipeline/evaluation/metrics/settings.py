@@ -35,7 +35,8 @@ class MeasureConfig(BaseModel):
 
     Attributes:
         slices: a column, a list of columns (their cross), {column, edges}, or {sql}.
-        top: most frequent values of a dimension that are slices; ranges, days and hours all are. min_rows: of a slice.
+        top: most frequent values of a dimension that are slices; ranges, days and hours all are. min_rows: of a slice,
+            in the whole split.
         cold_start: slices of the ids that training has not seen, or in fewer than `rare` rows.
         by_time: slices by day and hour (UTC), where the schema has an event time that is no plain order.
         buckets: of the jackknife; 1: no intervals. cluster: kept column whose rows share a bucket, or row; None: the user,

@@ -1,7 +1,8 @@
 """Slices of a split: by the values of kept columns and features, by ranges, by SQL, by crosses, by cold start and by time.
 
 The slices of a dimension are found in one reading of its columns before the first checkpoint is scored; from then on each row
-group's rows get the number of their slice while it is decoded.
+group's rows get the number of their slice while it is decoded. A text in a slice's name is in quotes where it could be read
+as something else: `device="missing"` are the rows whose device is called so, `device=missing` those without one.
 """
 
 # Shapes: N rows, V values of a dimension, S slices of it.
@@ -123,7 +124,7 @@ class _Edges(Dimension):
     def label(self, value: object) -> str | None:
         if not isinstance(value, int):
             return f"{self.name} missing"
-        edges = [f"{edge:g}" for edge in self.edges]
+        edges = [str(int(edge)) if edge.is_integer() else repr(edge) for edge in self.edges]
         if value == 0:
             return f"{self.name} below {edges[0]}"
         return (
