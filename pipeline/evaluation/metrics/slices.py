@@ -316,7 +316,7 @@ class SliceNumbers:
         values = self.dimension.values(table)
         if isinstance(values, pa.StructArray):
             frame = pl.DataFrame({"value": pl.from_arrow(_plain(values))})
-            found = frame.join(self.lookup, on="value", how="left", nulls_equal=True, maintain_order="left")["slice"]
+            found = frame.join(self.lookup, on="value", how="left", maintain_order="left")["slice"]
             return found.fill_null(NO_SLICE).to_numpy()
         if pa.types.is_dictionary(values.type):
             place_V = np.append(self._places(values.dictionary), self._places(pa.nulls(1, values.dictionary.type)))
