@@ -4,17 +4,22 @@ Examples:
   python -m jobs.evaluate run=runs/demo/adatt
   python -m jobs.evaluate run=runs/demo/adatt split=valid follow=true
   python -m jobs.evaluate run=/runs/serving dataset=/data/2026-11-22 step=newest
+    if settings.compare:
+        print(comparison(settings))
+        return
   python -m jobs.launch --nproc-per-node=8 -m jobs.evaluate run=/runs/large step=newest table_precision=fp16
 """
 
 from omegaconf import DictConfig, OmegaConf
 
+from features.errors import UserError
 from jobs.entry import job, parse
 
 
 @job("evaluate")
 def main(config: DictConfig) -> None:
-    """Evaluates, a line a checkpoint, then prints the table and writes the report."""
+    """Evaluates, a line a checkpoint, then prints the table and writes the report; with `compare`, prints a comparison."""
+    from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import html, tables
     from pipeline.terminal import short_decimal
@@ -23,7 +28,14 @@ def main(config: DictConfig) -> None:
 
     if "data" in config and "truth" in config.data and config.truth is None:
         config.truth = OmegaConf.to_container(config.data.truth, resolve=True)
+    if config.compare:
+        if not OmegaConf.is_missing(config, "run"):
+            raise UserError("compare names both of its runs: leave run out")
+        config.run = str(config.compare[0])
     settings: EvaluateConfig = parse(config, EvaluateConfig)
+    if settings.compare:
+        print(comparison(settings))
+        return
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
         for record in evaluation.records():

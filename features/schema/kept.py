@@ -58,6 +58,9 @@ def faults_of_kept(schema: Schema) -> Iterator[str]:
         elif name in lists:
             yield f"keep: column {name} may hold lists, as feature {lists[name]} reads it: keep a column of one value a row"
         elif name not in types:
-            yield f"keep: {name} reads a column that may hold lists, so its type is not known: keep another column"
+            yield (
+                f"keep: the type of column {name} does not follow from the schema, as where it reads lists or computes with "
+                f"text: CAST what source.derived.{name} reads, or keep another column"
+            )
         elif _stored(types[name]) is None:
             yield f"keep: column {name} is {types[name]}, which is no text, number or time: CAST it in source.derived"

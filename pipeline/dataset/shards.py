@@ -34,10 +34,17 @@ def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = N
         raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
     check_nesting_of(path)
     texts = [column for column, kind in dataset.schema.kept.items() if kind == TEXT]
-    file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True, read_dictionary=texts)
+    footer = pq.read_metadata(path, memory_map=True)
+    found = {footer.schema.column(index).path for index in range(footer.num_columns)}
+    file = pq.ParquetFile(
+        path,
+        metadata=footer,
+        memory_map=True,
+        page_checksum_verification=True,
+        read_dictionary=[column for column in texts if column in found],
+    )
     if file.schema_arrow != _as_read(dataset.columns, texts):
         raise pa.ArrowInvalid("its columns are not the schema's")
-    footer = file.metadata
     check_row_groups(footer, path, shard)
     check_footer(footer, path, shard.bytes, columns)
     check_pages(path, footer, columns, nested=True)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -51,6 +51,8 @@ class EvaluateConfig(MeasureConfig):
     tables: Tables = "all"
     table_precision: Precision = "fp32"
     truth: Truth | None = None
+    compare: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    compare_slices: Annotated[int, Field(ge=0, le=10_000)] | list[str] = 10
 
     @model_validator(mode="after")
     def _following_takes_every_step(self) -> "EvaluateConfig":

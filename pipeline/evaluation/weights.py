@@ -180,13 +180,16 @@ class ModelWeights:
                 "one it was trained on."
             )
 
+    def held(self, batch: Batch) -> Batch:
+        """A batch as the ranker takes it: on its device, with ids of the rows that are loaded."""
+        held = batch.to(self.device) if self.device.type != "cpu" else batch
+        # Of a copy: the batch's own ids are those of the encoders, by which slices are made.
+        return Batch(**{**vars(held), "sparse": self.compact(held.sparse)}) if self.needed else held
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """The logits of a batch."""
-        ranker, held = self.ranker, batch.to(self.device) if self.device.type != "cpu" else batch
-        if self.needed:
-            # Of a copy: the batch's own ids are those of the encoders, by which slices are made.
-            held = Batch(**{**vars(held), "sparse": self.compact(held.sparse)})
+        ranker, held = self.ranker, self.held(batch)
         if not self.sharded:
             return ranker(held).to(batch.label_BT.device)
         with (

@@ -278,11 +278,11 @@ def test_what_is_saved_can_be_read_without_this_project(fitted, tmp_path):
     fitted.save(tmp_path / "encoders")
     vocabularies = tmp_path / "encoders" / "vocabularies"
     assert pq.read_table(vocabularies / "city.parquet").to_pylist() == [
-        {"value": "a", "id": 2}, {"value": "b", "id": 3}, {"value": "c", "id": 4},
+        {"value": "a", "id": 2, "count": 3}, {"value": "b", "id": 3, "count": 2}, {"value": "c", "id": 4, "count": 1},
     ]  # fmt: skip
     assert pq.read_table(vocabularies / "dealt.parquet").to_pylist() == [
-        {"value": "a", "id": 4},
-        {"value": "b", "id": 5},
+        {"value": "a", "id": 4, "count": 3},
+        {"value": "b", "id": 5, "count": 2},
     ]
     content = json.loads((tmp_path / "encoders" / "encoders.json").read_text())
     assert content["inputs"] == SCHEMA.inputs_fingerprint

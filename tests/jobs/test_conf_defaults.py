@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from jobs.submit import Submission
+from pipeline.evaluation.explain.explain import ExplainConfig
 from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.relabel import RelabelConfig
 from pipeline.ingest.config import PreprocessConfig
@@ -24,6 +25,7 @@ from pipeline.training.parallel.capacity import PlanConfig
 CONF = Path(__file__).parents[2] / "jobs" / "conf"
 JOBS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateConfig,
+    "explain": ExplainConfig,
     "generate": LogConfig,
     "generate_ratings": RatingsConfig,
     "nightly": NightlyConfig,

@@ -123,6 +123,15 @@ def test_a_missing_day_other_encoders_and_another_schema_are_refused_by_name(roo
         open_dataset(tmp_path, "2026-11-02..2026-11-03")
 
 
+def test_days_that_keep_other_columns_are_refused_by_name(root, tmp_path):
+    shutil.copytree(root, tmp_path / "days")
+    first, second = sorted(path for path in (tmp_path / "days").iterdir() if path.is_dir())[:2]
+    schema = yaml.safe_load((second / "schema.yaml").read_text())
+    (second / "schema.yaml").write_text(yaml.safe_dump(schema | {"keep": ["x"]}, sort_keys=False))
+    with pytest.raises(UserError, match=rf"{second.name} keeps the columns .*{first.name} keeps \[\]"):
+        open_dataset(tmp_path / "days", f"{first.name}..{second.name}")
+
+
 def test_days_with_holes_are_read_as_a_list_or_with_those_missing_left_out(root, tmp_path, caplog):
     whole = row_ids(open_dataset(root, "2026-11-01..2026-11-03"))
     for number, day in enumerate(("2026-11-01", "2026-11-02", "2026-11-04", "2026-11-07")):

@@ -50,6 +50,7 @@ class Metrics:
         self.statistics: dict[type[Statistic], Statistic] = {s: s(self.tasks, self.grouping) for s in used}
         bounds = [(0.0, 1.0) if kind == "binary" else (-_LARGEST, _LARGEST) for _, kind in self.tasks]
         self.rows = 0
+        self.read: list[dict[type[Statistic], Any]] | None = None
         self._low_T, self._high_T = torch.tensor(bounds, dtype=torch.float64).reshape(-1, 2).T
 
     def update(
@@ -82,6 +83,7 @@ class Metrics:
         dtype = np.float64 if any(x.dtype == torch.float64 for x in (logit_BT, label_BT, weight_BT)) else np.float32
         rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD, dtype)
         self.rows += int((w_BT != 0).any(1).sum())
+        self.read = None
         for statistic in self.statistics.values():
             statistic.update(rows)
 
@@ -106,13 +108,13 @@ class Metrics:
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces all by the `state()` of metrics of the same tasks and grouping."""
+        self.read = None
         for statistic in self.statistics.values():
             statistic.load(state)
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Task → metric → its figure in every slice."""
-        # Statistics add up what is pending as they are read: not in several threads.
-        read = [{used: s.of_task(t) for used, s in self.statistics.items()} for t in range(len(self.tasks))]
+        read = self._read()
 
         def of_task(t: int) -> dict[str, Figure]:
             return {
@@ -121,6 +123,12 @@ class Metrics:
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy computes most of it without Python's lock
             return dict(zip((name for name, _ in self.tasks), pool.map(of_task, range(len(self.tasks))), strict=True))
+
+    def _read(self) -> list[dict[type[Statistic], Any]]:
+        """What the metrics of each task are computed from; kept until the next update, since rows are sorted there."""
+        if self.read is None:
+            self.read = [{used: s.of_task(t) for used, s in self.statistics.items()} for t in range(len(self.tasks))]
+        return self.read
 
     def compute(self) -> dict[str, dict[str, float | int | None]]:
         """Task → metric → value over all rows. None is undefined: no rows, one class, constant labels, no finite prediction."""
@@ -140,12 +148,10 @@ class Metrics:
 
     def reliability(self) -> dict[str, list[list[float | None]]]:
         """Of each binary task the reliability curve (`ranking.reliability`), empty where a prediction is not finite."""
-        rows = self.statistics.get(KeptRows)
         found = {}
-        for t, (name, kind) in enumerate(self.tasks):
-            if kind == "binary" and rows is not None:
-                of_task = rows.of_task(t)
-                found[name] = [] if of_task.unknown_S[0] else reliability(of_task.ranked)
+        for (name, kind), read in zip(self.tasks, self._read(), strict=True):
+            if kind == "binary":
+                found[name] = [] if read[KeptRows].unknown_S[0] else reliability(read[KeptRows].ranked)
         return found
 
     def ranking(self) -> Any:
@@ -153,7 +159,8 @@ class Metrics:
         rows = self.statistics.get(KeptRows)
         if not isinstance(rows, KeptRows) or not rows.halvings:
             return "exact"
-        errors = [rows.of_task(t).auc_error for t, (_, kind) in enumerate(self.tasks) if kind == "binary"]
+        of_tasks = zip(self.tasks, self._read(), strict=True)
+        errors = [read[KeptRows].auc_error for (_, kind), read in of_tasks if kind == "binary"]
         return {"sketch": max(errors, default=0.0), "share": 0.5**rows.halvings}
 
     def _check(self, what: str, rule: str, bad_BT: Tensor) -> None:

@@ -107,6 +107,8 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
     deltas, ratios, used = [], [], []
     for a, b in zip(both["left_out"], both["left_out_theirs"], strict=True):
         a_K, b_K = as_array(a), as_array(b)
+        if len(a_K) != len(b_K):  # one of them is undefined
+            a_K = b_K = np.zeros(0)
         with np.errstate(divide="ignore", invalid="ignore"):
             deltas.append(float(standard_error(a_K - b_K)))
             ratios.append(float(standard_error(a_K / b_K - 1)))

@@ -148,7 +148,7 @@ class TaskRows:
     @cached_property
     def order_N(self) -> np.ndarray:  # noqa: N802
         """Of the rows with finite predictions, by ascending prediction."""
-        order_N = np.argsort(self.logit_N, kind="stable")
+        order_N = np.argsort(self.logit_N)
         return order_N[np.isfinite(self.logit_N[order_N])]
 
     @cached_property

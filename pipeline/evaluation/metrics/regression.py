@@ -58,4 +58,4 @@ def _label_squares(of: TaskSums) -> np.ndarray:
     """Weighted sum of squared deviations of the labels from their mean; NaN where they are constant."""
     squares = of.label_square - of.label**2 / of.weight
     # What is left of a constant once rounded is no variance.
-    return np.where(squares > 1e-13 * of.label_square, squares, np.nan)
+    return np.where((squares > 1e-13 * of.label_square) & (of.rows > 1), squares, np.nan)

@@ -21,6 +21,7 @@ from features.parse.compute import evaluate
 from features.schema.expressions import columns_of
 from features.schema.kept import kept_column
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.shards import with_plain_texts
 from pipeline.evaluation.metrics.settings import Edges, MeasureConfig, Sql
 
 NO_SLICE = -1
@@ -117,14 +118,14 @@ class _Sql(Dimension):
 
     def __init__(self, settings: Sql, dataset: Dataset) -> None:
         self.name = self.sql = settings.sql
-        names = columns_of(settings.sql)
+        names = list(dict.fromkeys(columns_of(settings.sql)))
         if missing := [name for name in names if name not in dataset.schema.keep]:
             raise UserError(_unknown(missing[0], dataset, "a kept column"))
-        self.names = names
+        self.names, self.path = names, dataset.path
         self.columns = [kept_column(name) for name in names]
 
     def values(self, table: pa.Table) -> pa.Array:
-        renamed = table.select(self.columns).rename_columns(self.names)
+        renamed = with_plain_texts(table.select(self.columns).rename_columns(self.names), self.path)
         frame = pl.from_arrow(renamed)
         assert isinstance(frame, pl.DataFrame)
         found = evaluate(frame, "slices.sql", self.sql, "holds")

@@ -1,9 +1,10 @@
 """Sums over the rows of each slice and bucket: what metrics that are functions of sums are computed from."""
 
-# Shapes: B rows, T tasks, D dimensions, S slices, K buckets, C sums of a task, X = T·C columns.
+# Shapes: B rows, T tasks, D dimensions, S slices, K buckets, C sums of a task, X of all tasks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,13 @@ from typing_extensions import Self
 
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
 
-NAMES = (
-    "rows", "non_finite", "positives", "weight", "positive", "negative", "prediction", "loss", "absolute_error", "covered",
-    "label", "label_square",
-)  # fmt: skip
-COLUMN = {name: c for c, name in enumerate(NAMES)}
+# What a row of each kind of task adds.
+NAMES = {
+    "binary": ("rows", "non_finite", "positives", "prediction", "loss", "positive", "negative"),
+    "regression": (
+        "rows", "non_finite", "positives", "prediction", "loss", "weight", "absolute_error", "covered", "label", "label_square",
+    ),
+}  # fmt: skip
 PENDING_ROWS = 1 << 17  # that are added together, since the sums are as many as several batches
 
 
@@ -65,32 +68,35 @@ class Sums:
     def __init__(self, tasks: Tasks, grouping: Grouping) -> None:
         self.tasks, self.grouping = tuple(tasks), grouping
         self.binary_T = torch.tensor([kind == "binary" for _, kind in tasks], dtype=torch.bool)
-        self.sum_SKX = np.zeros((grouping.count, grouping.buckets, len(self.tasks) * len(NAMES)))
+        widths = [len(NAMES[kind]) for _, kind in self.tasks]
+        self.first_T = np.cumsum(widths, dtype=np.int64) - widths
+        self.sum_SKX = np.zeros((grouping.count, grouping.buckets, sum(widths)))
         self.pivot_T = np.full(len(self.tasks), np.nan)  # until a label has been seen
-        self.pending: list[tuple[np.ndarray, np.ndarray]] = []  # cells of the rows, and what they add
+        self.pending: list[tuple[np.ndarray, ...]] = []  # cells of rows, how many a row has, and what it adds
 
     def update(self, rows: Rows) -> None:
         """Adds B rows."""
         self._choose_pivots(rows)
-        slices, buckets = self.sum_SKX.shape[:2]
-        starts_D = np.array(self.grouping.starts, np.int64)
+        buckets = self.grouping.buckets
+        starts_D = np.array(self.grouping.starts, np.int32) * buckets
         cell_BD = np.zeros((len(rows.cluster_B), 1 + len(starts_D)), np.int32)
-        cell_BD[:, 1:] = np.where(rows.slice_BD >= 0, rows.slice_BD + starts_D, slices)
-        cell_BD = cell_BD * buckets + bucket_of(rows.cluster_B, buckets)[:, None]
-        self.pending.append((cell_BD, self._columns(rows).numpy()))
-        if sum(len(cells) for cells, _ in self.pending) >= PENDING_ROWS:
+        np.multiply(rows.slice_BD, buckets, out=cell_BD[:, 1:], dtype=np.int32)
+        cell_BD[:, 1:] += starts_D
+        cell_BD += bucket_of(rows.cluster_B, buckets).astype(np.int32)[:, None]
+        in_slice_BD = np.ones(cell_BD.shape, bool)
+        np.greater_equal(rows.slice_BD, 0, out=in_slice_BD[:, 1:])
+        self.pending.append((cell_BD[in_slice_BD], in_slice_BD.sum(1, dtype=np.int32), self._columns(rows).numpy()))
+        if sum(len(counts) for _, counts, _ in self.pending) >= PENDING_ROWS:
             self._add_pending()
 
     def _add_pending(self) -> np.ndarray:
         """The sums, after adding what is pending to them."""
         if self.pending:
-            cell_BD, column_BX = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
-            cells, ends = self.sum_SKX[..., 0].size, np.arange(len(cell_BD) + 1) * cell_BD.shape[1]
-            # A row adds to one cell a dimension: the transpose of a sparse matrix of ones. The last cells are of no slice.
-            shape = (len(cell_BD), cells + self.grouping.buckets)
-            members_BC = csr_matrix((np.ones(cell_BD.size), cell_BD.ravel(), ends), shape=shape)
-            added = np.asarray(members_BC.T @ column_BX)
-            self.sum_SKX = self.sum_SKX + added[:cells].reshape(self.sum_SKX.shape)
+            cells, count_B, column_BX = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
+            # A row adds to one cell a slice that it is in: the transpose of a sparse matrix of ones.
+            ends, shape = np.concatenate(([0], np.cumsum(count_B))), (len(count_B), self.sum_SKX[..., 0].size)
+            members_BC = csr_matrix((np.ones(len(cells)), cells, ends), shape=shape)
+            self.sum_SKX = self.sum_SKX + np.asarray(members_BC.T @ column_BX).reshape(self.sum_SKX.shape)
             self.pending = []
         return self.sum_SKX
 
@@ -102,23 +108,19 @@ class Sums:
             self.pivot_T[t] = float(y_B[0] + (w_B * (y_B - y_B[0])).sum() / w_B.sum())
 
     def _columns(self, rows: Rows) -> Tensor:
-        """What each row adds, (B, T·C)."""
-        column_BTC = rows.logit_BT.new_zeros(*rows.logit_BT.shape, len(NAMES))
-        for kind, tasks in (("binary", self.binary_T), ("regression", ~self.binary_T)):
-            if not tasks.any():
-                continue
-            which = slice(None) if tasks.all() else tasks
-            z_BT, y_BT, w_BT, counts_BT = (
-                x[:, which] for x in (rows.logit_BT, rows.label_BT, rows.weight_BT, rows.counts_BT)
+        """What each row adds, (B, X)."""
+        column_XB = rows.logit_BT.new_empty(self.sum_SKX.shape[-1], len(rows.logit_BT))
+        for t, (_, kind) in enumerate(self.tasks):
+            z_B, y_B, w_B, counts_B = (
+                x[:, t].contiguous() for x in (rows.logit_BT, rows.label_BT, rows.weight_BT, rows.counts_BT)
             )
-            added = {"rows": counts_BT, "non_finite": ~z_BT.isfinite(), "positives": y_BT, "weight": w_BT}
-            if kind == "binary":
-                added |= _of_classes(z_BT, y_BT, w_BT)
-            else:
-                added |= _of_errors(z_BT, y_BT, w_BT, torch.from_numpy(np.nan_to_num(self.pivot_T))[which])
-            for name, x_BT in added.items():
-                column_BTC[:, which, COLUMN[name]] = torch.where(counts_BT, x_BT, 0.0).double()
-        return column_BTC.reshape(len(rows.logit_BT), -1)
+            added = {"rows": counts_B, "non_finite": ~z_B.isfinite(), "positives": y_B}
+            added |= (
+                _of_classes(z_B, y_B, w_B) if kind == "binary" else _of_errors(z_B, y_B, w_B, float(self.pivot_T[t]))
+            )
+            for place, name in enumerate(NAMES[kind], int(self.first_T[t])):
+                column_XB[place] = added[name]
+        return column_XB.T.contiguous()
 
     def merge(self, other: Self) -> Self:
         """The sums of the rows of both."""
@@ -129,13 +131,14 @@ class Sums:
 
     def _around(self, pivot_T: np.ndarray) -> np.ndarray:
         """The sums with those of y - pivot around other pivots."""
-        sum_SKTC = self._add_pending().reshape(*self.sum_SKX.shape[:2], len(self.tasks), len(NAMES)).copy()
-        shift_T = np.nan_to_num(self.pivot_T - pivot_T)
-        weight, label = sum_SKTC[..., COLUMN["weight"]], sum_SKTC[..., COLUMN["label"]]
-        moved_SKT = sum_SKTC[..., COLUMN["label_square"]] + 2 * shift_T * label + shift_T**2 * weight
-        sum_SKTC[..., COLUMN["label"]] = label + shift_T * weight
-        sum_SKTC[..., COLUMN["label_square"]] = moved_SKT
-        return sum_SKTC.reshape(self.sum_SKX.shape)
+        sum_SKX = self._add_pending().copy()
+        for t in np.flatnonzero(~np.isnan(self.pivot_T) & (self.pivot_T != pivot_T)):
+            shift = self.pivot_T[t] - pivot_T[t]
+            place = {name: self.first_T[t] + c for c, name in enumerate(NAMES["regression"])}
+            weight_SK, label_SK = sum_SKX[..., place["weight"]], sum_SKX[..., place["label"]].copy()
+            sum_SKX[..., place["label"]] += shift * weight_SK
+            sum_SKX[..., place["label_square"]] += 2 * shift * label_SK + shift**2 * weight_SK
+        return sum_SKX
 
     def state(self) -> dict[str, np.ndarray]:
         """The sums and the pivots."""
@@ -147,14 +150,18 @@ class Sums:
 
     def of_task(self, t: int) -> BucketSums:
         """The sums of one task."""
-        first = t * len(NAMES)
-        sum_SKC = self._add_pending()[..., first : first + len(NAMES)]
-        rate = self.grouping.train_rates.get(self.tasks[t][0], np.nan)
+        name, kind = self.tasks[t]
+        column = {name: c for c, name in enumerate(NAMES[kind])}
+        first = self.first_T[t]
+        sum_SKC = self._add_pending()[..., first : first + len(column)]
+        rate = self.grouping.train_rates.get(name, np.nan)
 
         def of(sum_C: np.ndarray) -> TaskSums:
-            return TaskSums(
-                **{name: sum_C[..., c] for name, c in COLUMN.items()}, pivot=float(self.pivot_T[t]), train_rate=rate
-            )
+            sums: dict[str, Any] = dict.fromkeys(TaskSums.__annotations__, np.zeros(()))
+            sums |= {name: sum_C[..., c] for name, c in column.items()}
+            if kind == "binary":
+                sums["weight"] = sums["positive"] + sums["negative"]
+            return TaskSums(**{**sums, "pivot": float(self.pivot_T[t]), "train_rate": rate})
 
         if self.grouping.buckets == 1:
             return BucketSums(of(sum_SKC.sum(1)), None)
@@ -163,7 +170,7 @@ class Sums:
         left_SKC = np.zeros_like(sum_SKC)
         left_SKC[:, 1:] += below_SKC[:, :-1]
         left_SKC[:, :-1] += above_SKC[:, 1:]
-        left_SKC[sum_SKC[..., COLUMN["rows"]] == 0] = np.nan
+        left_SKC[sum_SKC[..., column["rows"]] == 0] = np.nan
         return BucketSums(of(below_SKC[:, -1]), of(left_SKC))
 
 
@@ -177,26 +184,26 @@ def of_sums(formula: Callable[[TaskSums], np.ndarray]) -> Callable[[BucketSums],
     return compute
 
 
-def _of_classes(z_BT: Tensor, y_BT: Tensor, w_BT: Tensor) -> dict[str, Tensor]:
-    """What a row of binary tasks adds."""
+def _of_classes(z_B: Tensor, y_B: Tensor, w_B: Tensor) -> dict[str, Tensor]:
+    """What a row of a binary task adds; 0 where its weight is."""
     # Log loss by its exact form: torch's softplus is linear above 20, an error of 2e-9.
-    small_BT = (-z_BT.abs()).exp()
-    loss_BT = z_BT.clamp(min=0) - y_BT * z_BT + small_BT.log1p()
-    probability_BT = torch.where(z_BT >= 0, 1.0, small_BT) / (1 + small_BT)
-    positive_BT = w_BT * y_BT
-    negative_BT = w_BT * (1 - y_BT)
-    loss_BT = torch.where(z_BT.isfinite(), w_BT * loss_BT, torch.nan)
-    return {"positive": positive_BT, "negative": negative_BT, "prediction": w_BT * probability_BT, "loss": loss_BT}
+    small_B = z_B.abs().neg_().exp_()
+    loss_B = z_B.clamp(min=0) - y_B * z_B + small_B.log1p()
+    probability_B = torch.where(z_B >= 0, 1.0, small_B) / (1 + small_B)
+    positive_B = w_B * y_B
+    loss_B = torch.where(z_B.isfinite(), w_B * loss_B, torch.nan)
+    return {"positive": positive_B, "negative": w_B * (1 - y_B), "prediction": w_B * probability_B, "loss": loss_B}
 
 
-def _of_errors(z_BT: Tensor, y_BT: Tensor, w_BT: Tensor, pivot_T: Tensor) -> dict[str, Tensor]:
-    """What a row of regression tasks adds."""
-    error_BT, centred_BT = z_BT - y_BT, y_BT - pivot_T
+def _of_errors(z_B: Tensor, y_B: Tensor, w_B: Tensor, pivot: float) -> dict[str, Tensor]:
+    """What a row of a regression task adds; 0 where its weight is."""
+    error_B, centred_B = z_B - y_B, y_B - (0.0 if np.isnan(pivot) else pivot)
     return {
-        "prediction": w_BT * z_BT,
-        "loss": w_BT * error_BT.square(),
-        "absolute_error": w_BT * error_BT.abs(),
-        "covered": w_BT * (y_BT <= z_BT),
-        "label": w_BT * centred_BT,
-        "label_square": w_BT * centred_BT.square(),
+        "weight": w_B,
+        "prediction": w_B * z_B,
+        "loss": w_B * error_B.square(),
+        "absolute_error": w_B * error_B.abs(),
+        "covered": w_B * (y_B <= z_B),
+        "label": w_B * centred_B,
+        "label_square": w_B * centred_B.square(),
     }

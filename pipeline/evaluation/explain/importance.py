@@ -1,0 +1,129 @@
+"""Permutation importance: how much worse a model is when a feature's values are those of other rows.
+
+Breiman 2001, section 10; as the difference of two errors it is the model reliance of Fisher et al. 2019, section 3. It is of
+the model as it stands: of two features that tell the same, each may do without the other, and only both together count.
+"""
+
+# Shapes: B rows of a batch, N rows, T tasks, K buckets.
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from features.batch import Batch, Rows
+from features.schema.schema import Schema
+from pipeline.evaluation.metrics import base
+from pipeline.evaluation.metrics.base import Grouping, Tasks
+from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.evaluation.metrics.sums import Sums
+from pipeline.run.headline import HEADLINE
+from pipeline.terminal import SECONDS, draws_bars
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The headline metric of each task, NE or NRMSE: value_T, and left_out_TK without each bucket; NaN where undefined."""
+
+    value_T: np.ndarray
+    left_out_TK: np.ndarray
+
+
+class Sample:
+    """Rows in memory and the model that scores them.
+
+    Args:
+        rows: the first of their keys is the hash of the cluster. schema: of the rows.
+        score: Batch -> logit_BT. buckets: K, more than 1. batch_size: rows at a time.
+    """
+
+    def __init__(
+        self, rows: Rows, schema: Schema, score: Callable[[Batch], Tensor], buckets: int, batch_size: int
+    ) -> None:
+        self.rows, self.schema, self.score, self.batch_size = rows, schema, score, batch_size
+        self.tasks: Tasks = [(name, task.kind) for name, task in schema.tasks.items()]
+        self.grouping = Grouping(buckets=buckets)
+
+    def permuted(self, features: Sequence[str], order_N: Tensor) -> Rows:
+        """The rows with the values of some features taken from the rows at `order_N`; lists and flags move as a whole."""
+        rows, schema = self.rows, self.schema
+        ids = [f for f, name in enumerate(schema.single) if name in features]
+        bags = [g for g, name in enumerate(schema.lists) if name in features]
+        numbers = [c for name, places in schema.dense_ranges.items() if name in features for c in places]
+        moved = replace(
+            rows,
+            id_FN=rows.id_FN[ids],
+            length_GN=rows.length_GN[bags],
+            lists=[rows.lists[g] for g in bags],
+            dense_ND=rows.dense_ND[:, numbers],
+        ).take(order_N)
+        id_FN, length_GN, dense_ND = rows.id_FN.clone(), rows.length_GN.clone(), rows.dense_ND.clone()
+        id_FN[ids], length_GN[bags], dense_ND[:, numbers] = moved.id_FN, moved.length_GN, moved.dense_ND
+        lists = list(rows.lists)
+        for g, values in zip(bags, moved.lists, strict=True):
+            lists[g] = values
+        return replace(rows, id_FN=id_FN, length_GN=length_GN, lists=lists, dense_ND=dense_ND)
+
+    @torch.inference_mode()
+    def figures(self, rows: Rows) -> Figures:
+        """The tasks' figures on these rows: the sample, or the sample permuted."""
+        sums = Sums(self.tasks, self.grouping)
+        for start in range(0, len(rows), self.batch_size):
+            part = rows.slice(start, min(start + self.batch_size, len(rows)))
+            batch = part.batch(self.schema, len(part))
+            sums.update(_counted(batch, self.score(batch)))
+        found = [METRICS[kind][HEADLINE[kind]].compute(sums.of_task(t)) for t, (_, kind) in enumerate(self.tasks)]
+        left_out = [figure.left_out_SK[0] for figure in found if figure.left_out_SK is not None]
+        return Figures(np.array([figure.value_S[0] for figure in found]), np.array(left_out))
+
+
+def importances(
+    sample: Sample, groups: Mapping[str, Sequence[str]], permutations: int, seed: int
+) -> tuple[Figures, dict[str, Figures]]:
+    """The tasks' figures, and of each group of features how much they rise when it is permuted.
+
+    The values are permuted over the whole sample, the features of a group by one permutation. All groups share the
+    permutations, so that what one has does not depend on which others there are; the rise is the mean over them.
+
+    Args:
+        groups: names, and the features of each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(sample.rows), generator=generator) for _ in range(permutations)]
+    before = sample.figures(sample.rows)
+    rises: dict[str, Figures] = {}
+    for name in _with_progress(list(groups)):
+        after = [sample.figures(sample.permuted(groups[name], order_N)) for order_N in orders]
+        value_T = np.mean([found.value_T for found in after], axis=0) - before.value_T
+        rises[name] = Figures(value_T, np.mean([found.left_out_TK for found in after], axis=0) - before.left_out_TK)
+    return before, rises
+
+
+def _counted(batch: Batch, logit_BT: Tensor) -> base.Rows:
+    """A batch as statistics take it."""
+    weight_BT = batch.weight_BT.double()
+    counts_BT = batch.observed_BT & (weight_BT > 0)
+    logit_BT, label_BT, weight_BT = (
+        torch.where(counts_BT, x_BT.double(), 0.0) for x_BT in (logit_BT, batch.label_BT, weight_BT)
+    )
+    cluster_B = (batch.key_BC[:, 0].numpy() & 0xFFFFFFFF).astype(np.uint32)
+    none = np.zeros((len(cluster_B), 0), np.int32)
+    return base.Rows(logit_BT, label_BT, weight_BT, counts_BT, cluster_B, np.zeros(len(cluster_B), np.int64), none)
+
+
+def _with_progress(names: list[str]) -> Iterator[str]:
+    """The names, with a bar on a terminal and a line every 10 s elsewhere."""
+    logged = time.monotonic()
+    with tqdm(names, unit="feature", dynamic_ncols=True, disable=not draws_bars()) as bar:
+        for done, name in enumerate(bar):
+            if bar.disable and time.monotonic() - logged > SECONDS:
+                logged = time.monotonic()
+                logger.info("importance  %d/%d features", done, len(names))
+            yield name
