@@ -204,14 +204,14 @@ class TaskRows:
         return xauc(self.logit_N, self.label_N, self.weight_N, self.bucket_N, self.grouping.buckets)
 
     def whole_only(self, value: float, left_out_K: np.ndarray | None) -> Figure:
-        """A figure of the slice of all rows alone."""
+        """A figure of the slice of all rows alone. Where only a share of them is here it is of these, like its standard error."""
         value_S = np.full(self.grouping.count, np.nan)
         value_S[0] = value
         if left_out_K is None or self.grouping.buckets == 1:
             return Figure(np.where(self.unknown_S, np.nan, value_S))
         left_out_SK = np.full((self.grouping.count, self.grouping.buckets), np.nan)
         left_out_SK[0] = left_out_K
-        return self._known(Figure(value_S, self._scaled(value_S, left_out_SK)))
+        return self._known(Figure(value_S, left_out_SK))
 
     def figure(self, name: str, metric: Callable[[RankedRows], tuple[float, np.ndarray]]) -> Figure:
         """A ranking metric of all rows and of every slice.

@@ -1,0 +1,222 @@
+"""Coverage of confidence intervals on simulated logs: python tests/benchmarks/intervals.py (make bench-intervals).
+
+Each day is a new log of independent users (tests/simulated_log.py), about 20,000 rows of 2,500 users, scored by three models:
+a, b with other errors of the same size, so equally good in the population, and c with larger ones, so that its NE is 0.1% worse.
+The metrics of the population are those of 6M independent rows (scikit-learn, SciPy and NumPy), of GAUC and NDCG of 400,000 users.
+Printed and kept in results/intervals.json:
+
+  coverage     share of days on which the 95% interval holds the population's metric; 95% is right. By user, by row (wrong,
+               since rows of a user are not independent), by the number of buckets, and with a quarter of the users kept for
+               ranking metrics. `se / sd`: mean standard error over the standard deviation of the metric over days.
+               `bias / sd`: by how much the metric is wrong on average; an interval does not cover that
+  differences  share of days on which the interval of a difference leaves out 0: of a and b a false alarm (5% is right), of a and
+               c a detection (power); paired by bucket, and as if the two had been scored on different users
+  large        the same for NE at 1M rows, and power at other sizes by Student's t with the standard error scaled by 1/sqrt(rows)
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from scipy.stats import kendalltau, nct
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
+from tabulate import tabulate
+from train_runs import RESULTS, machine
+
+sys.path.append(str(Path(__file__).parents[1]))
+from simulated_log import SimulatedLog, evaluated_of, metrics_of, simulate
+
+from pipeline.evaluation.metrics.accumulator import Metrics
+from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, paired, with_intervals
+from pipeline.evaluation.metrics.intervals import quantile
+from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.evaluation.metrics.sums import Sums
+
+# Shapes: N rows, M models.
+PLANTED = 0.001  # relative difference of NE of models a and c
+CONFIDENCE = 0.95
+BUCKETS = 100
+ROWS_PER_USER = 8.1
+SIZES = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
+KEYS = ["task", "metric", "slice"]
+USER, ROW, KEPT = "user", "row", "user, a quarter kept"
+METHODS = {
+    USER: {"spend": True},
+    ROW: {"spend": True, "by_user": False},
+    KEPT: {"spend": True, "sliced": False, "max_bytes": 250_000},
+    **{f"user, {buckets} buckets": {"sliced": False, "buckets": buckets} for buckets in (20, 50, 200)},
+}
+
+
+def main() -> None:
+    """Simulates the days, prints the tables, keeps the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--days", type=int, default=1000)
+    parser.add_argument("--users", type=int, default=2500, help="of a day")
+    parser.add_argument("--large", type=int, default=100, help="days of 1M rows")
+    parser.add_argument("--minutes", type=float, default=60, help="after which no day of 20,000 rows begins")
+    options = parser.parse_args()
+    population = simulate(np.random.default_rng(1), 6_000_000, (1.0, 1.0, 1.5), one_row=True)
+    known = pl.DataFrame(list(truth(population)), schema=[*KEYS, "truth"], orient="row")
+    error_M = (1.0, 1.0, planted_error(population))
+    del population
+    covering, differing = simulated_days(options.days, options.users, error_M, known, options.minutes)
+    large = large_days(options.large, round(1_000_000 / ROWS_PER_USER), error_M)
+    found = {
+        "coverage": coverage(covering, known).to_dicts(),
+        "differences": detections(differing).to_dicts(),
+        "large": large,
+        "error_of_c": error_M[2],
+        "machine": machine(),
+    }
+    (RESULTS / "intervals.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
+    for table in ("coverage", "differences"):
+        print(tabulate(found[table], headers="keys", floatfmt=".3f"), "\n")
+    print(json.dumps(large, indent=1))
+
+
+def truth(log: SimulatedLog) -> Iterator[tuple[str, str, str, float]]:
+    """Task, metric, slice and the metric in the population, of independent rows."""
+    slices = {ALL: np.ones(len(log.click_N), bool), "device=tablet": log.tablet_N, "country=rare": log.rare_N}
+    for name, inside_N in slices.items():
+        y_N, p_N = log.click_N[inside_N], 1 / (1 + np.exp(-log.logit_MN[0, inside_N].astype(np.float64)))
+        loss, rate = log_loss(y_N, p_N), float(y_N.mean(dtype=np.float64))
+        entropy = -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
+        excess_N = (p_N - y_N)[np.argsort(p_N)]
+        yield "click", "ne", name, loss / entropy
+        yield "click", "log_loss", name, loss
+        yield "click", "calibration", name, float(p_N.mean() / rate)
+        yield "click", "auc", name, roc_auc_score(y_N, p_N)
+        yield "click", "pr_auc", name, average_precision_score(y_N, p_N)
+        yield "click", "ece", name, sum(abs(part.sum()) for part in np.array_split(excess_N, 20)) / len(y_N)
+        y_N, z_N = (x_N[inside_N].astype(np.float64) for x_N in (log.spend_N, log.prediction_N))
+        yield "spend", "mse", name, float(np.mean((z_N - y_N) ** 2))
+        yield "spend", "nrmse", name, float(np.sqrt(np.mean((z_N - y_N) ** 2)) / y_N.std())
+        yield "spend", "mae", name, float(np.abs(z_N - y_N).mean())
+        yield "spend", "calibration", name, float(z_N.mean() / y_N.mean())
+    # Of pairs of rows in order less those in the wrong one; labels and predictions are continuous.
+    tau = kendalltau(log.spend_N[:2_000_000], log.prediction_N[:2_000_000]).statistic
+    yield "spend", "xauc", ALL, (1 + tau) / 2
+    users = metrics_of(simulate(np.random.default_rng(2), 400_000), buckets=1, sliced=False).compute()["click"]
+    for metric in ("gauc", "ndcg"):
+        yield "click", metric, ALL, users[metric]
+
+
+def planted_error(log: SimulatedLog) -> float:
+    """The size of errors that makes NE worse by `PLANTED`: NE rises by their variance, from that of models a and c."""
+    ne_a, ne_b, ne_c = (
+        log_loss(log.click_N, 1 / (1 + np.exp(-logit_N.astype(np.float64)))) for logit_N in log.logit_MN
+    )
+    equal = (ne_a + ne_b) / 2
+    return float(np.sqrt(1 + (1.5**2 - 1) * PLANTED / (ne_c / equal - 1)))
+
+
+def simulated_days(
+    days: int, users: int, error_M: tuple[float, ...], known: pl.DataFrame, minutes: float
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Intervals by method, and differences of models, of each day."""
+    covering, differing, begin = [], [], time.perf_counter()
+    for day in range(days):
+        if time.perf_counter() - begin > 60 * minutes:
+            break
+        log = simulate(np.random.default_rng([3, day]), users, error_M)
+        for method, options in METHODS.items():
+            figures = with_intervals(evaluated_of(metrics_of(log, **options)).figures, CONFIDENCE)
+            used = pl.col("left_out").list.drop_nulls().list.len().alias("buckets")
+            covering.append(
+                figures.join(known, on=KEYS).select(
+                    pl.lit(method).alias("method"), *KEYS, "value", "se", "low", "high", used
+                )
+            )
+        a, b, c = (evaluated_of(metrics_of(log, model), name) for model, name in enumerate("abc"))
+        for name, other in (("a, b", b), ("a, c", c)):
+            differing.append(difference(a, other).with_columns(pair=pl.lit(name)))
+        if day % 50 == 49:
+            print(f"{day + 1} days, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    return pl.concat(covering), pl.concat(differing)
+
+
+def difference(a: Evaluated, b: Evaluated) -> pl.DataFrame:
+    """Differences with the paired standard error, and that of the two as if they were independent."""
+    alone = a.figures.join(b.figures, on=KEYS).select(
+        *KEYS, unpaired_se=(pl.col("se") ** 2 + pl.col("se_right") ** 2).sqrt()
+    )
+    both = paired(a, b).join(alone, on=KEYS).filter(pl.col("se") > 0)
+    return both.select(*KEYS, "delta", "se", "unpaired_se", "buckets")
+
+
+def coverage(covering: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
+    """How often intervals hold the truth, and the metric's mean over days."""
+    mean = pl.col("value").mean().over("method", *KEYS)
+    within = (pl.col("low") <= pl.col("truth")) & (pl.col("high") >= pl.col("truth"))
+    of_mean = (pl.col("low") <= mean) & (pl.col("high") >= mean)
+    spread = pl.col("value").std()
+    return covering.join(known, on=KEYS).with_columns(within=within, of_mean=of_mean).group_by(
+        "method", *KEYS, maintain_order=True
+    ).agg(
+        pl.col("truth").first(),
+        pl.col("within").mean().alias("coverage"),
+        pl.col("of_mean").mean().alias("coverage of the mean over days"),
+        (pl.col("se").mean() / spread).alias("se / sd"),
+        ((pl.col("value").mean() - pl.col("truth").first()) / spread).alias("bias / sd"),
+        pl.col("buckets").mean(),
+        pl.len().alias("days"),
+    )  # fmt: skip
+
+
+def detections(differing: pl.DataFrame) -> pl.DataFrame:
+    """How often intervals of a difference leave out 0."""
+    reach = pl.Series("reach", quantile(CONFIDENCE, differing["buckets"].to_numpy()))
+    return differing.with_columns(reach).group_by("pair", *KEYS, maintain_order=True).agg(
+        (pl.col("delta").abs() > pl.col("reach") * pl.col("se")).mean().alias("paired"),
+        (pl.col("delta").abs() > pl.col("reach") * pl.col("unpaired_se")).mean().alias("unpaired"),
+        (pl.col("unpaired_se").mean() / pl.col("se").mean()).alias("unpaired se / paired se"),
+        (pl.col("se").mean() / pl.col("delta").std()).alias("se / sd"),
+        pl.len().alias("days"),
+    )  # fmt: skip
+
+
+def large_days(days: int, users: int, error_M: tuple[float, ...]) -> dict[str, object]:
+    """False alarms and power for NE on large logs, and power at other sizes."""
+    pairs: dict[str, list[pl.DataFrame]] = {"a, b": [], "a, c": []}
+    rows = 0
+    for day in range(days):
+        log = simulate(np.random.default_rng([4, day]), users, error_M)
+        rows += len(log.user_N)
+        a, b, c = (ne_alone(metrics_of(log, model, sliced=False)) for model in range(3))
+        for name, other in (("a, b", b), ("a, c", c)):
+            pairs[name].append(paired(a, other).filter(metric="ne"))
+        if day % 10 == 9:
+            print(f"{day + 1} of {days} large days", file=sys.stderr)
+    found: dict[str, object] = {"days": days, "rows": rows / days, "planted": PLANTED}
+    reach = float(quantile(CONFIDENCE, BUCKETS))
+    for name, parts in pairs.items():
+        both = pl.concat(parts)
+        found[name] = {
+            "leaves out 0": float((both["relative"].abs() > reach * both["relative_se"]).mean()),
+            "relative difference": both["relative"].mean(),
+            "relative_se": both["relative_se"].mean(),
+            "se / sd": both["relative_se"].mean() / both["relative"].std(),
+        }
+    error = pl.concat(pairs["a, c"])["relative_se"].mean() * (rows / days) ** 0.5
+    found["power by rows"] = {
+        str(size): float(nct.sf(reach, BUCKETS - 1, PLANTED * size**0.5 / error)) for size in SIZES
+    }
+    return found
+
+
+def ne_alone(metrics: Metrics) -> Evaluated:
+    """Without the metrics that sort rows."""
+    sums = metrics.statistics[Sums].of_task(0)
+    figures = {"click": {name: METRICS["binary"][name].compute(sums) for name in ("rows", "ne")}}
+    provenance = evaluated_of(metrics_of(simulate(np.random.default_rng(0), 10))).provenance
+    return Evaluated(metrics.frame(figures), provenance)
+
+
+if __name__ == "__main__":
+    main()
