@@ -15,6 +15,8 @@ import torch
 from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.metrics.base import Grouping
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
+from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.evaluation.metrics.sums import Sums
 
 MOST_ROWS = 300  # of a user
 TAIL = 1.5  # exponent of the tail of rows a user, from 3 rows on
@@ -123,9 +125,18 @@ def metrics_of(
     return metrics
 
 
-def evaluated_of(metrics: Metrics, run: str = "a") -> Evaluated:
-    """All of their figures, as an evaluation of a checkpoint gives them."""
+def evaluated_of(metrics: Metrics, run: str = "a", names: tuple[str, ...] = ()) -> Evaluated:
+    """All of their figures, as an evaluation of a checkpoint gives them.
+
+    Args:
+        names: of the click alone these, of sums: the rows are not sorted.
+    """
+    if names:
+        sums = metrics.statistics[Sums].of_task(0)
+        figures = {"click": {name: METRICS["binary"][name].compute(sums) for name in ("rows", *names)}}
+    else:
+        figures = metrics.figures()
     provenance = Provenance(
         run=run, step=1, checkpoint="c", dataset="d", split="test", cluster="user", buckets=metrics.grouping.buckets
     )
-    return Evaluated(metrics.frame(metrics.figures()), provenance)
+    return Evaluated(metrics.frame(figures), provenance)

@@ -1,17 +1,18 @@
 """Coverage of confidence intervals on simulated logs: python tests/benchmarks/intervals.py (make bench-intervals).
 
-Each day is a new log of independent users (tests/simulated_log.py), about 20,000 rows of 2,500 users, scored by three models:
-a, b with other errors of the same size, so equally good in the population, and c with larger ones, so that its NE is 0.1% worse.
-The metrics of the population are those of 6M independent rows (scikit-learn, SciPy and NumPy), of GAUC and NDCG of 400,000 users.
+Each day is a new log of independent users (tests/simulated_log.py), about 20,000 rows of 2,500 users, scored by three
+models: a, b with other errors of the same size, so equally good in the population, and c with larger ones, so that its NE is
+0.1% worse. The metrics of the population are those of 2M independent rows (scikit-learn, SciPy and NumPy); GAUC and NDCG those
+of 200,000 users.
 Printed and kept in results/intervals.json:
 
   coverage     share of days on which the 95% interval holds the population's metric; 95% is right. By user, by row (wrong,
                since rows of a user are not independent), by the number of buckets, and with a quarter of the users kept for
                ranking metrics. `se / sd`: mean standard error over the standard deviation of the metric over days.
                `bias / sd`: by how much the metric is wrong on average; an interval does not cover that
-  differences  share of days on which the interval of a difference leaves out 0: of a and b a false alarm (5% is right), of a and
-               c a detection (power); paired by bucket, and as if the two had been scored on different users
-  large        the same for NE at 1M rows, and power at other sizes by Student's t with the standard error scaled by 1/sqrt(rows)
+  differences  share of days on which the interval of a difference leaves out 0: of a and b a false alarm (5% is right), of a
+               and c a detection (power); paired by bucket, and as if the two had been scored on different users
+  large        the same for NE at 1M rows, and power at other sizes by Student's t, the standard error scaled by 1/sqrt(rows)
 """
 
 import argparse
@@ -31,11 +32,8 @@ from train_runs import RESULTS, machine
 sys.path.append(str(Path(__file__).parents[1]))
 from simulated_log import SimulatedLog, evaluated_of, metrics_of, simulate
 
-from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, paired, with_intervals
 from pipeline.evaluation.metrics.intervals import quantile
-from pipeline.evaluation.metrics.registry import METRICS
-from pipeline.evaluation.metrics.sums import Sums
 
 # Shapes: N rows, M models.
 PLANTED = 0.001  # relative difference of NE of models a and c
@@ -59,24 +57,25 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=1000)
     parser.add_argument("--users", type=int, default=2500, help="of a day")
     parser.add_argument("--large", type=int, default=100, help="days of 1M rows")
-    parser.add_argument("--minutes", type=float, default=60, help="after which no day of 20,000 rows begins")
+    parser.add_argument("--minutes", type=float, default=60, help="for days of each size")
     options = parser.parse_args()
-    population = simulate(np.random.default_rng(1), 6_000_000, (1.0, 1.0, 1.5), one_row=True)
+    population = simulate(np.random.default_rng(1), 2_000_000, (1.0, 1.0, 1.5), one_row=True)
     known = pl.DataFrame(list(truth(population)), schema=[*KEYS, "truth"], orient="row")
     error_M = (1.0, 1.0, planted_error(population))
     del population
+    print("the population is known", file=sys.stderr)
     covering, differing = simulated_days(options.days, options.users, error_M, known, options.minutes)
-    large = large_days(options.large, round(1_000_000 / ROWS_PER_USER), error_M)
+    tables = {"coverage": coverage(covering, known), "differences": detections(differing)}
+    for table in tables.values():
+        print(tabulate(table.to_dicts(), headers="keys", floatfmt=".3f"), "\n", flush=True)
+    large = large_days(options.large, round(1_000_000 / ROWS_PER_USER), error_M, options.minutes)
     found = {
-        "coverage": coverage(covering, known).to_dicts(),
-        "differences": detections(differing).to_dicts(),
+        **{name: table.to_dicts() for name, table in tables.items()},
         "large": large,
         "error_of_c": error_M[2],
         "machine": machine(),
     }
     (RESULTS / "intervals.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
-    for table in ("coverage", "differences"):
-        print(tabulate(found[table], headers="keys", floatfmt=".3f"), "\n")
     print(json.dumps(large, indent=1))
 
 
@@ -100,9 +99,9 @@ def truth(log: SimulatedLog) -> Iterator[tuple[str, str, str, float]]:
         yield "spend", "mae", name, float(np.abs(z_N - y_N).mean())
         yield "spend", "calibration", name, float(z_N.mean() / y_N.mean())
     # Of pairs of rows in order less those in the wrong one; labels and predictions are continuous.
-    tau = kendalltau(log.spend_N[:2_000_000], log.prediction_N[:2_000_000]).statistic
+    tau = kendalltau(log.spend_N[:500_000], log.prediction_N[:500_000]).statistic
     yield "spend", "xauc", ALL, (1 + tau) / 2
-    users = metrics_of(simulate(np.random.default_rng(2), 400_000), buckets=1, sliced=False).compute()["click"]
+    users = metrics_of(simulate(np.random.default_rng(2), 200_000), buckets=1, sliced=False).compute()["click"]
     for metric in ("gauc", "ndcg"):
         yield "click", metric, ALL, users[metric]
 
@@ -121,21 +120,24 @@ def simulated_days(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Intervals by method, and differences of models, of each day."""
     covering, differing, begin = [], [], time.perf_counter()
+    metrics = known["metric"].unique().to_list()
     for day in range(days):
         if time.perf_counter() - begin > 60 * minutes:
             break
         log = simulate(np.random.default_rng([3, day]), users, error_M)
-        for method, options in METHODS.items():
-            figures = with_intervals(evaluated_of(metrics_of(log, **options)).figures, CONFIDENCE)
+        found = {method: evaluated_of(metrics_of(log, **options)) for method, options in METHODS.items()}
+        for method, evaluated in found.items():
+            figures = with_intervals(evaluated.figures.filter(pl.col("metric").is_in(metrics)), CONFIDENCE)
             used = pl.col("left_out").list.drop_nulls().list.len().alias("buckets")
             covering.append(
                 figures.join(known, on=KEYS).select(
                     pl.lit(method).alias("method"), *KEYS, "value", "se", "low", "high", used
                 )
             )
-        a, b, c = (evaluated_of(metrics_of(log, model), name) for model, name in enumerate("abc"))
-        for name, other in (("a, b", b), ("a, c", c)):
-            differing.append(difference(a, other).with_columns(pair=pl.lit(name)))
+        for model, pair in ((1, "a, b"), (2, "a, c")):
+            differing.append(
+                difference(found[USER], evaluated_of(metrics_of(log, model))).with_columns(pair=pl.lit(pair))
+            )
         if day % 50 == 49:
             print(f"{day + 1} days, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     return pl.concat(covering), pl.concat(differing)
@@ -181,19 +183,21 @@ def detections(differing: pl.DataFrame) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def large_days(days: int, users: int, error_M: tuple[float, ...]) -> dict[str, object]:
+def large_days(days: int, users: int, error_M: tuple[float, ...], minutes: float) -> dict[str, object]:
     """False alarms and power for NE on large logs, and power at other sizes."""
     pairs: dict[str, list[pl.DataFrame]] = {"a, b": [], "a, c": []}
-    rows = 0
+    rows, begin = [], time.perf_counter()
     for day in range(days):
+        if time.perf_counter() - begin > 60 * minutes:
+            break
         log = simulate(np.random.default_rng([4, day]), users, error_M)
-        rows += len(log.user_N)
-        a, b, c = (ne_alone(metrics_of(log, model, sliced=False)) for model in range(3))
+        rows.append(len(log.user_N))
+        a, b, c = (evaluated_of(metrics_of(log, model, sliced=False), names=("ne",)) for model in range(3))
         for name, other in (("a, b", b), ("a, c", c)):
             pairs[name].append(paired(a, other).filter(metric="ne"))
-        if day % 10 == 9:
-            print(f"{day + 1} of {days} large days", file=sys.stderr)
-    found: dict[str, object] = {"days": days, "rows": rows / days, "planted": PLANTED}
+        if day % 5 == 4:
+            print(f"{day + 1} large days, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    found: dict[str, object] = {"days": len(rows), "rows": float(np.mean(rows)), "planted": PLANTED}
     reach = float(quantile(CONFIDENCE, BUCKETS))
     for name, parts in pairs.items():
         both = pl.concat(parts)
@@ -203,19 +207,11 @@ def large_days(days: int, users: int, error_M: tuple[float, ...]) -> dict[str, o
             "relative_se": both["relative_se"].mean(),
             "se / sd": both["relative_se"].mean() / both["relative"].std(),
         }
-    error = pl.concat(pairs["a, c"])["relative_se"].mean() * (rows / days) ** 0.5
+    error = pl.concat(pairs["a, c"])["relative_se"].mean() * np.mean(rows) ** 0.5
     found["power by rows"] = {
         str(size): float(nct.sf(reach, BUCKETS - 1, PLANTED * size**0.5 / error)) for size in SIZES
     }
     return found
-
-
-def ne_alone(metrics: Metrics) -> Evaluated:
-    """Without the metrics that sort rows."""
-    sums = metrics.statistics[Sums].of_task(0)
-    figures = {"click": {name: METRICS["binary"][name].compute(sums) for name in ("rows", "ne")}}
-    provenance = evaluated_of(metrics_of(simulate(np.random.default_rng(0), 10))).provenance
-    return Evaluated(metrics.frame(figures), provenance)
 
 
 if __name__ == "__main__":
