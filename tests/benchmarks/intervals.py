@@ -30,10 +30,10 @@ from tabulate import tabulate
 from train_runs import RESULTS, machine
 
 sys.path.append(str(Path(__file__).parents[1]))
-from simulated_log import SimulatedLog, evaluated_of, metrics_of, simulate
+from simulated_log import SLICES, SimulatedLog, evaluated_of, metrics_of, simulate
 
-from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, paired, with_intervals
-from pipeline.evaluation.metrics.intervals import quantile
+from pipeline.evaluation.metrics.evaluated import ALL, paired
+from pipeline.evaluation.metrics.intervals import buckets_used, quantile, standard_error
 
 # Shapes: N rows, M models.
 PLANTED = 0.001  # relative difference of NE of models a and c
@@ -63,8 +63,9 @@ def main() -> None:
     known = pl.DataFrame(list(truth(population)), schema=[*KEYS, "truth"], orient="row")
     error_M = (1.0, 1.0, planted_error(population))
     del population
+    metrics = list(dict.fromkeys(known.select("task", "metric").iter_rows()))
     print("the population is known", file=sys.stderr)
-    covering, differing = simulated_days(options.days, options.users, error_M, known, options.minutes)
+    covering, differing = simulated_days(options.days, options.users, error_M, metrics, options.minutes)
     tables = {"coverage": coverage(covering, known), "differences": detections(differing)}
     for table in tables.values():
         print(tabulate(table.to_dicts(), headers="keys", floatfmt=".3f"), "\n", flush=True)
@@ -116,49 +117,50 @@ def planted_error(log: SimulatedLog) -> float:
 
 
 def simulated_days(
-    days: int, users: int, error_M: tuple[float, ...], known: pl.DataFrame, minutes: float
+    days: int, users: int, error_M: tuple[float, ...], metrics: list[tuple[str, str]], minutes: float
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Intervals by method, and differences of models, of each day."""
+    """Figures by method, and differences of models, of each day."""
     covering, differing, begin = [], [], time.perf_counter()
-    metrics = known["metric"].unique().to_list()
     for day in range(days):
         if time.perf_counter() - begin > 60 * minutes:
             break
         log = simulate(np.random.default_rng([3, day]), users, error_M)
-        found = {method: evaluated_of(metrics_of(log, **options)) for method, options in METHODS.items()}
-        for method, evaluated in found.items():
-            figures = with_intervals(evaluated.figures.filter(pl.col("metric").is_in(metrics)), CONFIDENCE)
-            used = pl.col("left_out").list.drop_nulls().list.len().alias("buckets")
-            covering.append(
-                figures.join(known, on=KEYS).select(
-                    pl.lit(method).alias("method"), *KEYS, "value", "se", "low", "high", used
-                )
-            )
+        found = {method: metrics_of(log, **options).figures() for method, options in METHODS.items()}
+        for method, figures in found.items():
+            for task, metric in (key for key in metrics if key[0] in figures):
+                figure = figures[task][metric]
+                covering.append((method, task, metric, *with_errors(figure.value_S, figure.left_out_SK)))
         for model, pair in ((1, "a, b"), (2, "a, c")):
-            differing.append(
-                difference(found[USER], evaluated_of(metrics_of(log, model))).with_columns(pair=pl.lit(pair))
-            )
+            other = metrics_of(log, model).figures()["click"]
+            for metric in (metric for task, metric in metrics if task == "click"):
+                a, b = found[USER]["click"][metric], other[metric]
+                apart = np.hypot(standard_error(a.left_out_SK), standard_error(b.left_out_SK))
+                both = with_errors(a.value_S - b.value_S, a.left_out_SK - b.left_out_SK)
+                differing.append((pair, "click", metric, *both, apart))
         if day % 50 == 49:
             print(f"{day + 1} days, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    return pl.concat(covering), pl.concat(differing)
-
-
-def difference(a: Evaluated, b: Evaluated) -> pl.DataFrame:
-    """Differences with the paired standard error, and that of the two as if they were independent."""
-    alone = a.figures.join(b.figures, on=KEYS).select(
-        *KEYS, unpaired_se=(pl.col("se") ** 2 + pl.col("se_right") ** 2).sqrt()
+    columns = ["task", "metric", "slice", "value", "se", "buckets"]
+    return (
+        pl.DataFrame(covering, schema=["method", *columns], orient="row").explode(columns[2:]).drop_nans("value"),
+        pl.DataFrame(differing, schema=["pair", *columns, "unpaired_se"], orient="row")
+        .explode(*columns[2:], "unpaired_se")
+        .drop_nans("value"),
     )
-    both = paired(a, b).join(alone, on=KEYS).filter(pl.col("se") > 0)
-    return both.select(*KEYS, "delta", "se", "unpaired_se", "buckets")
+
+
+def with_errors(value_S: np.ndarray, left_out_SK: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Slices, the values, their standard errors, and how many buckets have rows."""
+    names = [ALL, *(name for names in SLICES for name in names)]
+    return names[: len(value_S)], value_S, standard_error(left_out_SK), buckets_used(left_out_SK)
 
 
 def coverage(covering: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
     """How often intervals hold the truth, and the metric's mean over days."""
     mean = pl.col("value").mean().over("method", *KEYS)
-    within = (pl.col("low") <= pl.col("truth")) & (pl.col("high") >= pl.col("truth"))
-    of_mean = (pl.col("low") <= mean) & (pl.col("high") >= mean)
+    length = pl.Series("reach", quantile(CONFIDENCE, covering["buckets"].to_numpy())) * covering["se"]
+    within, of_mean = ((pl.col("value") - centre).abs() <= pl.col("reach") for centre in (pl.col("truth"), mean))
     spread = pl.col("value").std()
-    return covering.join(known, on=KEYS).with_columns(within=within, of_mean=of_mean).group_by(
+    return covering.with_columns(length).join(known, on=KEYS).with_columns(within=within, of_mean=of_mean).group_by(
         "method", *KEYS, maintain_order=True
     ).agg(
         pl.col("truth").first(),
@@ -175,10 +177,10 @@ def detections(differing: pl.DataFrame) -> pl.DataFrame:
     """How often intervals of a difference leave out 0."""
     reach = pl.Series("reach", quantile(CONFIDENCE, differing["buckets"].to_numpy()))
     return differing.with_columns(reach).group_by("pair", *KEYS, maintain_order=True).agg(
-        (pl.col("delta").abs() > pl.col("reach") * pl.col("se")).mean().alias("paired"),
-        (pl.col("delta").abs() > pl.col("reach") * pl.col("unpaired_se")).mean().alias("unpaired"),
+        (pl.col("value").abs() > pl.col("reach") * pl.col("se")).mean().alias("paired"),
+        (pl.col("value").abs() > pl.col("reach") * pl.col("unpaired_se")).mean().alias("unpaired"),
         (pl.col("unpaired_se").mean() / pl.col("se").mean()).alias("unpaired se / paired se"),
-        (pl.col("se").mean() / pl.col("delta").std()).alias("se / sd"),
+        (pl.col("se").mean() / pl.col("value").std()).alias("se / sd"),
         pl.len().alias("days"),
     )  # fmt: skip
 
