@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
-.PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest bench-intervals
+.PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest
+.PHONY: bench-evaluate bench-intervals
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -56,6 +57,9 @@ bench-towers: .venv/ready
 
 bench-emm: .venv/ready
 	$(BIN)/python tests/benchmarks/emm_tables.py
+
+bench-evaluate: .venv/ready
+	$(BIN)/python tests/benchmarks/evaluate.py
 
 bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py

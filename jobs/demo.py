@@ -35,7 +35,9 @@ def main(config: DictConfig) -> None:
         shutil.rmtree(run)
     _finish(_start("jobs.generate", setting("out", raw), f"impressions={config.impressions}"))
     _finish(_start("jobs.preprocess", "data=demo", setting("input", raw), setting("out", data), "overwrite=true"))
-    evaluator = _start("jobs.evaluate", "data=demo", setting("data.input", raw), setting("run", run), "follow=true")
+    evaluator = _start(  # the ranks may take every core
+        "jobs.evaluate", "data=demo", setting("data.input", raw), setting("run", run), "follow=true", "idle=false"
+    )
     trainer = _start(
         "jobs.train",
         setting("dataset", data),

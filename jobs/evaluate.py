@@ -2,18 +2,19 @@
 
 Examples:
   python -m jobs.evaluate run=runs/demo/adatt
-  python -m jobs.evaluate run=runs/demo/adatt split=valid follow=true
+  python -m jobs.evaluate run=runs/demo/adatt split=valid follow=true every=4 order=newest
   python -m jobs.evaluate run=/runs/serving dataset=/data/2026-11-22 step=newest
-    if settings.compare:
-        print(comparison(settings))
-        return
+  python -m jobs.evaluate compare='[runs/demo/adatt,runs/demo/ple@440]'
   python -m jobs.launch --nproc-per-node=8 -m jobs.evaluate run=/runs/large step=newest table_precision=fp16
 """
+
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from features.errors import UserError
 from jobs.entry import job, parse
+from pipeline.terminal import short_decimal
 
 
 @job("evaluate")
@@ -21,8 +22,8 @@ def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report; with `compare`, prints a comparison."""
     from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-    from pipeline.evaluation.report import html, tables
-    from pipeline.terminal import short_decimal
+    from pipeline.evaluation.report import page, tables
+    from pipeline.training.config import Settings
     from pipeline.training.parallel import process_group
     from pipeline.training.parallel.scoring import shard_for_scoring
 
@@ -39,12 +40,21 @@ def main(config: DictConfig) -> None:
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
         for record in evaluation.records():
-            ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
-            print(f"step {record['step']:,}  {settings.split}  NE {ne}  {record['seconds']:.1f} s", flush=True)
+            print(progress_line(record), flush=True)
         if rank == 0:
             results = evaluation.results()
-            html.write(results)
+            page.write_run(results, defaults=Settings().model_dump(mode="json"))
+            evaluation.publish()
             print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """A record in a line: step, split, NE of each binary task, duration, lag behind the trainer."""
+    ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
+    line = f"step {record['step']:,}  {record['split']}  NE {ne}  {record['seconds']:.1f} s"
+    if lag := record.get("lag"):
+        line += f"  lag {lag['steps']:,} steps, {lag['seconds']:,.1f} s"
+    return line
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from features.errors import UserError
 from jobs import command_line
 from jobs.entry import user_errors
 from pipeline.dataset.card.card import read_card
-from pipeline.dataset.card.page import page
+from pipeline.dataset.card.page import page, page_file
 from pipeline.dataset.card.tables import tables
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.days import day_ranges
@@ -66,7 +66,7 @@ def inspect(path: Path, html: Path | None, check: bool) -> None:
         for line in verify(dataset):
             print(f"verified  {line}", flush=True)
     name = path.resolve().name
-    file = html or path.resolve().with_name(f"{name}.card.html")
+    file = html or page_file(path)
     try:
         write_text(file, page(name, dataset.manifest, card))
     except OSError as error:

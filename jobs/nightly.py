@@ -1,9 +1,13 @@
-"""jobs.nightly: a new day's logs and two models to a verdict; exit code 0: as good, 2: worse than allowed, 1: error.
+"""jobs.nightly: a new day's logs and two models to a verdict; exit code 0: passed, 2: failed, 3: undecided, 1: an error.
+
+A night is a pipeline of steps, recorded in OUT/DATE/night.json: killed anywhere, the same command takes it up where it was. The
+last line on stdout is the outcome as JSON.
 
 Examples:
   python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly date=2026-11-09
-  python -m jobs.nightly run=/runs/new serving=/runs/live serving_step=9000 input=/logs/today out=/nightly max_increase=0.001
-  python -m jobs.nightly run=/runs/first input=/logs/today out=/nightly/today
+  python -m jobs.nightly run=/runs/new input=/logs/today out=/nightly gates=gates.yaml bless=pass webhook=true
+  python -m jobs.nightly 'train={args: [model=ple]}' days=/runs/days input=/logs out=/runs/nightly date=2026-11-09
+  python -m jobs.nightly bless=back out=/nightly
 """
 
 import sys
@@ -15,20 +19,28 @@ from jobs.entry import job, parse
 
 @job("nightly")
 def main(config: DictConfig) -> None:
-    """Writes verdict.json and prints it as a table."""
-    from tabulate import tabulate
-
-    from pipeline.release.nightly import NightlyConfig, nightly
+    """Judges the night and prints its gates, the trend and the outcome."""
+    from features.errors import Preempted
+    from pipeline.release.config import NightlyConfig
+    from pipeline.release.nightly import go_back, nightly
+    from pipeline.release.outcome import error_message
+    from pipeline.release.tables import text
+    from pipeline.storage.files import json_text
 
     settings: NightlyConfig = parse(config, NightlyConfig)
-    verdict = nightly(settings)
-    lines = [
-        [name, task.figure.upper(), task.candidate, task.serving, "pass" if task.passed else "WORSE", task.why]
-        for name, task in verdict.tasks.items()
-    ]
-    print(tabulate(lines, ["task", "", "newest", "serving", "", ""], floatfmt=".4f", missingval="-"))
-    print(f"\n{'passed' if verdict.passed else 'worse than allowed'}: {settings.folder / 'verdict.json'}")
-    sys.exit(0 if verdict.passed else 2)
+    if settings.bless == "back":
+        print(json_text(go_back(settings)), flush=True)
+        return
+    try:
+        result = nightly(settings)
+    except Preempted:
+        raise
+    except Exception as error:
+        print(json_text(error_message(settings, error)), flush=True)
+        raise
+    print(text(result), flush=True)
+    print(json_text(result.message), flush=True)
+    sys.exit(result.night.exit_code)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ class Ranker(nn.Module):
     """
 
     sets = 1  # of embeddings (Fusion.table_sets)
+    fields: Sequence[str] = ()  # names of the features that the fusion reads one by one
 
     def __init__(self, schema: Schema, encoders: Encoders, config: ModelConfig, device: str = "meta") -> None:
         super().__init__()
@@ -128,7 +129,8 @@ class Ranker(nn.Module):
         self.tokens = Tokens(self.numbers.columns, self.numbers.out_dim, config.field_dim) if kind.fields else None
         self.sequences = Sequences(schema, config.field_dim if kind.sequences else 0) if self.lengths else None
         in_dim = config.field_dim if kind.fields else self.interaction.out_dim
-        fields, columns = list(self.numbers.columns), list(self.numbers.columns.values())
+        self.fields = fields = list(self.numbers.columns)
+        columns = list(self.numbers.columns.values())
         infos, names = task_infos(schema.tasks), list(schema.tasks)
         self.fusion = build_fusion(config.fusion, in_dim, names, fields, self.lengths, columns, infos)
         self.place_heads(schema, encoders, config)

@@ -1,10 +1,12 @@
 """k8s/: what every pod may do, asserted over all jobs as submitted, in the base and in an overlay of it."""
 
+import re
 import shutil
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, get_args
 
+import kubernetes_validate
 import pytest
 import yaml
 from k8s_manifests import DIGEST, ROOT, documents, kustomized, pod_of
@@ -213,3 +215,18 @@ def test_a_secret_is_in_the_environment_by_reference(job: str) -> None:
 def test_libraries_start_no_more_threads_than_the_limit_allows(cpu: str, threads: str) -> None:
     (container,) = pod_of(main_of(documents(job="preprocess", cpu=cpu)))["containers"]
     assert {"name": "OMP_NUM_THREADS", "value": threads} in container["env"]
+
+
+def test_the_policy_for_prometheus_admits_one_namespace_to_one_port_of_a_training_as_it_is_submitted() -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "k8s" / "PODS.md").read_text(), re.M | re.S)
+    policy = yaml.safe_load(text)
+    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+    chosen = policy["spec"]["podSelector"]["matchLabels"]
+    assert chosen
+    assert chosen.items() <= pod_of(main_of(documents(job="train", name="taskfuse-train")))["labels"].items()
+    assert not chosen.items() <= pod_of(main_of(documents(job="train", name="another")))["labels"].items()
+    ((rule,),) = (policy["spec"]["ingress"],)
+    assert rule["ports"] == [{"protocol": "TCP", "port": 9400}]
+    (peer,) = rule["from"]
+    assert peer == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert policy["spec"]["policyTypes"] == ["Ingress"]

@@ -77,5 +77,6 @@ def test_the_jobs_of_the_base_need_no_other_folder_than_their_pods_can_write(tmp
     more: dict[Job, list[str]] = {"train": ["train.batch_size=512", "train.max_steps=2"]}
     for job, args in DEMO.items():  # preprocess, train, nightly
         done = run_pod(tmp_path, job, [*args, *more.get(job, [])])
-        assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "runs" / "nightly").glob("*/verdict.json"))
+        outcomes = (0, 2, 3) if job == "nightly" else (0,)  # two steps are too few to be better than the base rate
+        assert done.returncode in outcomes, done.stderr
+    assert list((tmp_path / "runs" / "nightly").glob("*/night.json"))

@@ -91,13 +91,14 @@ class Schema(Features):
     def fingerprint(self) -> str:
         """16 hex digits of the SHA-256 of the schema's content; comments and defaults written out do not change it.
 
-        Nor does the order of keys, but for that of features and tasks: it is the order of a model's inputs and logits.
+        Nor does the order of keys, but for that of features and tasks: it is the order of a model's inputs and logits. Nor do
+        kept columns, which no model sees: a run can be evaluated on a dataset that keeps others than the one it was trained on.
         """
         order = [list(self._section(section)) for section in FIRST_KINDS]
         order += [list(self.tasks), *(list(section) for section in self._later_kinds())]
         # Without defaults, so that a release with one more setting still reads yesterday's datasets.
         # By alias, which is the first name of a key: a key that gets another name keeps its fingerprint.
-        content = self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+        content = self.model_dump(mode="json", exclude_defaults=True, by_alias=True, exclude={"keep"})
         canonical = json.dumps([content, order], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.errors import UserError
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 from models.fusion.tasks import TaskInfo
 from models.layers import PLAIN_EXPERTS, ExpertLayers, Widths
 
@@ -111,6 +111,10 @@ class AITM(Fusion):
             assert isinstance(transfer, Transfer)
             weight_BTT[:, task, [before, task]] = transfer.attend(z_BTD[:, before], q_TBD[task])[0]
         return [weight_BTT]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """Tasks mix what tasks have."""
+        return [GateNames(list(tasks), list(tasks))]
 
     def penalty(self, logit_BT: Tensor) -> Tensor | None:
         """The behavioural expectation calibrator: by how much a step is likelier than the one before it.

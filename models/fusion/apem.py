@@ -2,6 +2,7 @@
 
 # Shapes: B rows, T tasks, F features, W width of a token, G groups, P inducing points, N = B F, D width out.
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -9,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.excitation import Excitation
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 from models.layers import PLAIN_EXPERTS, ExpertLayers, StackedLinear, Widths
 
 
@@ -105,3 +106,7 @@ class APEM(Fusion):
         """One level: each task's weight of each feature, the sum over the groups' patterns of it: weight_BTF."""
         weight_TGBF = self._select(self.blocks(x_BFW.expand(self.groups, -1, -1, -1)))
         return [weight_TGBF.sum(1).transpose(0, 1)]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:
+        """Tasks weigh features."""
+        return [GateNames(list(tasks), list(features))]

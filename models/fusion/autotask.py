@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 
 STD = 0.02  # of initial weights and positions
 
@@ -152,6 +152,10 @@ class AutoTask(Fusion):
     def gates(self, x_BFD: Tensor) -> list[Tensor]:
         """One level, weight_BTT of facet 2, the mean over heads: of each task on the tasks it sees in evaluation."""
         return [self.over_examples.weights(self._examples(x_BFD, self._ids()), self._sees(self.unseen_T))]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """Tasks attend to tasks."""
+        return [GateNames(list(tasks), list(tasks))]
 
     def detach_unseen(self, out_KBT: Tensor) -> Tensor:
         """The outputs, those of unseen tasks without a gradient."""

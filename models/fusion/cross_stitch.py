@@ -2,13 +2,14 @@
 
 # Shapes: B rows, T tasks (S those that receive, T those that send), D width in and out, L levels.
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 from models.layers import PLAIN_EXPERTS, ExpertLayers, Levels, mix
 
 
@@ -50,3 +51,7 @@ class CrossStitch(Fusion):
     def gates(self, x_BD: Tensor) -> list[Tensor]:
         """The stitches by level: weight_BST, the same for each row."""
         return [stitch_ST.expand(len(x_BD), -1, -1) for stitch_ST in self.stitch_LST]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """Tasks mix what tasks have."""
+        return [GateNames(list(tasks), list(tasks))] * len(self.networks)

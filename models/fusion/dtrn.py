@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from features.errors import UserError
 from models.excitation import Excitation
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 from models.layers import PLAIN_EXPERTS, ExpertLayers, Widths
 from models.sequences import WithItems
 
@@ -162,3 +162,7 @@ class DTRN(Fusion):
     def gates(self, x: Tensor | WithItems) -> list[Tensor]:
         """One level: each task's weight of each feature, weight_BTF in (0, 2)."""
         return [self.excitation(self._read(x)).transpose(0, 1)]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:
+        """Tasks weigh features."""
+        return [GateNames(list(tasks), list(features))]

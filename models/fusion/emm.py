@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from features.errors import UserError
 from models.fusion.decomposition import TrainedModel, decompose
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 from models.layers import StackedLinear, StackedMLP, mix
 
 
@@ -142,6 +142,7 @@ class EMM(Fusion):
     ) -> None:  # fmt: skip
         super().__init__()
         self.tasks, self.num_tasks = [model.task for model in models], num_tasks
+        self.names = [model.name for model in models]
         in_dims = [model.in_dim for model in models]
         if wrong := [m for m in models if one_input and m.in_dim != in_dim]:
             raise UserError(
@@ -176,6 +177,10 @@ class EMM(Fusion):
             weights.append(level.weights(x_M, seen_TBD).transpose(0, 1))
             x_M, seen_TBD = self._next(level(x_M, seen_TBD))
         return weights
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """Tasks mix the components of the trained models."""
+        return [GateNames(list(tasks), self.names)] * len(self.levels)
 
     def freeze(self) -> None:
         """Takes the components out of training; gates and merges stay in it."""

@@ -3,9 +3,25 @@
 # Shapes: B rows, T tasks, F features, S sets of embeddings, D width, U units, E experts, K numbers of a task.
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
+
+
+class GateNames(NamedTuple):
+    """The names of a level's gate weights: of its U units, which mix, and of its E experts, which are mixed."""
+
+    units: list[str]
+    experts: list[str]
+
+
+def numbered(owners: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Names of things by their owner, in order: the owner's own name, or "name 1", "name 2", … where it has several."""
+    return [
+        f"{owner} {index + 1}" if count > 1 else owner
+        for owner, count in zip(owners, counts, strict=True)
+        for index in range(count)
+    ]
 
 
 class Fusion(nn.Module):
@@ -48,6 +64,14 @@ class Fusion(nn.Module):
 
     def gates(self, _: Tensor) -> list[Tensor]:
         """Weights that mix experts, weight_BUE per level, for reports; [] for a fusion without gates."""
+        return []
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """Of the units and experts of each level of `gates`; an expert is named by its owner: a task, or "shared".
+
+        Args:
+            tasks, features: names, in the order of the model's.
+        """
         return []
 
     def penalty(self, _: Tensor) -> Tensor | None:

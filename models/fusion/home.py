@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.errors import UserError
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames, numbered
 from models.layers import StackedLinear, mix
 
 Layers = Annotated[Sequence[Annotated[int, Field(ge=2)]], Field(min_length=1)]
@@ -165,6 +165,7 @@ class HoME(Fusion):
             raise UserError(f"model.fusion.levels: home has two levels, of groups and of tasks, not {len(levels)}")
         lists = checked_groups([range(num_tasks)] if groups is None else groups, num_tasks)
         count, self.num_tasks, self.out_dim = len(lists), num_tasks, levels[1][-1]
+        self.groups, self.num_experts = lists, experts
         group_T = torch.tensor([g for task in range(num_tasks) for g, group in enumerate(lists) if task in group])
         # Categories of the first level: the groups', then the shared; of the second: the tasks' before these.
         sees_group_GC = torch.eye(count + 1, dtype=torch.bool)
@@ -196,3 +197,11 @@ class HoME(Fusion):
         of_group_GBE, of_task_TBE = self.of_groups.weights(x_1BD, x_1BD), self.of_tasks.weights(*self._of_groups(x_BD))
         of_group_UBE = torch.cat([of_group_GBE.index_select(0, self.group_T), of_group_GBE[-1:]])
         return [of_group_UBE.transpose(0, 1), of_task_TBE.transpose(0, 1)]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """A group is named by its tasks; the shared experts come last."""
+        groups = ["group " + "+".join(tasks[task] for task in group) for group in self.groups] + ["shared"]
+        of_groups, of_tasks = (
+            numbered(owners, [self.num_experts] * len(owners)) for owners in (groups, [*tasks, *groups])
+        )
+        return [GateNames([*tasks, "shared"], of_groups), GateNames(list(tasks), of_tasks)]

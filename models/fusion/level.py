@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from features.errors import UserError
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames, numbered
 from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, Levels, mix
 
 MAX_EXPERTS = 10_000  # of a level
@@ -130,7 +130,7 @@ class UnitNetwork(Fusion):
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = levels[-1][-1]
-        counts_LU = unit_counts(task_experts, shared_experts, num_tasks, len(levels))
+        self.counts_LU = counts_LU = unit_counts(task_experts, shared_experts, num_tasks, len(levels))
         outputs_L = [*(len(counts) for counts in counts_LU[1:]), num_tasks]
         dims = [in_dim, *(layers[-1] for layers in levels)]
         self.levels = nn.ModuleList()
@@ -160,3 +160,12 @@ class UnitNetwork(Fusion):
             weights.append(level.weights(h_UBD).transpose(0, 1))
             h_UBD = level(h_UBD)
         return weights
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """Units are the tasks, then the shared one; experts are named by the unit that has them."""
+        owners = [*tasks, "shared"]
+        outputs_L = [*(len(counts) for counts in self.counts_LU[1:]), len(tasks)]
+        return [
+            GateNames(owners[:outputs], numbered(owners[: len(counts)], counts))
+            for outputs, counts in zip(outputs_L, self.counts_LU, strict=True)
+        ]

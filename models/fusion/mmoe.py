@@ -2,9 +2,11 @@
 
 # Shapes: B rows, T tasks, E experts a level, D width, U gates of a level.
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames, numbered
 from models.layers import LINEAR_GATES, PLAIN_EXPERTS, ExpertLayers, GateLayers, Levels, mix
 
 
@@ -29,7 +31,7 @@ class MMoE(Fusion):
         experts: ExpertLayers = PLAIN_EXPERTS, gate: GateLayers = LINEAR_GATES,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.out_dim = levels[-1][-1]
+        self.num_experts, self.out_dim = num_experts, levels[-1][-1]
         dims = [in_dim, *(layers[-1] for layers in levels)]
         self.experts = nn.ModuleList(experts.stack(num_experts, d, w) for d, w in zip(dims, levels, strict=False))
         users = [num_experts] * (len(levels) - 1) + [num_tasks]
@@ -44,6 +46,13 @@ class MMoE(Fusion):
     def gates(self, x_BD: Tensor) -> list[Tensor]:
         """Weights of the experts per level: gate_BUE, U the next level's experts, T at the last."""
         return [gate_UBE.transpose(0, 1) for gate_UBE in self._gates(x_BD)]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """All experts are shared; below the last level the units are the next level's experts."""
+        experts = numbered(["shared"], [self.num_experts])
+        above = [f"{name}, level {level}" for level in range(2, len(self.gate) + 1) for name in experts]
+        units = [above[at : at + len(experts)] for at in range(0, len(above), len(experts))]
+        return [GateNames(names, experts) for names in [*units, list(tasks)]]
 
     def _gates(self, x_BD: Tensor) -> list[Tensor]:
         return [gate(x_BD.unsqueeze(0)).softmax(-1) for gate in self.gate]

@@ -3,6 +3,7 @@
 # Shapes: B rows, T tasks, F features, W width of a token, S = T + F tokens (the tasks first), N sequences, P places of one,
 # Q places with a query, D width in a block, H heads, V = D / H.
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 
 Mask = Literal["none", "FxT", "TxT", "FxT_TxT"]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -186,3 +187,7 @@ class MultiTab(Fusion):
         assert isinstance(last, Block)
         weight_BTS = last.weights(self._tokens(x_BFW), self.allowed_SS[: self.num_tasks])
         return [weight_BTS[:, :, self.num_tasks :]]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:
+        """Tasks weigh features."""
+        return [GateNames(list(tasks), list(features))]

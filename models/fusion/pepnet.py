@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from features.errors import UserError
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames
 from models.layers import StackedMLP, Widths
 
 
@@ -100,3 +100,7 @@ class PEPNet(Fusion):
     def gates(self, x_BD: Tensor) -> list[Tensor]:
         """One level: the mean of each task's gates over the units of each hidden layer, weight_BTL, in (0, 2)."""
         return [torch.stack([gate_BTH.mean(2) for gate_BTH in self._gated(x_BD)[1]], 2)]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """Tasks scale their hidden layers."""
+        return [GateNames(list(tasks), [f"layer {index + 1}" for index in range(len(self.ppnet))])]

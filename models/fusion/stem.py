@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from models.fusion.fusion import Fusion
+from models.fusion.fusion import Fusion, GateNames, numbered
 from models.fusion.level import unit_of_each_expert
 from models.layers import StackedLinear, StackedMLP, Width, Widths, mix
 
@@ -49,7 +49,7 @@ class STEM(Fusion):
     ) -> None:  # fmt: skip
         super().__init__()
         self.out_dim = widths[-1]
-        counts = [task_experts] * num_tasks + [shared_experts]
+        self.counts = counts = [task_experts] * num_tasks + [shared_experts]
         self.experts = StackedMLP(sum(counts), in_dim, widths, readers=counts)
         self.gate_hidden = StackedMLP(num_tasks, in_dim, gate_widths)
         self.gate = StackedLinear(num_tasks, [in_dim, *gate_widths][-1], sum(counts))
@@ -75,3 +75,7 @@ class STEM(Fusion):
     def gates(self, x_BSD: Tensor) -> list[Tensor]:
         """One level: each task's weights of the experts, by task, the shared ones last: weight_BTE."""
         return [self._gate(x_BSD.transpose(0, 1)).transpose(0, 1)]
+
+    def gate_names(self, tasks: Sequence[str], features: Sequence[str]) -> list[GateNames]:  # noqa: ARG002
+        """A task mixes the experts of all tasks and the shared ones."""
+        return [GateNames(list(tasks), numbered([*tasks, "shared"], self.counts))]

@@ -152,8 +152,8 @@ def _job_spec(work: Workload) -> client.V1JobSpec:
     if work.job == "train":
         kept = client.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[os.EX_TEMPFAIL])  # jobs.launch
         rules.append(client.V1PodFailurePolicyRule(action="Ignore", on_exit_codes=kept))
-    else:  # 1: bad input, 2: worse than allowed. torchrun makes 1 of whatever else a rank exits with
-        final = client.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[1, 2])
+    else:  # 1: bad input; of nightly 2: failed, 3: undecided
+        final = client.V1PodFailurePolicyOnExitCodesRequirement(operator="In", values=[1, 2, 3])
         rules.append(client.V1PodFailurePolicyRule(action="FailJob", on_exit_codes=final))
     return client.V1JobSpec(
         completion_mode="Indexed" if work.job == "train" else None,

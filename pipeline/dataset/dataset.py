@@ -162,6 +162,11 @@ def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays 
                 f"{part.path} was encoded with {part.encoders_id}, {first.path} with {first.encoders_id}: their ids mean "
                 f"different things. Run jobs.preprocess again with encoders.from={first.path}."
             )
+        if part.schema.kept != first.schema.kept:
+            raise UserError(
+                f"{part.path} keeps the columns {list(part.schema.keep)}, {first.path} keeps {list(first.schema.keep)}: days "
+                "that are read as one must keep the same. Run jobs.preprocess again for one of them, with the other's `keep`."
+            )
     if len(parts) > MAX_DAYS and not first.schema.source.row_id:
         raise UserError(
             f"days={days}: {len(parts)} days, of which at most {MAX_DAYS} can be read as one where row ids are given by file "

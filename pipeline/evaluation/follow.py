@@ -1,12 +1,14 @@
 """Follows a run: evaluates checkpoints as they are committed and appends each one's record to eval.jsonl, once.
 
-A checkpoint is identified by its manifest's checksum: after a rollback the same step is another checkpoint.
+A checkpoint is identified by its manifest's checksum: after a rollback the same step is another checkpoint. The files of an
+evaluation (all figures, predictions) are written before its line in eval.jsonl, each atomically. So a line has its files, and
+an evaluator that is killed before the line leaves files that the next one replaces.
 """
 
-import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,22 +21,25 @@ from models.table_storage import Precision
 from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
-from pipeline.evaluation import oracle, predictions
+from pipeline.evaluation import oracle, priority, ranks
+from pipeline.evaluation.lag import lag
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.oracle import Truth
+from pipeline.evaluation.pending import Claim, Order, Pending
 from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
+from pipeline.evaluation.tracked import check_settings, publish, series_of, tracked, with_bounds
 from pipeline.evaluation.weights import Loading, Shard, Tables
-from pipeline.run import checkpoint, records
+from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.storage.files import append_line
+from pipeline.run.tracking.base import EvalRecord
+from pipeline.run.tracking.settings import TrackingSettings
 
 POLL_INTERVAL = 0.5  # seconds
+WAIT, END = -1, -2  # instead of a step: nothing to evaluate now, or any more
 
-logger = logging.getLogger(__name__)
 
-
-class EvaluateConfig(MeasureConfig):
+class EvaluateConfig(MeasureConfig, TrackingSettings):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
     run: Path
@@ -44,7 +49,10 @@ class EvaluateConfig(MeasureConfig):
     missing_days: MissingDays | None = None
     step: int | list[int] | Literal["all", "newest"] = "all"
     predictions: bool = False
+    every: int = Field(1, ge=1)
+    order: Order = "oldest"
     follow: bool = False
+    idle: bool = True
     give_up_after: float = Field(600, gt=0)
     batch_size: int = Field(8192, ge=1)
     threads: int | None = Field(None, ge=1)
@@ -58,13 +66,18 @@ class EvaluateConfig(MeasureConfig):
     def _following_takes_every_step(self) -> "EvaluateConfig":
         if self.follow and self.step != "all":
             raise ValueError("follow=true evaluates every checkpoint: leave step out")
+        if self.every > 1 and self.step != "all":
+            raise ValueError("every chooses among all checkpoints: leave step out")
+        if self.predictions and self.share < 1:
+            raise ValueError("predictions are of the whole split: leave share out")
         return self
 
 
 class Evaluation:
     """A run's checkpoints on one split of one dataset. It only reads what the trainer writes.
 
-    With `follow` it first waits for the run to be created.
+    Several may work on one run, each in a process of its own, or each on several ranks: see pipeline.evaluation.pending and
+    pipeline.evaluation.ranks. With `follow` it first waits for the run to be created.
 
     Args:
         shard: splits the work over the ranks of the process group (pipeline.evaluation.weights.Loading).
@@ -73,51 +86,48 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluateConfig, shard: Shard | None = None) -> None:
-        self.config, self.run = config, Run(config.run)
+        self.config, self.run, self.began = config, Run(config.run), time.time()
+        check_settings(config)
         if config.follow:
-            os.nice(10)  # the trainer comes first
+            priority.lower(config.idle)
             _wait_for_run(self.run, config.give_up_after)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (2 if config.follow else 1)
         torch.set_num_threads(config.threads or max(1, cores.available() // processes))
         dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
         self.scorer = Scorer(self.run, dataset, config.split, config.batch_size, config, loading)
-        self.known: dict[int, dict[str, Any]] = {}
+        self.pending = Pending(
+            self.run, config.split, self.scorer.dataset.name, config.share, own_dataset=self.scorer.own_dataset,
+            every=config.every, order=config.order, with_predictions=config.predictions,
+        )  # fmt: skip
+        own = self.scorer.own_dataset and config.days is None
+        self.series = series_of(config.split, None if own else self.scorer.dataset.name)
+        self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Evaluates the checkpoints in order and yields each record once it is in eval.jsonl; `follow` ends with training.
+        """Evaluates checkpoints in `order` and yields each record, on rank 0, once it is in eval.jsonl.
+
+        `follow` ends when training has finished and each checkpoint has its record, or is claimed by another evaluator.
 
         Raises:
             UserError: a damaged checkpoint; or, following, no heartbeat of the trainer for `give_up_after` seconds.
         """
-        config, run, scorer = self.config, self.run, self.scorer
-        with run.lock(config.split, f"another evaluator is at work on split {config.split}"):
-            if config.truth:
-                oracle.write(scorer, config.truth)
-            self.known = records.latest(run, config.split, scorer.dataset.name)
-            failed: dict[int, str] = {}
-            for step in _steps(run, config):
-                current, file = records.checksum(run, step), predictions.path(run, config.split, step)
-                complete = not config.predictions or predictions.is_from(file, scorer.provenance(current))
-                if self._evaluated(step) == current and complete:
-                    continue
-                try:
-                    record = scorer.evaluate(step, config.predictions)
-                except (UserError, OSError) as error:
-                    if not config.follow:
-                        raise
-                    if failed.get(step) != str(error):  # a rollback may write it anew
-                        logger.warning("step %s: left out, its checkpoint was deleted or damaged (%s)", step, error)
-                    failed[step] = str(error)
-                    continue
-                if self._evaluated(step) != record["checkpoint"]:
-                    append_line(run.eval_metrics, record)
-                    self.known[step] = record
-                yield record
+        config = self.config
+        if config.truth and ranks.is_first():
+            oracle.write(self.scorer, config.truth)
+        steps = None if config.follow else ranks.from_first(lambda: _steps(self.run, config))
+        known = self.pending.known().values() if ranks.is_first() else ()
+        with tracked(config, self.run, config.split, self.series, known) as sinks:
+            while (step := ranks.from_first(lambda: self._next(steps))) != END:
+                if step == WAIT:
+                    time.sleep(POLL_INTERVAL)
+                elif record := self._evaluate(step):
+                    sinks.handle(EvalRecord(with_bounds(record)))
+                    yield record
 
     def results(self) -> Results:
         """All that is known of the split by now, for reports. Raises UserError for a record that lacks a metric."""
         name = self.scorer.dataset.name
-        known = [record for _, record in sorted(self.known.items())]
+        known = list(self.pending.known().values())
         check_complete(known, dict(self.scorer.tasks), self.run)
         return Results(
             self.run,
@@ -128,9 +138,58 @@ class Evaluation:
             oracle.read(self.run, self.config.split, name, dict(self.scorer.tasks)),
         )
 
-    def _evaluated(self, step: int) -> str | None:
-        """Checksum of the checkpoint that a step's record is of."""
-        return self.known.get(step, {}).get("checkpoint")
+    def publish(self) -> None:
+        """Sends the report to MLflow, where the settings ask for it."""
+        publish(self.config, self.run, self.config.split, self.series, self.run.report)
+
+    def _next(self, steps: list[int] | None) -> int:
+        """The step that was claimed, WAIT or END. Called at least every POLL_INTERVAL, so that no rank waits for long.
+
+        Args:
+            steps: those to evaluate; None: whatever the run has.
+        """
+        config, run = self.config, self.run
+        # Before the listing, which then has all that was committed by the end.
+        status = run.status() if config.follow or config.every > 1 else None
+        finished = status is not None and status.state == "finished"
+        found = checkpoint.steps(run.checkpoints)
+        self.claim = self.pending.take(found if steps is None else steps, found[-1] if finished and found else None)
+        if self.claim:
+            return self.claim.step
+        if finished or not config.follow:
+            return END
+        # A trainer that failed may be restarted, by torchrun, a cluster or a person.
+        if time.time() - (status.time if status else self.began) > config.give_up_after:
+            if status and status.state == "failed":
+                raise UserError(f"{run.path}: training failed at step {status.step} and was not restarted")
+            raise UserError(f"{run.path}: no trainer heartbeat for {config.give_up_after:.0f} s; is it running?")
+        return WAIT
+
+    def _evaluate(self, step: int) -> dict[str, Any] | None:
+        """Scores a checkpoint on all ranks and records it on rank 0; None on other ranks, and where it cannot be scored."""
+        record: dict[str, Any] = {}
+        error: Exception | None = None
+        with self.claim or nullcontext() as claim:
+            try:
+                record = self.scorer.evaluate(step, self.config.predictions)
+            except (UserError, OSError) as caught:
+                error = caught
+            if error := ranks.first_error(error):
+                if not ranks.from_first(lambda: self._may_leave_out(step)):
+                    raise error
+                if claim:
+                    self.pending.fail(claim, error)
+                return None
+            if claim is None:
+                return None
+            record["lag"] = lag(self.run, step, claim.committed)
+            self.pending.record(claim, record)
+            return record
+
+    def _may_leave_out(self, step: int) -> bool:
+        """Whether evaluation goes on without a checkpoint: following, or where one that nobody named was deleted meanwhile."""
+        is_gone = not checkpoint.folder(self.run.checkpoints, step).exists()
+        return self.config.follow or (is_gone and isinstance(self.config.step, str))
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
@@ -147,28 +206,15 @@ def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:
     return open_dataset((config.dataset or Path(trained_on["dataset"])).absolute(), days, missing_days)
 
 
-def _steps(run: Run, config: EvaluateConfig) -> Iterator[int]:
-    """Steps to evaluate: those of the configuration, or, following, every one as it is committed until the run ends."""
-    if not config.follow:
-        found = checkpoint.steps(run.checkpoints)
-        wanted = {"all": found, "newest": found[-1:]}[config.step] if isinstance(config.step, str) else config.step
-        wanted = [wanted] if isinstance(wanted, int) else wanted
-        if not found or set(wanted) - set(found):
-            words = f"step {', '.join(map(str, wanted))}" if wanted else "any"
-            raise UserError(f"{run.checkpoints}: no checkpoint ({words}); there are {found or 'none'}")
-        yield from wanted
-        return
-    while True:
-        status = run.status()  # before the listing, which then has all that was committed by the end
-        yield from checkpoint.steps(run.checkpoints)
-        if status and status.state == "finished":
-            return
-        # A trainer that failed may be restarted, by torchrun, a cluster or a person.
-        if status and time.time() - status.time > config.give_up_after:
-            if status.state == "failed":
-                raise UserError(f"{run.path}: training failed at step {status.step} and was not restarted")
-            raise UserError(f"{run.path}: no trainer heartbeat for {config.give_up_after:.0f} s; is it running?")
-        time.sleep(POLL_INTERVAL)
+def _steps(run: Run, config: EvaluateConfig) -> list[int]:
+    """The steps that the configuration names. Raises UserError where the run has no checkpoint of one."""
+    found = checkpoint.steps(run.checkpoints)
+    wanted = {"all": found, "newest": found[-1:]}[config.step] if isinstance(config.step, str) else config.step
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    if not found or set(wanted) - set(found):
+        words = f"step {', '.join(map(str, wanted))}" if wanted else "any"
+        raise UserError(f"{run.checkpoints}: no checkpoint ({words}); there are {found or 'none'}")
+    return wanted
 
 
 def _wait_for_run(run: Run, seconds: float) -> None:

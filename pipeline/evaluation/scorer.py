@@ -166,6 +166,9 @@ class Scorer:
             "ranking": metrics.ranking(),
             "evaluation": file.name,
             "gates": gates,
+            "gate_names": [
+                level._asdict() for level in self.ranker.fusion.gate_names(list(self.schema.tasks), self.ranker.fields)
+            ],
         }
 
     @cached_property

@@ -1,1 +1,1 @@
-"""What goes live: the nightly verdict."""
+"""What goes live: nights, gates, the serving pointer."""

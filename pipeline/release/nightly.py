@@ -1,168 +1,236 @@
-"""The nightly verdict: whether the newest checkpoint is as good on a new day's log as the serving one."""
+"""The nightly job: whether a checkpoint is as good on a new day's log as the serving one, as a pipeline of recorded steps."""
 
 import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import TypeAdapter, ValidationError
 
-from features.errors import UserError
-from features.regular_files import RelativePath, refuse_link
-from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.days import MissingDays, chosen_days, day_of
-from pipeline.dataset.manifest import read_manifest
-from pipeline.dataset.past_state import state_id, state_lines
-from pipeline.evaluation.scorer import Scorer
-from pipeline.ingest.config import EncodersFrom, PreprocessConfig, StateFrom
-from pipeline.ingest.job import preprocess
-from pipeline.ingest.past_start import newest_dataset
-from pipeline.run import checkpoint
-from pipeline.run.headline import headline
-from pipeline.run.run import Run
-from pipeline.storage.files import make_folder, write_json
+from features.errors import Preempted, UserError, one_line
+from features.plain_json import first_fault, validated
+from features.regular_files import user_error_for_links
+from pipeline.evaluation.metrics import evaluated as figures
+from pipeline.evaluation.metrics.evaluated import Evaluated
+from pipeline.release import pages, serving, steps
+from pipeline.release.config import NightlyConfig
+from pipeline.release.data_checks import Checked, rows_of_nights
+from pipeline.release.gates import check_gates, judge
+from pipeline.release.gates_config import Gates, default_gates, load_gates
+from pipeline.release.night import FILE, ModelReference, Night, Recorder, nights, open_night, tidy
+from pipeline.release.outcome import announce, error_message, message_of
+from pipeline.release.scoring import comparable
+from pipeline.release.trend import Trend, trend
+from pipeline.release.verdict import Outcome, Verdict
+from pipeline.release.webhook import webhook_url
+from pipeline.storage.files import make_folder, storage_of
+
+LOCK = ".nightly.lock"
 
 logger = logging.getLogger(__name__)
 
 
-class NightlyConfig(BaseModel):
-    """Settings of jobs.nightly; see jobs/conf/nightly.yaml."""
-
-    model_config = ConfigDict(extra="forbid")
-    run: Path
-    serving: Path | None = None
-    serving_step: int | None = None
-    input: str
-    out: Path
-    date: Annotated[RelativePath, Field(pattern=r"^[^/]+$")]
-    max_increase: float = Field(0.002, ge=0)
-    batch_size: int = Field(8192, ge=1)
-    max_bad_fraction: float = 0.001
-    missing_days: MissingDays = "refuse"
-
-    @property
-    def folder(self) -> Path:
-        """Where this night's results go."""
-        return self.out / self.date
-
-
 @dataclass(frozen=True)
-class ModelScore:
-    """A checkpoint's metrics over all rows of the day, encoded with the encoders of its run; dataset: the encoded day."""
+class Result:
+    """A night that was judged, all nights of its folder, and what is announced of it."""
 
-    run: str
-    step: int
-    dataset: str
-    metrics: dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TaskVerdict:
-    """One task: both values of its headline metric `figure` (lower is better; None: undefined), and the outcome."""
-
-    figure: str
-    candidate: float | None
-    serving: float | None
-    passed: bool
-    why: str
+    night: Night
+    trend: Trend
+    message: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The content of verdict.json. passed: every task passed. serving: None where there was nothing to compare with."""
-
-    passed: bool
-    input: str
-    max_increase: float
-    tasks: dict[str, TaskVerdict]
-    candidate: ModelScore
-    serving: ModelScore | None
-
-
-def nightly(config: NightlyConfig) -> Verdict:
-    """Encodes the day with each model's encoders, evaluates both, and writes verdict.json.
+def nightly(config: NightlyConfig) -> Result:
+    """Judges a date, or takes it up where it was killed; a date that was judged keeps its verdict. Announces the outcome.
 
     Raises:
-        UserError: bad input; there is then no verdict.json.
+        UserError: bad input or settings. What was done so far is kept in night.json.
+        Preempted: a training was asked to end, and has saved its work.
     """
-    make_folder(config.folder)
-    (config.folder / "verdict.json").unlink(missing_ok=True)
-    days: dict[str, Dataset] = {}
-    candidate = _evaluate(config, days, Run(config.run), None)
-    serving = _evaluate(config, days, Run(config.serving), config.serving_step) if config.serving else None
-    figures = {task: headline(metrics) for task, metrics in candidate.metrics.items()}
-    # In the same order too, as records list the tasks of the schema.
-    if serving and [*figures.items()] != [(task, headline(metrics)) for task, metrics in serving.metrics.items()]:
-        raise UserError(
-            f"{config.run} predicts {', '.join(candidate.metrics)}, {config.serving} predicts "
-            f"{', '.join(serving.metrics)}: only models of the same tasks can be compared"
-        )
-    tasks = {
-        task: _judge(candidate.metrics[task], serving.metrics[task][figure] if serving else None, figure, config)
-        for task, figure in figures.items()
+    url = webhook_url() if config.webhook else None
+    try:
+        with alone(config.out):
+            gates, kinds = _gates(config)
+            settings = config.identity | {"gates": gates.model_dump(mode="json")}
+            recorder = open_night(config.folder, config.date, settings, config.again)
+            if recorder.night.outcome is None:
+                recorder.judged(*_judge(config, recorder, gates, kinds))
+            if config.bless == "pass" and recorder.night.outcome == "pass":
+                _bless(config, recorder)
+            found = trend(config.out, config.decay_nights, config.decay_confidence)
+            pages.write_trend(found, kinds, config.out)
+    except Preempted:
+        raise
+    except Exception as error:
+        announce(config, error_message(config, error), url)
+        raise
+    alarms = next(point.alarms for point in found.nights if point.date == config.date)
+    message = message_of(config, recorder.night, alarms)
+    announce(config, message, url)
+    return Result(recorder.night, found, message)
+
+
+def go_back(config: NightlyConfig) -> dict[str, Any]:
+    """Moves the pointer one back. Returns the JSON line. Raises UserError where there is nothing to go back to."""
+    with alone(config.out):
+        last, now = serving.back(config.out)
+    return {
+        "outcome": "back",
+        "exit_code": 0,
+        "why": f"{now.model} of night {now.night} serves again, {last.model} of night {last.night} is withdrawn",
+        "serving": now.model.model_dump(),
+        "withdrawn": last.model.model_dump(),
+        "record": str((config.out / serving.FILE).absolute()),
     }
-    passed = all(task.passed for task in tasks.values())
-    verdict = Verdict(passed, config.input, config.max_increase, tasks, candidate, serving)
-    write_json(config.folder / "verdict.json", asdict(verdict))
-    return verdict
 
 
-def _judge(ours: dict[str, Any], theirs: float | None, figure: str, config: NightlyConfig) -> TaskVerdict:
-    """Whether a task passes, and why. An undefined metric passes only where the day has too few labels for it."""
-    if ours.get("non_finite"):
-        passed, why = False, f"{ours['non_finite']} predictions are not finite"
-    elif ours[figure] is None:
-        passed, why = True, f"the day has too few labels for {figure}"
-    elif theirs is None:
-        passed, why = True, "serving has no such figure to compare with"
-    else:
-        increase = ours[figure] - theirs
-        passed, why = increase <= config.max_increase, f"{increase:+.4f}, allowed {config.max_increase:+.4f}"
-    return TaskVerdict(figure, ours[figure], theirs, passed, why)
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps other nights off a folder. Raises UserError where one is at work."""
+    file = make_folder(out) / LOCK
+    try:
+        with user_error_for_links(file):
+            lock = storage_of(file).lock(file, create=True)
+    except BlockingIOError:
+        raise UserError(f"{out}: another jobs.nightly is at work in it. Wait for it, or stop it.") from None
+    with lock:
+        tidy(out)
+        yield
 
 
-def _evaluate(config: NightlyConfig, days: dict[str, Dataset], run: Run, step: int | None) -> ModelScore:
-    """Scores one checkpoint (None: the newest) on all splits of the day.
-
-    Args:
-        days: encoded so far, by the ids of encoders and state: models of the same ones share one.
-    """
-    found = checkpoint.steps(run.checkpoints)
-    if not found or (step is not None and step not in found):
-        raise UserError(
-            f"{run.checkpoints}: no checkpoint{f' of step {step}' if step else ''}, there are {found or 'none'}"
-        )
-    step = found[-1] if step is None else step
-    content = run.config()
-    trained_on, trained_days = Path(content["dataset"]), content.get("days")
-    if trained_days:  # all have the same encoders
-        trained_days = chosen_days(trained_on, trained_days, content.get("missing_days", "refuse"))[0]
-    dataset = open_dataset(trained_on, trained_days)
-    state, key = None, dataset.encoders_id
-    if dataset.schema.past:
-        state = newest_dataset(trained_on, day_of(config.date), config.missing_days)
-        known = read_manifest(state).state
-        key += f"-{state_id(known)}" if known else ""
-    if key not in days:
-        days[key] = _encode(config, dataset, state, config.folder / f"day-{key}")
-    day = days[key]
-    if not any(day.manifest.rows.values()):
-        raise UserError(f"{config.input}: no rows. Check input= and the day's logs.")
-    metrics = Scorer(run, day, "all", config.batch_size).metrics(step)[0]
-    return ModelScore(str(run.path), step, str(day.path), metrics.compute())
+def _gates(config: NightlyConfig) -> tuple[Gates, dict[str, str]]:
+    """The gates, and task → kind of the candidate. Raises UserError for a gate that names nothing real."""
+    kinds, dimensions = steps.measured(config)
+    of_run = config.run / "gates.yaml" if config.run else None
+    path = config.gates or (of_run if of_run and of_run.exists() else None)
+    gates = load_gates(path) if path else default_gates(kinds, config.max_increase)
+    check_gates(gates, kinds, dimensions, str(path or "max_increase"))
+    return gates, kinds
 
 
-def _encode(config: NightlyConfig, trained_on: Dataset, state: Path | None, out: Path) -> Dataset:
-    """Encodes the day with the encoders of `trained_on`; histories and counters go on from the dataset `state`."""
-    settings = PreprocessConfig(
-        input=config.input,
-        out=refuse_link(out),
-        encoders=EncodersFrom.model_validate({"from": trained_on.encoded_by}),
-        state=StateFrom.model_validate({"from": state and str(state)}),
-        max_bad_fraction=config.max_bad_fraction,
-        overwrite=True,
+def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[str, str]) -> tuple[Outcome, str]:
+    """All steps to the verdict. Returns the outcome, and why, in a line. Raises UserError, Preempted."""
+    chosen = _choose(config, recorder, kinds)
+    of_roles = steps.origins(config, chosen)
+    keys = {role: (origin.key, str(origin.dataset.encoded_by)) for role, origin in of_roles.items()}
+    encoded = _preprocess(config, recorder, {"input": config.input, "days": str(config.days), "keys": keys}, of_roles)
+    day = {"day": encoded.manifests[encoded.folders["candidate"]]}
+
+    before = rows_of_nights([*nights(config.out)], config.date, config.data_gates.nights)
+    of_check = {**day, "data_gates": config.data_gates.model_dump()}
+    checked = recorder.step("check", of_check, lambda: steps.check(config, encoded, of_roles["candidate"], before))
+    violations = validated(Checked, checked, config.folder / FILE).violations
+    if violations and config.data_gates.action == "stop":
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        return "undecided", f"undecided: the day's data: {violations[0]}{more}"
+
+    candidate = chosen.candidate or _train(config, recorder, chosen, kinds)
+    ours = _evaluate(config, recorder, "candidate", candidate, encoded)
+    theirs = _evaluate(config, recorder, "serving", chosen.serving, encoded) if chosen.serving else None
+    if chosen.best:
+        _evaluate(config, recorder, "best", chosen.best, encoded)
+    models = {
+        **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump(), **day},
+        "measure": config.measure.model_dump(mode="json"),
+    }
+    if theirs and encoded.folders["serving"] != encoded.folders["candidate"]:
+        theirs = comparable(theirs)
+    if theirs:
+        recorder.step("compare", models, lambda: steps.compare(ours, theirs))
+
+    def verdict() -> dict[str, Any]:
+        found = judge(gates, kinds, ours, theirs)
+        return {"outcome": found.outcome, "gates": [_plain(asdict(gate)) for gate in found.gates]}
+
+    of_gates = {**models, "gates": gates.model_dump(mode="json")}
+    recorder.step("gates", of_gates, verdict)
+    found = verdict_of(recorder.night)
+    assert found is not None
+    recorder.step("report", of_gates, lambda: _report(config, recorder.night, found, kinds))
+    return found.outcome, found.line
+
+
+def _report(config: NightlyConfig, night: Night, verdict: Verdict, kinds: dict[str, str]) -> dict[str, Any]:
+    """Writes the page of the night; one that cannot be drawn is a warning, since the verdict stands without it."""
+    try:
+        return {"page": str(pages.write_night(night, verdict, kinds, config.folder))}
+    except (UserError, OSError) as error:
+        logger.warning("%s: no page of the night: %s", config.folder, error)
+        return {"error": one_line(error)}
+
+
+def verdict_of(night: Night) -> Verdict | None:
+    """The verdict of a night's gates; None where it did not come to them. Raises UserError for a damaged one."""
+    found = night.summary("gates")
+    try:
+        return None if found is None else TypeAdapter(Verdict).validate_python(found)
+    except ValidationError as error:
+        raise UserError(f"{night.date}/{FILE}: gates: {first_fault(error)}. Set again=true to judge it anew.") from None
+
+
+def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) -> steps.Chosen:
+    """The models of the night; chosen again where one of them is not there any more, or another one serves."""
+    served = None if config.serving else serving.before(serving.read_serving(config.out), config.date)
+    if served:
+        serving.check_there(served, config.out)
+    where = config.folder / FILE
+    if (known := recorder.night.summary("models")) and not steps.still_there(validated(steps.Chosen, known, where)):
+        recorder.forget("models")
+    settings = config.model_dump(
+        mode="json", include={"run", "step", "train", "days", "serving", "serving_step", "best"}
     )
-    manifest = preprocess(settings, trained_on.schema)
-    for line in state_lines(manifest.state) if manifest.state else ():
-        logger.info(line)
-    return Dataset(out)
+    inputs = {**settings, "served": served and served.model_dump(exclude={"time"})}
+    earlier = [night for night in nights(config.out) if night.date != config.date]
+    found = recorder.step("models", inputs, lambda: steps.choose(config, kinds, served, earlier).model_dump())
+    return validated(steps.Chosen, found, where)
+
+
+def _preprocess(
+    config: NightlyConfig, recorder: Recorder, inputs: Any, of_roles: dict[str, steps.Origin]
+) -> steps.Encoded:
+    where = config.folder / FILE
+    if (known := recorder.night.summary("preprocess")) and not validated(steps.Encoded, known, where).there():
+        recorder.forget("preprocess")
+    found = recorder.step("preprocess", inputs, lambda: steps.preprocess(config, of_roles).model_dump())
+    return validated(steps.Encoded, found, where)
+
+
+def _train(config: NightlyConfig, recorder: Recorder, chosen: steps.Chosen, kinds: dict[str, str]) -> ModelReference:
+    assert config.train is not None
+    inputs = {"train": config.train.model_dump(mode="json"), "start": chosen.start, "days": chosen.days}
+    found = recorder.step("train", inputs, lambda: steps.train(config, chosen, kinds))
+    return validated(ModelReference, found["model"], config.folder / FILE)
+
+
+def _evaluate(
+    config: NightlyConfig, recorder: Recorder, role: str, model: ModelReference, encoded: steps.Encoded
+) -> Evaluated:
+    """The figures of a role's checkpoint, scored now or before."""
+    name, file = f"evaluate {role}", config.folder / f"{role}.parquet"
+    if recorder.night.summary(name) and not file.exists():
+        recorder.forget(name)
+    day = encoded.manifests[encoded.folders[role]]
+    measure = {**config.measure.model_dump(mode="json"), "tables": [config.tables, config.table_precision]}
+    inputs = {"model": model.model_dump(), "day": day, "batch_size": config.batch_size, "measure": measure}
+    recorder.step(name, inputs, lambda: steps.evaluate(config, role, model, encoded))
+    return figures.read(file)
+
+
+def _bless(config: NightlyConfig, recorder: Recorder) -> None:
+    """Moves the pointer to the candidate, once: `back` is not undone by judging the same night again."""
+    candidate = recorder.night.scored("candidate")
+    assert candidate is not None
+    model = candidate.model
+    inputs = {"candidate": model.model_dump(), "judged": recorder.night.judged}
+    recorder.step(
+        "bless",
+        inputs,
+        lambda: {"what": serving.bless(config.out, model, config.date, "pass", config.keep_served)},
+    )
+
+
+def _plain(gate: dict[str, Any]) -> dict[str, Any]:
+    """A gate for JSON, which has no infinite bounds."""
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in gate.items()}

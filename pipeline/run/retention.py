@@ -1,7 +1,9 @@
 """Which checkpoints of a run are kept."""
 
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from features.schema.schema import Split
 from pipeline.run import checkpoint, records
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
+from pipeline.storage.files import make_folder, write_json
+
+PINS = "pins"  # folder of a run: a file for each checkpoint that others rely on, and who they are
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +38,25 @@ class Keep(BaseModel):
 
 
 def steps_to_prune(
-    steps: Sequence[int], keep: Keep, newest: int, evaluated: Mapping[int, Mapping[str, Any]] | None = None
+    steps: Sequence[int],
+    keep: Keep,
+    newest: int,
+    evaluated: Mapping[int, Mapping[str, Any]] | None = None,
+    pinned: Collection[int] = (),
 ) -> list[int]:
     """Those of `steps`, ascending, that no rule of `keep` covers; none where it has no rule.
 
     Args:
         newest: the step just written, which is kept. Those above it go: after a rollback the run trains them anew.
         evaluated: metrics per task of the checkpoints that were evaluated.
+        pinned: steps that are kept whatever the rules are.
     Raises:
         UserError: metrics of a task without its headline metric.
     """
     if keep == Keep():
         return []
     behind = [step for step in steps if step <= newest]
-    wanted = {newest, *(behind[-keep.last :] if keep.last else [])}
+    wanted = {newest, *pinned, *(behind[-keep.last :] if keep.last else [])}
     wanted |= {step for step in behind if keep.every and step % keep.every == 0}
     if keep.best:
         known = {step: metrics for step, metrics in (evaluated or {}).items() if step in behind}
@@ -74,7 +84,33 @@ def prune(run: Run, keep: Keep, dataset: str, newest: int) -> None:
     try:
         found = records.current(run, keep.best, str(Path(dataset).absolute())) if keep.best else {}
         evaluated = {step: record["metrics"] for step, record in found.items()}
-        for step in steps_to_prune(checkpoint.steps(run.checkpoints), keep, newest, evaluated):
+        for step in steps_to_prune(checkpoint.steps(run.checkpoints), keep, newest, evaluated, pinned_steps(run)):
             checkpoint.remove(checkpoint.folder(run.checkpoints, step))
     except (UserError, OSError) as error:
         logger.warning("%s: old checkpoints are not deleted: %s", run.checkpoints, error)
+
+
+def pin(run: Run, step: int, owner: Path) -> None:
+    """Keeps a step's checkpoint from being pruned until `unpin`; of several owners each has a pin of its own.
+
+    Args:
+        owner: what relies on the checkpoint, such as the folder of a serving pointer.
+    """
+    make_folder(run.path / PINS)
+    write_json(_pin(run, step, owner), {"step": step, "owner": str(owner.absolute())})
+
+
+def unpin(run: Run, step: int, owner: Path) -> None:
+    """Takes an owner's pin away, if there is one."""
+    _pin(run, step, owner).unlink(missing_ok=True)
+
+
+def pinned_steps(run: Run) -> set[int]:
+    """The steps that have a pin, by the names of their files."""
+    found = (re.fullmatch(r"step-(\d{8,})-[0-9a-f]{16}\.json", file.name) for file in (run.path / PINS).glob("step-*"))
+    return {int(name[1]) for name in found if name}
+
+
+def _pin(run: Run, step: int, owner: Path) -> Path:
+    name = hashlib.sha256(str(owner.absolute()).encode()).hexdigest()[:16]
+    return run.path / PINS / f"step-{step:08d}-{name}.json"

@@ -27,7 +27,7 @@ from pipeline.storage.files import (
 )
 
 FOLDERS = ("checkpoints", "evaluations", "metrics", "predictions", "tensorboard")
-FILES = ("config.yaml", "schema.yaml", "status.json", "report.html", "ne.png", "gates.png")
+FILES = ("config.yaml", "schema.yaml", "status.json", "mlflow.json", "report.html", "ne.png")
 MAX_STATUS_BYTES = 1 << 16
 
 
@@ -103,13 +103,32 @@ class Run:
 
     def lock(self, name: str, why: str) -> Lock:
         """A lock until it is released or its process ends. Raises UserError, with `why`, where another process has it."""
-        file = self.eval_metrics.with_name(f".{name}.lock")
-        make_folder(file.parent)
+        if (lock := self.try_lock(name)) is None:
+            raise UserError(f"{self.path}: {why}. Wait for it, or stop it.")
+        return lock
+
+    def try_lock(self, name: str) -> Lock | None:
+        """As `lock`; None where another process has it, or has just removed its file."""
         try:
-            with user_error_for_links(file):
-                return storage_of(file).lock(file, create=True)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: {why}. Wait for it, or stop it.") from None
+            return self._lock(name, wait=False)
+        except (BlockingIOError, FileNotFoundError):
+            return None
+
+    def wait_for_lock(self, name: str) -> Lock:
+        """As `lock`, once whoever has it has released it or ended."""
+        while True:
+            with suppress(FileNotFoundError):  # removed meanwhile
+                return self._lock(name, wait=True)
+
+    def _lock(self, name: str, wait: bool) -> Lock:
+        file = self.lock_file(name)
+        make_folder(file.parent)
+        with user_error_for_links(file):
+            return storage_of(file).lock(file, wait=wait, create=True)
+
+    def lock_file(self, name: str) -> Path:
+        """The file that is locked; whoever holds the lock may remove it."""
+        return self.eval_metrics.with_name(f".{name}.lock")
 
     def write_status(self, state: str, step: int, steps: int) -> None:
         """Writes the heartbeat, or how the run ended; a full disk does not stop it."""

@@ -2,11 +2,13 @@
 
 import ctypes
 import fcntl
+import glob
 import os
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -83,6 +85,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path, seconds: float = 0) -> None:
+    """Deletes the temporary files that killed writers of a file have left beside it.
+
+    Args:
+        seconds: since their last change. 0 is for a process that alone writes the file now.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.lstat().st_mtime >= seconds:
+                left.unlink()
 
 
 def swap_dirs(one: Path, other: Path) -> None:

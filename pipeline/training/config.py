@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from models.ranker import ModelConfig
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.run.retention import Keep
+from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.optim.settings import DenseOptimizer, TableOptimizer
 from pipeline.training.optim.strict import Strict
 from pipeline.training.optim.weighting import Weighting
@@ -116,7 +117,7 @@ class Settings(Strict):
         return self
 
 
-class TrainConfig(Strict):
+class TrainConfig(TrackingSettings, Strict):
     """A run: which dataset, which model, how, and where its results go.
 
     Attributes:

@@ -12,6 +12,7 @@ from features.schema.schema import Schema
 from pipeline import cores
 from pipeline.dataset.dataset import open_dataset
 from pipeline.run.run import Run
+from pipeline.run.tracking import registry as tracking
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.preemption import exiting_at_start
 from pipeline.training.observer import Observer
@@ -34,6 +35,8 @@ def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence
     trainer = None
     try:
         with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
+            if os.environ.get("RANK", "0") == "0":
+                tracking.check(config)
             device = process_group.start()
             trainer = prepare(config, schema, device, observers)
         run = trainer.run_to_end()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from features.batch import Batch
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
+from pipeline.dataset.card.page import page_file
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.shards import table_sizes
@@ -22,6 +23,9 @@ from pipeline.run import checkpoint, retention
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import CheckpointWriter
 from pipeline.run.run import Run, keep_lines
+from pipeline.run.tracking import registry as tracking
+from pipeline.run.tracking.base import TRAIN, Committed, Job, Published
+from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.consensus import Consensus, Verdict
 from pipeline.training.faults.hang_watch import HangWatch
@@ -73,8 +77,12 @@ class Trainer:
         self.nonfinite, self.rollbacks = NonfiniteCheck(s.nonfinite), Rollbacks(s.max_skipped)
         self.preemption = PreemptionSignal(log=self.rank == 0)
         self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
-        prune = partial(retention.prune, self.run, s.keep, dataset.name) if self.rank == 0 else lambda _: None
-        self.writer = CheckpointWriter(self.run.checkpoints, self._cpu_group(WRITE_TIMEOUT), s.checkpoint_async, prune)
+        self.sinks = tracking.Sinks()
+        committed = (
+            partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda _: None
+        )
+        group = self._cpu_group(WRITE_TIMEOUT)
+        self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, committed)
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)
@@ -322,20 +330,32 @@ class Trainer:
         """What runs beside the loop: metrics, the watch for hung ranks, the handler of SIGTERM."""
         store = process_group.store() if self.ranks > 1 else None
         self.watch = HangWatch(store, self.rank, self.ranks, self.settings.timeout)
-        if self.rank == 0:
-            self.metrics = MetricsWriter(self.run, list(self.dataset.schema.tasks), self.state.step, self.steps)
         if self.ranks > 1:
             process_group.limit_waiting(2 * self.settings.timeout)  # the watch reports before it
         if self._at_end():
             self.log(f"{self.run.path} is at step {self.state.step} of {self.steps}: nothing to do")
         try:
-            with self.preemption.handling():
+            with self.preemption.handling(), self._tracked():
                 yield
         except UserError:
             self.wait_for_writer()  # the other ranks are still there to write their parts
             raise
         finally:
             self.watch.stop()
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Metrics of rank 0, and the sinks that get them."""
+        if self.rank > 0:
+            yield
+            return
+        job = Job(self.run, TRAIN, step=self.state.step, history=list(read_lines(self.run.train_metrics)))
+        with tracking.opened(job, self.config, into=self.sinks):
+            self.sinks.handle(Published(page_file(self.config.dataset)))
+            self.metrics = MetricsWriter(
+                self.run, list(self.dataset.schema.tasks), self.state.step, self.steps, self.sinks
+            )
+            yield
 
     def _at_end(self) -> bool:
         return self.state.step >= self.steps
@@ -358,3 +378,9 @@ class Trainer:
     def _drop_repeated_lines(self) -> None:
         for lines in (self.run.train_metrics, self.run.progressive):
             keep_lines(lines, self.state.step)
+
+
+def _committed(run: Run, keep: retention.Keep, dataset: str, sinks: tracking.Sinks, step: int) -> None:
+    """What follows a checkpoint of rank 0 that is on disk; called in the thread that wrote it."""
+    retention.prune(run, keep, dataset, step)
+    sinks.handle(Committed(step, time.time()))

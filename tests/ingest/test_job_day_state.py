@@ -7,7 +7,6 @@ import shutil
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +24,8 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.past_state import state_id, state_lines
 from pipeline.dataset.verify import verify
 from pipeline.ingest import job as ingest_job
-from pipeline.release import nightly
-from pipeline.release.nightly import NightlyConfig
+from pipeline.release import encoded_day
+from pipeline.release.config import NightlyConfig
 from pipeline.storage.files import make_folder, sha256
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
@@ -494,9 +493,8 @@ def test_a_whole_dataset_has_a_state_too_and_one_without_it_is_refused(three, tm
     assert rows_by_id(tmp_path / "empty")[0]["rows"] == 0
 
 
-def test_nightly_goes_on_from_the_day_before_and_encodes_the_day_as_it_is_encoded_later(three, tmp_path, monkeypatch):
+def test_nightly_goes_on_from_the_day_before_and_encodes_the_day_as_it_is_encoded_later(three, tmp_path):
     log, days = three
-    found: dict[str, Dataset] = {}
 
     class Trained:
         path = checkpoints = tmp_path
@@ -504,22 +502,12 @@ def test_nightly_goes_on_from_the_day_before_and_encodes_the_day_as_it_is_encode
         def config(self) -> dict[str, Any]:
             return {"dataset": str(days), "days": f"{day(0)}..{day(1)}"}
 
-    class NoScore:
-        def __init__(self, _: Any, dataset: Dataset, *__: Any) -> None:
-            found["day"] = dataset
-
-        def metrics(self, _: int) -> tuple[Any]:
-            return (SimpleNamespace(compute=dict),)
-
-    monkeypatch.setattr(nightly.checkpoint, "steps", lambda _: [1])
-    monkeypatch.setattr(nightly, "Scorer", NoScore)
     settings_ = {"run": tmp_path, "input": str(log_of_day(log, 3, tmp_path / "alone")), "out": tmp_path / "night"}
 
     def judge(**changes: Any) -> Dataset:
         config = NightlyConfig.model_validate(settings_ | {"date": day(3)} | changes)
         make_folder(config.folder)
-        nightly._evaluate(config, {}, Trained(), None)
-        return found["day"]
+        return Dataset(encoded_day.encode(config, encoded_day.origin_of(config, Trained())))
 
     encoded = judge()
     assert encoded.manifest.state.began_from.dataset == str(days / day(2))

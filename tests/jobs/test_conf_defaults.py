@@ -16,7 +16,7 @@ from pipeline.evaluation.explain.explain import ExplainConfig
 from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.relabel import RelabelConfig
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.release.nightly import NightlyConfig
+from pipeline.release.config import NightlyConfig
 from pipeline.synthetic.event_log import LogConfig
 from pipeline.synthetic.ratings_log import RatingsConfig
 from pipeline.training.config import TrainConfig

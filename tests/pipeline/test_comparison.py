@@ -18,7 +18,6 @@ from pipeline.dataset.loader import Loader
 from pipeline.evaluation import predictions, trees
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.model_cost import model_cost
-from pipeline.evaluation.report.plots import expert_heat_map
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
 from pipeline.search import compare, report
@@ -145,18 +144,6 @@ def test_gate_means_are_those_of_all_real_rows(run: Run, small_dataset: Path) ->
     assert [len(level) for level in record["gates"]] == [3, 3]
     for level, weight_BUE in zip(record["gates"], expected, strict=True):
         torch.testing.assert_close(torch.tensor(level), weight_BUE[batch.row_id_B >= 0].mean(0), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (4, 4), (2, 30)])
-def test_heat_maps_name_tasks_and_show_every_weight(shape: tuple[int, int]) -> None:
-    mean_UE = torch.rand(shape).tolist()
-    figure = expert_heat_map([mean_UE, mean_UE], ["click", "bought", "dwell"])
-    axes = figure.axes[0]
-    names = [text.get_text() for text in axes.get_yticklabels()]
-    assert (
-        names == {3: ["click", "bought", "dwell"], 4: ["click", "bought", "dwell", "shared"], 2: ["0", "1"]}[shape[0]]
-    )
-    np.testing.assert_allclose(axes.images[0].get_array(), mean_UE)
 
 
 def test_flops_and_parameters_are_those_of_the_layers(small_dataset: Path) -> None:

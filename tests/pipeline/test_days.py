@@ -29,7 +29,8 @@ from pipeline.dataset.loader import Loader, Position
 from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.oracle import Truth
-from pipeline.release.nightly import NightlyConfig, nightly
+from pipeline.release.config import NightlyConfig
+from pipeline.release.nightly import nightly
 from pipeline.run import records
 from pipeline.run.run import Run
 from pipeline.training.config import Settings, TrainConfig
@@ -121,6 +122,15 @@ def test_a_missing_day_other_encoders_and_another_schema_are_refused_by_name(roo
     write_day(tmp_path, 2, "2026-11-03", 5, schema=Schema.parse(CONTENT | {"weight": "2"}, "other.yaml"))
     with pytest.raises(UserError, match=r"2026-11-03 was written for schema"):
         open_dataset(tmp_path, "2026-11-02..2026-11-03")
+
+
+def test_days_that_keep_other_columns_are_refused_by_name(root, tmp_path):
+    shutil.copytree(root, tmp_path / "days")
+    first, second = sorted(path for path in (tmp_path / "days").iterdir() if path.is_dir())[:2]
+    schema = yaml.safe_load((second / "schema.yaml").read_text())
+    (second / "schema.yaml").write_text(yaml.safe_dump(schema | {"keep": ["x"]}, sort_keys=False))
+    with pytest.raises(UserError, match=rf"{second.name} keeps the columns .*{first.name} keeps \[\]"):
+        open_dataset(tmp_path / "days", f"{first.name}..{second.name}")
 
 
 def test_days_with_holes_are_read_as_a_list_or_with_those_missing_left_out(root, tmp_path, caplog):
@@ -373,10 +383,10 @@ def test_nightly_judges_a_run_on_days_by_a_log_encoded_as_they_were(small_datase
     for day in BOTH.split(".."):
         shutil.copytree(small_dataset, tmp_path / "days" / day)
     train(config(tmp_path / "days", tmp_path / "run"))
-    verdict = nightly(NightlyConfig(run=tmp_path / "run", input=str(small_log), out=tmp_path / "night", date="d"))
-    candidate, frames = verdict.candidate, []
+    given = {"input": str(small_log), "out": tmp_path / "night", "date": "d", "data_gates": {"action": "warn"}}
+    candidate, frames = nightly(NightlyConfig(run=tmp_path / "run", **given)).night.scored("candidate"), []
     for split in ("train", "valid", "test"):  # of the same log, read and encoded once before
         evaluated(tmp_path / "run", split=split, step="newest", dataset=small_dataset)
-        frames.append(pl.read_parquet(predictions.path(Run(tmp_path / "run"), split, candidate.step)))
-    assert Dataset(Path(candidate.dataset)).encoders_id == Dataset(small_dataset).encoders_id
-    assert candidate.metrics["click"]["ne"] == pytest.approx(normalized_entropy(pl.concat(frames)), rel=1e-5)
+        frames.append(pl.read_parquet(predictions.path(Run(tmp_path / "run"), split, candidate.model.step)))
+    assert Dataset(Path(candidate.day)).encoders_id == Dataset(small_dataset).encoders_id
+    assert candidate.figures["click"].value == pytest.approx(normalized_entropy(pl.concat(frames)), rel=1e-5)

@@ -1,11 +1,9 @@
 import json
 import math
+import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,11 @@ from features.errors import UserError
 from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
-from pipeline.evaluation import follow, oracle, predictions
+from pipeline.evaluation import follow, oracle, predictions, priority
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.oracle import Truth
-from pipeline.evaluation.report import html, plots, tables
-from pipeline.release.nightly import NightlyConfig, nightly
+from pipeline.evaluation.report import page, plots, tables
+from pipeline.evaluation.report.numbers import significant
 from pipeline.run import checkpoint, records
 from pipeline.run.checkpoint import lock
 from pipeline.run.run import Run
@@ -47,7 +45,7 @@ def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A copy of the run that a test may change; the tests' process keeps its priority."""
-    monkeypatch.setattr(follow.os, "nice", lambda _: 0)
+    monkeypatch.setattr(priority, "lower", lambda _: None)
     monkeypatch.setattr(follow, "POLL_INTERVAL", 0.02)
     shutil.copytree(trained, tmp_path / "run")
     return Run(tmp_path / "run")
@@ -197,14 +195,6 @@ def test_a_damaged_checkpoint_is_named(run: Run):
         evaluated(run)
 
 
-def test_two_evaluators_of_a_split_do_not_work_at_once(run: Run):
-    first = evaluate(EvaluateConfig(run=run.path, threads=1))
-    next(first)
-    with pytest.raises(UserError, match="another evaluator is at work on split test"):
-        evaluated(run)
-    assert evaluated(run, split="valid") == [2, 4, 6]
-
-
 def test_rows_that_other_encoders_made_are_refused(run: Run, small_dataset: Path, tmp_path: Path):
     """Same schema, other vocabulary: the ids would look up other rows of the tables, without an error."""
     other = shutil.copytree(small_dataset, tmp_path / "other")
@@ -275,19 +265,24 @@ def test_best_possible_is_the_true_probabilitys_own_ne(run: Run, tmp_path: Path,
     assert curve.get_xdata().tolist() == [record["rows"] / 1e6 for record in recorded]
     assert curve.get_ydata().tolist() == [record["metrics"]["click"]["ne"] for record in recorded]
     assert set(limit.get_ydata()) == {best}
-    html.write(results)
+    page.write_run(results)
     assert (run.path / "ne.png").read_bytes()[:4] == b"\x89PNG"
-    assert run.report.read_text().count(f" {ne:.4f}</td>") == 1
+    text = run.report.read_text()
+    shown_ne, *_ = re.findall(r'<p class="figure">([\d.]+)<span>NE</span></p>', text)
+    assert float(shown_ne) == pytest.approx(ne, rel=1e-3)
+    assert f"<dd>{significant(best)}, gap closed" in text
+    assert text.count("<tr><td") > len(recorded)
 
 
-def test_the_dataset_is_opened_and_the_records_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_the_dataset_is_opened_and_records_that_do_not_change_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch):
+    evaluated(run)
     calls: list[str] = []
     for module, name in ((follow, "open_dataset"), (records, "read_lines")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
     evaluation = Evaluation(EvaluateConfig(run=run.path, threads=1))
-    list(evaluation.records())
-    html.write(evaluation.results())
+    assert list(evaluation.records()) == []
+    page.write_run(evaluation.results())
     assert calls == ["open_dataset", "read_lines"]
 
 
@@ -298,48 +293,6 @@ def test_evaluation_leaves_what_the_trainer_wrote_alone(run: Run):
     before = state()
     evaluated(run)
     assert state() == before
-
-
-def test_nightly_passes_an_equal_model_and_fails_a_worse_one(run: Run, small_log: Path, tmp_path: Path, trained: Path):
-    config = NightlyConfig(run=run.path, serving=trained, input=str(small_log), out=tmp_path / "night", date="monday")
-    verdict = nightly(config)
-    assert verdict.passed
-    assert {task: judged.figure for task, judged in verdict.tasks.items()} == {
-        "click": "ne", "bought": "ne", "dwell": "nrmse"
-    }  # fmt: skip
-    assert verdict.tasks["click"].candidate == verdict.tasks["click"].serving
-    # Every row of the day counts, whatever split its time falls into.
-    assert verdict.candidate.metrics["click"]["rows"] == 900
-    assert json.loads((tmp_path / "night" / "monday" / "verdict.json").read_text()) == asdict(verdict)
-    shutil.rmtree(run.checkpoints / "step-00000006")
-    shutil.rmtree(run.checkpoints / "step-00000004")
-    worse = nightly(config)
-    assert not worse.passed
-    assert worse.candidate.step == 2
-    for judged in worse.tasks.values():
-        assert judged.passed == (judged.candidate - judged.serving <= config.max_increase)
-
-
-@pytest.mark.system
-def test_nightlys_exit_code_tells_worse_from_broken(run: Run, small_log: Path, tmp_path: Path, trained: Path):
-    for step in (4, 6):
-        shutil.rmtree(run.checkpoints / f"step-0000000{step}")
-    command = [
-        sys.executable,
-        "-m",
-        "jobs.nightly",
-        f"run={run.path}",
-        f"serving={trained}",
-        f"out={tmp_path / 'night'}",
-        "date=d1",
-    ]
-    worse = subprocess.run([*command, f"input={small_log}"], capture_output=True, text=True, check=False)
-    assert (worse.returncode, "worse than allowed" in worse.stdout) == (2, True), worse.stderr
-    broken = subprocess.run([*command, f"input={tmp_path}"], capture_output=True, text=True, check=False)
-    assert broken.returncode == 1
-    assert broken.stderr.startswith("error: ")
-    assert broken.stderr.count("\n") == 1
-    assert not (tmp_path / "night" / "d1" / "verdict.json").exists()
 
 
 def test_a_line_is_appended_whole_after_a_torn_one(tmp_path: Path):

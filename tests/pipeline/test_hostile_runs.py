@@ -21,8 +21,9 @@ from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation import oracle, predictions
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-from pipeline.evaluation.report import html
-from pipeline.release.nightly import NightlyConfig, nightly
+from pipeline.evaluation.report import page
+from pipeline.release.config import NightlyConfig
+from pipeline.release.nightly import nightly
 from pipeline.run import records
 from pipeline.run.run import FILES, FOLDERS, Run, keep_lines
 from pipeline.search.compare import CompareConfig, Jobs, Runs
@@ -60,7 +61,7 @@ def configured(steps: int) -> Settings:
 def evaluate(run: Path) -> None:
     evaluation = Evaluation(EvaluateConfig(run=run, threads=1, predictions=True, step="newest"))
     list(evaluation.records())
-    html.write(evaluation.results())
+    page.write_run(evaluation.results())
 
 
 def refused(act: Callable[[], object]) -> str:
@@ -144,14 +145,14 @@ def test_a_folder_of_ours_is_made_where_nothing_is_and_never_in_place_of_a_file_
 def test_an_evaluation_writes_through_no_link(trained, tmp_path, outside):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     evaluate(run)  # the good twin
-    assert {path.name for path in run.iterdir()} >= {"report.html", "ne.png", "gates.png", "predictions"}
-    for name in ("report.html", "ne.png", "gates.png"):
+    assert {path.name for path in run.iterdir()} >= {"report.html", "ne.png", "predictions"}
+    for name in ("report.html", "ne.png"):
         shutil.rmtree(run)
         shutil.copytree(trained, run)
         evaluation = Evaluation(EvaluateConfig(run=run, threads=1, step="newest"))
         list(evaluation.records())
         (run / name).symlink_to(outside / "file")
-        html.write(evaluation.results())  # takes the link's place
+        page.write_run(evaluation.results())  # takes the link's place
         assert not (run / name).is_symlink()
         (run / name).unlink()
         (run / name).symlink_to(outside / "file")
@@ -289,25 +290,45 @@ def test_the_page_of_a_dataset_takes_the_place_of_a_link(small_dataset, tmp_path
     assert "<title>data</title>" in (tmp_path / "data.card.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["day", "verdict.json", "encoded day"])
+@pytest.mark.parametrize("name", ["day", "night.json", "encoded day", "lock", "pins", "serving.json", "figures"])
 def test_a_nightly_writes_through_no_link(trained, small_log, tmp_path, outside, name):
-    config = NightlyConfig(run=trained, input=str(small_log), out=tmp_path / "nightly", date="2026-11-09")
+    run = shutil.copytree(trained, tmp_path / "run")
+    given = {"run": run, "input": str(small_log), "out": tmp_path / "nightly", "date": "2026-11-09"}
+    lax = {"metric": "ne", "max": 9, "allow_ne_above_one": True}
+    (run / "gates.yaml").write_text(json.dumps({"default": [lax]}))
+    config = NightlyConfig(
+        **given, data_gates={"action": "warn"}, bless="pass", by_time=[], cold_start=False, buckets=5
+    )
+    config.out.mkdir()
     if name == "day":
-        config.out.mkdir()
         config.folder.symlink_to(outside)
         assert "2026-11-09 is a link" in refused(lambda: nightly(config))
         return
-    if name == "verdict.json":
-        config.folder.mkdir(parents=True)
-        (config.folder / name).symlink_to(outside / "file")
-    nightly(config)
-    assert json.loads((config.folder / "verdict.json").read_text())["passed"]
+    if name == "lock":
+        (config.out / ".nightly.lock").symlink_to(outside / "file")
+        assert "nightly.lock is a link" in refused(lambda: nightly(config))
+        return
+    if name == "pins":
+        (run / "pins").symlink_to(outside)
+        assert "pins is a link" in refused(lambda: nightly(config))
+        return
+    if name in ("night.json", "serving.json"):
+        config.folder.mkdir()
+        file = (config.folder if name == "night.json" else config.out) / name
+        file.symlink_to(outside / "file")
+        assert f"{name} is a link" in refused(lambda: nightly(config))
+        return
+    if name == "figures":
+        config.folder.mkdir()
+        (config.folder / "candidate.parquet").symlink_to(outside / "file")
+    assert nightly(config).night.outcome == "pass"
     if name == "encoded day":
         [day] = config.folder.glob("day-*")
         day.rename(tmp_path / "other")
         day.symlink_to(tmp_path / "other")
         before = (tmp_path / "other/manifest.json").stat()
-        assert f"{day.name} is a link" in refused(lambda: nightly(config))
+        again = config.model_copy(update={"again": True})
+        assert f"{day.name} is a link" in refused(lambda: nightly(again))
         assert (tmp_path / "other/manifest.json").stat() == before
 
 

@@ -1,9 +1,11 @@
 """pipeline/storage: what every registered storage guarantees. A member that is not local adds its root to `ROOTS`."""
 
 import errno
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from pipeline.storage.base import Storage
 from pipeline.storage.files import STORAGES, read_lines, storage_of, write_json
-from pipeline.storage.local import LocalStorage, replacing
+from pipeline.storage.local import LocalStorage, remove_leftovers, replacing
 
 ROOTS: dict[str, Callable[[Path], Path]] = {"": lambda tmp_path: tmp_path}
 
@@ -159,3 +161,17 @@ def test_two_writes_of_one_process_use_names_that_cannot_be_guessed(tmp_path: Pa
             assert len(path.name) >= len(".file.") + 32
             path.write_bytes(b"")
         assert one != other
+
+
+def test_what_a_killed_writer_left_is_removed_once_it_is_old_enough(tmp_path: Path) -> None:
+    file, other = tmp_path / "part[1].parquet", tmp_path / "part1.parquet"
+    with replacing(file) as temporary:
+        left = temporary
+    others = [file, tmp_path / f".{other.name}.{'0' * 32}", tmp_path / f".{file.name}.notes"]
+    for each in (left, *others):
+        each.touch()
+    os.utime(left, (time.time() - 100, time.time() - 100))
+    remove_leftovers(file, seconds=200)
+    assert left.exists()
+    remove_leftovers(file, seconds=50)
+    assert (left.exists(), [each.exists() for each in others]) == (False, [True] * 3)

@@ -12,6 +12,7 @@ import torch
 from tiny_training import configuration
 
 from pipeline.run.run import Run
+from pipeline.run.tracking.registry import Sinks
 from pipeline.training.logging.learning_check import ROWS, WINDOWS, Fault, faults
 from pipeline.training.logging.metrics_writer import MetricsWriter
 from pipeline.training.train import prepare
@@ -150,7 +151,7 @@ def test_a_line_that_a_rollback_takes_back_comes_again_and_one_before_it_does_no
     (run.path / "metrics").mkdir(parents=True)
     records = series(17, click=noisy(1.8), sale=lambda i: 0.9 if i < 12 else 1.5 + 0.001 * (i % 2))
     records = [record | {"rows_per_s": 1.0, "data_wait": 0.0, "seconds_left": 0.0} for record in records]
-    writer, written = MetricsWriter(run, ["click", "sale"], 0, 17), list[tuple[int, str]]()
+    writer, written = MetricsWriter(run, ["click", "sale"], 0, 17, Sinks()), list[tuple[int, str]]()
 
     def log(steps: range) -> None:
         for step in steps:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -102,6 +103,12 @@ class Picture:
     last: str = ""
     listed: list[tuple[str, float]] = field(default_factory=list)
     rest: str = ""
+
+
+def page_file(dataset: Path) -> Path:
+    """Where jobs.inspect writes the page, unless it is given another file: beside the dataset."""
+    path = dataset.resolve()
+    return path.with_name(f"{path.name}.card.html")
 
 
 def page(name: str, manifest: Manifest, card: dict[str, Any]) -> str:

@@ -55,7 +55,9 @@ class _Column(Dimension):
         self.name, self.columns = name, [column]
 
     def values(self, table: pa.Table) -> pa.Array:
-        return table[self.columns[0]].combine_chunks()
+        values = table[self.columns[0]].combine_chunks()
+        # A row group whose texts repeat is read as codes; the values looked up are texts.
+        return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
 
 class _Feature(Dimension):

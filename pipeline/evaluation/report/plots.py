@@ -1,12 +1,16 @@
-"""Pictures of a run's evaluations: the headline metric over training rows, and the mean weight of each expert."""
+"""The headline metric over training rows as a picture, for what shows no page: ne.png."""
 
-import torch
+import io
+
 from matplotlib.figure import Figure
 
 from features.printable import printable
 from pipeline.evaluation.metrics.registry import METRICS
 from pipeline.evaluation.report.results import Results
 from pipeline.run.headline import HEADLINE
+from pipeline.storage.files import storage_of
+
+FILE = "ne.png"
 
 
 def literal(text: str) -> str:
@@ -34,25 +38,8 @@ def learning_curves(results: Results) -> Figure:
     return figure
 
 
-def expert_heat_map(means: list[list[list[float]]], tasks: list[str]) -> Figure:
-    """Mean gate weights as a heat map a level (AdaTT, figure 3): experts across, units down.
-
-    Units are named by task where there are as many of them, or one more: the shared unit.
-    """
-    figure = Figure(figsize=(1 + 4.4 * len(means), 3.2), layout="constrained")
-    for level, (axes, mean_UE) in enumerate(zip(figure.subplots(1, len(means), squeeze=False)[0], means, strict=True)):
-        units, experts = len(mean_UE), len(mean_UE[0])
-        names = (
-            [*map(literal, tasks), "shared"][:units] if 0 <= units - len(tasks) <= 1 else [str(u) for u in range(units)]
-        )
-        image = axes.imshow(torch.tensor(mean_UE).numpy(), aspect="auto", cmap="viridis")
-        axes.set(title=f"level {level + 1}", xlabel="expert", yticks=range(units), yticklabels=names)
-        axes.set_xticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
-        if units * experts <= 64:
-            top = max(max(row) for row in mean_UE)
-            for u, row in enumerate(mean_UE):
-                for e, weight in enumerate(row):
-                    axes.text(e, u, f"{weight:.2f}", ha="center", va="center", size=8,
-                              color="black" if weight > top / 2 else "white")  # fmt: skip
-        figure.colorbar(image, ax=axes)
-    return figure
+def write_curves(results: Results) -> None:
+    """Writes ne.png into the run's folder."""
+    image, path = io.BytesIO(), results.run.path / FILE
+    learning_curves(results).savefig(image, format="png", dpi=120)
+    storage_of(path).write(path, image.getvalue())

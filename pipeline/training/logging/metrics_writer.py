@@ -1,20 +1,20 @@
-"""Metrics of a run in training: train.jsonl, progressive.jsonl, TensorBoard, and progress on the terminal."""
+"""Metrics of a run in training: train.jsonl, progressive.jsonl, tracking, and progress on the terminal."""
 
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from features.errors import UserError
 from features.plain_json import validated
 from pipeline.run.run import Run
-from pipeline.storage.files import append_line, make_folder, read_lines
+from pipeline.run.tracking.base import RolledBack, TrainRecord
+from pipeline.run.tracking.registry import Sinks
+from pipeline.storage.files import append_line, read_lines
 from pipeline.terminal import SECONDS, draws_bars, short_decimal
 from pipeline.training.logging.learning_check import faults
 
@@ -40,14 +40,13 @@ class MetricsWriter:
 
     Args:
         run: where the files go. tasks: their names. step, steps: where the run starts and ends.
+        sinks: which get the records too (pipeline.run.tracking); their owner closes them.
     """
 
-    def __init__(self, run: Run, tasks: list[str], step: int, steps: int) -> None:
-        self.run, self.tasks, self.steps = run, tasks, steps
-        self.board = SummaryWriter(str(make_folder(run.tensorboard)), purge_step=step + 1)
+    def __init__(self, run: Run, tasks: list[str], step: int, steps: int, sinks: Sinks) -> None:
+        self.run, self.tasks, self.steps, self.sinks = run, tasks, steps, sinks
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if draws_bars() else None
         self.logged = 0.0
-        self.drawing = True
         self.unwritten: list[tuple[Path, dict[str, Any]]] = []
         earlier = [validated(_Record, record, run.train_metrics) for record in read_lines(run.train_metrics)]
         self.records: list[Mapping[str, Any]] = [record.model_dump() for record in earlier[-HISTORY:]]
@@ -66,10 +65,7 @@ class MetricsWriter:
             for fault in found:
                 logger.warning(fault.line)
         self._write(self.run.train_metrics, record)
-        scalars = {f"train/{key}": record[key] for key in ("lr", "loss", "rows_per_s", "data_wait")}
-        for key in ("weight", "ne", "task_loss"):
-            scalars |= {f"train_{key}/{task}": value for task, value in record[key].items() if value is not None}
-        self._draw(scalars, record["step"])
+        self.sinks.handle(TrainRecord(record))
         self.run.write_status("training", record["step"], self.steps)
         figures = _figures(record)
         rate = f"{record['rows_per_s']:,.0f} rows/s"
@@ -88,9 +84,7 @@ class MetricsWriter:
         """Hides the curves of the steps after `step`, which are repeated."""
         self.records = [record for record in self.records if record["step"] <= step]
         self.faults = {fault: found for fault, found in self.faults.items() if found <= step}
-        with suppress(OSError):  # a full disk costs curves, not the run
-            self.board.close()
-            self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)
+        self.sinks.handle(RolledBack(step))
 
     def day(self, record: dict[str, Any]) -> None:
         """Writes a record of progressive.jsonl: epoch, day, step, rows, ne and task_loss of a day's or an epoch's batches."""
@@ -112,19 +106,8 @@ class MetricsWriter:
                     f"{path}: cannot be written: {error.strerror}. Free space; its lines are kept in memory until then."
                 )
 
-    def _draw(self, scalars: dict[str, float], step: int) -> None:
-        try:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
-        except OSError as error:
-            if self.drawing:
-                logger.warning(f"{self.run.tensorboard}: cannot be written: {error.strerror}. Its curves end here.")
-            self.drawing = False
-
     def close(self) -> None:
-        """Ends the bar, flushes TensorBoard and names the run's faults. Raises UserError where lines could not be written."""
-        with suppress(OSError):  # a full disk costs curves, not the run
-            self.board.close()
+        """Ends the bar and names the run's faults. Raises UserError where lines could not be written."""
         if self.bar is not None:
             self.bar.close()
         if self.faults:

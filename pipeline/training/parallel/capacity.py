@@ -13,6 +13,7 @@ from models.emm import EMMSettings, build_ranker
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.days import Days, MissingDays
+from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
 from pipeline.training.optim.strict import Strict
@@ -24,8 +25,8 @@ from pipeline.training.step import TrainStep
 UNLIMITED = 1 << 60
 
 
-class PlanConfig(Strict):
-    """The settings of jobs.train that a plan depends on, and the cluster.
+class PlanConfig(TrackingSettings, Strict):
+    """The settings of jobs.train that a plan depends on, and the cluster. Those of tracking are read and have no effect.
 
     Attributes:
         dataset: whose fitted encoders give the tables' sizes; without it the schema gives the largest they can be.

@@ -1,0 +1,162 @@
+"""The pointer to the checkpoint that serves, OUT/serving.json, with those before it: all in one file, so one rename moves it.
+
+The checkpoints that it names are pinned in their runs (pipeline.run.retention): no training prunes them.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat
+
+from features.errors import UserError
+from features.plain_json import read_json, validated
+from pipeline.dataset.days import day_of
+from pipeline.release.night import ModelReference, Strict, Text
+from pipeline.release.verdict import Outcome
+from pipeline.run import checkpoint
+from pipeline.run.retention import pin, unpin
+from pipeline.run.run import Run
+from pipeline.storage.files import write_json
+
+FILE = "serving.json"
+MAX_BYTES = 1 << 20
+MOST_WITHDRAWN = 1000
+
+logger = logging.getLogger(__name__)
+
+
+class Blessed(Strict):
+    """A checkpoint that was released: by which night, with which verdict and when (seconds since 1970)."""
+
+    run: Text
+    step: Annotated[int, Field(ge=0)]
+    checksum: Text
+    night: Text
+    verdict: Outcome
+    time: FiniteFloat
+
+    @property
+    def model(self) -> ModelReference:
+        """The checkpoint."""
+        return ModelReference(run=self.run, step=self.step, checkpoint=self.checksum)
+
+
+Entries = Annotated[list[Blessed], Field(default_factory=list, max_length=1000)]
+
+
+class Serving(Blessed):
+    """The content of serving.json: what serves, those before it, the newest first, and what `back` has withdrawn."""
+
+    version: Literal[1] = 1
+    earlier: Entries
+    withdrawn: Entries
+
+    @property
+    def entries(self) -> list[Blessed]:
+        """All of them, the newest first."""
+        return [_plain(self), *self.earlier]
+
+
+def read_serving(out: Path) -> Serving | None:
+    """The pointer of a folder of nights, None before the first blessing. Raises UserError for a damaged one."""
+    try:
+        found = read_json(out, FILE, MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    return validated(Serving, found, out / FILE)
+
+
+def before(pointer: Serving | None, night: str) -> Blessed | None:
+    """What served before a night: a night that is taken up after it has moved the pointer is compared with the same model."""
+    return next((entry for entry in pointer.entries if entry.night != night), None) if pointer else None
+
+
+def check_there(entry: Blessed, out: Path) -> None:
+    """Raises UserError unless the checkpoint is still the one that was blessed."""
+    try:
+        found = checkpoint.read(checkpoint.folder(Run(Path(entry.run)).checkpoints, entry.step)).checksum
+    except UserError as error:
+        raise UserError(f"{out / FILE}: {error}. Restore it, or name another one: serving=RUN.") from None
+    if found != entry.checksum:
+        raise UserError(
+            f"{out / FILE}: step {entry.step} of {entry.run} is not the checkpoint that was blessed (its checksum is {found}): "
+            "it was trained anew. Restore it, or name another one: serving=RUN."
+        )
+
+
+def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, keep: int) -> str:
+    """Moves the pointer to a checkpoint. Returns what was done, in a line.
+
+    It stays where it is for a night of an earlier day than the one that moved it last, and for a checkpoint that `back` has
+    withdrawn.
+
+    Args:
+        keep: entries, the new one included.
+    """
+    pointer = read_serving(out)
+    if pointer and (pointer.checksum, pointer.run, pointer.step) == (
+        candidate.checkpoint,
+        candidate.run,
+        candidate.step,
+    ):
+        pin(Run(Path(candidate.run)), candidate.step, out)
+        return "serves already"
+    if pointer and candidate.checkpoint in {entry.checksum for entry in pointer.withdrawn}:
+        return "not moved: bless=back has withdrawn this checkpoint"
+    if pointer and (ours := day_of(night)) and (theirs := day_of(pointer.night)) and ours < theirs:
+        return f"not moved: the checkpoint that serves has passed on the later day {pointer.night}"
+    entry = Blessed(
+        run=candidate.run,
+        step=candidate.step,
+        checksum=candidate.checkpoint,
+        night=night,
+        verdict=verdict,
+        time=time.time(),
+    )
+    known = [] if pointer is None else pointer.entries
+    earlier, dropped = known[: keep - 1], known[keep - 1 :]
+    pin(Run(Path(entry.run)), entry.step, out)
+    withdrawn = [] if pointer is None else pointer.withdrawn
+    # Before the file that names them changes, and those of a `back` that was killed with them: none stays pinned for good.
+    _release(out, [*dropped, *withdrawn], [entry, *earlier])
+    _write(out, [entry, *earlier], withdrawn)
+    return f"serves from now on; before it {earlier[0].model if earlier else 'nothing'}"
+
+
+def back(out: Path) -> tuple[Blessed, Blessed]:
+    """Moves the pointer one back. Returns what served, and what serves now.
+
+    Raises:
+        UserError: there is nothing before, or it is no longer the checkpoint that was blessed.
+    """
+    pointer = read_serving(out)
+    if pointer is None or not pointer.earlier:
+        there = "is missing" if pointer is None else "names no earlier checkpoint"
+        raise UserError(
+            f"{out / FILE} {there}: there is nothing to go back to. Bless another one: serving=null bless=pass."
+        )
+    last, entries = _plain(pointer), pointer.earlier
+    check_there(entries[0], out)
+    _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:])
+    _release(out, [last], entries)
+    return last, entries[0]
+
+
+def _release(out: Path, dropped: Sequence[Blessed], kept: Sequence[Blessed]) -> None:
+    """Unpins checkpoints that the pointer does not name any more."""
+    named = {(entry.run, entry.step) for entry in kept}
+    for entry in dropped:
+        if (entry.run, entry.step) not in named and Path(entry.run).is_dir():
+            unpin(Run(Path(entry.run)), entry.step, out)
+
+
+def _write(out: Path, entries: Sequence[Blessed], withdrawn: Sequence[Blessed]) -> None:
+    content = Serving(**entries[0].model_dump(), earlier=[*entries[1:]], withdrawn=[*withdrawn])
+    write_json(out / FILE, content.model_dump())
+
+
+def _plain(entry: Blessed) -> Blessed:
+    return Blessed(**{name: getattr(entry, name) for name in Blessed.model_fields})

@@ -1,0 +1,129 @@
+"""The candidate of a night that trains: a run on the days that no earlier night's has seen, from that one's weights."""
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from features.errors import Preempted, UserError
+from features.schema.schema import Schema
+from pipeline.dataset.days import chosen_days, day_of, ranges_of
+from pipeline.overrides import setting
+from pipeline.release.config import NightlyConfig, TrainStep
+from pipeline.release.encoded_day import earlier_days
+from pipeline.release.night import ModelReference, Night
+from pipeline.run.run import Run
+from pipeline.storage.files import appending, storage_of
+
+LOG = "train.log"
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+logger = logging.getLogger(__name__)
+
+
+def warm_start(config: NightlyConfig, nights: Sequence[Night], serving: ModelReference | None) -> Path | None:
+    """The run that a night's training starts from: that of the last earlier night that trained and passed.
+
+    Without one it is `train.init_from`, then the serving one; None: the training starts from nothing.
+    """
+    assert config.train is not None
+    ours = day_of(config.date)
+    for night in reversed(nights):
+        theirs = day_of(night.date)
+        if night.outcome == "pass" and night.summary("train") and ours and theirs and theirs < ours:
+            run = Path(str((night.summary("train") or {}).get("run")))
+            if (run / "config.yaml").is_file():
+                return run
+    if config.train.init_from:
+        return config.train.init_from.absolute()
+    return Path(serving.run) if serving else None
+
+
+def new_days(config: NightlyConfig, start: Path | None) -> str:
+    """The days to train on: those before the judged one that the run `start` has not seen; without one all of them.
+
+    A model is not judged on a day that it was trained on.
+
+    Raises:
+        UserError: there is no such day.
+    """
+    earlier = earlier_days(config)
+    seen = None
+    if start is not None:
+        content = Run(start).config()
+        if days := content.get("days"):
+            missing = content.get("missing_days", "refuse")
+            seen = day_of(chosen_days(Path(content["dataset"]), days, missing)[-1])
+        else:
+            seen = day_of(Path(content["dataset"]).name)
+    found = [day for day in earlier if seen is None or day > seen]
+    if not found:
+        raise UserError(
+            f"days={config.days}: no day after {seen}, the last one that {start} was trained on, and before {config.date}. Run "
+            "jobs.preprocess with date= for the days between, or judge that run: run= instead of train=."
+        )
+    return ",".join(ranges_of(found))
+
+
+def check_first(config: NightlyConfig, start: Path | None, schema: Schema) -> None:
+    """Raises UserError where the training could not start from the run. Args: schema: of the days."""
+    if start is None:
+        return
+    tasks = Run(start).schema().tasks
+    if missing := [name for name in tasks if name not in schema.tasks]:
+        raise UserError(f"{start} predicts {', '.join(missing)}, which {config.days} has no labels of")
+
+
+def train(config: NightlyConfig, step: TrainStep, days: str, start: Path | None) -> Path:
+    """Trains OUT/DATE/run to its end in a process of its own, and resumes it where it was killed.
+
+    Raises:
+        UserError: it failed; its output is in train.log.
+        Preempted: it was asked to end, and has saved its work.
+    """
+    run = (config.folder / "run").absolute()
+    start_from = [setting("train.init_from", start)] if start else []
+    assert config.days is not None
+    own = [setting("dataset", config.days.absolute()), f"days=[{days}]", setting("run", run), *start_from]
+    launcher = (
+        ["jobs.launch", f"--nproc-per-node={step.ranks}", "-m", "jobs.train"] if step.ranks > 1 else ["jobs.train"]
+    )
+    wait_for_trainer(Run(run))
+    log = config.folder / LOG
+    with appending(log) as output:
+        code = _call([sys.executable, "-m", *launcher, *own, *step.args], output.fileno())
+    if code == os.EX_TEMPFAIL:
+        raise Preempted(f"{run}: preempted, its checkpoint is kept. Run the same command again.")
+    if code:
+        raise UserError(f"the training of {run} ended with exit code {code}: see {log}")
+    return run
+
+
+def wait_for_trainer(run: Run) -> None:
+    """Waits until the trainer of a night that was killed has saved its work and ended."""
+    file = run.eval_metrics.with_name(".train.lock")
+    if file.exists():
+        storage_of(file).lock(file, wait=True).release()
+
+
+def _call(command: Sequence[str], output: int) -> int:
+    """Runs a process to its end. It gets SIGTERM when this one ends, whichever way: it would train on unwatched."""
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        if hasattr(libc, "prctl"):  # Linux
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=end_with_parent)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise

@@ -1,0 +1,256 @@
+"""Evaluators that follow a run: order, lag, several at once, on several ranks, at a low priority; what jobs.evaluate prints."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from evaluations_by_hand import set_commit_time
+
+from features.errors import UserError
+from models.ranker import ModelConfig
+from pipeline.evaluation import follow, predictions, priority, ranks
+from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
+from pipeline.evaluation.metrics import evaluated
+from pipeline.evaluation.report import html, tables
+from pipeline.run import checkpoint
+from pipeline.run.run import Run
+from pipeline.storage.files import read_lines
+from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.train import train
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])}
+
+
+@pytest.fixture(scope="module")
+def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints at 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=6, checkpoint_every=2, threads=1)
+    model = ModelConfig(fusion={"name": "mmoe", "num_experts": 2, "levels": [[4]]}, tower=[4])
+    train(TrainConfig(dataset=small_dataset, run=run, model=model, train=settings))
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(priority, "lower", lambda _: None)
+    monkeypatch.setattr(follow, "POLL_INTERVAL", 0.02)
+    return Run(Path(shutil.copytree(trained, tmp_path / "run")))
+
+
+def config(run: Run, **settings: object) -> EvaluateConfig:
+    return EvaluateConfig(run=run.path, threads=1, **settings)
+
+
+def lines(run: Run) -> list[tuple[int, str]]:
+    return [(line["step"], line["split"]) for line in read_lines(run.eval_metrics)]
+
+
+def test_two_evaluators_of_a_split_share_its_checkpoints(run: Run):
+    first = evaluate(config(run))
+    one = next(first)["step"]
+    held = run.try_lock("test-00000004")
+    assert [record["step"] for record in evaluate(config(run))] == [6]
+    assert list(evaluate(config(run, follow=True))) == []  # it waits for nobody
+    held.release()  # as a killed evaluator does
+    assert [one, *(record["step"] for record in first)] == [2, 4]
+    assert [r["step"] for r in evaluate(config(run, split="valid"))] == [2, 4, 6]
+    assert sorted(lines(run)) == [(step, split) for step in (2, 4, 6) for split in ("test", "valid")]
+
+
+def test_a_follower_takes_what_a_killed_one_leaves(run: Run):
+    held = run.try_lock("test-00000004")
+    run.write_status("training", 6, 8)
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.extend(r["step"] for r in evaluate(config(run, follow=True))))
+    thread.start()
+    while thread.is_alive() and len(found) < 2:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert found == [2, 6]
+    held.release()
+    while thread.is_alive() and len(found) < 3:
+        time.sleep(0.02)
+    run.write_status("finished", 6, 6)
+    thread.join(30)
+    assert (found, len(lines(run))) == ([2, 6, 4], 3)
+
+
+def test_the_newest_checkpoint_is_first_and_every_second_one_is_left_out_but_the_last_of_a_finished_run(run: Run):
+    run.write_status("training", 6, 8)
+    following = evaluate(config(run, follow=True, order="newest", every=2, give_up_after=0.2))
+    assert next(following)["step"] == 4
+    with pytest.raises(UserError, match="no trainer heartbeat"):
+        next(following)
+    run.write_status("finished", 6, 6)
+    assert [record["step"] for record in evaluate(config(run, order="newest", every=2))] == [6]
+    assert [record["step"] for record in evaluate(config(run, order="newest"))] == [2]
+
+
+def test_a_record_has_its_lag_and_share_and_the_line_shows_the_lag(run: Run):
+    from jobs.evaluate import progress_line
+
+    run.write_status("training", 1044, 2000)
+    set_commit_time(run, 4, run.status().time - 3.125)
+    [record] = evaluate(config(run, step=4))
+    assert record["lag"] == {"steps": 1040, "seconds": pytest.approx(3.125, abs=1e-3)}
+    assert record["share"] == 1.0
+    assert list(read_lines(run.eval_metrics)) == [record]
+    line = re.sub(r"\d?\.\d{4}", ".8123", progress_line(record | {"seconds": 1.23}))
+    assert line == "step 4  test  NE click .8123 bought .8123  1.2 s  lag 1,040 steps, 3.1 s"
+    assert progress_line(record | {"seconds": 1.23, "lag": None}).endswith(" 1.2 s")
+
+
+def test_files_are_written_before_the_line_and_made_again_where_they_are_damaged(run: Run):
+    list(evaluate(config(run, predictions=True)))
+    before = list(read_lines(run.eval_metrics))
+    figures = run.path / "evaluations" / "test-00000004.parquet"
+    figures.write_bytes(figures.read_bytes()[:50])
+    predictions.path(run, "test", 2).unlink()
+    assert [record["step"] for record in evaluate(config(run, predictions=True))] == [2, 4]
+    assert list(evaluate(config(run, predictions=True))) == []
+    after = list(read_lines(run.eval_metrics))
+    assert sorted((r["step"], str(r["metrics"])) for r in after) == [(r["step"], str(r["metrics"])) for r in before]
+    assert evaluated.read(figures).provenance.checkpoint == before[1]["checkpoint"]
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_ends_an_evaluation_only_if_it_was_named(run: Run, caplog):
+    found = evaluate(config(run))
+    assert next(found)["step"] == 2
+    shutil.rmtree(checkpoint.folder(run.checkpoints, 4))
+    assert [record["step"] for record in found] == [6]
+    assert [r.getMessage()[:16] for r in caplog.records if r.levelname == "WARNING"] == ["step 4: left out"]
+    named = evaluate(config(run, split="valid", step=[2, 6]))
+    assert next(named)["step"] == 2
+    shutil.rmtree(checkpoint.folder(run.checkpoints, 6))
+    with pytest.raises(UserError, match="step-00000006"):
+        next(named)
+
+
+def test_a_checkpoint_that_cannot_be_read_keeps_no_lock(run: Run):
+    file = run.checkpoints / "step-00000004" / "rank-00000.bin"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="step-00000004"):
+        list(evaluate(config(run)))
+    file.write_bytes(whole)
+    assert [record["step"] for record in evaluate(config(run))] == [4, 6]
+    assert not list(run.eval_metrics.parent.glob(".test-*"))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_has_an_empty_table_and_a_report(run: Run):
+    shutil.rmtree(run.checkpoints)
+    run.write_status("finished", 6, 6)
+    evaluation = Evaluation(config(run, follow=True))
+    assert list(evaluation.records()) == []
+    html.write(results := evaluation.results())
+    assert "click" in tables.table(results)
+    assert run.report.exists()
+
+
+def test_a_run_whose_trainer_never_wrote_a_heartbeat_is_given_up(run: Run):
+    (run.path / "status.json").unlink()
+    found = evaluate(config(run, follow=True, give_up_after=0.3))
+    assert [next(found)["step"] for _ in range(3)] == [2, 4, 6]
+    with pytest.raises(UserError, match="no trainer heartbeat for 0 s"):
+        next(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"follow": True, "step": 4}, "leave step out"), ({"every": 2, "step": [4]}, "leave step out"),
+     ({"predictions": True, "share": 0.5}, "leave share out"), ({"share": 0}, "greater than 0"), ({"every": 0}, "every")],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_refused(settings: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        EvaluateConfig(run=Path("run"), **settings)
+
+
+def job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs.evaluate", "threads=1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200, cwd=ROOT)
+
+
+@pytest.mark.system
+def test_the_job_prints_the_table_where_nothing_is_new_and_waits_for_a_run_that_does_not_exist_yet(
+    trained: Path, tmp_path
+):
+    run, later = Run(tmp_path / "run"), []
+    thread = threading.Thread(target=lambda: later.append(job(f"run={run.path}", "follow=true", "idle=false")))
+    thread.start()
+    time.sleep(1)
+    shutil.copytree(trained, tmp_path / "copy")
+    (tmp_path / "copy").rename(run.path)
+    thread.join()
+    [first] = later
+    assert first.returncode == 0, first.stderr
+    assert re.findall(r"^step (\d)  test  NE .* s  lag \d steps, [\d,]+\.\d s$", first.stdout, re.M) == ["2", "4", "6"]
+    again = job(f"run={run.path}", "step=[6,2]")
+    assert again.returncode == 0, again.stderr
+    assert first.stdout.endswith(again.stdout)
+    assert re.findall(r"^ +(\d)  ", again.stdout, re.M) == ["2", "4", "6"]
+    assert len(lines(run)) == 3
+
+
+@pytest.mark.system
+def test_rank_0_of_an_evaluator_chooses_and_records_and_all_ranks_end_with_its_error(trained: Path, tmp_path: Path):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    script = str(Path(__file__).with_name("two_following_ranks.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((run / f"said-{rank}.json").read_text()) for rank in range(2))
+    assert (first["steps"], second["steps"]) == ([6, 4, 2], [])
+    assert (first["first"], second["first"]) == (0, 0)
+    assert "step-00000004/rank-00000.bin: its checksum" in first["error"]
+    assert first["error"] == second["error"]
+    assert [line["step"] for line in read_lines(run / "first.jsonl")] == [6, 4, 2]
+
+
+def test_without_a_process_group_there_is_one_rank():
+    assert ranks.is_first()
+    assert ranks.from_first(lambda: 5) == 5
+    assert ranks.first_error(None) is None
+
+
+def printed(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    return done.stdout.strip()
+
+
+PRIORITY: Callable[[bool], str] = """
+import os, threading, pipeline.evaluation.priority as priority
+ready, go, found = threading.Event(), threading.Event(), []
+def report(): ready.set(); go.wait(); found.append(os.sched_getscheduler(0))
+earlier = threading.Thread(target=report); earlier.start(); ready.wait()
+priority.lower({})
+go.set(); earlier.join()
+later = threading.Thread(target=report); later.start(); later.join()
+print(os.nice(0), os.sched_getscheduler(0), *found)
+""".format
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="SCHED_IDLE is Linux")
+def test_a_follower_runs_on_idle_cores_only_with_all_its_threads_or_at_a_low_priority():
+    nice = os.nice(0)
+    assert printed(PRIORITY(True)) == f"{nice + 10} {os.SCHED_IDLE} {os.SCHED_IDLE} {os.SCHED_IDLE}"
+    assert printed(PRIORITY(False)) == f"{nice + 10} {os.SCHED_OTHER} {os.SCHED_OTHER} {os.SCHED_OTHER}"
+
+
+def test_only_a_follower_lowers_its_priority(run: Run, monkeypatch: pytest.MonkeyPatch):
+    called: list[bool] = []
+    monkeypatch.setattr(priority, "lower", called.append)
+    Evaluation(config(run))
+    assert called == []
+    Evaluation(config(run, follow=True))
+    Evaluation(config(run, follow=True, idle=False))
+    assert called == [True, False]

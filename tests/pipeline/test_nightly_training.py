@@ -1,0 +1,147 @@
+"""Nights that train their candidate: on which days, from which weights, and in a process that ends with the night."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from nightly_world import day, encode_day, night, no_beam, record, train_run, write_day
+
+from features.errors import Preempted, UserError
+from pipeline.release import training_step
+from pipeline.release.nightly import nightly
+from pipeline.release.training_step import new_days, wait_for_trainer, warm_start
+from pipeline.run.run import Run
+
+SMALL = {
+    "args": [
+        "model=shared_bottom", "train.batch_size=64", "train.lanes=2", "train.max_steps=60", "train.epochs=20",
+        "train.threads=1", "train.tables.lr=0.2", "train.dense.lr=0.01",
+    ],
+}  # fmt: skip
+LAX = {"by_time": [], "cold_start": False, "buckets": 20}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Logs of days 0 to 4, datasets of days 0 to 2, and a run on day 0."""
+    root = tmp_path_factory.mktemp("world")
+    for number in range(5):
+        write_day(root / "log", number, rows=600)
+    for number in range(3):
+        encode_day(root / "log", root / "days", number)
+    train_run(root / "days", root / "run", last=0, steps=10)
+    lax = {"metric": "ne", "max": 5, "allow_ne_above_one": True}
+    (root / "gates.yaml").write_text(yaml.safe_dump({"default": [lax]}))
+    return root
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line of a training runs here: a process of its own takes ten times as long to start."""
+
+    def call(command: list[str], output: int) -> int:
+        assert command[1:3] == ["-m", "jobs.train"]
+        monkeypatch.setattr(sys, "argv", command[2:])
+        importlib.import_module("jobs.train").main()
+        return 0
+
+    monkeypatch.setattr(training_step, "_call", call)
+
+
+@pytest.mark.integration
+def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, tmp_path, in_this_process):
+    out, days, lax = tmp_path / "nights", world / "days", LAX | {"gates": world / "gates.yaml"}
+    with no_beam():
+        first = nightly(night(world / "log", out, 3, train=SMALL, days=days, bless="pass", **lax))
+        assert first.night.outcome == "pass"
+        # Day 2 has come late, after day 3 was judged.
+        late = nightly(night(world / "log", out, 2, train=SMALL | {"init_from": world / "run"}, days=days, **lax))
+        second = nightly(night(world / "log", out, 4, train=SMALL, days=days, bless="pass", **lax))
+    of_first, of_late, of_second = (found.night.summary("train") for found in (first, late, second))
+    assert (of_first["days"], of_first["start"]) == (f"{day(0)}..{day(2)}", None)
+    assert (of_late["days"], of_late["start"]) == (day(1), str(world / "run"))
+    assert (of_second["days"], of_second["start"]) == (day(3), of_first["run"])  # which the first night has encoded
+    config = Run(Path(of_second["run"])).config()
+    assert (config["days"], config["train"]["init_from"]) == (day(3), of_first["run"])
+    assert second.message["serving"] == first.message["candidate"]
+    assert second.message["candidate"]["run"] == of_second["run"]
+    assert second.night.outcome == "pass"
+    steps = [step["name"] for step in record(out, 4)["steps"]]
+    assert steps[:4] == ["models", "preprocess", "check", "train"]
+
+
+@pytest.mark.integration
+def test_days_that_the_start_has_seen_are_not_trained_on_again(world, tmp_path):
+    config = night(world / "log", tmp_path, 3, train=SMALL, days=world / "days")
+    assert new_days(config, None) == f"{day(0)}..{day(2)}"
+    assert new_days(config, world / "run") == f"{day(1)}..{day(2)}"
+    assert warm_start(config, [], None) is None
+    with pytest.raises(
+        UserError, match=rf"no day after {day(0)}, the last one that .*run was trained on, and before {day(1)}"
+    ):
+        new_days(night(world / "log", tmp_path, 1, train=SMALL, days=world / "days"), world / "run")
+    with pytest.raises(UserError, match="no day before 2026-11-01, whose encoders the day would have"):
+        nightly(night(world / "log", tmp_path, 0, train=SMALL, days=world / "days"))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("code", "error"), [(75, Preempted), (1, UserError)])
+def test_a_training_that_fails_or_is_preempted_ends_the_night_so(world, tmp_path, monkeypatch, code, error):
+    monkeypatch.setattr(training_step, "_call", lambda *_: code)
+    config = night(world / "log", tmp_path / "nights", 2, train=SMALL, days=world / "days", **LAX)
+    with pytest.raises(error, match=r"train\.log|preempted"):
+        nightly(config)
+    assert [s["state"] for s in record(config.out, 2)["steps"] if s["name"] == "train"] == ["failed"]
+
+
+@pytest.mark.system
+def test_the_process_of_a_training_writes_to_its_log_and_its_error_ends_the_night(world, tmp_path):
+    settings = {"train": SMALL | {"args": ["train.max_steps=-1"]}, "days": world / "days", **LAX}
+    with pytest.raises(UserError, match=r"ended with exit code 1: see .*train\.log"):
+        nightly(night(world / "log", tmp_path, 2, **settings))
+    assert "error: configuration: train.max_steps" in (tmp_path / day(2) / "train.log").read_text()
+
+
+def test_a_training_process_ends_with_the_night_that_is_killed(tmp_path):
+    code = (
+        "import os, sys; from pipeline.release.training_step import _call; "
+        "_call([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], 1)"
+    )
+    root = str(Path(__file__).parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
+    )
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_night_waits_for_the_trainer_of_a_killed_one(tmp_path):
+    run = Run(tmp_path)
+    wait_for_trainer(run)  # there is none
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline.run.run import Run; "
+        "lock = Run(Path(sys.argv[1])).lock('train', 'x'); print('held', flush=True); time.sleep(0.5)"
+    )
+    root = str(Path(__file__).parents[2])
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )  # fmt: skip
+    assert trainer.stdout
+    assert trainer.stdout.readline() == "held\n"
+    begin = time.monotonic()
+    wait_for_trainer(run)
+    assert time.monotonic() - begin > 0.2
+    assert trainer.wait() == 0

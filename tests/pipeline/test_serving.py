@@ -1,0 +1,151 @@
+"""The pointer to what serves: moved, kept, taken back; its checkpoints outlive every rule of retention."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small_checkpoint import MANIFEST
+
+from features.errors import UserError
+from pipeline.release import serving
+from pipeline.release.night import ModelReference
+from pipeline.release.serving import back, bless, check_there, read_serving
+from pipeline.run import checkpoint
+from pipeline.run.retention import Keep, pin, pinned_steps, prune, unpin
+from pipeline.run.run import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run with checkpoints of steps 1 to 9, all but empty."""
+    run = Run(tmp_path / "run")
+    for step in range(1, 10):
+        path = checkpoint.folder(run.checkpoints, step)
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text(MANIFEST.model_copy(update={"step": step}).sealed({}).model_dump_json())
+    return run
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "nights").mkdir()
+    return tmp_path / "nights"
+
+
+def model(run: Run, step: int) -> ModelReference:
+    checksum = checkpoint.read(checkpoint.folder(run.checkpoints, step)).checksum
+    return ModelReference(run=str(run.path), step=step, checkpoint=checksum)
+
+
+def blessed(run: Run, out: Path, step: int, night: str = "", keep: int = 3) -> str:
+    return bless(out, model(run, step), night or f"2026-11-0{step}", "pass", keep)
+
+
+def served(out: Path) -> list[int]:
+    pointer = read_serving(out)
+    return [entry.step for entry in pointer.entries] if pointer else []
+
+
+def test_the_pointer_moves_and_the_last_ones_are_kept_and_pinned(run, out):
+    for step in range(1, 6):
+        assert blessed(run, out, step).startswith("serves from now on")
+        assert served(out) == list(range(step, max(step - 3, 0), -1))
+        assert pinned_steps(run) == {*served(out)}
+    content = json.loads((out / "serving.json").read_text())
+    assert (
+        content | model(run, 5).model_dump(exclude={"checkpoint"}) | {"night": "2026-11-05", "verdict": "pass"}
+        == content
+    )
+    assert content["checksum"] == model(run, 5).checkpoint
+    assert blessed(run, out, 5) == "serves already"
+    assert served(out) == [5, 4, 3]
+
+
+def test_retention_keeps_what_is_pinned_by_anyone(run, out, tmp_path):
+    blessed(run, out, 2)
+    pin(run, 2, tmp_path / "another")
+    pin(run, 4, tmp_path / "another")
+    prune(run, Keep(last=1), "data", newest=9)
+    assert checkpoint.steps(run.checkpoints) == [2, 4, 9]
+    unpin(run, 2, out)
+    unpin(run, 4, tmp_path / "another")
+    unpin(run, 7, out)  # no error: it has no pin
+    prune(run, Keep(last=1), "data", newest=9)
+    assert checkpoint.steps(run.checkpoints) == [2, 9]
+
+
+def test_going_back_withdraws_what_served(run, out):
+    for step in (1, 2, 3):
+        blessed(run, out, step)
+    assert [entry.step for entry in back(out)] == [3, 2]
+    assert (served(out), pinned_steps(run)) == ([2, 1], {1, 2})
+    assert blessed(run, out, 3, "2026-11-08") == "not moved: bless=back has withdrawn this checkpoint"
+    assert blessed(run, out, 4).startswith("serves from now on; before it ")
+    assert [entry.step for entry in back(out)] == [4, 2]
+    back(out)
+    assert served(out) == [1]
+    with pytest.raises(UserError, match=r"serving\.json names no earlier checkpoint: there is nothing to go back to"):
+        back(out)
+
+
+def test_there_is_nothing_to_go_back_to_before_the_first_blessing(out):
+    with pytest.raises(UserError, match=r"serving\.json is missing"):
+        back(out)
+
+
+def test_an_earlier_day_does_not_move_the_pointer(run, out):
+    blessed(run, out, 5)
+    assert blessed(run, out, 4) == "not moved: the checkpoint that serves has passed on the later day 2026-11-05"
+    assert blessed(run, out, 6, night="canary").startswith("serves from now on")  # no day: neither late nor early
+
+
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_a_checkpoint_that_is_not_the_blessed_one_is_not_gone_back_to(run, out, change):
+    blessed(run, out, 1)
+    blessed(run, out, 2)
+    path = checkpoint.folder(run.checkpoints, 1)
+    shutil.rmtree(path)
+    if change == "another":
+        path.mkdir()
+        (path / "manifest.json").write_text(
+            MANIFEST.model_copy(update={"step": 1, "rows": 7}).sealed({}).model_dump_json()
+        )
+    words = (
+        "not a checkpoint, manifest.json is missing" if change == "gone" else "is not the checkpoint that was blessed"
+    )
+    with pytest.raises(UserError, match=words):
+        back(out)
+    assert served(out) == [2, 1]
+    with pytest.raises(UserError, match=words):
+        check_there(read_serving(out).entries[1], out)
+
+
+def test_a_night_is_compared_with_what_served_before_it(run, out):
+    assert serving.before(read_serving(out), "2026-11-01") is None
+    for step in (1, 2):
+        blessed(run, out, step)
+    pointer = read_serving(out)
+    assert serving.before(pointer, "2026-11-03").step == 2
+    assert serving.before(pointer, "2026-11-02").step == 1
+    assert serving.before(pointer, "2026-11-01").step == 2
+
+
+def test_what_a_killed_back_left_pinned_is_released_by_the_next_blessing(run, out):
+    for step in (1, 2):
+        blessed(run, out, step)
+    back(out)
+    pin(run, 2, out)  # as if it had been killed before this pin was taken away
+    blessed(run, out, 3)
+    assert pinned_steps(run) == {1, 3}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"run": "r"}', '{"run": "r", "step": -1}', '{"run": "r", "step": "1"}', "[" * 9999, '{"run": 1e999}'],
+)
+def test_a_damaged_pointer_is_one_line(out, content):
+    (out / "serving.json").write_text(content)
+    with pytest.raises(UserError, match=r"serving\.json: ") as caught:
+        read_serving(out)
+    assert "\n" not in str(caught.value)
