@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--days", type=int, default=1000)
     parser.add_argument("--users", type=int, default=2500, help="of a day")
-    parser.add_argument("--large", type=int, default=100, help="days of 1M rows")
+    parser.add_argument("--large", type=int, default=100, help="days of 1M rows, or 0")
     parser.add_argument("--minutes", type=float, default=60, help="for days of each size")
     options = parser.parse_args()
     population = simulate(np.random.default_rng(1), 2_000_000, (1.0, 1.0, 1.5), one_row=True)
@@ -69,15 +69,12 @@ def main() -> None:
     tables = {"coverage": coverage(covering, known), "differences": detections(differing)}
     for table in tables.values():
         print(tabulate(table.to_dicts(), headers="keys", floatfmt=".3f"), "\n", flush=True)
-    large = large_days(options.large, round(1_000_000 / ROWS_PER_USER), error_M, options.minutes)
-    found = {
-        **{name: table.to_dicts() for name, table in tables.items()},
-        "large": large,
-        "error_of_c": error_M[2],
-        "machine": machine(),
-    }
+    found: dict[str, object] = {name: table.to_dicts() for name, table in tables.items()}
+    found |= {"error_of_c": error_M[2], "machine": machine()}
+    if options.large:
+        found["large"] = large_days(options.large, round(1_000_000 / ROWS_PER_USER), error_M, options.minutes)
+        print(json.dumps(found["large"], indent=1))
     (RESULTS / "intervals.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
-    print(json.dumps(large, indent=1))
 
 
 def truth(log: SimulatedLog) -> Iterator[tuple[str, str, str, float]]:
