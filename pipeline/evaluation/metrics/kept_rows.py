@@ -1,8 +1,8 @@
 """The rows that ranking metrics are computed from: all of them, or within a limit of memory a sample of their clusters.
 
 Past the limit the clusters are halved by their hash, as often as it takes. AUC, PR-AUC and ECE of the whole split are then
-those of all rows with logits on a grid (`LogitGrid`), with the sample's standard error scaled to all clusters. GAUC, NDCG, XAUC and
-the ranking metrics of slices are those of the sample.
+those of all rows with logits on a grid (`LogitGrid`), with the sample's standard error scaled to all clusters. GAUC, NDCG,
+XAUC and the ranking metrics of slices are those of the sample.
 """
 
 # Shapes: B rows of a batch, N rows, T tasks, D dimensions, S slices, K buckets.
