@@ -125,7 +125,7 @@ def metrics_of(
     return metrics
 
 
-def evaluated_of(metrics: Metrics, run: str = "a", names: tuple[str, ...] = ()) -> Evaluated:
+def evaluated_of(metrics: Metrics, names: tuple[str, ...] = ()) -> Evaluated:
     """All of their figures, as an evaluation of a checkpoint gives them.
 
     Args:
@@ -137,6 +137,6 @@ def evaluated_of(metrics: Metrics, run: str = "a", names: tuple[str, ...] = ()) 
     else:
         figures = metrics.figures()
     provenance = Provenance(
-        run=run, step=1, checkpoint="c", dataset="d", split="test", cluster="user", buckets=metrics.grouping.buckets
+        run="a", step=1, checkpoint="c", dataset="d", split="test", cluster="user", buckets=metrics.grouping.buckets
     )
     return Evaluated(metrics.frame(figures), provenance)
