@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
-.PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest bench-evaluate
+.PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest
+.PHONY: bench-evaluate bench-intervals
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -62,6 +63,9 @@ bench-evaluate: .venv/ready
 
 bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py
+
+bench-intervals: .venv/ready
+	$(BIN)/python tests/benchmarks/intervals.py
 
 census: .venv/ready
 	$(BIN)/python -m jobs.compare

@@ -1,7 +1,8 @@
 """The rows that ranking metrics are computed from: all of them, or within a limit of memory a sample of their clusters.
 
-Past the limit the clusters are halved by their hash, as often as it takes. Ranking metrics of the whole split are then those
-of all rows with logits on a grid (`LogitGrid`); those of slices, and every standard error, are of the sample.
+Past the limit the clusters are halved by their hash, as often as it takes. AUC, PR-AUC and ECE of the whole split are then
+those of all rows with logits on a grid (`LogitGrid`), with the sample's standard error scaled to all clusters. GAUC, NDCG,
+XAUC and the ranking metrics of slices are those of the sample.
 """
 
 # Shapes: B rows of a batch, N rows, T tasks, D dimensions, S slices, K buckets.
@@ -201,14 +202,14 @@ class TaskRows:
         return xauc(self.logit_N, self.label_N, self.weight_N, self.bucket_N, self.grouping.buckets)
 
     def whole_only(self, value: float, left_out_K: np.ndarray | None) -> Figure:
-        """A figure of the slice of all rows alone."""
+        """A figure of the slice of all rows alone, value and standard error of those that are here."""
         value_S = np.full(self.grouping.count, np.nan)
         value_S[0] = value
         if left_out_K is None or self.grouping.buckets == 1:
             return Figure(np.where(self.unknown_S, np.nan, value_S))
         left_out_SK = np.full((self.grouping.count, self.grouping.buckets), np.nan)
         left_out_SK[0] = left_out_K
-        return self._known(Figure(value_S, self._scaled(value_S, left_out_SK)))
+        return self._known(Figure(value_S, left_out_SK))
 
     def figure(self, name: str, metric: Callable[[RankedRows], tuple[float, np.ndarray]]) -> Figure:
         """A ranking metric of all rows and of every slice.
