@@ -306,26 +306,35 @@ class SliceNumbers:
         named = ((dimension.label(value), value) for value in ordered["value"])
         kept = list(islice(((label, value) for label, value in named if label is not None), limit))
         self.names = tuple(label for label, _ in kept)
-        value_type = counts["value"].dtype
-        self.lookup = pl.DataFrame(
-            {"value": pl.Series([v for _, v in kept], dtype=value_type), "slice": np.arange(len(kept), dtype=np.int16)}
-        )
+        values = pl.Series([value for _, value in kept], dtype=counts["value"].dtype)
+        parts = [values] if values.dtype != pl.Struct else values.struct.unnest().get_columns()
+        self.lookups = [_Places(part.unique(maintain_order=True)) for part in parts]
+        self.slice_V = np.full(
+            [len(lookup.values) + 1 for lookup in self.lookups], NO_SLICE, np.int16
+        )  # the last: another
+        place = tuple(lookup.of(part.to_arrow()) for lookup, part in zip(self.lookups, parts, strict=True))
+        self.slice_V[place] = np.arange(len(kept), dtype=np.int16)
 
     def of(self, table: pa.Table) -> np.ndarray:
         """Of N rows the number of their slice, or NO_SLICE."""
         values = self.dimension.values(table)
-        if isinstance(values, pa.StructArray):
-            frame = pl.DataFrame({"value": pl.from_arrow(_plain(values))})
-            found = frame.join(self.lookup, on="value", how="left", maintain_order="left")["slice"]
-            return found.fill_null(NO_SLICE).to_numpy()
-        if pa.types.is_dictionary(values.type):
-            place_V = np.append(self._places(values.dictionary), self._places(pa.nulls(1, values.dictionary.type)))
-            return place_V[values.indices.fill_null(len(place_V) - 1).to_numpy()]
-        return self._places(values)
+        parts = values.flatten() if pa.types.is_struct(values.type) else [values]
+        return self.slice_V[tuple(lookup.of(part) for lookup, part in zip(self.lookups, parts, strict=True))]
 
-    def _places(self, values: pa.Array) -> np.ndarray:
-        place_N = pc.index_in(values, value_set=self.lookup["value"].to_arrow().cast(values.type))
-        return place_N.fill_null(NO_SLICE).to_numpy().astype(np.int16)
+
+class _Places:
+    """The places of values among some; -1, which is the last place, for others."""
+
+    def __init__(self, values: pl.Series) -> None:
+        self.values = values
+
+    def of(self, values: pa.Array) -> np.ndarray:
+        """Of N values the place."""
+        if pa.types.is_dictionary(values.type):
+            place_V = np.append(self.of(values.dictionary), self.of(pa.nulls(1, values.dictionary.type)))
+            return place_V[values.indices.fill_null(len(place_V) - 1).to_numpy()]
+        place_N = pc.index_in(values, value_set=self.values.to_arrow().cast(values.type))
+        return place_N.fill_null(-1).to_numpy()
 
 
 def count_values(dimensions: Sequence[Dimension], tables: Iterable[pa.Table]) -> list[pl.DataFrame]:
