@@ -39,7 +39,7 @@ class Provenance(BaseModel):
 
     Attributes:
         checkpoint: checksum of its manifest. dataset: see Dataset.name.
-        share: of the split's clusters that was scored. share_by: the key it was chosen by; "" where all are.
+        share: of the split that was scored. share_by: the key whose values were all scored or not at all; empty where all were.
         cluster: the key that rows are put into buckets by: a column, or row. buckets: K.
         measure: see Scorer.measured; files of early versions have none.
     """
@@ -101,7 +101,8 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
     if not ours.provenance.same_rows(theirs.provenance):
         raise UserError(
             f"{ours.provenance.run} step {ours.provenance.step} and {theirs.provenance.run} step {theirs.provenance.step} were "
-            "not evaluated on the same rows (dataset, split, share, cluster and buckets): evaluate both with the same settings"
+            "not evaluated on the same rows (dataset, split, share, share_by, cluster and buckets): evaluate both with "
+            "the same settings"
         )
     keys = ["task", "metric", "slice"]
     both = ours.figures.join(
