@@ -17,7 +17,7 @@ from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.pending import Claim, Pending
 from pipeline.run import checkpoint, records
 from pipeline.run.retention import Keep, prune
-from pipeline.run.run import Run
+from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import append_line, read_lines
 
 
@@ -374,3 +374,7 @@ def test_a_record_with_fields_that_no_evaluator_writes_is_one_line_of_error(run:
     with pytest.raises(UserError, match=r"eval\.jsonl, line 2: not a record of an evaluation") as caught:
         records.latest(run, "test", DATASET)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hash_of_settings_does_not_depend_on_the_order_of_keys():
+    assert config_hash({"a": 1, "b": {"c": 2, "d": 3}}) == config_hash({"b": {"d": 3, "c": 2}, "a": 1})
