@@ -122,7 +122,9 @@ def test_files_are_written_before_the_line_and_made_again_where_they_are_damaged
     assert list(evaluate(config(run, predictions=True))) == []
     after = list(read_lines(run.eval_metrics))
     assert sorted((r["step"], str(r["metrics"])) for r in after) == [(r["step"], str(r["metrics"])) for r in before]
-    assert evaluated.read(figures).provenance.checkpoint == before[1]["checkpoint"]
+    provenance = evaluated.read(figures).provenance
+    assert (provenance.checkpoint, provenance.share_by) == (before[1]["checkpoint"], "")
+    assert provenance.measure == before[1]["measure"]
 
 
 def test_a_restart_with_other_slices_or_tables_in_16_bits_replaces_the_records(run: Run):
