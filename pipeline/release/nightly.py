@@ -74,6 +74,8 @@ def nightly(config: NightlyConfig) -> Result:
 
 def go_back(config: NightlyConfig) -> dict[str, Any]:
     """Moves the pointer one back. Returns the JSON line. Raises UserError where there is nothing to go back to."""
+    if not config.out.is_dir():
+        raise UserError(f"{config.out} is missing: there is nothing to go back to. Check out=.")
     with alone(config.out):
         last, now = serving.back(config.out)
     return {
@@ -105,6 +107,11 @@ def _gates(config: NightlyConfig) -> tuple[Gates, dict[str, str]]:
     kinds, dimensions = steps.measured(config)
     of_run = config.run / "gates.yaml" if config.run else None
     path = config.gates or (of_run if of_run and of_run.exists() else None)
+    if path and config.max_increase != NightlyConfig.model_fields["max_increase"].default:
+        raise UserError(
+            f"max_increase is for nights without a gates.yaml, and {path} is there: write the bound there, as "
+            f"{{metric: ne, change: {{worse_by_at_most: {config.max_increase:g}}}}}, and leave max_increase out."
+        )
     gates = load_gates(path) if path else default_gates(kinds, config.max_increase)
     check_gates(gates, kinds, dimensions, str(path or "max_increase"))
     return gates, kinds
@@ -219,11 +226,12 @@ def _evaluate(
 
 
 def _bless(config: NightlyConfig, recorder: Recorder) -> None:
-    """Moves the pointer to the candidate, once: `back` is not undone by judging the same night again."""
+    """Moves the pointer to the candidate, once: `back` is not undone by the same command, which then says so."""
     candidate = recorder.night.scored("candidate")
     assert candidate is not None
     model = candidate.model
-    inputs = {"candidate": model.model_dump(), "judged": recorder.night.judged}
+    withdrawn = serving.is_withdrawn(serving.read_serving(config.out), model)
+    inputs = {"candidate": model.model_dump(), "judged": recorder.night.judged, "withdrawn": withdrawn}
     recorder.step(
         "bless",
         inputs,
