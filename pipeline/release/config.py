@@ -148,5 +148,14 @@ class NightlyConfig(MeasureConfig):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that a verdict depends on, which a night that is judged keeps."""
-        how = {"out", "bless", "keep_served", "again", "webhook", "termination_message", "decay_nights", "decay_confidence"}
+        how = {
+            "out",
+            "bless",
+            "keep_served",
+            "again",
+            "webhook",
+            "termination_message",
+            "decay_nights",
+            "decay_confidence",
+        }
         return self.model_dump(mode="json", exclude=how)

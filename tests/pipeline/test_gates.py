@@ -225,7 +225,7 @@ def test_predictions_that_are_not_finite_fail_whatever_the_gates_are() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "why"),
     [
-        ([], [("ne", 0.8)], "no rows"),
+        ([], [("ne", 0.8)], "no rows, or too few for a slice (min_rows and top of the evaluation)"),
         ([("ne", None)], [("ne", 0.8)], "undefined on these rows"),
         ([("ne", math.nan)], [("ne", 0.8)], "undefined on these rows"),
         ([("ne", 0.8)], [("ne", None)], "undefined for the serving checkpoint"),
@@ -251,7 +251,10 @@ def test_a_pattern_that_covers_no_slice_is_missing_once() -> None:
         gates({"metric": "ne", "slices": ["os=*"], "max": 0.9}), CLICK, evaluated([of("click", "ne", 0.8, 0.01)]), None
     )
     found = one(verdict, of_slice="os=*")
-    assert (found.outcome, found.why) == ("fail", "no rows")
+    assert (found.outcome, found.why) == (
+        "fail",
+        "no rows, or too few for a slice (min_rows and top of the evaluation)",
+    )
 
 
 @pytest.mark.parametrize(

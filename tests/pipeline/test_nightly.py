@@ -211,9 +211,7 @@ def test_a_date_is_judged_once_and_anew_only_when_told(world, out, monkeypatch):
     again = judged(world, out, 3)
     assert record(out, 3) == before
     assert again.message == first.message
-    with pytest.raises(
-        UserError, match=rf"{day(3)} was judged with other settings \(batch_size, share\)\. Set again="
-    ):
+    with pytest.raises(UserError, match=rf"{day(3)} was judged with other settings \(batch_size, share\)\. Set again="):
         judged(world, out, 3, batch_size=100, share=0.5)
     assert calls == []
     assert judged(world, out, 3, batch_size=100, again=True).night.outcome == "pass"
