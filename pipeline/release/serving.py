@@ -14,7 +14,8 @@ from pydantic import Field, FiniteFloat
 from features.errors import UserError
 from features.plain_json import read_json, validated
 from pipeline.dataset.days import day_of
-from pipeline.release.night import ModelReference, Strict, Text
+from pipeline.release.night import FILE as NIGHT
+from pipeline.release.night import ModelReference, Night, Strict, Text
 from pipeline.release.verdict import Outcome
 from pipeline.run import checkpoint
 from pipeline.run.retention import pin, unpin
@@ -148,6 +149,12 @@ def back(out: Path) -> tuple[Blessed, Blessed]:
     _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:])
     _release(out, [last], entries)
     return last, entries[0]
+
+
+def is_of_withdrawn(pointer: Serving | None, night: Night) -> bool:
+    """Whether `back` has withdrawn the checkpoint that a night has trained."""
+    trained = (night.summary("train") or {}).get("model")
+    return bool(trained) and is_withdrawn(pointer, validated(ModelReference, trained, f"{night.date}/{NIGHT}: train"))
 
 
 def _check_unchanged(entry: Blessed) -> None:

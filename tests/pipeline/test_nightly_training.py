@@ -3,6 +3,7 @@
 import datetime
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import yaml
 from nightly_world import day, encode_day, night, no_beam, record, train_run, write_day
 
 from features.errors import Preempted, UserError
+from pipeline.release import steps as release_steps
 from pipeline.release import training_step
-from pipeline.release.nightly import nightly
+from pipeline.release.config import NightlyConfig
+from pipeline.release.nightly import go_back, nightly
 from pipeline.release.training_step import new_days, trained_on, wait_for_trainer, warm_start
 from pipeline.run.run import Run
 
@@ -56,7 +59,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.integration
-def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, tmp_path, in_this_process):
+def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, tmp_path, in_this_process, monkeypatch):
     out, days, lax = tmp_path / "nights", world / "days", LAX | {"gates": world / "gates.yaml"}
     with no_beam():
         first = nightly(night(world / "log", out, 3, train=SMALL, days=days, bless="pass", **lax))
@@ -75,6 +78,14 @@ def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, t
     assert second.night.outcome == "pass"
     steps = [step["name"] for step in record(out, 4)["steps"]]
     assert steps[:4] == ["models", "preprocess", "check", "train"]
+
+    def choose(*given):
+        raise UserError(f"would start from one of {[night.date for night in given[-1]]}")
+
+    monkeypatch.setattr(release_steps, "choose", choose)
+    go_back(NightlyConfig(out=out, date=day(4), bless="back"))  # no weights of what was withdrawn
+    with pytest.raises(UserError, match=re.escape(f"one of {[day(2), day(3)]}")):
+        nightly(night(world / "log", out, 5, train=SMALL, days=days, **lax))
 
 
 @pytest.mark.integration
