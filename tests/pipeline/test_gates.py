@@ -222,6 +222,21 @@ def test_predictions_that_are_not_finite_fail_whatever_the_gates_are() -> None:
     assert [g.why for g in verdict.gates if g.outcome == "fail"] == ["3 predictions are not finite"]
 
 
+@pytest.mark.parametrize(("most", "judged"), [(1.0, []), (1.5, ["undecided"])])
+def test_only_a_bound_of_1_or_less_takes_the_place_of_ne_below_1(most: float, judged: list[str]) -> None:
+    verdict = judge(gates({"metric": "ne", "max": most}), CLICK, evaluated([of("click", "ne", 0.99, 0.05)]), None)
+    assert [g.outcome for g in verdict.gates[1:]] == judged
+    assert (len(verdict.gates), verdict.outcome) == (1 + len(judged), "undecided")
+
+
+def test_an_ne_above_1_without_an_interval_fails_on_as_many_rows_as_are_asked_for() -> None:
+    gate = {"metric": "ne", "change": {"worse_by_at_most": 5}, "min_rows": 10}
+    found = [evaluated([of("click", "ne", 1.2)]) for _ in range(2)]
+    assert one(judge(gates(gate), CLICK, *found)).outcome == "fail"
+    gate.pop("min_rows")
+    assert one(judge(gates(gate), CLICK, *found)).outcome == "undecided"
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "why"),
     [
