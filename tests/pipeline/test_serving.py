@@ -97,6 +97,7 @@ def test_there_is_nothing_to_go_back_to_before_the_first_blessing(out):
 def test_an_earlier_day_does_not_move_the_pointer(run, out):
     blessed(run, out, 5)
     assert blessed(run, out, 4) == "not moved: the checkpoint that serves has passed on the later day 2026-11-05"
+    assert blessed(run, out, 3, night="2026-11-05").startswith("serves from now on")  # the same day, judged anew
     assert blessed(run, out, 6, night="canary").startswith("serves from now on")  # no day: neither late nor early
 
 
