@@ -16,6 +16,7 @@ from torch import Tensor
 from features.batch import Batch, Rows
 from features.errors import UserError
 from models.ranker import ModelConfig, Ranker
+from pipeline.evaluation.explain import affinity
 from pipeline.evaluation.explain.affinity import affinities
 from pipeline.evaluation.explain.explain import permuted_groups
 from pipeline.evaluation.explain.importance import Figures, Sample, importances
@@ -312,3 +313,17 @@ def test_a_task_without_rows_has_no_affinity_and_one_batch_no_error():
     z_TT, error_TT = affinities(ranker(), batches(1, replace(rows, label_NT=label_NT)), 0.01, 0.1)
     assert np.isnan(z_TT).tolist() == [[False, True, False], [True] * 3, [False, True, False]]
     assert np.isnan(error_TT).all()
+
+
+def test_a_batch_whose_loss_of_a_task_is_0_does_not_count_for_it(monkeypatch: pytest.MonkeyPatch):
+    some = batches(2, rows_of())
+    wanted, _ = affinities(model := ranker(), some[1:], 0.01, 0.1)
+    losses, calls = affinity._losses, []
+
+    def with_a_zero(*given: object) -> Tensor:
+        calls.append(1)
+        return losses(*given) * torch.tensor([1.0, 1.0, float(len(calls) > 1)], dtype=torch.float64)
+
+    monkeypatch.setattr(affinity, "_losses", with_a_zero)
+    z_TT, _ = affinities(model, some, 0.01, 0.1)
+    assert z_TT[:2, 2] == pytest.approx(wanted[:2, 2], rel=1e-6)
