@@ -17,7 +17,7 @@ from features.errors import UserError
 from features.printable import has_surrogates, printable
 from pipeline.evaluation.metrics import evaluated as stored
 from pipeline.evaluation.metrics.evaluated import COLUMNS, Evaluated, Provenance
-from pipeline.evaluation.report import mixture, page, reading, reliability
+from pipeline.evaluation.report import heat_map, mixture, page, reading, reliability
 from pipeline.evaluation.report.content import (
     Check,
     Estimate,
@@ -304,15 +304,15 @@ def test_a_reliability_curve_has_a_point_with_an_interval_for_each_bin_on_either
 
 def test_a_heat_map_shows_each_weight_beside_its_names():
     mean_UE = [[0.25, 0.75, 0.0], [1.5, -0.5, 0.125]]
-    drawn = Parsed(str(mixture.heat_map(mean_UE, ["click", "dwell"], ["click", "dwell", "shared"])))
+    drawn = Parsed(str(mixture.gate_map(mean_UE, ["click", "dwell"], ["click", "dwell", "shared"])))
     tips = [text for tag, text in drawn.texts if tag == "title" and "←" in text]
     assert tips == [
         "click ← click: 0.250", "click ← dwell: 0.750", "click ← shared: 0",
         "dwell ← click: 1.50", "dwell ← dwell: −0.500", "dwell ← shared: 0.125",
     ]  # fmt: skip
     fills = [found["fill"] for tag, found in drawn.elements if tag == "rect"]
-    assert fills[4] in mixture.NEGATIVE
-    assert fills[3] == mixture.POSITIVE[-1]
+    assert fills[4] in heat_map.NEGATIVE
+    assert fills[3] == heat_map.POSITIVE[-1]
     shown = [text for tag, text in drawn.texts if tag == "text"]
     assert {"0.25", "0.75", "0.00", "1.50", "−0.50", "0.12"} <= set(shown)
 
