@@ -68,7 +68,7 @@ def _affinity(found: Affinity, before: str) -> list[Block]:
 
     drawn = heat_map(found.z_TT, found.tasks, found.tasks, "task affinity", _percent, tip)
     about = (
-        "Affinity: by how many percent a step on the row's task lowers the loss of the column's task, on the batch of that step "
+        "Affinity: by how many percent a step on the row's task lowers the loss of the column's task, on the step's batch "
         f"(Fifty et al. 2021); the mean over {count(found.batches)} batches of {count(found.batch_rows)} rows. Below 0 "
         "the step harms it."
     )
