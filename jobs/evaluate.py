@@ -19,10 +19,11 @@ from pipeline.terminal import short_decimal
 
 @job("evaluate")
 def main(config: DictConfig) -> None:
-    """Evaluates, a line a checkpoint, then prints the table and writes the report; with `compare`, prints a comparison."""
+    """Evaluates, a line a checkpoint, then prints the table and writes the report; or, with `compare`, those of two."""
     from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import page, tables
+    from pipeline.storage.files import make_folder
     from pipeline.training.config import Settings
     from pipeline.training.parallel import process_group
     from pipeline.training.parallel.scoring import shard_for_scoring
@@ -35,7 +36,11 @@ def main(config: DictConfig) -> None:
         config.run = str(config.compare[0])
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     if settings.compare:
-        print(comparison(settings))
+        found = comparison(settings)
+        print(found.table)
+        make_folder(found.file.parent)
+        page.write_comparison(found.models, found.models[1], found.file)
+        print(f"\n{found.file}")
         return
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)

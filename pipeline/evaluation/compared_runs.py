@@ -1,14 +1,18 @@
-"""The evaluations of two checkpoints, as they were written: the input of jobs.evaluate's compare."""
+"""The evaluations of two checkpoints, as they were written, side by side: jobs.evaluate's compare."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from features.errors import UserError
-from pipeline.evaluation.follow import EvaluateConfig, dataset_of
+from pipeline.evaluation.follow import EvaluateConfig, dataset_of, results_of
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
 from pipeline.evaluation.report import comparison_table
+from pipeline.evaluation.report.content import Model
+from pipeline.evaluation.report.reading import model_of
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 
@@ -20,22 +24,51 @@ class Compared(NamedTuple):
     step: int | None
 
 
+class Comparison(NamedTuple):
+    """Two checkpoints side by side: the paired table as text, the models of a page, ours and theirs, and the page's file."""
+
+    table: str
+    models: tuple[Model, Model]
+    file: Path
+
+
 def parse_compared(text: str) -> Compared:
     """`RUN` or `RUN@STEP`."""
     found = re.fullmatch(r"(.+)@(\d{1,18})", text)
     return Compared(Path(found[1]), int(found[2])) if found else Compared(Path(text), None)
 
 
-def comparison(config: EvaluateConfig) -> str:
-    """The paired table of the two checkpoints of `compare`, on the split, dataset and share of the settings.
+def comparison(config: EvaluateConfig) -> Comparison:
+    """The two checkpoints of `compare`, on the split, dataset and share of the settings; nothing is written.
 
     Raises:
         UserError: one of them has not been evaluated there, or is another checkpoint by now; they were evaluated on other rows.
     """
     assert config.compare
-    ours, theirs = (_read(parse_compared(text), config) for text in config.compare)
-    kinds = {name: task.kind for name, task in Run(parse_compared(config.compare[0]).run).schema().tasks.items()}
-    return comparison_table.table(ours, theirs, kinds, config.compare_slices)
+    named = [parse_compared(text) for text in config.compare]
+    ours, theirs = (_read(one, config) for one in named)
+    our_run, their_run = (Run(one.run) for one in named)
+    kinds, their_kinds = _kinds(our_run), _kinds(their_run)
+    table = comparison_table.table(ours, theirs, kinds, config.compare_slices)
+    shared = {task: kind for task, kind in kinds.items() if their_kinds.get(task) == kind}
+    models = _model(our_run, ours, shared), _model(their_run, theirs, shared)
+    name = f"{config.split}-{ours.provenance.step:08d}-{their_run.path.resolve().name[:100]}-{theirs.provenance.step:08d}.html"
+    return Comparison(table, models, our_run.path / "comparisons" / name)
+
+
+def _kinds(run: Run) -> dict[str, str]:
+    return {name: task.kind for name, task in run.schema().tasks.items()}
+
+
+def _model(run: Run, of: Evaluated, kinds: Mapping[str, str]) -> Model:
+    """A checkpoint's model, with the records up to its own. Raises UserError where it has none."""
+    about = of.provenance
+    results = results_of(run, about.split, about.dataset, kinds, about.share)
+    known = [record for record in results.records if record["step"] <= about.step]
+    if not known or (known[-1]["step"], known[-1].get("checkpoint")) != (about.step, about.checkpoint):
+        raise UserError(f"{run.eval_metrics}: no record of step {about.step}. Evaluate it again.")
+    found = model_of(replace(results, records=known))
+    return replace(found, name=f"{found.name}@{about.step}", evaluated=of)
 
 
 def _read(of: Compared, config: EvaluateConfig) -> Evaluated:

@@ -30,8 +30,8 @@ def _importance(found: Explanation, kinds: Mapping[str, str], before: str) -> li
     }
     interval = f"{100 * found.confidence:.3g}% interval"
     drawings, header, lines = [], ["permuted"], [[text(feature)] for feature in rises]
-    for task, figure in found.figures.items():
-        metric = label(kinds.get(task, "binary"), figure.metric)
+    for task, figure in ((task, found.figures[task]) for task in kinds if task in found.figures):
+        metric = label(kinds[task], figure.metric)
         of_task = [(feature, by_task.get(task, Estimate())) for feature, by_task in rises.items()]
         largest = sorted(of_task, key=lambda entry: -(entry[1].value or 0.0))[:DRAWN]
         drawn = forest([(feature, one, "c0") for feature, one in largest], is_change=True)
@@ -66,11 +66,11 @@ def _affinity(found: Affinity, before: str) -> list[Block]:
         known = "" if error is None else f", standard error {significant(100 * error, 2)}"
         return f"{found.tasks[j]} after a step on {found.tasks[i]}: {NOTHING if z is None else _percent(z)}{known}"
 
-    drawn = heat_map(found.z_TT, found.tasks, found.tasks, "task affinity", _percent, tip)
+    drawn = heat_map(found.z_TT, found.tasks, found.tasks, "task affinity", _percent, tip, by_column=True)
     about = (
         "Affinity: by how many percent a step on the row's task lowers the loss of the column's task, on the step's batch "
         f"(Fifty et al. 2021); the mean over {count(found.batches)} batches of {count(found.batch_rows)} rows. Below 0 "
-        "the step harms it."
+        "the step harms it. Shades are of each column, whose losses are of one task."
     )
     return [
         Drawings([Drawing("% of the loss, step on the row's task", drawn)], f"{before}Affinity of tasks"),

@@ -21,14 +21,19 @@ def heat_map(
     about: str,
     shown: Callable[[float], str],
     tip: Callable[[int, int], str],
+    by_column: bool = False,
 ) -> Markup:
     """The drawing; names of columns stand upright where they are long.
 
     Args:
         values: by row and column; None where unknown. about: for a screen reader.
         shown: a value in its cell. tip: the words of the cell of a row and column.
+        by_column: the darkest shade is that of the largest value of each column, as columns are of other quantities.
     """
-    scale = max((abs(x) for row in values for x in row if x is not None), default=0.0) or 1e-12
+    scales = [
+        max((abs(x) for x in column if x is not None), default=0.0) or 1e-12 for column in zip(*values, strict=True)
+    ]
+    scales = scales if by_column else [max(scales)] * len(columns)
     left = 12 + 6.2 * min(16, max(len(name) for name in rows))
     width, height = (354 - left) / len(columns), 26.0 if len(rows) <= 16 else 14.0
     turned = max(len(name) for name in columns) * 6.2 > width - 4
@@ -40,7 +45,7 @@ def heat_map(
         words = svg.element("title", name)
         parts.append(svg.element("text", words, _short(name), x=left - 6, y=y + height / 2 + 4, class_="end"))
         for c, value in enumerate(row):
-            x, (fill, style) = left + c * width, _shade(value, scale)
+            x, (fill, style) = left + c * width, _shade(value, scales[c])
             title = svg.element("title", tip(r, c))
             parts.append(svg.element("rect", title, x=x, y=y, width=width, height=height, fill=fill, class_="cell"))
             if printed:
