@@ -23,7 +23,6 @@ def main(config: DictConfig) -> None:
     from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import page, tables
-    from pipeline.storage.files import make_folder
     from pipeline.training.config import Settings
     from pipeline.training.parallel import process_group
     from pipeline.training.parallel.scoring import shard_for_scoring
@@ -36,18 +35,24 @@ def main(config: DictConfig) -> None:
         config.run = str(config.compare[0])
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     if settings.compare:
-        found = comparison(settings)
-        print(found.table)
-        make_folder(found.file.parent)
-        page.write_comparison(found.models, found.models[1], found.file)
-        print(f"\n{found.file}")
+        compared = comparison(settings)
+        print(compared.table)
+        page.write_comparison(compared.models, compared.models[1], compared.file)
+        print(f"\n{compared.file}")
         return
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
+        found = False
         for record in evaluation.records():
+            found = True
             print(progress_line(record), flush=True)
         if rank == 0:
             results = evaluation.results()
+            if not found:
+                print(
+                    "Nothing new: these checkpoints have a record, with the slices and intervals of then. To evaluate one "
+                    f"again with other settings, remove its line of {evaluation.run.eval_metrics}."
+                )
             page.write_run(results, defaults=Settings().model_dump(mode="json"))
             evaluation.publish()
             print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")

@@ -51,24 +51,42 @@ def comparison(config: EvaluateConfig) -> Comparison:
     kinds, their_kinds = _kinds(our_run), _kinds(their_run)
     table = comparison_table.table(ours, theirs, kinds, config.compare_slices)
     shared = {task: kind for task, kind in kinds.items() if their_kinds.get(task) == kind}
-    models = _model(our_run, ours, shared), _model(their_run, theirs, shared)
+    ours_at, theirs_at = (_model(run, found, shared) for run, found in ((our_run, ours), (their_run, theirs)))
     name = f"{config.split}-{ours.provenance.step:08d}-{their_run.path.resolve().name[:100]}-{theirs.provenance.step:08d}.html"
-    return Comparison(table, models, our_run.path / "comparisons" / name)
+    return Comparison(table, (ours_at, theirs_at), our_run.path / "comparisons" / name)
+
+
+def _model(run: Run, found: Evaluated, kinds: Mapping[str, str]) -> Model:
+    of = found.provenance
+    model = model_at(run, of.step, of.split, of.dataset, kinds, of.share)
+    if model.last.get("checkpoint") != of.checkpoint:
+        raise UserError(
+            f"{run.eval_metrics}: the record of step {of.step} is of another checkpoint. Evaluate it again."
+        )
+    return replace(model, name=f"{model.name}@{of.step}", evaluated=found)
 
 
 def _kinds(run: Run) -> dict[str, str]:
     return {name: task.kind for name, task in run.schema().tasks.items()}
 
 
-def _model(run: Run, of: Evaluated, kinds: Mapping[str, str]) -> Model:
-    """A checkpoint's model, with the records up to its own. Raises UserError where it has none."""
-    about = of.provenance
-    results = results_of(run, about.split, about.dataset, kinds, about.share)
-    known = [record for record in results.records if record["step"] <= about.step]
-    if not known or (known[-1]["step"], known[-1].get("checkpoint")) != (about.step, about.checkpoint):
-        raise UserError(f"{run.eval_metrics}: no record of step {about.step}. Evaluate it again.")
-    found = model_of(replace(results, records=known))
-    return replace(found, name=f"{found.name}@{about.step}", evaluated=of)
+def model_at(run: Run, step: int, split: str, dataset: str, kinds: Mapping[str, str], share: float = 1.0) -> Model:
+    """The model of a page as it was at a checkpoint: its record, those before it, and the training up to it.
+
+    Args:
+        dataset: its name. kinds: of the tasks that the page shows. share: of the split that was scored.
+    Raises:
+        UserError: the checkpoint has no record, or a file of the run is damaged.
+    """
+    results = results_of(run, split, dataset, kinds, share)
+    known = [record for record in results.records if record["step"] <= step]
+    if not known or known[-1]["step"] != step:
+        raise UserError(f"{run.eval_metrics}: no record of step {step} on {split}. Run jobs.evaluate on it again.")
+    found, rows = model_of(replace(results, records=known)), known[-1]["rows"]
+    training, progressive = (
+        [line for line in lines if line.rows <= rows] for lines in (found.training, found.progressive)
+    )
+    return replace(found, training=training, progressive=progressive)
 
 
 def _read(of: Compared, config: EvaluateConfig) -> Evaluated:

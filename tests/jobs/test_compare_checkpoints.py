@@ -45,6 +45,12 @@ def test_two_evaluated_checkpoints_are_compared_and_what_is_missing_is_named(
     for task, metric in (("click", "ne"), ("click", "auc")):
         values = [f"{record['metrics'][task][metric]:.4f}" for record in (last, first)]
         assert re.search(rf"{task} +{metric.upper()} +all +\S+ +{values[0]} +{values[1]} ", shown)
+    [page] = (run / "comparisons").iterdir()
+    assert page.name == "test-00000006-run-00000003.html"
+    assert shown.rstrip().endswith(str(page))
+    text = page.read_text()
+    assert re.search("run@6 against run@3: [0-9] better", text)
+    assert "<h1>run@6, run@3</h1>" in text
     file = run / "evaluations" / "test-00000003.parquet"
     found = files.read(file)
     files.write(Evaluated(found.figures, found.provenance.model_copy(update={"checkpoint": "other"})), file)

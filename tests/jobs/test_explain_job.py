@@ -59,6 +59,21 @@ def test_every_feature_and_group_is_explained_and_the_same_again(run: Run, call:
     ] == []
     assert said == call(*command)
     assert explanation.read(run, "test", 4) == found
+    assert not run.report.exists()  # nothing has been evaluated
+
+
+def test_the_report_of_an_evaluated_checkpoint_has_its_explanation(run: Run, call: Call):
+    call("evaluate", f"run={run.path}", "threads=1", "step=4")
+    words = "Importance of features"
+    assert words not in run.report.read_text()
+    call("explain", f"run={run.path}", "threads=1", "features=[price]", "affinity_batches=0", "step=2")
+    assert words not in run.report.read_text()
+    said = call("explain", f"run={run.path}", "threads=1", "features=[price]", "affinity_batches=0", "rows=100")
+    assert said.rstrip().endswith(str(run.report))
+    assert words in run.report.read_text()
+    said = call("evaluate", f"run={run.path}", "threads=1", "step=4", "buckets=7")
+    assert "Nothing new: these checkpoints have a record" in said
+    assert words in run.report.read_text()
 
 
 def test_the_figures_are_those_of_jobs_evaluate(run: Run, call: Call):

@@ -30,7 +30,8 @@ from pipeline.evaluation.report.content import (
     TrendNight,
 )
 from pipeline.evaluation.report.results import Results
-from pipeline.run import records
+from pipeline.run import explanation, records
+from pipeline.run.explanation import Explanation
 from pipeline.run.run import Run
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -317,6 +318,74 @@ def test_a_heat_map_shows_each_weight_beside_its_names():
     assert {"0.25", "0.75", "0.00", "1.50", "−0.50", "0.12"} <= set(shown)
 
 
+def explanation_of(names: list[str], tasks: list[str], **further: Any) -> Explanation:
+    rise = {"value": 0.1, "se": 0.01, "low": 0.08, "high": 0.12}
+    importance = [
+        {"name": name, "features": [name], "tasks": {task: rise | {"value": 0.1 / (n + 1)} for task in tasks}}
+        for n, name in enumerate(names)
+    ]
+    z_TT: list[list[float | None]] = [
+        [0.004 * (i == j) - 0.001 * (i != j) for j in range(len(tasks))] for i in range(len(tasks))
+    ]
+    affinity = {
+        "tasks": tasks, "batches": 19, "batch_rows": 64, "dense_rate": 0.1, "table_rate": 0.1, "z_TT": z_TT,
+        "se_TT": [[0.0001] * len(tasks)] * len(tasks),
+    }  # fmt: skip
+    figures = {task: {"metric": "ne", "value": 0.8} for task in tasks}
+    return Explanation.model_validate(
+        {
+            "run": "r", "step": 200, "checkpoint": "c", "dataset": "/d", "split": "test", "rows": 1234, "share": 0.5,
+            "cluster": "user", "buckets": 20, "permutations": 3, "seed": 0, "confidence": 0.9, "figures": figures,
+            "importance": importance, "affinity": affinity, **further,
+        }
+    )  # fmt: skip
+
+
+def test_what_is_inside_has_importance_with_intervals_and_affinity():
+    names = [f"f{n}" for n in range(15)]
+    found = explanation_of(names, [*KINDS, "dropped"])
+    parsed = checked(page.run_page(replace(model(), explanation=found)))
+    shown = parsed.shown()
+    for words in (
+        "Importance of features, the 12 largest of each task", "click: rise of NE", "f0", "90% interval",
+        "1,234 rows of test, 50.0% of its clusters, 20 buckets of user", "the mean of 3 permutations",
+        "f0: +0.100 [+0.080, +0.120]", "NE 0.8000 with nothing permuted", "click after a step on dwell: −0.10, standard error 0.010",
+        "+0.40", "19 batches of 64 rows",
+    ):  # fmt: skip
+        assert words in shown, words
+    cells = [text for tag, text in parsed.texts if tag == "td"]
+    assert all(cells.count(name) == 1 for name in names)
+    assert "dropped: rise" not in shown
+    drawn = [text for tag, text in parsed.texts if tag == "text"]
+    assert (drawn.count("f11"), drawn.count("f12")) == (2, 0)
+    both = checked(page.comparison_page([replace(model(), explanation=found), model("mmoe")], None)).shown()
+    assert "adatt: Affinity of tasks" in both
+    assert "mmoe: Affinity of tasks" not in both
+
+
+def test_an_affinity_that_is_unknown_is_a_dash_and_shades_are_of_each_column():
+    values = [[0.5, None], [-0.25, 0.001]]
+    drawn = Parsed(
+        str(heat_map.heat_map(values, ["a", "b"], ["a", "b"], "x", str, lambda r, c: f"{r}{c}", by_column=True))
+    )
+    fills = [found["fill"] for tag, found in drawn.elements if tag == "rect"]
+    assert fills == [heat_map.POSITIVE[-1], heat_map.UNKNOWN, heat_map.NEGATIVE[4], heat_map.POSITIVE[-1]]
+    assert [text for tag, text in drawn.texts if tag == "text"] == ["a", "b", "a", "0.5", "–", "b", "-0.25", "0.001"]
+
+
+def test_names_of_an_explanation_are_text():
+    wild = [name for name in HOSTILE if not has_surrogates(name)]
+    found = explanation_of([*wild, "</svg><script>x()</script>"], list(KINDS), cluster=wild[0])
+    assert sum(tag == "script" for tag, _ in checked(page.run_page(replace(model(), explanation=found))).elements) == 1
+
+
+def test_a_task_that_is_not_compared_is_not_shown():
+    click = {"click": "binary"}
+    models = [replace(model(name), kinds=click) for name in ("adatt", "mmoe")]
+    parsed = checked(page.comparison_page(models, models[1]))
+    assert "dwell" not in [text for tag, text in parsed.texts if tag in ("td", "h3", "figcaption")]
+
+
 # Files of a run, which may be untrusted
 
 
@@ -341,6 +410,17 @@ def test_a_run_is_read_with_its_figures_and_training(tmp_path: Path):
     assert "device=tv" in checked(page.run_page(found)).shown()
     other = run_of(tmp_path, record(200, evaluation="test-00000200.parquet", checkpoint="trained anew"))
     assert reading.model_of(other).evaluated is None
+
+
+def test_an_explanation_is_that_of_the_last_checkpoint_on_the_same_rows(tmp_path: Path):
+    results = run_of(tmp_path, record(200))
+    assert reading.explanation_of(results) is None
+    for further, is_shown in (({}, True), ({"checkpoint": "other"}, False), ({"dataset": "/e"}, False)):
+        explanation.write(explanation_of(["f"], ["click"], **further), results.run)
+        assert (reading.model_of(results).explanation is not None) is is_shown
+    (tmp_path / "explain" / "test-00000200.json").write_text("{}")
+    with pytest.raises(UserError, match=r"test-00000200.json"):
+        reading.model_of(results)
 
 
 @pytest.mark.parametrize("further", [

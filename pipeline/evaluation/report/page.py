@@ -23,7 +23,7 @@ from pipeline.evaluation.report.content import Judgement, Model, Night, Trend
 from pipeline.evaluation.report.numbers import count
 from pipeline.evaluation.report.reading import model_of
 from pipeline.evaluation.report.results import Results
-from pipeline.storage.files import write_text
+from pipeline.storage.files import make_folder, write_text
 
 FOLDER = Path(__file__).parent
 DEFINITIONS = (
@@ -45,9 +45,10 @@ def write_run(results: Results, baseline: Model | None = None, defaults: Mapping
     write_text(results.run.report, run_page(replace(model_of(results), defaults=defaults), baseline))
 
 
-def write_comparison(models: Sequence[Model], baseline: Model | None, file: Path) -> None:
-    """Writes the page of models side by side; the baseline is one of them. All have the same tasks."""
-    write_text(file, comparison_page(models, baseline))
+def write_comparison(models: Sequence[Model], baseline: Model | None, file: Path, note: str = "") -> None:
+    """Writes the page of models side by side; the baseline is one of them. All have the same tasks. note: below the title."""
+    make_folder(file.parent)
+    write_text(file, comparison_page(models, baseline, note))
 
 
 def write_night(night: Night, file: Path) -> None:
@@ -68,12 +69,13 @@ def run_page(model: Model, baseline: Model | None = None, judgement: Judgement |
     return _page("Run", model.name, _about(model), _answers([model], named, judgement))
 
 
-def comparison_page(models: Sequence[Model], baseline: Model | None) -> str:
+def comparison_page(models: Sequence[Model], baseline: Model | None, note: str = "") -> str:
     """The page of models side by side."""
     apart = named_apart(models)
     chosen = next((new for new, old in zip(apart, models, strict=True) if old is baseline), None)
     names = ", ".join(model.name for model in apart)
-    return _page("Comparison", names, _about(apart[0]), _answers(apart, chosen))
+    about = f"Split {apart[0].split} of {apart[0].dataset}. {note}".strip()
+    return _page("Comparison", names, about, _answers(apart, chosen))
 
 
 def named_apart(models: Sequence[Model]) -> list[Model]:
