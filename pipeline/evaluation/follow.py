@@ -100,7 +100,7 @@ class Evaluation:
             every=config.every, order=config.order, with_predictions=config.predictions,
         )  # fmt: skip
         own = self.scorer.own_dataset and config.days is None
-        self.series = series_of(config.split, None if own else self.scorer.dataset.name)
+        self.series = series_of(config.split, None if own else self.scorer.dataset.name, config.share)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -192,7 +192,7 @@ def results_of(run: Run, split: str, dataset: str, kinds: Mapping[str, str], sha
     """All that is known of a split of a dataset (its name) by now. Raises UserError for a record that lacks a metric."""
     known = list(records.latest(run, split, dataset, share).values())
     check_complete(known, kinds, run)
-    return Results(run, split, dataset, dict(kinds), known, oracle.read(run, split, dataset, kinds))
+    return Results(run, split, dataset, dict(kinds), known, oracle.read(run, split, dataset, kinds, share))
 
 
 def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:

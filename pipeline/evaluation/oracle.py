@@ -42,15 +42,17 @@ def path(run: Run, split: str) -> Path:
 
 def write(scorer: Scorer, truth: Truth) -> None:
     """Computes and keeps the oracle's metrics on a scorer's rows. Raises UserError as `metrics`."""
-    content = {"dataset": scorer.dataset.name, "metrics": metrics(scorer, truth)}
+    content = {"dataset": scorer.dataset.name, "share": scorer.measure.share, "metrics": metrics(scorer, truth)}
     write_json(path(scorer.run, scorer.split), content)
 
 
-def read(run: Run, split: str, dataset: str, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:
+def read(
+    run: Run, split: str, dataset: str, kinds: Mapping[str, str], share: float = 1.0
+) -> dict[str, dict[str, Any]] | None:
     """Task → metric → value, None where no truth is known of this dataset (its name, see Dataset.name).
 
     Args:
-        kinds: of the tasks.
+        kinds: of the tasks. share: of the split that was scored: other rows have another best.
     Raises:
         UserError: the file is damaged, or of other tasks.
     """
@@ -60,7 +62,7 @@ def read(run: Run, split: str, dataset: str, kinds: Mapping[str, str]) -> dict[s
     except FileNotFoundError:
         return None
     known = validated(_OracleFile, content, file)
-    if known.dataset != dataset:
+    if (known.dataset, known.share) != (dataset, share):
         return None
     if not is_complete(known.metrics, kinds):
         raise UserError(f"{file}: lacks a metric of {', '.join(kinds)}. Remove it: jobs.evaluate writes it anew.")
@@ -69,6 +71,7 @@ def read(run: Run, split: str, dataset: str, kinds: Mapping[str, str]) -> dict[s
 
 class _OracleFile(BaseModel):
     dataset: str
+    share: float = 1.0
     metrics: dict[str, dict[str, int | float | None]]
 
 

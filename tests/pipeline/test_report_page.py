@@ -281,6 +281,12 @@ def test_training_settings_are_compared_with_the_defaults_where_there_is_no_base
     assert "differ from mmoe" in checked(page.run_page(of, model("mmoe"))).shown()
 
 
+def test_a_page_of_a_share_of_a_split_says_so_first():
+    of = replace(model(), records=[record(200, share=0.1)])
+    assert "10.0% of split test of /d; step 200" in checked(page.run_page(of)).shown()
+    assert "Split test of /d; step 200" in checked(page.run_page(model())).shown()
+
+
 def test_a_run_without_an_evaluation_says_so():
     assert "No checkpoint has been evaluated yet." in checked(page.run_page(replace(model(), records=[]))).shown()
 
@@ -349,7 +355,8 @@ def test_what_is_inside_has_importance_with_intervals_and_affinity():
     for words in (
         "Importance of features, the 12 largest of each task", "click: rise of NE", "f0", "90% interval",
         "1,234 rows of test, 50.0% of its clusters, 20 buckets of user", "the mean of 3 permutations",
-        "f0: +0.100 [+0.080, +0.120]", "NE 0.8000 with nothing permuted", "click after a step on dwell: −0.10, standard error 0.010",
+        "f0: +0.100 [+0.080, +0.120]", "NE 0.8000 with nothing permuted",
+        "click after a step on dwell: −0.10, standard error 0.010",
         "+0.40", "19 batches of 64 rows",
     ):  # fmt: skip
         assert words in shown, words

@@ -20,7 +20,7 @@ from features.printable import printable
 from pipeline.evaluation.report import course, mixture, plots, quality, reliability, settings, slices, trend
 from pipeline.evaluation.report.blocks import Section
 from pipeline.evaluation.report.content import Judgement, Model, Night, Trend
-from pipeline.evaluation.report.numbers import count
+from pipeline.evaluation.report.numbers import count, percent
 from pipeline.evaluation.report.reading import model_of
 from pipeline.evaluation.report.results import Results
 from pipeline.storage.files import make_folder, write_text
@@ -74,7 +74,7 @@ def comparison_page(models: Sequence[Model], baseline: Model | None, note: str =
     apart = named_apart(models)
     chosen = next((new for new, old in zip(apart, models, strict=True) if old is baseline), None)
     names = ", ".join(model.name for model in apart)
-    about = f"Split {apart[0].split} of {apart[0].dataset}. {note}".strip()
+    about = f"{_rows(apart[0])}. {note}".strip()
     return _page("Comparison", names, about, _answers(apart, chosen))
 
 
@@ -126,9 +126,15 @@ def _answers(
 
 def _about(model: Model) -> str:
     if not model.records:
-        return f"Split {model.split} of {model.dataset}. No checkpoint has been evaluated yet."
+        return f"{_rows(model)}. No checkpoint has been evaluated yet."
     step, rows = count(model.last["step"]), count(model.last["rows"])
-    return f"Split {model.split} of {model.dataset}; step {step}, after {rows} training rows."
+    return f"{_rows(model)}; step {step}, after {rows} training rows."
+
+
+def _rows(model: Model) -> str:
+    """Which rows were scored."""
+    share = model.last.get("share") or 1.0
+    return f"{f'{percent(share)} of split' if share < 1 else 'Split'} {model.split} of {model.dataset}"
 
 
 def _page(kind: str, title: str, about: str, sections: Sequence[Section]) -> str:
