@@ -281,6 +281,20 @@ def test_training_settings_are_compared_with_the_defaults_where_there_is_no_base
     assert "differ from mmoe" in checked(page.run_page(of, model("mmoe"))).shown()
 
 
+def test_a_task_is_good_only_where_its_whole_interval_is_below_the_mean_label():
+    near = {**METRICS, "click": METRICS["click"] | {"ne": 0.997}}
+    of = replace(model(), records=[record(200, near)], evaluated=None)
+    assert "1 of 2 tasks is better than predicting the mean label" in checked(page.run_page(of)).shown()
+    assert "2 of 2 tasks are better" in checked(page.run_page(model())).shown()
+
+
+def test_small_slices_and_none_are_told_apart():
+    small = {"click": {**METRICS["click"], "rows": 150}}
+    of = replace(model(), evaluated=figures(small, ["device=tv"]))  # type: ignore[arg-type]
+    assert "No slice has 100 observed rows." in checked(page.run_page(of)).shown()
+    assert "kept no figures of slices" in checked(page.run_page(replace(of, evaluated=None))).shown()
+
+
 def test_a_page_of_a_share_of_a_split_says_so_first():
     of = replace(model(), records=[record(200, share=0.1)])
     assert "10.0% of split test of /d; step 200" in checked(page.run_page(of)).shown()

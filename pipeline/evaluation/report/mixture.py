@@ -26,7 +26,7 @@ def section(models: Sequence[Model]) -> Section:
         if drawings:
             blocks.append(Drawings(drawings, model.name if len(models) > 1 else ""))
     about = (
-        "Mean weights over the rows of the split: each line mixes the columns. An expert has the name of the task that owns it."
+        "Mean weights over the rows of the split: each line mixes the columns. An expert that a task owns has the task's name."
         if blocks
         else "The model has no gates."
     )
