@@ -48,10 +48,11 @@ def main(config: DictConfig) -> None:
             print(progress_line(record), flush=True)
         if rank == 0:
             results = evaluation.results()
-            if not found:
+            if not found and not settings.follow:
                 print(
-                    "Nothing new: these checkpoints have a record, with the slices and intervals of then. To evaluate one "
-                    f"again with other settings, remove its line of {evaluation.run.eval_metrics}."
+                    "Nothing new: these checkpoints have a record, with the slices and intervals of then, or are another "
+                    "evaluator's. To evaluate one again with other settings, remove its line of "
+                    f"{evaluation.run.eval_metrics}."
                 )
             page.write_run(results, defaults=Settings().model_dump(mode="json"))
             evaluation.publish()
