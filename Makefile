@@ -12,6 +12,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest
+.PHONY: bench-evaluate bench-intervals
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -57,8 +58,14 @@ bench-towers: .venv/ready
 bench-emm: .venv/ready
 	$(BIN)/python tests/benchmarks/emm_tables.py
 
+bench-evaluate: .venv/ready
+	$(BIN)/python tests/benchmarks/evaluate.py
+
 bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py
+
+bench-intervals: .venv/ready
+	$(BIN)/python tests/benchmarks/intervals.py
 
 census: .venv/ready
 	$(BIN)/python -m jobs.compare

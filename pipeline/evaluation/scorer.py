@@ -185,6 +185,7 @@ class Scorer:
             dataset=self.dataset.name,
             split=self.split,
             share=self.measure.share,
+            share_by=self.keys.share_by if self.measure.share < 1 else "",
             cluster=self.keys.cluster,
             buckets=self.measure.buckets,
         )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -218,6 +219,23 @@ def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_
     assert 0 < ranking["sketch"] < 1e-5
     assert abs(found["click"]["auc"].value_S[0] - expected["click"]["auc"].value_S[0]) <= ranking["sketch"]
     assert exact.ranking() == "exact"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_shards_that_are_too_large_together_are_on_the_grid_whole(order: tuple[int, ...]) -> None:
+    rows = random_rows(6000, users=2000)
+    whole = metrics_of(rows)
+    bytes_per_row = sum(x.nbytes for part in whole.statistics.values() for x in part.state().values()) / 6000
+    # The first shard is past the limit by itself, the others only once they are merged.
+    bounds = np.array([0, 3000, 4500, 6000])
+    grouping = replace(GROUPING, max_bytes=bytes_per_row * 1700)
+    shards = [metrics_of(tuple(x[a:b] for x in rows), grouping) for a, b in zip(bounds, bounds[1:], strict=False)]
+    merged = reduce(Metrics.merge, [shards[i] for i in order])
+    assert [shard.ranking() == "exact" for shard in shards] == [False, True, True]
+    for task in ("click", "like"):
+        found, expected = merged.figures()[task], whole.figures()[task]
+        for metric in ("auc", "pr_auc"):
+            assert found[metric].value_S[0] == pytest.approx(expected[metric].value_S[0], abs=1e-9)
 
 
 @pytest.mark.parametrize("t", [0, 2])

@@ -17,6 +17,7 @@ from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.weights import Loading
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.storage.files import read_lines
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -92,7 +93,7 @@ def test_the_rows_that_are_needed_give_the_same_figures_of_every_slice(ranks: Pa
     whole, needed = (
         Scorer(run, dataset, "all", BATCH, measure, Loading(tables)).score(step).figures for tables in ("all", "needed")
     )
-    assert whole["slice"].n_unique() > 5  # ids that are rare, unseen or missing among them
+    assert whole["slice"].n_unique() >= 3  # ids that are rare or missing among them
     assert needed.equals(whole)
 
 
@@ -124,6 +125,18 @@ def test_a_record_of_several_ranks_is_that_of_one_process(ranks: Path) -> None:
         written = pl.DataFrame(rows)
         assert written["row_id"].equals(wanted_rows["row_id"])
         assert np.abs(written["logit.click"].to_numpy() - wanted_rows["logit.click"].to_numpy()).max() < 1e-6
+
+
+def test_the_job_records_a_checkpoint_once_on_two_ranks(ranks: Path) -> None:
+    run = Run(ranks / "plain" / "adatt")
+    for _ in range(2):
+        done = torchrun("-m", "jobs.evaluate", f"run={run.path}", "split=valid", "threads=1", "table_precision=fp16")
+        done.check_returncode()
+        assert done.stdout.count(str(run.report)) == 1
+    [record] = read_lines(run.eval_metrics)
+    [step] = checkpoint.steps(run.checkpoints)
+    wanted = Scorer(run, Dataset(ranks / "plain" / "data"), "valid", BATCH).score(step).value("dwell", "mse")
+    assert record["metrics"]["dwell"]["mse"] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_sharded_tables_have_no_optimiser_state(ranks: Path) -> None:

@@ -23,8 +23,8 @@ class Grouping:
         buckets: K; rows are put into them by the hash of their cluster. With 1 there are no intervals.
         ndcg: k of NDCG@k. grouped: whether rows have groups; without, what ranks within groups is undefined.
         train_rates: base rate of each binary task in training, where it is known.
-        max_bytes: that rows kept for ranking metrics may take; beyond, AUC of slices and intervals are of a sample of clusters,
-            and those of all rows of logits rounded to a grid.
+        max_bytes: that rows kept for ranking metrics may take; beyond, these metrics and their intervals are of a sample of
+            clusters, except AUC, PR-AUC and ECE of the whole split: of all rows, with logits rounded to a grid.
     """
 
     slices: tuple[tuple[str, ...], ...] = ()

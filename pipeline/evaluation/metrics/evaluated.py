@@ -39,8 +39,8 @@ class Provenance(BaseModel):
 
     Attributes:
         checkpoint: checksum of its manifest. dataset: see Dataset.name.
-        share: of the split's clusters that was scored. cluster: the key that rows are dealt into buckets by: a column, or row.
-        buckets: K.
+        share: of the split that was scored. share_by: the key whose values were all scored or not at all; empty where all were.
+        cluster: the key that rows are put into buckets by: a column, or row. buckets: K.
     """
 
     run: str
@@ -49,12 +49,13 @@ class Provenance(BaseModel):
     dataset: str
     split: str
     share: float = Field(1.0, gt=0, le=1)
+    share_by: str = ""
     cluster: str = "row"
     buckets: int = Field(1, ge=1)
 
     def same_rows(self, other: "Provenance") -> bool:
         """Whether two evaluations are of the same rows in the same buckets, so that they can be paired."""
-        keys = ("dataset", "split", "share", "cluster", "buckets")
+        keys = ("dataset", "split", "share", "share_by", "cluster", "buckets")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
@@ -98,7 +99,8 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
     if not ours.provenance.same_rows(theirs.provenance):
         raise UserError(
             f"{ours.provenance.run} step {ours.provenance.step} and {theirs.provenance.run} step {theirs.provenance.step} were "
-            "not evaluated on the same rows (dataset, split, share, cluster and buckets): evaluate both with the same settings"
+            "not evaluated on the same rows (dataset, split, share, share_by, cluster and buckets): evaluate both with "
+            "the same settings"
         )
     keys = ["task", "metric", "slice"]
     both = ours.figures.join(

@@ -1,7 +1,8 @@
 """The rows that ranking metrics are computed from: all of them, or within a limit of memory a sample of their clusters.
 
-Past the limit the clusters are halved by their hash, as often as it takes. Ranking metrics of the whole split are then those
-of all rows with logits on a grid (`GRID`); those of slices, and every standard error, are of the sample.
+Past the limit the clusters are halved by their hash, as often as it takes. AUC, PR-AUC and ECE of the whole split are then
+those of all rows with logits on a grid (`LogitGrid`), with the sample's standard error scaled to all clusters. GAUC, NDCG,
+XAUC and the ranking metrics of slices are those of the sample.
 """
 
 # Shapes: B rows of a batch, N rows, T tasks, D dimensions, S slices, K buckets.
@@ -16,11 +17,12 @@ from typing_extensions import Self
 
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
 from pipeline.evaluation.metrics.grouped import grouped
+from pipeline.evaluation.metrics.logit_grid import LogitGrid
 from pipeline.evaluation.metrics.ranking import RankedRows
 from pipeline.evaluation.metrics.slice_ranking import SliceCounts, binned
 from pipeline.evaluation.metrics.xauc import xauc
 
-GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
+NAMES = ("cluster", "group", "slices", "logit", "label", "weight")  # of the arrays of a part
 CLUSTER, GROUP, SLICES, LOGIT, LABEL, WEIGHT = range(6)
 
 
@@ -35,7 +37,7 @@ class KeptRows:
         self.parts: list[tuple[np.ndarray, ...]] = []
         self.bytes = 0
         self.halvings = 0
-        self.grid: dict[int, np.ndarray] = {}  # of each binary task (3, G): logits on the grid, weights of both classes
+        self.grids: dict[int, LogitGrid] = {}  # of each binary task, once clusters were left out
 
     def update(self, rows: Rows) -> None:
         """Adds B rows."""
@@ -64,39 +66,35 @@ class KeptRows:
     def _add_to_grid(self, part: tuple[np.ndarray, ...]) -> None:
         for t, (_, kind) in enumerate(self.tasks):
             if kind == "binary":
-                logit_N, positive_N, negative_N = _classes(part, t)
-                on_grid_N = np.where(np.isfinite(logit_N), np.rint(logit_N * GRID) / GRID, math.inf)
-                added = np.stack((on_grid_N, positive_N, negative_N))
-                self.grid[t] = _distinct(np.concatenate((self.grid.get(t, added[:, :0]), added), 1))
+                self.grids.setdefault(t, LogitGrid()).add(*_classes(part, t))
 
     def merge(self, other: Self) -> Self:
         """The rows of both."""
         both = type(self)(self.tasks, self.grouping)
         both.halvings = max(self.halvings, other.halvings)
-        if both.halvings:
-            for source in (self, other):
-                for t, table in source.grid.items():
-                    both.grid[t] = _distinct(np.concatenate((both.grid.get(t, table[:, :0]), table), 1))
-                for part in () if source.halvings else source.parts:
+        for source in (self, other):
+            for t, grid in source.grids.items():
+                both.grids.setdefault(t, LogitGrid()).merge(grid)
+            for part in source.parts:
+                if both.halvings and not source.halvings:
                     both._add_to_grid(part)
-        for part in (*self.parts, *other.parts):
-            both._keep(part)
+                both._keep(part)
         return both
 
     def state(self) -> dict[str, np.ndarray]:
         """The rows, and what stands in for those that were left out."""
-        names = ("cluster", "group", "slices", "logit", "label", "weight")
-        state = {f"rows/{name}": x for name, x in zip(names, self._columns, strict=True)}
+        state = {f"rows/{name}": x for name, x in zip(NAMES, self._columns, strict=True)}
         state["rows/halvings"] = np.array([self.halvings])
-        return state | {f"grid/{t}": table for t, table in self.grid.items()}
+        return state | {f"grid/{t}": grid.table() for t, grid in self.grids.items()}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces the rows."""
-        names = ("cluster", "group", "slices", "logit", "label", "weight")
-        self.parts = [tuple(state[f"rows/{name}"] for name in names)]
+        self.parts = [tuple(state[f"rows/{name}"] for name in NAMES)]
         self.bytes = sum(x.nbytes for x in self.parts[0])
         self.halvings = int(state["rows/halvings"][0])
-        self.grid = {int(key.removeprefix("grid/")): x for key, x in state.items() if key.startswith("grid/")}
+        self.grids = {
+            int(key.removeprefix("grid/")): LogitGrid(x) for key, x in state.items() if key.startswith("grid/")
+        }
 
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:
@@ -123,7 +121,7 @@ class KeptRows:
         share = 0.5**self.halvings
         return TaskRows(
             self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_DN, logit_N, label_N, weight_N, share,
-            self.grid.get(t),
+            self.grids[t].table() if t in self.grids else None,
         )  # fmt: skip
 
 
@@ -204,14 +202,14 @@ class TaskRows:
         return xauc(self.logit_N, self.label_N, self.weight_N, self.bucket_N, self.grouping.buckets)
 
     def whole_only(self, value: float, left_out_K: np.ndarray | None) -> Figure:
-        """A figure of the slice of all rows alone."""
+        """A figure of the slice of all rows alone, value and standard error of those that are here."""
         value_S = np.full(self.grouping.count, np.nan)
         value_S[0] = value
         if left_out_K is None or self.grouping.buckets == 1:
             return Figure(np.where(self.unknown_S, np.nan, value_S))
         left_out_SK = np.full((self.grouping.count, self.grouping.buckets), np.nan)
         left_out_SK[0] = left_out_K
-        return self._known(Figure(value_S, self._scaled(value_S, left_out_SK)))
+        return self._known(Figure(value_S, left_out_SK))
 
     def figure(self, name: str, metric: Callable[[RankedRows], tuple[float, np.ndarray]]) -> Figure:
         """A ranking metric of all rows and of every slice.
@@ -275,9 +273,3 @@ def _sampled(part: tuple[np.ndarray, ...], halvings: int) -> tuple[np.ndarray, .
         return part
     kept_N = part[CLUSTER] & np.uint32((1 << halvings) - 1) == 0
     return tuple(x[kept_N] for x in part)
-
-
-def _distinct(rows_3N: np.ndarray) -> np.ndarray:
-    """Rows (logit, positive weight, negative weight) by ascending logit, equal logits added up: (3, N) -> (3, G)."""
-    logit_G, group_N = np.unique(rows_3N[0], return_inverse=True)
-    return np.stack((logit_G, *(np.bincount(group_N, x_N, len(logit_G)) for x_N in rows_3N[1:])))

@@ -147,8 +147,9 @@ def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
     """Expected calibration error (Naeini et al. 2015) over 20 bins of equal weight.
 
     Bins of equal width would hold nearly all rows of a rare label in the first. Equal predictions that straddle an edge are
-    divided in proportion, so the order of rows cannot matter. Biased upwards on few rows, like every binned ECE. Without a
-    bucket the edges stay where they are.
+    divided in proportion, so the order of rows cannot matter. Biased upwards on few rows, like every binned ECE: an interval is
+    around its mean on as many rows. Where bins are calibrated the standard error is up to 1.7 times too large, since the
+    jackknife sees the slope of an absolute value, not its fold at 0. Without a bucket the edges stay where they are.
     """
     weight = rows.weight_before[-1]
     value = float(ratio(np.abs(_in_bins(rows, rows.predicted_G - rows.positive_G)).sum(), weight))

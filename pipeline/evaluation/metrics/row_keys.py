@@ -8,19 +8,20 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from features.errors import UserError, did_you_mean
+from features.errors import UserError, did_you_mean, one_line
 from features.hashing import hash_integers, hash_strings
 from features.keys import cluster_column
 from features.schema.kept import kept_column
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.shards import open_shard
+from pipeline.dataset.shards import check_ids, open_shard, table_sizes
 from pipeline.evaluation.metrics.base import Grouping
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slices import SliceNumbers, count_values, dimensions
 
 ROW = "row"  # as a cluster: rows are independent
 CLUSTER_SEED, SHARE_SEED = 21, 22
+MAX_CELLS = 1 << 20  # slices times buckets
 
 
 class SplitKeys:
@@ -74,15 +75,32 @@ class SplitKeys:
             SliceNumbers(dimension, of_values, config.top, config.min_rows)
             for dimension, of_values in zip(self.dimensions, counts, strict=True)
         ]
-        return [numbers for numbers in found if numbers.names]
+        found = [numbers for numbers in found if numbers.names]
+        if (slices := sum(len(numbers.names) for numbers in found)) * config.buckets > MAX_CELLS:
+            raise UserError(
+                f"slices: {slices:,} slices with {config.buckets:,} buckets each take too much memory, at most "
+                f"{MAX_CELLS // config.buckets:,} can be measured: lower top, raise min_rows, or leave some slices out"
+            )
+        return found
 
     def _tables(self) -> Iterator[pa.Table]:
         needed = list(dict.fromkeys(column for d in self.dimensions for column in d.columns))
+        sizes = {name: size for name, size in table_sizes(self.dataset).items() if name in needed}
         for split in self.splits:
             for shard in self.dataset.shards(split):
-                file = open_shard(self.dataset, shard, needed)
-                for index in range(file.num_row_groups):
-                    yield file.read_row_group(index, needed, use_threads=False)
+                path = self.dataset.path / shard.path
+                try:
+                    with open_shard(self.dataset, shard, needed) as file:
+                        for index in range(file.num_row_groups):
+                            table = file.read_row_group(index, needed, use_threads=False)
+                            for name, size in sizes.items():
+                                check_ids(path, name, table[name].combine_chunks(), size)
+                            yield table
+                except (pa.ArrowException, OSError, ValueError) as error:
+                    raise UserError(
+                        f"{path}: cannot be read ({one_line(error)}): the file changed after it was written. Restore it, or "
+                        "run jobs.preprocess again."
+                    ) from None
 
     @cached_property
     def grouping(self) -> Grouping:

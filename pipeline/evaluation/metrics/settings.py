@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 
 
 class Edges(BaseModel):
@@ -10,7 +10,7 @@ class Edges(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     column: str
-    edges: Annotated[list[float], Field(min_length=1, max_length=1000)]
+    edges: Annotated[list[FiniteFloat], Field(min_length=1, max_length=1000)]
 
     @field_validator("edges")
     @classmethod
@@ -35,9 +35,10 @@ class MeasureConfig(BaseModel):
 
     Attributes:
         slices: a column, a list of columns (their cross), {column, edges}, or {sql}.
-        top: most frequent values of a dimension that are slices. min_rows: of a slice.
+        top: most frequent values of a dimension that are slices; ranges, days and hours all are. min_rows: of a slice,
+            in the whole split.
         cold_start: slices of the ids that training has not seen, or in fewer than `rare` rows.
-        by_time: slices by day and hour (UTC), where the schema has an event time.
+        by_time: slices by day and hour (UTC), where the schema has an event time that is no plain order.
         buckets: of the jackknife; 1: no intervals. cluster: kept column whose rows share a bucket, or row; None: the user,
             where a column of users is kept, or else row.
         group: kept column within whose rows GAUC and NDCG rank; None: the cluster. ndcg: its k.

@@ -39,6 +39,7 @@ def _form_of_part(part: str) -> str:
     column = part.removesuffix(COLD_START)
     if column != part:
         return rf"{re.escape(column)}: (?:unseen|rare|missing|\*)"
-    value, of_edges = r"=(?:(?!, [\w.]+=).)+", r" (?:below \S+|\S+\.\.\S+|from \S+|missing|\*)"
+    value = r'=(?:"(?:[^"\\]|\\.)*"|(?:(?!, [\w.]+=).)+)'  # in quotes it may hold anything
+    of_edges = r" (?:below \S+|\S+\.\.\S+|from \S+|missing|\*)"
     is_condition = not re.fullmatch(r"[\w.]+", part)
     return rf"{re.escape(part)}(?:{value}|{of_edges}){'?' if is_condition else ''}"

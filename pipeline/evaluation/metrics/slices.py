@@ -1,43 +1,50 @@
 """Slices of a split: by the values of kept columns and features, by ranges, by SQL, by crosses, by cold start and by time.
 
 The slices of a dimension are found in one reading of its columns before the first checkpoint is scored; from then on each row
-group's rows get the number of their slice while it is decoded.
+group's rows get the number of their slice while it is decoded. A text in a slice's name is in quotes where it could be read
+as something else: `device="missing"` are the rows whose device is called so, `device=missing` those without one.
 """
 
 # Shapes: N rows, V values of a dimension, S slices of it.
 
-from abc import abstractmethod
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from itertools import islice
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.errors import UserError, did_you_mean
+from features.errors import UserError, did_you_mean, one_line
 from features.fit.encoders import MISSING
 from features.parse.compute import evaluate
-from features.schema.expressions import columns_of
-from features.schema.kept import kept_column
+from features.schema.expressions import columns_of, shown
+from features.schema.kept import TEXT, kept_column
+from features.time_units import INDEX
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.shards import with_plain_texts
 from pipeline.evaluation.metrics.settings import Edges, MeasureConfig, Sql
 
 NO_SLICE = -1
 MAX_VALUES = 1 << 20  # of a dimension, of which the most frequent are slices
+MAX_ORDERED = 1 << 14  # slices of a dimension that has an order; int16 numbers them
+RESERVED = ("missing", "unseen")  # what names of slices call ids and values that are none
 DAY = 86_400
 
 
-class Dimension:
+class Dimension(ABC):
     """One way to divide the rows.
 
     Attributes:
         name: as in `Evaluated.figures`. columns: of the dataset that it needs.
+        has_order: its slices are listed by value, and not only the most frequent ones but all of them.
     """
 
     name: str
     columns: Sequence[str]
+    has_order = False
 
     @abstractmethod
     def values(self, table: pa.Table) -> pa.Array:
@@ -45,7 +52,7 @@ class Dimension:
 
     def label(self, value: object) -> str | None:
         """The slice's name; None where the value is no slice."""
-        return f"{self.name}={'missing' if value is None else value}"
+        return f"{self.name}={'missing' if value is None else _shown(value)}"
 
 
 class _Column(Dimension):
@@ -55,9 +62,8 @@ class _Column(Dimension):
         self.name, self.columns = name, [column]
 
     def values(self, table: pa.Table) -> pa.Array:
-        values = table[self.columns[0]].combine_chunks()
-        # A row group whose texts repeat is read as codes; the values looked up are texts.
-        return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        value_N = table[self.columns[0]].combine_chunks()
+        return pc.add(value_N, 0.0) if pa.types.is_floating(value_N.type) else value_N  # -0.0 is 0.0
 
 
 class _Feature(Dimension):
@@ -71,43 +77,54 @@ class _Feature(Dimension):
         self.unknown, self.vocabulary = unknown, dataset.encoders.vocabularies[table]
 
     def values(self, table: pa.Table) -> pa.Array:
-        id_N = table[self.name].combine_chunks()
-        return pc.if_else(pc.is_in(id_N, value_set=pa.array(list(self.unknown), id_N.type)), self.unknown.start, id_N)
+        id_N = table[self.name].to_numpy()
+        unseen_N = (id_N >= self.unknown.start) & (id_N < self.unknown.stop)
+        return pa.array(np.where(unseen_N, self.unknown.start, id_N))
 
     def label(self, value: object) -> str | None:
         assert isinstance(value, int)
         if value in (MISSING, self.unknown.start):
             return f"{self.name}={'missing' if value == MISSING else 'unseen'}"
-        return f"{self.name}={self.vocabulary[value - self.unknown.stop].as_py()}"
+        return f"{self.name}={_shown(self.vocabulary[value - self.unknown.stop].as_py())}"
 
 
 class _Edges(Dimension):
-    """Ranges of a number, of a kept column in its unit or a dense feature by edges in the feature's scale."""
+    """Ranges of a number in its unit: of a kept column, or of a dense feature.
+
+    A dense feature without `missing_flag` has the mean where it is missing, and is in the range of that.
+    """
+
+    has_order = True
 
     def __init__(self, settings: Edges, dataset: Dataset) -> None:
         self.name, self.edges = settings.column, settings.edges
-        schema = dataset.schema
-        if settings.column in schema.keep:
-            self.columns = [kept_column(settings.column)]
-            self.cut_V = np.array(settings.edges, np.float64)
+        schema, column = dataset.schema, kept_column(settings.column)
+        if schema.kept.get(column, TEXT) != TEXT:
+            self.columns, self.cut_V = [column], np.array(settings.edges, np.float64)
             return
         if settings.column not in schema.dense:
             raise UserError(_unknown(settings.column, dataset, "a number"))
-        self.columns = [settings.column]
-        encoded = schema.dense[settings.column].encode(
-            settings.column, pa.array(settings.edges, pa.float64()), dataset.encoders
-        )
+        feature = schema.dense[settings.column]
+        self.columns = list(feature.fields(settings.column))
+        encoded = feature.encode(settings.column, pa.array(settings.edges, pa.float64()), dataset.encoders)
         self.cut_V = encoded[settings.column].to_numpy().astype(np.float64)
+        if not (np.diff(self.cut_V) > 0).all():
+            raise UserError(
+                f"slices: edges of {settings.column} are closer to each other than float32, in which {dataset.path} has the "
+                "feature, can distinguish: leave some out"
+            )
 
     def values(self, table: pa.Table) -> pa.Array:
-        value_N = table[self.columns[0]].combine_chunks().cast(pa.float64())
+        column, *flag = (table[name].combine_chunks() for name in self.columns)
+        value_N = column.cast(pa.float64())
         place_N = np.searchsorted(self.cut_V, value_N.fill_null(np.nan).to_numpy(), side="right")
-        return pa.array(place_N, mask=~value_N.is_valid().to_numpy(False))
+        missing_N = flag[0].to_numpy() > 0 if flag else ~value_N.is_valid().to_numpy(False)
+        return pa.array(place_N, mask=missing_N)
 
     def label(self, value: object) -> str | None:
         if not isinstance(value, int):
             return f"{self.name} missing"
-        edges = [f"{edge:g}" for edge in self.edges]
+        edges = [str(int(edge)) if edge.is_integer() else repr(edge) for edge in self.edges]
         if value == 0:
             return f"{self.name} below {edges[0]}"
         return (
@@ -119,8 +136,15 @@ class _Sql(Dimension):
     """The rows for which a condition over kept columns holds."""
 
     def __init__(self, settings: Sql, dataset: Dataset) -> None:
-        self.name = self.sql = settings.sql
-        names = list(dict.fromkeys(columns_of(settings.sql)))
+        self.sql, self.name = settings.sql, " ".join(settings.sql.split())
+        try:
+            names = list(dict.fromkeys(columns_of(settings.sql)))
+        except ValueError as error:
+            raise UserError(f"slices: sql: {shown(settings.sql)}: {one_line(error)}") from None
+        if not names:
+            raise UserError(
+                f"slices: sql: {shown(settings.sql)} reads no column: write a condition, such as position <= 3"
+            )
         if missing := [name for name in names if name not in dataset.schema.keep]:
             raise UserError(_unknown(missing[0], dataset, "a kept column"))
         self.names, self.path = names, dataset.path
@@ -132,11 +156,13 @@ class _Sql(Dimension):
         assert isinstance(frame, pl.DataFrame)
         found = evaluate(frame, "slices.sql", self.sql, "holds")
         if found.dtype != pl.Boolean:
-            raise UserError(f"slices: sql: {self.sql!r} is {found.dtype}, a condition is needed, such as position <= 3")
+            raise UserError(
+                f"slices: sql: {shown(self.sql)} is {found.dtype}, a condition is needed, such as position <= 3"
+            )
         return found.fill_null(False).to_arrow()
 
     def label(self, value: object) -> str | None:
-        return self.sql if value else None
+        return self.name if value else None
 
 
 class _ColdStart(Dimension):
@@ -166,6 +192,8 @@ class _ColdStart(Dimension):
 class _Time(Dimension):
     """Days or hours of the day of the event time, in UTC."""
 
+    has_order = True
+
     def __init__(self, name: str) -> None:
         self.name, self.columns = name, ["event_time"]
 
@@ -181,15 +209,16 @@ class _Time(Dimension):
             return None
         if self.name == "hour":
             return f"hour={value:02d}"
-        return f"day={datetime.fromtimestamp(value * DAY, timezone.utc):%Y-%m-%d}"
+        return f"day={np.datetime64(value, 'D')}"
 
 
 class _Cross(Dimension):
-    """Pairs, or longer, of the values of others."""
+    """Combinations of the values of other dimensions."""
 
     def __init__(self, parts: Sequence[Dimension]) -> None:
         self.parts = parts
         self.name = ", ".join(part.name for part in parts)
+        _refuse_repeated([part.name for part in parts], f"in the cross {self.name}")
         self.columns = list(dict.fromkeys(column for part in parts for column in part.columns))
 
     def values(self, table: pa.Table) -> pa.Array:
@@ -212,11 +241,16 @@ def dimensions(config: MeasureConfig, dataset: Dataset) -> list[Dimension]:
             for name in schema.single
             if dataset.encoders.unknown_ids(schema.table_of(name)) is not None
         ]
-    if schema.event_time:
+    if schema.event_time and schema.source.times.get(schema.event_time) != INDEX:
         found += [_Time(name) for name in config.by_time]
-    if twice := {d.name for d in found if [x.name for x in found].count(d.name) > 1}:
-        raise UserError(f"slices: {min(twice)} is named twice")
+    _refuse_repeated([d.name for d in found], "as a dimension (by_time makes day and hour)")
     return found
+
+
+def _refuse_repeated(names: Sequence[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"slices: {repeated} is there twice {where}: leave one out")
 
 
 def _dimension(entry: str | Sequence[str] | Edges | Sql, dataset: Dataset) -> Dimension:
@@ -242,42 +276,65 @@ def _unknown(name: str, dataset: Dataset, what: str) -> str:
     )
 
 
+def _shown(value: object) -> object:
+    """A value in the name of a slice: a text in quotes, as in JSON, where it could be read as something else."""
+    if not isinstance(value, str):
+        return value
+    is_plain = value.isprintable() and value.strip() == value and not value.startswith('"') and ", " not in value
+    return (
+        value if is_plain and value not in ("", *RESERVED) else json.dumps(value, ensure_ascii=not value.isprintable())
+    )
+
+
 class SliceNumbers:
-    """The slices of one dimension, found by counting, and the number of each row's.
+    """The slices of one dimension, and the number of each row's.
 
     Args:
-        dimension: whose. tables: all rows of the split, its columns at least. top: how many of the most frequent values are
-            slices. min_rows: that a slice must have.
+        dimension: whose. counts: of `count_values`. top: how many of the most frequent values are slices; of equally frequent
+            ones the smaller. min_rows: that a slice must have.
+    Attributes:
+        names: of the slices, in the order of their numbers.
     """
 
     def __init__(self, dimension: Dimension, counts: pl.DataFrame, top: int, min_rows: int) -> None:
         self.dimension = dimension
-        ordered = counts.filter(pl.col("rows") >= min_rows).sort("rows", descending=True, maintain_order=True)
-        named = [(dimension.label(value), value) for value in ordered["value"].to_list()]
-        kept = [(label, value) for label, value in named if label is not None][:top]
-        if isinstance(dimension, (_Edges, _Time)):
-            kept.sort(key=lambda pair: pair[0] if pair[1] is None else f"{pair[1]:020d}")
+        frequent = counts.filter(pl.col("rows") >= min_rows)
+        if dimension.has_order:
+            ordered, limit = frequent.sort("value", nulls_last=True), MAX_ORDERED
+        else:
+            ordered, limit = frequent.sort("rows", descending=True, maintain_order=True), top
+        named = ((dimension.label(value), value) for value in ordered["value"])
+        kept = list(islice(((label, value) for label, value in named if label is not None), limit))
         self.names = tuple(label for label, _ in kept)
-        value_type = counts["value"].dtype
-        self.lookup = pl.DataFrame(
-            {"value": pl.Series([v for _, v in kept], dtype=value_type), "slice": np.arange(len(kept), dtype=np.int16)}
-        )
+        values = pl.Series([value for _, value in kept], dtype=counts["value"].dtype)
+        parts = [values] if values.dtype != pl.Struct else values.struct.unnest().get_columns()
+        self.lookups = [_Places(part.unique(maintain_order=True)) for part in parts]
+        self.slice_V = np.full(
+            [len(lookup.values) + 1 for lookup in self.lookups], NO_SLICE, np.int16
+        )  # the last: another
+        place = tuple(lookup.of(part.to_arrow()) for lookup, part in zip(self.lookups, parts, strict=True))
+        self.slice_V[place] = np.arange(len(kept), dtype=np.int16)
 
     def of(self, table: pa.Table) -> np.ndarray:
         """Of N rows the number of their slice, or NO_SLICE."""
         values = self.dimension.values(table)
-        if isinstance(values, pa.StructArray):
-            frame = pl.DataFrame({"value": pl.from_arrow(_plain(values))})
-            found = frame.join(self.lookup, on="value", how="left", nulls_equal=True, maintain_order="left")["slice"]
-            return found.fill_null(NO_SLICE).to_numpy()
-        if pa.types.is_dictionary(values.type):
-            place_V = np.append(self._places(values.dictionary), self._places(pa.nulls(1, values.dictionary.type)))
-            return place_V[values.indices.fill_null(len(place_V) - 1).to_numpy()]
-        return self._places(values)
+        parts = values.flatten() if pa.types.is_struct(values.type) else [values]
+        return self.slice_V[tuple(lookup.of(part) for lookup, part in zip(self.lookups, parts, strict=True))]
 
-    def _places(self, values: pa.Array) -> np.ndarray:
-        place_N = pc.index_in(values, value_set=self.lookup["value"].to_arrow().cast(values.type))
-        return place_N.fill_null(NO_SLICE).to_numpy().astype(np.int16)
+
+class _Places:
+    """The places of values among some; -1, which is the last place, for others."""
+
+    def __init__(self, values: pl.Series) -> None:
+        self.values = values
+
+    def of(self, values: pa.Array) -> np.ndarray:
+        """Of N values the place."""
+        if pa.types.is_dictionary(values.type):
+            place_V = np.append(self.of(values.dictionary), self.of(pa.nulls(1, values.dictionary.type)))
+            return place_V[values.indices.fill_null(len(place_V) - 1).to_numpy()]
+        place_N = pc.index_in(values, value_set=self.values.to_arrow().cast(values.type))
+        return place_N.fill_null(-1).to_numpy()
 
 
 def count_values(dimensions: Sequence[Dimension], tables: Iterable[pa.Table]) -> list[pl.DataFrame]:
@@ -285,12 +342,17 @@ def count_values(dimensions: Sequence[Dimension], tables: Iterable[pa.Table]) ->
     counts: list[list[pl.DataFrame]] = [[] for _ in dimensions]
     for table in tables:
         for dimension, parts in zip(dimensions, counts, strict=True):
-            values = pl.from_arrow(_plain(dimension.values(table)))
-            assert isinstance(values, pl.Series)
-            parts.append(values.alias("value").to_frame().group_by("value").len("rows"))
+            parts.append(_counted(dimension.values(table)))
             if len(parts) > 16:
                 parts[:] = [_added_up(parts)]
     return [_added_up(parts) for parts in counts]
+
+
+def _counted(values: pa.Array) -> pl.DataFrame:
+    if not pa.types.is_struct(values.type):
+        values, row_V = values.value_counts().flatten()
+        return pl.DataFrame({"value": pl.from_arrow(_plain(values)), "rows": pl.from_arrow(row_V)})
+    return pl.DataFrame({"value": pl.from_arrow(_plain(values))}).group_by("value").agg(rows=pl.len().cast(pl.Int64))
 
 
 def _plain(values: pa.Array) -> pa.Array:
@@ -304,4 +366,4 @@ def _plain(values: pa.Array) -> pa.Array:
 
 def _added_up(parts: Sequence[pl.DataFrame]) -> pl.DataFrame:
     whole = pl.concat(parts).group_by("value").agg(pl.col("rows").sum()).sort("value")
-    return whole if whole.height <= MAX_VALUES else whole.top_k(MAX_VALUES, by="rows").sort("value")
+    return whole.sort("rows", descending=True, maintain_order=True).head(MAX_VALUES).sort("value")

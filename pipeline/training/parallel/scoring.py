@@ -10,7 +10,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from features.errors import UserError
 from features.plain_json import first_fault
-from models.ranker import Ranker
+from models.ranker import Ranker, is_table
 from models.table_storage import Precision
 from pipeline.training.config import Settings
 from pipeline.training.optim.settings import TableOptimizer
@@ -42,6 +42,9 @@ def shard_for_scoring(
             "process."
         )
     settings = scoring_settings(trained, where, device, batch_size)
+    for name, parameter in ranker.named_parameters():
+        if not is_table(name):
+            parameter.requires_grad_(False)  # so that the plan counts no gradients and no optimiser of the dense part
     id_maps.shard_maps(ranker, settings, device)
     sharders = shard.sharders(settings)
     placed = plan.plan(ranker, sharders, ranker.tables, settings, device)
