@@ -146,6 +146,7 @@ class Scorer:
         evaluated.write(Evaluated(metrics.frame(figures), provenance), file)
         if write_predictions:
             predictions.write(frames, predictions.path(self.run, self.split, step), self.provenance(manifest.checksum))
+        names = self.ranker.fusion.gate_names(list(self.schema.tasks), self.ranker.fields)
         seconds = time.perf_counter() - begin
         return {
             "step": step,
@@ -166,9 +167,7 @@ class Scorer:
             "ranking": metrics.ranking(),
             "evaluation": file.name,
             "gates": gates,
-            "gate_names": [
-                level._asdict() for level in self.ranker.fusion.gate_names(list(self.schema.tasks), self.ranker.fields)
-            ],
+            "gate_names": [{"units": level.units, "experts": level.experts} for level in names],
         }
 
     @cached_property

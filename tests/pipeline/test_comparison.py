@@ -139,7 +139,7 @@ def test_gate_means_are_those_of_all_real_rows(run: Run, small_dataset: Path) ->
     record = Scorer(run, Dataset(small_dataset), "test", 64).evaluate(6)  # 300 rows: the last batch has padding
     other = Scorer(run, Dataset(small_dataset), "test", 300)
     other.metrics(6)
-    batch = next(other.loader.batches(other.loader.start()))
+    batch = next(other.batches())
     with torch.inference_mode():
         expected = other.ranker.fusion.gates(other.ranker.inputs(batch))
     assert [len(level) for level in record["gates"]] == [3, 3]

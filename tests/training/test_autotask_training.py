@@ -87,7 +87,7 @@ def aucs(run: Run, id_of: dict[str, str] | None = None) -> dict[str, float]:
     scorer.metrics(checkpoint.steps(run.checkpoints)[-1])
     metrics, scored = Metrics(scorer.tasks), [TASKS.index((id_of or {}).get(task, task)) for task in TASKS]
     with torch.inference_mode():
-        for batch in scorer.loader.batches(scorer.loader.start()):
+        for batch in scorer.batches():
             metrics.update(scorer.ranker(batch)[:, scored], batch.label_BT, batch.observed_BT, batch.weight_BT)
     return {task: figures["auc"] for task, figures in metrics.compute().items()}
 
