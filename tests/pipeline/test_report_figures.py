@@ -35,7 +35,7 @@ def test_what_is_inside_has_importance_with_intervals_and_affinity():
         "Importance of features, the 12 largest of each task", "click: rise of NE", "f0", "90% interval",
         "1,234 rows of test, 50.0% of its clusters, 20 buckets of user", "the mean of 3 permutations",
         "f0: +0.100 [+0.080, +0.120]", "NE 0.8000 with nothing permuted",
-        "click after a step on dwell: −0.10, standard error 0.010",
+        "click after a step on dwell: −0.20, standard error 0.010",
         "+0.40", "19 batches of 64 rows",
     ):  # fmt: skip
         assert words in shown, words
