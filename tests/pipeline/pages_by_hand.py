@@ -130,7 +130,7 @@ def explanation_of(names: list[str], tasks: list[str], **further: Any) -> Explan
         for n, name in enumerate(names)
     ]
     z_TT: list[list[float | None]] = [
-        [0.004 * (i == j) - 0.001 * (i != j) for j in range(len(tasks))] for i in range(len(tasks))
+        [0.004 * (i == j) - 0.001 * (i + 1) * (i != j) for j in range(len(tasks))] for i in range(len(tasks))
     ]
     affinity = {
         "tasks": tasks, "batches": 19, "batch_rows": 64, "dense_rate": 0.1, "table_rate": 0.1, "z_TT": z_TT,
