@@ -50,7 +50,7 @@ def main(config: DictConfig) -> None:
             results = evaluation.results()
             if not found and not settings.follow:
                 print(
-                    "Nothing new: these checkpoints have a record, with the slices and intervals of then, or are another "
+                    "Nothing new: these checkpoints have a record, with the slices and intervals set then, or are another "
                     "evaluator's. To evaluate one again with other settings, remove its line of "
                     f"{evaluation.run.eval_metrics}."
                 )
