@@ -12,7 +12,7 @@ from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
 from pipeline.evaluation.report import comparison_table
 from pipeline.evaluation.report.content import Model
-from pipeline.evaluation.report.reading import model_of
+from pipeline.evaluation.report.reading import card_link, model_of
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 
@@ -51,14 +51,15 @@ def comparison(config: EvaluateConfig) -> Comparison:
     kinds, their_kinds = _kinds(our_run), _kinds(their_run)
     table = comparison_table.table(ours, theirs, kinds, config.compare_slices)
     shared = {task: kind for task, kind in kinds.items() if their_kinds.get(task) == kind}
-    ours_at, theirs_at = (_model(run, found, shared) for run, found in ((our_run, ours), (their_run, theirs)))
     name = f"{config.split}-{ours.provenance.step:08d}-{their_run.path.resolve().name[:100]}-{theirs.provenance.step:08d}.html"
-    return Comparison(table, (ours_at, theirs_at), our_run.path / "comparisons" / name)
+    file = our_run.path / "comparisons" / name
+    models = _model(our_run, ours, shared, file), _model(their_run, theirs, shared, file)
+    return Comparison(table, models, file)
 
 
-def _model(run: Run, found: Evaluated, kinds: Mapping[str, str]) -> Model:
+def _model(run: Run, found: Evaluated, kinds: Mapping[str, str], file: Path) -> Model:
     of = found.provenance
-    model = model_at(run, of.step, of.split, of.dataset, kinds, of.share)
+    model = model_at(run, of.step, of.split, of.dataset, kinds, file, of.share)
     if model.last.get("checkpoint") != of.checkpoint:
         raise UserError(
             f"{run.eval_metrics}: the record of step {of.step} is of another checkpoint. Evaluate it again."
@@ -70,11 +71,13 @@ def _kinds(run: Run) -> dict[str, str]:
     return {name: task.kind for name, task in run.schema().tasks.items()}
 
 
-def model_at(run: Run, step: int, split: str, dataset: str, kinds: Mapping[str, str], share: float = 1.0) -> Model:
+def model_at(
+    run: Run, step: int, split: str, dataset: str, kinds: Mapping[str, str], file: Path, share: float = 1.0
+) -> Model:
     """The model of a page as it was at a checkpoint: its record, those before it, and the training up to it.
 
     Args:
-        dataset: its name. kinds: of the tasks that the page shows. share: of the split that was scored.
+        file: of the page. dataset: its name. kinds: of the tasks that the page shows. share: of the split that was scored.
     Raises:
         UserError: the checkpoint has no record, or a file of the run is damaged.
     """
@@ -86,7 +89,7 @@ def model_at(run: Run, step: int, split: str, dataset: str, kinds: Mapping[str, 
     training, progressive = (
         [line for line in lines if line.rows <= rows] for lines in (found.training, found.progressive)
     )
-    return replace(found, training=training, progressive=progressive)
+    return replace(found, training=training, progressive=progressive, card=card_link(file, dataset))
 
 
 def _read(of: Compared, config: EvaluateConfig) -> Evaluated:

@@ -41,7 +41,7 @@ def write(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], f
 def _first_run(entry: Entry, tasks: Mapping[str, str], folder: Path) -> Model:
     run = Run(folder / f"{entry.name}-0")
     rows = dataset_of(run, EvaluateConfig(run=run.path)).name
-    return replace(model_at(run, entry.runs[0]["step"], "test", rows, tasks), name=entry.name)
+    return replace(model_at(run, entry.runs[0]["step"], "test", rows, tasks, folder / "compare.html"), name=entry.name)
 
 
 def tables(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], style: str) -> str:
