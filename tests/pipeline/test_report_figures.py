@@ -7,7 +7,7 @@ from hostile_text import HOSTILE
 from pages_by_hand import KINDS, METRICS, Parsed, checked, explanation_of, figures, model, record
 
 from features.printable import has_surrogates
-from pipeline.evaluation.report import course, heat_map, mixture, page, reliability, settings, slices, svg
+from pipeline.evaluation.report import course, forest, heat_map, mixture, page, reliability, settings, slices, svg
 from pipeline.evaluation.report.content import Estimate, TrainLine
 from pipeline.evaluation.report.harm import Harm
 
@@ -146,3 +146,9 @@ def test_shades_of_gate_weights_are_of_the_whole_map():
     drawn = Parsed(str(mixture.gate_map([[0.8, 0.1], [0.4, 0.2]], ["a", "b"], ["x", "y"])))
     fills = [found["fill"] for tag, found in drawn.elements if tag == "rect"]
     assert fills == [heat_map.POSITIVE[n] for n in (7, 1, 4, 2)]
+
+
+def test_a_forest_of_changes_has_a_line_at_0_however_far_it_is():
+    rows = [("a", Estimate(0.5, 0.4, 0.6), "c0")]
+    assert str(forest.forest(rows, is_change=True)).count('class="zero"') == 1
+    assert 'class="zero"' not in str(forest.forest(rows))
