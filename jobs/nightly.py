@@ -6,7 +6,7 @@ last line on stdout is the outcome as JSON.
 Examples:
   python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly date=2026-11-09
   python -m jobs.nightly run=/runs/new input=/logs/today out=/nightly gates=gates.yaml bless=pass webhook=true
-  python -m jobs.nightly 'train={args: [model=ple]}' days=/runs/days input=/logs out=/runs/nightly date=2026-11-09
+  python -m jobs.nightly 'train={args: ["model=ple"]}' days=/runs/days input=/logs out=/runs/nightly date=2026-11-09
   python -m jobs.nightly bless=back out=/nightly
 """
 
@@ -28,10 +28,10 @@ def main(config: DictConfig) -> None:
     from pipeline.storage.files import json_text
 
     settings: NightlyConfig = parse(config, NightlyConfig)
-    if settings.bless == "back":
-        print(json_text(go_back(settings)), flush=True)
-        return
     try:
+        if settings.bless == "back":
+            print(json_text(go_back(settings)), flush=True)
+            return
         result = nightly(settings)
     except Preempted:
         raise

@@ -122,6 +122,8 @@ class NightlyConfig(MeasureConfig):
             raise ValueError("train needs days=, the folder of the datasets of days that it trains on")
         if self.train and self.step is not None:
             raise ValueError("step is of run=: a night that trains judges its newest checkpoint")
+        if self.train and self.best is not None:
+            raise ValueError("best is of run=, whose checkpoints jobs.evaluate has evaluated: leave it out with train=")
         if self.days and day_of(self.date) is None:
             raise ValueError(f"days needs a date as YYYY-MM-DD, which {self.date} is not")
         if self.serving is None and self.serving_step is not None:
@@ -146,5 +148,14 @@ class NightlyConfig(MeasureConfig):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that a verdict depends on, which a night that is judged keeps."""
-        how = {"bless", "keep_served", "again", "webhook", "termination_message", "decay_nights", "decay_confidence"}
+        how = {
+            "out",
+            "bless",
+            "keep_served",
+            "again",
+            "webhook",
+            "termination_message",
+            "decay_nights",
+            "decay_confidence",
+        }
         return self.model_dump(mode="json", exclude=how)

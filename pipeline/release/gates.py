@@ -175,7 +175,7 @@ def _judge(gate: Gate, higher_is_better: bool | None, key: tuple[str, str, str],
 def _missing(ours: Estimate | None, theirs: float | None, rows: int, judged: Judged) -> str:
     """Why there is nothing to judge."""
     if not rows:
-        return "no rows"
+        return "no rows, or too few for a slice (min_rows and top of the evaluation)"
     if ours is None:
         return "undefined on these rows"
     if theirs is None:

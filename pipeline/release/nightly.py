@@ -74,6 +74,8 @@ def nightly(config: NightlyConfig) -> Result:
 
 def go_back(config: NightlyConfig) -> dict[str, Any]:
     """Moves the pointer one back. Returns the JSON line. Raises UserError where there is nothing to go back to."""
+    if not config.out.is_dir():
+        raise UserError(f"{config.out} is missing: there is nothing to go back to. Check out=.")
     with alone(config.out):
         last, now = serving.back(config.out)
     return {
@@ -105,6 +107,11 @@ def _gates(config: NightlyConfig) -> tuple[Gates, dict[str, str]]:
     kinds, dimensions = steps.measured(config)
     of_run = config.run / "gates.yaml" if config.run else None
     path = config.gates or (of_run if of_run and of_run.exists() else None)
+    if path and config.max_increase != NightlyConfig.model_fields["max_increase"].default:
+        raise UserError(
+            f"max_increase is for nights without a gates.yaml, and {path} is there: write the bound there, as "
+            f"{{metric: ne, change: {{worse_by_at_most: {config.max_increase:g}}}}}, and leave max_increase out."
+        )
     gates = load_gates(path) if path else default_gates(kinds, config.max_increase)
     check_gates(gates, kinds, dimensions, str(path or "max_increase"))
     return gates, kinds
@@ -133,7 +140,7 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
         _evaluate(config, recorder, "best", chosen.best, encoded)
     models = {
         **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump(), **day},
-        "measure": config.measure.model_dump(mode="json"),
+        "measure": _measured_with(config),
     }
     if theirs and encoded.folders["serving"] != encoded.folders["candidate"]:
         theirs = comparable(theirs)
@@ -172,7 +179,8 @@ def verdict_of(night: Night) -> Verdict | None:
 
 def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) -> steps.Chosen:
     """The models of the night; chosen again where one of them is not there any more, or another one serves."""
-    served = None if config.serving else serving.before(serving.read_serving(config.out), config.date)
+    pointer = serving.read_serving(config.out)
+    served = None if config.serving else serving.before(pointer, config.date)
     if served:
         serving.check_there(served, config.out)
     where = config.folder / FILE
@@ -182,7 +190,10 @@ def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) ->
         mode="json", include={"run", "step", "train", "days", "serving", "serving_step", "best"}
     )
     inputs = {**settings, "served": served and served.model_dump(exclude={"time"})}
-    earlier = [night for night in nights(config.out) if night.date != config.date]
+    others = [night for night in nights(config.out) if night.date != config.date]
+    earlier = [
+        night for night in others if not serving.is_of_withdrawn(pointer, night)
+    ]  # whose weights no training starts from
     found = recorder.step("models", inputs, lambda: steps.choose(config, kinds, served, earlier).model_dump())
     return validated(steps.Chosen, found, where)
 
@@ -199,7 +210,10 @@ def _preprocess(
 
 def _train(config: NightlyConfig, recorder: Recorder, chosen: steps.Chosen, kinds: dict[str, str]) -> ModelReference:
     assert config.train is not None
-    inputs = {"train": config.train.model_dump(mode="json"), "start": chosen.start, "days": chosen.days}
+    inputs = {
+        "train": config.train.model_dump(mode="json"), "start": chosen.start, "days": chosen.days,
+        "folder": str(config.days),
+    }  # fmt: skip
     found = recorder.step("train", inputs, lambda: steps.train(config, chosen, kinds))
     return validated(ModelReference, found["model"], config.folder / FILE)
 
@@ -212,18 +226,28 @@ def _evaluate(
     if recorder.night.summary(name) and not file.exists():
         recorder.forget(name)
     day = encoded.manifests[encoded.folders[role]]
-    measure = {**config.measure.model_dump(mode="json"), "tables": [config.tables, config.table_precision]}
-    inputs = {"model": model.model_dump(), "day": day, "batch_size": config.batch_size, "measure": measure}
+    inputs = {
+        "model": model.model_dump(),
+        "day": day,
+        "batch_size": config.batch_size,
+        "measure": _measured_with(config),
+    }
     recorder.step(name, inputs, lambda: steps.evaluate(config, role, model, encoded))
     return figures.read(file)
 
 
+def _measured_with(config: NightlyConfig) -> dict[str, Any]:
+    """The settings that figures depend on."""
+    return {**config.measure.model_dump(mode="json"), "tables": [config.tables, config.table_precision]}
+
+
 def _bless(config: NightlyConfig, recorder: Recorder) -> None:
-    """Moves the pointer to the candidate, once: `back` is not undone by judging the same night again."""
+    """Moves the pointer to the candidate, once: `back` is not undone by the same command, which then says so."""
     candidate = recorder.night.scored("candidate")
     assert candidate is not None
     model = candidate.model
-    inputs = {"candidate": model.model_dump(), "judged": recorder.night.judged}
+    withdrawn = serving.is_withdrawn(serving.read_serving(config.out), model)
+    inputs = {"candidate": model.model_dump(), "judged": recorder.night.judged, "withdrawn": withdrawn}
     recorder.step(
         "bless",
         inputs,

@@ -8,6 +8,7 @@ from typing import Any
 from features.errors import UserError
 from features.printable import printable
 from features.regular_files import open_regular
+from pipeline.release import serving
 from pipeline.release.config import NightlyConfig
 from pipeline.release.night import FILE, Night
 from pipeline.release.trend import Alarm
@@ -43,9 +44,10 @@ def message_of(config: NightlyConfig, night: Night, alarms: list[Alarm]) -> dict
 
 
 def error_message(config: NightlyConfig, error: BaseException) -> dict[str, Any]:
-    """The JSON line of a night that ended with an error."""
+    """The JSON line of a night, or of `bless=back`, that ended with an error."""
     why = printable(" ".join(str(error).split()))[:1000] or type(error).__name__
-    record = str((config.folder / FILE).absolute())
+    file = config.out / serving.FILE if config.bless == "back" else config.folder / FILE
+    record = str(file.absolute())
     return {"date": config.date, "outcome": "error", "exit_code": 1, "why": f"error: {why}", "record": record}
 
 

@@ -14,7 +14,8 @@ from pydantic import Field, FiniteFloat
 from features.errors import UserError
 from features.plain_json import read_json, validated
 from pipeline.dataset.days import day_of
-from pipeline.release.night import ModelReference, Strict, Text
+from pipeline.release.night import FILE as NIGHT
+from pipeline.release.night import ModelReference, Night, Strict, Text
 from pipeline.release.verdict import Outcome
 from pipeline.run import checkpoint
 from pipeline.run.retention import pin, unpin
@@ -77,14 +78,14 @@ def before(pointer: Serving | None, night: str) -> Blessed | None:
 def check_there(entry: Blessed, out: Path) -> None:
     """Raises UserError unless the checkpoint is still the one that was blessed."""
     try:
-        found = checkpoint.read(checkpoint.folder(Run(Path(entry.run)).checkpoints, entry.step)).checksum
+        _check_unchanged(entry)
     except UserError as error:
         raise UserError(f"{out / FILE}: {error}. Restore it, or name another one: serving=RUN.") from None
-    if found != entry.checksum:
-        raise UserError(
-            f"{out / FILE}: step {entry.step} of {entry.run} is not the checkpoint that was blessed (its checksum is {found}): "
-            "it was trained anew. Restore it, or name another one: serving=RUN."
-        )
+
+
+def is_withdrawn(pointer: Serving | None, model: ModelReference) -> bool:
+    """Whether `back` has withdrawn a checkpoint."""
+    return pointer is not None and model.checkpoint in {entry.checksum for entry in pointer.withdrawn}
 
 
 def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, keep: int) -> str:
@@ -95,18 +96,14 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
 
     Args:
         keep: entries, the new one included.
+    Raises:
+        UserError: the checkpoint is not there any more, or another one by now.
     """
     pointer = read_serving(out)
-    if pointer and (pointer.checksum, pointer.run, pointer.step) == (
-        candidate.checkpoint,
-        candidate.run,
-        candidate.step,
-    ):
-        pin(Run(Path(candidate.run)), candidate.step, out)
-        return "serves already"
-    if pointer and candidate.checkpoint in {entry.checksum for entry in pointer.withdrawn}:
+    serves = pointer is not None and pointer.model == candidate
+    if pointer and not serves and is_withdrawn(pointer, candidate):
         return "not moved: bless=back has withdrawn this checkpoint"
-    if pointer and (ours := day_of(night)) and (theirs := day_of(pointer.night)) and ours < theirs:
+    if pointer and not serves and (ours := day_of(night)) and (theirs := day_of(pointer.night)) and ours < theirs:
         return f"not moved: the checkpoint that serves has passed on the later day {pointer.night}"
     entry = Blessed(
         run=candidate.run,
@@ -119,6 +116,15 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
     known = [] if pointer is None else pointer.entries
     earlier, dropped = known[: keep - 1], known[keep - 1 :]
     pin(Run(Path(entry.run)), entry.step, out)
+    try:
+        _check_unchanged(entry)  # a training may have pruned it between the verdict and the pin
+    except UserError as error:
+        _release(out, [entry], known)
+        raise UserError(
+            f"{error}. The pointer is not moved. Restore the checkpoint, or judge another one: step=STEP again=true."
+        ) from None
+    if serves:
+        return "serves already"
     withdrawn = [] if pointer is None else pointer.withdrawn
     # Before the file that names them changes, and those of a `back` that was killed with them: none stays pinned for good.
     _release(out, [*dropped, *withdrawn], [entry, *earlier])
@@ -143,6 +149,22 @@ def back(out: Path) -> tuple[Blessed, Blessed]:
     _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:])
     _release(out, [last], entries)
     return last, entries[0]
+
+
+def is_of_withdrawn(pointer: Serving | None, night: Night) -> bool:
+    """Whether `back` has withdrawn the checkpoint that a night has trained."""
+    trained = (night.summary("train") or {}).get("model")
+    return bool(trained) and is_withdrawn(pointer, validated(ModelReference, trained, f"{night.date}/{NIGHT}: train"))
+
+
+def _check_unchanged(entry: Blessed) -> None:
+    """Raises UserError unless the checkpoint is there and still the one that was judged."""
+    found = checkpoint.read(checkpoint.folder(Run(Path(entry.run)).checkpoints, entry.step)).checksum
+    if found != entry.checksum:
+        raise UserError(
+            f"step {entry.step} of {entry.run} is not the checkpoint that was judged (its checksum is {found}): it was "
+            "trained anew"
+        )
 
 
 def _release(out: Path, dropped: Sequence[Blessed], kept: Sequence[Blessed]) -> None:

@@ -1,5 +1,6 @@
 """The steps of a night before its verdict: choose the models, encode the day, check its data, train, score."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from pydantic import Field
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.days import day_of
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import ALL
@@ -23,6 +25,8 @@ from pipeline.run import records
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
 from pipeline.storage.files import sha256
+
+logger = logging.getLogger(__name__)
 
 ALL_ROLES = ("candidate", "serving", "best")
 
@@ -82,6 +86,8 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
     if serving:
         theirs = {name: task.kind for name, task in Run(Path(serving.run)).schema().tasks.items()}
         check_same_tasks(kinds, theirs, ours, serving.run)
+        if day_of(config.date) in training_step.trained_on(Run(Path(serving.run))):
+            logger.warning("%s was trained on %s: its figures of that day are too good", serving.run, config.date)
     if config.train is not None:
         start = training_step.warm_start(config, nights, serving)
         training_step.check_first(config, start, origin_of_days(config).dataset.schema)
@@ -90,6 +96,11 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
     assert config.run is not None
     run = Run(config.run)
     candidate = scoring.reference(run, config.step)
+    if day_of(config.date) in training_step.trained_on(run):
+        raise UserError(
+            f"{run.path} was trained on {config.date} (or the run whose weights it started from was), so its figures of that "
+            "day would be too good. Judge it on another day: date=."
+        )
     return Chosen(candidate=candidate, serving=serving, best=_best(run, config, candidate))
 
 

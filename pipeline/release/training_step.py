@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.days import chosen_days, day_of, ranges_of
+from pipeline.dataset.days import chosen_days, day_of, parse_days, ranges_of
 from pipeline.overrides import setting
 from pipeline.release.config import NightlyConfig, TrainStep
 from pipeline.release.encoded_day import earlier_days
 from pipeline.release.night import ModelReference, Night
-from pipeline.run.run import Run
+from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import appending, storage_of
 
 LOG = "train.log"
@@ -69,6 +70,26 @@ def new_days(config: NightlyConfig, start: Path | None) -> str:
     return ",".join(ranges_of(found))
 
 
+def trained_on(run: Run) -> set[date]:
+    """The days that a run, and the runs whose weights it started from, were trained on; none where datasets are of no days.
+
+    Runs that left missing days out are not known by their settings: these have none.
+    """
+    found: set[date] = set()
+    known: set[Path] = set()
+    path: Path | None = run.path
+    while path and path not in known and (path / "config.yaml").is_file():
+        known.add(path)
+        content = Run(path).config()
+        if not (days := content.get("days")):
+            found |= {day for day in [day_of(Path(content["dataset"]).name)] if day}
+        elif content.get("missing_days") != "skip":
+            found |= {*parse_days(days)}
+        start = (content.get("train") or {}).get("init_from")
+        path = Path(start) if start else None
+    return found
+
+
 def check_first(config: NightlyConfig, start: Path | None, schema: Schema) -> None:
     """Raises UserError where the training could not start from the run. Args: schema: of the days."""
     if start is None:
@@ -79,15 +100,18 @@ def check_first(config: NightlyConfig, start: Path | None, schema: Schema) -> No
 
 
 def train(config: NightlyConfig, step: TrainStep, days: str, start: Path | None) -> Path:
-    """Trains OUT/DATE/run to its end in a process of its own, and resumes it where it was killed.
+    """Trains OUT/DATE/run-KEY to its end in a process of its own, and resumes it where it was killed.
+
+    KEY identifies what it is trained with: a run of other settings, days or weights is never gone on with.
 
     Raises:
         UserError: it failed; its output is in train.log.
         Preempted: it was asked to end, and has saved its work.
     """
-    run = (config.folder / "run").absolute()
-    start_from = [setting("train.init_from", start)] if start else []
     assert config.days is not None
+    trained_with = [str(config.days.absolute()), days, str(start), *step.args]
+    run = (config.folder / f"run-{config_hash(trained_with)}").absolute()
+    start_from = [setting("train.init_from", start)] if start else []
     own = [setting("dataset", config.days.absolute()), f"days=[{days}]", setting("run", run), *start_from]
     launcher = (
         ["jobs.launch", f"--nproc-per-node={step.ranks}", "-m", "jobs.train"] if step.ranks > 1 else ["jobs.train"]

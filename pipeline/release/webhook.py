@@ -45,8 +45,10 @@ def post(url: str, message: dict[str, Any]) -> bool:
         for wait in (*WAITS_S, None):
             try:
                 answer = pool.request(
-                    "POST", url, body=json_text(message), headers={"Content-Type": "application/json"}, redirect=False
-                )
+                    "POST", url, body=json_text(message), headers={"Content-Type": "application/json"}, redirect=False,
+                    preload_content=False,
+                )  # fmt: skip
+                answer.close()  # unread: its body may be endless, or come a byte at a time
             except urllib3.exceptions.HTTPError as error:  # its message has the URL
                 reason = type(error).__name__
             else:

@@ -222,10 +222,25 @@ def test_predictions_that_are_not_finite_fail_whatever_the_gates_are() -> None:
     assert [g.why for g in verdict.gates if g.outcome == "fail"] == ["3 predictions are not finite"]
 
 
+@pytest.mark.parametrize(("most", "judged"), [(1.0, []), (1.5, ["undecided"])])
+def test_only_a_bound_of_1_or_less_takes_the_place_of_ne_below_1(most: float, judged: list[str]) -> None:
+    verdict = judge(gates({"metric": "ne", "max": most}), CLICK, evaluated([of("click", "ne", 0.99, 0.05)]), None)
+    assert [g.outcome for g in verdict.gates[1:]] == judged
+    assert (len(verdict.gates), verdict.outcome) == (1 + len(judged), "undecided")
+
+
+def test_an_ne_above_1_without_an_interval_fails_on_as_many_rows_as_are_asked_for() -> None:
+    gate = {"metric": "ne", "change": {"worse_by_at_most": 5}, "min_rows": 10}
+    found = [evaluated([of("click", "ne", 1.2)]) for _ in range(2)]
+    assert one(judge(gates(gate), CLICK, *found)).outcome == "fail"
+    gate.pop("min_rows")
+    assert one(judge(gates(gate), CLICK, *found)).outcome == "undecided"
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "why"),
     [
-        ([], [("ne", 0.8)], "no rows"),
+        ([], [("ne", 0.8)], "no rows, or too few for a slice (min_rows and top of the evaluation)"),
         ([("ne", None)], [("ne", 0.8)], "undefined on these rows"),
         ([("ne", math.nan)], [("ne", 0.8)], "undefined on these rows"),
         ([("ne", 0.8)], [("ne", None)], "undefined for the serving checkpoint"),
@@ -251,7 +266,10 @@ def test_a_pattern_that_covers_no_slice_is_missing_once() -> None:
         gates({"metric": "ne", "slices": ["os=*"], "max": 0.9}), CLICK, evaluated([of("click", "ne", 0.8, 0.01)]), None
     )
     found = one(verdict, of_slice="os=*")
-    assert (found.outcome, found.why) == ("fail", "no rows")
+    assert (found.outcome, found.why) == (
+        "fail",
+        "no rows, or too few for a slice (min_rows and top of the evaluation)",
+    )
 
 
 @pytest.mark.parametrize(

@@ -211,14 +211,18 @@ def test_a_date_is_judged_once_and_anew_only_when_told(world, out, monkeypatch):
     again = judged(world, out, 3)
     assert record(out, 3) == before
     assert again.message == first.message
-    with pytest.raises(
-        UserError, match=rf"{day(3)} was judged with other settings \(batch_size, max_increase\)\. Set again="
-    ):
-        judged(world, out, 3, batch_size=100, max_increase=0.1)
+    with pytest.raises(UserError, match=rf"{day(3)} was judged with other settings \(batch_size, share\)\. Set again="):
+        judged(world, out, 3, batch_size=100, share=0.5)
     assert calls == []
     assert judged(world, out, 3, batch_size=100, again=True).night.outcome == "pass"
     assert calls == ["candidate"]
     assert record(out, 3)["settings"]["batch_size"] == 100
+
+
+def test_a_folder_of_nights_that_was_moved_keeps_its_verdicts(world, out, tmp_path):
+    first = judged(world, out, 3)
+    out.rename(tmp_path / "moved")
+    assert judged(world, tmp_path / "moved", 3).night == first.night
 
 
 def test_a_night_that_was_judged_is_blessed_later_without_being_judged_again(world, out):
@@ -265,9 +269,9 @@ def test_back_withdraws_a_checkpoint_and_the_next_night_does_not_bless_it_again(
     assert (said["serving"]["step"], said["withdrawn"]["step"], said["exit_code"]) == (60, 120, 0)
     # Neither the same night again nor the next one undoes it.
     assert json.loads((out / "serving.json").read_text())["step"] == 60
-    judged(world, out, 3, **lax)
-    found = judged(world, out, 4, **lax)
-    assert found.message["blessed"] == "not moved: bless=back has withdrawn this checkpoint"
+    for number in (3, 4):
+        found = judged(world, out, number, **lax)
+        assert found.message["blessed"] == "not moved: bless=back has withdrawn this checkpoint"
     assert (found.message["serving"]["step"], found.night.outcome) == (60, "pass")
     with pytest.raises(UserError, match="names no earlier checkpoint"):
         go_back(NightlyConfig(out=out, date=day(4), bless="back"))
@@ -295,6 +299,7 @@ def test_what_is_wrong_is_refused_before_any_work(world, out, tmp_path):
         ({"step": 7}, r"no checkpoint of step 7, there are \[60, 120\]"),
         ({"serving": tmp_path}, "no checkpoint"),
         ({"webhook": True}, "TASKFUSE_WEBHOOK is not set"),
+        ({"max_increase": 0.1}, "max_increase is for nights without a gates.yaml"),
         ({"best": "valid"}, "no checkpoint of .* is evaluated on it. Run jobs.evaluate"),
     ):
         with pytest.raises(UserError, match=words):
@@ -310,6 +315,8 @@ def test_what_is_wrong_is_refused_before_any_work(world, out, tmp_path):
         ({"run": "r", "train": {}, "days": "d"}, "not both"),
         ({"run": "r", "input": None}, "input is missing"),
         ({"train": {}}, "train needs days="),
+        ({"run": None, "train": {}, "days": "d", "step": 3}, "step is of run="),
+        ({"run": None, "train": {}, "days": "d", "best": "valid"}, "best is of run="),
         ({"train": {"args": ["run=x"]}, "days": "d"}, "run is given by the night"),
         ({"run": "r", "serving_step": 3}, "serving_step is of serving="),
         ({"run": "r", "data_gates": {"rows": [2, 3]}}, "no factors"),

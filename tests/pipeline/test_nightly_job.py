@@ -1,18 +1,21 @@
 """The command line of jobs.nightly: exit codes, the JSON line, the pager's message, the webhook."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from nightly_world import day, encode_day, no_beam, train_run, write_day
 
 import jobs.nightly
 from features.errors import Preempted
 from pipeline.release import nightly as job
 from pipeline.release import outcome, steps, webhook
+from pipeline.release.config import NightlyConfig
 
 pytestmark = pytest.mark.integration
 
@@ -120,7 +123,11 @@ def test_the_outcome_is_posted_and_a_failure_to_post_changes_nothing(world, run_
 def test_back_needs_nothing_but_the_folder(world, run_job):
     code, lines, _ = run_job("bless=back")
     assert code.startswith("error: ")
-    assert "serving.json is missing" in code
+    assert "nights is missing" in code
+    assert json.loads(lines[-1])["record"].endswith("nights/serving.json")
+    assert not (Path.cwd() / "nights").exists()
+    (Path.cwd() / "nights").mkdir()
+    assert "serving.json is missing" in run_job("bless=back")[0]
     run_job(*judged(world, "pass"), "step=5", "bless=pass")
     run_job(
         *judged(world, "pass"),
@@ -134,6 +141,17 @@ def test_back_needs_nothing_but_the_folder(world, run_job):
     assert code == 0
     said = json.loads(lines[-1])
     assert (said["outcome"], said["serving"]["step"], said["withdrawn"]["step"]) == ("back", 5, 10)
+
+
+def test_the_examples_of_help_are_settings_of_the_job():
+    examples = [line for line in (jobs.nightly.__doc__ or "").splitlines() if "-m jobs.nightly" in line]
+    assert len(examples) == 4
+    parser = OverridesParser.create()
+    for line in examples:
+        content: dict[str, Any] = {"date": day(1)}
+        for override in parser.parse_overrides(shlex.split(line)[3:]):
+            content[override.get_key_element()] = override.value()
+        NightlyConfig.model_validate(content)
 
 
 def test_settings_that_do_not_go_together_are_one_line(run_job):

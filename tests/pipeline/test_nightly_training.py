@@ -1,7 +1,9 @@
 """Nights that train their candidate: on which days, from which weights, and in a process that ends with the night."""
 
+import datetime
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +15,11 @@ import yaml
 from nightly_world import day, encode_day, night, no_beam, record, train_run, write_day
 
 from features.errors import Preempted, UserError
+from pipeline.release import steps as release_steps
 from pipeline.release import training_step
-from pipeline.release.nightly import nightly
-from pipeline.release.training_step import new_days, wait_for_trainer, warm_start
+from pipeline.release.config import NightlyConfig
+from pipeline.release.nightly import go_back, nightly
+from pipeline.release.training_step import new_days, trained_on, wait_for_trainer, warm_start
 from pipeline.run.run import Run
 
 SMALL = {
@@ -55,7 +59,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.integration
-def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, tmp_path, in_this_process):
+def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, tmp_path, in_this_process, monkeypatch):
     out, days, lax = tmp_path / "nights", world / "days", LAX | {"gates": world / "gates.yaml"}
     with no_beam():
         first = nightly(night(world / "log", out, 3, train=SMALL, days=days, bless="pass", **lax))
@@ -75,6 +79,14 @@ def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, t
     steps = [step["name"] for step in record(out, 4)["steps"]]
     assert steps[:4] == ["models", "preprocess", "check", "train"]
 
+    def choose(*given):
+        raise UserError(f"would start from one of {[night.date for night in given[-1]]}")
+
+    monkeypatch.setattr(release_steps, "choose", choose)
+    go_back(NightlyConfig(out=out, date=day(4), bless="back"))  # no weights of what was withdrawn
+    with pytest.raises(UserError, match=re.escape(f"one of {[day(2), day(3)]}")):
+        nightly(night(world / "log", out, 5, train=SMALL, days=days, **lax))
+
 
 @pytest.mark.integration
 def test_days_that_the_start_has_seen_are_not_trained_on_again(world, tmp_path):
@@ -88,6 +100,41 @@ def test_days_that_the_start_has_seen_are_not_trained_on_again(world, tmp_path):
         new_days(night(world / "log", tmp_path, 1, train=SMALL, days=world / "days"), world / "run")
     with pytest.raises(UserError, match="no day before 2026-11-01, whose encoders the day would have"):
         nightly(night(world / "log", tmp_path, 0, train=SMALL, days=world / "days"))
+
+
+@pytest.mark.integration
+def test_a_training_with_other_settings_does_not_go_on_with_the_run_of_the_one_before(world, tmp_path, monkeypatch):
+    trained: list[tuple[str, ...]] = []
+    monkeypatch.setattr(training_step, "_call", lambda command, _: trained.append(tuple(command)) or 1)
+    longer = SMALL | {"args": [*SMALL["args"], "train.seed=2"]}
+    for train, again in ((SMALL, False), (SMALL | {"ranks": 2}, False), (longer, False), (longer, True), (SMALL, True)):
+        config = night(world / "log", tmp_path / "nights", 2, train=train, days=world / "days", again=again, **LAX)
+        with pytest.raises(UserError, match="exit code 1"):
+            nightly(config)
+    folders = [next(word for word in command if word.startswith("run=")) for command in trained]
+    assert [folder == folders[0] for folder in folders] == [True, True, False, False, True]
+    assert folders[2] == folders[3]
+
+
+@pytest.mark.integration
+def test_a_candidate_that_was_trained_on_the_judged_day_is_refused(world, tmp_path, caplog):
+    later = train_run(world / "days", tmp_path / "later", last=1, steps=10)
+    given = {"days": world / "days", **LAX, "gates": world / "gates.yaml"}
+    with pytest.raises(UserError, match=rf"later was trained on {day(1)}"), no_beam():
+        nightly(night(world / "log", tmp_path / "nights", 1, run=later.path, **given))
+    assert not [*(tmp_path / "nights").glob("*/*.parquet")]
+    with no_beam():
+        nightly(night(world / "log", tmp_path / "nights", 1, run=world / "run", serving=later.path, **given))
+    assert f"later was trained on {day(1)}: its figures of that day are too good" in caplog.text
+    config = yaml.safe_load((world / "run" / "config.yaml").read_text())
+    (tmp_path / "warm").mkdir()
+    of_warm = config | {"days": day(2), "train": config["train"] | {"init_from": str(later.path)}}
+    (tmp_path / "warm" / "config.yaml").write_text(yaml.safe_dump(of_warm))
+    seen = [datetime.date.fromisoformat(day(number)) for number in range(3)]
+    assert trained_on(Run(tmp_path / "warm")) == {*seen}
+    assert trained_on(Run(world / "run")) == {seen[0]}
+    (tmp_path / "warm" / "config.yaml").write_text(yaml.safe_dump(config | {"missing_days": "skip"}))
+    assert trained_on(Run(tmp_path / "warm")) == set()
 
 
 @pytest.mark.integration

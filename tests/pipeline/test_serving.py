@@ -97,6 +97,7 @@ def test_there_is_nothing_to_go_back_to_before_the_first_blessing(out):
 def test_an_earlier_day_does_not_move_the_pointer(run, out):
     blessed(run, out, 5)
     assert blessed(run, out, 4) == "not moved: the checkpoint that serves has passed on the later day 2026-11-05"
+    assert blessed(run, out, 3, night="2026-11-05").startswith("serves from now on")  # the same day, judged anew
     assert blessed(run, out, 6, night="canary").startswith("serves from now on")  # no day: neither late nor early
 
 
@@ -112,13 +113,26 @@ def test_a_checkpoint_that_is_not_the_blessed_one_is_not_gone_back_to(run, out, 
             MANIFEST.model_copy(update={"step": 1, "rows": 7}).sealed({}).model_dump_json()
         )
     words = (
-        "not a checkpoint, manifest.json is missing" if change == "gone" else "is not the checkpoint that was blessed"
+        "not a checkpoint, manifest.json is missing" if change == "gone" else "is not the checkpoint that was judged"
     )
     with pytest.raises(UserError, match=words):
         back(out)
     assert served(out) == [2, 1]
     with pytest.raises(UserError, match=words):
         check_there(read_serving(out).entries[1], out)
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_the_pointer_does_not_move_to_a_checkpoint_that_was_pruned_after_its_verdict(run, out, serves):
+    blessed(run, out, 1)
+    if serves:
+        blessed(run, out, 2)
+    judged, content = model(run, 2), (out / "serving.json").read_text()
+    shutil.rmtree(checkpoint.folder(run.checkpoints, 2))
+    with pytest.raises(UserError, match=r"manifest\.json is missing.* The pointer is not moved\."):
+        bless(out, judged, "2026-11-03", "pass", keep=3)
+    assert (out / "serving.json").read_text() == content
+    assert pinned_steps(run) == {*served(out)}
 
 
 def test_a_night_is_compared_with_what_served_before_it(run, out):

@@ -56,6 +56,12 @@ def test_a_serving_model_that_is_worse_than_on_its_first_nights_raises_an_alarm(
     assert "ne of the serving model (/runs/r step 1) is 0.8200, on its first nights 0.8000" in str(alarm)
 
 
+def test_every_night_after_the_first_ones_is_compared_with_these(tmp_path):
+    for number, ne in enumerate((0.80, 0.80, 0.80, 0.82, 0.82, 0.82, 0.82)):
+        write_night(tmp_path, f"2026-11-0{number + 1}", ne)
+    assert [date for date, _ in alarms(tmp_path)] == [f"2026-11-0{number}" for number in (4, 5, 6, 7)]
+
+
 def test_the_share_of_false_alarms_is_what_the_confidence_allows(tmp_path):
     rng = np.random.default_rng(0)
     now, first = rng.normal(0.8, SE, 4000), rng.normal(0.8, SE, (4000, 3))

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,31 @@ def test_a_message_is_posted_again_after_a_failure_that_may_pass(server, caplog,
         record.getMessage() for record in caplog.records if record.name.startswith("pipeline")
     )
     assert ("was not delivered" in caplog.text) != delivered
+
+
+def test_an_answer_whose_body_never_ends_is_not_waited_for():
+    ended = threading.Event()
+
+    class Endless(Handler):
+        def do_POST(self) -> None:
+            super().do_POST()
+            with suppress(OSError):
+                while not ended.wait(0.02):
+                    self.wfile.write(b".")
+
+    server = Server(("127.0.0.1", 0), Endless)
+    server.answers, server.received = [200], []
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    guard = threading.Timer(5, ended.set)
+    guard.start()
+    assert post(url(server), MESSAGE)
+    assert not ended.is_set()
+    guard.cancel()
+    ended.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def test_nobody_who_listens_is_a_warning_that_does_not_name_the_url(monkeypatch, caplog):
