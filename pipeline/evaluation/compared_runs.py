@@ -1,6 +1,7 @@
 """The evaluations of two checkpoints, as they were written, side by side: jobs.evaluate's compare."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from features.errors import UserError
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of, results_of
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
+from pipeline.evaluation.metrics.slice_names import covers
 from pipeline.evaluation.report import comparison_table
 from pipeline.evaluation.report.content import Model
 from pipeline.evaluation.report.reading import card_link, model_of
+from pipeline.overrides import setting
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 
@@ -48,6 +51,8 @@ def comparison(config: EvaluateConfig) -> Comparison:
     named = [parse_compared(text) for text in config.compare]
     ours, theirs = (_read(one, config) for one in named)
     our_run, their_run = (Run(one.run) for one in named)
+    if isinstance(config.compare_slices, list):
+        _check_slices(config.compare_slices, ours, theirs)
     kinds, their_kinds = _kinds(our_run), _kinds(their_run)
     table = comparison_table.table(ours, theirs, kinds, config.compare_slices)
     shared = {task: kind for task, kind in kinds.items() if their_kinds.get(task) == kind}
@@ -92,6 +97,18 @@ def model_at(
     return replace(found, training=training, progressive=progressive, card=card_link(file, dataset))
 
 
+def _check_slices(wanted: list[str], ours: Evaluated, theirs: Evaluated) -> None:
+    """Raises UserError for a dimension or pattern that no slice of both has."""
+    one, other = (set(found.figures.select("dimension", "slice").unique().iter_rows()) for found in (ours, theirs))
+    for pattern in wanted:
+        if not any(covers([pattern], *of) for of in one & other):
+            known = ", ".join(sorted({dimension for dimension, _ in one & other} - {evaluated.ALL})) or "none"
+            raise UserError(
+                f"compare_slices: the two have no slice {pattern} in common. Dimensions that both have: {known}. Run "
+                "jobs.evaluate on both with the same slices=[...]."
+            )
+
+
 def _read(of: Compared, config: EvaluateConfig) -> Evaluated:
     run = Run(of.run)
     dataset = dataset_of(run, config)
@@ -104,10 +121,13 @@ def _read(of: Compared, config: EvaluateConfig) -> Evaluated:
         share=config.share,
     )  # fmt: skip
     file = evaluated.path(run, wanted, dataset.path == Path(run.config()["dataset"]).absolute())
-    given = [f"run={run.path}", f"split={config.split}", f"step={step}"]
-    given += [f"dataset={config.dataset}"] if config.dataset else []
+    given = [setting("run", run.path), f"split={config.split}", f"step={step}"]
+    given += [setting("dataset", config.dataset)] if config.dataset else []
+    given += [f"days=[{config.days}]"] if config.days else []
+    given += [f"missing_days={config.missing_days}"] if config.missing_days else []
     given += [f"share={config.share}"] if config.share < 1 else []
-    command = f"python -m jobs.evaluate {' '.join(given)}"
+    given += [f"share_by={config.share_by}"] if config.share_by else []
+    command = f"python -m jobs.evaluate {shlex.join(given)}"
     if not file.exists():
         raise UserError(f"{run.path}: step {step} has not been evaluated ({file} is missing). Run {command}.")
     found = evaluated.read(file)

@@ -5,6 +5,7 @@
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from features.batch import Batch
@@ -49,9 +50,11 @@ class ExpertWeights:
 
     def means_of_ranks(self) -> list[list[list[float]]]:
         """As `means`, of the rows of all ranks, which call it together; on rank 0."""
-        for rows, sums in (to_first((self.rows, [sum_UE.cpu() for sum_UE in self.sums])) or [])[1:]:
-            self.rows += rows
-            self.sums = [a + b.to(a.device) for a, b in zip(self.sums, sums, strict=True)]
+        parts = to_first((self.rows, [sum_UE.cpu() for sum_UE in self.sums]))
+        if parts is not None:
+            self.rows = sum(rows for rows, _ in parts)
+            of_level = zip(*(sums for rows, sums in parts if rows), strict=True)  # a rank may have no row at all
+            self.sums = [torch.stack(level).sum(0) for level in of_level]
         return self.means()
 
     def means(self) -> list[list[list[float]]]:

@@ -70,6 +70,10 @@ class EvaluateConfig(MeasureConfig, TrackingSettings):
             raise ValueError("every chooses among all checkpoints: leave step out")
         if self.predictions and self.share < 1:
             raise ValueError("predictions are of the whole split: leave share out")
+        if self.compare and (self.follow or self.predictions or self.every > 1 or self.step != "all"):
+            raise ValueError(
+                "compare evaluates nothing: leave step, every, predictions and follow out; RUN@STEP names a step"
+            )
         return self
 
 
@@ -96,8 +100,8 @@ class Evaluation:
         dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
         self.scorer = Scorer(self.run, dataset, config.split, config.batch_size, config, loading)
         self.pending = Pending(
-            self.run, config.split, self.scorer.dataset.name, config.share, own_dataset=self.scorer.own_dataset,
-            every=config.every, order=config.order, with_predictions=config.predictions,
+            self.run, config.split, self.scorer.dataset.name, config.share, self.scorer.measured,
+            own_dataset=self.scorer.own_dataset, every=config.every, order=config.order, with_predictions=config.predictions,
         )  # fmt: skip
         own = self.scorer.own_dataset and config.days is None
         self.series = series_of(config.split, None if own else self.scorer.dataset.name, config.share)

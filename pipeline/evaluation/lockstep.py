@@ -1,6 +1,7 @@
 """What the ranks of an evaluation do together; one process without a process group is one rank."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -47,13 +48,15 @@ def to_first(value: Found) -> list[Found] | None:
     if ranks == 1:
         return [value]
     values: list[Any] | None = [None] * ranks if rank == 0 else None
-    dist.gather_object(value, values, group=_cpu_group())
+    group = None if dist.get_backend() == "gloo" else _cpu_group(dist.group.WORLD)
+    dist.gather_object(value, values, group=group)
     return values
 
 
-def _cpu_group() -> dist.ProcessGroup | None:
-    """All ranks, through main memory; None: the default group is that."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+@cache
+def _cpu_group(every: dist.ProcessGroup) -> dist.ProcessGroup:  # noqa: ARG001
+    """The ranks of the default group, through main memory: one group a process, however many checkpoints it evaluates."""
+    return dist.new_group(backend="gloo")
 
 
 def batches_in_step(

@@ -76,6 +76,8 @@ class Pending:
 
     Args:
         dataset: its name, see Dataset.name. own_dataset: whether it is the one that the run trains on.
+        measure: see Scorer.measured. A checkpoint whose record has another one awaits evaluation, once in each process: two
+            evaluators that differ must not go on by turns.
         every: take the checkpoints at multiples of so many times `train.checkpoint_every` steps; of a run that writes one an
             epoch those of every so many epochs. It depends on the step alone, so that several evaluators, restarts, rollbacks
             and deleted checkpoints do not change the choice.
@@ -86,10 +88,11 @@ class Pending:
     """
 
     def __init__(
-        self, run: Run, split: Split | Literal["all"], dataset: str, share: float = 1.0,
+        self, run: Run, split: Split | Literal["all"], dataset: str, share: float, measure: str,
         *, own_dataset: bool = True, every: int = 1, order: Order = "oldest", with_predictions: bool = False,
     ) -> None:  # fmt: skip
-        self.run, self.split, self.dataset, self.share, self.own_dataset = run, split, dataset, share, own_dataset
+        self.run, self.split, self.dataset, self.own_dataset = run, split, dataset, own_dataset
+        self.share, self.measure = share, measure
         self.every, self.order, self.with_predictions = every, order, with_predictions
         self.spacing = _spacing(run) if every > 1 else None
         self._known: dict[int, dict[str, Any]] = {}
@@ -97,6 +100,7 @@ class Pending:
         self._manifests: dict[int, tuple[Version, str, int]] = {}  # version, checksum, epoch
         self._complete: set[tuple[int, str]] = set()  # step and checksum of those whose files were checked
         self._failures: dict[int, _Failure] = {}
+        self._has_warned = False  # of records of other settings
 
     def known(self) -> dict[int, dict[str, Any]]:
         """The latest record of each step by now, in order of step. Raises UserError for a damaged line."""
@@ -139,6 +143,7 @@ class Pending:
             )
             if not self._awaits(step):  # whoever had the lock until now has recorded it
                 return None
+            self._warn_of_other_settings(step)
             remove_leftovers(self._figures(step))
             # Evaluations of several datasets write to one place, so that only an old one belongs to nobody.
             remove_leftovers(predictions.path(self.run, self.split, step), ABANDONED_AFTER)
@@ -154,29 +159,41 @@ class Pending:
         record = self.known().get(step)
         if record is None or not checksum or record.get("checkpoint") != checksum:
             return True
-        return (step, checksum) not in self._complete and not self._has_files(step, record)
+        return (step, checksum) not in self._complete and not self._is_complete(step, record)
 
-    def _has_files(self, step: int, record: dict[str, Any]) -> bool:
-        """Whether the files of a record are there, and of its evaluation.
+    def _is_complete(self, step: int, record: dict[str, Any]) -> bool:
+        """Whether a record is of these settings, and its files are there and of its evaluation.
 
-        They are checked once: an evaluator of another dataset may replace the predictions, and the two must not go on by
-        turns.
+        It is checked once: an evaluator of other settings may replace the record, and one of another dataset the predictions,
+        and the two must not go on by turns.
         """
         checksum = record["checkpoint"]
-        if record.get("buckets") is not None:  # lines of early versions have no file of figures
-            try:
-                found = evaluated.read(self._figures(step)).provenance
-            except UserError:
-                return False
-            keys = ("checkpoint", "dataset", "split", "cluster", "buckets")
-            if any(getattr(found, key) != record.get(key) for key in keys) or found.share != self.share:
-                return False
+        if record.get("measure") != self.measure:
+            return False
+        try:
+            found = evaluated.read(self._figures(step)).provenance
+        except UserError:
+            return False
+        keys = ("checkpoint", "dataset", "split", "cluster", "buckets", "measure")
+        if any(getattr(found, key) != record.get(key) for key in keys) or found.share != self.share:
+            return False
         if self.with_predictions:
             file = predictions.path(self.run, self.split, step)
             if not predictions.is_from(file, {"checkpoint": checksum, "dataset": self.dataset}):
                 return False
         self._complete.add((step, checksum))
         return True
+
+    def _warn_of_other_settings(self, step: int) -> None:
+        """One line, where the first such record is replaced."""
+        others = [record for record in self.known().values() if record.get("measure") != self.measure]
+        if step in [record["step"] for record in others] and not self._has_warned:
+            self._has_warned = True
+            logger.info(
+                "%s: %d records of split %s were measured with other settings (slices, buckets, table_precision, ...): their "
+                "checkpoints, as far as they are here and asked for, are evaluated again and the records replaced",
+                self.run.eval_metrics, len(others), self.split,
+            )  # fmt: skip
 
     def _is_chosen(self, step: int) -> bool:
         if self.every == 1:

@@ -20,7 +20,7 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import ExpertWeights
-from pipeline.evaluation.lockstep import to_first
+from pipeline.evaluation.lockstep import gathered, to_first
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
@@ -82,12 +82,19 @@ class Scorer:
         """
         manifest = self.weights.load(step)
         metrics = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-        for reader in self._readers(self.weights.rank, self.weights.ranks):
-            for batch in self.weights.in_step(reader.batches(), reader.empty):
-                logit_BT = self.weights(batch)
-                metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
-                if on_batch:
-                    on_batch(batch, logit_BT)
+
+        def update() -> None:
+            for reader in self._readers(self.weights.rank, self.weights.ranks):
+                for batch in self.weights.in_step(reader.batches(), reader.empty):
+                    logit_BT = self.weights(batch)
+                    metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
+                    if on_batch:
+                        on_batch(batch, logit_BT)
+
+        if self.weights.ranks == 1 or self.weights.sharded:
+            update()
+        else:  # each rank goes through its rows by itself: one that fails must not leave the others waiting for it
+            gathered(update)
         return self._merged(metrics), manifest
 
     def _merged(self, metrics: Metrics) -> Metrics:
@@ -157,6 +164,7 @@ class Scorer:
             "share": self.measure.share,
             "cluster": self.keys.cluster,
             "buckets": self.measure.buckets,
+            "measure": self.measured,
             "time": time.time(),
             "seconds": seconds,
             "rows_evaluated": metrics.rows,
@@ -175,6 +183,12 @@ class Scorer:
         """Whether the rows are of the dataset that the run trains on."""
         return self.dataset.path == Path(self.run.config()["dataset"]).absolute()
 
+    @property
+    def measured(self) -> str:
+        """Identifies the settings that the figures depend on: what is measured, and the tables' format."""
+        precision = self.weights.loading.precision
+        return self.measure.hash + ("" if precision == "fp32" else f"-{precision}")
+
     def provenance_of(self, step: int, checksum: str) -> Provenance:
         """Of which checkpoint and rows an evaluation is."""
         return Provenance(
@@ -187,6 +201,7 @@ class Scorer:
             share_by=self.keys.share_by if self.measure.share < 1 else "",
             cluster=self.keys.cluster,
             buckets=self.measure.buckets,
+            measure=self.measured,
         )
 
     def provenance(self, checksum: str) -> dict[str, str]:

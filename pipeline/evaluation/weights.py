@@ -152,8 +152,8 @@ class ModelWeights:
         return manifest
 
     def in_step(self, batches: Iterator[Batch], empty: Callable[[], Batch]) -> Iterator[Batch]:
-        """A rank's batches, and padding while other ranks still have some (pipeline.evaluation.lockstep.batches_in_step)."""
-        return batches_in_step(batches, empty, self.device) if self.ranks > 1 else batches
+        """A rank's batches; where tables are sharded, then padding while other ranks still have some (`batches_in_step`)."""
+        return batches_in_step(batches, empty, self.device) if self.sharded else batches
 
     def _load(self, path: Path) -> None:
         state: dict[str, Any] = dict(self.ranker.state_dict())

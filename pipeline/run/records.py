@@ -64,6 +64,7 @@ class Record(BaseModel):
         share: of the split's clusters that was scored; lines of early versions have none, and are of all.
         cluster, buckets: what intervals are computed from. A record with them has a file of all figures, `evaluation`, in
             RUN/evaluations.
+        measure: hash of the settings that it was measured with; lines of early versions have none, and are evaluated again.
         intervals: task → metric → standard error.
         reliability: task → bins of [mean prediction, mean label, its standard error, weight].
         rows_evaluated, rows_per_s, ranks: of the evaluation. ranking: "exact", or how AUC was approximated.
@@ -80,6 +81,7 @@ class Record(BaseModel):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     cluster: str | None = None
     buckets: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    measure: Annotated[str, Field(max_length=64)] | None = None
     evaluation: FileName | None = None
     intervals: dict[str, dict[str, Value | None]] | None = None
     reliability: dict[str, Bins] | None = None

@@ -21,6 +21,8 @@ from pipeline.training.train import train
         (["compare=[a]"], "compare: List should have at least 2 items"),
         (["compare=a"], "compare: Input should be a valid list"),
         (["compare=[a,b@3]", "compare_slices=-1"], "compare_slices"),
+        (["compare=[a,b@3]", "step=3"], "compare evaluates nothing: leave step"),
+        (["compare=[a,b@3]", "follow=true"], "compare evaluates nothing: leave step"),
         (["compare=[a,b@3]"], "a: no run (config.yaml is missing)"),
     ],
 )
@@ -56,6 +58,8 @@ def test_two_evaluated_checkpoints_are_compared_and_what_is_missing_is_named(
     assert (page.parent / link).resolve() == card.resolve()
     assert re.search("run@6 against run@3: [0-9] better", text)
     assert "<h1>run@6, run@3</h1>" in text
+    assert_one_line(call(*words, "compare_slices=[city]"), "compare_slices: the two have no slice city in common")
+    assert_one_line(call(*words, "share=0.5", "share_by=row"), "split=test step=6 share=0.5 share_by=row.")
     file = run / "evaluations" / "test-00000003.parquet"
     found = files.read(file)
     files.write(Evaluated(found.figures, found.provenance.model_copy(update={"checkpoint": "other"})), file)

@@ -9,12 +9,14 @@ import polars as pl
 
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.run import Run
 
 ABOUT = {"cursors": [1], "window": 1, "batch_size": 1, "data": "d", "fingerprint": "f", "encoders": "e", "config": "c"}
 DATASET = "/data"
+MEASURE = MeasureConfig()
 
 
 def commit(run: Run, step: int, weights: int = 0, epoch: int = 0) -> str:
@@ -32,9 +34,10 @@ def commit(run: Run, step: int, weights: int = 0, epoch: int = 0) -> str:
 
 
 def record(step: int, checksum: str, **more: Any) -> dict[str, Any]:
+    """A line of eval.jsonl, measured with MEASURE."""
     metrics = {"click": {"ne": 0.9, "auc": 0.6}}
     about = {"step": step, "checkpoint": checksum, "split": "test", "dataset": DATASET, "rows": step}
-    return about | {"share": 1.0, "metrics": metrics} | more
+    return about | {"share": 1.0, "measure": MEASURE.hash, "cluster": "user", "buckets": 2, "metrics": metrics} | more
 
 
 def write_figures(run: Run, about: dict[str, Any]) -> Path:
@@ -42,6 +45,7 @@ def write_figures(run: Run, about: dict[str, Any]) -> Path:
     provenance = Provenance(
         run=str(run.path), step=about["step"], checkpoint=about["checkpoint"], dataset=about["dataset"],
         split=about["split"], share=about.get("share", 1.0), cluster="user", buckets=about.get("buckets", 2),
+        measure=about["measure"],
     )  # fmt: skip
     line = {"task": "click", "metric": "ne", "dimension": "all", "slice": "all", "rows": 1, "value": 0.9, "se": 0.1}
     file = evaluated.path(run, provenance, about["dataset"] == DATASET)

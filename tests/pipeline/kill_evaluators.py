@@ -108,7 +108,8 @@ def main(path: Path, kills: int, again: bool) -> None:
     changing = [i for i, event in enumerate(events) if changes(event)]
     others = [i for i in range(len(events)) if i not in set(changing)]
     more = max(kills - len(changing), 0)
-    moments = spread(changing, kills) | spread(others, more)
+    renames = [i for i in changing if events[i].startswith("('os.rename'")]  # a half-written file is there before each
+    moments = spread(changing, kills) | spread(others, more) | spread(renames, 2)
     for moment in sorted(moments):
         shutil.rmtree(path)
         shutil.copytree(fresh, path)

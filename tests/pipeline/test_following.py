@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from evaluations_by_hand import set_commit_time
 
 from features.errors import UserError
 from models.ranker import ModelConfig
-from pipeline.evaluation import follow, predictions, priority, ranks
+from pipeline.evaluation import follow, oracle, predictions, priority, ranks
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
 from pipeline.evaluation.metrics import evaluated
-from pipeline.evaluation.report import html, tables
+from pipeline.evaluation.oracle import Truth
+from pipeline.evaluation.report import page, tables
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
@@ -120,7 +122,33 @@ def test_files_are_written_before_the_line_and_made_again_where_they_are_damaged
     assert list(evaluate(config(run, predictions=True))) == []
     after = list(read_lines(run.eval_metrics))
     assert sorted((r["step"], str(r["metrics"])) for r in after) == [(r["step"], str(r["metrics"])) for r in before]
-    assert evaluated.read(figures).provenance.checkpoint == before[1]["checkpoint"]
+    provenance = evaluated.read(figures).provenance
+    assert (provenance.checkpoint, provenance.share_by) == (before[1]["checkpoint"], "")
+    assert provenance.measure == before[1]["measure"]
+
+
+def test_a_restart_with_other_slices_or_tables_in_16_bits_replaces_the_records(run: Run):
+    def found(**settings: object) -> list[int]:
+        return [record["step"] for record in evaluate(config(run, **settings))]
+
+    assert found(step=[2, 4], by_time=[]) == [2, 4]
+    assert found(step=[2, 4], by_time=["day"]) == [2, 4]
+    assert found(by_time=["day"]) == [6]
+    assert sorted(lines(run)) == [(2, "test"), (4, "test"), (6, "test")]
+    assert found(by_time=["day"], table_precision="bf16", step=2) == [2]
+    assert found(by_time=["day"], table_precision="bf16", step=2) == []
+    assert found(by_time=["day"]) == [2]
+
+
+def test_the_best_possible_is_of_the_share_that_it_was_computed_on(run: Run):
+    evaluation, kinds = Evaluation(config(run, share=0.5)), {"click": "binary"}
+    with mock.patch.object(oracle, "metrics", return_value={"click": {"ne": 0.5}}):
+        oracle.write(evaluation.scorer, Truth(file=Path("truth"), key="row", columns={}))
+    with mock.patch.object(oracle, "is_complete", return_value=True):
+        name = evaluation.scorer.dataset.name
+        assert oracle.read(run, "test", name, kinds, 0.5) == {"click": {"ne": 0.5}}
+        assert oracle.read(run, "test", name, kinds) is None
+        assert evaluation.results().oracle == {"click": {"ne": 0.5}}
 
 
 def test_a_checkpoint_that_is_deleted_meanwhile_ends_an_evaluation_only_if_it_was_named(run: Run, caplog):
@@ -152,7 +180,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_has_an_empty_table_and_a_r
     run.write_status("finished", 6, 6)
     evaluation = Evaluation(config(run, follow=True))
     assert list(evaluation.records()) == []
-    html.write(results := evaluation.results())
+    page.write_run(results := evaluation.results())
     assert "click" in tables.table(results)
     assert run.report.exists()
 

@@ -1,19 +1,23 @@
 """Which checkpoints await evaluation, and how several evaluators share them: locks and files are real, there is no model."""
 
+import os
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from evaluations_by_hand import DATASET, commit, record, set_commit_time, write_figures
+from evaluations_by_hand import DATASET, MEASURE, commit, record, set_commit_time, write_figures
 
 from features.errors import UserError
 from pipeline.evaluation import pending as pending_module
+from pipeline.evaluation import predictions
+from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.lag import commit_time, lag
+from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.pending import Claim, Pending
 from pipeline.run import checkpoint, records
 from pipeline.run.retention import Keep, prune
-from pipeline.run.run import Run
+from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import append_line, read_lines
 
 
@@ -23,8 +27,15 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "run")
 
 
-def pending(run: Run, **settings: object) -> Pending:
-    return Pending(run, "test", DATASET, **settings)
+def pending(run: Run, measure: MeasureConfig = MEASURE, **settings: object) -> Pending:
+    return Pending(run, "test", DATASET, measure.share, measure.hash, **settings)
+
+
+def finish(them: Pending, claim: Claim, **more: object) -> None:
+    """Writes what an evaluation of a claimed checkpoint leaves."""
+    about = {"split": them.split, "dataset": them.dataset, "share": them.share, "measure": them.measure, **more}
+    write_figures(them.run, line := record(claim.step, records.checksum(them.run, claim.step), **about))
+    them.record(claim, line)
 
 
 def taken(them: Pending, final: int | None = None) -> list[int]:
@@ -32,8 +43,7 @@ def taken(them: Pending, final: int | None = None) -> list[int]:
     steps = []
     while claim := them.take(checkpoint.steps(them.run.checkpoints), final):
         with claim:
-            about = {"split": them.split, "dataset": them.dataset, "share": them.share}
-            them.record(claim, record(claim.step, records.checksum(them.run, claim.step), **about))
+            finish(them, claim)
         steps.append(claim.step)
     return steps
 
@@ -48,7 +58,7 @@ def test_the_oldest_or_the_newest_checkpoint_comes_first_and_a_newer_one_before_
     them = pending(run, order="newest")
     claim = them.take([2, 4, 6])
     with claim:
-        them.record(claim, record(6, records.checksum(run, 6)))
+        finish(them, claim)
     commit(run, 8)
     assert (claim.step, taken(them)) == (6, [8, 4, 2])
     run.eval_metrics.unlink()
@@ -68,7 +78,7 @@ def test_every_is_a_choice_by_step_that_no_deletion_restart_or_second_evaluator_
             break
         with claim:
             found.append(claim.step)
-            records.put(run, record(claim.step, records.checksum(run, claim.step)))
+            finish(pending(run), claim)
         checkpoint.remove(checkpoint.folder(run.checkpoints, 5 + 10 * len(found)))
     assert found == sorted((60, 80, 100), reverse=order == "newest")
     commit(run, 103)
@@ -117,13 +127,13 @@ def test_each_checkpoint_gets_one_record_whatever_evaluators_and_the_trainer_do_
                 evaluator, claim, checksum = working.pop(name)
                 if act == "done" and checksum:
                     with claim:
-                        evaluator.record(claim, record(claim.step, checksum))
+                        finish(evaluator, claim, checkpoint=checksum)
                 else:
                     claim.lock.release()  # as the end of a process does: the file stays
                     them[name] = pending(place)
         for evaluator, claim, checksum in working.values():
             with claim:
-                evaluator.record(claim, record(claim.step, checksum))
+                finish(evaluator, claim, checkpoint=checksum)
         taken(pending(place))
         lines = [(line["step"], line["checkpoint"]) for line in read_lines(place.eval_metrics)]
         assert max(Counter(lines).values()) == 1
@@ -150,16 +160,31 @@ def test_a_claim_ends_with_its_record_so_that_a_waiting_evaluator_finds_nothing_
     one, two = pending(run), pending(run)
     two.known()
     with one.take([1]) as claim:
-        one.record(claim, record(1, records.checksum(run, 1)))
+        finish(one, claim)
     assert two.take([1]) is None
+
+
+def test_a_checkpoint_that_was_recorded_just_before_its_lock_was_free_is_not_taken(run: Run, monkeypatch):
+    commit(run, 1)
+    one, two, lock = pending(run), pending(run), run.try_lock
+    claim = one.take([1])
+
+    def once_it_is_free(name: str) -> object:
+        with claim:
+            finish(one, claim)
+        return lock(name)
+
+    monkeypatch.setattr(two.run, "try_lock", once_it_is_free)
+    assert two.take([1]) is None
+    assert [path.name for path in run.eval_metrics.parent.glob(".test-*")] == []
 
 
 def test_splits_datasets_and_shares_have_records_of_their_own(run: Run):
     commit(run, 3)
     others = [
-        Pending(run, "valid", DATASET),
-        Pending(run, "test", "/other", own_dataset=False),
-        pending(run, share=0.1),
+        Pending(run, "valid", DATASET, 1.0, MEASURE.hash),
+        Pending(run, "test", "/other", 1.0, MEASURE.hash, own_dataset=False),
+        pending(run, MeasureConfig(share=0.1)),
     ]
     assert [taken(each) for each in (pending(run), *others)] == [[3]] * 4
     assert len(list(read_lines(run.eval_metrics))) == 4
@@ -193,10 +218,12 @@ def test_a_record_is_put_in_place_of_the_one_of_the_same_evaluation_and_becomes_
     assert [line["step"] for line in read_lines(run.eval_metrics)] == [4, 4, 6, 4, 8]
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut", "empty", "other weights", "other rows", "other buckets", "link"])
+@pytest.mark.parametrize(
+    "fault", ["missing", "cut", "empty", "other weights", "other rows", "other buckets", "other settings", "link"]
+)
 def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_second_line(run: Run, tmp_path: Path, fault):
     checksum = commit(run, 2)
-    about = record(2, checksum, buckets=2, cluster="user")
+    about = record(2, checksum)
     file = write_figures(run, about)
     records.put(run, about)
     assert pending(run).take([2]) is None  # the good twin
@@ -208,6 +235,7 @@ def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_secon
         file.write_bytes(file.read_bytes()[:-9] if fault == "cut" else b"")
     if fault.startswith("other"):
         changed = {"weights": {"checkpoint": "b"}, "rows": {"dataset": "/b"}, "buckets": {"buckets": 3}}
+        changed["settings"] = {"measure": MeasureConfig(top=3).hash}
         write_figures(run, about | changed[fault.removeprefix("other ")]).replace(file)
     them = pending(run)
     with them.take([2]) as claim:
@@ -220,9 +248,46 @@ def test_a_record_without_its_file_of_figures_is_made_again_once_without_a_secon
     assert (pending(run).take([2]) is None) == (fault != "missing")
 
 
-def test_an_evaluation_of_an_early_version_needs_no_file_of_figures(run: Run):
-    records.put(run, record(2, commit(run, 2)))
-    assert pending(run).take([2]) is None
+def test_records_of_other_settings_are_made_again_by_each_evaluator_once_and_one_line_is_logged(run: Run, caplog):
+    caplog.set_level("INFO")
+    for step in (1, 2):
+        commit(run, step)
+    other = MeasureConfig(slices=["device"])
+    one, two = pending(run), pending(run, other)
+    assert (taken(one), taken(two), taken(one), taken(two)) == ([1, 2], [1, 2], [], [])
+    assert [line["measure"] for line in read_lines(run.eval_metrics)] == [other.hash] * 2
+    [told] = [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+    assert "2 records of split test were measured with other settings" in told
+    assert taken(pending(run, other)) == []
+    commit(run, 3)
+    assert taken(pending(run)) == [1, 2, 3]  # a restart with the settings of before
+    write_figures(run, record(3, records.checksum(run, 3), measure=other.hash))  # killed before the line
+    assert taken(pending(run)) == [3]
+
+
+def test_a_record_of_an_early_version_without_settings_is_made_again(run: Run):
+    about = record(2, commit(run, 2))
+    write_figures(run, about)
+    append_line(run.eval_metrics, {key: value for key, value in about.items() if key != "measure"})
+    assert taken(pending(run)) == [2]
+    assert len(list(read_lines(run.eval_metrics))) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"slices": ["device"]}, {"slices": [{"column": "age", "edges": [1, 2]}]}, {"top": 3}, {"min_rows": 5}, {"rare": 3},
+     {"cold_start": False}, {"by_time": ["day"]}, {"buckets": 20}, {"cluster": "row"}, {"group": "row"}, {"ndcg": 5}],
+)  # fmt: skip
+def test_the_hash_of_what_is_measured_changes_with_every_setting_of_the_figures(changed: dict):
+    base = {"slices": ["user"]}
+    assert MeasureConfig(**base | changed).hash != MeasureConfig(**base).hash
+
+
+def test_the_hash_of_what_is_measured_is_not_of_the_memory_nor_of_a_share_that_has_its_own_field():
+    assert MeasureConfig(memory=2.0, share_by="user").hash == MeasureConfig().hash
+    assert MeasureConfig(share=0.5).hash == MeasureConfig(share=0.1).hash
+    assert MeasureConfig(share=0.5).hash != MeasureConfig(share=0.5, share_by="user").hash
+    assert EvaluateConfig(run=Path("run"), split="valid", batch_size=5).hash == MeasureConfig().hash
 
 
 def test_what_a_killed_evaluator_left_half_written_is_removed_by_the_next_one(run: Run):
@@ -234,6 +299,18 @@ def test_what_a_killed_evaluator_left_half_written_is_removed_by_the_next_one(ru
         path.write_text("")
     assert taken(pending(run)) == [2]
     assert [path.exists() for path in (*left, *others)] == [False, False, True, True]
+
+
+def test_half_written_predictions_which_may_be_of_another_dataset_are_removed_once_they_are_old(run: Run):
+    file = predictions.path(run, "test", 2)
+    file.parent.mkdir()
+    new, old = (file.with_name(f".{file.name}.{digits * 16}") for digits in ("0a", "0b"))
+    for path in (new, old):
+        path.write_text("")
+    os.utime(old, (1.0, 1.0))
+    commit(run, 2)
+    assert taken(pending(run)) == [2]
+    assert (new.exists(), old.exists()) == (True, False)
 
 
 def test_a_checkpoint_that_failed_is_tried_again_when_it_is_written_anew_or_a_minute_later(
@@ -290,10 +367,14 @@ def test_a_record_with_fields_that_no_evaluator_writes_is_one_line_of_error(run:
     good = {"lag": {"steps": 0, "seconds": 1.5}, "share": 0.5, "buckets": 100, "cluster": "user", "ranks": 2}
     good |= {"intervals": {"click": {"ne": 0.1, "auc": None}}, "reliability": {"click": [[0.1, 0.2, None, 5.0]]}}
     good |= {"evaluation": "test-00000001-0a1b2c3d.parquet"}
-    good |= {"ranking": {"sketch": 1e-6}, "rows_evaluated": 5, "rows_per_s": 3.5}
+    good |= {"ranking": {"sketch": 1e-6, "share": 0.5}, "rows_evaluated": 5, "rows_per_s": 3.5}
     append_line(run.eval_metrics, record(1, "a", **good))
     assert list(records.latest(run, "test", DATASET, share=0.5)) == [1]
     append_line(run.eval_metrics, record(1, "a", **good | more))
     with pytest.raises(UserError, match=r"eval\.jsonl, line 2: not a record of an evaluation") as caught:
         records.latest(run, "test", DATASET)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hash_of_settings_does_not_depend_on_the_order_of_keys():
+    assert config_hash({"a": 1, "b": {"c": 2, "d": 3}}) == config_hash({"b": {"d": 3, "c": 2}, "a": 1})

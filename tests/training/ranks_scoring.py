@@ -79,6 +79,8 @@ def scores(made: ModelWeights) -> tuple[Tensor, Tensor]:
     reader = SplitReader(made.dataset, "valid", BATCH, made.rank, made.ranks)
     with torch.inference_mode():
         found = [(batch.row_id_B, made(batch)) for batch in made.in_step(reader.batches(), reader.empty)]
+    if not found:  # a rank without a row group
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, len(made.dataset.schema.tasks))
     row_id_N, logit_NT = (torch.cat(parts) for parts in zip(*found, strict=True))
     return row_id_N[row_id_N >= 0], logit_NT[row_id_N >= 0]
 
@@ -122,21 +124,34 @@ def main(folder: Path) -> None:
         made = weights(folder, case, loading["fp32"])
         torch.save(scores(made), folder / f"{case}.fp32.{ranks}-{rank}.pt")
     run = Run(folder / TWO)
+    record_step = checkpoint.steps(run.checkpoints)[-1]
     scorer = Scorer(run, made.dataset, "valid", BATCH, loading=loading["fp32"])
-    record = scorer.evaluate(checkpoint.steps(run.checkpoints)[-1], write_predictions=True)
+    record = scorer.evaluate(record_step, write_predictions=True)
     if rank == 0:
         rows = predictions.read(predictions.path(run, "valid", record["step"]))
         torch.save((record, rows.to_dict(as_series=False)), folder / f"record.{ranks}.pt")
     else:
         assert record == {}
+    assert (Scorer(run, made.dataset, "valid", BATCH, loading=loading["needed"]).evaluate(record_step) == {}) == (
+        rank > 0
+    )
     for name in ("fp16", "needed"):
         torch.save(scores(weights(folder, TWO, loading[name])), folder / f"{TWO}.{name}.{ranks}-{rank}.pt")
     refused = [
         refusal(lambda: weights(folder, TWO, Loading(precision="bf16", shard=shard_for_scoring))),
         refusal(lambda: damaged(folder / TWO, loading["fp32"], folder)),
         refusal(lambda: list(batches_in_step(failing([Batch]), list))),
+        refusal(lambda: changed(Scorer(run, made.dataset, "valid", BATCH, loading=loading["needed"]))),
     ]
     torch.save((refused, (state_numbers(made.ranker), training)), folder / f"refused.{ranks}-{rank}.pt")
+
+
+def changed(scorer: Scorer) -> None:
+    """Scores with the needed rows of a split of which rank 1 has another one since."""
+    needed = scorer.weights.needed
+    if dist.get_rank() == 1:
+        needed.update({table: row_N[:1] for table, row_N in needed.items()})
+    scorer.score(checkpoint.steps(scorer.run.checkpoints)[-1])
 
 
 def damaged(run: Path, loading: Loading, folder: Path) -> None:

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 
+from pipeline.run.run import config_hash
+
 
 class Edges(BaseModel):
     """Ranges of a number: below the first edge, between neighbours (the lower one included), from the last on."""
@@ -60,3 +62,9 @@ class MeasureConfig(BaseModel):
     share: float = Field(1.0, gt=0, le=1)
     share_by: str | None = None
     memory: float = Field(8.0, gt=0)
+
+    @property
+    def hash(self) -> str:
+        """Of the settings that the figures depend on, but for memory, and for share, which is recorded by itself."""
+        left_out = {"share", "memory"} if self.share < 1 else {"share", "memory", "share_by"}
+        return config_hash(self.model_dump(mode="json", include=MeasureConfig.model_fields.keys() - left_out))
