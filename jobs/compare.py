@@ -35,7 +35,7 @@ def main(config: DictConfig) -> None:
     print(report.tables(entries, baseline, tasks, "simple"))
     print(
         f"\n{settings.seeds} seeds, mean±deviation on the test split; % is the difference to {baseline.name}, ± half its 95%\n"
-        f"{settings.folder}/compare.md, compare.png and compare.parquet; a run a folder beside them"
+        f"{settings.folder}/compare.html, compare.md, compare.png and compare.parquet; a run a folder beside them"
     )
 
 

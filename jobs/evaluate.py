@@ -19,7 +19,7 @@ from pipeline.terminal import short_decimal
 
 @job("evaluate")
 def main(config: DictConfig) -> None:
-    """Evaluates, a line a checkpoint, then prints the table and writes the report; with `compare`, prints a comparison."""
+    """Evaluates, a line a checkpoint, then prints the table and writes the report; or, with `compare`, those of two."""
     from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import page, tables
@@ -35,14 +35,25 @@ def main(config: DictConfig) -> None:
         config.run = str(config.compare[0])
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     if settings.compare:
-        print(comparison(settings))
+        compared = comparison(settings)
+        print(compared.table)
+        page.write_comparison(compared.models, compared.models[1], compared.file)
+        print(f"\n{compared.file}")
         return
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
+        found = False
         for record in evaluation.records():
+            found = True
             print(progress_line(record), flush=True)
         if rank == 0:
             results = evaluation.results()
+            if not found and not settings.follow:
+                print(
+                    "Nothing new: these checkpoints have a record, with the slices and intervals set then, or are another "
+                    "evaluator's. To evaluate one again with other settings, remove its line of "
+                    f"{evaluation.run.eval_metrics}."
+                )
             page.write_run(results, defaults=Settings().model_dump(mode="json"))
             evaluation.publish()
             print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")

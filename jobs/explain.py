@@ -1,7 +1,8 @@
 """jobs.explain: which features a checkpoint rests on, and what a step on one of its tasks does to the others.
 
 Prints by how much each task's NE (regression: NRMSE) rises when a feature's values are permuted over the rows, with a paired
-interval, and task affinity; both are kept in RUN/explain/SPLIT-STEP.json.
+interval, and task affinity; both are kept in RUN/explain/SPLIT-STEP.json, and of the newest checkpoint that jobs.evaluate has
+evaluated they are in RUN/report.html.
 
 Examples:
   python -m jobs.explain run=runs/demo/adatt
@@ -17,15 +18,25 @@ from jobs.entry import job, parse
 @job("explain")
 def main(config: DictConfig) -> None:
     """Explains one checkpoint and prints the tables."""
-    from pipeline.evaluation.explain.content import path
     from pipeline.evaluation.explain.explain import ExplainConfig, explain
     from pipeline.evaluation.explain.tables import tables
+    from pipeline.evaluation.follow import results_of
+    from pipeline.evaluation.report import page
+    from pipeline.run.explanation import path
     from pipeline.run.run import Run
+    from pipeline.training.config import Settings
 
     settings: ExplainConfig = parse(config, ExplainConfig)
     found = explain(settings)
     print(f"step {found.step:,}  {found.split}  {found.rows:,} rows, {found.buckets} buckets by {found.cluster}\n")
-    print(f"{tables(found)}\n\n{path(Run(settings.run), found.split, found.step)}")
+    run = Run(settings.run)
+    print(f"{tables(found)}\n\n{path(run, found.split, found.step)}")
+    results = results_of(
+        run, found.split, found.dataset, {name: task.kind for name, task in run.schema().tasks.items()}
+    )
+    if results.records and results.records[-1]["step"] == found.step:
+        page.write_run(results, defaults=Settings().model_dump(mode="json"))
+        print(run.report)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ an evaluator that is killed before the line leaves files that the next one repla
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +30,7 @@ from pipeline.evaluation.report.results import Results, check_complete
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.tracked import check_settings, publish, series_of, tracked, with_bounds
 from pipeline.evaluation.weights import Loading, Shard, Tables
-from pipeline.run import checkpoint
+from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.run.tracking.base import EvalRecord
 from pipeline.run.tracking.settings import TrackingSettings
@@ -104,7 +104,7 @@ class Evaluation:
             own_dataset=self.scorer.own_dataset, every=config.every, order=config.order, with_predictions=config.predictions,
         )  # fmt: skip
         own = self.scorer.own_dataset and config.days is None
-        self.series = series_of(config.split, None if own else self.scorer.dataset.name)
+        self.series = series_of(config.split, None if own else self.scorer.dataset.name, config.share)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -130,17 +130,8 @@ class Evaluation:
 
     def results(self) -> Results:
         """All that is known of the split by now, for reports. Raises UserError for a record that lacks a metric."""
-        name = self.scorer.dataset.name
-        known = list(self.pending.known().values())
-        check_complete(known, dict(self.scorer.tasks), self.run)
-        return Results(
-            self.run,
-            self.config.split,
-            name,
-            dict(self.scorer.tasks),
-            known,
-            oracle.read(self.run, self.config.split, name, dict(self.scorer.tasks), self.config.share),
-        )
+        kinds = dict(self.scorer.tasks)
+        return results_of(self.run, self.config.split, self.scorer.dataset.name, kinds, self.config.share)
 
     def publish(self) -> None:
         """Sends the report to MLflow, where the settings ask for it."""
@@ -199,6 +190,13 @@ class Evaluation:
 def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
     """The new records of an `Evaluation`. Raises UserError."""
     yield from Evaluation(config).records()
+
+
+def results_of(run: Run, split: str, dataset: str, kinds: Mapping[str, str], share: float = 1.0) -> Results:
+    """All that is known of a split of a dataset (its name) by now. Raises UserError for a record that lacks a metric."""
+    known = list(records.latest(run, split, dataset, share).values())
+    check_complete(known, kinds, run)
+    return Results(run, split, dataset, dict(kinds), known, oracle.read(run, split, dataset, kinds, share))
 
 
 def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:

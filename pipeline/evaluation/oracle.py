@@ -49,10 +49,10 @@ def write(scorer: Scorer, truth: Truth) -> None:
 def read(
     run: Run, split: str, dataset: str, kinds: Mapping[str, str], share: float = 1.0
 ) -> dict[str, dict[str, Any]] | None:
-    """Task → metric → value, None where no truth is known of this share of the dataset (its name, see Dataset.name).
+    """Task → metric → value, None where no truth is known of this dataset (its name, see Dataset.name).
 
     Args:
-        kinds: of the tasks. share: of the split's clusters.
+        kinds: of the tasks. share: of the split that was scored: other rows have another best.
     Raises:
         UserError: the file is damaged, or of other tasks.
     """

@@ -18,16 +18,19 @@ from pipeline.run.tracking.settings import TrackingSettings
 CONFIDENCE = 0.95  # of the two-sided intervals
 
 
-def series_of(split: str, dataset: str | None) -> str:
+def series_of(split: str, dataset: str | None, share: float = 1.0) -> str:
     """The name of a split's curves: eval_SPLIT, and of another dataset than the run's own one that is no folder's alone.
 
+    Curves of a share of the split are others than those of the whole: one would replace the other's.
+
     Args:
-        dataset: see Dataset.name; None: the run's own.
+        dataset: see Dataset.name; None: the run's own. share: of the split that is scored.
     """
+    part = "" if share == 1 else f"_share_{share:.6g}".replace(".", "_")
     if dataset is None:
-        return f"eval_{split}"
+        return f"eval_{split}{part}"
     shown = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in Path(dataset).name)[:40]
-    return f"eval_{split}_{shown}-{hashlib.sha256(dataset.encode()).hexdigest()[:6]}"
+    return f"eval_{split}_{shown}-{hashlib.sha256(dataset.encode()).hexdigest()[:6]}{part}"
 
 
 def with_bounds(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""A comparison as tables, as Parquet and as a picture."""
+"""A comparison as tables, as Parquet, as a picture and as a page."""
 
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -10,22 +11,37 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from features.printable import printable
+from pipeline.evaluation.compared_runs import model_at
+from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.evaluation.report import page
+from pipeline.evaluation.report.content import Model
 from pipeline.evaluation.report.plots import literal
 from pipeline.run.headline import HEADLINE, RANKING
+from pipeline.run.run import Run
 from pipeline.search.comparison import PAIRED, SHARES, Entry, differences
 from pipeline.storage.files import write_json, write_text
 from pipeline.storage.local import replacing
 from pipeline.terminal import short_decimal
 
+PAGE = "Seed 0 of each model, at the checkpoint that early stopping keeps; compare.md has all seeds, and trees."
+
 
 def write(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], folder: Path) -> None:
-    """Writes compare.json (the runs' records), compare.parquet, compare.png and compare.md."""
+    """Writes compare.json (the runs' records), compare.parquet, compare.png, compare.md and compare.html."""
     write_json(folder / "compare.json", {entry.name: entry.runs for entry in entries})
     parquet(entries, baseline, tasks, folder / "compare.parquet")
     with replacing(folder / "compare.png") as temporary:
         picture(entries, baseline, tasks).savefig(temporary, format="png", dpi=120)
     write_text(folder / "compare.md", tables(entries, baseline, tasks, "github") + "\n")
+    models = {entry.name: _first_run(entry, tasks, folder) for entry in entries if "step" in entry.runs[0]}
+    page.write_comparison(list(models.values()), models[baseline.name], folder / "compare.html", PAGE)
+
+
+def _first_run(entry: Entry, tasks: Mapping[str, str], folder: Path) -> Model:
+    run = Run(folder / f"{entry.name}-0")
+    rows = dataset_of(run, EvaluateConfig(run=run.path)).name
+    return replace(model_at(run, entry.runs[0]["step"], "test", rows, tasks, folder / "compare.html"), name=entry.name)
 
 
 def tables(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], style: str) -> str:

@@ -73,6 +73,9 @@ def test_models_are_compared_once_and_the_tables_are_those_of_their_runs(conf: P
         lines = map(json.loads, (out / f"mmoe-{seed}" / "metrics" / "eval.jsonl").read_text().splitlines())
         [recorded] = [r["metrics"] for r in lines if (r["split"], r["step"]) == ("test", run["step"])]
         assert run["metrics"] == recorded
+    shown_on_page = (out / "compare.html").read_text()
+    assert "mmoe against shared_bottom:" in shown_on_page
+    assert "Seed 0 of each model" in shown_on_page
     ne = {
         model: statistics.mean(run["early"]["3/7"]["click"]["ne"] for run in results[model])
         for model in ("mmoe", "shared_bottom")

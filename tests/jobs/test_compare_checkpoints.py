@@ -43,10 +43,21 @@ def test_two_evaluated_checkpoints_are_compared_and_what_is_missing_is_named(
     words = ["evaluate", f"compare=[{run},{run}@3]"]
     assert_one_line(call(*words), "step 3 has not been evaluated", f"jobs.evaluate run={run} split=test step=3.")
     (first,) = evaluate(EvaluateConfig(run=run, step=3, **measured))
+    card = small_dataset.with_name(f"{small_dataset.name}.card.html")
+    card.write_text("card")
     shown = call(*words)
+    card.unlink()
     for task, metric in (("click", "ne"), ("click", "auc")):
         values = [f"{record['metrics'][task][metric]:.4f}" for record in (last, first)]
         assert re.search(rf"{task} +{metric.upper()} +all +\S+ +{values[0]} +{values[1]} ", shown)
+    [page] = (run / "comparisons").iterdir()
+    assert page.name == "test-00000006-run-00000003.html"
+    assert shown.rstrip().endswith(str(page))
+    text = page.read_text()
+    [link] = set(re.findall(r'href="(\./[^"]*)"', text))
+    assert (page.parent / link).resolve() == card.resolve()
+    assert re.search("run@6 against run@3: [0-9] better", text)
+    assert "<h1>run@6, run@3</h1>" in text
     assert_one_line(call(*words, "compare_slices=[city]"), "compare_slices: the two have no slice city in common")
     assert_one_line(call(*words, "share=0.5", "share_by=row"), "split=test step=6 share=0.5 share_by=row.")
     file = run / "evaluations" / "test-00000003.parquet"

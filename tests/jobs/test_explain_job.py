@@ -9,7 +9,7 @@ from job_calls import Call, assert_one_line
 
 from features.errors import UserError
 from models.ranker import ModelConfig
-from pipeline.evaluation.explain import content
+from pipeline.run import explanation
 from pipeline.run.run import Run
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
@@ -37,8 +37,8 @@ def run(trained: Path, tmp_path: Path) -> Run:
 def test_every_feature_and_group_is_explained_and_the_same_again(run: Run, call: Call):
     command = ["explain", f"run={run.path}", "threads=1", "permutations=1", "groups={who: [user, age]}", "buckets=10"]
     said = call(*command)
-    assert content.read(run, "test", 2) is None
-    found = content.read(run, "test", 4)
+    assert explanation.read(run, "test", 2) is None
+    found = explanation.read(run, "test", 4)
     assert found is not None
     assert sorted(entry.name for entry in found.importance) == sorted([*FEATURES, "who"])
     assert next(entry.features for entry in found.importance if entry.name == "who") == ["user", "age"]
@@ -58,13 +58,28 @@ def test_every_feature_and_group_is_explained_and_the_same_again(run: Run, call:
         word for word in [*FEATURES, "who", "step on", "Task affinity", "test-00000004.json"] if word not in said
     ] == []
     assert said == call(*command)
-    assert content.read(run, "test", 4) == found
+    assert explanation.read(run, "test", 4) == found
+    assert not run.report.exists()  # nothing has been evaluated
+
+
+def test_the_report_of_an_evaluated_checkpoint_has_its_explanation(run: Run, call: Call):
+    call("evaluate", f"run={run.path}", "threads=1", "step=4")
+    words = "Importance of features"
+    assert words not in run.report.read_text()
+    call("explain", f"run={run.path}", "threads=1", "features=[price]", "affinity_batches=0", "step=2")
+    assert words not in run.report.read_text()
+    said = call("explain", f"run={run.path}", "threads=1", "features=[price]", "affinity_batches=0", "rows=100")
+    assert said.rstrip().endswith(str(run.report))
+    assert words in run.report.read_text()
+    said = call("evaluate", f"run={run.path}", "threads=1", "step=4", "buckets=7")
+    assert "Nothing new: these checkpoints have a record" in said
+    assert words in run.report.read_text()
 
 
 def test_the_figures_are_those_of_jobs_evaluate(run: Run, call: Call):
     call("explain", f"run={run.path}", "threads=1", "features=[]", "affinity_batches=0", "step=2", "split=valid")
     call("evaluate", f"run={run.path}", "threads=1", "step=2", "split=valid")
-    found = content.read(run, "valid", 2)
+    found = explanation.read(run, "valid", 2)
     assert found is not None
     assert (found.importance, found.affinity) == ([], None)
     record = json.loads(run.eval_metrics.read_text())
@@ -75,15 +90,15 @@ def test_the_figures_are_those_of_jobs_evaluate(run: Run, call: Call):
 def test_the_rows_of_tables_that_the_split_needs_are_enough(run: Run, call: Call):
     start = ["explain", f"run={run.path}", "threads=1", "permutations=1"]
     call(*start)
-    found = content.read(run, "test", 4)
-    content.path(run, "test", 4).unlink()
+    found = explanation.read(run, "test", 4)
+    explanation.path(run, "test", 4).unlink()
     call(*start, "tables=needed")
-    assert content.read(run, "test", 4) == found
+    assert explanation.read(run, "test", 4) == found
 
 
 def test_about_as_many_rows_as_asked_for_are_read(run: Run, call: Call):
     call("explain", f"run={run.path}", "threads=1", "rows=100", "features=[price]", "affinity_batches=0")
-    found = content.read(run, "test", 4)
+    found = explanation.read(run, "test", 4)
     assert found is not None
     assert 60 < found.rows < 140
     assert found.share == pytest.approx(1 / 3)
@@ -105,13 +120,13 @@ def test_what_is_wrong_is_said_before_any_work(run: Run, call: Call):
 
 def test_an_explanation_of_another_form_or_behind_a_link_is_refused(run: Run, call: Call, tmp_path: Path):
     call("explain", f"run={run.path}", "threads=1", "features=[price]", "affinity_batches=0")
-    file = content.path(run, "test", 4)
+    file = explanation.path(run, "test", 4)
     whole = json.loads(file.read_text())
     for change in ({"rows": "300"}, {"more": 1}, {"split": "all days"}, {"importance": [{"name": "price"}]}):
         file.write_text(json.dumps(whole | change))
         with pytest.raises(UserError, match="test-00000004"):
-            content.read(run, "test", 4)
+            explanation.read(run, "test", 4)
     shutil.move(file, tmp_path / "elsewhere.json")
     file.symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(UserError, match="is a link"):
-        content.read(run, "test", 4)
+        explanation.read(run, "test", 4)

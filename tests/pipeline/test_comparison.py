@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -327,3 +328,28 @@ def test_early_stopping_keeps_the_best_mean_until_patience_runs_out(aucs: list, 
         {"step": step, "metrics": {"t": {"auc": auc, "ne": 1.0}, "r": {"r2": 0.3}}} for step, auc in enumerate(aucs, 1)
     ]
     assert stop_early(evaluated, KINDS, patience) == kept
+
+
+def test_a_comparison_is_written_with_a_page_of_the_first_seeds_at_the_chosen_checkpoints(
+    run: Run, tmp_path: Path
+) -> None:
+    kinds = {name: task.kind for name, task in run.schema().tasks.items()}
+    entries = []
+    for name in ("mine", "other"):
+        copy = Run(shutil.copytree(run.path, tmp_path / f"{name}-0"))
+        copy.eval_metrics.unlink(missing_ok=True)  # of other tests
+        [record] = evaluate(
+            EvaluateConfig(run=copy.path, step="newest", predictions=True, threads=1, buckets=5, by_time=[])
+        )
+        rows = [predictions.path(copy, "test", record["step"])]
+        entries.append(Entry(name, [{"step": record["step"], "metrics": record["metrics"], "rows_per_s": 1.0}], rows))
+    trees_entry = Entry("trees", [{"metrics": entries[0].runs[0]["metrics"], "rows_per_s": 1.0}], entries[0].rows)
+    report.write([*entries, trees_entry], entries[1], kinds, tmp_path)
+    page = (tmp_path / "compare.html").read_text()
+    assert "<h1>mine, other</h1>" in page
+    assert "Seed 0 of each model" in page
+    assert "mine against other: 0 better, 0 worse, 3 without a clear difference." in page
+    assert {"compare.json", "compare.parquet", "compare.png", "compare.md"} < {file.name for file in tmp_path.iterdir()}
+    entries[0].runs[0]["step"] = 3
+    with pytest.raises(UserError, match=r"eval.jsonl: no record of step 3 on test. Run jobs.evaluate on it again."):
+        report.write(entries, entries[1], kinds, tmp_path)

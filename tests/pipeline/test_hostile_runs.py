@@ -261,6 +261,7 @@ def test_an_oracle_that_is_none_is_refused(tmp_path, content):
     oracle.path(run, "test").write_text(json.dumps(good))
     assert oracle.read(run, "test", "d", {"click": "binary"}) == good["metrics"]
     assert oracle.read(run, "test", "other", {"click": "binary"}) is None
+    assert oracle.read(run, "test", "d", {"click": "binary"}, share=0.1) is None
     oracle.path(run, "test").write_text(content)
     assert "best-test.json" in refused(lambda: oracle.read(run, "test", "d", {"click": "binary"}))
 

@@ -1,23 +1,20 @@
 """Pages as a browser reads them: well-formed, self-contained, with every task, slice and number that they are made of."""
 
-import base64
-import hashlib
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
-from hostile_text import HOSTILE, ORDINARY, assert_tame
+from hostile_text import HOSTILE, ORDINARY
+from pages_by_hand import KINDS, METRICS, Parsed, checked, explanation_of, figures, model, record
 
 from features.errors import UserError
 from features.printable import has_surrogates, printable
 from pipeline.evaluation.metrics import evaluated as stored
-from pipeline.evaluation.metrics.evaluated import COLUMNS, Evaluated, Provenance
-from pipeline.evaluation.report import mixture, page, reading, reliability
+from pipeline.evaluation.metrics.evaluated import Evaluated
+from pipeline.evaluation.report import heat_map, mixture, page, reading, reliability
 from pipeline.evaluation.report.content import (
     Check,
     Estimate,
@@ -25,119 +22,12 @@ from pipeline.evaluation.report.content import (
     Judgement,
     Model,
     Night,
-    TrainLine,
     Trend,
     TrendNight,
 )
 from pipeline.evaluation.report.results import Results
-from pipeline.run import records
+from pipeline.run import explanation, records
 from pipeline.run.run import Run
-
-VOID = {"meta", "br", "img", "input", "link", "hr"}
-KINDS = {"click": "binary", "dwell": "regression"}
-METRICS = {
-    "click": {"rows": 1000, "weight_sum": 1000.0, "base_rate": 0.1, "ne": 0.8123, "log_loss": 0.26, "auc": 0.71,
-              "calibration": 1.04, "ece": 0.01},
-    "dwell": {"rows": 100, "weight_sum": 100.0, "label_mean": 2.0, "mse": 4.0, "nrmse": 0.93, "r2": 0.14, "calibration": 0.99},
-}  # fmt: skip
-
-
-class Parsed(HTMLParser):
-    """A page's elements; fails on one that is not closed, or closed twice."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []  # innermost tag, text
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), (tag, attrs)
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append((self.open[-1] if self.open else "", data.strip()))
-
-    def values(self, name: str) -> list[str]:
-        return [found[name] or "" for _, found in self.elements if name in found]
-
-    def shown(self) -> str:
-        return "\n".join(text for tag, text in self.texts if tag not in ("style", "script"))
-
-
-def checked(text: str) -> Parsed:
-    """A page's elements, once all that holds of every page is asserted."""
-    assert_tame(text)
-    parsed = Parsed(text)
-    ids = parsed.values("id")
-    assert len(set(ids)) == len(ids)
-    assert all(link.startswith("#") or re.fullmatch(r"\./[^:]*", link) for link in parsed.values("href"))
-    assert {link[1:] for link in parsed.values("href") if link.startswith("#")} == set(ids)
-    assert not any(name in ("src", "style", "srcset", "action") or name.startswith("on")
-                   for _, found in parsed.elements for name in found)  # fmt: skip
-    assert not re.search(r"https?:|@import|url\(", text)
-    [policy] = [found["content"] for tag, found in parsed.elements if found.get("http-equiv")]
-    for tag in ("style", "script"):
-        [inner] = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.S)
-        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert policy.startswith("default-src 'none';")
-    for tag, found in parsed.elements:
-        if tag == "svg":
-            assert re.fullmatch(r"0 0 [\d.]+ [\d.]+", found["viewbox"] or "")
-        assert not any(
-            "nan" in (value or "").split() for name, value in found.items() if name in ("x", "y", "cx", "cy")
-        )
-    return parsed
-
-
-def figures(metrics: dict[str, dict[str, float]], slices: list[str], shift: float = 0.0) -> Evaluated:
-    lines: list[tuple[Any, ...]] = []
-    for task, found in metrics.items():
-        for number, name in enumerate(["all", *slices]):
-            for metric, value in found.items():
-                size = found["rows"] / (number + 1)
-                part = size if metric in ("rows", "weight_sum") else value * (1 + 0.03 * number)
-                left = [] if metric in ("rows", "weight_sum") else [part + shift + 0.001 * (k % 5) for k in range(20)]
-                lines.append(
-                    (task, metric, name.split("=")[0], name, int(size), part + shift * bool(left), 0.004, left)
-                )
-    provenance = Provenance(run="r", step=200, checkpoint="c", dataset="/d", split="test", cluster="user", buckets=20)
-    return Evaluated(pl.DataFrame(lines, schema=COLUMNS, orient="row"), provenance)
-
-
-def record(step: int, metrics: dict[str, dict[str, float]] = METRICS, **further: Any) -> dict[str, Any]:
-    bins = [[0.01 * (b + 1), 0.011 * (b + 1), 0.002, 50.0] for b in range(20)]
-    gates = [[[0.7, 0.2, 0.1], [0.1, -0.3, 1.2]]]
-    names = [{"units": ["click", "dwell"], "experts": ["click", "dwell", "shared"]}]
-    return {
-        "step": step, "rows": 100 * step, "checkpoint": "c", "split": "test", "dataset": "/d", "metrics": metrics,
-        "buckets": 20, "intervals": {task: {"ne": 0.004, "nrmse": 0.01} for task in metrics},
-        "reliability": {"click": bins, "dwell": []},
-        "gates": gates, "gate_names": names, "lag": {"steps": 3, "seconds": 1.5}, "rows_evaluated": 1000, "rows_per_s": 5e4,
-        "seconds": 0.2, "time": 1.7e9, "ranks": 1, "ranking": "exact", "cluster": "user", "share": 1.0, **further,
-    }  # fmt: skip
-
-
-def model(
-    name: str = "adatt", slices: tuple[str, ...] = ("device=mobile", "day=2026-11-08"), shift: float = 0.0
-) -> Model:
-    training = [
-        TrainLine(100 * s, {"click": 0.9}, {"dwell": 0.8}, {"lr": 0.01, "rows_per_s": 1e4}) for s in range(1, 201, 10)
-    ]
-    return Model(
-        name, "test", "/d", KINDS, [record(100), record(200)], figures(METRICS, list(slices), shift),
-        {"click": {"ne": 0.79}, "dwell": {"nrmse": 0.9}}, training, [training[-1]],
-        {"model": {"fusion": {"name": name, "levels": [[4]]}}, "train": {"seed": 7, "epochs": 1}}, "./data.card.html",
-    )  # fmt: skip
 
 
 def test_the_page_of_a_run_answers_in_order_and_shows_every_task_metric_slice_and_setting():
@@ -280,6 +170,12 @@ def test_training_settings_are_compared_with_the_defaults_where_there_is_no_base
     assert "differ from mmoe" in checked(page.run_page(of, model("mmoe"))).shown()
 
 
+def test_a_page_of_a_share_of_a_split_says_so_first():
+    of = replace(model(), records=[record(200, share=0.1)])
+    assert "10.0% of split test of /d; step 200" in checked(page.run_page(of)).shown()
+    assert "Split test of /d; step 200" in checked(page.run_page(model())).shown()
+
+
 def test_a_run_without_an_evaluation_says_so():
     assert "No checkpoint has been evaluated yet." in checked(page.run_page(replace(model(), records=[]))).shown()
 
@@ -304,17 +200,24 @@ def test_a_reliability_curve_has_a_point_with_an_interval_for_each_bin_on_either
 
 def test_a_heat_map_shows_each_weight_beside_its_names():
     mean_UE = [[0.25, 0.75, 0.0], [1.5, -0.5, 0.125]]
-    drawn = Parsed(str(mixture.heat_map(mean_UE, ["click", "dwell"], ["click", "dwell", "shared"])))
+    drawn = Parsed(str(mixture.gate_map(mean_UE, ["click", "dwell"], ["click", "dwell", "shared"])))
     tips = [text for tag, text in drawn.texts if tag == "title" and "←" in text]
     assert tips == [
         "click ← click: 0.250", "click ← dwell: 0.750", "click ← shared: 0",
         "dwell ← click: 1.50", "dwell ← dwell: −0.500", "dwell ← shared: 0.125",
     ]  # fmt: skip
     fills = [found["fill"] for tag, found in drawn.elements if tag == "rect"]
-    assert fills[4] in mixture.NEGATIVE
-    assert fills[3] == mixture.POSITIVE[-1]
+    assert fills[4] in heat_map.NEGATIVE
+    assert fills[3] == heat_map.POSITIVE[-1]
     shown = [text for tag, text in drawn.texts if tag == "text"]
     assert {"0.25", "0.75", "0.00", "1.50", "−0.50", "0.12"} <= set(shown)
+
+
+def test_a_task_that_is_not_compared_is_not_shown():
+    click = {"click": "binary"}
+    models = [replace(model(name), kinds=click) for name in ("adatt", "mmoe")]
+    parsed = checked(page.comparison_page(models, models[1]))
+    assert "dwell" not in [text for tag, text in parsed.texts if tag in ("td", "h3", "figcaption")]
 
 
 # Files of a run, which may be untrusted
@@ -341,6 +244,17 @@ def test_a_run_is_read_with_its_figures_and_training(tmp_path: Path):
     assert "device=tv" in checked(page.run_page(found)).shown()
     other = run_of(tmp_path, record(200, evaluation="test-00000200.parquet", checkpoint="trained anew"))
     assert reading.model_of(other).evaluated is None
+
+
+def test_an_explanation_is_that_of_the_last_checkpoint_on_the_same_rows(tmp_path: Path):
+    results = run_of(tmp_path, record(200))
+    assert reading.explanation_of(results) is None
+    for further, is_shown in (({}, True), ({"checkpoint": "other"}, False), ({"dataset": "/e"}, False)):
+        explanation.write(explanation_of(["f"], ["click"], **further), results.run)
+        assert (reading.model_of(results).explanation is not None) is is_shown
+    (tmp_path / "explain" / "test-00000200.json").write_text("{}")
+    with pytest.raises(UserError, match=r"test-00000200.json"):
+        reading.model_of(results)
 
 
 @pytest.mark.parametrize("further", [

@@ -199,6 +199,10 @@ def test_a_restarted_evaluator_draws_each_step_once_and_what_a_kill_left_out(run
 def test_evaluators_of_two_splits_and_of_another_dataset_do_not_touch_each_others_curves(run: Run) -> None:
     other = series_of("test", "/data/2026-11-22")
     assert other not in (series_of("test", None), series_of("test", "/elsewhere/2026-11-22"))
+    assert other.startswith("eval_test_2026-11-22-")
+    share = series_of("test", None, 0.05)
+    assert share == "eval_test_share_0_05"  # its curves would take the place of those of the whole split
+    assert series_of("test", None, 1.0) == "eval_test"
     for series, split, value in (("eval_test", "test", 0.1), ("eval_valid", "valid", 0.2), (other, "test", 0.3)):
         with opened(Job(run, series, split), TrackingSettings()) as sinks:
             sinks.handle(EvalRecord(evaluated(2, value, split=split)))

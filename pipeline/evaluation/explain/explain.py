@@ -19,16 +19,15 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.shards import table_sizes
-from pipeline.evaluation.explain import content
 from pipeline.evaluation.explain.affinity import affinities
-from pipeline.evaluation.explain.content import Affinity, Explanation, Importance, Rise, TaskFigure
 from pipeline.evaluation.explain.importance import Figures, Sample, importances
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics.intervals import buckets_used, quantile, standard_error
 from pipeline.evaluation.metrics.row_keys import SplitKeys
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.weights import Loading, ModelWeights, Tables
-from pipeline.run import checkpoint
+from pipeline.run import checkpoint, explanation
+from pipeline.run.explanation import Affinity, Explanation, Importance, Rise, TaskFigure
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
 
@@ -94,7 +93,7 @@ def explain(config: ExplainConfig) -> Explanation:
         importance=_importance(dataset.schema, groups, rises, config.confidence),
         affinity=_affinity(weights, rows, rates, config),
     )  # fmt: skip
-    content.write(found, run)
+    explanation.write(found, run)
     return found
 
 

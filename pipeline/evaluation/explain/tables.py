@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from tabulate import tabulate
 
 from features.printable import printable
-from pipeline.evaluation.explain.content import Affinity, Explanation, Rise
 from pipeline.evaluation.metrics.registry import METRICS
+from pipeline.run.explanation import Affinity, Explanation, Rise
 
 LABELS = {name: metric.label for metrics in METRICS.values() for name, metric in metrics.items()}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pipeline.evaluation.metrics.evaluated import Evaluated
+from pipeline.run.explanation import Explanation
 from pipeline.run.headline import HEADLINE
 
 Outcome = Literal["pass", "fail", "undecided"]
@@ -47,6 +48,7 @@ class Model:
         config: its config.yaml. card: a relative link to the page of its dataset's card.
         facts: further lines about it, a name and a text each.
         defaults: of its training settings, where known, to mark what was set.
+        explanation: of the last record's checkpoint, where jobs.explain made one.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Model:
     card: str | None = None
     facts: Sequence[tuple[str, str]] = ()
     defaults: Mapping[str, Any] | None = None
+    explanation: Explanation | None = None
 
     @property
     def last(self) -> Mapping[str, Any]:

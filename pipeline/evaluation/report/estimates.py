@@ -30,7 +30,7 @@ def label(kind: str, metric: str) -> str:
 
 
 def estimates(model: Model) -> dict[tuple[str, str], Estimate]:
-    """By task and metric the figures of the newest record over all rows.
+    """By task of the model and metric the figures of the newest record over all rows.
 
     Intervals are those of the file of all figures, or else of the record's standard errors; None where neither has one.
     """
@@ -45,7 +45,7 @@ def estimates(model: Model) -> dict[tuple[str, str], Estimate]:
         lines = with_intervals(model.evaluated.figures.filter(slice=ALL), CONFIDENCE)
         for line in lines.select("task", "metric", "value", "low", "high").iter_rows():
             found[line[0], line[1]] = Estimate(*line[2:])
-    return found
+    return {key: one for key, one in found.items() if key[0] in model.kinds}
 
 
 def around(value: float | None, error: float | None, reach: float) -> Estimate:
@@ -65,6 +65,8 @@ def changes(model: Model, baseline: Model) -> dict[tuple[str, str], Change]:
         lines = paired(model.evaluated, baseline.evaluated).filter(pl.col("slice") == ALL)
         reach = quantile(CONFIDENCE, lines["buckets"].to_numpy())
         for line, far in zip(lines.iter_rows(named=True), reach.tolist(), strict=True):
+            if line["task"] not in model.kinds:
+                continue
             found[line["task"], line["metric"]] = Change(
                 line["theirs"],
                 around(line["delta"], line["se"], far),

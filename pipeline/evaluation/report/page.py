@@ -20,10 +20,10 @@ from features.printable import printable
 from pipeline.evaluation.report import course, mixture, plots, quality, reliability, settings, slices, trend
 from pipeline.evaluation.report.blocks import Section
 from pipeline.evaluation.report.content import Judgement, Model, Night, Trend
-from pipeline.evaluation.report.numbers import count
+from pipeline.evaluation.report.numbers import count, percent
 from pipeline.evaluation.report.reading import model_of
 from pipeline.evaluation.report.results import Results
-from pipeline.storage.files import write_text
+from pipeline.storage.files import make_folder, write_text
 
 FOLDER = Path(__file__).parent
 DEFINITIONS = (
@@ -45,9 +45,10 @@ def write_run(results: Results, baseline: Model | None = None, defaults: Mapping
     write_text(results.run.report, run_page(replace(model_of(results), defaults=defaults), baseline))
 
 
-def write_comparison(models: Sequence[Model], baseline: Model | None, file: Path) -> None:
-    """Writes the page of models side by side; the baseline is one of them. All have the same tasks."""
-    write_text(file, comparison_page(models, baseline))
+def write_comparison(models: Sequence[Model], baseline: Model | None, file: Path, note: str = "") -> None:
+    """Writes the page of models side by side; the baseline is one of them. All have the same tasks. note: below the title."""
+    make_folder(file.parent)
+    write_text(file, comparison_page(models, baseline, note))
 
 
 def write_night(night: Night, file: Path) -> None:
@@ -68,12 +69,13 @@ def run_page(model: Model, baseline: Model | None = None, judgement: Judgement |
     return _page("Run", model.name, _about(model), _answers([model], named, judgement))
 
 
-def comparison_page(models: Sequence[Model], baseline: Model | None) -> str:
+def comparison_page(models: Sequence[Model], baseline: Model | None, note: str = "") -> str:
     """The page of models side by side."""
     apart = named_apart(models)
     chosen = next((new for new, old in zip(apart, models, strict=True) if old is baseline), None)
     names = ", ".join(model.name for model in apart)
-    return _page("Comparison", names, _about(apart[0]), _answers(apart, chosen))
+    about = f"{_rows(apart[0])}. {note}".strip()
+    return _page("Comparison", names, about, _answers(apart, chosen))
 
 
 def named_apart(models: Sequence[Model]) -> list[Model]:
@@ -124,9 +126,15 @@ def _answers(
 
 def _about(model: Model) -> str:
     if not model.records:
-        return f"Split {model.split} of {model.dataset}. No checkpoint has been evaluated yet."
+        return f"{_rows(model)}. No checkpoint has been evaluated yet."
     step, rows = count(model.last["step"]), count(model.last["rows"])
-    return f"Split {model.split} of {model.dataset}; step {step}, after {rows} training rows."
+    return f"{_rows(model)}; step {step}, after {rows} training rows."
+
+
+def _rows(model: Model) -> str:
+    """Which rows were scored."""
+    share = model.last.get("share") or 1.0
+    return f"{f'{percent(share)} of split' if share < 1 else 'Split'} {model.split} of {model.dataset}"
 
 
 def _page(kind: str, title: str, about: str, sections: Sequence[Section]) -> str:

@@ -15,6 +15,8 @@ from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.report.content import Model, TrainLine
 from pipeline.evaluation.report.results import Results
+from pipeline.run import explanation
+from pipeline.run.explanation import Explanation
 from pipeline.storage.files import read_lines
 
 MAX_LINES = 4000  # of train.jsonl that are kept, evenly spread
@@ -49,6 +51,7 @@ def model_of(results: Results) -> Model:
         config=run.config() if (run.path / "config.yaml").exists() else {},
         card=card_link(run.report, results.dataset),
         facts=[("folder", str(run.path))],
+        explanation=explanation_of(results),
     )
 
 
@@ -68,6 +71,19 @@ def figures_of(results: Results) -> Evaluated | None:
         return None
     found = evaluated.read(file)
     return found if found.provenance.checkpoint == last.get("checkpoint") else None
+
+
+def explanation_of(results: Results) -> Explanation | None:
+    """What jobs.explain found of the newest record's checkpoint on the same rows; None where it did not.
+
+    Raises:
+        UserError: the file is damaged, or a link.
+    """
+    if not results.records or results.split == "all":
+        return None
+    last = results.records[-1]
+    found = explanation.read(results.run, results.split, last["step"])
+    return found if found and (found.checkpoint, found.dataset) == (last.get("checkpoint"), results.dataset) else None
 
 
 def train_lines(path: Path) -> list[TrainLine]:

@@ -1,6 +1,6 @@
 """Is it calibrated? The ratio of predictions to labels of each task, and mean labels over mean predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -42,11 +42,17 @@ def section(models: Sequence[Model]) -> Section:
             Note(
                 "Rows in order of their prediction, in bins of about equal weight; bars are 95% intervals of the mean label, "
                 "the dashed line is perfect calibration. Above it predictions are too low."
+                + _without_curve(models[0].kinds)
             )
         )
     else:
         blocks.append(Note("The evaluations kept no reliability curves."))
     return Section("calibrated", "Is it calibrated?", _lead(models), blocks)
+
+
+def _without_curve(kinds: Mapping[str, str]) -> str:
+    found = [task for task, kind in kinds.items() if kind != "binary"]
+    return f" Curves are of binary tasks; of {', '.join(found)} there is the ratio." if found else ""
 
 
 def _ratios(models: Sequence[Model]) -> Table:

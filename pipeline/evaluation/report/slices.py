@@ -32,7 +32,9 @@ def section(models: Sequence[Model], baseline: Model | None, minimum: int = MINI
                 title = task if len(models) == 1 else f"{task}: {model.name}"
                 blocks.append(_table(ranked, title, label(kind, HEADLINE[kind]), against))
     if not found:
-        return Section("slices", "Where is it bad?", "The evaluation kept no slices.", [Note("See evaluate.slices.")])
+        kept = any(model.evaluated is not None for model in models)
+        why = f"No slice has {count(minimum)} observed rows." if kept else "The evaluation kept no figures of slices."
+        return Section("slices", "Where is it bad?", why, [Note("slices of jobs.evaluate names further ones.")])
     compared = baseline if any(baseline and m is not baseline and pairs(m, baseline) for m in models) else None
     return Section("slices", "Where is it bad?", _lead(found), [*blocks, Note(_definition(compared, minimum))])
 

@@ -104,7 +104,7 @@ class Explanation(_Strict):
     affinity: Affinity | None
 
 
-def path(run: Run, split: Split, step: int) -> Path:
+def path(run: Run, split: str, step: int) -> Path:
     """Where the explanation of a checkpoint is kept."""
     return run.path / "explain" / f"{split}-{step:08d}.json"
 
@@ -117,7 +117,7 @@ def write(explanation: Explanation, run: Run) -> Path:
     return file
 
 
-def read(run: Run, split: Split, step: int) -> Explanation | None:
+def read(run: Run, split: str, step: int) -> Explanation | None:
     """What `write` wrote, None where there is none. Raises UserError for a link, and for a file of another form."""
     file = path(run, split, step)
     try:
