@@ -130,8 +130,8 @@ class Evaluation:
 
     def results(self) -> Results:
         """All that is known of the split by now, for reports. Raises UserError for a record that lacks a metric."""
-        kinds = dict(self.scorer.tasks)
-        return results_of(self.run, self.config.split, self.scorer.dataset.name, kinds, self.config.share)
+        rows = (self.config.split, self.scorer.dataset.name)
+        return _results(self.run, *rows, dict(self.scorer.tasks), self.config.share, self.pending.known())
 
     def publish(self) -> None:
         """Sends the report to MLflow, where the settings ask for it."""
@@ -194,9 +194,15 @@ def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
 
 def results_of(run: Run, split: str, dataset: str, kinds: Mapping[str, str], share: float = 1.0) -> Results:
     """All that is known of a split of a dataset (its name) by now. Raises UserError for a record that lacks a metric."""
-    known = list(records.latest(run, split, dataset, share).values())
-    check_complete(known, kinds, run)
-    return Results(run, split, dataset, dict(kinds), known, oracle.read(run, split, dataset, kinds, share))
+    return _results(run, split, dataset, kinds, share, records.latest(run, split, dataset, share))
+
+
+def _results(
+    run: Run, split: str, dataset: str, kinds: Mapping[str, str], share: float, known: Mapping[int, dict[str, Any]]
+) -> Results:
+    check_complete(known.values(), kinds, run)
+    best = oracle.read(run, split, dataset, kinds, share)
+    return Results(run, split, dataset, dict(kinds), list(known.values()), best)
 
 
 def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:
