@@ -82,7 +82,11 @@ def main() -> None:
 def prepare(folder: Path, count: int) -> dict[str, Callable[[], object]]:
     """The contenders, each a function that scores all rows."""
     write_raw(folder / "raw", count)
-    keys = [f"+data.schema.keep=[{','.join(KEEP)}]", "+data.schema.event_time=time"]
+    keys = [
+        f"+data.schema.keep=[{','.join(KEEP)}]",
+        "+data.schema.event_time=time",
+        "+data.schema.source.types.position=int",
+    ]
     data = preprocess(folder / "raw", folder / "data", *keys)
     arguments = [
         "-m",

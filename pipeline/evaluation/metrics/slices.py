@@ -102,6 +102,11 @@ class _Edges(Dimension):
         if schema.kept.get(column, TEXT) != TEXT:
             self.columns, self.cut_V = [column], np.array(settings.edges, np.float64)
             return
+        if settings.column in schema.keep and settings.column not in schema.dense:
+            raise UserError(
+                f"slices: {settings.column} is kept as text, which has no edges: add {{{settings.column}: int}}, or float, to "
+                "source.types in the schema and run jobs.preprocess again"
+            )
         if settings.column not in schema.dense:
             raise UserError(_unknown(settings.column, dataset, "a number"))
         feature = schema.dense[settings.column]
