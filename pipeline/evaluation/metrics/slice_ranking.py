@@ -3,7 +3,7 @@
 The rows are sorted once, for all of a task's slices. Each gets the number of its bin: of its distinct logit, or, past 2^12 of
 these, of bins of equal weight. AUC of a slice is then off by at most half the pairs that share a bin (1.2e-4 of a slice that is
 spread as the whole, and in truth far less, since the rows of a bin are ties that count half). What a bucket changes is found
-from 64 coarser bins, fine towards the top, where the precision of a rare label changes.
+from 32 coarser bins, fine towards the top, where the precision of a rare label changes.
 """
 
 # Shapes: N rows, S slices, K buckets, M bins, C coarse bins.
@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.evaluation.metrics.ranking import BINS, RankedRows, ratio
 
 MAX_BINS = 1 << 12
-COARSE_BINS = 64
+COARSE_BINS = 32
 
 
 @dataclass(frozen=True)
