@@ -6,8 +6,9 @@ model `bench_mmoe`. Contenders, in turn within each round:
   forward          batches that are in memory, nothing but the model: not what any evaluation can reach
   read + forward   the same with reading and decoding, as an evaluation has to
   metrics alone    `jobs.evaluate` without slices and intervals
-  all              with them: device, country, position by edges, device x country, hour, day, cold start of 16 features; 100
-                   buckets by user, GAUC and NDCG by user; the record and the file of figures
+  intervals        with intervals: 100 buckets by user
+  slices           and with slices: device, country, position by edges, device x country, day and hour
+  all              and with cold start of 16 features, GAUC and NDCG by user: all that is on by default
 
 Prints rows/s and ratios to `read + forward`, the median of the rounds; keeps them in results/evaluate.json. --profile prints
 where the time of `all` goes.
@@ -21,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ BATCH = 8192
 KEEP = ("user", "device", "country", "position")
 SLICES = ["device", "country", {"column": "position", "edges": [2, 4, 8]}, ["device", "country"]]
 FORWARD, READ, METRICS, ALL = "forward", "read + forward", "metrics alone", "all"
+INTERVALS, SLICED = "intervals", "slices"
 
 
 def main() -> None:
@@ -100,9 +103,14 @@ def prepare(folder: Path, count: int) -> dict[str, Callable[[], object]]:
     run(arguments)
     trained, dataset = Run(folder / "run"), Dataset(data)
     [step] = checkpoint.steps(trained.checkpoints)
-    alone = MeasureConfig(cold_start=False, by_time=[], buckets=1, cluster="row")
-    everything = MeasureConfig(slices=SLICES, cluster="user")
-    plain, whole = (Scorer(trained, dataset, "all", BATCH, measure) for measure in (alone, everything))
+    measures = {
+        METRICS: MeasureConfig(cold_start=False, by_time=[], buckets=1, cluster="row"),
+        INTERVALS: MeasureConfig(cold_start=False, by_time=[], cluster="user", group="row"),
+        SLICED: MeasureConfig(slices=SLICES, cold_start=False, cluster="user", group="row"),
+        ALL: MeasureConfig(slices=SLICES, cluster="user"),
+    }
+    scorers = {name: Scorer(trained, dataset, "all", BATCH, measure) for name, measure in measures.items()}
+    plain = scorers[METRICS]
     plain.metrics(step)  # loads the checkpoint
     ranker = plain.ranker
     readers = [SplitReader(dataset, split, BATCH) for split, rows in dataset.manifest.rows.items() if rows]
@@ -119,7 +127,7 @@ def prepare(folder: Path, count: int) -> dict[str, Callable[[], object]]:
             for batch in reader.batches():
                 ranker(batch)
 
-    return {FORWARD: forward, READ: read, METRICS: lambda: plain.evaluate(step), ALL: lambda: whole.evaluate(step)}
+    return {FORWARD: forward, READ: read, **{name: partial(scorer.evaluate, step) for name, scorer in scorers.items()}}
 
 
 def write_raw(folder: Path, count: int, files: int = 4) -> None:

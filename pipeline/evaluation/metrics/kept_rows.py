@@ -117,7 +117,9 @@ class KeptRows:
         cluster_N, group_N, logit_N, label_N, weight_N = (
             x_N[kept_N] for x_N in (cluster_N, group_N, logit_N, label_N, weight_N)
         )
-        slice_DN = np.ascontiguousarray(slice_ND[kept_N].T)
+        slice_DN = np.ascontiguousarray(slice_ND.T)
+        if len(kept_N) < len(slice_ND):
+            slice_DN = slice_DN[:, kept_N]
         share = 0.5**self.halvings
         return TaskRows(
             self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_DN, logit_N, label_N, weight_N, share,

@@ -23,16 +23,18 @@ class BinnedRows:
     """Rows of a binary task in the order of the split.
 
     Attributes:
-        bin_N: by ascending logit. bins: M. coarse_M: the coarse bin of each.
-        positive_N, negative_N, predicted_N, bucket_N, buckets: as in `RankedRows`.
+        bin_N: by ascending logit. bins: M. coarse_M: the coarse bin of each. predicted_M, predicted_C: mean predicted
+            probability of the rows of a bin, of a coarse bin.
+        positive_N, negative_N, bucket_N, buckets: as in `RankedRows`.
     """
 
     bin_N: np.ndarray
     bins: int
     coarse_M: np.ndarray
+    predicted_M: np.ndarray
+    predicted_C: np.ndarray
     positive_N: np.ndarray
     negative_N: np.ndarray
-    predicted_N: np.ndarray
     bucket_N: np.ndarray
     buckets: int
 
@@ -54,26 +56,31 @@ def binned(rows: RankedRows, order_N: np.ndarray, count: int) -> BinnedRows:
     upper_M = half - 1 - 2 * np.log2(np.maximum(above_M * 2, 2.0 ** -(half / 2)))
     coarse_M = np.where(above_M > 0.5, lower_M, upper_M + 1).clip(0, COARSE_BINS - 1).astype(np.int32)
 
+    predicted_M = np.bincount(sorted_bin_N, rows.predicted_N, len(weight_M))
+    of_coarse = [np.bincount(coarse_M, x_M, COARSE_BINS) for x_M in (predicted_M, weight_M)]
+
     def back(value_N: np.ndarray) -> np.ndarray:
         placed = np.zeros(count, value_N.dtype)
         placed[order_N] = value_N
         return placed
 
-    columns = (sorted_bin_N.astype(np.int32), rows.positive_N, rows.negative_N, rows.predicted_N, rows.bucket_N)
-    bin_N, positive_N, negative_N, predicted_N, bucket_N = map(back, columns)
-    return BinnedRows(bin_N, bins, coarse_M, positive_N, negative_N, predicted_N, bucket_N, rows.buckets)
+    columns = map(back, (rows.positive_N, rows.negative_N, rows.bucket_N.astype(np.int32)))
+    return BinnedRows(
+        back(sorted_bin_N.astype(np.int32)), bins, coarse_M, np.nan_to_num(ratio(predicted_M, weight_M)),
+        np.nan_to_num(ratio(*of_coarse)), *columns, rows.buckets,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SliceCounts:
-    """Weights of the classes and of predictions in the slices of one dimension: by bin, and by bucket and coarse bin."""
+    """Weights of the classes in the slices of a dimension, by bin and by bucket and coarse bin; mean predictions of the bins."""
 
     positive_SM: np.ndarray
     negative_SM: np.ndarray
-    predicted_SM: np.ndarray
     positive_SKC: np.ndarray
     negative_SKC: np.ndarray
-    predicted_SKC: np.ndarray
+    predicted_M: np.ndarray
+    predicted_C: np.ndarray
 
     @classmethod
     def of(cls, rows: BinnedRows, slice_N: np.ndarray, slices: int) -> "SliceCounts":
@@ -89,19 +96,20 @@ class SliceCounts:
             return value_N if everything else value_N[place_N]
 
         slice_N, bin_N, bucket_N = of_slices(slice_N).astype(np.int32), of_slices(rows.bin_N), of_slices(rows.bucket_N)
-        weights = [of_slices(x_N) for x_N in (rows.positive_N, rows.negative_N, rows.predicted_N)]
+        weights = [of_slices(x_N) for x_N in (rows.positive_N, rows.negative_N)]
         fine_N = slice_N * np.int32(rows.bins) + bin_N
         coarse_N = (slice_N * rows.buckets + bucket_N) * COARSE_BINS + rows.coarse_M[bin_N]
         coarse = (slices, rows.buckets, COARSE_BINS)
         return cls(
             *(np.bincount(fine_N, x_N, slices * rows.bins).reshape(slices, rows.bins) for x_N in weights),
             *(np.bincount(coarse_N, x_N, slices * rows.buckets * COARSE_BINS).reshape(coarse) for x_N in weights),
+            rows.predicted_M,
+            rows.predicted_C,
         )
 
     def figures(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """auc, pr_auc and ece: the values (S,), and those without each bucket (S, K), NaN for a bucket without rows."""
-        whole = [self.positive_SM, self.negative_SM, self.predicted_SM]
-        coarse_SKC = [self.positive_SKC, self.negative_SKC, self.predicted_SKC]
+        coarse_SKC = [self.positive_SKC, self.negative_SKC]
         known_SK = (self.positive_SKC + self.negative_SKC).sum(2) > 0
         sum_S1C = [x.sum(1, keepdims=True) for x in coarse_SKC]
         # Not below 0 by rounding where a class is in one bucket alone.
@@ -111,13 +119,14 @@ class SliceCounts:
         ]
         found = {}
         for name, metric in (("auc", _auc), ("pr_auc", _pr_auc), ("ece", _ece)):
-            value_S = metric(*whole)
-            moved_SK = metric(*left_SKC) - metric(*sum_S1C)
+            value_S = metric(self.positive_SM, self.negative_SM, self.predicted_M)
+            moved_SK = metric(left_SKC[0], left_SKC[1], self.predicted_C)
+            moved_SK -= metric(sum_S1C[0], sum_S1C[1], self.predicted_C)
             found[name] = (value_S, np.where(known_SK, value_S[:, None] + moved_SK, np.nan))
         return found
 
 
-# The last axis of their arguments are bins by ascending logit.
+# The last axis of their arguments are bins by ascending logit: weights of both classes, and the mean prediction.
 
 
 def _auc(positive: np.ndarray, negative: np.ndarray, _: np.ndarray) -> np.ndarray:
@@ -134,6 +143,7 @@ def _pr_auc(positive: np.ndarray, negative: np.ndarray, _: np.ndarray) -> np.nda
 def _ece(positive: np.ndarray, negative: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Over 20 bins of equal weight; a bin on an edge is divided in proportion."""
     weight = positive + negative
+    predicted = weight * predicted
     shape = weight.shape[:-1]
     # Running sums of all leading entries, one behind the other, so that one interpolation serves all.
     total = weight.sum(-1)
