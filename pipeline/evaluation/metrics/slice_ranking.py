@@ -64,16 +64,15 @@ def binned(rows: RankedRows, order_N: np.ndarray, count: int) -> BinnedRows:
         placed[order_N] = value_N
         return placed
 
-    columns = map(back, (rows.positive_N, rows.negative_N, rows.bucket_N.astype(np.int32)))
-    return BinnedRows(
-        back(sorted_bin_N.astype(np.int32)), bins, coarse_M, np.nan_to_num(ratio(predicted_M, weight_M)),
-        np.nan_to_num(ratio(*of_coarse)), *columns, rows.buckets,
-    )  # fmt: skip
+    mean_M, mean_C = (np.nan_to_num(ratio(*sums)) for sums in ((predicted_M, weight_M), of_coarse))
+    bin_N, bucket_N = (back(x_N.astype(np.int32)) for x_N in (sorted_bin_N, rows.bucket_N))
+    positive_N, negative_N = back(rows.positive_N), back(rows.negative_N)
+    return BinnedRows(bin_N, bins, coarse_M, mean_M, mean_C, positive_N, negative_N, bucket_N, rows.buckets)
 
 
 @dataclass(frozen=True)
 class SliceCounts:
-    """Weights of the classes in the slices of a dimension, by bin and by bucket and coarse bin; mean predictions of the bins."""
+    """Weights of the classes in the slices of a dimension, by bin and by bucket and coarse bin; mean predictions of bins."""
 
     positive_SM: np.ndarray
     negative_SM: np.ndarray
@@ -100,12 +99,13 @@ class SliceCounts:
         fine_N = slice_N * np.int32(rows.bins) + bin_N
         coarse_N = (slice_N * rows.buckets + bucket_N) * COARSE_BINS + rows.coarse_M[bin_N]
         coarse = (slices, rows.buckets, COARSE_BINS)
-        return cls(
-            *(np.bincount(fine_N, x_N, slices * rows.bins).reshape(slices, rows.bins) for x_N in weights),
-            *(np.bincount(coarse_N, x_N, slices * rows.buckets * COARSE_BINS).reshape(coarse) for x_N in weights),
-            rows.predicted_M,
-            rows.predicted_C,
+        positive_SM, negative_SM = (
+            np.bincount(fine_N, x_N, slices * rows.bins).reshape(slices, rows.bins) for x_N in weights
         )
+        positive_SKC, negative_SKC = (
+            np.bincount(coarse_N, x_N, slices * rows.buckets * COARSE_BINS).reshape(coarse) for x_N in weights
+        )
+        return cls(positive_SM, negative_SM, positive_SKC, negative_SKC, rows.predicted_M, rows.predicted_C)
 
     def figures(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """auc, pr_auc and ece: the values (S,), and those without each bucket (S, K), NaN for a bucket without rows."""
