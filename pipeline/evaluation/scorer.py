@@ -4,6 +4,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +82,9 @@ class Scorer:
                 encoders.
         """
         manifest = self.weights.load(step)
-        metrics = Metrics(self.tasks, self.keys.grouping, self.keys.names)
+        whole = self.keys.grouping
+        ours = replace(whole, max_bytes=whole.max_bytes / self.weights.ranks)
+        metrics = Metrics(self.tasks, ours, self.keys.names)
 
         def update() -> None:
             for reader in self._readers(self.weights.rank, self.weights.ranks):
@@ -101,12 +104,15 @@ class Scorer:
         """On rank 0 the metrics of all ranks' rows; on others their own."""
         if self.weights.ranks == 1:
             return metrics
-        for rows, state in (to_first((metrics.rows, metrics.state())) or [])[1:]:
-            other = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-            other.rows = rows
-            other.load(state)
-            metrics = metrics.merge(other)
-        return metrics
+        if (states := to_first((metrics.rows, metrics.state()))) is None:
+            return metrics
+        whole = Metrics(self.tasks, self.keys.grouping, self.keys.names)
+        for rows, state in states:
+            part = Metrics(self.tasks, self.keys.grouping, self.keys.names)
+            part.rows = rows
+            part.load(state)
+            whole = whole.merge(part)
+        return whole
 
     def _readers(self, rank: int = 0, ranks: int = 1) -> list[SplitReader]:
         return [SplitReader(self.dataset, s, self.batch_size, rank, ranks, keys=self.keys) for s in self.splits]
@@ -180,8 +186,11 @@ class Scorer:
 
     @cached_property
     def own_dataset(self) -> bool:
-        """Whether the rows are of the dataset that the run trains on."""
-        return self.dataset.path == Path(self.run.config()["dataset"]).absolute()
+        """Whether the rows are of the dataset, and of all the days of it, that the run trains on."""
+        trained = self.run.config()
+        if self.dataset.path != Path(trained["dataset"]).absolute() or not trained.get("days"):
+            return self.dataset.name == str(Path(trained["dataset"]).absolute())
+        return self.dataset.name == _trained_on(trained).name
 
     @property
     def measured(self) -> str:
@@ -213,7 +222,10 @@ def train_rates(run: Run) -> dict[str, float]:
     """Base rates of the train split that a run was trained on; none where that dataset is gone."""
     content = run.config()
     try:
-        dataset = open_dataset(Path(content["dataset"]), content.get("days"), content.get("missing_days", "refuse"))
+        return _trained_on(content).only(content.get("tasks")).base_rates()
     except UserError:
         return {}
-    return dataset.only(content.get("tasks")).base_rates()
+
+
+def _trained_on(content: dict[str, Any]) -> Dataset:
+    return open_dataset(Path(content["dataset"]).absolute(), content.get("days"), content.get("missing_days", "refuse"))

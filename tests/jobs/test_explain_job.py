@@ -71,7 +71,7 @@ def test_the_report_of_an_evaluated_checkpoint_has_its_explanation(run: Run, cal
     said = call("explain", f"run={run.path}", "threads=1", "features=[price]", "affinity_batches=0", "rows=100")
     assert said.rstrip().endswith(str(run.report))
     assert words in run.report.read_text()
-    said = call("evaluate", f"run={run.path}", "threads=1", "step=4", "buckets=7")
+    said = call("evaluate", f"run={run.path}", "threads=1", "step=4")
     assert "Nothing new: these checkpoints have a record" in said
     assert words in run.report.read_text()
 

@@ -81,7 +81,7 @@ FAULTS = [
     ("slices=[{column: who_age, edges: [.nan]}]", "slices"),
     ("slices=[{column: who_age, edges: []}]", "slices"),
     ("slices=[{column: device, edges: [1]}]", "device is kept as text, which has no edges"),
-    ("slices=[{column: price_bin, edges: [1]}]", "price_bin is kept as text, which has no edges"),
+    ("slices=[{column: price_bin, edges: [1]}]", "price_bin is not a number"),
     ("slices=[{column: age, edges: [20, 20.000000001]}]", "edges of age are closer to each other than float32"),
     ("slices=[{column: age, edge: [20]}]", "slices"),
     ("slices=[position] & by_time=[week]", "by_time"),

@@ -76,7 +76,7 @@ def logits(folder: Path, name: str, split: str = "valid") -> Tensor:
         alone=True,
     )
     with torch.no_grad():
-        return torch.cat([scorer.ranker(batch) for batch in scorer.loader.batches(scorer.loader.start())])
+        return torch.cat([scorer.ranker(batch) for batch in scorer.batches()])
 
 
 def from_sources(name: str) -> bool:

@@ -16,7 +16,7 @@ from tiny_training import configuration, make_dataset
 from features.plain_json import read_json
 from pipeline.dataset.card.page import page_file
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-from pipeline.evaluation.report import html
+from pipeline.evaluation.report import page
 from pipeline.run.run import Run
 from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
@@ -128,7 +128,7 @@ def test_evaluators_one_after_the_other_give_the_figures_of_eval_jsonl_once(
         assert [record["step"] for record in evaluation.records()] == ([4] if step == 4 else [2, 6])
     with pytest.raises(urllib.error.URLError):
         scrape(port)
-    html.write(evaluation.results())
+    page.write_run(evaluation.results())
     evaluation.publish()
     written = sorted(read_lines(trained.eval_metrics), key=lambda line: line["step"])
     for task, metrics in written[0]["metrics"].items():
