@@ -49,11 +49,7 @@ def main(config: DictConfig) -> None:
         if rank == 0:
             results = evaluation.results()
             if not found and not settings.follow:
-                print(
-                    "Nothing new: these checkpoints have a record, with the slices and intervals set then, or are another "
-                    "evaluator's. To evaluate one again with other settings, remove its line of "
-                    f"{evaluation.run.eval_metrics}."
-                )
+                print("Nothing new: these checkpoints have a record of these settings, or are another evaluator's.")
             page.write_run(results, defaults=Settings().model_dump(mode="json"))
             evaluation.publish()
             print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
