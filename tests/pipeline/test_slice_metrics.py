@@ -18,6 +18,7 @@ from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_o
 from pipeline.evaluation.metrics.base import Grouping, bucket_of
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, Provenance, as_array, paired, with_intervals
 from pipeline.evaluation.metrics.intervals import quantile, standard_error
+from pipeline.evaluation.metrics.kept_rows import ascending
 from pipeline.evaluation.metrics.registry import METRICS, TOTALS, WHOLE_ONLY
 
 # Shapes: B rows, T tasks, C keys of a row.
@@ -281,3 +282,10 @@ def test_a_prediction_that_is_not_finite_hides_its_slices_alone() -> None:
         undefined = np.isnan(figures[metric].value_S)
         assert undefined.tolist() == [True, False, True, False, False], metric
         assert np.isnan(figures[metric].left_out_SK[2]).sum() >= BUCKETS - 1  # one may be without the row
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False), max_size=40))
+def test_float32_numbers_are_sorted_by_radix_as_numpy_sorts_them(values: list[float]) -> None:
+    x_N = np.array(values, np.float32)
+    np.testing.assert_array_equal(x_N[ascending(x_N)], np.sort(x_N))

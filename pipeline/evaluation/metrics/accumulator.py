@@ -121,7 +121,8 @@ class Metrics:
                 name: metric.compute(read[t][metric.statistic]) for name, metric in METRICS[self.tasks[t][1]].items()
             }
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy computes most of it without Python's lock
+        # NumPy computes most of it without Python's lock; the core of the thread that decoded rows is free by now.
+        with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool:
             return dict(zip((name for name, _ in self.tasks), pool.map(of_task, range(len(self.tasks))), strict=True))
 
     def _read(self) -> list[dict[type[Statistic], Any]]:

@@ -148,7 +148,7 @@ class TaskRows:
     @cached_property
     def order_N(self) -> np.ndarray:  # noqa: N802
         """Of the rows with finite predictions, by ascending prediction."""
-        order_N = np.argsort(self.logit_N)
+        order_N = ascending(self.logit_N)
         return order_N[np.isfinite(self.logit_N[order_N])]
 
     @cached_property
@@ -250,6 +250,17 @@ class TaskRows:
         _, positive_G, negative_G = self.table_3G
         pairs = positive_G.sum() * negative_G.sum()
         return float(positive_G @ negative_G / 2 / pairs) if pairs else 0.0
+
+
+def ascending(x_N: np.ndarray) -> np.ndarray:
+    """As np.argsort; of float32 in half of its time, as 16-bit numbers are sorted by radix. NaN may be anywhere."""
+    if x_N.dtype != np.float32:
+        return np.argsort(x_N)
+    bits_N = (x_N + np.float32(0)).view(np.uint32)  # -0 + 0 is 0
+    # Numbers of the same order: the sign flipped, of negative ones all bits.
+    bits_N = bits_N ^ np.where(bits_N >> 31, np.uint32(0xFFFFFFFF), np.uint32(1 << 31))
+    order_N = np.argsort(bits_N.astype(np.uint16), kind="stable")
+    return order_N[np.argsort((bits_N >> 16).astype(np.uint16)[order_N], kind="stable")]
 
 
 def _ranked(
