@@ -18,7 +18,7 @@ from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_o
 from pipeline.evaluation.metrics.base import Grouping, bucket_of
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, Provenance, as_array, paired, with_intervals
 from pipeline.evaluation.metrics.intervals import quantile, standard_error
-from pipeline.evaluation.metrics.kept_rows import ascending
+from pipeline.evaluation.metrics.radix import ascending, by_radix
 from pipeline.evaluation.metrics.registry import METRICS, TOTALS, WHOLE_ONLY
 
 # Shapes: B rows, T tasks, C keys of a row.
@@ -289,3 +289,14 @@ def test_a_prediction_that_is_not_finite_hides_its_slices_alone() -> None:
 def test_float32_numbers_are_sorted_by_radix_as_numpy_sorts_them(values: list[float]) -> None:
     x_N = np.array(values, np.float32)
     np.testing.assert_array_equal(x_N[ascending(x_N)], np.sort(x_N))
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 1 << 15, 1 << 16, 1 << 40, (1 << 64) - 1])), max_size=40
+    )
+)
+def test_equal_numbers_keep_the_order_that_is_given(pairs: list[tuple[int, int]]) -> None:
+    first_N, second_N = (np.array(x, np.uint64) for x in (zip(*pairs, strict=True) if pairs else ([], [])))
+    np.testing.assert_array_equal(by_radix(second_N, by_radix(first_N)), np.lexsort((first_N, second_N)))
