@@ -37,7 +37,7 @@ class Scorer:
 
     Args:
         run: whose checkpoints. dataset: must have the run's schema. split: of it, or all of them.
-        batch_size: rows at a time, on each rank. measure: slices, clusters and groups. loading: how the tables are held.
+        batch_size: rows at a time, on each rank. measure: slices, clusters and groups. loading: how the tables are loaded.
     Raises:
         UserError: no run, or a dataset of another schema.
     """

@@ -47,7 +47,7 @@ Shard = Callable[[Ranker, Mapping[str, Any], Path, torch.device, Precision, int]
 
 @dataclass(frozen=True)
 class Loading:
-    """How the tables are held.
+    """How the tables are loaded.
 
     Attributes:
         tables: all of them, or only the rows that the split needs.
@@ -70,7 +70,7 @@ class ModelWeights:
 
     Args:
         run: whose checkpoints. dataset: of the run's tasks. splits: whose rows will be scored.
-        batch_size: rows of a batch, on each rank. loading: how the tables are held.
+        batch_size: rows of a batch, on each rank. loading: how the tables are loaded.
     Call Args:
         batch: on the CPU. Where tables are sharded all ranks call together (`in_step`).
     Returns: logit_BT on the CPU.
@@ -117,7 +117,7 @@ class ModelWeights:
 
     @cached_property
     def compact(self) -> CompactIds:
-        """From ids to places in the tables that are held."""
+        """From ids to places among the rows that are loaded."""
         encoders = self.dataset.encoders
         rows = {table: encoders.num_embeddings(table) for table in self.needed}
         return CompactIds(self.dataset.schema, self.needed, rows, self.device)
@@ -180,23 +180,23 @@ class ModelWeights:
                 "one it was trained on."
             )
 
-    def held(self, batch: Batch) -> Batch:
+    def model_input(self, batch: Batch) -> Batch:
         """A batch as the ranker takes it: on its device, with ids of the rows that are loaded."""
-        held = batch.to(self.device) if self.device.type != "cpu" else batch
+        batch = batch.to(self.device) if self.device.type != "cpu" else batch
         # Of a copy: the batch's own ids are those of the encoders, by which slices are made.
-        return Batch(**{**vars(held), "sparse": self.compact(held.sparse)}) if self.needed else held
+        return Batch(**{**vars(batch), "sparse": self.compact(batch.sparse)}) if self.needed else batch
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """The logits of a batch."""
-        ranker, held = self.ranker, self.held(batch)
+        ranker, inputs = self.ranker, self.model_input(batch)
         if not self.sharded:
-            return ranker(held).to(batch.label_BT.device)
+            return ranker(inputs).to(batch.label_BT.device)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
         ):  # FBGEMM's CPU kernels of sharded tables are autograd functions
-            return ranker(held).to(batch.label_BT.device)
+            return ranker(inputs).to(batch.label_BT.device)
 
 
 def check_fits(path: Path, schema: Schema, encoders: Encoders, model: ModelConfig) -> None:

@@ -175,7 +175,7 @@ def _affinity(weights: ModelWeights, rows: Rows, rates: _TrainRates, config: Exp
     schema = weights.dataset.schema
     size = min(rates.batch_size, len(rows))
     count = min(config.affinity_batches, len(rows) // size)
-    batches = map(weights.held, _random_batches(rows, schema, size, count, config.seed))
+    batches = map(weights.model_input, _random_batches(rows, schema, size, count, config.seed))
     z_TT, error_TT = affinities(weights.ranker, batches, rates.dense.lr, rates.tables.lr)
     return Affinity(
         tasks=list(schema.tasks), batches=count, batch_rows=size, dense_rate=rates.dense.lr, table_rate=rates.tables.lr,

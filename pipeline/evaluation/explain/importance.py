@@ -1,7 +1,7 @@
 """Permutation importance: how much worse a model is when a feature's values are those of other rows.
 
 Breiman 2001, section 10; as the difference of two errors it is the model reliance of Fisher et al. 2019, section 3. It is of
-the model as it stands: of two features that tell the same, each may do without the other, and only both together count.
+the model as it stands: of two features that carry the same, each may do without the other, and only both together count.
 """
 
 # Shapes: B rows of a batch, N rows, T tasks, K buckets.

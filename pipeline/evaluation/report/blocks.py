@@ -95,7 +95,7 @@ class Cards:
 
 @dataclass(frozen=True)
 class Banner:
-    """An outcome in large letters: pass, fail or undecided, and why."""
+    """An outcome in large type: pass, fail or undecided, and why."""
 
     outcome: str
     text: str
