@@ -300,3 +300,18 @@ def test_float32_numbers_are_sorted_by_radix_as_numpy_sorts_them(values: list[fl
 def test_equal_numbers_keep_the_order_that_is_given(pairs: list[tuple[int, int]]) -> None:
     first_N, second_N = (np.array(x, np.uint64) for x in (zip(*pairs, strict=True) if pairs else ([], [])))
     np.testing.assert_array_equal(by_radix(second_N, by_radix(first_N)), np.lexsort((first_N, second_N)))
+
+
+def test_a_single_row_has_no_variance_whatever_the_rows_of_other_shards_were_near() -> None:
+    def shard(labels: list[float], buckets: list[int]) -> Metrics:
+        metrics = Metrics(TASKS[1:2], Grouping(buckets=2))
+        label_BT, ones_BT = torch.tensor(labels, dtype=torch.float64)[:, None], torch.ones(len(labels), 1)
+        key_BC = torch.tensor([[bucket << 31, 0] for bucket in buckets])
+        metrics.update(label_BT + 1, label_BT, ones_BT, ones_BT, key_BC)
+        return metrics
+
+    for last in (5.001, 5.003, 5.007, 5.011, 5.013):
+        merged = shard([5.0], [0]).merge(shard([2e6 + 0.1, last], [0, 1]))
+        nrmse = merged.figures()["spend"]["nrmse"]
+        assert math.isfinite(nrmse.value_S[0])
+        assert math.isnan(nrmse.left_out_SK[0, 0])  # without bucket 0 one row is left
