@@ -58,7 +58,7 @@ to the best possible NE, which the true probabilities of the generated events ha
 
   {raw!s:18}  the log: a CSV file of impressions, clicks and conversions a day, and truth.parquet
   {data!s:18}  the dataset: Parquet shards, manifest.json, schema.yaml, encoders/
-  {run!s:18}  the run: checkpoints/, metrics/*.jsonl, tensorboard/, report.html, ne.png
+  {run!s:18}  the run: checkpoints/, metrics/*.jsonl, evaluations/ (every slice), tensorboard/, report.html
 
 Next:
   another architecture   make demo MODEL=ple          (or mmoe, adatt_sp, shared_bottom)
