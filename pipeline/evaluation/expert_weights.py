@@ -12,7 +12,9 @@ from features.batch import Batch
 from models.fusion.fusion import Fusion
 from pipeline.evaluation.lockstep import to_first
 
-ROWS = 65_536  # of a split that are averaged: a mean needs no more
+ROWS = (
+    1 << 14
+)  # of a split that are averaged: the mean of numbers in [0, 1] is off by 0.004 at most (one standard error)
 
 
 class ExpertWeights:

@@ -4,6 +4,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -87,12 +88,19 @@ class Scorer:
         metrics = Metrics(self.tasks, ours, self.keys.names)
 
         def update() -> None:
-            for reader in self._readers(self.weights.rank, self.weights.ranks):
-                for batch in self.weights.in_step(reader.batches(), reader.empty):
-                    logit_BT = self.weights(batch)
-                    metrics.update(logit_BT, batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
-                    if on_batch:
-                        on_batch(batch, logit_BT)
+            with ThreadPoolExecutor(1) as thread:  # adds up a batch while the model scores the next one
+                added: Future[None] | None = None
+                for reader in self._readers(self.weights.rank, self.weights.ranks):
+                    for batch in self.weights.in_step(reader.batches(), reader.empty):
+                        logit_BT = self.weights(batch)
+                        if added:
+                            added.result()
+                        counted = (batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
+                        added = thread.submit(metrics.update, logit_BT, *counted)
+                        if on_batch:
+                            on_batch(batch, logit_BT)
+                if added:
+                    added.result()
 
         if self.weights.ranks == 1 or self.weights.sharded:
             update()

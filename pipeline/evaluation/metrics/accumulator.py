@@ -3,8 +3,9 @@
 # Shapes: B rows, T tasks, S slices, K buckets, D dimensions of slices; keys of a row: cluster, group, then one a dimension.
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -21,6 +22,7 @@ from pipeline.evaluation.metrics.ranking import reliability
 from pipeline.evaluation.metrics.registry import COUNTS, METRICS, TOTALS
 
 _LARGEST = torch.finfo(torch.float64).max
+Of = TypeVar("Of")
 _FIRST_KEYS = 2  # before those of slices
 
 
@@ -50,9 +52,11 @@ class Metrics:
         self.statistics: dict[type[Statistic], Statistic] = {s: s(self.tasks, self.grouping) for s in used}
         bounds = [(0.0, 1.0) if kind == "binary" else (-_LARGEST, _LARGEST) for _, kind in self.tasks]
         self.rows = 0
-        self.read: list[dict[type[Statistic], Any]] | None = None
+        # Of each task what its metrics are computed from; kept until the next update, since rows are sorted there.
+        self.read: dict[int, dict[type[Statistic], Any]] = {}
         self._low_T, self._high_T = torch.tensor(bounds, dtype=torch.float64).reshape(-1, 2).T
 
+    @torch.inference_mode()
     def update(
         self, logit_BT: Tensor, label_BT: Tensor, observed_BT: Tensor, weight_BT: Tensor, key_BC: Tensor | None = None
     ) -> None:
@@ -83,7 +87,7 @@ class Metrics:
         dtype = np.float64 if any(x.dtype == torch.float64 for x in (logit_BT, label_BT, weight_BT)) else np.float32
         rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD, dtype)
         self.rows += int((w_BT != 0).any(1).sum())
-        self.read = None
+        self.read = {}
         for statistic in self.statistics.values():
             statistic.update(rows)
 
@@ -108,28 +112,31 @@ class Metrics:
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces all by the `state()` of metrics of the same tasks and grouping."""
-        self.read = None
+        self.read = {}
         for statistic in self.statistics.values():
             statistic.load(state)
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Task → metric → its figure in every slice."""
-        read = self._read()
 
-        def of_task(t: int) -> dict[str, Figure]:
-            return {
-                name: metric.compute(read[t][metric.statistic]) for name, metric in METRICS[self.tasks[t][1]].items()
-            }
+        def of_task(kind: str, read: dict[type[Statistic], Any]) -> dict[str, Figure]:
+            return {name: metric.compute(read[metric.statistic]) for name, metric in METRICS[kind].items()}
+
+        return dict(zip((name for name, _ in self.tasks), self._of_tasks(of_task), strict=True))
+
+    def _of_tasks(self, function: Callable[[str, dict[type[Statistic], Any]], Of]) -> list[Of]:
+        """A function of each task's kind and of what its metrics are computed from."""
+        for statistic in self.statistics.values():
+            statistic.state()  # what waits to be added is, once and not by each thread
+
+        def of_task(t: int) -> Of:
+            if t not in self.read:
+                self.read[t] = {used: statistic.of_task(t) for used, statistic in self.statistics.items()}
+            return function(self.tasks[t][1], self.read[t])
 
         # NumPy computes most of it without Python's lock; the core of the thread that decoded rows is free by now.
         with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool:
-            return dict(zip((name for name, _ in self.tasks), pool.map(of_task, range(len(self.tasks))), strict=True))
-
-    def _read(self) -> list[dict[type[Statistic], Any]]:
-        """What the metrics of each task are computed from; kept until the next update, since rows are sorted there."""
-        if self.read is None:
-            self.read = [{used: s.of_task(t) for used, s in self.statistics.items()} for t in range(len(self.tasks))]
-        return self.read
+            return list(pool.map(of_task, range(len(self.tasks))))
 
     def compute(self) -> dict[str, dict[str, float | int | None]]:
         """Task → metric → value over all rows. None is undefined: no rows, one class, constant labels, no finite prediction."""
@@ -140,28 +147,53 @@ class Metrics:
         names = [(ALL, ALL)]
         for dimension, slices in zip(self.dimensions, self.grouping.slices, strict=True):
             names += [(dimension, name) for name in slices]
-        parts = [
-            _lines(task, metric, figure, figures[task]["rows"].value_S, names)
-            for task, known in figures.items()
-            for metric, figure in known.items()
-        ]
-        return pl.concat(parts).filter((pl.col("rows") > 0) | (pl.col("slice") == ALL))
+        lines = [(task, name, figure) for task, known in figures.items() for name, figure in known.items()]
+        count, buckets = len(names), self.grouping.buckets
+
+        def left_out(name: str, figure: Figure) -> np.ndarray:
+            left_SK = None if name in TOTALS else figure.left_out_SK
+            return np.full((count, buckets), np.nan) if left_SK is None else left_SK
+
+        value_L = _finite(np.concatenate([figure.value_S for _, _, figure in lines]))
+        left_LK = _finite(np.concatenate([left_out(name, figure) for _, name, figure in lines]))
+        intervals = [name not in TOTALS and figure.left_out_SK is not None for _, name, figure in lines]
+        frame = pl.DataFrame(
+            {
+                "task": np.repeat([task for task, _, _ in lines], count),
+                "metric": np.repeat([name for _, name, _ in lines], count),
+                "dimension": [dimension for dimension, _ in names] * len(lines),
+                "slice": [name for _, name in names] * len(lines),
+                "rows": np.concatenate([figures[task]["rows"].value_S for task, _, _ in lines]).astype(np.int64),
+                "value": value_L,
+                "se": np.where(np.isnan(value_L), np.nan, standard_error(left_LK)),
+                "left_out": pl.Series(left_LK).arr.to_list(),
+                "intervals": np.repeat(intervals, count),
+            }
+        ).with_columns(
+            pl.col("value", "se").fill_nan(None),
+            pl.when("intervals").then(pl.col("left_out").list.eval(pl.element().fill_nan(None))).otherwise([]),
+        )
+        return frame.filter((pl.col("rows") > 0) | (pl.col("slice") == ALL)).select(
+            pl.col(c).cast(t) for c, t in FRAME.items()
+        )
 
     def reliability(self) -> dict[str, list[list[float | None]]]:
         """Of each binary task the reliability curve (`ranking.reliability`), empty where a prediction is not finite."""
-        found = {}
-        for (name, kind), read in zip(self.tasks, self._read(), strict=True):
-            if kind == "binary":
-                found[name] = [] if read[KeptRows].unknown_S[0] else reliability(read[KeptRows].ranked)
-        return found
+
+        def of_task(kind: str, read: dict[type[Statistic], Any]) -> list[list[float | None]] | None:
+            if kind != "binary":
+                return None
+            return [] if read[KeptRows].unknown_S[0] else reliability(read[KeptRows].ranked)
+
+        curves = zip(self.tasks, self._of_tasks(of_task), strict=True)
+        return {name: curve for (name, _), curve in curves if curve is not None}
 
     def ranking(self) -> Any:
         """How AUC of all rows was computed: exact, or the bound on its error where logits were put on a grid."""
         rows = self.statistics.get(KeptRows)
         if not isinstance(rows, KeptRows) or not rows.halvings:
             return "exact"
-        of_tasks = zip(self.tasks, self._read(), strict=True)
-        errors = [read[KeptRows].auc_error for (_, kind), read in of_tasks if kind == "binary"]
+        errors = self._of_tasks(lambda kind, read: read[KeptRows].auc_error if kind == "binary" else 0.0)
         return {"sketch": max(errors, default=0.0), "share": 0.5**rows.halvings}
 
     def _check(self, what: str, rule: str, bad_BT: Tensor) -> None:
@@ -196,25 +228,5 @@ def errors_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, floa
     }
 
 
-def _lines(task: str, metric: str, figure: Figure, row_S: np.ndarray, names: list[tuple[str, str]]) -> pl.DataFrame:
-    intervals = figure.left_out_SK is not None and metric not in TOTALS
-    left_SK = figure.left_out_SK if intervals else np.zeros((len(row_S), 0))
-    assert left_SK is not None
-    left_SK = np.where(np.isfinite(left_SK), left_SK, np.nan)
-    error_S = np.where(np.isfinite(figure.value_S), standard_error(left_SK), np.nan)
-    return pl.DataFrame(
-        {
-            "task": pl.repeat(task, len(row_S), eager=True),
-            "metric": pl.repeat(metric, len(row_S), eager=True),
-            "dimension": [dimension for dimension, _ in names],
-            "slice": [name for _, name in names],
-            "rows": row_S.astype(np.int64),
-            "value": np.where(np.isfinite(figure.value_S), figure.value_S, np.nan),
-            "se": error_S,
-            "left_out": pl.Series(left_SK).arr.to_list() if left_SK.shape[1] else [[]] * len(row_S),
-        },
-        schema=FRAME,
-        strict=False,
-    ).with_columns(
-        pl.col("value", "se").fill_nan(None), pl.col("left_out").list.eval(pl.element().fill_nan(None))
-    )  # fmt: skip
+def _finite(value: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(value), value, np.nan)

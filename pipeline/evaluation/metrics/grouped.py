@@ -3,13 +3,14 @@
 Both are sums over groups divided by sums over groups, and a group is in one bucket: the values without each bucket are exact.
 """
 
-# Shapes: N rows, R runs of rows of one group with equal logits, G groups, K buckets, P ranks up to k.
+# Shapes: N rows, R runs of rows of one group with equal logits, G groups, P labels above 0, K buckets, L ranks up to k.
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.evaluation.metrics.radix import ALL_BITS, SIGN, by_radix, ordered_bits
+from pipeline.evaluation.metrics.radix import by_radix, ordered_bits
+from pipeline.evaluation.metrics.running_sums import running
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,23 @@ class Groups:
 
     Attributes:
         label_N, weight_N: of the sorted rows, float64.
-        ideal_N: labels sorted by group and within it ascending.
+        gain_P: the labels above 0, sorted by group and within it descending. gain_group_P: the group of each.
         run_R: first row of each run. group_G: first row of each group. group_run_G: first run of each group.
         bucket_G: the smallest bucket of a group's rows.
     """
 
     label_N: np.ndarray
     weight_N: np.ndarray
-    ideal_N: np.ndarray
+    gain_P: np.ndarray
+    gain_group_P: np.ndarray
     run_R: np.ndarray
     group_G: np.ndarray
     group_run_G: np.ndarray
     bucket_G: np.ndarray
+
+    def in_runs(self, value_N: np.ndarray) -> np.ndarray:
+        """Sums over the rows of each run, (R,)."""
+        return value_N if len(self.run_R) == len(value_N) else np.add.reduceat(value_N, self.run_R)
 
 
 def grouped(
@@ -50,9 +56,9 @@ def grouped(
     Returns: `gauc` and `ndcg`: the value, NaN where undefined (no group counts, or a logit is not finite), and left_out_K, NaN
         for a bucket without a group that counts.
     """
-    keep_N = weight_N > 0
-    columns = (x_N[keep_N] for x_N in (logit_N, label_N, weight_N, group_N, bucket_N))
-    logit_N, label_N, weight_N, group_N, bucket_N = columns
+    if not (keep_N := weight_N > 0).all():
+        columns = (x_N[keep_N] for x_N in (logit_N, label_N, weight_N, group_N, bucket_N))
+        logit_N, label_N, weight_N, group_N, bucket_N = columns
     if not len(logit_N) or not np.isfinite(logit_N).all():
         undefined = np.nan, np.full(buckets, np.nan)
         return {"gauc": undefined, "ndcg": undefined}
@@ -69,10 +75,10 @@ def _auc(groups: Groups) -> tuple[np.ndarray, np.ndarray]:
     Impressions are the sum of the rows' weights. A pair of rows of weights v and w counts v w; equal logits count half. A soft
     label y is a positive row of weight y w and a negative one of weight (1 - y) w. A group of one class has weight 0.
     """
-    positive_R = np.add.reduceat(groups.weight_N * groups.label_N, groups.run_R)
-    negative_R = np.add.reduceat(groups.weight_N * (1 - groups.label_N), groups.run_R)
+    positive_N = groups.weight_N * groups.label_N
+    positive_R, negative_R = groups.in_runs(positive_N), groups.in_runs(groups.weight_N - positive_N)
     positive_G, negative_G = (np.add.reduceat(x_R, groups.group_run_G) for x_R in (positive_R, negative_R))
-    below_R = negative_R.cumsum() - negative_R
+    below_R = running(negative_R) - negative_R
     below_R -= np.repeat(below_R[groups.group_run_G], np.diff(groups.group_run_G, append=len(below_R)))
     won_G = np.add.reduceat(positive_R * (below_R + negative_R / 2), groups.group_run_G)
     pairs_G = positive_G * negative_G
@@ -91,12 +97,15 @@ def _ndcg(groups: Groups, k: int) -> tuple[np.ndarray, np.ndarray]:
     size_G = np.diff(groups.group_G, append=rows)
     end_N = np.repeat(groups.group_G + size_G, size_G)
     rank_N = end_N - np.arange(rows)  # the last of a group has the highest logit
-    discount_P = np.append(1 / np.log2(np.arange(2, min(k, int(size_G.max())) + 2)), 0.0)
-    discount_N = discount_P[np.minimum(rank_N, len(discount_P)) - 1]
+    discount_L = np.append(1 / np.log2(np.arange(2, min(k, int(size_G.max())) + 2)), 0.0)
+    discount_N = discount_L[np.minimum(rank_N, len(discount_L)) - 1]
     length_R = np.diff(groups.run_R, append=rows)
-    gain_R, discount_R = (np.add.reduceat(x_N, groups.run_R) for x_N in (groups.label_N, discount_N))
+    gain_R, discount_R = groups.in_runs(groups.label_N), groups.in_runs(discount_N)
     dcg_G = np.add.reduceat(gain_R * discount_R / length_R, groups.group_run_G)
-    ideal_G = np.add.reduceat(groups.ideal_N * discount_N, groups.group_G)
+    gains_G = np.bincount(groups.gain_group_P, minlength=len(size_G))
+    ideal_rank_P = np.arange(len(groups.gain_P)) - np.repeat(gains_G.cumsum() - gains_G, gains_G)
+    ideal_P = groups.gain_P * discount_L[np.minimum(ideal_rank_P, len(discount_L) - 1)]
+    ideal_G = np.bincount(groups.gain_group_P, ideal_P, len(size_G))
     ndcg_G = np.divide(dcg_G, ideal_G, out=np.zeros_like(dcg_G), where=ideal_G > 0)
     mean_weight_G = np.add.reduceat(groups.weight_N, groups.group_G) / size_G
     return ndcg_G, np.where(ideal_G > 0, mean_weight_G, 0.0)
@@ -129,19 +138,22 @@ def _sorted(
     run_R = np.flatnonzero(new_group_N | _changes(logit_bits_N[order_N]))
     group_run_G = np.flatnonzero(new_group_N[run_R])
     group_G = run_R[group_run_G]
-    # One 64-bit key of group and label: its sort is several times as fast as that of two columns.
-    place_N = new_group_N.cumsum().astype(np.uint64) << np.uint64(32)
-    ideal_N = _floats(np.sort(place_N | ordered_bits(label_N)[order_N]))
     label_N, weight_N = (x_N[order_N].astype(np.float64) for x_N in (label_N, weight_N))
+    gain_P, gain_group_P = _ideal(label_N, new_group_N)
     bucket_G = np.minimum.reduceat(bucket_N[order_N], group_G)
-    return Groups(label_N, weight_N, ideal_N, run_R, group_G, group_run_G, bucket_G)
+    return Groups(label_N, weight_N, gain_P, gain_group_P, run_R, group_G, group_run_G, bucket_G)
+
+
+def _ideal(label_N: np.ndarray, new_group_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels above 0 of rows sorted by group, by group and within it descending; and the group of each."""
+    place_P = np.flatnonzero(label_N > 0)
+    gain_P, group_P = label_N[place_P], np.cumsum(new_group_N, dtype=np.int32)[place_P] - 1
+    if (gain_P == 1).all():
+        return gain_P, group_P
+    order_P = np.lexsort((-gain_P, group_P))
+    return gain_P[order_P], group_P
 
 
 def _changes(sorted_N: np.ndarray) -> np.ndarray:
     """Whether a sorted array's value differs from the one before; true of the first."""
     return np.concatenate(([True], sorted_N[1:] != sorted_N[:-1]))
-
-
-def _floats(key_N: np.ndarray) -> np.ndarray:
-    """The numbers from 0 up that the lower halves of keys are, in float64."""
-    return ((key_N & np.uint64(ALL_BITS)).astype(np.uint32) ^ SIGN).view(np.float32).astype(np.float64)

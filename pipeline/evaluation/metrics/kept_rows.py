@@ -44,7 +44,9 @@ class KeptRows:
         """Adds B rows."""
         label_BT = rows.label_BT.where(rows.counts_BT, math.nan)
         of_tasks = (x_BT.numpy().astype(rows.dtype) for x_BT in (rows.logit_BT, label_BT, rows.weight_BT))
-        part = (rows.cluster_B, rows.group_B, rows.slice_BD, *of_tasks)
+        part: tuple[np.ndarray, ...] = (rows.cluster_B, rows.group_B, rows.slice_BD, *of_tasks)
+        if not (counts_B := rows.counts_BT.any(1).numpy()).all():
+            part = tuple(x[counts_B] for x in part)
         if self.halvings:
             self._add_to_grid(part)
         self._keep(part)
@@ -113,13 +115,13 @@ class KeptRows:
     def of_task(self, t: int) -> "TaskRows":
         """The rows of one task that count."""
         cluster_N, group_N, slice_ND, *of_tasks = self._columns
-        logit_N, label_N, weight_N = (x_NT[:, t] for x_NT in of_tasks)
-        kept_N = np.flatnonzero(~np.isnan(label_N))
-        cluster_N, group_N, logit_N, label_N, weight_N = (
-            x_N[kept_N] for x_N in (cluster_N, group_N, logit_N, label_N, weight_N)
-        )
+        logit_N, label_N, weight_N = (np.ascontiguousarray(x_NT[:, t]) for x_NT in of_tasks)
         slice_DN = np.ascontiguousarray(slice_ND.T)
-        if len(kept_N) < len(slice_ND):
+        kept_N = np.flatnonzero(~np.isnan(label_N))
+        if len(kept_N) < len(label_N):
+            cluster_N, group_N, logit_N, label_N, weight_N = (
+                x_N[kept_N] for x_N in (cluster_N, group_N, logit_N, label_N, weight_N)
+            )
             slice_DN = slice_DN[:, kept_N]
         share = 0.5**self.halvings
         return TaskRows(

@@ -6,12 +6,13 @@ positives, less those of its negatives, plus those of both: exact, from running 
 
 # Shapes: N rows, K buckets, G groups of equal predictions, E bins.
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from pipeline.evaluation.metrics.intervals import standard_error
+from pipeline.evaluation.metrics.running_sums import before, running
 
 BINS = 20  # of ECE and of the reliability curve
 
@@ -38,7 +39,7 @@ class RankedRows:
 
     def sums(self, value_N: np.ndarray) -> np.ndarray:
         """Sums over the rows of each distinct logit, (G,)."""
-        return value_N if len(self.start_G) in (0, len(value_N)) else np.add.reduceat(value_N, self.start_G)
+        return value_N if len(self.start_G) == len(value_N) else np.bincount(self.tie_N, value_N)
 
     def rows_of(self, value_G: np.ndarray) -> np.ndarray:
         """The value of each row's logit, (N,)."""
@@ -60,9 +61,19 @@ class RankedRows:
         return self.sums(self.predicted_N)
 
     @cached_property
+    def positive_before(self) -> np.ndarray:
+        """Weight of the positive class at lower logits, and of all, (G + 1,)."""
+        return before(self.positive_G)
+
+    @cached_property
+    def negative_before(self) -> np.ndarray:
+        """Weight of the negative class at lower logits, and of all, (G + 1,)."""
+        return before(self.negative_G)
+
+    @cached_property
     def weight_before(self) -> np.ndarray:
         """Weight of lower logits, and of all, (G + 1,)."""
-        return before(self.positive_G + self.negative_G)
+        return self.positive_before + self.negative_before
 
     def by_bucket(self, value_N: np.ndarray) -> np.ndarray:
         """Sums by bucket, (K,)."""
@@ -83,6 +94,11 @@ class RankedRows:
         """Buckets that have rows."""
         return self.positive_K + self.negative_K > 0
 
+    @cached_property
+    def calibration_bin_N(self) -> np.ndarray:  # noqa: N802
+        """Of each row its bin of ECE and of the reliability curve."""
+        return self.bins(BINS)
+
     def bins(self, bins: int) -> np.ndarray:
         """Of each row the bin of equal weight that the middle of its logit's weight lies in."""
         edges = self.weight_before
@@ -93,11 +109,11 @@ class RankedRows:
 def auc(rows: RankedRows) -> tuple[float, np.ndarray]:
     """Probability that a positive outranks a negative, a tie counted half; not binned. The value, and without each bucket."""
     positive, negative = rows.positive_K.sum(), rows.negative_K.sum()
-    won_K = rows.by_bucket(rows.positive_N * rows.rows_of(_below(rows.negative_G)))
+    won_K = rows.by_bucket(rows.positive_N * rows.rows_of(rows.negative_before[:-1] + rows.negative_G / 2))
     won = won_K.sum()
     if rows.buckets == 1:
         return float(ratio(won, positive * negative)), np.full(1, np.nan)
-    lost_K = rows.by_bucket(rows.negative_N * rows.rows_of(positive - _below(rows.positive_G)))
+    lost_K = rows.by_bucket(rows.negative_N * rows.rows_of(positive - rows.positive_before[:-1] - rows.positive_G / 2))
     pairs_K = (positive - rows.positive_K) * (negative - rows.negative_K)
     pairs_K[pairs_K <= 1e-12 * positive * negative] = 0  # what rounding leaves of a class that is in one bucket
     left_K = ratio(won - won_K - lost_K + _won_within(rows), pairs_K)
@@ -107,17 +123,24 @@ def auc(rows: RankedRows) -> tuple[float, np.ndarray]:
 def _won_within(rows: RankedRows) -> np.ndarray:
     """Weight of the pairs in order that lie within one bucket, (K,)."""
     order = np.argsort(rows.bucket_N.astype(np.uint16), kind="stable")
-    bucket_N, tie_N, positive_N, negative_N = (
-        x_N[order] for x_N in (rows.bucket_N, rows.tie_N, rows.positive_N, rows.negative_N)
-    )
-    changed_N = (np.diff(tie_N, prepend=-1) != 0) | (np.diff(bucket_N, prepend=-1) != 0)
-    in_order = replace(
-        rows, tie_N=np.cumsum(changed_N) - 1, positive_N=positive_N, negative_N=negative_N, bucket_N=bucket_N
-    )
+    bucket_N, positive_N, negative_N = (x_N[order] for x_N in (rows.bucket_N, rows.positive_N, rows.negative_N))
+    before_N = running(negative_N)
+    before_N -= negative_N
     # Running sums go on over buckets; what they were at the first row of its bucket is taken off.
-    first_K = np.searchsorted(bucket_N, np.arange(rows.buckets))
-    start_K = before(negative_N)[first_K]
-    return in_order.by_bucket(positive_N * (in_order.rows_of(_below(in_order.negative_G)) - start_K[bucket_N]))
+    first_K = np.minimum(np.searchsorted(bucket_N, np.arange(rows.buckets)), max(len(order) - 1, 0))
+    start_K = before_N[first_K] if len(order) else np.zeros(rows.buckets)
+    if len(rows.start_G) < len(order):  # ties, of which only those of one bucket are in one piece here
+        tie_N = rows.tie_N[order]
+        goes_on_N = (np.diff(tie_N, prepend=-1) == 0) & (np.diff(bucket_N, prepend=-1) == 0)
+        tied_R = np.flatnonzero(goes_on_N | np.append(goes_on_N[1:], False))
+        start_R = tied_R[~goes_on_N[tied_R]]
+        run_R = np.cumsum(~goes_on_N[tied_R]) - 1
+        before_N[tied_R] = before_N[start_R][run_R]
+        negative_N[tied_R] = np.bincount(run_R, negative_N[tied_R])[run_R]
+    before_N += negative_N / 2
+    before_N -= start_K[bucket_N]
+    before_N *= positive_N
+    return np.bincount(bucket_N, before_N, rows.buckets)
 
 
 def pr_auc(rows: RankedRows) -> tuple[float, np.ndarray]:
@@ -126,7 +149,7 @@ def pr_auc(rows: RankedRows) -> tuple[float, np.ndarray]:
     Ties share one precision. Without a bucket it is of first order in its weight (infinitesimal jackknife).
     """
     positive = rows.positive_K.sum()
-    above_G = positive - before(rows.positive_G)[:-1]
+    above_G = positive - rows.positive_before[:-1]
     total_G = rows.weight_before[-1] - rows.weight_before[:-1]
     # Of the highest logits rounding may leave nothing of a difference of large sums.
     above_G, total_G = np.maximum(above_G, rows.positive_G), np.maximum(total_G, rows.positive_G + rows.negative_G)
@@ -136,8 +159,8 @@ def pr_auc(rows: RankedRows) -> tuple[float, np.ndarray]:
         return float(ratio(gained, positive)), np.full(1, np.nan)
     # A row changes the precision of its own logit and of all below it.
     slope_G = rows.positive_G / np.where(total_G > 0, total_G, 1)
-    fall_G = np.cumsum(slope_G * precision_G)
-    rise_G = np.cumsum(slope_G) - fall_G
+    fall_G = running(slope_G * precision_G)
+    rise_G = running(slope_G) - fall_G
     of_row_N = rows.positive_N * rows.rows_of(precision_G + rise_G) - rows.negative_N * rows.rows_of(fall_G)
     left_K = ratio(gained - rows.by_bucket(of_row_N), positive - rows.positive_K)
     return float(ratio(gained, positive)), np.where(rows.known_K, left_K, np.nan)
@@ -155,7 +178,7 @@ def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
     value = float(ratio(np.abs(_in_bins(rows, rows.predicted_G - rows.positive_G)).sum(), weight))
     if rows.buckets == 1:
         return value, np.full(1, np.nan)
-    cell_N = rows.bucket_N * BINS + rows.bins(BINS)
+    cell_N = rows.bucket_N * BINS + rows.calibration_bin_N
     excess = np.bincount(cell_N, rows.predicted_N - rows.positive_N, rows.buckets * BINS).reshape(rows.buckets, BINS)
     left_K = ratio(np.abs(excess.sum(0) - excess).sum(1), weight - rows.positive_K - rows.negative_K)
     centre = ratio(np.abs(excess.sum(0)).sum(), weight)  # a tie on an edge is in one bin here
@@ -169,7 +192,7 @@ def reliability(rows: RankedRows) -> list[list[float | None]]:
     weight_E, predicted_E, positive_E = (
         _in_bins(rows, x_G) for x_G in (rows.positive_G + rows.negative_G, rows.predicted_G, rows.positive_G)
     )
-    cell_N, cells = rows.bins(BINS) * rows.buckets + rows.bucket_N, BINS * rows.buckets
+    cell_N, cells = rows.calibration_bin_N * rows.buckets + rows.bucket_N, BINS * rows.buckets
     weight_EK, label_EK = (
         np.bincount(cell_N, x_N, cells).reshape(BINS, rows.buckets)
         for x_N in (rows.positive_N + rows.negative_N, rows.positive_N)
@@ -184,16 +207,6 @@ def _in_bins(rows: RankedRows, value_G: np.ndarray) -> np.ndarray:
     """Sums over bins of equal weight, (E,); a logit on an edge is divided in proportion."""
     edge_E = np.linspace(0, rows.weight_before[-1], BINS + 1)
     return np.diff(np.interp(edge_E, rows.weight_before, before(value_G)))
-
-
-def _below(value_G: np.ndarray) -> np.ndarray:
-    """Of each logit the sum over lower ones, and half of its own."""
-    return np.cumsum(value_G) - value_G / 2
-
-
-def before(value_G: np.ndarray) -> np.ndarray:
-    """Running sums (G + 1,): of what is before each entry, and of all."""
-    return np.concatenate(([0.0], np.cumsum(value_G)))
 
 
 def ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.ndarray:

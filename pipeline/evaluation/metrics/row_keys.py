@@ -124,8 +124,10 @@ class SplitKeys:
         """The keys of N rows, int64 (N, C), and which are in the share that is scored; None: all."""
         cluster_N = self._hash(table, self.cluster, row_id_N, CLUSTER_SEED)
         group_N = cluster_N if self.group == self.cluster else self._hash(table, self.group, row_id_N, CLUSTER_SEED)
-        columns = [cluster_N >> np.uint64(32), group_N, *(numbers.of(table) for numbers in self.numbers)]
-        key_NC = np.column_stack([column.astype(np.int64) for column in columns])
+        key_NC = np.empty((len(row_id_N), 2 + len(self.numbers)), np.int64)
+        key_NC[:, 0], key_NC[:, 1] = cluster_N >> np.uint64(32), group_N.view(np.int64)
+        for place, numbers in enumerate(self.numbers, 2):
+            key_NC[:, place] = numbers.of(table)
         if self.config.share == 1:
             return key_NC, None
         share_N = self._hash(table, self.share_by, row_id_N, SHARE_SEED)

@@ -6,13 +6,15 @@ spread as the whole, and in truth far less, since the rows of a bin are ties tha
 from 32 coarser bins, fine towards the top, where the precision of a rare label changes.
 """
 
-# Shapes: N rows, S slices, K buckets, M bins, C coarse bins.
+# Shapes: N rows, R rows of one class, S slices, K buckets, M bins, C coarse bins.
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.evaluation.metrics.ranking import BINS, RankedRows, ratio
+from pipeline.evaluation.metrics.running_sums import before, running, running_down
 
 MAX_BINS = 1 << 12
 COARSE_BINS = 32
@@ -20,23 +22,23 @@ COARSE_BINS = 32
 
 @dataclass(frozen=True)
 class BinnedRows:
-    """Rows of a binary task in the order of the split.
+    """Rows of a binary task in the order of the split. A row with a soft label is there twice, as a negative and a positive.
 
     Attributes:
-        bin_N: by ascending logit. bins: M. coarse_M: the coarse bin of each. predicted_M, predicted_C: mean predicted
-            probability of the rows of a bin, of a coarse bin.
-        positive_N, negative_N, bucket_N, buckets: as in `RankedRows`.
+        place_R: of the row in the split. weight_R: of the row.
+        fine_R: the bin, by ascending logit; of a positive M more. bins: M.
+        coarse_R: bucket · C + coarse bin; of a positive K · C more. buckets: K.
+        predicted_M, predicted_C: mean predicted probability of the rows of a bin, of a coarse bin.
     """
 
-    bin_N: np.ndarray
+    place_R: np.ndarray | slice
+    weight_R: np.ndarray
+    fine_R: np.ndarray
     bins: int
-    coarse_M: np.ndarray
+    coarse_R: np.ndarray
+    buckets: int
     predicted_M: np.ndarray
     predicted_C: np.ndarray
-    positive_N: np.ndarray
-    negative_N: np.ndarray
-    bucket_N: np.ndarray
-    buckets: int
 
 
 def binned(rows: RankedRows, order_N: np.ndarray, count: int) -> BinnedRows:
@@ -47,27 +49,35 @@ def binned(rows: RankedRows, order_N: np.ndarray, count: int) -> BinnedRows:
     """
     distinct = len(rows.start_G)
     sorted_bin_N = rows.tie_N if distinct <= MAX_BINS else rows.bins(MAX_BINS)
-    bins = min(distinct, MAX_BINS)
-    weight_M = np.bincount(sorted_bin_N, rows.positive_N + rows.negative_N, max(bins, 1))
-    above_M = (weight_M[::-1].cumsum()[::-1] - weight_M / 2) / max(weight_M.sum(), 1e-300)
+    bins = max(min(distinct, MAX_BINS), 1)
+    weight_M = np.bincount(sorted_bin_N, rows.positive_N + rows.negative_N, bins)
+    above_M = (running_down(weight_M) - weight_M / 2) / max(weight_M.sum(), 1e-300)
     half = COARSE_BINS // 2
     # Below the median bins of equal weight, above it two for each halving of what ranks higher.
     lower_M = half * 2 * (1 - above_M)
     upper_M = half - 1 - 2 * np.log2(np.maximum(above_M * 2, 2.0 ** -(half / 2)))
-    coarse_M = np.where(above_M > 0.5, lower_M, upper_M + 1).clip(0, COARSE_BINS - 1).astype(np.int32)
-
-    predicted_M = np.bincount(sorted_bin_N, rows.predicted_N, len(weight_M))
+    coarse_M = np.where(above_M > 0.5, lower_M, upper_M + 1).clip(0, COARSE_BINS - 1).astype(np.int64)
+    predicted_M = np.bincount(sorted_bin_N, rows.predicted_N, bins)
     of_coarse = [np.bincount(coarse_M, x_M, COARSE_BINS) for x_M in (predicted_M, weight_M)]
+    mean_M, mean_C = (np.nan_to_num(ratio(*sums)) for sums in ((predicted_M, weight_M), of_coarse))
 
     def back(value_N: np.ndarray) -> np.ndarray:
         placed = np.zeros(count, value_N.dtype)
         placed[order_N] = value_N
         return placed
 
-    mean_M, mean_C = (np.nan_to_num(ratio(*sums)) for sums in ((predicted_M, weight_M), of_coarse))
-    bin_N, bucket_N = (back(x_N.astype(np.int32)) for x_N in (sorted_bin_N, rows.bucket_N))
-    positive_N, negative_N = back(rows.positive_N), back(rows.negative_N)
-    return BinnedRows(bin_N, bins, coarse_M, mean_M, mean_C, positive_N, negative_N, bucket_N, rows.buckets)
+    bin_N, bucket_N = back(sorted_bin_N.astype(np.int64)), back(rows.bucket_N)
+    negative_N, positive_N = back(rows.negative_N), back(rows.positive_N)
+    place_R: np.ndarray | slice = slice(None)
+    is_positive_R, weight_R = positive_N > 0, negative_N + positive_N
+    if not ((negative_N > 0) ^ is_positive_R).all():
+        place_R, class_R = np.nonzero(weight_N2 := np.column_stack((negative_N, positive_N)))
+        is_positive_R, weight_R = class_R > 0, weight_N2[place_R, class_R]
+    bin_R = bin_N[place_R]
+    coarse_R = (is_positive_R * rows.buckets + bucket_N[place_R]) * COARSE_BINS + coarse_M[bin_R]
+    return BinnedRows(
+        place_R, weight_R, is_positive_R * bins + bin_R, bins, coarse_R, rows.buckets, mean_M, mean_C
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,24 +98,21 @@ class SliceCounts:
         Args:
             slice_N: 0 .. slices - 1, or -1 for none.
         """
-        place_N = np.flatnonzero(slice_N >= 0)
-        everything = len(place_N) == len(slice_N)
+        slice_R = slice_N[rows.place_R]
+        weight_R, fine_R, coarse_R = rows.weight_R, rows.fine_R, rows.coarse_R
+        in_one = np.flatnonzero(slice_R >= 0)
+        if len(in_one) < len(slice_R):
+            slice_R, weight_R, fine_R, coarse_R = (x_R[in_one] for x_R in (slice_R, weight_R, fine_R, coarse_R))
+        slice_R = slice_R.astype(np.int64)
 
-        def of_slices(value_N: np.ndarray) -> np.ndarray:
-            return value_N if everything else value_N[place_N]
+        def sums(cell_R: np.ndarray, *shape: int) -> np.ndarray:
+            size = math.prod(shape)
+            return np.bincount(slice_R * size + cell_R, weight_R, slices * size).reshape(slices, *shape)
 
-        slice_N, bin_N, bucket_N = of_slices(slice_N).astype(np.int32), of_slices(rows.bin_N), of_slices(rows.bucket_N)
-        weights = [of_slices(x_N) for x_N in (rows.positive_N, rows.negative_N)]
-        fine_N = slice_N * np.int32(rows.bins) + bin_N
-        coarse_N = (slice_N * rows.buckets + bucket_N) * COARSE_BINS + rows.coarse_M[bin_N]
-        coarse = (slices, rows.buckets, COARSE_BINS)
-        positive_SM, negative_SM = (
-            np.bincount(fine_N, x_N, slices * rows.bins).reshape(slices, rows.bins) for x_N in weights
-        )
-        positive_SKC, negative_SKC = (
-            np.bincount(coarse_N, x_N, slices * rows.buckets * COARSE_BINS).reshape(coarse) for x_N in weights
-        )
-        return cls(positive_SM, negative_SM, positive_SKC, negative_SKC, rows.predicted_M, rows.predicted_C)
+        fine_S2M, coarse_S2KC = sums(fine_R, 2, rows.bins), sums(coarse_R, 2, rows.buckets, COARSE_BINS)
+        return cls(
+            fine_S2M[:, 1], fine_S2M[:, 0], coarse_S2KC[:, 1], coarse_S2KC[:, 0], rows.predicted_M, rows.predicted_C
+        )  # fmt: skip
 
     def figures(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """auc, pr_auc and ece: the values (S,), and those without each bucket (S, K), NaN for a bucket without rows."""
@@ -130,12 +137,12 @@ class SliceCounts:
 
 
 def _auc(positive: np.ndarray, negative: np.ndarray, _: np.ndarray) -> np.ndarray:
-    below = negative.cumsum(-1) - negative / 2
+    below = running(negative) - negative / 2
     return ratio((positive * below).sum(-1), positive.sum(-1) * negative.sum(-1))
 
 
 def _pr_auc(positive: np.ndarray, negative: np.ndarray, _: np.ndarray) -> np.ndarray:
-    above, more = (x[..., ::-1].cumsum(-1)[..., ::-1] for x in (positive, negative))
+    above, more = (running_down(x) for x in (positive, negative))
     precision = above / np.where(above + more > 0, above + more, 1)
     return ratio((positive * precision).sum(-1), positive.sum(-1))
 
@@ -149,8 +156,8 @@ def _ece(positive: np.ndarray, negative: np.ndarray, predicted: np.ndarray) -> n
     total = weight.sum(-1)
     if not total.size:
         return total
-    knots = np.concatenate((np.zeros((*shape, 1)), weight.cumsum(-1)), -1) / np.where(total > 0, total, 1)[..., None]
-    excess = np.concatenate((np.zeros((*shape, 1)), (predicted - positive).cumsum(-1)), -1)
+    knots = before(weight) / np.where(total > 0, total, 1)[..., None]
+    excess = before(predicted - positive)
     offset = 2.0 * np.arange(total.size).reshape(*shape, 1)
     edges = np.linspace(0, 1, BINS + 1) + offset
     at_edges = np.interp(edges.ravel(), (knots.clip(0, 1) + offset).ravel(), excess.ravel()).reshape(edges.shape)
