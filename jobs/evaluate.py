@@ -20,7 +20,6 @@ from pipeline.terminal import short_decimal
 @job("evaluate")
 def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report; or, with `compare`, those of two."""
-    from pipeline.allocator import keep_freed_memory
     from pipeline.evaluation.compared_runs import comparison
     from pipeline.evaluation.follow import EvaluateConfig, Evaluation
     from pipeline.evaluation.report import page, tables
@@ -28,7 +27,6 @@ def main(config: DictConfig) -> None:
     from pipeline.training.parallel import process_group
     from pipeline.training.parallel.scoring import shard_for_scoring
 
-    keep_freed_memory()
     if "data" in config and "truth" in config.data and config.truth is None:
         config.truth = OmegaConf.to_container(config.data.truth, resolve=True)
     if config.compare:

@@ -21,6 +21,7 @@ from jobs.entry import job, parse
 def main(config: DictConfig) -> None:
     """Judges the night and prints its gates, the trend and the outcome."""
     from features.errors import Preempted
+    from pipeline.malloc import tune_malloc
     from pipeline.release.config import NightlyConfig
     from pipeline.release.nightly import go_back, nightly
     from pipeline.release.outcome import error_message
@@ -28,6 +29,7 @@ def main(config: DictConfig) -> None:
     from pipeline.storage.files import json_text
 
     settings: NightlyConfig = parse(config, NightlyConfig)
+    tune_malloc()
     try:
         if settings.bless == "back":
             print(json_text(go_back(settings)), flush=True)

@@ -91,6 +91,7 @@ class ModelWeights:
         self.fits = False
 
     @cached_property
+    @torch.inference_mode(False)  # whoever asks first: kernels of sharded tables are made of parameters with gradients
     def ranker(self) -> Ranker:
         """The model, on its device, without the weights of a checkpoint until one is loaded."""
         ranker = build_ranker(self.dataset.schema, self.dataset.encoders, self.model)

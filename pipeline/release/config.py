@@ -81,6 +81,7 @@ class NightlyConfig(MeasureConfig):
         bless: pass moves OUT/serving.json to a candidate that passes; back moves it one back, and does nothing else.
         keep_served: entries of OUT/serving.json, the current one included; their checkpoints are not pruned.
         again: judge a date that was judged before anew.
+        batch_size: rows of a batch, on each rank. ranks: processes of this machine that score a model together.
         decay_nights, decay_confidence: see pipeline.release.trend.
     """
 
@@ -101,6 +102,7 @@ class NightlyConfig(MeasureConfig):
     keep_served: int = Field(5, ge=2)
     again: bool = False
     batch_size: int = Field(8192, ge=1)
+    ranks: int = Field(1, ge=1)
     tables: Tables = "all"
     table_precision: Precision = "fp32"
     max_bad_fraction: float = 0.001
@@ -157,5 +159,6 @@ class NightlyConfig(MeasureConfig):
             "termination_message",
             "decay_nights",
             "decay_confidence",
+            "ranks",
         }
         return self.model_dump(mode="json", exclude=how)

@@ -1,7 +1,7 @@
 """All figures of a checkpoint over all rows of the day, whatever split their time falls into."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import polars as pl
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.metrics.accumulator import errors_of, values_of
+from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, with_intervals
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slice_names import COLD_START
@@ -18,16 +18,31 @@ from pipeline.evaluation.weights import Loading
 from pipeline.release.encoded_day import rows_id
 from pipeline.release.night import Figure, ModelReference
 from pipeline.run import checkpoint
+from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The rows of a day as a model predicts them; on ranks but the first only their own."""
+
+    scorer: Scorer
+    metrics: Metrics
+    manifest: CheckpointManifest
 
 
 def score(
     model: ModelReference, day: Dataset, batch_size: int, measure: MeasureConfig, loading: Loading | None = None
 ) -> tuple[Evaluated, dict[str, Any]]:
-    """Scores a checkpoint. Returns its figures, and its record as for eval.jsonl.
+    """Scores a checkpoint. Returns its figures, and its record as for eval.jsonl. Raises UserError as `counted`."""
+    return results(counted(model, day, batch_size, measure, loading), day)
 
-    The raw rows identify the dataset of the figures, not the encoded ones: models of other encoders are paired on them.
+
+def counted(
+    model: ModelReference, day: Dataset, batch_size: int, measure: MeasureConfig, loading: Loading | None = None
+) -> Counted:
+    """Runs a checkpoint over the rows; where ranks share them all call it.
 
     Raises:
         UserError: the checkpoint is damaged, or another one by now.
@@ -36,9 +51,18 @@ def score(
     metrics, manifest = scorer.metrics(model.step)
     if manifest.checksum != model.checkpoint:
         raise UserError(f"{model}: its checkpoint was replaced while it was judged. Run the same command again.")
-    figures, provenance = metrics.figures(), scorer.provenance_of(model.step, manifest.checksum)
+    return Counted(scorer, metrics, manifest)
+
+
+def results(found: Counted, day: Dataset) -> tuple[Evaluated, dict[str, Any]]:
+    """The figures, and the record as for eval.jsonl.
+
+    The raw rows identify the dataset of the figures, not the encoded ones: models of other encoders are paired on them.
+    """
+    metrics, manifest = found.metrics, found.manifest
+    figures, provenance = metrics.figures(), found.scorer.provenance_of(manifest.step, manifest.checksum)
     record = {
-        **{"step": model.step, "checkpoint": model.checkpoint, "rows": manifest.rows, "time": time.time()},
+        **{"step": manifest.step, "checkpoint": manifest.checksum, "rows": manifest.rows, "time": time.time()},
         **{"split": provenance.split, "dataset": provenance.dataset, "share": provenance.share},
         **{"cluster": provenance.cluster, "buckets": provenance.buckets, "ranking": metrics.ranking()},
         **{"metrics": values_of(figures), "intervals": errors_of(figures), "reliability": metrics.reliability()},

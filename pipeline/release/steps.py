@@ -20,6 +20,7 @@ from pipeline.release.data_checks import check_data
 from pipeline.release.encoded_day import Origin, origin_of, origin_of_days
 from pipeline.release.gates import check_same_tasks
 from pipeline.release.night import ModelReference, Night, Scored, Strict, Text
+from pipeline.release.scoring_ranks import Work, score_on_ranks
 from pipeline.release.serving import Blessed
 from pipeline.run import records
 from pipeline.run.headline import headline
@@ -166,9 +167,16 @@ def train(config: NightlyConfig, chosen: Chosen, kinds: Mapping[str, str]) -> di
 
 
 def evaluate(config: NightlyConfig, role: str, model: ModelReference, encoded: Encoded) -> dict[str, Any]:
-    """Scores the model of a role and writes its figures to ROLE.parquet of the night. Raises UserError."""
+    """Scores the model of a role and writes its figures to ROLE.parquet of the night. Raises UserError, Preempted."""
     folder = encoded.folders[role]
-    found, record = scoring.score(model, Dataset(Path(folder)), config.batch_size, config.measure, config.loading)
+    if config.ranks == 1:
+        found, record = scoring.score(model, Dataset(Path(folder)), config.batch_size, config.measure, config.loading)
+    else:
+        work = Work(
+            model=model, day=folder, batch_size=config.batch_size, measure=config.measure, tables=config.tables,
+            precision=config.table_precision,
+        )  # fmt: skip
+        found, record = score_on_ranks(work, config.ranks, config.folder)
     file = f"{role}.parquet"
     figures.write(found, config.folder / file)
     return Scored(model=model, day=folder, file=file, figures=scoring.figures_of(found), record=record).model_dump()

@@ -1,11 +1,7 @@
 """The candidate of a night that trains: a run on the days that no earlier night's has seen, from that one's weights."""
 
-import ctypes
 import logging
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -14,14 +10,14 @@ from features.errors import Preempted, UserError
 from features.schema.schema import Schema
 from pipeline.dataset.days import chosen_days, day_of, parse_days, ranges_of
 from pipeline.overrides import setting
+from pipeline.release.child import run_module
 from pipeline.release.config import NightlyConfig, TrainStep
 from pipeline.release.encoded_day import earlier_days
 from pipeline.release.night import ModelReference, Night
 from pipeline.run.run import Run, config_hash
-from pipeline.storage.files import appending, storage_of
+from pipeline.storage.files import storage_of
 
 LOG = "train.log"
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +109,9 @@ def train(config: NightlyConfig, step: TrainStep, days: str, start: Path | None)
     run = (config.folder / f"run-{config_hash(trained_with)}").absolute()
     start_from = [setting("train.init_from", start)] if start else []
     own = [setting("dataset", config.days.absolute()), f"days=[{days}]", setting("run", run), *start_from]
-    launcher = (
-        ["jobs.launch", f"--nproc-per-node={step.ranks}", "-m", "jobs.train"] if step.ranks > 1 else ["jobs.train"]
-    )
     wait_for_trainer(Run(run))
     log = config.folder / LOG
-    with appending(log) as output:
-        code = _call([sys.executable, "-m", *launcher, *own, *step.args], output.fileno())
+    code = run_module("jobs.train", [*own, *step.args], step.ranks, log)
     if code == os.EX_TEMPFAIL:
         raise Preempted(f"{run}: preempted, its checkpoint is kept. Run the same command again.")
     if code:
@@ -132,22 +124,3 @@ def wait_for_trainer(run: Run) -> None:
     file = run.eval_metrics.with_name(".train.lock")
     if file.exists():
         storage_of(file).lock(file, wait=True).release()
-
-
-def _call(command: Sequence[str], output: int) -> int:
-    """Runs a process to its end. It gets SIGTERM when this one ends, whichever way: it would train on unwatched."""
-    parent, libc = os.getpid(), ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        if hasattr(libc, "prctl"):  # Linux
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)
-
-    process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=end_with_parent)
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise

@@ -33,11 +33,11 @@ import workload
 from tabulate import tabulate
 from train_runs import CONF, RESULTS, machine, preprocess, run
 
-from pipeline.allocator import keep_freed_memory
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.scorer import Scorer
+from pipeline.malloc import tune_malloc
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
+    tune_malloc()
     with tempfile.TemporaryDirectory() as name:
         contenders = prepare(Path(name), options.rows)
         for contender in contenders.values():

@@ -15,8 +15,8 @@ import yaml
 from nightly_world import day, encode_day, night, no_beam, record, train_run, write_day
 
 from features.errors import Preempted, UserError
+from pipeline.release import child
 from pipeline.release import steps as release_steps
-from pipeline.release import training_step
 from pipeline.release.config import NightlyConfig
 from pipeline.release.nightly import go_back, nightly
 from pipeline.release.training_step import new_days, trained_on, wait_for_trainer, warm_start
@@ -55,7 +55,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.import_module("jobs.train").main()
         return 0
 
-    monkeypatch.setattr(training_step, "_call", call)
+    monkeypatch.setattr(child, "call", call)
 
 
 @pytest.mark.integration
@@ -105,7 +105,7 @@ def test_days_that_the_start_has_seen_are_not_trained_on_again(world, tmp_path):
 @pytest.mark.integration
 def test_a_training_with_other_settings_does_not_go_on_with_the_run_of_the_one_before(world, tmp_path, monkeypatch):
     trained: list[tuple[str, ...]] = []
-    monkeypatch.setattr(training_step, "_call", lambda command, _: trained.append(tuple(command)) or 1)
+    monkeypatch.setattr(child, "call", lambda command, _: trained.append(tuple(command)) or 1)
     longer = SMALL | {"args": [*SMALL["args"], "train.seed=2"]}
     for train, again in ((SMALL, False), (SMALL | {"ranks": 2}, False), (longer, False), (longer, True), (SMALL, True)):
         config = night(world / "log", tmp_path / "nights", 2, train=train, days=world / "days", again=again, **LAX)
@@ -140,7 +140,7 @@ def test_a_candidate_that_was_trained_on_the_judged_day_is_refused(world, tmp_pa
 @pytest.mark.integration
 @pytest.mark.parametrize(("code", "error"), [(75, Preempted), (1, UserError)])
 def test_a_training_that_fails_or_is_preempted_ends_the_night_so(world, tmp_path, monkeypatch, code, error):
-    monkeypatch.setattr(training_step, "_call", lambda *_: code)
+    monkeypatch.setattr(child, "call", lambda *_: code)
     config = night(world / "log", tmp_path / "nights", 2, train=SMALL, days=world / "days", **LAX)
     with pytest.raises(error, match=r"train\.log|preempted"):
         nightly(config)
@@ -157,8 +157,8 @@ def test_the_process_of_a_training_writes_to_its_log_and_its_error_ends_the_nigh
 
 def test_a_training_process_ends_with_the_night_that_is_killed(tmp_path):
     code = (
-        "import os, sys; from pipeline.release.training_step import _call; "
-        "_call([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], 1)"
+        "import os, sys; from pipeline.release.child import call; "
+        "call([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'], 1)"
     )
     root = str(Path(__file__).parents[2])
     parent = subprocess.Popen(

@@ -60,6 +60,7 @@ def joined() -> Iterator[int]:
         UserError: as `start`; or where another rank is lost.
     """
     if "RANK" not in os.environ:
+        tune_malloc()
         yield 0
         return
     start()

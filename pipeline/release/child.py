@@ -1,0 +1,39 @@
+"""A process of a night: its output goes to a log of the night, and it does not outlive it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.storage.files import appending
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def run_module(module: str, arguments: Sequence[str], ranks: int, log: Path) -> int:
+    """Runs `python -m MODULE` to its end, on several ranks by jobs.launch, its output added to a log. Returns its exit code."""
+    launcher = ["jobs.launch", f"--nproc-per-node={ranks}", "-m", module] if ranks > 1 else [module]
+    with appending(log) as output:
+        return call([sys.executable, "-m", *launcher, *arguments], output.fileno())
+
+
+def call(command: Sequence[str], output: int) -> int:
+    """Runs a process to its end. It gets SIGTERM when this one ends, whichever way: it would work on unwatched."""
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        if hasattr(libc, "prctl"):  # Linux
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=end_with_parent)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise

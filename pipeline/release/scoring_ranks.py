@@ -1,0 +1,84 @@
+"""Scoring on several ranks of this machine (`ranks=8` of jobs.nightly), with the tables sharded over them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from features.errors import Preempted, UserError
+from models.table_storage import Precision
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.metrics import evaluated as figures
+from pipeline.evaluation.metrics.evaluated import Evaluated
+from pipeline.evaluation.metrics.settings import MeasureConfig
+from pipeline.evaluation.weights import Loading, Tables
+from pipeline.release.child import run_module
+from pipeline.release.night import ModelReference, Strict
+from pipeline.release.scoring import counted, results
+from pipeline.storage.files import write_json, write_text
+from pipeline.terminal import escape_output
+from pipeline.training.parallel import process_group
+from pipeline.training.parallel.scoring import shard_for_scoring
+
+LOG = "score.log"
+WORK, FIGURES, OUTCOME = "work.json", "figures.parquet", "outcome.json"
+
+
+class Work(Strict):
+    """What is scored, and how."""
+
+    model: ModelReference
+    day: str
+    batch_size: int
+    measure: MeasureConfig
+    tables: Tables
+    precision: Precision
+
+
+def score_on_ranks(work: Work, ranks: int, night: Path) -> tuple[Evaluated, dict[str, Any]]:
+    """As `scoring.score`, by so many processes that jobs.launch starts; their output is in score.log of the night.
+
+    Raises:
+        UserError: as a rank has raised it, or where one was lost.
+        Preempted: they were asked to end.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / WORK, work.model_dump_json())
+        code = run_module(__name__, [name], ranks, night / LOG)
+        outcome = json.loads((folder / OUTCOME).read_text()) if (folder / OUTCOME).exists() else {}
+        if "error" in outcome:
+            raise UserError(outcome["error"])
+        if code == os.EX_TEMPFAIL:
+            raise Preempted(f"{work.model}: the ranks that score it were asked to end. Run the same command again.")
+        if code or "record" not in outcome:
+            raise UserError(
+                f"{work.model}: its scoring on {ranks} ranks ended with exit code {code}: see {night / LOG}"
+            )
+        return figures.read(folder / FIGURES), outcome["record"]
+
+
+def main() -> None:
+    """What each rank does, and what rank 0 writes: the figures and the record, or its error."""
+    escape_output()
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    try:
+        work = Work.model_validate_json((folder / WORK).read_text())
+        loading = Loading(work.tables, work.precision, shard_for_scoring)
+        day = Dataset(Path(work.day))
+        with process_group.joined():
+            found = counted(work.model, day, work.batch_size, work.measure, loading)
+        if rank == 0:
+            evaluated, record = results(found, day)
+            figures.write(evaluated, folder / FIGURES)
+            write_json(folder / OUTCOME, {"record": record})
+    except UserError as error:
+        if rank == 0:
+            write_json(folder / OUTCOME, {"error": str(error)})
+        sys.exit(f"error (rank {rank}): {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A model of a night that several ranks score together."""
+
+import json
+from pathlib import Path
+
+import pytest
+from nightly_world import day, encode_day, night, record, train_run, write_day
+from polars.testing import assert_frame_equal
+
+from features.errors import Preempted, UserError
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.metrics.settings import MeasureConfig
+from pipeline.release import child, scoring_ranks
+from pipeline.release.nightly import nightly
+from pipeline.release.scoring import reference, score
+from pipeline.release.scoring_ranks import LOG, OUTCOME, Work, score_on_ranks
+
+MEASURE = MeasureConfig(buckets=20, min_rows=20)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Logs and datasets of days 0 and 1, and a run on day 0."""
+    root = tmp_path_factory.mktemp("world")
+    for number in range(2):
+        write_day(root / "log", number, rows=900)
+        encode_day(root / "log", root / "days", number)
+    train_run(root / "days", root / "run", last=0, steps=20)
+    return root
+
+
+@pytest.fixture
+def work(world: Path) -> Work:
+    from pipeline.run.run import Run
+
+    return Work(
+        model=reference(Run(world / "run"), None), day=str(world / "days" / day(1)), batch_size=128, measure=MEASURE,
+        tables="all", precision="fp32",
+    )  # fmt: skip
+
+
+@pytest.mark.system
+def test_figures_are_those_of_one_process_and_an_error_of_a_rank_is_the_nights(world, work, tmp_path):
+    alone, of_alone = score(work.model, Dataset(Path(work.day)), work.batch_size, MEASURE)
+    together, of_together = score_on_ranks(work, 2, tmp_path)
+    assert together.provenance == alone.provenance
+    assert_frame_equal(together.figures, alone.figures, abs_tol=1e-6, rel_tol=1e-5)  # float32 of another order of sums
+    assert of_together["metrics"]["click"]["ne"] == pytest.approx(of_alone["metrics"]["click"]["ne"], rel=1e-6)
+    assert of_together.keys() == of_alone.keys()
+
+    replaced = work.model_copy(update={"model": work.model.model_copy(update={"checkpoint": "0" * 64})})
+    with pytest.raises(UserError, match="its checkpoint was replaced while it was judged"):
+        score_on_ranks(replaced, 2, tmp_path)
+    assert "error (rank 1)" in (tmp_path / LOG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome", "error", "message"),
+    [
+        (1, None, UserError, r"ended with exit code 1: see .*score\.log"),
+        (75, None, Preempted, "asked to end"),
+        (1, {"error": "the disk is gone"}, UserError, "^the disk is gone$"),
+        (1, {"record": {}}, UserError, "exit code 1"),
+    ],
+)
+def test_ranks_that_do_not_end_well(work, tmp_path, monkeypatch, code, outcome, error, message):
+    def call(command: list[str], _: int) -> int:
+        assert command[2:4] == ["jobs.launch", "--nproc-per-node=3"]
+        if outcome:
+            (Path(command[-1]) / OUTCOME).write_text(json.dumps(outcome))
+        return code
+
+    monkeypatch.setattr(child, "call", call)
+    with pytest.raises(error, match=message):
+        score_on_ranks(work, 3, tmp_path)
+
+
+def test_a_night_scores_on_the_ranks_it_is_told_and_goes_on_with_others(world, tmp_path, monkeypatch):
+    seen = []
+
+    def fake(work: Work, ranks: int, folder: Path):
+        seen.append((ranks, folder))
+        if ranks == 4:
+            raise Preempted("asked to end")
+        return score(work.model, Dataset(Path(work.day)), work.batch_size, work.measure)
+
+    monkeypatch.setattr("pipeline.release.steps.score_on_ranks", fake)
+    settings = {"run": world / "run", "days": world / "days", "buckets": 20, "by_time": [], "cold_start": False}
+    with pytest.raises(Preempted):
+        nightly(night(world / "log", tmp_path, 1, ranks=4, **settings))
+    nightly(night(world / "log", tmp_path, 1, ranks=2, **settings))
+    assert seen == [(4, tmp_path / day(1)), (2, tmp_path / day(1))]
+    assert [s["state"] for s in record(tmp_path, 1)["steps"] if s["name"] == "evaluate candidate"][-1] == "done"
+    assert scoring_ranks.LOG == "score.log"
