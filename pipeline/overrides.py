@@ -1,7 +1,9 @@
-"""Settings as words of another job's command line."""
+"""Settings by their dotted names, and as words of another job's command line."""
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def setting(key: str, value: str | Path, always: bool = False) -> str:
@@ -16,3 +18,12 @@ def setting(key: str, value: str | Path, always: bool = False) -> str:
     # In quotes \' is a quote, and backslashes are doubled only before one.
     quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
     return f"{key}='{quoted}'"
+
+
+def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a nested configuration, each by its dotted name; a mapping without settings is one itself."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

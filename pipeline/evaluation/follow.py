@@ -103,8 +103,8 @@ class Evaluation:
             self.run, config.split, self.scorer.dataset.name, config.share, self.scorer.measured,
             own_dataset=self.scorer.own_dataset, every=config.every, order=config.order, with_predictions=config.predictions,
         )  # fmt: skip
-        own = self.scorer.own_dataset and config.days is None
-        self.series = series_of(config.split, None if own else self.scorer.dataset.name, config.share)
+        dataset_name = None if self.scorer.own_dataset else self.scorer.dataset.name
+        self.series = series_of(config.split, dataset_name, config.share)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
 
     def records(self) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.evaluation.report.blocks import Block, Facts, Section, Setting, Settings
 from pipeline.evaluation.report.content import Model
 from pipeline.evaluation.report.numbers import count, significant
+from pipeline.overrides import dotted
 
 VERSIONS = ("taskfuse", "torch", "torchrec", "polars")
 ABSENT = "–"
@@ -109,7 +110,7 @@ def versions() -> Iterator[str]:
 
 def compared(ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any] | None, their_name: str = "") -> Settings:
     """All settings of a configuration, those apart that another one has otherwise or not at all."""
-    mine, other = flat(ours), flat(theirs or {})
+    mine, other = _texts(ours), _texts(theirs or {})
     if theirs is None:
         return Settings([], [Setting(key, value) for key, value in mine.items()], name)
     keys = [*mine, *(key for key in other if key not in mine)]
@@ -118,13 +119,11 @@ def compared(ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any] | Non
     return Settings(differing, same, name, their_name)
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted keys, as text."""
-    found: dict[str, str] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-            found[f"{prefix}{key}"] = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
-    return found
+def _texts(content: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by their dotted names, as text."""
+    return {key: _shown(value) for key, value in dotted(content)}
+
+
+def _shown(value: object) -> str:
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"

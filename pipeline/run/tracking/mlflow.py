@@ -11,7 +11,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from features.errors import UserError
 from features.plain_json import read_json, validated
 from features.regular_files import lstat_regular
+from pipeline.overrides import dotted
 from pipeline.run.run import Run
 from pipeline.run.tracking import scalars
 from pipeline.run.tracking.background import Background
@@ -90,17 +91,6 @@ def key_of(*parts: str) -> str:
     return (
         whole if len(whole) <= MAX_KEY else f"{whole[: MAX_KEY - 9]}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
     )
-
-
-def parameters(config: Mapping[str, Any], place: str = "") -> dict[str, str]:
-    """Settings by their dotted names."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= parameters(value, f"{place}{key}.")
-        else:
-            found[f"{place}{key}"] = str(value)
-    return found
 
 
 def default_uri(run: Run) -> str:
@@ -204,7 +194,7 @@ class Mlflow:
         self.run_id = opened.info.run_id
         if found and self.job.series == TRAIN:
             client.update_run(self.run_id, status="RUNNING")
-        wanted = {key_of(k).replace("_x2e_", "."): v[:MAX_VALUE] for k, v in parameters(run.config()).items()}
+        wanted = {key_of(k).replace("_x2e_", "."): str(v)[:MAX_VALUE] for k, v in dotted(run.config())}
         known = opened.data.params
         self.client = client
         fresh = [self.mlflow.entities.Param(key, value) for key, value in wanted.items() if key not in known]
