@@ -315,3 +315,34 @@ def test_a_single_row_has_no_variance_whatever_the_rows_of_other_shards_were_nea
         nrmse = merged.figures()["spend"]["nrmse"]
         assert math.isfinite(nrmse.value_S[0])
         assert math.isnan(nrmse.left_out_SK[0, 0])  # without bucket 0 one row is left
+
+
+@pytest.mark.parametrize("of_users", [1, 2])
+def test_what_one_bucket_alone_decides_has_no_interval(of_users: int) -> None:
+    rng = np.random.default_rng(0)
+    count, tasks, slices = 4000, [("click", "binary")], Grouping((("device=a",),), BUCKETS)
+    user_B = np.arange(count) % 70
+    hash_U = (np.arange(70) % BUCKETS * 2 + 1) * (1 << 32) // (2 * BUCKETS)  # a tenth of them in each bucket
+    key_BC = np.column_stack((hash_U[user_B], user_B, np.where(user_B < 40, 0, -1)))
+    label_B = np.isin(user_B, range(of_users)) & (rng.random(count) < 0.5)
+    logit_B, weight_B = rng.normal(size=count) + 3 * label_B, rng.random(count) + 0.5
+    rows = [torch.from_numpy(x)[:, None] for x in (logit_B, label_B * 1.0, weight_B > 0, weight_B)]
+    metrics = Metrics(tasks, slices, ("device",))
+    metrics.update(*rows, torch.from_numpy(key_BC))
+    figures, frame = metrics.figures(), metrics.frame(metrics.figures())
+    decided = {"ne", "auc", "pr_auc", "calibration"}
+    for name in decided:
+        figure = figures["click"][name]
+        assert np.isfinite(figure.value_S).all()
+        assert np.isfinite(standard_error(figure.left_out_SK)).tolist() == [of_users > 1] * 2
+    assert np.isfinite(standard_error(figures["click"]["log_loss"].left_out_SK)).all()  # defined without positives too
+    lines = frame.filter(frame["metric"].is_in([*decided]))
+    assert lines["se"].is_null().all() == (of_users == 1)
+    provenance = Provenance(run="r", step=1, checkpoint="c", dataset="d", split="test", buckets=BUCKETS)
+    one = Evaluated(frame, provenance)
+    difference = paired(one, one).filter(metric="ne")
+    assert difference["se"].is_null().all() == (of_users == 1)
+    assert difference["relative_se"].is_null().all() == (of_users == 1)
+    assert ("ne" in errors_of(figures)["click"]) == (of_users > 1)
+    groups = figures["click"]["gauc"].left_out_SK[0]
+    assert np.isnan(groups).all() == (of_users == 1)

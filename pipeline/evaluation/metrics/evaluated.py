@@ -16,7 +16,7 @@ from features.errors import UserError, one_line
 from features.parquet_limits import check_file
 from features.plain_json import first_fault
 from features.regular_files import lstat_regular
-from pipeline.evaluation.metrics.intervals import buckets_used, quantile, standard_error
+from pipeline.evaluation.metrics.intervals import buckets_used, left_out, quantile, standard_error
 from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import make_folder
 from pipeline.storage.local import replacing
@@ -68,8 +68,8 @@ class Evaluated:
     Attributes:
         figures: a line for each task, metric and slice, with COLUMNS: `dimension` is what the slice is a value of ("all" of
             the slice "all"), `rows` those of the slice that count for the task, `value` null where undefined, `se` its
-            standard error, `left_out` the K values without each bucket, null for a bucket without rows of the slice (an empty
-            list where the metric has no intervals).
+            standard error, `left_out` the K values without each bucket, null for a bucket without rows of the slice, all null
+            where no error can be told (`intervals.left_out`); an empty list where the metric has no intervals.
     """
 
     figures: pl.DataFrame
@@ -113,9 +113,9 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
         a_K, b_K = as_array(a), as_array(b)
         if len(a_K) != len(b_K):  # one of them is undefined
             a_K = b_K = np.zeros(0)
+        deltas.append(float(standard_error(a_K - b_K)))
         with np.errstate(divide="ignore", invalid="ignore"):
-            deltas.append(float(standard_error(a_K - b_K)))
-            ratios.append(float(standard_error(a_K / b_K - 1)))
+            ratios.append(float(standard_error(left_out(a_K / b_K - 1, np.isfinite(a_K - b_K)))))
         used.append(int(buckets_used(a_K - b_K)))
     delta = pl.col("value") - pl.col("value_theirs")
     return both.select(

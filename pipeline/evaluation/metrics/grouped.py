@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.evaluation.metrics.intervals import left_out
 from pipeline.evaluation.metrics.radix import by_radix, ordered_bits
 from pipeline.evaluation.metrics.running_sums import running
 
@@ -119,7 +120,7 @@ def _weighted_mean(
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(np.float64(sum_K.sum()) / weight_K.sum())
         left_out_K = _without_each(sum_K) / _without_each(weight_K)
-    return value, np.where(weight_K > 0, left_out_K, np.nan)
+    return value, left_out(left_out_K, weight_K > 0)
 
 
 def _without_each(x_K: np.ndarray) -> np.ndarray:

@@ -11,6 +11,18 @@ import numpy as np
 from scipy.stats import t as student_t
 
 
+def left_out(value_SK: np.ndarray, known_SK: np.ndarray) -> np.ndarray:
+    """Figures without each bucket, as `standard_error` takes them.
+
+    Args:
+        value_SK: NaN or infinite where a figure is undefined. known_SK: whether the bucket has rows of the figure.
+    Returns: NaN for a bucket without rows; and for all buckets where a figure is undefined without one that has rows, such as
+        the only one with a positive: most of the error comes from that one, and the others would understate it.
+    """
+    undefined_S1 = (known_SK & ~np.isfinite(value_SK)).any(-1, keepdims=True)
+    return np.where(known_SK & ~undefined_S1, value_SK, np.nan)
+
+
 def standard_error(left_out_SK: np.ndarray) -> np.ndarray:
     """Standard errors of S figures from their values without each bucket.
 

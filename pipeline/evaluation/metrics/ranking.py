@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.evaluation.metrics.intervals import standard_error
+from pipeline.evaluation.metrics.intervals import left_out, standard_error
 from pipeline.evaluation.metrics.running_sums import before, running
 
 BINS = 20  # of ECE and of the reliability curve
@@ -117,7 +117,7 @@ def auc(rows: RankedRows) -> tuple[float, np.ndarray]:
     pairs_K = (positive - rows.positive_K) * (negative - rows.negative_K)
     pairs_K[pairs_K <= 1e-12 * positive * negative] = 0  # what rounding leaves of a class that is in one bucket
     left_K = ratio(won - won_K - lost_K + _won_within(rows), pairs_K)
-    return float(ratio(won, positive * negative)), np.where(rows.known_K, left_K, np.nan)
+    return float(ratio(won, positive * negative)), left_out(left_K, rows.known_K)
 
 
 def _won_within(rows: RankedRows) -> np.ndarray:
@@ -163,7 +163,7 @@ def pr_auc(rows: RankedRows) -> tuple[float, np.ndarray]:
     rise_G = running(slope_G) - fall_G
     of_row_N = rows.positive_N * rows.rows_of(precision_G + rise_G) - rows.negative_N * rows.rows_of(fall_G)
     left_K = ratio(gained - rows.by_bucket(of_row_N), positive - rows.positive_K)
-    return float(ratio(gained, positive)), np.where(rows.known_K, left_K, np.nan)
+    return float(ratio(gained, positive)), left_out(left_K, rows.known_K)
 
 
 def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
@@ -182,7 +182,7 @@ def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
     excess = np.bincount(cell_N, rows.predicted_N - rows.positive_N, rows.buckets * BINS).reshape(rows.buckets, BINS)
     left_K = ratio(np.abs(excess.sum(0) - excess).sum(1), weight - rows.positive_K - rows.negative_K)
     centre = ratio(np.abs(excess.sum(0)).sum(), weight)  # a tie on an edge is in one bin here
-    return value, np.where(rows.known_K, left_K + (value - centre), np.nan)
+    return value, left_out(left_K + (value - centre), rows.known_K)
 
 
 def reliability(rows: RankedRows) -> list[list[float | None]]:
@@ -198,7 +198,7 @@ def reliability(rows: RankedRows) -> list[list[float | None]]:
         for x_N in (rows.positive_N + rows.negative_N, rows.positive_N)
     )
     left_EK = ratio(label_EK.sum(1)[:, None] - label_EK, weight_EK.sum(1)[:, None] - weight_EK)
-    error_E = standard_error(np.where(weight_EK > 0, left_EK, np.nan))
+    error_E = standard_error(left_out(left_EK, weight_EK > 0))
     columns = (predicted_E / weight_E, positive_E / weight_E, error_E, weight_E)
     return [[float(x) if np.isfinite(x) else None for x in line] for line in zip(*columns, strict=True)]
 

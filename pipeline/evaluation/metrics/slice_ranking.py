@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.evaluation.metrics.intervals import left_out
 from pipeline.evaluation.metrics.ranking import BINS, RankedRows, ratio
 from pipeline.evaluation.metrics.running_sums import before, running, running_down
 
@@ -129,7 +130,7 @@ class SliceCounts:
             value_S = metric(self.positive_SM, self.negative_SM, self.predicted_M)
             moved_SK = metric(left_SKC[0], left_SKC[1], self.predicted_C)
             moved_SK -= metric(sum_S1C[0], sum_S1C[1], self.predicted_C)
-            found[name] = (value_S, np.where(known_SK, value_S[:, None] + moved_SK, np.nan))
+            found[name] = (value_S, left_out(value_S[:, None] + moved_SK, known_SK))
         return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Tasks, bucket_of
+from pipeline.evaluation.metrics.intervals import left_out
 
 # What a row of each kind of task adds.
 NAMES = {
@@ -179,7 +180,9 @@ def of_sums(formula: Callable[[TaskSums], np.ndarray]) -> Callable[[BucketSums],
 
     def compute(of: BucketSums) -> Figure:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return Figure(formula(of.whole), None if of.left_out is None else formula(of.left_out))
+            if of.left_out is None:
+                return Figure(formula(of.whole))
+            return Figure(formula(of.whole), left_out(formula(of.left_out), ~np.isnan(of.left_out.rows)))
 
     return compute
 

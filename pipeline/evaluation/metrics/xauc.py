@@ -4,6 +4,8 @@
 
 import numpy as np
 
+from pipeline.evaluation.metrics.intervals import left_out
+
 # Of what remains of a total after a bucket is taken from it: below, it would be rounding errors.
 SMALLEST_SHARE = 1e-9
 
@@ -19,8 +21,8 @@ def xauc(
     Args:
         weight_N: rows of weight 0 do not count. bucket_N: in 0 .. buckets - 1.
     Returns: the value, NaN where undefined (no such pair, or a prediction that is not finite), and left_out_K, the values
-        without each bucket: of all pairs less those with a row of the bucket. NaN for a bucket without rows, or without which
-        less than 1e-9 of the pairs' weight remains.
+        without each bucket: of all pairs less those with a row of the bucket; undefined where less than 1e-9 of the pairs'
+        weight remains (`intervals.left_out`).
     """
     keep_N = weight_N > 0
     columns = (x_N[keep_N] for x_N in (prediction_N, label_N, weight_N, bucket_N))
@@ -38,8 +40,9 @@ def xauc(
         return undefined
     own_won_K, own_pairs_K = _sums(rank_N, label_rank_N, weight_N, bucket_N, bucket_N, buckets)
     left_won_K, left_pairs_K = won - won_K + own_won_K / 2, pairs - pairs_K + own_pairs_K / 2
-    used_K = (np.bincount(bucket_N, minlength=buckets) > 0) & (left_pairs_K > SMALLEST_SHARE * pairs)
-    return float(won / pairs), np.divide(left_won_K, left_pairs_K, out=np.full(buckets, np.nan), where=used_K)
+    enough_K = left_pairs_K > SMALLEST_SHARE * pairs
+    left_K = np.divide(left_won_K, left_pairs_K, out=np.full(buckets, np.nan), where=enough_K)
+    return float(won / pairs), left_out(left_K, np.bincount(bucket_N, minlength=buckets) > 0)
 
 
 def _sums(
