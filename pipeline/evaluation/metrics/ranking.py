@@ -4,7 +4,7 @@ AUC is a sum over pairs of a positive and a negative row. Without a bucket it is
 positives, less those of its negatives, plus those of both: exact, from running sums over the sorted rows.
 """
 
-# Shapes: N rows, K buckets, G groups of equal predictions, I tied rows, E bins.
+# Shapes: N rows, K buckets, G groups of equal predictions, I some of the rows, E bins.
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +31,13 @@ class RankedRows:
     predicted_N: np.ndarray
     bucket_N: np.ndarray
     buckets: int
+
+    def only(self, place_I: np.ndarray) -> "RankedRows":
+        """Some of the rows. Args: place_I: ascending."""
+        columns = (self.tie_N, self.positive_N, self.negative_N, self.predicted_N, self.bucket_N)
+        tie_I, positive_I, negative_I, predicted_I, bucket_I = (x_N[place_I] for x_N in columns)
+        tie_I = np.cumsum(np.diff(tie_I, prepend=tie_I[:1]) > 0, dtype=np.int32)
+        return RankedRows(tie_I, positive_I, negative_I, predicted_I, bucket_I, self.buckets)
 
     @cached_property
     def start_G(self) -> np.ndarray:  # noqa: N802
