@@ -144,9 +144,7 @@ def _alarms(
     if point not in served[first_nights:]:
         return []
     for task, now in serving.figures.items():
-        first = [
-            f for point in served[:first_nights] if (f := point.figure("serving", task)) and f.metric == now.metric
-        ]
+        first = [f for then in served[:first_nights] if (f := then.figure("serving", task)) and f.metric == now.metric]
         result = decay(first, now)
         if result and result[1] > limit and now.value is not None:
             found.append(Alarm(task, now.metric, serving.model, result[0], now.value, result[1]))
