@@ -49,8 +49,9 @@ def nightly(config: NightlyConfig) -> Result:
         UserError: bad input or settings. What was done so far is kept in night.json.
         Preempted: a training was asked to end, and has saved its work.
     """
-    url = webhook_url() if config.webhook else None
+    url = None
     try:
+        url = webhook_url() if config.webhook else None
         with alone(config.out):
             gates, kinds = _gates(config)
             settings = config.identity | {"gates": gates.model_dump(mode="json")}

@@ -91,6 +91,13 @@ def test_an_error_is_one_line_on_stderr_and_json_on_stdout(world, run_job, tmp_p
     assert "no checkpoint of step 7" in (tmp_path / "message").read_text()
 
 
+def test_a_webhook_that_is_not_set_reaches_the_pager(world, run_job, tmp_path, monkeypatch):
+    monkeypatch.delenv(webhook.VARIABLE, raising=False)
+    code, _, _ = run_job(*judged(world, "pass"), "webhook=true", f"termination_message={tmp_path / 'message'}")
+    assert "TASKFUSE_WEBHOOK is not set" in code
+    assert "TASKFUSE_WEBHOOK is not set" in (tmp_path / "message").read_text()
+
+
 def test_a_preempted_training_is_no_outcome(world, run_job, tmp_path, monkeypatch):
     def preempted(*_: Any) -> None:
         raise Preempted("preempted")
