@@ -61,7 +61,7 @@ def nightly(config: NightlyConfig) -> Result:
             if config.bless == "pass" and recorder.night.outcome == "pass":
                 _bless(config, recorder)
             found = trend(config.out, config.decay_nights, config.decay_confidence)
-            pages.write_trend(found, kinds, config.out)
+            _trend_page(config, found, kinds)
     except Preempted:
         raise
     except Exception as error:
@@ -167,6 +167,14 @@ def _report(config: NightlyConfig, night: Night, verdict: Verdict, kinds: dict[s
     except (UserError, OSError) as error:
         logger.warning("%s: no page of the night: %s", config.folder, error)
         return {"error": one_line(error)}
+
+
+def _trend_page(config: NightlyConfig, found: Trend, kinds: dict[str, str]) -> None:
+    """Writes the page of all nights; as with that of the night, the verdict stands without it."""
+    try:
+        pages.write_trend(found, kinds, config.out)
+    except (UserError, OSError) as error:
+        logger.warning("%s: no page of all nights: %s", config.out, error)
 
 
 def verdict_of(night: Night) -> Verdict | None:

@@ -358,6 +358,12 @@ def test_a_page_that_cannot_be_drawn_does_not_stop_the_verdict(world, out, tmp_p
     assert "train.jsonl" in record(out, 3)["steps"][-1]["summary"]["error"]
 
 
+def test_a_page_of_all_nights_that_cannot_be_written_does_not_stop_the_verdict(world, out, caplog):
+    (out / "trend.html").mkdir(parents=True)
+    assert judged(world, out, 3, bless="pass").message["outcome"] == "pass"
+    assert "no page of all nights" in caplog.text
+
+
 def test_what_killed_writers_left_is_removed(world, out):
     (out / day(3)).mkdir(parents=True)
     left = [out / f".serving.json.{'a' * 32}", out / day(3) / f".night.json.{'0' * 32}"]
