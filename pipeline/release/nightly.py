@@ -74,17 +74,19 @@ def nightly(config: NightlyConfig) -> Result:
 
 
 def go_back(config: NightlyConfig) -> dict[str, Any]:
-    """Moves the pointer one back. Returns the JSON line. Raises UserError where there is nothing to go back to."""
+    """Moves the pointer one back, with `withdraw` once. Returns the JSON line. Raises UserError, see `serving.back`."""
     if not config.out.is_dir():
         raise UserError(f"{config.out} is missing: there is nothing to go back to. Check out=.")
     with alone(config.out):
-        last, now = serving.back(config.out)
+        last, now, moved = serving.back(config.out, config.withdraw)
+    serves, withdrawn = f"{now.model} of night {now.night} serves", f"{last.model} of night {last.night} is withdrawn"
     return {
         "outcome": "back",
         "exit_code": 0,
-        "why": f"{now.model} of night {now.night} serves again, {last.model} of night {last.night} is withdrawn",
+        "why": f"{serves} again, {withdrawn}" if moved else f"{withdrawn} already, {serves}",
         "serving": now.model.model_dump(),
         "withdrawn": last.model.model_dump(),
+        "repeat": f"bless=back withdraw={last.night}",
         "record": str((config.out / serving.FILE).absolute()),
     }
 
