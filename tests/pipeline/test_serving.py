@@ -172,6 +172,15 @@ def test_what_a_killed_back_left_pinned_is_released_by_the_next_blessing(run, ou
     assert pinned_steps(run) == {1, 3}
 
 
+def test_the_last_ones_that_were_withdrawn_are_kept(run, out, monkeypatch):
+    monkeypatch.setattr(serving, "MOST_WITHDRAWN", 2)
+    blessed(run, out, 1)
+    for step in (2, 3, 4):
+        blessed(run, out, step)
+        back(out)
+    assert [entry.step for entry in read_serving(out).withdrawn] == [3, 4]
+
+
 @pytest.mark.parametrize(
     "content",
     ["{", "[]", '{"run": "r"}', '{"run": "r", "step": -1}', '{"run": "r", "step": "1"}', "[" * 9999, '{"run": 1e999}'],
