@@ -7,7 +7,7 @@ Examples:
   python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly date=2026-11-09
   python -m jobs.nightly run=/runs/new input=/logs/today out=/nightly gates=gates.yaml bless=pass webhook=true
   python -m jobs.nightly 'train={args: ["model=ple"]}' days=/runs/days input=/logs out=/runs/nightly date=2026-11-09
-  python -m jobs.nightly bless=back out=/nightly
+  python -m jobs.nightly bless=back withdraw=2026-11-09 out=/nightly
 """
 
 import sys

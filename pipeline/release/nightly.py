@@ -49,8 +49,9 @@ def nightly(config: NightlyConfig) -> Result:
         UserError: bad input or settings. What was done so far is kept in night.json.
         Preempted: a training was asked to end, and has saved its work.
     """
-    url = webhook_url() if config.webhook else None
+    url = None
     try:
+        url = webhook_url() if config.webhook else None
         with alone(config.out):
             gates, kinds = _gates(config)
             settings = config.identity | {"gates": gates.model_dump(mode="json")}
@@ -60,7 +61,7 @@ def nightly(config: NightlyConfig) -> Result:
             if config.bless == "pass" and recorder.night.outcome == "pass":
                 _bless(config, recorder)
             found = trend(config.out, config.decay_nights, config.decay_confidence)
-            pages.write_trend(found, kinds, config.out)
+            _trend_page(config, found, kinds)
     except Preempted:
         raise
     except Exception as error:
@@ -73,17 +74,19 @@ def nightly(config: NightlyConfig) -> Result:
 
 
 def go_back(config: NightlyConfig) -> dict[str, Any]:
-    """Moves the pointer one back. Returns the JSON line. Raises UserError where there is nothing to go back to."""
+    """Moves the pointer one back, with `withdraw` once. Returns the JSON line. Raises UserError, see `serving.back`."""
     if not config.out.is_dir():
         raise UserError(f"{config.out} is missing: there is nothing to go back to. Check out=.")
     with alone(config.out):
-        last, now = serving.back(config.out)
+        last, now, moved = serving.back(config.out, config.withdraw)
+    serves, withdrawn = f"{now.model} of night {now.night} serves", f"{last.model} of night {last.night} is withdrawn"
     return {
         "outcome": "back",
         "exit_code": 0,
-        "why": f"{now.model} of night {now.night} serves again, {last.model} of night {last.night} is withdrawn",
+        "why": f"{serves} again, {withdrawn}" if moved else f"{withdrawn} already, {serves}",
         "serving": now.model.model_dump(),
         "withdrawn": last.model.model_dump(),
+        "repeat": f"bless=back withdraw={last.night}",
         "record": str((config.out / serving.FILE).absolute()),
     }
 
@@ -166,6 +169,14 @@ def _report(config: NightlyConfig, night: Night, verdict: Verdict, kinds: dict[s
     except (UserError, OSError) as error:
         logger.warning("%s: no page of the night: %s", config.folder, error)
         return {"error": one_line(error)}
+
+
+def _trend_page(config: NightlyConfig, found: Trend, kinds: dict[str, str]) -> None:
+    """Writes the page of all nights; as with that of the night, the verdict stands without it."""
+    try:
+        pages.write_trend(found, kinds, config.out)
+    except (UserError, OSError) as error:
+        logger.warning("%s: no page of all nights: %s", config.out, error)
 
 
 def verdict_of(night: Night) -> Verdict | None:

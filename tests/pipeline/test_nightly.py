@@ -23,7 +23,9 @@ from pipeline.release import nightly as job
 from pipeline.release import steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.nightly import Result, go_back, nightly
+from pipeline.release.outcome import pager_text
 from pipeline.release.scoring import reference, score
+from pipeline.release.tables import text
 from pipeline.run.run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("without_beam")]
@@ -219,6 +221,25 @@ def test_a_date_is_judged_once_and_anew_only_when_told(world, out, monkeypatch):
     assert record(out, 3)["settings"]["batch_size"] == 100
 
 
+def test_a_blessed_date_that_fails_when_judged_again_names_what_still_serves(world, out, tmp_path):
+    strict = {"metric": "ne", "max": 0.01, "allow_ne_above_one": True}
+    (tmp_path / "strict.yaml").write_text(yaml.safe_dump({"default": [strict]}))
+    lax = {"gates": None, "max_increase": 5.0, "bless": "pass"}
+    judged(world, out, 2, step=60, **lax)
+    assert judged(world, out, 3, **lax).message["blessed"].startswith("serves from now on")
+    failed = {"gates": tmp_path / "strict.yaml", "again": True}
+    found = judged(world, out, 3, **failed)
+    words = f"{world / 'run'} step 120, which this night blessed before it was judged again, still serves: "
+    assert (found.night.outcome, found.message["blessed"]) == (
+        "fail", f"{words}bless=back withdraw={day(3)} takes it back"
+    )  # fmt: skip
+    assert words in text(found)
+    assert words in pager_text(found.message)
+    assert judged(world, out, 4, **failed).message["blessed"] is None  # it has blessed nothing
+    go_back(NightlyConfig(out=out, date=day(4), bless="back", withdraw=day(3)))
+    assert judged(world, out, 3, **failed | {"again": False}).message["blessed"] is None
+
+
 def test_a_folder_of_nights_that_was_moved_keeps_its_verdicts(world, out, tmp_path):
     first = judged(world, out, 3)
     out.rename(tmp_path / "moved")
@@ -356,6 +377,12 @@ def test_a_page_that_cannot_be_drawn_does_not_stop_the_verdict(world, out, tmp_p
     assert judged(world, out, 3, run=run).night.outcome == "pass"
     assert "no page of the night" in caplog.text
     assert "train.jsonl" in record(out, 3)["steps"][-1]["summary"]["error"]
+
+
+def test_a_page_of_all_nights_that_cannot_be_written_does_not_stop_the_verdict(world, out, caplog):
+    (out / "trend.html").mkdir(parents=True)
+    assert judged(world, out, 3, bless="pass").message["outcome"] == "pass"
+    assert "no page of all nights" in caplog.text
 
 
 def test_what_killed_writers_left_is_removed(world, out):

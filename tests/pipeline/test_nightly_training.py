@@ -174,6 +174,32 @@ def test_a_training_process_ends_with_the_night_that_is_killed(tmp_path):
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("trained", [75, 0])
+def test_sigterm_while_a_process_works_is_passed_on_and_waited_for(tmp_path, trained):
+    trainer = (
+        "import pathlib, signal, sys, time\n"
+        f"def save(*_): time.sleep(0.5); pathlib.Path('saved').touch(); sys.exit({trained})\n"
+        "signal.signal(signal.SIGTERM, save); print('trains', flush=True); time.sleep(60)"
+    )
+    code = (
+        "import signal, sys, time; from jobs.entry import sigterm_handler; from pipeline.release.child import call\n"
+        "signal.signal(signal.SIGTERM, sigterm_handler('nightly'))\n"
+        f"print(call([sys.executable, '-c', {trainer!r}], 1), flush=True); time.sleep(60)"
+    )
+    root = str(Path(__file__).parents[2])
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+    )  # fmt: skip
+    assert job.stdout
+    assert job.stdout.readline() == "trains\n"
+    job.terminate()
+    assert job.stdout.readline() == "75\n"
+    assert (tmp_path / "saved").exists()
+    job.terminate()
+    assert job.wait(10) == 128 + signal.SIGTERM  # as ever where it does not wait for one
+
+
 def test_a_night_waits_for_the_trainer_of_a_killed_one(tmp_path):
     run = Run(tmp_path)
     wait_for_trainer(run)  # there is none
