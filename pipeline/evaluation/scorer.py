@@ -194,11 +194,8 @@ class Scorer:
 
     @cached_property
     def own_dataset(self) -> bool:
-        """Whether the rows are of the dataset, and of all the days of it, that the run trains on."""
-        trained = self.run.config()
-        if self.dataset.path != Path(trained["dataset"]).absolute() or not trained.get("days"):
-            return self.dataset.name == str(Path(trained["dataset"]).absolute())
-        return self.dataset.name == _trained_on(trained).name
+        """See `is_own_dataset`."""
+        return is_own_dataset(self.run, self.dataset)
 
     @property
     def measured(self) -> str:
@@ -224,6 +221,14 @@ class Scorer:
     def provenance(self, checksum: str) -> dict[str, str]:
         """Of which checkpoint and dataset a file of predictions is."""
         return {"checkpoint": checksum, "dataset": self.dataset.name}
+
+
+def is_own_dataset(run: Run, dataset: Dataset) -> bool:
+    """Whether rows are of the dataset, and of all the days of it, that a run trains on. Raises UserError."""
+    trained = run.config()
+    if dataset.path != Path(trained["dataset"]).absolute() or not trained.get("days"):
+        return dataset.name == str(Path(trained["dataset"]).absolute())
+    return dataset.name == _trained_on(trained).name
 
 
 def train_rates(run: Run) -> dict[str, float]:
