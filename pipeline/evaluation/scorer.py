@@ -24,7 +24,7 @@ from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import ExpertWeights
 from pipeline.evaluation.lockstep import gathered, to_first
 from pipeline.evaluation.metrics import evaluated
-from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
 from pipeline.evaluation.metrics.row_keys import SplitKeys
 from pipeline.evaluation.metrics.settings import MeasureConfig
@@ -183,10 +183,7 @@ class Scorer:
             "seconds": seconds,
             "rows_evaluated": metrics.rows,
             "rows_per_s": metrics.rows / seconds,
-            "metrics": values_of(figures),
-            "intervals": errors_of(figures),
-            "reliability": metrics.reliability(),
-            "ranking": metrics.ranking(),
+            **metrics.record(figures),
             "evaluation": file.name,
             "gates": gates,
             "gate_names": [{"units": level.units, "experts": level.experts} for level in names],

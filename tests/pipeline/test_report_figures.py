@@ -133,12 +133,12 @@ def test_an_axis_runs_from_its_low_end_and_labels_stay_apart_and_inside():
 
 
 def test_bars_of_a_reliability_curve_reach_as_far_as_the_interval():
-    bins = [reliability.Bin(0.4, 0.5, 0.05, 50), reliability.Bin(0.5, 0.5, 0.1, 50)]
-    drawn = Parsed(str(reliability.curve([("m", bins, 2.0)])))
+    bins = [reliability.Bin(0.4, 0.5, 0.05, 50, 2.0), reliability.Bin(0.5, 0.5, 0.1, 50, 3.0)]
+    drawn = Parsed(str(reliability.curve([("m", bins)])))
     tips = [text for tag, text in drawn.texts if tag == "title"]
     assert tips == [
         "mean prediction 40.0%; mean label 50.0% [40.0%, 60.0%]; weight 50",
-        "mean prediction 50.0%; mean label 50.0% [30.0%, 70.0%]; weight 50",
+        "mean prediction 50.0%; mean label 50.0% [20.0%, 80.0%]; weight 50",
     ]
 
 

@@ -190,12 +190,12 @@ def test_undefined_metrics_are_dashes():
 
 def test_a_reliability_curve_has_a_point_with_an_interval_for_each_bin_on_either_scale():
     for top in (0.02, 0.9):
-        bins = [reliability.Bin(0.01 + (top - 0.01) * b / 19, 0.4, 0.1, 50) for b in range(20)]
-        drawn = str(reliability.curve([("m", bins, 2.0)]))
+        bins = [reliability.Bin(0.01 + (top - 0.01) * b / 19, 0.4, 0.1, 50, 2.0) for b in range(20)]
+        drawn = str(reliability.curve([("m", bins)]))
         assert drawn.count("<circle") == 20
         assert drawn.count('class="bar') == 20
-    zeros = [reliability.Bin(0.001, 0.0, float("nan"), 50), reliability.Bin(0.5, 0.5, 0.1, 50)]
-    assert str(reliability.curve([("m", zeros, 2.0)])).count("<circle") == 2
+    zeros = [reliability.Bin(0.001, 0.0, float("nan"), 50, 2.0), reliability.Bin(0.5, 0.5, 0.1, 50, 2.0)]
+    assert str(reliability.curve([("m", zeros)])).count("<circle") == 2
 
 
 def test_a_heat_map_shows_each_weight_beside_its_names():

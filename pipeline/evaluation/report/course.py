@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipeline.evaluation.metrics.intervals import quantile
+from pipeline.evaluation.metrics.intervals import reach_of
 from pipeline.evaluation.report import svg
 from pipeline.evaluation.report.blocks import Block, Cell, Drawing, Drawings, Section, Table, number, text
 from pipeline.evaluation.report.content import Estimate, Model, TrainLine
@@ -133,7 +133,7 @@ def _evaluations(model: Model, task: str) -> list[tuple[int, Estimate]]:
     found = []
     for record in model.records:
         error = (record.get("intervals") or {}).get(task, {}).get(name)
-        reach = float(quantile(CONFIDENCE, int(record.get("buckets") or 0)))
+        reach = reach_of(record, task, name, CONFIDENCE)
         found.append((record["rows"], around(record["metrics"].get(task, {}).get(name), error, reach)))
     return found
 

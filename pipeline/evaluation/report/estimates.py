@@ -6,7 +6,7 @@ from typing import NamedTuple
 import polars as pl
 
 from pipeline.evaluation.metrics.evaluated import ALL, paired, with_intervals
-from pipeline.evaluation.metrics.intervals import quantile
+from pipeline.evaluation.metrics.intervals import quantile, reach_of
 from pipeline.evaluation.metrics.registry import METRICS
 from pipeline.evaluation.report.content import Estimate, Model
 
@@ -34,10 +34,9 @@ def estimates(model: Model) -> dict[tuple[str, str], Estimate]:
 
     Intervals are those of the file of all figures, or else of the record's standard errors; None where neither has one.
     """
-    errors, buckets = model.last.get("intervals") or {}, int(model.last.get("buckets") or 0)
-    reach = float(quantile(CONFIDENCE, buckets))
+    errors = model.last.get("intervals") or {}
     found = {
-        (task, name): around(value, errors.get(task, {}).get(name), reach)
+        (task, name): around(value, errors.get(task, {}).get(name), reach_of(model.last, task, name, CONFIDENCE))
         for task, metrics in model.last.get("metrics", {}).items()
         for name, value in metrics.items()
     }
