@@ -181,6 +181,7 @@ class Scorer:
             "measure": self.measured,
             "time": time.time(),
             "seconds": seconds,
+            "ranks": self.weights.ranks,
             "rows_evaluated": metrics.rows,
             "rows_per_s": metrics.rows / seconds,
             **metrics.record(figures),

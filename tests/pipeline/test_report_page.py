@@ -176,6 +176,11 @@ def test_a_page_of_a_share_of_a_split_says_so_first():
     assert "Split test of /d; step 200" in checked(page.run_page(model())).shown()
 
 
+@pytest.mark.parametrize(("ranks", "words"), [(1, "1,000, 0.200 s on 1 rank\n"), (2, "1,000, 0.200 s on 2 ranks\n")])
+def test_the_ranks_that_evaluated_are_named(ranks: int, words: str):
+    assert words in checked(page.run_page(replace(model(), records=[record(200, ranks=ranks)]))).shown()
+
+
 def test_a_run_without_an_evaluation_says_so():
     assert "No checkpoint has been evaluated yet." in checked(page.run_page(replace(model(), records=[]))).shown()
 
