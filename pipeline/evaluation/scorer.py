@@ -214,6 +214,7 @@ class Scorer:
             cluster=self.keys.cluster,
             buckets=self.measure.buckets,
             measure=self.measured,
+            min_rows=self.measure.min_rows,
         )
 
     def provenance(self, checksum: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from hostile_text import HOSTILE
 from pages_by_hand import KINDS, METRICS, Parsed, checked, explanation_of, figures, model, record
 
 from features.printable import has_surrogates
+from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.report import course, forest, heat_map, mixture, page, reliability, settings, slices, svg
 from pipeline.evaluation.report.content import Estimate, TrainLine
 from pipeline.evaluation.report.harm import Harm
@@ -24,6 +25,24 @@ def test_small_slices_and_none_are_told_apart():
     of = replace(model(), evaluated=figures(small, ["device=tv"]))  # type: ignore[arg-type]
     assert "No slice has 100 observed rows." in checked(page.run_page(of)).shown()
     assert "kept no figures of slices" in checked(page.run_page(replace(of, evaluated=None))).shown()
+
+
+def test_the_slices_that_the_evaluation_measured_are_those_that_are_listed():
+    small = {"click": {**METRICS["click"], "rows": 150}}
+    of, found = replace(model(), kinds={"click": "binary"}), figures(small, ["a=75", "a=50", "a=37"])  # type: ignore[arg-type]
+
+    def measured(min_rows: int) -> Evaluated:
+        return replace(found, provenance=found.provenance.model_copy(update={"min_rows": min_rows}))
+
+    for min_rows, names in ((1, {"a=75", "a=50", "a=37"}), (50, {"a=75", "a=50"}), (51, {"a=75"})):
+        parsed = checked(page.run_page(replace(of, evaluated=measured(min_rows))))
+        assert {text for _, text in parsed.texts if text.startswith("a=")} == names
+        assert f"Slices of fewer than {min_rows} observed rows are not listed" in parsed.shown()
+    assert "No slice has 1,076 observed rows." in checked(page.run_page(replace(of, evaluated=measured(1076)))).shown()
+    two = [replace(of, name=f"m{rows}", evaluated=measured(rows)) for rows in (50, 51)]
+    both = checked(page.comparison_page(two, None))
+    assert sorted(text for tag, text in both.texts if text.startswith("a=")) == ["a=50", "a=75", "a=75"]
+    assert "Slices of fewer than 50 or 51 observed rows" in both.shown()
 
 
 def test_what_is_inside_has_importance_with_intervals_and_affinity():
