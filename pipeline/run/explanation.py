@@ -49,10 +49,11 @@ class Importance(_Strict):
 
 
 class TaskFigure(_Strict):
-    """A task's headline metric on the sample as it is: its name in eval.jsonl and its value, null where undefined."""
+    """A task's headline metric on the sample as it is: its name in eval.jsonl and its value, null where undefined, and why."""
 
     metric: Name
     value: Number | None
+    why: Name = ""
 
 
 Row = Annotated[list[Number | None], Field(max_length=1000)]

@@ -60,10 +60,9 @@ def _lead(models: Sequence[Model]) -> str:
             if value is not None
         ]
         name = f"{model.name}: " if len(models) > 1 else ""
-        parts.append(
-            f"{name}{count(len(model.records))} checkpoints over {count(model.last.get('rows'))} training rows; lowest "
-            f"{', '.join(best)}."
-        )
+        number_of = f"{count(len(model.records))} checkpoint{'s' if len(model.records) > 1 else ''}"
+        lowest = f"; lowest {', '.join(best)}" if best else ""
+        parts.append(f"{name}{number_of} over {count(model.last.get('rows'))} training rows{lowest}.")
     return " ".join(parts)
 
 
