@@ -7,6 +7,7 @@ from hostile_text import HOSTILE
 from pages_by_hand import KINDS, METRICS, Parsed, checked, explanation_of, figures, model, record
 
 from features.printable import has_surrogates
+from pipeline.evaluation.explain.tables import tables
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.report import course, forest, heat_map, mixture, page, reliability, settings, slices, svg
 from pipeline.evaluation.report.content import Estimate, TrainLine
@@ -66,6 +67,13 @@ def test_what_is_inside_has_importance_with_intervals_and_affinity():
     both = checked(page.comparison_page([replace(model(), explanation=found), model("mmoe")], None)).shown()
     assert "adatt: Affinity of tasks" in both
     assert "mmoe: Affinity of tasks" not in both
+
+
+@pytest.mark.parametrize(("confidence", "percent"), [(0.9, "90"), (0.29, "29"), (0.999, "99.9"), (0.9995, "99.95")])
+def test_the_confidence_of_an_explanation_is_not_rounded_away(confidence: float, percent: str):
+    found = explanation_of(["f"], list(KINDS), confidence=confidence)
+    assert f"permuted (± {percent}% interval):" in tables(found)
+    assert f"with its {percent}% interval;" in checked(page.run_page(replace(model(), explanation=found))).shown()
 
 
 def test_an_affinity_that_is_unknown_is_a_dash_and_shades_are_of_each_column():

@@ -28,7 +28,7 @@ def _importance(found: Explanation, kinds: Mapping[str, str], before: str) -> li
         entry.name: {task: Estimate(rise.value, rise.low, rise.high) for task, rise in entry.tasks.items()}
         for entry in found.importance
     }
-    interval = f"{100 * found.confidence:.3g}% interval"
+    interval = f"{100 * found.confidence:.6g}% interval"
     drawings, header, lines = [], ["permuted"], [[text(feature)] for feature in rises]
     for task, figure in ((task, found.figures[task]) for task in kinds if task in found.figures):
         metric = label(kinds[task], figure.metric)
