@@ -64,3 +64,13 @@ def test_figures_of_other_rows_than_asked_for_are_refused(run: Run, key: str, va
     with pytest.raises(UserError, match=f"test-00000010.parquet is of another {key} than asked for. Run python -m"):
         compared(run)
     evaluated.write(found, file)
+
+
+def test_the_page_of_a_checkpoint_shows_the_records_and_the_training_up_to_it(run: Run):
+    for model, step in zip(compared(run).models, (20, 10), strict=True):
+        assert [record["step"] for record in model.records] == [10, 20][: step // 10]
+        for shown, file in ((model.training, run.train_metrics), (model.progressive, run.progressive)):
+            rows = {line["step"]: line["rows"] for line in read_lines(file)}
+            assert [line.rows for line in shown] == [rows[s] for s in rows if s <= step]
+            assert len(shown) >= step // 10
+            assert max(rows) > 10
