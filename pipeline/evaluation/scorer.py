@@ -223,11 +223,14 @@ class Scorer:
 
 
 def is_own_dataset(run: Run, dataset: Dataset) -> bool:
-    """Whether rows are of the dataset, and of all the days of it, that a run trains on. Raises UserError."""
+    """Whether rows are of the dataset, and of all the days of it, that a run trains on."""
     trained = run.config()
     if dataset.path != Path(trained["dataset"]).absolute() or not trained.get("days"):
         return dataset.name == str(Path(trained["dataset"]).absolute())
-    return dataset.name == _trained_on(trained).name
+    try:
+        return dataset.name == _trained_on(trained).name
+    except UserError:  # of the days that it trained on some are gone: these are others
+        return False
 
 
 def train_rates(run: Run) -> dict[str, float]:

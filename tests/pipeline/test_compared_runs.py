@@ -74,3 +74,14 @@ def test_the_page_of_a_checkpoint_shows_the_records_and_the_training_up_to_it(ru
             assert [line.rows for line in shown] == [rows[s] for s in rows if s <= step]
             assert len(shown) >= step // 10
             assert max(rows) > 10
+
+
+def test_other_days_are_evaluated_and_compared_once_those_of_the_training_are_gone(run: Run, tmp_path: Path):
+    days = Path(run.config()["dataset"])
+    before = compared(run, days=OTHER).table
+    (days / day(0)).rename(tmp_path / day(0))
+    try:
+        assert list(evaluate(EvaluateConfig(run=run.path, days=OTHER, **MEASURED))) == []  # they have their records
+        assert compared(run, days=OTHER).table == before
+    finally:
+        (tmp_path / day(0)).rename(days / day(0))
