@@ -47,7 +47,7 @@ class EvaluateConfig(MeasureConfig, TrackingSettings):
     dataset: Path | None = None
     days: Days = None
     missing_days: MissingDays | None = None
-    step: int | list[int] | Literal["all", "newest"] = "all"
+    step: int | Annotated[list[int], Field(min_length=1)] | Literal["all", "newest"] = "all"
     predictions: bool = False
     every: int = Field(1, ge=1)
     order: Order = "oldest"

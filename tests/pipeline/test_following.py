@@ -196,7 +196,8 @@ def test_a_run_whose_trainer_never_wrote_a_heartbeat_is_given_up(run: Run):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"follow": True, "step": 4}, "leave step out"), ({"every": 2, "step": [4]}, "leave step out"),
-     ({"predictions": True, "share": 0.5}, "leave share out"), ({"share": 0}, "greater than 0"), ({"every": 0}, "every")],
+     ({"predictions": True, "share": 0.5}, "leave share out"), ({"share": 0}, "greater than 0"), ({"every": 0}, "every"),
+     ({"step": []}, "List should have at least 1 item")],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(settings: dict, words: str):
     with pytest.raises(ValueError, match=words):

@@ -264,12 +264,15 @@ def test_the_reliability_curve_is_of_bins_of_equal_weight() -> None:
     )
     [curve] = metrics.reliability().values()
     order = np.argsort(logit_B).reshape(20, 200)
+    bucket_B = bucket_of(key_BC[:, 0].astype(np.uint32), 50)
     for line, index in zip(curve, order, strict=True):
         assert line[0] == pytest.approx((1 / (1 + np.exp(-logit_B[index]))).mean(), rel=1e-9)
         assert line[1] == pytest.approx(label_B[index].mean(), rel=1e-9, abs=1e-12)
         assert line[3] == pytest.approx(200)
+        assert line[4] == len(set(bucket_B[index]))
         binomial = math.sqrt(label_B[index].mean() * (1 - label_B[index].mean()) / 200)
         assert line[2] == pytest.approx(binomial, rel=0.45)
+    assert min(line[4] for line in curve) < 50
 
 
 def test_a_prediction_that_is_not_finite_hides_its_slices_alone() -> None:

@@ -393,6 +393,7 @@ def test_the_file_of_an_evaluation_has_what_was_scored(run: Run, dataset: Path) 
     found = evaluations.read(run.path / "evaluations" / record["evaluation"])
     expected = scored(run, dataset, "valid", slices=["device"], min_rows=10)
     assert found.provenance == expected.provenance
+    assert found.provenance.min_rows == 10
     assert found.figures.equals(expected.figures)
     assert record["metrics"]["click"]["ne"] == found.value("click", "ne")
     assert record["rows_evaluated"] == sum(row["weight"] > 0 for row in predicted_rows(run, dataset))

@@ -41,7 +41,7 @@ class Provenance(BaseModel):
         checkpoint: checksum of its manifest. dataset: see Dataset.name.
         share: of the split that was scored. share_by: the key whose values were all scored or not at all; empty where all were.
         cluster: the key that rows are put into buckets by: a column, or row. buckets: K.
-        measure: see Scorer.measured; files of early versions have none.
+        measure: see Scorer.measured; files of early versions have none. min_rows: of a slice; 100 in those of early versions.
     """
 
     run: str
@@ -54,6 +54,7 @@ class Provenance(BaseModel):
     cluster: str = "row"
     buckets: int = Field(1, ge=1)
     measure: str = ""
+    min_rows: int = Field(100, ge=1)
 
     def same_rows(self, other: "Provenance") -> bool:
         """Whether two evaluations are of the same rows in the same buckets, so that they can be paired."""
