@@ -18,8 +18,9 @@ from pipeline.evaluation.metrics.slice_names import can_cover, can_occur
 from pipeline.release.gate_figures import Estimate, Figures
 from pipeline.release.gates_config import NE, Gate, Gates
 from pipeline.release.verdict import GateVerdict, Judged, Outcome, Verdict, interval, worst
+from pipeline.run.headline import HEADLINE
 
-BELOW_ONE = Gate(metric="ne", max=1.0, missing="pass")  # of every binary task, unless allowed
+BELOW_ONE = Gate(metric="ne", max=1.0)  # of every binary task, unless allowed
 MOST_ROWS = 1e15  # that are worth a number
 
 
@@ -34,7 +35,7 @@ def check_same_tasks(ours: Mapping[str, str], theirs: Mapping[str, str], our_run
 
 
 def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Sequence[str], where: str) -> None:
-    """Raises UserError for a gate that can never be judged: no such task, metric of the task's kind, or slice.
+    """Raises UserError for a gate that can never be judged (no such task, metric of its kind, or slice), or a task without one.
 
     Args:
         kinds: task → kind. dimensions: that the evaluation has slices of (the column `dimension` of figures).
@@ -52,6 +53,12 @@ def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Sequence[str
         for at, gate in enumerate(found):
             if fault := _fault(gate, of_kinds, dimensions):
                 raise UserError(f"{where}: {place}.{at}: {fault}")
+    for task, kind in kinds.items():
+        if not _wanted(gates, task, kind):
+            raise UserError(
+                f"{where}: task {printable(task)} has no gate, and would pass whatever its figures are: add one, such as "
+                f"{{metric: {HEADLINE[kind]}, change: {{worse_by_at_most: 1%}}}}"
+            )
 
 
 def judge(gates: Gates, kinds: Mapping[str, str], candidate: Evaluated, serving: Evaluated | None) -> Verdict:
@@ -125,22 +132,29 @@ def _of_task(gates: Gates, task: str, kind: str, figures: Figures) -> Iterator[G
             "predictions are finite", task, ALL, "non_finite", 1.0, count, figures.theirs((task, "non_finite", ALL)), "value",
             count, count, count, non_finite.rows, None, "fail", why,
         )  # fmt: skip
-    own = gates.of_task(task)
-    wanted = [gate for gate in gates.default if own.default and gate.metric in METRICS[kind]] + own.gates
-    if own.allow_ne_above_one:
-        wanted = [g.model_copy(update={"allow_ne_above_one": True}) if g.metric in NE else g for g in wanted]
-    elif kind == "binary" and not any(_bounds_ne(gate) for gate in wanted):
-        wanted.append(BELOW_ONE)
-    for gate in wanted:
+    for gate in _wanted(gates, task, kind):
         names = figures.covered(task, gate.metric, gate.slices) if gate.slices else [gate.slice]
         for name in names or [", ".join(gate.slices or ())]:
             yield _judge(gate, METRICS[kind][gate.metric].higher_is_better, (task, gate.metric, name), figures)
 
 
+def _wanted(gates: Gates, task: str, kind: str) -> list[Gate]:
+    """The gates of one task, of a binary one with NE below 1."""
+    own = gates.of_task(task)
+    wanted = [gate for gate in gates.default if own.default and gate.metric in METRICS[kind]] + own.gates
+    if own.allow_ne_above_one:
+        return [g.model_copy(update={"allow_ne_above_one": True}) if g.metric in NE else g for g in wanted]
+    of_all = [gate for gate in wanted if gate.metric == "ne" and gate.slice == ALL and gate.slices is None]
+    if kind != "binary" or any(_bounds_ne(gate) for gate in of_all):
+        return wanted
+    missing = "pass" if any(gate.missing == "pass" for gate in of_all) else "fail"
+    return [*wanted, BELOW_ONE.model_copy(update={"missing": missing})]
+
+
 def _bounds_ne(gate: Gate) -> bool:
-    """Whether a gate takes the place of BELOW_ONE."""
-    of_all = gate.metric == "ne" and gate.slice == ALL and gate.slices is None
-    return of_all and (gate.allow_ne_above_one or (gate.change is None and gate.bounds[1] <= 1))
+    """Whether a gate on the NE of all rows takes the place of BELOW_ONE: it lets no NE of 1 or more, or undefined one, pass."""
+    lets_pass = "pass" in (gate.missing, gate.below_min_rows)
+    return gate.allow_ne_above_one or (gate.change is None and gate.bounds[1] <= 1 and not lets_pass)
 
 
 def _judge(gate: Gate, higher_is_better: bool | None, key: tuple[str, str, str], figures: Figures) -> GateVerdict:

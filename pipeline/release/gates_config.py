@@ -65,7 +65,7 @@ class Change(Strict):
         if self.worse_by_at_most is not None:
             return _amount(self.worse_by_at_most)[0]
         assert self.better_by_at_least is not None
-        return -_amount(self.better_by_at_least)[0]
+        return -(_amount(self.better_by_at_least)[0] or math.ulp(0.0))  # no change at all is no gain
 
     @property
     def relative(self) -> bool:

@@ -137,6 +137,10 @@ def test_a_verdict_never_improves_when_the_candidate_gets_worse(
         (-0.002, 0.001, {"better_by_at_least": 0.001}, "undecided"),
         (0.001, 0.001, {"better_by_at_least": 0.001}, "fail"),
         (-0.012, 0.001, {"better_by_at_least": "1%"}, "pass"),
+        (-0.003, 0.001, {"better_by_at_least": 0}, "pass"),
+        (-0.001, 0.001, {"better_by_at_least": 0}, "undecided"),
+        (0.0, 0.0, {"better_by_at_least": 0}, "fail"),  # the identical model
+        (0.0, 0.0, {"better_by_at_least": "0%"}, "fail"),
     ],
 )
 def test_a_change_is_judged_with_its_paired_interval(by: float, noise: float, change: dict, outcome: str) -> None:
@@ -188,13 +192,19 @@ def test_a_band_is_closed_on_both_sides(value: float, se: float, outcome: str) -
         (1.09, 0.01, {}, "fail"),
         (1.0, 0.0, {}, "fail"),
         (1.09, 0.01, {"allow_ne_above_one": True}, "pass"),
-        (None, None, {}, "pass"),  # whether a figure must be there is for the gates to say
+        (None, None, {}, "fail"),
+        (None, None, {"gates": [{"metric": "ne", "max": 0.99, "missing": "pass"}]}, "pass"),
+        (None, None, {"gates": [{"metric": "ne", "slice": "device=a", "max": 0.99, "missing": "pass"}]}, "fail"),
+        (None, None, {"allow_ne_above_one": True}, "pass"),
+        (1.09, 0.01, {"gates": [{"metric": "ne", "max": 0.99, "missing": "pass"}]}, "fail"),
+        (1.09, 0.01, {"gates": [{"metric": "ne", "max": 0.99, "min_rows": 10**6, "below_min_rows": "pass"}]}, "fail"),
+        (0.9, 0.01, {"gates": [{"metric": "ne", "max": 0.99, "min_rows": 10**6, "below_min_rows": "pass"}]}, "pass"),
     ],
 )
 def test_ne_of_1_or_more_never_passes_unless_allowed(
     value: float | None, se: float | None, more: dict, outcome: str
 ) -> None:
-    asked = gates(click={"gates": [], **more})
+    asked = gates(click={"gates": []} | more)
     assert judge(asked, CLICK, evaluated([of("click", "ne", value, se)]), None).outcome == outcome
 
 

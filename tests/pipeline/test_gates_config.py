@@ -17,7 +17,8 @@ from pipeline.release.gates import check_gates, judge
 from pipeline.release.gates_config import Gate, Gates, default_gates, load_gates
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"click": "binary", "watch": "regression"}
+CLICK = {"click": "binary"}
+KINDS = CLICK | {"watch": "regression"}
 DIMENSIONS = ["all", "device", "device, country", "position <= 3", "user_age", "user_id (cold start)", "day", "hour"]
 
 
@@ -157,18 +158,33 @@ def test_a_gate_that_names_nothing_real_is_refused(content: dict, says: str) -> 
      "user_id: unseen", "user_id: rare", "user_id: missing", "day=2026-11-08", "hour=13"],
 )  # fmt: skip
 def test_slices_of_every_form_are_known(name: str) -> None:
-    check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), KINDS, DIMENSIONS, "x")
+    check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), CLICK, DIMENSIONS, "x")
     if name != "all":
         with pytest.raises(UserError):
-            check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), KINDS, ["all", "os"], "x")
+            check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), CLICK, ["all", "os"], "x")
 
 
 @pytest.mark.parametrize("pattern", ["*", "device", "device=*", "device, country", "device=*, country=DE", "user_id: *",
                                      "user_age *", "user_id (cold start)", "day=2026-11-*"])  # fmt: skip
 def test_patterns_and_dimensions_are_known(pattern: str) -> None:
-    check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), KINDS, DIMENSIONS, "x")
+    check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), CLICK, DIMENSIONS, "x")
     with pytest.raises(UserError):
-        check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), KINDS, ["all"], "x")
+        check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), CLICK, ["all"], "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "task"),
+    [
+        ({}, "watch"),
+        ({"default": [{"metric": "ne", "max": 1}]}, "watch"),
+        ({"default": [{"metric": "rows", "min": 1}], "tasks": {"watch": {"default": False}}}, "watch"),
+        ({"tasks": {"watch": [{"metric": "rows", "min": 1}], "click": {"allow_ne_above_one": True}}}, "click"),
+    ],
+)
+def test_a_task_that_no_gate_judges_is_refused(content: dict, task: str) -> None:
+    with pytest.raises(UserError, match=f"^x/gates.yaml: task {task} has no gate, .*: add one, such as .metric: n"):
+        check_gates(Gates.model_validate(content, strict=True), KINDS, DIMENSIONS, "x/gates.yaml")
+    check_gates(Gates(), CLICK, DIMENSIONS, "x/gates.yaml")  # NE below 1
 
 
 def test_the_example_of_the_page_is_read_and_fits_a_run(tmp_path: Path) -> None:

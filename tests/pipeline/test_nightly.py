@@ -29,8 +29,9 @@ from pipeline.run.run import Run
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("without_beam")]
 
 QUICK = {"by_time": [], "cold_start": False, "buckets": 20}  # fewer slices and buckets
+SOME_ROWS = {"metric": "rows", "min": 1}  # every task needs a gate
 GATES = {
-    "default": [{"metric": "ne", "change": {"worse_by_at_most": 0.01}}, {"metric": "ne", "max": 1.1}],
+    "default": [{"metric": "ne", "change": {"worse_by_at_most": 0.01}}, {"metric": "ne", "max": 1.1}, SOME_ROWS],
     "tasks": {task: [{"metric": "calibration", "band": [0.75, 1.33]}] for task in ("click", "save")},
 }
 
@@ -149,7 +150,7 @@ def test_a_planted_regression_of_one_slice_fails_its_gate_alone(world, out, tmp_
     bad = spoiled(Run(world / "run"), tmp_path / "bad", change)
     of_items = {"metric": "ne", "slices": "item=*", "change": {"worse_by_at_most": 0.05}, "allow_ne_above_one": True}
     whole = {"metric": "ne", "change": {"worse_by_at_most": 0.5}, "allow_ne_above_one": True}
-    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"tasks": {"click": [of_items, whole]}}))
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"tasks": {"click": [of_items, whole], "dwell": [SOME_ROWS]}}))
     settings = {"serving": world / "run", "gates": tmp_path / "gates.yaml", "slices": ["item"], "min_rows": 30}
     found = judged(world, out, 3, run=bad.path, **settings)
     outcomes = {
@@ -162,7 +163,7 @@ def test_a_planted_regression_of_one_slice_fails_its_gate_alone(world, out, tmp_
 
 def test_too_few_rows_are_undecided_and_exit_with_3(world, out, tmp_path):
     near = spoiled(Run(world / "run"), tmp_path / "near", changed(0, "bias", lambda x: x + 0.35))
-    gates = {"default": [{"metric": "ne", "change": {"worse_by_at_most": 0.012}, "confidence": 0.9999}]}
+    gates = {"default": [{"metric": "ne", "change": {"worse_by_at_most": 0.012}, "confidence": 0.9999}, SOME_ROWS]}
     (tmp_path / "gates.yaml").write_text(yaml.safe_dump(gates))
     found = judged(world, out, 3, run=near.path, serving=world / "run", gates=tmp_path / "gates.yaml", bless="pass")
     assert (found.night.outcome, found.night.exit_code, found.message["blessed"]) == ("undecided", 3, None)
