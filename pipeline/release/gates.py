@@ -212,9 +212,8 @@ def _decided(verdict: GateVerdict, gate: Gate, figure: Estimate, least: float, m
 
 def _with_ne_above_one(verdict: GateVerdict, gate: Gate, ours: Estimate) -> GateVerdict:
     """A verdict on a figure of NE that is 1 or more: it does not pass, and fails where its bound is, too."""
-    figure = replace(ours, se=0.0) if ours.se is None and gate.min_rows is not None else ours
-    outcome, low, high, more = decide(figure, gate.confidence, -math.inf, math.nextafter(1, 0))
-    if worst((outcome, verdict.outcome)) == verdict.outcome:
+    found = _decided(replace(verdict, judged="value"), gate, ours, -math.inf, math.nextafter(1, 0))
+    if worst((found.outcome, verdict.outcome)) == verdict.outcome:
         return verdict
-    why = f"{interval('value', ours.value, low, high, gate.confidence)}: not below 1, the NE of the base rate"
-    return replace(verdict, outcome=outcome, more_rows=more, why=why)
+    why = f"not below 1, the NE of the base rate: {found.why}"
+    return replace(verdict, outcome=found.outcome, more_rows=found.more_rows, why=why)

@@ -218,6 +218,16 @@ def test_two_models_of_ne_above_one_do_not_pass_as_equally_good() -> None:
     assert [g.outcome for g in allowed.gates] == ["pass"]
 
 
+def test_an_ne_near_1_says_how_many_more_rows_would_decide_that_it_is_not_below() -> None:
+    lines = [of("click", "ne", 1.004, 0.01)]
+    found = judge(gates({"metric": "ne", "max": 1.5}), CLICK, evaluated(lines), None).gates[0]
+    # The bound is at 1 where the standard error is 0.004 / t, and it falls with the square root of the rows.
+    more = (student_t.ppf(0.95, 19) * 0.01 / 0.004) ** 2 * 1000 - 1000
+    assert (found.outcome, found.more_rows) == ("undecided", pytest.approx(more, abs=1))
+    assert found.why.startswith("not below 1, the NE of the base rate: value 1.0040 (0.9867 to 1.0213, each at 95%)")
+    assert found.why.endswith(f"; about {found.more_rows:,} more rows would decide")
+
+
 def test_a_slices_ne_of_one_does_not_pass_by_a_wide_bound() -> None:
     gate = {"metric": "ne", "slices": "device", "max": 1.5}
     lines = [of("click", "ne", value, 0.01, of_slice=f"device={value}") for value in (0.9, 1.005, 1.2)]
