@@ -14,7 +14,7 @@ from features.errors import UserError, did_you_mean
 from features.printable import printable
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
 from pipeline.evaluation.metrics.registry import METRICS, WHOLE_ONLY
-from pipeline.evaluation.metrics.slice_names import can_cover, can_occur
+from pipeline.evaluation.metrics.slice_names import Dimensions, can_cover, can_occur
 from pipeline.release.gate_figures import Estimate, Figures
 from pipeline.release.gates_config import NE, Gate, Gates
 from pipeline.release.verdict import GateVerdict, Judged, Outcome, Verdict, interval, worst
@@ -34,11 +34,11 @@ def check_same_tasks(ours: Mapping[str, str], theirs: Mapping[str, str], our_run
         )
 
 
-def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Sequence[str], where: str) -> None:
+def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Dimensions, where: str) -> None:
     """Raises UserError for a gate that can never be judged (no such task, metric of its kind, or slice), or a task without one.
 
     Args:
-        kinds: task → kind. dimensions: that the evaluation has slices of (the column `dimension` of figures).
+        kinds: task → kind. dimensions: that the evaluation has slices of.
         where: gates.yaml, for the message.
     """
     for task, own in gates.tasks.items():
@@ -103,7 +103,7 @@ def decide(
     return "undecided", low, high, max(math.ceil(rows) - figure.rows, 1) if rows <= MOST_ROWS else None
 
 
-def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str | None:
+def _fault(gate: Gate, kinds: Sequence[str], dimensions: Dimensions) -> str | None:
     """Why a gate can be judged for no task of these kinds."""
     metrics = {name: metric for kind in kinds for name, metric in METRICS[kind].items()}
     if gate.metric not in metrics:
@@ -113,12 +113,15 @@ def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str |
         return f"metric {gate.metric}: is of the whole split only: leave slice out"
     if gate.change and metrics[gate.metric].higher_is_better is None:
         return f"metric {gate.metric}: no change of it is a worse one, since neither direction is better: give a band"
-    known = printable("; ".join(dimension for dimension in dimensions if dimension != ALL)) or "nothing"
+    known = printable("; ".join(dimensions)) or "nothing"
     for pattern in gate.slices or ():
         if not can_cover(pattern, dimensions):
             return f"slices {printable(pattern)}: the evaluation has slices of {known}, and a pattern is like device=*"
     if not can_occur(gate.slice, dimensions):
-        hint = f" (for each slice of it: slices: {printable(gate.slice)})" if can_cover(gate.slice, dimensions) else ""
+        names = (name for of_dimension in dimensions.values() for name in (of_dimension or ())[:100])
+        hint = did_you_mean(gate.slice, names)
+        if can_cover(gate.slice, dimensions):
+            hint = f" (for each slice of it: slices: {printable(gate.slice)})"
         return f"slice {printable(gate.slice)}: the evaluation has slices of {known}{hint}"
     return None
 

@@ -296,16 +296,25 @@ def test_a_pattern_that_covers_no_slice_is_missing_once() -> None:
     ("slices", "covered"),
     [
         ("device", ["device=a", "device=b"]),
-        ("device=*", ["device=a", "device=b"]),
+        ("device=*", ["device=a", "device=b"]),  # and not their crosses
+        ("device, os", ["device=a, os=i", 'device="c, d", os=i']),
+        ("device=*, os=*", ["device=a, os=i", 'device="c, d", os=i']),
+        ("*=a, *", ["device=a, os=i"]),
+        ('device="c*, os=i', ['device="c, d", os=i']),
         ("*=b*", ["device=b"]),
         (["device=a", "hour"], ["device=a", "hour=13"]),
-        ("*", ["device=a", "device=b", "hour=13"]),
+        ("*", ["device=a", "device=b", "device=a, os=i", 'device="c, d", os=i', "hour=13"]),
         ("device=[ab]", ["device=[ab]"]),
     ],
 )
 def test_every_slice_that_is_covered_is_judged_by_itself(slices: object, covered: list[str]) -> None:
-    names = ["all", "device=a", "device=b", "hour=13"] + (covered if covered == ["device=[ab]"] else [])
-    lines = [of("click", "ne", 1.2 if name == "device=b" else 0.8, 0.01, of_slice=name) for name in names]
+    names = ["all", "device=a", "device=b", "device=a, os=i", 'device="c, d", os=i', "hour=13"]
+    names += covered if covered == ["device=[ab]"] else []
+    lines = [
+        of("click", "ne", 1.2 if name == "device=b" else 0.8, 0.01, of_slice=name)
+        | ({"dimension": "device, os"} if "os" in name else {})
+        for name in names
+    ]
     verdict = judge(gates({"metric": "ne", "slices": slices, "max": 0.99}), CLICK, evaluated(lines), None)
     found = [g for g in verdict.gates if g.gate == "ne at most 0.99"]
     assert [g.slice for g in found] == covered

@@ -295,8 +295,14 @@ def test_data_that_is_not_sound_ends_the_night_before_models_are_scored(world, o
 
 def test_what_is_wrong_is_refused_before_any_work(world, out, tmp_path):
     (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"tasks": {"klick": [{"metric": "ne", "max": 1}]}}))
+    gates = {"default": [{"metric": "ne", "max": 1, "slice": "hour=24"}]}
+    (tmp_path / "hours.yaml").write_text(yaml.safe_dump(gates))
     for settings, words in (
         ({"gates": tmp_path / "gates.yaml"}, "klick: no such task"),
+        (
+            {"gates": tmp_path / "hours.yaml", "by_time": ["hour"]},
+            "slice hour=24: the evaluation has .* .did you mean hour=",
+        ),
         ({"step": 7}, r"no checkpoint of step 7, there are \[60, 120\]"),
         ({"serving": tmp_path}, "no checkpoint"),
         ({"webhook": True}, "TASKFUSE_WEBHOOK is not set"),
