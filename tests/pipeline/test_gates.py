@@ -270,7 +270,13 @@ def test_an_ne_above_1_without_an_interval_fails_on_as_many_rows_as_are_asked_fo
 )
 @pytest.mark.parametrize("missing", ["fail", "pass"])
 def test_what_is_missing_fails_unless_allowed(ours: list, theirs: list, why: str, missing: str) -> None:
-    gate = {"metric": "ne", "slice": "device=mobile", "change": {"worse_by_at_most": "1%"}, "missing": missing}
+    gate = {
+        "metric": "ne",
+        "slice": "device=mobile",
+        "change": {"worse_by_at_most": "1%"},
+        "min_rows": 9,
+        "missing": missing,
+    }
     both = [
         evaluated(
             [of("click", "ne", 0.8, 0.01), *(of("click", m, v, 0.01, of_slice="device=mobile") for m, v in lines)]

@@ -20,7 +20,7 @@ from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.scorer import Scorer
 from pipeline.release import nightly as job
-from pipeline.release import steps
+from pipeline.release import pages, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.nightly import Result, go_back, nightly
 from pipeline.release.scoring import reference, score
@@ -193,7 +193,10 @@ def test_models_of_other_encoders_are_paired_on_the_rows_that_they_share(world, 
     write_day(tmp_path / "log", 0, rows=700)
     encode_day(tmp_path / "log", tmp_path / "days", 0)
     other = train_run(tmp_path / "days", tmp_path / "other", last=0, steps=20)
-    found = judged(world, out, 3, serving=other.path)
+    rare = {"metric": "ne", "slice": "user: rare", "change": {"worse_by_at_most": 1}, "missing": "pass"}
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [rare, SOME_ROWS]}))
+    settings = {"gates": tmp_path / "gates.yaml", "cold_start": True, "rare": 30}
+    found = judged(world, out, 3, serving=other.path, **settings)
     assert (
         len([*(out / day(3)).glob(f"day-*/{day(3)}/manifest.json")]) == 1
     )  # with the encoders of `other`; the other one is in days
@@ -202,6 +205,13 @@ def test_models_of_other_encoders_are_paired_on_the_rows_that_they_share(world, 
     changes = {line["task"]: line for line in found.night.summary("compare")["changes"]}
     assert changes["click"]["delta"] < 0 < changes["click"]["se"]
     assert changes["click"]["buckets"] == 20
+    # Which users are rare depends on the encoders: those slices are other rows.
+    assert [*evaluated.read(out / day(3) / "serving.parquet").figures.filter(slice="user: rare", task="click")["rows"]]
+    (verdict,) = (
+        x for x in found.night.summary("gates")["gates"] if (x["task"], x["slice"]) == ("click", "user: rare")
+    )
+    assert verdict["rows"] > 0
+    assert (verdict["serving"], verdict["why"]) == (None, "undefined for the serving checkpoint")
 
 
 def test_a_date_is_judged_once_and_anew_only_when_told(world, out, monkeypatch):
@@ -249,6 +259,16 @@ def test_a_night_that_failed_on_the_way_goes_on_and_redoes_what_has_changed(worl
     assert scored == ["candidate"]
     assert f"{day(3)}: evaluate candidate is done again: its inputs have changed since" in caplog.text
     assert "check is done again" not in caplog.text
+
+
+def test_gates_that_were_changed_after_a_kill_are_judged_anew(world, out, tmp_path):
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(pages, "write_night", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            judged(world, out, 3)
+    assert (states(out, 3)["gates"], record(out, 3)["outcome"]) == ("done", None)
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [{"metric": "rows", "min": 10**6}]}))
+    assert judged(world, out, 3, gates=tmp_path / "gates.yaml").night.outcome == "fail"
 
 
 def test_a_late_day_is_judged_after_a_later_one_and_does_not_move_the_pointer(world, out):
