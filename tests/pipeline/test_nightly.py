@@ -336,6 +336,9 @@ def test_what_is_wrong_is_refused_before_any_work(world, out, tmp_path):
     (other / "config.yaml").write_text(yaml.safe_dump(config | {"tasks": ["click"]}))
     with pytest.raises(UserError, match="only models of the same tasks"):
         judged(world, out, 3, serving=other)
+    (other / "gates.yaml").symlink_to(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match=r"other/gates\.yaml is a link"):
+        judged(world, out, 3, run=other, gates=None)
     assert not [*out.glob("*/*.parquet"), *out.glob("*/day-*")]
     for settings, words in (
         ({"run": None}, "give run=RUN"),
