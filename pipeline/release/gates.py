@@ -202,11 +202,13 @@ def _missing(ours: Estimate | None, theirs: float | None, rows: int, judged: Jud
 
 def _decided(verdict: GateVerdict, gate: Gate, figure: Estimate, least: float, most: float) -> GateVerdict:
     """The verdict with the outcome of its interval."""
-    if figure.se is None and gate.min_rows is not None:  # a metric without intervals, on rows enough
+    if not figure.has_intervals and gate.min_rows is not None:  # on rows enough
         figure = replace(figure, se=0.0)
     outcome, low, high, more = decide(figure, gate.confidence, least, most)
     why = interval(verdict.judged, figure.value, low, high, gate.confidence)
-    if low is None:
+    if low is None and figure.has_intervals:
+        why += ", no interval: too few buckets of users have rows, or rows of both classes"
+    elif low is None:
         why += ", without an interval: set min_rows to judge it by its value"
     elif outcome == "undecided":
         why += f"; about {more:,} more rows would decide" if more else "; no number of rows would decide"

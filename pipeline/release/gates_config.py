@@ -86,8 +86,8 @@ class Gate(Strict):
             which every slice with rows is judged by itself.
         min, max, band: bounds of the figure, inclusive. change: of its change to serving. Exactly one kind of the two.
         confidence: of each one-sided bound.
-        min_rows: fewer leave the gate undecided, or pass it (below_min_rows). Where a metric has no intervals, the value
-            alone is judged if there are as many.
+        min_rows: fewer leave the gate undecided, or pass it (below_min_rows). Of what was evaluated without intervals the
+            value alone is judged if there are as many.
         missing: what a slice without rows, or an undefined figure, does.
         allow_ne_above_one: do not require of a gate on NE that NE is below 1.
     """
