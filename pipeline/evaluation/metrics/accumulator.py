@@ -19,7 +19,7 @@ from pipeline.evaluation.metrics.evaluated import COLUMNS as FRAME
 from pipeline.evaluation.metrics.intervals import standard_error
 from pipeline.evaluation.metrics.kept_rows import KeptRows
 from pipeline.evaluation.metrics.ranking import reliability
-from pipeline.evaluation.metrics.registry import COUNTS, METRICS, RANKED, TOTALS, WHOLE_ONLY
+from pipeline.evaluation.metrics.registry import COUNTS, METRICS, TOTALS
 
 _LARGEST = torch.finfo(torch.float64).max
 Of = TypeVar("Of")
@@ -165,7 +165,7 @@ class Metrics:
                 "slice": [name for _, name in names] * len(lines),
                 "rows": np.concatenate([figures[task]["rows"].value_S for task, _, _ in lines]).astype(np.int64),
                 "value": value_L,
-                "se": np.concatenate([_errors(figures[task], name) for task, name, _ in lines]),
+                "se": np.where(np.isnan(value_L), np.nan, standard_error(left_LK)),
                 "left_out": pl.Series(left_LK).arr.to_list(),
                 "intervals": np.repeat(intervals, count),
             }
@@ -205,20 +205,6 @@ class Metrics:
             )
 
 
-def _errors(of_task: dict[str, Figure], name: str, slices: slice = slice(None)) -> np.ndarray:
-    """Standard errors of a metric in some slices, (S,); NaN where they are unknown.
-
-    They are, too, where the metric is undefined without a bucket that has rows, as AUC is without the only one that has
-    positives: the values without the others do not show how far it varies.
-    """
-    left_SK, value_S = of_task[name].left_out_SK, of_task[name].value_S[slices]
-    rows_SK = of_task["ece" if name in RANKED else name if name in WHOLE_ONLY else "rows"].left_out_SK
-    if name in TOTALS or left_SK is None or rows_SK is None:
-        return np.full(len(value_S), np.nan)
-    undefined_S = (np.isfinite(rows_SK[slices]) & ~np.isfinite(left_SK[slices])).any(1) | ~np.isfinite(value_S)
-    return np.where(undefined_S, np.nan, standard_error(left_SK[slices]))
-
-
 def values_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, float | int | None]]:
     """Task → metric → value over all rows, for JSON, which knows neither NaN nor infinity."""
 
@@ -232,7 +218,12 @@ def values_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, floa
 def errors_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, float]]:
     """Task → metric → standard error over all rows, where there is one."""
     return {
-        task: {name: float(error) for name in known if math.isfinite(error := _errors(known, name, slice(1))[0])}
+        task: {
+            name: float(error)
+            for name, figure in known.items()
+            if figure.left_out_SK is not None and name not in TOTALS
+            if math.isfinite(error := standard_error(figure.left_out_SK[0])) and math.isfinite(figure.value_S[0])
+        }
         for task, known in figures.items()
     }
 

@@ -68,8 +68,8 @@ class Evaluated:
     Attributes:
         figures: a line for each task, metric and slice, with COLUMNS: `dimension` is what the slice is a value of ("all" of
             the slice "all"), `rows` those of the slice that count for the task, `value` null where undefined, `se` its
-            standard error (null where unknown), `left_out` the K values without each bucket, null for one without rows of the
-            slice or where the metric is undefined without it (an empty list where the metric has no intervals).
+            standard error, `left_out` the K values without each bucket, null for a bucket without rows of the slice (an empty
+            list where the metric has no intervals).
     """
 
     figures: pl.DataFrame
@@ -106,13 +106,12 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
         )
     keys = ["task", "metric", "slice"]
     both = ours.figures.join(
-        theirs.figures.select(*keys, "value", "se", "left_out"), on=keys, suffix="_theirs", maintain_order="left"
+        theirs.figures.select(*keys, "value", "left_out"), on=keys, suffix="_theirs", maintain_order="left"
     )
     deltas, ratios, used = [], [], []
-    unknown = both["se"].is_null() | both["se_theirs"].is_null()
-    for a, b, no_error in zip(both["left_out"], both["left_out_theirs"], unknown, strict=True):
+    for a, b in zip(both["left_out"], both["left_out_theirs"], strict=True):
         a_K, b_K = as_array(a), as_array(b)
-        if no_error or len(a_K) != len(b_K):  # one of them is undefined, or its error unknown
+        if len(a_K) != len(b_K):  # one of them is undefined
             a_K = b_K = np.zeros(0)
         with np.errstate(divide="ignore", invalid="ignore"):
             deltas.append(float(standard_error(a_K - b_K)))

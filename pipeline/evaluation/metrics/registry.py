@@ -65,7 +65,6 @@ _ALL = [
 ]
 COUNTS = ("rows", "non_finite")  # whole numbers
 TOTALS = (*COUNTS, "weight_sum", "positives")  # have no intervals
-RANKED = ("auc", "ece", "pr_auc")  # of all kept rows, which may be a sample
 WHOLE_ONLY = ("gauc", "ndcg", "xauc")  # undefined in slices
 # Kind of task → name → metric.
 METRICS = {kind: {m.name: m for m in _ALL if m.kind == kind} for kind in ("binary", "regression")}
