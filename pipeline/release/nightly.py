@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from features.errors import Preempted, UserError, one_line
 from features.plain_json import first_fault, validated
-from features.regular_files import user_error_for_links
+from features.regular_files import lstat_regular, user_error_for_links
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.release import pages, serving, steps
@@ -108,8 +108,8 @@ def alone(out: Path) -> Iterator[None]:
 def _gates(config: NightlyConfig) -> tuple[Gates, dict[str, str]]:
     """The gates, and task → kind of the candidate. Raises UserError for a gate that names nothing real."""
     kinds, dimensions = steps.measured(config)
-    of_run = config.run / "gates.yaml" if config.run else None
-    path = config.gates or (of_run if of_run and of_run.exists() else None)
+    of_run = config.run and lstat_regular(config.run, "gates.yaml") and config.run / "gates.yaml"
+    path = config.gates or of_run
     if path and config.max_increase != NightlyConfig.model_fields["max_increase"].default:
         raise UserError(
             f"max_increase is for nights without a gates.yaml, and {path} is there: write the bound there, as "

@@ -13,6 +13,7 @@ from pipeline.dataset.days import day_of
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import ALL
+from pipeline.evaluation.metrics.slice_names import Dimensions
 from pipeline.evaluation.metrics.slices import dimensions
 from pipeline.release import encoded_day, scoring, training_step
 from pipeline.release.config import NightlyConfig
@@ -58,8 +59,8 @@ class Encoded(Strict):
         return all(_identity(Path(folder)) == known for folder, known in self.manifests.items())
 
 
-def measured(config: NightlyConfig) -> tuple[dict[str, str], list[str]]:
-    """Task → kind of the candidate, in order (with `train`: of `days`), and the dimensions of the slices.
+def measured(config: NightlyConfig) -> tuple[dict[str, str], Dimensions]:
+    """Task → kind of the candidate, in order (with `train`: of `days`), and the dimensions of the slices with their names.
 
     Raises:
         UserError: no such run or dataset, or a slice that it cannot have.
@@ -67,7 +68,8 @@ def measured(config: NightlyConfig) -> tuple[dict[str, str], list[str]]:
     origin = origin_of(config, Run(config.run)) if config.run else origin_of_days(config)
     schema = Run(config.run).schema() if config.run else origin.dataset.schema
     found = dimensions(config, origin.dataset.only([*schema.tasks]))
-    return {name: task.kind for name, task in schema.tasks.items()}, [ALL, *(dimension.name for dimension in found)]
+    kinds: dict[str, str] = {name: task.kind for name, task in schema.tasks.items()}
+    return kinds, {dimension.name: dimension.slice_names for dimension in found}
 
 
 def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | None, nights: Sequence[Night]) -> Chosen:

@@ -77,7 +77,7 @@ def make(root: Path) -> None:
     encode_day(root / "alone" / day(0), root / "days", 0)
     train_run(root / "days", root / "run", last=0, steps=20)
     lax = {"metric": "ne", "max": 9, "allow_ne_above_one": True}
-    (root / "run" / "gates.yaml").write_text(json.dumps({"default": [lax]}))
+    (root / "run" / "gates.yaml").write_text(json.dumps({"default": [lax, {"metric": "rows", "min": 1}]}))
     judge(root, 1, 10)
 
 

@@ -28,13 +28,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_day(root / "log", number, rows=400)
         encode_day(root / "log", root / "days", number)
     train_run(root / "days", root / "run", last=0, steps=10)
+    some_rows = {"metric": "rows", "min": 1}
     for name, limit in (("pass", 9.0), ("fail", 0.01)):
         gate = {"metric": "ne", "max": limit, "allow_ne_above_one": True}
-        (root / f"{name}.yaml").write_text(yaml.safe_dump({"default": [gate]}))
+        (root / f"{name}.yaml").write_text(yaml.safe_dump({"default": [gate], "tasks": {"dwell": [some_rows]}}))
     gate = {"metric": "auc", "min": 0.0, "min_rows": 9999}
     of_task = {"gates": [gate], "default": False, "allow_ne_above_one": True}
     lax = {"metric": "ne", "max": 9.0, "allow_ne_above_one": True}
-    tasks = {"click": of_task, "save": {"gates": [lax]}}
+    tasks = {"click": of_task, "save": {"gates": [lax]}, "dwell": [some_rows]}
     (root / "undecided.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
     return root
 

@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encode_day(root / "log", root / "days", number)
     train_run(root / "days", root / "run", last=0, steps=10)
     lax = {"metric": "ne", "max": 5, "allow_ne_above_one": True}
-    (root / "gates.yaml").write_text(yaml.safe_dump({"default": [lax]}))
+    (root / "gates.yaml").write_text(yaml.safe_dump({"default": [lax, {"metric": "rows", "min": 1}]}))
     return root
 
 
