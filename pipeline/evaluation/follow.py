@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from features.errors import UserError
+from features.errors import UserError, join_faults
 from features.schema.schema import Split
 from models.table_storage import Precision
 from pipeline import cores
@@ -106,14 +106,17 @@ class Evaluation:
         dataset_name = None if self.scorer.own_dataset else self.scorer.dataset.name
         self.series = series_of(config.split, dataset_name, config.share)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
+        self.has_retried = False  # those that failed, once training had finished
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Evaluates checkpoints in `order` and yields each record, on rank 0, once it is in eval.jsonl.
 
         `follow` ends when training has finished and each checkpoint has its record, or is claimed by another evaluator.
+        It tries a damaged one again every minute, and once more at the end; it leaves out one that the trainer has deleted.
 
         Raises:
-            UserError: a damaged checkpoint; or, following, no heartbeat of the trainer for `give_up_after` seconds.
+            UserError: a damaged checkpoint, following only at the end; damaged rows; or, following, no heartbeat of the trainer
+                for `give_up_after` seconds.
         """
         config = self.config
         if config.truth and ranks.is_first():
@@ -151,6 +154,15 @@ class Evaluation:
         self.claim = self.pending.take(found if steps is None else steps, found[-1] if finished and found else None)
         if self.claim:
             return self.claim.step
+        if finished and (failed := self.pending.failed(found)):
+            if self.has_retried:
+                faults = join_faults([f"step {step} ({error})" for step, error in failed.items()], 5)
+                raise UserError(
+                    f"{run.checkpoints}: not evaluated: {faults}. Restore or delete these checkpoints and rerun the command."
+                )
+            self.has_retried = True
+            self.pending.retry()
+            return WAIT
         if finished or not config.follow:
             return END
         # A trainer that failed may be restarted, by torchrun, a cluster or a person.
@@ -182,9 +194,11 @@ class Evaluation:
             return record
 
     def _may_leave_out(self, step: int) -> bool:
-        """Whether evaluation goes on without a checkpoint: following, or where one that nobody named was deleted meanwhile."""
+        """Whether evaluation goes on without a checkpoint: following, a damaged one; else one that is gone and nobody named."""
+        if self.config.follow:
+            return self.claim is not None and self.pending.is_damaged(self.claim)
         is_gone = not checkpoint.folder(self.run.checkpoints, step).exists()
-        return self.config.follow or (is_gone and isinstance(self.config.step, str))
+        return is_gone and isinstance(self.config.step, str)
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:

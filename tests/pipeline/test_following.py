@@ -164,6 +164,68 @@ def test_a_checkpoint_that_is_deleted_meanwhile_ends_an_evaluation_only_if_it_wa
         next(named)
 
 
+def test_a_follower_ends_with_an_error_that_names_the_damaged_checkpoints_once_it_has_tried_them_again(run: Run):
+    run.write_status("finished", 6, 6)
+    files = [run.checkpoints / f"step-0000000{step}" / "tensors.json" for step in (4, 6)]
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(b"?" + file.read_bytes()[1:])
+    following = evaluate(config(run, follow=True))
+    assert next(following)["step"] == 2
+    with pytest.raises(
+        UserError, match=r"checkpoints: not evaluated: step 4 \(.*tensors.json: its checksum.*; step 6 \("
+    ):
+        next(following)
+    evaluation = Evaluation(config(run, follow=True))
+    retry = evaluation.pending.retry
+
+    def restored() -> None:
+        for file, content in zip(files, whole, strict=True):
+            file.write_bytes(content)
+        retry()
+
+    with mock.patch.object(evaluation.pending, "retry", restored):
+        assert [record["step"] for record in evaluation.records()] == [4, 6]
+
+
+def test_a_follower_ends_at_once_where_rows_are_damaged_and_does_not_blame_the_checkpoint(run: Run, tmp_path, caplog):
+    run.write_status("finished", 6, 6)
+    data = Path(shutil.copytree(run.config()["dataset"], tmp_path / "data"))
+    shard = min((data / "test").glob("*.parquet"))
+    shard.write_bytes(b"?" * shard.stat().st_size)
+    for tables_of in ("all", "needed"):
+        with pytest.raises(UserError, match=shard.name):
+            list(evaluate(config(run, follow=True, dataset=data, tables=tables_of)))
+    with (
+        mock.patch.object(evaluated, "write", side_effect=OSError(28, "No space left")),
+        pytest.raises(OSError, match="space"),
+    ):
+        list(evaluate(config(run, follow=True)))
+    assert "left out" not in caplog.text
+    assert lines(run) == []
+
+
+def test_a_follower_leaves_out_what_the_trainer_deletes_or_writes_anew_meanwhile(run: Run, tmp_path: Path):
+    run.write_status("finished", 6, 6)
+    evaluation = Evaluation(config(run, follow=True))
+    load, again = evaluation.scorer.weights.load, []
+
+    def late(step: int) -> object:
+        folder = checkpoint.folder(run.checkpoints, step)
+        if step == 4:
+            checkpoint.remove(folder)
+        if step == 6 and not again:  # rolled back: this step is another checkpoint
+            again.append(step)
+            shutil.copytree(folder, tmp_path / "new")
+            checkpoint.remove(folder)
+            (tmp_path / "new").rename(folder)
+            raise OSError(116, "Stale file handle")
+        return load(step)
+
+    with mock.patch.object(evaluation.scorer.weights, "load", late):
+        assert [record["step"] for record in evaluation.records()] == [2, 6]
+
+
 def test_a_checkpoint_that_cannot_be_read_keeps_no_lock(run: Run):
     file = run.checkpoints / "step-00000004" / "rank-00000.bin"
     whole = file.read_bytes()
@@ -241,9 +303,11 @@ def test_rank_0_of_an_evaluator_chooses_and_records_and_all_ranks_end_with_its_e
     first, second = (json.loads((run / f"said-{rank}.json").read_text()) for rank in range(2))
     assert (first["steps"], second["steps"]) == ([6, 4, 2], [])
     assert (first["first"], second["first"]) == (0, 0)
-    assert "step-00000004/rank-00000.bin: its checksum" in first["error"]
-    assert first["error"] == second["error"]
+    assert ["step-00000004/rank-00000.bin: its checksum" in error for error in first["errors"]] == [True, True]
+    assert "not evaluated: step 4 (" in first["errors"][1]
+    assert first["errors"] == second["errors"]
     assert [line["step"] for line in read_lines(run / "first.jsonl")] == [6, 4, 2]
+    assert [line["step"] for line in read_lines(run / "metrics" / "eval.jsonl")] == [2, 6]
 
 
 def test_without_a_process_group_there_is_one_rank():
