@@ -60,7 +60,7 @@ def progress_line(record: dict[str, Any]) -> str:
     ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
     line = f"step {record['step']:,}  {record['split']}  NE {ne}  {record['seconds']:.1f} s"
     if lag := record.get("lag"):
-        line += f"  lag {lag['steps']:,} steps, {lag['seconds']:,.1f} s"
+        line += f"  lag {lag['steps']:,} steps" + (f", {lag['seconds']:,.1f} s" if "seconds" in lag else "")
     return line
 
 

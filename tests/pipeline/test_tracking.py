@@ -303,6 +303,21 @@ def test_prometheus_reads_the_newest_figures_of_an_evaluator_whatever_a_task_is_
     }  # fmt: skip
 
 
+def test_prometheus_keeps_the_newest_checkpoint_while_older_ones_are_evaluated_after_it(run: Run, port: int) -> None:
+    split = (("split", "test"),)
+    with opened(Job(run, "eval_test", "test"), TrackingSettings(metrics_port=port)) as sinks:
+        sinks.handle(EvalRecord(evaluated(60, 0.9, lag={"steps": 5, "seconds": 2.5})))
+        sinks.handle(EvalRecord(evaluated(30, 0.95, lag={"steps": 35, "seconds": 40.0}) | {"time": 1100.0}))
+        found = scrape(port)
+        assert [found[f"taskfuse_eval_{name}", split] for name in ("step", "lag_steps", "lag_seconds")] == [60, 5, 2.5]
+        assert found["taskfuse_eval_record_timestamp_seconds", split] == 1100
+        assert found["taskfuse_eval_ne", (*split, ("task", "click"))] == 0.9
+        sinks.handle(EvalRecord(evaluated(90, 0.9, lag={"steps": 0})))  # training has ended
+        found = scrape(port)
+    assert (found["taskfuse_eval_step", split], found["taskfuse_eval_lag_steps", split]) == (90, 0)
+    assert math.isnan(found["taskfuse_eval_lag_seconds", split])
+
+
 def listening() -> set[tuple[str, int]]:
     connections = psutil.Process().net_connections("inet")
     return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
