@@ -32,7 +32,7 @@ from pipeline.evaluation.tracked import check_settings, publish, series_of, trac
 from pipeline.evaluation.weights import Loading, Shard, Tables
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
-from pipeline.run.tracking.base import EvalRecord
+from pipeline.run.tracking.base import EvalRecord, Recorded
 from pipeline.run.tracking.settings import TrackingSettings
 
 POLL_INTERVAL = 0.5  # seconds
@@ -124,12 +124,16 @@ class Evaluation:
         steps = None if config.follow else ranks.from_first(lambda: _steps(self.run, config))
         known = self.pending.known().values() if ranks.is_first() else ()
         with tracked(config, self.run, config.split, self.series, known) as sinks:
-            while (step := ranks.from_first(lambda: self._next(steps))) != END:
-                if step == WAIT:
-                    time.sleep(POLL_INTERVAL)
-                elif record := self._evaluate(step):
-                    sinks.handle(EvalRecord(with_bounds(record)))
-                    yield record
+            try:
+                while (step := ranks.from_first(lambda: self._next(steps))) != END:
+                    if step == WAIT:
+                        time.sleep(POLL_INTERVAL)
+                    elif record := self._evaluate(step):
+                        sinks.handle(Recorded(self._known))
+                        sinks.handle(EvalRecord(with_bounds(record)))
+                        yield record
+            finally:
+                sinks.handle(Recorded(self._known))
 
     def results(self) -> Results:
         """All that is known of the split by now, for reports. Raises UserError for a record that lacks a metric."""
@@ -139,6 +143,9 @@ class Evaluation:
     def publish(self) -> None:
         """Sends the report to MLflow, where the settings ask for it."""
         publish(self.config, self.run, self.config.split, self.series, self.run.report)
+
+    def _known(self) -> list[dict[str, Any]]:
+        return [with_bounds(record) for record in self.pending.known().values()]
 
     def _next(self, steps: list[int] | None) -> int:
         """The step that was claimed, WAIT or END. Called at least every POLL_INTERVAL, so that no rank waits for long.

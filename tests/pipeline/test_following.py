@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 from evaluations_by_hand import set_commit_time
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from features.errors import UserError
 from models.ranker import ModelConfig
@@ -67,6 +68,14 @@ def test_two_evaluators_of_a_split_share_its_checkpoints(run: Run):
     assert [one, *(record["step"] for record in first)] == [2, 4]
     assert [r["step"] for r in evaluate(config(run, split="valid"))] == [2, 4, 6]
     assert sorted(lines(run)) == [(step, split) for step in (2, 4, 6) for split in ("test", "valid")]
+
+
+def test_two_evaluators_at_the_same_time_leave_every_point_in_tensorboard(run: Run):
+    first, second = (evaluate(config(run)) for _ in range(2))
+    assert [next(each)["step"] for each in (first, second, first)] == [2, 4, 6]
+    assert [list(second), list(first)] == [[], []]
+    board = EventAccumulator(str(run.tensorboard / "eval_test")).Reload()
+    assert [point.step for point in board.Scalars("eval_test/click/ne/low")] == [2, 4, 6]
 
 
 def test_a_follower_takes_what_a_killed_one_leaves(run: Run):

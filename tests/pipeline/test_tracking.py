@@ -23,8 +23,18 @@ from pipeline.evaluation.follow import EvaluateConfig, Evaluation
 from pipeline.evaluation.tracked import check_settings, series_of, tracked, with_bounds
 from pipeline.run.run import Run
 from pipeline.run.tracking import tensorboard
-from pipeline.run.tracking.base import TRAIN, Committed, EvalRecord, Event, Job, Published, RolledBack, TrainRecord
-from pipeline.run.tracking.registry import SINKS, check, opened
+from pipeline.run.tracking.base import (
+    TRAIN,
+    Committed,
+    EvalRecord,
+    Event,
+    Job,
+    Published,
+    Recorded,
+    RolledBack,
+    TrainRecord,
+)
+from pipeline.run.tracking.registry import SINKS, Sinks, check, opened
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
@@ -194,6 +204,33 @@ def test_a_restarted_evaluator_draws_each_step_once_and_what_a_kill_left_out(run
     wanted = [(2, 0.2), (4, 0.45), (6, 0.6), (8, 0.8)]
     found = curves(run.tensorboard / "eval_test")["eval_test/click/ne"]
     assert found == [(step, pytest.approx(value)) for step, value in wanted]
+
+
+def test_two_evaluators_at_the_same_time_leave_no_gap_whoever_ends_first(run: Run) -> None:
+    written: dict[int, dict[str, Any]] = {}
+
+    def record(sinks: Sinks, step: int) -> None:
+        written[step] = with_bounds(evaluated(step, step / 100))
+        sinks.handle(EvalRecord(written[step]))
+
+    def board() -> list[tuple[int, float]]:
+        return [(step, round(value, 6)) for step, value in curves(run.tensorboard / "eval_test")["eval_test/click/ne"]]
+
+    job, seen = Job(run, "eval_test", "test"), Recorded(written.values)
+    with opened(job, TrackingSettings()) as one:
+        with opened(job, TrackingSettings()) as two:
+            record(one, 30)
+            one.handle(seen)
+            record(two, 60)
+            two.handle(seen)
+            assert board() == [(30, 0.3), (60, 0.6)]
+            record(one, 45)
+            record(two, 90)
+            two.handle(seen)
+        record(one, 120)
+        one.handle(seen)
+    assert board() == [(step, step / 100) for step in (30, 45, 60, 90, 120)]
+    assert len(list((run.tensorboard / "eval_test").iterdir())) == 1
 
 
 def test_evaluators_of_two_splits_and_of_another_dataset_do_not_touch_each_others_curves(run: Run) -> None:
