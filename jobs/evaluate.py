@@ -8,6 +8,7 @@ Examples:
   python -m jobs.launch --nproc-per-node=8 -m jobs.evaluate run=/runs/large step=newest table_precision=fp16
 """
 
+from contextlib import suppress
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -42,17 +43,27 @@ def main(config: DictConfig) -> None:
         return
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
+
+        def write_page() -> None:
+            page.write_run(evaluation.results(), defaults=Settings().model_dump(mode="json"))
+
         found = False
-        for record in evaluation.records():
-            found = True
-            print(progress_line(record), flush=True)
+        try:
+            for record in evaluation.records(write_page):
+                found = True
+                print(progress_line(record), flush=True)
+        except (UserError, SystemExit):
+            if found:
+                with suppress(UserError, OSError):  # the first error is the one to print
+                    write_page()
+                    evaluation.publish()
+            raise
         if rank == 0:
-            results = evaluation.results()
             if not found and not settings.follow:
                 print("Nothing new: these checkpoints have a record of these settings, or are another evaluator's.")
-            page.write_run(results, defaults=Settings().model_dump(mode="json"))
+            write_page()
             evaluation.publish()
-            print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
+            print(f"\n{tables.table(evaluation.results())}\n\n{evaluation.run.report}")
 
 
 def progress_line(record: dict[str, Any]) -> str:

@@ -5,9 +5,10 @@ evaluation (all figures, predictions) are written before its line in eval.jsonl,
 an evaluator that is killed before the line leaves files that the next one replaces.
 """
 
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,11 +33,15 @@ from pipeline.evaluation.tracked import check_settings, publish, series_of, trac
 from pipeline.evaluation.weights import Loading, Shard, Tables
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
-from pipeline.run.tracking.base import EvalRecord, Recorded
+from pipeline.run.tracking.base import EvalRecord, Published, Recorded
+from pipeline.run.tracking.registry import Sinks
 from pipeline.run.tracking.settings import TrackingSettings
 
 POLL_INTERVAL = 0.5  # seconds
+PAGE_EVERY, PAGE_EVERY_BEHIND = 30.0, 300.0  # seconds from a page to the next, the second while more checkpoints wait
 WAIT, END = -1, -2  # instead of a step: nothing to evaluate now, or any more
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluateConfig(MeasureConfig, TrackingSettings):
@@ -107,13 +112,20 @@ class Evaluation:
         self.series = series_of(config.split, dataset_name, config.share)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
         self.has_retried = False  # those that failed, once training had finished
+        self.page_time, self.is_on_page = (
+            time.monotonic() - PAGE_EVERY,
+            True,
+        )  # whether each record of this evaluation is
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self, write_page: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
         """Evaluates checkpoints in `order` and yields each record, on rank 0, once it is in eval.jsonl.
 
         `follow` ends when training has finished and each checkpoint has its record, or is claimed by another evaluator.
         It tries a damaged one again every minute, and once more at the end; it leaves out one that the trainer has deleted.
 
+        Args:
+            write_page: writes the run's report. It is called after a record while checkpoints are waited for, at most every
+                PAGE_EVERY seconds, and every PAGE_EVERY_BEHIND seconds where they are not; the last page is the caller's.
         Raises:
             UserError: a damaged checkpoint, following only at the end; damaged rows; or, following, no heartbeat of the trainer
                 for `give_up_after` seconds.
@@ -127,11 +139,14 @@ class Evaluation:
             try:
                 while (step := ranks.from_first(lambda: self._next(steps))) != END:
                     if step == WAIT:
+                        self._refresh(write_page, sinks, PAGE_EVERY)
                         time.sleep(POLL_INTERVAL)
                     elif record := self._evaluate(step):
                         sinks.handle(Recorded(self._known))
                         sinks.handle(EvalRecord(with_bounds(record)))
+                        self.is_on_page = False
                         yield record
+                        self._refresh(write_page, sinks, PAGE_EVERY_BEHIND)
             finally:
                 sinks.handle(Recorded(self._known))
 
@@ -143,6 +158,17 @@ class Evaluation:
     def publish(self) -> None:
         """Sends the report to MLflow, where the settings ask for it."""
         publish(self.config, self.run, self.config.split, self.series, self.run.report)
+
+    def _refresh(self, write_page: Callable[[], None] | None, sinks: Sinks, seconds: float) -> None:
+        """Writes a page where the last one lacks a record, if it is so old."""
+        if write_page is None or self.is_on_page or time.monotonic() - self.page_time < seconds:
+            return
+        try:
+            write_page()
+            sinks.handle(Published(self.run.report))
+        except (UserError, OSError) as error:
+            logger.warning("%s cannot be written now: %s", self.run.report, error)
+        self.page_time, self.is_on_page = time.monotonic(), True
 
     def _known(self) -> list[dict[str, Any]]:
         return [with_bounds(record) for record in self.pending.known().values()]

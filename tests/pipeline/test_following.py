@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import fake_mlflow
 import pytest
 from evaluations_by_hand import set_commit_time
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,6 +77,51 @@ def test_two_evaluators_at_the_same_time_leave_every_point_in_tensorboard(run: R
     assert [list(second), list(first)] == [[], []]
     board = EventAccumulator(str(run.tensorboard / "eval_test")).Reload()
     assert [point.step for point in board.Scalars("eval_test/click/ne/low")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("behind", "written"), [(300.0, [3]), (0.0, [1, 2, 3])])
+def test_a_follower_writes_the_report_and_sends_it_once_no_checkpoint_waits_or_after_a_long_time(
+    run: Run, monkeypatch: pytest.MonkeyPatch, behind: float, written: list[int], caplog
+):
+    fake_mlflow.install(monkeypatch)
+    monkeypatch.setattr(follow, "PAGE_EVERY_BEHIND", behind)
+    run.write_status("training", 6, 8)
+    pages: list[int] = []
+
+    def write_page() -> None:
+        run.report.write_text("<html>")
+        pages.append(len(lines(run)))
+        if pages[-1] == 3:
+            run.write_status("finished", 6, 6)
+            raise OSError("the disk is full")  # which is no reason to end
+
+    tracking = {"tracking": "mlflow", "tracking_uri": "sqlite:////fake"}
+    steps = [record["step"] for record in Evaluation(config(run, follow=True, **tracking)).records(write_page)]
+    assert (steps, pages) == ([2, 4, 6], written)
+    [sent] = fake_mlflow.STORES["sqlite:////fake"].runs.values()
+    assert sent.files == ["report.html"] * (len(written) - 1)
+    assert "report.html cannot be written now: the disk is full" in caplog.text
+
+
+def test_a_follower_that_waits_writes_a_report_for_new_records_only_and_not_more_often_than_it_may(
+    run: Run, monkeypatch
+):
+    monkeypatch.setattr(follow, "PAGE_EVERY", 5.0)
+    clock, pages, kept = [0.0], list[float](), run.path / "kept"
+    checkpoint.folder(run.checkpoints, 6).rename(kept)
+    run.write_status("training", 6, 8)
+
+    def sleep(_: float) -> None:
+        clock[0] += 0.5
+        if clock[0] == 2:
+            kept.rename(checkpoint.folder(run.checkpoints, 6))
+        if clock[0] == 20:
+            run.write_status("finished", 6, 6)
+
+    monkeypatch.setattr(follow.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(follow.time, "sleep", sleep)
+    assert len(list(Evaluation(config(run, follow=True)).records(lambda: pages.append(clock[0])))) == 3
+    assert pages == [0.0, 5.0]
 
 
 def test_a_follower_takes_what_a_killed_one_leaves(run: Run):
