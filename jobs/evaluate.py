@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from features.errors import UserError
 from jobs.entry import job, parse
+from pipeline.run.headline import headline
 from pipeline.terminal import short_decimal
 
 
@@ -67,9 +68,13 @@ def main(config: DictConfig) -> None:
 
 
 def progress_line(record: dict[str, Any]) -> str:
-    """A record in a line: step, split, NE of each binary task, duration, lag behind the trainer."""
-    ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
-    line = f"step {record['step']:,}  {record['split']}  NE {ne}  {record['seconds']:.1f} s"
+    """A record in a line: step, split, headline metric of each task, duration, lag behind the trainer."""
+    shown: dict[str, str] = {}
+    for task, metrics in record["metrics"].items():
+        name = headline(metrics)
+        if metrics[name] is not None:
+            shown[name] = f"{shown.get(name, name.upper())} {task} {short_decimal(metrics[name])}"
+    line = f"step {record['step']:,}  {record['split']}  {' '.join(shown.values())}  {record['seconds']:.1f} s"
     if lag := record.get("lag"):
         line += f"  lag {lag['steps']:,} steps" + (f", {lag['seconds']:,.1f} s" if "seconds" in lag else "")
     return line

@@ -163,8 +163,14 @@ def test_a_record_has_its_lag_and_share_and_the_line_shows_the_lag(run: Run):
     assert record["share"] == 1.0
     assert list(read_lines(run.eval_metrics)) == [record]
     line = re.sub(r"\d?\.\d{4}", ".8123", progress_line(record | {"seconds": 1.23}))
-    assert line == "step 4  test  NE click .8123 bought .8123  1.2 s  lag 1,040 steps, 3.1 s"
+    assert line == "step 4  test  NE click .8123 bought .8123 NRMSE dwell .8123  1.2 s  lag 1,040 steps, 3.1 s"
     assert progress_line(record | {"seconds": 1.23, "lag": {"steps": 40}}).endswith(" 1.2 s  lag 40 steps")
+    figures = {
+        "dwell": {"nrmse": 1.25, "mae": 3.0},
+        "click": {"ne": None},
+        "price": {"nrmse": 0.5},
+    }  # click: no label 1
+    assert progress_line(record | {"metrics": figures}).startswith("step 4  test  NRMSE dwell 1.2500 price .5000  ")
     assert progress_line(record | {"seconds": 1.23, "lag": None}).endswith(" 1.2 s")
 
 
