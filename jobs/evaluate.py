@@ -8,6 +8,7 @@ Examples:
   python -m jobs.launch --nproc-per-node=8 -m jobs.evaluate run=/runs/large step=newest table_precision=fp16
 """
 
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -37,10 +38,11 @@ def main(config: DictConfig) -> None:
         config.run = str(config.compare[0])
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     if settings.compare:
-        compared = comparison(settings)
-        print(compared.table)
-        page.write_comparison(compared.models, compared.models[1], compared.file)
-        print(f"\n{compared.file}")
+        if os.environ.get("RANK", "0") == "0":  # of ranks, which have nothing to share here, one does it
+            compared = comparison(settings)
+            print(compared.table)
+            page.write_comparison(compared.models, compared.models[1], compared.file)
+            print(f"\n{compared.file}")
         return
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
