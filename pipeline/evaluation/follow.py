@@ -112,10 +112,8 @@ class Evaluation:
         self.series = series_of(config.split, dataset_name, config.share)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
         self.has_retried = False  # those that failed, once training had finished
-        self.page_time, self.is_on_page = (
-            time.monotonic() - PAGE_EVERY,
-            True,
-        )  # whether each record of this evaluation is
+        self.page_time = time.monotonic() - PAGE_EVERY  # of the last page; the first may be written at once
+        self.is_on_page = True  # whether each record of this evaluation is
 
     def records(self, write_page: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
         """Evaluates checkpoints in `order` and yields each record, on rank 0, once it is in eval.jsonl.
