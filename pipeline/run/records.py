@@ -33,7 +33,7 @@ class Lag(BaseModel):
     """How far an evaluation was behind its trainer when it was recorded, see pipeline.evaluation.lag."""
 
     steps: Natural
-    seconds: Seconds
+    seconds: Seconds | None = None
 
 
 Names = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=4096)]

@@ -285,11 +285,24 @@ def test_a_long_training_is_thinned_out_evenly(tmp_path: Path):
     assert rows == list(range(0, 9001, 3))
 
 
-def test_the_link_to_a_data_card_is_relative_and_quoted(tmp_path: Path):
+def test_the_link_to_a_data_card_is_relative_and_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "run").mkdir()
     dataset = tmp_path / 'da"ta#1'
     assert reading.card_link(tmp_path / "run" / "report.html", str(dataset)) is None
     (tmp_path / 'da"ta#1.card.html').write_text("x")
     assert reading.card_link(tmp_path / "run" / "report.html", str(dataset)) == "./../da%22ta%231.card.html"
+    days = tmp_path / "days"
+    days.mkdir()
+    for day in ("2026-11-02", "2026-11-04", "2026-11-08"):
+        (days / f"{day}.card.html").write_text("x")
+    named = {"2026-11-01..2026-11-05": "2026-11-04", "2026-11-08": "2026-11-08", "2026-11-02,2026-11-05": "2026-11-02"}
+    for name, newest in named.items():
+        link = reading.card_link(tmp_path / "run" / "report.html", str(days / name))
+        assert link == f"./../days/{newest}.card.html"
+    for name in ("2026-11-05", "2026-11-05..2026-11-07"):
+        assert reading.card_link(tmp_path / "run" / "report.html", str(days / name)) is None
     for bad in ("", "\0", "a" * 5000):
         assert reading.card_link(tmp_path / "run" / "report.html", bad) is None
+    monkeypatch.chdir(days)  # a dataset may be named by "."
+    (tmp_path / "days.card.html").write_text("x")
+    assert reading.card_link(tmp_path / "run" / "report.html", ".") == "./../days.card.html"
