@@ -32,12 +32,17 @@ class Origin:
 
     Attributes:
         dataset: whose encoders. state: the dataset whose histories and counters the day goes on from; None: it has none.
-        key: identifies both: models of the same one share the encoded day.
+        ids: identifies both: ids mean the same in days where it is the same.
     """
 
     dataset: Dataset
     state: Path | None
-    key: str
+    ids: str
+
+    @property
+    def key(self) -> str:
+        """Identifies the encoded day: models of the same encoders, state and schema share it."""
+        return f"{self.ids}-{self.dataset.manifest.fingerprint}"
 
 
 def origin_of(config: NightlyConfig, run: Run) -> Origin:
@@ -56,12 +61,12 @@ def origin_of_days(config: NightlyConfig) -> Origin:
 
 
 def _origin(config: NightlyConfig, path: Path, dataset: Dataset) -> Origin:
-    state, key = None, dataset.encoders_id
+    state, ids = None, dataset.encoders_id
     if dataset.schema.past:
         state = newest_dataset(path, day_of(config.date), config.missing_days)
         known = read_manifest(state).state
-        key += f"-{state_id(known)}" if known else ""
-    return Origin(dataset, state, key)
+        ids += f"-{state_id(known)}" if known else ""
+    return Origin(dataset, state, ids)
 
 
 def earlier_days(config: NightlyConfig) -> list[date]:

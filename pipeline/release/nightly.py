@@ -142,7 +142,7 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
         **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump(), **day},
         "measure": _measured_with(config),
     }
-    if theirs and encoded.folders["serving"] != encoded.folders["candidate"]:
+    if theirs and of_roles["serving"].ids != of_roles["candidate"].ids:
         theirs = comparable(theirs)
     if theirs:
         recorder.step("compare", models, lambda: steps.compare(ours, theirs))

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from features.errors import UserError
+from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.days import day_of
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
@@ -18,7 +19,7 @@ from pipeline.release import encoded_day, scoring, training_step
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import check_data
 from pipeline.release.encoded_day import Origin, origin_of, origin_of_days
-from pipeline.release.gates import check_same_tasks
+from pipeline.release.gates import check_same_labels, check_same_tasks
 from pipeline.release.night import ModelReference, Night, Scored, Strict, Text
 from pipeline.release.scoring_ranks import Work, score_on_ranks
 from pipeline.release.serving import Blessed
@@ -65,9 +66,14 @@ def measured(config: NightlyConfig) -> tuple[dict[str, str], list[str]]:
         UserError: no such run or dataset, or a slice that it cannot have.
     """
     origin = origin_of(config, Run(config.run)) if config.run else origin_of_days(config)
-    schema = Run(config.run).schema() if config.run else origin.dataset.schema
+    schema = _schema(config)
     found = dimensions(config, origin.dataset.only([*schema.tasks]))
     return {name: task.kind for name, task in schema.tasks.items()}, [ALL, *(dimension.name for dimension in found)]
+
+
+def _schema(config: NightlyConfig) -> Schema:
+    """The candidate's; with `train` that of `days`."""
+    return Run(config.run).schema() if config.run else origin_of_days(config).dataset.schema
 
 
 def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | None, nights: Sequence[Night]) -> Chosen:
@@ -76,7 +82,7 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
     Args:
         served: of OUT/serving.json, before this night. nights: of OUT.
     Raises:
-        UserError: a model that is not there, or of other tasks.
+        UserError: a model that is not there, or of other tasks or labels.
     """
     serving = None
     if config.serving:
@@ -85,8 +91,9 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
         serving = served.model
     ours = str(config.run or config.days)
     if serving:
-        theirs = {name: task.kind for name, task in Run(Path(serving.run)).schema().tasks.items()}
-        check_same_tasks(kinds, theirs, ours, serving.run)
+        theirs = Run(Path(serving.run)).schema().tasks
+        check_same_tasks(kinds, {name: task.kind for name, task in theirs.items()}, ours, serving.run)
+        check_same_labels(_schema(config).tasks, theirs, ours, serving.run)
         if day_of(config.date) in training_step.trained_on(Run(Path(serving.run))):
             logger.warning("%s was trained on %s: its figures of that day are too good", serving.run, config.date)
     if config.train is not None:
