@@ -155,7 +155,7 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     recorder.step("gates", of_gates, verdict)
     found = verdict_of(recorder.night)
     assert found is not None
-    recorder.step("report", of_gates, lambda: _report(config, recorder.night, found, kinds))
+    recorder.step("report", of_gates, lambda: _report(config, recorder.current(), found, kinds))
     return found.outcome, found.line
 
 

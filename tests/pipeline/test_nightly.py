@@ -20,7 +20,7 @@ from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.scorer import Scorer
 from pipeline.release import nightly as job
-from pipeline.release import steps
+from pipeline.release import pages, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.nightly import Result, go_back, nightly
 from pipeline.release.scoring import reference, score
@@ -248,6 +248,25 @@ def test_a_night_that_failed_on_the_way_goes_on_and_redoes_what_has_changed(worl
     assert scored == ["candidate"]
     assert f"{day(3)}: evaluate candidate is done again: its inputs have changed since" in caplog.text
     assert "check is done again" not in caplog.text
+
+
+@pytest.mark.parametrize("stopped_by_data", [False, True])
+def test_what_an_abandoned_attempt_scored_is_not_of_the_night(world, out, tmp_path, stopped_by_data):
+    abandoned = shutil.copytree(world / "run", tmp_path / "abandoned")
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [{"metric": "ne", "max": 0.01}]}))
+    broken = pytest.MonkeyPatch()
+    broken.setattr(pages, "write_night", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        judged(world, out, 3, serving=abandoned, gates=tmp_path / "gates.yaml")
+    broken.undo()
+    assert states(out, 3)["evaluate serving"] == states(out, 3)["gates"] == "done"
+    found = judged(world, out, 3, **({"data_gates": {"base_rate": [1, 1]}} if stopped_by_data else {}))
+    assert (found.night.outcome, found.message["not_passed"]) == ("undecided" if stopped_by_data else "pass", [])
+    assert found.message["serving"] is None
+    assert found.trend.nights[0].serving is None
+    assert (found.message["candidate"] is None) == stopped_by_data
+    if not stopped_by_data:
+        assert "abandoned" not in (out / day(3) / "report.html").read_text()
 
 
 def test_a_late_day_is_judged_after_a_later_one_and_does_not_move_the_pointer(world, out):
