@@ -128,8 +128,9 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     before = rows_of_nights([*nights(config.out)], config.date, config.data_gates.nights)
     of_check = {**day, "data_gates": config.data_gates.model_dump()}
     checked = recorder.step("check", of_check, lambda: steps.check(config, encoded, of_roles["candidate"], before))
-    violations = validated(Checked, checked, config.folder / FILE).violations
-    if violations and config.data_gates.action == "stop":
+    of_data = validated(Checked, checked, config.folder / FILE)
+    if of_data.refused:
+        violations = of_data.violations
         more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
         return "undecided", f"undecided: the day's data: {violations[0]}{more}"
 

@@ -99,7 +99,7 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
     if config.train is not None:
         start = training_step.warm_start(config, nights, serving)
         training_step.check_first(config, start, origin_of_days(config).dataset.schema)
-        days = training_step.new_days(config, start)
+        days = training_step.new_days(config, start, nights)
         return Chosen(serving=serving, start=str(start) if start else None, days=days)
     assert config.run is not None
     run = Run(config.run)

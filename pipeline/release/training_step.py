@@ -12,6 +12,7 @@ from pipeline.dataset.days import chosen_days, day_of, parse_days, ranges_of
 from pipeline.overrides import setting
 from pipeline.release.child import run_module
 from pipeline.release.config import NightlyConfig, TrainStep
+from pipeline.release.data_checks import checked_of
 from pipeline.release.encoded_day import earlier_days
 from pipeline.release.night import ModelReference, Night
 from pipeline.run.run import Run, config_hash
@@ -40,10 +41,10 @@ def warm_start(config: NightlyConfig, nights: Sequence[Night], serving: ModelRef
     return Path(serving.run) if serving else None
 
 
-def new_days(config: NightlyConfig, start: Path | None) -> str:
+def new_days(config: NightlyConfig, start: Path | None, nights: Sequence[Night]) -> str:
     """The days to train on: those before the judged one that the run `start` has not seen; without one all of them.
 
-    A model is not judged on a day that it was trained on.
+    A model is not judged on a day that it was trained on. Days whose data a night has refused are left out.
 
     Raises:
         UserError: there is no such day.
@@ -58,9 +59,17 @@ def new_days(config: NightlyConfig, start: Path | None) -> str:
         else:
             seen = day_of(Path(content["dataset"]).name)
     found = [day for day in earlier if seen is None or day > seen]
+    faulty = {day_of(night.date) for night in nights if (checked := checked_of(night)) and checked.refused}
+    if refused := ", ".join(ranges_of(day for day in found if day in faulty)):
+        logger.warning(
+            "train: without %s, whose data was refused: data_gates.action=warn again=true accepts it", refused
+        )
+        found = [day for day in found if day not in faulty]
     if not found:
+        after = f" after {seen}, the last one that {start} was trained on, and" if seen else ""
+        but = f" but {refused}, whose data was refused" if refused else ""
         raise UserError(
-            f"days={config.days}: no day after {seen}, the last one that {start} was trained on, and before {config.date}. Run "
+            f"days={config.days}: no day{after} before {config.date}{but}. Run "
             "jobs.preprocess with date= for the days between, or judge that run: run= instead of train=."
         )
     return ",".join(ranges_of(found))

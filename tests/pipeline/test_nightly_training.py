@@ -4,6 +4,7 @@ import datetime
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,15 +92,44 @@ def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, t
 @pytest.mark.integration
 def test_days_that_the_start_has_seen_are_not_trained_on_again(world, tmp_path):
     config = night(world / "log", tmp_path, 3, train=SMALL, days=world / "days")
-    assert new_days(config, None) == f"{day(0)}..{day(2)}"
-    assert new_days(config, world / "run") == f"{day(1)}..{day(2)}"
+    assert new_days(config, None, []) == f"{day(0)}..{day(2)}"
+    assert new_days(config, world / "run", []) == f"{day(1)}..{day(2)}"
     assert warm_start(config, [], None) is None
     with pytest.raises(
         UserError, match=rf"no day after {day(0)}, the last one that .*run was trained on, and before {day(1)}"
     ):
-        new_days(night(world / "log", tmp_path, 1, train=SMALL, days=world / "days"), world / "run")
+        new_days(night(world / "log", tmp_path, 1, train=SMALL, days=world / "days"), world / "run", [])
     with pytest.raises(UserError, match="no day before 2026-11-01, whose encoders the day would have"):
         nightly(night(world / "log", tmp_path, 0, train=SMALL, days=world / "days"))
+
+
+@pytest.mark.integration
+def test_days_whose_data_was_refused_are_not_trained_on(world, tmp_path, monkeypatch, caplog):
+    shutil.copytree(world / "days", tmp_path / "days", ignore=shutil.ignore_patterns(day(1), day(2)))
+    shutil.copytree(world / "log", tmp_path / "log")
+    write_day(tmp_path / "log", 1, rows=600, unseen=True)
+    given = {"days": tmp_path / "days", **LAX}
+    of_run = {**given, "run": world / "run", "gates": world / "gates.yaml"}
+
+    def trained_days(number: int) -> str:
+        commands: list[list[str]] = []
+        monkeypatch.setattr(child, "call", lambda command, _: commands.append(command) or 1)
+        with pytest.raises(UserError, match="exit code 1"):
+            nightly(night(tmp_path / "log", tmp_path / "nights", number, train=SMALL, again=True, **given))
+        return next(word for word in commands[0] if word.startswith("days="))
+
+    with no_beam():
+        assert nightly(night(tmp_path / "log", tmp_path / "nights", 1, **of_run)).night.outcome == "undecided"
+        from_run = night(tmp_path / "log", tmp_path / "nights", 2, train=SMALL | {"init_from": world / "run"}, **given)
+        with pytest.raises(
+            UserError, match=f"no day after {day(0)}, .* before {day(2)} but {day(1)}, whose data was refused"
+        ):
+            nightly(from_run)
+        assert nightly(night(tmp_path / "log", tmp_path / "nights", 2, **of_run)).night.outcome == "pass"
+        assert trained_days(3) == f"days=[{day(0)},{day(2)}]"
+        assert f"train: without {day(1)}, whose data was refused" in caplog.text
+        nightly(night(tmp_path / "log", tmp_path / "nights", 1, data_gates={"action": "warn"}, again=True, **of_run))
+        assert trained_days(3) == f"days=[{day(0)}..{day(2)}]"
 
 
 @pytest.mark.integration
