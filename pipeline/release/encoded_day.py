@@ -22,6 +22,7 @@ from pipeline.ingest.job import preprocess
 from pipeline.ingest.past_start import newest_dataset
 from pipeline.release.config import NightlyConfig
 from pipeline.run.run import Run
+from pipeline.storage.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,14 @@ def _preprocess(settings: PreprocessConfig, origin: Origin) -> None:
         logger.info(line)
     if not sum(manifest.rows.values()):
         raise UserError(f"{settings.input}: no rows. Check input= and the day's logs.")
+
+
+def identity(dataset: Path) -> str:
+    """Checksum of a dataset's manifest, which has those of its shards; empty where there is none."""
+    try:
+        return sha256(dataset / "manifest.json")
+    except (OSError, UserError):
+        return ""
 
 
 def rows_id(day: Dataset) -> str:

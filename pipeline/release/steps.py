@@ -18,7 +18,7 @@ from pipeline.evaluation.metrics.slices import dimensions
 from pipeline.release import encoded_day, scoring, training_step
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import check_data
-from pipeline.release.encoded_day import Origin, origin_of, origin_of_days
+from pipeline.release.encoded_day import Origin, identity, origin_of, origin_of_days
 from pipeline.release.gates import check_same_labels, check_same_tasks
 from pipeline.release.night import ModelReference, Night, Scored, Strict, Text
 from pipeline.release.scoring_ranks import Work, score_on_ranks
@@ -26,7 +26,6 @@ from pipeline.release.serving import Blessed
 from pipeline.run import records
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
-from pipeline.storage.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class Encoded(Strict):
 
     def there(self) -> bool:
         """Whether the datasets are still what they were."""
-        return all(_identity(Path(folder)) == known for folder, known in self.manifests.items())
+        return all(identity(Path(folder)) == known for folder, known in self.manifests.items())
 
 
 def measured(config: NightlyConfig) -> tuple[dict[str, str], list[str]]:
@@ -151,7 +150,7 @@ def preprocess(config: NightlyConfig, of_roles: Mapping[str, Origin]) -> Encoded
         if origin.key not in by_key:
             by_key[origin.key] = encoded_day.encode(config, origin)
     folders = {role: str(by_key[origin.key].absolute()) for role, origin in of_roles.items()}
-    return Encoded(folders=folders, manifests={folder: _identity(Path(folder)) for folder in folders.values()})
+    return Encoded(folders=folders, manifests={folder: identity(Path(folder)) for folder in folders.values()})
 
 
 def check(config: NightlyConfig, encoded: Encoded, origin: Origin, rows_before: Sequence[int]) -> dict[str, Any]:
@@ -195,11 +194,3 @@ def compare(ours: figures.Evaluated, theirs: figures.Evaluated) -> dict[str, Any
     wanted = scoring.figures_of(ours)
     found = lines.filter(slice=ALL).select("task", "metric", "ours", "theirs", "delta", "se", "buckets", "rows")
     return {"changes": [line for line in found.iter_rows(named=True) if wanted[line["task"]].metric == line["metric"]]}
-
-
-def _identity(folder: Path) -> str:
-    """Checksum of a dataset's manifest, which has those of its shards; empty where there is none."""
-    try:
-        return sha256(folder / "manifest.json")
-    except (OSError, UserError):
-        return ""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.days import chosen_days, day_of, parse_days, ranges_of
+from pipeline.dataset.days import chosen_days, day_of, folder_of_day, parse_days, ranges_of
 from pipeline.overrides import setting
 from pipeline.release.child import run_module
 from pipeline.release.config import NightlyConfig, TrainStep
 from pipeline.release.data_checks import checked_of
-from pipeline.release.encoded_day import earlier_days
+from pipeline.release.encoded_day import earlier_days, identity
 from pipeline.release.night import ModelReference, Night
 from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import storage_of
@@ -104,17 +104,24 @@ def check_first(config: NightlyConfig, start: Path | None, schema: Schema) -> No
         raise UserError(f"{start} predicts {', '.join(missing)}, which {config.days} has no labels of")
 
 
+def data_of(config: NightlyConfig, days: str) -> list[list[str]]:
+    """The days that are trained on, each with what identifies its dataset. Raises UserError where one has none."""
+    assert config.days is not None
+    found = chosen_days(config.days, days, "refuse")
+    return [[day, identity(folder_of_day(config.days, day))] for day in found]
+
+
 def train(config: NightlyConfig, step: TrainStep, days: str, start: Path | None) -> Path:
     """Trains OUT/DATE/run-KEY to its end in a process of its own, and resumes it where it was killed.
 
-    KEY identifies what it is trained with: a run of other settings, days or weights is never gone on with.
+    KEY identifies what it is trained with: a run of other settings, data or weights is never gone on with.
 
     Raises:
         UserError: it failed; its output is in train.log.
         Preempted: it was asked to end, and has saved its work.
     """
     assert config.days is not None
-    trained_with = [str(config.days.absolute()), days, str(start), *step.args]
+    trained_with = [str(config.days.absolute()), data_of(config, days), str(start), *step.args]
     run = (config.folder / f"run-{config_hash(trained_with)}").absolute()
     start_from = [setting("train.init_from", start)] if start else []
     own = [setting("dataset", config.days.absolute()), f"days=[{days}]", setting("run", run), *start_from]

@@ -1,6 +1,7 @@
 """Nights whose candidate and serving model have other schemas but the same encoders."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nightly_world import CONTENT, day, encode_day, night, no_beam, train_run, w
 from features.errors import UserError
 from pipeline.dataset.dataset import open_dataset
 from pipeline.evaluation.metrics.settings import MeasureConfig
+from pipeline.release import pages
 from pipeline.release.nightly import nightly
 from pipeline.release.scoring import reference, score
 from pipeline.run.run import Run
@@ -56,6 +58,26 @@ def test_models_whose_schemas_differ_in_a_loss_weight_are_compared_on_all_slices
     encoded = open_dataset(world / "days" / day(1))
     wanted = score(reference(Run(world / "run"), None), encoded, 100, MeasureConfig(buckets=20))[0]
     assert found.scored("serving").figures["click"].value == pytest.approx(wanted.value("click", "ne"), rel=1e-6)
+
+
+def test_models_are_compared_again_after_the_day_of_one_of_them_has_changed(world, tmp_path):
+    other = other_run(world, tmp_path, "dwell", loss_weight=2.0)
+    write_day(tmp_path / "log", 1, rows=600)
+    config = night(
+        tmp_path / "log", tmp_path / "nights", 1, run=other.path, serving=world / "run", gates=world / "gates.yaml",
+        days=tmp_path / "days", data_gates={"action": "warn"}, buckets=20, by_time=[],
+    )  # fmt: skip
+    with no_beam(), pytest.MonkeyPatch.context() as broken:
+        broken.setattr(pages, "write_night", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            nightly(config)
+    write_day(tmp_path / "log", 1, rows=600, click_rate=1.0)
+    [of_serving] = config.folder.glob("day-*")
+    shutil.rmtree(of_serving)
+    with no_beam():
+        found = nightly(config).night
+    theirs = {line["task"]: line["theirs"] for line in found.summary("compare")["changes"]}
+    assert theirs["click"] == found.scored("serving").figures["click"].value
 
 
 @pytest.mark.parametrize(("key", "value"), [("observed_when", "click = 1"), ("given", "click"), ("label", "1 - save")])

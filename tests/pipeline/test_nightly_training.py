@@ -19,9 +19,11 @@ from features.errors import Preempted, UserError
 from pipeline.release import child
 from pipeline.release import steps as release_steps
 from pipeline.release.config import NightlyConfig
+from pipeline.release.night import Night, Step
 from pipeline.release.nightly import go_back, nightly
 from pipeline.release.training_step import new_days, trained_on, wait_for_trainer, warm_start
 from pipeline.run.run import Run
+from pipeline.storage.files import make_folder, write_json
 
 SMALL = {
     "args": [
@@ -44,6 +46,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lax = {"metric": "ne", "max": 5, "allow_ne_above_one": True}
     (root / "gates.yaml").write_text(yaml.safe_dump({"default": [lax]}))
     return root
+
+
+def make_again(folder: Path, number: int) -> None:
+    """Makes the dataset of a day again, of other rows."""
+    write_day(folder / "other_log", number, rows=500)
+    encode_day(folder / "other_log", folder / "days", number, overwrite=True)
 
 
 @pytest.fixture
@@ -144,6 +152,72 @@ def test_a_training_with_other_settings_does_not_go_on_with_the_run_of_the_one_b
     folders = [next(word for word in command if word.startswith("run=")) for command in trained]
     assert [folder == folders[0] for folder in folders] == [True, True, False, False, True]
     assert folders[2] == folders[3]
+
+
+@pytest.mark.integration
+def test_a_training_day_that_was_made_again_is_trained_on_in_another_folder(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "days", tmp_path / "days")
+    trained: list[str] = []
+    monkeypatch.setattr(child, "call", lambda command, _: trained.append(command[5]) or 1)
+
+    def attempt(again: bool = False) -> None:
+        with pytest.raises(UserError, match="exit code 1"):
+            nightly(night(world / "log", tmp_path, 2, train=SMALL, days=tmp_path / "days", again=again, **LAX))
+
+    attempt()
+    attempt()
+    make_again(tmp_path, 1)
+    for again in (False, True):
+        attempt(again)
+    assert [run.startswith("run=") for run in trained] == [True] * 4
+    assert trained[0] == trained[1] != trained[2] == trained[3]
+
+
+@pytest.mark.integration
+def test_a_training_is_done_again_only_where_its_run_was_lost_or_its_data_changed(world, tmp_path, in_this_process):
+    shutil.copytree(world / "days", tmp_path / "days")
+    given = {"days": tmp_path / "days", **LAX, "gates": world / "gates.yaml"}
+    config = night(world / "log", tmp_path / "nights", 2, train=SMALL, **given)
+
+    def trained() -> Run:
+        broken = pytest.MonkeyPatch()
+        broken.setattr(release_steps, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            nightly(config)
+        broken.undo()
+        return Run(Path(next(s for s in record(config.out, 2)["steps"] if s["name"] == "train")["summary"]["run"]))
+
+    first = trained()
+    made = (first.path / "config.yaml").stat().st_mtime_ns
+    assert trained().path == first.path
+    assert (first.path / "config.yaml").stat().st_mtime_ns == made
+    make_again(tmp_path, 1)
+    second = trained()
+    assert second.path != first.path
+    shutil.rmtree(second.path)
+    found = nightly(config)
+    assert (found.night.outcome, found.message["candidate"]["run"]) == ("pass", str(second.path))
+
+
+@pytest.mark.integration
+def test_the_start_of_a_training_is_chosen_again_after_an_earlier_night_or_day_has_come(world, tmp_path, monkeypatch):
+    trained: list[list[str]] = []
+    monkeypatch.setattr(child, "call", lambda command, _: trained.append(command) or 1)
+    shutil.copytree(world / "days", tmp_path / "days", ignore=shutil.ignore_patterns(day(2)))
+    config = night(world / "log", tmp_path / "nights", 3, train=SMALL, days=tmp_path / "days", **LAX)
+
+    def attempt() -> set[str]:
+        with pytest.raises(UserError, match="exit code 1"):
+            nightly(config)
+        return {word for word in trained[-1] if word.startswith(("days=", "train.init_from="))}
+
+    assert attempt() == {f"days=[{day(0)}..{day(1)}]"}
+    encode_day(world / "log", tmp_path / "days", 2)
+    assert attempt() == {f"days=[{day(0)}..{day(2)}]"}
+    step = Step(name="train", state="done", started=0.0, inputs="", summary={"run": str(world / "run")})
+    passed = Night(date=day(1), settings={}, steps=[step], outcome="pass")
+    write_json(make_folder(config.out / day(1)) / "night.json", passed.model_dump())
+    assert attempt() == {f"days=[{day(1)}..{day(2)}]", f"train.init_from={world / 'run'}"}
 
 
 @pytest.mark.integration
