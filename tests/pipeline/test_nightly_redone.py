@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from nightly_world import day, encode_day, night, no_beam, train_run, write_day
 
+from features.errors import UserError
 from pipeline.release import nightly as job
 from pipeline.release.data_checks import Checked
 from pipeline.release.night import Night, Recorder, Step
@@ -62,6 +63,21 @@ def break_off(world: Path, where: Any, name: str, **settings: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         judge(world, **settings)
     broken.undo()
+
+
+def test_the_day_is_encoded_again_where_it_was_lost(world):
+    break_off(world, job, "judge")
+    [encoded] = (world / "nights" / day(1)).glob("day-*")
+    shutil.rmtree(encoded)
+    assert judge(world).outcome == "pass"
+    assert (encoded / "manifest.json").exists()
+
+
+def test_a_day_of_other_encoders_than_the_first_of_its_folder_is_refused(world):
+    encode_day(world / "today", world / "others", 1)  # the first one there: it has encoders of its own
+    shutil.copytree(world / "others" / day(1), world / "days" / day(1))
+    with pytest.raises(UserError, match=rf"{day(1)} was encoded with .* with date={day(1)} overwrite=true"):
+        judge(world, days=world / "days")
 
 
 def test_the_data_is_checked_again_against_nights_that_came_meanwhile(world):
