@@ -8,7 +8,7 @@ from pathlib import Path
 
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.days import chosen_days, day_of, folder_of_day, parse_days, ranges_of
+from pipeline.dataset.days import chosen_days, day_of, days_in, folder_of_day, parse_days, ranges_of
 from pipeline.overrides import setting
 from pipeline.release.child import run_module
 from pipeline.release.config import NightlyConfig, TrainStep
@@ -78,7 +78,7 @@ def new_days(config: NightlyConfig, start: Path | None, nights: Sequence[Night])
 def trained_on(run: Run) -> set[date]:
     """The days that a run, and the runs whose weights it started from, were trained on; none where datasets are of no days.
 
-    Runs that left missing days out are not known by their settings: these have none.
+    Of a run that left missing days out these are the named ones that are there now; all of them where none is.
     """
     found: set[date] = set()
     known: set[Path] = set()
@@ -88,8 +88,10 @@ def trained_on(run: Run) -> set[date]:
         content = Run(path).config()
         if not (days := content.get("days")):
             found |= {day for day in [day_of(Path(content["dataset"]).name)] if day}
-        elif content.get("missing_days") != "skip":
-            found |= {*parse_days(days)}
+        else:
+            named = {*parse_days(days)}
+            there = named & {*days_in(Path(content["dataset"]))} if content.get("missing_days") == "skip" else None
+            found |= there or named
         start = (content.get("train") or {}).get("init_from")
         path = Path(start) if start else None
     return found

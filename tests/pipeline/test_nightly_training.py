@@ -237,8 +237,23 @@ def test_a_candidate_that_was_trained_on_the_judged_day_is_refused(world, tmp_pa
     seen = [datetime.date.fromisoformat(day(number)) for number in range(3)]
     assert trained_on(Run(tmp_path / "warm")) == {*seen}
     assert trained_on(Run(world / "run")) == {seen[0]}
-    (tmp_path / "warm" / "config.yaml").write_text(yaml.safe_dump(config | {"missing_days": "skip"}))
-    assert trained_on(Run(tmp_path / "warm")) == set()
+
+
+@pytest.mark.integration
+def test_a_run_that_left_missing_days_out_was_trained_on_those_that_are_there(world, tmp_path):
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    shutil.copytree(world / "days", tmp_path / "days", ignore=shutil.ignore_patterns(*(day(n) for n in range(2, 9))))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    skipping = {"dataset": str(tmp_path / "days"), "days": f"{day(0)}..{day(8)}", "missing_days": "skip"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config | skipping))
+    assert {found.isoformat() for found in trained_on(Run(run))} == {day(0), day(1)}
+    with pytest.raises(UserError, match=rf"run was trained on {day(1)}"):
+        nightly(night(world / "log", tmp_path / "nights", 1, run=run, **LAX))
+    with no_beam():
+        given = {"gates": world / "gates.yaml", "data_gates": {"action": "warn"}, **LAX}
+        assert nightly(night(world / "log", tmp_path / "nights", 2, run=run, **given)).night.outcome == "pass"
+    shutil.rmtree(tmp_path / "days")
+    assert {found.isoformat() for found in trained_on(Run(run))} == {day(number) for number in range(9)}
 
 
 @pytest.mark.integration
