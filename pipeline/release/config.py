@@ -24,8 +24,8 @@ class DataGates(_Strict):
         psi: the largest population stability index of a feature from the dataset of the encoders, less what chance explains.
         missing, unknown: by how much a feature's share of missing values, or of unseen ids among its values, may rise.
         absent: the largest share of the rows of files that lack an optional column.
-        base_rate: a task's mean label lies within these factors of the train split's.
-        rows: the day's rows lie within these factors of the median of the last nights'.
+        base_rate: a binary task's mean label lies within these factors of the train split's; any task has one if it had then.
+        rows: the day's rows lie within these factors of the median of the last nights' that were not beyond it.
         nights: how many of them.
         action: stop ends the night as undecided, before models are scored; warn names the violations and goes on.
     """

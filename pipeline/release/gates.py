@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from features.errors import UserError, did_you_mean
 from features.printable import printable
+from features.schema.task import Task
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
 from pipeline.evaluation.metrics.registry import METRICS, WHOLE_ONLY
 from pipeline.evaluation.metrics.slice_names import Dimensions, can_cover, can_occur
@@ -32,6 +33,18 @@ def check_same_tasks(ours: Mapping[str, str], theirs: Mapping[str, str], our_run
             f"{our_run} predicts {printable(a)}; {their_run} predicts {printable(b)}: only models of the same tasks in the "
             "same order can be compared"
         )
+
+
+def check_same_labels(ours: Mapping[str, Task], theirs: Mapping[str, Task], our_run: str, their_run: str) -> None:
+    """Raises UserError where a task of both runs has another label, or is observed on other rows."""
+    for name, task in ours.items():
+        for key in ("label", "observed_when", "given"):
+            a, b = getattr(task, key), getattr(theirs[name], key)
+            if a != b:
+                raise UserError(
+                    printable(f"tasks.{name}.{key} of {our_run} is {a}, of {their_run} {b}")
+                    + ": only models of the same labels on the same rows can be compared"
+                )
 
 
 def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Dimensions, where: str) -> None:

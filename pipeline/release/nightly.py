@@ -18,11 +18,13 @@ from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.release import pages, serving, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import Checked, rows_of_nights
+from pipeline.release.encoded_day import earlier_days, identity
 from pipeline.release.gates import check_gates, judge
 from pipeline.release.gates_config import Gates, default_gates, load_gates
 from pipeline.release.night import FILE, ModelReference, Night, Recorder, nights, open_night, tidy
 from pipeline.release.outcome import announce, error_message, message_of
 from pipeline.release.scoring import comparable
+from pipeline.release.training_step import data_of
 from pipeline.release.trend import Trend, trend
 from pipeline.release.verdict import Outcome, Verdict
 from pipeline.release.webhook import webhook_url
@@ -126,13 +128,11 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     of_roles = steps.origins(config, chosen)
     keys = {role: (origin.key, str(origin.dataset.encoded_by)) for role, origin in of_roles.items()}
     encoded = _preprocess(config, recorder, {"input": config.input, "days": str(config.days), "keys": keys}, of_roles)
-    day = {"day": encoded.manifests[encoded.folders["candidate"]]}
+    days = {role: encoded.manifests[folder] for role, folder in encoded.folders.items()}
 
-    before = rows_of_nights([*nights(config.out)], config.date, config.data_gates.nights)
-    of_check = {**day, "data_gates": config.data_gates.model_dump()}
-    checked = recorder.step("check", of_check, lambda: steps.check(config, encoded, of_roles["candidate"], before))
-    violations = validated(Checked, checked, config.folder / FILE).violations
-    if violations and config.data_gates.action == "stop":
+    checked = _check(config, recorder, encoded, of_roles["candidate"])
+    if checked.refused:
+        violations = checked.violations
         more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
         return "undecided", f"undecided: the day's data: {violations[0]}{more}"
 
@@ -142,10 +142,10 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     if chosen.best:
         _evaluate(config, recorder, "best", chosen.best, encoded)
     models = {
-        **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump(), **day},
-        "measure": _measured_with(config),
+        **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump()},
+        **{"days": [days["candidate"], days.get("serving")], "measure": _measured_with(config)},
     }
-    if theirs and encoded.folders["serving"] != encoded.folders["candidate"]:
+    if theirs and of_roles["serving"].ids != of_roles["candidate"].ids:
         theirs = comparable(theirs)
     if theirs:
         recorder.step("compare", models, lambda: steps.compare(ours, theirs))
@@ -158,7 +158,8 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     recorder.step("gates", of_gates, verdict)
     found = verdict_of(recorder.night)
     assert found is not None
-    recorder.step("report", of_gates, lambda: _report(config, recorder.night, found, kinds))
+    of_report = {**of_gates, "best": chosen.best and chosen.best.model_dump(), "data": checked.violations}
+    recorder.step("report", of_report, lambda: _report(config, recorder.current(), found, kinds))
     return found.outcome, found.line
 
 
@@ -189,7 +190,10 @@ def verdict_of(night: Night) -> Verdict | None:
 
 
 def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) -> steps.Chosen:
-    """The models of the night; chosen again where one of them is not there any more, or another one serves."""
+    """The models of the night.
+
+    Chosen again where one of them is not there any more, another one serves, or a training has other nights or days before it.
+    """
     pointer = serving.read_serving(config.out)
     served = None if config.serving else serving.before(pointer, config.date)
     if served:
@@ -200,11 +204,16 @@ def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) ->
     settings = config.model_dump(
         mode="json", include={"run", "step", "train", "days", "serving", "serving_step", "best"}
     )
-    inputs = {**settings, "served": served and served.model_dump(exclude={"time"})}
     others = [night for night in nights(config.out) if night.date != config.date]
     earlier = [
         night for night in others if not serving.is_of_withdrawn(pointer, night)
     ]  # whose weights no training starts from
+    inputs = {**settings, "served": served and served.model_dump(exclude={"time"})}
+    if config.train:
+        inputs["nights"] = [
+            [night.date, night.outcome, night.summary("train"), night.summary("check")] for night in earlier
+        ]
+        inputs["days_before"] = [str(day) for day in earlier_days(config)]
     found = recorder.step("models", inputs, lambda: steps.choose(config, kinds, served, earlier).model_dump())
     return validated(steps.Chosen, found, where)
 
@@ -219,14 +228,32 @@ def _preprocess(
     return validated(steps.Encoded, found, where)
 
 
+def _check(config: NightlyConfig, recorder: Recorder, encoded: steps.Encoded, origin: steps.Origin) -> Checked:
+    before = rows_of_nights([*nights(config.out)], config.date, config.data_gates.nights)
+    inputs = {
+        "day": encoded.manifests[encoded.folders["candidate"]],
+        "reference": identity(origin.dataset.encoded_by),
+        "rows_before": before,
+        "data_gates": config.data_gates.model_dump(),
+    }
+    found = recorder.step("check", inputs, lambda: steps.check(config, encoded, origin, before))
+    return validated(Checked, found, config.folder / FILE)
+
+
 def _train(config: NightlyConfig, recorder: Recorder, chosen: steps.Chosen, kinds: dict[str, str]) -> ModelReference:
     assert config.train is not None
+    assert chosen.days is not None
+    where = config.folder / FILE
+    if known := recorder.night.summary("train"):
+        model = validated(ModelReference, known["model"], where)
+        if not steps.still_there(steps.Chosen(candidate=model)):
+            recorder.forget("train")
     inputs = {
-        "train": config.train.model_dump(mode="json"), "start": chosen.start, "days": chosen.days,
-        "folder": str(config.days),
+        "train": config.train.model_dump(mode="json"), "start": chosen.start, "folder": str(config.days),
+        "data": data_of(config, chosen.days),
     }  # fmt: skip
     found = recorder.step("train", inputs, lambda: steps.train(config, chosen, kinds))
-    return validated(ModelReference, found["model"], config.folder / FILE)
+    return validated(ModelReference, found["model"], where)
 
 
 def _evaluate(
@@ -240,7 +267,6 @@ def _evaluate(
     inputs = {
         "model": model.model_dump(),
         "day": day,
-        "batch_size": config.batch_size,
         "measure": _measured_with(config),
     }
     recorder.step(name, inputs, lambda: steps.evaluate(config, role, model, encoded))
@@ -249,7 +275,8 @@ def _evaluate(
 
 def _measured_with(config: NightlyConfig) -> dict[str, Any]:
     """The settings that figures depend on."""
-    return {**config.measure.model_dump(mode="json"), "tables": [config.tables, config.table_precision]}
+    how = config.model_dump(mode="json", include={"batch_size", "tables", "table_precision"})
+    return {**config.measure.model_dump(mode="json"), **how}
 
 
 def _bless(config: NightlyConfig, recorder: Recorder) -> None:

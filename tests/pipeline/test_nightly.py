@@ -234,7 +234,7 @@ def test_a_date_is_judged_once_and_anew_only_when_told(world, out, monkeypatch):
 
 def test_a_blessed_date_that_fails_when_judged_again_names_what_still_serves(world, out, tmp_path):
     strict = {"metric": "ne", "max": 0.01, "allow_ne_above_one": True}
-    (tmp_path / "strict.yaml").write_text(yaml.safe_dump({"default": [strict]}))
+    (tmp_path / "strict.yaml").write_text(yaml.safe_dump({"default": [strict, SOME_ROWS]}))
     lax = {"gates": None, "max_increase": 5.0, "bless": "pass"}
     judged(world, out, 2, step=60, **lax)
     assert judged(world, out, 3, **lax).message["blessed"].startswith("serves from now on")
@@ -290,6 +290,25 @@ def test_gates_that_were_changed_after_a_kill_are_judged_anew(world, out, tmp_pa
     assert (states(out, 3)["gates"], record(out, 3)["outcome"]) == ("done", None)
     (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [{"metric": "rows", "min": 10**6}]}))
     assert judged(world, out, 3, gates=tmp_path / "gates.yaml").night.outcome == "fail"
+
+
+@pytest.mark.parametrize("stopped_by_data", [False, True])
+def test_what_an_abandoned_attempt_scored_is_not_of_the_night(world, out, tmp_path, stopped_by_data):
+    abandoned = shutil.copytree(world / "run", tmp_path / "abandoned")
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [{"metric": "ne", "max": 0.01}, SOME_ROWS]}))
+    broken = pytest.MonkeyPatch()
+    broken.setattr(pages, "write_night", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        judged(world, out, 3, serving=abandoned, gates=tmp_path / "gates.yaml")
+    broken.undo()
+    assert states(out, 3)["evaluate serving"] == states(out, 3)["gates"] == "done"
+    found = judged(world, out, 3, **({"data_gates": {"base_rate": [1, 1]}} if stopped_by_data else {}))
+    assert (found.night.outcome, found.message["not_passed"]) == ("undecided" if stopped_by_data else "pass", [])
+    assert found.message["serving"] is None
+    assert found.trend.nights[0].serving is None
+    assert (found.message["candidate"] is None) == stopped_by_data
+    if not stopped_by_data:
+        assert "abandoned" not in (out / day(3) / "report.html").read_text()
 
 
 def test_a_late_day_is_judged_after_a_later_one_and_does_not_move_the_pointer(world, out):
