@@ -29,15 +29,8 @@ def call(command: Sequence[str], output: int) -> int:
     The process gets SIGTERM when this one ends, too, whichever way: it would work on unwatched.
     """
     parent, libc = os.getpid(), ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        if hasattr(libc, "prctl"):  # Linux
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)
-
     with PreemptionSignal(log=False).handling() as preemption:
-        process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=end_with_parent)
+        process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=lambda: end_with(parent, libc))
         try:
             while process.poll() is None and not preemption.received:
                 time.sleep(POLL_S)
@@ -45,3 +38,11 @@ def call(command: Sequence[str], output: int) -> int:
             process.terminate()  # once, and not where it has ended
             code = process.wait()
     return PREEMPTED if preemption.received else code
+
+
+def end_with(parent: int, libc: ctypes.CDLL) -> None:
+    """Has this process get SIGTERM when its parent ends, and ends it where that is gone already."""
+    if hasattr(libc, "prctl"):  # Linux
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)

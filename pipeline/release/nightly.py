@@ -24,6 +24,7 @@ from pipeline.release.gates_config import Gates, default_gates, load_gates
 from pipeline.release.night import FILE, ModelReference, Night, Recorder, nights, open_night, tidy
 from pipeline.release.outcome import announce, error_message, message_of
 from pipeline.release.scoring import comparable
+from pipeline.release.scoring_ranks import check_ranks
 from pipeline.release.training_step import data_of
 from pipeline.release.trend import Trend, trend
 from pipeline.release.verdict import Outcome, Verdict
@@ -49,11 +50,12 @@ def nightly(config: NightlyConfig) -> Result:
 
     Raises:
         UserError: bad input or settings. What was done so far is kept in night.json.
-        Preempted: a training was asked to end, and has saved its work.
+        Preempted: a process that trains or scores was asked to end; a training has saved its work.
     """
     url = None
     try:
         url = webhook_url() if config.webhook else None
+        check_ranks(config.ranks)
         with alone(config.out):
             gates, kinds = _gates(config)
             settings = config.identity | {"gates": gates.model_dump(mode="json")}
