@@ -177,6 +177,7 @@ class Scorer:
             "dataset": self.dataset.name,
             "share": self.measure.share,
             "cluster": self.keys.cluster,
+            "group": self.keys.group,
             "buckets": self.measure.buckets,
             "measure": self.measured,
             "time": time.time(),
