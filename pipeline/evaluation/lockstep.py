@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from features.batch import Batch
-from features.errors import UserError
+from features.errors import OtherRankError, UserError
 
 Found = TypeVar("Found")
 
@@ -86,7 +86,7 @@ def batches_in_step(
         if failed:
             raise failed
         if (worst := int(state.item())) == FAILED:
-            raise UserError("another rank cannot read its rows: its own error says why")
+            raise OtherRankError("another rank cannot read its rows: its own error says why")
         if worst == ENDED:
             return
         yield empty() if batch is None else batch

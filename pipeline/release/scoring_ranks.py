@@ -2,12 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from features.errors import Preempted, UserError
+from features.errors import OtherRankError, Preempted, UserError
 from models.table_storage import Precision
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.metrics import evaluated as figures
@@ -17,13 +17,14 @@ from pipeline.evaluation.weights import Loading, Tables
 from pipeline.release.child import run_module
 from pipeline.release.night import ModelReference, Strict
 from pipeline.release.scoring import counted, results
-from pipeline.storage.files import write_json, write_text
+from pipeline.storage.files import make_folder, write_json, write_text
 from pipeline.terminal import escape_output
 from pipeline.training.parallel import process_group
 from pipeline.training.parallel.scoring import shard_for_scoring
 
 LOG = "score.log"
-WORK, FIGURES, OUTCOME = "work.json", "figures.parquet", "outcome.json"
+FOLDER = "scoring"  # of a night, while ranks are at work
+WORK, FIGURES, RECORD = "work.json", "figures.parquet", "record.json"
 
 
 class Work(Strict):
@@ -44,24 +45,23 @@ def score_on_ranks(work: Work, ranks: int, night: Path) -> tuple[Evaluated, dict
         UserError: as a rank has raised it, or where one was lost.
         Preempted: they were asked to end.
     """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        write_text(folder / WORK, work.model_dump_json())
-        code = run_module(__name__, [name], ranks, night / LOG)
-        outcome = json.loads((folder / OUTCOME).read_text()) if (folder / OUTCOME).exists() else {}
-        if "error" in outcome:
-            raise UserError(outcome["error"])
-        if code == os.EX_TEMPFAIL:
-            raise Preempted(f"{work.model}: the ranks that score it were asked to end. Run the same command again.")
-        if code or "record" not in outcome:
-            raise UserError(
-                f"{work.model}: its scoring on {ranks} ranks ended with exit code {code}: see {night / LOG}"
-            )
-        return figures.read(folder / FIGURES), outcome["record"]
+    folder = night / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    write_text(make_folder(folder) / WORK, work.model_dump_json())
+    code = run_module(__name__, [str(folder.absolute())], ranks, night / LOG)
+    if code == os.EX_TEMPFAIL:
+        raise Preempted(f"{work.model}: the ranks that score it were asked to end. Run the same command again.")
+    if errors := sorted(folder.glob("error-*")):
+        raise UserError(errors[0].read_text())
+    if code:
+        raise UserError(f"{work.model}: its scoring on {ranks} ranks ended with exit code {code}: see {night / LOG}")
+    found = figures.read(folder / FIGURES), json.loads((folder / RECORD).read_text())
+    shutil.rmtree(folder)
+    return found
 
 
 def main() -> None:
-    """What each rank does, and what rank 0 writes: the figures and the record, or its error."""
+    """What each rank does: rank 0 writes the figures and the record; any rank its error, but for that another one failed."""
     escape_output()
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     try:
@@ -73,10 +73,10 @@ def main() -> None:
         if rank == 0:
             evaluated, record = results(found, day)
             figures.write(evaluated, folder / FIGURES)
-            write_json(folder / OUTCOME, {"record": record})
+            write_json(folder / RECORD, record)
     except UserError as error:
-        if rank == 0:
-            write_json(folder / OUTCOME, {"error": str(error)})
+        if not isinstance(error, OtherRankError):
+            write_text(folder / f"error-{rank}", str(error))
         sys.exit(f"error (rank {rank}): {error}")
 
 

@@ -1,19 +1,21 @@
 """A model of a night that several ranks score together."""
 
-import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from nightly_world import day, encode_day, night, record, train_run, write_day
 from polars.testing import assert_frame_equal
 
-from features.errors import Preempted, UserError
+from features.errors import OtherRankError, Preempted, UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.release import child, scoring_ranks
 from pipeline.release.nightly import nightly
 from pipeline.release.scoring import reference, score
-from pipeline.release.scoring_ranks import LOG, OUTCOME, Work, score_on_ranks
+from pipeline.release.scoring_ranks import FOLDER, LOG, WORK, Work, score_on_ranks
+from pipeline.run.run import Run
 
 MEASURE = MeasureConfig(buckets=20, min_rows=20)
 
@@ -31,8 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(world: Path) -> Work:
-    from pipeline.run.run import Run
-
     return Work(
         model=reference(Run(world / "run"), None), day=str(world / "days" / day(1)), batch_size=128, measure=MEASURE,
         tables="all", precision="fp32",
@@ -55,24 +55,42 @@ def test_figures_are_those_of_one_process_and_an_error_of_a_rank_is_the_nights(w
 
 
 @pytest.mark.parametrize(
-    ("code", "outcome", "error", "message"),
+    ("code", "errors", "error", "message"),
     [
-        (1, None, UserError, r"ended with exit code 1: see .*score\.log"),
-        (75, None, Preempted, "asked to end"),
-        (1, {"error": "the disk is gone"}, UserError, "^the disk is gone$"),
-        (1, {"record": {}}, UserError, "exit code 1"),
+        (1, {}, UserError, r"ended with exit code 1: see .*score\.log"),
+        (75, {}, Preempted, "asked to end"),
+        (1, {2: "the disk is gone"}, UserError, "^the disk is gone$"),
     ],
 )
-def test_ranks_that_do_not_end_well(work, tmp_path, monkeypatch, code, outcome, error, message):
+def test_ranks_that_do_not_end_well(work, tmp_path, monkeypatch, code, errors, error, message):
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "error-0").write_text("of an attempt before")
+
     def call(command: list[str], _: int) -> int:
         assert command[2:4] == ["jobs.launch", "--nproc-per-node=3"]
-        if outcome:
-            (Path(command[-1]) / OUTCOME).write_text(json.dumps(outcome))
+        for rank, text in errors.items():
+            (Path(command[-1]) / f"error-{rank}").write_text(text)
         return code
 
     monkeypatch.setattr(child, "call", call)
     with pytest.raises(error, match=message):
         score_on_ranks(work, 3, tmp_path)
+
+
+def test_a_rank_does_not_report_that_another_one_failed(work, tmp_path, monkeypatch):
+    (tmp_path / WORK).write_text(work.model_dump_json())
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(scoring_ranks.process_group, "joined", nullcontext)
+    for error, reported in ((OtherRankError("lost contact"), []), (UserError("a bad label"), ["error-1"])):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(scoring_ranks, "counted", fail)
+        with pytest.raises(SystemExit, match=str(error)):
+            scoring_ranks.main()
+        assert [p.name for p in tmp_path.glob("error-*")] == reported
 
 
 def test_a_night_scores_on_the_ranks_it_is_told_and_goes_on_with_others(world, tmp_path, monkeypatch):
@@ -91,4 +109,6 @@ def test_a_night_scores_on_the_ranks_it_is_told_and_goes_on_with_others(world, t
     nightly(night(world / "log", tmp_path, 1, ranks=2, **settings))
     assert seen == [(4, tmp_path / day(1)), (2, tmp_path / day(1))]
     assert [s["state"] for s in record(tmp_path, 1)["steps"] if s["name"] == "evaluate candidate"][-1] == "done"
-    assert scoring_ranks.LOG == "score.log"
+    verdict = record(tmp_path, 1)["outcome"]
+    assert nightly(night(world / "log", tmp_path, 1, ranks=3, **settings)).night.outcome == verdict
+    assert len(seen) == 2  # a night that is judged is not scored again

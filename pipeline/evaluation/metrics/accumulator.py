@@ -1,6 +1,6 @@
 """Metrics of each task over the observed, weighted rows, by slice and with intervals: mergeable over ranks and shards."""
 
-# Shapes: B rows, T tasks, S slices, K buckets, D dimensions of slices; keys of a row: cluster, group, then one a dimension.
+# Shapes: B rows, T tasks, S slices, K buckets, L lines of the frame; C keys of a row: cluster, group, one a dimension.
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from pipeline.evaluation.metrics.ranking import reliability
 from pipeline.evaluation.metrics.registry import COUNTS, METRICS, TOTALS
 
 _LARGEST = torch.finfo(torch.float64).max
-Of = TypeVar("Of")
+Result = TypeVar("Result")
 _FIRST_KEYS = 2  # before those of slices
 
 
@@ -82,10 +82,11 @@ class Metrics:
         z_BT, y_BT, w_BT = (torch.where(counts_BT, x_BT, 0.0) for x_BT in (z_BT, y_BT, w_BT))
         key_BC = self._no_keys(len(z_BT)) if key_BC is None else key_BC.cpu()
         cluster_B = (key_BC[:, 0].numpy() & 0xFFFFFFFF).astype(np.uint32)
+        group_B = key_BC[:, 1].numpy().copy()  # a view would keep all keys in memory
         slice_BD = key_BC[:, _FIRST_KEYS:].numpy().astype(np.int16)
         # Rows are kept in the precision they have.
         dtype = np.float64 if any(x.dtype == torch.float64 for x in (logit_BT, label_BT, weight_BT)) else np.float32
-        rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, key_BC[:, 1].numpy(), slice_BD, dtype)
+        rows = Rows(z_BT, y_BT, w_BT, counts_BT, cluster_B, group_B, slice_BD, dtype)
         self.rows += int((w_BT != 0).any(1).sum())
         self.read = {}
         for statistic in self.statistics.values():
@@ -124,12 +125,12 @@ class Metrics:
 
         return dict(zip((name for name, _ in self.tasks), self._of_tasks(of_task), strict=True))
 
-    def _of_tasks(self, function: Callable[[str, dict[type[Statistic], Any]], Of]) -> list[Of]:
+    def _of_tasks(self, function: Callable[[str, dict[type[Statistic], Any]], Result]) -> list[Result]:
         """A function of each task's kind and of what its metrics are computed from."""
         for statistic in self.statistics.values():
             statistic.state()  # what waits to be added is, once and not by each thread
 
-        def of_task(t: int) -> Of:
+        def of_task(t: int) -> Result:
             if t not in self.read:
                 self.read[t] = {used: statistic.of_task(t) for used, statistic in self.statistics.items()}
             return function(self.tasks[t][1], self.read[t])

@@ -4,7 +4,7 @@ AUC is a sum over pairs of a positive and a negative row. Without a bucket it is
 positives, less those of its negatives, plus those of both: exact, from running sums over the sorted rows.
 """
 
-# Shapes: N rows, K buckets, G groups of equal predictions, E bins.
+# Shapes: N rows, K buckets, G groups of equal predictions, I tied rows, E bins.
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,11 +132,11 @@ def _won_within(rows: RankedRows) -> np.ndarray:
     if len(rows.start_G) < len(order):  # ties, of which only those of one bucket are in one piece here
         tie_N = rows.tie_N[order]
         goes_on_N = (np.diff(tie_N, prepend=-1) == 0) & (np.diff(bucket_N, prepend=-1) == 0)
-        tied_R = np.flatnonzero(goes_on_N | np.append(goes_on_N[1:], False))
-        start_R = tied_R[~goes_on_N[tied_R]]
-        run_R = np.cumsum(~goes_on_N[tied_R]) - 1
-        before_N[tied_R] = before_N[start_R][run_R]
-        negative_N[tied_R] = np.bincount(run_R, negative_N[tied_R])[run_R]
+        tied_I = np.flatnonzero(goes_on_N | np.append(goes_on_N[1:], False))
+        start = tied_I[~goes_on_N[tied_I]]
+        run_I = np.cumsum(~goes_on_N[tied_I]) - 1
+        before_N[tied_I] = before_N[start][run_I]
+        negative_N[tied_I] = np.bincount(run_I, negative_N[tied_I])[run_I]
     before_N += negative_N / 2
     before_N -= start_K[bucket_N]
     before_N *= positive_N
@@ -180,7 +180,9 @@ def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
         return value, np.full(1, np.nan)
     cell_N = rows.bucket_N * BINS + rows.calibration_bin_N
     excess = np.bincount(cell_N, rows.predicted_N - rows.positive_N, rows.buckets * BINS).reshape(rows.buckets, BINS)
-    left_K = ratio(np.abs(excess.sum(0) - excess).sum(1), weight - rows.positive_K - rows.negative_K)
+    rest_K = weight - rows.positive_K - rows.negative_K
+    rest_K[rest_K <= 1e-12 * weight] = 0  # what rounding leaves of rows that are all in one bucket
+    left_K = ratio(np.abs(excess.sum(0) - excess).sum(1), rest_K)
     centre = ratio(np.abs(excess.sum(0)).sum(), weight)  # a tie on an edge is in one bin here
     return value, left_out(left_K + (value - centre), rows.known_K)
 

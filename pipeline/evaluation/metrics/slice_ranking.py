@@ -6,7 +6,7 @@ spread as the whole, and in truth far less, since the rows of a bin are ties tha
 from 32 coarser bins, fine towards the top, where the precision of a rare label changes.
 """
 
-# Shapes: N rows, R rows of one class, S slices, K buckets, M bins, C coarse bins.
+# Shapes: N rows, R rows of one class, 2 classes, S slices, K buckets, M bins, C coarse bins.
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class BinnedRows:
     """Rows of a binary task in the order of the split. A row with a soft label is there twice, as a negative and a positive.
 
     Attributes:
-        place_R: of the row in the split. weight_R: of the row.
+        place_R: of the row in the split. weight_R: of its class in the row.
         fine_R: the bin, by ascending logit; of a positive M more. bins: M.
         coarse_R: bucket · C + coarse bin; of a positive K · C more. buckets: K.
         predicted_M, predicted_C: mean predicted probability of the rows of a bin, of a coarse bin.
@@ -101,9 +101,9 @@ class SliceCounts:
         """
         slice_R = slice_N[rows.place_R]
         weight_R, fine_R, coarse_R = rows.weight_R, rows.fine_R, rows.coarse_R
-        in_one = np.flatnonzero(slice_R >= 0)
-        if len(in_one) < len(slice_R):
-            slice_R, weight_R, fine_R, coarse_R = (x_R[in_one] for x_R in (slice_R, weight_R, fine_R, coarse_R))
+        in_slice_R = np.flatnonzero(slice_R >= 0)
+        if len(in_slice_R) < len(slice_R):
+            slice_R, weight_R, fine_R, coarse_R = (x_R[in_slice_R] for x_R in (slice_R, weight_R, fine_R, coarse_R))
         slice_R = slice_R.astype(np.int64)
 
         def sums(cell_R: np.ndarray, *shape: int) -> np.ndarray:

@@ -127,7 +127,8 @@ class Sums:
         """The sums of the rows of both."""
         both = type(self)(self.tasks, self.grouping)
         both.pivot_T = np.where(np.isnan(self.pivot_T), other.pivot_T, self.pivot_T)
-        both.sum_SKX = self._around(both.pivot_T) + other._around(both.pivot_T)
+        with np.errstate(invalid="ignore"):  # infinite predictions of both signs
+            both.sum_SKX = self._around(both.pivot_T) + other._around(both.pivot_T)
         return both
 
     def _around(self, pivot_T: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from features.errors import UserError
+from features.errors import OtherRankError, UserError
 from pipeline.malloc import tune_malloc
 from pipeline.torch_compat import default_store, set_timeout
 
@@ -57,7 +57,7 @@ def joined() -> Iterator[int]:
     """For a job that also runs as one process: the process group, where torchrun has started ranks, and this one's rank.
 
     Raises:
-        UserError: as `start`; or where another rank is lost.
+        UserError: as `start`. OtherRankError: another rank is lost.
     """
     if "RANK" not in os.environ:
         tune_malloc()
@@ -70,7 +70,7 @@ def joined() -> Iterator[int]:
     except RuntimeError as error:
         if (cause := lost_contact(error)) is None:
             raise
-        raise UserError(
+        raise OtherRankError(
             f"lost contact with another rank ({cause}); its own error, if it failed, says why. Run the same command again."
         ) from None
 
