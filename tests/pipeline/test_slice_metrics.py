@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import reduce
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_o
 from pipeline.evaluation.metrics.base import Grouping, bucket_of
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, Provenance, as_array, paired, with_intervals
 from pipeline.evaluation.metrics.intervals import quantile, standard_error
+from pipeline.evaluation.metrics.kept_rows import KeptRows, bytes_of_row, halvings_of
 from pipeline.evaluation.metrics.radix import ascending, by_radix
 from pipeline.evaluation.metrics.registry import METRICS, TOTALS, WHOLE_ONLY
 
@@ -130,9 +130,9 @@ def test_past_as_many_predictions_as_bins_a_slices_auc_is_within_its_bound(monke
 
 
 @settings(max_examples=examples(40), deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 9))
-def test_shards_merged_give_the_figures_of_all_rows(seed: int, count: int, buckets: int) -> None:
-    rows, grouping = random_rows(count, seed), replace(GROUPING, buckets=buckets)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 9), st.integers(0, 2))
+def test_shards_merged_give_the_figures_of_all_rows(seed: int, count: int, buckets: int, halvings: int) -> None:
+    rows, grouping = random_rows(count, seed), replace(GROUPING, buckets=buckets, halvings=halvings)
     shard_B = np.random.default_rng(seed).integers(0, 3, count)
     parts = [metrics_of(tuple(x[torch.from_numpy(shard_B == i)] for x in rows), grouping, 7) for i in range(3)]
     merged, whole = parts[2].merge(parts[0]).merge(parts[1]), metrics_of(rows, grouping)
@@ -199,16 +199,14 @@ def test_differences_are_paired_by_bucket() -> None:
     assert (whole["low"], whole["high"]) == pytest.approx((whole["value"] - reach, whole["value"] + reach))
 
 
-@pytest.mark.parametrize("batch", [50, 5000])
-def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_a_sample(batch: int) -> None:
+def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_a_sample() -> None:
     rng = np.random.default_rng(0)
     logit_BT = torch.from_numpy(rng.normal(size=(20_000, 3)))
     rows = (logit_BT, *random_rows(20_000, users=4000)[1:])
     exact = metrics_of(rows)
-    limit = sum(x.nbytes for part in exact.statistics.values() for x in part.state().values()) // 5
-    small = metrics_of(rows, replace(GROUPING, max_bytes=limit), batch)
+    small = metrics_of(rows, replace(GROUPING, halvings=3), 50)
     kept = small.state()["rows/cluster"]
-    assert 1 / 16 <= len(kept) / 20_000 <= 1 / 4
+    assert 1 / 10 <= len(kept) / 20_000 <= 1 / 6
     found, expected = small.figures(), exact.figures()
     for metric in ("auc", "pr_auc", "ece"):
         assert found["click"][metric].value_S[0] == pytest.approx(expected["click"][metric].value_S[0], abs=1e-6)
@@ -217,26 +215,20 @@ def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_
     errors, smaller = (float(standard_error(f["click"]["auc"].left_out_SK[0])) for f in (expected, found))
     assert errors / 3 < smaller < errors * 3
     ranking = small.ranking()
+    assert ranking["share"] == 1 / 8
     assert 0 < ranking["sketch"] < 1e-5
     assert abs(found["click"]["auc"].value_S[0] - expected["click"]["auc"].value_S[0]) <= ranking["sketch"]
     assert exact.ranking() == "exact"
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_shards_that_are_too_large_together_are_on_the_grid_whole(order: tuple[int, ...]) -> None:
-    rows = random_rows(6000, users=2000)
-    whole = metrics_of(rows)
-    bytes_per_row = sum(x.nbytes for part in whole.statistics.values() for x in part.state().values()) / 6000
-    # The first shard is past the limit by itself, the others only once they are merged.
-    bounds = np.array([0, 3000, 4500, 6000])
-    grouping = replace(GROUPING, max_bytes=bytes_per_row * 1700)
-    shards = [metrics_of(tuple(x[a:b] for x in rows), grouping) for a, b in zip(bounds, bounds[1:], strict=False)]
-    merged = reduce(Metrics.merge, [shards[i] for i in order])
-    assert [shard.ranking() == "exact" for shard in shards] == [False, True, True]
-    for task in ("click", "like"):
-        found, expected = merged.figures()[task], whole.figures()[task]
-        for metric in ("auc", "pr_auc"):
-            assert found[metric].value_S[0] == pytest.approx(expected[metric].value_S[0], abs=1e-9)
+def test_a_sample_is_as_large_as_memory_is() -> None:
+    rows = metrics_of(tuple(x.float() if x.dtype == torch.float64 else x for x in random_rows(4000)))
+    state = rows.statistics[KeptRows].state()
+    of_each = bytes_of_row(len(TASKS), len(DIMENSIONS))
+    assert sum(x.nbytes for x in state.values()) == of_each * len(state["rows/cluster"])
+    assert [halvings_of(1000, of_each, of_each * kept) for kept in (1e9, 1000, 999, 500, 499, 1e-9, 5e-324)] == [
+        0, 0, 1, 1, 2, 31, 31
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("t", [0, 2])

@@ -191,11 +191,10 @@ class Metrics:
 
     def ranking(self) -> Any:
         """How AUC of all rows was computed: exact, or the bound on its error where logits were put on a grid."""
-        rows = self.statistics.get(KeptRows)
-        if not isinstance(rows, KeptRows) or not rows.halvings:
+        if not self.grouping.halvings:
             return "exact"
         errors = self._of_tasks(lambda kind, read: read[KeptRows].auc_error if kind == "binary" else 0.0)
-        return {"sketch": max(errors, default=0.0), "share": 0.5**rows.halvings}
+        return {"sketch": max(errors, default=0.0), "share": self.grouping.kept}
 
     def _check(self, what: str, rule: str, bad_BT: Tensor) -> None:
         if bad_BT.any():

@@ -41,6 +41,7 @@ class Provenance(BaseModel):
         checkpoint: checksum of its manifest. dataset: see Dataset.name.
         share: of the split that was scored. share_by: the key whose values were all scored or not at all; empty where all were.
         cluster: the key that rows are put into buckets by: a column, or row. buckets: K.
+        kept: share of the clusters that ranking metrics, or their intervals, are of (see Grouping).
         measure: see Scorer.measured; files of early versions have none.
     """
 
@@ -53,11 +54,12 @@ class Provenance(BaseModel):
     share_by: str = ""
     cluster: str = "row"
     buckets: int = Field(1, ge=1)
+    kept: float = Field(1.0, gt=0, le=1)
     measure: str = ""
 
     def same_rows(self, other: "Provenance") -> bool:
-        """Whether two evaluations are of the same rows in the same buckets, so that they can be paired."""
-        keys = ("dataset", "split", "share", "share_by", "cluster", "buckets")
+        """Whether two evaluations are of the same rows in the same buckets, kept alike, so that they can be paired."""
+        keys = ("dataset", "split", "share", "share_by", "cluster", "buckets", "kept")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
@@ -101,8 +103,8 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
     if not ours.provenance.same_rows(theirs.provenance):
         raise UserError(
             f"{ours.provenance.run} step {ours.provenance.step} and {theirs.provenance.run} step {theirs.provenance.step} were "
-            "not evaluated on the same rows (dataset, split, share, share_by, cluster and buckets): evaluate both with "
-            "the same settings"
+            "not evaluated on the same rows (dataset, split, share, share_by, cluster, buckets, and the share of clusters that "
+            "memory holds): evaluate both with the same settings"
         )
     keys = ["task", "metric", "slice"]
     both = ours.figures.join(

@@ -16,6 +16,7 @@ from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.shards import check_ids, open_shard, table_sizes
 from pipeline.evaluation.metrics.base import Grouping
+from pipeline.evaluation.metrics.kept_rows import bytes_of_row, halvings_of
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slices import SliceNumbers, count_values, dimensions
 
@@ -112,8 +113,15 @@ class SplitKeys:
             config.ndcg,
             self.group != ROW,
             self.train_rates,
-            config.memory * 2**30,
+            self.halvings,
         )
+
+    @cached_property
+    def halvings(self) -> int:
+        """See `Grouping`: from the rows of all splits, so that each number of ranks keeps the same ones."""
+        rows = self.config.share * sum(self.dataset.manifest.rows.get(split, 0) for split in self.splits)
+        of_each = bytes_of_row(len(self.dataset.schema.tasks), len(self.dimensions))
+        return halvings_of(rows, of_each, self.config.memory * 2**30)
 
     @property
     def names(self) -> tuple[str, ...]:
