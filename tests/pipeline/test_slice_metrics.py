@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -225,7 +226,8 @@ def test_a_sample_is_as_large_as_memory_is() -> None:
     rows = metrics_of(tuple(x.float() if x.dtype == torch.float64 else x for x in random_rows(4000)))
     state = rows.statistics[KeptRows].state()
     of_each = bytes_of_row(len(TASKS), len(DIMENSIONS))
-    assert sum(x.nbytes for x in state.values()) == of_each * len(state["rows/cluster"])
+    count = len(state["rows/cluster"])
+    assert sum(x.nbytes for x in state.values() if len(x) == count) == of_each * count
     assert [halvings_of(1000, of_each, of_each * kept) for kept in (1e9, 1000, 999, 500, 499, 1e-9, 5e-324)] == [
         0, 0, 1, 1, 2, 31, 31
     ]  # fmt: skip
@@ -264,16 +266,26 @@ def test_the_reliability_curve_is_of_bins_of_equal_weight() -> None:
         assert line[2] == pytest.approx(binomial, rel=0.45)
 
 
-def test_a_prediction_that_is_not_finite_hides_its_slices_alone() -> None:
+@pytest.mark.parametrize("halvings", [0, 1])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_prediction_that_is_not_finite_hides_its_slices_alone(halvings: int, broken: float) -> None:
     rows = random_rows()
-    counts_B = (rows[2] & (rows[3] > 0))[:, 0].numpy() & in_slice(rows, "device=b")
-    rows[0][int(np.flatnonzero(counts_B)[0]), 0] = math.nan
-    rows[4][int(np.flatnonzero(counts_B)[0]), 3] = -1
-    figures = metrics_of(rows).figures()["click"]
-    for metric in ("ne", "auc", "pr_auc", "ece", "calibration"):
-        undefined = np.isnan(figures[metric].value_S)
-        assert undefined.tolist() == [True, False, True, False, False], metric
-        assert np.isnan(figures[metric].left_out_SK[2]).sum() >= BUCKETS - 1  # one may be without the row
+    counts_B = (rows[2] & (rows[3] > 0))[:, :2].all(1).numpy() & in_slice(rows, "device=b")
+    row = int(np.flatnonzero(counts_B & (rows[4][:, 0].numpy() % 2 == 1))[0])  # not in the half that is kept
+    rows[0][row, :2] = broken
+    rows[4][row, 3] = -1
+    halves = [tuple(x[part::2] for x in rows) for part in range(2)]
+    metrics = reduce(Metrics.merge, [metrics_of(half, replace(GROUPING, halvings=halvings)) for half in halves])
+    again = Metrics(TASKS, metrics.grouping, DIMENSIONS)
+    again.load(metrics.state())
+    for figures in (metrics.figures(), again.figures()):
+        for metric in ("ne", "auc", "pr_auc", "ece", "calibration"):
+            figure = figures["click"][metric]
+            assert np.isnan(figure.value_S).tolist() == [True, False, True, False, False], metric
+            assert np.isnan(figure.left_out_SK[2]).sum() >= BUCKETS - 1  # one may be without the row
+        for task, metric in (("click", "gauc"), ("click", "ndcg"), ("spend", "xauc")):
+            assert np.isnan(figures[task][metric].value_S).all()
+    assert metrics.reliability()["click"] == []
 
 
 @settings(max_examples=examples(60), deadline=None)

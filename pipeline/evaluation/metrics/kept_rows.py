@@ -5,7 +5,7 @@ all rows with logits on a grid (`LogitGrid`), with the sample's standard error s
 the ranking metrics of slices are those of the sample.
 """
 
-# Shapes: B rows of a batch, N rows, T tasks, D dimensions, S slices, K buckets.
+# Shapes: B rows of a batch, N rows, I predictions that are not finite, T tasks, D dimensions, S slices, K buckets.
 
 import math
 from collections.abc import Callable
@@ -49,6 +49,7 @@ class KeptRows:
         self.parts: list[tuple[np.ndarray, ...]] = []
         binary = [t for t, (_, kind) in enumerate(self.tasks) if kind == "binary"]
         self.grids = {t: LogitGrid() for t in binary if grouping.halvings}
+        self.non_finite_TS = np.zeros((len(self.tasks), grouping.count), np.int64)  # predictions of all rows that count
 
     def update(self, rows: Rows) -> None:
         """Adds B rows."""
@@ -57,13 +58,22 @@ class KeptRows:
         part: tuple[np.ndarray, ...] = (rows.cluster_B, rows.group_B, rows.slice_BD, *of_tasks)
         if not (counts_B := rows.counts_BT.any(1).numpy()).all():
             part = tuple(x[counts_B] for x in part)
+        self._count_non_finite(part)
         for t, grid in self.grids.items():
             grid.add(*_classes(part, t))
         self.parts.append(_sampled(part, self.grouping.halvings))
 
+    def _count_non_finite(self, part: tuple[np.ndarray, ...]) -> None:
+        row_I, task_I = np.nonzero(~np.isfinite(part[LOGIT]))
+        self.non_finite_TS[:, 0] += np.bincount(task_I, minlength=len(self.tasks))
+        for d, start in enumerate(self.grouping.starts):
+            slice_I = part[SLICES][row_I, d]
+            np.add.at(self.non_finite_TS, (task_I[slice_I >= 0], start + slice_I[slice_I >= 0]), 1)
+
     def merge(self, other: Self) -> Self:
         """The rows of both."""
         both = type(self)(self.tasks, self.grouping)
+        both.non_finite_TS = self.non_finite_TS + other.non_finite_TS
         both.parts = self.parts + other.parts
         for t, grid in both.grids.items():
             for source in (self, other):
@@ -73,11 +83,13 @@ class KeptRows:
     def state(self) -> dict[str, np.ndarray]:
         """The rows, and what stands in for those that were left out."""
         state = {f"rows/{name}": x for name, x in zip(NAMES, self._columns, strict=True)}
+        state["rows/non_finite"] = self.non_finite_TS.copy()
         return state | {f"grid/{t}": grid.table() for t, grid in self.grids.items()}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces the rows."""
         self.parts = [tuple(state[f"rows/{name}"] for name in NAMES)]
+        self.non_finite_TS = state["rows/non_finite"].copy()
         self.grids = {t: LogitGrid(state[f"grid/{t}"]) for t in self.grids}
 
     @property
@@ -106,7 +118,7 @@ class KeptRows:
             slice_DN = slice_DN[:, kept_N]
         return TaskRows(
             self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_DN, logit_N, label_N, weight_N,
-            self.grids[t].table() if t in self.grids else None,
+            self.non_finite_TS[t] > 0, self.grids[t].table() if t in self.grids else None,
         )  # fmt: skip
 
 
@@ -115,6 +127,8 @@ class TaskRows:
     """One task's rows that count; those of a share of clusters where memory was short, and then all rows' table.
 
     Attributes:
+        unknown_S: slices with a prediction, of all rows, that is not finite: nothing that depends on predictions is defined
+            there.
         table_3G: logits on a grid, ascending, and weights of both classes; None where all rows are here.
     """
 
@@ -125,6 +139,7 @@ class TaskRows:
     logit_N: np.ndarray
     label_N: np.ndarray
     weight_N: np.ndarray
+    unknown_S: np.ndarray
     table_3G: np.ndarray | None
 
     @cached_property
@@ -148,7 +163,7 @@ class TaskRows:
         """All rows' logits on the grid, where only a share of the rows is here."""
         if self.table_3G is None:
             return None
-        logit_G, positive_G, negative_G = self.table_3G[:, np.isfinite(self.table_3G[0])]
+        logit_G, positive_G, negative_G = self.table_3G
         return _ranked(logit_G, positive_G, negative_G, np.zeros(len(logit_G), np.int64), 1)
 
     @cached_property
@@ -160,17 +175,6 @@ class TaskRows:
         return [
             SliceCounts.of(rows, self.slice_DN[d], len(names)).figures() for d, names in enumerate(self.grouping.slices)
         ]
-
-    @cached_property
-    def unknown_S(self) -> np.ndarray:  # noqa: N802
-        """Slices with a prediction that is not finite: nothing that depends on predictions is defined there."""
-        broken_N = ~np.isfinite(self.logit_N)
-        all_rows = self.table_3G is not None and not np.isfinite(self.table_3G[0]).all()
-        found = [np.array([broken_N.any() or all_rows])]
-        for d, names in enumerate(self.grouping.slices):
-            broken = self.slice_DN[d, broken_N]
-            found.append(np.bincount(broken[broken >= 0], minlength=len(names)) > 0)
-        return np.concatenate(found)
 
     @cached_property
     def in_groups(self) -> dict[str, tuple[float, np.ndarray]]:
@@ -245,8 +249,8 @@ def _ranked(
 
 
 def _classes(part: tuple[np.ndarray, ...], t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logit and weight of both classes of the rows of a task that count."""
-    kept_N = ~np.isnan(part[LABEL][:, t])
+    """Logit and weight of both classes of the rows of a task that count and have a finite prediction."""
+    kept_N = ~np.isnan(part[LABEL][:, t]) & np.isfinite(part[LOGIT][:, t])
     logit_N, label_N, weight_N = (part[x][kept_N, t].astype(np.float64) for x in (LOGIT, LABEL, WEIGHT))
     return logit_N, weight_N * label_N, weight_N * (1 - label_N)
 

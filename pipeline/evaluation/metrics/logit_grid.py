@@ -2,8 +2,6 @@
 
 # Shapes: N rows, G distinct logits on the grid.
 
-import math
-
 import numpy as np
 
 GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
@@ -11,7 +9,7 @@ COMPACT_ROWS = 1 << 20  # that wait to be added, or as many as the table has: a 
 
 
 class LogitGrid:
-    """One binary task's table (3, G): logit, ascending, all that is not finite as +inf, and the weights of both classes.
+    """One binary task's table (3, G): logit, ascending, and the weights of both classes.
 
     Memory: 24 bytes for each distinct logit: below 100 MB for logits between -16 and 16.
     """
@@ -21,9 +19,8 @@ class LogitGrid:
         self.pending: list[np.ndarray] = []
 
     def add(self, logit_N: np.ndarray, positive_N: np.ndarray, negative_N: np.ndarray) -> None:
-        """Adds rows."""
-        on_grid_N = np.where(np.isfinite(logit_N), np.rint(logit_N * GRID) / GRID, math.inf)
-        self.pending.append(np.stack((on_grid_N, positive_N, negative_N)))
+        """Adds rows, of finite logits."""
+        self.pending.append(np.stack((np.rint(logit_N * GRID) / GRID, positive_N, negative_N)))
         if sum(part.shape[1] for part in self.pending) >= max(COMPACT_ROWS, self.table_3G.shape[1]):
             self.table()
 
