@@ -109,12 +109,11 @@ class Scorer:
         """On rank 0 the metrics of all ranks' rows; on others their own."""
         if self.weights.ranks == 1:
             return metrics
-        if (states := to_first((metrics.rows, metrics.state()))) is None:
+        if (states := to_first(metrics.state())) is None:
             return metrics
         whole = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-        for rows, state in states:
+        for state in states:
             part = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-            part.rows = rows
             part.load(state)
             whole = whole.merge(part)
         return whole

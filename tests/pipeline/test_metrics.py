@@ -297,8 +297,10 @@ def test_state_survives_a_file_without_pickle_and_goes_on() -> None:
     np.savez(file, **state)
     file.seek(0)
     second = Metrics(TASKS, TRAINED)
+    second.update(*(x_BT[:10] for x_BT in rows))  # is replaced
     second.load(dict(np.load(file, allow_pickle=False)))
     assert second.compute() == first.compute()
+    assert second.rows == first.rows == int((rows[2] & (rows[3] > 0))[:700].any(1).sum())
     second.update(*(x_BT[700:] for x_BT in rows))
     assert_same(second.compute(), expected)
     first.update(*(x_BT[700:] for x_BT in rows))

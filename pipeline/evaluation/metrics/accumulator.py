@@ -109,11 +109,12 @@ class Metrics:
 
     def state(self) -> dict[str, np.ndarray]:
         """All that was accumulated, as arrays: not copied, as they are large, and not to be written into."""
-        return {key: x for statistic in self.statistics.values() for key, x in statistic.state().items()}
+        state = {key: x for statistic in self.statistics.values() for key, x in statistic.state().items()}
+        return state | {"rows": np.array(self.rows)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces all by the `state()` of metrics of the same tasks and grouping."""
-        self.read = {}
+        self.read, self.rows = {}, int(state["rows"])
         for statistic in self.statistics.values():
             statistic.load(state)
 
