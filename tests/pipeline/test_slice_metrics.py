@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import reduce
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from examples import examples
@@ -188,6 +189,11 @@ def test_differences_are_paired_by_bucket() -> None:
         )
         for step, m in enumerate((metrics_of(rows), metrics_of(worse)))
     ]
+    assert paired(*two).height == two[0].figures.height
+    one_name = [
+        replace(e, figures=e.figures.with_columns(slice=pl.col("slice").replace("cold", "device=a"))) for e in two
+    ]
+    assert paired(*one_name).drop("slice").equals(paired(*two).drop("slice"))
     line = paired(*two).filter(task="click", metric="ne", slice=ALL).to_dicts()[0]
     ours, theirs = (e.figures.filter(task="click", metric="ne", slice=ALL) for e in two)
     assert line["delta"] == ours["value"][0] - theirs["value"][0]

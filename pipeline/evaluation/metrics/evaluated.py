@@ -106,7 +106,7 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
             "not evaluated on the same rows (dataset, split, share, share_by, cluster, buckets, and the share of clusters that "
             "memory holds): evaluate both with the same settings"
         )
-    keys = ["task", "metric", "slice"]
+    keys = ["task", "metric", "dimension", "slice"]
     both = ours.figures.join(
         theirs.figures.select(*keys, "value", "left_out"), on=keys, suffix="_theirs", maintain_order="left"
     )

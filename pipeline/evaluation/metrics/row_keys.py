@@ -77,6 +77,11 @@ class SplitKeys:
             for dimension, of_values in zip(self.dimensions, counts, strict=True)
         ]
         found = [numbers for numbers in found if numbers.names]
+        dimension_of: dict[str, str] = {}
+        for name, dimension in ((name, numbers.dimension.name) for numbers in found for name in numbers.names):
+            if name in dimension_of:
+                raise UserError(f"slices: {dimension_of[name]} and {dimension} both have a slice {name}: leave one out")
+            dimension_of[name] = dimension
         if (slices := sum(len(numbers.names) for numbers in found)) * config.buckets > MAX_CELLS:
             raise UserError(
                 f"slices: {slices:,} slices with {config.buckets:,} buckets each take too much memory, at most "
