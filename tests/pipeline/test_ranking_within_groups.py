@@ -160,6 +160,19 @@ def test_zeros_of_both_signs_are_a_tie_and_negative_logits_keep_their_order():
     assert grouped(logit, label, np.ones(4), np.array([1, 1, 2, 2]), np.zeros(4, int), 1, 1)["gauc"][0] == 0.75
 
 
+def test_float64_logits_that_float32_does_not_tell_apart_are_no_ties():
+    logit = np.array([40, 40 + 1e-12, 40 + 2e-12, 40 + 3e-12, 1e300, -1e300])
+    label, one = np.array([0, 0, 1, 1, 1, 0]), np.zeros(6, np.int64)
+    assert grouped(logit, label, np.ones(6), one, one, 1, 1)["gauc"][0] == 1
+
+
+def test_without_a_bucket_of_nearly_all_weight_the_others_remain():
+    logit, label = np.float32([2, 1] * 3), np.float32([1, 0, 0, 1, 1, 0])
+    place = np.arange(3).repeat(2)
+    _, left_out = grouped(logit, label, np.array([1, 1, 1, 1, 1e17, 1e17]), place, place, 3, 2)["gauc"]
+    assert left_out[2] == 0.5
+
+
 def xauc_by_pairs(prediction: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float:
     won = pairs = 0.0
     for i in range(len(label)):

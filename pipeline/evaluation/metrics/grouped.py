@@ -54,7 +54,7 @@ def grouped(
     """Grouped AUC and NDCG@k of a binary task.
 
     Args:
-        logit_N: float32, or what float32 holds exactly. label_N: in [0, 1], the same. weight_N: rows of weight 0 do not count.
+        logit_N: float32 or float64. label_N: in [0, 1]. weight_N: rows of weight 0 do not count.
         group_N: int64, 64-bit hashes of the groups. bucket_N: in 0 .. buckets - 1; a group whose rows are in several is in
             one by the high 32 bits of its hash.
         k: how many places of a group's list NDCG looks at.
@@ -142,10 +142,11 @@ def _sorted(
     bucket_N: np.ndarray,
     buckets: int,
 ) -> Groups:
-    logit_bits_N = ordered_bits(logit_N)
-    order_N = by_radix(group_N.view(np.uint64), by_radix(logit_bits_N))
+    is_float32 = logit_N.dtype == np.float32
+    rank_N = ordered_bits(logit_N) if is_float32 else np.unique(logit_N, return_inverse=True)[1].astype(np.uint32)
+    order_N = by_radix(group_N.view(np.uint64), by_radix(rank_N))
     new_group_N = _changes(group_N[order_N])
-    run_R = np.flatnonzero(new_group_N | _changes(logit_bits_N[order_N]))
+    run_R = np.flatnonzero(new_group_N | _changes(rank_N[order_N]))
     group_run_G = np.flatnonzero(new_group_N[run_R])
     group_G = run_R[group_run_G]
     label_N, weight_N = (x_N[order_N].astype(np.float64) for x_N in (label_N, weight_N))
