@@ -95,12 +95,11 @@ class KeptRows:
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:
         """All parts as one."""
+        self.parts = [part for part in self.parts if len(part[CLUSTER])]  # an empty one has no precision
         if not self.parts:
             count, dimensions = len(self.tasks), len(self.grouping.slices)
             wide = np.zeros((0, count))
-            self.parts = [
-                (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros((0, dimensions), np.int16), wide, wide, wide)
-            ]
+            return np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros((0, dimensions), np.int16), wide, wide, wide
         if len(self.parts) > 1:
             self.parts = [tuple(np.concatenate(columns) for columns in zip(*self.parts, strict=True))]
         return self.parts[0]
