@@ -169,6 +169,27 @@ def test_the_frame_has_a_line_for_each_figure_and_only_slices_with_rows() -> Non
     assert not {*TOTALS} & errors_of(figures)["click"].keys()
 
 
+def test_a_figure_beyond_the_largest_number_has_no_standard_error() -> None:
+    metrics = Metrics(TASKS[:1], Grouping(buckets=2))
+    one_BT = torch.ones(2, 1)
+    metrics.update(one_BT.double() * 1.5e308, one_BT * 0, one_BT, one_BT, torch.tensor([[0, 0], [1 << 31, 1]]))
+    figures = metrics.figures()
+    assert np.isfinite(figures["click"]["log_loss"].left_out_SK).all()  # of one row each
+    line = metrics.frame(figures).row(by_predicate=pl.col("metric") == "log_loss", named=True)
+    assert line["value"] is line["se"] is None
+    assert "log_loss" not in errors_of(figures)["click"]
+
+
+def test_bins_of_one_tie_that_rows_are_not_in_have_no_standard_error() -> None:
+    metrics = Metrics(TASKS[:1], Grouping(buckets=BUCKETS))
+    label_BT, key_BC = random_rows()[1][:, :1], random_rows()[4][:, :2]
+    ones_BT = torch.ones(len(label_BT), 1)
+    metrics.update(ones_BT * 0, label_BT, ones_BT, ones_BT, key_BC)
+    [curve] = metrics.reliability().values()
+    assert [line[:2] for line in curve] == [pytest.approx([0.5, float(label_BT.mean())])] * 20
+    assert [line[2] is not None for line in curve] == [b == 10 for b in range(20)]
+
+
 def test_an_interval_is_students() -> None:
     left_K = np.array([0.5, 0.51, np.nan, 0.49, 0.5])
     mean = np.nanmean(left_K)
@@ -222,6 +243,8 @@ def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_
     assert found["click"]["ne"].value_S == pytest.approx(expected["click"]["ne"].value_S, rel=1e-12)
     errors, smaller = (float(standard_error(f["click"]["auc"].left_out_SK[0])) for f in (expected, found))
     assert errors / 3 < smaller < errors * 3
+    left_K = found["click"]["auc"].left_out_SK[0]  # around the value of all rows, as a paired ratio needs them
+    assert np.nanmean(left_K) == pytest.approx(found["click"]["auc"].value_S[0], abs=smaller / 10)
     ranking = small.ranking()
     assert ranking["share"] == 1 / 8
     tied = {}
