@@ -171,23 +171,27 @@ def test_the_frame_has_a_line_for_each_figure_and_only_slices_with_rows() -> Non
 
 def test_a_figure_beyond_the_largest_number_has_no_standard_error() -> None:
     metrics = Metrics(TASKS[:1], Grouping(buckets=2))
-    one_BT = torch.ones(2, 1)
-    metrics.update(one_BT.double() * 1.5e308, one_BT * 0, one_BT, one_BT, torch.tensor([[0, 0], [1 << 31, 1]]))
+    one_BT = torch.ones(2, 1, dtype=torch.float64)
+    metrics.update(one_BT * 1e300, one_BT * 0, one_BT, one_BT * 1e8, torch.tensor([[0, 0], [1 << 31, 1]]))
     figures = metrics.figures()
-    assert np.isfinite(figures["click"]["log_loss"].left_out_SK).all()  # of one row each
+    assert float(standard_error(figures["click"]["log_loss"].left_out_SK[0])) == 0  # of one row each
     line = metrics.frame(figures).row(by_predicate=pl.col("metric") == "log_loss", named=True)
     assert line["value"] is line["se"] is None
     assert "log_loss" not in errors_of(figures)["click"]
 
 
-def test_bins_of_one_tie_that_rows_are_not_in_have_no_standard_error() -> None:
+def test_bins_of_the_reliability_curve_have_standard_errors_of_the_buckets_whose_rows_are_in_them() -> None:
     metrics = Metrics(TASKS[:1], Grouping(buckets=BUCKETS))
     label_BT, key_BC = random_rows()[1][:, :1], random_rows()[4][:, :2]
+    bucket_B = key_BC[:, 1] % 3
+    key_BC[:, 0] = (2 * bucket_B + 1) * (1 << 32) // (2 * BUCKETS)
     ones_BT = torch.ones(len(label_BT), 1)
     metrics.update(ones_BT * 0, label_BT, ones_BT, ones_BT, key_BC)
     [curve] = metrics.reliability().values()
     assert [line[:2] for line in curve] == [pytest.approx([0.5, float(label_BT.mean())])] * 20
-    assert [line[2] is not None for line in curve] == [b == 10 for b in range(20)]
+    left_K = np.array([label_BT[bucket_B != b].mean() for b in range(3)])
+    error = math.sqrt(2 / 3 * ((left_K - left_K.mean()) ** 2).sum())
+    assert [line[2] for line in curve] == [pytest.approx(error) if b == 10 else None for b in range(20)]  # of one tie
 
 
 def test_an_interval_is_students() -> None:

@@ -248,8 +248,8 @@ def _ranked(
 
 
 def _classes(part: tuple[np.ndarray, ...], t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logit and weight of both classes of the rows of a task that count and have a finite prediction."""
-    kept_N = ~np.isnan(part[LABEL][:, t]) & np.isfinite(part[LOGIT][:, t])
+    """Logit and weight of both classes of the rows of a task that count."""
+    kept_N = ~np.isnan(part[LABEL][:, t])
     logit_N, label_N, weight_N = (part[x][kept_N, t].astype(np.float64) for x in (LOGIT, LABEL, WEIGHT))
     return logit_N, weight_N * label_N, weight_N * (1 - label_N)
 

@@ -19,7 +19,7 @@ class LogitGrid:
         self.pending: list[np.ndarray] = []
 
     def add(self, logit_N: np.ndarray, positive_N: np.ndarray, negative_N: np.ndarray) -> None:
-        """Adds rows, of finite logits."""
+        """Adds rows."""
         self.pending.append(np.stack((np.rint(logit_N * GRID) / GRID, positive_N, negative_N)))
         if sum(part.shape[1] for part in self.pending) >= max(COMPACT_ROWS, self.table_3G.shape[1]):
             self.table()
