@@ -141,7 +141,7 @@ class Metrics:
             return list(pool.map(of_task, range(len(self.tasks))))
 
     def compute(self) -> dict[str, dict[str, float | int | None]]:
-        """Task → metric → value over all rows. None is undefined: no rows, one class, constant labels, no finite prediction."""
+        """Task → metric → value over all rows. None: undefined, as of no rows, of one class, or of infinite predictions."""
         return values_of(self.figures())
 
     def frame(self, figures: dict[str, dict[str, Figure]]) -> pl.DataFrame:

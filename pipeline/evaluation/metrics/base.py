@@ -77,6 +77,8 @@ class Rows:
 class Figure:
     """One metric of one task: its value in each slice, and without each bucket; NaN where it is undefined.
 
+    GAUC, NDCG and XAUC are of all rows, and undefined in other slices.
+
     Attributes:
         left_out_SK: None for a metric without intervals.
     """

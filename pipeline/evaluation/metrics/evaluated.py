@@ -96,7 +96,8 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
     """The differences of two evaluations of the same rows, ours - theirs, with standard errors paired by bucket.
 
     Returns: a line for each task, metric and slice that both have: task, metric, dimension, slice, rows, ours, theirs, delta,
-        se, relative (delta / theirs), relative_se, buckets (that have rows: the degrees of freedom are one fewer).
+        se, relative (delta / theirs: infinite where theirs is 0, of the other sign where it is negative), relative_se,
+        buckets (that have rows: the degrees of freedom are one fewer).
     Raises:
         UserError: they are not of the same rows in the same buckets.
     """

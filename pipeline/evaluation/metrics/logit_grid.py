@@ -4,14 +4,14 @@
 
 import numpy as np
 
-GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
+GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁷ of each other may become ties
 COMPACT_ROWS = 1 << 20  # that wait to be added, or as many as the table has: a row is then sorted O(log rows) times
 
 
 class LogitGrid:
     """One binary task's table (3, G): logit, ascending, and the weights of both classes.
 
-    Memory: 24 bytes for each distinct logit: below 100 MB for logits between -16 and 16.
+    Memory: 24 bytes for each distinct logit: about 100 MB for logits between -16 and 16.
     """
 
     def __init__(self, table_3G: np.ndarray | None = None) -> None:
