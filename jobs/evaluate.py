@@ -8,12 +8,15 @@ Examples:
   python -m jobs.launch --nproc-per-node=8 -m jobs.evaluate run=/runs/large step=newest table_precision=fp16
 """
 
+import os
+from contextlib import suppress
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from features.errors import UserError
 from jobs.entry import job, parse
+from pipeline.run.headline import headline
 from pipeline.terminal import short_decimal
 
 
@@ -35,32 +38,47 @@ def main(config: DictConfig) -> None:
         config.run = str(config.compare[0])
     settings: EvaluateConfig = parse(config, EvaluateConfig)
     if settings.compare:
-        compared = comparison(settings)
-        print(compared.table)
-        page.write_comparison(compared.models, compared.models[1], compared.file)
-        print(f"\n{compared.file}")
+        if os.environ.get("RANK", "0") == "0":  # of ranks, which have nothing to share here, one does it
+            compared = comparison(settings)
+            print(compared.table)
+            page.write_comparison(compared.models, compared.models[1], compared.file)
+            print(f"\n{compared.file}")
         return
     with process_group.joined() as rank:
         evaluation = Evaluation(settings, shard_for_scoring)
+
+        def write_page() -> None:
+            page.write_run(evaluation.results(), defaults=Settings().model_dump(mode="json"))
+
         found = False
-        for record in evaluation.records():
-            found = True
-            print(progress_line(record), flush=True)
+        try:
+            for record in evaluation.records(write_page):
+                found = True
+                print(progress_line(record), flush=True)
+        except (UserError, SystemExit):
+            if found:
+                with suppress(UserError, OSError):  # the first error is the one to print
+                    write_page()
+                    evaluation.publish()
+            raise
         if rank == 0:
-            results = evaluation.results()
             if not found and not settings.follow:
                 print("Nothing new: these checkpoints have a record of these settings, or are another evaluator's.")
-            page.write_run(results, defaults=Settings().model_dump(mode="json"))
+            write_page()
             evaluation.publish()
-            print(f"\n{tables.table(results)}\n\n{evaluation.run.report}")
+            print(f"\n{tables.table(evaluation.results())}\n\n{evaluation.run.report}")
 
 
 def progress_line(record: dict[str, Any]) -> str:
-    """A record in a line: step, split, NE of each binary task, duration, lag behind the trainer."""
-    ne = " ".join(f"{task} {short_decimal(m['ne'])}" for task, m in record["metrics"].items() if m.get("ne"))
-    line = f"step {record['step']:,}  {record['split']}  NE {ne}  {record['seconds']:.1f} s"
+    """A record in a line: step, split, headline metric of each task, duration, lag behind the trainer."""
+    shown: dict[str, str] = {}
+    for task, metrics in record["metrics"].items():
+        name = headline(metrics)
+        if metrics[name] is not None:
+            shown[name] = f"{shown.get(name, name.upper())} {task} {short_decimal(metrics[name])}"
+    line = f"step {record['step']:,}  {record['split']}  {' '.join(shown.values())}  {record['seconds']:.1f} s"
     if lag := record.get("lag"):
-        line += f"  lag {lag['steps']:,} steps, {lag['seconds']:,.1f} s"
+        line += f"  lag {lag['steps']:,} steps" + (f", {lag['seconds']:,.1f} s" if "seconds" in lag else "")
     return line
 
 

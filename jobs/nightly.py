@@ -1,13 +1,13 @@
-"""jobs.nightly: a new day's logs and two models to a verdict; exit code 0: passed, 2: failed, 3: undecided, 1: an error.
+"""jobs.nightly: a new day's logs and two models to a verdict.
 
-A night is a pipeline of steps, recorded in OUT/DATE/night.json: killed anywhere, the same command takes it up where it was. The
-last line on stdout is the outcome as JSON.
+Exit codes: 0 passed, 2 failed, 3 undecided, 1 an error, 75 preempted (run the same command again). A night is a pipeline of
+steps, recorded in OUT/DATE/night.json: killed anywhere, the same command takes it up where it was. The last line on stdout is the outcome as JSON.
 
 Examples:
   python -m jobs.nightly run=runs/demo/adatt serving=runs/demo/ple input=/logs/2026-11-09 out=runs/nightly date=2026-11-09
   python -m jobs.nightly run=/runs/new input=/logs/today out=/nightly gates=gates.yaml bless=pass webhook=true
   python -m jobs.nightly 'train={args: ["model=ple"]}' days=/runs/days input=/logs out=/runs/nightly date=2026-11-09
-  python -m jobs.nightly bless=back out=/nightly
+  python -m jobs.nightly bless=back withdraw=2026-11-09 out=/nightly
 """
 
 import sys

@@ -6,6 +6,7 @@ are too large, as MLflow does (mlflow/utils/validation.py, version 3). tests/pip
 
 import re
 import sys
+import time
 import types
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class FakeRun:
     name: str
     tags: dict[str, str]
     status: str = "RUNNING"
+    end_time: int | None = None
     params: dict[str, str] = field(default_factory=dict)
     metrics: list[Metric] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -92,7 +94,9 @@ class MlflowClient:
     def get_run(self, run_id: str) -> Any:
         run = self.store.runs[run_id]
         newest: dict[str, float] = {m.key: m.value for m in sorted(run.metrics, key=lambda m: (m.step, m.timestamp))}
-        info = SimpleNamespace(run_id=run_id, run_name=run.name, status=run.status, experiment_id=run.experiment)
+        info = SimpleNamespace(
+            run_id=run_id, run_name=run.name, status=run.status, end_time=run.end_time, experiment_id=run.experiment
+        )
         return SimpleNamespace(info=info, data=SimpleNamespace(params=run.params, tags=run.tags, metrics=newest))
 
     def log_batch(self, run_id: str, metrics: list[Metric], params: list[Param], tags: list[RunTag]) -> None:
@@ -119,7 +123,9 @@ class MlflowClient:
     def update_run(self, run_id: str, status: str) -> None:
         self.store.runs[run_id].status = status
 
-    set_terminated = update_run
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self.update_run(run_id, status)
+        self.store.runs[run_id].end_time = time.time_ns()
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,12 @@ from pipeline.evaluation.metrics.slice_names import covers
 from pipeline.evaluation.report import comparison_table
 from pipeline.evaluation.report.content import Model
 from pipeline.evaluation.report.reading import card_link, model_of
+from pipeline.evaluation.scorer import is_own_dataset
 from pipeline.overrides import setting
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
+
+ROWS = ("dataset", "split", "share")  # of a provenance: which rows were asked for
 
 
 class Compared(NamedTuple):
@@ -120,7 +123,7 @@ def _read(of: Compared, config: EvaluateConfig) -> Evaluated:
         run=str(run.path), step=step, checkpoint=records.checksum(run, step), dataset=dataset.name, split=config.split,
         share=config.share,
     )  # fmt: skip
-    file = evaluated.path(run, wanted, dataset.path == Path(run.config()["dataset"]).absolute())
+    file = evaluated.path(run, wanted, is_own_dataset(run, dataset))
     given = [setting("run", run.path), f"split={config.split}", f"step={step}"]
     given += [setting("dataset", config.dataset)] if config.dataset else []
     given += [f"days=[{config.days}]"] if config.days else []
@@ -133,4 +136,6 @@ def _read(of: Compared, config: EvaluateConfig) -> Evaluated:
     found = evaluated.read(file)
     if wanted.checkpoint and found.provenance.checkpoint != wanted.checkpoint:
         raise UserError(f"{file} is of a checkpoint that was since replaced. Run {command}.")
+    if other := [key for key in ROWS if getattr(found.provenance, key) != getattr(wanted, key)]:
+        raise UserError(f"{file} is of another {' and '.join(other)} than asked for. Run {command}.")
     return found

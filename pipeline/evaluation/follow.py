@@ -5,9 +5,10 @@ evaluation (all figures, predictions) are written before its line in eval.jsonl,
 an evaluator that is killed before the line leaves files that the next one replaces.
 """
 
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from features.errors import UserError
+from features.errors import UserError, join_faults
 from features.schema.schema import Split
 from models.table_storage import Precision
 from pipeline import cores
@@ -32,11 +33,15 @@ from pipeline.evaluation.tracked import check_settings, publish, series_of, trac
 from pipeline.evaluation.weights import Loading, Shard, Tables
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
-from pipeline.run.tracking.base import EvalRecord
+from pipeline.run.tracking.base import EvalRecord, Published, Recorded
+from pipeline.run.tracking.registry import Sinks
 from pipeline.run.tracking.settings import TrackingSettings
 
 POLL_INTERVAL = 0.5  # seconds
+PAGE_EVERY, PAGE_EVERY_BEHIND = 30.0, 300.0  # seconds from a page to the next, the second while more checkpoints wait
 WAIT, END = -1, -2  # instead of a step: nothing to evaluate now, or any more
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluateConfig(MeasureConfig, TrackingSettings):
@@ -47,7 +52,7 @@ class EvaluateConfig(MeasureConfig, TrackingSettings):
     dataset: Path | None = None
     days: Days = None
     missing_days: MissingDays | None = None
-    step: int | list[int] | Literal["all", "newest"] = "all"
+    step: int | Annotated[list[int], Field(min_length=1)] | Literal["all", "newest"] = "all"
     predictions: bool = False
     every: int = Field(1, ge=1)
     order: Order = "oldest"
@@ -106,14 +111,22 @@ class Evaluation:
         dataset_name = None if self.scorer.own_dataset else self.scorer.dataset.name
         self.series = series_of(config.split, dataset_name, config.share)
         self.claim: Claim | None = None  # of rank 0, while its checkpoint is scored
+        self.has_retried = False  # those that failed, once training had finished
+        self.page_time = time.monotonic() - PAGE_EVERY  # of the last page; the first may be written at once
+        self.is_on_page = True  # whether each record of this evaluation is
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self, write_page: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
         """Evaluates checkpoints in `order` and yields each record, on rank 0, once it is in eval.jsonl.
 
         `follow` ends when training has finished and each checkpoint has its record, or is claimed by another evaluator.
+        It tries a damaged one again every minute, and once more at the end; it leaves out one that the trainer has deleted.
 
+        Args:
+            write_page: writes the run's report. It is called after a record while checkpoints are waited for, at most every
+                PAGE_EVERY seconds, and every PAGE_EVERY_BEHIND seconds where they are not; the last page is the caller's.
         Raises:
-            UserError: a damaged checkpoint; or, following, no heartbeat of the trainer for `give_up_after` seconds.
+            UserError: a damaged checkpoint, following only at the end; damaged rows; or, following, no heartbeat of the trainer
+                for `give_up_after` seconds.
         """
         config = self.config
         if config.truth and ranks.is_first():
@@ -121,12 +134,19 @@ class Evaluation:
         steps = None if config.follow else ranks.from_first(lambda: _steps(self.run, config))
         known = self.pending.known().values() if ranks.is_first() else ()
         with tracked(config, self.run, config.split, self.series, known) as sinks:
-            while (step := ranks.from_first(lambda: self._next(steps))) != END:
-                if step == WAIT:
-                    time.sleep(POLL_INTERVAL)
-                elif record := self._evaluate(step):
-                    sinks.handle(EvalRecord(with_bounds(record)))
-                    yield record
+            try:
+                while (step := ranks.from_first(lambda: self._next(steps))) != END:
+                    if step == WAIT:
+                        self._refresh(write_page, sinks, PAGE_EVERY)
+                        time.sleep(POLL_INTERVAL)
+                    elif record := self._evaluate(step):
+                        sinks.handle(Recorded(self._known))
+                        sinks.handle(EvalRecord(with_bounds(record)))
+                        self.is_on_page = False
+                        yield record
+                        self._refresh(write_page, sinks, PAGE_EVERY_BEHIND)
+            finally:
+                sinks.handle(Recorded(self._known))
 
     def results(self) -> Results:
         """All that is known of the split by now, for reports. Raises UserError for a record that lacks a metric."""
@@ -136,6 +156,20 @@ class Evaluation:
     def publish(self) -> None:
         """Sends the report to MLflow, where the settings ask for it."""
         publish(self.config, self.run, self.config.split, self.series, self.run.report)
+
+    def _refresh(self, write_page: Callable[[], None] | None, sinks: Sinks, seconds: float) -> None:
+        """Writes a page where the last one lacks a record, if it is so old."""
+        if write_page is None or self.is_on_page or time.monotonic() - self.page_time < seconds:
+            return
+        try:
+            write_page()
+            sinks.handle(Published(self.run.report))
+        except (UserError, OSError) as error:
+            logger.warning("%s cannot be written now: %s", self.run.report, error)
+        self.page_time, self.is_on_page = time.monotonic(), True
+
+    def _known(self) -> list[dict[str, Any]]:
+        return [with_bounds(record) for record in self.pending.known().values()]
 
     def _next(self, steps: list[int] | None) -> int:
         """The step that was claimed, WAIT or END. Called at least every POLL_INTERVAL, so that no rank waits for long.
@@ -151,6 +185,15 @@ class Evaluation:
         self.claim = self.pending.take(found if steps is None else steps, found[-1] if finished and found else None)
         if self.claim:
             return self.claim.step
+        if finished and (failed := self.pending.failed(found)):
+            if self.has_retried:
+                faults = join_faults([f"step {step} ({error})" for step, error in failed.items()], 5)
+                raise UserError(
+                    f"{run.checkpoints}: not evaluated: {faults}. Restore or delete these checkpoints and rerun the command."
+                )
+            self.has_retried = True
+            self.pending.retry()
+            return WAIT
         if finished or not config.follow:
             return END
         # A trainer that failed may be restarted, by torchrun, a cluster or a person.
@@ -182,9 +225,11 @@ class Evaluation:
             return record
 
     def _may_leave_out(self, step: int) -> bool:
-        """Whether evaluation goes on without a checkpoint: following, or where one that nobody named was deleted meanwhile."""
+        """Whether evaluation goes on without a checkpoint: following, a damaged one; else one that is gone and nobody named."""
+        if self.config.follow:
+            return self.claim is not None and self.pending.is_damaged(self.claim)
         is_gone = not checkpoint.folder(self.run.checkpoints, step).exists()
-        return self.config.follow or (is_gone and isinstance(self.config.step, str))
+        return is_gone and isinstance(self.config.step, str)
 
 
 def evaluate(config: EvaluateConfig) -> Iterator[dict[str, Any]]:

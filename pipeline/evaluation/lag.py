@@ -1,7 +1,5 @@
 """How far an evaluation is behind its trainer."""
 
-import time
-
 from features.errors import UserError
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
@@ -16,13 +14,12 @@ def commit_time(run: Run, step: int) -> float | None:
 
 
 def lag(run: Run, step: int, committed: float | None) -> dict[str, float] | None:
-    """Steps and seconds from a checkpoint to the trainer's last heartbeat.
-
-    Once training has ended they are steps to the newest checkpoint, and seconds since the checkpoint was committed.
+    """How far a checkpoint is behind the trainer's last heartbeat; once training has ended, behind the newest checkpoint.
 
     Args:
         committed: see `commit_time`.
-    Returns: {"steps": int, "seconds": float}, neither below 0; None where the heartbeat is damaged, or `committed` is None.
+    Returns: {"steps": int, "seconds": float}, neither below 0, without seconds once training has ended; None where the
+        heartbeat is damaged, or `committed` is None.
     """
     try:
         status = run.status()
@@ -31,7 +28,5 @@ def lag(run: Run, step: int, committed: float | None) -> dict[str, float] | None
     if committed is None:
         return None
     if status and status.state == "training":
-        newest, now = status.step, status.time
-    else:
-        newest, now = max(checkpoint.steps(run.checkpoints), default=step), time.time()
-    return {"steps": max(0, newest - step), "seconds": max(0.0, now - committed)}
+        return {"steps": max(0, status.step - step), "seconds": max(0.0, status.time - committed)}
+    return {"steps": max(0, max(checkpoint.steps(run.checkpoints), default=step) - step)}

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -125,6 +125,27 @@ class Pending:
         records.put(self.run, record)
         self._complete.add((claim.step, record["checkpoint"]))
 
+    def is_damaged(self, claim: Claim) -> bool:
+        """Whether a claimed checkpoint was deleted, damaged or written anew since; reads all its files."""
+        try:
+            with checkpoint.reading(checkpoint.folder(self.run.checkpoints, claim.step)):
+                return _version(self._manifest_file(claim.step)) != claim.version
+        except (UserError, OSError):
+            return True
+
+    def failed(self, steps: Iterable[int]) -> dict[int, str]:
+        """Of `steps` those whose checkpoints, as they are, failed and have no record of another evaluator; why, of each."""
+        found = ((step, self._failures.get(step)) for step in steps)
+        return {
+            step: failure.error
+            for step, failure in found
+            if failure and failure.version == self._manifest(step)[0] and not self._is_recorded(step)
+        }
+
+    def retry(self) -> None:
+        """Lets the checkpoints that failed be taken again at once."""
+        self._failures = {step: replace(failure, retry=0.0) for step, failure in self._failures.items()}
+
     def fail(self, claim: Claim, error: Exception) -> None:
         """Puts a claimed checkpoint off for RETRY_AFTER seconds, or until it is written anew."""
         earlier = self._failures.get(claim.step)
@@ -152,14 +173,16 @@ class Pending:
 
     def _awaits(self, step: int) -> bool:
         """Whether a step has no complete evaluation of its checkpoint as it is now, and did not fail just now."""
-        version, checksum, _ = self._manifest(step)
         failure = self._failures.get(step)
-        if failure and failure.version == version and time.monotonic() < failure.retry:
+        if failure and failure.version == self._manifest(step)[0] and time.monotonic() < failure.retry:
             return False
-        record = self.known().get(step)
+        return not self._is_recorded(step)
+
+    def _is_recorded(self, step: int) -> bool:
+        checksum, record = self._manifest(step)[1], self.known().get(step)
         if record is None or not checksum or record.get("checkpoint") != checksum:
-            return True
-        return (step, checksum) not in self._complete and not self._is_complete(step, record)
+            return False
+        return (step, checksum) in self._complete or self._is_complete(step, record)
 
     def _is_complete(self, step: int, record: dict[str, Any]) -> bool:
         """Whether a record is of these settings, and its files are there and of its evaluation.

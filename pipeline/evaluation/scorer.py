@@ -23,7 +23,7 @@ from pipeline.evaluation import predictions
 from pipeline.evaluation.expert_weights import ExpertWeights
 from pipeline.evaluation.lockstep import gathered, to_first
 from pipeline.evaluation.metrics import evaluated
-from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance
 from pipeline.evaluation.metrics.row_keys import SplitKeys
 from pipeline.evaluation.metrics.settings import MeasureConfig
@@ -178,12 +178,10 @@ class Scorer:
             "measure": self.measured,
             "time": time.time(),
             "seconds": seconds,
+            "ranks": self.weights.ranks,
             "rows_evaluated": metrics.rows,
             "rows_per_s": metrics.rows / seconds,
-            "metrics": values_of(figures),
-            "intervals": errors_of(figures),
-            "reliability": metrics.reliability(),
-            "ranking": metrics.ranking(),
+            **metrics.record(figures),
             "evaluation": file.name,
             "gates": gates,
             "gate_names": [{"units": level.units, "experts": level.experts} for level in names],
@@ -191,11 +189,8 @@ class Scorer:
 
     @cached_property
     def own_dataset(self) -> bool:
-        """Whether the rows are of the dataset, and of all the days of it, that the run trains on."""
-        trained = self.run.config()
-        if self.dataset.path != Path(trained["dataset"]).absolute() or not trained.get("days"):
-            return self.dataset.name == str(Path(trained["dataset"]).absolute())
-        return self.dataset.name == _trained_on(trained).name
+        """See `is_own_dataset`."""
+        return is_own_dataset(self.run, self.dataset)
 
     @property
     def measured(self) -> str:
@@ -219,11 +214,23 @@ class Scorer:
             buckets=self.measure.buckets,
             kept=0.5**self.keys.halvings,
             measure=self.measured,
+            min_rows=self.measure.min_rows,
         )
 
     def provenance(self, checksum: str) -> dict[str, str]:
         """Of which checkpoint and dataset a file of predictions is."""
         return {"checkpoint": checksum, "dataset": self.dataset.name}
+
+
+def is_own_dataset(run: Run, dataset: Dataset) -> bool:
+    """Whether rows are of the dataset, and of all the days of it, that a run trains on."""
+    trained = run.config()
+    if dataset.path != Path(trained["dataset"]).absolute() or not trained.get("days"):
+        return dataset.name == str(Path(trained["dataset"]).absolute())
+    try:
+        return dataset.name == _trained_on(trained).name
+    except UserError:  # of the days that it trained on some are gone: these are others
+        return False
 
 
 def train_rates(run: Run) -> dict[str, float]:

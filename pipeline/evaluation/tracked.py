@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.lockstep import rank_of
-from pipeline.evaluation.metrics.intervals import quantile
+from pipeline.evaluation.metrics.intervals import reach_of
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
 from pipeline.run.tracking import mlflow
@@ -35,13 +35,13 @@ def series_of(split: str, dataset: str | None, share: float = 1.0) -> str:
 
 def with_bounds(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of eval.jsonl with `bounds` {task: {metric: [low, high]}} of the headline metrics that have intervals."""
-    errors, buckets = record.get("intervals") or {}, record.get("buckets") or 0
-    reach = float(quantile(CONFIDENCE, buckets))
+    errors = record.get("intervals") or {}
     bounds: dict[str, dict[str, list[float]]] = {}
     for task, metrics in record["metrics"].items():
         for name in HEADLINE.values():
             value, error = metrics.get(name), errors.get(task, {}).get(name)
-            if value is not None and error is not None and buckets > 1:
+            reach = reach_of(record, task, name, CONFIDENCE)
+            if value is not None and error is not None and reach >= 0:
                 bounds.setdefault(task, {})[name] = [value - reach * error, value + reach * error]
     return {**record, "bounds": bounds}
 

@@ -5,35 +5,44 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.storage.files import appending
+from pipeline.training.faults.preemption import PREEMPTED, PreemptionSignal
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+POLL_S = 0.1
 
 
 def run_module(module: str, arguments: Sequence[str], ranks: int, log: Path) -> int:
-    """Runs `python -m MODULE` to its end, on several ranks by jobs.launch, its output added to a log. Returns its exit code."""
+    """Runs `python -m MODULE` to its end, on several ranks by jobs.launch, its output added to a log. Returns as `call`."""
     launcher = ["jobs.launch", f"--nproc-per-node={ranks}", "-m", module] if ranks > 1 else [module]
     with appending(log) as output:
         return call([sys.executable, "-m", *launcher, *arguments], output.fileno())
 
 
 def call(command: Sequence[str], output: int) -> int:
-    """Runs a process to its end. It gets SIGTERM when this one ends, whichever way: it would work on unwatched."""
+    """Runs a process to its end. Returns its exit code, PREEMPTED where this one received SIGTERM: it is passed on.
+
+    The process gets SIGTERM when this one ends, too, whichever way: it would work on unwatched.
+    """
     parent, libc = os.getpid(), ctypes.CDLL(None)
+    with PreemptionSignal(log=False).handling() as preemption:
+        process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=lambda: end_with(parent, libc))
+        try:
+            while process.poll() is None and not preemption.received:
+                time.sleep(POLL_S)
+        finally:
+            process.terminate()  # once, and not where it has ended
+            code = process.wait()
+    return PREEMPTED if preemption.received else code
 
-    def end_with_parent() -> None:
-        if hasattr(libc, "prctl"):  # Linux
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:
-                os._exit(1)
 
-    process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=end_with_parent)
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+def end_with(parent: int, libc: ctypes.CDLL) -> None:
+    """Has this process get SIGTERM when its parent ends, and ends it where that is gone already."""
+    if hasattr(libc, "prctl"):  # Linux
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)

@@ -24,8 +24,8 @@ class DataGates(_Strict):
         psi: the largest population stability index of a feature from the dataset of the encoders, less what chance explains.
         missing, unknown: by how much a feature's share of missing values, or of unseen ids among its values, may rise.
         absent: the largest share of the rows of files that lack an optional column.
-        base_rate: a task's mean label lies within these factors of the train split's.
-        rows: the day's rows lie within these factors of the median of the last nights'.
+        base_rate: a binary task's mean label lies within these factors of the train split's; any task has one if it had then.
+        rows: the day's rows lie within these factors of the median of the last nights' that were not beyond it.
         nights: how many of them.
         action: stop ends the night as undecided, before models are scored; warn names the violations and goes on.
     """
@@ -79,6 +79,7 @@ class NightlyConfig(MeasureConfig):
         best: a split; of the candidate's run the best checkpoint there, as eval.jsonl has it, is scored too, for the record.
         gates: a gates.yaml; None: RUN/gates.yaml if there is one, else `max_increase` of each headline metric.
         bless: pass moves OUT/serving.json to a candidate that passes; back moves it one back, and does nothing else.
+        withdraw: with back, the night whose checkpoint is withdrawn: the same command may then be repeated.
         keep_served: entries of OUT/serving.json, the current one included; their checkpoints are not pruned.
         again: judge a date that was judged before anew.
         batch_size: rows of a batch, on each rank. ranks: processes of this machine that score a model together.
@@ -99,6 +100,7 @@ class NightlyConfig(MeasureConfig):
     gates: Path | None = None
     max_increase: float = Field(0.002, ge=0)
     bless: Literal["none", "pass", "back"] = "none"
+    withdraw: str | None = None
     keep_served: int = Field(5, ge=2)
     again: bool = False
     batch_size: int = Field(8192, ge=1)
@@ -116,6 +118,8 @@ class NightlyConfig(MeasureConfig):
     def _go_together(self) -> "NightlyConfig":
         if self.bless == "back":
             return self
+        if self.withdraw is not None:
+            raise ValueError("withdraw is of bless=back, which is not given")
         if (self.run is None) == (self.train is None):
             raise ValueError("give run=RUN, whose newest checkpoint is judged, or train=, which trains one; not both")
         if self.input is None:
@@ -153,6 +157,7 @@ class NightlyConfig(MeasureConfig):
         how = {
             "out",
             "bless",
+            "withdraw",
             "keep_served",
             "again",
             "webhook",

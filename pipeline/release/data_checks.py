@@ -19,10 +19,16 @@ MOST = 20  # violations that are recorded
 
 
 class Checked(Strict):
-    """The summary of the step: rows of the day, and the gates that it violates, each in a line."""
+    """The summary of the step: rows of the day, and the gates that it violates, each in a line.
+
+    Attributes:
+        refused: whether they end the night. unusual_rows: whether the number of rows is one of them.
+    """
 
     rows: Count
     violations: list[Text] = Field(max_length=MOST + 1)
+    refused: bool = False
+    unusual_rows: bool = False
 
 
 def check_data(gates: DataGates, day: Dataset, reference: Dataset, rows_before: Sequence[int]) -> Checked:
@@ -33,30 +39,40 @@ def check_data(gates: DataGates, day: Dataset, reference: Dataset, rows_before: 
     """
     card, before = (read_card(dataset.encoded_by, dataset.schema) for dataset in (day, reference))
     rows = sum(day.manifest.rows.values())
+    of_rows = [*_rows(gates, rows, rows_before)]
     found = [
         printable(line)
         for line in (
-            *_rows(gates, rows, rows_before),
+            *of_rows,
             *_absent(gates, day.manifest),
             *_base_rates(gates, card["tasks"], before["tasks"]),
             *_features(gates, card.get("drift", [])),
         )
     ]
     more = [f"and {len(found) - MOST} more (jobs.inspect {day.path} lists all)"] if len(found) > MOST else []
-    return Checked(rows=rows, violations=[*found[:MOST], *more])
+    refused = bool(found) and gates.action == "stop"
+    return Checked(rows=rows, violations=[*found[:MOST], *more], refused=refused, unusual_rows=bool(of_rows))
+
+
+def checked_of(night: Night) -> Checked | None:
+    """What a night's step found; None where it was not done. Raises UserError for a damaged record."""
+    found = night.summary("check")
+    return None if found is None else validated(Checked, found, f"{night.date}/{FILE}: check")
 
 
 def rows_of_nights(nights: Sequence[Night], date: str, most: int) -> list[int]:
-    """Rows of the last nights before a date, or of all others where dates are no days."""
+    """Rows of the last nights before a date, or of all others where dates are no days.
+
+    Nights of unusual rows are left out: a fault that lasts would become what is usual.
+    """
     ours = day_of(date)
     earlier = [
         night
         for night in nights
         if night.date != date and not (ours and (theirs := day_of(night.date)) and theirs >= ours)
     ]
-    found = [night.summary("check") for night in earlier]
-    where = f"{FILE}: check"
-    return [validated(Checked, summary, where).rows for summary in found if summary][-most:]
+    found = [checked for night in earlier if (checked := checked_of(night))]
+    return [checked.rows for checked in found if not checked.unusual_rows][-most:]
 
 
 def _rows(gates: DataGates, rows: int, before: Sequence[int]) -> Iterator[str]:
@@ -85,7 +101,9 @@ def _base_rates(gates: DataGates, now: Mapping[str, Any], before: Mapping[str, A
     low, high = gates.base_rate
     for task, entry in now.items():
         rate, then = entry["mean"], before.get(task, {}).get("mean")
-        if entry["kind"] == "binary" and rate is not None and then and not low <= rate / then <= high:
+        if rate is None and then is not None:
+            yield f"{task}: no observed label, in training their mean is {then:.4g}"
+        elif entry["kind"] == "binary" and then and not low <= rate / then <= high:
             yield f"{task}: base rate {rate:.4g}, in training {then:.4g} (allowed: {low:g} to {high:g} times as much)"
 
 

@@ -22,6 +22,7 @@ from pipeline.ingest.job import preprocess
 from pipeline.ingest.past_start import newest_dataset
 from pipeline.release.config import NightlyConfig
 from pipeline.run.run import Run
+from pipeline.storage.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,17 @@ class Origin:
 
     Attributes:
         dataset: whose encoders. state: the dataset whose histories and counters the day goes on from; None: it has none.
-        key: identifies both: models of the same one share the encoded day.
+        ids: identifies both: ids mean the same in days where it is the same.
     """
 
     dataset: Dataset
     state: Path | None
-    key: str
+    ids: str
+
+    @property
+    def key(self) -> str:
+        """Identifies the encoded day: models of the same encoders, state and schema share it."""
+        return f"{self.ids}-{self.dataset.manifest.fingerprint}"
 
 
 def origin_of(config: NightlyConfig, run: Run) -> Origin:
@@ -56,12 +62,12 @@ def origin_of_days(config: NightlyConfig) -> Origin:
 
 
 def _origin(config: NightlyConfig, path: Path, dataset: Dataset) -> Origin:
-    state, key = None, dataset.encoders_id
+    state, ids = None, dataset.encoders_id
     if dataset.schema.past:
         state = newest_dataset(path, day_of(config.date), config.missing_days)
         known = read_manifest(state).state
-        key += f"-{state_id(known)}" if known else ""
-    return Origin(dataset, state, key)
+        ids += f"-{state_id(known)}" if known else ""
+    return Origin(dataset, state, ids)
 
 
 def earlier_days(config: NightlyConfig) -> list[date]:
@@ -127,6 +133,14 @@ def _preprocess(settings: PreprocessConfig, origin: Origin) -> None:
         logger.info(line)
     if not sum(manifest.rows.values()):
         raise UserError(f"{settings.input}: no rows. Check input= and the day's logs.")
+
+
+def identity(dataset: Path) -> str:
+    """Checksum of a dataset's manifest, which has those of its shards; empty where there is none."""
+    try:
+        return sha256(dataset / "manifest.json")
+    except (OSError, UserError):
+        return ""
 
 
 def rows_id(day: Dataset) -> str:

@@ -19,12 +19,17 @@ Key = tuple[str, str, str]  # task, metric, slice
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure or a change of one, its standard error (0: exact, None: unknown), the buckets of this, and the rows."""
+    """A figure or a change of one, its standard error (0: exact, None: unknown), the buckets of this, and the rows.
+
+    Attributes:
+        has_intervals: whether the metric was evaluated with intervals: its standard error is unknown for want of buckets then.
+    """
 
     value: float
     se: float | None
     buckets: int
     rows: int
+    has_intervals: bool = True
 
     def reach(self, confidence: float) -> float | None:
         """How far a one-sided bound is from the estimate; None without a standard error."""
@@ -63,7 +68,7 @@ class Figures:
         line = self._ours.get(key)
         if line is None or not _finite(line["value"]):
             return None
-        return Estimate(line["value"], _se(key, line["se"]), line["buckets"], line["rows"])
+        return Estimate(line["value"], _se(key, line["se"]), line["buckets"], line["rows"], line["intervals"])
 
     def theirs(self, key: Key) -> float | None:
         """A figure of the serving checkpoint."""
@@ -75,10 +80,8 @@ class Figures:
         theirs, line = self.theirs(key), self._changes.get(key)
         if line is None or theirs is None or not _finite(line["relative" if relative else "delta"]):
             return None  # of a relative change also where serving's value is 0
-        if relative:
-            share = math.copysign(1, theirs) * line["relative"]
-            return Estimate(share, _se(key, line["relative_se"]), line["buckets"], line["rows"])
-        return Estimate(line["delta"], _se(key, line["se"]), line["buckets"], line["rows"])
+        value, se = (math.copysign(1, theirs) * line["relative"], "relative_se") if relative else (line["delta"], "se")
+        return Estimate(value, _se(key, line[se]), line["buckets"], line["rows"], self._ours[key]["intervals"])
 
     @cached_property
     def _changes(self) -> dict[Key, dict[str, Any]]:
@@ -103,7 +106,8 @@ def _of_gates(gates: Sequence[Gate], evaluated: Evaluated) -> Evaluated:
 def _by_key(evaluated: Evaluated) -> dict[Key, dict[str, Any]]:
     figures = evaluated.figures.select("task", "metric", "slice", "rows", "value", "se")
     used = [int(buckets_used(as_array(left_out))) for left_out in evaluated.figures["left_out"]]
-    lines = figures.with_columns(pl.Series("buckets", used, pl.Int64)).to_dicts()
+    kept = (evaluated.figures["left_out"].list.len() > 0).alias("intervals")
+    lines = figures.with_columns(pl.Series("buckets", used, pl.Int64), kept).to_dicts()
     return {(line["task"], line["metric"], line["slice"]): line for line in lines}
 
 

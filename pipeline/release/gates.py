@@ -12,14 +12,16 @@ from dataclasses import replace
 
 from features.errors import UserError, did_you_mean
 from features.printable import printable
+from features.schema.task import Task
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated
 from pipeline.evaluation.metrics.registry import METRICS, WHOLE_ONLY
-from pipeline.evaluation.metrics.slice_names import can_cover, can_occur
+from pipeline.evaluation.metrics.slice_names import Dimensions, can_cover, can_occur
 from pipeline.release.gate_figures import Estimate, Figures
 from pipeline.release.gates_config import NE, Gate, Gates
 from pipeline.release.verdict import GateVerdict, Judged, Outcome, Verdict, interval, worst
+from pipeline.run.headline import HEADLINE
 
-BELOW_ONE = Gate(metric="ne", max=1.0, missing="pass")  # of every binary task, unless allowed
+BELOW_ONE = Gate(metric="ne", max=1.0)  # of every binary task, unless allowed
 MOST_ROWS = 1e15  # that are worth a number
 
 
@@ -33,11 +35,23 @@ def check_same_tasks(ours: Mapping[str, str], theirs: Mapping[str, str], our_run
         )
 
 
-def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Sequence[str], where: str) -> None:
-    """Raises UserError for a gate that can never be judged: no such task, metric of the task's kind, or slice.
+def check_same_labels(ours: Mapping[str, Task], theirs: Mapping[str, Task], our_run: str, their_run: str) -> None:
+    """Raises UserError where a task of both runs has another label, or is observed on other rows."""
+    for name, task in ours.items():
+        for key in ("label", "observed_when", "given"):
+            a, b = getattr(task, key), getattr(theirs[name], key)
+            if a != b:
+                raise UserError(
+                    printable(f"tasks.{name}.{key} of {our_run} is {a}, of {their_run} {b}")
+                    + ": only models of the same labels on the same rows can be compared"
+                )
+
+
+def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Dimensions, where: str) -> None:
+    """Raises UserError for a gate that can never be judged (no such task, metric of its kind, or slice), or a task without one.
 
     Args:
-        kinds: task → kind. dimensions: that the evaluation has slices of (the column `dimension` of figures).
+        kinds: task → kind. dimensions: that the evaluation has slices of.
         where: gates.yaml, for the message.
     """
     for task, own in gates.tasks.items():
@@ -52,6 +66,12 @@ def check_gates(gates: Gates, kinds: Mapping[str, str], dimensions: Sequence[str
         for at, gate in enumerate(found):
             if fault := _fault(gate, of_kinds, dimensions):
                 raise UserError(f"{where}: {place}.{at}: {fault}")
+    for task, kind in kinds.items():
+        if not _wanted(gates, task, kind):
+            raise UserError(
+                f"{where}: task {printable(task)} has no gate, and would pass whatever its figures are: add one, such as "
+                f"{{metric: {HEADLINE[kind]}, change: {{worse_by_at_most: 1%}}}}"
+            )
 
 
 def judge(gates: Gates, kinds: Mapping[str, str], candidate: Evaluated, serving: Evaluated | None) -> Verdict:
@@ -96,7 +116,7 @@ def decide(
     return "undecided", low, high, max(math.ceil(rows) - figure.rows, 1) if rows <= MOST_ROWS else None
 
 
-def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str | None:
+def _fault(gate: Gate, kinds: Sequence[str], dimensions: Dimensions) -> str | None:
     """Why a gate can be judged for no task of these kinds."""
     metrics = {name: metric for kind in kinds for name, metric in METRICS[kind].items()}
     if gate.metric not in metrics:
@@ -106,12 +126,15 @@ def _fault(gate: Gate, kinds: Sequence[str], dimensions: Sequence[str]) -> str |
         return f"metric {gate.metric}: is of the whole split only: leave slice out"
     if gate.change and metrics[gate.metric].higher_is_better is None:
         return f"metric {gate.metric}: no change of it is a worse one, since neither direction is better: give a band"
-    known = printable("; ".join(dimension for dimension in dimensions if dimension != ALL)) or "nothing"
+    known = printable("; ".join(dimensions)) or "nothing"
     for pattern in gate.slices or ():
         if not can_cover(pattern, dimensions):
             return f"slices {printable(pattern)}: the evaluation has slices of {known}, and a pattern is like device=*"
     if not can_occur(gate.slice, dimensions):
-        hint = f" (for each slice of it: slices: {printable(gate.slice)})" if can_cover(gate.slice, dimensions) else ""
+        names = (name for of_dimension in dimensions.values() for name in (of_dimension or ())[:100])
+        hint = did_you_mean(gate.slice, names)
+        if can_cover(gate.slice, dimensions):
+            hint = f" (for each slice of it: slices: {printable(gate.slice)})"
         return f"slice {printable(gate.slice)}: the evaluation has slices of {known}{hint}"
     return None
 
@@ -125,22 +148,29 @@ def _of_task(gates: Gates, task: str, kind: str, figures: Figures) -> Iterator[G
             "predictions are finite", task, ALL, "non_finite", 1.0, count, figures.theirs((task, "non_finite", ALL)), "value",
             count, count, count, non_finite.rows, None, "fail", why,
         )  # fmt: skip
-    own = gates.of_task(task)
-    wanted = [gate for gate in gates.default if own.default and gate.metric in METRICS[kind]] + own.gates
-    if own.allow_ne_above_one:
-        wanted = [g.model_copy(update={"allow_ne_above_one": True}) if g.metric in NE else g for g in wanted]
-    elif kind == "binary" and not any(_bounds_ne(gate) for gate in wanted):
-        wanted.append(BELOW_ONE)
-    for gate in wanted:
+    for gate in _wanted(gates, task, kind):
         names = figures.covered(task, gate.metric, gate.slices) if gate.slices else [gate.slice]
         for name in names or [", ".join(gate.slices or ())]:
             yield _judge(gate, METRICS[kind][gate.metric].higher_is_better, (task, gate.metric, name), figures)
 
 
+def _wanted(gates: Gates, task: str, kind: str) -> list[Gate]:
+    """The gates of one task, of a binary one with NE below 1."""
+    own = gates.of_task(task)
+    wanted = [gate for gate in gates.default if own.default and gate.metric in METRICS[kind]] + own.gates
+    if own.allow_ne_above_one:
+        return [g.model_copy(update={"allow_ne_above_one": True}) if g.metric in NE else g for g in wanted]
+    of_all = [gate for gate in wanted if gate.metric == "ne" and gate.slice == ALL and gate.slices is None]
+    if kind != "binary" or any(_bounds_ne(gate) for gate in of_all):
+        return wanted
+    missing = "pass" if any(gate.missing == "pass" for gate in of_all) else "fail"
+    return [*wanted, BELOW_ONE.model_copy(update={"missing": missing})]
+
+
 def _bounds_ne(gate: Gate) -> bool:
-    """Whether a gate takes the place of BELOW_ONE."""
-    of_all = gate.metric == "ne" and gate.slice == ALL and gate.slices is None
-    return of_all and (gate.allow_ne_above_one or (gate.change is None and gate.bounds[1] <= 1))
+    """Whether a gate on the NE of all rows takes the place of BELOW_ONE: it lets no NE of 1 or more, or undefined one, pass."""
+    lets_pass = "pass" in (gate.missing, gate.below_min_rows)
+    return gate.allow_ne_above_one or (gate.change is None and gate.bounds[1] <= 1 and not lets_pass)
 
 
 def _judge(gate: Gate, higher_is_better: bool | None, key: tuple[str, str, str], figures: Figures) -> GateVerdict:
@@ -185,11 +215,13 @@ def _missing(ours: Estimate | None, theirs: float | None, rows: int, judged: Jud
 
 def _decided(verdict: GateVerdict, gate: Gate, figure: Estimate, least: float, most: float) -> GateVerdict:
     """The verdict with the outcome of its interval."""
-    if figure.se is None and gate.min_rows is not None:  # a metric without intervals, on rows enough
+    if not figure.has_intervals and gate.min_rows is not None:  # on rows enough
         figure = replace(figure, se=0.0)
     outcome, low, high, more = decide(figure, gate.confidence, least, most)
     why = interval(verdict.judged, figure.value, low, high, gate.confidence)
-    if low is None:
+    if low is None and figure.has_intervals:
+        why += ", no interval: too few buckets of users have rows, or rows of both classes"
+    elif low is None:
         why += ", without an interval: set min_rows to judge it by its value"
     elif outcome == "undecided":
         why += f"; about {more:,} more rows would decide" if more else "; no number of rows would decide"
@@ -198,9 +230,8 @@ def _decided(verdict: GateVerdict, gate: Gate, figure: Estimate, least: float, m
 
 def _with_ne_above_one(verdict: GateVerdict, gate: Gate, ours: Estimate) -> GateVerdict:
     """A verdict on a figure of NE that is 1 or more: it does not pass, and fails where its bound is, too."""
-    figure = replace(ours, se=0.0) if ours.se is None and gate.min_rows is not None else ours
-    outcome, low, high, more = decide(figure, gate.confidence, -math.inf, math.nextafter(1, 0))
-    if worst((outcome, verdict.outcome)) == verdict.outcome:
+    found = _decided(replace(verdict, judged="value"), gate, ours, -math.inf, math.nextafter(1, 0))
+    if worst((found.outcome, verdict.outcome)) == verdict.outcome:
         return verdict
-    why = f"{interval('value', ours.value, low, high, gate.confidence)}: not below 1, the NE of the base rate"
-    return replace(verdict, outcome=outcome, more_rows=more, why=why)
+    why = f"not below 1, the NE of the base rate: {found.why}"
+    return replace(verdict, outcome=found.outcome, more_rows=found.more_rows, why=why)

@@ -65,7 +65,7 @@ class Change(Strict):
         if self.worse_by_at_most is not None:
             return _amount(self.worse_by_at_most)[0]
         assert self.better_by_at_least is not None
-        return -_amount(self.better_by_at_least)[0]
+        return -(_amount(self.better_by_at_least)[0] or math.ulp(0.0))  # no change at all is no gain
 
     @property
     def relative(self) -> bool:
@@ -86,8 +86,8 @@ class Gate(Strict):
             which every slice with rows is judged by itself.
         min, max, band: bounds of the figure, inclusive. change: of its change to serving. Exactly one kind of the two.
         confidence: of each one-sided bound.
-        min_rows: fewer leave the gate undecided, or pass it (below_min_rows). Where a metric has no intervals, the value
-            alone is judged if there are as many.
+        min_rows: fewer leave the gate undecided, or pass it (below_min_rows). Of what was evaluated without intervals the
+            value alone is judged if there are as many.
         missing: what a slice without rows, or an undefined figure, does.
         allow_ne_above_one: do not require of a gate on NE that NE is below 1.
     """

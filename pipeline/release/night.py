@@ -135,6 +135,7 @@ class Recorder:
 
     def __init__(self, folder: Path, night: Night) -> None:
         self.folder, self.night = folder, night
+        self._asked: set[str] = set()
 
     def step(self, name: str, inputs: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `work` returns, or returned when the step was done with the same inputs.
@@ -142,6 +143,7 @@ class Recorder:
         Args:
             inputs: all that the result depends on, as plain data.
         """
+        self._asked.add(name)
         identity, known = config_hash(inputs), self.night.find(name)
         if known and known.state == "done" and known.inputs == identity:
             return known.summary
@@ -166,8 +168,13 @@ class Recorder:
         logger.warning("%s: %s is done again: its result is not there any more", self.night.date, name)
         self.night.steps = [step for step in self.night.steps if step.name != name]
 
+    def current(self) -> Night:
+        """The night with the steps that were asked for since it was opened: an attempt before may have had others."""
+        return self.night.model_copy(update={"steps": [step for step in self.night.steps if step.name in self._asked]})
+
     def judged(self, outcome: Outcome, why: str) -> None:
-        """Records the outcome."""
+        """Records the outcome. Steps that it does not rest on are dropped."""
+        self.night.steps = self.current().steps
         self.night.outcome, self.night.why, self.night.judged = outcome, why[:LONGEST], time.time()
         self._write()
 

@@ -12,17 +12,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from features.errors import Preempted, UserError, one_line
 from features.plain_json import first_fault, validated
-from features.regular_files import user_error_for_links
+from features.regular_files import lstat_regular, user_error_for_links
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.release import pages, serving, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import Checked, rows_of_nights
+from pipeline.release.encoded_day import earlier_days, identity
 from pipeline.release.gates import check_gates, judge
 from pipeline.release.gates_config import Gates, default_gates, load_gates
 from pipeline.release.night import FILE, ModelReference, Night, Recorder, nights, open_night, tidy
 from pipeline.release.outcome import announce, error_message, message_of
 from pipeline.release.scoring import comparable
+from pipeline.release.scoring_ranks import check_ranks
+from pipeline.release.training_step import data_of
 from pipeline.release.trend import Trend, trend
 from pipeline.release.verdict import Outcome, Verdict
 from pipeline.release.webhook import webhook_url
@@ -47,10 +50,12 @@ def nightly(config: NightlyConfig) -> Result:
 
     Raises:
         UserError: bad input or settings. What was done so far is kept in night.json.
-        Preempted: a training was asked to end, and has saved its work.
+        Preempted: a process that trains or scores was asked to end; a training has saved its work.
     """
-    url = webhook_url() if config.webhook else None
+    url = None
     try:
+        url = webhook_url() if config.webhook else None
+        check_ranks(config.ranks)
         with alone(config.out):
             gates, kinds = _gates(config)
             settings = config.identity | {"gates": gates.model_dump(mode="json")}
@@ -60,7 +65,7 @@ def nightly(config: NightlyConfig) -> Result:
             if config.bless == "pass" and recorder.night.outcome == "pass":
                 _bless(config, recorder)
             found = trend(config.out, config.decay_nights, config.decay_confidence)
-            pages.write_trend(found, kinds, config.out)
+            _trend_page(config, found, kinds)
     except Preempted:
         raise
     except Exception as error:
@@ -73,17 +78,19 @@ def nightly(config: NightlyConfig) -> Result:
 
 
 def go_back(config: NightlyConfig) -> dict[str, Any]:
-    """Moves the pointer one back. Returns the JSON line. Raises UserError where there is nothing to go back to."""
+    """Moves the pointer one back, with `withdraw` once. Returns the JSON line. Raises UserError, see `serving.back`."""
     if not config.out.is_dir():
         raise UserError(f"{config.out} is missing: there is nothing to go back to. Check out=.")
     with alone(config.out):
-        last, now = serving.back(config.out)
+        last, now, moved = serving.back(config.out, config.withdraw)
+    serves, withdrawn = f"{now.model} of night {now.night} serves", f"{last.model} of night {last.night} is withdrawn"
     return {
         "outcome": "back",
         "exit_code": 0,
-        "why": f"{now.model} of night {now.night} serves again, {last.model} of night {last.night} is withdrawn",
+        "why": f"{serves} again, {withdrawn}" if moved else f"{withdrawn} already, {serves}",
         "serving": now.model.model_dump(),
         "withdrawn": last.model.model_dump(),
+        "repeat": f"bless=back withdraw={last.night}",
         "record": str((config.out / serving.FILE).absolute()),
     }
 
@@ -105,8 +112,8 @@ def alone(out: Path) -> Iterator[None]:
 def _gates(config: NightlyConfig) -> tuple[Gates, dict[str, str]]:
     """The gates, and task → kind of the candidate. Raises UserError for a gate that names nothing real."""
     kinds, dimensions = steps.measured(config)
-    of_run = config.run / "gates.yaml" if config.run else None
-    path = config.gates or (of_run if of_run and of_run.exists() else None)
+    of_run = config.run and lstat_regular(config.run, "gates.yaml") and config.run / "gates.yaml"
+    path = config.gates or of_run
     if path and config.max_increase != NightlyConfig.model_fields["max_increase"].default:
         raise UserError(
             f"max_increase is for nights without a gates.yaml, and {path} is there: write the bound there, as "
@@ -123,13 +130,11 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     of_roles = steps.origins(config, chosen)
     keys = {role: (origin.key, str(origin.dataset.encoded_by)) for role, origin in of_roles.items()}
     encoded = _preprocess(config, recorder, {"input": config.input, "days": str(config.days), "keys": keys}, of_roles)
-    day = {"day": encoded.manifests[encoded.folders["candidate"]]}
+    days = {role: encoded.manifests[folder] for role, folder in encoded.folders.items()}
 
-    before = rows_of_nights([*nights(config.out)], config.date, config.data_gates.nights)
-    of_check = {**day, "data_gates": config.data_gates.model_dump()}
-    checked = recorder.step("check", of_check, lambda: steps.check(config, encoded, of_roles["candidate"], before))
-    violations = validated(Checked, checked, config.folder / FILE).violations
-    if violations and config.data_gates.action == "stop":
+    checked = _check(config, recorder, encoded, of_roles["candidate"])
+    if checked.refused:
+        violations = checked.violations
         more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
         return "undecided", f"undecided: the day's data: {violations[0]}{more}"
 
@@ -139,10 +144,10 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     if chosen.best:
         _evaluate(config, recorder, "best", chosen.best, encoded)
     models = {
-        **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump(), **day},
-        "measure": _measured_with(config),
+        **{"candidate": candidate.model_dump(), "serving": chosen.serving and chosen.serving.model_dump()},
+        **{"days": [days["candidate"], days.get("serving")], "measure": _measured_with(config)},
     }
-    if theirs and encoded.folders["serving"] != encoded.folders["candidate"]:
+    if theirs and of_roles["serving"].ids != of_roles["candidate"].ids:
         theirs = comparable(theirs)
     if theirs:
         recorder.step("compare", models, lambda: steps.compare(ours, theirs))
@@ -155,7 +160,8 @@ def _judge(config: NightlyConfig, recorder: Recorder, gates: Gates, kinds: dict[
     recorder.step("gates", of_gates, verdict)
     found = verdict_of(recorder.night)
     assert found is not None
-    recorder.step("report", of_gates, lambda: _report(config, recorder.night, found, kinds))
+    of_report = {**of_gates, "best": chosen.best and chosen.best.model_dump(), "data": checked.violations}
+    recorder.step("report", of_report, lambda: _report(config, recorder.current(), found, kinds))
     return found.outcome, found.line
 
 
@@ -168,6 +174,14 @@ def _report(config: NightlyConfig, night: Night, verdict: Verdict, kinds: dict[s
         return {"error": one_line(error)}
 
 
+def _trend_page(config: NightlyConfig, found: Trend, kinds: dict[str, str]) -> None:
+    """Writes the page of all nights; as with that of the night, the verdict stands without it."""
+    try:
+        pages.write_trend(found, kinds, config.out)
+    except (UserError, OSError) as error:
+        logger.warning("%s: no page of all nights: %s", config.out, error)
+
+
 def verdict_of(night: Night) -> Verdict | None:
     """The verdict of a night's gates; None where it did not come to them. Raises UserError for a damaged one."""
     found = night.summary("gates")
@@ -178,7 +192,10 @@ def verdict_of(night: Night) -> Verdict | None:
 
 
 def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) -> steps.Chosen:
-    """The models of the night; chosen again where one of them is not there any more, or another one serves."""
+    """The models of the night.
+
+    Chosen again where one of them is not there any more, another one serves, or a training has other nights or days before it.
+    """
     pointer = serving.read_serving(config.out)
     served = None if config.serving else serving.before(pointer, config.date)
     if served:
@@ -189,11 +206,16 @@ def _choose(config: NightlyConfig, recorder: Recorder, kinds: dict[str, str]) ->
     settings = config.model_dump(
         mode="json", include={"run", "step", "train", "days", "serving", "serving_step", "best"}
     )
-    inputs = {**settings, "served": served and served.model_dump(exclude={"time"})}
     others = [night for night in nights(config.out) if night.date != config.date]
     earlier = [
         night for night in others if not serving.is_of_withdrawn(pointer, night)
     ]  # whose weights no training starts from
+    inputs = {**settings, "served": served and served.model_dump(exclude={"time"})}
+    if config.train:
+        inputs["nights"] = [
+            [night.date, night.outcome, night.summary("train"), night.summary("check")] for night in earlier
+        ]
+        inputs["days_before"] = [str(day) for day in earlier_days(config)]
     found = recorder.step("models", inputs, lambda: steps.choose(config, kinds, served, earlier).model_dump())
     return validated(steps.Chosen, found, where)
 
@@ -208,14 +230,32 @@ def _preprocess(
     return validated(steps.Encoded, found, where)
 
 
+def _check(config: NightlyConfig, recorder: Recorder, encoded: steps.Encoded, origin: steps.Origin) -> Checked:
+    before = rows_of_nights([*nights(config.out)], config.date, config.data_gates.nights)
+    inputs = {
+        "day": encoded.manifests[encoded.folders["candidate"]],
+        "reference": identity(origin.dataset.encoded_by),
+        "rows_before": before,
+        "data_gates": config.data_gates.model_dump(),
+    }
+    found = recorder.step("check", inputs, lambda: steps.check(config, encoded, origin, before))
+    return validated(Checked, found, config.folder / FILE)
+
+
 def _train(config: NightlyConfig, recorder: Recorder, chosen: steps.Chosen, kinds: dict[str, str]) -> ModelReference:
     assert config.train is not None
+    assert chosen.days is not None
+    where = config.folder / FILE
+    if known := recorder.night.summary("train"):
+        model = validated(ModelReference, known["model"], where)
+        if not steps.still_there(steps.Chosen(candidate=model)):
+            recorder.forget("train")
     inputs = {
-        "train": config.train.model_dump(mode="json"), "start": chosen.start, "days": chosen.days,
-        "folder": str(config.days),
+        "train": config.train.model_dump(mode="json"), "start": chosen.start, "folder": str(config.days),
+        "data": data_of(config, chosen.days),
     }  # fmt: skip
     found = recorder.step("train", inputs, lambda: steps.train(config, chosen, kinds))
-    return validated(ModelReference, found["model"], config.folder / FILE)
+    return validated(ModelReference, found["model"], where)
 
 
 def _evaluate(
@@ -229,7 +269,6 @@ def _evaluate(
     inputs = {
         "model": model.model_dump(),
         "day": day,
-        "batch_size": config.batch_size,
         "measure": _measured_with(config),
     }
     recorder.step(name, inputs, lambda: steps.evaluate(config, role, model, encoded))
@@ -238,7 +277,8 @@ def _evaluate(
 
 def _measured_with(config: NightlyConfig) -> dict[str, Any]:
     """The settings that figures depend on."""
-    return {**config.measure.model_dump(mode="json"), "tables": [config.tables, config.table_precision]}
+    how = config.model_dump(mode="json", include={"batch_size", "tables", "table_precision"})
+    return {**config.measure.model_dump(mode="json"), **how}
 
 
 def _bless(config: NightlyConfig, recorder: Recorder) -> None:

@@ -37,7 +37,7 @@ def message_of(config: NightlyConfig, night: Night, alarms: list[Alarm]) -> dict
         },
         "not_passed": [_gate(gate) for gate in gates if gate["outcome"] != "pass"][:MOST],
         "data": (night.summary("check") or {}).get("violations", []),
-        "blessed": blessed["what"] if blessed else None,
+        "blessed": blessed["what"] if blessed else _still_serves(config, night),
         "alarms": [str(alarm)[:LONGEST] for alarm in alarms[:MOST]],
         "record": str((config.folder / FILE).absolute()),
     }
@@ -85,6 +85,21 @@ def write_message(path: Path, text: str) -> None:
     """Writes in place: what Kubernetes mounts there cannot be replaced by a rename. Raises OSError, UserError for a link."""
     with open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, "wb") as file:
         file.write(text.encode())
+
+
+def _still_serves(config: NightlyConfig, night: Night) -> str | None:
+    """Of a night that has not passed: whether what it blessed, before it was judged again, serves, and how to end that."""
+    if night.outcome == "pass":
+        return None
+    try:
+        pointer = serving.read_serving(config.out)
+    except UserError as error:
+        logger.warning("what serves is not known: %s", error)
+        return None
+    if pointer is None or pointer.night != night.date:
+        return None
+    again = f"bless=back withdraw={night.date}"
+    return f"{pointer.model}, which this night blessed before it was judged again, still serves: {again} takes it back"
 
 
 def _gate(gate: dict[str, Any]) -> str:

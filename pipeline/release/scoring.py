@@ -9,7 +9,7 @@ import polars as pl
 
 from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
-from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_of
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, with_intervals
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slice_names import COLD_START
@@ -64,8 +64,8 @@ def results(found: Counted, day: Dataset) -> tuple[Evaluated, dict[str, Any]]:
     record = {
         **{"step": manifest.step, "checkpoint": manifest.checksum, "rows": manifest.rows, "time": time.time()},
         **{"split": provenance.split, "dataset": provenance.dataset, "share": provenance.share},
-        **{"cluster": provenance.cluster, "buckets": provenance.buckets, "ranking": metrics.ranking()},
-        **{"metrics": values_of(figures), "intervals": errors_of(figures), "reliability": metrics.reliability()},
+        **{"cluster": provenance.cluster, "buckets": provenance.buckets},
+        **metrics.record(figures),
     }
     return Evaluated(metrics.frame(figures), provenance.model_copy(update={"dataset": rows_id(day)})), record
 

@@ -1,11 +1,14 @@
 """Scoring on several ranks of this machine (`ranks=8` of jobs.nightly), with the tables sharded over them."""
 
+import ctypes
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from features.errors import OtherRankError, Preempted, UserError
 from models.table_storage import Precision
@@ -14,7 +17,7 @@ from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.weights import Loading, Tables
-from pipeline.release.child import run_module
+from pipeline.release.child import end_with, run_module
 from pipeline.release.night import ModelReference, Strict
 from pipeline.release.scoring import counted, results
 from pipeline.storage.files import make_folder, write_json, write_text
@@ -36,6 +39,12 @@ class Work(Strict):
     measure: MeasureConfig
     tables: Tables
     precision: Precision
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises UserError for more ranks than GPUs."""
+    if 0 < (gpus := torch.cuda.device_count()) < ranks:
+        raise UserError(f"ranks={ranks}: each takes a GPU, and this machine has {gpus}")
 
 
 def score_on_ranks(work: Work, ranks: int, night: Path) -> tuple[Evaluated, dict[str, Any]]:
@@ -63,6 +72,7 @@ def score_on_ranks(work: Work, ranks: int, night: Path) -> tuple[Evaluated, dict
 def main() -> None:
     """What each rank does: rank 0 writes the figures and the record; any rank its error, but for that another one failed."""
     escape_output()
+    end_with(os.getppid(), ctypes.CDLL(None))  # of jobs.launch, should it be killed
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     try:
         work = Work.model_validate_json((folder / WORK).read_text())

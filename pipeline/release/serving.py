@@ -132,13 +132,19 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
     return f"serves from now on; before it {earlier[0].model if earlier else 'nothing'}"
 
 
-def back(out: Path) -> tuple[Blessed, Blessed]:
-    """Moves the pointer one back. Returns what served, and what serves now.
+def back(out: Path, withdraw: str | None = None) -> tuple[Blessed, Blessed, bool]:
+    """Moves the pointer one back. Returns what is withdrawn, what serves now, and whether the pointer has moved.
 
+    Args:
+        withdraw: the night whose checkpoint is withdrawn, once however often it is called; None: what serves, each time.
     Raises:
-        UserError: there is nothing before, or it is no longer the checkpoint that was blessed.
+        UserError: there is nothing before, or it is no longer the checkpoint that was blessed; `withdraw` has blessed neither
+            what serves nor what was withdrawn.
     """
     pointer = read_serving(out)
+    if pointer and withdraw is not None and (named := _blessed_by(pointer, withdraw, out)) != _plain(pointer):
+        _release(out, [named], pointer.entries)  # a call that was killed may have left it pinned
+        return named, _plain(pointer), False
     if pointer is None or not pointer.earlier:
         there = "is missing" if pointer is None else "names no earlier checkpoint"
         raise UserError(
@@ -146,15 +152,26 @@ def back(out: Path) -> tuple[Blessed, Blessed]:
         )
     last, entries = _plain(pointer), pointer.earlier
     check_there(entries[0], out)
+    logger.info("withdraws %s; should this be killed, repeat it with withdraw=%s", last.model, last.night)
     _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:])
     _release(out, [last], entries)
-    return last, entries[0]
+    return last, entries[0], True
 
 
 def is_of_withdrawn(pointer: Serving | None, night: Night) -> bool:
     """Whether `back` has withdrawn the checkpoint that a night has trained."""
     trained = (night.summary("train") or {}).get("model")
     return bool(trained) and is_withdrawn(pointer, validated(ModelReference, trained, f"{night.date}/{NIGHT}: train"))
+
+
+def _blessed_by(pointer: Serving, night: str, out: Path) -> Blessed:
+    """What a night has blessed last, of what serves and what was withdrawn. Raises UserError for none."""
+    found = [entry for entry in (_plain(pointer), *pointer.withdrawn) if entry.night == night]
+    if not found:
+        raise UserError(
+            f"{out / FILE}: withdraw={night}, but what serves was blessed by night {pointer.night}. Name it."
+        )
+    return max(found, key=lambda entry: entry.time)
 
 
 def _check_unchanged(entry: Blessed) -> None:

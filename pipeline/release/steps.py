@@ -8,24 +8,25 @@ from typing import Any
 from pydantic import Field
 
 from features.errors import UserError
+from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.days import day_of
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import ALL
+from pipeline.evaluation.metrics.slice_names import Dimensions
 from pipeline.evaluation.metrics.slices import dimensions
 from pipeline.release import encoded_day, scoring, training_step
 from pipeline.release.config import NightlyConfig
 from pipeline.release.data_checks import check_data
-from pipeline.release.encoded_day import Origin, origin_of, origin_of_days
-from pipeline.release.gates import check_same_tasks
+from pipeline.release.encoded_day import Origin, identity, origin_of, origin_of_days
+from pipeline.release.gates import check_same_labels, check_same_tasks
 from pipeline.release.night import ModelReference, Night, Scored, Strict, Text
 from pipeline.release.scoring_ranks import Work, score_on_ranks
 from pipeline.release.serving import Blessed
 from pipeline.run import records
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
-from pipeline.storage.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -55,19 +56,25 @@ class Encoded(Strict):
 
     def there(self) -> bool:
         """Whether the datasets are still what they were."""
-        return all(_identity(Path(folder)) == known for folder, known in self.manifests.items())
+        return all(identity(Path(folder)) == known for folder, known in self.manifests.items())
 
 
-def measured(config: NightlyConfig) -> tuple[dict[str, str], list[str]]:
-    """Task → kind of the candidate, in order (with `train`: of `days`), and the dimensions of the slices.
+def measured(config: NightlyConfig) -> tuple[dict[str, str], Dimensions]:
+    """Task → kind of the candidate, in order (with `train`: of `days`), and the dimensions of the slices with their names.
 
     Raises:
         UserError: no such run or dataset, or a slice that it cannot have.
     """
     origin = origin_of(config, Run(config.run)) if config.run else origin_of_days(config)
-    schema = Run(config.run).schema() if config.run else origin.dataset.schema
+    schema = _schema(config)
     found = dimensions(config, origin.dataset.only([*schema.tasks]))
-    return {name: task.kind for name, task in schema.tasks.items()}, [ALL, *(dimension.name for dimension in found)]
+    kinds: dict[str, str] = {name: task.kind for name, task in schema.tasks.items()}
+    return kinds, {dimension.name: dimension.slice_names for dimension in found}
+
+
+def _schema(config: NightlyConfig) -> Schema:
+    """The candidate's; with `train` that of `days`."""
+    return Run(config.run).schema() if config.run else origin_of_days(config).dataset.schema
 
 
 def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | None, nights: Sequence[Night]) -> Chosen:
@@ -76,7 +83,7 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
     Args:
         served: of OUT/serving.json, before this night. nights: of OUT.
     Raises:
-        UserError: a model that is not there, or of other tasks.
+        UserError: a model that is not there, or of other tasks or labels.
     """
     serving = None
     if config.serving:
@@ -85,14 +92,15 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
         serving = served.model
     ours = str(config.run or config.days)
     if serving:
-        theirs = {name: task.kind for name, task in Run(Path(serving.run)).schema().tasks.items()}
-        check_same_tasks(kinds, theirs, ours, serving.run)
+        theirs = Run(Path(serving.run)).schema().tasks
+        check_same_tasks(kinds, {name: task.kind for name, task in theirs.items()}, ours, serving.run)
+        check_same_labels(_schema(config).tasks, theirs, ours, serving.run)
         if day_of(config.date) in training_step.trained_on(Run(Path(serving.run))):
             logger.warning("%s was trained on %s: its figures of that day are too good", serving.run, config.date)
     if config.train is not None:
         start = training_step.warm_start(config, nights, serving)
         training_step.check_first(config, start, origin_of_days(config).dataset.schema)
-        days = training_step.new_days(config, start)
+        days = training_step.new_days(config, start, nights)
         return Chosen(serving=serving, start=str(start) if start else None, days=days)
     assert config.run is not None
     run = Run(config.run)
@@ -144,7 +152,7 @@ def preprocess(config: NightlyConfig, of_roles: Mapping[str, Origin]) -> Encoded
         if origin.key not in by_key:
             by_key[origin.key] = encoded_day.encode(config, origin)
     folders = {role: str(by_key[origin.key].absolute()) for role, origin in of_roles.items()}
-    return Encoded(folders=folders, manifests={folder: _identity(Path(folder)) for folder in folders.values()})
+    return Encoded(folders=folders, manifests={folder: identity(Path(folder)) for folder in folders.values()})
 
 
 def check(config: NightlyConfig, encoded: Encoded, origin: Origin, rows_before: Sequence[int]) -> dict[str, Any]:
@@ -188,11 +196,3 @@ def compare(ours: figures.Evaluated, theirs: figures.Evaluated) -> dict[str, Any
     wanted = scoring.figures_of(ours)
     found = lines.filter(slice=ALL).select("task", "metric", "ours", "theirs", "delta", "se", "buckets", "rows")
     return {"changes": [line for line in found.iter_rows(named=True) if wanted[line["task"]].metric == line["metric"]]}
-
-
-def _identity(folder: Path) -> str:
-    """Checksum of a dataset's manifest, which has those of its shards; empty where there is none."""
-    try:
-        return sha256(folder / "manifest.json")
-    except (OSError, UserError):
-        return ""

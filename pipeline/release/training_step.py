@@ -8,11 +8,12 @@ from pathlib import Path
 
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.days import chosen_days, day_of, parse_days, ranges_of
+from pipeline.dataset.days import chosen_days, day_of, days_in, folder_of_day, parse_days, ranges_of
 from pipeline.overrides import setting
 from pipeline.release.child import run_module
 from pipeline.release.config import NightlyConfig, TrainStep
-from pipeline.release.encoded_day import earlier_days
+from pipeline.release.data_checks import checked_of
+from pipeline.release.encoded_day import earlier_days, identity
 from pipeline.release.night import ModelReference, Night
 from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import storage_of
@@ -40,10 +41,10 @@ def warm_start(config: NightlyConfig, nights: Sequence[Night], serving: ModelRef
     return Path(serving.run) if serving else None
 
 
-def new_days(config: NightlyConfig, start: Path | None) -> str:
+def new_days(config: NightlyConfig, start: Path | None, nights: Sequence[Night]) -> str:
     """The days to train on: those before the judged one that the run `start` has not seen; without one all of them.
 
-    A model is not judged on a day that it was trained on.
+    A model is not judged on a day that it was trained on. Days whose data a night has refused are left out.
 
     Raises:
         UserError: there is no such day.
@@ -58,9 +59,17 @@ def new_days(config: NightlyConfig, start: Path | None) -> str:
         else:
             seen = day_of(Path(content["dataset"]).name)
     found = [day for day in earlier if seen is None or day > seen]
+    faulty = {day_of(night.date) for night in nights if (checked := checked_of(night)) and checked.refused}
+    if refused := ", ".join(ranges_of(day for day in found if day in faulty)):
+        logger.warning(
+            "train: without %s, whose data was refused: data_gates.action=warn again=true accepts it", refused
+        )
+        found = [day for day in found if day not in faulty]
     if not found:
+        after = f" after {seen}, the last one that {start} was trained on, and" if seen else ""
+        but = f" but {refused}, whose data was refused" if refused else ""
         raise UserError(
-            f"days={config.days}: no day after {seen}, the last one that {start} was trained on, and before {config.date}. Run "
+            f"days={config.days}: no day{after} before {config.date}{but}. Run "
             "jobs.preprocess with date= for the days between, or judge that run: run= instead of train=."
         )
     return ",".join(ranges_of(found))
@@ -69,7 +78,7 @@ def new_days(config: NightlyConfig, start: Path | None) -> str:
 def trained_on(run: Run) -> set[date]:
     """The days that a run, and the runs whose weights it started from, were trained on; none where datasets are of no days.
 
-    Runs that left missing days out are not known by their settings: these have none.
+    Of a run that left missing days out these are the named ones that are there now; all of them where none is.
     """
     found: set[date] = set()
     known: set[Path] = set()
@@ -79,8 +88,10 @@ def trained_on(run: Run) -> set[date]:
         content = Run(path).config()
         if not (days := content.get("days")):
             found |= {day for day in [day_of(Path(content["dataset"]).name)] if day}
-        elif content.get("missing_days") != "skip":
-            found |= {*parse_days(days)}
+        else:
+            named = {*parse_days(days)}
+            there = named & {*days_in(Path(content["dataset"]))} if content.get("missing_days") == "skip" else None
+            found |= there or named
         start = (content.get("train") or {}).get("init_from")
         path = Path(start) if start else None
     return found
@@ -95,17 +106,24 @@ def check_first(config: NightlyConfig, start: Path | None, schema: Schema) -> No
         raise UserError(f"{start} predicts {', '.join(missing)}, which {config.days} has no labels of")
 
 
+def data_of(config: NightlyConfig, days: str) -> list[list[str]]:
+    """The days that are trained on, each with what identifies its dataset. Raises UserError where one has none."""
+    assert config.days is not None
+    found = chosen_days(config.days, days, "refuse")
+    return [[day, identity(folder_of_day(config.days, day))] for day in found]
+
+
 def train(config: NightlyConfig, step: TrainStep, days: str, start: Path | None) -> Path:
     """Trains OUT/DATE/run-KEY to its end in a process of its own, and resumes it where it was killed.
 
-    KEY identifies what it is trained with: a run of other settings, days or weights is never gone on with.
+    KEY identifies what it is trained with: a run of other settings, data or weights is never gone on with.
 
     Raises:
         UserError: it failed; its output is in train.log.
         Preempted: it was asked to end, and has saved its work.
     """
     assert config.days is not None
-    trained_with = [str(config.days.absolute()), days, str(start), *step.args]
+    trained_with = [str(config.days.absolute()), data_of(config, days), str(start), *step.args]
     run = (config.folder / f"run-{config_hash(trained_with)}").absolute()
     start_from = [setting("train.init_from", start)] if start else []
     own = [setting("dataset", config.days.absolute()), f"days=[{days}]", setting("run", run), *start_from]

@@ -7,15 +7,18 @@ days differ among themselves (weekends, campaigns) is not in them, so an alarm a
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from statistics import NormalDist
 
 from tabulate import tabulate
 
 from features.errors import UserError
+from pipeline.dataset.days import day_of
 from pipeline.release.night import Figure, ModelReference, Night, Scored, nights
+from pipeline.release.serving import read_serving
 from pipeline.release.verdict import Outcome
 
 DECAY_NIGHTS = 3
@@ -54,7 +57,7 @@ class NightPoint:
     Attributes:
         candidate, serving: what was scored; None: not scored, as where the data was refused or nothing served.
         blessed: what became of the pointer, in a line; empty where it was not asked for.
-        alarms: of the serving model.
+        judged: when, seconds since 1970. alarms: of the serving model.
     """
 
     date: str
@@ -63,6 +66,7 @@ class NightPoint:
     candidate: Scored | None
     serving: Scored | None
     blessed: str
+    judged: float
     alarms: list[Alarm]
 
     def figure(self, role: str, task: str) -> Figure | None:
@@ -94,7 +98,7 @@ def trend(out: Path, first_nights: int = DECAY_NIGHTS, confidence: float = CONFI
     """The trend of the nights below a folder.
 
     Args:
-        first_nights: that a serving checkpoint is compared with: those on which it first served.
+        first_nights: that a serving checkpoint is compared with: those on which it first served, after the one that blessed it.
         confidence: in (0.5, 1), one-sided; each task and night may raise a false alarm with the rest.
     """
     points: list[NightPoint] = []
@@ -102,10 +106,11 @@ def trend(out: Path, first_nights: int = DECAY_NIGHTS, confidence: float = CONFI
         if night.outcome is None:
             continue
         candidate, serving = (_scored(night, role) for role in ROLES)
-        alarms = _alarms(serving, points, first_nights, confidence) if serving else []
-        blessed = str((night.summary("bless") or {}).get("what", ""))
-        points.append(NightPoint(night.date, night.outcome, night.why, candidate, serving, blessed, alarms))
-    return Trend(points, confidence, first_nights)
+        blessed, judged = str((night.summary("bless") or {}).get("what", "")), night.judged or 0.0
+        points.append(NightPoint(night.date, night.outcome, night.why, candidate, serving, blessed, judged, []))
+    since = _blessed_days(out)
+    found = [replace(point, alarms=_alarms(point, points, since, first_nights, confidence)) for point in points]
+    return Trend(found, confidence, first_nights)
 
 
 def table(found: Trend, most: int = 7) -> str:
@@ -128,20 +133,45 @@ def decay(first: Sequence[Figure], now: Figure) -> tuple[float, float] | None:
     return (mean, (now.value - mean) / error) if error > 0 else None
 
 
-def _alarms(serving: Scored, before: Iterable[NightPoint], first_nights: int, confidence: float) -> list[Alarm]:
+def _alarms(
+    point: NightPoint, points: Sequence[NightPoint], since: dict[str, date | None], first_nights: int, confidence: float
+) -> list[Alarm]:
     """Of a night: headline metrics are lower the better, so only a rise counts."""
-    served = [point for point in before if point.serving and point.serving.model.checkpoint == serving.model.checkpoint]
-    limit, found = NormalDist().inv_cdf(confidence), []
-    if len(served) < first_nights:  # it is one of them
+    if point.serving is None:
+        return []
+    limit, serving, found = NormalDist().inv_cdf(confidence), point.serving, []
+    served = _nights_served(points, serving.model.checkpoint, since.get(serving.model.checkpoint))
+    if point not in served[first_nights:]:
         return []
     for task, now in serving.figures.items():
-        first = [
-            f for point in served[:first_nights] if (f := point.figure("serving", task)) and f.metric == now.metric
-        ]
+        first = [f for then in served[:first_nights] if (f := then.figure("serving", task)) and f.metric == now.metric]
         result = decay(first, now)
         if result and result[1] > limit and now.value is not None:
             found.append(Alarm(task, now.metric, serving.model, result[0], now.value, result[1]))
     return found
+
+
+def _nights_served(points: Sequence[NightPoint], checkpoint: str, since: date | None) -> list[NightPoint]:
+    """The nights on which a checkpoint served, in order of their dates.
+
+    A day up to `since`, whose night blessed it, may be judged late: the checkpoint did not serve on it, and may have been
+    trained on it. Where `since` is not known, as with serving=RUN, nights are in the order in which they were judged.
+    """
+    found = [point for point in points if point.serving and point.serving.model.checkpoint == checkpoint]
+    if since is None:
+        return sorted(found, key=lambda point: point.judged)
+    return [point for point in found if (day := day_of(point.date)) is None or day > since]
+
+
+def _blessed_days(out: Path) -> dict[str, date | None]:
+    """Checkpoint → the day whose night blessed it first, of those that serving.json names."""
+    try:
+        pointer = read_serving(out)
+    except UserError as error:
+        logger.warning("alarms go by the order of judging: %s", error)
+        return {}
+    entries = [*pointer.entries, *pointer.withdrawn] if pointer else []
+    return {entry.checksum: day_of(entry.night) for entry in entries}  # the newest first: the oldest one stays
 
 
 def _scored(night: Night, role: str) -> Scored | None:

@@ -3,6 +3,8 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import urllib3
@@ -41,7 +43,7 @@ def post(url: str, message: dict[str, Any]) -> bool:
     urllib3 retries by itself, too, but logs the URL when it does.
     """
     reason = ""
-    with urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(TIMEOUT_S)) as pool:
+    with _quiet_library(), urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(TIMEOUT_S)) as pool:
         for wait in (*WAITS_S, None):
             try:
                 answer = pool.request(
@@ -61,3 +63,17 @@ def post(url: str, message: dict[str, Any]) -> bool:
                 time.sleep(wait)
     logger.warning("webhook: the outcome was not delivered (%s)", reason)
     return False
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Within it urllib3 logs nothing: its lines of a request, some of them warnings, have the URL."""
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "urllib3"]
+    loggers = [found for name in names if not (found := logging.getLogger(name)).disabled]
+    for found in loggers:
+        found.disabled = True
+    try:
+        yield
+    finally:
+        for found in loggers:
+            found.disabled = False

@@ -5,7 +5,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from features.plain_json import Count, read_json, validated
 from features.schema.schema import Split
@@ -49,10 +49,11 @@ class Importance(_Strict):
 
 
 class TaskFigure(_Strict):
-    """A task's headline metric on the sample as it is: its name in eval.jsonl and its value, null where undefined."""
+    """A task's headline metric on the sample as it is: its name in eval.jsonl and its value, null where undefined, and why."""
 
     metric: Name
     value: Number | None
+    why: Name = ""
 
 
 Row = Annotated[list[Number | None], Field(max_length=1000)]
@@ -74,6 +75,12 @@ class Affinity(_Strict):
     table_rate: Number
     z_TT: Matrix
     se_TT: Matrix
+
+    @model_validator(mode="after")
+    def _every_task_by_every_task(self) -> "Affinity":
+        if any([len(row) for row in x_TT] != [len(self.tasks)] * len(self.tasks) for x_TT in (self.z_TT, self.se_TT)):
+            raise ValueError(f"z_TT and se_TT are not both of {len(self.tasks)} by {len(self.tasks)} tasks")
+        return self
 
 
 class Explanation(_Strict):

@@ -17,10 +17,11 @@ from pipeline.storage.files import append_line, json_text, read_lines, write_tex
 from pipeline.storage.local import remove_leftovers
 
 LARGEST = 1e100  # of a metric: what is near the largest float cannot be drawn
+MOST_BUCKETS = 1 << 20
 Weights = Annotated[list[FiniteFloat], Field(min_length=1, max_length=4096)]  # of a unit's experts
 Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Levels = Annotated[list[Annotated[list[Weights], Field(max_length=1024)]], Field(max_length=64)]
-Bins = Annotated[list[Annotated[list[Value | None], Field(min_length=4, max_length=4)]], Field(max_length=1024)]
+Bins = Annotated[list[Annotated[list[Value | None], Field(min_length=4, max_length=5)]], Field(max_length=1024)]
 FileName = Annotated[str, Field(pattern=r"^[a-z]{1,20}-[0-9]{8,20}(-[0-9a-f]{8})?\.parquet$")]
 Natural = Annotated[int, Field(ge=0, le=1 << 53)]
 Seconds = Annotated[FiniteFloat, Field(ge=0)]
@@ -32,7 +33,7 @@ class Lag(BaseModel):
     """How far an evaluation was behind its trainer when it was recorded, see pipeline.evaluation.lag."""
 
     steps: Natural
-    seconds: Seconds
+    seconds: Seconds | None = None
 
 
 Names = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=4096)]
@@ -65,8 +66,8 @@ class Record(BaseModel):
         cluster, buckets: what intervals are computed from. A record with them has a file of all figures, `evaluation`, in
             RUN/evaluations. group: the key within which GAUC and NDCG rank.
         measure: hash of the settings that it was measured with; lines of early versions have none, and are evaluated again.
-        intervals: task → metric → standard error.
-        reliability: task → bins of [mean prediction, mean label, its standard error, weight].
+        intervals: task → metric → standard error. buckets_used: how many of the buckets have rows of it.
+        reliability: task → bins of [mean prediction, mean label, its standard error, weight, how many buckets have rows of it].
         rows_evaluated, rows_per_s, ranks: of the evaluation. ranking: "exact", or how AUC was approximated.
     """
 
@@ -81,10 +82,11 @@ class Record(BaseModel):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     group: str | None = None
     cluster: str | None = None
-    buckets: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    buckets: Annotated[int, Field(ge=1, le=MOST_BUCKETS)] | None = None
     measure: Annotated[str, Field(max_length=64)] | None = None
     evaluation: FileName | None = None
     intervals: dict[str, dict[str, Value | None]] | None = None
+    buckets_used: dict[str, dict[str, Annotated[int, Field(ge=0, le=MOST_BUCKETS)]]] | None = None
     reliability: dict[str, Bins] | None = None
     lag: Lag | None = None
     rows_evaluated: Natural | None = None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from features.batch import Batch
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.card.page import page_file
+from pipeline.dataset.card.page import page_of
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.shards import table_sizes
@@ -351,7 +351,7 @@ class Trainer:
             return
         job = Job(self.run, TRAIN, step=self.state.step, history=list(read_lines(self.run.train_metrics)))
         with tracking.opened(job, self.config, into=self.sinks):
-            self.sinks.handle(Published(page_file(self.config.dataset)))
+            self.sinks.handle(Published(page_of(self.dataset.name)))
             self.metrics = MetricsWriter(
                 self.run, list(self.dataset.schema.tasks), self.state.step, self.steps, self.sinks
             )

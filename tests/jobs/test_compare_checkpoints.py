@@ -32,7 +32,7 @@ def test_a_comparison_that_cannot_be_is_one_line(words: list[str], says: str, ca
 
 @pytest.mark.integration
 def test_two_evaluated_checkpoints_are_compared_and_what_is_missing_is_named(
-    small_dataset: Path, call, tmp_path: Path
+    small_dataset: Path, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     settings = Settings(batch_size=32, lanes=4, epochs=1, max_steps=6, checkpoint_every=3, threads=1)
@@ -58,6 +58,10 @@ def test_two_evaluated_checkpoints_are_compared_and_what_is_missing_is_named(
     assert (page.parent / link).resolve() == card.resolve()
     assert re.search("run@6 against run@3: [0-9] better", text)
     assert "<h1>run@6, run@3</h1>" in text
+    page.unlink()
+    monkeypatch.setenv("RANK", "1")  # of ranks the first alone
+    assert (call(*words), page.exists()) == ("", False)
+    monkeypatch.delenv("RANK")
     assert_one_line(call(*words, "compare_slices=[city]"), "compare_slices: the two have no slice city in common")
     assert_one_line(call(*words, "share=0.5", "share_by=row"), "split=test step=6 share=0.5 share_by=row.")
     file = run / "evaluations" / "test-00000003.parquet"

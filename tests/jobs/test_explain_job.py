@@ -122,7 +122,13 @@ def test_an_explanation_of_another_form_or_behind_a_link_is_refused(run: Run, ca
     call("explain", f"run={run.path}", "threads=1", "features=[price]", "affinity_batches=0")
     file = explanation.path(run, "test", 4)
     whole = json.loads(file.read_text())
-    for change in ({"rows": "300"}, {"more": 1}, {"split": "all days"}, {"importance": [{"name": "price"}]}):
+    square = {"tasks": ["a", "b"], "batches": 1, "batch_rows": 1, "dense_rate": 0.1, "table_rate": 0.1}
+    square |= {"z_TT": [[0.1, None], [0.1, 0.1]], "se_TT": [[None, None], [0.1, 0.1]]}
+    file.write_text(json.dumps(whole | {"affinity": square}))
+    assert explanation.read(run, "test", 4) is not None
+    shapes: list[dict] = [{"se_TT": []}, {"se_TT": [[0.1, 0.1]]}, {"z_TT": [[0.1, 0.1], [0.1]]}, {"tasks": ["a"]}]
+    forms: list[dict] = [{"rows": "300"}, {"more": 1}, {"split": "all days"}, {"importance": [{"name": "price"}]}]
+    for change in [*forms, *({"affinity": square | shape} for shape in shapes)]:
         file.write_text(json.dumps(whole | change))
         with pytest.raises(UserError, match="test-00000004"):
             explanation.read(run, "test", 4)

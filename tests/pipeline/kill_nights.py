@@ -2,7 +2,8 @@
 
 A first night has blessed a checkpoint. A forked second one, which passes and blesses another, kills itself with SIGKILL just
 before its n-th look-up, write, rename or removal of a file; what it left is inspected, and the same night is run again without
-a kill. A first one runs to its end, to list the moments. Nothing here computes before it forks: threads do not survive that.
+a kill. A first one runs to its end, to list the moments. So do the same night judged anew (again=true), and then going back
+(bless=back). Nothing here computes before it forks: threads do not survive that.
 """
 
 import json
@@ -17,16 +18,26 @@ from typing import Any
 from nightly_world import day, encode_day, night, no_beam, train_run, write_day
 
 from features.errors import UserError
+from pipeline.release.config import NightlyConfig
 from pipeline.release.night import read_night
-from pipeline.release.nightly import nightly
+from pipeline.release.nightly import go_back, nightly
 from pipeline.release.serving import read_serving
 from pipeline.run.retention import pinned_steps
 from pipeline.run.run import Run
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
-SPREAD = 8  # kills over the whole night, besides those where a result is put into place
 SETTINGS = {"by_time": [], "cold_start": False, "buckets": 5, "bless": "pass", "data_gates": {"action": "warn"}}
 PLACED = ("night.json", "serving.json", "pins/step", "candidate.parquet", "/day-")
+COMMANDS: dict[str, Callable[[Path], object]] = {
+    "judge": lambda root: judge(root, 2, 20),
+    "again": lambda root: judge(root, 2, 20, again=True),
+    "back": lambda root: go_back(NightlyConfig(out=root / "nights", date=day(2), bless="back", withdraw=day(2))),
+}
+SPREAD = {
+    "judge": 8,
+    "again": 2,
+    "back": 50,
+}  # kills over the whole of each, besides those where a result is put into place
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -41,20 +52,22 @@ def forked(work: Callable[[], object]) -> int:
     os._exit(0)
 
 
-def judge(root: Path, number: int, step: int, on_event: Callable[[str], None] | None = None) -> None:
-    """Judges a day; `on_event` hears of each file event of the night."""
-    if on_event:
-        hooked = f"{root}/nights", f"{root}/run/pins"
-        sys.addaudithook(
-            lambda name, given: (
-                on_event(f"{name} {given}") if name in EVENTS and any(h in str(given) for h in hooked) else None
-            )
+def watched(work: Callable[[Path], object], root: Path, on_event: Callable[[str], None]) -> None:
+    """Works, and ends the process; `on_event` hears of each file event."""
+    hooked = f"{root}/nights", f"{root}/run/pins"
+    sys.addaudithook(
+        lambda name, given: (
+            on_event(f"{name} {given}") if name in EVENTS and any(h in str(given) for h in hooked) else None
         )
+    )
+    work(root)
+    os._exit(0)  # the hook stays
+
+
+def judge(root: Path, number: int, step: int, **settings: Any) -> None:
     alone = root / "alone" / day(number)
     with no_beam():
-        nightly(night(alone, root / "nights", number, run=root / "run", step=step, **SETTINGS))
-    if on_event:
-        os._exit(0)  # the hook stays
+        nightly(night(alone, root / "nights", number, run=root / "run", step=step, **SETTINGS, **settings))
 
 
 def make(root: Path) -> None:
@@ -64,7 +77,7 @@ def make(root: Path) -> None:
     encode_day(root / "alone" / day(0), root / "days", 0)
     train_run(root / "days", root / "run", last=0, steps=20)
     lax = {"metric": "ne", "max": 9, "allow_ne_above_one": True}
-    (root / "run" / "gates.yaml").write_text(json.dumps({"default": [lax]}))
+    (root / "run" / "gates.yaml").write_text(json.dumps({"default": [lax, {"metric": "rows", "min": 1}]}))
     judge(root, 1, 10)
 
 
@@ -80,7 +93,7 @@ def kill_after(number: int) -> Callable[[str], None]:
 
 
 def restore(root: Path) -> None:
-    """What was there before the second night."""
+    """What was there before the command."""
     for folder in ("nights", "run/pins"):
         shutil.rmtree(root / folder)
         shutil.copytree(root / "before" / folder, root / folder)
@@ -103,24 +116,31 @@ def found(root: Path) -> dict[str, Any]:
 
 def main(root: Path) -> None:
     assert forked(lambda: make(root)) == 0
+    for command in COMMANDS:  # each begins where the one before it has ended
+        kill(root, command)
+
+
+def kill(root: Path, command: str) -> None:
+    work = COMMANDS[command]
+    shutil.rmtree(root / "before", ignore_errors=True)
     for folder in ("nights", "run/pins"):
         shutil.copytree(root / folder, root / "before" / folder)
-    notes = root / "events"
+    notes = root / command
     descriptor = os.open(notes, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    assert forked(lambda: judge(root, 2, 20, lambda what: os.write(descriptor, f"{what}\n".encode()) and None)) == 0
+    assert forked(lambda: watched(work, root, lambda what: os.write(descriptor, f"{what}\n".encode()) and None)) == 0
     events = notes.read_text().splitlines()
-    print(json.dumps({"whole": found(root), "events": len(events)}), flush=True)
-    moments = {len(events) * i // SPREAD for i in range(SPREAD)}
+    whole, spread = found(root), SPREAD[command]
+    moments = {len(events) * i // spread for i in range(spread)}
     for place in PLACED:
         renames = [i for i, event in enumerate(events) if event.startswith("os.rename") and place in event]
         moments |= {i + after for i in renames[-1:] for after in (0, 1) if i + after < len(events)}
     for moment in sorted(moments):
         restore(root)
-        code = forked(lambda moment=moment: judge(root, 2, 20, kill_after(moment)))
+        code = forked(lambda moment=moment: watched(work, root, kill_after(moment)))
         killed = found(root)
-        again = forked(lambda: judge(root, 2, 20))
+        again = forked(lambda: work(root))
         line = {"event": events[moment], "code": code, "killed": killed, "again": again, "found": found(root)}
-        print(json.dumps(line), flush=True)
+        print(json.dumps({"command": command, "whole": whole} | line), flush=True)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,11 @@ def write_day(folder: Path, number: int, rows: int = ROWS, click_rate: float = 0
             )  # fmt: skip
 
 
-def encode_day(log: Path, days: Path, number: int) -> None:
+def encode_day(log: Path, days: Path, number: int, content: dict[str, Any] = CONTENT, **settings: Any) -> None:
     """The dataset of a day in a folder of days."""
-    config = PreprocessConfig(input=str(log), out=days, date=day(number), rows_per_row_group=256)
+    config = PreprocessConfig(input=str(log), out=days, date=day(number), rows_per_row_group=256, **settings)
     with no_beam():
-        preprocess(config, Schema.parse(CONTENT, "world.yaml"))
+        preprocess(config, Schema.parse(content, "world.yaml"))
 
 
 def train_run(days: Path, run: Path, last: int, steps: int = 60, **changes: Any) -> Run:

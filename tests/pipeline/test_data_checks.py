@@ -15,28 +15,38 @@ LINE = {"feature": "city", "psi": 0.1, "chance": 0.02, "missing": 0.1, "missing_
         "unknown_before": None}  # fmt: skip
 
 
-def violations(
+def checked_day(
     gates: DataGates,
     monkeypatch: pytest.MonkeyPatch,
     drift: dict[str, Any] | None = None,
-    base_rate: float = 0.2,
+    base_rate: float | None = 0.2,
     rows_before: tuple[int, ...] = (),
     absent: int = 0,
-) -> list[str]:
-    """Of a day of 1,000 rows whose base rate was 0.2 in training."""
+    rows: int = 1000,
+) -> Checked:
+    """A day whose base rate was 0.2 in training."""
 
-    def task(mean: float) -> dict[str, Any]:
-        return {"click": {"kind": "binary", "mean": mean}, "dwell": {"kind": "regression", "mean": -100 * mean}}
+    def task(mean: float | None) -> dict[str, Any]:
+        return {
+            "click": {"kind": "binary", "mean": mean},
+            "dwell": {"kind": "regression", "mean": mean and -100 * mean},
+        }
 
     cards = {"day": {"tasks": task(base_rate), "drift": [LINE | (drift or {})]}, "reference": {"tasks": task(0.2)}}
     monkeypatch.setattr(data_checks, "read_card", lambda path, schema: cards[path.name])
     manifest = SimpleNamespace(
-        rows={"train": 900, "test": 100}, read={"impressions": 1000}, absent_columns={"impressions": {"os": absent}}
+        rows={"train": rows - 100, "test": 100},
+        read={"impressions": 1000},
+        absent_columns={"impressions": {"os": absent}},
     )
     day, reference = (
         SimpleNamespace(path=Path(name), encoded_by=Path(name), schema=None, manifest=manifest) for name in cards
     )
-    return check_data(gates, day, reference, rows_before).violations
+    return check_data(gates, day, reference, rows_before)
+
+
+def violations(gates: DataGates, monkeypatch: pytest.MonkeyPatch, **of_day: Any) -> list[str]:
+    return checked_day(gates, monkeypatch, **of_day).violations
 
 
 @pytest.mark.parametrize(
@@ -78,6 +88,28 @@ def test_a_gate_that_is_none_is_not_judged(monkeypatch):
     assert len(violations(DataGates(), monkeypatch, **given)) == 6
     off = DataGates(psi=None, missing=None, unknown=None, absent=None, base_rate=None, rows=None)
     assert violations(off, monkeypatch, **given) == []
+
+
+def test_a_task_that_has_no_observed_label_any_more_violates_the_gate_of_its_base_rate(monkeypatch):
+    assert violations(DataGates(), monkeypatch, base_rate=None) == [
+        "click: no observed label, in training their mean is 0.2",
+        "dwell: no observed label, in training their mean is -20",
+    ]
+    assert violations(DataGates(base_rate=None), monkeypatch, base_rate=None) == []
+
+
+def test_nights_of_unusual_rows_do_not_make_them_usual(monkeypatch):
+    nights: list[Night] = []
+    for number, rows in enumerate([1000, 1000, *[300] * 6, 1000], 1):
+        date = f"2026-11-0{number}"
+        found = checked_day(DataGates(), monkeypatch, rows=rows, rows_before=rows_of_nights(nights, date, most=7))
+        assert (found.refused, found.unusual_rows) == (rows == 300, rows == 300)
+        step = Step(name="check", state="done", started=0.0, inputs="", summary=found.model_dump())
+        nights.append(Night(date=date, settings={}, steps=[step]))
+    found = checked_day(DataGates(action="warn"), monkeypatch, rows=300, rows_before=(1000,))
+    assert (found.refused, found.unusual_rows) == (False, True)
+    found = checked_day(DataGates(), monkeypatch, base_rate=0.9)
+    assert (found.refused, found.unusual_rows) == (True, False)
 
 
 def test_only_the_nights_before_a_date_count(monkeypatch):

@@ -18,6 +18,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation import follow, oracle, predictions, priority
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation, evaluate
+from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.oracle import Truth
 from pipeline.evaluation.report import page, plots, tables
 from pipeline.evaluation.report.numbers import significant
@@ -78,6 +79,26 @@ def test_metrics_are_those_of_the_formulas_on_the_checkpoints_predictions(run: R
     seen = ~np.isnan(dwell)
     error = np.average((logit[seen, 2] - dwell[seen]) ** 2, weights=rows["weight"].to_numpy()[seen])
     assert record["metrics"]["dwell"]["mse"] == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", ["first", "last"])
+@pytest.mark.parametrize("batch_size", [16, 10_000])
+def test_rows_that_cannot_be_added_up_end_the_evaluation(run: Run, monkeypatch, batch_size: int, bad: str):
+    dataset = Dataset(Path(run.config()["dataset"]))
+    batches = -(-dataset.manifest.rows["test"] // batch_size)
+    added, update = [], Metrics.update
+
+    def fail(metrics: Metrics, *columns: object) -> None:
+        added.append(len(added))
+        if added[-1] == (0 if bad == "first" else batches - 1):
+            raise UserError("a bad label")
+        update(metrics, *columns)
+
+    monkeypatch.setattr(Metrics, "update", fail)
+    with pytest.raises(UserError, match="a bad label"):
+        evaluated(run, step=6, batch_size=batch_size)
+    assert len(added) == (1 if bad == "first" else batches)
+    assert not run.eval_metrics.exists()
 
 
 def test_each_checkpoint_is_evaluated_once_per_split(run: Run):

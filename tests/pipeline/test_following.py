@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import fake_mlflow
 import pytest
 from evaluations_by_hand import set_commit_time
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from features.errors import UserError
 from models.ranker import ModelConfig
@@ -69,6 +71,59 @@ def test_two_evaluators_of_a_split_share_its_checkpoints(run: Run):
     assert sorted(lines(run)) == [(step, split) for step in (2, 4, 6) for split in ("test", "valid")]
 
 
+def test_two_evaluators_at_the_same_time_leave_every_point_in_tensorboard(run: Run):
+    first, second = (evaluate(config(run)) for _ in range(2))
+    assert [next(each)["step"] for each in (first, second, first)] == [2, 4, 6]
+    assert [list(second), list(first)] == [[], []]
+    board = EventAccumulator(str(run.tensorboard / "eval_test")).Reload()
+    assert [point.step for point in board.Scalars("eval_test/click/ne/low")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("behind", "written"), [(300.0, [3]), (0.0, [1, 2, 3])])
+def test_a_follower_writes_the_report_and_sends_it_once_no_checkpoint_waits_or_after_a_long_time(
+    run: Run, monkeypatch: pytest.MonkeyPatch, behind: float, written: list[int], caplog
+):
+    fake_mlflow.install(monkeypatch)
+    monkeypatch.setattr(follow, "PAGE_EVERY_BEHIND", behind)
+    run.write_status("training", 6, 8)
+    pages: list[int] = []
+
+    def write_page() -> None:
+        run.report.write_text("<html>")
+        pages.append(len(lines(run)))
+        if pages[-1] == 3:
+            run.write_status("finished", 6, 6)
+            raise OSError("the disk is full")  # which is no reason to end
+
+    tracking = {"tracking": "mlflow", "tracking_uri": "sqlite:////fake"}
+    steps = [record["step"] for record in Evaluation(config(run, follow=True, **tracking)).records(write_page)]
+    assert (steps, pages) == ([2, 4, 6], written)
+    [sent] = fake_mlflow.STORES["sqlite:////fake"].runs.values()
+    assert sent.files == ["report.html"] * (len(written) - 1)
+    assert "report.html cannot be written now: the disk is full" in caplog.text
+
+
+def test_a_follower_that_waits_writes_a_report_for_new_records_only_and_not_more_often_than_it_may(
+    run: Run, monkeypatch
+):
+    monkeypatch.setattr(follow, "PAGE_EVERY", 5.0)
+    clock, pages, kept = [0.0], list[float](), run.path / "kept"
+    checkpoint.folder(run.checkpoints, 6).rename(kept)
+    run.write_status("training", 6, 8)
+
+    def sleep(_: float) -> None:
+        clock[0] += 0.5
+        if clock[0] == 2:
+            kept.rename(checkpoint.folder(run.checkpoints, 6))
+        if clock[0] == 20:
+            run.write_status("finished", 6, 6)
+
+    monkeypatch.setattr(follow.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(follow.time, "sleep", sleep)
+    assert len(list(Evaluation(config(run, follow=True)).records(lambda: pages.append(clock[0])))) == 3
+    assert pages == [0.0, 5.0]
+
+
 def test_a_follower_takes_what_a_killed_one_leaves(run: Run):
     held = run.try_lock("test-00000004")
     run.write_status("training", 6, 8)
@@ -108,7 +163,14 @@ def test_a_record_has_its_lag_and_share_and_the_line_shows_the_lag(run: Run):
     assert record["share"] == 1.0
     assert list(read_lines(run.eval_metrics)) == [record]
     line = re.sub(r"\d?\.\d{4}", ".8123", progress_line(record | {"seconds": 1.23}))
-    assert line == "step 4  test  NE click .8123 bought .8123  1.2 s  lag 1,040 steps, 3.1 s"
+    assert line == "step 4  test  NE click .8123 bought .8123 NRMSE dwell .8123  1.2 s  lag 1,040 steps, 3.1 s"
+    assert progress_line(record | {"seconds": 1.23, "lag": {"steps": 40}}).endswith(" 1.2 s  lag 40 steps")
+    figures = {
+        "dwell": {"nrmse": 1.25, "mae": 3.0},
+        "click": {"ne": None},
+        "price": {"nrmse": 0.5},
+    }  # click: no label 1
+    assert progress_line(record | {"metrics": figures}).startswith("step 4  test  NRMSE dwell 1.2500 price .5000  ")
     assert progress_line(record | {"seconds": 1.23, "lag": None}).endswith(" 1.2 s")
 
 
@@ -164,6 +226,68 @@ def test_a_checkpoint_that_is_deleted_meanwhile_ends_an_evaluation_only_if_it_wa
         next(named)
 
 
+def test_a_follower_ends_with_an_error_that_names_the_damaged_checkpoints_once_it_has_tried_them_again(run: Run):
+    run.write_status("finished", 6, 6)
+    files = [run.checkpoints / f"step-0000000{step}" / "tensors.json" for step in (4, 6)]
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(b"?" + file.read_bytes()[1:])
+    following = evaluate(config(run, follow=True))
+    assert next(following)["step"] == 2
+    with pytest.raises(
+        UserError, match=r"checkpoints: not evaluated: step 4 \(.*tensors.json: its checksum.*; step 6 \("
+    ):
+        next(following)
+    evaluation = Evaluation(config(run, follow=True))
+    retry = evaluation.pending.retry
+
+    def restored() -> None:
+        for file, content in zip(files, whole, strict=True):
+            file.write_bytes(content)
+        retry()
+
+    with mock.patch.object(evaluation.pending, "retry", restored):
+        assert [record["step"] for record in evaluation.records()] == [4, 6]
+
+
+def test_a_follower_ends_at_once_where_rows_are_damaged_and_does_not_blame_the_checkpoint(run: Run, tmp_path, caplog):
+    run.write_status("finished", 6, 6)
+    data = Path(shutil.copytree(run.config()["dataset"], tmp_path / "data"))
+    shard = min((data / "test").glob("*.parquet"))
+    shard.write_bytes(b"?" * shard.stat().st_size)
+    for tables_of in ("all", "needed"):
+        with pytest.raises(UserError, match=shard.name):
+            list(evaluate(config(run, follow=True, dataset=data, tables=tables_of)))
+    with (
+        mock.patch.object(evaluated, "write", side_effect=OSError(28, "No space left")),
+        pytest.raises(OSError, match="space"),
+    ):
+        list(evaluate(config(run, follow=True)))
+    assert "left out" not in caplog.text
+    assert lines(run) == []
+
+
+def test_a_follower_leaves_out_what_the_trainer_deletes_or_writes_anew_meanwhile(run: Run, tmp_path: Path):
+    run.write_status("finished", 6, 6)
+    evaluation = Evaluation(config(run, follow=True))
+    load, again = evaluation.scorer.weights.load, []
+
+    def late(step: int) -> object:
+        folder = checkpoint.folder(run.checkpoints, step)
+        if step == 4:
+            checkpoint.remove(folder)
+        if step == 6 and not again:  # rolled back: this step is another checkpoint
+            again.append(step)
+            shutil.copytree(folder, tmp_path / "new")
+            checkpoint.remove(folder)
+            (tmp_path / "new").rename(folder)
+            raise OSError(116, "Stale file handle")
+        return load(step)
+
+    with mock.patch.object(evaluation.scorer.weights, "load", late):
+        assert [record["step"] for record in evaluation.records()] == [2, 6]
+
+
 def test_a_checkpoint_that_cannot_be_read_keeps_no_lock(run: Run):
     file = run.checkpoints / "step-00000004" / "rank-00000.bin"
     whole = file.read_bytes()
@@ -196,7 +320,8 @@ def test_a_run_whose_trainer_never_wrote_a_heartbeat_is_given_up(run: Run):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"follow": True, "step": 4}, "leave step out"), ({"every": 2, "step": [4]}, "leave step out"),
-     ({"predictions": True, "share": 0.5}, "leave share out"), ({"share": 0}, "greater than 0"), ({"every": 0}, "every")],
+     ({"predictions": True, "share": 0.5}, "leave share out"), ({"share": 0}, "greater than 0"), ({"every": 0}, "every"),
+     ({"step": []}, "List should have at least 1 item")],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(settings: dict, words: str):
     with pytest.raises(ValueError, match=words):
@@ -221,7 +346,7 @@ def test_the_job_prints_the_table_where_nothing_is_new_and_waits_for_a_run_that_
     thread.join()
     [first] = later
     assert first.returncode == 0, first.stderr
-    assert re.findall(r"^step (\d)  test  NE .* s  lag \d steps, [\d,]+\.\d s$", first.stdout, re.M) == ["2", "4", "6"]
+    assert re.findall(r"^step (\d)  test  NE .* s  lag \d steps$", first.stdout, re.M) == ["2", "4", "6"]
     again = job(f"run={run.path}", "step=[6,2]")
     assert again.returncode == 0, again.stderr
     said, table = again.stdout.split("\n", 1)
@@ -241,9 +366,11 @@ def test_rank_0_of_an_evaluator_chooses_and_records_and_all_ranks_end_with_its_e
     first, second = (json.loads((run / f"said-{rank}.json").read_text()) for rank in range(2))
     assert (first["steps"], second["steps"]) == ([6, 4, 2], [])
     assert (first["first"], second["first"]) == (0, 0)
-    assert "step-00000004/rank-00000.bin: its checksum" in first["error"]
-    assert first["error"] == second["error"]
+    assert ["step-00000004/rank-00000.bin: its checksum" in error for error in first["errors"]] == [True, True]
+    assert "not evaluated: step 4 (" in first["errors"][1]
+    assert first["errors"] == second["errors"]
     assert [line["step"] for line in read_lines(run / "first.jsonl")] == [6, 4, 2]
+    assert [line["step"] for line in read_lines(run / "metrics" / "eval.jsonl")] == [2, 6]
 
 
 def test_without_a_process_group_there_is_one_rank():

@@ -137,6 +137,10 @@ def test_a_verdict_never_improves_when_the_candidate_gets_worse(
         (-0.002, 0.001, {"better_by_at_least": 0.001}, "undecided"),
         (0.001, 0.001, {"better_by_at_least": 0.001}, "fail"),
         (-0.012, 0.001, {"better_by_at_least": "1%"}, "pass"),
+        (-0.003, 0.001, {"better_by_at_least": 0}, "pass"),
+        (-0.001, 0.001, {"better_by_at_least": 0}, "undecided"),
+        (0.0, 0.0, {"better_by_at_least": 0}, "fail"),  # the identical model
+        (0.0, 0.0, {"better_by_at_least": "0%"}, "fail"),
     ],
 )
 def test_a_change_is_judged_with_its_paired_interval(by: float, noise: float, change: dict, outcome: str) -> None:
@@ -188,13 +192,19 @@ def test_a_band_is_closed_on_both_sides(value: float, se: float, outcome: str) -
         (1.09, 0.01, {}, "fail"),
         (1.0, 0.0, {}, "fail"),
         (1.09, 0.01, {"allow_ne_above_one": True}, "pass"),
-        (None, None, {}, "pass"),  # whether a figure must be there is for the gates to say
+        (None, None, {}, "fail"),
+        (None, None, {"gates": [{"metric": "ne", "max": 0.99, "missing": "pass"}]}, "pass"),
+        (None, None, {"gates": [{"metric": "ne", "slice": "device=a", "max": 0.99, "missing": "pass"}]}, "fail"),
+        (None, None, {"allow_ne_above_one": True}, "pass"),
+        (1.09, 0.01, {"gates": [{"metric": "ne", "max": 0.99, "missing": "pass"}]}, "fail"),
+        (1.09, 0.01, {"gates": [{"metric": "ne", "max": 0.99, "min_rows": 10**6, "below_min_rows": "pass"}]}, "fail"),
+        (0.9, 0.01, {"gates": [{"metric": "ne", "max": 0.99, "min_rows": 10**6, "below_min_rows": "pass"}]}, "pass"),
     ],
 )
 def test_ne_of_1_or_more_never_passes_unless_allowed(
     value: float | None, se: float | None, more: dict, outcome: str
 ) -> None:
-    asked = gates(click={"gates": [], **more})
+    asked = gates(click={"gates": []} | more)
     assert judge(asked, CLICK, evaluated([of("click", "ne", value, se)]), None).outcome == outcome
 
 
@@ -206,6 +216,16 @@ def test_two_models_of_ne_above_one_do_not_pass_as_equally_good() -> None:
     assert "not below 1" in verdict.gates[0].why
     allowed = judge(gates({**gate, "allow_ne_above_one": True}), CLICK, evaluated(lines[0]), evaluated(lines[1]))
     assert [g.outcome for g in allowed.gates] == ["pass"]
+
+
+def test_an_ne_near_1_says_how_many_more_rows_would_decide_that_it_is_not_below() -> None:
+    lines = [of("click", "ne", 1.004, 0.01)]
+    found = judge(gates({"metric": "ne", "max": 1.5}), CLICK, evaluated(lines), None).gates[0]
+    # The bound is at 1 where the standard error is 0.004 / t, and it falls with the square root of the rows.
+    more = (student_t.ppf(0.95, 19) * 0.01 / 0.004) ** 2 * 1000 - 1000
+    assert (found.outcome, found.more_rows) == ("undecided", pytest.approx(more, abs=1))
+    assert found.why.startswith("not below 1, the NE of the base rate: value 1.0040 (0.9867 to 1.0213, each at 95%)")
+    assert found.why.endswith(f"; about {found.more_rows:,} more rows would decide")
 
 
 def test_a_slices_ne_of_one_does_not_pass_by_a_wide_bound() -> None:
@@ -250,7 +270,13 @@ def test_an_ne_above_1_without_an_interval_fails_on_as_many_rows_as_are_asked_fo
 )
 @pytest.mark.parametrize("missing", ["fail", "pass"])
 def test_what_is_missing_fails_unless_allowed(ours: list, theirs: list, why: str, missing: str) -> None:
-    gate = {"metric": "ne", "slice": "device=mobile", "change": {"worse_by_at_most": "1%"}, "missing": missing}
+    gate = {
+        "metric": "ne",
+        "slice": "device=mobile",
+        "change": {"worse_by_at_most": "1%"},
+        "min_rows": 9,
+        "missing": missing,
+    }
     both = [
         evaluated(
             [of("click", "ne", 0.8, 0.01), *(of("click", m, v, 0.01, of_slice="device=mobile") for m, v in lines)]
@@ -276,16 +302,25 @@ def test_a_pattern_that_covers_no_slice_is_missing_once() -> None:
     ("slices", "covered"),
     [
         ("device", ["device=a", "device=b"]),
-        ("device=*", ["device=a", "device=b"]),
+        ("device=*", ["device=a", "device=b"]),  # and not their crosses
+        ("device, os", ["device=a, os=i", 'device="c, d", os=i']),
+        ("device=*, os=*", ["device=a, os=i", 'device="c, d", os=i']),
+        ("*=a, *", ["device=a, os=i"]),
+        ('device="c*, os=i', ['device="c, d", os=i']),
         ("*=b*", ["device=b"]),
         (["device=a", "hour"], ["device=a", "hour=13"]),
-        ("*", ["device=a", "device=b", "hour=13"]),
+        ("*", ["device=a", "device=b", "device=a, os=i", 'device="c, d", os=i', "hour=13"]),
         ("device=[ab]", ["device=[ab]"]),
     ],
 )
 def test_every_slice_that_is_covered_is_judged_by_itself(slices: object, covered: list[str]) -> None:
-    names = ["all", "device=a", "device=b", "hour=13"] + (covered if covered == ["device=[ab]"] else [])
-    lines = [of("click", "ne", 1.2 if name == "device=b" else 0.8, 0.01, of_slice=name) for name in names]
+    names = ["all", "device=a", "device=b", "device=a, os=i", 'device="c, d", os=i', "hour=13"]
+    names += covered if covered == ["device=[ab]"] else []
+    lines = [
+        of("click", "ne", 1.2 if name == "device=b" else 0.8, 0.01, of_slice=name)
+        | ({"dimension": "device, os"} if "os" in name else {})
+        for name in names
+    ]
     verdict = judge(gates({"metric": "ne", "slices": slices, "max": 0.99}), CLICK, evaluated(lines), None)
     found = [g for g in verdict.gates if g.gate == "ne at most 0.99"]
     assert [g.slice for g in found] == covered

@@ -17,8 +17,17 @@ from pipeline.release.gates import check_gates, judge
 from pipeline.release.gates_config import Gate, Gates, default_gates, load_gates
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"click": "binary", "watch": "regression"}
-DIMENSIONS = ["all", "device", "device, country", "position <= 3", "user_age", "user_id (cold start)", "day", "hour"]
+CLICK = {"click": "binary"}
+KINDS = CLICK | {"watch": "regression"}
+DIMENSIONS = {
+    "device": None,
+    "device, country": None,
+    "position <= 3": ["position <= 3"],
+    "user_age": [f"user_age {ages}" for ages in ("below 18", "18..25", "25..65", "from 65", "missing")],
+    "user_id (cold start)": ["user_id: missing", "user_id: unseen", "user_id: rare"],
+    "day": [f"day=2026-11-{day:02d}" for day in range(1, 31)],
+    "hour": [f"hour={hour:02d}" for hour in range(24)],
+}
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -135,12 +144,29 @@ def test_any_document_is_gates_or_one_line(tmp_path_factory: pytest.TempPathFact
         ({"default": [{"metric": "ne", "max": 1, "slice": "os=ios"}]}, "default.0: slice os=ios: the evaluation has slices of"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "device"}]}, "(for each slice of it: slices: device)"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "country=DE"}]}, "slice country=DE"),
-        ({"default": [{"metric": "ne", "max": 1, "slice": "device=a, os=b"}]}, "slice device=a, os=b") ,
+        ({"default": [{"metric": "ne", "max": 1, "slice": "device=a, os=b"}]}, "slice device=a, os=b"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "device=a, b, country=c"}]}, "slice device=a, b, country=c"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "device=*"}]}, "(for each slice of it: slices: device=*)"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "user_id: *"}]}, "(for each slice of it: slices: user_id: *)"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "user_age *"}]}, "(for each slice of it: slices: user_age *)"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "user_age 19..26"}]}, "hour (did you mean user_age 18..25?)"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "user_age 26..19"}]}, "slice user_age 26..19"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "hour=99"}]}, "slice hour=99"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "hour=noon"}]}, "slice hour=noon"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "hour=7"}]}, "slice hour=7"),
+        ({"default": [{"metric": "ne", "max": 1, "slice": "day=monday"}]}, "slice day=monday"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "position <= 4"}]}, "slice position <= 4"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "user_id: seen"}]}, "slice user_id: seen"),
         ({"default": [{"metric": "ne", "max": 1, "slice": "user_age 18"}]}, "slice user_age 18"),
         ({"default": [{"metric": "ne", "max": 1, "slices": ["device", "os=*"]}]}, "slices os=*"),
         ({"default": [{"metric": "ne", "max": 1, "slices": "all"}]}, "slices all"),
+        ({"default": [{"metric": "ne", "max": 1, "slices": "device="}]}, "slices device="),
+        ({"default": [{"metric": "ne", "max": 1, "slices": "user: *"}]}, "slices user: *"),
+        ({"default": [{"metric": "ne", "max": 1, "slices": "user_age 19..*"}]}, "slices user_age 19..*"),
+        ({"default": [{"metric": "ne", "max": 1, "slices": "hour=3*"}]}, "slices hour=3*"),
+        ({"default": [{"metric": "ne", "max": 1, "slices": "device=*, os=*"}]}, "slices device=*, os=*"),
+        ({"default": [{"metric": "ne", "max": 1, "slices": "device=*, country=*, os=*"}]}, "slices device=*, country=*"),
+        ({"default": [{"metric": "ne", "max": 1, "slices": "country=*"}]}, "slices country=*"),
     ],
 )  # fmt: skip
 def test_a_gate_that_names_nothing_real_is_refused(content: dict, says: str) -> None:
@@ -152,23 +178,39 @@ def test_a_gate_that_names_nothing_real_is_refused(content: dict, says: str) -> 
 
 @pytest.mark.parametrize(
     "name",
-    ["all", "device=mobile", "device=missing", "device=mobile, country=DE", "device=a, b, country=c", "position <= 3",
+    ["all", "device=mobile", "device=missing", "device=mobile, country=DE", 'device="a, b", country=c', "position <= 3",
      "user_age 18..25", "user_age below 18", "user_age from 65", "user_age missing",
      "user_id: unseen", "user_id: rare", "user_id: missing", "day=2026-11-08", "hour=13"],
 )  # fmt: skip
 def test_slices_of_every_form_are_known(name: str) -> None:
-    check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), KINDS, DIMENSIONS, "x")
+    check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), CLICK, DIMENSIONS, "x")
     if name != "all":
         with pytest.raises(UserError):
-            check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), KINDS, ["all", "os"], "x")
+            check_gates(Gates(default=[Gate(metric="ne", max=1, slice=name)]), CLICK, {"os": None}, "x")
 
 
 @pytest.mark.parametrize("pattern", ["*", "device", "device=*", "device, country", "device=*, country=DE", "user_id: *",
-                                     "user_age *", "user_id (cold start)", "day=2026-11-*"])  # fmt: skip
+                                     "user_age *", "user_age 18..*", "user_id (cold start)", "day=2026-11-*", "hour=0*",
+                                     "dev*", "*=mobile", "*=a, *", 'device="a, b", *', "position <= *"])  # fmt: skip
 def test_patterns_and_dimensions_are_known(pattern: str) -> None:
-    check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), KINDS, DIMENSIONS, "x")
+    check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), CLICK, DIMENSIONS, "x")
     with pytest.raises(UserError):
-        check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), KINDS, ["all"], "x")
+        check_gates(Gates(default=[Gate(metric="ne", max=1, slices=pattern)]), CLICK, {}, "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "task"),
+    [
+        ({}, "watch"),
+        ({"default": [{"metric": "ne", "max": 1}]}, "watch"),
+        ({"default": [{"metric": "rows", "min": 1}], "tasks": {"watch": {"default": False}}}, "watch"),
+        ({"tasks": {"watch": [{"metric": "rows", "min": 1}], "click": {"allow_ne_above_one": True}}}, "click"),
+    ],
+)
+def test_a_task_that_no_gate_judges_is_refused(content: dict, task: str) -> None:
+    with pytest.raises(UserError, match=f"^x/gates.yaml: task {task} has no gate, .*: add one, such as .metric: n"):
+        check_gates(Gates.model_validate(content, strict=True), KINDS, DIMENSIONS, "x/gates.yaml")
+    check_gates(Gates(), CLICK, DIMENSIONS, "x/gates.yaml")  # NE below 1
 
 
 def test_the_example_of_the_page_is_read_and_fits_a_run(tmp_path: Path) -> None:
@@ -176,12 +218,12 @@ def test_the_example_of_the_page_is_read_and_fits_a_run(tmp_path: Path) -> None:
     gates = load_gates(written(tmp_path, text))
     assert gates.default
     assert gates.tasks
-    check_gates(gates, dict.fromkeys(gates.tasks, "binary"), [*DIMENSIONS, "country"], "GATES.md")
+    check_gates(gates, dict.fromkeys(gates.tasks, "binary"), DIMENSIONS | {"country": None}, "GATES.md")
 
 
 def test_the_default_gates_are_of_the_headline_metrics_of_the_tasks() -> None:
     found = default_gates(KINDS, 0.01)
-    check_gates(found, KINDS, ["all"], "x")
+    check_gates(found, KINDS, {}, "x")
     assert [str(gate) for gate in found.default] == ["ne worse by at most 0.01", "nrmse worse by at most 0.01"]
     assert [gate.metric for gate in default_gates({"click": "binary"}, 0.01).default] == ["ne"]
 

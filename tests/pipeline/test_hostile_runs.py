@@ -296,7 +296,7 @@ def test_a_nightly_writes_through_no_link(trained, small_log, tmp_path, outside,
     run = shutil.copytree(trained, tmp_path / "run")
     given = {"run": run, "input": str(small_log), "out": tmp_path / "nightly", "date": "2026-11-09"}
     lax = {"metric": "ne", "max": 9, "allow_ne_above_one": True}
-    (run / "gates.yaml").write_text(json.dumps({"default": [lax]}))
+    (run / "gates.yaml").write_text(json.dumps({"default": [lax, {"metric": "rows", "min": 1}]}))
     config = NightlyConfig(
         **given, data_gates={"action": "warn"}, bless="pass", by_time=[], cold_start=False, buckets=5
     )

@@ -55,6 +55,19 @@ def test_what_ends_the_process_leaves_the_step_running(folder):
     assert read_night(folder).find("one").state == "running"
 
 
+def test_steps_that_only_an_abandoned_attempt_took_are_dropped_when_the_night_is_judged(folder):
+    recorder = opened(folder)
+    for name in ("models", "train", "evaluate serving"):
+        recorder.step(name, {}, dict)
+    recorder = opened(folder, run="other")
+    recorder.step("models", {}, dict)  # done before, and asked for again
+    assert [step.name for step in recorder.current().steps] == ["models"]
+    recorder.judged("pass", "why")
+    recorder = opened(folder, run="other")
+    recorder.step("bless", {}, dict)
+    assert [step.name for step in read_night(folder).steps] == ["models", "bless"]
+
+
 def test_a_judged_night_keeps_its_settings_and_one_that_is_not_takes_new_ones(folder):
     opened(folder).step("one", {}, dict)
     recorder = opened(folder, run="other")

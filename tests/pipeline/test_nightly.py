@@ -20,17 +20,20 @@ from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.scorer import Scorer
 from pipeline.release import nightly as job
-from pipeline.release import steps
+from pipeline.release import pages, steps
 from pipeline.release.config import NightlyConfig
 from pipeline.release.nightly import Result, go_back, nightly
+from pipeline.release.outcome import pager_text
 from pipeline.release.scoring import reference, score
+from pipeline.release.tables import text
 from pipeline.run.run import Run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("without_beam")]
 
 QUICK = {"by_time": [], "cold_start": False, "buckets": 20}  # fewer slices and buckets
+SOME_ROWS = {"metric": "rows", "min": 1}  # every task needs a gate
 GATES = {
-    "default": [{"metric": "ne", "change": {"worse_by_at_most": 0.01}}, {"metric": "ne", "max": 1.1}],
+    "default": [{"metric": "ne", "change": {"worse_by_at_most": 0.01}}, {"metric": "ne", "max": 1.1}, SOME_ROWS],
     "tasks": {task: [{"metric": "calibration", "band": [0.75, 1.33]}] for task in ("click", "save")},
 }
 
@@ -149,7 +152,7 @@ def test_a_planted_regression_of_one_slice_fails_its_gate_alone(world, out, tmp_
     bad = spoiled(Run(world / "run"), tmp_path / "bad", change)
     of_items = {"metric": "ne", "slices": "item=*", "change": {"worse_by_at_most": 0.05}, "allow_ne_above_one": True}
     whole = {"metric": "ne", "change": {"worse_by_at_most": 0.5}, "allow_ne_above_one": True}
-    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"tasks": {"click": [of_items, whole]}}))
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"tasks": {"click": [of_items, whole], "dwell": [SOME_ROWS]}}))
     settings = {"serving": world / "run", "gates": tmp_path / "gates.yaml", "slices": ["item"], "min_rows": 30}
     found = judged(world, out, 3, run=bad.path, **settings)
     outcomes = {
@@ -162,7 +165,7 @@ def test_a_planted_regression_of_one_slice_fails_its_gate_alone(world, out, tmp_
 
 def test_too_few_rows_are_undecided_and_exit_with_3(world, out, tmp_path):
     near = spoiled(Run(world / "run"), tmp_path / "near", changed(0, "bias", lambda x: x + 0.35))
-    gates = {"default": [{"metric": "ne", "change": {"worse_by_at_most": 0.012}, "confidence": 0.9999}]}
+    gates = {"default": [{"metric": "ne", "change": {"worse_by_at_most": 0.012}, "confidence": 0.9999}, SOME_ROWS]}
     (tmp_path / "gates.yaml").write_text(yaml.safe_dump(gates))
     found = judged(world, out, 3, run=near.path, serving=world / "run", gates=tmp_path / "gates.yaml", bless="pass")
     assert (found.night.outcome, found.night.exit_code, found.message["blessed"]) == ("undecided", 3, None)
@@ -192,7 +195,10 @@ def test_models_of_other_encoders_are_paired_on_the_rows_that_they_share(world, 
     write_day(tmp_path / "log", 0, rows=700)
     encode_day(tmp_path / "log", tmp_path / "days", 0)
     other = train_run(tmp_path / "days", tmp_path / "other", last=0, steps=20)
-    found = judged(world, out, 3, serving=other.path)
+    rare = {"metric": "ne", "slice": "user: rare", "change": {"worse_by_at_most": 1}, "missing": "pass"}
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [rare, SOME_ROWS]}))
+    settings = {"gates": tmp_path / "gates.yaml", "cold_start": True, "rare": 30}
+    found = judged(world, out, 3, serving=other.path, **settings)
     assert (
         len([*(out / day(3)).glob(f"day-*/{day(3)}/manifest.json")]) == 1
     )  # with the encoders of `other`; the other one is in days
@@ -201,6 +207,13 @@ def test_models_of_other_encoders_are_paired_on_the_rows_that_they_share(world, 
     changes = {line["task"]: line for line in found.night.summary("compare")["changes"]}
     assert changes["click"]["delta"] < 0 < changes["click"]["se"]
     assert changes["click"]["buckets"] == 20
+    # Which users are rare depends on the encoders: those slices are other rows.
+    assert [*evaluated.read(out / day(3) / "serving.parquet").figures.filter(slice="user: rare", task="click")["rows"]]
+    (verdict,) = (
+        x for x in found.night.summary("gates")["gates"] if (x["task"], x["slice"]) == ("click", "user: rare")
+    )
+    assert verdict["rows"] > 0
+    assert (verdict["serving"], verdict["why"]) == (None, "undefined for the serving checkpoint")
 
 
 def test_a_date_is_judged_once_and_anew_only_when_told(world, out, monkeypatch):
@@ -217,6 +230,25 @@ def test_a_date_is_judged_once_and_anew_only_when_told(world, out, monkeypatch):
     assert judged(world, out, 3, batch_size=100, again=True).night.outcome == "pass"
     assert calls == ["candidate"]
     assert record(out, 3)["settings"]["batch_size"] == 100
+
+
+def test_a_blessed_date_that_fails_when_judged_again_names_what_still_serves(world, out, tmp_path):
+    strict = {"metric": "ne", "max": 0.01, "allow_ne_above_one": True}
+    (tmp_path / "strict.yaml").write_text(yaml.safe_dump({"default": [strict, SOME_ROWS]}))
+    lax = {"gates": None, "max_increase": 5.0, "bless": "pass"}
+    judged(world, out, 2, step=60, **lax)
+    assert judged(world, out, 3, **lax).message["blessed"].startswith("serves from now on")
+    failed = {"gates": tmp_path / "strict.yaml", "again": True}
+    found = judged(world, out, 3, **failed)
+    words = f"{world / 'run'} step 120, which this night blessed before it was judged again, still serves: "
+    assert (found.night.outcome, found.message["blessed"]) == (
+        "fail", f"{words}bless=back withdraw={day(3)} takes it back"
+    )  # fmt: skip
+    assert words in text(found)
+    assert words in pager_text(found.message)
+    assert judged(world, out, 4, **failed).message["blessed"] is None  # it has blessed nothing
+    go_back(NightlyConfig(out=out, date=day(4), bless="back", withdraw=day(3)))
+    assert judged(world, out, 3, **failed | {"again": False}).message["blessed"] is None
 
 
 def test_a_folder_of_nights_that_was_moved_keeps_its_verdicts(world, out, tmp_path):
@@ -248,6 +280,35 @@ def test_a_night_that_failed_on_the_way_goes_on_and_redoes_what_has_changed(worl
     assert scored == ["candidate"]
     assert f"{day(3)}: evaluate candidate is done again: its inputs have changed since" in caplog.text
     assert "check is done again" not in caplog.text
+
+
+def test_gates_that_were_changed_after_a_kill_are_judged_anew(world, out, tmp_path):
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(pages, "write_night", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            judged(world, out, 3)
+    assert (states(out, 3)["gates"], record(out, 3)["outcome"]) == ("done", None)
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [{"metric": "rows", "min": 10**6}]}))
+    assert judged(world, out, 3, gates=tmp_path / "gates.yaml").night.outcome == "fail"
+
+
+@pytest.mark.parametrize("stopped_by_data", [False, True])
+def test_what_an_abandoned_attempt_scored_is_not_of_the_night(world, out, tmp_path, stopped_by_data):
+    abandoned = shutil.copytree(world / "run", tmp_path / "abandoned")
+    (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"default": [{"metric": "ne", "max": 0.01}, SOME_ROWS]}))
+    broken = pytest.MonkeyPatch()
+    broken.setattr(pages, "write_night", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        judged(world, out, 3, serving=abandoned, gates=tmp_path / "gates.yaml")
+    broken.undo()
+    assert states(out, 3)["evaluate serving"] == states(out, 3)["gates"] == "done"
+    found = judged(world, out, 3, **({"data_gates": {"base_rate": [1, 1]}} if stopped_by_data else {}))
+    assert (found.night.outcome, found.message["not_passed"]) == ("undecided" if stopped_by_data else "pass", [])
+    assert found.message["serving"] is None
+    assert found.trend.nights[0].serving is None
+    assert (found.message["candidate"] is None) == stopped_by_data
+    if not stopped_by_data:
+        assert "abandoned" not in (out / day(3) / "report.html").read_text()
 
 
 def test_a_late_day_is_judged_after_a_later_one_and_does_not_move_the_pointer(world, out):
@@ -294,8 +355,14 @@ def test_data_that_is_not_sound_ends_the_night_before_models_are_scored(world, o
 
 def test_what_is_wrong_is_refused_before_any_work(world, out, tmp_path):
     (tmp_path / "gates.yaml").write_text(yaml.safe_dump({"tasks": {"klick": [{"metric": "ne", "max": 1}]}}))
+    gates = {"default": [{"metric": "ne", "max": 1, "slice": "hour=24"}]}
+    (tmp_path / "hours.yaml").write_text(yaml.safe_dump(gates))
     for settings, words in (
         ({"gates": tmp_path / "gates.yaml"}, "klick: no such task"),
+        (
+            {"gates": tmp_path / "hours.yaml", "by_time": ["hour"]},
+            "slice hour=24: the evaluation has .* .did you mean hour=",
+        ),
         ({"step": 7}, r"no checkpoint of step 7, there are \[60, 120\]"),
         ({"serving": tmp_path}, "no checkpoint"),
         ({"webhook": True}, "TASKFUSE_WEBHOOK is not set"),
@@ -309,6 +376,9 @@ def test_what_is_wrong_is_refused_before_any_work(world, out, tmp_path):
     (other / "config.yaml").write_text(yaml.safe_dump(config | {"tasks": ["click"]}))
     with pytest.raises(UserError, match="only models of the same tasks"):
         judged(world, out, 3, serving=other)
+    (other / "gates.yaml").symlink_to(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match=r"other/gates\.yaml is a link"):
+        judged(world, out, 3, run=other, gates=None)
     assert not [*out.glob("*/*.parquet"), *out.glob("*/day-*")]
     for settings, words in (
         ({"run": None}, "give run=RUN"),
@@ -356,6 +426,12 @@ def test_a_page_that_cannot_be_drawn_does_not_stop_the_verdict(world, out, tmp_p
     assert judged(world, out, 3, run=run).night.outcome == "pass"
     assert "no page of the night" in caplog.text
     assert "train.jsonl" in record(out, 3)["steps"][-1]["summary"]["error"]
+
+
+def test_a_page_of_all_nights_that_cannot_be_written_does_not_stop_the_verdict(world, out, caplog):
+    (out / "trend.html").mkdir(parents=True)
+    assert judged(world, out, 3, bless="pass").message["outcome"] == "pass"
+    assert "no page of all nights" in caplog.text
 
 
 def test_what_killed_writers_left_is_removed(world, out):

@@ -28,13 +28,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_day(root / "log", number, rows=400)
         encode_day(root / "log", root / "days", number)
     train_run(root / "days", root / "run", last=0, steps=10)
+    some_rows = {"metric": "rows", "min": 1}
     for name, limit in (("pass", 9.0), ("fail", 0.01)):
         gate = {"metric": "ne", "max": limit, "allow_ne_above_one": True}
-        (root / f"{name}.yaml").write_text(yaml.safe_dump({"default": [gate]}))
+        (root / f"{name}.yaml").write_text(yaml.safe_dump({"default": [gate], "tasks": {"dwell": [some_rows]}}))
     gate = {"metric": "auc", "min": 0.0, "min_rows": 9999}
     of_task = {"gates": [gate], "default": False, "allow_ne_above_one": True}
     lax = {"metric": "ne", "max": 9.0, "allow_ne_above_one": True}
-    tasks = {"click": of_task, "save": {"gates": [lax]}}
+    tasks = {"click": of_task, "save": {"gates": [lax]}, "dwell": [some_rows]}
     (root / "undecided.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
     return root
 
@@ -91,6 +92,13 @@ def test_an_error_is_one_line_on_stderr_and_json_on_stdout(world, run_job, tmp_p
     assert "no checkpoint of step 7" in (tmp_path / "message").read_text()
 
 
+def test_a_webhook_that_is_not_set_reaches_the_pager(world, run_job, tmp_path, monkeypatch):
+    monkeypatch.delenv(webhook.VARIABLE, raising=False)
+    code, _, _ = run_job(*judged(world, "pass"), "webhook=true", f"termination_message={tmp_path / 'message'}")
+    assert "TASKFUSE_WEBHOOK is not set" in code
+    assert "TASKFUSE_WEBHOOK is not set" in (tmp_path / "message").read_text()
+
+
 def test_a_preempted_training_is_no_outcome(world, run_job, tmp_path, monkeypatch):
     def preempted(*_: Any) -> None:
         raise Preempted("preempted")
@@ -137,10 +145,13 @@ def test_back_needs_nothing_but_the_folder(world, run_job):
         "data_gates.action=warn",
         "bless=pass",
     )
-    code, lines, _ = run_job("bless=back")
-    assert code == 0
-    said = json.loads(lines[-1])
-    assert (said["outcome"], said["serving"]["step"], said["withdrawn"]["step"]) == ("back", 5, 10)
+    for words in ("serves again, ", "is withdrawn already, "):
+        code, lines, _ = run_job("bless=back", f"withdraw={day(1)}-b")
+        assert code == 0
+        said = json.loads(lines[-1])
+        assert (said["outcome"], said["serving"]["step"], said["withdrawn"]["step"]) == ("back", 5, 10)
+        assert words in said["why"]
+        assert said["repeat"] == f"bless=back withdraw={day(1)}-b"
 
 
 def test_the_examples_of_help_are_settings_of_the_job():
@@ -160,6 +171,7 @@ def test_settings_that_do_not_go_together_are_one_line(run_job):
         (["run=r"], "input is missing"),
         (["run=r", "input=i", "data_gates.psi=-1"], "data_gates.psi: Input should be greater than 0"),
         (["run=r", "input=i", "bless=always"], "bless: Input should be 'none', 'pass' or 'back'"),
+        (["run=r", "input=i", "withdraw=2026-11-09"], "withdraw is of bless=back"),
         (["run=r", "input=i", "keep_served=1"], "keep_served: Input should be greater than or equal to 2"),
     ):
         code, lines, _ = run_job(*arguments)

@@ -77,6 +77,13 @@ def test_ranks_that_do_not_end_well(work, tmp_path, monkeypatch, code, errors, e
         score_on_ranks(work, 3, tmp_path)
 
 
+def test_more_ranks_than_gpus_are_refused_before_any_work(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring_ranks.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="ranks=3: each takes a GPU, and this machine has 2"):
+        nightly(night(world / "log", tmp_path, 1, ranks=3, run=world / "run", days=world / "days"))
+    assert not (tmp_path / day(1)).exists()
+
+
 def test_a_rank_does_not_report_that_another_one_failed(work, tmp_path, monkeypatch):
     (tmp_path / WORK).write_text(work.model_dump_json())
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])

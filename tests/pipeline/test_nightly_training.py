@@ -4,6 +4,7 @@ import datetime
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from features.errors import Preempted, UserError
 from pipeline.release import child
 from pipeline.release import steps as release_steps
 from pipeline.release.config import NightlyConfig
+from pipeline.release.night import Night, Step
 from pipeline.release.nightly import go_back, nightly
 from pipeline.release.training_step import new_days, trained_on, wait_for_trainer, warm_start
 from pipeline.run.run import Run
+from pipeline.storage.files import make_folder, write_json
 
 SMALL = {
     "args": [
@@ -41,8 +44,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encode_day(root / "log", root / "days", number)
     train_run(root / "days", root / "run", last=0, steps=10)
     lax = {"metric": "ne", "max": 5, "allow_ne_above_one": True}
-    (root / "gates.yaml").write_text(yaml.safe_dump({"default": [lax]}))
+    (root / "gates.yaml").write_text(yaml.safe_dump({"default": [lax, {"metric": "rows", "min": 1}]}))
     return root
+
+
+def make_again(folder: Path, number: int) -> None:
+    """Makes the dataset of a day again, of other rows."""
+    write_day(folder / "other_log", number, rows=500)
+    encode_day(folder / "other_log", folder / "days", number, overwrite=True)
 
 
 @pytest.fixture
@@ -91,15 +100,44 @@ def test_a_night_trains_on_the_new_days_from_the_last_night_that_passed(world, t
 @pytest.mark.integration
 def test_days_that_the_start_has_seen_are_not_trained_on_again(world, tmp_path):
     config = night(world / "log", tmp_path, 3, train=SMALL, days=world / "days")
-    assert new_days(config, None) == f"{day(0)}..{day(2)}"
-    assert new_days(config, world / "run") == f"{day(1)}..{day(2)}"
+    assert new_days(config, None, []) == f"{day(0)}..{day(2)}"
+    assert new_days(config, world / "run", []) == f"{day(1)}..{day(2)}"
     assert warm_start(config, [], None) is None
     with pytest.raises(
         UserError, match=rf"no day after {day(0)}, the last one that .*run was trained on, and before {day(1)}"
     ):
-        new_days(night(world / "log", tmp_path, 1, train=SMALL, days=world / "days"), world / "run")
+        new_days(night(world / "log", tmp_path, 1, train=SMALL, days=world / "days"), world / "run", [])
     with pytest.raises(UserError, match="no day before 2026-11-01, whose encoders the day would have"):
         nightly(night(world / "log", tmp_path, 0, train=SMALL, days=world / "days"))
+
+
+@pytest.mark.integration
+def test_days_whose_data_was_refused_are_not_trained_on(world, tmp_path, monkeypatch, caplog):
+    shutil.copytree(world / "days", tmp_path / "days", ignore=shutil.ignore_patterns(day(1), day(2)))
+    shutil.copytree(world / "log", tmp_path / "log")
+    write_day(tmp_path / "log", 1, rows=600, unseen=True)
+    given = {"days": tmp_path / "days", **LAX}
+    of_run = {**given, "run": world / "run", "gates": world / "gates.yaml"}
+
+    def trained_days(number: int) -> str:
+        commands: list[list[str]] = []
+        monkeypatch.setattr(child, "call", lambda command, _: commands.append(command) or 1)
+        with pytest.raises(UserError, match="exit code 1"):
+            nightly(night(tmp_path / "log", tmp_path / "nights", number, train=SMALL, again=True, **given))
+        return next(word for word in commands[0] if word.startswith("days="))
+
+    with no_beam():
+        assert nightly(night(tmp_path / "log", tmp_path / "nights", 1, **of_run)).night.outcome == "undecided"
+        from_run = night(tmp_path / "log", tmp_path / "nights", 2, train=SMALL | {"init_from": world / "run"}, **given)
+        with pytest.raises(
+            UserError, match=f"no day after {day(0)}, .* before {day(2)} but {day(1)}, whose data was refused"
+        ):
+            nightly(from_run)
+        assert nightly(night(tmp_path / "log", tmp_path / "nights", 2, **of_run)).night.outcome == "pass"
+        assert trained_days(3) == f"days=[{day(0)},{day(2)}]"
+        assert f"train: without {day(1)}, whose data was refused" in caplog.text
+        nightly(night(tmp_path / "log", tmp_path / "nights", 1, data_gates={"action": "warn"}, again=True, **of_run))
+        assert trained_days(3) == f"days=[{day(0)}..{day(2)}]"
 
 
 @pytest.mark.integration
@@ -114,6 +152,72 @@ def test_a_training_with_other_settings_does_not_go_on_with_the_run_of_the_one_b
     folders = [next(word for word in command if word.startswith("run=")) for command in trained]
     assert [folder == folders[0] for folder in folders] == [True, True, False, False, True]
     assert folders[2] == folders[3]
+
+
+@pytest.mark.integration
+def test_a_training_day_that_was_made_again_is_trained_on_in_another_folder(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "days", tmp_path / "days")
+    trained: list[str] = []
+    monkeypatch.setattr(child, "call", lambda command, _: trained.append(command[5]) or 1)
+
+    def attempt(again: bool = False) -> None:
+        with pytest.raises(UserError, match="exit code 1"):
+            nightly(night(world / "log", tmp_path, 2, train=SMALL, days=tmp_path / "days", again=again, **LAX))
+
+    attempt()
+    attempt()
+    make_again(tmp_path, 1)
+    for again in (False, True):
+        attempt(again)
+    assert [run.startswith("run=") for run in trained] == [True] * 4
+    assert trained[0] == trained[1] != trained[2] == trained[3]
+
+
+@pytest.mark.integration
+def test_a_training_is_done_again_only_where_its_run_was_lost_or_its_data_changed(world, tmp_path, in_this_process):
+    shutil.copytree(world / "days", tmp_path / "days")
+    given = {"days": tmp_path / "days", **LAX, "gates": world / "gates.yaml"}
+    config = night(world / "log", tmp_path / "nights", 2, train=SMALL, **given)
+
+    def trained() -> Run:
+        broken = pytest.MonkeyPatch()
+        broken.setattr(release_steps, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            nightly(config)
+        broken.undo()
+        return Run(Path(next(s for s in record(config.out, 2)["steps"] if s["name"] == "train")["summary"]["run"]))
+
+    first = trained()
+    made = (first.path / "config.yaml").stat().st_mtime_ns
+    assert trained().path == first.path
+    assert (first.path / "config.yaml").stat().st_mtime_ns == made
+    make_again(tmp_path, 1)
+    second = trained()
+    assert second.path != first.path
+    shutil.rmtree(second.path)
+    found = nightly(config)
+    assert (found.night.outcome, found.message["candidate"]["run"]) == ("pass", str(second.path))
+
+
+@pytest.mark.integration
+def test_the_start_of_a_training_is_chosen_again_after_an_earlier_night_or_day_has_come(world, tmp_path, monkeypatch):
+    trained: list[list[str]] = []
+    monkeypatch.setattr(child, "call", lambda command, _: trained.append(command) or 1)
+    shutil.copytree(world / "days", tmp_path / "days", ignore=shutil.ignore_patterns(day(2)))
+    config = night(world / "log", tmp_path / "nights", 3, train=SMALL, days=tmp_path / "days", **LAX)
+
+    def attempt() -> set[str]:
+        with pytest.raises(UserError, match="exit code 1"):
+            nightly(config)
+        return {word for word in trained[-1] if word.startswith(("days=", "train.init_from="))}
+
+    assert attempt() == {f"days=[{day(0)}..{day(1)}]"}
+    encode_day(world / "log", tmp_path / "days", 2)
+    assert attempt() == {f"days=[{day(0)}..{day(2)}]"}
+    step = Step(name="train", state="done", started=0.0, inputs="", summary={"run": str(world / "run")})
+    passed = Night(date=day(1), settings={}, steps=[step], outcome="pass")
+    write_json(make_folder(config.out / day(1)) / "night.json", passed.model_dump())
+    assert attempt() == {f"days=[{day(1)}..{day(2)}]", f"train.init_from={world / 'run'}"}
 
 
 @pytest.mark.integration
@@ -133,8 +237,23 @@ def test_a_candidate_that_was_trained_on_the_judged_day_is_refused(world, tmp_pa
     seen = [datetime.date.fromisoformat(day(number)) for number in range(3)]
     assert trained_on(Run(tmp_path / "warm")) == {*seen}
     assert trained_on(Run(world / "run")) == {seen[0]}
-    (tmp_path / "warm" / "config.yaml").write_text(yaml.safe_dump(config | {"missing_days": "skip"}))
-    assert trained_on(Run(tmp_path / "warm")) == set()
+
+
+@pytest.mark.integration
+def test_a_run_that_left_missing_days_out_was_trained_on_those_that_are_there(world, tmp_path):
+    run = shutil.copytree(world / "run", tmp_path / "run")
+    shutil.copytree(world / "days", tmp_path / "days", ignore=shutil.ignore_patterns(*(day(n) for n in range(2, 9))))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    skipping = {"dataset": str(tmp_path / "days"), "days": f"{day(0)}..{day(8)}", "missing_days": "skip"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config | skipping))
+    assert {found.isoformat() for found in trained_on(Run(run))} == {day(0), day(1)}
+    with pytest.raises(UserError, match=rf"run was trained on {day(1)}"):
+        nightly(night(world / "log", tmp_path / "nights", 1, run=run, **LAX))
+    with no_beam():
+        given = {"gates": world / "gates.yaml", "data_gates": {"action": "warn"}, **LAX}
+        assert nightly(night(world / "log", tmp_path / "nights", 2, run=run, **given)).night.outcome == "pass"
+    shutil.rmtree(tmp_path / "days")
+    assert {found.isoformat() for found in trained_on(Run(run))} == {day(number) for number in range(9)}
 
 
 @pytest.mark.integration
@@ -172,6 +291,32 @@ def test_a_training_process_ends_with_the_night_that_is_killed(tmp_path):
     while Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("trained", [75, 0])
+def test_sigterm_while_a_process_works_is_passed_on_and_waited_for(tmp_path, trained):
+    trainer = (
+        "import pathlib, signal, sys, time\n"
+        f"def save(*_): time.sleep(0.5); pathlib.Path('saved').touch(); sys.exit({trained})\n"
+        "signal.signal(signal.SIGTERM, save); print('trains', flush=True); time.sleep(60)"
+    )
+    code = (
+        "import signal, sys, time; from jobs.entry import sigterm_handler; from pipeline.release.child import call\n"
+        "signal.signal(signal.SIGTERM, sigterm_handler('nightly'))\n"
+        f"print(call([sys.executable, '-c', {trainer!r}], 1), flush=True); time.sleep(60)"
+    )
+    root = str(Path(__file__).parents[2])
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+    )  # fmt: skip
+    assert job.stdout
+    assert job.stdout.readline() == "trains\n"
+    job.terminate()
+    assert job.stdout.readline() == "75\n"
+    assert (tmp_path / "saved").exists()
+    job.terminate()
+    assert job.wait(10) == 128 + signal.SIGTERM  # as ever where it does not wait for one
 
 
 def test_a_night_waits_for_the_trainer_of_a_killed_one(tmp_path):

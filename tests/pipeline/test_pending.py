@@ -343,14 +343,15 @@ def test_lag_is_to_the_heartbeat_and_after_training_to_the_newest_checkpoint(run
         commit(run, step)
         set_commit_time(run, step, 1000.0 + step)
     assert (commit_time(run, 10), commit_time(run, 11)) == (1010.0, None)
+    assert lag(run, 10, 1010.0) == {"steps": 30}  # no trainer: the newest checkpoint
     monkeypatch.setattr("time.time", lambda: 1060.5)
-    assert lag(run, 10, 1010.0) == {"steps": 30, "seconds": 50.5}  # no trainer: the newest checkpoint, and now
     run.write_status("training", 55, 100)
     monkeypatch.setattr("time.time", lambda: 2000.0)
     assert lag(run, 10, 1010.0) == {"steps": 45, "seconds": 50.5}
     assert lag(run, 60, 1070.0) == {"steps": 0, "seconds": 0.0}  # it was rolled back
-    run.write_status("finished", 55, 55)
-    assert lag(run, 10, 1010.0) == {"steps": 30, "seconds": 990.0}
+    for state in ("finished", "failed", "preempted"):
+        run.write_status(state, 55, 55)
+        assert lag(run, 10, 1010.0) == {"steps": 30}
     assert lag(run, 10, None) is None
     (run.path / "status.json").write_text("{")
     assert lag(run, 10, 1010.0) is None
@@ -358,14 +359,16 @@ def test_lag_is_to_the_heartbeat_and_after_training_to_the_newest_checkpoint(run
 
 @pytest.mark.parametrize(
     "more",
-    [{"lag": {"steps": -1, "seconds": 0.0}}, {"lag": {"steps": 1}}, {"share": 0.0}, {"share": 1.5}, {"buckets": 0},
+    [{"lag": {"steps": -1, "seconds": 0.0}}, {"lag": {"seconds": 1.0}}, {"share": 0.0}, {"share": 1.5}, {"buckets": 0},
      {"intervals": {"click": {"ne": "0.1"}}}, {"reliability": {"click": [[0.1, 0.2, 0.3]]}}, {"ranks": 0},
+     {"buckets_used": {"click": {"ne": -1}}},
      {"ranking": "close"}, {"ranking": {"other": 0.1}},
      {"evaluation": "../../secret-00000001.parquet"}, {"evaluation": "test-00000001.parquet\n"}],
 )  # fmt: skip
 def test_a_record_with_fields_that_no_evaluator_writes_is_one_line_of_error(run: Run, more):
     good = {"lag": {"steps": 0, "seconds": 1.5}, "share": 0.5, "buckets": 100, "cluster": "user", "ranks": 2}
-    good |= {"intervals": {"click": {"ne": 0.1, "auc": None}}, "reliability": {"click": [[0.1, 0.2, None, 5.0]]}}
+    good |= {"intervals": {"click": {"ne": 0.1, "auc": None}}, "reliability": {"click": [[0.1, 0.2, None, 5.0, 3]]}}
+    good |= {"buckets_used": {"click": {"ne": 3, "auc": 0}}}
     good |= {"evaluation": "test-00000001-0a1b2c3d.parquet"}
     good |= {"ranking": {"sketch": 1e-6, "share": 0.5}, "rows_evaluated": 5, "rows_per_s": 3.5}
     append_line(run.eval_metrics, record(1, "a", **good))

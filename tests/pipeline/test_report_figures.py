@@ -7,6 +7,8 @@ from hostile_text import HOSTILE
 from pages_by_hand import KINDS, METRICS, Parsed, checked, explanation_of, figures, model, record
 
 from features.printable import has_surrogates
+from pipeline.evaluation.explain.tables import tables
+from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.report import course, forest, heat_map, mixture, page, reliability, settings, slices, svg
 from pipeline.evaluation.report.content import Estimate, TrainLine
 from pipeline.evaluation.report.harm import Harm
@@ -24,6 +26,24 @@ def test_small_slices_and_none_are_told_apart():
     of = replace(model(), evaluated=figures(small, ["device=tv"]))  # type: ignore[arg-type]
     assert "No slice has 100 observed rows." in checked(page.run_page(of)).shown()
     assert "kept no figures of slices" in checked(page.run_page(replace(of, evaluated=None))).shown()
+
+
+def test_the_slices_that_the_evaluation_measured_are_those_that_are_listed():
+    small = {"click": {**METRICS["click"], "rows": 150}}
+    of, found = replace(model(), kinds={"click": "binary"}), figures(small, ["a=75", "a=50", "a=37"])  # type: ignore[arg-type]
+
+    def measured(min_rows: int) -> Evaluated:
+        return replace(found, provenance=found.provenance.model_copy(update={"min_rows": min_rows}))
+
+    for min_rows, names in ((1, {"a=75", "a=50", "a=37"}), (50, {"a=75", "a=50"}), (51, {"a=75"})):
+        parsed = checked(page.run_page(replace(of, evaluated=measured(min_rows))))
+        assert {text for _, text in parsed.texts if text.startswith("a=")} == names
+        assert f"Slices of fewer than {min_rows} observed rows are not listed" in parsed.shown()
+    assert "No slice has 1,076 observed rows." in checked(page.run_page(replace(of, evaluated=measured(1076)))).shown()
+    two = [replace(of, name=f"m{rows}", evaluated=measured(rows)) for rows in (50, 51)]
+    both = checked(page.comparison_page(two, None))
+    assert sorted(text for tag, text in both.texts if text.startswith("a=")) == ["a=50", "a=75", "a=75"]
+    assert "Slices of fewer than 50 or 51 observed rows" in both.shown()
 
 
 def test_what_is_inside_has_importance_with_intervals_and_affinity():
@@ -47,6 +67,13 @@ def test_what_is_inside_has_importance_with_intervals_and_affinity():
     both = checked(page.comparison_page([replace(model(), explanation=found), model("mmoe")], None)).shown()
     assert "adatt: Affinity of tasks" in both
     assert "mmoe: Affinity of tasks" not in both
+
+
+@pytest.mark.parametrize(("confidence", "percent"), [(0.9, "90"), (0.29, "29"), (0.999, "99.9"), (0.9995, "99.95")])
+def test_the_confidence_of_an_explanation_is_not_rounded_away(confidence: float, percent: str):
+    found = explanation_of(["f"], list(KINDS), confidence=confidence)
+    assert f"permuted (± {percent}% interval):" in tables(found)
+    assert f"with its {percent}% interval;" in checked(page.run_page(replace(model(), explanation=found))).shown()
 
 
 def test_an_affinity_that_is_unknown_is_a_dash_and_shades_are_of_each_column():
@@ -133,12 +160,12 @@ def test_an_axis_runs_from_its_low_end_and_labels_stay_apart_and_inside():
 
 
 def test_bars_of_a_reliability_curve_reach_as_far_as_the_interval():
-    bins = [reliability.Bin(0.4, 0.5, 0.05, 50), reliability.Bin(0.5, 0.5, 0.1, 50)]
-    drawn = Parsed(str(reliability.curve([("m", bins, 2.0)])))
+    bins = [reliability.Bin(0.4, 0.5, 0.05, 50, 2.0), reliability.Bin(0.5, 0.5, 0.1, 50, 3.0)]
+    drawn = Parsed(str(reliability.curve([("m", bins)])))
     tips = [text for tag, text in drawn.texts if tag == "title"]
     assert tips == [
         "mean prediction 40.0%; mean label 50.0% [40.0%, 60.0%]; weight 50",
-        "mean prediction 50.0%; mean label 50.0% [30.0%, 70.0%]; weight 50",
+        "mean prediction 50.0%; mean label 50.0% [20.0%, 80.0%]; weight 50",
     ]
 
 

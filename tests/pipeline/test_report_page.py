@@ -179,6 +179,11 @@ def test_a_page_of_a_share_of_a_split_says_so_first():
     assert "Split test of /d; step 200" in checked(page.run_page(model())).shown()
 
 
+@pytest.mark.parametrize(("ranks", "words"), [(1, "1,000, 0.200 s on 1 rank\n"), (2, "1,000, 0.200 s on 2 ranks\n")])
+def test_the_ranks_that_evaluated_are_named(ranks: int, words: str):
+    assert words in checked(page.run_page(replace(model(), records=[record(200, ranks=ranks)]))).shown()
+
+
 def test_a_run_without_an_evaluation_says_so():
     assert "No checkpoint has been evaluated yet." in checked(page.run_page(replace(model(), records=[]))).shown()
 
@@ -193,12 +198,12 @@ def test_undefined_metrics_are_dashes():
 
 def test_a_reliability_curve_has_a_point_with_an_interval_for_each_bin_on_either_scale():
     for top in (0.02, 0.9):
-        bins = [reliability.Bin(0.01 + (top - 0.01) * b / 19, 0.4, 0.1, 50) for b in range(20)]
-        drawn = str(reliability.curve([("m", bins, 2.0)]))
+        bins = [reliability.Bin(0.01 + (top - 0.01) * b / 19, 0.4, 0.1, 50, 2.0) for b in range(20)]
+        drawn = str(reliability.curve([("m", bins)]))
         assert drawn.count("<circle") == 20
         assert drawn.count('class="bar') == 20
-    zeros = [reliability.Bin(0.001, 0.0, float("nan"), 50), reliability.Bin(0.5, 0.5, 0.1, 50)]
-    assert str(reliability.curve([("m", zeros, 2.0)])).count("<circle") == 2
+    zeros = [reliability.Bin(0.001, 0.0, float("nan"), 50, 2.0), reliability.Bin(0.5, 0.5, 0.1, 50, 2.0)]
+    assert str(reliability.curve([("m", zeros)])).count("<circle") == 2
 
 
 def test_a_heat_map_shows_each_weight_beside_its_names():
@@ -283,11 +288,24 @@ def test_a_long_training_is_thinned_out_evenly(tmp_path: Path):
     assert rows == list(range(0, 9001, 3))
 
 
-def test_the_link_to_a_data_card_is_relative_and_quoted(tmp_path: Path):
+def test_the_link_to_a_data_card_is_relative_and_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "run").mkdir()
     dataset = tmp_path / 'da"ta#1'
     assert reading.card_link(tmp_path / "run" / "report.html", str(dataset)) is None
     (tmp_path / 'da"ta#1.card.html').write_text("x")
     assert reading.card_link(tmp_path / "run" / "report.html", str(dataset)) == "./../da%22ta%231.card.html"
+    days = tmp_path / "days"
+    days.mkdir()
+    for day in ("2026-11-02", "2026-11-04", "2026-11-08"):
+        (days / f"{day}.card.html").write_text("x")
+    named = {"2026-11-01..2026-11-05": "2026-11-04", "2026-11-08": "2026-11-08", "2026-11-02,2026-11-05": "2026-11-02"}
+    for name, newest in named.items():
+        link = reading.card_link(tmp_path / "run" / "report.html", str(days / name))
+        assert link == f"./../days/{newest}.card.html"
+    for name in ("2026-11-05", "2026-11-05..2026-11-07"):
+        assert reading.card_link(tmp_path / "run" / "report.html", str(days / name)) is None
     for bad in ("", "\0", "a" * 5000):
         assert reading.card_link(tmp_path / "run" / "report.html", bad) is None
+    monkeypatch.chdir(days)  # a dataset may be named by "."
+    (tmp_path / "days.card.html").write_text("x")
+    assert reading.card_link(tmp_path / "run" / "report.html", ".") == "./../days.card.html"

@@ -78,15 +78,33 @@ def test_retention_keeps_what_is_pinned_by_anyone(run, out, tmp_path):
 def test_going_back_withdraws_what_served(run, out):
     for step in (1, 2, 3):
         blessed(run, out, step)
-    assert [entry.step for entry in back(out)] == [3, 2]
+    assert [entry.step for entry in back(out)[:2]] == [3, 2]
     assert (served(out), pinned_steps(run)) == ([2, 1], {1, 2})
     assert blessed(run, out, 3, "2026-11-08") == "not moved: bless=back has withdrawn this checkpoint"
     assert blessed(run, out, 4).startswith("serves from now on; before it ")
-    assert [entry.step for entry in back(out)] == [4, 2]
+    assert [entry.step for entry in back(out)[:2]] == [4, 2]
     back(out)
     assert served(out) == [1]
     with pytest.raises(UserError, match=r"serving\.json names no earlier checkpoint: there is nothing to go back to"):
         back(out)
+
+
+def test_a_night_that_is_named_is_withdrawn_once(run, out):
+    for step in (1, 2, 3):
+        blessed(run, out, step)
+    with pytest.raises(UserError, match="withdraw=2026-11-02, but what serves was blessed by night 2026-11-03"):
+        back(out, "2026-11-02")
+    for moved in (True, False, False):
+        pin(run, 3, out)  # as if the first one had been killed before it took this away
+        last, now, has_moved = back(out, "2026-11-03")
+        assert (last.step, now.step, has_moved) == (3, 2, moved)
+        assert (served(out), pinned_steps(run)) == ([2, 1], {1, 2})
+    back(out, "2026-11-02")
+    assert not back(out, "2026-11-02")[2]  # nothing is left before it
+    blessed(run, out, 4, "2026-11-03")  # the same night, judged anew: what it has blessed last is meant
+    blessed(run, out, 5, "2026-11-03")
+    assert [back(out, "2026-11-03")[2] for _ in range(2)] == [True, False]
+    assert served(out) == [4, 1]
 
 
 def test_there_is_nothing_to_go_back_to_before_the_first_blessing(out):
@@ -152,6 +170,15 @@ def test_what_a_killed_back_left_pinned_is_released_by_the_next_blessing(run, ou
     pin(run, 2, out)  # as if it had been killed before this pin was taken away
     blessed(run, out, 3)
     assert pinned_steps(run) == {1, 3}
+
+
+def test_the_last_ones_that_were_withdrawn_are_kept(run, out, monkeypatch):
+    monkeypatch.setattr(serving, "MOST_WITHDRAWN", 2)
+    blessed(run, out, 1)
+    for step in (2, 3, 4):
+        blessed(run, out, step)
+        back(out)
+    assert [entry.step for entry in read_serving(out).withdrawn] == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -301,12 +301,15 @@ def test_the_reliability_curve_is_of_bins_of_equal_weight() -> None:
     )
     [curve] = metrics.reliability().values()
     order = np.argsort(logit_B).reshape(20, 200)
+    bucket_B = bucket_of(key_BC[:, 0].astype(np.uint32), 50)
     for line, index in zip(curve, order, strict=True):
         assert line[0] == pytest.approx((1 / (1 + np.exp(-logit_B[index]))).mean(), rel=1e-9)
         assert line[1] == pytest.approx(label_B[index].mean(), rel=1e-9, abs=1e-12)
         assert line[3] == pytest.approx(200)
+        assert line[4] == len(set(bucket_B[index]))
         binomial = math.sqrt(label_B[index].mean() * (1 - label_B[index].mean()) / 200)
         assert line[2] == pytest.approx(binomial, rel=0.45)
+    assert min(line[4] for line in curve) < 50
 
 
 @pytest.mark.parametrize("halvings", [0, 1])
@@ -393,3 +396,55 @@ def test_what_one_bucket_alone_decides_has_no_interval(of_users: int) -> None:
     assert ("ne" in errors_of(figures)["click"]) == (of_users > 1)
     groups = figures["click"]["gauc"].left_out_SK[0]
     assert np.isnan(groups).all() == (of_users == 1)
+
+
+@pytest.mark.parametrize(("share", "width", "by_bins"), [(0.02, 0.003, False), (0.3, 0.03, True)])
+def test_a_slice_whose_predictions_lie_close_together_has_figures_and_errors_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, share: float, width: float, by_bins: bool
+) -> None:
+    if by_bins:
+        monkeypatch.setattr(slice_ranking, "MAX_SHARED", 1.0)
+    rng = np.random.default_rng(0)
+    count, buckets = 60_000, 20
+    slice_B, skill_B = np.where(rng.random(count) < share, 0, -1), rng.normal(size=count)
+    logit_B = np.where(slice_B == 0, -1 + width * skill_B, 2 * rng.normal(size=count)).astype(np.float32)
+    label_B = rng.random(count) < 1 / (1 + np.exp(1 - skill_B))
+    hash_B = rng.integers(0, 1 << 32, count)
+    metrics = Metrics([("click", "binary")], Grouping((("cold",),), buckets), ("age (cold start)",))
+    columns = [
+        torch.from_numpy(x)[:, None]
+        for x in (logit_B, label_B.astype(np.float32), label_B < 2, np.ones(count, np.float32))
+    ]
+    metrics.update(*columns, torch.from_numpy(np.column_stack((hash_B, hash_B, slice_B))))
+    figures, bucket_B = metrics.figures()["click"], bucket_of(hash_B.astype(np.uint32), buckets)
+    mine_B = slice_B == 0
+    for name, expected in (("auc", roc_auc_score), ("pr_auc", average_precision_score)):
+        left_K = [
+            expected(label_B[keep_B], logit_B[keep_B]) for keep_B in (mine_B & (bucket_B != k) for k in range(buckets))
+        ]
+        error = standard_error(np.array(left_K))
+        assert figures[name].value_S[1] == pytest.approx(
+            expected(label_B[mine_B], logit_B[mine_B]), abs=0.01 if by_bins else 1e-9
+        )
+        assert standard_error(figures[name].left_out_SK[1]) == pytest.approx(error, rel=0.08)
+
+
+def test_slices_of_two_models_that_are_nearly_equal_are_told_apart_as_finely_as_all_rows() -> None:
+    rng = np.random.default_rng(1)
+    count, buckets = 40_000, 50
+    logit_B, slice_B = rng.normal(size=count), np.where(rng.random(count) < 0.3, 0, -1)
+    label_B, hash_B = rng.random(count) < 1 / (1 + np.exp(2 - logit_B)), rng.integers(0, 1 << 32, count)
+    left_out = []
+    for noise in rng.normal(size=(2, count)) * 0.01:
+        metrics = Metrics([("click", "binary")], Grouping((("cold",),), buckets), ("age (cold start)",))
+        columns = [torch.from_numpy(x)[:, None] for x in (logit_B + noise, label_B * 1.0, label_B < 2, np.ones(count))]
+        metrics.update(*columns, torch.from_numpy(np.column_stack((hash_B, hash_B, slice_B))))
+        metrics_of_slice = Metrics([("click", "binary")], Grouping((), buckets))
+        mine_B = torch.from_numpy(slice_B == 0)
+        alone = [x[mine_B] for x in (*columns, torch.from_numpy(np.column_stack((hash_B, hash_B))))]
+        metrics_of_slice.update(*alone)
+        pair = metrics.figures()["click"], metrics_of_slice.figures()["click"]
+        left_out.append([(pair[0][name].left_out_SK[1], pair[1][name].left_out_SK[0]) for name in ("auc", "pr_auc")])
+    for (ours, ours_alone), (theirs, theirs_alone) in zip(*left_out, strict=True):
+        error, expected = standard_error(ours - theirs), standard_error(ours_alone - theirs_alone)
+        assert error == pytest.approx(expected, rel=0.1)

@@ -24,6 +24,7 @@ from pipeline.evaluation.metrics.base import bucket_of
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance, paired
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slice_names import can_occur
+from pipeline.evaluation.metrics.slices import dimensions as slice_dimensions
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
 from pipeline.training.config import Settings, TrainConfig
@@ -221,7 +222,13 @@ def test_figures_of_every_kind_of_slice_are_those_of_its_rows(
     assert_figures(found, "all", rows[split])
     dimensions = names_by_hand(dataset)
     assert set(found["dimension"]) - {"all"} <= dimensions.keys()
-    assert all(can_occur(name, dimensions) for name in found["slice"].unique())
+    settings = MeasureConfig(slices=SLICES)
+    named = {known.name: known.slice_names for known in slice_dimensions(settings, Dataset(dataset))}
+    assert named.keys() == dimensions.keys()
+    assert all(can_occur(name, named) for name in found["slice"].unique())
+    assert named["age"] == ["age below 20", "age 20..40", "age from 40", "age missing"]
+    assert named["hour"] == [f"hour={hour:02d}" for hour in range(24)]
+    assert (named["day"][0], named["day"][-1]) == ("day=1970-01-01", "day=2099-12-31")
     for dimension, name_of in dimensions.items():
         counts = Counter(name for row in rows[split] if (name := name_of(row)) is not None)
         frequent = {name: count for name, count in counts.items() if count >= least}
@@ -403,6 +410,7 @@ def test_the_file_of_an_evaluation_has_what_was_scored(run: Run, dataset: Path) 
     found = evaluations.read(run.path / "evaluations" / record["evaluation"])
     expected = scored(run, dataset, "valid", slices=["device"], min_rows=10)
     assert found.provenance == expected.provenance
+    assert found.provenance.min_rows == 10
     assert found.figures.equals(expected.figures)
     assert record["metrics"]["click"]["ne"] == found.value("click", "ne")
     assert record["rows_evaluated"] == sum(row["weight"] > 0 for row in predicted_rows(run, dataset))

@@ -23,8 +23,18 @@ from pipeline.evaluation.follow import EvaluateConfig, Evaluation
 from pipeline.evaluation.tracked import check_settings, series_of, tracked, with_bounds
 from pipeline.run.run import Run
 from pipeline.run.tracking import tensorboard
-from pipeline.run.tracking.base import TRAIN, Committed, EvalRecord, Event, Job, Published, RolledBack, TrainRecord
-from pipeline.run.tracking.registry import SINKS, check, opened
+from pipeline.run.tracking.base import (
+    TRAIN,
+    Committed,
+    EvalRecord,
+    Event,
+    Job,
+    Published,
+    Recorded,
+    RolledBack,
+    TrainRecord,
+)
+from pipeline.run.tracking.registry import SINKS, Sinks, check, opened
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
@@ -196,6 +206,33 @@ def test_a_restarted_evaluator_draws_each_step_once_and_what_a_kill_left_out(run
     assert found == [(step, pytest.approx(value)) for step, value in wanted]
 
 
+def test_two_evaluators_at_the_same_time_leave_no_gap_whoever_ends_first(run: Run) -> None:
+    written: dict[int, dict[str, Any]] = {}
+
+    def record(sinks: Sinks, step: int) -> None:
+        written[step] = with_bounds(evaluated(step, step / 100))
+        sinks.handle(EvalRecord(written[step]))
+
+    def board() -> list[tuple[int, float]]:
+        return [(step, round(value, 6)) for step, value in curves(run.tensorboard / "eval_test")["eval_test/click/ne"]]
+
+    job, seen = Job(run, "eval_test", "test"), Recorded(written.values)
+    with opened(job, TrackingSettings()) as one:
+        with opened(job, TrackingSettings()) as two:
+            record(one, 30)
+            one.handle(seen)
+            record(two, 60)
+            two.handle(seen)
+            assert board() == [(30, 0.3), (60, 0.6)]
+            record(one, 45)
+            record(two, 90)
+            two.handle(seen)
+        record(one, 120)
+        one.handle(seen)
+    assert board() == [(step, step / 100) for step in (30, 45, 60, 90, 120)]
+    assert len(list((run.tensorboard / "eval_test").iterdir())) == 1
+
+
 def test_evaluators_of_two_splits_and_of_another_dataset_do_not_touch_each_others_curves(run: Run) -> None:
     other = series_of("test", "/data/2026-11-22")
     assert other not in (series_of("test", None), series_of("test", "/elsewhere/2026-11-22"))
@@ -301,6 +338,21 @@ def test_prometheus_reads_the_newest_figures_of_an_evaluator_whatever_a_task_is_
         "step": 4, "record_timestamp_seconds": 1004, "duration_seconds": 4, "rows_per_second": 7000,
         "lag_steps": 200, "lag_seconds": 33.5,
     }  # fmt: skip
+
+
+def test_prometheus_keeps_the_newest_checkpoint_while_older_ones_are_evaluated_after_it(run: Run, port: int) -> None:
+    split = (("split", "test"),)
+    with opened(Job(run, "eval_test", "test"), TrackingSettings(metrics_port=port)) as sinks:
+        sinks.handle(EvalRecord(evaluated(60, 0.9, lag={"steps": 5, "seconds": 2.5})))
+        sinks.handle(EvalRecord(evaluated(30, 0.95, lag={"steps": 35, "seconds": 40.0}) | {"time": 1100.0}))
+        found = scrape(port)
+        assert [found[f"taskfuse_eval_{name}", split] for name in ("step", "lag_steps", "lag_seconds")] == [60, 5, 2.5]
+        assert found["taskfuse_eval_record_timestamp_seconds", split] == 1100
+        assert found["taskfuse_eval_ne", (*split, ("task", "click"))] == 0.9
+        sinks.handle(EvalRecord(evaluated(90, 0.9, lag={"steps": 0})))  # training has ended
+        found = scrape(port)
+    assert (found["taskfuse_eval_step", split], found["taskfuse_eval_lag_steps", split]) == (90, 0)
+    assert math.isnan(found["taskfuse_eval_lag_seconds", split])
 
 
 def listening() -> set[tuple[str, int]]:

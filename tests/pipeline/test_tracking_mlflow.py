@@ -129,6 +129,20 @@ def test_a_record_that_was_not_sent_before_an_evaluator_was_killed_is_sent_by_th
     assert tracked.points("eval_test/click/gauc") == []
 
 
+def test_a_run_that_only_an_evaluator_tracks_ends_as_its_training_did(tracked: Tracked) -> None:
+    found = []
+    for state in (None, "training", "preempted", "failed", "finished"):
+        if state:
+            tracked.run.write_status(state, 2, 4)
+        tracked.job(EvalRecord(evaluated(2)), series="eval_test")
+        found.append(tracked.runs()[0].info.status)
+    assert found == ["RUNNING", "RUNNING", "KILLED", "FAILED", "FINISHED"]
+    tracked.job(TrainRecord(trained(3)))
+    ended = tracked.runs()[0].info.end_time
+    tracked.job(EvalRecord(evaluated(4)), series="eval_test")
+    assert tracked.runs()[0].info.end_time == ended
+
+
 def test_a_checkpoint_trained_anew_has_its_new_value_as_the_newest(tracked: Tracked) -> None:
     again = evaluated(4, 0.6) | {"time": 2000.0}
     tracked.job(*map(EvalRecord, [evaluated(2), evaluated(4), again]), series="eval_test")

@@ -14,21 +14,30 @@ from pipeline.storage.files import make_folder, write_json
 SE = 0.002
 
 
-def write_night(out: Path, date: str, ne: float | None, checkpoint: str = "a", se: float | None = SE, outcome="pass"):
+def write_night(
+    out: Path,
+    date: str,
+    ne: float | None,
+    checkpoint="a",
+    se: float | None = SE,
+    outcome="pass",
+    judged=0.0,
+    metric="ne",
+) -> None:
     """A night whose serving checkpoint has this NE."""
 
     def scored(value: float | None) -> dict:
         model = ModelReference(run="/runs/r", step=1, checkpoint=checkpoint)
         reach = None if value is None or se is None else 2 * se
         ends = {} if reach is None else {"low": value - reach, "high": value + reach}
-        figure = Figure(metric="ne", value=value, se=se, rows=100, **ends)
+        figure = Figure(metric=metric, value=value, se=se, rows=100, **ends)
         return Scored(model=model, day="d", file="f", figures={"click": figure}).model_dump()
 
     steps = [
         Step(name=f"evaluate {role}", state="done", started=0.0, inputs="i", summary=scored(value))
         for role, value in (("candidate", 0.7), ("serving", ne))
     ]
-    night = Night(date=date, settings={}, steps=steps, outcome=outcome, why="why")
+    night = Night(date=date, settings={}, steps=steps, outcome=outcome, why="why", judged=judged)
     write_json(make_folder(out / date) / "night.json", night.model_dump())
 
 
@@ -60,6 +69,47 @@ def test_every_night_after_the_first_ones_is_compared_with_these(tmp_path):
     for number, ne in enumerate((0.80, 0.80, 0.80, 0.82, 0.82, 0.82, 0.82)):
         write_night(tmp_path, f"2026-11-0{number + 1}", ne)
     assert [date for date, _ in alarms(tmp_path)] == [f"2026-11-0{number}" for number in (4, 5, 6, 7)]
+
+
+def write_pointer(out: Path, *blessed: tuple[str, str]) -> None:
+    """A serving.json with these checkpoints and the nights that blessed them, the newest first."""
+    entries = [
+        {"run": "/runs/r", "step": 1, "checksum": checkpoint, "night": night, "verdict": "pass", "time": 0.0}
+        for checkpoint, night in blessed
+    ]
+    write_json(out / "serving.json", entries[0] | {"version": 1, "earlier": entries[1:], "withdrawn": []})
+
+
+@pytest.mark.parametrize("pointer", [[("a", "2026-11-10")], [("b", "2026-11-20"), ("a", "2026-11-10")], []])
+def test_late_days_that_the_model_may_have_been_trained_on_are_not_its_first_nights(tmp_path, pointer):
+    late = [(f"2026-11-{day:02}", 0.78, 9.0) for day in (2, 3, 10)]
+    for date, ne, judged in (*late, *((f"2026-11-{day}", 0.80, float(day - 10)) for day in range(11, 15))):
+        write_night(tmp_path, date, ne, judged=judged)
+    if pointer:
+        write_pointer(tmp_path, *pointer)
+    assert alarms(tmp_path) == []
+    write_night(tmp_path, "2026-11-15", 0.82, judged=10.0)
+    write_night(tmp_path, "2026-11-04", 0.84, judged=11.0)
+    # Only where nothing is known but the order of judging a day before these may raise one.
+    assert alarms(tmp_path) == [*([] if pointer else [("2026-11-04", "click")]), ("2026-11-15", "click")]
+
+
+def test_late_days_that_were_judged_first_are_not_the_first_nights_of_a_blessed_model(tmp_path, caplog):
+    for number in range(2, 9):
+        write_night(tmp_path, f"2026-11-0{number}", 0.78 if number < 5 else 0.80)
+    assert len(alarms(tmp_path)) == 4
+    write_pointer(tmp_path, ("a", "2026-11-04"))
+    assert alarms(tmp_path) == []
+    (tmp_path / "serving.json").write_text("{")
+    assert len(alarms(tmp_path)) == 4
+    assert "alarms go by the order of judging" in caplog.text
+
+
+def test_first_nights_of_another_metric_are_not_compared_with(tmp_path):
+    for number, metric in enumerate(("rmse", "rmse", "ne", "ne")):
+        write_night(tmp_path, f"2026-11-0{number + 1}", 0.1 if metric == "rmse" else 0.8, metric=metric)
+    assert alarms(tmp_path) == []
+    assert alarms(tmp_path, first_nights=2) == []
 
 
 def test_the_share_of_false_alarms_is_what_the_confidence_allows(tmp_path):

@@ -1,6 +1,6 @@
 """Two ranks of one evaluator: torchrun two_following_ranks.py RUN writes RUN/said-RANK.json, the steps that each rank yielded.
 
-Then the checkpoint of step 4 is damaged and evaluated without following: both ranks must end with the error.
+Then the checkpoint of step 4 is damaged and evaluated without following and with it: both ranks must end with the error.
 """
 
 import json
@@ -27,12 +27,13 @@ def main(path: Path) -> None:
         file = path / "checkpoints" / "step-00000004" / "rank-00000.bin"
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     dist.barrier()
-    error = ""
-    try:
-        list(Evaluation(EvaluateConfig(**settings)).records())
-    except UserError as caught:
-        error = str(caught)
-    said = {"steps": steps, "error": error, "first": ranks.from_first(lambda: rank)}
+    errors = []
+    for follow in (False, True):
+        try:
+            list(Evaluation(EvaluateConfig(follow=follow, **settings)).records())
+        except UserError as caught:
+            errors.append(str(caught))
+    said = {"steps": steps, "errors": errors, "first": ranks.from_first(lambda: rank)}
     (path / f"said-{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 

@@ -112,6 +112,7 @@ def test_a_record_of_several_ranks_is_that_of_one_process(ranks: Path) -> None:
     for count in RANKS:
         record, rows = torch.load(ranks / f"record.{count}.pt")
         assert record["rows_evaluated"] == wanted["rows_evaluated"] > 20
+        assert (record["ranks"], wanted["ranks"]) == (count, 1)
         for key in ("metrics", "intervals"):
             assert record[key].keys() == wanted[key].keys()
             for task, figures in wanted[key].items():
@@ -133,6 +134,7 @@ def test_the_job_records_a_checkpoint_once_on_two_ranks(ranks: Path) -> None:
         done = torchrun("-m", "jobs.evaluate", f"run={run.path}", "split=valid", "threads=1", "table_precision=fp16")
         done.check_returncode()
         assert done.stdout.count(str(run.report)) == 1
+    assert " s on 2 ranks" in run.report.read_text()
     [record] = read_lines(run.eval_metrics)
     [step] = checkpoint.steps(run.checkpoints)
     wanted = Scorer(run, Dataset(ranks / "plain" / "data"), "valid", BATCH).score(step).value("dwell", "mse")

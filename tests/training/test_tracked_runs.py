@@ -1,5 +1,6 @@
 """Whole runs under tracking: each sink has the figures of train.jsonl and eval.jsonl, once, after crashes and rollbacks too."""
 
+import shutil
 import socket
 import urllib.error
 import urllib.request
@@ -96,6 +97,18 @@ def test_a_training_that_crashed_and_resumed_is_one_run_with_every_step_once(
     assert set(mlflow_run().files) == {"data.card.html"}
     with pytest.raises(urllib.error.URLError):
         scrape(port)
+
+
+def test_a_training_on_days_publishes_the_card_of_the_newest_day_that_has_one(
+    folder: Path, device: torch.device, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    days = [Path(shutil.copytree(folder / "data", tmp_path / f"2026-11-0{day}")) for day in (1, 2, 3, 4)]
+    for day in (0, 1, 3):
+        page_file(days[day]).write_text("<html>")
+    config = configuration(tmp_path, tmp_path / "run", max_steps=1)
+    config = config.model_copy(update=settings | {"metrics_port": None, "days": "2026-11-01..2026-11-03"})
+    prepare(config, None, device).run_to_end()
+    assert mlflow_run().files == ["2026-11-02.card.html"]
 
 
 def test_steps_that_a_rollback_repeats_are_drawn_once(folder: Path, device: torch.device, tmp_path: Path) -> None:

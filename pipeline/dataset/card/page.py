@@ -111,6 +111,15 @@ def page_file(dataset: Path) -> Path:
     return path.with_name(f"{path.name}.card.html")
 
 
+def page_of(name: str) -> Path:
+    """Where the page of a dataset is, by Dataset.name; of several days in one that of the newest day which has a page."""
+    path = Path(name)
+    ranges = [part.partition("..") for part in path.name.split(",")]
+    days = [file.name[:10] for file in path.parent.glob("????-??-??.card.html")]
+    covered = [day for day in days if any(first <= day <= (last or first) for first, _, last in ranges)]
+    return page_file(path.with_name(max(covered)) if covered else path)
+
+
 def page(name: str, manifest: Manifest, card: dict[str, Any]) -> str:
     """The page's HTML; raw values are escaped, and their control characters shown as escapes."""
     environment = Environment(

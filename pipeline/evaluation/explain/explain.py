@@ -143,8 +143,8 @@ def _train_rates(run: Run) -> _TrainRates:
 
 def _figures(schema: Schema, figures: Figures) -> dict[str, TaskFigure]:
     return {
-        name: TaskFigure(metric=HEADLINE[task.kind], value=_number(value))
-        for (name, task), value in zip(schema.tasks.items(), figures.value_T, strict=True)
+        name: TaskFigure(metric=HEADLINE[task.kind], value=_number(value), why=why)
+        for (name, task), value, why in zip(schema.tasks.items(), figures.value_T, figures.why_T, strict=True)
     }
 
 

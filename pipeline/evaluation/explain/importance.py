@@ -21,8 +21,8 @@ from features.schema.schema import Schema
 from pipeline.evaluation.metrics import base
 from pipeline.evaluation.metrics.base import Grouping, Tasks
 from pipeline.evaluation.metrics.registry import METRICS
-from pipeline.evaluation.metrics.sums import Sums
-from pipeline.run.headline import HEADLINE
+from pipeline.evaluation.metrics.sums import BucketSums, Sums
+from pipeline.run.headline import HEADLINE, why_undefined
 from pipeline.terminal import SECONDS, draws_bars
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Figures:
-    """The headline metric of each task, NE or NRMSE: value_T, and left_out_TK without each bucket; NaN where undefined."""
+    """The headline metric of each task, NE or NRMSE: value_T, and left_out_TK without each bucket; NaN where undefined.
+
+    Attributes:
+        why_T: the reasons of undefined ones, empty texts for others.
+    """
 
     value_T: np.ndarray
     left_out_TK: np.ndarray
+    why_T: tuple[str, ...] = ()
 
 
 class Sample:
@@ -81,7 +86,12 @@ class Sample:
             sums.update(_counted(batch, self.score(batch)))
         found = [METRICS[kind][HEADLINE[kind]].compute(sums.of_task(t)) for t, (_, kind) in enumerate(self.tasks)]
         left_out = [figure.left_out_SK[0] for figure in found if figure.left_out_SK is not None]
-        return Figures(np.array([figure.value_S[0] for figure in found]), np.array(left_out))
+        value_T = np.array([figure.value_S[0] for figure in found])
+        why_T = (
+            "" if np.isfinite(value) else _why(sums.of_task(t), kind)
+            for t, (value, (_, kind)) in enumerate(zip(value_T, self.tasks, strict=True))
+        )
+        return Figures(value_T, np.array(left_out), tuple(why_T))
 
 
 def importances(
@@ -104,6 +114,13 @@ def importances(
         value_T = np.mean([found.value_T for found in after], axis=0) - before.value_T
         rises[name] = Figures(value_T, np.mean([found.left_out_TK for found in after], axis=0) - before.left_out_TK)
     return before, rises
+
+
+def _why(sums: BucketSums, kind: str) -> str:
+    """Why a task's figure is undefined."""
+    found = {name: metric.compute(sums) for name, metric in METRICS[kind].items() if metric.statistic is Sums}
+    known = {name: float(figure.value_S[0]) for name, figure in found.items()}
+    return why_undefined({name: value for name, value in known.items() if np.isfinite(value)})
 
 
 def _counted(batch: Batch, logit_BT: Tensor) -> base.Rows:

@@ -23,8 +23,10 @@ def _parts(explanation: Explanation) -> Iterator[str]:
     header = ["permuted", *(f"{printable(task)}\n{LABELS[found.metric]}" for task, found in figures.items())]
     lines = [["nothing", *("-" if found.value is None else f"{found.value:.4f}" for found in figures.values())]]
     lines += [[printable(e.name), *(_rise(e.tasks[task]) for task in figures)] for e in explanation.importance]
-    yield f"Rise of each figure when a feature's values are permuted (± {explanation.confidence:.0%} interval):"
+    yield f"Rise of each figure when a feature's values are permuted (± {100 * explanation.confidence:.6g}% interval):"
     yield _table(lines, header)
+    if reasons := [f"{printable(task)} ({found.why})" for task, found in figures.items() if found.why]:
+        yield f"Undefined: {', '.join(reasons)}."
     if explanation.affinity is not None:
         yield "Task affinity: 1 - loss after / loss before, of the column's task after a step on the row's:"
         yield _affinity(explanation.affinity)

@@ -16,7 +16,7 @@ from features.errors import UserError
 from pipeline.evaluation.metrics.base import Figure, Grouping, Rows, Statistic, Tasks
 from pipeline.evaluation.metrics.evaluated import ALL
 from pipeline.evaluation.metrics.evaluated import COLUMNS as FRAME
-from pipeline.evaluation.metrics.intervals import standard_error
+from pipeline.evaluation.metrics.intervals import buckets_used, standard_error
 from pipeline.evaluation.metrics.kept_rows import KeptRows
 from pipeline.evaluation.metrics.ranking import reliability
 from pipeline.evaluation.metrics.registry import COUNTS, METRICS, TOTALS
@@ -144,6 +144,16 @@ class Metrics:
         """Task → metric → value over all rows. None: undefined, as of no rows, of one class, or of infinite predictions."""
         return values_of(self.figures())
 
+    def record(self, figures: dict[str, dict[str, Figure]]) -> dict[str, Any]:
+        """What a record (pipeline.run.records) has of the figures of all rows."""
+        return {
+            "metrics": values_of(figures),
+            "intervals": errors_of(figures),
+            "buckets_used": used_of(figures),
+            "reliability": self.reliability(),
+            "ranking": self.ranking(),
+        }
+
     def frame(self, figures: dict[str, dict[str, Figure]]) -> pl.DataFrame:
         """Figures as the frame of an `Evaluated`; slices without a row that counts for a task have no line of it."""
         names = [(ALL, ALL)]
@@ -224,6 +234,18 @@ def errors_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, floa
             for name, figure in known.items()
             if figure.left_out_SK is not None and name not in TOTALS
             if math.isfinite(error := standard_error(figure.left_out_SK[0])) and math.isfinite(figure.value_S[0])
+        }
+        for task, known in figures.items()
+    }
+
+
+def used_of(figures: dict[str, dict[str, Figure]]) -> dict[str, dict[str, int]]:
+    """Task → metric → how many buckets have rows of the task, of the metrics that can have a standard error."""
+    return {
+        task: {
+            name: int(buckets_used(figure.left_out_SK[0]))
+            for name, figure in known.items()
+            if figure.left_out_SK is not None and name not in TOTALS
         }
         for task, known in figures.items()
     }

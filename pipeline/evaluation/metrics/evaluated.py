@@ -42,7 +42,7 @@ class Provenance(BaseModel):
         share: of the split that was scored. share_by: the key whose values were all scored or not at all; empty where all were.
         cluster: the key that rows are put into buckets by: a column, or row. buckets: K.
         kept: share of the clusters that ranking metrics, or their intervals, are of (see Grouping).
-        measure: see Scorer.measured; files of early versions have none.
+        measure: see Scorer.measured; files of early versions have none. min_rows: of a slice; 100 in those of early versions.
     """
 
     run: str
@@ -56,6 +56,7 @@ class Provenance(BaseModel):
     buckets: int = Field(1, ge=1)
     kept: float = Field(1.0, gt=0, le=1)
     measure: str = ""
+    min_rows: int = Field(100, ge=1)
 
     def same_rows(self, other: "Provenance") -> bool:
         """Whether two evaluations are of the same rows in the same buckets, kept alike, so that they can be paired."""

@@ -7,6 +7,9 @@ rows share the buckets, so the standard error of their difference is that of the
 
 # Shapes: S slices, or any other axes, K buckets.
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from scipy.stats import t as student_t
 
@@ -53,3 +56,12 @@ def quantile(confidence: float, buckets: np.ndarray | int, sides: int = 2) -> np
     freedom = np.asarray(buckets, np.float64) - 1
     probability = 1 - (1 - confidence) / sides
     return np.where(freedom >= 1, student_t.ppf(probability, np.maximum(freedom, 1)), np.nan)
+
+
+def reach_of(record: Mapping[str, Any], task: str, metric: str, confidence: float) -> float:
+    """How many standard errors the two-sided interval of a figure reaches in a record (pipeline.run.records); NaN: it has none.
+
+    Records of early versions do not have how many buckets have rows of the task: all of theirs are taken to.
+    """
+    used = (record.get("buckets_used") or {}).get(task, {}).get(metric, record.get("buckets"))
+    return float(quantile(confidence, used or 0))

@@ -20,7 +20,7 @@ from pipeline.evaluation.metrics.grouped import grouped
 from pipeline.evaluation.metrics.logit_grid import LogitGrid
 from pipeline.evaluation.metrics.radix import ascending
 from pipeline.evaluation.metrics.ranking import RankedRows
-from pipeline.evaluation.metrics.slice_ranking import SliceCounts, binned
+from pipeline.evaluation.metrics.slice_ranking import Figures, binned, figures_of_slices
 from pipeline.evaluation.metrics.xauc import xauc
 
 NAMES = ("cluster", "group", "slices", "logit", "label", "weight")  # of the arrays of a part
@@ -166,14 +166,12 @@ class TaskRows:
         return _ranked(logit_G, positive_G, negative_G, np.zeros(len(logit_G), np.int64), 1)
 
     @cached_property
-    def of_slices(self) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """Of each dimension the ranking figures of its slices (`SliceCounts.figures`)."""
+    def of_slices(self) -> list[Figures]:
+        """Of each dimension the ranking figures of its slices."""
         if not self.grouping.slices:
             return []
         rows = binned(self.ranked, self.order_N, len(self.logit_N))
-        return [
-            SliceCounts.of(rows, self.slice_DN[d], len(names)).figures() for d, names in enumerate(self.grouping.slices)
-        ]
+        return [figures_of_slices(rows, self.slice_DN[d], len(names)) for d, names in enumerate(self.grouping.slices)]
 
     @cached_property
     def in_groups(self) -> dict[str, tuple[float, np.ndarray]]:
@@ -202,7 +200,7 @@ class TaskRows:
         """A ranking metric of all rows and of every slice.
 
         Args:
-            name: in `SliceCounts.figures`. metric: of all rows, one of pipeline.evaluation.metrics.ranking.
+            name: in `figures_of_slices`. metric: of all rows, one of pipeline.evaluation.metrics.ranking.
         """
         whole, left_K = metric(self.ranked)
         value_S = np.concatenate([np.array([whole]), *(figures[name][0] for figures in self.of_slices)])

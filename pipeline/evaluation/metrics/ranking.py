@@ -4,14 +4,14 @@ AUC is a sum over pairs of a positive and a negative row. Without a bucket it is
 positives, less those of its negatives, plus those of both: exact, from running sums over the sorted rows.
 """
 
-# Shapes: N rows, K buckets, G groups of equal predictions, I tied rows, E bins.
+# Shapes: N rows, K buckets, G groups of equal predictions, I some of the rows, E bins.
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from pipeline.evaluation.metrics.intervals import left_out, standard_error
+from pipeline.evaluation.metrics.intervals import buckets_used, left_out, standard_error
 from pipeline.evaluation.metrics.running_sums import before, running
 
 BINS = 20  # of ECE and of the reliability curve
@@ -31,6 +31,13 @@ class RankedRows:
     predicted_N: np.ndarray
     bucket_N: np.ndarray
     buckets: int
+
+    def only(self, place_I: np.ndarray) -> "RankedRows":
+        """Some of the rows. Args: place_I: ascending."""
+        columns = (self.tie_N, self.positive_N, self.negative_N, self.predicted_N, self.bucket_N)
+        tie_I, positive_I, negative_I, predicted_I, bucket_I = (x_N[place_I] for x_N in columns)
+        tie_I = np.cumsum(np.diff(tie_I, prepend=tie_I[:1]) > 0, dtype=np.int32)
+        return RankedRows(tie_I, positive_I, negative_I, predicted_I, bucket_I, self.buckets)
 
     @cached_property
     def start_G(self) -> np.ndarray:  # noqa: N802
@@ -188,7 +195,10 @@ def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
 
 
 def reliability(rows: RankedRows) -> list[list[float | None]]:
-    """Mean prediction, mean label, its standard error and the weight of each of 20 bins of equal weight; [] without rows."""
+    """Mean prediction, mean label, its standard error, weight and buckets with rows of each of 20 bins of equal weight.
+
+    Returns: [] without rows.
+    """
     if not len(rows.tie_N):
         return []
     weight_E, predicted_E, positive_E = (
@@ -200,8 +210,10 @@ def reliability(rows: RankedRows) -> list[list[float | None]]:
         for x_N in (rows.positive_N + rows.negative_N, rows.positive_N)
     )
     left_EK = ratio(label_EK.sum(1)[:, None] - label_EK, weight_EK.sum(1)[:, None] - weight_EK)
-    error_E = standard_error(left_out(left_EK, weight_EK > 0))
-    columns = (predicted_E / weight_E, positive_E / weight_E, error_E, weight_E)
+    left_EK = left_out(left_EK, weight_EK > 0)
+    columns = (
+        predicted_E / weight_E, positive_E / weight_E, standard_error(left_EK), weight_E, buckets_used(left_EK)
+    )  # fmt: skip
     return [[float(x) if np.isfinite(x) else None for x in line] for line in zip(*columns, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """Names of slices: which ones a pattern or a dimension covers, and which an evaluation may have."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from pipeline.evaluation.metrics.evaluated import ALL
@@ -9,37 +9,51 @@ from pipeline.evaluation.metrics.evaluated import ALL
 COLD_START = " (cold start)"  # ends the name of a dimension of known and unknown ids
 EVERY = "*"  # every slice of every dimension but ALL
 
+# Dimension → names of the slices that it may have; None: `column=value` of any value, of a cross one for each column.
+Dimensions = Mapping[str, Sequence[str] | None]
+
+_PART = re.compile(
+    r'(?:^|, )([\w.*]+="(?:[^"\\]|\\.)*"|(?:(?!, ).)*)(?=, |\Z)', re.DOTALL
+)  # a value in quotes may hold ", "
+
 
 def covers(patterns: Iterable[str], dimension: str, name: str) -> bool:
-    """Whether a slice is one of a pattern (`device=*`) or of a dimension (`device`)."""
-    return dimension != ALL and any(
-        pattern == dimension or fnmatchcase(name, pattern.replace("[", "[[]").replace("?", "[?]"))
-        for pattern in patterns
+    """Whether a slice is one of a dimension (`device`) or of a pattern (`device=*`), of a cross with one for each part."""
+    return dimension != ALL and any(pattern in (dimension, EVERY) or _matches(pattern, name) for pattern in patterns)
+
+
+def can_occur(name: str, dimensions: Dimensions) -> bool:
+    """Whether an evaluation with these dimensions may have a slice of this name."""
+    return name == ALL or any(
+        name in names if names is not None else "*" not in name and _fits(name, dimension)
+        for dimension, names in dimensions.items()
     )
 
 
-def can_occur(name: str, dimensions: Iterable[str]) -> bool:
-    """Whether an evaluation with these dimensions may have a slice of this name; * stands for any part of a value."""
-    return name == ALL or any(re.fullmatch(_form(dimension), name) for dimension in dimensions)
-
-
-def can_cover(pattern: str, dimensions: Iterable[str]) -> bool:
+def can_cover(pattern: str, dimensions: Dimensions) -> bool:
     """Whether a pattern, or a dimension, may cover a slice of an evaluation with these dimensions."""
-    known = [dimension for dimension in dimensions if dimension != ALL]
-    return pattern in known or (pattern == EVERY and bool(known)) or (pattern != ALL and can_occur(pattern, known))
+    return any(
+        pattern in (dimension, EVERY)
+        or (_fits(pattern, dimension) if names is None else any(_matches(pattern, name) for name in names))
+        for dimension, names in dimensions.items()
+    )
 
 
-def _form(dimension: str) -> str:
-    """The regular expression of the names of a dimension's slices; those of a cross are joined as its columns are."""
-    return ", ".join(_form_of_part(part) for part in dimension.split(", "))
+def _matches(pattern: str, name: str) -> bool:
+    wanted, parts = _PART.findall(pattern), _PART.findall(name)
+    return len(wanted) == len(parts) and all(
+        fnmatchcase(part, of_part.replace("[", "[[]").replace("?", "[?]"))
+        for of_part, part in zip(wanted, parts, strict=True)
+    )
 
 
-def _form_of_part(part: str) -> str:
-    """Slices are `column=value`, between edges `column 18..25`, of ids `column: unseen`; a condition in SQL is its own."""
-    column = part.removesuffix(COLD_START)
-    if column != part:
-        return rf"{re.escape(column)}: (?:unseen|rare|missing|\*)"
-    value = r'=(?:"(?:[^"\\]|\\.)*"|(?:(?!, [\w.]+=).)+)'  # in quotes it may hold anything
-    of_edges = r" (?:below \S+|\S+\.\.\S+|from \S+|missing|\*)"
-    is_condition = not re.fullmatch(r"[\w.]+", part)
-    return rf"{re.escape(part)}(?:{value}|{of_edges}){'?' if is_condition else ''}"
+def _fits(pattern: str, dimension: str) -> bool:
+    """Whether a pattern may be of `column=value`, or of one for each column of a cross."""
+    parts, columns = _PART.findall(pattern), _PART.findall(dimension)
+    return len(parts) == len(columns) and all(map(_fits_part, parts, columns))
+
+
+def _fits_part(pattern: str, column: str) -> bool:
+    head, star, _ = pattern.partition("*")
+    prefix = f"{column}="
+    return (head.startswith(prefix) and pattern != prefix) or (star != "" and prefix.startswith(head))

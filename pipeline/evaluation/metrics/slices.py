@@ -33,6 +33,7 @@ MAX_ORDERED = 1 << 14  # slices of a dimension that has an order; int16 numbers 
 MAX_TABLE = 1 << 16  # places of a table of integers
 RESERVED = ("missing", "unseen")  # what names of slices call ids and values that are none
 DAY = 86_400
+DAYS = (0, 47_482)  # since 1970, to the end of 2099: of these a slice can be asked for by name
 
 
 class Dimension(ABC):
@@ -41,11 +42,13 @@ class Dimension(ABC):
     Attributes:
         name: as in `Evaluated.figures`. columns: of the dataset that it needs.
         has_order: its slices are listed by value, and not only the most frequent ones but all of them.
+        possible: the values that it may have, whatever the rows are; None: any.
     """
 
     name: str
     columns: Sequence[str]
     has_order = False
+    possible: Iterable[object] | None = None
 
     @abstractmethod
     def values(self, table: pa.Table) -> pa.Array:
@@ -54,6 +57,11 @@ class Dimension(ABC):
     def label(self, value: object) -> str | None:
         """The slice's name; None where the value is no slice."""
         return f"{self.name}={'missing' if value is None else _shown(value)}"
+
+    @property
+    def slice_names(self) -> list[str] | None:
+        """Of the slices that it may have; None: `column=value` of any value, for each column of a cross."""
+        return None if self.possible is None else [name for value in self.possible if (name := self.label(value))]
 
 
 class _Column(Dimension):
@@ -98,7 +106,7 @@ class _Edges(Dimension):
     has_order = True
 
     def __init__(self, settings: Edges, dataset: Dataset) -> None:
-        self.name, self.edges = settings.column, settings.edges
+        self.name, self.edges, self.possible = settings.column, settings.edges, (*range(len(settings.edges) + 1), None)
         schema, column = dataset.schema, kept_column(settings.column)
         if schema.kept.get(column, TEXT) != TEXT:
             self.columns, self.cut_V = [column], np.array(settings.edges, np.float64)
@@ -141,6 +149,8 @@ class _Edges(Dimension):
 class _Sql(Dimension):
     """The rows for which a condition over kept columns holds."""
 
+    possible = (True,)
+
     def __init__(self, settings: Sql, dataset: Dataset) -> None:
         self.sql, self.name = settings.sql, " ".join(settings.sql.split())
         try:
@@ -175,6 +185,7 @@ class _ColdStart(Dimension):
     """Ids of a feature that training has not seen, or rarely, or that are missing."""
 
     STATES = ("seen", "missing", "unseen", "rare")
+    possible = range(len(STATES))
 
     def __init__(self, feature: str, dataset: Dataset, rare: int) -> None:
         self.name, self.feature, self.columns = f"{feature} (cold start)", feature, [feature]
@@ -202,6 +213,7 @@ class _Time(Dimension):
 
     def __init__(self, name: str) -> None:
         self.name, self.columns = name, ["event_time"]
+        self.possible = range(24) if name == "hour" else range(*DAYS)
 
     def values(self, table: pa.Table) -> pa.Array:
         time_N = table["event_time"].combine_chunks()

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pipeline.evaluation.metrics.intervals import quantile
+from pipeline.evaluation.metrics.intervals import reach_of
 from pipeline.evaluation.report import svg
 from pipeline.evaluation.report.blocks import Block, Cell, Drawing, Drawings, Section, Table, number, text
 from pipeline.evaluation.report.content import Estimate, Model, TrainLine
@@ -60,10 +60,9 @@ def _lead(models: Sequence[Model]) -> str:
             if value is not None
         ]
         name = f"{model.name}: " if len(models) > 1 else ""
-        parts.append(
-            f"{name}{count(len(model.records))} checkpoints over {count(model.last.get('rows'))} training rows; lowest "
-            f"{', '.join(best)}."
-        )
+        number_of = f"{count(len(model.records))} checkpoint{'s' if len(model.records) > 1 else ''}"
+        lowest = f"; lowest {', '.join(best)}" if best else ""
+        parts.append(f"{name}{number_of} over {count(model.last.get('rows'))} training rows{lowest}.")
     return " ".join(parts)
 
 
@@ -133,7 +132,7 @@ def _evaluations(model: Model, task: str) -> list[tuple[int, Estimate]]:
     found = []
     for record in model.records:
         error = (record.get("intervals") or {}).get(task, {}).get(name)
-        reach = float(quantile(CONFIDENCE, int(record.get("buckets") or 0)))
+        reach = reach_of(record, task, name, CONFIDENCE)
         found.append((record["rows"], around(record["metrics"].get(task, {}).get(name), error, reach)))
     return found
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import polars as pl
 
 from pipeline.evaluation.metrics.evaluated import ALL, paired, with_intervals
-from pipeline.evaluation.metrics.intervals import quantile
+from pipeline.evaluation.metrics.intervals import quantile, reach_of
 from pipeline.evaluation.metrics.registry import METRICS
 from pipeline.evaluation.report.content import Estimate, Model
+from pipeline.run.headline import why_undefined
 
 CONFIDENCE = 0.95
 MEAN_LABEL = 1.0  # of a headline metric: what predicting the mean label has
@@ -34,10 +35,9 @@ def estimates(model: Model) -> dict[tuple[str, str], Estimate]:
 
     Intervals are those of the file of all figures, or else of the record's standard errors; None where neither has one.
     """
-    errors, buckets = model.last.get("intervals") or {}, int(model.last.get("buckets") or 0)
-    reach = float(quantile(CONFIDENCE, buckets))
+    errors = model.last.get("intervals") or {}
     found = {
-        (task, name): around(value, errors.get(task, {}).get(name), reach)
+        (task, name): around(value, errors.get(task, {}).get(name), reach_of(model.last, task, name, CONFIDENCE))
         for task, metrics in model.last.get("metrics", {}).items()
         for name, value in metrics.items()
     }
@@ -46,6 +46,13 @@ def estimates(model: Model) -> dict[tuple[str, str], Estimate]:
         for line in lines.select("task", "metric", "value", "low", "high").iter_rows():
             found[line[0], line[1]] = Estimate(*line[2:])
     return {key: one for key, one in found.items() if key[0] in model.kinds}
+
+
+def undefined(model: Model) -> dict[str, str]:
+    """Of each task whose headline metric has no value in the newest record: why."""
+    metrics = model.last.get("metrics", {})
+    tasks = [task for task in model.kinds if model.metric(task) is None]
+    return {task: why_undefined(metrics.get(task, {})) for task in tasks}
 
 
 def around(value: float | None, error: float | None, reach: float) -> Estimate:

@@ -28,14 +28,14 @@ def _importance(found: Explanation, kinds: Mapping[str, str], before: str) -> li
         entry.name: {task: Estimate(rise.value, rise.low, rise.high) for task, rise in entry.tasks.items()}
         for entry in found.importance
     }
-    interval = f"{100 * found.confidence:.3g}% interval"
+    interval = f"{100 * found.confidence:.6g}% interval"
     drawings, header, lines = [], ["permuted"], [[text(feature)] for feature in rises]
     for task, figure in ((task, found.figures[task]) for task in kinds if task in found.figures):
         metric = label(kinds[task], figure.metric)
         of_task = [(feature, by_task.get(task, Estimate())) for feature, by_task in rises.items()]
         largest = sorted(of_task, key=lambda entry: -(entry[1].value or 0.0))[:DRAWN]
         drawn = forest([(feature, one, "c0") for feature, one in largest], is_change=True)
-        caption = f"{metric} {significant(figure.value)} with nothing permuted"
+        caption = figure.why or f"{metric} {significant(figure.value)} with nothing permuted"
         drawings.append(Drawing(f"{task}: rise of {metric}", drawn, caption))
         header += [f"{task}: rise of {metric}", interval]
         for line, (_, one) in zip(lines, of_task, strict=True):

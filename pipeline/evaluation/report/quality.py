@@ -29,6 +29,7 @@ from pipeline.evaluation.report.estimates import (
     label,
     mean_label_beaten,
     pairs,
+    undefined,
 )
 from pipeline.evaluation.report.forest import forest
 from pipeline.evaluation.report.numbers import NOTHING, count, difference, figure, percent, significant
@@ -74,6 +75,8 @@ def _lead(one: Model | None, others: Sequence[Model], by_model: Mapping[str, Cha
             f"{good} of {len(one.kinds)} tasks {'is' if good == 1 else 'are'} better than predicting the mean label: {names} "
             f"below {MEAN_LABEL:g}. Lower is better."
         )
+        if reasons := undefined(one):
+            parts.append(f"Undefined: {', '.join(f'{task} ({why})' for task, why in reasons.items())}.")
     for model in others if baseline else ():
         ways = [_way(model, task, by_model[model.name]) for task in model.kinds]
         if any(by_model[model.name][key].delta.low is not None for key in by_model[model.name]):
@@ -121,7 +124,8 @@ def _card(model: Model, task: str, found: Found, changed: Changes | None, baseli
     lines += [(label(kind, other), str(figure(found[task, other]))) for other in further]
     lines.append(("rows", count(found.get((task, "rows"), Estimate()).value)))
     shown = figure(value)
-    below = f"95% interval {shown.interval}" if shown.interval != NOTHING else "no interval was kept"
+    below = undefined(model).get(task, "no interval was kept")
+    below = f"95% interval {shown.interval}" if shown.interval != NOTHING else below
     return Card(task, shown.value, label(kind, name), below, _place(value, best, theirs, baseline), lines)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from features.errors import UserError
 from features.plain_json import first_fault
 from features.regular_files import lstat_regular
+from pipeline.dataset.card.page import page_of
 from pipeline.evaluation.metrics import evaluated
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.report.content import Model, TrainLine
@@ -103,9 +104,9 @@ def _lines(path: Path) -> Iterator[TrainLine]:
 
 
 def card_link(report: Path, dataset: str) -> str | None:
-    """A relative link from a report to the page that jobs.inspect wrote beside a dataset; None where there is none."""
+    """A relative link from a report to the page that jobs.inspect wrote of a dataset (its name); None where there is none."""
     try:
-        file = Path(dataset).with_name(f"{Path(dataset).name}.card.html")
+        file = page_of(dataset)
         return f"./{quote(os.path.relpath(file, report.parent.resolve()))}" if file.is_file() else None
     except (OSError, ValueError):  # no path at all
         return None

@@ -17,12 +17,17 @@ NORMAL = 1.96  # standard errors, where the number of buckets is not known
 
 
 class Bin(NamedTuple):
-    """Rows of about the same prediction: their mean prediction and label, the standard error of the label, their weight."""
+    """Rows of about the same prediction: their mean prediction and label, the label's standard error, their weight.
+
+    Attributes:
+        reach: of the label's 95% interval, in standard errors.
+    """
 
     prediction: float
     label: float
     error: float
     weight: float
+    reach: float
 
 
 def section(models: Sequence[Model]) -> Section:
@@ -30,7 +35,7 @@ def section(models: Sequence[Model]) -> Section:
     blocks: list[Block] = []
     drawn = models[:7]
     drawings = [
-        Drawing(task, curve([(one.name, bins_of(one, task), reach_of(one)) for one in drawn]), _caption(models, task))
+        Drawing(task, curve([(one.name, bins_of(one, task)) for one in drawn]), _caption(models, task))
         for task in models[0].kinds
         if any(bins_of(model, task) for model in drawn)
     ]
@@ -75,13 +80,14 @@ def _ratios(models: Sequence[Model]) -> Table:
 def bins_of(model: Model, task: str) -> list[Bin]:
     """The bins that the newest record has of a task."""
     found: Any = (model.last.get("reliability") or {}).get(task) or []
-    return [Bin(*(float("nan") if x is None else float(x) for x in row[:4])) for row in found]
+    return [_bin(row, model.last.get("buckets") or 0) for row in found]
 
 
-def reach_of(model: Model) -> float:
-    """How many standard errors a 95% interval reaches."""
-    buckets = int(model.last.get("buckets") or 0)
-    return float(quantile(CONFIDENCE, buckets)) if buckets > 1 else NORMAL
+def _bin(row: Sequence[float | None], buckets: int) -> Bin:
+    """A bin; `buckets` are those of a record of early versions, whose bins do not have how many have rows of them."""
+    prediction, label, error, weight = (float("nan") if x is None else float(x) for x in row[:4])
+    used = int((row[4] if len(row) > 4 else buckets) or 0)
+    return Bin(prediction, label, error, weight, float(quantile(CONFIDENCE, used)) if used > 1 else NORMAL)
 
 
 def _lead(models: Sequence[Model]) -> str:
@@ -107,9 +113,9 @@ def _caption(models: Sequence[Model], task: str) -> str:
     return f"Expected calibration error {', '.join(shown)}" if shown else ""
 
 
-def curve(series: Sequence[tuple[str, Sequence[Bin], float]]) -> Markup:
-    """Reliability curves (name, bins, reach of an interval in standard errors) in one chart, on logarithmic axes if wide."""
-    points = [b for _, bins, _ in series for b in bins if b.prediction == b.prediction and b.label == b.label]
+def curve(series: Sequence[tuple[str, Sequence[Bin]]]) -> Markup:
+    """Reliability curves (name, bins) in one chart, on logarithmic axes if wide."""
+    points = [b for _, bins in series for b in bins if b.prediction == b.prediction and b.label == b.label]
     positive = [b.prediction for b in points if b.prediction > 0]
     log = len(positive) == len(points) and bool(positive) and max(positive) > WIDE * min(positive)
     top = min(1.0, 1.15 * max((max(b.prediction, b.label) for b in points), default=1.0)) or 1.0
@@ -120,12 +126,12 @@ def curve(series: Sequence[tuple[str, Sequence[Bin], float]]) -> Markup:
     parts = [svg.frame(x, y, "mean prediction", "mean label")]
     parts.append(svg.element("line", x1=x.at(floor), y1=y.at(floor), x2=x.at(top), y2=y.at(top), class_="ideal"))
     ends = []
-    for index, (name, bins, reach) in enumerate(series):
+    for index, (name, bins) in enumerate(series):
         style = f"c{index}"
         kept = [b for b in bins if b.prediction == b.prediction and b.label == b.label]
         parts.append(svg.polyline([(x.at(b.prediction), y.at(b.label)) for b in kept], f"{style} thin"))
         for b in kept:
-            at, low, high = x.at(b.prediction), b.label - reach * b.error, b.label + reach * b.error
+            at, low, high = x.at(b.prediction), b.label - b.reach * b.error, b.label + b.reach * b.error
             if b.error == b.error:
                 parts.append(svg.upright_bar(at, y.at(max(low, floor)), y.at(min(high, top)), style))
             parts.append(svg.dot(at, y.at(b.label), style, _tip(name if len(series) > 1 else "", b, low, high), 2.8))

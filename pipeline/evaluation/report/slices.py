@@ -13,12 +13,13 @@ from pipeline.evaluation.report.harm import Harm, harms
 from pipeline.evaluation.report.numbers import NOTHING, count, difference, figure, percent, significant
 from pipeline.run.headline import HEADLINE
 
-MINIMUM = 100  # rows of a slice that is ranked
 FIRST = 12  # slices of a task that are shown at once
 
 
-def section(models: Sequence[Model], baseline: Model | None, minimum: int = MINIMUM) -> Section:
+def section(models: Sequence[Model], baseline: Model | None) -> Section:
     """The section; of a comparison, the slices of each model against the baseline."""
+    measured = [model.evaluated for model in models if model is not baseline and model.evaluated]
+    minimum = " or ".join(count(rows) for rows in sorted({found.provenance.min_rows for found in measured}))
     blocks: list[Block] = []
     found: list[Harm] = []
     for model in models:
@@ -26,14 +27,14 @@ def section(models: Sequence[Model], baseline: Model | None, minimum: int = MINI
             continue
         against = baseline if baseline and pairs(model, baseline) else None
         for task, kind in model.kinds.items():
-            ranked = harms(model.evaluated, task, kind, against.evaluated if against else None, minimum)
+            theirs, least = against.evaluated if against else None, model.evaluated.provenance.min_rows
+            ranked = harms(model.evaluated, task, kind, theirs, least)
             found += ranked
             if ranked:
                 title = task if len(models) == 1 else f"{task}: {model.name}"
                 blocks.append(_table(ranked, title, label(kind, HEADLINE[kind]), against))
     if not found:
-        kept = any(model.evaluated is not None for model in models)
-        why = f"No slice has {count(minimum)} observed rows." if kept else "The evaluation kept no figures of slices."
+        why = f"No slice has {minimum} observed rows." if measured else "The evaluation kept no figures of slices."
         return Section("slices", "Where is it bad?", why, [Note("slices of jobs.evaluate names further ones.")])
     compared = baseline if any(baseline and m is not baseline and pairs(m, baseline) for m in models) else None
     return Section("slices", "Where is it bad?", _lead(found), [*blocks, Note(_definition(compared, minimum))])
@@ -49,11 +50,11 @@ def _lead(found: Sequence[Harm]) -> str:
     )
 
 
-def _definition(baseline: Model | None, minimum: int) -> str:
+def _definition(baseline: Model | None, minimum: str) -> str:
     reference = f"as good as {baseline.name} there" if baseline else "as good as the rest, relative to its mean label"
     return (
         f"Harm: by how much the metric of all rows would fall if the slice were {reference}. Slices overlap, so harms do not "
-        f"add up. Slices of fewer than {count(minimum)} observed rows are not listed."
+        f"add up. Slices of fewer than {minimum} observed rows are not listed (min_rows)."
     )
 
 

@@ -1,6 +1,6 @@
 """What a sink of figures is given: events of one job, a training or the evaluation of a split."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -43,6 +43,12 @@ class EvalRecord(NamedTuple):
     record: Record
 
 
+class Recorded(NamedTuple):
+    """Evaluators of the series may have added records, this one or others: `read` has the latest of each step by now."""
+
+    read: Callable[[], Iterable[Record]]
+
+
 class Committed(NamedTuple):
     """A checkpoint on disk, since `time` (s since 1970)."""
 
@@ -62,7 +68,7 @@ class Published(NamedTuple):
     file: Path
 
 
-Event: TypeAlias = TrainRecord | EvalRecord | Committed | RolledBack | Published
+Event: TypeAlias = TrainRecord | EvalRecord | Recorded | Committed | RolledBack | Published
 
 
 class Sink(Protocol):

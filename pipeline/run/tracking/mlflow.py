@@ -130,10 +130,14 @@ class Mlflow:
         self._flush()
 
     def close(self, state: State) -> None:
-        """Sends the rest, and of a training how it ended."""
+        """Sends the rest, and how training ended: the training itself may not have been tracked."""
         self._flush()
-        if self.job.series == TRAIN:
-            self._named(self.client.set_terminated, self.run_id, STATUS[state])
+        ended: str | None = state
+        if self.job.series != TRAIN:
+            status = self.job.run.status()
+            ended = status.state if status else None
+        if ended in STATUS and self._named(self.client.get_run, self.run_id).info.status != STATUS[ended]:
+            self._named(self.client.set_terminated, self.run_id, STATUS[ended])
 
     def _add(self, record: Record) -> None:
         """Queues a record's scalars; of those of another dataset than the run's own the name is the series'."""

@@ -27,22 +27,25 @@ TRAIN_TASK_GAUGES = {
     "task_loss": ("taskfuse_train_task_loss", "Loss of the last record's rows, before they were trained on."),
 }
 EVAL_GAUGES = {
-    "step": ("taskfuse_eval_step", "Step of the checkpoint evaluated last."),
     "time": ("taskfuse_eval_record_timestamp_seconds", "When the last record was written, since 1970."),
     "seconds": ("taskfuse_eval_duration_seconds", "Time that the last evaluation took."),
     "rows_per_s": ("taskfuse_eval_rows_per_second", "Rows scored in a second, over the last evaluation."),
 }
+# Of the newest checkpoint that was evaluated, in whatever order.
 LAG_GAUGES = {
-    "steps": ("taskfuse_eval_lag_steps", "Steps that the newest checkpoint was ahead of the one evaluated last."),
+    "steps": (
+        "taskfuse_eval_lag_steps",
+        "Steps of training after the newest evaluated checkpoint when it was recorded.",
+    ),
     "seconds": (
         "taskfuse_eval_lag_seconds",
-        "Time that the newest heartbeat was ahead of the checkpoint evaluated last.",
+        "Age of the newest evaluated checkpoint when it was recorded, at the trainer's heartbeat; NaN once training has ended.",
     ),
 }
 EVAL_TASK_GAUGES = {
-    "ne": ("taskfuse_eval_ne", "Normalized entropy of a split."),
-    "nrmse": ("taskfuse_eval_nrmse_ratio", "Root mean squared error over the labels' standard deviation."),
-    "calibration": ("taskfuse_eval_calibration_ratio", "Sum of predictions over that of labels."),
+    "ne": ("taskfuse_eval_ne", "Normalized entropy of a split, of the newest evaluated checkpoint."),
+    "nrmse": ("taskfuse_eval_nrmse_ratio", "Root mean squared error over the labels' standard deviation, likewise."),
+    "calibration": ("taskfuse_eval_calibration_ratio", "Sum of predictions over that of labels, likewise."),
 }
 
 
@@ -92,6 +95,7 @@ class Prometheus:
         self.client = import_client()
         self.registry = self.client.CollectorRegistry()
         self.gauges: dict[str, Any] = {}
+        self.newest = -1  # step of the newest evaluated checkpoint
         self.end = serve(self.client, host, port, self.registry)
         if job.series != TRAIN and job.history:
             self._evaluated(max(job.history, key=lambda record: record["step"]))
@@ -120,9 +124,13 @@ class Prometheus:
         for key, (name, text) in EVAL_GAUGES.items():
             if key in record:
                 self._set(name, text, record[key], split=split)
+        if record["step"] < self.newest:
+            return
+        self.newest = record["step"]
+        self._set("taskfuse_eval_step", "Step of the newest evaluated checkpoint.", self.newest, split=split)
         for key, (name, text) in LAG_GAUGES.items():
             if record.get("lag"):
-                self._set(name, text, record["lag"][key], split=split)
+                self._set(name, text, record["lag"].get(key), split=split)
         errors = record.get("intervals") or {}
         for task, metrics in record["metrics"].items():
             for key, (name, text) in EVAL_TASK_GAUGES.items():

@@ -1,11 +1,25 @@
 """TensorBoard: RUN/tensorboard has the curves of training, a folder below it those of each split."""
 
+import uuid
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.run.tracking import scalars
-from pipeline.run.tracking.base import TRAIN, EvalRecord, Event, Job, Record, RolledBack, Sink, State, TrainRecord
+from pipeline.run.tracking.base import (
+    TRAIN,
+    EvalRecord,
+    Event,
+    Job,
+    Record,
+    Recorded,
+    RolledBack,
+    Sink,
+    State,
+    TrainRecord,
+)
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.files import make_folder
 
@@ -39,47 +53,53 @@ class TrainingCurves:
 
 
 class EvaluationCurves:
-    """Curves of a split, of the latest record of each step.
+    """Curves of a split, of the latest record of each step, in one file.
 
-    A new evaluator writes them whole from eval.jsonl and deletes the files of the one before it, so that neither a kill between
-    a record and its curve nor a second evaluation of a step leaves a gap or a point too many.
+    Evaluators that work at the same time share the folder: whoever finds another's file there, or has a record of an earlier
+    step than the last, writes all records anew and deletes the other files. So neither a kill between a record and its curve,
+    nor a second evaluation of a step, nor a second evaluator leaves a gap or a point too many.
     """
 
     def __init__(self, job: Job) -> None:
         make_folder(job.run.tensorboard)
-        self.folder = make_folder(job.run.tensorboard / job.series)
-        for file in self.folder.glob("events.out.tfevents.*"):
-            file.unlink()
-        self.records = {record["step"]: record for record in job.history}
-        self._begin(0)
+        self.run, self.folder = job.run, make_folder(job.run.tensorboard / job.series)
+        self.records: dict[int, Record] = {}
+        self.writer: SummaryWriter | None = None
+        self._draw(job.history)
 
     def handle(self, event: Event) -> None:
-        """Draws a record; one of an earlier step takes the place of what was drawn from there on."""
-        if not isinstance(event, EvalRecord):
-            return
-        step = event.record["step"]
-        is_newest = step > max(self.records, default=-1)
-        self.records[step] = event.record
-        if is_newest:
-            self._draw(event.record)
-            self.writer.flush()
-        else:
-            with suppress(OSError):  # of a full disk: the new file may have room
-                self.writer.close()
-            self._begin(step)
+        """Draws what is new."""
+        match event:
+            case EvalRecord(record) if self.records.get(record["step"]) != record:
+                self._draw([record])
+            case Recorded(read):
+                # Otherwise a slower evaluator could write what it has read before over what another has written since.
+                with self.run.wait_for_lock("tensorboard"):
+                    self._draw(read())
 
     def close(self, _: State) -> None:
         """Flushes."""
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
 
-    def _begin(self, step: int) -> None:
-        """A new file with the records from `step` on, which hides what others have of these."""
-        self.writer = SummaryWriter(str(self.folder), purge_step=step)
-        for known in sorted(self.records):
-            if known >= step:
-                self._draw(self.records[known])
+    def _draw(self, records: Iterable[Record]) -> None:
+        fresh = {record["step"]: record for record in records if self.records.get(record["step"]) != record}
+        is_later = min(fresh, default=0) > max(self.records, default=-1)
+        known = self.records | fresh
+        if self.writer is None or self._others() or (fresh and not is_later):
+            with suppress(OSError):  # of a full disk: the new file may have room
+                self.close("failed")
+            # The suffix makes the file's name this sink's own. A TensorBoard that has read other files drops their points.
+            self.suffix = f".{uuid.uuid4().hex}"
+            self.writer = SummaryWriter(str(self.folder), purge_step=0, filename_suffix=self.suffix)
+            fresh = known
+        for step in sorted(fresh):
+            for name, value in scalars.of_evaluation(fresh[step]).items():
+                self.writer.add_scalar(name, value, step)
         self.writer.flush()
+        self.records = known
+        for file in self._others():
+            file.unlink(missing_ok=True)
 
-    def _draw(self, record: Record) -> None:
-        for name, value in scalars.of_evaluation(record).items():
-            self.writer.add_scalar(name, value, record["step"])
+    def _others(self) -> list[Path]:
+        return [file for file in self.folder.glob("events.out.tfevents.*") if not file.name.endswith(self.suffix)]
