@@ -412,6 +412,7 @@ def test_the_file_of_an_evaluation_has_what_was_scored(run: Run, dataset: Path) 
     assert found.provenance == expected.provenance
     assert found.provenance.min_rows == 10
     assert found.figures.equals(expected.figures)
+    assert (record["cluster"], record["group"]) == ("user", "user")
     assert record["metrics"]["click"]["ne"] == found.value("click", "ne")
     assert record["rows_evaluated"] == sum(row["weight"] > 0 for row in predicted_rows(run, dataset))
 
