@@ -103,16 +103,16 @@ def metrics_of(
     by_user: bool = True,
     sliced: bool = True,
     spend: bool = False,
-    max_bytes: float = float("inf"),
+    halvings: int = 0,
 ) -> Metrics:
     """One model's metrics.
 
     Args:
         by_user: whether the rows of a user share a bucket; otherwise each row is a cluster of its own.
-        spend: with the second task, of the first model.
+        spend: with the second task, of the first model. halvings: of the users whose rows are kept for ranking metrics.
     """
     tasks = TASKS if spend else TASKS[:1]
-    grouping = Grouping(SLICES if sliced else (), buckets, max_bytes=max_bytes)
+    grouping = Grouping(SLICES if sliced else (), buckets, halvings=halvings)
     metrics = Metrics(tasks, grouping, DIMENSIONS if sliced else ())
     output_BT, label_BT = (
         torch.from_numpy(np.column_stack(columns[: len(tasks)]))

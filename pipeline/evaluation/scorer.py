@@ -5,7 +5,6 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +82,7 @@ class Scorer:
                 encoders.
         """
         manifest = self.weights.load(step)
-        whole = self.keys.grouping
-        ours = replace(whole, max_bytes=whole.max_bytes / self.weights.ranks)
-        metrics = Metrics(self.tasks, ours, self.keys.names)
+        metrics = Metrics(self.tasks, self.keys.grouping, self.keys.names)
 
         def update() -> None:
             with ThreadPoolExecutor(1) as thread:  # adds up a batch while the model scores the next one
@@ -112,12 +109,11 @@ class Scorer:
         """On rank 0 the metrics of all ranks' rows; on others their own."""
         if self.weights.ranks == 1:
             return metrics
-        if (states := to_first((metrics.rows, metrics.state()))) is None:
+        if (states := to_first(metrics.state())) is None:
             return metrics
         whole = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-        for rows, state in states:
+        for state in states:
             part = Metrics(self.tasks, self.keys.grouping, self.keys.names)
-            part.rows = rows
             part.load(state)
             whole = whole.merge(part)
         return whole
@@ -177,6 +173,7 @@ class Scorer:
             "dataset": self.dataset.name,
             "share": self.measure.share,
             "cluster": self.keys.cluster,
+            "group": self.keys.group,
             "buckets": self.measure.buckets,
             "measure": self.measured,
             "time": time.time(),
@@ -197,9 +194,11 @@ class Scorer:
 
     @property
     def measured(self) -> str:
-        """Identifies the settings that the figures depend on: what is measured, and the tables' format."""
+        """Identifies the settings that the figures depend on: what is measured, the tables' format, and how little
+        of the rows is kept."""
         precision = self.weights.loading.precision
-        return self.measure.hash + ("" if precision == "fp32" else f"-{precision}")
+        halved = f"-{1 << self.keys.halvings}" if self.keys.halvings else ""
+        return self.measure.hash + ("" if precision == "fp32" else f"-{precision}") + halved
 
     def provenance_of(self, step: int, checksum: str) -> Provenance:
         """Of which checkpoint and rows an evaluation is."""
@@ -213,6 +212,7 @@ class Scorer:
             share_by=self.keys.share_by if self.measure.share < 1 else "",
             cluster=self.keys.cluster,
             buckets=self.measure.buckets,
+            kept=0.5**self.keys.halvings,
             measure=self.measured,
             min_rows=self.measure.min_rows,
         )

@@ -64,7 +64,7 @@ def results(found: Counted, day: Dataset) -> tuple[Evaluated, dict[str, Any]]:
     record = {
         **{"step": manifest.step, "checkpoint": manifest.checksum, "rows": manifest.rows, "time": time.time()},
         **{"split": provenance.split, "dataset": provenance.dataset, "share": provenance.share},
-        **{"cluster": provenance.cluster, "buckets": provenance.buckets},
+        **{"cluster": provenance.cluster, "group": found.scorer.keys.group, "buckets": provenance.buckets},
         **metrics.record(figures),
     }
     return Evaluated(metrics.frame(figures), provenance.model_copy(update={"dataset": rows_id(day)})), record

@@ -64,7 +64,7 @@ class Record(BaseModel):
         gate_names: of these units and experts.
         share: of the split's clusters that was scored; lines of early versions have none, and are of all.
         cluster, buckets: what intervals are computed from. A record with them has a file of all figures, `evaluation`, in
-            RUN/evaluations.
+            RUN/evaluations. group: the key within which GAUC and NDCG rank.
         measure: hash of the settings that it was measured with; lines of early versions have none, and are evaluated again.
         intervals: task → metric → standard error. buckets_used: how many of the buckets have rows of it.
         reliability: task → bins of [mean prediction, mean label, its standard error, weight, how many buckets have rows of it].
@@ -80,6 +80,7 @@ class Record(BaseModel):
     gates: Levels | None = None
     gate_names: Annotated[list[GateNames], Field(max_length=64)] | None = None
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    group: str | None = None
     cluster: str | None = None
     buckets: Annotated[int, Field(ge=1, le=MOST_BUCKETS)] | None = None
     measure: Annotated[str, Field(max_length=64)] | None = None

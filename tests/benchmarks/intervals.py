@@ -46,7 +46,7 @@ USER, ROW, KEPT = "user", "row", "user, a quarter kept"
 METHODS = {
     USER: {"spend": True},
     ROW: {"spend": True, "by_user": False},
-    KEPT: {"spend": True, "sliced": False, "max_bytes": 250_000},
+    KEPT: {"spend": True, "sliced": False, "halvings": 2},
     **{f"user, {buckets} buckets": {"sliced": False, "buckets": buckets} for buckets in (20, 50, 200)},
 }
 

@@ -68,6 +68,7 @@ FAULTS = [
     ("slices=[device,device]", "device is there twice"),
     ("slices=[[device,device]]", "device is there twice in the cross device, device"),
     ("slices=[[device]]", "slices"),
+    ("slices=[cheap,{sql: 'cheap=1'}] & min_rows=1", "slices: cheap and cheap=1 both have a slice cheap=1: leave one out"),
     ("slices=[{sql: position}]", "'position' is Int64, a condition is needed"),
     ("slices=[{sql: 'position <='}]", "slices: sql"),
     ("slices=[{sql: ''}]", "slices: sql"),

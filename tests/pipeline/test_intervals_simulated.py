@@ -17,7 +17,6 @@ from pipeline.evaluation.metrics.intervals import quantile
 DAYS, USERS, BUCKETS = 150, 800, 50
 ERROR_M = (1.0, 1.0, 1.8)  # model b is as good as a, c is worse
 METRICS = [("click", "ne"), ("click", "log_loss"), ("click", "auc"), ("click", "calibration"), ("spend", "calibration")]
-KEPT_BYTES = 80_000  # of a quarter of the users
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_with_rows_as_clusters_standard_errors_are_too_small(logs: list[Simulate
 
 
 def test_ranking_metrics_of_a_quarter_of_the_users_have_a_standard_error_of_their_own(logs: list[SimulatedLog]) -> None:
-    kept = over_days(logs[:80], max_bytes=KEPT_BYTES)
+    kept = over_days(logs[:80], halvings=2)
     assert ratio_to_spread(kept, "click", "auc") == pytest.approx(1, abs=0.2)  # of all rows
     for task, metric in (("click", "gauc"), ("click", "ndcg"), ("spend", "xauc")):
         assert ratio_to_spread(kept, task, metric) == pytest.approx(1, abs=0.2)

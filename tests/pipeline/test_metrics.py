@@ -90,6 +90,9 @@ def test_binary_metrics_are_those_of_sklearn_with_weights(t: int) -> None:
     assert ours["base_rate"] == pytest.approx(base, rel=1e-12)
     entropy = -base * math.log(base) - (1 - base) * math.log(1 - base)
     assert ours["ne"] == pytest.approx(log_loss(label, prediction, sample_weight=weight) / entropy, rel=1e-12)
+    rate = TRAINED.train_rates[TASKS[t][0]]
+    of_train = log_loss(label, np.full(len(label), rate), sample_weight=weight)
+    assert ours["ne_train"] == pytest.approx(ours["log_loss"] / of_train, rel=1e-12)
     assert ours["calibration"] == pytest.approx((prediction * weight).sum() / (label * weight).sum(), rel=1e-12)
     assert (ours["rows"], ours["positives"], ours["non_finite"]) == (len(label), label.sum(), 0)
     assert ours["weight_sum"] == pytest.approx(weight.sum(), rel=1e-12)
@@ -97,6 +100,8 @@ def test_binary_metrics_are_those_of_sklearn_with_weights(t: int) -> None:
 
 def test_regression_metrics_are_those_of_sklearn_with_weights() -> None:
     rows = random_rows()
+    rows[0][:, 1] += (5 + 0.7 * torch.randn(len(rows[0]), generator=torch.Generator().manual_seed(1))).round(decimals=1)
+    rows[1][::3, 1] = rows[0][::3, 1]  # some are equal
     ours = computed(TASKS, *rows)["spend"]
     prediction, label, weight = counted(1, *rows)
     mse = mean_squared_error(label, prediction, sample_weight=weight)
@@ -110,6 +115,7 @@ def test_regression_metrics_are_those_of_sklearn_with_weights() -> None:
         "coverage": weight[label <= prediction].sum() / weight.sum(),
         "calibration": (prediction * weight).sum() / (label * weight).sum(),
     }
+    assert 0.5 < expected["coverage"] < 0.8
     pair_BB = np.outer(weight, weight) * (label[:, None] > label)
     right_BB = (prediction[:, None] > prediction) + 0.5 * (prediction[:, None] == prediction)
     expected["xauc"] = (pair_BB * right_BB).sum() / pair_BB.sum()
@@ -242,7 +248,7 @@ def test_a_soft_label_is_a_positive_and_a_negative_row() -> None:
     assert (soft["rows"], soft["positives"]) == (3, 1.0)
 
 
-def test_ece_is_the_mean_gap_over_twenty_bins_of_equal_mass() -> None:
+def test_ece_is_the_mean_gap_over_twenty_bins_of_equal_weight() -> None:
     rng = np.random.default_rng(3)
     logit = rng.permutation(np.linspace(-4, 1, 200))
     label = (rng.random(200) < 0.2).astype(float)
@@ -297,8 +303,10 @@ def test_state_survives_a_file_without_pickle_and_goes_on() -> None:
     np.savez(file, **state)
     file.seek(0)
     second = Metrics(TASKS, TRAINED)
+    second.update(*(x_BT[:10] for x_BT in rows))  # is replaced
     second.load(dict(np.load(file, allow_pickle=False)))
     assert second.compute() == first.compute()
+    assert second.rows == first.rows == int((rows[2] & (rows[3] > 0))[:700].any(1).sum())
     second.update(*(x_BT[700:] for x_BT in rows))
     assert_same(second.compute(), expected)
     first.update(*(x_BT[700:] for x_BT in rows))

@@ -175,6 +175,7 @@ def test_figures_are_those_of_all_rows_and_of_all_rows_but_a_bucket(world):
     run, dataset = Run(world / "run"), open_dataset(world / "days" / day(3))
     found, of_record = score(reference(run, None), dataset, 200, MeasureConfig(buckets=20))
     assert of_record["metrics"]["click"]["ne"] == found.value("click", "ne")
+    assert of_record["group"] == of_record["cluster"]
     frames = []
     for split in ("train", "valid", "test"):
         scorer = Scorer(run, dataset, split, 10_000)

@@ -12,6 +12,7 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from torchrec.metrics.xauc import compute_error_sum, compute_weighted_num_pairs
 
 from pipeline.evaluation.metrics.grouped import grouped
+from pipeline.evaluation.metrics.intervals import standard_error
 from pipeline.evaluation.metrics.xauc import xauc
 
 # Shapes: N rows, K buckets.
@@ -107,12 +108,35 @@ def test_the_order_of_rows_and_the_codes_of_groups_do_not_matter(count: int, see
         assert found[name][1] == pytest.approx(again[name][1], rel=1e-9, nan_ok=True)
 
 
-def test_a_group_in_several_buckets_is_left_out_with_the_smallest():
-    logit = np.float32([2, 1, 2, 1])
-    label = np.float32([1, 0, 0, 1])
-    value, left_out = grouped(logit, label, np.ones(4), np.array([5, 5, 9, 9]), np.array([2, 1, 3, 4]), K, 2)["gauc"]
-    assert value == 0.5
-    assert left_out == pytest.approx([np.nan, 0.0, np.nan, 1.0, np.nan], nan_ok=True)
+def test_a_group_whose_rows_are_in_several_buckets_is_in_the_one_of_its_hash():
+    logit, label = np.float32([2, 1] * 3), np.float32([1, 0, 0, 1, 1, 0])
+    group = np.array([int((b + 0.5) / K * 2**64) for b in (4, 0, 1)], np.uint64).view(np.int64).repeat(2)
+    bucket = np.array([2, 1, 3, 3, 4, 1])  # the rows of the second group share theirs
+    value, left_out = grouped(logit, label, np.ones(6), group, bucket, K, 2)["gauc"]
+    assert value == pytest.approx(2 / 3)
+    assert left_out == pytest.approx([np.nan, 0.5, np.nan, 1.0, 0.5], nan_ok=True)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_standard_errors_of_grouped_metrics_are_their_spread_over_days(nested: bool):
+    """Queries of one user each, whose difficulty they share, or of many users: then it is the query's own."""
+    days, queries, buckets = 80, 400, 20
+    values, errors = {}, {}
+    for day in range(days):
+        rng = np.random.default_rng([11, day])
+        skill_U = rng.normal(1, 1, 100)
+        query_N = np.repeat(np.arange(queries), rng.integers(4, 12, queries))
+        hash_Q, bucket_U = rng.integers(-(1 << 63), 1 << 63, queries), rng.integers(0, buckets, 100)
+        user_N = query_N % 100 if nested else rng.integers(0, 100, len(query_N))
+        skill_N = skill_U[user_N] if nested else rng.normal(1, 1, queries)[query_N]
+        label_N = (rng.random(len(query_N)) < 0.4).astype(np.float32)
+        logit_N = (skill_N * label_N + rng.normal(size=len(query_N))).astype(np.float32)
+        rows = (logit_N, label_N, np.ones(len(query_N)), hash_Q[query_N], bucket_U[user_N])
+        for name, (value, left_out) in grouped(*rows, buckets, 3).items():
+            values.setdefault(name, []).append(value)
+            errors.setdefault(name, []).append(float(standard_error(left_out)))
+    for name in values:
+        assert np.mean(errors[name]) / np.std(values[name]) == pytest.approx(1, abs=0.2), name
 
 
 def test_a_single_bucket_has_no_value_without_it_and_a_prediction_that_is_not_finite_undoes_all():
@@ -136,6 +160,19 @@ def test_zeros_of_both_signs_are_a_tie_and_negative_logits_keep_their_order():
     assert grouped(logit, label, np.ones(4), np.array([1, 1, 2, 2]), np.zeros(4, int), 1, 1)["gauc"][0] == 0.75
 
 
+def test_float64_logits_that_float32_does_not_tell_apart_are_no_ties():
+    logit = np.array([40, 40 + 1e-12, 40 + 2e-12, 40 + 3e-12, 1e300, -1e300])
+    label, one = np.array([0, 0, 1, 1, 1, 0]), np.zeros(6, np.int64)
+    assert grouped(logit, label, np.ones(6), one, one, 1, 1)["gauc"][0] == 1
+
+
+def test_without_a_bucket_of_nearly_all_weight_the_others_remain():
+    logit, label = np.float32([2, 1] * 3), np.float32([1, 0, 0, 1, 1, 0])
+    place = np.arange(3).repeat(2)
+    _, left_out = grouped(logit, label, np.array([1, 1, 1, 1, 1e17, 1e17]), place, place, 3, 2)["gauc"]
+    assert left_out[2] == 0.5
+
+
 def xauc_by_pairs(prediction: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float:
     won = pairs = 0.0
     for i in range(len(label)):
@@ -156,10 +193,14 @@ def test_xauc_is_a_loop_over_pairs_also_without_each_bucket(count: int, seed: in
     bucket = rng.integers(0, K, count).astype(np.int16)
     value, left_out = xauc(prediction, label, weight, bucket, K)
     assert value == pytest.approx(xauc_by_pairs(prediction, label, weight), rel=1e-9, nan_ok=True)
+    rests = []
     for b in range(K):
         rest = xauc_by_pairs(*(x[bucket != b] for x in (prediction, label, weight)))
-        used = (weight[bucket == b] > 0).any()
-        assert left_out[b] == pytest.approx(rest if used else np.nan, rel=1e-9, nan_ok=True)
+        rests.append(rest if (weight[bucket == b] > 0).any() else None)
+    expected = [
+        np.nan if rest is None or np.isnan([x for x in rests if x is not None]).any() else rest for rest in rests
+    ]
+    assert left_out == pytest.approx(expected, rel=1e-9, nan_ok=True)
 
 
 def test_xauc_is_torchrecs_where_nothing_is_tied_and_auc_where_labels_have_two_values():

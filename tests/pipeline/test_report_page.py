@@ -45,6 +45,9 @@ def test_the_page_of_a_run_answers_in_order_and_shows_every_task_metric_slice_an
     assert "./data.card.html" in parsed.values("href")
     cells = [text for tag, text in parsed.texts if tag == "td"]
     assert {"0.7100", "1.040", "0.1400"} <= set(cells)
+    for group, shown in (("user", False), ("row", False), ("query", True)):
+        found = checked(page.run_page(replace(model(), records=[record(200, group=group)]))).shown()
+        assert ("each query in one, by itself if of several" in found) == shown
 
 
 def test_a_slice_has_a_line_a_task_however_many_there_are():
@@ -265,7 +268,7 @@ def test_an_explanation_is_that_of_the_last_checkpoint_on_the_same_rows(tmp_path
 @pytest.mark.parametrize("further", [
     {"evaluation": "../../x.parquet"}, {"evaluation": "/etc/x.parquet"}, {"reliability": 5}, {"reliability": {"click": [[1]]}},
     {"intervals": {"click": {"ne": "x"}}}, {"buckets": 0}, {"lag": [1]}, {"gate_names": [{"units": 3, "experts": []}]},
-    {"rows_per_s": "fast"}, {"ranking": "roughly"}, {"share": 0.0}, {"cluster": ["x"]}, {"time": 1e300},
+    {"rows_per_s": "fast"}, {"ranking": "roughly"}, {"share": 0.0}, {"cluster": ["x"]}, {"group": ["x"]}, {"time": 1e300},
 ])  # fmt: skip
 def test_a_record_with_parts_of_another_form_is_refused(tmp_path: Path, further: dict[str, Any]):
     with pytest.raises(UserError, match=r"eval.jsonl, line 1: not a record of an evaluation .*Remove it"):

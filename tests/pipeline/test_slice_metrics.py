@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import reduce
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from examples import examples
@@ -18,6 +19,8 @@ from pipeline.evaluation.metrics.accumulator import Metrics, errors_of, values_o
 from pipeline.evaluation.metrics.base import Grouping, bucket_of
 from pipeline.evaluation.metrics.evaluated import ALL, Evaluated, Provenance, as_array, paired, with_intervals
 from pipeline.evaluation.metrics.intervals import quantile, standard_error
+from pipeline.evaluation.metrics.kept_rows import KeptRows, bytes_of_row, halvings_of
+from pipeline.evaluation.metrics.logit_grid import GRID
 from pipeline.evaluation.metrics.radix import ascending, by_radix
 from pipeline.evaluation.metrics.registry import METRICS, TOTALS, WHOLE_ONLY
 
@@ -130,9 +133,9 @@ def test_past_as_many_predictions_as_bins_a_slices_auc_is_within_its_bound(monke
 
 
 @settings(max_examples=examples(40), deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 9))
-def test_shards_merged_give_the_figures_of_all_rows(seed: int, count: int, buckets: int) -> None:
-    rows, grouping = random_rows(count, seed), replace(GROUPING, buckets=buckets)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 9), st.integers(0, 2))
+def test_shards_merged_give_the_figures_of_all_rows(seed: int, count: int, buckets: int, halvings: int) -> None:
+    rows, grouping = random_rows(count, seed), replace(GROUPING, buckets=buckets, halvings=halvings)
     shard_B = np.random.default_rng(seed).integers(0, 3, count)
     parts = [metrics_of(tuple(x[torch.from_numpy(shard_B == i)] for x in rows), grouping, 7) for i in range(3)]
     merged, whole = parts[2].merge(parts[0]).merge(parts[1]), metrics_of(rows, grouping)
@@ -166,6 +169,31 @@ def test_the_frame_has_a_line_for_each_figure_and_only_slices_with_rows() -> Non
     assert not {*TOTALS} & errors_of(figures)["click"].keys()
 
 
+def test_a_figure_beyond_the_largest_number_has_no_standard_error() -> None:
+    metrics = Metrics(TASKS[:1], Grouping(buckets=2))
+    one_BT = torch.ones(2, 1, dtype=torch.float64)
+    metrics.update(one_BT * 1e300, one_BT * 0, one_BT, one_BT * 1e8, torch.tensor([[0, 0], [1 << 31, 1]]))
+    figures = metrics.figures()
+    assert float(standard_error(figures["click"]["log_loss"].left_out_SK[0])) == 0  # of one row each
+    line = metrics.frame(figures).row(by_predicate=pl.col("metric") == "log_loss", named=True)
+    assert line["value"] is line["se"] is None
+    assert "log_loss" not in errors_of(figures)["click"]
+
+
+def test_bins_of_the_reliability_curve_have_standard_errors_of_the_buckets_whose_rows_are_in_them() -> None:
+    metrics = Metrics(TASKS[:1], Grouping(buckets=BUCKETS))
+    label_BT, key_BC = random_rows()[1][:, :1], random_rows()[4][:, :2]
+    bucket_B = key_BC[:, 1] % 3
+    key_BC[:, 0] = (2 * bucket_B + 1) * (1 << 32) // (2 * BUCKETS)
+    ones_BT = torch.ones(len(label_BT), 1)
+    metrics.update(ones_BT * 0, label_BT, ones_BT, ones_BT, key_BC)
+    [curve] = metrics.reliability().values()
+    assert [line[:2] for line in curve] == [pytest.approx([0.5, float(label_BT.mean())])] * 20
+    left_K = np.array([label_BT[bucket_B != b].mean() for b in range(3)])
+    error = math.sqrt(2 / 3 * ((left_K - left_K.mean()) ** 2).sum())
+    assert [line[2] for line in curve] == [pytest.approx(error) if b == 10 else None for b in range(20)]  # of one tie
+
+
 def test_an_interval_is_students() -> None:
     left_K = np.array([0.5, 0.51, np.nan, 0.49, 0.5])
     mean = np.nanmean(left_K)
@@ -187,6 +215,11 @@ def test_differences_are_paired_by_bucket() -> None:
         )
         for step, m in enumerate((metrics_of(rows), metrics_of(worse)))
     ]
+    assert paired(*two).height == two[0].figures.height
+    one_name = [
+        replace(e, figures=e.figures.with_columns(slice=pl.col("slice").replace("cold", "device=a"))) for e in two
+    ]
+    assert paired(*one_name).drop("slice").equals(paired(*two).drop("slice"))
     line = paired(*two).filter(task="click", metric="ne", slice=ALL).to_dicts()[0]
     ours, theirs = (e.figures.filter(task="click", metric="ne", slice=ALL) for e in two)
     assert line["delta"] == ours["value"][0] - theirs["value"][0]
@@ -199,16 +232,14 @@ def test_differences_are_paired_by_bucket() -> None:
     assert (whole["low"], whole["high"]) == pytest.approx((whole["value"] - reach, whole["value"] + reach))
 
 
-@pytest.mark.parametrize("batch", [50, 5000])
-def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_a_sample(batch: int) -> None:
+def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_a_sample() -> None:
     rng = np.random.default_rng(0)
     logit_BT = torch.from_numpy(rng.normal(size=(20_000, 3)))
     rows = (logit_BT, *random_rows(20_000, users=4000)[1:])
     exact = metrics_of(rows)
-    limit = sum(x.nbytes for part in exact.statistics.values() for x in part.state().values()) // 5
-    small = metrics_of(rows, replace(GROUPING, max_bytes=limit), batch)
+    small = metrics_of(rows, replace(GROUPING, halvings=3), 50)
     kept = small.state()["rows/cluster"]
-    assert 1 / 16 <= len(kept) / 20_000 <= 1 / 4
+    assert 1 / 10 <= len(kept) / 20_000 <= 1 / 6
     found, expected = small.figures(), exact.figures()
     for metric in ("auc", "pr_auc", "ece"):
         assert found["click"][metric].value_S[0] == pytest.approx(expected["click"][metric].value_S[0], abs=1e-6)
@@ -216,27 +247,33 @@ def test_past_the_limit_of_memory_auc_is_of_all_rows_on_a_grid_and_intervals_of_
     assert found["click"]["ne"].value_S == pytest.approx(expected["click"]["ne"].value_S, rel=1e-12)
     errors, smaller = (float(standard_error(f["click"]["auc"].left_out_SK[0])) for f in (expected, found))
     assert errors / 3 < smaller < errors * 3
+    left_K = found["click"]["auc"].left_out_SK[0]  # around the value of all rows, as a paired ratio needs them
+    assert np.nanmean(left_K) == pytest.approx(found["click"]["auc"].value_S[0], abs=smaller / 10)
     ranking = small.ranking()
-    assert 0 < ranking["sketch"] < 1e-5
+    assert ranking["share"] == 1 / 8
+    tied = {}
+    for t in (0, 2):
+        counts_B = rows[2][:, t] & (rows[3][:, t] > 0)
+        logit, label, weight = (x[counts_B, t].numpy() for x in rows[:2] + rows[3:4])
+        _, place = np.unique(np.rint(logit * GRID), return_inverse=True)
+        positive, negative = np.bincount(place, label * weight), np.bincount(place, (1 - label) * weight)
+        tied[t] = positive @ negative / positive.sum() / negative.sum()
+    assert ranking["sketch"] == pytest.approx(max(tied.values()) / 2, rel=1e-9)
     assert abs(found["click"]["auc"].value_S[0] - expected["click"]["auc"].value_S[0]) <= ranking["sketch"]
     assert exact.ranking() == "exact"
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_shards_that_are_too_large_together_are_on_the_grid_whole(order: tuple[int, ...]) -> None:
-    rows = random_rows(6000, users=2000)
-    whole = metrics_of(rows)
-    bytes_per_row = sum(x.nbytes for part in whole.statistics.values() for x in part.state().values()) / 6000
-    # The first shard is past the limit by itself, the others only once they are merged.
-    bounds = np.array([0, 3000, 4500, 6000])
-    grouping = replace(GROUPING, max_bytes=bytes_per_row * 1700)
-    shards = [metrics_of(tuple(x[a:b] for x in rows), grouping) for a, b in zip(bounds, bounds[1:], strict=False)]
-    merged = reduce(Metrics.merge, [shards[i] for i in order])
-    assert [shard.ranking() == "exact" for shard in shards] == [False, True, True]
-    for task in ("click", "like"):
-        found, expected = merged.figures()[task], whole.figures()[task]
-        for metric in ("auc", "pr_auc"):
-            assert found[metric].value_S[0] == pytest.approx(expected[metric].value_S[0], abs=1e-9)
+def test_a_sample_is_as_large_as_memory_is() -> None:
+    rows = metrics_of(tuple(x.float() if x.dtype == torch.float64 else x for x in random_rows(4000)))
+    of_each = bytes_of_row(len(TASKS), len(DIMENSIONS))
+    empty = KeptRows(TASKS, GROUPING)
+    empty.load(empty.state())
+    state = empty.merge(rows.statistics[KeptRows]).state()  # a rank without rows leaves float32 what it is
+    count = len(state["rows/cluster"])
+    assert sum(x.nbytes for x in state.values() if len(x) == count) == of_each * count
+    assert [halvings_of(1000, of_each, of_each * kept) for kept in (1e9, 1000, 999, 500, 499, 1e-9, 5e-324)] == [
+        0, 0, 1, 1, 2, 31, 31
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("t", [0, 2])
@@ -275,16 +312,26 @@ def test_the_reliability_curve_is_of_bins_of_equal_weight() -> None:
     assert min(line[4] for line in curve) < 50
 
 
-def test_a_prediction_that_is_not_finite_hides_its_slices_alone() -> None:
+@pytest.mark.parametrize("halvings", [0, 1])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_prediction_that_is_not_finite_hides_its_slices_alone(halvings: int, broken: float) -> None:
     rows = random_rows()
-    counts_B = (rows[2] & (rows[3] > 0))[:, 0].numpy() & in_slice(rows, "device=b")
-    rows[0][int(np.flatnonzero(counts_B)[0]), 0] = math.nan
-    rows[4][int(np.flatnonzero(counts_B)[0]), 3] = -1
-    figures = metrics_of(rows).figures()["click"]
-    for metric in ("ne", "auc", "pr_auc", "ece", "calibration"):
-        undefined = np.isnan(figures[metric].value_S)
-        assert undefined.tolist() == [True, False, True, False, False], metric
-        assert np.isnan(figures[metric].left_out_SK[2]).sum() >= BUCKETS - 1  # one may be without the row
+    counts_B = (rows[2] & (rows[3] > 0))[:, :2].all(1).numpy() & in_slice(rows, "device=b")
+    row = int(np.flatnonzero(counts_B & (rows[4][:, 0].numpy() % 2 == 1))[0])  # not in the half that is kept
+    rows[0][row, :2] = broken
+    rows[4][row, 3] = -1
+    halves = [tuple(x[part::2] for x in rows) for part in range(2)]
+    metrics = reduce(Metrics.merge, [metrics_of(half, replace(GROUPING, halvings=halvings)) for half in halves])
+    again = Metrics(TASKS, metrics.grouping, DIMENSIONS)
+    again.load(metrics.state())
+    for figures in (metrics.figures(), again.figures()):
+        for metric in ("ne", "auc", "pr_auc", "ece", "calibration"):
+            figure = figures["click"][metric]
+            assert np.isnan(figure.value_S).tolist() == [True, False, True, False, False], metric
+            assert np.isnan(figure.left_out_SK[2]).sum() >= BUCKETS - 1  # one may be without the row
+        for task, metric in (("click", "gauc"), ("click", "ndcg"), ("spend", "xauc")):
+            assert np.isnan(figures[task][metric].value_S).all()
+    assert metrics.reliability()["click"] == []
 
 
 @settings(max_examples=examples(60), deadline=None)

@@ -11,17 +11,15 @@ import numpy as np
 import polars as pl
 import pytest
 import sliced_log
-import torch
 from sklearn.metrics import log_loss, mean_squared_error, roc_auc_score
 
 from features.errors import UserError
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
+from pipeline.evaluation import scorer as scoring
 from pipeline.evaluation.follow import EvaluateConfig, evaluate
 from pipeline.evaluation.metrics import evaluated as evaluations
-from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.metrics.base import bucket_of
 from pipeline.evaluation.metrics.evaluated import Evaluated, Provenance, paired
 from pipeline.evaluation.metrics.settings import MeasureConfig
@@ -363,7 +361,14 @@ def test_evaluations_of_the_same_rows_pair_over_checkpoints_and_others_are_refus
     count = len(deltas)
     assert (len(left[0]), line["buckets"]) == (10, count)
     assert line["se"] == pytest.approx(math.sqrt((count - 1) / count * ((deltas - deltas.mean()) ** 2).sum()))
-    for other in ({"share": 0.6}, {"share_by": "session"}, {"cluster": "session"}, {"buckets": 11}, {"share": 1.0}):
+    for other in (
+        {"share": 0.6},
+        {"share_by": "session"},
+        {"cluster": "session"},
+        {"buckets": 11},
+        {"share": 1.0},
+        {"memory": 1e-5},
+    ):
         with pytest.raises(UserError, match="were not evaluated on the same rows"):
             paired(ours, Evaluated(theirs.figures, provenance(**settings | other)))
     with pytest.raises(UserError, match="were not evaluated on the same rows"):
@@ -371,28 +376,33 @@ def test_evaluations_of_the_same_rows_pair_over_checkpoints_and_others_are_refus
     assert paired(ours, Evaluated(theirs.figures, provenance(**settings, batch_size=3))).height
 
 
-@torch.inference_mode()
-def test_parts_of_ranks_are_the_whole_and_their_metrics_merge(run: Run, dataset: Path) -> None:
-    scorer = Scorer(
-        run, Dataset(dataset), "test", 64, MeasureConfig(slices=["device", "city"], min_rows=5, buckets=4, share=0.8)
+@pytest.mark.parametrize("memory", [8.0, 3.5e-5, 1.7e-5])  # of the last, half of the rows
+def test_ranks_have_the_figures_of_one_whatever_memory_they_have(
+    run: Run, dataset: Path, memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = MeasureConfig(slices=["device", "city"], min_rows=5, buckets=4, share=0.8, memory=memory)
+    whole = Scorer(run, Dataset(dataset), "test", 64, settings)
+    one, _ = whole.metrics(8)
+    scorer = Scorer(run, Dataset(dataset), "test", 23, settings)
+    states: list[Any] = []
+    monkeypatch.setattr(
+        scoring, "to_first", lambda state: states.append(state) or (None if scorer.weights.rank else states)
     )
-    whole, _ = scorer.metrics(8)
     seen: list[list[int]] = []
-    merged = Metrics(scorer.tasks, scorer.keys.grouping, scorer.keys.names)
-    for rank in range(3):
-        part = Metrics(scorer.tasks, scorer.keys.grouping, scorer.keys.names)
+    for scorer.weights.rank, scorer.weights.ranks in ((2, 3), (1, 3), (0, 3)):
         seen.append([])
-        for batch in SplitReader(scorer.dataset, "test", 23, rank, 3, scorer.keys).batches():
-            part.update(scorer.ranker(batch), batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)
-            seen[-1] += [x for x in batch.row_id_B.tolist() if x >= 0]
-        merged = merged.merge(part)
+        merged, _ = scorer.metrics(8, lambda batch, _: seen[-1].extend(x for x in batch.row_id_B.tolist() if x >= 0))
     assert all(seen)
     together = [x for part in seen for x in part]
     assert sorted(together) == sorted(row_ids(run, dataset, share=0.8))
-    ours, theirs = (metrics.frame(metrics.figures()) for metrics in (merged, whole))
+    assert merged.rows == one.rows
+    assert (merged.ranking() == "exact") == (one.ranking() == "exact") == (memory > 2e-5)
+    ours, theirs = (metrics.frame(metrics.figures()) for metrics in (merged, one))
     assert ours.drop("value", "se", "left_out").equals(theirs.drop("value", "se", "left_out"))
     for column in ("value", "se"):
         np.testing.assert_allclose(ours[column].to_numpy(), theirs[column].to_numpy(), rtol=1e-5, atol=1e-6)
+    assert scorer.provenance_of(8, "") == whole.provenance_of(8, "")
+    assert (scorer.measured == settings.hash) == (memory > 2e-5)  # evaluated again with more of it
 
 
 def test_the_file_of_an_evaluation_has_what_was_scored(run: Run, dataset: Path) -> None:
@@ -402,6 +412,7 @@ def test_the_file_of_an_evaluation_has_what_was_scored(run: Run, dataset: Path) 
     assert found.provenance == expected.provenance
     assert found.provenance.min_rows == 10
     assert found.figures.equals(expected.figures)
+    assert (record["cluster"], record["group"]) == ("user", "user")
     assert record["metrics"]["click"]["ne"] == found.value("click", "ne")
     assert record["rows_evaluated"] == sum(row["weight"] > 0 for row in predicted_rows(run, dataset))
 

@@ -109,11 +109,12 @@ class Metrics:
 
     def state(self) -> dict[str, np.ndarray]:
         """All that was accumulated, as arrays: not copied, as they are large, and not to be written into."""
-        return {key: x for statistic in self.statistics.values() for key, x in statistic.state().items()}
+        state = {key: x for statistic in self.statistics.values() for key, x in statistic.state().items()}
+        return state | {"rows": np.array(self.rows)}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces all by the `state()` of metrics of the same tasks and grouping."""
-        self.read = {}
+        self.read, self.rows = {}, int(state["rows"])
         for statistic in self.statistics.values():
             statistic.load(state)
 
@@ -140,7 +141,7 @@ class Metrics:
             return list(pool.map(of_task, range(len(self.tasks))))
 
     def compute(self) -> dict[str, dict[str, float | int | None]]:
-        """Task → metric → value over all rows. None is undefined: no rows, one class, constant labels, no finite prediction."""
+        """Task → metric → value over all rows. None: undefined, as of no rows, of one class, or of infinite predictions."""
         return values_of(self.figures())
 
     def record(self, figures: dict[str, dict[str, Figure]]) -> dict[str, Any]:
@@ -201,11 +202,10 @@ class Metrics:
 
     def ranking(self) -> Any:
         """How AUC of all rows was computed: exact, or the bound on its error where logits were put on a grid."""
-        rows = self.statistics.get(KeptRows)
-        if not isinstance(rows, KeptRows) or not rows.halvings:
+        if not self.grouping.halvings:
             return "exact"
         errors = self._of_tasks(lambda kind, read: read[KeptRows].auc_error if kind == "binary" else 0.0)
-        return {"sketch": max(errors, default=0.0), "share": 0.5**rows.halvings}
+        return {"sketch": max(errors, default=0.0), "share": self.grouping.kept}
 
     def _check(self, what: str, rule: str, bad_BT: Tensor) -> None:
         if bad_BT.any():

@@ -23,8 +23,9 @@ class Grouping:
         buckets: K; rows are put into them by the hash of their cluster. With 1 there are no intervals.
         ndcg: k of NDCG@k. grouped: whether rows have groups; without, what ranks within groups is undefined.
         train_rates: base rate of each binary task in training, where it is known.
-        max_bytes: that rows kept for ranking metrics may take; beyond, these metrics and their intervals are of a sample of
-            clusters, except AUC, PR-AUC and ECE of the whole split: of all rows, with logits rounded to a grid.
+        halvings: of the clusters whose rows are kept for ranking metrics. Where there are some, these metrics and their
+            intervals are of a sample of clusters, except AUC, PR-AUC and ECE of the whole split: of all rows, with logits
+            rounded to a grid.
     """
 
     slices: tuple[tuple[str, ...], ...] = ()
@@ -32,12 +33,17 @@ class Grouping:
     ndcg: int = 10
     grouped: bool = True
     train_rates: Mapping[str, float] = field(default_factory=dict)
-    max_bytes: float = field(default=float("inf"), compare=False)
+    halvings: int = 0
 
     @property
     def count(self) -> int:
         """S, the slice of all rows among them."""
         return 1 + sum(map(len, self.slices))
+
+    @property
+    def kept(self) -> float:
+        """The share of the clusters whose rows are kept."""
+        return 0.5**self.halvings
 
     @property
     def starts(self) -> list[int]:
@@ -70,6 +76,8 @@ class Rows:
 @dataclass(frozen=True)
 class Figure:
     """One metric of one task: its value in each slice, and without each bucket; NaN where it is undefined.
+
+    GAUC, NDCG and XAUC are of all rows, and undefined in other slices.
 
     Attributes:
         left_out_SK: None for a metric without intervals.

@@ -41,6 +41,7 @@ class Provenance(BaseModel):
         checkpoint: checksum of its manifest. dataset: see Dataset.name.
         share: of the split that was scored. share_by: the key whose values were all scored or not at all; empty where all were.
         cluster: the key that rows are put into buckets by: a column, or row. buckets: K.
+        kept: share of the clusters that ranking metrics, or their intervals, are of (see Grouping).
         measure: see Scorer.measured; files of early versions have none. min_rows: of a slice; 100 in those of early versions.
     """
 
@@ -53,12 +54,13 @@ class Provenance(BaseModel):
     share_by: str = ""
     cluster: str = "row"
     buckets: int = Field(1, ge=1)
+    kept: float = Field(1.0, gt=0, le=1)
     measure: str = ""
     min_rows: int = Field(100, ge=1)
 
     def same_rows(self, other: "Provenance") -> bool:
-        """Whether two evaluations are of the same rows in the same buckets, so that they can be paired."""
-        keys = ("dataset", "split", "share", "share_by", "cluster", "buckets")
+        """Whether two evaluations are of the same rows in the same buckets, kept alike, so that they can be paired."""
+        keys = ("dataset", "split", "share", "share_by", "cluster", "buckets", "kept")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
@@ -95,17 +97,18 @@ def paired(ours: Evaluated, theirs: Evaluated) -> pl.DataFrame:
     """The differences of two evaluations of the same rows, ours - theirs, with standard errors paired by bucket.
 
     Returns: a line for each task, metric and slice that both have: task, metric, dimension, slice, rows, ours, theirs, delta,
-        se, relative (delta / theirs), relative_se, buckets (that have rows: the degrees of freedom are one fewer).
+        se, relative (delta / theirs: infinite where theirs is 0, of the other sign where it is negative), relative_se,
+        buckets (that have rows: the degrees of freedom are one fewer).
     Raises:
         UserError: they are not of the same rows in the same buckets.
     """
     if not ours.provenance.same_rows(theirs.provenance):
         raise UserError(
             f"{ours.provenance.run} step {ours.provenance.step} and {theirs.provenance.run} step {theirs.provenance.step} were "
-            "not evaluated on the same rows (dataset, split, share, share_by, cluster and buckets): evaluate both with "
-            "the same settings"
+            "not evaluated on the same rows (dataset, split, share, share_by, cluster, buckets, and the share of clusters that "
+            "memory holds): evaluate both with the same settings"
         )
-    keys = ["task", "metric", "slice"]
+    keys = ["task", "metric", "dimension", "slice"]
     both = ours.figures.join(
         theirs.figures.select(*keys, "value", "left_out"), on=keys, suffix="_theirs", maintain_order="left"
     )

@@ -1,6 +1,8 @@
 """Metrics of the order within groups, such as the impressions of one user, session or query: grouped AUC and NDCG@k.
 
 Both are sums over groups divided by sums over groups, and a group is in one bucket: the values without each bucket are exact.
+A group whose rows share a bucket, such as a session of one user, is in that one. One of several clusters, such as a query of
+many users, is in one by its own hash: intervals then take such groups, not users, as independent of each other.
 """
 
 # Shapes: N rows, R runs of rows of one group with equal logits, G groups, P labels above 0, K buckets, L ranks up to k.
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.evaluation.metrics.base import bucket_of
 from pipeline.evaluation.metrics.intervals import left_out
 from pipeline.evaluation.metrics.radix import by_radix, ordered_bits
 from pipeline.evaluation.metrics.running_sums import running
@@ -22,7 +25,7 @@ class Groups:
         label_N, weight_N: of the sorted rows, float64.
         gain_P: the labels above 0, sorted by group and within it descending. gain_group_P: the group of each.
         run_R: first row of each run. group_G: first row of each group. group_run_G: first run of each group.
-        bucket_G: the smallest bucket of a group's rows.
+        bucket_G: the bucket of each group.
     """
 
     label_N: np.ndarray
@@ -51,8 +54,9 @@ def grouped(
     """Grouped AUC and NDCG@k of a binary task.
 
     Args:
-        logit_N: float32, or what float32 holds exactly. label_N: in [0, 1], the same. weight_N: rows of weight 0 do not count.
-        group_N: int64 codes of the groups. bucket_N: in 0 .. buckets - 1; rows of one group share one, or the smallest counts.
+        logit_N: float32 or float64. label_N: in [0, 1]. weight_N: rows of weight 0 do not count.
+        group_N: int64, 64-bit hashes of the groups. bucket_N: in 0 .. buckets - 1; a group whose rows are in several is in
+            one by the high 32 bits of its hash.
         k: how many places of a group's list NDCG looks at.
     Returns: `gauc` and `ndcg`: the value, NaN where undefined (no group counts, or a logit is not finite), and left_out_K, NaN
         for a bucket without a group that counts.
@@ -63,7 +67,7 @@ def grouped(
     if not len(logit_N) or not np.isfinite(logit_N).all():
         undefined = np.nan, np.full(buckets, np.nan)
         return {"gauc": undefined, "ndcg": undefined}
-    groups = _sorted(logit_N, label_N, weight_N, group_N, bucket_N)
+    groups = _sorted(logit_N, label_N, weight_N, group_N, bucket_N, buckets)
     return {
         "gauc": _weighted_mean(*_auc(groups), groups.bucket_G, buckets),
         "ndcg": _weighted_mean(*_ndcg(groups, k), groups.bucket_G, buckets),
@@ -131,17 +135,26 @@ def _without_each(x_K: np.ndarray) -> np.ndarray:
 
 
 def _sorted(
-    logit_N: np.ndarray, label_N: np.ndarray, weight_N: np.ndarray, group_N: np.ndarray, bucket_N: np.ndarray
+    logit_N: np.ndarray,
+    label_N: np.ndarray,
+    weight_N: np.ndarray,
+    group_N: np.ndarray,
+    bucket_N: np.ndarray,
+    buckets: int,
 ) -> Groups:
-    logit_bits_N = ordered_bits(logit_N)
-    order_N = by_radix(group_N.view(np.uint64), by_radix(logit_bits_N))
+    is_float32 = logit_N.dtype == np.float32
+    rank_N = ordered_bits(logit_N) if is_float32 else np.unique(logit_N, return_inverse=True)[1].astype(np.uint32)
+    order_N = by_radix(group_N.view(np.uint64), by_radix(rank_N))
     new_group_N = _changes(group_N[order_N])
-    run_R = np.flatnonzero(new_group_N | _changes(logit_bits_N[order_N]))
+    run_R = np.flatnonzero(new_group_N | _changes(rank_N[order_N]))
     group_run_G = np.flatnonzero(new_group_N[run_R])
     group_G = run_R[group_run_G]
     label_N, weight_N = (x_N[order_N].astype(np.float64) for x_N in (label_N, weight_N))
     gain_P, gain_group_P = _ideal(label_N, new_group_N)
-    bucket_G = np.minimum.reduceat(bucket_N[order_N], group_G)
+    sorted_bucket_N = bucket_N[order_N]
+    lowest_G, highest_G = (extreme.reduceat(sorted_bucket_N, group_G) for extreme in (np.minimum, np.maximum))
+    hash_G = (group_N[order_N[group_G]].view(np.uint64) >> np.uint64(32)).astype(np.uint32)
+    bucket_G = np.where(lowest_G == highest_G, lowest_G, bucket_of(hash_G, buckets))
     return Groups(label_N, weight_N, gain_P, gain_group_P, run_R, group_G, group_run_G, bucket_G)
 
 

@@ -1,11 +1,11 @@
-"""The rows that ranking metrics are computed from: all of them, or within a limit of memory a sample of their clusters.
+"""The rows that ranking metrics are computed from: all of them, or where memory is short a sample of their clusters.
 
-Past the limit the clusters are halved by their hash, as often as it takes. AUC, PR-AUC and ECE of the whole split are then
-those of all rows with logits on a grid (`LogitGrid`), with the sample's standard error scaled to all clusters. GAUC, NDCG,
-XAUC and the ranking metrics of slices are those of the sample.
+The clusters are halved by their hash as often as the grouping says. AUC, PR-AUC and ECE of the whole split are then those of
+all rows with logits on a grid (`LogitGrid`), with the sample's standard error scaled to all clusters. GAUC, NDCG, XAUC and
+the ranking metrics of slices are those of the sample.
 """
 
-# Shapes: B rows of a batch, N rows, T tasks, D dimensions, S slices, K buckets.
+# Shapes: B rows of a batch, N rows, I predictions that are not finite, T tasks, D dimensions, S slices, K buckets.
 
 import math
 from collections.abc import Callable
@@ -25,20 +25,31 @@ from pipeline.evaluation.metrics.xauc import xauc
 
 NAMES = ("cluster", "group", "slices", "logit", "label", "weight")  # of the arrays of a part
 CLUSTER, GROUP, SLICES, LOGIT, LABEL, WEIGHT = range(6)
+MOST_HALVINGS = 31
+
+
+def bytes_of_row(tasks: int, dimensions: int) -> int:
+    """What a kept row takes in float32."""
+    return 12 + 2 * dimensions + 12 * tasks
+
+
+def halvings_of(rows: float, bytes_of_each: int, limit: float) -> int:
+    """How often clusters must be halved so that the rows of those that are left take no more than a limit of bytes."""
+    return math.ceil(math.log2(min(max(rows * bytes_of_each / limit, 1), 1 << MOST_HALVINGS)))
 
 
 class KeptRows:
     """`TaskRows` of all tasks.
 
-    Memory: per row 12 bytes, 2 a dimension of slices, and 12 a task (24 in float64).
+    Memory: `bytes_of_row` of each row that is kept; in float64 12 bytes a task more.
     """
 
     def __init__(self, tasks: Tasks, grouping: Grouping) -> None:
         self.tasks, self.grouping = tuple(tasks), grouping
         self.parts: list[tuple[np.ndarray, ...]] = []
-        self.bytes = 0
-        self.halvings = 0
-        self.grids: dict[int, LogitGrid] = {}  # of each binary task, once clusters were left out
+        binary = [t for t, (_, kind) in enumerate(self.tasks) if kind == "binary"]
+        self.grids = {t: LogitGrid() for t in binary if grouping.halvings}
+        self.non_finite_TS = np.zeros((len(self.tasks), grouping.count), np.int64)  # predictions of all rows that count
 
     def update(self, rows: Rows) -> None:
         """Adds B rows."""
@@ -47,67 +58,48 @@ class KeptRows:
         part: tuple[np.ndarray, ...] = (rows.cluster_B, rows.group_B, rows.slice_BD, *of_tasks)
         if not (counts_B := rows.counts_BT.any(1).numpy()).all():
             part = tuple(x[counts_B] for x in part)
-        if self.halvings:
-            self._add_to_grid(part)
-        self._keep(part)
+        self._count_non_finite(part)
+        for t, grid in self.grids.items():
+            grid.add(*_classes(part, t))
+        self.parts.append(_sampled(part, self.grouping.halvings))
 
-    def _keep(self, part: tuple[np.ndarray, ...]) -> None:
-        part = _sampled(part, self.halvings)
-        self.parts.append(part)
-        self.bytes += sum(x.nbytes for x in part)
-        while self.bytes > self.grouping.max_bytes and self.halvings < 31:
-            self._halve()
-
-    def _halve(self) -> None:
-        if not self.halvings:
-            for part in self.parts:
-                self._add_to_grid(part)
-        self.halvings += 1
-        self.parts = [_sampled(part, self.halvings) for part in self.parts]
-        self.bytes = sum(x.nbytes for part in self.parts for x in part)
-
-    def _add_to_grid(self, part: tuple[np.ndarray, ...]) -> None:
-        for t, (_, kind) in enumerate(self.tasks):
-            if kind == "binary":
-                self.grids.setdefault(t, LogitGrid()).add(*_classes(part, t))
+    def _count_non_finite(self, part: tuple[np.ndarray, ...]) -> None:
+        row_I, task_I = np.nonzero(~np.isfinite(part[LOGIT]))
+        self.non_finite_TS[:, 0] += np.bincount(task_I, minlength=len(self.tasks))
+        for d, start in enumerate(self.grouping.starts):
+            slice_I = part[SLICES][row_I, d]
+            np.add.at(self.non_finite_TS, (task_I[slice_I >= 0], start + slice_I[slice_I >= 0]), 1)
 
     def merge(self, other: Self) -> Self:
         """The rows of both."""
         both = type(self)(self.tasks, self.grouping)
-        both.halvings = max(self.halvings, other.halvings)
-        for source in (self, other):
-            for t, grid in source.grids.items():
-                both.grids.setdefault(t, LogitGrid()).merge(grid)
-            for part in source.parts:
-                if both.halvings and not source.halvings:
-                    both._add_to_grid(part)
-                both._keep(part)
+        both.non_finite_TS = self.non_finite_TS + other.non_finite_TS
+        both.parts = self.parts + other.parts
+        for t, grid in both.grids.items():
+            for source in (self, other):
+                grid.merge(source.grids[t])
         return both
 
     def state(self) -> dict[str, np.ndarray]:
         """The rows, and what stands in for those that were left out."""
         state = {f"rows/{name}": x for name, x in zip(NAMES, self._columns, strict=True)}
-        state["rows/halvings"] = np.array([self.halvings])
+        state["rows/non_finite"] = self.non_finite_TS.copy()
         return state | {f"grid/{t}": grid.table() for t, grid in self.grids.items()}
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces the rows."""
         self.parts = [tuple(state[f"rows/{name}"] for name in NAMES)]
-        self.bytes = sum(x.nbytes for x in self.parts[0])
-        self.halvings = int(state["rows/halvings"][0])
-        self.grids = {
-            int(key.removeprefix("grid/")): LogitGrid(x) for key, x in state.items() if key.startswith("grid/")
-        }
+        self.non_finite_TS = state["rows/non_finite"].copy()
+        self.grids = {t: LogitGrid(state[f"grid/{t}"]) for t in self.grids}
 
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:
         """All parts as one."""
+        self.parts = [part for part in self.parts if len(part[CLUSTER])]  # an empty one has no precision
         if not self.parts:
             count, dimensions = len(self.tasks), len(self.grouping.slices)
             wide = np.zeros((0, count))
-            self.parts = [
-                (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros((0, dimensions), np.int16), wide, wide, wide)
-            ]
+            return np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros((0, dimensions), np.int16), wide, wide, wide
         if len(self.parts) > 1:
             self.parts = [tuple(np.concatenate(columns) for columns in zip(*self.parts, strict=True))]
         return self.parts[0]
@@ -123,10 +115,9 @@ class KeptRows:
                 x_N[kept_N] for x_N in (cluster_N, group_N, logit_N, label_N, weight_N)
             )
             slice_DN = slice_DN[:, kept_N]
-        share = 0.5**self.halvings
         return TaskRows(
-            self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_DN, logit_N, label_N, weight_N, share,
-            self.grids[t].table() if t in self.grids else None,
+            self.grouping, bucket_of(cluster_N, self.grouping.buckets), group_N, slice_DN, logit_N, label_N, weight_N,
+            self.non_finite_TS[t] > 0, self.grids[t].table() if t in self.grids else None,
         )  # fmt: skip
 
 
@@ -135,6 +126,8 @@ class TaskRows:
     """One task's rows that count; those of a share of clusters where memory was short, and then all rows' table.
 
     Attributes:
+        unknown_S: slices with a prediction, of all rows, that is not finite: nothing that depends on predictions is defined
+            there.
         table_3G: logits on a grid, ascending, and weights of both classes; None where all rows are here.
     """
 
@@ -145,7 +138,7 @@ class TaskRows:
     logit_N: np.ndarray
     label_N: np.ndarray
     weight_N: np.ndarray
-    share: float
+    unknown_S: np.ndarray
     table_3G: np.ndarray | None
 
     @cached_property
@@ -169,7 +162,7 @@ class TaskRows:
         """All rows' logits on the grid, where only a share of the rows is here."""
         if self.table_3G is None:
             return None
-        logit_G, positive_G, negative_G = self.table_3G[:, np.isfinite(self.table_3G[0])]
+        logit_G, positive_G, negative_G = self.table_3G
         return _ranked(logit_G, positive_G, negative_G, np.zeros(len(logit_G), np.int64), 1)
 
     @cached_property
@@ -179,17 +172,6 @@ class TaskRows:
             return []
         rows = binned(self.ranked, self.order_N, len(self.logit_N))
         return [figures_of_slices(rows, self.slice_DN[d], len(names)) for d, names in enumerate(self.grouping.slices)]
-
-    @cached_property
-    def unknown_S(self) -> np.ndarray:  # noqa: N802
-        """Slices with a prediction that is not finite: nothing that depends on predictions is defined there."""
-        broken_N = ~np.isfinite(self.logit_N)
-        all_rows = self.table_3G is not None and not np.isfinite(self.table_3G[0]).all()
-        found = [np.array([broken_N.any() or all_rows])]
-        for d, names in enumerate(self.grouping.slices):
-            broken = self.slice_DN[d, broken_N]
-            found.append(np.bincount(broken[broken >= 0], minlength=len(names)) > 0)
-        return np.concatenate(found)
 
     @cached_property
     def in_groups(self) -> dict[str, tuple[float, np.ndarray]]:
@@ -235,7 +217,7 @@ class TaskRows:
     def _scaled(self, value_S: np.ndarray, left_out_SK: np.ndarray) -> np.ndarray:
         """Values without a bucket as if all clusters were here: the standard error of the whole split is that much smaller."""
         shrunk = left_out_SK.copy()
-        shrunk[0] = value_S[0] + math.sqrt(self.share) * (left_out_SK[0] - value_S[0])
+        shrunk[0] = value_S[0] + math.sqrt(self.grouping.kept) * (left_out_SK[0] - value_S[0])
         return shrunk
 
     def _known(self, figure: Figure) -> Figure:

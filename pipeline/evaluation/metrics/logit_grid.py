@@ -2,18 +2,16 @@
 
 # Shapes: N rows, G distinct logits on the grid.
 
-import math
-
 import numpy as np
 
-GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁸ of each other may become ties
+GRID = 1 << 17  # steps of a logit of 1: rows within 2⁻¹⁷ of each other may become ties
 COMPACT_ROWS = 1 << 20  # that wait to be added, or as many as the table has: a row is then sorted O(log rows) times
 
 
 class LogitGrid:
-    """One binary task's table (3, G): logit, ascending, all that is not finite as +inf, and the weights of both classes.
+    """One binary task's table (3, G): logit, ascending, and the weights of both classes.
 
-    Memory: 24 bytes for each distinct logit: below 100 MB for logits between -16 and 16.
+    Memory: 24 bytes for each distinct logit: about 100 MB for logits between -16 and 16.
     """
 
     def __init__(self, table_3G: np.ndarray | None = None) -> None:
@@ -22,8 +20,7 @@ class LogitGrid:
 
     def add(self, logit_N: np.ndarray, positive_N: np.ndarray, negative_N: np.ndarray) -> None:
         """Adds rows."""
-        on_grid_N = np.where(np.isfinite(logit_N), np.rint(logit_N * GRID) / GRID, math.inf)
-        self.pending.append(np.stack((on_grid_N, positive_N, negative_N)))
+        self.pending.append(np.stack((np.rint(logit_N * GRID) / GRID, positive_N, negative_N)))
         if sum(part.shape[1] for part in self.pending) >= max(COMPACT_ROWS, self.table_3G.shape[1]):
             self.table()
 

@@ -14,8 +14,6 @@ def ascending(x_N: np.ndarray) -> np.ndarray:
 
 def ordered_bits(x_N: np.ndarray) -> np.ndarray:
     """float32 numbers as uint32 numbers of the same order: the sign flipped, of negative ones all bits."""
-    with np.errstate(over="ignore"):  # what no float32 holds is the highest of all
-        x_N = x_N.astype(np.float32)
     bits_N = (x_N + np.float32(0)).view(np.uint32)  # -0 + 0 is 0
     return bits_N ^ np.where(bits_N & SIGN, ALL_BITS, SIGN)
 

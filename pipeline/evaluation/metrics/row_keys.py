@@ -16,6 +16,7 @@ from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.shards import check_ids, open_shard, table_sizes
 from pipeline.evaluation.metrics.base import Grouping
+from pipeline.evaluation.metrics.kept_rows import bytes_of_row, halvings_of
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slices import SliceNumbers, count_values, dimensions
 
@@ -76,6 +77,11 @@ class SplitKeys:
             for dimension, of_values in zip(self.dimensions, counts, strict=True)
         ]
         found = [numbers for numbers in found if numbers.names]
+        dimension_of: dict[str, str] = {}
+        for name, dimension in ((name, numbers.dimension.name) for numbers in found for name in numbers.names):
+            if name in dimension_of:
+                raise UserError(f"slices: {dimension_of[name]} and {dimension} both have a slice {name}: leave one out")
+            dimension_of[name] = dimension
         if (slices := sum(len(numbers.names) for numbers in found)) * config.buckets > MAX_CELLS:
             raise UserError(
                 f"slices: {slices:,} slices with {config.buckets:,} buckets each take too much memory, at most "
@@ -112,8 +118,15 @@ class SplitKeys:
             config.ndcg,
             self.group != ROW,
             self.train_rates,
-            config.memory * 2**30,
+            self.halvings,
         )
+
+    @cached_property
+    def halvings(self) -> int:
+        """See `Grouping`: from the rows of all splits, so that each number of ranks keeps the same ones."""
+        rows = self.config.share * sum(self.dataset.manifest.rows.get(split, 0) for split in self.splits)
+        of_each = bytes_of_row(len(self.dataset.schema.tasks), len(self.dimensions))
+        return halvings_of(rows, of_each, self.config.memory * 2**30)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -45,7 +45,8 @@ class MeasureConfig(BaseModel):
             where a column of users is kept, or else row.
         group: kept column within whose rows GAUC and NDCG rank; None: the cluster. ndcg: its k.
         share: of the clusters that are scored, by the hash of `share_by` (None: of the cluster), the same in every evaluation.
-        memory: GiB that all ranks together keep of rows for ranking metrics; see pipeline.evaluation.metrics.kept_rows.
+        memory: GiB that the rows kept for ranking metrics take on all ranks together; where they would take more, those of
+            half of the clusters are kept, of a quarter, ...: see pipeline.evaluation.metrics.kept_rows.
     """
 
     model_config = ConfigDict(extra="forbid")

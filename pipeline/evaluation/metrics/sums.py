@@ -148,7 +148,7 @@ class Sums:
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """Replaces the sums."""
-        self.sum_SKX, self.pivot_T = state["sums"], state["pivots"].copy()
+        self.sum_SKX, self.pivot_T, self.pending = state["sums"], state["pivots"].copy(), []
 
     def of_task(self, t: int) -> BucketSums:
         """The sums of one task."""

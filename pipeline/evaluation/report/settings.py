@@ -90,7 +90,9 @@ def _evaluated(record: Mapping[str, Any]) -> str:
 def _buckets(record: Mapping[str, Any]) -> str:
     if not record.get("buckets"):
         return ""
-    return f"95%, jackknife over {count(record['buckets'])} buckets of {record.get('cluster') or 'row'}"
+    cluster, group = record.get("cluster") or "row", record.get("group")
+    of_groups = "" if group in (None, cluster, "row") else f"; GAUC, NDCG: each {group} in one, by itself if of several"
+    return f"95%, jackknife over {count(record['buckets'])} buckets of {cluster}{of_groups}"
 
 
 def _ranking(found: Any) -> str:
