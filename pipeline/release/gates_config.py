@@ -43,12 +43,12 @@ class Change(Strict):
         worse_by_at_most: a non-inferiority margin. better_by_at_least: a gain to be shown (superiority).
     """
 
-    worse_by_at_most: float | str | None = None
-    better_by_at_least: float | str | None = None
+    worse_by_at_most: int | float | str | None = None
+    better_by_at_least: int | float | str | None = None
 
     @field_validator("worse_by_at_most", "better_by_at_least", mode="plain")
     @classmethod
-    def _is_amount(cls, given: Any) -> float | str | None:
+    def _is_amount(cls, given: Any) -> int | float | str | None:
         if given is not None and _amount(given)[0] < 0:
             raise ValueError("must be at least 0")
         return given

@@ -234,3 +234,11 @@ def test_a_missing_file_and_a_link_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "link.yaml").symlink_to(written(tmp_path, {}))
     with pytest.raises(UserError, match="link"):
         load_gates(tmp_path / "link.yaml")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("amount", [0, 9, 0.5, "1%"])
+def test_gates_are_recorded_as_they_were_given(amount: float | str) -> None:
+    gates = Gates.model_validate({"default": [{"metric": "ne", "change": {"worse_by_at_most": amount}}]})
+    [gate] = json.loads(gates.model_dump_json())["default"]
+    assert gate["change"]["worse_by_at_most"] == amount
