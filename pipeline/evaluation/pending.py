@@ -213,9 +213,9 @@ class Pending:
         if step in [record["step"] for record in others] and not self._has_warned:
             self._has_warned = True
             logger.info(
-                "%s: %d records of split %s were measured with other settings (slices, buckets, table_precision, ...): their "
-                "checkpoints, as far as they are here and asked for, are evaluated again and the records replaced",
-                self.run.eval_metrics, len(others), self.split,
+                "%s: split %s has records that were measured with other settings (slices, buckets, table_precision, ...), %d: "
+                "their checkpoints, as far as they are here and asked for, are evaluated again and the records replaced",
+                self.run.eval_metrics, self.split, len(others),
             )  # fmt: skip
 
     def _is_chosen(self, step: int) -> bool:

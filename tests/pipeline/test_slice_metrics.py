@@ -448,3 +448,24 @@ def test_slices_of_two_models_that_are_nearly_equal_are_told_apart_as_finely_as_
     for (ours, ours_alone), (theirs, theirs_alone) in zip(*left_out, strict=True):
         error, expected = standard_error(ours - theirs), standard_error(ours_alone - theirs_alone)
         assert error == pytest.approx(expected, rel=0.1)
+
+
+def test_what_rounding_leaves_of_a_class_or_of_rows_in_one_bucket_is_no_figure() -> None:
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        count, whole = 60, Grouping((("device=a",),), BUCKETS)
+        label_B, slice_B = rng.random(count) < 0.3, np.where(rng.random(count) < 0.5, 0, -1)
+        for alone_B in (label_B, np.ones(count, bool)):  # the positives, or all rows, are in one bucket
+            hash_B = np.where(alone_B, 0, rng.integers(1 << 30, 1 << 32, count))
+            metrics = Metrics([("click", "binary")], whole, ("device",))
+            columns = (rng.normal(size=count), label_B * 1.0, label_B < 2, rng.random(count) + 0.1)
+            key_BC = np.column_stack((hash_B, np.arange(count), slice_B))
+            metrics.update(*(torch.from_numpy(x)[:, None] for x in columns), torch.from_numpy(key_BC))
+            figures = metrics.figures()["click"]
+            for name in ("auc", "pr_auc") if alone_B is label_B else ("auc", "pr_auc", "ece"):
+                assert np.isnan(figures[name].left_out_SK).all(), (seed, name)
+
+
+def test_kept_rows_do_not_hold_the_batches_that_they_are_of() -> None:
+    [kept] = [s for s in metrics_of(random_rows()).statistics.values() if isinstance(s, KeptRows)]
+    assert all(x.base is None for part in kept.parts for x in part)

@@ -150,3 +150,21 @@ def test_a_share_of_clusters_is_spread_over_all_buckets(dataset: Path) -> None:
     batches = SplitReader(Dataset(dataset), "test", 64, keys=keys).batches()
     clusters = np.concatenate([batch.key_BC[:, 0][batch.row_id_B >= 0].numpy() for batch in batches])
     assert set(bucket_of(clusters.astype(np.uint32), 10)) == set(range(10))
+
+
+@pytest.mark.parametrize("lowest", [-(1 << 63), (1 << 63) - 3, -2])
+def test_integers_at_the_ends_of_their_range_are_slices(lowest: int) -> None:
+    class Value(slices.Dimension):
+        name, columns, has_order = "value", ("value",), True
+
+        def values(self, table: pa.Table) -> pa.Array:
+            return table["value"].combine_chunks()
+
+    given = [lowest, lowest + 2, lowest + 1, None, 7]
+    table = pa.table({"value": pa.array(given, pa.int64())})
+    counts = slices.count_values([Value()], [table.slice(0, 3)])[0]
+    numbers = SliceNumbers(Value(), counts, top=10, min_rows=1)
+    assert numbers.names == tuple(f"value={lowest + place}" for place in range(3))
+    assert numbers.of(table.slice(0, 3)).tolist() == [0, 2, 1]
+    assert numbers.of(table.slice(3)).tolist() == [-1, -1]
+    assert numbers.of(table.slice(4)).tolist() == [-1]
