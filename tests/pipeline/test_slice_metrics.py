@@ -455,17 +455,22 @@ def test_what_rounding_leaves_of_a_class_or_of_rows_in_one_bucket_is_no_figure()
         rng = np.random.default_rng(seed)
         count, whole = 60, Grouping((("device=a",),), BUCKETS)
         label_B, slice_B = rng.random(count) < 0.3, np.where(rng.random(count) < 0.5, 0, -1)
-        for alone_B in (label_B, np.ones(count, bool)):  # the positives, or all rows, are in one bucket
+        nearly_B = label_B & (np.cumsum(label_B) > 1)
+        for alone_B in (label_B, nearly_B, np.ones(count, bool)):  # the positives, or all rows, are in one bucket
             hash_B = np.where(alone_B, 0, rng.integers(1 << 30, 1 << 32, count))
+            weight_B = np.where(label_B & ~alone_B, 1e-14, rng.random(count) + 0.1)
             metrics = Metrics([("click", "binary")], whole, ("device",))
-            columns = (rng.normal(size=count), label_B * 1.0, label_B < 2, rng.random(count) + 0.1)
+            columns = (rng.normal(size=count), label_B * 1.0, label_B < 2, weight_B)
             key_BC = np.column_stack((hash_B, np.arange(count), slice_B))
             metrics.update(*(torch.from_numpy(x)[:, None] for x in columns), torch.from_numpy(key_BC))
             figures = metrics.figures()["click"]
-            for name in ("auc", "pr_auc") if alone_B is label_B else ("auc", "pr_auc", "ece"):
+            for name in ("auc", "pr_auc", "ece") if alone_B.all() else ("auc", "pr_auc"):
                 assert np.isnan(figures[name].left_out_SK).all(), (seed, name)
 
 
 def test_kept_rows_do_not_hold_the_batches_that_they_are_of() -> None:
-    [kept] = [s for s in metrics_of(random_rows()).statistics.values() if isinstance(s, KeptRows)]
+    logit_BT, label_BT, observed_BT, weight_BT, key_BC = random_rows()
+    metrics = metrics_of((logit_BT, label_BT, observed_BT | True, weight_BT + 1, key_BC))
+    [kept] = [s for s in metrics.statistics.values() if isinstance(s, KeptRows)]
+    assert len(kept.parts) > 1
     assert all(x.base is None for part in kept.parts for x in part)

@@ -121,8 +121,7 @@ def auc(rows: RankedRows) -> tuple[float, np.ndarray]:
     if rows.buckets == 1:
         return float(ratio(won, positive * negative)), np.full(1, np.nan)
     lost_K = rows.by_bucket(rows.negative_N * rows.rows_of(positive - rows.positive_before[:-1] - rows.positive_G / 2))
-    pairs_K = (positive - rows.positive_K) * (negative - rows.negative_K)
-    pairs_K[pairs_K <= 1e-12 * positive * negative] = 0  # what rounding leaves of a class that is in one bucket
+    pairs_K = remaining(positive, rows.positive_K) * remaining(negative, rows.negative_K)
     left_K = ratio(won - won_K - lost_K + _won_within(rows), pairs_K)
     return float(ratio(won, positive * negative)), left_out(left_K, rows.known_K)
 
@@ -169,7 +168,7 @@ def pr_auc(rows: RankedRows) -> tuple[float, np.ndarray]:
     fall_G = running(slope_G * precision_G)
     rise_G = running(slope_G) - fall_G
     of_row_N = rows.positive_N * rows.rows_of(precision_G + rise_G) - rows.negative_N * rows.rows_of(fall_G)
-    left_K = ratio(gained - rows.by_bucket(of_row_N), positive - rows.positive_K)
+    left_K = ratio(gained - rows.by_bucket(of_row_N), remaining(positive, rows.positive_K))
     return float(ratio(gained, positive)), left_out(left_K, rows.known_K)
 
 
@@ -187,8 +186,7 @@ def ece(rows: RankedRows) -> tuple[float, np.ndarray]:
         return value, np.full(1, np.nan)
     cell_N = rows.bucket_N * BINS + rows.calibration_bin_N
     excess = np.bincount(cell_N, rows.predicted_N - rows.positive_N, rows.buckets * BINS).reshape(rows.buckets, BINS)
-    rest_K = weight - rows.positive_K - rows.negative_K
-    rest_K[rest_K <= 1e-12 * weight] = 0  # what rounding leaves of rows that are all in one bucket
+    rest_K = remaining(weight, rows.positive_K + rows.negative_K)
     left_K = ratio(np.abs(excess.sum(0) - excess).sum(1), rest_K)
     centre = ratio(np.abs(excess.sum(0)).sum(), weight)  # a tie on an edge is in one bin here
     return value, left_out(left_K + (value - centre), rows.known_K)
@@ -221,6 +219,12 @@ def _in_bins(rows: RankedRows, value_G: np.ndarray) -> np.ndarray:
     """Sums over bins of equal weight, (E,); a logit on an edge is divided in proportion."""
     edge_E = np.linspace(0, rows.weight_before[-1], BINS + 1)
     return np.diff(np.interp(edge_E, rows.weight_before, before(value_G)))
+
+
+def remaining(whole: np.ndarray | float, part_K: np.ndarray) -> np.ndarray:
+    """Weight without each bucket; 0 where it may be what rounding leaves of a weight that is in one bucket."""
+    rest_K = whole - part_K
+    return np.where(rest_K <= 1e-12 * whole, 0.0, rest_K)
 
 
 def ratio(numerator: np.ndarray | float, denominator: np.ndarray | float) -> np.ndarray:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.evaluation.metrics.intervals import left_out
-from pipeline.evaluation.metrics.ranking import BINS, RankedRows, auc, ece, pr_auc, ratio
+from pipeline.evaluation.metrics.ranking import BINS, RankedRows, auc, ece, pr_auc, ratio, remaining
 from pipeline.evaluation.metrics.running_sums import before, running, running_down
 
 MAX_BINS = 1 << 11
@@ -177,7 +177,9 @@ class SliceCounts:
         won_S1 = (self.positive_SM * below_SM).sum(1, keepdims=True)
         within_SK = (self.positive_SKC * (running(self.negative_SKC) - self.negative_SKC / 2)).sum(2)
         left_SK = won_S1 - self._by_bucket(above_SM, below_SM) + within_SK
-        pairs_SK = self._rest(self.negative_S1, self.negative_SKC) * self._rest(self.positive_S1, self.positive_SKC)
+        pairs_SK = remaining(self.negative_S1, self.negative_SKC.sum(2)) * remaining(
+            self.positive_S1, self.positive_SKC.sum(2)
+        )
         return self._figure(ratio(won_S1, self.negative_S1 * self.positive_S1), ratio(left_SK, pairs_SK))
 
     def pr_auc(self) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +191,7 @@ class SliceCounts:
         fall_SM = running(slope_SM * precision_SM)
         rise_SM = running(slope_SM) - fall_SM
         left_SK = gained_S1 - self._by_bucket(-fall_SM, precision_SM + rise_SM)
-        rest_SK = self._rest(self.positive_S1, self.positive_SKC)
+        rest_SK = remaining(self.positive_S1, self.positive_SKC.sum(2))
         return self._figure(ratio(gained_S1, self.positive_S1), ratio(left_SK, rest_SK))
 
     def ece(self) -> tuple[np.ndarray, np.ndarray]:
@@ -205,7 +207,7 @@ class SliceCounts:
         place_R = self.part_R * BINS + self._at(bin_SM, bin_SM)
         excess_SKE = np.bincount(place_R, self.excess_R, math.prod(shape)).reshape(shape)
         sum_S1E = excess_SKE.sum(1, keepdims=True)
-        rest_SK = self._rest(weight_S1, self.negative_SKC + self.positive_SKC)
+        rest_SK = remaining(weight_S1, (self.negative_SKC + self.positive_SKC).sum(2))
         centre_S1 = ratio(np.abs(sum_S1E).sum(2), weight_S1)  # a bin on an edge is in one bin here
         return self._figure(value_S1, ratio(np.abs(sum_S1E - excess_SKE).sum(2), rest_SK) + (value_S1 - centre_S1))
 
@@ -220,12 +222,6 @@ class SliceCounts:
         shape = self.positive_SKC.shape[:2]
         sums = np.bincount(self.part_R, self.weight_R * self._at(of_negatives, of_positives), math.prod(shape))
         return sums.reshape(shape)
-
-    @staticmethod
-    def _rest(all_S1: np.ndarray, part_SKC: np.ndarray) -> np.ndarray:
-        """Weight without each bucket, (S, K); not what rounding leaves where all is in one."""
-        rest_SK = all_S1 - part_SKC.sum(2)
-        return np.where(rest_SK < 1e-12 * all_S1, 0, rest_SK)
 
     def _figure(self, value_S1: np.ndarray, left_SK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         known_SK = (self.positive_SKC + self.negative_SKC).sum(2) > 0
