@@ -1,99 +1,221 @@
-"""What every cluster backend offers, and the workload that it is given: a job, its arguments and its resources."""
+"""What every cluster backend offers, and what it is told: a job, its command line and its resources."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.cluster.values import (
-    Argument,
-    Bytes,
-    Cpu,
-    Cron,
-    Image,
-    Label,
-    Namespace,
-    Network,
-    ObjectName,
-    SecretKey,
-    Variable,
-)
+from pipeline.cluster.values import Argument, Bytes, Cpu, Cron, Label, Nodes, Variable
 
-Job: TypeAlias = Literal["train", "preprocess", "nightly"]
-State: TypeAlias = Literal["suspended", "pending", "running", "succeeded", "failed"]
+State: TypeAlias = Literal["suspended", "pending", "running", "succeeded", "failed", "stopped", "unknown"]
+ENDED: tuple[State, ...] = ("succeeded", "failed", "stopped")
 
 
-# Variables of a pod that are the job's own, or Kubernetes'.
-RESERVED = {"HOME", "PATH", "JOB_NAME", "JOB_COMPLETION_INDEX", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+class JobKind(NamedTuple):
+    """What a backend must know of a kind of job.
+
+    Attributes:
+        launched: by jobs.launch: it may have several ranks.
+        spread: over several nodes too.
+        gpus: it uses GPUs where it gets them.
+        writes_data: it writes datasets; all others write only below their run or output folder.
+        final: exit codes that a second attempt would meet again; 75 is always tried again.
+    """
+
+    launched: bool = False
+    spread: bool = False
+    gpus: bool = True
+    writes_data: bool = False
+    final: tuple[int, ...] = (1, 2, 3)
 
 
-class Workload(BaseModel):
-    """One job and the resources it requests; jobs/conf/submit.yaml has the defaults, its --help the meanings."""
+# The jobs that can be submitted; each is `python -m jobs.NAME`.
+JOBS: dict[str, JobKind] = {
+    "train": JobKind(launched=True, spread=True, final=()),  # a lost rank ends with 1 as well
+    "preprocess": JobKind(gpus=False, writes_data=True),
+    "evaluate": JobKind(launched=True),
+    "explain": JobKind(),
+    "nightly": JobKind(),
+    "compare": JobKind(),
+}
+
+
+class Resources(BaseModel):
+    """What one node of a workload gets; None: the cluster's default for the job, or else derived from the job.
+
+    Attributes:
+        nodes: that run it together: a number, or MIN..MAX for one that goes on with fewer.
+        ranks_per_node: processes of jobs.launch on each.
+        gpus_per_node: 0 for CPU.
+        cpu: of a node, a Kubernetes quantity. memory: likewise.
+        time_limit_s: after which it is ended as if preempted.
+        grace_s: between SIGTERM and SIGKILL.
+        retries: failures that are tried again, preemption not counted.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
-    job: Job
-    args: list[Argument]
-    nodes: int = Field(ge=1)
+    nodes: Nodes | None = None
+    ranks_per_node: int | None = Field(None, ge=1)
+    gpus_per_node: int | None = Field(None, ge=0)
+    cpu: Cpu | None = None
+    memory: Bytes | None = None
+    time_limit_s: int | None = Field(None, ge=1)
+    grace_s: int | None = Field(None, ge=0)
+    retries: int | None = Field(None, ge=0)
+
+    def over(self, other: "Resources") -> "Resources":
+        """These where they are given, else the other's."""
+        return Resources.model_validate({**_given(other), **_given(self)})
+
+
+def _given(resources: Resources) -> dict[str, Any]:
+    return {name: value for name, value in resources if value is not None}
+
+
+class Workload(BaseModel):
+    """One submission, complete.
+
+    Attributes:
+        job: one of JOBS. words: its command line, without --config-dir.
+        config_dir: folder of the team's configuration, which the job must see too; None: it needs none.
+        name: of the submission.
+        after: native ids of submissions that must succeed before it starts.
+        array: several jobs that differ in these words each, run side by side; empty: one job.
+        schedule: it is started by the clock, UTC; None: now.
+        suspend: create it stopped.
+        service: it never ends by itself, and is started again whenever it does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job: str
+    words: list[Argument]
+    config_dir: Path | None = None
+    name: Label
+    nodes: Nodes
     ranks_per_node: int = Field(ge=1)
     gpus_per_node: int = Field(ge=0)
-    name: Label
-    namespace: Namespace | None
-    image: Image
-    allow_tag: bool
-    data_claim: ObjectName
-    runs_claim: ObjectName
-    storage: Bytes
     cpu: Cpu
     memory: Bytes
-    shared_memory: Bytes
-    ephemeral_storage: Bytes
-    egress: list[Network]
-    secrets: dict[Variable, SecretKey]
+    time_limit_s: int = Field(ge=1)
     grace_s: int = Field(ge=0)
     retries: int = Field(ge=0)
-    deadline_s: int | None = Field(ge=1)
-    ttl_s: int | None = Field(ge=0)
-    schedule: Cron
-    suspend: bool
+    after: list[str] = []
+    array: list[list[Argument]] = []
+    schedule: Cron | None = None
+    suspend: bool = False
+    service: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Workload":
-        if self.job != "train" and (self.nodes, self.ranks_per_node) != (1, 1):
-            raise ValueError(f"{self.job} is one process: leave nodes and ranks_per_node at 1")
-        if self.job == "preprocess" and self.gpus_per_node:
-            raise ValueError("preprocess uses no GPU: leave gpus_per_node at 0")
-        if self.job == "train" and self.gpus_per_node not in (0, self.ranks_per_node):
+        kind = self.kind
+        if self.ranks_per_node > 1 and not kind.launched:
+            raise ValueError(f"{self.job} is one process: leave ranks_per_node at 1")
+        if self.nodes.most > 1 and not kind.spread:
+            raise ValueError(f"{self.job} runs on one node: leave nodes at 1")
+        if self.gpus_per_node and not kind.gpus:
+            raise ValueError(f"{self.job} uses no GPU: leave gpus_per_node at 0")
+        if kind.launched and self.gpus_per_node not in (0, self.ranks_per_node):
             raise ValueError(
                 f"gpus_per_node is {self.gpus_per_node} and ranks_per_node {self.ranks_per_node}: "
-                "a rank drives one GPU, so make them equal, or gpus_per_node=0 to train on CPU"
+                "a rank drives one GPU, so make them equal, or gpus_per_node=0 for CPU"
             )
-        if taken := sorted(RESERVED & self.secrets.keys()):
-            raise ValueError(f"secrets.{taken[0]}: the pods set {taken[0]} themselves, choose another variable")
+        if self.schedule and (self.after or self.array):
+            raise ValueError("schedule starts a job by the clock: leave after and array out")
         return self
+
+    @property
+    def kind(self) -> JobKind:
+        """What the job is."""
+        return JOBS[self.job]
 
 
 class Status(NamedTuple):
-    """State of a submitted workload, and a detail for a person: pod counts, a reason of failure, a schedule."""
+    """State of a submission, and a detail for a person: pod counts, nodes, a reason of failure, a schedule.
+
+    Attributes:
+        restarts: how often the backend has started it again; None where it does not count.
+    """
 
     state: State
     detail: str
+    restarts: int | None = None
+
+
+class Cluster(BaseModel):
+    """A named cluster: a file of jobs/conf/cluster, or of a team's own --config-dir. Backends add their settings.
+
+    Attributes:
+        backend: the class that reads the rest, one of BACKENDS.
+        environment: variables of every job; values that are secret stand in a backend's own store, by reference.
+        defaults: resources of any job there. jobs: of one by its name, before those.
+        paths: a folder as jobs see it to the same folder as this machine sees it, for `status` to read runs.
+        gpu_memory: bytes of one GPU, as 80GB, for the sharding plan; None: not checked.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    backend: str
+    environment: dict[Variable, str] = {}
+    defaults: Resources = Resources()
+    jobs: dict[str, Resources] = {}
+    paths: dict[Path, Path] = {}
+    gpu_memory: str | None = None
+
+    @model_validator(mode="after")
+    def _knows_its_jobs(self) -> "Cluster":
+        if unknown := sorted(self.jobs.keys() - JOBS.keys()):
+            raise ValueError(f"jobs.{unknown[0]} is none of {', '.join(JOBS)}")
+        return self
+
+    def resources(self, job: str) -> Resources:
+        """The defaults for a job."""
+        return self.jobs.get(job, Resources()).over(self.defaults)
+
+    def seen_here(self, path: Path) -> Path:
+        """A path of a job as this machine sees it."""
+        for there, here in self.paths.items():
+            if path.is_relative_to(there):
+                return here / path.relative_to(there)
+        return path
 
 
 class Backend(Protocol):
-    """Where workloads run. Each method raises UserError, with the reason, where the backend cannot do it or refuses."""
+    """Where workloads run: a `Cluster` with these methods. Each raises UserError, with the reason, where it cannot."""
 
     def render(self, work: Workload) -> str:
-        """The complete text of what `submit` starts, for a dry run: a command line, or a stream of manifests."""
+        """The complete text of what `submit` starts: a command line, a batch script, a stream of manifests."""
 
     def submit(self, work: Workload) -> str:
-        """Starts the workload, all of it or nothing. Returns one line for a person: what was created, how to follow it."""
+        """Starts the workload, all of it or nothing. Returns the native id, by which the other methods know it."""
 
-    def status(self, work: Workload) -> Status:
-        """State of the workload of this job and name."""
+    def status(self, work: Workload, native: str) -> Status:
+        """State of a submitted workload."""
 
-    def logs(self, work: Workload) -> Iterator[str]:
-        """Log lines so far, each after the name of its process."""
+    def logs(self, work: Workload, native: str, rank: int | None, follow: bool) -> Iterator[str]:
+        """Log lines, each after the name of its process, without control characters.
 
-    def stop(self, work: Workload) -> None:
+        Args:
+            rank: of this one alone; None: of all. follow: wait for more until the workload ends.
+        """
+
+    def stop(self, work: Workload, native: str) -> None:
         """Ends the workload: SIGTERM, then SIGKILL after `grace_s`. A run keeps its checkpoints."""
+
+
+def command(work: Workload, python: str, *rendezvous: str, config_dir: str | None = None) -> list[str]:
+    """The words that run a workload on one of its nodes.
+
+    Args:
+        python: the interpreter. rendezvous: flags of jobs.launch by which several nodes meet.
+        config_dir: where the job sees the team's configuration.
+    """
+    module = [f"jobs.{work.job}", *([f"--config-dir={config_dir}"] if config_dir else []), *work.words]
+    if not work.kind.launched or (work.job != "train" and work.ranks_per_node == 1):
+        return [python, "-m", *module]
+    least, most = work.nodes
+    nodes = f"{least}:{most}" if least < most else str(most)
+    flags = [f"--nnodes={nodes}", f"--nproc-per-node={work.ranks_per_node}", f"--max-restarts={work.retries}"]
+    return [python, "-m", "jobs.launch", *flags, *rendezvous, "-m", *module]

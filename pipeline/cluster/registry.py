@@ -1,7 +1,32 @@
-"""The cluster backends by the name that `cluster=` takes."""
+"""The cluster backends by the name that a cluster's file gives as `backend`."""
 
-from pipeline.cluster.base import Backend
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from features.errors import UserError, did_you_mean, fault_text, join_faults
+from pipeline.cluster.base import Backend, Cluster
 from pipeline.cluster.kubernetes import Kubernetes
 from pipeline.cluster.local import Local
+from pipeline.cluster.slurm import Slurm
 
-BACKENDS: dict[str, Backend] = {"local": Local(), "k8s": Kubernetes()}
+BACKENDS: dict[str, type[Cluster]] = {"local": Local, "slurm": Slurm, "kubernetes": Kubernetes}
+
+
+def open_cluster(content: Mapping[str, Any], where: str) -> Any:
+    """The backend that a cluster's file describes. Contacts nothing.
+
+    Args:
+        content: of the file. where: it stands, for errors.
+    Raises:
+        UserError: an unknown backend, unknown keys, or values of the wrong type, all named in one line.
+    """
+    name = str(content.get("backend"))
+    if name not in BACKENDS:
+        raise UserError(f"{where}: backend: {name} is not one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}")
+    try:
+        return BACKENDS[name].model_validate(content)
+    except ValidationError as error:
+        places = ((".".join(map(str, e["loc"])), fault_text(e)) for e in error.errors())
+        raise UserError(f"{where}: {join_faults([f'{place}: {what}' if place else what for place, what in places])}") from None

@@ -2,9 +2,9 @@
 
 import re
 from ipaddress import ip_network
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
 from features.printable import has_controls
 
@@ -96,6 +96,30 @@ def is_pinned(image: str) -> bool:
     return re.search(_DIGEST, image) is not None
 
 
+class NodeRange(NamedTuple):
+    """How many nodes a workload runs on: it needs `least`, and takes up to `most`."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least}..{self.most}"
+
+
+def _nodes(value: Any) -> NodeRange:
+    """Of a number, or of MIN..MAX."""
+    if isinstance(value, NodeRange):
+        return value
+    found = re.fullmatch(r"([1-9][0-9]{0,4})(?:\.\.([1-9][0-9]{0,4}))?", str(value))
+    if not found:
+        raise ValueError(f"{value!r} is not a number of nodes, or MIN..MAX such as 2..8")
+    least = int(found[1])
+    most = int(found[2] or least)
+    if least > most:
+        raise ValueError(f"{value}: the first number is the larger one")
+    return NodeRange(least, most)
+
+
 # 52 characters: a CronJob appends eleven to its own.
 Label = Annotated[
     str,
@@ -111,6 +135,7 @@ ObjectName = Annotated[
 Cpu = Annotated[str, _like(rf"{_AMOUNT}m?", "a Kubernetes quantity of CPUs such as 4 or 500m")]
 Bytes = Annotated[str, _like(rf"{_AMOUNT}(k|[KMGTP]i|[MGTP])?", "a Kubernetes quantity of bytes such as 16Gi")]
 Cron = Annotated[str, AfterValidator(_cron)]
+Nodes = Annotated[NodeRange, BeforeValidator(_nodes), PlainSerializer(str, str)]
 Argument = Annotated[str, AfterValidator(_argument)]
 Network = Annotated[str, AfterValidator(_network)]
 Image = Annotated[
