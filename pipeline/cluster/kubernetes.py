@@ -13,7 +13,7 @@ from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
 from features.printable import printable
-from pipeline.cluster.base import State, Status, Workload
+from pipeline.cluster.base import Cluster, State, Status, Workload
 from pipeline.cluster.kubernetes_manifests import INSTANCE, KubeObject, objects, to_yaml
 from pipeline.cluster.values import is_pinned
 
@@ -60,7 +60,7 @@ class _Connection(NamedTuple):
         return True
 
 
-class Kubernetes:
+class Kubernetes(Cluster):
     """train is an Indexed Job with a headless Service, preprocess a Job, nightly a CronJob; each has a NetworkPolicy."""
 
     def render(self, work: Workload) -> str:

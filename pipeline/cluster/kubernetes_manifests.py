@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import yaml
 from kubernetes import client
 
-from pipeline.cluster.base import Job, Workload
+from pipeline.cluster.base import Workload
+
+Job = str
 
 PORT = 29500  # where the agents of torchrun meet, on pod 0
 MEET_S = 1800  # how long they wait for each other: the last node may still be pulling the image

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from features.errors import UserError, did_you_mean, fault_text, join_faults
-from pipeline.cluster.base import Backend, Cluster
+from pipeline.cluster.base import Cluster
 from pipeline.cluster.kubernetes import Kubernetes
 from pipeline.cluster.local import Local
 from pipeline.cluster.slurm import Slurm
@@ -29,4 +29,6 @@ def open_cluster(content: Mapping[str, Any], where: str) -> Any:
         return BACKENDS[name].model_validate(content)
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), fault_text(e)) for e in error.errors())
-        raise UserError(f"{where}: {join_faults([f'{place}: {what}' if place else what for place, what in places])}") from None
+        raise UserError(
+            f"{where}: {join_faults([f'{place}: {what}' if place else what for place, what in places])}"
+        ) from None
