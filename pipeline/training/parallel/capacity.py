@@ -1,5 +1,6 @@
 """Capacity planning: whether a model's tables fit on a cluster, and how they would be placed."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from models.emm import EMMSettings, build_ranker
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.days import Days, MissingDays
+from pipeline.dataset.loader import check_sizes
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
@@ -64,12 +66,6 @@ class PlanConfig(TrackingSettings, Strict):
             raise ValueError(
                 f"{needed}={getattr(self, needed)} is less than a megabyte; expected something like {needed}={example}"
             )
-        if self.train.batch_size % self.train.lanes:
-            raise ValueError(
-                f"train.batch_size={self.train.batch_size} must be a multiple of train.lanes={self.train.lanes}"
-            )
-        if self.train.batch_size % self.ranks:
-            raise ValueError(f"train.batch_size={self.train.batch_size} must be a multiple of ranks={self.ranks}")
         return self
 
     @property
@@ -92,6 +88,8 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
     Raises:
         UserError: tables that do not fit, or of unknown size; settings that contradict each other.
     """
+    order = config.train.order(config.ranks)
+    check_sizes(order.batch_size, order.lanes, config.ranks)
     if config.dataset:
         dataset = open_dataset(config.dataset, config.days, config.missing_days)
         if schema is not None:
@@ -111,9 +109,11 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
     model = TrainStep(ranker, weighting.task_loss(settings.weighting, schema.tasks, settings.seed), bf16=False)
     _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster)
     notes = [bounds] if bounds else []
-    if settings.lanes % config.ranks:
-        advice = f"set train.lanes to a multiple of {config.ranks}"
-        notes.append(f"lanes={settings.lanes} must be divisible by the {config.ranks} ranks; {advice}")
+    if config.ranks > order.lanes and order.batch_size % config.ranks == 0:
+        several = math.ceil(config.ranks / order.lanes)
+        notes.append(
+            f"{order.lanes} lanes: {several} ranks decode each row group; train.lanes={config.ranks}: one rank"
+        )
     return [*estimated.lines(), *notes, _summary(estimated, config.cluster)]
 
 

@@ -143,7 +143,8 @@ def place(
         raise UserError(f"train.sharding_group={group} does not divide the {cluster.ranks} ranks: use a divisor")
     dense = dense_bytes(model, tuple(by_module), settings, cluster.ranks)
     local = max(1, min(cluster.ranks_per_node, cluster.ranks) * group // cluster.ranks)
-    batch, choices = settings.batch_size // cluster.ranks, placements.constraints(tables, settings, group, local)
+    batch = math.ceil(settings.order(cluster.ranks).batch_size / cluster.ranks)
+    choices = placements.constraints(tables, settings, group, local)
     optimizer, recorder = TABLE_OPTIMIZERS[settings.tables.name], PlanRecorder()
     with _quiet():
         topology = _topology(cluster, dense, group, local)
