@@ -78,7 +78,9 @@ def _order(run: Run) -> tuple[Path, Order] | None:
         path = checkpoint.folder(run.checkpoints, step)
         with suppress(UserError):
             manifest = checkpoint.read(path)
-            return path, Order(manifest.batch_size, len(manifest.cursors), manifest.window)
+            order = Order(manifest.batch_size, len(manifest.cursors), manifest.window)
+            if all(order):
+                return path, order
     return None
 
 
@@ -92,11 +94,15 @@ def check_compatible(path: Path, manifest: CheckpointManifest, ours: CheckpointM
         ("schema", "fingerprint"),
         ("model and optimisers", "config"),
         ("train.seed", "seed"),
+        ("train.window", "window"),
+        ("train.batch_size", "batch_size"),
         ("train rows", "data"),
         ("encoders", "encoders"),
     ):
         if getattr(manifest, name) != getattr(ours, name):
             raise UserError(_other(path, what, getattr(manifest, name), getattr(ours, name)))
+    if len(manifest.cursors) != len(ours.cursors):
+        raise UserError(_other(path, "train.lanes", len(manifest.cursors), len(ours.cursors)))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> list[str]:
