@@ -125,7 +125,7 @@ def of_rank(batch: list[int], lanes: int, rank: int, ranks: int) -> list[int]:
     row_group=st.integers(1, 40),
     shard_rows=st.integers(5, 70),
     lanes=st.sampled_from([1, 2, 3, 4, 6, 12]),
-    share=st.integers(1, 5) | st.integers(6, 400),
+    share=st.integers(1, 20) | st.integers(21, 400),
     window=st.integers(0, 30),
     seed=st.integers(0, 3),
     data=st.data(),
@@ -167,6 +167,16 @@ def test_every_row_once_an_epoch_in_the_same_global_batches_on_any_ranks_and_fro
             stepwise = alone.after(stepwise)
         assert stepwise == alone.after(alone.start(epoch), done)
         assert sum(stepwise.cursors) == sum(row != PADDING for batch in whole[:done] for row in batch)
+
+
+@pytest.mark.parametrize("ranks", [3, 7, 150])
+def test_windows_without_a_row_of_a_rank_keep_the_places_of_the_others(dataset: Dataset, ranks: int) -> None:
+    whole = by_hand(dataset, [1] * len(dataset.shards("train")), lanes=2, share=100, window=24, seed=0, epoch=0)
+    for done in range(3):
+        for rank in (0, ranks // 2, ranks - 1):
+            loader = Loader(dataset, "train", 200, 2, rank=rank, ranks=ranks, window=24)
+            wanted = [of_rank(batch, 2, rank, ranks) for batch in whole[done:]]
+            assert epoch(loader, loader.after(loader.start(), done)) == wanted
 
 
 @settings(max_examples=examples(60), deadline=None)
