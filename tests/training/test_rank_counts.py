@@ -64,6 +64,13 @@ def test_a_batch_by_rank_is_that_of_the_ranks_that_began(ranks: Path) -> None:
     assert [sorted(map(len, steps[step])) for step in (1, 17, 23)] == [[10, 10, 10], [15, 15], [30]]
 
 
+def test_what_a_command_leaves_open_is_what_its_run_began_with(ranks: Path) -> None:
+    seen = train(ranks, "handed-on", max_steps=STEPS + 1, batch_size=None, lanes=None, window=None).seen
+    assert {step: len(rows) for step, rows in seen.items()} == {STEPS + 1: 32}
+    written = yaml.safe_load((ranks / "handed-on" / "config.yaml").read_text())["train"]
+    assert (written["batch_size"], written["lanes"], written["window"]) == (32, 4, 24)
+
+
 def test_a_batch_by_rank_that_ranks_change_is_logged(ranks: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pipeline")
     train(ranks, "by-rank", max_steps=STEPS, **RUNS["by-rank"])
