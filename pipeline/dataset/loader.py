@@ -1,9 +1,11 @@
-"""The loader: global batches that depend on dataset, seed and epoch alone, never on how many ranks share them.
+"""The loader: global batches that depend on dataset, seed, epoch and batch size alone, never on how many ranks share them.
 
 An epoch permutes the row groups of a split and cuts their rows, end to end, into L lanes of equal length. A lane is
-read in order, shuffled within windows. Every global batch takes the same number of rows from each lane; rank r of R
-owns the lanes l with l mod R = r. So the position of a run is one cursor a lane, whatever R is. Of a dataset of several
-days each day is permuted and cut by itself, and a lane reads its part of one day after that of the day before.
+read in order, shuffled within windows. Every global batch takes the same number of rows from each lane, lane after lane,
+and a lane that has ended leaves its places empty. So the position of a run is one cursor a lane, whatever the number R of
+ranks is. Where R divides L, rank r owns the lanes l with l mod R = r; else it has the places B r // R .. B (r + 1) // R - 1
+of a batch of B rows, and reads the lanes that these lie in. Of a dataset of several days each day is permuted and cut by
+itself, and a lane reads its part of one day after that of the day before.
 """
 
 import logging
@@ -45,6 +47,15 @@ class Piece:
     stop: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which of a lane's rows in each global batch are a rank's: start .. stop - 1 of them."""
+
+    lane: int
+    start: int
+    stop: int
+
+
 class RowKeys(Protocol):
     """What evaluation groups rows by, and which rows it takes."""
 
@@ -63,7 +74,7 @@ class Loader:
         dataset: an opened dataset.
         split: whose rows.
         batch_size: rows of a global batch, over all ranks.
-        lanes: L; batch_size and every rank count used must divide accordingly.
+        lanes: L, a divisor of batch_size.
         seed: of the shuffles.
         rank, ranks: which share of each global batch is ours.
         window: rows of a lane that are shuffled together, 0 for the dataset's order.
@@ -74,7 +85,7 @@ class Loader:
         keys: fills `Batch.key_BC`. One that does not take all rows is for `SplitReader` alone.
 
     Raises:
-        UserError: an empty split, or sizes that do not divide.
+        UserError: an empty split, or as `check_sizes`.
     """
 
     def __init__(
@@ -92,17 +103,11 @@ class Loader:
         table_sizes: Mapping[str, int | None] | None = None,
         keys: RowKeys | None = None,
     ) -> None:
-        if lanes % ranks:
-            raise UserError(
-                f"lanes={lanes} must be divisible by the {ranks} ranks; set train.lanes to a multiple of {ranks}"
-            )
-        if batch_size % lanes:
-            raise UserError(
-                f"batch_size={batch_size} must be divisible by lanes={lanes}: every batch takes equally from each lane"
-            )
+        check_sizes(batch_size, lanes, ranks)
         self.dataset, self.schema, self.shards = dataset, dataset.schema, dataset.shards(split)
-        self.lanes, self.seed, self.rank, self.ranks = lanes, seed, rank, ranks
-        self.share, self.size = batch_size // lanes, batch_size // ranks
+        self.batch_size, self.lanes, self.seed = batch_size, lanes, seed
+        self.share, self.size = batch_size // lanes, -(-batch_size // ranks)
+        self.shares = shares(batch_size, lanes, rank, ranks)
         self.window, self.ahead = window, ahead
         self.max_corrupt, self.corrupt = max_corrupt, set[int]()
         self.table_sizes, self.keys = table_sizes or {}, keys
@@ -161,20 +166,27 @@ class Loader:
         if self.window:
             shuffle = np.random.default_rng([self.seed, position.epoch])
             order = np.concatenate([shuffle.permutation(day) for day in self.days])
-        ours = range(self.rank, self.lanes, self.ranks)
-        lanes = [_Buffer(self._windows(order, position, lane)) for lane in ours]
+        lanes = [(share, _Buffer(self._windows(order, position, share))) for share in self.shares]
         for _ in range(self.steps(position)):
-            parts = [part for lane in lanes for part in lane.take(self.share)]
-            rows = Rows.concat(parts) if parts else lanes[0].nothing
+            parts = []
+            for share, lane in lanes:
+                lane.skip(share.start)
+                parts += lane.take(share.stop - share.start)
+                lane.skip(self.share - share.stop)
+            rows = Rows.concat(parts) if parts else lanes[0][1].nothing
             yield rows.batch(self.schema, self.size)
 
-    def _windows(self, order: np.ndarray, position: Position, lane: int) -> Iterator[Rows]:
-        """A lane's rows from its cursor on, window by window."""
+    def _windows(self, order: np.ndarray, position: Position, share: Share) -> Iterator[Rows]:
+        """A lane's rows from its cursor on, window by window; blank ones in place of a window that has none of the share."""
+        lane = share.lane
         length, cursor = int(self.lengths[lane]), position.cursors[lane]
         edges = self._edges(lane)
         decoded: dict[int, Rows] = {}
         for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
             if stop <= cursor and stop < length:
+                continue
+            if self._rows_of(share, max(start, cursor)) == self._rows_of(share, stop):
+                yield Rows.blank(self.schema, stop - max(start, cursor))
                 continue
             pieces = self._pieces(order, lane, start, stop)
             decoded = {p.group: decoded.get(p.group) or self.decode(p.group) for p in pieces}
@@ -184,6 +196,12 @@ class Loader:
                 shuffle = np.random.default_rng([self.seed, position.epoch, lane, index])
                 rows = rows.take(torch.from_numpy(shuffle.permutation(len(rows))))
             yield rows.slice(min(max(cursor - start, 0), len(rows)), len(rows))
+
+    def _rows_of(self, share: Share, row: int) -> int:
+        """How many rows of a lane before `row` are a share's."""
+        batches, rest = divmod(row, self.share)
+        size = share.stop - share.start
+        return batches * size + min(max(rest - share.start, 0), size)
 
     def _edges(self, lane: int) -> list[int]:
         """Where windows begin in a lane, and its end; none goes over the end of a day."""
@@ -268,7 +286,14 @@ class _Buffer:
         return self.rows.slice(0, 0)
 
     def take(self, count: int) -> list[Rows]:
-        parts = []
+        return [self.rows.slice(start, stop) for start, stop in self._spans(count)]
+
+    def skip(self, count: int) -> None:
+        for _ in self._spans(count):
+            pass
+
+    def _spans(self, count: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of the next `count` rows in `rows`, which is one window after the other; fewer at the stream's end."""
         while count:
             if self.used == len(self.rows):
                 following = next(self.windows, None)
@@ -276,11 +301,33 @@ class _Buffer:
                     break
                 self.rows, self.used = following, 0
                 continue
-            stop = min(self.used + count, len(self.rows))
-            parts.append(self.rows.slice(self.used, stop))
-            count -= stop - self.used
-            self.used = stop
-        return parts
+            start, self.used = self.used, min(self.used + count, len(self.rows))
+            count -= self.used - start
+            yield start, self.used
+
+
+def check_sizes(batch_size: int, lanes: int, ranks: int) -> None:
+    """Raises UserError where a batch cannot be shared by lanes or ranks."""
+    if batch_size % lanes:
+        raise UserError(
+            f"batch_size={batch_size} must be divisible by lanes={lanes}: every batch takes equally from each lane"
+        )
+    if ranks > batch_size:
+        raise UserError(
+            f"batch_size={batch_size} leaves some of the {ranks} ranks without a row: set train.batch_size to {ranks} or more"
+        )
+
+
+def shares(batch_size: int, lanes: int, rank: int, ranks: int) -> list[Share]:
+    """What a rank reads: whole lanes, or the parts of them that its places in a batch lie in."""
+    size = batch_size // lanes
+    if lanes % ranks == 0:
+        return [Share(lane, 0, size) for lane in range(rank, lanes, ranks)]
+    start, stop = batch_size * rank // ranks, batch_size * (rank + 1) // ranks
+    return [
+        Share(lane, max(start - lane * size, 0), min(stop - lane * size, size))
+        for lane in range(start // size, -(-stop // size))
+    ]
 
 
 def in_background(items: Iterator[Batch], ahead: int) -> Iterator[Batch]:

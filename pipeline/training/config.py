@@ -1,7 +1,7 @@
 """Settings of jobs.train."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -25,12 +25,33 @@ class Communication(Strict):
 Allowed = dict[str, Annotated[list[str], Field(min_length=1)]]
 
 
+BATCH_SIZE = 2048
+SHARE = 256  # rows of a batch from each lane, where lanes are not set
+FEWEST_LANES, MOST_LANES = (
+    8,
+    64,
+)  # then. A rank holds a row group of each lane that it reads; many ranks decode each of few lanes
+SHUFFLED = 8 * 16384  # rows of all lanes that are shuffled together
+
+
+class Order(NamedTuple):
+    """What the order of rows follows from, beside dataset and seed: see pipeline.dataset.loader."""
+
+    batch_size: int
+    lanes: int
+    window: int
+
+
 class Settings(Strict):
     """How to train.
 
     Attributes:
+        batch_size, lanes, window: the order of rows. None is what the run began with, in a run that is resumed, and at the
+            start as `order` says.
         batch_size: rows of a global batch, over all ranks.
-        lanes: a multiple of every rank count that may be used, a divisor of batch_size (see pipeline.dataset.loader).
+        rank_batch_size: rows of it for each rank that a run begins on, in place of batch_size. On other ranks the run goes on
+            with the same global batches.
+        lanes: places of the dataset that each batch draws from, a divisor of batch_size.
         window: rows of a lane that are shuffled together.
         epochs: passes over the train split; max_steps ends earlier.
         seed: of the start, the order of rows and dropout.
@@ -64,9 +85,10 @@ class Settings(Strict):
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
     """
 
-    batch_size: int = Field(2048, ge=1)
-    lanes: int = Field(8, ge=1)
-    window: int = Field(16384, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    rank_batch_size: int | None = Field(None, ge=1)
+    lanes: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1)
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=1 << 32)
@@ -106,6 +128,10 @@ class Settings(Strict):
         for setting, reason in self.weighting.refuses.items():
             if written := chosen[setting]:
                 raise ValueError(f"{written} {reason.format(name=self.weighting.name)}: leave it out")
+        if self.batch_size and self.rank_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} and rank_batch_size={self.rank_batch_size} exclude each other: set one to null"
+            )
         if self.sharding_group and any("fused_uvm_caching" in allowed for allowed in self.kernels.values()):
             raise ValueError(
                 "sharding_group averages the tables of its groups behind the cache of kernel fused_uvm_caching: use fused"
@@ -115,6 +141,18 @@ class Settings(Strict):
                 f"pipelined=true traces the model's graph, which accumulate={self.accumulate} hides: leave it out"
             )
         return self
+
+    def order(self, ranks: int = 1) -> Order:
+        """The order of rows of a run that begins on `ranks` ranks, which counts for rank_batch_size alone.
+
+        Lanes are the divisor of the batch with the most factors of two, and of these the largest, that gives a share of SHARE
+        rows or more; fewer rows where there would be less than FEWEST_LANES.
+        """
+        batch_size = self.batch_size or (ranks * self.rank_batch_size if self.rank_batch_size else BATCH_SIZE)
+        most = min(max(batch_size // SHARE, FEWEST_LANES), MOST_LANES)
+        divisors = [n for n in range(1, most + 1) if batch_size % n == 0]
+        lanes = self.lanes or max(divisors, key=lambda n: (n & -n, n))
+        return Order(batch_size, lanes, self.window or max(SHUFFLED // lanes, 1))
 
 
 class TrainConfig(TrackingSettings, Strict):

@@ -61,7 +61,8 @@ class Learner:
         self.optimizer = CombinedOptimizer([self.dense, self.replicas])  # those of sharded tables are in their backward
         self.adaptive = self.loss if isinstance(self.loss, AdaptiveLoss) else None
         if self.adaptive:
-            self.adaptive.attach(shared_parameters(ranker, dense), s.batch_size // s.lanes)
+            order = s.order()
+            self.adaptive.attach(shared_parameters(ranker, dense), order.batch_size, order.lanes)
         self.managed = ManagedRows(ranker, self.state())
         self.step = 0  # of the update to come, from 0
 

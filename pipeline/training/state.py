@@ -50,7 +50,6 @@ class TrainState:
         Args:
             rows: that all ranks have trained on.
         """
-        settings = config.train
         return CheckpointManifest(
             step=self.step,
             rows=rows,
@@ -59,9 +58,9 @@ class TrainState:
             epoch=self.position.epoch,
             cursors=self.position.cursors,
             ranks=ranks,
-            seed=settings.seed,
-            window=settings.window,
-            batch_size=settings.batch_size,
+            seed=loader.seed,
+            window=loader.window,
+            batch_size=loader.batch_size,
             data=config_hash([shard.sha256 for shard in loader.shards]),  # whatever the folder is called
             fingerprint=dataset.schema.fingerprint,
             encoders=dataset.encoders_id,

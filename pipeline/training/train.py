@@ -17,7 +17,7 @@ from pipeline.training.config import TrainConfig
 from pipeline.training.faults.preemption import exiting_at_start
 from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
-from pipeline.training.restore import emm_sources
+from pipeline.training.restore import emm_sources, resume
 from pipeline.training.trainer import Trainer
 
 
@@ -69,6 +69,7 @@ def prepare(
     dataset = whole.only(config.tasks)
     with ExitStack() as pinned:  # checkpoints of other runs that this one starts from
         config = emm_sources.resolve(config, dataset, pinned)
+        config = config.model_copy(update={"train": resume.as_begun(config.train, Run(config.run))})
         trainer = Trainer(config, dataset, device, observers)
         trainer.restore(whole.schema, pinned)
     return trainer

@@ -51,7 +51,7 @@ class Trainer:
     """One rank's part of a run. Building one reads the dataset and places the model, and touches no run.
 
     Args:
-        config: all settings, the sources of an EMM resolved. dataset: of the tasks that are trained.
+        config: all settings, the sources of an EMM and the order of rows resolved. dataset: of the tasks that are trained.
         device: of the model. observers: called as the run proceeds.
     Attributes:
         state: how far the run has come. steps: of the whole run.
@@ -63,8 +63,9 @@ class Trainer:
         self.config, self.dataset, self.device, self.observers = config, dataset, device, observers
         self.settings = s = config.train
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        order = s.order()
         self.loader = Loader(
-            dataset, "train", s.batch_size, s.lanes, s.seed, self.rank, self.ranks, window=s.window,
+            dataset, "train", order.batch_size, order.lanes, s.seed, self.rank, self.ranks, window=order.window,
             max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(dataset),
         )  # fmt: skip
         position = self.loader.start()

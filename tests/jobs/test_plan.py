@@ -81,6 +81,16 @@ def test_without_a_dataset_the_schema_bounds_them_and_that_is_said(bounded: list
     assert float(least.split()[1]) == pytest.approx(weights / 1e6, rel=0.01)
 
 
+def test_any_number_of_ranks_is_planned_and_more_ranks_than_lanes_are_a_note(
+    bounded: list[str], plan: Callable
+) -> None:
+    lines = plan(*bounded, "ranks=3", "hbm=40GB")
+    assert lines[-1].startswith("fits")
+    assert "lanes" not in " ".join(lines)
+    lines = plan(*bounded, "ranks=128", "hbm=40GB", "train.rank_batch_size=512")
+    assert lines[-2] == "64 lanes: 2 ranks decode each row group; train.lanes=128: one rank"
+
+
 def test_a_vocabulary_without_a_bound_is_named(plan: Callable) -> None:
     [line] = plan("data=demo", "ranks=8", "hbm=40GB")
     assert line.startswith("error: table item, category, device")
@@ -129,7 +139,8 @@ def test_what_does_not_fit_is_one_line_with_what_helps(bounded: list[str], plan:
         (["data=demo", "ranks=2", "device=cpu"], "ddr=16GB"),
         (["data=demo", "hbm=1GB"], "ranks"),
         (["data=demo", "ranks=12", "hbm=1GB"], "ranks=12 must be a multiple of ranks_per_node=8"),
-        (["data=demo", "ranks=3", "hbm=1GB"], "train.batch_size=2048 must be a multiple of ranks=3"),
+        (["data=demo", "ranks=4096", "hbm=1GB"], "batch_size=2048 leaves some of the 4096 ranks without a row"),
+        (["data=demo", "ranks=2", "hbm=1GB", "train.batch_size=9", "train.lanes=2"], "must be divisible by lanes=2"),
         (["data=demo", "ranks=2", "hbm=many"], "hbm"),
     ],
 )
@@ -171,13 +182,14 @@ def test_step_times_add_up_and_rows_and_hours_follow_from_them(small_dataset: Pa
 
 
 def test_step_times_are_for_ranks_that_the_tables_do_not_fit_on_too(bounded: list[str], plan: Callable) -> None:
-    lines = plan(*bounded, "kind=l4", "hbm=400MB", "link=10gbit", "scale=[1,2,3,4]", "batch_per_rank=512")
+    lines = plan(*bounded, "kind=l4", "hbm=400MB", "link=10gbit", "scale=[1,2,3,4]", "train.rank_batch_size=512")
     found = step_times(lines)
     assert {ranks: cells["fits"] for ranks, cells in found.items()} == {1: "no", 2: "yes", 3: "yes", 4: "yes"}
     assert {cells["rows a rank"] for cells in found.values()} == {"512"}
     assert "guessed: lists of half their max_length (recent)" in lines
     lines = plan(*bounded, "kind=l4", "scale=[1,3,12]", "ranks=8", "hbm=40GB")
-    assert "3 ranks left out: train.batch_size=2048 is no multiple of it" in lines
+    assert "12 ranks left out: no multiple of ranks_per_node=8" in lines
+    assert step_times(lines).keys() == {1, 3}
     assert any(line.startswith("fits: peak rank") for line in lines)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dataset_from_rows import write_dataset
 from examples import examples
@@ -22,7 +24,7 @@ from features.errors import UserError
 from features.fit.encoders import arrow_schema
 from features.schema.schema import Schema
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.loader import Loader, Position, in_background
+from pipeline.dataset.loader import Loader, Position, in_background, shares
 from pipeline.dataset.verify import verify
 
 SCHEMA = Schema.parse(
@@ -75,13 +77,55 @@ def loader_threads() -> int:
     return sum(thread.name == "loader" for thread in threading.enumerate())
 
 
+def by_hand(
+    dataset: Dataset, days: list[int], lanes: int, share: int, window: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """The rows of each global batch in order, written from the definition; PADDING where a lane has ended."""
+    files = [pq.ParquetFile(dataset.path / shard.path) for shard in dataset.shards("train")]
+    groups = [
+        (day, file.read_row_group(g)["row_id"].to_pylist())
+        for day, file in zip(days, files, strict=True)
+        for g in range(file.num_row_groups)
+    ]
+    shuffle = np.random.default_rng([seed, epoch])
+    read: list[list[int]] = [[] for _ in range(lanes)]
+    windows = [0] * lanes
+    for day in sorted(set(days)):
+        places = [place for place, (of, _) in enumerate(groups) if of == day]
+        places = shuffle.permutation(places).tolist() if window else places
+        flat = [row for place in places for row in groups[place][1]]
+        for lane in range(lanes):
+            left = flat[len(flat) * lane // lanes : len(flat) * (lane + 1) // lanes]
+            if not window:
+                read[lane] += left
+                continue
+            first = max(1, window * (lane + 1) // lanes)
+            while left or first:
+                rows, left = left[: first or window], left[first or window :]
+                mixed = np.random.default_rng([seed, epoch, lane, windows[lane]]).permutation(len(rows))
+                read[lane] += [rows[i] for i in mixed]
+                windows[lane], first = windows[lane] + 1, 0
+    steps = max(-(-len(rows) // share) for rows in read)
+    full = [rows + [PADDING] * (steps * share - len(rows)) for rows in read]
+    return [[row for rows in full for row in rows[s * share : (s + 1) * share]] for s in range(steps)]
+
+
+def of_rank(batch: list[int], lanes: int, rank: int, ranks: int) -> list[int]:
+    """A rank's rows of a global batch."""
+    size = len(batch) // lanes
+    own = [row for lane in range(rank, lanes, ranks) for row in batch[lane * size : (lane + 1) * size]]
+    if lanes % ranks:
+        own = batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
+    return [row for row in own if row != PADDING]
+
+
 @settings(max_examples=examples(60), deadline=None)
 @given(
     rows=st.integers(1, 120),
     row_group=st.integers(1, 40),
     shard_rows=st.integers(5, 70),
     lanes=st.sampled_from([1, 2, 3, 4, 6, 12]),
-    share=st.integers(1, 5),
+    share=st.integers(1, 20) | st.integers(21, 400),
     window=st.integers(0, 30),
     seed=st.integers(0, 3),
     data=st.data(),
@@ -89,38 +133,68 @@ def loader_threads() -> int:
 def test_every_row_once_an_epoch_in_the_same_global_batches_on_any_ranks_and_from_any_step(
     rows: int, row_group: int, shard_rows: int, lanes: int, share: int, window: int, seed: int, data: st.DataObject
 ) -> None:
+    batch_size = share * lanes
+    any_ranks = st.sampled_from([r for r in range(1, lanes + 1) if lanes % r == 0]) | st.integers(1, batch_size)
     with TemporaryDirectory() as folder:
         dataset = make_dataset(Path(folder) / "data", rows, row_group, shard_rows)
+        shards = [shard.path for shard in dataset.shards("train")]
+        days = sorted(data.draw(st.lists(st.integers(1, 2), min_size=len(shards), max_size=len(shards)), label="days"))
+        dataset.day_of = lambda shard: f"2026-11-0{days[shards.index(shard.path)]}"
+        epoch = data.draw(st.integers(0, 2), label="epoch")
+        whole = by_hand(dataset, days, lanes, share, window, seed, epoch)
+        assert Counter(row for batch in whole for row in batch if row != PADDING) == Counter(range(rows))
 
-        def read(ranks: int, position: Position) -> list[list[list[int]]]:
-            """Per rank its batches."""
-            made = [
-                Loader(dataset, "train", share * lanes, lanes, seed, rank, ranks, window=window, ahead=2)
-                for rank in range(ranks)
-            ]
-            batches = [list(loader.batches(position)) for loader in made]
-            assert {len(b) for b in batches} == {made[0].steps(position)}
-            assert {len(batch.row_id_B) for b in batches for batch in b} <= {share * lanes // ranks}
-            return [[ids(batch) for batch in b] for b in batches]
+        alone = Loader(dataset, "train", batch_size, lanes, seed, window=window)
+        done = 0
+        for _ in range(2):  # from the start, and gone on with on other ranks
+            ranks = data.draw(any_ranks, label="ranks")
+            position = alone.after(alone.start(epoch), done)
+            some = (
+                range(ranks)
+                if ranks <= 8
+                else {0, ranks - 1, *data.draw(st.lists(st.integers(0, ranks - 1), max_size=3))}
+            )
+            for rank in some:
+                loader = Loader(dataset, "train", batch_size, lanes, seed, rank, ranks, window=window, ahead=2)
+                batches = list(loader.batches(position))
+                assert [ids(batch) for batch in batches] == [of_rank(b, lanes, rank, ranks) for b in whole[done:]]
+                assert {len(batch.row_id_B) for batch in batches} <= {-(-batch_size // ranks)}
+                assert loader.steps(position) == len(batches)
+            done = data.draw(st.integers(0, len(whole)), label="steps done")
 
-        alone = Loader(dataset, "train", share * lanes, lanes, seed, window=window)
-        position = alone.start(data.draw(st.integers(0, 2), label="epoch"))
-        whole = read(1, position)[0]
-        assert Counter(row for batch in whole for row in batch) == Counter(range(rows))
-
-        ranks = data.draw(st.sampled_from([r for r in range(1, lanes + 1) if lanes % r == 0]), label="ranks")
-        done = data.draw(st.integers(0, len(whole)), label="steps done")
-        shares = read(ranks, alone.after(position, done))
-        together = [set().union(*batches) for batches in zip(*shares, strict=True)]
-        assert together == [set(batch) for batch in whole[done:]]
-        # Rank r's rows are those of the lanes it owns, in the order in which one rank would see them.
-        assert sorted(row for batches in shares for batch in batches for row in batch) == sorted(flat(whole[done:]))
-
-        stepwise = position
+        stepwise = alone.start(epoch)
         for _ in range(done):
             stepwise = alone.after(stepwise)
-        assert stepwise == alone.after(position, done)
-        assert sum(stepwise.cursors) == sum(map(len, whole[:done]))
+        assert stepwise == alone.after(alone.start(epoch), done)
+        assert sum(stepwise.cursors) == sum(row != PADDING for batch in whole[:done] for row in batch)
+
+
+@pytest.mark.parametrize("ranks", [3, 7, 150])
+def test_windows_without_a_row_of_a_rank_keep_the_places_of_the_others(dataset: Dataset, ranks: int) -> None:
+    whole = by_hand(dataset, [1] * len(dataset.shards("train")), lanes=2, share=100, window=24, seed=0, epoch=0)
+    for done in range(3):
+        for rank in (0, ranks // 2, ranks - 1):
+            loader = Loader(dataset, "train", 200, 2, rank=rank, ranks=ranks, window=24)
+            wanted = [of_rank(batch, 2, rank, ranks) for batch in whole[done:]]
+            assert epoch(loader, loader.after(loader.start(), done)) == wanted
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(lanes=st.integers(1, 64), size=st.integers(1, 64), data=st.data())
+def test_every_place_of_a_batch_belongs_to_one_rank_of_any_number_up_to_4096(
+    lanes: int, size: int, data: st.DataObject
+) -> None:
+    ranks = data.draw(st.integers(1, lanes * size), label="ranks")
+    owned = [
+        [
+            share.lane * size + p
+            for share in shares(lanes * size, lanes, rank, ranks)
+            for p in range(share.start, share.stop)
+        ]
+        for rank in range(ranks)
+    ]
+    assert sorted(place for places in owned for place in places) == list(range(lanes * size))
+    assert {len(places) for places in owned} <= {lanes * size // ranks, -(-lanes * size // ranks)}
 
 
 def test_padding_is_in_the_last_batches_only_and_differs_by_less_than_a_row_a_lane(dataset: Dataset) -> None:
@@ -167,7 +241,10 @@ def test_two_epochs_at_once_do_not_disturb_each_other(dataset: Dataset) -> None:
     ("arguments", "says"),
     [
         ({"split": "valid"}, "split valid is empty"),
-        ({"lanes": 4, "ranks": 3}, "lanes=4 must be divisible by the 3 ranks"),
+        (
+            {"lanes": 4, "ranks": 9},
+            "batch_size=8 leaves some of the 9 ranks without a row: set train.batch_size to 9 or more",
+        ),
         ({"batch_size": 6, "lanes": 4}, "batch_size=6 must be divisible by lanes=4"),
     ],
 )
@@ -331,8 +408,8 @@ class Watched(Loader):
     class Group(Rows):
         __hash__ = object.__hash__
 
-    def _decode(self, group: int) -> Rows:
-        rows = Watched.Group(**vars(super()._decode(group)))
+    def decode(self, group: int) -> Rows:
+        rows = Watched.Group(**vars(super().decode(group)))
         self.decoded.append(group)
         self.alive.add(rows)
         self.most = max(self.most, len(self.alive))
@@ -361,3 +438,10 @@ def test_a_lane_that_has_ended_is_not_read_again(tmp_path: Path) -> None:
     loader = Watched(dataset, "train", 20, 2, window=16, ahead=1)  # lanes of 240 and 241 rows
     epoch(loader, loader.after(loader.start(), 24))  # one row is left
     assert len(loader.decoded) <= 10
+
+
+def test_one_of_4096_ranks_decodes_only_the_row_groups_that_its_rows_lie_in(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data", rows=20_000, row_group=40, shard_rows=20_000)
+    loader = Watched(dataset, "train", 8192, 8, rank=4000, ranks=4096, window=40, ahead=1)
+    assert [len(batch) for batch in epoch(loader, loader.start())] == [2, 2, 0]  # its lane has 2,500, 1,024 a batch
+    assert len(loader.decoded) <= 3 * 3

@@ -137,6 +137,16 @@ def test_a_group_that_shares_tables_is_planned_alone() -> None:
         place(sharding_group=12)
 
 
+def test_a_batch_that_ranks_cannot_share_evenly_is_planned_with_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    kind = plan.EmbeddingEnumerator
+    monkeypatch.setattr(
+        plan, "EmbeddingEnumerator", lambda t, batch, *a, **k: batches.append(batch) or kind(t, batch, *a, **k)
+    )
+    place({"user": 1000}, ranks=3)
+    assert batches == [ceil(64 * 512 / 3)]
+
+
 def test_many_tables_on_many_ranks_are_summarised_in_thirteen_lines() -> None:
     rows = {f"t{i}": 1000 * (i + 1) for i in range(30)}
     _, found = place(rows, sharding={"default": ["table_wise"]})

@@ -324,9 +324,11 @@ def test_the_pipelined_loop_trains_the_same_model_on_two_ranks(two_ranks: Path, 
 
 
 @pytest.mark.system
-def test_lanes_that_two_ranks_cannot_share_are_refused_on_both(two_ranks: Path) -> None:
+def test_a_batch_with_less_rows_than_ranks_is_refused_on_both(two_ranks: Path) -> None:
     for rank in range(2):
-        assert "lanes=1 must be divisible by the 2 ranks" in (two_ranks / f"refused.{rank}.txt").read_text()
+        assert (
+            "batch_size=1 leaves some of the 2 ranks without a row" in (two_ranks / f"refused.{rank}.txt").read_text()
+        )
 
 
 @pytest.mark.system

@@ -1,11 +1,13 @@
 """Rep-MTL: its two terms against matrices written out row by row, and second derivatives through the dense part."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from torch import Tensor
 from two_ranks import trainer
 
 from features.batch import PADDING, Batch
+from features.errors import UserError
 from models.layers import rectified
 from models.losses import TaskLoss
 from models.ranker import ModelConfig, Ranker
@@ -90,8 +93,17 @@ def test_a_batch_that_its_lanes_do_not_fill_has_no_alignment():
 @pytest.mark.parametrize(("lane_rows", "group", "wanted"), [(512, 128, 128), (12, 8, 6), (7, 5, 1), (3, 128, 3)])
 def test_a_group_is_the_largest_that_divides_a_lane(lane_rows: int, group: int, wanted: int) -> None:
     loss = RepMTLLoss([1.0], 1.0, 1.0, 0.5, group)
-    loss.attach([], lane_rows)
+    loss.attach([], 4 * lane_rows, 4)
     assert loss.group_rows == wanted
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 8, 12, 24, 48, 64])
+def test_ranks_that_would_cut_groups_of_rows_are_refused(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    loss = RepMTLLoss([1.0], 1.0, 1.0, 0.5, 4)
+    cut = any(48 * rank % (4 * ranks) for rank in range(ranks))  # 48 rows over 4 lanes: groups begin at multiples of 4
+    with pytest.raises(UserError, match=f"{ranks} ranks cannot share: .* divides 12$") if cut else nullcontext():
+        loss.attach([], 48, 4)
 
 
 # Second derivatives

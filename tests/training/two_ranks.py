@@ -126,7 +126,7 @@ def main(folder: Path) -> None:
 
     refused = ""
     try:
-        trainer(folder, "refused", lanes=1)
+        trainer(folder, "refused", batch_size=1, lanes=1)
     except UserError as error:
         refused = str(error)
     (folder / f"refused.{rank}.txt").write_text(refused)

@@ -1,5 +1,6 @@
 """Capacity planning: whether a model's tables fit on a cluster, how they would be placed, and how long a step takes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ from models.emm import EMMSettings, build_ranker
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
+from pipeline.dataset.loader import check_sizes
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
@@ -37,7 +39,6 @@ class PlanConfig(TrackingSettings, Strict):
         hbm: of each rank's GPU, by default that of its kind. ddr: main memory for each rank. Both in bytes, or as 80GB, 80GiB.
         kind: of GPU (pipeline.training.parallel.hardware.KINDS), for step times; it decides `device`.
         link: rate of each node's network. scale: numbers of ranks that step times are for.
-        batch_per_rank: rows of each rank at any number of them; None: train.batch_size is shared among them.
     """
 
     dataset: Path | None = None
@@ -56,7 +57,6 @@ class PlanConfig(TrackingSettings, Strict):
     kind: str | None = None
     link: str = "100gbit"
     scale: list[Annotated[int, Field(ge=1)]] = Field([1 << power for power in range(10)], min_length=1)
-    batch_per_rank: int | None = Field(None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -88,12 +88,6 @@ class PlanConfig(TrackingSettings, Strict):
             raise ValueError(
                 f"{needed}={getattr(self, needed)} is less than a megabyte; expected something like {needed}={example}"
             )
-        if self.train.batch_size % self.train.lanes:
-            raise ValueError(
-                f"train.batch_size={self.train.batch_size} must be a multiple of train.lanes={self.train.lanes}"
-            )
-        if self.ranks and self.train.batch_size % self.ranks:
-            raise ValueError(f"train.batch_size={self.train.batch_size} must be a multiple of ranks={self.ranks}")
         return self
 
     @property
@@ -115,16 +109,19 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
     lines = [tables.bounds] if tables.bounds else []
     if config.ranks:
         estimated = _place(config, tables)
-        if config.train.lanes % config.ranks:
-            advice = f"set train.lanes to a multiple of {config.ranks}"
-            lines.append(f"lanes={config.train.lanes} must be divisible by the {config.ranks} ranks; {advice}")
+        order = config.train.order(config.ranks)
+        if config.ranks > order.lanes and order.batch_size % config.ranks == 0:
+            several = math.ceil(config.ranks / order.lanes)
+            lines.append(
+                f"{order.lanes} lanes: {several} ranks decode each row group; train.lanes={config.ranks}: one rank"
+            )
         lines = [*estimated.lines(), *lines, _summary(estimated, config.cluster)]
     if config.kind is None:
         return lines
     model = scaling.Model.of(tables.schema, tables.encoders, config.model, config.train, tables.dataset)
     cluster, kind, link = config.cluster, KINDS[config.kind], Link.named(config.link)
     cluster = replace(cluster, ranks_per_node=config.ranks_per_node)
-    more = scaling.scaling_report(model, config.train, cluster, kind, link, config.scale, config.batch_per_rank)
+    more = scaling.scaling_report(model, config.train, cluster, kind, link, config.scale)
     return [*lines, *more]
 
 
@@ -149,6 +146,9 @@ class _Tables(NamedTuple):
 
 
 def _tables(config: PlanConfig, schema: Schema | None) -> _Tables:
+    if config.ranks:
+        order = config.train.order(config.ranks)
+        check_sizes(order.batch_size, order.lanes, config.ranks)
     if config.model.fusion.get("name") == "emm" and not EMMSettings.of(config.model).sources:
         raise UserError(
             "model=emm takes its tables from trained runs (model.from): plan the models that it is fused from instead"

@@ -51,7 +51,7 @@ def codecs(settings: Settings) -> dict[str, QuantizedCommCodecs] | None:
     found = {operation.name: get_qcomm_codecs(config) for operation in OPERATIONS}
     if formats.backward == "fp16":
         # A gradient of a mean over the batch falls below 6e-5, where fp16 has fewer digits, and below 6e-8, where it has none.
-        scale = 2.0 ** round(math.log2(settings.batch_size))
+        scale = 2.0 ** round(math.log2(settings.order().batch_size))
         for pair in found.values():
             pair.backward = ScaledCodec(pair.backward, scale)
     return found

@@ -144,7 +144,8 @@ def place(
         raise UserError(f"train.sharding_group={group} does not divide the {cluster.ranks} ranks: use a divisor")
     dense = dense_bytes(model, tuple(by_module), settings, cluster.ranks)
     local = ranks_on_a_node(group, min(cluster.ranks_per_node, cluster.ranks))
-    batch, choices = settings.batch_size // cluster.ranks, placements.constraints(tables, settings, group, local)
+    batch = math.ceil(settings.order(cluster.ranks).batch_size / cluster.ranks)
+    choices = placements.constraints(tables, settings, group, local)
     optimizer, recorder = TABLE_OPTIMIZERS[settings.tables.name], PlanRecorder()
     with _quiet():
         topology = _topology(cluster, dense, group, local)

@@ -16,6 +16,7 @@ from models.emm import build_ranker
 from models.ranker import ModelConfig
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import check_sizes
 from pipeline.evaluation.model_cost import flop_counter
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
@@ -106,7 +107,7 @@ def flops_per_row(schema: Schema, encoders: Encoders, config: ModelConfig) -> fl
 
 
 def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Cluster) -> Step:
-    """The step of a model whose tables are placed so. settings.batch_size is that of all ranks."""
+    """The step of a model whose tables are placed so."""
     optimizer, group = TABLE_OPTIMIZERS[settings.tables.name], settings.sharding_group or cluster.ranks
     by_name = {
         config.name: Table(
@@ -136,7 +137,7 @@ def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Clu
         ranks=cluster.ranks,
         ranks_per_node=min(cluster.ranks_per_node, cluster.ranks),
         group=group,
-        rows=settings.batch_size // cluster.ranks,
+        rows=-(-settings.order(cluster.ranks).batch_size // cluster.ranks),
         parts=parts,
         flops=model.flops,
         dense=model.dense,
@@ -171,19 +172,19 @@ def scaling_report(
     kind: Kind,
     link: Link,
     counts: Sequence[int],
-    batch_per_rank: int | None = None,
 ) -> list[str]:
     """Step time and rows/s for each number of ranks, and what was assumed, in lines.
 
     Args:
-        cluster: memory and ranks of a node. batch_per_rank: None shares settings.batch_size among the ranks.
+        settings: with rank_batch_size each rank has as many rows at any number of them, else batch_size is shared.
+        cluster: memory and ranks of a node.
     """
     cells, left_out = [], []
-    alone, _ = placed_step(model, _on(1, settings, cluster, batch_per_rank), replace(cluster, ranks=1))
+    alone, _ = placed_step(model, _on(1, settings, cluster), replace(cluster, ranks=1))
     alone_rate = alone.rows / step_time(alone, kind, link).total
     for ranks in counts:
         try:
-            chosen = _on(ranks, settings, cluster, batch_per_rank)
+            chosen = _on(ranks, settings, cluster)
             step, fits = placed_step(model, chosen, replace(cluster, ranks=ranks))
         except UserError as error:
             left_out.append(f"{ranks} ranks left out: {error}")
@@ -205,16 +206,13 @@ def scaling_report(
     return [*table.splitlines(), *left_out, *_assumptions(model, settings, alone, kind, link)]
 
 
-def _on(ranks: int, settings: Settings, cluster: Cluster, batch_per_rank: int | None) -> Settings:
-    """The settings for a number of ranks. Raises UserError where they do not divide by it."""
-    batch = batch_per_rank * ranks if batch_per_rank else settings.batch_size
-    if batch % ranks:
-        raise UserError(f"train.batch_size={batch} is no multiple of it")
+def _on(ranks: int, settings: Settings, cluster: Cluster) -> Settings:
+    """The settings for a number of ranks. Raises UserError where it does not go with them."""
+    order = settings.order(ranks)
+    check_sizes(order.batch_size, order.lanes, ranks)
     if ranks > cluster.ranks_per_node and ranks % cluster.ranks_per_node:
         raise UserError(f"no multiple of ranks_per_node={cluster.ranks_per_node}")
-    return settings.model_copy(
-        update={"batch_size": batch, "sharding_group": None if ranks == 1 else settings.sharding_group}
-    )
+    return settings.model_copy(update={"sharding_group": None if ranks == 1 else settings.sharding_group})
 
 
 def _assumptions(model: Model, settings: Settings, step: Step, kind: Kind, link: Link) -> list[str]:

@@ -62,4 +62,4 @@ def scoring_settings(trained: Mapping[str, Any], where: Path, device: torch.devi
     except ValidationError as error:
         raise UserError(f"{where}: train.{first_fault(error)}. Restore it.") from None
     kernels = {"kernels": known.kernels} if device.type == "cuda" else {}
-    return Settings(batch_size=batch_size, lanes=1, tables=TableOptimizer(name="sgd"), pipelined=False, **kernels)
+    return Settings(batch_size=batch_size, tables=TableOptimizer(name="sgd"), pipelined=False, **kernels)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from features.errors import UserError
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.run import Run
+from pipeline.training.config import Order, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,46 @@ def _fault(path: Path, rank: int, ranks: int) -> str | None:
     return None
 
 
+def as_begun(settings: Settings, run: Run) -> Settings:
+    """The settings with the order of rows that their run began with, or begins with now. Every rank calls it.
+
+    Raises:
+        UserError: settings of another order than that of the run's checkpoints.
+    """
+    ranks = dist.get_world_size()
+    found: list[tuple[Path, Order] | None] = [_order(run) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    order = settings.order(ranks)
+    if found[0] is not None:
+        path, begun = found[0]
+        for name, value in begun._asdict().items():
+            if (written := getattr(settings, name)) not in (None, value):
+                raise UserError(_other(path, f"train.{name}", value, written))
+        if settings.rank_batch_size and order.batch_size != begun.batch_size and dist.get_rank() == 0:
+            logger.info(
+                f"train.batch_size stays {begun.batch_size}, as the run began; train.rank_batch_size="
+                f"{settings.rank_batch_size} on {ranks} ranks would be {order.batch_size}"
+            )
+        order = begun
+    return settings.model_copy(update=order._asdict() | {"rank_batch_size": None})
+
+
+def _order(run: Run) -> tuple[Path, Order] | None:
+    """Of the newest checkpoint whose manifest can be read."""
+    for step in reversed(checkpoint.steps(run.checkpoints)):
+        path = checkpoint.folder(run.checkpoints, step)
+        with suppress(UserError):
+            manifest = checkpoint.read(path)
+            order = Order(manifest.batch_size, len(manifest.cursors), manifest.window)
+            if all(order):
+                return path, order
+    return None
+
+
+def _other(path: Path, what: str, theirs: object, ours: object) -> str:
+    return f"{path} has {what} {theirs}, this job has {ours}. Use the same, or another run=."
+
+
 def check_compatible(path: Path, manifest: CheckpointManifest, ours: CheckpointManifest) -> None:
     """Raises UserError where a checkpoint is of another model, or of rows in another order, than this job would write."""
     for what, name in (
@@ -58,12 +100,9 @@ def check_compatible(path: Path, manifest: CheckpointManifest, ours: CheckpointM
         ("encoders", "encoders"),
     ):
         if getattr(manifest, name) != getattr(ours, name):
-            theirs, this = getattr(manifest, name), getattr(ours, name)
-            raise UserError(f"{path} has {what} {theirs}, this job has {this}. Use the same, or another run=.")
+            raise UserError(_other(path, what, getattr(manifest, name), getattr(ours, name)))
     if len(manifest.cursors) != len(ours.cursors):
-        raise UserError(
-            f"{path} has train.lanes {len(manifest.cursors)}, this job has {len(ours.cursors)}. Use the same, or another run=."
-        )
+        raise UserError(_other(path, "train.lanes", len(manifest.cursors), len(ours.cursors)))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> list[str]:

@@ -71,11 +71,12 @@ GRADIENT_REFUSALS = {
 class AdaptiveLoss(TaskLoss):
     """A task loss that follows the training; every hook does nothing unless a subclass defines it."""
 
-    def attach(self, shared: Sequence[nn.Parameter], lane_rows: int) -> None:
-        """Called once, before the first step.
+    def attach(self, shared: Sequence[nn.Parameter], batch_size: int, lanes: int) -> None:
+        """Called once, before the first step. Raises UserError where the loss cannot be shared by the ranks.
 
         Args:
-            shared: from `shared_parameters`. lane_rows: rows of a batch that come from one lane, in a row.
+            shared: from `shared_parameters`. batch_size: rows of a global batch. lanes: that it takes its rows from, one
+                after the other.
         """
 
     def before_step(self) -> None:
@@ -101,7 +102,7 @@ class GradientLoss(AdaptiveLoss):
 
     shared: Sequence[nn.Parameter] = ()
 
-    def attach(self, shared: Sequence[nn.Parameter], lane_rows: int) -> None:  # noqa: ARG002
+    def attach(self, shared: Sequence[nn.Parameter], batch_size: int, lanes: int) -> None:  # noqa: ARG002
         """Takes the parameters."""
         self.shared = shared
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
 from features.batch import PADDING, Batch
+from features.errors import UserError
 from models.losses import TaskLoss
 from pipeline.training.optim.weighting.base import EmbeddingLoss, Weighted, global_mean
 
@@ -54,8 +56,9 @@ class RepMTLLoss(EmbeddingLoss):
     - S_t is the derivative of a row's own loss, not of the mean: tasks that few rows observe are not scaled up.
     - A row counts with its weight, as in penalties of a fusion; a task that it does not observe has no share, no part in the
       anchor and no term of its own; L_csa is the mean over a row's tasks. The paper's text gives no tau.
-    - Rows are compared within groups of a lane, which belong to the batch and not to the ranks. A batch that lanes do not
-      fill, the last of an epoch, has no L_csa: where its lanes begin depends on the ranks.
+    - Rows are compared within groups of a lane, which belong to the batch and not to the ranks: their number must divide that
+      of the groups. A batch that lanes do not fill, the last of an epoch, has no L_csa: where its lanes begin depends on the
+      ranks.
     The terms reach everything that S_t depends on, embeddings and towers included.
 
     Args:
@@ -76,9 +79,15 @@ class RepMTLLoss(EmbeddingLoss):
         self.regulation, self.alignment, self.temperature = regulation, alignment, temperature
         self.most_rows = self.group_rows = group
 
-    def attach(self, shared: Sequence[nn.Parameter], lane_rows: int) -> None:  # noqa: ARG002
-        """Sets the rows of a group: the most that divide those of a lane."""
+    def attach(self, shared: Sequence[nn.Parameter], batch_size: int, lanes: int) -> None:  # noqa: ARG002
+        """Sets the rows of a group: the most that divide those of a lane. Raises UserError where ranks would cut groups."""
+        lane_rows, ranks = batch_size // lanes, dist.get_world_size()
         self.group_rows = max(rows for rows in range(1, self.most_rows + 1) if lane_rows % rows == 0)
+        if (groups := batch_size // self.group_rows) % ranks:
+            raise UserError(
+                f"train.weighting rep_mtl compares the rows of a batch in {groups} groups of {self.group_rows}, which {ranks} "
+                f"ranks cannot share: use a number of ranks that divides {groups}"
+            )
 
     def from_embeddings(
         self,
