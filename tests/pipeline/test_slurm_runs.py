@@ -113,6 +113,14 @@ def test_a_job_that_somebody_ends_saves_its_work_and_is_not_requeued(stub: Slurm
         stub.stop(*stopped[1:])
 
 
+def test_a_job_that_somebody_requeues_saves_its_work_and_goes_on(stub: Slurm, lab: SlurmLab, folder: Path) -> None:
+    job = submit(stub, "train", f"do=[ -e {folder}/twice ] && exit 0; touch {folder}/twice; {SAVES}")
+    wait_for(lambda: "node 0: ready" in log(*job), "start")
+    lab.ask("scontrol", "requeue", job[2])
+    assert end_of(*job) == ("succeeded", "exit code 0", 1)
+    assert "node 0: saved" in log(*job)
+
+
 def test_elements_of_an_array_and_what_waits_for_them(stub: Slurm, lab: SlurmLab) -> None:
     held = submit(stub, "preprocess", suspend=True, array=[["do=echo it\\'s first"], ["do=exit 3"]])
     after = submit(stub, "evaluate", "do=echo never", after=[held[2]])
