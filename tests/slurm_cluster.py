@@ -87,7 +87,8 @@ class SlurmLab:
         """Kills the daemon of a node and every process of a job there, as a power cut does."""
         self.daemons[node].kill()
         self.daemons[node].wait()
-        for pid in self._processes(f"SLURMD_NODENAME={node}"):
+        tasks = self._processes(f"SLURMD_NODENAME={node}")
+        for pid in [*{parent for task in tasks if (parent := _step_daemon(task))}, *tasks]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -175,6 +176,15 @@ def require_slurm() -> None:
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
+
+
+def _step_daemon(task: int) -> int | None:
+    """The daemon that started a process of a job, and would report its end."""
+    with suppress(OSError):
+        parent = int(Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[1])
+        if Path(f"/proc/{parent}/cmdline").read_bytes().startswith(b"slurmstepd"):
+            return parent
+    return None
 
 
 def _free_ports(count: int) -> list[int]:

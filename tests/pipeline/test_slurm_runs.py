@@ -47,7 +47,15 @@ def stub(folder: Path) -> Slurm:
 
 
 def workload(job: str, *words: str, **changes: Any) -> Workload:
-    given = {"name": "stub", "nodes": 1, "cpu": "500m", "memory": "100Mi", "time_limit_s": 600, "grace_s": 60, "retries": 0}
+    given = {
+        "name": "stub",
+        "nodes": 1,
+        "cpu": "500m",
+        "memory": "100Mi",
+        "time_limit_s": 600,
+        "grace_s": 60,
+        "retries": 0,
+    }
     return Workload(job=job, words=list(words), ranks_per_node=1, gpus_per_node=0, **given | changes)
 
 
@@ -76,7 +84,9 @@ def test_exit_codes_decide_what_is_run_again(stub: Slurm, folder: Path) -> None:
         "final": submit(stub, "preprocess", "do=exit 3", retries=1),
         "tried twice": submit(stub, "preprocess", "do=echo again; exit 4", retries=1),
         "preempted once": submit(stub, "train", once),
-        "failed on one node, preempted on the other": submit(stub, "train", "do=exit $((SLURM_NODEID ? 75 : 1))", nodes=2),
+        "failed on one node, preempted on the other": submit(
+            stub, "train", "do=exit $((SLURM_NODEID ? 75 : 1))", nodes=2
+        ),
         "killed": submit(stub, "train", "do=kill -9 $$"),
     }
     ends = {name: end_of(*job) for name, job in jobs.items()}

@@ -65,6 +65,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 def end_of(slurm: Slurm, work: Workload, native: str) -> tuple[Any, ...]:
     wait_for(lambda: slurm.status(work, native).state in ENDED, f"end of {work.name}", 180)
+    print(*slurm.logs(work, native, None, follow=False), sep="\n")
     return slurm.status(work, native)
 
 
@@ -97,5 +98,4 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(lab: SlurmLab, slurm: Slurm,
     assert slurm.status(work, native) == ("running", "RUNNING on n[1-2]", 0)
     lab.kill_node("n2")
     assert end_of(slurm, work, native) == ("succeeded", "exit code 0", 0)
-    print(*slurm.logs(work, native, None, follow=False), sep="\n")
     assert_close(last(run), last(undisturbed), rtol=1e-3, atol=1e-4)
