@@ -63,12 +63,13 @@ class SlurmLab:
     """A Slurm that runs. Its commands find it by the variable SLURM_CONF.
 
     Attributes:
-        conf: its slurm.conf. daemons: by node.
+        conf: its slurm.conf. daemons: by node. controller: slurmctld.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.conf = folder, folder / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.controller: subprocess.Popen[bytes] | None = None
 
     def start(self, *words: str) -> "subprocess.Popen[bytes]":
         """Starts one of its programs, which stays in the foreground, in a session of its own."""
@@ -77,6 +78,13 @@ class SlurmLab:
                 words, env={**os.environ, "SLURM_CONF": str(self.conf)}, cwd=self.folder,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+
+    def start_controller(self) -> None:
+        """Starts slurmctld without any memory of jobs, as a site's has none of those that ended MinJobAge ago."""
+        if self.controller:
+            self.controller.kill()
+            self.controller.wait()
+        self.controller = self.start("slurmctld", "-D", "-c", "-f", str(self.conf))
 
     def start_node(self, node: str) -> None:
         """Starts a node's daemon."""
@@ -121,16 +129,20 @@ class SlurmLab:
 
 
 @contextmanager
-def slurm_lab() -> Iterator[SlurmLab]:
-    """A Slurm that is up, in a folder whose path has no white space; everything of it is killed at the end."""
+def slurm_lab(*lines: str) -> Iterator[SlurmLab]:
+    """A Slurm that is up, in a folder whose path has no white space; everything of it is killed at the end.
+
+    Args:
+        lines: of slurm.conf, beyond those that every site has.
+    """
     folder = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
     lab = SlurmLab(folder)
-    lab.conf.write_text(CONF.format(host=socket.gethostname(), folder=folder, ports=_free_ports(3)))
+    lab.conf.write_text(CONF.format(host=socket.gethostname(), folder=folder, ports=_free_ports(3)) + "\n".join(lines))
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     (folder / "state").mkdir()
-    daemons = []
+    daemons: list[subprocess.Popen[bytes]] = []
     try:
         files = {
             "key-file": key,
@@ -143,13 +155,13 @@ def slurm_lab() -> Iterator[SlurmLab]:
             lab.start("munged", "--foreground", "--force", *(f"--{n}={folder / str(f)}" for n, f in files.items()))
         ]
         wait_for(lambda: (folder / "munge.socket").exists(), "munged")
-        daemons += [lab.start("slurmctld", "-D", "-c", "-f", str(lab.conf))]
+        lab.start_controller()
         for node in NODES:
             lab.start_node(node)
         wait_for(lab.is_idle, "two idle nodes", START_S)
         yield lab
     finally:
-        for daemon in [*daemons, *lab.daemons.values()]:
+        for daemon in filter(None, [*daemons, lab.controller, *lab.daemons.values()]):
             daemon.kill()
             daemon.wait()
         lab.end()

@@ -28,6 +28,7 @@ def lab() -> Iterator[SlurmLab]:
     with slurm_lab() as lab, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(lab.conf))
         patch.setenv("SUBMITTERS_TOKEN", "not for jobs")
+        patch.setenv("SBATCH_EXPORT", "ALL")
         yield lab
 
 
@@ -77,31 +78,45 @@ def submit(slurm: Slurm, job: str, *words: str, **changes: Any) -> tuple[Slurm, 
     return slurm, work, slurm.submit(work)
 
 
-def test_exit_codes_decide_what_is_run_again(stub: Slurm, folder: Path) -> None:
+def test_exit_codes_and_signals_decide_what_is_run_again(stub: Slurm, lab: SlurmLab, folder: Path) -> None:
+    requeued = submit(stub, "train", f"do=[ -e {folder}/twice ] && exit 0; touch {folder}/twice; {SAVES}")
+    wait_for(lambda: "node 0: ready" in log(*requeued), "start")
+    lab.ask("scontrol", "requeue", requeued[2])
     once = f"do=[ -e {folder}/once ] || {{ touch {folder}/once; exit 75; }}"
     jobs = {
+        "requeued by a person": requeued,
+        "preempted once": submit(stub, "train", once),
         "done": submit(stub, "preprocess", "do=env; pwd"),
         "final": submit(stub, "preprocess", "do=exit 3", retries=1),
         "tried twice": submit(stub, "preprocess", "do=echo again; exit 4", retries=1),
-        "preempted once": submit(stub, "train", once),
         "failed on one node, preempted on the other": submit(
             stub, "train", "do=exit $((SLURM_NODEID ? 75 : 1))", nodes=2
         ),
         "killed": submit(stub, "train", "do=kill -9 $$"),
+        "never begun": submit(stub, "evaluate", "do=echo never", after=[requeued[2]], suspend=True),
     }
+    lab.ask("scancel", jobs["never begun"][2])
     ends = {name: end_of(*job) for name, job in jobs.items()}
     assert ends == {
+        "requeued by a person": ("succeeded", "exit code 0", 1),
+        "preempted once": ("succeeded", "exit code 0", 1),
         "done": ("succeeded", "exit code 0", 0),
         "final": ("failed", "exit code 3", 0),
         "tried twice": ("failed", "exit code 4", 0),
-        "preempted once": ("succeeded", "exit code 0", 1),
         "failed on one node, preempted on the other": ("failed", "exit code 1", 0),
         "killed": ("failed", "exit code 137", 0),
+        "never begun": ("stopped", "CANCELLED: JobHeldUser", 0),
     }
+    assert "node 0: saved" in log(*requeued)
     lines = log(*jobs["done"])
     assert f"rank 0: {folder}" in lines
     assert not [line for line in lines if "SUBMITTERS_TOKEN" in line]
     assert log(*jobs["tried twice"]).count("rank 0: again") == 2
+
+    lab.start_controller()
+    wait_for(lab.is_idle, "idle nodes")
+    never = ("stopped", "left the queue before it began: cancelled, or a job that it waits for failed", 0)
+    assert {name: job[0].status(*job[1:]) for name, job in jobs.items()} == ends | {"never begun": never}
 
 
 def test_a_job_that_somebody_ends_saves_its_work_and_is_not_requeued(stub: Slurm, lab: SlurmLab) -> None:
@@ -121,14 +136,6 @@ def test_a_job_that_somebody_ends_saves_its_work_and_is_not_requeued(stub: Slurm
     assert [job[0].status(*job[1:]).state for job in (stopped, cancelled, pending)] == ["stopped"] * 3
     with pytest.raises(UserError, match=r"stopped \(Slurm job [0-9]+\) has ended: stopped, exit code 143"):
         stub.stop(*stopped[1:])
-
-
-def test_a_job_that_somebody_requeues_saves_its_work_and_goes_on(stub: Slurm, lab: SlurmLab, folder: Path) -> None:
-    job = submit(stub, "train", f"do=[ -e {folder}/twice ] && exit 0; touch {folder}/twice; {SAVES}")
-    wait_for(lambda: "node 0: ready" in log(*job), "start")
-    lab.ask("scontrol", "requeue", job[2])
-    assert end_of(*job) == ("succeeded", "exit code 0", 1)
-    assert "node 0: saved" in log(*job)
 
 
 def test_elements_of_an_array_and_what_waits_for_them(stub: Slurm, lab: SlurmLab) -> None:

@@ -21,7 +21,7 @@ STEPS = 300
 @pytest.fixture(scope="module")
 def lab() -> Iterator[SlurmLab]:
     require_slurm()
-    with slurm_lab() as lab, pytest.MonkeyPatch.context() as patch:
+    with slurm_lab("RequeueExit=75") as lab, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(lab.conf))
         yield lab
 
@@ -82,10 +82,17 @@ def test_a_run_that_is_stopped_submitted_again_and_preempted_ends_as_if_nothing_
     assert 20 <= saved < STEPS
 
     second = slurm.submit(work)
+    after = Slurm(backend="slurm", folder=str(lab.folder), python="/bin/echo")
+    evaluation = Workload.model_validate(
+        dict(workload(lab, "after", nodes=1, after=[second])) | {"job": "evaluate", "words": ["run=evaluated"]}
+    )
+    waiting = after.submit(evaluation)
     wait_for_step(run, saved + 50)
+    assert after.status(evaluation, waiting)[:2] == ("pending", "PENDING: Dependency")
     lab.ask("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
     assert end_of(slurm, work, second) == ("succeeded", "exit code 0", 1)
     assert_identical(last(run), last(undisturbed))
+    assert end_of(after, evaluation, waiting)[0] == "succeeded"
     lines = list(slurm.logs(work, second, 0, follow=False))
     assert [line for line in lines if f"step {STEPS}/{STEPS}" in line]
     assert {line.split(":")[0] for line in lines} == {"rank 0"}
