@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
+import jobs
 from features.errors import UserError
 from pipeline.cluster.base import Workload
 from pipeline.cluster.slurm import Slurm
@@ -207,6 +209,12 @@ def test_each_line_of_a_log_names_its_process(tmp_path: Path) -> None:
     assert list(cluster.logs(work, "7", 1, follow=False)) == ["rank 1: \\x1b[2Jred", "rank 1: unfinished"]
     (folder / "run-1-7_1.log").write_text("0: done\n")
     assert list(cluster.logs(workload("explain", array=[["a=1"], ["a=2"]]), "7", 0, follow=False)) == ["1/rank 0: done"]
+
+
+def test_the_shipped_file_has_every_setting_with_its_default() -> None:
+    content = yaml.safe_load((Path(jobs.__file__).parent / "conf" / "cluster" / "slurm.yaml").read_text())
+    assert Slurm.model_validate(content) == Slurm(backend="slurm")
+    assert content.keys() == Slurm.model_fields.keys() - {"python"}  # which is the submitter's
 
 
 def test_quantities_are_rounded_up() -> None:
