@@ -3,6 +3,7 @@
 import re
 from decimal import Decimal
 from ipaddress import ip_network
+from math import ceil
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
@@ -79,6 +80,12 @@ def _argument(text: str) -> str:
     return text
 
 
+def _one_line(text: str) -> str:
+    if not text or has_controls(text):
+        raise ValueError(f"{text[:300]!r} is empty, has line breaks or other control characters, or is not UTF-8")
+    return text
+
+
 def refuse_lookups(text: str) -> None:
     """Raises ValueError where a text holds an interpolation such as ${oc.env:NAME}, resolved here or in the pod."""
     if _LOOKUP.search(text):
@@ -106,6 +113,16 @@ def amount(quantity: str) -> Decimal:
         return Decimal(quantity[:-1]) / 1000
     digits = quantity.rstrip("kKMGTPi")
     return Decimal(digits) * UNITS[quantity.removeprefix(digits)]
+
+
+def whole_cpus(cpu: str) -> int:
+    """CPUs of a quantity, rounded up, for a scheduler of whole ones."""
+    return ceil(amount(cpu))
+
+
+def mebibytes(memory: str) -> int:
+    """MiB of a quantity of bytes, rounded up."""
+    return ceil(amount(memory) / 2**20)
 
 
 def is_pinned(image: str) -> bool:
@@ -154,11 +171,21 @@ Bytes = Annotated[str, _like(rf"{_AMOUNT}(k|[KMGTP]i|[MGTP])?", "a Kubernetes qu
 Cron = Annotated[str, AfterValidator(_cron)]
 Nodes = Annotated[NodeRange, BeforeValidator(_nodes), PlainSerializer(str, str)]
 Argument = Annotated[str, AfterValidator(_argument)]
+OneLine = Annotated[str, AfterValidator(_one_line)]
 Network = Annotated[str, AfterValidator(_network)]
 Image = Annotated[
     str, _like(f"{_IMAGE}({_DIGEST})?", "an image such as registry.example/taskfuse@sha256:DIGEST", longest=455)
 ]
 Variable = Annotated[str, _like(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "the name of an environment variable")]
+SlurmNames = Annotated[
+    str, _like(r"[A-Za-z0-9_][-A-Za-z0-9_.,]*", "a name in Slurm, or several with commas", longest=255)
+]
+SlurmFeatures = Annotated[
+    str, _like(r"[-A-Za-z0-9_.,&|!*()\[\]]+", "a constraint of features such as a100&ib, without spaces", longest=255)
+]
+SlurmGpus = Annotated[str, _like(r"[A-Za-z0-9_]+(:[-A-Za-z0-9_.]+)?", "a gres such as gpu or gpu:h100", longest=100)]
+# sbatch reads paths before any shell does: no white space, no quotes, and no %, which it replaces.
+SlurmFolder = Annotated[str, _like(r"[-A-Za-z0-9_./+@:,=]+", "a path of letters, digits and -_./+@:,=")]
 SecretKey = Annotated[
     str,
     _like(
