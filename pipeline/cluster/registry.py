@@ -29,4 +29,6 @@ def open_cluster(content: Mapping[str, Any], where: str) -> Any:
         return BACKENDS[name].model_validate(content)
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), fault_text(e)) for e in error.errors())
-        raise UserError(f"{where}: {join_faults([f'{place}: {what}' if place else what for place, what in places])}") from None
+        raise UserError(
+            f"{where}: {join_faults([f'{place}: {what}' if place else what for place, what in places])}"
+        ) from None
