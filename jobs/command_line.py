@@ -17,7 +17,7 @@ from features.yaml_text import MAX_BYTES, parse_yaml
 
 CONF = Path(__file__).parent / "conf"
 # The groups of CONF, each with the `# @package` line that its files may have.
-GROUPS = {"data": None, "model": None, "interaction": "model.interaction", "recipe": "_global_"}
+GROUPS = {"data": None, "model": None, "interaction": "model.interaction", "recipe": "_global_", "cluster": None}
 RECIPE_KEYS = ("model", "train", "tasks")  # a recipe stands at the top of the configuration
 FLAGS = {
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),

@@ -12,20 +12,32 @@ Examples:
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
 
+if TYPE_CHECKING:
+    from pipeline.search.compare import CompareConfig
+
+
+def checked(config: DictConfig) -> "CompareConfig":
+    """The checked settings. Raises UserError."""
+    from pipeline.search.compare import CompareConfig
+
+    found: CompareConfig = parse(config, CompareConfig)
+    return found
+
 
 @job("compare")
 def main(config: DictConfig) -> None:
     """Trains and evaluates every model and seed, prints and saves the tables."""
     from pipeline.search import report
-    from pipeline.search.compare import CompareConfig, Jobs, compare
+    from pipeline.search.compare import Jobs, compare
 
-    settings: CompareConfig = parse(config, CompareConfig)
+    settings = checked(config)
     hydra = HydraConfig.get()
     of_data = [text for text in hydra.overrides.task if text.lstrip("+~").startswith("data.")]
     config_dirs = [text for text in sys.argv[1:] if text.startswith("--config-dir=")]

@@ -170,9 +170,13 @@ def message_of(error: Any, model: type[BaseModel]) -> str:
     return message + (did_you_mean(str(error["loc"][0]), known) if mistyped else "")
 
 
-def read_schema(config: DictConfig) -> Schema:
-    """The schema of the chosen data group. Raises UserError where none is chosen or it is not valid."""
-    name = HydraConfig.get().runtime.choices.get("data")
+def read_schema(config: DictConfig, name: str | None = None) -> Schema:
+    """The schema of the chosen data group. Raises UserError where none is chosen or it is not valid.
+
+    Args:
+        name: of the data group; None: the one that this process was started with.
+    """
+    name = name or HydraConfig.get().runtime.choices.get("data")
     if name is None:
         raise UserError("data is missing: set data=NAME, one of jobs/conf/data (see --help)")
     data = config.get("data")
@@ -243,6 +247,17 @@ def sigterm_handler(name: str) -> Callable[..., None]:
     return handle
 
 
+@contextmanager
+def composing() -> Iterator[None]:
+    """Turns what Hydra says of a word or of a group's value into a UserError of one line."""
+    try:
+        yield
+    except OverrideParseException as error:
+        raise refused(error.override, error.message.splitlines()[0]) from None
+    except ConfigCompositionException as error:
+        raise explained(error) from None
+
+
 def compose_and_run(main: Callable[[DictConfig], None], name: str) -> None:
     """Calls `main` with the configuration that Hydra composes of jobs/conf/NAME.yaml and the command line.
 
@@ -263,11 +278,8 @@ def compose_and_run(main: Callable[[DictConfig], None], name: str) -> None:
             main(config)
 
     try:
-        hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)()
-    except OverrideParseException as error:
-        raise refused(error.override, error.message.splitlines()[0]) from None
-    except ConfigCompositionException as error:
-        raise explained(error) from None
+        with composing():
+            hydra.main(config_path=str(CONF), config_name=name, version_base=None)(checked)()
     except (UserError, HydraException, OmegaConfBaseException, OSError):
         raise
     except Exception as error:

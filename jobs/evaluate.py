@@ -10,7 +10,7 @@ Examples:
 
 import os
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,16 +19,13 @@ from jobs.entry import job, parse
 from pipeline.run.headline import headline
 from pipeline.terminal import short_decimal
 
+if TYPE_CHECKING:
+    from pipeline.evaluation.follow import EvaluateConfig
 
-@job("evaluate")
-def main(config: DictConfig) -> None:
-    """Evaluates, a line a checkpoint, then prints the table and writes the report; or, with `compare`, those of two."""
-    from pipeline.evaluation.compared_runs import comparison
-    from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-    from pipeline.evaluation.report import page, tables
-    from pipeline.training.config import Settings
-    from pipeline.training.parallel import process_group
-    from pipeline.training.parallel.scoring import shard_for_scoring
+
+def checked(config: DictConfig) -> "EvaluateConfig":
+    """The checked settings; of `compare` the run is the first one. Raises UserError."""
+    from pipeline.evaluation.follow import EvaluateConfig
 
     if "data" in config and "truth" in config.data and config.truth is None:
         config.truth = OmegaConf.to_container(config.data.truth, resolve=True)
@@ -36,7 +33,21 @@ def main(config: DictConfig) -> None:
         if not OmegaConf.is_missing(config, "run"):
             raise UserError("compare names both of its runs: leave run out")
         config.run = str(config.compare[0])
-    settings: EvaluateConfig = parse(config, EvaluateConfig)
+    found: EvaluateConfig = parse(config, EvaluateConfig)
+    return found
+
+
+@job("evaluate")
+def main(config: DictConfig) -> None:
+    """Evaluates, a line a checkpoint, then prints the table and writes the report; or, with `compare`, those of two."""
+    from pipeline.evaluation.compared_runs import comparison
+    from pipeline.evaluation.follow import Evaluation
+    from pipeline.evaluation.report import page, tables
+    from pipeline.training.config import Settings
+    from pipeline.training.parallel import process_group
+    from pipeline.training.parallel.scoring import shard_for_scoring
+
+    settings = checked(config)
     if settings.compare:
         if os.environ.get("RANK", "0") == "0":  # of ranks, which have nothing to share here, one does it
             compared = comparison(settings)

@@ -10,15 +10,28 @@ Examples:
   python -m jobs.explain run=runs/census/ple 'features=[age, occupation]' permutations=10 affinity_batches=0
 """
 
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.explain.explain import ExplainConfig
+
+
+def checked(config: DictConfig) -> "ExplainConfig":
+    """The checked settings. Raises UserError."""
+    from pipeline.evaluation.explain.explain import ExplainConfig
+
+    found: ExplainConfig = parse(config, ExplainConfig)
+    return found
 
 
 @job("explain")
 def main(config: DictConfig) -> None:
     """Explains one checkpoint and prints the tables."""
-    from pipeline.evaluation.explain.explain import ExplainConfig, explain
+    from pipeline.evaluation.explain.explain import explain
     from pipeline.evaluation.explain.tables import tables
     from pipeline.evaluation.follow import results_of
     from pipeline.evaluation.report import page
@@ -26,7 +39,7 @@ def main(config: DictConfig) -> None:
     from pipeline.run.run import Run
     from pipeline.training.config import Settings
 
-    settings: ExplainConfig = parse(config, ExplainConfig)
+    settings = checked(config)
     found = explain(settings)
     print(f"step {found.step:,}  {found.split}  {found.rows:,} rows, {found.buckets} buckets by {found.cluster}\n")
     run = Run(settings.run)

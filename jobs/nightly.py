@@ -12,10 +12,22 @@ Examples:
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
+
+if TYPE_CHECKING:
+    from pipeline.release.config import NightlyConfig
+
+
+def checked(config: DictConfig) -> "NightlyConfig":
+    """The checked settings. Raises UserError."""
+    from pipeline.release.config import NightlyConfig
+
+    found: NightlyConfig = parse(config, NightlyConfig)
+    return found
 
 
 @job("nightly")
@@ -23,13 +35,12 @@ def main(config: DictConfig) -> None:
     """Judges the night and prints its gates, the trend and the outcome."""
     from features.errors import Preempted
     from pipeline.malloc import tune_malloc
-    from pipeline.release.config import NightlyConfig
     from pipeline.release.nightly import go_back, nightly
     from pipeline.release.outcome import error_message
     from pipeline.release.tables import text
     from pipeline.storage.files import json_text
 
-    settings: NightlyConfig = parse(config, NightlyConfig)
+    settings = checked(config)
     tune_malloc()
     try:
         if settings.bless == "back":

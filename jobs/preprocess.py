@@ -20,11 +20,17 @@ from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.job import preprocess
 
 
+def checked(config: DictConfig) -> PreprocessConfig:
+    """The checked settings. Raises UserError."""
+    found: PreprocessConfig = parse(config, PreprocessConfig)
+    return found
+
+
 @job("preprocess")
 def main(config: DictConfig) -> None:
     """Parses the configuration, runs the Beam job, prints a summary of the dataset."""
     schema = read_schema(config)
-    settings: PreprocessConfig = parse(config, PreprocessConfig)
+    settings = checked(config)
     manifest = preprocess(settings, schema)
     for line in summary(manifest, read_card(settings.folder, schema)):
         print(line)

@@ -6,18 +6,30 @@ Examples:
   python -m jobs.launch --nnodes=8 --node-rank=N --master-addr=HOST0 --nproc-per-node=8 -m jobs.train dataset=D run=R
 """
 
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
+
+if TYPE_CHECKING:
+    from pipeline.training.config import TrainConfig
+
+
+def checked(config: DictConfig) -> "TrainConfig":
+    """The checked settings. Raises UserError."""
+    from pipeline.training.config import TrainConfig
+
+    found: TrainConfig = parse(config, TrainConfig)
+    return found
 
 
 @job("train")
 def main(config: DictConfig) -> None:
     """Parses the configuration and trains; run again, it resumes from the newest checkpoint."""
-    from pipeline.training.config import TrainConfig
     from pipeline.training.train import train
 
-    settings: TrainConfig = parse(config, TrainConfig)
+    settings = checked(config)
     settings.dataset = settings.dataset.absolute()  # the run's config.yaml is read from elsewhere too
     train(settings, read_schema(config) if "data" in config else None)
 

@@ -1,5 +1,7 @@
 """What every cluster backend offers, and what it is told: a job, its command line and its resources."""
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -150,7 +152,7 @@ class Cluster(BaseModel):
     Attributes:
         backend: the class that reads the rest, one of BACKENDS.
         environment: variables of every job; values that are secret stand in a backend's own store, by reference.
-        defaults: resources of any job there. jobs: of one by its name, before those.
+        resources: of any job there. jobs: of one by its name, before those.
         paths: a folder as jobs see it to the same folder as this machine sees it, for `status` to read runs.
         gpu_memory: bytes of one GPU, as 80GB, for the sharding plan; None: not checked.
     """
@@ -159,7 +161,7 @@ class Cluster(BaseModel):
 
     backend: str
     environment: dict[Variable, str] = {}
-    defaults: Resources = Resources()
+    resources: Resources = Resources()
     jobs: dict[str, Resources] = {}
     paths: dict[Path, Path] = {}
     gpu_memory: str | None = None
@@ -170,9 +172,9 @@ class Cluster(BaseModel):
             raise ValueError(f"jobs.{unknown[0]} is none of {', '.join(JOBS)}")
         return self
 
-    def resources(self, job: str) -> Resources:
+    def resources_of(self, job: str) -> Resources:
         """The defaults for a job."""
-        return self.jobs.get(job, Resources()).over(self.defaults)
+        return self.jobs.get(job, Resources()).over(self.resources)
 
     def seen_here(self, path: Path) -> Path:
         """A path of a job as this machine sees it."""
@@ -223,3 +225,13 @@ def command(
     nodes = f"{least}:{most}" if least < most else str(most)
     flags = [f"--nnodes={nodes}", f"--nproc-per-node={work.ranks_per_node}", f"--max-restarts={max_restarts}"]
     return [python, "-m", "jobs.launch", *flags, *rendezvous, "-m", *module]
+
+
+def of_rank(line: str, rank: int) -> bool:
+    """Whether a line of a job's output is one rank's, as jobs.entry marks it."""
+    return re.search(rf"^(?:\S+ )?(?:\d\d:\d\d:\d\d  rank {rank}  |error \(rank {rank}\): )", line) is not None
+
+
+def state_folder() -> Path:
+    """Where this machine keeps what it has submitted: taskfuse in XDG_STATE_HOME, or else in ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "taskfuse"

@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from kubernetes import client
 from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
-from pipeline.cluster.base import ENDED, Status, Workload
+from pipeline.cluster.base import ENDED, Status, Workload, of_rank
 from pipeline.cluster.kubernetes_api import Connection, connect, refusals
 from pipeline.cluster.kubernetes_logs import followed, so_far
 from pipeline.cluster.kubernetes_manifests import check, elements, kinds, main_kind, objects, to_yaml
@@ -70,16 +71,16 @@ class Kubernetes(KubernetesSettings):
         """Lines of every pod that has started, without control characters; of one pod after the other unless they are followed.
 
         Args:
-            rank: of the pod of this rank's node alone, whose lines are those of all its ranks. Elastic nodes change their
-                ranks: there it is the pod's number times `ranks_per_node`.
+            rank: only what this rank marks as its own, in the pod of its node; elastic nodes change their ranks, and all
+                pods are read.
         """
         to, index = self._connect(native), _index(work, rank)
         names = [element.name for element in elements(work)]
         if follow:
-            yield from followed(to, _pods_of(*names), index, lambda: self.status(work, native).state in ENDED)
-            return
-        for name in names:
-            yield from so_far(to, _pods_of(name), index)
+            lines = followed(to, _pods_of(*names), index, lambda: self.status(work, native).state in ENDED)
+        else:
+            lines = chain.from_iterable(so_far(to, _pods_of(name), index) for name in names)
+        yield from (line for line in lines if rank is None or of_rank(line, rank))
 
     def stop(self, work: Workload, native: str) -> None:
         """Deletes what there is of the workload, waits for its pods, which get SIGTERM, and deletes what they need last.
@@ -141,7 +142,7 @@ def _index(work: Workload, rank: int | None) -> int | None:
     ranks = work.nodes.most * work.ranks_per_node
     if not 0 <= rank < ranks:
         raise UserError(f"rank={rank}: {work.name} has ranks 0 to {ranks - 1}")
-    return rank // work.ranks_per_node if work.kind.spread else None
+    return rank // work.ranks_per_node if work.kind.spread and not work.nodes.is_elastic else None
 
 
 def _create(to: Connection, name: str, kind: str, part: Any, *, replace: bool) -> bool:

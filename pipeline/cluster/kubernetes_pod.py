@@ -1,12 +1,12 @@
 """The pod of a workload, the same in every kind of object that has one: container, volumes, security, placement."""
 
 import math
-from decimal import Decimal
 
 from kubernetes import client
 
 from pipeline.cluster.base import Workload, command
 from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.values import amount
 
 PORT = 29500  # where the agents of torchrun meet, on pod 0
 STORE_S = 600  # how long elastic ones try to reach pod 0, and how long they take it for alive
@@ -173,8 +173,7 @@ def _environment(cluster: KubernetesSettings, work: Workload, launched: bool) ->
             variables.append(client.V1EnvVar(name="JOB_NAME", value_from=client.V1EnvVarSource(field_ref=label)))
         variables.append(client.V1EnvVar(name="TORCH_ELASTIC_SHUTDOWN_TIMEOUT", value=str(grace_s)))
     else:  # libraries start a thread a core of the node, whatever the limit; ranks read the limit themselves
-        cpus = Decimal(work.cpu[:-1]) / 1000 if work.cpu.endswith("m") else Decimal(work.cpu)
-        variables.append(client.V1EnvVar(name="OMP_NUM_THREADS", value=str(math.ceil(cpus))))
+        variables.append(client.V1EnvVar(name="OMP_NUM_THREADS", value=str(math.ceil(amount(work.cpu)))))
     for variable, value in sorted(cluster.environment.items()):
         variables.append(client.V1EnvVar(name=variable, value=escaped(value)))
     for variable, place in sorted(cluster.secrets.items()):

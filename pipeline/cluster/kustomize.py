@@ -37,7 +37,7 @@ nameReference:
 
 def demo_workload(job: str, cluster: KubernetesSettings) -> Workload:
     """The demo's job of this name, with what the cluster gives such jobs, or else one node, 2 CPUs and 8Gi."""
-    given = cluster.resources(job)
+    given = cluster.resources_of(job)
     return Workload(
         job=job,
         words=DEMO[job],

@@ -1,6 +1,7 @@
 """Values that end up in a manifest, each validated as a whole: none can be read as anything but one value of its field."""
 
 import re
+from decimal import Decimal
 from ipaddress import ip_network
 from typing import Annotated, Any, NamedTuple
 
@@ -89,6 +90,18 @@ def _network(text: str) -> str:
         return str(ip_network(text))
     except ValueError:
         raise ValueError(f"{text!r} is not a network such as 10.1.0.0/16 (no bits set after the prefix)") from None
+
+
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+UNITS |= {f"{letter}i": 1 << 10 * power for power, letter in enumerate("KMGTP", start=1)}
+
+
+def amount(quantity: str) -> Decimal:
+    """The number of a Kubernetes quantity: CPUs of 500m, bytes of 16Gi."""
+    if quantity.endswith("m"):
+        return Decimal(quantity[:-1]) / 1000
+    digits = quantity.rstrip("kKMGTPi")
+    return Decimal(digits) * UNITS[quantity.removeprefix(digits)]
 
 
 def is_pinned(image: str) -> bool:

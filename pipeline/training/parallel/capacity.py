@@ -85,7 +85,17 @@ class PlanConfig(TrackingSettings, Strict):
 
 
 def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
-    """The plan of tables that fit, in lines.
+    """The plan of tables that fit, in lines. Arguments and errors as `planned`."""
+    estimated, bounds = planned(config, schema)
+    notes = [bounds] if bounds else []
+    if config.train.lanes % config.ranks:
+        advice = f"set train.lanes to a multiple of {config.ranks}"
+        notes.append(f"lanes={config.train.lanes} must be divisible by the {config.ranks} ranks; {advice}")
+    return [*estimated.lines(), *notes, _summary(estimated, config.cluster)]
+
+
+def planned(config: PlanConfig, schema: Schema | None) -> tuple[Estimate, str]:
+    """The plan of tables that fit, and a line that names those whose sizes are upper bounds, if any.
 
     Args:
         schema: if given with a dataset, the dataset must have been written for it.
@@ -110,11 +120,7 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
     ranker, settings = build_ranker(schema, encoders, config.model), config.train
     model = TrainStep(ranker, weighting.task_loss(settings.weighting, schema.tasks, settings.seed), bf16=False)
     _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster)
-    notes = [bounds] if bounds else []
-    if settings.lanes % config.ranks:
-        advice = f"set train.lanes to a multiple of {config.ranks}"
-        notes.append(f"lanes={settings.lanes} must be divisible by the {config.ranks} ranks; {advice}")
-    return [*estimated.lines(), *notes, _summary(estimated, config.cluster)]
+    return estimated, bounds
 
 
 def largest(schema: Schema) -> Encoders:

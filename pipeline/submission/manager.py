@@ -1,0 +1,75 @@
+"""Submitting what a record describes, again if asked, and what is known of it since."""
+
+import sys
+import time
+
+from tabulate import tabulate
+
+from features.errors import UserError
+from pipeline.cluster.base import ENDED, Status
+from pipeline.submission import progress
+from pipeline.submission.records import Record, Records, revision, user
+
+
+def submit(records: Records, record: Record) -> None:
+    """Submits what a record describes. Its id is printed on stdout, what to do next on stderr."""
+    backend = record.backend()
+    records.reserve(record)
+    try:
+        native = backend.submit(record.work)
+    except BaseException:
+        records.remove(record.name)
+        raise
+    records.write(record.model_copy(update={"native": native}))
+    print(record.name, flush=True)
+    print(
+        f"{record.job} on cluster={record.cluster} as {native}. Follow it: python -m jobs.submit logs {record.name} "
+        "follow=true",
+        file=sys.stderr,
+    )
+
+
+def resubmit(records: Records, record: Record) -> None:
+    """Submits the same again, once the earlier one has ended: a run goes on from its newest checkpoint."""
+    state = current(record)
+    if state.state not in (*ENDED, "unknown"):
+        raise UserError(f"{record.name} is {state.state}: stop it first (jobs.submit stop {record.name})")
+    name = records.next_name(record.name)
+    work = record.work.model_copy(update={"name": name})
+    update = {"name": name, "work": work, "native": None, "resubmits": record.name, "time": time.time(), "user": user()}
+    submit(records, record.model_copy(update={**update, "revision": revision()}))
+
+
+def listed(records: Records) -> str:
+    """A line a submission, the newest first."""
+    rows = []
+    for record in records.all():
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.time))
+        rows.append([record.name, record.job, record.cluster, current(record).state, when, record.run or ""])
+    return tabulate(rows, ["id", "job", "cluster", "state", "submitted", "run"], "plain") if rows else "no submissions"
+
+
+def current(record: Record) -> Status:
+    """The state of a submission; unknown, with the reason, where its cluster does not answer."""
+    try:
+        found: Status = record.backend().status(record.work, record.submitted())
+        return found
+    except UserError as error:
+        return Status("unknown", str(error))
+
+
+def status(record: Record) -> str:
+    """What a person asks about a submission: its state on the cluster, and how far its run has come."""
+    found = current(record)
+    rows = [("id", record.name), ("job", f"{record.job} on cluster={record.cluster} as {record.native}")]
+    rows += [("state", f"{found.state}: {found.detail}")]
+    if found.restarts:
+        rows.append(("restarts", f"{found.restarts} by the cluster"))
+    if record.run:
+        here = record.backend().seen_here(record.run)
+        come = progress.read(here) if here.is_dir() else None
+        rows += (
+            progress.lines(come) if come else [("run", f"{here}: nothing written yet, or not seen from this machine")]
+        )
+    width = max(len(what) for what, _ in rows) + 2
+    return "\n".join(f"{what:<{width}}{value}" for what, value in rows)

@@ -1,0 +1,167 @@
+"""Resources of a submission: what was given, else the cluster's default for the job, else derived from the job; and checked.
+
+What is derived is a rule of thumb on the safe side: memory of a process with its libraries, of tables and dense part (the
+sharding plan's own figures), of the copy from which a checkpoint is written, and of the rows held for shuffling.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from features.errors import UserError
+from features.schema.schema import Schema
+from pipeline.cluster.base import JOBS, Cluster, Resources
+from pipeline.cluster.values import NodeRange, amount
+
+GIB = 1 << 30
+PROCESS = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}  # of a rank with its libraries, CUDA's context and pinned buffers
+UNKNOWN = {"cpu": 4 * GIB, "cuda": 24 * GIB}  # of a rank whose tables are not known here
+CPUS = {"cpu": 2, "cuda": 8}  # of a rank: one that reads ahead; GPUs are fed by several
+FEWEST = {"cpu": 0.5, "cuda": 2}
+DAY = 86400
+WRITE = 100e6  # bytes/s that a checkpoint is written at, at least
+LEAST_GRACE_S, MOST_GRACE_S = 120, 3600
+
+
+class Request(NamedTuple):
+    """Resources, all given, and notes for the person who submits: what was derived, what could not be checked."""
+
+    resources: Resources
+    notes: list[str]
+
+
+class Need(NamedTuple):
+    """Of a rank.
+
+    Attributes:
+        least: bytes of main memory without which it cannot run. memory: those that it may come to use.
+        checkpoint: bytes of a checkpoint over all ranks. notes: what is not known here.
+    """
+
+    least: int
+    memory: int
+    checkpoint: int
+    notes: list[str]
+
+
+def resolve(job: str, settings: Any, schema: Schema | None, given: Resources, cluster: Cluster) -> Request:
+    """All resources of a job.
+
+    Args:
+        settings: of the job, checked. schema: of its data group, if it was given one.
+    Raises:
+        UserError: tables that do not fit, or resources that cannot be right.
+    """
+    wanted = given.over(cluster.resources_of(job))
+    nodes, gpus = wanted.nodes or NodeRange(1, 1), wanted.gpus_per_node or 0
+    ranks = wanted.ranks_per_node or (gpus if JOBS[job].launched and gpus else 1)
+    device = "cuda" if gpus else "cpu"
+    processes = max(ranks, getattr(settings, "ranks", 1), getattr(settings, "workers", 1))
+    room = int(amount(wanted.memory)) // processes if wanted.memory else None
+    if room is not None and room < PROCESS[device]:
+        raise UserError(
+            f"memory={wanted.memory} is too little: {processes} processes on a node take {PROCESS[device] / GIB:g} GiB each "
+            "before they hold a table. Leave memory out to have it derived."
+        )
+    if job == "train":
+        need = _training(settings, schema, nodes.least * ranks, ranks, device, room, cluster)
+    else:
+        need = _other(job, settings, device, cluster)
+    memory = wanted.memory or f"{math.ceil(processes * need.memory / GIB)}Gi"
+    if amount(memory) < processes * need.least:
+        raise UserError(
+            f"memory={memory} is too little: {processes} processes on a node need {math.ceil(need.least / GIB * processes)}Gi "
+            f"at least, {math.ceil(need.memory / GIB * processes)}Gi are right. Leave memory out to have it derived."
+        )
+    cpu = wanted.cpu or str(CPUS[device] * processes)
+    if amount(cpu) < FEWEST[device] * processes:
+        raise UserError(
+            f"cpu={cpu} is too little: {processes} processes on a node need {FEWEST[device] * processes:g} at least, "
+            f"{CPUS[device] * processes} are right. Leave cpu out to have it derived."
+        )
+    grace = min(max(LEAST_GRACE_S, 60 + 2 * int(need.checkpoint / WRITE)), MOST_GRACE_S)
+    return Request(
+        Resources(
+            nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus, cpu=cpu, memory=memory,
+            time_limit_s=wanted.time_limit_s or (7 * DAY if job == "train" else DAY),
+            grace_s=grace if wanted.grace_s is None else wanted.grace_s,
+            retries=3 if wanted.retries is None else wanted.retries,
+        ),
+        need.notes,
+    )  # fmt: skip
+
+
+def _training(
+    settings: Any,
+    schema: Schema | None,
+    ranks: int,
+    ranks_per_node: int,
+    device: str,
+    room: int | None,
+    cluster: Cluster,
+) -> Need:
+    """Of jobs.train: jobs.plan's answer for the fewest nodes that it may run on."""
+    from pipeline.training.parallel.capacity import PlanConfig, planned
+
+    dataset = cluster.seen_here(settings.dataset)
+    here = (dataset / "manifest.json").exists() or settings.days is not None
+    if not here and schema is None:
+        return Need(
+            PROCESS[device], PROCESS[device] + UNKNOWN[device], 0,
+            [f"not checked: {settings.dataset} is not on this machine, so whether its tables fit is not known here "
+             "(data=NAME checks with the largest that the schema allows; paths of the cluster's file say where it is)"],
+        )  # fmt: skip
+    notes = (
+        []
+        if device == "cpu" or cluster.gpu_memory
+        else ["not checked: GPU memory, since the cluster has no gpu_memory"]
+    )
+    if device == "cpu" or cluster.gpu_memory:
+        spare = None if room is None else max(room - PROCESS[device], 1 << 20)
+        content = settings.model_dump(by_alias=True, include={"days", "missing_days", "tasks", "model", "train"})
+        found, _ = planned(
+            PlanConfig.model_validate(
+                content
+                | {
+                    "dataset": dataset if here else None,
+                    "ranks": ranks,
+                    "ranks_per_node": ranks_per_node,
+                    "device": device,
+                }
+                | {"hbm": cluster.gpu_memory if device == "cuda" else None, "ddr": spare or UNPLANNED}
+            ),
+            schema,
+        )
+        peak = found.peak
+        state = peak.size.total + found.dense.total
+        copy = state if settings.train.checkpoint_async else 0
+        memory = PROCESS[device] + peak.ddr + copy + (found.dense.total if device == "cpu" else 0)
+        whole = sum(rank.size.total for rank in found.ranks) + found.dense.total
+        return Need(memory - copy, memory, whole, notes)
+    return Need(PROCESS[device], PROCESS[device] + UNKNOWN[device], 0, notes)
+
+
+UNPLANNED = 1 << 50  # bytes: main memory is what is asked for
+
+
+def _other(job: str, settings: Any, device: str, cluster: Cluster) -> Need:
+    """Of the jobs that hold no optimiser: those that score hold a model whole, preprocess its units of work."""
+    if job == "preprocess":
+        units = 6 * settings.unit_bytes + 4 * settings.bucket_bytes + 2 * settings.broadcast_bytes
+        return Need(GIB // 2, GIB + units, 0, [])
+    run: Path | None = getattr(settings, "run", None)
+    model = _model_bytes(cluster.seen_here(run)) if run else None
+    rows = int(getattr(settings, "memory", 0) * GIB)  # of rows kept for exact metrics, at most
+    least = PROCESS[device] + (model or 0)
+    notes = [] if model is not None else [f"not checked: memory, since the model of {run} is not on this machine"]
+    return Need(least, least + (UNKNOWN[device] if model is None else 0) + rows, 0, notes)
+
+
+def _model_bytes(run: Path) -> int | None:
+    """Bytes of the files of a run's newest checkpoint: more than its weights, which are part of them."""
+    from pipeline.run import checkpoint
+
+    steps = checkpoint.steps(run / "checkpoints")
+    if not steps:
+        return None
+    return sum(size for size, _ in checkpoint.read(checkpoint.folder(run / "checkpoints", steps[-1])).files.values())
