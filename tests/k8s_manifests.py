@@ -1,11 +1,13 @@
 """Manifests for tests: what a workload creates on a Kubernetes cluster, by kind."""
 
+import json
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import yaml
 from kubernetes_validate.utils import all_versions, major_minor
 
@@ -26,6 +28,17 @@ def newest_versions() -> list[str]:
     """The three newest minor versions whose schemas are installed, oldest first."""
     found = {tuple(map(int, major_minor(version).split("."))) for version in all_versions()}
     return [".".join(map(str, version)) for version in sorted(found)[-3:]]
+
+
+def assert_valid(document: dict[str, Any]) -> None:
+    """Fails where one of the newest versions of Kubernetes does not know a field of an object."""
+    for version in newest_versions():
+        _validate(json.dumps(document), version)
+
+
+@cache  # most objects come again in each overlay, and one takes a tenth of a second
+def _validate(text: str, version: str) -> None:
+    kubernetes_validate.validate(json.loads(text), version, strict=True)
 
 
 def kustomized(folder: Path) -> list[dict[str, Any]]:

@@ -6,10 +6,9 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
-from k8s_manifests import DIGEST, NAMES, ROOT, documents, job_spec, kustomized, main_of, newest_versions, pod_of
+from k8s_manifests import DIGEST, NAMES, ROOT, assert_valid, documents, job_spec, kustomized, main_of, pod_of
 
 from pipeline.cluster.kustomize import DEMO
 
@@ -21,6 +20,7 @@ OVERLAY = {
     "labels": [{"pairs": {"stage": "yes"}, "includeSelectors": True}],
     "images": [{"name": "taskfuse", "newName": "registry.example/taskfuse", "digest": DIGEST}],
 }
+OVERLAYS = sorted(path for path in (ROOT / "k8s" / "overlays").iterdir() if path.is_dir())
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "logs-reader/secret.key"}
 
 
@@ -30,7 +30,6 @@ def by_kind(found: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     for document in found:
         if component := document["metadata"].get("labels", {}).get("app.kubernetes.io/component"):
             workloads.setdefault(component, {})[document["kind"]] = document
-    assert sorted(workloads) == sorted(DEMO)
     return list(workloads.values())
 
 
@@ -102,7 +101,7 @@ def assert_contained(workload: dict[str, dict[str, Any]]) -> None:
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     assert mounts.keys() == {"/data", "/runs", "/dev/shm", "/tmp"}
     assert {path for path, mount in mounts.items() if mount.get("readOnly")} == (
-        set() if job == "preprocess" else {"/data"}
+        set() if job in ("preprocess", "generate") else {"/data"}
     )
     for path in ("/tmp", "/dev/shm"):
         assert volumes[mounts[path]["name"]]["emptyDir"]["sizeLimit"]
@@ -153,8 +152,57 @@ def test_every_submitted_workload_is_contained(values: dict[str, Any]) -> None:
 
 
 def test_every_workload_of_the_base_and_of_an_overlay_is_contained(overlay: list[dict[str, dict[str, Any]]]) -> None:
+    assert len(base()) == len(overlay) == len(DEMO)
     for workload in [*base(), *overlay]:
         assert_contained(workload)
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+def test_every_object_of_an_overlay_that_is_shipped_is_valid_and_contained(folder: Path) -> None:
+    found = kustomized(folder)
+    for document in found:
+        assert_valid(document)
+    workloads = by_kind(found)
+    have = {document["metadata"]["name"] for document in found if document["kind"] == "PersistentVolumeClaim"}
+    for workload in workloads:
+        volumes = pod_of(main_of(workload))["volumes"]
+        assert {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v} <= have
+        assert_contained(workload)
+    assert_reached_by_its_own_pods_alone(workloads)
+
+
+def overlay_of(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Workloads of an overlay that is shipped, by their component."""
+    found = by_kind(kustomized(ROOT / "k8s" / "overlays" / name))
+    return {main_of(workload)["metadata"]["labels"]["app.kubernetes.io/component"]: workload for workload in found}
+
+
+def test_the_overlay_for_gpus_is_the_training_that_the_backend_would_submit() -> None:
+    train = overlay_of("gpu")["train"]
+    ours = documents(job="train", nodes=2, ranks_per_node=8, gpus_per_node=8, suspend=True)
+    spec, expected = job_spec(main_of(train)), job_spec(main_of(ours))
+    for key in ("completions", "parallelism", "backoffLimit"):
+        assert spec[key] == expected[key]
+    (container,), (known,) = spec["template"]["spec"]["containers"], expected["template"]["spec"]["containers"]
+    assert container["command"] == known["command"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == known["resources"]["limits"]["nvidia.com/gpu"]
+    assert train["PodDisruptionBudget"]["spec"] == ours["PodDisruptionBudget"]["spec"]
+
+
+def test_the_overlay_for_kueue_queues_every_job_as_the_backend_would() -> None:
+    for job, workload in overlay_of("kueue").items():
+        main, ours = main_of(workload), main_of(documents(job=job, queue="taskfuse"))
+        for one in (main, ours):
+            template = one["spec"].get("jobTemplate", one)
+            assert template["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "taskfuse"
+            assert template["spec"]["suspend"] is True
+
+
+def test_the_overlay_for_the_nightly_job_reads_the_folder_of_its_night() -> None:
+    found = overlay_of("nightly")
+    assert list(found) == ["nightly"]
+    (container,) = pod_of(main_of(found["nightly"]))["containers"]
+    assert container["args"][1].replace("$$", "$") == "input=/data/${now:%Y-%m-%d}"
 
 
 def test_pods_are_reached_by_pods_of_the_same_training_alone(overlay: list[dict[str, dict[str, Any]]]) -> None:
@@ -222,7 +270,7 @@ def test_libraries_start_no_more_threads_than_the_limit_allows(cpu: str, threads
 def test_the_policy_for_prometheus_admits_one_namespace_to_one_port_of_a_training_as_it_is_submitted() -> None:
     (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "k8s" / "PODS.md").read_text(), re.M | re.S)
     policy = yaml.safe_load(text)
-    kubernetes_validate.validate(policy, newest_versions()[-1], strict=True)
+    assert_valid(policy)
     chosen = policy["spec"]["podSelector"]["matchLabels"]
     assert chosen
     assert chosen.items() <= pod_of(main_of(documents(job="train", name="taskfuse-train")))["labels"].items()

@@ -110,7 +110,7 @@ def retried(send: Callable[[], T], codes: tuple[int, ...]) -> T:
         except ProtocolError:
             if attempt == TRIES - 1 or not set(UNAVAILABLE) <= set(codes):
                 raise
-            time.sleep(2.0**attempt)
+            time.sleep(min(2.0**attempt, LONGEST_WAIT_S))
         except client.ApiException as error:
             if attempt == TRIES - 1 or error.status not in codes:
                 raise

@@ -1,5 +1,6 @@
 """Logs of a workload's pods: those so far, or as they are written until it ends."""
 
+import calendar
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -125,9 +126,10 @@ class _Follower:
                 _request_timeout=(TIMEOUT_S, WATCH_S + TIMEOUT_S),
                 **options,
             ):
-                if event["type"] in ("ADDED", "MODIFIED"):
-                    self._take(event["object"])
-                if self.is_left or event["type"] == "MODIFIED" and event["object"].status.phase in STARTED[1:]:
+                if not event or event["type"] not in ("ADDED", "MODIFIED"):
+                    continue  # half of one, before the connection was lost, or of what is gone
+                self._take(event["object"])
+                if self.is_left or event["object"].status.phase in STARTED[1:]:
                     break  # the workload may have ended
         time.sleep(max(0.0, RETRY_S - (time.monotonic() - began)))
 
@@ -198,8 +200,8 @@ def _parted(line: str) -> tuple[tuple[str, str], str]:
 
 
 def _seconds_since(last: tuple[str, str]) -> int | None:
-    """Seconds from a time until now, and one more, for clocks count in whole ones."""
+    """Seconds from a time, UTC, until now."""
     if not last[0]:
         return None
-    began = time.mktime(time.strptime(last[0], "%Y-%m-%dT%H:%M:%S")) - time.timezone
+    began = calendar.timegm(time.strptime(last[0], "%Y-%m-%dT%H:%M:%S"))
     return max(int(time.time() - began) + 60, 1)  # and a minute for clocks that differ
