@@ -9,7 +9,7 @@ from pipeline.cluster.kubernetes_settings import KubernetesSettings
 from pipeline.cluster.values import amount
 
 PORT = 29500  # where the agents of torchrun meet, on pod 0
-STORE_S = 600  # how long elastic ones try to reach pod 0, and how long they take it for alive
+STORE_S = 300  # how long elastic ones wait for pod 0, at their start as later on
 MEET_S = 1800  # how long they wait for each other: the last node may still be pulling the image
 UID = 1000  # the user of k8s/Dockerfile
 CONFIG = "/config"  # the team's configuration
@@ -153,7 +153,7 @@ def _command(work: Workload, has_config: bool, service: str) -> list[str]:
     meet: list[str] = []
     host = f"$(JOB_NAME)-0.{service}"
     if work.kind.spread and work.nodes.is_elastic:
-        wait = f"--rdzv-conf=join_timeout={MEET_S},read_timeout={STORE_S}"
+        wait = f"--rdzv-conf=read_timeout={STORE_S}"
         meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{PORT}", "--rdzv-id=$(JOB_NAME)", wait]
     elif work.kind.spread:
         wait = f"--rdzv-conf=timeout={MEET_S}"
