@@ -7,7 +7,7 @@ import pytest
 from k8s_manifests import documents, job_spec, main_of
 from kubeflow_trainer_api import models
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "JobSet": models.JobsetV1alpha2JobSet,
     "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
     "TrainJob": models.TrainerV1alpha1TrainJob,
@@ -22,7 +22,7 @@ VALUES: list[dict[str, Any]] = [
 
 def known(document: dict[str, Any]) -> dict[str, Any]:
     """What the typed model makes of an object: keys that it does not know are gone."""
-    return MODELS[document["kind"]].from_dict(copy.deepcopy(document)).to_dict()
+    return dict(MODELS[document["kind"]].from_dict(copy.deepcopy(document)).to_dict())
 
 
 @pytest.mark.parametrize("values", VALUES, ids=str)
