@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,9 @@ def test_a_schedule_of_a_training_meets_at_the_service_of_its_cron_job() -> None
     found = documents(job="train", nodes=2, schedule="0 1 * * *", name="weekly")
     (container,) = job_spec(found["CronJob"])["template"]["spec"]["containers"]
     assert f"--master-addr=$(JOB_NAME)-0.{found['Service']['metadata']['name']}" in container["command"]
+
+
+def test_the_readme_names_the_versions_that_objects_are_checked_against() -> None:
+    text = (ROOT / "k8s" / "README.md").read_text()
+    assert f"({newest_versions()[0]} to {newest_versions()[-1]})" in text
+    assert "`kubeflow-trainer-api` " + ".".join(metadata.version("kubeflow-trainer-api").split(".")[:2]) in text

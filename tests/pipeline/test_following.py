@@ -342,7 +342,7 @@ def test_a_follower_that_always_follows_waits_for_the_next_training_however_long
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"follow": True, "step": 4}, "follow=true .*leave step out"), ({"follow": "always", "step": 4}, "=always .*leave step out"),
+    [({"follow": True, "step": 4}, "=true .*leave step out"), ({"follow": "always", "step": 4}, "=always .*leave step out"),
      ({"follow": "never"}, "follow"), ({"every": 2, "step": [4]}, "leave step out"),
      ({"predictions": True, "share": 0.5}, "leave share out"), ({"share": 0}, "greater than 0"), ({"every": 0}, "every"),
      ({"step": []}, "List should have at least 1 item")],

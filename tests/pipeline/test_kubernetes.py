@@ -1,18 +1,21 @@
 """Kubernetes' submit, status and stop against an API server of our own."""
 
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from fake_kubernetes import DROPPED, PODS, FakeServer, fake_server, write_kubeconfig
-from k8s_manifests import NAMES, cluster, workload
+from k8s_manifests import NAMES, ROOT, cluster, workload
 from kubernetes.config import kube_config
 
 from features.errors import UserError
 from pipeline.cluster import kubernetes, kubernetes_api
 from pipeline.cluster.base import Status
+from pipeline.cluster.kubernetes_manifests import kinds
 
 SERVICES = "/api/v1/namespaces/ml/services"
 POLICIES = "/apis/networking.k8s.io/v1/namespaces/ml/networkpolicies"
@@ -428,3 +431,56 @@ def test_deleting_is_tried_again(server: FakeServer, waits: list[float]) -> None
     server.failures["DELETE", f"{JOBS}/jobs/taskfuse-train"] = [(503, {}), DROPPED, (429, {})]
     K8S.stop(workload(), "ml/taskfuse-train")
     assert requests(server).count(("DELETE", "jobs/taskfuse-train")) == 4
+
+
+VERBS = {"GET": "get", "POST": "create", "PUT": "update", "DELETE": "delete"}
+
+
+def access(verb: str, path: str) -> tuple[str, str, str]:
+    """API group, resource and verb of a request, as a role names them."""
+    place, _, query = path.partition("?")
+    parts = place.strip("/").split("/")
+    group, rest = ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:])
+    _, _, resource, *name = rest
+    if verb == "GET" and not name:
+        return group, resource, "watch" if "watch=" in query else "list"
+    return group, "/".join([resource, *name[1:]]), VERBS[verb]
+
+
+def test_the_role_of_the_run_book_allows_what_the_backend_asks_for_and_nothing_else(
+    tmp_path: Path, server: FakeServer, waits: list[float]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("a: 1\n")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "k8s" / "RUNBOOK.md").read_text(), re.M | re.S)
+    rules = yaml.safe_load(text)["rules"]
+    allowed = {(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+    one: dict[str, Any] = {"config_dir": tmp_path, "nodes": 2}
+    for form, given in [
+        *((form, one) for form in ("job", "jobset", "trainjob")),
+        ("job", {"job": "nightly"}), ("job", {"job": "evaluate", "service": True}),
+    ]:  # fmt: skip
+        k8s, work = cluster(allow_tag=True, form=form), workload(**given)
+        name = work.name
+        server.lost.clear()
+        k8s.submit(work)
+        objects = [(path, body) for verb, path, body in server.seen if verb == "POST"][-len(kinds(k8s, work)) :]
+        for path, body in objects:
+            server.found[f"{path}/{name}"] = body | {"metadata": body["metadata"] | {"resourceVersion": "1"}}
+        last = objects[-1][0]
+        server.found[f"{last}/{name}"] |= {"status": {"conditions": [condition("Complete")]}}
+        with suppress(ValueError):
+            k8s.status(work, f"ml/{name}")
+        del server.found[f"{last}/{name}"]
+        server.refuse = {body["kind"]: (409, "exists") for _, body in objects[:-1]}
+        k8s.submit(work)  # over what an earlier one left
+        server.refuse = {}
+        k8s.stop(work, f"ml/{name}")
+    server.found[f"{JOBS}/jobs/taskfuse-train"] = [
+        {"kind": "Job", "status": {"ready": 1}},
+        {"kind": "Job", "status": {"conditions": [condition("Complete")]}},
+    ]
+    server.found[PODS] = {"kind": "PodList", "items": [pod("a", phase="Succeeded")]}
+    server.found[f"{PODS}/a"] = pod("a", phase="Succeeded")
+    list(K8S.logs(workload(), "ml/taskfuse-train", None, follow=True))
+    assert {access(verb, path) for verb, path, _ in server.seen} == allowed
