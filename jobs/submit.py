@@ -30,13 +30,14 @@ from jobs.entry import composing, job, parse, read_schema, user_errors
 from jobs.quoting import quoted
 from pipeline.cluster.base import JOBS, Resources, Workload
 from pipeline.cluster.registry import open_cluster
+from pipeline.cluster.values import refuse_lookups
 from pipeline.run.run import config_hash
 from pipeline.submission import manager, resources
 from pipeline.submission.records import Record, Records, revision, user
 
 VERBS = ("list", "status", "logs", "stop", "resubmit")
-OF_JOB = set(Resources.model_fields) | {"name", "after", "array", "schedule", "suspend", "dry_run"}
-OWN = OF_JOB | {"cluster", "submissions", "follow", "rank"}
+# Keys of a submission that are not the job's; follow and rank are of logs.
+OWN = set(Resources.model_fields) | {"name", "after", "array", "schedule", "suspend", "dry_run", "cluster", "submissions"}
 
 
 class Words(NamedTuple):
@@ -123,6 +124,12 @@ def main() -> None:
 
 def run(config: DictConfig, words: Words) -> None:
     """What the first word asks for."""
+    for place, text in command_line.texts(config):
+        try:
+            refuse_lookups(text)  # before check_plain, whose hint is no way to hand over a secret
+        except ValueError as error:
+            raise UserError(f"configuration: {place}: {error}") from None
+    command_line.check_plain(config, "configuration")  # all of it is written down
     own: Submit = parse(config, Submit)
     records = Records(own.submissions)
     match words.verb:

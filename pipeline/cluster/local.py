@@ -46,12 +46,15 @@ class Local(Cluster):
         make_folder(folder)
         final = ",".join(map(str, work.kind.final))
         limits = [str(work.time_limit_s), str(work.grace_s), str(0 if work.kind.launched else work.retries), final]
-        subprocess.Popen(
+        supervisor = subprocess.Popen(
             [sys.executable, "-m", "pipeline.cluster.supervisor", str(folder), *limits, *words],
             env={**os.environ, **self.environment}, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        _wait_until(lambda: (folder / LOG).exists(), 30, f"{folder}: the job's supervisor did not start")
+        started = lambda: (folder / LOG).exists() or supervisor.poll() is not None  # noqa: E731
+        _wait_until(started, 30, f"{folder}: the job's supervisor did not start")
+        if not (folder / LOG).exists():
+            raise UserError(f"{folder}: the job's supervisor could not start, with exit code {supervisor.returncode}")
         return str(folder)
 
     def status(self, work: Workload, native: str) -> Status:

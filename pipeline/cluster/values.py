@@ -72,6 +72,10 @@ def _argument(text: str) -> str:
     if has_controls(re.sub(r"[\n\t]", "", text)):
         raise ValueError(f"{text!r} has control characters, or is not UTF-8")
     refuse_lookups(text)
+    if re.search(r"://[^/@\s]*:[^/@\s]+@", text):
+        raise ValueError(
+            f"{text.partition('=')[0]}: a password in an address would be written down: hand it over as a secret"
+        )
     return text
 
 

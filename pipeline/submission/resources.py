@@ -8,7 +8,10 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from features.errors import UserError
+from features.plain_json import first_fault
 from features.schema.schema import Schema
 from pipeline.cluster.base import JOBS, Cluster, Resources
 from pipeline.cluster.values import NodeRange, amount
@@ -19,6 +22,7 @@ UNKNOWN = {"cpu": 4 * GIB, "cuda": 24 * GIB}  # of a rank whose tables are not k
 CPUS = {"cpu": 2, "cuda": 8}  # of a rank: one that reads ahead; GPUs are fed by several
 FEWEST = {"cpu": 0.5, "cuda": 2}
 DAY = 86400
+UNPLANNED = 1 << 50  # bytes of main memory, where it is the answer
 WRITE = 100e6  # bytes/s that a checkpoint is written at, at least
 LEAST_GRACE_S, MOST_GRACE_S = 120, 3600
 
@@ -105,43 +109,41 @@ def _training(
 
     dataset = cluster.seen_here(settings.dataset)
     here = (dataset / "manifest.json").exists() or settings.days is not None
-    if not here and schema is None:
+    if unknown := None if here else _unknown_tables(settings.dataset, schema):
+        return Need(PROCESS[device], PROCESS[device] + UNKNOWN[device], 0, [f"not checked: {unknown}"])
+    if device == "cuda" and not cluster.gpu_memory:
         return Need(
             PROCESS[device], PROCESS[device] + UNKNOWN[device], 0,
-            [f"not checked: {settings.dataset} is not on this machine, so whether its tables fit is not known here "
-             "(data=NAME checks with the largest that the schema allows; paths of the cluster's file say where it is)"],
+            ["not checked: whether tables fit on a GPU, since the cluster's file has no gpu_memory"],
         )  # fmt: skip
-    notes = (
-        []
-        if device == "cpu" or cluster.gpu_memory
-        else ["not checked: GPU memory, since the cluster has no gpu_memory"]
-    )
-    if device == "cpu" or cluster.gpu_memory:
-        spare = None if room is None else max(room - PROCESS[device], 1 << 20)
-        content = settings.model_dump(by_alias=True, include={"days", "missing_days", "tasks", "model", "train"})
-        found, _ = planned(
-            PlanConfig.model_validate(
-                content
-                | {
-                    "dataset": dataset if here else None,
-                    "ranks": ranks,
-                    "ranks_per_node": ranks_per_node,
-                    "device": device,
-                }
-                | {"hbm": cluster.gpu_memory if device == "cuda" else None, "ddr": spare or UNPLANNED}
-            ),
-            schema,
-        )
-        peak = found.peak
-        state = peak.size.total + found.dense.total
-        copy = state if settings.train.checkpoint_async else 0
-        memory = PROCESS[device] + peak.ddr + copy + (found.dense.total if device == "cpu" else 0)
-        whole = sum(rank.size.total for rank in found.ranks) + found.dense.total
-        return Need(memory - copy, memory, whole, notes)
-    return Need(PROCESS[device], PROCESS[device] + UNKNOWN[device], 0, notes)
+    hardware = {
+        "ranks": ranks, "ranks_per_node": ranks_per_node, "device": device,
+        "hbm": cluster.gpu_memory if device == "cuda" else None,
+        "ddr": UNPLANNED if room is None else max(room - PROCESS[device], 1 << 20),
+    }  # fmt: skip
+    content = settings.model_dump(by_alias=True, include={"days", "missing_days", "tasks", "model", "train"})
+    try:
+        config = PlanConfig.model_validate(content | hardware | {"dataset": dataset if here else None})
+    except ValidationError as error:
+        raise UserError(first_fault(error)) from None
+    found, _ = planned(config, schema)
+    peak, dense = found.peak, found.dense.total
+    memory = PROCESS[device] + peak.ddr + (dense if device == "cpu" else 0)
+    copy = peak.size.total + dense if settings.train.checkpoint_async else 0
+    return Need(memory, memory + copy, sum(rank.size.total for rank in found.ranks) + dense, [])
 
 
-UNPLANNED = 1 << 50  # bytes: main memory is what is asked for
+def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:
+    """Why the sizes of tables are not known here, where they are not."""
+    from pipeline.training.parallel.capacity import largest
+
+    if schema is None:
+        return f"whether tables fit: {dataset} is not on this machine (data=NAME checks with the largest of its schema)"
+    try:
+        largest(schema)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _other(job: str, settings: Any, device: str, cluster: Cluster) -> Need:

@@ -106,10 +106,10 @@ def prepare(folder: Path, count: int) -> dict[str, Callable[[], object]]:
     trained, dataset = Run(folder / "run"), Dataset(data)
     [step] = checkpoint.steps(trained.checkpoints)
     measures = {
-        METRICS: MeasureConfig(cold_start=False, by_time=[], buckets=1, cluster="row"),
-        INTERVALS: MeasureConfig(cold_start=False, by_time=[], cluster="user", group="row"),
-        SLICED: MeasureConfig(slices=SLICES, cold_start=False, cluster="user", group="row"),
-        ALL: MeasureConfig(slices=SLICES, cluster="user"),
+        METRICS: MeasureConfig(cold_start=False, by_time=[], buckets=1, cluster_by="row"),
+        INTERVALS: MeasureConfig(cold_start=False, by_time=[], cluster_by="user", group="row"),
+        SLICED: MeasureConfig(slices=SLICES, cold_start=False, cluster_by="user", group="row"),
+        ALL: MeasureConfig(slices=SLICES, cluster_by="user"),
     }
     scorers = {name: Scorer(trained, dataset, "all", BATCH, measure) for name, measure in measures.items()}
     plain = scorers[METRICS]

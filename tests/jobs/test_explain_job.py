@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said_before_any_work(run: Run, call: Call):
     assert_one_line(call(*start, "step=3"), "no checkpoint (step 3)", "[2, 4]")
     assert_one_line(call(*start, "features=[pric]"), "no feature pric", "price")
     assert_one_line(call(*start, "groups={a: [usr]}"), "groups.a", "no feature usr")
-    assert_one_line(call(*start, "cluster=user"), "cluster=user", "keep")
+    assert_one_line(call(*start, "cluster_by=user"), "cluster_by=user", "keep")
     assert_one_line(call(*start, "permutations=0"), "permutations", "greater than or equal to 1")
     assert_one_line(call("explain", "run=nowhere"), "nowhere: no run")
     config = run.path / "config.yaml"

@@ -86,7 +86,7 @@ FAULTS = [
     ("slices=[{column: age, edges: [20, 20.000000001]}]", "edges of age are closer to each other than float32"),
     ("slices=[{column: age, edge: [20]}]", "slices"),
     ("slices=[position] & by_time=[week]", "by_time"),
-    ("cluster=usr", "cluster=usr: not a kept column", "did you mean user?", "cluster=row"),
+    ("cluster_by=usr", "cluster_by=usr: not a kept column", "did you mean user?", "cluster_by=row"),
     ("group=city", "group=city: not a kept column"),
     ("share_by=nothing", "share_by=nothing: not a kept column"),
     ("share=0", "share"),

@@ -279,7 +279,7 @@ def test_a_record_of_an_early_version_without_settings_is_made_again(run: Run):
 @pytest.mark.parametrize(
     "changed",
     [{"slices": ["device"]}, {"slices": [{"column": "age", "edges": [1, 2]}]}, {"top": 3}, {"min_rows": 5}, {"rare": 3},
-     {"cold_start": False}, {"by_time": ["day"]}, {"buckets": 20}, {"cluster": "row"}, {"group": "row"}, {"ndcg": 5}],
+     {"cold_start": False}, {"by_time": ["day"]}, {"buckets": 20}, {"cluster_by": "row"}, {"group": "row"}, {"ndcg": 5}],
 )  # fmt: skip
 def test_the_hash_of_what_is_measured_changes_with_every_setting_of_the_figures(changed: dict):
     base = {"slices": ["user"]}

@@ -66,8 +66,8 @@ def test_a_dataset_without_kept_columns_and_with_times_that_are_no_dates(small_d
     assert keys.cluster == keys.group == "row"
     assert {numbers.dimension.name for numbers in keys.numbers} <= {"city (cold start)", "item (cold start)"}
     assert any(name.startswith("city: missing") for numbers in keys.numbers for name in numbers.names)
-    with pytest.raises(UserError, match=r"cluster=user: not a kept column of .*set cluster=row"):
-        SplitKeys(MeasureConfig(cluster="user"), Dataset(small_dataset), ["test"])
+    with pytest.raises(UserError, match=r"cluster_by=user: not a kept column of .*set cluster_by=row"):
+        SplitKeys(MeasureConfig(cluster_by="user"), Dataset(small_dataset), ["test"])
 
 
 def test_ids_beyond_a_table_are_named_before_they_are_looked_up(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_past_the_limit_of_values_the_most_frequent_are_kept(dataset: Path, monk
 
 
 def test_a_share_of_clusters_is_spread_over_all_buckets(dataset: Path) -> None:
-    keys = keys_of(dataset, cluster="row", share=0.2)
+    keys = keys_of(dataset, cluster_by="row", share=0.2)
     batches = SplitReader(Dataset(dataset), "test", 64, keys=keys).batches()
     clusters = np.concatenate([batch.key_BC[:, 0][batch.row_id_B >= 0].numpy() for batch in batches])
     assert set(bucket_of(clusters.astype(np.uint32), 10)) == set(range(10))

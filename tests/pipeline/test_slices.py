@@ -261,8 +261,8 @@ def test_the_size_of_batches_changes_no_figure(run: Run, dataset: Path) -> None:
 
 
 @pytest.mark.parametrize(("settings", "by"), [
-    ({}, "user"), ({"cluster": "session"}, "session"), ({"cluster": "session", "share_by": "user"}, "user"),
-    ({"cluster": "row"}, "row_id"), ({"share_by": "position"}, "position"), ({"share_by": "price"}, "price"),
+    ({}, "user"), ({"cluster_by": "session"}, "session"), ({"cluster_by": "session", "share_by": "user"}, "user"),
+    ({"cluster_by": "row"}, "row_id"), ({"share_by": "position"}, "position"), ({"share_by": "price"}, "price"),
 ])  # fmt: skip
 def test_a_share_has_whole_clusters_and_figures_of_its_rows(
     run: Run, dataset: Path, rows: dict[str, Rows], settings: dict[str, Any], by: str
@@ -290,7 +290,7 @@ def test_a_value_without_a_bucket_is_that_of_the_clusters_in_the_others(
     run: Run, dataset: Path, rows: dict[str, Rows], cluster: str
 ) -> None:
     scorer = Scorer(
-        run, Dataset(dataset), "test", 64, MeasureConfig(cluster=cluster, buckets=3, slices=["device"], min_rows=1)
+        run, Dataset(dataset), "test", 64, MeasureConfig(cluster_by=cluster, buckets=3, slices=["device"], min_rows=1)
     )
     bucket_of_row: dict[int, int] = {}
     for batch in scorer.batches():
@@ -340,8 +340,8 @@ def test_gauc_is_the_mean_over_the_groups_of_a_column(
 def test_rows_that_are_groups_of_their_own_are_not_ranked(run: Run, dataset: Path) -> None:
     found = scored(run, dataset, group="row")
     assert found.value("click", "gauc") is found.value("click", "ndcg") is None
-    assert scored(run, dataset, cluster="row").value("click", "gauc") is None
-    assert scored(run, dataset, cluster="row", group="session").value("click", "gauc") is not None
+    assert scored(run, dataset, cluster_by="row").value("click", "gauc") is None
+    assert scored(run, dataset, cluster_by="row", group="session").value("click", "gauc") is not None
 
 
 def test_evaluations_of_the_same_rows_pair_over_checkpoints_and_others_are_refused(run: Run, dataset: Path) -> None:
@@ -364,7 +364,7 @@ def test_evaluations_of_the_same_rows_pair_over_checkpoints_and_others_are_refus
     for other in (
         {"share": 0.6},
         {"share_by": "session"},
-        {"cluster": "session"},
+        {"cluster_by": "session"},
         {"buckets": 11},
         {"share": 1.0},
         {"memory": 1e-5},

@@ -48,7 +48,7 @@ class ExplainConfig(BaseModel):
     permutations: int = Field(3, ge=1, le=1000)
     seed: int = Field(0, ge=0, lt=1 << 63)
     buckets: int = Field(100, ge=2, le=1000)
-    cluster: str | None = None
+    cluster_by: str | None = None
     confidence: float = Field(0.95, gt=0, lt=1)
     affinity_batches: int = Field(20, ge=0)
     tables: Tables = "all"
@@ -79,7 +79,9 @@ def explain(config: ExplainConfig) -> Explanation:
     rates = _train_rates(run)
     step = _step(run, config.step)
     share = min(1.0, config.rows / sum(shard.rows for shard in dataset.shards(config.split)))
-    measure = MeasureConfig(cold_start=False, by_time=[], buckets=config.buckets, cluster=config.cluster, share=share)
+    measure = MeasureConfig(
+        cold_start=False, by_time=[], buckets=config.buckets, cluster_by=config.cluster_by, share=share
+    )
     keys = SplitKeys(measure, dataset, [config.split])
     rows = read_rows(dataset, config.split, keys)
     weights = ModelWeights(run, dataset, [config.split], config.batch_size, Loading(config.tables))

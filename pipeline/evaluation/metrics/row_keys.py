@@ -45,7 +45,7 @@ class SplitKeys:
         train_rates: dict[str, float] | None = None,
     ) -> None:
         self.config, self.dataset, self.splits = config, dataset, splits
-        self.cluster = self._known("cluster", config.cluster or cluster_column(dataset.schema) or ROW)
+        self.cluster = self._known("cluster_by", config.cluster_by or cluster_column(dataset.schema) or ROW)
         self.group = self._known("group", config.group or self.cluster)
         self.share_by = self._known("share_by", config.share_by or self.cluster)
         self.dimensions = dimensions(config, dataset)

@@ -41,7 +41,7 @@ class MeasureConfig(BaseModel):
             in the whole split.
         cold_start: slices of the ids that training has not seen, or in fewer than `rare` rows.
         by_time: slices by day and hour (UTC), where the schema has an event time that is no plain order.
-        buckets: of the jackknife; 1: no intervals. cluster: kept column whose rows share a bucket, or row; None: the user,
+        buckets: of the jackknife; 1: no intervals. cluster_by: kept column whose rows share a bucket, or row; None: the user,
             where a column of users is kept, or else row.
         group: kept column within whose rows GAUC and NDCG rank; None: the cluster. ndcg: its k.
         share: of the clusters that are scored, by the hash of `share_by` (None: of the cluster), the same in every evaluation.
@@ -57,7 +57,7 @@ class MeasureConfig(BaseModel):
     rare: int = Field(10, ge=1)
     by_time: list[Literal["day", "hour"]] = ["day", "hour"]
     buckets: int = Field(100, ge=1, le=1000)
-    cluster: str | None = None
+    cluster_by: str | None = None
     group: str | None = None
     ndcg: int = Field(10, ge=1)
     share: float = Field(1.0, gt=0, le=1)

@@ -1,0 +1,217 @@
+"""Submissions: records that survive a cut, derived resources against sums by hand, progress of a run written by hand."""
+
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from evaluations_by_hand import commit, record, set_commit_time
+
+from features.errors import UserError
+from pipeline.cluster.base import Cluster, Resources, Workload
+from pipeline.cluster.values import NodeRange, amount
+from pipeline.run.run import Run
+from pipeline.submission import manager, progress, resources
+from pipeline.submission.records import Record, Records, revision
+
+GIB = 1 << 30
+WORK: dict[str, Any] = {
+    "job": "preprocess", "words": ["out=/x"], "name": "prep", "nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0,
+    "cpu": "1", "memory": "1Gi", "time_limit_s": 60, "grace_s": 5, "retries": 0,
+}  # fmt: skip
+
+
+def submission(name: str = "prep", **values: Any) -> Record:
+    content = {
+        "name": name, "job": "preprocess", "cluster": "local", "settings": {"backend": "local"},
+        "work": Workload.model_validate(WORK | {"name": name}), "command": ["jobs.submit"], "revision": "r", "config": "c",
+        "time": 1.0, "user": "u",
+    }  # fmt: skip
+    return Record.model_validate(content | values)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    return Records(tmp_path / "submissions")
+
+
+def test_a_record_is_read_as_it_was_written(records: Records) -> None:
+    found = submission(native="/x/prep", run=Path("/runs/r"))
+    records.reserve(found)
+    assert records.read("prep") == found
+
+
+def test_a_name_is_taken_by_the_first_of_two(records: Records) -> None:
+    records.reserve(submission())
+    with pytest.raises(
+        UserError, match=r"a submission prep exists: choose another name=, or jobs.submit resubmit prep"
+    ):
+        records.reserve(submission(user="another"))
+    assert records.read("prep").user == "u"
+    assert records.next_name("prep") == "prep-2"
+
+
+@pytest.mark.parametrize("name", ["none", "../prep", "PREP", "", "a/b", "x" * 300])
+def test_a_name_without_a_record_is_one_line(name: str, records: Records) -> None:
+    records.reserve(submission())
+    with pytest.raises(UserError, match=r"no submission .*: jobs.submit list shows them"):
+        records.read(name)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "prep"}'])
+def test_a_damaged_record_is_one_line_that_names_the_file(content: str, records: Records) -> None:
+    records.reserve(submission())
+    records.file("prep").write_text(content)
+    with pytest.raises(UserError, match=r"prep\.json") as said:
+        records.read("prep")
+    assert "\n" not in str(said.value)
+
+
+def test_a_refused_submission_leaves_no_record_and_one_that_was_cut_off_is_said_to_be(records: Records) -> None:
+    with pytest.raises(UserError, match="after needs a scheduler"):
+        manager.submit(records, submission(work=Workload.model_validate(WORK | {"after": ["1"]})))
+    assert records.names() == []
+    records.reserve(submission())
+    assert manager.current(records.read("prep")).detail.startswith(
+        "prep: jobs.submit was cut off while it was submitted"
+    )
+
+
+def test_the_newest_submission_is_listed_first(records: Records) -> None:
+    for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
+        records.reserve(submission(name, time=when))
+    assert [line.split()[0] for line in manager.listed(records).splitlines()] == ["id", "new", "mid", "old"]
+
+
+def test_the_revision_is_that_of_the_code_not_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = revision()
+    monkeypatch.chdir(tmp_path)
+    assert revision() == here
+
+
+@pytest.mark.parametrize(
+    ("quantity", "number"),
+    [
+        ("500m", 0.5),
+        ("4", 4),
+        ("1.5", 1.5),
+        ("16Gi", 16 << 30),
+        ("1k", 1000),
+        ("2M", 2 * 10**6),
+        ("3Ki", 3072),
+        ("1Ti", 1 << 40),
+    ],
+)
+def test_quantities_are_numbers(quantity: str, number: float) -> None:
+    assert amount(quantity) == number
+
+
+class Scoring(SimpleNamespace):
+    """Settings of a job without a run here: only what resources are derived from."""
+
+
+def resolved(cluster: Cluster | None = None, settings: Any = None, **given: Any) -> resources.Request:
+    cluster = cluster or Cluster(backend="none")
+    return resources.resolve("evaluate", settings or Scoring(), None, Resources.model_validate(given), cluster)
+
+
+def test_what_is_given_comes_before_the_jobs_defaults_before_the_clusters_before_what_is_derived() -> None:
+    cluster = Cluster(
+        backend="none",
+        resources=Resources.model_validate({"cpu": 3, "memory": "30Gi", "retries": 7}),
+        jobs={"evaluate": Resources.model_validate({"memory": "40Gi", "grace_s": 9})},
+    )
+    found = resolved(cluster, memory="50Gi").resources
+    assert (found.memory, found.cpu, found.grace_s, found.retries) == ("50Gi", "3", 9, 7)
+    assert resolved(cluster).resources.memory == "40Gi"
+    assert (found.nodes, found.ranks_per_node, found.time_limit_s) == (NodeRange(1, 1), 1, 86400)
+
+
+def test_memory_of_ranks_is_their_processes_their_model_and_kept_rows() -> None:
+    found = resolved(settings=Scoring(memory=8.0), ranks_per_node=2).resources
+    assert found.memory == "27Gi", "1.5 GiB of a process, 4 of a model that is not known here, 8 of rows"
+    assert found.cpu == "4"
+    assert resolved(settings=Scoring(memory=8.0), gpus_per_node=4).resources.memory == "144Gi", "4 + 24 + 8"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"gpus_per_node": 8, "cpu": 2, "memory": "100Gi"},
+            "cpu=2 is too little: 8 processes on a node need 16 at least, 64",
+        ),
+        (
+            {"gpus_per_node": 8, "cpu": 64, "memory": "8Gi"},
+            "memory=8Gi is too little: 8 processes on a node take 4 GiB each",
+        ),
+        ({"ranks_per_node": 4, "cpu": 1}, "cpu=1 is too little: 4 processes on a node need 2 at least, 8 are right"),
+    ],
+)
+def test_resources_that_cannot_be_right_are_refused_before_anything_is_queued(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        resolved(**given)
+
+
+def test_a_path_of_a_job_is_found_where_this_machine_sees_it() -> None:
+    cluster = Cluster(backend="none", paths={Path("/runs"): Path("/mnt/shared/runs")})
+    assert cluster.seen_here(Path("/runs/a/b")) == Path("/mnt/shared/runs/a/b")
+    assert cluster.seen_here(Path("/running/a")) == Path("/running/a")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    found = Run(tmp_path / "run")
+    (found.path / "metrics").mkdir(parents=True)
+    return found
+
+
+def lines_of(run: Run) -> dict[str, str]:
+    found = progress.read(run.path)
+    assert found is not None
+    return dict(progress.lines(found))
+
+
+def test_progress_is_what_the_run_wrote_last(run: Run) -> None:
+    assert progress.read(run.path) is None
+    run.write_status("training", 1500, 6000)
+    trained = {"step": 1500, "rows_per_s": 61_400.0, "seconds_left": 3700.0, "ne": {"click": 0.8123, "buy": None}}
+    run.train_metrics.write_text("".join(json.dumps(line) + "\n" for line in [{"step": 1}, trained]))
+    said = lines_of(run)
+    assert said["step"] == "1,500 of 6,000 (25%)"
+    assert (said["rows/s"], said["time left"]) == ("61,400", "1h 01m")
+    assert said["metrics"] == "NE click .8123 (train, step 1,500)"
+    assert "checkpoint" not in said
+
+
+def test_the_newest_evaluation_and_checkpoint_are_shown_with_their_steps(run: Run) -> None:
+    run.write_status("finished", 20, 20)
+    for step in (10, 20):
+        checksum = commit(run, step)
+        set_commit_time(run, step, time.time() - 90)
+        with run.eval_metrics.open("a") as file:
+            file.write(json.dumps(record(step, checksum, metrics={"click": {"ne": 0.9 - step / 1000}})) + "\n")
+    said = lines_of(run)
+    assert said["checkpoint"] == "step 20, 1m 30s ago"
+    assert said["metrics"] == "NE click .8800 (test, step 20)"
+    assert "rows/s" not in said, "the run has ended"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.6, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m"), (273600, "3d 4h")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
+
+
+def test_records_stay_those_of_the_folder_they_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert Records(None).folder == tmp_path / "taskfuse" / "submissions"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", os.fspath(tmp_path))
+    assert Records(None).folder == tmp_path / ".local" / "state" / "taskfuse" / "submissions"
