@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from kubernetes.config import kube_config
 
 PODS = "/api/v1/namespaces/ml/pods"
 
@@ -113,6 +115,16 @@ def fake_server() -> Iterator[FakeServer]:
         threading.Thread(target=fake.serve_forever, args=(0.05,), daemon=True).start()
         yield fake
         fake.shutdown()
+
+
+@contextmanager
+def current_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    """A server that the kubeconfig of this process, written into `folder`, points at."""
+    with fake_server() as fake:
+        config = write_kubeconfig(folder, fake.server_port)
+        monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(config))  # read from KUBECONFIG on import
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield fake
 
 
 def write_kubeconfig(folder: Path, port: int) -> Path:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_kubernetes import DROPPED, PODS, FakeServer, fake_server, write_kubeconfig
+from fake_kubernetes import DROPPED, PODS, FakeServer, current_cluster
 from k8s_manifests import cluster, workload
-from kubernetes.config import kube_config
 
 from features.errors import UserError
 from pipeline.cluster import kubernetes_api, kubernetes_logs
@@ -25,10 +24,7 @@ COMPLETE = {"kind": "Job", "status": {"conditions": [{"type": "Complete", "statu
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
     monkeypatch.setattr(kubernetes_logs, "RETRY_S", 0.02)
     monkeypatch.setattr(kubernetes_api, "LONGEST_WAIT_S", 0.02)
-    with fake_server() as fake:
-        config = write_kubeconfig(tmp_path, fake.server_port)
-        monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(config))  # read from KUBECONFIG on import
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with current_cluster(tmp_path, monkeypatch) as fake:
         yield fake
     until = time.monotonic() + 10
     while any(thread.name.startswith(("pods", "run-7")) for thread in threading.enumerate()):
