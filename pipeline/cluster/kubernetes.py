@@ -12,7 +12,7 @@ from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
 from pipeline.cluster.base import ENDED, Status, Workload, of_rank
-from pipeline.cluster.kubernetes_api import Connection, connect, refusals
+from pipeline.cluster.kubernetes_api import UNAVAILABLE, Connection, connect, refusals
 from pipeline.cluster.kubernetes_logs import followed, so_far
 from pipeline.cluster.kubernetes_manifests import check, elements, kinds, main_kind, objects, to_yaml
 from pipeline.cluster.kubernetes_pod import INSTANCE
@@ -181,6 +181,9 @@ def _roll_back(to: Connection, made: list[tuple[str, str]], main: str, name: str
 
 
 def _told_of_a_lost_answer(to: Connection, error: UserError, main: str, name: str) -> UserError:
+    refusal = error.__context__
+    if isinstance(refusal, client.ApiException) and (refusal.status or 0) not in UNAVAILABLE:
+        return error  # of someone else's, if it is there
     with suppress(client.ApiException, HTTPError):
         if to.find(main, name) is not None:
             return UserError(

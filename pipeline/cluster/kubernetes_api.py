@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,26 +78,21 @@ class Connection(NamedTuple):
 
     def pods(self, label_selector: str) -> client.V1PodList:
         """The pods with these labels."""
-        return retried(
-            lambda: self.core.list_namespaced_pod(
-                self.namespace, label_selector=label_selector, _request_timeout=TIMEOUT_S
-            ),
-            (BUSY, *UNAVAILABLE),
-        )
+        list_pods = partial(self.core.list_namespaced_pod, self.namespace, label_selector=label_selector)
+        return retried(partial(list_pods, _request_timeout=TIMEOUT_S), (BUSY, *UNAVAILABLE))
 
     def _send(self, again: tuple[int, ...], verb: str, kind: str, *arguments: Any, **options: Any) -> Any:
         if kind in CUSTOM:
             group, version, plural = CUSTOM[kind]
-            method = getattr(client.CustomObjectsApi(self.api), f"{verb}_namespaced_custom_object")
-            place = (group, version, self.namespace, plural)
-            call = lambda: method(*place, *arguments, _request_timeout=TIMEOUT_S, **options)  # noqa: E731
+            api, name = client.CustomObjectsApi(self.api), "custom_object"
+            words = (group, version, self.namespace, plural, *arguments)
         else:
             group, name = METHODS[kind]
-            version = "CoreV1Api" if group == "core" else f"{group.capitalize()}V1Api"
-            method = getattr(getattr(client, version)(self.api), f"{verb}_namespaced_{name}")
-            first, rest = (arguments[:1], arguments[1:]) if verb != "create" else ((), arguments)
-            call = lambda: method(*first, self.namespace, *rest, _request_timeout=TIMEOUT_S, **options)  # noqa: E731
-        return retried(call, again)
+            api = getattr(client, f"{group.capitalize()}V1Api")(self.api)
+            own = 0 if verb == "create" else 1  # the object's name comes first
+            words = (*arguments[:own], self.namespace, *arguments[own:])
+        method = getattr(api, f"{verb}_namespaced_{name}")
+        return retried(partial(method, *words, _request_timeout=TIMEOUT_S, **options), again)
 
 
 def retried(send: Callable[[], T], codes: tuple[int, ...]) -> T:

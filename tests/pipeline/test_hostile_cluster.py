@@ -112,6 +112,30 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "time_limit_s": ([1, 3600], [0, -1, "1h", 1.5, None]),
     "ttl_s": ([0, 60, None], [-1, "1d"]),
+    "environment": (
+        [{}, {"NCCL_DEBUG": "INFO"}, {"A": "$(HOME) $$x\ny: z"}],
+        [{"A-B": "b"}, {"A\n": "b"}, {"": "b"}, {"HOME": "b"}, {"OMP_NUM_THREADS": "1"}, {"A": None}],
+    ),
+    "queue": (["gpu", "a.b", None], ["", "A", "a\n", "a b", "a/b", LONG]),
+    "priority_class": (["high"], ["", "A", "a\nb: c"]),
+    "runtime_class": (["nvidia"], ["", "A", "a: b"]),
+    "topology": (
+        ["example.com/rack", "zone", "topology.kubernetes.io/zone"],
+        ["", "a/", "/a", "a/b/c", "a\n", "a b", "-a", f"{LONG}/a"],
+    ),
+    "spread": (["kubernetes.io/hostname"], ["a:b", "A/b", "a" * 64]),
+    "node_selector": (
+        [{}, {"a.b/c": "D_e.f"}, {"a": ""}],
+        [{"a b": "c"}, {"a": "b c"}, {"a": "b\n"}, {"a": "a" * 64}, {"": "a"}],
+    ),
+    "tolerations": (
+        [[], [{"key": "a/b"}], [{"operator": "Exists"}],
+         [{"key": "a", "operator": "Equal", "value": "b", "effect": "NoExecute"}]],
+        [[{"key": "a b"}], [{"key": "a", "value": "b"}], [{"operator": "Equal", "value": "b"}], [{"effect": "Never"}],
+         [{"key": "a", "operator": "Equal"}], [{"key": "a", "hostPath": "/"}]],
+    ),
+    "devices": ([{}, {"vpc.amazonaws.com/efa": 4}], [{"efa": 4}, {"a.b/c": 0}, {"a.b/c": "4x"}, {"a.b/c\n": 1}, {"/c": 1}]),
+    "form": (["job", "jobset", "trainjob"], ["Job", "", "pod"]),
 }  # fmt: skip
 
 
@@ -134,6 +158,9 @@ def test_one_value_is_accepted(field: str, value: Any) -> None:
         assert [expanded(arg, {}) for arg in container["args"]] == value
     elif field == "image":
         assert container["image"] == value
+    elif field == "environment":
+        variables = {entry["name"]: expanded(entry.get("value", ""), {"HOME": "/tmp"}) for entry in container["env"]}
+        assert variables.items() >= value.items()
     elif field == "schedule":
         assert cron_job["spec"]["schedule"] == " ".join(value.split())
 

@@ -183,6 +183,16 @@ def test_a_job_that_was_created_without_an_answer_keeps_its_policy(server: FakeS
     assert [verb for verb, _ in requests(server)] == ["GET", *["POST"] * 4, "GET", "GET"]
 
 
+def test_a_job_that_someone_else_creates_meanwhile_is_not_said_to_run_for_us(server: FakeServer) -> None:
+    ours = {"kind": "Job"}
+    server.found[f"{JOBS}/jobs/taskfuse-train"] = [None, ours]
+    server.refuse = {"Job": (409, "jobs taskfuse-train already exists")}
+    with pytest.raises(UserError, match="already exists") as caught:
+        K8S.submit(workload())
+    assert "it runs" not in str(caught.value)
+    assert "DELETE" not in dict(requests(server)), "its pods have the same policy"
+
+
 @pytest.mark.parametrize("job", NAMES)
 def test_a_workload_that_does_not_exist_is_one_line(job: str, server: FakeServer) -> None:
     with pytest.raises(
