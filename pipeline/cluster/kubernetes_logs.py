@@ -93,13 +93,22 @@ class _Follower:
 
     def watch(self) -> None:
         """Reads the log of each pod once it has started, until the workload and all its logs have ended."""
+        lost = 0
         try:
             while not self.is_left:
-                ended = self.has_ended()  # before the listing, which then has every pod
-                with refusals(self.to, "pods of", self.selector):
-                    version = self._list()
+                try:
+                    ended = self.has_ended()  # before the listing, which then has every pod
+                    with refusals(self.to, "pods of", self.selector):
+                        version = self._list()
+                except UserError as error:
+                    lost += 1
+                    if lost > LOST or not isinstance(error.__context__, HTTPError):
+                        raise
+                    time.sleep(RETRY_S)
+                    continue
                 if ended:
                     break
+                lost = 0
                 self._watch_once(version)
             for reader in self.readers.values():
                 reader.join()
@@ -150,9 +159,9 @@ class _Follower:
         """Puts the lines of a pod, each once: it is asked for times, and from the last one on after a lost connection."""
         last, tries = ("", ""), 0
         while not self.is_left:
-            has_ended = self._has_ended(name)
             since = _seconds_since(last)
             try:
+                has_ended = self._has_ended(name)
                 for line in watch.Watch().stream(
                     self.to.core.read_namespaced_pod_log,
                     name,
@@ -196,7 +205,7 @@ def _parted(line: str) -> tuple[tuple[str, str], str]:
     """A line's time, as seconds and the fraction's digits, which compare as times do; and its text."""
     at, _, text = line.partition(" ")
     seconds, _, fraction = at.removesuffix("Z").partition(".")
-    return (seconds, fraction.ljust(9, "0")), text.replace("\t", " ")
+    return (seconds, fraction), text.replace("\t", " ")
 
 
 def _seconds_since(last: tuple[str, str]) -> int | None:

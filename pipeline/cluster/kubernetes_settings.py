@@ -44,7 +44,7 @@ class Toleration(BaseModel):
 class KubernetesSettings(Cluster):
     """What jobs/conf/cluster/k8s.yaml sets; it says what each means."""
 
-    backend: str = "kubernetes"
+    backend: Literal["kubernetes"] = "kubernetes"
     context: str | None = None
     namespace: Namespace | None = None
     form: Literal["job", "jobset", "trainjob"] = "job"

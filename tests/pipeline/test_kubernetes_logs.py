@@ -122,8 +122,9 @@ def test_a_pod_that_starts_while_others_are_followed_is_followed_too(server: Fak
             {("GET", f"{PODS}/run-7-a/log"): [(429, {}), (500, {}), DROPPED, (400, {})]}
         ),
         lambda server: server.failures.update({("GET", JOB): [(429, {}), (503, {}), DROPPED]}),
+        lambda server: server.failures.update({("GET", JOB): [DROPPED] * 9, ("GET", f"{PODS}/run-7-a"): [DROPPED] * 9}),
     ],
-    ids=["410 of a watch", "half an event", "log refused for now", "status refused for now"],
+    ids=["410 of a watch", "half an event", "log refused for now", "status refused for now", "out of reach"],
 )
 def test_trouble_that_passes_costs_no_line(trouble: Callable[[FakeServer], Any], server: FakeServer) -> None:
     server.found[JOB] = [RUNNING, RUNNING, COMPLETE]
@@ -146,6 +147,16 @@ def test_a_refusal_that_stays_ends_the_logs_in_one_line(path: str, server: FakeS
     with pytest.raises(UserError, match="in namespace ml: the cluster refuses: failure 403") as caught:
         list(K8S.logs(RUN, "ml/run-7", None, follow=True))
     assert "\n" not in str(caught.value)
+
+
+def test_a_cluster_that_stays_out_of_reach_ends_the_logs_in_one_line(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubernetes_logs, "LOST", 2)
+    server.failures["GET", JOB] = [DROPPED] * 99
+    with pytest.raises(UserError, match=r"the cluster at .* does not answer"):
+        list(K8S.logs(RUN, "ml/run-7", None, follow=True))
+    assert len(server.seen) == 3 * kubernetes_api.TRIES
 
 
 def test_a_log_that_ends_over_and_over_while_its_pod_runs_ends_in_one_line(
