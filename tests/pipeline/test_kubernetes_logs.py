@@ -26,6 +26,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServ
     monkeypatch.setattr(kubernetes_api, "LONGEST_WAIT_S", 0.02)
     with current_cluster(tmp_path, monkeypatch) as fake:
         yield fake
+
+
+def wait_for_readers_to_end() -> None:
     until = time.monotonic() + 10
     while any(thread.name.startswith(("pods", "run-7")) for thread in threading.enumerate()):
         assert time.monotonic() < until, "a thread that reads logs outlives them"
@@ -124,7 +127,14 @@ def test_a_pod_that_starts_while_others_are_followed_is_followed_too(server: Fak
         lambda server: server.failures.update({("GET", JOB): [(429, {}), (503, {}), DROPPED]}),
         lambda server: server.failures.update({("GET", JOB): [DROPPED] * 9, ("GET", f"{PODS}/run-7-a"): [DROPPED] * 9}),
     ],
-    ids=["410 of a watch", "half an event", "log refused for now", "status refused for now", "out of reach"],
+    ids=[
+        "410 of a watch",
+        "half an event",
+        "an event of nothing",
+        "log refused for now",
+        "status refused for now",
+        "out of reach",
+    ],
 )
 def test_trouble_that_passes_costs_no_line(trouble: Callable[[FakeServer], Any], server: FakeServer) -> None:
     server.found[JOB] = [RUNNING, RUNNING, COMPLETE]
@@ -179,3 +189,4 @@ def test_whoever_stops_reading_stops_what_reads_for_him(server: FakeServer) -> N
     found = K8S.logs(RUN, "ml/run-7", None, follow=True)
     assert next(iter(found)) == "run-7-a: one"
     found.close()  # type: ignore[attr-defined]
+    wait_for_readers_to_end()
