@@ -121,6 +121,7 @@ def test_a_pod_that_starts_while_others_are_followed_is_followed_too(server: Fak
     [
         lambda server: server.streams.update({PODS: [lambda: iter([event("ERROR", GONE)])] * 2}),
         lambda server: server.streams.update({PODS: [lambda: iter(["{half a line"])]}),
+        lambda server: server.streams.update({PODS: [lambda: iter(['{"type": "ADDED"}'])]}),
         lambda server: server.failures.update(
             {("GET", f"{PODS}/run-7-a/log"): [(429, {}), (500, {}), DROPPED, (400, {})]}
         ),
