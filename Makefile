@@ -12,7 +12,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest
-.PHONY: bench-evaluate bench-intervals
+.PHONY: bench-evaluate bench-intervals bench-links
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -66,6 +66,9 @@ bench-ingest: .venv/ready
 
 bench-intervals: .venv/ready
 	$(BIN)/python tests/benchmarks/intervals.py
+
+bench-links: .venv/ready
+	$(BIN)/python tests/benchmarks/links.py
 
 census: .venv/ready
 	$(BIN)/python -m jobs.compare

@@ -18,8 +18,7 @@ def model_cost(ranker: Ranker, batch: Batch) -> dict[str, Any]:
     Matrix products and attention are counted (torch.utils.flop_counter); table lookups and elementwise operations are not.
     """
     ranker.eval()
-    kernels = {onednn_kernel(): _linear_flops}
-    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
+    with flop_counter() as counter:
         ranker(batch)
     tables = sum(p.numel() for n, p in ranker.named_parameters() if is_table(n))
     return {
@@ -27,6 +26,11 @@ def model_cost(ranker: Ranker, batch: Batch) -> dict[str, Any]:
         "table_parameters": tables,
         "flops_per_row": counter.get_total_flops() / len(batch.row_id_B),
     }
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts FLOPs of matrix products and attention; of lookups and elementwise operations none."""
+    return FlopCounterMode(display=False, custom_mapping={onednn_kernel(): _linear_flops})
 
 
 def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:

@@ -126,7 +126,7 @@ def _training(
         config = PlanConfig.model_validate(content | hardware | {"dataset": dataset if here else None})
     except ValidationError as error:
         raise UserError(first_fault(error)) from None
-    found, _ = planned(config, schema)
+    found = planned(config, schema)
     peak, dense = found.peak, found.dense.total
     memory = PROCESS[device] + peak.ddr + (dense if device == "cpu" else 0)
     copy = peak.size.total + dense if settings.train.checkpoint_async else 0

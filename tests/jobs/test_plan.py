@@ -137,3 +137,60 @@ def test_what_is_missing_or_contradicts_itself_is_one_line(arguments: list[str],
     [line] = plan(*arguments)
     assert line.startswith("error: ")
     assert says in line
+
+
+# Step times
+
+
+def step_times(lines: list[str]) -> dict[int, dict[str, str]]:
+    """By number of ranks the other cells of the table, by their heads."""
+    start = next(n for n, line in enumerate(lines) if line.split()[:2] == ["ranks", "nodes"])
+    heads = re.split(r"\s{2,}", lines[start].strip())
+    rows = [line.split() for line in lines[start + 1 :] if re.match(r"\s*\d+ +\d", line)]
+    return {int(cells[0]): dict(zip(heads, cells, strict=True)) for cells in rows}
+
+
+def test_step_times_add_up_and_rows_and_hours_follow_from_them(small_dataset: Path, plan: Callable) -> None:
+    lines = plan(f"dataset={small_dataset}", "kind=h100", "train.batch_size=4096", "train.epochs=3", "ranks_per_node=4")
+    found = step_times(lines)
+    assert list(found) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    rows = Dataset(small_dataset).manifest.rows["train"]
+    for ranks, cells in found.items():
+        parts = [float(cells[name]) for name in ("compute", "tables", "exchange", "all-reduce")]
+        step = float(cells["step ms"])
+        assert step == pytest.approx(sum(parts), abs=0.03)
+        assert int(cells["rows a rank"].replace(",", "")) * ranks == 4096
+        rate = float(cells["rows/s"].replace(",", ""))
+        assert rate == pytest.approx(4096 / step * 1000, rel=0.01)
+        assert float(cells["hours"]) == pytest.approx(3 * rows / rate / 3600, abs=0.006)
+        assert cells["fits"] == "yes"
+        assert int(cells["nodes"]) == -(-ranks // 4)
+    assert float(found[1]["exchange"]) == float(found[1]["all-reduce"]) == 0
+    assert float(found[8]["exchange"]) > 2 * float(found[4]["exchange"])  # over the network
+    assert any(line.startswith("guessed: 40% of the FLOP/s, 50% of the memory") for line in lines)
+
+
+def test_step_times_are_for_ranks_that_the_tables_do_not_fit_on_too(bounded: list[str], plan: Callable) -> None:
+    lines = plan(*bounded, "kind=l4", "hbm=400MB", "link=10gbit", "scale=[1,2,3,4]", "batch_per_rank=512")
+    found = step_times(lines)
+    assert {ranks: cells["fits"] for ranks, cells in found.items()} == {1: "no", 2: "yes", 3: "yes", 4: "yes"}
+    assert {cells["rows a rank"] for cells in found.values()} == {"512"}
+    assert "guessed: lists of half their max_length (recent)" in lines
+    lines = plan(*bounded, "kind=l4", "scale=[1,3,12]", "ranks=8", "hbm=40GB")
+    assert "3 ranks left out: train.batch_size=2048 is no multiple of it" in lines
+    assert any(line.startswith("fits: peak rank") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kind=abacus"], "kind=abacus: no figures of it; choose from h100, h200"),
+        (["kind=h100", "link=fast"], "link=fast: expected the rate of a node's network, such as 100mbit"),
+        ([], "ranks is missing: set the size of the cluster, or kind="),
+    ],
+)
+def test_step_times_of_what_has_no_figures_are_refused_in_one_line(
+    arguments: list[str], message: str, bounded: list[str], plan: Callable
+) -> None:
+    [line] = plan(*bounded, *arguments)
+    assert message in line

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from two_ranks import stopped, trainer
 
 from features.errors import UserError
+from pipeline.training.parallel import replicas
 from pipeline.training.trainer import Trainer
 
 PLACEMENTS = {"table_wise": {"default": ["table_wise"]}, "row_wise": {"default": ["row_wise"]}}
@@ -116,7 +117,11 @@ def main(folder: Path) -> None:
         dist.barrier()
         trainer(folder, f"{before}-{after}", **RUNS[after]).run_to_end()
 
-    rarely = trainer(folder, "replicas-rarely", **RARE)
+    with mock.patch.object(replicas, "ShardingEnv2D", wraps=replicas.ShardingEnv2D) as environment:
+        rarely = trainer(folder, "replicas-rarely", **RARE)
+    given = environment.call_args.kwargs
+    groups = [dist.get_process_group_ranks(given[name]) for name in ("sharding_pg", "replica_pg")]
+    (folder / f"groups.{rank}.json").write_text(json.dumps([*groups, given["node_group_size"]]))
     states = keep_states(rarely)
     rarely.run_to_end()
     torch.save(states, folder / f"held.{rank}.pt")

@@ -264,6 +264,13 @@ def test_a_replica_steps_with_its_ranks_gradient_scaled_to_the_batch_and_the_mea
         torch.testing.assert_close(momentum.double(), sum(momenta) / len(groups), rtol=1e-3, atol=1e-12)
 
 
+def test_a_group_is_of_consecutive_ranks_and_torchrec_is_told_how_many_of_them_share_a_node(ranks: Path) -> None:
+    for rank in range(RANKS):
+        first, place = rank // GROUP * GROUP, rank % GROUP
+        wanted = [[first, first + 1], [place, GROUP + place], GROUP]
+        assert json.loads((ranks / f"groups.{rank}.json").read_text()) == wanted
+
+
 def test_replicas_are_made_equal_before_a_checkpoint_which_holds_each_table_once(ranks: Path) -> None:
     held = [torch.load(ranks / f"held.{rank}.pt") for rank in range(RANKS)]
     assert [len(saves) for saves in held] == [STEPS // STOP] * RANKS

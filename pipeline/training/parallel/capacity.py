@@ -1,7 +1,8 @@
-"""Capacity planning: whether a model's tables fit on a cluster, and how they would be placed."""
+"""Capacity planning: whether a model's tables fit on a cluster, how they would be placed, and how long a step takes."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import ByteSize, Field, model_validator
@@ -11,13 +12,14 @@ from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from models.emm import EMMSettings, build_ranker
 from models.ranker import ModelConfig
-from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
 from pipeline.training.optim.strict import Strict
-from pipeline.training.parallel import plan, shard
+from pipeline.training.parallel import plan, scaling, shard
+from pipeline.training.parallel.hardware import KINDS, Link
 from pipeline.training.parallel.memory import Estimate, readable
 from pipeline.training.parallel.plan import RESERVE, Cluster
 from pipeline.training.step import TrainStep
@@ -31,8 +33,11 @@ class PlanConfig(TrackingSettings, Strict):
     Attributes:
         dataset: whose fitted encoders give the tables' sizes; without it the schema gives the largest they can be.
         run, resume: settings of jobs.train that must be left at their defaults, since a plan reads no run.
-        ranks: of the cluster. ranks_per_node: on each machine.
-        hbm: of each rank's GPU. ddr: main memory for each rank. Both in bytes, or as 80GB, 80GiB.
+        ranks: of the cluster; None with `kind`: step times alone. ranks_per_node: on each machine.
+        hbm: of each rank's GPU, by default that of its kind. ddr: main memory for each rank. Both in bytes, or as 80GB, 80GiB.
+        kind: of GPU (pipeline.training.parallel.hardware.KINDS), for step times; it decides `device`.
+        link: rate of each node's network. scale: numbers of ranks that step times are for.
+        batch_per_rank: rows of each rank at any number of them; None: train.batch_size is shared among them.
     """
 
     dataset: Path | None = None
@@ -43,14 +48,33 @@ class PlanConfig(TrackingSettings, Strict):
     resume: str = "auto"
     model: ModelConfig
     train: Settings
-    ranks: int = Field(ge=1)
+    ranks: int | None = Field(None, ge=1)
     ranks_per_node: int = Field(8, ge=1)
     device: Literal["cuda", "cpu"] = "cuda"
     hbm: ByteSize | None = None
     ddr: ByteSize | None = None
+    kind: str | None = None
+    link: str = "100gbit"
+    scale: list[Annotated[int, Field(ge=1)]] = Field([1 << power for power in range(10)], min_length=1)
+    batch_per_rank: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_its_kind(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if (name := given.get("kind")) is None:
+            return given
+        if name not in KINDS:
+            raise ValueError(f"kind={name}: no figures of it; choose from {', '.join(KINDS)}")
+        Link.named(given.get("link") or "100gbit")
+        kind = KINDS[name]
+        return given | {"device": kind.device, "hbm": given.get("hbm") or kind.memory or None}
 
     @model_validator(mode="after")
     def _consistent(self) -> "PlanConfig":
+        if self.ranks is None and self.kind is None:
+            raise ValueError(
+                "ranks is missing: set the size of the cluster, or kind= for step times on 1, 2, 4, ... ranks"
+            )
         if self.run is not None or self.resume != "auto":
             raise ValueError("jobs.plan reads no run: leave run= and resume= out")
         needed, example = ("hbm", "80GB") if self.device == "cuda" else ("ddr", "16GB")
@@ -58,7 +82,7 @@ class PlanConfig(TrackingSettings, Strict):
             raise ValueError(
                 f"{needed} is missing: set the memory that each rank has on device={self.device}, such as {needed}={example}"
             )
-        if self.ranks > self.ranks_per_node and self.ranks % self.ranks_per_node:
+        if self.ranks and self.ranks > self.ranks_per_node and self.ranks % self.ranks_per_node:
             raise ValueError(f"ranks={self.ranks} must be a multiple of ranks_per_node={self.ranks_per_node}")
         if getattr(self, needed) < 1 << 20:
             raise ValueError(
@@ -68,16 +92,17 @@ class PlanConfig(TrackingSettings, Strict):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} must be a multiple of train.lanes={self.train.lanes}"
             )
-        if self.train.batch_size % self.ranks:
+        if self.ranks and self.train.batch_size % self.ranks:
             raise ValueError(f"train.batch_size={self.train.batch_size} must be a multiple of ranks={self.ranks}")
         return self
 
     @property
     def cluster(self) -> Cluster:
         """For the planner."""
+        ranks = self.ranks or 1
         return Cluster(
-            self.ranks,
-            min(self.ranks, self.ranks_per_node),
+            ranks,
+            min(ranks, self.ranks_per_node),
             self.device,
             int(self.hbm or 0) if self.device == "cuda" else 0,
             int(self.ddr or UNLIMITED),
@@ -85,42 +110,67 @@ class PlanConfig(TrackingSettings, Strict):
 
 
 def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
-    """The plan of tables that fit, in lines. Arguments and errors as `planned`."""
-    estimated, bounds = planned(config, schema)
-    notes = [bounds] if bounds else []
-    if config.train.lanes % config.ranks:
-        advice = f"set train.lanes to a multiple of {config.ranks}"
-        notes.append(f"lanes={config.train.lanes} must be divisible by the {config.ranks} ranks; {advice}")
-    return [*estimated.lines(), *notes, _summary(estimated, config.cluster)]
+    """The plan of tables that fit, and step times if a kind of rank is named, in lines. Arguments and errors as `planned`."""
+    tables = _tables(config, schema)
+    lines = [tables.bounds] if tables.bounds else []
+    if config.ranks:
+        estimated = _place(config, tables)
+        if config.train.lanes % config.ranks:
+            advice = f"set train.lanes to a multiple of {config.ranks}"
+            lines.append(f"lanes={config.train.lanes} must be divisible by the {config.ranks} ranks; {advice}")
+        lines = [*estimated.lines(), *lines, _summary(estimated, config.cluster)]
+    if config.kind is None:
+        return lines
+    model = scaling.Model.of(tables.schema, tables.encoders, config.model, config.train, tables.dataset)
+    cluster, kind, link = config.cluster, KINDS[config.kind], Link.named(config.link)
+    cluster = replace(cluster, ranks_per_node=config.ranks_per_node)
+    more = scaling.scaling_report(model, config.train, cluster, kind, link, config.scale, config.batch_per_rank)
+    return [*lines, *more]
 
 
-def planned(config: PlanConfig, schema: Schema | None) -> tuple[Estimate, str]:
-    """The plan of tables that fit, and a line that names those whose sizes are upper bounds, if any.
+def planned(config: PlanConfig, schema: Schema | None) -> Estimate:
+    """The plan of tables that fit on config.ranks.
 
     Args:
         schema: if given with a dataset, the dataset must have been written for it.
     Raises:
         UserError: tables that do not fit, or of unknown size; settings that contradict each other.
     """
+    return _place(config, _tables(config, schema))
+
+
+class _Tables(NamedTuple):
+    """What decides the sizes of tables. bounds: a line that names those whose sizes are upper bounds, if any."""
+
+    schema: Schema
+    encoders: Encoders
+    bounds: str
+    dataset: Dataset | None
+
+
+def _tables(config: PlanConfig, schema: Schema | None) -> _Tables:
+    if config.model.fusion.get("name") == "emm" and not EMMSettings.of(config.model).sources:
+        raise UserError(
+            "model=emm takes its tables from trained runs (model.from): plan the models that it is fused from instead"
+        )
     if config.dataset:
         dataset = open_dataset(config.dataset, config.days, config.missing_days)
         if schema is not None:
             dataset.check_compatible(schema.fingerprint, "the schema of this job")
         dataset = dataset.only(config.tasks)
-        schema, encoders, bounds = dataset.schema, dataset.encoders, ""
-    elif schema is not None:
-        schema = schema.only(config.tasks)
-        encoders, bounds = largest(schema), _bounds(schema)
-    else:
+        return _Tables(dataset.schema, dataset.encoders, "", dataset)
+    if schema is None:
         raise UserError("no tables to plan: set dataset=PATH, or data=NAME for the tables of a schema")
-    if config.model.fusion.get("name") == "emm" and not EMMSettings.of(config.model).sources:
-        raise UserError(
-            "model=emm takes its tables from trained runs (model.from): plan the models that it is fused from instead"
-        )
-    ranker, settings = build_ranker(schema, encoders, config.model), config.train
-    model = TrainStep(ranker, weighting.task_loss(settings.weighting, schema.tasks, settings.seed), bf16=False)
+    schema = schema.only(config.tasks)
+    return _Tables(schema, largest(schema), _bounds(schema), None)
+
+
+def _place(config: PlanConfig, tables: _Tables) -> Estimate:
+    ranker, settings = build_ranker(tables.schema, tables.encoders, config.model), config.train
+    loss = weighting.task_loss(settings.weighting, tables.schema.tasks, settings.seed)
+    model = TrainStep(ranker, loss, bf16=False)
     _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster)
-    return estimated, bounds
+    return estimated
 
 
 def largest(schema: Schema) -> Encoders:

@@ -44,6 +44,7 @@ from pipeline.training.parallel.memory import (
     replicated,
     shard_bytes,
 )
+from pipeline.training.parallel.replicas import ranks_on_a_node
 
 RESERVE = 0.15  # of a GPU's memory, for activations and libraries
 GRID = 512  # combinations of placements up to which all are tried; above, a greedy search picks some
@@ -142,7 +143,7 @@ def place(
     if cluster.ranks % group:
         raise UserError(f"train.sharding_group={group} does not divide the {cluster.ranks} ranks: use a divisor")
     dense = dense_bytes(model, tuple(by_module), settings, cluster.ranks)
-    local = max(1, min(cluster.ranks_per_node, cluster.ranks) * group // cluster.ranks)
+    local = ranks_on_a_node(group, min(cluster.ranks_per_node, cluster.ranks))
     batch, choices = settings.batch_size // cluster.ranks, placements.constraints(tables, settings, group, local)
     optimizer, recorder = TABLE_OPTIMIZERS[settings.tables.name], PlanRecorder()
     with _quiet():

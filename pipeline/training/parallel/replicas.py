@@ -1,5 +1,7 @@
 """2D parallelism: tables sharded within groups of ranks and replicated from group to group; the replicas are averaged."""
 
+import math
+import os
 from typing import Any
 
 import torch
@@ -13,6 +15,15 @@ from torchrec.distributed.types import EnumerableShardingSpec, ShardingEnv2D, Sh
 from models.ranker import is_table
 from pipeline.torch_compat import ShardedTensor, rank_device, set_timeout, timeout_of
 from pipeline.training.state_names import in_ranker
+
+
+def ranks_on_a_node(group: int, ranks_per_node: int) -> int:
+    """How many consecutive ranks of a group share a node, whichever group it is.
+
+    That is the smaller of the two where one divides the other. Otherwise some groups begin in the middle of a node: groups of
+    4 on nodes of 6 ranks are split 4, 2 + 2 and 4, and parts of 2 are all that every group has on one node.
+    """
+    return math.gcd(group, ranks_per_node)
 
 
 class ReplicatedGroups(DistributedModelParallel):
@@ -44,6 +55,8 @@ class ReplicatedGroups(DistributedModelParallel):
             replica_pg=mesh.get_group("replicate"),
             global_pg=world,
             device_mesh=mesh,
+            # TorchRec's own is that of LOCAL_WORLD_SIZE, and refuses a group that is a part of a node.
+            node_group_size=ranks_on_a_node(group, int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))),
             use_inter_host_allreduce=True,  # which is how it calls groups of consecutive ranks
         )
         env.output_dtensor = False  # the state is that of a group: checkpoints are the same as without replicas

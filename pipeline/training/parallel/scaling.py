@@ -1,0 +1,238 @@
+"""How training scales: step time and rows/s of a model on 1, 2, 4, ... ranks of a kind, and whether its tables fit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tabulate import tabulate
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+
+from features.batch import Rows
+from features.errors import UserError
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
+from models.emm import build_ranker
+from models.ranker import ModelConfig
+from pipeline.dataset.card.card import read_card
+from pipeline.dataset.dataset import Dataset
+from pipeline.evaluation.model_cost import flop_counter
+from pipeline.training.config import Settings
+from pipeline.training.optim import weighting
+from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
+from pipeline.training.parallel import plan, shard
+from pipeline.training.parallel.hardware import Kind, Link
+from pipeline.training.parallel.plan import Cluster
+from pipeline.training.parallel.step_time import Part, Step, Table, step_time
+from pipeline.training.step import TrainStep
+
+ROWS = 8  # of the batch whose FLOPs are counted
+NUMBER = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
+UNLIMITED = 1 << 60
+HEAD = [
+    "ranks",
+    "nodes",
+    "rows a rank",
+    "step ms",
+    "compute",
+    "tables",
+    "exchange",
+    "all-reduce",
+    "rows/s",
+    "efficiency",
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a step time depends on of a model.
+
+    Attributes:
+        step: its parts, with tables on the meta device. tables: of all.
+        ids: of an average row, by feature. flops: of a row, forward and backward. dense: parameters outside of the tables.
+        rows: of the train split; None without a dataset.
+        notes: what is guessed of it.
+    """
+
+    step: TrainStep
+    tables: Sequence[BaseEmbeddingConfig]
+    ids: Mapping[str, float]
+    flops: float
+    dense: int
+    rows: int | None
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls, schema: Schema, encoders: Encoders, config: ModelConfig, settings: Settings, dataset: Dataset | None = None
+    ) -> "Model":
+        """Of a configuration; without a dataset the lengths of lists are guessed."""
+        ranker = build_ranker(schema, encoders, config)
+        step = TrainStep(ranker, weighting.task_loss(settings.weighting, schema.tasks, settings.seed), bf16=False)
+        ids, notes = ids_per_row(schema, dataset)
+        dense = sum(p.numel() for p in step.dense_parameters())
+        rows = dataset.manifest.rows["train"] if dataset else None
+        return cls(step, ranker.tables, ids, flops_per_row(schema, encoders, config), dense, rows, notes)
+
+
+def ids_per_row(schema: Schema, dataset: Dataset | None) -> tuple[dict[str, float], list[str]]:
+    """Ids of an average row, by feature: of lists as the dataset counted them, or a guess, with a line that says so."""
+    found = dict.fromkeys(schema.sparse, 1.0)
+    if not schema.bag:
+        return found, []
+    if dataset is None:
+        found |= {name: bag.max_length / 2 for name, bag in schema.bag.items()}
+        return found, [f"guessed: lists of half their max_length ({', '.join(schema.bag)})"]
+    ids = read_card(dataset.encoded_by)["ids"]
+    for name, bag in schema.bag.items():
+        found[name] = min((ids[name]["length"] or 0) * (1 - (ids[name]["missing"] or 0)), bag.max_length)
+    return found, []
+
+
+def flops_per_row(schema: Schema, encoders: Encoders, config: ModelConfig) -> float:
+    """FLOPs of a row's forward and backward, counted on the model itself with tables of one row."""
+    ranker = build_ranker(schema, encoders, config)
+    ranker.managed = None
+    pooled = [replace(table, num_embeddings=1) for table in ranker.tables if isinstance(table, EmbeddingBagConfig)]
+    single = [replace(table, num_embeddings=1) for table in ranker.tables if not isinstance(table, EmbeddingBagConfig)]
+    if pooled:
+        ranker.embeddings = EmbeddingBagCollection(pooled)
+    if single:
+        ranker.unpooled = EmbeddingCollection(single)
+    batch = Rows.blank(schema, ROWS).batch(schema, ROWS)
+    with flop_counter() as counter:
+        ranker.outputs(batch).sum().backward()
+    return counter.get_total_flops() / ROWS
+
+
+def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Cluster) -> Step:
+    """The step of a model whose tables are placed so. settings.batch_size is that of all ranks."""
+    optimizer, group = TABLE_OPTIMIZERS[settings.tables.name], settings.sharding_group or cluster.ranks
+    by_name = {
+        config.name: Table(
+            config.num_embeddings,
+            config.embedding_dim,
+            len(config.feature_names),
+            sum(model.ids[feature] for feature in config.feature_names),
+            isinstance(config, EmbeddingBagConfig),
+            optimizer.state_bytes(1, config.embedding_dim),
+        )
+        for config in model.tables
+    }
+    simple = (
+        settings.accumulate == 1 and "pipelined" not in settings.weighting.refuses
+    )  # as learner.build_learner chooses
+    simple &= cluster.device == "cuda" and model.step.ranker.managed is None
+    pipelined = simple if settings.pipelined is None else settings.pipelined
+    parts = []
+    for module in placed.plan.values():
+        for name, sharding in module.items():
+            table, spec = by_name[name], sharding.sharding_spec
+            sizes = [(s.placement.rank(), *s.shard_sizes) for s in spec.shards] if spec else []
+            if sharding.sharding_type == "data_parallel":
+                sizes = [(rank, table.rows, table.dim) for rank in range(group)]
+            parts += [Part(table, sharding.sharding_type, rank, rows, columns) for rank, rows, columns in sizes]
+    return Step(
+        ranks=cluster.ranks,
+        ranks_per_node=min(cluster.ranks_per_node, cluster.ranks),
+        group=group,
+        rows=settings.batch_size // cluster.ranks,
+        parts=parts,
+        flops=model.flops,
+        dense=model.dense,
+        forward=NUMBER[settings.communication.forward],
+        backward=NUMBER[settings.communication.backward],
+        sync_every=settings.sync_every,
+        precision=settings.precision,
+        pipelined=pipelined,
+        gloo=cluster.device == "cpu",
+    )
+
+
+def placed_step(model: Model, settings: Settings, cluster: Cluster) -> tuple[Step, bool]:
+    """The step on a cluster, and whether it fits there; one that does not is placed as if memory were unlimited.
+
+    Raises:
+        UserError: as plan.place, but for memory.
+    """
+    fits = True
+    try:
+        placed, _ = plan.place(model.step, shard.sharders(settings), model.tables, settings, cluster)
+    except UserError:
+        fits, unlimited = False, replace(cluster, hbm=min(cluster.hbm, 1) * UNLIMITED, ddr=UNLIMITED)
+        placed, _ = plan.place(model.step, shard.sharders(settings), model.tables, settings, unlimited)
+    return step_of(placed, model, settings, cluster), fits
+
+
+def scaling_report(
+    model: Model,
+    settings: Settings,
+    cluster: Cluster,
+    kind: Kind,
+    link: Link,
+    counts: Sequence[int],
+    batch_per_rank: int | None = None,
+) -> list[str]:
+    """Step time and rows/s for each number of ranks, and what was assumed, in lines.
+
+    Args:
+        cluster: memory and ranks of a node. batch_per_rank: None shares settings.batch_size among the ranks.
+    """
+    cells, left_out = [], []
+    alone, _ = placed_step(model, _on(1, settings, cluster, batch_per_rank), replace(cluster, ranks=1))
+    alone_rate = alone.rows / step_time(alone, kind, link).total
+    for ranks in counts:
+        try:
+            chosen = _on(ranks, settings, cluster, batch_per_rank)
+            step, fits = placed_step(model, chosen, replace(cluster, ranks=ranks))
+        except UserError as error:
+            left_out.append(f"{ranks} ranks left out: {error}")
+            continue
+        time = step_time(step, kind, link)
+        rate = step.rows * ranks / time.total
+        parts = (time.total, time.compute, time.tables, time.exchange, time.all_reduce)
+        row = [
+            str(ranks),
+            str(-(-ranks // cluster.ranks_per_node)),
+            f"{step.rows:,}",
+            *(f"{1e3 * s:,.2f}" for s in parts),
+        ]
+        row += [f"{rate:,.0f}", f"{rate / ranks / alone_rate:.1%}"]
+        row += [f"{model.rows * settings.epochs / rate / 3600:,.2f}"] if model.rows else []
+        cells.append([*row, "yes" if fits else "no"])
+    head = [*HEAD, *(["hours"] if model.rows else []), "fits"]
+    table = tabulate(cells, head, "plain", disable_numparse=True, colalign=["right"] * len(head))
+    return [*table.splitlines(), *left_out, *_assumptions(model, settings, alone, kind, link)]
+
+
+def _on(ranks: int, settings: Settings, cluster: Cluster, batch_per_rank: int | None) -> Settings:
+    """The settings for a number of ranks. Raises UserError where they do not divide by it."""
+    batch = batch_per_rank * ranks if batch_per_rank else settings.batch_size
+    if batch % ranks:
+        raise UserError(f"train.batch_size={batch} is no multiple of it")
+    if ranks > cluster.ranks_per_node and ranks % cluster.ranks_per_node:
+        raise UserError(f"no multiple of ranks_per_node={cluster.ranks_per_node}")
+    return settings.model_copy(
+        update={"batch_size": batch, "sharding_group": None if ranks == 1 else settings.sharding_group}
+    )
+
+
+def _assumptions(model: Model, settings: Settings, step: Step, kind: Kind, link: Link) -> list[str]:
+    """What the times follow from; guesses are called so."""
+    ids = "ids travel while the batch before is trained on" if step.pipelined else "ids are waited for"
+    cached = any("fused_uvm_caching" in kernels for kernels in settings.kernels.values())
+    more = settings.weighting.refuses.get("pipelined") is not None
+    return [
+        f"public: {kind.name}, {kind.flops[settings.precision] / 1e12:,.4g} TFLOP/s ({settings.precision}), "
+        f"{kind.memory_bandwidth / 1e9:,.0f} GB/s of memory, {kind.link / 1e9:,.0f} GB/s to ranks of the node; "
+        f"{link.name} of a node to others",
+        f"guessed: {kind.flops_share:.0%} of the FLOP/s, {kind.bandwidth_share:.0%} of the memory's, {kind.link_share:.0%} of "
+        f"the node's and {link.share:.0%} of the network's rate; {1e3 * kind.host:g} ms to launch a step's kernels; "
+        f"{1e6 * link.node_latency:g} us latency within a node, {1e6 * link.latency:g} between nodes",
+        f"counted: {model.flops:,.0f} FLOPs a row forward and backward, {model.dense:,} dense parameters",
+        f"assumed: {ids}; all but the last 25 MiB of dense gradients travel during the backward; every row of a table is as "
+        "frequent; each id is read and updated by itself; reading of the dataset and checkpoints take no time",
+        *model.notes,
+        *(["too fast: tables with fused_uvm_caching are timed as if they lay in GPU memory"] if cached else []),
+        *([f"too fast: train.weighting={settings.weighting.name} has more backwards than one"] if more else []),
+    ]
