@@ -37,7 +37,16 @@ from pipeline.submission.records import Record, Records, revision, user
 
 VERBS = ("list", "status", "logs", "stop", "resubmit")
 # Keys of a submission that are not the job's; follow and rank are of logs.
-OWN = set(Resources.model_fields) | {"name", "after", "array", "schedule", "suspend", "dry_run", "cluster", "submissions"}
+OWN = set(Resources.model_fields) | {
+    "name",
+    "after",
+    "array",
+    "schedule",
+    "suspend",
+    "dry_run",
+    "cluster",
+    "submissions",
+}
 
 
 class Words(NamedTuple):

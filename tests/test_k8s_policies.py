@@ -4,17 +4,15 @@ import re
 import shutil
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
-from k8s_manifests import DIGEST, ROOT, documents, kustomized, pod_of
+from k8s_manifests import DIGEST, NAMES, ROOT, assert_valid, documents, job_spec, kustomized, main_of, pod_of
 
-from pipeline.cluster.base import Job
+from pipeline.cluster.kustomize import DEMO
 
 BASE = ROOT / "k8s" / "base"
-JOBS = get_args(Job)
 OVERLAY = {
     "resources": ["../base"],
     "namePrefix": "stage-",
@@ -22,6 +20,7 @@ OVERLAY = {
     "labels": [{"pairs": {"stage": "yes"}, "includeSelectors": True}],
     "images": [{"name": "taskfuse", "newName": "registry.example/taskfuse", "digest": DIGEST}],
 }
+OVERLAYS = sorted(path for path in (ROOT / "k8s" / "overlays").iterdir() if path.is_dir())
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "logs-reader/secret.key"}
 
 
@@ -31,14 +30,23 @@ def by_kind(found: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     for document in found:
         if component := document["metadata"].get("labels", {}).get("app.kubernetes.io/component"):
             workloads.setdefault(component, {})[document["kind"]] = document
-    assert sorted(workloads) == sorted(JOBS)
     return list(workloads.values())
 
 
+SUBMITTED: list[dict[str, Any]] = [
+    *({"job": job, "name": f"run-{job}", "secrets": SECRETS} for job in NAMES),
+    *({"job": job, "egress": ["10.1.0.0/16", "fd00::/8"], "namespace": "ml"} for job in NAMES),
+    {"job": "train", "name": "large", "nodes": 4, "ranks_per_node": 8, "gpus_per_node": 8, "suspend": True},
+    {"job": "train", "name": "elastic", "nodes": "2..8", "queue": "gpu", "topology": "rack", "spread": "host"},
+    {"job": "train", "name": "set", "nodes": 4, "form": "jobset"},
+    {"job": "train", "name": "kubeflow", "nodes": 4, "form": "trainjob"},
+    {"job": "evaluate", "name": "follower", "service": True},
+    {"job": "preprocess", "name": "hourly", "schedule": "0 * * * *"},
+]
+
+
 def submitted() -> list[dict[str, dict[str, Any]]]:
-    found = [documents(job=job, name=f"run-{job}", secrets=SECRETS) for job in JOBS]
-    found += [documents(job=job, egress=["10.1.0.0/16", "fd00::/8"], namespace="ml") for job in JOBS]
-    return [*found, documents(job="train", nodes=4, ranks_per_node=8, gpus_per_node=8, suspend=True)]
+    return [documents(**values) for values in SUBMITTED]
 
 
 def base() -> list[dict[str, dict[str, Any]]]:
@@ -52,15 +60,6 @@ def overlay(tmp_path: Path) -> list[dict[str, dict[str, Any]]]:
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay" / "kustomization.yaml").write_text(yaml.safe_dump(OVERLAY))
     return by_kind(kustomized(tmp_path / "overlay"))
-
-
-def main_of(workload: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return workload.get("Job") or workload["CronJob"]
-
-
-def job_spec(workload: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    spec = main_of(workload)["spec"]
-    return dict(spec["jobTemplate"]["spec"] if "jobTemplate" in spec else spec)
 
 
 # Volume types that the restricted profile allows.
@@ -88,18 +87,21 @@ def assert_restricted(pod: dict[str, Any]) -> None:
 
 def assert_contained(workload: dict[str, dict[str, Any]]) -> None:
     """What goes beyond the profile: files, credentials, resources, time."""
-    pod, spec = pod_of(main_of(workload)), job_spec(workload)
+    pod, spec = pod_of(main_of(workload)), job_spec(main_of(workload))
     assert_restricted(pod)
     assert pod["automountServiceAccountToken"] is False
     assert pod["enableServiceLinks"] is False
     (container,) = pod["containers"]
-    job = container["name"]
+    job = pod["labels"]["app.kubernetes.io/component"]
+    account = workload["ServiceAccount"]
+    assert pod["serviceAccountName"] == account["metadata"]["name"]
+    assert account["automountServiceAccountToken"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     assert mounts.keys() == {"/data", "/runs", "/dev/shm", "/tmp"}
     assert {path for path, mount in mounts.items() if mount.get("readOnly")} == (
-        set() if job == "preprocess" else {"/data"}
+        set() if job in ("preprocess", "generate") else {"/data"}
     )
     for path in ("/tmp", "/dev/shm"):
         assert volumes[mounts[path]["name"]]["emptyDir"]["sizeLimit"]
@@ -108,8 +110,12 @@ def assert_contained(workload: dict[str, dict[str, Any]]) -> None:
     assert resources["requests"].items() <= resources["limits"].items()
     environment = {entry["name"]: entry for entry in container["env"]}
     assert environment["HOME"]["value"] == "/tmp"
+    assert not {"livenessProbe", "startupProbe", "readinessProbe", "lifecycle"} & container.keys()
+    if main_of(workload)["kind"] == "Deployment":
+        return
     assert spec["activeDeadlineSeconds"] >= 3600
-    assert spec["ttlSecondsAfterFinished"] >= 3600
+    if main_of(workload)["kind"] in ("Job", "CronJob"):
+        assert spec["ttlSecondsAfterFinished"] >= 3600
 
 
 def admits(peer: dict[str, Any], labels: dict[str, str]) -> bool:
@@ -127,7 +133,7 @@ def assert_reached_by_its_own_pods_alone(workloads: list[dict[str, dict[str, Any
         assert spec["podSelector"]["matchLabels"].items() <= pod["labels"].items()
         assert workload["NetworkPolicy"]["metadata"].get("namespace") == main_of(workload)["metadata"].get("namespace")
         assert spec["policyTypes"] == ["Ingress", "Egress"]
-        if pod["containers"][0]["name"] != "train":
+        if pod["labels"]["app.kubernetes.io/component"] != "train":
             assert spec["ingress"] == []
             continue
         (rule,) = spec["ingress"]
@@ -140,14 +146,63 @@ def assert_reached_by_its_own_pods_alone(workloads: list[dict[str, dict[str, Any
         assert [o for o in others if o[instance] != pod["labels"][instance] and admits(peer, o)] == []
 
 
-@pytest.mark.parametrize("number", range(7))
-def test_every_submitted_workload_is_contained(number: int) -> None:
-    assert_contained(submitted()[number])
+@pytest.mark.parametrize("values", SUBMITTED, ids=str)
+def test_every_submitted_workload_is_contained(values: dict[str, Any]) -> None:
+    assert_contained(documents(**values))
 
 
 def test_every_workload_of_the_base_and_of_an_overlay_is_contained(overlay: list[dict[str, dict[str, Any]]]) -> None:
+    assert len(base()) == len(overlay) == len(DEMO)
     for workload in [*base(), *overlay]:
         assert_contained(workload)
+
+
+@pytest.mark.parametrize("folder", OVERLAYS, ids=lambda folder: folder.name)
+def test_every_object_of_an_overlay_that_is_shipped_is_valid_and_contained(folder: Path) -> None:
+    found = kustomized(folder)
+    for document in found:
+        assert_valid(document)
+    workloads = by_kind(found)
+    have = {document["metadata"]["name"] for document in found if document["kind"] == "PersistentVolumeClaim"}
+    for workload in workloads:
+        volumes = pod_of(main_of(workload))["volumes"]
+        assert {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v} <= have
+        assert_contained(workload)
+    assert_reached_by_its_own_pods_alone(workloads)
+
+
+def overlay_of(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Workloads of an overlay that is shipped, by their component."""
+    found = by_kind(kustomized(ROOT / "k8s" / "overlays" / name))
+    return {main_of(workload)["metadata"]["labels"]["app.kubernetes.io/component"]: workload for workload in found}
+
+
+def test_the_overlay_for_gpus_is_the_training_that_the_backend_would_submit() -> None:
+    train = overlay_of("gpu")["train"]
+    ours = documents(job="train", nodes=2, ranks_per_node=8, gpus_per_node=8, suspend=True)
+    spec, expected = job_spec(main_of(train)), job_spec(main_of(ours))
+    for key in ("completions", "parallelism", "backoffLimit"):
+        assert spec[key] == expected[key]
+    (container,), (known,) = spec["template"]["spec"]["containers"], expected["template"]["spec"]["containers"]
+    assert container["command"] == known["command"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == known["resources"]["limits"]["nvidia.com/gpu"]
+    assert train["PodDisruptionBudget"]["spec"] == ours["PodDisruptionBudget"]["spec"]
+
+
+def test_the_overlay_for_kueue_queues_every_job_as_the_backend_would() -> None:
+    for job, workload in overlay_of("kueue").items():
+        main, ours = main_of(workload), main_of(documents(job=job, queue="taskfuse"))
+        for one in (main, ours):
+            template = one["spec"].get("jobTemplate", one)
+            assert template["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "taskfuse"
+            assert template["spec"]["suspend"] is True
+
+
+def test_the_overlay_for_the_nightly_job_reads_the_folder_of_its_night() -> None:
+    found = overlay_of("nightly")
+    assert list(found) == ["nightly"]
+    (container,) = pod_of(main_of(found["nightly"]))["containers"]
+    assert container["args"][1].replace("$$", "$") == "input=/data/${now:%Y-%m-%d}"
 
 
 def test_pods_are_reached_by_pods_of_the_same_training_alone(overlay: list[dict[str, dict[str, Any]]]) -> None:
@@ -179,10 +234,10 @@ def test_train_connects_to_name_servers_and_its_own_pods_and_the_others_to_nothi
     assert_names_alone(names)
     policy = documents(job="train")["NetworkPolicy"]["spec"]
     assert own == {"to": [{"podSelector": policy["podSelector"]}]}
-    assert egress_of("preprocess") == egress_of("nightly") == []
+    assert [job for job in NAMES if egress_of(job)] == ["train"]
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", NAMES)
 def test_networks_of_egress_are_connected_to_beside_them(job: str) -> None:
     names, rule = egress_of(job, egress=["10.1.0.0/16", "fd00::/8"])
     assert_names_alone(names)
@@ -193,17 +248,12 @@ def test_networks_of_egress_are_connected_to_beside_them(job: str) -> None:
 
 
 def test_deadlines_and_the_time_to_live_are_those_that_were_given() -> None:
-    assert {job: job_spec(documents(job=job))["activeDeadlineSeconds"] for job in JOBS} == {
-        "train": 7 * 24 * 3600,
-        "preprocess": 24 * 3600,
-        "nightly": 24 * 3600,
-    }
-    spec = job_spec(documents(job="nightly", deadline_s=7200, ttl_s=60))
+    spec = job_spec(main_of(documents(job="nightly", time_limit_s=7200, ttl_s=60)))
     assert (spec["activeDeadlineSeconds"], spec["ttlSecondsAfterFinished"]) == (7200, 60)
-    assert "ttlSecondsAfterFinished" not in job_spec(documents(job="train", ttl_s=None))
+    assert "ttlSecondsAfterFinished" not in job_spec(main_of(documents(job="train", ttl_s=None)))
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", NAMES)
 def test_a_secret_is_in_the_environment_by_reference(job: str) -> None:
     (container,) = pod_of(main_of(documents(job=job, secrets=SECRETS)))["containers"]
     (variable,) = [entry for entry in container["env"] if entry["name"] == "AWS_SECRET_ACCESS_KEY"]
@@ -220,7 +270,7 @@ def test_libraries_start_no_more_threads_than_the_limit_allows(cpu: str, threads
 def test_the_policy_for_prometheus_admits_one_namespace_to_one_port_of_a_training_as_it_is_submitted() -> None:
     (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "k8s" / "PODS.md").read_text(), re.M | re.S)
     policy = yaml.safe_load(text)
-    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+    assert_valid(policy)
     chosen = policy["spec"]["podSelector"]["matchLabels"]
     assert chosen
     assert chosen.items() <= pod_of(main_of(documents(job="train", name="taskfuse-train")))["labels"].items()

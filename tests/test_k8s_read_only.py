@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from k8s_manifests import ROOT, documents, pod_of
+from k8s_manifests import ROOT, documents, main_of, pod_of
 
-from pipeline.cluster.base import Job
 from pipeline.cluster.kustomize import DEMO
 
 UNSHARE = ["unshare", "--mount", "--map-root-user"]
@@ -51,10 +50,10 @@ pytestmark = [
 ]
 
 
-def run_pod(folder: Path, job: Job, args: list[str]) -> subprocess.CompletedProcess[str]:
+def run_pod(folder: Path, job: str, args: list[str]) -> subprocess.CompletedProcess[str]:
     """A pod's command with its environment, and its volumes in folder/data and folder/runs."""
-    found: dict[str, Any] = documents(job=job, args=args)
-    (container,) = pod_of(found.get("Job") or found["CronJob"])["containers"]
+    found: dict[str, Any] = documents(job=job, words=args)
+    (container,) = pod_of(main_of(found))["containers"]
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/data", "/runs", "/tmp", "/dev/shm"}
     read_only = [mount["mountPath"] for mount in container["volumeMounts"] if mount.get("readOnly")]
     environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
@@ -74,7 +73,7 @@ def test_the_jobs_of_the_base_need_no_other_folder_than_their_pods_can_write(tmp
     generate = [sys.executable, "-m", "jobs.generate", f"out={tmp_path / 'data' / 'raw'}", "impressions=8000"]
     subprocess.run(generate, check=True, cwd=ROOT, capture_output=True)
     shutil.copytree(tmp_path / "data" / "raw", tmp_path / "data" / "today")
-    more: dict[Job, list[str]] = {"train": ["train.batch_size=512", "train.max_steps=2"]}
+    more: dict[str, list[str]] = {"train": ["train.batch_size=512", "train.max_steps=2"]}
     for job, args in DEMO.items():  # preprocess, train, nightly
         done = run_pod(tmp_path, job, [*args, *more.get(job, [])])
         outcomes = (0, 2, 3) if job == "nightly" else (0,)  # two steps are too few to be better than the base rate

@@ -207,19 +207,23 @@ class Backend(Protocol):
         """Ends the workload: SIGTERM, then SIGKILL after `grace_s`. A run keeps its checkpoints."""
 
 
-def command(work: Workload, python: str, *rendezvous: str, config_dir: str | None = None) -> list[str]:
+def command(
+    work: Workload, python: str, *rendezvous: str, config_dir: str | None = None, restarts: int | None = None
+) -> list[str]:
     """The words that run a workload on one of its nodes.
 
     Args:
         python: the interpreter. rendezvous: flags of jobs.launch by which several nodes meet.
         config_dir: where the job sees the team's configuration.
+        restarts: of the ranks by jobs.launch, where the backend counts otherwise; None: `retries`.
     """
     module = [f"jobs.{work.job}", *([f"--config-dir={config_dir}"] if config_dir else []), *work.words]
     if not work.kind.launched or (work.job != "train" and work.ranks_per_node == 1):
         return [python, "-m", *module]
     least, most = work.nodes
+    max_restarts = work.retries if restarts is None else restarts
     nodes = f"{least}:{most}" if least < most else str(most)
-    flags = [f"--nnodes={nodes}", f"--nproc-per-node={work.ranks_per_node}", f"--max-restarts={work.retries}"]
+    flags = [f"--nnodes={nodes}", f"--nproc-per-node={work.ranks_per_node}", f"--max-restarts={max_restarts}"]
     return [python, "-m", "jobs.launch", *flags, *rendezvous, "-m", *module]
 
 

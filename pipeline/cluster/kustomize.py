@@ -1,19 +1,21 @@
-"""The kustomize base: all three jobs with the demo's arguments, for an overlay to change."""
+"""The kustomize base: the demo's jobs as they are submitted, for an overlay to change."""
 
 from pathlib import Path
-from typing import get_args
 
-from pipeline.cluster.base import Job, Workload
+from pipeline.cluster.base import Workload
 from pipeline.cluster.kubernetes_manifests import claims, objects, to_yaml
+from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.values import NodeRange
 from pipeline.storage.files import write_text
 
 # The demo on the two claims: enough to try a new cluster, and what an overlay replaces first.
-DEMO: dict[Job, list[str]] = {
+DEMO: dict[str, list[str]] = {
     "preprocess": ["data=demo", "input=/data/raw", "out=/data/demo"],
     "train": ["data=demo", "dataset=/data/demo", "model=adatt", "run=/runs/demo"],
     "nightly": ["run=/runs/demo", "input=/data/today", "out=/runs/nightly"],
 }
-HEADER = "# Written by `python -m jobs.submit base=k8s/base`: change the values there, or overlay this.\n"
+DEADLINES_S = {"train": 7 * 86400, "preprocess": 86400, "nightly": 86400}
+HEADER = "# Written by `python -m jobs.submit base out=k8s/base`: change the values there, or overlay this.\n"
 KUSTOMIZATION = """\
 # The image is a placeholder: an overlay puts the digest of yours in its place, as k8s/README.md shows.
 # The train Job is suspended until there is a dataset. Once preprocess is complete:
@@ -33,18 +35,39 @@ nameReference:
 """
 
 
-def base_files(work: Workload) -> dict[str, str]:
-    """Contents by file name: each job with the values of `work`, the demo's arguments, and GPUs for train alone."""
-    files = {"kustomization.yaml": KUSTOMIZATION, "references.yaml": REFERENCES, "claims.yaml": to_yaml(claims(work))}
-    for name in get_args(Job):
-        alone = {} if name == "train" else {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0}
-        own = {"job": name, "name": f"taskfuse-{name}", "args": DEMO[name], "suspend": name == "train", **alone}
-        files[f"{name}.yaml"] = to_yaml(objects(work.model_copy(update=own)))
+def demo_workload(job: str, cluster: KubernetesSettings) -> Workload:
+    """The demo's job of this name, with what the cluster gives such jobs, or else one node, 2 CPUs and 8Gi."""
+    given = cluster.resources_of(job)
+    return Workload(
+        job=job,
+        words=DEMO[job],
+        name=f"taskfuse-{job}",
+        nodes=given.nodes or NodeRange(1, 1),
+        ranks_per_node=given.ranks_per_node or 1,
+        gpus_per_node=given.gpus_per_node or 0,
+        cpu=given.cpu or "2",
+        memory=given.memory or "8Gi",
+        time_limit_s=given.time_limit_s or DEADLINES_S[job],
+        grace_s=120 if given.grace_s is None else given.grace_s,
+        retries=3 if given.retries is None else given.retries,
+        schedule="0 3 * * *" if job == "nightly" else None,
+        suspend=job == "train",
+    )
+
+
+def base_files(cluster: KubernetesSettings) -> dict[str, str]:
+    """Contents by file name: each job of the demo, and the claims."""
+    files = {
+        "kustomization.yaml": KUSTOMIZATION,
+        "references.yaml": REFERENCES,
+        "claims.yaml": to_yaml(claims(cluster)),
+    }
+    files |= {f"{job}.yaml": to_yaml(objects(cluster, demo_workload(job, cluster))) for job in DEMO}
     return {name: HEADER + text for name, text in files.items()}
 
 
-def write_base(work: Workload, folder: Path) -> None:
+def write_base(cluster: KubernetesSettings, folder: Path) -> None:
     """Writes the base into `folder`, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in base_files(work).items():
+    for name, text in base_files(cluster).items():
         write_text(folder / name, text)

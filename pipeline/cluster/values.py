@@ -136,6 +136,11 @@ class NodeRange(NamedTuple):
     least: int
     most: int
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether it goes on with fewer than it may have."""
+        return self.least < self.most
+
     def __str__(self) -> str:
         return str(self.most) if self.least == self.most else f"{self.least}..{self.most}"
 
@@ -176,6 +181,15 @@ Network = Annotated[str, AfterValidator(_network)]
 Image = Annotated[
     str, _like(f"{_IMAGE}({_DIGEST})?", "an image such as registry.example/taskfuse@sha256:DIGEST", longest=455)
 ]
+_PREFIX = rf"(?=[^/]{{1,253}}/){_LABEL}(\.{_LABEL})*/"
+_LABEL_WORD = r"[a-zA-Z0-9]([-._a-zA-Z0-9]{0,61}[a-zA-Z0-9])?"
+LabelKey = Annotated[
+    str, _like(rf"({_PREFIX})?{_LABEL_WORD}", "the key of a label such as topology.kubernetes.io/zone")
+]
+LabelValue = Annotated[
+    str, _like(rf"({_LABEL_WORD})?", "the value of a label: at most 63 letters, digits, '-', '_', '.'")
+]
+DeviceName = Annotated[str, _like(rf"{_PREFIX}{_LABEL_WORD}", "a resource of nodes such as vpc.amazonaws.com/efa")]
 Variable = Annotated[str, _like(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "the name of an environment variable")]
 SlurmNames = Annotated[
     str, _like(r"[A-Za-z0-9_][-A-Za-z0-9_.,]*", "a name in Slurm, or several with commas", longest=255)

@@ -6,6 +6,7 @@ an evaluator that is killed before the line leaves files that the next one repla
 """
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +57,7 @@ class EvaluateConfig(MeasureConfig, TrackingSettings):
     predictions: bool = False
     every: int = Field(1, ge=1)
     order: Order = "oldest"
-    follow: bool = False
+    follow: bool | Literal["always"] = False
     idle: bool = True
     give_up_after: float = Field(600, gt=0)
     batch_size: int = Field(8192, ge=1)
@@ -70,7 +71,7 @@ class EvaluateConfig(MeasureConfig, TrackingSettings):
     @model_validator(mode="after")
     def _following_takes_every_step(self) -> "EvaluateConfig":
         if self.follow and self.step != "all":
-            raise ValueError("follow=true evaluates every checkpoint: leave step out")
+            raise ValueError(f"follow={str(self.follow).lower()} evaluates every checkpoint: leave step out")
         if self.every > 1 and self.step != "all":
             raise ValueError("every chooses among all checkpoints: leave step out")
         if self.predictions and self.share < 1:
@@ -86,7 +87,8 @@ class Evaluation:
     """A run's checkpoints on one split of one dataset. It only reads what the trainer writes.
 
     Several may work on one run, each in a process of its own, or each on several ranks: see pipeline.evaluation.pending and
-    pipeline.evaluation.ranks. With `follow` it first waits for the run to be created.
+    pipeline.evaluation.ranks. With `follow` it first waits for the run to be created; with follow=always without a limit, and
+    after a training for the run's next one.
 
     Args:
         shard: splits the work over the ranks of the process group (pipeline.evaluation.weights.Loading).
@@ -99,7 +101,7 @@ class Evaluation:
         check_settings(config)
         if config.follow:
             priority.lower(config.idle)
-            _wait_for_run(self.run, config.give_up_after)
+            _wait_for_run(self.run, math.inf if config.follow == "always" else config.give_up_after)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (2 if config.follow else 1)
         torch.set_num_threads(config.threads or max(1, cores.available() // processes))
         dataset, loading = dataset_of(self.run, config), Loading(config.tables, config.table_precision, shard)
@@ -118,8 +120,9 @@ class Evaluation:
     def records(self, write_page: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
         """Evaluates checkpoints in `order` and yields each record, on rank 0, once it is in eval.jsonl.
 
-        `follow` ends when training has finished and each checkpoint has its record, or is claimed by another evaluator.
-        It tries a damaged one again every minute, and once more at the end; it leaves out one that the trainer has deleted.
+        `follow` ends when training has finished and each checkpoint has its record, or is claimed by another evaluator;
+        follow=always does not. It tries a damaged one again every minute, and once more at the end; it leaves out one that
+        the trainer has deleted.
 
         Args:
             write_page: writes the run's report. It is called after a record while checkpoints are waited for, at most every
@@ -185,6 +188,8 @@ class Evaluation:
         self.claim = self.pending.take(found if steps is None else steps, found[-1] if finished and found else None)
         if self.claim:
             return self.claim.step
+        if config.follow == "always":
+            return WAIT
         if finished and (failed := self.pending.failed(found)):
             if self.has_retried:
                 faults = join_faults([f"step {step} ({error})" for step, error in failed.items()], 5)

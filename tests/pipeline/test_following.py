@@ -317,9 +317,33 @@ def test_a_run_whose_trainer_never_wrote_a_heartbeat_is_given_up(run: Run):
         next(found)
 
 
+@pytest.mark.parametrize("state", ["finished", "failed"])
+def test_a_follower_that_always_follows_waits_for_the_next_training_however_long_that_takes(
+    run: Run, tmp_path: Path, state: str
+):
+    last = checkpoint.folder(run.checkpoints, 6)
+    later = Path(shutil.move(last, tmp_path / "later"))
+    run.write_status(state, 4, 4)
+    found = evaluate(config(run, follow="always", give_up_after=0.01))
+    assert [next(found)["step"] for _ in range(2)] == [2, 4]
+
+    def train_on() -> None:
+        run.write_status("training", 4, 6)
+        shutil.copytree(later, tmp_path / "copy")
+        (tmp_path / "copy").rename(last)
+        run.write_status("finished", 6, 6)
+
+    timer = threading.Timer(0.3, train_on)
+    timer.start()
+    assert next(found)["step"] == 6
+    timer.join()
+    found.close()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"follow": True, "step": 4}, "leave step out"), ({"every": 2, "step": [4]}, "leave step out"),
+    [({"follow": True, "step": 4}, "=true .*leave step out"), ({"follow": "always", "step": 4}, "=always .*leave step out"),
+     ({"follow": "never"}, "follow"), ({"every": 2, "step": [4]}, "leave step out"),
      ({"predictions": True, "share": 0.5}, "leave share out"), ({"share": 0}, "greater than 0"), ({"every": 0}, "every"),
      ({"step": []}, "List should have at least 1 item")],
 )  # fmt: skip

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from k8s_manifests import DIGEST, documents, kustomized, pod_of, submission
+from k8s_manifests import DIGEST, cluster, documents, kustomized, manifests, pod_of, workload
 from pydantic import ValidationError
 
 from features.errors import UserError
-from pipeline.cluster.kubernetes_manifests import escaped, objects, to_yaml
-from pipeline.cluster.registry import BACKENDS
+from pipeline.cluster.base import Resources
+from pipeline.cluster.kubernetes_pod import escaped
 from pipeline.cluster.values import is_pinned
 
 
@@ -63,7 +63,7 @@ def test_a_container_receives_any_text_as_it_was_given(parts: list[str], environ
 
 @pytest.mark.parametrize("arg", ["a=$$(HOME)", "a=$(HOME)", "a=$$$(JOB_NAME)", "a=$", "a=$$", "a=\\${now:%Y}"])
 def test_an_argument_reads_no_variable_of_the_pod(arg: str) -> None:
-    (container,) = pod_of(documents(job="train", args=[arg])["Job"])["containers"]
+    (container,) = pod_of(documents(job="train", words=[arg])["Job"])["containers"]
     environment = {"HOME": "/tmp", "JOB_NAME": "secret"}
     assert [expanded(text, environment) for text in container["args"]] == [arg]
 
@@ -82,7 +82,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "namespace": (["ml", "1-a", "a" * 63, None], ["", "a.b", "a" * 64, "a\n", "ML", "-a", "../x", "a/b", "a?x=1"]),
     "data_claim": (["logs", "a.b-c", "1e3"], ["", "a..b", "a.", ".a", "a\n", "a\nname: x", "A", "a/b", LONG]),
     "runs_claim": (["runs"], ["a_b", "a b", "a\n", "{}"]),
-    "cpu": (["4", "500m", "0.5", 2, 1.5], ["0", "0.0", "-1", "4\n", "1e3", "4Gi", "٣", " 4", "4 ", "nan", ".5", "04", True]),
+    "cpu": (["4", "500m", "0.5"], ["0", "0.0", "-1", "4\n", "1e3", "4Gi", "٣", " 4", "4 ", "nan", ".5", "04", True]),
     "memory": (["16Gi", "1.5G", "100000000", "8k"], ["16GB", "0Gi", "16 Gi", "16Gi\n", "1m", "1Gi, x: y", "٣Gi", "9" * 16, ""]),
     "storage": (["100Gi"], ["100Gi\n", "0", "all"]),
     "shared_memory": (["2Gi"], ["2Gi\n", "50%", "m"]),
@@ -105,25 +105,62 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
          {"A-B": "b/c"}, {"A\n": "b/c"}, {"A=1": "b/c"}, {"": "b/c"}, {"1A": "b/c"}, {"HOME": "b/c"}, {"JOB_NAME": "b/c"},
          {"A": "b/c d"}, {"A": f"{LONG}/c"}, {"A": "$(X)/c"}, {"A": None}],
     ),
-    "args": (
+    "words": (
         [["a=b"], ["a= $x ${now:%Y}"], ["~a"], ["+a.b=c"], ["a=x\ny: z"], ["a={b: c}"], ["a=é 日本 😀"]],
         [["a"], ["=b"], ["a=\0"], ["a=\x1b[31m"], ["a=\ud800"], ["a=${oc.env:HOME}"], ["a=\\${oc.env:HOME}"],
          ["a=${ oc.decode:x}"], ["a=${${b}.env:HOME}"], ["a=${oc.${b}:HOME}"], ["a=\u202eb"]],
     ),
-    "deadline_s": ([1, 3600, None], [0, -1, "1h", 1.5]),
+    "time_limit_s": ([1, 3600], [0, -1, "1h", 1.5, None]),
     "ttl_s": ([0, 60, None], [-1, "1d"]),
+    "environment": (
+        [{}, {"NCCL_DEBUG": "INFO"}, {"A": "$(HOME) $$x\ny: z"}],
+        [{"A-B": "b"}, {"A\n": "b"}, {"": "b"}, {"HOME": "b"}, {"OMP_NUM_THREADS": "1"}, {"A": None}],
+    ),
+    "queue": (["gpu", "a.b", None], ["", "A", "a\n", "a b", "a/b", LONG]),
+    "priority_class": (["high"], ["", "A", "a\nb: c"]),
+    "runtime_class": (["nvidia"], ["", "A", "a: b"]),
+    "topology": (
+        ["example.com/rack", "zone", "topology.kubernetes.io/zone"],
+        ["", "a/", "/a", "a/b/c", "a\n", "a b", "-a", f"{LONG}/a"],
+    ),
+    "spread": (["kubernetes.io/hostname"], ["a:b", "A/b", "a" * 64]),
+    "node_selector": (
+        [{}, {"a.b/c": "D_e.f"}, {"a": ""}],
+        [{"a b": "c"}, {"a": "b c"}, {"a": "b\n"}, {"a": "a" * 64}, {"": "a"}],
+    ),
+    "tolerations": (
+        [[], [{"key": "a/b"}], [{"operator": "Exists"}],
+         [{"key": "a", "operator": "Equal", "value": "b", "effect": "NoExecute"}]],
+        [[{"key": "a b"}], [{"key": "a", "value": "b"}], [{"operator": "Equal", "value": "b"}], [{"effect": "Never"}],
+         [{"key": "a", "operator": "Equal"}], [{"key": "a", "hostPath": "/"}]],
+    ),
+    "devices": ([{}, {"vpc.amazonaws.com/efa": 4}], [{"efa": 4}, {"a.b/c": 0}, {"a.b/c": "4x"}, {"a.b/c\n": 1}, {"/c": 1}]),
+    "form": (["job", "jobset", "trainjob"], ["Job", "", "pod"]),
 }  # fmt: skip
+
+
+def made(**values: Any) -> None:
+    cluster(**values)
+    workload(**values)
+
+
+@pytest.mark.parametrize(("given", "text"), [(2, "2"), (1.5, "1.5"), ("500m", "500m")])
+def test_a_number_of_cpus_may_be_a_number(given: Any, text: str) -> None:
+    assert Resources(cpu=given).cpu == text
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, (good, _) in VALUES.items() for value in good])
 def test_one_value_is_accepted(field: str, value: Any) -> None:
-    policy, cron_job = yaml.safe_load_all(to_yaml(objects(submission(job="nightly", **{field: value}))))
-    assert (policy["kind"], cron_job["kind"]) == ("NetworkPolicy", "CronJob")
+    policy, account, cron_job = yaml.safe_load_all(manifests(job="nightly", **{field: value}))
+    assert (policy["kind"], account["kind"], cron_job["kind"]) == ("NetworkPolicy", "ServiceAccount", "CronJob")
     (container,) = pod_of(cron_job)["containers"]
-    if field == "args":
+    if field == "words":
         assert [expanded(arg, {}) for arg in container["args"]] == value
     elif field == "image":
         assert container["image"] == value
+    elif field == "environment":
+        variables = {entry["name"]: expanded(entry.get("value", ""), {"HOME": "/tmp"}) for entry in container["env"]}
+        assert variables.items() >= value.items()
     elif field == "schedule":
         assert cron_job["spec"]["schedule"] == " ".join(value.split())
 
@@ -131,9 +168,9 @@ def test_one_value_is_accepted(field: str, value: Any) -> None:
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, (_, bad) in VALUES.items() for value in bad])
 def test_what_is_no_single_value_of_its_field_is_refused(field: str, value: Any) -> None:
     with pytest.raises(
-        ValidationError, match=rf"1 validation error for Submission\n(?:{field}|  Value error, {field})"
+        ValidationError, match=rf"1 validation error for (?:Workload|Kubernetes)\n(?:{field}|  Value error, {field})"
     ):
-        submission(job="nightly", **{field: value})
+        made(job="nightly", **{field: value})
 
 
 def leaves(content: Any, at: str = "") -> dict[str, Any]:
@@ -157,12 +194,13 @@ JUNK = st.lists(
 @given(field=TEXTS, start=st.sampled_from(["", "a", "1", "4", "0 3 * * "]), junk=JUNK)
 def test_no_value_changes_another_field(field: str, start: str, junk: list[str]) -> None:
     value = start + "".join(junk)
-    usual: dict[str, Any] = {"job": "nightly", "args": ["a=b"], "namespace": "ml", "name": "known"}
+    usual: dict[str, Any] = {"job": "nightly", "words": ["a=b"], "namespace": "ml", "name": "known"}
     try:
-        work = submission(**usual | {field: value})
+        made(**usual | {field: value})
     except ValidationError:
         return
-    found, known = ([leaves(d) for d in yaml.safe_load_all(to_yaml(objects(w)))] for w in (work, submission(**usual)))
+    texts = (manifests(**usual | {field: value}), manifests(**usual))
+    found, known = ([leaves(d) for d in yaml.safe_load_all(text)] for text in texts)
     allowed = {value, " ".join(value.split())}
     for ours, before in zip(found, known, strict=True):
         assert ours.keys() == before.keys()
@@ -177,7 +215,7 @@ def test_no_value_changes_another_field(field: str, start: str, junk: list[str])
 )
 def test_an_argument_is_one_argument_whatever_it_holds(text: str) -> None:
     try:
-        found = documents(job="train", args=[f"a={text}", "b=c"])
+        found = documents(job="train", words=[f"a={text}", "b=c"])
     except ValidationError:
         return  # a text that turns the direction of others, or looks something up
     (container,) = pod_of(found["Job"])["containers"]
@@ -202,19 +240,18 @@ NASTY = [
 
 
 def test_kubectl_reads_the_values_that_were_written(tmp_path: Path) -> None:
-    args = [f"key{text}" for text in NASTY]
     given_values = {
-        "args": args,
+        "words": [f"key{text}" for text in NASTY],
         "name": "y",
         "namespace": "1e3",
         "data_claim": "0x1f",
         "schedule": "1 1 1 1 1",
         "cpu": "1",
     }
-    work = submission(job="nightly", **given_values)
-    (tmp_path / "all.yaml").write_text(to_yaml(objects(work)))
+    text = manifests(job="nightly", **given_values)
+    (tmp_path / "all.yaml").write_text(text)
     (tmp_path / "kustomization.yaml").write_text("resources: [all.yaml]\n")
-    read, written = kustomized(tmp_path), list(yaml.safe_load_all(to_yaml(objects(work))))
+    read, written = kustomized(tmp_path), list(yaml.safe_load_all(text))
     assert sorted(read, key=lambda d: d["kind"]) == sorted(written, key=lambda d: d["kind"])
     assert written[-1]["metadata"] == {"name": "y", "namespace": "1e3", "labels": written[-1]["metadata"]["labels"]}
 
@@ -223,12 +260,8 @@ def test_kubectl_reads_the_values_that_were_written(tmp_path: Path) -> None:
 def test_a_tag_is_submitted_only_where_it_is_allowed(image: str) -> None:
     assert not is_pinned(image)
     with pytest.raises(UserError, match=re.escape(f"image={image} is a tag")):
-        BACKENDS["k8s"].render(submission(image=image))
+        cluster(image=image).render(workload())
     with pytest.raises(UserError, match="allow_tag=true"):
-        BACKENDS["k8s"].submit(submission(image=image))
-    assert f"image: {image}\n" in BACKENDS["k8s"].render(submission(image=image, allow_tag=True))
-    assert f"image: {image}@{DIGEST}\n" in BACKENDS["k8s"].render(submission(image=f"{image}@{DIGEST}"))
-
-
-def test_a_local_job_needs_no_image_by_digest() -> None:
-    assert BACKENDS["local"].render(submission(job="preprocess")).endswith("jobs.preprocess\n")
+        cluster(image=image).submit(workload())
+    assert f"image: {image}\n" in cluster(image=image, allow_tag=True).render(workload())
+    assert f"image: {image}@{DIGEST}\n" in cluster(image=f"{image}@{DIGEST}").render(workload())

@@ -157,3 +157,30 @@ def test_ranks_of_one_machine_talk_over_loopback_unless_told_otherwise(
         listen_on_loopback()
     assert fake.get("GLOO_SOCKET_IFNAME") == interface
     assert fake.get("NCCL_SOCKET_IFNAME") == ("=lo" if interface else None)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "name", "conf", "result"),
+    [
+        ("run-7-0.run-7:29500", "run-7-0", "", "is_host=1"),
+        ("run-7-0.run-7:29500", "run-7-0", "read_timeout=300", "read_timeout=300,is_host=1"),
+        ("run-7-0.run-7:29500", "run-7-1", "", ""),
+        ("run-7-0.run-7:29500", "run-7-0", "is_host=0", "is_host=0"),
+        ("localhost:29500", "localhost", "", ""),  # which resolves: torchrun finds out by itself
+    ],
+)
+def test_the_pod_that_elastic_nodes_meet_at_holds_the_store_before_its_name_resolves(
+    endpoint: str, name: str, conf: str, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(host: str, *_: object, **__: object) -> list[object]:
+        if host != "localhost":
+            raise socket.gaierror
+        return []
+
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: name)
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", resolve)
+    given = options(
+        "--nnodes=2:8", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *([f"--rdzv-conf={conf}"] if conf else [])
+    )
+    assert rendezvous.choose(given) is None
+    assert given.rdzv_conf == result

@@ -37,11 +37,24 @@ def choose(options: Namespace) -> dist.TCPStore | None:
         return _on_loopback(options)
     if options.rdzv_backend == "static":
         return _on_one_interface(options) if options.node_rank == 0 else None
+    if options.rdzv_backend == "c10d":
+        _host_store_before_dns_knows(options)
     _say(
         f"warning: --rdzv-backend={options.rdzv_backend} runs code from whoever reaches {options.rdzv_endpoint}: let "
         "only this job's nodes reach it, or use --node-rank, --master-addr and --master-port instead"
     )
     return None
+
+
+def _host_store_before_dns_knows(options: Namespace) -> None:
+    """Has this machine hold the store where the endpoint is its name and a domain: that of a pod may not resolve yet."""
+    host, _ = parse_rendezvous_endpoint(options.rdzv_endpoint, default_port=PORT)
+    if "is_host" in options.rdzv_conf or host.partition(".")[0] != socket.gethostname():
+        return
+    try:
+        socket.getaddrinfo(host, 0)
+    except OSError:
+        options.rdzv_conf = ",".join(filter(None, [options.rdzv_conf, "is_host=1"]))
 
 
 def _on_loopback(options: Namespace) -> dist.TCPStore:
