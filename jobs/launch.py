@@ -41,12 +41,15 @@ if TYPE_CHECKING:
 
     from pipeline.training.parallel.membership import Membership
 
+LAST_WORDS_S = 3
 END_BARRIER_S = 60  # that a node which is done waits for the others, before it closes the store
 
 
 def main() -> None:
     """Runs torchrun in this process, and reads its ranks' statuses where not all of them exited with 0."""
     escape_output()
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what torch logs of lost connections are C++ stacks
     if {"--help", "-h"} & set(sys.argv[1:2]):
         print(f"{__doc__.strip()}\n")
     # Until torchrun has ranks, which it may wait minutes for, and takes the signal itself.
@@ -56,6 +59,7 @@ def main() -> None:
 
     from pipeline.training.parallel import process_group, rendezvous
 
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # of the ranks
     process_group.raise_file_limit()
     options = run.get_args_parser().parse_args()
     try:
@@ -65,7 +69,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory() as name:
         os.environ[STATUS_FOLDER] = name
-        told = end_while_waiting(Path(name))
+        told = end_while_waiting(Path(name), alone=options.nnodes in ("1", "1:1"))
         code = launch(options, Path(name), told)
     del store  # only now: torchrun's static rendezvous shares its server
     sys.exit(code)
@@ -101,8 +105,6 @@ def launch(options: Namespace, folder: Path, told: threading.Event) -> int | str
         watching.start()
         record(run_agent)(config, command, arguments, membership)
     except SignalException as error:
-        if membership and membership.contact:
-            time.sleep(PEERS_READ_S)  # this may be the process that holds the store
         return after_signal(error.sigval.name, read_rank_statuses(folder))
     except Preempted:
         return PREEMPTED
@@ -118,9 +120,14 @@ def launch(options: Namespace, folder: Path, told: threading.Event) -> int | str
     except RendezvousTimeoutError:
         return f"error: {where}: too few nodes came in time (--rdzv-conf=join_timeout=SECONDS)"
     except (RendezvousError, DistError) as error:
-        return lost(where, one_line(error.__cause__ or error).split(". ")[0], told, folder)
+        asked = told.is_set() or (
+            membership is not None and membership.contact is not None and membership.contact.ended
+        )
+        return lost(where, one_line(error.__cause__ or error).split(". ")[0], asked, folder)
     finally:
         if membership and membership.contact:
+            if told.is_set():
+                time.sleep(PEERS_READ_S)  # this may be the process that holds the store
             membership.contact.stop()
     return 0
 
@@ -165,13 +172,13 @@ def without_tracebacks() -> None:
     logging.getLogger("torch.distributed.elastic.agent.server.api").addFilter(shorten)
 
 
-def end_while_waiting(folder: Path) -> threading.Event:
+def end_while_waiting(folder: Path, alone: bool) -> threading.Event:
     """Lets SIGTERM end this process in a wait for other nodes too: that is in C, where Python runs no handler of signals.
 
     Once torchrun handles the signal, nothing happens here, but that the event is set.
 
     Args:
-        folder: to remove then.
+        folder: to remove then. alone: there are no other nodes, which would have to read that this one ends.
     Returns: set once the signal has come.
     """
     told = threading.Event()
@@ -185,6 +192,7 @@ def end_while_waiting(folder: Path) -> threading.Event:
             if number[0] == signal.SIGTERM:
                 told.set()
                 if signal.getsignal(signal.SIGTERM) is handler:
+                    time.sleep(0 if alone else LAST_WORDS_S)
                     shutil.rmtree(folder, ignore_errors=True)
                     os._exit(PREEMPTED)
 
@@ -212,7 +220,8 @@ def watch_ranks(folder: Path, membership: "Membership", limit: float, where: str
                 )  # fmt: skip
         if membership.contact and (silence := membership.contact.silence()) > limit:
             end_ranks(float(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
-            code = lost(where, f"no answer for {silence:.0f} s", membership.told, folder)
+            asked = membership.told.is_set() or membership.contact.ended
+            code = lost(where, f"no answer for {silence:.0f} s", asked, folder)
             if isinstance(code, str):
                 print(code, file=sys.stderr, flush=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -237,10 +246,14 @@ def children() -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
 
 
-def lost(where: str, how: str, told: threading.Event, folder: Path) -> int | str:
-    """The exit code after contact with the other nodes is lost: of preemption, if all ranks had saved their work then."""
+def lost(where: str, how: str, asked: bool, folder: Path) -> int | str:
+    """The exit code after contact with the other nodes is lost: of preemption, if all ranks have saved their work.
+
+    Args:
+        where: the nodes meet. how: contact was lost. asked: some node has received SIGTERM; a lost rank has no more to save.
+    """
     states = {status.state for status in read_rank_statuses(folder)}
-    if not states - {"preempted", "holding"} - ({"lost"} if told.is_set() else set()) and (states or told.is_set()):
+    if (states or asked) and states <= ({"preempted", "holding", "lost"} if asked else {"preempted", "holding"}):
         return PREEMPTED
     return f"error: lost contact with {where} ({how}): it is gone, or the network. The newest checkpoint is kept."
 

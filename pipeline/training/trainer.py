@@ -31,7 +31,7 @@ from pipeline.training.faults.consensus import Consensus, Verdict
 from pipeline.training.faults.hang_watch import HangWatch, watch_ranks
 from pipeline.training.faults.nonfinite import NonfiniteCheck
 from pipeline.training.faults.preemption import PreemptionSignal
-from pipeline.training.faults.rank_status import nodes_wait
+from pipeline.training.faults.rank_status import nodes, nodes_wait, restart_reason
 from pipeline.training.faults.rollback import Rollbacks
 from pipeline.training.learner import build_learner
 from pipeline.training.logging.meter import ThroughputMeter
@@ -125,6 +125,9 @@ class Trainer:
         if self.rank == 0:
             self.run.create(config, schema)
             self.run.write_status("training", self.state.step, self.steps)
+            self.run.add_start(
+                self.state.step, self.ranks, nodes(), restart_reason() or ("resume" if path else "start")
+            )
             self._drop_repeated_lines()
         dist.barrier()
         self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)

@@ -72,6 +72,16 @@ def end_heartbeat() -> None:
             Path(folder, f"{os.environ['LOCAL_RANK']}.alive").unlink(missing_ok=True)
 
 
+def nodes() -> int:
+    """How many nodes train together, of those that torchrun knows."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def restart_reason() -> str:
+    """Why the launcher has started this process again, one line; empty where it has not."""
+    return os.environ.get(REASON, "")
+
+
 def nodes_wait() -> bool:
     """Whether the launcher of this process, if it is jobs.launch, knows of nodes that wait to join."""
     return (folder := os.environ.get(STATUS_FOLDER)) is not None and Path(folder, NODES_WAITING).exists()
