@@ -72,7 +72,13 @@ def main() -> None:
         told = end_while_waiting(Path(name), alone=options.nnodes in ("1", "1:1"))
         code = launch(options, Path(name), told)
     del store  # only now: torchrun's static rendezvous shares its server
-    sys.exit(code)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    # torchrun's thread that keeps a rendezvous alive may be in C++ just now: an orderly end would abort this process.
+    os._exit(1 if isinstance(code, str) else code)
 
 
 def launch(options: Namespace, folder: Path, told: threading.Event) -> int | str:
