@@ -1,20 +1,28 @@
 """jobs.launch: torchrun, with an exit code that tells preemption from failure.
 
 torchrun exits with 1 whatever its ranks do once one receives SIGTERM. This one exits with 75 if all ranks of this machine
-have saved their work in a checkpoint or had none yet, with 0 if they were done nevertheless; arguments are torchrun's.
-Between SIGTERM and SIGKILL they have 600 s, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT. A rank that stops beating for train.timeout
-is killed, also where it is the only one.
+have saved their work in a checkpoint or had none yet, or wait for other nodes, also where another node was told to end; with
+0 if they were done nevertheless; arguments are torchrun's. Between SIGTERM and SIGKILL ranks have 600 s, or
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT. A rank that stops beating for train.timeout is killed, also where it is the only one.
+
+--nnodes=2:8 trains on whatever nodes are there, 2 at least, 8 at most. A node that is lost costs the steps since the last
+checkpoint and no restart of --max-restarts, which each node counts for its own ranks. A new node joins at the next checkpoint:
+nothing is trained twice. All start the same command; where they meet, --rdzv-endpoint, is a host that stays to the end: the
+others end with one line once it has not answered for 60 s (--rdzv-conf=read_timeout). A start waits 15 s for more nodes than
+the least (last_call_timeout), a node 2 hours for a checkpoint (join_timeout); a silent one is gone after 15 s
+(keep_alive_interval x keep_alive_max_attempt). train.lanes must be divisible by every number of ranks.
 
 Examples:
   python -m jobs.launch --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple
   python -m jobs.launch --nproc-per-node=8 --max-restarts=3 -m jobs.train dataset=D model=adatt run=R
   python -m jobs.launch --nnodes=8 --node-rank=N --master-addr=HOST0 --nproc-per-node=8 -m jobs.train dataset=D run=R
+  python -m jobs.launch --nnodes=2:8 --rdzv-endpoint=HOST0:29400 --nproc-per-node=8 -m jobs.train dataset=D run=R
 
 One node, also by --standalone, listens on 127.0.0.1 alone, at --master-port or a free port; its other flags of
 the rendezvous have no effect. Several need a network that is trusted whole, or rules (on Kubernetes a NetworkPolicy) by which
 only this job's nodes reach each other's ports: clients are not authenticated. Node 0 listens on the one address that
---master-addr is there, or prints that it listens on all (--master-addr=0.0.0.0 on node 0 is all). --rdzv-backend=c10d, for a
-number of nodes that changes, unpickles what arrives at its port: anyone who can connect can execute code on every node.
+--master-addr is there, or prints that it listens on all (--master-addr=0.0.0.0 on node 0 is all). --rdzv-backend=c10d, which a
+number of nodes that changes takes, unpickles what arrives at its port: anyone who can connect can execute code on every node.
 """
 
 import logging

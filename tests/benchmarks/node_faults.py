@@ -2,7 +2,7 @@
 
 Hosts are network namespaces (tests/hosts.py: root, iproute2), with one rank each of tests/training/faulty_run.py on a small
 dataset: a step takes 0.2 s, a checkpoint is written every 10 steps, train.timeout=5, and the launchers have the short waits of
-tests/training/node_faults.py. Times are from the fault: until a survivor prints what it has noticed, and until the next step
+tests/training/hosts_job.py. Times are from the fault: until a survivor prints what it has noticed, and until the next step
 is taken by the ranks that are left or joined. Rows are counted by row_id as in faults.py.
 """
 
@@ -23,7 +23,7 @@ TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS), str(TESTS / "training")]
 
 from hosts import Host, hosts  # noqa: E402
-from node_faults import Job  # noqa: E402
+from hosts_job import Job  # noqa: E402
 from tiny_training import make_dataset  # noqa: E402
 
 COLUMNS = [

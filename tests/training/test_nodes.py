@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Host, hosts, require_hosts
-from node_faults import Job
+from hosts_job import Job
 from tiny_training import make_dataset
 
 from pipeline.run.run import Run
