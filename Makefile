@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
-.PHONY: bench bench-train bench-profile bench-saving bench-faults soak bench-towers bench-emm bench-ingest
+.PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
 .PHONY: bench-evaluate bench-intervals bench-links
 
 demo: .venv/ready
@@ -51,6 +51,9 @@ bench-saving: .venv/ready
 
 bench-faults: .venv/ready
 	$(BIN)/python tests/benchmarks/faults.py
+
+bench-nodes: .venv/ready
+	$(BIN)/python tests/benchmarks/node_faults.py
 
 bench-towers: .venv/ready
 	$(BIN)/python tests/benchmarks/towers.py

@@ -20,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
-from features.errors import Preempted, UserError, did_you_mean, fault_text, join_faults, one_line
+from features.errors import OtherRankError, Preempted, UserError, did_you_mean, fault_text, join_faults, one_line
 from features.printable import printable
 from features.schema.schema import Schema
 from jobs import command_line
@@ -107,6 +107,7 @@ def user_errors() -> Iterator[None]:
         if isinstance(error, MissingMandatoryValue):
             message = f"{error.full_key} is missing: add {error.full_key}=VALUE. --help says what it is."
         rank, line = os.environ.get("RANK", "0"), printable(" ".join(message.split()))
+        write_rank_status("lost" if isinstance(error, OtherRankError) else "failed", line)
         if rank != "0":
             time.sleep(10)  # an error of all ranks is printed by rank 0, and torchrun ends the others
         sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")

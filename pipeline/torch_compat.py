@@ -3,7 +3,7 @@
 tests/pipeline/test_torch_compat.py checks that a name exists and does what is relied on, and that no other file uses one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from typing import Any
@@ -15,6 +15,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.remote_device import _remote_device
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.types import ShardedModule
@@ -36,12 +38,31 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
 
 def default_store() -> dist.Store:
     """A new connection to the store of the default process group."""
-    return distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    return clone_of(distributed_c10d._get_default_store())
+
+
+def clone_of(store: dist.Store) -> dist.Store:
+    """A new connection to a store."""
+    return store.clone()  # type: ignore[attr-defined]
 
 
 def rank_device(rank: int, device: torch.device) -> _remote_device:
     """Where a shard lies, from the metadata of a ShardedTensor."""
     return _remote_device(f"rank:{rank}/{device}")
+
+
+# torchrun
+
+
+class JudgedAgent(LocalElasticAgent):
+    """torchrun's agent, which asks `judge` what becomes of ranks that have ended, with what it has found itself."""
+
+    def __init__(self, judge: Callable[[RunResult], RunResult], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.judge = judge
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        return self.judge(super()._monitor_workers(worker_group))
 
 
 # Sharded tensors

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from features.errors import UserError
 from features.plain_json import first_fault, read_json, validated
@@ -18,6 +18,7 @@ from features.yaml_text import read_yaml, yaml_of
 from pipeline.dataset.days import MissingDays
 from pipeline.storage.base import Lock
 from pipeline.storage.files import (
+    append_line,
     json_text,
     make_folder,
     read_lines,
@@ -27,7 +28,7 @@ from pipeline.storage.files import (
 )
 
 FOLDERS = ("checkpoints", "evaluations", "metrics", "predictions", "tensorboard")
-FILES = ("config.yaml", "schema.yaml", "status.json", "mlflow.json", "report.html", "ne.png")
+FILES = ("config.yaml", "schema.yaml", "status.json", "restarts.jsonl", "mlflow.json", "report.html", "ne.png")
 MAX_STATUS_BYTES = 1 << 16
 
 
@@ -38,6 +39,21 @@ class Status(BaseModel):
     step: int
     steps: int
     time: FiniteFloat
+
+
+class Start(BaseModel):
+    """A line of restarts.jsonl: that ranks have begun to train.
+
+    Attributes:
+        time: s since 1970. step: that they go on from. reason: start, resume (the command was given again), or why the
+            launcher has started them again.
+    """
+
+    time: FiniteFloat
+    step: NonNegativeInt
+    ranks: PositiveInt
+    nodes: PositiveInt
+    reason: str
 
 
 class _RunConfig(BaseModel):
@@ -67,6 +83,7 @@ class Run:
         self.eval_metrics = path / "metrics" / "eval.jsonl"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
+        self.restarts = path / "restarts.jsonl"
 
     def create(self, config: dict[str, Any], schema: Schema) -> None:
         """Makes the folders and writes config.yaml and schema.yaml, each atomically."""
@@ -143,6 +160,16 @@ class Run:
         except FileNotFoundError:
             return None
         return validated(Status, found, self.path / "status.json")
+
+    def add_start(self, step: int, ranks: int, nodes: int, reason: str) -> None:
+        """Adds a line to restarts.jsonl; a full disk does not stop it."""
+        start = Start(time=time.time(), step=step, ranks=ranks, nodes=nodes, reason=reason)
+        with suppress(OSError):
+            append_line(self.restarts, start.model_dump())
+
+    def starts(self) -> list[Start]:
+        """When ranks have begun to train, and why each time, the first one first. Raises UserError for a damaged line."""
+        return [validated(Start, line, self.restarts) for line in read_lines(self.restarts)]
 
 
 def config_hash(config: Any) -> str:

@@ -7,13 +7,14 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from features.errors import Preempted, UserError
+from features.errors import OtherRankError, Preempted
 from features.schema.schema import Schema
 from pipeline import cores
 from pipeline.dataset.dataset import open_dataset
 from pipeline.run.run import Run
 from pipeline.run.tracking import registry as tracking
 from pipeline.training.config import TrainConfig
+from pipeline.training.faults.hang_watch import watch_ranks
 from pipeline.training.faults.preemption import exiting_at_start
 from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
@@ -33,12 +34,16 @@ def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence
         Preempted: by SIGTERM, after a checkpoint.
     """
     trainer = None
+    watching = ExitStack()
     try:
         with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
             if os.environ.get("RANK", "0") == "0":
                 tracking.check(config)
-            device = process_group.start()
+            device = process_group.start(config.train.timeout)
+            watch = watch_ranks(config.train.timeout)  # a rank may be cut off in start-up too
+            watching.callback(watch.stop)
             trainer = prepare(config, schema, device, observers)
+            trainer.watch = watch
         run = trainer.run_to_end()
         dist.destroy_process_group()
         return run
@@ -50,11 +55,13 @@ def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence
             dist.destroy_process_group()  # other ranks would see the connection break before this one has raised
         elif isinstance(error, RuntimeError) and (cause := process_group.lost_contact(error)):
             where = f"step {trainer.state.step + 1}" if trainer else "at the start"
-            raise UserError(
+            raise OtherRankError(
                 f"{where}: lost contact with another rank ({cause}); its own error, if it failed, says why. "
                 "jobs.launch --max-restarts=N resumes from the newest checkpoint."
             ) from None
         raise
+    finally:
+        watching.close()
 
 
 def prepare(

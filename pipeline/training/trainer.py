@@ -28,9 +28,10 @@ from pipeline.run.tracking.base import TRAIN, Committed, Job, Published
 from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.consensus import Consensus, Verdict
-from pipeline.training.faults.hang_watch import HangWatch
+from pipeline.training.faults.hang_watch import HangWatch, watch_ranks
 from pipeline.training.faults.nonfinite import NonfiniteCheck
 from pipeline.training.faults.preemption import PreemptionSignal
+from pipeline.training.faults.rank_status import nodes, nodes_wait, restart_reason
 from pipeline.training.faults.rollback import Rollbacks
 from pipeline.training.learner import build_learner
 from pipeline.training.logging.meter import ThroughputMeter
@@ -125,6 +126,9 @@ class Trainer:
         if self.rank == 0:
             self.run.create(config, schema)
             self.run.write_status("training", self.state.step, self.steps)
+            self.run.add_start(
+                self.state.step, self.ranks, nodes(), restart_reason() or ("resume" if path else "start")
+            )
             self._drop_repeated_lines()
         dist.barrier()
         self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)
@@ -180,9 +184,11 @@ class Trainer:
         save_due = step % every == 0 or step in self.milestones or last
         if log_due or save_due:
             self.nonfinite.check(self.state.position.epoch)
-        verdict = self.consensus.share(self.preemption.received, self.nonfinite.bad[0] if self.nonfinite.bad else None)
+        bad_step = self.nonfinite.bad[0] if self.nonfinite.bad else None
+        verdict = self.consensus.share(self.preemption.received, bad_step, nodes_wait())
         if save_due or verdict.stop:
-            verdict = Verdict(verdict.stop, self.consensus.collect().bad_step or verdict.bad_step)
+            newer = self.consensus.collect()
+            verdict = Verdict(verdict.stop, newer.bad_step or verdict.bad_step, newer.joining or verdict.joining)
         if verdict.bad_step is not None:
             self.rollback(verdict.bad_step)
             return False
@@ -192,6 +198,8 @@ class Trainer:
             self.save()
         if verdict.stop and not last:
             self.stop()
+        if save_due and verdict.joining and not last:
+            self.let_nodes_join()
         return True
 
     def check_losses(self, output: StepOutput) -> None:
@@ -301,10 +309,11 @@ class Trainer:
         """The manifest of a checkpoint of this step. rows: that all ranks have trained on."""
         return self.state.manifest(self.config, self.dataset, self.loader, self.ranks, rows)
 
-    def wait_for_writer(self) -> None:
-        """Waits until nothing is being written; a checkpoint that could not be written is logged."""
+    def wait_for_writer(self) -> bool:
+        """Waits until nothing is being written; False, on all ranks, and a line where a checkpoint could not be written."""
         if (error := self.writer.wait()) and self.rank == 0:
             logger.warning(f"{error} Training continues, and retries with the next checkpoint.")
+        return error is None
 
     def finish_writing(self) -> None:
         """Waits for the last checkpoint. Raises UserError where it cannot be written."""
@@ -321,6 +330,13 @@ class Trainer:
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
         raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
 
+    def let_nodes_join(self) -> None:
+        """Once the checkpoint is on disk, waits for the launcher to end this rank; at the next one if it cannot be written."""
+        self._enter("save")
+        if self.wait_for_writer():
+            self.log(f"step {self.state.step}: saved, for nodes that wait to join")
+            self.preemption.hold()
+
     def log(self, line: str) -> None:
         """A log line of rank 0."""
         if self.rank == 0:
@@ -329,8 +345,7 @@ class Trainer:
     @contextmanager
     def _session(self) -> Iterator[None]:
         """What runs beside the loop: metrics, the watch for hung ranks, the handler of SIGTERM."""
-        store = process_group.store() if self.ranks > 1 else None
-        self.watch = HangWatch(store, self.rank, self.ranks, self.settings.timeout)
+        self.watch = self.watch or watch_ranks(self.settings.timeout)
         if self.ranks > 1:
             process_group.limit_waiting(2 * self.settings.timeout)  # the watch reports before it
         if self._at_end():

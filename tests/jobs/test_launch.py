@@ -95,7 +95,7 @@ def test_where_one_rank_alone_is_told_to_end_the_launcher_says_75_and_no_more(tm
         (HERE / "saved").touch()
         raise Preempted("step-9 is written")
     """
-    launcher = start(tmp_path, body)
+    launcher = start(tmp_path, body, "--max-restarts=1")  # which it has no use for
     wait_for(launcher, lambda: len(list(tmp_path.glob("training-0-*"))) == 2)
     wait_for(launcher, lambda: bool((tmp_path / "training-0-1").read_text()))
     os.kill(int((tmp_path / "training-0-1").read_text()), signal.SIGTERM)
@@ -106,7 +106,11 @@ def test_where_one_rank_alone_is_told_to_end_the_launcher_says_75_and_no_more(tm
 def test_what_ranks_noted_before_a_restart_does_not_excuse_a_failure_after_it(tmp_path: Path) -> None:
     body = """
         if ATTEMPT == 0:
-            raise Preempted("step-9 is written")
+            say("training")
+            wait_for(lambda: len(list(HERE.glob("training-0-*"))) == 2)
+            if RANK == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # ended by the launcher, it is preempted
         listen()
         say("training")
         wait_for(lambda: told)

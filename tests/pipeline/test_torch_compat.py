@@ -13,6 +13,9 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.flop_counter import FlopCounterMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
@@ -76,6 +79,39 @@ def test_the_store_is_the_one_that_the_group_was_made_with(tmp_path: Path) -> No
         "assert found.get('key') == b'value'\n"
     )
     subprocess.run([sys.executable, str(script)], env={"PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+
+
+def test_torchruns_agent_asks_what_becomes_of_its_ranks(tmp_path: Path) -> None:
+    """And takes ranks that are judged healthy for such, until the rendezvous has nodes that wait."""
+    seen: list[WorkerState] = []
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+
+    class Waiting(StaticTCPRendezvous):
+        def num_nodes_waiting(self) -> int:
+            return len(seen) == 1
+
+    def judge(result: RunResult) -> RunResult:
+        if result.state is not WorkerState.HEALTHY:
+            seen.append(result.state)
+            return RunResult(WorkerState.HEALTHY) if len(seen) == 1 else result
+        return result
+
+    spec = WorkerSpec(
+        role="", local_world_size=1, entrypoint=sys.executable, args=("-c", "raise SystemExit(3)"), max_restarts=0,
+        rdzv_handler=Waiting("127.0.0.1", server.port, 0, 1, "id", 9), monitor_interval=0.02,
+    )  # fmt: skip
+    agent = torch_compat.JudgedAgent(judge, spec=spec, logs_specs=DefaultLogsSpecs(str(tmp_path)), start_method="spawn")
+    result = agent.run()
+    assert result is not None
+    assert seen == [WorkerState.FAILED] * 2, "the second attempt, though no restart is allowed"
+    assert [failure.exitcode for failure in result.failures.values()] == [3]
+
+
+def test_a_clone_of_a_store_is_another_connection_to_it() -> None:
+    made = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    clone = torch_compat.clone_of(dist.PrefixStore("part", made))
+    clone.set("key", "value")
+    assert made.get("part/key") == b"value"
 
 
 def test_the_place_of_a_shard_has_its_rank_and_device() -> None:

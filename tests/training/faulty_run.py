@@ -2,7 +2,8 @@
 
 SETTINGS: of train, in JSON. FAULTS: in JSON, a list of [attempt, rank, step, signal, "self" or "launcher"]. Attempts of one
 torchrun follow each other from ATTEMPT on. Each rank writes in FOLDER/NAME.seen/ which rows it took in which step. A run
-that resumes first writes the state that it has loaded to FOLDER/NAME.again/.
+that resumes first writes the state that it has loaded to FOLDER/NAME.again/. PAUSE in the environment: seconds that a step
+takes at least.
 """
 
 import json
@@ -18,13 +19,15 @@ from tiny_training import configuration
 from features.batch import PADDING
 from jobs.entry import configure_logging, user_errors
 from pipeline.run import checkpoint
+from pipeline.training.faults.rank_status import ROUND
 from pipeline.training.observer import Observer
 from pipeline.training.step import StepOutput
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
 
 FOLDER, NAME = Path(sys.argv[1]), sys.argv[2]
-ATTEMPT = int(sys.argv[3]) + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+ATTEMPT = int(sys.argv[3]) + int(os.environ.get(ROUND, 0))
+PAUSE = float(os.environ.get("PAUSE", 0))
 FAULTS = {(attempt, rank, step): rest for attempt, rank, step, *rest in json.loads(sys.argv[5])}
 
 
@@ -37,6 +40,7 @@ class Faults(Observer):
             checkpoint.save(FOLDER / f"{NAME}.again", trainer.learner.state(), trainer.manifest(0))
 
     def on_forward(self, trainer: Trainer, output: StepOutput) -> None:
+        time.sleep(PAUSE)
         if fault := FAULTS.get((ATTEMPT, trainer.rank, trainer.state.step + 1)):
             name, whom = fault
             os.kill(os.getpid() if whom == "self" else os.getppid(), getattr(signal, name))
@@ -45,7 +49,10 @@ class Faults(Observer):
         seen = FOLDER / f"{NAME}.seen"
         seen.mkdir(exist_ok=True)
         rows = output.row_id_B[output.row_id_B != PADDING].tolist()
-        line = {"attempt": ATTEMPT, "step": trainer.state.step, "time": time.time(), "rows": rows}
+        line = {
+            "attempt": ATTEMPT, "step": trainer.state.step, "time": time.time(), "rows": rows, "ranks": trainer.ranks,
+            "pid": os.getpid(),
+        }  # fmt: skip
         with (seen / f"{ATTEMPT}-{trainer.rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -1,4 +1,4 @@
-"""Agreement between ranks before one of them acts: that the run stops, and that a step must be rolled back."""
+"""Agreement between ranks before one of them acts: that the run stops or makes room, and that a step is rolled back."""
 
 from typing import NamedTuple
 
@@ -15,10 +15,12 @@ class Verdict(NamedTuple):
     Attributes:
         stop: some rank was preempted.
         bad_step: the first step whose loss or gradient is not finite on some rank.
+        joining: nodes wait to join.
     """
 
     stop: bool = False
     bad_step: int | None = None
+    joining: bool = False
 
 
 class Consensus:
@@ -32,12 +34,12 @@ class Consensus:
         self.group = group
         self.pending: tuple[dist.Work, Tensor] | None = None
 
-    def share(self, stop: bool, bad_step: int | None) -> Verdict:
+    def share(self, stop: bool, bad_step: int | None, joining: bool = False) -> Verdict:
         """Sends this rank's message, and returns the verdict of the step before; a single rank knows at once."""
         if self.group is None:
-            return Verdict(stop, bad_step)
+            return Verdict(stop, bad_step, joining)
         earlier = self.collect()
-        message = torch.tensor([not stop, _NO_STEP if bad_step is None else bad_step])
+        message = torch.tensor([not stop, _NO_STEP if bad_step is None else bad_step, not joining])
         self.pending = dist.all_reduce(message, dist.ReduceOp.MIN, group=self.group, async_op=True), message
         return earlier
 
@@ -48,5 +50,5 @@ class Consensus:
         work, message = self.pending
         self.pending = None
         work.wait()
-        going, bad_step = message.tolist()
-        return Verdict(not going, None if bad_step == _NO_STEP else bad_step)
+        going, bad_step, alone = message.tolist()
+        return Verdict(not going, None if bad_step == _NO_STEP else bad_step, not alone)

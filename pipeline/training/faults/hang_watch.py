@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-from pipeline.training.faults.rank_status import end_heartbeat, write_heartbeat
+from pipeline.torch_compat import default_store
+from pipeline.training.faults.rank_status import end_heartbeat, write_heartbeat, write_rank_status
 
 PHASES = ("start", "data", "step", "save")  # in the order in which a step goes through them
 UNLIMITED = ("start", "save")  # phases that may take any time, for a rank that beats
@@ -44,10 +46,13 @@ class HangWatch:
         self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
         self.interval = min(1.0, timeout / 5)
         self.step, self.phase, self.since, self.beats = 0, "start", time.monotonic(), 0
+        self.answered = time.monotonic()  # when the store did last
         self.stopped = threading.Event()
         self._beat()
         self.thread = threading.Thread(target=self._run, daemon=True, name="hang watch")
         self.thread.start()
+        if store is not None:
+            threading.Thread(target=self._watch_store, daemon=True, name="store watch").start()
 
     def enter(self, step: int, phase: str) -> None:
         """Records what this rank does from now on, one of PHASES."""
@@ -56,7 +61,7 @@ class HangWatch:
     def stop(self) -> None:
         """Ends the thread."""
         self.stopped.set()
-        self.thread.join()
+        self.thread.join(self.timeout)  # no longer: its store may not answer
         end_heartbeat()
 
     def _run(self) -> None:
@@ -71,14 +76,29 @@ class HangWatch:
                     self._beat()
                 now = self._heartbeats()
             except dist.DistError:
-                return  # the store is gone, and its owner, torchrun, ends this process
+                self.stopped.set()  # the store is gone, and its owner, torchrun, ends this process
+                return
             busy = any(beat.phase in UNLIMITED for beat in now if beat)
             if self.stopped.is_set() or (self.step, self.phase) != stuck or (busy and not silent(before, now)):
                 continue
-            # Not logged: the thread that hangs may hold the lock of a log handler.
-            print(f"error (rank {self.rank}): {diagnosis(before, now, self.rank)}", file=sys.stderr, flush=True)
             self._kill(now[rank] for rank in silent(before, now))
-            os._exit(1)  # the main thread waits in a collective, which nothing interrupts
+            self._end(diagnosis(before, now, self.rank))
+
+    def _watch_store(self) -> None:
+        """Ends this rank where the store's host is cut off: a call to it may then block for a quarter of an hour."""
+        while not self.stopped.wait(self.interval):
+            if (silence := time.monotonic() - self.answered) > 1.5 * self.timeout:
+                self._end(
+                    f"step {self.step}: the node of rank 0 does not answer for {silence:.0f} s: it is gone, or the network. "
+                    "jobs.launch --max-restarts=N resumes from the newest checkpoint."
+                )
+
+    def _end(self, why: str) -> None:
+        # Not logged: the thread that hangs may hold the lock of a log handler.
+        print(f"error (rank {self.rank}): {why}", file=sys.stderr, flush=True)
+        write_rank_status("lost", why)
+        end_heartbeat()
+        os._exit(1)  # the main thread waits in a collective, which nothing interrupts
 
     def _kill(self, heartbeats: Iterable[Heartbeat | None]) -> None:
         """Kills those of this launcher, which would wait 30 s for a stopped one to exit by itself."""
@@ -96,12 +116,23 @@ class HangWatch:
         waited, host = time.monotonic() - self.since, socket.gethostname()
         beat = Heartbeat(self.beats, self.step, self.phase, waited, host, os.getpid(), os.getppid())
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
+        self.store.check([f"beat/{self.rank}"])  # which is answered
+        self.answered = time.monotonic()
 
     def _heartbeats(self) -> list[Heartbeat | None]:
         """The ranks' last heartbeats, None of one that has not begun."""
         assert self.store is not None
         keys = [f"beat/{rank}" for rank in range(self.ranks)]
         return [Heartbeat(*json.loads(self.store.get(key))) if self.store.check([key]) else None for key in keys]
+
+
+def watch_ranks(timeout: float) -> HangWatch:
+    """A watch over the ranks of the process group. timeout: seconds."""
+    ranks, store = dist.get_world_size(), None
+    if ranks > 1:
+        store = default_store()
+        store.set_timeout(timedelta(seconds=timeout))
+    return HangWatch(store, dist.get_rank(), ranks, timeout)
 
 
 def silent(before: list[Heartbeat | None], now: list[Heartbeat | None]) -> list[int]:

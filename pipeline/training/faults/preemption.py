@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,14 @@ class PreemptionSignal:
         if self.log and not self.received:
             os.write(2, b"SIGTERM: one more step, then a checkpoint\n")  # a handler must not log: the lock may be taken
         self.received = True
+
+    def hold(self) -> None:
+        """Waits, with everything saved, until the launcher ends this process to start all ranks again. Raises SystemExit."""
+        self.log = False
+        write_rank_status("holding")
+        while not self.received:
+            time.sleep(0.05)
+        raise SystemExit(PREEMPTED)
 
     @contextmanager
     def handling(self) -> Iterator["PreemptionSignal"]:

@@ -13,16 +13,26 @@ from pipeline.storage.files import write_json
 
 STATUS_FOLDER = "TASKFUSE_RANK_STATUS"  # environment variable: where each rank of a machine writes
 
-State = Literal["started", "preempted", "finished"]
+ROUND = "TASKFUSE_ROUND"  # environment variable: which start of ranks this is, the same number on all nodes
+REASON = "TASKFUSE_RESTART_REASON"  # environment variable: why ranks were started again; empty for the first ones
+NODES_WAITING = "nodes.waiting"  # a file that the launcher keeps there as long as nodes wait to join
+
+State = Literal["started", "preempted", "finished", "holding", "lost", "failed"]
 
 
 class RankStatus(NamedTuple):
-    """A rank's status. attempt: counts torchrun's restarts. ranks: of this machine."""
+    """A rank's status.
+
+    Attributes:
+        state: holding is at a committed checkpoint, until the launcher ends the rank; lost has no contact with other ranks.
+        attempt: counts torchrun's restarts. ranks: of this machine. reason: why it failed, one line.
+    """
 
     state: State
     attempt: int
     pid: int
     ranks: int
+    reason: str = ""
 
 
 class Alive(NamedTuple):
@@ -33,16 +43,17 @@ class Alive(NamedTuple):
     step: int
 
 
-def write_rank_status(state: State) -> None:
+def write_rank_status(state: State, reason: str = "") -> None:
     """Tells jobs.launch, if it started this process, how far the rank has come."""
     if not (folder := os.environ.get(STATUS_FOLDER)):
         return
-    if state != "started" and _in_main_thread():
+    if state in ("preempted", "finished") and _in_main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
     env = os.environ
     if state == "started":
         end_heartbeat()  # of an earlier attempt
-    status = RankStatus(state, int(env["TORCHELASTIC_RESTART_COUNT"]), os.getpid(), int(env["LOCAL_WORLD_SIZE"]))
+    attempt, ranks = int(env["TORCHELASTIC_RESTART_COUNT"]), int(env["LOCAL_WORLD_SIZE"])
+    status = RankStatus(state, attempt, os.getpid(), ranks, reason[:1000])
     with suppress(OSError):  # a full disk: the exit code says the same, if less surely
         write_json(Path(folder) / env["LOCAL_RANK"], status)
 
@@ -59,6 +70,27 @@ def end_heartbeat() -> None:
     if folder := os.environ.get(STATUS_FOLDER):
         with suppress(OSError):  # gone with the launcher's folder
             Path(folder, f"{os.environ['LOCAL_RANK']}.alive").unlink(missing_ok=True)
+
+
+def nodes() -> int:
+    """How many nodes train together, of those that torchrun knows."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def restart_reason() -> str:
+    """Why the launcher has started this process again, one line; empty where it has not."""
+    return os.environ.get(REASON, "")
+
+
+def nodes_wait() -> bool:
+    """Whether the launcher of this process, if it is jobs.launch, knows of nodes that wait to join."""
+    return (folder := os.environ.get(STATUS_FOLDER)) is not None and Path(folder, NODES_WAITING).exists()
+
+
+def forget_rank_statuses(folder: Path) -> None:
+    """Removes what ranks that are gone have written, before others are started."""
+    for path in folder.iterdir():
+        path.unlink(missing_ok=True)
 
 
 def read_rank_statuses(folder: Path) -> list[RankStatus]:

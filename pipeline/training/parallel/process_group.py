@@ -2,6 +2,9 @@
 
 import logging
 import os
+import resource
+import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +13,23 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from features.errors import OtherRankError, UserError
+from features.errors import OtherRankError, UserError, one_line
 from pipeline.malloc import tune_malloc
-from pipeline.torch_compat import default_store, set_timeout
+from pipeline.torch_compat import set_timeout
+from pipeline.training.faults.rank_status import ROUND
 
-STARTING = timedelta(hours=2)  # until training begins: another rank may plan, or read a checkpoint
+STARTING = timedelta(hours=2)  # from the first contact of all ranks until training begins: a rank may read a checkpoint
 
 
-def start() -> torch.device:
+def start(limit: float = 600) -> torch.device:
     """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device.
 
+    Args:
+        limit: seconds to wait for ranks that have not come yet.
     Raises:
-        UserError: more ranks than GPUs on this machine.
+        UserError: more ranks than GPUs on this machine. OtherRankError: ranks have not come, by name.
     """
+    raise_file_limit()
     quiet_libraries()
     listen_on_loopback()
     device = (
@@ -30,7 +37,7 @@ def start() -> torch.device:
     )
     if device.type == "cpu":
         tune_malloc()
-    backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), STARTING
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
             raise UserError(
@@ -38,18 +45,71 @@ def start() -> torch.device:
             )
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STARTING)
         return device
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=STARTING)
         return device
-    # All attempts of torchrun share one store: without a prefix a restart meets the addresses of dead ranks.
+    waiting = timedelta(seconds=limit)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, ranks, is_master=False))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    shared = dist.TCPStore(host, port, ranks, is_master=False, timeout=waiting)
+    attempt = int(os.environ.get(ROUND) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    wait_for_ranks(shared, attempt, rank, ranks, limit)
+    # All attempts may share one store: without a prefix a restart meets the addresses of dead ranks.
+    store = dist.PrefixStore(f"attempt_{attempt}", shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waiting)
+    store.set_timeout(STARTING)
+    set_timeout(dist.GroupMember.WORLD, STARTING)
     return device
+
+
+def wait_for_ranks(store: dist.Store, attempt: int, rank: int, ranks: int, limit: float) -> None:
+    """Waits until all ranks of an attempt have come to the store.
+
+    Args:
+        attempt: the same number on all ranks that belong together. limit: seconds.
+    Raises:
+        OtherRankError: some have not come, or have gone on to the next attempt: torchrun counts them on each node by itself.
+    """
+    arrived, node = f"arrived/{attempt}", int(os.environ.get("GROUP_RANK", 0))
+    store.set(f"attempt/{attempt}", "")
+    store.set(f"{arrived}/{rank}", "")
+    store.set(node_key(attempt, node), socket.gethostname())
+    count, end = store.add(arrived, 1), time.monotonic() + limit
+    while count < ranks:
+        if store.check([f"attempt/{attempt + 1}"]):
+            raise OtherRankError("at the start: the other nodes have started again meanwhile")
+        if time.monotonic() > end:
+            missing = [other for other in range(ranks) if not store.check([f"{arrived}/{other}"])]
+            raise OtherRankError(
+                f"at the start: waited {limit:.0f} s for {_names(missing, store, attempt)}. Look at the log of its node; "
+                "train.timeout is the limit. jobs.launch --max-restarts=N tries again."
+            )
+        time.sleep(min(0.1 * ranks, 1.0))
+        count = store.add(arrived, 0)
+
+
+def node_key(attempt: int, node: int) -> str:
+    """The key of the store with the name of a node's host."""
+    return f"node/{attempt}/{node}"
+
+
+def _names(missing: list[int], store: dist.Store, attempt: int) -> str:
+    """The first ranks that have not come, and their nodes, all of which have as many ranks as this one."""
+    names = []
+    for rank in missing[:5]:
+        node = rank // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        host = store.get(node_key(attempt, node)).decode() if store.check([node_key(attempt, node)]) else ""
+        names.append(f"rank {rank} (node {node}{host and ', ' + host})")
+    return ", ".join(names) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as the system allows: ranks have a connection for each other rank and group."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager
@@ -100,12 +160,18 @@ def limit_waiting(seconds: float) -> None:
     set_timeout(dist.GroupMember.WORLD, timedelta(seconds=seconds))
 
 
-def store() -> dist.Store:
-    """A new connection to the key-value store that all ranks share."""
-    return default_store()
+SIGNS = (
+    "Connection reset by peer", "Connection closed by peer", "Broken pipe", "Timed out", "Connection refused",
+    "Application timeout caused pair closure", "Connection timed out", "No route to host", "Network is unreachable",
+    "Socket closed", "Wait timeout", "Operation timed out", "timed out connecting", "connectFullMesh failed",
+)  # fmt: skip
 
 
 def lost_contact(error: RuntimeError) -> str | None:
     """The sign in a collective's error that another rank is gone or does not answer; None if it has another cause."""
-    words = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "Timed out", "Connection refused")
-    return next((word for word in words if word in str(error)), "NCCL" if "NCCL" in str(error) else None)
+    text = str(error).lower()
+    if (sign := next((sign for sign in SIGNS if sign.lower() in text), None)) is not None:
+        return sign
+    if isinstance(error, dist.DistError):
+        return one_line(error).split(". ")[0]
+    return "NCCL" if "NCCL" in str(error) else None

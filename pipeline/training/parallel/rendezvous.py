@@ -19,6 +19,13 @@ from features.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 PORT = 29500  # torchrun's, of a static rendezvous of several nodes
+# torchrun's --rdzv-conf of a number of nodes that changes.
+MEETING = {
+    "last_call_timeout": 15,  # enough nodes are there: survivors of a failure notice it within seconds of each other
+    "join_timeout": 7200,  # a new node waits for the next checkpoint, which may take long
+    "keep_alive_interval": 3,  # five misses and a node is gone; the others wait as long after it is lost
+    "keep_alive_max_attempt": 5,
+}
 
 
 def choose(options: Namespace) -> dist.TCPStore | None:
@@ -30,11 +37,13 @@ def choose(options: Namespace) -> dist.TCPStore | None:
     Raises:
         UserError: the port is taken, or options contradict each other.
     """
-    _, nodes = parse_min_max_nnodes(options.nnodes)
+    fewest, nodes = parse_min_max_nnodes(options.nnodes)
     if options.standalone and nodes > 1:
         raise UserError(f"--standalone is one node and --nnodes={options.nnodes} is more: remove one of the two")
     if options.standalone or (nodes == 1 and options.rdzv_backend in ("static", "c10d")):
         return _on_loopback(options)
+    if fewest < nodes:
+        _may_change(options)
     if options.rdzv_backend == "static":
         return _on_one_interface(options) if options.node_rank == 0 else None
     if options.rdzv_backend == "c10d":
@@ -55,6 +64,26 @@ def _host_store_before_dns_knows(options: Namespace) -> None:
         socket.getaddrinfo(host, 0)
     except OSError:
         options.rdzv_conf = ",".join(filter(None, [options.rdzv_conf, "is_host=1"]))
+
+
+def _may_change(options: Namespace) -> None:
+    """Options of a number of nodes that changes, where they are not given."""
+    if options.rdzv_backend == "static":
+        options.rdzv_backend = "c10d"
+    if not options.rdzv_endpoint:
+        raise UserError(
+            f"--nnodes={options.nnodes} needs --rdzv-endpoint=HOST:PORT: where nodes meet, a host that stays to the end"
+        )
+    given = {part.split("=")[0].strip() for part in options.rdzv_conf.split(",")}
+    chosen = [f"{name}={seconds}" for name, seconds in MEETING.items() if name not in given]
+    options.rdzv_conf = ",".join([options.rdzv_conf, *chosen] if options.rdzv_conf else chosen)
+
+
+def open_store(host: str) -> dist.TCPStore:
+    """A store of this machine at a free port of the address that other nodes know as `host`; at all where that is unclear."""
+    if address := _address_here(host):
+        return _store(address, 0)
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
 def _on_loopback(options: Namespace) -> dist.TCPStore:

@@ -1,0 +1,204 @@
+"""What a launcher makes of failed ranks and waiting nodes, and what ranks that wait for others at the start say."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+from features.errors import OtherRankError, Preempted
+from jobs.launch import lost
+from pipeline.training.faults.preemption import PREEMPTED
+from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, RankStatus
+from pipeline.training.parallel.contact import Contact
+from pipeline.training.parallel.membership import Membership
+from pipeline.training.parallel.process_group import lost_contact, raise_file_limit, wait_for_ranks
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (ROUND, REASON, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def made() -> Iterator[list[Membership]]:
+    made: list[Membership] = []
+    yield made
+    for membership in made:
+        if membership.contact:
+            membership.contact.stop()
+
+
+def member(made: list[Membership], folder: Path, port: int, fewest: int, most: int, identity: str) -> Membership:
+    given = {"last_call_timeout": 1, "join_timeout": 20, "keep_alive_interval": 1, "keep_alive_max_attempt": 9}
+    parameters = RendezvousParameters(
+        "c10d", f"127.0.0.1:{port}", identity, fewest, most, local_addr="127.0.0.1", is_host=False, **given
+    )
+    made.append(Membership(parameters, folder, threading.Event()))
+    return made[-1]
+
+
+def write(folder: Path, rank: int, state: str, reason: str = "") -> None:
+    (folder / str(rank)).write_text(json.dumps(RankStatus(state, 0, 100 + rank, 2, reason)))
+
+
+def failed(*codes: int) -> RunResult:
+    failures = {8 + rank: ProcessFailure(rank, 100 + rank, code, "none") for rank, code in enumerate(codes)}
+    return RunResult(WorkerState.FAILED, failures=failures)
+
+
+def test_waiting_nodes_join_once_all_ranks_of_this_machine_hold_and_not_before(
+    made: list[Membership], store: dist.TCPStore, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = member(made, tmp_path, store.port, 1, 2, "held")
+    info = first.next_rendezvous()
+    assert (info.rank, info.world_size, os.environ[ROUND]) == (0, 1, "0")
+    assert first.num_nodes_waiting() == 0
+    second = member(made, tmp_path_factory.mktemp("other"), store.port, 1, 2, "held")
+    rounds: list = []
+    joining = threading.Thread(target=lambda: rounds.append(second.next_rendezvous()))
+    joining.start()
+    while not (tmp_path / NODES_WAITING).exists():
+        assert first.num_nodes_waiting() == 0
+    write(tmp_path, 0, "holding")
+    assert first.num_nodes_waiting() == 0, "another rank of this machine still trains"
+    write(tmp_path, 1, "holding")
+    assert first.num_nodes_waiting() == 1
+    info = first.next_rendezvous()
+    joining.join()
+    places = [(i.bootstrap_store_info.master_addr, i.bootstrap_store_info.master_port) for i in (info, rounds[0])]
+    assert places[0] == places[1]
+    assert os.environ[ROUND] == "1"
+    assert os.environ[REASON] == "1 more node"
+    assert list(tmp_path.glob("[0-9]*")) == [], "statuses of ranks that are gone"
+
+
+def test_where_nodes_come_and_go_a_rank_that_lost_the_others_is_no_failure_and_a_crash_is_one(
+    made: list[Membership], store: dist.TCPStore, tmp_path: Path
+) -> None:
+    elastic = member(made, tmp_path, store.port, 1, 2, "elastic")
+    write(tmp_path, 0, "lost", "step 5: lost contact")
+    assert elastic.judge(failed(1)).state is WorkerState.HEALTHY
+    assert elastic.num_nodes_waiting() == 1  # torchrun starts its ranks again, and counts no restart
+    elastic.next_rendezvous()
+    assert os.environ[REASON].endswith(": step 5: lost contact")
+    assert elastic.num_nodes_waiting() == 0
+    write(tmp_path, 0, "lost", "step 5: lost contact")
+    write(tmp_path, 1, "failed", "no room")
+    assert elastic.judge(failed(1, 1)).state is WorkerState.FAILED
+    write(tmp_path, 0, "started")
+    assert elastic.judge(failed(-signal.SIGKILL)).state is WorkerState.FAILED
+    elastic.next_rendezvous()
+    assert os.environ[REASON].endswith(": killed by SIGKILL")
+
+    fixed = member(made, tmp_path, store.port, 2, 2, "fixed")
+    write(tmp_path, 0, "lost", "step 5: lost contact")
+    assert fixed.judge(failed(1)).state is WorkerState.FAILED
+
+
+def test_ranks_that_have_saved_their_work_are_not_started_again_where_all_nodes_are_needed(
+    made: list[Membership], store: dist.TCPStore, tmp_path: Path
+) -> None:
+    fixed = member(made, tmp_path, store.port, 2, 2, "saved")
+    fixed.joined = True
+    write(tmp_path, 0, "preempted")
+    fixed.judge(failed(PREEMPTED))
+    with pytest.raises(Preempted):
+        fixed.next_rendezvous()
+
+
+def test_a_launcher_that_is_told_to_end_tells_the_others(store: dist.TCPStore) -> None:
+    told = threading.Event()
+    ours, theirs = (Contact(store.clone(), event) for event in (told, threading.Event()))
+    assert not theirs.wait_for_end()
+    told.set()
+    assert theirs.wait_for_end()
+    assert theirs.silence() < 1
+    for contact in (ours, theirs):
+        contact.stop()
+
+
+@pytest.mark.parametrize(
+    ("states", "asked", "code"),
+    [
+        (("preempted", "holding"), False, PREEMPTED),
+        ((), False, 1),
+        ((), True, PREEMPTED),
+        (("lost",), False, 1),
+        (("lost", "preempted"), True, PREEMPTED),
+        (("started",), True, 1),
+        (("failed", "lost"), True, 1),
+    ],
+)
+def test_a_launcher_without_contact_says_75_only_if_its_ranks_lose_nothing(
+    states: tuple[str, ...], asked: bool, code: int, tmp_path: Path
+) -> None:
+    for rank, state in enumerate(states):
+        write(tmp_path, rank, state)
+    found = lost("hA:1, where the nodes meet", "Broken pipe", asked, tmp_path)
+    assert found == code or (code == 1 and str(found).startswith("error: lost contact with hA:1, where"))
+
+
+def test_ranks_that_do_not_come_are_named_with_their_hosts(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    store.set("node/3/1", "node-b")
+    with pytest.raises(
+        OtherRankError, match=r"waited 0 s for rank 1 \(node 0, .*\), rank 2 \(node 1, node-b\), rank 3"
+    ):
+        wait_for_ranks(store, 3, 0, 4, 0.3)
+
+
+def test_ranks_of_an_attempt_that_others_have_left_do_not_wait_for_them(store: dist.TCPStore) -> None:
+    store.set("attempt/4", "")
+    with pytest.raises(OtherRankError, match=r"the other nodes have started again"):
+        wait_for_ranks(store, 3, 0, 2, 60)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10000ms for recv operation to complete",
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234",
+        "[../gloo/transport/tcp/unbound_buffer.cc:134] Application timeout caused pair closure",
+        "[../gloo/transport/tcp/pair.cc:525] Read error [10.0.0.2]:1234: Connection reset by peer",
+        "[../gloo/transport/tcp/pair.cc:525] Read error [10.0.0.2]:1234: No route to host",
+        "Gloo connectFullMesh failed with SO_ERROR: Connection refused",
+    ],
+)
+def test_a_lost_rank_is_known_by_what_gloo_says(text: str) -> None:
+    assert lost_contact(RuntimeError(text)) is not None
+    assert lost_contact(RuntimeError("The size of tensor a (3) must match")) is None
+
+
+def test_a_lost_store_is_a_lost_rank() -> None:
+    assert lost_contact(dist.DistNetworkError("failed to recv, got 0 bytes. Exception raised from x")) is not None
+
+
+def test_a_process_opens_as_many_files_as_the_system_allows_and_so_do_its_children() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        raise_file_limit()
+        script = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+        child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert int(child.stdout) == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
