@@ -2,6 +2,7 @@
 
   python -m jobs.submit train|preprocess|evaluate|explain|nightly|compare [cluster=NAME] [nodes=N …] KEY=VALUE …
   python -m jobs.submit list | status ID | logs ID [follow=true] [rank=N] | stop ID | resubmit ID
+  python -m jobs.submit base FOLDER                                    a kustomize base of the demo's jobs
 
 KEY=VALUE are the job's own settings, save for those below; what stands after -- is the job's in any case. A job is checked
 before it is queued: its settings, whether its tables fit (as by jobs.plan), whether its resources can be right.
@@ -29,13 +30,15 @@ from jobs import command_line
 from jobs.entry import composing, job, parse, read_schema, user_errors
 from jobs.quoting import quoted
 from pipeline.cluster.base import JOBS, Resources, Workload
+from pipeline.cluster.kubernetes import Kubernetes
+from pipeline.cluster.kustomize import write_base
 from pipeline.cluster.registry import open_cluster
 from pipeline.cluster.values import refuse_lookups
 from pipeline.run.run import config_hash
 from pipeline.submission import manager, resources
 from pipeline.submission.records import Record, Records, revision, user
 
-VERBS = ("list", "status", "logs", "stop", "resubmit")
+VERBS = ("list", "status", "logs", "stop", "resubmit", "base")
 # Keys of a submission that are not the job's; follow and rank are of logs.
 OWN = set(Resources.model_fields) | {
     "name",
@@ -53,7 +56,7 @@ class Words(NamedTuple):
     """A command line.
 
     Attributes:
-        verb: a job or one of VERBS. name: of the submission that a verb is about; empty if none.
+        verb: a job or one of VERBS. name: of the submission that a verb is about, of base the folder; empty if none.
         own: words for jobs/conf/submit.yaml. job: words for the job. config_dirs: folders of --config-dir, for both.
     """
 
@@ -100,7 +103,10 @@ def split(words: list[str]) -> Words:
     name = ""
     if verb in VERBS and verb != "list":
         if not rest or "=" in rest[0] or rest[0].startswith("-"):
-            raise UserError(f"the id is missing: python -m jobs.submit {verb} ID. jobs.submit list shows them.")
+            missing = "folder is missing: python -m jobs.submit base FOLDER"
+            if verb != "base":
+                missing = f"id is missing: python -m jobs.submit {verb} ID. jobs.submit list shows them."
+            raise UserError(f"the {missing}")
         name, rest = rest[0], rest[1:]
     end = rest.index("--") if "--" in rest else len(rest)
     own, job_words, dirs = list[str](), list[str](), list[Path]()
@@ -112,6 +118,8 @@ def split(words: list[str]) -> Words:
             own.append(word)
         else:
             job_words.append(word)
+    if verb == "base" and not any(word.startswith("cluster=") for word in own):
+        own.append("cluster=k8s")
     return Words(verb, name, own, job_words + rest[end + 1 :], dirs)
 
 
@@ -154,6 +162,14 @@ def run(config: DictConfig, words: Words) -> None:
             found = records.read(words.name)
             found.backend().stop(found.work, found.submitted())
             print(f"stopped {found.name}")
+        case "base":
+            backend = open_cluster(own.cluster, f"cluster {chosen_cluster(words.own)}")
+            if not isinstance(backend, Kubernetes):
+                raise UserError(
+                    f"cluster={chosen_cluster(words.own)} is not Kubernetes: only that has a kustomize base"
+                )
+            write_base(backend, Path(words.name))
+            print(f"wrote {words.name}: kubectl apply -k {words.name}")
         case "resubmit":
             manager.resubmit(records, records.read(words.name))
         case _:

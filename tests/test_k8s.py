@@ -18,7 +18,7 @@ from pipeline.cluster.kustomize import DEMO, base_files, demo_workload
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "k8s" / "base"
-REWRITE = "python -m jobs.submit base out=k8s/base"
+REWRITE = "python -m jobs.submit base k8s/base"
 
 
 FLEET = {

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from features.schema.schema import Schema
-from jobs.submit import quoted
+from jobs.submit import VERBS, split
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("features", "models", "pipeline", "jobs")
@@ -114,7 +114,11 @@ def test_commands_are_configurations(page: str, job: str, words: list[str], my_c
     if words == ["--help"]:
         return
     own = "--config-dir=my/conf" in words or any(word.startswith("+data.schema") for word in words)
-    overrides = [quoted(word) for word in words if not word.startswith("--")]
+    if job == "submit":
+        first = split(words)
+        test_commands_are_configurations(page, "submit" if first.verb in VERBS else first.verb, first.job, my_conf)
+        words = first.own
+    overrides = [word for word in words if not word.startswith("--")]
     if any(word.startswith("+data.schema") for word in words):
         overrides.insert(0, "data=mine")
     if own:

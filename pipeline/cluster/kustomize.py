@@ -15,7 +15,7 @@ DEMO: dict[str, list[str]] = {
     "nightly": ["run=/runs/demo", "input=/data/today", "out=/runs/nightly"],
 }
 DEADLINES_S = {"train": 7 * 86400, "preprocess": 86400, "nightly": 86400}
-HEADER = "# Written by `python -m jobs.submit base out=k8s/base`: change the values there, or overlay this.\n"
+HEADER = "# Written by `python -m jobs.submit base k8s/base`: change the values there, or overlay this.\n"
 KUSTOMIZATION = """\
 # The image is a placeholder: an overlay puts the digest of yours in its place, as k8s/README.md shows.
 # The train Job is suspended until there is a dataset. Once preprocess is complete:

@@ -69,7 +69,7 @@ class Slurm(Cluster):
         partition, account, qos, constraint, reservation, exclusive: sbatch's options of these names.
         gres: how a GPU is asked for, as gpu:h100; None: by --gpus-per-node.
         before: lines of shell that the script runs first, such as `module load cuda`.
-        python: the interpreter on the nodes.
+        python: the interpreter on the nodes; None: that of this process.
         container: words before it on each node, such as [apptainer, exec, --nv, IMAGE].
         folder: working directory of jobs there; None: that of the submission.
         log_folder: of logs and exit codes, which nodes write; relative to `folder`.
@@ -84,7 +84,7 @@ class Slurm(Cluster):
     exclusive: bool = False
     gres: SlurmGpus | None = None
     before: tuple[OneLine, ...] = ()
-    python: OneLine = sys.executable
+    python: OneLine | None = None
     container: tuple[OneLine, ...] = ()
     folder: SlurmFolder | None = None
     log_folder: SlurmFolder = "runs/slurm"
@@ -121,7 +121,7 @@ class Slurm(Cluster):
             if not re.fullmatch(NATIVE, native):
                 raise UserError(f"after: {native!r} is not the number of a job in Slurm")
         config_dir = str(work.config_dir.resolve()) if work.config_dir else None
-        words = [*self.container, *command(work, self.python, config_dir=config_dir)]
+        words = [*self.container, *command(work, self.python or sys.executable, config_dir=config_dir)]
         return batch_script(
             work,
             self._options(work),
@@ -175,7 +175,7 @@ class Slurm(Cluster):
         if not (follow or any(log.is_file() for log in logs)):
             status = self.status(work, native)
             raise UserError(f"{next(iter(logs))}: no log yet: the job is {status.state}, {status.detail}")
-        launched = LAUNCHER in command(work, self.python)
+        launched = LAUNCHER in command(work, self.python or sys.executable)
         read = dict.fromkeys(logs, 0)
         ended = False
         while not ended:

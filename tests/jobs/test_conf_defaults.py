@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from jobs.submit import Submission
+from jobs.submit import Submit
 from pipeline.evaluation.explain.explain import ExplainConfig
 from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.relabel import RelabelConfig
@@ -32,10 +32,10 @@ JOBS: dict[str, type[BaseModel]] = {
     "plan": PlanConfig,
     "preprocess": PreprocessConfig,
     "relabel": RelabelConfig,
-    "submit": Submission,
+    "submit": Submit,
     "train": TrainConfig,
 }
-GROUPS = {"train.model", "plan.model"}  # from conf/model and conf/interaction, which override defaults on purpose
+GROUPS = {"train.model", "plan.model", "submit.cluster"}  # from folders of conf, which override defaults on purpose
 NOT_FIELDS = {"generate.out", "generate_ratings.out"}  # the job itself takes it
 MISSING = object()
 
