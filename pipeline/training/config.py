@@ -27,10 +27,8 @@ Allowed = dict[str, Annotated[list[str], Field(min_length=1)]]
 
 BATCH_SIZE = 2048
 SHARE = 256  # rows of a batch from each lane, where lanes are not set
-FEWEST_LANES, MOST_LANES = (
-    8,
-    64,
-)  # then. A rank holds a row group of each lane that it reads; many ranks decode each of few lanes
+# Of lanes that are not set. A rank holds a row group of each lane that it reads; ranks that share a lane decode the same ones.
+FEWEST_LANES, MOST_LANES = 8, 64
 SHUFFLED = 8 * 16384  # rows of all lanes that are shuffled together
 
 
