@@ -115,9 +115,10 @@ def test_commands_are_configurations(page: str, job: str, words: list[str], my_c
         return
     own = "--config-dir=my/conf" in words or any(word.startswith("+data.schema") for word in words)
     if job == "submit":
-        first = split(words)
-        test_commands_are_configurations(page, "submit" if first.verb in VERBS else first.verb, first.job, my_conf)
-        words = first.own
+        parts = split(words)
+        if parts.verb not in VERBS:
+            test_commands_are_configurations(page, parts.verb, parts.job, my_conf)
+        words = parts.own
     overrides = [word for word in words if not word.startswith("--")]
     if any(word.startswith("+data.schema") for word in words):
         overrides.insert(0, "data=mine")

@@ -214,7 +214,7 @@ def test_each_line_of_a_log_names_its_process(tmp_path: Path) -> None:
 def test_the_shipped_file_has_every_setting_with_its_default() -> None:
     content = yaml.safe_load((Path(jobs.__file__).parent / "conf" / "cluster" / "slurm.yaml").read_text())
     assert Slurm.model_validate(content) == Slurm(backend="slurm")
-    assert content.keys() == Slurm.model_fields.keys() - {"python"}  # which is the submitter's
+    assert content.keys() == Slurm.model_fields.keys()
 
 
 def test_quantities_are_rounded_up() -> None:
