@@ -33,12 +33,18 @@ MAX_STATUS_BYTES = 1 << 16
 
 
 class Status(BaseModel):
-    """The trainer's heartbeat: state (training, finished, failed, preempted), step, steps in all, time (s since 1970)."""
+    """The trainer's heartbeat.
+
+    Attributes:
+        state: training, finished, failed or preempted. step, steps: taken, and in all. time: s since 1970.
+        saving_s: the longest that one of its checkpoints took; None before the first.
+    """
 
     state: Literal["training", "finished", "failed", "preempted"]
     step: int
     steps: int
     time: FiniteFloat
+    saving_s: FiniteFloat | None = None
 
 
 class Start(BaseModel):
@@ -83,6 +89,7 @@ class Run:
         self.eval_metrics = path / "metrics" / "eval.jsonl"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
+        self.saving_s: float | None = None  # see Status
         self.restarts = path / "restarts.jsonl"
 
     def create(self, config: dict[str, Any], schema: Schema) -> None:
@@ -149,7 +156,7 @@ class Run:
 
     def write_status(self, state: str, step: int, steps: int) -> None:
         """Writes the heartbeat, or how the run ended; a full disk does not stop it."""
-        status = Status(state=state, step=step, steps=steps, time=time.time())
+        status = Status(state=state, step=step, steps=steps, time=time.time(), saving_s=self.saving_s)
         with suppress(OSError):
             write_json(self.path / "status.json", status.model_dump())
 

@@ -4,11 +4,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from features.printable import printable
 from pipeline.run import checkpoint
 from pipeline.run.headline import HEADLINE
-from pipeline.run.run import Run
+from pipeline.run.run import Run, Start
 from pipeline.storage.files import read_lines
 from pipeline.terminal import short_decimal
+
+SHOWN = 3  # restarts
 
 
 class Progress(NamedTuple):
@@ -18,6 +21,7 @@ class Progress(NamedTuple):
         state: that the trainer wrote last. step, steps: of the run. age: seconds since the trainer wrote its status.
         rows_per_s, seconds_left: over the last logged steps; None before the first of them.
         checkpoint: the newest one's step; None before the first. checkpoint_age: seconds since it was committed.
+        starts: when ranks have begun to train, and why.
         metrics: of the newest evaluation or, before one, of training: task to metric and value. source: which of these.
     """
 
@@ -31,6 +35,7 @@ class Progress(NamedTuple):
     checkpoint_age: float | None
     metrics: dict[str, tuple[str, float]]
     source: str
+    starts: list[Start]
 
 
 def read(path: Path) -> Progress | None:
@@ -55,7 +60,7 @@ def read(path: Path) -> Progress | None:
         last.get("seconds_left") if training else None,
         steps[-1] if steps else None,
         now - (checkpoint.folder(run.checkpoints, steps[-1]) / "manifest.json").stat().st_mtime if steps else None,
-        metrics, source,
+        metrics, source, run.starts(),
     )  # fmt: skip
 
 
@@ -82,7 +87,16 @@ def lines(progress: Progress) -> list[tuple[str, str]]:
     if p.metrics:
         values = "  ".join(f"{name.upper()} {task} {short_decimal(value)}" for task, (name, value) in p.metrics.items())
         found.append(("metrics", f"{values} ({p.source})"))
+    if again := p.starts[1:]:
+        found.append(("restarts", f"{len(again)}, the last ones:"))
+        found += [("", _start(start)) for start in again[-SHOWN:]]
     return found
+
+
+def _start(start: Start) -> str:
+    nodes = f" of {start.nodes} nodes" if start.nodes > 1 else ""
+    where = f"{duration(time.time() - start.time)} ago from step {start.step:,} on {start.ranks} ranks{nodes}"
+    return f"{where}: {printable(start.reason)}"
 
 
 def duration(seconds: float) -> str:

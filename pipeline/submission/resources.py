@@ -15,6 +15,7 @@ from features.plain_json import first_fault
 from features.schema.schema import Schema
 from pipeline.cluster.base import JOBS, Cluster, Resources
 from pipeline.cluster.values import NodeRange, amount
+from pipeline.run.run import Run
 
 GIB = 1 << 30
 PROCESS = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}  # of a rank with its libraries, CUDA's context and pinned buffers
@@ -23,7 +24,7 @@ CPUS = {"cpu": 2, "cuda": 8}  # of a rank: one that reads ahead; GPUs are fed by
 FEWEST = {"cpu": 0.5, "cuda": 2}
 DAY = 86400
 UNPLANNED = 1 << 50  # bytes of main memory, where it is the answer
-WRITE = 100e6  # bytes/s that a checkpoint is written at, at least
+WRITE = 100e6  # bytes/s that a checkpoint is written at, where no run has shown it
 LEAST_GRACE_S, MOST_GRACE_S = 120, 3600
 
 
@@ -39,12 +40,12 @@ class Need(NamedTuple):
 
     Attributes:
         least: bytes of main memory without which it cannot run. memory: those that it may come to use.
-        checkpoint: bytes of a checkpoint over all ranks. notes: what is not known here.
+        saving_s: seconds that a checkpoint takes. notes: what is not known here.
     """
 
     least: int
     memory: int
-    checkpoint: int
+    saving_s: float
     notes: list[str]
 
 
@@ -83,7 +84,8 @@ def resolve(job: str, settings: Any, schema: Schema | None, given: Resources, cl
             f"cpu={cpu} is too little: {processes} processes on a node need {FEWEST[device] * processes:g} at least, "
             f"{CPUS[device] * processes} are right. Leave cpu out to have it derived."
         )
-    grace = min(max(LEAST_GRACE_S, 60 + 2 * int(need.checkpoint / WRITE)), MOST_GRACE_S)
+    # SIGTERM may come as one checkpoint begins: that one, then its own.
+    grace = min(max(LEAST_GRACE_S, 60 + math.ceil(2 * need.saving_s)), MOST_GRACE_S)
     return Request(
         Resources(
             nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus, cpu=cpu, memory=memory,
@@ -130,7 +132,8 @@ def _training(
     peak, dense = found.peak, found.dense.total
     memory = PROCESS[device] + peak.ddr + (dense if device == "cpu" else 0)
     copy = peak.size.total + dense if settings.train.checkpoint_async else 0
-    return Need(memory, memory + copy, sum(rank.size.total for rank in found.ranks) + dense, [])
+    size = sum(rank.size.total for rank in found.ranks) + dense
+    return Need(memory, memory + copy, _seconds_to_save(cluster.seen_here(settings.run), size), [])
 
 
 def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:
@@ -144,6 +147,15 @@ def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _seconds_to_save(run: Path, size: int) -> float:
+    """Of a checkpoint: as measured in the run that goes on, or else by its bytes."""
+    try:
+        status = Run(run).status()
+    except UserError:
+        status = None
+    return size / WRITE if status is None or status.saving_s is None else status.saving_s
 
 
 def _other(job: str, settings: Any, device: str, cluster: Cluster) -> Need:

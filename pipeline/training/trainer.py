@@ -81,7 +81,7 @@ class Trainer:
         self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
         self.sinks = tracking.Sinks()
         committed = (
-            partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda _: None
+            partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda *_: None
         )
         group = self._cpu_group(WRITE_TIMEOUT)
         self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, committed)
@@ -396,7 +396,8 @@ class Trainer:
             keep_lines(lines, self.state.step)
 
 
-def _committed(run: Run, keep: retention.Keep, dataset: str, sinks: tracking.Sinks, step: int) -> None:
+def _committed(run: Run, keep: retention.Keep, dataset: str, sinks: tracking.Sinks, step: int, seconds: float) -> None:
     """What follows a checkpoint of rank 0 that is on disk; called in the thread that wrote it."""
+    run.saving_s = max(run.saving_s or 0, seconds)
     retention.prune(run, keep, dataset, step)
     sinks.handle(Committed(step, time.time()))

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_kubernetes import fake_server, write_kubeconfig
+from kubernetes.config import kube_config
 
 from features.errors import UserError
 from jobs import submit
 from pipeline.cluster.base import JOBS
 from pipeline.cluster.registry import BACKENDS
+from pipeline.run.run import Run
+from pipeline.submission.records import Records
 
 pytestmark = pytest.mark.integration
 
@@ -198,6 +202,41 @@ def test_a_team_adds_a_cluster_in_a_folder_of_its_own(call: Call, train: list[st
     assert said.startswith("NCCL_DEBUG=WARN ")
     assert "--nproc-per-node=4" in said
     assert f"-m jobs.train --config-dir={tmp_path / 'conf'} " in said, "the job sees it too"
+
+
+def test_the_grace_time_follows_from_how_long_the_runs_checkpoints_took(
+    train: list[str], call: Call, tmp_path: Path
+) -> None:
+    assert "--signal=B:TERM@120" in call(*train, "cluster=slurm", "dry_run=true")
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run")
+    run.saving_s = 99.5
+    run.write_status("preempted", 1, 2)
+    assert "--signal=B:TERM@259" in call(*train, "cluster=slurm", "dry_run=true")
+    assert "--signal=B:TERM@30" in call(*train, "cluster=slurm", "dry_run=true", "grace_s=30")
+
+
+def test_a_submission_to_kubernetes_is_recorded_with_its_namespace_and_forgotten_if_refused(
+    train: list[str], call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    words = [*train, "cluster=k8s", "cluster.image=registry.example/taskfuse@sha256:" + "0123456789abcdef" * 4]
+    with fake_server() as server:
+        config = write_kubeconfig(tmp_path, server.server_port)
+        monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(config))  # read from KUBECONFIG on import
+        assert call(*words, "name=run-7") == "run-7\n"
+        assert Records(None).read("run-7").native == "ml/run-7"
+        assert Records(None).read("run-7").settings["image"] == words[-1].partition("=")[2]
+        server.refuse["Job"] = (403, "jobs is forbidden")
+        assert "jobs is forbidden" in call(*words, "name=run-8")
+        assert Records(None).names() == ["run-7"]
+
+
+def test_the_base_is_kubernetes_own(call: Call, tmp_path: Path) -> None:
+    assert call("base", tmp_path / "base") == f"wrote {tmp_path / 'base'}: kubectl apply -k {tmp_path / 'base'}\n"
+    assert (tmp_path / "base" / "train.yaml").read_text() == (ROOT / "k8s" / "base" / "train.yaml").read_text()
+    assert "cluster=local is not Kubernetes" in call("base", tmp_path / "b", "cluster=local")
+    assert "the folder is missing: python -m jobs.submit base FOLDER" in call("base")
 
 
 @pytest.mark.system

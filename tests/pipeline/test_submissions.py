@@ -202,6 +202,27 @@ def test_the_newest_evaluation_and_checkpoint_are_shown_with_their_steps(run: Ru
     assert "rows/s" not in said, "the run has ended"
 
 
+def test_restarts_are_shown_with_their_reasons_the_last_three(run: Run) -> None:
+    run.write_status("training", 40, 100)
+    for step, reason in [
+        (0, "start"),
+        (10, "resume"),
+        (20, "a\x1b[31m"),
+        (30, "lost contact with rank 3"),
+        (35, "resume"),
+    ]:
+        run.add_start(step, ranks=4, nodes=2, reason=reason)
+    found = progress.read(run.path)
+    assert found is not None
+    said = [value for what, value in progress.lines(found) if what in ("restarts", "")]
+    assert said[0] == "4, the last ones:"
+    assert [line.partition(" ago ")[2] for line in said[1:]] == [
+        "from step 20 on 4 ranks of 2 nodes: a\\x1b[31m",
+        "from step 30 on 4 ranks of 2 nodes: lost contact with rank 3",
+        "from step 35 on 4 ranks of 2 nodes: resume",
+    ]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (59.6, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m"), (273600, "3d 4h")]
 )

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -165,7 +164,7 @@ def test_what_was_written_after_a_fall_back_stays_and_the_damaged_newer_one_goes
         damaged = saved(1.0, step)
     (damaged / "tensors.json").unlink()
     run = Run(tmp_path)
-    saver = CheckpointWriter(run.checkpoints, None, False, partial(prune, run, Keep(last=1), OURS))
+    saver = CheckpointWriter(run.checkpoints, None, False, lambda step, _: prune(run, Keep(last=1), OURS, step))
     saver.save({"w": torch.ones(50)}, CheckpointManifest(step=8, rows=1, **ABOUT))
     assert saver.wait() is None
     assert checkpoint.steps(run.checkpoints) == [8]

@@ -5,6 +5,7 @@ Training waits only while its state is copied in memory.
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -189,7 +190,8 @@ class CheckpointWriter:
         checkpoints: the run's folder of them.
         group: of all ranks, used by nothing else: its messages would mix with training's.
         background: False writes while the caller waits, without a copy.
-        written: called in that thread with the step of a checkpoint that is on disk.
+        written: called in that thread with the step of a checkpoint that is on disk, and the seconds that it took, its copy
+            included.
     """
 
     def __init__(
@@ -197,7 +199,7 @@ class CheckpointWriter:
         checkpoints: Path,
         group: dist.ProcessGroup | None,
         background: bool,
-        written: Callable[[int], None],
+        written: Callable[[int, float], None],
     ) -> None:
         self.checkpoints, self.group, self.background, self.written = checkpoints, group, background, written
         self.copy: Any = None
@@ -206,13 +208,16 @@ class CheckpointWriter:
 
     def save(self, state: dict[str, Any], manifest: CheckpointManifest) -> None:
         """Starts to write a checkpoint; every rank calls it with its part of the state, after `wait`."""
+        begin = time.perf_counter()
         if not self.background:
-            self._write(state, manifest)
+            self._write(state, manifest, begin)
             return
         self.copy = copy_to_cpu(state, self.copy)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies from a GPU are under way
-        self.thread = threading.Thread(target=self._write, args=(self.copy, manifest), daemon=True, name="checkpoint")
+        self.thread = threading.Thread(
+            target=self._write, args=(self.copy, manifest, begin), daemon=True, name="checkpoint"
+        )
         self.thread.start()
 
     def wait(self) -> UserError | None:
@@ -225,10 +230,10 @@ class CheckpointWriter:
             raise error
         return error
 
-    def _write(self, state: dict[str, Any], manifest: CheckpointManifest) -> None:
+    def _write(self, state: dict[str, Any], manifest: CheckpointManifest, begin: float) -> None:
         try:
             save(self.checkpoints, state, manifest, self.group)
-            self.written(manifest.step)
+            self.written(manifest.step, time.perf_counter() - begin)
         except BaseException as error:  # raised by `wait`: a thread's error would be lost
             self.error = error
 
