@@ -40,16 +40,7 @@ from pipeline.submission.records import Record, Records, revision, user
 
 VERBS = ("list", "status", "logs", "stop", "resubmit", "base")
 # Keys of a submission that are not the job's; follow and rank are of logs.
-OWN = set(Resources.model_fields) | {
-    "name",
-    "after",
-    "array",
-    "schedule",
-    "suspend",
-    "dry_run",
-    "cluster",
-    "submissions",
-}
+OWN = {*Resources.model_fields, "name", "after", "array", "schedule", "suspend", "dry_run", "cluster", "submissions"}
 
 
 class Words(NamedTuple):
@@ -114,6 +105,8 @@ def split(words: list[str]) -> Words:
         if word.startswith("--config-dir="):
             dirs.append(Path(word.partition("=")[2]))
             own.append(word)
+        elif word in ("--config-dir", "-cd"):
+            raise UserError(f"{word}: write --config-dir=DIR")
         elif word.lstrip("+").partition("=")[0].split(".")[0] in OWN or verb in VERBS:
             own.append(word)
         else:
@@ -193,7 +186,7 @@ def new(own: Submit, words: Words, records: Records) -> None:
     folder = getattr(checked.settings, "run", None)
     record = Record(
         name=work.name, job=work.job, cluster=cluster_name, settings=own.cluster, work=work,
-        run=folder.absolute() if folder else None, command=["jobs.submit", *typed(words)], revision=revision(),
+        run=backend.of_job(folder) if folder else None, command=["jobs.submit", *typed(words)], revision=revision(),
         config=config_hash(checked.settings.model_dump(mode="json")), time=time.time(), user=user(),
     )  # fmt: skip
     manager.submit(records, record)
@@ -215,7 +208,7 @@ def workload(own: Submit, words: Words, given: Resources, records: Records, foll
         "words": words.job,
         "config_dir": words.config_dirs[0].absolute() if words.config_dirs else None,
         "name": own.name or records.new_name(words.verb),
-        "after": [records.read(name).submitted() for name in own.after],
+        "after": [_native(records.read(name), own) for name in own.after],
         "array": [shlex.split(text) for text in own.array],
         "schedule": own.schedule,
         "suspend": own.suspend,
@@ -226,6 +219,14 @@ def workload(own: Submit, words: Words, given: Resources, records: Records, foll
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), fault_text(e)) for e in error.errors())
         raise UserError(join_faults([f"{place}: {what}" if place else what for place, what in places])) from None
+
+
+def _native(record: Record, own: Submit) -> str:
+    if record.settings["backend"] != own.cluster["backend"]:
+        raise UserError(
+            f"after: {record.name} was submitted to cluster={record.cluster}, which this one does not know of"
+        )
+    return record.submitted()
 
 
 def chosen_cluster(own: list[str]) -> str:

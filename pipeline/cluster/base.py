@@ -176,6 +176,10 @@ class Cluster(BaseModel):
         """The defaults for a job."""
         return self.jobs.get(job, Resources()).over(self.resources)
 
+    def of_job(self, path: Path) -> Path:
+        """A path on a job's command line, absolute."""
+        return path.absolute()
+
     def seen_here(self, path: Path) -> Path:
         """A path of a job as this machine sees it."""
         for there, here in self.paths.items():

@@ -105,6 +105,10 @@ class Slurm(Cluster):
                 raise ValueError(f"{name} has line breaks or other control characters, or is not UTF-8")
         return environment
 
+    def of_job(self, path: Path) -> Path:
+        """A path on a job's command line, absolute."""
+        return self._folder() / path
+
     def render(self, work: Workload) -> str:
         """The batch script. Raises UserError where Slurm has no such thing, or the time limit is too short."""
         if work.schedule:

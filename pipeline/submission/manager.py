@@ -65,7 +65,7 @@ def status(record: Record) -> str:
     rows += [("state", f"{found.state}: {found.detail}")]
     if found.restarts:
         rows.append(("restarts", f"{found.restarts} by the cluster"))
-    if record.run:
+    if record.run and record.job in ("train", "evaluate"):
         here = record.backend().seen_here(record.run)
         come = progress.read(here) if here.is_dir() else None
         rows += (
