@@ -30,8 +30,8 @@ from jobs import command_line
 from jobs.entry import composing, job, parse, read_schema, user_errors
 from jobs.quoting import quoted
 from pipeline.cluster.base import JOBS, Resources, Workload
-from pipeline.cluster.kubernetes import Kubernetes
-from pipeline.cluster.kustomize import write_base
+from pipeline.cluster.kubernetes.backend import Kubernetes
+from pipeline.cluster.kubernetes.kustomize import write_base
 from pipeline.cluster.registry import open_cluster
 from pipeline.cluster.values import refuse_lookups
 from pipeline.run.run import config_hash
@@ -104,7 +104,7 @@ def split(words: list[str]) -> Words:
     for word in rest[:end]:
         if word.startswith("--config-dir="):
             dirs.append(Path(word.partition("=")[2]))
-            own.append(word)
+            own.insert(0, word)  # Hydra's parser takes flags before settings, or after them, not between
         elif word in ("--config-dir", "-cd"):
             raise UserError(f"{word}: write --config-dir=DIR")
         elif word.lstrip("+").partition("=")[0].split(".")[0] in OWN or verb in VERBS:

@@ -12,8 +12,8 @@ import yaml
 from kubernetes_validate.utils import all_versions, major_minor
 
 from pipeline.cluster.base import JOBS, Workload
-from pipeline.cluster.kubernetes import Kubernetes
-from pipeline.cluster.kubernetes_manifests import objects, to_yaml
+from pipeline.cluster.kubernetes.backend import Kubernetes
+from pipeline.cluster.kubernetes.manifests import objects, to_yaml
 
 ROOT = Path(__file__).parents[1]
 DIGEST = "sha256:" + "0123456789abcdef" * 4

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from k8s_manifests import assert_valid, cluster, defaults, documents, job_spec, kustomized, main_of, newest_versions
 
-from pipeline.cluster.kubernetes import Kubernetes
-from pipeline.cluster.kubernetes_manifests import claims, objects, to_yaml
-from pipeline.cluster.kubernetes_pod import PORT, UID
-from pipeline.cluster.kustomize import DEMO, base_files, demo_workload
+from pipeline.cluster.kubernetes.backend import Kubernetes
+from pipeline.cluster.kubernetes.kustomize import DEMO, base_files, demo_workload
+from pipeline.cluster.kubernetes.manifests import claims, objects, to_yaml
+from pipeline.cluster.kubernetes.pod import PORT, UID
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "k8s" / "base"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from k8s_manifests import DIGEST, NAMES, ROOT, assert_valid, documents, job_spec, kustomized, main_of, pod_of
 
-from pipeline.cluster.kustomize import DEMO
+from pipeline.cluster.kubernetes.kustomize import DEMO
 
 BASE = ROOT / "k8s" / "base"
 OVERLAY = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from k8s_manifests import ROOT, documents, main_of, pod_of
 
-from pipeline.cluster.kustomize import DEMO
+from pipeline.cluster.kubernetes.kustomize import DEMO
 
 UNSHARE = ["unshare", "--mount", "--map-root-user"]
 # Mounts of a pod in a mount namespace of its own: /data and /runs, which this machine lacks, below /mnt; all else read-only.

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from features.errors import UserError, did_you_mean, fault_text, join_faults
 from pipeline.cluster.base import Cluster
-from pipeline.cluster.kubernetes import Kubernetes
+from pipeline.cluster.kubernetes.backend import Kubernetes
 from pipeline.cluster.local import Local
 from pipeline.cluster.slurm import Slurm
 

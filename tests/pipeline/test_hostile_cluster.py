@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from features.errors import UserError
 from pipeline.cluster.base import Resources
-from pipeline.cluster.kubernetes_pod import escaped
+from pipeline.cluster.kubernetes.pod import escaped
 from pipeline.cluster.values import is_pinned
 
 

@@ -10,8 +10,8 @@ from fake_kubernetes import PODS, FakeServer, current_cluster
 from k8s_manifests import NAMES, cluster, workload
 
 from features.errors import UserError
-from pipeline.cluster import kubernetes
 from pipeline.cluster.base import Status
+from pipeline.cluster.kubernetes import backend
 
 SERVICES = "/api/v1/namespaces/ml/services"
 POLICIES = "/apis/networking.k8s.io/v1/namespaces/ml/networkpolicies"
@@ -93,7 +93,7 @@ def pods(*names: str) -> dict[str, Any]:
 
 
 def test_the_policy_stays_until_the_last_pod_has_ended(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubernetes, "POLL_S", 0)
+    monkeypatch.setattr(backend, "POLL_S", 0)
     server.found[PODS] = [pods("a", "b"), pods("a"), pods()]
     K8S.stop(workload(), "ml/taskfuse-train")
     assert requests(server) == [
@@ -106,8 +106,8 @@ def test_the_policy_stays_until_the_last_pod_has_ended(server: FakeServer, monke
 
 
 def test_the_policy_stays_where_pods_do_not_end(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubernetes, "POLL_S", 0)
-    monkeypatch.setattr(kubernetes, "POD_END_S", 0)
+    monkeypatch.setattr(backend, "POLL_S", 0)
+    monkeypatch.setattr(backend, "POD_END_S", 0)
     server.found[PODS] = pods("a")
     with pytest.raises(UserError, match="1 pods of taskfuse-train in namespace ml have not ended; their NetworkPolicy"):
         K8S.stop(workload(grace_s=0), "ml/taskfuse-train")

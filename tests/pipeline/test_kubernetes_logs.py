@@ -11,7 +11,7 @@ from fake_kubernetes import DROPPED, PODS, FakeServer, current_cluster
 from k8s_manifests import cluster, workload
 
 from features.errors import UserError
-from pipeline.cluster import kubernetes_api, kubernetes_logs
+from pipeline.cluster.kubernetes import api, logs
 
 K8S = cluster()
 RUN = workload(name="run-7", nodes=4, ranks_per_node=2)
@@ -22,8 +22,8 @@ COMPLETE = {"kind": "Job", "status": {"conditions": [{"type": "Complete", "statu
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    monkeypatch.setattr(kubernetes_logs, "RETRY_S", 0.02)
-    monkeypatch.setattr(kubernetes_api, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(logs, "RETRY_S", 0.02)
+    monkeypatch.setattr(api, "LONGEST_WAIT_S", 0.02)
     with current_cluster(tmp_path, monkeypatch) as fake:
         yield fake
 
@@ -45,7 +45,7 @@ def pods(**phases: str) -> dict[str, Any]:
 
 
 def event(kind: str, content: dict[str, Any]) -> str:
-    return kubernetes_api.json.dumps({"type": kind, "object": content})
+    return api.json.dumps({"type": kind, "object": content})
 
 
 def lines(*texts: str, then: Callable[[], None] = lambda: None) -> Callable[[], Iterator[str]]:
@@ -163,17 +163,17 @@ def test_a_refusal_that_stays_ends_the_logs_in_one_line(path: str, server: FakeS
 def test_a_cluster_that_stays_out_of_reach_ends_the_logs_in_one_line(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kubernetes_logs, "LOST", 2)
+    monkeypatch.setattr(logs, "LOST", 2)
     server.failures["GET", JOB] = [DROPPED] * 99
     with pytest.raises(UserError, match=r"the cluster at .* does not answer"):
         list(K8S.logs(RUN, "ml/run-7", None, follow=True))
-    assert len(server.seen) == 3 * kubernetes_api.TRIES
+    assert len(server.seen) == 3 * api.TRIES
 
 
 def test_a_log_that_ends_over_and_over_while_its_pod_runs_ends_in_one_line(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kubernetes_logs, "LOST", 3)
+    monkeypatch.setattr(logs, "LOST", 3)
     server.found[JOB] = RUNNING
     server.found[PODS] = pods(a="Running")
     server.found[f"{PODS}/run-7-a"] = pod("run-7-a", "Running")

@@ -12,8 +12,8 @@ from fake_kubernetes import DROPPED, PODS, FakeServer, current_cluster
 from k8s_manifests import ROOT, cluster, workload
 
 from features.errors import UserError
-from pipeline.cluster import kubernetes_api
-from pipeline.cluster.kubernetes_manifests import kinds
+from pipeline.cluster.kubernetes import api
+from pipeline.cluster.kubernetes.manifests import kinds
 
 JOBS = "/apis/batch/v1/namespaces/ml"
 K8S = cluster(allow_tag=True)
@@ -35,7 +35,7 @@ def requests(server: FakeServer) -> list[tuple[str, str]]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the client waited, which takes no time."""
     found: list[float] = []
-    monkeypatch.setattr(kubernetes_api.time, "sleep", found.append)
+    monkeypatch.setattr(api.time, "sleep", found.append)
     return found
 
 
@@ -49,7 +49,7 @@ def running(server: FakeServer) -> str:
     ("failures", "expected"),
     [
         ([(429, {"Retry-After": "7"})], [7]),
-        ([(429, {"Retry-After": "3600"})], [kubernetes_api.LONGEST_WAIT_S]),
+        ([(429, {"Retry-After": "3600"})], [api.LONGEST_WAIT_S]),
         ([(429, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"})], [1]),
         ([(500, {}), (503, {}), (504, {})], [1, 2, 4]),
         ([DROPPED, (502, {})], [1, 2]),
@@ -86,8 +86,8 @@ def test_an_error_that_stays_is_one_line(
 
 
 def test_a_cluster_that_takes_too_long_is_one_line(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubernetes_api, "TIMEOUT_S", 0.2)
-    monkeypatch.setattr(server.RequestHandlerClass, "content", lambda *_: kubernetes_api.time.sleep(1))
+    monkeypatch.setattr(api, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server.RequestHandlerClass, "content", lambda *_: api.time.sleep(1))
     with pytest.raises(UserError, match=r"does not answer .*timed out"):
         K8S.status(workload(), "ml/taskfuse-train")
 

@@ -14,7 +14,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from features.errors import UserError
 from features.printable import printable
-from pipeline.cluster.kubernetes_api import BUSY, TIMEOUT_S, UNAVAILABLE, Connection, refusals, retried
+from pipeline.cluster.kubernetes.api import BUSY, TIMEOUT_S, UNAVAILABLE, Connection, refusals, retried
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 WATCH_S = 20  # of one watch of the pods, after which the workload's own state is read

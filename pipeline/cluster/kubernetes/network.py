@@ -5,8 +5,8 @@ from typing import Any
 from kubernetes import client
 
 from pipeline.cluster.base import Workload
-from pipeline.cluster.kubernetes_pod import PORT, labels, selector
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.kubernetes.pod import PORT, labels, selector
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 
 DNS_CACHE = "169.254.20.10/32"  # where NodeLocal DNSCache listens, outside of any pod
 

@@ -13,11 +13,11 @@ from kubernetes import client
 
 from features.errors import UserError
 from pipeline.cluster.base import Workload
-from pipeline.cluster.kubernetes_config import config_files, keys_of
-from pipeline.cluster.kubernetes_forms import jobset, train_job
-from pipeline.cluster.kubernetes_network import network_policy, service
-from pipeline.cluster.kubernetes_pod import QUEUE, labels, pod_template, selector
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.kubernetes.config import config_files, keys_of
+from pipeline.cluster.kubernetes.forms import jobset, train_job
+from pipeline.cluster.kubernetes.network import network_policy, service
+from pipeline.cluster.kubernetes.pod import QUEUE, labels, pod_template, selector
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 
 PREEMPTED = os.EX_TEMPFAIL  # the exit code of a job that saved its work, or had none to lose
 MIN_PARALLELISM = "kueue.x-k8s.io/job-min-parallelism"

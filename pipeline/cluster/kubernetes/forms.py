@@ -6,7 +6,7 @@ Both have no types in the Kubernetes client: they are mappings here, with the AP
 from typing import Any
 
 from pipeline.cluster.base import Workload
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 
 NODE = "node"  # the replicated job of a JobSet; Kubeflow's name for it as well
 ANCESTOR = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}  # by which a TrainJob finds it

@@ -13,7 +13,7 @@ from kubernetes import client, config
 from urllib3.exceptions import HTTPError, ProtocolError
 
 from features.errors import UserError, one_line
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 TIMEOUT_S = 30  # of one request

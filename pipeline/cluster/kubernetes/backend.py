@@ -12,12 +12,12 @@ from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
 from pipeline.cluster.base import ENDED, Status, Workload, of_rank
-from pipeline.cluster.kubernetes_api import UNAVAILABLE, Connection, connect, refusals
-from pipeline.cluster.kubernetes_logs import followed, so_far
-from pipeline.cluster.kubernetes_manifests import check, elements, kinds, main_kind, objects, to_yaml
-from pipeline.cluster.kubernetes_pod import INSTANCE
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
-from pipeline.cluster.kubernetes_status import of_all, of_one
+from pipeline.cluster.kubernetes.api import UNAVAILABLE, Connection, connect, refusals
+from pipeline.cluster.kubernetes.logs import followed, so_far
+from pipeline.cluster.kubernetes.manifests import check, elements, kinds, main_kind, objects, to_yaml
+from pipeline.cluster.kubernetes.pod import INSTANCE
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
+from pipeline.cluster.kubernetes.status import of_all, of_one
 from pipeline.cluster.values import is_pinned
 
 POLL_S = 2.0  # between two looks at whether pods have ended

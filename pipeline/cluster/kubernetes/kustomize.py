@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from pipeline.cluster.base import Workload
-from pipeline.cluster.kubernetes_manifests import claims, objects, to_yaml
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.kubernetes.manifests import claims, objects, to_yaml
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 from pipeline.cluster.values import NodeRange
 from pipeline.storage.files import write_text
 

@@ -5,7 +5,7 @@ import math
 from kubernetes import client
 
 from pipeline.cluster.base import Workload, command
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 from pipeline.cluster.values import amount
 
 PORT = 29500  # where the agents of torchrun meet, on pod 0

@@ -8,7 +8,7 @@ from kubernetes import client
 
 from features.printable import printable
 from pipeline.cluster.base import State, Status, Workload
-from pipeline.cluster.kubernetes_settings import KubernetesSettings
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 
 # A condition of a Job, JobSet or TrainJob to the state of its workload; the first that holds.
 CONDITIONS: dict[str, State] = {
