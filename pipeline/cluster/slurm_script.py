@@ -87,84 +87,8 @@ LOST    if [ "$code" -ge 101 ] && [ "$code" -le 124 ]; then code=$((code - 100))
 _WITHOUT_LOST = """\
     if [ "$code" -gt 128 ]; then
         found=$(tail -n "+$((begin + 1))" "$log.log" | sed -nE 's/^ *[0-9]+: exit code ([0-9]+)$/\\1/p' |
-            awk '{ print $1 >= 1 && $1 <= 24 ? $1 + 100 : $1 }' | sort -n | tail -n 1)
+            awk '{ print ($1 >= 1 && $1 <= 24 ? $1 + 100 : $1) }' | sort -n | tail -n 1)
         code=${found:-$code}
-    fi
-"""
-
-_END = """
-    code=$?
-    rm -rf "$ranks"
-    if [ $code -lt 128 ]; then echo "exit code $code"; fi
-    if [ $code -ge 1 ] && [ $code -le 24 ]; then code=$((code + 100)); fi
-    exit $code
-}
-"""
-
-_BEGIN = """
-# jobs.submit reads it: running, succeeded, failed, stopped or requeued; the exit code; how often Slurm has requeued the job.
-state() { echo "$1 $2 ${SLURM_RESTART_COUNT:-0}" >"$log.state.new" && mv "$log.state.new" "$log.state"; }
-# A field of this job as Slurm has it now.
-job() { scontrol --oneliner show job "$id" | grep -oE "(^| )$1=[^ ]*" | head -n 1 | cut -d= -f2; }
-preempted() { case $(job PreemptTime) in "" | None) false ;; esac }
-
-# SIGTERM reaches this shell before the time limit, from jobs.submit stop, and where Slurm ends the job. It is passed on to the
-# processes on the nodes, once. srun must not get it: it would kill them at once. Where Slurm ends or preempts the job, it
-# has signalled them itself.
-terminate() {
-    local steps
-    interrupted=1
-    if [ -n "$told" ]; then return; fi
-    told=1
-    if [ -z "$srun" ] || [ "$(job JobState)" != RUNNING ] || preempted; then return; fi
-    while kill -0 "$srun" 2>/dev/null; do
-        sleep 1  # also for a step that has just begun, whose processes do not listen yet
-        steps=$(squeue --noheader --steps --jobs="$id" --format=%i | grep -E '[.][0-9]+ *$')
-        if [ -n "$steps" ]; then
-            scancel --quiet --signal=TERM $steps
-            return
-        fi
-    done
-}
-told= srun= code=75 ended=failed attempt=0
-trap terminate TERM
-trap 'code=$?; if [ "$ended" = failed ] && [ $code = 0 ]; then ended=succeeded; fi; state "$ended" "$code"' EXIT
-state running -
-"""
-
-_RUN = """
-run() {
-    local found nodes begin
-    code=75
-    if [ -n "$told" ]; then return; fi
-    nodes=$(job NumNodes)  # fewer than at first, where one was lost
-    begin=$(wc -l <"$log.log")
-    set -m  # a process group of its own: Slurm signals that of this shell
-    SRUN "$(declare -f node); node \\"\\$@\\"" node "$@" </dev/null &
-    srun=$!
-    set +m
-    if [ -n "$told" ]; then told= && terminate; fi  # it came before there was something to pass it on to
-    interrupted=1
-    while [ -n "$interrupted" ]; do
-        interrupted=
-        wait "$srun"
-        found=$?
-        if [ $found != 127 ]; then code=$found; fi
-    done
-    srun=
-LOST    if [ "$code" -ge 101 ] && [ "$code" -le 124 ]; then code=$((code - 100)); fi
-}
-"""
-
-# Nodes that were lost print no code, and the others have gone on without them: theirs count.
-_WITHOUT_LOST = """\
-    if [ "$code" -gt 128 ]; then
-        found=$(tail -n "+$((begin + 1))" "$log.log" | sed -nE 's/^ *[0-9]+: exit code ([0-9]+)$/\\1/p' | sort -n)
-        case $found in
-            "") ;;
-            *75*) code=75 ;;
-            *) code=${found##*$'\\n'} ;;
-        esac
     fi
 """
 

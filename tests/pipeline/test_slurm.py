@@ -128,6 +128,23 @@ def test_nodes_meet_at_the_first_one_by_as_many_as_slurm_gave() -> None:
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("printed", "code"),
+    [("1: exit code 0", "0"), (" 0: exit code 0\n10: exit code 75", "75"), ("0: exit code 75\n1: exit code 1", "101"),
+     ("0: rank 0: exit code 0", "137"), ("", "137")],
+)  # fmt: skip
+def test_a_node_that_was_killed_counts_by_the_others_where_they_may_go_on(
+    tmp_path: Path, printed: str, code: str
+) -> None:
+    script = slurm().render(workload(nodes="1..11"))
+    begin = script.index('    if [ "$code" -gt 128 ]; then')
+    piece = script[begin : script.index("    fi\n", begin) + 7]
+    (tmp_path / "x.log").write_text(f"0: exit code 9\n{printed}\n")  # the first line is of an earlier attempt
+    command = ["bash", "-c", f"code=137 begin=1 log={tmp_path}/x\n{piece}\necho $code"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == code
+    assert piece not in slurm().render(workload(nodes=11))
+
+
 def test_variables_are_exported_as_they_were_given_after_those_of_the_script_itself() -> None:
     values = {f"V{index}": text.replace("\n", " ").replace("\t", " ") for index, text in enumerate(HOSTILE)}
     script = slurm(environment=values | {"SLURM_EXPORT_ENV": "X"}, before=["V0=changed"]).render(workload())
