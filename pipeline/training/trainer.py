@@ -27,7 +27,7 @@ from pipeline.run.tracking import registry as tracking
 from pipeline.run.tracking.base import TRAIN, Committed, Job, Published
 from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
-from pipeline.training.faults.consensus import Consensus, Verdict
+from pipeline.training.faults.consensus import Consensus
 from pipeline.training.faults.hang_watch import HangWatch, watch_ranks
 from pipeline.training.faults.nonfinite import NonfiniteCheck
 from pipeline.training.faults.preemption import PreemptionSignal
@@ -184,11 +184,9 @@ class Trainer:
         save_due = step % every == 0 or step in self.milestones or last
         if log_due or save_due:
             self.nonfinite.check(self.state.position.epoch)
-        bad_step = self.nonfinite.bad[0] if self.nonfinite.bad else None
-        verdict = self.consensus.share(self.preemption.received, bad_step, nodes_wait())
+        verdict = self.consensus.share(self.preemption.received, self.nonfinite.bad_step, nodes_wait())
         if save_due or verdict.stop:
-            newer = self.consensus.collect()
-            verdict = Verdict(verdict.stop, newer.bad_step or verdict.bad_step, newer.joining or verdict.joining)
+            verdict = verdict.with_later(self.consensus.collect())
         if verdict.bad_step is not None:
             self.rollback(verdict.bad_step)
             return False

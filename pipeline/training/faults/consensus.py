@@ -22,6 +22,10 @@ class Verdict(NamedTuple):
     bad_step: int | None = None
     joining: bool = False
 
+    def with_later(self, later: "Verdict") -> "Verdict":
+        """This, and what a later message adds before the step is saved; whether to stop stays as it was."""
+        return Verdict(self.stop, later.bad_step or self.bad_step, later.joining or self.joining)
+
 
 class Consensus:
     """A message of each rank with every step, which all ranks read one step later: nobody waits for it.

@@ -22,6 +22,11 @@ class NonfiniteCheck:
         self.policy = policy
         self.reset()
 
+    @property
+    def bad_step(self) -> int | None:
+        """The step of `bad`."""
+        return self.bad[0] if self.bad else None
+
     def reset(self) -> None:
         """Forgets everything, as after a rollback."""
         self.bad: tuple[int, str] | None = None
