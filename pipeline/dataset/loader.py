@@ -126,6 +126,7 @@ class Loader:
         self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
         self._open = lru_cache(maxsize=64)(self._open_shard)
+        self._reading = threading.Lock()  # two threads that read one ParquetFile crash the process
 
     def start(self, epoch: int = 0) -> Position:
         """The position at an epoch's begin."""
@@ -241,7 +242,8 @@ class Loader:
         """The rows of a row group. Raises UserError where it cannot be read."""
         path, index = self.groups[group]
         try:
-            table = self._open(path).read_row_group(index, self.read_columns, use_threads=False)
+            with self._reading:
+                table = self._open(path).read_row_group(index, self.read_columns, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({one_line(error)})"
             gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none

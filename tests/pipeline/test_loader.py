@@ -7,6 +7,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -235,6 +236,13 @@ def test_two_epochs_at_once_do_not_disturb_each_other(dataset: Dataset) -> None:
     alone = [epoch(loader, loader.start(number)) for number in range(2)]
     pairs = zip(loader.batches(loader.start(0)), loader.batches(loader.start(1)), strict=True)
     assert [list(batches) for batches in zip(*((ids(a), ids(b)) for a, b in pairs), strict=True)] == alone
+
+
+def test_row_groups_are_decoded_by_several_threads_at_once(dataset: Dataset) -> None:
+    loader = Loader(dataset, "train", 40)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda group: len(loader.decode(group)), [*range(len(loader.groups))] * 40))
+    assert found == loader.group_rows.tolist() * 40
 
 
 @pytest.mark.parametrize(
