@@ -1,0 +1,156 @@
+"""A rank of a run of chaos.py: as faulty_run.py, and it does to its run what FOLDER/NAME.blows.json lists.
+
+A blow is {phase, step, rank, call, acts}: the rank (modulo how many there are) does the acts, one after the other, once it is
+in that phase at or past that step. Blows come one after the other, each once, whatever the number of restarts: a file in
+FOLDER/NAME.struck for each that has come. Phases: import, start, forward and step; writing, the call-th fsync of a checkpoint's
+thread (rank 0: data, index, manifest, folder, and the folder above after the rename; other ranks: data); committed, before
+retention; end, between the last checkpoint and the exit.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from faulty_run import FOLDER, NAME, Faults
+from tiny_training import configuration
+
+from jobs.entry import configure_logging, sigterm_handler, user_errors
+from pipeline.run import checkpoint
+from pipeline.training.faults.rank_status import write_rank_status
+from pipeline.training.step import StepOutput
+from pipeline.training.train import train
+from pipeline.training.trainer import Trainer
+
+BLOWS = json.loads((FOLDER / f"{NAME}.blows.json").read_text())
+STRUCK, CHECKPOINTS = FOLDER / f"{NAME}.struck", FOLDER / NAME / "checkpoints"
+fsync, calls = os.fsync, threading.local()
+step = 0  # taken, by this process
+
+
+def strike(phase: str, call: int = 0) -> None:
+    """Does the next blow, if it is this rank's in this phase."""
+    struck = len(list(STRUCK.glob("*")))
+    blow = BLOWS[struck] if struck < len(BLOWS) else None
+    if blow is None or (blow["phase"], blow["call"]) != (phase, call) or step < blow["step"]:
+        return
+    if blow["rank"] % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
+        STRUCK.mkdir(exist_ok=True)
+        (STRUCK / f"{struck:03d}").write_text(str(step))
+        for act in blow["acts"]:
+            ACTS[act]()
+
+
+class Blows(Faults):
+    """Strikes in the phases that a trainer has."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        global step
+        step = trainer.state.step
+        written = trainer.writer.written
+
+        def committed(number: int) -> None:
+            strike("committed")
+            written(number)
+
+        trainer.writer.written = committed
+        strike("start")
+
+    def on_forward(self, trainer: Trainer, output: StepOutput) -> None:
+        super().on_forward(trainer, output)
+        strike("forward")
+
+    def on_step(self, trainer: Trainer, output: StepOutput) -> None:
+        global step
+        super().on_step(trainer, output)
+        step = trainer.state.step
+        strike("step")
+
+
+def striking_fsync(descriptor: int) -> None:
+    """os.fsync, counted in the thread of each checkpoint."""
+    if threading.current_thread().name == "checkpoint":
+        calls.count = getattr(calls, "count", 0) + 1
+        strike("writing", calls.count)
+    fsync(descriptor)
+
+
+def kill_all() -> None:
+    """Kills the launcher and all its ranks, as a scheduler's SIGKILL or a power cut does."""
+    launcher = os.getppid()
+    ranks = [pid for task in Path(f"/proc/{launcher}/task").glob("*/children") for pid in task.read_text().split()]
+    for pid in (launcher, *map(int, ranks), os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def newest_file(suffix: str) -> Path | None:
+    """A file of the newest checkpoint."""
+    steps = checkpoint.steps(CHECKPOINTS)
+    return next(checkpoint.folder(CHECKPOINTS, steps[-1]).glob(f"*{suffix}"), None) if steps else None
+
+
+def flip_bit() -> None:
+    """Flips a bit of the newest checkpoint's numbers."""
+    if file := newest_file(".bin"):
+        with file.open("r+b") as open_file:
+            open_file.seek(file.stat().st_size // 2)
+            byte = open_file.read(1)[0]
+            open_file.seek(-1, os.SEEK_CUR)
+            open_file.write(bytes([byte ^ 1]))
+
+
+def cut_file() -> None:
+    """Cuts the newest checkpoint's numbers in the middle."""
+    if file := newest_file(".bin"):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def remove_manifest() -> None:
+    """Removes the newest checkpoint's manifest."""
+    if file := newest_file("manifest.json"):
+        file.unlink()
+
+
+def leave_staging() -> None:
+    """Leaves half a checkpoint of a later step, and one whose deletion was begun."""
+    for name in (f".step-{step + 1000:08d}", f".step-{step + 1:08d}", f".step-{1:08d}.{'0' * 32}.deleted"):
+        (CHECKPOINTS / name).mkdir(parents=True, exist_ok=True)
+        if file := newest_file(".bin"):
+            shutil.copy(file, CHECKPOINTS / name / file.name)
+
+
+def tear_line() -> None:
+    """Leaves half a line of metrics, as a power cut does."""
+    with suppress(FileNotFoundError), (FOLDER / NAME / "metrics" / "train.jsonl").open("a") as file:
+        file.write('{"step": 9')
+
+
+ACTS = {
+    "kill rank": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop rank": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "kill all": kill_all,
+    "TERM launcher": lambda: os.kill(os.getppid(), signal.SIGTERM),
+    "TERM rank": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "flip bit": flip_bit,
+    "cut file": cut_file,
+    "remove manifest": remove_manifest,
+    "leave staging": leave_staging,
+    "tear line": tear_line,
+}
+
+if __name__ == "__main__":
+    # As jobs.entry.job does around jobs.train, which takes no observers.
+    signal.signal(signal.SIGTERM, sigterm_handler("train"))
+    write_rank_status("started")
+    configure_logging("info")
+    with user_errors():
+        strike("import")
+        os.fsync = striking_fsync
+        train(configuration(FOLDER / "data", FOLDER / NAME, **json.loads(sys.argv[4])), observers=[Blows()])
+        strike("end")
+    write_rank_status("finished")
