@@ -95,6 +95,7 @@ def disturbed(folder: Path, name: str, counts: list[int], blows: list[dict[str, 
         outcome.log += f"--- {flags}: {code}\n{log}"
         outcome.wrong += unclean(code, log)
         outcome.wrong += [f"command {outcome.commands} has left {left}" for left in leftovers(str(folder / name))]
+    (folder / f"{name}.log").write_text(outcome.log)
     if code:
         outcome.wrong.append(f"exit code {code} of the last of {outcome.commands} commands")
     for blow in blows[: len(list((folder / f"{name}.struck").glob("*")))]:

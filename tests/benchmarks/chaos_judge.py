@@ -28,10 +28,10 @@ from pipeline.storage.files import read_lines  # noqa: E402
 STEPS, EPOCH, EVERY = 40, 12, 4
 SETTINGS = {
     "batch_size": 36, "lanes": 12, "max_steps": STEPS, "epochs": 9, "checkpoint_every": EVERY, "keep": {"last": 2},
-    "dense": {"name": "adamw", "lr": 0.003, "decay": "cosine"}, "timeout": 10,
+    "dense": {"name": "adamw", "lr": 0.003, "decay": "cosine"}, "timeout": 10, "log_every": 1,
 }  # fmt: skip
 DROPOUT, MARGIN = 0.3, 10
-COMMAND_S, GONE_S = 180, 10  # that a command may take, and processes to be gone after it
+COMMAND_S, GONE_S = 180, 30  # that a command may take, and processes to be gone after it
 CLOCK = ("time", "rows_per_s", "data_wait", "seconds_left")
 UNCLEAN = ("Traceback", "terminate called", "frame #", "Fatal")
 

@@ -79,13 +79,28 @@ def striking_fsync(descriptor: int) -> None:
     fsync(descriptor)
 
 
+def launcher() -> int:
+    """The pid of jobs.launch. Raises RuntimeError where it has ended: the parent is another process then."""
+    pid = os.getppid()
+    if b"jobs.launch" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+        raise RuntimeError("no launcher")
+    return pid
+
+
 def kill_all() -> None:
     """Kills the launcher and all its ranks, as a scheduler's SIGKILL or a power cut does."""
-    launcher = os.getppid()
-    ranks = [pid for task in Path(f"/proc/{launcher}/task").glob("*/children") for pid in task.read_text().split()]
-    for pid in (launcher, *map(int, ranks), os.getpid()):
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    ranks = [pid for pid in pids if parent(pid) == launcher() and pid != os.getpid()]
+    for pid in (launcher(), *ranks, os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def parent(pid: int) -> int:
+    """Of a process; 0 if it has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def newest_file(suffix: str) -> Path | None:
@@ -134,7 +149,7 @@ ACTS = {
     "kill rank": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop rank": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill all": kill_all,
-    "TERM launcher": lambda: os.kill(os.getppid(), signal.SIGTERM),
+    "TERM launcher": lambda: os.kill(launcher(), signal.SIGTERM),
     "TERM rank": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "flip bit": flip_bit,
     "cut file": cut_file,
