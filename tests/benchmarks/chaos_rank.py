@@ -89,9 +89,9 @@ def launcher() -> int:
 
 def kill_all() -> None:
     """Kills the launcher and all its ranks, as a scheduler's SIGKILL or a power cut does."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    ranks = [pid for pid in pids if parent(pid) == launcher() and pid != os.getpid()]
-    for pid in (launcher(), *ranks, os.getpid()):
+    ours, pids = launcher(), [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    ranks = [pid for pid in pids if parent(pid) == ours and pid != os.getpid()]
+    for pid in (ours, *ranks, os.getpid()):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
