@@ -30,7 +30,9 @@ from tabulate import tabulate
 from tiny_training import make_dataset
 
 ENDINGS = {"kill rank": 4, "kill all": 3, "TERM launcher": 3, "TERM rank": 1, "stop rank": 1}
-PHASES = {"import": 1, "start": 1, "forward": 2, "step": 2, "writing": 4, "committed": 2, "end": 1}
+PHASES = {
+    "import": 1, "later": 2, "start": 1, "forward": 2, "step": 2, "writing": 4, "committed": 2, "pruning": 1, "end": 1,
+}  # fmt: skip
 DAMAGE = ("flip bit", "cut file", "remove manifest", "leave staging", "tear line")
 
 
@@ -70,14 +72,14 @@ def draw(rng: random.Random) -> list[dict[str, Any]]:
     blows = []
     for step in sorted(rng.sample(range(STEPS - 3), rng.randint(6, 9))):
         phase, ending = (rng.choices(list(kinds), list(kinds.values()))[0] for kinds in (PHASES, ENDINGS))
-        if ending == "stop rank" and phase in ("import", "end"):  # nothing promised: it does not beat yet, or no more
-            phase = "forward"
-        acts = [act for act in DAMAGE if rng.random() < 0.2 and ending in ("kill rank", "kill all", "stop rank")]
+        if ending == "stop rank" and phase in ("import", "later", "end"):
+            phase = "forward"  # nothing is promised of a rank that does not beat yet, or no more
+        acts = [act for act in DAMAGE if ending in ("kill rank", "kill all", "stop rank") and rng.random() < 0.2]
         if ending != "kill all":  # the file has one writer
             acts = [act for act in acts if act != "tear line"]
-        rank = 0 if phase == "committed" else rng.randrange(4)
-        call = 0 if phase != "writing" else 1 if rank else rng.randint(1, 5)
-        step = 0 if phase in ("import", "start") else step
+        step = 0 if phase in ("import", "later", "start") else step
+        rank = 0 if phase in ("committed", "pruning") else rng.randrange(4)
+        call = {"writing": 1 if rank else rng.randint(1, 5), "later": rng.randint(1, 20)}.get(phase, 0)
         blows.append({"phase": phase, "step": step, "rank": rank, "call": call, "acts": [*acts, ending]})
     return sorted(blows, key=lambda blow: blow["phase"] == "end")
 

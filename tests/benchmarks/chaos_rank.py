@@ -2,9 +2,9 @@
 
 A blow is {phase, step, rank, call, acts}: the rank (modulo how many there are) does the acts, one after the other, once it is
 in that phase at or past that step. Blows come one after the other, each once, whatever the number of restarts: a file in
-FOLDER/NAME.struck for each that has come. Phases: import, start, forward and step; writing, the call-th fsync of a checkpoint's
-thread (rank 0: data, index, manifest, folder, and the folder above after the rename; other ranks: data); committed, before
-retention; end, between the last checkpoint and the exit.
+FOLDER/NAME.struck for each that has come. Phases: import; later, call tenths of a second after it; start (restored), forward
+and step; writing, the call-th fsync of a checkpoint's thread (rank 0: data, index, manifest, folder, and the folder above after
+the rename; other ranks: data); committed, before retention; pruning, within it; end, between the last checkpoint and the exit.
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from faulty_run import FOLDER, NAME, Faults
 from tiny_training import configuration
@@ -28,14 +29,19 @@ from pipeline.training.trainer import Trainer
 
 BLOWS = json.loads((FOLDER / f"{NAME}.blows.json").read_text())
 STRUCK, CHECKPOINTS = FOLDER / f"{NAME}.struck", FOLDER / NAME / "checkpoints"
-fsync, calls = os.fsync, threading.local()
+fsync, rmtree, calls = os.fsync, shutil.rmtree, threading.local()
 step = 0  # taken, by this process
+
+
+def next_blow() -> tuple[int, dict[str, Any] | None]:
+    """Its number, and what it is; None after the last."""
+    struck = len(list(STRUCK.glob("*")))
+    return struck, BLOWS[struck] if struck < len(BLOWS) else None
 
 
 def strike(phase: str, call: int = 0) -> None:
     """Does the next blow, if it is this rank's in this phase."""
-    struck = len(list(STRUCK.glob("*")))
-    blow = BLOWS[struck] if struck < len(BLOWS) else None
+    struck, blow = next_blow()
     if blow is None or (blow["phase"], blow["call"]) != (phase, call) or step < blow["step"]:
         return
     if blow["rank"] % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
@@ -77,6 +83,13 @@ def striking_fsync(descriptor: int) -> None:
         calls.count = getattr(calls, "count", 0) + 1
         strike("writing", calls.count)
     fsync(descriptor)
+
+
+def striking_rmtree(path: Path, ignore_errors: bool = False) -> None:
+    """shutil.rmtree, with a phase of its own where retention deletes a checkpoint."""
+    if path.name.endswith(".deleted"):
+        strike("pruning")
+    rmtree(path, ignore_errors)
 
 
 def launcher() -> int:
@@ -165,7 +178,11 @@ if __name__ == "__main__":
     configure_logging("info")
     with user_errors():
         strike("import")
-        os.fsync = striking_fsync
+        if (blow := next_blow()[1]) and blow["phase"] == "later":
+            timer = threading.Timer(blow["call"] / 10, strike, ("later", blow["call"]))
+            timer.daemon = True
+            timer.start()
+        os.fsync, shutil.rmtree = striking_fsync, striking_rmtree  # type: ignore[assignment]
         train(configuration(FOLDER / "data", FOLDER / NAME, **json.loads(sys.argv[4])), observers=[Blows()])
         strike("end")
     write_rank_status("finished")

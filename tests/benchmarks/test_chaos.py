@@ -90,7 +90,7 @@ def missed_row(run: Path) -> None:
 SPOILT: dict[Callable[[Path], None], str] = {
     another_weight: "tensor ",
     repeated_line: "train.jsonl: lines of steps",
-    staging: "checkpoints [",
+    staging: "checkpoints of steps",
     unfinished: "status: ",
     missed_row: "rows of step 7",
 }
