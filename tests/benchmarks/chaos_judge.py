@@ -168,7 +168,7 @@ def command(folder: Path, name: str, words: list[str]) -> tuple[int, str]:
     """jobs.launch to its end: its exit code and what it printed."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "PYTHONPATH": PATHS, "TMPDIR": str(folder),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", "PAUSE": "0.03",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60", "PAUSE": "0.03",
     }  # fmt: skip
     log = folder / f"{name}.log"
     with log.open("w") as output:
