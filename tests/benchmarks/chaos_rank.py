@@ -123,13 +123,12 @@ def newest_file(suffix: str) -> Path | None:
 
 
 def flip_bit() -> None:
-    """Flips a bit of the newest checkpoint's numbers."""
+    """Flips a bit of one of the newest checkpoint's numbers, the highest of a float's fraction: a low one may change nothing."""
     if file := newest_file(".bin"):
-        with file.open("r+b") as open_file:
-            open_file.seek(file.stat().st_size // 2)
-            byte = open_file.read(1)[0]
-            open_file.seek(-1, os.SEEK_CUR)
-            open_file.write(bytes([byte ^ 1]))
+        content = bytearray(file.read_bytes())
+        words = range(len(content) // 8 * 4, len(content) - 3, 4)
+        content[next(i for i in words if any(content[i : i + 4])) + 2] ^= 0x40
+        file.write_bytes(content)
 
 
 def cut_file() -> None:
