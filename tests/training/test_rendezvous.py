@@ -128,6 +128,22 @@ def test_a_name_that_is_not_one_address_of_this_machine_is_not_bound_to(
     assert said.count("\n") == 1
 
 
+def test_all_nodes_meet_at_torchruns_port_where_none_is_given() -> None:
+    given = options("--nnodes=2", "--node-rank=1", "--master-addr=node-0")
+    assert rendezvous.choose(given) is None
+    assert get_rdzv_endpoint(given) == "node-0:29500"
+
+
+def test_a_number_of_nodes_that_changes_meets_by_c10d_and_keeps_what_is_given_of_its_waits() -> None:
+    given = options("--nnodes=2:8", "--rdzv-endpoint=node-0:29400", "--rdzv-conf=last_call_timeout=3")
+    assert rendezvous.choose(given) is None
+    conf = dict(part.split("=") for part in given.rdzv_conf.split(","))
+    assert (given.rdzv_backend, conf.pop("last_call_timeout")) == ("c10d", "3")
+    assert {"join_timeout", "keep_alive_interval", "keep_alive_max_attempt"} == set(conf)
+    with pytest.raises(UserError, match=r"--nnodes=2:8 needs --rdzv-endpoint=HOST:PORT"):
+        rendezvous.choose(options("--nnodes=2:8"))
+
+
 def test_several_nodes_that_meet_by_c10d_are_warned_in_one_line(capfd: pytest.CaptureFixture) -> None:
     given = options("--nnodes=1:2", "--rdzv-backend=c10d", "--rdzv-endpoint=node-0:29400")
     assert rendezvous.choose(given) is None

@@ -18,6 +18,7 @@ from pipeline.malloc import tune_malloc
 from pipeline.torch_compat import set_timeout
 from pipeline.training.faults.rank_status import ROUND
 
+ARRIVING_S = 60  # nodes start Python at different speeds
 STARTING = timedelta(hours=2)  # from the first contact of all ranks until training begins: a rank may read a checkpoint
 
 
@@ -25,7 +26,7 @@ def start(limit: float = 600) -> torch.device:
     """Joins the process group that torchrun describes, or makes one of a single process; returns this rank's device.
 
     Args:
-        limit: seconds to wait for ranks that have not come yet.
+        limit: seconds to wait for ranks that have not come yet; ARRIVING_S if that is more.
     Raises:
         UserError: more ranks than GPUs on this machine. OtherRankError: ranks have not come, by name.
     """
@@ -51,6 +52,7 @@ def start(limit: float = 600) -> torch.device:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=STARTING)
         return device
+    limit = max(limit, ARRIVING_S)
     waiting = timedelta(seconds=limit)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     shared = dist.TCPStore(host, port, ranks, is_master=False, timeout=waiting)
@@ -84,7 +86,7 @@ def wait_for_ranks(store: dist.Store, attempt: int, rank: int, ranks: int, limit
             missing = [other for other in range(ranks) if not store.check([f"{arrived}/{other}"])]
             raise OtherRankError(
                 f"at the start: waited {limit:.0f} s for {_names(missing, store, attempt)}. Look at the log of its node; "
-                "train.timeout is the limit. jobs.launch --max-restarts=N tries again."
+                f"train.timeout is the limit, from {ARRIVING_S} s on. jobs.launch --max-restarts=N tries again."
             )
         time.sleep(min(0.1 * ranks, 1.0))
         count = store.add(arrived, 0)

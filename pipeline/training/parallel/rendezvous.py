@@ -44,6 +44,7 @@ def choose(options: Namespace) -> dist.TCPStore | None:
         return _on_loopback(options)
     if fewest < nodes:
         _may_change(options)
+    options.master_port = options.master_port or PORT
     if options.rdzv_backend == "static":
         return _on_one_interface(options) if options.node_rank == 0 else None
     _say(
