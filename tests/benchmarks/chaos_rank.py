@@ -123,7 +123,7 @@ def newest_file(suffix: str) -> Path | None:
 
 
 def flip_bit() -> None:
-    """Flips a bit of one of the newest checkpoint's numbers, the highest of a float's fraction: a low one may change nothing."""
+    """Flips a bit of one of the newest checkpoint's numbers, and not a low one, which may change nothing."""
     if file := newest_file(".bin"):
         content = bytearray(file.read_bytes())
         words = range(len(content) // 8 * 4, len(content) - 3, 4)
