@@ -12,7 +12,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
-.PHONY: bench-evaluate bench-intervals bench-links
+.PHONY: bench-evaluate bench-intervals bench-links chaos
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -54,6 +54,9 @@ bench-faults: .venv/ready
 
 bench-nodes: .venv/ready
 	$(BIN)/python tests/benchmarks/node_faults.py
+
+chaos: .venv/ready
+	$(BIN)/python tests/benchmarks/chaos.py
 
 bench-towers: .venv/ready
 	$(BIN)/python tests/benchmarks/towers.py

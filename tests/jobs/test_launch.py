@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from jobs.launch import after_failure, after_signal
 from pipeline.training.faults.preemption import PREEMPTED
-from pipeline.training.faults.rank_status import RankStatus
+from pipeline.training.faults.rank_status import STATUS_FOLDER, RankStatus, read_rank_statuses
 
 pytestmark = pytest.mark.system
 
@@ -242,3 +242,21 @@ def test_a_rank_that_is_preempted_while_the_other_waits_in_start_up_does_not_lea
     code, _ = end_of(launcher)
     assert code == PREEMPTED
     assert time.monotonic() - begin < 25  # torchrun would wait 30 s before it kills
+
+
+def test_a_rank_that_has_failed_is_ended_by_its_launcher_without_becoming_a_preempted_one(tmp_path: Path) -> None:
+    """It waits for rank 0 to print its error; a handler's exit would run while Python ends, with a traceback or an abort."""
+    script = "import signal; from features.errors import UserError; from jobs import entry\n"
+    script += "signal.signal(signal.SIGTERM, entry.sigterm_handler('train'))\n"
+    script += "with entry.user_errors(): raise UserError('no room')\n"
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment = os.environ | rank | {STATUS_FOLDER: str(tmp_path), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "1").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    _, printed = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (-signal.SIGTERM, "")
+    [status] = read_rank_statuses(tmp_path)
+    assert (status.state, status.reason) == ("failed", "no room")

@@ -49,6 +49,9 @@ def write_rank_status(state: State, reason: str = "") -> None:
         return
     if state in ("preempted", "finished") and _in_main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would change the exit code
+    if state in ("failed", "lost") and _in_main_thread():
+        # A handler would call the launcher's SIGTERM preemption, or raise while Python ends.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     env = os.environ
     if state == "started":
         end_heartbeat()  # of an earlier attempt
