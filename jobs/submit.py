@@ -185,7 +185,7 @@ def new(own: Submit, words: Words, records: Records) -> None:
         return
     folder = getattr(checked.settings, "run", None)
     record = Record(
-        name=work.name, job=work.job, cluster=cluster_name, settings=own.cluster, work=work,
+        name=work.name, job=work.job, cluster=cluster_name, settings=backend.settled(own.cluster), work=work,
         run=backend.of_job(folder) if folder else None, command=["jobs.submit", *typed(words)], revision=revision(),
         config=config_hash(checked.settings.model_dump(mode="json")), time=time.time(), user=user(),
     )  # fmt: skip
