@@ -174,7 +174,7 @@ def new(own: Submit, words: Words, records: Records) -> None:
     cluster_name = chosen_cluster(words.own)
     where = f"cluster {cluster_name}"
     backend = open_cluster(own.cluster, where)
-    checked = check(words.verb, words.job)
+    checked, *_ = [check(words.verb, [*words.job, *shlex.split(text)]) for text in own.array or [""]]
     given = Resources.model_validate({key: getattr(own, key) for key in Resources.model_fields})
     request = resources.resolve(words.verb, checked.settings, checked.schema, given, backend)
     work = workload(own, words, request.resources, records, getattr(checked.settings, "follow", None))

@@ -248,7 +248,7 @@ def test_a_job_that_someone_else_creates_meanwhile_is_not_said_to_run_for_us(ser
 @pytest.mark.parametrize("job", NAMES)
 def test_a_workload_that_does_not_exist_is_one_line(job: str, server: FakeServer) -> None:
     with pytest.raises(
-        UserError, match=f"taskfuse-{job} in namespace ml: the cluster refuses: taskfuse-{job} not found"
+        UserError, match=rf"taskfuse-{job} is not in namespace ml: stopped, or deleted \d+ s after its end"
     ):
         K8S.status(workload(job=job), f"ml/taskfuse-{job}")
 

@@ -70,7 +70,9 @@ class Kubernetes(KubernetesSettings):
         found = []
         for element in elements(work):
             with refusals(to, main, element.name):
-                part = to.read(main, element.name)
+                if (part := to.find(main, element.name)) is None:
+                    when = f", or deleted {self.ttl_s} s after its end (ttl_s)" if self.ttl_s is not None else ""
+                    raise UserError(f"{main} {element.name} is not in namespace {to.namespace}: stopped{when}")
                 found.append(of_one(self, element, main, part, partial(_listed, to, element.name)))
         return of_all(found)
 
