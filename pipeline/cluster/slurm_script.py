@@ -35,7 +35,7 @@ state() { echo "$1 $2 ${SLURM_RESTART_COUNT:-0}" >"$log.state.new" && mv "$log.s
 job() {
     local found _
     for _ in 1 2 3 4 5 6 7 8 9 10 11 12; do
-        if found=$(scontrol --oneliner show job "$id"); then break; fi
+        if found=$(scontrol --oneliner show job "$id") || ! command -v scontrol >/dev/null; then break; fi
         sleep 5
     done
     grep -oE "(^| )$1=[^ ]*" <<<"$found" | head -n 1 | cut -d= -f2

@@ -273,6 +273,9 @@ def test_a_script_whose_controller_restarts_asks_it_again(tmp_path: Path, monkey
         (tmp_path / "asked").unlink(missing_ok=True)
         stand_ins(tmp_path, monkeypatch, scontrol=answer.format(tmp_path, silent))
         assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout == said
+    (tmp_path / "scontrol").unlink()
+    nowhere = f"id=7\nPATH={tmp_path}; sleep() {{ echo slept; }}\n{functions}\nis_running && echo yes"
+    assert subprocess.run(["/bin/bash", "-c", nowhere], capture_output=True, text=True, check=True).stdout == "yes\n"
 
 
 def test_a_record_finds_its_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
