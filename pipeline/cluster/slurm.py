@@ -388,7 +388,8 @@ def _slurm(*words: str, text: str = "", check: bool = True) -> str:
     except FileNotFoundError:
         raise UserError(f"{words[0]} is not installed here: run this on a login node of the Slurm cluster") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{words[0]}: no answer from Slurm within {TIMEOUT_S} s") from None
+        queued = ": squeue --me shows whether the job is queued all the same" if words[0] == "sbatch" else ""
+        raise UserError(f"{words[0]}: no answer from Slurm within {TIMEOUT_S} s{queued}") from None
     if check and done.returncode:
         said = " ".join(done.stderr.replace(f"{words[0]}: error: ", "").split())
         raise UserError(f"{words[0]}: {printable(said[:300]) or f'exit code {done.returncode}'}")

@@ -233,6 +233,11 @@ def test_what_a_command_prints_beside_its_answer_is_no_answer(tmp_path: Path, mo
     with pytest.raises(UserError, match=r"sbatch printed no number of a job but 'no.*squeue --me shows"):
         cluster.submit(workload())
     assert cluster.status(workload(), "7") == ("running", "RUNNING on n1", 0)
+    stand_ins(tmp_path, monkeypatch, sbatch="exec sleep 9")
+    monkeypatch.setattr("pipeline.cluster.slurm.TIMEOUT_S", 0.2)
+    with pytest.raises(UserError, match="no answer from Slurm within 0.2 s: squeue --me shows"):
+        cluster.submit(workload())
+    monkeypatch.setattr("pipeline.cluster.slurm.TIMEOUT_S", 60)
     stand_ins(tmp_path, monkeypatch, squeue="printf 'hello \\xff'")
     with pytest.raises(UserError, match="squeue: not what was asked for: 'hello"):
         cluster.status(workload(), "7")
