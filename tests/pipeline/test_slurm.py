@@ -235,7 +235,7 @@ def test_what_a_command_prints_beside_its_answer_is_no_answer(tmp_path: Path, mo
     assert cluster.status(workload(), "7") == ("running", "RUNNING on n1", 0)
     stand_ins(tmp_path, monkeypatch, sbatch="exec sleep 9")
     monkeypatch.setattr("pipeline.cluster.slurm.TIMEOUT_S", 0.2)
-    with pytest.raises(UserError, match="no answer from Slurm within 0.2 s: squeue --me shows"):
+    with pytest.raises(UserError, match=r"no answer from Slurm within 0\.2 s: squeue --me shows"):
         cluster.submit(workload())
     monkeypatch.setattr("pipeline.cluster.slurm.TIMEOUT_S", 60)
     stand_ins(tmp_path, monkeypatch, squeue="printf 'hello \\xff'")
