@@ -174,7 +174,7 @@ def new(own: Submit, words: Words, records: Records) -> None:
     cluster_name = chosen_cluster(words.own)
     where = f"cluster {cluster_name}"
     backend = open_cluster(own.cluster, where)
-    checked = check(words.verb, words.job)
+    checked, *_ = [check(words.verb, [*words.job, *shlex.split(text)]) for text in own.array or [""]]
     given = Resources.model_validate({key: getattr(own, key) for key in Resources.model_fields})
     request = resources.resolve(words.verb, checked.settings, checked.schema, given, backend)
     work = workload(own, words, request.resources, records, getattr(checked.settings, "follow", None))
@@ -185,7 +185,7 @@ def new(own: Submit, words: Words, records: Records) -> None:
         return
     folder = getattr(checked.settings, "run", None)
     record = Record(
-        name=work.name, job=work.job, cluster=cluster_name, settings=own.cluster, work=work,
+        name=work.name, job=work.job, cluster=cluster_name, settings=backend.settled(own.cluster), work=work,
         run=backend.of_job(folder) if folder else None, command=["jobs.submit", *typed(words)], revision=revision(),
         config=config_hash(checked.settings.model_dump(mode="json")), time=time.time(), user=user(),
     )  # fmt: skip

@@ -85,8 +85,11 @@ class FakeHandler(BaseHTTPRequestHandler):
             return (404, missing) if answer is None else (200, answer)
         if self.command == "DELETE":
             return (404, missing) if path in server.gone else (200, {"kind": "Status"})
-        if self.command == "PUT" and "kubeflow" in path and "resourceVersion" not in body["metadata"]:
-            message = "metadata.resourceVersion: must be specified for an update"  # so it is for custom resources
+        versioned = "kubeflow" in path or "poddisruptionbudgets" in path
+        if self.command == "PUT" and versioned and "resourceVersion" not in body["metadata"]:
+            message = (
+                "metadata.resourceVersion: must be specified for an update"  # so it is for budgets and custom resources
+            )
             return 422, {"kind": "Status", "message": message, "code": 422}
         if body["kind"] in server.lost:
             server.found[f"{path}/{body['metadata']['name']}"] = body

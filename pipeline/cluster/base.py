@@ -180,6 +180,10 @@ class Cluster(BaseModel):
         """A path on a job's command line, absolute."""
         return path.absolute()
 
+    def settled(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Its settings for a record: what else would depend on where, or when, the record is read is written out."""
+        return settings
+
     def seen_here(self, path: Path) -> Path:
         """A path of a job as this machine sees it."""
         for there, here in self.paths.items():

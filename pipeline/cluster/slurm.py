@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
@@ -28,6 +28,7 @@ from pipeline.cluster.values import (
 
 TIMEOUT_S = 60  # of one command of Slurm
 POLL_S = 1.0  # between two looks at a log, or at a job that is to end
+SILENT = 60  # answers of squeue in a row that a log which is followed does without
 AGAIN_S = (
     5.0  # between two SIGTERM to a job that is to end: its script passes the first one on, but may not be there yet
 )
@@ -109,6 +110,10 @@ class Slurm(Cluster):
         """A path on a job's command line, absolute."""
         return self._folder() / path
 
+    def settled(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """With the folder of this process, which a later one asks for the job's files."""
+        return {**settings, "folder": str(self._folder())}
+
     def render(self, work: Workload) -> str:
         """The batch script. Raises UserError where Slurm has no such thing, or the time limit is too short."""
         if work.schedule:
@@ -147,7 +152,13 @@ class Slurm(Cluster):
             raise UserError(
                 f"{logs}: {error.strerror}. Set cluster.log_folder to a folder that nodes can write"
             ) from None
-        return _slurm("sbatch", "--parsable", text=script).split(";")[0].strip()
+        printed = _slurm("sbatch", "--parsable", text=script)
+        # A site's wrapper may print more before it.
+        if not (found := re.search(rf"^({NATIVE})(;\S*)?$", printed, re.MULTILINE)):
+            raise UserError(
+                f"sbatch printed no number of a job but {printable(printed[:300])!r}: squeue --me shows whether it is queued"
+            )
+        return found[1]
 
     def status(self, work: Workload, native: str) -> Status:
         """State from squeue; of a job that has left it, from what its script wrote, without need of an accounting database."""
@@ -181,9 +192,14 @@ class Slurm(Cluster):
             raise UserError(f"{next(iter(logs))}: no log yet: the job is {status.state}, {status.detail}")
         launched = LAUNCHER in command(work, self.python or sys.executable)
         read = dict.fromkeys(logs, 0)
-        ended = False
+        ended, silent = False, 0
         while not ended:
-            ended = not follow or self.status(work, native).state in ENDED
+            try:
+                ended, silent = not follow or self.status(work, native).state in ENDED, 0
+            except UserError:  # its log goes on meanwhile
+                silent += 1
+                if silent > SILENT:
+                    raise
             for log, element in logs.items():
                 lines, read[log] = _lines(log, read[log], whole=not ended)
                 yield from filter(None, (_named(line, element, rank, launched) for line in lines))
@@ -205,7 +221,9 @@ class Slurm(Cluster):
             if time.monotonic() >= again:
                 again = time.monotonic() + AGAIN_S
                 _slurm("scancel", "--quiet", "--state=PENDING", native, check=False)
-                _slurm("scancel", "--quiet", "--batch", "--state=RUNNING", "--signal=TERM", native, check=False)
+                # Before its script listens, a signal would end it as if it had failed.
+                if begun := [one for one in _elements(work, native) if self._is_begun(work, one)]:
+                    _slurm("scancel", "--quiet", "--batch", "--state=RUNNING", "--signal=TERM", *begun, check=False)
             time.sleep(POLL_S)
         if self.status(work, native).state not in ENDED:
             _slurm("scancel", "--quiet", native)
@@ -231,6 +249,10 @@ class Slurm(Cluster):
             return _Record(state, code, int(restarts))
         except (OSError, ValueError):
             return None
+
+    def _is_begun(self, work: Workload, element: str) -> bool:
+        record = self._record(work, element)
+        return record is not None and record.state == "running"
 
     def _options(self, work: Workload) -> list[str]:
         """sbatch's. Their order is theirs in the script."""
@@ -309,8 +331,11 @@ def _queue(native: str) -> dict[str, _Queued]:
         if "Invalid job id" in str(error):
             return {}
         raise
-    lines = (line.strip().split("|") for line in listed.splitlines())
-    return {element: _Queued(state, reason, nodes) for element, state, reason, nodes in lines}
+    lines = [line.strip().split("|") for line in listed.splitlines()]
+    found = {line[0]: _Queued(*line[1:]) for line in lines if len(line) == 4}
+    if lines and not found:
+        raise UserError(f"squeue: not what was asked for: {printable(listed[:300])!r}")
+    return found
 
 
 def _lines(log: Path, start: int, whole: bool) -> tuple[list[str], int]:
@@ -351,12 +376,20 @@ def _slurm(*words: str, text: str = "", check: bool = True) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
     try:
         done = subprocess.run(
-            words, input=text, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            words,
+            input=text,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
         )
     except FileNotFoundError:
         raise UserError(f"{words[0]} is not installed here: run this on a login node of the Slurm cluster") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{words[0]}: no answer from Slurm within {TIMEOUT_S} s") from None
+        queued = ": squeue --me shows whether the job is queued all the same" if words[0] == "sbatch" else ""
+        raise UserError(f"{words[0]}: no answer from Slurm within {TIMEOUT_S} s{queued}") from None
     if check and done.returncode:
         said = " ".join(done.stderr.replace(f"{words[0]}: error: ", "").split())
         raise UserError(f"{words[0]}: {printable(said[:300]) or f'exit code {done.returncode}'}")

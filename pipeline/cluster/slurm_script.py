@@ -31,8 +31,16 @@ _NODE_END = """
 _BEGIN = """
 # jobs.submit reads it: running, succeeded, failed, stopped or requeued; the exit code; how often Slurm has requeued the job.
 state() { echo "$1 $2 ${SLURM_RESTART_COUNT:-0}" >"$log.state.new" && mv "$log.state.new" "$log.state"; }
-# A field of this job as Slurm has it now.
-job() { scontrol --oneliner show job "$id" | grep -oE "(^| )$1=[^ ]*" | head -n 1 | cut -d= -f2; }
+# A field of this job as Slurm has it now; nothing where its controller does not answer for a minute.
+job() {
+    local found _
+    for _ in 1 2 3 4 5 6 7 8 9 10 11 12; do
+        if found=$(scontrol --oneliner show job "$id") || ! command -v scontrol >/dev/null; then break; fi
+        sleep 5
+    done
+    grep -oE "(^| )$1=[^ ]*" <<<"$found" | head -n 1 | cut -d= -f2
+}
+is_running() { case $(job JobState) in "" | RUNNING) ;; *) false ;; esac }
 preempted() { case $(job PreemptTime) in "" | None) false ;; esac }
 
 # SIGTERM reaches this shell before the time limit, from jobs.submit stop, and where Slurm ends the job. It is passed on to the
@@ -43,7 +51,7 @@ terminate() {
     interrupted=1
     if [ -n "$told" ]; then return; fi
     told=1
-    if [ -z "$srun" ] || [ "$(job JobState)" != RUNNING ] || preempted; then return; fi
+    if [ -z "$srun" ] || ! is_running || preempted; then return; fi
     while kill -0 "$srun" 2>/dev/null; do
         sleep 1  # also for a step that has just begun, whose processes do not listen yet
         steps=$(squeue --noheader --steps --jobs="$id" --format=%i | grep -E '[.][0-9]+ *$')
@@ -65,6 +73,7 @@ run() {
     code=75
     if [ -n "$told" ]; then return; fi
     nodes=$(job NumNodes)  # fewer than at first, where one was lost
+    nodes=${nodes:-$SLURM_JOB_NUM_NODES}
     begin=$(wc -l <"$log.log")
     set -m  # a process group of its own: Slurm signals that of this shell
     SRUN "$(declare -f node); node \\"\\$@\\"" node "$@" </dev/null &
@@ -101,13 +110,13 @@ done
 
 # A job that somebody ends is not run again: jobs.submit stop sets Requeue=0, scancel leaves no JobState=RUNNING.
 if is_requeued || { [ $code != 0 ] && preempted; }; then
-    if [ "$(job JobState)" != RUNNING ] || [ "$(job Requeue)" = 0 ]; then
+    if ! is_running || [ "$(job Requeue)" = 0 ]; then
         ended=stopped
         exit 143  # not 75, for which a site's RequeueExit may requeue it
     fi
     ended=requeued
     scontrol requeue "$id" || echo "Slurm refuses to requeue this job; its RequeueExit=75 in slurm.conf would, too"
-elif [ $code != 0 ] && [ -n "$told" ] && { [ "$(job JobState)" != RUNNING ] || [ "$(job Requeue)" = 0 ]; }; then
+elif [ $code != 0 ] && [ -n "$told" ] && { ! is_running || [ "$(job Requeue)" = 0 ]; }; then
     ended=stopped
 fi
 exit $code

@@ -17,7 +17,7 @@ def submit(records: Records, record: Record) -> None:
     records.reserve(record)
     try:
         native = backend.submit(record.work)
-    except BaseException:
+    except UserError:  # whatever else ends it here, Ctrl-C too, may come after the job was queued
         records.remove(record.name)
         raise
     records.write(record.model_copy(update={"native": native}))

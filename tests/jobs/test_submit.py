@@ -76,6 +76,9 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["preprocess", "data=demo"], "error: out is missing"),
         (["evaluate"], "error: run is missing"),
         (["nightly", "run=R"], "error: out is missing"),
+        # Of each element of an array, which may give what the others' words lack.
+        (["evaluate", "array=['run=A','rum=B']"], "error: rum: no such setting"),
+        (["evaluate", "array=['run=A','run=B']", "name=My_Job"], "error: name: 'My_Job' is not a DNS label"),
         (["evaluate", "run=R", "nodes=2"], "error: evaluate runs on one node: leave nodes at 1"),
         (["preprocess", "data=demo", "out=O", "gpus_per_node=1"], "error: preprocess uses no GPU"),
         (["train", "dataset=D", "run=R", "gpus_per_node=8", "ranks_per_node=4"], "error: gpus_per_node is 8 and"),

@@ -154,6 +154,58 @@ def test_what_a_job_that_was_deleted_left_behind_is_replaced(server: FakeServer)
     assert "10.0.0.0/8" in str(put)
 
 
+def test_a_budget_that_was_left_behind_is_replaced_by_its_version(server: FakeServer) -> None:
+    work, budgets = workload(nodes=2), "/apis/policy/v1/namespaces/ml/poddisruptionbudgets"
+    (ours,) = [d for d in yaml.safe_load_all(K8S.render(work)) if d["kind"] == "PodDisruptionBudget"]
+    server.refuse = {"PodDisruptionBudget": (409, "already exists")}
+    server.found[f"{budgets}/taskfuse-train"] = ours | {"metadata": ours["metadata"] | {"resourceVersion": "7"}}
+    K8S.submit(work)
+    assert [body["metadata"]["resourceVersion"] for verb, _, body in server.seen if verb == "PUT"] == ["7"]
+
+
+@pytest.mark.parametrize(("owner", "deleted"), [("taskfuse-train", True), ("another", False)])
+def test_what_was_created_without_an_answer_is_deleted_again(owner: str, deleted: bool, server: FakeServer) -> None:
+    server.failures["POST", SERVICES] = [(504, {})]
+    ours = left("Service")["metadata"]["labels"]
+    server.found[f"{SERVICES}/taskfuse-train"] = left("Service", ours | {"app.kubernetes.io/instance": owner})
+    with pytest.raises(UserError, match="failure 504"):
+        K8S.submit(workload())
+    gone = [path for verb, path in requests(server) if verb == "DELETE"]
+    assert gone == ["services/taskfuse-train"] * deleted + [
+        "serviceaccounts/taskfuse-train",
+        "networkpolicies/taskfuse-train",
+    ]
+
+
+def test_a_submission_that_is_interrupted_leaves_nothing(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    work = workload(job="explain", array=[["a=1"], ["a=2"]])
+    create = backend.Connection.create
+    counted = iter(range(9))
+    monkeypatch.setattr(
+        backend.Connection, "create", lambda *args: (interrupted if next(counted) == 4 else create)(*args)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        K8S.submit(work)
+    made = [path for verb, path in requests(server) if verb == "POST"]
+    assert len([path for verb, path in requests(server) if verb == "DELETE"]) == len(made) == 4
+
+
+def test_the_secret_of_the_registry_is_the_pod_s(server: FakeServer) -> None:
+    cluster(allow_tag=True, pull_secret="registry").submit(workload())
+    pod = server.seen[-1][2]["spec"]["template"]["spec"]
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+
+
+def test_a_record_keeps_the_context_of_its_submission(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert K8S.settled({"namespace": "x"}) == {"namespace": "x", "context": "here"}
+    assert cluster(context="away").settled({}) == {"context": "away"}
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", "/nowhere")
+    assert K8S.settled({}) == {"context": None}
+
+
 @pytest.mark.parametrize("labels", [{}, {"app.kubernetes.io/instance": "taskfuse-train"}])
 def test_an_object_of_someone_else_is_not_replaced(labels: dict[str, str], server: FakeServer) -> None:
     server.refuse = {"Service": (409, "services taskfuse-train already exists")}
@@ -196,7 +248,7 @@ def test_a_job_that_someone_else_creates_meanwhile_is_not_said_to_run_for_us(ser
 @pytest.mark.parametrize("job", NAMES)
 def test_a_workload_that_does_not_exist_is_one_line(job: str, server: FakeServer) -> None:
     with pytest.raises(
-        UserError, match=f"taskfuse-{job} in namespace ml: the cluster refuses: taskfuse-{job} not found"
+        UserError, match=rf"taskfuse-{job} is not in namespace ml: stopped, or deleted \d+ s after its end"
     ):
         K8S.status(workload(job=job), f"ml/taskfuse-{job}")
 
@@ -285,6 +337,12 @@ def test_what_kubernetes_cannot_do_is_refused_before_it_is_asked(server: FakeSer
             K8S.submit(workload(**given))
     with pytest.raises(UserError, match="form=jobset takes a fixed number of nodes"):
         cluster(allow_tag=True, form="jobset").submit(workload(nodes="1..2"))
+    with pytest.raises(UserError, match="suspend=true: the queue q starts whatever is suspended in it"):
+        cluster(allow_tag=True, queue="q").submit(workload(suspend=True))
+    for form, length, given in (("job", 52, {"schedule": "0 * * * *"}), ("jobset", 48, {})):  # pods 10 and on
+        K8S.model_copy(update={"form": form}).render(workload(name="n" * length, nodes=10, **given))
+        with pytest.raises(UserError, match="too long by 1 characters: pods are named after it"):
+            K8S.model_copy(update={"form": form}).render(workload(name="n" * length, nodes=11, **given))
     assert server.seen == []
 
 

@@ -211,6 +211,85 @@ def test_a_machine_without_slurm_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         slurm(folder=str(tmp_path)).submit(workload())
 
 
+def stand_ins(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Commands of Slurm that are these lines of shell; each appends what it is told to `asked`."""
+    for name, lines in scripts.items():
+        (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{folder}/asked\n{lines}\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("printed", ["4711", "4711;cluster", "Welcome\n4711\nSee 12 for more"])
+def test_the_number_of_a_job_is_found_in_what_sbatch_prints(
+    printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(tmp_path, monkeypatch, sbatch=f"cat <<'.'\n{printed}\n.")
+    assert slurm(folder=str(tmp_path)).submit(workload()) == "4711"
+
+
+def test_what_a_command_prints_beside_its_answer_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = slurm(folder=str(tmp_path))
+    stand_ins(tmp_path, monkeypatch, sbatch="echo no", squeue="echo hello; echo '7|RUNNING|None|n1'")
+    with pytest.raises(UserError, match=r"sbatch printed no number of a job but 'no.*squeue --me shows"):
+        cluster.submit(workload())
+    assert cluster.status(workload(), "7") == ("running", "RUNNING on n1", 0)
+    stand_ins(tmp_path, monkeypatch, sbatch="exec sleep 9")
+    monkeypatch.setattr("pipeline.cluster.slurm.TIMEOUT_S", 0.2)
+    with pytest.raises(UserError, match=r"no answer from Slurm within 0\.2 s: squeue --me shows"):
+        cluster.submit(workload())
+    monkeypatch.setattr("pipeline.cluster.slurm.TIMEOUT_S", 60)
+    stand_ins(tmp_path, monkeypatch, squeue="printf 'hello \\xff'")
+    with pytest.raises(UserError, match="squeue: not what was asked for: 'hello"):
+        cluster.status(workload(), "7")
+
+
+def test_a_log_is_followed_while_squeue_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster.slurm.POLL_S", 0.01)
+    (tmp_path / "runs" / "slurm").mkdir(parents=True)
+    (tmp_path / "runs" / "slurm" / "run-1-7.log").write_text(" 0: begin\n")
+    down = f"[ $(wc -l <{tmp_path}/asked) -gt 3 ] || exit 1; echo '7|COMPLETED|None|n1'"
+    stand_ins(tmp_path, monkeypatch, squeue=down)
+    assert list(slurm(folder=str(tmp_path)).logs(workload(), "7", None, follow=True)) == ["node 0: begin"]
+    stand_ins(tmp_path, monkeypatch, squeue="exit 1")
+    with pytest.raises(UserError, match="squeue: exit code 1"):
+        list(slurm(folder=str(tmp_path)).logs(workload(), "7", None, follow=True))
+
+
+def test_a_job_whose_script_does_not_listen_yet_gets_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cluster.slurm.POLL_S", 0.01)
+    stand_ins(tmp_path, monkeypatch, squeue="echo '7|RUNNING|None|n1'", scancel="", scontrol="")
+    cluster, state = slurm(folder=str(tmp_path)), tmp_path / "runs" / "slurm" / "run-1-7.state"
+    state.parent.mkdir(parents=True)
+    for content, told in (("requeued 75 0", 0), ("running - 1", 1)):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        state.write_text(content)
+        cluster.stop(workload(grace_s=1), "7")
+        asked = (tmp_path / "asked").read_text()
+        assert asked.count("--signal=TERM 7") == told
+        assert asked.splitlines()[-1] == "scancel --quiet 7"
+
+
+def test_a_script_whose_controller_restarts_asks_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "[ $(wc -l <{0}/asked) -gt {1} ] || exit 1; echo 'JobId=7 JobState=RUNNING Requeue=1'"
+    script = slurm().render(workload())
+    functions = script[script.index("job() {") : script.index("preempted() {")]
+    ask = f"id=7\nsleep() {{ :; }}\n{functions}\njob JobState; is_running && echo yes"
+    for silent, said in ((3, "RUNNING\nyes\n"), (99, "yes\n")):  # what is not known does not end a job
+        (tmp_path / "asked").unlink(missing_ok=True)
+        stand_ins(tmp_path, monkeypatch, scontrol=answer.format(tmp_path, silent))
+        assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout == said
+    (tmp_path / "scontrol").unlink()
+    nowhere = f"id=7\nPATH={tmp_path}; sleep() {{ echo slept; }}\n{functions}\nis_running && echo yes"
+    assert subprocess.run(["/bin/bash", "-c", nowhere], capture_output=True, text=True, check=True).stdout == "yes\n"
+
+
+def test_a_record_finds_its_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settled = slurm(folder=None).settled({"backend": "slurm"})
+    monkeypatch.chdir("/")
+    assert Slurm.model_validate(settled).of_job(Path("run")) == tmp_path / "run"
+
+
 def test_each_line_of_a_log_names_its_process(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "slurm"
     folder.mkdir(parents=True)

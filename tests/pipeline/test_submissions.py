@@ -80,6 +80,16 @@ def test_a_refused_submission_leaves_no_record_and_one_that_was_cut_off_is_said_
     )
 
 
+def test_an_interrupted_submission_keeps_its_record(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.cluster.local.Local.submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.submit(records, submission())
+    assert records.names() == ["prep"]
+
+
 def test_the_newest_submission_is_listed_first(records: Records) -> None:
     for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
         records.reserve(submission(name, time=when))

@@ -36,6 +36,8 @@ CUSTOM = {
     "TrainingRuntime": ("trainer.kubeflow.org", "v1alpha1", "trainingruntimes"),
     "TrainJob": ("trainer.kubeflow.org", "v1alpha1", "trainjobs"),
 }
+# The client does not check what a kubeconfig looks like before it walks through it.
+BAD_KUBECONFIG = (config.ConfigException, yaml.YAMLError, OSError, TypeError, LookupError, AttributeError)
 T = TypeVar("T")
 
 
@@ -115,6 +117,14 @@ def retried(send: Callable[[], T], codes: tuple[int, ...]) -> T:
     raise AssertionError("unreachable")
 
 
+def current_context() -> str | None:
+    """The name of the kubeconfig's; None where there is no usable kubeconfig, as inside a cluster."""
+    try:
+        return str(config.list_kube_config_contexts()[1]["name"])
+    except BAD_KUBECONFIG:
+        return None
+
+
 def connect(cluster: KubernetesSettings, namespace: str | None = None) -> Connection:
     """A client for the cluster's context, by default the current one, or for the cluster this runs in.
 
@@ -129,8 +139,7 @@ def connect(cluster: KubernetesSettings, namespace: str | None = None) -> Connec
         contexts, current = config.list_kube_config_contexts()
         named = {one["name"]: one for one in contexts} | {None: current}
         own = named[cluster.context]["context"].get("namespace", "default")
-    except (config.ConfigException, yaml.YAMLError, OSError, TypeError, LookupError, AttributeError) as outside:
-        # The client does not check what a kubeconfig looks like before it walks through it.
+    except BAD_KUBECONFIG as outside:
         try:
             if cluster.context:
                 raise config.ConfigException

@@ -12,10 +12,10 @@ from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
 from pipeline.cluster.base import ENDED, Status, Workload, of_rank
-from pipeline.cluster.kubernetes.api import UNAVAILABLE, Connection, connect, refusals
+from pipeline.cluster.kubernetes.api import UNAVAILABLE, Connection, connect, current_context, refusals
 from pipeline.cluster.kubernetes.logs import followed, so_far
 from pipeline.cluster.kubernetes.manifests import check, elements, kinds, main_kind, objects, to_yaml
-from pipeline.cluster.kubernetes.pod import INSTANCE
+from pipeline.cluster.kubernetes.pod import INSTANCE, labels
 from pipeline.cluster.kubernetes.settings import KubernetesSettings
 from pipeline.cluster.kubernetes.status import of_all, of_one
 from pipeline.cluster.values import is_pinned
@@ -27,6 +27,10 @@ STAY = ("NetworkPolicy", "ServiceAccount", "ConfigMap")  # what pods need to the
 
 class Kubernetes(KubernetesSettings):
     """train is an Indexed Job with a headless Service, or a JobSet or TrainJob; others are Jobs, CronJobs, Deployments."""
+
+    def settled(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """With the context that is the current one now: later commands ask that cluster, whichever is current by then."""
+        return {**settings, "context": self.context or current_context()}
 
     def render(self, work: Workload) -> str:
         """Manifests that `kubectl apply -f -` takes. Raises UserError where the image is not one for good."""
@@ -52,9 +56,12 @@ class Kubernetes(KubernetesSettings):
                     with refusals(to, kind, element.name):
                         if _create(to, element.name, kind, part, replace=kind != main):
                             made.append((kind, element.name))
-                except UserError as error:
-                    _roll_back(to, made, main, element.name)
-                    raise _told_of_a_lost_answer(to, error, main, element.name) from None
+                except BaseException as error:  # Ctrl-C too
+                    doubtful = None if kind == main or _is_refusal(error) else kind
+                    _roll_back(to, made, main, element, doubtful)
+                    if isinstance(error, UserError):
+                        raise _told_of_a_lost_answer(to, error, main, element.name) from None
+                    raise
         return f"{to.namespace}/{work.name}"
 
     def status(self, work: Workload, native: str) -> Status:
@@ -63,7 +70,9 @@ class Kubernetes(KubernetesSettings):
         found = []
         for element in elements(work):
             with refusals(to, main, element.name):
-                part = to.read(main, element.name)
+                if (part := to.find(main, element.name)) is None:
+                    when = f", or deleted {self.ttl_s} s after its end (ttl_s)" if self.ttl_s is not None else ""
+                    raise UserError(f"{main} {element.name} is not in namespace {to.namespace}: stopped{when}")
                 found.append(of_one(self, element, main, part, partial(_listed, to, element.name)))
         return of_all(found)
 
@@ -159,8 +168,9 @@ def _create(to: Connection, name: str, kind: str, part: Any, *, replace: bool) -
         left, ours = _metadata(to.read(kind, name)), _metadata(part)
         if left.get("labels") != ours["labels"]:
             raise error from None
-        if kind == "TrainingRuntime":  # only what has a version is replaced
-            part = {**part, "metadata": {**part["metadata"], "resourceVersion": left["resourceVersion"]}}
+        if version := left.get("resourceVersion"):  # budgets and runtimes are not replaced without one
+            part = client.ApiClient().sanitize_for_serialization(part)
+            part["metadata"]["resourceVersion"] = version
         to.replace(kind, name, part)
         return False
     return True
@@ -171,12 +181,27 @@ def _metadata(part: Any) -> dict[str, Any]:
     return dict(plain.get("metadata") or {})
 
 
-def _roll_back(to: Connection, made: list[tuple[str, str]], main: str, name: str) -> None:
-    """Deletes what was created, unless the Job is there after all: its pods must not run without their NetworkPolicy."""
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the server has said that it did nothing."""
+    cause = error.__context__
+    return isinstance(error, UserError) and isinstance(cause, client.ApiException) and cause.status not in UNAVAILABLE
+
+
+def _roll_back(to: Connection, made: list[tuple[str, str]], main: str, work: Workload, doubtful: str | None) -> None:
+    """Deletes what was created, unless the Job is there after all: its pods must not run without their NetworkPolicy.
+
+    Args:
+        made: kind and name of each object. doubtful: kind of one more of `work` that may have been created.
+    """
     with suppress(client.ApiException, HTTPError):
-        is_there = to.find(main, name) is not None
+        is_there = to.find(main, work.name) is not None
+        found = to.find(doubtful, work.name) if doubtful and not is_there else None
+        if (
+            doubtful and found is not None and _metadata(found).get("labels") == labels(work)
+        ):  # else it is someone else's
+            to.delete(doubtful, work.name)
         for kind, own in reversed(made):
-            if own != name or not is_there:
+            if own != work.name or not is_there:
                 to.delete(kind, own)
 
 

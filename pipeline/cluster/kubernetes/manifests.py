@@ -20,6 +20,7 @@ from pipeline.cluster.kubernetes.pod import QUEUE, labels, pod_template, selecto
 from pipeline.cluster.kubernetes.settings import KubernetesSettings
 
 PREEMPTED = os.EX_TEMPFAIL  # the exit code of a job that saved its work, or had none to lose
+LONGEST_HOST = 63  # characters of a host name, which each pod of a training has after its Job
 MIN_PARALLELISM = "kueue.x-k8s.io/job-min-parallelism"
 GROUPS = {
     "NetworkPolicy": "networking.k8s.io/v1",
@@ -246,6 +247,15 @@ def check(cluster: KubernetesSettings, work: Workload) -> None:
             f"after={','.join(work.after)}: Kubernetes starts no Job after another: submit it once the other has "
             "succeeded, or with suspend=true, to be started by hand"
         )
+    if work.suspend and cluster.queue and not work.schedule and not work.service:
+        raise UserError(
+            f"suspend=true: the queue {cluster.queue} starts whatever is suspended in it: leave one of the two out"
+        )
+    suffix = {"CronJob": "-12345678", "JobSet": "-node-0", "TrainJob": "-node-0"}.get(main_kind(cluster, work), "")
+    longest = max(len(one.name) for one in elements(work))
+    over = longest + len(f"{suffix}-{work.nodes.most - 1}{'-abcde' if suffix == '-node-0' else ''}") - LONGEST_HOST
+    if work.kind.spread and over > 0:
+        raise UserError(f"name={work.name}: too long by {over} characters: pods are named after it")
     if work.service and (work.schedule or work.nodes.most > 1 or work.array):
         raise UserError("a service is one pod that runs on: leave schedule, nodes and array out")
     if cluster.form != "job" and work.kind.spread and (work.schedule or work.nodes.is_elastic):

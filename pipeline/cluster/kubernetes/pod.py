@@ -50,6 +50,10 @@ def pod_template(
             subdomain=work.name if work.kind.spread else None,
             termination_grace_period_seconds=work.grace_s,
             service_account_name=work.name,
+            # The pull secrets of the account `default` are not those of a workload's own.
+            image_pull_secrets=[client.V1LocalObjectReference(name=cluster.pull_secret)]
+            if cluster.pull_secret
+            else None,
             automount_service_account_token=False,
             enable_service_links=False,
             share_process_namespace=True,  # process 1 ignores SIGTERM unless it handles it: a job must not be process 1

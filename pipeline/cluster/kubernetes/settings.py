@@ -50,6 +50,7 @@ class KubernetesSettings(Cluster):
     form: Literal["job", "jobset", "trainjob"] = "job"
     image: Image = "taskfuse:0.1.0"
     allow_tag: bool = False
+    pull_secret: ObjectName | None = None
     data_claim: ObjectName = "taskfuse-data"
     runs_claim: ObjectName = "taskfuse-runs"
     storage: Bytes = "100Gi"
