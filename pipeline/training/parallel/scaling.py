@@ -229,7 +229,8 @@ def _assumptions(model: Model, settings: Settings, step: Step, kind: Kind, link:
     cached = any("fused_uvm_caching" in kernels for kernels in settings.kernels.values())
     more = settings.weighting.refuses.get("pipelined") is not None
     return [
-        f"{'public' if kind.memory else 'guessed'}: {kind.name}, {kind.flops[settings.precision] / 1e12:,.4g} TFLOP/s ({settings.precision}), "
+        f"{'public' if kind.memory else 'guessed'}: {kind.name}, "
+        f"{kind.flops[settings.precision] / 1e12:,.4g} TFLOP/s ({settings.precision}), "
         f"{kind.memory_bandwidth / 1e9:,.0f} GB/s of memory, {kind.link / 1e9:,.0f} GB/s to ranks of the node; "
         f"{link.name} of a node to others",
         f"guessed: {kind.flops_share:.0%} of the FLOP/s, {kind.bandwidth_share:.0%} of the memory's, {kind.link_share:.0%} of "
