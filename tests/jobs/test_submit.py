@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from fake_kubernetes import fake_server, write_kubeconfig
 from kubernetes.config import kube_config
+from waiting import wait_for
 
 from features.errors import UserError
 from jobs import submit
@@ -273,13 +273,6 @@ def step(said: str) -> int:
     return int(found.split()[1].replace(",", ""))
 
 
-def wait_for(done: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-
 def test_the_command_line_is_split_by_whom_words_are_for() -> None:
     words = submit.split(
         ["train", "nodes=2", "cluster.queue=a", "model=ple", "--config-dir=C", "+x=1", "--", "nodes=3", "--", "y"]
@@ -287,7 +280,7 @@ def test_the_command_line_is_split_by_whom_words_are_for() -> None:
     assert words == submit.Words(
         "train",
         "",
-        ["nodes=2", "cluster.queue=a", "--config-dir=C"],
+        ["--config-dir=C", "nodes=2", "cluster.queue=a"],
         ["model=ple", "+x=1", "nodes=3", "--", "y"],
         [Path("C")],
     )

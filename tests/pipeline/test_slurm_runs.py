@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import SlurmLab, require_slurm, slurm_lab, wait_for
+from slurm_cluster import SlurmLab, require_slurm, slurm_lab
+from waiting import wait_for
 
 from features.errors import UserError
 from pipeline.cluster.base import ENDED, Status, Workload
