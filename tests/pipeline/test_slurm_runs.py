@@ -19,7 +19,7 @@ STUB = """#!/bin/bash
 word=${!#}
 exec bash -c "${word#*=}"
 """
-# What saves its work when it is told to end, as a run does.
+# Saves its work on SIGTERM, as a run does.
 SAVES = "trap 'echo saved; exit 75' TERM; echo ready; sleep 60 & wait; wait"
 
 
