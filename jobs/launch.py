@@ -1,7 +1,7 @@
 """jobs.launch: torchrun, with an exit code that tells preemption from failure.
 
 torchrun exits with 1 whatever its ranks do once one receives SIGTERM. This one exits with 75 if all ranks of this machine
-have saved their work in a checkpoint or had none yet, or wait for other nodes, also where another node was told to end; with
+have saved their work in a checkpoint or had none yet, or wait for other nodes, also where another node received SIGTERM; with
 0 if they were done nevertheless; arguments are torchrun's. Between SIGTERM and SIGKILL ranks have 600 s, or
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT. A rank that stops beating for train.timeout is killed, also where it is the only one.
 

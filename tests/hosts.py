@@ -34,7 +34,7 @@ class Host:
         return [*within, self.name, str(self.hosts_file), *words]
 
     def start(self, *words: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-        """Starts a process here, in a session of its own; `env` is added to the environment, gloo told to use eth0."""
+        """Starts a process here, in a session of its own; `env` is added to the environment, gloo set to eth0."""
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", **(env or {})}
         return subprocess.Popen(self.command(*words), env=environment, start_new_session=True, text=True, **options)
 
@@ -45,7 +45,7 @@ class Host:
                 os.kill(int(pid), signal.SIGKILL)
 
     def cut(self) -> None:
-        """Cuts its link: nobody is told."""
+        """Cuts its link, without a signal to anybody."""
         _ip("-n", self.namespace, "link", "set", "eth0", "down")
 
     def reconnect(self) -> None:

@@ -6,13 +6,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+from waiting import wait_for
 
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol"]
 NODES = ["n1", "n2"]
@@ -166,16 +165,6 @@ def slurm_lab(*lines: str) -> Iterator[SlurmLab]:
             daemon.wait()
         lab.end()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for(holds: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """The first true value of `holds`; fails the test where it has none in time."""
-    deadline = time.monotonic() + seconds
-    while not (value := holds()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {seconds:.0f} s")
-        time.sleep(0.2)
-    return value
 
 
 def require_slurm() -> None:

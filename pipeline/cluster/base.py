@@ -1,4 +1,4 @@
-"""What every cluster backend offers, and what it is told: a job, its command line and its resources."""
+"""What every cluster backend offers, and what it is given: a job, its command line and its resources."""
 
 import os
 import re

@@ -6,12 +6,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from features.errors import UserError, did_you_mean, fault_text, join_faults
-from pipeline.cluster.base import Cluster
+from pipeline.cluster.base import Backend, Cluster
 from pipeline.cluster.kubernetes.backend import Kubernetes
 from pipeline.cluster.local import Local
 from pipeline.cluster.slurm import Slurm
 
 BACKENDS: dict[str, type[Cluster]] = {"local": Local, "slurm": Slurm, "kubernetes": Kubernetes}
+CHECKED: tuple[type[Backend], ...] = (Local, Slurm, Kubernetes)  # by mypy: they have the protocol's methods
 
 
 def open_cluster(content: Mapping[str, Any], where: str) -> Any:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from features.printable import printable
-from pipeline.run import checkpoint
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run, Start
 from pipeline.storage.files import read_lines
@@ -40,6 +39,8 @@ class Progress(NamedTuple):
 
 def read(path: Path) -> Progress | None:
     """Progress of the run in a folder; None before its trainer has written its first status. Raises UserError."""
+    from pipeline.run import checkpoint  # which imports torch: `list`, `logs` and `stop` do without
+
     run = Run(path)
     if (status := run.status()) is None:
         return None

@@ -126,9 +126,8 @@ class Trainer:
         if self.rank == 0:
             self.run.create(config, schema)
             self.run.write_status("training", self.state.step, self.steps)
-            self.run.add_start(
-                self.state.step, self.ranks, nodes(), restart_reason() or ("resume" if path else "start")
-            )
+            reason = restart_reason() or ("resume" if path else "start")
+            self.run.add_start(self.state.step, self.ranks, nodes(), reason)
             self._drop_repeated_lines()
         dist.barrier()
         self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)

@@ -11,6 +11,7 @@ import yaml
 
 from jobs.plan import main
 from pipeline.dataset.dataset import Dataset
+from pipeline.training.parallel import scaling
 
 DIMS = {"user": 4, "city": 4, "item": 4}
 BOUNDED = """
@@ -179,6 +180,23 @@ def test_step_times_add_up_and_rows_and_hours_follow_from_them(small_dataset: Pa
     assert float(found[1]["exchange"]) == float(found[1]["all-reduce"]) == 0
     assert float(found[8]["exchange"]) > 2 * float(found[4]["exchange"])  # over the network
     assert any(line.startswith("guessed: 40% of the FLOP/s, 50% of the memory") for line in lines)
+
+
+def test_rows_that_pad_a_batch_are_not_trained_on_and_max_steps_ends_a_run(
+    small_dataset: Path, plan: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[str] = []
+    monkeypatch.setattr(scaling, "REPORT_S", 0)
+    monkeypatch.setattr(scaling.logger, "info", reported.append)
+    words = ["kind=cpu-core", "ddr=4GB", "link=1mbit", "train.batch_size=64", "train.max_steps=36000", "scale=[1,48]"]
+    lines = plan(f"dataset={small_dataset}", *words, "train.epochs=1000000")
+    cells = step_times(lines)[48]
+    assert cells["rows a rank"] == "2"
+    seconds = float(cells["step ms"].replace(",", "")) / 1000
+    assert float(cells["rows/s"].replace(",", "")) == pytest.approx(64 / seconds, rel=0.02)
+    assert float(cells["hours"]) == pytest.approx(10 * seconds, rel=0.01)
+    assert any(line.startswith("guessed: CPU core") for line in lines)
+    assert reported[-1] == "planned 1 of 2 numbers of ranks; next: 48 ranks"
 
 
 def test_step_times_are_for_ranks_that_the_tables_do_not_fit_on_too(bounded: list[str], plan: Callable) -> None:

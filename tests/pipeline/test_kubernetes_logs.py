@@ -1,7 +1,6 @@
 """Logs of pods against an API server of our own: those so far, and followed through lost connections and late pods."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 from fake_kubernetes import DROPPED, PODS, FakeServer, current_cluster
 from k8s_manifests import cluster, workload
+from waiting import wait_for
 
 from features.errors import UserError
 from pipeline.cluster.kubernetes import api, logs
@@ -29,10 +29,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServ
 
 
 def wait_for_readers_to_end() -> None:
-    until = time.monotonic() + 10
-    while any(thread.name.startswith(("pods", "run-7")) for thread in threading.enumerate()):
-        assert time.monotonic() < until, "a thread that reads logs outlives them"
-        time.sleep(0.02)
+    def ended() -> bool:
+        return not any(thread.name.startswith(("pods", "run-7")) for thread in threading.enumerate())
+
+    wait_for(ended, "the end of threads that read logs", 10)
 
 
 def pod(name: str, phase: str) -> dict[str, Any]:

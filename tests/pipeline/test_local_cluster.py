@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 from features.errors import UserError
 from pipeline.cluster import local
@@ -43,10 +43,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 def ended(cluster: Local, work: Workload, native: str) -> str:
     """State and detail once the job is over."""
-    until = time.monotonic() + 30
-    while (found := cluster.status(work, native)).state == "running":
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for(lambda: cluster.status(work, native).state != "running", "its end")
+    found = cluster.status(work, native)
     return f"{found.state}, {found.detail}, {found.restarts} restarts"
 
 
@@ -168,13 +166,6 @@ def test_a_real_job_that_refuses_its_settings_is_not_tried_again(cluster: Local)
     native = cluster.submit(work)
     assert ended(cluster, work, native) == "failed, exit code 1, 0 restarts"
     assert [line for line in lines(cluster, work, native) if line.startswith("error: ")]
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_the_supervisor_runs_with_the_python_that_submits() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import SlurmLab, require_slurm, slurm_lab, wait_for
+from slurm_cluster import SlurmLab, require_slurm, slurm_lab
+from waiting import wait_for
 
 from features.errors import UserError
 from pipeline.cluster.base import ENDED, Status, Workload
@@ -18,7 +19,7 @@ STUB = """#!/bin/bash
 word=${!#}
 exec bash -c "${word#*=}"
 """
-# What saves its work when it is told to end, as a run does.
+# Saves its work on SIGTERM, as a run does.
 SAVES = "trap 'echo saved; exit 75' TERM; echo ready; sleep 60 & wait; wait"
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import SlurmLab, require_slurm, slurm_lab, wait_for
+from slurm_cluster import SlurmLab, require_slurm, slurm_lab
 from tiny_training import PATHS, assert_close, assert_identical, last, make_dataset, torchrun
+from waiting import wait_for
 
 from pipeline.cluster.base import ENDED, Workload
 from pipeline.cluster.slurm import Slurm

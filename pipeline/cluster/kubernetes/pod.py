@@ -172,7 +172,7 @@ def _environment(cluster: KubernetesSettings, work: Workload, launched: bool) ->
     if launched:
         # The Job's name is read where it runs: kustomize may have put a prefix before it.
         label = client.V1ObjectFieldSelector(field_path="metadata.labels['batch.kubernetes.io/job-name']")
-        grace_s = max(work.grace_s - 10, 1)  # torchrun kills its ranks 30 s after SIGTERM unless told otherwise
+        grace_s = max(work.grace_s - 10, 1)  # by default torchrun kills its ranks 30 s after SIGTERM
         if work.kind.spread:
             variables.append(client.V1EnvVar(name="JOB_NAME", value_from=client.V1EnvVarSource(field_ref=label)))
         variables.append(client.V1EnvVar(name="TORCH_ELASTIC_SHUTDOWN_TIMEOUT", value=str(grace_s)))

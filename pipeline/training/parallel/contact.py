@@ -1,4 +1,4 @@
-"""Contact of a node's launcher with the store of all launchers: whether it answers, and whether another was told to end."""
+"""Contact of a node's launcher with the store of all launchers: whether it answers, and whether another received SIGTERM."""
 
 import threading
 import time
@@ -14,13 +14,13 @@ class Contact:
     """A thread with a connection of its own: a call to a store whose host is cut off may block for a quarter of an hour.
 
     Args:
-        store: of all launchers; nothing else uses this connection. told: set once this launcher has received SIGTERM.
+        store: of all launchers; nothing else uses this connection. terminated: set once this launcher has received SIGTERM.
     Attributes:
         ended: whether some launcher has received SIGTERM.
     """
 
-    def __init__(self, store: dist.Store, told: threading.Event) -> None:
-        self.store, self.told = store, told
+    def __init__(self, store: dist.Store, terminated: threading.Event) -> None:
+        self.store, self.terminated = store, terminated
         self.ended, self._broken, self._answered = False, False, time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="contact")
@@ -36,7 +36,7 @@ class Contact:
         return 0 if self._broken else time.monotonic() - self._answered
 
     def wait_for_end(self) -> bool:
-        """Whether another launcher was told to end, given the time in which this one hears of it."""
+        """Whether another launcher received SIGTERM, given the time in which this one hears of it."""
         end = time.monotonic() + PEERS_READ_S
         while not (self.ended or self._broken) and time.monotonic() < end:
             time.sleep(0.05)
@@ -45,7 +45,7 @@ class Contact:
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                if self.told.is_set():
+                if self.terminated.is_set():
                     self.store.set(_ENDED, "")
                 self.ended = self.ended or self.store.check([_ENDED])
                 self._answered = time.monotonic()

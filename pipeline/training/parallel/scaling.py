@@ -1,7 +1,9 @@
 """How training scales: step time and rows/s of a model on 1, 2, 4, ... ranks of a kind, and whether its tables fit."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
 
 from tabulate import tabulate
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection
@@ -27,6 +29,8 @@ from pipeline.training.parallel.plan import Cluster
 from pipeline.training.parallel.step_time import Part, Step, Table, step_time
 from pipeline.training.step import TrainStep
 
+logger = logging.getLogger(__name__)
+REPORT_S = 5.0  # between lines that report how far the planning is
 ROWS = 8  # of the batch whose FLOPs are counted
 NUMBER = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
 UNLIMITED = 1 << 60
@@ -179,18 +183,21 @@ def scaling_report(
         settings: with rank_batch_size each rank has as many rows at any number of them, else batch_size is shared.
         cluster: memory and ranks of a node.
     """
-    cells, left_out = [], []
+    cells, left_out, reported = [], [], monotonic()
     alone, _ = placed_step(model, _on(1, settings, cluster), replace(cluster, ranks=1))
     alone_rate = alone.rows / step_time(alone, kind, link).total
-    for ranks in counts:
+    for number, ranks in enumerate(counts):
+        if monotonic() - reported > REPORT_S:
+            logger.info(f"planned {number} of {len(counts)} numbers of ranks; next: {ranks} ranks")
+            reported = monotonic()
         try:
             chosen = _on(ranks, settings, cluster)
             step, fits = placed_step(model, chosen, replace(cluster, ranks=ranks))
         except UserError as error:
             left_out.append(f"{ranks} ranks left out: {error}")
             continue
-        time = step_time(step, kind, link)
-        rate = step.rows * ranks / time.total
+        time, batch = step_time(step, kind, link), chosen.order(ranks).batch_size
+        rate = batch / time.total  # rows that pad a rank's part of the batch take time and train nothing
         parts = (time.total, time.compute, time.tables, time.exchange, time.all_reduce)
         row = [
             str(ranks),
@@ -199,7 +206,8 @@ def scaling_report(
             *(f"{1e3 * s:,.2f}" for s in parts),
         ]
         row += [f"{rate:,.0f}", f"{rate / ranks / alone_rate:.1%}"]
-        row += [f"{model.rows * settings.epochs / rate / 3600:,.2f}"] if model.rows else []
+        rows = min((model.rows or 0) * settings.epochs, (settings.max_steps or UNLIMITED) * batch)
+        row += [f"{rows / rate / 3600:,.2f}"] if model.rows else []
         cells.append([*row, "yes" if fits else "no"])
     head = [*HEAD, *(["hours"] if model.rows else []), "fits"]
     table = tabulate(cells, head, "plain", disable_numparse=True, colalign=["right"] * len(head))
@@ -221,7 +229,8 @@ def _assumptions(model: Model, settings: Settings, step: Step, kind: Kind, link:
     cached = any("fused_uvm_caching" in kernels for kernels in settings.kernels.values())
     more = settings.weighting.refuses.get("pipelined") is not None
     return [
-        f"public: {kind.name}, {kind.flops[settings.precision] / 1e12:,.4g} TFLOP/s ({settings.precision}), "
+        f"{'public' if kind.memory else 'guessed'}: {kind.name}, "
+        f"{kind.flops[settings.precision] / 1e12:,.4g} TFLOP/s ({settings.precision}), "
         f"{kind.memory_bandwidth / 1e9:,.0f} GB/s of memory, {kind.link / 1e9:,.0f} GB/s to ranks of the node; "
         f"{link.name} of a node to others",
         f"guessed: {kind.flops_share:.0%} of the FLOP/s, {kind.bandwidth_share:.0%} of the memory's, {kind.link_share:.0%} of "
