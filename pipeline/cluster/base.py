@@ -180,6 +180,10 @@ class Cluster(BaseModel):
         """A path on a job's command line, absolute."""
         return path.absolute()
 
+    def pinned(self) -> dict[str, str]:
+        """The settings that depend on the current folder, so that it does not matter from where `status` and others ask."""
+        return {}
+
     def seen_here(self, path: Path) -> Path:
         """A path of a job as this machine sees it."""
         for there, here in self.paths.items():

@@ -105,6 +105,10 @@ class Slurm(Cluster):
                 raise ValueError(f"{name} has line breaks or other control characters, or is not UTF-8")
         return environment
 
+    def pinned(self) -> dict[str, str]:
+        """See Cluster."""
+        return {"folder": str(self._folder())}
+
     def of_job(self, path: Path) -> Path:
         """A path on a job's command line, absolute."""
         return self._folder() / path

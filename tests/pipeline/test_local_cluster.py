@@ -115,6 +115,43 @@ def test_a_killed_supervisor_is_a_failure_of_its_job(cluster: Local, script: Any
     assert ended(cluster, work, native).startswith("failed, ended without an exit code")
 
 
+def test_a_job_does_not_outlive_its_killed_supervisor(cluster: Local, script: Any, tmp_path: Path) -> None:
+    script(f"trap 'touch {tmp_path}/saved; exit 75' TERM; echo ready; while :; do sleep 0.05; done")
+    work = workload()
+    native = cluster.submit(work)
+    wait_for(lambda: lines(cluster, work, native) == ["ready"])
+    os.kill(int(cluster.status(work, native).detail.removeprefix("pid ")), signal.SIGKILL)
+    wait_for((tmp_path / "saved").exists)
+
+
+@pytest.mark.parametrize("signals", ["", "trap '' TERM;"])
+def test_what_a_killed_job_leaves_is_ended_with_it(signals: str, cluster: Local, script: Any, tmp_path: Path) -> None:
+    rank = f"{signals} echo $$ > {tmp_path}/rank; while :; do sleep 0.05; done"
+    script(
+        f'setsid sh -c "{rank.replace("$", chr(92) + "$")}" & while ! test -s {tmp_path}/rank; do :; done; kill -9 $$'
+    )
+    work = workload(retries=0, grace_s=1)
+    assert ended(cluster, work, cluster.submit(work)) == "failed, exit code 137, 0 restarts"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "rank").read_text()), 0)
+
+
+def test_a_job_starts_in_the_folder_of_its_submission_wherever_it_is_submitted_again(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    first = Local(folder=Path("jobs"))
+    kept = Local.model_validate(first.model_dump() | first.pinned())
+    monkeypatch.chdir(tmp_path)
+    script("pwd")
+    native = kept.submit(workload())
+    assert native == str(tmp_path / "there" / "jobs" / "job")
+    assert ended(kept, workload(), native).startswith("succeeded")
+    assert lines(kept, workload(), native) == [str(tmp_path / "there")]
+    assert kept.of_job(Path("run")) == tmp_path / "there" / "run"
+
+
 def test_logs_follow_to_the_end_and_can_be_those_of_one_rank(cluster: Local, script: Any) -> None:
     said = ["12:00:00  rank 0  step 1", "12:00:00  rank 1  step 1", "error (rank 1): lost", "12:00:01  rank 11  step 2"]
     script("sleep 0.5; " + "; ".join(f"echo '{line}'" for line in said) + "; printf 'last\\tline'")
