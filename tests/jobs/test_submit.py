@@ -58,6 +58,9 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["status"], "error: the id is missing: python -m jobs.submit status ID"),
         (["status", "follow=true"], "error: the id is missing"),
         (["status", "none"], "error: no submission none in "),
+        (["resubmit", "x", "nodes=2"], "error: nodes=2: resubmit has no such setting: nodes is of a job, as in"),
+        (["stop", "x", "dry_run=true"], "error: dry_run=true: stop has no such setting"),
+        (["status", "x", "follow=true"], "error: follow=true: status has no such setting: follow is of logs"),
         (["list", "colour=red"], "error: colour: no such setting"),
         (["train", "cluster=locl"], "error: Could not find 'cluster/locl' (did you mean cluster=local?)"),
         (["train", "cluster.backend=x"], "error: cluster local: backend: x is not one of local, slurm, kubernetes"),
@@ -287,7 +290,7 @@ def test_the_command_line_is_split_by_whom_words_are_for() -> None:
     assert words == submit.Words(
         "train",
         "",
-        ["nodes=2", "cluster.queue=a", "--config-dir=C"],
+        ["--config-dir=C", "nodes=2", "cluster.queue=a"],
         ["model=ple", "+x=1", "nodes=3", "--", "y"],
         [Path("C")],
     )
