@@ -6,6 +6,7 @@ import time
 from tabulate import tabulate
 
 from features.errors import UserError
+from features.printable import printable
 from pipeline.cluster.base import ENDED, Status
 from pipeline.submission import progress
 from pipeline.submission.records import Record, Records, revision, user
@@ -17,7 +18,7 @@ def submit(records: Records, record: Record) -> None:
     records.reserve(record)
     try:
         native = backend.submit(record.work)
-    except BaseException:
+    except (UserError, OSError):  # refused; cut off by anything else the job may have been submitted
         records.remove(record.name)
         raise
     records.write(record.model_copy(update={"native": native}))
@@ -43,7 +44,10 @@ def resubmit(records: Records, record: Record) -> None:
 def listed(records: Records) -> str:
     """A line a submission, the newest first."""
     rows = []
-    for record in records.all():
+    found, faults = records.all()
+    for fault in faults:
+        print(f"error: {printable(fault)}", file=sys.stderr)
+    for record in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.time))
         rows.append([record.name, record.job, record.cluster, current(record).state, when, record.run or ""])
     return tabulate(rows, ["id", "job", "cluster", "state", "submitted", "run"], "plain") if rows else "no submissions"

@@ -1,5 +1,6 @@
 """Submissions: records that survive a cut, derived resources against sums by hand, progress of a run written by hand."""
 
+import errno
 import json
 import os
 import time
@@ -78,6 +79,36 @@ def test_a_refused_submission_leaves_no_record_and_one_that_was_cut_off_is_said_
     assert manager.current(records.read("prep")).detail.startswith(
         "prep: jobs.submit was cut off while it was submitted"
     )
+
+
+def test_a_full_disk_leaves_no_record_of_what_was_not_submitted(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.submission.records.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        records.reserve(submission())
+    assert records.names() == []
+
+
+def test_an_interruption_of_a_submission_leaves_its_record(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.cluster.local.Local.submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.submit(records, submission())
+    assert "cut off" in manager.current(records.read("prep")).detail
+
+
+def test_a_damaged_record_does_not_hide_the_others(records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("good", "bad"):
+        records.reserve(submission(name))
+    records.file("bad").write_text(records.file("good").read_text())
+    assert [line.split()[0] for line in manager.listed(records).splitlines()] == ["id", "good"]
+    assert capsys.readouterr().err.count("bad.json") == 1
 
 
 def test_the_newest_submission_is_listed_first(records: Records) -> None:
