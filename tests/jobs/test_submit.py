@@ -58,6 +58,7 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["status"], "error: the id is missing: python -m jobs.submit status ID"),
         (["status", "follow=true"], "error: the id is missing"),
         (["status", "none"], "error: no submission none in "),
+        (["train", "+cluster.environment.U=s3://me:hunter2@host/d"], "error: cluster local: environment.U: a password in"),
         (["resubmit", "x", "nodes=2"], "error: nodes=2: resubmit has no such setting: nodes is of a job, as in"),
         (["stop", "x", "dry_run=true"], "error: dry_run=true: stop has no such setting"),
         (["status", "x", "follow=true"], "error: follow=true: status has no such setting: follow is of logs"),
