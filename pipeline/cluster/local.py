@@ -1,5 +1,6 @@
 """This machine: a job in the background, under a supervisor that writes its log and how it ended."""
 
+import math
 import os
 import shlex
 import signal
@@ -61,7 +62,8 @@ class Local(Cluster):
             raise UserError(f"{folder} is the folder of an earlier job: choose another name=, or remove it")
         make_folder(folder)
         final = ",".join(map(str, work.kind.final))
-        limits = [str(work.time_limit_s), str(work.grace_s), str(0 if work.kind.launched else work.retries), final]
+        seconds = math.inf if work.service else work.time_limit_s
+        limits = [str(seconds), str(work.grace_s), str(0 if work.kind.launched else work.retries), final]
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "pipeline.cluster.supervisor", str(folder), *limits, *words],
             env={**os.environ, **self.environment}, cwd=start, start_new_session=True,
@@ -88,7 +90,8 @@ class Local(Cluster):
         except FileNotFoundError:
             return Status("failed", "ended without an exit code: killed, or this machine was restarted")
         if outcome.stopped:
-            return Status("stopped", f"exit code {outcome.code}", outcome.restarts)
+            why = ", since time_limit_s was over" if outcome.overdue else ""
+            return Status("stopped", f"exit code {outcome.code}{why}", outcome.restarts)
         return Status("failed" if outcome.code else "succeeded", f"exit code {outcome.code}", outcome.restarts)
 
     def logs(self, work: Workload, native: str, rank: int | None, follow: bool) -> Iterator[str]:  # noqa: ARG002

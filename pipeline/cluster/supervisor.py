@@ -23,11 +23,17 @@ PREEMPTED = os.EX_TEMPFAIL
 
 
 class Outcome(NamedTuple):
-    """How a job ended: its exit code, whether it was stopped, how often it was started again."""
+    """How a job ended.
+
+    Attributes:
+        code: its exit code. stopped: by a person, or since its time was over. restarts: how often it was started again.
+        overdue: its time was over.
+    """
 
     code: int
     stopped: bool
     restarts: int
+    overdue: bool = False
 
 
 class Supervisor:
@@ -39,7 +45,7 @@ class Supervisor:
 
     def __init__(self, command: list[str], time_limit_s: float, grace_s: float) -> None:
         self.command, self.grace_s = command, grace_s
-        self.stopped, self.until = False, time.monotonic() + time_limit_s
+        self.stopped, self.overdue, self.until = False, False, time.monotonic() + time_limit_s
         self.process: subprocess.Popen[bytes] | None = None
         self.killed_at = float("inf")
         self.libc = ctypes.CDLL(None)
@@ -66,6 +72,7 @@ class Supervisor:
                 return code if code >= 0 else 128 - code
             if time.monotonic() > self.until and not self.stopped:
                 print("error: time_limit_s is over: ended by SIGTERM", file=sys.stderr, flush=True)
+                self.overdue = True
                 self.stop()
             if time.monotonic() > self.killed_at:
                 with suppress(ProcessLookupError):
@@ -92,7 +99,7 @@ class Supervisor:
             failures += code != PREEMPTED
             again = code == PREEMPTED or (code not in final and failures <= retries)
             if code == 0 or self.stopped or not again:
-                return Outcome(code, self.stopped, restarts)
+                return Outcome(code, self.stopped, restarts, self.overdue)
             restarts += 1
             print(f"exit code {code}: started again", file=sys.stderr, flush=True)
 

@@ -102,7 +102,7 @@ def test_the_time_limit_ends_a_job_as_if_it_was_preempted(cluster: Local, script
     script("trap 'exit 75' TERM; while :; do sleep 0.05; done")
     work = workload(time_limit_s=1)
     native = cluster.submit(work)
-    assert ended(cluster, work, native) == "stopped, exit code 75, 0 restarts"
+    assert ended(cluster, work, native) == "stopped, exit code 75, since time_limit_s was over, 0 restarts"
     assert lines(cluster, work, native) == ["error: time_limit_s is over: ended by SIGTERM"]
 
 
@@ -113,6 +113,12 @@ def test_a_killed_supervisor_is_a_failure_of_its_job(cluster: Local, script: Any
     wait_for(lambda: lines(cluster, work, native) == ["ready"])
     os.kill(int(cluster.status(work, native).detail.removeprefix("pid ")), signal.SIGKILL)
     assert ended(cluster, work, native).startswith("failed, ended without an exit code")
+
+
+def test_a_service_has_no_time_limit(cluster: Local, script: Any) -> None:
+    script("sleep 2")
+    work = workload(time_limit_s=1, service=True)
+    assert ended(cluster, work, cluster.submit(work)) == "succeeded, exit code 0, 0 restarts"
 
 
 def test_a_job_does_not_outlive_its_killed_supervisor(cluster: Local, script: Any, tmp_path: Path) -> None:
