@@ -156,8 +156,7 @@ def run(config: DictConfig, words: Words) -> None:
         case "status":
             print(manager.status(records.read(words.name)))
         case "logs":
-            found = records.read(words.name)
-            for line in found.backend().logs(found.work, found.submitted(), own.rank, own.follow):
+            for line in manager.logs(records.read(words.name), own.rank, own.follow):
                 print(line, flush=True)
         case "stop":
             found = records.read(words.name)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterator
 
 from tabulate import tabulate
 
@@ -28,6 +29,16 @@ def submit(records: Records, record: Record) -> None:
         "follow=true",
         file=sys.stderr,
     )
+
+
+def logs(record: Record, rank: int | None, follow: bool) -> Iterator[str]:
+    """Lines of its log. Raises UserError for a rank that it does not have."""
+    work, ranks = record.work, record.work.nodes.most * record.work.ranks_per_node
+    if rank is not None and not 0 <= rank < ranks:
+        there = "0 alone" if ranks == 1 else f"0 to {ranks - 1}"
+        raise UserError(f"rank={rank}: {record.name} has rank {there}")
+    alone = ranks == 1  # whose lines name no rank
+    yield from record.backend().logs(work, record.submitted(), None if alone else rank, follow)
 
 
 def resubmit(records: Records, record: Record) -> None:

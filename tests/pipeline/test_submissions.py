@@ -111,6 +111,15 @@ def test_a_damaged_record_does_not_hide_the_others(records: Records, capsys: pyt
     assert capsys.readouterr().err.count("bad.json") == 1
 
 
+def test_rank_0_of_one_process_is_all_of_its_log_and_other_ranks_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("12:00:00  step 1\n")
+    found = submission(native=str(tmp_path))
+    assert [*manager.logs(found, 0, follow=False)] == ["12:00:00  step 1"]
+    for rank in (-1, 1):
+        with pytest.raises(UserError, match=f"rank={rank}: prep has rank 0 alone"):
+            [*manager.logs(found, rank, follow=False)]
+
+
 def test_the_newest_submission_is_listed_first(records: Records) -> None:
     for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
         records.reserve(submission(name, time=when))
