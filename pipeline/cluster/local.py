@@ -49,8 +49,8 @@ class Local(Cluster):
 
     def submit(self, work: Workload) -> str:
         """Starts the supervisor in a session of its own. Returns the folder of the log."""
-        for setting, value in (("after", work.after), ("array", work.array), ("schedule", work.schedule)):
-            if value:
+        for setting in ("after", "array", "schedule", "suspend"):
+            if getattr(work, setting):
                 raise UserError(
                     f"{setting} needs a scheduler, and cluster={self.backend} is this machine: leave it out"
                 )

@@ -180,6 +180,7 @@ def test_control_characters_of_a_log_do_not_reach_the_terminal(cluster: Local, s
         ({"job": "train", "nodes": 2}, "nodes is 2, and this machine is one"),
         ({"after": ["1"]}, "after needs a scheduler"),
         ({"schedule": "0 3 * * *"}, "schedule needs a scheduler"),
+        ({"suspend": True}, "suspend needs a scheduler"),
         ({"array": [["date=2026-11-01"]]}, "array needs a scheduler"),
     ],
 )
