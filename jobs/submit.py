@@ -156,8 +156,11 @@ def run(config: DictConfig, words: Words) -> None:
         case "status":
             print(manager.status(records.read(words.name)))
         case "logs":
-            for line in manager.logs(records.read(words.name), own.rank, own.follow):
-                print(line, flush=True)
+            try:
+                for line in manager.logs(records.read(words.name), own.rank, own.follow):
+                    print(line, flush=True)
+            except KeyboardInterrupt:
+                sys.exit(f"{words.name} goes on: jobs.submit status {words.name}, jobs.submit stop {words.name}")
         case "stop":
             found = records.read(words.name)
             found.backend().stop(found.work, found.submitted())

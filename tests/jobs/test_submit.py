@@ -243,6 +243,15 @@ def test_the_base_is_kubernetes_own(call: Call, tmp_path: Path) -> None:
     assert "the folder is missing: python -m jobs.submit base FOLDER" in call("base")
 
 
+def test_who_stops_following_a_log_is_told_that_the_job_goes_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Records, "read", lambda *_: None)
+    monkeypatch.setattr(submit.manager, "logs", interrupted)
+    assert call("logs", "x", "follow=true") == "x goes on: jobs.submit status x, jobs.submit stop x"
+
+
 @pytest.mark.system
 def test_a_training_is_submitted_followed_stopped_and_submitted_again(
     train: list[str], call: Call, tmp_path: Path
