@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.errors import Preempted, UserError, one_line
+from pipeline.processes import children
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import STATUS_FOLDER, RankStatus, read_rank_statuses, silent_ranks
@@ -251,13 +252,6 @@ def end_ranks(timeout: float) -> None:
                 os.kill(pid, number)
         while children() and time.monotonic() < end:
             time.sleep(0.2)
-
-
-def children() -> list[int]:
-    """The processes that this one has started and that have not ended."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    pids = [int(word) for task in tasks for word in task.read_text().split()]
-    return [pid for pid in pids if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
 
 
 def lost(where: str, how: str, asked: bool, folder: Path) -> int | str:

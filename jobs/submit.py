@@ -41,6 +41,8 @@ from pipeline.submission.records import Record, Records, revision, user
 VERBS = ("list", "status", "logs", "stop", "resubmit", "base")
 # Keys of a submission that are not the job's; follow and rank are of logs.
 OWN = {*Resources.model_fields, "name", "after", "array", "schedule", "suspend", "dry_run", "cluster", "submissions"}
+# Of these and those of logs, what verbs take; what others would silently ignore.
+TAKEN = {"logs": {"submissions", "follow", "rank"}, "base": {"submissions", "cluster"}}
 
 
 class Words(NamedTuple):
@@ -107,13 +109,19 @@ def split(words: list[str]) -> Words:
             own.insert(0, word)  # Hydra's parser takes flags before settings, or after them, not between
         elif word in ("--config-dir", "-cd"):
             raise UserError(f"{word}: write --config-dir=DIR")
-        elif word.lstrip("+").partition("=")[0].split(".")[0] in OWN or verb in VERBS:
+        elif (key := word.lstrip("+~").partition("=")[0].split(".")[0]) in OWN or verb in VERBS:
+            if verb in VERBS and key in (OWN | {"follow", "rank"}) - TAKEN.get(verb, {"submissions"}):
+                raise UserError(f"{word}: {verb} has no such setting: {key} is of {_of(key)}")
             own.append(word)
         else:
             job_words.append(word)
     if verb == "base" and not any(word.startswith("cluster=") for word in own):
         own.append("cluster=k8s")
     return Words(verb, name, own, job_words + rest[end + 1 :], dirs)
+
+
+def _of(key: str) -> str:
+    return "logs" if key in ("follow", "rank") else f"a job, as in python -m jobs.submit {next(iter(JOBS))} {key}=VALUE"
 
 
 def main() -> None:
@@ -148,9 +156,11 @@ def run(config: DictConfig, words: Words) -> None:
         case "status":
             print(manager.status(records.read(words.name)))
         case "logs":
-            found = records.read(words.name)
-            for line in found.backend().logs(found.work, found.submitted(), own.rank, own.follow):
-                print(line, flush=True)
+            try:
+                for line in manager.logs(records.read(words.name), own.rank, own.follow):
+                    print(line, flush=True)
+            except KeyboardInterrupt:
+                sys.exit(f"{words.name} goes on: jobs.submit status {words.name}, jobs.submit stop {words.name}")
         case "stop":
             found = records.read(words.name)
             found.backend().stop(found.work, found.submitted())
@@ -185,7 +195,7 @@ def new(own: Submit, words: Words, records: Records) -> None:
         return
     folder = getattr(checked.settings, "run", None)
     record = Record(
-        name=work.name, job=work.job, cluster=cluster_name, settings=backend.settled(own.cluster), work=work,
+        name=work.name, job=work.job, cluster=cluster_name, settings=own.cluster | backend.pinned(), work=work,
         run=backend.of_job(folder) if folder else None, command=["jobs.submit", *typed(words)], revision=revision(),
         config=config_hash(checked.settings.model_dump(mode="json")), time=time.time(), user=user(),
     )  # fmt: skip

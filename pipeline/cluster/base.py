@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.cluster.values import Argument, Bytes, Cpu, Cron, Label, Nodes, Variable
+from pipeline.cluster.values import Argument, Bytes, Cpu, Cron, Label, Nodes, Value, Variable
 
 State: TypeAlias = Literal["suspended", "pending", "running", "succeeded", "failed", "stopped", "unknown"]
 ENDED: tuple[State, ...] = ("succeeded", "failed", "stopped")
@@ -160,7 +160,7 @@ class Cluster(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     backend: str
-    environment: dict[Variable, str] = {}
+    environment: dict[Variable, Value] = {}
     resources: Resources = Resources()
     jobs: dict[str, Resources] = {}
     paths: dict[Path, Path] = {}
@@ -180,9 +180,9 @@ class Cluster(BaseModel):
         """A path on a job's command line, absolute."""
         return path.absolute()
 
-    def settled(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Its settings for a record: what else would depend on where, or when, the record is read is written out."""
-        return settings
+    def pinned(self) -> dict[str, Any]:
+        """The settings that depend on where and when they are read, as they are here and now: a record keeps them."""
+        return {}
 
     def seen_here(self, path: Path) -> Path:
         """A path of a job as this machine sees it."""

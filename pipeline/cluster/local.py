@@ -1,5 +1,6 @@
 """This machine: a job in the background, under a supervisor that writes its log and how it ended."""
 
+import math
 import os
 import shlex
 import signal
@@ -22,10 +23,24 @@ MAX_OUTCOME_BYTES = 1 << 12
 
 
 class Local(Cluster):
-    """This machine. folder: of the logs, a folder a submission; null: taskfuse/jobs in XDG_STATE_HOME or ~/.local/state."""
+    """This machine.
+
+    Attributes:
+        folder: of the logs, a folder a submission; None: taskfuse/jobs in XDG_STATE_HOME or ~/.local/state.
+        working_folder: that jobs start in; None: that of the submission.
+    """
 
     backend: Literal["local"] = "local"
     folder: Path | None = None
+    working_folder: Path | None = None
+
+    def pinned(self) -> dict[str, Any]:
+        """See Cluster."""
+        return {"folder": str(self._folder()), "working_folder": str(self.of_job(Path()))}
+
+    def of_job(self, path: Path) -> Path:
+        """A path on a job's command line, absolute."""
+        return (self.working_folder or Path()).absolute() / path
 
     def render(self, work: Workload) -> str:
         """The command line, quoted for a shell."""
@@ -34,21 +49,24 @@ class Local(Cluster):
 
     def submit(self, work: Workload) -> str:
         """Starts the supervisor in a session of its own. Returns the folder of the log."""
-        for setting, value in (("after", work.after), ("array", work.array), ("schedule", work.schedule)):
-            if value:
+        for setting in ("after", "array", "schedule", "suspend"):
+            if getattr(work, setting):
                 raise UserError(
                     f"{setting} needs a scheduler, and cluster={self.backend} is this machine: leave it out"
                 )
         words = _command(work)
-        folder = (self.folder or state_folder() / "jobs") / work.name
+        folder, start = self._folder() / work.name, self.of_job(Path())
+        if not start.is_dir():
+            raise UserError(f"{start}, the working folder of the job, is gone: set cluster.working_folder")
         if (folder / LOG).exists():
             raise UserError(f"{folder} is the folder of an earlier job: choose another name=, or remove it")
         make_folder(folder)
         final = ",".join(map(str, work.kind.final))
-        limits = [str(work.time_limit_s), str(work.grace_s), str(0 if work.kind.launched else work.retries), final]
+        seconds = math.inf if work.service else work.time_limit_s
+        limits = [str(seconds), str(work.grace_s), str(0 if work.kind.launched else work.retries), final]
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "pipeline.cluster.supervisor", str(folder), *limits, *words],
-            env={**os.environ, **self.environment}, start_new_session=True,
+            env={**os.environ, **self.environment}, cwd=start, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         started = lambda: (folder / LOG).exists() or supervisor.poll() is not None  # noqa: E731
@@ -56,6 +74,9 @@ class Local(Cluster):
         if not (folder / LOG).exists():
             raise UserError(f"{folder}: the job's supervisor could not start, with exit code {supervisor.returncode}")
         return str(folder)
+
+    def _folder(self) -> Path:
+        return (self.folder or state_folder() / "jobs").absolute()
 
     def status(self, work: Workload, native: str) -> Status:
         """Running while the supervisor lives; then what it wrote last."""
@@ -69,7 +90,8 @@ class Local(Cluster):
         except FileNotFoundError:
             return Status("failed", "ended without an exit code: killed, or this machine was restarted")
         if outcome.stopped:
-            return Status("stopped", f"exit code {outcome.code}", outcome.restarts)
+            why = ", since time_limit_s was over" if outcome.overdue else ""
+            return Status("stopped", f"exit code {outcome.code}{why}", outcome.restarts)
         return Status("failed" if outcome.code else "succeeded", f"exit code {outcome.code}", outcome.restarts)
 
     def logs(self, work: Workload, native: str, rank: int | None, follow: bool) -> Iterator[str]:  # noqa: ARG002

@@ -106,13 +106,13 @@ class Slurm(Cluster):
                 raise ValueError(f"{name} has line breaks or other control characters, or is not UTF-8")
         return environment
 
+    def pinned(self) -> dict[str, Any]:
+        """The folder of this process, which a later one asks for the job's files."""
+        return {"folder": str(self._folder())}
+
     def of_job(self, path: Path) -> Path:
         """A path on a job's command line, absolute."""
         return self._folder() / path
-
-    def settled(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """With the folder of this process, which a later one asks for the job's files."""
-        return {**settings, "folder": str(self._folder())}
 
     def render(self, work: Workload) -> str:
         """The batch script. Raises UserError where Slurm has no such thing, or the time limit is too short."""

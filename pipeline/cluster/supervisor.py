@@ -1,9 +1,11 @@
 """Supervisor of a local job: python -m pipeline.cluster.supervisor FOLDER TIME_LIMIT_S GRACE_S RETRIES FINAL COMMAND...
 
 It runs the command with its output in FOLDER/log, again after exit code 75 and after up to RETRIES other failures, passes
-SIGTERM on, and writes FOLDER/outcome.json when all is over. As long as it lives it holds the lock of FOLDER/pid.
+SIGTERM on, and writes FOLDER/outcome.json when all is over. As long as it lives it holds the lock of FOLDER/pid; no process
+of the job outlives an attempt, and SIGTERM reaches the job if the supervisor is killed itself.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.processes import adopt, children, end_with
 from pipeline.storage.files import storage_of, write_json
 
 LOG, LOCK, OUTCOME = "log", "pid", "outcome.json"
@@ -20,11 +23,17 @@ PREEMPTED = os.EX_TEMPFAIL
 
 
 class Outcome(NamedTuple):
-    """How a job ended: its exit code, whether it was stopped, how often it was started again."""
+    """How a job ended.
+
+    Attributes:
+        code: its exit code. stopped: by a person, or since its time was over. restarts: how often it was started again.
+        overdue: its time was over.
+    """
 
     code: int
     stopped: bool
     restarts: int
+    overdue: bool = False
 
 
 class Supervisor:
@@ -36,9 +45,11 @@ class Supervisor:
 
     def __init__(self, command: list[str], time_limit_s: float, grace_s: float) -> None:
         self.command, self.grace_s = command, grace_s
-        self.stopped, self.until = False, time.monotonic() + time_limit_s
+        self.stopped, self.overdue, self.until = False, False, time.monotonic() + time_limit_s
         self.process: subprocess.Popen[bytes] | None = None
         self.killed_at = float("inf")
+        self.libc = ctypes.CDLL(None)
+        adopt(self.libc)
         signal.signal(signal.SIGTERM, lambda *_: self.stop())
 
     def stop(self) -> None:
@@ -50,17 +61,35 @@ class Supervisor:
 
     def attempt(self) -> int:
         """Runs the command once. Returns its exit code, as a shell has it for a signal."""
-        self.process = subprocess.Popen(self.command, start_new_session=True)
+        parent, libc = os.getpid(), self.libc
+        self.process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=lambda: end_with(parent, libc))
+        if self.stopped:  # while there was no process
+            self.process.send_signal(signal.SIGTERM)
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = self.process.wait(0.2)
+                self._end_orphans()
                 return code if code >= 0 else 128 - code
             if time.monotonic() > self.until and not self.stopped:
                 print("error: time_limit_s is over: ended by SIGTERM", file=sys.stderr, flush=True)
+                self.overdue = True
                 self.stop()
             if time.monotonic() > self.killed_at:
                 with suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _end_orphans(self) -> None:
+        """Ends what the job has left, such as the ranks of a launcher that was killed: they would work on unwatched."""
+        until, told = min(self.killed_at, time.monotonic() + self.grace_s), set[int]()
+        while left := set(children()):
+            killed = time.monotonic() > until
+            for pid in left if killed else left - told:
+                os.kill(pid, signal.SIGKILL if killed else signal.SIGTERM)
+            told |= left
+            time.sleep(0.05)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
     def run(self, retries: int, final: set[int]) -> Outcome:
         """Runs the command until it has succeeded, failed for good, or was stopped."""
@@ -70,7 +99,7 @@ class Supervisor:
             failures += code != PREEMPTED
             again = code == PREEMPTED or (code not in final and failures <= retries)
             if code == 0 or self.stopped or not again:
-                return Outcome(code, self.stopped, restarts)
+                return Outcome(code, self.stopped, restarts, self.overdue)
             restarts += 1
             print(f"exit code {code}: started again", file=sys.stderr, flush=True)
 

@@ -73,10 +73,15 @@ def _argument(text: str) -> str:
     if has_controls(re.sub(r"[\n\t]", "", text)):
         raise ValueError(f"{text!r} has control characters, or is not UTF-8")
     refuse_lookups(text)
+    try:
+        return _without_password(text)
+    except ValueError as error:
+        raise ValueError(f"{text.partition('=')[0]}: {error}") from None
+
+
+def _without_password(text: str) -> str:
     if re.search(r"://[^/@\s]*:[^/@\s]+@", text):
-        raise ValueError(
-            f"{text.partition('=')[0]}: a password in an address would be written down: hand it over as a secret"
-        )
+        raise ValueError("a password in an address would be written down: hand it over as a secret")
     return text
 
 
@@ -90,7 +95,8 @@ def refuse_lookups(text: str) -> None:
     """Raises ValueError where a text holds an interpolation such as ${oc.env:NAME}, resolved here or in the pod."""
     if _LOOKUP.search(text):
         raise ValueError(
-            "an interpolation of ${oc.…} would write a secret into the Job: give it by reference, +secrets.NAME=SECRET/KEY"
+            "an interpolation of ${oc.…} would write a secret down: on Kubernetes give it by reference, "
+            "+cluster.secrets.NAME=SECRET/KEY, elsewhere in the environment that jobs get"
         )
 
 
@@ -175,6 +181,7 @@ Cpu = Annotated[str, _like(rf"{_AMOUNT}m?", "a Kubernetes quantity of CPUs such 
 Bytes = Annotated[str, _like(rf"{_AMOUNT}(k|[KMGTP]i|[MGTP])?", "a Kubernetes quantity of bytes such as 16Gi")]
 Cron = Annotated[str, AfterValidator(_cron)]
 Nodes = Annotated[NodeRange, BeforeValidator(_nodes), PlainSerializer(str, str)]
+Value = Annotated[str, AfterValidator(_without_password)]
 Argument = Annotated[str, AfterValidator(_argument)]
 OneLine = Annotated[str, AfterValidator(_one_line)]
 Network = Annotated[str, AfterValidator(_network)]

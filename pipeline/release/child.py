@@ -2,17 +2,16 @@
 
 import ctypes
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.processes import end_with
 from pipeline.storage.files import appending
 from pipeline.training.faults.preemption import PREEMPTED, PreemptionSignal
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 POLL_S = 0.1
 
 
@@ -38,11 +37,3 @@ def call(command: Sequence[str], output: int) -> int:
             process.terminate()  # once, and not where it has ended
             code = process.wait()
     return PREEMPTED if preemption.received else code
-
-
-def end_with(parent: int, libc: ctypes.CDLL) -> None:
-    """Has this process get SIGTERM when its parent ends, and ends it where that is gone already."""
-    if hasattr(libc, "prctl"):  # Linux
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)

@@ -17,7 +17,8 @@ from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.metrics.evaluated import Evaluated
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.weights import Loading, Tables
-from pipeline.release.child import end_with, run_module
+from pipeline.processes import end_with
+from pipeline.release.child import run_module
 from pipeline.release.night import ModelReference, Strict
 from pipeline.release.scoring import counted, results
 from pipeline.storage.files import make_folder, write_json, write_text

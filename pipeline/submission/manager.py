@@ -2,10 +2,12 @@
 
 import sys
 import time
+from collections.abc import Iterator
 
 from tabulate import tabulate
 
 from features.errors import UserError
+from features.printable import printable
 from pipeline.cluster.base import ENDED, Status
 from pipeline.submission import progress
 from pipeline.submission.records import Record, Records, revision, user
@@ -17,7 +19,7 @@ def submit(records: Records, record: Record) -> None:
     records.reserve(record)
     try:
         native = backend.submit(record.work)
-    except UserError:  # whatever else ends it here, Ctrl-C too, may come after the job was queued
+    except (UserError, OSError):  # refused; cut off by anything else the job may have been submitted
         records.remove(record.name)
         raise
     records.write(record.model_copy(update={"native": native}))
@@ -27,6 +29,16 @@ def submit(records: Records, record: Record) -> None:
         "follow=true",
         file=sys.stderr,
     )
+
+
+def logs(record: Record, rank: int | None, follow: bool) -> Iterator[str]:
+    """Lines of its log. Raises UserError for a rank that it does not have."""
+    work, ranks = record.work, record.work.nodes.most * record.work.ranks_per_node
+    if rank is not None and not 0 <= rank < ranks:
+        there = "0 alone" if ranks == 1 else f"0 to {ranks - 1}"
+        raise UserError(f"rank={rank}: {record.name} has rank {there}")
+    alone = ranks == 1  # whose lines name no rank
+    yield from record.backend().logs(work, record.submitted(), None if alone else rank, follow)
 
 
 def resubmit(records: Records, record: Record) -> None:
@@ -43,7 +55,10 @@ def resubmit(records: Records, record: Record) -> None:
 def listed(records: Records) -> str:
     """A line a submission, the newest first."""
     rows = []
-    for record in records.all():
+    found, faults = records.all()
+    for fault in faults:
+        print(f"error: {printable(fault)}", file=sys.stderr)
+    for record in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.time))
         rows.append([record.name, record.job, record.cluster, current(record).state, when, record.run or ""])
     return tabulate(rows, ["id", "job", "cluster", "state", "submitted", "run"], "plain") if rows else "no submissions"

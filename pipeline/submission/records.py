@@ -85,7 +85,11 @@ class Records:
             raise UserError(
                 f"a submission {record.name} exists: choose another name=, or jobs.submit resubmit {record.name}"
             ) from None
-        self.write(record)
+        try:
+            self.write(record)
+        except BaseException:
+            self.remove(record.name)  # the disk is full, or it was interrupted: nothing is submitted yet
+            raise
 
     def write(self, record: Record) -> None:
         """Replaces a record."""
@@ -104,17 +108,26 @@ class Records:
             near = did_you_mean(name, self.names())
             raise UserError(f"no submission {name}{near} in {self.folder}: jobs.submit list shows them") from None
         try:
-            return Record.model_validate(content)
+            record = Record.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{self.file(name)}: {first_fault(error)}") from None
+        if record.name != name:
+            raise UserError(f"{self.file(name)}: is the record of {record.name}: rename or remove the file")
+        return record
 
     def names(self) -> list[str]:
         """Of all submissions."""
         return sorted(file.stem for file in self.folder.glob("*.json")) if self.folder.is_dir() else []
 
-    def all(self) -> list[Record]:
-        """All records, the newest first."""
-        return sorted(map(self.read, self.names()), key=lambda record: -record.time)
+    def all(self) -> tuple[list[Record], list[str]]:
+        """All records that can be read, the newest first, and what is wrong with the others."""
+        found, faults = list[Record](), list[str]()
+        for name in self.names():
+            try:
+                found.append(self.read(name))
+            except UserError as error:
+                faults.append(str(error))
+        return sorted(found, key=lambda record: -record.time), faults
 
     def file(self, name: str) -> Path:
         """Where the record of a name is."""

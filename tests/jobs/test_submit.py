@@ -58,6 +58,10 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["status"], "error: the id is missing: python -m jobs.submit status ID"),
         (["status", "follow=true"], "error: the id is missing"),
         (["status", "none"], "error: no submission none in "),
+        (["train", "+cluster.environment.U=s3://me:hunter2@host/d"], "error: cluster local: environment.U: a password in"),
+        (["resubmit", "x", "nodes=2"], "error: nodes=2: resubmit has no such setting: nodes is of a job, as in"),
+        (["stop", "x", "dry_run=true"], "error: dry_run=true: stop has no such setting"),
+        (["status", "x", "follow=true"], "error: follow=true: status has no such setting: follow is of logs"),
         (["list", "colour=red"], "error: colour: no such setting"),
         (["train", "cluster=locl"], "error: Could not find 'cluster/locl' (did you mean cluster=local?)"),
         (["train", "cluster.backend=x"], "error: cluster local: backend: x is not one of local, slurm, kubernetes"),
@@ -242,6 +246,15 @@ def test_the_base_is_kubernetes_own(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "base" / "train.yaml").read_text() == (ROOT / "k8s" / "base" / "train.yaml").read_text()
     assert "cluster=local is not Kubernetes" in call("base", tmp_path / "b", "cluster=local")
     assert "the folder is missing: python -m jobs.submit base FOLDER" in call("base")
+
+
+def test_who_stops_following_a_log_is_told_that_the_job_goes_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Records, "read", lambda *_: None)
+    monkeypatch.setattr(submit.manager, "logs", interrupted)
+    assert call("logs", "x", "follow=true") == "x goes on: jobs.submit status x, jobs.submit stop x"
 
 
 @pytest.mark.system

@@ -200,10 +200,10 @@ def test_the_secret_of_the_registry_is_the_pod_s(server: FakeServer) -> None:
 
 
 def test_a_record_keeps_the_context_of_its_submission(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert K8S.settled({"namespace": "x"}) == {"namespace": "x", "context": "here"}
-    assert cluster(context="away").settled({}) == {"context": "away"}
+    assert K8S.pinned() == {"context": "here"}
+    assert cluster(context="away").pinned() == {"context": "away"}
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", "/nowhere")
-    assert K8S.settled({}) == {"context": None}
+    assert K8S.pinned() == {"context": None}
 
 
 @pytest.mark.parametrize("labels", [{}, {"app.kubernetes.io/instance": "taskfuse-train"}])

@@ -100,7 +100,7 @@ def test_the_time_limit_ends_a_job_as_if_it_was_preempted(cluster: Local, script
     script("trap 'exit 75' TERM; while :; do sleep 0.05; done")
     work = workload(time_limit_s=1)
     native = cluster.submit(work)
-    assert ended(cluster, work, native) == "stopped, exit code 75, 0 restarts"
+    assert ended(cluster, work, native) == "stopped, exit code 75, since time_limit_s was over, 0 restarts"
     assert lines(cluster, work, native) == ["error: time_limit_s is over: ended by SIGTERM"]
 
 
@@ -111,6 +111,49 @@ def test_a_killed_supervisor_is_a_failure_of_its_job(cluster: Local, script: Any
     wait_for(lambda: lines(cluster, work, native) == ["ready"])
     os.kill(int(cluster.status(work, native).detail.removeprefix("pid ")), signal.SIGKILL)
     assert ended(cluster, work, native).startswith("failed, ended without an exit code")
+
+
+def test_a_service_has_no_time_limit(cluster: Local, script: Any) -> None:
+    script("sleep 2")
+    work = workload(time_limit_s=1, service=True)
+    assert ended(cluster, work, cluster.submit(work)) == "succeeded, exit code 0, 0 restarts"
+
+
+def test_a_job_does_not_outlive_its_killed_supervisor(cluster: Local, script: Any, tmp_path: Path) -> None:
+    script(f"trap 'touch {tmp_path}/saved; exit 75' TERM; echo ready; while :; do sleep 0.05; done")
+    work = workload()
+    native = cluster.submit(work)
+    wait_for(lambda: lines(cluster, work, native) == ["ready"])
+    os.kill(int(cluster.status(work, native).detail.removeprefix("pid ")), signal.SIGKILL)
+    wait_for((tmp_path / "saved").exists)
+
+
+@pytest.mark.parametrize("signals", ["", "trap '' TERM;"])
+def test_what_a_killed_job_leaves_is_ended_with_it(signals: str, cluster: Local, script: Any, tmp_path: Path) -> None:
+    rank = f"{signals} echo $$ > {tmp_path}/rank; while :; do sleep 0.05; done"
+    script(
+        f'setsid sh -c "{rank.replace("$", chr(92) + "$")}" & while ! test -s {tmp_path}/rank; do :; done; kill -9 $$'
+    )
+    work = workload(retries=0, grace_s=1)
+    assert ended(cluster, work, cluster.submit(work)) == "failed, exit code 137, 0 restarts"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "rank").read_text()), 0)
+
+
+def test_a_job_starts_in_the_folder_of_its_submission_wherever_it_is_submitted_again(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    first = Local(folder=Path("jobs"))
+    kept = Local.model_validate(first.model_dump() | first.pinned())
+    monkeypatch.chdir(tmp_path)
+    script("pwd")
+    native = kept.submit(workload())
+    assert native == str(tmp_path / "there" / "jobs" / "job")
+    assert ended(kept, workload(), native).startswith("succeeded")
+    assert lines(kept, workload(), native) == [str(tmp_path / "there")]
+    assert kept.of_job(Path("run")) == tmp_path / "there" / "run"
 
 
 def test_logs_follow_to_the_end_and_can_be_those_of_one_rank(cluster: Local, script: Any) -> None:
@@ -135,6 +178,7 @@ def test_control_characters_of_a_log_do_not_reach_the_terminal(cluster: Local, s
         ({"job": "train", "nodes": 2}, "nodes is 2, and this machine is one"),
         ({"after": ["1"]}, "after needs a scheduler"),
         ({"schedule": "0 3 * * *"}, "schedule needs a scheduler"),
+        ({"suspend": True}, "suspend needs a scheduler"),
         ({"array": [["date=2026-11-01"]]}, "array needs a scheduler"),
     ],
 )

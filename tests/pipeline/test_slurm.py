@@ -285,9 +285,9 @@ def test_a_script_whose_controller_restarts_asks_it_again(tmp_path: Path, monkey
 
 def test_a_record_finds_its_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settled = slurm(folder=None).settled({"backend": "slurm"})
+    pinned = {"backend": "slurm"} | slurm(folder=None).pinned()
     monkeypatch.chdir("/")
-    assert Slurm.model_validate(settled).of_job(Path("run")) == tmp_path / "run"
+    assert Slurm.model_validate(pinned).of_job(Path("run")) == tmp_path / "run"
 
 
 def test_each_line_of_a_log_names_its_process(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Submissions: records that survive a cut, derived resources against sums by hand, progress of a run written by hand."""
 
+import errno
 import json
 import os
 import time
@@ -80,14 +81,43 @@ def test_a_refused_submission_leaves_no_record_and_one_that_was_cut_off_is_said_
     )
 
 
-def test_an_interrupted_submission_keeps_its_record(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_record_of_what_was_not_submitted(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.submission.records.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        records.reserve(submission())
+    assert records.names() == []
+
+
+def test_an_interruption_of_a_submission_leaves_its_record(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.cluster.local.Local.submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         manager.submit(records, submission())
-    assert records.names() == ["prep"]
+    assert "cut off" in manager.current(records.read("prep")).detail
+
+
+def test_a_damaged_record_does_not_hide_the_others(records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("good", "bad"):
+        records.reserve(submission(name))
+    records.file("bad").write_text(records.file("good").read_text())
+    assert [line.split()[0] for line in manager.listed(records).splitlines()] == ["id", "good"]
+    assert capsys.readouterr().err.count("bad.json") == 1
+
+
+def test_rank_0_of_one_process_is_all_of_its_log_and_other_ranks_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("12:00:00  step 1\n")
+    found = submission(native=str(tmp_path))
+    assert [*manager.logs(found, 0, follow=False)] == ["12:00:00  step 1"]
+    for rank in (-1, 1):
+        with pytest.raises(UserError, match=f"rank={rank}: prep has rank 0 alone"):
+            [*manager.logs(found, rank, follow=False)]
 
 
 def test_the_newest_submission_is_listed_first(records: Records) -> None:

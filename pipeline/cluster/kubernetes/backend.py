@@ -28,9 +28,9 @@ STAY = ("NetworkPolicy", "ServiceAccount", "ConfigMap")  # what pods need to the
 class Kubernetes(KubernetesSettings):
     """train is an Indexed Job with a headless Service, or a JobSet or TrainJob; others are Jobs, CronJobs, Deployments."""
 
-    def settled(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """With the context that is the current one now: later commands ask that cluster, whichever is current by then."""
-        return {**settings, "context": self.context or current_context()}
+    def pinned(self) -> dict[str, Any]:
+        """The context that is the current one now: later commands ask that cluster, whichever is current by then."""
+        return {"context": self.context or current_context()}
 
     def render(self, work: Workload) -> str:
         """Manifests that `kubectl apply -f -` takes. Raises UserError where the image is not one for good."""
