@@ -10,7 +10,7 @@ checkpoint and no restart of --max-restarts, which each node counts for its own 
 nothing is trained twice. All start the same command; where they meet, --rdzv-endpoint, is a host that stays to the end: the
 others end with one line once it has not answered for 60 s (--rdzv-conf=read_timeout). A start waits 15 s for more nodes than
 the least (last_call_timeout), a node 2 hours for a checkpoint (join_timeout); a silent one is gone after 15 s
-(keep_alive_interval x keep_alive_max_attempt). train.lanes must be divisible by every number of ranks.
+(keep_alive_interval x keep_alive_max_attempt).
 
 Examples:
   python -m jobs.launch --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple
@@ -140,8 +140,8 @@ def launch(options: Namespace, folder: Path, told: threading.Event) -> int | str
         return lost(where, one_line(error.__cause__ or error).split(". ")[0], asked, folder)
     finally:
         if membership and membership.contact:
-            if told.is_set():
-                time.sleep(PEERS_READ_S)  # this may be the process that holds the store
+            if told.is_set() or membership.elastic:
+                time.sleep(PEERS_READ_S)  # this may hold the store: others read there why it ends, or that all is done
             membership.contact.stop()
     return 0
 
