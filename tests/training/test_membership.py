@@ -48,7 +48,7 @@ def made() -> Iterator[list[Membership]]:
 def member(
     made: list[Membership], folder: Path, port: int, fewest: int, most: int, identity: str, last_call: int = 1
 ) -> Membership:
-    given = {"last_call_timeout": last_call, "join_timeout": 60, "keep_alive_interval": 1, "keep_alive_max_attempt": 9}
+    given = {"last_call_timeout": last_call, "join_timeout": 60, "keep_alive_interval": 10, "keep_alive_max_attempt": 9}
     parameters = RendezvousParameters(
         "c10d", f"127.0.0.1:{port}", identity, fewest, most, local_addr="127.0.0.1", is_host=False, **given
     )
@@ -68,7 +68,7 @@ def failed(*codes: int) -> RunResult:
 def test_waiting_nodes_join_once_all_ranks_of_this_machine_hold_and_not_before(
     made: list[Membership], store: dist.TCPStore, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    first = member(made, tmp_path, store.port, 1, 2, "held", last_call=5)  # torch looks for others once a second
+    first = member(made, tmp_path, store.port, 1, 2, "held", last_call=5)
     info = first.next_rendezvous()
     assert (info.rank, info.world_size, os.environ[ROUND]) == (0, 1, "0")
     assert first.num_nodes_waiting() == 0
