@@ -157,10 +157,10 @@ def test_ranks_that_have_saved_their_work_are_not_started_again_where_all_nodes_
 
 
 def test_a_launcher_that_is_told_to_end_tells_the_others(store: dist.TCPStore) -> None:
-    told = threading.Event()
-    ours, theirs = (Contact(store.clone(), event) for event in (told, threading.Event()))
+    terminated = threading.Event()
+    ours, theirs = (Contact(store.clone(), event) for event in (terminated, threading.Event()))
     assert not theirs.wait_for_end()
-    told.set()
+    terminated.set()
     assert theirs.wait_for_end()
     assert theirs.silence() < 1
     for contact in (ours, theirs):

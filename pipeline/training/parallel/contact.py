@@ -14,13 +14,13 @@ class Contact:
     """A thread with a connection of its own: a call to a store whose host is cut off may block for a quarter of an hour.
 
     Args:
-        store: of all launchers; nothing else uses this connection. told: set once this launcher has received SIGTERM.
+        store: of all launchers; nothing else uses this connection. terminated: set once this launcher has received SIGTERM.
     Attributes:
         ended: whether some launcher has received SIGTERM.
     """
 
-    def __init__(self, store: dist.Store, told: threading.Event) -> None:
-        self.store, self.told = store, told
+    def __init__(self, store: dist.Store, terminated: threading.Event) -> None:
+        self.store, self.terminated = store, terminated
         self.ended, self._broken, self._answered = False, False, time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="contact")
@@ -45,7 +45,7 @@ class Contact:
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                if self.told.is_set():
+                if self.terminated.is_set():
                     self.store.set(_ENDED, "")
                 self.ended = self.ended or self.store.check([_ENDED])
                 self._answered = time.monotonic()

@@ -43,14 +43,15 @@ class Membership(RendezvousHandler):
     """torchrun's rendezvous of one node.
 
     Args:
-        parameters: torchrun's. folder: of the statuses of this node's ranks. told: set once this launcher has received SIGTERM.
+        parameters: torchrun's. folder: of the statuses of this node's ranks.
+        terminated: set once this launcher has received SIGTERM.
     Attributes:
         elastic: whether the number of nodes may change. contact: with the other launchers; None for a single node.
         joined: whether this node has ever had ranks.
     """
 
-    def __init__(self, parameters: RendezvousParameters, folder: Path, told: threading.Event) -> None:
-        self.folder, self.told = folder, told
+    def __init__(self, parameters: RendezvousParameters, folder: Path, terminated: threading.Event) -> None:
+        self.folder, self.terminated = folder, terminated
         self.elastic, self.single = parameters.min_nodes < parameters.max_nodes, parameters.max_nodes == 1
         self.address = parameters.local_addr or socket.getfqdn()
         self.contact: Contact | None = None
@@ -62,7 +63,7 @@ class Membership(RendezvousHandler):
         if parameters.backend == "c10d":
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             backend, self._shared = create_backend(parameters)
-            self.contact = Contact(clone_of(self._shared), told)
+            self.contact = Contact(clone_of(self._shared), terminated)
             self._torchs: RendezvousHandler = create_handler(self._shared, backend, parameters)
         else:
             self._torchs = get_rendezvous_handler(parameters)
@@ -83,7 +84,7 @@ class Membership(RendezvousHandler):
         if self._shared is not None:
             info, self._rounds, reason = self._with_store(info, self._shared)
         elif self.contact is None and not self.single:
-            self.contact = Contact(clone_of(info.store), self.told)
+            self.contact = Contact(clone_of(info.store), self.terminated)
         os.environ[ROUND], os.environ[REASON] = str(self._rounds), reason
         self.joined, self._reason = True, (_NONE, "")
         return info
