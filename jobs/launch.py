@@ -10,7 +10,7 @@ checkpoint and no restart of --max-restarts, which each node counts for its own 
 nothing is trained twice. All start the same command; where they meet, --rdzv-endpoint, is a host that stays to the end: the
 others end with one line once it has not answered for 60 s (--rdzv-conf=read_timeout). A start waits 15 s for more nodes than
 the least (last_call_timeout), a node 2 hours for a checkpoint (join_timeout); a silent one is gone after 15 s
-(keep_alive_interval x keep_alive_max_attempt). train.lanes must be divisible by every number of ranks.
+(keep_alive_interval x keep_alive_max_attempt).
 
 Examples:
   python -m jobs.launch --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple
@@ -78,8 +78,8 @@ def main() -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory() as name:
         os.environ[STATUS_FOLDER] = name
-        told = end_while_waiting(Path(name), alone=options.nnodes in ("1", "1:1"))
-        code = launch(options, Path(name), told)
+        terminated = end_while_waiting(Path(name), alone=options.nnodes in ("1", "1:1"))
+        code = launch(options, Path(name), terminated)
     del store  # only now: torchrun's static rendezvous shares its server
     if isinstance(code, str):
         print(code, file=sys.stderr)
@@ -90,11 +90,11 @@ def main() -> None:
     os._exit(1 if isinstance(code, str) else code)
 
 
-def launch(options: Namespace, folder: Path, told: threading.Event) -> int | str:
+def launch(options: Namespace, folder: Path, terminated: threading.Event) -> int | str:
     """Starts the ranks, again where they fail, and returns this process's exit code.
 
     Args:
-        options: torchrun's. folder: for the statuses of ranks. told: set once SIGTERM has come.
+        options: torchrun's. folder: for the statuses of ranks. terminated: set once SIGTERM has come.
     """
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -114,7 +114,7 @@ def launch(options: Namespace, folder: Path, told: threading.Event) -> int | str
     where = f"{config.rdzv_endpoint}, where the nodes meet"
     membership = None
     try:
-        membership = Membership(parameters, folder, told)
+        membership = Membership(parameters, folder, terminated)
         limit = parameters.get_as_int("read_timeout", 60) or 60
         watching = threading.Thread(target=watch_ranks, args=(folder, membership, limit, where), daemon=True)
         watching.start()
@@ -135,14 +135,14 @@ def launch(options: Namespace, folder: Path, told: threading.Event) -> int | str
     except RendezvousTimeoutError:
         return f"error: {where}: too few nodes came in time (--rdzv-conf=join_timeout=SECONDS)"
     except (RendezvousError, DistError) as error:
-        asked = told.is_set() or (
+        asked = terminated.is_set() or (
             membership is not None and membership.contact is not None and membership.contact.ended
         )
         return lost(where, one_line(error.__cause__ or error).split(". ")[0], asked, folder)
     finally:
         if membership and membership.contact:
-            if told.is_set():
-                time.sleep(PEERS_READ_S)  # this may be the process that holds the store
+            if terminated.is_set() or membership.elastic:
+                time.sleep(PEERS_READ_S)  # this may hold the store: others read there why it ends, or that all is done
             membership.contact.stop()
     return 0
 
@@ -196,7 +196,7 @@ def end_while_waiting(folder: Path, alone: bool) -> threading.Event:
         folder: to remove then. alone: there are no other nodes, which would have to read that this one ends.
     Returns: set once the signal has come.
     """
-    told = threading.Event()
+    terminated = threading.Event()
     handler = signal.getsignal(signal.SIGTERM)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -205,14 +205,14 @@ def end_while_waiting(folder: Path, alone: bool) -> threading.Event:
     def wait() -> None:
         while number := os.read(read_end, 1):
             if number[0] == signal.SIGTERM:
-                told.set()
+                terminated.set()
                 if signal.getsignal(signal.SIGTERM) is handler:
                     time.sleep(0 if alone else LAST_WORDS_S)
                     shutil.rmtree(folder, ignore_errors=True)
                     os._exit(PREEMPTED)
 
     threading.Thread(target=wait, daemon=True, name="preemption").start()
-    return told
+    return terminated
 
 
 def watch_ranks(folder: Path, membership: "Membership", limit: float, where: str) -> None:
@@ -235,7 +235,7 @@ def watch_ranks(folder: Path, membership: "Membership", limit: float, where: str
                 )  # fmt: skip
         if membership.contact and (silence := membership.contact.silence()) > limit:
             end_ranks(float(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
-            asked = membership.told.is_set() or membership.contact.ended
+            asked = membership.terminated.is_set() or membership.contact.ended
             code = lost(where, f"no answer for {silence:.0f} s", asked, folder)
             if isinstance(code, str):
                 print(code, file=sys.stderr, flush=True)

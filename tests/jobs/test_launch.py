@@ -166,6 +166,23 @@ def test_a_launcher_that_waits_for_another_machine_and_is_told_to_end_has_lost_n
     assert (code, len(said)) == (PREEMPTED, 1 if backend == "c10d" else 0)  # a warning
 
 
+def test_a_node_that_waits_to_join_as_the_run_ends_has_nothing_to_do(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = ("--nnodes=1:2", f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=1")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    body = "from pipeline.training.faults.rank_status import nodes_wait\nsay('runs')\nwait_for(nodes_wait)"
+    first = start(folders[0], body, *words)
+    wait_for(first, (folders[0] / "runs-0-0").exists)
+    second = start(folders[1], body, *words)
+    assert end_of(first)[0] == 0
+    code, said = end_of(second)
+    assert (code, said[1:]) == (0, ["note: the job has ended on the other nodes: nothing is left to do here"])
+
+
 def test_an_error_of_one_line_stays_one_line(tmp_path: Path) -> None:
     launcher = start(tmp_path, 'raise UserError("no such dataset: say another")')
     assert end_of(launcher) == (1, ["error: no such dataset: say another"])

@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from features.errors import OtherRankError, Preempted
 from jobs.launch import lost
 from pipeline.training.faults.preemption import PREEMPTED
-from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, RankStatus
+from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, Alive, RankStatus
 from pipeline.training.parallel.contact import Contact
 from pipeline.training.parallel.membership import Membership
 from pipeline.training.parallel.process_group import lost_contact, raise_file_limit, wait_for_ranks
@@ -45,8 +45,10 @@ def made() -> Iterator[list[Membership]]:
             membership.contact.stop()
 
 
-def member(made: list[Membership], folder: Path, port: int, fewest: int, most: int, identity: str) -> Membership:
-    given = {"last_call_timeout": 1, "join_timeout": 20, "keep_alive_interval": 1, "keep_alive_max_attempt": 9}
+def member(
+    made: list[Membership], folder: Path, port: int, fewest: int, most: int, identity: str, last_call: int = 1
+) -> Membership:
+    given = {"last_call_timeout": last_call, "join_timeout": 60, "keep_alive_interval": 10, "keep_alive_max_attempt": 9}
     parameters = RendezvousParameters(
         "c10d", f"127.0.0.1:{port}", identity, fewest, most, local_addr="127.0.0.1", is_host=False, **given
     )
@@ -66,11 +68,11 @@ def failed(*codes: int) -> RunResult:
 def test_waiting_nodes_join_once_all_ranks_of_this_machine_hold_and_not_before(
     made: list[Membership], store: dist.TCPStore, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    first = member(made, tmp_path, store.port, 1, 2, "held")
+    first = member(made, tmp_path, store.port, 1, 2, "held", last_call=5)
     info = first.next_rendezvous()
     assert (info.rank, info.world_size, os.environ[ROUND]) == (0, 1, "0")
     assert first.num_nodes_waiting() == 0
-    second = member(made, tmp_path_factory.mktemp("other"), store.port, 1, 2, "held")
+    second = member(made, tmp_path_factory.mktemp("other"), store.port, 1, 2, "held", last_call=5)
     rounds: list = []
     joining = threading.Thread(target=lambda: rounds.append(second.next_rendezvous()))
     joining.start()
@@ -87,6 +89,22 @@ def test_waiting_nodes_join_once_all_ranks_of_this_machine_hold_and_not_before(
     assert os.environ[ROUND] == "1"
     assert os.environ[REASON] == "1 more node"
     assert list(tmp_path.glob("[0-9]*")) == [], "statuses of ranks that are gone"
+
+
+def test_ranks_that_hold_for_a_node_that_has_gone_meanwhile_are_started_again(
+    made: list[Membership], store: dist.TCPStore, tmp_path: Path
+) -> None:
+    only = member(made, tmp_path, store.port, 1, 2, "gone")
+    only.next_rendezvous()
+    (tmp_path / NODES_WAITING).touch()  # which the ranks see, and begin to write their checkpoint
+    write(tmp_path, 0, "started")
+    write(tmp_path, 1, "started")
+    assert only.num_nodes_waiting() == 0
+    write(tmp_path, 0, "holding")
+    write(tmp_path, 1, "holding")
+    assert only.num_nodes_waiting() == 1
+    only.next_rendezvous()
+    assert os.environ[REASON] == "a node came and went"
 
 
 def test_where_nodes_come_and_go_a_rank_that_lost_the_others_is_no_failure_and_a_crash_is_one(
@@ -112,6 +130,21 @@ def test_where_nodes_come_and_go_a_rank_that_lost_the_others_is_no_failure_and_a
     assert fixed.judge(failed(1)).state is WorkerState.FAILED
 
 
+def test_nodes_that_never_reach_each_other_do_not_start_for_ever(
+    made: list[Membership], store: dist.TCPStore, tmp_path: Path
+) -> None:
+    only = member(made, tmp_path, store.port, 1, 2, "in-vain")
+    write(tmp_path, 0, "lost", "at the start: lost contact")
+    states = [only.judge(failed(1)).state for _ in range(6)]
+    assert states == [WorkerState.HEALTHY] * 4 + [WorkerState.FAILED] * 2
+    (tmp_path / "0.alive").write_text(json.dumps(Alive(100, 60, 7, 0)))
+    only.num_nodes_waiting()
+    assert only.judge(failed(1)).state is WorkerState.FAILED, "no step was taken since"
+    (tmp_path / "0.alive").write_text(json.dumps(Alive(100, 60, 8, 1)))
+    only.num_nodes_waiting()
+    assert only.judge(failed(1)).state is WorkerState.HEALTHY
+
+
 def test_ranks_that_have_saved_their_work_are_not_started_again_where_all_nodes_are_needed(
     made: list[Membership], store: dist.TCPStore, tmp_path: Path
 ) -> None:
@@ -124,10 +157,10 @@ def test_ranks_that_have_saved_their_work_are_not_started_again_where_all_nodes_
 
 
 def test_a_launcher_that_is_told_to_end_tells_the_others(store: dist.TCPStore) -> None:
-    told = threading.Event()
-    ours, theirs = (Contact(store.clone(), event) for event in (told, threading.Event()))
+    terminated = threading.Event()
+    ours, theirs = (Contact(store.clone(), event) for event in (terminated, threading.Event()))
     assert not theirs.wait_for_end()
-    told.set()
+    terminated.set()
     assert theirs.wait_for_end()
     assert theirs.silence() < 1
     for contact in (ours, theirs):

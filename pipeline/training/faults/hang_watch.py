@@ -46,6 +46,7 @@ class HangWatch:
         self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
         self.interval = min(1.0, timeout / 5)
         self.step, self.phase, self.since, self.beats = 0, "start", time.monotonic(), 0
+        self.taken = 0  # steps
         self.answered = time.monotonic()  # when the store did last
         self.stopped = threading.Event()
         self._beat()
@@ -56,6 +57,7 @@ class HangWatch:
 
     def enter(self, step: int, phase: str) -> None:
         """Records what this rank does from now on, one of PHASES."""
+        self.taken += 0 < self.step < step
         self.step, self.phase, self.since = step, phase, time.monotonic()
 
     def stop(self) -> None:
@@ -109,7 +111,7 @@ class HangWatch:
 
     def _beat(self) -> None:
         # Other ranks report first, by name.
-        write_heartbeat(self.step, self.timeout if self.store is None else 2 * self.timeout)
+        write_heartbeat(self.step, self.timeout if self.store is None else 2 * self.timeout, self.taken)
         if self.store is None:
             return
         self.beats += 1

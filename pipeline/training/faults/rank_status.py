@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,11 +37,16 @@ class RankStatus(NamedTuple):
 
 
 class Alive(NamedTuple):
-    """A rank's heartbeat. timeout: seconds without one after which the launcher may take it for hung."""
+    """A rank's heartbeat.
+
+    Attributes:
+        timeout: seconds without one after which the launcher may take it for hung. taken: steps since this process began.
+    """
 
     pid: int
     timeout: float
     step: int
+    taken: int
 
 
 def write_rank_status(state: State, reason: str = "") -> None:
@@ -61,11 +67,12 @@ def write_rank_status(state: State, reason: str = "") -> None:
         write_json(Path(folder) / env["LOCAL_RANK"], status)
 
 
-def write_heartbeat(step: int, timeout: float) -> None:
+def write_heartbeat(step: int, timeout: float, taken: int) -> None:
     """Tells jobs.launch, if it started this process, that the rank is alive."""
     if folder := os.environ.get(STATUS_FOLDER):
         with suppress(OSError):  # a full disk must not end training
-            Path(folder, f"{os.environ['LOCAL_RANK']}.alive").write_text(json.dumps(Alive(os.getpid(), timeout, step)))
+            alive = Alive(os.getpid(), timeout, step, taken)
+            Path(folder, f"{os.environ['LOCAL_RANK']}.alive").write_text(json.dumps(alive))
 
 
 def end_heartbeat() -> None:
@@ -106,13 +113,23 @@ def read_rank_statuses(folder: Path) -> list[RankStatus]:
 def silent_ranks(folder: Path) -> list[tuple[Alive, float]]:
     """The ranks whose last heartbeat is older than their timeout, with its age in seconds; each is returned once."""
     found = []
-    for path in folder.glob("*.alive"):
-        with suppress(OSError, ValueError):  # being written, or gone
-            age, alive = time.time() - path.stat().st_mtime, Alive(*json.loads(path.read_text()))
-            if age > alive.timeout:
+    for path, alive in _heartbeats(folder):
+        with suppress(OSError):  # gone
+            if (age := time.time() - path.stat().st_mtime) > alive.timeout:
                 path.unlink()
                 found.append((alive, age))
     return found
+
+
+def steps_taken(folder: Path) -> int:
+    """How many steps the ranks of this machine have taken since they were started, as far as they say."""
+    return max((alive.taken for _, alive in _heartbeats(folder)), default=0)
+
+
+def _heartbeats(folder: Path) -> Iterator[tuple[Path, Alive]]:
+    for path in folder.glob("*.alive"):
+        with suppress(OSError, ValueError):  # being written, or gone
+            yield path, Alive(*json.loads(path.read_text()))
 
 
 def _in_main_thread() -> bool:

@@ -7,6 +7,7 @@ ranks would look for each other in different places. Here the launcher whose nod
 import json
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from pipeline.training.faults.rank_status import (
     RankStatus,
     forget_rank_statuses,
     read_rank_statuses,
+    steps_taken,
 )
 from pipeline.training.parallel import rendezvous
 from pipeline.training.parallel.contact import Contact
 from pipeline.training.parallel.process_group import node_key
 
+STARTS_IN_VAIN = 5  # in a row: nodes may die while others start, or never reach each other
 _LOST, _NONE = 1, 2  # how much a reason explains: 0 is the cause, 1 that a rank has lost contact
 
 
@@ -40,26 +43,27 @@ class Membership(RendezvousHandler):
     """torchrun's rendezvous of one node.
 
     Args:
-        parameters: torchrun's. folder: of the statuses of this node's ranks. told: set once this launcher has received SIGTERM.
+        parameters: torchrun's. folder: of the statuses of this node's ranks.
+        terminated: set once this launcher has received SIGTERM.
     Attributes:
         elastic: whether the number of nodes may change. contact: with the other launchers; None for a single node.
         joined: whether this node has ever had ranks.
     """
 
-    def __init__(self, parameters: RendezvousParameters, folder: Path, told: threading.Event) -> None:
-        self.folder, self.told = folder, told
+    def __init__(self, parameters: RendezvousParameters, folder: Path, terminated: threading.Event) -> None:
+        self.folder, self.terminated = folder, terminated
         self.elastic, self.single = parameters.min_nodes < parameters.max_nodes, parameters.max_nodes == 1
         self.address = parameters.local_addr or socket.getfqdn()
         self.contact: Contact | None = None
         self.joined, self._left, self._reason = False, False, (_NONE, "")
-        self._rounds = -1
+        self._rounds, self._in_vain = -1, 0
         self._failed: dict[int, RankStatus | None] = {}
         self._shared: dist.Store | None = None
         self._server: dist.TCPStore | None = None
         if parameters.backend == "c10d":
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
             backend, self._shared = create_backend(parameters)
-            self.contact = Contact(clone_of(self._shared), told)
+            self.contact = Contact(clone_of(self._shared), terminated)
             self._torchs: RendezvousHandler = create_handler(self._shared, backend, parameters)
         else:
             self._torchs = get_rendezvous_handler(parameters)
@@ -80,7 +84,7 @@ class Membership(RendezvousHandler):
         if self._shared is not None:
             info, self._rounds, reason = self._with_store(info, self._shared)
         elif self.contact is None and not self.single:
-            self.contact = Contact(clone_of(info.store), self.told)
+            self.contact = Contact(clone_of(info.store), self.terminated)
         os.environ[ROUND], os.environ[REASON] = str(self._rounds), reason
         self.joined, self._reason = True, (_NONE, "")
         return info
@@ -101,7 +105,10 @@ class Membership(RendezvousHandler):
         return RendezvousInfo(info.store, info.rank, info.world_size, RendezvousStoreInfo(host, port)), number, reason
 
     def judge(self, result: RunResult) -> RunResult:
-        """What becomes of failed ranks: where nodes come and go, a lost one is no failure of the others, nor a restart."""
+        """What becomes of failed ranks: where nodes come and go, a lost one is no failure of the others, nor a restart.
+
+        Unless STARTS_IN_VAIN in a row have ended so before a step: nodes that do not reach each other would start for ever.
+        """
         if result.state not in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             return result
         statuses = {status.pid: status for status in read_rank_statuses(self.folder)}
@@ -114,9 +121,19 @@ class Membership(RendezvousHandler):
             reasons.append((_LOST if gone else 0, f"rank {rank} on {socket.gethostname()}: {text}"))
             self._failed[failure.pid] = status
         self._reason = min(reasons, default=(_NONE, ""))
-        if self.elastic and self._reason[0] == _LOST:
+        if not (self.elastic and self._reason[0] == _LOST):
+            return result
+        self._in_vain += 1
+        if self._in_vain < STARTS_IN_VAIN or any(
+            status and status.state == "preempted" for status in self._failed.values()
+        ):
             self._left = True
             return RunResult(WorkerState.HEALTHY)
+        print(
+            f"error: {self._in_vain} starts in a row without a step, since ranks lost contact: more count as restarts. "
+            "Look whether the nodes reach each other at all ports, and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         return result
 
     def preempted(self) -> bool:
@@ -134,14 +151,15 @@ class Membership(RendezvousHandler):
         """
         waiting = self._torchs.num_nodes_waiting()
         flag = self.folder / NODES_WAITING
+        if self._in_vain and steps_taken(self.folder):
+            self._in_vain = 0
         if self._left:
             return max(waiting, 1)
-        if not (waiting or flag.exists()):
-            return 0
         if waiting:
             flag.touch()
         else:
             flag.unlink(missing_ok=True)
+        # Ranks may hold for a node that has gone since they saw the flag.
         statuses = read_rank_statuses(self.folder)
         if not statuses or [status.state for status in statuses] != ["holding"] * statuses[0].ranks:
             return 0
