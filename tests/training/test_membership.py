@@ -235,3 +235,22 @@ def test_a_process_opens_as_many_files_as_the_system_allows_and_so_do_its_childr
         assert int(child.stdout) == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_node_that_is_lost_while_ranks_connect_ends_the_others_in_time() -> None:
+    """gloo itself waits five times as long as it is told on the side that listens."""
+    script = """
+import os, time
+import torch.distributed as dist
+from pipeline.training.parallel import process_group
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+os.environ["MASTER_PORT"] = str(store.port)
+process_group.ARRIVING_S = 0
+dist.init_process_group = lambda *_, **__: time.sleep(60)
+process_group.start(0.4)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error (rank 0): at the start: the ranks have not connected within 1 s")
+    assert done.stderr.count("\n") == 1

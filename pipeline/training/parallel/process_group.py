@@ -4,6 +4,8 @@ import logging
 import os
 import resource
 import socket
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from features.errors import OtherRankError, UserError, one_line
 from pipeline.malloc import tune_malloc
 from pipeline.torch_compat import set_timeout
-from pipeline.training.faults.rank_status import ROUND
+from pipeline.training.faults.rank_status import ROUND, write_rank_status
 
 ARRIVING_S = 60  # nodes start Python at different speeds
 STARTING = timedelta(hours=2)  # from the first contact of all ranks until training begins: a rank may read a checkpoint
@@ -60,10 +62,30 @@ def start(limit: float = 600) -> torch.device:
     wait_for_ranks(shared, attempt, rank, ranks, limit)
     # All attempts may share one store: without a prefix a restart meets the addresses of dead ranks.
     store = dist.PrefixStore(f"attempt_{attempt}", shared)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waiting)
+    with _ended_after(1.5 * limit, rank):  # gloo's side that listens waits five times as long as it is told
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waiting)
     store.set_timeout(STARTING)
     set_timeout(dist.GroupMember.WORLD, STARTING)
     return device
+
+
+@contextmanager
+def _ended_after(seconds: float, rank: int) -> Iterator[None]:
+    """Ends this process where the block takes longer."""
+
+    def end() -> None:
+        why = f"at the start: the ranks have not connected within {seconds:.0f} s: a node is gone, or the network between them"
+        print(f"error (rank {rank}): {why}.", file=sys.stderr, flush=True)
+        write_rank_status("lost", why)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def wait_for_ranks(store: dist.Store, attempt: int, rank: int, ranks: int, limit: float) -> None:
