@@ -78,6 +78,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory() as name:
         os.environ[STATUS_FOLDER] = name
+        options.log_dir = options.log_dir or f"{name}/torchrun.logs"  # it would leave a folder behind with each start
         terminated = end_while_waiting(Path(name), alone=options.nnodes in ("1", "1:1"))
         code = launch(options, Path(name), terminated)
     del store  # only now: torchrun's static rendezvous shares its server

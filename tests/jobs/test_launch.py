@@ -85,6 +85,20 @@ def end_of(launcher: subprocess.Popen[str]) -> tuple[int, list[str]]:
     ]
 
 
+def test_a_launcher_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    for code in (0, 3):
+        script = tmp_path / "job.py"
+        script.write_text(f"raise SystemExit({code})")
+        (tmp_path / "tmp").mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "jobs.launch", "--nproc-per-node=1", str(script)]
+        environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+        subprocess.run(command, env=environment, cwd=ROOT, check=False, capture_output=True, timeout=60)
+        left = [
+            path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor")
+        ]  # a cache
+        assert left == []
+
+
 def test_where_one_rank_alone_is_told_to_end_the_launcher_says_75_and_no_more(tmp_path: Path) -> None:
     body = """
         listen()

@@ -100,7 +100,8 @@ def nodes_wait() -> bool:
 def forget_rank_statuses(folder: Path) -> None:
     """Removes what ranks that are gone have written, before others are started."""
     for path in folder.iterdir():
-        path.unlink(missing_ok=True)
+        if not path.is_dir():  # torchrun's logs
+            path.unlink(missing_ok=True)
 
 
 def read_rank_statuses(folder: Path) -> list[RankStatus]:
