@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from features.errors import UserError
 from pipeline.cluster.values import Argument, Bytes, Cpu, Cron, Label, Nodes, Value, Variable
 
 State: TypeAlias = Literal["suspended", "pending", "running", "succeeded", "failed", "stopped", "unknown"]
@@ -134,6 +135,14 @@ class Workload(BaseModel):
         return JOBS[self.job]
 
 
+class Unanswered(UserError):
+    """A submission that was sent and not answered: the job may be there. native: its id, where that is known."""
+
+    def __init__(self, message: str, native: str | None = None) -> None:
+        super().__init__(message)
+        self.native = native
+
+
 class Status(NamedTuple):
     """State of a submission, and a detail for a person: pod counts, nodes, a reason of failure, a schedule.
 
@@ -199,7 +208,11 @@ class Backend(Protocol):
         """The complete text of what `submit` starts: a command line, a batch script, a stream of manifests."""
 
     def submit(self, work: Workload) -> str:
-        """Starts the workload, all of it or nothing. Returns the native id, by which the other methods know it."""
+        """Starts the workload, all of it or nothing. Returns the native id, by which the other methods know it.
+
+        Raises:
+            Unanswered: it may have started.
+        """
 
     def status(self, work: Workload, native: str) -> Status:
         """State of a submitted workload."""

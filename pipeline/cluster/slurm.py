@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from features.errors import UserError, fault_text
 from features.printable import has_controls, printable
-from pipeline.cluster.base import ENDED, Cluster, State, Status, Workload, command
+from pipeline.cluster.base import ENDED, Cluster, State, Status, Unanswered, Workload, command
 from pipeline.cluster.slurm_script import LAUNCHER, LOG_LINE, batch_script, node_command
 from pipeline.cluster.values import (
     OneLine,
@@ -388,8 +388,10 @@ def _slurm(*words: str, text: str = "", check: bool = True) -> str:
     except FileNotFoundError:
         raise UserError(f"{words[0]} is not installed here: run this on a login node of the Slurm cluster") from None
     except subprocess.TimeoutExpired:
-        queued = ": squeue --me shows whether the job is queued all the same" if words[0] == "sbatch" else ""
-        raise UserError(f"{words[0]}: no answer from Slurm within {TIMEOUT_S} s{queued}") from None
+        silent = f"{words[0]}: no answer from Slurm within {TIMEOUT_S} s"
+        if words[0] == "sbatch":
+            raise Unanswered(f"{silent}: squeue --me shows whether the job is queued all the same") from None
+        raise UserError(silent) from None
     if check and done.returncode:
         said = " ".join(done.stderr.replace(f"{words[0]}: error: ", "").split())
         raise UserError(f"{words[0]}: {printable(said[:300]) or f'exit code {done.returncode}'}")

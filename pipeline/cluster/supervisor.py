@@ -20,6 +20,7 @@ from pipeline.storage.files import storage_of, write_json
 
 LOG, LOCK, OUTCOME = "log", "pid", "outcome.json"
 PREEMPTED = os.EX_TEMPFAIL
+LONGEST_PAUSE_S = 60
 
 
 class Outcome(NamedTuple):
@@ -102,6 +103,15 @@ class Supervisor:
                 return Outcome(code, self.stopped, restarts, self.overdue)
             restarts += 1
             print(f"exit code {code}: started again", file=sys.stderr, flush=True)
+            self._pause(min(0.1 * 2**restarts, LONGEST_PAUSE_S))
+            if self.stopped:
+                return Outcome(code, self.stopped, restarts, self.overdue)
+
+    def _pause(self, seconds: float) -> None:
+        """Before another attempt: a job that always ends at once would keep the machine busy."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.stopped:
+            time.sleep(0.05)
 
 
 def main() -> None:

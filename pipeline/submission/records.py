@@ -75,9 +75,14 @@ class Records:
         """Writes a new record before the job is submitted: whatever happens then, it is known.
 
         Raises:
-            UserError: there is one of that name.
+            UserError: there is one of that name, or no folder for it.
         """
-        make_folder(self.folder)
+        try:
+            make_folder(self.folder)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: cannot be made ({error.strerror}): set submissions= to another folder"
+            ) from None
         file = self.file(record.name)
         try:
             os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))

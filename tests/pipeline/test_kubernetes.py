@@ -230,7 +230,9 @@ def test_a_job_that_is_there_is_refused_before_anything_is_created(server: FakeS
 
 def test_a_job_that_was_created_without_an_answer_keeps_its_policy(server: FakeServer) -> None:
     server.lost.add("Job")
-    with pytest.raises(UserError, match=r"timeout.*Job taskfuse-train is there all the same: it runs, or delete it"):
+    with pytest.raises(
+        UserError, match=r"timeout.*Job taskfuse-train is there all the same: jobs.submit follows and stops it"
+    ):
         K8S.submit(workload())
     assert [verb for verb, _ in requests(server)] == ["GET", *["POST"] * 4, "GET", "GET"]
 

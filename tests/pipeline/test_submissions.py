@@ -12,7 +12,7 @@ import pytest
 from evaluations_by_hand import commit, record, set_commit_time
 
 from features.errors import UserError
-from pipeline.cluster.base import Cluster, Resources, Workload
+from pipeline.cluster.base import Cluster, Resources, Unanswered, Workload
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
 from pipeline.submission import manager, progress, resources
@@ -101,6 +101,24 @@ def test_an_interruption_of_a_submission_leaves_its_record(records: Records, mon
     with pytest.raises(KeyboardInterrupt):
         manager.submit(records, submission())
     assert "cut off" in manager.current(records.read("prep")).detail
+
+
+@pytest.mark.parametrize("native", [None, "ml/prep"])
+def test_a_submission_whose_answer_was_lost_keeps_its_record(
+    native: str | None, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unanswered(*_: object) -> str:
+        raise Unanswered("no answer", native)
+
+    monkeypatch.setattr("pipeline.cluster.local.Local.submit", unanswered)
+    with pytest.raises(UserError, match="no answer"):
+        manager.submit(records, submission())
+    assert records.read("prep").native == native
+
+
+def test_a_folder_that_cannot_be_made_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"/proc/x: cannot be made .*: set submissions="):
+        Records(Path("/proc/x")).reserve(submission())
 
 
 def test_a_damaged_record_does_not_hide_the_others(records: Records, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from kubernetes import client
 from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
-from pipeline.cluster.base import ENDED, Status, Workload, of_rank
+from pipeline.cluster.base import ENDED, Status, Unanswered, Workload, of_rank
 from pipeline.cluster.kubernetes.api import UNAVAILABLE, Connection, connect, current_context, refusals
 from pipeline.cluster.kubernetes.logs import followed, so_far
 from pipeline.cluster.kubernetes.manifests import check, elements, kinds, main_kind, objects, to_yaml
@@ -60,7 +60,7 @@ class Kubernetes(KubernetesSettings):
                     doubtful = None if kind == main or _is_refusal(error) else kind
                     _roll_back(to, made, main, element, doubtful)
                     if isinstance(error, UserError):
-                        raise _told_of_a_lost_answer(to, error, main, element.name) from None
+                        raise _if_unanswered(to, error, main, element.name, f"{to.namespace}/{work.name}") from None
                     raise
         return f"{to.namespace}/{work.name}"
 
@@ -205,16 +205,14 @@ def _roll_back(to: Connection, made: list[tuple[str, str]], main: str, work: Wor
                 to.delete(kind, own)
 
 
-def _told_of_a_lost_answer(to: Connection, error: UserError, main: str, name: str) -> UserError:
+def _if_unanswered(to: Connection, error: UserError, main: str, name: str, native: str) -> UserError:
+    """The error of a submission, and that the job is there all the same, if only the answer was lost."""
     refusal = error.__context__
     if isinstance(refusal, client.ApiException) and (refusal.status or 0) not in UNAVAILABLE:
         return error  # of someone else's, if it is there
     with suppress(client.ApiException, HTTPError):
         if to.find(main, name) is not None:
-            return UserError(
-                f"{error} {main} {name} is there all the same: it runs, or delete it: "
-                f"kubectl delete -n {to.namespace} {main.lower()} {name}"
-            )
+            return Unanswered(f"{error} {main} {name} is there all the same: jobs.submit follows and stops it.", native)
     return error
 
 
