@@ -135,7 +135,7 @@ class Workload(BaseModel):
         return JOBS[self.job]
 
 
-class Unanswered(UserError):
+class UnansweredError(UserError):
     """A submission that was sent and not answered: the job may be there. native: its id, where that is known."""
 
     def __init__(self, message: str, native: str | None = None) -> None:
@@ -211,7 +211,7 @@ class Backend(Protocol):
         """Starts the workload, all of it or nothing. Returns the native id, by which the other methods know it.
 
         Raises:
-            Unanswered: it may have started.
+            UnansweredError: it may have started.
         """
 
     def status(self, work: Workload, native: str) -> Status:

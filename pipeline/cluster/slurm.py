@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from features.errors import UserError, fault_text
 from features.printable import has_controls, printable
-from pipeline.cluster.base import ENDED, Cluster, State, Status, Unanswered, Workload, command
+from pipeline.cluster.base import ENDED, Cluster, State, Status, UnansweredError, Workload, command
 from pipeline.cluster.slurm_script import LAUNCHER, LOG_LINE, batch_script, node_command
 from pipeline.cluster.values import (
     OneLine,
@@ -390,7 +390,7 @@ def _slurm(*words: str, text: str = "", check: bool = True) -> str:
     except subprocess.TimeoutExpired:
         silent = f"{words[0]}: no answer from Slurm within {TIMEOUT_S} s"
         if words[0] == "sbatch":
-            raise Unanswered(f"{silent}: squeue --me shows whether the job is queued all the same") from None
+            raise UnansweredError(f"{silent}: squeue --me shows whether the job is queued all the same") from None
         raise UserError(silent) from None
     if check and done.returncode:
         said = " ".join(done.stderr.replace(f"{words[0]}: error: ", "").split())

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from features.errors import UserError
 from features.printable import printable
-from pipeline.cluster.base import ENDED, Status, Unanswered
+from pipeline.cluster.base import ENDED, Status, UnansweredError
 from pipeline.submission import progress
 from pipeline.submission.records import Record, Records, revision, user
 
@@ -19,7 +19,7 @@ def submit(records: Records, record: Record) -> None:
     records.reserve(record)
     try:
         native = backend.submit(record.work)
-    except Unanswered as error:
+    except UnansweredError as error:
         records.write(record.model_copy(update={"native": error.native}))
         raise
     except (UserError, OSError):  # refused; cut off by anything else the job may have been submitted

@@ -12,7 +12,7 @@ import pytest
 from evaluations_by_hand import commit, record, set_commit_time
 
 from features.errors import UserError
-from pipeline.cluster.base import Cluster, Resources, Unanswered, Workload
+from pipeline.cluster.base import Cluster, Resources, UnansweredError, Workload
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
 from pipeline.submission import manager, progress, resources
@@ -108,7 +108,7 @@ def test_a_submission_whose_answer_was_lost_keeps_its_record(
     native: str | None, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unanswered(*_: object) -> str:
-        raise Unanswered("no answer", native)
+        raise UnansweredError("no answer", native)
 
     monkeypatch.setattr("pipeline.cluster.local.Local.submit", unanswered)
     with pytest.raises(UserError, match="no answer"):

@@ -11,7 +11,7 @@ from kubernetes import client
 from urllib3.exceptions import HTTPError
 
 from features.errors import UserError
-from pipeline.cluster.base import ENDED, Status, Unanswered, Workload, of_rank
+from pipeline.cluster.base import ENDED, Status, UnansweredError, Workload, of_rank
 from pipeline.cluster.kubernetes.api import UNAVAILABLE, Connection, connect, current_context, refusals
 from pipeline.cluster.kubernetes.logs import followed, so_far
 from pipeline.cluster.kubernetes.manifests import check, elements, kinds, main_kind, objects, to_yaml
@@ -212,7 +212,9 @@ def _if_unanswered(to: Connection, error: UserError, main: str, name: str, nativ
         return error  # of someone else's, if it is there
     with suppress(client.ApiException, HTTPError):
         if to.find(main, name) is not None:
-            return Unanswered(f"{error} {main} {name} is there all the same: jobs.submit follows and stops it.", native)
+            return UnansweredError(
+                f"{error} {main} {name} is there all the same: jobs.submit follows and stops it.", native
+            )
     return error
 
 
