@@ -49,8 +49,8 @@ preempted() { case $(job PreemptTime) in "" | None) false ;; esac }
 terminate() {
     local steps
     interrupted=1
-    if [ -n "$told" ]; then return; fi
-    told=1
+    if [ -n "$terminated" ]; then return; fi
+    terminated=1
     if [ -z "$srun" ] || ! is_running || preempted; then return; fi
     while kill -0 "$srun" 2>/dev/null; do
         sleep 1  # also for a step that has just begun, whose processes do not listen yet
@@ -61,7 +61,7 @@ terminate() {
         fi
     done
 }
-told= srun= code=75 ended=failed attempt=0
+terminated= srun= code=75 ended=failed attempt=0
 trap terminate TERM
 trap 'code=$?; if [ "$ended" = failed ] && [ $code = 0 ]; then ended=succeeded; fi; state "$ended" "$code"' EXIT
 state running -
@@ -71,7 +71,7 @@ _RUN = """
 run() {
     local found nodes begin
     code=75
-    if [ -n "$told" ]; then return; fi
+    if [ -n "$terminated" ]; then return; fi
     nodes=$(job NumNodes)  # fewer than at first, where one was lost
     nodes=${nodes:-$SLURM_JOB_NUM_NODES}
     begin=$(wc -l <"$log.log")
@@ -79,7 +79,7 @@ run() {
     SRUN "$(declare -f node); node \\"\\$@\\"" node "$@" </dev/null &
     srun=$!
     set +m
-    if [ -n "$told" ]; then told= && terminate; fi  # it came before there was something to pass it on to
+    if [ -n "$terminated" ]; then terminated= && terminate; fi  # it came before there was something to pass it on to
     interrupted=1
     while [ -n "$interrupted" ]; do
         interrupted=
@@ -102,7 +102,7 @@ _WITHOUT_LOST = """\
 """
 
 _END = """
-while run "${element[@]}"; [ -z "$told" ] && [ $attempt -lt $retries ] && is_retried && ! preempted; do
+while run "${element[@]}"; [ -z "$terminated" ] && [ $attempt -lt $retries ] && is_retried && ! preempted; do
     attempt=$((attempt + 1))
     echo "exit code $code: attempt $attempt of $retries to run it again"
     sleep 5
@@ -116,7 +116,7 @@ if is_requeued || { [ $code != 0 ] && preempted; }; then
     fi
     ended=requeued
     scontrol requeue "$id" || echo "Slurm refuses to requeue this job; its RequeueExit=75 in slurm.conf would, too"
-elif [ $code != 0 ] && [ -n "$told" ] && { ! is_running || [ "$(job Requeue)" = 0 ]; }; then
+elif [ $code != 0 ] && [ -n "$terminated" ] && { ! is_running || [ "$(job Requeue)" = 0 ]; }; then
     ended=stopped
 fi
 exit $code

@@ -81,12 +81,12 @@ class Supervisor:
 
     def _end_orphans(self) -> None:
         """Ends what the job has left, such as the ranks of a launcher that was killed: they would work on unwatched."""
-        until, told = min(self.killed_at, time.monotonic() + self.grace_s), set[int]()
+        until, signalled = min(self.killed_at, time.monotonic() + self.grace_s), set[int]()
         while left := set(children()):
             killed = time.monotonic() > until
-            for pid in left if killed else left - told:
+            for pid in left if killed else left - signalled:
                 os.kill(pid, signal.SIGKILL if killed else signal.SIGTERM)
-            told |= left
+            signalled |= left
             time.sleep(0.05)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:

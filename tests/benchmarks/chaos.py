@@ -1,7 +1,7 @@
 """Runs disturbed at random moments, compared with undisturbed ones: python tests/benchmarks/chaos.py seeds=40 minutes=30.
 
-Each seed is a run of 40 steps with a checkpoint every 4, to which blows come that the seed draws: on one machine tied to a step
-and a phase of it (chaos_rank.py), over two hosts (tests/hosts.py: root, iproute2) to a step or to a time after the blow
+Each seed is a run of 40 steps with a checkpoint every 4, with faults that the seed draws: on one machine tied to a step
+and a phase of it (chaos_rank.py), over two hosts (tests/hosts.py: root, iproute2) to a step or to a time after the fault
 before. What ends is started again, as a scheduler does. In the end the run has to be that of an undisturbed one:
 
 - weights and optimisers, put together from the checkpoint's bytes: bit for bit where the number of ranks never changed, with
@@ -61,15 +61,15 @@ def main() -> None:
 
 
 def suffer(folder: Path, seed: int) -> Outcome:
-    """A run on one machine, with the blows that a seed draws."""
+    """A run on one machine, with the faults that a seed draws."""
     rng = random.Random(seed)
     counts = [1, 2, 3, 4] if rng.random() < 0.4 else [rng.choice([1, 2, 2, 2, 3, 4])]
     return disturbed(folder, f"run-{seed}", counts, draw(rng), rng)
 
 
 def draw(rng: random.Random) -> list[dict[str, Any]]:
-    """Blows in the order of their steps, as chaos_rank.py reads them; what comes at the end is last."""
-    blows = []
+    """Faults in the order of their steps, as chaos_rank.py reads them; what comes at the end is last."""
+    faults = []
     for step in sorted(rng.sample(range(STEPS - 3), rng.randint(6, 9))):
         phase, ending = (rng.choices(list(kinds), list(kinds.values()))[0] for kinds in (PHASES, ENDINGS))
         if ending == "stop rank" and phase in ("import", "later", "end"):
@@ -80,17 +80,17 @@ def draw(rng: random.Random) -> list[dict[str, Any]]:
         step = 0 if phase in ("import", "later", "start") else step
         rank = 0 if phase in ("committed", "pruning") else rng.randrange(4)
         call = {"writing": 1 if rank else rng.randint(1, 5), "later": rng.randint(1, 20)}.get(phase, 0)
-        blows.append({"phase": phase, "step": step, "rank": rank, "call": call, "acts": [*acts, ending]})
-    return sorted(blows, key=lambda blow: blow["phase"] == "end")
+        faults.append({"phase": phase, "step": step, "rank": rank, "call": call, "acts": [*acts, ending]})
+    return sorted(faults, key=lambda fault: fault["phase"] == "end")
 
 
-def disturbed(folder: Path, name: str, counts: list[int], blows: list[dict[str, Any]], rng: random.Random) -> Outcome:
-    """A run with blows, on one of these numbers of ranks after each command."""
+def disturbed(folder: Path, name: str, counts: list[int], faults: list[dict[str, Any]], rng: random.Random) -> Outcome:
+    """A run with faults, on one of these numbers of ranks after each command."""
     outcome, begin = Outcome(name), time.monotonic()
-    (folder / f"{name}.blows.json").write_text(json.dumps(blows))
+    (folder / f"{name}.faults.json").write_text(json.dumps(faults))
     settings = SETTINGS | {"dropout": DROPOUT if len(counts) == 1 else 0}
     code = -1
-    while code and outcome.commands < len(blows) + 3:
+    while code and outcome.commands < len(faults) + 3:
         flags = [f"--nproc-per-node={rng.choice(counts)}", f"--max-restarts={rng.choice([0, 2])}"]
         code, log = command(folder, name, [*flags, *script(folder, name, 100 * outcome.commands, settings)])
         outcome.commands += 1
@@ -100,8 +100,8 @@ def disturbed(folder: Path, name: str, counts: list[int], blows: list[dict[str, 
     (folder / f"{name}.log").write_text(outcome.log)
     if code:
         outcome.wrong.append(f"exit code {code} of the last of {outcome.commands} commands")
-    for blow in blows[: len(list((folder / f"{name}.struck").glob("*")))]:
-        outcome.faults.update([*blow["acts"], f"in {blow['phase']}"])
+    for fault in faults[: len(list((folder / f"{name}.injected").glob("*")))]:
+        outcome.faults.update([*fault["acts"], f"in {fault['phase']}"])
     judge(folder, outcome, counts)
     outcome.seconds = time.monotonic() - begin
     return outcome

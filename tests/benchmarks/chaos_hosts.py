@@ -16,7 +16,7 @@ from pipeline.run.run import Run
 
 PAUSE_S, READ_TIMEOUT_S, LIMIT_S = 0.15, 12, 300
 AGAIN_S = 3  # until a scheduler gives a command again
-UNHURT_S = 25  # without a step, after which the next blow comes whatever the run does
+UNHURT_S = 25  # without a step, after which the next fault comes whatever the run does
 
 
 class Chaos:
@@ -72,7 +72,7 @@ class Chaos:
             self.start(self.second)
         return False
 
-    def hurt(self, fault: str, rng: random.Random) -> None:
+    def inject(self, fault: str, rng: random.Random) -> None:
         """Does one of FAULTS."""
         self.outcome.faults[fault] += 1
         FAULTS[fault](self, rng)
@@ -117,7 +117,7 @@ def suffer(folder: Path, seed: int) -> Outcome:
     faults = rng.choices(list(FAULTS), k=rng.randint(4, 6))
     plan = [(step, rng.random() < 0.3, rng.uniform(0, 8), fault) for step, fault in zip(
         sorted(rng.sample(range(1, STEPS - 1), len(faults))), faults, strict=True)]  # fmt: skip
-    begin, hurt, first = time.monotonic(), time.time(), True
+    begin, inject, first = time.monotonic(), time.time(), True
     with hosts("hA", "hB") as pair:
         chaos = Chaos(folder, f"hosts-{seed}", pair, elastic)
         outcome = chaos.outcome
@@ -137,13 +137,13 @@ def suffer(folder: Path, seed: int) -> Outcome:
                     act()
                 if plan:
                     step, blind, seconds, fault = plan[0]
-                    lines = [line for line in chaos.lines() if line[0] > hurt]
+                    lines = [line for line in chaos.lines() if line[0] > inject]
                     reached = lines and lines[-1][1] >= step
-                    waited = time.time() - hurt
+                    waited = time.time() - inject
                     if (waited > seconds if blind and not first else reached) or waited > UNHURT_S:
                         del plan[0]
-                        hurt, first = time.time(), False
-                        chaos.hurt(fault, rng)
+                        inject, first = time.time(), False
+                        chaos.inject(fault, rng)
                 time.sleep(0.05)
             outcome.wrong += [f"left: pid {pid}" for host in pair for pid in still_there(host)]
         finally:

@@ -103,9 +103,9 @@ def judge(folder: Path, outcome: Outcome, counts: list[int]) -> None:
 
 @cache
 def undisturbed(folder: Path, ranks: int, dropout: float) -> Path:
-    """A run without a blow."""
+    """A run without a fault."""
     name = f"whole-{ranks}-{dropout}"
-    (folder / f"{name}.blows.json").write_text("[]")
+    (folder / f"{name}.faults.json").write_text("[]")
     words = [f"--nproc-per-node={ranks}", *script(folder, name, 0, SETTINGS | {"dropout": dropout})]
     code, log = command(folder, name, words)
     assert code == 0, log

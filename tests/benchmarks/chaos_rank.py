@@ -1,8 +1,8 @@
-"""A rank of a run of chaos.py: as faulty_run.py, and it does to its run what FOLDER/NAME.blows.json lists.
+"""A rank of a run of chaos.py: as faulty_run.py, and it does to its run what FOLDER/NAME.faults.json lists.
 
-A blow is {phase, step, rank, call, acts}: the rank (modulo how many there are) does the acts, one after the other, once it is
-in that phase at or past that step. Blows come one after the other, each once, whatever the number of restarts: a file in
-FOLDER/NAME.struck for each that has come. Phases: import; later, call tenths of a second after it; start (restored), forward
+A fault is {phase, step, rank, call, acts}: the rank (modulo how many there are) does the acts, one after the other, once it is
+in that phase at or past that step. Faults come one after the other, each once, whatever the number of restarts: a file in
+FOLDER/NAME.injected for each that has come. Phases: import; later, call tenths of a second after it; start (restored), forward
 and step; writing, the call-th fsync of a checkpoint's thread (rank 0: data, index, manifest, folder, and the folder above after
 the rename; other ranks: data); committed, before retention; pruning, within it; end, between the last checkpoint and the exit.
 """
@@ -27,32 +27,32 @@ from pipeline.training.step import StepOutput
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
 
-BLOWS = json.loads((FOLDER / f"{NAME}.blows.json").read_text())
-STRUCK, CHECKPOINTS = FOLDER / f"{NAME}.struck", FOLDER / NAME / "checkpoints"
+FAULTS = json.loads((FOLDER / f"{NAME}.faults.json").read_text())
+INJECTED, CHECKPOINTS = FOLDER / f"{NAME}.injected", FOLDER / NAME / "checkpoints"
 fsync, rmtree, calls = os.fsync, shutil.rmtree, threading.local()
 step = 0  # taken, by this process
 
 
-def next_blow() -> tuple[int, dict[str, Any] | None]:
+def next_fault() -> tuple[int, dict[str, Any] | None]:
     """Its number, and what it is; None after the last."""
-    struck = len(list(STRUCK.glob("*")))
-    return struck, BLOWS[struck] if struck < len(BLOWS) else None
+    injected = len(list(INJECTED.glob("*")))
+    return injected, FAULTS[injected] if injected < len(FAULTS) else None
 
 
-def strike(phase: str, call: int = 0) -> None:
-    """Does the next blow, if it is this rank's in this phase."""
-    struck, blow = next_blow()
-    if blow is None or (blow["phase"], blow["call"]) != (phase, call) or step < blow["step"]:
+def inject(phase: str, call: int = 0) -> None:
+    """Does the next fault, if it is this rank's in this phase."""
+    injected, fault = next_fault()
+    if fault is None or (fault["phase"], fault["call"]) != (phase, call) or step < fault["step"]:
         return
-    if blow["rank"] % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
-        STRUCK.mkdir(exist_ok=True)
-        (STRUCK / f"{struck:03d}").write_text(str(step))
-        for act in blow["acts"]:
+    if fault["rank"] % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
+        INJECTED.mkdir(exist_ok=True)
+        (INJECTED / f"{injected:03d}").write_text(str(step))
+        for act in fault["acts"]:
             ACTS[act]()
 
 
-class Blows(Faults):
-    """Strikes in the phases that a trainer has."""
+class PhasedFaults(Faults):
+    """Injects faults in the phases that a trainer has."""
 
     def on_start(self, trainer: Trainer) -> None:
         global step
@@ -60,35 +60,35 @@ class Blows(Faults):
         written = trainer.writer.written
 
         def committed(number: int) -> None:
-            strike("committed")
+            inject("committed")
             written(number)
 
         trainer.writer.written = committed
-        strike("start")
+        inject("start")
 
     def on_forward(self, trainer: Trainer, output: StepOutput) -> None:
         super().on_forward(trainer, output)
-        strike("forward")
+        inject("forward")
 
     def on_step(self, trainer: Trainer, output: StepOutput) -> None:
         global step
         super().on_step(trainer, output)
         step = trainer.state.step
-        strike("step")
+        inject("step")
 
 
 def striking_fsync(descriptor: int) -> None:
     """os.fsync, counted in the thread of each checkpoint."""
     if threading.current_thread().name == "checkpoint":
         calls.count = getattr(calls, "count", 0) + 1
-        strike("writing", calls.count)
+        inject("writing", calls.count)
     fsync(descriptor)
 
 
 def striking_rmtree(path: Path, ignore_errors: bool = False) -> None:
     """shutil.rmtree, with a phase of its own where retention deletes a checkpoint."""
     if path.name.endswith(".deleted"):
-        strike("pruning")
+        inject("pruning")
     rmtree(path, ignore_errors)
 
 
@@ -176,12 +176,12 @@ if __name__ == "__main__":
     write_rank_status("started")
     configure_logging("info")
     with user_errors():
-        strike("import")
-        if (blow := next_blow()[1]) and blow["phase"] == "later":
-            timer = threading.Timer(blow["call"] / 10, strike, ("later", blow["call"]))
+        inject("import")
+        if (fault := next_fault()[1]) and fault["phase"] == "later":
+            timer = threading.Timer(fault["call"] / 10, inject, ("later", fault["call"]))
             timer.daemon = True
             timer.start()
         os.fsync, shutil.rmtree = striking_fsync, striking_rmtree  # type: ignore[assignment]
-        train(configuration(FOLDER / "data", FOLDER / NAME, **json.loads(sys.argv[4])), observers=[Blows()])
-        strike("end")
+        train(configuration(FOLDER / "data", FOLDER / NAME, **json.loads(sys.argv[4])), observers=[PhasedFaults()])
+        inject("end")
     write_rank_status("finished")

@@ -1,4 +1,4 @@
-"""A run through blows in each phase of a checkpoint, and that the comparison with an undisturbed one sees what it should."""
+"""A run through faults in each phase of a checkpoint, and that the comparison with an undisturbed one sees what it should."""
 
 import json
 import random
@@ -14,15 +14,15 @@ from tiny_training import make_dataset
 pytestmark = pytest.mark.system
 
 
-def blow(phase: str, step: int, rank: int, *acts: str, call: int = 0) -> dict[str, object]:
+def fault(phase: str, step: int, rank: int, *acts: str, call: int = 0) -> dict[str, object]:
     return {"phase": phase, "step": step, "rank": rank, "acts": acts, "call": call}
 
 
-BLOWS = [
-    blow("writing", 6, 0, "tear line", "kill all", call=4),
-    blow("committed", 14, 0, "leave staging", "flip bit", "kill all"),
-    blow("step", 22, 1, "TERM launcher"),
-    blow("writing", 22, 1, "remove manifest", "kill all", call=1),
+FAULTS = [
+    fault("writing", 6, 0, "tear line", "kill all", call=4),
+    fault("committed", 14, 0, "leave staging", "flip bit", "kill all"),
+    fault("step", 22, 1, "TERM launcher"),
+    fault("writing", 22, 1, "remove manifest", "kill all", call=1),
 ]
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_killed_while_it_writes_commits_and_ends_is_that_of_an_undisturbed_one_bit_for_bit(
     folder: Path,
 ) -> None:
-    outcome = disturbed(folder, "run", [2], BLOWS, random.Random(0))
+    outcome = disturbed(folder, "run", [2], FAULTS, random.Random(0))
     print(outcome.log)
     assert outcome.wrong == []
     assert outcome.faults["kill all"] == 3

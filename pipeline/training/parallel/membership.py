@@ -72,7 +72,7 @@ class Membership(RendezvousHandler):
         """Joins the next round.
 
         Raises:
-            Preempted: the job was told to end, and its ranks have nothing to lose.
+            Preempted: the job got SIGTERM, and its ranks have nothing to lose.
         """
         if self.joined and not self.elastic and self.preempted():
             raise Preempted("")
@@ -137,7 +137,7 @@ class Membership(RendezvousHandler):
         return result
 
     def preempted(self) -> bool:
-        """Whether the ranks that failed last have saved their work, or lost it to another node that was told to end."""
+        """Whether the ranks that failed last have saved their work, or lost it to another node that got SIGTERM."""
         if not self._failed or self._reason[0] != _LOST:
             return False
         if all(status is None or status.state == "preempted" for status in self._failed.values()):

@@ -62,7 +62,7 @@ def start(limit: float = 600) -> torch.device:
     wait_for_ranks(shared, attempt, rank, ranks, limit)
     # All attempts may share one store: without a prefix a restart meets the addresses of dead ranks.
     store = dist.PrefixStore(f"attempt_{attempt}", shared)
-    with _ended_after(1.5 * limit, rank):  # gloo's side that listens waits five times as long as it is told
+    with _ended_after(1.5 * limit, rank):  # gloo's side that listens waits five times its timeout
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=waiting)
     store.set_timeout(STARTING)
     set_timeout(dist.GroupMember.WORLD, STARTING)
