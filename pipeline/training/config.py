@@ -39,6 +39,10 @@ class Order(NamedTuple):
     lanes: int
     window: int
 
+    def settings(self) -> dict[str, int]:
+        """Each by the name of its setting."""
+        return self._asdict()
+
 
 class Settings(Strict):
     """How to train.

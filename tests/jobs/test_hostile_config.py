@@ -252,17 +252,18 @@ def test_secrets_of_the_environment_are_not_written_down(call: Call, monkeypatch
         assert "s3cr3t" not in said
     said = call("preprocess", "data=demo", "out=x", "+data.schema.weight=${oc.env:SECRET}")
     assert_one_line(said, "demo.yaml: schema: weight: ", "refer to another key")
-    for args in (
-        "args=['out=${oc.env:SECRET}']",
-        "args=['out=${oc.decode:x}']",
-        "args=['out=${hydra:job.name}']",
-        "image=${oc.env:SECRET}",
+    for word in (
+        "out=${oc.env:SECRET}",
+        "out=${oc.decode:x}",
+        "out=${hydra:job.name}",
+        "cluster.image=${oc.env:SECRET}",
+        "cluster.environment={A: '${oc.env:SECRET}'}",
     ):
-        said = call("submit", "job=preprocess", "cluster=k8s", "dry_run=true", args)
-        assert_one_line(said, "configuration: ")
-        assert "refer to another key" in said or "would write a secret" in said
-    words = ("job=preprocess", "cluster=k8s", "dry_run=true", "allow_tag=true", "args=['out=/runs/${cluster}/${name}']")
-    assert "out=/runs/k8s/taskfuse-preprocess" in call("submit", *words)
+        said = call("submit", "preprocess", "data=demo", "out=x", "cluster=k8s", "dry_run=true", word)
+        assert_one_line(said)
+        assert "s3cr3t" not in said
+    words = ("preprocess", "data=demo", "cluster=k8s", "dry_run=true", "cluster.allow_tag=true", "out=/data/${seed}")
+    assert "- out=/data/$${seed}" in call("submit", *words), "as it was typed: Kubernetes reads $$ as $"
 
 
 def test_the_variable_of_jobs_conf_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

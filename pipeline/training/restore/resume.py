@@ -60,7 +60,7 @@ def as_begun(settings: Settings, run: Run) -> Settings:
     order = settings.order(ranks)
     if found[0] is not None:
         path, begun = found[0]
-        for name, value in begun._asdict().items():
+        for name, value in begun.settings().items():
             if (written := getattr(settings, name)) not in (None, value):
                 raise UserError(_other(path, f"train.{name}", value, written))
         if settings.rank_batch_size and order.batch_size != begun.batch_size and dist.get_rank() == 0:
@@ -69,7 +69,7 @@ def as_begun(settings: Settings, run: Run) -> Settings:
                 f"{settings.rank_batch_size} on {ranks} ranks would be {order.batch_size}"
             )
         order = begun
-    return settings.model_copy(update=order._asdict() | {"rank_batch_size": None})
+    return settings.model_copy(update=order.settings() | {"rank_batch_size": None})
 
 
 def _order(run: Run) -> tuple[Path, Order] | None:
