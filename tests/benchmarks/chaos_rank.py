@@ -59,9 +59,9 @@ class PhasedFaults(Faults):
         step = trainer.state.step
         written = trainer.writer.written
 
-        def committed(number: int) -> None:
+        def committed(number: int, seconds: float) -> None:
             inject("committed")
-            written(number)
+            written(number, seconds)
 
         trainer.writer.written = committed
         inject("start")
