@@ -64,8 +64,10 @@ class Job:
         command += [f"--rdzv-endpoint={self.hosts[0].name}:29400", f"--rdzv-id={self.name}"]
         command += [str(SCRIPT), str(self.folder), self.name, str(self.attempt), json.dumps(self.settings), "[]"]
         environment = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "PYTHONPATH": PATHS, "PAUSE": str(self.pause)}
-        self.logs[host.name] = self.folder / f"{self.name}.{host.name}.log"
-        with self.logs[host.name].open("a") as log:
+        file = self.folder / f"{self.name}.{host.name}.log"
+        file.touch()  # another thread may read all logs
+        self.logs[host.name] = file
+        with file.open("a") as log:
             launcher = host.start(*command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=str(self.folder))
         self.launchers[host.name] = launcher
 
