@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from jobs.launch import after_failure, after_signal
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import STATUS_FOLDER, RankStatus, read_rank_statuses
+from pipeline.training.parallel.exit_codes import after_failure, after_signal
 
 pytestmark = pytest.mark.system
 

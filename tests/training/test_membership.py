@@ -17,10 +17,10 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from features.errors import OtherRankError, Preempted
-from jobs.launch import lost
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, Alive, RankStatus
 from pipeline.training.parallel.contact import Contact
+from pipeline.training.parallel.exit_codes import lost
 from pipeline.training.parallel.membership import Membership
 from pipeline.training.parallel.process_group import lost_contact, raise_file_limit, wait_for_ranks
 
