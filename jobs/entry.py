@@ -242,8 +242,8 @@ def sigterm_handler(name: str) -> Callable[..., None]:
             sys.exit(128 + signal.SIGTERM)
         write_rank_status("preempted")
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"SIGTERM before training began. Rerun the same command to start or resume.\n")
-        sys.exit(PREEMPTED)
+            os.write(2, b"SIGTERM outside of training: nothing is lost. Rerun the same command to start or resume.\n")
+        os._exit(PREEMPTED)  # an exception would be lost in a destructor, where Python ends
 
     return handle
 

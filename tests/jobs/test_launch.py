@@ -150,7 +150,7 @@ def test_a_job_that_is_told_to_end_while_one_rank_starts_and_one_still_imports_h
     launcher.terminate()
     code, said = end_of(launcher)
     assert code == PREEMPTED
-    assert said == ["SIGTERM before training began. Rerun the same command to start or resume."]
+    assert said == ["SIGTERM outside of training: nothing is lost. Rerun the same command to start or resume."]
 
 
 def test_a_job_that_is_told_to_end_in_its_last_step_is_done(tmp_path: Path) -> None:
@@ -291,3 +291,23 @@ def test_a_rank_that_has_failed_is_ended_by_its_launcher_without_becoming_a_pree
     assert (process.returncode, printed) == (-signal.SIGTERM, "")
     [status] = read_rank_statuses(tmp_path)
     assert (status.state, status.reason) == ("failed", "no room")
+
+
+def test_sigterm_within_a_destructor_after_training_is_75_without_a_traceback() -> None:
+    """An exception would be lost there, and printed: the process would go on."""
+    script = """
+import os, signal, time
+from jobs.entry import sigterm_handler
+signal.signal(signal.SIGTERM, sigterm_handler("train"))
+class Shard:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+shard = Shard()
+del shard
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    said = "SIGTERM outside of training: nothing is lost. Rerun the same command to start or resume.\n"
+    assert (done.returncode, done.stderr) == (PREEMPTED, said)
