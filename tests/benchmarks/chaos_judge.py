@@ -87,7 +87,7 @@ def judge(folder: Path, outcome: Outcome, counts: list[int]) -> None:
             ]
     found, expected = (checkpoint.steps(where / "checkpoints") for where in (path, reference))
     hidden = sorted(entry.name for entry in (path / "checkpoints").glob(".*"))
-    # Preemption has steps of its own. Retention, if it was killed, comes with the next checkpoint; of the last one there is none.
+    # Preemption saves at steps of its own. Retention that was killed comes with the next checkpoint, which the last has not.
     if found[-1:] != expected[-1:] or not 0 <= len(found) - len(expected) <= 1 or hidden:
         wrong.append(f"checkpoints of steps {found}, not {expected}; left: {hidden}")
     theirs = newest(path)
