@@ -42,7 +42,7 @@ STATES: dict[str, State] = {
     **dict.fromkeys(["CANCELLED", "PREEMPTED", "REVOKED"], "stopped"),
     "COMPLETED": "succeeded",
 }
-HELD = ("JobHeldUser", "JobHeldAdmin")
+SUSPENDED_REASONS = ("JobHeldUser", "JobHeldAdmin")
 # Of several elements of an array, which one's state is that of the whole.
 FIRST: tuple[State, ...] = ("running", "pending", "suspended", "failed", "stopped", "succeeded")
 
@@ -313,8 +313,8 @@ def _element_status(queued: _Queued | None, record: _Record | None) -> Status:
         return Status("failed", "left the queue without an exit code: killed, or its node was lost", restarts)
     state = STATES.get(queued.state, "failed")
     if state == "pending":
-        held = queued.reason in HELD
-        return Status("suspended" if held else state, f"{queued.state}: {queued.reason}", restarts)
+        suspended = queued.reason in SUSPENDED_REASONS
+        return Status("suspended" if suspended else state, f"{queued.state}: {queued.reason}", restarts)
     if state not in ENDED:
         return Status(state, f"{queued.state} on {queued.nodes}", restarts)
     if record and record.state in ENDED:  # Slurm knows no stopped job that saved its work

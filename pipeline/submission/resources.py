@@ -1,7 +1,7 @@
 """Resources of a submission: what was given, else the cluster's default for the job, else derived from the job; and checked.
 
 What is derived is a rule of thumb on the safe side: memory of a process with its libraries, of tables and dense part (the
-sharding plan's own figures), of the copy from which a checkpoint is written, and of the rows held for shuffling.
+sharding plan's own figures), of the copy from which a checkpoint is written, and of the rows buffered for shuffling.
 """
 
 import math

@@ -34,7 +34,7 @@ PRINTS = (sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]
 
 
 def slurm(**settings: Any) -> Slurm:
-    return Slurm.model_validate({"backend": "slurm", "folder": "/work", "python": "python"} | settings)
+    return Slurm.model_validate({"backend": "slurm", "folder": "/shared", "python": "python"} | settings)
 
 
 def workload(job: str = "train", *words: str, **changes: Any) -> Workload:
@@ -75,7 +75,7 @@ def test_settings_and_resources_become_options_of_sbatch() -> None:
         cluster.render(workload(nodes="2..8", gpus_per_node=4, ranks_per_node=4, after=["7", "9"], suspend=True))
     )
     assert found == {
-        "job-name": "run-1", "chdir": "/work", "output": "/work/runs/slurm/run-1-%j.log", "open-mode": "append",
+        "job-name": "run-1", "chdir": "/shared", "output": "/shared/runs/slurm/run-1-%j.log", "open-mode": "append",
         "nodes": "2-8", "cpus-per-task": "3", "mem": "3072M", "time": "61", "signal": "B:TERM@300", "export": "NIL",
         "partition": "gpu,spot", "account": "ads", "qos": "low", "constraint": "a100&ib", "reservation": "x",
         "dependency": "afterok:7:9", "kill-on-invalid-dep": "yes", "requeue": "", "gpus-per-node": "4",

@@ -32,7 +32,7 @@ class Contact:
         self._thread.join(PEERS_READ_S)
 
     def silence(self) -> float:
-        """Seconds since the store has answered; 0 once its host has closed the connection, which calls notice by themselves."""
+        """Seconds since the store has answered; 0 once its host has closed the connection, which calls report by themselves."""
         return 0 if self._broken else time.monotonic() - self._answered
 
     def wait_for_end(self) -> bool:

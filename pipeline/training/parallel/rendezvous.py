@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 PORT = 29500  # torchrun's, of a static rendezvous of several nodes
 # torchrun's --rdzv-conf of a number of nodes that changes.
 MEETING = {
-    "last_call_timeout": 15,  # enough nodes are there: survivors of a failure notice it within seconds of each other
+    "last_call_timeout": 15,  # enough nodes are there: survivors of a failure detect it within seconds of each other
     "join_timeout": 7200,  # a new node waits for the next checkpoint, which may take long
     "keep_alive_interval": 3,  # five misses and a node is gone; the others wait as long after it is lost
     "keep_alive_max_attempt": 5,
