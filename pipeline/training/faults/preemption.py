@@ -66,7 +66,9 @@ def exiting_at_start(log: bool) -> Iterator[None]:
         while number := os.read(read_end, 1):
             if number[0] == signal.SIGTERM:
                 if log:
-                    os.write(2, b"SIGTERM outside of training: nothing is lost. Rerun the same command to start or resume.\n")
+                    os.write(
+                        2, b"SIGTERM outside of training: nothing is lost. Rerun the same command to start or resume.\n"
+                    )
                 write_rank_status("preempted")
                 os._exit(PREEMPTED)
 
