@@ -44,6 +44,8 @@ class Faults(Observer):
         if fault := FAULTS.get((ATTEMPT, trainer.rank, trainer.state.step + 1)):
             name, whom = fault
             os.kill(os.getpid() if whom == "self" else os.getppid(), getattr(signal, name))
+            while whom == "launcher" and not trainer.preemption.received:  # it passes the signal on when it next looks
+                time.sleep(0.01)
 
     def on_step(self, trainer: Trainer, output: StepOutput) -> None:
         seen = FOLDER / f"{NAME}.seen"

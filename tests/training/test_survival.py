@@ -106,11 +106,18 @@ def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> N
 # Killed, hung, resized
 
 
-def launch(folder: Path, name: str, ranks: int, attempt: int, faults: list, *flags: str, **settings: Any) -> Any:
-    """A run of faulty_run.py under jobs.launch, what it said printed."""
+def launch(
+    folder: Path, name: str, ranks: int, attempt: int, faults: list, *flags: str, kill_after: int = 60, **settings: Any
+) -> Any:
+    """A run of faulty_run.py under jobs.launch, what it said printed.
+
+    Args:
+        kill_after: seconds that ranks have to end, which one that hangs (SIGSTOP) takes whole.
+    """
     command = [sys.executable, "-m", "jobs.launch", f"--nproc-per-node={ranks}", *flags]
     command += [str(HERE / "faulty_run.py"), str(folder), name, str(attempt), json.dumps(settings), json.dumps(faults)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(kill_after)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout, done.stderr)
     return done
@@ -151,7 +158,7 @@ def test_a_rank_that_is_killed_and_then_one_that_hangs_cost_the_steps_since_the_
     folder: Path, undisturbed: Path
 ) -> None:
     faults = [[0, 1, 12, "SIGKILL", "self"], [1, 1, 33, "SIGSTOP", "self"]]
-    done = launch(folder, "killed", 2, 0, faults, "--max-restarts=2", checkpoint_every=5, timeout=5)
+    done = launch(folder, "killed", 2, 0, faults, "--max-restarts=2", kill_after=1, checkpoint_every=5, timeout=5)
     assert done.returncode == 0
     # The checkpoint before the fault may have been under way.
     assert re.search(r"resumed from \S+step-000000(10|05)\n(.*\n)*.*resumed from \S+step-000000(30|25)\n", done.stderr)
