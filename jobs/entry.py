@@ -110,7 +110,13 @@ def user_errors() -> Iterator[None]:
         write_rank_status("lost" if isinstance(error, OtherRankError) else "failed", line)
         if rank != "0":
             time.sleep(10)  # an error of all ranks is printed by rank 0, and torchrun ends the others
-        sys.exit(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}")
+        line = f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}"
+        if isinstance(error, OtherRankError):
+            print(line, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            # The thread of a checkpoint may wait in C++ for that rank just now: an orderly end would abort this process.
+            os._exit(1)
+        sys.exit(line)
     except Preempted as preempted:
         if os.environ.get("RANK", "0") == "0":
             print(printable(str(preempted)), file=sys.stderr, flush=True)

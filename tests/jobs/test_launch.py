@@ -293,6 +293,35 @@ def test_a_rank_that_has_failed_is_ended_by_its_launcher_without_becoming_a_pree
     assert (status.state, status.reason) == ("failed", "no room")
 
 
+def test_a_rank_that_lost_another_ends_in_one_line_while_a_thread_waits_for_that_one_in_cpp() -> None:
+    """As a checkpoint's may: a thread that comes back from C++ while Python ends would abort the process."""
+    script = """
+import threading, time
+from contextlib import suppress
+from datetime import timedelta
+import torch.distributed as dist
+from features.errors import OtherRankError
+from jobs.entry import user_errors
+
+class EndsSlowly:
+    def __del__(self, sleep=time.sleep):
+        sleep(1)
+
+def wait():
+    with suppress(dist.DistStoreError):
+        store.wait(["never"], timedelta(seconds=0.5))
+
+kept = EndsSlowly()
+store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+threading.Thread(target=wait, daemon=True).start()
+with user_errors():
+    raise OtherRankError("step 9: lost contact")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "error: step 9: lost contact\n")
+
+
 def test_sigterm_within_a_destructor_after_training_is_75_without_a_traceback() -> None:
     """An exception would be lost there, and printed: the process would go on."""
     script = """
