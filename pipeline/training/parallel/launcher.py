@@ -68,9 +68,7 @@ def launch(options: Namespace, folder: Path, terminated: threading.Event) -> int
     except RendezvousTimeoutError:
         return f"error: {where}: too few nodes came in time (--rdzv-conf=join_timeout=SECONDS)"
     except (RendezvousError, DistError) as error:
-        asked = terminated.is_set() or (
-            membership is not None and membership.contact is not None and membership.contact.ended
-        )
+        asked = terminated.is_set() or bool(membership and membership.contact and membership.contact.ended_by)
         return lost(where, one_line(error.__cause__ or error).split(". ")[0], asked, folder)
     finally:
         if membership and membership.contact:
@@ -163,7 +161,7 @@ def watch_ranks(folder: Path, membership: Membership, limit: float, where: str) 
                 )  # fmt: skip
         if membership.contact and (silence := membership.contact.silence()) > limit:
             end_ranks(float(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
-            asked = membership.terminated.is_set() or membership.contact.ended
+            asked = membership.terminated.is_set() or bool(membership.contact.ended_by)
             code = lost(where, f"no answer for {silence:.0f} s", asked, folder)
             if isinstance(code, str):
                 print(code, file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ from pipeline.training.faults.rank_status import (
     steps_taken,
 )
 from pipeline.training.parallel import rendezvous
-from pipeline.training.parallel.contact import Contact
+from pipeline.training.parallel.contact import ROUNDS, Contact
 from pipeline.training.parallel.process_group import node_key
 
 STARTS_IN_VAIN = 5  # in a row: nodes may die while others start, or never reach each other
@@ -83,6 +83,8 @@ class Membership(RendezvousHandler):
         reason = self._reason[1]
         if self._shared is not None:
             info, self._rounds, reason = self._with_store(info, self._shared)
+            if self.contact:
+                self.contact.round = self._rounds
         elif self.contact is None and not self.single:
             self.contact = Contact(clone_of(info.store), self.terminated)
         os.environ[ROUND], os.environ[REASON] = str(self._rounds), reason
@@ -96,7 +98,7 @@ class Membership(RendezvousHandler):
         if info.rank == 0:
             nodes = [json.loads(info.store.get(f"taskfuse/node/{node}")) for node in range(info.world_size)]
             self._server = rendezvous.open_store(self.address)
-            number = shared.add("taskfuse/rounds", 1) - 1
+            number = shared.add(ROUNDS, 1) - 1
             for node, (_, _, host) in enumerate(nodes):
                 self._server.set(node_key(number, node), host)
             opened = [self.address, self._server.port, number, min(nodes)[1]]
@@ -117,6 +119,8 @@ class Membership(RendezvousHandler):
             status = statuses.get(failure.pid)
             gone = failure.exitcode == PREEMPTED or (status is not None and status.state in ("lost", "preempted"))
             how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            if status is not None and status.state == "preempted":
+                how = f"saved after SIGTERM to {self.contact.ended_by if self.contact and self.contact.ended_by else 'a rank'}"
             text = status.reason if status is not None and status.reason else how
             reasons.append((_LOST if gone else 0, f"rank {rank} on {socket.gethostname()}: {text}"))
             self._failed[failure.pid] = status
