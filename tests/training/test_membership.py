@@ -24,6 +24,7 @@ from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, Alive, RankStatus
 from pipeline.training.parallel.contact import INTERVAL_S, Contact
 from pipeline.training.parallel.exit_codes import lost
+from pipeline.training.parallel.launcher import warn_of_clock
 from pipeline.training.parallel.membership import Membership
 from pipeline.training.parallel.process_group import lost_contact, raise_file_limit, wait_for_ranks
 
@@ -187,6 +188,26 @@ def test_a_launcher_that_has_left_a_round_is_no_end_of_the_next_one(
     time.sleep(2 * INTERVAL_S)
     assert not stays.contact.ended_by
     leaves.stop()
+
+
+def test_a_clock_that_differs_from_the_first_launchers_is_warned_of(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Contact(store.clone(), threading.Event())
+    time.sleep(INTERVAL_S)
+    second = Contact(store.clone(), threading.Event())
+    time.sleep(4 * INTERVAL_S)
+    assert abs(second.ahead) < 2
+    assert not warn_of_clock(second.ahead, 15, "hA:1")
+    first.stop()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 40)
+    store.set("taskfuse/clock", str(now()))
+    time.sleep(2 * INTERVAL_S)
+    second.stop()
+    assert -42 < second.ahead < -38
+    assert warn_of_clock(second.ahead, 15, "hA:1")
+    assert capsys.readouterr().err.startswith("warning: the clock here is 4")
 
 
 class Cut:

@@ -47,12 +47,15 @@ class Membership(RendezvousHandler):
         terminated: set once this launcher has received SIGTERM.
     Attributes:
         elastic: whether the number of nodes may change. contact: with the other launchers; None for a single node.
-        joined: whether this node has ever had ranks.
+        joined: whether this node has ever had ranks. patience: seconds after which c10d takes a silent node for lost.
     """
 
     def __init__(self, parameters: RendezvousParameters, folder: Path, terminated: threading.Event) -> None:
         self.folder, self.terminated = folder, terminated
         self.elastic, self.single = parameters.min_nodes < parameters.max_nodes, parameters.max_nodes == 1
+        self.patience = float(parameters.get("keep_alive_interval", 5)) * float(
+            parameters.get("keep_alive_max_attempt", 3)
+        )
         self.address = parameters.local_addr or socket.getfqdn()
         self.contact: Contact | None = None
         self.joined, self._left, self._reason = False, False, (_NONE, "")
