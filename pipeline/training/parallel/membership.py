@@ -36,7 +36,11 @@ from pipeline.training.parallel.contact import ROUNDS, Contact
 from pipeline.training.parallel.process_group import node_key
 
 STARTS_IN_VAIN = 5  # in a row: nodes may die while others start, or never reach each other
-_LOST, _NONE = 1, 2  # how much a reason explains: 0 is the cause, 1 that a rank has lost contact
+_CAUSE, _LOST, _NONE = (
+    0,
+    1,
+    2,
+)  # kinds of a reason, the one that explains most first: _LOST is that a rank has lost contact
 
 
 class Membership(RendezvousHandler):
@@ -58,8 +62,8 @@ class Membership(RendezvousHandler):
         )
         self.address = parameters.local_addr or socket.getfqdn()
         self.contact: Contact | None = None
-        self.joined, self._left, self._reason = False, False, (_NONE, "")
-        self._rounds, self._in_vain = -1, 0
+        self.joined, self._rejoins, self._reason = False, False, (_NONE, "")
+        self._rounds, self._starts_in_vain = -1, 0
         self._failed: dict[int, RankStatus | None] = {}
         self._shared: dist.Store | None = None
         self._server: dist.TCPStore | None = None
@@ -80,7 +84,7 @@ class Membership(RendezvousHandler):
         if self.joined and not self.elastic and self.preempted():
             raise Preempted("")
         forget_rank_statuses(self.folder)
-        self._left, self._failed = False, {}
+        self._rejoins, self._failed = False, {}
         info = self._torchs.next_rendezvous()
         self._rounds += 1
         reason = self._reason[1]
@@ -125,19 +129,19 @@ class Membership(RendezvousHandler):
             if status is not None and status.state == "preempted":
                 how = f"saved after SIGTERM to {self.contact.ended_by if self.contact and self.contact.ended_by else 'a rank'}"
             text = status.reason if status is not None and status.reason else how
-            reasons.append((_LOST if gone else 0, f"rank {rank} on {socket.gethostname()}: {text}"))
+            reasons.append((_LOST if gone else _CAUSE, f"rank {rank} on {socket.gethostname()}: {text}"))
             self._failed[failure.pid] = status
         self._reason = min(reasons, default=(_NONE, ""))
         if not (self.elastic and self._reason[0] == _LOST):
             return result
-        self._in_vain += 1
-        if self._in_vain < STARTS_IN_VAIN or any(
+        self._starts_in_vain += 1
+        if self._starts_in_vain < STARTS_IN_VAIN or any(
             status and status.state == "preempted" for status in self._failed.values()
         ):
-            self._left = True
+            self._rejoins = True
             return RunResult(WorkerState.HEALTHY)
         print(
-            f"error: {self._in_vain} starts in a row without a step, since ranks lost contact: more count as restarts. "
+            f"error: {self._starts_in_vain} starts in a row without a step, since ranks lost contact: more count as restarts. "
             "Look whether the nodes reach each other at all ports, and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME.",
             file=sys.stderr, flush=True,
         )  # fmt: skip
@@ -158,9 +162,9 @@ class Membership(RendezvousHandler):
         """
         waiting = self._torchs.num_nodes_waiting()
         flag = self.folder / NODES_WAITING
-        if self._in_vain and steps_taken(self.folder):
-            self._in_vain = 0
-        if self._left:
+        if self._starts_in_vain and steps_taken(self.folder):
+            self._starts_in_vain = 0
+        if self._rejoins:
             return max(waiting, 1)
         if waiting:
             flag.touch()
@@ -170,7 +174,10 @@ class Membership(RendezvousHandler):
         statuses = read_rank_statuses(self.folder)
         if not statuses or [status.state for status in statuses] != ["holding"] * statuses[0].ranks:
             return 0
-        self._reason = (0, f"{waiting} more node{'s' if waiting > 1 else ''}" if waiting else "a node came and went")
+        self._reason = (
+            _CAUSE,
+            f"{waiting} more node{'s' if waiting > 1 else ''}" if waiting else "a node came and went",
+        )
         return max(waiting, 1)
 
     @property
