@@ -10,7 +10,7 @@ checkpoint and no restart of --max-restarts, which each node counts for its own 
 nothing is trained twice. All start the same command; where they meet, --rdzv-endpoint, is a host that stays to the end: the
 others end with one line once it has not answered for 60 s (--rdzv-conf=read_timeout). A start waits 15 s for more nodes than
 the least (last_call_timeout), a node 2 hours for a checkpoint (join_timeout); a silent one is gone after 15 s
-(keep_alive_interval x keep_alive_max_attempt).
+(keep_alive_interval x keep_alive_max_attempt), as is one whose clock differs by that much.
 
 Examples:
   python -m jobs.launch --nproc-per-node=2 -m jobs.train dataset=runs/demo/data model=ple run=runs/demo/ple

@@ -4,11 +4,14 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
@@ -19,8 +22,9 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from features.errors import OtherRankError, Preempted
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, Alive, RankStatus
-from pipeline.training.parallel.contact import Contact
+from pipeline.training.parallel.contact import INTERVAL_S, Contact
 from pipeline.training.parallel.exit_codes import lost
+from pipeline.training.parallel.launcher import warn_of_clock
 from pipeline.training.parallel.membership import Membership
 from pipeline.training.parallel.process_group import lost_contact, raise_file_limit, wait_for_ranks
 
@@ -165,6 +169,73 @@ def test_a_launcher_that_is_told_to_end_tells_the_others(store: dist.TCPStore) -
     assert theirs.silence() < 1
     for contact in (ours, theirs):
         contact.stop()
+
+
+def test_a_launcher_that_has_left_a_round_is_no_end_of_the_next_one(
+    made: list[Membership], store: dist.TCPStore, tmp_path: Path
+) -> None:
+    stays, told = member(made, tmp_path, store.port, 1, 2, "left"), threading.Event()
+    leaves = Contact(store.clone(), told)
+    stays.next_rendezvous()
+    assert stays.contact
+    leaves.round = stays.contact.round
+    told.set()
+    assert stays.contact.wait_for_end()
+    write(tmp_path, 0, "preempted")
+    assert stays.judge(failed(PREEMPTED)).state is WorkerState.HEALTHY
+    stays.next_rendezvous()
+    assert os.environ[REASON].endswith(f": saved after SIGTERM to {socket.gethostname()}")
+    time.sleep(2 * INTERVAL_S)
+    assert not stays.contact.ended_by
+    leaves.stop()
+
+
+def test_a_clock_that_differs_from_the_first_launchers_is_warned_of(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Contact(store.clone(), threading.Event())
+    time.sleep(INTERVAL_S)
+    second = Contact(store.clone(), threading.Event())
+    time.sleep(4 * INTERVAL_S)
+    assert abs(second.ahead) < 2
+    assert not warn_of_clock(second.ahead, 15, "hA:1")
+    first.stop()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 40)
+    store.set("taskfuse/clock", str(now()))
+    time.sleep(2 * INTERVAL_S)
+    second.stop()
+    assert -42 < second.ahead < -38
+    assert warn_of_clock(second.ahead, 15, "hA:1")
+    assert capsys.readouterr().err.startswith("warning: the clock here is 4")
+
+
+class Cut:
+    """A store whose host is cut off once `answers` is cleared."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store, self.answers = store, threading.Event()
+        self.answers.set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.answers.wait()
+        return getattr(self.store, name)
+
+
+def test_a_launcher_hears_that_the_store_is_cut_off_also_after_another_has_received_sigterm(
+    store: dist.TCPStore,
+) -> None:
+    told = threading.Event()
+    told.set()
+    cut = Cut(store.clone())
+    ended, contact = Contact(store.clone(), told), Contact(cast("dist.Store", cut), threading.Event())
+    assert contact.wait_for_end()
+    cut.answers.clear()
+    time.sleep(3)
+    assert contact.silence() > 2
+    cut.answers.set()
+    contact.stop()
+    ended.stop()
 
 
 @pytest.mark.parametrize(

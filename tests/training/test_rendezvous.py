@@ -4,6 +4,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import pytest
@@ -189,7 +190,7 @@ def test_the_pod_that_elastic_nodes_meet_at_holds_the_store_before_its_name_reso
     endpoint: str, name: str, conf: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def resolve(host: str, *_: object, **__: object) -> list[object]:
-        if host != "localhost":
+        if host not in ("localhost", "run-7-1"):
             raise socket.gaierror
         return []
 
@@ -202,3 +203,22 @@ def test_the_pod_that_elastic_nodes_meet_at_holds_the_store_before_its_name_reso
     words = given.rdzv_conf.split(",")
     assert [word for word in words if word.startswith("is_host")] == said
     assert not conf or conf in words
+
+
+def test_a_machine_whose_own_name_is_unknown_is_told_so_or_goes_by_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookup = socket.getaddrinfo
+
+    def resolve(host: str, *words: Any, **more: Any) -> Any:
+        if host == "nameless":
+            raise socket.gaierror
+        return lookup(host, *words, **more)
+
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "nameless")
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", resolve)
+    words = ("--nnodes=2:8", "--rdzv-endpoint=192.0.2.1:29400")
+    with pytest.raises(UserError, match=r"nameless, the name of this machine, is in neither DNS nor /etc/hosts"):
+        rendezvous.choose(options(*words))
+    for endpoint, is_host in (("192.0.2.1:29400", 0), ("127.0.0.1:29400", 1)):
+        given = options(words[0], f"--rdzv-endpoint={endpoint}", "--local-addr=127.0.0.1")
+        assert rendezvous.choose(given) is None
+        assert f"is_host={is_host}" in given.rdzv_conf.split(",")

@@ -68,9 +68,7 @@ def launch(options: Namespace, folder: Path, terminated: threading.Event) -> int
     except RendezvousTimeoutError:
         return f"error: {where}: too few nodes came in time (--rdzv-conf=join_timeout=SECONDS)"
     except (RendezvousError, DistError) as error:
-        asked = terminated.is_set() or (
-            membership is not None and membership.contact is not None and membership.contact.ended
-        )
+        asked = terminated.is_set() or bool(membership and membership.contact and membership.contact.ended_by)
         return lost(where, one_line(error.__cause__ or error).split(". ")[0], asked, folder)
     finally:
         if membership and membership.contact:
@@ -151,8 +149,11 @@ def watch_ranks(folder: Path, membership: Membership, limit: float, where: str) 
     Args:
         limit: seconds without an answer of the store. where: it is.
     """
+    warned = False
     while True:
         time.sleep(1)
+        if membership.elastic and membership.contact and not warned:
+            warned = warn_of_clock(membership.contact.ahead, membership.patience, where)
         for rank, age in silent_ranks(folder):
             with suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
@@ -163,12 +164,28 @@ def watch_ranks(folder: Path, membership: Membership, limit: float, where: str) 
                 )  # fmt: skip
         if membership.contact and (silence := membership.contact.silence()) > limit:
             end_ranks(float(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
-            asked = membership.terminated.is_set() or membership.contact.ended
+            asked = membership.terminated.is_set() or bool(membership.contact.ended_by)
             code = lost(where, f"no answer for {silence:.0f} s", asked, folder)
             if isinstance(code, str):
                 print(code, file=sys.stderr, flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(1 if isinstance(code, str) else code)
+
+
+def warn_of_clock(ahead: float, patience: float, where: str) -> bool:
+    """Prints a line where clocks differ so much that nodes take each other for lost; whether they do.
+
+    Args:
+        ahead: seconds that this machine's clock is. patience: without a sign of life. where: the nodes meet.
+    """
+    if abs(ahead) < patience / 2:
+        return False
+    print(
+        f"warning: the clock here is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of {where}: from "
+        f"{patience:.0f} s on they take each other for lost, and do not train together. Synchronise them.",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return True
 
 
 def end_ranks(timeout: float) -> None:

@@ -32,11 +32,15 @@ from pipeline.training.faults.rank_status import (
     steps_taken,
 )
 from pipeline.training.parallel import rendezvous
-from pipeline.training.parallel.contact import Contact
+from pipeline.training.parallel.contact import ROUNDS, Contact
 from pipeline.training.parallel.process_group import node_key
 
 STARTS_IN_VAIN = 5  # in a row: nodes may die while others start, or never reach each other
-_LOST, _NONE = 1, 2  # how much a reason explains: 0 is the cause, 1 that a rank has lost contact
+_CAUSE, _LOST, _NONE = (
+    0,
+    1,
+    2,
+)  # kinds of a reason, the one that explains most first: _LOST is that a rank has lost contact
 
 
 class Membership(RendezvousHandler):
@@ -47,16 +51,19 @@ class Membership(RendezvousHandler):
         terminated: set once this launcher has received SIGTERM.
     Attributes:
         elastic: whether the number of nodes may change. contact: with the other launchers; None for a single node.
-        joined: whether this node has ever had ranks.
+        joined: whether this node has ever had ranks. patience: seconds after which c10d takes a silent node for lost.
     """
 
     def __init__(self, parameters: RendezvousParameters, folder: Path, terminated: threading.Event) -> None:
         self.folder, self.terminated = folder, terminated
         self.elastic, self.single = parameters.min_nodes < parameters.max_nodes, parameters.max_nodes == 1
+        self.patience = float(parameters.get("keep_alive_interval", 5)) * float(
+            parameters.get("keep_alive_max_attempt", 3)
+        )
         self.address = parameters.local_addr or socket.getfqdn()
         self.contact: Contact | None = None
-        self.joined, self._left, self._reason = False, False, (_NONE, "")
-        self._rounds, self._in_vain = -1, 0
+        self.joined, self._rejoins, self._reason = False, False, (_NONE, "")
+        self._rounds, self._starts_in_vain = -1, 0
         self._failed: dict[int, RankStatus | None] = {}
         self._shared: dist.Store | None = None
         self._server: dist.TCPStore | None = None
@@ -77,12 +84,14 @@ class Membership(RendezvousHandler):
         if self.joined and not self.elastic and self.preempted():
             raise Preempted("")
         forget_rank_statuses(self.folder)
-        self._left, self._failed = False, {}
+        self._rejoins, self._failed = False, {}
         info = self._torchs.next_rendezvous()
         self._rounds += 1
         reason = self._reason[1]
         if self._shared is not None:
             info, self._rounds, reason = self._with_store(info, self._shared)
+            if self.contact:
+                self.contact.round = self._rounds
         elif self.contact is None and not self.single:
             self.contact = Contact(clone_of(info.store), self.terminated)
         os.environ[ROUND], os.environ[REASON] = str(self._rounds), reason
@@ -96,7 +105,7 @@ class Membership(RendezvousHandler):
         if info.rank == 0:
             nodes = [json.loads(info.store.get(f"taskfuse/node/{node}")) for node in range(info.world_size)]
             self._server = rendezvous.open_store(self.address)
-            number = shared.add("taskfuse/rounds", 1) - 1
+            number = shared.add(ROUNDS, 1) - 1
             for node, (_, _, host) in enumerate(nodes):
                 self._server.set(node_key(number, node), host)
             opened = [self.address, self._server.port, number, min(nodes)[1]]
@@ -117,20 +126,22 @@ class Membership(RendezvousHandler):
             status = statuses.get(failure.pid)
             gone = failure.exitcode == PREEMPTED or (status is not None and status.state in ("lost", "preempted"))
             how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            if status is not None and status.state == "preempted":
+                how = f"saved after SIGTERM to {self.contact.ended_by if self.contact and self.contact.ended_by else 'a rank'}"
             text = status.reason if status is not None and status.reason else how
-            reasons.append((_LOST if gone else 0, f"rank {rank} on {socket.gethostname()}: {text}"))
+            reasons.append((_LOST if gone else _CAUSE, f"rank {rank} on {socket.gethostname()}: {text}"))
             self._failed[failure.pid] = status
         self._reason = min(reasons, default=(_NONE, ""))
         if not (self.elastic and self._reason[0] == _LOST):
             return result
-        self._in_vain += 1
-        if self._in_vain < STARTS_IN_VAIN or any(
+        self._starts_in_vain += 1
+        if self._starts_in_vain < STARTS_IN_VAIN or any(
             status and status.state == "preempted" for status in self._failed.values()
         ):
-            self._left = True
+            self._rejoins = True
             return RunResult(WorkerState.HEALTHY)
         print(
-            f"error: {self._in_vain} starts in a row without a step, since ranks lost contact: more count as restarts. "
+            f"error: {self._starts_in_vain} starts in a row without a step, since ranks lost contact: more count as restarts. "
             "Look whether the nodes reach each other at all ports, and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME.",
             file=sys.stderr, flush=True,
         )  # fmt: skip
@@ -151,9 +162,9 @@ class Membership(RendezvousHandler):
         """
         waiting = self._torchs.num_nodes_waiting()
         flag = self.folder / NODES_WAITING
-        if self._in_vain and steps_taken(self.folder):
-            self._in_vain = 0
-        if self._left:
+        if self._starts_in_vain and steps_taken(self.folder):
+            self._starts_in_vain = 0
+        if self._rejoins:
             return max(waiting, 1)
         if waiting:
             flag.touch()
@@ -163,7 +174,10 @@ class Membership(RendezvousHandler):
         statuses = read_rank_statuses(self.folder)
         if not statuses or [status.state for status in statuses] != ["holding"] * statuses[0].ranks:
             return 0
-        self._reason = (0, f"{waiting} more node{'s' if waiting > 1 else ''}" if waiting else "a node came and went")
+        self._reason = (
+            _CAUSE,
+            f"{waiting} more node{'s' if waiting > 1 else ''}" if waiting else "a node came and went",
+        )
         return max(waiting, 1)
 
     @property

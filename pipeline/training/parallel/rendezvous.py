@@ -48,7 +48,7 @@ def choose(options: Namespace) -> dist.TCPStore | None:
     if options.rdzv_backend == "static":
         return _on_one_interface(options) if options.node_rank == 0 else None
     if options.rdzv_backend == "c10d":
-        _host_store_before_dns_knows(options)
+        _choose_host_where_names_are_unknown(options)
     _say(
         f"warning: --rdzv-backend={options.rdzv_backend} runs code from whoever reaches {options.rdzv_endpoint}: let "
         "only this job's nodes reach it, or use --node-rank, --master-addr and --master-port instead"
@@ -56,15 +56,38 @@ def choose(options: Namespace) -> dist.TCPStore | None:
     return None
 
 
-def _host_store_before_dns_knows(options: Namespace) -> None:
-    """Has this machine hold the store where the endpoint is its name and a domain: that of a pod may not resolve yet."""
-    host, _ = parse_rendezvous_endpoint(options.rdzv_endpoint, default_port=PORT)
-    if "is_host" in options.rdzv_conf or host.partition(".")[0] != socket.gethostname():
+def _choose_host_where_names_are_unknown(options: Namespace) -> None:
+    """Says whether this machine holds the store, where torch would look up a name that DNS does not know, or not yet.
+
+    Raises:
+        UserError: this machine's own name is unknown, and with it the address that other nodes would reach its ranks at.
+    """
+    if "is_host" in options.rdzv_conf:
         return
+    host, _ = parse_rendezvous_endpoint(options.rdzv_endpoint, default_port=PORT)
+    name = socket.gethostname()
+    if host.partition(".")[0] == name:  # that of a pod may not resolve yet
+        here = True
+        if _resolves(host):
+            return
+    elif host == "localhost" or _resolves(name):
+        return
+    elif not options.local_addr:
+        raise UserError(
+            f"{name}, the name of this machine, is in neither DNS nor /etc/hosts: other nodes would not reach it. Add it "
+            "there, or give --local-addr=ADDRESS."
+        )
+    else:
+        here = _address_here(host) is not None
+    options.rdzv_conf = ",".join(filter(None, [options.rdzv_conf, f"is_host={int(here)}"]))
+
+
+def _resolves(host: str) -> bool:
     try:
         socket.getaddrinfo(host, 0)
     except OSError:
-        options.rdzv_conf = ",".join(filter(None, [options.rdzv_conf, "is_host=1"]))
+        return False
+    return True
 
 
 def _may_change(options: Namespace) -> None:
