@@ -137,6 +137,7 @@ def test_tables_that_do_not_fit_are_known_before_anything_is_queued(train: list[
     ("words", "said"),
     [
         ([], "not checked: whether tables fit: /data/far is not on this machine"),
+        (["days=2026-11-01..2026-11-02"], "not checked: whether tables fit: /data/far is not on this machine"),
         (["data=demo"], "not checked: table item, category, device"),
         (["data=demo", "gpus_per_node=1", "cluster.gpu_memory=80GB"], "not checked: table item, category, device"),
     ],
@@ -151,6 +152,17 @@ def test_what_cannot_be_checked_here_is_said_and_does_not_stop_a_submission(
     printed = capsys.readouterr()
     assert said in printed.err
     assert "jobs.train dataset=/data/far run=/runs/r" in printed.out
+
+
+def test_a_dataset_is_looked_for_where_the_job_will(
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = f"cluster.working_folder={small_dataset.parent}"
+    words = ["train", f"dataset={small_dataset.name}", "run=r", "model=shared_bottom", folder, "dry_run=true"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["jobs.submit", *words])
+    submit.main()
+    assert "not checked" not in capsys.readouterr().err
 
 
 def test_a_dry_run_submits_nothing_and_prints_the_words_of_the_job(

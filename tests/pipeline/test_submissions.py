@@ -216,6 +216,11 @@ def test_resources_that_cannot_be_right_are_refused_before_anything_is_queued(gi
         resolved(**given)
 
 
+def test_a_job_without_a_run_is_not_said_to_lack_its_model() -> None:
+    assert resolved(settings=Scoring(run=Path("/runs/none"))).notes[0].endswith("/runs/none is not on this machine")
+    assert resolved().notes == ["not checked: memory, since evaluate names no run whose model it holds"]
+
+
 def test_a_path_of_a_job_is_found_where_this_machine_sees_it() -> None:
     cluster = Cluster(backend="none", paths={Path("/runs"): Path("/mnt/shared/runs")})
     assert cluster.seen_here(Path("/runs/a/b")) == Path("/mnt/shared/runs/a/b")
