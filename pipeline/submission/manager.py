@@ -85,9 +85,10 @@ def status(record: Record) -> str:
         rows.append(("restarts", f"{found.restarts} by the cluster"))
     if record.run and record.job in ("train", "evaluate"):
         here = record.backend().seen_here(record.run)
-        come = progress.read(here) if here.is_dir() else None
-        rows += (
-            progress.lines(come) if come else [("run", f"{here}: nothing written yet, or not seen from this machine")]
-        )
+        nothing = [("run", f"{here}: nothing written yet, or not seen from this machine")]
+        try:
+            rows += progress.lines(come) if here.is_dir() and (come := progress.read(here)) else nothing
+        except UserError as error:  # a damaged file of the run does not hide the state of the job
+            rows.append(("run", str(error)))
     width = max(len(what) for what, _ in rows) + 2
     return "\n".join(f"{what:<{width}}{value}" for what, value in rows)

@@ -129,6 +129,22 @@ def test_a_damaged_record_does_not_hide_the_others(records: Records, capsys: pyt
     assert capsys.readouterr().err.count("bad.json") == 1
 
 
+@pytest.mark.parametrize("content", ["", '{"state": "trai', "[]"])
+def test_a_damaged_status_of_a_run_does_not_hide_the_state_of_its_job(content: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("")
+    (run.path / "status.json").write_text(content)
+    said = manager.status(submission(job="train", run=run.path, native=str(tmp_path)))
+    assert "state  failed: ended without an exit code" in said
+    assert f"run    {run.path / 'status.json'}" in said
+
+
+def test_a_file_whose_name_is_no_id_is_not_a_record(records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    records.reserve(submission())
+    (records.folder / "My Notes.json").write_text("{}")
+    assert len(manager.listed(records).splitlines()) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_rank_0_of_one_process_is_all_of_its_log_and_other_ranks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("12:00:00  step 1\n")
     found = submission(native=str(tmp_path))
