@@ -218,7 +218,7 @@ def workload(own: Submit, words: Words, given: Resources, records: Records, foll
         "words": words.job,
         "config_dir": words.config_dirs[0].absolute() if words.config_dirs else None,
         "name": own.name or records.new_name(words.verb),
-        "after": [_native(records.read(name), chosen_cluster(words.own)) for name in own.after],
+        "after": [manager.must_succeed(records.read(name), chosen_cluster(words.own)) for name in own.after],
         "array": [shlex.split(text) for text in own.array],
         "schedule": own.schedule,
         "suspend": own.suspend,
@@ -229,14 +229,6 @@ def workload(own: Submit, words: Words, given: Resources, records: Records, foll
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), fault_text(e)) for e in error.errors())
         raise UserError(join_faults([f"{place}: {what}" if place else what for place, what in places])) from None
-
-
-def _native(record: Record, cluster: str) -> str:
-    if record.cluster != cluster:
-        raise UserError(
-            f"after: {record.name} was submitted to cluster={record.cluster}, which this one does not know of"
-        )
-    return record.submitted()
 
 
 def chosen_cluster(own: list[str]) -> str:

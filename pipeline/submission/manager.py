@@ -12,9 +12,16 @@ from pipeline.cluster.base import ENDED, Status, UnansweredError
 from pipeline.submission import progress
 from pipeline.submission.records import Record, Records, revision, user
 
+ALIVE = ("suspended", "pending", "running")
+
 
 def submit(records: Records, record: Record) -> None:
-    """Submits what a record describes. Its id is printed on stdout, what to do next on stderr."""
+    """Submits what a record describes. Its id is printed on stdout, what to do next on stderr.
+
+    Raises:
+        UserError: another submission trains the same run, or the cluster refuses this one.
+    """
+    _refuse_second_trainer(records, record)
     backend = record.backend()
     records.reserve(record)
     try:
@@ -32,6 +39,37 @@ def submit(records: Records, record: Record) -> None:
         "follow=true",
         file=sys.stderr,
     )
+
+
+def _refuse_second_trainer(records: Records, record: Record) -> None:
+    """A run has one trainer: another would fail once it has its nodes, and take over as soon as the first is stopped."""
+    if record.job != "train" or record.run is None or record.work.after:  # which may be the others
+        return
+    for other in records.all()[0]:
+        same = (other.job, other.cluster, other.run) == (record.job, record.cluster, record.run)
+        if same and other.name != record.name and (state := current(other).state) in ALIVE:
+            raise UserError(
+                f"{other.name} is {state} and trains {record.run}, too: stop it first (jobs.submit stop {other.name})"
+            )
+
+
+def must_succeed(record: Record, cluster: str) -> str:
+    """The native id of a submission that another one on `cluster` waits for.
+
+    Raises:
+        UserError: it is on another cluster, or has failed: Slurm takes a job that it has forgotten for one that succeeded.
+    """
+    if record.cluster != cluster:
+        raise UserError(
+            f"after: {record.name} was submitted to cluster={record.cluster}, which this one does not know of"
+        )
+    native = record.submitted()
+    if (found := current(record)).state in ("failed", "stopped"):
+        raise UserError(
+            f"after: {record.name} has {found.state.replace('stopped', 'been stopped')}: {found.detail}. Submit it again "
+            f"(jobs.submit resubmit {record.name}), and name the new id"
+        )
+    return native
 
 
 def logs(record: Record, rank: int | None, follow: bool) -> Iterator[str]:

@@ -249,7 +249,7 @@ def test_a_submission_to_kubernetes_is_recorded_with_its_namespace_and_forgotten
         assert Records(None).read("run-7").native == "ml/run-7"
         assert Records(None).read("run-7").settings["image"] == words[-1].partition("=")[2]
         server.refuse["Job"] = (403, "jobs is forbidden")
-        assert "jobs is forbidden" in call(*words, "name=run-8")
+        assert "jobs is forbidden" in call(*words, "name=run-8", f"run={tmp_path / 'another'}")
         assert Records(None).names() == ["run-7"]
 
 

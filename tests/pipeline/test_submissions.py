@@ -12,7 +12,7 @@ import pytest
 from evaluations_by_hand import commit, record, set_commit_time
 
 from features.errors import UserError
-from pipeline.cluster.base import Cluster, Resources, UnansweredError, Workload
+from pipeline.cluster.base import Cluster, Resources, Status, UnansweredError, Workload
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
 from pipeline.submission import manager, progress, resources
@@ -79,6 +79,38 @@ def test_a_refused_submission_leaves_no_record_and_one_that_was_cut_off_is_said_
     assert manager.current(records.read("prep")).detail.startswith(
         "prep: jobs.submit was cut off while it was submitted"
     )
+
+
+@pytest.mark.parametrize("state", ["suspended", "pending", "running"])
+def test_a_run_that_another_submission_trains_is_refused(
+    state: str, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_run = {"job": "train", "run": Path("/runs/r"), "native": "x"}
+    records.reserve(submission("first", **of_run))
+    monkeypatch.setattr("pipeline.cluster.local.Local.submit", lambda *_: "/x/second")
+    states = {"first": state}
+    monkeypatch.setattr(manager, "current", lambda record: Status(states[record.name], ""))
+    with pytest.raises(UserError, match=rf"first is {state} and trains /runs/r, too: stop it first"):
+        manager.submit(records, submission("second", **of_run))
+    assert records.names() == ["first"]
+    manager.submit(records, submission("other", **of_run | {"run": Path("/runs/s")}))
+    states |= {"first": "stopped", "other": "running"}
+    manager.submit(records, submission("second", **of_run))
+
+
+def test_a_submission_does_not_wait_for_one_that_failed(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Status("unknown", "")
+    monkeypatch.setattr(manager, "current", lambda _: found)
+    first = submission("first", native="7")
+    for state in ("running", "succeeded", "unknown"):
+        found = Status(state, "exit code 3")
+        assert manager.must_succeed(first, "local") == "7"
+    with pytest.raises(UserError, match="after: first was submitted to cluster=local, which"):
+        manager.must_succeed(first, "slurm")
+    for state, said in (("failed", "has failed"), ("stopped", "has been stopped")):
+        found = Status(state, "exit code 3")
+        with pytest.raises(UserError, match=rf"after: first {said}: exit code 3\. Submit it again"):
+            manager.must_succeed(first, "local")
 
 
 def test_a_full_disk_leaves_no_record_of_what_was_not_submitted(
