@@ -87,6 +87,9 @@ def resubmit(records: Records, record: Record) -> None:
     state = current(record)
     if state.state not in (*ENDED, "unknown"):
         raise UserError(f"{record.name} is {state.state}: stop it first (jobs.submit stop {record.name})")
+    for waited in records.all()[0]:
+        if waited.cluster == record.cluster and waited.native in record.work.after:
+            must_succeed(waited, record.cluster)
     name = records.next_name(record.name)
     work = record.work.model_copy(update={"name": name})
     update = {"name": name, "work": work, "native": None, "resubmits": record.name, "time": time.time(), "user": user()}

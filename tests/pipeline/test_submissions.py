@@ -113,6 +113,16 @@ def test_a_submission_does_not_wait_for_one_that_failed(records: Records, monkey
             manager.must_succeed(first, "local")
 
 
+def test_what_waited_for_one_that_failed_is_not_submitted_again(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "current", lambda _: Status("failed", "exit code 3"))
+    records.reserve(submission("first", native="7"))
+    second = submission("second", native="8", work=Workload.model_validate(WORK | {"name": "second", "after": ["7"]}))
+    with pytest.raises(UserError, match="after: first has failed"):
+        manager.resubmit(records, second)
+
+
 def test_a_full_disk_leaves_no_record_of_what_was_not_submitted(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
