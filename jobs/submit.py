@@ -160,7 +160,8 @@ def run(config: DictConfig, words: Words) -> None:
                 for line in manager.logs(records.read(words.name), own.rank, own.follow):
                     print(line, flush=True)
             except KeyboardInterrupt:
-                sys.exit(f"{words.name} goes on: jobs.submit status {words.name}, jobs.submit stop {words.name}")
+                of = f"{words.name}{records.option}"
+                sys.exit(f"{words.name} goes on: jobs.submit status {of}, jobs.submit stop {of}")
         case "stop":
             found = records.read(words.name)
             found.backend().stop(found.work, found.submitted())

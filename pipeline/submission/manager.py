@@ -36,7 +36,7 @@ def submit(records: Records, record: Record) -> None:
     print(record.name, flush=True)
     print(
         f"{record.job} on cluster={record.cluster} as {native}. Follow it: python -m jobs.submit logs {record.name} "
-        "follow=true",
+        f"follow=true{records.option}",
         file=sys.stderr,
     )
 
@@ -49,7 +49,8 @@ def _refuse_second_trainer(records: Records, record: Record) -> None:
         same = (other.job, other.cluster, other.run) == (record.job, record.cluster, record.run)
         if same and other.name != record.name and (state := current(other).state) in ALIVE:
             raise UserError(
-                f"{other.name} is {state} and trains {record.run}, too: stop it first (jobs.submit stop {other.name})"
+                f"{other.name} is {state} and trains {record.run}, too: stop it first (jobs.submit stop "
+                f"{other.name}{records.option})"
             )
 
 
@@ -86,7 +87,8 @@ def resubmit(records: Records, record: Record) -> None:
     """Submits the same again, once the earlier one has ended: a run goes on from its newest checkpoint."""
     state = current(record)
     if state.state not in (*ENDED, "unknown"):
-        raise UserError(f"{record.name} is {state.state}: stop it first (jobs.submit stop {record.name})")
+        stop = f"jobs.submit stop {record.name}{records.option}"
+        raise UserError(f"{record.name} is {state.state}: stop it first ({stop})")
     for waited in records.all()[0]:
         if waited.cluster == record.cluster and waited.native in record.work.after:
             must_succeed(waited, record.cluster)

@@ -3,6 +3,7 @@
 import getpass
 import os
 import random
+import shlex
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from features.plain_json import first_fault, read_json
 from pipeline.cluster.base import Workload, state_folder
 from pipeline.cluster.registry import open_cluster
 from pipeline.cluster.values import Label
+from pipeline.overrides import setting
 from pipeline.storage.files import make_folder, write_json
 
 MAX_RECORD_BYTES = 1 << 20
@@ -66,10 +68,14 @@ class Records:
 
     Args:
         folder: None: submissions in the state folder of this machine's user.
+
+    Attributes:
+        option: what a command that is to find these records needs after an id, with a space before it; empty for None.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder or state_folder() / "submissions"
+        self.option = f" {shlex.quote(setting('submissions', folder))}" if folder else ""
 
     def reserve(self, record: Record) -> None:
         """Writes a new record before the job is submitted: whatever happens then, it is known.

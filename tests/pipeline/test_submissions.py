@@ -196,6 +196,17 @@ def test_rank_0_of_one_process_is_all_of_its_log_and_other_ranks_are_refused(tmp
             [*manager.logs(found, rank, follow=False)]
 
 
+def test_what_to_type_next_finds_the_records_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.local.Local.submit", lambda *_: "/x/prep")
+    for folder, option in ((tmp_path / "ours", f" submissions={tmp_path}/ours"), (None, "")):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        manager.submit(Records(folder), submission())
+        assert capsys.readouterr().err.endswith(f"python -m jobs.submit logs prep follow=true{option}\n")
+    assert Records(Path("a b")).option == """ 'submissions='"'"'a b'"'"''"""
+
+
 def test_the_newest_submission_is_listed_first(records: Records) -> None:
     for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
         records.reserve(submission(name, time=when))
