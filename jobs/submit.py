@@ -32,6 +32,7 @@ from jobs.quoting import quoted
 from pipeline.cluster.base import JOBS, Resources, Workload
 from pipeline.cluster.kubernetes.backend import Kubernetes
 from pipeline.cluster.kubernetes.kustomize import write_base
+from pipeline.cluster.local import Local
 from pipeline.cluster.registry import open_cluster
 from pipeline.cluster.values import refuse_lookups
 from pipeline.run.run import config_hash
@@ -194,6 +195,8 @@ def new(own: Submit, words: Words, records: Records) -> None:
     if own.dry_run:
         print(backend.render(work), end="", flush=True)
         return
+    if isinstance(backend, Local) and words.verb == "train":
+        _refuse_missing_dataset(backend, checked.settings)
     folder = getattr(checked.settings, "run", None)
     record = Record(
         name=work.name, job=work.job, cluster=cluster_name, settings=own.cluster | backend.pinned(), work=work,
@@ -201,6 +204,13 @@ def new(own: Submit, words: Words, records: Records) -> None:
         config=config_hash(checked.settings.model_dump(mode="json")), time=time.time(), user=user(),
     )  # fmt: skip
     manager.submit(records, record)
+
+
+def _refuse_missing_dataset(backend: Local, settings: Any) -> None:
+    """On this machine nothing that it could wait for would still write it: the ranks would fail, and be tried again."""
+    from pipeline.dataset.dataset import open_dataset  # which imports pyarrow: other verbs do without
+
+    open_dataset(backend.seen_here(backend.of_job(settings.dataset)), settings.days, settings.missing_days)
 
 
 def typed(words: Words) -> list[str]:

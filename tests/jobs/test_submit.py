@@ -83,6 +83,7 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["train", "dataset=D", "run=R", "train.epoch=3"], "error: train.epoch: no such setting (did you mean train.epochs?)"),
         (["train", "dataset=D", "run=R", "train.epochs=0"], "error: configuration: train.epochs: Input should be greater"),
         (["preprocess", "data=demo"], "error: out is missing"),
+        (["train", "dataset=/none", "run=R"], "error: /none: no dataset (manifest.json is missing). Run jobs.preprocess out="),
         (["evaluate"], "error: run is missing"),
         (["nightly", "run=R"], "error: out is missing"),
         # Of each element of an array, which may give what the others' words lack.
