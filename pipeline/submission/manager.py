@@ -12,6 +12,7 @@ from pipeline.cluster.base import ENDED, Status, UnansweredError
 from pipeline.submission import progress
 from pipeline.submission.records import Record, Records, revision, user
 
+SLOW_S = 5.0
 ALIVE = ("suspended", "pending", "running")
 
 
@@ -104,9 +105,14 @@ def listed(records: Records) -> str:
     found, faults = records.all()
     for fault in faults:
         print(f"error: {printable(fault)}", file=sys.stderr)
+    silent = set[str]()  # clusters that kept one question waiting, and are asked no other
     for record in found:
+        begin = time.monotonic()
+        state = "unknown" if record.cluster in silent else current(record).state
+        if state == "unknown" and time.monotonic() - begin > SLOW_S:
+            silent.add(record.cluster)
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.time))
-        rows.append([record.name, record.job, record.cluster, current(record).state, when, record.run or ""])
+        rows.append([record.name, record.job, record.cluster, state, when, record.run or ""])
     return tabulate(rows, ["id", "job", "cluster", "state", "submitted", "run"], "plain") if rows else "no submissions"
 
 

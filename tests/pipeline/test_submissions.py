@@ -213,6 +213,21 @@ def test_the_newest_submission_is_listed_first(records: Records) -> None:
     assert [line.split()[0] for line in manager.listed(records).splitlines()] == ["id", "new", "mid", "old"]
 
 
+def test_a_cluster_that_does_not_answer_is_asked_once(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clock = [], iter(range(0, 1000, 60))
+
+    def current(record: Record) -> Status:
+        asked.append(record.name)
+        return Status("unknown", "no answer")
+
+    for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
+        records.reserve(submission(name, time=when))
+    monkeypatch.setattr(manager, "current", current)
+    monkeypatch.setattr(manager.time, "monotonic", lambda: next(clock))
+    assert [line.split()[3] for line in manager.listed(records).splitlines()[1:]] == ["unknown"] * 3
+    assert asked == ["new"]
+
+
 def test_the_revision_is_that_of_the_code_not_of_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
