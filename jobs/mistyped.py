@@ -11,8 +11,13 @@ from features.errors import UserError, did_you_mean
 from features.printable import printable
 
 MAX_DEPTH = 8  # of the settings that are suggested
-# Sections with keys that are not all in their files: of a schema, options of a model or a weighting, settings of one table.
-EXTENSIBLE = ("data.", "model.", "train.weighting.", "train.sharding.", "train.kernels.")
+# Sections with keys that are not all in their files: of a schema, options of a model or a weighting, settings of one table,
+# variables and resources of a cluster.
+CLUSTER = ("environment", "secrets", "resources", "jobs", "paths", "devices", "node_selector")
+EXTENSIBLE = (
+    *("data.", "model.", "train.weighting.", "train.sharding.", "train.kernels."),
+    *(f"cluster.{section}." for section in CLUSTER),
+)
 
 
 def explained(error: ConfigCompositionException) -> Exception:

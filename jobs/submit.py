@@ -32,6 +32,7 @@ from jobs.quoting import quoted
 from pipeline.cluster.base import JOBS, Resources, Workload
 from pipeline.cluster.kubernetes.backend import Kubernetes
 from pipeline.cluster.kubernetes.kustomize import write_base
+from pipeline.cluster.local import Local
 from pipeline.cluster.registry import open_cluster
 from pipeline.cluster.values import refuse_lookups
 from pipeline.run.run import config_hash
@@ -160,7 +161,8 @@ def run(config: DictConfig, words: Words) -> None:
                 for line in manager.logs(records.read(words.name), own.rank, own.follow):
                     print(line, flush=True)
             except KeyboardInterrupt:
-                sys.exit(f"{words.name} goes on: jobs.submit status {words.name}, jobs.submit stop {words.name}")
+                of = f"{words.name}{records.option}"
+                sys.exit(f"{words.name} goes on: jobs.submit status {of}, jobs.submit stop {of}")
         case "stop":
             found = records.read(words.name)
             found.backend().stop(found.work, found.submitted())
@@ -193,6 +195,8 @@ def new(own: Submit, words: Words, records: Records) -> None:
     if own.dry_run:
         print(backend.render(work), end="", flush=True)
         return
+    if isinstance(backend, Local) and words.verb == "train":
+        _refuse_missing_dataset(backend, checked.settings)
     folder = getattr(checked.settings, "run", None)
     record = Record(
         name=work.name, job=work.job, cluster=cluster_name, settings=own.cluster | backend.pinned(), work=work,
@@ -200,6 +204,13 @@ def new(own: Submit, words: Words, records: Records) -> None:
         config=config_hash(checked.settings.model_dump(mode="json")), time=time.time(), user=user(),
     )  # fmt: skip
     manager.submit(records, record)
+
+
+def _refuse_missing_dataset(backend: Local, settings: Any) -> None:
+    """On this machine nothing that it could wait for would still write it: the ranks would fail, and be tried again."""
+    from pipeline.dataset.dataset import open_dataset  # which imports pyarrow: other verbs do without
+
+    open_dataset(backend.seen_here(backend.of_job(settings.dataset)), settings.days, settings.missing_days)
 
 
 def typed(words: Words) -> list[str]:
@@ -218,7 +229,7 @@ def workload(own: Submit, words: Words, given: Resources, records: Records, foll
         "words": words.job,
         "config_dir": words.config_dirs[0].absolute() if words.config_dirs else None,
         "name": own.name or records.new_name(words.verb),
-        "after": [_native(records.read(name), chosen_cluster(words.own)) for name in own.after],
+        "after": [manager.must_succeed(records.read(name), chosen_cluster(words.own)) for name in own.after],
         "array": [shlex.split(text) for text in own.array],
         "schedule": own.schedule,
         "suspend": own.suspend,
@@ -229,14 +240,6 @@ def workload(own: Submit, words: Words, given: Resources, records: Records, foll
     except ValidationError as error:
         places = ((".".join(map(str, e["loc"])), fault_text(e)) for e in error.errors())
         raise UserError(join_faults([f"{place}: {what}" if place else what for place, what in places])) from None
-
-
-def _native(record: Record, cluster: str) -> str:
-    if record.cluster != cluster:
-        raise UserError(
-            f"after: {record.name} was submitted to cluster={record.cluster}, which this one does not know of"
-        )
-    return record.submitted()
 
 
 def chosen_cluster(own: list[str]) -> str:

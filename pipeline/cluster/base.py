@@ -3,10 +3,20 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from features.errors import UserError
 from pipeline.cluster.values import Argument, Bytes, Cpu, Cron, Label, Nodes, Value, Variable
@@ -174,6 +184,14 @@ class Cluster(BaseModel):
     jobs: dict[str, Resources] = {}
     paths: dict[Path, Path] = {}
     gpu_memory: str | None = None
+
+    @field_validator("gpu_memory")
+    @classmethod
+    def _is_of_a_gpu(cls, text: str | None) -> str | None:
+        with suppress(ValidationError):
+            if text is None or TypeAdapter(ByteSize).validate_python(text) >= 1 << 20:
+                return text
+        raise ValueError(f"{text!r} is not bytes of a GPU such as 80GB")
 
     @model_validator(mode="after")
     def _knows_its_jobs(self) -> "Cluster":

@@ -1,6 +1,6 @@
 """The cluster backends by the name that a cluster's file gives as `backend`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,7 +29,15 @@ def open_cluster(content: Mapping[str, Any], where: str) -> Any:
     try:
         return BACKENDS[name].model_validate(content)
     except ValidationError as error:
-        places = ((".".join(map(str, e["loc"])), fault_text(e)) for e in error.errors())
+        fields = BACKENDS[name].model_fields
+        places = ((".".join(map(str, e["loc"])), _fault(e, fields)) for e in error.errors())
         raise UserError(
             f"{where}: {join_faults([f'{place}: {what}' if place else what for place, what in places])}"
         ) from None
+
+
+def _fault(error: Any, fields: Iterable[str]) -> str:
+    """What is wrong with a setting, and for an unknown key at the top the nearest of the backend's own."""
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        return f"no such setting{did_you_mean(str(error['loc'][0]), fields)}"
+    return fault_text(error)

@@ -96,7 +96,8 @@ def lines(progress: Progress) -> list[tuple[str, str]]:
 
 def _start(start: Start) -> str:
     nodes = f" of {start.nodes} nodes" if start.nodes > 1 else ""
-    where = f"{duration(time.time() - start.time)} ago from step {start.step:,} on {start.ranks} ranks{nodes}"
+    ranks = "1 rank" if start.ranks == 1 else f"{start.ranks} ranks"
+    where = f"{duration(time.time() - start.time)} ago from step {start.step:,} on {ranks}{nodes}"
     return f"{where}: {printable(start.reason)}"
 
 

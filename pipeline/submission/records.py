@@ -3,6 +3,7 @@
 import getpass
 import os
 import random
+import shlex
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from features.plain_json import first_fault, read_json
 from pipeline.cluster.base import Workload, state_folder
 from pipeline.cluster.registry import open_cluster
 from pipeline.cluster.values import Label
+from pipeline.overrides import setting
 from pipeline.storage.files import make_folder, write_json
 
 MAX_RECORD_BYTES = 1 << 20
@@ -66,10 +68,14 @@ class Records:
 
     Args:
         folder: None: submissions in the state folder of this machine's user.
+
+    Attributes:
+        option: what a command that is to find these records needs after an id, with a space before it; empty for None.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder or state_folder() / "submissions"
+        self.option = f" {shlex.quote(setting('submissions', folder))}" if folder else ""
 
     def reserve(self, record: Record) -> None:
         """Writes a new record before the job is submitted: whatever happens then, it is known.
@@ -107,9 +113,10 @@ class Records:
     def read(self, name: str) -> Record:
         """One record. Raises UserError where there is none, or a damaged one."""
         try:
-            TypeAdapter(Label).validate_python(name)
+            if not _is_name(name):
+                raise FileNotFoundError
             content = read_json(self.folder, f"{name}.json", MAX_RECORD_BYTES)
-        except (FileNotFoundError, ValidationError):
+        except FileNotFoundError:
             near = did_you_mean(name, self.names())
             raise UserError(f"no submission {name}{near} in {self.folder}: jobs.submit list shows them") from None
         try:
@@ -121,8 +128,9 @@ class Records:
         return record
 
     def names(self) -> list[str]:
-        """Of all submissions."""
-        return sorted(file.stem for file in self.folder.glob("*.json")) if self.folder.is_dir() else []
+        """Of all submissions. A file whose name is no id is not a record."""
+        files = self.folder.glob("*.json") if self.folder.is_dir() else []
+        return sorted(file.stem for file in files if _is_name(file.stem))
 
     def all(self) -> tuple[list[Record], list[str]]:
         """All records that can be read, the newest first, and what is wrong with the others."""
@@ -149,6 +157,14 @@ class Records:
         """The name under which a submission is submitted again: NAME-2, NAME-3 and so on."""
         taken = set(self.names())
         return next(found for n in range(2, 1000) if (found := f"{name[:48]}-{n}") not in taken)
+
+
+def _is_name(text: str) -> bool:
+    try:
+        TypeAdapter(Label).validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def revision() -> str:

@@ -109,8 +109,8 @@ def _training(
     """Of jobs.train: jobs.plan's answer for the fewest nodes that it may run on."""
     from pipeline.training.parallel.capacity import PlanConfig, planned
 
-    dataset = cluster.seen_here(settings.dataset)
-    here = (dataset / "manifest.json").exists() or settings.days is not None
+    dataset = cluster.seen_here(cluster.of_job(settings.dataset))
+    here = (dataset / "manifest.json").exists() or (settings.days is not None and dataset.is_dir())
     if unknown := None if here else _unknown_tables(settings.dataset, schema):
         return Need(PROCESS[device], PROCESS[device] + UNKNOWN[device], 0, [f"not checked: {unknown}"])
     if device == "cuda" and not cluster.gpu_memory:
@@ -133,7 +133,7 @@ def _training(
     memory = PROCESS[device] + peak.ddr + (dense if device == "cpu" else 0)
     copy = peak.size.total + dense if settings.train.checkpoint_async else 0
     size = sum(rank.size.total for rank in found.ranks) + dense
-    return Need(memory, memory + copy, _seconds_to_save(cluster.seen_here(settings.run), size), [])
+    return Need(memory, memory + copy, _seconds_to_save(cluster.seen_here(cluster.of_job(settings.run)), size), [])
 
 
 def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:
@@ -164,10 +164,13 @@ def _other(job: str, settings: Any, device: str, cluster: Cluster) -> Need:
         units = 6 * settings.unit_bytes + 4 * settings.bucket_bytes + 2 * settings.broadcast_bytes
         return Need(GIB // 2, GIB + units, 0, [])
     run: Path | None = getattr(settings, "run", None)
-    model = _model_bytes(cluster.seen_here(run)) if run else None
+    model = _model_bytes(cluster.seen_here(cluster.of_job(run))) if run else None
     rows = int(getattr(settings, "memory", 0) * GIB)  # of rows kept for exact metrics, at most
     least = PROCESS[device] + (model or 0)
-    notes = [] if model is not None else [f"not checked: memory, since the model of {run} is not on this machine"]
+    notes = []
+    if model is None:
+        which = f"the model of {run} is not on this machine" if run else f"{job} names no run whose model it holds"
+        notes = [f"not checked: memory, since {which}"]
     return Need(least, least + (UNKNOWN[device] if model is None else 0) + rows, 0, notes)
 
 

@@ -66,7 +66,12 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["train", "cluster=locl"], "error: Could not find 'cluster/locl' (did you mean cluster=local?)"),
         (["train", "cluster.backend=x"], "error: cluster local: backend: x is not one of local, slurm, kubernetes"),
         (["train", "cluster.folder=[1]"], "error: cluster local: folder: "),
-        (["train", "+cluster.colour=red"], "error: cluster local: colour: Extra inputs are not permitted"),
+        (["train", "+cluster.colour=red"], "error: cluster local: colour: no such setting"),
+        (["train", "+cluster.enviroment.A=1"], "error: cluster local: enviroment: no such setting (did you mean environment?)"),
+        (["train", "+cluster.jobs.train.cpus=1"], "error: cluster local: jobs.train.cpus: Extra inputs are not permitted"),
+        (["train", "cluster.environment.A=1"], "no such setting. See --help; +KEY=VALUE adds a key that a file lacks"),
+        (["train", "cluster.gpu_memory=80"], "error: cluster local: gpu_memory: '80' is not bytes of a GPU such as 80GB"),
+        (["train", "cluster.gpu_memory=much"], "error: cluster local: gpu_memory: 'much' is not bytes of a GPU such as 80GB"),
         (["train", "+cluster.jobs.trian.cpu=1"], "error: cluster local: jobs.trian is none of train, preprocess"),
         (["train", "nodes=0"], "error: configuration: nodes: 0 is not a number of nodes, or MIN..MAX such as 2..8"),
         (["train", "nodes=8..2"], "error: configuration: nodes: 8..2: the first number is the larger one"),
@@ -78,6 +83,7 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["train", "dataset=D", "run=R", "train.epoch=3"], "error: train.epoch: no such setting (did you mean train.epochs?)"),
         (["train", "dataset=D", "run=R", "train.epochs=0"], "error: configuration: train.epochs: Input should be greater"),
         (["preprocess", "data=demo"], "error: out is missing"),
+        (["train", "dataset=/none", "run=R"], "error: /none: no dataset (manifest.json is missing). Run jobs.preprocess out="),
         (["evaluate"], "error: run is missing"),
         (["nightly", "run=R"], "error: out is missing"),
         # Of each element of an array, which may give what the others' words lack.
@@ -137,6 +143,7 @@ def test_tables_that_do_not_fit_are_known_before_anything_is_queued(train: list[
     ("words", "said"),
     [
         ([], "not checked: whether tables fit: /data/far is not on this machine"),
+        (["days=2026-11-01..2026-11-02"], "not checked: whether tables fit: /data/far is not on this machine"),
         (["data=demo"], "not checked: table item, category, device"),
         (["data=demo", "gpus_per_node=1", "cluster.gpu_memory=80GB"], "not checked: table item, category, device"),
     ],
@@ -151,6 +158,17 @@ def test_what_cannot_be_checked_here_is_said_and_does_not_stop_a_submission(
     printed = capsys.readouterr()
     assert said in printed.err
     assert "jobs.train dataset=/data/far run=/runs/r" in printed.out
+
+
+def test_a_dataset_is_looked_for_where_the_job_will(
+    small_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = f"cluster.working_folder={small_dataset.parent}"
+    words = ["train", f"dataset={small_dataset.name}", "run=r", "model=shared_bottom", folder, "dry_run=true"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["jobs.submit", *words])
+    submit.main()
+    assert "not checked" not in capsys.readouterr().err
 
 
 def test_a_dry_run_submits_nothing_and_prints_the_words_of_the_job(
@@ -237,7 +255,7 @@ def test_a_submission_to_kubernetes_is_recorded_with_its_namespace_and_forgotten
         assert Records(None).read("run-7").native == "ml/run-7"
         assert Records(None).read("run-7").settings["image"] == words[-1].partition("=")[2]
         server.refuse["Job"] = (403, "jobs is forbidden")
-        assert "jobs is forbidden" in call(*words, "name=run-8")
+        assert "jobs is forbidden" in call(*words, "name=run-8", f"run={tmp_path / 'another'}")
         assert Records(None).names() == ["run-7"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from evaluations_by_hand import commit, record, set_commit_time
 
 from features.errors import UserError
-from pipeline.cluster.base import Cluster, Resources, UnansweredError, Workload
+from pipeline.cluster.base import Cluster, Resources, Status, UnansweredError, Workload
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
 from pipeline.submission import manager, progress, resources
@@ -81,6 +81,48 @@ def test_a_refused_submission_leaves_no_record_and_one_that_was_cut_off_is_said_
     )
 
 
+@pytest.mark.parametrize("state", ["suspended", "pending", "running"])
+def test_a_run_that_another_submission_trains_is_refused(
+    state: str, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_run = {"job": "train", "run": Path("/runs/r"), "native": "x"}
+    records.reserve(submission("first", **of_run))
+    monkeypatch.setattr("pipeline.cluster.local.Local.submit", lambda *_: "/x/second")
+    states = {"first": state}
+    monkeypatch.setattr(manager, "current", lambda record: Status(states[record.name], ""))
+    with pytest.raises(UserError, match=rf"first is {state} and trains /runs/r, too: stop it first"):
+        manager.submit(records, submission("second", **of_run))
+    assert records.names() == ["first"]
+    manager.submit(records, submission("other", **of_run | {"run": Path("/runs/s")}))
+    states |= {"first": "stopped", "other": "running"}
+    manager.submit(records, submission("second", **of_run))
+
+
+def test_a_submission_does_not_wait_for_one_that_failed(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Status("unknown", "")
+    monkeypatch.setattr(manager, "current", lambda _: found)
+    first = submission("first", native="7")
+    for state in ("running", "succeeded", "unknown"):
+        found = Status(state, "exit code 3")
+        assert manager.must_succeed(first, "local") == "7"
+    with pytest.raises(UserError, match="after: first was submitted to cluster=local, which"):
+        manager.must_succeed(first, "slurm")
+    for state, said in (("failed", "has failed"), ("stopped", "has been stopped")):
+        found = Status(state, "exit code 3")
+        with pytest.raises(UserError, match=rf"after: first {said}: exit code 3\. Submit it again"):
+            manager.must_succeed(first, "local")
+
+
+def test_what_waited_for_one_that_failed_is_not_submitted_again(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "current", lambda _: Status("failed", "exit code 3"))
+    records.reserve(submission("first", native="7"))
+    second = submission("second", native="8", work=Workload.model_validate(WORK | {"name": "second", "after": ["7"]}))
+    with pytest.raises(UserError, match="after: first has failed"):
+        manager.resubmit(records, second)
+
+
 def test_a_full_disk_leaves_no_record_of_what_was_not_submitted(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +171,22 @@ def test_a_damaged_record_does_not_hide_the_others(records: Records, capsys: pyt
     assert capsys.readouterr().err.count("bad.json") == 1
 
 
+@pytest.mark.parametrize("content", ["", '{"state": "trai', "[]"])
+def test_a_damaged_status_of_a_run_does_not_hide_the_state_of_its_job(content: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("")
+    (run.path / "status.json").write_text(content)
+    said = manager.status(submission(job="train", run=run.path, native=str(tmp_path)))
+    assert "state  failed: ended without an exit code" in said
+    assert f"run    {run.path / 'status.json'}" in said
+
+
+def test_a_file_whose_name_is_no_id_is_not_a_record(records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+    records.reserve(submission())
+    (records.folder / "My Notes.json").write_text("{}")
+    assert len(manager.listed(records).splitlines()) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_rank_0_of_one_process_is_all_of_its_log_and_other_ranks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("12:00:00  step 1\n")
     found = submission(native=str(tmp_path))
@@ -138,10 +196,36 @@ def test_rank_0_of_one_process_is_all_of_its_log_and_other_ranks_are_refused(tmp
             [*manager.logs(found, rank, follow=False)]
 
 
+def test_what_to_type_next_finds_the_records_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.local.Local.submit", lambda *_: "/x/prep")
+    for folder, option in ((tmp_path / "ours", f" submissions={tmp_path}/ours"), (None, "")):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        manager.submit(Records(folder), submission())
+        assert capsys.readouterr().err.endswith(f"python -m jobs.submit logs prep follow=true{option}\n")
+    assert Records(Path("a b")).option == """ 'submissions='"'"'a b'"'"''"""
+
+
 def test_the_newest_submission_is_listed_first(records: Records) -> None:
     for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
         records.reserve(submission(name, time=when))
     assert [line.split()[0] for line in manager.listed(records).splitlines()] == ["id", "new", "mid", "old"]
+
+
+def test_a_cluster_that_does_not_answer_is_asked_once(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clock = [], iter(range(0, 1000, 60))
+
+    def current(record: Record) -> Status:
+        asked.append(record.name)
+        return Status("unknown", "no answer")
+
+    for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
+        records.reserve(submission(name, time=when))
+    monkeypatch.setattr(manager, "current", current)
+    monkeypatch.setattr(manager.time, "monotonic", lambda: next(clock))
+    assert [line.split()[3] for line in manager.listed(records).splitlines()[1:]] == ["unknown"] * 3
+    assert asked == ["new"]
 
 
 def test_the_revision_is_that_of_the_code_not_of_the_current_folder(
@@ -214,6 +298,11 @@ def test_memory_of_ranks_is_their_processes_their_model_and_kept_rows() -> None:
 def test_resources_that_cannot_be_right_are_refused_before_anything_is_queued(given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         resolved(**given)
+
+
+def test_a_job_without_a_run_is_not_said_to_lack_its_model() -> None:
+    assert resolved(settings=Scoring(run=Path("/runs/none"))).notes[0].endswith("/runs/none is not on this machine")
+    assert resolved().notes == ["not checked: memory, since evaluate names no run whose model it holds"]
 
 
 def test_a_path_of_a_job_is_found_where_this_machine_sees_it() -> None:
