@@ -36,11 +36,13 @@ RUNS = {
     "micro-batches": DENSE | {"accumulate": 3},  # of 8 rows: 3, 3, 2
     "fsdp": DENSE | {"dense_parallel": "fsdp"},
     "fsdp-micro-batches": DENSE | {"dense_parallel": "fsdp", "accumulate": 3},
+    "copies": DENSE | {"sharding": {"default": ["data_parallel"]}},
     "whole": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED},
     "replicas": {"max_steps": STEPS, "tables": SGD, "sharding": MIXED, "sharding_group": GROUP},
     "replicas-adagrad": {"max_steps": 1, "sharding": MIXED, "sharding_group": GROUP},
     "replicas-fsdp": {"max_steps": STEPS, "tables": SGD, "sharding_group": GROUP, "dense_parallel": "fsdp"},
 }
+RESUMED = [("fsdp", "ddp"), ("ddp", "fsdp"), ("ddp", "ddp"), ("copies", "copies"), ("fsdp", "fsdp")]
 RARE = {"max_steps": STEPS, "checkpoint_every": STOP, "sharding": MIXED, "sharding_group": GROUP, "sync_every": RARELY}
 COLLECTIVES = ("all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
 
@@ -111,7 +113,7 @@ def main(folder: Path) -> None:
             share = sum(p.to_local().numel() for p in dense if isinstance(p, DTensor)) / sum(p.numel() for p in dense)
             (folder / f"share.{rank}.json").write_text(json.dumps(share))
     dist.barrier()
-    for before, after in (("fsdp", "ddp"), ("ddp", "fsdp")):
+    for before, after in RESUMED:
         if rank == 0:
             stopped(folder, before, f"{before}-{after}", STOP)
         dist.barrier()

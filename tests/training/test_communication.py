@@ -223,6 +223,12 @@ def test_a_checkpoint_moves_between_shards_and_replicas_of_the_dense_part(ranks:
     assert_close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ddp", "copies", "fsdp"])
+def test_a_resumed_run_on_four_ranks_rounds_as_one_that_was_not_interrupted(ranks: Path, name: str) -> None:
+    """DDP lays out its messages anew after each attempt's first step, and a ring adds up ranks by the place in a message."""
+    assert_identical(last(ranks / f"{name}-{name}"), last(ranks / name))
+
+
 def test_a_checkpoint_of_shards_is_read_on_one_rank_element_by_element(ranks: Path) -> None:
     stopped(ranks, "fsdp", "fsdp-one", STOP)
     moved(ranks, "fsdp-one", RUNS["ddp"])

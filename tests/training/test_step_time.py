@@ -116,6 +116,7 @@ def test_what_pipelining_and_the_backward_cover_is_not_waited_for() -> None:
     alone = traffic(large)["dense"].seconds(2, EXACT, SLOW)
     assert step_time(large, EXACT, SLOW).all_reduce == pytest.approx(alone - 2 / 3 * 0.06)
     assert step_time(replace(large, flops=1e15), EXACT, SLOW).all_reduce == pytest.approx(alone / 16)
+    assert step_time(replace(large, flops=1e15, gloo=True), EXACT, SLOW).all_reduce == pytest.approx(alone)
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4]), st.floats(1, 100), st.sampled_from(sorted(KINDS)))

@@ -36,11 +36,8 @@ from pipeline.training.parallel.contact import ROUNDS, Contact
 from pipeline.training.parallel.process_group import node_key
 
 STARTS_IN_VAIN = 5  # in a row: nodes may die while others start, or never reach each other
-_CAUSE, _LOST, _NONE = (
-    0,
-    1,
-    2,
-)  # kinds of a reason, the one that explains most first: _LOST is that a rank has lost contact
+# Kinds of a reason, the one that explains most first; _LOST: a rank has lost contact with another.
+_CAUSE, _LOST, _NONE = range(3)
 
 
 class Membership(RendezvousHandler):

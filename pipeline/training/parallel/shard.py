@@ -26,6 +26,7 @@ from pipeline.torch_compat import ShardedTensor, table_kernels
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import codecs, id_maps, plan
+from pipeline.training.parallel.averaging import average_in_one_message
 from pipeline.training.parallel.replicas import ReplicatedGroups
 
 BLOCK_ROWS = 1 << 16  # rows of a table that are drawn from one random stream
@@ -111,6 +112,8 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
             sharded.to(device)
         else:
             sharded.init_data_parallel()
+    if device.type == "cpu":  # a GPU gains more by messages that travel during the backward
+        average_in_one_message(sharded)
     return sharded
 
 

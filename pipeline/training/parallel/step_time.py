@@ -145,7 +145,8 @@ def step_time(step: Step, kind: Kind, link: Link) -> StepTime:
     """The time of a step, under these assumptions.
 
     Dense part, tables and exchanges follow each other. If `pipelined`, ids travel while the batch before is trained on. Of
-    the gradients of the dense part all but DDP's last bucket travel during the dense backward.
+    the gradients of the dense part all but DDP's last bucket travel during the dense backward, but for those that gloo adds up
+    in the order of ranks (pipeline.training.parallel.averaging): training waits for them.
     """
     bandwidth = kind.memory_bandwidth * kind.bandwidth_share
     products = step.rows * step.flops / (kind.flops[step.precision] * kind.flops_share)
@@ -154,7 +155,7 @@ def step_time(step: Step, kind: Kind, link: Link) -> StepTime:
     seconds = {name: sent.seconds(step.ranks_per_node, kind, link) for name, sent in traffic(step).items()}
     ids = max(0.0, seconds["ids"] - compute - tables) if step.pipelined else seconds["ids"]
     last = seconds["dense"] * min(1.0, BUCKET / max(step.dense * FLOAT, 1))
-    dense = max(last, seconds["dense"] - BACKWARD * products)
+    dense = seconds["dense"] if step.gloo and step.ranks > 2 else max(last, seconds["dense"] - BACKWARD * products)
     exchange, all_reduce = ids + seconds["forward"] + seconds["backward"], dense + seconds["tables"]
     return StepTime(compute, tables, exchange, all_reduce, sum(seconds.values()) - exchange - all_reduce)
 
