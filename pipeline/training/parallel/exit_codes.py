@@ -19,7 +19,10 @@ def lost(where: str, how: str, asked: bool, folder: Path) -> int | str:
     states = {status.state for status in read_rank_statuses(folder)}
     if (states or asked) and states <= ({"preempted", "holding", "lost"} if asked else {"preempted", "holding"}):
         return PREEMPTED
-    return f"error: lost contact with {where} ({how}): it is gone, or the network. The newest checkpoint is kept."
+    return (
+        f"error: lost contact with {where} ({how}): the network, that node or its launcher has ended; its log may say why. "
+        "The newest checkpoint is kept."
+    )
 
 
 def after_signal(name: str, statuses: list[RankStatus]) -> int | str:
