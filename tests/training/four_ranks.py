@@ -14,12 +14,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from tiny_training import on_each_rank, write_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from two_ranks import stopped, trainer
 
 from features.errors import UserError
 from pipeline.training.parallel import replicas
+from pipeline.training.parallel.averaging import average_in_one_message
 from pipeline.training.trainer import Trainer
 
 PLACEMENTS = {"table_wise": {"default": ["table_wise"]}, "row_wise": {"default": ["row_wise"]}}
@@ -101,9 +103,23 @@ def formats(folder: Path) -> None:
             trainer(folder, f"backward-{placement}-{name}", **step).run_to_end()
 
 
+def averages(folder: Path) -> None:
+    """The gradients of two equal steps of a replicated model: DDP lays out its messages anew between them."""
+    torch.manual_seed(0)
+    replicated = DistributedDataParallel(nn.Sequential(nn.Linear(37, 29), nn.Linear(29, 3)), static_graph=True)
+    average_in_one_message(replicated)
+    input_BD, found = torch.randn(4, 37, generator=torch.Generator().manual_seed(dist.get_rank())), []
+    for _ in range(2):
+        replicated.zero_grad()
+        replicated(input_BD).square().mean().backward()
+        found.append([weight.grad.clone() for weight in replicated.parameters()])
+    torch.save((input_BD, replicated.module, found), folder / f"averages.{dist.get_rank()}.pt")
+
+
 def main(folder: Path) -> None:
     rank = dist.get_rank()
     write_checkpoint(trainer(folder, "start"))
+    averages(folder)
     formats(folder)
     for name, settings in RUNS.items():
         made = trainer(folder, name, **settings)

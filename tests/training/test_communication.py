@@ -223,6 +223,19 @@ def test_a_checkpoint_moves_between_shards_and_replicas_of_the_dense_part(ranks:
     assert_close(last(ranks / name), last(ranks / "ddp"), rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_are_the_mean_over_ranks_and_the_same_however_ddp_lays_out_its_messages(ranks: Path) -> None:
+    inputs, models, found = zip(
+        *(torch.load(ranks / f"averages.{rank}.pt", weights_only=False) for rank in range(RANKS)), strict=True
+    )
+    model = models[0].double()
+    model(torch.cat(inputs).double()).square().mean().backward()
+    for first, second in found:
+        for weight, one, other, ours in zip(model.parameters(), first, second, found[0][0], strict=True):
+            torch.testing.assert_close(one.double(), weight.grad, rtol=1e-5, atol=1e-7)
+            assert torch.equal(one, other)
+            assert torch.equal(one, ours)
+
+
 @pytest.mark.parametrize("name", ["ddp", "copies", "fsdp"])
 def test_a_resumed_run_on_four_ranks_rounds_as_one_that_was_not_interrupted(ranks: Path, name: str) -> None:
     """DDP lays out its messages anew after each attempt's first step, and a ring adds up ranks by the place in a message."""

@@ -181,13 +181,16 @@ def test_a_launcher_that_has_left_a_round_is_no_end_of_the_next_one(
     leaves.round = stays.contact.round
     told.set()
     assert stays.contact.wait_for_end()
+    waits = Contact(store.clone(), threading.Event())  # of a node that has joined no round yet
+    assert waits.wait_for_end()
     write(tmp_path, 0, "preempted")
     assert stays.judge(failed(PREEMPTED)).state is WorkerState.HEALTHY
     stays.next_rendezvous()
     assert os.environ[REASON].endswith(f": saved after SIGTERM to {socket.gethostname()}")
     time.sleep(2 * INTERVAL_S)
     assert not stays.contact.ended_by
-    leaves.stop()
+    for contact in (leaves, waits):
+        contact.stop()
 
 
 def test_a_clock_that_differs_from_the_first_launchers_is_warned_of(
@@ -200,6 +203,11 @@ def test_a_clock_that_differs_from_the_first_launchers_is_warned_of(
     assert abs(second.ahead) < 2
     assert not warn_of_clock(second.ahead, 15, "hA:1")
     first.stop()
+    store.set("taskfuse/clock", str(time.time() - 600))  # what a first launcher that has gone wrote last is no clock
+    third = Contact(store.clone(), threading.Event())
+    time.sleep(2 * INTERVAL_S)
+    third.stop()
+    assert third.ahead == 0
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() - 40)
     store.set("taskfuse/clock", str(now()))
