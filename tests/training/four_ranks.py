@@ -104,12 +104,12 @@ def formats(folder: Path) -> None:
 
 
 def averages(folder: Path) -> None:
-    """The gradients of two equal steps of a replicated model: DDP lays out its messages anew between them."""
+    """The gradients of three equal steps of a replicated model: DDP lays out its messages anew before the third."""
     torch.manual_seed(0)
     replicated = DistributedDataParallel(nn.Sequential(nn.Linear(37, 29), nn.Linear(29, 3)), static_graph=True)
     average_in_one_message(replicated)
     input_BD, found = torch.randn(4, 37, generator=torch.Generator().manual_seed(dist.get_rank())), []
-    for _ in range(2):
+    for _ in range(3):
         replicated.zero_grad()
         replicated(input_BD).square().mean().backward()
         found.append([weight.grad.clone() for weight in replicated.parameters()])

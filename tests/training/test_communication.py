@@ -229,8 +229,8 @@ def test_gradients_are_the_mean_over_ranks_and_the_same_however_ddp_lays_out_its
     )
     model = models[0].double()
     model(torch.cat(inputs).double()).square().mean().backward()
-    for first, second in found:
-        for weight, one, other, ours in zip(model.parameters(), first, second, found[0][0], strict=True):
+    for first, _, third in found:
+        for weight, one, other, ours in zip(model.parameters(), first, third, found[0][0], strict=True):
             torch.testing.assert_close(one.double(), weight.grad, rtol=1e-5, atol=1e-7)
             assert torch.equal(one, other)
             assert torch.equal(one, ours)
