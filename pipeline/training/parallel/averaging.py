@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 def average_in_one_message(model: nn.Module) -> None:
     """Makes each DDP in the model average all its gradients at once, in the order of its parameters.
 
-    In which order an all-reduce adds up ranks depends on where in a message a number lies. DDP sends its first step's
+    In which order an all-reduce adds up ranks depends on where in a message a number lies. DDP sends its first steps'
     gradients in one message, and lays later ones out by the order in which gradients came: a resumed run would round otherwise
     than an uninterrupted one. Two ranks have one order only. The backward no longer covers a part of the messages.
     """
