@@ -196,6 +196,7 @@ def test_rows_that_pad_a_batch_are_not_trained_on_and_max_steps_ends_a_run(
     assert float(cells["rows/s"].replace(",", "")) == pytest.approx(64 / seconds, rel=0.02)
     assert float(cells["hours"]) == pytest.approx(10 * seconds, rel=0.01)
     assert any(line.startswith("guessed: CPU core") for line in lines)
+    assert any("dense gradients of 3 ranks and more do not travel during the backward" in line for line in lines)
     assert reported[-1] == "planned 1 of 2 numbers of ranks; next: 48 ranks"
 
 

@@ -226,6 +226,11 @@ def _on(ranks: int, settings: Settings, cluster: Cluster) -> Settings:
 def _assumptions(model: Model, settings: Settings, step: Step, kind: Kind, link: Link) -> list[str]:
     """What the times follow from; guesses are called so."""
     ids = "ids travel while the batch before is trained on" if step.pipelined else "ids are waited for"
+    gradients = (
+        "all but the last 25 MiB of dense gradients travel"
+        if kind.memory
+        else "dense gradients of 3 ranks and more do not travel"
+    )
     cached = any("fused_uvm_caching" in kernels for kernels in settings.kernels.values())
     more = settings.weighting.refuses.get("pipelined") is not None
     return [
@@ -237,8 +242,8 @@ def _assumptions(model: Model, settings: Settings, step: Step, kind: Kind, link:
         f"the node's and {link.share:.0%} of the network's rate; {1e3 * kind.host:g} ms to launch a step's kernels; "
         f"{1e6 * link.node_latency:g} us latency within a node, {1e6 * link.latency:g} between nodes",
         f"counted: {model.flops:,.0f} FLOPs a row forward and backward, {model.dense:,} dense parameters",
-        f"assumed: {ids}; all but the last 25 MiB of dense gradients travel during the backward; every row of a table is as "
-        "frequent; each id is read and updated by itself; reading of the dataset and checkpoints take no time",
+        f"assumed: {ids}; {gradients} during the backward; every row of a table is as frequent; each id is read and updated by "
+        "itself; reading of the dataset and checkpoints take no time",
         *model.notes,
         *(["too fast: tables with fused_uvm_caching are timed as if they lay in GPU memory"] if cached else []),
         *([f"too fast: train.weighting={settings.weighting.name} has more backwards than one"] if more else []),
