@@ -223,7 +223,7 @@ class _Rectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor) -> Tensor:
         inputs, rows, _ = x_UBD.shape
-        x_UBD, weight_UDN, bias_UN = _packed(x_UBD), _concat_weights(weight_SDH, inputs), bias_SH.view(inputs, -1)
+        x_UBD, weight_UDN, bias_UN = _packed(x_UBD), _concat_weights(weight_SDH, inputs), bias_SH.reshape(inputs, -1)
         shape = (inputs, rows, len(weight_SDH) // inputs, weight_SDH.shape[2])
         if inputs == 1:
             y_UBCH = _product(x_UBD[0], weight_UDN[0], bias_UN[0]).view(shape)
@@ -279,7 +279,7 @@ def _product(x_BD: Tensor, weight_DN: Tensor, bias_N: Tensor | None = None) -> T
 def _concat_weights(weight_SDH: Tensor, inputs: int) -> Tensor:
     """weight_UDN: the weights of the networks that read the same input, concatenated to one matrix."""
     in_dim, out_dim = weight_SDH.shape[1:]
-    return weight_SDH.view(inputs, -1, in_dim, out_dim).transpose(1, 2).reshape(inputs, in_dim, -1)
+    return weight_SDH.reshape(inputs, -1, in_dim, out_dim).transpose(1, 2).reshape(inputs, in_dim, -1)
 
 
 def _packed(x: Tensor) -> Tensor:

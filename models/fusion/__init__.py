@@ -7,6 +7,7 @@ from features.errors import UserError
 from models.fusion.adatt import AdaTT
 from models.fusion.aitm import AITM
 from models.fusion.apem import APEM
+from models.fusion.automtl import AutoMTL, Supernet
 from models.fusion.autotask import AutoTask
 from models.fusion.cross_stitch import CrossStitch
 from models.fusion.dtrn import DTRN
@@ -41,6 +42,8 @@ FUSIONS: dict[str, type[Fusion]] = {
     "home": HoME,
     "pepnet": PEPNet,
     "stem": STEM,
+    "automtl": AutoMTL,
+    "automtl_supernet": Supernet,
 }
 
 

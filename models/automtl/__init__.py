@@ -1,0 +1,1 @@
+"""AutoMTL's search space: operations, blocks that choose among them, and the architecture that is found."""
