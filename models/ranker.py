@@ -64,6 +64,7 @@ class ModelConfig(BaseModel):
         embedding_std: standard deviation of the embeddings' normal initialisation.
         numeric_dim: width of a piecewise number's code; 0 leaves codes out.
         field_dim: width of a token, for what attends over features.
+        architecture: for fusion automtl: a file or a run of jobs.search.
         from_: `from` in a config: runs of trained single-task models, for fusion emm (models.emm).
     """
 
@@ -79,6 +80,7 @@ class ModelConfig(BaseModel):
     embedding_std: float = Field(0.01, ge=0, allow_inf_nan=False)
     numeric_dim: int = Field(8, ge=0, le=1 << 16)
     field_dim: int = Field(16, ge=1, le=1 << 16)
+    architecture: str | None = None
     from_: list[str] | None = Field(None, alias="from")
 
     @classmethod

@@ -1,6 +1,6 @@
 """Operations that an expert's block chooses from (AutoMTL, section 3.3.2 and table 1), of all experts at once."""
 
-# Shapes: S experts, B rows, H width of every block's output, D width in, C sizes of an operation, K hidden columns, or places of
+# Shapes: S experts, B rows, H width of every block's output, D width in, C sizes of an operation, K hidden columns or places of
 # the widest kernel.
 
 import math
