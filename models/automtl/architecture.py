@@ -92,11 +92,16 @@ class Space(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """FLOPs of a row's forward pass: of every candidate by name, and the most that interaction and blocks may have."""
+    """FLOPs of a row's forward pass: of every candidate by name, and the most that interaction and blocks may have.
+
+    Attributes:
+        chosen: experts of each task.
+    """
 
     interaction: Mapping[str, float]
     blocks: Mapping[str, float]
     flops: float
+    chosen: int
 
 
 def derive(strengths: Strengths, space: Space, budget: Budget | None = None) -> Architecture:
@@ -122,7 +127,7 @@ def derive(strengths: Strengths, space: Space, budget: Budget | None = None) -> 
             for n, row in enumerate(choice_NL.tolist())
         ],
         "tasks": {
-            task: {number: _rounded(strengths.task_TN[t, number - 1]) for number in tasks[task]}
+            task: {str(number): _rounded(strengths.task_TN[t, number - 1]) for number in tasks[task]}
             for t, task in enumerate(space.tasks)
         },
     }

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from features.batch import Batch
@@ -18,8 +19,19 @@ def model_cost(ranker: Ranker, batch: Batch) -> dict[str, Any]:
     Matrix products and attention are counted (torch.utils.flop_counter); table lookups and elementwise operations are not.
     """
     ranker.eval()
+    return dense_cost(ranker, ranker.embedded(batch), batch)
+
+
+@torch.inference_mode()
+def dense_cost(ranker: Ranker, embedding_BE: Tensor, batch: Batch) -> dict[str, Any]:
+    """The same of a ranker whose tables need not be there.
+
+    Args:
+        embedding_BE: what they would give for the batch.
+    """
+    ranker.eval()
     with flop_counter() as counter:
-        ranker(batch)
+        ranker.units(ranker.dense_outputs(embedding_BE, batch))
     tables = sum(p.numel() for n, p in ranker.named_parameters() if is_table(n))
     return {
         "parameters": sum(p.numel() for p in ranker.parameters()) - tables,

@@ -86,6 +86,7 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.train_metrics = path / "metrics" / "train.jsonl"
         self.progressive = path / "metrics" / "progressive.jsonl"
+        self.search_metrics = path / "metrics" / "search.jsonl"
         self.eval_metrics = path / "metrics" / "eval.jsonl"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
@@ -167,6 +168,11 @@ class Run:
         except FileNotFoundError:
             return None
         return validated(Status, found, self.path / "status.json")
+
+    def drop_lines_after(self, step: int) -> None:
+        """Drops what training has written of later steps: a run that goes on from this one writes it again."""
+        for lines in (self.train_metrics, self.progressive, self.search_metrics):
+            keep_lines(lines, step)
 
     def add_start(self, step: int, ranks: int, nodes: int, reason: str) -> None:
         """Adds a line to restarts.jsonl; a full disk does not stop it."""

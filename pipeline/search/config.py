@@ -15,6 +15,14 @@ from pipeline.training.optim.strict import Strict
 
 Names = Annotated[list[str], Field(min_length=1, max_length=1000)]
 FUSION, SUPERNET = "automtl", "automtl_supernet"
+# AutoMTL, table 1.
+PAPER_INTERACTIONS = [
+    "product_inner", "product_outer", "cross_1", "cross_2", "cross_3", "cross_4", "attention_1", "attention_2", "attention_4",
+    "attention_8", "mlp_64", "mlp_128", "mlp_256", "mlp_512", "mlp_1024", "skip",
+]  # fmt: skip
+PAPER_BLOCKS = [
+    "gating", "mlp_16", "mlp_32", "mlp_64", "mlp_128", "mlp_256", "mlp_512", "mlp_1024", "conv_3", "conv_5", "conv_7", "skip",
+]  # fmt: skip
 
 
 class Space(Strict):
@@ -33,14 +41,8 @@ class Space(Strict):
     experts: int = Field(8, ge=1, le=1000)
     depth: int = Field(3, ge=1, le=64)
     chosen: int = Field(4, ge=1)
-    interaction: Names = [
-        "product_inner", "product_outer", "cross_1", "cross_2", "cross_3", "cross_4", "attention_1", "attention_2",
-        "attention_4", "attention_8", "mlp_64", "mlp_128", "mlp_256", "mlp_512", "mlp_1024", "skip",
-    ]  # fmt: skip
-    blocks: Names = [
-        "gating", "mlp_16", "mlp_32", "mlp_64", "mlp_128", "mlp_256", "mlp_512", "mlp_1024", "conv_3", "conv_5", "conv_7",
-        "skip",
-    ]  # fmt: skip
+    interaction: Names = Field(PAPER_INTERACTIONS)
+    blocks: Names = Field(PAPER_BLOCKS)
     nested: bool = True
     homogeneous: bool = False
     selection: Literal["beta", "gates"] = "beta"
@@ -73,11 +75,11 @@ class Space(Strict):
 
 
 class Budget(Strict):
-    """The most FLOPs of a row's forward pass that the found network may have, but for its towers, gates and tokens.
+    """The most FLOPs of a row's forward pass that the found model may have.
 
     Attributes:
-        flops: of a row; or of what a model of jobs/conf/model takes, where `model` names one.
-        model: such as adatt, and `flops` is a share of all its FLOPs.
+        flops: of a row; or a share of what `model` takes on the same dataset.
+        model: such as that of jobs/conf/model/adatt.yaml; None: flops is a number of FLOPs.
         weight: of relu(expected FLOPs / budget - 1) in the loss of alpha.
     """
 
@@ -97,8 +99,8 @@ class Search(Strict):
         warmup: share of the steps before beta is trained.
         diversity: weight of the auxiliary loss of beta (eq. 2) after the warm-up; it falls linearly to 0 by the last step.
         auxiliary: weight of the skip around each block at the start; it falls linearly to 0 by the last step.
-        evaluate_every: steps between looks at the architecture; None: a twentieth of the run.
-        patience: the search ends when so many of them in a row after the warm-up have found the same one; None: never.
+        evaluate_every: steps between evaluations of the architecture; None: a twentieth of the run.
+        patience: the search ends once so many of them in a row after the warm-up have found the same one; None: never.
         budget: None for none.
     """
 

@@ -1,7 +1,6 @@
-"""metrics/search.jsonl: what a search knew at each look at its architecture."""
+"""metrics/search.jsonl: the architecture of a search at each of its evaluations."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt
 
@@ -38,12 +37,6 @@ class SearchRecord(BaseModel):
     architecture: Architecture
 
 
-def read(run: Run) -> Sequence[SearchRecord]:
+def read(run: Run) -> list[SearchRecord]:
     """The lines, oldest first. Raises UserError for a damaged one."""
-    found: list[SearchRecord] = [validated(SearchRecord, line, path(run)) for line in read_lines(path(run))]
-    return found
-
-
-def path(run: Run) -> Any:
-    """The file."""
-    return run.train_metrics.with_name("search.jsonl")
+    return [validated(SearchRecord, line, run.search_metrics) for line in read_lines(run.search_metrics)]

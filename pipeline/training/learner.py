@@ -63,7 +63,7 @@ class Learner:
         if self.adaptive:
             order = s.order()
             self.adaptive.attach(shared_parameters(ranker, dense), order.batch_size, order.lanes)
-        self.managed = ManagedRows(ranker, self.state())
+        self.managed = ManagedRows(ranker, Learner.state(self))
         self.step = 0  # of the update to come, from 0
 
     def state(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class TrainStep(nn.Module):
             torch.manual_seed(torch.initial_seed())  # the draws of the forward, before which the learner seeds
             with torch.autocast(loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
                 arguments = (embedding_BE.detach(), batch)
-                out_KBT = functional_call(_DensePart(self.ranker), replaced, arguments, tie_weights=False)
+                out_KBT = functional_call(DensePart(self.ranker), replaced, arguments, tie_weights=False)
             return self.ranker.row_losses(out_KBT, batch.label_BT, batch.observed_BT)[0]
 
         def reduce(loss_BT: Tensor, observed_weight_BT: Tensor, total_T: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class TrainStep(nn.Module):
         return total + self.loss.regulariser(total_T1[:-1]), _output(loss_BT, batch)
 
 
-class _DensePart(nn.Module):
+class DensePart(nn.Module):
     """The ranker from its embeddings on, as a module that functional_call can call."""
 
     def __init__(self, ranker: Ranker) -> None:

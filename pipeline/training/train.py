@@ -18,17 +18,23 @@ from pipeline.training.faults.hang_watch import watch_ranks
 from pipeline.training.faults.preemption import exiting_at_start
 from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
-from pipeline.training.restore import emm_sources, resume
+from pipeline.training.restore import architecture_file, emm_sources, resume
 from pipeline.training.trainer import Trainer
 
 
-def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence[Observer] = ()) -> Run:
+def train(
+    config: TrainConfig,
+    schema: Schema | None = None,
+    observers: Sequence[Observer] = (),
+    kind: type[Trainer] = Trainer,
+) -> Run:
     """Trains a run to its end, from its newest undamaged checkpoint where it has one.
 
     Args:
         config: all settings.
         schema: if given, the dataset must have been written for it.
         observers: called as the run proceeds.
+        kind: of its trainer.
     Raises:
         UserError: bad input, a loss that is not finite, or a lost rank.
         Preempted: by SIGTERM, after a checkpoint.
@@ -42,7 +48,7 @@ def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence
             device = process_group.start(config.train.timeout)
             watch = watch_ranks(config.train.timeout)  # a rank may be cut off in start-up too
             watching.callback(watch.stop)
-            trainer = prepare(config, schema, device, observers)
+            trainer = prepare(config, schema, device, observers, kind)
             trainer.watch = watch
         run = trainer.run_to_end()
         dist.destroy_process_group()
@@ -65,7 +71,11 @@ def train(config: TrainConfig, schema: Schema | None = None, observers: Sequence
 
 
 def prepare(
-    config: TrainConfig, schema: Schema | None, device: torch.device, observers: Sequence[Observer] = ()
+    config: TrainConfig,
+    schema: Schema | None,
+    device: torch.device,
+    observers: Sequence[Observer] = (),
+    kind: type[Trainer] = Trainer,
 ) -> "Trainer":
     """A trainer whose run is restored, ready for `run_to_end`. Every rank calls it. Raises UserError."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -75,8 +85,8 @@ def prepare(
         whole.check_compatible(schema.fingerprint, "the schema of this job")
     dataset = whole.only(config.tasks)
     with ExitStack() as pinned:  # checkpoints of other runs that this one starts from
-        config = emm_sources.resolve(config, dataset, pinned)
+        config = architecture_file.resolve(emm_sources.resolve(config, dataset, pinned))
         config = config.model_copy(update={"train": resume.as_begun(config.train, Run(config.run))})
-        trainer = Trainer(config, dataset, device, observers)
+        trainer = kind(config, dataset, device, observers)
         trainer.restore(whole.schema, pinned)
     return trainer

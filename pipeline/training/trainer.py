@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from pipeline.dataset.shards import table_sizes
 from pipeline.run import checkpoint, retention
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import CheckpointWriter
-from pipeline.run.run import Run, keep_lines
+from pipeline.run.run import Run
 from pipeline.run.tracking import registry as tracking
 from pipeline.run.tracking.base import TRAIN, Committed, Job, Published
 from pipeline.storage.files import read_lines
@@ -33,7 +34,7 @@ from pipeline.training.faults.nonfinite import NonfiniteCheck
 from pipeline.training.faults.preemption import PreemptionSignal
 from pipeline.training.faults.rank_status import nodes, nodes_wait, restart_reason
 from pipeline.training.faults.rollback import Rollbacks
-from pipeline.training.learner import build_learner
+from pipeline.training.learner import Learner, build_learner
 from pipeline.training.logging.meter import ThroughputMeter
 from pipeline.training.logging.metrics_writer import MetricsWriter
 from pipeline.training.logging.progressive import ProgressiveMetrics
@@ -73,7 +74,7 @@ class Trainer:
         self.epoch_steps = self.loader.steps(position)
         self.steps = min(s.epochs * self.epoch_steps, s.max_steps or s.epochs * self.epoch_steps)
         self.milestones = {max(1, round(share * self.steps)) for share in s.checkpoint_at}
-        self.learner = build_learner(config, dataset, self.rank, device, self.steps, self.epoch_steps)
+        self.learner = self.build_learner()
         self.state = TrainState(position, ProgressiveMetrics(dataset.schema.tasks, s.log_every, device))
         self.run = Run(config.run)
         self.nonfinite, self.rollbacks = NonfiniteCheck(s.nonfinite), Rollbacks(s.max_skipped)
@@ -88,6 +89,10 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)
+
+    def build_learner(self) -> Learner:
+        """What takes the steps."""
+        return build_learner(self.config, self.dataset, self.rank, self.device, self.steps, self.epoch_steps)
 
     def _cpu_group(self, timeout: timedelta) -> dist.ProcessGroup | None:
         return dist.new_group(backend="gloo", timeout=timeout) if self.ranks > 1 else None
@@ -128,7 +133,7 @@ class Trainer:
             self.run.write_status("training", self.state.step, self.steps)
             reason = restart_reason() or ("resume" if path else "start")
             self.run.add_start(self.state.step, self.ranks, nodes(), reason)
-            self._drop_repeated_lines()
+            self.run.drop_lines_after(self.state.step)
         dist.barrier()
         self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)
 
@@ -259,8 +264,13 @@ class Trainer:
                 "rows_per_s": rows_per_s,
                 "data_wait": data_wait,
                 "seconds_left": step_s * (self.steps - state.step),
+                **self.further_figures(),
             }
         )
+
+    def further_figures(self) -> dict[str, Any]:
+        """What a record of the last steps has besides; rank 0 calls it."""
+        return {}
 
     def rollback(self, bad_step: int) -> None:
         """Back to the newest checkpoint, from which the same steps are repeated without the batch of `bad_step`.
@@ -284,7 +294,7 @@ class Trainer:
         self.nonfinite.reset()
         self.consensus.collect()
         if self.metrics:
-            self._drop_repeated_lines()
+            self.run.drop_lines_after(self.state.step)
             self.metrics.roll_back(self.state.step)
             logger.warning(f"rolled back to step {self.state.step}, to skip the batch of step {bad_step}")
         self.meter = ThroughputMeter(self.state.rows_consumed(self.loader), self.state.step)
@@ -387,10 +397,6 @@ class Trainer:
     def _enter(self, phase: str) -> None:
         if self.watch:
             self.watch.enter(self.state.step + 1, phase)
-
-    def _drop_repeated_lines(self) -> None:
-        for lines in (self.run.train_metrics, self.run.progressive):
-            keep_lines(lines, self.state.step)
 
 
 def _committed(run: Run, keep: retention.Keep, dataset: str, sinks: tracking.Sinks, step: int, seconds: float) -> None:

@@ -35,6 +35,8 @@ def build(
     def make(values: list[nn.Parameter]) -> torch.optim.Optimizer:
         if config.name == "adagrad":
             return torch.optim.Adagrad(values, lr=config.lr, weight_decay=config.weight_decay)
+        if config.name == "sgd":
+            return torch.optim.SGD(values, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
         # One kernel for all parameters: the default loops over them.
         return kind(values, lr=config.lr, weight_decay=config.weight_decay, fused=True)

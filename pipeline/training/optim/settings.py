@@ -40,6 +40,6 @@ class TableOptimizer(Schedule):
 class DenseOptimizer(Schedule):
     """Of everything but the tables."""
 
-    name: Literal["adam", "adamw", "adagrad"] = "adam"
+    name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
     lr: float = Field(3e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)

@@ -13,7 +13,7 @@ from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import FusedOptimizer
 
 TABLES, RANKS = 8, 4  # the most that are printed one by one
-DENSE_STATE = {"adam": 2, "adamw": 2, "adagrad": 1}  # numbers per parameter
+DENSE_STATE = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}  # numbers per parameter
 
 
 @dataclass(frozen=True)
