@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 
 from features.batch import Batch
 from features.errors import UserError
 from features.schema.schema import Schema
-from features.yaml_text import yaml_of
 from models.automtl.architecture import Architecture, Strengths, derive, random_strengths
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.loader import Loader
@@ -190,7 +190,11 @@ def _random(config: SearchConfig) -> Architecture:
 
 def _write_architecture(folder: Path, found: Architecture, where: str) -> None:
     head = f"# jobs.search: {where}\n# python -m jobs.train model=automtl model.architecture={folder / FILE}\n"
-    write_text(folder / FILE, head + yaml_of(found.model_dump()))
+    # Innermost lists and mappings on one line each.
+    content = yaml.safe_dump(
+        found.model_dump(), sort_keys=False, default_flow_style=None, allow_unicode=True, width=110
+    )
+    write_text(folder / FILE, head + content)
 
 
 def _entropies(strengths: Strengths) -> tuple[float, float]:
@@ -201,4 +205,5 @@ def _entropies(strengths: Strengths) -> tuple[float, float]:
         return (-torch.xlogy(p, p).sum(-1) / even).flatten()
 
     alpha = torch.cat([share(strengths.interaction_I), share(strengths.expert_NLO)]).mean()
-    return float(alpha.clamp(0, 1)), float(share(strengths.task_TN).mean().clamp(0, 1))
+    beta = share(strengths.task_TN).mean()
+    return float(alpha.detach().clamp(0, 1)), float(beta.detach().clamp(0, 1))
