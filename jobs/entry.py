@@ -244,7 +244,7 @@ def sigterm_handler(name: str) -> Callable[..., None]:
     """What SIGTERM does to the job `name` outside the training loop, which handles it itself."""
 
     def handle(*_: object) -> None:
-        if name != "train":
+        if name not in ("train", "search"):
             sys.exit(128 + signal.SIGTERM)
         write_rank_status("preempted")
         if os.environ.get("RANK", "0") == "0":

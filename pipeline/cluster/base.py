@@ -32,6 +32,7 @@ class JobKind(NamedTuple):
         launched: by jobs.launch: it may have several ranks.
         spread: over several nodes too.
         gpus: it uses GPUs where it gets them.
+        trains: it trains a run, whose tables must fit, which has one trainer, and which may take days.
         writes_data: it writes datasets; all others write only below their run or output folder.
         final: exit codes that a second attempt would meet again; 75 is always tried again.
     """
@@ -39,13 +40,15 @@ class JobKind(NamedTuple):
     launched: bool = False
     spread: bool = False
     gpus: bool = True
+    trains: bool = False
     writes_data: bool = False
     final: tuple[int, ...] = (1, 2, 3)
 
 
 # The jobs that can be submitted; each is `python -m jobs.NAME`.
 JOBS: dict[str, JobKind] = {
-    "train": JobKind(launched=True, spread=True, final=()),  # a lost rank ends with 1 as well
+    "train": JobKind(launched=True, spread=True, trains=True, final=()),  # a lost rank ends with 1 as well
+    "search": JobKind(launched=True, spread=True, trains=True, final=()),
     "preprocess": JobKind(gpus=False, writes_data=True),
     "evaluate": JobKind(launched=True),
     "explain": JobKind(),
@@ -257,7 +260,7 @@ def command(
         restarts: of the ranks by jobs.launch, where the backend counts otherwise; None: `retries`.
     """
     module = [f"jobs.{work.job}", *([f"--config-dir={config_dir}"] if config_dir else []), *work.words]
-    if not work.kind.launched or (work.job != "train" and work.ranks_per_node == 1):
+    if not work.kind.launched or (not work.kind.trains and work.ranks_per_node == 1):
         return [python, "-m", *module]
     least, most = work.nodes
     max_restarts = work.retries if restarts is None else restarts

@@ -23,7 +23,7 @@ from pipeline.search.cost import budget_of, cost_of, derived_model
 from pipeline.search.learner import SearchLearner, encode
 from pipeline.search.record import SearchRecord
 from pipeline.storage.files import append_line, make_folder, write_text
-from pipeline.training.restore.architecture_file import FILE
+from pipeline.training.architecture_file import FILE
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
 

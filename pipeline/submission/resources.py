@@ -68,7 +68,7 @@ def resolve(job: str, settings: Any, schema: Schema | None, given: Resources, cl
             f"memory={wanted.memory} is too little: {processes} processes on a node take {PROCESS[device] / GIB:g} GiB each "
             "before they hold a table. Leave memory out to have it derived."
         )
-    if job == "train":
+    if JOBS[job].trains:
         need = _training(settings, schema, nodes.least * ranks, ranks, device, room, cluster)
     else:
         need = _other(job, settings, device, cluster)
@@ -89,7 +89,7 @@ def resolve(job: str, settings: Any, schema: Schema | None, given: Resources, cl
     return Request(
         Resources(
             nodes=nodes, ranks_per_node=ranks, gpus_per_node=gpus, cpu=cpu, memory=memory,
-            time_limit_s=wanted.time_limit_s or (7 * DAY if job == "train" else DAY),
+            time_limit_s=wanted.time_limit_s or (7 * DAY if JOBS[job].trains else DAY),
             grace_s=grace if wanted.grace_s is None else wanted.grace_s,
             retries=3 if wanted.retries is None else wanted.retries,
         ),
@@ -106,7 +106,7 @@ def _training(
     room: int | None,
     cluster: Cluster,
 ) -> Need:
-    """Of jobs.train: jobs.plan's answer for the fewest nodes that it may run on."""
+    """Of jobs.train and jobs.search: jobs.plan's answer for the fewest nodes that it may run on."""
     from pipeline.training.parallel.capacity import PlanConfig, planned
 
     dataset = cluster.seen_here(cluster.of_job(settings.dataset))
@@ -124,6 +124,14 @@ def _training(
         "ddr": UNPLANNED if room is None else max(room - PROCESS[device], 1 << 20),
     }  # fmt: skip
     content = settings.model_dump(by_alias=True, include={"days", "missing_days", "tasks", "model", "train"})
+    if found_in := settings.model.architecture:
+        seen = cluster.seen_here(cluster.of_job(Path(found_in)))
+        if not seen.exists():
+            return Need(
+                PROCESS[device], PROCESS[device] + UNKNOWN[device], 0,
+                [f"not checked: whether tables fit: {seen} is not on this machine"],
+            )  # fmt: skip
+        content["model"]["architecture"] = str(seen)
     try:
         config = PlanConfig.model_validate(content | hardware | {"dataset": dataset if here else None})
     except ValidationError as error:

@@ -13,12 +13,13 @@ from pipeline import cores
 from pipeline.dataset.dataset import open_dataset
 from pipeline.run.run import Run
 from pipeline.run.tracking import registry as tracking
+from pipeline.training.architecture_file import resolved
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.hang_watch import watch_ranks
 from pipeline.training.faults.preemption import exiting_at_start
 from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
-from pipeline.training.restore import architecture_file, emm_sources, resume
+from pipeline.training.restore import emm_sources, resume
 from pipeline.training.trainer import Trainer
 
 
@@ -85,7 +86,7 @@ def prepare(
         whole.check_compatible(schema.fingerprint, "the schema of this job")
     dataset = whole.only(config.tasks)
     with ExitStack() as pinned:  # checkpoints of other runs that this one starts from
-        config = architecture_file.resolve(emm_sources.resolve(config, dataset, pinned))
+        config = resolved(emm_sources.resolve(config, dataset, pinned))
         config = config.model_copy(update={"train": resume.as_begun(config.train, Run(config.run))})
         trainer = kind(config, dataset, device, observers)
         trainer.restore(whole.schema, pinned)

@@ -17,6 +17,7 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.dataset.loader import check_sizes
 from pipeline.run.tracking.settings import TrackingSettings
+from pipeline.training.architecture_file import with_architecture
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
 from pipeline.training.optim.strict import Strict
@@ -133,6 +134,7 @@ def planned(config: PlanConfig, schema: Schema | None) -> Estimate:
     Raises:
         UserError: tables that do not fit, or of unknown size; settings that contradict each other.
     """
+    config = config.model_copy(update={"model": with_architecture(config.model)})
     return _place(config, _tables(config, schema))
 
 

@@ -14,7 +14,7 @@ from pipeline.training.config import TrainConfig
 FILE = "architecture.yaml"
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolved(config: TrainConfig) -> TrainConfig:
     """The same with the file of `model.architecture` in `model.fusion.architecture`, from which alone the model is built.
 
     Raises:
@@ -24,7 +24,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def with_architecture(model: ModelConfig) -> ModelConfig:
-    """See `resolve`."""
+    """See `resolved`."""
     if model.fusion.get("name") != "automtl":
         if model.architecture:
             raise UserError(f"model.architecture: fusion {model.fusion.get('name')} has none: set model=automtl")
