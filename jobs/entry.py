@@ -198,7 +198,11 @@ def describe(main: Callable[..., Any], name: str) -> str:
     """The text of --help: the job's docstring with examples, the groups and their values, the commented settings."""
     lines = (CONF / f"{name}.yaml").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line and not line.startswith(("defaults:", " ", "#")))
-    groups = [line.strip(" -").split(":")[0] for line in lines[:start] if line.startswith("  - ") and ":" in line]
+    groups = [
+        line.strip(" -").split(":")[0]
+        for line in lines[:start]
+        if line.startswith("  - ") and ":" in line and "override" not in line
+    ]
     values = [f"  {group}=" + "|".join(sorted(p.stem for p in (CONF / group).glob("*.yaml"))) for group in groups]
     return "\n".join(
         [

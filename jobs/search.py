@@ -8,7 +8,7 @@ Examples:
   python -m jobs.search dataset=runs/census/data run=runs/census/search train.epochs=5
   python -m jobs.train dataset=runs/census/data run=runs/census/automtl model=automtl model.architecture=runs/census/search
   python -m jobs.launch --nproc-per-node=2 -m jobs.search dataset=D run=R space.experts=16 search.paths=one
-  python -m jobs.search dataset=D run=R '+search.budget={flops: 0.5, model: adatt}'    # at most half of adatt's FLOPs
+  python -m jobs.search dataset=D run=R 'search.budget={flops: 0.5, model: adatt}'    # at most half of adatt's FLOPs
 """
 
 from typing import TYPE_CHECKING

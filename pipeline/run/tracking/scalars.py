@@ -7,7 +7,7 @@ from pipeline.run.tracking.base import Record
 
 
 def of_training(record: Record) -> dict[str, float]:
-    """`train/loss`, …, and per task `train_ne/TASK`, `train_task_loss/TASK`, `train_weight/TASK`; of a search `search/alpha_entropy`, …."""
+    """`train/loss`, …, and per task `train_ne/TASK`, `train_task_loss/TASK`, `train_weight/TASK`; `search/alpha_entropy`, …."""
     found = {f"train/{key}": record[key] for key in ("lr", "loss", "rows_per_s", "data_wait")}
     for key in ("weight", "ne", "task_loss"):
         found |= {f"train_{key}/{task}": value for task, value in record[key].items()}
