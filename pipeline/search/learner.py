@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchrec.optim.keyed import KeyedOptimizer
@@ -207,5 +207,11 @@ def encode(found: Architecture, space: architecture.Space) -> Tensor:
     return torch.tensor(candidates + pairs)
 
 
-def _adam(parameters: Mapping[str, Any], lr: float) -> KeyedOptimizer:
-    return build(DenseOptimizer(name="adam", lr=lr), parameters.items(), None)
+def _adam(parameters: Mapping[str, nn.Parameter], lr: float) -> KeyedOptimizer:
+    """Adam, its state made: that is of parameters with a gradient alone, which these have not in the end."""
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    optimizer = build(DenseOptimizer(name="adam", lr=lr), parameters.items(), None)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False).grad = None
+    return optimizer
