@@ -93,7 +93,8 @@ class SearchLearner(Learner):
 
     def derive(self, space: architecture.Space) -> Architecture:
         """The architecture that alpha and beta stand for now."""
-        return architecture.derive(self.supernet.strengths(), space, self.budget)
+        strengths = architecture.Strengths(*(part.detach() for part in self.supernet.strengths()))
+        return architecture.derive(strengths, space, self.budget)
 
     def _diversity_gradient(self, beta_TN: Tensor) -> Tensor:
         leaf_TN = beta_TN.detach().requires_grad_()
