@@ -24,6 +24,7 @@ from pipeline.search.learner import SearchLearner, encode
 from pipeline.search.record import SearchRecord
 from pipeline.storage.files import append_line, make_folder, write_text
 from pipeline.training.architecture_file import FILE
+from pipeline.training.step import StepOutput
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
 
@@ -87,6 +88,12 @@ class SearchTrainer(Trainer):
         """As of training, with the validation batches of the same steps."""
         with closing(self._valid_batches()) as self.learner.valid:
             super().train_segment()
+
+    def check_losses(self, output: StepOutput) -> None:
+        """As of training, after those of alpha's update: one that is not finite spoils those of the train batch."""
+        for earlier in self.learner.alpha_outputs:
+            self.nonfinite.record_losses(self.state.step + 1, earlier)
+        super().check_losses(output)
 
     def after_step(self) -> bool:
         """As of training, once the architecture was evaluated, if it is due; False also where the search ends early."""
