@@ -50,10 +50,12 @@ class SearchTrainer(Trainer):
 
     Attributes:
         valid: loader of the valid split, in the same order on any number of ranks. every: steps between evaluations.
+        last_loss: step and mean validation loss of the last evaluation, which begins a new mean.
     """
 
     config: SearchConfig
     learner: SearchLearner
+    last_loss: tuple[int, float | None] = (-1, None)
 
     def build_learner(self) -> SearchLearner:
         """What takes the steps."""
@@ -105,9 +107,11 @@ class SearchTrainer(Trainer):
     def further_figures(self) -> dict[str, Any]:
         """Where the search is."""
         alpha, beta = _entropies(self.learner.supernet.strengths())
+        evaluated, loss = self.last_loss
+        loss = loss if evaluated == self.state.step else self._valid_loss()
         return {
             "search": {
-                "valid_loss": self._valid_loss(), "alpha_entropy": alpha, "beta_entropy": beta,
+                "valid_loss": loss, "alpha_entropy": alpha, "beta_entropy": beta,
                 "diversity_weight": self.learner.diversity_weight(self.state.step),
                 "auxiliary": self.learner.supernet.auxiliary,
             }
@@ -137,8 +141,9 @@ class SearchTrainer(Trainer):
         learner.unchanged.copy_(learner.unchanged + 1 if same else torch.zeros_like(learner.unchanged))
         learner.chosen.copy_(chosen)
         alpha, beta = _entropies(strengths)
+        self.last_loss = self.state.step, self._valid_loss()
         line = SearchRecord(
-            step=self.state.step, rows=self.state.rows_consumed(self.loader), valid_loss=self._valid_loss(),
+            step=self.state.step, rows=self.state.rows_consumed(self.loader), valid_loss=self.last_loss[1],
             alpha_entropy=alpha, beta_entropy=beta, interaction=strengths.interaction_I.tolist(),
             experts=strengths.expert_NLO.tolist(), tasks=strengths.task_TN.tolist(), unchanged=int(learner.unchanged),
             architecture=found,

@@ -237,6 +237,9 @@ def test_the_loss_that_is_said_is_the_mean_since_the_last_evaluation(folder: Pat
     assert found == {
         4: pytest.approx(sum(losses[:4]) / 4), 8: pytest.approx(sum(losses[4:8]) / 4), 9: pytest.approx(losses[8]),
     }  # fmt: skip
+    # A line of train.jsonl says the mean so far, that of the evaluation included.
+    said = [line["search"]["valid_loss"] for line in read_lines(every_fourth.run.train_metrics)]
+    assert said == pytest.approx([sum(losses[i - i % 4 : i + 1]) / (i % 4 + 1) for i in range(9)])
     counts = {f"search.{name}": torch.zeros(()) for name in ("loss_sum_2", "unchanged", "chosen")}
     assert_identical(last(folder / "said-1") | counts, last(folder / "said-4") | counts)
 
