@@ -194,7 +194,10 @@ def _random(config: SearchConfig) -> Architecture:
     if config.search.budget is not None:
         raise UserError("search.budget: search.method=random draws from all architectures: leave the budget out")
     space = config.space.named(list(dataset.schema.tasks))
-    found = derive(random_strengths(space, config.space.experts, config.space.depth, config.train.seed), space)
+    drawn = random_strengths(space, config.space.experts, config.space.depth, config.train.seed)
+    if config.space.homogeneous:
+        drawn = drawn._replace(expert_NLO=drawn.expert_NLO[:1].expand_as(drawn.expert_NLO))
+    found = derive(drawn, space)
     make_folder(config.run)
     _write_architecture(config.run, found, f"drawn at random, seed {config.train.seed}")
     return found
