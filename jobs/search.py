@@ -51,7 +51,8 @@ def main(config: DictConfig) -> None:
     settings.dataset = settings.dataset.absolute()  # the run's config.yaml is read from elsewhere too
     found = search(settings, read_schema(config) if "data" in config else None)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{found.summary()}\n{settings.run}/architecture.yaml and search.html; to train it:")
+        page = " and search.html" if settings.search.method == "gradient" else ""
+        print(f"{found.summary()}\n{settings.run}/architecture.yaml{page}; to train it:")
         print(
             f"python -m jobs.train dataset={settings.dataset} model=automtl model.architecture={settings.run} run=RUN"
         )

@@ -14,6 +14,7 @@ from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.model_cost import dense_cost, flop_counter
 from pipeline.search.config import FUSION, Budget, Space
+from pipeline.training.architecture_file import with_architecture
 
 
 def derived_model(model: ModelConfig, found: Architecture) -> ModelConfig:
@@ -47,11 +48,11 @@ def budget_of(
     Args:
         ranker: of the search. model: its settings. embedding_BE: of the batch.
     Raises:
-        UserError: nothing is left.
+        UserError: nothing is left, or the model that it is a share of needs an architecture.
     """
     limit = settings.flops
     if settings.model is not None:
-        limit *= cost_of(settings.model, dataset, embedding_BE, batch)["flops_per_row"]
+        limit *= cost_of(with_architecture(settings.model), dataset, embedding_BE, batch)["flops_per_row"]
     columns, in_dim = list(ranker.numbers.columns.values()), ranker.numbers.out_dim
     interaction = {
         name: _flops(InteractionBlock([name], columns, in_dim, space.token_dim, space.width), torch.zeros(1, in_dim))

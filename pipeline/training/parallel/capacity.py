@@ -106,6 +106,7 @@ class PlanConfig(TrackingSettings, Strict):
 
 def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
     """The plan of tables that fit, and step times if a kind of rank is named, in lines. Arguments and errors as `planned`."""
+    config = _with_architecture(config)
     tables = _tables(config, schema)
     lines = [tables.bounds] if tables.bounds else []
     if config.ranks:
@@ -134,8 +135,12 @@ def planned(config: PlanConfig, schema: Schema | None) -> Estimate:
     Raises:
         UserError: tables that do not fit, or of unknown size; settings that contradict each other.
     """
-    config = config.model_copy(update={"model": with_architecture(config.model)})
+    config = _with_architecture(config)
     return _place(config, _tables(config, schema))
+
+
+def _with_architecture(config: PlanConfig) -> PlanConfig:
+    return config.model_copy(update={"model": with_architecture(config.model)})
 
 
 class _Tables(NamedTuple):
