@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.errors import UserError
-from models.automtl.operations import MLP
+from models.automtl.operations import MLP, is_size
 
 
 class Fields(NamedTuple):
@@ -42,7 +42,7 @@ class Interaction(nn.Module):
     def check_size(cls, size: str) -> None:
         """Raises UserError for the text after the underscore of a name that is no size of this kind."""
         if cls.choices is None:
-            if not (size.isdecimal() and 1 <= int(size) <= 1 << 16):
+            if not is_size(size):
                 raise UserError("it needs a size after an underscore, a whole number from 1 to 65536")
         elif size not in (cls.choices or ("",)):
             raise UserError(f"after an underscore it has {' or '.join(cls.choices) or 'nothing'}")

@@ -28,7 +28,7 @@ class Operation(nn.Module):
         """Raises UserError for the text after the underscore of a name that is no size of this kind."""
         if not cls.sized and size:
             raise UserError(f"it has no size: leave _{size} out")
-        if cls.sized and not (size.isdecimal() and 1 <= int(size) <= 1 << 16):
+        if cls.sized and not is_size(size):
             raise UserError("it needs a size after an underscore, a whole number from 1 to 65536")
 
     def one(self, x_SBH: Tensor, size: int, experts: Sequence[int] | None = None) -> Tensor:
@@ -171,6 +171,11 @@ class Skip(Operation):
 
 
 OPERATIONS: dict[str, type[Operation]] = {"gating": Gating, "mlp": MLP, "conv": Convolution, "skip": Skip}
+
+
+def is_size(text: str) -> bool:
+    """Whether it is a whole number from 1 to 65536. Of thousands of digits int() makes an error of its own."""
+    return text.isdecimal() and len(text) <= 5 and 1 <= int(text) <= 1 << 16
 
 
 def of(parameter: Tensor, experts: Sequence[int] | None) -> Tensor:

@@ -266,6 +266,7 @@ def test_operations_start_as_layers_of_torch_do(kernels, seed):
     (["product_3"], ALL_INTERACTIONS, "product_3: after an underscore it has inner or outer"),
     (["skip_2"], ALL_INTERACTIONS, "skip_2: after an underscore it has nothing"),
     (["conv_3"], ALL_INTERACTIONS, "here: conv_3 is not one of product, cross, attention, mlp, skip"),
+    (["mlp_" + "9" * 5000], OPERATIONS, "it needs a size"), (["cross_" + "9" * 5000], ALL_INTERACTIONS, "it needs a size"),
 ])  # fmt: skip
 def test_a_name_that_no_operation_has_is_said_with_its_place(names, kinds, says):
     with pytest.raises(UserError) as caught:
