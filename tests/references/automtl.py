@@ -250,7 +250,7 @@ def straight_through(
     s_o) / temperature. Candidates that were not computed have no part in the output.
     """
     soft_O = softmax([(a + g) / temperature for a, g in zip(alpha_O, noise_O, strict=True)])
-    return [gradient * soft_O[chosen] * ((o == chosen) - soft_O[o]) / temperature for o in range(len(soft_O))]
+    return [gradient * soft_O[chosen] * (float(o == chosen) - soft_O[o]) / temperature for o in range(len(soft_O))]
 
 
 def negative_divergence(beta_TN: Tensor) -> Tensor:
