@@ -3,6 +3,7 @@
 # Shapes: B rows, T tasks, D width in, N experts, L blocks of an expert, O candidates of a block, I of the interaction, H width
 # of every block's output.
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -211,6 +212,7 @@ class Path:
 
 def diversity_loss(beta_TN: Tensor) -> Tensor:
     """The negative Jensen-Shannon divergence of the tasks' selections (eq. 2): lower, the less tasks share experts."""
-    task_TN = beta_TN.softmax(-1)
-    mean_N = task_TN.mean(0)
-    return torch.xlogy(mean_N, mean_N).sum() - torch.xlogy(task_TN, task_TN).sum(1).mean()
+    # In logarithms: p log p has a gradient where a task has all but given up an expert and p rounds to 0.
+    task_TN = beta_TN.log_softmax(-1)
+    mean_N = task_TN.logsumexp(0) - math.log(len(task_TN))
+    return (mean_N.exp() * mean_N).sum() - (task_TN.exp() * task_TN).sum(1).mean()

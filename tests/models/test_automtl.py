@@ -198,6 +198,17 @@ def test_eq_2_is_least_where_each_task_has_experts_of_its_own_and_0_where_all_ha
     close(diversity_loss(torch.randn(1, 5, dtype=torch.float64).expand(4, 5)), torch.zeros((), dtype=torch.float64))
 
 
+def test_eq_2_has_a_gradient_where_a_task_has_all_but_given_up_an_expert():
+    beta_TN = torch.tensor([[0.0, -200.0, 1.0], [0.0, -300.0, 0.0]], requires_grad=True)
+    loss = diversity_loss(beta_TN)
+    (gradient_TN,) = torch.autograd.grad(loss, beta_TN)
+    assert loss.isfinite()
+    assert gradient_TN.isfinite().all()
+    double_TN = beta_TN.detach().double()[:, [0, 2]].requires_grad_()
+    expected_TN = torch.autograd.grad(reference.negative_divergence(double_TN), double_TN)[0]
+    torch.testing.assert_close(gradient_TN[:, [0, 2]].double(), expected_TN, rtol=1e-5, atol=1e-6)
+
+
 # The derived network
 
 
