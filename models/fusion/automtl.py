@@ -142,9 +142,10 @@ class Supernet(Fusion):
             return
         noise_I, noise_NLO = (
             -torch.empty(shape).exponential_(generator=rng).log().to(self.alpha_I.device)
-            for shape in (self.alpha_I.shape, self.strengths().expert_NLO.shape)
+            for shape in (self.alpha_I.shape, self.alpha_NLO.shape)
         )
-        self.path = Path(noise_I, noise_NLO, temperature)
+        # Homogeneous experts have one alpha, so one draw.
+        self.path = Path(noise_I, noise_NLO.expand(self.experts, -1, -1), temperature)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         h_1BH, h_NBH = self._experts(x_BD)

@@ -155,6 +155,14 @@ def test_the_blocks_of_a_path_are_drawn_one_by_one():
     assert len(seen) == 2**6
 
 
+def test_a_path_of_homogeneous_experts_has_the_same_operation_in_all_of_them():
+    module, generator = supernet(small(homogeneous=True)), rng(0)
+    for _ in range(20):
+        module.sample(generator)
+        choice_NL, _ = module.path.of(module.alpha_NLO.expand(3, -1, -1), module.path.noise_NLO)
+        assert (choice_NL == choice_NL[0]).all()
+
+
 def test_a_path_follows_from_its_seed_until_all_candidates_are_asked_for_again():
     module, x_BD = supernet(small()), rows(small())
     whole_BTH = module(x_BD)
