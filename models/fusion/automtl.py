@@ -208,7 +208,7 @@ class Path:
         """The index of what is drawn, and weights of all candidates: 1 for it and 0 for others, differentiable by alpha."""
         soft = ((alpha + noise) / self.temperature).softmax(-1)
         choice = soft.argmax(-1)
-        return choice, F.one_hot(choice, soft.shape[-1]) + soft - soft.detach()
+        return choice, F.one_hot(choice, soft.shape[-1]) + (soft - soft.detach())
 
 
 def diversity_loss(beta_TN: Tensor) -> Tensor:
