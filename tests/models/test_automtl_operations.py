@@ -220,6 +220,27 @@ def test_single_precision_takes_sliced_weights_too(layer):
     torch.testing.assert_close(layer(x_1BD, part_SDH, part_SH).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stack", [1, 2])
+@pytest.mark.parametrize("layer", [linear, rectified])
+def test_single_precision_takes_a_bias_that_is_one_number_for_all_or_every_other_of_more(layer, stack):
+    x_1BD, weight_SDH = torch.randn(1, 4, 6), torch.randn(stack, 6, 5)
+    for bias_SH in (torch.randn(stack, 1).expand(-1, 5), torch.randn(stack, 10)[:, ::2]):
+        expected = layer(x_1BD.double(), weight_SDH.double(), bias_SH.double())
+        torch.testing.assert_close(layer(x_1BD, weight_SDH, bias_SH).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=examples(30), deadline=None)
+@given(automtl_sizes(names=some(BLOCKS), shared=st.booleans()))
+def test_single_precision_gives_what_double_precision_gives(size):
+    block, x_SBH, choice = expert_block(size), inputs(size).detach(), [size.seed % len(size.names)] * size.N
+    weight_SO = weights(size, size.N, len(size.names)).detach()
+    calls = [lambda x, w: block(x, w), lambda x, w: block.path(x, w, choice)]
+    wanted = [call(x_SBH, weight_SO) for call in calls]
+    block.float()
+    for call, y_SBH in zip(calls, wanted, strict=True):
+        torch.testing.assert_close(call(x_SBH.float(), weight_SO.float()).double(), y_SBH, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("single", [True, False])
 def test_half_precision_runs_in_every_operation_and_interaction(single):
     size = Sizes(B=4, D=6, T=1, seed=1, H=5, F=3, W=4, N=3, nested=True, shared=False, names=BLOCKS)
