@@ -39,6 +39,7 @@ class AutoMTL(Fusion):
 
     reads_columns = True
     reads_tasks = True
+    feature_layers = ("interaction",)
     hidden_TN: Tensor
 
     def __init__(
@@ -104,6 +105,7 @@ class Supernet(Fusion):
     """
 
     reads_columns = True
+    feature_layers = ("interaction",)
 
     def __init__(
         self, in_dim: int, num_tasks: int, columns: Sequence[Sequence[int]], width: Width, token_dim: Width,
