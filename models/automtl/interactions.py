@@ -113,9 +113,9 @@ class Cross(Interaction):
 
     def _layers(self, x_BD: Tensor, depth: int) -> list[Tensor]:
         layers = [x_BD]
-        for weight_D, bias_D in zip(self.weight_LD[:depth], self.bias_LD[:depth], strict=True):
-            product_B1 = (layers[-1] @ weight_D).unsqueeze(1)
-            layers.append(torch.addcmul(layers[-1] + bias_D, x_BD, product_B1))
+        for layer in range(depth):  # over numbers, as parameters cannot be iterated where the forward is traced
+            product_B1 = (layers[-1] @ self.weight_LD[layer]).unsqueeze(1)
+            layers.append(torch.addcmul(layers[-1] + self.bias_LD[layer], x_BD, product_B1))
         return layers
 
 
@@ -147,8 +147,8 @@ class Attention(Interaction):
         return self.out((token_BFW + self._attended(self.projection(token_BFW), self.heads[size])).flatten(1))
 
     def _attended(self, projected_BFN: Tensor, heads: int) -> Tensor:
-        parts = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in projected_BFN.chunk(3, 2))
-        mixed_BMFV = F.scaled_dot_product_attention(*parts)
+        part_3BMFV = projected_BFN.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed_BMFV = F.scaled_dot_product_attention(part_3BMFV[0], part_3BMFV[1], part_3BMFV[2])
         return mixed_BMFV.transpose(1, 2).flatten(2)
 
 

@@ -75,7 +75,10 @@ class MLP(Operation):
 
     def one(self, x_SBH: Tensor, size: int, experts: Sequence[int] | None = None) -> Tensor:
         k = self.columns[size]
-        first_SDK, bias_SK, second_SKH, bias_SH = (of(p, experts) for p in self.parameters())
+        assert self.hidden.bias_SH is not None
+        assert self.out.bias_SH is not None
+        first_SDK, bias_SK = of(self.hidden.weight_SDH, experts), of(self.hidden.bias_SH, experts)
+        second_SKH, bias_SH = of(self.out.weight_SDH, experts), of(self.out.bias_SH, experts)
         # oneDNN takes a hundred times as long for weights that are not contiguous.
         h_SBK = rectified(x_SBH, first_SDK[:, :, k].contiguous(), bias_SK[:, k])
         return linear(h_SBK, second_SKH[:, k].contiguous(), bias_SH)
@@ -169,6 +172,9 @@ class Skip(Operation):
     def one(self, x_SBH: Tensor, size: int, experts: Sequence[int] | None = None) -> Tensor:  # noqa: ARG002
         return x_SBH.expand(self.stack if experts is None else len(experts), -1, -1)
 
+
+for name in ("linear", "rectified"):
+    torch.fx.wrap(name)  # as in models.layers: what is wrapped are names of a module
 
 OPERATIONS: dict[str, type[Operation]] = {"gating": Gating, "mlp": MLP, "conv": Convolution, "skip": Skip}
 
