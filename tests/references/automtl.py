@@ -296,3 +296,25 @@ def expert(params: Params, experts: Sequence[Sequence[str]], used: Sequence[int]
         prefix = f"blocks.{level}.operations.{name}."
         h_H = operation(params, prefix, [name], name, alike.index(number), True, h_H)
     return h_H
+
+
+def within(
+    budget: float, log_BO: Sequence[Sequence[float]], cost_BO: Sequence[Sequence[float]], choice_B: Sequence[int]
+) -> list[int] | None:
+    """Choices of blocks within a budget: candidates replaced one by one, that of the least log strength lost per cost saved.
+
+    None: there are none. Of equal prices that of the first block and candidate.
+    """
+    choice = list(choice_B)
+    while sum(cost[o] for cost, o in zip(cost_BO, choice, strict=True)) > budget:
+        prices = []
+        for block, (log_O, cost_O) in enumerate(zip(log_BO, cost_BO, strict=True)):
+            for o, cost in enumerate(cost_O):
+                saved = cost_O[choice[block]] - cost
+                if saved > 0:
+                    prices.append(((log_O[choice[block]] - log_O[o]) / saved, block, o))
+        if not prices:
+            return None
+        _, block, o = min(prices)
+        choice[block] = o
+    return choice
