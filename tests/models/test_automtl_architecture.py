@@ -134,6 +134,14 @@ def test_a_budget_that_nothing_is_within_is_said_in_one_line():
     )
 
 
+def test_a_candidate_whose_strength_rounds_to_0_is_still_one():
+    known = Space(["cross_2", "cross_1"], ["mlp_4", "skip"], ["click"], 8, 4, 1)
+    given = Strengths(torch.tensor([1.0, 0.0]), torch.tensor([[[1.0, 0.0]]]), torch.ones(1, 1))
+    budget = Budget({"cross_2": 10, "cross_1": 2}, {"mlp_4": 20, "skip": 0}, 2)
+    found = derive(given, known, budget)
+    assert (found.interaction, found.experts) == ("cross_1", [["skip"]])
+
+
 def test_random_strengths_derive_every_architecture_equally_often():
     known, draws = Space(["cross_1", "skip"], ["mlp_4", "skip", "gating"], ["a"], 8, 4, 1), 3600
     found = Counter()
