@@ -1,6 +1,7 @@
 """jobs.compare from a raw log to its tables, and again over complete runs."""
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 import yaml
 
 from models.automtl.architecture import Space, derive, random_strengths
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
 from pipeline.run.run import Run
 from pipeline.search import report
 from pipeline.search.compare import compare as compare_models
 from pipeline.search.compare_config import CompareConfig
-from pipeline.search.trained import Jobs
+from pipeline.search.trained import Jobs, Trainings
 from pipeline.storage.files import append_line, make_folder, write_json
 
 pytestmark = pytest.mark.system
@@ -178,3 +181,38 @@ def test_the_best_of_the_drawn_architectures_on_valid_is_beside_the_one_that_was
     _, cost, _ = map(cells, (out / "compare.md").read_text().strip().split("\n\n"))
     assert {name: row["search"] for name, row in cost.items()} == {"automtl": ".0100", "automtl_random": ""}
     assert "automtl_random" in (out / "compare.html").read_text()
+
+
+TINY_SPACE = ["width=4", "token_dim=2", "experts=2", "depth=1", "chosen=1", "interaction=[product_inner,skip]"]
+
+
+def test_no_test_row_is_read_by_a_search_or_a_draw_nor_by_the_training_of_what_they_found(
+    conf: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    spaces = [f"space.{word}" for word in (*TINY_SPACE, "blocks=[mlp_16,skip]")]
+    found = {}
+    for name in ("whole", "destroyed"):
+        data = Path(shutil.copytree(small_dataset, tmp_path / name / "data"))
+        dataset = Dataset(data)
+        if name == "destroyed":
+            for shard in dataset.shards("test"):
+                (data / shard.path).write_bytes(bytes(shard.bytes))
+            loader = Loader(dataset, "test", 32)
+            with pytest.raises(Exception, match=r"parquet|Parquet|magic"):
+                list(loader.batches(loader.start()))
+        out = make_folder(tmp_path / name / "out")
+        write_json(out / "automtl_random-0.json", {"hours": 1.0, "number": 1})
+        config = CompareConfig(
+            folder=out, models=["automtl", "automtl_random"], recipe_name="mine", seeds=1,
+            search_overrides=["train.epochs=2", *spaces],
+        )  # fmt: skip
+        trainings = Trainings(config, Jobs([], [f"--config-dir={conf}"]), dataset)
+        trained = trainings.of("automtl", 0)
+        assert trained.search is not None
+        assert 0 < (trained.search_hours() or 0) < trained.hours()
+        drawn = trainings.of("automtl_random", 0).candidates if name == "destroyed" else []
+        assert all(yaml.safe_load((run / "status.json").read_text())["state"] == "finished" for run in drawn)
+        losses = [line["loss"] for line in lines(trained.candidates[0] / "metrics" / "train.jsonl")]
+        architecture = yaml.safe_load((trained.search / "architecture.yaml").read_text())
+        found[name] = (architecture, lines(trained.search / "metrics" / "search.jsonl"), losses)
+    assert found["whole"] == found["destroyed"]
