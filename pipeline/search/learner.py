@@ -36,6 +36,7 @@ class SearchLearner(Learner):
     Attributes:
         supernet: the fusion. valid: validation batches, one for each update of alpha.
         budget: FLOPs of the candidates, where the search has a budget.
+        alpha_outputs: of the batches whose losses alpha's last update is made of, in the order of their forwards.
         loss_sum_2: sum of the validation losses since they were last read, and their number.
         chosen: the architecture found last, as numbers (`encode`). unchanged: how many evaluations have found the same since.
     """
@@ -54,6 +55,7 @@ class SearchLearner(Learner):
         net.beta_TN.requires_grad_(net.gate is None)
         self.valid: Iterator[Batch] = iter(())
         self.budget: architecture.Budget | None = None
+        self.alpha_outputs: list[StepOutput] = []
         self.loss_sum_2 = torch.zeros(2, device=device)
         blocks, tasks = net.experts * len(net.blocks), len(net.beta_TN) * net.experts
         self.chosen = torch.full((1 + blocks + tasks,), -1)
@@ -70,6 +72,7 @@ class SearchLearner(Learner):
         assert batch is not None
         self._prepare(step)
         self.supernet.auxiliary = self.search.auxiliary * (1 - step / self.steps)
+        self.alpha_outputs = []
         if step % self.search.alpha_every == 0:
             self._sample(2 * step)
             self._update_alpha(self._placed(next(self.valid)), self._placed(batch))
@@ -93,7 +96,8 @@ class SearchLearner(Learner):
 
     def derive(self, space: architecture.Space) -> Architecture:
         """The architecture that alpha and beta stand for now."""
-        return architecture.derive(self.supernet.strengths(), space, self.budget)
+        strengths = architecture.Strengths(*(part.detach() for part in self.supernet.strengths()))
+        return architecture.derive(strengths, space, self.budget)
 
     def _diversity_gradient(self, beta_TN: Tensor) -> Tensor:
         leaf_TN = beta_TN.detach().requires_grad_()
@@ -173,7 +177,9 @@ class SearchLearner(Learner):
         replaced = {f"ranker.{name}": value for name, value in weights.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out_KBT = functional_call(DensePart(self.ranker), replaced, (embedding_BE, batch), tie_weights=False)
-        return global_loss(self.loss, self.ranker, out_KBT, batch)[0]
+        total, output = global_loss(self.loss, self.ranker, out_KBT, batch)
+        self.alpha_outputs.append(output)
+        return total
 
     def _over_budget(self, alpha_I: Tensor, alpha_NLO: Tensor) -> Tensor:
         """By how much the expected FLOPs of the experts that tasks use now are above the budget."""

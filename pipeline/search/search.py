@@ -24,6 +24,7 @@ from pipeline.search.learner import SearchLearner, encode
 from pipeline.search.record import SearchRecord
 from pipeline.storage.files import append_line, make_folder, write_text
 from pipeline.training.architecture_file import FILE
+from pipeline.training.step import StepOutput
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
 
@@ -49,10 +50,12 @@ class SearchTrainer(Trainer):
 
     Attributes:
         valid: loader of the valid split, in the same order on any number of ranks. every: steps between evaluations.
+        last_loss: step and mean validation loss of the last evaluation, which begins a new mean.
     """
 
     config: SearchConfig
     learner: SearchLearner
+    last_loss: tuple[int, float | None] = (-1, None)
 
     def build_learner(self) -> SearchLearner:
         """What takes the steps."""
@@ -88,6 +91,12 @@ class SearchTrainer(Trainer):
         with closing(self._valid_batches()) as self.learner.valid:
             super().train_segment()
 
+    def check_losses(self, output: StepOutput) -> None:
+        """As of training, after those of alpha's update: one that is not finite spoils those of the train batch."""
+        for earlier in self.learner.alpha_outputs:
+            self.nonfinite.record_losses(self.state.step + 1, earlier)
+        super().check_losses(output)
+
     def after_step(self) -> bool:
         """As of training, once the architecture was evaluated, if it is due; False also where the search ends early."""
         if self.state.step % self.every == 0 or self._at_end():
@@ -98,9 +107,11 @@ class SearchTrainer(Trainer):
     def further_figures(self) -> dict[str, Any]:
         """Where the search is."""
         alpha, beta = _entropies(self.learner.supernet.strengths())
+        evaluated, loss = self.last_loss
+        loss = loss if evaluated == self.state.step else self._valid_loss()
         return {
             "search": {
-                "valid_loss": self._valid_loss(), "alpha_entropy": alpha, "beta_entropy": beta,
+                "valid_loss": loss, "alpha_entropy": alpha, "beta_entropy": beta,
                 "diversity_weight": self.learner.diversity_weight(self.state.step),
                 "auxiliary": self.learner.supernet.auxiliary,
             }
@@ -130,8 +141,9 @@ class SearchTrainer(Trainer):
         learner.unchanged.copy_(learner.unchanged + 1 if same else torch.zeros_like(learner.unchanged))
         learner.chosen.copy_(chosen)
         alpha, beta = _entropies(strengths)
+        self.last_loss = self.state.step, self._valid_loss()
         line = SearchRecord(
-            step=self.state.step, rows=self.state.rows_consumed(self.loader), valid_loss=self._valid_loss(),
+            step=self.state.step, rows=self.state.rows_consumed(self.loader), valid_loss=self.last_loss[1],
             alpha_entropy=alpha, beta_entropy=beta, interaction=strengths.interaction_I.tolist(),
             experts=strengths.expert_NLO.tolist(), tasks=strengths.task_TN.tolist(), unchanged=int(learner.unchanged),
             architecture=found,
@@ -182,7 +194,10 @@ def _random(config: SearchConfig) -> Architecture:
     if config.search.budget is not None:
         raise UserError("search.budget: search.method=random draws from all architectures: leave the budget out")
     space = config.space.named(list(dataset.schema.tasks))
-    found = derive(random_strengths(space, config.space.experts, config.space.depth, config.train.seed), space)
+    drawn = random_strengths(space, config.space.experts, config.space.depth, config.train.seed)
+    if config.space.homogeneous:
+        drawn = drawn._replace(expert_NLO=drawn.expert_NLO[:1].expand_as(drawn.expert_NLO))
+    found = derive(drawn, space)
     make_folder(config.run)
     _write_architecture(config.run, found, f"drawn at random, seed {config.train.seed}")
     return found

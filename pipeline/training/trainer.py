@@ -257,7 +257,7 @@ class Trainer:
                 "left_out": consumed - rows,
                 "epoch": state.position.epoch,
                 "time": time.time(),
-                "lr": rate(self.settings.dense, state.step - 1, self.steps),
+                "lr": rate(self.settings.dense, state.step - 1, self.learner.steps),
                 "loss": float((loss_T * weight_T).sum()),
                 "weight": dict(zip(self.dataset.schema.tasks, weight_T.tolist(), strict=True)),
                 **figures,
