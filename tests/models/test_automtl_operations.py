@@ -98,7 +98,7 @@ def test_a_path_through_a_block_is_one_candidate_an_expert_times_its_weight(size
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(automtl_sizes(shared=st.booleans()), st.data())
+@given(automtl_sizes(N=st.integers(1, 6), shared=st.booleans()), st.data())
 def test_a_block_of_chosen_operations_gives_each_expert_its_own_whatever_their_order(size, data):
     names = data.draw(st.lists(st.sampled_from(BLOCKS), min_size=size.N, max_size=size.N))
     module = randomised(ChosenBlock(names, size.H, size.shared), size.seed)
