@@ -270,8 +270,7 @@ def _product(x_BD: Tensor, weight_DN: Tensor, bias_N: Tensor | None = None) -> T
     """x W, or relu(x W + b)."""
     if ONEDNN and x_BD.device.type == "cpu" and x_BD.dtype == torch.float32:
         # oneDNN's kernels take a sixth less time than those behind torch.mm. Their fused relu turns NaN into 0, which would
-        # hide a broken input.
-        # And it reads a bias as if it were contiguous.
+        # hide a broken input. They take a bias for contiguous, and of one that is not read what lies behind its first number.
         y_BN = onednn_linear(x_BD, weight_DN.t(), None if bias_N is None else bias_N.contiguous())
         return y_BN if bias_N is None else y_BN.relu_()
     return x_BD @ weight_DN if bias_N is None else torch.addmm(bias_N, x_BD, weight_DN).relu_()

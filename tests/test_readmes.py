@@ -26,10 +26,8 @@ PAGES = sorted(
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 CODE = re.compile(r"^```.*?^```", re.S | re.M)
 FOLDERS = [
-    *(
-        Path(name)
-        for name in ("features", "models", "models/fusion", "models/automtl", "pipeline", "jobs", "k8s", "tests", "tests/benchmarks")
-    ),
+    *(Path(name) for name in ("features", "models", "pipeline", "jobs", "k8s", "tests", "tests/benchmarks")),
+    *sorted(p.parent.relative_to(ROOT) for p in (ROOT / "models").glob("*/__init__.py")),
     *sorted(p.parent.relative_to(ROOT) for p in (ROOT / "pipeline").glob("*/__init__.py")),
     *sorted(p.parent.relative_to(ROOT) for p in (ROOT / "pipeline" / "training").glob("*/__init__.py")),
 ]

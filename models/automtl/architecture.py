@@ -148,7 +148,7 @@ def _within(
     choice_NL = choice_NL.clone()
     cost_I = torch.tensor([budget.interaction[name] for name in space.interaction], dtype=torch.float64)
     cost_O = torch.tensor([budget.blocks[name] for name in space.blocks], dtype=torch.float64)
-    log_I, log_NLO = strengths.interaction_I.double().log(), strengths.expert_NLO.double().log()[used]
+    log_I, log_NLO = _log(strengths.interaction_I), _log(strengths.expert_NLO)[used]
     while cost_I[interaction] + cost_O[choice_NL[used]].sum() > budget.flops:
         price_I = _price(log_I, cost_I, torch.tensor(interaction))
         price_NLO = _price(log_NLO, cost_O, choice_NL[used])
@@ -163,6 +163,11 @@ def _within(
             n, level, o = (int(place) for place in torch.unravel_index(price_NLO.argmin(), price_NLO.shape))
             choice_NL[used[n], level] = o
     return interaction, choice_NL
+
+
+def _log(strength: Tensor) -> Tensor:
+    """Finite where a strength rounds to 0: such a candidate is the last one to be taken, but it may be."""
+    return strength.double().clamp(min=torch.finfo(torch.float64).tiny).log()
 
 
 def _price(log: Tensor, cost_O: Tensor, choice: Tensor) -> Tensor:

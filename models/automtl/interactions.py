@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.errors import UserError
-from models.automtl.operations import MLP
+from models.automtl.operations import MLP, is_size
 
 
 class Fields(NamedTuple):
@@ -42,7 +42,7 @@ class Interaction(nn.Module):
     def check_size(cls, size: str) -> None:
         """Raises UserError for the text after the underscore of a name that is no size of this kind."""
         if cls.choices is None:
-            if not (size.isdecimal() and 1 <= int(size) <= 1 << 16):
+            if not is_size(size):
                 raise UserError("it needs a size after an underscore, a whole number from 1 to 65536")
         elif size not in (cls.choices or ("",)):
             raise UserError(f"after an underscore it has {' or '.join(cls.choices) or 'nothing'}")
@@ -113,9 +113,9 @@ class Cross(Interaction):
 
     def _layers(self, x_BD: Tensor, depth: int) -> list[Tensor]:
         layers = [x_BD]
-        for weight_D, bias_D in zip(self.weight_LD[:depth], self.bias_LD[:depth], strict=True):
-            product_B1 = (layers[-1] @ weight_D).unsqueeze(1)
-            layers.append(torch.addcmul(layers[-1] + bias_D, x_BD, product_B1))
+        for layer in range(depth):  # over numbers, as parameters cannot be iterated where the forward is traced
+            product_B1 = (layers[-1] @ self.weight_LD[layer]).unsqueeze(1)
+            layers.append(torch.addcmul(layers[-1] + self.bias_LD[layer], x_BD, product_B1))
         return layers
 
 
@@ -147,8 +147,8 @@ class Attention(Interaction):
         return self.out((token_BFW + self._attended(self.projection(token_BFW), self.heads[size])).flatten(1))
 
     def _attended(self, projected_BFN: Tensor, heads: int) -> Tensor:
-        parts = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in projected_BFN.chunk(3, 2))
-        mixed_BMFV = F.scaled_dot_product_attention(*parts)
+        part_3BMFV = projected_BFN.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed_BMFV = F.scaled_dot_product_attention(part_3BMFV[0], part_3BMFV[1], part_3BMFV[2])
         return mixed_BMFV.transpose(1, 2).flatten(2)
 
 

@@ -28,7 +28,7 @@ class Operation(nn.Module):
         """Raises UserError for the text after the underscore of a name that is no size of this kind."""
         if not cls.sized and size:
             raise UserError(f"it has no size: leave _{size} out")
-        if cls.sized and not (size.isdecimal() and 1 <= int(size) <= 1 << 16):
+        if cls.sized and not is_size(size):
             raise UserError("it needs a size after an underscore, a whole number from 1 to 65536")
 
     def one(self, x_SBH: Tensor, size: int, experts: Sequence[int] | None = None) -> Tensor:
@@ -75,7 +75,10 @@ class MLP(Operation):
 
     def one(self, x_SBH: Tensor, size: int, experts: Sequence[int] | None = None) -> Tensor:
         k = self.columns[size]
-        first_SDK, bias_SK, second_SKH, bias_SH = (of(p, experts) for p in self.parameters())
+        assert self.hidden.bias_SH is not None
+        assert self.out.bias_SH is not None
+        first_SDK, bias_SK = of(self.hidden.weight_SDH, experts), of(self.hidden.bias_SH, experts)
+        second_SKH, bias_SH = of(self.out.weight_SDH, experts), of(self.out.bias_SH, experts)
         # oneDNN takes a hundred times as long for weights that are not contiguous.
         h_SBK = rectified(x_SBH, first_SDK[:, :, k].contiguous(), bias_SK[:, k])
         return linear(h_SBK, second_SKH[:, k].contiguous(), bias_SH)
@@ -170,7 +173,15 @@ class Skip(Operation):
         return x_SBH.expand(self.stack if experts is None else len(experts), -1, -1)
 
 
+for name in ("linear", "rectified"):
+    torch.fx.wrap(name)  # as in models.layers: what is wrapped are names of a module
+
 OPERATIONS: dict[str, type[Operation]] = {"gating": Gating, "mlp": MLP, "conv": Convolution, "skip": Skip}
+
+
+def is_size(text: str) -> bool:
+    """Whether it is a whole number from 1 to 65536. Of thousands of digits int() makes an error of its own."""
+    return text.isdecimal() and len(text) <= 5 and 1 <= int(text) <= 1 << 16
 
 
 def of(parameter: Tensor, experts: Sequence[int] | None) -> Tensor:

@@ -3,6 +3,7 @@
 # Shapes: B rows, T tasks, D width in, N experts, L blocks of an expert, O candidates of a block, I of the interaction, H width
 # of every block's output.
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -38,6 +39,7 @@ class AutoMTL(Fusion):
 
     reads_columns = True
     reads_tasks = True
+    feature_layers = ("interaction",)
     hidden_TN: Tensor
 
     def __init__(
@@ -103,6 +105,7 @@ class Supernet(Fusion):
     """
 
     reads_columns = True
+    feature_layers = ("interaction",)
 
     def __init__(
         self, in_dim: int, num_tasks: int, columns: Sequence[Sequence[int]], width: Width, token_dim: Width,
@@ -141,9 +144,10 @@ class Supernet(Fusion):
             return
         noise_I, noise_NLO = (
             -torch.empty(shape).exponential_(generator=rng).log().to(self.alpha_I.device)
-            for shape in (self.alpha_I.shape, self.strengths().expert_NLO.shape)
+            for shape in (self.alpha_I.shape, self.alpha_NLO.shape)
         )
-        self.path = Path(noise_I, noise_NLO, temperature)
+        # Homogeneous experts have one alpha, so one draw.
+        self.path = Path(noise_I, noise_NLO.expand(self.experts, -1, -1), temperature)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         h_1BH, h_NBH = self._experts(x_BD)
@@ -206,11 +210,12 @@ class Path:
         """The index of what is drawn, and weights of all candidates: 1 for it and 0 for others, differentiable by alpha."""
         soft = ((alpha + noise) / self.temperature).softmax(-1)
         choice = soft.argmax(-1)
-        return choice, F.one_hot(choice, soft.shape[-1]) + soft - soft.detach()
+        return choice, F.one_hot(choice, soft.shape[-1]) + (soft - soft.detach())
 
 
 def diversity_loss(beta_TN: Tensor) -> Tensor:
     """The negative Jensen-Shannon divergence of the tasks' selections (eq. 2): lower, the less tasks share experts."""
-    task_TN = beta_TN.softmax(-1)
-    mean_N = task_TN.mean(0)
-    return torch.xlogy(mean_N, mean_N).sum() - torch.xlogy(task_TN, task_TN).sum(1).mean()
+    # In logarithms: p log p has a gradient where a task has all but given up an expert and p rounds to 0.
+    task_TN = beta_TN.log_softmax(-1)
+    mean_N = task_TN.logsumexp(0) - math.log(len(task_TN))
+    return (mean_N.exp() * mean_N).sum() - (task_TN.exp() * task_TN).sum(1).mean()

@@ -2,18 +2,12 @@
 
 import logging
 import statistics
-import subprocess
-import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from features.errors import UserError
 from features.plain_json import first_fault, read_json, validated
@@ -29,54 +23,16 @@ from pipeline.overrides import setting
 from pipeline.run import checkpoint, records
 from pipeline.run.headline import RANKING
 from pipeline.run.run import Run
+from pipeline.search.compare_config import RANDOM, SEARCHED, CompareConfig, is_searched
 from pipeline.search.comparison import SHARES, Entry
-from pipeline.storage.files import appending, make_folder, read_lines, write_json
+from pipeline.search.trained import Jobs, Trainings
+from pipeline.storage.files import read_lines, write_json
 from pipeline.training.config import Settings
 
-MAX_JSON_BYTES = 1 << 20  # of made.json and trees.json
+MAX_JSON_BYTES = 1 << 20  # of trees.json
 TREE_ENTRIES = {"boosted": ("boosted trees", "trees"), "rmtgb": ("R-MTGB", "rmtgb")}  # of trees: name and folder
 
 logger = logging.getLogger(__name__)
-
-
-class CompareConfig(BaseModel):
-    """Settings of jobs.compare; see jobs/conf/compare.yaml."""
-
-    model_config = ConfigDict(extra="forbid")
-    folder: Path
-    recipe_name: str | None = None
-    models: list[str] = Field(min_length=1)
-    baseline: str
-    seeds: int = Field(3, ge=1)
-    trees: list[Literal["boosted", "rmtgb"]] = ["boosted", "rmtgb"]
-    trees_max_rows: int = Field(1_000_000, ge=1)
-    patience: int = Field(2, ge=0)
-    workers: int = Field(2, ge=1)
-    overrides: list[str] = []
-    emm_sources: dict[str, list[str]] = {}
-    model_overrides: dict[str, list[str]] = {}
-
-
-@dataclass(frozen=True)
-class Jobs:
-    """Runs jobs as processes of this Python.
-
-    Attributes:
-        data: arguments of jobs.preprocess that choose and change its data group.
-        config_dirs: --config-dir= arguments for every job: files of the user's own.
-    """
-
-    data: Sequence[str]
-    config_dirs: Sequence[str] = ()
-
-    def run(self, module: str, *arguments: str, log: Path | None = None) -> None:
-        """Runs one to its end, its output to `log` (None: stderr). Raises UserError where it fails."""
-        command = [sys.executable, "-m", module, *self.config_dirs, *arguments]
-        with appending(log) if log else nullcontext(sys.stderr) as output:
-            code = subprocess.call(command, stdout=output, stderr=output)
-        if code:
-            where = f": see {log}" if log else ""
-            raise UserError(f"{module} {' '.join(arguments)} ended with exit code {code}{where}")
 
 
 def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, str]]:
@@ -86,8 +42,7 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
     Raises:
         UserError: bad input, a job that fails, or a run in the folder that was made with other settings.
     """
-    if config.baseline not in config.models:
-        raise UserError(f"baseline={config.baseline} is not one of models: {', '.join(config.models)}")
+    _check_names(config)
     data = refuse_link(config.folder / "data")
     if not (data / "manifest.json").exists():
         jobs.run("jobs.preprocess", *jobs.data, setting("out", data))
@@ -106,12 +61,42 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those that wait would be started otherwise
             raise
-    for name, entry in entries.items():
-        scorer = Scorer(Run(config.folder / f"{name}-0"), dataset, "test", 256)
+    for entry in entries.values():
+        scorer = Scorer(Run(config.folder / entry.runs[0]["run"]), dataset, "test", 256)
         entry.cost = model_cost(scorer.ranker, next(scorer.batches()).to(scorer.weights.device))
     for kind in config.trees:
         entries[TREE_ENTRIES[kind][0]] = _trees(kind, config, dataset)
     return list(entries.values()), {name: task.kind for name, task in dataset.schema.tasks.items()}
+
+
+def _check_names(config: CompareConfig) -> None:
+    """Raises UserError for names of models that do not go together."""
+    models = ", ".join(config.models)
+    if config.baseline not in (None, *config.models):
+        raise UserError(f"baseline={config.baseline} is not one of models: {models}")
+    if RANDOM not in config.models:
+        return
+    if SEARCHED not in config.models:
+        raise UserError(f"models: {RANDOM} takes as long as {SEARCHED} did, which is not among {models}. Add it.")
+    for name in (SEARCHED, RANDOM):
+        if not is_searched(config.own(name)):
+            raise UserError(f"model_overrides.{name}: {RANDOM} draws what model={SEARCHED} searches: leave it to both.")
+
+
+class Choice(NamedTuple):
+    """A run and the checkpoint that early stopping keeps of it.
+
+    Attributes:
+        value: its mean ranking metric on the validation split. valid: the records of all the run's checkpoints there.
+        rows: name of the dataset that they were evaluated on. train: how the run was trained.
+    """
+
+    run: Run
+    step: int
+    value: float
+    valid: Sequence[Mapping[str, Any]]
+    rows: str
+    train: Settings
 
 
 class Runs:
@@ -120,64 +105,45 @@ class Runs:
     def __init__(self, config: CompareConfig, jobs: Jobs, dataset: Dataset) -> None:
         self.config, self.jobs, self.dataset = config, jobs, dataset
         self.kinds = {name: task.kind for name, task in dataset.schema.tasks.items()}
-        self.source_locks: defaultdict[int, Lock] = defaultdict(Lock)  # by seed
+        self.trainings = Trainings(config, jobs, dataset)
 
     def run(self, name: str, seed: int) -> tuple[dict[str, Any], Path]:
         """Trains one model (or resumes it), and evaluates the checkpoints that count on the test split.
 
         Returns: the record of an `Entry`'s run and the test predictions, both of the checkpoint that early stopping keeps.
         """
-        path = self.config.folder / f"{name}-{seed}"
-        own = list(self.config.model_overrides.get(name, []))
-        if not any(text.startswith("model=") for text in own):
-            own.insert(0, f"model={name}")
-        if "model=emm" in own:
-            own.append(f"model.from={self._emm_sources(seed)}")
-        self._train(path, seed, [*own, f"train.checkpoint_at={list(SHARES)}"])
-        run = Run(path)
-        name_of_rows, train = dataset_of(run, EvaluateConfig(run=path)).name, settings_of(run)
-        valid = self._evaluate(run, name_of_rows)
-        if not valid or not valid[-1]["step"]:
-            raise UserError(f"{path}: no checkpoint of it has been evaluated. Remove it: it is trained again.")
-        steps, total = [r["step"] for r in valid], valid[-1]["step"]
-        every = train.checkpoint_every or max(1, total // train.epochs)
-        regular = [r for r in valid if r["step"] % every == 0 or r["step"] == total]
-        step = stop_early(regular, self.kinds, self.config.patience)
+        trained = self.trainings.of(name, seed)
+        choices = [self._choose(Run(path)) for path in trained.candidates]
+        chosen = max(choices, key=lambda choice: choice.value)  # of equal ones the first
+        run, step, total = chosen.run, chosen.step, chosen.valid[-1]["step"]
+        steps = [r["step"] for r in chosen.valid]
         early = [min(steps, key=lambda s: abs(s - share * total)) for share in (*SHARES, 1)]
-        metrics = self._test(run, name_of_rows, sorted({step, *early}))
+        metrics = self._test(run, chosen.rows, sorted({step, *early}))
         rates = [rate for r in read_lines(run.train_metrics) if isinstance(rate := r.get("rows_per_s"), float)][1:]
         record = {
+            "run": run.path.name,
             "step": step,
-            "epoch": round(step * train.epochs / total, 1),
+            "epoch": round(step * chosen.train.epochs / total, 1),
             "rows_per_s": statistics.median(rates or [float("nan")]),
+            "hours": trained.hours(),
+            "search_hours": trained.search_hours(),
             "metrics": metrics[step],
             "early": {f"{round(s / total * 7)}/7": metrics[s] for s in early},
         }
         return record, predictions.path(run, "test", step)
 
-    def _train(self, path: Path, seed: int, own: list[str]) -> None:
-        """Trains a run, or resumes it. Raises UserError for one that was made with other settings."""
-        config = self.config
-        make_folder(path)
-        recipe = [f"recipe={config.recipe_name}"] if config.recipe_name else []
-        settings, earlier = [*recipe, *config.overrides, *own], path / "made.json"
-        if lstat_regular(path, earlier.name) and read_json(path, earlier.name, MAX_JSON_BYTES) != settings:
-            raise UserError(f"{path} was made with another recipe or overrides. Choose another folder=, or remove it.")
-        write_json(earlier, settings)
-        if (status := Run(path).status()) and status.state == "finished":
-            return
-        fixed = [setting("dataset", self.dataset.path), setting("run", path), f"train.seed={seed}", "train.threads=1"]
-        self.jobs.run("jobs.train", *fixed, *settings, log=path / "log.txt")
-
-    def _emm_sources(self, seed: int) -> list[str]:
-        """Trains the runs that emm is fused from: one of each kind for each task."""
-        paths = []
-        with self.source_locks[seed]:  # two models may be fused from the same
-            for task in self.dataset.schema.tasks:
-                for kind, own in self.config.emm_sources.items():
-                    paths.append(self.config.folder / f"{kind}-{task}-{seed}")
-                    self._train(paths[-1], seed, [*own, f"tasks=[{task}]"])
-        return [str(path) for path in paths]
+    def _choose(self, run: Run) -> Choice:
+        """Evaluates a run's checkpoints on the validation split, and chooses one."""
+        rows, train = dataset_of(run, EvaluateConfig(run=run.path)).name, settings_of(run)
+        valid = self._evaluate(run, rows)
+        if not valid or not valid[-1]["step"]:
+            raise UserError(f"{run.path}: no checkpoint of it has been evaluated. Remove it: it is trained again.")
+        total = valid[-1]["step"]
+        every = train.checkpoint_every or max(1, total // train.epochs)
+        regular = [r for r in valid if r["step"] % every == 0 or r["step"] == total]
+        step = stop_early(regular, self.kinds, self.config.patience)
+        value = next(mean_ranking(r, self.kinds) for r in regular if r["step"] == step)
+        return Choice(run, step, value, valid, rows, train)
 
     def _evaluate(self, run: Run, rows: str) -> list[dict[str, Any]]:
         """The records of all checkpoints on the validation split, in order of step."""
@@ -209,19 +175,24 @@ def settings_of(run: Run) -> Settings:
 
 
 def stop_early(evaluated: Sequence[Mapping[str, Any]], kinds: Mapping[str, str], patience: int) -> int:
-    """Step of the checkpoint that early stopping on the mean ranking metric (AUC; regression: R2) keeps.
+    """Step of the checkpoint that early stopping on `mean_ranking` keeps.
 
     Args:
         evaluated: records in order of step. patience: records without a better mean before stopping.
     """
     best, best_value = 0, -float("inf")
     for index, record in enumerate(evaluated):
-        value = statistics.mean(record["metrics"][task][RANKING[kind]] or 0.0 for task, kind in kinds.items())
+        value = mean_ranking(record, kinds)
         if value > best_value:
             best, best_value = index, value
         elif index - best >= patience:
             break
     return evaluated[best]["step"]
+
+
+def mean_ranking(record: Mapping[str, Any], kinds: Mapping[str, str]) -> float:
+    """The mean over tasks of the ranking metric (AUC; regression: R2); an undefined one counts as 0."""
+    return statistics.mean(record["metrics"][task][RANKING[kind]] or 0.0 for task, kind in kinds.items())
 
 
 def _trees(kind: str, config: CompareConfig, dataset: Dataset) -> Entry:

@@ -96,7 +96,8 @@ class Search(Strict):
         order: of the gradient of alpha: 1, or 2 as in eq. 4.
         paths: all candidates in a step, or one a block (Gumbel-softmax, with `temperature`).
         alpha_lr, beta_lr: of Adam. alpha_every: steps between updates of alpha.
-        warmup: share of the steps before beta is trained.
+        alpha_warmup, warmup: shares of the steps before alpha, and before beta, is trained. The paper has none for alpha: where
+            weights are fresh, candidates win that need no training.
         diversity: weight of the auxiliary loss of beta (eq. 2) after the warm-up; it falls linearly to 0 by the last step.
         auxiliary: weight of the skip around each block at the start; it falls linearly to 0 by the last step.
         evaluate_every: steps between evaluations of the architecture; None: a twentieth of the run.
@@ -111,6 +112,7 @@ class Search(Strict):
     alpha_lr: float = Field(1e-3, gt=0)
     beta_lr: float = Field(1e-3, gt=0)
     alpha_every: int = Field(1, ge=1)
+    alpha_warmup: float = Field(0.0, ge=0, le=1)
     warmup: float = Field(0.25, ge=0, le=1)
     diversity: float = Field(1.0, ge=0)
     auxiliary: float = Field(1.0, ge=0)
@@ -145,4 +147,6 @@ class SearchConfig(TrainConfig):
 
     def shape(self) -> dict[str, Any]:
         """As of a training run; what the state of a search depends on is in it."""
-        return super().shape() | {"search": self.search.model_dump(include={"order", "paths", "warmup", "alpha_every"})}
+        return super().shape() | {
+            "search": self.search.model_dump(include={"order", "paths", "warmup", "alpha_every", "alpha_warmup"})
+        }

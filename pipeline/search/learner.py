@@ -73,12 +73,17 @@ class SearchLearner(Learner):
         self._prepare(step)
         self.supernet.auxiliary = self.search.auxiliary * (1 - step / self.steps)
         self.alpha_outputs = []
-        if step % self.search.alpha_every == 0:
+        if self.updates_of_alpha(step + 1) > self.updates_of_alpha(step):
             self._sample(2 * step)
             self._update_alpha(self._placed(next(self.valid)), self._placed(batch))
         self.supernet.beta_TN.grad = None
         self._sample(2 * step + 1)
         return super().forward(batch, step)
+
+    def updates_of_alpha(self, step: int) -> int:
+        """How many there have been before a step, each with a validation batch of its own."""
+        since = max(step - round(self.search.alpha_warmup * self.steps), 0)
+        return -(-since // self.search.alpha_every)
 
     def update(self) -> None:
         """Updates weights, and after the warm-up beta, by the loss of the same batch and eq. 2."""

@@ -24,7 +24,8 @@ from pipeline.storage.files import write_json, write_text
 from pipeline.storage.local import replacing
 from pipeline.terminal import short_decimal
 
-PAGE = "Seed 0 of each model, at the checkpoint that early stopping keeps; compare.md has all seeds, and trees."
+PAGE = "Seed 0 of each model, at the checkpoint that early stopping keeps; compare.md has all seeds, their hours, and trees."
+HOURS = {"hours": "hours", "search_hours": "search"}  # of a seed's record: column of the cost table
 
 
 def write(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], folder: Path) -> None:
@@ -39,13 +40,14 @@ def write(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], f
 
 
 def _first_run(entry: Entry, tasks: Mapping[str, str], folder: Path) -> Model:
-    run = Run(folder / f"{entry.name}-0")
+    run = Run(folder / entry.runs[0]["run"])
     rows = dataset_of(run, EvaluateConfig(run=run.path)).name
     return replace(model_at(run, entry.runs[0]["step"], "test", rows, tasks, folder / "compare.html"), name=entry.name)
 
 
 def tables(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], style: str) -> str:
-    """Three tables: quality, cost, and the difference to the baseline in the course of training.
+    """Three tables: quality, cost (hours: core-hours of all training of a seed, search: of its search alone, means over seeds),
+    and the difference to the baseline in the course of training.
 
     Args:
         style: of tabulate; github is Markdown, in which names stay text whatever is in them.
@@ -66,7 +68,8 @@ def tables(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], 
             f"{entry.cost[key]:,.0f}" if entry.cost else ""
             for key in ("parameters", "table_parameters", "flops_per_row")
         ]
-        cost.append([shown(entry.name), *counts, f"{statistics.median(run['rows_per_s'] for run in entry.runs):,.0f}"])
+        rate = f"{statistics.median(run['rows_per_s'] for run in entry.runs):,.0f}"
+        cost.append([shown(entry.name), *counts, rate, *(_hours(entry, key) for key in HOURS)])
         if entry.runs[0].get("early") and entry is not baseline:
             early.append([shown(entry.name), *(_early(entry, baseline, task, kind, at) for task, kind in tasks.items()
                                         for at in range(len(SHARES) + 1))])  # fmt: skip
@@ -78,7 +81,7 @@ def tables(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str], 
         tabulate(lines, header, tablefmt=style, disable_numparse=True, stralign="right")
         for lines, header in (
             (quality, ["model", *headers]),
-            (cost, ["model", "parameters", "in tables", "FLOPs/row", "rows/s"]),
+            (cost, ["model", "parameters", "in tables", "FLOPs/row", "rows/s", *HOURS.values()]),
             (early, [f"NE % to {shown(baseline.name)} after", *parts]),
         )
         if lines
@@ -91,13 +94,16 @@ def parquet(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str],
     for entry in entries:
         gap = differences(entry, baseline, tasks)
         for seed, run in enumerate(entry.runs):
+            cost = entry.cost | {"rows_per_s": run["rows_per_s"], **{key: run.get(key) for key in HOURS}}
             for share, metrics in [("chosen", run["metrics"]), *run.get("early", {}).items()]:
                 for task in tasks:
-                    known = {"difference_percent": gap[task][0], "half_interval_percent": gap[task][1], **entry.cost}
-                    lines.append({"model": entry.name, "seed": seed, "at": share, "task": task, **metrics[task],
-                                  **known, "rows_per_s": run["rows_per_s"]})  # fmt: skip
+                    known = {"difference_percent": gap[task][0], "half_interval_percent": gap[task][1], **cost}
+                    lines.append(
+                        {"model": entry.name, "seed": seed, "at": share, "task": task, **metrics[task], **known}
+                    )
     with replacing(path) as temporary:
-        pl.DataFrame(lines, infer_schema_length=None).write_parquet(temporary)
+        floats = dict.fromkeys(HOURS, pl.Float64)  # where no model has any
+        pl.DataFrame(lines, infer_schema_length=None, schema_overrides=floats).write_parquet(temporary)
 
 
 def picture(entries: Sequence[Entry], baseline: Entry, tasks: Mapping[str, str]) -> Figure:
@@ -127,6 +133,12 @@ def _early(entry: Entry, baseline: Entry, task: str, kind: str, at: int) -> str:
     )
     power = 1 if kind == "binary" else 2  # MSE, as in `differences`
     return f"{100 * (ours**power / theirs**power - 1):+.2f}"
+
+
+def _hours(entry: Entry, key: str) -> str:
+    """The mean over seeds; empty where a run has none, as trees."""
+    values = [value for run in entry.runs if (value := run.get(key)) is not None]
+    return short_decimal(statistics.mean(values)) if values else ""
 
 
 def _mean(values: list[float]) -> str:

@@ -120,8 +120,7 @@ class SearchTrainer(Trainer):
     def _valid_batches(self) -> Generator[Batch]:
         """Those of the steps from the state's on: their number follows from that of the steps alone."""
         start = self.valid.start()
-        taken = -(-self.state.step // self.config.search.alpha_every)
-        epoch, done = divmod(taken, self.valid.steps(start))
+        epoch, done = divmod(self.learner.updates_of_alpha(self.state.step), self.valid.steps(start))
         while True:
             yield from self.valid.batches(self.valid.after(self.valid.start(epoch), done))
             epoch, done = epoch + 1, 0

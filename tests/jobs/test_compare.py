@@ -1,6 +1,7 @@
 """jobs.compare from a raw log to its tables, and again over complete runs."""
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -9,6 +10,16 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+
+from models.automtl.architecture import Space, derive, random_strengths
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.loader import Loader
+from pipeline.run.run import Run
+from pipeline.search import report
+from pipeline.search.compare import compare as compare_models
+from pipeline.search.compare_config import CompareConfig
+from pipeline.search.trained import Jobs, Trainings
+from pipeline.storage.files import append_line, make_folder, write_json
 
 pytestmark = pytest.mark.system
 
@@ -100,3 +111,108 @@ def test_a_baseline_that_is_not_compared_is_refused(conf: Path, tmp_path: Path) 
     done = compare(conf, tmp_path / "out", "baseline=ple")
     assert done.returncode == 1
     assert done.stderr == "error: baseline=ple is not one of models: shared_bottom, mmoe\n"
+
+
+class DrawnArchitectures(Jobs):
+    """Runs all jobs but jobs.search, of which it draws the architecture; 36 s of training where it is not random."""
+
+    def run(self, module: str, *arguments: str, log: Path | None = None) -> None:
+        if module != "jobs.search":
+            return super().run(module, *arguments, log=log)
+        words = dict(word.split("=", 1) for word in arguments)
+        run, space = (
+            Run(Path(words["run"])),
+            Space(["skip"], ["mlp_16", "mlp_32"], ["click", "bought", "dwell"], 4, 2, 1),
+        )
+        found = derive(random_strengths(space, 2, 2, int(words["train.seed"])), space)
+        (run.path / "architecture.yaml").write_text(yaml.safe_dump(found.model_dump(exclude={"strengths"})))
+        if words.get("search.method") != "random":
+            make_folder(run.train_metrics.parent)
+            append_line(run.train_metrics, {"step": 1, "rows": 72, "rows_per_s": 2.0})
+            write_json(run.path / "status.json", {"state": "finished", "step": 1, "steps": 1, "time": 0.0})
+        return None
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def core_seconds(run: Path) -> float:
+    """Of a run of one rank."""
+    rows = [0, *(line["rows"] for line in lines(run / "metrics" / "train.jsonl"))]
+    rates = [line["rows_per_s"] for line in lines(run / "metrics" / "train.jsonl")]
+    return sum((after - before) / rate for before, after, rate in zip(rows, rows[1:], rates, strict=False))
+
+
+def test_the_best_of_the_drawn_architectures_on_valid_is_beside_the_one_that_was_searched(
+    conf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    write_json(make_folder(out) / "automtl_random-0.json", {"hours": 1.0, "number": 2})
+    models = ["automtl", "automtl_random"]
+    config = CompareConfig(
+        folder=out, models=models, recipe_name="mine", seeds=1, trees=[], overrides=["model.tower=[4]"]
+    )
+    entries, kinds = compare_models(config, DrawnArchitectures(["data=mine"], [f"--config-dir={conf}"]))
+    searched, drawn = entries
+    ranking = {"binary": "auc", "regression": "r2"}
+    best = {}
+    for number in range(2):
+        run = out / f"automtl_random-0-{number}"
+        drawn_file = out / f"search-automtl_random-0-{number}" / "architecture.yaml"
+        fusion = yaml.safe_load((run / "config.yaml").read_text())["model"]["fusion"]
+        assert fusion["architecture"] == yaml.safe_load(drawn_file.read_text())
+        regular = [r for r in lines(run / "metrics" / "eval.jsonl") if r["split"] == "valid" and r["step"] % 5 == 0]
+        assert len(regular) == 3, regular  # an epoch's each; patience does not end before
+        best[run.name] = max(
+            statistics.mean(r["metrics"][task][ranking[kind]] for task, kind in kinds.items()) for r in regular
+        )
+    [record] = drawn.runs
+    assert record["run"] == max(best, key=lambda name: best[name])
+    [other] = {*best} - {record["run"]}
+    assert {line["split"] for line in lines(out / other / "metrics" / "eval.jsonl")} == {"valid"}  # test chose nothing
+    assert str(drawn.rows[0]).startswith(str(out / record["run"]))
+    spent = {name: core_seconds(out / name) / 3600 for name in (*best, "automtl-0")}
+    assert record["hours"] == pytest.approx(sum(spent[name] for name in best), rel=1e-9)
+    assert searched.runs[0]["hours"] == pytest.approx(0.01 + spent["automtl-0"], rel=1e-9)
+    assert [entry.runs[0]["search_hours"] for entry in entries] == [pytest.approx(0.01), None]
+    assert all(entry.cost["flops_per_row"] > 0 for entry in entries)
+    report.write(entries, entries[0], kinds, out)
+    _, cost, _ = map(cells, (out / "compare.md").read_text().strip().split("\n\n"))
+    assert {name: row["search"] for name, row in cost.items()} == {"automtl": ".0100", "automtl_random": ""}
+    assert "automtl_random" in (out / "compare.html").read_text()
+
+
+TINY_SPACE = ["width=4", "token_dim=2", "experts=2", "depth=1", "chosen=1", "interaction=[product_inner,skip]"]
+
+
+def test_no_test_row_is_read_by_a_search_or_a_draw_nor_by_the_training_of_what_they_found(
+    conf: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    spaces = [f"space.{word}" for word in (*TINY_SPACE, "blocks=[mlp_16,skip]")]
+    found = {}
+    for name in ("whole", "destroyed"):
+        data = Path(shutil.copytree(small_dataset, tmp_path / name / "data"))
+        dataset = Dataset(data)
+        if name == "destroyed":
+            for shard in dataset.shards("test"):
+                (data / shard.path).write_bytes(bytes(shard.bytes))
+            loader = Loader(dataset, "test", 32)
+            with pytest.raises(Exception, match=r"parquet|Parquet|magic"):
+                list(loader.batches(loader.start()))
+        out = make_folder(tmp_path / name / "out")
+        write_json(out / "automtl_random-0.json", {"hours": 1.0, "number": 1})
+        config = CompareConfig(
+            folder=out, models=["automtl", "automtl_random"], recipe_name="mine", seeds=1,
+            search_overrides=["train.epochs=2", *spaces],
+        )  # fmt: skip
+        trainings = Trainings(config, Jobs([], [f"--config-dir={conf}"]), dataset)
+        trained = trainings.of("automtl", 0)
+        assert trained.search is not None
+        assert 0 < (trained.search_hours() or 0) < trained.hours()
+        drawn = trainings.of("automtl_random", 0).candidates if name == "destroyed" else []
+        assert all(yaml.safe_load((run / "status.json").read_text())["state"] == "finished" for run in drawn)
+        losses = [line["loss"] for line in lines(trained.candidates[0] / "metrics" / "train.jsonl")]
+        architecture = yaml.safe_load((trained.search / "architecture.yaml").read_text())
+        found[name] = (architecture, lines(trained.search / "metrics" / "search.jsonl"), losses)
+    assert found["whole"] == found["destroyed"]

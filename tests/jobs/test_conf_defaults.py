@@ -37,7 +37,12 @@ JOBS: dict[str, type[BaseModel]] = {
     "submit": Submit,
     "train": TrainConfig,
 }
-GROUPS = {"train.model", "plan.model", "search.model", "submit.cluster"}  # from folders of conf, which override defaults on purpose
+GROUPS = {
+    "train.model",
+    "plan.model",
+    "search.model",
+    "submit.cluster",
+}  # from folders of conf, which override defaults on purpose
 NOT_FIELDS = {"generate.out", "generate_ratings.out"}  # the job itself takes it
 # Of the supernet's weights as in the paper: training has an optimiser of its own.
 ON_PURPOSE = {"search.train.dense.name": "sgd", "search.train.dense.lr": 0.02, "search.train.dense.decay": "cosine"}

@@ -65,10 +65,13 @@ def check(module: nn.Module, reference: Callable[..., Tensor], x: Tensor) -> Non
         return
     x = x.requires_grad_()
     params = dict(module.named_parameters())
-    actual, expected = module(x), reference(params, x)
+    same(module(x), reference(params, x), {"x": x, **params})
+
+
+def same(actual: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> None:
+    """Equal outputs, and equal gradients of a random sum of them with respect to all inputs, which have names."""
     close(actual, expected, "forward")
     probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    inputs = {"x": x, **params}
     gradients = [
         torch.autograd.grad((h * probe).sum(), list(inputs.values()), materialize_grads=True)
         for h in (actual, expected)

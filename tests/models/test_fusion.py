@@ -1,9 +1,10 @@
 """Fusions and towers against their references in float64, and cases whose answer is known without one."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from reference_checks import Sizes, check, close, drawn_sizes, load, randomised, rows, widths
 from references import experts
 from references.layers import Towers, copy_parts, mlp_pairs, mlps
+from small_architecture import INTERACTIONS, small_supernet, with_architecture
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
@@ -319,12 +321,25 @@ def test_every_shipped_model_lists_what_all_models_have(file):
     assert yaml.safe_load(file.read_text()).keys() >= {"fusion", "tower", "dropout", "start", "embedding_std"}
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_no_first_gradient_is_rounding_errors_only_which_adam_would_scale_up_to_full_steps(file):
+def contents() -> Iterator[Any]:
+    """Of every shipped model; of AutoMTL with each kind of interaction."""
+    for file in SHIPPED:
+        content = yaml.safe_load(file.read_text())
+        for interaction in INTERACTIONS if file.stem == "automtl" else [""]:
+            settings = with_architecture(content, ["click", "buy", "stay"], interaction)
+            yield pytest.param(settings, id=" ".join([file.stem, interaction]).rstrip())
+
+
+MODELS = [*contents()]
+SUPERNET = {"fusion": small_supernet()}
+
+
+@pytest.mark.parametrize("content", [*MODELS, pytest.param(SUPERNET, id="automtl_supernet")])
+def test_no_first_gradient_is_rounding_errors_only_which_adam_would_scale_up_to_full_steps(content):
     torch.manual_seed(4)
-    config = ModelConfig.model_validate(yaml.safe_load(file.read_text()))
+    config = ModelConfig.model_validate(content)
     model, given = Ranker(Schema.parse(SCHEMA, "small.yaml"), ENCODERS, config, device="cpu"), batch()
-    single, x = model.fusion.eval(), model.inputs(given).detach()
+    single, x = model.fusion.eval().requires_grad_(), model.inputs(given).detach()
     double, observed = copy.deepcopy(single).double(), (given.observed_BT,) if model.fusion.reads_observed else ()
     h_BTD = single(x, *observed)
     probe_BTD = torch.randn_like(h_BTD)
@@ -334,10 +349,10 @@ def test_no_first_gradient_is_rounding_errors_only_which_adam_would_scale_up_to_
         assert (one.grad - other.grad).norm() <= 1e-3 * other.grad.norm(), name
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_shipped_fusion_scores_rows_one_by_one_learns_everywhere_and_can_be_traced(file):
+@pytest.mark.parametrize("content", MODELS)
+def test_every_shipped_fusion_scores_rows_one_by_one_learns_everywhere_and_can_be_traced(content):
     torch.manual_seed(3)
-    config = ModelConfig.model_validate(yaml.safe_load(file.read_text()))
+    config = ModelConfig.model_validate(content)
     model, given = Ranker(Schema.parse(SCHEMA, "small.yaml"), ENCODERS, config, device="cpu"), batch()
     with torch.no_grad():
         for parameter in model.parameters():  # away from gates that start at exactly 1
@@ -354,6 +369,10 @@ def test_every_shipped_fusion_scores_rows_one_by_one_learns_everywhere_and_can_b
     # TorchRec's pipelined loop traces what it runs.
     traced = torch.fx.symbolic_trace(model.fusion)
     observed = (given.observed_BT,) if model.fusion.reads_observed else ()
+    assert torch.equal(traced(x, *observed), model.fusion(x, *observed))
+    with torch.no_grad():
+        for parameter in model.fusion.parameters():
+            parameter.mul_(1.1)
     assert torch.equal(traced(x, *observed), model.fusion(x, *observed))
     with torch.autocast("cpu", torch.bfloat16):
         assert model(given).isfinite().all()

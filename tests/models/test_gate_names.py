@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reference_checks import randomised
+from small_architecture import small_architecture, small_supernet
 
 from models.fusion import FUSIONS, build_fusion
 from models.fusion.decomposition import TrainedModel
@@ -32,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "home": {"levels": TWO, "groups": [["order"], ["click", "dwell"]]},
     "pepnet": {"widths": [4, 4]},
     "stem": {"widths": [4], "task_experts": 2, "shared_experts": 3},
+    "automtl": {"architecture": small_architecture(TASKS)},
+    "automtl_supernet": small_supernet(),
 }
 
 
@@ -129,6 +132,19 @@ def test_a_task_of_stem_trains_only_the_experts_of_its_own_name_and_shared_ones(
     gradient_E = fusion.get_parameter("experts.layers.0.weight_SDH").grad.abs().sum((1, 2))
     trained = {name for name, value in zip(names.experts, gradient_E.tolist(), strict=True) if value > 0}
     assert trained == {"order 1", "order 2", "shared 1", "shared 2", "shared 3"}
+
+
+def test_tasks_of_automtl_only_weigh_the_experts_that_were_chosen_by_their_numbers() -> None:
+    experts = [["mlp_4"], ["skip"], ["gating"], ["conv_3"]]
+    chosen = small_architecture(TASKS) | {"experts": experts, "tasks": {"click": [4, 1], "order": [4], "dwell": [3]}}
+    fusion = build_fusion(
+        {"name": "automtl", "architecture": chosen}, WIDTH, TASKS, FEATURES, columns=[[0], [1], [2], [3]]
+    )
+    [names], [gate_BTN] = fusion.gate_names(TASKS, FEATURES), fusion.gates(torch.randn(ROWS, WIDTH))
+    assert names.experts == ["expert 1", "expert 3", "expert 4"]
+    seen = [[name for name, own in zip(names.experts, row, strict=True) if own] for row in (gate_BTN > 0).all(0)]
+    assert seen == [["expert 1", "expert 4"], ["expert 4"], ["expert 3"]]
+    assert (gate_BTN > 0).sum() == ROWS * 4
 
 
 def test_experts_of_a_fused_model_are_the_trained_models() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_checks import Sizes, check, check_gates, close, drawn_sizes, randomised, rows, widths
 from references import sequences as references
+from small_architecture import small_supernet, with_architecture
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -298,7 +299,8 @@ def configs() -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted(MODELS.glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
         if config["fusion"]["name"] not in ("emm", "aitm", "stem"):
-            yield path.stem, config
+            yield path.stem, with_architecture(config, ["click", "buy"])
+    yield "automtl_supernet", {"fusion": small_supernet()}
     yield "aitm", {"fusion": {"name": "aitm", "widths": [16], "chain": ["click", "buy"]}}
 
 

@@ -22,7 +22,8 @@ from pipeline.evaluation.model_cost import model_cost
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
 from pipeline.search import compare, report
-from pipeline.search.compare import CompareConfig, stop_early
+from pipeline.search.compare import stop_early
+from pipeline.search.compare_config import CompareConfig
 from pipeline.search.comparison import Entry, differences
 from pipeline.storage.files import read_lines
 from pipeline.training.config import Settings, TrainConfig
@@ -254,6 +255,7 @@ def compared(tmp_path: Path) -> tuple[Entry, Entry]:
                 share: {"t": {"ne": ne + rest}, "r": {"nrmse": ne}} for share, rest in (("1/7", 0.1), ("3/7", 0.05))
             }
             entry.runs.append({"metrics": metrics, "rows_per_s": 1000.0 + seed, "early": early | {"7/7": metrics}})
+            entry.runs[-1] |= {"hours": 1.5 + seed, "search_hours": 0.25 if entry is better else None}
         entry.cost = {"parameters": 1234, "table_parameters": 5, "flops_per_row": 10}
     return better, baseline
 
@@ -272,7 +274,9 @@ def test_tables_show_means_deviations_costs_and_differences(compared: tuple[Entr
     assert quality["better"] == {"model": "better"} | shown
     assert [quality["baseline"][column] for column in ("NE t", "NE % t", "MSE % r")] == [".9000±.0000", "", ""]
     numbers = {"parameters": "1,234", "in tables": "5", "FLOPs/row": "10", "rows/s": "1,000"}
-    assert cost == {name: {"model": name} | numbers for name in ("better", "baseline")}
+    numbers |= {"hours": "2.0000"}
+    searched = {"better": ".2500", "baseline": ""}
+    assert cost == {name: {"model": name} | numbers | {"search": hours} for name, hours in searched.items()}
     assert early.keys() == {"better"}
     expected = [
         100 * (0.9 / 1.0 - 1),
@@ -299,6 +303,7 @@ def test_parquet_has_every_run_share_and_task(compared: tuple[Entry, Entry], tmp
         gap = (row["difference_percent"], row["half_interval_percent"])
         assert gap == differences(entry, baseline, KINDS)[row["task"]]
         assert (row["parameters"], row["rows_per_s"]) == (1234, run["rows_per_s"])
+        assert (row["hours"], row["search_hours"]) == (run["hours"], run["search_hours"])
 
 
 def test_the_picture_shows_differences_and_intervals(compared: tuple[Entry, Entry]) -> None:
@@ -342,7 +347,8 @@ def test_a_comparison_is_written_with_a_page_of_the_first_seeds_at_the_chosen_ch
             EvaluateConfig(run=copy.path, step="newest", predictions=True, threads=1, buckets=5, by_time=[])
         )
         rows = [predictions.path(copy, "test", record["step"])]
-        entries.append(Entry(name, [{"step": record["step"], "metrics": record["metrics"], "rows_per_s": 1.0}], rows))
+        found = {"run": f"{name}-0", "step": record["step"], "metrics": record["metrics"], "rows_per_s": 1.0}
+        entries.append(Entry(name, [found], rows))
     trees_entry = Entry("trees", [{"metrics": entries[0].runs[0]["metrics"], "rows_per_s": 1.0}], entries[0].rows)
     report.write([*entries, trees_entry], entries[1], kinds, tmp_path)
     page = (tmp_path / "compare.html").read_text()

@@ -26,7 +26,9 @@ from pipeline.release.config import NightlyConfig
 from pipeline.release.nightly import nightly
 from pipeline.run import records
 from pipeline.run.run import FILES, FOLDERS, Run, keep_lines
-from pipeline.search.compare import CompareConfig, Jobs, Runs
+from pipeline.search.compare import Runs
+from pipeline.search.compare_config import CompareConfig
+from pipeline.search.trained import Jobs
 from pipeline.storage.files import append_line, appending, make_folder, read_lines, sha256
 from pipeline.synthetic.event_log import LogConfig, generate
 from pipeline.training.config import Settings, TrainConfig

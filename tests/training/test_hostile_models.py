@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from small_architecture import with_architecture
 from tiny_training import configuration, make_dataset
 
 from features.errors import UserError
@@ -81,7 +82,9 @@ def test_a_model_of_another_shape_than_the_checkpoints_is_refused_before_it_take
 
 @pytest.mark.parametrize("file", MODELS, ids=lambda file: file.stem)
 def test_a_model_without_memory_has_the_shapes_of_the_one_with(trained: Path, file: Path) -> None:
-    dataset, config = Dataset(trained / "data"), ModelConfig.model_validate(yaml.safe_load(file.read_text()))
+    dataset = Dataset(trained / "data")
+    content = with_architecture(yaml.safe_load(file.read_text()), list(dataset.schema.tasks))
+    config = ModelConfig.model_validate(content)
     real = build_ranker(dataset.schema, dataset.encoders, config, device="cpu").state_dict()
     with torch.device("meta"):
         empty = build_ranker(dataset.schema, dataset.encoders, config).state_dict()

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import small_architecture
 import tiny_training
 import torch
 import yaml
@@ -231,17 +232,26 @@ def test_all_layers_that_are_wider_where_a_table_is_are_known_to_read_the_featur
     assert wider <= {n for n in shapes if narrow.reads_features(n, shapes[n])} < shapes.keys()
 
 
+@pytest.mark.parametrize("chosen", small_architecture.INTERACTIONS)
+def test_all_of_automtls_interaction_reads_the_features_and_nothing_behind_it(data: Path, chosen: str) -> None:
+    ranker = ranker_of(data, "automtl", chosen=chosen)
+    fusion = {n: v.shape for n, v in ranker.state_dict().items() if n.startswith("fusion.")}
+    reads = {n for n, shape in fusion.items() if ranker.reads_features(n, shape)}
+    assert reads == {n for n in fusion if n.startswith("fusion.interaction.")}
+
+
 @pytest.mark.parametrize("name", ["apem", "autotask", "multitab"])
 def test_all_of_a_network_that_attends_over_features_reads_them(data: Path, name: str) -> None:
     ranker = ranker_of(data, name)
     assert all(ranker.reads_features(n, value.shape) for n, value in ranker.state_dict().items() if not is_table(n))
 
 
-def ranker_of(data: Path, name: str, width: int = 8, interaction: dict | None = None) -> Ranker:
+def ranker_of(data: Path, name: str, width: int = 8, interaction: dict | None = None, chosen: str = "skip") -> Ranker:
     """A shipped model of the small schema, with a table of another width."""
     content = yaml.safe_load((MODELS / f"{name}.yaml").read_text()) | {"interaction": interaction or {"name": "concat"}}
     user = {"categorical": tiny_training.SCHEMA["categorical"] | {"user": {"dim": width}}}
     schema = Schema.parse(tiny_training.SCHEMA | user, "small.yaml")
+    content = small_architecture.with_architecture(content, list(schema.tasks), chosen)
     return Ranker(schema, Dataset(data).encoders, ModelConfig.model_validate(content))
 
 

@@ -60,13 +60,13 @@ def write_trend(nights: Trend, file: Path) -> None:
     """Writes the page of many nights."""
     dates = [night.date for night in nights.nights]
     about = f"{count(len(dates))} nights, {dates[0]} to {dates[-1]}" if dates else "no nights"
-    write_text(file, _page("Trend of nights", nights.name, about, trend.sections(nights) if dates else []))
+    write_text(file, sections_page("Trend of nights", nights.name, about, trend.sections(nights) if dates else []))
 
 
 def run_page(model: Model, baseline: Model | None = None, judgement: Judgement | None = None) -> str:
     """The page of one model."""
     named = named_apart([model, baseline])[1] if baseline else None
-    return _page("Run", model.name, _about(model), _answers([model], named, judgement))
+    return sections_page("Run", model.name, _about(model), _answers([model], named, judgement))
 
 
 def comparison_page(models: Sequence[Model], baseline: Model | None, note: str = "") -> str:
@@ -75,7 +75,7 @@ def comparison_page(models: Sequence[Model], baseline: Model | None, note: str =
     chosen = next((new for new, old in zip(apart, models, strict=True) if old is baseline), None)
     names = ", ".join(model.name for model in apart)
     about = f"{_rows(apart[0])}. {note}".strip()
-    return _page("Comparison", names, about, _answers(apart, chosen))
+    return sections_page("Comparison", names, about, _answers(apart, chosen))
 
 
 def named_apart(models: Sequence[Model]) -> list[Model]:
@@ -95,7 +95,7 @@ def night_page(night: Night) -> str:
     baseline = named_apart([model, other])[1] if other else None
     sections = _answers([model], baseline, night.judgement, night)
     about = f"{model.name}{f' against {baseline.name}' if baseline else ''}. {_about(model)}"
-    return _page("Night", night.date, about, sections)
+    return sections_page("Night", night.date, about, sections)
 
 
 def _answers(
@@ -137,10 +137,11 @@ def _rows(model: Model) -> str:
     return f"{f'{percent(share)} of split' if share < 1 else 'Split'} {model.split} of {model.dataset}"
 
 
-def _page(kind: str, title: str, about: str, sections: Sequence[Section]) -> str:
+def sections_page(kind: str, title: str, about: str, sections: Sequence[Section], footer: str = DEFINITIONS) -> str:
+    """A page of sections; kind stands above its title, about below it, and the footer defines its terms."""
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return _template().render(
-        kind=kind, title=title, about=about, sections=sections, footer=DEFINITIONS,
+        kind=kind, title=title, about=about, sections=sections, footer=footer,
         style=Markup(style), script=Markup(script), style_hash=_hash(style), script_hash=_hash(script),
     )  # fmt: skip
 
