@@ -12,7 +12,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
-.PHONY: bench-evaluate bench-intervals bench-links chaos
+.PHONY: bench-evaluate bench-intervals bench-links bench-search chaos
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -72,6 +72,9 @@ bench-ingest: .venv/ready
 
 bench-intervals: .venv/ready
 	$(BIN)/python tests/benchmarks/intervals.py
+
+bench-search: .venv/ready
+	$(BIN)/python tests/benchmarks/search_step.py
 
 bench-links: .venv/ready
 	$(BIN)/python tests/benchmarks/links.py

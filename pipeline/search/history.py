@@ -67,19 +67,24 @@ def _of_selection(records: Sequence[SearchRecord], tasks: Sequence[str]) -> list
 
 
 def lead(records: Sequence[SearchRecord]) -> str:
-    """How often the search looked, and since when it has found the same."""
-    looks, last = len(records), records[-1]
-    if looks == 1:
-        return f"One look at the architecture, at step {count(last.step)} after {count(last.rows)} rows."
+    """How often the architecture was evaluated, and since when it is the same."""
+    evaluations, last = len(records), records[-1]
+    if evaluations == 1:
+        return f"One evaluation of the architecture, at step {count(last.step)} after {count(last.rows)} rows."
     since = settled(records)
-    words = f"{count(looks)} looks at the architecture up to step {count(last.step)}, after {count(last.rows)} rows. "
+    words = f"{count(evaluations)} evaluations of the architecture up to step {count(last.step)}, "
+    words += f"after {count(last.rows)} rows. "
     if since == 0:
         return f"{words}It has been the same since the first, at step {count(records[0].step)}."
-    after = looks - 1 - since
-    of_after = f"the {count(after)} looks after it found the same" if after > 1 else "the look after it found the same"
+    after = evaluations - 1 - since
+    of_after = (
+        f"the {count(after)} evaluations after it found the same" if after > 1 else "the one after it found the same"
+    )
     change = f"It last changed at step {count(records[since].step)}"
     return (
-        f"{words}{change}; {of_after}." if after else f"{words}{change}, the last look: it might have changed further."
+        f"{words}{change}; {of_after}."
+        if after
+        else f"{words}{change}, the last evaluation: it might have changed further."
     )
 
 

@@ -47,7 +47,7 @@ def write(
     else:
         about, sections = (
             "",
-            [Section("found", "What was found?", "The search has not looked at its architecture yet."), cost],
+            [Section("found", "What was found?", "The search has not evaluated its architecture yet."), cost],
         )
     make_folder(file.parent)
     write_text(file, page.sections_page("Architecture search", title, about, sections, DEFINITIONS))

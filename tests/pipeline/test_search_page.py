@@ -325,7 +325,7 @@ def test_a_loss_is_drawn_where_it_was_measured(tmp_path: Path):
     nothing = search(3, 2, FOUR, 2, looks=1, valid_loss=None).page(tmp_path).shown()
     assert "No validation loss was measured." in nothing
     assert "Validation loss" not in nothing
-    assert "One look at the architecture, at step 100 after 6,400 rows." in nothing
+    assert "One evaluation of the architecture, at step 100 after 6,400 rows." in nothing
 
 
 def test_entropies_are_those_of_the_records(tmp_path: Path):
@@ -336,10 +336,10 @@ def test_entropies_are_those_of_the_records(tmp_path: Path):
 
 @pytest.mark.parametrize(("order", "words"), [
     ("bbb", "It has been the same since the first, at step 100."),
-    ("abb", "It last changed at step 200; the look after it found the same."),
-    ("abbb", "It last changed at step 200; the 2 looks after it found the same."),
-    ("bab", "It last changed at step 300, the last look: it might have changed further."),
-    ("bbabb", "It last changed at step 400; the look after it found the same."),
+    ("abb", "It last changed at step 200; the one after it found the same."),
+    ("abbb", "It last changed at step 200; the 2 evaluations after it found the same."),
+    ("bab", "It last changed at step 300, the last evaluation: it might have changed further."),
+    ("bbabb", "It last changed at step 400; the one after it found the same."),
 ])  # fmt: skip
 def test_the_page_says_when_the_architecture_last_changed(tmp_path: Path, order: str, words: str):
     found = search(3, 2, FOUR, 2, looks=len(order))
@@ -366,7 +366,7 @@ def test_a_page_has_its_facts_and_its_sections_in_order(tmp_path: Path):
 
 def test_a_search_without_a_look_has_a_page(tmp_path: Path):
     nothing = Search([], Space(), FOUR).page(tmp_path)
-    assert "The search has not looked at its architecture yet." in nothing.shown()
+    assert "The search has not evaluated its architecture yet." in nothing.shown()
     assert "412,880" in nothing.shown()
 
 
