@@ -27,16 +27,20 @@ STEEP = {"name": "sgd", "lr": 0.5, "decay": "cosine"}
 FAST = {"warmup": 0.34, "alpha_lr": 0.01, "beta_lr": 0.02}  # of three steps, beta learns in two
 
 
-def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, Tensor], atol: float) -> None:
-    """Asserts that states are close, and that nearly everything has moved by more than the tolerance."""
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+    """Asserts that states are close, and that nearly everything has moved by more than the tolerance.
+
+    Adam's steps are of the size of its rate, however small a gradient and its share of rounding error: 0.01 and 0.02 here.
+    """
     assert found.keys() == wanted.keys()
+    moved = 0
     for name, value in wanted.items():
+        atol = 1e-5 if name in (*ALPHA, BETA) else 1e-6
         torch.testing.assert_close(
             found[name].double(), value.detach(), rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
-    moved = {name for name, value in wanted.items() if (value - start[name]).abs().max() > 3 * atol}
-    assert {*ALPHA, BETA} <= moved
-    assert len(moved) > 0.9 * len(wanted)
+        moved += bool((value - start[name]).abs().max() > (100 if atol > 1e-6 else 3) * atol)
+    assert moved > 0.9 * len(wanted)
 
 
 # Algorithm 1
@@ -59,7 +63,7 @@ def test_three_steps_are_those_of_algorithm_1(folder: Path, request: Any, search
     wanted = twin.run()
     prepared(config).run_to_end()
     assert twin.warmup == (0 if search.get("warmup") == 0 else 1)
-    assert_near(model(last(run)), twin.ranker.state_dict(), model(start), 1e-6)
+    assert_near(model(last(run)), twin.ranker.state_dict(), model(start))
     # One evaluation a step: none of them has another step's loss.
     found = [line["valid_loss"] for line in read_lines(run / "metrics" / "search.jsonl")]
     assert found == pytest.approx(wanted, rel=1e-5)
