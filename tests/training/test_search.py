@@ -18,8 +18,11 @@ from pipeline.dataset.loader import Loader
 from pipeline.search import learner as search_learner
 from pipeline.storage.files import read_lines
 from pipeline.training import step as training_step
+from pipeline.training.observer import Observer
 from pipeline.training.optim.dense import build
 from pipeline.training.optim.settings import DenseOptimizer
+from pipeline.training.step import StepOutput
+from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -104,9 +107,10 @@ def test_with_gates_no_beta_learns_and_gates_do(folder: Path) -> None:
 
 def second_order(folder: Path, name: str, step: int, **search: Any) -> tuple[dict[str, Tensor], Twin, Batch, Batch]:
     """Alpha's gradient in a step of a fresh search, with its twin and the two batches."""
-    steep = FAST | {"beta_lr": 0.5, "order": 2} | search
+    steep = FAST | {"beta_lr": 5.0, "order": 2} | search
     config = searching(folder / "data", folder / name, search=steep, max_steps=3, dense=STEEP | {"lr": 2.0})
     made = prepared(config)
+    made.learner.supernet.beta_TN.data[:] = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0], [0.5, -1.0, 1.0]])
     write_checkpoint(made)
     twin = Twin(config, last(folder / name))
     valid, batch = next(endless(twin.valid)), next(endless(twin.train))
@@ -143,6 +147,33 @@ def test_the_second_order_is_what_finite_differences_say(folder: Path) -> None:
         for place in (0, 3):
             wanted = (after(name, place, 1e-4) - after(name, place, -1e-4)) / 2e-4
             assert found[name].view(-1)[place].item() == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+
+
+# One path
+
+
+class Draws(Observer):
+    """The noise of every train batch's path."""
+
+    def __init__(self) -> None:
+        self.noise: list[tuple[float, ...]] = []
+        self.temperatures: set[float] = set()
+
+    def on_forward(self, trainer: Trainer, output: StepOutput) -> None:
+        path = trainer.learner.ranker.fusion.path
+        self.noise.append(tuple(path.noise_I.tolist()))
+        self.temperatures.add(path.temperature)
+
+
+def test_each_batch_has_a_path_of_its_own_which_the_seed_decides(folder: Path) -> None:
+    draws = {name: Draws() for name in ("seed-5", "seed-5-again", "seed-6")}
+    for name, observer in draws.items():
+        search = {"paths": "one", "temperature": 0.7}
+        run_search(folder, f"path-{name}", observer, search=search, max_steps=4, seed=int(name[5]))
+    assert len(set(draws["seed-5"].noise)) == 4
+    assert draws["seed-5"].noise == draws["seed-5-again"].noise
+    assert not {*draws["seed-5"].noise} & {*draws["seed-6"].noise}
+    assert draws["seed-5"].temperatures == {0.7}
 
 
 # Which rows
