@@ -18,8 +18,11 @@ from pipeline.dataset.loader import Loader
 from pipeline.search import learner as search_learner
 from pipeline.storage.files import read_lines
 from pipeline.training import step as training_step
+from pipeline.training.observer import Observer
 from pipeline.training.optim.dense import build
 from pipeline.training.optim.settings import DenseOptimizer
+from pipeline.training.step import StepOutput
+from pipeline.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -27,16 +30,20 @@ STEEP = {"name": "sgd", "lr": 0.5, "decay": "cosine"}
 FAST = {"warmup": 0.34, "alpha_lr": 0.01, "beta_lr": 0.02}  # of three steps, beta learns in two
 
 
-def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, Tensor], atol: float) -> None:
-    """Asserts that states are close, and that nearly everything has moved by more than the tolerance."""
+def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+    """Asserts that states are close, and that nearly everything has moved by more than the tolerance.
+
+    Adam's steps are of the size of its rate, however small a gradient and its share of rounding error: 0.01 and 0.02 here.
+    """
     assert found.keys() == wanted.keys()
+    moved = 0
     for name, value in wanted.items():
+        atol = 1e-5 if name in (*ALPHA, BETA) else 1e-6
         torch.testing.assert_close(
             found[name].double(), value.detach(), rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
-    moved = {name for name, value in wanted.items() if (value - start[name]).abs().max() > 3 * atol}
-    assert {*ALPHA, BETA} <= moved
-    assert len(moved) > 0.9 * len(wanted)
+        moved += bool((value - start[name]).abs().max() > (100 if atol > 1e-6 else 3) * atol)
+    assert moved > 0.9 * len(wanted)
 
 
 # Algorithm 1
@@ -59,7 +66,7 @@ def test_three_steps_are_those_of_algorithm_1(folder: Path, request: Any, search
     wanted = twin.run()
     prepared(config).run_to_end()
     assert twin.warmup == (0 if search.get("warmup") == 0 else 1)
-    assert_near(model(last(run)), twin.ranker.state_dict(), model(start), 1e-6)
+    assert_near(model(last(run)), twin.ranker.state_dict(), model(start))
     # One evaluation a step: none of them has another step's loss.
     found = [line["valid_loss"] for line in read_lines(run / "metrics" / "search.jsonl")]
     assert found == pytest.approx(wanted, rel=1e-5)
@@ -100,9 +107,10 @@ def test_with_gates_no_beta_learns_and_gates_do(folder: Path) -> None:
 
 def second_order(folder: Path, name: str, step: int, **search: Any) -> tuple[dict[str, Tensor], Twin, Batch, Batch]:
     """Alpha's gradient in a step of a fresh search, with its twin and the two batches."""
-    steep = FAST | {"beta_lr": 0.5, "order": 2} | search
+    steep = FAST | {"beta_lr": 5.0, "order": 2} | search
     config = searching(folder / "data", folder / name, search=steep, max_steps=3, dense=STEEP | {"lr": 2.0})
     made = prepared(config)
+    made.learner.supernet.beta_TN.data[:] = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0], [0.5, -1.0, 1.0]])
     write_checkpoint(made)
     twin = Twin(config, last(folder / name))
     valid, batch = next(endless(twin.valid)), next(endless(twin.train))
@@ -139,6 +147,33 @@ def test_the_second_order_is_what_finite_differences_say(folder: Path) -> None:
         for place in (0, 3):
             wanted = (after(name, place, 1e-4) - after(name, place, -1e-4)) / 2e-4
             assert found[name].view(-1)[place].item() == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+
+
+# One path
+
+
+class Draws(Observer):
+    """The noise of every train batch's path."""
+
+    def __init__(self) -> None:
+        self.noise: list[tuple[float, ...]] = []
+        self.temperatures: set[float] = set()
+
+    def on_forward(self, trainer: Trainer, output: StepOutput) -> None:
+        path = trainer.learner.ranker.fusion.path
+        self.noise.append(tuple(path.noise_I.tolist()))
+        self.temperatures.add(path.temperature)
+
+
+def test_each_batch_has_a_path_of_its_own_which_the_seed_decides(folder: Path) -> None:
+    draws = {name: Draws() for name in ("seed-5", "seed-5-again", "seed-6")}
+    for name, observer in draws.items():
+        search = {"paths": "one", "temperature": 0.7}
+        run_search(folder, f"path-{name}", observer, search=search, max_steps=4, seed=int(name[5]))
+    assert len(set(draws["seed-5"].noise)) == 4
+    assert draws["seed-5"].noise == draws["seed-5-again"].noise
+    assert not {*draws["seed-5"].noise} & {*draws["seed-6"].noise}
+    assert draws["seed-5"].temperatures == {0.7}
 
 
 # Which rows
