@@ -107,7 +107,7 @@ def test_with_gates_no_beta_learns_and_gates_do(folder: Path) -> None:
 
 def second_order(folder: Path, name: str, step: int, **search: Any) -> tuple[dict[str, Tensor], Twin, Batch, Batch]:
     """Alpha's gradient in a step of a fresh search, with its twin and the two batches."""
-    steep = FAST | {"beta_lr": 5.0, "order": 2} | search
+    steep = FAST | {"beta_lr": 50.0 if step == 0 else 5.0, "order": 2} | search
     config = searching(folder / "data", folder / name, search=steep, max_steps=3, dense=STEEP | {"lr": 2.0})
     made = prepared(config)
     made.learner.supernet.beta_TN.data[:] = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0], [0.5, -1.0, 1.0]])
@@ -131,7 +131,7 @@ def test_the_second_order_is_the_derivative_of_equation_4(folder: Path, step: in
     for name in ALPHA:
         gap = (wanted[name] - first[name]).abs().max().item()
         assert gap > 1e-5
-        torch.testing.assert_close(found[name].double(), wanted[name], rtol=0, atol=gap / 50)
+        torch.testing.assert_close(found[name].double(), wanted[name], rtol=0, atol=gap / 200)
 
 
 def test_the_second_order_is_what_finite_differences_say(folder: Path) -> None:
