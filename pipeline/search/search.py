@@ -81,6 +81,8 @@ class SearchTrainer(Trainer):
     def run_to_end(self) -> Run:
         """Searches to the last step, or until the architecture has settled; then writes it, and the page."""
         run = super().run_to_end()
+        if not record.read(run):  # max_steps was lowered below the first evaluation
+            self._evaluate()
         embedding_BE, batch = self._example()
         if self.rank == 0:
             self._write_results(embedding_BE, batch)

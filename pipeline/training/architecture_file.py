@@ -9,6 +9,8 @@ from features.plain_json import first_fault
 from features.yaml_text import read_yaml
 from models.automtl.architecture import Architecture
 from models.ranker import ModelConfig
+from pipeline.run import checkpoint
+from pipeline.run.run import Run
 from pipeline.training.config import TrainConfig
 
 FILE = "architecture.yaml"
@@ -17,10 +19,16 @@ FILE = "architecture.yaml"
 def resolved(config: TrainConfig) -> TrainConfig:
     """The same with the file of `model.architecture` in `model.fusion.architecture`, from which alone the model is built.
 
+    A resumed run needs the file no more.
+
     Raises:
         UserError: it is missing, is no architecture, or the fusion has none.
     """
-    return config.model_copy(update={"model": with_architecture(config.model)})
+    model, run = config.model, Run(config.run)
+    if model.architecture and not Path(model.architecture).exists() and checkpoint.steps(run.checkpoints):
+        begun = ModelConfig.of_run(run.config(), run.path).fusion
+        model = model.model_copy(update={"fusion": begun, "architecture": None})
+    return config.model_copy(update={"model": with_architecture(model)})
 
 
 def with_architecture(model: ModelConfig) -> ModelConfig:
