@@ -1,6 +1,5 @@
-"""Logs with planted structure against brute force, the agreement of selections with groups, and a search that finds the groups."""
+"""Logs with planted structure against brute force, agreement of selections with groups, and a search that finds the groups."""
 
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -103,7 +102,10 @@ def test_two_pairs_by_chance_agree_in_five_of_nine() -> None:
     assert np.mean(found) == pytest.approx(5 / 9)
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Iterator[Path]:
+@pytest.mark.system
+def test_a_search_finds_the_groups(tmp_path: Path) -> None:
     bound_resolvers()
-    return planted_logs.write(planted_logs.groups(planted.FIRST_SEED, planted.ROWS), tmp_path / "data")
+    log = planted_logs.groups(0, planted.ROWS)
+    dataset = planted_logs.write(log, tmp_path / "data")
+    _, figures = planted.searched(dataset, tmp_path / "run", 0, planted.CASES["groups"].variants["diversity 0"])
+    assert agreement(dict(zip(log.label, figures["tasks"], strict=True)), log.groups) == 1
