@@ -285,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; all without one")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--variant", action="append", default=[], help="this one alone")
+    parser.add_argument("--variant", action="append", default=[], help="this one alone; others stay as they were")
     parser.add_argument("--trial", action="store_true", help="is not kept")
     options = parser.parse_args()
     if unknown := {*options.cases} - {*CASES}:
@@ -297,7 +297,9 @@ def main() -> None:
     found: dict[str, Any] = json.loads(kept.read_text())["cases"] if kept.exists() and not options.trial else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.cases or CASES:
+            before = found.get(name, {}).get("runs", {}) if options.variant else {}
             found[name] = measured(name, seeds, Path(folder), options.variant)
+            found[name]["runs"] = before | found[name]["runs"]
     found = {name: found[name] for name in CASES if name in found}
     text = tables(found)
     print(text)
