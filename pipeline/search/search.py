@@ -106,6 +106,11 @@ class SearchTrainer(Trainer):
             self._end_if_settled()
         return super().after_step() and not self._at_end()
 
+    def rollback(self, bad_step: int) -> None:
+        """As of training; an early end that lies behind is none any more."""
+        self.steps = self.learner.steps
+        super().rollback(bad_step)
+
     def further_figures(self) -> dict[str, Any]:
         """Where the search is."""
         alpha, beta = _entropies(self.learner.supernet.strengths())

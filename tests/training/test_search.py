@@ -222,6 +222,19 @@ def test_alpha_learns_from_every_nth_steps_validation_batch_and_all_else_from_tr
     assert made.learner.alpha.state_dict()["state"]["alpha_I"]["step"] == -(-13 // every)
 
 
+def test_alpha_rests_during_its_warm_up_and_takes_the_first_validation_batch_after_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen(monkeypatch)
+    search = {"alpha_warmup": 0.5, "alpha_every": 2, "evaluate_every": 3, "patience": None}
+    made = run_search(folder, "alpha-warm", search=search, max_steps=12)
+    batches = endless(Loader(Dataset(folder / "data"), "valid", 32, 4, 5, window=24))
+    assert seen.alpha == [rows_of(next(batches)) for _ in (6, 8, 10)]  # the steps before which 6 lie, every second one
+    records = list(read_lines(made.run.search_metrics))
+    assert [line["valid_loss"] is None for line in records] == [True, True, False, False]
+    assert records[0]["interaction"] == records[1]["interaction"] != records[2]["interaction"]
+
+
 @pytest.mark.parametrize("paths", ["all", "one"])
 def test_weights_and_beta_are_the_same_to_the_last_bit_whatever_rows_alpha_sees(folder: Path, paths: str) -> None:
     """With a rate of alpha that moves nothing: alpha's gradient leaves nothing behind, nor draws from their random state."""

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.usefixtures("device")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {"search": {"alpha_every": 3, "evaluate_every": 4, "patience": None, "alpha_lr": 0.01, "beta_lr": 0.01}},
-    "one": {"search": {"paths": "one", "evaluate_every": 2, "patience": None, "alpha_lr": 0.05, "beta_lr": 0.05}},
+    "one": {
+        "search": {
+            "paths": "one", "alpha_warmup": 0.3, "evaluate_every": 2, "patience": None, "alpha_lr": 0.05, "beta_lr": 0.05,
+        },
+    },
     "second": {"search": {"order": 2, "evaluate_every": 5, "alpha_lr": 0.01}, "dropout": 0.3},
 }  # fmt: skip
 STOPS = {"all": 5, "one": 7, "second": 4}
