@@ -55,11 +55,8 @@ class SearchTrainer(Trainer):
 
     config: SearchConfig
     learner: SearchLearner
+    build_learner = SearchLearner
     last_loss: tuple[int, float | None] = (-1, None)
-
-    def build_learner(self) -> SearchLearner:
-        """What takes the steps."""
-        return SearchLearner(self.config, self.dataset, self.rank, self.device, self.steps, self.epoch_steps)
 
     def restore(self, schema: Schema, pinned: ExitStack) -> None:
         """As of training. A search that has ended early stays at its end."""

@@ -2,13 +2,12 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,8 +55,10 @@ class Trainer:
         config: all settings, the sources of an EMM and the order of rows resolved. dataset: of the tasks that are trained.
         device: of the model. observers: called as the run proceeds.
     Attributes:
-        state: how far the run has come. steps: of the whole run.
+        state: how far the run has come. steps: of the whole run. build_learner: makes what takes the steps.
     """
+
+    build_learner: Callable[..., Learner] = staticmethod(build_learner)
 
     def __init__(
         self, config: TrainConfig, dataset: Dataset, device: torch.device, observers: Sequence[Observer] = ()
@@ -74,7 +75,7 @@ class Trainer:
         self.epoch_steps = self.loader.steps(position)
         self.steps = min(s.epochs * self.epoch_steps, s.max_steps or s.epochs * self.epoch_steps)
         self.milestones = {max(1, round(share * self.steps)) for share in s.checkpoint_at}
-        self.learner = self.build_learner()
+        self.learner = self.build_learner(config, dataset, self.rank, device, self.steps, self.epoch_steps)
         self.state = TrainState(position, ProgressiveMetrics(dataset.schema.tasks, s.log_every, device))
         self.run = Run(config.run)
         self.nonfinite, self.rollbacks = NonfiniteCheck(s.nonfinite), Rollbacks(s.max_skipped)
@@ -89,10 +90,6 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)
-
-    def build_learner(self) -> Learner:
-        """What takes the steps."""
-        return build_learner(self.config, self.dataset, self.rank, self.device, self.steps, self.epoch_steps)
 
     def _cpu_group(self, timeout: timedelta) -> dist.ProcessGroup | None:
         return dist.new_group(backend="gloo", timeout=timeout) if self.ranks > 1 else None
@@ -252,11 +249,8 @@ class Trainer:
         loss_T = sums_T3[:, 0] / sums_T3[:, 1].clamp(min=1e-30)
         self.metrics.log(
             {
-                "step": state.step,
-                "rows": rows,
-                "left_out": consumed - rows,
-                "epoch": state.position.epoch,
-                "time": time.time(),
+                "step": state.step, "rows": rows, "left_out": consumed - rows,
+                "epoch": state.position.epoch, "time": time.time(),
                 "lr": rate(self.settings.dense, state.step - 1, self.learner.steps),
                 "loss": float((loss_T * weight_T).sum()),
                 "weight": dict(zip(self.dataset.schema.tasks, weight_T.tolist(), strict=True)),
@@ -266,9 +260,9 @@ class Trainer:
                 "seconds_left": step_s * (self.steps - state.step),
                 **self.further_figures(),
             }
-        )
+        )  # fmt: skip
 
-    def further_figures(self) -> dict[str, Any]:
+    def further_figures(self) -> dict[str, object]:
         """What a record of the last steps has besides; rank 0 calls it."""
         return {}
 
