@@ -70,7 +70,7 @@ class SearchLearner(Learner):
     def forward(self, batch: Batch | None, step: int) -> StepOutput:
         """An update of alpha, where one is due, then the losses of a train batch."""
         assert batch is not None
-        self._prepare(step)
+        self.prepare(step)
         self.supernet.auxiliary = self.search.auxiliary * (1 - step / self.steps)
         self.alpha_outputs = []
         if self.updates_of_alpha(step + 1) > self.updates_of_alpha(step):

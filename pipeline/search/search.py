@@ -98,10 +98,10 @@ class SearchTrainer(Trainer):
 
     def after_step(self) -> bool:
         """As of training, once the architecture was evaluated, if it is due; False also where the search ends early."""
-        if self.state.step % self.every == 0 or self._at_end():
+        if self.state.step % self.every == 0 or self.at_end():
             self._evaluate()
             self._end_if_settled()
-        return super().after_step() and not self._at_end()
+        return super().after_step() and not self.at_end()
 
     def rollback(self, bad_step: int) -> None:
         """As of training; an early end that lies behind is none any more."""
@@ -161,7 +161,7 @@ class SearchTrainer(Trainer):
 
     def _end_if_settled(self) -> None:
         patience = self.config.search.patience
-        if patience is not None and int(self.learner.unchanged) >= patience and not self._at_end():
+        if patience is not None and int(self.learner.unchanged) >= patience and not self.at_end():
             self.log(f"step {self.state.step:,}: the architecture has not changed for {patience} evaluations: done")
             self.steps = self.state.step
 
@@ -199,7 +199,8 @@ def _random(config: SearchConfig) -> Architecture:
     space = config.space.named(list(dataset.schema.tasks))
     drawn = random_strengths(space, config.space.experts, config.space.depth, config.train.seed)
     if config.space.homogeneous:
-        drawn = drawn._replace(expert_NLO=drawn.expert_NLO[:1].expand_as(drawn.expert_NLO))
+        same_NLO = drawn.expert_NLO[:1].expand_as(drawn.expert_NLO)
+        drawn = Strengths(drawn.interaction_I, same_NLO, drawn.task_TN)
     found = derive(drawn, space)
     make_folder(config.run)
     _write_architecture(config.run, found, f"drawn at random, seed {config.train.seed}")

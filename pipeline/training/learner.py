@@ -99,7 +99,7 @@ class Learner:
             step: taken before, which learning rate and random state are functions of.
         """
         assert batch is not None
-        self._prepare(step)
+        self.prepare(step)
         self.optimizer.zero_grad()
         self.total, output = self.model(batch.to(self.device) if self.device.type != "cpu" else batch)
         return output
@@ -122,7 +122,7 @@ class Learner:
         found = norms([g.to_local() if isinstance(g, DTensor) else g for g in grads])
         return torch.stack(list(found)).max() if found else torch.zeros((), device=self.device)
 
-    def _prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> None:
         """Learning rate and random state, both functions of the step's number."""
         self.step = step
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 4099 + self.rank)
@@ -156,7 +156,7 @@ class PipelinedLearner(Learner):
 
     def forward(self, batch: Batch | None, step: int) -> StepOutput:  # noqa: ARG002
         """A step on the next batch, backward and update included."""
-        self._prepare(step)
+        self.prepare(step)
         return self.pipeline.progress(self.batches)
 
     def backward(self) -> Tensor:

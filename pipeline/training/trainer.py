@@ -180,7 +180,7 @@ class Trainer:
 
     def after_step(self) -> bool:
         """Metrics, a checkpoint, and the end of a preempted run, where they are due. False after a rollback."""
-        step, every, last = self.state.step, self.settings.checkpoint_every or self.epoch_steps, self._at_end()
+        step, every, last = self.state.step, self.settings.checkpoint_every or self.epoch_steps, self.at_end()
         log_due = step % self.settings.log_every == 0 or step == 1 or last
         save_due = step % every == 0 or step in self.milestones or last
         if log_due or save_due:
@@ -349,7 +349,7 @@ class Trainer:
         self.watch = self.watch or watch_ranks(self.settings.timeout)
         if self.ranks > 1:
             process_group.limit_waiting(2 * self.settings.timeout)  # the watch reports before it
-        if self._at_end():
+        if self.at_end():
             self.log(f"{self.run.path} is at step {self.state.step} of {self.steps}: nothing to do")
         try:
             with self.preemption.handling(), self._tracked():
@@ -374,7 +374,8 @@ class Trainer:
             )
             yield
 
-    def _at_end(self) -> bool:
+    def at_end(self) -> bool:
+        """Whether no step is left."""
         return self.state.step >= self.steps
 
     def _batches(self, count: int) -> Iterator[Batch]:

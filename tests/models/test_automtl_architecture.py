@@ -57,7 +57,7 @@ def test_the_strongest_candidate_of_each_block_and_the_strongest_experts_of_each
         weight_N, count = given.task_TN[t].tolist(), min(size.chosen, size.N)
         best = max(itertools.combinations(range(size.N), count), key=lambda chosen: sum(weight_N[n] for n in chosen))
         assert found.tasks[task] == [n + 1 for n in best]
-        assert found.strengths["tasks"][task] == {n + 1: round(weight_N[n], 4) for n in best}
+        assert found.strengths["tasks"][task] == {str(n + 1): round(weight_N[n], 4) for n in best}
     top = round(given.interaction_I.max().item(), 4)
     assert found.strengths["interaction"] == {found.interaction: top}
     assert found.strengths["experts"] == [[round(row.max().item(), 4) for row in block] for block in given.expert_NLO]
@@ -78,7 +78,7 @@ def test_a_derived_network_is_within_its_budget_by_the_cheapest_replacements(siz
     prices = [[(interaction if b == 0 else blocks)[name] for name in row] for b, row in enumerate(names)]
     logs = [row.double().log().tolist() for row in rows]
     wanted = reference.within(flops, logs, prices, [strongest(row) for row in rows])
-    budget = Budget(interaction, blocks, flops)
+    budget = Budget(interaction, blocks, flops, chosen=2)
     if wanted is None:
         assert sum(min(row) for row in prices) > flops
         with pytest.raises(
@@ -108,7 +108,7 @@ def by_hand(flops: float) -> Architecture:
         torch.tensor([0.8, 0.2]), torch.tensor([[[0.6, 0.4, 0.1]], [[0.4, 0.2, 0.1]]]), torch.tensor([[0.5, 0.5]])
     )
     known = Space(["cross_2", "cross_1"], ["mlp_4", "gating", "skip"], ["click"], 8, 4, 2)
-    budget = Budget({"cross_2": 10, "cross_1": 2}, {"mlp_4": 20, "gating": 15, "skip": 0}, flops)
+    budget = Budget({"cross_2": 10, "cross_1": 2}, {"mlp_4": 20, "gating": 15, "skip": 0}, flops, chosen=2)
     return derive(given, known, budget)
 
 
@@ -137,7 +137,7 @@ def test_a_budget_that_nothing_is_within_is_said_in_one_line():
 def test_a_candidate_whose_strength_rounds_to_0_is_still_one():
     known = Space(["cross_2", "cross_1"], ["mlp_4", "skip"], ["click"], 8, 4, 1)
     given = Strengths(torch.tensor([1.0, 0.0]), torch.tensor([[[1.0, 0.0]]]), torch.ones(1, 1))
-    budget = Budget({"cross_2": 10, "cross_1": 2}, {"mlp_4": 20, "skip": 0}, 2)
+    budget = Budget({"cross_2": 10, "cross_1": 2}, {"mlp_4": 20, "skip": 0}, 2, chosen=2)
     found = derive(given, known, budget)
     assert (found.interaction, found.experts) == ("cross_1", [["skip"]])
 

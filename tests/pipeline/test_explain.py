@@ -11,6 +11,7 @@ import torch
 import yaml
 from dataset_by_hand import SCHEMA, draw_rows, fit_encoders
 from sklearn.metrics import log_loss, mean_squared_error
+from small_architecture import with_architecture
 from torch import Tensor
 
 from features.batch import Batch, Rows
@@ -258,6 +259,7 @@ def losses_by_row(model: Ranker, batch: Batch) -> list[Tensor]:
 def test_affinity_is_what_a_step_of_sgd_on_a_copy_does_and_leaves_the_model_as_it_was(name: str):
     settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     settings = {key: value for key, value in settings.items() if key not in ("defaults", "interaction")}
+    settings = with_architecture(settings, list(SCHEMA.tasks))
     model = Ranker(SCHEMA, ENCODERS, ModelConfig(**settings), device="cpu").eval()
     weights = copy.deepcopy(model.state_dict())
     some = batches(2, rows_of())

@@ -46,7 +46,7 @@ def test_tables_of_which_every_rank_has_a_copy_follow_the_same_rate(folder: Path
         weight = torch.nn.Parameter(torch.zeros(2, 3))
         copies = ReplicatedTables({"ranker.embeddings.embedding_bags.t.weight": weight}, learner.settings.tables)
         learner.replicas = copies
-        learner._prepare(step)
+        learner.prepare(step)
         weight.grad = torch.ones_like(weight)
         copies.step()
         torch.testing.assert_close(weight.detach(), torch.full((2, 3), -rate))
