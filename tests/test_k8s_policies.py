@@ -10,6 +10,7 @@ import pytest
 import yaml
 from k8s_manifests import DIGEST, NAMES, ROOT, assert_valid, documents, job_spec, kustomized, main_of, pod_of
 
+from pipeline.cluster.base import JOBS
 from pipeline.cluster.kubernetes.kustomize import DEMO
 
 BASE = ROOT / "k8s" / "base"
@@ -133,7 +134,7 @@ def assert_reached_by_its_own_pods_alone(workloads: list[dict[str, dict[str, Any
         assert spec["podSelector"]["matchLabels"].items() <= pod["labels"].items()
         assert workload["NetworkPolicy"]["metadata"].get("namespace") == main_of(workload)["metadata"].get("namespace")
         assert spec["policyTypes"] == ["Ingress", "Egress"]
-        if pod["labels"]["app.kubernetes.io/component"] != "train":
+        if pod["labels"]["app.kubernetes.io/component"] not in ("train", "search"):
             assert spec["ingress"] == []
             continue
         (rule,) = spec["ingress"]
@@ -229,12 +230,12 @@ def assert_names_alone(rule: dict[str, Any]) -> None:
     assert network.is_link_local
 
 
-def test_train_connects_to_name_servers_and_its_own_pods_and_the_others_to_nothing() -> None:
+def test_trainings_connect_to_name_servers_and_their_own_pods_and_the_others_to_nothing() -> None:
     names, own = egress_of("train")
     assert_names_alone(names)
     policy = documents(job="train")["NetworkPolicy"]["spec"]
     assert own == {"to": [{"podSelector": policy["podSelector"]}]}
-    assert [job for job in NAMES if egress_of(job)] == ["train"]
+    assert [job for job in NAMES if egress_of(job)] == ["train", "search"]
 
 
 @pytest.mark.parametrize("job", NAMES)
@@ -244,7 +245,7 @@ def test_networks_of_egress_are_connected_to_beside_them(job: str) -> None:
     blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
     assert blocks == [{"cidr": "10.1.0.0/16"}, {"cidr": "fd00::/8"}]
     assert ip_address("10.1.2.3") in ip_network(blocks[0]["cidr"])
-    assert len(rule["to"]) == (3 if job == "train" else 2)
+    assert len(rule["to"]) == (3 if JOBS[job].spread else 2)
 
 
 def test_deadlines_and_the_time_to_live_are_those_that_were_given() -> None:

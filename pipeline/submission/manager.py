@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from features.errors import UserError
 from features.printable import printable
-from pipeline.cluster.base import ENDED, Status, UnansweredError
+from pipeline.cluster.base import ENDED, JOBS, Status, UnansweredError
 from pipeline.submission import progress
 from pipeline.submission.records import Record, Records, revision, user
 
@@ -44,7 +44,7 @@ def submit(records: Records, record: Record) -> None:
 
 def _refuse_second_trainer(records: Records, record: Record) -> None:
     """A run has one trainer: another would fail once it has its nodes, and take over as soon as the first is stopped."""
-    if not record.work.kind.trains or record.run is None or record.work.after:  # which may be the others
+    if not JOBS[record.job].trains or record.run is None or record.work.after:  # which may be the others
         return
     for other in records.all()[0]:
         same = (other.job, other.cluster, other.run) == (record.job, record.cluster, record.run)
@@ -132,7 +132,7 @@ def status(record: Record) -> str:
     rows += [("state", f"{found.state}: {found.detail}")]
     if found.restarts:
         rows.append(("restarts", f"{found.restarts} by the cluster"))
-    if record.run and (record.work.kind.trains or record.job == "evaluate"):
+    if record.run and (JOBS[record.job].trains or record.job == "evaluate"):
         here = record.backend().seen_here(record.run)
         nothing = [("run", f"{here}: nothing written yet, or not seen from this machine")]
         try:

@@ -53,7 +53,7 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "error: what to submit is missing. The first word is one of train, preprocess"),
+        ([], "error: what to submit is missing. The first word is one of train, search"),
         (["trian"], "error: trian: no job and no verb (did you mean train?)"),
         (["status"], "error: the id is missing: python -m jobs.submit status ID"),
         (["status", "follow=true"], "error: the id is missing"),
@@ -72,7 +72,7 @@ def train(small_dataset: Path, tmp_path: Path) -> list[str]:
         (["train", "cluster.environment.A=1"], "no such setting. See --help; +KEY=VALUE adds a key that a file lacks"),
         (["train", "cluster.gpu_memory=80"], "error: cluster local: gpu_memory: '80' is not bytes of a GPU such as 80GB"),
         (["train", "cluster.gpu_memory=much"], "error: cluster local: gpu_memory: 'much' is not bytes of a GPU such as 80GB"),
-        (["train", "+cluster.jobs.trian.cpu=1"], "error: cluster local: jobs.trian is none of train, preprocess"),
+        (["train", "+cluster.jobs.trian.cpu=1"], "error: cluster local: jobs.trian is none of train, search"),
         (["train", "nodes=0"], "error: configuration: nodes: 0 is not a number of nodes, or MIN..MAX such as 2..8"),
         (["train", "nodes=8..2"], "error: configuration: nodes: 8..2: the first number is the larger one"),
         (["train", "memory=16GB"], "error: configuration: memory: '16GB' is not a Kubernetes quantity"),
