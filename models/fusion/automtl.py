@@ -52,7 +52,7 @@ class AutoMTL(Fusion):
                 f"model.architecture: has no experts for {missing[0]}, only for {', '.join(architecture.tasks)}. Search on "
                 "this dataset, or write experts for it into the file."
             )
-        self.out_dim, self.one_interaction = architecture.width, architecture.interaction
+        self.out_dim = architecture.width
         chosen = [architecture.tasks[task.name] for task in tasks]
         self.numbers = sorted({number for numbers in chosen for number in numbers})
         self.interaction = InteractionBlock(

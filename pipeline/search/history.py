@@ -71,7 +71,7 @@ def lead(records: Sequence[SearchRecord]) -> str:
     evaluations, last = len(records), records[-1]
     if evaluations == 1:
         return f"One evaluation of the architecture, at step {count(last.step)} after {count(last.rows)} rows."
-    since = settled(records)
+    since = unchanged_since(records)
     words = f"{count(evaluations)} evaluations of the architecture up to step {count(last.step)}, "
     words += f"after {count(last.rows)} rows. "
     if since == 0:
@@ -88,7 +88,7 @@ def lead(records: Sequence[SearchRecord]) -> str:
     )
 
 
-def settled(records: Sequence[SearchRecord]) -> int:
+def unchanged_since(records: Sequence[SearchRecord]) -> int:
     """The index of the first record from which on all have the last one's architecture."""
     index = len(records) - 1
     while index and records[index - 1].architecture.same(records[-1].architecture):
@@ -138,7 +138,7 @@ def _map(
 
 def _curves(records: Sequence[SearchRecord]) -> list[Drawing]:
     """Validation loss, where it was measured, and both entropies; a dashed line where the architecture last changed."""
-    seen, since = thinned(records, DRAWN), settled(records)
+    seen, since = thinned(records, DRAWN), unchanged_since(records)
     changed = records[since].step if since else None
     loss = [(record.step, record.valid_loss) for record in seen if record.valid_loss is not None]
     alpha = [(record.step, record.alpha_entropy) for record in seen]

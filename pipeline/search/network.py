@@ -12,7 +12,7 @@ from pipeline.evaluation.report import svg
 from pipeline.evaluation.report.numbers import significant
 
 SKIP = "skip"
-LETTERS = 18  # of a name in a box
+CHARACTERS = 18  # of a name in a box
 PAGE = 1000.0  # pixels of a drawing that are seen at once, about
 MARGIN, GAP, BLOCK, STEP = 10.0, 14.0, 24.0, 34.0  # pixels: around it, between columns, height of a block, of its slot
 BAR, RISE, HEAD = (
@@ -156,12 +156,12 @@ def _base(interaction: str, experts: Iterable[Place], inside: float, top: float)
     return svg.join(parts)
 
 
-def _text(shown: str, x: float, y: float, style: str, limit: int = LETTERS) -> Markup:
+def _text(shown: str, x: float, y: float, style: str, limit: int = CHARACTERS) -> Markup:
     return svg.element("text", short(shown, limit), x=x, y=y + 4, class_=f"middle {style}")
 
 
-def short(name: str, limit: int = LETTERS) -> str:
-    """A name without the letters in its middle that are too many: names of a family differ at their ends."""
+def short(name: str, limit: int = CHARACTERS) -> str:
+    """A name shortened in its middle: names of a family differ at their ends."""
     text = printable(name)
     if len(text) <= limit:
         return text
@@ -169,11 +169,13 @@ def short(name: str, limit: int = LETTERS) -> str:
 
 
 def _width(name: str) -> float:
-    """Of a box around a name, in pixels; wide letters of Chinese and capitals are counted as such."""
-    letters = short(name)
-    wide = 4.0 * sum(unicodedata.east_asian_width(letter) in "WF" for letter in letters)
-    wide += sum(4.0 if letter in "MW@%" else 1.8 for letter in letters if letter.isupper() or letter in "mw@%&")
-    return 18 + 7.5 * len(letters) + wide
+    """Of a box around a name, in pixels; capitals and East Asian characters are wider."""
+    characters = short(name)
+    wide = 4.0 * sum(unicodedata.east_asian_width(character) in "WF" for character in characters)
+    wide += sum(
+        4.0 if character in "MW@%" else 1.8 for character in characters if character.isupper() or character in "mw@%&"
+    )
+    return 18 + 7.5 * len(characters) + wide
 
 
 def _colour(index: int) -> tuple[str, str | None]:

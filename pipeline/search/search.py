@@ -73,10 +73,10 @@ class SearchTrainer(Trainer):
                 *self._example(),
             )  # fmt: skip
         super().restore(schema, pinned)
-        self._end_if_settled()
+        self._end_if_unchanged()
 
     def run_to_end(self) -> Run:
-        """Searches to the last step, or until the architecture has settled; then writes it, and the page."""
+        """Searches to the last step, or until the architecture stays the same; then writes it, and the page."""
         run = super().run_to_end()
         if not record.read(run):  # max_steps was lowered below the first evaluation
             self._evaluate()
@@ -100,7 +100,7 @@ class SearchTrainer(Trainer):
         """As of training, once the architecture was evaluated, if it is due; False also where the search ends early."""
         if self.state.step % self.every == 0 or self.at_end():
             self._evaluate()
-            self._end_if_settled()
+            self._end_if_unchanged()
         return super().after_step() and not self.at_end()
 
     def rollback(self, bad_step: int) -> None:
@@ -159,7 +159,7 @@ class SearchTrainer(Trainer):
                 f"step {line.step:,}/{self.steps:,}  {loss}entropy alpha {alpha:.3f} beta {beta:.3f}  {found.summary()}"
             )
 
-    def _end_if_settled(self) -> None:
+    def _end_if_unchanged(self) -> None:
         patience = self.config.search.patience
         if patience is not None and int(self.learner.unchanged) >= patience and not self.at_end():
             self.log(f"step {self.state.step:,}: the architecture has not changed for {patience} evaluations: done")

@@ -82,11 +82,9 @@ class Trainer:
         self.preemption = PreemptionSignal(log=self.rank == 0)
         self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
         self.sinks = tracking.Sinks()
-        committed = (
-            partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda *_: None
-        )
+        on_disk = partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda *_: None
         group = self._cpu_group(WRITE_TIMEOUT)
-        self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, committed)
+        self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, on_disk)
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)

@@ -1,4 +1,4 @@
-"""A search that is stopped, told to end, settled, or fed what cannot be learnt from, against one that was left alone."""
+"""A search that is stopped, told to end, ended early, or fed what cannot be learnt from, against one that was left alone."""
 
 import json
 import os
@@ -109,36 +109,36 @@ def test_another_order_of_alphas_gradient_is_refused_in_mid_search(folder: Path)
 # Settled
 
 
-SETTLING = {"search": {"alpha_lr": 1e-9, "beta_lr": 1e-9, "evaluate_every": 2, "patience": 2}, "max_steps": 16}
+UNCHANGING = {"search": {"alpha_lr": 1e-9, "beta_lr": 1e-9, "evaluate_every": 2, "patience": 2}, "max_steps": 16}
 
 
 def test_a_search_ends_once_the_architecture_has_stayed_the_same_after_the_warm_up(folder: Path) -> None:
-    made = run_search(folder, "settled", **SETTLING)
+    made = run_search(folder, "unchanged", **UNCHANGING)
     assert made.learner.warmup == 4
-    found = lines(folder / "settled")
+    found = lines(folder / "unchanged")
     assert [(line["step"], line["unchanged"]) for line in found] == [(2, 0), (4, 0), (6, 1), (8, 2)]
-    status = json.loads((folder / "settled" / "status.json").read_text())
+    status = json.loads((folder / "unchanged" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 8)
-    assert checkpoint.steps(folder / "settled" / "checkpoints") == [8]
-    assert "step 8 of" in (folder / "settled" / "architecture.yaml").read_text()
+    assert checkpoint.steps(folder / "unchanged" / "checkpoints") == [8]
+    assert "step 8 of" in (folder / "unchanged" / "architecture.yaml").read_text()
 
 
-def test_a_settled_search_run_again_does_nothing(folder: Path) -> None:
-    if not (folder / "settled").exists():
-        run_search(folder, "settled", **SETTLING)
-    kept = [*(folder / "settled" / "checkpoints").rglob("*.bin"), *(folder / "settled" / "metrics").glob("*.jsonl")]
-    kept.append(folder / "settled" / "architecture.yaml")
+def test_a_unchanged_search_run_again_does_nothing(folder: Path) -> None:
+    if not (folder / "unchanged").exists():
+        run_search(folder, "unchanged", **UNCHANGING)
+    kept = [*(folder / "unchanged" / "checkpoints").rglob("*.bin"), *(folder / "unchanged" / "metrics").glob("*.jsonl")]
+    kept.append(folder / "unchanged" / "architecture.yaml")
     before = {path: path.read_bytes() for path in kept}
-    made = run_search(folder, "settled", **SETTLING)
+    made = run_search(folder, "unchanged", **UNCHANGING)
     assert made.state.step == 8
     assert {path: path.read_bytes() for path in kept} == before
-    status = json.loads((folder / "settled" / "status.json").read_text())
+    status = json.loads((folder / "unchanged" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 8)
 
 
-def test_a_settled_search_goes_on_with_more_patience_as_if_it_had_had_it_at_once(folder: Path) -> None:
-    run_search(folder, "impatient", **SETTLING)
-    patient = SETTLING | {"search": SETTLING["search"] | {"patience": 4}}
+def test_a_unchanged_search_goes_on_with_more_patience_as_if_it_had_had_it_at_once(folder: Path) -> None:
+    run_search(folder, "impatient", **UNCHANGING)
+    patient = UNCHANGING | {"search": UNCHANGING["search"] | {"patience": 4}}
     run_search(folder, "impatient", **patient)
     run_search(folder, "patient", **patient)
     assert [line["step"] for line in lines(folder / "patient")] == [2, 4, 6, 8, 10, 12]
@@ -146,14 +146,14 @@ def test_a_settled_search_goes_on_with_more_patience_as_if_it_had_had_it_at_once
 
 
 def test_without_patience_a_search_goes_to_its_end(folder: Path) -> None:
-    made = run_search(folder, "endless", max_steps=16, search=SETTLING["search"] | {"patience": None})
+    made = run_search(folder, "endless", max_steps=16, search=UNCHANGING["search"] | {"patience": None})
     assert made.state.step == 16
     assert lines(folder / "endless")[-1]["unchanged"] == 6
 
 
 def test_an_architecture_that_changes_is_counted_from_anew(folder: Path) -> None:
     made = run_search(
-        folder, "changing", **SETTLING | {"search": SETTLING["search"] | {"patience": None, "alpha_lr": 0.3}}
+        folder, "changing", **UNCHANGING | {"search": UNCHANGING["search"] | {"patience": None, "alpha_lr": 0.3}}
     )
     found = lines(made.run.path)
     for before, line in zip(found, found[1:], strict=False):
