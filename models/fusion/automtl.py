@@ -98,6 +98,7 @@ class Supernet(Fusion):
         homogeneous: all experts have the same operations (the paper's ablation "hom Expert").
         selection: of experts: by beta, or by gates in the search and after it (its ablation "w/o SEL").
     Attributes:
+        sharpness: of the softmax over candidates, which a search raises (see `weights`).
         auxiliary: weight of the input that every block adds to its output, to take from `skip` the advantage of easing
             training (DARTS-; Chu et al., arXiv 2009.01027, eq. 5).
         path: candidates that alone are computed, see `sample`; None: all.
@@ -125,19 +126,24 @@ class Supernet(Fusion):
         self.alpha_NLO = nn.Parameter(1e-3 * torch.randn(own, depth, len(blocks)), requires_grad=False)
         self.beta_TN = nn.Parameter(1e-3 * torch.randn(num_tasks, experts), requires_grad=False)
         self.gate = LINEAR_GATES.stack(num_tasks, width, experts) if selection == "gates" else None
-        self.auxiliary = 0.0
+        self.sharpness, self.auxiliary = 1.0, 0.0
         self.path: Path | None = None
 
     def strengths(self) -> Strengths:
-        """Softmax of alpha and beta."""
-        expert_NLO = self.alpha_NLO.softmax(-1).expand(self.experts, -1, -1)
-        return Strengths(self.alpha_I.softmax(0), expert_NLO, self.beta_TN.softmax(-1))
+        """Weights of the candidates and of the experts of each task."""
+        expert_NLO = self.weights(self.alpha_NLO).expand(self.experts, -1, -1)
+        return Strengths(self.weights(self.alpha_I), expert_NLO, self.beta_TN.softmax(-1))
+
+    def weights(self, alpha: Tensor) -> Tensor:
+        """Softmax of sharpness * alpha. The sharper, the nearer the mixture comes to its strongest candidate alone, which is
+        what a search keeps of it (annealed as in ASAP; Noy et al., arXiv 1904.04123)."""
+        return (self.sharpness * alpha).softmax(-1)
 
     def sample(self, rng: torch.Generator | None, temperature: float = 1.0) -> None:
-        """Draws the candidates of the next forward, one a block, with the probabilities of alpha; None: all of them again.
+        """Draws the candidates of the next forward, one a block, with the probabilities of `weights`; None: all of them again.
 
-        A candidate's weight is 1, with the gradient of softmax((alpha + Gumbel noise) / temperature) (Jang et al., arXiv
-        1611.01144, section 2.2; Dong & Yang, arXiv 1910.04465, eq. 3-7).
+        A candidate's weight is 1, with the gradient of softmax((sharpness * alpha + Gumbel noise) / temperature) (Jang et al.,
+        arXiv 1611.01144, section 2.2; Dong & Yang, arXiv 1910.04465, eq. 3-7).
         """
         if rng is None:
             self.path = None
@@ -183,8 +189,8 @@ class Supernet(Fusion):
         return h_1BH, h_NBH
 
     def _sampled(self, x_BD: Tensor, path: "Path") -> tuple[Tensor, Tensor]:
-        choice, weight_I = path.of(self.alpha_I, path.noise_I)
-        choice_NL, weight_NLO = path.of(self.alpha_NLO.expand_as(path.noise_NLO), path.noise_NLO)
+        choice, weight_I = path.of(self.sharpness * self.alpha_I, path.noise_I)
+        choice_NL, weight_NLO = path.of(self.sharpness * self.alpha_NLO.expand_as(path.noise_NLO), path.noise_NLO)
         h_BH = self.interaction.one(x_BD, int(choice)) * weight_I[choice]
         h_BH = self._with_skip(h_BH, self.interaction.skip(x_BD) if self.auxiliary else None)
         # Every weight has a gradient, 0 where it was not drawn: ranks average the same ones in each step.
@@ -206,9 +212,9 @@ class Path:
     def __init__(self, noise_I: Tensor, noise_NLO: Tensor, temperature: float) -> None:
         self.noise_I, self.noise_NLO, self.temperature = noise_I, noise_NLO, temperature
 
-    def of(self, alpha: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The index of what is drawn, and weights of all candidates: 1 for it and 0 for others, differentiable by alpha."""
-        soft = ((alpha + noise) / self.temperature).softmax(-1)
+    def of(self, logit: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The index of what is drawn, and weights of all candidates: 1 for it and 0 for others, differentiable by logit."""
+        soft = ((logit + noise) / self.temperature).softmax(-1)
         choice = soft.argmax(-1)
         return choice, F.one_hot(choice, soft.shape[-1]) + (soft - soft.detach())
 

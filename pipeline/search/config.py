@@ -95,6 +95,8 @@ class Search(Strict):
         method: gradient, or random: one architecture is drawn and nothing is trained.
         order: of the gradient of alpha: 1, or 2 as in eq. 4.
         paths: all candidates in a step, or one a block (Gumbel-softmax, with `temperature`).
+        sharpness: factor of alpha in its softmax by the last step, rising from 1 by the same factor in each; 1 as in the paper.
+            There the mixture stays soft, and what is strongest in it is often not what does best alone.
         alpha_lr, beta_lr: of Adam. alpha_every: steps between updates of alpha.
         alpha_warmup, warmup: shares of the steps before alpha, and before beta, is trained. The paper has none for alpha: where
             weights are fresh, candidates win that need no training.
@@ -109,6 +111,7 @@ class Search(Strict):
     order: Literal[1, 2] = 1
     paths: Literal["all", "one"] = "all"
     temperature: float = Field(1.0, gt=0)
+    sharpness: float = Field(10.0, ge=1)
     alpha_lr: float = Field(1e-3, gt=0)
     beta_lr: float = Field(1e-3, gt=0)
     alpha_every: int = Field(1, ge=1)

@@ -71,7 +71,11 @@ class SearchLearner(Learner):
         """An update of alpha, where one is due, then the losses of a train batch."""
         assert batch is not None
         self.prepare(step)
-        self.supernet.auxiliary = self.search.auxiliary * (1 - step / self.steps)
+        done = step / self.steps
+        self.supernet.sharpness, self.supernet.auxiliary = (
+            self.search.sharpness**done,
+            self.search.auxiliary * (1 - done),
+        )
         self.alpha_outputs = []
         if self.updates_of_alpha(step + 1) > self.updates_of_alpha(step):
             self._sample(2 * step)
@@ -195,8 +199,8 @@ class SearchLearner(Learner):
             for costs in (self.budget.interaction, self.budget.blocks)
         )
         used = self.supernet.beta_TN.topk(self.budget.chosen).indices.unique()
-        expert_NLO = alpha_NLO.softmax(-1).expand(self.supernet.experts, -1, -1)[used]
-        flops = (alpha_I.softmax(0) * cost_I).sum() + (expert_NLO * cost_O).sum()
+        expert_NLO = self.supernet.weights(alpha_NLO).expand(self.supernet.experts, -1, -1)[used]
+        flops = (self.supernet.weights(alpha_I) * cost_I).sum() + (expert_NLO * cost_O).sum()
         return self.search.budget.weight * torch.relu(flops / self.budget.flops - 1)
 
 

@@ -25,6 +25,7 @@ from models.layers import GateLayers
 SUPERNETS = automtl_sizes(
     interaction=some(INTERACTIONS, 3), blocks=some(BLOCKS, 4), L=st.integers(1, 2), homogeneous=st.booleans(),
     selection=st.sampled_from(["beta", "gates"]), auxiliary=st.sampled_from([0.0, 0.3]),
+    sharpness=st.sampled_from([1.0, 2.5]),
 )  # fmt: skip
 
 
@@ -34,14 +35,14 @@ def supernet(size: Sizes) -> Supernet:
         size.D, size.T, columns(size), size.H, size.W, size.N, size.L, size.interaction, size.blocks, size.nested,
         size.homogeneous, size.selection,
     )  # fmt: skip
-    module.auxiliary = size.auxiliary
+    module.auxiliary, module.sharpness = size.auxiliary, size.sharpness
     return randomised(module, size.seed).requires_grad_()
 
 
 def space(size: Sizes) -> reference.Space:
     return reference.Space(
         columns(size), size.T, size.N, size.L, size.interaction, size.blocks, size.nested, size.homogeneous,
-        size.selection, size.auxiliary,
+        size.selection, size.auxiliary, size.sharpness,
     )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def small(**changes: object) -> Sizes:
     common = {
         "B": 4, "D": 5, "T": 2, "seed": 3, "H": 3, "F": 3, "W": 4, "N": 3, "L": 2, "nested": True, "homogeneous": False,
         "interaction": ["cross_2", "product_outer", "skip"], "blocks": ["mlp_4", "gating", "conv_3", "skip"],
-        "selection": "beta", "auxiliary": 0.0,
+        "selection": "beta", "auxiliary": 0.0, "sharpness": 1.0,
     }  # fmt: skip
     return Sizes(**(common | changes))
 
@@ -102,8 +103,9 @@ def test_a_sampled_forward_is_the_drawn_path_and_alpha_has_the_straight_through_
     params, path = dict(module.named_parameters()), module.path
     alpha_I, alpha_NLO = params["alpha_I"], params["alpha_NLO"].expand(size.N, -1, -1)
     noise_I, noise_NLO = path.noise_I.double(), path.noise_NLO.double()
-    chosen = highest(alpha_I + noise_I)
-    chosen_NL = [[highest(alpha_NLO[n, level] + noise_NLO[n, level]) for level in range(size.L)] for n in range(size.N)]
+    logit_I, logit_NLO = size.sharpness * alpha_I, size.sharpness * alpha_NLO
+    chosen = highest(logit_I + noise_I)
+    chosen_NL = [[highest(logit_NLO[n, level] + noise_NLO[n, level]) for level in range(size.L)] for n in range(size.N)]
     one = torch.ones((), dtype=torch.float64, requires_grad=True)
     one_NL = torch.ones(size.N, size.L, dtype=torch.float64, requires_grad=True)
     found_BTH = module(x_BD)
@@ -118,27 +120,28 @@ def test_a_sampled_forward_is_the_drawn_path_and_alpha_has_the_straight_through_
     )
     for name, real, loop in zip(rest, found, wanted, strict=True):
         close(real, loop, f"gradient of {name}")
-    close(by_I, torch.stack(reference.straight_through(alpha_I, noise_I, temperature, chosen, by_one)))
+    by_logit_I = torch.stack(reference.straight_through(logit_I, noise_I, temperature, chosen, by_one))
+    close(by_I, size.sharpness * by_logit_I)
     own_NLO = torch.zeros_like(noise_NLO)
     for n, level in [(n, level) for n in range(size.N) for level in range(size.L)]:
-        place = (alpha_NLO[n, level], noise_NLO[n, level], temperature, chosen_NL[n][level], by_NL[n, level])
+        place = (logit_NLO[n, level], noise_NLO[n, level], temperature, chosen_NL[n][level], by_NL[n, level])
         own_NLO[n, level] = torch.stack(reference.straight_through(*place)).detach()
-    close(by_NLO, own_NLO.sum(0, keepdim=True) if size.homogeneous else own_NLO)
+    close(by_NLO, size.sharpness * (own_NLO.sum(0, keepdim=True) if size.homogeneous else own_NLO))
 
 
 def highest(score_O: Tensor) -> int:
     return max(range(len(score_O)), key=lambda o: score_O[o].item())
 
 
-def test_draws_have_the_probabilities_of_alpha_at_any_temperature():
-    for temperature in (0.1, 1.0, 5.0):
-        module, draws, generator = supernet(small()), 4000, rng(5)
+def test_draws_have_the_probabilities_of_the_mixture_at_any_temperature():
+    for temperature, sharpness in ((0.1, 1.0), (1.0, 3.0), (5.0, 1.0)):
+        module, draws, generator = supernet(small(sharpness=sharpness)), 4000, rng(5)
         strengths = module.strengths()
         drawn_I, drawn_NLO = torch.zeros(3), torch.zeros(3, 2, 4)
         for _ in range(draws):
             module.sample(generator, temperature)
-            choice, weight_I = module.path.of(module.alpha_I, module.path.noise_I)
-            _, weight_NLO = module.path.of(module.alpha_NLO, module.path.noise_NLO)
+            choice, weight_I = module.path.of(sharpness * module.alpha_I, module.path.noise_I)
+            _, weight_NLO = module.path.of(sharpness * module.alpha_NLO, module.path.noise_NLO)
             assert weight_I[choice] == 1
             drawn_I, drawn_NLO = drawn_I + weight_I.detach(), drawn_NLO + weight_NLO.detach()
         for drawn, p in ((drawn_I, strengths.interaction_I), (drawn_NLO, strengths.expert_NLO)):

@@ -29,6 +29,7 @@ class Space(NamedTuple):
     homogeneous: bool = False
     selection: str = "beta"
     auxiliary: float = 0.0
+    sharpness: float = 1.0
 
 
 def kind(name: str) -> str:
@@ -56,11 +57,11 @@ def perceptron(params: Params, prefix: str, s: int, columns: Sequence[int], x_D:
 
 
 def gating(params: Params, prefix: str, s: int, x_H: Tensor) -> Tensor:
-    """Number by number x_h / (1 + exp(-(x . W_h + b_h)))."""
+    """Number by number x_h / (1 + exp(-z)), z = x . W_h + b_h; below 0 as x_h exp(z) / (1 + exp(z)), lest it overflow."""
     numbers = []
     for h in range(len(x_H)):
         z = params[f"{prefix}gate.bias_SH"][s][h] + x_H @ params[f"{prefix}gate.weight_SDH"][s][:, h]
-        numbers.append(x_H[h] / (1 + (-z).exp()))
+        numbers.append(x_H[h] * z.exp() / (1 + z.exp()) if z < 0 else x_H[h] / (1 + (-z).exp()))
     return torch.stack(numbers)
 
 
@@ -183,7 +184,7 @@ def gate(params: Params, task: int, chosen: Sequence[int], depth: int, h_H: Tens
 def supernet(params: Params, x_BD: Tensor, space: Space) -> tuple[Tensor, Tensor]:
     """h_BTH and the weights of experts weight_BTN."""
     outputs, weights = [], []
-    weight_I = softmax(list(params["alpha_I"]))
+    weight_I = softmax([space.sharpness * a for a in params["alpha_I"]])
     for x_D in x_BD:
         parts = [
             interaction(params, "interaction.", space.interaction, name, space.columns, space.nested, x_D)
@@ -196,7 +197,8 @@ def supernet(params: Params, x_BD: Tensor, space: Space) -> tuple[Tensor, Tensor
         for s in range(space.experts):
             h_H = input_H
             for level in range(space.depth):
-                weight_O = softmax(list(params["alpha_NLO"][0 if space.homogeneous else s][level]))
+                alpha_O = params["alpha_NLO"][0 if space.homogeneous else s][level]
+                weight_O = softmax([space.sharpness * a for a in alpha_O])
                 y_H = block(params, f"blocks.{level}.", space.blocks, s, space.nested, weight_O, h_H)
                 h_H = y_H + space.auxiliary * h_H
             expert_NH.append(h_H)

@@ -108,6 +108,7 @@ class Twin:
 
     def step(self, step: int, valid: Batch, batch: Batch) -> float:
         """One turn of the loop; returns the validation loss."""
+        self.ranker.fusion.sharpness = math.exp(math.log(self.search.sharpness) * step / self.steps)
         self.ranker.fusion.auxiliary = self.search.auxiliary * (1 - step / self.steps)
         valid_loss, grads = self.validation(valid, batch, step)
         with torch.no_grad():

@@ -117,7 +117,7 @@ def second_order(folder: Path, name: str, step: int, **search: Any) -> tuple[dic
     made.learner.valid = iter([valid])
     made.learner.forward(batch, step)
     fusion = made.learner.supernet
-    twin.ranker.fusion.auxiliary = fusion.auxiliary
+    twin.ranker.fusion.auxiliary, twin.ranker.fusion.sharpness = fusion.auxiliary, fusion.sharpness
     return {name: fusion.get_parameter(name.removeprefix("fusion.")).grad for name in ALPHA}, twin, valid, batch
 
 
@@ -226,13 +226,23 @@ def test_alpha_rests_during_its_warm_up_and_takes_the_first_validation_batch_aft
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Seen(monkeypatch)
-    search = {"alpha_warmup": 0.5, "alpha_every": 2, "evaluate_every": 3, "patience": None}
+    search = {"alpha_warmup": 0.5, "alpha_every": 2, "evaluate_every": 3, "patience": None, "sharpness": 1.0}
     made = run_search(folder, "alpha-warm", search=search, max_steps=12)
     batches = endless(Loader(Dataset(folder / "data"), "valid", 32, 4, 5, window=24))
     assert seen.alpha == [rows_of(next(batches)) for _ in (6, 8, 10)]  # the steps before which 6 lie, every second one
     records = list(read_lines(made.run.search_metrics))
     assert [line["valid_loss"] is None for line in records] == [True, True, False, False]
     assert records[0]["interaction"] == records[1]["interaction"] != records[2]["interaction"]
+
+
+def test_strengths_are_those_of_the_last_steps_mixture(folder: Path) -> None:
+    """Sharpness rises by the same factor in each step, to the one that is set at the end of the last."""
+    search = FAST | {"sharpness": 50.0, "patience": None}
+    run = run_search(folder, "sharp", search=search, max_steps=4).run
+    alpha_O = model(last(run.path))[ALPHA[0]].double()
+    *_, line = read_lines(run.search_metrics)
+    wanted_O = (50**0.75 * alpha_O).exp() / (50**0.75 * alpha_O).exp().sum()
+    assert line["interaction"] == pytest.approx(wanted_O.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("paths", ["all", "one"])

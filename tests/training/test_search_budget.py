@@ -50,10 +50,10 @@ def found_in(run: Path) -> dict[str, Any]:
     return {"name": "automtl", "architecture": {key: value for key, value in content.items() if key != "strengths"}}
 
 
-def by_hand(value: Tensor, cost: list[float]) -> Tensor:
-    """The gradient of the expected cost by alpha: p_o (c_o - sum of p c)."""
-    p, cost_O = value.double().softmax(-1), torch.tensor(cost, dtype=torch.float64)
-    return p * (cost_O - (p * cost_O).sum(-1, keepdim=True))
+def by_hand(value: Tensor, cost: list[float], sharpness: float) -> Tensor:
+    """The gradient of the expected cost by alpha: s p_o (c_o - sum of p c), where p = softmax(s alpha)."""
+    p, cost_O = (sharpness * value.double()).softmax(-1), torch.tensor(cost, dtype=torch.float64)
+    return sharpness * p * (cost_O - (p * cost_O).sum(-1, keepdim=True))
 
 
 @pytest.mark.usefixtures("device")
@@ -65,9 +65,9 @@ def test_the_budgets_gradient_is_that_of_the_expected_flops_of_the_experts_in_us
     limit, weight, grads, start = 2000.0, 3.0, {}, {}
     for name, budget in (("free", None), ("bound", {"flops": limit, "weight": weight})):
         run = folder / f"gradient-{name}-{homogeneous}"
-        settings = {"budget": budget, "evaluate_every": 100}
+        settings = {"budget": budget, "evaluate_every": 100, "sharpness": 4}
         made = prepared(
-            searching(folder / "data", run, {"chosen": 1, "homogeneous": homogeneous}, settings, max_steps=1)
+            searching(folder / "data", run, {"chosen": 1, "homogeneous": homogeneous}, settings, max_steps=2)
         )
         net = made.learner.supernet
         net.beta_TN.data[:] = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, 0.5], [0.0, -1.0, 3.0]])
@@ -75,7 +75,8 @@ def test_the_budgets_gradient_is_that_of_the_expected_flops_of_the_experts_in_us
         if budget:
             left = made.learner.budget.flops
         made.learner.valid = made._valid_batches()
-        made.learner.forward(next(iter(made.loader.batches(made.loader.start()))), 0)
+        # The second step of two: sharpness has come to its square root.
+        made.learner.forward(next(iter(made.loader.batches(made.loader.start()))), 1)
         grads[name] = {key: net.get_parameter(key).grad.double() for key in start}
     every = flops_of(folder, network())
     in_dim = made.learner.ranker.numbers.out_dim
@@ -83,8 +84,8 @@ def test_the_budgets_gradient_is_that_of_the_expected_flops_of_the_experts_in_us
     interaction = [flops_of(folder, network(interaction=name)) - every for name in SPACE["interaction"]]
     blocks = [flops_of(folder, network(block=name)) - every for name in SPACE["blocks"]]
     assert sorted(blocks)[0] == 0
-    wanted_I = weight / left * by_hand(start["alpha_I"], interaction)
-    wanted_NLO = weight / left * by_hand(start["alpha_NLO"], blocks)
+    wanted_I = weight / left * by_hand(start["alpha_I"], interaction, 2)
+    wanted_NLO = weight / left * by_hand(start["alpha_NLO"], blocks, 2)
     if homogeneous:
         wanted_NLO *= 2  # of two experts in use
     else:
