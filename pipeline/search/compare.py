@@ -62,11 +62,18 @@ def compare(config: CompareConfig, jobs: Jobs) -> tuple[list[Entry], dict[str, s
             pool.shutdown(cancel_futures=True)  # those that wait would be started otherwise
             raise
     for entry in entries.values():
-        scorer = Scorer(Run(config.folder / entry.runs[0]["run"]), dataset, "test", 256)
-        entry.cost = model_cost(scorer.ranker, next(scorer.batches()).to(scorer.weights.device))
+        # Seeds of a search have unlike networks; of all else the same.
+        unlike = entry.name == RANDOM or is_searched(config.own(entry.name))
+        costs = [_cost(config.folder / run["run"], dataset) for run in entry.runs[: None if unlike else 1]]
+        entry.cost = {key: statistics.mean(cost[key] for cost in costs) for key in costs[0]}
     for kind in config.trees:
         entries[TREE_ENTRIES[kind][0]] = _trees(kind, config, dataset)
     return list(entries.values()), {name: task.kind for name, task in dataset.schema.tasks.items()}
+
+
+def _cost(path: Path, dataset: Dataset) -> dict[str, Any]:
+    scorer = Scorer(Run(path), dataset, "test", 256)
+    return model_cost(scorer.ranker, next(scorer.batches()).to(scorer.weights.device))
 
 
 def _check_names(config: CompareConfig) -> None:

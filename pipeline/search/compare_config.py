@@ -16,12 +16,13 @@ class CompareConfig(BaseModel):
     recipe_name: str | None = None
     models: list[str] = Field(min_length=1)
     baseline: str | None = None
-    seeds: int = Field(3, ge=1)
+    seeds: int = Field(3, ge=1, le=1000)
     trees: list[Literal["boosted", "rmtgb"]] = ["boosted", "rmtgb"]
     trees_max_rows: int = Field(1_000_000, ge=1)
     patience: int = Field(2, ge=0)
     workers: int = Field(2, ge=1)
     overrides: list[str] = []
+    searches: int = Field(1, ge=1)
     search_overrides: list[str] = []
     emm_sources: dict[str, list[str]] = {}
     model_overrides: dict[str, list[str]] = {}

@@ -24,9 +24,9 @@ class Entry:
     Attributes:
         runs: a record a seed: `metrics`, `rows_per_s`, `early` (metrics after each of SHARES of the training rows, and all); of
             networks also `run` (its folder's name), `step`, `hours` (core-hours of all training that it took) and
-            `search_hours` (of its search alone; None without one).
+            `search_hours` (of its searches alone; None without one).
         rows: a file of test predictions a seed.
-        cost: see pipeline.evaluation.model_cost; empty where it does not apply.
+        cost: see pipeline.evaluation.model_cost, the mean over seeds; empty where it does not apply.
     """
 
     name: str

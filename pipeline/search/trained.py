@@ -34,6 +34,7 @@ from pipeline.training.architecture_file import FILE
 
 MAX_JSON_BYTES = 1 << 20  # of made.json and of a budget
 MOST_DRAWS = 1000  # of a seed, whose draws have the seeds from 1000 * seed on
+MOST_SEEDS = 1000  # seed 2's further searches have 1002, 2002, …
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,20 @@ class Trained(NamedTuple):
 
     Attributes:
         candidates: of these the best on the validation split is the model's.
-        search: that found its architecture. sources: that it is fused from.
+        searches: that found their architectures. sources: that it is fused from.
     """
 
     candidates: Sequence[Path]
-    search: Path | None = None
+    searches: Sequence[Path] = ()
     sources: Sequence[Path] = ()
 
     def hours(self) -> float:
         """Core-hours of all training that it took."""
-        search = [self.search] if self.search else []
-        return sum(core_hours(Run(path)) for path in (*self.candidates, *search, *self.sources))
+        return sum(core_hours(Run(path)) for path in (*self.candidates, *self.searches, *self.sources))
 
     def search_hours(self) -> float | None:
-        """Those of its search; None without one."""
-        return core_hours(Run(self.search)) if self.search else None
+        """Those of its searches; None without one."""
+        return sum(core_hours(Run(path)) for path in self.searches) if self.searches else None
 
 
 class Budget(BaseModel):
@@ -107,15 +107,21 @@ class Trainings:
                 return self._random(seed)
             path, own = self.config.folder / f"{name}-{seed}", self.config.own(name)
             if is_searched(own):
-                search = self.config.folder / f"search-{name}-{seed}"
-                self._search(search, seed, own)
-                self._train_found(path, seed, own, search)
-                return Trained([path], search)
+                more = [path.with_name(f"{path.name}-{number}") for number in range(1, self.config.searches)]
+                return self._searched([path, *more], seed, own)
             sources = self._emm_sources(seed) if "model=emm" in own else []
             if sources:
                 own.append(f"model.from={[str(source) for source in sources]}")
             self._train(path, seed, [*own, f"train.checkpoint_at={list(SHARES)}"])
             return Trained([path], sources=sources)
+
+    def _searched(self, paths: Sequence[Path], seed: int, own: list[str]) -> Trained:
+        """Searches and trains what was found for each path, with seeds of a search that no other seed's have."""
+        searches = [path.with_name(f"search-{path.name}") for path in paths]
+        for number, (path, search) in enumerate(zip(paths, searches, strict=True)):
+            self._search(search, seed + MOST_SEEDS * number, own)
+            self._train_found(path, seed, own, search)
+        return Trained(paths, searches)
 
     def _random(self, seed: int) -> Trained:
         """Draws architectures and trains each in full, as long as another one fits in the time that automtl took.

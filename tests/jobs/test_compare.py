@@ -208,11 +208,11 @@ def test_no_test_row_is_read_by_a_search_or_a_draw_nor_by_the_training_of_what_t
         )  # fmt: skip
         trainings = Trainings(config, Jobs([], [f"--config-dir={conf}"]), dataset)
         trained = trainings.of("automtl", 0)
-        assert trained.search is not None
+        [search] = trained.searches
         assert 0 < (trained.search_hours() or 0) < trained.hours()
         drawn = trainings.of("automtl_random", 0).candidates if name == "destroyed" else []
         assert all(yaml.safe_load((run / "status.json").read_text())["state"] == "finished" for run in drawn)
         losses = [line["loss"] for line in lines(trained.candidates[0] / "metrics" / "train.jsonl")]
-        architecture = yaml.safe_load((trained.search / "architecture.yaml").read_text())
-        found[name] = (architecture, lines(trained.search / "metrics" / "search.jsonl"), losses)
+        architecture = yaml.safe_load((search / "architecture.yaml").read_text())
+        found[name] = (architecture, lines(search / "metrics" / "search.jsonl"), losses)
     assert found["whole"] == found["destroyed"]

@@ -79,6 +79,23 @@ def test_a_model_of_automtl_is_searched_then_trained_with_what_was_found(tmp_pat
     assert len(jobs.calls) == 2
 
 
+def test_what_several_searches_of_a_seed_found_are_candidates_and_random_search_has_the_time_of_all(
+    tmp_path: Path,
+) -> None:
+    made, jobs = trainings(tmp_path, HOURS | {RANDOM: 1.99}, searches=3)
+    trained = made.of(SEARCHED, 2)
+    names = ["automtl-2", "automtl-2-1", "automtl-2-2"]
+    assert [path.name for path in trained.candidates] == names
+    assert jobs.names() == [name for run in names for name in (f"search-{run}", run)]
+    for number, (search, train) in enumerate(zip(jobs.calls[::2], jobs.calls[1::2], strict=True)):
+        assert f"train.seed={2 + 1000 * number}" in search[2]
+        assert {"train.seed=2", f"model.architecture={tmp_path}/{search[1]}/architecture.yaml"} < {*train[2]}
+    assert trained.search_hours() == pytest.approx(9.0)
+    assert trained.hours() == pytest.approx(12.0)
+    assert len(made.of(RANDOM, 2).candidates) == 6
+    assert made.of(SEARCHED, 2) == trained
+
+
 def test_an_architecture_of_its_own_is_not_searched(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").touch()
     own = ["model=automtl", f"model.architecture={tmp_path}/a.yaml"]
@@ -178,3 +195,17 @@ def test_random_search_without_a_search_is_one_line_before_any_work(
     with pytest.raises(UserError, match=rf"^{says}[^\n]*$"):
         compare.compare(config, FakeJobs({}))  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_cost_of_a_model_that_is_searched_is_the_mean_of_its_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").touch()
+    dataset = SimpleNamespace(path=tmp_path / "data", schema=SimpleNamespace(tasks={"click": SimpleNamespace(kind="")}))
+    monkeypatch.setattr(compare, "Dataset", lambda _: dataset)
+    monkeypatch.setattr(compare.Runs, "run", lambda _, name, seed: ({"run": f"{name}-{seed}", "epoch": 1}, tmp_path))
+    monkeypatch.setattr(compare, "_cost", lambda path, _: {"flops_per_row": 10 ** int(path.name[-1])})
+    config = CompareConfig(folder=tmp_path, models=["ple", SEARCHED, RANDOM], trees=[])
+    entries, _ = compare.compare(config, FakeJobs({}))  # type: ignore[arg-type]
+    assert {entry.name: entry.cost["flops_per_row"] for entry in entries} == {"ple": 1, SEARCHED: 37, RANDOM: 37}
