@@ -164,7 +164,7 @@ class Trainings:
     def _search(self, path: Path, seed: int, own: list[str], is_drawn: bool = False) -> None:
         """Finds an architecture on the train and validation splits, or draws one; its file is the last that a search writes."""
         config = self.config
-        settings = [*of_search([*config.overrides, *own]), *config.search_overrides]
+        settings = [*of_search(config.overrides), *config.search_overrides, *of_search(own)]  # the last of a key counts
         if is_drawn:
             settings = [*of_space(settings), "search.method=random"]
         is_made = lstat_regular(path, FILE) is not None and (is_drawn or _is_finished(path))

@@ -59,7 +59,7 @@ def trainings(folder: Path, hours: dict[str, float] | None = None, **more: Any) 
 def test_a_model_of_automtl_is_searched_then_trained_with_what_was_found(tmp_path: Path) -> None:
     more = {
         "overrides": ["train.epochs=40", "model.tower=[8]", "++train.dense.lr=0.1", "tasks=[click]", "interaction=dot"],
-        "search_overrides": ["train.epochs=2", "search.order=2"],
+        "search_overrides": ["train.epochs=2", "search.order=2", "space.experts=4"],
         "model_overrides": {"automtl": ["model=automtl", "model.dropout=0.1", "space.experts=3"]},
     }
     made, jobs = trainings(tmp_path, **more)
@@ -67,8 +67,9 @@ def test_a_model_of_automtl_is_searched_then_trained_with_what_was_found(tmp_pat
     (searching, first, search), (training, second, train) = jobs.calls
     assert (searching, first, training, second) == ("jobs.search", "search-automtl-7", "jobs.train", "automtl-7")
     both = [f"dataset={tmp_path}/data", "train.seed=7", "train.threads=1", "recipe=mine", "tasks=[click]"]
-    own = ["space.experts=3", "train.epochs=2", "search.order=2"]
+    own = ["space.experts=3", "train.epochs=2", "search.order=2", "space.experts=4"]
     assert sorted(search) == sorted([*both, f"run={tmp_path}/search-automtl-7", *own])
+    assert search.index("space.experts=4") < search.index("space.experts=3")  # the model's own counts
     of_train = [*more["overrides"][:3], "interaction=dot", "model=automtl", "model.dropout=0.1"]
     found = [f"model.architecture={tmp_path}/search-automtl-7/architecture.yaml"]
     at = [f"train.checkpoint_at={[1 / 7, 3 / 7]}"]
