@@ -103,6 +103,11 @@ class Budget(NamedTuple):
     flops: float
     chosen: int
 
+    def allows(self, found: Architecture) -> bool:
+        """Whether an architecture is within it."""
+        blocks = (self.blocks[name] for number in found.used for name in found.experts[number - 1])
+        return self.interaction[found.interaction] + sum(blocks) <= self.flops
+
 
 def derive(strengths: Strengths, space: Space, budget: Budget | None = None) -> Architecture:
     """The strongest candidate of each block and the `chosen` strongest experts of each task (Algorithm 1, lines 10 and 11).

@@ -48,8 +48,8 @@ def of_search(settings: list[str]) -> list[str]:
 
 
 def of_space(settings: list[str]) -> list[str]:
-    """Those of a search that a draw has too: not how a search learns, nor its budget of FLOPs, which a draw cannot keep."""
-    return [text for text in settings if not _begins(text, "search.")]
+    """Those of a search that a draw has too: not how a search learns, but its budget."""
+    return [text for text in settings if _begins(text, "search.budget") or not _begins(text, "search.")]
 
 
 def of_training(own: list[str]) -> list[str]:

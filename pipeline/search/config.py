@@ -92,7 +92,7 @@ class Search(Strict):
     """How a search learns.
 
     Attributes:
-        method: gradient, or random: one architecture is drawn and nothing is trained.
+        method: gradient, or random: one architecture (within the budget, if there is one) is drawn and nothing is trained.
         order: of the gradient of alpha: 1, or 2 as in eq. 4.
         paths: all candidates in a step, or one a block (Gumbel-softmax, with `temperature`).
         sharpness: factor of alpha in its softmax by the last step, rising from 1 by the same factor in each; 1 as in the paper.

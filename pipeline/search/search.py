@@ -12,13 +12,15 @@ import yaml
 from features.batch import Batch
 from features.errors import UserError
 from features.schema.schema import Schema
+from models.automtl import architecture
 from models.automtl.architecture import Architecture, Strengths, derive, random_strengths
-from pipeline.dataset.dataset import open_dataset
+from models.ranker import Ranker
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.shards import table_sizes
 from pipeline.run.run import Run
 from pipeline.search import page, record
-from pipeline.search.config import SearchConfig
+from pipeline.search.config import Budget, SearchConfig
 from pipeline.search.cost import budget_of, cost_of, derived_model
 from pipeline.search.learner import SearchLearner, encode
 from pipeline.search.record import SearchRecord
@@ -27,6 +29,9 @@ from pipeline.training.architecture_file import FILE
 from pipeline.training.step import StepOutput
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
+
+# Of random search: draws before a budget counts as one that none meets, and what lies between their seeds.
+MOST_DRAWS, DRAW_STRIDE = 10_000, 1_000_003
 
 logger = logging.getLogger(__name__)
 
@@ -194,17 +199,38 @@ class SearchTrainer(Trainer):
 def _random(config: SearchConfig) -> Architecture:
     """An architecture drawn evenly, by the seed of the run: what a search must be better than."""
     dataset = open_dataset(config.dataset, config.days, config.missing_days).only(config.tasks)
-    if config.search.budget is not None:
-        raise UserError("search.budget: search.method=random draws from all architectures: leave the budget out")
-    space = config.space.named(list(dataset.schema.tasks))
-    drawn = random_strengths(space, config.space.experts, config.space.depth, config.train.seed)
-    if config.space.homogeneous:
-        same_NLO = drawn.expert_NLO[:1].expand_as(drawn.expert_NLO)
-        drawn = Strengths(drawn.interaction_I, same_NLO, drawn.task_TN)
-    found = derive(drawn, space)
+    budget = None if config.search.budget is None else _budget_of_draws(config, config.search.budget, dataset)
+    seeds = range(config.train.seed, config.train.seed + MOST_DRAWS * DRAW_STRIDE, DRAW_STRIDE)
+    draws = (_draw(config, list(dataset.schema.tasks), seed) for seed in seeds)
+    found = next((drawn for drawn in draws if budget is None or budget.allows(drawn)), None)
+    if found is None:
+        raise UserError(
+            f"search.budget: none of {MOST_DRAWS:,} architectures drawn is within it. Raise it, or lower space.width, "
+            "space.experts or space.blocks."
+        )
     make_folder(config.run)
     _write_architecture(config.run, found, f"drawn at random, seed {config.train.seed}")
     return found
+
+
+def _draw(config: SearchConfig, tasks: list[str], seed: int) -> Architecture:
+    space = config.space.named(tasks)
+    drawn = random_strengths(space, config.space.experts, config.space.depth, seed)
+    if config.space.homogeneous:
+        same_NLO = drawn.expert_NLO[:1].expand_as(drawn.expert_NLO)
+        drawn = Strengths(drawn.interaction_I, same_NLO, drawn.task_TN)
+    return derive(drawn, space)
+
+
+def _budget_of_draws(config: SearchConfig, budget: Budget, dataset: Dataset) -> architecture.Budget:
+    """No table is allocated: of the embeddings the shape alone matters, not which row an id has."""
+    ranker = Ranker(dataset.schema, dataset.encoders, config.model)
+    ranker.managed = None
+    loader = Loader(dataset, "train", 16, 1, config.train.seed)
+    with closing(cast(Any, loader.batches(loader.start()))) as batches, torch.no_grad():
+        batch = next(batches)
+        shape = ranker.embedded(batch.to(torch.device("meta"))).shape
+    return budget_of(budget, config.space, ranker, config.model, dataset, torch.zeros(shape), batch)
 
 
 def _write_architecture(folder: Path, found: Architecture, where: str) -> None:

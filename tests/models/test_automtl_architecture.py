@@ -134,6 +134,19 @@ def test_a_budget_that_nothing_is_within_is_said_in_one_line():
     )
 
 
+def test_a_budget_allows_what_the_experts_in_use_take():
+    tasks = {"a": [1, 3], "b": [3]}
+    found = Architecture(
+        width=8,
+        token_dim=4,
+        interaction="cross_1",
+        experts=[["mlp_4", "skip"], ["mlp_4"] * 2, ["mlp_4"] * 2],
+        tasks=tasks,
+    )
+    for flops, allowed in ((62, True), (61, False)):  # 2 + 3 * 20: the second expert is nobody's
+        assert Budget({"cross_2": 10, "cross_1": 2}, {"mlp_4": 20, "skip": 0}, flops, chosen=2).allows(found) is allowed
+
+
 def test_a_candidate_whose_strength_rounds_to_0_is_still_one():
     known = Space(["cross_2", "cross_1"], ["mlp_4", "skip"], ["click"], 8, 4, 1)
     given = Strengths(torch.tensor([1.0, 0.0]), torch.tensor([[[1.0, 0.0]]]), torch.ones(1, 1))

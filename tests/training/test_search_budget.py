@@ -180,6 +180,24 @@ def test_random_search_draws_from_the_space_of_homogeneous_experts_and_of_gates(
     assert set(map(tuple, gates.tasks.values())) == {(1, 2, 3)}
 
 
-def test_random_search_refuses_a_budget(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"search\.budget: search\.method=random draws from all"):
-        search(random_config(folder, "poor", budget={"flops": 1e9}))
+def test_random_search_draws_anew_until_a_network_is_within_the_budget_as_built(folder: Path) -> None:
+    free = {seed: search(random_config(folder, f"free-{seed}", seed)) for seed in range(12)}
+    cost = {seed: flops_of(folder, found_in(folder / f"free-{seed}")) for seed in free}
+    limit = sorted(cost.values())[5]
+    for seed, first in free.items():
+        found = search(random_config(folder, f"bound-{seed}", seed, budget={"flops": limit}))
+        assert flops_of(folder, found_in(folder / f"bound-{seed}")) <= limit
+        # Gates of experts that nobody has are counted too, so that a network at the limit may be drawn anew.
+        assert found.same(first) or cost[seed] > 0.9 * limit
+    assert sum(found_in(folder / f"bound-{seed}") == found_in(folder / f"free-{seed}") for seed in free) >= 3
+
+
+def test_random_search_within_a_budget_that_no_draw_meets_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.search.search.MOST_DRAWS", 20)
+    limit = flops_of(folder, network()) + 10
+    config = random_config(folder, "poor", 0, {"blocks": ["mlp_8", "gating"]}, budget={"flops": limit})
+    with pytest.raises(UserError, match=r"search\.budget: none of 20 architectures drawn is within it\. Raise it, or"):
+        search(config)
+    assert not (folder / "poor").exists()
