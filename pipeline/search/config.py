@@ -100,7 +100,8 @@ class Search(Strict):
         alpha_lr, beta_lr: of Adam. alpha_every: steps between updates of alpha.
         alpha_warmup, warmup: shares of the steps before alpha, and before beta, is trained. The paper has none for alpha: where
             weights are fresh, candidates win that need no training.
-        diversity: weight of the auxiliary loss of beta (eq. 2) after the warm-up; it falls linearly to 0 by the last step.
+        diversity: weight of the auxiliary loss of beta (eq. 2) after the warm-up; it falls linearly to 0 by the last step. The
+            paper's is 1, with which Adam lets it outweigh the tasks.
         auxiliary: weight of the skip around each block at the start; it falls linearly to 0 by the last step.
         evaluate_every: steps between evaluations of the architecture; None: a twentieth of the run.
         patience: the search ends once so many of them in a row after the warm-up have found the same one; None: never.
@@ -117,7 +118,7 @@ class Search(Strict):
     alpha_every: int = Field(1, ge=1)
     alpha_warmup: float = Field(0.0, ge=0, le=1)
     warmup: float = Field(0.25, ge=0, le=1)
-    diversity: float = Field(1.0, ge=0)
+    diversity: float = Field(0.01, ge=0)
     auxiliary: float = Field(1.0, ge=0)
     evaluate_every: int | None = Field(None, ge=1)
     patience: int | None = Field(5, ge=1)

@@ -180,7 +180,7 @@ def blocks_alone(log: Log, dataset: Path, folder: Path, seed: int) -> dict[str, 
 
 
 Judge = Callable[[Log, Path, Path, int, Sequence[str]], Figures]
-EVEN, STRICT, SKIPS = "search.diversity=0", "search.auxiliary=0", "space.blocks=[skip]"
+EVEN, FULL, STRICT, SKIPS = "search.diversity=0", "search.diversity=1", "search.auxiliary=0", "space.blocks=[skip]"
 NO_MLP = "space.interaction=[product_inner,product_outer,cross_1,attention_2,skip]"
 
 
@@ -203,7 +203,7 @@ CASES = {
     "groups": Case(
         planted_logs.groups, groups,
         {
-            "diversity 0": (EVEN,), "diversity 0.01": ("search.diversity=0.01",), "diversity 1": (),
+            "diversity 0": (EVEN,), "diversity 0.01": ("search.diversity=0.01",), "diversity 1": (FULL,),
             "diversity 0, no auxiliary skip": (EVEN, STRICT),
         },
         ("agreement", "exact"),
@@ -221,7 +221,7 @@ CASES = {
         planted_logs.linear_only, linear, {"diversity 0": (EVEN,), "diversity 0, no auxiliary skip": (EVEN, STRICT)},
         ("skip", "gating", "no interaction", "regret"), blocks_alone,
     ),
-    "noise": Case(planted_logs.noise, noise, {"diversity 0": (EVEN,), "diversity 1": ()}, ("together", "choice")),
+    "noise": Case(planted_logs.noise, noise, {"diversity 0": (EVEN,), "diversity 1": (FULL,)}, ("together", "choice")),
 }  # fmt: skip
 
 
