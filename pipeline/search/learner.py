@@ -71,11 +71,8 @@ class SearchLearner(Learner):
         """An update of alpha, where one is due, then the losses of a train batch."""
         assert batch is not None
         self.prepare(step)
-        done = step / self.steps
-        self.supernet.sharpness, self.supernet.auxiliary = (
-            self.search.sharpness**done,
-            self.search.auxiliary * (1 - done),
-        )
+        self.supernet.sharpness = self._sharpness(step)
+        self.supernet.auxiliary = self.search.auxiliary * (1 - step / self.steps)
         self.alpha_outputs = []
         if self.updates_of_alpha(step + 1) > self.updates_of_alpha(step):
             self._sample(2 * step)
@@ -103,10 +100,13 @@ class SearchLearner(Learner):
         left = (self.steps - step) / max(self.steps - self.warmup, 1)
         return self.search.diversity * left if step >= self.warmup else 0.0
 
-    def derive(self, space: architecture.Space) -> Architecture:
-        """The architecture that alpha and beta stand for now."""
-        strengths = architecture.Strengths(*(part.detach() for part in self.supernet.strengths()))
-        return architecture.derive(strengths, space, self.budget)
+    def strengths(self, step: int) -> architecture.Strengths:
+        """What alpha and beta stand for before a step, whether or not the one before it was skipped."""
+        self.supernet.sharpness = self._sharpness(step)
+        return architecture.Strengths(*(part.detach() for part in self.supernet.strengths()))
+
+    def _sharpness(self, step: int) -> float:
+        return self.search.sharpness ** (step / self.steps)
 
     def _diversity_gradient(self, beta_TN: Tensor) -> Tensor:
         leaf_TN = beta_TN.detach().requires_grad_()

@@ -115,7 +115,7 @@ class SearchTrainer(Trainer):
 
     def further_figures(self) -> dict[str, Any]:
         """Where the search is."""
-        alpha, beta = _entropies(self.learner.supernet.strengths())
+        alpha, beta = _entropies(self.learner.strengths(self.state.step))
         evaluated, loss = self.last_loss
         loss = loss if evaluated == self.state.step else self._valid_loss()
         return {
@@ -140,10 +140,10 @@ class SearchTrainer(Trainer):
 
     def _evaluate(self) -> None:
         """Derives the architecture of this step and writes a record of it; all ranks derive the same."""
-        strengths = self.learner.supernet.strengths()
+        strengths = self.learner.strengths(self.state.step)
         if not all(part.isfinite().all() for part in strengths):
             return  # a rollback follows
-        found = self.learner.derive(self.space)
+        found = derive(strengths, self.space, self.learner.budget)
         chosen, learner = encode(found, self.space), self.learner
         same = torch.equal(chosen, learner.chosen) and self.state.step > learner.warmup
         learner.unchanged.copy_(learner.unchanged + 1 if same else torch.zeros_like(learner.unchanged))

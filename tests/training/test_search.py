@@ -235,13 +235,14 @@ def test_alpha_rests_during_its_warm_up_and_takes_the_first_validation_batch_aft
     assert records[0]["interaction"] == records[1]["interaction"] != records[2]["interaction"]
 
 
-def test_strengths_are_those_of_the_last_steps_mixture(folder: Path) -> None:
-    """Sharpness rises by the same factor in each step, to the one that is set at the end of the last."""
+def test_strengths_have_the_sharpness_that_the_steps_before_them_have_come_to(folder: Path) -> None:
+    """It rises by the same factor in each step, to the one that is set at the end of the last."""
     search = FAST | {"sharpness": 50.0, "patience": None}
     run = run_search(folder, "sharp", search=search, max_steps=4).run
     alpha_O = model(last(run.path))[ALPHA[0]].double()
     *_, line = read_lines(run.search_metrics)
-    wanted_O = (50**0.75 * alpha_O).exp() / (50**0.75 * alpha_O).exp().sum()
+    assert line["step"] == 4
+    wanted_O = (50 * alpha_O).exp() / (50 * alpha_O).exp().sum()
     assert line["interaction"] == pytest.approx(wanted_O.tolist(), rel=1e-4)
 
 
