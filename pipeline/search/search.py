@@ -31,7 +31,7 @@ from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
 
 # Of random search: draws before a budget counts as one that none meets, and what lies between their seeds.
-MOST_DRAWS, DRAW_STRIDE = 10_000, 1_000_003
+MOST_TRIES, SEED_STRIDE = 10_000, 1_000_003
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +200,12 @@ def _random(config: SearchConfig) -> Architecture:
     """An architecture drawn evenly, by the seed of the run: what a search must be better than."""
     dataset = open_dataset(config.dataset, config.days, config.missing_days).only(config.tasks)
     budget = None if config.search.budget is None else _budget_of_draws(config, config.search.budget, dataset)
-    seeds = range(config.train.seed, config.train.seed + MOST_DRAWS * DRAW_STRIDE, DRAW_STRIDE)
+    seeds = range(config.train.seed, config.train.seed + MOST_TRIES * SEED_STRIDE, SEED_STRIDE)
     draws = (_draw(config, list(dataset.schema.tasks), seed) for seed in seeds)
     found = next((drawn for drawn in draws if budget is None or budget.allows(drawn)), None)
     if found is None:
         raise UserError(
-            f"search.budget: none of {MOST_DRAWS:,} architectures drawn is within it. Raise it, or lower space.width, "
+            f"search.budget: none of {MOST_TRIES:,} architectures drawn is within it. Raise it, or lower space.width, "
             "space.experts or space.blocks."
         )
     make_folder(config.run)

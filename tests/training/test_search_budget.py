@@ -195,7 +195,7 @@ def test_random_search_draws_anew_until_a_network_is_within_the_budget_as_built(
 def test_random_search_within_a_budget_that_no_draw_meets_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.search.search.MOST_DRAWS", 20)
+    monkeypatch.setattr("pipeline.search.search.MOST_TRIES", 20)
     limit = flops_of(folder, network()) + 10
     config = random_config(folder, "poor", 0, {"blocks": ["mlp_8", "gating"]}, budget={"flops": limit})
     with pytest.raises(UserError, match=r"search\.budget: none of 20 architectures drawn is within it\. Raise it, or"):
