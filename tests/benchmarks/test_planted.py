@@ -104,8 +104,10 @@ def test_two_pairs_by_chance_agree_in_five_of_nine() -> None:
 
 @pytest.mark.system
 def test_a_search_finds_the_groups(tmp_path: Path) -> None:
+    """As the benchmark's first search does; of seeds 0 to 4 three do."""
+    seed = planted.FIRST_SEED
     bound_resolvers()
-    log = planted_logs.groups(0, planted.ROWS)
+    log = planted_logs.groups(seed, planted.ROWS)
     dataset = planted_logs.write(log, tmp_path / "data")
-    _, figures = planted.searched(dataset, tmp_path / "run", 0, planted.CASES["groups"].variants["diversity 0"])
+    _, figures = planted.searched(dataset, tmp_path / "run", seed, planted.CASES["groups"].variants["diversity 0.01"])
     assert agreement(dict(zip(log.label, figures["tasks"], strict=True)), log.groups) == 1
