@@ -104,7 +104,7 @@ class Search(Strict):
             paper's is 1, with which Adam lets it outweigh the tasks.
         auxiliary: weight of the skip around each block at the start; it falls linearly to 0 by the last step.
         evaluate_every: steps between evaluations of the architecture; None: a twentieth of the run.
-        patience: the search ends once so many of them in a row after the warm-up have found the same one; None: never.
+        patience: the search ends once so many of them in a row after both warm-ups have found the same one; None: never.
         budget: None for none.
     """
 

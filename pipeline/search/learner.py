@@ -48,7 +48,7 @@ class SearchLearner(Learner):
         assert isinstance(self.ranker.fusion, Supernet)
         self.search, self.bf16 = config.search, config.train.precision == "bf16"
         self.supernet = net = self.ranker.fusion
-        self.warmup = round(self.search.warmup * steps)
+        self.warmup, self.alpha_warmup = round(self.search.warmup * steps), round(self.search.alpha_warmup * steps)
         self.alpha = _adam({"alpha_I": net.alpha_I, "alpha_NLO": net.alpha_NLO}, self.search.alpha_lr)
         self.beta = _adam({"beta_TN": net.beta_TN}, self.search.beta_lr)
         # Only now: what has no gradient while the model is distributed is none of DDP's, nor of the dense optimiser's.
@@ -83,7 +83,7 @@ class SearchLearner(Learner):
 
     def updates_of_alpha(self, step: int) -> int:
         """How many there have been before a step, each with a validation batch of its own."""
-        since = max(step - round(self.search.alpha_warmup * self.steps), 0)
+        since = max(step - self.alpha_warmup, 0)
         return -(-since // self.search.alpha_every)
 
     def update(self) -> None:

@@ -145,7 +145,8 @@ class SearchTrainer(Trainer):
             return  # a rollback follows
         found = derive(strengths, self.space, self.learner.budget)
         chosen, learner = encode(found, self.space), self.learner
-        same = torch.equal(chosen, learner.chosen) and self.state.step > learner.warmup
+        # While alpha or beta rests, an architecture stays the same for no reason.
+        same = torch.equal(chosen, learner.chosen) and self.state.step > max(learner.warmup, learner.alpha_warmup)
         learner.unchanged.copy_(learner.unchanged + 1 if same else torch.zeros_like(learner.unchanged))
         learner.chosen.copy_(chosen)
         alpha, beta = _entropies(strengths)

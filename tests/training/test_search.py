@@ -235,6 +235,21 @@ def test_alpha_rests_during_its_warm_up_and_takes_the_first_validation_batch_aft
     assert records[0]["interaction"] == records[1]["interaction"] != records[2]["interaction"]
 
 
+def test_a_search_does_not_end_while_alpha_rests(folder: Path) -> None:
+    search = {
+        "alpha_warmup": 0.75,
+        "warmup": 0.25,
+        "evaluate_every": 1,
+        "patience": 2,
+        "beta_lr": 1e-6,
+        "alpha_lr": 1e-6,
+    }
+    found = run_search(folder, "resting", search=search, max_steps=12)
+    records = list(read_lines(found.run.search_metrics))
+    assert [line["unchanged"] for line in records] == [0] * 9 + [1, 2]
+    assert found.state.step == 11
+
+
 def test_strengths_have_the_sharpness_that_the_steps_before_them_have_come_to(folder: Path) -> None:
     """It rises by the same factor in each step, to the one that is set at the end of the last."""
     search = FAST | {"sharpness": 50.0, "patience": None}
