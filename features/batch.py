@@ -1,10 +1,12 @@
 """From Arrow to tensors: decoded rows, and the Batch that a model takes. Nothing here loops over rows."""
 
-# Shapes: N rows, B rows of a batch, F features of one id, G features of a list of ids, D dense columns, T tasks, V ids of all
-# lists of a feature, C keys.
+# Shapes: N rows, B rows of a batch, F features of one id, G features of a list of ids, D dense columns, T tasks, V ids of
+# lists, K features of ids, C keys.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +15,12 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from features.errors import UserError
 from features.kinds.base import floats
 from features.schema.schema import Schema
 
 PADDING = -1  # row_id of rows that only fill a batch up
+MAX_INT32 = np.iinfo(np.int32).max
 
 
 @dataclass
@@ -57,19 +61,20 @@ class Batch(Pipelineable):
 
 @dataclass
 class Rows:
-    """N decoded rows, column by column.
+    """N decoded rows. Ids are int32, or int64 where a table of the schema may have more of them (`id_type`).
+
+    Lists lie row after row, those of one row in the schema's order: rows that follow each other are one piece of memory.
 
     Attributes:
-        id_FN: int64.
-        length_GN: int64, ids of each list.
-        lists: per feature the ids of its lists, int64 of shape (V,), row after row.
+        id_FN: ids of features that have one.
+        length_NG: int32, ids of each list. value_V: the ids of all lists.
         dense_ND, label_NT: float32; label is NaN where not observed.
         weight_N: float32. row_id_N: int64. key_NC: see Batch.
     """
 
     id_FN: Tensor
-    length_GN: Tensor
-    lists: list[Tensor]
+    length_NG: Tensor
+    value_V: Tensor
     dense_ND: Tensor
     label_NT: Tensor
     weight_N: Tensor
@@ -79,25 +84,34 @@ class Rows:
     def __len__(self) -> int:
         return len(self.row_id_N)
 
+    @cached_property
+    def begins(self) -> Tensor:
+        """Where the ids of each row begin in value_V, and where the last ones end: int64, M = N + 1."""
+        return torch.nn.functional.pad(self.length_NG.sum(1).cumsum(0), (1, 0))
+
     @classmethod
     def decode(cls, table: pa.Table, schema: Schema) -> "Rows":
-        """Decodes rows of a dataset; numeric columns are viewed where Arrow holds them, then stacked once."""
+        """Decodes rows of a dataset; numeric columns are viewed where Arrow holds them, then stacked once.
 
+        Raises:
+            UserError: an id that none of the schema's tables can have.
+        """
         numbers = [part for name in schema.dense_ranges for part in schema.features[name].decode(name, table)]
+        kind = pa.from_numpy_dtype(id_type(schema))
+        single = [_ids(name, table[name], kind) for name in schema.single]
         lists = [table[name].combine_chunks() for name in schema.lists]
-        offsets = [np.asarray(column.offsets, dtype=np.int64) for column in lists]
-        empty = np.zeros((0, table.num_rows), np.int64)
+        lengths = [np.diff(np.asarray(column.offsets)).astype(np.int32, copy=False) for column in lists]
+        values = [_ids(name, column.flatten(), kind) for name, column in zip(schema.lists, lists, strict=True)]
+        length_GN = torch.from_numpy(_stacked(lengths, table.num_rows, np.int32))
+        value_V = torch.from_numpy(np.concatenate(values) if values else np.zeros(0, id_type(schema)))
         return cls(
-            id_FN=torch.from_numpy(np.stack([_ids(table[name]) for name in schema.single]) if schema.single else empty),
-            length_GN=torch.from_numpy(np.stack([np.diff(o) for o in offsets]) if lists else empty.copy()),
-            lists=[
-                torch.from_numpy(column.values.to_numpy()[o[0] : o[-1]].copy())
-                for column, o in zip(lists, offsets, strict=True)
-            ],
+            id_FN=torch.from_numpy(_stacked(single, table.num_rows, id_type(schema))),
+            length_NG=length_GN.t().contiguous(),
+            value_V=transposed(value_V, length_GN),
             dense_ND=_side_by_side(numbers, table.num_rows),
             label_NT=_side_by_side([floats(table[f"label.{task}"]) for task in schema.tasks], table.num_rows),
             weight_N=torch.from_numpy(floats(table["weight"]).copy()),
-            row_id_N=torch.from_numpy(_ids(table["row_id"]).copy()),
+            row_id_N=torch.from_numpy(table["row_id"].to_numpy().astype(np.int64)),
             key_NC=torch.zeros(table.num_rows, 0, dtype=torch.int64),
         )
 
@@ -105,9 +119,9 @@ class Rows:
     def blank(cls, schema: Schema, rows: int) -> "Rows":
         """Rows of weight 0, in place of some that cannot be read."""
         return cls(
-            id_FN=torch.zeros(len(schema.single), rows, dtype=torch.int64),
-            length_GN=torch.zeros(len(schema.lists), rows, dtype=torch.int64),
-            lists=[torch.zeros(0, dtype=torch.int64) for _ in schema.lists],
+            id_FN=torch.from_numpy(np.zeros((len(schema.single), rows), id_type(schema))),
+            length_NG=torch.zeros(rows, len(schema.lists), dtype=torch.int32),
+            value_V=torch.from_numpy(np.zeros(0, id_type(schema))),
             dense_ND=torch.zeros(rows, schema.dense_width),
             label_NT=torch.full((rows, len(schema.tasks)), torch.nan),
             weight_N=torch.zeros(rows),
@@ -117,14 +131,10 @@ class Rows:
 
     def take(self, index_N: Tensor) -> "Rows":
         """The rows at `index_N`, in that order."""
-        length_GN = self.length_GN[:, index_N]
         return Rows(
             id_FN=self.id_FN[:, index_N],
-            length_GN=length_GN,
-            lists=[
-                _take_ragged(values, before, index_N, after)
-                for values, before, after in zip(self.lists, self.length_GN, length_GN, strict=True)
-            ],
+            length_NG=self.length_NG[index_N],
+            value_V=_permuted(self.value_V, self.begins.diff(), index_N),
             dense_ND=self.dense_ND[index_N],
             label_NT=self.label_NT[index_N],
             weight_N=self.weight_N[index_N],
@@ -134,11 +144,11 @@ class Rows:
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Rows start .. stop - 1, as views."""
-        bounds = [(int(length[:start].sum()), int(length[:stop].sum())) for length in self.length_GN]
+        begin, end = int(self.begins[start]), int(self.begins[stop])
         return Rows(
             id_FN=self.id_FN[:, start:stop],
-            length_GN=self.length_GN[:, start:stop],
-            lists=[values[a:b] for values, (a, b) in zip(self.lists, bounds, strict=True)],
+            length_NG=self.length_NG[start:stop],
+            value_V=self.value_V[begin:end],
             dense_ND=self.dense_ND[start:stop],
             label_NT=self.label_NT[start:stop],
             weight_N=self.weight_N[start:stop],
@@ -153,8 +163,8 @@ class Rows:
             return parts[0]
         return Rows(
             id_FN=torch.cat([p.id_FN for p in parts], 1),
-            length_GN=torch.cat([p.length_GN for p in parts], 1),
-            lists=[torch.cat(values) for values in zip(*(p.lists for p in parts), strict=True)],
+            length_NG=torch.cat([p.length_NG for p in parts]),
+            value_V=torch.cat([p.value_V for p in parts]),
             dense_ND=torch.cat([p.dense_ND for p in parts]),
             label_NT=torch.cat([p.label_NT for p in parts]),
             weight_N=torch.cat([p.weight_N for p in parts]),
@@ -162,20 +172,28 @@ class Rows:
             key_NC=torch.cat([p.key_NC for p in parts]),
         )
 
+    def lists(self) -> list[Tensor]:
+        """Of each feature of lists its ids, row after row."""
+        return list(transposed(self.value_V, self.length_NG).split(self.length_NG.sum(0).tolist()))
+
     def batch(self, schema: Schema, size: int) -> Batch:
         """A batch of `size` rows: these, then padding without ids, labels and weight."""
         pad, (num_ids, rows) = size - len(self), self.id_FN.shape
-        present_FB = torch.zeros(num_ids, size, dtype=torch.int64)
+        present_FB = torch.zeros(num_ids, size, dtype=torch.int32)
         present_FB[:, :rows] = 1
-        length_KB = torch.cat([present_FB, torch.nn.functional.pad(self.length_GN, (0, pad))])
+        length_KB = torch.cat([present_FB, torch.nn.functional.pad(self.length_NG.t(), (0, pad))])
+        length_K = [*[rows] * num_ids, *self.length_NG.sum(0).tolist()]
         observed_NT = ~self.label_NT.isnan()
         weight_BT = torch.nn.functional.pad(self.weight_N, (0, pad)).unsqueeze(1).expand(-1, len(schema.tasks))
         return Batch(
             sparse=KeyedJaggedTensor(
                 keys=list(schema.sparse),
-                values=torch.cat([self.id_FN.reshape(-1), *self.lists]),
+                values=torch.cat([self.id_FN.reshape(-1), transposed(self.value_V, self.length_NG)]),
                 lengths=length_KB.reshape(-1),
                 stride=size,
+                # Known here; of lengths on a GPU it would be copied back, which waits for all that the GPU still has to do.
+                length_per_key=length_K,
+                offset_per_key=[0, *accumulate(length_K)],
             ),
             dense_BD=torch.nn.functional.pad(self.dense_ND, (0, 0, 0, pad)),
             label_BT=torch.nn.functional.pad(self.label_NT.nan_to_num(0.0), (0, 0, 0, pad)),
@@ -186,18 +204,46 @@ class Rows:
         )
 
 
-def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(np.int64, copy=False)
+def id_type(schema: Schema) -> type[np.int32] | type[np.int64]:
+    """Of a batch's ids: int64 where a table may have more than int32 counts, as a managed one has, whose ids are hashes.
+
+    Tables look ids up as int64 in any case: shorter ones halve what is copied to a device and exchanged by ranks.
+    """
+    tables = schema.all_tables.values()
+    known = (table.vocabulary.unknown if table.vocabulary else table.hash or 0 for table in tables)
+    return np.int64 if any(table.managed for table in tables) or max(known, default=0) >= MAX_INT32 else np.int32
+
+
+def transposed(value_V: Tensor, length_XY: Tensor) -> Tensor:
+    """Lists in the order of length_XY, int32, put in that of its transpose: from feature after feature to row after row."""
+    order_XY = torch.arange(length_XY.numel(), dtype=torch.int32).view(length_XY.shape)
+    return _permuted(value_V, length_XY.reshape(-1), order_XY.t().reshape(-1), len(value_V))
+
+
+def _permuted(value_V: Tensor, length_N: Tensor, index_M: Tensor, total: int | None = None) -> Tensor:
+    """The lists at `index_M` of N lists that lie one after the other. total: how many values they have, where it is known.
+
+    FBGEMM copies list by list, which takes a tenth of the time of a gather by an index that is made of the lengths.
+    """
+    if not len(index_M) or not len(value_V):
+        return value_V[:0]
+    return torch.ops.fbgemm.permute_1D_sparse_data(index_M.int(), length_N.int(), value_V, None, total)[1]
+
+
+def _ids(name: str, column: pa.ChunkedArray | pa.Array, kind: pa.DataType) -> np.ndarray:
+    try:
+        return column.cast(kind).to_numpy()
+    except pa.ArrowInvalid:
+        raise UserError(
+            f"an id of {name} is over {MAX_INT32:,}, more than its table has: the dataset changed after it was written. "
+            "Restore it, or run jobs.preprocess again."
+        ) from None
+
+
+def _stacked(columns: Sequence[np.ndarray], rows: int, kind: type) -> np.ndarray:
+    return np.stack(columns) if columns else np.zeros((0, rows), kind)
 
 
 def _side_by_side(parts: Sequence[np.ndarray], rows: int) -> Tensor:
     """Arrays of shape (N,) or (N, K) as one of shape (N, D), D = 0 where there are none."""
     return torch.from_numpy(np.column_stack(parts) if parts else np.zeros((rows, 0), np.float32))
-
-
-def _take_ragged(value_V: Tensor, length_N: Tensor, index_M: Tensor, length_M: Tensor) -> Tensor:
-    """Values of the rows at `index_M` of a ragged column: each row's start, repeated, plus the place within the row."""
-    start_N = length_N.cumsum(0) - length_N
-    place_M = length_M.cumsum(0) - length_M
-    shift_V = (start_N[index_M] - place_M).repeat_interleave(length_M)
-    return value_V[shift_V + torch.arange(len(shift_V))]

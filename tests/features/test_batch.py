@@ -8,17 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrec import KeyedJaggedTensor
 
-from features.batch import PADDING, Batch, Rows
+from features.batch import PADDING, Batch, Rows, id_type
+from features.errors import UserError
 from features.fit.encoders import arrow_schema
 from features.schema.schema import Schema
 
 
-def schema_of(dense: int = 2, categorical: int = 2, bags: int = 2) -> Schema:
+def schema_of(dense: int = 2, categorical: int = 2, bags: int = 2, wide: bool = False) -> Schema:
     content: dict[str, Any] = {
         "source": {"files": "*.csv"},
         "dense": {f"d{i}": {"missing_flag": i == 0} for i in range(dense)},
-        "categorical": {f"c{i}": {} for i in range(categorical)},
+        "categorical": {f"c{i}": {"managed": {"rows": 9}} if wide and not i else {} for i in range(categorical)},
         "bag": {f"b{i}": {} for i in range(bags)},
         "tasks": {name: {"kind": "binary", "label": name} for name in ("click", "conversion", "like")},
         "split": {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1},
@@ -26,8 +29,7 @@ def schema_of(dense: int = 2, categorical: int = 2, bags: int = 2) -> Schema:
     return Schema.parse(content, "small.yaml")
 
 
-FULL = schema_of()
-ids = st.integers(0, 2**62)
+FULL, WIDE = schema_of(), schema_of(wide=True)  # WIDE has a managed table, whose ids are hashes of 63 bits
 numbers = st.floats(-(2.0**99), 2.0**99, width=32)
 
 
@@ -37,11 +39,18 @@ def numbers_of(schema: Schema) -> list[str]:
 
 def row_of(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
     columns: dict[str, st.SearchStrategy] = dict.fromkeys(numbers_of(schema), numbers)
+    ids = st.integers(0, 2**62 if schema is WIDE else 2**31 - 1)
     columns |= dict.fromkeys(schema.categorical, ids)
     columns |= dict.fromkeys(schema.bag, st.one_of(st.lists(ids, max_size=3), st.lists(ids, min_size=50, max_size=60)))
     columns |= {f"label.{task}": st.none() | st.sampled_from([0.0, 1.0, 0.25]) for task in schema.tasks}
     columns |= {"weight": st.floats(0, 100, width=32), "event_time": st.just(0), "row_id": st.integers(0, 2**62)}
     return st.fixed_dictionaries(columns)
+
+
+def row_of_zeros(schema: Schema = FULL) -> dict[str, Any]:
+    columns: dict[str, Any] = dict.fromkeys(numbers_of(schema), 0.0) | dict.fromkeys(schema.categorical, 0)
+    columns |= {name: [] for name in schema.bag} | {f"label.{task}": None for task in schema.tasks}
+    return columns | {"weight": 1.0, "event_time": 0, "row_id": 0}
 
 
 def table_of(rows: list[dict[str, Any]], schema: Schema, chunk: int = 0) -> pa.Table:
@@ -68,7 +77,11 @@ def expect_rows(batch: Batch, rows: list[dict[str, Any]], size: int, schema: Sch
         for index, found in enumerate(jagged):
             wanted = rows[index][name] if index < len(rows) else []
             assert found.tolist() == (wanted if isinstance(wanted, list) else [wanted])
-    assert batch.sparse.values().dtype == torch.int64
+    assert batch.sparse.values().dtype == (torch.int64 if schema is WIDE else torch.int32)
+    assert batch.sparse.lengths().dtype == torch.int32
+    by_hand = KeyedJaggedTensor(batch.sparse.keys(), batch.sparse.values(), lengths=batch.sparse.lengths())
+    assert batch.sparse.length_per_key_or_none() == by_hand.length_per_key()
+    assert batch.sparse.offset_per_key_or_none() == by_hand.offset_per_key()
     shapes = {"label_BT": len(schema.tasks), "observed_BT": len(schema.tasks), "weight_BT": len(schema.tasks)}
     for field, width in {"dense_BD": len(numbers_of(schema)), **shapes}.items():
         assert getattr(batch, field).shape == (size, width)
@@ -90,12 +103,14 @@ def expect_rows(batch: Batch, rows: list[dict[str, Any]], size: int, schema: Sch
             assert batch.weight_BT[index, t] == np.float32(row["weight"])
 
 
-@given(tables(), st.integers(0, 3))
-def test_a_batch_holds_every_cell_of_its_rows_and_padding_holds_nothing(table: tuple, padding: int) -> None:
-    rows, decoded = table
+@given(st.sampled_from([FULL, WIDE]), st.data(), st.integers(0, 3))
+def test_a_batch_holds_every_cell_of_its_rows_and_padding_holds_nothing(
+    schema: Schema, data: st.DataObject, padding: int
+) -> None:
+    rows, decoded = data.draw(tables(schema))
     assert len(decoded) == len(rows)
     size = len(rows) + padding
-    expect_rows(decoded.batch(FULL, size), rows, size)
+    expect_rows(decoded.batch(schema, size), rows, size, schema)
 
 
 @given(tables(), st.data())
@@ -104,6 +119,7 @@ def test_taken_rows_are_those_at_the_indices_in_their_order_and_may_repeat(table
     index = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12)) if rows else []
     taken = decoded.take(torch.tensor(index, dtype=torch.int64))
     expect_rows(taken.batch(FULL, len(index)), [rows[i] for i in index], len(index))
+    assert [ids.tolist() for ids in taken.lists()] == [[v for i in index for v in rows[i][name]] for name in FULL.lists]
 
 
 @given(tables(), st.data())
@@ -153,6 +169,45 @@ def test_rows_are_decoded_from_a_table_that_is_a_slice_of_another() -> None:
     ]
     decoded = Rows.decode(table_of(rows, FULL).slice(2, 3), FULL)
     expect_rows(decoded.batch(FULL, 3), rows[2:5], 3)
+
+
+def test_an_id_that_int32_cannot_hold_is_refused_and_not_cut_to_another_one() -> None:
+    table = table_of([row_of_zeros() | {"c1": 2**32 + 5}, row_of_zeros()], FULL)
+    with pytest.raises(UserError, match="an id of c1 is over 2,147,483,647"):
+        Rows.decode(table, FULL)
+    with pytest.raises(UserError, match="an id of b0 is over"):
+        Rows.decode(table_of([row_of_zeros() | {"b0": [1, 2**31]}], FULL), FULL)
+
+
+@pytest.mark.parametrize("tables", [{"hash": 2**31}, {"vocabulary": {"unknown": 2**31}}])
+def test_ids_of_tables_that_int32_cannot_count_are_int64(tables: dict[str, Any]) -> None:
+    content = {**FULL.model_dump(exclude_unset=True), "categorical": {"c0": tables}}
+    assert id_type(Schema.parse(content, "wide.yaml")) is np.int64
+    assert id_type(FULL) is np.int32
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_as_many_operations_move_fifty_lists_of_a_row_as_two() -> None:
+    counts = []
+    for bags in (2, 50):
+        schema = schema_of(bags=bags)
+        rows = Rows.decode(table_of([row_of_zeros(schema) | {"b1": [i, i]} for i in range(6)], schema), schema)
+        with Operations() as operations:
+            rows = Rows.concat([rows.slice(0, 4), rows.slice(1, 3)])
+            rows.take(torch.tensor([2, 0, 5])).batch(schema, 4)
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 def test_a_batch_moves_as_one() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from features.batch import Batch, Rows
+from features.batch import Batch, Rows, transposed
 from features.schema.schema import Schema
 from pipeline.evaluation.metrics import base
 from pipeline.evaluation.metrics.base import Grouping, Tasks
@@ -62,19 +62,13 @@ class Sample:
         ids = [f for f, name in enumerate(schema.single) if name in features]
         bags = [g for g, name in enumerate(schema.lists) if name in features]
         numbers = [c for name, places in schema.dense_ranges.items() if name in features for c in places]
-        moved = replace(
-            rows,
-            id_FN=rows.id_FN[ids],
-            length_GN=rows.length_GN[bags],
-            lists=[rows.lists[g] for g in bags],
-            dense_ND=rows.dense_ND[:, numbers],
-        ).take(order_N)
-        id_FN, length_GN, dense_ND = rows.id_FN.clone(), rows.length_GN.clone(), rows.dense_ND.clone()
-        id_FN[ids], length_GN[bags], dense_ND[:, numbers] = moved.id_FN, moved.length_GN, moved.dense_ND
-        lists = list(rows.lists)
-        for g, values in zip(bags, moved.lists, strict=True):
-            lists[g] = values
-        return replace(rows, id_FN=id_FN, length_GN=length_GN, lists=lists, dense_ND=dense_ND)
+        moved = rows.take(order_N)
+        id_FN, length_NG, dense_ND = rows.id_FN.clone(), rows.length_NG.clone(), rows.dense_ND.clone()
+        id_FN[ids], length_NG[:, bags] = moved.id_FN[ids], moved.length_NG[:, bags]
+        dense_ND[:, numbers] = moved.dense_ND[:, numbers]
+        lists = [b if g in bags else a for g, (a, b) in enumerate(zip(rows.lists(), moved.lists(), strict=True))]
+        value_V = transposed(torch.cat(lists), length_NG.t()) if bags else rows.value_V
+        return replace(rows, id_FN=id_FN, length_NG=length_NG, value_V=value_V, dense_ND=dense_ND)
 
     @torch.inference_mode()
     def figures(self, rows: Rows) -> Figures:
