@@ -33,10 +33,10 @@ def rows_of_all(ranks: int) -> list[Part]:
 
 
 def test_all_to_alls_of_whole_tables_send_ids_to_their_rank_and_embeddings_back() -> None:
-    sent = traffic(table_wise(backward=2))
+    sent = traffic(table_wise(backward=2, id_bytes=8))
     ids = np.zeros((4, 4))
-    ids[1:, 0] = 100 * 8 * (1 + 3)  # a length and three ids of 8 bytes
-    ids[:3, 3] = 100 * 8 * (2 + 2)
+    ids[1:, 0] = 100 * (4 + 8 * 3)  # a length of 4 bytes and three ids of 8
+    ids[:3, 3] = 100 * (4 * 2 + 8 * 2)
     assert (sent["ids"].sent_RR == ids).all()
     forward = np.zeros((4, 4))
     forward[0, 1:] = 100 * 10 * 4
@@ -53,7 +53,7 @@ def test_all_to_alls_of_whole_tables_send_ids_to_their_rank_and_embeddings_back(
 def test_rows_of_a_table_on_all_ranks_are_reduced_and_scattered() -> None:
     step = Step(4, 2, 4, 100, rows_of_all(4), flops=0, dense=0)
     sent = traffic(step)
-    assert set(sent["ids"].sent_RR[0]) == {0, 100 * 8 * (1 + 3 / 4)}
+    assert set(sent["ids"].sent_RR[0]) == {0, 100 * 4 * (1 + 3 / 4)}
     sums = 4 * 100 * 10 * 4  # of the rows of all ranks
     for way in ("forward", "backward"):
         assert sent[way].sent_RR.sum() == 4 * 3 / 4 * sums
@@ -99,19 +99,19 @@ def test_the_time_of_a_step_is_what_its_slowest_link_and_busiest_rank_take() -> 
     assert found.compute == pytest.approx(100 * 600 / 1e6 + 50 * 28 / 1e6)
     # 1200 ids: four times the row's 40 bytes, and twice 4 of its momentum.
     assert found.tables == pytest.approx(400 * 3 * (4 * 40 + 2 * 4) / 1e6)
-    between = {"ids": 6400, "forward": 8000, "backward": 8000, "dense": 300}  # of a node, in its busier direction
+    between = {"ids": 3200, "forward": 8000, "backward": 8000, "dense": 300}  # of a node, in its busier direction
     assert found.exchange == pytest.approx(sum(between[way] for way in ("ids", "forward", "backward")) / 1e4)
     assert found.all_reduce == pytest.approx(300 / 1e4)
     assert found.total == pytest.approx(found.compute + found.tables + found.exchange + found.all_reduce)
     one_node = step_time(table_wise(ranks_per_node=4), EXACT, SLOW)
-    assert one_node.exchange == pytest.approx((3 * 3200 + 3 * 4000 + 3 * 4000) / 1e5)
+    assert one_node.exchange == pytest.approx((3 * 1600 + 3 * 4000 + 3 * 4000) / 1e5)
 
 
 def test_what_pipelining_and_the_backward_cover_is_not_waited_for() -> None:
     fast = replace(SLOW, rate=1e6)
     waited, covered = (step_time(table_wise(pipelined=p), replace(EXACT, link=1e9), fast) for p in (False, True))
-    assert waited.exchange - covered.exchange == pytest.approx(6400 / 1e6)
-    assert covered.hidden == pytest.approx(6400 / 1e6)
+    assert waited.exchange - covered.exchange == pytest.approx(3200 / 1e6)
+    assert covered.hidden == pytest.approx(3200 / 1e6)
     large = replace(table_wise(), dense=100 * 2**20)  # 400 MiB: 16 buckets of 25
     alone = traffic(large)["dense"].seconds(2, EXACT, SLOW)
     assert step_time(large, EXACT, SLOW).all_reduce == pytest.approx(alone - 2 / 3 * 0.06)

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
+import numpy as np
 from tabulate import tabulate
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from features.batch import Rows
+from features.batch import Rows, id_type
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
@@ -56,7 +57,7 @@ class Model:
         step: its parts, with tables on the meta device. tables: of all.
         ids: of an average row, by feature. flops: of a row, forward and backward. dense: parameters outside of the tables.
         rows: of the train split; None without a dataset.
-        notes: what is guessed of it.
+        id_bytes: of an id. notes: what is guessed of it.
     """
 
     step: TrainStep
@@ -65,6 +66,7 @@ class Model:
     flops: float
     dense: int
     rows: int | None
+    id_bytes: int
     notes: Sequence[str] = ()
 
     @classmethod
@@ -77,7 +79,8 @@ class Model:
         ids, notes = ids_per_row(schema, dataset)
         dense = sum(p.numel() for p in step.dense_parameters())
         rows = dataset.manifest.rows["train"] if dataset else None
-        return cls(step, ranker.tables, ids, flops_per_row(schema, encoders, config), dense, rows, notes)
+        id_bytes = np.dtype(id_type(schema)).itemsize
+        return cls(step, ranker.tables, ids, flops_per_row(schema, encoders, config), dense, rows, id_bytes, notes)
 
 
 def ids_per_row(schema: Schema, dataset: Dataset | None) -> tuple[dict[str, float], list[str]]:
@@ -145,6 +148,7 @@ def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Clu
         parts=parts,
         flops=model.flops,
         dense=model.dense,
+        id_bytes=model.id_bytes,
         forward=NUMBER[settings.communication.forward],
         backward=NUMBER[settings.communication.backward],
         sync_every=settings.sync_every,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.training.parallel.hardware import Kind, Link
 
 Bytes = NDArray[np.float64]
-INTEGER, FLOAT = 8, 4  # bytes of an id or a length, and of a number in fp32
+LENGTH, FLOAT = 4, 4  # bytes of the length of a list, and of a number in fp32
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once
 BACKWARD = 2 / 3  # of the FLOPs of a step: a product's gradient is two products
 ADAM = 7 * FLOAT  # bytes per dense parameter: weight, gradient and two moments read, all but the gradient written
@@ -72,6 +72,7 @@ class Step:
         rows: of a rank's batch.
         parts: of the tables, on the ranks of one group. A data_parallel table has one on each.
         flops: of a row, forward and backward. dense: parameters outside of the tables.
+        id_bytes: of an id (features.batch.id_type).
         forward, backward: bytes of a number of an embedding, and of its gradient, between ranks.
         sync_every: steps between averages over the groups.
         precision: of the dense part. pipelined: whether ids are exchanged while the batch before is trained on.
@@ -85,6 +86,7 @@ class Step:
     parts: Sequence[Part]
     flops: float
     dense: int
+    id_bytes: int = 4
     forward: int = FLOAT
     backward: int = FLOAT
     sync_every: int = 1
@@ -181,7 +183,7 @@ def traffic(step: Step) -> dict[str, Traffic]:
     sharded = [part for part in step.parts if part.placement != "data_parallel"]
     ids_SS, replicas = np.zeros((step.group, step.group)), step.ranks // step.group
     for part in sharded:
-        ids_SS[:, part.rank] += step.rows * INTEGER * (part.table.features + part.ids)
+        ids_SS[:, part.rank] += step.rows * (LENGTH * part.table.features + step.id_bytes * part.ids)
     kinds = len({(part.placement, part.table.pooled) for part in sharded})
     found = {
         "ids": Traffic(_everywhere(ids_SS, replicas), 3 * len({part.table.pooled for part in sharded})),
