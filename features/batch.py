@@ -35,6 +35,7 @@ class Batch(Pipelineable):
         weight_BT: float32, the row's weight; 0 in rows that are padding.
         row_id_B: int64, PADDING in rows that are padding.
         key_BC: int64, what evaluation groups rows by (pipeline.evaluation.row_keys); no columns where it is not asked for.
+        single: how many of the first keys of `sparse` have one id in each row, none in those of padding at the end.
     """
 
     sparse: KeyedJaggedTensor
@@ -44,19 +45,28 @@ class Batch(Pipelineable):
     weight_BT: Tensor
     row_id_B: Tensor
     key_BC: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    single: int = 0
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+        tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()}
+        if self.single and device.type != "cpu" and self.sparse.values().is_cpu:
+            return Batch(to_device(self.sparse, self.single, device, non_blocking), **tensors, single=self.single)
+        return Batch(self.sparse.to(device, non_blocking=non_blocking), **tensors, single=self.single)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the memory from reuse until the stream has finished with it."""
-        for f in fields(self):
-            getattr(self, f.name).record_stream(stream)
+        self.sparse.record_stream(stream)
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory."""
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        tensors = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
+        return Batch(self.sparse.pin_memory(), **tensors, single=self.single)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sparse", "single")}
 
 
 @dataclass
@@ -201,7 +211,24 @@ class Rows:
             weight_BT=weight_BT.contiguous(),
             row_id_B=torch.nn.functional.pad(self.row_id_N, (0, pad), value=PADDING),
             key_BC=torch.nn.functional.pad(self.key_NC, (0, 0, 0, pad)),
+            single=num_ids,
         )
+
+
+def to_device(sparse: KeyedJaggedTensor, single: int, device: torch.device, non_blocking: bool) -> KeyedJaggedTensor:
+    """A batch's ids on a device, where the lengths of the first `single` keys are made: copied are those of lists alone."""
+    stride, length_K = sparse.stride(), sparse.length_per_key()
+    length_KB = torch.ones(len(length_K), stride, dtype=sparse.lengths().dtype, device=device)
+    length_KB[:single, length_K[0] :] = 0
+    length_KB[single:].copy_(sparse.lengths().view_as(length_KB)[single:], non_blocking=non_blocking)
+    return KeyedJaggedTensor(
+        keys=sparse.keys(),
+        values=sparse.values().to(device, non_blocking=non_blocking),
+        lengths=length_KB.view(-1),
+        stride=stride,
+        length_per_key=length_K,
+        offset_per_key=sparse.offset_per_key(),
+    )
 
 
 def id_type(schema: Schema) -> type[np.int32] | type[np.int64]:

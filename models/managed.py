@@ -119,7 +119,14 @@ class ManagedIds(nn.Module):
             row_V = self._rows(table, torch.cat([ids[name] for name in features]))
             for name, row in zip(features, row_V.split([len(ids[name]) for name in features]), strict=True):
                 ids[name].copy_(row)
-        return KeyedJaggedTensor(sparse.keys(), value_V, lengths=sparse.lengths(), stride=sparse.stride())
+        return KeyedJaggedTensor(
+            sparse.keys(),
+            value_V,
+            lengths=sparse.lengths(),
+            stride=sparse.stride(),
+            length_per_key=sparse.length_per_key(),
+            offset_per_key=sparse.offset_per_key(),
+        )
 
     def _rows(self, table: str, id_V: Tensor) -> Tensor:
         present_V = id_V != MISSING

@@ -143,7 +143,14 @@ class CompactIds:
                 "Restore them, or evaluate with tables=all."
             )
         new_V = torch.where(compact_V, place_V - start_V, id_V)
-        return KeyedJaggedTensor(sparse.keys(), new_V, lengths=sparse.lengths(), stride=sparse.stride())
+        return KeyedJaggedTensor(
+            sparse.keys(),
+            new_V,
+            lengths=sparse.lengths(),
+            stride=sparse.stride(),
+            length_per_key=sparse.length_per_key(),
+            offset_per_key=sparse.offset_per_key(),
+        )
 
     def _places(self, number_V: Tensor) -> tuple[Tensor, Tensor]:
         """Places among all needed rows, and whether each is there."""

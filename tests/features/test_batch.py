@@ -1,5 +1,6 @@
 """Batches against plain Python rows: a row is a dict, and every operation has a twin that loops."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import KeyedJaggedTensor
 
-from features.batch import PADDING, Batch, Rows, id_type
+from features.batch import PADDING, Batch, Rows, id_type, to_device
 from features.errors import UserError
 from features.fit.encoders import arrow_schema
 from features.schema.schema import Schema
@@ -40,8 +41,10 @@ def numbers_of(schema: Schema) -> list[str]:
 def row_of(schema: Schema) -> st.SearchStrategy[dict[str, Any]]:
     columns: dict[str, st.SearchStrategy] = dict.fromkeys(numbers_of(schema), numbers)
     ids = st.integers(0, 2**62 if schema is WIDE else 2**31 - 1)
+    last, count = st.integers(60, 2**62 if schema is WIDE else 2**31 - 1), st.integers(50, 60)
+    long = st.builds(lambda last, count: [last - i for i in range(count)], last, count)
     columns |= dict.fromkeys(schema.categorical, ids)
-    columns |= dict.fromkeys(schema.bag, st.one_of(st.lists(ids, max_size=3), st.lists(ids, min_size=50, max_size=60)))
+    columns |= dict.fromkeys(schema.bag, st.one_of(st.lists(ids, max_size=3), long))
     columns |= {f"label.{task}": st.none() | st.sampled_from([0.0, 1.0, 0.25]) for task in schema.tasks}
     columns |= {"weight": st.floats(0, 100, width=32), "event_time": st.just(0), "row_id": st.integers(0, 2**62)}
     return st.fixed_dictionaries(columns)
@@ -187,15 +190,19 @@ def test_ids_of_tables_that_int32_cannot_count_are_int64(tables: dict[str, Any])
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations of torch."""
+    """Counts operations of torch, and the numbers that they copy from main memory to a device without any."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count, self.copied = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if isinstance(found, torch.Tensor) and found.is_meta and tensors and tensors[-1].is_cpu:
+            self.copied += tensors[-1].numel()
+        return found
 
 
 def test_as_many_operations_move_fifty_lists_of_a_row_as_two() -> None:
@@ -210,7 +217,24 @@ def test_as_many_operations_move_fifty_lists_of_a_row_as_two() -> None:
     assert counts[0] == counts[1]
 
 
-def test_a_batch_moves_as_one() -> None:
-    decoded = Rows.decode(table_of([], FULL), FULL)
-    batch = decoded.batch(FULL, 2).to(torch.device("meta"), non_blocking=True)
-    assert {batch.dense_BD.device.type, batch.sparse.values().device.type, batch.row_id_B.device.type} == {"meta"}
+def test_a_batch_moves_as_one_without_lengths_of_features_of_one_id() -> None:
+    rows = [row_of_zeros() | {"b0": [i] * i} for i in range(4)]
+    batch = Rows.decode(table_of(rows, FULL), FULL).batch(FULL, 5)
+    with Operations() as operations:
+        moved = batch.to(torch.device("meta"), non_blocking=True)
+    assert {moved.dense_BD.device.type, moved.sparse.values().device.type, moved.row_id_B.device.type} == {"meta"}
+    assert moved.sparse.lengths().shape == batch.sparse.lengths().shape
+    per_row = sum(getattr(batch, name).shape[1] for name in ("dense_BD", "label_BT", "observed_BT", "weight_BT")) + 1
+    assert operations.copied == 5 * per_row + len(batch.sparse.values()) + 5 * len(FULL.lists)
+    assert moved.sparse.length_per_key_or_none() == [4, 4, 6, 0]
+    assert moved.to(torch.device("meta")).single == len(FULL.single)
+
+
+@pytest.mark.parametrize(("count", "padding"), [(0, 0), (0, 2), (3, 0), (3, 2)])
+@pytest.mark.parametrize("schema", [FULL, schema_of(categorical=0), schema_of(bags=0)])
+def test_lengths_that_are_made_on_a_device_are_those_of_the_batch(schema: Schema, count: int, padding: int) -> None:
+    rows = [row_of_zeros(schema) | dict.fromkeys(schema.lists, [7] * i) for i in range(count)]
+    batch = Rows.decode(table_of(rows, schema), schema).batch(schema, count + padding)
+    sparse = to_device(batch.sparse, batch.single, torch.device("cpu"), False)
+    assert torch.equal(sparse.lengths(), batch.sparse.lengths())
+    expect_rows(replace(batch, sparse=sparse), rows, count + padding, schema)
