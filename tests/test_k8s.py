@@ -254,6 +254,41 @@ def test_devices_are_those_of_a_node_of_a_training() -> None:
         assert container["resources"]["limits"].get("vpc.amazonaws.com/efa") == wanted
 
 
+RDMA = {"devices": {"rdma/hca_shared_devices_a": 1}}
+
+
+def test_memory_is_locked_by_a_capability_only_where_rdma_and_the_cluster_ask_for_it() -> None:
+    locked = {"nodes": 2, "ranks_per_node": 8, "gpus_per_node": 8, "ipc_lock": True, **RDMA}
+    found = documents(job="train", **locked)
+    assert_valid(found["Job"])
+    spec = job_spec(found["Job"])["template"]["spec"]
+    (container,) = spec["containers"]
+    limits = container["resources"]["limits"]
+    assert (limits["nvidia.com/gpu"], limits["rdma/hca_shared_devices_a"]) == ("8", "1")
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"add": ["IPC_LOCK"], "drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+    user = {key: value for key, value in spec["securityContext"].items() if key.startswith("run")}
+    assert user == {"runAsUser": 0, "runAsGroup": UID}, "Kubernetes gives user 1000 no capability that it adds"
+    other = pod(job="evaluate", ipc_lock=True, **RDMA)["spec"]  # of the same files, without the devices
+    assert other["securityContext"]["runAsUser"] == 0
+    assert other["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    with pytest.raises(ValueError, match="ipc_lock: it is for devices of RDMA"):
+        cluster(ipc_lock=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, "1536Mi"), ({"ranks_per_node": 4}, "3072Mi"), ({"ranks_per_node": 8, "gpus_per_node": 8}, "17408Mi"),
+     ({"ranks_per_node": 8, "shared_memory": "3Gi"}, "3Gi")],
+)  # fmt: skip
+def test_shared_memory_grows_with_the_ranks_of_a_pod(given: dict[str, Any], size: str) -> None:
+    (volume,) = [one for one in pod(job="train", **given)["spec"]["volumes"] if one["name"] == "shared-memory"]
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": size}
+
+
 @pytest.mark.parametrize(("nodes", "least"), [(2, 1), (8, 7), ("2..8", 2), ("7..8", 7)])
 def test_drains_take_nodes_of_a_training_one_at_a_time_and_leave_what_it_needs(nodes: Any, least: int) -> None:
     found = documents(job="train", nodes=nodes)

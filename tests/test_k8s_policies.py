@@ -38,6 +38,7 @@ SUBMITTED: list[dict[str, Any]] = [
     *({"job": job, "name": f"run-{job}", "secrets": SECRETS} for job in NAMES),
     *({"job": job, "egress": ["10.1.0.0/16", "fd00::/8"], "namespace": "ml"} for job in NAMES),
     {"job": "train", "name": "large", "nodes": 4, "ranks_per_node": 8, "gpus_per_node": 8, "suspend": True},
+    {"job": "train", "name": "rdma", "nodes": 2, "devices": {"rdma/hca_shared_devices_a": 1}},
     {"job": "train", "name": "elastic", "nodes": "2..8", "queue": "gpu", "topology": "rack", "spread": "host"},
     {"job": "train", "name": "set", "nodes": 4, "form": "jobset"},
     {"job": "train", "name": "kubeflow", "nodes": 4, "form": "trainjob"},
@@ -187,6 +188,11 @@ def test_the_overlay_for_gpus_is_the_training_that_the_backend_would_submit() ->
     (container,), (known,) = spec["template"]["spec"]["containers"], expected["template"]["spec"]["containers"]
     assert container["command"] == known["command"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == known["resources"]["limits"]["nvidia.com/gpu"]
+    shared = [
+        [volume["emptyDir"] for volume in one["template"]["spec"]["volumes"] if volume["name"] == "shared-memory"]
+        for one in (spec, expected)
+    ]
+    assert shared[0] == shared[1]
     assert train["PodDisruptionBudget"]["spec"] == ours["PodDisruptionBudget"]["spec"]
 
 

@@ -45,6 +45,9 @@ class JobKind(NamedTuple):
     final: tuple[int, ...] = (1, 2, 3)
 
 
+# By which ranks find each other.
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+
 # The jobs that can be submitted; each is `python -m jobs.NAME`.
 JOBS: dict[str, JobKind] = {
     "train": JobKind(launched=True, spread=True, trains=True, final=()),  # a lost rank ends with 1 as well
@@ -196,6 +199,19 @@ class Cluster(BaseModel):
                 return text
         raise ValueError(f"{text!r} is not bytes of a GPU such as 80GB")
 
+    @field_validator("environment")
+    @classmethod
+    def _reaches_ranks(cls, environment: dict[str, str]) -> dict[str, str]:
+        """NCCL takes what it cannot read for unset, and says nothing; torchrun's own variables would be another's."""
+        for name, value in environment.items():
+            if name in TORCHRUN:
+                raise ValueError(f"{name} is torchrun's own: jobs.launch sets it")
+            if name.upper().startswith("NCCL_") and name != name.upper():
+                raise ValueError(f"{name}: NCCL reads {name.upper()} alone")
+            if name.startswith("NCCL_") and not re.fullmatch(r"[!-~]+", value):
+                raise ValueError(f"{name} is {value[:100]!r}: NCCL takes one word, a list by commas without spaces")
+        return environment
+
     @model_validator(mode="after")
     def _knows_its_jobs(self) -> "Cluster":
         if unknown := sorted(self.jobs.keys() - JOBS.keys()):
@@ -209,6 +225,10 @@ class Cluster(BaseModel):
     def of_job(self, path: Path) -> Path:
         """A path on a job's command line, absolute."""
         return path.absolute()
+
+    def shared_bytes(self, ranks: int, gpus: int) -> int:  # noqa: ARG002
+        """Bytes of a node's memory that its ranks may fill beside their own, such as those of a tmpfs at /dev/shm."""
+        return 0
 
     def pinned(self) -> dict[str, Any]:
         """The settings that depend on where and when they are read, as they are here and now: a record keeps them."""

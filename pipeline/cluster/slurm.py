@@ -270,6 +270,7 @@ class Slurm(Cluster):
             "time": -(-work.time_limit_s // 60),
             "signal": f"B:TERM@{max(work.grace_s, 1)}",
             "export": "NIL",  # none of what the submitting shell has in its environment
+            "propagate": "NONE",  # nor its limits: a login node's would keep NCCL from locking memory
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,

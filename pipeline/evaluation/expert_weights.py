@@ -2,6 +2,7 @@
 
 # Shapes: B rows, U units (tasks at the last level), E experts.
 
+from collections import deque
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,7 @@ class ExpertWeights:
         self.fusion = fusion
         self.rows = 0
         self.sums: list[Tensor] = []
+        self.inputs: deque[Any] = deque()  # of batches that the fusion was run on and that `update` has not had
 
     def __enter__(self) -> "ExpertWeights":
         self.hook = self.fusion.register_forward_pre_hook(self._keep_input)
@@ -39,14 +41,17 @@ class ExpertWeights:
         self.hook.remove()
 
     def _keep_input(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.x = arguments[0]
+        if self.rows < ROWS:
+            self.inputs.append(arguments[0])
 
     def update(self, batch: Batch) -> None:
-        """Adds the rows of the batch that the fusion was just run on."""
+        """Adds the rows of a batch: of those that the fusion was run on, in their order."""
         if self.rows >= ROWS:
+            self.inputs.clear()
             return
+        x = self.inputs.popleft()
         real_B = batch.row_id_B >= 0
-        sums = [weight_BUE[real_B].double().sum(0) for weight_BUE in self.fusion.gates(self.x)]
+        sums = [weight_BUE[real_B].double().sum(0) for weight_BUE in self.fusion.gates(x)]
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
         self.rows += int(real_B.sum())
 

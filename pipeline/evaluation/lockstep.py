@@ -1,6 +1,7 @@
 """What the ranks of an evaluation do together; one process without a process group is one rank."""
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from features.errors import OtherRankError, UserError
 
 Found = TypeVar("Found")
 
+WAIT = timedelta(hours=2)  # that a rank may wait for another one, which reads a checkpoint or writes a report
 ENDED, READ, FAILED = range(3)  # of a rank's next batch, the worst last
 
 
@@ -36,7 +38,7 @@ def gathered(act: Callable[[], Found]) -> list[Found]:
     outcomes = [outcome]
     if dist.is_initialized() and dist.get_world_size() > 1:
         outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome)
+        dist.all_gather_object(outcomes, outcome, group=cpu_group())
     if failed := next((found for found in outcomes if isinstance(found, UserError)), None):
         raise failed
     return outcomes
@@ -48,41 +50,47 @@ def to_first(value: Found) -> list[Found] | None:
     if ranks == 1:
         return [value]
     values: list[Any] | None = [None] * ranks if rank == 0 else None
-    group = None if dist.get_backend() == "gloo" else _cpu_group(dist.group.WORLD)
-    dist.gather_object(value, values, group=group)
+    dist.gather_object(value, values, group=cpu_group())
     return values
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """All ranks, whose messages pass through main memory; None: those of the default group do.
+
+    NCCL would send them through the GPU: they would take its memory, and a rank that waits for another would keep it busy,
+    beside a training perhaps. All ranks call it.
+    """
+    return None if dist.get_backend() == "gloo" else _cpu_group(dist.group.WORLD)
 
 
 @cache
 def _cpu_group(every: dist.ProcessGroup) -> dist.ProcessGroup:  # noqa: ARG001
-    """The ranks of the default group, through main memory: one group a process, however many checkpoints it evaluates."""
-    return dist.new_group(backend="gloo")
+    """One group a process, however many checkpoints it evaluates."""
+    return dist.new_group(backend="gloo", timeout=WAIT)
 
 
-def batches_in_step(
-    batches: Iterator[Batch], empty: Callable[[], Batch], device: torch.device | None = None
-) -> Iterator[Batch]:
+def batches_in_step(batches: Iterator[Batch], empty: Callable[[], Batch]) -> Iterator[Batch]:
     """A rank's batches, then batches of padding until the last rank has none left: a sharded forward needs all ranks.
 
-    It takes one small all-reduce a batch.
+    It takes one small all-reduce a batch, which does not wait for a GPU.
 
     Args:
         batches: of this rank, of any number. empty: makes one of padding alone, which counts in nothing.
-        device: of collectives, the process group's; None: the CPU.
     Raises:
         UserError: on every rank, where one cannot read its next batch.
     """
     if rank_of()[1] == 1:
         yield from batches
         return
-    state = torch.zeros((), dtype=torch.int32, device=device)
+    state = torch.zeros((), dtype=torch.int32)
     while True:
         batch, failed = None, None
         try:
             batch = next(batches, None)
         except UserError as error:
             failed = error
-        dist.all_reduce(state.fill_(FAILED if failed else ENDED if batch is None else READ), dist.ReduceOp.MAX)
+        state.fill_(FAILED if failed else ENDED if batch is None else READ)
+        dist.all_reduce(state, dist.ReduceOp.MAX, group=cpu_group())
         if failed:
             raise failed
         if (worst := int(state.item())) == FAILED:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from features.errors import UserError
+from pipeline.evaluation.lockstep import cpu_group
 
 Answer = TypeVar("Answer")
 
@@ -32,7 +33,7 @@ def from_first(act: Callable[[], Answer]) -> Answer:
             outcome = [act(), None]
         except (UserError, OSError) as error:
             outcome = [None, str(error)]
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=cpu_group())
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
@@ -43,6 +44,6 @@ def first_error(error: Exception | None) -> Exception | None:
     if not dist.is_initialized():
         return error
     messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
+    dist.all_gather_object(messages, None if error is None else str(error), group=cpu_group())
     found = next((message for message in messages if message is not None), None)
     return error or (None if found is None else UserError(found))

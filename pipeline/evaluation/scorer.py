@@ -88,8 +88,8 @@ class Scorer:
             with ThreadPoolExecutor(1) as thread:  # adds up a batch while the model scores the next one
                 added: Future[None] | None = None
                 for reader in self._readers(self.weights.rank, self.weights.ranks):
-                    for batch in self.weights.in_step(reader.batches(), reader.empty):
-                        logit_BT = self.weights(batch)
+                    batches = self.weights.in_step(reader.batches(), reader.empty)
+                    for batch, logit_BT in self.weights.scored(batches):
                         if added:
                             added.result()
                         counted = (batch.label_BT, batch.observed_BT, batch.weight_BT, batch.key_BC)

@@ -154,7 +154,7 @@ class ModelWeights:
 
     def in_step(self, batches: Iterator[Batch], empty: Callable[[], Batch]) -> Iterator[Batch]:
         """A rank's batches; where tables are sharded, then padding while other ranks still have some (`batches_in_step`)."""
-        return batches_in_step(batches, empty, self.device) if self.sharded else batches
+        return batches_in_step(batches, empty) if self.sharded else batches
 
     def _load(self, path: Path) -> None:
         state: dict[str, Any] = dict(self.ranker.state_dict())
@@ -183,21 +183,50 @@ class ModelWeights:
 
     def model_input(self, batch: Batch) -> Batch:
         """A batch as the ranker takes it: on its device, with ids of the rows that are loaded."""
-        batch = batch.to(self.device) if self.device.type != "cpu" else batch
+        if self.device.type != "cpu":  # pageable memory would be copied before the model goes on
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
         # Of a copy: the batch's own ids are those of the encoders, by which slices are made.
         return Batch(**{**vars(batch), "sparse": self.compact(batch.sparse)}) if self.needed else batch
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """The logits of a batch."""
+        return in_main_memory(self._forward(batch))()
+
+    def scored(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches and their logits: those of one are read once the next one is on its way, so that a GPU never waits."""
+        before: tuple[Batch, Callable[[], Tensor]] | None = None
+        for batch in batches:
+            after = batch, in_main_memory(self._forward(batch))
+            if before:
+                yield before[0], before[1]()
+            before = after
+        if before:
+            yield before[0], before[1]()
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch) -> Tensor:
+        """logit_BT on the model's device."""
         ranker, inputs = self.ranker, self.model_input(batch)
         if not self.sharded:
-            return ranker(inputs).to(batch.label_BT.device)
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # FBGEMM's CPU kernels of sharded tables are autograd functions
-            return ranker(inputs).to(batch.label_BT.device)
+            return ranker(inputs)
+        # FBGEMM's CPU kernels of sharded tables are autograd functions.
+        with torch.inference_mode(False), torch.no_grad():
+            return ranker(inputs)
+
+
+def in_main_memory(x: Tensor) -> Callable[[], Tensor]:
+    """Begins to copy a tensor there; what is returned waits for the copy, and for nothing that was begun after it."""
+    if x.device.type == "cpu":
+        return lambda: x
+    copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
 
 
 def check_fits(path: Path, schema: Schema, encoders: Encoders, model: ModelConfig) -> None:

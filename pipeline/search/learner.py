@@ -101,9 +101,9 @@ class SearchLearner(Learner):
         return self.search.diversity * left if step >= self.warmup else 0.0
 
     def strengths(self, step: int) -> architecture.Strengths:
-        """What alpha and beta stand for before a step, whether or not the one before it was skipped."""
+        """What alpha and beta stand for before a step, whether or not the one before it was skipped; in main memory."""
         self.supernet.sharpness = self._sharpness(step)
-        return architecture.Strengths(*(part.detach() for part in self.supernet.strengths()))
+        return architecture.Strengths(*(part.detach().cpu() for part in self.supernet.strengths()))
 
     def _sharpness(self, step: int) -> float:
         return self.search.sharpness ** (step / self.steps)

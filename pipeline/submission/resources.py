@@ -62,17 +62,18 @@ def resolve(job: str, settings: Any, schema: Schema | None, given: Resources, cl
     ranks = wanted.ranks_per_node or (gpus if JOBS[job].launched and gpus else 1)
     device = "cuda" if gpus else "cpu"
     processes = max(ranks, getattr(settings, "ranks", 1), getattr(settings, "workers", 1))
-    room = int(amount(wanted.memory)) // processes if wanted.memory else None
-    if room is not None and room < PROCESS[device]:
+    shared = cluster.shared_bytes(ranks, gpus)
+    if wanted.memory and int(amount(wanted.memory)) // processes < PROCESS[device]:
         raise UserError(
             f"memory={wanted.memory} is too little: {processes} processes on a node take {PROCESS[device] / GIB:g} GiB each "
             "before they hold a table. Leave memory out to have it derived."
         )
+    room = (int(amount(wanted.memory)) - shared) // processes if wanted.memory else None
     if JOBS[job].trains:
         need = _training(settings, schema, nodes.least * ranks, ranks, device, room, cluster)
     else:
         need = _other(job, settings, device, cluster)
-    memory = wanted.memory or f"{math.ceil(processes * need.memory / GIB)}Gi"
+    memory = wanted.memory or f"{math.ceil((processes * need.memory + shared) / GIB)}Gi"
     if amount(memory) < processes * need.least:
         raise UserError(
             f"memory={memory} is too little: {processes} processes on a node need {math.ceil(need.least / GIB * processes)}Gi "

@@ -85,7 +85,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "cpu": (["4", "500m", "0.5"], ["0", "0.0", "-1", "4\n", "1e3", "4Gi", "٣", " 4", "4 ", "nan", ".5", "04", True]),
     "memory": (["16Gi", "1.5G", "100000000", "8k"], ["16GB", "0Gi", "16 Gi", "16Gi\n", "1m", "1Gi, x: y", "٣Gi", "9" * 16, ""]),
     "storage": (["100Gi"], ["100Gi\n", "0", "all"]),
-    "shared_memory": (["2Gi"], ["2Gi\n", "50%", "m"]),
+    "shared_memory": (["2Gi", None], ["2Gi\n", "50%", "m"]),
     "ephemeral_storage": (["4Gi"], ["4Gi\n", "-4Gi", "0Ti"]),
     "egress": (
         [[], ["10.0.0.0/8"], ["0.0.0.0/0", "::/0"], ["192.0.2.7/32"]],
@@ -113,8 +113,9 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "time_limit_s": ([1, 3600], [0, -1, "1h", 1.5, None]),
     "ttl_s": ([0, 60, None], [-1, "1d"]),
     "environment": (
-        [{}, {"NCCL_DEBUG": "INFO"}, {"A": "$(HOME) $$x\ny: z"}],
-        [{"A-B": "b"}, {"A\n": "b"}, {"": "b"}, {"HOME": "b"}, {"OMP_NUM_THREADS": "1"}, {"A": None}],
+        [{}, {"NCCL_DEBUG": "INFO"}, {"A": "$(HOME) $$x\ny: z"}, {"NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1"}],
+        [{"A-B": "b"}, {"A\n": "b"}, {"": "b"}, {"HOME": "b"}, {"OMP_NUM_THREADS": "1"}, {"A": None},
+         {"NCCL_IB_HCA": "a, b"}, {"NCCL_IB_HCA": ""}, {"NCCL_DEBUG": "INFO\n"}, {"Nccl_Debug": "INFO"}, {"RANK": "0"}],
     ),
     "queue": (["gpu", "a.b", None], ["", "A", "a\n", "a b", "a/b", LONG]),
     "priority_class": (["high"], ["", "A", "a\nb: c"]),

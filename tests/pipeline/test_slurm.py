@@ -77,6 +77,7 @@ def test_settings_and_resources_become_options_of_sbatch() -> None:
     assert found == {
         "job-name": "run-1", "chdir": "/shared", "output": "/shared/runs/slurm/run-1-%j.log", "open-mode": "append",
         "nodes": "2-8", "cpus-per-task": "3", "mem": "3072M", "time": "61", "signal": "B:TERM@300", "export": "NIL",
+        "propagate": "NONE",
         "partition": "gpu,spot", "account": "ads", "qos": "low", "constraint": "a100&ib", "reservation": "x",
         "dependency": "afterok:7:9", "kill-on-invalid-dep": "yes", "requeue": "", "gpus-per-node": "4",
         "exclusive": "", "no-kill": "", "hold": "",

@@ -1,5 +1,6 @@
 """The Slurm backend on a Slurm that runs: what is submitted, followed, stopped, preempted, requeued and lost."""
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ def lab() -> Iterator[SlurmLab]:
         patch.setenv("SLURM_CONF", str(lab.conf))
         patch.setenv("SUBMITTERS_TOKEN", "not for jobs")
         patch.setenv("SBATCH_EXPORT", "ALL")
+        before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, before[1]))  # as on a login node
         yield lab
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,7 @@ def test_exit_codes_and_signals_decide_what_is_run_again(stub: Slurm, lab: Slurm
     jobs = {
         "requeued by a person": requeued,
         "preempted once": submit(stub, "train", once),
-        "done": submit(stub, "preprocess", "do=env; pwd"),
+        "done": submit(stub, "preprocess", "do=env; pwd; ulimit -l"),
         "final": submit(stub, "preprocess", "do=exit 3", retries=1),
         "tried twice": submit(stub, "preprocess", "do=echo again; exit 4", retries=1),
         "failed on one node, preempted on the other": submit(
@@ -112,6 +116,7 @@ def test_exit_codes_and_signals_decide_what_is_run_again(stub: Slurm, lab: Slurm
     lines = log(*jobs["done"])
     assert f"rank 0: {folder}" in lines
     assert not [line for line in lines if "SUBMITTERS_TOKEN" in line]
+    assert "rank 0: 64" not in lines, "the limits of the submitting shell are not the nodes'"
     assert log(*jobs["tried twice"]).count("rank 0: again") == 2
 
     lab.start_controller()

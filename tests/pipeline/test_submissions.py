@@ -13,6 +13,7 @@ from evaluations_by_hand import commit, record, set_commit_time
 
 from features.errors import UserError
 from pipeline.cluster.base import Cluster, Resources, Status, UnansweredError, Workload
+from pipeline.cluster.kubernetes.settings import KubernetesSettings
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
 from pipeline.submission import manager, progress, resources
@@ -279,6 +280,13 @@ def test_memory_of_ranks_is_their_processes_their_model_and_kept_rows() -> None:
     assert found.memory == "27Gi", "1.5 GiB of a process, 4 of a model that is not known here, 8 of rows"
     assert found.cpu == "4"
     assert resolved(settings=Scoring(memory=8.0), gpus_per_node=4).resources.memory == "144Gi", "4 + 24 + 8"
+
+
+def test_shared_memory_of_a_pod_is_part_of_the_memory_that_is_derived() -> None:
+    pods, settings = KubernetesSettings(), Scoring(memory=8.0)
+    assert resolved(pods, settings, ranks_per_node=2).resources.memory == "29Gi", "27, 1 of the pod, 2 * 0.5"
+    assert resolved(pods, settings, gpus_per_node=4).resources.memory == "153Gi", "144, 1 of the pod, 4 * 2"
+    assert resolved(pods, settings, memory="40Gi").resources.memory == "40Gi"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from features.errors import UserError
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.split_reader import SplitReader
-from pipeline.evaluation import predictions
+from pipeline.evaluation import lockstep, predictions
 from pipeline.evaluation.lockstep import batches_in_step
 from pipeline.evaluation.scorer import Scorer
 from pipeline.evaluation.weights import Loading, ModelWeights
@@ -30,6 +30,22 @@ from pipeline.torch_compat import table_kernels
 from pipeline.training.parallel.scoring import shard_for_scoring
 from pipeline.training.train import prepare
 from pipeline.training.trainer import Trainer
+
+COLLECTIVES = {"all_reduce", "all_gather_object", "gather_object", "broadcast_object_list"}
+
+
+class NcclDefault:
+    """torch.distributed as evaluation would see it on GPUs: its messages, all of main memory, need a group of their own."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(dist, name)
+
+        def collective(*arguments: Any, group: dist.ProcessGroup | None = None) -> Any:
+            assert group is not None, f"{name} of a value in main memory by the default group, which is NCCL's on GPUs"
+            return found(*arguments, group=group)
+
+        return (lambda: "nccl") if name == "get_backend" else collective if name in COLLECTIVES else found
+
 
 # By folder of the dataset.
 FUSIONS: dict[str, dict[str, Any]] = {
@@ -109,6 +125,7 @@ def failing(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 def main(folder: Path) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    lockstep.dist = NcclDefault()  # type: ignore[attr-defined]
     loading = {
         "fp32": Loading(shard=shard_for_scoring),
         "fp16": Loading(precision="fp16", shard=shard_for_scoring),

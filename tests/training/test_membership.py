@@ -22,6 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from features.errors import OtherRankError, Preempted
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, Alive, RankStatus
+from pipeline.training.parallel import process_group
 from pipeline.training.parallel.contact import INTERVAL_S, Contact
 from pipeline.training.parallel.exit_codes import lost
 from pipeline.training.parallel.launcher import warn_of_clock
@@ -314,6 +315,37 @@ def test_a_process_opens_as_many_files_as_the_system_allows_and_so_do_its_childr
         assert int(child.stdout) == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    ("limit", "capable", "nodes", "warned"),
+    [(8 << 20, False, 2, True), (8 << 20, True, 2, False), (8 << 20, False, 1, False), (-1, False, 2, False)],
+)
+def test_memory_that_rdma_cannot_lock_is_said_at_the_start(
+    limit: int,
+    capable: bool,
+    nodes: int,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    raised = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 16, limit))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    monkeypatch.setattr(process_group, "has_capability", lambda _: capable)
+    monkeypatch.setattr(process_group, "RDMA", tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(8 * nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    process_group.raise_lock_limit()
+    assert raised == [(limit, limit)]
+    assert ("ranks lock only 8.0 MiB of memory (ulimit -l)" in caplog.text) is warned
+
+
+def test_a_capability_is_read_as_the_kernel_says_it() -> None:
+    chown = os.geteuid() == 0  # capability 0, which a container's root has, too
+    assert process_group.has_capability(0) is chown
+    assert not process_group.has_capability(63)
 
 
 def test_a_node_that_is_lost_while_ranks_connect_ends_the_others_in_time() -> None:

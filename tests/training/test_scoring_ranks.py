@@ -1,5 +1,6 @@
 """Logits of a checkpoint on 1, 2 and 4 ranks, whatever ranks have written it, and in 16 bits."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny_training import torchrun
 from torch import Tensor
 
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.scorer import Scorer
@@ -57,6 +59,22 @@ def test_logits_on_any_number_of_ranks_are_those_of_one_process(ranks: Path, cas
     assert torch.stack([*wanted.values()]).std(0).min() > 1e-4  # the rows differ
     for count in RANKS:
         assert largest_difference(of_ranks(ranks, case, "fp32", count), wanted) < 1e-6
+
+
+def test_logits_are_read_once_the_next_batch_is_on_its_way(ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, order = weights(ranks, TWO), []
+
+    def in_main_memory(x: Tensor) -> Callable[[], Tensor]:
+        order.append("scored")
+        return lambda: (order.append("read"), x)[1]
+
+    batches = list(SplitReader(made.dataset, "valid", BATCH).batches())
+    wanted = [made(batch) for batch in batches]
+    monkeypatch.setattr("pipeline.evaluation.weights.in_main_memory", in_main_memory)
+    for (batch, logit_BT), known, wanted_BT in zip(made.scored(iter(batches)), batches, wanted, strict=True):
+        assert batch is known
+        assert torch.equal(logit_BT, wanted_BT)
+    assert order == ["scored", *["scored", "read"] * (len(batches) - 1), "read"]
 
 
 @pytest.mark.parametrize("case", [TWO, EMM])

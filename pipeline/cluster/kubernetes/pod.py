@@ -42,6 +42,7 @@ def pod_template(
         files: paths of the team's configuration to the keys of its ConfigMap; empty: there is none.
         service: the headless Service of a training, as a container's argument names it.
     """
+    user = 0 if cluster.ipc_lock else UID
     topology = {TOPOLOGY: cluster.topology} if cluster.topology and cluster.queue and work.nodes.most > 1 else None
     return client.V1PodTemplateSpec(
         metadata=client.V1ObjectMeta(labels=labels(work), annotations=topology),
@@ -58,8 +59,8 @@ def pod_template(
             enable_service_links=False,
             share_process_namespace=True,  # process 1 ignores SIGTERM unless it handles it: a job must not be process 1
             security_context=client.V1PodSecurityContext(
-                run_as_non_root=True,
-                run_as_user=UID,
+                run_as_non_root=True if user else None,
+                run_as_user=user,
                 run_as_group=UID,
                 fs_group=UID,
                 fs_group_change_policy="OnRootMismatch",
@@ -103,7 +104,8 @@ def _volumes(cluster: KubernetesSettings, work: Workload, files: dict[str, str])
     def claim(name: str) -> client.V1PersistentVolumeClaimVolumeSource:
         return client.V1PersistentVolumeClaimVolumeSource(claim_name=name)
 
-    memory = client.V1EmptyDirVolumeSource(medium="Memory", size_limit=cluster.shared_memory)
+    shared = cluster.shared_memory_of(work.ranks_per_node, work.gpus_per_node)
+    memory = client.V1EmptyDirVolumeSource(medium="Memory", size_limit=shared)
     disk = client.V1EmptyDirVolumeSource(size_limit=cluster.ephemeral_storage)
     found = [
         client.V1Volume(name="data", persistent_volume_claim=claim(cluster.data_claim)),
@@ -142,7 +144,9 @@ def _container(cluster: KubernetesSettings, work: Workload, has_config: bool, se
         resources=client.V1ResourceRequirements(requests=shares, limits={**shares, **gpus, **devices}),
         security_context=client.V1SecurityContext(
             allow_privilege_escalation=False,
-            capabilities=client.V1Capabilities(drop=["ALL"]),
+            capabilities=client.V1Capabilities(
+                drop=["ALL"], add=["IPC_LOCK"] if devices and cluster.ipc_lock else None
+            ),
             read_only_root_filesystem=True,
         ),
         volume_mounts=mounts,

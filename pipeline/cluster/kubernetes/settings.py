@@ -16,10 +16,15 @@ from pipeline.cluster.values import (
     ObjectName,
     SecretKey,
     Variable,
+    amount,
 )
 
 # Variables of a pod that are the job's own, or Kubernetes'.
 RESERVED = {"HOME", "PATH", "JOB_NAME", "JOB_COMPLETION_INDEX", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+
+
+# MiB of /dev/shm: of a pod, and of each of its ranks, for batches of its loaders and segments of NCCL between GPUs.
+SHARED_MIB, SHARED_MIB_RANK, SHARED_MIB_GPU = 1024, 512, 2048
 
 
 class Toleration(BaseModel):
@@ -54,9 +59,10 @@ class KubernetesSettings(Cluster):
     data_claim: ObjectName = "taskfuse-data"
     runs_claim: ObjectName = "taskfuse-runs"
     storage: Bytes = "100Gi"
-    shared_memory: Bytes = "2Gi"
+    shared_memory: Bytes | None = None
     ephemeral_storage: Bytes = "4Gi"
     devices: dict[DeviceName, int] = Field({})
+    ipc_lock: bool = False
     egress: list[Network] = Field([])
     secrets: dict[Variable, SecretKey] = Field({})
     ttl_s: int | None = Field(604_800, ge=0)
@@ -77,4 +83,14 @@ class KubernetesSettings(Cluster):
             raise ValueError(f"secrets.{both[0]}: environment sets {both[0]} too, remove one of the two")
         if wrong := [name for name, number in self.devices.items() if number < 1]:
             raise ValueError(f"devices.{wrong[0]}: a node gets 1 or more")
+        if self.ipc_lock and not self.devices:
+            raise ValueError("ipc_lock: it is for devices of RDMA, name them in devices")
         return self
+
+    def shared_memory_of(self, ranks: int, gpus: int) -> str:
+        """Size of /dev/shm of a pod, a quantity."""
+        return self.shared_memory or f"{SHARED_MIB + ranks * (SHARED_MIB_GPU if gpus else SHARED_MIB_RANK)}Mi"
+
+    def shared_bytes(self, ranks: int, gpus: int) -> int:
+        """Bytes of /dev/shm of a pod, which are part of its memory."""
+        return int(amount(self.shared_memory_of(ranks, gpus)))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,10 @@ from pipeline.malloc import tune_malloc
 from pipeline.torch_compat import set_timeout
 from pipeline.training.faults.rank_status import ROUND, write_rank_status
 
+logger = logging.getLogger(__name__)
+
+RDMA = Path("/dev/infiniband")
+IPC_LOCK = 14  # the number of this capability
 ARRIVING_S = 60  # nodes start Python at different speeds
 STARTING = timedelta(hours=2)  # from the first contact of all ranks until training begins: a rank may read a checkpoint
 
@@ -33,6 +39,7 @@ def start(limit: float = 600) -> torch.device:
         UserError: more ranks than GPUs on this machine. OtherRankError: ranks have not come, by name.
     """
     raise_file_limit()
+    raise_lock_limit()
     quiet_libraries()
     listen_on_loopback()
     device = (
@@ -127,6 +134,26 @@ def _names(missing: list[int], store: dist.Store, attempt: int) -> str:
         host = store.get(node_key(attempt, node)).decode() if store.check([node_key(attempt, node)]) else ""
         names.append(f"rank {rank} (node {node}{host and ', ' + host})")
     return ", ".join(names) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+
+
+def raise_lock_limit() -> None:
+    """Lets this process lock as much memory as the system allows, and warns where that is too little for NCCL over RDMA."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    several = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if several and RDMA.exists() and hard != resource.RLIM_INFINITY and not has_capability(IPC_LOCK):
+        logger.warning(
+            "ranks lock only %.1f MiB of memory (ulimit -l): NCCL cannot use RDMA, and may go on by TCP. "
+            "k8s/PODS.md and pipeline/cluster/SLURM.md say where to raise it",
+            hard / 2**20,
+        )
+
+
+def has_capability(bit: int) -> bool:
+    """Whether this process has a Linux capability in effect."""
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return effective is not None and bool(int(effective[1], 16) >> bit & 1)
 
 
 def raise_file_limit() -> None:
