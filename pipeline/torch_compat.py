@@ -79,6 +79,7 @@ def on_cpu(value: ShardedTensor, parts: Sequence[Tensor]) -> ShardedTensor:
     for metadata in (*whole.shards_metadata, *(shard.metadata for shard in shards)):
         if metadata.placement is not None:
             metadata.placement._device = torch.device("cpu")
+    whole.tensor_properties.pin_memory = any(part.is_pinned() for part in parts)  # compared with each part's
     return ShardedTensor._init_from_local_shards_and_global_metadata(
         shards, sharded_tensor_metadata=whole, process_group=value._process_group
     )

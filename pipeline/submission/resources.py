@@ -109,6 +109,7 @@ def _training(
 ) -> Need:
     """Of jobs.train and jobs.search: jobs.plan's answer for the fewest nodes that it may run on."""
     from pipeline.training.parallel.capacity import PlanConfig, planned
+    from pipeline.training.parallel.memory import checkpoint_copy_bytes
 
     dataset = cluster.seen_here(cluster.of_job(settings.dataset))
     here = (dataset / "manifest.json").exists() or (settings.days is not None and dataset.is_dir())
@@ -139,10 +140,12 @@ def _training(
         raise UserError(first_fault(error)) from None
     found = planned(config, schema)
     peak, dense = found.peak, found.dense.total
-    memory = PROCESS[device] + peak.ddr + (dense if device == "cpu" else 0)
-    copy = peak.size.total + dense if settings.train.checkpoint_async else 0
+    memory = (
+        PROCESS[device] + peak.ddr + checkpoint_copy_bytes(found.dense, settings.train)
+    )  # a plan counts the tables'
+    memory += dense if device == "cpu" else 0
     size = sum(rank.size.total for rank in found.ranks) + dense
-    return Need(memory, memory + copy, _seconds_to_save(cluster.seen_here(cluster.of_job(settings.run)), size), [])
+    return Need(memory, memory, _seconds_to_save(cluster.seen_here(cluster.of_job(settings.run)), size), [])
 
 
 def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:

@@ -1,23 +1,31 @@
 """Rows of a checkpoint's tables, read without the others, against whole tensors cut by hand."""
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import memory_below
 from small_checkpoint import MANIFEST
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharding_spec import ShardMetadata
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from features.errors import UserError
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import reader, rows
+from pipeline.torch_compat import Shard, ShardedTensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
@@ -91,6 +99,84 @@ def test_a_tensor_is_read_some_rows_at_a_time(
     with mock.patch.object(reader, "BLOCK_BYTES", block):
         checkpoint.load(path, {"model": {"t": found_RD}}, alone=True)
     assert torch.equal(found_RD, table_RD.double())
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[[int, int], None]]:
+    """Makes this process one of several, which say nothing to each other."""
+
+    def become(rank: int, ranks: int) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+
+    yield become
+    dist.destroy_process_group()
+
+
+def sharded(shape: tuple[int, int], blocks: list[tuple[list[int], list[int]]], rank: int) -> ShardedTensor:
+    """A tensor of zeros with a block on each rank, (offsets, sizes)."""
+    metadata = [ShardMetadata(*block, placement=f"rank:{owner}/cpu") for owner, block in enumerate(blocks)]
+    whole = ShardedTensorMetadata(metadata, torch.Size(shape), TensorProperties())
+    shard = Shard(torch.zeros(blocks[rank][1]), metadata[rank])
+    return ShardedTensor._init_from_local_shards_and_global_metadata([shard], whole)
+
+
+class CountedFile(io.FileIO):
+    """Counts the bytes that are read of all files."""
+
+    taken = 0
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        count = super().readinto(buffer)
+        CountedFile.taken += count or 0
+        return count
+
+
+HEIGHT, WIDTH = 6000, 32
+BY_ROW = {ranks: [([HEIGHT // ranks * r, 0], [HEIGHT // ranks, WIDTH]) for r in range(ranks)] for ranks in (2, 3, 4)}
+BY_COLUMN = {ranks: [([0, WIDTH // ranks * r], [HEIGHT, WIDTH // ranks]) for r in range(ranks)] for ranks in (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "times"),
+    [
+        (([3000], []), BY_ROW[4], 1),
+        (([2000, 4000], []), BY_ROW[2], 1),
+        (([3000], []), BY_ROW[3], 1),
+        (([], [16]), BY_ROW[4], 1),
+        (([], [8, 16, 24]), BY_COLUMN[2], 1),
+        (([3000], []), BY_COLUMN[4], 4),  # bytes of a row that lie between are read: fewer than a disk seeks past
+    ],
+)
+def test_a_rank_reads_its_part_of_a_table_whatever_ranks_have_written_it(
+    tmp_path: Path, saved, loaded, times, ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table_RD = torch.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).float()
+    path = write(tmp_path / "step-00000003", table_RD, *saved)
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(CountedFile(self, mode)))
+    for rank, ((top, left), (height, width)) in enumerate(loaded):
+        ranks(rank, len(loaded))
+        found = sharded((HEIGHT, WIDTH), loaded, rank)
+        CountedFile.taken = 0
+        checkpoint.load(path, {"model": {"t": found}}, alone=True)
+        part = found.local_shards()[0].tensor
+        assert torch.equal(part, table_RD[top : top + height, left : left + width])
+        assert CountedFile.taken == times * part.nbytes
+
+
+def test_of_rows_that_are_long_a_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks) -> None:
+    """As of a dense weight that was saved whole, and is loaded in parts of its columns."""
+    table_RD = torch.randn(8, 40_000)
+    path = write(tmp_path / "step-00000003", table_RD, [], [])
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(CountedFile(self, mode)))
+    ranks(1, 4)
+    found = sharded((8, 40_000), [([0, 10_000 * r], [8, 10_000]) for r in range(4)], 1)
+    CountedFile.taken = 0
+    checkpoint.load(path, {"model": {"t": found}}, alone=True)
+    part = found.local_shards()[0].tensor
+    assert torch.equal(part, table_RD[:, 10_000:20_000])
+    assert CountedFile.taken == part.nbytes
 
 
 def test_what_lies_between_distant_rows_is_not_read(tmp_path: Path) -> None:

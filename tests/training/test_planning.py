@@ -43,9 +43,12 @@ class Model(nn.Module):
         self.linear = nn.Linear(1000, 1)
 
 
-def place(rows: dict[str, int] | None = None, hbm: int = 80 * GB, ranks: int = 64, device: str = "cuda", **train: Any):
+def place(
+    rows: dict[str, int] | None = None, hbm: int = 80 * GB, ranks: int = 64, device: str = "cuda", ddr: int = 1000 * GB,
+    **train: Any,
+):  # fmt: skip
     made, wanted = Model(rows or ROWS), Settings(batch_size=64 * 512, **train)
-    cluster = Cluster(ranks, min(ranks, 8), device, hbm if device == "cuda" else 0, 10**12)
+    cluster = Cluster(ranks, min(ranks, 8), device, hbm if device == "cuda" else 0, ddr)
     return plan.place(made, shard.sharders(wanted), made.configs, wanted, cluster)
 
 
@@ -124,6 +127,29 @@ def test_what_an_optimiser_keeps_counts_where_room_is_short() -> None:
     place(alone, 12 * GB, sharding=sharding, tables={"name": "sgd"})
     with pytest.raises(UserError, match=r"table user needs 17\.\d GB on one rank, which has 10\.2 GB of GPU memory"):
         place(alone, 12 * GB, sharding=sharding, tables={"name": "adagrad"})
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd"])
+def test_what_a_checkpoint_is_copied_to_is_main_memory_of_every_rank(device: str, optimizer: str) -> None:
+    sharding = {"default": ["row_wise"], "item": ["table_wise"], "country": ["data_parallel"]}
+    train = {"device": device, "sharding": sharding, "tables": {"name": optimizer}}
+    copied, at_once = place(**train)[1], place(checkpoint_async=False, **train)[1]
+    for ours, theirs in zip(copied.ranks, at_once.ranks, strict=True):
+        assert ours.size == theirs.size
+        assert ours.ddr - theirs.ddr == ours.size.weights + ours.size.state > 0
+        assert ours.hbm == theirs.hbm
+
+
+def test_too_little_memory_for_a_checkpoints_copy_is_an_error_with_what_helps() -> None:
+    """Weights and momentum are 15.6 MB on each rank. The dense part has its copy, too."""
+    train = {"rows": {"user": 60_000}, "ranks": 1, "sharding": {"default": ["table_wise"]}}
+    with pytest.raises(
+        UserError, match=r"15\.6 MB and 1 ranks have 15\.\d MB of memory.* train\.checkpoint_async=false"
+    ):
+        place(ddr=15_610_000, **train)
+    place(ddr=15_610_000, checkpoint_async=False, **train)
+    place(ddr=15_613_000, **train)
 
 
 def test_a_group_that_shares_tables_is_planned_alone() -> None:

@@ -164,7 +164,8 @@ def test_what_has_no_cpu_kernel_is_refused_there_and_planned_for_a_gpu(name: str
 def test_beside_a_cache_the_state_per_row_is_on_the_gpu(name: str, memory: str) -> None:
     def bytes_of(optimizer: str) -> tuple[int, int]:
         model = Model("meta")
-        wanted = settings(optimizer).model_copy(update={"kernels": {"default": ["fused_uvm_caching"]}})
+        changes = {"kernels": {"default": ["fused_uvm_caching"]}, "checkpoint_async": False}
+        wanted = settings(optimizer).model_copy(update=changes)
         cluster = Cluster(1, 1, "cuda", 10**9, 10**9)
         [rank] = plan.place(model, shard.sharders(wanted), model.configs, wanted, cluster)[1].ranks
         return rank.hbm, rank.ddr

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from features.errors import UserError, one_line
 from features.regular_files import lstat_regular
 from pipeline.run.checkpoint.index import DTYPES, Index, Part, TensorEntry, read_index, volume
 from pipeline.run.checkpoint.manifest import read
+from pipeline.run.checkpoint.rows import GAP_BYTES
 
 BLOCK_BYTES = 32 << 20  # that are in memory beside the tensor which is filled: a table may be as large as the memory
 
@@ -121,19 +123,45 @@ def _described(entry: TensorEntry) -> TensorStorageMetadata:
 
 
 def _read_into(target: Tensor, file: io.BufferedReader, entry: TensorEntry, part: Part, item: ReadItem) -> None:
-    """Copies the block of a part that a plan asks for; of a part only the rows that hold it are read, some at a time."""
-    if not part.sizes:
-        target.copy_(_read_rows(file, part.start, [], entry, item))
+    """Copies the block of a part that a plan asks for."""
+
+    def read(start: int, sizes: list[int]) -> Tensor:
+        return _read_rows(file, start, sizes, entry, item)
+
+    _read_block(target, read, entry.itemsize, part.start, part.sizes, list(item.storage_offsets), list(item.lengths))
+
+
+def _read_block(
+    target: Tensor,
+    read: Callable[[int, list[int]], Tensor],
+    itemsize: int,
+    start: int,
+    sizes: list[int],
+    offsets: list[int],
+    lengths: list[int],
+) -> None:
+    """Copies a block of an array, some rows at a time; only the rows that hold it are read, of long ones not all of it.
+
+    Args:
+        read: gives the array at a byte, of the sizes. start, sizes: of the whole array. offsets, lengths: of the block in it.
+    """
+    if not sizes:
+        target.copy_(read(start, []))
         return
-    first, rows = item.storage_offsets[0], item.lengths[0]
-    row_bytes = volume(part.sizes[1:]) * entry.itemsize
+    row_bytes = volume(sizes[1:]) * itemsize
+    gap = row_bytes - volume(lengths[1:]) * itemsize
+    first, rows = offsets[0], lengths[0]
+    if row_bytes > BLOCK_BYTES or gap > GAP_BYTES:
+        for row in range(rows):
+            begin = start + (first + row) * row_bytes
+            _read_block(target[row], read, itemsize, begin, sizes[1:], offsets[1:], lengths[1:])
+        return
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for begin in range(0, rows, step):
         count = min(step, rows - begin)
-        start = part.start + (first + begin) * row_bytes
-        block = _read_rows(file, start, [count, *part.sizes[1:]], entry, item)
+        block = read(start + (first + begin) * row_bytes, [count, *sizes[1:]])
         for dimension in range(1, block.dim()):
-            block = block.narrow(dimension, item.storage_offsets[dimension], item.lengths[dimension])
+            block = block.narrow(dimension, offsets[dimension], lengths[dimension])
         target[begin : begin + count].copy_(block)
 
 

@@ -3,10 +3,12 @@
 Training waits only while its state is copied in memory.
 """
 
+import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +27,8 @@ from features.errors import UserError, one_line
 from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index
 from pipeline.run.checkpoint.lock import discard, remove
 from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder
-from pipeline.storage.files import sha256, storage_of, write_json, write_text
+from pipeline.run.checkpoint.staging import Staging
+from pipeline.storage.files import storage_of, write_json, write_text
 from pipeline.torch_compat import ShardedTensor, on_cpu, with_local
 
 
@@ -48,13 +51,13 @@ def save(
     if rank == 0:
         outcome = [_attempt(_begin, staging)]
     dist.broadcast_object_list(outcome, group=group)
-    parts: list[Any] = [outcome[0]] * ranks
     if outcome[0] is None:
-        dist.all_gather_object(parts, _attempt(_write, staging, state, group), group)
-    outcome = [next((part for part in parts if isinstance(part, str)), None)]
-    if rank == 0 and outcome[0] is None:
-        files = {name: entry for part in parts for name, entry in part.items()}
-        outcome = [_attempt(_commit, staging, final, manifest.sealed(files))]
+        parts: list[Any] | None = [None] * ranks if rank == 0 else None
+        dist.gather_object(_attempt(_write, staging, state, group), parts, group=group)
+        if parts is not None:
+            failed = next((part for part in parts if isinstance(part, str)), None)
+            files = {} if failed else {name: entry for part in parts for name, entry in part.items()}
+            outcome = [failed or _attempt(_commit, staging, final, manifest.sealed(files))]
     dist.broadcast_object_list(outcome, group=group)
     if outcome[0] is not None:
         if rank == 0:
@@ -82,12 +85,9 @@ def _begin(staging: Path) -> None:
 
 def _write(staging: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, tuple[int, str]]:
     """This rank's files in `staging`: name to bytes and checksum."""
-    rank = dist.get_rank()
-    dcp.save(state, storage_writer=_Writer(staging, rank), process_group=group)
-    ours = [
-        path for name in (data_file(rank), INDEX) if (path := staging / name).exists() and (rank == 0 or name != INDEX)
-    ]
-    return {path.name: (path.stat().st_size, sha256(path)) for path in ours}
+    writer = _Writer(staging, dist.get_rank())
+    dcp.save(state, storage_writer=writer, process_group=group)
+    return writer.files
 
 
 def _commit(staging: Path, final: Path, manifest: CheckpointManifest) -> None:
@@ -120,24 +120,29 @@ class _Writer(dcp.StorageWriter):
     """Writes a rank's parts of the tensors one after the other, and on rank 0 the index of all ranks' parts.
 
     Which rank writes what is torch.distributed.checkpoint's plan.
+
+    Attributes:
+        files: what was written: name to bytes and checksum, taken of the content on its way.
     """
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__()
-        self.path, self.rank = path, rank
+        self.path, self.rank, self.staging = path, rank, Staging()
+        self.files: dict[str, tuple[int, str]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = []
+        results, name, checksum = [], data_file(self.rank), hashlib.sha256()
         if plan.items:
-            with (self.path / data_file(self.rank)).open("xb") as file:
+            with (self.path / name).open("xb") as file:
                 for item in plan.items:
                     if item.type == WriteItemType.BYTE_IO:
                         raise TypeError(f"{item.index.fqn} is no tensor: a checkpoint holds nothing else")
                     tensor = planner.resolve_data(item)
                     assert isinstance(tensor, Tensor)
-                    start = _write_aligned(file, tensor)
-                    part = Part(offsets=[], sizes=list(tensor.size()), file=data_file(self.rank), start=start)
+                    start = _write_aligned(file, checksum, self.staging.pieces(tensor))
+                    part = Part(offsets=[], sizes=list(tensor.size()), file=name, start=start)
                     results.append(WriteResult(item.index, tensor.nbytes, part))
+                self.files[name] = file.tell(), checksum.hexdigest()
                 file.flush()
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
@@ -156,7 +161,9 @@ class _Writer(dcp.StorageWriter):
             for name, kind in metadata.state_dict_metadata.items()
             if isinstance(kind, TensorStorageMetadata)
         }
-        write_text(self.path / INDEX, Index(tensors=tensors).model_dump_json())
+        content = Index(tensors=tensors).model_dump_json()
+        write_text(self.path / INDEX, content)
+        self.files[INDEX] = len(content.encode()), hashlib.sha256(content.encode()).hexdigest()
 
     def set_up_storage_writer(self, *_: Any, **__: Any) -> None: ...
 
@@ -173,18 +180,21 @@ class _Writer(dcp.StorageWriter):
         return True
 
 
-def _write_aligned(file: BinaryIO, tensor: Tensor) -> int:
-    """Appends the numbers of a tensor, and returns where they begin."""
-    file.write(bytes(-file.tell() % ALIGNMENT))
-    start = file.tell()
-    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def _write_aligned(file: BinaryIO, checksum: Any, pieces: Iterable[Tensor]) -> int:
+    """Appends numbers to a file and its checksum, and returns where they begin."""
+    padding = bytes(-file.tell() % ALIGNMENT)
+    start = file.tell() + len(padding)
+    for block in chain([memoryview(padding)], (piece.reshape(-1).view(torch.uint8).numpy().data for piece in pieces)):
+        file.write(block)
+        checksum.update(block)
     return start
 
 
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, in a thread and with a process group of its own.
 
-    The copy's memory, that of this rank's state once more, is kept from one checkpoint to the next.
+    The copy takes the bytes of this rank's state once more in main memory, on a GPU's machine too, and is kept from one
+    checkpoint to the next.
 
     Args:
         checkpoints: the run's folder of them.
@@ -203,6 +213,7 @@ class CheckpointWriter:
     ) -> None:
         self.checkpoints, self.group, self.background, self.written = checkpoints, group, background, written
         self.copy: Any = None
+        self.staging = Staging()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -212,9 +223,7 @@ class CheckpointWriter:
         if not self.background:
             self._write(state, manifest, begin)
             return
-        self.copy = copy_to_cpu(state, self.copy)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies from a GPU are under way
+        self.copy = copy_to_cpu(state, self.staging, self.copy)
         self.thread = threading.Thread(
             target=self._write, args=(self.copy, manifest, begin), daemon=True, name="checkpoint"
         )
@@ -238,29 +247,18 @@ class CheckpointWriter:
             self.error = error
 
 
-def copy_to_cpu(value: Any, into: Any = None) -> Any:
-    """A copy of a state in the CPU's memory: nested dictionaries of tensors, sharded ones included.
+def copy_to_cpu(value: Any, staging: Staging, into: Any = None) -> Any:
+    """A copy of a state in main memory: nested dictionaries of tensors, sharded ones included.
 
     Args:
-        into: an earlier copy of the same state, whose memory is used again.
+        staging: through which tensors of a GPU pass. into: an earlier copy of the same state, whose memory is used again.
     """
     if isinstance(value, dict):
-        return {name: copy_to_cpu(item, into[name] if into else None) for name, item in value.items()}
+        return {name: copy_to_cpu(item, staging, into[name] if into else None) for name, item in value.items()}
     if isinstance(value, ShardedTensor):
-        return _copied_shards(value, into)
+        known = [shard.tensor for shard in into.local_shards()] if into is not None else repeat(None)
+        copies = [staging.copied(shard.tensor, copy) for shard, copy in zip(value.local_shards(), known, strict=False)]
+        return into if into is not None else on_cpu(value, copies)
     if isinstance(value, DTensor):
-        local = copy_to_cpu(value.to_local(), into.to_local() if into is not None else None)
-        return with_local(value, local)
-    if isinstance(value, Tensor):
-        if into is None:
-            into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return into.copy_(value.detach(), non_blocking=True)
-    return value
-
-
-def _copied_shards(value: ShardedTensor, into: ShardedTensor | None) -> ShardedTensor:
-    if into is not None:
-        for theirs, ours in zip(value.local_shards(), into.local_shards(), strict=True):
-            ours.tensor.copy_(theirs.tensor.detach(), non_blocking=True)
-        return into
-    return on_cpu(value, [copy_to_cpu(shard.tensor) for shard in value.local_shards()])
+        return with_local(value, staging.copied(value.to_local(), into.to_local() if into is not None else None))
+    return staging.copied(value, into) if isinstance(value, Tensor) else value

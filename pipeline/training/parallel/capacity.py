@@ -117,7 +117,7 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
             lines.append(
                 f"{order.lanes} lanes: {several} ranks decode each row group; train.lanes={config.ranks}: one rank"
             )
-        lines = [*estimated.lines(), *lines, _summary(estimated, config.cluster)]
+        lines = [*estimated.lines(), *lines, _summary(estimated, config)]
     if config.kind is None:
         return lines
     model = scaling.Model.of(tables.schema, tables.encoders, config.model, config.train, tables.dataset)
@@ -205,15 +205,18 @@ def _bounds(schema: Schema) -> str:
     return f"without a dataset, rows are upper bounds: {', '.join(names)}" if names else ""
 
 
-def _summary(estimated: Estimate, cluster: Cluster) -> str:
+def _summary(estimated: Estimate, config: PlanConfig) -> str:
+    cluster = config.cluster
     peak = max(estimated.ranks, key=lambda rank: (rank.hbm, rank.ddr))
-    hbm, ddr = cluster.available(estimated.dense)
-    used, free, memory, reserve = (peak.ddr, ddr, cluster.ddr, "")
+    hbm, ddr = cluster.available(estimated.dense, config.train)
+    used, free, memory, reserve, dense = (peak.ddr, ddr, cluster.ddr, "", cluster.ddr - ddr)
     if cluster.device == "cuda":
         used, free, memory, reserve = (peak.hbm, hbm, cluster.hbm, f"{RESERVE:.0%} reserve and ")
+        dense = estimated.dense.total
     each = f" of each of {estimated.replicas} replicas" if estimated.replicas > 1 else ""
     line = (
         f"fits: peak rank {peak.rank}{each} uses {readable(used)} of {readable(free)} ({readable(memory)} less {reserve}"
-        f"{readable(estimated.dense.total)} of dense parameters)"
+        f"{readable(dense)} of dense parameters)"
     )
-    return line + (f", and {readable(peak.ddr)} of main memory" if cluster.device == "cuda" and peak.ddr else "")
+    main = peak.ddr + cluster.ddr - ddr
+    return line + (f", and {readable(main)} of main memory" if cluster.device == "cuda" and main else "")

@@ -52,7 +52,7 @@ class RankEstimate:
 
     Attributes:
         size: of its part. work: its share of the time that the planner expects all ranks to spend on tables.
-        hbm, ddr: bytes of GPU and main memory, with the buffers of a batch.
+        hbm, ddr: bytes of GPU and main memory, with the buffers of a batch and the copy that a checkpoint is written from.
     """
 
     rank: int
@@ -168,6 +168,11 @@ def shard_bytes(option: ShardingOption, shard: Shard, optimizer: FusedOptimizer)
     rows, columns = shard.size
     weights = rows * columns * option.tensor.element_size()
     return TrainingBytes(weights, weights if replicated(option) else 0, optimizer.state_bytes(rows, columns))
+
+
+def checkpoint_copy_bytes(size: TrainingBytes, settings: Settings) -> int:
+    """Bytes of main memory that a checkpoint is copied to before it is written, also from a GPU."""
+    return size.weights + size.state if settings.checkpoint_async else 0
 
 
 def replicated(option: ShardingOption) -> bool:

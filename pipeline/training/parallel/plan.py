@@ -32,17 +32,19 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.errors import UserError, one_line
 from pipeline.training.config import Settings
-from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS, FusedOptimizer
+from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import placements
 from pipeline.training.parallel.memory import (
     Estimate,
     PlanRecorder,
     TrainingBytes,
+    checkpoint_copy_bytes,
     dense_bytes,
     estimate,
     readable,
     replicated,
     shard_bytes,
+    total,
 )
 from pipeline.training.parallel.replicas import ranks_on_a_node
 
@@ -69,11 +71,12 @@ class Cluster:
     hbm: int
     ddr: int
 
-    def available(self, dense: TrainingBytes) -> tuple[int, int]:
+    def available(self, dense: TrainingBytes, settings: Settings) -> tuple[int, int]:
         """Bytes of GPU and of main memory that a rank has for tables beside its dense part; negative if none."""
+        ddr = self.ddr - checkpoint_copy_bytes(dense, settings)
         if self.device == "cuda":
-            return int(self.hbm * (1 - RESERVE)) - dense.total, self.ddr
-        return 0, self.ddr - dense.total
+            return int(self.hbm * (1 - RESERVE)) - dense.total, ddr
+        return 0, ddr - dense.total
 
 
 def plan(
@@ -148,8 +151,8 @@ def place(
     choices = placements.constraints(tables, settings, group, local)
     optimizer, recorder = TABLE_OPTIMIZERS[settings.tables.name], PlanRecorder()
     with _quiet():
-        topology = _topology(cluster, dense, group, local)
-        memory = _Memory(optimizer, topology, choices)
+        topology = _topology(cluster, dense, settings, group, local)
+        memory = _Memory(settings, topology, choices)
         speed = EmbeddingPerfEstimator(topology=topology, constraints=choices)
         options = EmbeddingEnumerator(topology, batch, choices, estimator=[speed, memory])
         planner = _planner(topology, batch, options, choices, recorder)
@@ -161,9 +164,9 @@ def place(
     return placed, estimate(recorder.options, group, optimizer, dense, cluster.ranks // group)
 
 
-def _topology(cluster: Cluster, dense: TrainingBytes, ranks: int, ranks_per_node: int) -> Topology:
+def _topology(cluster: Cluster, dense: TrainingBytes, settings: Settings, ranks: int, ranks_per_node: int) -> Topology:
     """Of the ranks that share one replica of the tables."""
-    hbm, ddr = cluster.available(dense)
+    hbm, ddr = cluster.available(dense, settings)
     return Topology(
         world_size=ranks,
         local_world_size=ranks_per_node,
@@ -237,13 +240,12 @@ class BalancedPartitioner(GreedyPerfPartitioner):
 
 
 class _Memory(EmbeddingStorageEstimator):
-    """Adds what the planner's bytes leave out: a fused optimiser's state, and a replicated table's gradient."""
+    """Adds what the planner's bytes leave out: an optimiser's state, a replicated table's gradient, a checkpoint's copy."""
 
-    def __init__(
-        self, optimizer: FusedOptimizer, topology: Topology, constraints: dict[str, ParameterConstraints]
-    ) -> None:
+    def __init__(self, settings: Settings, topology: Topology, constraints: dict[str, ParameterConstraints]) -> None:
         super().__init__(topology=topology, constraints=constraints)
-        self.optimizer, self.device = optimizer, topology.compute_device
+        self.settings, self.device = settings, topology.compute_device
+        self.optimizer = TABLE_OPTIMIZERS[settings.tables.name]
 
     def estimate(self, sharding_options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
         """Sets the storage of each shard."""
@@ -255,7 +257,8 @@ class _Memory(EmbeddingStorageEstimator):
                 if self.device == "cuda":
                     cached = option.compute_kernel == "fused_uvm_caching"
                     hbm = self.optimizer.row_bytes(shard.size[0]) if cached else more
-                shard.storage = (shard.storage or Storage(0, 0)) + Storage(hbm, more - hbm)
+                ddr = more - hbm + checkpoint_copy_bytes(found, self.settings)
+                shard.storage = (shard.storage or Storage(0, 0)) + Storage(hbm, ddr)
 
 
 def _too_little_memory(
@@ -269,7 +272,7 @@ def _too_little_memory(
     """By how much tables do not fit, and what may help."""
     optimizer = TABLE_OPTIMIZERS[settings.tables.name]
     lighter = ["train.tables.name=rowwise_adagrad"] if "element" in optimizer.state else []
-    for memory, room in zip(("hbm", "ddr"), cluster.available(dense), strict=True):
+    for memory, room in zip(("hbm", "ddr"), cluster.available(dense, settings), strict=True):
         if memory == "hbm" and cluster.device == "cpu":
             continue
         where = "GPU memory" if memory == "hbm" else "memory"
@@ -278,9 +281,11 @@ def _too_little_memory(
                 f"the dense part alone takes {readable(dense.total)}, {readable(-room)} more than a rank has of {where}. "
                 "Try ranks with more memory, train.dense_parallel=fsdp, a smaller model."
             )
-        cached = ["train.kernels.default=[fused_uvm_caching]"] if memory == "hbm" else []
-        helpful = ", ".join([*cached, *lighter, "a smaller dim"])
-        needs = _needs(options, optimizer, memory)
+        other = ["train.kernels.default=[fused_uvm_caching]"] if memory == "hbm" else []
+        if memory == "ddr" and settings.checkpoint_async:
+            other = ["train.checkpoint_async=false, which needs no copy"]
+        helpful = ", ".join([*other, *lighter, "a smaller dim"])
+        needs = _needs(options, settings, memory)
         whole, have = sum(need.whole for need in needs), room * ranks
         if whole > have:
             return (
@@ -314,12 +319,14 @@ class _Need:
     widest: int
 
 
-def _needs(options: Sequence[ShardingOption], optimizer: FusedOptimizer, memory: str) -> list[_Need]:
+def _needs(options: Sequence[ShardingOption], settings: Settings, memory: str) -> list[_Need]:
     by_table: dict[str, list[_Need]] = {}
+    optimizer = TABLE_OPTIMIZERS[settings.tables.name]
     for option in options:
         parts = [getattr(shard.storage, memory) for shard in option.shards]
-        copy = 0 if replicated(option) else sum(shard_bytes(option, s, optimizer).total for s in option.shards)
-        need = _Need(option.name, sum(parts), min(sum(parts), copy), max(parts))
+        size = total(shard_bytes(option, shard, optimizer) for shard in option.shards)
+        shared = size.total + (checkpoint_copy_bytes(size, settings) if memory == "ddr" else 0)
+        need = _Need(option.name, sum(parts), 0 if replicated(option) else min(sum(parts), shared), max(parts))
         by_table.setdefault(option.name, []).append(need)
     return [
         replace(min(found, key=lambda n: n.whole), widest=min(n.widest for n in found)) for found in by_table.values()

@@ -62,4 +62,5 @@ def scoring_settings(trained: Mapping[str, Any], where: Path, device: torch.devi
     except ValidationError as error:
         raise UserError(f"{where}: train.{first_fault(error)}. Restore it.") from None
     kernels = {"kernels": known.kernels} if device.type == "cuda" else {}
-    return Settings(batch_size=batch_size, tables=TableOptimizer(name="sgd"), pipelined=False, **kernels)
+    nothing = {"tables": TableOptimizer(name="sgd"), "checkpoint_async": False}
+    return Settings(batch_size=batch_size, pipelined=False, **nothing, **kernels)
