@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from features.errors import OtherRankError, Preempted
+from features.errors import Preempted
 from features.schema.schema import Schema
 from pipeline import cores
 from pipeline.dataset.dataset import open_dataset
@@ -60,12 +60,11 @@ def train(
             trainer.run.write_status("failed", trainer.state.step, trainer.steps)
         if dist.is_initialized() and (dist.get_world_size() == 1 or ended):
             dist.destroy_process_group()  # other ranks would see the connection break before this one has raised
-        elif isinstance(error, RuntimeError) and (cause := process_group.lost_contact(error)):
-            where = f"step {trainer.state.step + 1}" if trainer else "at the start"
-            raise OtherRankError(
-                f"{where}: lost contact with another rank ({cause}); its own error, if it failed, says why. "
-                "jobs.launch --max-restarts=N resumes from the newest checkpoint."
-            ) from None
+        elif isinstance(error, RuntimeError):
+            where = f"step {trainer.state.step + 1}: " if trainer else "at the start: "
+            resumes = "jobs.launch --max-restarts=N resumes from the newest checkpoint."
+            if said := process_group.explained(error, where, resumes):
+                raise said from None
         raise
     finally:
         watching.close()
