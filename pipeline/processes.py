@@ -26,4 +26,12 @@ def children() -> list[int]:
     """The processes that this one is the parent of and that have not ended."""
     tasks = Path("/proc/self/task").glob("*/children")
     pids = [int(word) for task in tasks for word in task.read_text().split()]
-    return [pid for pid in pids if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
+    return [pid for pid in pids if not has_ended(pid)]
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for its parent to notice that it has ended; False where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return Path("/proc/self/stat").exists()

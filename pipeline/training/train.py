@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from features.errors import OtherRankError, Preempted
+from features.errors import Preempted
 from features.schema.schema import Schema
 from pipeline import cores
 from pipeline.dataset.dataset import open_dataset
@@ -15,7 +15,7 @@ from pipeline.run.run import Run
 from pipeline.run.tracking import registry as tracking
 from pipeline.training.architecture_file import resolved
 from pipeline.training.config import TrainConfig
-from pipeline.training.faults.hang_watch import watch_ranks
+from pipeline.training.faults.hang_watch import RESUMES, watch_ranks
 from pipeline.training.faults.preemption import exiting_at_start
 from pipeline.training.observer import Observer
 from pipeline.training.parallel import process_group
@@ -40,35 +40,34 @@ def train(
         UserError: bad input, a loss that is not finite, or a lost rank.
         Preempted: by SIGTERM, after a checkpoint.
     """
-    trainer = None
-    watching = ExitStack()
+    trainer = watch = None
     try:
         with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
             if os.environ.get("RANK", "0") == "0":
                 tracking.check(config)
             device = process_group.start(config.train.timeout)
             watch = watch_ranks(config.train.timeout)  # a rank may be cut off in start-up too
-            watching.callback(watch.stop)
             trainer = prepare(config, schema, device, observers, kind)
             trainer.watch = watch
         run = trainer.run_to_end()
+        watch.stop()
         dist.destroy_process_group()
         return run
     except BaseException as error:
         ended = isinstance(error, (Preempted, SystemExit))
         if trainer is not None and trainer.rank == 0 and not ended:
             trainer.run.write_status("failed", trainer.state.step, trainer.steps)
+        said = None
+        if isinstance(error, RuntimeError):
+            where = f"step {trainer.state.step + 1}: " if trainer else "at the start: "
+            said = process_group.explained(error, where, RESUMES)
+        if watch:
+            watch.stop(said or error)
         if dist.is_initialized() and (dist.get_world_size() == 1 or ended):
             dist.destroy_process_group()  # other ranks would see the connection break before this one has raised
-        elif isinstance(error, RuntimeError) and (cause := process_group.lost_contact(error)):
-            where = f"step {trainer.state.step + 1}" if trainer else "at the start"
-            raise OtherRankError(
-                f"{where}: lost contact with another rank ({cause}); its own error, if it failed, says why. "
-                "jobs.launch --max-restarts=N resumes from the newest checkpoint."
-            ) from None
+        elif said:
+            raise said from None
         raise
-    finally:
-        watching.close()
 
 
 def prepare(

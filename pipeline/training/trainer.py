@@ -344,19 +344,23 @@ class Trainer:
     @contextmanager
     def _session(self) -> Iterator[None]:
         """What runs beside the loop: metrics, the watch for hung ranks, the handler of SIGTERM."""
-        self.watch = self.watch or watch_ranks(self.settings.timeout)
+        own = None if self.watch else watch_ranks(self.settings.timeout)
+        self.watch = self.watch or own
+        assert self.watch is not None
         if self.ranks > 1:
             process_group.limit_waiting(2 * self.settings.timeout)  # the watch reports before it
         if self.at_end():
             self.log(f"{self.run.path} is at step {self.state.step} of {self.steps}: nothing to do")
         try:
-            with self.preemption.handling(), self._tracked():
+            with self.preemption.handling(self.watch.expect_end), self._tracked():
                 yield
         except UserError:
+            self._enter("save")
             self.wait_for_writer()  # the other ranks are still there to write their parts
             raise
         finally:
-            self.watch.stop()
+            if own:
+                own.stop()
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:

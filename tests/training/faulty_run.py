@@ -1,11 +1,12 @@
 """A run to which something happens, for test_survival.py: faulty_run.py FOLDER NAME ATTEMPT SETTINGS FAULTS, under torchrun.
 
-SETTINGS: of train, in JSON. FAULTS: in JSON, a list of [attempt, rank, step, signal, "self" or "launcher"]. Attempts of one
-torchrun follow each other from ATTEMPT on. Each rank writes in FOLDER/NAME.seen/ which rows it took in which step. A run
-that resumes first writes the state that it has loaded to FOLDER/NAME.again/. PAUSE in the environment: seconds that a step
-takes at least.
+SETTINGS: of train, in JSON. FAULTS: in JSON, a list of [attempt, rank, step, fault, whom]: a signal to "self" or "launcher", or
+"waits in C". Attempts of one torchrun follow each other from ATTEMPT on. Each rank writes in FOLDER/NAME.seen/ which rows it
+took in which step. A run that resumes first writes the state that it has loaded to FOLDER/NAME.again/. PAUSE in the
+environment: seconds that a step takes at least.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -31,6 +32,13 @@ PAUSE = float(os.environ.get("PAUSE", 0))
 FAULTS = {(attempt, rank, step): rest for attempt, rank, step, *rest in json.loads(sys.argv[5])}
 
 
+def wait_in_c() -> None:
+    """For ever, without the GIL: as in a wait for a GPU, no signal's handler in Python runs, and none interrupts it."""
+    mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
 class Faults(Observer):
     """Writes its rows down, and in the midst of a step, between forward and backward, does to itself what FAULTS say."""
 
@@ -43,6 +51,8 @@ class Faults(Observer):
         time.sleep(PAUSE)
         if fault := FAULTS.get((ATTEMPT, trainer.rank, trainer.state.step + 1)):
             name, whom = fault
+            if name == "waits in C":
+                wait_in_c()
             os.kill(os.getpid() if whom == "self" else os.getppid(), getattr(signal, name))
             while whom == "launcher" and not trainer.preemption.received:  # it passes the signal on when it next looks
                 time.sleep(0.01)

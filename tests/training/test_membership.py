@@ -19,15 +19,16 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from features.errors import OtherRankError, Preempted
+from features.errors import OtherRankError, Preempted, UserError
+from jobs import launch
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, Alive, RankStatus
-from pipeline.training.parallel import process_group
+from pipeline.training.parallel import process_group, rendezvous
 from pipeline.training.parallel.contact import INTERVAL_S, Contact
 from pipeline.training.parallel.exit_codes import lost
 from pipeline.training.parallel.launcher import warn_of_clock
 from pipeline.training.parallel.membership import Membership
-from pipeline.training.parallel.process_group import lost_contact, raise_file_limit, wait_for_ranks
+from pipeline.training.parallel.process_group import explained, lost_contact, raise_file_limit, wait_for_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -305,6 +306,57 @@ def test_a_lost_store_is_a_lost_rank() -> None:
     assert lost_contact(dist.DistNetworkError("failed to recv, got 0 bytes. Exception raised from x")) is not None
 
 
+NCCL_TEXTS = {  # as torch raises them, from reports of its users; what NCCL says of each, and of a lost peer that it is one
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for "
+    "details), NCCL version 2.27.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000": (
+        "ncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000. Each rank needs a GPU", False
+    ),
+    "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled system error (run with NCCL_DEBUG=INFO for "
+    "details), NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or "
+    "device error. It can be also caused by unexpected exit of a remote peer, you can check NCCL warnings for failure reason "
+    "and see if there is connection closure by a peer.\nLast error:\n"
+    "Error while creating shared memory segment /dev/shm/nccl-EoOvZr (size 7340384)\nException raised from create at ": (
+        "ncclSystemError: Error while creating shared memory segment /dev/shm/nccl-EoOvZr (size 7340384). /dev/shm is", False
+    ),
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for "
+    "details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    "Cuda failure 2 'out of memory'": ("ncclUnhandledCudaError: Cuda failure 2 'out of memory'. The GPU is full", False),
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external library "
+    "call failed or device error.\nLast error:\n\n": ("unhandled system error (run with NCCL_DEBUG=INFO for details)", False),
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network error,"
+    " NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting "
+    "prematurely.\nLast error:\nsocketProgressOpt: Call to recv from 10.0.0.7<33759> failed : Connection reset by peer": (
+        "ncclRemoteError: socketProgressOpt: Call to recv from 10.0.0.7<33759> failed : Connection reset by peer", True
+    ),
+    "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\n"
+    "ncclInternalError: Internal check failed.\nLast error:\nNet : Connection closed by remote peer node-2<50260>": (
+        "ncclInternalError: Net : Connection closed by remote peer node-2<50260>", True
+    ),
+    "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, "
+    "Timeout(ms)=600000) ran for 600066 milliseconds before timing out.": ("Watchdog caught collective", True),
+    "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
+    "store->get('0') got error: wait timeout after 600000ms, keys: /default_pg/0//cuda//0": ("wait timeout after 600", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NCCL_TEXTS)
+def test_what_nccl_says_is_kept_and_is_a_lost_rank_only_where_a_peer_is_gone(text: str) -> None:
+    says, lost_peer = NCCL_TEXTS[text]
+    found = explained(dist.DistBackendError(text), "step 7: ", "Rerun.")
+    assert isinstance(found, OtherRankError) is lost_peer
+    begins = "step 7: lost contact with another rank (" if lost_peer else "step 7: NCCL: "
+    assert str(found).startswith(begins)
+    assert says in str(found)
+    assert "\n" not in str(found)
+    assert "raised from" not in str(found)
+
+
+def test_an_error_that_is_of_no_collective_keeps_its_traceback() -> None:
+    assert explained(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "", "") is None
+
+
 def test_a_process_opens_as_many_files_as_the_system_allows_and_so_do_its_children() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
@@ -346,6 +398,32 @@ def test_a_capability_is_read_as_the_kernel_says_it() -> None:
     chown = os.geteuid() == 0  # capability 0, which a container's root has, too
     assert process_group.has_capability(0) is chown
     assert not process_group.has_capability(63)
+
+
+def test_ranks_and_their_launcher_raise_the_limit_of_files_before_they_open_a_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """512 ranks have some 2,000 connections to the launcher that holds the store; the usual limit is 1,024."""
+    before, found = resource.getrlimit(resource.RLIMIT_NOFILE), []
+
+    def note(*_: object) -> None:
+        found.append(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        raise UserError("")
+
+    monkeypatch.setattr(rendezvous, "choose", note)
+    monkeypatch.setattr(process_group, "listen_on_loopback", note)
+    monkeypatch.setattr(launch, "escape_output", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["launch", "-m", "jobs.train"])
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        for begin, ends in ((launch.main, SystemExit), (process_group.start, UserError)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+            with pytest.raises(ends):
+                begin()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert found == [before[1]] * 2
 
 
 def test_a_node_that_is_lost_while_ranks_connect_ends_the_others_in_time() -> None:

@@ -106,18 +106,12 @@ def test_a_process_alone_exits_with_75_when_it_is_told_to_end(folder: Path) -> N
 # Killed, hung, resized
 
 
-def launch(
-    folder: Path, name: str, ranks: int, attempt: int, faults: list, *flags: str, kill_after: int = 60, **settings: Any
-) -> Any:
-    """A run of faulty_run.py under jobs.launch, what it said printed.
-
-    Args:
-        kill_after: seconds that ranks have to end, which one that hangs (SIGSTOP) takes whole.
-    """
+def launch(folder: Path, name: str, ranks: int, attempt: int, faults: list, *flags: str, **settings: Any) -> Any:
+    """A run of faulty_run.py under jobs.launch, what it said printed."""
     command = [sys.executable, "-m", "jobs.launch", f"--nproc-per-node={ranks}", *flags]
     command += [str(HERE / "faulty_run.py"), str(folder), name, str(attempt), json.dumps(settings), json.dumps(faults)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
-    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(kill_after)
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "60"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout, done.stderr)
     return done
@@ -157,9 +151,12 @@ def undisturbed(folder: Path) -> Path:
 def test_a_rank_that_is_killed_and_then_one_that_hangs_cost_the_steps_since_the_last_checkpoint_alone(
     folder: Path, undisturbed: Path
 ) -> None:
+    """Rank 0 waits in C, as for a GPU that waits for another rank's: neither an error nor the launcher's SIGTERM ends it."""
     faults = [[0, 1, 12, "SIGKILL", "self"], [1, 1, 33, "SIGSTOP", "self"]]
-    done = launch(folder, "killed", 2, 0, faults, "--max-restarts=2", kill_after=1, checkpoint_every=5, timeout=5)
+    faults += [[0, 0, 12, "waits in C", ""], [1, 0, 33, "waits in C", ""]]
+    done = launch(folder, "killed", 2, 0, faults, "--max-restarts=2", checkpoint_every=5, timeout=5)
     assert done.returncode == 0
+    assert re.search(r"error \(rank 0\): step 12: rank 1 on \S+ failed: its process, pid \d+, is gone", done.stderr)
     # The checkpoint before the fault may have been under way.
     assert re.search(r"resumed from \S+step-000000(10|05)\n(.*\n)*.*resumed from \S+step-000000(30|25)\n", done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): step ")]

@@ -1,4 +1,4 @@
-"""Hung ranks: each rank beats, ranks that wait in vain name the one they wait for and exit, a launcher ends a silent one."""
+"""Hung and failed ranks: each rank beats; ranks that wait in vain name the one they wait for and exit, wherever they wait."""
 
 import json
 import os
@@ -7,18 +7,29 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.distributed as dist
 
+from pipeline.processes import has_ended
 from pipeline.torch_compat import default_store
+from pipeline.training.faults.failures import FAILED, Failure, failure_of, leave, report, report_gone, reported
 from pipeline.training.faults.rank_status import end_heartbeat, write_heartbeat, write_rank_status
 
 PHASES = ("start", "data", "step", "save")  # in the order in which a step goes through them
 UNLIMITED = ("start", "save")  # phases that may take any time, for a rank that beats
+
+RESUMES = "jobs.launch --max-restarts=N resumes from the newest checkpoint."
+# A rank whose peer has failed has so long to end by itself, with its own error: gloo reports a broken connection at once.
+GRACE_S = 5.0
+SAVING_S = 30.0  # the same where it writes a checkpoint, which may be complete without that peer
+LAST_WORDS_S = 10.0  # that a rank waits for a store to take what it writes as it ends
+STORE_GONE_S = (
+    60.0  # that a step may take, or `timeout` if that is less, where the store's host has closed the connection
+)
 
 
 class Heartbeat(NamedTuple):
@@ -36,69 +47,130 @@ class Heartbeat(NamedTuple):
 class HangWatch:
     """A thread that beats once a second, and compares the ranks' heartbeats once this rank has waited for `timeout`.
 
+    It ends this process, with one line, where the main thread cannot: one that waits in C, as for a collective of NCCL whose
+    peer is dead, runs no Python, not even a handler of signals. Such waits release the GIL, so this thread runs. Where one did
+    not, this rank would fall silent: the others name it, and its launcher kills it.
+
     A single rank has nobody to compare with: its heartbeat is for jobs.launch.
 
     Args:
         store: that all ranks reach; None for a single rank. rank, ranks: of the process group. timeout: seconds.
+        local: the other ranks of this machine.
     """
 
-    def __init__(self, store: dist.Store | None, rank: int, ranks: int, timeout: float) -> None:
+    def __init__(
+        self, store: dist.Store | None, rank: int, ranks: int, timeout: float, local: Sequence[int] = ()
+    ) -> None:
         self.store, self.rank, self.ranks, self.timeout = store, rank, ranks, timeout
         self.interval = min(1.0, timeout / 5)
         self.step, self.phase, self.since, self.beats = 0, "start", time.monotonic(), 0
         self.taken = 0  # steps
         self.answered = time.monotonic()  # when the store did last
+        # When another rank's failure was read, SIGTERM came, the store was found gone.
+        self.failed_at = self.asked_at = self.store_gone_at = float("inf")
+        self.unknown, self.pids = set(local), dict[int, int]()  # of this machine, by rank
+        self.failure: Failure | None = None  # this rank's
         self.stopped = threading.Event()
         self._beat()
         self.thread = threading.Thread(target=self._run, daemon=True, name="hang watch")
         self.thread.start()
         if store is not None:
-            threading.Thread(target=self._watch_store, daemon=True, name="store watch").start()
+            threading.Thread(target=self._watch_self, daemon=True, name="self watch").start()
 
     def enter(self, step: int, phase: str) -> None:
         """Records what this rank does from now on, one of PHASES."""
         self.taken += 0 < self.step < step
         self.step, self.phase, self.since = step, phase, time.monotonic()
 
-    def stop(self) -> None:
-        """Ends the thread."""
+    def expect_end(self) -> None:
+        """Called once SIGTERM has come."""
+        self.asked_at = min(self.asked_at, time.monotonic())
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Ends the thread, which first writes for the other ranks that this one leaves.
+
+        Args:
+            error: why; all other ranks will print it, and end, unless it is one of preemption.
+        """
+        self.failure = failure_of(self.rank, error)
         self.stopped.set()
-        self.thread.join(self.timeout)  # no longer: its store may not answer
+        self.thread.join(min(self.timeout, LAST_WORDS_S))  # no longer: its store may not answer
         end_heartbeat()
 
     def _run(self) -> None:
-        while not self.stopped.wait(self.interval):
-            try:
-                self._beat()
-                if self.store is None or time.monotonic() - self.since < 0.8 * self.timeout:
-                    continue
-                stuck, before = (self.step, self.phase), self._heartbeats()
-                for _ in range(3):
-                    self.stopped.wait(max(self.interval, self.timeout / 15))
-                    self._beat()
-                now = self._heartbeats()
-            except dist.DistError:
-                self.stopped.set()  # the store is gone, and its owner, torchrun, ends this process
-                return
-            busy = any(beat.phase in UNLIMITED for beat in now if beat)
-            if self.stopped.is_set() or (self.step, self.phase) != stuck or (busy and not silent(before, now)):
-                continue
-            self._kill(now[rank] for rank in silent(before, now))
-            self._end(diagnosis(before, now, self.rank))
+        try:
+            while not self.stopped.wait(self.interval):
+                self._attend()
+                if self.store is not None and time.monotonic() - self.since >= 0.8 * self.timeout:
+                    self._look_for_hang()
+            if self.store is not None:
+                if self.failure:
+                    report(self.store, self.failure)
+                leave(self.store, self.rank)
+        except dist.DistError:
+            self.store_gone_at = time.monotonic()  # its owner, torchrun, ends this process, or _watch_self does
 
-    def _watch_store(self) -> None:
-        """Ends this rank where the store's host is cut off: a call to it may then block for a quarter of an hour."""
+    def _attend(self) -> None:
+        """Beats, reports ranks of this machine that are gone, and ends this process after another's failure."""
+        self._beat()
+        if self.store is None:
+            return
+        for rank in [rank for rank in self.unknown if self.store.check([f"beat/{rank}"])]:
+            self.pids[rank] = self._heartbeat(rank).pid
+            self.unknown.remove(rank)
+        for rank in [rank for rank, pid in self.pids.items() if has_ended(pid)]:
+            report_gone(self.store, rank, self.pids.pop(rank))
+        grace = SAVING_S if self.phase == "save" else GRACE_S
+        if time.monotonic() - self.failed_at > grace and not self.stopped.is_set():
+            why = reported(self.store).text
+            where = f"step {self.step}" if self.step else "at the start"
+            self._end(f"{where}: {why}" if RESUMES in why else f"{where}: {why.rstrip('.')}. {RESUMES}")
+
+    def _look_for_hang(self) -> None:
+        """Compares heartbeats of all ranks, some seconds apart, and ends this process if one of the others is to blame."""
+        assert self.store is not None
+        stuck, before = (self.step, self.phase), self._heartbeats()
+        end = time.monotonic() + 3 * max(self.interval, self.timeout / 15)
+        while time.monotonic() < end and not self.stopped.wait(self.interval):
+            self._attend()
+        now = self._heartbeats()
+        if self.stopped.is_set() or (self.step, self.phase) != stuck:
+            return
+        # A rank that is done answers no more: no reason to end one that still writes.
+        done = all(self.store.check([f"left/{rank}"]) for rank in silent(before, now))
+        if done and any(beat.phase in UNLIMITED for beat in now if beat):
+            return
+        why = diagnosis(before, now, self.rank)
+        report(self.store, Failure(f"rank {self.rank} on {socket.gethostname()} has ended: {why}", True))
+        leave(self.store, self.rank)
+        self._kill(now[rank] for rank in silent(before, now))
+        self._end(why)
+
+    def _watch_self(self) -> None:
+        """Ends this rank where it stands still, and the store is gone, does not answer, or SIGTERM has come long ago."""
+        limit = 0.9 * float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))  # then the launcher would kill it
         while not self.stopped.wait(self.interval):
-            if (silence := time.monotonic() - self.answered) > 1.5 * self.timeout:
+            now = time.monotonic()
+            if self.asked_at + limit < now and self.since < self.asked_at and self.phase not in UNLIMITED:
+                waited = f"step {self.step}: has stood still for {now - self.since:.0f} s"
+                self._end(f"{waited}, since before SIGTERM came: ended without a checkpoint. {RESUMES}", "failed")
+            if self.store_gone_at < now:
+                patience = self.timeout if self.phase in UNLIMITED else min(self.timeout, STORE_GONE_S)
+                if now - max(self.store_gone_at, self.since) > patience:
+                    waited = f"step {self.step}: has stood still for {now - self.since:.0f} s"
+                    self._end(f"{waited}, and the launcher of rank 0 is gone with the store of all ranks. {RESUMES}")
+                write_heartbeat(self.step, 2 * self.timeout, self.taken)
+            elif (silence := now - self.answered) > 1.5 * self.timeout:
+                # A call to a store whose host is cut off may block for a quarter of an hour.
                 self._end(
                     f"step {self.step}: the node of rank 0 does not answer for {silence:.0f} s: it is gone, or the network. "
-                    "jobs.launch --max-restarts=N resumes from the newest checkpoint."
+                    f"{RESUMES}"
                 )
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, state: Literal["lost", "failed"] = "lost") -> None:
         # Not logged: the thread that hangs may hold the lock of a log handler.
         print(f"error (rank {self.rank}): {why}", file=sys.stderr, flush=True)
-        write_rank_status("lost", why)
+        write_rank_status(state, why)
         end_heartbeat()
         os._exit(1)  # the main thread waits in a collective, which nothing interrupts
 
@@ -118,23 +190,33 @@ class HangWatch:
         waited, host = time.monotonic() - self.since, socket.gethostname()
         beat = Heartbeat(self.beats, self.step, self.phase, waited, host, os.getpid(), os.getppid())
         self.store.set(f"beat/{self.rank}", json.dumps(beat))
-        self.store.check([f"beat/{self.rank}"])  # which is answered
+        failed = self.store.check([FAILED])
         self.answered = time.monotonic()
+        if failed:
+            self.failed_at = min(self.failed_at, self.answered)
 
     def _heartbeats(self) -> list[Heartbeat | None]:
         """The ranks' last heartbeats, None of one that has not begun."""
         assert self.store is not None
-        keys = [f"beat/{rank}" for rank in range(self.ranks)]
-        return [Heartbeat(*json.loads(self.store.get(key))) if self.store.check([key]) else None for key in keys]
+        return [self._heartbeat(rank) if self.store.check([f"beat/{rank}"]) else None for rank in range(self.ranks)]
+
+    def _heartbeat(self, rank: int) -> Heartbeat:
+        assert self.store is not None
+        return Heartbeat(*json.loads(self.store.get(f"beat/{rank}")))
 
 
 def watch_ranks(timeout: float) -> HangWatch:
-    """A watch over the ranks of the process group. timeout: seconds."""
-    ranks, store = dist.get_world_size(), None
-    if ranks > 1:
-        store = default_store()
-        store.set_timeout(timedelta(seconds=timeout))
-    return HangWatch(store, dist.get_rank(), ranks, timeout)
+    """A watch over the ranks of the process group. timeout: seconds. Every rank calls it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks == 1:
+        return HangWatch(None, rank, ranks, timeout)
+    store = default_store()
+    store.set_timeout(timedelta(seconds=timeout))
+    # A process group may see several trainings, of which each has its own keys, as each attempt of torchrun has.
+    store = dist.PrefixStore(f"watch_{store.add(f'watches/{rank}', 1)}", store)
+    first = rank - int(os.environ.get("LOCAL_RANK", 0))
+    local = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return HangWatch(store, rank, ranks, timeout, [other for other in local if other != rank])
 
 
 def silent(before: list[Heartbeat | None], now: list[Heartbeat | None]) -> list[int]:
@@ -151,7 +233,7 @@ def diagnosis(before: list[Heartbeat | None], now: list[Heartbeat | None], repor
     waits = now[reporter]
     assert waits is not None
     begin = f"step {waits.step}: the ranks have waited for each other for {waits.seconds:.0f} s: "
-    end = " It is ended; jobs.launch --max-restarts=N resumes from the newest checkpoint."
+    end = f" It is ended; {RESUMES}"
     if quiet := silent(before, now):
         rank, beat = quiet[0], now[quiet[0]]
         more = f" (and {len(quiet) - 1} more)" if len(quiet) > 1 else ""

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from features.errors import OtherRankError, UserError, one_line
+from features.printable import printable
 from pipeline.malloc import tune_malloc
 from pipeline.torch_compat import set_timeout
 from pipeline.training.faults.rank_status import ROUND, write_rank_status
@@ -168,7 +169,7 @@ def joined() -> Iterator[int]:
     """For a job that also runs as one process: the process group, where torchrun has started ranks, and this one's rank.
 
     Raises:
-        UserError: as `start`. OtherRankError: another rank is lost.
+        UserError: as `start`; a fault that NCCL reports. OtherRankError: another rank is lost.
     """
     if "RANK" not in os.environ:
         tune_malloc()
@@ -179,11 +180,9 @@ def joined() -> Iterator[int]:
         yield dist.get_rank()
         dist.destroy_process_group()  # not after an error: others would see the connection break before it is printed
     except RuntimeError as error:
-        if (cause := lost_contact(error)) is None:
+        if (said := explained(error, "", "Run the same command again.")) is None:
             raise
-        raise OtherRankError(
-            f"lost contact with another rank ({cause}); its own error, if it failed, says why. Run the same command again."
-        ) from None
+        raise said from None
 
 
 def listen_on_loopback() -> None:
@@ -215,14 +214,55 @@ SIGNS = (
     "Connection reset by peer", "Connection closed by peer", "Broken pipe", "Timed out", "Connection refused",
     "Application timeout caused pair closure", "Connection timed out", "No route to host", "Network is unreachable",
     "Socket closed", "Wait timeout", "Operation timed out", "timed out connecting", "connectFullMesh failed",
+    # NCCL's, and those of torch's watchdog over it
+    "closed by remote peer", "ncclRemoteError", "remote process exited", "collective operation timeout",
+    "communicator was aborted", "failed to recv",
 )  # fmt: skip
+
+NCCL_REMEDIES = {  # by what its error contains
+    "duplicate gpu": "Each rank needs a GPU of its own: lower --nproc-per-node, or look at CUDA_VISIBLE_DEVICES.",
+    "/dev/shm": "/dev/shm is too small: docker run --shm-size, on Kubernetes an emptyDir of medium Memory.",
+    "out of memory": "The GPU is full: lower train.batch_size or what the plan may use, or end what else runs on it.",
+    "": "NCCL_DEBUG=INFO prints more.",
+}
+
+
+def explained(error: RuntimeError, where: str, lost: str) -> UserError | None:
+    """A collective's error in one line; None if it is no fault of a collective.
+
+    Args:
+        where: it happened, to begin the line with. lost: what to do where another rank is lost.
+    Returns: OtherRankError if another rank is gone or does not answer; UserError with what NCCL says of any other fault.
+    """
+    if cause := lost_contact(error):
+        return OtherRankError(
+            f"{where}lost contact with another rank ({cause}); its own error, if it failed, says why. {lost}"
+        )
+    if (said := nccl_says(error)) is None:
+        return None
+    remedy = next(remedy for part, remedy in NCCL_REMEDIES.items() if part in said.lower())
+    return UserError(f"{where}NCCL: {said}. {remedy}")
 
 
 def lost_contact(error: RuntimeError) -> str | None:
     """The sign in a collective's error that another rank is gone or does not answer; None if it has another cause."""
     text = str(error).lower()
-    if (sign := next((sign for sign in SIGNS if sign.lower() in text), None)) is not None:
-        return sign
-    if isinstance(error, dist.DistError):
+    sign = next((sign for sign in SIGNS if sign.lower() in text), None)
+    if (said := nccl_says(error)) is not None:
+        return sign and said  # it names the peer
+    if sign is None and isinstance(error, dist.DistError):
         return one_line(error).split(". ")[0]
-    return "NCCL" if "NCCL" in str(error) else None
+    return sign
+
+
+def nccl_says(error: RuntimeError) -> str | None:
+    """NCCL's own words in an error of torch, on one line; None if the error is not NCCL's.
+
+    torch begins with a place in its own source and a class of errors. The cause is NCCL's last error, further down.
+    """
+    text = str(error).partition("Exception raised from")[0]  # what follows is a C++ stack
+    if "nccl" not in text.lower():
+        return None
+    kind = re.search(r"\bnccl\w*(?:Error|Argument|Usage)\b", text)
+    said = " ".join((text.partition("Last error:")[2].strip() or text).split())
+    return printable(f"{kind[0]}: {said}" if kind and kind[0] not in said else said)[:300].rstrip(". ")
