@@ -2,11 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from features.source import Strict
 
 WAYS = 64  # rows of a managed table among which one is evicted
+VECTOR = 4  # numbers that FBGEMM's kernels take at once: it refuses other widths on CPUs as well
 
 MAX_COUNT = 10**10  # of ids, rows and occurrences: beyond what one table can hold
 
@@ -56,6 +57,15 @@ class Table(Strict):
     hash: int | None = Field(None, ge=1, le=MAX_COUNT)
     bins: int | None = Field(None, ge=1, le=1024)
     managed: Managed | None = None
+
+    @field_validator("dim")
+    @classmethod
+    def _whole_vectors(cls, dim: int) -> int:
+        if dim % VECTOR:
+            below, above = dim // VECTOR * VECTOR, -(-dim // VECTOR) * VECTOR
+            nearest = f"{below} or {above}" if below else str(above)
+            raise ValueError(f"{dim} is not a multiple of {VECTOR}, as FBGEMM's tables need: make it {nearest}")
+        return dim
 
     @model_validator(mode="after")
     def _one_way_to_an_id(self) -> "Table":

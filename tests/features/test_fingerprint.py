@@ -69,7 +69,7 @@ CHANGES = [
     ("source.outcomes.click.read", {"delimiter": ";"}), ("tables.item.vocabulary.unknown", 2),
     ("source.outcomes.click", {"files": "click-*.csv", "key": "id", "time": "at", "window": "7d"}),
     ("bag.recent.history", {"user": "user", "item": "item"}), ("bag.recent.history", {"user": "id", "item": "item"}),
-    ("source.derived.hour", "CAST(FLOOR(time / 3600) % 12 AS BIGINT)"), ("tables.item.dim", 5),
+    ("source.derived.hour", "CAST(FLOOR(time / 3600) % 12 AS BIGINT)"), ("tables.item.dim", 12),
     ("tables.item.vocabulary.min_count", 3), ("tables.item.vocabulary.max_size", 9), ("dense.price.transform", "none"),
     ("dense.price.standardize", False), ("dense.price.missing_flag", True), ("dense.price.column", "cost"),
     ("dense.more", {}), ("categorical.user.hash", 11), ("bag.recent.max_length", 4), ("bag.recent.separator", ","),

@@ -74,7 +74,7 @@ CASES = [
         missing=2,
     ),
     Case(
-        {"max_length": 3, "hash": 5, "dim": 3},
+        {"max_length": 3, "hash": 5, "dim": 8},
         LISTS,
         ids=[[1 + plain_hash(item) % 5 for item in row] for row in KEPT],
         missing=2,

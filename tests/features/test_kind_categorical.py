@@ -6,8 +6,10 @@ from test_hashing import plain_hash
 CELLS = ["b", None, "a", "b", "ä", "c"]
 IDS = ids_by_frequency([[cell] for cell in CELLS if cell])
 CASES = [
-    Case({"dim": 3}, CELLS, missing=1, ids=[[IDS[cell] if cell else 0] for cell in CELLS]),
-    Case({"table": "words"}, CELLS, missing=1, ids=[[IDS[c] if c else 0] for c in CELLS], tables={"words": {"dim": 5}}),
+    Case({"dim": 8}, CELLS, missing=1, ids=[[IDS[cell] if cell else 0] for cell in CELLS]),
+    Case(
+        {"table": "words"}, CELLS, missing=1, ids=[[IDS[c] if c else 0] for c in CELLS], tables={"words": {"dim": 12}}
+    ),
     Case({"hash": 7}, CELLS, missing=1, ids=[[1 + plain_hash(cell) % 7 if cell else 0] for cell in CELLS]),
     # Every edge but the last starts a bin: 1, 2 and 3 are the bins of three distinct numbers and two bins.
     Case(

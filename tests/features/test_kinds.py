@@ -42,7 +42,7 @@ def schema_of(section: str, case: Case) -> Schema:
         "source": {"files": "x"},
         "tables": case.tables,
         "dense": {"before": {"column": "y", "standardize": False}},
-        "categorical": {"user": {"hash": 5, "dim": 2}},
+        "categorical": {"user": {"hash": 5, "dim": 4}},
         "tasks": {"t": {"kind": "binary", "label": "s = '1'"}},
         "split": {"by": "row_index", "modulo": 1, "train": [0]},
     }

@@ -51,7 +51,7 @@ def test_names_with_dots_are_found_as_ever(tmp_path: Path) -> None:
 def schema(**source: Any) -> dict[str, Any]:
     return {
         "source": {"files": "log.csv", "types": {"y": "int"}} | source,
-        "categorical": {"item": {"dim": 2}},
+        "categorical": {"item": {"dim": 4}},
         "tasks": {"click": {"kind": "binary", "label": "y"}},
         "split": {"by": "row_index", "modulo": 4, "train": [0, 1], "valid": [2], "test": [3]},
     }

@@ -275,7 +275,7 @@ def test_lines_of_control_bytes_are_no_header_and_no_crash(tmp_path: Path) -> No
 
 SCHEMA: dict[str, Any] = {
     "source": {"files": "log.csv", "types": {"y": "int"}},
-    "categorical": {"item": {"dim": 2}},
+    "categorical": {"item": {"dim": 4}},
     "tasks": {"click": {"kind": "binary", "label": "y"}},
     "split": {"by": "row_index", "modulo": 4, "train": [0, 1], "valid": [2], "test": [3]},
 }

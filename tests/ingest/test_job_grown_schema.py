@@ -47,7 +47,7 @@ def logs(tmp_path: Path) -> tuple[Path, Path]:
 
 GROWN: dict[str, Any] = {
     "dense": {"price": {"transform": "log1p"}, "age": {"missing_flag": True}},
-    "categorical": {"day": {"dim": 2}, "city": {"dim": 4}, "item": {"table": "item"}, "also": {"table": "item"}},
+    "categorical": {"day": {"dim": 4}, "city": {"dim": 4}, "item": {"table": "item"}, "also": {"table": "item"}},
 }
 
 
@@ -124,7 +124,7 @@ def test_a_feature_of_the_same_name_is_fitted_anew_where_its_column_its_type_or_
 
 def test_bins_of_a_table_keep_their_edges(logs, tmp_path):
     first, second = logs
-    binned = {"tables": {"ages": {"dim": 2, "bins": 4}}, "categorical": {"age_bin": {"column": "age", "table": "ages"}}}
+    binned = {"tables": {"ages": {"dim": 4, "bins": 4}}, "categorical": {"age_bin": {"column": "age", "table": "ages"}}}
     with no_beam():
         run(first, tmp_path / "old", content(**binned))
         more = binned["categorical"] | {"city": {"dim": 4}}

@@ -275,7 +275,7 @@ SCHEMA = yaml.safe_load("""
 source: {files: "*.csv", types: {click: int, buy: int, stay: float}}
 tables: {item: {dim: 4, hash: 11}}
 dense: {age: {missing_flag: true}, price: {piecewise: 2}}
-categorical: {user: {dim: 2, hash: 7}, shown: {table: item}}
+categorical: {user: {dim: 4, hash: 7}, shown: {table: item}}
 bag: {met: {table: item, max_length: 3}}
 tasks:
   click: {kind: binary, label: click}

@@ -14,7 +14,7 @@ from models.ranker import ModelConfig, Ranker
 
 SCHEMA = """
 source: {files: "*.csv", types: {click: int, cart: int, buy: int, rating: float, seconds: float}}
-categorical: {user: {dim: 2}}
+categorical: {user: {dim: 4}}
 tasks:
   click: {kind: binary, label: click}
   cart: {kind: binary, label: cart, given: click}

@@ -137,9 +137,9 @@ def schema(**piecewise_bins: int) -> Schema:
     dense = {"age": {"missing_flag": True}, "price": {}, "size": {}}
     content = {
         "source": {"files": "*.csv", "types": {"click": "int"}},
-        "tables": {"item": {"dim": 3, "hash": 7}},
+        "tables": {"item": {"dim": 8, "hash": 7}},
         "dense": {name: own | {"piecewise": piecewise_bins.get(name)} for name, own in dense.items()},
-        "categorical": {"user": {"dim": 2}, "shown": {"table": "item"}},
+        "categorical": {"user": {"dim": 4}, "shown": {"table": "item"}},
         "bag": {"recent": {"table": "item"}},
         "tasks": {"click": {"kind": "binary", "label": "click"}},
         "split": {"by": "row_index", "modulo": 3, "train": [0], "valid": [1], "test": [2]},
@@ -149,11 +149,12 @@ def schema(**piecewise_bins: int) -> Schema:
 
 def test_numbers_without_a_code_stand_behind_the_embeddings_as_they_are():
     module = Inputs(schema(), SimpleNamespace(edges={}), 4)
-    embedding_BE, dense_BD = torch.randn(5, 8), torch.randn(5, 4)
+    embedding_BE, dense_BD = torch.randn(5, 20), torch.randn(5, 4)
     assert torch.equal(module(embedding_BE, dense_BD), torch.cat([embedding_BE, dense_BD], 1))
-    assert module.out_dim == 12
+    assert module.out_dim == 24
     assert module.columns == {
-        "user": [0, 1], "shown": [2, 3, 4], "recent": [5, 6, 7], "age": [8, 9], "price": [10], "size": [11],
+        "user": [*range(4)], "shown": [*range(4, 12)], "recent": [*range(12, 20)],
+        "age": [20, 21], "price": [22], "size": [23],
     }  # fmt: skip
 
 
@@ -161,13 +162,13 @@ def test_coded_numbers_come_last_and_keep_their_missing_flag():
     edges = {"age": [0.0, 1.0, 2.0], "size": [-1.0, 1.0]}
     made = schema(age=3, size=2)
     module = Inputs(made, SimpleNamespace(edges=edges), 4).double()
-    embedding_BE, dense_BD = torch.randn(5, 8).double(), torch.randn(5, 4).double()
+    embedding_BE, dense_BD = torch.randn(5, 20).double(), torch.randn(5, 4).double()
     x_BD = module(embedding_BE, dense_BD)
     assert made.dense_ranges == {"age": range(0, 2), "price": range(2, 3), "size": range(3, 4)}
-    assert module.out_dim == 8 + 4 + 8
+    assert module.out_dim == 20 + 4 + 8
     assert module.columns == {
-        "user": [0, 1], "shown": [2, 3, 4], "recent": [5, 6, 7],
-        "age": [8, 12, 13, 14, 15, 9], "price": [10], "size": [11, 16, 17, 18, 19],
+        "user": [*range(4)], "shown": [*range(4, 12)], "recent": [*range(12, 20)],
+        "age": [20, 24, 25, 26, 27, 21], "price": [22], "size": [23, 28, 29, 30, 31],
     }  # fmt: skip
     params = dict(module.code.named_parameters())
     code_BNW = piecewise(list(edges.values()), params, dense_BD[:, [0, 3]])

@@ -24,7 +24,7 @@ SCHEMA = yaml.safe_load("""
 source: {files: "*.csv", types: {click: int, buy: int}}
 tables: {item: {dim: 4, hash: 11}}
 dense: {age: {missing_flag: true}}
-categorical: {user: {dim: 2, hash: 7}, shown: {table: item}, device: {dim: 3, hash: 5}}
+categorical: {user: {dim: 4, hash: 7}, shown: {table: item}, device: {dim: 8, hash: 5}}
 bag: {met: {table: item, max_length: 3}}
 tasks: {click: {kind: binary, label: click}, buy: {kind: binary, label: buy}}
 split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
@@ -120,10 +120,10 @@ def ranker(interaction: str = "concat", **fusion: object) -> Ranker:
 
 
 def test_priors_and_domains_are_the_columns_of_the_features_that_are_named():
-    # user 0-1, shown 2-5, device 6-8, met 9-12, age and its flag 13-14.
+    # user 0-3, shown 4-7, device 8-15, met 16-19, age and its flag 20-21.
     fusion = ranker(priors=["device", "user"], domains=["age"]).fusion
-    assert fusion.prior_P.tolist() == [6, 7, 8, 0, 1]
-    assert fusion.domain_P.tolist() == [13, 14]
+    assert fusion.prior_P.tolist() == [*range(8, 16), *range(4)]
+    assert fusion.domain_P.tolist() == [20, 21]
 
 
 def test_all_of_its_gates_and_the_first_layers_of_its_networks_read_features():

@@ -34,13 +34,13 @@ tables:
   item: {dim: 4, hash: 11}
 dense: {age: {}}
 categorical:
-  user: {dim: 2, hash: 7}
+  user: {dim: 4, hash: 7}
   shown: {table: item}
   beside: {table: item}
 bag:
   met: {table: item, max_length: 3}
   recent: {table: item, max_length: 4, pooling: sequence}
-  topics: {dim: 3, hash: 5}
+  topics: {dim: 4, hash: 5}
   words: {dim: 4, hash: 9, max_length: 2, pooling: sequence}
 tasks:
   click: {kind: binary, label: click}
@@ -147,11 +147,11 @@ def test_the_input_has_each_sequence_as_din_pools_it_with_the_first_feature_of_i
         candidate = looked_up(model, "shown", row).sum(0)
         recent = references.pooled(params, 0, list(looked_up(model, "recent", row)), candidate)
         words = references.pooled(params, 1, list(looked_up(model, "words", row)), torch.zeros(4))
-        torch.testing.assert_close(x_BD[row, 17:25], torch.cat([recent, words]))
-        assert x_BD[row, 25] == given[row, 0]
+        torch.testing.assert_close(x_BD[row, 20:28], torch.cat([recent, words]))
+        assert x_BD[row, 28] == given[row, 0]
     # Where features lie in x is told to interactions and to those that attend, in the schema's order.
     assert list(model.numbers.columns) == [*IDS, "age"]
-    places = {"user": (0, 2), "recent": (17, 21), "topics": (14, 17), "words": (21, 25), "age": (25, 26)}
+    places = {"user": (0, 4), "recent": (20, 24), "topics": (16, 20), "words": (24, 28), "age": (28, 29)}
     assert {name: model.numbers.columns[name] for name in places} == {n: [*range(*p)] for n, p in places.items()}
 
 
@@ -172,7 +172,7 @@ def layout(size: Sizes) -> Schema:
     keys = {
         "tables": {f"t{n}": {"dim": size.D, "hash": 5} for n in names},
         "categorical": {
-            "other": {"dim": 2, "hash": 3},
+            "other": {"dim": 4, "hash": 3},
             **{f"c{n}": {"table": f"t{n}"} for n in names if int(n) in size.candidates},
         },
         "bag": {
@@ -192,9 +192,10 @@ def counts(size: Sizes) -> list[list[int]]:
 @settings(max_examples=examples(40), deadline=None)
 @given(sizes)
 def test_sequences_equal_their_reference_with_and_without_a_candidate(size):
+    size = Sizes(**vars(size) | {"D": 4 * size.D})  # widths that tables may have
     module, count_BJ = randomised(Sequences(layout(size), size.W), size.seed), counts(size)
     own = [j for j in range(len(size.lengths)) if j in size.candidates]
-    pooled, longest = 2 + len(own) * size.D, max(size.lengths)
+    pooled, longest = 4 + len(own) * size.D, max(size.lengths)
     x_BE = rows(size, pooled + len(size.lengths) * longest * size.D)
 
     def call(x_BE: Tensor) -> Tensor:
@@ -209,7 +210,7 @@ def test_sequences_equal_their_reference_with_and_without_a_candidate(size):
             for j, count in enumerate(count_J):
                 place = pooled + j * longest * size.D
                 items = [x_E[place + i * size.D : place + (i + 1) * size.D] for i in range(longest)]
-                first = 2 + own.index(j) * size.D if j in own else None
+                first = 4 + own.index(j) * size.D if j in own else None
                 candidate_D = torch.zeros_like(items[0]) if first is None else x_E[first : first + size.D]
                 vectors.append(references.pooled(params, j, items[:count], candidate_D))
                 for place, item_D in enumerate(items):
@@ -349,11 +350,11 @@ def normalized_entropy(logit_B: Tensor, label_B: Tensor) -> Tensor:
 
 
 def trained(fusion: dict[str, Any], pooling: str) -> float:
-    """NE of the first task on new rows after 180 steps."""
+    """NE of the first task on new rows after 240 steps."""
     bags = {name: own | ({"pooling": pooling} if name == "recent" else {}) for name, own in SCHEMA["bag"].items()}
     model = ranker(fusion, Schema.parse(SCHEMA | {"bag": bags}, "small.yaml"), field_dim=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for step in range(180):
+    for step in range(240):
         rows_of_step, _ = learnable(128, step)
         optimizer.zero_grad()
         nn.functional.binary_cross_entropy_with_logits(model(rows_of_step), rows_of_step.label_BT).backward()
@@ -378,7 +379,7 @@ def test_models_learn_whether_what_is_shown_was_met_before_from_a_sequence_but_n
 @pytest.mark.parametrize(
     ("change", "fusion", "words"),
     [
-        ({"words": {"dim": 5, "hash": 9, "pooling": "sequence"}}, None, ["item, words", "dim 4, 5"]),
+        ({"words": {"dim": 12, "hash": 9, "pooling": "sequence"}}, None, ["item, words", "dim 4, 12"]),
         ({}, {"name": "emm", "sources": [SOURCE]}, ["recent", "pooling: mean"]),
         ({}, {"name": "dtrn", "widths": [3], "sequences": {}}, ["model.fusion.sequences"]),
     ],

@@ -23,9 +23,9 @@ from models.ranker import ModelConfig, Ranker, table_weights
 # Shapes: B rows, T tasks, S sets of embeddings, E experts, D width of a set.
 SCHEMA = yaml.safe_load("""
 source: {files: "*.csv", types: {click: int, buy: int, stay: float}}
-tables: {item: {dim: 3, hash: 11}}
+tables: {item: {dim: 8, hash: 11}}
 dense: {age: {}, price: {piecewise: 2}}
-categorical: {user: {dim: 2, hash: 7}, shown: {table: item}}
+categorical: {user: {dim: 4, hash: 7}, shown: {table: item}}
 bag: {met: {table: item, max_length: 3}, topics: {dim: 4, hash: 5}}
 tasks:
   click: {kind: binary, label: click}
@@ -33,7 +33,7 @@ tasks:
   stay: {kind: regression, label: stay}
 split: {by: row_index, modulo: 10, train: [0, 1, 2, 3, 4, 5, 6, 7], valid: [8], test: [9]}
 """)
-DIMS = {"user": 2, "shown": 3, "met": 3, "topics": 4}
+DIMS = {"user": 4, "shown": 8, "met": 8, "topics": 4}
 TABLE_OF = {"user": "user", "shown": "item", "met": "item", "topics": "topics"}
 ENCODERS = SimpleNamespace(
     edges={"price": [-1.0, 0.0, 1.0]}, labels={}, num_embeddings={"item": 11, "user": 7, "topics": 5}.__getitem__
@@ -116,9 +116,9 @@ def test_gates_choose_from_the_experts_of_all_tasks(size):
 
 def test_a_table_has_a_row_of_all_sets_for_each_id():
     assert {table: tuple(weight.shape) for table, weight in tables(ranker()).items()} == {
-        "user": (7, 2 * 4), "item": (11, 3 * 4), "topics": (5, 4 * 4),
+        "user": (7, 4 * 4), "item": (11, 8 * 4), "topics": (5, 4 * 4),
     }  # fmt: skip
-    assert {table.name: table.embedding_dim for table in ranker().tables} == {"user": 8, "item": 12, "topics": 16}
+    assert {table.name: table.embedding_dim for table in ranker().tables} == {"user": 16, "item": 32, "topics": 16}
 
 
 def test_each_set_has_its_part_of_every_row_and_the_same_numbers():
@@ -131,10 +131,10 @@ def test_each_set_has_its_part_of_every_row_and_the_same_numbers():
             for feature, dim in DIMS.items():
                 items = [weight[TABLE_OF[feature]][i][s * dim : (s + 1) * dim] for i in IDS[feature][row]]
                 wanted += (sum(items) / len(items)).tolist() if items else [0.0] * dim
-            assert x_BSD[row, s, :12].tolist() == pytest.approx(wanted, abs=1e-6)
-            assert torch.equal(x_BSD[row, s, 12:14], given.dense_BD[row])
-            assert torch.equal(x_BSD[row, s, 14:], x_BSD[row, 0, 14:])
-    assert model.numbers.columns["topics"] == [8, 9, 10, 11]  # of one set
+            assert x_BSD[row, s, :24].tolist() == pytest.approx(wanted, abs=1e-6)
+            assert torch.equal(x_BSD[row, s, 24:26], given.dense_BD[row])
+            assert torch.equal(x_BSD[row, s, 26:], x_BSD[row, 0, 26:])
+    assert model.numbers.columns["topics"] == [20, 21, 22, 23]  # of one set
     # As products of a network a set read it.
     assert x_BSD.transpose(0, 1).is_contiguous()
 
@@ -161,7 +161,7 @@ def test_codes_of_numbers_learn_from_every_task():
 def test_stem_of_one_task_has_its_own_and_the_shared_set():
     one = SCHEMA | {"tasks": {"click": SCHEMA["tasks"]["click"]}}
     model = ranker(one)
-    assert {table.name: table.embedding_dim for table in model.tables} == {"user": 4, "item": 6, "topics": 8}
+    assert {table.name: table.embedding_dim for table in model.tables} == {"user": 8, "item": 16, "topics": 8}
     assert model(batch()).shape == (3, 1)
 
 

@@ -4,6 +4,7 @@ FOLDER holds the dataset `data`; the runs are written beside it. Four, since a g
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -17,10 +18,11 @@ from tiny_training import on_each_rank, write_checkpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from two_ranks import stopped, trainer
 
 from features.errors import UserError
-from pipeline.training.parallel import replicas
+from pipeline.training.parallel import placements, replicas
 from pipeline.training.parallel.averaging import average_in_one_message
 from pipeline.training.trainer import Trainer
 
@@ -116,11 +118,24 @@ def averages(folder: Path) -> None:
     torch.save((input_BD, replicated.module, found), folder / f"averages.{dist.get_rank()}.pt")
 
 
+def on_nodes(folder: Path) -> None:
+    """Tables on one of two nodes of two ranks each. gloo can do it, though TorchRec offers it on GPUs only."""
+    offered = mock.patch.object(EmbeddingBagCollectionSharder, "sharding_types", return_value=["table_row_wise"])
+    with offered, mock.patch.object(placements, "check"), mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
+        for name, more in (("on-nodes", {}), ("on-nodes-replicas", {"sharding_group": GROUP})):
+            made = trainer(folder, name, max_steps=STEPS, tables=SGD, sharding={"default": ["table_row_wise"]}, **more)
+            [placed] = made.learner.model.plan.plan.values()
+            found = {table: [sharding.sharding_type, sharding.ranks] for table, sharding in placed.items()}
+            (folder / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(found))
+            made.run_to_end()
+
+
 def main(folder: Path) -> None:
     rank = dist.get_rank()
     write_checkpoint(trainer(folder, "start"))
     averages(folder)
     formats(folder)
+    on_nodes(folder)
     for name, settings in RUNS.items():
         made = trainer(folder, name, **settings)
         made.run_to_end()

@@ -260,6 +260,17 @@ def moved(folder: Path, name: str, settings: dict[str, Any]) -> None:
 # Copies of the tables
 
 
+@pytest.mark.parametrize("name", ["on-nodes", "on-nodes-replicas"])
+def test_tables_on_the_ranks_of_one_node_train_the_same_model_in_groups_of_nodes_too(ranks: Path, name: str) -> None:
+    for rank in range(RANKS):
+        found = json.loads((ranks / f"{name}.{rank}.json").read_text())
+        own = rank // 2 * 2
+        nodes = [[own, own + 1]] if name == "on-nodes-replicas" else [[0, 1], [2, 3]]
+        assert [kind for kind, _ in found.values()] == ["table_row_wise"] * 4
+        assert sorted(map(list, {tuple(on) for _, on in found.values()})) == nodes
+    assert_close(last(ranks / name), last(ranks / "whole"), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["replicas", "replicas-fsdp"])
 def test_with_sgd_replicas_that_are_averaged_after_each_step_are_one_table(ranks: Path, name: str) -> None:
     assert_close(last(ranks / name), last(ranks / "whole"), rtol=1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.distributed import comm
 
+from features.errors import UserError
 from pipeline.training.config import Settings
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.plan import Cluster
@@ -51,9 +52,19 @@ def intra_node_groups(ranks: int, group: int, node_size: int, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("ranks", "per_node", "group", "shared"),
-    [(16, 8, 4, 4), (16, 8, 8, 8), (32, 8, 16, 8), (8, 8, 2, 2), (12, 6, 4, 2), (4, 1, 2, 1), (4, 8, 2, 2)],
+    [
+        (16, 8, 4, 4),
+        (16, 8, 8, 8),
+        (32, 8, 16, 8),
+        (64, 8, 32, 8),
+        (24, 8, 12, 4),
+        (8, 8, 2, 2),
+        (12, 6, 4, 2),
+        (4, 1, 2, 1),
+        (4, 8, 2, 2),
+    ],
 )
-def test_a_table_on_one_machine_lies_in_one_of_torchrecs_groups_whatever_the_nodes(
+def test_a_table_on_one_machine_lies_in_one_of_torchrecs_groups_and_parts_of_nodes_are_refused(
     ranks: int, per_node: int, group: int, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ranks_on_a_node(group, per_node) == shared
@@ -65,6 +76,12 @@ def test_a_table_on_one_machine_lies_in_one_of_torchrecs_groups_whatever_the_nod
         Settings(batch_size=ranks * 8, sharding={"default": ["table_row_wise"]}, sharding_group=group),
     )
     cluster = Cluster(ranks, per_node, "cuda", 10**10, 10**12)
+    if group % (whole := min(ranks, per_node)):
+        with pytest.raises(
+            UserError, match=rf"groups of {group} ranks .* are no whole nodes of {whole}\. Use row_wise, or a"
+        ):
+            plan.place(model, shard.sharders(settings), model.configs, settings, cluster)
+        return
     placed, _ = plan.place(model, shard.sharders(settings), model.configs, settings, cluster)
     for sharding in placed.plan["embeddings"].values():
         on = sorted({part.placement.rank() for part in sharding.sharding_spec.shards})

@@ -99,6 +99,18 @@ def test_a_table_with_a_row_for_each_rank_may_be_row_wise(rows: int, ranks: int)
     assert len(placed.plan["pooled"]["p0"].sharding_spec.shards) == ranks
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 7, 64])
+def test_shards_of_columns_are_as_wide_as_fbgemms_kernels_take(ranks: int) -> None:
+    made = Tables([(1000, dim) for dim in (4, 8, 12, 20, 36, 44, 60, 68, 100, 204, 260)], [1000], 52)
+    either = {"default": ["column_wise"]}
+    placed, _ = place(made, ranks, sharding=either, tables={"name": "sgd"})
+    for config in made.configs:
+        [sharding] = [module[config.name] for module in placed.plan.values() if config.name in module]
+        widths = [part.shard_sizes[1] for part in sharding.sharding_spec.shards]
+        assert sum(widths) == config.embedding_dim
+        assert all(width % 4 == 0 for width in widths)
+
+
 RANKS = (3, 4, 8)
 
 

@@ -64,6 +64,20 @@ def check(settings: Settings, possible: Mapping[str, set[str]], device: str) -> 
             )
 
 
+def check_groups(settings: Settings, group: int, ranks_per_node: int) -> None:
+    """Checks that groups of ranks that share the tables are whole nodes where one of them may lie on one node.
+
+    Raises:
+        UserError: table_row_wise in groups that are parts of nodes, or begin or end in the middle of one.
+    """
+    wanted = [table for table, allowed in settings.sharding.items() if "table_row_wise" in allowed]
+    if wanted and group % ranks_per_node:
+        raise UserError(
+            f"train.sharding.{wanted[0]}: table_row_wise shards a table over the ranks of one node, and groups of {group} "
+            f"ranks (train.sharding_group) are no whole nodes of {ranks_per_node}. Use row_wise, or a multiple of that."
+        )
+
+
 def _refusal(placements: Sequence[str], settings: Settings, device: str) -> str | None:
     """Why one of the placements would change results, lose state or fail; None if none would."""
     name, optimizer = settings.tables.name, TABLE_OPTIMIZERS[settings.tables.name]

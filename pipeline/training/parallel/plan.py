@@ -145,8 +145,10 @@ def place(
     group = settings.sharding_group or cluster.ranks
     if cluster.ranks % group:
         raise UserError(f"train.sharding_group={group} does not divide the {cluster.ranks} ranks: use a divisor")
+    on_node = min(cluster.ranks_per_node, cluster.ranks)
+    placements.check_groups(settings, group, on_node)
     dense = dense_bytes(model, tuple(by_module), settings, cluster.ranks)
-    local = ranks_on_a_node(group, min(cluster.ranks_per_node, cluster.ranks))
+    local = ranks_on_a_node(group, on_node)
     batch = math.ceil(settings.order(cluster.ranks).batch_size / cluster.ranks)
     choices = placements.constraints(tables, settings, group, local)
     optimizer, recorder = TABLE_OPTIMIZERS[settings.tables.name], PlanRecorder()

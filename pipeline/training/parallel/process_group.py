@@ -197,7 +197,12 @@ def listen_on_loopback() -> None:
 
 def quiet_libraries() -> None:
     """Silences what torch, TorchRec and FBGEMM advise the authors of libraries, for this process."""
-    for name in ("torchrec.distributed.utils", "torchrec.distributed.model_parallel", "torchrec.distributed.planner"):
+    for name in (
+        "torchrec.distributed.utils",
+        "torchrec.distributed.model_parallel",
+        "torchrec.distributed.planner",
+        "torchrec.distributed.comm",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*deprecating ShardedTensor")  # at its callers

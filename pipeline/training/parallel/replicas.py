@@ -21,7 +21,8 @@ def ranks_on_a_node(group: int, ranks_per_node: int) -> int:
     """How many consecutive ranks of a group share a node, whichever group it is.
 
     That is the smaller of the two where one divides the other. Otherwise some groups begin in the middle of a node: groups of
-    4 on nodes of 6 ranks are split 4, 2 + 2 and 4, and parts of 2 are all that every group has on one node.
+    4 on nodes of 6 ranks are split 4, 2 + 2 and 4, and parts of 2 are all that every group has on one node. Such groups are
+    planned for, but not with table_row_wise (placements.check_groups).
     """
     return math.gcd(group, ranks_per_node)
 
