@@ -187,4 +187,4 @@ class TrainConfig(TrackingSettings, Strict):
             "tables": self.train.tables.name,
             "dense": self.train.dense.name,
             "weighting": self.train.weighting.model_dump(),
-        }
+        } | ({} if (tables := self.train.tables.precision) == "fp32" else {"table_precision": tables})
