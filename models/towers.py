@@ -1,18 +1,20 @@
 """Towers: from the fusion's output for each task to the task's numbers, most often one, its logit."""
 
-# Shapes: B rows, T tasks, D width, N = B T, K numbers a task; of a calibration pieces of a line.
+# Shapes: B rows, T tasks, D width, N = B T, K numbers a task; of a calibration pieces of a line; of a layer S towers, H widths.
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
+import torch.fx
 from pydantic import Field, PlainValidator, TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from features.errors import UserError
-from models.layers import StackedLinear, StackedMLP, Width
+from models.label_units import at_least_float32
+from models.layers import StackedLinear, StackedMLP, Width, linear
 
 Layers = Annotated[list[Width], Field(max_length=64)]
 OF_ALL, BY_TASK = TypeAdapter(Layers), TypeAdapter(dict[str, Layers])
@@ -34,6 +36,25 @@ class Towers(nn.Module):
         raise NotImplementedError
 
 
+class OutputLayer(StackedLinear):
+    """The last layer of towers, in float32 under autocast too.
+
+    bfloat16 has 8 bits: a logit of -5, a probability of 0.7%, would move in steps of 1/32 and the probability in steps of 3%.
+    """
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return output(x_SBD, self.weight_SDH, self.bias_SH)
+
+
+def output(x_SBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None) -> Tensor:
+    """y_SBH of `linear`, without autocast."""
+    with torch.autocast(x_SBD.device.type, enabled=False):
+        return linear(at_least_float32(x_SBD), weight_SDH, bias_SH)
+
+
+torch.fx.wrap("output")  # one node for TorchRec's pipelined loop, which traces the forward
+
+
 class TaskTowers(Towers):
     """One multi-layer perceptron a task, all computed together.
 
@@ -48,7 +69,7 @@ class TaskTowers(Towers):
     ) -> None:
         super().__init__()
         self.hidden = StackedMLP(num_tasks, in_dim, widths, dropout)
-        self.out = StackedLinear(num_tasks, widths[-1] if widths else in_dim, outputs)
+        self.out = OutputLayer(num_tasks, widths[-1] if widths else in_dim, outputs)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         out_TBK: Tensor = self.out(self.hidden(h_BTD.transpose(0, 1)))

@@ -22,7 +22,7 @@ from pipeline.search.config import SearchConfig
 from pipeline.training.learner import Learner
 from pipeline.training.optim.dense import build, rate
 from pipeline.training.optim.settings import DenseOptimizer
-from pipeline.training.step import DensePart, StepOutput, global_loss
+from pipeline.training.step import DensePart, StepOutput, begin_weight_sums, global_loss
 
 Weights = dict[str, Tensor]  # of the dense part, by name in the ranker
 
@@ -184,9 +184,10 @@ class SearchLearner(Learner):
     def _loss(self, weights: Weights, embedding_BE: Tensor, batch: Batch) -> Tensor:
         """The tasks' loss with other weights; its average over ranks is that of the global batch."""
         replaced = {f"ranker.{name}": value for name, value in weights.items()}
+        divisors = begin_weight_sums(self.ranker, batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out_KBT = functional_call(DensePart(self.ranker), replaced, (embedding_BE, batch), tie_weights=False)
-        total, output = global_loss(self.loss, self.ranker, out_KBT, batch)
+        total, output = global_loss(self.loss, self.ranker, out_KBT, batch, divisors)
         self.alpha_outputs.append(output)
         return total
 

@@ -57,7 +57,10 @@ class Settings(Strict):
         window: rows of a lane that are shuffled together.
         epochs: passes over the train split; max_steps ends earlier.
         seed: of the start, the order of rows and dropout.
-        precision: bf16 runs the dense part under autocast.
+        precision: of the dense part's products. bf16 runs it under autocast, all but the towers' last layers; tf32 rounds their
+            factors to 10 bits on GPUs from Ampere on, and does nothing elsewhere. Losses, updates and scoring are in fp32.
+        deterministic: sums on a GPU in the same order every time, so that a run can be repeated bit for bit, as it can on a CPU
+            without this. Slower: one block of threads adds up all gradients of a frequent id.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
         accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
@@ -96,7 +99,8 @@ class Settings(Strict):
     seed: int = Field(0, ge=0, lt=1 << 32)
     tables: TableOptimizer = TableOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    deterministic: bool = False
     clip_norm: float | None = Field(None, gt=0)
     weighting: Weighting = Fixed()
     accumulate: int = Field(1, ge=1)
@@ -183,4 +187,4 @@ class TrainConfig(TrackingSettings, Strict):
             "tables": self.train.tables.name,
             "dense": self.train.dense.name,
             "weighting": self.train.weighting.model_dump(),
-        }
+        } | ({} if (tables := self.train.tables.precision) == "fp32" else {"table_precision": tables})

@@ -12,7 +12,6 @@ from torchrec.distributed import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from features.batch import Batch
-from models.emm import build_ranker
 from models.ranker import is_table
 from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
@@ -48,7 +47,7 @@ class Learner:
         self.settings = s = config.train
         self.rank, self.device, self.steps, self.epoch_steps = rank, device, steps, epoch_steps
         torch.manual_seed(s.seed)  # the dense start is the same on every rank
-        self.ranker = ranker = build_ranker(dataset.schema, dataset.encoders, config.model)
+        self.ranker = ranker = shard.unplaced(dataset.schema, dataset.encoders, config.model, s)
         if config.model.start == "base_rate":
             ranker.start_at(dataset.base_rates())
         self.loss = weighting.task_loss(s.weighting, dataset.schema.tasks, s.seed)

@@ -51,9 +51,10 @@ class TrainStep(nn.Module):
             return self._by_micro_batches(batch)
         if isinstance(self.loss, EmbeddingLoss):
             return self._with_embeddings(batch, self.loss)
+        divisors = begin_weight_sums(self.ranker, batch)  # its exchange overlaps with the lookup and the dense part
         with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
             out_KBT = self.ranker.outputs(batch)
-        return global_loss(self.loss, self.ranker, out_KBT, batch)
+        return global_loss(self.loss, self.ranker, out_KBT, batch, divisors)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Those that are trained outside of the tables."""
@@ -63,7 +64,9 @@ class TrainStep(nn.Module):
     def _with_embeddings(self, batch: Batch, loss: EmbeddingLoss) -> tuple[Tensor, StepOutput]:
         """A step whose loss sees the embeddings, and runs the dense part again."""
         batch = self.ranker.row_losses.training_batch(batch)
-        total_T1, embedding_BE = global_weight_sums(batch), self.ranker.embedded(batch)
+        divisors = global_weight_sums(batch)
+        embedding_BE = self.ranker.embedded(batch)
+        total_T1 = divisors()
         shared: Sequence[nn.Parameter] = loss.shared
         names = {id(parameter): f"ranker.{name}" for name, parameter in self.ranker.named_parameters()}
 
@@ -87,7 +90,9 @@ class TrainStep(nn.Module):
 
     def _by_micro_batches(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         batch = self.ranker.row_losses.training_batch(batch)
-        total_T1 = global_weight_sums(batch)
+        divisors = global_weight_sums(batch)
+        embedding_BE = self.ranker.embedded(batch)
+        total_T1 = divisors()
 
         def run(embedding_BE: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             some = rows_of(batch, rows)
@@ -95,7 +100,6 @@ class TrainStep(nn.Module):
                 out_KBT = self.ranker.dense_outputs(embedding_BE, some)
             return _loss(self.loss.of_rows, self.ranker, out_KBT, some, total_T1)
 
-        embedding_BE = self.ranker.embedded(batch)
         total, loss_BT = loss_by_micro_batches(run, embedding_BE, self.dense_parameters(), self.accumulate)
         return total + self.loss.regulariser(total_T1[:-1]), _output(loss_BT, batch)
 
@@ -123,26 +127,45 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     )
 
 
-def global_weight_sums(batch: Batch) -> Tensor:
-    """What losses are divided by, so that an average over ranks is the mean over the global batch: total_T1.
+def global_weight_sums(batch: Batch) -> Callable[[], Tensor]:
+    """Begins to add up what losses are divided by, so that an average over ranks is the mean over the global batch.
 
-    For each task the weight of observed rows, then the weight of all rows; of the global batch, over the number of ranks.
+    Returns: a function that waits for total_T1: for each task the weight of observed rows, then the weight of all rows; of the
+        global batch, over the number of ranks.
     """
     observed_weight_BT, weight_B = batch.weight_BT * batch.observed_BT, batch.weight_BT[:, 0]
     total_T1 = torch.cat([observed_weight_BT.sum(0), weight_B.sum(0, keepdim=True)])
-    if (ranks := dist.get_world_size()) > 1:
-        dist.all_reduce(total_T1)
-    return total_T1 / ranks
+    ranks = dist.get_world_size()
+    underway = dist.all_reduce(total_T1, async_op=True) if ranks > 1 else None
+
+    def divisors() -> Tensor:
+        if underway is not None:
+            underway.wait()
+        return total_T1 / ranks
+
+    return divisors
 
 
-def global_loss(loss: TaskLoss, ranker: Ranker, out_KBT: Tensor, batch: Batch) -> tuple[Tensor, StepOutput]:
-    """Mean loss over the observed rows of all ranks; gradients come out right once ranks average them."""
+def begin_weight_sums(ranker: Ranker, batch: Batch) -> Callable[[], Tensor]:
+    """`global_weight_sums` of the labels and rows that are learnt from."""
+    return global_weight_sums(ranker.row_losses.training_batch(batch))
+
+
+def global_loss(
+    loss: TaskLoss, ranker: Ranker, out_KBT: Tensor, batch: Batch, divisors: Callable[[], Tensor]
+) -> tuple[Tensor, StepOutput]:
+    """Mean loss over the observed rows of all ranks; gradients come out right once ranks average them.
+
+    Args:
+        divisors: from `begin_weight_sums`.
+    """
     batch = ranker.row_losses.training_batch(batch)
-    total, loss_BT = _loss(loss, ranker, out_KBT, batch, global_weight_sums(batch))
+    total, loss_BT = _loss(loss, ranker, out_KBT, batch, divisors())
     return total, _output(loss_BT.detach(), batch)
 
 
-torch.fx.wrap("global_loss")  # one node for TorchRec's pipeline, which traces the forward up to the tables
+for name in ("begin_weight_sums", "global_loss"):
+    torch.fx.wrap(name)  # one node each for TorchRec's pipeline, which traces the forward up to the tables
 
 
 def _loss(

@@ -14,6 +14,7 @@ from pipeline.dataset.dataset import open_dataset
 from pipeline.run.run import Run
 from pipeline.run.tracking import registry as tracking
 from pipeline.training.architecture_file import resolved
+from pipeline.training.arithmetic import arithmetic
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.hang_watch import RESUMES, watch_ranks
 from pipeline.training.faults.preemption import exiting_at_start
@@ -45,6 +46,7 @@ def train(
         with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
             if os.environ.get("RANK", "0") == "0":
                 tracking.check(config)
+            watching.enter_context(arithmetic(config.train))
             device = process_group.start(config.train.timeout)
             watch = watch_ranks(config.train.timeout)  # a rank may be cut off in start-up too
             trainer = prepare(config, schema, device, observers, kind)

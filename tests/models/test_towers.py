@@ -1,5 +1,6 @@
 """The shared tower, towers of their own layers, and the calibration of logits; TaskTowers are in test_fusion.py."""
 
+import copy
 import math
 
 import numpy as np
@@ -49,6 +50,27 @@ def test_towers_that_start_at_a_value_give_it_where_nothing_comes_in(kind):
         if "hidden" in name:
             parameter.data.zero_()
     torch.testing.assert_close(module(torch.zeros(6, 4, 3)), start_KT.unsqueeze(1).expand(2, 6, 4))
+
+
+@pytest.mark.parametrize("kind", [TaskTowers, SharedTower])
+def test_under_autocast_the_last_layer_and_what_follows_round_no_logit_to_16_bits(kind):
+    torch.manual_seed(0)
+    module, calibration, h_BTD = kind(3, 16, [8]), Calibration(["binary"] * 3), torch.randn(200, 3, 16)
+    module.start_at(torch.full((1, 3), -5.0))
+    double = copy.deepcopy(module).double()
+    tower, twin = (m.tower if kind is SharedTower else m for m in (module, double))
+    hidden: list[Tensor] = []  # in bfloat16, whose rounding is meant to stay: of the hidden layers alone
+    tower.hidden.register_forward_hook(lambda _, __, h_SBH: hidden.append(h_SBH))
+    twin.hidden.register_forward_hook(lambda _, __, ___: hidden[-1].double())
+    with torch.autocast("cpu", torch.bfloat16):
+        logit_BT = calibration(module(h_BTD)[0])
+    wanted_BT = Calibration(["binary"] * 3).double()(double(h_BTD.double())[0])
+    assert hidden[0].dtype == torch.bfloat16
+    assert logit_BT.dtype == torch.float32
+    rounded_BT = wanted_BT.bfloat16().double()
+    assert (logit_BT - wanted_BT).abs().max() < 1e-5 < 1e-2 < (rounded_BT - wanted_BT).abs().max()
+    logit_BT.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 def own_towers_twin(params: Params, widths: list[list[int]], sizes: list[int], h_BTD: Tensor) -> Tensor:

@@ -104,6 +104,17 @@ def test_the_pipelined_loop_and_micro_batches_train_the_same_on_one_rank(folder:
     assert_close(last(folder / f"micro-batches-{name}"), last(folder / f"plain-{name}"), rtol=5e-3, atol=5e-4)
 
 
+def test_tables_of_sequences_can_be_in_16_bits(folder: Path) -> None:
+    half = {"precision": "fp16", "rounding": "nearest", "lr": LR}
+    for name, tables in {"half": half, "full": half | {"precision": "fp32"}}.items():
+        trainer(folder, name, tables=tables, max_steps=5).run_to_end()
+    found, wanted = model(last(folder / "half")), model(last(folder / "full"))
+    for name in (n for n in found if is_table(n)):
+        assert found[name].dtype == torch.float16
+        torch.testing.assert_close(found[name].float(), wanted[name], rtol=5e-3, atol=1e-3)
+    assert losses(folder / "half") == pytest.approx(losses(folder / "full"), rel=1e-3)
+
+
 def test_copies_of_a_table_that_is_read_item_by_item_are_refused_where_the_kernel_would_pool(folder: Path) -> None:
     with pytest.raises(UserError, match="table item cannot be data_parallel on cpu, only") as caught:
         trainer(folder, "refused", sharding={"default": ["table_wise"], "item": ["data_parallel"]})

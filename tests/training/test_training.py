@@ -34,7 +34,7 @@ from tiny_training import (
     write_checkpoint,
 )
 from torch import Tensor
-from two_ranks import MIXED, OPTIMIZERS, PLACEMENTS, STOP, SURVIVING, stopped, train
+from two_ranks import HALF, MIXED, OPTIMIZERS, PLACEMENTS, STOP, SURVIVING, stopped, train
 
 from features.batch import Batch
 from features.errors import UserError
@@ -312,6 +312,16 @@ def test_two_ranks_leave_out_what_one_rank_leaves_out(folder: Path, two_ranks: P
     assert two.left_out > 30
     assert_close(*map(tensors, runs), rtol=5e-3, atol=5e-4)
     assert losses(two_ranks / f"{name}-two-run") == pytest.approx(losses(folder / f"{name}-alone"), rel=1e-3)
+
+
+@pytest.mark.system
+def test_tables_in_16_bits_are_the_same_on_two_ranks_and_go_on_on_one(folder: Path, two_ranks: Path) -> None:
+    train(folder, "half-alone", checkpoint_every=STOP, **HALF)
+    stopped(folder, "half", "half-narrowed")
+    train(folder, "half-narrowed", checkpoint_every=STOP, **HALF)
+    for run in (two_ranks / "half", folder / "half-narrowed"):
+        assert_close(last(run), last(folder / "half-alone"), rtol=5e-3, atol=1e-3)
+    assert last(two_ranks / "half")["model.embeddings.embedding_bags.item.weight"].dtype == torch.float16
 
 
 @pytest.mark.system

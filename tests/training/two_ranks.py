@@ -31,6 +31,10 @@ MIXED = {
     "mixed": ("rowwise_adagrad", {"default": ["table_wise"], "item": ["row_wise"]}),
     "mixed-columns": ("adagrad", {"default": ["row_wise"], "item": ["column_wise"], "user": ["table_wise"]}),
 }
+HALF = {
+    "tables": {"name": "rowwise_adagrad", "lr": 0.05, "precision": "fp16", "rounding": "nearest"},
+    "sharding": MIXED["mixed"][1],
+}
 STOP = 20  # in the second epoch
 # What cannot be learnt from, by the name of its dataset.
 SURVIVING = {
@@ -99,6 +103,7 @@ def main(folder: Path) -> None:
         trainer(folder, name, **settings).run_to_end()
         logits(folder, name, **settings)
 
+    trainer(folder, "half", checkpoint_every=STOP, **HALF).run_to_end()
     for placement in PLACEMENTS:
         write_checkpoint(trainer(folder, f"start-{placement}", sharding={"default": [placement]}))
     columns = {"default": ["table_wise"], "item": ["column_wise"]}

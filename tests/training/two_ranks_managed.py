@@ -29,6 +29,7 @@ from pipeline.training.trainer import Trainer
 STEPS, STOP = 20, 8
 MIXED = {"default": ["row_wise"], "user": ["table_wise"]}
 ADAGRAD = {"name": "adagrad", "lr": 0.05}
+HALF = {"precision": "fp16", "rounding": "nearest"}
 MANAGED = SCHEMA | {
     "tables": {"item": {"dim": 8, "managed": {"rows": 130}}},
     "categorical": {
@@ -82,6 +83,7 @@ def main(folder: Path) -> None:
     logits(folder, made, "mixed")
     others = {"default": ["column_wise"], "user": ["data_parallel"]}
     trainer(folder, "adagrad", tables=ADAGRAD, sharding=others).run_to_end()
+    trainer(folder, "half", tables=HALF, sharding=MIXED).run_to_end()
     dist.barrier()
     if rank == 0:
         stopped(folder, "mixed", "resumed", STOP)

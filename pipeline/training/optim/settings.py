@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from models.table_storage import Precision
 from pipeline.training.optim.strict import Strict
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 
@@ -29,12 +30,18 @@ class TableOptimizer(Schedule):
     Attributes:
         epochs: after which the tables stay as they are (null: none). Rows of rare ids learn their few labels by heart when they
             are seen again, and the error on other rows jumps at the second epoch (Zhang et al., arXiv 2209.06053).
+        precision: of the weights; fp16 takes half the memory. Embeddings, gradients and the optimiser's state stay in fp32.
+        rounding: of an update to fp16. stochastic is right on average; it follows from the seed and the step, so a resumed run
+            rounds alike, and from the place of a row, so on another plan the weights differ by rounding. nearest, the only one
+            of CPUs, loses updates below 1/4096 of a weight.
     """
 
     name: Annotated[str, AfterValidator(_registered)] = "rowwise_adagrad"
     lr: float = Field(0.05, gt=0)
     eps: float = Field(1e-8, gt=0)
     epochs: int | None = Field(None, ge=1)
+    precision: Precision = "fp32"
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
 
 
 class DenseOptimizer(Schedule):

@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field, model_validator
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
-from models.emm import EMMSettings, build_ranker
+from models.emm import EMMSettings
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
@@ -173,7 +173,8 @@ def _tables(config: PlanConfig, schema: Schema | None) -> _Tables:
 
 
 def _place(config: PlanConfig, tables: _Tables) -> Estimate:
-    ranker, settings = build_ranker(tables.schema, tables.encoders, config.model), config.train
+    settings = config.train
+    ranker = shard.unplaced(tables.schema, tables.encoders, config.model, settings)
     loss = weighting.task_loss(settings.weighting, tables.schema.tasks, settings.seed)
     model = TrainStep(ranker, loss, bf16=False)
     _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster)

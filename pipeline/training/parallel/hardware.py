@@ -14,8 +14,7 @@ class Kind:
 
     Attributes:
         name: as it is printed.
-        flops: peak FLOP/s of dense matrix products by train.precision, without sparsity; fp32 without TF32, which jobs.train
-            does not switch on.
+        flops: peak FLOP/s of dense matrix products by train.precision, without sparsity.
         memory: bytes; 0 for a CPU. memory_bandwidth: bytes/s of HBM, or of a core's share of main memory.
         link: bytes/s to other ranks of the node, in each direction.
         flops_share, bandwidth_share, link_share: what of these figures a step sustains; guesses.
@@ -40,15 +39,20 @@ class Kind:
 
 # NVIDIA's data sheets of H100 SXM5, H200 SXM, A100 SXM4 (NVLink's total is of both directions, so half of it is taken), L4 and
 # T4 (PCIe gen 4 and gen 3, x16); figures with sparsity are halved. T4 has no bf16: autocast to it is taken to run at the fp32
-# rate. The core has two FMA units of AVX-512 at 2.5 GHz, and AMX for bf16; its figures are orders of magnitude.
+# rate. T4 and CPUs have no TF32. The core has two FMA units of AVX-512 at 2.5 GHz, and AMX for bf16; its figures are orders of
+# magnitude.
 KINDS = {
-    "h100": Kind("H100 SXM 80 GB", {"fp32": 67 * T, "bf16": 989 * T}, 80 * G, 3350 * G, 450 * G),
-    "h200": Kind("H200 SXM 141 GB", {"fp32": 67 * T, "bf16": 989 * T}, 141 * G, 4800 * G, 450 * G),
-    "a100-80gb": Kind("A100 SXM 80 GB", {"fp32": 19.5 * T, "bf16": 312 * T}, 80 * G, 2039 * G, 300 * G),
-    "a100-40gb": Kind("A100 SXM 40 GB", {"fp32": 19.5 * T, "bf16": 312 * T}, 40 * G, 1555 * G, 300 * G),
-    "l4": Kind("L4 24 GB", {"fp32": 30.3 * T, "bf16": 121 * T}, 24 * G, 300 * G, 32 * G),
-    "t4": Kind("T4 16 GB", {"fp32": 8.1 * T, "bf16": 8.1 * T}, 16 * G, 320 * G, 16 * G),
-    "cpu-core": Kind("CPU core", {"fp32": 0.16 * T, "bf16": 1.0 * T}, 0, 10 * G, 5 * G),
+    "h100": Kind("H100 SXM 80 GB", {"fp32": 67 * T, "tf32": 494.5 * T, "bf16": 989 * T}, 80 * G, 3350 * G, 450 * G),
+    "h200": Kind("H200 SXM 141 GB", {"fp32": 67 * T, "tf32": 494.5 * T, "bf16": 989 * T}, 141 * G, 4800 * G, 450 * G),
+    "a100-80gb": Kind(
+        "A100 SXM 80 GB", {"fp32": 19.5 * T, "tf32": 156 * T, "bf16": 312 * T}, 80 * G, 2039 * G, 300 * G
+    ),
+    "a100-40gb": Kind(
+        "A100 SXM 40 GB", {"fp32": 19.5 * T, "tf32": 156 * T, "bf16": 312 * T}, 40 * G, 1555 * G, 300 * G
+    ),
+    "l4": Kind("L4 24 GB", {"fp32": 30.3 * T, "tf32": 60 * T, "bf16": 121 * T}, 24 * G, 300 * G, 32 * G),
+    "t4": Kind("T4 16 GB", {"fp32": 8.1 * T, "tf32": 8.1 * T, "bf16": 8.1 * T}, 16 * G, 320 * G, 16 * G),
+    "cpu-core": Kind("CPU core", {"fp32": 0.16 * T, "tf32": 0.16 * T, "bf16": 1.0 * T}, 0, 10 * G, 5 * G),
 }
 
 

@@ -9,6 +9,7 @@ from torchrec.distributed.types import ModuleSharder
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.errors import UserError
+from models.table_storage import FORMATS
 from pipeline.training.config import Allowed, Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS, which
 
@@ -16,7 +17,6 @@ PLACEMENTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "data_p
 KERNELS = ("fused", "fused_uvm_caching")
 DEFAULT = ("table_wise", "row_wise")
 MIN_COLUMNS = 32  # of a column-wise shard, though a narrow table may be halved
-FLOAT = 4  # bytes
 
 
 def offered(module: nn.Module, sharders: Mapping[type, ModuleSharder], device: str) -> dict[str, set[str]]:
@@ -48,6 +48,8 @@ def check(settings: Settings, possible: Mapping[str, set[str]], device: str) -> 
         raise UserError(
             f"train.tables.name={settings.tables.name}: FBGEMM has no CPU kernel for it. Use {which(lambda o: o.cpu)} here."
         )
+    if reason := _format_refusal(settings, device):
+        raise UserError(f"train.tables.{reason}")
     for table, kernels in settings.kernels.items():
         if "fused_uvm_caching" in kernels and device == "cpu":
             raise UserError(
@@ -78,6 +80,21 @@ def check_groups(settings: Settings, group: int, ranks_per_node: int) -> None:
         )
 
 
+def _format_refusal(settings: Settings, device: str) -> str | None:
+    """The setting of the tables' number format that cannot be trained here, and why; None if there is none."""
+    tables = settings.tables
+    if tables.precision == "bf16":
+        return "precision=bf16: FBGEMM's kernels train tables in fp32 and fp16 only. Use fp16."
+    if tables.precision == "fp16" and settings.sharding_group:
+        return (
+            "precision=fp16: sharding_group averages replicas, and a rounded average loses what they learnt. Use fp32, or "
+            "leave sharding_group out."
+        )
+    if tables.precision == "fp16" and tables.rounding == "stochastic" and device == "cpu":
+        return "rounding=stochastic: FBGEMM's CPU kernels round to the nearest. Use train.tables.rounding=nearest here."
+    return None
+
+
 def _refusal(placements: Sequence[str], settings: Settings, device: str) -> str | None:
     """Why one of the placements would change results, lose state or fail; None if none would."""
     name, optimizer = settings.tables.name, TABLE_OPTIMIZERS[settings.tables.name]
@@ -91,6 +108,11 @@ def _refusal(placements: Sequence[str], settings: Settings, device: str) -> str 
         return (
             "a data_parallel table is averaged within a sharding_group only, so its replicas would diverge. Use table_wise and "
             "row_wise."
+        )
+    if "data_parallel" in placements and settings.tables.precision != "fp32":
+        return (
+            f"gradients of data_parallel tables would be averaged in {settings.tables.precision}, where small ones are 0, and "
+            "their updates rounded to the nearest. Use table_wise and row_wise, or train.tables.precision=fp32."
         )
     if "data_parallel" in placements and optimizer.change is None:
         return (
@@ -158,7 +180,8 @@ def all_shards_have_rows(rows: int, shards: int) -> bool:
 
 def _table_bytes(table: BaseEmbeddingConfig, settings: Settings) -> int:
     rows, columns = table.num_embeddings, table.embedding_dim
-    return FLOAT * rows * columns + TABLE_OPTIMIZERS[settings.tables.name].state_bytes(rows, columns)
+    number = FORMATS[settings.tables.precision][1].itemsize
+    return number * rows * columns + TABLE_OPTIMIZERS[settings.tables.name].state_bytes(rows, columns)
 
 
 def _allowed(settings: Allowed, table: str, otherwise: Sequence[str]) -> list[str]:

@@ -29,7 +29,8 @@ class _Part:
         """Overwrites those of the rows that this part has."""
         own_N = row_N[(row_N >= self.row) & (row_N < self.row + len(self.tensor))] - self.row
         columns = self.tensor[0].numel()
-        self.tensor[own_N] = value_D[self.column : self.column + columns].reshape(self.tensor.shape[1:])
+        value = value_D[self.column : self.column + columns].reshape(self.tensor.shape[1:])
+        self.tensor[own_N] = value.to(self.tensor.dtype)
 
 
 class ManagedRows:

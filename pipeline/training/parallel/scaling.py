@@ -74,7 +74,7 @@ class Model:
         cls, schema: Schema, encoders: Encoders, config: ModelConfig, settings: Settings, dataset: Dataset | None = None
     ) -> "Model":
         """Of a configuration; without a dataset the lengths of lists are guessed."""
-        ranker = build_ranker(schema, encoders, config)
+        ranker = shard.unplaced(schema, encoders, config, settings)
         step = TrainStep(ranker, weighting.task_loss(settings.weighting, schema.tasks, settings.seed), bf16=False)
         ids, notes = ids_per_row(schema, dataset)
         dense = sum(p.numel() for p in step.dense_parameters())
@@ -124,6 +124,7 @@ def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Clu
             sum(model.ids[feature] for feature in config.feature_names),
             isinstance(config, EmbeddingBagConfig),
             optimizer.state_bytes(1, config.embedding_dim),
+            NUMBER[settings.tables.precision],
         )
         for config in model.tables
     }

@@ -21,7 +21,11 @@ from torchrec.distributed.types import ShardedModule, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from features.errors import UserError
-from models.ranker import Ranker, table_weight
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
+from models.emm import build_ranker
+from models.ranker import ModelConfig, Ranker, table_weight
+from models.table_storage import store_tables
 from pipeline.torch_compat import ShardedTensor, table_kernels
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
@@ -68,12 +72,22 @@ class _FullyShardedDense(DataParallelWrapper):
         fully_shard(model, mesh=mesh, reshard_after_forward=False, shard_placement_fn=cut, ignored_params=tables)
 
 
+def unplaced(schema: Schema, encoders: Encoders, config: ModelConfig, settings: Settings) -> Ranker:
+    """The ranker to train, with tables on the meta device in their number format. Raises UserError as `build_ranker`."""
+    ranker = build_ranker(schema, encoders, config)
+    if settings.tables.precision != "fp32":
+        store_tables(ranker, settings.tables.precision)
+    return ranker
+
+
 def sharders(settings: Settings) -> list[Any]:
     """One for each kind of module that holds tables."""
     optimizer = TABLE_OPTIMIZERS[settings.tables.name]
-    values = {"learning_rate": settings.tables.lr} | (
-        {"eps": settings.tables.eps} if "eps" in optimizer.settings else {}
-    )
+    values: dict[str, Any] = {"learning_rate": settings.tables.lr}
+    if "eps" in optimizer.settings:
+        values["eps"] = settings.tables.eps
+    if settings.tables.precision != "fp32":
+        values["stochastic_rounding"] = settings.tables.rounding == "stochastic"
     arguments: dict[str, Any] = {
         "fused_params": {"optimizer": optimizer.kernel, **values},
         "qcomm_codecs_registry": codecs.codecs(settings),
@@ -151,7 +165,7 @@ def set_table_rate(model: nn.Module, lr: float) -> None:
 
 
 def init_tables(ranker: nn.Module, configs: Sequence[BaseEmbeddingConfig], seed: int, std: float) -> None:
-    """Draws the tables' start, normal(0, std): a row's values depend on seed, table and row alone, not on the plan."""
+    """Draws the tables' start, normal(0, std) in float32: a row depends on seed, table and row alone, not on the plan."""
     state = ranker.state_dict()
     for config in configs:
         weight = state[table_weight(config.name, isinstance(config, EmbeddingBagConfig))]

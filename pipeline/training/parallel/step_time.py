@@ -31,7 +31,7 @@ class Table:
     Attributes:
         rows, dim: of the table. features: that look it up. ids: of an average row, over all of them.
         pooled: whether the ids of a feature are summed before they are sent.
-        state: bytes of the optimiser's state per row.
+        state: bytes of the optimiser's state per row. number: bytes of a weight.
     """
 
     rows: int
@@ -40,6 +40,7 @@ class Table:
     ids: float
     pooled: bool = True
     state: int = FLOAT
+    number: int = FLOAT
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,11 @@ def table_bytes(step: Step) -> float:
     """
     found = np.zeros(step.group)
     for part in step.parts:
-        weights = part.columns * FLOAT
+        weights, gradient = part.columns * part.table.number, part.columns * FLOAT
         if part.placement == "data_parallel":
             found[part.rank] += step.rows * part.ids * 3 * weights + part.rows * (4 * weights + 2 * part.state)
         else:
-            found[part.rank] += step.group * step.rows * part.ids * (4 * weights + 2 * part.state)
+            found[part.rank] += step.group * step.rows * part.ids * (3 * weights + gradient + 2 * part.state)
     return float(found.max(initial=0))
 
 

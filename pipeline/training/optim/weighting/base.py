@@ -158,7 +158,7 @@ class EmbeddingLoss(AdaptiveLoss):
             run: from values of the shared parameters, in their order, to loss_BT: with the embeddings held, and with the
                 random draws of the step's forward.
             embedding_BE: a part of the graph of loss_BT. batch: this rank's rows.
-            total_T1: from pipeline.training.step.global_weight_sums.
+            total_T1: what losses are divided by (pipeline.training.step.global_weight_sums).
         """
         raise NotImplementedError
 
