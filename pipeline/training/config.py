@@ -58,6 +58,8 @@ class Settings(Strict):
         epochs: passes over the train split; max_steps ends earlier.
         seed: of the start, the order of rows and dropout.
         precision: bf16 runs the dense part under autocast.
+        compile: a mode of torch.compile for the dense part and its losses; reduce-overhead replays CUDA graphs, which hold the
+            memory of activations between steps. Random draws (dropout) are others than without.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
         accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
@@ -97,6 +99,7 @@ class Settings(Strict):
     tables: TableOptimizer = TableOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: Literal["default", "reduce-overhead"] | None = None
     clip_norm: float | None = Field(None, gt=0)
     weighting: Weighting = Fixed()
     accumulate: int = Field(1, ge=1)
@@ -126,6 +129,7 @@ class Settings(Strict):
             "pipelined": self.pipelined and "pipelined=true",
             "accumulate": self.accumulate > 1 and f"accumulate={self.accumulate}",
             "dense_parallel": self.dense_parallel == "fsdp" and "dense_parallel=fsdp",
+            "compile": self.compile and f"compile={self.compile}",
         }
         for setting, reason in self.weighting.refuses.items():
             if written := chosen[setting]:
@@ -141,6 +145,11 @@ class Settings(Strict):
         if self.pipelined and self.accumulate > 1:
             raise ValueError(
                 f"pipelined=true traces the model's graph, which accumulate={self.accumulate} hides: leave it out"
+            )
+        if self.compile == "reduce-overhead" and (chosen["accumulate"] or chosen["dense_parallel"]):
+            raise ValueError(
+                "compile=reduce-overhead replays kernels on the same memory, which "
+                f"{chosen['accumulate'] or chosen['dense_parallel']} uses anew: use compile=default"
             )
         return self
 
