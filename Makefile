@@ -12,7 +12,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
-.PHONY: bench-evaluate bench-intervals bench-links bench-search bench-planted chaos
+.PHONY: bench-evaluate bench-gpu bench-intervals bench-links bench-search bench-planted chaos
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -69,6 +69,9 @@ bench-evaluate: .venv/ready
 
 bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py
+
+bench-gpu: .venv/ready
+	$(BIN)/python tests/benchmarks/gpu.py runs/gpu
 
 bench-intervals: .venv/ready
 	$(BIN)/python tests/benchmarks/intervals.py

@@ -142,6 +142,7 @@ class SearchConfig(TrainConfig):
             ("dense_parallel=fsdp", train.dense_parallel == "fsdp"),
             ("pipelined=true", train.pipelined),
             ("accumulate", train.accumulate > 1),
+            (f"compile={train.compile}", train.compile),
         ):
             if refused:
                 raise ValueError(f"train.{setting} does not go with a step on two batches: leave it out")

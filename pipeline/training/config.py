@@ -61,6 +61,8 @@ class Settings(Strict):
             factors to 10 bits on GPUs from Ampere on, and does nothing elsewhere. Losses, updates and scoring are in fp32.
         deterministic: sums on a GPU in the same order every time, so that a run can be repeated bit for bit, as it can on a CPU
             without this. Slower: one block of threads adds up all gradients of a frequent id.
+        compile: a mode of torch.compile for the dense part and its losses; reduce-overhead replays CUDA graphs, which hold the
+            memory of activations between steps. Random draws (dropout) are others than without.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
         accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
@@ -101,6 +103,7 @@ class Settings(Strict):
     dense: DenseOptimizer = DenseOptimizer()
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     deterministic: bool = False
+    compile: Literal["default", "reduce-overhead"] | None = None
     clip_norm: float | None = Field(None, gt=0)
     weighting: Weighting = Fixed()
     accumulate: int = Field(1, ge=1)
@@ -130,6 +133,7 @@ class Settings(Strict):
             "pipelined": self.pipelined and "pipelined=true",
             "accumulate": self.accumulate > 1 and f"accumulate={self.accumulate}",
             "dense_parallel": self.dense_parallel == "fsdp" and "dense_parallel=fsdp",
+            "compile": self.compile and f"compile={self.compile}",
         }
         for setting, reason in self.weighting.refuses.items():
             if written := chosen[setting]:
@@ -145,6 +149,11 @@ class Settings(Strict):
         if self.pipelined and self.accumulate > 1:
             raise ValueError(
                 f"pipelined=true traces the model's graph, which accumulate={self.accumulate} hides: leave it out"
+            )
+        if self.compile == "reduce-overhead" and (chosen["accumulate"] or chosen["dense_parallel"]):
+            raise ValueError(
+                "compile=reduce-overhead replays kernels on the same memory, which "
+                f"{chosen['accumulate'] or chosen['dense_parallel']} uses anew: use compile=default"
             )
         return self
 

@@ -16,6 +16,7 @@ from models.ranker import is_table
 from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
 from pipeline.torch_compat import norms
+from pipeline.training.compiled import compiled
 from pipeline.training.config import TrainConfig
 from pipeline.training.optim import weighting
 from pipeline.training.optim.dense import build, rate, table_rate
@@ -52,6 +53,8 @@ class Learner:
             ranker.start_at(dataset.base_rates())
         self.loss = weighting.task_loss(s.weighting, dataset.schema.tasks, s.seed)
         step = TrainStep(ranker, self.loss, s.precision == "bf16", s.accumulate)
+        if s.compile:
+            step.rows = compiled(step, s.compile)
         self.model = shard.shard(step, ranker, s, device)
         shard.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)
         dense = [(n, p) for n, p in self.model.named_parameters() if not is_table(in_ranker(n)) and p.requires_grad]

@@ -30,6 +30,14 @@ class StepOutput(NamedTuple):
     row_id_B: Tensor
 
 
+class LossesOfRows(NamedTuple):
+    """Losses per row and task to learn from, the part of them that metrics are made of, and the fusion's penalty, if any."""
+
+    loss_BT: Tensor
+    shown_BT: Tensor
+    penalty_B: Tensor | None
+
+
 class TrainStep(nn.Module):
     """What is wrapped for distribution and differentiated.
 
@@ -37,6 +45,8 @@ class TrainStep(nn.Module):
         ranker: the model. loss: of its tasks. bf16: autocast of the dense part.
         accumulate: micro-batches that go through the dense part one after the other. Random draws that the rows of a rank
             share (dropout, autotask's blocks) are shared by the rows of a micro-batch.
+    Attributes:
+        rows: the dense part and the losses of its rows: `row_losses`, or the same compiled (pipeline.training.compiled).
     Call Args:
         batch: this rank's rows.
     Returns: the scalar loss, and a StepOutput.
@@ -45,6 +55,7 @@ class TrainStep(nn.Module):
     def __init__(self, ranker: Ranker, loss: TaskLoss, bf16: bool, accumulate: int = 1) -> None:
         super().__init__()
         self.ranker, self.loss, self.bf16, self.accumulate = ranker, loss, bf16, accumulate
+        self.rows: Callable[[Tensor, Batch], LossesOfRows] = self.row_losses
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         if self.accumulate > 1:
@@ -52,9 +63,13 @@ class TrainStep(nn.Module):
         if isinstance(self.loss, EmbeddingLoss):
             return self._with_embeddings(batch, self.loss)
         divisors = begin_weight_sums(self.ranker, batch)  # its exchange overlaps with the lookup and the dense part
+        return loss_after_lookup(self, self.ranker.embedded(batch), batch, divisors)
+
+    def row_losses(self, embedding_BE: Tensor, batch: Batch) -> LossesOfRows:
+        """All that lies between the lookup and sums over rows; of `batch` everything but `sparse`."""
         with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
-            out_KBT = self.ranker.outputs(batch)
-        return global_loss(self.loss, self.ranker, out_KBT, batch, divisors)
+            out_KBT = self.ranker.dense_outputs(embedding_BE, batch)
+        return _of_rows(self.ranker, out_KBT, batch)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Those that are trained outside of the tables."""
@@ -85,7 +100,7 @@ class TrainStep(nn.Module):
         attention = sdpa_kernel(SDPBackend.MATH) if loss.second_derivatives else nullcontext()
         with torch.autocast(loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16), attention:
             out_KBT = self.ranker.dense_outputs(embedding_BE, batch)
-        total, loss_BT = _loss(reduce, self.ranker, out_KBT, batch, total_T1)
+        total, loss_BT = _loss(reduce, _of_rows(self.ranker, out_KBT, batch), batch, total_T1)
         return total, _output(loss_BT.detach(), batch)
 
     def _by_micro_batches(self, batch: Batch) -> tuple[Tensor, StepOutput]:
@@ -96,9 +111,7 @@ class TrainStep(nn.Module):
 
         def run(embedding_BE: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
             some = rows_of(batch, rows)
-            with torch.autocast(self.loss.weight_T.device.type, torch.bfloat16, enabled=self.bf16):
-                out_KBT = self.ranker.dense_outputs(embedding_BE, some)
-            return _loss(self.loss.of_rows, self.ranker, out_KBT, some, total_T1)
+            return _loss(self.loss.of_rows, self.rows(embedding_BE, some), some, total_T1)
 
         total, loss_BT = loss_by_micro_batches(run, embedding_BE, self.dense_parameters(), self.accumulate)
         return total + self.loss.regulariser(total_T1[:-1]), _output(loss_BT, batch)
@@ -151,6 +164,23 @@ def begin_weight_sums(ranker: Ranker, batch: Batch) -> Callable[[], Tensor]:
     return global_weight_sums(ranker.row_losses.training_batch(batch))
 
 
+def loss_after_lookup(
+    step: TrainStep, embedding_BE: Tensor, batch: Batch, divisors: Callable[[], Tensor]
+) -> tuple[Tensor, StepOutput]:
+    """The rest of a step once the tables are read: its loss over the observed rows of all ranks.
+
+    Args:
+        divisors: from `begin_weight_sums`.
+    """
+    batch = step.ranker.row_losses.training_batch(batch)
+    total, loss_BT = _loss(step.loss, step.rows(embedding_BE, batch), batch, divisors())
+    return total, _output(loss_BT.detach(), batch)
+
+
+for name in ("begin_weight_sums", "loss_after_lookup"):
+    torch.fx.wrap(name)  # one node each for TorchRec's pipeline, which traces the forward up to the tables
+
+
 def global_loss(
     loss: TaskLoss, ranker: Ranker, out_KBT: Tensor, batch: Batch, divisors: Callable[[], Tensor]
 ) -> tuple[Tensor, StepOutput]:
@@ -160,28 +190,24 @@ def global_loss(
         divisors: from `begin_weight_sums`.
     """
     batch = ranker.row_losses.training_batch(batch)
-    total, loss_BT = _loss(loss, ranker, out_KBT, batch, divisors())
+    total, loss_BT = _loss(loss, _of_rows(ranker, out_KBT, batch), batch, divisors())
     return total, _output(loss_BT.detach(), batch)
 
 
-for name in ("begin_weight_sums", "global_loss"):
-    torch.fx.wrap(name)  # one node each for TorchRec's pipeline, which traces the forward up to the tables
+def _of_rows(ranker: Ranker, out_KBT: Tensor, batch: Batch) -> LossesOfRows:
+    loss_BT, shown_BT = ranker.row_losses(out_KBT, batch.label_BT, batch.observed_BT)
+    return LossesOfRows(loss_BT, shown_BT, ranker.fusion.penalty(out_KBT[0].float()))
 
 
 def _loss(
-    reduce: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ranker: Ranker,
-    out_KBT: Tensor,
-    batch: Batch,
-    total_T1: Tensor,
+    reduce: Callable[[Tensor, Tensor, Tensor], Tensor], rows: LossesOfRows, batch: Batch, total_T1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch's rows, reduced to a scalar, and loss_BT as metrics take it."""
-    loss_BT, shown_BT = ranker.row_losses(out_KBT, batch.label_BT, batch.observed_BT)
-    total = reduce(loss_BT, batch.weight_BT * batch.observed_BT, total_T1[:-1])
-    if (penalty_B := ranker.fusion.penalty(out_KBT[0].float())) is not None:
+    total = reduce(rows.loss_BT, batch.weight_BT * batch.observed_BT, total_T1[:-1])
+    if (penalty_B := rows.penalty_B) is not None:
         weight_B = batch.weight_BT[:, 0]
         total = total + (penalty_B * weight_B).sum() / total_T1[-1].clamp(min=torch.finfo(total_T1.dtype).tiny)
-    return total, shown_BT
+    return total, rows.shown_BT
 
 
 def _output(loss_BT: Tensor, batch: Batch) -> StepOutput:

@@ -154,6 +154,7 @@ def test_a_plan_reads_the_architecture_too(call: Call, dataset: Path, found: Pat
         ("train.dense_parallel=fsdp", "train.dense_parallel=fsdp does not go with a step on two batches"),
         ("train.pipelined=true", "train.pipelined=true does not go with a step on two batches"),
         ("train.accumulate=2", "train.accumulate does not go with a step on two batches"),
+        ("train.compile=default", "train.compile=default does not go with a step on two batches"),
         ("space.chosen=4", "chosen: 4 of 3 experts"),
         ("space.blocks=[mlp_8,mlp_8]", "a candidate is there twice"),
         ("space.blocks=[conv_4]", "conv_4"),

@@ -149,7 +149,7 @@ def test_losses_that_fall_below_0_are_refused_where_a_weighting_needs_them_above
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("pipelined", True), ("accumulate", 2), ("dense_parallel", "fsdp")]
+    ("setting", "value"), [("pipelined", True), ("accumulate", 2), ("dense_parallel", "fsdp"), ("compile", "default")]
 )  # fmt: skip
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_a_setting_that_a_weighting_refuses_is_refused_in_one_line_and_every_other_accepted(

@@ -65,6 +65,7 @@ GRADIENT_REFUSALS = {
     "pipelined": "runs the backward itself, where weighting {name} has to act",
     "accumulate": "never holds the whole batch's graph, which weighting {name} needs for each task's gradient",
     "dense_parallel": "shards the weights whose gradients weighting {name} compares",
+    "compile": "frees what a backward needs in the first one, and weighting {name} has one more for each task",
 }
 
 

@@ -36,6 +36,7 @@ class RepMTL(Weighted):
         "pipelined": "hides the embeddings, by which weighting {name} takes derivatives",
         "accumulate": "splits the rows that weighting {name} compares with each other",
         "dense_parallel": "shards the weights of which weighting {name} takes second derivatives",
+        "compile": "has no second derivatives, which weighting {name} takes",
     }
 
     def build(self, kinds: Sequence[str], loss_weights: Sequence[float], seed: int) -> TaskLoss:  # noqa: ARG002
