@@ -8,10 +8,10 @@ from pathlib import Path
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
-def end_with(parent: int, libc: ctypes.CDLL) -> None:
-    """Has this process get SIGTERM when its parent ends, and ends it where that is gone already."""
+def end_with(parent: int, libc: ctypes.CDLL, number: int = signal.SIGTERM) -> None:
+    """Has this process get a signal when its parent ends, and ends it where that is gone already."""
     if hasattr(libc, "prctl"):  # Linux
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc.prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
             os._exit(1)
 

@@ -9,12 +9,13 @@ itself, and a lane reads its part of one day after that of the day before.
 """
 
 import logging
-import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +25,14 @@ import torch
 from features.batch import Batch, Rows
 from features.errors import UserError, one_line
 from features.schema.schema import Split
+from pipeline.dataset import decoding
+from pipeline.dataset.background import in_background, pinned
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.lanes import Buffer, Share, Window, blocks, check_sizes, shares
 from pipeline.dataset.shards import check_ids, open_shard
 
 logger = logging.getLogger(__name__)
+MOST_SLOTS = 64  # parts of batches that a decoding process makes ahead
 
 
 @dataclass
@@ -43,15 +48,6 @@ class Piece:
     """Rows start .. stop - 1 of a row group, named by its place in the split."""
 
     group: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which of a lane's rows in each global batch are a rank's: start .. stop - 1 of them."""
-
-    lane: int
     start: int
     stop: int
 
@@ -83,6 +79,10 @@ class Loader:
             in nothing, which keeps all others in their places; each rank logs it once a row group.
         table_sizes: see `pipeline.dataset.shards.table_sizes`; ids outside of their table are then an error. None: not checked.
         keys: fills `Batch.key_BC`. One that does not take all rows is for `SplitReader` alone.
+        workers: processes that decode, each some of the rank's lanes (pipeline.dataset.decoding); 0: a thread of this one.
+        device: which batches are for; those for a GPU are in page-locked memory.
+    Attributes:
+        on_corrupt: what is done with a row group that is left out, in place of `leave_out`.
 
     Raises:
         UserError: an empty split, or as `check_sizes`.
@@ -102,14 +102,17 @@ class Loader:
         max_corrupt: float = 0.0,
         table_sizes: Mapping[str, int | None] | None = None,
         keys: RowKeys | None = None,
+        workers: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         check_sizes(batch_size, lanes, ranks)
         self.dataset, self.schema, self.shards = dataset, dataset.schema, dataset.shards(split)
         self.batch_size, self.lanes, self.seed = batch_size, lanes, seed
         self.share, self.size = batch_size // lanes, -(-batch_size // ranks)
         self.shares = shares(batch_size, lanes, rank, ranks)
-        self.window, self.ahead = window, ahead
+        self.window, self.ahead, self.device = window, ahead, device or torch.device("cpu")
         self.max_corrupt, self.corrupt = max_corrupt, set[int]()
+        self.on_corrupt: Callable[[int, str], None] | None = None
         self.table_sizes, self.keys = table_sizes or {}, keys
         groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
         self.groups = [(shard.path, index) for shard, index, _ in groups]
@@ -123,10 +126,22 @@ class Loader:
         self.starts_S = np.cumsum(rows_S) - rows_S
         self.bounds_SL = rows_S[:, None] * np.arange(lanes + 1) // lanes  # of lanes in each day
         self.lengths = np.diff(self.bounds_SL).sum(axis=0)
+        self.day_ends_S = np.diff(self.bounds_SL[:, :2])[:, 0].cumsum()  # of the first lane
         self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
         self._open = lru_cache(maxsize=64)(self._open_shard)
         self._reading = threading.Lock()  # two threads that read one ParquetFile crash the process
+        self._decoded: WeakValueDictionary[int, Rows] = WeakValueDictionary()
+        self.decoders: decoding.Decoders | None = None
+        if workers:
+            source = partial(
+                Loader, dataset.only(None), split, batch_size, lanes, seed, rank, ranks, window,
+                max_corrupt=max_corrupt, table_sizes=table_sizes,
+            )  # fmt: skip
+            parts = decoding.split(self.shares, workers)
+            # While a process decodes a row group the others go on, with as many rows ahead.
+            slots = min(max(ahead, int(self.group_rows.max()) * len(parts) // self.size + 2), MOST_SLOTS)
+            self.decoders = decoding.Decoders(source, parts, slots)
 
     def start(self, epoch: int = 0) -> Position:
         """The position at an epoch's begin."""
@@ -139,8 +154,7 @@ class Loader:
 
     def day(self, position: Position) -> str:
         """The day that the next batch begins in, by its first lane; the empty text where there are no days."""
-        ends = np.diff(self.bounds_SL)[:, 0].cumsum()
-        place = int(np.searchsorted(ends, position.cursors[0], "right"))
+        place = int(np.searchsorted(self.day_ends_S, position.cursors[0], "right"))
         return self.day_names[min(place, len(self.days) - 1)]
 
     def steps(self, position: Position) -> int:
@@ -160,78 +174,95 @@ class Loader:
             )
         if (np.array(position.cursors) > self.lengths).any():
             raise UserError("the run is at a row that the dataset does not have: its checkpoint is of another dataset.")
-        return in_background(self._batches(position), self.ahead)
+        return in_background(pinned(self._batches(position), self.device), self.ahead)
 
     def _batches(self, position: Position) -> Iterator[Batch]:
+        rows = self.rows_of(position, self.shares)
+        if self.decoders:
+            rows = self.decoders.rows(position, self.steps(position), self.leave_out)
+        for some in rows:
+            yield some.batch(self.schema, self.size)
+
+    def rows_of(self, position: Position, shares: Sequence[Share]) -> Iterator[Rows]:
+        """Of each global batch from `position` on the rows of some shares, one after the other. Raises UserError."""
         order = np.arange(len(self.groups))
         if self.window:
             shuffle = np.random.default_rng([self.seed, position.epoch])
             order = np.concatenate([shuffle.permutation(day) for day in self.days])
-        lanes = [(share, _Buffer(self._windows(order, position, share))) for share in self.shares]
+        end_G = np.cumsum(self.group_rows[order])
+        lanes = [(share, Buffer(self._windows(order, end_G, position, share))) for share in shares]
         for _ in range(self.steps(position)):
             parts = []
             for share, lane in lanes:
                 lane.skip(share.start)
                 parts += lane.take(share.stop - share.start)
                 lane.skip(self.share - share.stop)
-            rows = Rows.concat(parts) if parts else lanes[0][1].nothing
-            yield rows.batch(self.schema, self.size)
+            yield Rows.concat(parts) if parts else lanes[0][1].nothing
 
-    def _windows(self, order: np.ndarray, position: Position, share: Share) -> Iterator[Rows]:
-        """A lane's rows from its cursor on, window by window; blank ones in place of a window that has none of the share."""
-        lane = share.lane
-        length, cursor = int(self.lengths[lane]), position.cursors[lane]
-        edges = self._edges(lane)
+    def _windows(self, order: np.ndarray, end_G: np.ndarray, position: Position, share: Share) -> Iterator[Rows]:
+        """A lane's rows from its cursor on, window by window; blank ones in place of a window that has none of the share.
+
+        Args:
+            order: the row groups, permuted. end_G: where each ends.
+        """
+        lane, cursor = share.lane, position.cursors[share.lane]
         decoded: dict[int, Rows] = {}
-        for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
-            if stop <= cursor and stop < length:
-                continue
-            if self._rows_of(share, max(start, cursor)) == self._rows_of(share, stop):
-                yield Rows.blank(self.schema, stop - max(start, cursor))
-                continue
-            pieces = self._pieces(order, lane, start, stop)
-            decoded = {p.group: decoded.get(p.group) or self.decode(p.group) for p in pieces}
-            parts = [decoded[p.group].slice(p.start, p.stop) for p in pieces]
-            rows = Rows.concat(parts) if parts else self.decode(0).slice(0, 0)
-            if self.window:
-                shuffle = np.random.default_rng([self.seed, position.epoch, lane, index])
-                rows = rows.take(torch.from_numpy(shuffle.permutation(len(rows))))
-            yield rows.slice(min(max(cursor - start, 0), len(rows)), len(rows))
+        left = (w for w in self._lane_windows(lane) if w.stop > cursor or w.stop == self.lengths[lane])
+        needed = groupby(left, lambda w: self._before(share, max(w.start, cursor)) < self._before(share, w.stop))
+        for is_needed, windows in needed:
+            for block in blocks(windows, end_G):
+                start, stop, place = block[0].start, block[-1].stop, block[0].place
+                if not is_needed:
+                    yield Rows.blank(self.schema, stop - max(start, cursor))
+                    continue
+                pieces = self._pieces(order, end_G, place, place + stop - start)
+                decoded = {p.group: self._shared(p.group) for p in pieces}  # which the last block's may be among
+                parts = [decoded[p.group].slice(p.start, p.stop) for p in pieces]
+                rows = Rows.concat(parts)
+                used = min(max(cursor - start, 0), len(rows))
+                if self.window:
+                    shuffled = [w.start - start + self._permutation(position.epoch, lane, w) for w in block]
+                    yield rows.take(torch.from_numpy(np.concatenate(shuffled)[used:]))
+                else:
+                    yield rows.slice(used, len(rows))
 
-    def _rows_of(self, share: Share, row: int) -> int:
+    def _permutation(self, epoch: int, lane: int, window: Window) -> np.ndarray:
+        shuffle = np.random.default_rng([self.seed, epoch, lane, window.index])
+        return shuffle.permutation(window.stop - window.start)
+
+    def _shared(self, group: int) -> Rows:
+        """The rows of a row group, decoded once for all lanes that are at it."""
+        rows = self._decoded.get(group)
+        if rows is None:
+            rows = self._decoded[group] = self.decode(group)
+        return rows
+
+    def _before(self, share: Share, row: int) -> int:
         """How many rows of a lane before `row` are a share's."""
         batches, rest = divmod(row, self.share)
         size = share.stop - share.start
         return batches * size + min(max(rest - share.start, 0), size)
 
-    def _edges(self, lane: int) -> list[int]:
-        """Where windows begin in a lane, and its end; none goes over the end of a day."""
-        size, edges, begin = self.window or 1 << 14, [0], 0
-        for rows in np.diff(self.bounds_SL)[:, lane].tolist():
+    def _lane_windows(self, lane: int) -> Iterator[Window]:
+        """The windows of a lane; none goes over the end of a day."""
+        size, begin, index = self.window or 1 << 14, 0, 0
+        bounds = (self.starts_S[:, None] + self.bounds_SL[:, lane : lane + 2]).tolist()
+        for low, high in bounds:
             # Lanes begin with windows of unlike size, so that they do not all have to be refilled at the same step.
-            edges += [*range(begin + max(1, size * (lane + 1) // self.lanes), begin + rows, size), begin + rows]
-            begin += rows
-        return edges
-
-    def _pieces(self, order: np.ndarray, lane: int, start: int, stop: int) -> list[Piece]:
-        """The parts of row groups that hold rows start .. stop - 1 of a lane."""
-        pieces, begin = [], 0
-        for first, bounds_L in zip(self.starts_S, self.bounds_SL, strict=True):
-            low, high = first + bounds_L[lane], first + bounds_L[lane + 1]
-            ours = max(low, low + start - begin), min(high, low + stop - begin)
-            pieces += self._pieces_of(order, *map(int, ours)) if ours[0] < ours[1] else []
+            edges = [0, *range(max(1, size * (lane + 1) // self.lanes), high - low, size), high - low]
+            for start, stop in zip(edges, edges[1:], strict=False):
+                yield Window(index, begin + start, begin + stop, low + start)
+                index += 1
             begin += high - low
-        return pieces
 
-    def _pieces_of(self, order: np.ndarray, start: int, stop: int) -> list[Piece]:
+    def _pieces(self, order: np.ndarray, end_G: np.ndarray, start: int, stop: int) -> list[Piece]:
         """The parts of row groups that hold rows start .. stop - 1 of the permuted split."""
-        ends = np.cumsum(self.group_rows[order])
         pieces = []
-        for place in range(int(np.searchsorted(ends, start, "right")), len(order)):
-            begin = int(ends[place] - self.group_rows[order[place]])
-            if begin >= stop:
-                break
-            pieces.append(Piece(int(order[place]), max(start - begin, 0), min(stop, int(ends[place])) - begin))
+        first, last = np.searchsorted(end_G, [start, stop - 1], "right").tolist()
+        for place in range(first, last + 1 if start < stop else first):
+            group, end = int(order[place]), int(end_G[place])
+            begin = end - int(self.group_rows[group])
+            pieces.append(Piece(group, max(start - begin, 0), min(stop, end) - begin))
         return pieces
 
     def _open_shard(self, path: str) -> pq.ParquetFile:
@@ -252,7 +283,8 @@ class Loader:
                     f"{what}: the file changed after it was written. Restore it, run jobs.preprocess again, or leave its "
                     "rows out with train.corrupt=skip."
                 ) from None
-            return self._blank(group, what)
+            (self.on_corrupt or self.leave_out)(group, what)
+            return Rows.blank(self.schema, int(self.group_rows[group]))
         for name, size in self.table_sizes.items():
             check_ids(self.dataset.path / path, name, table[name].combine_chunks(), size)
         rows = Rows.decode(table, self.schema)
@@ -264,7 +296,8 @@ class Loader:
         rows = replace(rows, key_NC=torch.from_numpy(key_NC))
         return rows if taken_N is None else rows.take(torch.from_numpy(np.flatnonzero(taken_N)))
 
-    def _blank(self, group: int, what: str) -> Rows:
+    def leave_out(self, group: int, what: str) -> None:
+        """Counts a row group that cannot be read, and logs it. Raises UserError where that is one too many."""
         if group not in self.corrupt:
             self.corrupt.add(group)
             logger.warning(f"{what}: its rows are left out")
@@ -274,94 +307,3 @@ class Loader:
                 f"{what}: {lost:,} of {self.rows:,} rows cannot be read, more than train.max_corrupt={self.max_corrupt:g} "
                 "allows. Restore the files, or run jobs.preprocess again."
             )
-        return Rows.blank(self.schema, int(self.group_rows[group]))
-
-
-class _Buffer:
-    """Takes rows from a stream of windows, as many at a time as asked for."""
-
-    def __init__(self, windows: Iterator[Rows]) -> None:
-        self.windows, self.rows, self.used = windows, next(windows), 0
-
-    @property
-    def nothing(self) -> Rows:
-        return self.rows.slice(0, 0)
-
-    def take(self, count: int) -> list[Rows]:
-        return [self.rows.slice(start, stop) for start, stop in self._spans(count)]
-
-    def skip(self, count: int) -> None:
-        for _ in self._spans(count):
-            pass
-
-    def _spans(self, count: int) -> Iterator[tuple[int, int]]:
-        """Begin and end of the next `count` rows in `rows`, which is one window after the other; fewer at the stream's end."""
-        while count:
-            if self.used == len(self.rows):
-                following = next(self.windows, None)
-                if following is None:
-                    break
-                self.rows, self.used = following, 0
-                continue
-            start, self.used = self.used, min(self.used + count, len(self.rows))
-            count -= self.used - start
-            yield start, self.used
-
-
-def check_sizes(batch_size: int, lanes: int, ranks: int) -> None:
-    """Raises UserError where a batch cannot be shared by lanes or ranks."""
-    if batch_size % lanes:
-        raise UserError(
-            f"batch_size={batch_size} must be divisible by lanes={lanes}: every batch takes equally from each lane"
-        )
-    if ranks > batch_size:
-        raise UserError(
-            f"batch_size={batch_size} leaves some of the {ranks} ranks without a row: set train.batch_size to {ranks} or more"
-        )
-
-
-def shares(batch_size: int, lanes: int, rank: int, ranks: int) -> list[Share]:
-    """What a rank reads: whole lanes, or the parts of them that its places in a batch lie in."""
-    size = batch_size // lanes
-    if lanes % ranks == 0:
-        return [Share(lane, 0, size) for lane in range(rank, lanes, ranks)]
-    start, stop = batch_size * rank // ranks, batch_size * (rank + 1) // ranks
-    return [
-        Share(lane, max(start - lane * size, 0), min(stop - lane * size, size))
-        for lane in range(start // size, -(-stop // size))
-    ]
-
-
-def in_background(items: Iterator[Batch], ahead: int) -> Iterator[Batch]:
-    """The items, made in a thread up to `ahead` of their use; an error there is raised here."""
-    made: queue.Queue[Batch | BaseException | None] = queue.Queue(max(ahead, 1))
-    stop = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                made.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def make() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # a thread's error would go unseen
-            put(error)
-
-    thread = threading.Thread(target=make, daemon=True, name="loader")
-    thread.start()
-    try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

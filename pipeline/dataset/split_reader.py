@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from features.batch import Batch, Rows
 from features.schema.schema import Split
+from pipeline.dataset.background import in_background
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.loader import Loader, RowKeys, in_background
+from pipeline.dataset.loader import Loader, RowKeys
 from pipeline.dataset.shards import table_sizes
 
 

@@ -90,6 +90,8 @@ class Settings(Strict):
             what reads features that are others there, is initialised as usual.
         log_every: steps between lines of train.jsonl.
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
+        decode_workers: processes of each rank that decode its lanes, of which it has as many at most as lanes; 0: a thread
+            of the rank. None: 0 on a CPU; on a GPU one for each of the rank's cores but one, up to 8.
     """
 
     batch_size: int | None = Field(None, ge=1)
@@ -126,6 +128,7 @@ class Settings(Strict):
     init_from: Path | None = None
     log_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
+    decode_workers: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _go_together(self) -> "Settings":

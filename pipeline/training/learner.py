@@ -18,6 +18,7 @@ from pipeline.run import checkpoint
 from pipeline.torch_compat import norms
 from pipeline.training.compiled import compiled
 from pipeline.training.config import TrainConfig
+from pipeline.training.device_copies import copied_ahead
 from pipeline.training.optim import weighting
 from pipeline.training.optim.dense import build, rate, table_rate
 from pipeline.training.optim.tables import replicated_tables
@@ -87,12 +88,14 @@ class Learner:
         shard.set_step(self.model, updates)
 
     def feed(self, batches: Iterator[Batch], count: int) -> Iterator[Batch | None]:  # noqa: ARG002
-        """What `forward` is called with, once a step.
+        """What `forward` is called with, once a step: the batches on the model's device.
 
         Args:
-            batches: `count` of them, on the CPU.
+            batches: `count` of them, on the CPU; in page-locked memory where the model is on a GPU.
         """
-        return batches
+        if self.device.type == "cpu":
+            return batches
+        return copied_ahead(batches, self.device, torch.cuda.Stream(self.device))
 
     def forward(self, batch: Batch | None, step: int) -> StepOutput:
         """Losses of a batch, before anything is updated.
@@ -103,7 +106,7 @@ class Learner:
         assert batch is not None
         self.prepare(step)
         self.optimizer.zero_grad()
-        self.total, output = self.model(batch.to(self.device) if self.device.type != "cpu" else batch)
+        self.total, output = self.model(batch)
         return output
 
     def backward(self) -> Tensor:

@@ -17,6 +17,7 @@ from features.errors import Preempted, UserError
 from features.schema.schema import Schema
 from pipeline.dataset.card.page import page_of
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.decoding import processes_of
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.shards import table_sizes
 from pipeline.run import checkpoint, retention
@@ -70,6 +71,7 @@ class Trainer:
         self.loader = Loader(
             dataset, "train", order.batch_size, order.lanes, s.seed, self.rank, self.ranks, window=order.window,
             max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(dataset),
+            workers=processes_of(s.decode_workers, device), device=device,
         )  # fmt: skip
         position = self.loader.start()
         self.epoch_steps = self.loader.steps(position)

@@ -8,13 +8,16 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from dataset_from_rows import write_dataset
 from examples import examples
 from hypothesis import given, settings
@@ -24,8 +27,11 @@ from features.batch import PADDING, Batch, Rows
 from features.errors import UserError
 from features.fit.encoders import arrow_schema
 from features.schema.schema import Schema
+from pipeline.dataset.background import in_background
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.loader import Loader, Position, in_background, shares
+from pipeline.dataset.decoding import split
+from pipeline.dataset.lanes import shares
+from pipeline.dataset.loader import Loader, Position
 from pipeline.dataset.verify import verify
 
 SCHEMA = Schema.parse(
@@ -68,6 +74,13 @@ def ids(batch: Batch) -> list[int]:
 
 def epoch(loader: Loader, position: Position) -> list[list[int]]:
     return [ids(batch) for batch in loader.batches(position)]
+
+
+def same(some: Batch, other: Batch) -> bool:
+    """Whether two batches are equal, bit for bit."""
+    pairs = [(some.sparse.values(), other.sparse.values()), (some.sparse.lengths(), other.sparse.lengths())]
+    pairs += [(getattr(some, f.name), getattr(other, f.name)) for f in fields(some) if f.name != "sparse"]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def flat(batches: list[list[int]]) -> list[int]:
@@ -161,6 +174,9 @@ def test_every_row_once_an_epoch_in_the_same_global_batches_on_any_ranks_and_fro
                 assert [ids(batch) for batch in batches] == [of_rank(b, lanes, rank, ranks) for b in whole[done:]]
                 assert {len(batch.row_id_B) for batch in batches} <= {-(-batch_size // ranks)}
                 assert loader.steps(position) == len(batches)
+            parts = [loader.rows_of(position, some) for some in split(loader.shares, data.draw(st.integers(1, 5)))]
+            together = [Rows.concat(rows).batch(SCHEMA, loader.size) for rows in zip(*parts, strict=True)]
+            assert list(map(same, together, batches)) == [True] * len(together) == [True] * len(batches)
             done = data.draw(st.integers(0, len(whole)), label="steps done")
 
         stepwise = alone.start(epoch)
@@ -417,7 +433,8 @@ class Watched(Loader):
         __hash__ = object.__hash__
 
     def decode(self, group: int) -> Rows:
-        rows = Watched.Group(**vars(super().decode(group)))
+        rows = super().decode(group)
+        rows = Watched.Group(*(getattr(rows, f.name) for f in fields(rows)))
         self.decoded.append(group)
         self.alive.add(rows)
         self.most = max(self.most, len(self.alive))
@@ -453,3 +470,25 @@ def test_one_of_4096_ranks_decodes_only_the_row_groups_that_its_rows_lie_in(tmp_
     loader = Watched(dataset, "train", 8192, 8, rank=4000, ranks=4096, window=40, ahead=1)
     assert [len(batch) for batch in epoch(loader, loader.start())] == [2, 2, 0]  # its lane has 2,500, 1,024 a batch
     assert len(loader.decoded) <= 3 * 3
+
+
+def test_4096_lanes_are_read_by_one_rank_and_by_512_without_decoding_a_row_group_for_each(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data", rows=20_000, row_group=1000, shard_rows=20_000)
+    loaders = [Watched(dataset, "train", 65536, 4096, rank=0, ranks=ranks, window=32, ahead=1) for ranks in (1, 512)]
+    whole, part = (list(loader.batches(loader.start())) for loader in loaders)
+    assert sorted(whole[0].row_id_B[whole[0].row_id_B >= 0].tolist()) == [
+        *range(20_000)
+    ]  # lanes of 4 or 5 rows, 16 a batch
+    assert [len(loader.decoded) for loader in loaders] == [20, 8]
+    assert set(part[0].row_id_B.tolist()) <= set(whole[0].row_id_B.tolist())
+    assert int((part[0].row_id_B >= 0).sum()) == sum(loaders[0].lengths[::512])
+
+
+def test_short_windows_are_shuffled_each_in_itself_but_taken_together(dataset: Dataset, monkeypatch: Any) -> None:
+    taken = []
+    take = Rows.take
+    monkeypatch.setattr(Rows, "take", lambda rows, index: taken.append(len(index)) or take(rows, index))
+    loader = Loader(dataset, "train", 8, 1, window=4)  # row groups of 16
+    wanted = by_hand(dataset, [1] * 4, lanes=1, share=8, window=4, seed=0, epoch=0)
+    assert epoch(loader, loader.start()) == [of_rank(batch, 1, 0, 1) for batch in wanted]
+    assert len(taken) < 60  # of 125 windows in 36 row groups, four of which have two rows

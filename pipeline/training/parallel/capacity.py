@@ -15,7 +15,7 @@ from models.emm import EMMSettings
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import Days, MissingDays
-from pipeline.dataset.loader import check_sizes
+from pipeline.dataset.lanes import check_sizes
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.training.architecture_file import with_architecture
 from pipeline.training.config import Settings

@@ -19,7 +19,7 @@ from models.emm import build_ranker
 from models.ranker import ModelConfig
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.loader import check_sizes
+from pipeline.dataset.lanes import check_sizes
 from pipeline.evaluation.model_cost import flop_counter
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
