@@ -41,12 +41,16 @@ def train(
         UserError: bad input, a loss that is not finite, or a lost rank.
         Preempted: by SIGTERM, after a checkpoint.
     """
+    with arithmetic(config.train):
+        return _trained(config, schema, observers, kind)
+
+
+def _trained(config: TrainConfig, schema: Schema | None, observers: Sequence[Observer], kind: type[Trainer]) -> Run:
     trainer = watch = None
     try:
         with exiting_at_start(log=os.environ.get("RANK", "0") == "0"):
             if os.environ.get("RANK", "0") == "0":
                 tracking.check(config)
-            watching.enter_context(arithmetic(config.train))
             device = process_group.start(config.train.timeout)
             watch = watch_ranks(config.train.timeout)  # a rank may be cut off in start-up too
             trainer = prepare(config, schema, device, observers, kind)
