@@ -183,11 +183,8 @@ class Trainer:
         step, every, last = self.state.step, self.settings.checkpoint_every or self.epoch_steps, self.at_end()
         log_due = step % self.settings.log_every == 0 or step == 1 or last
         save_due = step % every == 0 or step in self.milestones or last
-        if log_due or save_due:
-            self.nonfinite.check(self.state.position.epoch)
-        verdict = self.consensus.share(self.preemption.received, self.nonfinite.bad_step, nodes_wait())
-        if save_due or verdict.stop:
-            verdict = verdict.with_later(self.consensus.collect())
+        check, read = partial(self.nonfinite.check, self.state.position.epoch), log_due or save_due
+        verdict = self.consensus.agree(self.preemption.received, nodes_wait(), check, read, save_due)
         if verdict.bad_step is not None:
             self.rollback(verdict.bad_step)
             return False
@@ -202,7 +199,7 @@ class Trainer:
         return True
 
     def check_losses(self, output: StepOutput) -> None:
-        """Checks a forward: on a CPU before the backward, which updates the tables; a GPU would have to wait for it."""
+        """Checks a forward: on a CPU before the backward, which updates the tables; a GPU's is read when it arrives."""
         self.nonfinite.record_losses(self.state.step + 1, output)
         if self.device.type == "cpu":
             self.nonfinite.check(self.state.position.epoch)
@@ -346,9 +343,7 @@ class Trainer:
     @contextmanager
     def _session(self) -> Iterator[None]:
         """What runs beside the loop: metrics, the watch for hung ranks, the handler of SIGTERM."""
-        own = None if self.watch else watch_ranks(self.settings.timeout)
-        self.watch = self.watch or own
-        assert self.watch is not None
+        own, self.watch = self.watch is None, self.watch or watch_ranks(self.settings.timeout)
         if self.ranks > 1:
             process_group.limit_waiting(2 * self.settings.timeout)  # the watch reports before it
         if self.at_end():
@@ -362,7 +357,7 @@ class Trainer:
             raise
         finally:
             if own:
-                own.stop()
+                self.watch.stop()
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from tiny_training import (
     losses,
     make_dataset,
     model,
+    on_late_device,
     tensors,
     write_checkpoint,
 )
@@ -245,6 +246,24 @@ def test_batches_whose_loss_is_not_finite_are_skipped_as_if_they_had_not_been(
         assert re.search(rf"step {step}, epoch \d: the loss of 1 rows of the batch is not finite, row_id 22\.", said)
         assert f"to skip the batch of step {step}" in said
     assert said.count("is not finite") == len(inside)
+
+
+def test_a_batch_that_is_found_some_steps_later_as_on_a_gpu_leaves_nothing_behind(folder: Path) -> None:
+    """Its numbers arrive 2 steps later. Lines are logged, which waits for all, more rarely."""
+    data = make_dataset(folder / "infinite-late", spoil=("price", 22))
+    settings: dict[str, Any] = {"checkpoint_every": 8, "log_every": 100, "max_steps": 20, "nonfinite": "skip"}
+    bad, steps = step_of(data, 22), []
+
+    class Steps(Observer):
+        def on_step(self, trainer: Trainer, output: StepOutput) -> None:
+            steps.append(trainer.state.step)
+
+    made = prepare(configuration(data, folder / "late", **settings), None, torch.device("cpu"), [Steps()])
+    on_late_device(made, 4).run_to_end()
+    train(folder, "at-once", data="infinite-late", **settings)
+    assert_identical(last(folder / "late"), last(folder / "at-once"))
+    assert manifest(folder / "late").skipped[:1] == [bad]
+    assert steps[: bad + 1] == list(range(1, bad + 2)), "it is not found at once"
 
 
 def test_a_run_whose_last_batch_is_skipped_ends_with_a_checkpoint_all_the_same(folder: Path) -> None:

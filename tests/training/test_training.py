@@ -312,6 +312,10 @@ def test_two_ranks_leave_out_what_one_rank_leaves_out(folder: Path, two_ranks: P
     assert two.left_out > 30
     assert_close(*map(tensors, runs), rtol=5e-3, atol=5e-4)
     assert losses(two_ranks / f"{name}-two-run") == pytest.approx(losses(folder / f"{name}-alone"), rel=1e-3)
+    if name == "infinite":
+        late = checkpoint.folder(two_ranks / "infinite-late" / "checkpoints", 30)
+        assert checkpoint.read(late).skipped == one.skipped, "ranks that read their losses at different times"
+        assert_identical(tensors(late), tensors(runs[0]))
 
 
 @pytest.mark.system

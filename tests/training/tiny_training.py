@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -31,6 +31,7 @@ from models.ranker import ModelConfig, Ranker
 from pipeline.dataset.dataset import Dataset
 from pipeline.run import checkpoint
 from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.faults.nonfinite import NonfiniteCheck
 from pipeline.training.parallel import process_group
 from pipeline.training.train import prepare
 from pipeline.training.trainer import Trainer
@@ -220,6 +221,45 @@ def on_each_rank(main: Callable[[Path], None]) -> None:
         raise
     finally:
         dist.destroy_process_group()
+
+
+class LateDevice:
+    """In place of a GPU for NonfiniteCheck: a number arrives once `delay` more were sent, and reads as 0 before.
+
+    Attributes:
+        waits: how often the host has waited for a number.
+    """
+
+    def __init__(self, delay: int) -> None:
+        self.delay, self.sent, self.waits = delay, 0, 0
+
+    def send(self, value: Tensor) -> tuple[Tensor, "LateArrival"]:
+        self.sent += 1
+        arrival = LateArrival(self, self.sent, value, torch.zeros_like(value))
+        return arrival.copy, arrival
+
+
+class LateArrival(NamedTuple):
+    device: LateDevice
+    number: int
+    value: Tensor
+    copy: Tensor
+
+    def query(self) -> bool:
+        if there := self.device.sent - self.number >= self.device.delay:
+            self.copy.copy_(self.value)
+        return there
+
+    def synchronize(self) -> None:
+        self.device.waits += not self.query()
+        self.copy.copy_(self.value)
+
+
+def on_late_device(made: Trainer, delay: int) -> Trainer:
+    """A trainer that checks losses and gradients as on a GPU."""
+    made.device = torch.device("meta")
+    made.nonfinite = NonfiniteCheck(made.settings.nonfinite, LateDevice(delay).send)
+    return made
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:

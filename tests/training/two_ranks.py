@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny_training import configuration, on_each_rank, write_checkpoint
+from tiny_training import configuration, on_each_rank, on_late_device, write_checkpoint
 
 from features.batch import PADDING
 from features.errors import UserError
@@ -124,6 +124,9 @@ def main(folder: Path) -> None:
     for name, settings in SURVIVING.items():
         made = configuration(folder / f"{name}-two", folder / f"{name}-two-run", **settings)
         prepare(made, None, torch.device("cpu")).run_to_end()
+    made = configuration(folder / "infinite-two", folder / "infinite-late", **SURVIVING["infinite"], log_every=50)
+    # Rank 0 reads its numbers in their own step, rank 1 two later: of a row of rank 1, rank 0 finds what follows from it first.
+    on_late_device(prepare(made, None, torch.device("cpu")), 5 * dist.get_rank()).run_to_end()
 
     trainer(folder, "pipelined", pipelined=True, **table_wise).run_to_end()
     trainer(folder, "pipelined-row_wise", pipelined=True, sharding={"default": ["row_wise"]}).run_to_end()

@@ -1,5 +1,6 @@
 """Agreement between ranks before one of them acts: that the run stops or makes room, and that a step is rolled back."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,3 +57,28 @@ class Consensus:
         work.wait()
         going, bad_step, alone = message.tolist()
         return Verdict(not going, None if bad_step == _NO_STEP else bad_step, not alone)
+
+    def agree(
+        self, stop: bool, joining: bool, bad_step: Callable[[bool], int | None], read: bool, save: bool
+    ) -> Verdict:
+        """What is done after a step, the same on all ranks.
+
+        Args:
+            bad_step: the first one that this rank knows of; with True it waits for its device, to know of all until now.
+            read: this step waits for the device. save: this step is saved, whose messages are waited for.
+        """
+        verdict = self.share(stop, bad_step(read), joining)
+        if save or verdict.stop:
+            verdict = verdict.with_later(self.collect())
+        if verdict.bad_step is not None or (verdict.stop and not read):
+            # A rank may have read less than others: of a step before the one that they found, or of those that are saved now.
+            verdict = verdict._replace(bad_step=self._first(bad_step(True)))
+        return verdict
+
+    def _first(self, bad_step: int | None) -> int | None:
+        if self.group is None:
+            return bad_step
+        self.collect()
+        first = torch.tensor(_NO_STEP if bad_step is None else bad_step)
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
+        return None if first == _NO_STEP else int(first)
