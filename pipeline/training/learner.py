@@ -32,6 +32,8 @@ from pipeline.training.step import StepOutput, TrainStep
 class Learner:
     """One rank's part of a model in training: forward, backward and update of a step, called in this order.
 
+    Its tables mean nothing before `init_tables` or `load`.
+
     Args:
         config: all settings. dataset: whose schema and encoders the model is built from.
         rank: of this process. device: of the model.
@@ -57,7 +59,7 @@ class Learner:
         if s.compile:
             step.rows = compiled(step, s.compile)
         self.model = shard.shard(step, ranker, s, device)
-        shard.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)
+        self.embedding_std = config.model.embedding_std
         dense = [(n, p) for n, p in self.model.named_parameters() if not is_table(in_ranker(n)) and p.requires_grad]
         self.dense = build(s.dense, dense, s.clip_norm)
         self.replicas = replicated_tables(self.model, s.tables)
@@ -77,6 +79,10 @@ class Learner:
             "tables": self.model.fused_optimizer.state_dict()["state"] | self.replicas.state_dict()["state"],
             "dense": self.dense.state_dict()["state"],
         }
+
+    def init_tables(self) -> None:
+        """Draws the tables' start."""
+        shard.init_tables(self.ranker, self.ranker.tables, self.settings.seed, self.embedding_std)
 
     def load(self, path: Path, updates: int) -> None:
         """Loads the state of a checkpoint.

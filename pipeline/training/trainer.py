@@ -118,6 +118,7 @@ class Trainer:
             if changed := resume.changes(self.run.config(), config):
                 self.log(f"changed since: {', '.join(changed)}")
         else:
+            self.learner.init_tables()
             for line in emm_sources.load(self.learner.ranker, self.learner.state()["model"]):
                 self.log(line)
             if self.settings.init_from:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ from two_ranks import HALF, MIXED, OPTIMIZERS, PLACEMENTS, STOP, SURVIVING, stop
 from features.batch import Batch
 from features.errors import UserError
 from features.schema.schema import Schema
+from models.ranker import is_table
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.run import checkpoint
 from pipeline.torch_compat import table_kernels
 from pipeline.training.config import TrainConfig
+from pipeline.training.learner import Learner
 from pipeline.training.optim.dense import rate
 from pipeline.training.optim.settings import DenseOptimizer
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
@@ -381,6 +384,34 @@ def test_a_run_that_stopped_in_mid_epoch_ends_as_if_it_had_not(folder: Path, nam
     assert min(resumed.seen) == STOP + 1
     assert_identical(last(folder / part), last(folder / whole))
     assert losses(folder / part) == losses(folder / whole)
+
+
+def test_tables_are_drawn_once_and_not_at_all_by_a_run_that_resumes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its memory holds before the checkpoint is loaded."""
+    drawn, normal, load = [0], Tensor.normal_, Learner.load
+
+    def counted(self: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        drawn[0] += self.numel() if self.device.type != "meta" else 0
+        return normal(self, *arguments, **named)
+
+    def overwritten(learner: Learner, *arguments: Any) -> None:
+        state = learner.state()
+        momenta = [value for of_table in state["tables"].values() for value in of_table.values()]
+        for tensor, _ in chain.from_iterable(map(shard.local_parts, [*state["model"].values(), *momenta])):
+            tensor.detach().fill_(7 if tensor.dtype == torch.int64 else torch.nan)
+        load(learner, *arguments)
+
+    monkeypatch.setattr(Tensor, "normal_", counted)
+    monkeypatch.setattr(Learner, "load", overwritten)
+    train(folder, "drawn", max_steps=8, checkpoint_every=4)
+    numbers = sum(value.numel() for name, value in model(last(folder / "drawn")).items() if is_table(name))
+    assert drawn[0] == numbers > 0
+    stopped(folder, "drawn", "undrawn", 4)
+    train(folder, "undrawn", max_steps=8, checkpoint_every=4)
+    assert drawn[0] == numbers
+    assert_identical(last(folder / "undrawn"), last(folder / "drawn"))
 
 
 def test_a_run_that_stopped_at_max_steps_or_an_epochs_end_ends_as_if_it_had_not(folder: Path, one_rank: Path) -> None:

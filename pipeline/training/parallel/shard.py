@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
+from torchrec import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DataParallelWrapper, DefaultDataParallelWrapper
 from torchrec.distributed.types import ShardedModule, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
@@ -37,18 +38,35 @@ BLOCK_ROWS = 1 << 16  # rows of a table that are drawn from one random stream
 
 
 class _PooledSharder(EmbeddingBagCollectionSharder):
-    """Offers row-wise on CPU too: it works there, though the stock sharder does not list it."""
+    """Offers row-wise on CPU too: it works there, though the stock sharder does not list it. Draws no tables."""
+
+    def shard(self, module: EmbeddingBagCollection, *arguments: Any, **named: Any) -> ShardedEmbeddingBagCollection:
+        _draw_nothing(module.embedding_bag_configs())
+        return super().shard(module, *arguments, **named)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return sorted({*super().sharding_types(compute_device_type), ShardingType.ROW_WISE.value})
 
 
 class _ItemSharder(EmbeddingCollectionSharder):
-    """Offers no data-parallel tables on CPU: FBGEMM's kernel for them sums over a bag there, though pooling is off."""
+    """Offers no data-parallel tables on CPU: FBGEMM's kernel for them sums over a bag there, though pooling is off.
+
+    Draws no tables.
+    """
+
+    def shard(self, module: EmbeddingCollection, *arguments: Any, **named: Any) -> ShardedEmbeddingCollection:
+        _draw_nothing(module.embedding_configs())
+        return super().shard(module, *arguments, **named)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = super().sharding_types(compute_device_type)
         return [t for t in types if compute_device_type != "cpu" or t != ShardingType.DATA_PARALLEL.value]
+
+
+def _draw_nothing(tables: Sequence[BaseEmbeddingConfig]) -> None:
+    """What TorchRec would draw as it shards, `init_tables` or a checkpoint overwrites."""
+    for table in tables:
+        table.init_fn = lambda _: None
 
 
 class _FullyShardedDense(DataParallelWrapper):
