@@ -12,7 +12,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
-.PHONY: bench-evaluate bench-gpu bench-intervals bench-links bench-search bench-planted chaos
+.PHONY: bench-evaluate bench-gpu bench-intervals bench-links bench-loader bench-search bench-planted chaos
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -81,6 +81,9 @@ bench-search: .venv/ready
 
 bench-links: .venv/ready
 	$(BIN)/python tests/benchmarks/links.py
+
+bench-loader: .venv/ready
+	$(BIN)/python tests/benchmarks/loading.py
 
 bench-planted: .venv/ready
 	$(BIN)/python tests/benchmarks/planted.py

@@ -1,6 +1,6 @@
 """Limits of an untrusted Parquet file, checked in its footer before anything is decoded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +15,12 @@ MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has 
 
 
 def check_footer(
-    footer: pq.FileMetaData, where: object, file_bytes: int, columns: Iterable[str] | None = None, whole: bool = False
+    footer: pq.FileMetaData,
+    where: object,
+    file_bytes: int,
+    columns: Iterable[str] | None = None,
+    whole: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> None:
     """Compares a footer with itself and with the size of its file: what a small file may unpack to is limited.
 
@@ -25,17 +30,19 @@ def check_footer(
         where: of the file, for errors. file_bytes: its size.
         columns: that will be read, by the names of top-level columns; all if None.
         whole: they are read at once, so that the limit is one of all row groups together.
+        groups: numbers of row groups that will be read; all if None.
     Raises:
         UserError: numbers of rows or places that contradict each other, or more decoded bytes than
             max(ALWAYS_ALLOWED_BYTES, MAX_RATIO times those in the file) in a row group (whole: in the file).
     """
     wanted = None if columns is None else {*columns}
     packed = decoded = rows = 0
+    numbers = range(footer.num_row_groups) if groups is None else groups
     try:
-        check_chunks(footer, file_bytes, range(footer.num_row_groups), wanted)
+        check_chunks(footer, file_bytes, numbers, wanted)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{where}: its footer is damaged: {one_line(error)}") from None
-    for number in range(footer.num_row_groups):
+    for number in numbers:
         group = footer.row_group(number)
         what = f"{where}: row group {number}"
         if group.num_rows < 0:
@@ -58,7 +65,7 @@ def check_footer(
                 f"{where if whole else what} has {packed:,} bytes that unpack to {decoded:,}, more than {MAX_RATIO} times as "
                 f"many and than {ALWAYS_ALLOWED_BYTES:,}. Write it in smaller row groups, if it is what it should be."
             )
-    if rows != footer.num_rows:
+    if groups is None and rows != footer.num_rows:
         raise UserError(
             f"{where}: its row groups have {rows:,} rows, its footer says {footer.num_rows:,}: it is damaged"
         )

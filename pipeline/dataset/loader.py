@@ -28,10 +28,12 @@ from features.schema.schema import Split
 from pipeline.dataset import decoding
 from pipeline.dataset.background import in_background, pinned
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.entries import Shard
 from pipeline.dataset.lanes import Buffer, Share, Window, blocks, check_sizes, shares
-from pipeline.dataset.shards import check_ids, open_shard
+from pipeline.dataset.shards import check_groups, check_ids, open_shard
 
 logger = logging.getLogger(__name__)
+OPEN_SHARDS = 16  # the footer of one of many columns takes 20 MB; to open it costs a tenth of decoding a row group
 MOST_SLOTS = 64  # parts of batches that a decoding process makes ahead
 
 
@@ -116,6 +118,7 @@ class Loader:
         self.table_sizes, self.keys = table_sizes or {}, keys
         groups = [(shard, index, rows) for shard in self.shards for index, rows in enumerate(shard.row_groups)]
         self.groups = [(shard.path, index) for shard, index, _ in groups]
+        self.by_path = {shard.path: shard for shard in self.shards}
         self.row_id_offsets = {shard.path: dataset.row_id_offset(shard) for shard in self.shards}
         self.group_rows = np.array([rows for *_, rows in groups], np.int64)
         self.rows = int(self.group_rows.sum())
@@ -129,7 +132,7 @@ class Loader:
         self.day_ends_S = np.diff(self.bounds_SL[:, :2])[:, 0].cumsum()  # of the first lane
         self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
-        self._open = lru_cache(maxsize=64)(self._open_shard)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._reading = threading.Lock()  # two threads that read one ParquetFile crash the process
         self._decoded: WeakValueDictionary[int, Rows] = WeakValueDictionary()
         self.decoders: decoding.Decoders | None = None
@@ -265,16 +268,18 @@ class Loader:
             pieces.append(Piece(group, max(start - begin, 0), min(stop, end) - begin))
         return pieces
 
-    def _open_shard(self, path: str) -> pq.ParquetFile:
-        shard = next(shard for shard in self.shards if shard.path == path)
-        return open_shard(self.dataset, shard, self.read_columns)
+    def _open_shard(self, path: str) -> tuple[Shard, pq.ParquetFile]:
+        shard = self.by_path[path]
+        return shard, open_shard(self.dataset, shard, self.read_columns, groups=[])
 
     def decode(self, group: int) -> Rows:
         """The rows of a row group. Raises UserError where it cannot be read."""
         path, index = self.groups[group]
         try:
             with self._reading:
-                table = self._open(path).read_row_group(index, self.read_columns, use_threads=False)
+                shard, file = self._open(path)
+                check_groups(self.dataset, shard, file.metadata, self.read_columns, [index])
+                table = file.read_row_group(index, self.read_columns, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({one_line(error)})"
             gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none

@@ -19,11 +19,14 @@ from pipeline.dataset.entries import Shard
 from pipeline.dataset.manifest import footer_sha256
 
 
-def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = None) -> pq.ParquetFile:
+def open_shard(
+    dataset: Dataset, shard: Shard, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+) -> pq.ParquetFile:
     """Opens one. Kept texts are read as codes into their values: a value that many rows have is in memory once.
 
     Args:
         columns: that will be read; all if None.
+        groups: numbers of row groups that will be read; all if None. Others are to be checked before: `check_groups`.
     Raises:
         UserError: it is no regular file, its row groups are not those of the manifest, or it would unpack to too much.
         pa.ArrowException, OSError, ValueError: it cannot be read; its footer or columns are not those that were written.
@@ -33,7 +36,7 @@ def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = N
     if footer_sha256(path) != shard.footer_sha256:
         raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
     check_nesting_of(path)
-    texts = [column for column, kind in dataset.schema.kept.items() if kind == TEXT]
+    texts = _texts(dataset)
     footer = pq.read_metadata(path, memory_map=True)
     found = {footer.schema.column(index).path for index in range(footer.num_columns)}
     file = pq.ParquetFile(
@@ -46,10 +49,30 @@ def open_shard(dataset: Dataset, shard: Shard, columns: Sequence[str] | None = N
     if file.schema_arrow != _as_read(dataset.columns, texts):
         raise pa.ArrowInvalid("its columns are not the schema's")
     check_row_groups(footer, path, shard)
-    check_footer(footer, path, shard.bytes, columns)
-    check_pages(path, footer, columns, nested=True)
-    check_pages(path, footer, [column for column in texts if columns is None or column in columns])
+    check_groups(dataset, shard, footer, columns, groups)
     return file
+
+
+def check_groups(
+    dataset: Dataset,
+    shard: Shard,
+    footer: pq.FileMetaData,
+    columns: Sequence[str] | None = None,
+    groups: Sequence[int] | None = None,
+) -> None:
+    """Raises UserError where a row group of an open shard would unpack to too much. Arguments as of `open_shard`.
+
+    All of a shard of many columns take as long as decoding one of them.
+    """
+    path = dataset.path / shard.path
+    check_footer(footer, path, shard.bytes, columns, groups=groups)
+    check_pages(path, footer, columns, nested=True, groups=groups)
+    texts = [column for column in _texts(dataset) if columns is None or column in columns]
+    check_pages(path, footer, texts, groups=groups)
+
+
+def _texts(dataset: Dataset) -> list[str]:
+    return [column for column, kind in dataset.schema.kept.items() if kind == TEXT]
 
 
 def _as_read(columns: pa.Schema, texts: Sequence[str]) -> pa.Schema:

@@ -27,6 +27,8 @@ from features.batch import PADDING, Batch, Rows
 from features.errors import UserError
 from features.fit.encoders import arrow_schema
 from features.schema.schema import Schema
+from pipeline.dataset import loader as loader_module
+from pipeline.dataset import shards as shards_module
 from pipeline.dataset.background import in_background
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.decoding import split
@@ -492,3 +494,21 @@ def test_short_windows_are_shuffled_each_in_itself_but_taken_together(dataset: D
     wanted = by_hand(dataset, [1] * 4, lanes=1, share=8, window=4, seed=0, epoch=0)
     assert epoch(loader, loader.start()) == [of_rank(batch, 1, 0, 1) for batch in wanted]
     assert len(taken) < 60  # of 125 windows in 36 row groups, four of which have two rows
+
+
+def test_a_row_group_is_checked_when_it_is_read_and_the_others_of_its_shard_are_not(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[list[int]] = []
+    real = shards_module.check_groups
+
+    def check(dataset: Dataset, shard: Any, footer: Any, columns: Any, groups: Any) -> None:
+        checked.append([*groups])
+        real(dataset, shard, footer, columns, groups)
+
+    monkeypatch.setattr(shards_module, "check_groups", check)
+    monkeypatch.setattr(loader_module, "check_groups", check)
+    loader = Loader(dataset, "train", 8)
+    loader.decode(1)
+    loader.decode(1)
+    assert checked == [[], [1], [1]]
