@@ -16,8 +16,9 @@ from features.fit.fitted_files import (
     NO_COUNTS,
     RESTORE_HINT,
     VERSION,
+    Saved,
+    check_vocabulary,
     read_content,
-    read_vocabulary,
     vocabulary_file,
 )
 from features.fit.label_scale import LabelScale, scale_entry
@@ -50,7 +51,7 @@ class Encoders:
     """
 
     schema: Schema
-    vocabularies: dict[str, pa.Array]
+    vocabularies: Mapping[str, pa.Array]
     moments: dict[str, Moments]
     edges: dict[str, list[float]]
     missing: dict[str, int] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Encoders:
     labels: dict[str, LabelScale] = field(default_factory=dict)
     kept_from: str | None = None
     kept_tables: tuple[str, ...] = ()
-    counts: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def fit(
@@ -98,7 +99,12 @@ class Encoders:
             return UNKNOWN + 1 + settings.managed.sets * settings.managed.ways
         if settings.bins:
             return len(self.edges[table]) + 1
-        return settings.hash + 1 if settings.hash else self._first(table) + len(self.vocabularies[table])
+        return settings.hash + 1 if settings.hash else self._first(table) + self._size(table)
+
+    def _size(self, table: str) -> int:
+        """How many values a vocabulary has."""
+        found = self.vocabularies
+        return found.sizes[table] if isinstance(found, Saved) else len(found[table])
 
     def _first(self, table: str) -> int:
         """The id of a vocabulary's first value."""
@@ -140,6 +146,15 @@ class Encoders:
         Raises:
             UserError: it is missing, damaged, of another version, or was fitted for other features.
         """
+        found = cls.open(folder, schema)
+        return replace(found, vocabularies=dict(found.vocabularies), counts=dict(found.counts))
+
+    @classmethod
+    def open(cls, folder: Path, schema: Schema) -> "Encoders":
+        """As `load`, but the values of a vocabulary are read, and checked, when they are first used.
+
+        A value takes 83 bytes of memory, and a rank that trains needs no more than their number.
+        """
         content = read_content(folder, schema)
         moments = {name: Moments(m.count, m.mean, m.squares) for name, m in content.moments.items()}
         missing = {name: m.missing for name, m in content.moments.items()}
@@ -147,16 +162,19 @@ class Encoders:
         encoders = cls(schema, {}, moments, content.edges, missing, content.counter_means, labels)
         if content.kept:
             encoders = replace(encoders, kept_from=content.kept.encoders, kept_tables=tuple(content.kept.tables))
+        sizes = {}
         for name, count in content.num_embeddings.items():
             if schema.all_tables[name].counted:
-                values, counts = read_vocabulary(folder, name, count - encoders._first(name))
-                encoders.vocabularies[name], encoders.counts[name] = values, counts
+                sizes[name] = count - encoders._first(name)
+                check_vocabulary(folder, name, sizes[name])
             elif encoders.num_embeddings(name) != count:
                 raise UserError(
                     f"{folder}/encoders.json: num_embeddings of {name} are {count:,}, the schema's are "
                     f"{encoders.num_embeddings(name):,}. {RESTORE_HINT}"
                 )
-        return encoders
+        read: dict[str, tuple[pa.Array, np.ndarray]] = {}
+        values, counts = (Saved(folder, sizes, read, counts) for counts in (False, True))
+        return replace(encoders, vocabularies=values, counts=counts)
 
     def encode(self, rows: pa.Table) -> pa.Table:
         """Turns rows of `features.parse.raw.parse` into the columns of a dataset (see `arrow_schema`), in the same order."""

@@ -1,7 +1,9 @@
 """The files of fitted encoders: their names, and their content as untrusted input."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -128,6 +130,40 @@ def _check_names(content: Content, schema: Schema, file: Path) -> None:
             raise UserError(f"{file}: {what} {fault}. {RESTORE_HINT}")
 
 
+class Saved(Mapping[str, Any]):
+    """The values of saved vocabularies, or their counts: a table's are read when they are first asked for, and kept.
+
+    Args:
+        folder: of the encoders. sizes: how many values each table has.
+        read: of tables that have been read, both. It may be shared by the values and the counts of the same files.
+        counts: whether these are the counts.
+    Raises:
+        UserError: as `read_vocabulary`, where a table is asked for.
+    """
+
+    def __init__(
+        self, folder: Path, sizes: Mapping[str, int], read: dict[str, tuple[pa.Array, np.ndarray]], counts: bool
+    ) -> None:
+        self.folder, self.sizes, self.read, self.counts = folder, sizes, read, counts
+
+    def __getitem__(self, table: str) -> Any:
+        if table not in self.read:
+            self.read[table] = read_vocabulary(self.folder, table, self.sizes[table])
+        return self.read[table][self.counts]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def check_vocabulary(folder: Path, table: str, size: int) -> None:
+    """Compares the footer of a vocabulary with its size, and reads no values. Raises UserError as `read_vocabulary`."""
+    with _opened(folder, table, size):
+        pass
+
+
 def read_vocabulary(folder: Path, table: str, size: int) -> tuple[pa.Array, np.ndarray]:
     """A table's vocabulary: its values, in order, as large strings, and how often each occurs in the train split.
 
@@ -138,6 +174,13 @@ def read_vocabulary(folder: Path, table: str, size: int) -> tuple[pa.Array, np.n
         UserError: it is missing, no regular file, has another number of values or other columns, would unpack to more than
             its values can have, or a value or count is none.
     """
+    with _opened(folder, table, size) as (file, path):
+        check_pages(path, file.metadata)
+        return _values(file, path), _counts(file, path) if "count" in file.schema_arrow.names else NO_COUNTS
+
+
+@contextmanager
+def _opened(folder: Path, table: str, size: int) -> Iterator[tuple[pq.ParquetFile, Path]]:
     name = vocabulary_file(table)
     path, status = folder / name, lstat_regular(folder, name)
     wrong = f"{path} is missing, or does not hold the {size} values that were fitted. {RESTORE_HINT}"
@@ -146,16 +189,14 @@ def read_vocabulary(folder: Path, table: str, size: int) -> tuple[pa.Array, np.n
     try:
         check_nesting_of(path)
         with pq.ParquetFile(path) as file:
-            footer, columns = file.metadata, file.schema_arrow
-            if footer.num_rows != size:
+            if file.metadata.num_rows != size:
                 raise UserError(wrong)
-            if not _is_vocabulary(columns):
+            if not _is_vocabulary(file.schema_arrow):
                 raise UserError(
                     f"{path}: its columns are not those of a vocabulary (value: text, id and count: int64). {RESTORE_HINT}"
                 )
-            check_footer(footer, path, status.st_size, whole=True)
-            check_pages(path, footer)
-            return _values(file, path), _counts(file, path) if "count" in columns.names else NO_COUNTS
+            check_footer(file.metadata, path, status.st_size, whole=True)
+            yield file, path
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
 

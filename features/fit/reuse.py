@@ -1,5 +1,6 @@
 """Encoders of a schema that has grown: those of unchanged features are kept, the others are fitted on the new rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +41,7 @@ def unchanged(schema: Schema, known: Schema) -> Kept:
 def keep(fitted: Encoders, known: Encoders, kept: Kept, known_id: str) -> Encoders:
     """Encoders with what is `kept` of `known` (whose encoders_id is `known_id`), and all else as `fitted`."""
 
-    def chosen(new: dict[str, Any], old: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    def chosen(new: Mapping[str, Any], old: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
         return {name: old[name] if name in names and name in old else value for name, value in new.items()}
 
     return replace(

@@ -79,8 +79,8 @@ class Dataset:
 
     @cached_property
     def encoders(self) -> Encoders:
-        """The encoders its rows went through."""
-        return Encoders.load(self.encoded_by / "encoders", self.schema)
+        """The encoders its rows went through; a vocabulary is read when its values are first used."""
+        return Encoders.open(self.encoded_by / "encoders", self.schema)
 
     @cached_property
     def encoders_id(self) -> str:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
+from features.fit.encoders import Encoders
 from features.fit.fitted_files import RESTORE_HINT, encoder_files
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
@@ -58,7 +59,7 @@ def _verify(dataset: Dataset) -> Iterator[str]:
     for file in files:
         _check_file(path, file)
     yield f"files: checksums of {len(files)} files, {sum(file.bytes for file in files):,} bytes"
-    vocabularies = dataset.encoders.vocabularies
+    vocabularies = Encoders.load(dataset.encoded_by / "encoders", dataset.schema).vocabularies
     read_card(path, dataset.schema)
     yield f"encoders: {sum(map(len, vocabularies.values())):,} values in {len(vocabularies)} vocabularies; statistics"
     if manifest.state:

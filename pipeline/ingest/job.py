@@ -258,7 +258,7 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
     kept = unchanged.features
     if not kept:
         raise UserError(f"encoders.from: {reference} has none of this schema's features. Fit new encoders, without it.")
-    assert known.encoders  # checked before the first minute of work
+    Encoders.load(reference / "encoders", known.schema)  # checked before the first minute of work
     fitted = [name for name in schema.features if name not in kept]
     if config.labels == "none":
         raise UserError(

@@ -52,7 +52,12 @@ def test_a_device_divides_once_a_width_forward_and_backward_and_not_once_a_bag()
         "split": {"by": "hash", "key": "k", "valid": 0.1, "test": 0.1},
     }
     schema = Schema.parse(content, "bags.yaml")
-    ranker = Ranker(schema, Encoders(schema, {}, {}, {}), ModelConfig(fusion={"name": "shared_bottom", "widths": [2]}), device="meta")
+    ranker = Ranker(
+        schema,
+        Encoders(schema, {}, {}, {}),
+        ModelConfig(fusion={"name": "shared_bottom", "widths": [2]}),
+        device="meta",
+    )
     batch = Rows.blank(schema, 5).batch(schema, 5).to(torch.device("meta"))
     with Divisions() as forward:
         embedding_BE = ranker.embedded(batch)

@@ -73,6 +73,17 @@ def test_each_interaction_trains_over_coded_numbers_and_the_pipelined_loop_train
     assert losses(folder / f"{name}-pipelined") == losses(folder / name)
 
 
+def test_a_run_reads_no_values_of_vocabularies(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def read(_: Path, table: str, __: int) -> None:
+        raise AssertionError(f"the vocabulary of {table} was read")
+
+    monkeypatch.setattr("features.fit.fitted_files.read_vocabulary", read)
+    made = trainer(folder, "without-values")
+    made.run_to_end()
+    with pytest.raises(AssertionError, match="the vocabulary of user was read"):
+        made.dataset.encoders.vocabularies["user"]
+
+
 def test_a_binary_tasks_calibration_is_learnt_and_a_regressions_is_not(folder: Path):
     trainer(folder, "calibrated", calibration="monotone").run_to_end()
     state = model(last(folder / "calibrated"))
