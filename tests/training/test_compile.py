@@ -1,7 +1,8 @@
 """train.compile: every model is one graph, which computes what the model does, and a run is the same with and without."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from pydantic import ValidationError
 from small_architecture import small_architecture, small_supernet
 from tiny_training import SCHEMA, assert_close, configuration, last, raw_rows, task_loss
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from features.batch import Batch, Rows
 from features.errors import UserError
@@ -60,7 +63,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "stem": {},
     "supernet": {"fusion": small_supernet()},
 }
-CASES = [(name, name in ("dtrn", "apem")) for name in PARTS]
+READING = ("dtrn", "apem")  # sequences
+WITH_LOSSES = ("escm2", "esmm", "shared_bottom", "aitm")
 
 
 @cache
@@ -107,9 +111,9 @@ def test_every_fusion_and_every_model_of_the_configs_is_among_those_compiled() -
 
 
 @pytest.mark.integration  # most of a second each
-@pytest.mark.parametrize(("name", "sequences"), CASES)
-def test_a_model_is_one_graph_that_computes_what_it_does(name: str, sequences: bool) -> None:
-    step, inputs = step_of(of_conf(name), sequences)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_model_is_one_graph_that_computes_what_it_does(name: str) -> None:
+    step, inputs = step_of(of_conf(name), name in READING)
     if name == "emm":
         step.ranker.fusion = emm(step)
     graphs: list[fx.GraphModule] = []
@@ -119,17 +123,49 @@ def test_a_model_is_one_graph_that_computes_what_it_does(name: str, sequences: b
         return graph.forward
 
     torch._dynamo.reset()
-    run = torch.compile(step.row_losses, backend=backend, fullgraph=True, dynamic=False)
+    part = step.row_losses if name in WITH_LOSSES else step.ranker.dense_outputs  # a third of the time is the losses'
+    run = torch.compile(part, backend=backend, fullgraph=True, dynamic=False)
     for embedding_BE, batch in inputs:
-        found, wanted = (seeded(each, embedding_BE, batch) for each in (run, step.row_losses))
+        found, wanted = (seeded(each, embedding_BE, batch) for each in (run, part))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert len(graphs) == 1
 
 
+class MainMemory(TorchDispatchMode):
+    """Finds operators that read or make a tensor that is not on the meta device, which stands for a GPU here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.device.type != "meta" for leaf in tree_leaves((args, kwargs, out))):
+            self.found.add(str(func))
+        return out
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_models_step_on_a_device_touches_no_tensor_of_main_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device does not have
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    step, [(embedding_BE, batch), _] = step_of(of_conf(name), name in READING)
+    if name == "emm":
+        step.ranker.fusion = emm(step)
+    step.to("meta")
+    moved = {f.name: getattr(batch, f.name).to("meta") for f in fields(batch) if f.name != "sparse"}
+    leaf_BE = embedding_BE.to("meta").requires_grad_()
+    with MainMemory() as mode:
+        rows = step.row_losses(leaf_BE, replace(batch, **moved))
+        rows.loss_BT.sum().backward()
+    assert mode.found == set()
+
+
 def seeded(run: Callable[[Tensor, Batch], Any], embedding_BE: Tensor, batch: Batch) -> tuple[Tensor, ...]:
     torch.manual_seed(1)
-    return tuple(part for part in run(embedding_BE, batch) if part is not None)
+    found = run(embedding_BE, batch)
+    return (found,) if isinstance(found, Tensor) else tuple(part for part in found if part is not None)
 
 
 def test_the_compiled_gradients_are_those_of_the_model_with_its_draws() -> None:
