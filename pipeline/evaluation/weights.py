@@ -104,7 +104,14 @@ class ModelWeights:
                 ranker, trained, where, self.device, self.loading.precision, self.batch_size * self.ranks
             )
         else:
-            allocate_tables(ranker, self.device)
+            try:
+                allocate_tables(ranker, self.device)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{self.run.path}: its tables do not fit into the free memory of {self.device}. Shard them by jobs.launch "
+                    "--nproc-per-node=N, or set tables=needed or table_precision=fp16; with CUDA_VISIBLE_DEVICES= in the "
+                    "environment they lie in main memory."
+                ) from None
         return ranker.to(self.device).eval()
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,7 @@ from ranks_scoring import BATCH, CASES, EMM, TWO, make_runs, scores, weights
 from tiny_training import torchrun
 from torch import Tensor
 
+from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
@@ -75,6 +77,15 @@ def test_logits_are_read_once_the_next_batch_is_on_its_way(ranks: Path, monkeypa
         assert batch is known
         assert torch.equal(logit_BT, wanted_BT)
     assert order == ["scored", *["scored", "read"] * (len(batches) - 1), "read"]
+
+
+def test_tables_that_do_not_fit_on_a_gpu_are_one_line(ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+
+    monkeypatch.setattr("pipeline.evaluation.weights.allocate_tables", full)
+    with pytest.raises(UserError, match=r"do not fit into the free memory of cpu. Shard them by jobs.launch"):
+        weights(ranks, TWO)
 
 
 @pytest.mark.parametrize("case", [TWO, EMM])
