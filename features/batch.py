@@ -76,13 +76,13 @@ class Rows:
     Lists lie row after row, those of one row in the schema's order: rows that follow each other are one piece of memory.
 
     Attributes:
-        id_FN: ids of features that have one.
+        id_NF: ids of features that have one.
         length_NG: int32, ids of each list. value_V: the ids of all lists.
         dense_ND, label_NT: float32; label is NaN where not observed.
         weight_N: float32. row_id_N: int64. key_NC: see Batch.
     """
 
-    id_FN: Tensor
+    id_NF: Tensor
     length_NG: Tensor
     value_V: Tensor
     dense_ND: Tensor
@@ -115,7 +115,7 @@ class Rows:
         length_GN = torch.from_numpy(_stacked(lengths, table.num_rows, np.int32))
         value_V = torch.from_numpy(np.concatenate(values) if values else np.zeros(0, id_type(schema)))
         return cls(
-            id_FN=torch.from_numpy(_stacked(single, table.num_rows, id_type(schema))),
+            id_NF=torch.from_numpy(_stacked(single, table.num_rows, id_type(schema))).t().contiguous(),
             length_NG=length_GN.t().contiguous(),
             value_V=transposed(value_V, length_GN),
             dense_ND=_side_by_side(numbers, table.num_rows),
@@ -129,7 +129,7 @@ class Rows:
     def blank(cls, schema: Schema, rows: int) -> "Rows":
         """Rows of weight 0, in place of some that cannot be read."""
         return cls(
-            id_FN=torch.from_numpy(np.zeros((len(schema.single), rows), id_type(schema))),
+            id_NF=torch.from_numpy(np.zeros((rows, len(schema.single)), id_type(schema))),
             length_NG=torch.zeros(rows, len(schema.lists), dtype=torch.int32),
             value_V=torch.from_numpy(np.zeros(0, id_type(schema))),
             dense_ND=torch.zeros(rows, schema.dense_width),
@@ -141,46 +141,23 @@ class Rows:
 
     def take(self, index_N: Tensor) -> "Rows":
         """The rows at `index_N`, in that order."""
-        return Rows(
-            id_FN=self.id_FN[:, index_N],
-            length_NG=self.length_NG[index_N],
-            value_V=_permuted(self.value_V, self.begins.diff(), index_N),
-            dense_ND=self.dense_ND[index_N],
-            label_NT=self.label_NT[index_N],
-            weight_N=self.weight_N[index_N],
-            row_id_N=self.row_id_N[index_N],
-            key_NC=self.key_NC[index_N],
-        )
+        value_V = _permuted(self.value_V, self.begins.diff(), index_N)
+        return Rows(value_V=value_V, **{name: x_N.index_select(0, index_N) for name, x_N in self._by_row().items()})
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Rows start .. stop - 1, as views."""
-        begin, end = int(self.begins[start]), int(self.begins[stop])
-        return Rows(
-            id_FN=self.id_FN[:, start:stop],
-            length_NG=self.length_NG[start:stop],
-            value_V=self.value_V[begin:end],
-            dense_ND=self.dense_ND[start:stop],
-            label_NT=self.label_NT[start:stop],
-            weight_N=self.weight_N[start:stop],
-            row_id_N=self.row_id_N[start:stop],
-            key_NC=self.key_NC[start:stop],
-        )
+        value_V = self.value_V[int(self.begins[start]) : int(self.begins[stop])]
+        return Rows(value_V=value_V, **{name: x_N[start:stop] for name, x_N in self._by_row().items()})
 
     @staticmethod
     def concat(parts: Sequence["Rows"]) -> "Rows":
         """The rows of all parts, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        return Rows(
-            id_FN=torch.cat([p.id_FN for p in parts], 1),
-            length_NG=torch.cat([p.length_NG for p in parts]),
-            value_V=torch.cat([p.value_V for p in parts]),
-            dense_ND=torch.cat([p.dense_ND for p in parts]),
-            label_NT=torch.cat([p.label_NT for p in parts]),
-            weight_N=torch.cat([p.weight_N for p in parts]),
-            row_id_N=torch.cat([p.row_id_N for p in parts]),
-            key_NC=torch.cat([p.key_NC for p in parts]),
-        )
+        return Rows(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Rows)})
+
+    def _by_row(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "value_V"}
 
     def lists(self) -> list[Tensor]:
         """Of each feature of lists its ids, row after row."""
@@ -188,7 +165,7 @@ class Rows:
 
     def batch(self, schema: Schema, size: int) -> Batch:
         """A batch of `size` rows: these, then padding without ids, labels and weight."""
-        pad, (num_ids, rows) = size - len(self), self.id_FN.shape
+        pad, (rows, num_ids) = size - len(self), self.id_NF.shape
         present_FB = torch.zeros(num_ids, size, dtype=torch.int32)
         present_FB[:, :rows] = 1
         length_KB = torch.cat([present_FB, torch.nn.functional.pad(self.length_NG.t(), (0, pad))])
@@ -198,7 +175,7 @@ class Rows:
         return Batch(
             sparse=KeyedJaggedTensor(
                 keys=list(schema.sparse),
-                values=torch.cat([self.id_FN.reshape(-1), transposed(self.value_V, self.length_NG)]),
+                values=torch.cat([self.id_NF.t().reshape(-1), transposed(self.value_V, self.length_NG)]),
                 lengths=length_KB.reshape(-1),
                 stride=size,
                 # Known here; of lengths on a GPU it would be copied back, which waits for all that the GPU still has to do.

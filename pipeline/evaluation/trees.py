@@ -149,7 +149,7 @@ def _rows(dataset: Dataset, split: Split) -> pl.DataFrame:
             f"{dataset.path}: a shard of {split} cannot be read ({one_line(error)}). {RESTORE_HINT}"
         ) from None
     rows = Rows.decode(table, dataset.schema)
-    x_ND = torch.cat([rows.dense_ND, rows.id_FN.t().float(), rows.length_NG.float()], 1)
+    x_ND = torch.cat([rows.dense_ND, rows.id_NF.float(), rows.length_NG.float()], 1)
     frame: pl.DataFrame = pl.from_arrow(table.drop_columns(list(dataset.schema.columns)))  # type: ignore[assignment]
     return frame.with_columns(pl.Series(INPUTS, x_ND.numpy()))
 

@@ -100,7 +100,7 @@ def test_importance_and_its_values_without_each_bucket_are_those_of_sklearn_on_p
     )
     generator = torch.Generator().manual_seed(7)
     orders = [torch.randperm(ROWS, generator=generator).numpy() for _ in range(2)]
-    user, length = rows.id_FN[SPARSE.index("user")].numpy(), rows.length_NG[:, 0].numpy()
+    user, length = rows.id_NF[:, SPARSE.index("user")].numpy(), rows.length_NG[:, 0].numpy()
 
     def logits(price_N: np.ndarray, length_N: np.ndarray) -> np.ndarray:
         return np.stack([3 * price_N + 0.4 * np.sin(user.astype(np.float32)), length_N - 1.5, np.full(ROWS, 5.0)], 1)
@@ -174,8 +174,8 @@ def test_a_groups_features_move_together_and_lists_as_a_whole_and_nothing_else_m
     order_N = torch.randperm(ROWS)
     moved = sample.permuted(["tags", "user", "price"], order_N)
     user, city = SPARSE.index("user"), SPARSE.index("city")
-    assert moved.id_FN[user].tolist() == rows.id_FN[user][order_N].tolist()
-    assert moved.id_FN[city].tolist() == rows.id_FN[city].tolist()
+    assert moved.id_NF[:, user].tolist() == rows.id_NF[:, user][order_N].tolist()
+    assert moved.id_NF[:, city].tolist() == rows.id_NF[:, city].tolist()
     assert price(moved).tolist() == price(rows)[order_N].tolist()
     before, after = (
         [x.tolist() for x in found.lists()[0].split(found.length_NG[:, 0].tolist())] for found in (rows, moved)

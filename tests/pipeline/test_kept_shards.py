@@ -100,7 +100,7 @@ def test_batches_are_those_of_a_dataset_without_kept_columns(tmp_path: Path) -> 
     (found,) = {batch.row_id_B.numel() for batch in loader.batches(loader.start())}
     assert found == 10
     decoded = Rows.decode(rows(), SCHEMA)
-    assert decoded.id_FN.tolist() == [[number % 11 for number in range(50)]]
+    assert decoded.id_NF.tolist() == [[number % 11] for number in range(50)]
 
 
 def test_a_text_that_many_rows_have_is_in_memory_once_and_refused_where_it_would_not_be(

@@ -63,12 +63,12 @@ class Sample:
         bags = [g for g, name in enumerate(schema.lists) if name in features]
         numbers = [c for name, places in schema.dense_ranges.items() if name in features for c in places]
         moved = rows.take(order_N)
-        id_FN, length_NG, dense_ND = rows.id_FN.clone(), rows.length_NG.clone(), rows.dense_ND.clone()
-        id_FN[ids], length_NG[:, bags] = moved.id_FN[ids], moved.length_NG[:, bags]
+        id_NF, length_NG, dense_ND = rows.id_NF.clone(), rows.length_NG.clone(), rows.dense_ND.clone()
+        id_NF[:, ids], length_NG[:, bags] = moved.id_NF[:, ids], moved.length_NG[:, bags]
         dense_ND[:, numbers] = moved.dense_ND[:, numbers]
         lists = [b if g in bags else a for g, (a, b) in enumerate(zip(rows.lists(), moved.lists(), strict=True))]
         value_V = transposed(torch.cat(lists), length_NG.t()) if bags else rows.value_V
-        return replace(rows, id_FN=id_FN, length_NG=length_NG, value_V=value_V, dense_ND=dense_ND)
+        return replace(rows, id_NF=id_NF, length_NG=length_NG, value_V=value_V, dense_ND=dense_ND)
 
     @torch.inference_mode()
     def figures(self, rows: Rows) -> Figures:
