@@ -4,8 +4,8 @@
 
 The rows have 150 ids of Zipf's law, 50 bags of 5 ids on average, 50 numbers and 3 labels. A reading is an epoch of one rank
 with nothing that takes the batches; processes are up before it. Its CPU seconds are those of the rank's process and of its
-decoding processes; "of the rank's" is its own part of them, "per core" is rows a CPU second. All numbers of processes take turns
-in a round, since the machine's speed changes; figures are medians over the rounds.
+decoding processes; "of the rank's" is its own part of them, "per core" is rows a CPU second. All numbers of processes take
+turns in a round, since the machine's speed changes; figures are medians over the rounds.
 
 --formats reads a row group that is written in several ways instead, in one thread: CPU seconds of Arrow's decoding, and of
 `Rows.decode` after it. --profile prints where the CPU seconds of one thread go. Nothing is kept.
