@@ -17,7 +17,6 @@ from models.automtl.architecture import Architecture, Strengths, derive, random_
 from models.ranker import Ranker
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.loader import Loader
-from pipeline.dataset.shards import table_sizes
 from pipeline.run.run import Run
 from pipeline.search import page, record
 from pipeline.search.config import Budget, SearchConfig
@@ -26,6 +25,7 @@ from pipeline.search.learner import SearchLearner, encode
 from pipeline.search.record import SearchRecord
 from pipeline.storage.files import append_line, make_folder, write_text
 from pipeline.training.architecture_file import FILE
+from pipeline.training.loading import loader_of
 from pipeline.training.step import StepOutput
 from pipeline.training.train import train
 from pipeline.training.trainer import Trainer
@@ -65,11 +65,7 @@ class SearchTrainer(Trainer):
 
     def restore(self, schema: Schema, pinned: ExitStack) -> None:
         """As of training. A search that has ended early stays at its end."""
-        s, order = self.settings, self.settings.order()
-        self.valid = Loader(
-            self.dataset, "valid", order.batch_size, order.lanes, s.seed, self.rank, self.ranks, window=order.window,
-            max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(self.dataset),
-        )  # fmt: skip
+        self.valid = loader_of(self.settings, self.dataset, "valid", self.rank, self.ranks, self.device)
         self.space = self.config.space.named(list(self.dataset.schema.tasks))
         self.every = self.config.search.evaluate_every or max(1, self.steps // 20)
         if self.config.search.budget is not None:

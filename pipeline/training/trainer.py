@@ -17,9 +17,6 @@ from features.errors import Preempted, UserError
 from features.schema.schema import Schema
 from pipeline.dataset.card.page import page_of
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.decoding import processes_of
-from pipeline.dataset.loader import Loader
-from pipeline.dataset.shards import table_sizes
 from pipeline.run import checkpoint, retention
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import CheckpointWriter
@@ -35,6 +32,7 @@ from pipeline.training.faults.preemption import PreemptionSignal
 from pipeline.training.faults.rank_status import nodes, nodes_wait, restart_reason
 from pipeline.training.faults.rollback import Rollbacks
 from pipeline.training.learner import Learner, build_learner
+from pipeline.training.loading import loader_of
 from pipeline.training.logging.meter import ThroughputMeter
 from pipeline.training.logging.metrics_writer import MetricsWriter
 from pipeline.training.logging.progressive import ProgressiveMetrics
@@ -67,12 +65,7 @@ class Trainer:
         self.config, self.dataset, self.device, self.observers = config, dataset, device, observers
         self.settings = s = config.train
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        order = s.order()
-        self.loader = Loader(
-            dataset, "train", order.batch_size, order.lanes, s.seed, self.rank, self.ranks, window=order.window,
-            max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(dataset),
-            workers=processes_of(s.decode_workers, device), device=device,
-        )  # fmt: skip
+        self.loader = loader_of(s, dataset, "train", self.rank, self.ranks, device)
         position = self.loader.start()
         self.epoch_steps = self.loader.steps(position)
         self.steps = min(s.epochs * self.epoch_steps, s.max_steps or s.epochs * self.epoch_steps)

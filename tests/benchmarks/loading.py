@@ -4,8 +4,8 @@
 
 The rows have 150 ids of Zipf's law, 50 bags of 5 ids on average, 50 numbers and 3 labels. A reading is an epoch of one rank
 with nothing that takes the batches; processes are up before it. Its CPU seconds are those of the rank's process and of its
-decoding processes; "per core" is rows a CPU second. All numbers of processes take turns in a round, since the machine's speed
-changes; figures are medians over the rounds.
+decoding processes; "of the rank's" is its own part of them, "per core" is rows a CPU second. All numbers of processes take
+turns in a round, since the machine's speed changes; figures are medians over the rounds.
 
 --formats reads a row group that is written in several ways instead, in one thread: CPU seconds of Arrow's decoding, and of
 `Rows.decode` after it. --profile prints where the CPU seconds of one thread go. Nothing is kept.
@@ -109,39 +109,40 @@ def loader(dataset: Dataset, batch: int, lanes: int, workers: int) -> Loader:
     return Loader(dataset, "train", batch, lanes, window=window, table_sizes=table_sizes, workers=workers)
 
 
-def cpu_seconds(made: Loader) -> float:
-    """Of this process and the decoding ones, so far."""
+def cpu_seconds(made: Loader) -> np.ndarray:
+    """Of this process, and of it with the decoding ones, so far."""
     workers = made.decoders.workers if made.decoders else []
     times = [psutil.Process().cpu_times(), *(psutil.Process(worker.process.pid).cpu_times() for worker in workers)]
-    return sum(found.user + found.system for found in times)
+    seconds = [found.user + found.system for found in times]
+    return np.array([seconds[0], sum(seconds)])
 
 
-def read(made: Loader) -> tuple[int, float, float]:
-    """Rows of an epoch, seconds on the clock, CPU seconds."""
+def read(made: Loader) -> tuple[int, float, float, float]:
+    """Rows of an epoch, seconds on the clock, CPU seconds of this process and of all."""
     next(made.batches(made.start()))  # processes are up
     begin, cpu = time.perf_counter(), cpu_seconds(made)
     rows = sum(int((batch.row_id_B >= 0).sum()) for batch in made.batches(made.start(1)))
-    return rows, time.perf_counter() - begin, cpu_seconds(made) - cpu
+    return rows, time.perf_counter() - begin, *(cpu_seconds(made) - cpu).tolist()
 
 
 def by_workers(dataset: Dataset, batch: int, lanes: int, workers: list[int], rounds: int) -> str:
     """A line for each number of processes."""
     loaders = {count: loader(dataset, batch, lanes, count) for count in workers}
-    readings: dict[int, list[tuple[int, float, float]]] = {count: [] for count in workers}
+    readings: dict[int, list[tuple[int, float, float, float]]] = {count: [] for count in workers}
     for _ in range(rounds):
         for count, made in loaders.items():
             readings[count].append(read(made))
     lines = []
     for count, found in readings.items():
-        per_s = [statistics.median(rows / taken[n] for rows, *taken in found) for n in range(2)]
+        seconds, of_rank, cpu = (statistics.median(taken[n] / rows for rows, *taken in found) for n in range(3))
         pairs = zip(found, readings[workers[0]], strict=True)
         ratio = statistics.median(own[0] / own[1] * first[1] / first[0] for own, first in pairs)
         processes = len(made.decoders.workers) if (made := loaders[count]).decoders else 0
-        lines.append([processes, per_s[0], ratio, 1e6 / per_s[1], per_s[1]])
+        lines.append([processes, 1 / seconds, ratio, 1e6 * cpu, 1e6 * of_rank, 1 / cpu])
         if made.decoders:
             made.decoders.close()
-    headers = ["processes", "rows/s", "x", "CPU s a million rows", "rows/s per core"]
-    return tabulate(lines, headers, floatfmt=("", ",.0f", ".2f", ".1f", ",.0f"))
+    headers = ["processes", "rows/s", "x", "CPU s a million rows", "of the rank's", "rows/s per core"]
+    return tabulate(lines, headers, floatfmt=("", ",.0f", ".2f", ".1f", ".1f", ",.0f"))
 
 
 def by_format(folder: Path, sizes: Sizes, rounds: int) -> str:

@@ -15,7 +15,7 @@ from torchrec import KeyedJaggedTensor
 from features.batch import Batch
 from pipeline.dataset.background import in_background, pinned
 from pipeline.dataset.loader import Loader
-from pipeline.training import trainer as trainer_module
+from pipeline.training import loading
 from pipeline.training.device_copies import copied_ahead
 from pipeline.training.learner import Learner
 from pipeline.training.train import prepare
@@ -140,15 +140,20 @@ def test_a_learner_on_a_gpu_takes_copies_and_one_on_a_cpu_the_batches_themselves
 
 
 def test_a_trainer_reads_with_the_processes_of_its_setting_for_its_device(
-    folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     asked: list[dict[str, Any]] = []
 
     def made(*arguments: Any, workers: int, device: torch.device, **settings: Any) -> Loader:
         asked.append({"workers": workers, "device": device})
         return Loader(*arguments, **settings)
 
-    monkeypatch.setattr(trainer_module, "Loader", made)
-    for name, settings in {"unset": {}, "set": {"decode_workers": 3}}.items():
+    monkeypatch.setattr(loading, "Loader", made)
+    for name, settings in {"unset": {}, "set": {"decode_workers": 5}}.items():
         prepare(configuration(folder / "data", folder / name, **settings), None, device)
-    assert asked == [{"workers": 0, "device": device}, {"workers": 3, "device": device}]
+    assert asked == [{"workers": 0, "device": device}, {"workers": 5, "device": device}]
+    said = (
+        "4 decoding processes a rank, not 5: each of 1 ranks reads 4 of 4 lanes. More need train.lanes, of a new run."
+    )
+    assert caplog.messages.count(said) == 1

@@ -1,0 +1,30 @@
+"""The loader of a run's batches, from its settings."""
+
+import logging
+
+import torch
+
+from features.schema.schema import Split
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.decoding import processes_of
+from pipeline.dataset.loader import Loader
+from pipeline.dataset.shards import table_sizes
+from pipeline.training.config import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def loader_of(s: Settings, dataset: Dataset, split: Split, rank: int, ranks: int, device: torch.device) -> Loader:
+    """One rank's loader of a split, for batches on a device. Raises UserError as Loader."""
+    order, processes = s.order(), processes_of(s.decode_workers, device)
+    loader = Loader(
+        dataset, split, order.batch_size, order.lanes, s.seed, rank, ranks, window=order.window,
+        max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(dataset),
+        workers=processes, device=device,
+    )  # fmt: skip
+    if rank == 0 and processes > (lanes := len(loader.shares)):
+        logger.info(
+            f"{lanes} decoding processes a rank, not {processes}: each of {ranks} ranks reads {lanes} of {order.lanes} lanes. "
+            "More need train.lanes, of a new run."
+        )
+    return loader
