@@ -66,7 +66,7 @@ def test_what_is_saved_is_loaded_with_or_without_a_group(tmp_path: Path) -> None
 
 
 def test_the_files_of_all_ranks_are_gathered_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "all_gather_object", die)
+    monkeypatch.setattr(dist, "all_gather_object", None)
     checkpoint.check(save(tmp_path))
 
 
