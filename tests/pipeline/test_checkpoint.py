@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from features.errors import UserError
 from pipeline.run import checkpoint
@@ -62,6 +63,11 @@ def test_what_is_saved_is_loaded_with_or_without_a_group(tmp_path: Path) -> None
         empty = state()
         checkpoint.load(path, empty, alone=alone)
         assert same(empty, state(1))
+
+
+def test_the_files_of_all_ranks_are_gathered_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_gather_object", None)
+    checkpoint.check(save(tmp_path))
 
 
 def test_a_part_can_be_loaded_by_itself(tmp_path: Path) -> None:

@@ -166,7 +166,9 @@ def test_a_rank_reads_its_part_of_a_table_whatever_ranks_have_written_it(
 
 
 def test_of_rows_that_are_long_a_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks) -> None:
-    """As of a dense weight that was saved whole, and is loaded in parts of its columns."""
+    """As of a dense weight that was saved whole, and is loaded in parts of its columns; no more than a block at a time."""
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(reader, "_read_rows", blocks := mock.Mock(wraps=reader._read_rows))
     table_RD = torch.randn(8, 40_000)
     path = write(tmp_path / "step-00000003", table_RD, [], [])
     monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(CountedFile(self, mode)))
@@ -177,6 +179,7 @@ def test_of_rows_that_are_long_a_part_is_read(tmp_path: Path, monkeypatch: pytes
     part = found.local_shards()[0].tensor
     assert torch.equal(part, table_RD[:, 10_000:20_000])
     assert CountedFile.taken == part.nbytes
+    assert {4 * np.prod(call.args[2]) for call in blocks.call_args_list} == {20_000}
 
 
 def test_what_lies_between_distant_rows_is_not_read(tmp_path: Path) -> None:

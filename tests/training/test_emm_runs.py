@@ -1,5 +1,6 @@
 """EMM from single-task runs to a fused one: what is taken over, what is trained, what is kept, and what is refused."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -257,6 +258,15 @@ def test_two_ranks_train_what_one_rank_trains(two_ranks: Path, one_rank: Path, k
     other = two_ranks / f"two{kind}-{placement}"
     assert losses(other) == pytest.approx(losses(one_rank / f"one{kind}"), rel=1e-3)
     assert_close(last(other), last(one_rank / f"one{kind}"), rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.system
+def test_two_ranks_share_the_reading_of_the_checkpoints_that_they_are_fused_from(two_ranks: Path) -> None:
+    checked = [json.loads((two_ranks / f"checked.{rank}.json").read_text()) for rank in range(2)]
+    files = [
+        f"{name}/checkpoints/step-{STEPS:08d}/{file}" for name in SOURCES for file in ("rank-00000.bin", "tensors.json")
+    ]
+    assert checked == [files[::2], files[1::2]]
 
 
 @pytest.mark.system

@@ -5,9 +5,11 @@
 FOLDER holds the dataset `data` and the single-task runs; the fused ones are written beside them.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from tiny_training import configuration, on_each_rank, write_checkpoint
 
 from models.ranker import ModelConfig
 from pipeline.run import checkpoint
+from pipeline.run.checkpoint import manifest
 from pipeline.training.config import TrainConfig
 from pipeline.training.train import prepare
 from pipeline.training.trainer import Trainer
@@ -66,7 +69,11 @@ def main(folder: Path) -> None:
         train = {"sharding": {"default": [placement]}, "checkpoint_every": STOP}
         fused(folder, f"two-{placement}", train=train).run_to_end()
         fused(folder, f"two-tuned-{placement}", train=train, tables="tuned").run_to_end()
-    write_checkpoint(fused(folder, "two-start", train={"sharding": {"default": ["row_wise"]}}))
+    with mock.patch.object(manifest, "sha256", wraps=manifest.sha256) as checksum:
+        made = fused(folder, "two-start", train={"sharding": {"default": ["row_wise"]}})
+    checked = [str(call.args[0].relative_to(folder)) for call in checksum.call_args_list]
+    (folder / f"checked.{dist.get_rank()}.json").write_text(json.dumps(checked))
+    write_checkpoint(made)
     dist.barrier()
     if dist.get_rank() == 0:
         stopped(folder, "two-table_wise", "two-resumed")

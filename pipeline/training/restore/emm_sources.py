@@ -23,7 +23,7 @@ def resolve(config: TrainConfig, dataset: Dataset, pinned: ExitStack) -> TrainCo
     """The same with `model.from` resolved into `model.fusion.sources`, from which alone the model can be built.
 
     A resumed run keeps the sources it began with, even where those runs have continued as well, or are gone. Every rank
-    calls it; rank 0 searches.
+    calls it; rank 0 lists folders, and the ranks share the reading.
 
     Args:
         pinned: until it is closed, the checkpoints that were found are not deleted.
@@ -39,7 +39,7 @@ def resolve(config: TrainConfig, dataset: Dataset, pinned: ExitStack) -> TrainCo
     if EMMSettings.of(config.model).sources:
         return config
     names = [str(Path(name).absolute()) for name in config.model.from_ or []]
-    sources = warm_start.from_rank_0(lambda: _earlier(Run(config.run), names) or _found(names, dataset, pinned))
+    sources = warm_start.from_rank_0(lambda: _earlier(Run(config.run), names)) or _found(names, dataset, pinned)
     choice = {"from_": names, "fusion": config.model.fusion | {"sources": sources}}
     return config.model_copy(update={"model": config.model.model_copy(update=choice)})
 
@@ -63,11 +63,16 @@ def _found(names: list[str], dataset: Dataset, pinned: ExitStack) -> list[dict[s
 
 
 def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
-    """What RUN or RUN@STEP was, if its kind is one that can be fused."""
+    """What RUN or RUN@STEP was, if its kind is one that can be fused. Every rank calls it."""
     folder, _, number = name.rpartition("@")
     run, step = (Run(Path(folder)), int(number)) if folder and number.isdecimal() else (Run(Path(name)), None)
-    config, tasks = run.config(), list(run.schema().tasks)
+    config, tasks = warm_start.from_rank_0(lambda: (run.config(), list(run.schema().tasks)))
     path = warm_start.newest(run, dataset, "model.from", pinned, step)
+    return warm_start.from_rank_0(lambda: _checked(run, path, config, tasks, dataset))
+
+
+def _checked(run: Run, path: Path, config: dict[str, Any], tasks: list[str], dataset: Dataset) -> Source:
+    """The source that a run of one task is. Raises UserError for any other run."""
     model = ModelConfig.of_run(config, run.path)
     kind = model.fusion.get("name")
     wrong, no_chain = None, f"has fusion {kind}; a source is a plain chain of layers: {CHAINS}"

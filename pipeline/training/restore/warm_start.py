@@ -42,7 +42,7 @@ def start(run: Run, dataset: Dataset, ranker: Ranker, model: dict[str, Tensor], 
     Raises:
         UserError: as `newest` and `load`.
     """
-    path = from_rank_0(lambda: newest(run, dataset, "train.init_from", pinned, grown=True))
+    path = newest(run, dataset, "train.init_from", pinned, grown=True)
     weights = {name: tensor for name, tensor in model.items() if not name.startswith("loss.")}
     shapes = {name: tuple(tensor.size()) for name, tensor in weights.items()}
     missing = load(path, weights, from_rank_0(lambda: changed_tensors(run, path, dataset, ranker, shapes)))
@@ -77,14 +77,15 @@ def newest(
 ) -> Path:
     """The newest undamaged checkpoint of `run`, or that of `step`, whose inputs mean what they mean in `dataset`.
 
-    With `grown` it is enough that encoders of the dataset were kept of those the run was trained with.
+    With `grown` it is enough that encoders of the dataset were kept of those the run was trained with. Every rank calls it, and
+    reads its share of the files.
 
     Damaged ones are logged. The run may continue meanwhile and prune its old ones: not this one, before `pinned` is closed.
 
     Raises:
         UserError: naming `setting`, where there is none or other encoders made its rows.
     """
-    found = checkpoint.steps(run.checkpoints)
+    found = from_rank_0(lambda: checkpoint.steps(run.checkpoints))
     if not found:
         raise UserError(f"{setting}: {run.path} has no checkpoint. Train it first, or name another run.")
     if step is not None and step not in found:
@@ -100,21 +101,33 @@ def newest(
 
 def _whole(run: Run, setting: str, pinned: ExitStack) -> tuple[Path, str]:
     tried: set[int] = set()
-    while left := [step for step in checkpoint.steps(run.checkpoints) if step not in tried]:  # newer ones may have come
+    while left := set(from_rank_0(lambda: checkpoint.steps(run.checkpoints))) - tried:  # newer ones may have come
         try:
-            return _pinned(run, left[-1], pinned)
+            return _pinned(run, max(left), pinned)
         except UserError as error:
-            logger.warning(f"{setting}: skipped a checkpoint: {error}")
-            tried.add(left[-1])
+            if dist.get_rank() == 0:
+                logger.warning(f"{setting}: skipped a checkpoint: {error}")
+            tried.add(max(left))
     raise UserError(f"{setting}: every checkpoint of {run.path} is damaged. Train it again, or name another run.")
 
 
 def _pinned(run: Run, step: int, pinned: ExitStack) -> tuple[Path, str]:
-    path = checkpoint.folder(run.checkpoints, step)
-    try:
-        return path, pinned.enter_context(checkpoint.reading(path)).encoders
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror} ({error.filename})") from None
+    """A checkpoint that is whole, and its encoders. Raises UserError on every rank, if one finds a fault."""
+    path, rank, ranks = checkpoint.folder(run.checkpoints, step), dist.get_rank(), dist.get_world_size()
+    encoders, found = "", None
+    with ExitStack() as locked:
+        try:
+            encoders = locked.enter_context(checkpoint.reading(path, rank, ranks)).encoders
+        except UserError as error:
+            found = str(error)
+        except OSError as error:
+            found = f"{path}: cannot be read: {error.strerror} ({error.filename})"
+        faults: list[str | None] = [None] * ranks
+        dist.all_gather_object(faults, found)
+        if fault := next(filter(None, faults), None):
+            raise UserError(fault)
+        pinned.push(locked.pop_all())
+    return path, encoders
 
 
 def load(path: Path, model: dict[str, Tensor], changed: Collection[str] = ()) -> list[str]:
