@@ -125,7 +125,7 @@ def main(folder: Path) -> None:
         made = configuration(folder / f"{name}-two", folder / f"{name}-two-run", **settings)
         prepare(made, None, torch.device("cpu")).run_to_end()
     made = configuration(folder / "infinite-two", folder / "infinite-late", **SURVIVING["infinite"], log_every=50)
-    # Rank 0 reads its numbers in their own step, rank 1 two later: of a row of rank 1, rank 0 finds what follows from it first.
+    # Rank 0 reads its numbers in their own step, rank 1 two steps later.
     on_late_device(prepare(made, None, torch.device("cpu")), 5 * dist.get_rank()).run_to_end()
 
     trainer(folder, "pipelined", pipelined=True, **table_wise).run_to_end()
