@@ -58,12 +58,12 @@ class Settings(Strict):
         epochs: passes over the train split; max_steps ends earlier.
         seed: of the start, the order of rows and dropout.
         precision: bf16 runs the dense part under autocast.
-        compile: a mode of torch.compile for the dense part and its losses; reduce-overhead replays CUDA graphs, which hold the
-            memory of activations between steps. Random draws (dropout) are others than without.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
         accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
             same gradients as in one, apart from random draws (pipeline.training.step).
+        compile: a mode of torch.compile for the dense part and its losses; reduce-overhead replays CUDA graphs, which hold the
+            memory of activations between steps. Random draws (dropout) are others than without.
         sharding: allowed placements, for "default" or one table by name: a table on one rank, or its rows or columns on
             several, or on those of one machine (table_row_wise), or a copy on each (data_parallel).
         kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
@@ -99,10 +99,10 @@ class Settings(Strict):
     tables: TableOptimizer = TableOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
     precision: Literal["fp32", "bf16"] = "fp32"
-    compile: Literal["default", "reduce-overhead"] | None = None
     clip_norm: float | None = Field(None, gt=0)
     weighting: Weighting = Fixed()
     accumulate: int = Field(1, ge=1)
+    compile: Literal["default", "reduce-overhead"] | None = None
     sharding: Allowed = Field({"default": ["table_wise", "row_wise"]})
     kernels: Allowed = Field({"default": ["fused"]})
     communication: Communication = Communication()
