@@ -61,12 +61,12 @@ class Settings(Strict):
             factors to 10 bits on GPUs from Ampere on, and does nothing elsewhere. Losses, updates and scoring are in fp32.
         deterministic: sums on a GPU in the same order every time, so that a run can be repeated bit for bit, as it can on a CPU
             without this. Slower: one block of threads adds up all gradients of a frequent id.
-        compile: a mode of torch.compile for the dense part and its losses; reduce-overhead replays CUDA graphs, which hold the
-            memory of activations between steps. Random draws (dropout) are others than without.
         clip_norm: limit of the dense gradients' norm.
         weighting: of the tasks' losses.
         accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
             same gradients as in one, apart from random draws (pipeline.training.step).
+        compile: a mode of torch.compile for the dense part and its losses; reduce-overhead replays CUDA graphs, which hold the
+            memory of activations between steps. Random draws (dropout) are others than without.
         sharding: allowed placements, for "default" or one table by name: a table on one rank, or its rows or columns on
             several, or on those of one machine (table_row_wise), or a copy on each (data_parallel).
         kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
@@ -105,10 +105,10 @@ class Settings(Strict):
     dense: DenseOptimizer = DenseOptimizer()
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     deterministic: bool = False
-    compile: Literal["default", "reduce-overhead"] | None = None
     clip_norm: float | None = Field(None, gt=0)
     weighting: Weighting = Fixed()
     accumulate: int = Field(1, ge=1)
+    compile: Literal["default", "reduce-overhead"] | None = None
     sharding: Allowed = Field({"default": ["table_wise", "row_wise"]})
     kernels: Allowed = Field({"default": ["fused"]})
     communication: Communication = Communication()

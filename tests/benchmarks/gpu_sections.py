@@ -3,12 +3,13 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline.training.trainer import Trainer
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4  # of a loss, relative to the CPU's
 CASE_S = 75  # a case of `steps`, compilation included
+KILLED_S = 90  # a killed rank is noticed long before
 RANKS_S = 150  # what `two_gpus` is left
 Row = dict[str, Any]
 
@@ -61,19 +63,15 @@ class Bench:
         return self.end - time.monotonic()
 
 
-@contextmanager
-def trainer_of(bench: Bench, kind: str, model: str, *observers: Observer, **train: Any) -> Iterator[Trainer]:
-    """A trainer of a run of its own; what it held on the device is free again at the end."""
-    try:
-        made = prepare(configuration(bench.data(kind), bench.run(), model, **train), None, bench.device, observers)
-        yield made
-    finally:
-        made = None  # type: ignore[assignment]
-        gc.collect()
-        torch.compiler.reset()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(bench.device)
+def trainer_of(bench: Bench, kind: str, model: str, *observers: Observer, **train: Any) -> Trainer:
+    """A trainer of a run of its own, once what the one before it held on the device is free."""
+    data = bench.data(kind)
+    gc.collect()
+    torch.compiler.reset()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    return prepare(configuration(data, bench.run(), model, **train), None, bench.device, observers)
 
 
 def trains(bench: Bench) -> list[Row]:
@@ -146,8 +144,8 @@ def data_path(bench: Bench) -> list[Row]:
     """A whole trainer on its own loader: rows/s, copies to the device by kind, waits of the host by where they are caused."""
     warmup, count, rows = (2, 2, 64) if bench.small else (10, 10, 4_096)
     looks = Looks(warmup, count)
-    with trainer_of(bench, "demo", "mmoe", looks, batch_size=rows, max_steps=warmup + 3 * count) as trainer:
-        trainer.run_to_end()
+    with looks.open:
+        trainer_of(bench, "demo", "mmoe", looks, batch_size=rows, max_steps=warmup + 3 * count).run_to_end()
     copied = copies(looks.profiler.events(), bench.device)
     found = [{"what": "rows/s with the loader", "a step": rows * count / (looks.times[3] - looks.times[2])}]
     found += [{"what": f"copy {kind}", "a step": number / count} for kind, number in copied.most_common()]
@@ -160,11 +158,12 @@ def loader(bench: Bench) -> list[Row]:
     """Rows a second that a rank decodes, by workers."""
     found = []
     rows = 64 if bench.small else 8_192
-    numbers = (0,) if bench.small else (0, 1, 2, 4, 8)
-    for kind in ("wide",) if bench.small else ("demo", "wide"):
-        for workers in numbers if supports("decode_workers") else (None,):
+    numbers = {"wide": (0,)} if bench.small else {"wide": (0, 1, 2, 4, 8), "demo": (0, 4)}
+    for kind in numbers:
+        for workers in numbers[kind] if supports("decode_workers") else (None,):
             setting = {"window": work.GROUP} | ({} if workers is None else {"decode_workers": workers})
-            with trainer_of(bench, kind, "mmoe", batch_size=rows, **setting) as trainer, limit(30):
+            trainer = trainer_of(bench, kind, "mmoe", batch_size=rows, **setting)
+            with limit(30):
                 batches = trainer.loader.batches(trainer.loader.start())
                 next(batches)  # workers have started
                 begin = time.perf_counter()
@@ -227,6 +226,7 @@ def steps(bench: Bench) -> list[Row]:
     for case in SMALL_CASES if bench.small else CASES:
         row = {"model": case.model, "schema": case.kind, "rows": case.rows, "format": case.precision,
                "compile": case.compile or "eager"}  # fmt: skip
+        bench.data(case.kind)  # its time is no case's
         seconds = min(CASE_S, bench.left() - reserve)
         if not supports("precision", case.precision):
             row["error"] = "no such setting"
@@ -242,9 +242,8 @@ def steps(bench: Bench) -> list[Row]:
 def measured(bench: Bench, case: Case) -> Row:
     """A case's figures."""
     warmup, timed = (1, 2) if bench.small else (8, 24)
-    with trainer_of(bench, case.kind, case.model, **case.train()) as trainer:
-        batches = in_memory(bench, trainer, case.rows)
-        return take(trainer, batches, warmup, timed)
+    trainer = trainer_of(bench, case.kind, case.model, **case.train())
+    return take(trainer, in_memory(bench, trainer, case.rows), warmup, timed)
 
 
 def in_memory(bench: Bench, trainer: Trainer, rows: int) -> list[Any]:
@@ -269,6 +268,8 @@ def two_gpus(bench: Bench) -> list[Row]:
     """Two ranks against one, the exchange's share of a step, and how long the launcher takes to end once a rank is killed."""
     if bench.device.type == "cuda" and torch.cuda.device_count() < 2:
         return [{"ranks": 1, "error": "this machine has one GPU"}]
+    if bench.left() < RANKS_S / 2:
+        return [{"ranks": 2, "error": "no time left"}]
     found = []
     for ranks in (1, 2):
         command = [sys.executable, "-m", "jobs.launch", f"--nproc-per-node={ranks}", str(HERE / "gpu_ranks.py")]
@@ -278,7 +279,8 @@ def two_gpus(bench: Bench) -> list[Row]:
             raise RuntimeError(f"{ranks} ranks: {done.stderr[-2000:]}")
         found.append({"ranks": ranks, **json.loads(done.stdout.splitlines()[-1])})
     found[1]["scaling"] = found[1]["rows/s"] / found[0]["rows/s"]
-    return [*found, {"ranks": 2, "s until a killed rank has ended the job": killed(bench.folder)}]
+    title = "s until a killed rank has ended the job"
+    return [*found, {"ranks": 2} | guarded(lambda: {title: killed(bench.folder)}, KILLED_S)]
 
 
 def killed(folder: Path) -> float:
@@ -287,7 +289,13 @@ def killed(folder: Path) -> float:
     from tiny_training import make_dataset
 
     make_dataset(folder / "data")
-    launch(folder, "killed", 2, 0, {}, [[0, 1, 33, "SIGKILL", "self"]], 0)
-    ended = time.time()
-    lines = [line for file in (folder / "killed.seen").iterdir() for line in file.read_text().splitlines()]
-    return ended - max(json.loads(line)["time"] for line in lines)
+    try:
+        launch(folder, "killed", 2, 0, {}, [[0, 1, 33, "SIGKILL", "self"]], 0)
+        ended = time.time()
+    finally:
+        files = (folder / "killed.seen").glob("*.jsonl")
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        for pid in {line["pid"] for line in lines}:  # of ranks that have not noticed
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return ended - max(line["time"] for line in lines)

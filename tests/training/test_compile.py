@@ -240,3 +240,17 @@ def test_cuda_graphs_are_refused_where_memory_moves_between_steps(more: dict[str
     assert Settings(compile="default", **more).compile == "default"
     with pytest.raises(ValidationError, match=r"compile=reduce-overhead replays .*: use compile=default"):
         Settings(compile="reduce-overhead", **more)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_gradients_are_dropped_and_not_zeroed_in_place_before_a_step(
+    folder: Path, device: torch.device, clip_norm: float | None
+) -> None:
+    """A CUDA graph writes each step's gradients to the same memory: kept, the old ones would be added to themselves."""
+    config = configuration(folder / "data", folder / f"dropped-{clip_norm}", max_steps=1, clip_norm=clip_norm)
+    made = prepare(config, None, device)
+    made.run_to_end()
+    parameters = list(made.learner.dense.params.values())
+    assert any(parameter.grad is not None for parameter in parameters)
+    made.learner.optimizer.zero_grad()
+    assert [parameter.grad for parameter in parameters] == [None] * len(parameters)
