@@ -1,8 +1,8 @@
 """Tables for an unbounded id space (features.schema.kinds.Managed): ids are mapped to rows as they appear in training."""
 
-# Shapes: V ids of a batch, N distinct ids in ascending order, S sets, W rows of a set, A ids without a row.
+# Shapes: V ids of a batch, N distinct ids in ascending order, S sets, W rows of a set, A ids without a row, T sets of them.
 
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.fx
@@ -50,27 +50,43 @@ class IdMap(nn.Module):
         """Records the ids of a step, and assigns rows to new ones by eviction.
 
         Ids of this step are not evicted. Where a set has fewer other rows than new ids, the largest new ids get no row.
+        The host waits for a GPU twice: for the number of new ids, and of those that get a row. Elsewhere what does not count
+        is written as a difference of 0.
 
         Args:
-            id_N, count_N: distinct ids, ascending, and how often each was there. step: from 1.
+            id_N, count_N: distinct ids, ascending, and how often each was there; MISSING is left out. step: from 1.
         Returns: the rows of the table that belong to another id now.
         """
         set_N, way_N, found_N = self._find(id_N)
-        here = set_N[found_N], way_N[found_N]
-        used = self._seen(self.used_SW[here], count_N[found_N], step)
-        self.used_SW[here] = IN_STEP
-        id_A, count_A, set_A = id_N[~found_N], count_N[~found_N], set_N[~found_N]
-        sets_T, which_A = set_A.unique_consecutive(return_inverse=True)
-        used_TW = self.used_SW.index_select(0, sets_T)
-        left_T = (used_TW < IN_STEP).sum(1)
-        place_A = torch.arange(len(set_A), device=set_A.device) - torch.searchsorted(set_A, set_A)
-        enough_A = place_A < left_T[which_A]
-        least_TW = used_TW.argsort(stable=True)
-        taken = set_A[enough_A], least_TW[which_A[enough_A], place_A[enough_A]]
-        self.id_SW[taken] = id_A[enough_A]
-        self.used_SW[taken] = self._seen(self.used_SW[taken], count_A[enough_A], step)
-        self.used_SW[here] = used
-        return self._row(*taken)
+        here_N = found_N & (id_N != MISSING)
+        used, ways = self.used_SW.view(-1), self.settings.ways
+        place_N = set_N * ways + way_N
+        before_N = used[place_N]
+        used.index_add_(0, place_N, torch.where(here_N, IN_STEP - before_N, 0))
+        new_A = (~here_N & (id_N != MISSING)).nonzero().squeeze(1)
+        enough_A, place_A = self._least_used(set_N[new_A])
+        for slots, value_A in (
+            (self.id_SW.view(-1), id_N[new_A]),
+            (used, self._seen(used[place_A], count_N[new_A], step)),
+        ):
+            slots.index_add_(0, place_A, torch.where(enough_A, value_A - slots[place_A], 0))
+        used.index_add_(0, place_N, torch.where(here_N, self._seen(before_N, count_N, step) - IN_STEP, 0))
+        return FIRST + self.first * ways + place_A[enough_A]
+
+    def _least_used(self, set_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Of new ids, ordered by set: whether there is a row for each that no id of this step has, and its place among all.
+
+        The first of a set takes the row of the smallest usage, the second the next.
+        """
+        sets, ways = self.used_SW.shape
+        which_A = (set_A != set_A.roll(1)).cumsum(0)
+        which_A = which_A - which_A[:1]
+        set_T = set_A.new_zeros(min(len(set_A), sets)).index_copy_(0, which_A, set_A)  # equal where it is written twice
+        used_TW = self.used_SW.index_select(0, set_T)
+        nth_A = torch.arange(len(set_A), device=set_A.device) - torch.searchsorted(set_A, set_A)
+        enough_A = nth_A < (used_TW < IN_STEP).sum(1)[which_A]
+        way_A = used_TW.argsort(stable=True)[which_A, nth_A.clamp(max=ways - 1)]
+        return enough_A, set_A * ways + way_A
 
     def _find(self, id_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         set_N = set_of(id_N, self.settings.sets) - self.first
@@ -90,6 +106,19 @@ def set_of(id_N: Tensor, sets: int) -> Tensor:
     return (id_N >> 32) * sets >> 31
 
 
+Ids = dict[str, tuple[Tensor, Tensor]]  # of each table distinct ids, ascending, and how often each was there
+
+
+class Exchange(Protocol):
+    """How ranks that share maps answer each other, for all tables at once; all ranks call its methods together."""
+
+    def ask(self, ids: Ids, keep: bool) -> tuple[dict[str, Tensor], Ids]:
+        """The rows of this rank's ids, and with `keep` the ids that this rank's parts of the maps were asked for."""
+
+    def gather(self, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of all ranks."""
+
+
 class ManagedIds(nn.Module):
     """Replaces the ids of managed tables by rows.
 
@@ -98,10 +127,14 @@ class ManagedIds(nn.Module):
 
     Args:
         schema: has managed tables. device: of the maps; "meta" leaves their allocation to the sharding.
+    Attributes:
+        exchange: between ranks that have a part of each map; None where this one has all of it.
     Call Args:
         sparse: all keys of a batch.
     Returns: the same, with rows for the ids of managed tables.
     """
+
+    exchange: Exchange | None = None
 
     def __init__(self, schema: Schema, device: str = "cpu") -> None:
         super().__init__()
@@ -110,15 +143,22 @@ class ManagedIds(nn.Module):
         self.maps = nn.ModuleDict(
             {name: IdMap(settings, device=torch.device(device)) for name, settings in managed.items()}
         )
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: Ids = {}  # of the last batch in training, those that this rank's maps answer for
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedJaggedTensor:
         value_V = sparse.values().clone()
-        ids = dict(zip(sparse.keys(), value_V.split(sparse.length_per_key()), strict=True))
+        of_feature = dict(zip(sparse.keys(), value_V.split(sparse.length_per_key()), strict=True))
+        ids: Ids = {}
+        places = {}
         for table, features in self.features.items():
-            row_V = self._rows(table, torch.cat([ids[name] for name in features]))
-            for name, row in zip(features, row_V.split([len(ids[name]) for name in features]), strict=True):
-                ids[name].copy_(row)
+            id_V = torch.cat([of_feature[name] for name in features])
+            id_N, places[table], count_N = id_V.unique(return_inverse=True, return_counts=True)
+            ids[table] = id_N, count_N
+        for table, row_N in self._rows(ids).items():
+            row_V = torch.where(ids[table][0] == MISSING, MISSING, row_N)[places[table]]
+            parts = [of_feature[name] for name in self.features[table]]
+            for part, row in zip(parts, row_V.split([len(part) for part in parts]), strict=True):
+                part.copy_(row)
         return KeyedJaggedTensor(
             sparse.keys(),
             value_V,
@@ -128,20 +168,20 @@ class ManagedIds(nn.Module):
             offset_per_key=sparse.offset_per_key(),
         )
 
-    def _rows(self, table: str, id_V: Tensor) -> Tensor:
-        present_V = id_V != MISSING
-        id_N, place_V, count_N = id_V[present_V].unique(return_inverse=True, return_counts=True)
+    def _rows(self, ids: Ids) -> dict[str, Tensor]:
+        if self.exchange is None:
+            rows, asked = {table: self._map(table).lookup(id_N) for table, (id_N, _) in ids.items()}, ids
+        else:
+            rows, asked = self.exchange.ask(ids, self.training)
         if self.training:
-            self.seen[table] = id_N, count_N
-        row_V = torch.full_like(id_V, MISSING)
-        row_V[present_V] = self._map(table).lookup(id_N)[place_V]
-        return row_V
+            self.seen = asked
+        return rows
 
     def admit(self, step: int) -> dict[str, Tensor]:
         """After a step: each table's rows that belong to another id now. step: from 1."""
         changed = {table: self._map(table).admit(*found, step) for table, found in self.seen.items()}
         self.seen = {}
-        return changed
+        return self.exchange.gather(changed) if self.exchange and changed else changed
 
     def _map(self, table: str) -> IdMap:
         return cast(IdMap, self.maps[table])  # or its sharded form (pipeline.training.parallel.id_maps)

@@ -1,5 +1,6 @@
 """Training with managed tables: against plain dictionaries, one rank against two, a run against itself after a stop."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from references.id_map import ReferenceIdMap
 from tiny_training import assert_close, assert_identical, last, torchrun
 from two_ranks import stopped
-from two_ranks_managed import ADAGRAD, HALF, STEPS, STOP, logits, make_managed_dataset, trainer
+from two_ranks_managed import ADAGRAD, HALF, STEPS, STOP, counted, logits, make_managed_dataset, trainer
 
 from features.errors import UserError
 from features.kinds.tables import Managed
@@ -110,6 +111,15 @@ def test_two_ranks_give_every_id_the_row_that_one_rank_gives_it(two_ranks: Path)
 def test_a_table_in_columns_or_in_replicas_has_its_rows_start_afresh_too(two_ranks: Path):
     trainer(two_ranks, "one-adagrad", tables=ADAGRAD).run_to_end()
     same(two_ranks / "adagrad", two_ranks / "one-adagrad")
+
+
+def test_messages_of_maps_do_not_depend_on_the_number_of_tables_and_waits_are_few(two_ranks: Path):
+    ranks = [json.loads((two_ranks / f"counted.{rank}.json").read_text()) for rank in range(2)]
+    # Sizes of the batch, of the ids and of the new rows, and five a table; it was 55. Rank 1 has no part of one table.
+    assert [rank.pop("waits") for rank in ranks] == [3 + 2 * 5, 3 + 2 * 5 - 1]
+    # Sizes, ids and rows; sizes and rows; weights. It was 5, 2 and 1 a table.
+    assert ranks == [{"alltoall_base": 3, "_allgather_base": 2, "allreduce": 1}] * 2
+    assert counted(two_ranks, "counted-alone") == {"waits": 1 + 2 * 4}  # it was 35
 
 
 def test_a_table_in_16_bits_has_its_rows_start_afresh_too(two_ranks: Path):

@@ -5,6 +5,7 @@
 FOLDER holds the dataset `data` and a run of one rank, `one`; the runs are written beside it.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 from dataset_from_rows import parse_text, write_dataset
+from host_syncs import HostSyncs
 from tiny_training import SCHEMA, configuration, on_each_rank, raw_rows
 from two_ranks import stopped
 
@@ -76,6 +78,17 @@ def logits(folder: Path, made: Trainer, name: str) -> None:
     torch.save([torch.cat(parts) for parts in zip(*found, strict=True)], folder / f"{name}.logits.{made.rank}.pt")
 
 
+def counted(folder: Path, name: str) -> dict[str, int]:
+    """How often the maps of a second step make the host wait for a GPU, and their messages."""
+    learner = (made := trainer(folder, name, sharding=MIXED)).learner
+    batches = made.loader.batches(made.loader.start())
+    for step in (1, 2):
+        with HostSyncs() as found:
+            learner.ranker.managed(next(batches).sparse)
+            learner.managed.after_step(step)
+    return found.messages | {"waits": found.waits.total()}
+
+
 def main(folder: Path) -> None:
     rank = dist.get_rank()
     made = trainer(folder, "mixed", sharding=MIXED)
@@ -83,6 +96,7 @@ def main(folder: Path) -> None:
     logits(folder, made, "mixed")
     others = {"default": ["column_wise"], "user": ["data_parallel"]}
     trainer(folder, "adagrad", tables=ADAGRAD, sharding=others).run_to_end()
+    (folder / f"counted.{rank}.json").write_text(json.dumps(counted(folder, "counted")))
     trainer(folder, "half", tables=HALF, sharding=MIXED).run_to_end()
     dist.barrier()
     if rank == 0:

@@ -2,7 +2,7 @@
 
 # Shapes: N rows that change hands, D width of a table.
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,13 @@ class _Part:
     row: int
     column: int
 
-    def write_rows(self, row_N: Tensor, value_D: Tensor) -> None:
-        """Overwrites those of the rows that this part has."""
-        own_N = row_N[(row_N >= self.row) & (row_N < self.row + len(self.tensor))] - self.row
+    @property
+    def range(self) -> tuple[int, int]:
+        """Its first row, and the one after its last."""
+        return self.row, self.row + len(self.tensor)
+
+    def write_rows(self, own_N: Tensor, value_D: Tensor) -> None:
+        """Overwrites rows, numbered from its first."""
         columns = self.tensor[0].numel()
         value = value_D[self.column : self.column + columns].reshape(self.tensor.shape[1:])
         self.tensor[own_N] = value.to(self.tensor.dtype)
@@ -67,25 +71,30 @@ class ManagedRows:
         """
         if self.managed is None:
             return
-        for table, row_N in self.managed.admit(step).items():
-            if len(row_N):
-                start_D = self._unknown(table, row_N.device)
-                for part in self.weights[table]:
-                    part.write_rows(row_N, start_D)
-                for part in self.momenta[table]:
-                    part.write_rows(row_N, torch.zeros_like(start_D))
+        changed = {table: row_N for table, row_N in self.managed.admit(step).items() if len(row_N)}
+        starts = self._unknown(changed)
+        for (table, row_N), start_D in zip(changed.items(), starts, strict=True):
+            own: dict[tuple[int, int], Tensor] = {}  # of each range of rows, the host waits for their number once
+            for parts, value_D in ((self.weights, start_D), (self.momenta, torch.zeros_like(start_D))):
+                for part in parts[table]:
+                    first, end = part.range
+                    if part.range not in own:
+                        own[part.range] = row_N[(row_N >= first) & (row_N < end)] - first
+                    part.write_rows(own[part.range], value_D)
 
-    def _unknown(self, table: str, device: torch.device) -> Tensor:
-        """The row of unknown ids, gathered from the ranks that have it or some of its columns."""
-        if table in self.replicated:
-            return self.weights[table][0].tensor[UNKNOWN].clone()
-        start_D = torch.zeros(self.dims[table], device=device)
-        for part in self.weights[table]:
-            if part.row <= UNKNOWN < part.row + len(part.tensor):
-                start_D[part.column : part.column + part.tensor.shape[1]] = part.tensor[UNKNOWN - part.row]
+    def _unknown(self, changed: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The tables' rows of unknown ids, gathered in one message from the ranks that have them or some of their columns."""
+        if not changed:
+            return []
+        starts = [torch.zeros(self.dims[table], device=row_N.device) for table, row_N in changed.items()]
+        for table, start_D in zip(changed, starts, strict=True):
+            for part in self.weights[table]:
+                if part.row <= UNKNOWN < part.range[1] and (table not in self.replicated or dist.get_rank() == 0):
+                    start_D[part.column : part.column + part.tensor.shape[1]] = part.tensor[UNKNOWN - part.row]
+        row = torch.cat(starts)
         if dist.get_world_size() > 1:
-            dist.all_reduce(start_D)
-        return start_D
+            dist.all_reduce(row)
+        return row.split([len(start_D) for start_D in starts])
 
 
 def _parts(tensor: Tensor | ShardedTensor) -> list[_Part]:
