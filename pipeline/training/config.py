@@ -22,7 +22,8 @@ class Communication(Strict):
     backward: Literal["fp32", "fp16", "bf16"] = "fp32"
 
 
-Allowed = dict[str, Annotated[list[str], Field(min_length=1)]]
+Choice = Annotated[list[str], Field(min_length=1)]
+Allowed = dict[str, Choice]
 
 
 BATCH_SIZE = 2048
@@ -63,7 +64,8 @@ class Settings(Strict):
         accumulate: micro-batches of a rank's batch that go through the dense part one after the other, for less memory; the
             same gradients as in one, apart from random draws (pipeline.training.step).
         sharding: allowed placements, for "default" or one table by name: a table on one rank, or its rows or columns on
-            several, or on those of one machine (table_row_wise), or a copy on each (data_parallel).
+            several, or on those of one machine (table_row_wise), or a copy on each (data_parallel). None: table_wise and
+            row_wise, and on several nodes with GPUs table_row_wise.
         kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
             A data_parallel table has one of its own.
         communication: of the embeddings between ranks.
@@ -100,7 +102,7 @@ class Settings(Strict):
     clip_norm: float | None = Field(None, gt=0)
     weighting: Weighting = Fixed()
     accumulate: int = Field(1, ge=1)
-    sharding: Allowed = Field({"default": ["table_wise", "row_wise"]})
+    sharding: dict[str, Choice | None] = Field({"default": None})
     kernels: Allowed = Field({"default": ["fused"]})
     communication: Communication = Communication()
     sharding_group: int | None = Field(None, ge=1)

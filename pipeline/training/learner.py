@@ -23,6 +23,7 @@ from pipeline.training.optim.dense import build, rate, table_rate
 from pipeline.training.optim.tables import replicated_tables
 from pipeline.training.optim.weighting.base import AdaptiveLoss, shared_parameters
 from pipeline.training.parallel import replicas, shard
+from pipeline.training.parallel.row_load import RowLoad
 from pipeline.training.parallel.row_reset import ManagedRows
 from pipeline.training.state_names import in_ranker
 from pipeline.training.step import StepOutput, TrainStep
@@ -53,7 +54,8 @@ class Learner:
             ranker.start_at(dataset.base_rates())
         self.loss = weighting.task_loss(s.weighting, dataset.schema.tasks, s.seed)
         step = TrainStep(ranker, self.loss, s.precision == "bf16", s.accumulate)
-        self.model = shard.shard(step, ranker, s, device)
+        load = RowLoad.of_training(dataset, config.model, s.precision == "bf16") if rank == 0 else RowLoad()
+        self.model = shard.shard(step, ranker, s, device, load)
         shard.init_tables(ranker, ranker.tables, s.seed, config.model.embedding_std)
         dense = [(n, p) for n, p in self.model.named_parameters() if not is_table(in_ranker(n)) and p.requires_grad]
         self.dense = build(s.dense, dense, s.clip_norm)

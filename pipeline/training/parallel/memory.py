@@ -68,7 +68,7 @@ class Estimate:
 
     Attributes:
         tables: the largest first. ranks: those that share one replica of the tables.
-        dense: of each rank's part of everything but the tables.
+        dense: of each rank's part of everything but the tables. buffers: bytes of its activations and communication.
         replicas: of the tables, one in each group of ranks.
     """
 
@@ -76,6 +76,7 @@ class Estimate:
     ranks: list[RankEstimate]
     dense: TrainingBytes
     replicas: int = 1
+    buffers: int = 0
 
     def lines(self) -> list[str]:
         """Two small tables; many tables or ranks are summarised."""
@@ -132,7 +133,12 @@ class PlanRecorder(Stats):
 
 
 def estimate(
-    options: Sequence[ShardingOption], ranks: int, optimizer: FusedOptimizer, dense: TrainingBytes, replicas: int
+    options: Sequence[ShardingOption],
+    ranks: int,
+    optimizer: FusedOptimizer,
+    dense: TrainingBytes,
+    replicas: int,
+    buffers: int = 0,
 ) -> Estimate:
     """Adds a plan's shards up.
 
@@ -152,7 +158,7 @@ def estimate(
         hbm, ddr = sum(s.hbm for s in storages), sum(s.ddr for s in storages)
         found.append(RankEstimate(rank, part_size, work[rank] / whole, hbm, ddr))
     tables = sorted((_table(option, optimizer) for option in options), key=lambda t: (-t.size.total, t.name))
-    return Estimate(tables, found, dense, replicas)
+    return Estimate(tables, found, dense, replicas, buffers)
 
 
 def _table(option: ShardingOption, optimizer: FusedOptimizer) -> TableEstimate:

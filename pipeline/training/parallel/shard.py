@@ -28,6 +28,7 @@ from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import codecs, id_maps, plan
 from pipeline.training.parallel.averaging import average_in_one_message
 from pipeline.training.parallel.replicas import ReplicatedGroups
+from pipeline.training.parallel.row_load import RowLoad
 
 BLOCK_ROWS = 1 << 16  # rows of a table that are drawn from one random stream
 
@@ -81,9 +82,13 @@ def sharders(settings: Settings) -> list[Any]:
     return [_PooledSharder(**arguments), _ItemSharder(**arguments)]
 
 
-def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device) -> DistributedModelParallel:
+def shard(
+    model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device, load: RowLoad
+) -> DistributedModelParallel:
     """Shards the tables of `ranker`, a part of `model`, by a plan, and replicates or shards the rest.
 
+    Args:
+        load: of an average row, on rank 0, which makes the plan.
     Raises:
         UserError: as `plan.plan` and `id_maps.shard_maps`; or a sharding_group that does not divide the ranks.
     """
@@ -93,7 +98,7 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
         raise UserError(f"train.sharding_group={group} does not divide the {ranks} ranks: use a divisor, or null")
     id_maps.shard_maps(ranker, settings, device)
     table_sharders = sharders(settings)
-    placed = plan.plan(model, table_sharders, ranker.tables, settings, device)
+    placed = plan.plan(model, table_sharders, ranker.tables, settings, device, load)
     kind = DistributedModelParallel if group == ranks else partial(ReplicatedGroups, group=group)
     wrapper = (
         _FullyShardedDense() if settings.dense_parallel == "fsdp" else DefaultDataParallelWrapper(static_graph=True)
