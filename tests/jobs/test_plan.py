@@ -93,6 +93,14 @@ def test_any_number_of_ranks_is_planned_and_more_ranks_than_lanes_are_a_note(
     assert lines[-2] == "64 lanes: 2 ranks decode each row group; train.lanes=128: one rank"
 
 
+def test_groups_that_average_large_tables_after_each_step_are_warned_of(bounded: list[str], plan: Callable) -> None:
+    lines = plan(*bounded, "ranks=16", "hbm=40GB", "train.sharding_group=2")
+    [line] = [
+        line for line in lines if line.startswith("warning: train.sync_every=1 averages the tables of 8 replicas")
+    ]
+    assert "by all" in line
+
+
 def test_a_vocabulary_without_a_bound_is_named(plan: Callable) -> None:
     [line] = plan("data=demo", "ranks=8", "hbm=40GB")
     assert line.startswith("error: table item, category, device")

@@ -145,6 +145,20 @@ def test_a_group_that_shares_tables_is_planned_alone() -> None:
         place(sharding_group=12)
 
 
+def test_averages_of_large_tables_after_each_step_are_a_warning_with_their_bytes() -> None:
+    _, found = place(ranks=64, sharding={"default": ["row_wise"]}, sharding_group=16)
+    whole = sum(rows * (DIM + 1) * 4 for rows in ROWS.values())
+    sent = 2 * 3 / 4 * whole  # of a replica; an all-reduce over four, of weights and a momentum per row
+    said = re.fullmatch(
+        r"train\.sync_every=1 averages the tables of 4 replicas after each step: up to ([\d.]+) GB sent by a rank and "
+        r"([\d.]+) GB by all\. A larger train\.sync_every divides that\.",
+        found.costly_averages(),
+    )
+    assert [float(cell) for cell in said.groups()] == pytest.approx([sent / 16 / GB, 4 * sent / GB], abs=0.06)
+    for quiet in ({"sharding_group": 16, "sync_every": 2}, {}, {"sharding_group": 16, "rows": {"country": 200}}):
+        assert place(ranks=64, **quiet)[1].costly_averages() is None
+
+
 def test_a_batch_that_ranks_cannot_share_evenly_is_planned_with_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
     kind = plan.EmbeddingEnumerator

@@ -121,6 +121,7 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
             lines.append(
                 f"{order.lanes} lanes: {several} ranks decode each row group; train.lanes={config.ranks}: one rank"
             )
+        lines += [f"warning: {costly}"] if (costly := estimated.costly_averages()) else []
         lines = [*estimated.lines(), *lines, _summary(estimated, config.cluster)]
     if config.kind is None:
         return lines

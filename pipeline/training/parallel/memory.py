@@ -13,6 +13,7 @@ from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import FusedOptimizer
 
 TABLES, RANKS = 8, 4  # the most that are printed one by one
+LARGE = 100 * 10**6  # bytes that a rank sends in a step to average tables, from which on they are worth a warning
 DENSE_STATE = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}  # numbers per parameter
 
 
@@ -69,7 +70,7 @@ class Estimate:
     Attributes:
         tables: the largest first. ranks: those that share one replica of the tables.
         dense: of each rank's part of everything but the tables. buffers: bytes of its activations and communication.
-        replicas: of the tables, one in each group of ranks.
+        replicas: of the tables, one in each group of ranks. sync_every: steps between their averages.
     """
 
     tables: list[TableEstimate]
@@ -77,6 +78,7 @@ class Estimate:
     dense: TrainingBytes
     replicas: int = 1
     buffers: int = 0
+    sync_every: int = 1
 
     def lines(self) -> list[str]:
         """Two small tables; many tables or ranks are summarised."""
@@ -86,6 +88,17 @@ class Estimate:
         head = ["rank", "tables", "optimiser", "gradients", "dense part", "of bytes", "of work"]
         lines += _plain(head, self._rank_cells(), ("left", *["right"] * 6))
         return [*lines, f"{self.replicas} replicas, each on {len(self.ranks)} ranks"] if self.replicas > 1 else lines
+
+    def costly_averages(self) -> str | None:
+        """A warning with the bytes that averages of the replicas send where each step has one and they are many; else None."""
+        share = 2 * (self.replicas - 1) / self.replicas  # an all-reduce, of weights and the optimiser's state
+        sent = [int(share * (rank.size.weights + rank.size.state)) for rank in self.ranks]
+        if self.sync_every > 1 or max(sent) < LARGE:
+            return None
+        return (
+            f"train.sync_every=1 averages the tables of {self.replicas} replicas after each step: up to {readable(max(sent))} "
+            f"sent by a rank and {readable(sum(sent) * self.replicas)} by all. A larger train.sync_every divides that."
+        )
 
     def _table_cells(self) -> list[list[str]]:
         shown = self.tables if len(self.tables) <= TABLES else self.tables[: TABLES - 2]
@@ -139,6 +152,7 @@ def estimate(
     dense: TrainingBytes,
     replicas: int,
     buffers: int = 0,
+    sync_every: int = 1,
 ) -> Estimate:
     """Adds a plan's shards up.
 
@@ -158,7 +172,7 @@ def estimate(
         hbm, ddr = sum(s.hbm for s in storages), sum(s.ddr for s in storages)
         found.append(RankEstimate(rank, part_size, work[rank] / whole, hbm, ddr))
     tables = sorted((_table(option, optimizer) for option in options), key=lambda t: (-t.size.total, t.name))
-    return Estimate(tables, found, dense, replicas, buffers)
+    return Estimate(tables, found, dense, replicas, buffers, sync_every)
 
 
 def _table(option: ShardingOption, optimizer: FusedOptimizer) -> TableEstimate:

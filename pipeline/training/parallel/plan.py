@@ -85,6 +85,8 @@ def plan(
     if dist.get_rank() == 0 and dist.get_world_size() > 1:
         for line in estimated.lines():
             logger.info(line)
+        if warning := estimated.costly_averages():
+            logger.warning(warning)
     return placed
 
 
@@ -151,7 +153,8 @@ def place(
         except PlannerError as error:
             found = options.last_stored_search_space or []
             raise UserError(_too_little_memory(found, settings, cluster, group, dense, buffers, error)) from None
-    return placed, estimate(recorder.options, group, optimizer, dense, cluster.ranks // group, buffers)
+    replicas, chosen = cluster.ranks // group, recorder.options
+    return placed, estimate(chosen, group, optimizer, dense, replicas, buffers, settings.sync_every)
 
 
 def _planner(
