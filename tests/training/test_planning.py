@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,11 @@ from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
 
 from features.errors import UserError
 from pipeline.run import checkpoint
+from pipeline.training import learner
 from pipeline.training.config import Settings
 from pipeline.training.optim.settings import TableOptimizer
 from pipeline.training.optim.tables import ReplicatedTables
-from pipeline.training.parallel import plan, shard
+from pipeline.training.parallel import cache, plan, shard
 from pipeline.training.parallel.memory import Estimate
 from pipeline.training.parallel.row_load import RowLoad
 from pipeline.training.parallel.topology import COMMUNICATOR, Cluster
@@ -213,6 +216,50 @@ def test_ids_of_a_row_count_for_the_bytes_of_a_batch_and_activations_for_what_is
     assert place({"user": 1000}, ranks=8, load=kept, accumulate=4)[1].buffers == rows // 4 * 10_000 + 3 * COMMUNICATOR
     with pytest.raises(UserError, match=r"activations and communication 42\.0 GB: 4\.0 GB more than a rank has"):
         place({"user": 1000}, hbm=40 * GB, ranks=8, load=RowLoad(activations=1e7))
+
+
+def test_cached_tables_have_what_their_gpus_have_left_and_every_kernel_knows_of_a_loop_that_fetches_ahead() -> None:
+    kernels = {"default": ["fused"], "user": ["fused_uvm_caching"], "item": ["fused_uvm_caching"]}
+    made = Model(ROWS)
+    wanted = Settings(batch_size=64 * 512, kernels=kernels, sharding={"default": ["row_wise"]})
+    cluster = Cluster(2, 2, "cuda", 5 * GB, 10**12)
+    arguments = (made, shard.sharders(wanted), made.configs, wanted, cluster, RowLoad())
+    placed, found = plan.place(*arguments, prefetch=True)
+    room, _ = cluster.available(found.dense, found.buffers)
+    assert 0.02 < found.cached < 0.95
+    assert 0.99 * room < max(rank.hbm for rank in found.ranks) <= room
+    beside = sum(ROWS[name] * (DIM + 1) * 4 for name in ("query", "country")) + (ROWS["user"] + ROWS["item"]) * 4
+    rows = (ROWS["user"] + ROWS["item"]) * (DIM * 4 + 16)
+    assert found.cached == pytest.approx((2 * room - beside) / rows, rel=0.05)  # less maps of rows and a batch
+    shardings = placed.plan["embeddings"]
+    factors = {name: sharding.cache_params.load_factor for name, sharding in shardings.items()}
+    assert factors == {"user": found.cached, "item": found.cached, "query": None, "country": None}
+    assert all(sharding.cache_params.prefetch_pipeline for sharding in shardings.values())
+    assert f"fused_uvm_caching: {found.cached:.0%} of the rows are cached on the GPUs" in found.lines()
+    plain, _ = plan.place(*arguments)
+    assert not any(s.cache_params and s.cache_params.prefetch_pipeline for s in plain.plan["embeddings"].values())
+    assert cache.is_cached(plain)
+    roomy = plan.place(*arguments[:4], replace(cluster, hbm=80 * GB), RowLoad())[1]
+    assert roomy.cached == 0.95
+    whole, _ = place()
+    assert not cache.is_cached(whole)
+    assert {sharding.cache_params for sharding in whole.plan["embeddings"].values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [("fused", "TrainPipelineSparseDist"), ("fused_uvm_caching", "PrefetchTrainPipelineSparseDist")]
+)
+def test_the_pipelined_loop_fetches_rows_ahead_where_a_table_is_cached(
+    kernel: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TrainPipelineSparseDist", "PrefetchTrainPipelineSparseDist"):
+        monkeypatch.setattr(learner, name, lambda *_, name=name, **__: name)
+    placed, _ = place(kernels={"default": ["fused"], "item": [kernel]})
+    pipelined = object.__new__(learner.PipelinedLearner)
+    pipelined.model, pipelined.optimizer, pipelined.device = SimpleNamespace(plan=placed), None, None
+    pipelined.feed(iter([]), 0)
+    assert pipelined.pipeline == kind
+    assert (learner.PipelinedLearner.prefetch, learner.Learner.prefetch) == (True, False)
 
 
 # What does not fit

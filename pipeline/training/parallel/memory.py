@@ -71,6 +71,7 @@ class Estimate:
         tables: the largest first. ranks: those that share one replica of the tables.
         dense: of each rank's part of everything but the tables. buffers: bytes of its activations and communication.
         replicas: of the tables, one in each group of ranks. sync_every: steps between their averages.
+        cached: share of the rows of each table with fused_uvm_caching that is on a GPU at a time.
     """
 
     tables: list[TableEstimate]
@@ -79,6 +80,7 @@ class Estimate:
     replicas: int = 1
     buffers: int = 0
     sync_every: int = 1
+    cached: float | None = None
 
     def lines(self) -> list[str]:
         """Two small tables; many tables or ranks are summarised."""
@@ -87,6 +89,7 @@ class Estimate:
         lines = _plain(head, self._table_cells(), right)
         head = ["rank", "tables", "optimiser", "gradients", "dense part", "of bytes", "of work"]
         lines += _plain(head, self._rank_cells(), ("left", *["right"] * 6))
+        lines += [f"fused_uvm_caching: {self.cached:.0%} of the rows are cached on the GPUs"] if self.cached else []
         return [*lines, f"{self.replicas} replicas, each on {len(self.ranks)} ranks"] if self.replicas > 1 else lines
 
     def costly_averages(self) -> str | None:

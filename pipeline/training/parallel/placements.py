@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.types import CacheParams, ModuleSharder
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.errors import UserError
 from pipeline.training.config import Choice, Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS, which
+from pipeline.training.parallel.cache import LEAST
 
 PLACEMENTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel")
 KERNELS = ("fused", "fused_uvm_caching")
@@ -139,6 +140,7 @@ def constraints(
             sharding_types=_placements(table, settings, ranks, ranks_per_node, sizes[table.name] > share, otherwise),
             compute_kernels=[*_allowed(settings.kernels, table.name, ["fused"]), "dense"],  # that of data_parallel
             min_partition=max(dim // ranks, min(MIN_COLUMNS, dim // 2), 1),
+            cache_params=CacheParams(load_factor=LEAST),  # until what is left for more is known
             pooling_factors=[ids.get(feature, 1.0) for feature in table.feature_names],
         )
     return found

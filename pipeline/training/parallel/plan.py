@@ -34,6 +34,7 @@ from features.errors import UserError, one_line
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS, FusedOptimizer
 from pipeline.training.parallel import placements
+from pipeline.training.parallel.cache import cache_rows
 from pipeline.training.parallel.hardware import DEFAULTS, recognised
 from pipeline.training.parallel.memory import (
     Estimate,
@@ -64,6 +65,7 @@ def plan(
     settings: Settings,
     device: torch.device,
     load: RowLoad = NOTHING_KNOWN,
+    prefetch: bool = False,
 ) -> ShardingPlan:
     """The plan for the ranks of this process group, the same on all of them; rank 0 logs its estimate if there are several.
 
@@ -75,7 +77,7 @@ def plan(
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [place(model, sharders, tables, settings, current_cluster(device), load)]
+            found = [place(model, sharders, tables, settings, current_cluster(device), load, prefetch)]
         except UserError as error:
             found = [str(error)]  # raised on all ranks
     dist.broadcast_object_list(found)
@@ -118,12 +120,13 @@ def place(
     settings: Settings,
     cluster: Cluster,
     load: RowLoad = NOTHING_KNOWN,
+    prefetch: bool = False,
 ) -> tuple[ShardingPlan, Estimate]:
     """The plan for any cluster, and its estimate. Needs no process group.
 
     Args:
         model: with the tables' modules, which may be on the meta device. sharders: of their kinds. tables: all of them.
-        load: of an average row.
+        load: of an average row. prefetch: whether rows of cached tables are fetched a batch ahead.
     Raises:
         UserError: a placement, kernel or optimiser that does not exist there, makes results depend on the plan or loses state;
             or too little memory.
@@ -154,7 +157,9 @@ def place(
             found = options.last_stored_search_space or []
             raise UserError(_too_little_memory(found, settings, cluster, group, dense, buffers, error)) from None
     replicas, chosen = cluster.ranks // group, recorder.options
-    return placed, estimate(chosen, group, optimizer, dense, replicas, buffers, settings.sync_every)
+    cached = cache_rows(placed, chosen, cluster.available(dense, buffers)[0], prefetch)
+    found = estimate(chosen, group, optimizer, dense, replicas, buffers, settings.sync_every)
+    return placed, replace(found, cached=cached)
 
 
 def _planner(

@@ -22,7 +22,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 
 from features.errors import UserError
 from models.ranker import Ranker, table_weight
-from pipeline.torch_compat import ShardedTensor, table_kernels
+from pipeline.torch_compat import ShardedTensor, forget_prefetched, table_kernels
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import codecs, id_maps, plan
@@ -83,12 +83,12 @@ def sharders(settings: Settings) -> list[Any]:
 
 
 def shard(
-    model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device, load: RowLoad
+    model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device, load: RowLoad, prefetch: bool
 ) -> DistributedModelParallel:
     """Shards the tables of `ranker`, a part of `model`, by a plan, and replicates or shards the rest.
 
     Args:
-        load: of an average row, on rank 0, which makes the plan.
+        load: of an average row, on rank 0, which makes the plan. prefetch: whether the loop fetches cached rows ahead.
     Raises:
         UserError: as `plan.plan` and `id_maps.shard_maps`; or a sharding_group that does not divide the ranks.
     """
@@ -98,7 +98,7 @@ def shard(
         raise UserError(f"train.sharding_group={group} does not divide the {ranks} ranks: use a divisor, or null")
     id_maps.shard_maps(ranker, settings, device)
     table_sharders = sharders(settings)
-    placed = plan.plan(model, table_sharders, ranker.tables, settings, device, load)
+    placed = plan.plan(model, table_sharders, ranker.tables, settings, device, load, prefetch)
     kind = DistributedModelParallel if group == ranks else partial(ReplicatedGroups, group=group)
     wrapper = (
         _FullyShardedDense() if settings.dense_parallel == "fsdp" else DefaultDataParallelWrapper(static_graph=True)
@@ -137,7 +137,7 @@ def set_step(model: nn.Module, step: int) -> None:
     """Restores what no state dict has of the fused kernels once a checkpoint is loaded.
 
     That is the number of steps that an optimiser's bias correction counts; and a GPU's cache of rows (fused_uvm_caching), which
-    is emptied.
+    is emptied, and forgets what a loop that was left had fetched ahead.
 
     Raises:
         RuntimeError: as `table_kernels`.
@@ -145,6 +145,7 @@ def set_step(model: nn.Module, step: int) -> None:
     counting = {optimizer.kernel for optimizer in TABLE_OPTIMIZERS.values() if optimizer.counts_steps}
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
+        forget_prefetched(kernel)
         if kernel.optimizer in counting:
             kernel.set_optimizer_step(step)
 
