@@ -123,6 +123,13 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
         yield from kernels
 
 
+def forget_prefetched(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+    """Drops the places in the cache of a batch that was fetched ahead and never trained on: the next one would get them."""
+    kernel.timesteps_prefetched.clear()
+    kernel.lxu_cache_locations_list.clear()
+    kernel.lxu_cache_locking_counter.zero_()
+
+
 def precision(codec: QuantizedCommCodec) -> Any:
     """The number format that a codec of TorchRec was made for."""
     return codec._comm_precision

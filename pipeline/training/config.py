@@ -22,7 +22,8 @@ class Communication(Strict):
     backward: Literal["fp32", "fp16", "bf16"] = "fp32"
 
 
-Allowed = dict[str, Annotated[list[str], Field(min_length=1)]]
+Choice = Annotated[list[str], Field(min_length=1)]
+Allowed = dict[str, Choice]
 
 
 BATCH_SIZE = 2048
@@ -68,7 +69,8 @@ class Settings(Strict):
         compile: a mode of torch.compile for the dense part and its losses; reduce-overhead replays CUDA graphs, which hold the
             memory of activations between steps. Random draws (dropout) are others than without.
         sharding: allowed placements, for "default" or one table by name: a table on one rank, or its rows or columns on
-            several, or on those of one machine (table_row_wise), or a copy on each (data_parallel).
+            several, or on those of one machine (table_row_wise), or a copy on each (data_parallel). None: table_wise and
+            row_wise, and on several nodes with GPUs table_row_wise.
         kernels: allowed compute kernels likewise; fused_uvm_caching keeps a table in main memory and caches rows on the GPU.
             A data_parallel table has one of its own.
         communication: of the embeddings between ranks.
@@ -109,7 +111,7 @@ class Settings(Strict):
     weighting: Weighting = Fixed()
     accumulate: int = Field(1, ge=1)
     compile: Literal["default", "reduce-overhead"] | None = None
-    sharding: Allowed = Field({"default": ["table_wise", "row_wise"]})
+    sharding: dict[str, Choice | None] = Field({"default": None})
     kernels: Allowed = Field({"default": ["fused"]})
     communication: Communication = Communication()
     sharding_group: int | None = Field(None, ge=1)

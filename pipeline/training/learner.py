@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchrec.distributed import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from features.batch import Batch
@@ -23,7 +24,8 @@ from pipeline.training.optim import weighting
 from pipeline.training.optim.dense import build, rate, table_rate
 from pipeline.training.optim.tables import replicated_tables
 from pipeline.training.optim.weighting.base import AdaptiveLoss, shared_parameters
-from pipeline.training.parallel import replicas, shard
+from pipeline.training.parallel import cache, replicas, shard
+from pipeline.training.parallel.row_load import RowLoad
 from pipeline.training.parallel.row_reset import ManagedRows
 from pipeline.training.state_names import in_ranker
 from pipeline.training.step import StepOutput, TrainStep
@@ -45,6 +47,8 @@ class Learner:
         UserError: a model, a plan or an optimiser that is not possible.
     """
 
+    prefetch = False  # of rows of tables in main memory (fused_uvm_caching)
+
     def __init__(
         self, config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int, epoch_steps: int
     ) -> None:
@@ -58,7 +62,8 @@ class Learner:
         step = TrainStep(ranker, self.loss, s.precision == "bf16", s.accumulate)
         if s.compile:
             step.rows = compiled(step, s.compile)
-        self.model = shard.shard(step, ranker, s, device)
+        load = RowLoad.of_training(dataset, config.model, s.precision == "bf16") if rank == 0 else RowLoad()
+        self.model = shard.shard(step, ranker, s, device, load, self.prefetch)
         self.embedding_std = config.model.embedding_std
         dense = [(n, p) for n, p in self.model.named_parameters() if not is_table(in_ranker(n)) and p.requires_grad]
         self.dense = build(s.dense, dense, s.clip_norm)
@@ -156,13 +161,17 @@ class Learner:
 class PipelinedLearner(Learner):
     """The same on TorchRec's pipeline, which overlaps the next batches' copies and exchanges with a step on a GPU.
 
-    Its forward is a whole step, so losses and gradients are checked after the update.
+    Its forward is a whole step, so losses and gradients are checked after the update. Where a table is in main memory
+    (fused_uvm_caching), the next batch's rows are fetched during a step as well.
     """
+
+    prefetch = True
 
     def feed(self, batches: Iterator[Batch], count: int) -> Iterator[None]:
         """The pipeline takes batches ahead of the step that they are for."""
         self.batches = batches
-        self.pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.device, execute_all_batches=True)
+        kind = PrefetchTrainPipelineSparseDist if cache.is_cached(self.model.plan) else TrainPipelineSparseDist
+        self.pipeline = kind(self.model, self.optimizer, self.device, execute_all_batches=True)
         return repeat(None, count)
 
     def forward(self, batch: Batch | None, step: int) -> StepOutput:  # noqa: ARG002

@@ -66,7 +66,8 @@ def test_a_datasets_encoders_say_how_large_its_tables_are(small_dataset: Path, p
     city = pl.read_parquet(small_dataset / "train" / "*.parquet")["city"]
     assert rows(lines)["city"] > city.max()
     assert lines[-1].startswith("fits: peak rank ")
-    assert "of 68.0 GB (80.0 GB less 15% reserve and" in lines[-1]
+    assert "of 75.0 GB (80.0 GB less 5% reserve, " in lines[-1]
+    assert "of dense parameters and 1.0 GB of activations and NCCL's buffers)" in lines[-1]
 
 
 def test_without_a_dataset_the_schema_bounds_them_and_that_is_said(bounded: list[str], plan: Callable) -> None:
@@ -92,6 +93,14 @@ def test_any_number_of_ranks_is_planned_and_more_ranks_than_lanes_are_a_note(
     assert lines[-2] == "64 lanes: 2 ranks decode each row group; train.lanes=128: one rank"
 
 
+def test_groups_that_average_large_tables_after_each_step_are_warned_of(bounded: list[str], plan: Callable) -> None:
+    lines = plan(*bounded, "ranks=16", "hbm=40GB", "train.sharding_group=2")
+    [line] = [
+        line for line in lines if line.startswith("warning: train.sync_every=1 averages the tables of 8 replicas")
+    ]
+    assert "by all" in line
+
+
 def test_a_vocabulary_without_a_bound_is_named(plan: Callable) -> None:
     [line] = plan("data=demo", "ranks=8", "hbm=40GB")
     assert line.startswith("error: table item, category, device")
@@ -110,9 +119,8 @@ def test_the_command_line_of_a_training_can_be_used_without_its_run(small_datase
     lines = plan(*train, "ranks=2", "device=cpu", "ddr=2GB", "train.batch_size=512")
     [user] = [line for line in lines if line.startswith("user")]
     assert "row_wise" in user
-    assert re.fullmatch(
-        r"fits: peak rank \d uses [\d.]+ kB of 2.0 GB \(2.0 GB less [\d.]+ MB of dense parameters\)", lines[-1]
-    )
+    less = r"\(2.0 GB less [\d.]+ MB of dense parameters and [\d.]+ MB of activations\)"
+    assert re.fullmatch(rf"fits: peak rank \d uses [\d.]+ kB of 2.0 GB {less}", lines[-1])
 
 
 @pytest.mark.parametrize("argument", ["run=runs/x", "resume=never"])
@@ -122,14 +130,16 @@ def test_a_run_which_a_plan_does_not_read_is_refused(small_dataset: Path, plan: 
 
 
 def test_what_does_not_fit_is_one_line_with_what_helps(bounded: list[str], plan: Callable) -> None:
-    [line] = plan(*bounded, "ranks=8", "hbm=60MB", "train.sharding.default=[row_wise]")
+    [line] = plan(*bounded, "ranks=8", "hbm=1115MB", "train.sharding.default=[row_wise]")
     assert re.search(
         r"^error: the tables with their batches need [\d.]+ MB and 8 ranks have [\d.]+ MB of GPU memory", line
     )
     more = re.search(r"Try (\d+) ranks or more, train\.kernels\.default=\[fused_uvm_caching\]", line)
-    assert plan(*bounded, f"ranks={more[1]}", "hbm=60MB", "train.sharding.default=[row_wise]")[-1].startswith("fits")
+    assert plan(*bounded, f"ranks={more[1]}", "hbm=1115MB", "train.sharding.default=[row_wise]")[-1].startswith("fits")
     cached = ["train.kernels.default=[fused_uvm_caching]", "ddr=1GB"]
-    assert " of main memory" in plan(*bounded, "ranks=8", "hbm=60MB", "train.sharding.default=[row_wise]", *cached)[-1]
+    assert (
+        " of main memory" in plan(*bounded, "ranks=8", "hbm=1115MB", "train.sharding.default=[row_wise]", *cached)[-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,7 +211,7 @@ def test_rows_that_pad_a_batch_are_not_trained_on_and_max_steps_ends_a_run(
 
 
 def test_step_times_are_for_ranks_that_the_tables_do_not_fit_on_too(bounded: list[str], plan: Callable) -> None:
-    lines = plan(*bounded, "kind=l4", "hbm=400MB", "link=10gbit", "scale=[1,2,3,4]", "train.rank_batch_size=512")
+    lines = plan(*bounded, "kind=l4", "hbm=1420MB", "link=10gbit", "scale=[1,2,3,4]", "train.rank_batch_size=512")
     found = step_times(lines)
     assert {ranks: cells["fits"] for ranks, cells in found.items()} == {1: "no", 2: "yes", 3: "yes", 4: "yes"}
     assert {cells["rows a rank"] for cells in found.values()} == {"512"}

@@ -178,6 +178,18 @@ def test_the_kernels_of_all_tables_are_found(sharded: DistributedModelParallel) 
     assert all(hasattr(kernel, name) for kernel in kernels for name in ("set_optimizer_step", "reset_cache_states"))
 
 
+def test_what_a_kernel_fetched_ahead_is_forgotten(sharded: DistributedModelParallel) -> None:
+    """Its forward takes the first of the places that it was left with: none, as in a new kernel."""
+    for kernel in torch_compat.table_kernels(sharded):
+        assert (kernel.timesteps_prefetched, kernel.lxu_cache_locations_list) == ([], [])
+        kernel.timesteps_prefetched.append(1)
+        kernel.lxu_cache_locations_list.append(torch.zeros(1))
+        kernel.register_buffer("lxu_cache_locking_counter", torch.ones(2, 2, dtype=torch.int32), persistent=False)
+        torch_compat.forget_prefetched(kernel)
+        assert (kernel.timesteps_prefetched, kernel.lxu_cache_locations_list) == ([], [])
+        assert not kernel.lxu_cache_locking_counter.any()
+
+
 def test_tables_whose_kernel_is_not_found_are_an_error(sharded: DistributedModelParallel) -> None:
     [module] = [module for module in sharded.modules() if hasattr(module, "_lookups")]
     module.renamed = module._lookups

@@ -12,8 +12,8 @@ from torchrec.distributed import comm
 from features.errors import UserError
 from pipeline.training.config import Settings
 from pipeline.training.parallel import plan, shard
-from pipeline.training.parallel.plan import Cluster
 from pipeline.training.parallel.replicas import ranks_on_a_node
+from pipeline.training.parallel.topology import Cluster
 
 
 class Tables(nn.Module):

@@ -17,7 +17,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollec
 from features.errors import UserError
 from pipeline.training.config import Settings
 from pipeline.training.parallel import plan, shard
-from pipeline.training.parallel.plan import Cluster
+from pipeline.training.parallel.topology import Cluster
 
 SIZES = st.one_of(st.integers(1, 12), st.integers(1, 64), st.integers(1, 1_000_000))
 WIDTHS = st.sampled_from([4, 8, 16, 64])

@@ -11,7 +11,7 @@ from tiny_training import SCHEMA
 from features.errors import UserError
 from features.schema.schema import Schema
 from models.ranker import ModelConfig
-from pipeline.training.parallel import scaling
+from pipeline.training.parallel import row_load
 from pipeline.training.parallel.capacity import largest
 from pipeline.training.parallel.hardware import KINDS, Kind, Link
 from pipeline.training.parallel.step_time import Part, Step, Table, step_time, table_bytes, traffic
@@ -146,7 +146,7 @@ def test_flops_of_a_row_are_counted_forward_and_backward_three_times_the_forward
     bounded = SCHEMA | {"categorical": {n: {"dim": 8, "hash": 9} for n in ("user", "device")}, "bag": {}, "tables": {}}
     schema = Schema.parse(bounded, "small.yaml")
     config = ModelConfig(fusion={"name": "shared_bottom", "widths": [64, 32]}, tower=[16])
-    found = scaling.flops_per_row(schema, largest(schema), config)
+    found = row_load.flops_per_row(schema, largest(schema), config)
     inputs = 8 + 8 + 3  # two embeddings; age, whether it is missing, price
     layers = [(inputs, 64), (64, 32), *[(32, 16), (16, 1)] * 3]
     forward = sum(2 * a * b for a, b in layers)

@@ -18,7 +18,7 @@ from pipeline.training.optim.settings import TableOptimizer
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.optim.tables import ReplicatedTables
 from pipeline.training.parallel import plan, shard
-from pipeline.training.parallel.plan import Cluster
+from pipeline.training.parallel.topology import Cluster
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -153,7 +153,7 @@ def test_what_has_no_cpu_kernel_is_refused_there_and_planned_for_a_gpu(name: str
             [(ROWS, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)], optimizer=TABLE_OPTIMIZERS[name].kernel
         )
     model, wanted = Model("meta"), settings(name)
-    cluster = Cluster(1, 1, "cuda", 10**9, 10**9)
+    cluster = Cluster(1, 1, "cuda", 10**10, 10**9)
     _, found = plan.place(model, shard.sharders(wanted), model.configs, wanted, cluster)
     assert found.tables[0].size.state == 4 * ROWS * NUMBERS[name]
 
@@ -166,7 +166,7 @@ def test_beside_a_cache_the_state_per_row_is_on_the_gpu(name: str, memory: str) 
         model = Model("meta")
         changes = {"kernels": {"default": ["fused_uvm_caching"]}, "checkpoint_async": False}
         wanted = settings(optimizer).model_copy(update=changes)
-        cluster = Cluster(1, 1, "cuda", 10**9, 10**9)
+        cluster = Cluster(1, 1, "cuda", 10**10, 10**9)
         [rank] = plan.place(model, shard.sharders(wanted), model.configs, wanted, cluster)[1].ranks
         return rank.hbm, rank.ddr
 
@@ -182,7 +182,8 @@ def test_a_placement_that_would_change_the_result_is_refused_with_others_to_use(
     optimizer = TABLE_OPTIMIZERS[name]
     allowed = optimizer.splits_columns if placement == "column_wise" else optimizer.change is not None
     model, wanted = Model("meta"), settings(name).model_copy(update={"sharding": {"default": [placement]}})
-    made = lambda: plan.place(model, shard.sharders(wanted), model.configs, wanted, Cluster(2, 2, "cuda", 10**9, 10**9))  # noqa: E731
+    pair = Cluster(2, 2, "cuda", 10**10, 10**9)
+    made = lambda: plan.place(model, shard.sharders(wanted), model.configs, wanted, pair)  # noqa: E731
     if allowed:
         assert made()[1].tables[0].placement == placement
         return

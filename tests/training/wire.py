@@ -18,8 +18,9 @@ from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.training.config import Settings
 from pipeline.training.parallel import scaling
-from pipeline.training.parallel.plan import Cluster
+from pipeline.training.parallel.row_load import RowLoad
 from pipeline.training.parallel.step_time import Step
+from pipeline.training.parallel.topology import Cluster
 
 HERE = Path(__file__).parent
 MODEL: dict[str, Any] = {"fusion": {"name": "mmoe", "num_experts": 3, "levels": [[128], [64]]}, "tower": [8]}
@@ -93,4 +94,4 @@ def predicted(data: Path, settings: dict[str, Any], hosts: int, ranks_per_host: 
     )
     lengths = {name: pc.mean(pc.list_value_length(rows[name])).as_py() for name in found.schema.lists}
     cluster = Cluster(hosts * ranks_per_host, ranks_per_host, "cpu", 0, MEMORY)
-    return scaling.placed_step(replace(model, ids={**model.ids, **lengths}), wanted, cluster)[0]
+    return scaling.placed_step(replace(model, load=RowLoad({**model.load.ids, **lengths})), wanted, cluster)[0]

@@ -23,8 +23,9 @@ from pipeline.training.optim import weighting
 from pipeline.training.optim.strict import Strict
 from pipeline.training.parallel import plan, scaling, shard
 from pipeline.training.parallel.hardware import KINDS, Link
-from pipeline.training.parallel.memory import Estimate, readable
-from pipeline.training.parallel.plan import RESERVE, Cluster
+from pipeline.training.parallel.memory import Estimate, checkpoint_copy_bytes, readable
+from pipeline.training.parallel.row_load import RowLoad, activation_bytes, ids_per_row
+from pipeline.training.parallel.topology import RESERVE, Cluster
 from pipeline.training.step import TrainStep
 
 UNLIMITED = 1 << 60
@@ -38,7 +39,8 @@ class PlanConfig(TrackingSettings, Strict):
         run, resume: settings of jobs.train that must be left at their defaults, since a plan reads no run.
         ranks: of the cluster; None with `kind`: step times alone. ranks_per_node: on each machine.
         hbm: of each rank's GPU, by default that of its kind. ddr: main memory for each rank. Both in bytes, or as 80GB, 80GiB.
-        kind: of GPU (pipeline.training.parallel.hardware.KINDS), for step times; it decides `device`.
+        kind: of rank (pipeline.training.parallel.hardware.KINDS), whose figures the plan and step times go by; it decides
+            `device`. None: a plan by hardware.DEFAULTS, and no step times.
         link: rate of each node's network. scale: numbers of ranks that step times are for.
     """
 
@@ -101,6 +103,8 @@ class PlanConfig(TrackingSettings, Strict):
             self.device,
             int(self.hbm or 0) if self.device == "cuda" else 0,
             int(self.ddr or UNLIMITED),
+            KINDS[self.kind] if self.kind else None,
+            Link.named(self.link),
         )
 
 
@@ -117,6 +121,7 @@ def capacity_report(config: PlanConfig, schema: Schema | None) -> list[str]:
             lines.append(
                 f"{order.lanes} lanes: {several} ranks decode each row group; train.lanes={config.ranks}: one rank"
             )
+        lines += [f"warning: {costly}"] if (costly := estimated.costly_averages()) else []
         lines = [*estimated.lines(), *lines, _summary(estimated, config)]
     if config.kind is None:
         return lines
@@ -177,7 +182,10 @@ def _place(config: PlanConfig, tables: _Tables) -> Estimate:
     ranker = shard.unplaced(tables.schema, tables.encoders, config.model, settings)
     loss = weighting.task_loss(settings.weighting, tables.schema.tasks, settings.seed)
     model = TrainStep(ranker, loss, bf16=False)
-    _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster)
+    ids, _ = ids_per_row(tables.schema, tables.dataset)
+    activations = activation_bytes(tables.schema, tables.encoders, config.model, settings.precision == "bf16")
+    load = RowLoad(ids, activations)
+    _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster, load)
     return estimated
 
 
@@ -209,15 +217,17 @@ def _bounds(schema: Schema) -> str:
 def _summary(estimated: Estimate, config: PlanConfig) -> str:
     cluster = config.cluster
     peak = max(estimated.ranks, key=lambda rank: (rank.hbm, rank.ddr))
-    hbm, ddr = cluster.available(estimated.dense, config.train)
-    used, free, memory, reserve, dense = (peak.ddr, ddr, cluster.ddr, "", cluster.ddr - ddr)
+    hbm, ddr = cluster.available(
+        estimated.dense, estimated.buffers, checkpoint_copy_bytes(estimated.dense, config.train)
+    )
+    used, free, memory, reserve = (peak.ddr, ddr, cluster.ddr, "")
     if cluster.device == "cuda":
-        used, free, memory, reserve = (peak.hbm, hbm, cluster.hbm, f"{RESERVE:.0%} reserve and ")
-        dense = estimated.dense.total
+        used, free, memory, reserve = (peak.hbm, hbm, cluster.hbm, f"{RESERVE:.0%} reserve, ")
+    buffers = "activations and NCCL's buffers" if cluster.device == "cuda" else "activations"
     each = f" of each of {estimated.replicas} replicas" if estimated.replicas > 1 else ""
     line = (
         f"fits: peak rank {peak.rank}{each} uses {readable(used)} of {readable(free)} ({readable(memory)} less {reserve}"
-        f"{readable(dense)} of dense parameters)"
+        f"{readable(estimated.dense.total)} of dense parameters and {readable(estimated.buffers)} of {buffers})"
     )
     main = peak.ddr + cluster.ddr - ddr
     return line + (f", and {readable(main)} of main memory" if cluster.device == "cuda" and main else "")

@@ -13,6 +13,7 @@ from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import FusedOptimizer
 
 TABLES, RANKS = 8, 4  # the most that are printed one by one
+LARGE = 100 * 10**6  # bytes that a rank sends in a step to average tables, from which on they are worth a warning
 DENSE_STATE = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}  # numbers per parameter
 
 
@@ -68,14 +69,18 @@ class Estimate:
 
     Attributes:
         tables: the largest first. ranks: those that share one replica of the tables.
-        dense: of each rank's part of everything but the tables.
-        replicas: of the tables, one in each group of ranks.
+        dense: of each rank's part of everything but the tables. buffers: bytes of its activations and communication.
+        replicas: of the tables, one in each group of ranks. sync_every: steps between their averages.
+        cached: share of the rows of each table with fused_uvm_caching that is on a GPU at a time.
     """
 
     tables: list[TableEstimate]
     ranks: list[RankEstimate]
     dense: TrainingBytes
     replicas: int = 1
+    buffers: int = 0
+    sync_every: int = 1
+    cached: float | None = None
 
     def lines(self) -> list[str]:
         """Two small tables; many tables or ranks are summarised."""
@@ -84,7 +89,19 @@ class Estimate:
         lines = _plain(head, self._table_cells(), right)
         head = ["rank", "tables", "optimiser", "gradients", "dense part", "of bytes", "of work"]
         lines += _plain(head, self._rank_cells(), ("left", *["right"] * 6))
+        lines += [f"fused_uvm_caching: {self.cached:.0%} of the rows are cached on the GPUs"] if self.cached else []
         return [*lines, f"{self.replicas} replicas, each on {len(self.ranks)} ranks"] if self.replicas > 1 else lines
+
+    def costly_averages(self) -> str | None:
+        """A warning with the bytes that averages of the replicas send where each step has one and they are many; else None."""
+        share = 2 * (self.replicas - 1) / self.replicas  # an all-reduce, of weights and the optimiser's state
+        sent = [int(share * (rank.size.weights + rank.size.state)) for rank in self.ranks]
+        if self.sync_every > 1 or max(sent) < LARGE:
+            return None
+        return (
+            f"train.sync_every=1 averages the tables of {self.replicas} replicas after each step: up to {readable(max(sent))} "
+            f"sent by a rank and {readable(sum(sent) * self.replicas)} by all. A larger train.sync_every divides that."
+        )
 
     def _table_cells(self) -> list[list[str]]:
         shown = self.tables if len(self.tables) <= TABLES else self.tables[: TABLES - 2]
@@ -132,7 +149,13 @@ class PlanRecorder(Stats):
 
 
 def estimate(
-    options: Sequence[ShardingOption], ranks: int, optimizer: FusedOptimizer, dense: TrainingBytes, replicas: int
+    options: Sequence[ShardingOption],
+    ranks: int,
+    optimizer: FusedOptimizer,
+    dense: TrainingBytes,
+    replicas: int,
+    buffers: int = 0,
+    sync_every: int = 1,
 ) -> Estimate:
     """Adds a plan's shards up.
 
@@ -152,7 +175,7 @@ def estimate(
         hbm, ddr = sum(s.hbm for s in storages), sum(s.ddr for s in storages)
         found.append(RankEstimate(rank, part_size, work[rank] / whole, hbm, ddr))
     tables = sorted((_table(option, optimizer) for option in options), key=lambda t: (-t.size.total, t.name))
-    return Estimate(tables, found, dense, replicas)
+    return Estimate(tables, found, dense, replicas, buffers, sync_every)
 
 
 def _table(option: ShardingOption, optimizer: FusedOptimizer) -> TableEstimate:

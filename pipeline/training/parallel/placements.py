@@ -5,17 +5,17 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.types import CacheParams, ModuleSharder
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.errors import UserError
 from models.table_storage import FORMATS
-from pipeline.training.config import Allowed, Settings
+from pipeline.training.config import Choice, Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS, which
+from pipeline.training.parallel.cache import LEAST
 
 PLACEMENTS = ("table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel")
 KERNELS = ("fused", "fused_uvm_caching")
-DEFAULT = ("table_wise", "row_wise")
 MIN_COLUMNS = 32  # of a column-wise shard, though a narrow table may be halved
 
 
@@ -27,22 +27,35 @@ def offered(module: nn.Module, sharders: Mapping[type, ModuleSharder], device: s
     return {name: types for child in children for name, types in child.items()}
 
 
-def check(settings: Settings, possible: Mapping[str, set[str]], device: str) -> None:
+def default(device: str, group: int, ranks_per_node: int) -> list[str]:
+    """The placements of tables for which none are set, on groups of ranks that share the tables.
+
+    On several nodes a sum over all ranks, as row_wise has it, costs the network as much as each node's own tables do together.
+    """
+    several = device == "cuda" and group > ranks_per_node and group % ranks_per_node == 0
+    return ["table_wise", "row_wise", *(["table_row_wise"] if several else [])]
+
+
+def check(settings: Settings, possible: Mapping[str, set[str]], device: str, otherwise: Sequence[str]) -> None:
     """Checks that tables can be trained as configured.
 
     Args:
         possible: of each table, the placements that its module has on `device`.
+        otherwise: the placements where none are set.
     Raises:
         UserError: naming the setting and the reason.
     """
+    chosen: Mapping[str, Choice | None]
     for key, chosen, known in (("sharding", settings.sharding, PLACEMENTS), ("kernels", settings.kernels, KERNELS)):
         for table, values in chosen.items():
+            if values is None:
+                continue
             if table != "default" and table not in possible:
                 raise UserError(f"train.{key}.{table}: no such table; the tables are {', '.join(sorted(possible))}")
             if wrong := sorted(set(values) - set(known)):
                 raise UserError(f"train.{key}.{table}: {wrong[0]} is not allowed; choose from {', '.join(known)}")
     for table, placements in settings.sharding.items():
-        if reason := _refusal(placements, settings, device):
+        if placements is not None and (reason := _refusal(placements, settings, device)):
             raise UserError(f"train.sharding.{table}: {reason}")
     if device == "cpu" and not TABLE_OPTIMIZERS[settings.tables.name].cpu:
         raise UserError(
@@ -56,10 +69,10 @@ def check(settings: Settings, possible: Mapping[str, set[str]], device: str) -> 
                 f"train.kernels.{table}: fused_uvm_caching keeps a table in main memory and caches its rows on a GPU; on a CPU "
                 "all tables are in main memory. Use fused."
             )
-        if table != "default" and set(_allowed(settings.sharding, table, DEFAULT)) == {"data_parallel"}:
+        if table != "default" and set(_allowed(settings.sharding, table, otherwise)) == {"data_parallel"}:
             raise UserError(f"train.kernels.{table}: a data_parallel table has a kernel of its own. Remove this entry.")
     for table, types in possible.items():
-        if not types & set(placements := _allowed(settings.sharding, table, DEFAULT)):
+        if not types & set(placements := _allowed(settings.sharding, table, otherwise)):
             raise UserError(
                 f"train.sharding: table {table} cannot be {' or '.join(placements)} on {device}, only "
                 f"{', '.join(sorted(types & set(PLACEMENTS)))}. Set +train.sharding.{table}=[...]"
@@ -72,7 +85,7 @@ def check_groups(settings: Settings, group: int, ranks_per_node: int) -> None:
     Raises:
         UserError: table_row_wise in groups that are parts of nodes, or begin or end in the middle of one.
     """
-    wanted = [table for table, allowed in settings.sharding.items() if "table_row_wise" in allowed]
+    wanted = [table for table, allowed in settings.sharding.items() if "table_row_wise" in (allowed or ())]
     if wanted and group % ranks_per_node:
         raise UserError(
             f"train.sharding.{wanted[0]}: table_row_wise shards a table over the ranks of one node, and groups of {group} "
@@ -126,10 +139,17 @@ def _refusal(placements: Sequence[str], settings: Settings, device: str) -> str 
 
 
 def constraints(
-    tables: Sequence[BaseEmbeddingConfig], settings: Settings, ranks: int, ranks_per_node: int
+    tables: Sequence[BaseEmbeddingConfig],
+    settings: Settings,
+    ranks: int,
+    ranks_per_node: int,
+    otherwise: Sequence[str],
+    ids: Mapping[str, float],
 ) -> dict[str, ParameterConstraints]:
     """The choices that the planner has for each table, on `ranks` ranks that share one replica of all.
 
+    Args:
+        otherwise: the placements where none are set. ids: of an average row by feature, 1 of those that are not there.
     Raises:
         UserError: a table whose own entry allows nothing but shards without rows.
     """
@@ -139,17 +159,23 @@ def constraints(
     for table in tables:
         dim = table.embedding_dim
         found[table.name] = ParameterConstraints(
-            sharding_types=_placements(table, settings, ranks, ranks_per_node, sizes[table.name] > share),
+            sharding_types=_placements(table, settings, ranks, ranks_per_node, sizes[table.name] > share, otherwise),
             compute_kernels=[*_allowed(settings.kernels, table.name, ["fused"]), "dense"],  # that of data_parallel
             min_partition=max(dim // ranks, min(MIN_COLUMNS, dim // 2), 1),
-            pooling_factors=[1.0] * len(table.feature_names),  # one id a row; bags are short
+            cache_params=CacheParams(load_factor=LEAST),  # until what is left for more is known
+            pooling_factors=[ids.get(feature, 1.0) for feature in table.feature_names],
         )
     return found
 
 
 def _placements(
-    table: BaseEmbeddingConfig, settings: Settings, ranks: int, ranks_per_node: int, large: bool
-) -> list[str]:  # fmt: skip
+    table: BaseEmbeddingConfig,
+    settings: Settings,
+    ranks: int,
+    ranks_per_node: int,
+    large: bool,
+    otherwise: Sequence[str],
+) -> list[str]:
     """The placements of one table: as configured, but without shards that have no rows, on which FBGEMM's look-up fails.
 
     A table with too few rows is placed whole. A large one is not if its rows can be sharded, so that no rank has far more bytes
@@ -160,10 +186,10 @@ def _placements(
     """
     if ranks == 1:  # all placements are the same, and table-wise is the cheapest
         return ["table_wise"]
-    allowed = _allowed(settings.sharding, table.name, DEFAULT)
+    allowed = _allowed(settings.sharding, table.name, otherwise)
     parts = {"row_wise": ranks, "table_row_wise": ranks_per_node}
     full = [p for p in allowed if p not in parts or all_shards_have_rows(table.num_embeddings, parts[p])]
-    if not full and table.name in settings.sharding:
+    if not full and settings.sharding.get(table.name):
         raise UserError(
             f"train.sharding.{table.name}: {table.num_embeddings} rows are too few for {allowed[0]}, since one of "
             f"{parts[allowed[0]]} ranks would have none. Add table_wise, or remove this entry."
@@ -184,6 +210,6 @@ def _table_bytes(table: BaseEmbeddingConfig, settings: Settings) -> int:
     return number * rows * columns + TABLE_OPTIMIZERS[settings.tables.name].state_bytes(rows, columns)
 
 
-def _allowed(settings: Allowed, table: str, otherwise: Sequence[str]) -> list[str]:
+def _allowed(settings: Mapping[str, Choice | None], table: str, otherwise: Sequence[str]) -> list[str]:
     """What a setting allows to a table: its own entry, or the default."""
     return list(settings.get(table) or settings.get("default") or otherwise)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from features.errors import UserError, one_line
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import placements
+from pipeline.training.parallel.cache import cache_rows
+from pipeline.training.parallel.hardware import DEFAULTS, recognised
 from pipeline.training.parallel.memory import (
     Estimate,
     PlanRecorder,
@@ -47,36 +49,15 @@ from pipeline.training.parallel.memory import (
     total,
 )
 from pipeline.training.parallel.replicas import ranks_on_a_node
+from pipeline.training.parallel.row_load import RowLoad
+from pipeline.training.parallel.topology import MILLI, Cluster, TimeAndRoom, buffer_bytes, topology
 
-RESERVE = 0.15  # of a GPU's memory, for activations and libraries
 GRID = 512  # combinations of placements up to which all are tried; above, a greedy search picks some
 PATIENCE = 16  # combinations without a better one after which a greedy search ends
 
+NOTHING_KNOWN = RowLoad()
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The ranks that a plan is for.
-
-    Attributes:
-        ranks: all of them. ranks_per_node: of each machine.
-        device: where tables are trained.
-        hbm: bytes of each rank's GPU; 0 without one. ddr: bytes of main memory for each rank.
-    """
-
-    ranks: int
-    ranks_per_node: int
-    device: Literal["cpu", "cuda"]
-    hbm: int
-    ddr: int
-
-    def available(self, dense: TrainingBytes, settings: Settings) -> tuple[int, int]:
-        """Bytes of GPU and of main memory that a rank has for tables beside its dense part; negative if none."""
-        ddr = self.ddr - checkpoint_copy_bytes(dense, settings)
-        if self.device == "cuda":
-            return int(self.hbm * (1 - RESERVE)) - dense.total, ddr
-        return 0, ddr - dense.total
 
 
 def plan(
@@ -85,6 +66,8 @@ def plan(
     tables: Sequence[BaseEmbeddingConfig],
     settings: Settings,
     device: torch.device,
+    load: RowLoad = NOTHING_KNOWN,
+    prefetch: bool = False,
 ) -> ShardingPlan:
     """The plan for the ranks of this process group, the same on all of them; rank 0 logs its estimate if there are several.
 
@@ -96,7 +79,7 @@ def plan(
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [place(model, sharders, tables, settings, current_cluster(device))]
+            found = [place(model, sharders, tables, settings, current_cluster(device), load, prefetch)]
         except UserError as error:
             found = [str(error)]  # raised on all ranks
     dist.broadcast_object_list(found)
@@ -106,6 +89,8 @@ def plan(
     if dist.get_rank() == 0 and dist.get_world_size() > 1:
         for line in estimated.lines():
             logger.info(line)
+        if warning := estimated.costly_averages():
+            logger.warning(warning)
     return placed
 
 
@@ -113,8 +98,13 @@ def current_cluster(device: torch.device) -> Cluster:
     """The ranks of this process group on machines like this one."""
     ranks = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return Cluster(ranks, local, "cuda" if device.type == "cuda" else "cpu", hbm, _main_memory() // local)
+    if device.type != "cuda":
+        return Cluster(ranks, local, "cpu", 0, _main_memory() // local)
+    hbm, name = torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
+    if (kind := recognised(name, hbm)) is None:
+        kind = DEFAULTS["cuda"]
+        logger.info(f"no figures of {name}: tables are placed by those of {kind.name}")
+    return Cluster(ranks, local, "cuda", hbm, _main_memory() // local, kind)
 
 
 def _main_memory() -> int:
@@ -131,62 +121,60 @@ def place(
     tables: Sequence[BaseEmbeddingConfig],
     settings: Settings,
     cluster: Cluster,
+    load: RowLoad = NOTHING_KNOWN,
+    prefetch: bool = False,
 ) -> tuple[ShardingPlan, Estimate]:
     """The plan for any cluster, and its estimate. Needs no process group.
 
     Args:
         model: with the tables' modules, which may be on the meta device. sharders: of their kinds. tables: all of them.
+        load: of an average row. prefetch: whether rows of cached tables are fetched a batch ahead.
     Raises:
         UserError: a placement, kernel or optimiser that does not exist there, makes results depend on the plan or loses state;
             or too little memory.
     """
     by_module = {sharder.module_type: sharder for sharder in sharders}
-    placements.check(settings, placements.offered(model, by_module, cluster.device), cluster.device)
     group = settings.sharding_group or cluster.ranks
     if cluster.ranks % group:
         raise UserError(f"train.sharding_group={group} does not divide the {cluster.ranks} ranks: use a divisor")
     on_node = min(cluster.ranks_per_node, cluster.ranks)
+    default = placements.default(cluster.device, group, on_node)
+    placements.check(settings, placements.offered(model, by_module, cluster.device), cluster.device, default)
     placements.check_groups(settings, group, on_node)
     dense = dense_bytes(model, tuple(by_module), settings, cluster.ranks)
     local = ranks_on_a_node(group, on_node)
     batch = math.ceil(settings.order(cluster.ranks).batch_size / cluster.ranks)
-    choices = placements.constraints(tables, settings, group, local)
+    choices = placements.constraints(tables, settings, group, local, default, load.ids)
+    buffers = buffer_bytes(settings, cluster, load.activations)
     optimizer, recorder = TABLE_OPTIMIZERS[settings.tables.name], PlanRecorder()
     with _quiet():
-        topology = _topology(cluster, dense, settings, group, local)
-        memory = _Memory(settings, topology, choices)
-        speed = EmbeddingPerfEstimator(topology=topology, constraints=choices)
-        options = EmbeddingEnumerator(topology, batch, choices, estimator=[speed, memory])
-        planner = _planner(topology, batch, options, choices, recorder)
+        room = cluster.available(dense, buffers, checkpoint_copy_bytes(dense, settings))
+        shared = topology(cluster, room, group, local)
+        memory = _Memory(settings, shared, choices)
+        speed = EmbeddingPerfEstimator(topology=shared, constraints=choices)
+        options = EmbeddingEnumerator(shared, batch, choices, estimator=[speed, memory])
+        planner = _planner(shared, batch, options, choices, recorder, cluster.figures.host * MILLI)
         try:
             placed = planner.plan(model, list(sharders))
         except PlannerError as error:
             found = options.last_stored_search_space or []
-            raise UserError(_too_little_memory(found, settings, cluster, group, dense, error)) from None
-    return placed, estimate(recorder.options, group, optimizer, dense, cluster.ranks // group)
-
-
-def _topology(cluster: Cluster, dense: TrainingBytes, settings: Settings, ranks: int, ranks_per_node: int) -> Topology:
-    """Of the ranks that share one replica of the tables."""
-    hbm, ddr = cluster.available(dense, settings)
-    return Topology(
-        world_size=ranks,
-        local_world_size=ranks_per_node,
-        compute_device=cluster.device,
-        hbm_cap=max(hbm, 0),
-        ddr_cap=max(ddr, 0),
-    )
+            raise UserError(_too_little_memory(found, settings, cluster, group, dense, buffers, error)) from None
+    replicas, chosen = cluster.ranks // group, recorder.options
+    cached = cache_rows(placed, chosen, room[0], prefetch)
+    found = estimate(chosen, group, optimizer, dense, replicas, buffers, settings.sync_every)
+    return placed, replace(found, cached=cached)
 
 
 def _planner(
-    topology: Topology,
+    shared: Topology,
     batch: int,
     options: EmbeddingEnumerator,
     choices: dict[str, ParameterConstraints],
     recorder: PlanRecorder,
+    launch: float,
 ) -> EmbeddingShardingPlanner:
     return EmbeddingShardingPlanner(
-        topology=topology,
+        topology=shared,
         batch_size=batch,
         enumerator=options,
         storage_reservation=FixedPercentageStorageReservation(0.0),  # `available` has left out what is not for tables
@@ -197,6 +185,7 @@ def _planner(
             GreedyProposer(use_depth=False, threshold=PATIENCE),
         ],
         partitioner=BalancedPartitioner(),
+        performance_model=TimeAndRoom(shared, launch),
         constraints=choices,
         stats=recorder,
         debug=False,
@@ -269,19 +258,22 @@ def _too_little_memory(
     cluster: Cluster,
     ranks: int,
     dense: TrainingBytes,
+    buffers: int,
     error: PlannerError,
 ) -> str:
     """By how much tables do not fit, and what may help."""
     optimizer = TABLE_OPTIMIZERS[settings.tables.name]
     lighter = ["train.tables.name=rowwise_adagrad"] if "element" in optimizer.state else []
-    for memory, room in zip(("hbm", "ddr"), cluster.available(dense, settings), strict=True):
+    rooms = cluster.available(dense, buffers, checkpoint_copy_bytes(dense, settings))
+    for memory, room in zip(("hbm", "ddr"), rooms, strict=True):
         if memory == "hbm" and cluster.device == "cpu":
             continue
         where = "GPU memory" if memory == "hbm" else "memory"
         if room < 0:
             return (
-                f"the dense part alone takes {readable(dense.total)}, {readable(-room)} more than a rank has of {where}. "
-                "Try ranks with more memory, train.dense_parallel=fsdp, a smaller model."
+                f"the dense part alone takes {readable(dense.total)}, its activations and communication {readable(buffers)}: "
+                f"{readable(-room)} more than a rank has of {where}. "
+                "Try ranks with more memory, train.accumulate=4, train.dense_parallel=fsdp, a smaller model."
             )
         other = ["train.kernels.default=[fused_uvm_caching]"] if memory == "hbm" else []
         if memory == "ddr" and settings.checkpoint_async:

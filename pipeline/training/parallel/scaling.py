@@ -1,38 +1,35 @@
 """How training scales: step time and rows/s of a model on 1, 2, 4, ... ranks of a kind, and whether its tables fit."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy as np
 from tabulate import tabulate
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection
+from torchrec import EmbeddingBagConfig
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from features.batch import Rows, id_type
+from features.batch import id_type
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
-from models.emm import build_ranker
 from models.ranker import ModelConfig
-from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.lanes import check_sizes
-from pipeline.evaluation.model_cost import flop_counter
 from pipeline.training.config import Settings
 from pipeline.training.optim import weighting
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import plan, shard
 from pipeline.training.parallel.hardware import Kind, Link
-from pipeline.training.parallel.plan import Cluster
+from pipeline.training.parallel.row_load import RowLoad, activation_bytes, flops_per_row, ids_per_row
 from pipeline.training.parallel.step_time import Part, Step, Table, step_time
+from pipeline.training.parallel.topology import Cluster
 from pipeline.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 REPORT_S = 5.0  # between lines that report how far the planning is
-ROWS = 8  # of the batch whose FLOPs are counted
 NUMBER = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
 UNLIMITED = 1 << 60
 HEAD = [
@@ -55,14 +52,14 @@ class Model:
 
     Attributes:
         step: its parts, with tables on the meta device. tables: of all.
-        ids: of an average row, by feature. flops: of a row, forward and backward. dense: parameters outside of the tables.
+        load: of an average row. flops: of a row, forward and backward. dense: parameters outside of the tables.
         rows: of the train split; None without a dataset.
         id_bytes: of an id. notes: what is guessed of it.
     """
 
     step: TrainStep
     tables: Sequence[BaseEmbeddingConfig]
-    ids: Mapping[str, float]
+    load: RowLoad
     flops: float
     dense: int
     rows: int | None
@@ -77,40 +74,11 @@ class Model:
         ranker = shard.unplaced(schema, encoders, config, settings)
         step = TrainStep(ranker, weighting.task_loss(settings.weighting, schema.tasks, settings.seed), bf16=False)
         ids, notes = ids_per_row(schema, dataset)
+        load = RowLoad(ids, activation_bytes(schema, encoders, config, settings.precision == "bf16"))
         dense = sum(p.numel() for p in step.dense_parameters())
         rows = dataset.manifest.rows["train"] if dataset else None
-        id_bytes = np.dtype(id_type(schema)).itemsize
-        return cls(step, ranker.tables, ids, flops_per_row(schema, encoders, config), dense, rows, id_bytes, notes)
-
-
-def ids_per_row(schema: Schema, dataset: Dataset | None) -> tuple[dict[str, float], list[str]]:
-    """Ids of an average row, by feature: of lists as the dataset counted them, or a guess, with a line that says so."""
-    found = dict.fromkeys(schema.sparse, 1.0)
-    if not schema.bag:
-        return found, []
-    if dataset is None:
-        found |= {name: bag.max_length / 2 for name, bag in schema.bag.items()}
-        return found, [f"guessed: lists of half their max_length ({', '.join(schema.bag)})"]
-    ids = read_card(dataset.encoded_by)["ids"]
-    for name, bag in schema.bag.items():
-        found[name] = min((ids[name]["length"] or 0) * (1 - (ids[name]["missing"] or 0)), bag.max_length)
-    return found, []
-
-
-def flops_per_row(schema: Schema, encoders: Encoders, config: ModelConfig) -> float:
-    """FLOPs of a row's forward and backward, counted on the model itself with tables of one row."""
-    ranker = build_ranker(schema, encoders, config)
-    ranker.managed = None
-    pooled = [replace(table, num_embeddings=1) for table in ranker.tables if isinstance(table, EmbeddingBagConfig)]
-    single = [replace(table, num_embeddings=1) for table in ranker.tables if not isinstance(table, EmbeddingBagConfig)]
-    if pooled:
-        ranker.embeddings = EmbeddingBagCollection(pooled)
-    if single:
-        ranker.unpooled = EmbeddingCollection(single)
-    batch = Rows.blank(schema, ROWS).batch(schema, ROWS)
-    with flop_counter() as counter:
-        ranker.outputs(batch).sum().backward()
-    return counter.get_total_flops() / ROWS
+        id_bytes, flops = np.dtype(id_type(schema)).itemsize, flops_per_row(schema, encoders, config)
+        return cls(step, ranker.tables, load, flops, dense, rows, id_bytes, notes)
 
 
 def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Cluster) -> Step:
@@ -121,7 +89,7 @@ def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Clu
             config.num_embeddings,
             config.embedding_dim,
             len(config.feature_names),
-            sum(model.ids[feature] for feature in config.feature_names),
+            sum(model.load.ids[feature] for feature in config.feature_names),
             isinstance(config, EmbeddingBagConfig),
             optimizer.state_bytes(1, config.embedding_dim),
             NUMBER[settings.tables.precision],
@@ -167,10 +135,10 @@ def placed_step(model: Model, settings: Settings, cluster: Cluster) -> tuple[Ste
     """
     fits = True
     try:
-        placed, _ = plan.place(model.step, shard.sharders(settings), model.tables, settings, cluster)
+        placed, _ = plan.place(model.step, shard.sharders(settings), model.tables, settings, cluster, model.load)
     except UserError:
         fits, unlimited = False, replace(cluster, hbm=min(cluster.hbm, 1) * UNLIMITED, ddr=UNLIMITED)
-        placed, _ = plan.place(model.step, shard.sharders(settings), model.tables, settings, unlimited)
+        placed, _ = plan.place(model.step, shard.sharders(settings), model.tables, settings, unlimited, model.load)
     return step_of(placed, model, settings, cluster), fits
 
 

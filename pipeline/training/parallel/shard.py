@@ -27,12 +27,13 @@ from features.schema.schema import Schema
 from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker, table_weight
 from models.table_storage import store_tables
-from pipeline.torch_compat import ShardedTensor, table_kernels
+from pipeline.torch_compat import ShardedTensor, forget_prefetched, table_kernels
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import codecs, id_maps, plan
 from pipeline.training.parallel.averaging import average_in_one_message
 from pipeline.training.parallel.replicas import ReplicatedGroups
+from pipeline.training.parallel.row_load import RowLoad
 
 BLOCK_ROWS = 1 << 16  # rows of a table that are drawn from one random stream
 
@@ -113,9 +114,13 @@ def sharders(settings: Settings) -> list[Any]:
     return [_PooledSharder(**arguments), _ItemSharder(**arguments)]
 
 
-def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device) -> DistributedModelParallel:
+def shard(
+    model: nn.Module, ranker: Ranker, settings: Settings, device: torch.device, load: RowLoad, prefetch: bool
+) -> DistributedModelParallel:
     """Shards the tables of `ranker`, a part of `model`, by a plan, and replicates or shards the rest.
 
+    Args:
+        load: of an average row, on rank 0, which makes the plan. prefetch: whether the loop fetches cached rows ahead.
     Raises:
         UserError: as `plan.plan` and `id_maps.shard_maps`; or a sharding_group that does not divide the ranks.
     """
@@ -125,7 +130,7 @@ def shard(model: nn.Module, ranker: Ranker, settings: Settings, device: torch.de
         raise UserError(f"train.sharding_group={group} does not divide the {ranks} ranks: use a divisor, or null")
     id_maps.shard_maps(ranker, settings, device)
     table_sharders = sharders(settings)
-    placed = plan.plan(model, table_sharders, ranker.tables, settings, device)
+    placed = plan.plan(model, table_sharders, ranker.tables, settings, device, load, prefetch)
     kind = DistributedModelParallel if group == ranks else partial(ReplicatedGroups, group=group)
     wrapper = (
         _FullyShardedDense() if settings.dense_parallel == "fsdp" else DefaultDataParallelWrapper(static_graph=True)
@@ -164,7 +169,7 @@ def set_step(model: nn.Module, step: int) -> None:
     """Restores what no state dict has of the fused kernels once a checkpoint is loaded.
 
     That is the number of steps that an optimiser's bias correction counts; and a GPU's cache of rows (fused_uvm_caching), which
-    is emptied.
+    is emptied, and forgets what a loop that was left had fetched ahead.
 
     Raises:
         RuntimeError: as `table_kernels`.
@@ -172,6 +177,7 @@ def set_step(model: nn.Module, step: int) -> None:
     counting = {optimizer.kernel for optimizer in TABLE_OPTIMIZERS.values() if optimizer.counts_steps}
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
+        forget_prefetched(kernel)
         if kernel.optimizer in counting:
             kernel.set_optimizer_step(step)
 
