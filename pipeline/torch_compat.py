@@ -6,20 +6,21 @@ tests/pipeline/test_torch_compat.py checks that a name exists and does what is r
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.quantize_comm import QuantizedCommCodec
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.remote_device import _remote_device
-from torch.distributed.tensor import DTensor
-from torchrec.distributed.types import ShardedModule
+
+if TYPE_CHECKING:  # a launcher uses this module too, and needs neither TorchRec nor FBGEMM's libraries of kernels
+    from fbgemm_gpu.quantize_comm import QuantizedCommCodec
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Shard", "ShardedTensor"]
 
@@ -85,8 +86,10 @@ def on_cpu(value: ShardedTensor, parts: Sequence[Tensor]) -> ShardedTensor:
     )
 
 
-def with_local(value: DTensor, local: Tensor) -> DTensor:
+def with_local(value: "DTensor", local: Tensor) -> "DTensor":
     """A DTensor laid out as `value` over another local tensor, on whatever device; from_local would move it to the mesh's."""
+    from torch.distributed.tensor import DTensor
+
     return DTensor(local, value._spec, requires_grad=False)
 
 
@@ -104,12 +107,15 @@ class OwnState(nn.Module):
         destination.update({prefix + name: value for name, value in self.own_state().items()})
 
 
-def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+def table_kernels(model: nn.Module) -> "Iterator[SplitTableBatchedEmbeddingBagsCodegen]":
     """FBGEMM's modules with this rank's tables; TorchRec keeps them in lists that modules() does not look into.
 
     Raises:
         RuntimeError: a sharded module has fused tables on this rank and none of their kernels was found.
     """
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+    from torchrec.distributed.types import ShardedModule
+
     for module in model.modules():
         lookups = getattr(module, "_lookups", ())
         kernels = [
@@ -123,14 +129,14 @@ def table_kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCo
         yield from kernels
 
 
-def forget_prefetched(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+def forget_prefetched(kernel: "SplitTableBatchedEmbeddingBagsCodegen") -> None:
     """Drops the places in the cache of a batch that was fetched ahead and never trained on: the next one would get them."""
     kernel.timesteps_prefetched.clear()
     kernel.lxu_cache_locations_list.clear()
     kernel.lxu_cache_locking_counter.zero_()
 
 
-def precision(codec: QuantizedCommCodec) -> Any:
+def precision(codec: "QuantizedCommCodec") -> Any:
     """The number format that a codec of TorchRec was made for."""
     return codec._comm_precision
 

@@ -294,3 +294,17 @@ def test_no_other_file_uses_a_private_name() -> None:
     }
     assert len(used) > 40
     assert {name: names for name, names in used.items() if names} == {}
+
+
+def test_a_launcher_and_what_every_rank_reads_import_no_library_that_takes_seconds() -> None:
+    script = """
+import sys
+import jobs.launch
+from pipeline.training.parallel import launcher, process_group, rendezvous
+heavy = {"torchrec", "fbgemm_gpu", "torch._dynamo", "sympy"} & sys.modules.keys()
+from pipeline.evaluation.metrics import intervals
+from pipeline.run.tracking import registry
+print(heavy | {"scipy.stats", "tensorboard"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

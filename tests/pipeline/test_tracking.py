@@ -22,7 +22,6 @@ from models.ranker import ModelConfig
 from pipeline.evaluation.follow import EvaluateConfig, Evaluation
 from pipeline.evaluation.tracked import check_settings, series_of, tracked, with_bounds
 from pipeline.run.run import Run
-from pipeline.run.tracking import tensorboard
 from pipeline.run.tracking.base import (
     TRAIN,
     Committed,
@@ -279,7 +278,7 @@ def test_a_full_disk_costs_curves_and_one_line_and_curves_go_on_with_room(
                 raise OSError(errno.ENOSPC, "No space left on device")
             super().add_scalar(*words, **named)
 
-    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
     with opened(Job(run, "eval_test", "test"), TrackingSettings()) as sinks:
         for step in (2, 4):
             sinks.handle(EvalRecord(evaluated(step)))

@@ -4,8 +4,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from pipeline.run.tracking import scalars
 from pipeline.run.tracking.base import (
@@ -23,10 +22,20 @@ from pipeline.run.tracking.base import (
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.files import make_folder
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 def open_sink(job: Job, _: TrackingSettings) -> Sink:
     """The sink of a training, or of the evaluation of a split. Raises UserError where a folder is a link."""
     return TrainingCurves(job) if job.series == TRAIN else EvaluationCurves(job)
+
+
+def open_writer(folder: Path, **options: Any) -> "SummaryWriter":
+    """A writer of curves, imported only here: all ranks import this module, and one of them draws."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), **options)
 
 
 class TrainingCurves:
@@ -34,7 +43,7 @@ class TrainingCurves:
 
     def __init__(self, job: Job) -> None:
         self.folder = make_folder(job.run.tensorboard)
-        self.writer = SummaryWriter(str(self.folder), purge_step=job.step + 1)
+        self.writer = open_writer(self.folder, purge_step=job.step + 1)
 
     def handle(self, event: Event) -> None:
         """Draws a record, or begins again after a rollback."""
@@ -45,7 +54,7 @@ class TrainingCurves:
             case RolledBack(step):
                 with suppress(OSError):  # of a full disk: the new file may have room
                     self.writer.close()
-                self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+                self.writer = open_writer(self.folder, purge_step=step + 1)
 
     def close(self, _: State) -> None:
         """Flushes."""
@@ -91,7 +100,7 @@ class EvaluationCurves:
                 self.close("failed")
             # The suffix makes the file's name this sink's own. A TensorBoard that has read other files drops their points.
             self.suffix = f".{uuid.uuid4().hex}"
-            self.writer = SummaryWriter(str(self.folder), purge_step=0, filename_suffix=self.suffix)
+            self.writer = open_writer(self.folder, purge_step=0, filename_suffix=self.suffix)
             fresh = known
         for step in sorted(fresh):
             for name, value in scalars.of_evaluation(fresh[step]).items():
