@@ -119,7 +119,7 @@ class AutoTask(Fusion):
             raise UserError(f"model.fusion.width: {width} is not a multiple of heads, which is {heads}")
         self.causal, self.reads_observed, self.block = causal, examples != "tasks", block or num_tasks
         if self.reads_observed:
-            self.uncompiled = "takes as many examples from a batch as labels are observed (model.fusion.examples)"
+            self.varying = "takes as many examples from a batch as labels are observed (model.fusion.examples)"
         if len(set(unseen)) == num_tasks:
             raise UserError("model.fusion.unseen: holds out every task; leave one to learn from")
         self.unseen = list(unseen)

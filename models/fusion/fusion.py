@@ -38,7 +38,7 @@ class Fusion(nn.Module):
         shared_tower: one tower scores every task.
         reads_tasks: it has an argument `tasks`, which is no part of a config: a TaskInfo of each (models.fusion.tasks).
         reads_observed: it is called with observed_BT as well.
-        uncompiled: why torch.compile cannot make one graph of it, as a sentence without its subject; "" where it can.
+        varying: why its tensors' shapes depend on a batch's content, as a sentence without its subject; "" where they do not.
         unseen: indices of tasks whose labels must not train the model.
         task_arguments: arguments that a config gives as names of tasks, or as lists of these, and the class takes as indices.
         field_arguments: the same with names of features.
@@ -55,7 +55,7 @@ class Fusion(nn.Module):
     task_arguments: ClassVar[tuple[str, ...]] = ()
     field_arguments: ClassVar[tuple[str, ...]] = ()
     reads_observed: bool = False
-    uncompiled: str = ""
+    varying: str = ""
     unseen: Sequence[int] = ()
     out_dim: int
 

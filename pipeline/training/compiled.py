@@ -26,10 +26,10 @@ def compiled(step: TrainStep, mode: str) -> Callable[[Tensor, Batch], LossesOfRo
         mode: of torch.compile. "reduce-overhead" replays the kernels as CUDA graphs: what it returns is overwritten in the next
             step.
     Raises:
-        UserError: a fusion that is not one graph, or no compiler on this machine.
+        UserError: CUDA graphs of a fusion whose shapes vary, or no compiler on this machine.
     """
-    if reason := step.ranker.fusion.uncompiled:
-        raise UserError(f"train.compile={mode}: this fusion {reason}: set train.compile=null")
+    if mode == "reduce-overhead" and (reason := step.ranker.fusion.varying):
+        raise UserError(f"train.compile={mode}: this fusion {reason}: set train.compile=default")
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), os.environ.get("CXX", "c++"), *COMPILERS))):
         raise UserError(f"train.compile={mode}: this machine has no C compiler: install gcc, or set train.compile=null")
     run: Callable[[Tensor, Batch], LossesOfRows] = torch.compile(

@@ -203,6 +203,7 @@ CASES = [
     Case("adatt", compile=GRAPHS),
     Case("ple"),
     Case("autotask"),
+    Case("autotask", compile=COMPILED),
     Case("autotask of rows"),
     Case("autotask of rows", compile=GRAPHS),
     Case("mmoe", "wide", 32_768, "bf16", GRAPHS),

@@ -46,6 +46,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "apem": {},
     "automtl": {"fusion": {"name": "automtl", "architecture": small_architecture(list(TASKS))}},
     "autotask": {"fusion": {"name": "autotask", "width": 16, "examples": "tasks"}},
+    "autotask mixed": {"fusion": {"name": "autotask", "width": 16, "examples": "mixed"}},
     "cgc": {},
     "cross_stitch": {
         "interaction": {"name": "cross", "layers": 1},
@@ -146,7 +147,7 @@ class MainMemory(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", sorted(PARTS.keys() - {"autotask mixed"}))  # which counts what is observed
 def test_a_models_step_on_a_device_touches_no_tensor_of_main_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device does not have
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
@@ -226,10 +227,10 @@ def test_cuda_graphs_begin_a_step_with_each_forward(backends: list[str], monkeyp
 
 def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     step, _ = step_of({"fusion": {"name": "autotask", "width": 8, "examples": "mixed"}})
-    with pytest.raises(
-        UserError, match=r"train.compile=default: this fusion .*model.fusion.examples.*: set train.compile=null"
-    ):
-        compiled(step, "default")
+    words = r"train.compile=reduce-overhead: this fusion .*model.fusion.examples.*: set train.compile=default"
+    with pytest.raises(UserError, match=words):
+        compiled(step, "reduce-overhead")
+    assert compiled(step, "default")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"train.compile=default: this machine has no C compiler"):
         compiled(step_of({"fusion": SMALL})[0], "default")
