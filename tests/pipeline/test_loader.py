@@ -80,8 +80,11 @@ def epoch(loader: Loader, position: Position) -> list[list[int]]:
 
 def same(some: Batch, other: Batch) -> bool:
     """Whether two batches are equal, bit for bit."""
-    pairs = [(some.sparse.values(), other.sparse.values()), (some.sparse.lengths(), other.sparse.lengths())]
-    pairs += [(getattr(some, f.name), getattr(other, f.name)) for f in fields(some) if f.name != "sparse"]
+    values = [
+        (batch.sparse.values(), batch.sparse.lengths(), *(getattr(batch, f.name) for f in fields(batch)[1:]))
+        for batch in (some, other)
+    ]
+    pairs = [(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*values, strict=True)]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
