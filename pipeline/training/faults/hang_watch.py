@@ -27,9 +27,8 @@ RESUMES = "jobs.launch --max-restarts=N resumes from the newest checkpoint."
 GRACE_S = 5.0
 SAVING_S = 30.0  # the same where it writes a checkpoint, which may be complete without that peer
 LAST_WORDS_S = 10.0  # that a rank waits for a store to take what it writes as it ends
-STORE_GONE_S = (
-    60.0  # that a step may take, or `timeout` if that is less, where the store's host has closed the connection
-)
+# Where the store's host has closed the connection a step may take so long, or `timeout` if that is less.
+STORE_GONE_S = 60.0
 
 
 class Heartbeat(NamedTuple):
