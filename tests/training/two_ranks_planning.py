@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
     made.run_to_end()
 
     current, refused = plan.current_cluster, ""
-    plan.current_cluster = lambda device: Cluster(2, 2, "cpu", 0, 67_000)  # of which tables have 2 kB
+    plan.current_cluster = lambda device: Cluster(2, 2, "cpu", 0, 103_000)  # of which tables have 2 kB
     try:
         trainer(folder, "never", **settings("rowwise_adagrad", REPLICATED))
     except UserError as error:
