@@ -24,7 +24,7 @@ def test_nothing_of_a_runs_training_changes_how_it_is_scored(name: str) -> None:
     for device in ("cpu", "cuda"):
         found = scoring_settings(trained, WHERE, torch.device(device), 64)
         assert (found.tables.name, found.batch_size, found.communication.forward) == ("sgd", 64, "fp32")
-        assert found.sharding == {"default": ["table_wise", "row_wise"]}
+        assert found.sharding == {"default": None}
         assert found.sharding_group is None
         assert not found.pipelined
 
