@@ -1,6 +1,7 @@
 """Counts what a host would wait for a GPU for: operators whose result, or its shape, it needs."""
 
 from collections import Counter
+from threading import get_ident
 from typing import Any, Self
 
 import torch
@@ -27,13 +28,13 @@ class HostSyncs(TorchDispatchMode):
         self.messages: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        self.tolist = Tensor.tolist
+        self.tolist, self.thread = Tensor.tolist, get_ident()
         Tensor.tolist = lambda tensor: self._tolist(tensor)
         return super().__enter__()
 
     def _tolist(self, tensor: Tensor) -> Any:
-        """A copy to the host, which is no operator where it lies there."""
-        self.waits["tolist"] += 1
+        """A copy to the host, which is no operator where it lies there; threads that read batches ahead do not count."""
+        self.waits["tolist"] += get_ident() == self.thread
         return self.tolist(tensor)
 
     def __exit__(self, *error: object) -> None:

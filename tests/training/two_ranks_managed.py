@@ -83,8 +83,9 @@ def counted(folder: Path, name: str) -> dict[str, int]:
     learner = (made := trainer(folder, name, sharding=MIXED)).learner
     batches = made.loader.batches(made.loader.start())
     for step in (1, 2):
+        sparse = next(batches).sparse
         with HostSyncs() as found:
-            learner.ranker.managed(next(batches).sparse)
+            learner.ranker.managed(sparse)
             learner.managed.after_step(step)
     return found.messages | {"waits": found.waits.total()}
 
