@@ -17,7 +17,7 @@ from tiny_training import PATHS, SCHEMA, make_dataset
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
 from pipeline.training.config import Settings
-from pipeline.training.parallel import scaling
+from pipeline.training.parallel import plan, scaling, shard
 from pipeline.training.parallel.row_load import RowLoad
 from pipeline.training.parallel.step_time import Step
 from pipeline.training.parallel.topology import Cluster
@@ -94,4 +94,6 @@ def predicted(data: Path, settings: dict[str, Any], hosts: int, ranks_per_host: 
     )
     lengths = {name: pc.mean(pc.list_value_length(rows[name])).as_py() for name in found.schema.lists}
     cluster = Cluster(hosts * ranks_per_host, ranks_per_host, "cpu", 0, MEMORY)
-    return scaling.placed_step(replace(model, load=RowLoad({**model.load.ids, **lengths})), wanted, cluster)[0]
+    # Placed as in training, by guessed lengths: these datasets have no card.
+    placed, _ = plan.place(model.step, shard.sharders(wanted), model.tables, wanted, cluster, model.load)
+    return scaling.step_of(placed, replace(model, load=RowLoad({**model.load.ids, **lengths})), wanted, cluster)
