@@ -155,7 +155,7 @@ def test_a_models_step_on_a_device_touches_no_tensor_of_main_memory(name: str, m
     if name == "emm":
         step.ranker.fusion = emm(step)
     step.to("meta")
-    moved = {f.name: getattr(batch, f.name).to("meta") for f in fields(batch) if f.name != "sparse"}
+    moved = {f.name: getattr(batch, f.name).to("meta") for f in fields(batch) if f.name not in ("sparse", "single")}
     leaf_BE = embedding_BE.to("meta").requires_grad_()
     with MainMemory() as mode:
         rows = step.row_losses(leaf_BE, replace(batch, **moved))

@@ -64,8 +64,9 @@ class OneDevice(TorchDispatchMode):
 def accelerator(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two ranks whose default group takes tensors of the device alone, as NCCL does; no autocast, which meta has not."""
 
-    def all_reduce(tensor: Tensor, *_: Any) -> None:
+    def all_reduce(tensor: Tensor, *_: Any, async_op: bool = False) -> Any:
         assert tensor.device == META
+        return SimpleNamespace(wait=lambda: None) if async_op else None
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)

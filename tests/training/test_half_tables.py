@@ -113,7 +113,7 @@ def test_a_plan_counts_two_bytes_a_weight_and_gpus_round_stochastically(half: Tr
         wanted = Settings(batch_size=32, tables={"precision": precision}, sharding={"default": ["table_wise"]})
         ranker = shard.unplaced(half.dataset.schema, half.dataset.encoders, half.config.model, wanted)
         sharders, model = shard.sharders(wanted), TrainStep(ranker, half.learner.loss, bf16=False)
-        _, found = plan.place(model, sharders, ranker.tables, wanted, Cluster(1, 1, "cuda", 10**9, 10**9))
+        _, found = plan.place(model, sharders, ranker.tables, wanted, Cluster(1, 1, "cuda", 10**10, 10**9))
         sizes[precision] = [(table.size.weights, table.size.state) for table in found.tables]
         assert sharders[0].fused_params.get("stochastic_rounding") == (True if precision == "fp16" else None)
     assert [(weights // 2, state) for weights, state in sizes["fp32"]] == sizes["fp16"]

@@ -185,12 +185,14 @@ class Seen:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.alpha: list[list[int]] = []
         self.weights: list[list[int]] = []
-        for module, rows in ((search_learner, self.alpha), (training_step, self.weights)):
-            monkeypatch.setattr(module, "global_loss", self.recording(module.global_loss, rows))
+        for module, name, place, rows in (
+            (search_learner, "global_loss", 3, self.alpha), (training_step, "loss_after_lookup", 2, self.weights),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, name, self.recording(getattr(module, name), place, rows))
 
-    def recording(self, loss: Callable[..., Any], rows: list[list[int]]) -> Callable[..., Any]:
+    def recording(self, loss: Callable[..., Any], place: int, rows: list[list[int]]) -> Callable[..., Any]:
         def record(*arguments: Any) -> Any:
-            rows.append(rows_of(arguments[3]))
+            rows.append(rows_of(arguments[place]))
             return loss(*arguments)
 
         return record

@@ -225,7 +225,7 @@ CONCAT_ONLY = [(name, INTERACTIONS[0]) for name in ("pepnet", "stem")]
 def test_all_layers_that_are_wider_where_a_table_is_are_known_to_read_the_features(
     data: Path, name: str, interaction: dict
 ) -> None:
-    narrow, wide = (ranker_of(data, name, width, interaction) for width in (8, 9))
+    narrow, wide = (ranker_of(data, name, width, interaction) for width in (8, 12))
     shapes = {n: value.shape for n, value in narrow.state_dict().items() if not is_table(n)}
     wider = {n for n, value in wide.state_dict().items() if n in shapes and value.shape != shapes[n]}
     assert wider

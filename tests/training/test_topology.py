@@ -68,15 +68,16 @@ def test_a_ring_crosses_a_nodes_network_once_and_the_ranks_of_a_node_share_it_in
 
 def test_the_planner_is_given_the_figures_of_the_kind_and_the_link() -> None:
     cluster = Cluster(16, 8, "cuda", 141 * GB, 10**12, KINDS["h200"], Link.named("400gbit"))
-    found = topology(cluster, TrainingBytes(GB), 2 * GB, 16, 8)
+    found = topology(cluster, cluster.available(TrainingBytes(GB), 2 * GB), 16, 8)
     assert found.hbm_mem_bw == pytest.approx(0.5 * 4800 * GB / 1000)
     assert found.hbm_to_ddr_mem_bw == pytest.approx(0.8 * 64 * GB / 1000)
     assert found.intra_host_bw == pytest.approx(0.8 * 450 * GB / 1000)
     assert found.inter_host_bw == pytest.approx(0.8 * 50 * GB / 1000 / 8)
     assert [device.storage.hbm for device in found.devices] == pytest.approx([0.95 * 141 * GB - 3 * GB] * 16)
-    on_cpu = topology(Cluster(2, 2, "cpu", 0, 10 * GB), TrainingBytes(GB), 2 * GB, 2, 2)
+    pair = Cluster(2, 2, "cpu", 0, 10 * GB)
+    on_cpu = topology(pair, pair.available(TrainingBytes(GB), 2 * GB, copied=GB), 2, 2)
     assert on_cpu.ddr_mem_bw == pytest.approx(0.5 * KINDS["cpu-core"].memory_bandwidth / 1000)
-    assert {device.storage.ddr for device in on_cpu.devices} == {7 * GB}
+    assert {device.storage.ddr for device in on_cpu.devices} == {6 * GB}
 
 
 def test_activations_of_a_row_are_what_autograd_saves_of_it_whatever_the_size_of_the_weights() -> None:

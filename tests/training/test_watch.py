@@ -19,6 +19,7 @@ from waiting import wait_for
 
 from features.errors import OtherRankError, Preempted, UserError
 from pipeline.training import train as training
+from pipeline.training.config import Settings
 from pipeline.training.faults import failures, hang_watch
 from pipeline.training.faults.failures import Failure
 from pipeline.training.faults.hang_watch import HangWatch, Heartbeat
@@ -263,7 +264,7 @@ def test_training_that_fails_leaves_its_reason_with_the_watch(monkeypatch: pytes
     monkeypatch.setattr(training, "watch_ranks", lambda _: SimpleNamespace(stop=said.append))
     monkeypatch.setattr(training, "prepare", prepare)
     monkeypatch.setattr(training.tracking, "check", lambda _: None)
-    config: Any = SimpleNamespace(train=SimpleNamespace(timeout=60))
+    config: Any = SimpleNamespace(train=Settings(timeout=60))
     for _ in errors:
         with pytest.raises((UserError, RuntimeError, ValueError)):
             training.train(config)

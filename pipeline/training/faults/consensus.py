@@ -72,7 +72,7 @@ class Consensus:
             verdict = verdict.with_later(self.collect())
         if verdict.bad_step is not None or (verdict.stop and not read):
             # A rank may have read less than others: of a step before the one that they found, or of those that are saved now.
-            verdict = verdict._replace(bad_step=self._first(bad_step(True)))
+            verdict = Verdict(verdict.stop, self._first(bad_step(True)), verdict.joining)
         return verdict
 
     def _first(self, bad_step: int | None) -> int | None:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection
 
-from features.batch import Rows
+from features.batch import Batch, Rows
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
@@ -64,7 +64,7 @@ def ids_per_row(schema: Schema, dataset: Dataset | None) -> tuple[dict[str, floa
 
 def flops_per_row(schema: Schema, encoders: Encoders, config: ModelConfig) -> float:
     """FLOPs of a row's forward and backward, counted on the model itself with tables of one row."""
-    ranker, batch = _with_small_tables(schema, encoders, config), Rows.blank(schema, ROWS).batch(schema, ROWS)
+    ranker, batch = _with_small_tables(schema, encoders, config), _batch(schema, ROWS)
     with flop_counter() as counter:
         ranker.outputs(batch).sum().backward()
     return counter.get_total_flops() / ROWS
@@ -88,19 +88,27 @@ def _saved(ranker: Ranker, schema: Schema, rows: int, bf16: bool) -> int:
         sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    batch = Rows.blank(schema, rows).batch(schema, rows)
+    batch = _batch(schema, rows)
     with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out_KBT = ranker.outputs(batch)
     del out_KBT  # until here nothing that was saved is freed, so no storage has the place of another
     return sum(sizes.values())
 
 
+def _batch(schema: Schema, rows: int) -> Batch:
+    """Rows all of whose labels are observed: some models leave the others out (autotask)."""
+    blank = Rows.blank(schema, rows)
+    blank.label_NT.zero_()
+    return blank.batch(schema, rows)
+
+
 def _with_small_tables(schema: Schema, encoders: Encoders, config: ModelConfig) -> Ranker:
     """The model with tables of one row, in main memory."""
     ranker = build_ranker(schema, encoders, config)
     ranker.managed = None
-    pooled = [replace(table, num_embeddings=1) for table in ranker.tables if isinstance(table, EmbeddingBagConfig)]
-    single = [replace(table, num_embeddings=1) for table in ranker.tables if not isinstance(table, EmbeddingBagConfig)]
+    small = [replace(table, num_embeddings=1, init_fn=nn.init.zeros_) for table in ranker.tables]
+    pooled = [table for table in small if isinstance(table, EmbeddingBagConfig)]
+    single = [table for table in small if not isinstance(table, EmbeddingBagConfig)]
     if pooled:
         ranker.embeddings = EmbeddingBagCollection(pooled)
     if single:
