@@ -1,12 +1,11 @@
 """What an average row costs a rank: ids that are looked up, FLOPs, and activations that are kept for the backward."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection
 
 from features.batch import Batch, Rows
 from features.errors import UserError
@@ -14,6 +13,7 @@ from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker
+from models.table_storage import allocate_tables, store_tables
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.model_cost import flop_counter
@@ -106,11 +106,6 @@ def _with_small_tables(schema: Schema, encoders: Encoders, config: ModelConfig) 
     """The model with tables of one row, in main memory."""
     ranker = build_ranker(schema, encoders, config)
     ranker.managed = None
-    small = [replace(table, num_embeddings=1, init_fn=nn.init.zeros_) for table in ranker.tables]
-    pooled = [table for table in small if isinstance(table, EmbeddingBagConfig)]
-    single = [table for table in small if not isinstance(table, EmbeddingBagConfig)]
-    if pooled:
-        ranker.embeddings = EmbeddingBagCollection(pooled)
-    if single:
-        ranker.unpooled = EmbeddingCollection(single)
+    store_tables(ranker, "fp32", {table.name: 1 for table in ranker.tables})
+    allocate_tables(ranker, torch.device("cpu"))
     return ranker
