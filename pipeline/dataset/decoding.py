@@ -56,13 +56,13 @@ class Place(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A part of a batch: for each field of Rows the place of its tensor, or of each of several; or the error there is instead.
+    """A part of a batch: the place of each field of Rows, or the error there is instead.
 
     Attributes:
         corrupt: row groups that were left out meanwhile, and why.
     """
 
-    part: list[Any] | Exception
+    part: list[Place] | Exception
     corrupt: list[tuple[int, str]]
 
 
@@ -82,7 +82,7 @@ class Memory:
             self.mapped[slot] = mapped
         return mapped[place.begin : place.end].view(place.dtype).view(place.shape)
 
-    def write(self, slot: int, rows: Rows) -> list[Any]:
+    def write(self, slot: int, rows: Rows) -> list[Place]:
         """Copies rows into a slot; returns the places of their fields."""
         free = 0
 
@@ -95,18 +95,14 @@ class Memory:
 
         return of_fields(rows, put)
 
-    def read(self, slot: int, places: list[Any]) -> Rows:
+    def read(self, slot: int, places: list[Place]) -> Rows:
         """Rows that another process has written, as views."""
-        values: list[Any] = [
-            [self.view(slot, place) for place in at] if type(at) is list else self.view(slot, at) for at in places
-        ]
-        return Rows(*values)
+        return Rows(*(self.view(slot, place) for place in places))
 
 
 def of_fields(rows: Rows, do: Callable[[Tensor], Any]) -> list[Any]:
-    """What `do` makes of the tensor of each field, or of each of several."""
-    values = (getattr(rows, f.name) for f in fields(rows))
-    return [[*map(do, value)] if isinstance(value, list) else do(value) for value in values]
+    """What `do` makes of the tensor of each field."""
+    return [do(getattr(rows, f.name)) for f in fields(rows)]
 
 
 class Decoders:
@@ -277,7 +273,7 @@ def main() -> None:
         os._exit(0)  # nobody waits for what is left
 
 
-def made(parts: Iterator[Rows], memory: Memory, slot: int) -> list[Any] | Exception:
+def made(parts: Iterator[Rows], memory: Memory, slot: int) -> list[Place] | Exception:
     """The next part's places, once it is in a slot; or the error there is instead."""
     try:
         return memory.write(slot, next(parts))
