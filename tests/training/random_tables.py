@@ -42,7 +42,7 @@ def drawn(seed: int) -> dict[str, Any]:
     }
 
 
-CASES = {"demo": DEMO, **{f"drawn-{seed}": drawn(seed) for seed in range(5)}}
+CASES = {"demo": DEMO, **{f"drawn-{seed}": drawn(seed) for seed in range(3)}}
 
 
 def config(folder: Path, case: str, name: str) -> TrainConfig:

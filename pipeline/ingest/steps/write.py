@@ -63,8 +63,9 @@ def write_shard(
     rows, observed, positives = 0, dict.fromkeys(schema.tasks, 0), dict.fromkeys(schema.tasks, 0.0)
     weighing = schema.tasks if schema.weight else ()
     weights, weighted = dict.fromkeys(weighing, 0.0), dict.fromkeys(weighing, 0.0)
-    # No dictionaries but of kept texts: ids after zstd are no larger without, and written in half the time. Higher levels and
-    # larger pages decode no faster; lz4 saves 4 us of 20 a wide row, for a third more bytes (tests/benchmarks/loading.py).
+    # No dictionaries but of kept texts: ids after zstd are no larger without, and written in half the time. Larger pages decode
+    # no faster; of 13 us that a reader takes for a wide row, zstd 3 saves 1, and lz4 3, for a third more bytes
+    # (tests/benchmarks/loading.py).
     texts = [column for column, kind in schema.kept.items() if kind == TEXT]
     with pq.ParquetWriter(
         path,
