@@ -235,13 +235,16 @@ def _permuted(value_V: Tensor, length_N: Tensor, index_M: Tensor, total: int | N
 
 
 def _ids(name: str, column: pa.ChunkedArray | pa.Array, kind: pa.DataType) -> np.ndarray:
+    wrong = "is missing" if column.null_count else None
     try:
-        return column.cast(kind).to_numpy()
+        ids = column.cast(kind)
     except pa.ArrowInvalid:
+        wrong = f"is over {MAX_INT32:,}, more than its table has"
+    if wrong:
         raise UserError(
-            f"an id of {name} is over {MAX_INT32:,}, more than its table has: the dataset changed after it was written. "
-            "Restore it, or run jobs.preprocess again."
-        ) from None
+            f"an id of {name} {wrong}: the dataset changed after it was written. Restore it, or run jobs.preprocess again."
+        )
+    return ids.to_numpy()
 
 
 def _stacked(columns: Sequence[np.ndarray], rows: int, kind: type) -> np.ndarray:

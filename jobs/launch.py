@@ -59,6 +59,8 @@ def main() -> None:
         store = rendezvous.choose(options)
     except UserError as error:
         sys.exit(f"error: {error}")
+    if options.shutdown_timeout is not None:  # ranks go by it as well
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(options.shutdown_timeout)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     with tempfile.TemporaryDirectory() as name:
         os.environ[STATUS_FOLDER] = name

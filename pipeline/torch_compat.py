@@ -130,7 +130,12 @@ def table_kernels(model: nn.Module) -> "Iterator[SplitTableBatchedEmbeddingBagsC
 
 
 def forget_prefetched(kernel: "SplitTableBatchedEmbeddingBagsCodegen") -> None:
-    """Drops the places in the cache of a batch that was fetched ahead and never trained on: the next one would get them."""
+    """Readies it for a new loop that fetches rows ahead.
+
+    Drops the places in the cache of a batch that was fetched and never trained on, which the next one would get; and the stream
+    of the loop before, which it would wait for in place of the new one's.
+    """
+    kernel.prefetch_stream = None
     kernel.timesteps_prefetched.clear()
     kernel.lxu_cache_locations_list.clear()
     kernel.lxu_cache_locking_counter.zero_()

@@ -34,7 +34,7 @@ from pipeline.processes import end_with
 
 SLOT = 1 << 36  # bytes from one slot to the next; only those that are written take memory
 ALIGNED = 64  # bytes
-MOST = 8  # processes of a rank, where their number is not set
+MOST_PROCESSES = 8  # processes of a rank, where their number is not set
 
 
 class Source(Protocol):
@@ -232,11 +232,11 @@ def processes_of(setting: int | None, device: torch.device) -> int:
 
     Args:
         setting: train.decode_workers; None: 0 for a CPU, which trains on fewer rows than a thread decodes; for a GPU one for
-            each core that the rank has, but for the one that it runs on itself, and MOST at most.
+            each core that the rank has, but for the one that it runs on itself, and MOST_PROCESSES at most.
     """
     if setting is not None or device.type == "cpu":
         return setting or 0
-    return max(0, min(MOST, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return max(0, min(MOST_PROCESSES, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def split(shares: Sequence[Any], processes: int) -> list[Sequence[Any]]:

@@ -137,6 +137,8 @@ class Loader:
         self._decoded: WeakValueDictionary[int, Rows] = WeakValueDictionary()
         self.decoders: decoding.Decoders | None = None
         if workers:
+            if keys:
+                raise ValueError("decoding processes make no keys")
             source = partial(
                 Loader, dataset.only(None), split, batch_size, lanes, seed, rank, ranks, window,
                 max_corrupt=max_corrupt, table_sizes=table_sizes,

@@ -200,7 +200,7 @@ class ModelWeights:
         return in_main_memory(self._forward(batch))()
 
     def scored(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches and their logits: those of one are read once the next one is on its way, so that a GPU never waits."""
+        """Batches and their logits: those of one are read once the next one is on its way, so that a GPU computes meanwhile."""
         before: tuple[Batch, Callable[[], Tensor]] | None = None
         for batch in batches:
             after = batch, in_main_memory(self._forward(batch))

@@ -65,7 +65,7 @@ class SearchTrainer(Trainer):
 
     def restore(self, schema: Schema, pinned: ExitStack) -> None:
         """As of training. A search that has ended early stays at its end."""
-        self.valid = loader_of(self.settings, self.dataset, "valid", self.rank, self.ranks, self.device)
+        self.valid = loader_of(self.settings, self.dataset, "valid", self.rank, self.ranks, self.device, alone=False)
         self.space = self.config.space.named(list(self.dataset.schema.tasks))
         self.every = self.config.search.evaluate_every or max(1, self.steps // 20)
         if self.config.search.budget is not None:

@@ -20,6 +20,7 @@ from pipeline.run.run import Run
 GIB = 1 << 30
 PROCESS = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}  # of a rank with its libraries, CUDA's context and pinned buffers
 UNKNOWN = {"cpu": 4 * GIB, "cuda": 24 * GIB}  # of a rank whose tables are not known here
+DECODER = GIB // 2  # of a decoding process, with the row groups of its lanes
 CPUS = {"cpu": 2, "cuda": 8}  # of a rank: one that reads ahead; GPUs are fed by several
 FEWEST = {"cpu": 0.5, "cuda": 2}
 DAY = 86400
@@ -63,23 +64,25 @@ def resolve(job: str, settings: Any, schema: Schema | None, given: Resources, cl
     device = "cuda" if gpus else "cpu"
     processes = max(ranks, getattr(settings, "ranks", 1), getattr(settings, "workers", 1))
     shared = cluster.shared_bytes(ranks, gpus)
-    if wanted.memory and int(amount(wanted.memory)) // processes < PROCESS[device]:
+    if wanted.memory and (int(amount(wanted.memory)) - shared) // processes < PROCESS[device]:
         raise UserError(
             f"memory={wanted.memory} is too little: {processes} processes on a node take {PROCESS[device] / GIB:g} GiB each "
             "before they hold a table. Leave memory out to have it derived."
         )
     room = (int(amount(wanted.memory)) - shared) // processes if wanted.memory else None
+    cpu = wanted.cpu or str(CPUS[device] * processes)
     if JOBS[job].trains:
-        need = _training(settings, schema, nodes.least * ranks, ranks, device, room, cluster)
+        process = PROCESS[device] + DECODER * _decoders(settings, device, int(amount(cpu) // processes))
+        need = _training(settings, schema, nodes.least * ranks, ranks, device, process, room, cluster)
     else:
         need = _other(job, settings, device, cluster)
     memory = wanted.memory or f"{math.ceil((processes * need.memory + shared) / GIB)}Gi"
-    if amount(memory) < processes * need.least:
+    if amount(memory) < processes * need.least + shared:
+        least, right = (math.ceil((processes * size + shared) / GIB) for size in (need.least, need.memory))
         raise UserError(
-            f"memory={memory} is too little: {processes} processes on a node need {math.ceil(need.least / GIB * processes)}Gi "
-            f"at least, {math.ceil(need.memory / GIB * processes)}Gi are right. Leave memory out to have it derived."
+            f"memory={memory} is too little: {processes} processes on a node need {least}Gi at least, {right}Gi are right. "
+            "Leave memory out to have it derived."
         )
-    cpu = wanted.cpu or str(CPUS[device] * processes)
     if amount(cpu) < FEWEST[device] * processes:
         raise UserError(
             f"cpu={cpu} is too little: {processes} processes on a node need {FEWEST[device] * processes:g} at least, "
@@ -104,33 +107,38 @@ def _training(
     ranks: int,
     ranks_per_node: int,
     device: str,
+    process: int,
     room: int | None,
     cluster: Cluster,
 ) -> Need:
-    """Of jobs.train and jobs.search: jobs.plan's answer for the fewest nodes that it may run on."""
+    """Of jobs.train and jobs.search: jobs.plan's answer for the fewest nodes that it may run on.
+
+    Args:
+        process: bytes of a rank without its model. room: bytes of a rank, where memory is given.
+    """
     from pipeline.training.parallel.capacity import PlanConfig, planned
     from pipeline.training.parallel.memory import checkpoint_copy_bytes
 
     dataset = cluster.seen_here(cluster.of_job(settings.dataset))
     here = (dataset / "manifest.json").exists() or (settings.days is not None and dataset.is_dir())
     if unknown := None if here else _unknown_tables(settings.dataset, schema):
-        return Need(PROCESS[device], PROCESS[device] + UNKNOWN[device], 0, [f"not checked: {unknown}"])
+        return Need(process, process + UNKNOWN[device], 0, [f"not checked: {unknown}"])
     if device == "cuda" and not cluster.gpu_memory:
         return Need(
-            PROCESS[device], PROCESS[device] + UNKNOWN[device], 0,
+            process, process + UNKNOWN[device], 0,
             ["not checked: whether tables fit on a GPU, since the cluster's file has no gpu_memory"],
         )  # fmt: skip
     hardware = {
         "ranks": ranks, "ranks_per_node": ranks_per_node, "device": device,
         "hbm": cluster.gpu_memory if device == "cuda" else None,
-        "ddr": UNPLANNED if room is None else max(room - PROCESS[device], 1 << 20),
+        "ddr": UNPLANNED if room is None else max(room - process, 1 << 20),
     }  # fmt: skip
     content = settings.model_dump(by_alias=True, include={"days", "missing_days", "tasks", "model", "train"})
     if found_in := settings.model.architecture:
         seen = cluster.seen_here(cluster.of_job(Path(found_in)))
         if not seen.exists():
             return Need(
-                PROCESS[device], PROCESS[device] + UNKNOWN[device], 0,
+                process, process + UNKNOWN[device], 0,
                 [f"not checked: whether tables fit: {seen} is not on this machine"],
             )  # fmt: skip
         content["model"]["architecture"] = str(seen)
@@ -140,12 +148,18 @@ def _training(
         raise UserError(first_fault(error)) from None
     found = planned(config, schema)
     peak, dense = found.peak, found.dense.total
-    memory = (
-        PROCESS[device] + peak.ddr + checkpoint_copy_bytes(found.dense, settings.train)
-    )  # a plan counts the tables'
+    memory = process + peak.ddr + checkpoint_copy_bytes(found.dense, settings.train)  # a plan counts the tables'
     memory += dense if device == "cpu" else 0
     size = sum(rank.size.total for rank in found.ranks) + dense
     return Need(memory, memory, _seconds_to_save(cluster.seen_here(cluster.of_job(settings.run)), size), [])
+
+
+def _decoders(settings: Any, device: str, cpus: int) -> int:
+    """Decoding processes of a rank of jobs.train or jobs.search with so many cores."""
+    from pipeline.dataset.decoding import MOST_PROCESSES
+
+    given: int | None = settings.train.decode_workers
+    return given if given is not None else max(0, min(MOST_PROCESSES, cpus - 1)) if device == "cuda" else 0
 
 
 def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def arithmetic(settings: Settings) -> Iterator[None]:
-    """Sets both for the block, after which this process is as before: scoring is in float32.
+    """Sets both for the block, after which this process is as before, but for cuBLAS's workspace: scoring is in float32.
 
     It begins before CUDA and NCCL do, which read the environment once.
     """

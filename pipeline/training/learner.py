@@ -170,7 +170,10 @@ class PipelinedLearner(Learner):
     def feed(self, batches: Iterator[Batch], count: int) -> Iterator[None]:
         """The pipeline takes batches ahead of the step that they are for."""
         self.batches = batches
-        kind = PrefetchTrainPipelineSparseDist if cache.is_cached(self.model.plan) else TrainPipelineSparseDist
+        kind = TrainPipelineSparseDist
+        if cache.is_cached(self.model.plan):
+            kind = PrefetchTrainPipelineSparseDist
+            shard.forget_prefetched(self.model)
         self.pipeline = kind(self.model, self.optimizer, self.device, execute_all_batches=True)
         return repeat(None, count)
 

@@ -14,9 +14,18 @@ from pipeline.training.config import Settings
 logger = logging.getLogger(__name__)
 
 
-def loader_of(s: Settings, dataset: Dataset, split: Split, rank: int, ranks: int, device: torch.device) -> Loader:
-    """One rank's loader of a split, for batches on a device. Raises UserError as Loader."""
+def loader_of(
+    s: Settings, dataset: Dataset, split: Split, rank: int, ranks: int, device: torch.device, alone: bool = True
+) -> Loader:
+    """One rank's loader of a split, for batches on a device.
+
+    Args:
+        alone: it is the only loader of this rank; another one, beside it, makes do with one decoding process.
+    Raises:
+        UserError: as Loader.
+    """
     order, processes = s.order(), processes_of(s.decode_workers, device)
+    processes = processes if alone else min(processes, 1)
     loader = Loader(
         dataset, split, order.batch_size, order.lanes, s.seed, rank, ranks, window=order.window,
         max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(dataset),

@@ -177,8 +177,9 @@ def loss_after_lookup(
     return total, _output(loss_BT.detach(), batch)
 
 
-for name in ("begin_weight_sums", "loss_after_lookup"):
-    torch.fx.wrap(name)  # one node each for TorchRec's pipeline, which traces the forward up to the tables
+# One node each for TorchRec's pipeline, which traces the forward up to the tables.
+torch.fx.wrap("begin_weight_sums")
+torch.fx.wrap("loss_after_lookup")
 
 
 def global_loss(

@@ -345,13 +345,15 @@ class Trainer:
         try:
             with self.preemption.handling(self.watch.expect_end), self._tracked():
                 yield
-        except UserError:
-            self._enter("save")
-            self.wait_for_writer()  # the other ranks are still there to write their parts
-            raise
-        finally:
+        except BaseException as error:
+            if isinstance(error, UserError):
+                self._enter("save")
+                self.wait_for_writer()  # the other ranks are still there to write their parts
             if own:
-                self.watch.stop()
+                self.watch.stop(error)
+            raise
+        if own:
+            self.watch.stop()
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:

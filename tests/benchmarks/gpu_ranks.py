@@ -27,7 +27,7 @@ def main() -> None:
     device = process_group.start()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     rows = (64 if small else 16_384) * ranks
-    trainer = prepare(configuration(data, run, "mmoe", batch_size=rows), None, device)
+    trainer = prepare(configuration(data, run, "mmoe", batch_size=rows, decode_workers=0), None, device)
     batches = work.batches(Loader(Dataset(data), "train", rows, LANES, 0, rank, ranks), 2)
     if device.type == "cuda":
         batches = [batch.pin_memory() for batch in batches]

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def on_cpu(data: Path, run: Path, rows: int, end: int) -> None:
         raise RuntimeError(f"on the CPU: {done.stderr[-2000:]}")
 
 
-class Looks(Observer):
+class StepProbe(Observer):
     """Profiles some steps of a trainer, counts host syncs in as many more, and times as many without either."""
 
     def __init__(self, warmup: int, count: int) -> None:
@@ -143,14 +142,14 @@ def activities(device: torch.device) -> list[Any]:
 def data_path(bench: Bench) -> list[Row]:
     """A whole trainer on its own loader: rows/s, copies to the device by kind, waits of the host by where they are caused."""
     warmup, count, rows = (2, 2, 64) if bench.small else (10, 10, 4_096)
-    looks = Looks(warmup, count)
-    with looks.open:
-        trainer_of(bench, "demo", "mmoe", looks, batch_size=rows, max_steps=warmup + 3 * count).run_to_end()
-    copied = copies(looks.profiler.events(), bench.device)
-    found = [{"what": "rows/s with the loader", "a step": rows * count / (looks.times[3] - looks.times[2])}]
+    probe = StepProbe(warmup, count)
+    with probe.open:
+        trainer_of(bench, "demo", "mmoe", probe, batch_size=rows, max_steps=warmup + 3 * count).run_to_end()
+    copied = copies(probe.profiler.events(), bench.device)
+    found = [{"what": "rows/s with the loader", "a step": rows * count / (probe.times[3] - probe.times[2])}]
     found += [{"what": f"copy {kind}", "a step": number / count} for kind, number in copied.most_common()]
     return found + [
-        {"what": f"host sync at {where}", "a step": number / count} for where, number in looks.syncs.most_common(25)
+        {"what": f"host sync at {where}", "a step": number / count} for where, number in probe.syncs.most_common(25)
     ]
 
 
@@ -161,16 +160,22 @@ def loader(bench: Bench) -> list[Row]:
     numbers = {"wide": (0,)} if bench.small else {"wide": (0, 1, 2, 4, 8), "demo": (0, 4)}
     for kind in numbers:
         for workers in numbers[kind] if supports("decode_workers") else (None,):
-            setting = {"window": work.GROUP} | ({} if workers is None else {"decode_workers": workers})
-            trainer = trainer_of(bench, kind, "mmoe", batch_size=rows, **setting)
-            with limit(30):
-                batches = trainer.loader.batches(trainer.loader.start())
-                next(batches)  # workers have started
-                begin = time.perf_counter()
-                seen = sum(len(batch.row_id_B) for batch in islice(batches, 1 << 30))
-                seconds = time.perf_counter() - begin
-            found.append({"schema": kind, "workers": workers, "rows/s": seen / seconds})
+            setting = {"batch_size": rows, "window": work.GROUP} | (
+                {} if workers is None else {"decode_workers": workers}
+            )
+            found.append({"schema": kind, "workers": workers, "rows/s": decoded(bench, kind, setting)})
     return found
+
+
+def decoded(bench: Bench, kind: str, settings: dict[str, Any]) -> float:
+    """Rows a second of an epoch, after one that starts the workers."""
+    made = trainer_of(bench, kind, "mmoe", **settings).loader
+    with limit(60):
+        for _ in made.batches(made.start()):
+            pass
+        begin = time.perf_counter()
+        seen = sum(len(batch.row_id_B) for batch in made.batches(made.start(1)))
+        return seen / (time.perf_counter() - begin)
 
 
 @dataclass(frozen=True)
@@ -185,9 +190,8 @@ class Case:
 
     def train(self) -> dict[str, Any]:
         """Settings of `train`."""
-        return {"batch_size": self.rows, "precision": self.precision} | (
-            {"compile": self.compile} if self.compile else {}
-        )
+        settings = {"batch_size": self.rows, "precision": self.precision, "compile": self.compile}
+        return settings | {"decode_workers": 0}  # batches are in memory
 
 
 # By importance: what does not fit into the time is left out from the end.

@@ -189,7 +189,9 @@ def test_what_a_kernel_fetched_ahead_is_forgotten(sharded: DistributedModelParal
         kernel.timesteps_prefetched.append(1)
         kernel.lxu_cache_locations_list.append(torch.zeros(1))
         kernel.register_buffer("lxu_cache_locking_counter", torch.ones(2, 2, dtype=torch.int32), persistent=False)
+        kernel.prefetch_stream = object()
         torch_compat.forget_prefetched(kernel)
+        assert kernel.prefetch_stream is None
         assert (kernel.timesteps_prefetched, kernel.lxu_cache_locations_list) == ([], [])
         assert not kernel.lxu_cache_locking_counter.any()
 

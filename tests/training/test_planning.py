@@ -278,11 +278,15 @@ def test_the_pipelined_loop_fetches_rows_ahead_where_a_table_is_cached(
 ) -> None:
     for name in ("TrainPipelineSparseDist", "PrefetchTrainPipelineSparseDist"):
         monkeypatch.setattr(learner, name, lambda *_, name=name, **__: name)
+    kernels, before = [SimpleNamespace(prefetch_stream=1)], []
+    monkeypatch.setattr(shard, "table_kernels", lambda _: kernels)
+    monkeypatch.setattr(shard.torch_compat, "forget_prefetched", before.append)
     placed, _ = place(kernels={"default": ["fused"], "item": [kernel]})
     pipelined = object.__new__(learner.PipelinedLearner)
     pipelined.model, pipelined.optimizer, pipelined.device = SimpleNamespace(plan=placed), None, None
     pipelined.feed(iter([]), 0)
     assert pipelined.pipeline == kind
+    assert before == (kernels if kernel == "fused_uvm_caching" else [])  # whose stream was the loop's before
     assert (learner.PipelinedLearner.prefetch, learner.Learner.prefetch) == (True, False)
 
 

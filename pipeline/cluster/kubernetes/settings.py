@@ -23,7 +23,7 @@ from pipeline.cluster.values import (
 RESERVED = {"HOME", "PATH", "JOB_NAME", "JOB_COMPLETION_INDEX", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
 
 
-# MiB of /dev/shm: of a pod, and of each of its ranks, for batches of its loaders and segments of NCCL between GPUs.
+# MiB of /dev/shm: of a pod, and of each of its ranks, for segments of NCCL between GPUs; decoding does not use it.
 SHARED_MIB, SHARED_MIB_RANK, SHARED_MIB_GPU = 1024, 512, 2048
 
 

@@ -46,6 +46,8 @@ class Heartbeat(NamedTuple):
 class HangWatch:
     """A thread that beats once a second, and compares the ranks' heartbeats once this rank has waited for `timeout`.
 
+    Another one watches this rank: a store that is cut off may hold the first one up.
+
     It ends this process, with one line, where the main thread cannot: one that waits in C, as for a collective of NCCL whose
     peer is dead, runs no Python, not even a handler of signals. Such waits release the GIL, so this thread runs. Where one did
     not, this rank would fall silent: the others name it, and its launcher kills it.

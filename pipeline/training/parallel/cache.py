@@ -8,7 +8,7 @@ from torchrec.distributed.types import CacheParams, ShardingPlan
 
 KERNEL, DENSE = "fused_uvm_caching", "dense"  # the latter is that of data_parallel tables
 LEAST, MOST = 0.02, 0.95  # of a table's rows; TorchRec takes neither none nor all
-SLOT = 16  # bytes beside a cached row: which it is, and when it was used
+SLOT = 20  # bytes beside a cached row: which it is, when it was used, and whether a batch that was fetched needs it
 
 
 def cache_rows(placed: ShardingPlan, options: Sequence[ShardingOption], room: int, prefetch: bool) -> float | None:
@@ -32,14 +32,16 @@ def cache_rows(placed: ShardingPlan, options: Sequence[ShardingOption], room: in
     for option in options:
         for shard in option.shards:
             used[shard.rank or 0] += shard.storage.hbm if shard.storage else 0
+    # Tables that are fetched ahead have a cache each; else those of a look-up share one, whose rows are as wide as its widest.
+    widest = 0 if prefetch else max(shard.size[1] for option in cached for shard in option.shards)
     for option in cached:
         for shard in option.shards:
-            whole[shard.rank or 0] += _bytes(option, shard.size)
+            whole[shard.rank or 0] += _bytes(option, shard.size, widest)
     share = min(MOST, LEAST + min(max(room - used[rank], 0) / whole[rank] for rank in whole))
     for option in cached:
         for shard in option.shards:
             shard.storage = (shard.storage or Storage(0, 0)) + Storage(
-                int((share - LEAST) * _bytes(option, shard.size)), 0
+                int((share - LEAST) * _bytes(option, shard.size, widest)), 0
             )
     for sharding in shardings:
         if sharding.compute_kernel == KERNEL:
@@ -52,6 +54,6 @@ def is_cached(plan: ShardingPlan) -> bool:
     return any(sharding.compute_kernel == KERNEL for module in plan.plan.values() for sharding in module.values())
 
 
-def _bytes(option: ShardingOption, size: Sequence[int]) -> int:
+def _bytes(option: ShardingOption, size: Sequence[int], widest: int) -> int:
     rows, columns = size
-    return rows * (columns * option.tensor.element_size() + SLOT)
+    return rows * (max(columns, widest) * option.tensor.element_size() + SLOT)

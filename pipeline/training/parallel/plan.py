@@ -27,7 +27,7 @@ from torchrec.distributed.planner.types import (
     Storage,
 )
 from torchrec.distributed.planner.utils import reset_shard_rank
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.distributed.types import ModuleSharder, PipelineType, ShardingPlan
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
 from features.errors import UserError, one_line
@@ -150,7 +150,7 @@ def place(
     with _quiet():
         room = cluster.available(dense, buffers, checkpoint_copy_bytes(dense, settings))
         shared = topology(cluster, room, group, local)
-        memory = _Memory(settings, shared, choices)
+        memory = _Memory(settings, shared, choices, prefetch)
         speed = EmbeddingPerfEstimator(topology=shared, constraints=choices)
         options = EmbeddingEnumerator(shared, batch, choices, estimator=[speed, memory])
         planner = _planner(shared, batch, options, choices, recorder, cluster.figures.host * MILLI)
@@ -233,8 +233,13 @@ class BalancedPartitioner(GreedyPerfPartitioner):
 class _Memory(EmbeddingStorageEstimator):
     """Adds what the planner's bytes leave out: an optimiser's state, a replicated table's gradient, a checkpoint's copy."""
 
-    def __init__(self, settings: Settings, topology: Topology, constraints: dict[str, ParameterConstraints]) -> None:
-        super().__init__(topology=topology, constraints=constraints)
+    def __init__(
+        self, settings: Settings, topology: Topology, constraints: dict[str, ParameterConstraints], prefetch: bool
+    ) -> None:
+        ahead = prefetch and any("fused_uvm_caching" in allowed for allowed in settings.kernels.values())
+        # Ids and rows of three batches; embeddings, which are counted otherwise without being asked for.
+        kind = {"pipeline_type": PipelineType.TRAIN_PREFETCH_SPARSE_DIST, "run_embedding_at_peak_memory": True}
+        super().__init__(topology=topology, constraints=constraints, **(kind if ahead else {}))
         self.settings, self.device = settings, topology.compute_device
         self.optimizer = TABLE_OPTIMIZERS[settings.tables.name]
 

@@ -27,7 +27,8 @@ from features.schema.schema import Schema
 from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker, table_weight
 from models.table_storage import store_tables
-from pipeline.torch_compat import ShardedTensor, forget_prefetched, table_kernels
+from pipeline import torch_compat
+from pipeline.torch_compat import ShardedTensor, table_kernels
 from pipeline.training.config import Settings
 from pipeline.training.optim.table_optimizers import TABLE_OPTIMIZERS
 from pipeline.training.parallel import codecs, id_maps, plan
@@ -177,9 +178,15 @@ def set_step(model: nn.Module, step: int) -> None:
     counting = {optimizer.kernel for optimizer in TABLE_OPTIMIZERS.values() if optimizer.counts_steps}
     for kernel in table_kernels(model):
         kernel.reset_cache_states()
-        forget_prefetched(kernel)
+        torch_compat.forget_prefetched(kernel)
         if kernel.optimizer in counting:
             kernel.set_optimizer_step(step)
+
+
+def forget_prefetched(model: nn.Module) -> None:
+    """To be called before a new loop that fetches rows of cached tables ahead."""
+    for kernel in table_kernels(model):
+        torch_compat.forget_prefetched(kernel)
 
 
 def set_table_rate(model: nn.Module, lr: float) -> None:
