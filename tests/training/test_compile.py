@@ -29,7 +29,7 @@ from models.fusion.emm import EMM
 from models.ranker import ModelConfig, Ranker, is_table
 from pipeline.training.compiled import compiled
 from pipeline.training.config import Settings
-from pipeline.training.step import TrainStep
+from pipeline.training.step import LossesOfRows, TrainStep
 from pipeline.training.train import prepare
 
 CONF = Path(__file__).parents[2] / "jobs" / "conf" / "model"
@@ -167,6 +167,15 @@ def seeded(run: Callable[[Tensor, Batch], Any], embedding_BE: Tensor, batch: Bat
     torch.manual_seed(1)
     found = run(embedding_BE, batch)
     return (found,) if isinstance(found, Tensor) else tuple(part for part in found if part is not None)
+
+
+def test_what_checks_read_some_steps_later_is_no_output_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, [arguments, _] = step_of({"fusion": SMALL})
+    output_BT = torch.zeros(2, 3)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_: LossesOfRows(output_BT, output_BT, None))
+    rows = compiled(step, "reduce-overhead")(*arguments)
+    output_BT.fill_(torch.nan)  # as the next step does
+    assert not rows.shown_BT.any()
 
 
 def test_the_compiled_gradients_are_those_of_the_model_with_its_draws() -> None:

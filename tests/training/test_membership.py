@@ -22,8 +22,8 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from features.errors import OtherRankError, Preempted, UserError
 from jobs import launch
 from pipeline.training.faults.preemption import PREEMPTED
-from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, Alive, RankStatus
-from pipeline.training.parallel import process_group, rendezvous
+from pipeline.training.faults.rank_status import NODES_WAITING, REASON, ROUND, STATUS_FOLDER, Alive, RankStatus
+from pipeline.training.parallel import launcher, process_group, rendezvous
 from pipeline.training.parallel.contact import INTERVAL_S, Contact
 from pipeline.training.parallel.exit_codes import lost
 from pipeline.training.parallel.launcher import warn_of_clock
@@ -398,6 +398,27 @@ def test_a_capability_is_read_as_the_kernel_says_it() -> None:
     chown = os.geteuid() == 0  # capability 0, which a container's root has, too
     assert process_group.has_capability(0) is chown
     assert not process_group.has_capability(63)
+
+
+def test_ranks_go_by_the_launchers_own_time_for_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def note(*_: object, **__: object) -> None:
+        found.append(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+        raise UserError("")
+
+    monkeypatch.setattr(rendezvous, "choose", lambda _: None)
+    monkeypatch.setattr(launcher, "end_while_waiting", note)
+    monkeypatch.setattr(launch, "escape_output", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for variable in ("TORCH_CPP_LOG_LEVEL", STATUS_FOLDER):
+        monkeypatch.setenv(variable, "")
+    for flags, before in (([], "45"), (["--shutdown-timeout=1800"], "45")):
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", before)
+        monkeypatch.setattr(sys, "argv", ["launch", *flags, "-m", "jobs.train"])
+        with pytest.raises(UserError):
+            launch.main()
+    assert found == ["45", "1800"]
 
 
 def test_ranks_and_their_launcher_raise_the_limit_of_files_before_they_open_a_store(

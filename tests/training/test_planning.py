@@ -15,6 +15,7 @@ import torch
 from tiny_training import TABLES, assert_close, assert_identical, configuration, last, losses, tensors, torchrun
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.planner.types import Storage
 from torchrec.distributed.types import ShardingPlan
 from two_ranks_planning import MIXED, OPTIMIZERS, STEPS, STOP, settings, tables
 
@@ -253,7 +254,7 @@ def test_cached_tables_have_what_their_gpus_have_left_and_every_kernel_knows_of_
     assert 0.02 < found.cached < 0.95
     assert 0.99 * room < max(rank.hbm for rank in found.ranks) <= room
     beside = sum(ROWS[name] * (DIM + 1) * 4 for name in ("query", "country")) + (ROWS["user"] + ROWS["item"]) * 4
-    rows = (ROWS["user"] + ROWS["item"]) * (DIM * 4 + 16)
+    rows = (ROWS["user"] + ROWS["item"]) * (DIM * 4 + 20)
     assert found.cached == pytest.approx((2 * room - beside) / rows, rel=0.05)  # less maps of rows and a batch
     shardings = placed.plan["embeddings"]
     factors = {name: sharding.cache_params.load_factor for name, sharding in shardings.items()}
@@ -268,6 +269,22 @@ def test_cached_tables_have_what_their_gpus_have_left_and_every_kernel_knows_of_
     whole, _ = place()
     assert not cache.is_cached(whole)
     assert {sharding.cache_params for sharding in whole.plan["embeddings"].values()} == {None}
+
+
+@pytest.mark.parametrize(("prefetch", "columns"), [(True, (16, 128)), (False, (128, 128))])
+def test_tables_that_share_a_cache_have_rows_of_its_widest_table_in_it(
+    prefetch: bool, columns: tuple[int, int]
+) -> None:
+    def option(rows: int, dim: int) -> Any:
+        part = SimpleNamespace(rank=0, size=[rows, dim], storage=Storage(0, 0))
+        tensor = torch.zeros(1, dtype=torch.float16)
+        return SimpleNamespace(compute_kernel="fused_uvm_caching", shards=[part], tensor=tensor)
+
+    sizes = (100_000, 1_000)
+    options = [option(rows, dim) for rows, dim in zip(sizes, (16, 128), strict=True)]
+    whole = sum(rows * (2 * width + 20) for rows, width in zip(sizes, columns, strict=True))
+    share = cache.cache_rows(ShardingPlan({}), options, whole // 2, prefetch)
+    assert share == pytest.approx(0.02 + 0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from waiting import wait_for
 
 from features.errors import OtherRankError, Preempted, UserError
 from pipeline.training import train as training
+from pipeline.training import trainer as trainer_module
 from pipeline.training.config import Settings
 from pipeline.training.faults import failures, hang_watch
 from pipeline.training.faults.failures import Failure
@@ -269,3 +271,17 @@ def test_training_that_fails_leaves_its_reason_with_the_watch(monkeypatch: pytes
         with pytest.raises((UserError, RuntimeError, ValueError)):
             training.train(config)
     assert [type(error) for error in said] == [UserError, OtherRankError, ValueError]
+
+
+def test_a_session_with_a_watch_of_its_own_leaves_its_reason_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[BaseException | None] = []
+    watch = SimpleNamespace(stop=lambda error=None: said.append(error), expect_end=lambda: None)
+    monkeypatch.setattr(trainer_module, "watch_ranks", lambda _: watch)
+    for error in (ValueError("a defect"), None):
+        session: Any = object.__new__(trainer_module.Trainer)
+        session.watch, session.settings, session.rank, session.ranks, session.steps = None, Settings(), 1, 1, 1
+        session.state, session.preemption = SimpleNamespace(step=0), PreemptionSignal(log=False)
+        with suppress(ValueError), session._session():
+            if error:
+                raise error
+        assert said[-1] is error
