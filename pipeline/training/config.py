@@ -162,6 +162,13 @@ class Settings(Strict):
             )
         return self
 
+    def is_pipelined(self, device: str, managed: bool) -> bool:
+        """Whether the loop is TorchRec's pipelined one. managed: whether any table is."""
+        if self.pipelined is not None:
+            return self.pipelined
+        possible = self.accumulate == 1 and "pipelined" not in self.weighting.refuses and not managed
+        return possible and device == "cuda"
+
     def order(self, ranks: int = 1) -> Order:
         """The order of rows of a run that begins on `ranks` ranks, which counts for rank_batch_size alone.
 

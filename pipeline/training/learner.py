@@ -195,8 +195,6 @@ def build_learner(
     config: TrainConfig, dataset: Dataset, rank: int, device: torch.device, steps: int, epoch_steps: int
 ) -> Learner:
     """A learner; pipelined where there is a GPU to overlap with, or where `train.pipelined` says so. See Learner."""
-    pipelined = config.train.pipelined
-    if pipelined is None and device.type == "cuda":
-        simple = config.train.accumulate == 1 and "pipelined" not in config.train.weighting.refuses
-        pipelined = simple and not any(table.managed for table in dataset.schema.all_tables.values())
-    return (PipelinedLearner if pipelined else Learner)(config, dataset, rank, device, steps, epoch_steps)
+    managed = any(table.managed for table in dataset.schema.all_tables.values())
+    kind = PipelinedLearner if config.train.is_pipelined(device.type, managed) else Learner
+    return kind(config, dataset, rank, device, steps, epoch_steps)

@@ -271,6 +271,15 @@ def test_cached_tables_have_what_their_gpus_have_left_and_every_kernel_knows_of_
     assert {sharding.cache_params for sharding in whole.plan["embeddings"].values()} == {None}
 
 
+def test_the_loop_is_pipelined_on_a_gpu_where_nothing_hides_the_graph() -> None:
+    assert Settings().is_pipelined("cuda", managed=False)
+    assert Settings(pipelined=True).is_pipelined("cpu", managed=False)
+    for other in ({"accumulate": 2}, {"weighting": {"name": "pcgrad"}}, {"pipelined": False}):
+        assert not Settings(**other).is_pipelined("cuda", managed=False)
+    assert not Settings().is_pipelined("cuda", managed=True)
+    assert not Settings().is_pipelined("cpu", managed=False)
+
+
 @pytest.mark.parametrize(("prefetch", "columns"), [(True, (16, 128)), (False, (128, 128))])
 def test_tables_that_share_a_cache_have_rows_of_its_widest_table_in_it(
     prefetch: bool, columns: tuple[int, int]

@@ -184,9 +184,9 @@ def _place(config: PlanConfig, tables: _Tables) -> Estimate:
     model = TrainStep(ranker, loss, bf16=False)
     ids, _ = ids_per_row(tables.schema, tables.dataset)
     activations = activation_bytes(tables.schema, tables.encoders, config.model, settings.precision == "bf16")
-    load = RowLoad(ids, activations)
-    _, estimated = plan.place(model, shard.sharders(settings), ranker.tables, settings, config.cluster, load)
-    return estimated
+    load, cluster = RowLoad(ids, activations), config.cluster
+    prefetch = settings.is_pipelined(cluster.device, ranker.managed is not None)
+    return plan.place(model, shard.sharders(settings), ranker.tables, settings, cluster, load, prefetch)[1]
 
 
 def largest(schema: Schema) -> Encoders:

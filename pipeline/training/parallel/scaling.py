@@ -96,11 +96,6 @@ def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Clu
         )
         for config in model.tables
     }
-    simple = (
-        settings.accumulate == 1 and "pipelined" not in settings.weighting.refuses
-    )  # as learner.build_learner chooses
-    simple &= cluster.device == "cuda" and model.step.ranker.managed is None
-    pipelined = simple if settings.pipelined is None else settings.pipelined
     parts = []
     for module in placed.plan.values():
         for name, sharding in module.items():
@@ -122,7 +117,7 @@ def step_of(placed: ShardingPlan, model: Model, settings: Settings, cluster: Clu
         backward=NUMBER[settings.communication.backward],
         sync_every=settings.sync_every,
         precision=settings.precision,
-        pipelined=pipelined,
+        pipelined=settings.is_pipelined(cluster.device, model.step.ranker.managed is not None),
         gloo=cluster.device == "cpu",
     )
 
