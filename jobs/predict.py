@@ -12,20 +12,31 @@ Examples:
 
 import shlex
 import time
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
+
+if TYPE_CHECKING:
+    from pipeline.release.predict.config import PredictConfig
+
+
+def checked(config: DictConfig) -> "PredictConfig":
+    """The checked settings. Raises UserError."""
+    from pipeline.release.predict.config import PredictConfig
+
+    found: PredictConfig = parse(config, PredictConfig)
+    return found
 
 
 @job("predict")
 def main(config: DictConfig) -> None:
     """Scores the log, and prints where its rows went."""
     from pipeline.dataset.card.summary import summary_of_scored
-    from pipeline.release.predict.config import PredictConfig
     from pipeline.release.predict.predict import predict
 
-    settings: PredictConfig = parse(config, PredictConfig)
+    settings = checked(config)
     begin = time.perf_counter()
     made, encoded = predict(settings)
     seconds = time.perf_counter() - begin
