@@ -18,7 +18,7 @@ from ingest_runs import content_of, no_beam, run
 
 from features.errors import UserError
 from features.schema.schema import Schema
-from features.schema.unlabelled import for_scoring
+from features.schema.unlabelled import for_scoring, without_labels
 from jobs import predict as predict_job
 from models.ranker import ModelConfig
 from pipeline.dataset.dataset import Dataset
@@ -37,8 +37,9 @@ from pipeline.training.train import train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("steps_alone")]
 DAY, PAST, ASKED = 86_400, 160, 90
+BATCH, FILE = 16, 32  # rows
 BEGIN = 1_782_000_000
-LATER = ("qty", "part")  # columns of labels, the weight and the split, which rows to be scored lack
+LATER = ("qty", "part")  # columns of labels, the weight or a split, which rows to be scored lack
 CONTENT: dict[str, Any] = {
     "source": {
         "files": "impressions-*.jsonl", "format": "jsonl", "key": "id", "types": {"qty": "int"},
@@ -77,7 +78,7 @@ CONTENT: dict[str, Any] = {
     },
     "weight": "1 + qty",
     "event_time": "at",
-    "split": {"by": "hash", "key": "part", "valid": 0.2, "test": 0.2},
+    "split": {"by": "row_index", "modulo": 1, "train": [0]},
     "keep": ["id", "city", "at"],
 }  # fmt: skip
 
@@ -124,8 +125,9 @@ class World:
         labelled = write_log(
             folder / "labelled", self.rows, BEGIN + 2 * DAY
         )  # later than all rows, so in no counter of theirs
-        run(labelled, folder / "next", CONTENT, encoders={"from": folder / "data"}, min_joined=0)
-        record = Scorer(Run(folder / "run"), Dataset(folder / "next"), "all", 64).evaluate(
+        # Kernels round the last digit by a row's place in its batch: here rows have the same places as where they are scored.
+        run(labelled, folder / "next", CONTENT, encoders={"from": folder / "data"}, min_joined=0, order="input")
+        record = Scorer(Run(folder / "run"), Dataset(folder / "next"), "all", BATCH).evaluate(
             self.step, write_predictions=True
         )
         self.evaluated = pl.read_parquet(predictions.path(Run(folder / "run"), "all", record["step"]))
@@ -139,8 +141,8 @@ class World:
             "run": self.folder / "run",
             "input": str(self.asked),
             "out": out,
-            "batch_size": 64,
-            "rows_per_file": 40,
+            "batch_size": BATCH,
+            "rows_per_file": FILE,
         }
         return module.predict(PredictConfig(**settings | {"threads": 1} | changes))[0]
 
@@ -214,7 +216,7 @@ def test_the_manifest_and_each_file_say_which_model_and_where_rows_went(
     for file in (*made.files, *made.dead_letter_files):
         content = (tmp_path / "out" / file.path).read_bytes()
         assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    assert [file.rows for file in made.files] == [40, 40, 8]
+    assert [file.rows for file in made.files] == [32, 32, 24]
     scored = pl.read_parquet(tmp_path / "out" / "part-*.parquet")["id"].to_list()
     assert scored == [row["id"] for n, row in enumerate(rows) if n not in (7, 50)]
     metadata = pq.read_metadata(tmp_path / "out" / files[1]).metadata
@@ -290,19 +292,35 @@ def test_settings_of_the_reading_are_those_of_preprocess() -> None:
         assert PreprocessConfig.model_fields[name].get_default() == PredictConfig.model_fields[name].get_default()
 
 
-def test_all_rows_to_be_scored_are_in_one_split_and_keep_the_key_and_the_columns() -> None:
-    schema = Schema.parse(CONTENT, "mine.yaml")
+@pytest.mark.parametrize("split", [
+    {"by": "hash", "key": "part", "valid": 0.2, "test": 0.2},
+    {"by": "time", "valid_from": "2026-06-21", "test_from": "2026-06-22"},
+])  # fmt: skip
+def test_all_rows_to_be_scored_are_in_one_split_and_keep_the_key_and_the_columns(split: dict[str, Any]) -> None:
+    schema = Schema.parse(CONTENT | {"split": split}, "mine.yaml")
     found = for_scoring(schema, ["user", "id"], "columns")
     assert found.keep == ["id", "user"]
     assert found.inputs_fingerprint == schema.inputs_fingerprint
     assert found.used_splits == {"test"}
+    assert not {*LATER} & {*without_labels(found).raw_columns}
+
+
+def test_a_kept_column_with_the_name_of_another_has_its_own_in_the_dataset() -> None:
+    schema = Schema.parse(CONTENT | {"keep": ["id", "city"]}, "mine.yaml")
+    assert predictions.kept_names(schema, ["row_id", "city"]) == {"raw.id": "id", "raw.city": "raw.city"}
 
 
 def test_the_command_scores_on_beam_and_prints_where_rows_went_and_what_comes_next(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    settings = [f"run={world.folder}/run", f"input={world.asked}", f"out={tmp_path}/out", "batch_size=64", "threads=1"]
-    monkeypatch.setattr(sys, "argv", ["jobs.predict", *settings, "columns=[city]", "rows_per_file=40"])
+    settings = [
+        f"run={world.folder}/run",
+        f"input={world.asked}",
+        f"out={tmp_path}/out",
+        f"batch_size={BATCH}",
+        "threads=1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["jobs.predict", *settings, "columns=[city]", f"rows_per_file={FILE}"])
     predict_job.main()
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"impressions: {ASKED} rows read, {ASKED} scored, 0 bad"

@@ -24,7 +24,7 @@ from pipeline.ingest.progress import Progress, record_total
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import RESERVE_FILE
 from pipeline.release.predict.config import PredictConfig
-from pipeline.release.predict.manifest import Model, PredictionFile, Predictions, release
+from pipeline.release.predict.manifest import Model, Predictions, release
 from pipeline.release.predict.score import STEP, ScoreReport, Scoring, run_score
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
@@ -43,20 +43,27 @@ def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
         raise UserError(f"{out} exists. Choose another out=.")
     run = Run(config.run)
     known = _known(run, config)
-    model = _model(run, config, known)
+    step = _step(run, config)
+    path = checkpoint.folder(run.checkpoints, step)
+    weights = ModelWeights(run, known.only(run.config().get("tasks")), ["test"], config.batch_size)
+    weights.check_fits(step)
     schema = for_scoring(known.schema, config.columns, "columns")
-    with staging_of(out) as staging:
+    with checkpoint.reading(path) as found, staging_of(out) as staging:
+        weights.check_encoders(path, found)
+        model = Model(
+            run=str(run.path.absolute()), step=step, checkpoint=found.checksum,
+            fingerprint=known.manifest.fingerprint, encoders=known.encoders_id, taskfuse=release(),
+        )  # fmt: skip
+        scratch = staging / "scratch"
+        encoding = config.encoding(scratch / "dataset", known.encoded_by)
         try:
-            scratch = staging / "scratch"
-            encoding = config.encoding(scratch / "dataset", known.encoded_by)
             encoded = preprocess(encoding, schema)
             scoring = Scoring(
                 model, encoding.folder, run.config().get("tasks"), scratch, scratch / "progress",
                 config.tables, config.batch_size, _threads(config),
             )  # fmt: skip
             run_scoring(config, scoring, encoded)
-            files = [report.file for report in from_json(ScoreReport, json.loads((scratch / "score.json").read_text()))]
-            return _commit(scoring, encoded, files, staging, out), encoded
+            return _commit(scoring, encoded, staging, out), encoded
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
 
@@ -73,22 +80,14 @@ def _known(run: Run, config: PredictConfig) -> Dataset:
     return dataset
 
 
-def _model(run: Run, config: PredictConfig, known: Dataset) -> Model:
-    """The model that scores, compared with the encoders before anything is read. Raises UserError."""
+def _step(run: Run, config: PredictConfig) -> int:
+    """Whose checkpoint scores. Raises UserError where there is none."""
     found = checkpoint.steps(run.checkpoints)
     step = found[-1] if config.step == "newest" and found else config.step
-    if step not in found:
+    if not isinstance(step, int) or step not in found:
         of_step = "" if config.step == "newest" else f" of step {step}"
         raise UserError(f"{run.checkpoints}: no checkpoint{of_step}; there are {found or 'none'}")
-    path = checkpoint.folder(run.checkpoints, step)
-    manifest = checkpoint.read(path)
-    weights = ModelWeights(run, known.only(run.config().get("tasks")), ["test"], config.batch_size)
-    weights.check_encoders(path, manifest)
-    weights.check_fits(step)
-    return Model(
-        run=str(run.path.absolute()), step=step, checkpoint=manifest.checksum,
-        fingerprint=known.manifest.fingerprint, encoders=known.encoders_id, taskfuse=release(),
-    )  # fmt: skip
+    return step
 
 
 def _threads(config: PredictConfig) -> int | None:
@@ -130,13 +129,14 @@ def check(folder: Path) -> None:
         raise UserError(json.loads((folder / "error.json").read_text()))
 
 
-def _commit(scoring: Scoring, encoded: Manifest, files: list[PredictionFile], staging: Path, out: Path) -> Predictions:
+def _commit(scoring: Scoring, encoded: Manifest, staging: Path, out: Path) -> Predictions:
     """Names the files, writes the manifest last, drops the scratch folder and moves the rest into place in one rename."""
+    reports = from_json(ScoreReport, json.loads((scoring.folder / "score.json").read_text()))
     named = []
-    for index, file in enumerate(files):
-        name = f"part-{index:05d}-of-{len(files):05d}.parquet"
-        (scoring.folder / file.path).rename(staging / name)
-        named.append(file.model_copy(update={"path": name}))
+    for index, report in enumerate(reports):
+        name = f"part-{index:05d}-of-{len(reports):05d}.parquet"
+        (scoring.folder / report.file.path).rename(staging / name)
+        named.append(report.file.model_copy(update={"path": name}))
     if encoded.dead_letter_files:
         (scoring.dataset / "dead_letters").rename(staging / "dead_letters")
     made = Predictions(

@@ -90,7 +90,7 @@ def run_score(scoring: Scoring, step: str, number: int, shard: Shard) -> Report 
     except UserError as error:
         return Failure(str(error))
     except OSError as error:
-        return Failure(f"{scoring.folder}: {one_line(error)}. Nothing was written.")
+        return Failure(f"{scoring.folder.parents[1]}: {one_line(error)}. Nothing was written.")
     return report
 
 
