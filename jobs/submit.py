@@ -1,6 +1,6 @@
 """jobs.submit: submits a job to this machine, Slurm or Kubernetes, and follows it. What it prints first is the id.
 
-  python -m jobs.submit train|search|preprocess|evaluate|explain|nightly|compare [cluster=NAME] [nodes=N …] KEY=VALUE …
+  python -m jobs.submit train|search|preprocess|evaluate|explain|predict|nightly|compare [cluster=NAME] [nodes=N …] KEY=VALUE …
   python -m jobs.submit list | status ID | logs ID [follow=true] [rank=N] | stop ID | resubmit ID
   python -m jobs.submit base FOLDER                                    a kustomize base of the demo's jobs
 

@@ -1,6 +1,6 @@
 """A schema without labels: for files that are to be scored, which know neither outcomes nor the columns of labels."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from features.errors import UserError
 from features.schema.expressions import columns_of
@@ -47,6 +47,29 @@ def without_labels(schema: Schema) -> Schema:
     whole = {key: getattr(schema, key) for key in ("fingerprint", "inputs_fingerprint", "kept")}
     part.__dict__ |= whole
     return part
+
+
+def for_scoring(schema: Schema, columns: Sequence[str], where: str) -> Schema:
+    """The same features for rows to be scored: it keeps the key and `columns`, and all rows are in the split `test`.
+
+    No row then lacks what decides its split, and rows stay in the order of the log. Its fingerprint is its own.
+
+    Args:
+        columns: raw, derived or added ones that are kept, in place of the schema's `keep`.
+        where: names these in errors.
+    Raises:
+        UserError: a column that does not exist, that a dataset cannot hold, or that rows to be scored lack.
+    """
+    key = schema.source.key
+    content = schema.model_dump(mode="json", exclude_unset=True)
+    content["keep"] = [*dict.fromkeys([*([key] if key else []), *columns])]
+    content["split"] = {"by": "row_index", "modulo": 1, "train": [], "test": [0]}
+    found = Schema.parse(content, where)
+    if lacking := [name for name in columns if name not in _known_kept(found)]:
+        raise UserError(
+            f"{where}: {lacking[0]} is of outcomes, labels or the weight alone, which rows to be scored lack: leave it out"
+        )
+    return found
 
 
 def check_past(schema: Schema) -> None:

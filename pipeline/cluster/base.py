@@ -55,6 +55,7 @@ JOBS: dict[str, JobKind] = {
     "preprocess": JobKind(gpus=False, writes_data=True),
     "evaluate": JobKind(launched=True),
     "explain": JobKind(),
+    "predict": JobKind(),
     "nightly": JobKind(),
     "compare": JobKind(),
 }

@@ -77,6 +77,12 @@ class Dataset:
         part.__dict__.pop("encoders", None)
         return part
 
+    def of(self, shards: list[Shard]) -> "Dataset":
+        """The same dataset with some of its shards."""
+        part = copy.copy(self)
+        part.manifest = self.manifest.model_copy(update={"shards": shards})
+        return part
+
     @cached_property
     def encoders(self) -> Encoders:
         """The encoders its rows went through; a vocabulary is read when its values are first used."""

@@ -162,7 +162,8 @@ class Scorer:
         file = evaluated.path(self.run, provenance, self.own_dataset)
         evaluated.write(Evaluated(metrics.frame(figures), provenance), file)
         if write_predictions:
-            predictions.write(frames, predictions.path(self.run, self.split, step), self.provenance(manifest.checksum))
+            rows = predictions.with_kept(pl.concat(frames), self.dataset, self.splits)
+            predictions.write(rows, predictions.path(self.run, self.split, step), self.provenance(manifest.checksum))
         names = self.ranker.fusion.gate_names(list(self.schema.tasks), self.ranker.fields)
         seconds = time.perf_counter() - begin
         return {

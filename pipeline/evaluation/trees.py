@@ -131,7 +131,7 @@ class _Splits:
         """Writes the test rows' predictions, and returns metrics and rows/s since `begin`."""
         columns = self.test.select("row_id", "weight", *(f"label.{task}" for task in self.schema.tasks))
         rows = columns.with_columns(pl.Series(f"logit.{task}", raw_N.astype(np.float32)) for task, raw_N in raw.items())
-        predictions.write([rows], file)
+        predictions.write(rows, file)
         seconds = time.perf_counter() - begin
         return {"metrics": _metrics(rows, self.schema), "rows_per_s": self.train.height / seconds}
 

@@ -152,7 +152,7 @@ class ModelWeights:
             def check() -> CheckpointManifest:
                 self.check_fits(step)
                 manifest = reading.enter_context(checkpoint.reading(path, self.rank, self.ranks))
-                self._check_encoders(path, manifest)
+                self.check_encoders(path, manifest)
                 return manifest
 
             manifest = gathered(check)[0] if self.ranks > 1 else check()
@@ -180,7 +180,8 @@ class ModelWeights:
         of_schema = {table.name: self.dataset.schema.table_of(table.feature_names[0]) for table in ranker.tables}
         return {name: self.needed[table] for name, table in of_schema.items() if table in self.needed}
 
-    def _check_encoders(self, path: Path, manifest: CheckpointManifest) -> None:
+    def check_encoders(self, path: Path, manifest: CheckpointManifest) -> None:
+        """Raises UserError unless the dataset has the encoders that a checkpoint was trained with."""
         if manifest.encoders != self.dataset.encoders_id:
             raise UserError(
                 f"{self.dataset.path} was encoded with {self.dataset.encoders_id}, {path} trained with "

@@ -5,12 +5,29 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from features.schema.splits import utc
 from pipeline.dataset.days import MissingDays, written_out
 from pipeline.ingest.files import UNPACK_RATIO
 from pipeline.ingest.state import Order
+
+
+def _iso(day: Any) -> Any:
+    """Only as 2026-11-07: 20261107 would be seconds since 1970."""
+    if isinstance(day, int) or (isinstance(day, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", day)):
+        raise ValueError(f"{day} is no date as YYYY-MM-DD: write {written_out(day)}")
+    return day
+
+
+def _mounted(out: Path) -> Path:
+    if re.match(r"\w+:/", str(out)):
+        raise ValueError(f"{out} is a URL: a dataset is written to a mounted file system, so give a path")
+    return out
+
+
+Day = Annotated[datetime.date | None, BeforeValidator(_iso)]
+LocalFolder = Annotated[Path, AfterValidator(_mounted)]
 
 
 class EncodersFrom(BaseModel):
@@ -64,8 +81,8 @@ class PreprocessConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     input: str
-    out: Path
-    date: datetime.date | None = None
+    out: LocalFolder
+    date: Day = None
     encoders: EncodersFrom = EncodersFrom()
     labels: Literal["required", "none"] = "required"
     state: StateFrom = StateFrom()
@@ -85,21 +102,6 @@ class PreprocessConfig(BaseModel):
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     min_joined: float = Field(0.5, ge=0, le=1)
     overwrite: bool = False
-
-    @field_validator("date", mode="before")
-    @classmethod
-    def _written_out(cls, day: Any) -> Any:
-        """Only as 2026-11-07: 20261107 would be seconds since 1970."""
-        if isinstance(day, int) or (isinstance(day, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", day)):
-            raise ValueError(f"{day} is no date as YYYY-MM-DD: write {written_out(day)}")
-        return day
-
-    @field_validator("out")
-    @classmethod
-    def _local(cls, out: Path) -> Path:
-        if re.match(r"\w+:/", str(out)):
-            raise ValueError(f"{out} is a URL: a dataset is written to a mounted file system, so give a path")
-        return out
 
     @property
     def folder(self) -> Path:

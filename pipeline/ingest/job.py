@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from features.errors import UserError, join_faults
@@ -35,6 +36,7 @@ from pipeline.ingest.progress import Progress
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
+from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
 
@@ -221,7 +223,8 @@ def _read_work(
                     f"{path}: column {min(both)} is also what the schema adds: rename the outcome, side table, counter or "
                     "derived column"
                 )
-        whole = is_log and isinstance(schema.split, RowIndexSplit)
+        # Of modulo 1 all rows are in one split, whatever their index.
+        whole = is_log and isinstance(schema.split, RowIndexSplit) and schema.split.modulo > 1
         for unit in units(files, options, config.unit_bytes, whole):
             snapshot = valid_from.get(stream, {}).get(unit.file.path)
             found.append(ReadWork(len(found), stream, unit, names[unit.file.path], snapshot))
@@ -304,7 +307,7 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
     """Runs all steps. Raises UserError for the first failure."""
     total = sum(each.unit.file.size for each in work if not each.unit.start)
     several = config.runner == "direct" and config.workers > 1
-    with workers.started(config.workers, job, work) if several else nullcontext():
+    with workers.started(config.workers, partial(run_step, job), "read", work) if several else nullcontext():
         from pipeline.ingest.runners import run_pipeline
 
         with Progress(job.progress, schedule.steps_of(job), total):

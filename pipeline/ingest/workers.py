@@ -9,17 +9,18 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any
 
-from pipeline.ingest.messages import Failure, Report, Work
-from pipeline.ingest.state import Job
-from pipeline.ingest.steps import run_step
+from pipeline.ingest.messages import Failure, Report
 from pipeline.malloc import release_memory, tune_malloc
 from pipeline.terminal import escape_output
+
+# Does a piece of a step's work, given the step, the number of the piece and the work. It is pickled once a worker.
+Do = Callable[[str, int, Any], Report | Failure]
 
 COMMAND = [sys.executable, "-m", "pipeline.ingest.workers"]
 RUNNING: list["Workers"] = []  # of the job in this process: Beam pickles its functions, which find them here
@@ -28,7 +29,7 @@ RUNNING: list["Workers"] = []  # of the job in this process: Beam pickles its fu
 class Workers:
     """Some processes, and a thread for each that waits for what it reports."""
 
-    def __init__(self, count: int, job: Job) -> None:
+    def __init__(self, count: int, do: Do) -> None:
         self.processes = [
             subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(count)
         ]
@@ -36,27 +37,27 @@ class Workers:
         for process in self.processes:
             self.idle.put(process)
         self.threads = ThreadPoolExecutor(count)
-        self.job = job
+        self.do = do
         self.begun: dict[tuple[str, int], Future[Report | Failure]] = {}
-        self.know_job: set[int] = set()
+        self.know_what_to_do: set[int] = set()
 
-    def submit(self, step: str, number: int, work: Work) -> Future[Report | Failure]:
+    def submit(self, step: str, number: int, work: object) -> Future[Report | Failure]:
         """Has the next idle process do a piece of a step's work, unless it was submitted before."""
         if (step, number) not in self.begun:
-            self.begun[step, number] = self.threads.submit(self._do, step, number, work)
+            self.begun[step, number] = self.threads.submit(self._have_done, step, number, work)
         return self.begun[step, number]
 
-    def _do(self, step: str, number: int, work: Work) -> Report | Failure:
+    def _have_done(self, step: str, number: int, work: object) -> Report | Failure:
         process = self.idle.get()
         try:
-            if process.pid not in self.know_job:
-                _send(process, self.job)
-                self.know_job.add(process.pid)
+            if process.pid not in self.know_what_to_do:
+                _send(process, self.do)
+                self.know_what_to_do.add(process.pid)
             _send(process, (step, number, work))
             report = _receive(process)
         except (EOFError, OSError):
             return Failure(
-                f"a worker process ended in step {step} ({_end_of(process)}). No dataset was written: run again, with fewer "
+                f"a worker process ended in step {step} ({_end_of(process)}). Nothing was written: run again, with fewer "
                 "workers or smaller unit_bytes and bucket_bytes if memory was short."
             )
         finally:
@@ -105,13 +106,13 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 @contextmanager
-def started(count: int, job: Job, first: Sequence[Work]) -> Iterator[None]:
-    """Worker processes, which RUNNING has meanwhile; they begin with the work of the step `read`, before Beam asks for it."""
-    workers = Workers(count, job)
+def started(count: int, do: Do, step: str, first: Sequence[object]) -> Iterator[None]:
+    """Worker processes, which RUNNING has meanwhile; they begin with the work of the first step, before Beam asks for it."""
+    workers = Workers(count, do)
     RUNNING.append(workers)
     try:
         for number, work in enumerate(first):
-            workers.submit("read", number, work)
+            workers.submit(step, number, work)
         yield
     finally:
         RUNNING.remove(workers)
@@ -126,14 +127,14 @@ def main() -> None:
     tune_malloc()
     last_step = ""
     try:
-        job = pickle.load(sys.stdin.buffer)
+        do = pickle.load(sys.stdin.buffer)
         while True:
             step, number, work = pickle.load(sys.stdin.buffer)
             if step != last_step:
                 release_memory()
                 last_step = step
             try:
-                report: object = run_step(job, step, number, work)
+                report: object = do(step, number, work)
             except Exception:  # a defect: raised where the job is, as text, since not every exception can be pickled
                 report = RuntimeError(f"in a worker process, step {step}: {traceback.format_exc()}")
             pickle.dump(report, reports)

@@ -88,6 +88,7 @@ def test_the_generated_streams_become_impressions_with_outcomes(tmp_path: Path) 
     schema, text = drafted(tmp_path, folder)
     source = schema["source"]
     assert (source["files"], source["key"]) == ("impressions-{date}.csv", "impression_id")
+    assert schema["keep"] == ["impression_id"]
     assert {n: (o["files"], o["key"], o["time"]) for n, o in source["outcomes"].items()} == {
         "click": ("clicks-{date}.csv", "impression_id", "click_time"),
         "conversion": ("conversions-{date}.csv", "impression_id", "conversion_time"),

@@ -115,7 +115,7 @@ def test_a_worker_that_is_killed_ends_the_job_in_one_line(small_log, small_conte
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
     message = refused(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
     assert message.startswith(
-        "a worker process ended in step read (signal 9). No dataset was written: run again, with fewer "
+        "a worker process ended in step read (signal 9). Nothing was written: run again, with fewer "
     )
     assert not workers.RUNNING
 
@@ -127,7 +127,7 @@ def test_a_worker_that_lives_and_sends_no_report_ends_the_job_in_one_line(
     script = "import sys\nprint('hello', flush=True)\nsys.stdin.read()"
     monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
     message = refused(small_log, tmp_path / "out", small_content(), workers=2, **SIZES)
-    assert message.startswith("a worker process ended in step read (signal 9). No dataset was written: run again")
+    assert message.startswith("a worker process ended in step read (signal 9). Nothing was written: run again")
     assert not workers.RUNNING
 
 

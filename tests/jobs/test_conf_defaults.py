@@ -17,6 +17,7 @@ from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.relabel import RelabelConfig
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.release.config import NightlyConfig
+from pipeline.release.predict.config import PredictConfig
 from pipeline.search.config import SearchConfig
 from pipeline.synthetic.event_log import LogConfig
 from pipeline.synthetic.ratings_log import RatingsConfig
@@ -31,6 +32,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "generate_ratings": RatingsConfig,
     "nightly": NightlyConfig,
     "plan": PlanConfig,
+    "predict": PredictConfig,
     "preprocess": PreprocessConfig,
     "relabel": RelabelConfig,
     "search": SearchConfig,

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,7 +121,7 @@ def test_links_that_appear_once_a_run_is_open_are_not_followed(tmp_path, outside
     assert "link" in refused(lambda: list(read_lines(run.eval_metrics)))
     assert "link" in refused(lambda: records.latest(run, "test", "d"))
     assert "link" in refused(run.status)
-    assert "is a link" in refused(lambda: predictions.write([], predictions.path(run, "test", 1)))
+    assert "is a link" in refused(lambda: predictions.write(pl.DataFrame(), predictions.path(run, "test", 1)))
     run.write_status("training", 1, 2)  # takes the link's place
     assert run.status().step == 1
 

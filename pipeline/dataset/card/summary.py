@@ -32,6 +32,11 @@ def summary(manifest: Manifest, card: dict[str, Any]) -> list[str]:
     return [printable(line) for line in lines]
 
 
+def summary_of_scored(manifest: Manifest) -> list[str]:
+    """The lines of rows that were scored: where they went, bad ones, and warnings."""
+    return [printable(line) for line in (*_impressions(manifest, "scored"), *_bad_rows(manifest), *_warnings(manifest))]
+
+
 def _splits(manifest: Manifest) -> Iterator[str]:
     """Rows of each split, and the mean of its labels."""
     for split, rows in manifest.rows.items():
@@ -43,12 +48,12 @@ def _splits(manifest: Manifest) -> Iterator[str]:
         yield f"{split:5}  {rows:>10,} rows   mean label: {rates or '-'}"
 
 
-def _impressions(manifest: Manifest) -> Iterator[str]:
+def _impressions(manifest: Manifest, what: str = "in splits") -> Iterator[str]:
     """Where the rows that were read went."""
     bad = _bad_of(manifest, "impressions")
     left_out = "".join(f", {rows:,} left out ({rule})" for rule, rows in manifest.left_out.items() if rows)
     rows = sum(manifest.rows.values())
-    yield f"impressions: {manifest.read.get('impressions', 0):,} rows read, {rows:,} in splits{left_out}, {bad:,} bad"
+    yield f"impressions: {manifest.read.get('impressions', 0):,} rows read, {rows:,} {what}{left_out}, {bad:,} bad"
 
 
 def _outcomes(manifest: Manifest) -> Iterator[str]:

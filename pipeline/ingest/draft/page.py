@@ -57,6 +57,8 @@ def written(
         moments = roles.event_time.moments
         page.entry(1, "event_time", roles.event_time.name, moments.words if moments else None)
     page.entry(1, "split", division.settings, division.why)
+    if roles.key:
+        page.entry(1, "keep", [roles.key.name], "so that a prediction says of which row it is")
     _left_out(page, roles, features, others)
     return page
 

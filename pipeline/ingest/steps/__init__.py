@@ -46,5 +46,5 @@ def run_step(job: Job, step: str, number: int, work: Work) -> Report | Failure:
     except UserError as error:
         return Failure(str(error))
     except OSError as error:
-        return Failure(f"{job.staging.parent}: {one_line(error)}. No dataset was written.")
+        return Failure(f"{job.staging.parent}: {one_line(error)}. Nothing was written.")
     return report

@@ -1,0 +1,1 @@
+"""Raw logs without labels to Parquet files of predictions."""
