@@ -41,7 +41,7 @@ import serving_server as server
 import torch
 from pipeline.serving.scorer import Scorer
 from serving_contenders import Scores, lightgbm, one_thread, rechub
-from serving_workload import Workload, prepare
+from serving_workload import FORMATS, Workload, prepare
 from tabulate import tabulate
 from train_runs import RESULTS, machine
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/serving"))
     parser.add_argument("--dataset", type=Path, help="of the census, instead of one of the benchmark's own")
     parser.add_argument("--run", type=Path, help="of adatt on it, instead of one of the benchmark's own")
-    parser.add_argument("--formats", nargs="+", default=["fp32", "fp16", "int8", "int4"])
+    parser.add_argument("--formats", nargs="*", default=FORMATS, help="of tables")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--calls", type=int, default=100, help="of a size in a round")
@@ -86,13 +86,14 @@ def main(arguments: list[str] | None = None) -> None:
         work.package(form)
     os.sched_setaffinity(0, {cores[0]})
     tune_malloc()
+    form = [*options.formats, "fp32"][0]
     parts: dict[str, Callable[[], Found]] = {
         "latency": partial(latency, work, options),
         "quality": partial(quality, work, options.formats),
         "size": partial(sizes, work, options.formats),
-        "start": partial(server.starts, work, options.formats[0]),
+        "start": partial(server.starts, work, form),
         "load": partial(server.load_tests, work, options, (cores[0], cores[-1])),
-        "profile": partial(profile, work, options.formats[0]),
+        "profile": partial(profile, work, form),
     }
     file = RESULTS / "serving.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
