@@ -2,6 +2,7 @@
 
 # Shapes: B rows, F features of one id, V ids of all lists of a feature, D dense columns.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,15 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.dense_BD)
 
+    def slice(self, first: int, last: int) -> "Encoded":
+        """Rows `first` to `last`, the latter exclusive."""
+        lists = {}
+        for name, (id_V, length_B) in self.lists.items():
+            start = int(length_B[:first].sum())
+            length_b = length_B[first:last]
+            lists[name] = Lists(id_V[start : start + int(length_b.sum())], length_b)
+        return Encoded(self.id_BF[first:last], lists, self.dense_BD[first:last])
+
 
 def encoded(columns: pa.Table, schema: Schema) -> Encoded:
     """Rows of a dataset, or of `Encoders.encode`; of their columns only those of features are read."""
@@ -57,6 +67,17 @@ def encoded(columns: pa.Table, schema: Schema) -> Encoded:
         lists=lists,
         dense_BD=_tensor(np.column_stack(numbers) if numbers else np.zeros((rows, 0), np.float32)),
     )
+
+
+def concatenated(parts: Sequence[Encoded]) -> Encoded:
+    """The rows of several, one after the other; of at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    lists = {
+        name: Lists(*(torch.cat([part.lists[name][place] for part in parts]) for place in (0, 1)))
+        for name in parts[0].lists
+    }
+    return Encoded(torch.cat([part.id_BF for part in parts]), lists, torch.cat([part.dense_BD for part in parts]))
 
 
 def _tensor(values: np.ndarray) -> Tensor:
