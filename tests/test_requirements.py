@@ -96,7 +96,15 @@ def test_one_version_of_a_package_in_all_files() -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        (CPU, [*(d for d in DEPENDENCIES if not d.startswith("fbgemm-gpu>")), *EXTRAS["cpu"], *EXTRAS["s3"], *EXTRAS["serve"]]),
+        (
+            CPU,
+            [
+                *(d for d in DEPENDENCIES if not d.startswith("fbgemm-gpu>")),
+                *EXTRAS["cpu"],
+                *EXTRAS["s3"],
+                *EXTRAS["serve"],
+            ],
+        ),
         (GPU, [*DEPENDENCIES, *EXTRAS["s3"], *EXTRAS["serve"]]),
         (BENCH, EXTRAS["bench"]),
         (BUILD, [*PROJECT["build-system"]["requires"], "pip"]),
