@@ -138,10 +138,11 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None, redoc_url=None, openapi_url=None,
     )  # fmt: skip
     app.add_api_route("/score", service.score, methods=["POST"], openapi_extra=BODIES, response_model=None)
-    for path, route in (("/healthz", service.healthz), ("/model", service.model), ("/metrics", service.figures)):
-        app.add_api_route(path, route, response_model=None)
-    for path, route in (("/openapi.json", service.openapi), ("/docs", service.docs)):
-        app.add_api_route(path, route, include_in_schema=False)
+    app.add_api_route("/healthz", service.healthz, response_model=None)
+    app.add_api_route("/model", service.model, response_model=None)
+    app.add_api_route("/metrics", service.figures, response_model=None)
+    app.add_api_route("/openapi.json", service.openapi, include_in_schema=False)
+    app.add_api_route("/docs", service.docs, include_in_schema=False)
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(UserError, unavailable)
     app.add_exception_handler(HTTPException, unknown)
