@@ -148,7 +148,7 @@ class Packages:
 
     def start(self) -> None:
         """Loads the first package, then looks for others. Raises UserError where it cannot be loaded."""
-        self._take_over(self.load(self.find()))
+        self.take_over(self.load(self.find()))
         self.thread.start()
 
     def close(self) -> None:
@@ -186,14 +186,14 @@ class Packages:
             self.failed = (checksum, time.monotonic())
             self.metrics.failures.inc()
             return self._report(one_line(error))
-        self._take_over(loaded)
+        self.take_over(loaded)
         return None
 
     def _watch(self) -> None:
         while not self.ended.wait(self.settings.poll_s):
             self.poll()
 
-    def _take_over(self, loaded: Loaded) -> None:
+    def take_over(self, loaded: Loaded) -> None:
         earlier, self.current = self.current, loaded
         model = loaded.scorer.manifest.model
         self.metrics.step.set(model.step)
