@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -22,12 +23,14 @@ from features.fit.fitted_files import (
     vocabulary_file,
 )
 from features.fit.label_scale import LabelScale, scale_entry
-from features.fit.statistics import Statistics
 from features.hashing import hash_strings
 from features.kinds.bins import bin_edges
 from features.kinds.moments import Moments
 from features.kinds.values import float64
 from features.schema.schema import Schema
+
+if TYPE_CHECKING:  # it needs datasketches, which encoding does not
+    from features.fit.statistics import Statistics
 
 MISSING, UNKNOWN = 0, 1  # the first ids of every table; tables of hash buckets and bins have no unknown values
 UNKNOWN_SEED = 3  # of the hash that gives unknown values their ids; others than the buckets of hash tables
@@ -63,7 +66,7 @@ class Encoders:
 
     @classmethod
     def fit(
-        cls, schema: Schema, statistics: Statistics, counter_means: Mapping[str, float] | None = None
+        cls, schema: Schema, statistics: "Statistics", counter_means: Mapping[str, float] | None = None
     ) -> "Encoders":
         """Chooses each vocabulary: the most frequent values first, ties by value, so that a refit is identical."""
         vocabularies, counts = {}, {}
