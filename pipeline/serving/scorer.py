@@ -5,10 +5,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from torch import Tensor
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
+from pipeline.serving.deltas import check_base
 from pipeline.serving.encoded import Encoded
+from pipeline.serving.given import Rows
 from pipeline.serving.manifest import ENCODERS, HINT, SCHEMA, Manifest, check_files, read_manifest
 from pipeline.serving.program import load_program
 from pipeline.serving.requests import Requests
@@ -24,15 +25,13 @@ from pipeline.serving.tables import Tables
 
 CHUNK = 8192  # rows that are scored at once: their embeddings and activations stay within tens of MB
 
-Rows: TypeAlias = pa.Table | pa.RecordBatch | pl.DataFrame | Sequence[Mapping[str, Any]]
-
 
 @dataclass(frozen=True)
 class Scorer:
     """The model of a package. Every method may be called by several threads at a time.
 
     Attributes:
-        manifest: of the package; `manifest.model` says which checkpoint it is.
+        manifest: of the package, of a delta that of the package it makes; `manifest.model` says which checkpoint it is.
         requests, tables, program: its parts: rows to ids and numbers, ids to embeddings, both to logits.
     """
 
@@ -60,36 +59,21 @@ class Scorer:
         Raises:
             UserError: a package that is missing, damaged, of another version, or does not fit together; another base.
         """
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        delta = None
-        if (manifest.base is None) != (base is None):
-            raise UserError(
-                f"{folder} changes the package {manifest.base.package}: name that one's folder as well, base=FOLDER"
-                if manifest.base
-                else f"{folder} is a whole package, which has no base. Leave base out."
-            )
-        if check:
-            check_files(folder, manifest)
-        whole, whole_manifest = folder, manifest
-        if base is not None and manifest.base is not None:
-            whole, delta = Path(base), (folder, manifest)
-            whole_manifest = read_manifest(whole)
-            if whole_manifest.checksum != manifest.base.package:
-                raise UserError(
-                    f"{folder} changes the package {manifest.base.package}, {whole} is {whole_manifest.checksum}. "
-                    "Name the one that it was exported against."
-                )
-            if check:
-                check_files(whole, whole_manifest)
+        sources = _sources(Path(path), None if base is None else Path(base))
+        (folder, manifest), (whole, whole_manifest) = sources[-1], sources[0]
+        for source in sources if check else []:
+            check_files(*source)
         schema = read_schema(folder, manifest)
         encoders = Encoders.load(folder / ENCODERS, schema)
         found = cls(
-            manifest,
+            manifest.whole() if manifest.base else manifest,
             Requests(schema, encoders),
-            Tables.open(whole, whole_manifest, delta),
+            Tables.open(whole, whole_manifest, (folder, manifest) if manifest.base else None),
             load_program(folder, manifest, compiled),
         )
+        for source in sources:
+            if read_manifest(source[0]) != source[1]:
+                raise UserError(f"{source[0]} was replaced by another package while it was loaded. Load it again.")
         if warm_up:
             found.warm_up(warm_up)
         return found
@@ -100,6 +84,7 @@ class Scorer:
         Raises:
             UserError: a prediction is not finite.
         """
+        self.requests.warm_up()
         row = dict.fromkeys(self.requests.columns[:1])
         for number in {1, rows}:
             for task, value_B in self.score([row] * number).items():
@@ -109,16 +94,19 @@ class Scorer:
                         "row is not finite. Export another checkpoint."
                     )
 
-    def score(self, rows: Rows, user: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+    def score(
+        self, rows: Rows, user: Mapping[str, Any] | None = None, where: str = "rows", extra: bool = False
+    ) -> dict[str, np.ndarray]:
         """Predictions of each task, float32 [B]: the probability of a binary one, in the label's unit of a regression.
 
         Args:
             rows: raw values by the columns of `requests.columns`, as in the log; what a row lacks is missing.
-            user: values that all rows share, for columns that no row has.
+            user: values that all rows share, for columns that no row has. where: what the rows are called in errors.
+            extra: ignore columns that the schema does not have.
         Raises:
             UserError: a value that its column cannot have, an unknown column.
         """
-        return self.predictions(self.score_encoded(self.requests.encode(rows, user)))
+        return self.predictions(self.score_encoded(self.requests.encode(rows, user, where, extra)))
 
     def score_encoded(self, rows: Encoded) -> Tensor:
         """logit_BT of encoded rows: of a regression the prediction itself."""
@@ -137,7 +125,7 @@ class Scorer:
         }
 
     def batches(self, batches: Iterable[pa.RecordBatch], keep: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
-        """Predictions of Arrow batches: of each one with its columns `keep`, then a float32 column a task.
+        """Predictions of Arrow batches: of each one its columns `keep`, then a float32 column a task; others are ignored.
 
         Raises:
             UserError: as `score`; a column of `keep` that is missing, or has the name of a task.
@@ -148,8 +136,24 @@ class Scorer:
             if absent := [name for name in keep if name not in batch.schema.names]:
                 raise UserError(f"keep: the batch has no column {absent[0]}")
             kept = {name: batch.column(name) for name in keep}
-            scored = {task: pa.array(value_B) for task, value_B in self.score(batch).items()}
+            scored = {task: pa.array(value_B) for task, value_B in self.score(batch, extra=True).items()}
             yield pa.RecordBatch.from_pydict(kept | scored)
+
+
+def _sources(folder: Path, base: Path | None) -> list[tuple[Path, Manifest]]:
+    """A package's folder and manifest; of a delta after those of its base. Raises UserError where they do not fit."""
+    manifest = read_manifest(folder)
+    if (manifest.base is None) != (base is None):
+        raise UserError(
+            f"{folder} is a whole package, which has no base. Leave base out."
+            if manifest.base is None
+            else f"{folder} changes the package {manifest.base.package[:16]}: give that one's folder as well, base=FOLDER"
+        )
+    if base is None:
+        return [(folder, manifest)]
+    whole = read_manifest(base)
+    check_base(whole, folder, manifest)
+    return [(base, whole), (folder, manifest)]
 
 
 def read_schema(folder: Path, manifest: Manifest) -> Schema:

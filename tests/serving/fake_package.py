@@ -18,11 +18,11 @@ from pipeline.serving.scorer import Scorer
 class FakeRequests:
     columns = ("x", "u")
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], user: Mapping[str, Any] | None = None) -> Encoded:
+    def encode(self, rows: Sequence[Mapping[str, Any]], user: Mapping[str, Any] | None, where: str) -> Encoded:
         found = [{**(user or {}), **row} for row in rows]
         for place, row in enumerate(found):
             if not isinstance(row.get("x", 0.0), (int, float)):
-                raise RowError(place, "x", f"{row['x']!r} is not a number")
+                raise RowError(place, "x", f"{row['x']!r} is not a number", where)
         x_B1 = torch.tensor([[float(row.get("x", 0)) + float(row.get("u", 0))] for row in found]).reshape(-1, 1)
         return Encoded(torch.zeros(len(rows), 0, dtype=torch.int64), {}, x_B1)
 

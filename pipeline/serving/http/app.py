@@ -21,7 +21,6 @@ from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Loaded, Packages
 from pipeline.serving.http.pages import page, schemas
-from pipeline.serving.row_error import RowError
 
 PATHS = ("/score", "/healthz", "/metrics", "/model", "/openapi.json", "/docs")
 BODIES = {
@@ -103,7 +102,7 @@ class Service:
         except TimeoutError:
             raise RefusedError(504, f"no answer within {timeout_s:g} s (timeout_s)") from None
         except UserError as error:
-            raise RefusedError(422, reason(error)) from None
+            raise RefusedError(422, printable(str(error)[:1000])) from None
         return answer(
             {"model": loaded.identity, "scores": {task: value_B.tolist() for task, value_B in scores.items()}}
         )
@@ -178,13 +177,6 @@ async def unknown(_: Request, error: Any) -> Response:
 async def defect(_: Request, __: Any) -> Response:
     """The answer where this program fails; uvicorn logs the traceback."""
     return answer({"error": "a defect of the server, which its log has"}, 500)
-
-
-def reason(error: UserError) -> str:
-    """Why a request is refused: its rows are called candidates."""
-    if isinstance(error, RowError) and error.where == "rows":
-        error = error.at(error.row, "candidates")
-    return printable(str(error)[:1000])
 
 
 def answer(content: Any, status: int = 200, headers: Any = None) -> Response:

@@ -136,7 +136,7 @@ def answer(loaded: Loaded, batch: Sequence[Work], metrics: Metrics) -> list[Answ
     encoded = {}
     for place, work in enumerate(batch):
         try:
-            encoded[place] = scorer.requests.encode(work.rows, work.user)
+            encoded[place] = scorer.requests.encode(work.rows, work.user, where="candidates")
         except UserError as error:
             answers[place] = error
     if encoded:

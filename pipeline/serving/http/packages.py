@@ -171,7 +171,7 @@ class Packages:
         """Loads what should serve, where that is something else, and lets it take over. Never raises."""
         try:
             wanted = self.find()
-            checksum = wanted.manifest.checksum
+            checksum = (wanted.manifest.whole() if wanted.base else wanted.manifest).checksum
             if self.current and checksum == self.current.scorer.manifest.checksum:
                 return self._report(None)
             if self.failed and self.failed[0] == checksum and time.monotonic() - self.failed[1] < RETRY_S:
@@ -194,6 +194,7 @@ class Packages:
             self.poll()
 
     def take_over(self, loaded: Loaded) -> None:
+        """Lets a package serve from the next batch of requests on."""
         earlier, self.current = self.current, loaded
         model = loaded.scorer.manifest.model
         self.metrics.step.set(model.step)
