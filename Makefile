@@ -122,14 +122,14 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 OMIT = sed -nE 's/^($(1))==.*/--no-emit-package \1/p' requirements-gpu.txt requirements-cpu.txt
 
 lock:
-	$(COMPILE) pyproject.toml --extra s3 -o requirements-gpu.txt
+	$(COMPILE) pyproject.toml --extra s3 --extra serve -o requirements-gpu.txt
 	awk '/^[a-z]/ {cuda = /^(cuda|nvidia|torch==|triton)/} /^#/ || cuda' requirements-gpu.txt > requirements-cuda.txt
-	$(COMPILE) pyproject.toml --extra s3 --extra cpu -c requirements-gpu.txt \
+	$(COMPILE) pyproject.toml --extra s3 --extra serve --extra cpu -c requirements-gpu.txt \
 		$$($(call OMIT,(cuda|nvidia|triton)[a-z0-9-]*|fbgemm-gpu|torch)) -o requirements-cpu.txt
 	sed '/^#/d; s/+cpu//' requirements-torch-cpu.txt >> requirements-cpu.txt
-	$(COMPILE) pyproject.toml --extra s3 --extra cpu --extra test -c requirements-gpu.txt -c requirements-cpu.txt \
+	$(COMPILE) pyproject.toml --extra s3 --extra serve --extra cpu --extra test -c requirements-gpu.txt -c requirements-cpu.txt \
 		$$($(call OMIT,[a-z0-9-]+)) -o requirements-test.txt
-	$(COMPILE) pyproject.toml --extra s3 --extra cpu --extra bench -c requirements-gpu.txt -c requirements-cpu.txt \
+	$(COMPILE) pyproject.toml --extra s3 --extra serve --extra cpu --extra bench -c requirements-gpu.txt -c requirements-cpu.txt \
 		$$($(call OMIT,[a-z0-9-]+)) -o tests/benchmarks/requirements.txt
 	printf '%s\n' pip 'setuptools>=77' | $(COMPILE) - -c requirements-gpu.txt -o requirements-build.txt
 

@@ -48,7 +48,9 @@ class StoredTable(Strict):
     Attributes:
         file: of all tables of one width. first: the row of this file with which it begins. rows: how many are stored.
         dim: numbers of a row. num_embeddings: of the model's table: ids are below it.
-        kept: a file of the ids whose rows are stored, ascending int64; None: all. Ids without a row are zeros.
+        kept: where rows are left out, a file that all such tables of `file` share, int64: of its rows, from the first on, their
+            ids, to which `num_embeddings` of all such tables before are added, so that they ascend; None: all rows are stored.
+            The embedding of an id without a row is 0.
         ids: of a managed table a file of its map, int64 id_SW (models.id_map); None for other tables.
     """
 
@@ -83,7 +85,7 @@ class StoredFile(Strict):
 
 
 class Base(Strict):
-    """The package that a delta is applied to: its checkpoint, and the checksum of its manifest's content."""
+    """The package that a delta is applied to: its checkpoint, and `checksum` of its manifest."""
 
     step: Count
     checkpoint: Text
@@ -100,7 +102,10 @@ class Manifest(Strict):
         tables, lookups, sets: how embedding_BE is made (pipeline.serving.tables); sets: S of models.ranker.
         dense_width: D of dense_BD. compiled: whether there is a COMPILED program beside DENSE.
         metrics: of the checkpoint: per split, task and metric. tolerances: measured differences to the checkpoint, by name.
-        files: each with its size and checksum. base: of a delta, the package that it changes; None for a whole package.
+        files: each with its size and checksum.
+        base: of a delta, the package that it changes; None for a whole package. Of a file NAME.bin of tables with a NAME.rows
+            beside it, a delta has some rows: their places in the whole file, ascending int64. Others are whole, or the base's.
+        result: of a delta, `files` of the package that it makes of its base.
         checksum: of all other fields.
     """
 
@@ -118,7 +123,13 @@ class Manifest(Strict):
     tolerances: dict[str, FiniteFloat] = {}
     files: dict[FileName, StoredFile] = {}
     base: Base | None = None
+    result: dict[FileName, StoredFile] = {}
     checksum: str = ""
+
+    def whole(self) -> "Manifest":
+        """Of a delta, the manifest of the package that it makes of its base."""
+        files = {name: self.result[name] for name in sorted(self.result)}
+        return self.model_copy(update={"base": None, "result": {}}).sealed(files)
 
     def sealed(self, files: dict[str, StoredFile]) -> "Manifest":
         """The same with its files and its checksum."""

@@ -18,6 +18,7 @@ from pipeline.evaluation.relabel import RelabelConfig
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.release.config import NightlyConfig
 from pipeline.search.config import SearchConfig
+from pipeline.serving.http.config import ServeConfig
 from pipeline.synthetic.event_log import LogConfig
 from pipeline.synthetic.ratings_log import RatingsConfig
 from pipeline.training.config import TrainConfig
@@ -34,6 +35,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "preprocess": PreprocessConfig,
     "relabel": RelabelConfig,
     "search": SearchConfig,
+    "serve": ServeConfig,
     "submit": Submit,
     "train": TrainConfig,
 }

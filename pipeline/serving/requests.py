@@ -1,0 +1,271 @@
+"""Rows of a request to ids and numbers, as jobs.preprocess encodes a log."""
+
+# Shapes: B rows, V values.
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from features.errors import UserError, did_you_mean
+from features.fit.encoders import Encoders
+from features.kinds.categorical import Categorical
+from features.kinds.dense import Dense
+from features.kinds.values import LARGEST
+from features.parse.raw import list_columns
+from features.schema.expressions import columns_of
+from features.schema.schema import Schema
+from features.source import RawType
+from pipeline.serving.encoded import Encoded, Parts
+from pipeline.serving.exact import Exact
+from pipeline.serving.given import Column, Given, Rows, plain, table_of, values_of
+from pipeline.serving.memo import Memo
+from pipeline.serving.row_error import RowError
+from pipeline.serving.values import column_of
+
+REMEMBERED = 1 << 18  # values of all columns: at most some 100 bytes each, and 256 characters
+MOST_PLANS = 256
+USER = "user"
+
+
+@dataclass
+class Plan:
+    """How some features are encoded.
+
+    Attributes:
+        ids: memo, column and features of it. numbers: column and features. rest: features that are encoded the exact way.
+    """
+
+    ids: list[tuple[Memo, str, list[str]]] = field(default_factory=list)
+    numbers: list[tuple[str, list[str]]] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+
+
+class Requests:
+    """Encodes requests: rows of candidates, and what is the same for all of them. Threads may share it.
+
+    A column that a row lacks is missing, as in training; of a history or counter it is as with an empty past. Labels, outcomes,
+    the weight, keys of splits and row ids are not needed; where they are given they are not read.
+
+    Attributes:
+        columns: that a row may have: raw ones, those that side tables and counters add, and histories (items, latest first).
+    """
+
+    def __init__(self, schema: Schema, encoders: Encoders) -> None:
+        self.schema, self._encoders, self._exact = schema, encoders, Exact(schema, encoders)
+        self._types: dict[str, RawType] = self._exact.columns
+        self.columns = list(self._types)
+        self._lists = _lists(schema, self._exact)
+        self._absent = {name: self._exact.absent(name, 1)[0].as_py() for name in schema.source.counters}
+        self._defaults = {name: text for name in self.columns if (text := self._exact.default(name)) is not None}
+        self._unread = {*schema.raw_columns, *(schema.source.columns or ()), *schema.source.optional}
+        self._unread |= schema.outcome_columns.keys()
+        self._memos: dict[tuple[str, str], Memo] = {}
+        direct = [name for name in schema.single if self._is_id(name)]
+        for name in direct:
+            exact = partial(self._exact_ids, name)
+            self._memos.setdefault(self._place(name), Memo(exact, max(1024, REMEMBERED // len(direct))))
+        self._plans: dict[tuple[frozenset[str], frozenset[str] | None], tuple[Plan, Plan, list[str]]] = {}
+
+    def encode(
+        self, rows: Rows, user: Mapping[str, Any] | None = None, where: str = "rows", extra: bool = False
+    ) -> Encoded:
+        """Encodes rows.
+
+        Args:
+            rows: a mapping each, or a table; None and null are missing values.
+            user: columns that are the same for all rows. where: what the rows are called in errors.
+            extra: ignore columns that the schema does not have.
+        Raises:
+            RowError: naming the row and the field.
+            UserError: a column is given for rows and user both, or none that is read is there.
+        """
+        try:
+            given = self._given(rows, extra)
+        except RowError as error:
+            raise error.at(error.row, where) from None
+        same = Given({}, 1) if user is None else self._of_user(user, extra)
+        names = frozenset(given.columns), frozenset(same.columns) if user is not None else None
+        if both := sorted(names[0] & (names[1] or set())):
+            raise UserError(f"{both[0]} is given in user and in {where}: leave it out of one of them")
+        if given.rows and not (names[0] or names[1]):
+            raise UserError(f"{where}: none has a column that is read, such as {', '.join(self.columns[:10])}")
+        of_rows, of_user, mixed = self._plan(*names)
+        try:
+            parts = self._parts(of_user, same).repeated(given.rows)
+            given.columns |= {column: same.columns[column].repeated(given.rows) for column in mixed}
+        except RowError as error:
+            raise error.at(None, USER) from None
+        try:
+            parts.add(self._parts(of_rows, given))
+        except RowError as error:
+            raise error.at(None, USER) if error.field in mixed else error.at(error.row, where) from None
+        return parts.encoded(self.schema, given.rows)
+
+    def warm_up(self, most: int = 1000) -> None:
+        """Encodes the most frequent values of each vocabulary, which are then known."""
+        for (_, table), memo in self._memos.items():
+            if self.schema.all_tables[table].counted:
+                try:
+                    memo.ids(self._encoders.vocabularies[table].slice(0, most))
+                except RowError:  # a text that its column cannot have, as where others share the table
+                    continue
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """A JSON schema of each column, for OpenAPI: any may be left out, or null."""
+        found = {}
+        for name, kind in self._types.items():
+            features = [feature for feature, read in self._exact.reads.items() if name in read]
+            types = ["number", "string"] if kind != "string" else ["string", "integer", "number", "boolean"]
+            content: dict[str, Any] = {"type": [*types, "null"]}
+            if name in self._lists:
+                content = {"type": [*types, "array", "null"], "items": {"type": [*types, "null"]}}
+            found[name] = content | {"description": f"Read by {', '.join(features)}."}
+        return found
+
+    def _of_user(self, user: Mapping[str, Any], extra: bool) -> Given:
+        try:
+            return self._given([user], extra)
+        except RowError as error:
+            raise error.at(None, USER) from None
+
+    def _given(self, rows: Rows, extra: bool) -> Given:
+        """The columns that are read of rows in any form."""
+        if not isinstance(rows, Sequence):
+            table = table_of(rows)
+            self._check_names(table.column_names, None, extra)
+            columns = {c: Column(None, plain(table[c])) for c in table.column_names if c in self._types}
+            return Given(columns, table.num_rows)
+        values, found = values_of(rows, self._absent), {}
+        if unknown := values.keys() - self._types.keys():
+            for row, each in enumerate(rows):
+                self._check_names(unknown & each.keys(), row, extra)
+        for name in values.keys() - unknown:
+            of_rows = values[name]
+            if name in self._defaults:
+                of_rows = [self._defaults[name] if value is None else value for value in of_rows]
+            make = partial(column_of, name, of_rows, self._types[name], self._lists.get(name))
+            found[name] = Column(of_rows, make=make)
+        return Given(found, len(rows))
+
+    def _check_names(self, names: Iterable[str], row: int | None, extra: bool) -> None:
+        """Raises RowError for a column that is not there, or is computed from others."""
+        derived = self.schema.source.derived
+        for name in names:
+            if name in self._types or name in self._unread:
+                continue
+            if name in derived:
+                read = ", ".join(columns_of(derived[name]))
+                raise RowError(row, name, f"is computed from {read}: give these in place of it")
+            if not extra:
+                raise RowError(row, name, f"is no column of the schema{did_you_mean(name, self.columns)}")
+
+    def _plan(self, rows: frozenset[str], user: frozenset[str] | None) -> tuple[Plan, Plan, list[str]]:
+        """Plans of the features of rows and of the user, by the columns given; and the user's columns that the former read."""
+        if (found := self._plans.get((rows, user))) is None:
+            reads = self._exact.reads
+            of_rows = [name for name, read in reads.items() if user is None or rows & {*read}]
+            mixed = {column for name in of_rows for column in reads[name]} & (user or set())
+            of_user = [name for name in reads if name not in {*of_rows}]
+            found = self._planned(of_rows), self._planned(of_user), sorted(mixed)
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[rows, user] = found
+        return found
+
+    def _planned(self, names: Iterable[str]) -> Plan:
+        plan = Plan()
+        ids, numbers = dict[tuple[str, str], list[str]](), dict[str, list[str]]()
+        for name in names:
+            if self._is_id(name):
+                ids.setdefault(self._place(name), []).append(name)
+            elif self._is_number(name):
+                numbers.setdefault(self._exact.reads[name][0], []).append(name)
+            else:
+                plan.rest.append(name)
+        plan.ids = [(self._memos[place], place[0], found) for place, found in ids.items()]
+        plan.numbers = list(numbers.items())
+        return plan
+
+    def _is_id(self, name: str) -> bool:
+        """Whether a feature is an id that depends on one value of a log or side table."""
+        feature = self.schema.features[name]
+        made = self.schema.source.derived.keys() | self.schema.added_columns.keys()
+        return (
+            type(feature) is Categorical
+            and not feature.binned(self.schema)
+            and feature_column(feature, name) not in made
+        )
+
+    def _is_number(self, name: str) -> bool:
+        """Whether a feature is made of one number, as it is."""
+        feature = self.schema.features[name]
+        numeric = type(feature) is Dense or (type(feature) is Categorical and feature.binned(self.schema))
+        return numeric and self.schema.raw[name].column not in self.schema.source.derived
+
+    def _place(self, name: str) -> tuple[str, str]:
+        return self._exact.reads[name][0], self.schema.table_of(name)
+
+    def _parts(self, plan: Plan, given: Given) -> Parts:
+        """Features of rows. Raises RowError."""
+        parts, rest = Parts(), list(plan.rest)
+        columns = given.columns
+        for memo, name, features in plan.ids:
+            column = columns.get(name) or self._column(name, given.rows)
+            id_B = memo.of_texts(column.values) if column.values is not None else None
+            id_B = memo.ids(column.array) if id_B is None else id_B
+            parts.id_B |= dict.fromkeys(features, id_B)
+        for name, features in plan.numbers:
+            column = columns.get(name) or self._column(name, given.rows)
+            x_B = _numbers(column.array, self._types[name])
+            if x_B is None:
+                rest += features
+            else:
+                self._add_numbers(parts, features, x_B)
+        if rest:
+            used = {column for name in rest for column in self._exact.reads[name]}
+            arrays = {c: (columns.get(c) or self._column(c, given.rows)).array for c in used}
+            parts.add(self._exact.encode(rest, arrays, given.rows))
+        return parts
+
+    def _column(self, name: str, rows: int) -> Column:
+        """A column that is not given."""
+        return Column(None, self._exact.absent(name, rows))
+
+    def _add_numbers(self, parts: Parts, features: Iterable[str], x_B: np.ndarray) -> None:
+        for name in features:
+            feature = self.schema.features[name]
+            if isinstance(feature, Dense):
+                parts.numbers[name] = feature.numbers(name, x_B, self._encoders)
+            else:
+                parts.id_B[name] = self._encoders.bins(self.schema.table_of(name), x_B)
+
+    def _exact_ids(self, name: str, values: pa.Array) -> np.ndarray:
+        """Ids of values of a feature's column."""
+        return self._exact.encode([name], {self._exact.reads[name][0]: values}, len(values)).id_B[name]
+
+
+def feature_column(feature: Categorical, name: str) -> str:
+    """The column of an id feature."""
+    return feature.column or name
+
+
+def _lists(schema: Schema, exact: Exact) -> dict[str, str]:
+    """The columns that may hold lists, those that expressions read among them, with the separator of text."""
+    found = list_columns(schema) | {name: schema.bag[name].separator for name in schema.histories}
+    derived = schema.source.derived
+    read = {c for name, columns in exact.reads.items() if schema.raw[name].column in derived for c in columns}
+    return dict.fromkeys(read - schema.raw_types.keys(), "|") | found
+
+
+def _numbers(values: pa.Array, kind: RawType) -> np.ndarray | None:
+    """Float64 of shape (B,), NaN where missing; None for values that are read by way of text, or refused."""
+    is_float = pa.types.is_floating(values.type) and values.type != pa.float16()
+    is_int = pa.types.is_integer(values.type) and values.type != pa.uint64()
+    if not (is_int or (is_float and kind == "float")) or kind == "time":
+        return None
+    x_B = values.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    return None if (np.abs(x_B) > LARGEST).any() else x_B
