@@ -247,7 +247,7 @@ def profile(work: Workload, form: str) -> Found:
                 "tables": partial(scorer.tables.embed, encoded),
                 "program": partial(scorer.program, embedding_BE, encoded.dense_BD),
             }
-            shown = {name: statistics.median(timed([call], 200)) * 1e3 for name, call in parts.items()}
+            shown = {name: min(timed([call], 300)) * 1e3 for name, call in parts.items()}
             title = f"{'compiled' if compiled else 'exported'}, {size} rows, ms:"
             print(title, *(f"{name} {ms:.3f}" for name, ms in shown.items()))
             if size != SIZES[1] and not compiled:
