@@ -1,5 +1,6 @@
-"""The server as a process: its port, a drain on SIGTERM, an end at once on a second one."""
+"""The server as a process: its port, a drain on SIGTERM, an end on a second one."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -13,11 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from test_packages import write_package
 
 from features.errors import UserError
+from pipeline.serving.http.app import Service
 from pipeline.serving.http.config import ServeConfig
-from pipeline.serving.http.server import bind
+from pipeline.serving.http.metrics import Metrics
+from pipeline.serving.http.packages import Packages
+from pipeline.serving.http.server import Server, bind
 
 BODY = json.dumps({"candidates": [{"x": 1.0}]})
 
@@ -79,18 +84,14 @@ def test_sigterm_answers_what_is_in_flight_and_ends_with_0(server: tuple[subproc
     assert "Traceback" not in text
 
 
-@pytest.mark.system
-def test_a_second_sigterm_ends_at_once(server: tuple[subprocess.Popen[str], int]) -> None:
-    process, port = server
-    thread, _ = posted(port)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 1
-    assert time.monotonic() - started < 2
-    thread.join(10)
+def test_a_second_signal_ends_at_once() -> None:
+    config = ServeConfig(package=Path("p"))
+    metrics = Metrics()
+    server = Server(uvicorn.Config(None), Service(Packages(config, metrics), config, metrics), drain_s=100)  # type: ignore[arg-type]
+    server.handle_exit(signal.SIGTERM, None)
+    assert (server.service.draining, asyncio.run(server.on_tick(1)), server.force_exit) == (True, False, False)
+    server.handle_exit(signal.SIGTERM, None)
+    assert (asyncio.run(server.on_tick(1)), server.force_exit) == (True, True)
 
 
 def test_a_port_that_is_taken_is_an_error_of_one_line() -> None:
