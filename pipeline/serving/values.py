@@ -94,7 +94,9 @@ def _scalars(read: Reading, values: Sequence[Any]) -> pa.Array:
     kinds = {each for each in kind_V if each is not None}
     if odd := kinds - {*SCALARS}:
         row = next(i for i, each in enumerate(kind_V) if each in odd)
-        what = "an object" if isinstance(values[row], Mapping) else f"of type {type(values[row]).__name__}"
+        value = values[row]
+        what = "an object" if isinstance(value, Mapping) else f"of type {type(value).__name__}"
+        what = "a list" if isinstance(value, LISTS) else what
         raise RowError(row, read.name, f"is {what}, where one value belongs")
     if len(kinds) < 2:
         return _array(read.name, values, kinds.pop()) if kinds else pa.nulls(len(values))
