@@ -55,7 +55,7 @@ class Dense(Feature):
         return dict(zip(self.fields(name), map(pa.array, self.numbers(name, float64(values), encoders)), strict=True))
 
     def numbers(self, name: str, x_B: np.ndarray, encoders: Encoders) -> list[np.ndarray]:
-        """Numbers, NaN where missing, transformed, filled with the mean, and standardized. Returns float32, as `decode` does."""
+        """Numbers, NaN where missing: transformed, filled with the mean, standardized. Returns float32, as `decode` does."""
         moments = encoders.moments[name]
         x_B = self._transformed(x_B)
         missing_B = np.isnan(x_B)

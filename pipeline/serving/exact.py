@@ -22,6 +22,10 @@ from features.schema.schema import Schema
 from features.source import Format, RawType
 from pipeline.serving.encoded import Parts
 from pipeline.serving.row_error import RowError
+from pipeline.serving.values import Reading
+
+MAX_BYTES = 1 << 20  # of a text
+MAX_ITEMS = 100_000  # of a list, of which the first count
 
 Columns = Mapping[str, pa.Array]
 
@@ -33,20 +37,31 @@ class Exact:
     history, under its bag's name.
 
     Attributes:
-        reads: of each feature the columns that it is computed from.
+        reads: of each feature the columns that it is computed from. ids: the columns whose values, or items, are ids.
     """
 
     def __init__(self, schema: Schema, encoders: Encoders) -> None:
         self.schema, self.encoders = schema, encoders
         self.reads = {name: _reads(schema, name) for name in schema.features}
-        self._codes, self._ids = raw.code_columns(schema), raw.id_columns(schema)
+        self._codes, self.ids = raw.code_columns(schema), raw.id_columns(schema) | schema.histories.keys()
         keys = {schema.source.key, *(table.foreign_key for table in schema.source.tables.values())}
         self._keys = {key for key in keys if key and key not in schema.raw_types}
 
-    @property
-    def columns(self) -> dict[str, RawType]:
-        """All columns that features are computed from, with what they are read as."""
-        return {c: self._kind(c) for columns in self.reads.values() for c in columns}
+    def columns(self) -> dict[str, Reading]:
+        """All columns that features are computed from, with how they are read."""
+        schema, derived = self.schema, self.schema.source.derived
+        separators = raw.list_columns(schema) | {name: schema.bag[name].separator for name in schema.histories}
+        found = {}
+        for name, columns in self.reads.items():
+            in_expression = name not in schema.histories and schema.raw[name].column in derived
+            for column in columns:
+                kind, form = self._kind(column), schema.source.format_of(schema.table_columns.get(column))
+                # An expression may read lists of any column of text.
+                separator = separators.get(column) or ("|" if in_expression and kind == "string" else None)
+                form = Format() if column in schema.histories or column in schema.source.counters else form
+                if column not in found or separator:
+                    found[column] = Reading(column, kind, separator, column in self.ids, form)
+        return found
 
     def absent(self, column: str, rows: int) -> pa.Array:
         """The values of a column that is not given: missing, or as `optional` has it; of a counter those of an empty past."""
@@ -74,8 +89,10 @@ class Exact:
         Args:
             columns: of all that the features read, of any type of Arrow.
         Raises:
-            RowError: a value that a log could not have, or would have among its dead letters.
+            RowError: a value that a log could not have, or would have among its dead letters, or too large a one.
         """
+        for column in {column for name in names for column in self.reads[name]}:
+            check_size(column, columns[column])
         try:
             return self._encode(names, columns, rows)
         except RowError:
@@ -90,7 +107,9 @@ class Exact:
         for name, reason in reasons.items():
             if (bad := reason.is_not_null()).any():
                 row = int(bad.arg_max() or 0)
-                raise RowError(row, self._field(name), reason[row].removeprefix(f"{name}: "))
+                field = self._field(name)
+                made = field != self.schema.raw[name].column and name not in self.schema.histories
+                raise RowError(row, field, reason[row] if made else reason[row].removeprefix(f"{name}: "))
         found: dict[str, pa.Array] = {}
         for name in names:
             found |= self.schema.features[name].encode(name, parsed[name], self.encoders)
@@ -117,7 +136,7 @@ class Exact:
         prefix = 0 if table is None else len(table) + 1
         form, own = self.schema.source.format_of(table), {name[prefix:]: name for name in columns}
         types = {column: self._kind(name) for column, name in own.items()}
-        ids = {column for column, name in own.items() if name in self._ids and types[column] == "string"}
+        ids = {column for column, name in own.items() if name in self.ids and types[column] == "string"}
         codes, keys = (self._codes, self._keys) if table is None else (set[str](), set[str]())
         found = convert_columns("request", {c: columns[name] for c, name in own.items()}, types, form, ids)
         return _typed(found, types, codes, form, rows, keys, own)
@@ -201,6 +220,27 @@ class Exact:
                 first, rows = first + half, rows - half
         field, error = self._field(name), fault(first, rows)
         return RowError(first, field, str(error).split(f"column {field} ", 1)[-1]) if error else None
+
+
+def check_size(column: str, values: pa.Array) -> None:
+    """Raises RowError where a text has more than MAX_BYTES, or a list more than MAX_ITEMS."""
+    if is_list(values.type):
+        length_B = pc.list_value_length(values).fill_null(0).to_numpy()
+        if length_B.max(initial=0) > MAX_ITEMS:
+            row = int(length_B.argmax())
+            raise RowError(row, column, f"has {length_B[row]:,} items, allowed are {MAX_ITEMS:,}")
+        row_V, values = np.repeat(np.arange(len(length_B)), length_B), values.flatten()
+    else:
+        row_V = np.arange(len(values))
+    if values.nbytes > MAX_BYTES and (_is_text(values.type) or pa.types.is_binary(values.type)):
+        bytes_V = pc.binary_length(values).fill_null(0).to_numpy()
+        if bytes_V.max(initial=0) > MAX_BYTES:
+            row = int(row_V[bytes_V.argmax()])
+            raise RowError(row, column, f"has a text of {bytes_V.max():,} bytes, allowed are {MAX_BYTES:,}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _typed(

@@ -2,7 +2,7 @@
 
 # Shapes: B rows.
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, TypeAlias
@@ -70,27 +70,44 @@ def plain(column: pa.ChunkedArray) -> pa.Array:
     return array.cast(pa.large_string()) if pa.types.is_string_view(array.type) else array
 
 
-def values_of(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-    """The values of each key of B mappings.
+def values_of(
+    rows: Sequence[Mapping[str, Any]], absent: Mapping[str, Any], check: Callable[[Iterable[str], int], None]
+) -> dict[str, Sequence[Any]]:
+    """The values of columns of B mappings.
 
     Args:
-        absent: by key the value of rows that lack it, None where it is not among them.
+        absent: the columns, each with the value of rows that lack it where others have it.
+        check: raises RowError where other keys of a row may not be there.
     Raises:
         RowError: a row is no mapping, or a key no text.
     """
-    if not rows:
-        return {}
-    if {*map(type, rows)} == {dict}:
-        names = tuple(rows[0])
-        if len(names) > 1 and {*map(len, rows)} == {len(names)} and {*map(type, names)} == {str}:
-            try:
-                return dict(zip(names, zip(*map(itemgetter(*names), rows), strict=True), strict=True))
-            except KeyError:
-                pass
+    if (found := _values_of_like(rows, absent, check)) is not None:
+        return found
+    keys: dict[str, None] = {}
     for row, each in enumerate(rows):
         if not isinstance(each, Mapping):
-            raise RowError(row, None, f"is no mapping of columns to values, but a {type(each).__name__}")
+            raise RowError(row, None, f"is no mapping of columns to values, but of type {type(each).__name__}")
         if odd := [key for key in each if not isinstance(key, str)]:
-            raise RowError(row, None, f"{str(odd[0])[:100]} is no name of a column, but a {type(odd[0]).__name__}")
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return {key: [row.get(key, absent.get(key)) for row in rows] for key in keys}
+            raise RowError(
+                row, None, f"{str(odd[0])[:100]} is no name of a column, but of type {type(odd[0]).__name__}"
+            )
+        check(each.keys() - absent.keys(), row)
+        keys |= dict.fromkeys(key for key in each if key in absent)
+    return {key: [row.get(key, absent[key]) for row in rows] for key in keys}
+
+
+def _values_of_like(
+    rows: Sequence[Mapping[str, Any]], absent: Mapping[str, Any], check: Callable[[Iterable[str], int], None]
+) -> dict[str, Sequence[Any]] | None:
+    """The same of dicts with equal keys, without a loop over rows; None for others."""
+    if {*map(type, rows)} != {dict}:
+        return None
+    names = tuple(rows[0])
+    if len(names) < 2 or {*map(len, rows)} != {len(names)} or {*map(type, names)} != {str}:
+        return None
+    try:
+        columns = zip(*map(itemgetter(*names), rows), strict=True)
+    except KeyError:
+        return None
+    check(rows[0].keys() - absent.keys(), 0)
+    return {name: values for name, values in zip(names, columns, strict=True) if name in absent}

@@ -63,7 +63,7 @@ class Layout:
 
 def layout_of(folder: Path, manifest: Manifest) -> Layout:
     """The layout of a package. Raises UserError for a manifest that contradicts itself."""
-    files = _files(folder, manifest)
+    files = file_layouts(folder, manifest)
     lookups = manifest.lookups
     for place, lookup in enumerate(lookups):
         if (table := manifest.tables.get(lookup.table)) is None:
@@ -93,16 +93,12 @@ def layout_of(folder: Path, manifest: Manifest) -> Layout:
     return Layout(single, [lookup.feature for lookup in sequences], longest, used, order_P, width)
 
 
-def kept_bases(manifest: Manifest, file: str) -> dict[str, int]:
-    """Of the tables of a file with some rows left out, in the order of their rows, what is added to their ids there."""
-    names = [name for name, table in manifest.tables.items() if table.file == file and table.kept]
-    names.sort(key=lambda name: manifest.tables[name].first)
-    ends = np.cumsum([manifest.tables[name].num_embeddings for name in names])
-    return {name: int(end) - manifest.tables[name].num_embeddings for name, end in zip(names, ends, strict=True)}
+def file_layouts(folder: Path, manifest: Manifest) -> dict[str, FileLayout]:
+    """The files of the tables, whose rows lie one table after the other, those with rows left out first; without look-ups.
 
-
-def _files(folder: Path, manifest: Manifest) -> dict[str, FileLayout]:
-    """The files of the tables, whose rows lie one table after the other, those with rows left out first."""
+    Raises:
+        UserError: a manifest that contradicts itself.
+    """
     files: dict[str, FileLayout] = {}
     for name, table in sorted(manifest.tables.items(), key=lambda item: (item[1].file, item[1].first)):
         file = files.setdefault(table.file, FileLayout(0, table.dim, table.kept))
@@ -121,6 +117,14 @@ def _files(folder: Path, manifest: Manifest) -> dict[str, FileLayout]:
         if listed is None or listed.bytes != size:
             raise _wrong(folder, f"{name} has {listed.bytes if listed else 0:,} bytes, its tables {size:,}")
     return files
+
+
+def kept_bases(manifest: Manifest, file: str) -> dict[str, int]:
+    """Of the tables of a file with some rows left out, in the order of their rows, what is added to their ids there."""
+    names = [name for name, table in manifest.tables.items() if table.file == file and table.kept]
+    names.sort(key=lambda name: manifest.tables[name].first)
+    ends = np.cumsum([manifest.tables[name].num_embeddings for name in names])
+    return {name: int(end) - manifest.tables[name].num_embeddings for name, end in zip(names, ends, strict=True)}
 
 
 def _order(files: dict[str, FileLayout], dims: list[int], sets: int) -> Tensor | None:

@@ -103,8 +103,8 @@ class Manifest(Strict):
         dense_width: D of dense_BD. compiled: whether there is a COMPILED program beside DENSE.
         metrics: of the checkpoint: per split, task and metric. tolerances: measured differences to the checkpoint, by name.
         files: each with its size and checksum.
-        base: of a delta, the package that it changes; None for a whole package. Of a file NAME.bin of tables with a NAME.rows
-            beside it, a delta has some rows: their places in the whole file, ascending int64. Others are whole, or the base's.
+        base: of a delta, the package that it changes; None for a whole package. Of a file of tables with a FILE.rows beside
+            it, a delta has some rows, their places in the whole file there, ascending int64. Others are whole or its base's.
         result: of a delta, `files` of the package that it makes of its base.
         checksum: of all other fields.
     """
@@ -138,12 +138,14 @@ class Manifest(Strict):
         return self.model_copy(update={"files": files, "checksum": digest})
 
 
+def stored_file(path: Path) -> StoredFile:
+    """The size and checksum of a file that was just written."""
+    return StoredFile(bytes=path.stat().st_size, sha256=sha256(path))
+
+
 def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> Manifest:
     """Writes the manifest of the files of a folder, last. Returns it with their sizes and checksums."""
-    found = {
-        name: StoredFile(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in sorted(names)
-    }
-    sealed = manifest.sealed(found)
+    sealed = manifest.sealed({name: stored_file(folder / name) for name in sorted(names)})
     write_json(folder / FILE, sealed.model_dump(mode="json"))
     return sealed
 

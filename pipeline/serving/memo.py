@@ -20,6 +20,8 @@ class Memo:
 
     Threads may share it: each operation on a dict is whole, and a value that is forgotten meanwhile is encoded again.
 
+    Attributes:
+        known: ids of texts, and of whole numbers.
     Args:
         exact: encodes values, B of any type; raises RowError.
         most: values that are remembered of either; then all are forgotten, so that no request can keep others' out.
@@ -27,13 +29,12 @@ class Memo:
 
     def __init__(self, exact: Callable[[pa.Array], np.ndarray], most: int) -> None:
         self._exact, self._most = exact, most
-        self._texts: dict[Any, int] = {None: MISSING}
-        self._wholes: dict[Any, int] = {None: MISSING}
+        self.known: tuple[dict[Any, int], dict[Any, int]] = ({None: MISSING}, {None: MISSING})
 
     def of_texts(self, values: Sequence[Any]) -> np.ndarray | None:
         """Ids of B values; None unless all are known texts, or missing."""
         try:  # no value of another type is equal to a text
-            return np.fromiter(map(self._texts.get, values), np.int64, len(values))
+            return np.fromiter(map(self.known[0].get, values), np.int64, len(values))
         except TypeError:  # of None for an unknown value, and of values that have no hash
             return None
 
@@ -41,9 +42,9 @@ class Memo:
         """Ids of B values, null where one is missing. Raises RowError."""
         kind = values.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            known = self._texts
+            known = self.known[0]
         elif pa.types.is_integer(kind):
-            known = self._wholes
+            known = self.known[1]
         else:  # in a dict 1, 1.0 and True are equal, and their ids need not be
             return self._exact(values)
         codes = values.dictionary_encode()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from features.errors import UserError, did_you_mean
@@ -15,7 +16,6 @@ from features.fit.encoders import Encoders
 from features.kinds.categorical import Categorical
 from features.kinds.dense import Dense
 from features.kinds.values import LARGEST
-from features.parse.raw import list_columns
 from features.schema.expressions import columns_of
 from features.schema.schema import Schema
 from features.source import RawType
@@ -27,6 +27,7 @@ from pipeline.serving.row_error import RowError
 from pipeline.serving.values import column_of
 
 REMEMBERED = 1 << 18  # values of all columns: at most some 100 bytes each, and 256 characters
+FEWEST = 1024
 MOST_PLANS = 256
 USER = "user"
 
@@ -52,22 +53,22 @@ class Requests:
 
     Attributes:
         columns: that a row may have: raw ones, those that side tables and counters add, and histories (items, latest first).
+        memos: by column and table.
     """
 
     def __init__(self, schema: Schema, encoders: Encoders) -> None:
         self.schema, self._encoders, self._exact = schema, encoders, Exact(schema, encoders)
-        self._types: dict[str, RawType] = self._exact.columns
-        self.columns = list(self._types)
-        self._lists = _lists(schema, self._exact)
-        self._absent = {name: self._exact.absent(name, 1)[0].as_py() for name in schema.source.counters}
+        self._read = self._exact.columns()
+        self.columns = list(self._read)
+        self._absent = {name: self._exact.absent(name, 1)[0].as_py() for name in self.columns}
         self._defaults = {name: text for name in self.columns if (text := self._exact.default(name)) is not None}
         self._unread = {*schema.raw_columns, *(schema.source.columns or ()), *schema.source.optional}
         self._unread |= schema.outcome_columns.keys()
-        self._memos: dict[tuple[str, str], Memo] = {}
+        self.memos: dict[tuple[str, str], Memo] = {}
         direct = [name for name in schema.single if self._is_id(name)]
         for name in direct:
             exact = partial(self._exact_ids, name)
-            self._memos.setdefault(self._place(name), Memo(exact, max(1024, REMEMBERED // len(direct))))
+            self.memos.setdefault(self._place(name), Memo(exact, max(FEWEST, REMEMBERED // len(direct))))
         self._plans: dict[tuple[frozenset[str], frozenset[str] | None], tuple[Plan, Plan, list[str]]] = {}
 
     def encode(
@@ -107,7 +108,7 @@ class Requests:
 
     def warm_up(self, most: int = 1000) -> None:
         """Encodes the most frequent values of each vocabulary, which are then known."""
-        for (_, table), memo in self._memos.items():
+        for (_, table), memo in self.memos.items():
             if self.schema.all_tables[table].counted:
                 try:
                     memo.ids(self._encoders.vocabularies[table].slice(0, most))
@@ -117,11 +118,11 @@ class Requests:
     def describe(self) -> dict[str, dict[str, Any]]:
         """A JSON schema of each column, for OpenAPI: any may be left out, or null."""
         found = {}
-        for name, kind in self._types.items():
-            features = [feature for feature, read in self._exact.reads.items() if name in read]
-            types = ["number", "string"] if kind != "string" else ["string", "integer", "number", "boolean"]
+        for name, read in self._read.items():
+            features = [feature for feature, columns in self._exact.reads.items() if name in columns]
+            types = ["number", "string"] if read.kind != "string" else ["string", "integer", "number", "boolean"]
             content: dict[str, Any] = {"type": [*types, "null"]}
-            if name in self._lists:
+            if read.separator:
                 content = {"type": [*types, "array", "null"], "items": {"type": [*types, "null"]}}
             found[name] = content | {"description": f"Read by {', '.join(features)}."}
         return found
@@ -134,28 +135,27 @@ class Requests:
 
     def _given(self, rows: Rows, extra: bool) -> Given:
         """The columns that are read of rows in any form."""
-        if not isinstance(rows, Sequence):
+        if isinstance(rows, (pa.Table, pa.RecordBatch, pl.DataFrame)):
             table = table_of(rows)
             self._check_names(table.column_names, None, extra)
-            columns = {c: Column(None, plain(table[c])) for c in table.column_names if c in self._types}
+            columns = {c: Column(None, plain(table[c])) for c in table.column_names if c in self._read}
             return Given(columns, table.num_rows)
-        values, found = values_of(rows, self._absent), {}
-        if unknown := values.keys() - self._types.keys():
-            for row, each in enumerate(rows):
-                self._check_names(unknown & each.keys(), row, extra)
-        for name in values.keys() - unknown:
-            of_rows = values[name]
+        if not isinstance(rows, Sequence) or isinstance(rows, (str, bytes)):
+            raise RowError(None, None, f"give a list of mappings or a table, not a {type(rows).__name__}")
+        check = partial(self._check_names, extra=extra)
+        found = {}
+        for name, values in values_of(rows, self._absent, check).items():
             if name in self._defaults:
-                of_rows = [self._defaults[name] if value is None else value for value in of_rows]
-            make = partial(column_of, name, of_rows, self._types[name], self._lists.get(name))
-            found[name] = Column(of_rows, make=make)
+                values = [self._defaults[name] if value is None else value for value in values]
+            make = partial(column_of, self._read[name], values)
+            found[name] = Column(values, make=make)
         return Given(found, len(rows))
 
     def _check_names(self, names: Iterable[str], row: int | None, extra: bool) -> None:
         """Raises RowError for a column that is not there, or is computed from others."""
         derived = self.schema.source.derived
         for name in names:
-            if name in self._types or name in self._unread:
+            if name in self._read or name in self._unread:
                 continue
             if name in derived:
                 read = ", ".join(columns_of(derived[name]))
@@ -186,7 +186,7 @@ class Requests:
                 numbers.setdefault(self._exact.reads[name][0], []).append(name)
             else:
                 plan.rest.append(name)
-        plan.ids = [(self._memos[place], place[0], found) for place, found in ids.items()]
+        plan.ids = [(self.memos[place], place[0], found) for place, found in ids.items()]
         plan.numbers = list(numbers.items())
         return plan
 
@@ -220,7 +220,7 @@ class Requests:
             parts.id_B |= dict.fromkeys(features, id_B)
         for name, features in plan.numbers:
             column = columns.get(name) or self._column(name, given.rows)
-            x_B = _numbers(column.array, self._types[name])
+            x_B = _numbers(column.array, self._read[name].kind)
             if x_B is None:
                 rest += features
             else:
@@ -251,14 +251,6 @@ class Requests:
 def feature_column(feature: Categorical, name: str) -> str:
     """The column of an id feature."""
     return feature.column or name
-
-
-def _lists(schema: Schema, exact: Exact) -> dict[str, str]:
-    """The columns that may hold lists, those that expressions read among them, with the separator of text."""
-    found = list_columns(schema) | {name: schema.bag[name].separator for name in schema.histories}
-    derived = schema.source.derived
-    read = {c for name, columns in exact.reads.items() if schema.raw[name].column in derived for c in columns}
-    return dict.fromkeys(read - schema.raw_types.keys(), "|") | found
 
 
 def _numbers(values: pa.Array, kind: RawType) -> np.ndarray | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
+from features.fit.fitted_files import encoder_files
 from features.schema.schema import Schema
 from pipeline.serving.deltas import check_base
 from pipeline.serving.encoded import Encoded
@@ -159,6 +160,9 @@ def _sources(folder: Path, base: Path | None) -> list[tuple[Path, Manifest]]:
 def read_schema(folder: Path, manifest: Manifest) -> Schema:
     """The schema of a package. Raises UserError where it is not the one that the checkpoint was trained with."""
     schema = Schema.load(folder / SCHEMA)
+    for name in (SCHEMA, *(f"{ENCODERS}/{file}" for file in encoder_files(schema))):
+        if name not in manifest.files:
+            raise UserError(f"{folder}: its manifest has no checksum of {name}. {HINT}")
     if schema.fingerprint != manifest.model.fingerprint:
         raise UserError(
             f"{folder / SCHEMA}: fingerprint {schema.fingerprint}, the model was trained with "

@@ -102,19 +102,22 @@ class Tables:
         self.files, self.layout, self.width = files, layout, layout.width
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest, delta: tuple[Path, Manifest] | None = None) -> "Tables":
+    def open(cls, folder: Path, manifest: Manifest, *deltas: Source | None) -> "Tables":
         """Maps the files of a package; checksums are not compared (manifest.check_files does that).
 
         Args:
-            delta: changes of it, taken into memory that is this process's own: a page of the files for each changed row.
+            deltas: changes of it, each of the package that the one before it makes; None: none. They are taken into memory that
+                is this process's own: a page of a file for each row that changed.
         Raises:
             UserError: a manifest that contradicts itself or its files; a delta of another package.
         """
-        if delta:
-            check_base(manifest, *delta)
-        layout = layout_of(folder, manifest)
-        sources = [(folder, manifest), *([delta] if delta else [])]
-        return cls([_file(sources, name, found, layout) for name, found in layout.files.items()], layout)
+        layout, base, changes = layout_of(folder, manifest), manifest, [delta for delta in deltas if delta]
+        for delta in changes:
+            check_base(base, *delta)
+            base = delta[1].whole()
+        return cls(
+            [_file([(folder, manifest), *changes], name, file, layout) for name, file in layout.files.items()], layout
+        )
 
     def embed(self, rows: Encoded) -> Tensor:
         """embedding_BE, float32.
@@ -131,7 +134,7 @@ class Tables:
             return torch.zeros(0, self.width)
         found = [file.embed(rows) for file in self.files]
         pooled = [value_BP for parts, _ in found for value_BP in parts]
-        value_BP = pooled[0] if len(pooled) == 1 else torch.cat(pooled, 1)
+        value_BP = pooled[0] if len(pooled) == 1 else torch.cat([torch.zeros(len(rows), 0), *pooled], 1)
         if self.layout.order_P is not None:
             value_BP = value_BP.index_select(1, self.layout.order_P)
         if not self.layout.sequences:
@@ -142,7 +145,7 @@ class Tables:
 
 
 def _file(sources: Sequence[Source], name: str, found: FileLayout, layout: Layout) -> File:
-    """A file of tables and its look-ups. sources: the package, then its delta, if any."""
+    """A file of tables and its look-ups. sources: the package, then its deltas."""
     manifest = sources[0][1]
     lookups = manifest.lookups
     column = {feature: place for place, feature in enumerate(layout.single)}
@@ -175,20 +178,20 @@ def _file(sources: Sequence[Source], name: str, found: FileLayout, layout: Layou
 
 
 def _rows(sources: Sequence[Source], name: str, rows: int, width: int) -> Tensor:
-    """byte_RW of a file, with the rows that a delta changes."""
-    delta = sources[-1]
-    if rows_name(name) not in delta[1].files:
-        return tensor(_newest(sources, name, rows * width).reshape(rows, width))
-    row_N, byte_NW = changed_rows(*delta, name, rows, width)
-    byte_RW = mapped(*sources[0], name, rows * width, writable=True).reshape(rows, width)
-    byte_RW[row_N] = byte_NW
+    """byte_RW of a file, with the rows that deltas change."""
+    changes = [source for source in sources if rows_name(name) in source[1].files]
+    whole = [source for source in sources if name in source[1].files and source not in changes]
+    byte_RW = mapped(*whole[-1], name, rows * width, writable=bool(changes)).reshape(rows, width)
+    for delta in changes:
+        row_N, byte_NW = changed_rows(*delta, name, rows, width)
+        byte_RW[row_N] = byte_NW
     return tensor(byte_RW)
 
 
 def _newest(sources: Sequence[Source], name: str, size: int) -> np.ndarray:
-    """The bytes of a file: those of the delta where it has them."""
-    folder, manifest = next((source for source in sources[::-1] if name in source[1].files), sources[0])
-    return mapped(folder, manifest, name, size)
+    """The bytes of a file that a delta has whole or not at all."""
+    found = [source for source in sources if name in source[1].files] or sources
+    return mapped(*found[-1], name, size)
 
 
 def _columns(places: list[int]) -> slice | np.ndarray:

@@ -1,5 +1,6 @@
 """Rankers of every kind of table, rows of ids for them in the forms of both libraries, and packages of their tables."""
 
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from features.kinds.tables import Managed
 from features.schema.schema import Schema
 from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker, table_weights
+from pipeline.release.export.delta import changed_tables, write_delta_manifest
 from pipeline.release.export.tables import write_tables
 from pipeline.run import checkpoint
 from pipeline.serving.encoded import Encoded, Lists
-from pipeline.serving.manifest import Manifest, Model, TableFormat, write_manifest
+from pipeline.serving.manifest import Lookup, Manifest, Model, StoredTable, TableFormat, write_manifest
 
 # Two widths by turns, so that columns must be put in order; a table of a feature and a list; managed ones.
 POOLED = yaml.safe_load("""
@@ -73,6 +75,7 @@ ROWS = {"user": 30, "hour": 6, "item": 41, "topics": 7, "words": 10}
 TOP = (1 << 63) - 1
 
 
+@cache
 def num_embeddings(table: str) -> int:
     if table in ROWS:
         return ROWS[table]
@@ -83,6 +86,7 @@ def num_embeddings(table: str) -> int:
 ENCODERS = SimpleNamespace(edges={}, labels={}, num_embeddings=num_embeddings)
 
 
+@cache
 def schema_of(case: str) -> Schema:
     return Schema.parse(CASES[case][0], "package.yaml")
 
@@ -133,21 +137,53 @@ def save(run: Path, step: int, ranker: Ranker, seed: int = 0) -> SimpleNamespace
     return SimpleNamespace(path=run, checkpoints=run / "checkpoints")
 
 
+@cache
+def meta_ranker(case: str) -> Ranker:
+    with torch.device("meta"):
+        return build_ranker(schema_of(case), ENCODERS, ModelConfig(fusion=CASES[case][1], tower=[3]))
+
+
+def described(
+    case: str, step: int, form: TableFormat, tables: dict[str, StoredTable], lookups: list[Lookup]
+) -> Manifest:
+    schema = schema_of(case)
+    return Manifest(
+        model=Model(run="r", step=step, checkpoint=f"c{step}", fingerprint=schema.fingerprint, encoders="e"),
+        versions={}, tasks={"click": "binary", "buy": "binary"}, format=form, tables=tables, lookups=lookups,
+        sets=meta_ranker(case).sets, dense_width=schema.dense_width,
+    )  # fmt: skip
+
+
 def export(
     run: Any, step: int, case: str, form: TableFormat, folder: Path, kept: dict[str, np.ndarray] | None = None
 ) -> Manifest:
-    """A package of the tables alone."""
-    schema = schema_of(case)
-    with torch.device("meta"):
-        ranker = build_ranker(schema, ENCODERS, ModelConfig(fusion=CASES[case][1], tower=[3]))
+    """A package of the tables, and a file in place of all others."""
     folder.mkdir(parents=True)
-    tables, lookups, names = write_tables(run, step, ranker, schema, form, kept, folder)
-    manifest = Manifest(
-        model=Model(run="r", step=step, checkpoint=f"c{step}", fingerprint=schema.fingerprint, encoders="e"),
-        versions={}, tasks={"click": "binary", "buy": "binary"}, format=form, tables=tables, lookups=lookups,
-        sets=ranker.sets, dense_width=schema.dense_width,
-    )  # fmt: skip
-    return write_manifest(folder, manifest, names)
+    tables, lookups, names = write_tables(run, step, meta_ranker(case), schema_of(case), form, kept, folder)
+    (folder / "dense.pt2").write_text(f"of step {step}")
+    return write_manifest(folder, described(case, step, form, tables, lookups), [*names, "dense.pt2"])
+
+
+def export_delta(
+    run: Any, step: int, base: Manifest, case: str, folder: Path, kept: dict[str, np.ndarray] | None = None
+) -> Manifest:
+    """What changes the package of a base to that of a step."""
+    folder.mkdir(parents=True)
+    changed = changed_tables(run, step, base.model.step, meta_ranker(case), schema_of(case), base.format, kept, folder)
+    (folder / "dense.pt2").write_text(f"of step {step}")
+    whole = described(case, step, base.format, changed.tables, changed.lookups)
+    return write_delta_manifest(folder, whole, base, changed, ["dense.pt2"])
+
+
+def train(ranker: Ranker, rng: np.random.Generator) -> None:
+    """Changes some rows of some tables, and gives rows of managed tables to other ids."""
+    for weight_RD in weights(ranker).values():
+        row_N = torch.from_numpy(np.flatnonzero(rng.random(len(weight_RD)) < rng.choice([0, 0.1, 0.5])))
+        weight_RD[row_N] += torch.randn(len(row_N), weight_RD.shape[1])
+    if ranker.managed and rng.random() < 0.5:
+        for part in ranker.managed.maps.values():
+            id_N = torch.from_numpy(rng.integers(1, TOP, 20)).unique()
+            part.admit(id_N, torch.ones_like(id_N), 2)
 
 
 def weights(ranker: Ranker) -> dict[str, Tensor]:

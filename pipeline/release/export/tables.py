@@ -19,6 +19,7 @@ from models.ranker import Ranker, table_weights
 from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.needed_rows import needed_rows
 from pipeline.run import checkpoint
+from pipeline.run.checkpoint.index import read_index
 from pipeline.run.run import Run
 from pipeline.serving.manifest import Lookup, StoredTable, TableFormat
 from pipeline.serving.row_formats import stored
@@ -194,12 +195,13 @@ def blocks(path: Path, file: TablesFile, form: TableFormat) -> Iterator[Tensor]:
         UserError: as write_tables, naming the table and its row.
     """
     step = max(1, BLOCK_BYTES // (4 * file.dim))
+    index = read_index(path, checkpoint.read(path))
     for part in file.parts:
         for first in range(0, part.stored, step):
             end = min(first + step, part.stored)
             row_N = np.arange(first, end) if part.kept_K is None else part.kept_K[first:end]
             value_ND = torch.empty(end - first, file.dim)
-            checkpoint.load_rows(path, {part.weight: (row_N, value_ND)})
+            checkpoint.load_rows(path, {part.weight: (row_N, value_ND)}, index)
             try:
                 yield stored(value_ND, form)
             except UserError as error:
@@ -210,10 +212,11 @@ def blocks(path: Path, file: TablesFile, form: TableFormat) -> Iterator[Tensor]:
 def map_blocks(path: Path, found: MapFile) -> Iterator[Tensor]:
     """Successive sets of a map, id_NW, int64, some at a time."""
     step = max(1, BLOCK_BYTES // (8 * found.ways))
+    index = read_index(path, checkpoint.read(path))
     for first in range(0, found.sets, step):
         row_N = np.arange(first, min(first + step, found.sets))
         id_NW = torch.empty(len(row_N), found.ways, dtype=torch.int64)
-        checkpoint.load_rows(path, {found.ids: (row_N, id_NW)})
+        checkpoint.load_rows(path, {found.ids: (row_N, id_NW)}, index)
         yield id_NW
 
 

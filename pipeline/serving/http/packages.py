@@ -163,8 +163,9 @@ class Packages:
 
     def load(self, wanted: Wanted) -> Loaded:
         """A package in memory, with its first answer given. Raises UserError."""
-        settings = self.settings
+        settings, started = self.settings, time.perf_counter()
         scorer = Scorer.load(wanted.folder, settings.compiled, settings.check, settings.warm_up, base=wanted.base)
+        logger.info("%s loaded in %.2f s", wanted.folder, time.perf_counter() - started)
         return Loaded(scorer, wanted.folder)
 
     def poll(self) -> None:

@@ -34,6 +34,12 @@ class Server(uvicorn.Server):
             self.service.draining = True
             self.end_at = time.monotonic() + self.drain_s
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        await super().startup(sockets)
+        host, port = (sockets or self.servers[0].sockets)[0].getsockname()[:2]
+        logger.info("listens on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second. Returns whether to end."""
         if self.end_at is not None and time.monotonic() >= self.end_at:
@@ -65,7 +71,6 @@ def serve(settings: ServeConfig) -> None:
     metrics = Metrics()
     try:
         packages = Packages(settings, metrics)
-        started = time.perf_counter()
         packages.start()
     except BaseException:
         bound.close()
@@ -76,13 +81,6 @@ def serve(settings: ServeConfig) -> None:
         limit_concurrency=settings.max_connections, timeout_graceful_shutdown=max(1, round(settings.end_s)),
     )  # fmt: skip
     server = Server(config, service, settings.drain_s)
-    host, port = bound.getsockname()[:2]
-    logger.info(
-        "loaded in %.2f s; listens on http://%s:%d",
-        time.perf_counter() - started,
-        f"[{host}]" if ":" in host else host,
-        port,
-    )
     try:
         asyncio.run(run(server, bound, metrics))
     finally:
