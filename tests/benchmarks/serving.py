@@ -39,13 +39,13 @@ from typing import Any
 import numpy as np
 import serving_server as server
 import torch
-from pipeline.serving.scorer import Scorer
 from serving_contenders import Scores, lightgbm, one_thread, rechub
 from serving_workload import FORMATS, Workload, prepare
 from tabulate import tabulate
 from train_runs import RESULTS, machine
 
 from pipeline.malloc import tune_malloc
+from pipeline.serving.scorer import Scorer
 
 HERE = Path(__file__).parent
 RECHUB = HERE.parents[1] / ".venv" / "rechub"

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-from pipeline.serving.scorer import Scorer
 from serving_contenders import one_thread
 from serving_load import Plan, load, request
 from serving_workload import Workload
 from tabulate import tabulate
+
+from pipeline.serving.scorer import Scorer
 
 HERE = Path(__file__).parent
 SIZES = (1, 32, 512)
@@ -212,7 +213,12 @@ def bad_requests(work: Workload, server: Server, core: int) -> dict[str, Any]:
         for text in (b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"candidates": [' + b"9" * 5000)
     ]
     good = json.dumps({"candidates": [row]}).encode()
-    plans += [request("/nowhere", good), request("/score", good, "DELETE"), request("/score", good, kind="text/csv")]
+    plans += [
+        request("/score", good, length=1 << 30),
+        request("/nowhere", good),
+        request("/score", good, "DELETE"),
+        request("/score", good, kind="text/csv"),
+    ]
     got = load(Plan(server.port, plans, BAD_CONNECTIONS, 600, BAD), core)
     alive = post(server.port, [row]) is not None
     print(f"bad requests: {got['statuses']}, broken connections {got['failures']}, {got['per_s']:,.0f} a second,",
