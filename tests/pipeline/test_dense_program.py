@@ -28,7 +28,9 @@ from features.fit.label_scale import LabelScale
 from features.schema.schema import Schema
 from models.emm import build_ranker
 from models.ranker import ModelConfig, Ranker
-from pipeline.release.export.program import write_program
+from models.torch_compat import onednn_kernel
+from pipeline.release.export import lowering
+from pipeline.release.export.program import exported, with_rows, write_program
 from pipeline.serving import operators
 from pipeline.serving.archive import DTYPES, SCHEMA_MAJOR
 from pipeline.serving.manifest import DENSE, Lookup, Manifest, Model, StoredFile
@@ -366,3 +368,27 @@ def test_what_is_read_of_torchs_format_is_as_torch_has_it():
         packet, overload = name.split(".")
         found = getattr(getattr(torch.ops.aten, packet), overload)
         assert name in operators.PASSED_ON or not found._schema.is_mutable, name
+
+
+@pytest.mark.parametrize("name", ["adatt", "home", "multitab"])
+def test_what_is_compiled_gives_the_same_numbers_without_products_by_row_or_with_weights(name, monkeypatch):
+    monkeypatch.setattr(lowering, "LARGE", 1)
+    schema, config = CASES.get(name, (SCHEMA, {}))
+    config = config if "fusion" in config else yaml.safe_load((MODELS / f"{name}.yaml").read_text()) | config
+    model = ranker_of(schema, config)
+    given = batch(20)
+    with torch.no_grad():
+        embedding_BE, wanted_BT = model.embedded(given), model(given)
+    program = exported(model, embedding_BE.shape[1], 3)
+    lowered = with_rows(lowering.Lowered(program), embedding_BE.shape[1], 3)
+    with torch.no_grad():
+        found_BT = lowered.module()(embedding_BE, given.dense_BD)
+    torch.testing.assert_close(found_BT, wanted_BT, rtol=1e-5, atol=1e-6)
+
+    def count(of: torch.export.ExportedProgram, *operators: Any) -> int:
+        return sum(node.target in operators for node in of.graph.nodes)
+
+    products = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+    assert count(program, *products, torch.ops.aten.linear.default) > 5
+    assert count(lowered, *products, torch.ops.aten.linear.default) == 0
+    assert count(lowered, onednn_kernel().default) > 5

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from features.batch import Batch
 from features.errors import UserError
 from models.ranker import POOLED, UNPOOLED, Ranker
+from pipeline.release.export.lowering import Lowered
 from pipeline.serving.archive import MODEL, ROOT, SAMPLE_INPUTS
 from pipeline.serving.manifest import COMPILED, DENSE
 from pipeline.serving.program import graph_program
@@ -74,6 +75,8 @@ def write_program(ranker: Ranker, embedding_dim: int, dense_width: int, folder: 
     (folder / DENSE).write_bytes(content)
     if not compiled:
         return [DENSE]
+    if torch.backends.mkldnn.is_available():
+        program = with_rows(Lowered(program), embedding_dim, dense_width)
     settings: dict[str, Any] = {"cpp.dynamic_threads": True}  # torch.set_num_threads where it runs, not of this process
     if march := MARCH.get(torch.backends.cpu.get_cpu_capability()):
         settings["cpp.march"] = march
@@ -92,11 +95,16 @@ def check_compiler(compiled: bool) -> None:
 
 def exported(ranker: Ranker, embedding_dim: int, dense_width: int) -> torch.export.ExportedProgram:
     """The dense part as torch.export has it, for 1 to MAX_ROWS rows."""
+    return with_rows(Dense(ranker).eval(), embedding_dim, dense_width)
+
+
+def with_rows(module: nn.Module, embedding_dim: int, dense_width: int) -> torch.export.ExportedProgram:
+    """A module of (embedding_BE, dense_BD) as torch.export has it, for 1 to MAX_ROWS rows."""
     rows = torch.export.Dim("B", min=1, max=MAX_ROWS)
     # Sizes of 0 and 1 would be taken for constants.
     example = torch.zeros(2, embedding_dim), torch.zeros(2, dense_width)
     with torch.no_grad():
-        return torch.export.export(Dense(ranker).eval(), example, dynamic_shapes=({0: rows}, {0: rows}))
+        return torch.export.export(module, example, dynamic_shapes=({0: rows}, {0: rows}))
 
 
 def archive_of(program: torch.export.ExportedProgram) -> bytes:
