@@ -1,6 +1,7 @@
 """A server from its settings to its end: socket, package, signals, a line of totals a minute."""
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -14,6 +15,7 @@ from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Packages
 
 REPORT_S = 60.0
+KEEP_ALIVE_S = 75  # of an idle connection: more than the minute that proxies keep theirs, or they would use closed ones
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +77,14 @@ def serve(settings: ServeConfig) -> None:
     except BaseException:
         bound.close()
         raise
+    gc.collect()
+    gc.freeze()  # what a package is made of stays: no collection during a request walks over it
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a warning for each malformed request would fill a disk
     service = Service(packages, settings, metrics)
     config = uvicorn.Config(
         create_app(service), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
-        limit_concurrency=settings.max_connections, timeout_graceful_shutdown=max(1, round(settings.end_s)),
+        limit_concurrency=settings.max_connections, timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(settings.end_s)),
     )  # fmt: skip
     server = Server(config, service, settings.drain_s)
     try:
