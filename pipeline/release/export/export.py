@@ -23,7 +23,6 @@ from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.weights import load_dense
 from pipeline.ingest.staging import staging_of
 from pipeline.release.export.config import ExportConfig, Source, base_of, check_out, source_of
-from pipeline.release.export.delta import changed_tables, write_delta_manifest
 from pipeline.release.export.model_card import metrics_of, model_card, records_of
 from pipeline.release.export.program import check_compiler, write_program
 from pipeline.release.export.tables import occurring_rows, write_tables
@@ -133,6 +132,8 @@ class Package:
                 source.run, source.step, ranker, schema, config.tables, kept, self.folder
             )
         else:
+            from pipeline.release.export.delta import changed_tables, write_delta_manifest
+
             since = self.base[1].model.step
             changed = changed_tables(source.run, source.step, since, ranker, schema, config.tables, kept, self.folder)
             tables, lookups, names = changed.tables, changed.lookups, []

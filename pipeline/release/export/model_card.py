@@ -26,7 +26,8 @@ from pipeline.storage.files import read_lines
 
 NORMAL_95 = 1.959964  # quantile of the normal distribution: half the width of a 95% interval in standard errors
 SHOWN = ("ne", "auc", "calibration", "nrmse", "r2")
-MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~<>&$-])")
+# What is markup inside a line or a cell; underscores within words are none.
+MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 LONGEST = 300  # characters of a text from outside
 TRAINING = ("train.", "model.")
 BITS = {"fp32": "32-bit", "fp16": "16-bit", "int8": "8-bit", "int4": "4-bit"}
@@ -80,7 +81,7 @@ def escaped(text: object) -> str:
     shown = printable(" ".join(str(text).split()))
     shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
     shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return MARKUP.sub(lambda found: found[0] if found[0] in "&;" else f"\\{found[0]}", shown)
+    return MARKUP.sub(lambda found: f"\\{found[0]}", shown)
 
 
 def _table(lines: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
