@@ -48,9 +48,8 @@ class StoredTable(Strict):
     Attributes:
         file: of all tables of one width. first: the row of this file with which it begins. rows: how many are stored.
         dim: numbers of a row. num_embeddings: of the model's table: ids are below it.
-        kept: where rows are left out, a file that all such tables of `file` share, int64: of its rows, from the first on, their
-            ids, to which `num_embeddings` of all such tables before are added, so that they ascend; None: all rows are stored.
-            The embedding of an id without a row is 0.
+        kept: where rows are left out, a file that says which ids have one (kept_rows), of all such tables of `file`, which are
+            its first ones; None: all have. The embedding of an id without a row is 0.
         ids: of a managed table a file of its map, int64 id_SW (models.id_map); None for other tables.
     """
 
