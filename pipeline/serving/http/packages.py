@@ -19,6 +19,7 @@ from pipeline.serving.scorer import Scorer
 
 POINTER = "serving.json"
 MAX_POINTER_BYTES = 1 << 20
+STAGING = ".staging-"  # in the name of a folder that is being written (pipeline.storage.staging)
 MAX_PACKAGES = 10_000  # folders below `packages`
 RETRY_S = 30.0  # until a package that could not be loaded is tried again
 
@@ -102,7 +103,8 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
                 f"{out / POINTER} is missing: nothing serves yet. Bless a checkpoint with jobs.nightly."
             ) from None
         found, damaged = {}, []
-        folders = sorted(path.parent for path in packages.glob(f"[!.]*/{FILE}"))[:MAX_PACKAGES]
+        there = sorted(path.parent for path in packages.glob(f"*/{FILE}") if STAGING not in path.parent.name)
+        folders = there[:MAX_PACKAGES]
         manifests.keep(folders)
         for folder in folders:
             try:
