@@ -9,7 +9,6 @@ Examples:
   python -m jobs.serve packages=/packages serving=/nightly host=0.0.0.0 compiled=true
 """
 
-import os
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -33,8 +32,6 @@ def checked(config: DictConfig) -> "ServeConfig":
 def main(config: DictConfig) -> None:
     """Loads the package and serves it."""
     settings = checked(config)
-    # Before polars and torch start their threads: a request is scored by one, and threads of different requests would fight.
-    os.environ.setdefault("POLARS_MAX_THREADS", "1")
     import torch
 
     try:
@@ -43,7 +40,7 @@ def main(config: DictConfig) -> None:
         if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette"):
             raise
         raise UserError(f"the package {error.name} is missing: pip install 'taskfuse[serve]'") from None
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # of each thread that scores: those of different requests would fight for cores
     serve(settings)
 
 

@@ -16,7 +16,7 @@ from features.kinds import times
 from features.kinds.canonical import canonical
 from features.kinds.values import as_lists
 from features.parse import raw
-from features.parse.convert import convert, convert_columns, is_list
+from features.parse.convert import convert_columns, is_list
 from features.schema.expressions import columns_of
 from features.schema.schema import Schema
 from features.source import Format, RawType
@@ -161,17 +161,21 @@ class Exact:
         if pa.types.is_null(values.type):
             values = values.cast(pa.large_list(pa.large_string()))
         if not is_list(values.type):
-            values = as_lists(convert(values, "string", Format()), bag.separator)
+            values = convert_columns("request", {name: values}, {name: "string"}, Format())[name].combine_chunks()
+            values = as_lists(values, bag.separator)
         lists = values.cast(pa.large_list(values.type.value_type))
         length_B, items_V = pc.list_value_length(lists).fill_null(0).to_numpy(), lists.flatten()
-        if item not in self.schema.source.derived:
+        if is_list(items_V.type):
+            raise UserError(f"column {name} holds lists of lists: its items are ids")
+        if item in self.schema.source.derived:
+            found = convert_columns("request", {name: items_V}, {name: "string"}, Format(), {name})
+        else:
             try:
-                items_V = self._of_stream(self.schema.table_columns.get(item), {item: items_V}, len(items_V)).column(0)
+                found = self._of_stream(self.schema.table_columns.get(item), {item: items_V}, len(items_V))
             except RowError as error:
                 row = int(np.searchsorted(np.cumsum(length_B), error.row or 0, side="right"))
-                raise RowError(row, name, f"its item {error.reason}") from None
-            items_V = items_V.combine_chunks()
-        texts_V = canonical(items_V, f"bag.{name}: column {name}")
+                raise RowError(row, name, f"item {error.reason}") from None
+        texts_V = canonical(found.column(0).combine_chunks(), f"bag.{name}: column {name}")
         return pa.LargeListArray.from_arrays(
             pa.array(np.concatenate([[0], np.cumsum(length_B)]).astype(np.int64)), texts_V
         )
@@ -219,7 +223,9 @@ class Exact:
             else:
                 first, rows = first + half, rows - half
         field, error = self._field(name), fault(first, rows)
-        return RowError(first, field, str(error).split(f"column {field} ", 1)[-1]) if error else None
+        if error is None or isinstance(error, RowError):
+            return error and error.at(first)
+        return RowError(first, field, str(error).split(f"column {field} ", 1)[-1])
 
 
 def check_size(column: str, values: pa.Array) -> None:

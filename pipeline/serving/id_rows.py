@@ -1,6 +1,6 @@
 """From ids to rows of a file: of tables that are stored whole, of those with some rows left out, of managed ones."""
 
-# Shapes: G features, X ids of them, of shape (…, G) or (V,) of one feature, K rows that a file keeps, S sets, W rows of a set.
+# Shapes: G features, X ids of them, of shape (…, G) or (V,) of one feature, P words of kept rows, S sets, W rows of a set.
 
 from collections.abc import Callable, Sequence
 
@@ -12,12 +12,11 @@ from features.errors import UserError
 from features.fit.encoders import MISSING
 from features.kinds.tables import Managed
 from models.id_map import IdMap
+from pipeline.serving.kept_rows import WIDTH, rows_of
 from pipeline.serving.manifest import HINT, Lookup, StoredTable
 
-ABSENT = -1  # the row of an id that has none
-ToRows = Callable[
-    [np.ndarray], np.ndarray
-]  # int64, of the same shape; raises UserError for an id that a table does not have
+# From ids to rows, int64, of the same shape; raises UserError for an id that a table does not have.
+ToRows = Callable[[np.ndarray], np.ndarray]
 
 
 def whole(lookups: Sequence[Lookup], tables: Sequence[StoredTable]) -> ToRows:
@@ -27,22 +26,17 @@ def whole(lookups: Sequence[Lookup], tables: Sequence[StoredTable]) -> ToRows:
     return lambda id_X: checked(id_X) + first_G
 
 
-def kept(lookups: Sequence[Lookup], tables: Sequence[StoredTable], base_G: np.ndarray, number_K: np.ndarray) -> ToRows:
+def kept(
+    lookups: Sequence[Lookup], tables: Sequence[StoredTable], word_G: Sequence[int], bits_P2: np.ndarray, rows: int
+) -> ToRows:
     """Of tables with some rows left out; ABSENT for an id without a row.
 
     Args:
-        base_G: what is added to a table's ids (layout.kept_bases). number_K: of the first rows of the file, their ids with what
-            is added, ascending; of others the answer is wrong, but still a row of the file.
+        word_G: the first word of a table. bits_P2, rows: as kept_rows.rows_of takes them.
     """
     checked = _checked(lookups, tables)
-
-    def to_rows(id_X: np.ndarray) -> np.ndarray:
-        number_X = checked(id_X) + base_G
-        row_X = number_K.searchsorted(number_X)
-        there_X = number_K.take(row_X, mode="clip") == number_X
-        return row_X if there_X.all() else np.where(there_X, row_X, ABSENT)
-
-    return to_rows
+    base_G = np.array(word_G) * WIDTH
+    return lambda id_X: rows_of(checked(id_X) + base_G, bits_P2, rows)
 
 
 def managed(lookups: Sequence[Lookup], table: StoredTable, ids: IdMap) -> ToRows:

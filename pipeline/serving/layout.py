@@ -11,6 +11,7 @@ from torch import Tensor
 
 from features.errors import UserError
 from models.id_map import FIRST
+from pipeline.serving.kept_rows import words
 from pipeline.serving.manifest import HINT, Manifest
 from pipeline.serving.row_formats import row_bytes
 
@@ -23,7 +24,8 @@ class FileLayout:
 
     Attributes:
         rows: of the file. dim: numbers of each.
-        kept: the file of the ids of its first rows, where some rows are left out. kept_rows: how many these are.
+        kept: where some rows are left out, the file that has the ids of the first `kept_rows` ones; kept_words: how many words
+            it has.
         blocks: of features of one id, whose ids become rows in one way: of tables stored whole, of those with some rows left
             out, or of one managed table.
         means, sequences: of features of lists.
@@ -33,6 +35,7 @@ class FileLayout:
     dim: int
     kept: str | None = None
     kept_rows: int = 0
+    kept_words: int = 0
     blocks: dict[str, list[int]] = field(default_factory=dict)
     means: list[int] = field(default_factory=list)
     sequences: list[int] = field(default_factory=list)
@@ -112,6 +115,7 @@ def file_layouts(folder: Path, manifest: Manifest) -> dict[str, FileLayout]:
             raise _wrong(folder, f"table {name} has a map of ids for {table.rows:,} rows")
         file.rows += table.rows
         file.kept_rows += table.rows if table.kept else 0
+        file.kept_words += words(table.num_embeddings) if table.kept else 0
     for name, file in files.items():
         size, listed = file.rows * row_bytes(manifest.format, file.dim), manifest.files.get(name)
         if listed is None or listed.bytes != size:
@@ -119,12 +123,13 @@ def file_layouts(folder: Path, manifest: Manifest) -> dict[str, FileLayout]:
     return files
 
 
-def kept_bases(manifest: Manifest, file: str) -> dict[str, int]:
-    """Of the tables of a file with some rows left out, in the order of their rows, what is added to their ids there."""
-    names = [name for name, table in manifest.tables.items() if table.file == file and table.kept]
-    names.sort(key=lambda name: manifest.tables[name].first)
-    ends = np.cumsum([manifest.tables[name].num_embeddings for name in names])
-    return {name: int(end) - manifest.tables[name].num_embeddings for name, end in zip(names, ends, strict=True)}
+def kept_words(manifest: Manifest, file: str) -> dict[str, int]:
+    """Of the tables of a file with some rows left out, the first word of each in their file of bits (kept_rows)."""
+    found, end = {}, 0
+    for name, table in sorted(manifest.tables.items(), key=lambda item: item[1].first):
+        if table.file == file and table.kept:
+            found[name], end = end, end + words(table.num_embeddings)
+    return found
 
 
 def _order(files: dict[str, FileLayout], dims: list[int], sets: int) -> Tensor | None:

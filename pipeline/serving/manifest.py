@@ -48,9 +48,8 @@ class StoredTable(Strict):
     Attributes:
         file: of all tables of one width. first: the row of this file with which it begins. rows: how many are stored.
         dim: numbers of a row. num_embeddings: of the model's table: ids are below it.
-        kept: where rows are left out, a file that all such tables of `file` share, int64: of its rows, from the first on, their
-            ids, to which `num_embeddings` of all such tables before are added, so that they ascend; None: all rows are stored.
-            The embedding of an id without a row is 0.
+        kept: where rows are left out, a file that says which ids have one (kept_rows), of all such tables of `file`, which are
+            its first ones; None: all have. The embedding of an id without a row is 0.
         ids: of a managed table a file of its map, int64 id_SW (models.id_map); None for other tables.
     """
 
@@ -125,6 +124,13 @@ class Manifest(Strict):
     base: Base | None = None
     result: dict[FileName, StoredFile] = {}
     checksum: str = ""
+
+    @property
+    def embedding_dim(self) -> int:
+        """E of embedding_BE: pooled features, then the items of sequences, padded to the longest, and how many each has."""
+        dims = [(part, self.tables[part.table].dim) for part in self.lookups]
+        longest = max((part.max_length for part in self.lookups), default=0)
+        return sum(longest * dim + 1 if part.pooling == "sequence" else dim for part, dim in dims)
 
     def whole(self) -> "Manifest":
         """Of a delta, the manifest of the package that it makes of its base."""

@@ -31,16 +31,23 @@ class Memo:
         self._exact, self._most = exact, most
         self.known: tuple[dict[Any, int], dict[Any, int]] = ({None: MISSING}, {None: MISSING})
 
-    def of_texts(self, values: Sequence[Any]) -> np.ndarray | None:
-        """Ids of B values; None unless all are known texts, or missing."""
+    def of_values(self, values: Sequence[Any]) -> np.ndarray | None:
+        """Ids of B values of Python; None unless all are known texts or all known whole numbers, or missing."""
         try:  # no value of another type is equal to a text
             return np.fromiter(map(self.known[0].get, values), np.int64, len(values))
         except TypeError:  # of None for an unknown value, and of values that have no hash
+            if not {*map(type, values)} <= {int, type(None)}:
+                return None
+        try:
+            return np.fromiter(map(self.known[1].get, values), np.int64, len(values))
+        except TypeError:
             return None
 
     def ids(self, values: pa.Array) -> np.ndarray:
         """Ids of B values, null where one is missing. Raises RowError."""
         kind = values.type
+        if pa.types.is_null(kind):
+            return np.full(len(values), MISSING)
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             known = self.known[0]
         elif pa.types.is_integer(kind):

@@ -3,46 +3,25 @@
 # Shapes: B rows, V values.
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from features.errors import UserError, did_you_mean
 from features.fit.encoders import Encoders
-from features.kinds.categorical import Categorical
-from features.kinds.dense import Dense
-from features.kinds.values import LARGEST
 from features.schema.expressions import columns_of
 from features.schema.schema import Schema
-from features.source import RawType
-from pipeline.serving.encoded import Encoded, Parts
+from pipeline.serving.direct import Direct, Plan
+from pipeline.serving.encoded import Encoded
 from pipeline.serving.exact import Exact
 from pipeline.serving.given import Column, Given, Rows, plain, table_of, values_of
-from pipeline.serving.memo import Memo
 from pipeline.serving.row_error import RowError
 from pipeline.serving.values import column_of
 
-REMEMBERED = 1 << 18  # values of all columns: at most some 100 bytes each, and 256 characters
-FEWEST = 1024
 MOST_PLANS = 256
 USER = "user"
-
-
-@dataclass
-class Plan:
-    """How some features are encoded.
-
-    Attributes:
-        ids: memo, column and features of it. numbers: column and features. rest: features that are encoded the exact way.
-    """
-
-    ids: list[tuple[Memo, str, list[str]]] = field(default_factory=list)
-    numbers: list[tuple[str, list[str]]] = field(default_factory=list)
-    rest: list[str] = field(default_factory=list)
 
 
 class Requests:
@@ -53,7 +32,6 @@ class Requests:
 
     Attributes:
         columns: that a row may have: raw ones, those that side tables and counters add, and histories (items, latest first).
-        memos: by column and table.
     """
 
     def __init__(self, schema: Schema, encoders: Encoders) -> None:
@@ -64,11 +42,7 @@ class Requests:
         self._defaults = {name: text for name in self.columns if (text := self._exact.default(name)) is not None}
         self._unread = {*schema.raw_columns, *(schema.source.columns or ()), *schema.source.optional}
         self._unread |= schema.outcome_columns.keys()
-        self.memos: dict[tuple[str, str], Memo] = {}
-        direct = [name for name in schema.single if self._is_id(name)]
-        for name in direct:
-            exact = partial(self._exact_ids, name)
-            self.memos.setdefault(self._place(name), Memo(exact, max(FEWEST, REMEMBERED // len(direct))))
+        self.direct = Direct(schema, encoders, self._exact, {name: read.kind for name, read in self._read.items()})
         self._plans: dict[tuple[frozenset[str], frozenset[str] | None], tuple[Plan, Plan, list[str]]] = {}
 
     def encode(
@@ -96,19 +70,19 @@ class Requests:
             raise UserError(f"{where}: none has a column that is read, such as {', '.join(self.columns[:10])}")
         of_rows, of_user, mixed = self._plan(*names)
         try:
-            parts = self._parts(of_user, same).repeated(given.rows)
+            parts = self.direct.encode(of_user, same).repeated(given.rows)
             given.columns |= {column: same.columns[column].repeated(given.rows) for column in mixed}
         except RowError as error:
             raise error.at(None, USER) from None
         try:
-            parts.add(self._parts(of_rows, given))
+            parts.add(self.direct.encode(of_rows, given))
         except RowError as error:
             raise error.at(None, USER) if error.field in mixed else error.at(error.row, where) from None
         return parts.encoded(self.schema, given.rows)
 
     def warm_up(self, most: int = 1000) -> None:
         """Encodes the most frequent values of each vocabulary, which are then known."""
-        for (_, table), memo in self.memos.items():
+        for (_, table, _), memo in self.direct.memos.items():
             if self.schema.all_tables[table].counted:
                 try:
                     memo.ids(self._encoders.vocabularies[table].slice(0, most))
@@ -170,94 +144,8 @@ class Requests:
             of_rows = [name for name, read in reads.items() if user is None or rows & {*read}]
             mixed = {column for name in of_rows for column in reads[name]} & (user or set())
             of_user = [name for name in reads if name not in {*of_rows}]
-            found = self._planned(of_rows), self._planned(of_user), sorted(mixed)
+            found = self.direct.plan(of_rows), self.direct.plan(of_user), sorted(mixed)
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
             self._plans[rows, user] = found
         return found
-
-    def _planned(self, names: Iterable[str]) -> Plan:
-        plan = Plan()
-        ids, numbers = dict[tuple[str, str], list[str]](), dict[str, list[str]]()
-        for name in names:
-            if self._is_id(name):
-                ids.setdefault(self._place(name), []).append(name)
-            elif self._is_number(name):
-                numbers.setdefault(self._exact.reads[name][0], []).append(name)
-            else:
-                plan.rest.append(name)
-        plan.ids = [(self.memos[place], place[0], found) for place, found in ids.items()]
-        plan.numbers = list(numbers.items())
-        return plan
-
-    def _is_id(self, name: str) -> bool:
-        """Whether a feature is an id that depends on one value of a log or side table."""
-        feature = self.schema.features[name]
-        made = self.schema.source.derived.keys() | self.schema.added_columns.keys()
-        return (
-            type(feature) is Categorical
-            and not feature.binned(self.schema)
-            and feature_column(feature, name) not in made
-        )
-
-    def _is_number(self, name: str) -> bool:
-        """Whether a feature is made of one number, as it is."""
-        feature = self.schema.features[name]
-        numeric = type(feature) is Dense or (type(feature) is Categorical and feature.binned(self.schema))
-        return numeric and self.schema.raw[name].column not in self.schema.source.derived
-
-    def _place(self, name: str) -> tuple[str, str]:
-        return self._exact.reads[name][0], self.schema.table_of(name)
-
-    def _parts(self, plan: Plan, given: Given) -> Parts:
-        """Features of rows. Raises RowError."""
-        parts, rest = Parts(), list(plan.rest)
-        columns = given.columns
-        for memo, name, features in plan.ids:
-            column = columns.get(name) or self._column(name, given.rows)
-            id_B = memo.of_texts(column.values) if column.values is not None else None
-            id_B = memo.ids(column.array) if id_B is None else id_B
-            parts.id_B |= dict.fromkeys(features, id_B)
-        for name, features in plan.numbers:
-            column = columns.get(name) or self._column(name, given.rows)
-            x_B = _numbers(column.array, self._read[name].kind)
-            if x_B is None:
-                rest += features
-            else:
-                self._add_numbers(parts, features, x_B)
-        if rest:
-            used = {column for name in rest for column in self._exact.reads[name]}
-            arrays = {c: (columns.get(c) or self._column(c, given.rows)).array for c in used}
-            parts.add(self._exact.encode(rest, arrays, given.rows))
-        return parts
-
-    def _column(self, name: str, rows: int) -> Column:
-        """A column that is not given."""
-        return Column(None, self._exact.absent(name, rows))
-
-    def _add_numbers(self, parts: Parts, features: Iterable[str], x_B: np.ndarray) -> None:
-        for name in features:
-            feature = self.schema.features[name]
-            if isinstance(feature, Dense):
-                parts.numbers[name] = feature.numbers(name, x_B, self._encoders)
-            else:
-                parts.id_B[name] = self._encoders.bins(self.schema.table_of(name), x_B)
-
-    def _exact_ids(self, name: str, values: pa.Array) -> np.ndarray:
-        """Ids of values of a feature's column."""
-        return self._exact.encode([name], {self._exact.reads[name][0]: values}, len(values)).id_B[name]
-
-
-def feature_column(feature: Categorical, name: str) -> str:
-    """The column of an id feature."""
-    return feature.column or name
-
-
-def _numbers(values: pa.Array, kind: RawType) -> np.ndarray | None:
-    """Float64 of shape (B,), NaN where missing; None for values that are read by way of text, or refused."""
-    is_float = pa.types.is_floating(values.type) and values.type != pa.float16()
-    is_int = pa.types.is_integer(values.type) and values.type != pa.uint64()
-    if not (is_int or (is_float and kind == "float")) or kind == "time":
-        return None
-    x_B = values.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-    return None if (np.abs(x_B) > LARGEST).any() else x_B

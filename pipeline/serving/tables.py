@@ -1,7 +1,7 @@
 """Embeddings of encoded rows, from the mapped files of a package's tables: what `Ranker.embedded` gives of its own."""
 
 # Shapes: B rows, F features of one id, G of them in a block, X ids of a block of any shape, V ids of a list, N rows of one
-# file that are looked up, R rows of a file, W bytes of one, D numbers of one, K rows that a file keeps, M lists whose mean is
+# file that are looked up, R rows of a file, W bytes of one, D numbers of one, P2 words of its kept rows, M lists whose mean is
 # taken, J sequences, L rows of the longest, S sets, P numbers of all pooled look-ups, E numbers of all embeddings.
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from features.errors import UserError
 from models.id_map import FIRST
-from pipeline.serving import id_rows
+from pipeline.serving import id_rows, kept_rows
 from pipeline.serving.deltas import changed_rows, check_base, rows_name
 from pipeline.serving.encoded import Encoded
 from pipeline.serving.id_rows import ToRows
-from pipeline.serving.layout import FileLayout, Layout, kept_bases, layout_of
+from pipeline.serving.layout import FileLayout, Layout, kept_words, layout_of
 from pipeline.serving.manifest import Manifest, TableFormat
 from pipeline.serving.mapped import mapped, tensor
 from pipeline.serving.row_formats import looked_up, row_bytes
@@ -62,10 +62,10 @@ class File:
 
     def _values(self, row_N: np.ndarray) -> Tensor:
         """value_ND; 0 where there is no row."""
-        if self.absent and (absent_N := row_N < 0).any():
-            value_ND = looked_up(self.byte_RW, torch.from_numpy(row_N.clip(0)), self.form)
-            return value_ND.masked_fill_(torch.from_numpy(absent_N).unsqueeze(1), 0)
-        return looked_up(self.byte_RW, torch.from_numpy(row_N), self.form)
+        if not self.absent or (present_N := row_N != kept_rows.ABSENT).all():
+            return looked_up(self.byte_RW, torch.from_numpy(row_N), self.form)
+        value_ND = looked_up(self.byte_RW, torch.from_numpy(np.maximum(row_N, 0)), self.form)
+        return value_ND.mul_(torch.from_numpy(present_N).unsqueeze(1))
 
 
 def means(value_VD: Tensor, length_MB: Tensor) -> Tensor:
@@ -149,10 +149,10 @@ def _file(sources: Sequence[Source], name: str, found: FileLayout, layout: Layou
     manifest = sources[0][1]
     lookups = manifest.lookups
     column = {feature: place for place, feature in enumerate(layout.single)}
-    number_K = np.zeros(0, np.int64)
+    words = kept_words(manifest, name)
+    bits_P2 = np.zeros((0, 2), np.uint64)
     if found.kept:
-        number_K = _newest(sources, found.kept, 8 * found.kept_rows).view(np.int64)
-    bases = kept_bases(manifest, name)
+        bits_P2 = _newest(sources, found.kept, kept_rows.BYTES * found.kept_words).view(np.uint64).reshape(-1, 2)
 
     def to_rows(places: Sequence[int]) -> ToRows:
         own = [lookups[place] for place in places]
@@ -161,7 +161,7 @@ def _file(sources: Sequence[Source], name: str, found: FileLayout, layout: Layou
             byte_N = _newest(sources, ids, 8 * (tables[0].num_embeddings - FIRST))
             return id_rows.managed(own, tables[0], id_rows.map_of(tables[0], tensor(byte_N.view(np.int64))))
         if tables[0].kept:
-            return id_rows.kept(own, tables, np.array([bases[lookup.table] for lookup in own]), number_K)
+            return id_rows.kept(own, tables, [words[lookup.table] for lookup in own], bits_P2, found.kept_rows)
         return id_rows.whole(own, tables)
 
     return File(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,25 @@ def column_of(read: Reading, values: Sequence[Any]) -> pa.Array:
             return pa.array(values, pa.float64() if read.kind == "float" else pa.string())
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             pass  # of another type, or several
+    if (array := _lists_alike(read, values)) is not None:
+        return array
     plain = [value.item() if isinstance(value, np.generic) else value for value in values]
     if any(isinstance(value, LISTS) for value in plain):
         return _lists(read, plain)
     return _scalars(read, plain)
+
+
+def _lists_alike(read: Reading, values: Sequence[Any]) -> pa.Array | None:
+    """Lists whose items have one type, without a loop over them; None for others."""
+    if read.separator is None or not {*map(type, values)} <= {list, type(None)}:
+        return None
+    kinds = {*map(type, chain.from_iterable(each for each in values if each))} - {type(None)}
+    numbers = pa.float64() if kinds <= {int, float} and not read.ids else pa.int64() if kinds == {int} else None
+    kind = pa.string() if kinds == {str} else numbers
+    try:
+        return kind and pa.array(values, pa.list_(kind))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return None
 
 
 def _lists(read: Reading, values: Sequence[Any]) -> pa.Array:
@@ -90,6 +106,8 @@ def _lists(read: Reading, values: Sequence[Any]) -> pa.Array:
 
 def _scalars(read: Reading, values: Sequence[Any]) -> pa.Array:
     """Values without parts."""
+    if len(plain := {*map(type, values)} - {type(None)}) == 1 and plain < {*SCALARS}:
+        return _array(read.name, values, plain.pop())
     kind_V = [_kind(value) for value in values]
     kinds = {each for each in kind_V if each is not None}
     if odd := kinds - {*SCALARS}:

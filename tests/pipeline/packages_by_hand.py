@@ -115,7 +115,7 @@ def rows_of(case: str, ranker: Ranker, count: int, seed: int) -> tuple[Encoded, 
     id_BF = np.column_stack([ids(feature, count) for feature in schema.single])
     lists = {}
     for feature, bag in schema.bag.items():
-        length_B = rng.integers(0, min(bag.max_length, 5) + 1, count)
+        length_B = rng.integers(0, min(bag.max_length, 4) + 2, count)  # of the longest only the first items count
         lists[feature] = Lists(torch.from_numpy(ids(feature, int(length_B.sum()))), torch.from_numpy(length_B))
     encoded = Encoded(torch.from_numpy(id_BF), lists, torch.zeros(count, schema.dense_width))
     one_B = torch.ones(count, dtype=torch.int64)

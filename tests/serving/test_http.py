@@ -82,15 +82,12 @@ def test_bad_bodies_get_a_status_and_the_place(content: Any, status: int, error:
 
 def test_other_paths_methods_and_types() -> None:
     async def asked(app: Any) -> list[int]:
-        found = [
-            await call(app, "GET", "/scores"),
-            await call(app, "GET", "/score"),
-            await post(app, ROWS, content_type="text/csv"),
-        ]
+        found = [await call(app, "GET", "/scores"), await call(app, "GET", "/score")]
+        found += [await post(app, ROWS, content_type="text/csv"), await post(app, ROWS, content_encoding="gzip")]
         assert all("error" in reply.json for reply in found)
         return [reply.status for reply in found]
 
-    assert answers(asked) == [404, 405, 415]
+    assert answers(asked) == [404, 405, 415, 415]
 
 
 def test_a_body_is_refused_while_it_is_read_and_what_it_held_is_given_back() -> None:
@@ -203,9 +200,7 @@ def test_the_description_has_the_columns_of_a_row_and_its_page_loads_nothing() -
     body = openapi.json["paths"]["/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/Request"}
     assert "&lt;the x&gt;" in docs.body.decode()
-    assert not {"<script", "<link", "src=", "http://", "https://"} & {
-        w for w in ("<script", "<link", "src=", "http://", "https://") if w in docs.body.decode()
-    }
+    assert [part for part in ("<script", "<link", "src=", "http://", "https://") if part in docs.body.decode()] == []
 
 
 JSON = st.recursive(

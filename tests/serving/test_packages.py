@@ -76,6 +76,9 @@ def test_the_pointer_moves_what_serves_and_what_cannot_be_loaded_leaves_it(tmp_p
     assert step_of(packages) == 1
     assert "no package of the checkpoint checkpoint-2" in str(packages.problem)
     assert packages.metrics.registry.get_sample_value("taskfuse_serve_stale") == 1
+    write_package(tmp_path / "packages" / f"b.staging-{'0' * 32}", 2)  # an export that is under way
+    packages.poll()
+    assert step_of(packages) == 1
     write_package(tmp_path / "packages" / "b", 2)
     packages.poll()
     assert (step_of(packages), packages.problem) == (2, None)

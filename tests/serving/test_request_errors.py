@@ -67,11 +67,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("tags", ["a", 0.5], "tags: item holds 0.5, which is no id"),
     ("tags", [["a"]], "tags: item is a list, where one value belongs"),
     ("tags", ["a"] * 100_001, "tags: has 100,001 items, allowed are 100,000"),
-    ("tags", ["a", LONG], "tags: has a text of 1,048,577 bytes"),
+    ("tags", ["a", LONG], "tags: item has a text of 1,048,577 bytes"),
     ("seen", ["a", 0.5], "seen: item holds 0.5, which is no id"),
     ("picture", [1, 2, 3], "picture: 3 numbers, it must have 2"),
     ("picture", [1, "x"], "picture: 'x' is not a finite number"),
-    ("picture", [1, float("nan")], "picture: 'null' is not a finite number"),
+    ("picture", [1, float("nan")], "picture: 'nan' is not a finite number"),
     ("shows", "many", "shows: 'many' is not a number"),
     ("item_cost", "dear", "item_cost: 'dear' is not a number"),
     ("at", "yesterday", "at: 'yesterday' is not a time"),
@@ -119,6 +119,8 @@ def test_what_is_no_request_is_refused() -> None:
         (pa.table({"user": [1.0, 2.5]}), None, "rows[1].user: holds 2.5, which is no id"),
         (pa.table({"user": [["a"], ["b"]]}), None, "rows[0].user: holds lists: make it a bag"),
         (pa.table({"user": [{"a": 1}]}), None, "rows[0].user: is struct<a: int64>, which cannot be read as text"),
+        (pa.table({"age": pa.array([b"7", b"x", b"\xff"])}), None, "rows[1].age: 'x' is not a number"),
+        (pa.table({"seen": [{"a": 1}]}), None, "rows[0].seen: is struct<a: int64>, which cannot be read as text"),
         (pa.table({"prices": [1]}), None, "rows.prices: is no column of the schema (did you mean price?)"),
     ]
     for rows, user, message in cases:

@@ -15,7 +15,7 @@ from request_log import CONTENT, LISTS, PAST, ROWS, RequestLog, arrow, same
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
-from pipeline.serving import requests as requests_module
+from pipeline.serving import direct
 from pipeline.serving.encoded import Encoded
 from pipeline.serving.requests import Requests
 
@@ -93,8 +93,8 @@ def test_rows_of_any_form_are_encoded_as_the_job_encoded_them(form: str, log: Re
 def test_a_row_is_encoded_alike_alone_in_any_order_by_many_threads_and_after_values_are_forgotten(
     log: RequestLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests_module, "REMEMBERED", 0)
-    monkeypatch.setattr(requests_module, "FEWEST", 4)
+    monkeypatch.setattr(direct, "REMEMBERED", 0)
+    monkeypatch.setattr(direct, "FEWEST", 4)
     requests, rows = Requests(log.schema, log.encoders), log.typed()
     requests.warm_up(3)
 
@@ -105,7 +105,10 @@ def test_a_row_is_encoded_alike_alone_in_any_order_by_many_threads_and_after_val
         assert all(threads.map(alone, [*range(0, ROWS, 4), *reversed(range(0, ROWS, 4))]))
     order = torch.randperm(ROWS).tolist()
     assert rows_at(requests.encode([rows[row] for row in order]), [*range(ROWS)]) == rows_at(log.expected, order)
-    assert all(len(known) <= 5 for memo in requests.memos.values() for known in memo.known)
+    requests.encode([{"user": "x" * 1000, "clicked": ["y" * 1000]}])
+    known = [values for memo in requests.direct.memos.values() for values in memo.known]
+    assert all(len(values) <= 5 for values in known)
+    assert max(len(str(value)) for values in known for value in values) < 20
 
 
 @pytest.mark.integration

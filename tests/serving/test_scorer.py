@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +177,22 @@ def test_a_package_that_is_replaced_while_it_is_loaded_is_refused(
     monkeypatch.setattr(module, "load_program", replaced)
     with pytest.raises(UserError, match="was replaced by another package while it was loaded"):
         Scorer.load(copied)
+
+
+def test_scoring_and_serving_import_neither_training_nor_ingest(package: Path) -> None:
+    forbidden = {
+        "torchrec", "fbgemm_gpu", "apache_beam", "hydra", "datasketches", "scipy", "sklearn", "matplotlib", "sympy",
+        "torch._dynamo", "torch._inductor", "pipeline.run", "pipeline.dataset", "pipeline.evaluation", "models.ranker",
+    }  # fmt: skip
+    script = (
+        "import sys; from pipeline.serving.scorer import Scorer\n"
+        f"scorer = Scorer.load({str(package)!r}); scorer.score([{{'city': 'rome', 'recent': ['a'], 'age': 3}}])\n"
+        f"assert not {{'fastapi', 'starlette', 'uvicorn'}} & {{*sys.modules}}\n"
+        "import pipeline.serving.http.server\n"
+        f"print(sorted({forbidden!r} & {{*sys.modules}}))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
 
 
 def test_a_delta_on_its_base_is_the_whole_package(package: Path, tmp_path: Path) -> None:

@@ -8,14 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import uvicorn
-from test_packages import write_package
 
 from features.errors import UserError
 from pipeline.serving.http.app import Service
@@ -24,14 +22,14 @@ from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Packages
 from pipeline.serving.http.server import Server, bind
 
-BODY = json.dumps({"candidates": [{"x": 1.0}]})
+BODY = json.dumps({"candidates": [{"city": "rome"}]}).encode()
+HEADERS = {"content-type": "application/json", "content-length": str(len(BODY))}
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    script = Path(__file__).parent / "serve_fake.py"
-    folder = write_package(tmp_path / "p", 1)
-    process = subprocess.Popen([sys.executable, str(script), str(folder)], stderr=subprocess.PIPE, text=True)
+def server(package: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    command = [sys.executable, "-m", "jobs.serve", f"package={package}", "port=0", "drain_s=0.5"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     line = ""
     while "listens on" not in line:
@@ -40,43 +38,37 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     yield process, int(re.findall(r"listens on http://127\.0\.0\.1:(\d+)", line)[0])
     process.kill()
     process.wait()
+    process.stderr.close()
 
 
-def get(port: int, method: str, path: str, body: str | None = None) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request(method, path, body, {"content-type": "application/json"})
-    return connection.getresponse().status
+def connection(port: int) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection("127.0.0.1", port, timeout=10)
 
 
-def posted(port: int) -> tuple[threading.Thread, list[int | str]]:
-    """A request that another thread waits for."""
-    found: list[int | str] = []
-
-    def ask() -> None:
-        try:
-            found.append(get(port, "POST", "/score", BODY))
-        except (OSError, http.client.HTTPException) as error:
-            found.append(type(error).__name__)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    return thread, found
+def answer(port: int, method: str, path: str) -> int:
+    asked = connection(port)
+    asked.request(method, path, BODY if method == "POST" else None, HEADERS if method == "POST" else {})
+    return asked.getresponse().status
 
 
 @pytest.mark.system
 def test_sigterm_answers_what_is_in_flight_and_ends_with_0(server: tuple[subprocess.Popen[str], int]) -> None:
     process, port = server
-    assert get(port, "GET", "/healthz") == 200
-    first, of_first = posted(port)
-    time.sleep(0.2)
+    assert (answer(port, "GET", "/healthz"), answer(port, "POST", "/score")) == (200, 200)
+    slow = connection(port)
+    slow.putrequest("POST", "/score")
+    for name, value in HEADERS.items():
+        slow.putheader(name, value)
+    slow.endheaders(BODY[:10])
+    time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
-    assert get(port, "GET", "/healthz") == 503
-    time.sleep(0.5)
-    second, of_second = posted(port)  # within drain_s; its answer comes after it
-    for thread in (first, second):
-        thread.join(10)
-    assert (of_first, of_second) == ([200], [200])
+    assert (answer(port, "GET", "/healthz"), answer(port, "POST", "/score")) == (503, 200)
+    time.sleep(1)
+    with pytest.raises(OSError):
+        answer(port, "GET", "/healthz")
+    slow.send(BODY[10:])
+    assert slow.getresponse().status == 200
     assert process.wait(10) == 0
     assert process.stderr
     text = process.stderr.read()
@@ -108,6 +100,7 @@ def test_servers_that_agree_share_a_port() -> None:
     with bind(ServeConfig(package=Path("p"), port=0, reuse_port=True)) as first:
         port = first.getsockname()[1]
         first.listen()
+        assert first.proto == socket.IPPROTO_TCP, "asyncio leaves Nagle's algorithm on: 40 ms for each answer"
         bind(ServeConfig(package=Path("p"), port=port, reuse_port=True)).close()
         with pytest.raises(UserError):
             bind(ServeConfig(package=Path("p"), port=port))

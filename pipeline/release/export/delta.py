@@ -1,6 +1,6 @@
 """What changed in the tables between the checkpoints of two steps of a run: the tables of a delta."""
 
-# Shapes: N rows of a block, W bytes of one.
+# Shapes: N rows of a block, W bytes of one, P words of kept rows.
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from pipeline.release.export.tables import (
     Kept,
     TablesFile,
     blocks,
-    kept_numbers,
+    kept_blocks,
     lookups,
     map_blocks,
     map_files,
@@ -103,7 +103,8 @@ def changed_tables(
         _write_rows(folder, file, pairs, found)
         if file.kept:
             digest = Digest()
-            digest.add(kept_numbers(file))
+            for bits_P2 in kept_blocks(file):
+                digest.add(bits_P2)
             found.before[file.kept] = found.after[file.kept] = digest.file()
     for ids in maps:
         before, after = Digest(), Digest()

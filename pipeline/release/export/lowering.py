@@ -88,7 +88,9 @@ class _Lowering(Interpreter):
         """The value of a node; None of one that only others that do not vary read."""
         if n not in self.lowered.varying and n.op != "output":
             return None
-        if n.target is aten.linear.default and not self.lowered.varying.intersection(n.args[1:]):
+        if n.target is aten.linear.default and self.lowered.varying.intersection(n.all_input_nodes) == {
+            n.all_input_nodes[0]
+        }:
             x, weight_ND, *bias = (self.env[read] if isinstance(read, Node) else read for read in n.args)
             return onednn_linear(x, weight_ND, bias[0] if bias else None)
         if n.target in PRODUCTS and self.lowered.kept(f"{n.name}_weight") is not None:
@@ -99,7 +101,7 @@ class _Lowering(Interpreter):
 
     def _by_network(self, n: Node) -> Tensor:
         """y_UBN = x W + b."""
-        x_UBD = self.env[n.args[-2]]
+        x_UBD = self.env[n.all_input_nodes[-2]]
         parts = []
         for u in range(len(x_UBD)):
             weight_ND, bias_N = (self.lowered.kept(f"{n.name}_{what}", u) for what in ("weight", "bias"))

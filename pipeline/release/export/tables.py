@@ -1,6 +1,6 @@
 """The tables of a checkpoint as files of a package, read and written some rows at a time."""
 
-# Shapes: N rows of a block, D numbers of a row, W bytes of one, K rows that are kept of a table.
+# Shapes: N rows of a block, D numbers of a row, W bytes of one, K rows that are kept of a table, P words of their bits.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.evaluation.needed_rows import needed_rows
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint.index import read_index
 from pipeline.run.run import Run
+from pipeline.serving.kept_rows import bits_of
 from pipeline.serving.manifest import Lookup, StoredTable, TableFormat
 from pipeline.serving.row_formats import stored
 from pipeline.storage.files import make_folder
@@ -111,7 +112,9 @@ def write_tables(
                 opened.write(byte_NW.numpy().data)
         names.append(file.name)
         if file.kept:
-            (folder / file.kept).write_bytes(kept_numbers(file).data)
+            with (folder / file.kept).open("xb") as opened:
+                for bits_P2 in kept_blocks(file):
+                    opened.write(bits_P2.data)
             names.append(file.kept)
     for found in maps:
         with (folder / found.name).open("xb") as opened:
@@ -176,14 +179,13 @@ def map_files(ranker: Ranker, schema: Schema) -> list[MapFile]:
     ]
 
 
-def kept_numbers(file: TablesFile) -> np.ndarray:
-    """What the file of kept ids holds (StoredTable.kept)."""
-    base, found = 0, []
+def kept_blocks(file: TablesFile) -> Iterator[np.ndarray]:
+    """What its file of kept rows holds, table by table (pipeline.serving.kept_rows)."""
+    before = 0
     for part in file.parts:
         if part.kept_K is not None:
-            found.append(part.kept_K + base)
-            base += part.rows
-    return np.concatenate(found)
+            yield bits_of(part.kept_K, part.rows, before)
+            before += len(part.kept_K)
 
 
 def blocks(path: Path, file: TablesFile, form: TableFormat) -> Iterator[Tensor]:

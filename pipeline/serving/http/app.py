@@ -56,12 +56,12 @@ class Service:
     """What the routes answer.
 
     Attributes:
-        draining: set once the server is to end: /healthz answers 503.
+        draining: set once the server is to end: /healthz answers 503. cut: requests that were ended without an answer.
     """
 
     def __init__(self, packages: Packages, settings: ServeConfig, metrics: Metrics) -> None:
         self.packages, self.settings, self.metrics = packages, settings, metrics
-        self.draining = False
+        self.draining, self.cut = False, 0
         self.batcher: Batcher | None = None
 
     @asynccontextmanager
@@ -81,6 +81,9 @@ class Service:
         started, held = time.perf_counter(), [0]
         try:
             return await self._score(request, held)
+        except asyncio.CancelledError:
+            self.cut += 1
+            raise
         finally:
             self.metrics.hold(-held[0])
             self.metrics.seconds.observe(time.perf_counter() - started)

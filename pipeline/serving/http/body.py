@@ -39,11 +39,13 @@ async def read_body(request: Request, settings: ServeConfig, metrics: Metrics, h
     Args:
         held: bytes that this request holds so far, which the caller gives back: `metrics.buffered` counts those of all.
     Raises:
-        RefusedError: it is no JSON by its type, too large, or the server holds too much.
+        RefusedError: it is no plain JSON by its type, too large, or the server holds too much.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RefusedError(415, f"content-type {printable(kind[:100]) or '(none)'} is not application/json")
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise RefusedError(415, f"content-encoding {printable(coding[:100])}: send the body as it is")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > settings.max_body_bytes):
         raise too_large(settings)

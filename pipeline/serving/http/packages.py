@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,6 +19,7 @@ from pipeline.serving.scorer import Scorer
 
 POINTER = "serving.json"
 MAX_POINTER_BYTES = 1 << 20
+STAGING = ".staging-"  # in the name of a folder that is being written (pipeline.storage.staging)
 MAX_PACKAGES = 10_000  # folders below `packages`
 RETRY_S = 30.0  # until a package that could not be loaded is tried again
 
@@ -71,6 +72,10 @@ class Manifests:
             self.known[folder] = (state, read_manifest(folder))
         return self.known[folder][1]
 
+    def keep(self, folders: Sequence[Path]) -> None:
+        """Forgets those of other folders."""
+        self.known = {folder: self.known[folder] for folder in folders if folder in self.known}
+
 
 def of_folder(folder: Path) -> Callable[[], Wanted]:
     """The package of one folder; a delta has no base there."""
@@ -98,8 +103,10 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
                 f"{out / POINTER} is missing: nothing serves yet. Bless a checkpoint with jobs.nightly."
             ) from None
         found, damaged = {}, []
-        folders = sorted(path.parent for path in packages.glob(f"*/{FILE}"))
-        for folder in folders[:MAX_PACKAGES]:
+        there = sorted(path.parent for path in packages.glob(f"*/{FILE}") if STAGING not in path.parent.name)
+        folders = there[:MAX_PACKAGES]
+        manifests.keep(folders)
+        for folder in folders:
             try:
                 found[folder] = manifests.read(folder)
             except (UserError, OSError) as error:
@@ -142,7 +149,7 @@ class Packages:
         self.settings, self.metrics, self.find = settings, metrics, find or source(settings)
         self.current: Loaded | None = None
         self.problem: str | None = None
-        self.failed: tuple[str, float] | None = None  # a package's checksum, and when it was tried
+        self.failed: tuple[Path, str, float] | None = None  # a package's folder and checksum, and when it was tried
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="packages", daemon=True)
 
@@ -175,7 +182,8 @@ class Packages:
             checksum = (wanted.manifest.whole() if wanted.base else wanted.manifest).checksum
             if self.current and checksum == self.current.scorer.manifest.checksum:
                 return self._report(None)
-            if self.failed and self.failed[0] == checksum and time.monotonic() - self.failed[1] < RETRY_S:
+            tried = (wanted.folder, checksum)
+            if self.failed and self.failed[:2] == tried and time.monotonic() - self.failed[2] < RETRY_S:
                 return None
         except (UserError, OSError) as error:
             return self._report(one_line(error))
@@ -184,7 +192,7 @@ class Packages:
         except Exception as error:  # whatever a damaged package may cause: the one that serves goes on
             if not isinstance(error, (UserError, OSError)):
                 logger.exception("%s cannot be loaded", wanted.folder)
-            self.failed = (checksum, time.monotonic())
+            self.failed = (*tried, time.monotonic())
             self.metrics.failures.inc()
             return self._report(one_line(error))
         self.take_over(loaded)
