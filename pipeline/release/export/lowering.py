@@ -91,7 +91,7 @@ class _Lowering(Interpreter):
         if n.target is aten.linear.default and self.lowered.varying.intersection(n.all_input_nodes) == {
             n.all_input_nodes[0]
         }:
-            x, weight_ND, *bias = (self.env[read] if isinstance(read, Node) else read for read in n.args)
+            (x, weight_ND, *bias), _ = self.fetch_args_kwargs_from_env(n)
             return onednn_linear(x, weight_ND, bias[0] if bias else None)
         if n.target in PRODUCTS and self.lowered.kept(f"{n.name}_weight") is not None:
             return self._by_network(n)
