@@ -7,6 +7,7 @@ Needs requirements.txt, which `make .venv/rechub` installs apart from the enviro
 
 import contextlib
 import io
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -74,7 +75,9 @@ def rechub(folder: Path, table_rows: list[int], widths: list[int], dense: int, t
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)  # of each operator of torchvision, which nothing here needs
         ONNXExporter(net).export(str(file), opset_version=OPSET)
+    logging.disable(logging.NOTSET)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
