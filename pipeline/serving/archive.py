@@ -65,7 +65,7 @@ class Node(Part):
 
 
 class Size(Part):
-    """A size, None where it is that of a batch."""
+    """A size, None where it is not a number."""
 
     as_int: Count | None = None
 
@@ -85,7 +85,6 @@ class Graph(Part):
     inputs: list[Argument]
     outputs: list[Argument]
     nodes: Annotated[list[Node], Field(max_length=100_000)]
-    tensor_values: dict[Name, Meta]
 
 
 class Parameter(Part):

@@ -14,13 +14,12 @@ from torch.nn import functional
 
 from models.torch_compat import onednn_linear
 from pipeline.serving import operators
-from pipeline.serving.archive import DTYPES, Argument, GraphModule, Meta, NamedArgument, Node
+from pipeline.serving.archive import DTYPES, Argument, GraphModule, NamedArgument, Node
 
 ATEN = "torch.ops.aten."
 POSITIONAL, KEYWORD = 1, 2  # torch._export.serde.schema.ArgumentKind
 STRIDED, CONTIGUOUS, PRESERVED = 7, 1, 4  # and its Layout, MemoryFormat
 LINEAR = f"{ATEN}linear.default"
-MAX_WIDTH = 1 << 24  # of the inputs
 TEXT = re.compile("[a-z_,>-]{0,64}")  # modes, and equations of einsum
 ONEDNN = torch.backends.mkldnn.is_available()
 FEW_ROWS = 8  # up to which oneDNN prepares its product for longer than it takes
@@ -60,7 +59,7 @@ class Calls:
     def __init__(self, module: GraphModule, tensors: Mapping[str, Tensor]) -> None:
         self.places: dict[str, int] = {}
         values: Values = []
-        self.inputs, self.widths = self._place_inputs(module, tensors, values)
+        self.inputs = self._place_inputs(module, tensors, values)
         varying, calls = {*self.inputs}, []
         for node in module.graph.nodes:
             if (call := self._call(node, values)) is None:
@@ -93,21 +92,18 @@ class Calls:
         logit_BT: Tensor = values[self.output]
         return logit_BT
 
-    def _place_inputs(
-        self, module: GraphModule, tensors: Mapping[str, Tensor], values: Values
-    ) -> tuple[list[int], list[int]]:
-        """Places weights, and the two inputs: their places and widths."""
-        inputs, widths = [], []
+    def _place_inputs(self, module: GraphModule, tensors: Mapping[str, Tensor], values: Values) -> list[int]:
+        """Places weights, and the two inputs, whose places are returned."""
+        inputs = []
         for spec in module.signature.input_specs:
             if stored := spec.parameter or spec.buffer or spec.tensor_constant:
                 self._place(stored.arg.name, values, tensors[stored.source])
             elif spec.user_input:
                 name = _only(spec.user_input.arg, "as_tensor")["name"]
                 inputs.append(self._place(name, values))
-                widths.append(_width(module.graph.tensor_values[name]))
         if len(inputs) != 2:
             raise GraphError(f"{len(inputs)} inputs")
-        return inputs, widths
+        return inputs
 
     def _place(self, name: str, values: Values, value: Any = None) -> int:
         if name in self.places:
@@ -229,14 +225,6 @@ def _positional(inputs: Sequence[NamedArgument]) -> list[NamedArgument]:
     if any(argument.kind not in (POSITIONAL, KEYWORD) for argument in inputs):
         raise GraphError("an argument without a place")
     return [argument for argument in inputs if argument.kind == POSITIONAL]
-
-
-def _width(meta: Meta) -> int:
-    """Columns of an input, which is a matrix of float32."""
-    width = meta.sizes[-1].as_int if len(meta.sizes) == 2 else None
-    if width is None or width > MAX_WIDTH or DTYPES.get(meta.dtype) != torch.float32:
-        raise GraphError("an input that is no matrix of float32")
-    return width
 
 
 def _constant(kind: str, value: Any) -> Any:

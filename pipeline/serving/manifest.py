@@ -125,6 +125,13 @@ class Manifest(Strict):
     result: dict[FileName, StoredFile] = {}
     checksum: str = ""
 
+    @property
+    def embedding_dim(self) -> int:
+        """E of embedding_BE: pooled features, then the items of sequences, padded to the longest, and how many each has."""
+        dims = [(part, self.tables[part.table].dim) for part in self.lookups]
+        longest = max((part.max_length for part in self.lookups), default=0)
+        return sum(longest * dim + 1 if part.pooling == "sequence" else dim for part, dim in dims)
+
     def whole(self) -> "Manifest":
         """Of a delta, the manifest of the package that it makes of its base."""
         files = {name: self.result[name] for name in sorted(self.result)}

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from features.errors import UserError, one_line
 from features.regular_files import lstat_regular, read_regular
+from pipeline import cores
 from pipeline.serving.archive import damaged, read_archive
 from pipeline.serving.graph import Calls
 from pipeline.serving.manifest import COMPILED, DENSE, HINT, Manifest, StoredFile
+from pipeline.serving.torch_compat import compiled_program
 from pipeline.storage.files import sha256
 
 Program = Callable[[Tensor, Tensor], Tensor]
@@ -28,33 +30,38 @@ def load_program(folder: Path, manifest: Manifest, compiled: bool = False) -> Pr
     Raises:
         UserError: a file that is not the manifest's; no plain program; one compiled for another torch or processor.
     """
-    tasks = len(manifest.tasks)
+    tasks, widths = len(manifest.tasks), (manifest.embedding_dim, manifest.dense_width)
     if compiled:
         run = _compiled(folder, manifest)
     else:
         expected = _expected(folder, manifest, DENSE)
-        run = graph_program(_read(folder, DENSE, expected), folder / DENSE, tasks)
+        run = graph_program(_read(folder, DENSE, expected), folder / DENSE, tasks, widths)
 
     @torch.inference_mode()
     def program(embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
-        return run(embedding_BE, dense_BD) if len(dense_BD) else dense_BD.new_zeros(0, tasks)
+        rows = len(dense_BD)
+        for x, width in zip((embedding_BE, dense_BD), widths, strict=True):
+            # Compiled code takes the sizes that it was compiled for as given.
+            if x.shape != (rows, width) or x.dtype != torch.float32:
+                raise ValueError(f"{x.dtype} of shape {[*x.shape]}, not float32 of {[rows, width]}")
+        return run(embedding_BE.contiguous(), dense_BD.contiguous()) if rows else dense_BD.new_zeros(0, tasks)
 
     return program
 
 
-def graph_program(content: bytes, where: object, tasks: int) -> Program:
+def graph_program(content: bytes, where: object, tasks: int, widths: tuple[int, int]) -> Program:
     """The program that an archive has, after a trial on two rows.
 
     Args:
-        where: the file, for errors. tasks: T.
+        where: the file, for errors. tasks: T. widths: E, D.
     Raises:
-        UserError: it is none, or not one of two inputs and T outputs.
+        UserError: it is none, or not one of these sizes.
     """
     module, tensors = read_archive(content, where)
     try:
         with torch.inference_mode():
             calls = Calls(module, tensors)
-            found = calls(*(torch.zeros(2, width) for width in calls.widths))
+            found = calls(*(torch.zeros(2, width) for width in widths))
     except (RuntimeError, TypeError, ValueError, LookupError, OverflowError, AttributeError, MemoryError) as error:
         raise damaged(where, one_line(error)) from None
     if not isinstance(found, Tensor) or found.shape != (2, tasks) or found.dtype != torch.float32:
@@ -80,10 +87,7 @@ def _compiled(folder: Path, manifest: Manifest) -> Program:
             )
     if lstat_regular(folder, COMPILED) is None or sha256(path) != expected.sha256:
         raise UserError(f"{path}: missing, or its checksum is not the manifest's. {HINT}")
-    from torch._inductor import aoti_load_package  # takes a second, and only this needs it
-
-    library = aoti_load_package(str(path))
-    return lambda embedding_BE, dense_BD: library(embedding_BE, dense_BD)
+    return compiled_program(path, cores.available())
 
 
 def _expected(folder: Path, manifest: Manifest, name: str) -> StoredFile:

@@ -17,6 +17,7 @@ from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.relabel import RelabelConfig
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.release.config import NightlyConfig
+from pipeline.release.export.config import ExportConfig
 from pipeline.search.config import SearchConfig
 from pipeline.serving.http.config import ServeConfig
 from pipeline.synthetic.event_log import LogConfig
@@ -28,6 +29,7 @@ CONF = Path(__file__).parents[2] / "jobs" / "conf"
 JOBS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateConfig,
     "explain": ExplainConfig,
+    "export": ExportConfig,
     "generate": LogConfig,
     "generate_ratings": RatingsConfig,
     "nightly": NightlyConfig,

@@ -5,8 +5,6 @@
 import io
 import json
 import pickle
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +29,7 @@ from models.ranker import ModelConfig, Ranker
 from pipeline.release.export.program import write_program
 from pipeline.serving import operators
 from pipeline.serving.archive import DTYPES, SCHEMA_MAJOR
-from pipeline.serving.manifest import DENSE, Lookup, Manifest, Model, StoredFile
+from pipeline.serving.manifest import DENSE, Lookup, Manifest, Model, StoredFile, StoredTable
 from pipeline.serving.program import load_program
 from pipeline.storage.files import sha256
 
@@ -55,19 +53,20 @@ ENCODERS = SimpleNamespace(
     labels={"stay": LabelScale(1.5, 0.5), "spent": LabelScale(0.5, 0.3, positive=0.2)},
     num_embeddings={"item": 11, "user": 7}.__getitem__,
 )
+TASKS = {name: task["kind"] for name, task in SCHEMA["tasks"].items()}
+TWO_TASKS = SCHEMA | {"tasks": {name: SCHEMA["tasks"][name] for name in ("click", "buy")}}
 CHAIN = {"fusion": {"name": "single_task", "widths": [8]}, "tower": [5]}
-SOURCES = [{"run": task, "step": 1, "task": task, "model": CHAIN} for task in SCHEMA["tasks"]]
-# Between them every kind of input, output and operator; other fusions are made of the same ones.
+SOURCES = [{"run": task, "step": 1, "task": task, "model": CHAIN} for task in TWO_TASKS["tasks"]]
+UNLIKE_TOWERS = {"click": [4], "buy": [], "stay": [3], "spent": [2]}
+# Between them every kind of input, output and operator; what other fusions call is among it, or refused when it is exported.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "home": (SEQUENCES, {"calibration": "monotone"}),
-    "dtrn": (SEQUENCES, {}),
+    "dtrn": (SEQUENCES, {"calibration": "monotone"}),
     "autotask": (SCHEMA, {"fusion": {"name": "autotask", "width": 16, "task_id": "embedding", "examples": "mixed"}}),
-    "multitab": (SCHEMA, {"fusion": {"name": "multitab", "rows": "alone"}}),
-    "stem": (SCHEMA, {"calibration": "monotone"}),
-    "apem": (SCHEMA, {}),
-    "automtl_supernet": (SCHEMA, {"fusion": small_supernet(), "tower": {"click": [4], "buy": [], "stay": [3], "spent": [2]}}),
-    "emm": (SCHEMA, {"fusion": {"name": "emm", "sources": SOURCES}}),
-}  # fmt: skip
+    "multitab": (SCHEMA, {"fusion": {"name": "multitab", "rows": "alone", "layers": 1}}),
+    "stem": (SCHEMA, {}),
+    "automtl_supernet": (SCHEMA, {"fusion": small_supernet() | {"experts": 2, "depth": 1}, "tower": UNLIKE_TOWERS}),
+    "emm": (TWO_TASKS, {"fusion": {"name": "emm", "sources": SOURCES}}),
+}
 
 
 def ranker_of(schema: dict[str, Any], config: dict[str, Any]) -> Ranker:
@@ -90,24 +89,26 @@ def batch(rows: int = 12) -> Batch:
     return Batch(sparse, torch.randn(rows, 3), one_BT, one_BT.bool(), one_BT, torch.arange(rows))
 
 
-def manifest_of(folder: Path, **further: Any) -> Manifest:
+def manifest_of(folder: Path, width: int = 12, **further: Any) -> Manifest:
+    """Of a package of one table of a width, with the files that lie in the folder."""
     files = {
         file.name: StoredFile(bytes=file.stat().st_size, sha256=sha256(file))
         for file in folder.iterdir()
         if file.is_file()
     }
-    model = Model(run="r", step=1, checkpoint="", fingerprint="", encoders="")
-    tasks = {name: task["kind"] for name, task in SCHEMA["tasks"].items()}
-    lookups: list[Lookup] = []
     return Manifest(
-        model=model, versions={}, tasks=tasks, format="fp32", tables={}, lookups=lookups, dense_width=3, files=files, **further
-    )  # fmt: skip
+        model=Model(run="r", step=1, checkpoint="", fingerprint="", encoders=""),
+        tables={"all": StoredTable(file="tables/all.bin", first=0, rows=1, dim=width, num_embeddings=1)},
+        lookups=[Lookup(feature="user", table="all", pooling="single")],
+        **{"tasks": TASKS, "versions": {}, "format": "fp32", "dense_width": 3, "files": files} | further,
+    )
 
 
-def program_of(model: Ranker, folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
+def program_of(model: Ranker, folder: Path, schema: dict[str, Any] = SCHEMA) -> Callable[[Tensor, Tensor], Tensor]:
     width = model.embedded(batch()).shape[1]
     assert write_program(model, width, 3, folder, compiled=False) == [DENSE]
-    return load_program(folder, manifest_of(folder))
+    tasks = {name: task["kind"] for name, task in schema["tasks"].items()}
+    return load_program(folder, manifest_of(folder, width, tasks=tasks))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,15 +117,15 @@ def test_a_program_equals_its_ranker_for_any_number_of_rows(name, tmp_path):
     if "fusion" not in config:
         config = yaml.safe_load((MODELS / f"{name}.yaml").read_text()) | config
     model = ranker_of(schema, config)
-    program = program_of(model, tmp_path)
+    program = program_of(model, tmp_path, schema)
     for rows in (1, 2, 37, 512):
         given = batch(rows)
         with torch.no_grad():
             embedding_BE, wanted_BT = model.embedded(given), model(given)
         found_BT = program(embedding_BE, given.dense_BD)
-        torch.testing.assert_close(found_BT, wanted_BT, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found_BT, wanted_BT, rtol=2e-6, atol=2e-6)
         assert not found_BT.requires_grad
-    assert program(embedding_BE[:0], given.dense_BD[:0]).shape == (0, 4)
+    assert program(embedding_BE[:0], given.dense_BD[:0]).shape == (0, wanted_BT.shape[1])
 
 
 # One written program for all below
@@ -143,6 +144,13 @@ def written(model: Ranker, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / DENSE).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def program(written: bytes, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensor, Tensor], Tensor]:
+    folder = tmp_path_factory.mktemp("loaded")
+    (folder / DENSE).write_bytes(written)
+    return load_program(folder, manifest_of(folder))
+
+
 def test_a_program_is_the_same_bytes_twice_and_torch_reads_it_too(model, written, tmp_path):
     torch.manual_seed(5)  # example inputs must not be drawn
     program = program_of(model, tmp_path)
@@ -153,26 +161,20 @@ def test_a_program_is_the_same_bytes_twice_and_torch_reads_it_too(model, written
     torch.testing.assert_close(program(*given), torchs(*given), rtol=1e-6, atol=1e-6)
 
 
-def test_threads_may_call_a_program_at_once(model, tmp_path):
-    program = program_of(model, tmp_path)
+def test_inputs_of_other_sizes_are_refused_before_any_code_reads_them(program):
+    for embedding, dense in (((2, 11), (2, 3)), ((2, 12), (2, 4)), ((2, 12), (3, 3)), ((12,), (3,))):
+        with pytest.raises(ValueError, match="not float32 of"):
+            program(torch.zeros(embedding), torch.zeros(dense))
+    with pytest.raises(ValueError, match=r"torch\.float64"):
+        program(torch.zeros(2, 12), torch.zeros(2, 3).double())
+
+
+def test_threads_may_call_a_program_at_once(model, program):
     given = [(model.embedded(batch(rows)), batch(rows).dense_BD) for rows in range(1, 60)]
     wanted = [program(*each) for each in given]
     with ThreadPoolExecutor(8) as threads:
         for found_BT, wanted_BT in zip(threads.map(lambda each: program(*each), given * 3), wanted * 3, strict=True):
             assert torch.equal(found_BT, wanted_BT)
-
-
-def test_reading_a_program_imports_neither_torchrec_nor_the_exporter(written, tmp_path):
-    (tmp_path / DENSE).write_bytes(written)
-    (tmp_path.parent / "manifest.json").write_text(manifest_of(tmp_path).model_dump_json())
-    code = (
-        "import sys; from pathlib import Path; from pipeline.serving.manifest import Manifest; "
-        "from pipeline.serving.program import load_program; folder = Path(sys.argv[1]); "
-        "load_program(folder, Manifest.model_validate_json((folder.parent / 'manifest.json').read_text())); "
-        "print(*({'torchrec', 'fbgemm_gpu', 'torch._inductor', 'torch._dynamo', 'sympy'} & {*sys.modules}))"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == []
 
 
 # Attacks
@@ -362,6 +364,7 @@ def test_what_is_read_of_torchs_format_is_as_torch_has_it():
 
     assert schema.SCHEMA_VERSION[0] == SCHEMA_MAJOR
     assert {int(kind): dtype for kind, dtype in serialize._SERIALIZE_TO_TORCH_DTYPE.items() if kind in DTYPES} == DTYPES
+    assert {"run"} <= {*dir(torch._C._aoti.AOTIModelPackageLoader)}
     for name in operators.ALLOWED | operators.PASSED_ON | operators.LEFT_OUT:
         packet, overload = name.split(".")
         found = getattr(getattr(torch.ops.aten, packet), overload)

@@ -24,6 +24,7 @@ from pipeline.release.export.model_card import escaped
 from pipeline.release.export.tables import write_tables
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.serving.deltas import apply_delta
 from pipeline.serving.encoded import encoded
 from pipeline.serving.manifest import DENSE, FILE, check_files, read_manifest
 from pipeline.serving.scorer import Scorer
@@ -143,6 +144,22 @@ def test_a_package_that_differs_from_its_checkpoint_is_not_written(trained, tmp_
     with pytest.raises(UserError, match=r"the package's logits differ by .* nothing is written"):
         exported(trained, tmp_path / "package", archive=True)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_base_and_what_changed_since_are_the_whole_package(trained, tmp_path, same_program):
+    base, whole, delta = (tmp_path / name for name in ("base", "whole", "delta"))
+    exported(trained, base, step=2, tables="fp16")
+    exported(trained, whole, tables="fp16")
+    changed = exported(trained, delta, tables="fp16", since=2).manifest
+    assert changed.base is not None
+    assert changed.base.step == 2
+    assert changed.whole() == read_manifest(whole)
+    assert not {"manifest.json"} & {*changed.files}
+    apply_delta(base, delta, tmp_path / "made")
+    assert contents(tmp_path / "made") == contents(whole)
+    with pytest.raises(UserError, match="no package of that step with tables=int8"):
+        exported(trained, tmp_path / "other", tables="int8", since=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "whole", "delta", "made"}
 
 
 def test_what_is_no_package_is_not_replaced(trained, tmp_path):

@@ -3,7 +3,6 @@
 import logging
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,8 +20,8 @@ from pipeline import cores
 from pipeline.dataset.dataset import Dataset, encoders_id
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.weights import load_dense
-from pipeline.ingest.staging import staging_of
 from pipeline.release.export.config import ExportConfig, Source, base_of, check_out, source_of
+from pipeline.release.export.delta import changed_tables, write_delta_manifest
 from pipeline.release.export.model_card import metrics_of, model_card, records_of
 from pipeline.release.export.program import check_compiler, write_program
 from pipeline.release.export.tables import occurring_rows, write_tables
@@ -34,15 +33,14 @@ from pipeline.serving.manifest import (
     ENCODERS,
     MODEL_CARD,
     SCHEMA,
-    Lookup,
     Manifest,
     Model,
-    StoredTable,
     write_manifest,
 )
 from pipeline.serving.program import compiled_for
 from pipeline.serving.scorer import Scorer
 from pipeline.storage.files import sha256, storage_of
+from pipeline.storage.staging import staging_of
 
 VERSIONS = ("taskfuse", "torch", "polars", "pyarrow")
 
@@ -77,7 +75,6 @@ def export(config: ExportConfig) -> Exported:
         if config.since is not None:
             held.enter_context(checkpoint.reading(Source(source.run, config.since).path))
         staging = held.enter_context(staging_of(config.out))
-        shutil.rmtree(staging / "scratch")
         package = Package(config, source, dataset, trained, staging, base)
         manifest = package.write()
         if archive is not None:
@@ -132,21 +129,18 @@ class Package:
                 source.run, source.step, ranker, schema, config.tables, kept, self.folder
             )
         else:
-            from pipeline.release.export.delta import changed_tables, write_delta_manifest
-
             since = self.base[1].model.step
             changed = changed_tables(source.run, source.step, since, ranker, schema, config.tables, kept, self.folder)
             tables, lookups, names = changed.tables, changed.lookups, []
         names += self._encoders_and_schema()
         compiled = config.target == "aot"
-        width = embedding_width(lookups, tables)
-        names += write_program(ranker, width, schema.dense_width, self.folder, compiled)
         whole = Manifest(
             model=self._model(), versions=versions(compiled),
             tasks={name: task.kind for name, task in schema.tasks.items()}, format=config.tables, tables=tables,
             lookups=lookups, sets=ranker.sets, dense_width=schema.dense_width, compiled=compiled,
             metrics=metrics_of(records_of(source.run, self.trained.checksum)),
         )  # fmt: skip
+        names += write_program(ranker, whole.embedding_dim, schema.dense_width, self.folder, compiled)
 
         def sealed(manifest: Manifest, others: list[str]) -> Manifest:
             if self.base is None:
@@ -154,13 +148,19 @@ class Package:
             return write_delta_manifest(self.folder, manifest, self.base[1], changed, others)
 
         sealed(whole, names)  # so that it can be loaded
-        scorer = Scorer.load(self.folder, check=False, base=None if self.base is None else self.base[0])
-        exact = config.tables == "fp32" and config.rows == "all"
-        found = measured(source, self.dataset, scorer, config.check_rows, exact)
+        found = self._measured(compiled=False)
+        if compiled:
+            found |= {f"compiled.{name}": value for name, value in self._measured(compiled=True).items()}
         whole = whole.model_copy(update={"tolerances": found})
         card = model_card(source.run, self.trained, self.dataset, whole)
         (self.folder / MODEL_CARD).write_text(card, encoding="utf-8")
         return sealed(whole, [*names, MODEL_CARD])
+
+    def _measured(self, compiled: bool) -> dict[str, float]:
+        """Differences of a program of the package to the checkpoint. Raises UserError where there should be none."""
+        scorer = Scorer.load(self.folder, compiled, check=False, base=None if self.base is None else self.base[0])
+        exact = self.config.tables == "fp32" and self.config.rows == "all"
+        return measured(self.source, self.dataset, scorer, self.config.check_rows, exact)
 
     def _model(self) -> Model:
         return Model(
@@ -181,14 +181,6 @@ class Package:
         if encoders_id(checksums) != self.trained.encoders:
             raise UserError(f"{self.dataset.encoded_by}/{ENCODERS} changed while it was copied. Export again.")
         return [SCHEMA, *names]
-
-
-def embedding_width(lookups: Sequence[Lookup], tables: Mapping[str, StoredTable]) -> int:
-    """E of embedding_BE: pooled features, then the padded items of sequences, and how many each has."""
-    pooled = sum(tables[part.table].dim for part in lookups if part.pooling != "sequence")
-    sequences = [part for part in lookups if part.pooling == "sequence"]
-    longest = max((part.max_length for part in sequences), default=0)
-    return pooled + sum(longest * tables[part.table].dim + 1 for part in sequences)
 
 
 def versions(compiled: bool) -> dict[str, str]:

@@ -65,7 +65,7 @@ def write_program(ranker: Ranker, embedding_dim: int, dense_width: int, folder: 
     program = exported(ranker, embedding_dim, dense_width)
     content = archive_of(program)
     try:
-        graph_program(content, "its program", len(ranker.units.scales))
+        graph_program(content, "its program", len(ranker.units.scales), (embedding_dim, dense_width))
     except UserError as error:
         raise UserError(
             f"this model cannot be served yet: {error.args[0].partition(': no program')[0]}. A fusion that is new adds its "
