@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Scorer:
         compiled: bool = False,
         check: bool = True,
         warm_up: int = 512,
-        base: Path | str | None = None,
+        base: Path | str | Sequence[Path | str] | None = None,
     ) -> "Scorer":
         """Opens a package.
 
@@ -56,11 +57,12 @@ class Scorer:
             path: its folder. compiled: run its compiled program, which is code of this machine; False: the portable one.
             check: compare every file's checksum; False: of a package that was checked before, on this machine.
             warm_up: rows of a first answer, whose predictions must be finite; 0: none.
-            base: the whole package that a delta changes; None for a whole package.
+            base: the whole package that a delta changes, or that one and the deltas in between; None for a whole package.
         Raises:
             UserError: a package that is missing, damaged, of another version, or does not fit together; another base.
         """
-        sources = _sources(Path(path), None if base is None else Path(base))
+        bases = [base] if isinstance(base, (Path, str)) else base or []
+        sources = _sources(Path(path), [Path(each) for each in bases])
         (folder, manifest), (whole, whole_manifest) = sources[-1], sources[0]
         for source in sources if check else []:
             check_files(*source)
@@ -69,7 +71,7 @@ class Scorer:
         found = cls(
             manifest.whole() if manifest.base else manifest,
             Requests(schema, encoders),
-            Tables.open(whole, whole_manifest, (folder, manifest) if manifest.base else None),
+            Tables.open(whole, whole_manifest, *sources[1:]),
             load_program(folder, manifest, compiled),
         )
         for source in sources:
@@ -141,20 +143,19 @@ class Scorer:
             yield pa.RecordBatch.from_pydict(kept | scored)
 
 
-def _sources(folder: Path, base: Path | None) -> list[tuple[Path, Manifest]]:
-    """A package's folder and manifest; of a delta after those of its base. Raises UserError where they do not fit."""
+def _sources(folder: Path, bases: Sequence[Path]) -> list[tuple[Path, Manifest]]:
+    """A package's folder and manifest; of a delta after those of its bases. Raises UserError where they do not fit."""
     manifest = read_manifest(folder)
-    if (manifest.base is None) != (base is None):
+    if (manifest.base is None) != (not bases):
         raise UserError(
             f"{folder} is a whole package, which has no base. Leave base out."
             if manifest.base is None
             else f"{folder} changes the package {manifest.base.package[:16]}: give that one's folder as well, base=FOLDER"
         )
-    if base is None:
-        return [(folder, manifest)]
-    whole = read_manifest(base)
-    check_base(whole, folder, manifest)
-    return [(base, whole), (folder, manifest)]
+    sources = [*((each, read_manifest(each)) for each in bases), (folder, manifest)]
+    for (_, before), (where, delta) in pairwise(sources):
+        check_base(before.whole() if before.base else before, where, delta)
+    return sources
 
 
 def read_schema(folder: Path, manifest: Manifest) -> Schema:

@@ -110,7 +110,8 @@ def rows_of(case: str, ranker: Ranker, count: int, seed: int) -> tuple[Encoded, 
         if not schema.table(feature).managed:
             return rng.integers(0, num_embeddings(table), length)
         known = ranker.managed.maps[table].id_SW.unique().numpy()
-        return np.where(rng.random(length) < 0.5, rng.choice(known, length), rng.integers(0, TOP, length))
+        drawn = np.stack([rng.choice(known, length), rng.integers(1, TOP, length), np.zeros(length, np.int64)])
+        return drawn[rng.integers(0, 3, length), np.arange(length)]
 
     id_BF = np.column_stack([ids(feature, count) for feature in schema.single])
     lists = {}

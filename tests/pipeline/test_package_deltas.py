@@ -41,7 +41,8 @@ def test_a_package_and_its_deltas_are_the_later_packages_byte_by_byte(tmp_path_f
             )
             if step > 3:
                 delta = folder / f"delta {step}"
-                deltas.append((delta, by_hand.export_delta(run, step, wholes[-2][1], case, delta, kept)))
+                before = deltas[-1][1] if deltas else wholes[0][1]
+                deltas.append((delta, by_hand.export_delta(run, step, before, case, delta, kept)))
             by_hand.train(ranker, rng)
     base = wholes[0][0]
     for (delta, manifest), (whole, wanted), count in zip(deltas, wholes[1:], (1, 2), strict=True):
@@ -166,3 +167,17 @@ def test_what_did_not_change_is_not_in_a_delta(world, tmp_path):
     assert np.fromfile(tmp_path / "delta/tables/dim-00008.bin.rows", np.int64).tolist() == [
         delta.tables["item"].first + 7
     ]
+
+
+def test_a_delta_may_have_a_file_of_tables_whole(world, tmp_path):
+    rows = world.changed_copy(tmp_path)
+    apply_delta(rows.base, rows.delta, tmp_path / "wanted")
+    name = "tables/dim-00004.bin"
+    shutil.copy(tmp_path / "wanted" / name, rows.delta / name)
+    names = [other for other in rows.manifest.files if other != f"{name}.rows"]
+    manifest = write_manifest(rows.delta, rows.manifest, names)
+    apply_delta(rows.base, rows.delta, tmp_path / "found")
+    assert contents(tmp_path / "found") == contents(tmp_path / "wanted")
+    encoded, _ = by_hand.rows_of("pooled", by_hand.ranker_of("pooled"), 9, 0)
+    wanted_BE = Tables.open(tmp_path / "wanted", read_manifest(tmp_path / "wanted")).embed(encoded)
+    assert torch.equal(Tables.open(rows.base, rows.base_manifest, (rows.delta, manifest)).embed(encoded), wanted_BE)

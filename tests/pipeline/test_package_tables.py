@@ -133,7 +133,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, R
 
 
 @pytest.mark.parametrize(
-    ("feature", "id"), [("user", 30), ("user", -1), ("shown", 41), ("at", -1), ("topics", 7), ("words", 1 << 40)]
+    ("feature", "id"), [("user", 30), ("user", -1), ("shown", 41), ("at", -5), ("topics", 7), ("words", 1 << 40)]
 )
 def test_an_id_that_a_table_does_not_have_is_refused(package, feature, id):
     folder, manifest, ranker = package

@@ -34,9 +34,14 @@ async def running(app: Any) -> AsyncIterator[None]:
 
 
 async def call(
-    app: Any, method: str, path: str, parts: list[bytes] | None = None, headers: Mapping[str, str] | None = None
+    app: Any,
+    method: str,
+    path: str,
+    parts: list[bytes] | None = None,
+    headers: Mapping[str, str] | None = None,
+    stalls: bool = False,
 ) -> Reply:
-    """One request, whose body arrives in parts. None for a part that never arrives is not needed: leave `more` to `stalled`."""
+    """One request, whose body arrives in parts. stalls: the last of them is not its end, and no more arrives."""
     sent: list[dict[str, Any]] = []
     waiting = [*(parts or [b""])]
 
@@ -44,7 +49,7 @@ async def call(
         if not waiting:
             await asyncio.sleep(60)  # the client stalls, or waits for the answer
         part = waiting.pop(0)
-        return {"type": "http.request", "body": part.rstrip(b"\0"), "more_body": bool(waiting) or part.endswith(b"\0")}
+        return {"type": "http.request", "body": part, "more_body": bool(waiting) or stalls}
 
     async def send(message: Any) -> None:
         sent.append(message)

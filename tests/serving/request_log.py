@@ -73,7 +73,7 @@ def raw_row(number: int) -> dict[str, str]:
     return {
         "id": str(number), "at": str(BEGIN + number * 5000), "user": f" u{number % 7}" if number % 11 else "NA",
         "city": ["Köln", "NA", "a, b", "7.0", "7", "-0", "007", "none"][number % 8] if number % 5 else f"only {number}",
-        "item": ["i0", " i1 ", "i2", "i3", "gone"][number % 5], "price": ["1.5", "20", "", "3e2", "-7"][number % 5],
+        "item": ["i0", " i1 ", "i2", "i3", "gone", "N/A"][number % 6], "price": ["1.5", "20", "", "3e2", "-7"][number % 5],
         "age": str(20 + number % 13) if number % 7 else "NaN", "qty": str(number % 4),
         "zip": ["00501", "7", "0x1F", ""][number % 4],
         "recent": "|".join(f"i{(number + k) % 6}" for k in range(number % 5)), "shelf": f"s{number % 3}",

@@ -115,7 +115,7 @@ def test_a_row_is_encoded_alike_alone_in_any_order_by_many_threads_and_after_val
 @pytest.mark.parametrize("form", ["texts", "a table of values"])
 def test_columns_of_the_user_are_those_of_each_row(form: str, log: RequestLog, requests: Requests) -> None:
     of_user = ("user", "age", "qty", "at", "zip", *PAST)
-    for number in (8, 11, 35):
+    for number in (8, 35):
         row = log.typed()[number]
         user = {name: row[name] for name in of_user if name in row}
         others = [

@@ -126,11 +126,12 @@ def write_delta_manifest(
 
     Args:
         folder: of the delta. whole: the manifest of the package that it makes, but for files and checksum.
-        base: of the package that it changes. changed: the tables. others: names of all other files of the package, which the
-            delta has too.
+        base: of the package that it changes, or of a delta that makes that one. changed: the tables. others: names of all other
+            files of the package, which the delta has too.
     Raises:
         UserError: the base is no export of the earlier step with these settings.
     """
+    base = base.whole() if base.base else base
     if unlike := [name for name, file in changed.before.items() if base.files.get(name) != file]:
         raise UserError(
             f"the package of step {base.model.step} has another {unlike[0]} than an export of that step with these settings: "
