@@ -12,7 +12,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
-.PHONY: bench-evaluate bench-gpu bench-intervals bench-links bench-loader bench-search bench-planted chaos
+.PHONY: bench-evaluate bench-serve bench-gpu bench-intervals bench-links bench-loader bench-search bench-planted chaos
 
 demo: .venv/ready
 	$(BIN)/python -m jobs.demo model=$(MODEL)
@@ -67,6 +67,9 @@ bench-emm: .venv/ready
 bench-evaluate: .venv/ready
 	$(BIN)/python tests/benchmarks/evaluate.py
 
+bench-serve: .venv/ready .venv/rechub
+	$(BIN)/python tests/benchmarks/serving.py
+
 bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py
 
@@ -105,7 +108,7 @@ REQUIREMENTS := $(foreach name,build torch-cpu cuda cpu test,requirements-$(name
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Contenders of bench-train, outside of the environment that is measured.
+# Contenders of bench-train and bench-serve, outside of the environment that is measured.
 .venv/rechub: .venv/ready tests/benchmarks/requirements.txt
 	$(PINNED) --target $@ -r tests/benchmarks/requirements.txt
 	touch $@
@@ -119,14 +122,14 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 OMIT = sed -nE 's/^($(1))==.*/--no-emit-package \1/p' requirements-gpu.txt requirements-cpu.txt
 
 lock:
-	$(COMPILE) pyproject.toml --extra s3 -o requirements-gpu.txt
+	$(COMPILE) pyproject.toml --extra s3 --extra serve -o requirements-gpu.txt
 	awk '/^[a-z]/ {cuda = /^(cuda|nvidia|torch==|triton)/} /^#/ || cuda' requirements-gpu.txt > requirements-cuda.txt
-	$(COMPILE) pyproject.toml --extra s3 --extra cpu -c requirements-gpu.txt \
+	$(COMPILE) pyproject.toml --extra s3 --extra serve --extra cpu -c requirements-gpu.txt \
 		$$($(call OMIT,(cuda|nvidia|triton)[a-z0-9-]*|fbgemm-gpu|torch)) -o requirements-cpu.txt
 	sed '/^#/d; s/+cpu//' requirements-torch-cpu.txt >> requirements-cpu.txt
-	$(COMPILE) pyproject.toml --extra s3 --extra cpu --extra test -c requirements-gpu.txt -c requirements-cpu.txt \
+	$(COMPILE) pyproject.toml --extra s3 --extra serve --extra cpu --extra test -c requirements-gpu.txt -c requirements-cpu.txt \
 		$$($(call OMIT,[a-z0-9-]+)) -o requirements-test.txt
-	$(COMPILE) pyproject.toml --extra s3 --extra cpu --extra bench -c requirements-gpu.txt -c requirements-cpu.txt \
+	$(COMPILE) pyproject.toml --extra s3 --extra serve --extra cpu --extra bench -c requirements-gpu.txt -c requirements-cpu.txt \
 		$$($(call OMIT,[a-z0-9-]+)) -o tests/benchmarks/requirements.txt
 	printf '%s\n' pip 'setuptools>=77' | $(COMPILE) - -c requirements-gpu.txt -o requirements-build.txt
 

@@ -175,7 +175,10 @@ def linear(x_UBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None, runs: Sequ
         return _by_run(linear, x_UBD, weight_SDH, bias_SH, runs)
     inputs, out_dim = len(x_UBD), weight_SDH.shape[2]
     weight_UDN = _concat_weights(weight_SDH, inputs)
-    if bias_SH is None:
+    if inputs == 1 and torch.compiler.is_exporting():  # what reads the program has a faster kernel for it
+        bias_N = None if bias_SH is None else bias_SH.flatten()
+        y_UBN = F.linear(x_UBD[0], weight_UDN[0].t(), bias_N).unsqueeze(0)
+    elif bias_SH is None:
         y_UBN = torch.bmm(x_UBD, weight_UDN)
     else:
         y_UBN = torch.baddbmm(bias_SH.reshape(inputs, 1, -1), x_UBD, weight_UDN)

@@ -48,7 +48,10 @@ class OutputLayer(StackedLinear):
 
 def output(x_SBD: Tensor, weight_SDH: Tensor, bias_SH: Tensor | None) -> Tensor:
     """y_SBH of `linear`, without autocast."""
-    with torch.autocast(x_SBD.device.type, enabled=False):
+    device = x_SBD.device.type
+    if not torch.is_autocast_enabled(device):  # a block of it would be an operator of its own in an exported program
+        return linear(at_least_float32(x_SBD), weight_SDH, bias_SH)
+    with torch.autocast(device, enabled=False):
         return linear(at_least_float32(x_SBD), weight_SDH, bias_SH)
 
 

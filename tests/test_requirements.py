@@ -96,8 +96,16 @@ def test_one_version_of_a_package_in_all_files() -> None:
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        (CPU, [*(d for d in DEPENDENCIES if not d.startswith("fbgemm-gpu>")), *EXTRAS["cpu"], *EXTRAS["s3"]]),
-        (GPU, [*DEPENDENCIES, *EXTRAS["s3"]]),
+        (
+            CPU,
+            [
+                *(d for d in DEPENDENCIES if not d.startswith("fbgemm-gpu>")),
+                *EXTRAS["cpu"],
+                *EXTRAS["s3"],
+                *EXTRAS["serve"],
+            ],
+        ),
+        (GPU, [*DEPENDENCIES, *EXTRAS["s3"], *EXTRAS["serve"]]),
         (BENCH, EXTRAS["bench"]),
         (BUILD, [*PROJECT["build-system"]["requires"], "pip"]),
     ],
@@ -109,7 +117,7 @@ def test_pins_are_within_the_bounds_of_pyproject(name: str, wanted: list[str]) -
 
 
 def test_the_run_set_is_what_a_run_needs_and_no_more() -> None:
-    wanted = needed([*DEPENDENCIES, *EXTRAS["cpu"], *EXTRAS["s3"]])
+    wanted = needed([*DEPENDENCIES, *EXTRAS["cpu"], *EXTRAS["s3"], *EXTRAS["serve"]])
     assert {name for name, pin in pins(CPU).items() if pin.here} == wanted
     assert wanted.isdisjoint({"pytest", "moto", "flask", "mypy", "duckdb", "ruff", "hypothesis"})
 

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -22,12 +24,13 @@ from features.fit.fitted_files import (
     vocabulary_file,
 )
 from features.fit.label_scale import LabelScale, scale_entry
-from features.fit.statistics import Statistics
 from features.hashing import hash_strings
 from features.kinds.bins import bin_edges
 from features.kinds.moments import Moments
-from features.kinds.values import float64
 from features.schema.schema import Schema
+
+if TYPE_CHECKING:  # it needs datasketches, which encoding does not
+    from features.fit.statistics import Statistics
 
 MISSING, UNKNOWN = 0, 1  # the first ids of every table; tables of hash buckets and bins have no unknown values
 UNKNOWN_SEED = 3  # of the hash that gives unknown values their ids; others than the buckets of hash tables
@@ -63,7 +66,7 @@ class Encoders:
 
     @classmethod
     def fit(
-        cls, schema: Schema, statistics: Statistics, counter_means: Mapping[str, float] | None = None
+        cls, schema: Schema, statistics: "Statistics", counter_means: Mapping[str, float] | None = None
     ) -> "Encoders":
         """Chooses each vocabulary: the most frequent values first, ties by value, so that a refit is identical."""
         vocabularies, counts = {}, {}
@@ -185,11 +188,17 @@ class Encoders:
         found = [columns[f.name] if f.name in columns else rows[f.name].combine_chunks() for f in target]
         return pa.Table.from_arrays([c.cast(f.type) for c, f in zip(found, target, strict=True)], schema=target)
 
-    def bins(self, table: str, values: pa.Array) -> pa.Array:
-        """Ids of numbers in a table of bins. Every edge starts a bin; what is smaller than the first is in the first."""
-        x_B = float64(values)
-        bin_B = np.searchsorted(np.array(self.edges[table][1:]), x_B, side="right") + 1
-        return pa.array(np.where(np.isnan(x_B), MISSING, bin_B).astype(np.int64))
+    def bins(self, table: str, x_B: np.ndarray) -> np.ndarray:
+        """Ids of float64 numbers in a table of bins, MISSING of NaN.
+
+        Every edge starts a bin; what is smaller than the first is in the first.
+        """
+        bin_B = np.searchsorted(self._upper_edges[table], x_B, side="right") + 1
+        return np.where(np.isnan(x_B), MISSING, bin_B).astype(np.int64)
+
+    @cached_property
+    def _upper_edges(self) -> dict[str, np.ndarray]:
+        return {name: np.array(edges[1:]) for name, edges in self.edges.items()}
 
     def ids(self, table: str, codes: pa.DictionaryArray) -> pa.Array:
         """Ids of values in any other table: those of the distinct values of a block, then only of their codes row by row."""

@@ -72,7 +72,7 @@ class Bag(Categorical):
 
     def contradictions(self, name: str, schema: Schema) -> Iterator[str]:
         yield from super().contradictions(name, schema)
-        if self._binned(schema):
+        if self.binned(schema):
             yield f"bag {name} has table {self.table}, which is of bins: only a categorical feature can be a number's"
 
 

@@ -13,7 +13,7 @@ from features.errors import UserError
 from features.kinds.base import Feature, Layout, Raw
 from features.kinds.canonical import as_ids
 from features.kinds.tables import Table
-from features.kinds.values import finite_numbers
+from features.kinds.values import finite_numbers, float64
 
 if TYPE_CHECKING:
     from features.fit.encoders import Encoders
@@ -39,12 +39,12 @@ class Categorical(Table, Feature):
 
     def raw(self, name: str, schema: Schema) -> Raw:
         """A number where its table is one of bins, else text."""
-        return Raw(self.column or name, "float" if self._binned(schema) else "string", coded=True)
+        return Raw(self.column or name, "float" if self.binned(schema) else "string", coded=True)
 
     def parse(self, name: str, values: pa.Array, schema: Schema) -> tuple[pa.Array, pl.Series | None]:
         """To float64 where its table is one of bins, else to codes into text."""
         column = f"categorical.{name}: column {self.column or name}"
-        if self._binned(schema):
+        if self.binned(schema):
             return finite_numbers(name, values, column)
         if pa.types.is_nested(values.type):
             raise UserError(f"{column} holds lists: make it a bag")
@@ -52,7 +52,7 @@ class Categorical(Table, Feature):
 
     def count(self, name: str, values: pa.Array, schema: Schema, statistics: Statistics) -> None:
         """Counts values, or groups of them where there is no vocabulary to fit."""
-        if self._binned(schema):
+        if self.binned(schema):
             statistics.add_numbers(schema.table_of(name), statistics.count_number(name, values))
             return
         found = statistics.count_values(name, values, hashed=not schema.table(name).counted)
@@ -62,8 +62,10 @@ class Categorical(Table, Feature):
         return {name: pa.int64()}
 
     def encode(self, name: str, values: pa.Array, encoders: Encoders) -> dict[str, pa.Array]:
-        table, binned = encoders.schema.table_of(name), self._binned(encoders.schema)
-        return {name: encoders.bins(table, values) if binned else encoders.ids(table, values)}
+        table = encoders.schema.table_of(name)
+        if self.binned(encoders.schema):
+            return {name: pa.array(encoders.bins(table, float64(values)))}
+        return {name: encoders.ids(table, values)}
 
     def contradictions(self, name: str, schema: Schema) -> Iterator[str]:
         if self.table and self.table not in schema.tables:
@@ -71,7 +73,7 @@ class Categorical(Table, Feature):
         elif not self.table and name in schema.tables:
             yield f"feature {name} has its own table, but tables.{name} exists: write table: {name}, or rename one"
 
-    def _binned(self, schema: Schema) -> bool:
+    def binned(self, schema: Schema) -> bool:
         """Whether it is a number, looked up by bins."""
         table = schema.tables.get(self.table) if self.table else self
         return bool(table and table.bins)

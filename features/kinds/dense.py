@@ -52,14 +52,20 @@ class Dense(Feature):
         return {name: pa.float32()} | ({f"{name}_missing": pa.float32()} if self.missing_flag else {})
 
     def encode(self, name: str, values: pa.Array, encoders: Encoders) -> dict[str, pa.Array]:
-        """Transformed, filled with the mean, and standardized."""
+        return dict(zip(self.fields(name), map(pa.array, self.numbers(name, float64(values), encoders)), strict=True))
+
+    def numbers(self, name: str, x_B: np.ndarray, encoders: Encoders) -> list[np.ndarray]:
+        """Numbers, NaN where missing: transformed, filled with the mean, standardized. Returns float32, as `decode` does."""
         moments = encoders.moments[name]
-        x_B = self._transformed(float64(values))
+        x_B = self._transformed(x_B)
         missing_B = np.isnan(x_B)
         if missing_B.any():
             x_B = np.where(missing_B, moments.mean, x_B)
-        found = {name: x_B if not self.standardize else moments.standardized(x_B), f"{name}_missing": missing_B}
-        return {column: pa.array(found[column].astype(np.float32)) for column in self.fields(name)}
+        found = [
+            x_B if not self.standardize else moments.standardized(x_B),
+            *([missing_B] if self.missing_flag else []),
+        ]
+        return [each.astype(np.float32) for each in found]
 
     @property
     def width(self) -> int:

@@ -1,7 +1,7 @@
 """From raw columns to typed rows: casts, derived columns, labels and split of a block of rows at a time."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -209,12 +209,7 @@ def parse(
     open_windows, histories, absent = open_windows or {}, histories or {}, absent or {}
     undecided = [*open_windows.items(), *absent.items()]
     frame = _view(schema, rows, joined, schema.expressions.values(), [*schema.source.derived, *added])
-    columns: dict[str, pa.Array] = {}
-    reasons = []
-    for name, feature in schema.features.items():
-        values = histories[name] if name in histories else _column(schema, schema.raw[name].column, frame, rows)
-        columns[name], reason = feature.parse(name, _arrow(values), schema)
-        reasons.append(reason)
+    columns, reasons = _features(schema, schema.features, frame, rows, histories)
     core = labels(schema, frame, undecided)
     core["weight"] = weights(schema, frame)
     core["event_time"] = _whole(schema, "event_time", schema.event_time, frame, rows, pl.Series(rows[ROW]) * 0)
@@ -223,7 +218,7 @@ def parse(
     columns |= {name: series.rechunk().to_arrow() for name, series in core.items()}
     columns |= kept_columns(schema, rows.num_rows, lambda name: _column(schema, name, frame, rows))
     table = pa.table(columns)
-    reason = _faults(schema, core, [r for r in reasons if r is not None], rows.schema)
+    reason = _faults(schema, core, reasons.values(), rows.schema)
     if schema.source.outcomes:
         key = str(schema.source.key)
         missing = pl.Series(_arrow(_column(schema, key, frame, rows)).is_null())
@@ -240,6 +235,37 @@ def parse(
         cells = as_json(rows.select(schema.raw_columns).filter(pa.array(bad)))
         found = dead_letters(rows[LINE].to_numpy()[bad], reason.filter(pl.Series(bad)), cells)
     return Parsed(table if keep.all() else table.filter(pa.array(keep)), found, left_out)
+
+
+def features(
+    schema: Schema,
+    names: Iterable[str],
+    rows: pa.Table,
+    joined: pl.DataFrame | None = None,
+    histories: Mapping[str, pa.Array] | None = None,
+) -> tuple[dict[str, pa.Array], dict[str, pl.Series]]:
+    """Some features of typed rows as `parse` returns them, and of those with dead letters the reasons, null for good rows.
+
+    Args:
+        names: of the features; of the columns only those that they read need be there. Others: see `parse`.
+    """
+    names, histories = list(names), histories or {}
+    read = [schema.raw[name].column for name in names if name not in histories]
+    made = schema.source.derived.keys() | schema.added_columns.keys()
+    frame = _view(schema, rows, joined, (), [column for column in read if column in made])
+    return _features(schema, names, frame, rows, histories)
+
+
+def _features(
+    schema: Schema, names: Iterable[str], frame: pl.DataFrame, rows: pa.Table, histories: Mapping[str, pa.Array]
+) -> tuple[dict[str, pa.Array], dict[str, pl.Series]]:
+    columns, reasons = {}, {}
+    for name in names:
+        values = histories[name] if name in histories else _column(schema, schema.raw[name].column, frame, rows)
+        columns[name], reason = schema.features[name].parse(name, _arrow(values), schema)
+        if reason is not None:
+            reasons[name] = reason
+    return columns, reasons
 
 
 def column(schema: Schema, rows: pa.Table, name: str) -> pa.Array:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ class Dataset:
     @cached_property
     def encoders_id(self) -> str:
         """16 hex digits of what was fitted: ids and scales mean the same in datasets where it is the same."""
-        files = [sha256(require_file(self.encoded_by, f"encoders/{name}")) for name in encoder_files(self.schema)]
-        return hashlib.sha256("".join(files).encode()).hexdigest()[:16]
+        names = encoder_files(self.schema)
+        return encoders_id(sha256(require_file(self.encoded_by, f"encoders/{name}")) for name in names)
 
     def base_rates(self) -> dict[str, float]:
         """Per binary task the weighted mean of its train labels, half a row away from 0 and 1; without labels 1/2.
@@ -138,6 +138,11 @@ class Dataset:
         """Which rows these are, for records of what was made of them: its folder, or FOLDER/FIRST..LAST,… of its days."""
         ranges = ranges_of(day for name in self.days if (day := day_of(name)))
         return str(self.path / ",".join(ranges)) if ranges else str(self.path)
+
+
+def encoders_id(checksums: Iterable[str]) -> str:
+    """16 hex digits of the checksums of the encoders' files, in the order of `encoder_files`."""
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
 
 
 def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays = "refuse") -> Dataset:

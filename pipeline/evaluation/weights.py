@@ -152,7 +152,7 @@ class ModelWeights:
             def check() -> CheckpointManifest:
                 self.check_fits(step)
                 manifest = reading.enter_context(checkpoint.reading(path, self.rank, self.ranks))
-                self.check_encoders(path, manifest)
+                check_encoders(path, manifest, self.dataset)
                 return manifest
 
             manifest = gathered(check)[0] if self.ranks > 1 else check()
@@ -179,15 +179,6 @@ class ModelWeights:
         """Of each table of a ranker that does not hold all its rows, those that it holds; EMM has several tables of one."""
         of_schema = {table.name: self.dataset.schema.table_of(table.feature_names[0]) for table in ranker.tables}
         return {name: self.needed[table] for name, table in of_schema.items() if table in self.needed}
-
-    def check_encoders(self, path: Path, manifest: CheckpointManifest) -> None:
-        """Raises UserError unless the dataset has the encoders that a checkpoint was trained with."""
-        if manifest.encoders != self.dataset.encoders_id:
-            raise UserError(
-                f"{self.dataset.path} was encoded with {self.dataset.encoders_id}, {path} trained with "
-                f"{manifest.encoders}: its ids mean something else. Run jobs.preprocess with encoders.from=DATASET, the "
-                "one it was trained on."
-            )
 
     def model_input(self, batch: Batch) -> Batch:
         """A batch as the ranker takes it: on its device, with ids of the rows that are loaded."""
@@ -235,6 +226,32 @@ def in_main_memory(x: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return wait
+
+
+def load_dense(run: Run, step: int, dataset: Dataset) -> Ranker:
+    """A checkpoint's model without its tables, which stay on the meta device as do maps of ids; in eval mode, on the CPU.
+
+    Args:
+        dataset: of the run's tasks. The caller keeps the checkpoint from being deleted (checkpoint.reading).
+    Raises:
+        UserError: as ModelWeights.load.
+    """
+    path, model = checkpoint.folder(run.checkpoints, step), ModelConfig.of_run(run.config(), run.path)
+    check_fits(path, dataset.schema, dataset.encoders, model)
+    check_encoders(path, checkpoint.read(path), dataset)
+    ranker = build_ranker(dataset.schema, dataset.encoders, model)
+    state = {name: tensor for name, tensor in ranker.state_dict().items() if not tensor.is_meta}
+    checkpoint.load(path, {"model": state}, alone=True)
+    return ranker.eval()
+
+
+def check_encoders(path: Path, manifest: CheckpointManifest, dataset: Dataset) -> None:
+    """Raises UserError where a checkpoint was trained on rows of other encoders than a dataset's."""
+    if manifest.encoders != dataset.encoders_id:
+        raise UserError(
+            f"{dataset.path} was encoded with {dataset.encoders_id}, {path} trained with {manifest.encoders}: its ids mean "
+            "something else. Run jobs.preprocess with encoders.from=DATASET, the one it was trained on."
+        )
 
 
 def check_fits(path: Path, schema: Schema, encoders: Encoders, model: ModelConfig) -> None:

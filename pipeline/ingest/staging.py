@@ -1,66 +1,21 @@
 """The folder in which a dataset is written, beside its final place."""
 
-import re
-import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from features.errors import UserError
 from pipeline.ingest.state import RESERVE_FILE
-from pipeline.storage.base import Lock
-from pipeline.storage.files import storage_of
+from pipeline.storage import staging
 
 
 @contextmanager
 def staging_of(out: Path) -> Iterator[Path]:
-    """A folder OUT.staging-… that is removed in the end, as are those of jobs that were killed.
-
-    A job locks its folder. On a file system without locks the folders of killed jobs stay.
-
-    Raises:
-        UserError: it cannot be created.
-    """
-    for left in out.parent.glob("*"):
-        if re.fullmatch(re.escape(out.name) + r"\.staging-[0-9a-f]{32}", left.name):
-            _remove_unlocked(left)
-    staging = out.with_name(f"{out.name}.staging-{uuid.uuid4().hex}")
-    lock = None
-    try:
-        lock = _begin(staging, out)
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            lock.release()
-
-
-def _begin(staging: Path, out: Path) -> Lock | None:
-    """Creates the folder and locks it. Raises UserError where it cannot be created."""
-    try:
-        lock = _locked(staging)
-        (staging / "scratch" / "progress").mkdir(parents=True)
-        (staging / "scratch" / RESERVE_FILE).write_bytes(bytes(1 << 16))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
-    return lock
-
-
-def _locked(folder: Path) -> Lock | None:
-    """Creates a folder and locks it; repeated where another job removed it before it was locked."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
+    """As pipeline.storage.staging.staging_of, with the folders of a job in it. Raises UserError where there can be none."""
+    with staging.staging_of(out) as folder:
         try:
-            return storage_of(folder).lock(folder, wait=True)
-        except FileNotFoundError:
-            continue
-        except OSError:  # a file system without locks
-            return None
-
-
-def _remove_unlocked(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    with suppress(OSError), storage_of(folder).lock(folder):  # fails for the folder of a running job
-        shutil.rmtree(folder, ignore_errors=True)
+            (folder / "scratch" / "progress").mkdir(parents=True)
+            (folder / "scratch" / RESERVE_FILE).write_bytes(bytes(1 << 16))
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
+        yield folder

@@ -48,7 +48,8 @@ class StoredTable(Strict):
     Attributes:
         file: of all tables of one width. first: the row of this file with which it begins. rows: how many are stored.
         dim: numbers of a row. num_embeddings: of the model's table: ids are below it.
-        kept: a file of the ids whose rows are stored, ascending int64; None: all. Ids without a row are zeros.
+        kept: where rows are left out, a file that says which ids have one (kept_rows), of all such tables of `file`, which are
+            its first ones; None: all have. The embedding of an id without a row is 0.
         ids: of a managed table a file of its map, int64 id_SW (models.id_map); None for other tables.
     """
 
@@ -83,7 +84,7 @@ class StoredFile(Strict):
 
 
 class Base(Strict):
-    """The package that a delta is applied to: its checkpoint, and the checksum of its manifest's content."""
+    """The package that a delta is applied to: its checkpoint, and `checksum` of its manifest."""
 
     step: Count
     checkpoint: Text
@@ -100,7 +101,10 @@ class Manifest(Strict):
         tables, lookups, sets: how embedding_BE is made (pipeline.serving.tables); sets: S of models.ranker.
         dense_width: D of dense_BD. compiled: whether there is a COMPILED program beside DENSE.
         metrics: of the checkpoint: per split, task and metric. tolerances: measured differences to the checkpoint, by name.
-        files: each with its size and checksum. base: of a delta, the package that it changes; None for a whole package.
+        files: each with its size and checksum.
+        base: of a delta, the package that it changes; None for a whole package. Of a file of tables with a FILE.rows beside
+            it, a delta has some rows, their places in the whole file there, ascending int64. Others are whole or its base's.
+        result: of a delta, `files` of the package that it makes of its base.
         checksum: of all other fields.
     """
 
@@ -118,7 +122,20 @@ class Manifest(Strict):
     tolerances: dict[str, FiniteFloat] = {}
     files: dict[FileName, StoredFile] = {}
     base: Base | None = None
+    result: dict[FileName, StoredFile] = {}
     checksum: str = ""
+
+    @property
+    def embedding_dim(self) -> int:
+        """E of embedding_BE: pooled features, then the items of sequences, padded to the longest, and how many each has."""
+        dims = [(part, self.tables[part.table].dim) for part in self.lookups]
+        longest = max((part.max_length for part in self.lookups), default=0)
+        return sum(longest * dim + 1 if part.pooling == "sequence" else dim for part, dim in dims)
+
+    def whole(self) -> "Manifest":
+        """Of a delta, the manifest of the package that it makes of its base."""
+        files = {name: self.result[name] for name in sorted(self.result)}
+        return self.model_copy(update={"base": None, "result": {}}).sealed(files)
 
     def sealed(self, files: dict[str, StoredFile]) -> "Manifest":
         """The same with its files and its checksum."""
@@ -127,12 +144,14 @@ class Manifest(Strict):
         return self.model_copy(update={"files": files, "checksum": digest})
 
 
+def stored_file(path: Path) -> StoredFile:
+    """The size and checksum of a file that was just written."""
+    return StoredFile(bytes=path.stat().st_size, sha256=sha256(path))
+
+
 def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> Manifest:
     """Writes the manifest of the files of a folder, last. Returns it with their sizes and checksums."""
-    found = {
-        name: StoredFile(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in sorted(names)
-    }
-    sealed = manifest.sealed(found)
+    sealed = manifest.sealed({name: stored_file(folder / name) for name in sorted(names)})
     write_json(folder / FILE, sealed.model_dump(mode="json"))
     return sealed
 

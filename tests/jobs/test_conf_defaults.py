@@ -17,8 +17,10 @@ from pipeline.evaluation.follow import EvaluateConfig
 from pipeline.evaluation.relabel import RelabelConfig
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.release.config import NightlyConfig
+from pipeline.release.export.config import ExportConfig
 from pipeline.release.predict.config import PredictConfig
 from pipeline.search.config import SearchConfig
+from pipeline.serving.http.config import ServeConfig
 from pipeline.synthetic.event_log import LogConfig
 from pipeline.synthetic.ratings_log import RatingsConfig
 from pipeline.training.config import TrainConfig
@@ -28,6 +30,7 @@ CONF = Path(__file__).parents[2] / "jobs" / "conf"
 JOBS: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateConfig,
     "explain": ExplainConfig,
+    "export": ExportConfig,
     "generate": LogConfig,
     "generate_ratings": RatingsConfig,
     "nightly": NightlyConfig,
@@ -36,6 +39,7 @@ JOBS: dict[str, type[BaseModel]] = {
     "preprocess": PreprocessConfig,
     "relabel": RelabelConfig,
     "search": SearchConfig,
+    "serve": ServeConfig,
     "submit": Submit,
     "train": TrainConfig,
 }

@@ -15,7 +15,8 @@ from features.fit.encoders import Encoders
 from features.kinds.tables import Managed
 from features.schema.schema import Schema
 from models.emm import FusedRanker
-from models.managed import IdMap, ManagedIds
+from models.id_map import IdMap
+from models.managed import ManagedIds
 from models.ranker import ModelConfig, Ranker
 
 TOP = 1 << 63

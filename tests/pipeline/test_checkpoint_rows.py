@@ -1,14 +1,13 @@
 """Rows of a checkpoint's tables, read without the others, against whole tensors cut by hand."""
 
-import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import checkpoint_by_hand
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,6 @@ from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import memory_below
-from small_checkpoint import MANIFEST
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,31 +28,8 @@ from pipeline.torch_compat import Shard, ShardedTensor
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 
-def cut(size: int, places: list[int]) -> list[tuple[int, int]]:
-    edges = sorted({0, size, *(place % (size + 1) for place in places)})
-    return list(zip(edges, edges[1:], strict=False))
-
-
 def write(path: Path, table_RD: torch.Tensor, row_cuts: list[int], column_cuts: list[int]) -> Path:
-    """A checkpoint of one tensor, in blocks that lie in two files by turns."""
-    path.mkdir()
-    content = {"rank-00000.bin": b"", "rank-00001.bin": b"x" * 64}
-    parts = []
-    blocks = [(r, c) for r in cut(len(table_RD), row_cuts) for c in cut(table_RD.shape[1], column_cuts)]
-    for number, ((top, bottom), (left, right)) in enumerate(blocks):
-        file = f"rank-{number % 2:05d}.bin"
-        content[file] += bytes(-len(content[file]) % 64)
-        block = table_RD[top:bottom, left:right].contiguous()
-        place = {"offsets": [top, left], "sizes": [bottom - top, right - left]}
-        parts.append({**place, "file": file, "start": len(content[file])})
-        content[file] += block.reshape(-1).view(torch.uint8).numpy().tobytes()
-    entry = {"dtype": str(table_RD.dtype).removeprefix("torch."), "shape": list(table_RD.shape), "parts": parts}
-    content["tensors.json"] = json.dumps({"version": 1, "tensors": {"model.t": entry}}).encode()
-    for name, data in content.items():
-        (path / name).write_bytes(data)
-    files = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
-    (path / "manifest.json").write_text(MANIFEST.sealed(files).model_dump_json())
-    return path
+    return checkpoint_by_hand.write(path, {"model.t": table_RD}, row_cuts, column_cuts)
 
 
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_training import (
@@ -20,14 +21,19 @@ from torch import Tensor
 from two_ranks import stopped
 from two_ranks_sequences import BAGS, FUSION, PLACEMENTS, STEPS, STOP, config, trainer
 
-from features.batch import Batch
+from features.batch import Batch, Rows
 from features.errors import UserError
 from models.ranker import Ranker, is_table
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.loader import Loader
 from pipeline.evaluation.scorer import Scorer
+from pipeline.release.export.tables import occurring_rows, write_tables
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.serving.encoded import encoded
+from pipeline.serving.manifest import Manifest, write_manifest
+from pipeline.serving.manifest import Model as ServedModel
+from pipeline.serving.tables import Tables
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -166,3 +172,23 @@ def test_the_scorer_scores_a_checkpoint_as_the_sharded_model_does(two_ranks: Pat
             if row_id >= 0:
                 torch.testing.assert_close(found[row_id], logit_T, rtol=1e-5, atol=1e-5)
     assert scorer.evaluate(STEPS)["gates"]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_tables_of_a_package_are_those_of_the_ranks_that_wrote_the_checkpoint(
+    two_ranks: Path, tmp_path: Path, placement: str
+) -> None:
+    data, run = Dataset(two_ranks / "data"), Run(two_ranks / placement)
+    ranker = Ranker(data.schema, data.encoders, config(two_ranks, placement).model, device="cpu")
+    tables, lookups, names = write_tables(run, STEPS, ranker, data.schema, "fp32", occurring_rows(data), tmp_path)
+    manifest = Manifest(
+        model=ServedModel(run="r", step=STEPS, checkpoint="c", fingerprint="f", encoders="e"), versions={}, tasks={},
+        format="fp32", tables=tables, lookups=lookups, dense_width=data.schema.dense_width,
+    )  # fmt: skip
+    manifest = write_manifest(tmp_path, manifest, names)
+    ranker.load_state_dict(model(last(run.path)))
+    rows = pq.read_table(data.path / data.shards("train")[0].path)  # all of whose ids have a row
+    with torch.no_grad():
+        wanted_BE = ranker.embedded(Rows.decode(rows, data.schema).batch(data.schema, rows.num_rows))
+    assert torch.equal(Tables.open(tmp_path, manifest).embed(encoded(rows, data.schema)), wanted_BE)

@@ -16,11 +16,12 @@ import pyarrow as pa
 from fastavro.schema import expand_schema
 
 from features.errors import UserError
+from features.parse.convert import convert_columns
 from features.source import RawType
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, open_raw, readable
 from pipeline.ingest.formats.avro_limits import block_ends, check_blocks, check_schema
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
-from pipeline.ingest.formats.columns import convert_columns, type_names
+from pipeline.ingest.formats.columns import type_names
 
 HEADER_BYTES = 4 << 20  # that a header may have
 BLOCK_ROWS = 1 << 17  # that are Python objects at a time

@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from features.kinds.values import MISSING_MARKERS
+from features.parse.convert import TEXT
 from features.source import Format, RawType
 from features.time_units import is_format
 from pipeline.ingest.files import BOM
-from pipeline.ingest.formats.columns import TEXT
 from pipeline.ingest.formats.csv_rows import columns_fault
 from pipeline.ingest.formats.text import NOT_UTF8, is_utf8
 

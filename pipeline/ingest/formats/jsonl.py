@@ -8,10 +8,10 @@ import polars as pl
 import pyarrow as pa
 
 from features.errors import one_line
+from features.parse.convert import LIST, TEXT
 from features.source import RawType
 from pipeline.ingest.files import RawFile, Unit
 from pipeline.ingest.formats.base import Block, OnBytes, RawFormat, Wanted
-from pipeline.ingest.formats.columns import LIST, TEXT
 from pipeline.ingest.formats.json_doubts import DoubtfulLines
 from pipeline.ingest.formats.lines import line_blocks
 from pipeline.ingest.formats.text import NOT_UTF8, byte_ranges, head_of

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 
 from features.parquet_pages import mapped
 from features.parquet_schema import check_nesting
+from features.parse.convert import NotUTF8Error, convert_columns
 from pipeline.ingest.files import BLOCK_BYTES, RawFile, Unit, is_local, open_raw, readable
 from pipeline.ingest.formats.base import BadLine, Block, OnBytes, RawFormat, Wanted
-from pipeline.ingest.formats.columns import NotUTF8Error, convert_columns, not_utf8, shown_rows, type_names
+from pipeline.ingest.formats.columns import not_utf8, shown_rows, type_names
 from pipeline.ingest.formats.parquet_expansion import batch_rows, check_footer_sizes, check_page_sizes, chunks_of
 from pipeline.ingest.formats.text import NOT_UTF8
 

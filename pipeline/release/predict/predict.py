@@ -16,7 +16,7 @@ from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import chosen_days
 from pipeline.dataset.manifest import Manifest
-from pipeline.evaluation.weights import ModelWeights
+from pipeline.evaluation.weights import ModelWeights, check_encoders
 from pipeline.ingest import workers
 from pipeline.ingest.job import preprocess
 from pipeline.ingest.messages import Failure, Report, from_json, to_json
@@ -49,7 +49,7 @@ def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
     weights.check_fits(step)
     schema = for_scoring(known.schema, config.columns, "columns")
     with checkpoint.reading(path) as found, staging_of(out) as staging:
-        weights.check_encoders(path, found)
+        check_encoders(path, found, weights.dataset)
         model = Model(
             run=str(run.path.absolute()), step=step, checkpoint=found.checksum,
             fingerprint=known.manifest.fingerprint, encoders=known.encoders_id, taskfuse=release(),

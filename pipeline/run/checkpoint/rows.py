@@ -13,7 +13,7 @@ from torch import Tensor
 from features.errors import UserError
 from features.printable import printable
 from features.regular_files import lstat_regular, open_regular
-from pipeline.run.checkpoint.index import DTYPES, Part, TensorEntry, read_index
+from pipeline.run.checkpoint.index import DTYPES, Index, Part, TensorEntry, read_index
 from pipeline.run.checkpoint.manifest import read
 
 GAP_BYTES = 1 << 16  # between two rows that one read takes together: a disk reads these as fast as it seeks
@@ -23,7 +23,7 @@ GATHER_BYTES = 32 << 20  # of rows that are gathered before they are copied to t
 Wanted = Mapping[str, tuple[np.ndarray, Tensor]]
 
 
-def load_rows(path: Path, wanted: Wanted) -> None:
+def load_rows(path: Path, wanted: Wanted, index: Index | None = None) -> None:
     """Reads rows of tensors of a checkpoint that `check` has passed, whatever ranks have written it.
 
     Memory beside the tensors is bounded, and of the files only the rows and short gaps between them are read.
@@ -31,10 +31,11 @@ def load_rows(path: Path, wanted: Wanted) -> None:
     Args:
         wanted: by full name the rows, int64 and ascending, and what they are copied to, value_ND on any device and of any
             type of numbers.
+        index: of the checkpoint (read_index), where it is read more than once.
     Raises:
         UserError: a file was deleted, or a tensor is not there, has other columns or fewer rows.
     """
-    index = read_index(path, read(path))
+    index = index or read_index(path, read(path))
     for name, (row_N, value_ND) in wanted.items():
         entry = index.tensors.get(name)
         if entry is None or len(entry.shape) != 2 or entry.shape[1] != value_ND.shape[1]:

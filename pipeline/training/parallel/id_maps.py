@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from features.errors import UserError
-from models.managed import IdMap, Ids, set_of
+from models.id_map import IdMap, set_of
+from models.managed import Ids
 from models.ranker import Ranker
 from pipeline.torch_compat import OwnState
 from pipeline.training.config import Settings

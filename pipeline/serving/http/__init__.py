@@ -1,0 +1,1 @@
+"""A package behind HTTP and JSON."""

@@ -1,0 +1,223 @@
+"""Which package serves: a folder, or what the pointer of nightly names; another one is loaded beside it and then takes over."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from features.errors import UserError, one_line
+from features.plain_json import read_json, validated
+from pipeline.serving.http.config import ServeConfig
+from pipeline.serving.http.metrics import Metrics
+from pipeline.serving.manifest import FILE, Manifest, read_manifest
+from pipeline.serving.scorer import Scorer
+
+POINTER = "serving.json"
+MAX_POINTER_BYTES = 1 << 20
+STAGING = ".staging-"  # in the name of a folder that is being written (pipeline.storage.staging)
+MAX_PACKAGES = 10_000  # folders below `packages`
+RETRY_S = 30.0  # until a package that could not be loaded is tried again
+
+logger = logging.getLogger(__name__)
+
+
+class Pointer(BaseModel):
+    """What is read of OUT/serving.json (pipeline.release.serving): the checkpoint that serves."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    version: Annotated[int, Field(ge=1, le=1)]
+    checksum: Annotated[str, Field(max_length=4096)]
+
+
+class Wanted(NamedTuple):
+    """A package that should serve. `base`: the one that it changes, where it is a delta."""
+
+    folder: Path
+    manifest: Manifest
+    base: Path | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A package in memory, and what answers say of it."""
+
+    scorer: Scorer
+    folder: Path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Run, step and checksum of the checkpoint, and the checksum of the package's manifest."""
+        manifest = self.scorer.manifest
+        model = manifest.model
+        return {"run": model.run, "step": model.step, "checkpoint": model.checkpoint, "package": manifest.checksum}
+
+
+class Manifests:
+    """Manifests of packages, each read again only once its file is another one: a server looks every second."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, tuple[tuple[int, int, int], Manifest]] = {}
+
+    def read(self, folder: Path) -> Manifest:
+        """The manifest of a package. Raises UserError, OSError."""
+        status = (folder / FILE).lstat()
+        state = (status.st_ino, status.st_mtime_ns, status.st_size)
+        if folder not in self.known or self.known[folder][0] != state:
+            self.known[folder] = (state, read_manifest(folder))
+        return self.known[folder][1]
+
+    def keep(self, folders: Sequence[Path]) -> None:
+        """Forgets those of other folders."""
+        self.known = {folder: self.known[folder] for folder in folders if folder in self.known}
+
+
+def of_folder(folder: Path) -> Callable[[], Wanted]:
+    """The package of one folder; a delta has no base there."""
+    manifests = Manifests()
+
+    def find() -> Wanted:
+        try:
+            return Wanted(folder, manifests.read(folder))
+        except FileNotFoundError:
+            return Wanted(folder, read_manifest(folder))  # says what is missing
+
+    return find
+
+
+def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
+    """The package below `packages` whose checkpoint the pointer of `out` names; a whole one before a delta, then by name."""
+
+    manifests = Manifests()
+
+    def find() -> Wanted:
+        try:
+            pointer = validated(Pointer, read_json(out, POINTER, MAX_POINTER_BYTES), out / POINTER)
+        except FileNotFoundError:
+            raise UserError(
+                f"{out / POINTER} is missing: nothing serves yet. Bless a checkpoint with jobs.nightly."
+            ) from None
+        found, damaged = {}, []
+        there = sorted(path.parent for path in packages.glob(f"*/{FILE}") if STAGING not in path.parent.name)
+        folders = there[:MAX_PACKAGES]
+        manifests.keep(folders)
+        for folder in folders:
+            try:
+                found[folder] = manifests.read(folder)
+            except (UserError, OSError) as error:
+                damaged.append(one_line(error))
+        wanted = [(m.base is not None, folder) for folder, m in found.items() if m.model.checkpoint == pointer.checksum]
+        for is_delta, folder in sorted(wanted):
+            if not is_delta:
+                return Wanted(folder, found[folder])
+            base = found[folder].base
+            for other, manifest in found.items():
+                if base and manifest.checksum == base.package and manifest.base is None:
+                    return Wanted(folder, found[folder], other)
+        why = "its delta's base is not there" if wanted else damaged[0] if damaged else f"{len(found)} others are"
+        raise UserError(
+            f"{packages}: no package of the checkpoint {pointer.checksum[:16]} that {out / POINTER} names ({why}). "
+            f"Export it: jobs.export run=RUN step=STEP out={packages}/NAME"
+        )
+
+    return find
+
+
+def source(settings: ServeConfig) -> Callable[[], Wanted]:
+    """What finds the package that should serve."""
+    if settings.package is not None:
+        return of_folder(settings.package)
+    assert settings.packages is not None
+    assert settings.serving is not None
+    return of_pointer(settings.packages, settings.serving)
+
+
+class Packages:
+    """The package that serves, and a thread that looks for another one.
+
+    Attributes:
+        current: what serves, replaced as a whole; None before `start`.
+        problem: why what should serve does not; None where it does.
+    """
+
+    def __init__(self, settings: ServeConfig, metrics: Metrics, find: Callable[[], Wanted] | None = None) -> None:
+        self.settings, self.metrics, self.find = settings, metrics, find or source(settings)
+        self.current: Loaded | None = None
+        self.problem: str | None = None
+        self.failed: tuple[Path, str, float] | None = None  # a package's folder and checksum, and when it was tried
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="packages", daemon=True)
+
+    def start(self) -> None:
+        """Loads the first package, then looks for others. Raises UserError where it cannot be loaded."""
+        self.take_over(self.load(self.find()))
+        self.thread.start()
+
+    def close(self) -> None:
+        """Ends the thread. A load that is on its way is not waited for."""
+        self.ended.set()
+
+    def serving(self) -> Loaded:
+        """What serves. Raises UserError before anything does."""
+        if self.current is None:
+            raise UserError("no package is loaded yet")
+        return self.current
+
+    def load(self, wanted: Wanted) -> Loaded:
+        """A package in memory, with its first answer given. Raises UserError."""
+        settings, started = self.settings, time.perf_counter()
+        scorer = Scorer.load(wanted.folder, settings.compiled, settings.check, settings.warm_up, base=wanted.base)
+        logger.info("%s loaded in %.2f s", wanted.folder, time.perf_counter() - started)
+        return Loaded(scorer, wanted.folder)
+
+    def poll(self) -> None:
+        """Loads what should serve, where that is something else, and lets it take over. Never raises."""
+        try:
+            wanted = self.find()
+            checksum = (wanted.manifest.whole() if wanted.base else wanted.manifest).checksum
+            if self.current and checksum == self.current.scorer.manifest.checksum:
+                return self._report(None)
+            tried = (wanted.folder, checksum)
+            if self.failed and self.failed[:2] == tried and time.monotonic() - self.failed[2] < RETRY_S:
+                return None
+        except (UserError, OSError) as error:
+            return self._report(one_line(error))
+        try:
+            loaded = self.load(wanted)
+        except Exception as error:  # whatever a damaged package may cause: the one that serves goes on
+            if not isinstance(error, (UserError, OSError)):
+                logger.exception("%s cannot be loaded", wanted.folder)
+            self.failed = (*tried, time.monotonic())
+            self.metrics.failures.inc()
+            return self._report(one_line(error))
+        self.take_over(loaded)
+        return None
+
+    def _watch(self) -> None:
+        while not self.ended.wait(self.settings.poll_s):
+            self.poll()
+
+    def take_over(self, loaded: Loaded) -> None:
+        """Lets a package serve from the next batch of requests on."""
+        earlier, self.current = self.current, loaded
+        model = loaded.scorer.manifest.model
+        self.metrics.step.set(model.step)
+        self.metrics.loaded.set(time.time())
+        self.metrics.model.info({name: str(value) for name, value in loaded.identity.items()})
+        self.failed = None
+        self._report(None)
+        if earlier:
+            self.metrics.swaps.inc()
+        logger.info("%s serves: %s, step %s", loaded.folder, model.run, f"{model.step:,}")
+
+    def _report(self, problem: str | None) -> None:
+        """Logs a problem once, and when it is over."""
+        self.metrics.stale.set(problem is not None)
+        if problem != self.problem and problem:
+            logger.error("%s. The package that serves goes on.", problem)
+        self.problem = problem

@@ -1,0 +1,221 @@
+"""Packages of a trained run: equal to its checkpoint, the same bytes twice, whole or not there."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from features.errors import UserError
+from models.ranker import ModelConfig, is_table
+from pipeline.dataset.dataset import open_dataset
+from pipeline.evaluation.scorer import Scorer as Evaluator
+from pipeline.evaluation.weights import ModelWeights, load_dense
+from pipeline.release.export import export as export_module
+from pipeline.release.export.config import ExportConfig
+from pipeline.release.export.export import Exported, export
+from pipeline.release.export.model_card import escaped
+from pipeline.release.export.tables import write_tables
+from pipeline.run import checkpoint
+from pipeline.run.run import Run
+from pipeline.serving.deltas import apply_delta
+from pipeline.serving.encoded import encoded
+from pipeline.serving.manifest import DENSE, FILE, check_files, read_manifest
+from pipeline.serving.scorer import Scorer
+from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.train import train
+
+STEPS = (2, 4)
+
+
+@pytest.fixture(scope="module")
+def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, the later one evaluated on valid rows, with predictions."""
+    path = tmp_path_factory.mktemp("exported") / "run"
+    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=4, checkpoint_every=2, threads=1)
+    model = ModelConfig(fusion={"name": "adatt", "levels": [[8], [4]]}, tower=[4])
+    train(TrainConfig(dataset=small_dataset, run=path, model=model, train=settings))
+    run = Run(path)
+    record = Evaluator(run, open_dataset(small_dataset), "valid", 512).evaluate(STEPS[1], write_predictions=True)
+    run.eval_metrics.parent.mkdir(exist_ok=True)
+    run.eval_metrics.write_text(json.dumps(record) + "\n")
+    return path
+
+
+def exported(run: Path, out: Path, **settings: Any) -> Exported:
+    return export(ExportConfig(run=run, out=out, threads=1, **settings))
+
+
+@pytest.fixture(scope="module")
+def package(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packages") / "whole"
+    exported(trained, out, archive=True)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def valid_rows(dataset: Path) -> Any:
+    return pq.read_table(dataset / "valid")
+
+
+def test_a_package_gives_the_evaluators_logits_of_every_row(trained, small_dataset, package):
+    wanted = pl.read_parquet(trained / "predictions" / "valid-00000004.parquet").sort("row_id")
+    table = valid_rows(small_dataset).sort_by("row_id")
+    schema = open_dataset(small_dataset).schema
+    found_BT = Scorer.load(package).score_encoded(encoded(table, schema)).numpy()
+    assert table["row_id"].to_pylist() == wanted["row_id"].to_list()
+    wanted_BT = np.stack([wanted[f"logit.{task}"].to_numpy() for task in schema.tasks], 1)
+    np.testing.assert_allclose(found_BT, wanted_BT, rtol=1e-5, atol=1e-5)
+    manifest = read_manifest(package)
+    assert manifest.tolerances["rows"] == len(wanted) == 300
+    assert manifest.tolerances["max_logit_difference"] <= 1e-5
+    record = json.loads((trained / "metrics" / "eval.jsonl").read_text())
+    for task, metric in (("click", "ne"), ("bought", "ne"), ("dwell", "nrmse")):
+        recorded = record["metrics"][task][metric]
+        assert manifest.metrics["valid"][task][metric] == recorded
+        assert manifest.tolerances[f"{metric}.{task}.checkpoint"] == pytest.approx(recorded, rel=1e-5)
+        assert manifest.tolerances[f"{metric}.{task}.package"] == pytest.approx(recorded, rel=1e-4)
+
+
+def test_a_package_has_the_files_of_its_manifest_and_is_the_same_bytes_when_it_is_overwritten(
+    trained, package, tmp_path
+):
+    check_files(package, read_manifest(package))
+    assert {*contents(package)} == {FILE, *read_manifest(package).files}
+    out, archive = tmp_path / "whole", tmp_path / "whole.tar"
+    shutil.copytree(package, out)
+    (out / "model_card.md").write_text("old")
+    archive.write_text("old")
+    with pytest.raises(UserError, match="is there already"):
+        exported(trained, out)
+    assert (out / "model_card.md").read_text() == archive.read_text() == "old"
+    killed = tmp_path / f"whole.staging-{'0' * 32}"
+    (killed / "tables").mkdir(parents=True)
+    exported(trained, out, archive=True, overwrite=True)
+    assert contents(out) == contents(package)
+    assert archive.read_bytes() == package.with_name("whole.tar").read_bytes()
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path / "unpacked", filter="data")
+    assert contents(tmp_path / "unpacked" / "whole") == contents(package)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "whole.tar", "unpacked"}
+
+
+@pytest.fixture
+def same_program(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense program is that of `package`: tracing it takes most of an export."""
+
+    def copied(ranker: Any, embedding_dim: int, dense_width: int, folder: Path, compiled: bool) -> list[str]:
+        shutil.copyfile(package / DENSE, folder / DENSE)
+        return [DENSE]
+
+    monkeypatch.setattr(export_module, "write_program", copied)
+
+
+def test_rounded_tables_are_measured_and_recorded(trained, package, tmp_path, same_program):
+    manifest = exported(trained, tmp_path / "int4", tables="int4", rows="occurring").manifest
+    assert manifest.format == "int4"
+    assert 0 < manifest.tolerances["max_logit_difference"] < 1
+    sizes = [
+        sum(file.bytes for name, file in found.files.items() if name.endswith(".bin"))
+        for found in (manifest, read_manifest(package))
+    ]
+    assert 0 < 3 * sizes[0] < sizes[1]
+    card = (tmp_path / "int4" / "model_card.md").read_text()
+    assert "4-bit numbers, of the ids that occur in the train split alone" in card
+
+
+def test_a_package_that_differs_from_its_checkpoint_is_not_written(trained, tmp_path, monkeypatch, same_program):
+    def wrong(*arguments: Any) -> Any:
+        written = write_tables(*arguments)
+        file = arguments[-1] / written[2][0]
+        file.write_bytes((np.frombuffer(file.read_bytes(), np.float32) + 0.1).tobytes())
+        return written
+
+    monkeypatch.setattr(export_module, "write_tables", wrong)
+    with pytest.raises(UserError, match=r"the package's logits differ by .* nothing is written"):
+        exported(trained, tmp_path / "package", archive=True)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_base_and_what_changed_since_are_the_whole_package(trained, tmp_path, same_program):
+    base, whole, delta = (tmp_path / name for name in ("base", "whole", "delta"))
+    exported(trained, base, step=2, tables="fp16")
+    exported(trained, whole, tables="fp16")
+    changed = exported(trained, delta, tables="fp16", since=2).manifest
+    assert changed.base is not None
+    assert changed.base.step == 2
+    assert changed.whole() == read_manifest(whole)
+    assert not {"manifest.json"} & {*changed.files}
+    apply_delta(base, delta, tmp_path / "made")
+    assert contents(tmp_path / "made") == contents(whole)
+    with pytest.raises(UserError, match="no package of that step with tables=int8"):
+        exported(trained, tmp_path / "other", tables="int8", since=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "whole", "delta", "made"}
+
+
+def test_what_is_no_package_is_not_replaced(trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.raises(UserError, match="is no package, and is not replaced"):
+        exported(trained, tmp_path, overwrite=True)
+    assert [*tmp_path.iterdir()] == [tmp_path / "notes.txt"]
+
+
+def other_encoders(run: Path, dataset: Path, folder: Path) -> dict[str, Any]:
+    shutil.copytree(dataset, folder / "dataset")
+    file = folder / "dataset" / "encoders" / "encoders.json"
+    file.write_text(file.read_text().replace("\n", "\n\n", 1) + " ")
+    return {"dataset": folder / "dataset"}
+
+
+REFUSED = {
+    "no checkpoint": (lambda *_: {"step": 3}, r"no checkpoint \(step 3\); there are \[2, 4\]"),
+    "no run": (lambda run, _, folder: {"run": folder / "none"}, r"no run \(config\.yaml is missing\)"),
+    "no pointer": (lambda run, _, folder: {"run": None, "serving": folder}, "no night has released a checkpoint yet"),
+    "other encoders": (other_encoders, "was encoded with"),
+    "no base": (lambda *_: {"since": 2}, r"since=2: no package of that step with tables=fp32"),
+    "a later base": (lambda *_: {"since": 4}, "since=4: is not before step 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing(what, trained, small_dataset, tmp_path):
+    change, message = REFUSED[what]
+    settings = {"run": trained} | change(trained, small_dataset, tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        export(ExportConfig(out=tmp_path / "package", threads=1, **settings))
+    assert "\n" not in str(caught.value)
+    assert not [*tmp_path.glob("package*")]
+
+
+def test_the_dense_part_is_loaded_without_tables(trained, small_dataset):
+    run, dataset = Run(trained), open_dataset(small_dataset)
+    with checkpoint.reading(checkpoint.folder(run.checkpoints, 4)):
+        dense = load_dense(run, 4, dataset)
+    weights = ModelWeights(run, dataset, ["valid"], 64)
+    weights.load(4)
+    for name, tensor in weights.ranker.state_dict().items():
+        found = dense.state_dict()[name]
+        assert found.is_meta if is_table(name) else torch.equal(found, tensor), name
+
+
+def test_the_card_has_the_recorded_figures_and_escapes_what_others_wrote(trained, package):
+    card = (package / "model_card.md").read_text()
+    record = json.loads((trained / "metrics" / "eval.jsonl").read_text())
+    error = record["intervals"]["click"]["ne"]
+    assert f"{record['metrics']['click']['ne']:.4f} ± {1.959964 * error:.4f}" in card
+    assert "| test    | 300" in card
+    assert "bought was learnt from rows alone where click" in card
+    assert "No figure of the test split" in card
+    hostile = escaped("<script>|a\n# b [x](http://y) `c` _d_ **e** \x1b[31m")
+    assert not {"<", "\n", "\x1b"} & {*hostile}
+    assert hostile.count("\\|") == hostile.count("|")
+    assert escaped("a_b") == "a_b"
