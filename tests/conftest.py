@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import gc
 import gzip
 import logging
 import os
@@ -16,6 +17,8 @@ os.environ.setdefault(
 )  # as make does, before torch is imported: threads that wait for each other spin
 
 import torch
+
+gc.disable()  # until all tests are imported: see pytest_collection_finish
 
 SMALL_SCHEMA: dict[str, Any] = {
     "source": {
@@ -51,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture in LANES.keys() & getattr(item, "fixturenames", ()):
             item.add_marker(LANES[fixture])
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, but a million objects of libraries and tests are not gone over for it every time."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
