@@ -22,9 +22,7 @@ def test_nothing_is_collected_while_a_module_is_imported_and_what_it_made_is_not
     monkeypatch.delitem(sys.modules, "made_for_this_test")
     assert not module.collects
     assert gc.isenabled()
-    assert not any(item is module.made for item in gc.get_objects()), (
-        "frozen objects are in no generation"
-    )
+    assert not any(item is module.made for item in gc.get_objects()), "frozen objects are in no generation"
 
 
 def test_where_nothing_is_imported_no_garbage_is_kept_and_an_error_leaves_the_collector_on() -> None:
