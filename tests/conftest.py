@@ -50,10 +50,15 @@ LANES = {"small_dataset": "integration", "device": "integration", "two_ranks": "
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests by what they need: see LANES. Others that are no unit tests carry their mark."""
+    """Marks tests by what they need: see LANES. Others that are no unit tests carry their mark.
+
+    Files with tests of the lane system come first, so that no worker waits in the end for one that has just begun a long file.
+    """
     for item in items:
         for fixture in LANES.keys() & getattr(item, "fixturenames", ()):
             item.add_marker(LANES[fixture])
+    long = {item.path for item in items if item.get_closest_marker("system")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish() -> None:
