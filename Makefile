@@ -4,13 +4,14 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell $(name) -c '' 2>/dev/null && echo $(name))))
 MODEL ?= adatt
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Files in the order of tests/conftest.py, the long ones first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
-.PHONY: demo check lint test test-system test-all census lock clean
+.PHONY: demo check lint test test-system test-all every-test census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
 .PHONY: bench-evaluate bench-serve bench-gpu bench-intervals bench-links bench-loader bench-search bench-planted chaos
 
@@ -26,8 +27,10 @@ test: lint
 test-system: .venv/ready
 	$(PYTEST) -m system
 
-test-all: test
-	$(MAKE) test-system
+test-all: lint every-test
+
+every-test: .venv/ready
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
+from pipeline.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from pipeline.search.compare_config import CompareConfig
@@ -38,9 +39,10 @@ def checked(config: DictConfig) -> "CompareConfig":
 @job("compare")
 def main(config: DictConfig) -> None:
     """Trains and evaluates every model and seed, prints and saves the tables."""
-    from pipeline.search import report
-    from pipeline.search.compare import compare
-    from pipeline.search.trained import Jobs
+    with quick_imports():
+        from pipeline.search import report
+        from pipeline.search.compare import compare
+        from pipeline.search.trained import Jobs
 
     settings = checked(config)
     hydra = HydraConfig.get()

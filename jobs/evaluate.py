@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from features.errors import UserError
 from jobs.entry import job, parse
+from pipeline.quick_imports import quick_imports
 from pipeline.run.headline import headline
 from pipeline.terminal import short_decimal
 
@@ -40,12 +41,13 @@ def checked(config: DictConfig) -> "EvaluateConfig":
 @job("evaluate")
 def main(config: DictConfig) -> None:
     """Evaluates, a line a checkpoint, then prints the table and writes the report; or, with `compare`, those of two."""
-    from pipeline.evaluation.compared_runs import comparison
-    from pipeline.evaluation.follow import Evaluation
-    from pipeline.evaluation.report import page, tables
-    from pipeline.training.config import Settings
-    from pipeline.training.parallel import process_group
-    from pipeline.training.parallel.scoring import shard_for_scoring
+    with quick_imports():
+        from pipeline.evaluation.compared_runs import comparison
+        from pipeline.evaluation.follow import Evaluation
+        from pipeline.evaluation.report import page, tables
+        from pipeline.training.config import Settings
+        from pipeline.training.parallel import process_group
+        from pipeline.training.parallel.scoring import shard_for_scoring
 
     settings = checked(config)
     if settings.compare:

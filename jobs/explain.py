@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
+from pipeline.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from pipeline.evaluation.explain.explain import ExplainConfig
@@ -31,13 +32,14 @@ def checked(config: DictConfig) -> "ExplainConfig":
 @job("explain")
 def main(config: DictConfig) -> None:
     """Explains one checkpoint and prints the tables."""
-    from pipeline.evaluation.explain.explain import explain
-    from pipeline.evaluation.explain.tables import tables
-    from pipeline.evaluation.follow import results_of
-    from pipeline.evaluation.report import page
-    from pipeline.run.explanation import path
-    from pipeline.run.run import Run
-    from pipeline.training.config import Settings
+    with quick_imports():
+        from pipeline.evaluation.explain.explain import explain
+        from pipeline.evaluation.explain.tables import tables
+        from pipeline.evaluation.follow import results_of
+        from pipeline.evaluation.report import page
+        from pipeline.run.explanation import path
+        from pipeline.run.run import Run
+        from pipeline.training.config import Settings
 
     settings = checked(config)
     found = explain(settings)

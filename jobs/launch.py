@@ -33,6 +33,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from features.errors import UserError
+from pipeline.quick_imports import quick_imports
 from pipeline.terminal import escape_output
 from pipeline.training.faults.preemption import PREEMPTED
 from pipeline.training.faults.rank_status import STATUS_FOLDER
@@ -48,9 +49,10 @@ def main() -> None:
     # Until torchrun has ranks, which it may wait minutes for, and takes the signal itself.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
 
-    from torch.distributed import run
+    with quick_imports():
+        from torch.distributed import run
 
-    from pipeline.training.parallel import launcher, process_group, rendezvous
+        from pipeline.training.parallel import launcher, process_group, rendezvous
 
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # of the ranks
     process_group.raise_file_limit()

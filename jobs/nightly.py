@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
+from pipeline.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from pipeline.release.config import NightlyConfig
@@ -33,12 +34,13 @@ def checked(config: DictConfig) -> "NightlyConfig":
 @job("nightly")
 def main(config: DictConfig) -> None:
     """Judges the night and prints its gates, the trend and the outcome."""
-    from features.errors import Preempted
-    from pipeline.malloc import tune_malloc
-    from pipeline.release.nightly import go_back, nightly
-    from pipeline.release.outcome import error_message
-    from pipeline.release.tables import text
-    from pipeline.storage.files import json_text
+    with quick_imports():
+        from features.errors import Preempted
+        from pipeline.malloc import tune_malloc
+        from pipeline.release.nightly import go_back, nightly
+        from pipeline.release.outcome import error_message
+        from pipeline.release.tables import text
+        from pipeline.storage.files import json_text
 
     settings = checked(config)
     tune_malloc()

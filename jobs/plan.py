@@ -15,12 +15,14 @@ Examples:
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
+from pipeline.quick_imports import quick_imports
 
 
 @job("plan")
 def main(config: DictConfig) -> None:
     """Prints the plan."""
-    from pipeline.training.parallel.capacity import PlanConfig, capacity_report
+    with quick_imports():
+        from pipeline.training.parallel.capacity import PlanConfig, capacity_report
 
     settings: PlanConfig = parse(config, PlanConfig)
     print("\n".join(capacity_report(settings, read_schema(config) if "data" in config else None)))

@@ -14,12 +14,14 @@ AutoTask's two stages, from a teacher that is any run (the paper: train.epochs=3
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse
+from pipeline.quick_imports import quick_imports
 
 
 @job("relabel")
 def main(config: DictConfig) -> None:
     """Writes the dataset and prints each task's mean label."""
-    from pipeline.evaluation.relabel import SPLIT, RelabelConfig, relabel
+    with quick_imports():
+        from pipeline.evaluation.relabel import SPLIT, RelabelConfig, relabel
 
     settings: RelabelConfig = parse(config, RelabelConfig)
     manifest = relabel(settings)

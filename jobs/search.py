@@ -19,6 +19,7 @@ from features.errors import UserError
 from features.yaml_text import read_yaml
 from jobs.command_line import CONF
 from jobs.entry import job, parse, read_schema
+from pipeline.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from pipeline.search.config import SearchConfig
@@ -45,7 +46,8 @@ def main(config: DictConfig) -> None:
     """Searches, and prints what was found."""
     import os
 
-    from pipeline.search.search import search
+    with quick_imports():
+        from pipeline.search.search import search
 
     settings = checked(config)
     settings.dataset = settings.dataset.absolute()  # the run's config.yaml is read from elsewhere too

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from jobs.entry import job, parse, read_schema
+from pipeline.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from pipeline.training.config import TrainConfig
@@ -27,7 +28,8 @@ def checked(config: DictConfig) -> "TrainConfig":
 @job("train")
 def main(config: DictConfig) -> None:
     """Parses the configuration and trains; run again, it resumes from the newest checkpoint."""
-    from pipeline.training.train import train
+    with quick_imports():
+        from pipeline.training.train import train
 
     settings = checked(config)
     settings.dataset = settings.dataset.absolute()  # the run's config.yaml is read from elsewhere too

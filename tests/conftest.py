@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import gc
 import gzip
 import logging
 import os
@@ -16,6 +17,8 @@ os.environ.setdefault(
 )  # as make does, before torch is imported: threads that wait for each other spin
 
 import torch
+
+gc.disable()  # until all tests are imported: see pytest_collection_finish
 
 SMALL_SCHEMA: dict[str, Any] = {
     "source": {
@@ -47,10 +50,21 @@ LANES = {"small_dataset": "integration", "device": "integration", "two_ranks": "
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests by what they need: see LANES. Others that are no unit tests carry their mark."""
+    """Marks tests by what they need: see LANES. Others that are no unit tests carry their mark.
+
+    Files with tests of the lane system come first, so that no worker waits in the end for one that has just begun a long file.
+    """
     for item in items:
         for fixture in LANES.keys() & getattr(item, "fixturenames", ()):
             item.add_marker(LANES[fixture])
+    long = {item.path for item in items if item.get_closest_marker("system")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, but a million objects of libraries and tests are not gone over for it every time."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from job_calls import Call, assert_one_line
 
 from models.automtl.architecture import Space, derive, random_strengths
 from pipeline.dataset.dataset import Dataset
@@ -39,10 +40,9 @@ def conf(small_log: Path, small_content, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def compare(conf: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs.compare", f"--config-dir={conf}", "data=mine", f"folder={folder}"]
-    more = ["recipe_name=mine", "models=[shared_bottom,mmoe]", "seeds=2", *arguments]
-    return subprocess.run([*command, *more], capture_output=True, text=True, timeout=280, check=False)
+def arguments(conf: Path, folder: Path, *more: str) -> list[str]:
+    words = [f"--config-dir={conf}", "data=mine", f"folder={folder}", "recipe_name=mine"]
+    return [*words, "models=[shared_bottom,mmoe]", "seeds=2", *more]
 
 
 def cells(table: str) -> dict[str, dict[str, str]]:
@@ -58,9 +58,13 @@ def shown(values: list[float]) -> str:
 
 
 @pytest.mark.system
-def test_models_are_compared_once_and_the_tables_are_those_of_their_runs(conf: Path, tmp_path: Path) -> None:
+def test_models_are_compared_once_and_the_tables_are_those_of_their_runs(
+    conf: Path, tmp_path: Path, call: Call
+) -> None:
+    """The first time by a process of its own, then in this one."""
     out = tmp_path / "out"
-    done = compare(conf, out)
+    command = [sys.executable, "-m", "jobs.compare", *arguments(conf, out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "compare.json").read_text())
     models = ["shared_bottom", "mmoe", "boosted trees", "R-MTGB"]
@@ -99,18 +103,15 @@ def test_models_are_compared_once_and_the_tables_are_those_of_their_runs(conf: P
 
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoints/*/manifest.json")}
     assert len(kept) == 4 * 5  # an epoch's, and those after 1/7 and 3/7
-    again = compare(conf, out)
-    assert again.stdout == done.stdout
+    assert call("compare", *arguments(conf, out)) == done.stdout
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    other = compare(conf, out, 'overrides=["train.dense.lr=0.1"]')
-    assert other.returncode == 1
-    assert "made with another recipe or overrides" in other.stderr
+    other = call("compare", *arguments(conf, out, 'overrides=["train.dense.lr=0.1"]'))
+    assert_one_line(other, "made with another recipe or overrides")
 
 
-def test_a_baseline_that_is_not_compared_is_refused(conf: Path, tmp_path: Path) -> None:
-    done = compare(conf, tmp_path / "out", "baseline=ple")
-    assert done.returncode == 1
-    assert done.stderr == "error: baseline=ple is not one of models: shared_bottom, mmoe\n"
+def test_a_baseline_that_is_not_compared_is_refused(conf: Path, tmp_path: Path, call: Call) -> None:
+    said = call("compare", *arguments(conf, tmp_path / "out", "baseline=ple"))
+    assert said == "error: baseline=ple is not one of models: shared_bottom, mmoe"
 
 
 class DrawnArchitectures(Jobs):

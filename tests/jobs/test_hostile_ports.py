@@ -21,6 +21,8 @@ import pytest
 import torch.distributed as dist
 from hostile_pickle import Payload
 
+from pipeline.synthetic.event_log import LogConfig, generate
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ("train.epochs=1", "train.batch_size=64", "log_level=warning")
 
@@ -96,11 +98,16 @@ def test_training_by_one_process_and_evaluation_listen_on_loopback_only(small_da
     assert all_ports(tmp_path / "log", "-m", "jobs.evaluate", run, f"dataset={small_dataset}") == set()
 
 
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generated") / "raw"
+    generate(LogConfig(impressions=3000), folder)
+    return folder
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("workers", [1, 2])
-def test_preprocessing_listens_nowhere(workers: int, tmp_path: Path) -> None:
-    raw = f"{tmp_path / 'raw'}"
-    all_ports(tmp_path / "log", "-m", "jobs.generate", f"out={raw}", "impressions=3000")
+def test_preprocessing_listens_nowhere(workers: int, raw: Path, tmp_path: Path) -> None:
     words = ("data=demo", f"input={raw}", f"out={tmp_path / 'data'}", f"workers={workers}")
     assert all_ports(tmp_path / "log", "-m", "jobs.preprocess", *words) == set()
 

@@ -14,12 +14,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from features.errors import UserError
-from pipeline.evaluation import predictions
-from pipeline.evaluation.follow import EvaluateConfig, evaluate
-from pipeline.evaluation.metrics import evaluated
-from pipeline.run.run import Run
-from pipeline.storage.files import read_lines
+from pipeline.quick_imports import quick_imports
+
+with quick_imports():
+    import torch.utils.tensorboard  # noqa: F401  here, and not in each of its children
+
+    from features.errors import UserError
+    from pipeline.evaluation import predictions
+    from pipeline.evaluation.follow import EvaluateConfig, evaluate
+    from pipeline.evaluation.metrics import evaluated
+    from pipeline.run.run import Run
+    from pipeline.storage.files import read_lines
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock"}
 STEPS = [2, 4]

@@ -15,15 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nightly_world import day, encode_day, night, no_beam, train_run, write_day
+from pipeline.quick_imports import quick_imports
 
-from features.errors import UserError
-from pipeline.release.config import NightlyConfig
-from pipeline.release.night import read_night
-from pipeline.release.nightly import go_back, nightly
-from pipeline.release.serving import read_serving
-from pipeline.run.retention import pinned_steps
-from pipeline.run.run import Run
+with quick_imports():
+    from nightly_world import day, encode_day, night, no_beam, train_run, write_day
+
+    from features.errors import UserError
+    from pipeline.release.config import NightlyConfig
+    from pipeline.release.night import read_night
+    from pipeline.release.nightly import go_back, nightly
+    from pipeline.release.serving import read_serving
+    from pipeline.run.retention import pinned_steps
+    from pipeline.run.run import Run
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 SETTINGS = {"by_time": [], "cold_start": False, "buckets": 5, "bless": "pass", "data_gates": {"action": "warn"}}

@@ -14,12 +14,17 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.evaluation import follow
-from pipeline.evaluation.follow import EvaluateConfig, evaluate
-from pipeline.run import checkpoint, records
-from pipeline.run.retention import Keep, prune
-from pipeline.run.run import Run
-from pipeline.storage.files import read_lines
+from pipeline.quick_imports import quick_imports
+
+with quick_imports():
+    import torch.utils.tensorboard  # noqa: F401  here, and not in each of its children
+
+    from pipeline.evaluation import follow
+    from pipeline.evaluation.follow import EvaluateConfig, evaluate
+    from pipeline.run import checkpoint, records
+    from pipeline.run.retention import Keep, prune
+    from pipeline.run.run import Run
+    from pipeline.storage.files import read_lines
 
 STEPS = 24
 PATIENCE = 20.0  # seconds that the trainer waits for a record

@@ -7,12 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
+from pipeline.quick_imports import quick_imports
 
-from features.errors import UserError
-from pipeline.evaluation import ranks
-from pipeline.evaluation.follow import EvaluateConfig, Evaluation
-from pipeline.run.run import Run
+with quick_imports():
+    import torch.distributed as dist
+
+    from features.errors import UserError
+    from pipeline.evaluation import ranks
+    from pipeline.evaluation.follow import EvaluateConfig, Evaluation
+    from pipeline.run.run import Run
 
 
 def main(path: Path) -> None:

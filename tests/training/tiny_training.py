@@ -12,29 +12,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import polars as pl
-import pyarrow as pa
-import torch
-import torch.distributed as dist
-import yaml
-from dataset_from_rows import parse_text, write_dataset
-from torch import Tensor
+from pipeline.quick_imports import quick_imports
 
-from features.fit import reuse
-from features.fit.encoders import Encoders
-from features.fit.statistics import Statistics
-from features.parse.raw import SPLIT
-from features.schema.schema import SPLITS, Schema
-from models.losses import TaskLoss
-from models.ranker import ModelConfig, Ranker
-from pipeline.dataset.dataset import Dataset
-from pipeline.run import checkpoint
-from pipeline.training.config import Settings, TrainConfig
-from pipeline.training.faults.nonfinite import NonfiniteCheck
-from pipeline.training.parallel import process_group
-from pipeline.training.train import prepare
-from pipeline.training.trainer import Trainer
+with quick_imports():  # scripts of ranks import this file, each of them anew
+    import numpy as np
+    import polars as pl
+    import pyarrow as pa
+    import torch
+    import torch.distributed as dist
+    import yaml
+    from dataset_from_rows import parse_text, write_dataset
+    from torch import Tensor
+
+    from features.fit import reuse
+    from features.fit.encoders import Encoders
+    from features.fit.statistics import Statistics
+    from features.parse.raw import SPLIT
+    from features.schema.schema import SPLITS, Schema
+    from models.losses import TaskLoss
+    from models.ranker import ModelConfig, Ranker
+    from pipeline.dataset.dataset import Dataset
+    from pipeline.run import checkpoint
+    from pipeline.training.config import Settings, TrainConfig
+    from pipeline.training.faults.nonfinite import NonfiniteCheck
+    from pipeline.training.parallel import process_group
+    from pipeline.training.train import prepare
+    from pipeline.training.trainer import Trainer
 
 # What scripts that run by themselves import: this folder, tests/ above it, and the packages of this checkout.
 PATHS = os.pathsep.join(map(str, Path(__file__).parents[:3]))
