@@ -126,10 +126,16 @@ def test_a_delta_is_loaded_with_the_package_that_it_changes_and_a_whole_one_is_p
         packages.start()
     write_package(folder / "base", 1)
     packages.start()
-    assert (loads[-1].folder, loads[-1].base) == (folder / "delta", folder / "base")
+    assert (loads[-1].folder, loads[-1].bases) == (folder / "delta", (folder / "base",))
+    write_package(folder / "next", 3, base=manifest_of(2).checksum)
+    point(tmp_path / "out", 3)
+    packages.poll()
+    assert (loads[-1].folder, loads[-1].bases) == (folder / "next", (folder / "base", folder / "delta"))
+    point(tmp_path / "out", 2)
+    packages.poll()
     write_package(folder / "whole", 2)
     packages.poll()
-    assert len(loads) == 1, "the whole package is what the delta has made already"
+    assert len(loads) == 3, "the whole package is what the delta has made already"
     packages.close()
 
 

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -36,11 +36,11 @@ class Pointer(BaseModel):
 
 
 class Wanted(NamedTuple):
-    """A package that should serve. `base`: the one that it changes, where it is a delta."""
+    """A package that should serve. bases: of a delta the whole package and the deltas that it changes, in their order."""
 
     folder: Path
     manifest: Manifest
-    base: Path | None = None
+    bases: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,9 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
             except (UserError, OSError) as error:
                 damaged.append(one_line(error))
         wanted = [(m.base is not None, folder) for folder, m in found.items() if m.model.checkpoint == pointer.checksum]
-        for is_delta, folder in sorted(wanted):
-            if not is_delta:
-                return Wanted(folder, found[folder])
-            base = found[folder].base
-            for other, manifest in found.items():
-                if base and manifest.checksum == base.package and manifest.base is None:
-                    return Wanted(folder, found[folder], other)
+        for _, folder in sorted(wanted):
+            if (bases := bases_of(folder, found)) is not None:
+                return Wanted(folder, found[folder], bases)
         why = "its delta's base is not there" if wanted else damaged[0] if damaged else f"{len(found)} others are"
         raise UserError(
             f"{packages}: no package of the checkpoint {pointer.checksum[:16]} that {out / POINTER} names ({why}). "
@@ -126,6 +122,19 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
         )
 
     return find
+
+
+def bases_of(folder: Path, found: Mapping[Path, Manifest]) -> tuple[Path, ...] | None:
+    """What a delta among packages changes, and what that one does, the whole package first; None where one is not there."""
+    makes = {(m.whole() if m.base else m).checksum: where for where, m in reversed([*found.items()]) if m.base}
+    makes |= {m.checksum: where for where, m in reversed([*found.items()]) if not m.base}
+    bases: list[Path] = []
+    while base := found[folder].base:
+        if (before := makes.get(base.package)) is None or before in bases:
+            return None
+        folder = before
+        bases.insert(0, folder)
+    return tuple(bases)
 
 
 def source(settings: ServeConfig) -> Callable[[], Wanted]:
@@ -171,7 +180,7 @@ class Packages:
     def load(self, wanted: Wanted) -> Loaded:
         """A package in memory, with its first answer given. Raises UserError."""
         settings, started = self.settings, time.perf_counter()
-        scorer = Scorer.load(wanted.folder, settings.compiled, settings.check, settings.warm_up, base=wanted.base)
+        scorer = Scorer.load(wanted.folder, settings.compiled, settings.check, settings.warm_up, wanted.bases)
         logger.info("%s loaded in %.2f s", wanted.folder, time.perf_counter() - started)
         return Loaded(scorer, wanted.folder)
 
@@ -179,7 +188,7 @@ class Packages:
         """Loads what should serve, where that is something else, and lets it take over. Never raises."""
         try:
             wanted = self.find()
-            checksum = (wanted.manifest.whole() if wanted.base else wanted.manifest).checksum
+            checksum = (wanted.manifest.whole() if wanted.bases else wanted.manifest).checksum
             if self.current and checksum == self.current.scorer.manifest.checksum:
                 return self._report(None)
             tried = (wanted.folder, checksum)
