@@ -71,12 +71,14 @@ def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
     check_files(delta, new)
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} is there already. Choose another folder, or remove it.")
-    whole = new.whole()
+    whole, tables = new.whole(), file_layouts(base, old)
     with staging_of(out) as staging:
         for name in whole.files:
             make_folder((staging / name).parent)
-            if rows_name(name) in new.files:
-                _patch(base, old, delta, new, name, staging / name)
+            if name in tables and rows_name(name) in new.files:
+                _copy(base, old, name, staging / name)
+                rows, width = tables[name].rows, row_bytes(old.format, tables[name].dim)
+                _write_rows(staging / name, rows, width, *changed_rows(delta, new, name, rows, width))
             else:
                 _copy(*((delta, new) if name in new.files else (base, old)), name, staging / name)
         written = write_manifest(staging, whole, list(whole.files))
@@ -88,13 +90,8 @@ def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
     return whole
 
 
-def _patch(base: Path, old: Manifest, delta: Path, new: Manifest, name: str, out: Path) -> None:
-    """A file of tables with the rows that changed."""
-    _copy(base, old, name, out)
-    file = file_layouts(base, old)[name]
-    rows, width = file.rows, row_bytes(old.format, file.dim)
-    row_N, byte_NW = changed_rows(delta, new, name, rows, width)
-    byte_RW = np.memmap(out, np.uint8, "r+", shape=(rows, width))
+def _write_rows(file: Path, rows: int, width: int, row_N: np.ndarray, byte_NW: np.ndarray) -> None:
+    byte_RW = np.memmap(file, np.uint8, "r+", shape=(rows, width))
     byte_RW[row_N] = byte_NW
     byte_RW.flush()
 

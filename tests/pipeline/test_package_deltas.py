@@ -137,6 +137,15 @@ def test_rows_that_a_file_does_not_have_are_never_written(world, tmp_path, place
     refused(forged, tmp_path / "out", "rows that do not ascend, or beyond", forged.sealed())
 
 
+def test_rows_of_a_file_that_holds_no_tables_are_not_read_as_such(world, tmp_path):
+    forged = world.changed_copy(tmp_path)
+    np.arange(3).tofile(forged.delta / "dense.pt2.rows")
+    write_manifest(forged.delta, forged.manifest, [*forged.manifest.files, "dense.pt2.rows"])
+    out = tmp_path / "out"
+    apply_delta(forged.base, forged.delta, out)
+    assert (out / "dense.pt2").read_text() == "of step 4"
+
+
 def test_a_base_that_changed_gives_no_package(world, tmp_path):
     damaged = world.changed_copy(tmp_path)
     file = damaged.base / "tables/dim-00004.bin"
