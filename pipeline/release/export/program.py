@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from features.batch import Batch
-from features.errors import UserError
+from features.errors import UserError, one_line
 from models.ranker import POOLED, UNPOOLED, Ranker
 from pipeline.release.export.lowering import Lowered
 from pipeline.serving.archive import MODEL, ROOT, SAMPLE_INPUTS
@@ -75,12 +75,21 @@ def write_program(ranker: Ranker, embedding_dim: int, dense_width: int, folder: 
     (folder / DENSE).write_bytes(content)
     if not compiled:
         return [DENSE]
+    from torch._inductor import aoti_compile_and_package, config  # takes seconds, and only this needs it
+
     if torch.backends.mkldnn.is_available():
         program = with_rows(Lowered(program), embedding_dim, dense_width)
     settings: dict[str, Any] = {"cpp.dynamic_threads": True}  # torch.set_num_threads where it runs, not of this process
-    if march := MARCH.get(torch.backends.cpu.get_cpu_capability()):
+    march = MARCH.get(torch.backends.cpu.get_cpu_capability())
+    if march and hasattr(config.cpp, "march"):  # earlier releases compile for this very processor
         settings["cpp.march"] = march
-    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / COMPILED), inductor_configs=settings)
+    try:
+        aoti_compile_and_package(program, package_path=str(folder / COMPILED), inductor_configs=settings)
+    except RuntimeError as error:
+        raise UserError(
+            f"target=aot: the program cannot be compiled: {one_line(error)}. Set target=eager, or see that the C++ compiler "
+            "works."
+        ) from None
     return [DENSE, COMPILED]
 
 
