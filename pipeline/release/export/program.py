@@ -98,7 +98,8 @@ def check_compiler(compiled: bool) -> None:
     wanted = os.environ.get("CXX", "g++")
     if compiled and shutil.which(wanted) is None:
         raise UserError(
-            f"target=aot: no C++ compiler {wanted} here. Install one (Debian: g++) or name it in CXX, or set target=eager."
+            f"target=aot: no C++ compiler {wanted} here. Install one (Debian: g++) or name it in CXX, one "
+            "command without arguments, or set target=eager."
         )
 
 
