@@ -19,6 +19,7 @@ from models.ranker import ModelConfig, is_table
 from pipeline.dataset.dataset import open_dataset
 from pipeline.evaluation.scorer import Scorer as Evaluator
 from pipeline.evaluation.weights import ModelWeights, load_dense
+from pipeline.release.export import config as config_module
 from pipeline.release.export import export as export_module
 from pipeline.release.export import tables
 from pipeline.release.export.config import ExportConfig
@@ -307,6 +308,15 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing(what,
         export(ExportConfig(out=tmp_path / "package", threads=1, **settings))
     assert "\n" not in str(caught.value)
     assert not [*tmp_path.glob("package*")]
+
+
+def test_a_checkpoint_that_is_trained_anew_once_the_pointer_was_read_is_not_exported(trained, tmp_path, monkeypatch):
+    blessed = {"run": str(trained), "step": 4, "checksum": "of before", "night": "n", "verdict": "pass", "time": 1.0}
+    (tmp_path / "serving.json").write_text(json.dumps(blessed | {"version": 1, "earlier": [], "withdrawn": []}))
+    monkeypatch.setattr(config_module, "check_there", lambda *_: None)  # as it was then
+    with pytest.raises(UserError, match="was trained anew after it was released"):
+        export(ExportConfig(serving=tmp_path, out=tmp_path / "package", threads=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["serving.json"]
 
 
 def test_the_dense_part_is_loaded_without_tables(trained, small_dataset):

@@ -3,7 +3,7 @@
 # Shapes: B rows, T tasks, E numbers of all embeddings of a row, N rows of a table, D numbers of one.
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from features.batch import Rows
 from features.errors import UserError
-from features.schema.schema import Split
+from features.schema.schema import Schema, Split
 from models.ranker import Ranker, table_weights
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
@@ -60,7 +60,8 @@ def measured(
     first = dataset.of(first_shards(dataset, split, rows))
     weights = ModelWeights(source.run, first, [split], rows, Loading("needed"))
     weights.load(source.step)
-    ranker, bounds = weights.ranker, bounds_of(weights, scorer.manifest.format, kept)
+    ranker = weights.ranker
+    bounds = bounds_of(ranker, schema, weights.rows_of(ranker), scorer.manifest.format, kept)
     tasks = [(name, task.kind) for name, task in schema.tasks.items()]
     ours, theirs = Metrics(tasks), Metrics(tasks)
     largest = Largest(source, f"split {split} of {dataset.name}")
@@ -131,20 +132,27 @@ def relative(wanted_BT: Tensor, found_BT: Tensor) -> Tensor:
     return (wanted_BT.double() - found_BT.double()).abs() / (1 + wanted_BT.double().abs())
 
 
-def bounds_of(weights: ModelWeights, form: TableFormat, kept: Kept | None) -> Ranker:
+@torch.no_grad()
+def bounds_of(
+    ranker: Ranker, schema: Schema, held: Mapping[str, np.ndarray], form: TableFormat, kept: Kept | None
+) -> Ranker:
     """The model with bounds in the place of its tables' numbers: how far those of a package may be from them.
 
     An embedding is a row, or a mean of rows, so what this model embeds bounds the difference of embeddings. A row that is not
     kept embeds as 0.
+
+    Args:
+        ranker: the model. schema: of it. held: of its tables that do not hold all rows, and of those with rows left out, which
+            rows they hold, ascending. kept: the rows that are stored (occurring_rows).
     """
-    bounds = copy.deepcopy(weights.ranker)
-    state, names, needed = bounds.state_dict(), table_weights(bounds), weights.rows_of(bounds)
+    bounds = copy.deepcopy(ranker)
+    state, names = bounds.state_dict(), table_weights(bounds)
     for table in bounds.tables:
         weight_ND = state[names[table.name]]
         bound_ND = row_bounds(weight_ND, form)
-        kept_K = (kept or {}).get(weights.dataset.schema.table_of(table.feature_names[0]))
+        kept_K = (kept or {}).get(schema.table_of(table.feature_names[0]))
         if kept_K is not None:
-            absent_N = torch.from_numpy(~np.isin(needed[table.name], kept_K)).to(weight_ND.device)
+            absent_N = torch.from_numpy(~np.isin(held[table.name], kept_K)).to(weight_ND.device)
             bound_ND = torch.where(absent_N.unsqueeze(1), weight_ND.abs() * (1 + ROUNDING), bound_ND)
         weight_ND.copy_(bound_ND)
     return bounds
