@@ -31,7 +31,8 @@ from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.serving.deltas import apply_delta
 from pipeline.serving.encoded import encoded
-from pipeline.serving.manifest import DENSE, FILE, Model, check_files, read_manifest, write_manifest
+from pipeline.serving.manifest import COMPILED, DENSE, FILE, Manifest, Model, check_files, read_manifest, write_manifest
+from pipeline.serving.program import Program, load_program
 from pipeline.serving.scorer import Scorer
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
@@ -165,23 +166,42 @@ def other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "write_program", other)
 
 
+def other_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled program that is not the portable one."""
+
+    def written(*arguments: Any) -> list[str]:
+        (arguments[3] / COMPILED).write_bytes(b"")
+        return [*write_program(*arguments[:4], compiled=False), COMPILED]
+
+    def loaded(folder: Path, manifest: Manifest, compiled: bool) -> Program:
+        portable = load_program(folder, manifest)
+        return lambda embedding_BE, dense_BD: portable(embedding_BE, dense_BD) + 0.01
+
+    monkeypatch.setattr(export_module, "write_program", written)
+    monkeypatch.setattr(export_module, "load_program", loaded)
+
+
 DEFECTS = {
     "numbers": ("fp32", "all", wrong_tables, r"its embeddings differ by 0\.1 on split valid of .*nothing is written"),
     "fp16": ("fp16", "all", zeros("fp16"), "its embeddings differ"),
     "int8": ("int8", "occurring", zeros("int8"), "its embeddings differ"),
     "int4": ("int4", "all", zeros("int4"), "its embeddings differ"),
     "program": ("int4", "all", other_weights, "logits of its program differ by .* the checkpoint's model"),
+    "compiled": ("int8", "all", other_compiled, "logits of its compiled program differ by .* its portable one"),
 }
 
 
 @pytest.mark.parametrize("what", DEFECTS)
 def test_a_package_that_differs_from_its_checkpoint_is_not_written(what, trained, tmp_path, monkeypatch, request):
     form, rows, change, message = DEFECTS[what]
-    if what != "program":
+    if what not in ("program", "compiled"):
         request.getfixturevalue("same_program")
     change(monkeypatch)
     with pytest.raises(UserError, match=message):
-        exported(trained, tmp_path / "package", archive=True, tables=form, rows=rows)
+        exported(
+            trained, tmp_path / "package", archive=True, tables=form, rows=rows,
+            target="aot" if what == "compiled" else "eager",
+        )  # fmt: skip
     assert [*tmp_path.iterdir()] == []
 
 
