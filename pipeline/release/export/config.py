@@ -126,24 +126,25 @@ def base_of(config: ExportConfig, source: Source) -> Chain | None:
     found = _packages_beside(config.out)
     if config.base is not None:
         found[config.base] = read_manifest(config.base)
-    compiled = 0
+    where = str(config.base) if config.base else f"beside {config.out}"
+    why = (
+        f"no package of that step with tables={config.tables} rows={config.rows} ({where}), or it is a delta whose own base is "
+        "not there. Export it, or set base=PACKAGE."
+    )
     for folder in found if config.base is None else [config.base]:
         manifest = found[folder]
         if manifest.model.checkpoint != earlier or not _has_settings(manifest, config):
             continue
-        if manifest.compiled and config.target == "eager":
-            compiled += 1
-        elif (chain := _chain(folder, found)) is not None:
-            if any(folder.resolve() == config.out.resolve() for folder, _ in chain):
-                raise UserError(f"{config.out} is the package that this delta changes. Choose another out=.")
+        chain = _chain(folder, found)
+        if chain is None:
+            continue
+        if any(part.resolve() == config.out.resolve() for part, _ in chain):
+            why = f"{config.out} is the package that this delta changes. Choose another out=."
+        elif manifest.compiled and config.target == "eager":
+            why = f"{folder} has a compiled program. Set target=aot here too."
+        else:
             return chain
-    where = str(config.base) if config.base else f"beside {config.out}"
-    if compiled:
-        raise UserError(f"since={config.since}: its package ({where}) has a compiled program. Set target=aot here too.")
-    raise UserError(
-        f"since={config.since}: no package of that step with tables={config.tables} rows={config.rows} ({where}), or it is a "
-        "delta whose own base is not there. Export it, or set base=PACKAGE."
-    )
+    raise UserError(f"since={config.since}: {why}")
 
 
 def _packages_beside(out: Path) -> dict[Path, Manifest]:
