@@ -61,6 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in long)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The process that hands tests out to others collects none: garbage is collected in it from the start."""
+    if hasattr(session.config, "workerinput") or session.config.getoption("numprocesses", None) is None:
+        return
+    gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """From here on garbage is collected, but a million objects of libraries and tests are not gone over for it every time."""
     gc.freeze()

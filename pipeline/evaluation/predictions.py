@@ -1,6 +1,7 @@
 """A checkpoint's prediction of each row of a split, as a Parquet file.
 
-Its columns: `row_id`; the kept columns of the dataset by their raw names (`raw.NAME` where another column has that name);
+Its columns: `row_id`; the kept columns of the dataset by their raw names (`raw.NAME` where another column has that name), null
+where the log gives several rows one id;
 `weight`; per task `logit.TASK` (regression: the prediction) and `label.TASK` (null: not observed), and what a person reads,
 `prob.TASK` of a binary task and `prediction.TASK` of a regression task, in the label's unit. Files of earlier releases have
 neither kept columns nor the last two.
@@ -74,11 +75,15 @@ def kept_rows(dataset: Dataset, splits: Sequence[Split]) -> pl.DataFrame:
 
 
 def with_kept(rows: pl.DataFrame, dataset: Dataset, splits: Sequence[Split]) -> pl.DataFrame:
-    """Rows of predictions with the kept columns of their dataset. Raises UserError as `kept_rows`."""
+    """Rows of predictions with the kept columns of their dataset, null where several rows have one row_id: not another's.
+
+    Raises:
+        UserError: as `kept_rows`.
+    """
     if not dataset.schema.keep:
         return rows
     names = kept_names(dataset.schema, rows.columns)
-    kept = kept_rows(dataset, splits).rename(names).unique("row_id", keep="first")
+    kept = kept_rows(dataset, splits).rename(names).unique("row_id", keep="none")
     others = [name for name in rows.columns if name != "row_id"]
     return rows.join(kept, on="row_id", how="left").select("row_id", *names.values(), *others)
 

@@ -95,7 +95,7 @@ class ModelWeights:
     def ranker(self) -> Ranker:
         """The model, on its device, without the weights of a checkpoint until one is loaded."""
         ranker = build_ranker(self.dataset.schema, self.dataset.encoders, self.model)
-        rows = {table: len(row_N) for table, row_N in self._rows_of(ranker).items()}
+        rows = {table: len(row_N) for table, row_N in self.rows_of(ranker).items()}
         store_tables(ranker, self.loading.precision, rows)
         if self.sharded:
             assert self.loading.shard is not None
@@ -165,7 +165,7 @@ class ModelWeights:
 
     def _load(self, path: Path) -> None:
         state: dict[str, Any] = dict(self.ranker.state_dict())
-        needed = self._rows_of(self.ranker)
+        needed = self.rows_of(self.ranker)
         names = {table: name for table, name in table_weights(self.ranker).items() if table in needed}
         partial = {f"model.{name}": (needed[table], state.pop(name)) for table, name in names.items()}
         checkpoint.load(path, {"model": state}, alone=not self.sharded)
@@ -175,7 +175,7 @@ class ModelWeights:
             for kernel in table_kernels(self.ranker):
                 kernel.reset_cache_states()  # of rows of the checkpoint before
 
-    def _rows_of(self, ranker: Ranker) -> dict[str, np.ndarray]:
+    def rows_of(self, ranker: Ranker) -> dict[str, np.ndarray]:
         """Of each table of a ranker that does not hold all its rows, those that it holds; EMM has several tables of one."""
         of_schema = {table.name: self.dataset.schema.table_of(table.feature_names[0]) for table in ranker.tables}
         return {name: self.needed[table] for name, table in of_schema.items() if table in self.needed}

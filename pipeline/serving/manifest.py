@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -149,9 +150,12 @@ def stored_file(path: Path) -> StoredFile:
     return StoredFile(bytes=path.stat().st_size, sha256=sha256(path))
 
 
-def write_manifest(folder: Path, manifest: Manifest, names: list[str]) -> Manifest:
-    """Writes the manifest of the files of a folder, last. Returns it with their sizes and checksums."""
-    sealed = manifest.sealed({name: stored_file(folder / name) for name in sorted(names)})
+def write_manifest(
+    folder: Path, manifest: Manifest, names: list[str], known: Mapping[str, StoredFile] | None = None
+) -> Manifest:
+    """Writes the manifest of the files of a folder, last. Returns it with their sizes and checksums, but for those known."""
+    known = known or {}
+    sealed = manifest.sealed({name: known.get(name) or stored_file(folder / name) for name in sorted(names)})
     write_json(folder / FILE, sealed.model_dump(mode="json"))
     return sealed
 

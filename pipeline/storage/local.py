@@ -118,3 +118,9 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_all(folder: Path) -> None:
+    """`fsync` of a folder and of all files and folders below it."""
+    for path in (*folder.rglob("*"), folder):
+        fsync(path)

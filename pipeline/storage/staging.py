@@ -11,6 +11,8 @@ from features.errors import UserError
 from pipeline.storage.base import Lock
 from pipeline.storage.files import storage_of
 
+STAGING = r"\.staging-[0-9a-f]{32}"  # after the name of the final place
+
 
 @contextmanager
 def staging_of(out: Path) -> Iterator[Path]:
@@ -21,9 +23,7 @@ def staging_of(out: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be created.
     """
-    for left in out.parent.glob("*"):
-        if re.fullmatch(re.escape(out.name) + r"\.staging-[0-9a-f]{32}", left.name):
-            _remove_unlocked(left)
+    remove_left(out)
     staging = out.with_name(f"{out.name}.staging-{uuid.uuid4().hex}")
     lock = None
     try:
@@ -36,6 +36,18 @@ def staging_of(out: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             lock.release()
+
+
+def remove_left(out: Path) -> None:
+    """Removes the folders of killed processes beside a final place."""
+    for left in out.parent.glob("*"):
+        if re.fullmatch(re.escape(out.name) + STAGING, left.name):
+            _remove_unlocked(left)
+
+
+def is_staging(path: Path) -> bool:
+    """Whether a folder is one of `staging_of`, which another process may be writing."""
+    return re.search(STAGING + "$", path.name) is not None
 
 
 def _locked(folder: Path) -> Lock | None:

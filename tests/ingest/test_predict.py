@@ -267,7 +267,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line_and_leaves_nothing(
         assert list(tmp_path.iterdir()) == []
         return str(caught.value)
 
-    assert "no checkpoint of step 999; there are [" in refused(step=999)
+    assert "no checkpoint (step 999); there are [" in refused(step=999)
     assert "no row of impressions has a value under the key cty" in refused(columns=["cty"])
     assert refused(columns=["qty"]).startswith("columns: qty is of outcomes, labels or the weight alone")
     assert "no such file" in refused(input=str(world.folder / "run"))

@@ -1,8 +1,10 @@
 """Packages of a trained run: equal to its checkpoint, the same bytes twice, whole or not there."""
 
+import errno
 import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +19,36 @@ from models.ranker import ModelConfig, is_table
 from pipeline.dataset.dataset import open_dataset
 from pipeline.evaluation.scorer import Scorer as Evaluator
 from pipeline.evaluation.weights import ModelWeights, load_dense
+from pipeline.release.export import config as config_module
 from pipeline.release.export import export as export_module
+from pipeline.release.export import tables
 from pipeline.release.export.config import ExportConfig
-from pipeline.release.export.export import Exported, export
-from pipeline.release.export.model_card import escaped
+from pipeline.release.export.export import Exported, export, report
+from pipeline.release.export.model_card import escaped, records_of
+from pipeline.release.export.program import write_program
 from pipeline.release.export.tables import write_tables
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.serving.deltas import apply_delta
 from pipeline.serving.encoded import encoded
-from pipeline.serving.manifest import DENSE, FILE, check_files, read_manifest
+from pipeline.serving.manifest import COMPILED, DENSE, FILE, Manifest, Model, check_files, read_manifest, write_manifest
+from pipeline.serving.program import Program, load_program
 from pipeline.serving.scorer import Scorer
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
 
-STEPS = (2, 4)
+STEPS = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
 def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two checkpoints, the later one evaluated on valid rows, with predictions."""
+    """A run with four checkpoints, the last one evaluated on valid rows, with predictions."""
     path = tmp_path_factory.mktemp("exported") / "run"
-    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=4, checkpoint_every=2, threads=1)
+    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=4, checkpoint_every=1, threads=1)
     model = ModelConfig(fusion={"name": "adatt", "levels": [[8], [4]]}, tower=[4])
     train(TrainConfig(dataset=small_dataset, run=path, model=model, train=settings))
     run = Run(path)
-    record = Evaluator(run, open_dataset(small_dataset), "valid", 512).evaluate(STEPS[1], write_predictions=True)
+    record = Evaluator(run, open_dataset(small_dataset), "valid", 512).evaluate(STEPS[-1], write_predictions=True)
     run.eval_metrics.parent.mkdir(exist_ok=True)
     run.eval_metrics.write_text(json.dumps(record) + "\n")
     return path
@@ -133,7 +139,7 @@ def test_rounded_tables_are_measured_and_recorded(trained, package, tmp_path, sa
     assert "4-bit numbers, of the ids that occur in the train split alone" in card
 
 
-def test_a_package_that_differs_from_its_checkpoint_is_not_written(trained, tmp_path, monkeypatch, same_program):
+def wrong_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any) -> Any:
         written = write_tables(*arguments)
         file = arguments[-1] / written[2][0]
@@ -141,25 +147,153 @@ def test_a_package_that_differs_from_its_checkpoint_is_not_written(trained, tmp_
         return written
 
     monkeypatch.setattr(export_module, "write_tables", wrong)
-    with pytest.raises(UserError, match=r"the package's logits differ by .* nothing is written"):
-        exported(trained, tmp_path / "package", archive=True)
+
+
+def zeros(form: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A quantiser that loses everything; of whose format it is."""
+    real = tables.stored
+    return lambda monkeypatch: monkeypatch.setattr(tables, "stored", lambda x_ND, _: torch.zeros_like(real(x_ND, form)))
+
+
+def other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program of other weights than the checkpoint's."""
+
+    def other(ranker: Any, *arguments: Any) -> Any:
+        with torch.no_grad():
+            next(ranker.towers.parameters()).mul_(1.01)
+        return write_program(ranker, *arguments)
+
+    monkeypatch.setattr(export_module, "write_program", other)
+
+
+def other_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled program that is not the portable one."""
+
+    def written(*arguments: Any) -> list[str]:
+        (arguments[3] / COMPILED).write_bytes(b"")
+        return [*write_program(*arguments[:4], compiled=False), COMPILED]
+
+    def loaded(folder: Path, manifest: Manifest, compiled: bool) -> Program:
+        portable = load_program(folder, manifest)
+        return lambda embedding_BE, dense_BD: portable(embedding_BE, dense_BD) + 0.01
+
+    monkeypatch.setattr(export_module, "write_program", written)
+    monkeypatch.setattr(export_module, "load_program", loaded)
+
+
+DEFECTS = {
+    "numbers": ("fp32", "all", wrong_tables, r"its embeddings differ by 0\.1 on split valid of .*nothing is written"),
+    "fp16": ("fp16", "all", zeros("fp16"), "its embeddings differ"),
+    "int8": ("int8", "occurring", zeros("int8"), "its embeddings differ"),
+    "int4": ("int4", "all", zeros("int4"), "its embeddings differ"),
+    "program": ("int4", "all", other_weights, "logits of its program differ by .* the checkpoint's model"),
+    "compiled": ("int8", "all", other_compiled, "logits of its compiled program differ by .* its portable one"),
+}
+
+
+@pytest.mark.parametrize("what", DEFECTS)
+def test_a_package_that_differs_from_its_checkpoint_is_not_written(what, trained, tmp_path, monkeypatch, request):
+    form, rows, change, message = DEFECTS[what]
+    if what not in ("program", "compiled"):
+        request.getfixturevalue("same_program")
+    change(monkeypatch)
+    with pytest.raises(UserError, match=message):
+        exported(
+            trained, tmp_path / "package", archive=True, tables=form, rows=rows,
+            target="aot" if what == "compiled" else "eager",
+        )  # fmt: skip
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_base_and_what_changed_since_are_the_whole_package(trained, tmp_path, same_program):
-    base, whole, delta = (tmp_path / name for name in ("base", "whole", "delta"))
-    exported(trained, base, step=2, tables="fp16")
+def test_a_base_and_what_changed_since_are_the_whole_package(trained, tmp_path):
+    base, middle, whole, delta = (tmp_path / name for name in ("base", "middle", "whole", "delta"))
+    exported(trained, base, step=1, tables="fp16")
+    unfinished = tmp_path / f"a.staging-{'0' * 32}"  # of another process, perhaps
+    shutil.copytree(base, unfinished)
+    exported(trained, middle, step=2, tables="fp16", since=1)
     exported(trained, whole, tables="fp16")
     changed = exported(trained, delta, tables="fp16", since=2).manifest
     assert changed.base is not None
     assert changed.base.step == 2
     assert changed.whole() == read_manifest(whole)
     assert not {"manifest.json"} & {*changed.files}
-    apply_delta(base, delta, tmp_path / "made")
+    apply_delta(base, middle, tmp_path / "made2")
+    apply_delta(tmp_path / "made2", delta, tmp_path / "made")
     assert contents(tmp_path / "made") == contents(whole)
-    with pytest.raises(UserError, match="no package of that step with tables=int8"):
-        exported(trained, tmp_path / "other", tables="int8", since=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "whole", "delta", "made"}
+    for other in ({"tables": "int8", "rows": "all"}, {"tables": "fp16", "rows": "occurring"}):
+        with pytest.raises(UserError, match="no package of that step with tables={tables} rows={rows}".format(**other)):
+            exported(trained, tmp_path / "other", since=2, **other)
+    before = contents(base)
+    for given in ({}, {"base": base}):
+        with pytest.raises(UserError, match="base is the package that this delta changes"):
+            exported(trained, base, tables="fp16", since=1, overwrite=True, **given)
+    assert contents(base) == before
+    names = {"base", "middle", "whole", "delta", "made2", "made", unfinished.name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in ("base", "made2", "made"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(UserError, match="or it is a delta whose own base is not there"):
+        exported(trained, tmp_path / "other", step=3, tables="fp16", since=2)
+
+
+def test_a_delta_without_a_compiled_program_is_none_of_a_package_with_one(trained, package, tmp_path):
+    shutil.copytree(package, tmp_path / "base")
+    manifest = read_manifest(package).model_copy(update={"compiled": True, "model": model_of(trained, 2)})
+    write_manifest(tmp_path / "base", manifest, [*manifest.files])
+    with pytest.raises(UserError, match=r"has a compiled program\. Set target=aot here too"):
+        exported(trained, tmp_path / "delta", since=2)
+
+
+def model_of(run: Path, step: int) -> Model:
+    path = checkpoint.folder(Run(run).checkpoints, step)
+    return Model(run=str(run), step=step, checkpoint=checkpoint.read(path).checksum, fingerprint="", encoders="")
+
+
+def test_where_there_is_no_room_nothing_is_left_and_an_old_archive_never_stands_beside_a_new_package(
+    trained, package, tmp_path, monkeypatch, same_program
+):
+    out, archive = tmp_path / "whole", tmp_path / "whole.tar"
+    shutil.copytree(package, out)
+    archive.write_text("old")
+    (tmp_path / f"whole.tar.staging-{'0' * 32}").mkdir()
+    with pytest.raises(UserError, match=r"whole\.tar is of the package that is replaced"):
+        exported(trained, out, overwrite=True)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for what in ("write_tables", "write_archive"):
+        with monkeypatch.context() as patched:
+            patched.setattr(export_module, what, full)
+            with pytest.raises(UserError, match=r"whole cannot be written: .*No space left on device"):
+                exported(trained, out, overwrite=True, archive=True)
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "whole.tar"}
+        assert archive.read_text() == "old"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)  # of the archive
+        with pytest.raises(UserError, match="No space left"):
+            exported(trained, out, step=4, overwrite=True, archive=True)
+    assert not archive.exists()
+
+
+def test_a_record_on_another_dataset_is_not_the_packages(trained, small_dataset):
+    run = Run(trained)
+    found = checkpoint.read(checkpoint.folder(run.checkpoints, 4))
+    assert {*records_of(run, found, str(small_dataset))} == {"valid"}
+    assert records_of(run, found, "/elsewhere") == {}
+    assert records_of(run, found.model_copy(update={"checksum": "0"}), str(small_dataset)) == {}
+
+
+@pytest.mark.system
+def test_a_compiled_program_of_a_package_gives_the_answers_of_the_portable_one(trained, small_dataset, tmp_path):
+    found = exported(trained, tmp_path / "package", target="aot", tables="int8")
+    assert found.manifest.compiled
+    assert found.manifest.tolerances["compiled.max_relative_difference"] <= 1e-5
+    assert "of the compiled program's from the portable one's" in report(found)
+    rows = encoded(valid_rows(small_dataset), open_dataset(small_dataset).schema)
+    compiled, portable = (Scorer.load(tmp_path / "package", compiled=c).score_encoded(rows) for c in (True, False))
+    assert not torch.equal(portable[0], portable[1])
+    torch.testing.assert_close(compiled, portable, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_no_package_is_not_replaced(trained, tmp_path):
@@ -177,11 +311,11 @@ def other_encoders(run: Path, dataset: Path, folder: Path) -> dict[str, Any]:
 
 
 REFUSED = {
-    "no checkpoint": (lambda *_: {"step": 3}, r"no checkpoint \(step 3\); there are \[2, 4\]"),
+    "no checkpoint": (lambda *_: {"step": 7}, r"no checkpoint \(step 7\); there are \[1, 2, 3, 4\]"),
     "no run": (lambda run, _, folder: {"run": folder / "none"}, r"no run \(config\.yaml is missing\)"),
     "no pointer": (lambda run, _, folder: {"run": None, "serving": folder}, "no night has released a checkpoint yet"),
     "other encoders": (other_encoders, "was encoded with"),
-    "no base": (lambda *_: {"since": 2}, r"since=2: no package of that step with tables=fp32"),
+    "no base": (lambda *_: {"since": 2}, r"since=2: no package of that step with tables=fp32 rows=all"),
     "a later base": (lambda *_: {"since": 4}, "since=4: is not before step 4"),
 }  # fmt: skip
 
@@ -194,6 +328,15 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing(what,
         export(ExportConfig(out=tmp_path / "package", threads=1, **settings))
     assert "\n" not in str(caught.value)
     assert not [*tmp_path.glob("package*")]
+
+
+def test_a_checkpoint_that_is_trained_anew_once_the_pointer_was_read_is_not_exported(trained, tmp_path, monkeypatch):
+    blessed = {"run": str(trained), "step": 4, "checksum": "of before", "night": "n", "verdict": "pass", "time": 1.0}
+    (tmp_path / "serving.json").write_text(json.dumps(blessed | {"version": 1, "earlier": [], "withdrawn": []}))
+    monkeypatch.setattr(config_module, "check_there", lambda *_: None)  # as it was then
+    with pytest.raises(UserError, match="was trained anew after it was released"):
+        export(ExportConfig(serving=tmp_path, out=tmp_path / "package", threads=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["serving.json"]
 
 
 def test_the_dense_part_is_loaded_without_tables(trained, small_dataset):

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +25,7 @@ from pipeline.dataset.loader import Loader
 from pipeline.dataset.manifest import footer_sha256
 from pipeline.dataset.shards import open_shard, with_plain_texts
 from pipeline.dataset.verify import verify
+from pipeline.evaluation import predictions
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.metrics.slices import dimensions
 
@@ -190,3 +193,12 @@ def test_what_a_column_with_a_dot_unpacks_to_counts_where_it_is_read(
         check_footer(footer, "a", size, ["raw.n"])
     check_footer(footer, "a", size, ["raw.m"])
     check_pages(tmp_path / "a", footer, ["raw.n"])
+
+
+def test_rows_that_share_an_id_have_none_of_each_others_kept_columns(monkeypatch):
+    """As in a log whose source.row_id is not one of each row."""
+    kept = pl.DataFrame({"row_id": [7, 7, 8], "raw.who": ["first", "second", "third"]})
+    monkeypatch.setattr(predictions, "kept_rows", lambda *_: kept)
+    dataset: Any = SimpleNamespace(schema=SimpleNamespace(keep=["who"]))
+    rows = pl.DataFrame({"row_id": [7, 7, 8], "logit.t": [0.1, 0.2, 0.3]})
+    assert predictions.with_kept(rows, dataset, ["train"])["who"].to_list() == [None, None, "third"]

@@ -22,6 +22,7 @@ from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from models.ranker import Ranker
 from pipeline.release.export import tables as exported
+from pipeline.release.export.tolerances import bounds_of, row_bounds
 from pipeline.serving import kept_rows
 from pipeline.serving.encoded import Encoded, Lists
 from pipeline.serving.manifest import Manifest
@@ -56,6 +57,10 @@ def test_a_package_embeds_rows_as_the_ranker_of_its_checkpoint(tmp_path_factory,
     manifest = by_hand.export(run, 3, case, form, folder / "package", kept)
     tables = Tables.open(folder / "package", manifest)
     encoded, batch = by_hand.rows_of(case, ranker, count, seed)
+    held = {name: np.arange(len(weight_RD)) for name, weight_RD in by_hand.weights(ranker).items()}
+    with torch.no_grad():
+        exact_BE = ranker.embedded(batch)
+        bound_BE = bounds_of(ranker, by_hand.schema_of(case), held, form, kept).embedded(batch)
     for name, weight_RD in by_hand.weights(ranker).items():  # the ranker gets the rows as they are stored
         weight_RD.copy_(torch.from_numpy(decoded(stored(weight_RD, form), form, weight_RD.shape[1])))
         if kept and (row_K := kept.get(name.split("@")[0])) is not None:
@@ -64,6 +69,7 @@ def test_a_package_embeds_rows_as_the_ranker_of_its_checkpoint(tmp_path_factory,
         wanted_BE = ranker.embedded(batch)
     found_BE = tables.embed(encoded)
     assert found_BE.shape == wanted_BE.shape == (count, tables.width)
+    assert ((found_BE - exact_BE).abs() <= bound_BE).all()
     if form in ("fp32", "fp16"):
         assert torch.equal(found_BE, wanted_BE)
     torch.testing.assert_close(found_BE, wanted_BE, rtol=1e-6, atol=1e-6)
@@ -103,6 +109,7 @@ def test_rows_of_fewer_bits_are_fbgemms_and_no_further_from_the_numbers_than_the
         step_N = (high_N - low_N) / {"int8": 255, "int4": 15}.get(form, np.inf)
         rounding_N = np.maximum(np.abs(low_N), np.abs(high_N)) * {"fp32": 0, "int8": 1e-6}.get(form, 2.0**-10)
         assert (np.abs(exact_ND - value_ND.numpy()).max(1) <= 0.51 * step_N + rounding_N).all()
+        assert (np.abs(exact_ND - value_ND.numpy()) <= row_bounds(value_ND, form).numpy()).all()
 
 
 @settings(max_examples=examples(40), deadline=None)

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.storage.base import Storage
 from pipeline.storage.files import STORAGES, read_lines, storage_of, write_json
-from pipeline.storage.local import LocalStorage, remove_leftovers, replacing
+from pipeline.storage.local import LocalStorage, fsync_all, remove_leftovers, replacing
 
 ROOTS: dict[str, Callable[[Path], Path]] = {"": lambda tmp_path: tmp_path}
 
@@ -175,3 +175,14 @@ def test_what_a_killed_writer_left_is_removed_once_it_is_old_enough(tmp_path: Pa
     assert left.exists()
     remove_leftovers(file, seconds=50)
     assert (left.exists(), [each.exists() for each in others]) == (False, [True] * 3)
+
+
+def test_every_file_and_folder_below_one_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"")
+    waited: list[str] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: waited.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    )
+    fsync_all(tmp_path)
+    assert sorted(waited) == sorted(str(tmp_path / name) for name in ("", "a", "a/b", "a/b/file"))

@@ -3,7 +3,7 @@
 # Shapes: N rows of a block, W bytes of one, P words of kept rows.
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -120,14 +120,19 @@ def changed_tables(
 
 
 def write_delta_manifest(
-    folder: Path, whole: Manifest, base: Manifest, changed: Changed, others: Sequence[str]
+    folder: Path,
+    whole: Manifest,
+    base: Manifest,
+    changed: Changed,
+    others: Sequence[str],
+    known: Mapping[str, StoredFile] | None = None,
 ) -> Manifest:
     """Writes the manifest of a delta, after all of its files.
 
     Args:
         folder: of the delta. whole: the manifest of the package that it makes, but for files and checksum.
         base: of the package that it changes, or of a delta that makes that one. changed: the tables. others: names of all other
-            files of the package, which the delta has too.
+            files of the package, which the delta has too. known: of files that have not changed since they were read.
     Raises:
         UserError: the base is no export of the earlier step with these settings.
     """
@@ -137,7 +142,8 @@ def write_delta_manifest(
             f"the package of step {base.model.step} has another {unlike[0]} than an export of that step with these settings: "
             "name the one that was exported from it with the same tables=, or export the whole package"
         )
-    files = changed.after | {name: stored_file(folder / name) for name in others}
+    known = known or {}
+    files = changed.after | {name: known.get(name) or stored_file(folder / name) for name in others}
     delta = whole.model_copy(
         update={
             "base": Base(step=base.model.step, checkpoint=base.model.checkpoint, package=base.checksum),
@@ -145,7 +151,7 @@ def write_delta_manifest(
         }
     )
     check_base(base, folder, delta)
-    return write_manifest(folder, delta, [*changed.names, *others])
+    return write_manifest(folder, delta, [*changed.names, *others], known)
 
 
 def _write_rows(folder: Path, file: TablesFile, pairs: Iterator[tuple[Tensor, Tensor]], found: Changed) -> None:

@@ -20,11 +20,11 @@ from pipeline import cores
 from pipeline.dataset.dataset import Dataset, encoders_id
 from pipeline.evaluation.follow import EvaluateConfig, dataset_of
 from pipeline.evaluation.weights import load_dense
-from pipeline.release.export.config import ExportConfig, Source, base_of, check_out, source_of
+from pipeline.release.export.config import Chain, ExportConfig, Source, archive_path, base_of, check_out, source_of
 from pipeline.release.export.delta import changed_tables, write_delta_manifest
 from pipeline.release.export.model_card import metrics_of, model_card, records_of
 from pipeline.release.export.program import check_compiler, write_program
-from pipeline.release.export.tables import occurring_rows, write_tables
+from pipeline.release.export.tables import Kept, occurring_rows, write_tables
 from pipeline.release.export.tolerances import checked_split, measured
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
@@ -35,12 +35,14 @@ from pipeline.serving.manifest import (
     SCHEMA,
     Manifest,
     Model,
+    StoredFile,
     write_manifest,
 )
-from pipeline.serving.program import compiled_for
+from pipeline.serving.program import compiled_for, load_program
 from pipeline.serving.scorer import Scorer
 from pipeline.storage.files import sha256, storage_of
-from pipeline.storage.staging import staging_of
+from pipeline.storage.local import fsync, fsync_all
+from pipeline.storage.staging import remove_left, staging_of
 
 VERSIONS = ("taskfuse", "torch", "polars", "pyarrow")
 
@@ -72,23 +74,42 @@ def export(config: ExportConfig) -> Exported:
     split, base = checked_split(dataset), base_of(config, source)
     with ExitStack() as held:
         trained = held.enter_context(checkpoint.reading(source.path))
+        if source.checksum is not None and trained.checksum != source.checksum:
+            raise UserError(f"{source.path} was trained anew after it was released. Export again, or set run=RUN.")
         if config.since is not None:
             held.enter_context(checkpoint.reading(Source(source.run, config.since).path))
-        staging = held.enter_context(staging_of(config.out))
-        package = Package(config, source, dataset, trained, staging, base)
-        manifest = package.write()
-        if archive is not None:
-            written = held.enter_context(staging_of(archive)) / archive.name
-            write_archive(staging, config.out.name, written)
         try:
-            check_out(config)  # another export may have been faster
-            storage_of(config.out).commit(staging, config.out)
-            if archive is not None:
-                written.replace(archive)
+            manifest = write_package(config, source, dataset, trained, base)
         except OSError as error:
-            raise UserError(f"{config.out} cannot be written: {one_line(error)}. Choose another out=.") from None
+            raise UserError(
+                f"{config.out} cannot be written: {one_line(error)}. Make room, or choose another out=."
+            ) from None
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     return Exported(config.out, manifest, size, split, archive)
+
+
+def write_package(
+    config: ExportConfig, source: Source, dataset: Dataset, trained: CheckpointManifest, base: Chain | None
+) -> Manifest:
+    """Writes a package, and its archive, and commits both. Raises UserError, OSError: nothing is left."""
+    place = archive_path(config)
+    remove_left(place)
+    with ExitStack() as held:
+        staging = held.enter_context(staging_of(config.out))
+        manifest = Package(config, source, dataset, trained, staging, base).write()
+        if config.archive:
+            archive = held.enter_context(staging_of(place)) / place.name
+            write_archive(staging, config.out.name, archive)
+            fsync(archive)
+        fsync_all(staging)
+        check_out(config)  # another export may have been faster
+        if config.archive:
+            place.unlink(missing_ok=True)  # a kill from here on leaves none, rather than that of another package
+        storage_of(config.out).commit(staging, config.out)
+        if config.archive:
+            archive.replace(place)
+            fsync(place.parent)
+    return manifest
 
 
 def dataset_for(config: ExportConfig, source: Source) -> Dataset:
@@ -109,12 +130,12 @@ class Package:
 
     Args:
         dataset: of the run's tasks. trained: the checkpoint's manifest. folder: where they are written.
-        base: the package that a delta changes, with its folder.
+        base: what a delta changes (base_of).
     """
 
     def __init__(
         self, config: ExportConfig, source: Source, dataset: Dataset, trained: CheckpointManifest, folder: Path,
-        base: tuple[Path, Manifest] | None,
+        base: Chain | None,
     ) -> None:  # fmt: skip
         self.config, self.source, self.dataset, self.trained = config, source, dataset, trained
         self.folder, self.base = folder, base
@@ -129,7 +150,7 @@ class Package:
                 source.run, source.step, ranker, schema, config.tables, kept, self.folder
             )
         else:
-            since = self.base[1].model.step
+            since = self.base[-1][1].model.step
             changed = changed_tables(source.run, source.step, since, ranker, schema, config.tables, kept, self.folder)
             tables, lookups, names = changed.tables, changed.lookups, []
         names += self._encoders_and_schema()
@@ -138,33 +159,31 @@ class Package:
             model=self._model(), versions=versions(compiled),
             tasks={name: task.kind for name, task in schema.tasks.items()}, format=config.tables, tables=tables,
             lookups=lookups, sets=ranker.sets, dense_width=schema.dense_width, compiled=compiled,
-            metrics=metrics_of(records_of(source.run, self.trained.checksum)),
+            metrics=metrics_of(records_of(source.run, self.trained, self.dataset.name)),
         )  # fmt: skip
         names += write_program(ranker, whole.embedding_dim, schema.dense_width, self.folder, compiled)
 
-        def sealed(manifest: Manifest, others: list[str]) -> Manifest:
+        def sealed(manifest: Manifest, others: list[str], known: dict[str, StoredFile]) -> Manifest:
             if self.base is None:
-                return write_manifest(self.folder, manifest, others)
-            return write_delta_manifest(self.folder, manifest, self.base[1], changed, others)
+                return write_manifest(self.folder, manifest, others, known)
+            return write_delta_manifest(self.folder, manifest, self.base[-1][1], changed, others, known)
 
-        sealed(whole, names)  # so that it can be loaded
-        found = self._measured(compiled=False)
-        if compiled:
-            found |= {f"compiled.{name}": value for name, value in self._measured(compiled=True).items()}
-        whole = whole.model_copy(update={"tolerances": found})
+        first = sealed(whole, names, {})  # so that it can be loaded
+        whole = whole.model_copy(update={"tolerances": self._measured(first, kept)})
         card = model_card(source.run, self.trained, self.dataset, whole)
         (self.folder / MODEL_CARD).write_text(card, encoding="utf-8")
-        return sealed(whole, [*names, MODEL_CARD])
+        return sealed(whole, [*names, MODEL_CARD], first.files)
 
-    def _measured(self, compiled: bool) -> dict[str, float]:
-        """Differences of a program of the package to the checkpoint. Raises UserError where there should be none."""
-        scorer = Scorer.load(self.folder, compiled, check=False, base=None if self.base is None else self.base[0])
-        exact = self.config.tables == "fp32" and self.config.rows == "all"
-        return measured(self.source, self.dataset, scorer, self.config.check_rows, exact)
+    def _measured(self, manifest: Manifest, kept: Kept | None) -> dict[str, float]:
+        """Differences of the package to the checkpoint. Raises UserError where they are more than its format explains."""
+        bases = [folder for folder, _ in self.base or []]
+        scorer = Scorer.load(self.folder, check=False, base=bases)
+        compiled = load_program(self.folder, manifest, compiled=True) if manifest.compiled else None
+        return measured(self.source, self.dataset, scorer, self.config.check_rows, kept, compiled)
 
     def _model(self) -> Model:
         return Model(
-            run=str(self.source.run.path), step=self.source.step, checkpoint=self.trained.checksum,
+            run=str(self.source.run.path.absolute()), step=self.source.step, checkpoint=self.trained.checksum,
             fingerprint=self.trained.fingerprint, encoders=self.trained.encoders,
         )  # fmt: skip
 
@@ -218,8 +237,12 @@ def report(found: Exported) -> str:
     table = tabulate(lines, ["task", "metric", "checkpoint", "package"], disable_numparse=True)
     what = f"what changed since step {manifest.base.step:,}" if manifest.base else "the package"
     archive = f"\n{found.archive}" if found.archive else ""
+    compiled = measured.get("compiled.max_relative_difference")
+    programs = (
+        "" if compiled is None else f"; of the compiled program's from the portable one's {compiled:.3g} of 1 + |logit|"
+    )
     return (
         f"step {manifest.model.step:,} of {printable(manifest.model.run)}: {what}, {found.bytes / 1e6:,.1f} MB, tables in "
         f"{manifest.format}\n\n{table}\n\nlargest difference of a logit {measured['max_logit_difference']:.3g}, on "
-        f"{measured['rows']:,.0f} rows of split {found.split}\n\n{found.path}{archive}"
+        f"{measured['rows']:,.0f} rows of split {found.split}{programs}\n\n{found.path}{archive}"
     )

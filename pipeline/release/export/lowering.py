@@ -17,7 +17,7 @@ from models.torch_compat import onednn_linear
 aten = torch.ops.aten
 PRODUCTS = (aten.bmm.default, aten.baddbmm.default)
 LARGE = 4096  # weights of a network from which oneDNN gains more than its call costs
-FEW = 16  # experts of a mixture up to which a sum is faster than a product
+FEW = 16  # experts and outputs of a mixture up to which a sum for each output is faster than a product
 
 
 class Lowered(nn.Module):
@@ -47,8 +47,7 @@ class Lowered(nn.Module):
         if (
             node.target in PRODUCTS
             and not node.kwargs
-            and len(reads) == len(node.args) - 1
-            and reads[-1] == node.args[-1]
+            and reads == [*node.args[:-2], node.args[-1]]  # all but the factor x
         ):
             weight_UDN, bias = values[reads[-1]], [values[read] for read in reads[:-1]]
             if weight_UDN.dtype == torch.float32 and weight_UDN[0].numel() >= LARGE:
@@ -115,7 +114,9 @@ class _Lowering(Interpreter):
         if not self.lowered.varying.issuperset([weight, expert]):
             return None
         rows, outputs, experts = weight.meta["val"].shape
-        if isinstance(rows, int) or not isinstance(outputs, int) or not isinstance(experts, int) or experts > FEW:
+        if isinstance(rows, int) or not isinstance(outputs, int) or not isinstance(experts, int):
+            return None
+        if max(outputs, experts) > FEW:
             return None
         weight_BOE, expert_BEN = self.env[weight], self.env[expert]
         return torch.stack([(weight_BE.unsqueeze(2) * expert_BEN).sum(1) for weight_BE in weight_BOE.unbind(1)], 1)

@@ -7,11 +7,9 @@ them may be anyone's: they are escaped.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from pydantic import ValidationError
 from tabulate import tabulate
 
 from features.errors import UserError
-from features.plain_json import first_fault
 from features.printable import printable
 from features.schema.schema import SPLITS, Schema
 from pipeline.dataset.card.card import read_card
@@ -19,10 +17,9 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.overrides import dotted
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.headline import HEADLINE, RANKING
-from pipeline.run.records import Record
+from pipeline.run.records import Record, latest
 from pipeline.run.run import Run
 from pipeline.serving.manifest import Manifest
-from pipeline.storage.files import read_lines
 
 NORMAL_95 = 1.959964  # quantile of the normal distribution: half the width of a 95% interval in standard errors
 SHOWN = ("ne", "auc", "calibration", "nrmse", "r2")
@@ -33,18 +30,13 @@ TRAINING = ("train.", "model.")
 BITS = {"fp32": "32-bit", "fp16": "16-bit", "int8": "8-bit", "int4": "4-bit"}
 
 
-def records_of(run: Run, checksum: str) -> dict[str, Record]:
-    """The newest record of a checkpoint on each whole split, as eval.jsonl has them. Raises UserError for a damaged line."""
-    found: dict[str, Record] = {}
-    for number, line in enumerate(read_lines(run.eval_metrics), 1):
-        try:
-            record = Record.model_validate(line, strict=True)
-        except ValidationError as error:
-            raise UserError(
-                f"{run.eval_metrics}, line {number}: not a record of an evaluation ({first_fault(error)}). Remove it."
-            ) from None
-        if record.checkpoint == checksum and record.share == 1:
-            found[record.split] = record
+def records_of(run: Run, trained: CheckpointManifest, dataset: str) -> dict[str, Record]:
+    """The newest record of a checkpoint on each whole split of a dataset, by its name. Raises UserError for a damaged line."""
+    found = {}
+    for split in SPLITS:
+        line = latest(run, split, dataset).get(trained.step)
+        if line is not None and line["checkpoint"] == trained.checksum:
+            found[str(split)] = Record.model_validate(line, strict=True)
     return dict(sorted(found.items()))
 
 
@@ -58,14 +50,14 @@ def metrics_of(records: Mapping[str, Record]) -> dict[str, dict[str, dict[str, f
 
 def model_card(run: Run, trained: CheckpointManifest, dataset: Dataset, manifest: Manifest) -> str:
     """The card of a checkpoint's package. manifest: complete but for its files."""
-    records = records_of(run, trained.checksum)
+    records = records_of(run, trained, dataset.name)
     sections = {
         f"Model card: {escaped(run.path.name)}, step {trained.step:,}": _summary(trained, manifest),
         "What it predicts": _tasks(dataset.schema),
         "Inputs": _inputs(dataset.schema, manifest),
         "Training data": _data(dataset),
         "Training": _training(run, trained),
-        "Evaluation": _evaluation(records),
+        "Evaluation": _evaluation(records, dataset.name),
         "Package": _package(manifest),
         "Limits": _limits(dataset.schema, records, manifest),
         "Versions": _table([[escaped(name), escaped(v)] for name, v in manifest.versions.items()], ["", "version"]),
@@ -142,10 +134,12 @@ def _data(dataset: Dataset) -> Iterator[str]:
 
 
 def _missing(dataset: Dataset) -> Iterator[str]:
-    """Features that are missing most often in the train split, by the data card."""
+    """Features that are missing most often in the train split, by the data card; of several days each has its own."""
+    if dataset.days:
+        return
     try:
         card = read_card(dataset.encoded_by)
-    except UserError:  # datasets of several days, or of an earlier release, may have none
+    except UserError:  # a dataset of an earlier release may have none
         return
     shares = {
         name: entry["missing"]
@@ -169,9 +163,9 @@ def _training(run: Run, trained: CheckpointManifest) -> Iterator[str]:
     yield from _table([[escaped(key), escaped(value)] for key, value in settings], ["setting", "value"])
 
 
-def _evaluation(records: Mapping[str, Record]) -> Iterator[str]:
+def _evaluation(records: Mapping[str, Record], dataset: str) -> Iterator[str]:
     if not records:
-        yield "Not evaluated: jobs.evaluate has no record of this checkpoint."
+        yield f"Not evaluated: jobs.evaluate has no record of this checkpoint on {escaped(dataset)}."
         return
     for split, record in records.items():
         rows = "" if record.rows_evaluated is None else f", {record.rows_evaluated:,} rows"

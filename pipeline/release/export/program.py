@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def write_program(ranker: Ranker, embedding_dim: int, dense_width: int, folder: 
     if march and hasattr(config.cpp, "march"):  # earlier releases compile for this very processor
         settings["cpp.march"] = march
     try:
-        aoti_compile_and_package(program, package_path=str(folder / COMPILED), inductor_configs=settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 copies what it deprecates itself
+            aoti_compile_and_package(program, package_path=str(folder / COMPILED), inductor_configs=settings)
     except RuntimeError as error:
         raise UserError(
             f"target=aot: the program cannot be compiled: {one_line(error)}. Set target=eager, or see that the C++ compiler "
@@ -98,7 +101,8 @@ def check_compiler(compiled: bool) -> None:
     wanted = os.environ.get("CXX", "g++")
     if compiled and shutil.which(wanted) is None:
         raise UserError(
-            f"target=aot: no C++ compiler {wanted} here. Install one (Debian: g++) or name it in CXX, or set target=eager."
+            f"target=aot: no C++ compiler {wanted} here. Install one (Debian: g++) or name it in CXX, one "
+            "command without arguments, or set target=eager."
         )
 
 

@@ -26,7 +26,8 @@ class PredictConfig(BaseModel):
         missing_days: skip takes the newest earlier day where the day before `date` is missing.
         tables: needed: only the rows of tables that the log looks up, for a model larger than memory.
         batch_size: rows at a time.
-        threads: of the model in each worker; None: the cores, divided by `workers`.
+        threads: of the model in each worker; None: the cores, divided by `workers`; 1 with another runner
+            than direct.
         rows_per_file: of predictions; a file is what a worker scores at a time.
         runner, workers, options: as of jobs.preprocess. Each worker loads the model.
         unit_bytes, bucket_bytes, broadcast_bytes, max_unpack_ratio, max_bad_fraction, min_joined: as of jobs.preprocess.

@@ -43,7 +43,7 @@ def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
         raise UserError(f"{out} exists. Choose another out=.")
     run = Run(config.run)
     known = _known(run, config)
-    step = _step(run, config)
+    step = checkpoint.chosen(run.checkpoints, config.step)
     path = checkpoint.folder(run.checkpoints, step)
     weights = ModelWeights(run, known.only(run.config().get("tasks")), ["test"], config.batch_size)
     weights.check_fits(step)
@@ -80,20 +80,11 @@ def _known(run: Run, config: PredictConfig) -> Dataset:
     return dataset
 
 
-def _step(run: Run, config: PredictConfig) -> int:
-    """Whose checkpoint scores. Raises UserError where there is none."""
-    found = checkpoint.steps(run.checkpoints)
-    step = found[-1] if config.step == "newest" and found else config.step
-    if not isinstance(step, int) or step not in found:
-        of_step = "" if config.step == "newest" else f" of step {step}"
-        raise UserError(f"{run.checkpoints}: no checkpoint{of_step}; there are {found or 'none'}")
-    return step
-
-
-def _threads(config: PredictConfig) -> int | None:
-    if config.threads or config.runner != "direct":
+def _threads(config: PredictConfig) -> int:
+    if config.threads:
         return config.threads
-    return max(1, cores.available() // config.workers)
+    # How many workers another runner puts on a machine is not known here.
+    return max(1, cores.available() // config.workers) if config.runner == "direct" else 1
 
 
 def run_scoring(config: PredictConfig, scoring: Scoring, encoded: Manifest) -> None:

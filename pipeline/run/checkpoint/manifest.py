@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, which is written last: its step, its position in the data, its files and checksums."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -114,3 +114,13 @@ def steps(checkpoints: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending; `check` says whether their files are whole."""
     found = (p for p in checkpoints.glob("step-*") if not p.is_symlink() and (p / "manifest.json").exists())
     return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())
+
+
+def chosen(checkpoints: Path, step: int | Literal["newest"]) -> int:
+    """The step of a committed checkpoint: that one, or the newest. Raises UserError where there is none."""
+    found = steps(checkpoints)
+    wanted = found[-1] if found and step == "newest" else step
+    if not isinstance(wanted, int) or wanted not in found:
+        what = "any" if step == "newest" else f"step {step}"
+        raise UserError(f"{checkpoints}: no checkpoint ({what}); there are {found or 'none'}")
+    return wanted
