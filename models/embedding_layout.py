@@ -1,6 +1,7 @@
 """What `Ranker.embedded` makes of a row's ids, as data: for whatever looks them up without TorchRec."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from features.schema.schema import Schema
@@ -9,7 +10,8 @@ from models.ranker import Ranker
 Pooling = Literal["single", "mean", "sequence"]
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """A feature looked up in a table.
 
     Attributes:

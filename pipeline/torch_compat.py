@@ -3,9 +3,11 @@
 tests/pipeline/test_torch_compat.py checks that a name exists and does what is relied on, and that no other file uses one.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,6 +146,27 @@ def forget_prefetched(kernel: "SplitTableBatchedEmbeddingBagsCodegen") -> None:
 def precision(codec: "QuantizedCommCodec") -> Any:
     """The number format that a codec of TorchRec was made for."""
     return codec._comm_precision
+
+
+# Programs
+
+
+def compile_program(program: torch.export.ExportedProgram, path: Path, march: str | None) -> None:
+    """Writes an AOTInductor package of a program.
+
+    Args:
+        march: the kind of processor as the C++ compiler names it; None: of this very one.
+    Raises:
+        RuntimeError: it cannot be compiled.
+    """
+    from torch._inductor import aoti_compile_and_package, config  # takes seconds, and only this needs it
+
+    settings: dict[str, Any] = {"cpp.dynamic_threads": True}  # torch.set_num_threads where it runs, not of this process
+    if march and hasattr(config.cpp, "march"):  # earlier releases compile for this very processor
+        settings["cpp.march"] = march
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 copies what it deprecates itself
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 
 # Gradients

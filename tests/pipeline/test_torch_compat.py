@@ -29,7 +29,7 @@ from models import torch_compat as models_compat
 from pipeline import torch_compat
 
 ROOT = Path(__file__).parents[2]
-COMPAT = {"pipeline/torch_compat.py", "models/torch_compat.py"}
+COMPAT = {"pipeline/torch_compat.py", "pipeline/serving/torch_compat.py", "models/torch_compat.py"}
 CPU = torch.device("cpu")
 
 

@@ -67,7 +67,7 @@ class Lowered(nn.Module):
 
     def kept(self, name: str, number: int = 0) -> Tensor | None:
         """A buffer of `_keep`."""
-        return self._buffers.get(f"{name}_{number}")
+        return getattr(self, f"{name}_{number}", None)
 
     def forward(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:  # noqa: D102
         known = {n: self.kept(n.name) if isinstance(value, Tensor) else value for n, value in self.fixed.items()}

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from pipeline.release.export.lowering import Lowered
 from pipeline.serving.archive import MODEL, ROOT, SAMPLE_INPUTS
 from pipeline.serving.manifest import COMPILED, DENSE
 from pipeline.serving.program import graph_program
+from pipeline.torch_compat import compile_program
 
 MAX_ROWS = 1 << 20  # of a batch
 UNUSED = (POOLED, UNPOOLED, "managed", "row_losses")  # modules of a ranker that no logit depends on
@@ -76,18 +76,10 @@ def write_program(ranker: Ranker, embedding_dim: int, dense_width: int, folder: 
     (folder / DENSE).write_bytes(content)
     if not compiled:
         return [DENSE]
-    from torch._inductor import aoti_compile_and_package, config  # takes seconds, and only this needs it
-
     if torch.backends.mkldnn.is_available():
         program = with_rows(Lowered(program), embedding_dim, dense_width)
-    settings: dict[str, Any] = {"cpp.dynamic_threads": True}  # torch.set_num_threads where it runs, not of this process
-    march = MARCH.get(torch.backends.cpu.get_cpu_capability())
-    if march and hasattr(config.cpp, "march"):  # earlier releases compile for this very processor
-        settings["cpp.march"] = march
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 copies what it deprecates itself
-            aoti_compile_and_package(program, package_path=str(folder / COMPILED), inductor_configs=settings)
+        compile_program(program, folder / COMPILED, MARCH.get(torch.backends.cpu.get_cpu_capability()))
     except RuntimeError as error:
         raise UserError(
             f"target=aot: the program cannot be compiled: {one_line(error)}. Set target=eager, or see that the C++ compiler "

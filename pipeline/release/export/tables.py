@@ -3,6 +3,7 @@
 # Shapes: N rows of a block, D numbers of a row, W bytes of one, K rows that are kept of a table, P words of their bits.
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +127,7 @@ def write_tables(
 
 def lookups(ranker: Ranker, schema: Schema) -> list[Lookup]:
     """The manifest's look-ups."""
-    return [Lookup(**part._asdict()) for part in embedding_layout(ranker, schema).parts]
+    return [Lookup(**asdict(part)) for part in embedding_layout(ranker, schema).parts]
 
 
 def stored_tables(files: list[TablesFile], maps: list[MapFile]) -> dict[str, StoredTable]:
