@@ -99,8 +99,7 @@ def test_a_body_is_refused_while_it_is_read_and_what_it_held_is_given_back() -> 
         assert (await call(app, "POST", "/score", [b'{"candidates": '], stalls=True)).status == 408
 
     answers(asked, max_body_bytes=100, timeout_s=0.05)
-    full = one(ROWS, max_buffered_bytes=10)
-    assert (full.status, full.headers["retry-after"]) == (503, "1")
+    assert one(ROWS, max_buffered_bytes=1000).status == 413
 
 
 class Held:
@@ -184,9 +183,6 @@ def test_health_identity_metrics_and_draining() -> None:
             service.draining = True
             assert (await call(app, "GET", "/healthz")).status == 503
             assert (await post(app, ROWS)).status == 200
-            service.packages.current = None
-            assert [(await call(app, "GET", path)).status for path in ("/model", "/openapi.json", "/docs")] == [503] * 3
-            assert (await post(app, ROWS)).status == 503
 
     asyncio.run(run())
 
