@@ -95,6 +95,17 @@ def bind(settings: ServeConfig) -> socket.socket:
     return bound
 
 
+def server_of(service: Service) -> Server:
+    """The server of a service, which runs in its `serve`."""
+    settings = service.settings
+    config = uvicorn.Config(
+        create_app(service), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
+        limit_concurrency=settings.max_connections + SPARE, timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(settings.end_s)),
+    )  # fmt: skip
+    return Server(config, service, settings.drain_s)
+
+
 def serve(settings: ServeConfig) -> None:
     """Serves until a signal ends it. Raises UserError where it cannot begin, or was ended with requests in flight."""
     bound = bind(settings)
@@ -107,12 +118,7 @@ def serve(settings: ServeConfig) -> None:
         raise
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a warning for each malformed request would fill a disk
     service = Service(packages, settings, metrics)
-    config = uvicorn.Config(
-        create_app(service), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
-        limit_concurrency=settings.max_connections + SPARE, timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, round(settings.end_s)),
-    )  # fmt: skip
-    server = Server(config, service, settings.drain_s)
+    server = server_of(service)
     try:
         asyncio.run(run(server, bound, metrics))
     finally:
