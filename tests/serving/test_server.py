@@ -1,6 +1,7 @@
 """The server as a process: its port, a drain on SIGTERM, an end on a second one."""
 
 import asyncio
+import gc
 import http.client
 import json
 import re
@@ -91,9 +92,11 @@ def listening(packages: Packages) -> Iterator[int]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield bound.getsockname()[1]
-        server.should_exit = True
-        thread.join()
+        try:
+            yield bound.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def received(asked: socket.socket) -> bytes:
@@ -148,7 +151,9 @@ def test_a_burst_while_a_link_is_moved_gets_the_scores_of_the_package_that_each_
             replies.append((found["model"]["step"], found["scores"]["spent"]))
         asked.close()
 
-    with listening(packages) as port:
+    with listening(packages) as port, ExitStack() as ended:
+        gc.disable()  # a collection by chance would hide one that is missing
+        ended.callback(gc.enable)
         askers = [threading.Thread(target=ask, args=(port,)) for _ in range(64)]
         for thread in askers[:32]:
             thread.start()
@@ -159,13 +164,13 @@ def test_a_burst_while_a_link_is_moved_gets_the_scores_of_the_package_that_each_
             thread.start()
         for thread in askers:
             thread.join()
+        packages.poll()
+        assert first() is None, "the package that was replaced is still in memory"
     packages.close()
     assert len(replies) == 64 * 6
     assert {step for step, _ in replies} == {1, 2}
     for step, spent in replies:
         assert spent == pytest.approx([expected(row, step)[1]] * 3, rel=1e-5)
-    packages.poll()
-    assert first() is None, "the package that was replaced is still in memory"
 
 
 def test_a_second_signal_ends_at_once() -> None:
