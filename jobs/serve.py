@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from features.errors import UserError
 from jobs.entry import job, parse
+from pipeline.quick_imports import quick_imports
 
 if TYPE_CHECKING:
     from pipeline.serving.http.config import ServeConfig
@@ -32,10 +33,11 @@ def checked(config: DictConfig) -> "ServeConfig":
 def main(config: DictConfig) -> None:
     """Loads the package and serves it."""
     settings = checked(config)
-    import torch
-
     try:
-        from pipeline.serving.http.server import serve
+        with quick_imports():  # nor does a collection during a request go over what they left
+            import torch
+
+            from pipeline.serving.http.server import serve
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette"):
             raise

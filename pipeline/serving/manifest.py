@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from features.errors import UserError
 from features.plain_json import Count, read_json, validated
-from features.regular_files import lstat_regular, refuse_link
+from features.regular_files import lstat_regular
 from pipeline.storage.files import sha256, write_json
 
 FILE = "manifest.json"
@@ -161,8 +161,11 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A package's manifest. Raises UserError if it is missing, damaged or of another version."""
-    refuse_link(folder)
+    """A package's manifest. Raises UserError if it is missing, damaged or of another version.
+
+    Args:
+        folder: or a link to it, which whoever names it trusts; links below it are refused.
+    """
     try:
         content = read_json(folder, FILE)
     except FileNotFoundError:

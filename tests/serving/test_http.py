@@ -3,16 +3,20 @@
 import asyncio
 import json
 import threading
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from asgi import Reply, call, post, running
-from fake_package import click, fake
+from fake_package import FakeRequests, FakeTables, click, fake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import from_json
 
+from features.errors import UserError
 from pipeline.serving.http.app import Service, create_app
+from pipeline.serving.http.body import asked, parsed_bytes
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Packages
@@ -60,6 +64,21 @@ def test_scores_of_candidates_with_what_their_user_shares_and_whose_they_are() -
         (b'{"candidates": [', 400, "no JSON"),
         (b"\xff\xfe", 400, "no JSON"),
         (b"[" * 100_000, 422, "nested too deep"),
+        (
+            b'{"candidates": ["\\ud800", ' + b"[" * 900 + b"1e999" + b"]" * 900 + b"]}",
+            422,
+            "[0]: inf is not a finite number",
+        ),
+        (
+            b'{"candidates": [{"x": [[1], [0, -NaN, 1e999]]}]}'.replace(b"-", b""),
+            422,
+            "candidates[0].x[1][1]: nan is not",
+        ),
+        (
+            b'{"candidates": [{"x": 9223372036854775808, "u": NaN}]}',
+            422,
+            "candidates[0].x: the number has more than 64 bits",
+        ),
         (b'{"candidates": [{"x": ' + b"[" * 500 + b"]" * 500 + b"}]}", 422, "nested too deep"),
         (b'{"candidates": [{"x": 1}, {"x": NaN}]}', 422, "candidates[1].x: nan is not a finite number"),
         (b'{"user": {"u": -Infinity}, "candidates": []}', 422, "user.u: -inf is not a finite number"),
@@ -82,12 +101,17 @@ def test_bad_bodies_get_a_status_and_the_place(content: Any, status: int, error:
 
 def test_other_paths_methods_and_types() -> None:
     async def asked(app: Any) -> list[int]:
-        found = [await call(app, "GET", "/scores"), await call(app, "GET", "/score")]
+        assert (await call(app, "HEAD", "/healthz")).status == 200
+        found = [
+            await call(app, "GET", "/scores"),
+            await call(app, "POST", "/score/"),
+            await call(app, "GET", "/score"),
+        ]
         found += [await post(app, ROWS, content_type="text/csv"), await post(app, ROWS, content_encoding="gzip")]
         assert all("error" in reply.json for reply in found)
         return [reply.status for reply in found]
 
-    assert answers(asked) == [404, 405, 415, 415]
+    assert answers(asked) == [404, 404, 405, 415, 415]
 
 
 def test_a_body_is_refused_while_it_is_read_and_what_it_held_is_given_back() -> None:
@@ -99,8 +123,6 @@ def test_a_body_is_refused_while_it_is_read_and_what_it_held_is_given_back() -> 
         assert (await call(app, "POST", "/score", [b'{"candidates": '], stalls=True)).status == 408
 
     answers(asked, max_body_bytes=100, timeout_s=0.05)
-    full = one(ROWS, max_buffered_bytes=10)
-    assert (full.status, full.headers["retry-after"]) == (503, "1")
 
 
 class Held:
@@ -127,6 +149,85 @@ async def until(reached: Callable[[], bool]) -> None:
     raise AssertionError("not reached")
 
 
+VALUES = (b"[]", b"{}", b"1.5", b"-1", b'{"x":1}', b'"ab"', b"[1]", b'{"a":{}}', b'"' + b"a" * 40 + b'\\u4e00"')
+
+
+def test_what_a_body_is_parsed_to_takes_no_more_than_is_counted_and_one_that_takes_too_much_is_refused() -> None:
+    for value in VALUES:
+        body = b'{"candidates": [' + b",".join([value] * 5000) + b"]}"
+        tracemalloc.start()
+        content = from_json(body, cache_strings="keys")
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(content["candidates"]) == 5000
+        assert taken < parsed_bytes(body), value
+    reply = one(b'{"candidates": [' + b",".join([b"[]"] * 5000) + b"]}", max_buffered_bytes=200_000)
+    assert (reply.status, "max_buffered_bytes" in reply.json["error"]) == (413, True)
+
+
+def test_what_is_held_is_bounded_over_all_requests_and_large_bodies_are_parsed_beside_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held, threads = Held(max_buffered_bytes=3_000_000), list[bool]()
+
+    def parse(*given: Any) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return asked(*given)
+
+    monkeypatch.setattr("pipeline.serving.http.app.asked", parse)
+
+    async def run() -> list[Reply]:
+        async with running(app := create_app(held.service)):
+            small = [asyncio.create_task(post(app, ROWS))]
+            await until(lambda: held.batches == [2])
+            large = [asyncio.create_task(post(app, {"candidates": [{"x": 1.23456789}] * 4000})) for _ in range(3)]
+            await until(lambda: len(held.service.batcher.queue) == 2 and large[2].done())  # type: ignore[union-attr]
+            held.go.set()
+            return await asyncio.gather(*small, *large)
+
+    found = asyncio.run(run())
+    assert [reply.status for reply in found] == [200, 200, 200, 503]
+    assert found[3].headers["retry-after"] == "1"
+    assert threads == [True, False, False]
+    assert held.service.metrics.held == 0
+
+
+def test_a_defect_is_the_answer_of_the_request_that_has_it_and_is_counted_and_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = FakeRequests.encode
+
+    def fails(self: Any, rows: Any, user: Any, where: str) -> Any:
+        if rows[0].get("x") == 666:
+            raise OverflowError("of ours")
+        return encode(self, rows, user, where)
+
+    monkeypatch.setattr(FakeRequests, "encode", fails)
+
+    async def asked(app: Any) -> tuple[list[Reply], bytes]:
+        contents = [{"candidates": [{"x": x}]} for x in (1, 666, "bad", 666, 2)]
+        found = await asyncio.gather(*(post(app, content) for content in contents))
+        return found, (await call(app, "GET", "/metrics")).body
+
+    found, figures = answers(asked, batch_wait_ms=50.0)
+    assert [reply.status for reply in found] == [200, 500, 422, 500, 200]
+    assert "of ours" not in found[1].json["error"]
+    assert b'taskfuse_serve_requests_total{path="/score",status="500"} 2.0' in figures
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+def test_a_package_that_does_not_fit_together_is_no_error_of_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise UserError("ids beyond the table")
+
+    monkeypatch.setattr(FakeTables, "embed", fails)
+
+    async def asked(app: Any) -> list[Reply]:
+        return await asyncio.gather(post(app, ROWS), post(app, {"candidates": [{"x": "bad"}]}))
+
+    assert [reply.status for reply in answers(asked, batch_wait_ms=50.0)] == [500, 422]
+
+
 def test_requests_that_wait_are_scored_at_once_and_each_gets_its_own_rows() -> None:
     held = Held(max_batch_rows=6)
 
@@ -151,6 +252,7 @@ def test_requests_that_wait_are_scored_at_once_and_each_gets_its_own_rows() -> N
 
 def test_a_full_queue_and_a_slow_answer_are_503_and_504() -> None:
     held = Held(max_waiting=1, timeout_s=0.2)
+    metrics = held.service.metrics
 
     async def run() -> list[Reply]:
         async with running(app := create_app(held.service)):
@@ -158,7 +260,12 @@ def test_a_full_queue_and_a_slow_answer_are_503_and_504() -> None:
             await until(lambda: held.batches == [2])
             rest = [asyncio.create_task(post(app, ROWS)) for _ in range(2)]
             found = await asyncio.gather(first, *rest)
+            assert held.service.batcher is not None
+            assert not held.service.batcher.queue, "a request that nobody waits for"
+            body = json.dumps(ROWS).encode()
+            assert metrics.held == len(body) + parsed_bytes(body), "the rows that are being scored are still there"
             held.go.set()
+            await until(lambda: metrics.held == 0)
             return found
 
     first, second, third = asyncio.run(run())
@@ -184,9 +291,6 @@ def test_health_identity_metrics_and_draining() -> None:
             service.draining = True
             assert (await call(app, "GET", "/healthz")).status == 503
             assert (await post(app, ROWS)).status == 200
-            service.packages.current = None
-            assert [(await call(app, "GET", path)).status for path in ("/model", "/openapi.json", "/docs")] == [503] * 3
-            assert (await post(app, ROWS)).status == 503
 
     asyncio.run(run())
 
@@ -196,7 +300,11 @@ def test_the_description_has_the_columns_of_a_row_and_its_page_loads_nothing() -
         return await call(app, "GET", "/openapi.json"), await call(app, "GET", "/docs")
 
     openapi, docs = answers(asked)
-    assert openapi.json["components"]["schemas"]["Row"]["properties"]["x"]["type"] == "number"
+    assert openapi.json["openapi"].startswith("3.1")
+    kinds = openapi.json["components"]["schemas"]
+    assert kinds["Row"]["properties"]["x"]["type"] == "number"
+    assert kinds["Answer"]["properties"]["scores"]["properties"]["click"]["items"] == {"type": ["number", "null"]}
+    assert "<td><code>x</code></td><td>number</td>" in docs.body.decode()
     body = openapi.json["paths"]["/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/Request"}
     assert "&lt;the x&gt;" in docs.body.decode()

@@ -16,7 +16,7 @@ from pipeline.serving.http.app import Service, create_app
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Loaded, Packages, Wanted
-from pipeline.serving.manifest import Base, write_manifest
+from pipeline.serving.manifest import Base, Manifest, write_manifest
 
 
 def write_package(folder: Path, step: int, base: str | None = None) -> Path:
@@ -136,6 +136,78 @@ def test_a_delta_is_loaded_with_the_package_that_it_changes_and_a_whole_one_is_p
     write_package(folder / "whole", 2)
     packages.poll()
     assert len(loads) == 3, "the whole package is what the delta has made already"
+    packages.close()
+
+
+def test_polls_of_a_long_chain_work_out_nothing_again(
+    tmp_path: Path, loads: list[Wanted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages, folder = pointed(tmp_path), tmp_path / "packages"
+    write_package(folder / "1", 1)
+    for step in range(2, 6):
+        write_package(folder / f"{step}", step, base=manifest_of(step - 1).checksum)
+    point(tmp_path / "out", 5)
+    packages.start()
+    assert [base.name for base in loads[-1].bases] == ["1", "2", "3", "4"]
+    monkeypatch.setattr(Manifest, "sealed", None)
+    packages.poll()
+    assert packages.problem is None
+    packages.close()
+
+
+def test_files_are_compared_once_and_again_where_they_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(module, "check_files", lambda folder, _: compared.append(folder.name))
+    monkeypatch.setattr(module.Scorer, "load", lambda folder, *_: fake(int(folder.name)).scorer)
+    packages = pointed(tmp_path)
+    one, two, three = (write_package(tmp_path / str(step), step) for step in (1, 2, 3))
+
+    def load(folder: Path, *bases: Path) -> list[str]:
+        compared.clear()
+        manifest = manifest_of(int(folder.name))
+        packages.load(Wanted(folder, manifest, manifest.checksum, bases))
+        return compared
+
+    assert load(one) == ["1"]
+    assert load(two, one) == ["2"]
+    assert load(three, one, two) == ["3"]
+    write_package(one, 1)
+    assert load(three, one, two) == ["1"]
+    with pytest.raises(UserError, match="was replaced by another package while it was loaded"):
+        packages.load(Wanted(three, manifest_of(2), manifest_of(2).checksum))
+
+
+def test_a_link_may_name_a_package_but_none_below_a_folder_of_packages(tmp_path: Path, loads: list[Wanted]) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(write_package(tmp_path / "one", 1))
+    packages = Packages(ServeConfig(package=link, poll_s=3600), Metrics())
+    packages.start()
+    (tmp_path / "next").symlink_to(write_package(tmp_path / "two", 2))
+    (tmp_path / "next").rename(link)
+    packages.poll()
+    assert [wanted.folder for wanted in loads] == [tmp_path / "one", tmp_path / "two"]
+    assert step_of(packages) == 2
+    packages.close()
+
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "a").symlink_to(tmp_path / "one")
+    point(tmp_path / "out", 1)
+    with pytest.raises(UserError, match="packages/a is a link"):
+        pointed(tmp_path).start()
+
+
+def test_of_too_many_packages_the_last_ones_by_name_are_read(
+    tmp_path: Path, loads: list[Wanted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PACKAGES", 2)
+    for step in (1, 2, 3):
+        write_package(tmp_path / "packages" / f"2026-01-0{step}", step)
+    point(tmp_path / "out", 3)
+    packages = pointed(tmp_path)
+    packages.start()
+    assert step_of(packages) == 3
     packages.close()
 
 

@@ -11,18 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from features.errors import UserError
+from features.printable import printable
 from pipeline.serving.encoded import concatenated
+from pipeline.serving.http.body import RETRY, RefusedError
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Loaded
 
 
-@dataclass
+@dataclass(eq=False)
 class Work:
-    """A request for scores: its rows, what they share, and where its answer goes."""
+    """A request for scores: its rows, what they share, where its answer goes, and what is called once nothing has the rows."""
 
     rows: Sequence[Mapping[str, Any]]
     user: Mapping[str, Any] | None
     answer: "asyncio.Future[Answer]"
+    left: Callable[[], None]
     arrived: float = field(default_factory=time.monotonic)
 
 
@@ -31,10 +34,6 @@ class Answer(NamedTuple):
 
     loaded: Loaded
     scores: dict[str, np.ndarray]
-
-
-class FullError(Exception):
-    """Too many requests wait already."""
 
 
 class Batcher:
@@ -63,23 +62,45 @@ class Batcher:
             thread.start()
 
     async def submit(
-        self, rows: Sequence[Mapping[str, Any]], user: Mapping[str, Any] | None, timeout_s: float
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        user: Mapping[str, Any] | None,
+        timeout_s: float,
+        left: Callable[[], None],
     ) -> Answer:
         """Scores of a request.
 
+        Args:
+            left: called once, in the event loop, when the rows are neither waiting nor scored any more: of a request that
+                timed out while it is scored, after that.
         Raises:
-            UserError: a value is refused. FullError: too many wait. TimeoutError: it took longer than `timeout_s`.
+            RefusedError: a value is refused (422), too many wait or the server ends (503), or it took longer than `timeout_s`.
         """
-        work = Work(rows, user, self.loop.create_future())
+        work = Work(rows, user, self.loop.create_future(), left)
         with self.changed:
-            if self.closed or len(self.queue) >= self.max_waiting:
-                raise FullError
-            self.queue.append(work)
-            self.changed.notify()
+            full = len(self.queue) >= self.max_waiting
+            if not full and not self.closed:
+                self.queue.append(work)
+                self.changed.notify()
+        if full or self.closed:
+            left()
+            raise RefusedError(503, "too many requests wait: try again" if full else "the server ends", RETRY)
         try:
             return await asyncio.wait_for(work.answer, timeout_s)
         except asyncio.TimeoutError:
-            raise TimeoutError from None
+            raise RefusedError(504, "no answer in time (timeout_s)") from None
+        finally:
+            if work.answer.cancelled():
+                self._remove(work)
+
+    def _remove(self, work: Work) -> None:
+        """Takes a request for which nobody waits any more out of the queue, if it is still there."""
+        with self.changed:
+            waits = work in self.queue
+            if waits:
+                self.queue.remove(work)
+        if waits:
+            work.left()
 
     def close(self) -> None:
         """Ends the threads once nothing waits."""
@@ -90,20 +111,25 @@ class Batcher:
             thread.join()
 
     def _run(self) -> None:
-        while batch := self._take():
-            try:
-                answers = answer(self.loaded(), batch, self.metrics)
-            except (
-                Exception
-            ) as error:  # a defect of ours: those who wait for this batch get it, the next batch is scored
-                answers = [error] * len(batch)
-            try:
-                self.loop.call_soon_threadsafe(hand_out, batch, answers)
-            except RuntimeError:
-                return  # the server has ended, and nobody waits
+        while self._score_next():
+            pass  # a call a batch, so that nothing of it stays while the thread waits for the next one
+
+    def _score_next(self) -> bool:
+        """Scores the requests that wait. Returns whether to go on."""
+        if not (batch := self._take()):
+            return False
+        try:
+            answers = answer(self.loaded(), batch, self.metrics)
+        except Exception as error:  # a defect of ours: those who wait for this batch get it, the next batch is scored
+            answers = [error] * len(batch)
+        try:
+            self.loop.call_soon_threadsafe(hand_out, batch, answers)
+        except RuntimeError:
+            return False  # the server has ended, and nobody waits
+        return True
 
     def _take(self) -> list[Work]:
-        """The requests to score next, at least one; none once it is closed. Those that timed out are left out."""
+        """The requests to score next, at least one; none once it is closed."""
         with self.changed:
             while True:
                 while not self.queue:
@@ -118,10 +144,8 @@ class Batcher:
                 batch: list[Work] = []
                 rows = 0
                 while self.queue and (not batch or rows + len(self.queue[0].rows) <= self.max_rows):
-                    work = self.queue.popleft()
-                    if not work.answer.done():
-                        batch.append(work)
-                        rows += len(work.rows)
+                    batch.append(self.queue.popleft())
+                    rows += len(batch[-1].rows)
                 if batch:
                     return batch
 
@@ -138,9 +162,14 @@ def answer(loaded: Loaded, batch: Sequence[Work], metrics: Metrics) -> list[Answ
         try:
             encoded[place] = scorer.requests.encode(work.rows, work.user, where="candidates")
         except UserError as error:
+            answers[place] = RefusedError(422, printable(str(error)[:1000]))
+        except Exception as error:  # a defect of ours, with the values of this request alone
             answers[place] = error
     if encoded:
-        logit_BT = scorer.score_encoded(concatenated(list(encoded.values())))
+        try:
+            logit_BT = scorer.score_encoded(concatenated(list(encoded.values())))
+        except Exception as error:
+            return [error if place in encoded else refused for place, refused in enumerate(answers)]
         metrics.rows.inc(len(logit_BT))
         metrics.batch_rows.observe(len(logit_BT))
         metrics.batch_requests.observe(len(encoded))
@@ -154,6 +183,7 @@ def answer(loaded: Loaded, batch: Sequence[Work], metrics: Metrics) -> list[Answ
 def hand_out(batch: Sequence[Work], answers: Sequence[Answer | Exception]) -> None:
     """Ends the wait of each request; of one that has timed out meanwhile nobody waits."""
     for work, found in zip(batch, answers, strict=True):
+        work.left()
         if work.answer.done():
             continue
         if isinstance(found, Exception):

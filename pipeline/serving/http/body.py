@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic_core import from_json
@@ -12,10 +12,12 @@ from features.errors import one_line
 from features.plain_json import INT64_LIMIT
 from features.printable import printable
 from pipeline.serving.http.config import ServeConfig
-from pipeline.serving.http.metrics import Metrics
+from pipeline.serving.http.metrics import Held
 
 RETRY = {"retry-after": "1"}
 KEYS = ("user", "candidates")
+# Bytes that CPython takes for a number or short text and its place, after a comma, and for a list and an object.
+SIZES = {b",": 56, b"[": 64, b"{": 192}
 
 
 class RefusedError(Exception):
@@ -33,11 +35,11 @@ class Asked(NamedTuple):
     user: Mapping[str, Any] | None
 
 
-async def read_body(request: Request, settings: ServeConfig, metrics: Metrics, held: list[int]) -> bytes:
+async def read_body(request: Request, settings: ServeConfig, held: Held) -> bytes:
     """The body, refused while it is read once it is too large.
 
     Args:
-        held: bytes that this request holds so far, which the caller gives back: `metrics.buffered` counts those of all.
+        held: to which its bytes are added, and those of the values that it is parsed to; the caller releases them.
     Raises:
         RefusedError: it is no plain JSON by its type, too large, or the server holds too much.
     """
@@ -54,14 +56,27 @@ async def read_body(request: Request, settings: ServeConfig, metrics: Metrics, h
         async for part in request.stream():
             if len(body) + len(part) > settings.max_body_bytes:
                 raise too_large(settings)
-            held[0] += len(part)
-            metrics.hold(len(part))
-            if metrics.held > settings.max_buffered_bytes:
-                raise RefusedError(503, "the server holds too many bytes of requests: try again", RETRY)
+            hold(held, len(part), settings)
             body += part
     except ClientDisconnect:
         raise RefusedError(400, "the client is gone") from None
+    hold(held, parsed_bytes(body), settings)
     return bytes(body)
+
+
+def hold(held: Held, number: int, settings: ServeConfig) -> None:
+    """Counts more bytes of a request. Raises RefusedError where it, or all together, would take too many."""
+    most = settings.max_buffered_bytes
+    if held.bytes + number > most:
+        raise RefusedError(413, f"the body takes more than {most:,} bytes of memory (max_buffered_bytes)")
+    if held.metrics.held + number > most:
+        raise RefusedError(503, "the server holds too many bytes of requests: try again", RETRY)
+    held.add(number)
+
+
+def parsed_bytes(body: bytes | bytearray) -> int:
+    """At most so many bytes the values of a JSON text take: each has a comma or bracket; a character is at most 4 bytes."""
+    return 4 * len(body) + sum(body.count(mark) * size for mark, size in SIZES.items())
 
 
 def too_large(settings: ServeConfig) -> RefusedError:
@@ -100,19 +115,30 @@ def unreadable(body: bytes, error: ValueError) -> RefusedError:
         content = json.loads(body)
     except (ValueError, RecursionError):
         return RefusedError(400, f"the body is no JSON: {one_line(error)}")
-    place = next(unfit_numbers(content, ""), None)
-    return RefusedError(422, place or f"the body is no JSON: {one_line(error)}")
+    return RefusedError(422, unfit_number(content) or f"the body is no JSON: {one_line(error)}")
 
 
-def unfit_numbers(content: Any, place: str) -> Any:
-    """Messages of numbers that are not finite or have more than 64 bits."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from unfit_numbers(value, f"{place}.{printable(key[:100])}".lstrip("."))
-    elif isinstance(content, list):
-        for number, value in enumerate(content):
-            yield from unfit_numbers(value, f"{place}[{number}]")
-    elif isinstance(content, float) and not math.isfinite(content):
-        yield f"{place}: {content} is not a finite number"
-    elif isinstance(content, int) and not -INT64_LIMIT <= content < INT64_LIMIT:
-        yield f"{place}: the number has more than 64 bits"
+def unfit_number(content: Any) -> str | None:
+    """A message of the first number that is not finite or has more than 64 bits."""
+    keys: list[Any] = []
+    inside: list[Iterator[tuple[Any, Any]]] = [iter([("", content)])]
+    while inside:  # without recursion: a client chooses how deep
+        for key, value in inside[-1]:
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"{place_of([*keys, key])}: {value} is not a finite number"
+            if isinstance(value, int) and not -INT64_LIMIT <= value < INT64_LIMIT:
+                return f"{place_of([*keys, key])}: the number has more than 64 bits"
+            if isinstance(value, (dict, list)):
+                items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+                keys.append(key)
+                inside.append(iter(items))
+                break
+        else:
+            inside.pop()
+            del keys[-1:]
+    return None
+
+
+def place_of(keys: Sequence[Any]) -> str:
+    """Where a value is, such as candidates[3].x."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{printable(key[:100])}" for key in keys).lstrip(".")

@@ -12,16 +12,19 @@ class ServeConfig(BaseModel):
     """What serves, where it listens, and its limits.
 
     Attributes:
-        package: the folder of a package; one of another content in its place is loaded and takes over.
+        package: the folder of a package, or a link to it; one of another content in its place is loaded and takes over.
         packages, serving: instead of it, a folder of packages, and the OUT of nightly whose serving.json names the checkpoint.
         host, port: where it listens; port 0: a free one, which it prints. reuse_port: share the port with other servers.
         compiled: run the package's compiled program. check: compare the checksum of every file while loading.
         warm_up: rows of the first answer, before a package serves.
         threads: that score. max_batch_rows: of requests that are scored at once; a larger request is scored alone.
         batch_wait_ms: how long a request waits for others to be scored with it; while a thread scores they wait in any case.
-        max_waiting: requests that wait; further ones are refused with 503. max_connections: likewise, of connections.
-        timeout_s: of a request, from its first byte to its answer: 504, or 408 while its body is missing.
-        max_rows: of a request. max_body_bytes: of its body. max_buffered_bytes: of the bodies of all requests: 503.
+        max_waiting: requests that wait; further ones are refused with 503.
+        max_connections: beyond which scores are refused likewise.
+        timeout_s: of a request, from its head to its answer: 504, or 408 while its body is missing. A connection without the
+            head of a request is closed after as long.
+        max_rows: of a request. max_body_bytes: of its body.
+        max_buffered_bytes: of memory for the bodies of all requests and, at most, what they are parsed to: 503, 413 for one.
         poll_s: how often it looks for another package.
         drain_s: after SIGTERM, how long it still accepts requests while /healthz answers 503. end_s: then for those in flight.
     """

@@ -8,6 +8,22 @@ SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05,
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
+class Held:
+    """Bytes that a request holds, of those that `metrics.held` counts."""
+
+    def __init__(self, metrics: "Metrics") -> None:
+        self.metrics, self.bytes = metrics, 0
+
+    def add(self, number: int) -> None:
+        """Holds more."""
+        self.bytes += number
+        self.metrics.hold(number)
+
+    def release(self) -> None:
+        """Holds nothing any more."""
+        self.add(-self.bytes)
+
+
 class Metrics:
     """Counters, gauges and histograms of a server, with those of its process."""
 
@@ -26,7 +42,7 @@ class Metrics:
             "taskfuse_serve_batch_requests", "Requests scored at once.", registry=registry, buckets=SIZES
         )
         self.waiting = Gauge("taskfuse_serve_waiting_requests", "Requests that wait to be scored.", registry=registry)
-        self.buffered = Gauge("taskfuse_serve_buffered_bytes", "Bytes of bodies that are held.", registry=registry)
+        self.buffered = Gauge("taskfuse_serve_buffered_bytes", "Bytes of requests that are held.", registry=registry)
         self.step = Gauge("taskfuse_serve_model_step", "Step of the checkpoint that serves.", registry=registry)
         self.loaded = Gauge(
             "taskfuse_serve_package_loaded_timestamp_seconds", "When the package was loaded, since 1970.", registry=registry
@@ -41,7 +57,7 @@ class Metrics:
         self.held = 0
 
     def hold(self, number: int) -> None:
-        """Counts bytes of bodies that are held from now on, fewer for a negative number."""
+        """Counts bytes of requests that are held from now on, fewer for a negative number."""
         self.held += number
         self.buffered.set(self.held)
 

@@ -1,5 +1,6 @@
 """Which package serves: a folder, or what the pointer of nightly names; another one is loaded beside it and then takes over."""
 
+import gc
 import logging
 import threading
 import time
@@ -12,16 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError, one_line
 from features.plain_json import read_json, validated
+from features.regular_files import refuse_link
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
-from pipeline.serving.manifest import FILE, Manifest, read_manifest
+from pipeline.serving.manifest import FILE, Manifest, check_files, read_manifest
 from pipeline.serving.scorer import Scorer
 
 POINTER = "serving.json"
 MAX_POINTER_BYTES = 1 << 20
 STAGING = ".staging-"  # in the name of a folder that is being written (pipeline.storage.staging)
-MAX_PACKAGES = 10_000  # folders below `packages`
+MAX_PACKAGES = 10_000  # folders below `packages`: the last ones by name, which the newest of dated names are
 RETRY_S = 30.0  # until a package that could not be loaded is tried again
+
+FileState = tuple[int, int, int]  # inode, mtime in ns, bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +40,16 @@ class Pointer(BaseModel):
 
 
 class Wanted(NamedTuple):
-    """A package that should serve. bases: of a delta the whole package and the deltas that it changes, in their order."""
+    """A package that should serve.
+
+    Attributes:
+        checksum: of the whole package, of a delta the one that it makes.
+        bases: of a delta the whole package and the deltas that it changes, in their order.
+    """
 
     folder: Path
     manifest: Manifest
+    checksum: str
     bases: tuple[Path, ...] = ()
 
 
@@ -62,14 +72,17 @@ class Manifests:
     """Manifests of packages, each read again only once its file is another one: a server looks every second."""
 
     def __init__(self) -> None:
-        self.known: dict[Path, tuple[tuple[int, int, int], Manifest]] = {}
+        self.known: dict[Path, tuple[FileState, Wanted]] = {}
 
-    def read(self, folder: Path) -> Manifest:
-        """The manifest of a package. Raises UserError, OSError."""
-        status = (folder / FILE).lstat()
-        state = (status.st_ino, status.st_mtime_ns, status.st_size)
+    def read(self, folder: Path) -> Wanted:
+        """A package, without its bases. Raises UserError, OSError."""
+        state = state_of(folder / FILE)
         if folder not in self.known or self.known[folder][0] != state:
-            self.known[folder] = (state, read_manifest(folder))
+            manifest = read_manifest(folder)
+            self.known[folder] = (
+                state,
+                Wanted(folder, manifest, (manifest.whole() if manifest.base else manifest).checksum),
+            )
         return self.known[folder][1]
 
     def keep(self, folders: Sequence[Path]) -> None:
@@ -77,15 +90,28 @@ class Manifests:
         self.known = {folder: self.known[folder] for folder in folders if folder in self.known}
 
 
-def of_folder(folder: Path) -> Callable[[], Wanted]:
-    """The package of one folder; a delta has no base there."""
+def state_of(file: Path) -> FileState:
+    """What changes with a file that another one replaces. Raises OSError."""
+    status = file.lstat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def of_folder(named: Path) -> Callable[[], Wanted]:
+    """The package of one folder; a delta has no base there.
+
+    Args:
+        named: the folder, or a link to it. It is followed once each time, so that every file is of one folder.
+    """
     manifests = Manifests()
 
     def find() -> Wanted:
+        folder = named.resolve()
+        manifests.keep([folder])
         try:
-            return Wanted(folder, manifests.read(folder))
+            return manifests.read(folder)
         except FileNotFoundError:
-            return Wanted(folder, read_manifest(folder))  # says what is missing
+            read_manifest(folder)  # says what is missing
+            raise
 
     return find
 
@@ -104,17 +130,21 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
             ) from None
         found, damaged = {}, []
         there = sorted(path.parent for path in packages.glob(f"*/{FILE}") if STAGING not in path.parent.name)
-        folders = there[:MAX_PACKAGES]
+        folders = there[-MAX_PACKAGES:]
         manifests.keep(folders)
         for folder in folders:
             try:
-                found[folder] = manifests.read(folder)
+                found[folder] = manifests.read(refuse_link(folder))
             except (UserError, OSError) as error:
                 damaged.append(one_line(error))
-        wanted = [(m.base is not None, folder) for folder, m in found.items() if m.model.checkpoint == pointer.checksum]
+        wanted = [
+            (each.manifest.base is not None, folder)
+            for folder, each in found.items()
+            if each.manifest.model.checkpoint == pointer.checksum
+        ]
         for _, folder in sorted(wanted):
             if (bases := bases_of(folder, found)) is not None:
-                return Wanted(folder, found[folder], bases)
+                return found[folder]._replace(bases=bases)
         why = "its delta's base is not there" if wanted else damaged[0] if damaged else f"{len(found)} others are"
         raise UserError(
             f"{packages}: no package of the checkpoint {pointer.checksum[:16]} that {out / POINTER} names ({why}). "
@@ -124,17 +154,26 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
     return find
 
 
-def bases_of(folder: Path, found: Mapping[Path, Manifest]) -> tuple[Path, ...] | None:
+def bases_of(folder: Path, found: Mapping[Path, Wanted]) -> tuple[Path, ...] | None:
     """What a delta among packages changes, and what that one does, the whole package first; None where one is not there."""
-    makes = {(m.whole() if m.base else m).checksum: where for where, m in reversed([*found.items()]) if m.base}
-    makes |= {m.checksum: where for where, m in reversed([*found.items()]) if not m.base}
+    packages = [*found.values()][::-1]
+    makes = {each.checksum: each.folder for each in packages if each.manifest.base}
+    makes |= {each.checksum: each.folder for each in packages if not each.manifest.base}
     bases: list[Path] = []
-    while base := found[folder].base:
+    while base := found[folder].manifest.base:
         if (before := makes.get(base.package)) is None or before in bases:
             return None
         folder = before
         bases.insert(0, folder)
     return tuple(bases)
+
+
+def states(folder: Path, manifest: Manifest) -> dict[str, FileState] | None:
+    """The state of every file of a package; None where one is missing."""
+    try:
+        return {name: state_of(folder / name) for name in (FILE, *manifest.files)}
+    except OSError:
+        return None
 
 
 def source(settings: ServeConfig) -> Callable[[], Wanted]:
@@ -152,6 +191,8 @@ class Packages:
     Attributes:
         current: what serves, replaced as a whole; None before `start`.
         problem: why what should serve does not; None where it does.
+        replaced: whether what served before may still be in memory.
+        compared: folders whose files were compared with their manifests, and the state that all of them had.
     """
 
     def __init__(self, settings: ServeConfig, metrics: Metrics, find: Callable[[], Wanted] | None = None) -> None:
@@ -159,6 +200,8 @@ class Packages:
         self.current: Loaded | None = None
         self.problem: str | None = None
         self.failed: tuple[Path, str, float] | None = None  # a package's folder and checksum, and when it was tried
+        self.replaced = False
+        self.compared: dict[Path, dict[str, FileState]] = {}
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="packages", daemon=True)
 
@@ -172,26 +215,42 @@ class Packages:
         self.ended.set()
 
     def serving(self) -> Loaded:
-        """What serves. Raises UserError before anything does."""
-        if self.current is None:
-            raise UserError("no package is loaded yet")
+        """What serves."""
+        assert self.current, "a server begins to listen once `start` has loaded a package"
         return self.current
 
     def load(self, wanted: Wanted) -> Loaded:
-        """A package in memory, with its first answer given. Raises UserError."""
+        """A package in memory, with its first answer given. Raises UserError, OSError."""
         settings, started = self.settings, time.perf_counter()
-        scorer = Scorer.load(wanted.folder, settings.compiled, settings.check, settings.warm_up, wanted.bases)
+        if settings.check:
+            self._compare([*wanted.bases, wanted.folder])
+        scorer = Scorer.load(wanted.folder, settings.compiled, False, settings.warm_up, wanted.bases)
+        if scorer.manifest.checksum != wanted.checksum:
+            raise UserError(f"{wanted.folder} was replaced by another package while it was loaded. It is tried again.")
         logger.info("%s loaded in %.2f s", wanted.folder, time.perf_counter() - started)
         return Loaded(scorer, wanted.folder)
 
+    def _compare(self, folders: Sequence[Path]) -> None:
+        """Compares every file of packages with their manifests, unless it was done and they are still the same files."""
+        compared = {}
+        for folder in folders:
+            manifest = read_manifest(folder)
+            if (state := states(folder, manifest)) is None or self.compared.get(folder) != state:
+                check_files(folder, manifest)
+            if state is not None:
+                compared[folder] = state
+        self.compared = compared
+
     def poll(self) -> None:
         """Loads what should serve, where that is something else, and lets it take over. Never raises."""
+        if self.replaced:
+            gc.collect()  # a package has cycles; the batches that it scored have ended by now
+            self.replaced = False
         try:
             wanted = self.find()
-            checksum = (wanted.manifest.whole() if wanted.bases else wanted.manifest).checksum
-            if self.current and checksum == self.current.scorer.manifest.checksum:
+            if self.current and wanted.checksum == self.current.scorer.manifest.checksum:
                 return self._report(None)
-            tried = (wanted.folder, checksum)
+            tried = (wanted.folder, wanted.checksum)
             if self.failed and self.failed[:2] == tried and time.monotonic() - self.failed[2] < RETRY_S:
                 return None
         except (UserError, OSError) as error:
@@ -221,6 +280,7 @@ class Packages:
         self.failed = None
         self._report(None)
         if earlier:
+            self.replaced = True
             self.metrics.swaps.inc()
         logger.info("%s serves: %s, step %s", loaded.folder, model.run, f"{model.step:,}")
 

@@ -1,10 +1,10 @@
 """A server from its settings to its end: socket, package, signals, a line of totals a minute."""
 
 import asyncio
-import gc
 import logging
 import socket
 import time
+from typing import Any
 
 import uvicorn
 
@@ -15,18 +15,27 @@ from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Packages
 
 REPORT_S = 60.0
+SPARE = (
+    256  # connections beyond max_connections, which refuses scores: probes and those that ask for figures get theirs
+)
 KEEP_ALIVE_S = 75  # of an idle connection: more than the minute that proxies keep theirs, or they would use closed ones
 
 logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which after a first SIGTERM or SIGINT answers on for `drain_s` with /healthz 503, and after a second ends."""
+    """uvicorn's, which after a first SIGTERM or SIGINT answers on for `drain_s` with /healthz 503, and after a second ends.
+
+    Attributes:
+        silent: connections that have not sent the head of a request, and since when: uvicorn waits for them without an end.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
         super().__init__(config)
         self.service, self.drain_s = service, drain_s
         self.end_at: float | None = None
+        self.silent: dict[Any, float] = {}
+        service.connections = lambda: len(self.server_state.connections)
 
     def handle_exit(self, *_: object) -> None:
         """What a signal does."""
@@ -46,7 +55,25 @@ class Server(uvicorn.Server):
         """Called ten times a second. Returns whether to end."""
         if self.end_at is not None and time.monotonic() >= self.end_at:
             self.should_exit = True
+        self.end_silent(time.monotonic())
         return await super().on_tick(counter)
+
+    def end_silent(self, now: float) -> None:
+        """Closes the connections that take longer than `timeout_s` for the head of a request."""
+        self.silent = {
+            connection: self.silent.get(connection, now)
+            for connection in self.server_state.connections
+            if awaits_head(connection)
+        }
+        for connection, since in self.silent.items():
+            if now - since > self.service.settings.timeout_s:
+                connection.transport.abort()
+
+
+def awaits_head(connection: Any) -> bool:
+    """Whether a connection of uvicorn has neither a request nor its timer of idle ones, which starts after an answer."""
+    cycle = connection.cycle
+    return cycle is None or (cycle.response_complete and connection.timeout_keep_alive_task is None)
 
 
 def bind(settings: ServeConfig) -> socket.socket:
@@ -68,6 +95,17 @@ def bind(settings: ServeConfig) -> socket.socket:
     return bound
 
 
+def server_of(service: Service) -> Server:
+    """The server of a service, which runs in its `serve`."""
+    settings = service.settings
+    config = uvicorn.Config(
+        create_app(service), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
+        limit_concurrency=settings.max_connections + SPARE, timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(settings.end_s)),
+    )  # fmt: skip
+    return Server(config, service, settings.drain_s)
+
+
 def serve(settings: ServeConfig) -> None:
     """Serves until a signal ends it. Raises UserError where it cannot begin, or was ended with requests in flight."""
     bound = bind(settings)
@@ -78,16 +116,9 @@ def serve(settings: ServeConfig) -> None:
     except BaseException:
         bound.close()
         raise
-    gc.collect()
-    gc.freeze()  # what a package is made of stays: no collection during a request walks over it
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a warning for each malformed request would fill a disk
     service = Service(packages, settings, metrics)
-    config = uvicorn.Config(
-        create_app(service), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
-        limit_concurrency=settings.max_connections, timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, round(settings.end_s)),
-    )  # fmt: skip
-    server = Server(config, service, settings.drain_s)
+    server = server_of(service)
     try:
         asyncio.run(run(server, bound, metrics))
     finally:
