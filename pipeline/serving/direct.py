@@ -25,10 +25,11 @@ from features.parse.convert import is_list
 from features.schema.schema import Schema
 from features.source import RawType
 from pipeline.serving.encoded import Parts
-from pipeline.serving.exact import MAX_ITEMS, Exact
+from pipeline.serving.exact import Exact
 from pipeline.serving.given import Column, Given
 from pipeline.serving.memo import Memo
 from pipeline.serving.row_error import RowError
+from pipeline.serving.values import MAX_ITEMS
 
 REMEMBERED = 1 << 18  # values of all columns: some 100 bytes each, and at most 256 characters
 FEWEST = 1024  # of a column

@@ -71,7 +71,7 @@ class Requests:
         of_rows, of_user, mixed = self._plan(*names)
         try:
             parts = self.direct.encode(of_user, same).repeated(given.rows)
-            given.columns |= {column: same.columns[column].repeated(given.rows) for column in mixed}
+            given.columns |= {column: same.columns[column].repeated(column, given.rows) for column in mixed}
         except RowError as error:
             raise error.at(None, USER) from None
         try:

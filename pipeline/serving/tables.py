@@ -178,10 +178,11 @@ def _file(sources: Sequence[Source], name: str, found: FileLayout, layout: Layou
 
 
 def _rows(sources: Sequence[Source], name: str, rows: int, width: int) -> Tensor:
-    """byte_RW of a file, with the rows that deltas change."""
-    changes = [source for source in sources if rows_name(name) in source[1].files]
-    whole = [source for source in sources if name in source[1].files and source not in changes]
-    byte_RW = mapped(*whole[-1], name, rows * width, writable=bool(changes)).reshape(rows, width)
+    """byte_RW of a file, with the rows that deltas change after the last one that has it whole."""
+    some = [rows_name(name) in manifest.files for _, manifest in sources]
+    last = max((at for at, (_, manifest) in enumerate(sources) if name in manifest.files and not some[at]), default=0)
+    changes = [sources[at] for at in range(last + 1, len(sources)) if some[at]]
+    byte_RW = mapped(*sources[last], name, rows * width, writable=bool(changes)).reshape(rows, width)
     for delta in changes:
         row_N, byte_NW = changed_rows(*delta, name, rows, width)
         byte_RW[row_N] = byte_NW

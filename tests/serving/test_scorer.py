@@ -195,22 +195,48 @@ def test_scoring_and_serving_import_neither_training_nor_ingest(package: Path) -
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
 
 
-def test_a_delta_on_its_base_is_the_whole_package(package: Path, tmp_path: Path) -> None:
-    manifest = real_package.write(tmp_path / "whole", seed=2)
-    delta = Path(shutil.copytree(tmp_path / "whole", tmp_path / "delta"))
-    base = read_manifest(package)
-    changed = np.arange(9, dtype=np.int64)
-    (delta / "tables" / "dim-00004.rows").write_bytes(changed.tobytes())
-    names = [*manifest.files, "tables/dim-00004.rows"]
-    reference = Base(step=1, checkpoint="checkpoint-1", package=base.checksum)
-    write_manifest(delta, manifest.model_copy(update={"base": reference, "result": manifest.files}), names)
-    scorer = Scorer.load(delta, base=package)
-    close(scorer.score(ROWS), ROWS, seed=2)
+def delta(folder: Path, base: Manifest, *rows: int) -> None:
+    """Makes a package a delta of another: with all of its table file, or some rows."""
+    manifest = read_manifest(folder)
+    names = [*manifest.files]
+    if rows:
+        table = folder / "tables" / "dim-00004.bin"
+        table.write_bytes(np.frombuffer(table.read_bytes(), np.float32).reshape(9, 4)[[*rows]].tobytes())
+        names.append("tables/dim-00004.bin.rows")
+        (folder / names[-1]).write_bytes(np.array(rows, np.int64).tobytes())
+    reference = Base(step=base.model.step, checkpoint=base.model.checkpoint, package=base.checksum)
+    write_manifest(folder, manifest.model_copy(update={"base": reference, "result": manifest.files}), names)
+
+
+@pytest.mark.parametrize("rows", [(), range(9), (2, 5)])
+def test_a_delta_on_its_base_is_the_whole_package(package: Path, tmp_path: Path, rows: tuple[int, ...]) -> None:
+    manifest, base = real_package.write(tmp_path / "whole", seed=2), read_manifest(package)
+    changed = Path(shutil.copytree(tmp_path / "whole", tmp_path / "delta"))
+    delta(changed, base, *rows)
+    scorer = Scorer.load(changed, base=package)
     assert scorer.manifest == manifest
+    if len(rows) == 2:  # of rome and of item a, which these are new; the program is of the second package
+        wanted, old = (real_package.numbers(seed)[0].copy() for seed in (2, 1))
+        wanted[[r for r in range(9) if r not in rows]] = old[[r for r in range(9) if r not in rows]]
+        row_RX = scorer.tables.files[0].byte_RW.numpy().view(np.float32)
+        np.testing.assert_array_equal(row_RX, wanted)
+    else:
+        close(scorer.score(ROWS), ROWS, seed=2)
     close(Scorer.load(package).score(ROWS), ROWS)  # as it was
     with pytest.raises(UserError, match="give that one's folder as well, base=FOLDER"):
-        Scorer.load(delta)
+        Scorer.load(changed)
     with pytest.raises(UserError, match="is a whole package, which has no base"):
         Scorer.load(package, base=package)
     with pytest.raises(UserError, match="Apply it to the one that it was exported against"):
-        Scorer.load(delta, base=tmp_path / "whole")
+        Scorer.load(changed, base=tmp_path / "whole")
+
+
+def test_a_whole_file_in_a_chain_of_deltas_takes_the_place_of_rows_that_changed_before(
+    package: Path, tmp_path: Path
+) -> None:
+    second, third = (real_package.write(tmp_path / f"{seed}", seed) for seed in (2, 3))
+    delta(tmp_path / "2", read_manifest(package), *range(9))
+    delta(tmp_path / "3", second)
+    scorer = Scorer.load(tmp_path / "3", base=[package, tmp_path / "2"])
+    assert scorer.manifest == third
+    close(scorer.score(ROWS), ROWS, seed=3)
