@@ -31,7 +31,7 @@ from pipeline.serving.memo import Memo
 from pipeline.serving.row_error import RowError
 from pipeline.serving.values import MAX_ITEMS
 
-REMEMBERED = 1 << 18  # values of all columns: some 100 bytes each, and at most 256 characters
+REMEMBERED = 1 << 18  # values of all columns: some 150 bytes each with their place in a dict, and at most 400
 FEWEST = 1024  # of a column
 
 Place = tuple[str, str, bool]  # a column, the table of its values, and whether these are items of lists

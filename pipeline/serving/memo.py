@@ -3,6 +3,7 @@
 # Shapes: B rows, V distinct values.
 
 from collections.abc import Callable, Sequence
+from sys import getsizeof
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 from features.fit.encoders import MISSING
 from pipeline.serving.row_error import RowError
 
-LONGEST = 256  # characters of a text that is remembered
+LARGEST = 256  # bytes of memory of a text that is remembered: a character takes one, two or four
 MOST_DISTINCT = 4096  # of a column: more of them are not looked up one by one
 
 
@@ -77,7 +78,7 @@ class Memo:
             id_V[place] = each
 
     def _remember(self, known: dict[Any, int], found: list[tuple[Any, int]]) -> None:
-        short = [(value, each) for value, each in found if not isinstance(value, str) or len(value) <= LONGEST]
+        short = [(value, each) for value, each in found if getsizeof(value) <= LARGEST]
         if len(known) + len(short) > self._most:
             known.clear()
             known[None] = MISSING

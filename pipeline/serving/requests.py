@@ -35,6 +35,7 @@ class Requests:
     """
 
     def __init__(self, schema: Schema, encoders: Encoders) -> None:
+        encoders = encoders.indexed()
         self.schema, self._encoders, self._exact = schema, encoders, Exact(schema, encoders)
         self._read = self._exact.columns()
         self.columns = list(self._read)

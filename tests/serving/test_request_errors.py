@@ -150,7 +150,7 @@ def test_columns_that_are_not_read_may_be_there_and_others_where_the_caller_says
     assert len(REQUESTS.encode([])) == 0
 
 
-def test_a_long_list_of_mixed_items_costs_no_look_at_each_item(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_of_mixed_types_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     check = values.check_ids
     monkeypatch.setattr(values, "check_ids", lambda items, name: (calls.append(len(items)), check(items, name))[1])

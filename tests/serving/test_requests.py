@@ -105,7 +105,7 @@ def test_a_row_is_encoded_alike_alone_in_any_order_by_many_threads_and_after_val
         assert all(threads.map(alone, [*range(0, ROWS, 4), *reversed(range(0, ROWS, 4))]))
     order = torch.randperm(ROWS).tolist()
     assert rows_at(requests.encode([rows[row] for row in order]), [*range(ROWS)]) == rows_at(log.expected, order)
-    requests.encode([{"user": "x" * 1000, "clicked": ["y" * 1000]}])
+    requests.encode([{"user": "x" * 1000, "clicked": ["y" * 1000]}, {"user": "\U0001f600" * 60}])
     known = [values for memo in requests.direct.memos.values() for values in memo.known]
     assert all(len(values) <= 5 for values in known)
     assert max(len(str(value)) for values in known for value in values) < 20
