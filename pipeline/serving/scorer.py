@@ -68,6 +68,7 @@ class Scorer:
             check_files(*source)
         schema = read_schema(folder, manifest)
         encoders = Encoders.load(folder / ENCODERS, schema)
+        check_lookups(folder, manifest, schema, encoders)
         found = cls(
             manifest.whole() if manifest.base else manifest,
             Requests(schema, encoders),
@@ -179,3 +180,20 @@ def read_schema(folder: Path, manifest: Manifest) -> Schema:
         if lookup.feature not in schema.sparse or lookup.table not in manifest.tables:
             raise UserError(f"{folder}: look-up of {lookup.feature} in {lookup.table}: one is unknown. {HINT}")
     return schema
+
+
+def check_lookups(folder: Path, manifest: Manifest, schema: Schema, encoders: Encoders) -> None:
+    """Raises UserError unless the tables have the rows that ids are encoded for, in the order in which `Encoded` has them."""
+    for lookup in manifest.lookups:
+        table, rows = schema.table_of(lookup.feature), manifest.tables[lookup.table].num_embeddings
+        if (ids := encoders.num_embeddings(table)) != rows:
+            raise UserError(
+                f"{folder}: table {lookup.table} has {rows:,} rows, the encoders {ids:,} ids of {table}. {HINT}"
+            )
+        if (lookup.pooling == "single") != (lookup.feature in schema.single):
+            raise UserError(f"{folder}: look-up of {lookup.feature} is {lookup.pooling}, in the schema not. {HINT}")
+    single = list(dict.fromkeys(lookup.feature for lookup in manifest.lookups if lookup.pooling == "single"))
+    if single != list(schema.single):
+        raise UserError(
+            f"{folder}: look-ups of {', '.join(single)}, the schema's order is {', '.join(schema.single)}. {HINT}"
+        )

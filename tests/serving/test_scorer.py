@@ -1,11 +1,14 @@
 """A package from its files to predictions, against plain loops; damaged and mistaken packages are refused."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ import real_package
 from real_package import expected
 
 from features.errors import UserError
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
 from pipeline.serving import scorer as module
-from pipeline.serving.manifest import Base, Manifest, read_manifest, write_manifest
+from pipeline.serving.manifest import Base, Lookup, Manifest, StoredTable, read_manifest, write_manifest
 from pipeline.serving.scorer import Scorer
 
 ROWS: list[dict[str, Any]] = [
@@ -125,6 +130,15 @@ def other_encoders(folder: Path) -> None:
     resealed(folder, lambda _: {})
 
 
+def more_values(folder: Path) -> None:
+    schema = Schema.load(folder / "schema.yaml")
+    found = Encoders.load(folder / "encoders", schema)
+    cities = pa.array([*real_package.CITIES, "oslo"], pa.large_string())
+    shutil.rmtree(folder / "encoders")
+    replace(found, vocabularies={**found.vocabularies, "city": cities}, counts={}).save(folder / "encoders")
+    resealed(folder, lambda _: {})
+
+
 def not_finite(folder: Path) -> None:
     row_RX = real_package.numbers(1)[0].copy()
     row_RX[0, 0] = np.nan  # of a missing city
@@ -155,6 +169,8 @@ def lookup(**changes: Any) -> Callable[[Path], None]:
         (lambda f: resealed(f, lambda _: {"dense_width": 2}), "dense_width 2"),
         (lookup(feature="town"), "look-up of town"),
         (lookup(table="town"), "town"),
+        (more_values, "table city has 4 rows, the encoders 5 ids of city"),
+        (lookup(pooling="mean"), "look-up of city is mean"),
     ],
 )  # fmt: skip
 def test_packages_that_do_not_fit_together_are_refused(
@@ -163,6 +179,21 @@ def test_packages_that_do_not_fit_together_are_refused(
     change(copied)
     with pytest.raises(UserError, match=error):
         Scorer.load(copied)
+
+
+def test_lookups_in_another_order_than_the_schema_has_features_are_refused(package: Path) -> None:
+    content = copy.deepcopy(real_package.SCHEMA) | {
+        "categorical": {"town": {"hash": 3}, "city": {"hash": 3}},
+        "bag": {},
+    }
+    schema, table = Schema.parse(content, "s"), StoredTable(file="t", first=0, rows=4, dim=4, num_embeddings=4)
+    for names, refused in ((["town", "city"], False), (["city", "town"], True), (["town"], True)):
+        lookups = [Lookup(feature=name, table=name, pooling="single") for name in names]
+        manifest = read_manifest(package).model_copy(
+            update={"lookups": lookups, "tables": {"town": table, "city": table}}
+        )
+        with pytest.raises(UserError, match="the schema's order is town, city") if refused else nullcontext():
+            module.check_lookups(package, manifest, schema, Encoders(schema, {}, {}, {}))
 
 
 def test_a_package_that_is_replaced_while_it_is_loaded_is_refused(
