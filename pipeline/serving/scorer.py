@@ -106,7 +106,9 @@ class Scorer:
         Args:
             rows: raw values by the columns of `requests.columns`, as in the log; what a row lacks is missing.
             user: values that all rows share, for columns that no row has. where: what the rows are called in errors.
-            extra: ignore columns that the schema does not have.
+            extra: ignore columns that the schema does not have, or computes.
+        Returns: NaN where a number of a row is so far from those of training that float32 overflows: the log's job takes all
+            that float32 holds, and divides it by the deviation.
         Raises:
             UserError: a value that its column cannot have, an unknown column.
         """

@@ -8,6 +8,7 @@ import pytest
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from request_log import same
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
@@ -147,6 +148,8 @@ def test_columns_that_are_not_read_may_be_there_and_others_where_the_caller_says
         assert REQUESTS.encode(rows, extra=True).dense_BD.equal(plain.dense_BD)
         with pytest.raises(UserError, match=r"other: is no column of the schema"):
             REQUESTS.encode(rows)
+    computed = pa.table({name: [value] for name, value in (GOOD | {"hour": 7}).items()})
+    assert same(REQUESTS.encode(computed, extra=True), plain)
     assert len(REQUESTS.encode([])) == 0
 
 

@@ -1,5 +1,6 @@
 """Requests encode rows as the ingest job encoded the same rows of a log, in whatever form they are given."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -8,15 +9,18 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from request_log import CONTENT, LISTS, PAST, ROWS, RequestLog, arrow, same
+from request_log import CONTENT, LISTS, PAST, ROWS, RequestLog, arrow, no_beam, rows_of, same
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.job import preprocess
 from pipeline.serving import direct
-from pipeline.serving.encoded import Encoded
+from pipeline.serving.encoded import Encoded, encoded
 from pipeline.serving.requests import Requests
 
 Row = dict[str, Any]
@@ -32,14 +36,14 @@ def requests(log: RequestLog) -> Requests:
     return Requests(log.schema, log.encoders)
 
 
-def rows_at(encoded: Encoded, rows: list[int]) -> tuple[Any, ...]:
+def rows_at(found: Encoded, rows: list[int]) -> tuple[Any, ...]:
     """Encoded rows as plain values."""
     lists = [
         [list_of[row] for row in rows]
-        for ids in encoded.lists.values()
+        for ids in found.lists.values()
         for list_of in [ids.id_V.split(ids.length_B.tolist())]
     ]
-    return encoded.id_BF[rows].tolist(), encoded.dense_BD[rows].tolist(), [[x.tolist() for x in each] for each in lists]
+    return found.id_BF[rows].tolist(), found.dense_BD[rows].tolist(), [[x.tolist() for x in each] for each in lists]
 
 
 def physical(table: pa.Table) -> pa.Table:
@@ -132,7 +136,7 @@ def test_columns_of_the_user_are_those_of_each_row(form: str, log: RequestLog, r
 @pytest.mark.integration
 def test_what_is_not_given_is_missing_or_as_with_an_empty_past(log: RequestLog, requests: Requests) -> None:
     row = {k: v for k, v in log.typed()[9].items() if k in ("user", "price", "qty")}
-    found = requests.encode([row, row | {"lang": None}, row | {"lang": "en", "shows": 0, "clicked": []}])
+    found = requests.encode([row, row | {"lang": "en"}, row | {"lang": "en", "shows": 0, "clicked": []}])
     values = dict(zip(log.schema.single, found.id_BF[0].tolist(), strict=True))
     assert {name for name, each in values.items() if each == 0} == {
         "city", "item", "age_bin", "hour", "pair", "zip", "item_brand", "rare", "cost_bin", "shelf"
@@ -145,6 +149,47 @@ def test_what_is_not_given_is_missing_or_as_with_an_empty_past(log: RequestLog, 
     assert dense["picture"] == [0.0, 0.0, 1.0]
     null = requests.encode([row | {"shows": None}])
     assert not null.dense_BD.equal(found.dense_BD[:1])  # a count that is missing is none, as of a row without its key
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_a_row_lacks_and_what_is_null_are_as_in_a_log_of_the_same_format(kind: str, tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"n": 0, "x": 0, "lang": "de", "tags": ["a"]},
+        {"n": 1, "x": 1, "lang": None, "tags": None},
+        {"n": 2, "x": 4, "lang": "en", "tags": ["x", "y"]},
+        {"n": 3, "x": 9},
+    ]
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    else:
+        for name, part in (("a", rows[:3]), ("b", rows[3:])):
+            pq.write_table(pa.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    schema = Schema.parse(
+        {
+            "source": {
+                "files": f"*.{kind}", "format": kind, "row_id": "n", "optional": {"lang": "en", "tags": "x|y"},
+            },
+            "categorical": {"lang": {}},
+            "bag": {"tags": {}},
+            "dense": {"x": {}},
+            "tasks": {"click": {"kind": "binary", "label": "n = 1"}},
+            "split": {"by": "row_index", "modulo": 1, "train": [0]},
+        },
+        "optional.yaml",
+    )  # fmt: skip
+    with no_beam():
+        preprocess(PreprocessConfig(input=str(tmp_path), out=tmp_path / "dataset"), schema)
+    found = rows_of(tmp_path / "dataset", "train").sort_by("row_id")
+    requests = Requests(schema, Encoders.load(tmp_path / "dataset" / "encoders", schema))
+    expected = encoded(found, schema)
+    assert expected.id_BF[[1, 3], 0].tolist() == [expected.id_BF[2, 0] if kind == "jsonl" else 0, expected.id_BF[2, 0]]
+    assert same(requests.encode(rows), expected)
+    for given in (rows, [{"x": 0, "lang": None, "tags": None}]):  # with nulls of a type, and of none
+        table = arrow(given[:3])
+        assert same(requests.encode(table), requests.encode(given[:3]))
+    lacking = requests.encode(pa.table({"x": [9]}))
+    assert rows_at(lacking, [0]) == rows_at(expected, [3])
 
 
 def test_equal_values_of_python_are_the_ids_of_their_own_texts(tmp_path: Path) -> None:
