@@ -25,7 +25,10 @@ from pipeline.serving.program import load_program
 from pipeline.serving.requests import Requests
 from pipeline.serving.tables import Tables
 
-CHUNK = 8192  # rows that are scored at once: their embeddings and activations stay within tens of MB
+# What is scored at once, so that embeddings and activations stay within some tens of MB:
+CHUNK = 8192  # rows,
+NUMBERS = 1 << 25  # numbers of their embeddings,
+ITEMS = 1 << 19  # and ids of lists
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,8 @@ class Scorer:
     def score_encoded(self, rows: Encoded) -> Tensor:
         """logit_BT of encoded rows: of a regression the prediction itself."""
         with torch.inference_mode():
-            parts = []
-            for first in range(0, len(rows), CHUNK):
-                part = rows.slice(first, first + CHUNK) if len(rows) > CHUNK else rows
-                parts.append(self.program(self.tables.embed(part), part.dense_BD))
+            most = min(CHUNK, max(NUMBERS // max(self.manifest.embedding_dim, 1), 1))
+            parts = [self.program(self.tables.embed(part), part.dense_BD) for part in _parts(rows, most) if len(part)]
             return torch.cat(parts) if parts else torch.zeros(0, len(self.manifest.tasks))
 
     def predictions(self, logit_BT: Tensor) -> dict[str, np.ndarray]:
@@ -144,6 +145,17 @@ class Scorer:
             kept = {name: batch.column(name) for name in keep}
             scored = {task: pa.array(value_B) for task, value_B in self.score(batch, extra=True).items()}
             yield pa.RecordBatch.from_pydict(kept | scored)
+
+
+def _parts(rows: Encoded, most: int) -> Iterator[Encoded]:
+    """Rows in parts of at most `most`, and of ITEMS ids but for a list that all rows share."""
+    half = len(rows) // 2
+    items = sum(len(own.id_V) for own in rows.lists.values() if len(own.length_R) > 1)
+    if half and (len(rows) > most or items > ITEMS):
+        yield from _parts(rows.slice(0, half), most)
+        yield from _parts(rows.slice(half, len(rows)), most)
+    else:
+        yield rows
 
 
 def _sources(folder: Path, bases: Sequence[Path]) -> list[tuple[Path, Manifest]]:

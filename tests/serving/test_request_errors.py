@@ -191,4 +191,4 @@ def test_any_json_is_encoded_or_refused_with_an_error_for_its_user(rows: Any, us
     assert len(found) == len(rows)
     assert found.dense_BD.isfinite().all()
     assert (found.id_BF >= 0).all()
-    assert all(int(ids.length_B.sum()) == len(ids.id_V) for ids in found.lists.values())
+    assert all(int(ids.length_R.sum()) == len(ids.id_V) for ids in found.lists.values())

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from request_log import CONTENT, LISTS, PAST, ROWS, RequestLog, arrow, no_beam, rows_of, same
+from request_log import CONTENT, LISTS, PAST, ROWS, RequestLog, arrow, lists_of, no_beam, rows_of, same
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
@@ -20,7 +20,7 @@ from features.schema.schema import Schema
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.job import preprocess
 from pipeline.serving import direct
-from pipeline.serving.encoded import Encoded, encoded
+from pipeline.serving.encoded import Encoded, concatenated, encoded
 from pipeline.serving.requests import Requests
 
 Row = dict[str, Any]
@@ -38,11 +38,7 @@ def requests(log: RequestLog) -> Requests:
 
 def rows_at(found: Encoded, rows: list[int]) -> tuple[Any, ...]:
     """Encoded rows as plain values."""
-    lists = [
-        [list_of[row] for row in rows]
-        for ids in found.lists.values()
-        for list_of in [ids.id_V.split(ids.length_B.tolist())]
-    ]
+    lists = [[list_of[row] for row in rows] for ids in found.lists.values() for list_of in [lists_of(ids)]]
     return found.id_BF[rows].tolist(), found.dense_BD[rows].tolist(), [[x.tolist() for x in each] for each in lists]
 
 
@@ -130,6 +126,10 @@ def test_columns_of_the_user_are_those_of_each_row(form: str, log: RequestLog, r
         expected = Requests(log.schema, log.encoders).encode(merged)
         found = requests.encode(others if form == "texts" else arrow(others), user=user)
         assert same(found, expected)
+        assert [len(found.lists[name].length_R) for name in ("clicked", "brands")] == [1, 1]
+        assert same(found.slice(3, 9), expected.slice(3, 9))
+        both = [found, expected.slice(0, 4), requests.encode([]), found.slice(1, 3)]
+        assert same(concatenated(both), concatenated([expected, expected.slice(0, 4), expected.slice(1, 3)]))
         assert same(requests.encode([{}] * 3, user=row), requests.encode([row] * 3))
 
 
@@ -142,7 +142,7 @@ def test_what_is_not_given_is_missing_or_as_with_an_empty_past(log: RequestLog, 
         "city", "item", "age_bin", "hour", "pair", "zip", "item_brand", "rare", "cost_bin", "shelf"
     }  # fmt: skip
     assert rows_at(found, [1]) == rows_at(found, [2]) == rows_at(found, [0])
-    assert [ids.length_B.sum() for ids in found.lists.values()] == [0] * 4
+    assert [ids.length_R.sum() for ids in found.lists.values()] == [0] * 4
     dense = {name: found.dense_BD[0, list(columns)].tolist() for name, columns in log.schema.dense_ranges.items()}
     assert dense["ctr"] == [pytest.approx(log.encoders.counter_means["ctr"])]
     assert dense["spent"][1] == 1.0

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import real_package
 from real_package import expected
+from torch import Tensor
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
@@ -73,9 +74,27 @@ def test_chunks_and_threads_change_no_prediction(package: Path, monkeypatch: pyt
         thread.start()
     for thread in threads:
         thread.join()
-    monkeypatch.setattr(module, "CHUNK", 7)
-    found.append(scorer.score(rows))
-    assert len(found) == 7
+    calls: list[int] = []
+
+    def counted(embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
+        calls.append(len(dense_BD))
+        return scorer.program(embedding_BE, dense_BD)
+
+    counting, user = replace(scorer, program=counted), {"recent": ["a", "b", "c"]}
+    same = [{"city": "rome"}] * 40
+    found_of_user = scorer.score(same, user)
+    for name, most in (("CHUNK", 7), ("ITEMS", 5), ("NUMBERS", 40)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, most)
+            calls.clear()
+            found.append(counting.score(rows))
+            assert sum(calls) == len(rows)
+            assert max(calls) <= {"CHUNK": 7, "ITEMS": 5, "NUMBERS": 5}[name]
+            calls.clear()
+            for task, value_B in counting.score(same, user).items():
+                np.testing.assert_allclose(value_B, found_of_user[task], rtol=0, atol=1e-6)
+            assert len(calls) == 1 or name != "ITEMS"  # rows that share their list are not divided for it
+    assert len(found) == 9
     for each in found:
         for task, value_B in each.items():
             np.testing.assert_allclose(value_B, whole[task], rtol=0, atol=1e-6)
