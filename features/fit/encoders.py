@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # it needs datasketches, which encoding does not
     from features.fit.statistics import Statistics
 
 MISSING, UNKNOWN = 0, 1  # the first ids of every table; tables of hash buckets and bins have no unknown values
+FEW_TIMES = 8  # so many times the values that are encoded, a vocabulary is larger: then its index is the quicker way
 UNKNOWN_SEED = 3  # of the hash that gives unknown values their ids; others than the buckets of hash tables
 
 
@@ -218,8 +219,9 @@ class Encoders:
         if self.schema.all_tables[table].managed:
             return 1 + (hash_strings(values) % np.uint64((1 << 63) - 1)).astype(np.int64)
         first = self._first(table)
-        index = self.indexes.get(table)
-        id_V = index.places(values) if index else _places(self.vocabularies[table], values)
+        vocabulary, index = self.vocabularies[table], self.indexes.get(table)
+        few = FEW_TIMES * len(values) < len(vocabulary)
+        id_V = index.places(values) if index and few else _places(vocabulary, values)
         ids = id_V + first
         if len(unknown := np.flatnonzero(id_V < 0)):
             bucket = hash_strings(values.take(pa.array(unknown)), UNKNOWN_SEED) % np.uint64(first - UNKNOWN)

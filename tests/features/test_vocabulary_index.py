@@ -1,5 +1,7 @@
 """The index of a vocabulary against Arrow's own look-up, also where hashes are equal, and encoders with and without it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,13 +49,16 @@ def test_encoders_with_an_index_give_the_same_ids() -> None:
         },
         "index.yaml",
     )
-    values = pa.array([f"v{n}" for n in range(40)], pa.large_string())
+    values = pa.array([f"v{n}" for n in range(100)], pa.large_string())
     encoders = Encoders(schema, {"city": values, "plain": values[:7]}, {}, {})
-    codes = pa.array(["v3", None, "x", "y", "v39", "v3", "", "z"] * 3).dictionary_encode()
-    for table in ("city", "plain"):
-        assert encoders.indexed().ids(table, codes).equals(encoders.ids(table, codes))
-    assert VocabularyIndex(values[:0]).places(values).tolist() == [-1] * 40
     indexed = encoders.indexed()
     assert {*indexed.indexes} == {"city", "plain"}
-    object.__setattr__(indexed, "vocabularies", {})  # which no look-up reads any more
-    assert indexed.ids("city", codes).equals(encoders.ids("city", codes))
+    # Of other values, so that each look-up in an index is seen.
+    swapped = replace(encoders, indexes={"city": VocabularyIndex(values.take(pa.array(range(99, -1, -1))))})
+    for texts in (["v3", None, "x", "y", "v39", "v3", "", "z"], [f"v{n}" for n in range(0, 100, 3)] + ["x"]):
+        codes = pa.array(texts * 3).dictionary_encode()
+        for table in ("city", "plain"):
+            assert indexed.ids(table, codes).equals(encoders.ids(table, codes))
+        # Larger blocks are compared with the vocabulary itself, which is quicker.
+        assert swapped.ids("city", codes).equals(encoders.ids("city", codes)) == (len(texts) > 12)
+    assert VocabularyIndex(values[:0]).places(values).tolist() == [-1] * 100
