@@ -165,7 +165,7 @@ def test_items_of_mixed_types_are_checked_together(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_text_of_the_user_is_refused_before_it_is_repeated() -> None:
-    for size, rows, message in ((1 << 20, 65, "is repeated for 65 rows"), ((1 << 20) + 1, 2, "has a text of")):
+    for size, rows, message in ((1 << 20, 65, "is repeated for 65 rows"), ((1 << 20) + 1, 65, "has a text of")):
         with pytest.raises(RowError, match=f"user.query: {message}"):
             PAIRS.encode([{"item": "i"}] * rows, {"query": "x" * size})
     assert len(PAIRS.encode([{"item": "i"}] * 5, {"query": "x" * (1 << 20)})) == 5

@@ -83,7 +83,7 @@ def test_chunks_and_threads_change_no_prediction(package: Path, monkeypatch: pyt
     counting, user = replace(scorer, program=counted), {"recent": ["a", "b", "c"]}
     same = [{"city": "rome"}] * 40
     found_of_user = scorer.score(same, user)
-    for name, most in (("CHUNK", 7), ("ITEMS", 5), ("NUMBERS", 40)):
+    for name, most in (("CHUNK", 7), ("ITEMS", 2), ("NUMBERS", 40)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, most)
             calls.clear()
