@@ -21,6 +21,7 @@ from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.job import preprocess
 from pipeline.serving import direct
 from pipeline.serving.encoded import Encoded, concatenated, encoded
+from pipeline.serving.exact import Exact
 from pipeline.serving.requests import Requests
 
 Row = dict[str, Any]
@@ -190,6 +191,38 @@ def test_what_a_row_lacks_and_what_is_null_are_as_in_a_log_of_the_same_format(ki
         assert same(requests.encode(table), requests.encode(given[:3]))
     lacking = requests.encode(pa.table({"x": [9]}))
     assert rows_at(lacking, [0]) == rows_at(expected, [3])
+
+
+def test_what_is_computed_of_one_column_is_computed_once_for_each_of_its_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schema = Schema.parse(
+        {
+            "source": {"files": "log.csv", "derived": {"filled": "COALESCE(\"lang\", '7')", "both": '"lang" || "x"'}},
+            "categorical": {"filled": {"hash": 10**6}, "plain": {"column": "lang", "hash": 10**6}, "both": {"hash": 9}},
+            "tasks": {"click": {"kind": "binary", "label": "click"}},
+            "split": {"by": "row_index", "modulo": 1, "train": [0]},
+        },
+        "computed.yaml",
+    )
+    requests = Requests(schema, Encoders(schema, {}, {}, {}))
+    (de, _, _), (seven, plain, _) = requests.encode([{"lang": "de"}, {"lang": "7"}]).id_BF.tolist()
+    assert seven == plain
+    assert seven != de
+    wanted = {"de": de, "7": seven, 7: seven, None: seven}
+    blocks: list[list[Any]] = [["de", None], [None], [7, 7, None], [None, "7"], [7, "de"], [7.0, None], [], ["7"]]
+    for values in [*blocks, *reversed(blocks)]:
+        found = requests.encode([{"lang": value} for value in values])
+        assert found.id_BF[:, 0].tolist() == [wanted[value] for value in values]
+    assert requests.encode([{}, {"lang": "de"}]).id_BF[:, 0].tolist() == [seven, de]
+
+    calls: list[list[str]] = []
+    exact = Exact.encode
+    monkeypatch.setattr(
+        Exact, "encode", lambda self, names, *rest: (calls.append([*names]), exact(self, names, *rest))[1]
+    )
+    requests.encode([{"lang": "de"}, {"lang": None}])
+    assert calls == [["both"]]
 
 
 def test_equal_values_of_python_are_the_ids_of_their_own_texts(tmp_path: Path) -> None:
