@@ -70,7 +70,7 @@ class Calls:
             if (call := self._call(node, values)) is None:
                 continue
             if not call.reads & varying:
-                left -= _apply_within(left, call, values)
+                left -= _make_within(left, call, values)
                 continue
             weights = [self._argument(argument.arg) for argument in node.inputs[1:]]
             if ONEDNN and node.target == LINEAR and not any(reads & varying for _, reads in weights):
@@ -88,18 +88,18 @@ class Calls:
         self.values = [value if place in read else None for place, value in enumerate(values)]
 
     def __call__(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:  # noqa: D102
-        return self._run(embedding_BE, dense_BD, _apply)
+        return self._run(embedding_BE, dense_BD, _make)
 
     def trial(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
         """A call in which each tensor is measured. Raises GraphError for one that has too many numbers."""
         most = len(dense_BD) * MAX_OF_ROW + MAX_TIMES * (embedding_BE.numel() + dense_BD.numel())
-        return self._run(embedding_BE, dense_BD, partial(_apply_within, most))
+        return self._run(embedding_BE, dense_BD, partial(_make_within, most))
 
-    def _run(self, embedding_BE: Tensor, dense_BD: Tensor, apply: Callable[[Call, Values], object]) -> Tensor:
+    def _run(self, embedding_BE: Tensor, dense_BD: Tensor, make: Callable[[Call, Values], object]) -> Tensor:
         values: Values = self.values.copy()
         values[self.inputs[0]], values[self.inputs[1]] = embedding_BE, dense_BD
         for call, done in self.calls:
-            apply(call, values)
+            make(call, values)
             for place in done:
                 values[place] = None
         logit_BT: Tensor = values[self.output]
@@ -189,7 +189,7 @@ def allowed_operator(target: str) -> Callable[..., Any]:
     return function
 
 
-def _apply(call: Call, values: Values) -> None:
+def _make(call: Call, values: Values) -> None:
     found = call.function(*[get(values) for get in call.arguments])
     if isinstance(call.result, int):
         values[call.result] = found
@@ -198,11 +198,11 @@ def _apply(call: Call, values: Values) -> None:
             values[place] = value
 
 
-def _apply_within(most: int, call: Call, values: Values) -> int:
+def _make_within(most: int, call: Call, values: Values) -> int:
     """Applies a call. Returns how many numbers it made. Raises GraphError for more than `most`, before as far as it says so."""
     named = _named(call, [get(values) for get in call.arguments])
     if named <= most:
-        _apply(call, values)
+        _make(call, values)
         found = [values[place] for place in _places(call.result)]
         named = sum(value.numel() for value in found if isinstance(value, Tensor))
     if named > most:
@@ -238,7 +238,7 @@ def _by_onednn(call: Call, fixed: Sequence[Tensor | None]) -> Call:
     if bias_N is not None and (bias_N.dtype != torch.float32 or bias_N.shape != weight_NX.shape[:1]):
         return call
     layer = partial(_linear, weight_NX.contiguous(), None if bias_N is None else bias_N.contiguous())
-    return call._replace(function=layer, arguments=call.arguments[:1])
+    return Call(layer, call.arguments[:1], call.reads, call.result)
 
 
 def _linear(weight_NX: Tensor, bias_N: Tensor | None, x: Tensor) -> Tensor:
