@@ -24,6 +24,7 @@ from features.fit.fitted_files import (
     vocabulary_file,
 )
 from features.fit.label_scale import LabelScale, scale_entry
+from features.fit.vocabulary_index import VocabularyIndex
 from features.hashing import hash_strings
 from features.kinds.bins import bin_edges
 from features.kinds.moments import Moments
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # it needs datasketches, which encoding does not
     from features.fit.statistics import Statistics
 
 MISSING, UNKNOWN = 0, 1  # the first ids of every table; tables of hash buckets and bins have no unknown values
+FEW_TIMES = 8  # so many times the values that are encoded, a vocabulary is larger: then its index is the quicker way
 UNKNOWN_SEED = 3  # of the hash that gives unknown values their ids; others than the buckets of hash tables
 
 
@@ -51,6 +53,7 @@ class Encoders:
             all rows and lists; empty where a dataset of before there were any does not say.
         kept_from, kept_tables: where a schema had grown, the encoders_id of those of which some were kept, and the tables whose
             ids mean what they meant there (see features.fit.reuse).
+        indexes: of vocabularies, where few values are encoded at a time; empty: each block is compared with all of them.
     """
 
     schema: Schema
@@ -63,6 +66,7 @@ class Encoders:
     kept_from: str | None = None
     kept_tables: tuple[str, ...] = ()
     counts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    indexes: Mapping[str, VocabularyIndex] = field(default_factory=dict)
 
     @classmethod
     def fit(
@@ -179,6 +183,10 @@ class Encoders:
         values, counts = (Saved(folder, sizes, read, counts) for counts in (False, True))
         return replace(encoders, vocabularies=values, counts=counts)
 
+    def indexed(self) -> "Encoders":
+        """The same encoders, which find the places of values in a vocabulary in a time that hardly depends on its size."""
+        return replace(self, indexes={name: VocabularyIndex(values) for name, values in self.vocabularies.items()})
+
     def encode(self, rows: pa.Table) -> pa.Table:
         """Turns rows of `features.parse.raw.parse` into the columns of a dataset (see `arrow_schema`), in the same order."""
         columns: dict[str, pa.Array] = {}
@@ -210,22 +218,28 @@ class Encoders:
             return 1 + (hash_strings(values) % np.uint64(buckets)).astype(np.int64)
         if self.schema.all_tables[table].managed:
             return 1 + (hash_strings(values) % np.uint64((1 << 63) - 1)).astype(np.int64)
-        vocabulary, first = self.vocabularies[table], self._first(table)
-        if len(vocabulary) > 2 * len(
-            values
-        ):  # index_in builds a hash table of its value_set: let it be the smaller side
-            distinct = values.unique()
-            place = pc.index_in(vocabulary, value_set=distinct)
-            id_D = np.full(len(distinct), -1, np.int64)
-            id_D[place.drop_null().to_numpy()] = np.flatnonzero(place.is_valid().to_numpy(False))
-            id_V = id_D[pc.index_in(values, value_set=distinct).to_numpy()]
-        else:
-            id_V = pc.index_in(values, value_set=vocabulary).fill_null(-1).to_numpy().astype(np.int64)
+        first = self._first(table)
+        vocabulary, index = self.vocabularies[table], self.indexes.get(table)
+        few = FEW_TIMES * len(values) < len(vocabulary)
+        id_V = index.places(values) if index and few else _places(vocabulary, values)
         ids = id_V + first
         if len(unknown := np.flatnonzero(id_V < 0)):
             bucket = hash_strings(values.take(pa.array(unknown)), UNKNOWN_SEED) % np.uint64(first - UNKNOWN)
             ids[unknown] = UNKNOWN + bucket.astype(np.int64)
         return ids
+
+
+def _places(vocabulary: pa.Array, values: pa.Array) -> np.ndarray:
+    """The place of each value in a vocabulary, -1 of those that it lacks."""
+    if len(vocabulary) <= 2 * len(values):
+        return pc.index_in(values, value_set=vocabulary).fill_null(-1).to_numpy().astype(np.int64)
+    # index_in builds a hash table of its value_set: let it be the smaller side.
+    distinct = values.unique()
+    place = pc.index_in(vocabulary, value_set=distinct)
+    id_D = np.full(len(distinct), -1, np.int64)
+    id_D[place.drop_null().to_numpy()] = np.flatnonzero(place.is_valid().to_numpy(False))
+    found: np.ndarray = id_D[pc.index_in(values, value_set=distinct).to_numpy()]
+    return found
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:

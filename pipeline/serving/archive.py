@@ -6,6 +6,7 @@ numbers, uncompressed, and whatever else is in the file is refused.
 """
 
 import io
+import math
 import re
 import zipfile
 from typing import Annotated, Any, TypeVar
@@ -220,9 +221,11 @@ def _tensor(members: dict[str, bytes], folder: str, name: str, payload: Payload,
     if content is None or dtype is None or None in sizes or meta.storage_offset.as_int != 0:
         raise damaged(where, f"tensor {name[:100]}")
     shape = [size for size in sizes if size is not None]
-    empty = torch.empty(shape, dtype=dtype, device="meta")
-    if empty.nbytes != len(content) or [s.as_int for s in meta.strides] != [*empty.stride()]:
+    if math.prod(shape) * dtype.itemsize != len(content):  # before torch makes one of so many numbers
         raise damaged(where, f"tensor {name[:100]} of {len(content)} bytes")
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    if [s.as_int for s in meta.strides] != [*empty.stride()]:
+        raise damaged(where, f"the strides of tensor {name[:100]}")
     if not content:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)

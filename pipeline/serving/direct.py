@@ -25,12 +25,13 @@ from features.parse.convert import is_list
 from features.schema.schema import Schema
 from features.source import RawType
 from pipeline.serving.encoded import Parts
-from pipeline.serving.exact import MAX_ITEMS, Exact
+from pipeline.serving.exact import Exact
 from pipeline.serving.given import Column, Given
 from pipeline.serving.memo import Memo
 from pipeline.serving.row_error import RowError
+from pipeline.serving.values import MAX_ITEMS
 
-REMEMBERED = 1 << 18  # values of all columns: some 100 bytes each, and at most 256 characters
+REMEMBERED = 1 << 18  # values of all columns: some 150 bytes each with their place in a dict, and at most 400
 FEWEST = 1024  # of a column
 
 Place = tuple[str, str, bool]  # a column, the table of its values, and whether these are items of lists
@@ -41,13 +42,15 @@ class Plan:
     """How some features are encoded, by the columns that they are made of.
 
     Attributes:
-        ids, lists: with the ids that are known. rest: the features that are encoded the exact way.
+        ids, lists: with the ids that are known. computed: columns, and ids of what is computed of them alone, as far as these
+            are known. rest: the features that are encoded the exact way.
     """
 
     ids: list[tuple[str, Memo, list[str]]] = field(default_factory=list)
     lists: list[tuple[str, Memo, list[str]]] = field(default_factory=list)
     numbers: list[tuple[str, list[str]]] = field(default_factory=list)
     vectors: list[tuple[str, list[str]]] = field(default_factory=list)
+    computed: list[tuple[str, Memo, str]] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)
 
 
@@ -65,6 +68,12 @@ class Direct:
         for name in sparse:
             own = self._exact_items if name in schema.lists else self._exact_ids
             self.memos.setdefault(self._place(name), Memo(partial(own, name), max(FEWEST, REMEMBERED // len(sparse))))
+        # Requests of one second share the hour: each would take longer to compute it than for all of the rest.
+        self._computed = {
+            name: Memo(partial(self._exact_ids, name), max(FEWEST, REMEMBERED // len(schema.sparse)), missing=False)
+            for name in schema.single
+            if self._way(name) == "computed"
+        }
 
     def plan(self, names: Iterable[str]) -> Plan:
         """How features are encoded."""
@@ -72,6 +81,8 @@ class Direct:
         for name in names:
             if (way := self._way(name)) == "rest":
                 plan.rest.append(name)
+            elif way == "computed":
+                plan.computed.append((self._exact.reads[name][0], self._computed[name], name))
             else:
                 key = self._place(name) if way in ("ids", "lists") else self._exact.reads[name][0]
                 ways.setdefault(way, {}).setdefault(key, []).append(name)
@@ -84,7 +95,7 @@ class Direct:
 
     def encode(self, plan: Plan, given: Given) -> Parts:
         """Features of rows. Raises RowError."""
-        parts, rest = Parts(), list(plan.rest)
+        parts, rest, new = Parts(), list(plan.rest), list[tuple[Memo, Sequence[Any], str]]()
         for name, memo, features in plan.ids:
             column = self._column(given, name)
             id_B = memo.of_values(column.values) if column.values is not None else None
@@ -106,16 +117,26 @@ class Direct:
                     rest.append(each)
                 else:
                     parts.numbers[each] = numbers
+        for name, memo, feature in plan.computed:
+            values = self._column(given, name).values
+            if values is not None and (id_B := memo.of_values(values)) is not None:
+                parts.id_B[feature] = id_B
+            else:
+                rest.append(feature)
+                new += [(memo, values, feature)] if values is not None else []
         if rest:
             used = {column for name in rest for column in self._exact.reads[name]}
             parts.add(self._exact.encode(rest, {c: self._column(given, c).array for c in used}, given.rows))
+        for memo, values, feature in new:
+            memo.learn(values, parts.id_B[feature])
         return parts
 
     def _way(self, name: str) -> str:
         """The list of a plan that a feature belongs to."""
         feature, schema = self.schema.features[name], self.schema
         if name not in schema.histories and schema.raw[name].column in schema.source.derived:
-            return "rest"
+            alone = len(self._exact.reads[name]) == 1 and self._exact.reads[name][0] not in schema.added_columns
+            return "computed" if alone and type(feature) is Categorical and not feature.binned(schema) else "rest"
         if type(feature) is Bag:
             return "lists"
         if type(feature) is Vector:

@@ -1,6 +1,6 @@
 """Rows as ids and numbers: what the tables and the dense program of a package take."""
 
-# Shapes: B rows, F features of one id, V ids of all lists of a feature, D dense columns, K of them of one feature.
+# Shapes: B rows, F features of one id, R lists of a feature, V ids of all of them, D dense columns, K of them of one feature.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +18,30 @@ class Lists(NamedTuple):
     """The ids of a feature of lists.
 
     Attributes:
-        id_V: int64, row after row. length_B: int64, ids of each row.
+        id_V: int64, list after list. length_R: int64, ids of each list.
+        rows_R: int64, how many rows, one after the other, share each list, as candidates do a user's; None: each has its own.
     """
 
     id_V: Tensor
-    length_B: Tensor
+    length_R: Tensor
+    rows_R: Tensor | None = None
+
+    def of_rows(self, x_RX: Tensor) -> Tensor:
+        """x_BX: what each list is, or has, for each row."""
+        return x_RX if self.rows_R is None else x_RX.repeat_interleave(self.rows_R, 0)
+
+    def slice(self, first: int, last: int) -> "Lists":
+        """Of rows `first` to `last`, the latter exclusive."""
+        rows_R = self.rows_R
+        if rows_R is not None:
+            end_R = rows_R.cumsum(0)
+            rows_R = (end_R.clamp(max=last) - (end_R - rows_R).clamp(min=first)).clamp(min=0)
+            used = rows_R.nonzero().ravel().tolist()
+            first, last = (used[0], used[-1] + 1) if used else (0, 0)
+            rows_R = rows_R[first:last]
+        start = int(self.length_R[:first].sum())
+        stop = start + int(self.length_R[first:last].sum())
+        return Lists(self.id_V[start:stop], self.length_R[first:last], rows_R)
 
 
 @dataclass(frozen=True)
@@ -44,11 +63,7 @@ class Encoded:
 
     def slice(self, first: int, last: int) -> "Encoded":
         """Rows `first` to `last`, the latter exclusive."""
-        lists = {}
-        for name, (id_V, length_B) in self.lists.items():
-            start = int(length_B[:first].sum())
-            stop = start + int(length_B[first:last].sum())
-            lists[name] = Lists(id_V[start:stop], length_B[first:last])
+        lists = {name: own.slice(first, last) for name, own in self.lists.items()}
         return Encoded(self.id_BF[first:last], lists, self.dense_BD[first:last])
 
 
@@ -57,12 +72,14 @@ class Parts:
     """Encoded features of B rows by name, in any order: what `Encoded` is put together of.
 
     Attributes:
-        id_B: int64. lists: int64 id_V and length_B. numbers: float32 of shape (B,) or (B, K), as `Feature.decode` has them.
+        id_B: int64. lists: int64 id_V and length_R, of a list a row. numbers: float32 of shape (B,) or (B, K), as
+            `Feature.decode` has them. shared: as lists, of one that all rows have.
     """
 
     id_B: dict[str, np.ndarray] = field(default_factory=dict)
     lists: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     numbers: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    shared: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, columns: pa.Table, schema: Schema, names: Iterable[str]) -> "Parts":
@@ -74,8 +91,8 @@ class Parts:
                 found.id_B[name] = columns[name].to_numpy().astype(np.int64, copy=False)
             elif feature.layout == "ids":
                 column = columns[name].combine_chunks()
-                length_B = np.diff(np.asarray(column.offsets)).astype(np.int64)
-                found.lists[name] = (column.flatten().to_numpy().astype(np.int64, copy=False), length_B)
+                length_R = np.diff(np.asarray(column.offsets)).astype(np.int64)
+                found.lists[name] = (column.flatten().to_numpy().astype(np.int64, copy=False), length_R)
             else:
                 found.numbers[name] = feature.decode(name, columns)
         return found
@@ -84,8 +101,9 @@ class Parts:
         """One row as many."""
         return Parts(
             {name: id_B.repeat(rows) for name, id_B in self.id_B.items()},
-            {name: (np.tile(id_V, rows), length_B.repeat(rows)) for name, (id_V, length_B) in self.lists.items()},
+            {},
             {name: [x.repeat(rows, 0) for x in found] for name, found in self.numbers.items()},
+            self.lists,
         )
 
     def add(self, other: "Parts") -> None:
@@ -93,6 +111,7 @@ class Parts:
         self.id_B |= other.id_B
         self.lists |= other.lists
         self.numbers |= other.numbers
+        self.shared |= other.shared
 
     def encoded(self, schema: Schema, rows: int) -> Encoded:
         """All features of a schema, in its order."""
@@ -108,7 +127,11 @@ class Parts:
                 part_BK = part[:, None] if part.ndim == 1 else part
                 dense_BD[:, start : start + part_BK.shape[1]] = part_BK
                 start += part_BK.shape[1]
-        lists = {name: Lists(*map(_tensor, self.lists[name])) for name in schema.lists}
+        lists = {}
+        for name in schema.lists:
+            own = self.lists.get(name)
+            id_V, length_R = map(_tensor, own or self.shared[name])
+            lists[name] = Lists(id_V, length_R, None if own else torch.tensor([rows]))
         return Encoded(torch.from_numpy(id_BF), lists, torch.from_numpy(dense_BD))
 
 
@@ -121,11 +144,15 @@ def concatenated(parts: Sequence[Encoded]) -> Encoded:
     """The rows of several, one after the other; of at least one."""
     if len(parts) == 1:
         return parts[0]
-    lists = {
-        name: Lists(*(torch.cat([part.lists[name][place] for part in parts]) for place in (0, 1)))
-        for name in parts[0].lists
-    }
+    lists = {name: _concatenated([part.lists[name] for part in parts]) for name in parts[0].lists}
     return Encoded(torch.cat([part.id_BF for part in parts]), lists, torch.cat([part.dense_BD for part in parts]))
+
+
+def _concatenated(parts: Sequence[Lists]) -> Lists:
+    rows = [torch.ones_like(own.length_R) if own.rows_R is None else own.rows_R for own in parts]
+    shared = any(own.rows_R is not None for own in parts)
+    id_V, length_R = (torch.cat([own[place] for own in parts]) for place in (0, 1))  # type: ignore[misc]
+    return Lists(id_V, length_R, torch.cat(rows) if shared else None)
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -22,10 +22,7 @@ from features.schema.schema import Schema
 from features.source import Format, RawType
 from pipeline.serving.encoded import Parts
 from pipeline.serving.row_error import RowError
-from pipeline.serving.values import Reading
-
-MAX_BYTES = 1 << 20  # of a text
-MAX_ITEMS = 100_000  # of a list, of which the first count
+from pipeline.serving.values import MAX_BYTES, Reading, check_lengths
 
 Columns = Mapping[str, pa.Array]
 
@@ -232,9 +229,7 @@ def check_size(column: str, values: pa.Array) -> None:
     """Raises RowError where a text has more than MAX_BYTES, or a list more than MAX_ITEMS."""
     if is_list(values.type):
         length_B = pc.list_value_length(values).fill_null(0).to_numpy()
-        if length_B.max(initial=0) > MAX_ITEMS:
-            row = int(length_B.argmax())
-            raise RowError(row, column, f"has {length_B[row]:,} items, allowed are {MAX_ITEMS:,}")
+        check_lengths(column, length_B)
         row_V, values = np.repeat(np.arange(len(length_B)), length_B), values.flatten()
     else:
         row_V = np.arange(len(values))

@@ -12,7 +12,10 @@ import polars as pl
 import pyarrow as pa
 
 from features.parse.convert import decoded
+from pipeline.serving.exact import check_size
 from pipeline.serving.row_error import RowError
+
+MAX_REPEATED = 1 << 26  # bytes of a column of the user that expressions read beside columns of rows
 
 Rows: TypeAlias = pa.Table | pa.RecordBatch | pl.DataFrame | Sequence[Mapping[str, Any]]
 
@@ -39,8 +42,13 @@ class Column:
             self._array = self._make()
         return self._array
 
-    def repeated(self, rows: int) -> "Column":
-        """The value of one row as that of many."""
+    def repeated(self, name: str, rows: int) -> "Column":
+        """The value of one row as that of many. Raises RowError where it, or all of them together, are too large."""
+        check_size(name, self.array)
+        if (size := self.array.nbytes * rows) > MAX_REPEATED:
+            raise RowError(
+                None, name, f"is repeated for {rows:,} rows: {size:,} bytes in all, allowed are {MAX_REPEATED:,}"
+            )
         return Column(None, self.array.take(pa.array(np.zeros(rows, np.int64))))
 
 

@@ -2,9 +2,11 @@
 
 # Shapes: B rows, T tasks, E width of all embeddings, D dense columns; of a linear layer X inputs, N outputs.
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -22,6 +24,9 @@ STRIDED, CONTIGUOUS, PRESERVED = 7, 1, 4  # and its Layout, MemoryFormat
 LINEAR = f"{ATEN}linear.default"
 TEXT = re.compile("[a-z_,>-]{0,64}")  # modes, and equations of einsum
 ONEDNN = torch.backends.mkldnn.is_available()
+MAX_MADE = 1 << 28  # numbers of all tensors that depend on weights alone
+MAX_OF_ROW = 1 << 22  # numbers of a tensor for each row, and so many times the numbers that the row has:
+MAX_TIMES = 64
 FEW_ROWS = 8  # up to which oneDNN prepares its product for longer than it takes
 
 Values = list[Any]  # of all tensors and sizes of a graph, by their places
@@ -60,12 +65,12 @@ class Calls:
         self.places: dict[str, int] = {}
         values: Values = []
         self.inputs = self._place_inputs(module, tensors, values)
-        varying, calls = {*self.inputs}, []
+        varying, calls, left = {*self.inputs}, list[Call](), MAX_MADE
         for node in module.graph.nodes:
             if (call := self._call(node, values)) is None:
                 continue
             if not call.reads & varying:
-                _apply(call, values)
+                left -= _make_within(left, call, values)
                 continue
             weights = [self._argument(argument.arg) for argument in node.inputs[1:]]
             if ONEDNN and node.target == LINEAR and not any(reads & varying for _, reads in weights):
@@ -83,10 +88,18 @@ class Calls:
         self.values = [value if place in read else None for place, value in enumerate(values)]
 
     def __call__(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:  # noqa: D102
+        return self._run(embedding_BE, dense_BD, _make)
+
+    def trial(self, embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
+        """A call in which each tensor is measured. Raises GraphError for one that has too many numbers."""
+        most = len(dense_BD) * MAX_OF_ROW + MAX_TIMES * (embedding_BE.numel() + dense_BD.numel())
+        return self._run(embedding_BE, dense_BD, partial(_make_within, most))
+
+    def _run(self, embedding_BE: Tensor, dense_BD: Tensor, make: Callable[[Call, Values], object]) -> Tensor:
         values: Values = self.values.copy()
         values[self.inputs[0]], values[self.inputs[1]] = embedding_BE, dense_BD
         for call, done in self.calls:
-            _apply(call, values)
+            make(call, values)
             for place in done:
                 values[place] = None
         logit_BT: Tensor = values[self.output]
@@ -176,13 +189,41 @@ def allowed_operator(target: str) -> Callable[..., Any]:
     return function
 
 
-def _apply(call: Call, values: Values) -> None:
+def _make(call: Call, values: Values) -> None:
     found = call.function(*[get(values) for get in call.arguments])
     if isinstance(call.result, int):
         values[call.result] = found
     else:
         for place, value in zip(call.result, found, strict=True):
             values[place] = value
+
+
+def _make_within(most: int, call: Call, values: Values) -> int:
+    """Applies a call. Returns how many numbers it made. Raises GraphError for more than `most`, before as far as it says so."""
+    named = _named(call, [get(values) for get in call.arguments])
+    if named <= most:
+        _make(call, values)
+        found = [values[place] for place in _places(call.result)]
+        named = sum(value.numel() for value in found if isinstance(value, Tensor))
+    if named > most:
+        raise GraphError(f"a tensor of {named:,} numbers")
+    return named
+
+
+def _named(call: Call, arguments: Sequence[Any]) -> int:
+    """The numbers of a tensor whose size is among the arguments; 0 of operators that take none."""
+    name = (call.function.func if isinstance(call.function, partial) else call.function).__name__
+    if name == "pad.default":
+        ends = [sum(arguments[1][place : place + 2]) for place in range(0, len(arguments[1]), 2)]
+        return math.prod(size + end for size, end in zip_longest(reversed(arguments[0].shape), ends, fillvalue=0))
+    if (place := operators.SIZES.get(name)) is None:
+        return 0
+    if place >= len(arguments):
+        raise GraphError(f"a size of {name} by keyword")
+    last = place + 1 if name in operators.REPEATING else len(arguments)
+    sizes = arguments[place] if isinstance(arguments[place], list) else arguments[place:last]
+    times = arguments[0].numel() if name in operators.REPEATING else 1
+    return times * math.prod(max(abs(int(size)), 1) for size in sizes) ** (2 if name == "eye.default" else 1)
 
 
 def _places(result: int | list[int]) -> list[int]:
@@ -197,7 +238,7 @@ def _by_onednn(call: Call, fixed: Sequence[Tensor | None]) -> Call:
     if bias_N is not None and (bias_N.dtype != torch.float32 or bias_N.shape != weight_NX.shape[:1]):
         return call
     layer = partial(_linear, weight_NX.contiguous(), None if bias_N is None else bias_N.contiguous())
-    return call._replace(function=layer, arguments=call.arguments[:1])
+    return Call(layer, call.arguments[:1], call.reads, call.result)
 
 
 def _linear(weight_NX: Tensor, bias_N: Tensor | None, x: Tensor) -> Tensor:

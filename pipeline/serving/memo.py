@@ -3,6 +3,7 @@
 # Shapes: B rows, V distinct values.
 
 from collections.abc import Callable, Sequence
+from sys import getsizeof
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 from features.fit.encoders import MISSING
 from pipeline.serving.row_error import RowError
 
-LONGEST = 256  # characters of a text that is remembered
+LARGEST = 256  # bytes of memory of a text that is remembered: a character takes one, two or four
 MOST_DISTINCT = 4096  # of a column: more of them are not looked up one by one
 
 
@@ -25,11 +26,13 @@ class Memo:
     Args:
         exact: encodes values, B of any type; raises RowError.
         most: values that are remembered of either; then all are forgotten, so that no request can keep others' out.
+        missing: what is known of None at first: that its id is MISSING, or nothing, as of what is computed from a column.
     """
 
-    def __init__(self, exact: Callable[[pa.Array], np.ndarray], most: int) -> None:
+    def __init__(self, exact: Callable[[pa.Array], np.ndarray], most: int, missing: bool = True) -> None:
         self._exact, self._most = exact, most
-        self.known: tuple[dict[Any, int], dict[Any, int]] = ({None: MISSING}, {None: MISSING})
+        self._first: dict[Any, int] = {None: MISSING} if missing else {}
+        self.known: tuple[dict[Any, int], dict[Any, int]] = (self._first.copy(), self._first.copy())
 
     def of_values(self, values: Sequence[Any]) -> np.ndarray | None:
         """Ids of B values of Python; None unless all are known texts or all known whole numbers, or missing."""
@@ -66,6 +69,12 @@ class Memo:
         index_B = codes.indices.fill_null(len(distinct)) if codes.null_count else codes.indices
         return np.array(id_V)[index_B.to_numpy()]
 
+    def learn(self, values: Sequence[Any], id_B: np.ndarray) -> None:
+        """Remembers ids of B values of Python, if these are all texts or all whole numbers, or missing."""
+        kinds = {*map(type, values)} - {type(None)}
+        if kinds in ({str}, {int}):
+            self._remember(self.known[kinds == {int}], [*dict(zip(values, id_B.tolist(), strict=True)).items()])
+
     def _fill(self, id_V: list[Any], unknown: list[int], codes: pa.DictionaryArray) -> None:
         try:
             found = self._exact(codes.dictionary.take(pa.array(unknown)))
@@ -77,8 +86,8 @@ class Memo:
             id_V[place] = each
 
     def _remember(self, known: dict[Any, int], found: list[tuple[Any, int]]) -> None:
-        short = [(value, each) for value, each in found if not isinstance(value, str) or len(value) <= LONGEST]
+        short = [(value, each) for value, each in found if getsizeof(value) <= LARGEST]
         if len(known) + len(short) > self._most:
             known.clear()
-            known[None] = MISSING
+            known.update(self._first)
         known.update(short[: self._most])

@@ -34,3 +34,10 @@ PASSED_ON = frozenset({
 })  # fmt: skip
 # Checks of the exporter, without a result.
 LEFT_OUT = frozenset({"_assert_tensor_metadata.default", "promote_types.default"})
+# Of those that make a tensor of a size that is an argument, or repeat their first one so often: the place of that argument.
+REPEATING = {"one_hot.default": 1, "repeat.default": 1, "repeat_interleave.self_int": 1, "tile.default": 1}
+SIZES = REPEATING | {
+    "arange.default": 0, "arange.start": 0, "arange.start_step": 0, "eye.default": 0, "eye.m": 0, "full.default": 0,
+    "linspace.default": 2, "new_full.default": 1, "new_ones.default": 1, "new_zeros.default": 1, "ones.default": 0,
+    "zeros.default": 0,
+}  # fmt: skip

@@ -25,7 +25,10 @@ from pipeline.serving.program import load_program
 from pipeline.serving.requests import Requests
 from pipeline.serving.tables import Tables
 
-CHUNK = 8192  # rows that are scored at once: their embeddings and activations stay within tens of MB
+# What is scored at once, so that embeddings and activations stay within some tens of MB:
+CHUNK = 8192  # rows,
+NUMBERS = 1 << 25  # numbers of their embeddings,
+ITEMS = 1 << 19  # and ids of lists
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Scorer:
             check_files(*source)
         schema = read_schema(folder, manifest)
         encoders = Encoders.load(folder / ENCODERS, schema)
+        check_lookups(folder, manifest, schema, encoders)
         found = cls(
             manifest.whole() if manifest.base else manifest,
             Requests(schema, encoders),
@@ -105,7 +109,9 @@ class Scorer:
         Args:
             rows: raw values by the columns of `requests.columns`, as in the log; what a row lacks is missing.
             user: values that all rows share, for columns that no row has. where: what the rows are called in errors.
-            extra: ignore columns that the schema does not have.
+            extra: ignore columns that the schema does not have, or computes.
+        Returns: NaN where a number of a row is so far from those of training that float32 overflows: the log's job takes all
+            that float32 holds, and divides it by the deviation.
         Raises:
             UserError: a value that its column cannot have, an unknown column.
         """
@@ -114,10 +120,8 @@ class Scorer:
     def score_encoded(self, rows: Encoded) -> Tensor:
         """logit_BT of encoded rows: of a regression the prediction itself."""
         with torch.inference_mode():
-            parts = []
-            for first in range(0, len(rows), CHUNK):
-                part = rows.slice(first, first + CHUNK) if len(rows) > CHUNK else rows
-                parts.append(self.program(self.tables.embed(part), part.dense_BD))
+            most = min(CHUNK, max(NUMBERS // max(self.manifest.embedding_dim, 1), 1))
+            parts = [self.program(self.tables.embed(part), part.dense_BD) for part in _parts(rows, most) if len(part)]
             return torch.cat(parts) if parts else torch.zeros(0, len(self.manifest.tasks))
 
     def predictions(self, logit_BT: Tensor) -> dict[str, np.ndarray]:
@@ -141,6 +145,17 @@ class Scorer:
             kept = {name: batch.column(name) for name in keep}
             scored = {task: pa.array(value_B) for task, value_B in self.score(batch, extra=True).items()}
             yield pa.RecordBatch.from_pydict(kept | scored)
+
+
+def _parts(rows: Encoded, most: int) -> Iterator[Encoded]:
+    """Rows in parts of at most `most`, and of ITEMS ids but for a list that all rows share."""
+    half = len(rows) // 2
+    items = sum(len(own.id_V) for own in rows.lists.values() if len(own.length_R) > 1)
+    if half and (len(rows) > most or items > ITEMS):
+        yield from _parts(rows.slice(0, half), most)
+        yield from _parts(rows.slice(half, len(rows)), most)
+    else:
+        yield rows
 
 
 def _sources(folder: Path, bases: Sequence[Path]) -> list[tuple[Path, Manifest]]:
@@ -179,3 +194,20 @@ def read_schema(folder: Path, manifest: Manifest) -> Schema:
         if lookup.feature not in schema.sparse or lookup.table not in manifest.tables:
             raise UserError(f"{folder}: look-up of {lookup.feature} in {lookup.table}: one is unknown. {HINT}")
     return schema
+
+
+def check_lookups(folder: Path, manifest: Manifest, schema: Schema, encoders: Encoders) -> None:
+    """Raises UserError unless the tables have the rows that ids are encoded for, in the order in which `Encoded` has them."""
+    for lookup in manifest.lookups:
+        table, rows = schema.table_of(lookup.feature), manifest.tables[lookup.table].num_embeddings
+        if (ids := encoders.num_embeddings(table)) != rows:
+            raise UserError(
+                f"{folder}: table {lookup.table} has {rows:,} rows, the encoders {ids:,} ids of {table}. {HINT}"
+            )
+        if (lookup.pooling == "single") != (lookup.feature in schema.single):
+            raise UserError(f"{folder}: look-up of {lookup.feature} is {lookup.pooling}, in the schema not. {HINT}")
+    single = list(dict.fromkeys(lookup.feature for lookup in manifest.lookups if lookup.pooling == "single"))
+    if single != list(schema.single):
+        raise UserError(
+            f"{folder}: look-ups of {', '.join(single)}, the schema's order is {', '.join(schema.single)}. {HINT}"
+        )

@@ -1,8 +1,8 @@
 """Embeddings of encoded rows, from the mapped files of a package's tables: what `Ranker.embedded` gives of its own."""
 
-# Shapes: B rows, F features of one id, G of them in a block, X ids of a block of any shape, V ids of a list, N rows of one
-# file that are looked up, R rows of a file, W bytes of one, D numbers of one, P2 words of its kept rows, M lists whose mean is
-# taken, J sequences, L rows of the longest, S sets, P numbers of all pooled look-ups, E numbers of all embeddings.
+# Shapes: B rows, F features of one id, G of them in a block, X ids of a block of any shape, V ids of lists, K lists, N rows of
+# one file that are looked up, R rows of a file, W bytes of one, D numbers of one, P2 words of its kept rows, J sequences, L
+# rows of the longest, S sets, P numbers of all pooled look-ups, E numbers of all embeddings.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,11 +54,17 @@ class File:
         value = value_ND.split([len(row_X) for row_X in row])
         pooled = [value_XD.reshape(len(rows), -1) for value_XD in value[: len(self.single)] if len(rows)]
         if self.means:
-            first = sum(map(len, row[: len(self.single)]))
-            length_MB = torch.stack([rows.lists[feature].length_B for feature, _ in self.means])
-            pooled.append(means(value_ND[first : first + int(length_MB.sum())], length_MB))
-        items = zip(self.sequences, value[len(row) - len(self.sequences) :], strict=True)
-        return pooled, [padded(value_VD, rows.lists[f].length_B, self.longest) for (f, _), value_VD in items]
+            own, first = [rows.lists[feature] for feature, _ in self.means], len(self.single)
+            value_VD = torch.cat(value[first : first + len(own)]) if len(own) > 1 else value[first]
+            mean_KD = means(value_VD, torch.cat([each.length_R for each in own]))
+            pooled += [
+                each.of_rows(x) for each, x in zip(own, mean_KD.split([len(e.length_R) for e in own]), strict=True)
+            ]
+        items = [
+            rows.lists[feature].of_rows(padded(value_VD, rows.lists[feature].length_R, self.longest))
+            for (feature, _), value_VD in zip(self.sequences, value[len(row) - len(self.sequences) :], strict=True)
+        ]
+        return pooled, items
 
     def _values(self, row_N: np.ndarray) -> Tensor:
         """value_ND; 0 where there is no row."""
@@ -68,27 +74,25 @@ class File:
         return value_ND.mul_(torch.from_numpy(present_N).unsqueeze(1))
 
 
-def means(value_VD: Tensor, length_MB: Tensor) -> Tensor:
-    """mean_B(MD) of lists that lie one after the other, feature by feature; 0 for an empty one."""
-    count, rows = length_MB.shape
-    offset_N = torch.nn.functional.pad(length_MB.reshape(-1).cumsum(0), (1, 0))
+def means(value_VD: Tensor, length_K: Tensor) -> Tensor:
+    """mean_KD of lists that lie one after the other; 0 for an empty one."""
     if not len(value_VD):
-        return value_VD.new_zeros(rows, count * value_VD.shape[1])
+        return value_VD.new_zeros(len(length_K), value_VD.shape[1])
+    offset_K = torch.nn.functional.pad(length_K.cumsum(0), (1, 0))
     place_V = torch.arange(len(value_VD))
-    sum_ND = torch.embedding_bag(value_VD, place_V, offset_N, False, 0, False, None, True)[0]
-    mean_MBD = sum_ND.view(count, rows, -1) / length_MB.clamp(min=1).unsqueeze(2)
-    return mean_MBD.transpose(0, 1).flatten(1)
+    sum_KD = torch.embedding_bag(value_VD, place_V, offset_K, False, 0, False, None, True)[0]
+    return sum_KD / length_K.clamp(min=1).unsqueeze(1)
 
 
-def padded(value_VD: Tensor, length_B: Tensor, longest: int) -> Tensor:
-    """item_B(LD): the first L rows of each list, then zeros."""
-    row_V = torch.arange(len(length_B)).repeat_interleave(length_B)
-    place_V = torch.arange(len(value_VD)) - (length_B.cumsum(0) - length_B)[row_V]
+def padded(value_VD: Tensor, length_K: Tensor, longest: int) -> Tensor:
+    """item_K(LD): the first L rows of each list, then zeros."""
+    list_V = torch.arange(len(length_K)).repeat_interleave(length_K)
+    place_V = torch.arange(len(value_VD)) - (length_K.cumsum(0) - length_K)[list_V]
     if bool((place_V >= longest).any()):
         within_V = place_V < longest
-        value_VD, row_V, place_V = value_VD[within_V], row_V[within_V], place_V[within_V]
-    item_ND = value_VD.new_zeros(len(length_B) * longest, value_VD.shape[1])
-    return item_ND.index_copy_(0, row_V * longest + place_V, value_VD).view(len(length_B), -1)
+        value_VD, list_V, place_V = value_VD[within_V], list_V[within_V], place_V[within_V]
+    item_ND = value_VD.new_zeros(len(length_K) * longest, value_VD.shape[1])
+    return item_ND.index_copy_(0, list_V * longest + place_V, value_VD).view(len(length_K), -1)
 
 
 class Tables:
@@ -140,7 +144,8 @@ class Tables:
         if not self.layout.sequences:
             return value_BP
         items = [item_BN for _, sequences in found for item_BN in sequences]
-        count_BJ = torch.stack([rows.lists[name].length_B for name in self.layout.sequences], 1)
+        own = [rows.lists[name] for name in self.layout.sequences]
+        count_BJ = torch.stack([each.of_rows(each.length_R) for each in own], 1)
         return torch.cat([value_BP, *items, count_BJ.float()], 1)
 
 
@@ -178,10 +183,11 @@ def _file(sources: Sequence[Source], name: str, found: FileLayout, layout: Layou
 
 
 def _rows(sources: Sequence[Source], name: str, rows: int, width: int) -> Tensor:
-    """byte_RW of a file, with the rows that deltas change."""
-    changes = [source for source in sources if rows_name(name) in source[1].files]
-    whole = [source for source in sources if name in source[1].files and source not in changes]
-    byte_RW = mapped(*whole[-1], name, rows * width, writable=bool(changes)).reshape(rows, width)
+    """byte_RW of a file, with the rows that deltas change after the last one that has it whole."""
+    some = [rows_name(name) in manifest.files for _, manifest in sources]
+    last = max((at for at, (_, manifest) in enumerate(sources) if name in manifest.files and not some[at]), default=0)
+    changes = [sources[at] for at in range(last + 1, len(sources)) if some[at]]
+    byte_RW = mapped(*sources[last], name, rows * width, writable=bool(changes)).reshape(rows, width)
     for delta in changes:
         row_N, byte_NW = changed_rows(*delta, name, rows, width)
         byte_RW[row_N] = byte_NW

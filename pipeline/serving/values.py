@@ -22,6 +22,8 @@ from features.source import Format, RawType
 from pipeline.serving.row_error import RowError
 
 INT64 = 1 << 63
+MAX_BYTES = 1 << 20  # of a text
+MAX_ITEMS = 100_000  # of a list, of which the first count
 LISTS = (list, tuple, np.ndarray)
 SCALARS = (str, bool, int, float, Decimal, datetime, date)
 
@@ -63,6 +65,13 @@ def column_of(read: Reading, values: Sequence[Any]) -> pa.Array:
     return _scalars(read, plain)
 
 
+def check_lengths(name: str, length_B: np.ndarray) -> None:
+    """Raises RowError where a list has more than MAX_ITEMS."""
+    if length_B.max(initial=0) > MAX_ITEMS:
+        row = int(length_B.argmax())
+        raise RowError(row, name, f"has {length_B[row]:,} items, allowed are {MAX_ITEMS:,}")
+
+
 def _lists_alike(read: Reading, values: Sequence[Any]) -> pa.Array | None:
     """Lists whose items have one type, without a loop over them; None for others."""
     if read.separator is None or not {*map(type, values)} <= {list, type(None)}:
@@ -91,6 +100,7 @@ def _lists(read: Reading, values: Sequence[Any]) -> pa.Array:
         else:
             found.append(value if value is None or isinstance(value, LISTS) else [value])
     length_B = np.array([0 if each is None else len(each) for each in found], np.int64)
+    check_lengths(read.name, length_B)  # before each item is converted
     items = [
         item.item() if isinstance(item, np.generic) else item for each in found if each is not None for item in each
     ]
@@ -131,12 +141,20 @@ def _as_text(read: Reading, values: pa.Array) -> pa.Array:
     if read.kind != "string" and pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
     fractions = pa.types.is_floating(values.type) or pa.types.is_decimal(values.type)
-    for row in range(len(values)) if read.kind == "string" and read.ids and fractions else ():
-        try:
-            check_ids(values.slice(row, 1), read.name)
-        except UserError as error:
-            raise RowError(row, read.name, str(error).removeprefix(f"{read.name} ")) from None
+    if read.kind == "string" and read.ids and fractions:
+        _check_ids(read.name, values)
     return convert(values, "string", read.form)
+
+
+def _check_ids(name: str, values: pa.Array, first: int = 0) -> None:
+    """Raises RowError for the first value that is no id. first: the row of the first one."""
+    try:
+        check_ids(values, name)
+    except UserError as error:
+        if (half := len(values) // 2) == 0:
+            raise RowError(first, name, str(error).removeprefix(f"{name} ")) from None
+        _check_ids(name, values[:half], first)
+        _check_ids(name, values[half:], first + half)
 
 
 def _kind(value: Any) -> type | None:

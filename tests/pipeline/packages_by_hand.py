@@ -123,7 +123,7 @@ def rows_of(case: str, ranker: Ranker, count: int, seed: int) -> tuple[Encoded, 
     sparse = KeyedJaggedTensor(
         keys=list(schema.sparse),
         values=torch.cat([*encoded.id_BF.t(), *(own.id_V for own in lists.values())]),
-        lengths=torch.cat([*[one_B] * len(schema.single), *(own.length_B for own in lists.values())]),
+        lengths=torch.cat([*[one_B] * len(schema.single), *(own.length_R for own in lists.values())]),
     )
     one_BT = torch.ones(count, len(schema.tasks))
     return encoded, Batch(sparse, encoded.dense_BD, one_BT, one_BT.bool(), one_BT, one_B)

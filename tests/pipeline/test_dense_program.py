@@ -29,7 +29,7 @@ from models.ranker import ModelConfig, Ranker
 from models.torch_compat import onednn_kernel
 from pipeline.release.export import lowering
 from pipeline.release.export.program import exported, with_rows, write_program
-from pipeline.serving import operators
+from pipeline.serving import graph, operators
 from pipeline.serving.archive import DTYPES, SCHEMA_MAJOR
 from pipeline.serving.manifest import DENSE, Lookup, Manifest, Model, StoredFile, StoredTable
 from pipeline.serving.program import load_program
@@ -246,11 +246,34 @@ def reads_a_file(graph: Any) -> None:
     node(graph).update(target="torch.ops.aten.from_file.default", inputs=inputs)
 
 
-def grows(graph: Any) -> None:
-    size = {"name": "size", "arg": {"as_ints": [1 << 50]}, "kind": 1}
-    result = [{"as_tensor": {"name": "vast"}}]
-    vast = {"target": "torch.ops.aten.zeros.default", "inputs": [size], "outputs": result, "metadata": {}}
-    graph["graph_module"]["graph"]["nodes"].insert(0, vast)
+def calls(graph: Any, name: str, target: str, *arguments: Any, keywords: Any = ()) -> None:
+    inputs = [{"name": "x", "arg": argument, "kind": 1} for argument in arguments]
+    inputs += [{"name": key, "arg": argument, "kind": 2} for key, argument in keywords]
+    made = {"target": f"torch.ops.aten.{target}", "inputs": inputs, "outputs": [{"as_tensor": {"name": name}}]}
+    graph["graph_module"]["graph"]["nodes"].insert(len(name) - 1, made | {"metadata": {}})
+
+
+def grows(size: int) -> Callable[[Any], None]:
+    return lambda graph: calls(graph, "v", "zeros.default", {"as_ints": [size]})
+
+
+def repeats(graph: Any) -> None:  # the input's rows
+    (given,) = (s["user_input"]["arg"] for s in graph["graph_module"]["signature"]["input_specs"][-1:])
+    calls(graph, "v", "repeat.default", given, {"as_ints": [1 << 10, 1 << 20]})
+
+
+def multiplies(graph: Any) -> None:  # two vectors of constants
+    size = {"as_ints": [1 << 9, 1]}
+    calls(graph, "v", "zeros.default", size)
+    calls(graph, "vv", "view.default", {"as_tensor": {"name": "v"}}, {"as_ints": [1, 1 << 9]})
+    calls(graph, "vvv", "mul.Tensor", *({"as_tensor": {"name": name}} for name in ("v", "vv")))
+
+
+def vast_weight(members: Members, _: Path) -> None:
+    content = json.loads(members[WEIGHTS])
+    for payload in content["config"].values():
+        payload["tensor_meta"]["sizes"] = [{"as_int": 1 << 52}, {"as_int": 1 << 52}]
+    members[WEIGHTS] = json.dumps(content).encode()
 
 
 def reads_nothing(graph: Any) -> None:
@@ -273,13 +296,20 @@ ATTACKS: dict[str, Callable[[Members, Path], None]] = {
     "an operator that writes": operator("torch.ops.aten.add_.Tensor"),
     "a name that leads elsewhere": operator("torch.ops.aten.__class__.__base__"),
     "an operator that opens a file": changed(GRAPH, reads_a_file),
-    "a tensor beyond all memory": changed(GRAPH, grows),
+    "a tensor beyond all memory": changed(GRAPH, grows(1 << 50)),
+    "a tensor that would fit into memory": changed(GRAPH, grows(1 << 29)),
+    "rows that are repeated": changed(GRAPH, repeats),
+    "products of constants": changed(GRAPH, multiplies),
+    "a weight of more numbers than 64 bits count": vast_weight,
     "a weight cut short": short_weight,
     "a value that is not there": changed(GRAPH, reads_nothing),
     "a later version": changed(GRAPH, lambda graph: graph["schema_version"].update(major=SCHEMA_MAJOR + 1)),
     "no graph": lambda members, _: members.update({GRAPH: b"{}"}),
     "a deep graph": lambda members, _: members.update({GRAPH: b"[" * 100_000}),
 }  # fmt: skip
+
+
+TOO_LARGE = [*ATTACKS][[*ATTACKS].index("a tensor beyond all memory") :][:4]
 
 
 def archive(members: Members, compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -306,12 +336,14 @@ def refused(folder: Path, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_of_a_program_is_executed(attack, written, tmp_path):
+def test_nothing_of_a_program_is_executed(attack, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "MAX_MADE", 1 << 17)
     folder, marker = tmp_path / "package", tmp_path / "marker"
     folder.mkdir()
     members = members_of(written)
     ATTACKS[attack](members, marker)
-    refused(folder, archive(members))
+    message = refused(folder, archive(members))
+    assert ("a tensor of" in message) == (attack in TOO_LARGE), message
     assert not marker.exists()
 
 

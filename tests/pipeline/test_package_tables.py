@@ -24,7 +24,7 @@ from models.ranker import Ranker
 from pipeline.release.export import tables as exported
 from pipeline.release.export.tolerances import bounds_of, row_bounds
 from pipeline.serving import kept_rows
-from pipeline.serving.encoded import Encoded, Lists
+from pipeline.serving.encoded import Encoded, Lists, concatenated
 from pipeline.serving.manifest import Manifest
 from pipeline.serving.row_formats import FORMATS, looked_up, row_bytes, stored
 from pipeline.serving.tables import Tables
@@ -155,13 +155,37 @@ def test_an_id_that_a_table_does_not_have_is_refused(package, feature, id):
         tables.embed(encoded)
 
 
+@settings(max_examples=examples(20), deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.data())
+def test_lists_that_rows_share_are_embedded_as_those_of_each_row(package, rows, data):
+    folder, manifest, ranker = package
+    encoded, _ = by_hand.rows_of("sequences", ranker, len(rows), 1)
+    place_B = torch.tensor([place for place, times in enumerate(rows) for _ in range(times)], dtype=torch.int64)
+    own, shared = {}, {}
+    for name, lists in encoded.lists.items():
+        ids = lists.id_V.split(lists.length_R.tolist())
+        shared[name] = lists._replace(rows_R=torch.tensor(rows))
+        own[name] = Lists(torch.cat([lists.id_V[:0], *(ids[place] for place in place_B)]), lists.length_R[place_B])
+    each, once = (Encoded(encoded.id_BF[place_B], x, encoded.dense_BD[place_B]) for x in (own, shared))
+    first = data.draw(st.integers(0, len(once)))
+    last = data.draw(st.integers(first, len(once)))
+    tables = Tables.open(folder, manifest)
+    assert torch.equal(tables.embed(once), tables.embed(each))
+    assert torch.equal(tables.embed(once.slice(first, last)), tables.embed(each.slice(first, last)))
+    parts = [once.slice(first, last), each.slice(0, last), once.slice(last, len(once))]
+    assert torch.equal(
+        tables.embed(concatenated(parts)),
+        tables.embed(concatenated([each.slice(first, last), each.slice(0, last), each.slice(last, len(each))])),
+    )
+
+
 def test_rows_of_another_schema_are_refused_and_none_embeds_as_none(package):
     folder, manifest, ranker = package
     tables = Tables.open(folder, manifest)
     encoded, _ = by_hand.rows_of("sequences", ranker, 6, 0)
     with pytest.raises(UserError, match="4 ids, the package's tables read 5"):
         tables.embed(replace(encoded, id_BF=encoded.id_BF[:, 1:]))
-    lists = {name: Lists(own.id_V[:0], own.length_B[:0]) for name, own in encoded.lists.items()}
+    lists = {name: Lists(own.id_V[:0], own.length_R[:0]) for name, own in encoded.lists.items()}
     none = Encoded(encoded.id_BF[:0], lists, encoded.dense_BD[:0])
     assert tables.embed(none).shape == (0, tables.width)
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from torch import Tensor
 
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.job import preprocess
-from pipeline.serving.encoded import Encoded, encoded
+from pipeline.serving.encoded import Encoded, Lists, encoded
 
 sys.path.append(str(Path(__file__).parents[1] / "ingest"))
 from ingest_runs import no_beam, rows_of, values_of
@@ -170,5 +171,16 @@ def same(left: Encoded, right: Encoded) -> bool:
         left.id_BF.equal(right.id_BF)
         and left.dense_BD.equal(right.dense_BD)
         and left.lists.keys() == right.lists.keys()
-        and all(a.equal(b) for name in left.lists for a, b in zip(left.lists[name], right.lists[name], strict=True))
+        and all(
+            a.equal(b)
+            for name in left.lists
+            for a, b in zip(lists_of(left.lists[name]), lists_of(right.lists[name]), strict=True)
+        )
     )
+
+
+def lists_of(found: Lists) -> list[Tensor]:
+    """The ids of each row."""
+    lists = found.id_V.split(found.length_R.tolist())
+    rows = [1] * len(lists) if found.rows_R is None else found.rows_R.tolist()
+    return [ids for ids, times in zip(lists, rows, strict=True) for _ in range(times)]

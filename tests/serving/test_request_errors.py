@@ -8,11 +8,13 @@ import pytest
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from request_log import same
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.kinds.moments import Moments
 from features.schema.schema import Schema
+from pipeline.serving import values
 from pipeline.serving.requests import Requests
 from pipeline.serving.row_error import RowError
 
@@ -39,6 +41,16 @@ SCHEMA = Schema.parse(
 )  # fmt: skip
 MOMENTS = {name: Moments(9, 1.0, 9.0) for name in SCHEMA.dense}
 REQUESTS = Requests(SCHEMA, Encoders(SCHEMA, {}, MOMENTS, {"age_bin": [1.0, 2.0, 3.0, 4.0]}))
+PAIRED = Schema.parse(
+    {
+        "source": {"files": "log.csv", "derived": {"pair": '"query" || "item"'}},
+        "categorical": {"pair": {"hash": 50}},
+        "tasks": {"click": {"kind": "binary", "label": "click"}},
+        "split": {"by": "row_index", "modulo": 1, "train": [0]},
+    },
+    "pairs.yaml",
+)
+PAIRS = Requests(PAIRED, Encoders(PAIRED, {}, {}, {}))
 GOOD = {"user": "u", "price": 2.0, "age": 30, "at": 1_700_000_000}
 LONG = "x" * ((1 << 20) + 1)
 
@@ -136,7 +148,27 @@ def test_columns_that_are_not_read_may_be_there_and_others_where_the_caller_says
         assert REQUESTS.encode(rows, extra=True).dense_BD.equal(plain.dense_BD)
         with pytest.raises(UserError, match=r"other: is no column of the schema"):
             REQUESTS.encode(rows)
+    computed = pa.table({name: [value] for name, value in (GOOD | {"hour": 7}).items()})
+    assert same(REQUESTS.encode(computed, extra=True), plain)
     assert len(REQUESTS.encode([])) == 0
+
+
+def test_items_of_mixed_types_are_checked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    check = values.check_ids
+    monkeypatch.setattr(values, "check_ids", lambda items, name: (calls.append(len(items)), check(items, name))[1])
+    REQUESTS.encode([{"tags": [1.0, "a"] * 5000}])
+    assert len(calls) == 1
+    with pytest.raises(RowError, match=r"rows\[1\].tags: item holds 0.5, which is no id"):
+        REQUESTS.encode([{"tags": ["a"]}, {"tags": [1.0, "a"] * 5000 + [0.5] + [2.0, 0.25] * 99}])
+    assert len(calls) < 40
+
+
+def test_a_text_of_the_user_is_refused_before_it_is_repeated() -> None:
+    for size, rows, message in ((1 << 20, 65, "is repeated for 65 rows"), ((1 << 20) + 1, 65, "has a text of")):
+        with pytest.raises(RowError, match=f"user.query: {message}"):
+            PAIRS.encode([{"item": "i"}] * rows, {"query": "x" * size})
+    assert len(PAIRS.encode([{"item": "i"}] * 5, {"query": "x" * (1 << 20)})) == 5
 
 
 TEXTS = st.text(st.characters(categories=["L", "N", "P", "Z", "Cs", "Cc"]), max_size=4) | st.sampled_from(
@@ -159,4 +191,4 @@ def test_any_json_is_encoded_or_refused_with_an_error_for_its_user(rows: Any, us
     assert len(found) == len(rows)
     assert found.dense_BD.isfinite().all()
     assert (found.id_BF >= 0).all()
-    assert all(int(ids.length_B.sum()) == len(ids.id_V) for ids in found.lists.values())
+    assert all(int(ids.length_R.sum()) == len(ids.id_V) for ids in found.lists.values())

@@ -1,5 +1,6 @@
 """Requests encode rows as the ingest job encoded the same rows of a log, in whatever form they are given."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -8,15 +9,19 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from request_log import CONTENT, LISTS, PAST, ROWS, RequestLog, arrow, same
+from request_log import CONTENT, LISTS, PAST, ROWS, RequestLog, arrow, lists_of, no_beam, rows_of, same
 
 from features.errors import UserError
 from features.fit.encoders import Encoders
 from features.schema.schema import Schema
+from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.job import preprocess
 from pipeline.serving import direct
-from pipeline.serving.encoded import Encoded
+from pipeline.serving.encoded import Encoded, concatenated, encoded
+from pipeline.serving.exact import Exact
 from pipeline.serving.requests import Requests
 
 Row = dict[str, Any]
@@ -32,14 +37,10 @@ def requests(log: RequestLog) -> Requests:
     return Requests(log.schema, log.encoders)
 
 
-def rows_at(encoded: Encoded, rows: list[int]) -> tuple[Any, ...]:
+def rows_at(found: Encoded, rows: list[int]) -> tuple[Any, ...]:
     """Encoded rows as plain values."""
-    lists = [
-        [list_of[row] for row in rows]
-        for ids in encoded.lists.values()
-        for list_of in [ids.id_V.split(ids.length_B.tolist())]
-    ]
-    return encoded.id_BF[rows].tolist(), encoded.dense_BD[rows].tolist(), [[x.tolist() for x in each] for each in lists]
+    lists = [[list_of[row] for row in rows] for ids in found.lists.values() for list_of in [lists_of(ids)]]
+    return found.id_BF[rows].tolist(), found.dense_BD[rows].tolist(), [[x.tolist() for x in each] for each in lists]
 
 
 def physical(table: pa.Table) -> pa.Table:
@@ -105,7 +106,7 @@ def test_a_row_is_encoded_alike_alone_in_any_order_by_many_threads_and_after_val
         assert all(threads.map(alone, [*range(0, ROWS, 4), *reversed(range(0, ROWS, 4))]))
     order = torch.randperm(ROWS).tolist()
     assert rows_at(requests.encode([rows[row] for row in order]), [*range(ROWS)]) == rows_at(log.expected, order)
-    requests.encode([{"user": "x" * 1000, "clicked": ["y" * 1000]}])
+    requests.encode([{"user": "x" * 1000, "clicked": ["y" * 1000]}, {"user": "\U0001f600" * 60}])
     known = [values for memo in requests.direct.memos.values() for values in memo.known]
     assert all(len(values) <= 5 for values in known)
     assert max(len(str(value)) for values in known for value in values) < 20
@@ -126,25 +127,102 @@ def test_columns_of_the_user_are_those_of_each_row(form: str, log: RequestLog, r
         expected = Requests(log.schema, log.encoders).encode(merged)
         found = requests.encode(others if form == "texts" else arrow(others), user=user)
         assert same(found, expected)
+        assert [len(found.lists[name].length_R) for name in ("clicked", "brands")] == [1, 1]
+        assert same(found.slice(3, 9), expected.slice(3, 9))
+        both = [found, expected.slice(0, 4), requests.encode([]), found.slice(1, 3)]
+        assert same(concatenated(both), concatenated([expected, expected.slice(0, 4), expected.slice(1, 3)]))
         assert same(requests.encode([{}] * 3, user=row), requests.encode([row] * 3))
 
 
 @pytest.mark.integration
 def test_what_is_not_given_is_missing_or_as_with_an_empty_past(log: RequestLog, requests: Requests) -> None:
     row = {k: v for k, v in log.typed()[9].items() if k in ("user", "price", "qty")}
-    found = requests.encode([row, row | {"lang": None}, row | {"lang": "en", "shows": 0, "clicked": []}])
+    found = requests.encode([row, row | {"lang": "en"}, row | {"lang": "en", "shows": 0, "clicked": []}])
     values = dict(zip(log.schema.single, found.id_BF[0].tolist(), strict=True))
     assert {name for name, each in values.items() if each == 0} == {
         "city", "item", "age_bin", "hour", "pair", "zip", "item_brand", "rare", "cost_bin", "shelf"
     }  # fmt: skip
     assert rows_at(found, [1]) == rows_at(found, [2]) == rows_at(found, [0])
-    assert [ids.length_B.sum() for ids in found.lists.values()] == [0] * 4
+    assert [ids.length_R.sum() for ids in found.lists.values()] == [0] * 4
     dense = {name: found.dense_BD[0, list(columns)].tolist() for name, columns in log.schema.dense_ranges.items()}
     assert dense["ctr"] == [pytest.approx(log.encoders.counter_means["ctr"])]
     assert dense["spent"][1] == 1.0
     assert dense["picture"] == [0.0, 0.0, 1.0]
     null = requests.encode([row | {"shows": None}])
     assert not null.dense_BD.equal(found.dense_BD[:1])  # a count that is missing is none, as of a row without its key
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_a_row_lacks_and_what_is_null_are_as_in_a_log_of_the_same_format(kind: str, tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"n": 0, "x": 0, "lang": "de", "tags": ["a"]},
+        {"n": 1, "x": 1, "lang": None, "tags": None},
+        {"n": 2, "x": 4, "lang": "en", "tags": ["x", "y"]},
+        {"n": 3, "x": 9},
+    ]
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    else:
+        for name, part in (("a", rows[:3]), ("b", rows[3:])):
+            pq.write_table(pa.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    schema = Schema.parse(
+        {
+            "source": {
+                "files": f"*.{kind}", "format": kind, "row_id": "n", "optional": {"lang": "en", "tags": "x|y"},
+            },
+            "categorical": {"lang": {}},
+            "bag": {"tags": {}},
+            "dense": {"x": {}},
+            "tasks": {"click": {"kind": "binary", "label": "n = 1"}},
+            "split": {"by": "row_index", "modulo": 1, "train": [0]},
+        },
+        "optional.yaml",
+    )  # fmt: skip
+    with no_beam():
+        preprocess(PreprocessConfig(input=str(tmp_path), out=tmp_path / "dataset"), schema)
+    found = rows_of(tmp_path / "dataset", "train").sort_by("row_id")
+    requests = Requests(schema, Encoders.load(tmp_path / "dataset" / "encoders", schema))
+    expected = encoded(found, schema)
+    assert expected.id_BF[[1, 3], 0].tolist() == [expected.id_BF[2, 0] if kind == "jsonl" else 0, expected.id_BF[2, 0]]
+    assert same(requests.encode(rows), expected)
+    for given in (rows, [{"x": 0, "lang": None, "tags": None}]):  # with nulls of a type, and of none
+        table = arrow(given[:3])
+        assert same(requests.encode(table), requests.encode(given[:3]))
+    lacking = requests.encode(pa.table({"x": [9]}))
+    assert rows_at(lacking, [0]) == rows_at(expected, [3])
+
+
+def test_what_is_computed_of_one_column_is_computed_once_for_each_of_its_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schema = Schema.parse(
+        {
+            "source": {"files": "log.csv", "derived": {"filled": "COALESCE(\"lang\", '7')", "both": '"lang" || "x"'}},
+            "categorical": {"filled": {"hash": 10**6}, "plain": {"column": "lang", "hash": 10**6}, "both": {"hash": 9}},
+            "tasks": {"click": {"kind": "binary", "label": "click"}},
+            "split": {"by": "row_index", "modulo": 1, "train": [0]},
+        },
+        "computed.yaml",
+    )
+    requests = Requests(schema, Encoders(schema, {}, {}, {}))
+    (de, _, _), (seven, plain, _) = requests.encode([{"lang": "de"}, {"lang": "7"}]).id_BF.tolist()
+    assert seven == plain
+    assert seven != de
+    wanted = {"de": de, "7": seven, 7: seven, None: seven}
+    blocks: list[list[Any]] = [["de", None], [None], [7, 7, None], [None, "7"], [7, "de"], [7.0, None], [], ["7"]]
+    for values in [*blocks, *reversed(blocks)]:
+        found = requests.encode([{"lang": value} for value in values])
+        assert found.id_BF[:, 0].tolist() == [wanted[value] for value in values]
+    assert requests.encode([{}, {"lang": "de"}]).id_BF[:, 0].tolist() == [seven, de]
+
+    calls: list[list[str]] = []
+    exact = Exact.encode
+    monkeypatch.setattr(
+        Exact, "encode", lambda self, names, *rest: (calls.append([*names]), exact(self, names, *rest))[1]
+    )
+    requests.encode([{"lang": "de"}, {"lang": None}])
+    assert calls == [["both"]]
 
 
 def test_equal_values_of_python_are_the_ids_of_their_own_texts(tmp_path: Path) -> None:

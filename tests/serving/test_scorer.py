@@ -1,11 +1,14 @@
 """A package from its files to predictions, against plain loops; damaged and mistaken packages are refused."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ import pyarrow as pa
 import pytest
 import real_package
 from real_package import expected
+from torch import Tensor
 
 from features.errors import UserError
+from features.fit.encoders import Encoders
+from features.schema.schema import Schema
 from pipeline.serving import scorer as module
-from pipeline.serving.manifest import Base, Manifest, read_manifest, write_manifest
+from pipeline.serving.manifest import Base, Lookup, Manifest, StoredTable, read_manifest, write_manifest
 from pipeline.serving.scorer import Scorer
 
 ROWS: list[dict[str, Any]] = [
@@ -68,9 +74,27 @@ def test_chunks_and_threads_change_no_prediction(package: Path, monkeypatch: pyt
         thread.start()
     for thread in threads:
         thread.join()
-    monkeypatch.setattr(module, "CHUNK", 7)
-    found.append(scorer.score(rows))
-    assert len(found) == 7
+    calls: list[int] = []
+
+    def counted(embedding_BE: Tensor, dense_BD: Tensor) -> Tensor:
+        calls.append(len(dense_BD))
+        return scorer.program(embedding_BE, dense_BD)
+
+    counting, user = replace(scorer, program=counted), {"recent": ["a", "b", "c"]}
+    same = [{"city": "rome"}] * 40
+    found_of_user = scorer.score(same, user)
+    for name, most in (("CHUNK", 7), ("ITEMS", 2), ("NUMBERS", 40)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, most)
+            calls.clear()
+            found.append(counting.score(rows))
+            assert sum(calls) == len(rows)
+            assert max(calls) <= {"CHUNK": 7, "ITEMS": 5, "NUMBERS": 5}[name]
+            calls.clear()
+            for task, value_B in counting.score(same, user).items():
+                np.testing.assert_allclose(value_B, found_of_user[task], rtol=0, atol=1e-6)
+            assert len(calls) == 1 or name != "ITEMS"  # rows that share their list are not divided for it
+    assert len(found) == 9
     for each in found:
         for task, value_B in each.items():
             np.testing.assert_allclose(value_B, whole[task], rtol=0, atol=1e-6)
@@ -125,6 +149,15 @@ def other_encoders(folder: Path) -> None:
     resealed(folder, lambda _: {})
 
 
+def more_values(folder: Path) -> None:
+    schema = Schema.load(folder / "schema.yaml")
+    found = Encoders.load(folder / "encoders", schema)
+    cities = pa.array([*real_package.CITIES, "oslo"], pa.large_string())
+    shutil.rmtree(folder / "encoders")
+    replace(found, vocabularies={**found.vocabularies, "city": cities}, counts={}).save(folder / "encoders")
+    resealed(folder, lambda _: {})
+
+
 def not_finite(folder: Path) -> None:
     row_RX = real_package.numbers(1)[0].copy()
     row_RX[0, 0] = np.nan  # of a missing city
@@ -155,6 +188,8 @@ def lookup(**changes: Any) -> Callable[[Path], None]:
         (lambda f: resealed(f, lambda _: {"dense_width": 2}), "dense_width 2"),
         (lookup(feature="town"), "look-up of town"),
         (lookup(table="town"), "town"),
+        (more_values, "table city has 4 rows, the encoders 5 ids of city"),
+        (lookup(pooling="mean"), "look-up of city is mean"),
     ],
 )  # fmt: skip
 def test_packages_that_do_not_fit_together_are_refused(
@@ -163,6 +198,21 @@ def test_packages_that_do_not_fit_together_are_refused(
     change(copied)
     with pytest.raises(UserError, match=error):
         Scorer.load(copied)
+
+
+def test_lookups_in_another_order_than_the_schema_has_features_are_refused(package: Path) -> None:
+    content = copy.deepcopy(real_package.SCHEMA) | {
+        "categorical": {"town": {"hash": 3}, "city": {"hash": 3}},
+        "bag": {},
+    }
+    schema, table = Schema.parse(content, "s"), StoredTable(file="t", first=0, rows=4, dim=4, num_embeddings=4)
+    for names, refused in ((["town", "city"], False), (["city", "town"], True), (["town"], True)):
+        lookups = [Lookup(feature=name, table=name, pooling="single") for name in names]
+        manifest = read_manifest(package).model_copy(
+            update={"lookups": lookups, "tables": {"town": table, "city": table}}
+        )
+        with pytest.raises(UserError, match="the schema's order is town, city") if refused else nullcontext():
+            module.check_lookups(package, manifest, schema, Encoders(schema, {}, {}, {}))
 
 
 def test_a_package_that_is_replaced_while_it_is_loaded_is_refused(
@@ -195,22 +245,48 @@ def test_scoring_and_serving_import_neither_training_nor_ingest(package: Path) -
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
 
 
-def test_a_delta_on_its_base_is_the_whole_package(package: Path, tmp_path: Path) -> None:
-    manifest = real_package.write(tmp_path / "whole", seed=2)
-    delta = Path(shutil.copytree(tmp_path / "whole", tmp_path / "delta"))
-    base = read_manifest(package)
-    changed = np.arange(9, dtype=np.int64)
-    (delta / "tables" / "dim-00004.rows").write_bytes(changed.tobytes())
-    names = [*manifest.files, "tables/dim-00004.rows"]
-    reference = Base(step=1, checkpoint="checkpoint-1", package=base.checksum)
-    write_manifest(delta, manifest.model_copy(update={"base": reference, "result": manifest.files}), names)
-    scorer = Scorer.load(delta, base=package)
-    close(scorer.score(ROWS), ROWS, seed=2)
+def delta(folder: Path, base: Manifest, *rows: int) -> None:
+    """Makes a package a delta of another: with all of its table file, or some rows."""
+    manifest = read_manifest(folder)
+    names = [*manifest.files]
+    if rows:
+        table = folder / "tables" / "dim-00004.bin"
+        table.write_bytes(np.frombuffer(table.read_bytes(), np.float32).reshape(9, 4)[[*rows]].tobytes())
+        names.append("tables/dim-00004.bin.rows")
+        (folder / names[-1]).write_bytes(np.array(rows, np.int64).tobytes())
+    reference = Base(step=base.model.step, checkpoint=base.model.checkpoint, package=base.checksum)
+    write_manifest(folder, manifest.model_copy(update={"base": reference, "result": manifest.files}), names)
+
+
+@pytest.mark.parametrize("rows", [(), range(9), (2, 5)])
+def test_a_delta_on_its_base_is_the_whole_package(package: Path, tmp_path: Path, rows: tuple[int, ...]) -> None:
+    manifest, base = real_package.write(tmp_path / "whole", seed=2), read_manifest(package)
+    changed = Path(shutil.copytree(tmp_path / "whole", tmp_path / "delta"))
+    delta(changed, base, *rows)
+    scorer = Scorer.load(changed, base=package)
     assert scorer.manifest == manifest
+    if len(rows) == 2:  # of rome and of item a, which these are new; the program is of the second package
+        wanted, old = (real_package.numbers(seed)[0].copy() for seed in (2, 1))
+        wanted[[r for r in range(9) if r not in rows]] = old[[r for r in range(9) if r not in rows]]
+        row_RX = scorer.tables.files[0].byte_RW.numpy().view(np.float32)
+        np.testing.assert_array_equal(row_RX, wanted)
+    else:
+        close(scorer.score(ROWS), ROWS, seed=2)
     close(Scorer.load(package).score(ROWS), ROWS)  # as it was
     with pytest.raises(UserError, match="give that one's folder as well, base=FOLDER"):
-        Scorer.load(delta)
+        Scorer.load(changed)
     with pytest.raises(UserError, match="is a whole package, which has no base"):
         Scorer.load(package, base=package)
     with pytest.raises(UserError, match="Apply it to the one that it was exported against"):
-        Scorer.load(delta, base=tmp_path / "whole")
+        Scorer.load(changed, base=tmp_path / "whole")
+
+
+def test_a_whole_file_in_a_chain_of_deltas_takes_the_place_of_rows_that_changed_before(
+    package: Path, tmp_path: Path
+) -> None:
+    second, third = (real_package.write(tmp_path / f"{seed}", seed) for seed in (2, 3))
+    delta(tmp_path / "2", read_manifest(package), *range(9))
+    delta(tmp_path / "3", second)
+    scorer = Scorer.load(tmp_path / "3", base=[package, tmp_path / "2"])
+    assert scorer.manifest == third
+    close(scorer.score(ROWS), ROWS, seed=3)
