@@ -61,7 +61,9 @@ def test_a_report_survives_json_and_pickle(report):
 
 
 def test_every_step_has_a_report_that_bears_its_name():
-    assert {report.step for report in REPORTS} == set(STEPS) == {kind.step for kind in Report.__subclasses__()}
+    # Other jobs, such as predict, have reports of their own, which other tests in this process may have imported.
+    kinds = [kind for kind in Report.__subclasses__() if kind.__module__.startswith("pipeline.ingest.")]
+    assert {report.step for report in REPORTS} == set(STEPS) == {kind.step for kind in kinds}
 
 
 def test_a_report_of_another_step_is_refused():
