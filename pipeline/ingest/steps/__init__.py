@@ -16,6 +16,8 @@ one (see pipeline.ingest.messages).
 """
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from features.errors import UserError, one_line
@@ -39,12 +41,21 @@ STEPS: dict[str, Callable[[Job, Any], Report]] = {
 
 
 def run_step(job: Job, step: str, number: int, work: Work) -> Report | Failure:
-    """Does one piece of a step's work; what a user can fix becomes a Failure, which reaches the driver on any runner."""
+    """Does one piece of a step's work."""
+    return reported(partial(STEPS[step], job, work), job.staging.parent, job.progress, step, number)
+
+
+def reported(do: Callable[[], Report], out: Path, progress: Path, step: str, number: int) -> Report | Failure:
+    """The report of a piece of work; what a user can fix becomes a Failure, which reaches the driver on any runner.
+
+    Args:
+        out: what could not be written, for errors. progress: the folder that counts pieces that are done.
+    """
     try:
-        report = STEPS[step](job, work)
-        record_done(job.progress, step, number)
+        report = do()
+        record_done(progress, step, number)
     except UserError as error:
         return Failure(str(error))
     except OSError as error:
-        return Failure(f"{job.staging.parent}: {one_line(error)}. Nothing was written.")
+        return Failure(f"{out}: {one_line(error)}. Nothing was written.")
     return report

@@ -3,6 +3,7 @@
 # Shapes: B rows of a batch, N rows of a shard, T tasks.
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from features.errors import UserError, one_line
+from features.errors import UserError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.split_reader import SplitReader
 from pipeline.evaluation import predictions
 from pipeline.evaluation.weights import Loading, ModelWeights, Tables
 from pipeline.ingest.messages import Failure, Report
-from pipeline.ingest.progress import record_done
+from pipeline.ingest.steps import reported
 from pipeline.release.predict.manifest import Model, PredictionFile
 from pipeline.run.run import Run
 from pipeline.storage.files import sha256
@@ -76,22 +77,22 @@ class ScoreReport(Report):
 
 
 def run_score(scoring: Scoring, step: str, number: int, shard: Shard) -> Report | Failure:
-    """Scores a shard; what a user can fix becomes a Failure, as of the steps of pipeline.ingest."""
-    try:
-        path = scoring.folder / f"part-{number:05d}.parquet"
-        table = scored(scoring.weights, shard, scoring.model)
-        with pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True) as writer:
-            writer.write_table(table)
-        fsync(path)
-        report = ScoreReport(
-            PredictionFile(path=path.name, rows=table.num_rows, bytes=path.stat().st_size, sha256=sha256(path))
-        )
-        record_done(scoring.progress, step, number)
-    except UserError as error:
-        return Failure(str(error))
-    except OSError as error:
-        return Failure(f"{scoring.folder.parents[1]}: {one_line(error)}. Nothing was written.")
-    return report
+    """Scores a shard."""
+    return reported(
+        partial(write_scored, scoring, number, shard), scoring.folder.parents[1], scoring.progress, step, number
+    )
+
+
+def write_scored(scoring: Scoring, number: int, shard: Shard) -> ScoreReport:
+    """Writes the predictions of a shard. Raises UserError, OSError."""
+    path = scoring.folder / f"part-{number:05d}.parquet"
+    table = scored(scoring.weights, shard, scoring.model)
+    with pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True) as writer:
+        writer.write_table(table)
+    fsync(path)
+    return ScoreReport(
+        PredictionFile(path=path.name, rows=table.num_rows, bytes=path.stat().st_size, sha256=sha256(path))
+    )
 
 
 @torch.inference_mode()
