@@ -4,6 +4,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,25 @@ def check_base(base: Manifest, folder: Path, delta: Manifest) -> None:
         )
     if other := [name for name in SAME if getattr(delta, name) != getattr(base, name)]:
         raise UserError(f"{folder}: its {other[0]} are not those of the package that it changes. {HINT}")
+
+
+def bases_of(folder: Path, manifests: Mapping[Path, Manifest], makes: Mapping[Path, str]) -> tuple[Path, ...] | None:
+    """What a delta among packages changes, and what that one does, the whole package first; none for a whole package.
+
+    Args:
+        makes: of each folder the checksum of its package, of a delta that of the package it makes.
+    Returns: None where one of them is not there.
+    """
+    made: dict[str, Path] = {}
+    for place in sorted(manifests, key=lambda place: manifests[place].base is not None):  # whole packages come first
+        made.setdefault(makes[place], place)
+    bases: list[Path] = []
+    while base := manifests[folder].base:
+        if (before := made.get(base.package)) is None or before in bases:
+            return None
+        folder = before
+        bases.insert(0, folder)
+    return tuple(bases)
 
 
 def changed_rows(folder: Path, delta: Manifest, file: str, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:

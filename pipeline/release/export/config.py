@@ -12,6 +12,7 @@ from pipeline.dataset.days import Days, MissingDays
 from pipeline.release.serving import FILE, check_there, read_serving
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.serving.deltas import bases_of
 from pipeline.serving.manifest import Manifest, TableFormat, read_manifest
 from pipeline.storage.staging import is_staging
 
@@ -167,12 +168,6 @@ def _has_settings(manifest: Manifest, config: ExportConfig) -> bool:
 
 def _chain(folder: Path, found: Mapping[Path, Manifest]) -> Chain | None:
     """A package after all that it changes, the whole one first; None where one of them is not among those found."""
-    makes = {(m.whole() if m.base else m).checksum: where for where, m in found.items() if m.base}
-    makes |= {m.checksum: where for where, m in found.items() if not m.base}
-    chain = [(folder, found[folder])]
-    while base := chain[0][1].base:
-        before = makes.get(base.package)
-        if before is None or (before, found[before]) in chain:
-            return None
-        chain.insert(0, (before, found[before]))
-    return chain
+    makes = {place: (manifest.whole() if manifest.base else manifest).checksum for place, manifest in found.items()}
+    bases = bases_of(folder, found, makes)
+    return None if bases is None else [(place, found[place]) for place in (*bases, folder)]

@@ -4,7 +4,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,14 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from features.errors import UserError, one_line
 from features.plain_json import read_json, validated
 from features.regular_files import refuse_link
+from pipeline.serving.deltas import bases_of
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.manifest import FILE, Manifest, check_files, read_manifest
 from pipeline.serving.scorer import Scorer
+from pipeline.storage.staging import is_staging
 
 POINTER = "serving.json"
 MAX_POINTER_BYTES = 1 << 20
-STAGING = ".staging-"  # in the name of a folder that is being written (pipeline.storage.staging)
 MAX_PACKAGES = 10_000  # folders below `packages`: the last ones by name, which the newest of dated names are
 RETRY_S = 30.0  # until a package that could not be loaded is tried again
 
@@ -129,7 +130,7 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
                 f"{out / POINTER} is missing: nothing serves yet. Bless a checkpoint with jobs.nightly."
             ) from None
         found, damaged = {}, []
-        there = sorted(path.parent for path in packages.glob(f"*/{FILE}") if STAGING not in path.parent.name)
+        there = sorted(path.parent for path in packages.glob(f"*/{FILE}") if not is_staging(path.parent))
         folders = there[-MAX_PACKAGES:]
         manifests.keep(folders)
         for folder in folders:
@@ -142,8 +143,9 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
             for folder, each in found.items()
             if each.manifest.model.checkpoint == pointer.checksum
         ]
+        known, makes = {f: each.manifest for f, each in found.items()}, {f: each.checksum for f, each in found.items()}
         for _, folder in sorted(wanted):
-            if (bases := bases_of(folder, found)) is not None:
+            if (bases := bases_of(folder, known, makes)) is not None:
                 return found[folder]._replace(bases=bases)
         why = "its delta's base is not there" if wanted else damaged[0] if damaged else f"{len(found)} others are"
         raise UserError(
@@ -152,20 +154,6 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
         )
 
     return find
-
-
-def bases_of(folder: Path, found: Mapping[Path, Wanted]) -> tuple[Path, ...] | None:
-    """What a delta among packages changes, and what that one does, the whole package first; None where one is not there."""
-    packages = [*found.values()][::-1]
-    makes = {each.checksum: each.folder for each in packages if each.manifest.base}
-    makes |= {each.checksum: each.folder for each in packages if not each.manifest.base}
-    bases: list[Path] = []
-    while base := found[folder].manifest.base:
-        if (before := makes.get(base.package)) is None or before in bases:
-            return None
-        folder = before
-        bases.insert(0, folder)
-    return tuple(bases)
 
 
 def states(folder: Path, manifest: Manifest) -> dict[str, FileState] | None:
