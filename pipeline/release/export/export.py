@@ -72,12 +72,12 @@ def export(config: ExportConfig) -> Exported:
     source = source_of(config)
     dataset = dataset_for(config, source)
     split, base = checked_split(dataset), base_of(config, source)
-    with ExitStack() as held:
-        trained = held.enter_context(checkpoint.reading(source.path))
+    with ExitStack() as stack:
+        trained = stack.enter_context(checkpoint.reading(source.path))
         if source.checksum is not None and trained.checksum != source.checksum:
             raise UserError(f"{source.path} was trained anew after it was released. Export again, or set run=RUN.")
         if config.since is not None:
-            held.enter_context(checkpoint.reading(Source(source.run, config.since).path))
+            stack.enter_context(checkpoint.reading(Source(source.run, config.since).path))
         try:
             manifest = write_package(config, source, dataset, trained, base)
         except OSError as error:
@@ -94,11 +94,11 @@ def write_package(
     """Writes a package, and its archive, and commits both. Raises UserError, OSError: nothing is left."""
     place = archive_path(config)
     remove_left(place)
-    with ExitStack() as held:
-        staging = held.enter_context(staging_of(config.out))
+    with ExitStack() as stack:
+        staging = stack.enter_context(staging_of(config.out))
         manifest = Package(config, source, dataset, trained, staging, base).write()
         if config.archive:
-            archive = held.enter_context(staging_of(place)) / place.name
+            archive = stack.enter_context(staging_of(place)) / place.name
             write_archive(staging, config.out.name, archive)
             fsync(archive)
         fsync_all(staging)
