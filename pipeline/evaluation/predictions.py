@@ -1,8 +1,8 @@
 """A checkpoint's prediction of each row of a split, as a Parquet file.
 
 Its columns: `row_id`; the kept columns of the dataset by their raw names (`raw.NAME` where another column has that name), null
-where the log gives several rows one id; `weight`; per task `logit.TASK` (regression: the prediction) and `label.TASK` (null: not
-observed), and what a person reads, `prob.TASK` of a binary task and `prediction.TASK` of a regression task, in the label's unit.
+where the log gives several rows one id; `weight`; per task `logit.TASK` (regression: the prediction), `label.TASK` (null: not
+observed), and what a person reads, `prob.TASK` of a binary and `prediction.TASK` of a regression task, in the label's unit.
 Files of earlier releases have neither kept columns nor the last two.
 """
 
