@@ -36,6 +36,11 @@ def _plain(name: str) -> str:
 RelativePath = Annotated[str, AfterValidator(_plain)]
 
 
+def mounted(path: Path) -> bool:
+    """Whether a path is one of a mounted file system. Another class of paths, of a store, opens itself: it has no links."""
+    return type(path) is type(Path())
+
+
 def lstat_regular(folder: Path, name: str) -> os.stat_result | None:
     """The status of the file `name` below `folder`, None where it is missing.
 
@@ -46,6 +51,8 @@ def lstat_regular(folder: Path, name: str) -> os.stat_result | None:
     Raises:
         UserError: it, or a folder on the way, is a link, or it is no regular file: reading a pipe or a device might never end.
     """
+    if not mounted(folder):
+        return _status_of_key(folder / name)
     path, parts = folder, PurePosixPath(name).parts
     for number, part in enumerate(parts, 1):
         path = path / part
@@ -56,6 +63,17 @@ def lstat_regular(folder: Path, name: str) -> os.stat_result | None:
         wanted = stat.S_ISREG if number == len(parts) else stat.S_ISDIR
         if not wanted(status.st_mode):
             raise irregular(path, status.st_mode, "file" if number == len(parts) else "folder")
+    return status
+
+
+def _status_of_key(path: Path) -> os.stat_result | None:
+    """The status of a file on a store, None where it is missing. Raises UserError for a folder."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise irregular(path, status.st_mode)
     return status
 
 
@@ -87,6 +105,8 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: str = "rb") -> Bina
         UserError: it is a link, a pipe or whatever else is no regular file.
         OSError: it is missing, or cannot be opened.
     """
+    if not mounted(path):
+        return cast(BinaryIO, path.open(mode))
     with user_error_for_links(path):
         descriptor = os.open(path, flags | NO_LINK, 0o666)
     if not stat.S_ISREG(kind := os.fstat(descriptor).st_mode):

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 from features.schema.splits import utc
 from pipeline.dataset.days import MissingDays, written_out
 from pipeline.ingest.files import UNPACK_RATIO
 from pipeline.ingest.state import Order
+from pipeline.storage.store_path import Place
 
 
 def _iso(day: Any) -> Any:
@@ -20,21 +21,14 @@ def _iso(day: Any) -> Any:
     return day
 
 
-def _mounted(out: Path) -> Path:
-    if re.match(r"\w+:/", str(out)):
-        raise ValueError(f"{out} is a URL: a dataset is written to a mounted file system, so give a path")
-    return out
-
-
 Day = Annotated[datetime.date | None, BeforeValidator(_iso)]
-LocalFolder = Annotated[Path, AfterValidator(_mounted)]
 
 
 class EncodersFrom(BaseModel):
     """The dataset whose encoders are used; None: new ones are fitted."""
 
     model_config = ConfigDict(extra="forbid")
-    from_: Path | None = Field(None, alias="from")
+    from_: Place | None = Field(None, alias="from")
 
 
 class StateFrom(BaseModel):
@@ -61,9 +55,12 @@ class PreprocessConfig(BaseModel):
             the end of the last day whose files are there.
         order: of the rows: shuffled by a hash, by time, or as they were read.
         seed: of the shuffle.
-        runner: direct (on this machine), or another Beam runner (pipeline/ingest/runners.py) with its flags in `options`.
+        runner: direct (on this machine), or another Beam runner (pipeline/ingest/runners/registry.py) with its flags in `options`.
         workers: processes of the direct runner.
         options: flags of Beam's command line.
+        master: of the Spark cluster, such as spark://HOST:7077, for runner=spark.
+        hosts: HOST:PORT of the worker pools, for runner=hosts.
+        scratch: folder for the files between steps, a path or URL that the driver and all workers see; None: beside `out`.
         rows_per_row_group, rows_per_shard: sizes of what is written; shuffled shards hold about as many rows.
         unit_bytes: how much of the raw files a worker reads at a time; row ids (and so the shuffle) depend on it, unless the
             schema names row_id.
@@ -81,7 +78,7 @@ class PreprocessConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     input: str
-    out: LocalFolder
+    out: Place
     date: Day = None
     encoders: EncodersFrom = EncodersFrom()
     labels: Literal["required", "none"] = "required"
@@ -93,6 +90,9 @@ class PreprocessConfig(BaseModel):
     runner: str = "direct"
     workers: int = Field(1, ge=1)
     options: list[str] = []
+    master: str | None = None
+    hosts: list[str] = []
+    scratch: Place | None = None
     rows_per_row_group: int = Field(8192, ge=1)
     rows_per_shard: int = Field(1 << 20, ge=1)
     unit_bytes: int = Field(32 << 20, ge=1)

@@ -114,7 +114,7 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
 def _check(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
     if config.runner != "direct":
-        from pipeline.ingest.runners import check_runner
+        from pipeline.ingest.runners.registry import check_runner
 
         check_runner(config.runner)
     raw_format(schema.source)
@@ -308,7 +308,7 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
     total = sum(each.unit.file.size for each in work if not each.unit.start)
     several = config.runner == "direct" and config.workers > 1
     with workers.started(config.workers, partial(run_step, job), "read", work) if several else nullcontext():
-        from pipeline.ingest.runners import run_pipeline
+        from pipeline.ingest.runners.pipelines import run_pipeline
 
         with Progress(job.progress, schedule.steps_of(job), total):
             run_pipeline(config, job, limits, work)

@@ -12,21 +12,18 @@ from features.plain_json import parse_json
 from features.regular_files import open_regular, refuse_link
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.objects import ObjectStorage
+from pipeline.storage.store_path import STORES, StorePath
 
 # By the scheme of a URL; a path without one is local. Another storage is one more entry.
-STORAGES: dict[str, Storage] = {"": LocalStorage()}
+STORAGES: dict[str, Storage] = {"": LocalStorage(), **dict.fromkeys(STORES, ObjectStorage())}
 
 MAX_RECORD_BYTES = 16 << 20  # of a record in JSON lines
 
 
 def storage_of(path: Path) -> Storage:
-    """The storage that a path or URL belongs to. Raises ValueError for a scheme that none is registered for."""
-    scheme, separator, _ = str(path).partition(":/")
-    if (known := STORAGES.get(scheme if separator else "")) is None:
-        raise ValueError(
-            f"{path}: no storage for {scheme}:, there are local paths and {', '.join(filter(None, STORAGES))}"
-        )
-    return known
+    """The storage that a path belongs to, see pipeline.storage.store_path.place."""
+    return STORAGES[path.scheme if isinstance(path, StorePath) else ""]
 
 
 def write_text(path: Path, text: str) -> None:

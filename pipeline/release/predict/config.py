@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.dataset.days import MissingDays
 from pipeline.evaluation.weights import Tables
-from pipeline.ingest.config import Day, EncodersFrom, LocalFolder, PreprocessConfig, StateFrom
+from pipeline.ingest.config import Day, EncodersFrom, PreprocessConfig, StateFrom
+from pipeline.storage.store_path import Place
 
 
 class PredictConfig(BaseModel):
@@ -34,12 +35,12 @@ class PredictConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    run: Path
+    run: Place
     step: int | Literal["newest"] = "newest"
     input: str
-    out: LocalFolder
+    out: Place
     columns: list[str] = []
-    dataset: Path | None = None
+    dataset: Place | None = None
     date: Day = None
     state: StateFrom = StateFrom()
     missing_days: MissingDays = "refuse"

@@ -93,7 +93,7 @@ def run_scoring(config: PredictConfig, scoring: Scoring, encoded: Manifest) -> N
     record_total(scoring.progress, STEP, len(shards))
     several = config.runner == "direct" and config.workers > 1
     with workers.started(config.workers, do, STEP, shards) if several else nullcontext():
-        from pipeline.ingest.runners import run_one_step
+        from pipeline.ingest.runners.pipelines import run_one_step
 
         with Progress(scoring.progress, [STEP], 0):
             run_one_step(
