@@ -55,7 +55,7 @@ class PreprocessConfig(BaseModel):
             the end of the last day whose files are there.
         order: of the rows: shuffled by a hash, by time, or as they were read.
         seed: of the shuffle.
-        runner: direct (on this machine), or another Beam runner (pipeline/ingest/runners/registry.py) with its flags in `options`.
+        runner: direct (on this machine), or another one of pipeline/ingest/runners/registry.py.
         workers: processes of the direct runner.
         options: flags of Beam's command line.
         master: of the Spark cluster, such as spark://HOST:7077, for runner=spark.

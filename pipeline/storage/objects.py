@@ -1,5 +1,6 @@
 """Storage on an object store that fsspec reaches: objects appear whole, a manifest comes last, leases stand for locks."""
 
+import errno
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,4 +49,9 @@ class ObjectStorage:
 
 def write_new(path: StorePath, content: bytes) -> None:
     """Writes an object where there is none, by a conditional put where the store has it. Raises FileExistsError."""
-    patiently(path, path.system.pipe_file, path.key, content, mode="create")
+    try:
+        patiently(path, path.system.pipe_file, path.key, content, mode="create")
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # as s3fs answers a put whose condition does not hold
+            raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
+        raise

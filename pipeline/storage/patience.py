@@ -18,6 +18,10 @@ FINAL = (
     FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError, TypeError,
     ValueError, NotImplementedError, AttributeError, KeyError,
 )  # fmt: skip
+FINAL_NUMBERS = (
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+)  # of an OSError; s3fs answers a condition that does not hold with EINVAL
 
 
 def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
@@ -31,12 +35,18 @@ def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: An
     limit = float(os.environ.get(TIMEOUT, TIMEOUT_S))
     retrying = Retrying(
         stop=stop_after_delay(limit), wait=wait_random_exponential(multiplier=0.2, max=5), reraise=True,
-        retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, FINAL)),
+        retry=retry_if_exception(_may_pass),
     )  # fmt: skip
     try:
         return retrying(call, *arguments, **named)
-    except FINAL:
-        raise
     except Exception as error:  # each store has exceptions of its own
+        if not _may_pass(error):
+            raise
         reason = f"the store has not answered for {limit:g} s: {one_line(error)}"
         raise OSError(errno.ETIMEDOUT, reason, str(what)) from None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether asking again may succeed."""
+    is_final = isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_NUMBERS)
+    return isinstance(error, Exception) and not is_final
