@@ -15,8 +15,11 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
 .PHONY: bench-evaluate bench-serve bench-gpu bench-intervals bench-links bench-loader bench-search bench-planted chaos
 
+# STORE=s3: datasets and runs lie on an S3 server of its own, on this machine; STORE=s3://BUCKET/FOLDER: there.
+STORE ?=
 demo: .venv/ready
-	$(BIN)/python -m jobs.demo model=$(MODEL)
+	$(if $(filter s3,$(STORE)),$(BIN)/python tests/s3_server.py runs/s3) \
+		$(BIN)/python -m jobs.demo model=$(MODEL) $(if $(STORE),folder=$(if $(filter s3,$(STORE)),s3://bucket/demo,$(STORE)))
 
 check: lint
 	TASKFUSE_EXAMPLES_DIVISOR=5 $(PYTEST) -m "not integration and not system"

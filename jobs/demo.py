@@ -3,16 +3,14 @@
 Examples:
   python -m jobs.demo
   python -m jobs.demo model=ple
-  python -m jobs.demo model=mmoe folder=runs/other impressions=1200000
+  python -m jobs.demo model=mmoe folder=s3://bucket/demo impressions=1200000
 """
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -20,6 +18,8 @@ from omegaconf import DictConfig
 from features.errors import UserError
 from jobs.entry import job
 from pipeline.overrides import setting
+from pipeline.storage.files import remove_tree
+from pipeline.storage.store_path import place
 
 ENVIRONMENT = {**os.environ, "TASKFUSE_LINES": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
@@ -27,12 +27,12 @@ ENVIRONMENT = {**os.environ, "TASKFUSE_LINES": "1", "OMP_NUM_THREADS": os.enviro
 @job("demo")
 def main(config: DictConfig) -> None:
     """Prints and runs each command as a person would, then lists the outputs."""
-    begin, folder = time.monotonic(), Path(config.folder)
+    begin, folder = time.monotonic(), place(config.folder)
     model = HydraConfig.get().runtime.choices["model"]
     raw, data, run = folder / "raw", folder / "data", folder / model
     print("taskfuse demo: a raw event log in, per-task Normalized Entropy out. Each command can be run by itself.\n")
     if (run / "config.yaml").exists():
-        shutil.rmtree(run)
+        remove_tree(run)
     _finish(_start("jobs.generate", setting("out", raw), f"impressions={config.impressions}"))
     _finish(_start("jobs.preprocess", "data=demo", setting("input", raw), setting("out", data), "overwrite=true"))
     evaluator = _start(  # the ranks may take every core
