@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from features.errors import one_line
+from features.errors import UserError, one_line
 
 T = TypeVar("T")
 TIMEOUT = "TASKFUSE_STORE_TIMEOUT"  # environment: seconds for which a store may fail to answer
@@ -56,8 +56,12 @@ _logger = logging.getLogger(__name__)
 
 
 def time_limit() -> float:
-    """Seconds for which a store may fail to answer: TASKFUSE_STORE_TIMEOUT, or TIMEOUT_S."""
-    return float(os.environ.get(TIMEOUT) or TIMEOUT_S)
+    """Seconds for which a store may fail to answer: TASKFUSE_STORE_TIMEOUT, or TIMEOUT_S. Raises UserError for no number."""
+    text = os.environ.get(TIMEOUT) or TIMEOUT_S
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{TIMEOUT}={text} in the environment is no number of seconds: change or unset it.") from None
 
 
 def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: Any) -> T:

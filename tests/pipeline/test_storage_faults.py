@@ -13,6 +13,7 @@ import pytest
 from s3_server import SECRET, S3Server
 from store_fixtures import FaultProxy, use_store
 
+from features.errors import UserError
 from pipeline.storage import object_files, patience
 from pipeline.storage.conditional import Changed, read_version, write_new, write_over
 from pipeline.storage.files import append_line, copy_file, read_lines, remove_tree, sha256
@@ -162,6 +163,12 @@ def test_which_errors_another_try_may_not_meet(error: BaseException, passing: bo
 def test_a_bug_is_not_taken_for_a_silent_store() -> None:
     with pytest.raises(ZeroDivisionError):
         patiently("s3://bucket/a", lambda: 1 // 0)
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(patience.TIMEOUT, "soon")
+    with pytest.raises(UserError, match="TASKFUSE_STORE_TIMEOUT=soon"):
+        patiently("s3://bucket/a", lambda: 1)
 
 
 def test_a_server_that_is_killed_and_started_again_is_waited_for(
