@@ -8,6 +8,10 @@ from typing import Protocol
 class Lock(Protocol):
     """A lock that is held until it is released or its process ends; a context manager that releases it."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether another has taken it over, as it can where an owner does not answer; whoever commits under it asks first."""
+
     def release(self) -> None:
         """Gives the lock up."""
 
@@ -31,9 +35,12 @@ class Storage(Protocol):
         """Entries of a folder that match a glob pattern, sorted; none where there is no folder."""
 
     def commit(self, staging: Path, final: Path) -> None:
-        """Makes a folder visible under its final name, durably and in one step.
+        """Makes a folder visible under its final name, durably and in one step; on a store, with its manifest.
 
-        A folder that stands there already changes places with it: `staging` is then the old one, for its owner to delete.
+        A folder that stands there already is replaced; `staging` is then the old one, for its owner to delete, or none.
+
+        Raises:
+            UserError: another writer commits to the same place; a store alone says so.
         """
 
     def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lock:
