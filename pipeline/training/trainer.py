@@ -183,7 +183,8 @@ class Trainer:
         log_due = step % self.settings.log_every == 0 or step == 1 or last
         save_due = step % every == 0 or step in self.milestones or last
         check, read = partial(self.nonfinite.check, self.state.position.epoch), log_due or save_due
-        verdict = self.consensus.agree(self.preemption.received, nodes_wait(), check, read, save_due)
+        ending = self.preemption.received or self.loader.gone is not None
+        verdict = self.consensus.agree(ending, nodes_wait(), check, read, save_due)
         if verdict.bad_step is not None:
             self.rollback(verdict.bad_step)
             return False
@@ -324,12 +325,14 @@ class Trainer:
             raise error
 
     def stop(self) -> None:
-        """Ends a preempted run. Raises Preempted once its checkpoint is on disk."""
+        """Ends a run that is preempted, or whose dataset's store is gone. Raises Preempted once its checkpoint is on disk."""
         self.finish_writing()
         if self.metrics:
             self.metrics.close()
             self.run.write_status("preempted", self.state.step, self.steps)
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
+        if self.loader.gone:
+            raise Preempted(f"{self.loader.gone} Saved {path}.")
         raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
 
     def let_nodes_join(self) -> None:
