@@ -17,7 +17,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.shards import FOOTER_BYTES, FetchedShard, read_footer
 from pipeline.storage.cache import DiskCache
-from pipeline.storage.ranges import Range, read_ranges
+from pipeline.storage.ranges import Range, read_ranges, requests_of
 
 OPEN_SHARDS = 16  # the footer of one of many columns takes 20 MB; to open it costs a tenth of decoding a row group
 THREADS = 4  # that fetch, each a row group at a time by several requests
@@ -82,7 +82,7 @@ class StoredGroups:
         with self.lock:
             opened = self._open(shard, footer)
             check_footer(opened.footer, self.dataset.path / shard.path, shard.bytes, self.columns, groups=[index])
-            ranges = opened.ranges(self.columns, [index])
+            ranges = requests_of(opened.ranges(self.columns, [index]))
         parts = [*zip(ranges, self._read(shard, ranges), strict=True)]
         self.shares.append(sum(len(content) for _, content in parts) / max(_bytes(shard, index), 1))
         return Fetched(opened, parts)

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("device")
 
 
 def run(dataset: Path, out: Path, **settings: Any) -> Path:
-    config = configuration(dataset, out, max_steps=20, checkpoint_every=20, **settings)
+    config = configuration(dataset, out, max_steps=50, checkpoint_every=50, **settings)
     return prepare(config, None, torch.device("cpu")).run_to_end().path
 
 
 def test_a_store_that_stays_away_ends_a_run_with_a_checkpoint_from_which_it_goes_on_to_the_same_weights(
     tmp_path: Path, memory: StorePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = make_dataset(tmp_path / "data")
+    data = make_dataset(tmp_path / "data", rows=2000)
     for file in data.rglob("*"):
         if file.is_file():
             (memory / file.relative_to(data).as_posix()).write_bytes(file.read_bytes())
@@ -40,11 +40,11 @@ def test_a_store_that_stays_away_ends_a_run_with_a_checkpoint_from_which_it_goes
 
     monkeypatch.setattr(system, "cat_file", failing)
     monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.2")
-    left[0] = 12
+    left[0] = 40  # of 13 footers and 50 row groups
     with pytest.raises(Preempted, match=r"memory://.*has not answered for 0.2 s: .* resumes.* Saved .*step-") as error:
         run(memory, tmp_path / "run", read_ahead_bytes=1 << 20)
     assert "\n" not in str(error.value)
     [step] = checkpoint.steps(tmp_path / "run" / "checkpoints")
-    assert 0 < step < 20
+    assert 0 < step < 50
     left[0] = 1 << 30
     assert_identical(last(run(memory, tmp_path / "run")), wanted)
