@@ -4,7 +4,7 @@ import hashlib
 import io
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -99,6 +99,8 @@ class FetchedShard:
         self.shard = shard
         self.footer: pq.FileMetaData = pq.read_metadata(pa.BufferReader(MAGIC + footer))
         self.content = mmap.mmap(-1, shard.bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without large pages; with them a row group takes a tenth of the faults
+            self.content.madvise(mmap.MADV_HUGEPAGE)
         self.file = _parquet_file(dataset, shard, pa.BufferReader(pa.py_buffer(self.content)), self.footer)
 
     def ranges(self, columns: Sequence[str] | None, groups: Iterable[int]) -> list[Range]:
