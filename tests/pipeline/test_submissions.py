@@ -16,9 +16,9 @@ from pipeline.cluster.base import Cluster, Resources, Status, UnansweredError, W
 from pipeline.cluster.kubernetes.settings import KubernetesSettings
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
+from pipeline.storage.store_path import place
 from pipeline.submission import manager, progress, resources
 from pipeline.submission.records import Record, Records, revision
-from pipeline.storage.store_path import place
 
 GIB = 1 << 30
 WORK: dict[str, Any] = {
