@@ -5,14 +5,25 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from features.errors import UserError
 from models.ranker import ModelConfig
 from pipeline.dataset.days import Days, MissingDays
+from pipeline.dataset.read_ahead import LocalFolder, Reading
 from pipeline.run.retention import Keep
 from pipeline.run.tracking.settings import TrackingSettings
+from pipeline.storage.store_path import Place, place
 from pipeline.training.optim.settings import DenseOptimizer, TableOptimizer
 from pipeline.training.optim.strict import Strict
 from pipeline.training.optim.weighting import Weighting
 from pipeline.training.optim.weighting.fixed import Fixed
+
+
+def place_of(text: str, setting: str) -> Path:
+    """The path or URL in a setting that is no path itself. Raises UserError, naming it."""
+    try:
+        return place(text)
+    except ValueError as error:
+        raise UserError(f"{setting}: {error}") from None
 
 
 class Communication(Strict):
@@ -94,6 +105,10 @@ class Settings(Strict):
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
         decode_workers: processes of each rank that decode its lanes, of which it has as many at most as lanes; 0: a thread
             of the rank. None: 0 on a CPU; on a GPU one for each of the rank's cores but one, up to 8.
+        read_ahead_bytes: of a dataset on a store, memory of each process that decodes for row groups fetched before they are
+            needed.
+        cache, cache_bytes: a folder of a local disk, one for all ranks of a host, where row groups of a store are kept, and how
+            much it may take; None: fetched anew in each epoch.
     """
 
     batch_size: int | None = Field(None, ge=1)
@@ -127,10 +142,13 @@ class Settings(Strict):
     max_skipped: int = Field(10, ge=0)
     max_corrupt: float = Field(0.01, gt=0, le=1)
     timeout: float = Field(600, gt=0, le=86400)
-    init_from: Path | None = None
+    init_from: Place | None = None
     log_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
     decode_workers: int | None = Field(None, ge=0)
+    read_ahead_bytes: int = Field(Reading.ahead_bytes, ge=1 << 20)
+    cache: LocalFolder | None = None
+    cache_bytes: int = Field(Reading.cache_bytes, ge=1 << 20)
 
     @model_validator(mode="after")
     def _go_together(self) -> "Settings":
@@ -192,10 +210,10 @@ class TrainConfig(TrackingSettings, Strict):
         resume: auto resumes from the newest undamaged checkpoint; never refuses a run that has one.
     """
 
-    dataset: Path
+    dataset: Place
     days: Days = None
     missing_days: MissingDays = "refuse"
-    run: Path
+    run: Place
     tasks: list[str] | None = None
     model: ModelConfig
     train: Settings

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -15,15 +15,13 @@ import torch.distributed as dist
 from features.batch import Batch
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.card.page import page_of
 from pipeline.dataset.dataset import Dataset
-from pipeline.run import checkpoint, retention
+from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import CheckpointWriter
-from pipeline.run.run import Run
+from pipeline.run.owner import Owner
+from pipeline.run.run import LostRunError, Run
 from pipeline.run.tracking import registry as tracking
-from pipeline.run.tracking.base import TRAIN, Committed, Job, Published
-from pipeline.storage.files import read_lines
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.consensus import Consensus
 from pipeline.training.faults.hang_watch import HangWatch, watch_ranks
@@ -34,7 +32,7 @@ from pipeline.training.faults.rollback import Rollbacks
 from pipeline.training.learner import Learner, build_learner
 from pipeline.training.loading import loader_of
 from pipeline.training.logging.meter import ThroughputMeter
-from pipeline.training.logging.metrics_writer import MetricsWriter
+from pipeline.training.logging.metrics_writer import MetricsWriter, tracked
 from pipeline.training.logging.progressive import ProgressiveMetrics
 from pipeline.training.observer import Observer
 from pipeline.training.optim.dense import rate
@@ -77,9 +75,12 @@ class Trainer:
         self.preemption = PreemptionSignal(log=self.rank == 0)
         self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
         self.sinks = tracking.Sinks()
-        on_disk = partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda *_: None
+        self.owner = Owner(self.run, s.keep, dataset.name, self.sinks)
+        on_disk = self.owner.committed if self.rank == 0 else lambda *_: None
         group = self._cpu_group(WRITE_TIMEOUT)
-        self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, on_disk)
+        self.writer = CheckpointWriter(
+            self.run.checkpoints, group, s.checkpoint_async, on_disk, self.owner.before_commit
+        )
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)
@@ -96,7 +97,7 @@ class Trainer:
             UserError: another trainer has the run, a checkpoint of another job, resume=never.
         """
         if self.rank == 0:
-            self.lock = self.run.lock("train", "another trainer writes to it")
+            self.owner.take()
             checkpoint.tidy(self.run.checkpoints)
         path = resume.newest(self.run)
         if path is not None and self.config.resume == "never":
@@ -136,6 +137,11 @@ class Trainer:
 
     def run_to_end(self) -> Run:
         """Trains to the last step, with metrics and checkpoints on the way."""
+        with closing(self.owner):
+            self._run_to_end()
+        return self.run
+
+    def _run_to_end(self) -> None:
         with self._session():
             for observer in self.observers:
                 observer.on_start(self)
@@ -152,7 +158,6 @@ class Trainer:
         if self.metrics:
             self.metrics.close()
             self.run.write_status("finished", self.state.step, self.steps)
-        return self.run
 
     def train_segment(self) -> None:
         """Trains to the end of the run or of the epoch, to the next batch that is skipped, or until a rollback."""
@@ -178,10 +183,13 @@ class Trainer:
         log_due = step % self.settings.log_every == 0 or step == 1 or last
         save_due = step % every == 0 or step in self.milestones or last
         check, read = partial(self.nonfinite.check, self.state.position.epoch), log_due or save_due
-        verdict = self.consensus.agree(self.preemption.received, nodes_wait(), check, read, save_due)
+        ending = self.preemption.received or self.loader.gone is not None
+        verdict = self.consensus.agree(ending, nodes_wait(), check, read, save_due)
         if verdict.bad_step is not None:
             self.rollback(verdict.bad_step)
             return False
+        if log_due or save_due:
+            self.owner.check()
         if log_due:
             self.write_metrics()
         if save_due or verdict.stop:
@@ -303,7 +311,10 @@ class Trainer:
 
     def wait_for_writer(self) -> bool:
         """Waits until nothing is being written; False, on all ranks, and a line where a checkpoint could not be written."""
-        if (error := self.writer.wait()) and self.rank == 0:
+        error = self.writer.wait()
+        if isinstance(error, LostRunError):
+            raise error
+        if error and self.rank == 0:
             logger.warning(f"{error} Training continues, and retries with the next checkpoint.")
         return error is None
 
@@ -314,13 +325,16 @@ class Trainer:
             raise error
 
     def stop(self) -> None:
-        """Ends a preempted run. Raises Preempted once its checkpoint is on disk."""
+        """Ends a run that is preempted, or whose dataset's store is gone. Raises Preempted once its checkpoint is on disk."""
         self.finish_writing()
         if self.metrics:
             self.metrics.close()
             self.run.write_status("preempted", self.state.step, self.steps)
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
-        raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
+        if self.loader.gone:
+            raise Preempted(f"{self.loader.gone} Saved {path}.")
+        why = "SIGTERM" if self.preemption.received else "another rank ends"
+        raise Preempted(f"{why}: saved {path}. Rerun the same command to resume.")
 
     def let_nodes_join(self) -> None:
         """Once the checkpoint is on disk, waits for the launcher to end this rank; at the next one if it cannot be written."""
@@ -346,7 +360,7 @@ class Trainer:
             with self.preemption.handling(self.watch.expect_end), self._tracked():
                 yield
         except BaseException as error:
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) and not isinstance(error, LostRunError):
                 self._enter("save")
                 self.wait_for_writer()  # the other ranks are still there to write their parts
             if own:
@@ -361,12 +375,8 @@ class Trainer:
         if self.rank > 0:
             yield
             return
-        job = Job(self.run, TRAIN, step=self.state.step, history=list(read_lines(self.run.train_metrics)))
-        with tracking.opened(job, self.config, into=self.sinks):
-            self.sinks.handle(Published(page_of(self.dataset.name)))
-            self.metrics = MetricsWriter(
-                self.run, list(self.dataset.schema.tasks), self.state.step, self.steps, self.sinks
-            )
+        writing = tracked(self.run, self.config, self.dataset, self.state.step, self.steps, self.sinks)
+        with self.owner.writing(), writing as self.metrics:
             yield
 
     def at_end(self) -> bool:
@@ -387,10 +397,3 @@ class Trainer:
     def _enter(self, phase: str) -> None:
         if self.watch:
             self.watch.enter(self.state.step + 1, phase)
-
-
-def _committed(run: Run, keep: retention.Keep, dataset: str, sinks: tracking.Sinks, step: int, seconds: float) -> None:
-    """What follows a checkpoint of rank 0 that is on disk; called in the thread that wrote it."""
-    run.saving_s = max(run.saving_s or 0, seconds)
-    retention.prune(run, keep, dataset, step)
-    sinks.handle(Committed(step, time.time()))
