@@ -30,7 +30,7 @@ def write(job: Job, work: WriteWork) -> WriteReport:
         tables = (_encoded(job, work.split, piece, counts) for pieces in work.slices for piece in pieces)
     else:
         slices = (
-            pa.concat_tables(shuffle.read(piece.path, piece.start, mapped=False) for piece in pieces)
+            pa.concat_tables(shuffle.read_each([p.path for p in pieces], [p.start for p in pieces]))
             for pieces in work.slices
         )
         tables = (ordered(rows, job.order, job.seed) for rows in slices)
