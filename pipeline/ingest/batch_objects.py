@@ -5,6 +5,7 @@ bytes of the schema (int64). So the last bytes of an object say where its batche
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ def read_each(paths: Sequence[StorePath], batches: Sequence[int]) -> list[pa.Tab
     return [_table(content, indexes[str(path)][0]) for path, content in zip(paths, contents, strict=True)]
 
 
+def remove(paths: Sequence[StorePath]) -> None:
+    """Deletes objects, many by one request where the store can."""
+    with suppress(FileNotFoundError):
+        patiently(paths[0], paths[0].system.rm, [path.key for path in paths])
+
+
 def _indexes(paths: Sequence[StorePath]) -> dict[str, Index]:
     found = {str(path): _known[str(path)] for path in paths if str(path) in _known}
     new = [path for path in dict.fromkeys(paths) if str(path) not in found]
@@ -65,7 +72,7 @@ def _index_bytes(tail: bytes) -> int:
 
 
 def _parsed(index: bytes) -> Index:
-    batches, schema = np.frombuffer(index[-16:], np.int64).tolist()
+    _, schema = np.frombuffer(index[-16:], np.int64).tolist()
     return pa.ipc.read_schema(pa.py_buffer(index[:schema])), np.frombuffer(index[schema:-16], np.int64)
 
 

@@ -48,6 +48,15 @@ def read_each(paths: Sequence[str], batches: Sequence[int], mapped: bool = False
     return [read(path, batch, mapped) for path, batch in zip(paths, batches, strict=True)]
 
 
+def remove(paths: Sequence[Path]) -> None:
+    """Deletes files that no later step reads; those that are gone already are nobody's loss."""
+    if paths and isinstance(paths[0], StorePath):
+        batch_objects.remove([path for path in paths if isinstance(path, StorePath)])
+    else:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
 def partition(table: pa.Table, bucket_B: np.ndarray, buckets: int) -> list[pa.Table]:
     """The rows of each bucket, in their order."""
     if buckets == 1:
