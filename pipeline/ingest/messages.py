@@ -128,6 +128,7 @@ class ReadReport(Report):
         absent, keys: see pipeline.ingest.absent_columns.Completion.
         counts: where the lines of a text file went.
         swallowed: lines that bad rows take beyond their first ones.
+        bytes: of the unit.
     """
 
     step: ClassVar[str] = "read"
@@ -146,6 +147,7 @@ class ReadReport(Report):
     keys: list[str] | None = None
     counts: LineCounts = field(default_factory=LineCounts)
     swallowed: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from pipeline.terminal import escape_output
 
 # Does a piece of a step's work, given the step, the number of the piece and the work. It is pickled once a worker.
 Do = Callable[[str, int, Any], Report | Failure]
+Done = tuple[Report | Failure, float]  # what was reported of a piece of work, and the seconds that it took
 
 COMMAND = [sys.executable, "-m", "pipeline.ingest.workers"]
 RUNNING: list["Workers"] = []  # of the job in this process: Beam pickles its functions, which find them here
@@ -38,17 +40,18 @@ class Workers:
             self.idle.put(process)
         self.threads = ThreadPoolExecutor(count)
         self.do = do
-        self.begun: dict[tuple[str, int], Future[Report | Failure]] = {}
+        self.begun: dict[tuple[str, int], Future[Done]] = {}
         self.know_what_to_do: set[int] = set()
 
-    def submit(self, step: str, number: int, work: object) -> Future[Report | Failure]:
+    def submit(self, step: str, number: int, work: object) -> Future[Done]:
         """Has the next idle process do a piece of a step's work, unless it was submitted before."""
         if (step, number) not in self.begun:
             self.begun[step, number] = self.threads.submit(self._have_done, step, number, work)
         return self.begun[step, number]
 
-    def _have_done(self, step: str, number: int, work: object) -> Report | Failure:
+    def _have_done(self, step: str, number: int, work: object) -> Done:
         process = self.idle.get()
+        begin = time.monotonic()
         try:
             if process.pid not in self.know_what_to_do:
                 _send(process, self.do)
@@ -56,7 +59,7 @@ class Workers:
             _send(process, (step, number, work))
             report = _receive(process)
         except (EOFError, OSError):
-            return Failure(
+            report = Failure(
                 f"a worker process ended in step {step} ({_end_of(process)}). Nothing was written: run again, with fewer "
                 "workers or smaller unit_bytes and bucket_bytes if memory was short."
             )
@@ -64,7 +67,7 @@ class Workers:
             self.idle.put(process)
         if isinstance(report, Exception):
             raise report
-        return report
+        return report, time.monotonic() - begin
 
     def close(self) -> None:
         """Ends the processes."""
