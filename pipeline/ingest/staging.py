@@ -14,8 +14,13 @@ def staging_of(out: Path) -> Iterator[Path]:
     """As pipeline.storage.staging.staging_of, with the folders of a job in it. Raises UserError where there can be none."""
     with staging.staging_of(out) as folder:
         try:
-            (folder / "scratch" / "progress").mkdir(parents=True)
-            (folder / "scratch" / RESERVE_FILE).write_bytes(bytes(1 << 16))
+            make_folders(folder)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
         yield folder
+
+
+def make_folders(folder: Path) -> None:
+    """Makes the folders of a job in the one in which its dataset is written. Raises OSError."""
+    (folder / "scratch" / "progress").mkdir(parents=True, exist_ok=True)
+    (folder / "scratch" / RESERVE_FILE).write_bytes(bytes(1 << 16))
