@@ -62,7 +62,7 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
         )
     read = without_labels(schema) if config.labels == "none" else schema
-    _check(config, read)
+    check_settings(config, read)
     plan = plan_of(config, schema, read, _find(config, read))
     _warn_of(plan.absent, read)
     with staging_of(out) as staging:
@@ -162,7 +162,7 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
         logger.warning("%s: no file of %s%s", stream, join_faults(days, 5), advice)
 
 
-def _check(config: PreprocessConfig, schema: Schema) -> None:
+def check_settings(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
     if config.runner != "direct":
         from pipeline.ingest.runners.registry import check_runner
