@@ -16,10 +16,16 @@ from pipeline.ingest.files import Unit
 from pipeline.ingest.formats.base import LineCounts
 
 
+@dataclass(frozen=True)
 class Report:
-    """What a step reports of one piece of work; `step` names it."""
+    """What a step reports of one piece of work; `step` names it.
+
+    Attributes:
+        seconds: that it took.
+    """
 
     step: ClassVar[str]
+    seconds: float = field(default=0.0, kw_only=True, compare=False)
 
 
 R = TypeVar("R", bound=Report)

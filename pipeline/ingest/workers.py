@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,6 @@ from pipeline.terminal import escape_output
 
 # Does a piece of a step's work, given the step, the number of the piece and the work. It is pickled once a worker.
 Do = Callable[[str, int, Any], Report | Failure]
-Done = tuple[Report | Failure, float]  # what was reported of a piece of work, and the seconds that it took
 
 COMMAND = [sys.executable, "-m", "pipeline.ingest.workers"]
 RUNNING: list["Workers"] = []  # of the job in this process: Beam pickles its functions, which find them here
@@ -40,18 +38,17 @@ class Workers:
             self.idle.put(process)
         self.threads = ThreadPoolExecutor(count)
         self.do = do
-        self.begun: dict[tuple[str, int], Future[Done]] = {}
+        self.begun: dict[tuple[str, int], Future[Report | Failure]] = {}
         self.know_what_to_do: set[int] = set()
 
-    def submit(self, step: str, number: int, work: object) -> Future[Done]:
+    def submit(self, step: str, number: int, work: object) -> Future[Report | Failure]:
         """Has the next idle process do a piece of a step's work, unless it was submitted before."""
         if (step, number) not in self.begun:
             self.begun[step, number] = self.threads.submit(self._have_done, step, number, work)
         return self.begun[step, number]
 
-    def _have_done(self, step: str, number: int, work: object) -> Done:
+    def _have_done(self, step: str, number: int, work: object) -> Report | Failure:
         process = self.idle.get()
-        begin = time.monotonic()
         try:
             if process.pid not in self.know_what_to_do:
                 _send(process, self.do)
@@ -59,7 +56,7 @@ class Workers:
             _send(process, (step, number, work))
             report = _receive(process)
         except (EOFError, OSError):
-            report = Failure(
+            return Failure(
                 f"a worker process ended in step {step} ({_end_of(process)}). Nothing was written: run again, with fewer "
                 "workers or smaller unit_bytes and bucket_bytes if memory was short."
             )
@@ -67,7 +64,7 @@ class Workers:
             self.idle.put(process)
         if isinstance(report, Exception):
             raise report
-        return report, time.monotonic() - begin
+        return report
 
     def close(self) -> None:
         """Ends the processes."""

@@ -9,12 +9,12 @@ from pipeline.ingest.runners.beam_compat import beam
 NAMESPACE = "taskfuse"
 
 
-def count(step: str, report: Report | Failure, seconds: float) -> None:
+def count(step: str, report: Report | Failure) -> None:
     """Adds a piece of a step's work to the counters, and its time to the step's distribution."""
     for name, amount in amounts(step, report).items():
         beam.metrics.Metrics.counter(NAMESPACE, name).inc(amount)
-    # Distributions are of integers.
-    beam.metrics.Metrics.distribution(NAMESPACE, f"milliseconds_{step}").update(round(seconds * 1000))
+    if isinstance(report, Report):  # distributions are of integers
+        beam.metrics.Metrics.distribution(NAMESPACE, f"milliseconds_{step}").update(round(report.seconds * 1000))
 
 
 def amounts(step: str, report: Report | Failure) -> dict[str, int]:

@@ -4,7 +4,6 @@ Engines show each step under its name, in four parts: read/spread, read/do, read
 Reshuffle, ParDo, FlatMap and CombineGlobally is used: the runners of spark.py and hosts.py translate these.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -37,7 +36,7 @@ class StepFn(beam.DoFn):
 
     def start_bundle(self) -> None:
         """Nothing is under way yet."""
-        self.submitted: list[tuple[int, Future[workers.Done]]] = []
+        self.submitted: list[tuple[int, Future[Report | Failure]]] = []
 
     def process(self, element: tuple[int, Any]) -> Iterator[tuple[int, Report | Failure]]:
         """Yields one report, unless worker processes make it."""
@@ -45,16 +44,15 @@ class StepFn(beam.DoFn):
         if workers.RUNNING:
             self.submitted.append((number, workers.RUNNING[-1].submit(self.step, number, work)))
         else:
-            begin = time.monotonic()
             report = self.do(self.step, number, work)
-            count(self.step, report, time.monotonic() - begin)
+            count(self.step, report)
             yield number, report
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         """Yields what worker processes have made."""
         for number, future in self.submitted:
-            report, seconds = future.result()
-            count(self.step, report, seconds)
+            report = future.result()
+            count(self.step, report)
             yield GlobalWindows.windowed_value((number, report))
 
 

@@ -17,6 +17,7 @@ one (see pipeline.ingest.messages).
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,9 @@ def reported(do: Callable[[], Report], out: Path, progress: Path, step: str, num
     Args:
         out: what could not be written, for errors. progress: the folder that counts pieces that are done.
     """
-    begin = time.time()
+    begin, start = time.time(), time.monotonic()
     try:
-        report = do()
+        report = replace(do(), seconds=time.monotonic() - start)
         record_done(progress, step, number, begin, report.bytes if isinstance(report, ReadReport) else 0)
     except UserError as error:
         return Failure(str(error))
