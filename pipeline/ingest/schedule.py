@@ -20,6 +20,7 @@ from pipeline.ingest import shuffle
 from pipeline.ingest.absent_columns import check_keys
 from pipeline.ingest.bad_rows import too_many_message
 from pipeline.ingest.empty_split import empty_split
+from pipeline.ingest.files import no_answer
 from pipeline.ingest.join_check import check_joined, check_looked_up
 from pipeline.ingest.messages import (
     DeadLetters,
@@ -116,7 +117,8 @@ def after(
         work = list(PLANS[following](job, limits)) if following else []
     except (UserError, OSError) as error:
         (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
-        message = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
+        known = error if isinstance(error, UserError) else no_answer(error)
+        message = str(known or f"{job.staging.parent}: {one_line(error)}")
         with suppress(OSError):  # then the driver misses the reports of the last step
             write_json(job.scratch / "error.json", message)
         return
