@@ -13,7 +13,7 @@ from test_job_day_state import content, day, drawn_rows, write_log
 
 from features.errors import UserError
 from jobs import inspect
-from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.verify import verify
 from pipeline.ingest import batch_objects, shuffle
 from pipeline.ingest.files import find, open_raw
@@ -121,9 +121,8 @@ def test_a_dataset_on_a_store_is_opened_by_one_listing_and_checked_as_on_disk(
     assert dataset.encoders.vocabularies["goods_brand"].equals(here.encoders.vocabularies["goods_brand"])
     inspect.main([str(days / day(1)), "--verify"])
     printed = capsys.readouterr().out.splitlines()
-    assert [f"verified  {line}" for line in verify(open_dataset(disk, day(1)))] == [
-        line.replace(f"{day(1)}  ", "") for line in printed if line.startswith("verified")
-    ]
+    verified = [line.removeprefix("verified  ") for line in printed if line.startswith("verified")]
+    assert verified == [*verify(Dataset(disk / day(1)))]
     assert f"page      {days / day(1)}.card.html" in printed
     shard = days / day(0) / dataset.manifest.shards[0].path.partition("/")[2]
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -152,10 +151,13 @@ def test_an_out_on_a_store_is_replaced_only_on_demand_and_only_if_it_is_a_datase
 
 @pytest.mark.parametrize("store", ["memory", "s3"], indirect=True)
 def test_a_batch_of_many_is_read_alone_and_an_index_once(store: StorePath, monkeypatch):
-    tables = [
-        pa.table({"key": pa.array([f"k{i}" for i in range(rows)], pa.string()), "x": np.arange(rows), "l": pa.array([[i] * i for i in range(rows)], pa.large_list(pa.int64()))})
-        for rows in (0, 3, 500, 7)
-    ]  # fmt: skip
+    def table_of(rows: int) -> pa.Table:
+        lists = pa.array([[i] * i for i in range(rows)], pa.large_list(pa.int64()))
+        return pa.table(
+            {"key": pa.array([f"k{i}" for i in range(rows)], pa.string()), "x": np.arange(rows), "l": lists}
+        )
+
+    tables = [table_of(rows) for rows in (0, 3, 500, 7)]
     coded = [table.set_column(0, "key", table["key"].dictionary_encode()) for table in tables]
     asked: list[tuple[int, int | None]] = []
     whole = batch_objects._ranges
