@@ -1,4 +1,4 @@
-"""Jobs whose store is gone for a while or for good, or that are killed themselves: the same bytes in the end, or one line and nothing."""
+"""Jobs whose store is gone for a while or for good, or that are killed: the same bytes in the end, or one line and nothing."""
 
 import os
 import signal
@@ -70,11 +70,10 @@ def put(_: str) -> Callable[[str, str], bool]:
 
 
 @pytest.mark.parametrize("scratch", ["store", "disk"])
-def test_a_server_that_is_killed_and_comes_back_changes_nothing(
+def test_a_store_that_is_gone_for_a_while_changes_nothing(
     scratch,
     through_proxy: StorePath,
     proxy: FaultProxy,
-    s3_server: S3Server,
     small_log,
     small_content,
     wanted,
