@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import yaml
@@ -86,8 +86,10 @@ def test_a_store_that_is_gone_for_a_while_changes_nothing(
 
     folder = through_proxy / "scratch" if scratch == "store" else tmp_path / "scratch"
     kind, count = ("scratch", 12) if scratch == "store" else ("part-", 2)
-    with no_beam(), after_requests(proxy, put(kind), count, restart):
-        run(small_log, through_proxy / "out", small_content(), scratch=folder, **SIZES)
+    # On the store with Beam and two workers, which have clients of their own.
+    beam, workers = (nullcontext(), 2) if scratch == "store" else (no_beam(), 1)
+    with beam, after_requests(proxy, put(kind), count, restart):
+        run(small_log, through_proxy / "out", small_content(), scratch=folder, workers=workers, **SIZES)
     assert on(through_proxy / "out") == wanted
     assert names(through_proxy) == {"out"}
 
