@@ -125,6 +125,11 @@ def after(
     yield from enumerate(work)
 
 
+def size_of(work: object) -> int:
+    """Which pieces of a step's work take longer than others; 0 where they are alike."""
+    return sum(piece.rows for slice_ in work.slices for piece in slice_) if isinstance(work, WriteWork) else 0
+
+
 def lines_before(reads: list[ReadReport]) -> list[int]:
     """Per unit the lines of its file in the units before it; a file may belong to several streams."""
     seen: Counter[tuple[str, str]] = Counter()
