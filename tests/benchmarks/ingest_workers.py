@@ -8,10 +8,10 @@
 
 direct is this machine's worker processes, hosts are worker pools on loopback, spark is a standalone cluster of as many
 workers of one core, both started before the clock and not in CPU s. Each run is a job of its own process, on one thread a
-worker. The profile has for each step the seconds between its beginning and the next one's, the share of them in which workers worked, and what the
-rest of it went to, in seconds: until the first piece began, waiting for the last one, and after it, when one process
-adds up and plans. `stretch` is the time of all pieces over that with one worker of the kind: what workers that share
-caches and memory cost each other. Results are kept in results/ingest-workers.json.
+worker. The profile has for each step the seconds between its beginning and the next one's, the share of them in which
+workers worked, and what the rest of it went to, in seconds: until the first piece began, waiting for the last one, and
+after it, when one process adds up and plans. `stretch` is the time of all pieces over that with one worker of the kind:
+what workers that share caches and memory cost each other. Results are kept in results/ingest-workers.json.
 """
 
 import json
