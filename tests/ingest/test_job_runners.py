@@ -127,7 +127,9 @@ def test_worker_processes_begin_with_the_largest_shards_then_in_the_order_of_the
     for step, wanted in (("write", [3, 0, 2, 1]), ("merge", [0, 1, 2, 3])):
         rows = [200, 100, 200, 300]
         work = [
-            WriteWork("train", [[Piece("a", 0, 50)], [Piece("b", 0, n - 50)]]) if step == "write" else MergeWork([])
+            WriteWork("train", [[Piece("a", 0, 50)], [Piece("b", 0, n - 50)]], "path")
+            if step == "write"
+            else MergeWork([])
             for n in rows
         ]
         fn = pipelines.StepFn(lambda *_: None, step)
