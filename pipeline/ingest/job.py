@@ -7,7 +7,7 @@ import datetime
 import json
 import logging
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
-from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
+from pipeline.ingest.state import IMPRESSIONS, RESERVE_FILE, AbsentDays, Job
 from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
@@ -306,14 +306,30 @@ def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
 def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:
     """Runs all steps. Raises UserError for the first failure."""
     total = sum(each.unit.file.size for each in work if not each.unit.start)
-    several = config.runner == "direct" and config.workers > 1
-    with workers.started(config.workers, partial(run_step, job), "read", work) if several else nullcontext():
+    with _workers(config, job, work):
         from pipeline.ingest.runners.pipelines import run_pipeline
 
         with Progress(job.progress, schedule.steps_of(job), total):
             run_pipeline(config, job, limits, work)
     if (job.scratch / "error.json").exists():
         raise UserError(json.loads((job.scratch / "error.json").read_text()))
+
+
+def _workers(config: PreprocessConfig, job: Job, work: list[ReadWork]) -> AbstractContextManager[None]:
+    """The processes that do the steps' work, where Beam's own do not."""
+    do = partial(run_step, job)
+    if config.runner == "hosts":
+        from pipeline.ingest.runners.hosts import connected
+
+        reserve = job.scratch / RESERVE_FILE
+        first = {each.stream: each.unit.file for each in reversed(work)}
+        seen: list[tuple[str, int | None]] = [(str(job.staging), None), (str(reserve), reserve.stat().st_size)]
+        seen += [(file.path, file.size) for file in first.values()]
+        seen = [(path, size) for path, size in seen if "://" not in path]
+        return connected(config.hosts, config.workers, do, "read", work, seen)
+    if config.runner == "direct" and config.workers > 1:
+        return workers.started(config.workers, do, "read", work)
+    return nullcontext()
 
 
 def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: bool) -> Manifest:
