@@ -113,10 +113,12 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
-    if config.runner != "direct":
+    if config.runner != "direct" or config.options or config.hosts:
+        from pipeline.ingest.runners.reachable import check_settings
         from pipeline.ingest.runners.registry import check_runner
 
         check_runner(config.runner)
+        check_settings(config)
     raw_format(schema.source)
     for name in schema.source.outcomes:
         raw_format(schema.source.format_of(name), f"source.outcomes.{name}.read")

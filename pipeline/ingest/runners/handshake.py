@@ -79,11 +79,11 @@ def greet_pool(
     """
     deadline, mine = time.monotonic() + seconds, secrets.token_hex(32)
     theirs = _text(_receive(connection, deadline), "nonce")
-    _send(connection, {"nonce": mine, "proof": _proof(key, "job", theirs, mine), "files": list(files)})
+    _send(connection, {"nonce": mine, "proof": proof(key, "job", theirs, mine), "files": list(files)})
     answer = _receive(connection, deadline)
     if "refused" in answer:
         raise HandshakeError(_text(answer, "refused"))
-    if not hmac.compare_digest(_text(answer, "proof"), _proof(key, "pool", theirs, mine)):
+    if not hmac.compare_digest(_text(answer, "proof"), proof(key, "pool", theirs, mine)):
         raise HandshakeError(f"has another {KEY_VARIABLE}")
     connection.settimeout(None)
     _check_versions(answer.get("versions"))
@@ -96,14 +96,14 @@ def greet_job(connection: socket.socket, key: bytes, own: dict[str, str], second
     asked = _receive(connection, deadline)
     theirs = _text(asked, "nonce")
     refused = None
-    if not hmac.compare_digest(_text(asked, "proof"), _proof(key, "job", mine, theirs)):
+    if not hmac.compare_digest(_text(asked, "proof"), proof(key, "job", mine, theirs)):
         refused = f"has another {KEY_VARIABLE}"
     elif unseen := _unseen(asked.get("files")):
         refused = f"does not see {unseen}: give a URL, or an absolute path on a file system that all hosts mount"
     if refused:
         _send(connection, {"refused": refused})
         raise HandshakeError(refused)
-    _send(connection, {"proof": _proof(key, "pool", mine, theirs), "versions": own})
+    _send(connection, {"proof": proof(key, "pool", mine, theirs), "versions": own})
     connection.settimeout(None)
 
 
@@ -129,7 +129,8 @@ def _unseen(files: Any) -> str | None:
     return None
 
 
-def _proof(key: bytes, side: str, nonce_of_pool: str, nonce_of_job: str) -> str:
+def proof(key: bytes, side: str, nonce_of_pool: str, nonce_of_job: str) -> str:
+    """That a side has the secret, for this exchange."""
     return hmac.new(key, f"taskfuse {side} {nonce_of_pool} {nonce_of_job}".encode(), "sha256").hexdigest()
 
 

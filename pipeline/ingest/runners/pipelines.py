@@ -9,6 +9,7 @@ from pipeline.ingest import schedule, workers
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.messages import Failure, ReadWork, Report
 from pipeline.ingest.runners.beam_compat import GlobalWindows, WindowedValue, beam, errors_only
+from pipeline.ingest.runners.reachable import watched
 from pipeline.ingest.runners.registry import pipeline_on
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps import run_step
@@ -46,7 +47,7 @@ class StepFn(beam.DoFn):
 
 def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, units: list[ReadWork]) -> None:
     """Runs all steps in one pipeline; a failure is in the job's scratch folder (see schedule.after)."""
-    with errors_only(), pipeline_on(config) as pipeline:
+    with errors_only(), watched(config, job.progress), pipeline_on(config) as pipeline:
         work = pipeline | beam.Create(list(enumerate(units)))
         for step in schedule.steps_of(job):
             listed = _reports(work, partial(run_step, job), step)

@@ -23,7 +23,6 @@ from contextlib import suppress
 
 from features.errors import UserError, one_line
 from features.printable import printable
-from pipeline.ingest import workers
 from pipeline.ingest.runners import handshake
 from pipeline.processes import end_with
 
@@ -43,8 +42,6 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     try:
         if arguments.beam:
-            from pipeline.ingest.runners.reachable import serve_beam
-
             serve_beam(arguments.host, arguments.port)
         else:
             serve(arguments.host, arguments.port)
@@ -89,6 +86,16 @@ def serve(host: str, port: int) -> None:
         threading.Thread(target=_serve_one, args=(connection, str(peer[0]), key, own), daemon=True).start()
 
 
+def serve_beam(host: str, port: int) -> None:
+    """A pool for runners of Beam's own. Raises UserError where this python lacks Beam, or it cannot listen."""
+    _import_steps()
+    try:
+        from pipeline.ingest.runners.beam_compat import serve_beam_pool
+    except ImportError as error:
+        raise UserError(f"{sys.executable} lacks Beam: {one_line(error)}") from None
+    serve_beam_pool(host, port)
+
+
 def is_loopback(host: str) -> bool:
     """Whether only processes of this machine can connect to an address."""
     try:
@@ -120,7 +127,7 @@ def _serve_one(connection: socket.socket, peer: str, key: bytes, own: dict[str, 
         except OSError as error:
             logger.warning("%s: no worker could be started: %s", peer, one_line(error))
             return
-        logger.info("%s: worker %d", peer, process.pid)
+        logger.info("%s: started worker %d", peer, process.pid)
         poller = select.poll()
         poller.register(connection, ENDED)
         while process.poll() is None:
@@ -137,6 +144,8 @@ def _serve_one(connection: socket.socket, peer: str, key: bytes, own: dict[str, 
 
 def _be_worker(pool: int) -> None:
     """What a worker process does (see pipeline.ingest.workers); it ends with its pool."""
+    from pipeline.ingest import workers
+
     end_with(pool, ctypes.CDLL(None), signal.SIGKILL)
     try:
         workers.main()
