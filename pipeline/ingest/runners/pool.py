@@ -26,7 +26,7 @@ from features.printable import printable
 from pipeline.ingest.runners import handshake
 from pipeline.processes import end_with
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("pipeline.ingest.runners.pool")  # also where this module is __main__
 
 COMMAND = [sys.executable, "-m", "pipeline.ingest.runners.pool"]
 CHECK_MS = 200  # whether a worker, or its job, has ended
@@ -39,7 +39,6 @@ def main() -> None:
     arguments = _arguments()
     if arguments.worker_of:
         _be_worker(arguments.worker_of)
-    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     try:
         if arguments.beam:
             serve_beam(arguments.host, arguments.port)
@@ -78,6 +77,7 @@ def serve(host: str, port: int) -> None:
         listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {one_line(error)}") from None
+    _log()
     logger.info(
         "listening on %s:%d  %s", host, listener.getsockname()[1], "  ".join(f"{n} {v}" for n, v in own.items())
     )
@@ -89,11 +89,17 @@ def serve(host: str, port: int) -> None:
 def serve_beam(host: str, port: int) -> None:
     """A pool for runners of Beam's own. Raises UserError where this python lacks Beam, or it cannot listen."""
     _import_steps()
-    try:
+    try:  # before there is a handler for what Beam logs meanwhile
         from pipeline.ingest.runners.beam_compat import serve_beam_pool
     except ImportError as error:
         raise UserError(f"{sys.executable} lacks Beam: {one_line(error)}") from None
+    _log()
     serve_beam_pool(host, port)
+
+
+def _log() -> None:
+    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("pipeline").setLevel(logging.INFO)
 
 
 def is_loopback(host: str) -> bool:

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 from features.errors import UserError, did_you_mean, join_faults, one_line
@@ -23,6 +24,7 @@ CONNECT_S, ANSWER_S = 5.0, 8.0  # of a job endpoint: until it must be connected,
 BEGIN_S = 25.0  # after which workers that have not begun are worth a line
 OF_BEAM = {"portable": "PortableRunner", "flink": "FlinkRunner", "dataflow": "DataflowRunner"}
 HERE = ("[local]", "[auto]", "local", "auto")  # in place of a Flink cluster's address: one in this process
+NEAR = 0.85  # difflib's ratio of a flag to the one that was meant
 DATAFLOW_NEEDS = ("project", "region", "temp_location")
 
 
@@ -52,11 +54,13 @@ def _check_flags(runner: str, flags: beam_compat.Flags, described: set[str]) -> 
     """Raises UserError for a flag that neither Beam nor the job server knows, or a value of the wrong type."""
     if flags.fault:
         raise UserError(f"options: {flags.fault}")
-    unknown = [name for name in flags.unknown if name.removeprefix("--") not in described]
-    for name in unknown:
-        near = did_you_mean(name, [*flags.names, *(f"--{each}" for each in described)])
-        if near or OF_BEAM.get(runner, runner) != "FlinkRunner" or described:
-            raise UserError(f"options: Beam has no flag {name}{near}")
+    known = [*flags.names, *(f"--{each}" for each in described)]
+    for name in flags.unknown:
+        if name.removeprefix("--") in described:
+            continue
+        # The flags of a job server that does not run yet are not known here: only a near miss is one.
+        if OF_BEAM.get(runner, runner) != "FlinkRunner" or described or get_close_matches(name, known, 1, NEAR):
+            raise UserError(f"options: Beam has no flag {name}{did_you_mean(name, known)}")
         logger.warning("options: Beam's Python has no flag %s: it is passed on to the job server", name)
 
 
