@@ -133,6 +133,14 @@ def test_an_endpoint_that_is_gone_in_the_middle_is_one_line(tmp_path):
         channel.unary_unary("/any/Call")(b"", timeout=5)
 
 
+def test_a_job_server_that_cannot_be_fetched_is_one_line_and_a_defect_is_not(tmp_path):
+    wanted = r"job server could not be fetched: Unable to fetch .* add \"--job_endpoint="
+    with pytest.raises(UserError, match=wanted), watched(config("flink", EXTERNAL), tmp_path):
+        raise RuntimeError("Unable to fetch remote job server jar at https://…\nno network")
+    with pytest.raises(RuntimeError, match="a defect"), watched(config("flink", EXTERNAL), tmp_path):
+        raise RuntimeError("a defect")
+
+
 def test_beams_pool_starts_this_python_whatever_is_on_the_path(tmp_path):
     """Beam's own starts the first `python` on PATH, which may lack Beam: then nothing happens, and nobody says so."""
     from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc, endpoints_pb2

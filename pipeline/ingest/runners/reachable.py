@@ -165,6 +165,13 @@ def watched(config: PreprocessConfig, progress: Path) -> Iterator[None]:
         raise UserError(
             f"runner={config.runner}: {endpoint} is gone: {beam_compat.details_of(error)}. Nothing was written."
         ) from None
+    except RuntimeError as error:
+        if "job server jar" not in str(error):
+            raise
+        raise UserError(
+            f"runner={config.runner}: Beam's job server could not be fetched: {one_line(error)}. Start one and add "
+            '"--job_endpoint=HOST:8099", or add "--flink_job_server_jar=FILE". Nothing was written.'
+        ) from None
     finally:
         ended.set()
         watch.join()
