@@ -113,7 +113,11 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
 
 def _check(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
-    if config.runner != "direct" or config.options or config.hosts:
+    if config.runner == "hosts" and not config.options:  # what follows imports Beam, for seconds
+        from pipeline.ingest.runners.hosts import addresses
+
+        addresses(config.hosts)
+    elif config.runner != "direct" or config.options or config.hosts:
         from pipeline.ingest.runners.reachable import check_settings
         from pipeline.ingest.runners.registry import check_runner
 
