@@ -35,10 +35,11 @@ from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import staging_of
-from pipeline.ingest.state import IMPRESSIONS, RESERVE_FILE, AbsentDays, Job
+from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
+from pipeline.storage.store_path import on_store
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +119,11 @@ def _check(config: PreprocessConfig, schema: Schema) -> None:
 
         addresses(config.hosts)
     elif config.runner != "direct" or config.options or config.hosts:
-        from pipeline.ingest.runners.reachable import check_settings
+        from pipeline.ingest.runners.reachable import check_reachable
         from pipeline.ingest.runners.registry import check_runner
 
         check_runner(config.runner)
-        check_settings(config)
+        check_reachable(config)
     raw_format(schema.source)
     for name in schema.source.outcomes:
         raw_format(schema.source.format_of(name), f"source.outcomes.{name}.read")
@@ -327,11 +328,11 @@ def _workers(config: PreprocessConfig, job: Job, work: list[ReadWork]) -> Abstra
     if config.runner == "hosts":
         from pipeline.ingest.runners.hosts import connected
 
-        reserve = job.scratch / RESERVE_FILE
         first = {each.stream: each.unit.file for each in reversed(work)}
-        seen: list[tuple[str, int | None]] = [(str(job.staging), None), (str(reserve), reserve.stat().st_size)]
-        seen += [(file.path, file.size) for file in first.values()]
-        seen = [(path, size) for path, size in seen if "://" not in path]
+        seen: list[tuple[str, int | None]] = [
+            (file.path, file.size) for file in first.values() if "://" not in file.path
+        ]
+        seen += [(str(folder), None) for folder in (job.staging, job.scratch) if not on_store(folder)]
         return connected(config.hosts, config.workers, do, "read", work, seen)
     if config.runner == "direct" and config.workers > 1:
         return workers.started(config.workers, do, "read", work)

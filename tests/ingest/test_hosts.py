@@ -299,7 +299,7 @@ def test_a_proof_without_the_secret_or_of_another_exchange_gets_no_worker(pools)
 def end_of_pool(*arguments: str, **environment: str) -> str:
     """The line with which a pool does not start."""
     command = [sys.executable, "-m", "pipeline.ingest.runners.pool", *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     return done.stderr
 

@@ -16,7 +16,7 @@ from waiting import wait_for
 from features.errors import UserError
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.runners import beam_compat, reachable
-from pipeline.ingest.runners.reachable import check_settings, watched
+from pipeline.ingest.runners.reachable import check_reachable, watched
 
 pytestmark = pytest.mark.integration
 
@@ -32,7 +32,7 @@ def config(runner: str, options: list[str], **settings: Any) -> PreprocessConfig
 
 def fault(runner: str, options: list[str], **settings: Any) -> str:
     with pytest.raises(UserError) as caught:
-        check_settings(config(runner, options, **settings))
+        check_reachable(config(runner, options, **settings))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -69,7 +69,7 @@ def test_a_job_server_of_beam_is_asked_for_its_own_flags(monkeypatch):
     monkeypatch.setattr(reachable, "connect", lambda *_: None)
     monkeypatch.setattr(beam_compat, "options_of_job_server", lambda *_: {"operator_chaining"})
     options = ["--job_endpoint=h:1", *EXTERNAL]
-    check_settings(config("portable", [*options, "--operator_chaining=true"]))
+    check_reachable(config("portable", [*options, "--operator_chaining=true"]))
     message = fault("portable", [*options, "--operator_chainin=true"])
     assert message == "options: Beam has no flag --operator_chainin (did you mean --operator_chaining?)"
 
@@ -101,14 +101,17 @@ def test_flags_that_work_are_taken_and_mounted_paths_of_other_machines_are_named
     monkeypatch.setattr(reachable, "connect", lambda *_: None)
     monkeypatch.setattr(reachable.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(reachable.importlib.util, "find_spec", lambda name: name)
-    check_settings(config("dataflow", DATAFLOW, input="gs://b/in", out="gs://b/out"))
-    check_settings(config("flink", ["--flink_master=localhost:8081", *EXTERNAL]))
+    check_reachable(config("dataflow", DATAFLOW, input="gs://b/in", out="gs://b/out"))
+    check_reachable(config("flink", ["--flink_master=localhost:8081", *EXTERNAL]))
     assert warnings == []
-    check_settings(config("flink", ["--flink_master=http://jobs:8081", *EXTERNAL], scratch="s3://b/scratch"))
+    remote = ["--flink_master=http://jobs:8081", *EXTERNAL]
+    check_reachable(config("flink", remote, input="s3://b/in", scratch="s3://b/scratch"))
+    assert warnings == []
+    check_reachable(config("flink", remote, out="s3://b/out", scratch="/scratch"))
     assert warnings == [
-        "runner=flink: input=in; out=out must be mounted at the same path on all workers; where it is not, give URLs"
+        "runner=flink: input=in; scratch=/scratch must be mounted at the same path on all workers; where it is not, give URLs"
     ]
-    check_settings(config("flink", [*EXTERNAL, "--flinkConfDir=/etc/flink"]))
+    check_reachable(config("flink", [*EXTERNAL, "--flinkConfDir=/etc/flink"]))
     assert warnings[1:] == ["options: Beam's Python has no flag --flinkConfDir: it is passed on to the job server"]
 
 

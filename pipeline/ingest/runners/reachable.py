@@ -28,7 +28,7 @@ NEAR = 0.85  # difflib's ratio of a flag to the one that was meant
 DATAFLOW_NEEDS = ("project", "region", "temp_location")
 
 
-def check_settings(config: PreprocessConfig) -> None:
+def check_reachable(config: PreprocessConfig) -> None:
     """Raises UserError for settings of a runner that cannot work, and for an endpoint that does not answer."""
     if config.runner == "hosts":
         addresses(config.hosts)
@@ -112,12 +112,12 @@ def warn_of_paths(config: PreprocessConfig, elsewhere: str) -> None:
 
 
 def _local_places(config: PreprocessConfig) -> list[str]:
-    named = {"input": config.input, "out": config.out, "scratch": config.scratch}
-    return [
-        f"{name}={value}"
-        for name, value in named.items()
-        if (isinstance(value, Path) and not on_store(value)) or (isinstance(value, str) and "://" not in value)
-    ]
+    """What workers must see and is not on a store: with `scratch` on one, the driver alone writes to `out`."""
+    found = [f"input={config.input}"] if "://" not in config.input else []
+    if config.scratch is None or not on_store(config.scratch):
+        named = {"out": config.out, "scratch": config.scratch}
+        found += [f"{name}={path}" for name, path in named.items() if path is not None and not on_store(path)]
+    return found
 
 
 def connect(to: Address, setting: str) -> None:
