@@ -39,7 +39,6 @@ from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
-from pipeline.storage.store_path import on_store
 
 logger = logging.getLogger(__name__)
 
@@ -324,19 +323,12 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
 
 def _workers(config: PreprocessConfig, job: Job, work: list[ReadWork]) -> AbstractContextManager[None]:
     """The processes that do the steps' work, where Beam's own do not."""
-    do = partial(run_step, job)
     if config.runner == "hosts":
-        from pipeline.ingest.runners.hosts import connected
+        from pipeline.ingest.runners.hosts import connected, must_see
 
-        first = {each.stream: each.unit.file for each in reversed(work)}
-        seen: list[tuple[str, int | None]] = [
-            (file.path, file.size) for file in first.values() if "://" not in file.path
-        ]
-        seen += [(str(folder), None) for folder in (job.staging, job.scratch) if not on_store(folder)]
-        return connected(config.hosts, config.workers, do, "read", work, seen)
-    if config.runner == "direct" and config.workers > 1:
-        return workers.started(config.workers, do, "read", work)
-    return nullcontext()
+        return connected(config.hosts, config.workers, partial(run_step, job), "read", work, must_see(job, work))
+    several = config.runner == "direct" and config.workers > 1
+    return workers.started(config.workers, partial(run_step, job), "read", work) if several else nullcontext()
 
 
 def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: bool) -> Manifest:

@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 
 from features.errors import UserError, join_faults, one_line
 from pipeline.ingest import workers
-from pipeline.ingest.messages import Failure, Report
+from pipeline.ingest.messages import Failure, ReadWork, Report
 from pipeline.ingest.runners import handshake
+from pipeline.ingest.state import Job
+from pipeline.storage.store_path import on_store
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +257,14 @@ class Pools:
             piece.report.set_result(
                 Failure(f"hosts: no worker pool is left in step {piece.step}: {why}. Nothing was written: run again.")
             )
+
+
+def must_see(job: Job, work: Sequence[ReadWork]) -> list[tuple[str, int | None]]:
+    """What of a job all hosts must see: its folders, and a file of each stream, but for those on stores."""
+    first = {each.stream: each.unit.file for each in reversed(work)}
+    folders = [folder for folder in (job.staging, job.scratch) if not on_store(folder)]
+    files = [(file.path, file.size) for file in first.values() if "://" not in file.path]
+    return [*((str(folder), None) for folder in folders), *files]
 
 
 @contextmanager
