@@ -1,5 +1,6 @@
 """The same dataset, byte for byte, from workers on other hosts; hosts that are gone, or not what they should be."""
 
+import os
 import re
 import socket
 import subprocess
@@ -112,8 +113,8 @@ def working(hosts: list[str], count: int = 1, files: Any = ()) -> Iterator[Pools
 # The same bytes
 
 
-def test_pools_that_die_end_a_job_with_their_names_and_a_rerun_on_two_others_writes_the_bytes_of_one_process(
-    in_a_loop, small_log, small_content, tmp_path, monkeypatch, warnings
+def test_pools_that_die_end_a_job_with_their_names_and_others_write_the_bytes_of_one_process_to_a_store(
+    in_a_loop, small_log, small_content, tmp_path, monkeypatch, warnings, s3
 ):
     monkeypatch.setattr(pools_of, "RETURN_S", 0.5)
     with started({"ACCIDENT": "join:pool"}, {"ACCIDENT": "encode:pool"}) as two:
@@ -125,12 +126,12 @@ def test_pools_that_die_end_a_job_with_their_names_and_a_rerun_on_two_others_wri
     assert message.endswith("Nothing was written: run again.")
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "apache_beam.py").write_text("raise ImportError('pools need no Beam')")
-    without = {"PYTHONPATH": f"{tmp_path / 'without'}:{ENVIRONMENT['PYTHONPATH']}"}
+    without = dict(os.environ) | {"PYTHONPATH": f"{tmp_path / 'without'}:{ENVIRONMENT['PYTHONPATH']}"}
     lines: list[str] = []
     monkeypatch.setattr(progress.logger, "info", lines.append)
     with started(without, without) as two:
-        run(small_log, tmp_path / "out", small_content(), runner="hosts", hosts=[p.address for p in two], **SIZES)
-    assert content_of(tmp_path / "out") == in_a_loop
+        run(small_log, s3 / "out", small_content(), runner="hosts", hosts=[p.address for p in two], **SIZES)
+    assert content_of(s3 / "out") == in_a_loop
     assert [line[:8].strip() for line in lines] == ["read", "join", "label", "merge", "encode", "write"]
     assert all(pool.log.count("started worker") == 1 for pool in two)
     assert not workers.RUNNING

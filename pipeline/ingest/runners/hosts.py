@@ -14,11 +14,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from features.errors import UserError, join_faults, one_line
 from pipeline.ingest import workers
+from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.messages import Failure, ReadWork, Report
 from pipeline.ingest.runners import handshake
 from pipeline.ingest.state import Job
@@ -257,6 +258,16 @@ class Pools:
             piece.report.set_result(
                 Failure(f"hosts: no worker pool is left in step {piece.step}: {why}. Nothing was written: run again.")
             )
+
+
+def workers_of(
+    config: PreprocessConfig, job: Job, do: workers.Do, work: Sequence[ReadWork]
+) -> AbstractContextManager[None]:
+    """The processes that do the steps' work, here or on other hosts, where Beam's own do not; they begin with `work`."""
+    if config.runner == "hosts":
+        return connected(config.hosts, config.workers, do, "read", work, must_see(job, work))
+    several = config.runner == "direct" and config.workers > 1
+    return workers.started(config.workers, do, "read", work) if several else nullcontext()
 
 
 def must_see(job: Job, work: Sequence[ReadWork]) -> list[tuple[str, int | None]]:
