@@ -146,7 +146,7 @@ from pathlib import Path
 from ingest_runs import run
 from pipeline.ingest.runners import handshake, hosts
 logging.basicConfig(format="%(message)s")
-handshake.SILENCE_MS, handshake.PROBE_S, hosts.RETURN_S, hosts.CONNECT_S = 2000, 1, 1, 2
+handshake.SILENCE_MS, handshake.PROBE_S, hosts.RETURN_S, hosts.CONNECT_S = 2000, 1, 1, 4
 content = yaml.safe_load(open("schema.yaml"))
 run({str(small_log)!r}, Path.cwd() / "out", content, runner="hosts", hosts=["h1:50000", "h2:50000"], **{SIZES})
 """
@@ -229,18 +229,18 @@ def free_port() -> int:
 
 
 def test_all_pools_that_cannot_be_used_are_named_in_one_line(pools, small_log, small_content, tmp_path, monkeypatch):
-    monkeypatch.setattr(pools_of, "CONNECT_S", 1.0)
+    monkeypatch.setattr(pools_of, "CONNECT_S", 3.0)
     nobody = f"127.0.0.1:{free_port()}"
     with listening(b"") as silent, listening(b"HTTP/1.1 200 OK\r\n\r\n") as other:
         named = [nobody, silent, other, pools[0].address, "no.such.host.invalid:50000"]
         begin = time.monotonic()
         message = refused(small_log, tmp_path / "out", small_content(), runner="hosts", hosts=named)
     assert f"{nobody}: nothing listens there; start python -m" in message
-    assert f"{silent} does not answer within 1 s" in message
+    assert f"{silent} does not answer within 3 s" in message
     assert f"{other} is no worker pool of taskfuse" in message
     assert "no.such.host.invalid:50000: no such host" in message
     assert pools[0].address not in message
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 25
 
 
 def test_a_pool_with_another_secret_or_other_versions_or_without_the_files_is_refused(pools, monkeypatch, tmp_path):

@@ -69,7 +69,11 @@ def notice_silence(connection: socket.socket) -> None:
 
 
 def greet_pool(
-    connection: socket.socket, key: bytes, files: Sequence[tuple[str, int | None]], seconds: float = SECONDS
+    connection: socket.socket,
+    key: bytes,
+    own: dict[str, str],
+    files: Sequence[tuple[str, int | None]],
+    seconds: float = SECONDS,
 ) -> None:
     """The job's side.
 
@@ -86,7 +90,7 @@ def greet_pool(
     if not hmac.compare_digest(_text(answer, "proof"), proof(key, "pool", theirs, mine)):
         raise HandshakeError(f"has another {KEY_VARIABLE}")
     connection.settimeout(None)
-    _check_versions(answer.get("versions"))
+    _check_versions(answer.get("versions"), own)
 
 
 def greet_job(connection: socket.socket, key: bytes, own: dict[str, str], seconds: float = SECONDS) -> None:
@@ -107,8 +111,7 @@ def greet_job(connection: socket.socket, key: bytes, own: dict[str, str], second
     connection.settimeout(None)
 
 
-def _check_versions(theirs: Any) -> None:
-    own = versions()
+def _check_versions(theirs: Any, own: dict[str, str]) -> None:
     if not isinstance(theirs, dict):
         raise HandshakeError("is no worker pool of taskfuse")
     other = [name for name in own if theirs.get(name) != own[name]]

@@ -64,11 +64,13 @@ def address(text: str, setting: str) -> Address:
 class Worker:
     """A worker process on another host, at the end of a connection. Raises OSError where there is none."""
 
-    def __init__(self, address: Address, files: Sequence[tuple[str, int | None]], do: workers.Do) -> None:
+    def __init__(
+        self, address: Address, own: dict[str, str], files: Sequence[tuple[str, int | None]], do: workers.Do
+    ) -> None:
         self.connection = socket.create_connection((address.host, address.port), CONNECT_S)
         try:
             handshake.notice_silence(self.connection)
-            handshake.greet_pool(self.connection, handshake.key_of_environment(), files, CONNECT_S)
+            handshake.greet_pool(self.connection, handshake.key_of_environment(), own, files, CONNECT_S)
             self.file = self.connection.makefile("rwb")
         except BaseException:
             self.connection.close()
@@ -128,7 +130,7 @@ class Pools:
     def __init__(
         self, hosts: list[Address], count: int, do: workers.Do, files: Sequence[tuple[str, int | None]]
     ) -> None:
-        self.do, self.files = do, files
+        self.do, self.files, self.versions = do, files, handshake.versions()
         self.queue: deque[Piece] = deque()
         self.changed = threading.Condition()
         self.begun: dict[tuple[str, int], Piece] = {}
@@ -170,7 +172,7 @@ class Pools:
     def _connected(self, address: Address) -> "Worker | str":
         """A new worker, or what is wrong with its pool."""
         try:
-            return Worker(address, self.files, self.do)
+            return Worker(address, self.versions, self.files, self.do)
         except handshake.HandshakeError as error:
             return f"{address.text} {error}"
         except socket.gaierror:

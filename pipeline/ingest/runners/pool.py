@@ -83,7 +83,7 @@ def serve(host: str, port: int) -> None:
     )
     while True:
         connection, peer = listener.accept()
-        threading.Thread(target=_serve_one, args=(connection, str(peer[0]), key, own), daemon=True).start()
+        threading.Thread(target=_serve_one, args=(connection, str(peer[0]), key), daemon=True).start()
 
 
 def serve_beam(host: str, port: int) -> None:
@@ -118,13 +118,14 @@ def _import_steps() -> None:
         raise UserError(f"{sys.executable} cannot run workers: {one_line(error)}") from None
 
 
-def _serve_one(connection: socket.socket, peer: str, key: bytes, own: dict[str, str]) -> None:
+def _serve_one(connection: socket.socket, peer: str, key: bytes) -> None:
     """A connection to its end, and its worker's; this thread must outlive the worker, whose parent it is for the system."""
     with connection:
         try:
             handshake.notice_silence(connection)
-            handshake.greet_job(connection, key, own)
-        except (handshake.HandshakeError, OSError) as error:
+            # As installed now: the worker imports what an upgrade since has put there.
+            handshake.greet_job(connection, key, handshake.versions())
+        except (handshake.HandshakeError, UserError, OSError) as error:
             logger.warning("%s: refused: %s", peer, printable(one_line(error)))
             return
         command = [*COMMAND, f"--worker-of={os.getpid()}"]
