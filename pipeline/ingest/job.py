@@ -35,7 +35,7 @@ from pipeline.ingest.messages import ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import Start, copy_state, start_of
 from pipeline.ingest.progress import Progress
-from pipeline.ingest.runners.hosts import addresses, workers_of
+from pipeline.ingest.runners.hosts import addresses, must_see, workers_of
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import folders_of
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
@@ -369,7 +369,7 @@ def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
 def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:
     """Runs all steps. Raises UserError for the first failure."""
     total = sum(each.unit.file.size for each in work if not each.unit.start)
-    with workers_of(config, job, partial(run_step, job), work):
+    with workers_of(config, partial(run_step, job), "read", work, must_see(job, work)):
         from pipeline.ingest.runners.pipelines import run_pipeline
 
         with Progress(job.progress, schedule.steps_of(job), total):

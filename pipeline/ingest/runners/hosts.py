@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from features.errors import UserError, join_faults, one_line
 from pipeline.ingest import workers
-from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.messages import Failure, ReadWork, Report
 from pipeline.ingest.runners import handshake
 from pipeline.ingest.state import Job
@@ -262,14 +262,22 @@ class Pools:
             )
 
 
+class Settings(Protocol):
+    """Of a job, as jobs.preprocess and jobs.predict have them."""
+
+    runner: str
+    workers: int
+    hosts: list[str]
+
+
 def workers_of(
-    config: PreprocessConfig, job: Job, do: workers.Do, work: Sequence[ReadWork]
+    config: Settings, do: workers.Do, step: str, first: Sequence[object], seen: Sequence[tuple[str, int | None]]
 ) -> AbstractContextManager[None]:
-    """The processes that do the steps' work, here or on other hosts, where Beam's own do not; they begin with `work`."""
+    """The processes that do the steps' work, here or on other hosts, where Beam's own do not. See `connected`."""
     if config.runner == "hosts":
-        return connected(config.hosts, config.workers, do, "read", work, must_see(job, work))
+        return connected(config.hosts, config.workers, do, step, first, seen)
     several = config.runner == "direct" and config.workers > 1
-    return workers.started(config.workers, do, "read", work) if several else nullcontext()
+    return workers.started(config.workers, do, step, first) if several else nullcontext()
 
 
 def must_see(job: Job, work: Sequence[ReadWork]) -> list[tuple[str, int | None]]:
