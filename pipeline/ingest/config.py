@@ -56,7 +56,7 @@ class PreprocessConfig(BaseModel):
         order: of the rows: shuffled by a hash, by time, or as they were read.
         seed: of the shuffle.
         runner: direct (on this machine), or another one of pipeline/ingest/runners/registry.py.
-        workers: processes of the direct runner.
+        workers: processes of the direct runner, or of each of `hosts`.
         options: flags of Beam's command line.
         master: of the Spark cluster, such as spark://HOST:7077, for runner=spark.
         hosts: HOST:PORT of the worker pools, for runner=hosts.

@@ -7,7 +7,7 @@ import datetime
 import json
 import logging
 import shutil
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from pipeline.dataset.days import days_in, folder_of_day
 from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.dataset.manifest import Manifest
 from pipeline.ingest import files as raw_files
-from pipeline.ingest import schedule, totals, workers
+from pipeline.ingest import schedule, totals
 from pipeline.ingest.absent_columns import stream_columns
 from pipeline.ingest.absent_days import absent_days, days_after
 from pipeline.ingest.config import PreprocessConfig
@@ -35,6 +35,7 @@ from pipeline.ingest.messages import ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import Start, copy_state, start_of
 from pipeline.ingest.progress import Progress
+from pipeline.ingest.runners.hosts import addresses, must_see, workers_of
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import folders_of, remove_half_committed
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
@@ -187,10 +188,14 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
 
 def check_settings(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
-    if config.runner != "direct":
+    if config.runner == "hosts" and not config.options:  # what follows imports Beam, for seconds
+        addresses(config.hosts)
+    elif config.runner != "direct" or config.options or config.hosts:
+        from pipeline.ingest.runners.reachable import check_reachable
         from pipeline.ingest.runners.registry import check_runner
 
         check_runner(config.runner)
+        check_reachable(config)
     raw_format(schema.source)
     for name in schema.source.outcomes:
         raw_format(schema.source.format_of(name), f"source.outcomes.{name}.read")
@@ -381,8 +386,7 @@ def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
 def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:
     """Runs all steps. Raises UserError for the first failure."""
     total = sum(each.unit.file.size for each in work if not each.unit.start)
-    several = config.runner == "direct" and config.workers > 1
-    with workers.started(config.workers, partial(run_step, job), "read", work) if several else nullcontext():
+    with workers_of(config, partial(run_step, job), "read", work, must_see(job, work)):
         from pipeline.ingest.runners.pipelines import run_pipeline
 
         with Progress(job.progress, schedule.steps_of(job), total):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.ingest.messages import Failure, Report
 from pipeline.malloc import release_memory, tune_malloc
@@ -23,7 +23,16 @@ from pipeline.terminal import escape_output
 Do = Callable[[str, int, Any], Report | Failure]
 
 COMMAND = [sys.executable, "-m", "pipeline.ingest.workers"]
-RUNNING: list["Workers"] = []  # of the job in this process: Beam pickles its functions, which find them here
+
+
+class Submits(Protocol):
+    """Workers, here or on other hosts (pipeline.ingest.runners.hosts)."""
+
+    def submit(self, step: str, number: int, work: object) -> Future[Report | Failure]:
+        """Has a piece of a step's work done, unless it was submitted before."""
+
+
+RUNNING: list[Submits] = []  # of the job in this process: Beam pickles its functions, which find them here
 
 
 class Workers:

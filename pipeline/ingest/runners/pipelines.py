@@ -13,6 +13,7 @@ from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.messages import Failure, ReadWork, Report
 from pipeline.ingest.runners.beam_compat import GlobalWindows, WindowedValue, beam, errors_only
 from pipeline.ingest.runners.counters import count
+from pipeline.ingest.runners.reachable import watched
 from pipeline.ingest.runners.registry import pipeline_on
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps import run_step
@@ -104,7 +105,7 @@ class Steps(beam.PTransform):
 def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, units: list[ReadWork]) -> None:
     """Runs all steps in one pipeline; a failure is in the job's scratch folder (see schedule.after)."""
     after = partial(schedule.after, job=job, limits=limits)
-    with errors_only(), pipeline_on(config) as pipeline:
+    with errors_only(), watched(config, job.progress), pipeline_on(config) as pipeline:
         work = pipeline | "units" >> beam.Create(list(enumerate(units)))
         work | "taskfuse" >> Steps(schedule.steps_of(job), partial(run_step, job), after)
 

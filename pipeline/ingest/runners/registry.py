@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from features.errors import UserError, one_line
+from pipeline.ingest import workers
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.runners.beam_compat import FnApiRunner, PipelineOptions, beam, create_runner
 
@@ -19,9 +20,10 @@ def _of_beam(name: str, config: PreprocessConfig) -> beam.Pipeline:
 
 
 def _hosts(config: PreprocessConfig) -> beam.Pipeline:
-    from pipeline.ingest.runners.hosts import pipeline_on_hosts
-
-    return pipeline_on_hosts(config)
+    """As the direct one; the work of its steps is done by worker pools (see hosts.connected)."""
+    if not workers.RUNNING:
+        raise UserError("runner=hosts: this job has no workers on other hosts. Use direct.")
+    return _direct(config)
 
 
 def _spark(config: PreprocessConfig) -> beam.Pipeline:
