@@ -110,12 +110,12 @@ def _check(node: Node) -> None:
         what = type(transform).__name__
     elif node.side_inputs or any(isinstance(each, beam.pvalue.AsSideInput) for each in _arguments(transform)):
         what = "side inputs"
+    elif isinstance(transform, beam.CombineGlobally) and transform.as_view:
+        what = "singleton views"
     elif len(node.outputs) != 1 or next(iter(node.outputs)) is not None:
         what = "tagged outputs"
     elif isinstance(transform, beam.ParDo) and takes_parameters(transform.fn):
         what = "parameters of a DoFn, such as its element's time or window"
-    elif isinstance(transform, beam.CombineGlobally) and transform.as_view:
-        what = "singleton views"
     else:
         return
     raise UserError(
