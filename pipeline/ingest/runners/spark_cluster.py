@@ -72,17 +72,13 @@ def application(master: str, settings: dict[str, str]) -> Iterator["SparkContext
     Raises:
         UserError: Spark does not start, or there is no executor within WAIT_S.
     """
-    from pyspark import SparkConf
-
     deadline = time.monotonic() + WAIT_S
-    logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what it logs is raised too
-    conf = SparkConf(loadDefaults=False).setMaster(master)
-    conf.setAll([*(SETTINGS | _worker_environment() | settings).items()])
+    settings = SETTINGS | _worker_environment() | settings | {"spark.master": master}
     with tempfile.TemporaryDirectory() as folder:
-        with _process_unchanged(conf):
-            context = _context(conf, deadline)
+        with _process_unchanged(settings.get("spark.pyspark.python")):
+            context = _context(settings, deadline)
         try:
-            with _process_unchanged(conf):
+            with _process_unchanged():
                 context.addPyFile(str(_zipped(Path(folder))))
             _wait_for_executor(context, deadline)
             yield context
@@ -97,29 +93,41 @@ def _worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def _process_unchanged(conf: Any) -> Iterator[None]:
-    """Undoes what PySpark does to this process: a handler of SIGINT, paths of modules that are gone when the job ends."""
-    modules, python = sys.path[:], os.environ.get("PYSPARK_PYTHON")
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    os.environ["PYSPARK_PYTHON"] = conf.get("spark.pyspark.python") or python or sys.executable
+def _process_unchanged(python: str | None = None) -> Iterator[None]:
+    """Undoes what PySpark does to this process: a handler of SIGINT, paths of modules that are gone when the job ends, logs.
+
+    Args:
+        python: the path of the workers' Python; None: PYSPARK_PYTHON, or that of this one.
+    """
+    modules, before = sys.path[:], os.environ.get("PYSPARK_PYTHON")
+    in_main_thread, handler = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    root, nowhere = logging.getLogger(), logging.NullHandler()
+
+    def is_ours(record: logging.LogRecord) -> bool:  # what py4j logs is raised too
+        return "py4j" not in record.pathname
+
+    os.environ["PYSPARK_PYTHON"] = python or before or sys.executable
+    root.addHandler(nowhere)  # it would add one itself
+    root.addFilter(is_ours)
     try:
         yield
     finally:
+        root.removeFilter(is_ours)
+        root.removeHandler(nowhere)
         sys.path[:] = modules
         os.environ.pop("PYSPARK_PYTHON")
-        if python is not None:
-            os.environ["PYSPARK_PYTHON"] = python
+        if before is not None:
+            os.environ["PYSPARK_PYTHON"] = before
         if in_main_thread:
             signal.signal(signal.SIGINT, handler)
 
 
-def _context(conf: Any, deadline: float) -> "SparkContext":
+def _context(settings: dict[str, str], deadline: float) -> "SparkContext":
     """Starts Spark and registers with the master. Raises UserError."""
     from py4j.protocol import Py4JError, Py4JJavaError
-    from pyspark import SparkContext
+    from pyspark import SparkConf, SparkContext
 
-    gateway, late = java(conf), threading.Event()
+    gateway, late = java(settings), threading.Event()
 
     def give_up() -> None:
         late.set()
@@ -128,11 +136,11 @@ def _context(conf: Any, deadline: float) -> "SparkContext":
     watch = threading.Timer(deadline - time.monotonic(), give_up)
     watch.start()
     try:
-        return SparkContext(conf=conf, gateway=gateway)
+        return SparkContext(conf=SparkConf().setAll([*settings.items()]), gateway=gateway)
     except (Py4JError, OSError, AttributeError) as error:
         if late.is_set():
             raise UserError(
-                f"{conf.get('spark.master')} answers, but has registered no application within {WAIT_S} s. Is it the port of "
+                f"{settings['spark.master']} answers, but has registered no application within {WAIT_S} s. Is it the port of "
                 f"a Spark master, of PySpark's version {_version()}?"
             ) from None
         message = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else error
@@ -141,7 +149,7 @@ def _context(conf: Any, deadline: float) -> "SparkContext":
         watch.cancel()
 
 
-def java(conf: Any) -> Any:
+def java(settings: dict[str, str]) -> Any:
     """The Java process of this one, which later applications use too; it ends with this process. Raises UserError."""
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkException
@@ -151,11 +159,15 @@ def java(conf: Any) -> Any:
     if running is not None and running.proc.poll() is None:
         return running
     SparkContext._gateway = SparkContext._jvm = None
-    mine = SparkConf(loadDefaults=False).setAll([each for each in conf.getAll() if each[0].startswith("spark.driver.")])
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)
+    # What is set here is a default of all later applications.
+    own = SparkConf(loadDefaults=False).setAll(
+        [each for each in settings.items() if each[0].startswith("spark.driver.")]
+    )
     # Spark logs each lost task, with a stack trace; what matters is raised.
     log = tempfile.TemporaryFile()  # noqa: SIM115
     try:
-        return launch_gateway(mine, {"stdout": log, "stderr": log})
+        return launch_gateway(own, {"stdout": log, "stderr": log})
     except (PySparkException, OSError) as error:
         log.seek(0)
         said = log.read(10_000).decode(errors="replace").strip().splitlines()
