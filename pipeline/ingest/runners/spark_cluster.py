@@ -25,7 +25,7 @@ from features.errors import UserError, one_line
 if TYPE_CHECKING:
     from pyspark import SparkContext
 
-WAIT_S = 30  # for a master and for the first executor
+WAIT_S = 25  # for a master and the first executor, once Java runs
 ANSWER_S = 5  # for a connection to a master
 SENT = ("features", "models", "pipeline")  # packages that workers get from the driver
 SETTINGS = {"spark.ui.showConsoleProgress": "false"}
@@ -72,10 +72,11 @@ def application(master: str, settings: dict[str, str]) -> Iterator["SparkContext
     Raises:
         UserError: Spark does not start, or there is no executor within WAIT_S.
     """
-    deadline = time.monotonic() + WAIT_S
     settings = SETTINGS | _worker_environment() | settings | {"spark.master": master}
     with tempfile.TemporaryDirectory() as folder:
         with _process_unchanged(settings.get("spark.pyspark.python")):
+            java(settings)
+            deadline = time.monotonic() + WAIT_S
             context = _context(settings, deadline)
         try:
             with _process_unchanged():
