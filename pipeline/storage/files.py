@@ -3,22 +3,28 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from features.errors import UserError
 from features.plain_json import parse_json
 from features.regular_files import open_regular, refuse_link
+from pipeline.storage import store_path
 from pipeline.storage.base import Storage
+from pipeline.storage.conditional import Changed, read_version, write_new, write_over
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.objects import ObjectStorage
 from pipeline.storage.store_path import STORES, StorePath
+from pipeline.storage.uploading import uploading
 
 # By the scheme of a URL; a path without one is local. Another storage is one more entry.
 STORAGES: dict[str, Storage] = {"": LocalStorage(), **dict.fromkeys(STORES, ObjectStorage())}
 
 MAX_RECORD_BYTES = 16 << 20  # of a record in JSON lines
+COPIED_BYTES = 8 << 20  # at a time
 
 
 def storage_of(path: Path) -> Storage:
@@ -39,9 +45,14 @@ def write_json(path: Path, content: object) -> None:
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Adds one JSON line and flushes it to disk, after cutting off what a killed writer may have left of its last.
 
+    On a store the whole file is written again; a line that another writer adds meanwhile is kept, by a condition where the
+    store has it (S3). Who appends often collects lines first.
+
     Raises:
         UserError: the file is a link, or no regular file.
     """
+    if isinstance(path, StorePath):
+        return _append_on_store(path, json_text(record).encode() + b"\n")
     with appending(path) as file:
         end = file.seek(0, os.SEEK_END)
         if end:
@@ -52,6 +63,19 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json_text(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    return None
+
+
+def _append_on_store(path: StorePath, line: bytes) -> None:
+    while True:
+        found = read_version(path)
+        with suppress(Changed, FileExistsError):
+            if found is None:
+                write_new(path, line)
+            else:
+                content, version = found
+                write_over(path, content[: content.rfind(b"\n") + 1] + line, version)
+            return
 
 
 def json_text(content: object, indent: int | None = None) -> str:
@@ -110,3 +134,26 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it, if it is there; what cannot be deleted stays."""
+    if isinstance(path, StorePath):
+        store_path.remove_tree(path)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's content, which appears at the target whole: piece by piece between any two places.
+
+    Raises:
+        UserError: the source is a link or no regular file.
+    """
+    if isinstance(source, StorePath) and isinstance(target, StorePath) and source.scheme == target.scheme:
+        store_path.copy(source, target)
+    else:
+        with open_regular(source) as content, uploading(target) as file:
+            shutil.copyfileobj(content, file, COPIED_BYTES)
