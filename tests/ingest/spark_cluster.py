@@ -36,7 +36,7 @@ class SparkCluster:
         # Quick starts rather than speed: no second compiler, one thread that collects garbage.
         java = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xshare:auto"
         self.env = os.environ | env | {
-            "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_HOME": str(SPARK), "SPARK_DAEMON_MEMORY": "128m",
+            "SPARK_HOME": str(SPARK), "SPARK_DAEMON_MEMORY": "128m",
             "SPARK_DAEMON_JAVA_OPTS": java, "SPARK_NO_DAEMONIZE": "1",
         }  # fmt: skip
         self.port, self.page = free_ports(2)
@@ -45,12 +45,13 @@ class SparkCluster:
 
     def start(self) -> "SparkCluster":
         """Starts it and waits until the master knows its workers."""
-        self._run("master.Master", "--host", "127.0.0.1", "--port", str(self.port), "--webui-port", str(self.page))
+        self._run("127.0.0.1", "master.Master", "--port", str(self.port), "--webui-port", str(self.page))
         for number in range(self.wanted):
             work = self.folder / f"worker-{number}"
             work.mkdir(parents=True)
-            self._run("worker.Worker", self.master, "--cores", "1", "--memory", "1g", "--work-dir", str(work),
-                      "--host", "127.0.0.1", "--webui-port", "0")  # fmt: skip
+            host = f"127.0.0.{number + 1}"  # Spark runs a twin of a task on another host only
+            self._run(host, "worker.Worker", self.master, "--cores", "1", "--memory", "1g", "--work-dir", str(work),
+                      "--webui-port", "0")  # fmt: skip
         end = time.monotonic() + 90
         while self.alive() < self.wanted:
             assert time.monotonic() < end, f"no Spark cluster: see {self.folder}"
@@ -58,12 +59,14 @@ class SparkCluster:
             time.sleep(0.2)
         return self
 
-    def _run(self, role: str, *arguments: str) -> None:
+    def _run(self, host: str, role: str, *arguments: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log").open("ab") as log:
-            command = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{role}", *arguments]
+            command = [SPARK / "bin" / "spark-class", f"org.apache.spark.deploy.{role}", *arguments, "--host", host]
             self.processes.append(
-                subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(
+                    command, env=self.env | {"SPARK_LOCAL_IP": host}, stdout=log, stderr=log, start_new_session=True
+                )
             )
 
     def alive(self) -> int:

@@ -1,6 +1,7 @@
 """The job on a real Spark cluster: the bytes of the dataset are those of any other runner, whatever dies."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
 from spark_cluster import SparkCluster, why_not
 
 from pipeline.ingest.runners import spark_cluster
+from pipeline.storage.store_path import files_below
 
 pytestmark = [pytest.mark.system, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
@@ -27,8 +29,9 @@ QUICK = ["spark.ui.enabled=false"] + [
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[SparkCluster]:
-    cluster = SparkCluster(tmp_path_factory.mktemp("spark"), {})
+def cluster(tmp_path_factory, s3_server) -> Iterator[SparkCluster]:
+    """Its workers have the credentials of the store in their environment; the job's settings have not."""
+    cluster = SparkCluster(tmp_path_factory.mktemp("spark"), s3_server.env)
     try:
         yield cluster.start()
     finally:
@@ -83,12 +86,23 @@ def test_an_executor_that_is_killed_in_the_middle_costs_only_its_tasks(
     assert content_of(tmp_path / "out") == in_a_loop
 
 
-def test_twins_of_slow_tasks_do_no_harm(in_a_loop, small_log, small_content, on_spark, tmp_path):
-    """Speculation as eager as it can be set."""
+def test_twins_of_slow_tasks_do_no_harm_and_nothing_is_on_a_shared_disk(
+    in_a_loop, small_log, small_content, on_spark, s3, tmp_path
+):
+    """Speculation as eager as it can be set, on a store: a task that is late, and its twin, put objects of other names."""
     eager = {"enabled": "true", "multiplier": "1.0", "quantile": "0.1", "interval": "5ms", "minTaskRuntime": "1ms"}
     options = [f"spark.speculation{'' if name == 'enabled' else f'.{name}'}={value}" for name, value in eager.items()]
-    run(small_log, tmp_path / "out", small_content(), **on_spark(*options))
-    assert content_of(tmp_path / "out") == in_a_loop
+    events = tmp_path / "events"
+    events.mkdir()
+    noted = ("spark.eventLog.enabled=true", f"spark.eventLog.dir=file://{events}")
+    run(small_log, s3 / "out", small_content(), **on_spark(*options, *noted))
+    files = {str(file).removeprefix(f"{s3}/out/"): file.read_bytes() for file in files_below(s3 / "out")}
+    assert files == in_a_loop
+    log = "".join(file.read_text() for file in events.iterdir())
+    assert '"Speculative":true' in log
+    names = dict.fromkeys(re.findall('"spark.job.description":"(.*?)"', log))
+    steps = ["read", "join", "label", "merge", "encode", "write"]
+    assert [step for step, name in zip(steps, names, strict=True) if step in re.split(r"\W+", name)] == steps
 
 
 def test_a_driver_that_is_killed_commits_nothing_and_the_next_cleans_up(
@@ -122,7 +136,7 @@ def test_a_python_without_the_packages_is_named_with_its_worker(small_log, small
     began = time.monotonic()
     message = refused(small_log, tmp_path / "out", small_content(), **settings)
     assert time.monotonic() - began < 60  # 30 on a machine that does nothing else
-    assert message.startswith("worker 127.0.0.1: No module named ")
+    assert re.match(r"worker 127\.0\.0\.[12]: No module named ", message)
     assert "set PYSPARK_PYTHON" in message
 
 

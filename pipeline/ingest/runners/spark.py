@@ -76,7 +76,6 @@ def run_steps(context: "SparkContext", counters: Counter[MetricKey], collection:
 def _on_workers(context: "SparkContext", collection: Collection, labels: str) -> list[Bundle]:
     """One job of Spark, a task a bundle; its pages name it by the labels."""
     context.setJobGroup(labels, labels)
-    context.setLocalProperty("callSite.short", labels)  # the name of its stage
     task = partial(spark_tasks.run_task, collection.steps, spark_tasks.installed())
     with spark_cluster.explained(labels):
         return context.parallelize(collection.bundles, len(collection.bundles)).setName(labels).map(task).collect()
