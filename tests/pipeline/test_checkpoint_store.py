@@ -110,7 +110,7 @@ def test_of_two_writers_of_one_step_the_first_commits_and_the_other_changes_noth
             checkpoint.save(s3, SMALL, MANIFEST)
 
     theirs = {**SMALL, "step": torch.tensor(9.0)}
-    with pytest.raises(UserError, match="step-00000003: cannot be written: .*exists"):
+    with pytest.raises(UserError, match=r"step-00000003: cannot be written: .*exists"):
         checkpoint.save(s3, theirs, MANIFEST, before=another_commits_meanwhile)
     path = checkpoint.folder(s3, 3)
     files = checkpoint.check(path).files
@@ -170,7 +170,7 @@ def test_a_store_that_stays_away_is_one_line_and_leaves_no_checkpoint(
         if calls == 2:
             proxy.stop()
 
-    with pytest.raises(UserError, match="step-00000004: cannot be written: .*has not answered for 0.4 s"):
+    with pytest.raises(UserError, match=r"step-00000004: cannot be written: .*has not answered for 0.4 s"):
         checkpoint.save(through_proxy, SMALL, MANIFEST.model_copy(update={"step": 4}), before=away)
     proxy.start()
     assert checkpoint.steps(through_proxy) == [3]
