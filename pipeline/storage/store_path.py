@@ -16,7 +16,7 @@ from pathlib import Path, PosixPath
 from typing import IO, Annotated, Any, NoReturn
 
 import fsspec
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from pipeline.storage.patience import patiently
 
@@ -58,6 +58,16 @@ def _validated(value: Any) -> Any:
 Place = Annotated[Path, BeforeValidator(_validated)]
 
 
+def checked_place(text: str) -> str:
+    """A text that `place` takes. Raises ValueError."""
+    place(text)
+    return text
+
+
+# The type of a recorded text that names one: what is read may be untrusted.
+PlaceText = Annotated[str, AfterValidator(checked_place)]
+
+
 class StorePath(PosixPath):
     """A file or folder on a store: a folder is there while a key below it is.
 
@@ -87,6 +97,10 @@ class StorePath(PosixPath):
 
     def __fspath__(self) -> NoReturn:
         raise TypeError(f"{self} is on a store, and this needs a file of this machine")
+
+    def __rtruediv__(self, key: Any) -> "StorePath":
+        """What is absolute stays as it is below another folder."""
+        return self
 
     def as_posix(self) -> str:
         return str(self)
