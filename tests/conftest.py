@@ -18,6 +18,8 @@ os.environ.setdefault(
 
 import torch
 
+pytest_plugins = ["store_fixtures"]  # s3, memory and what fails on demand
+
 gc.disable()  # until all tests are imported: see pytest_collection_finish
 
 SMALL_SCHEMA: dict[str, Any] = {

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,15 +12,18 @@ from typing import Any, BinaryIO
 from features.errors import UserError
 from features.plain_json import parse_json
 from features.regular_files import open_regular, refuse_link
+from pipeline.storage import store_path
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.objects import ObjectStorage
 from pipeline.storage.store_path import STORES, StorePath
+from pipeline.storage.uploading import uploading
 
 # By the scheme of a URL; a path without one is local. Another storage is one more entry.
 STORAGES: dict[str, Storage] = {"": LocalStorage(), **dict.fromkeys(STORES, ObjectStorage())}
 
 MAX_RECORD_BYTES = 16 << 20  # of a record in JSON lines
+COPIED_BYTES = 8 << 20  # at a time
 
 
 def storage_of(path: Path) -> Storage:
@@ -116,3 +120,26 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it, if it is there; what cannot be deleted stays."""
+    if isinstance(path, StorePath):
+        store_path.remove_tree(path)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's content, which appears at the target whole: piece by piece between any two places.
+
+    Raises:
+        UserError: the source is a link or no regular file.
+    """
+    if isinstance(source, StorePath) and isinstance(target, StorePath) and source.scheme == target.scheme:
+        store_path.copy(source, target)
+    else:
+        with open_regular(source) as content, uploading(target) as file:
+            shutil.copyfileobj(content, file, COPIED_BYTES)
