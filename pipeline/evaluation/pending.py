@@ -25,7 +25,7 @@ from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.storage.base import Lock
 from pipeline.storage.local import remove_leftovers
-from pipeline.storage.store_path import StorePath
+from pipeline.storage.store_path import on_store
 from pipeline.storage.versions import Version, version, versions_below
 
 RETRY_AFTER = 60.0  # seconds until a checkpoint that could not be evaluated is tried again, unless its manifest changes
@@ -113,9 +113,9 @@ class Pending:
     def steps(self) -> list[int]:
         """The run's committed checkpoints. Of a run on a store its files are listed once, for the next `take` as well."""
         folder = self.run.checkpoints
-        if not isinstance(folder, StorePath):
+        if not on_store(folder):
             return checkpoint.steps(folder)
-        self._listed = {**versions_below(folder)}
+        self._listed = versions_below(folder)
         if (known := version(self.run.eval_metrics)) is not None:
             self._listed[self.run.eval_metrics] = known
         names = (

@@ -103,7 +103,7 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
     Raises:
         UserError: the checkpoint is not there any more, or another one by now; another mover was faster.
     """
-    known, pointer = version(out / FILE), read_serving(out)
+    state, pointer = version(out / FILE), read_serving(out)
     serves = pointer is not None and pointer.model == candidate
     if pointer and not serves and is_withdrawn(pointer, candidate):
         return "not moved: bless=back has withdrawn this checkpoint"
@@ -132,7 +132,7 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
     withdrawn = [] if pointer is None else pointer.withdrawn
     # Before the file that names them changes, and those of a `back` that was killed with them: none stays pinned for good.
     _release(out, [*dropped, *withdrawn], [entry, *earlier])
-    _write(out, [entry, *earlier], withdrawn, known)
+    _write(out, [entry, *earlier], withdrawn, state)
     return f"serves from now on; before it {earlier[0].model if earlier else 'nothing'}"
 
 
@@ -145,7 +145,7 @@ def back(out: Path, withdraw: str | None = None) -> tuple[Blessed, Blessed, bool
         UserError: there is nothing before, or it is no longer the checkpoint that was blessed; `withdraw` has blessed neither
             what serves nor what was withdrawn; another mover was faster.
     """
-    known, pointer = version(out / FILE), read_serving(out)
+    state, pointer = version(out / FILE), read_serving(out)
     if pointer and withdraw is not None and (named := _blessed_by(pointer, withdraw, out)) != _plain(pointer):
         _release(out, [named], pointer.entries)  # a call that was killed may have left it pinned
         return named, _plain(pointer), False
@@ -157,7 +157,7 @@ def back(out: Path, withdraw: str | None = None) -> tuple[Blessed, Blessed, bool
     last, entries = _plain(pointer), pointer.earlier
     check_there(entries[0], out)
     logger.info("withdraws %s; should this be killed, repeat it with withdraw=%s", last.model, last.night)
-    _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:], known)
+    _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:], state)
     _release(out, [last], entries)
     return last, entries[0], True
 

@@ -86,7 +86,8 @@ def trained_on(run: Run) -> set[date]:
     path: Path | None = run.path
     while path and path not in known and (path / "config.yaml").is_file():
         known.add(path)
-        content = Run(path).config()
+        run = Run(path)
+        content = run.config()
         if not (days := content.get("days")):
             found |= {day for day in [day_of(place(content["dataset"]).name)] if day}
         else:
@@ -97,7 +98,7 @@ def trained_on(run: Run) -> set[date]:
         try:
             path = place(start) if start else None
         except ValueError as error:
-            raise UserError(f"{path / 'config.yaml'}: train.init_from: {error}. Restore it.") from None
+            raise UserError(f"{run.path / 'config.yaml'}: train.init_from: {error}. Restore it.") from None
     return found
 
 

@@ -31,8 +31,9 @@ def version(path: Path) -> Version | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def versions_below(folder: StorePath) -> dict[StorePath, Version]:
+def versions_below(folder: Path) -> dict[Path, Version]:
     """The version of every file of a folder on a store and of those in it: one listing, not one question a file."""
+    assert isinstance(folder, StorePath)
     root = folder.key.rstrip("/")
     with suppress(FileNotFoundError):
         found = patiently(folder, folder.system.find, root, detail=True)
