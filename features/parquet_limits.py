@@ -1,5 +1,6 @@
 """Limits of an untrusted Parquet file, checked in its footer before anything is decoded."""
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError, one_line
 from features.parquet_pages import check_pages, chunk_start, is_part_of
-from features.parquet_schema import check_nesting_of
+from features.parquet_schema import check_nesting, check_nesting_of
+from features.regular_files import mounted
 
 ALWAYS_ALLOWED_BYTES = 1 << 30  # decoded, which a row group may always have
 MAX_RATIO = 64  # decoded bytes over those in the file, of a row group that has more
@@ -80,10 +82,15 @@ def check_file(path: Path, columns: Iterable[str] | None = None) -> None:
         UserError: as check_footer and check_pages.
         pa.ArrowException, OSError: it is no Parquet file.
     """
-    check_nesting_of(path)
-    footer = pq.read_metadata(path)
-    check_footer(footer, path, path.stat().st_size, columns, whole=True)
-    check_pages(path, footer, columns)
+    if mounted(path):
+        check_nesting_of(path)
+        footer, content = pq.read_metadata(path), None
+    else:
+        content = path.read_bytes()
+        check_nesting(io.BytesIO(content), path)
+        footer = pq.read_metadata(pa.BufferReader(content))
+    check_footer(footer, path, path.stat().st_size if content is None else len(content), columns, whole=True)
+    check_pages(path, footer, columns, content=content)
 
 
 def check_chunks(

@@ -2,19 +2,22 @@
 
 import mmap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
 from features.errors import UserError
+from features.regular_files import mounted
 
 # Of PageHeader (parquet.thrift): unpacked and packed bytes; and of what it says of each kind of page, the number of values.
 UNPACKED, PACKED, VALUES = 2, 3, 1
 DATA, DICTIONARY, DATA_2 = 5, 7, 8  # fields that hold a DataPageHeader, DictionaryPageHeader, DataPageHeaderV2
 BOOLS, BYTE, INTS, DOUBLE, BINARY, LISTS, MAP, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 11, 12
 MAX_DEPTH = 8  # structs within structs
+
+Content = mmap.mmap | bytes  # of a file
 
 
 def check_pages(
@@ -23,6 +26,7 @@ def check_pages(
     columns: Iterable[str] | None = None,
     nested: bool = False,
     groups: Iterable[int] | None = None,
+    content: Content | None = None,
 ) -> None:
     """Adds up the pages' sizes of each column chunk, without unpacking any.
 
@@ -30,6 +34,7 @@ def check_pages(
         path: of a file whose footer `features.parquet_limits.check_footer` has passed.
         columns: top-level columns; all if None. nested: only lists and structs, of which a row may have any number of values.
         groups: numbers of row groups; all if None.
+        content: the file's bytes, where these pages are in memory; None: the file is mapped.
     Raises:
         UserError: pages with another number of values than the footer says, more unpacked bytes, or no page headers.
     """
@@ -42,10 +47,10 @@ def check_pages(
     ]
     if not chosen:
         return
-    with mapped(path) as content:
+    with mapped(path) if content is None else nullcontext(content) as found:
         for number in range(footer.num_row_groups) if groups is None else groups:
             for index in chosen:
-                _check_chunk(path, content, footer.row_group(number).column(index))
+                _check_chunk(path, found, footer.row_group(number).column(index))
 
 
 def is_part_of(path: str, columns: set[str]) -> bool:
@@ -82,13 +87,16 @@ def largest_dictionary(path: Path, footer: pq.FileMetaData, column: str) -> int:
 
 
 @contextmanager
-def mapped(path: Path) -> Iterator[mmap.mmap]:
-    """The bytes of a file, of which only what is looked at is read."""
+def mapped(path: Path) -> Iterator[Content]:
+    """The bytes of a file, of which only what is used is read; of a file on a store, all are."""
+    if not mounted(path):
+        yield path.read_bytes()
+        return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         yield content
 
 
-def pages(content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
+def pages(content: Content, chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
     """The pages of a column chunk, to the last of its values. Raises ValueError for what is no page, or out of its place."""
     start = place = chunk_start(chunk)
     end = min(start + chunk.total_compressed_size, len(content))
@@ -110,7 +118,7 @@ def pages(content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:
         place = body + page.packed
 
 
-def _check_chunk(path: Path, content: mmap.mmap, chunk: pq.ColumnChunkMetaData) -> None:
+def _check_chunk(path: Path, content: Content, chunk: pq.ColumnChunkMetaData) -> None:
     values = unpacked = 0
     try:
         for page in pages(content, chunk):
@@ -135,7 +143,7 @@ def chunk_start(chunk: pq.ColumnChunkMetaData) -> int:
 class Thrift:
     """A cursor over thrift's compact protocol: integers and structs as dictionaries by field, all else is skipped."""
 
-    def __init__(self, content: mmap.mmap | bytes, place: int, end: int) -> None:
+    def __init__(self, content: Content, place: int, end: int) -> None:
         self.content, self.place, self.end = content, place, end
 
     def struct(self, depth: int = 0) -> tuple[dict[int, Any], int]:

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,7 @@ from features.errors import UserError
 from features.printable import has_controls, printable
 
 NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # neither another file by a link, nor a wait at a pipe
+COPIED_BYTES = 8 << 20  # of a file on a store at a time
 MAX_PATH_BYTES, MAX_NAME_BYTES = 1024, 255  # of a relative path, and of a name in it
 
 _KINDS = {
@@ -77,6 +80,29 @@ def _status_of_key(path: Path) -> os.stat_result | None:
     return status
 
 
+@contextmanager
+def local_file(path: Path) -> Iterator[Path]:
+    """A path of the file's content on this machine: itself, or of one on a store a copy without a name, gone at the end.
+
+    Errors of the block name the file, not the copy.
+
+    Raises:
+        UserError, OSError: as open_regular.
+    """
+    if mounted(path):
+        yield path
+        return
+    with tempfile.TemporaryFile() as copy:
+        with open_regular(path) as content:
+            shutil.copyfileobj(content, copy, COPIED_BYTES)
+        copy.flush()
+        local = Path(f"/dev/fd/{copy.fileno()}")
+        try:
+            yield local
+        except UserError as error:
+            raise UserError(str(error).replace(str(local), str(path))) from None
+
+
 def read_regular(folder: Path, name: str, limit: int) -> bytes:
     """The content of the file `name` below `folder`.
 
@@ -92,6 +118,8 @@ def read_regular(folder: Path, name: str, limit: int) -> bytes:
         raise FileNotFoundError(2, "No such file or directory", str(path))
     if status.st_size > limit:
         raise UserError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} that such a file may have")
+    if not mounted(path):
+        return path.read_bytes()
     with open_regular(path) as file:
         return file.read(status.st_size)
 

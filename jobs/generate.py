@@ -7,11 +7,10 @@ Examples:
   python -m jobs.generate out=runs/six_tasks/raw extra_tasks=3 event_rates=[0.06,0.015,0.003]        # for data=six_tasks
 """
 
-from pathlib import Path
-
 from omegaconf import DictConfig, open_dict
 
 from jobs.entry import job, parse
+from pipeline.synthetic.output import Output
 
 
 @job("generate")
@@ -20,7 +19,7 @@ def main(config: DictConfig) -> None:
     from pipeline.synthetic.event_log import LogConfig, generate
 
     with open_dict(config):
-        out = Path(config.pop("out"))
+        out = parse(DictConfig({"out": config.pop("out")}), Output).out
     settings: LogConfig = parse(config, LogConfig)
     generate(settings, out)
     size = sum(path.stat().st_size for path in out.glob("*.csv"))

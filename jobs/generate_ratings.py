@@ -6,11 +6,10 @@ Examples:
   python -m jobs.generate_ratings out=runs/hard/raw task_correlation=0 noise=0.3
 """
 
-from pathlib import Path
-
 from omegaconf import DictConfig, open_dict
 
 from jobs.entry import job, parse
+from pipeline.synthetic.output import Output
 
 
 @job("generate_ratings")
@@ -19,7 +18,7 @@ def main(config: DictConfig) -> None:
     from pipeline.synthetic.ratings_log import RatingsConfig, generate_ratings
 
     with open_dict(config):
-        out = Path(config.pop("out"))
+        out = parse(DictConfig({"out": config.pop("out")}), Output).out
     settings: RatingsConfig = parse(config, RatingsConfig)
     generate_ratings(settings, out)
     print(f"{out}: {settings.ratings:,} ratings by up to {settings.users:,} users of up to {settings.items:,} items")

@@ -22,6 +22,7 @@ from pipeline.dataset.days import day_ranges
 from pipeline.dataset.past_state import state_lines
 from pipeline.dataset.verify import verify
 from pipeline.storage.files import write_text
+from pipeline.storage.store_path import place
 from pipeline.terminal import escape_output
 
 
@@ -31,10 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", type=Path, help="the dataset's folder")
+    parser.add_argument("dataset", type=place, help="the dataset's folder, a path or URL")
     parser.add_argument("--verify", action="store_true", help="read every file and check it against the manifest")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="the page; by default DATASET.card.html beside the folder"
+        "--html", type=place, metavar="FILE", help="the page; by default DATASET.card.html beside the folder"
     )
     given = parser.parse_args(arguments)
     with user_errors():

@@ -1,5 +1,6 @@
 """Encoders: fitted on the train split, saved as JSON and Parquet; they turn parsed rows into dataset columns."""
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,7 @@ from features.fit.vocabulary_index import VocabularyIndex
 from features.hashing import hash_strings
 from features.kinds.bins import bin_edges
 from features.kinds.moments import Moments
+from features.regular_files import mounted
 from features.schema.schema import Schema
 
 if TYPE_CHECKING:  # it needs datasketches, which encoding does not
@@ -124,13 +126,18 @@ class Encoders:
 
     def save(self, folder: Path) -> None:
         """Writes vocabularies/TABLE.parquet and encoders.json below `folder`."""
-        (folder / "vocabularies").mkdir(parents=True)
+        (folder / "vocabularies").mkdir(parents=True, exist_ok=not mounted(folder))
         for name, values in self.vocabularies.items():
             ids = pa.array(np.arange(len(values), dtype=np.int64) + self._first(name))
             columns = {"value": values, "id": ids}
             if len(count_V := self.counts.get(name, NO_COUNTS)) == len(values):
                 columns["count"] = pa.array(count_V)
-            pq.write_table(pa.table(columns), folder / vocabulary_file(name))
+            table, path = pa.table(columns), folder / vocabulary_file(name)
+            if mounted(path):
+                pq.write_table(table, path)
+            else:
+                pq.write_table(table, sink := io.BytesIO())
+                path.write_bytes(sink.getvalue())
         content = {
             "version": VERSION,
             "inputs": self.schema.inputs_fingerprint,

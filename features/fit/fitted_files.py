@@ -1,7 +1,7 @@
 """The files of fitted encoders: their names, and their content as untrusted input."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field, FiniteFloat
 from features.errors import UserError, one_line
 from features.parquet_limits import ALWAYS_ALLOWED_BYTES, check_footer
 from features.parquet_pages import check_pages, largest_dictionary
-from features.parquet_schema import check_nesting_of
+from features.parquet_schema import check_nesting
 from features.plain_json import Count, read_json, validated
-from features.regular_files import lstat_regular
+from features.regular_files import local_file, lstat_regular, mounted
 from features.schema.schema import Schema
 
 VERSION = 3
@@ -160,7 +160,7 @@ class Saved(Mapping[str, Any]):
 
 def check_vocabulary(folder: Path, table: str, size: int) -> None:
     """Compares the footer of a vocabulary with its size, and reads no values. Raises UserError as `read_vocabulary`."""
-    with _opened(folder, table, size):
+    with _opened(folder, table, size, whole=False):
         pass
 
 
@@ -174,21 +174,21 @@ def read_vocabulary(folder: Path, table: str, size: int) -> tuple[pa.Array, np.n
         UserError: it is missing, no regular file, has another number of values or other columns, would unpack to more than
             its values can have, or a value or count is none.
     """
-    with _opened(folder, table, size) as (file, path):
+    with _opened(folder, table, size, whole=True) as (file, path):
         check_pages(path, file.metadata)
         return _values(file, path), _counts(file, path) if "count" in file.schema_arrow.names else NO_COUNTS
 
 
 @contextmanager
-def _opened(folder: Path, table: str, size: int) -> Iterator[tuple[pq.ParquetFile, Path]]:
+def _opened(folder: Path, table: str, size: int, whole: bool) -> Iterator[tuple[pq.ParquetFile, Path]]:
+    """The vocabulary, and a path on this machine; of one on a store that is there only if `whole`, else the footer is read."""
     name = vocabulary_file(table)
     path, status = folder / name, lstat_regular(folder, name)
     wrong = f"{path} is missing, or does not hold the {size} values that were fitted. {RESTORE_HINT}"
     if status is None:
         raise UserError(wrong)
     try:
-        check_nesting_of(path)
-        with pq.ParquetFile(path) as file:
+        with local_file(path) if whole else nullcontext(path) as local, _parquet(local) as file:
             if file.metadata.num_rows != size:
                 raise UserError(wrong)
             if not _is_vocabulary(file.schema_arrow):
@@ -196,9 +196,17 @@ def _opened(folder: Path, table: str, size: int) -> Iterator[tuple[pq.ParquetFil
                     f"{path}: its columns are not those of a vocabulary (value: text, id and count: int64). {RESTORE_HINT}"
                 )
             check_footer(file.metadata, path, status.st_size, whole=True)
-            yield file, path
+            yield file, local
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    with path.open("rb") as content:
+        check_nesting(content, path)
+        with pq.ParquetFile(path if mounted(path) else content) as file:
+            yield file
 
 
 def _is_vocabulary(columns: pa.Schema) -> bool:

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +25,11 @@ from pipeline.dataset.days import (
     ranges_of,
 )
 from pipeline.dataset.entries import Shard
+from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.dataset.manifest import Manifest, _totals, fitted_files, fitted_names, merge_manifests, read_manifest
 from pipeline.dataset.past_state import check_listed, stale_days, stale_words
-from pipeline.storage.files import sha256, storage_of, write_json
+from pipeline.storage.files import remove_tree, sha256, storage_of, write_json
+from pipeline.storage.store_path import StorePath, on_store
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +61,16 @@ class Dataset:
         if {file.path for file in self.manifest.fitted} - {*fitted_names(self.schema)}:
             raise UserError(f"{path}/manifest.json: fitted lists other files than those of schema.yaml. {RESTORE_HINT}")
         check_listed(self.manifest, self.schema, path)
+        listed = sizes_below(path) if isinstance(path, StorePath) else None
         for shard in self.manifest.shards:
             if shard.observed.keys() != self.schema.tasks.keys():
                 raise UserError(
                     f"{path}/manifest.json: {shard.path} has labels of other tasks than schema.yaml. {RESTORE_HINT}"
                 )
-            file, status = path / shard.path, lstat_regular(path, shard.path)
-            if status is None or status.st_size != shard.bytes:
-                found = f"has {status.st_size} bytes, the manifest says {shard.bytes}" if status else "is missing"
-                raise UserError(f"{file} {found}. {RESTORE_HINT}")
+            size = listed.get(shard.path) if listed is not None else _size(path, shard.path)
+            if size != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                raise UserError(f"{path / shard.path} {found}. {RESTORE_HINT}")
 
     def only(self, tasks: Sequence[str] | None) -> "Dataset":
         """The same dataset with some of the tasks (None: all). Raises UserError for one that does not exist."""
@@ -92,6 +94,9 @@ class Dataset:
     def encoders_id(self) -> str:
         """16 hex digits of what was fitted: ids and scales mean the same in datasets where it is the same."""
         names = encoder_files(self.schema)
+        known = {file.path: file.sha256 for file in self.manifest.fitted}
+        if on_store(self.encoded_by) and all(f"encoders/{name}" in known for name in names):
+            return encoders_id(known[f"encoders/{name}"] for name in names)  # to read them all takes long
         return encoders_id(sha256(require_file(self.encoded_by, f"encoders/{name}")) for name in names)
 
     def base_rates(self) -> dict[str, float]:
@@ -164,7 +169,7 @@ def open_dataset(path: Path, days: str | None = None, missing_days: MissingDays 
                 "missing_days=skip: no days are named of which one may be missing. Set days=, or remove it."
             )
         return Dataset(path)
-    parts = [Dataset(folder_of_day(path, day)) for day in chosen_days(path, days, missing_days)]
+    parts = each_of(path, lambda day: Dataset(folder_of_day(path, day)), chosen_days(path, days, missing_days))
     first = parts[0]
     for part in parts[1:]:
         part.check_compatible(first.manifest.fingerprint, f"{first.path}")
@@ -198,6 +203,11 @@ def require_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def _size(folder: Path, name: str) -> int | None:
+    status = lstat_regular(folder, name)
+    return status and status.st_size
+
+
 def _no_dataset(path: Path) -> str:
     """Why there is nothing to open."""
     if ranges := day_ranges(path):
@@ -206,6 +216,11 @@ def _no_dataset(path: Path) -> str:
             f"days={ranges[0]}, or give it one: {path / ranges[0][:10]}."
         )
     return f"{path}: no dataset (manifest.json is missing). Run jobs.preprocess out={path} first."
+
+
+def shard_path(split: Split, index: int, count: int) -> str:
+    """Where one of the shards of a split lies, relative to the dataset."""
+    return f"{split}/part-{index:05d}-of-{count:05d}.parquet"
 
 
 def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts: dict[str, Any]) -> Manifest:
@@ -219,10 +234,11 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
     final = []
     for split in dict.fromkeys(shard.split for shard in shards):
         ours = [shard for shard in shards if shard.split == split]
-        (staging / split).mkdir()
         for index, shard in enumerate(ours):
-            path = f"{split}/part-{index:05d}-of-{len(ours):05d}.parquet"
-            (staging / shard.path).rename(staging / path)
+            path = shard_path(split, index, len(ours))
+            if shard.path != path:
+                (staging / split).mkdir(exist_ok=True)
+                (staging / shard.path).rename(staging / path)
             final.append(shard.model_copy(update={"path": path}))
     manifest = Manifest(
         fingerprint=schema.fingerprint,
@@ -235,6 +251,6 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
     )
     (staging / "schema.yaml").write_text(yaml_of(schema.model_dump(mode="json", exclude_unset=True)))
     write_json(staging / "manifest.json", manifest.model_dump(by_alias=True))
-    shutil.rmtree(staging / "scratch", ignore_errors=True)
+    remove_tree(staging / "scratch")
     storage_of(out).commit(staging, out)
     return manifest

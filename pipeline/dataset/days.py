@@ -12,7 +12,9 @@ from pydantic import BeforeValidator
 
 from features.errors import UserError
 from features.regular_files import refuse_link
+from pipeline.dataset.listing import each_of
 from pipeline.overrides import setting
+from pipeline.storage.store_path import on_store
 
 DAY_STRIDE = 1 << 56  # between the row ids of days: room for 65,536 files, each of which has 1 << 40
 MAX_DAYS = (1 << 63) // DAY_STRIDE
@@ -46,7 +48,20 @@ MissingDays = Literal["refuse", "skip"]
 
 def days_in(folder: Path) -> list[date]:
     """The days whose datasets lie in a folder, in order."""
+    if on_store(folder):
+        named = _days_named(folder)
+        there = each_of(folder, lambda path: (path / "manifest.json").is_file(), named)
+        return sorted(
+            day for path, is_there in zip(named, there, strict=True) if is_there and (day := day_of(path.name))
+        )
     return sorted(day for file in folder.glob("*/manifest.json") if (day := day_of(file.parent.name)))
+
+
+def _days_named(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if day_of(path.name)]
+    except FileNotFoundError:
+        return []
 
 
 def day_ranges(folder: Path) -> list[str]:

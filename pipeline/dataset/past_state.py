@@ -8,7 +8,7 @@ in the i-th of as many equal ranges, so that a bucket of a later job reads a few
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
 from features.parquet_schema import check_nesting_of
 from features.printable import printable
-from features.regular_files import lstat_regular
+from features.regular_files import local_file, lstat_regular
 from features.schema.origins import origins, reads_of
 from features.schema.schema import Schema
 from features.source import Counter, History
@@ -149,13 +149,14 @@ def state_lines(state: State) -> list[str]:
 
 @contextmanager
 def opened(
-    folder: Path, file: StateFile, columns: pa.Schema, groups: Sequence[int] | None = None
+    folder: Path, file: StateFile, columns: pa.Schema, groups: Sequence[int] | None = None, copy: Path | None = None
 ) -> Iterator[pq.ParquetFile]:
     """A file of events below `folder`, checked by its footer and pages; what the block cannot read is one line, too.
 
     Args:
         columns: that it must have.
         groups: row groups that will be read; all if None.
+        copy: of the file on this machine; None: made where it is on a store.
     Raises:
         UserError: it is missing, no regular file, of another size, damaged, or not as its entry says.
     """
@@ -164,18 +165,28 @@ def opened(
         found = f"has {status.st_size:,} bytes, the manifest says {file.bytes:,}" if status else "is missing"
         raise UserError(f"{path} {found}. {RESTORE_HINT}")
     try:
-        check_nesting_of(path)
-        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+        with (
+            nullcontext(copy) if copy else local_file(path) as local,
+            parquet_file(local) as parquet,
+        ):
             footer, found_columns = parquet.metadata, parquet.schema_arrow
             if not found_columns.equals(columns):
                 raise UserError(f"{path}: its columns are not those of a state ({_words(columns)}). {RESTORE_HINT}")
             check_footer(footer, path, status.st_size)
             if [footer.row_group(number).num_rows for number in range(footer.num_row_groups)] != file.row_groups:
                 raise UserError(f"{path}: its row groups are not those of the manifest. {RESTORE_HINT}")
-            check_pages(path, footer, groups=groups)
+            check_pages(local, footer, groups=groups)
             yield parquet
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    """An untrusted file of this machine, whose pages are compared with their checksums. Raises UserError for a deep schema."""
+    check_nesting_of(path)
+    with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
+        yield parquet
 
 
 def read_group(parquet: pq.ParquetFile, number: int, path: Path) -> pa.Table:

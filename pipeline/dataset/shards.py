@@ -1,6 +1,9 @@
 """A shard opened for reading, once it is what the manifest says and unpacks to no more than its size allows."""
 
-from collections.abc import Sequence
+import hashlib
+import io
+import mmap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,19 +13,25 @@ import pyarrow.parquet as pq
 from features.errors import UserError
 from features.fit.fitted_files import RESTORE_HINT
 from features.parquet_limits import ALWAYS_ALLOWED_BYTES, check_footer
-from features.parquet_pages import check_pages
-from features.parquet_schema import check_nesting_of
-from features.regular_files import lstat_regular
+from features.parquet_pages import Content, check_pages, chunk_start, is_part_of
+from features.parquet_schema import MAGIC, MAX_FOOTER_BYTES, check_nesting, check_nesting_of
+from features.regular_files import lstat_regular, mounted
 from features.schema.kept import TEXT
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.manifest import footer_sha256
+from pipeline.storage.ranges import Range, coalesced, read_ranges
+
+FOOTER_BYTES = 256 << 10  # that are read of a footer whose length is not known
+OTHER_FOOTER = "its footer is not the manifest's"  # pages have checksums of their own
 
 
 def open_shard(
     dataset: Dataset, shard: Shard, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
 ) -> pq.ParquetFile:
     """Opens one. Kept texts are read as codes into their values: a value that many rows have is in memory once.
+
+    Of a shard on a store, what will be read is fetched into memory.
 
     Args:
         columns: that will be read; all if None.
@@ -32,15 +41,31 @@ def open_shard(
         pa.ArrowException, OSError, ValueError: it cannot be read; its footer or columns are not those that were written.
     """
     path = dataset.path / shard.path
+    if not mounted(path):
+        fetched = FetchedShard(dataset, shard, read_footer(path, shard.bytes))
+        numbers = range(fetched.footer.num_row_groups) if groups is None else groups
+        check_footer(fetched.footer, path, shard.bytes, columns, groups=groups)
+        wanted = fetched.ranges(columns, numbers)
+        fetched.put(zip(wanted, read_ranges(path, wanted), strict=True))
+        check_group_pages(dataset, shard, fetched.footer, columns, groups, fetched.content)
+        return fetched.file
     lstat_regular(dataset.path, shard.path)
     if footer_sha256(path) != shard.footer_sha256:
-        raise pa.ArrowInvalid("its footer is not the manifest's")  # pages have checksums of their own
+        raise pa.ArrowInvalid(OTHER_FOOTER)
     check_nesting_of(path)
-    texts = _texts(dataset)
     footer = pq.read_metadata(path, memory_map=True)
+    file = _parquet_file(dataset, shard, path, footer)
+    check_groups(dataset, shard, footer, columns, groups)
+    return file
+
+
+def _parquet_file(
+    dataset: Dataset, shard: Shard, source: Path | pa.NativeFile, footer: pq.FileMetaData
+) -> pq.ParquetFile:
+    texts = _texts(dataset)
     found = {footer.schema.column(index).path for index in range(footer.num_columns)}
     file = pq.ParquetFile(
-        path,
+        source,
         metadata=footer,
         memory_map=True,
         page_checksum_verification=True,
@@ -48,9 +73,67 @@ def open_shard(
     )
     if file.schema_arrow != _as_read(dataset.columns, texts):
         raise pa.ArrowInvalid("its columns are not the schema's")
-    check_row_groups(footer, path, shard)
-    check_groups(dataset, shard, footer, columns, groups)
+    check_row_groups(footer, dataset.path / shard.path, shard)
     return file
+
+
+class FetchedShard:
+    """A shard on a store: its footer, and the memory that parts of it are put into, each at its place in the file.
+
+    So the checks and the decoding are those of a mapped file. Memory that nothing was put into is none of the machine's.
+
+    Args:
+        footer: of the file, as `read_footer`.
+    Attributes:
+        file: reads what was put into `content`.
+    Raises:
+        as open_shard; no row group is checked.
+    """
+
+    def __init__(self, dataset: Dataset, shard: Shard, footer: bytes) -> None:
+        path = dataset.path / shard.path
+        if hashlib.sha256(footer).hexdigest() != shard.footer_sha256:
+            raise pa.ArrowInvalid(OTHER_FOOTER)
+        check_nesting(io.BytesIO(MAGIC + footer), path)
+        self.shard = shard
+        self.footer: pq.FileMetaData = pq.read_metadata(pa.BufferReader(MAGIC + footer))
+        self.content = mmap.mmap(-1, shard.bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.file = _parquet_file(dataset, shard, pa.BufferReader(pa.py_buffer(self.content)), self.footer)
+
+    def ranges(self, columns: Sequence[str] | None, groups: Iterable[int]) -> list[Range]:
+        """Where the column chunks of row groups lie that check_footer has passed, in as few ranges as are worth it."""
+        wanted = None if columns is None else {*columns}
+        schema = self.footer.schema
+        names = [schema.column(index).path for index in range(self.footer.num_columns)]
+        chosen = [index for index, name in enumerate(names) if wanted is None or is_part_of(name, wanted)]
+        chunks = (self.footer.row_group(group).column(index) for group in groups for index in chosen)
+        places = ((chunk_start(chunk), chunk.total_compressed_size) for chunk in chunks)
+        return coalesced([(start, start + size) for start, size in places])
+
+    def put(self, parts: Iterable[tuple[Range, bytes]]) -> None:
+        """Copies parts of the file into memory."""
+        for (start, stop), part in parts:
+            self.content[start:stop] = part
+
+    def clear(self) -> None:
+        """Frees the memory of all parts."""
+        self.content.madvise(mmap.MADV_DONTNEED)
+
+
+def read_footer(path: Path, size: int, guess: int = FOOTER_BYTES) -> bytes:
+    """The footer of a Parquet file, with its length and magic number: all that follows the last page.
+
+    Args:
+        size: of the file. guess: bytes that are read at first, and suffice where the footer has no more.
+    Raises:
+        OSError: as read_ranges.
+    """
+    start = max(0, size - guess)
+    tail = read_ranges(path, [(start, size)])[0]
+    length = min(int.from_bytes(tail[-8:-4], "little"), MAX_FOOTER_BYTES) + 8
+    if start and length > len(tail):
+        tail = read_ranges(path, [(max(0, size - length), start)])[0] + tail
+    return tail[-length:]
 
 
 def check_groups(
@@ -64,11 +147,23 @@ def check_groups(
 
     All of a shard of many columns take as long as decoding one of them.
     """
+    check_footer(footer, dataset.path / shard.path, shard.bytes, columns, groups=groups)
+    check_group_pages(dataset, shard, footer, columns, groups)
+
+
+def check_group_pages(
+    dataset: Dataset,
+    shard: Shard,
+    footer: pq.FileMetaData,
+    columns: Sequence[str] | None = None,
+    groups: Sequence[int] | None = None,
+    content: Content | None = None,
+) -> None:
+    """The part of `check_groups` that needs the pages; `content` as of check_pages."""
     path = dataset.path / shard.path
-    check_footer(footer, path, shard.bytes, columns, groups=groups)
-    check_pages(path, footer, columns, nested=True, groups=groups)
+    check_pages(path, footer, columns, nested=True, groups=groups, content=content)
     texts = [column for column in _texts(dataset) if columns is None or column in columns]
-    check_pages(path, footer, texts, groups=groups)
+    check_pages(path, footer, texts, groups=groups, content=content)
 
 
 def _texts(dataset: Dataset) -> list[str]:

@@ -15,16 +15,17 @@ from features.fit.encoders import Encoders
 from features.fit.fitted_files import RESTORE_HINT, encoder_files
 from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages
-from features.parquet_schema import check_nesting_of
 from features.printable import printable
-from features.regular_files import lstat_regular
+from features.regular_files import local_file, lstat_regular
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.entries import Listed, Shard
+from pipeline.dataset.listing import sizes_below
 from pipeline.dataset.manifest import UNLISTED_FILES, check_equal, footer_sha256
-from pipeline.dataset.past_state import verify_state
+from pipeline.dataset.past_state import parquet_file, verify_state
 from pipeline.dataset.shards import check_ids, check_row_groups, table_sizes
 from pipeline.storage.files import sha256
+from pipeline.storage.store_path import StorePath
 
 IDS_AT_ONCE = 1 << 26  # row ids held in memory, 0.5 GB
 BATCH = 1 << 16  # rows
@@ -101,13 +102,21 @@ def _check_names(dataset: Dataset) -> int:
     named = {*UNLISTED_FILES, *(f"encoders/{name}" for name in encoder_files(dataset.schema))}
     named |= {shard.path for shard in manifest.shards} | {file.path for file in manifest.dead_letter_files}
     named |= {file.path for file in manifest.state.files} if manifest.state else set()
-    files = [
-        file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_symlink() or not file.is_dir()
-    ]
+    listed = sizes_below(path) if isinstance(path, StorePath) else None
+    files = (
+        sorted(listed)
+        if listed is not None
+        else [
+            file.relative_to(path).as_posix()
+            for file in sorted(path.rglob("*"))
+            if file.is_symlink() or not file.is_dir()
+        ]
+    )
     for file in files:
         if file not in named:
             raise UserError(f"{path / printable(file)}: the manifest does not name this file. Move it elsewhere.")
-        lstat_regular(path, file)
+        if listed is None:
+            lstat_regular(path, file)
     return len(files)
 
 
@@ -129,10 +138,9 @@ def _check_file(dataset: Path, known: Listed) -> None:
 def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
     """A Parquet file whose pages unpack to what its footer says. Raises UserError, also for what the block cannot read."""
     try:
-        check_nesting_of(file)
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        with local_file(file) as local, parquet_file(local) as parquet:
             check_footer(parquet.metadata, file, bytes_)
-            check_pages(file, parquet.metadata)
+            check_pages(local, parquet.metadata)
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
         raise UserError(f"{file}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None

@@ -1,11 +1,12 @@
 """Raw files on any file system: found by pattern, opened, and checked for changes; the units in which workers read them."""
 
-from collections.abc import Iterator, Sequence
+import errno
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
@@ -13,13 +14,14 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from features.errors import UserError, one_line
+from pipeline.storage import store_path
+from pipeline.storage.patience import patiently
 
 BLOCK_BYTES = 32 << 20  # of raw text or columns that are in memory and parsed at a time
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps
 VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "updated", "created")
 BOM = b"\xef\xbb\xbf"
-# Stores of files. fsspec knows others, some of which (reference::, zip::) read what a file tells them to read.
-STORES = ("file", "local", "s3", "s3a", "gs", "gcs", "hdfs", "webhdfs", "abfs", "abfss", "az", "adl", "memory")
+STORES = ("file", "local", *store_path.STORES)
 UNPACK_RATIO = (
     500  # logs reach some tens, lines that hardly differ 200; gzip ends at 1,032, zstd and bzip2 beyond 10,000
 )
@@ -140,7 +142,7 @@ def _stored(system: fsspec.AbstractFileSystem, folder: str, pattern: str) -> lis
     with _reachable(folder):
         system.invalidate_cache()
         try:
-            found = system.glob(pattern, detail=True)
+            found = patiently(folder, system.glob, pattern, detail=True)
         except FileNotFoundError:
             return []
     files = [info for info in found.values() if info["type"] == "file"]
@@ -170,7 +172,12 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
             f"{path}: raw files are read from paths and from {', '.join(f'{s}://' for s in STORES if s != 'local')}. Set input."
         )
     try:
+        if scheme in store_path.STORES:
+            system = store_path.place(path).system  # type: ignore[attr-defined]
+            return system, system._strip_protocol(path)
         return url_to_fs(path)
+    except ValueError as error:  # such as a password in it
+        raise UserError(f"{one_line(error)}. Set input.") from None
     except ImportError as error:
         raise UserError(f"{path}: {scheme}:// needs a package. {one_line(error)}: install it with pip.") from None
     except Exception as error:  # each storage has exceptions of its own
@@ -187,6 +194,8 @@ def _reachable(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each storage has exceptions of its own
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            raise UserError(f"{path}: {error.strerror}. Run again once it answers.") from None
         raise UserError(
             f"{path}: the storage reports an error: {one_line(error)}. Check address and credentials."
         ) from None
@@ -200,6 +209,8 @@ def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            raise UserError(f"{path}: {error.strerror}. Run again once it answers.") from None
         how, cure = (" to its end", "") if to_its_end else ("", ", or leave it out of the schema's files")
         raise UserError(f"{path}: cannot be read{how}: {one_line(error)}. Fetch it again{cure}.") from None
 
@@ -217,7 +228,7 @@ def _current(path: str) -> RawFile | None:
     with _reachable(path):
         system.invalidate_cache()
         try:
-            info = system.info(name)
+            info = patiently(path, system.info, name)
         except FileNotFoundError:
             return None
     return RawFile(path, info["size"], _version(info))
@@ -232,7 +243,36 @@ def open_raw(path: str, cache: str = "readahead") -> BinaryIO:
     system, name = file_system(path)
     if isinstance(system, LocalFileSystem) and Path(name).exists() and not Path(name).is_file():
         raise OSError("it is not a regular file")
-    return system.open(name, "rb", cache_type=cache, block_size=READ_AHEAD)
+    if isinstance(system, LocalFileSystem):
+        return system.open(name, "rb", cache_type=cache, block_size=READ_AHEAD)
+    return cast(BinaryIO, PatientFile(path, lambda: system.open(name, "rb", cache_type=cache, block_size=READ_AHEAD)))
+
+
+class PatientFile:
+    """A file on a store, whose reads ask again while it does not answer."""
+
+    def __init__(self, path: str, opened: Callable[[], BinaryIO]) -> None:
+        self.path = path
+        self.file = patiently(path, opened)
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        position = self.file.tell()
+
+        def read() -> bytes:
+            self.file.seek(position)
+            return self.file.read(size)
+
+        return patiently(self.path, read)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "PatientFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
 
 def codec_of(path: str) -> str | None:

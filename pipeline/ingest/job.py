@@ -7,7 +7,7 @@ import datetime
 import json
 import logging
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from features.schema.unlabelled import check_past, without_labels
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
 from pipeline.dataset.dataset import Dataset, commit, require_file
-from pipeline.dataset.days import folder_of_day
+from pipeline.dataset.days import days_in, folder_of_day
+from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.dataset.manifest import Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule, totals, workers
@@ -34,11 +35,13 @@ from pipeline.ingest.past_end import state_of, warn_of_stale_days
 from pipeline.ingest.past_start import copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.schedule import Limits
-from pipeline.ingest.staging import staging_of
+from pipeline.ingest.staging import folders_of
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
+from pipeline.storage.files import copy_file
+from pipeline.storage.store_path import StorePath, on_store
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +74,19 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         check_past(schema)
     absent = absent_days(read, streams, config.as_of)
     _warn_of(absent, read)
-    with staging_of(out) as staging:
+    with folders_of(out, config.scratch) as (staging, between):
+        # Where workers of other machines see the files between steps but not the dataset's folder, they make it with these.
+        made = between / "dataset" if on_store(between) and not on_store(staging) else staging
         size = sum(_unpacked(file) for found in streams.values() for file in found)
         size += EVENT_BYTES * max(sum(file.row_groups) for file in start.state.files) if start else 0
         job = Job(
-            read, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
+            read, made, 1 + size // config.bucket_bytes, config.order, config.seed,
             config.rows_per_row_group, counts_all=not fits, broadcast=_broadcast(config, read, streams),
             snapshots={name: sorted(set(times.values())) for name, times in valid_from.items()},
             start=start, horizon=_end(config, read), reads_labels=config.labels != "none", absent=absent,
             max_bad_fraction=config.max_bad_fraction,
             stream_bytes={stream: sum(file.size for file in found) for stream, found in streams.items()},
+            apart=between,
         )  # fmt: skip
         limits = Limits(
             config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
@@ -89,11 +95,11 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
         )  # fmt: skip
         try:
             if reference and not fits:
-                _copy_encoders(reference, staging, schema)
+                _copy_encoders(reference, made, schema)
             if start:
                 copy_state(start, schema, job.begun)
             run_steps(config, job, limits, work)
-            manifest = _commit(job, limits, schema, out, config.state.from_ is not None)
+            manifest = _commit(job, limits, schema, staging, out, config.state.from_ is not None)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
     if config.date and schema.past:
@@ -276,11 +282,10 @@ def _reference(config: PreprocessConfig, schema: Schema) -> tuple[Path | None, b
 
 def _other_day(config: PreprocessConfig) -> Path | None:
     """The first other day in the folder of days that the job writes to."""
-    if config.date is None or not config.out.is_dir():
+    if config.date is None:
         return None
-    days = sorted(path.parent.name for path in config.out.glob("????-??-??/manifest.json"))
-    name = next((day for day in days if day != config.date.isoformat()), None)
-    return name and folder_of_day(config.out, name)  # type: ignore[return-value]
+    day = next((day for day in days_in(config.out) if day != config.date), None)
+    return folder_of_day(config.out, day.isoformat()) if day else None
 
 
 def _same_features(schema: Schema, known: Schema) -> bool:
@@ -294,13 +299,15 @@ def _same_features(schema: Schema, known: Schema) -> bool:
 
 def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
     """Copies the files of the encoders, and nothing that only looks like one. Raises UserError, OSError."""
-    (staging / "encoders" / "vocabularies").mkdir(parents=True)
+    if not on_store(staging):
+        (staging / "encoders" / "vocabularies").mkdir(parents=True)
     for name in encoder_files(schema):
-        with (
-            open_regular(require_file(reference, f"encoders/{name}")) as source,
-            (staging / "encoders" / name).open("xb") as copy,
-        ):
-            shutil.copyfileobj(source, copy)
+        source, target = require_file(reference, f"encoders/{name}"), staging / "encoders" / name
+        if on_store(source) or on_store(target):
+            copy_file(source, target)
+        else:
+            with open_regular(source) as content, target.open("xb") as copy:
+                shutil.copyfileobj(content, copy)
 
 
 def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:
@@ -312,12 +319,31 @@ def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[Rea
 
         with Progress(job.progress, schedule.steps_of(job), total):
             run_pipeline(config, job, limits, work)
-    if (job.scratch / "error.json").exists():
-        raise UserError(json.loads((job.scratch / "error.json").read_text()))
+    raise_failure(job)
 
 
-def _commit(job: Job, limits: Limits, schema: Schema, out: Path, state_chosen: bool) -> Manifest:
+def raise_failure(job: Job) -> None:
+    """Raises UserError where a step has failed, or not even that could be written."""
+    with suppress(FileNotFoundError):
+        raise UserError(json.loads((job.scratch / "error.json").read_bytes()))
+    if not (job.scratch / f"{schedule.steps_of(job)[-1]}.json").exists():
+        raise UserError(f"{job.scratch}: a step could not write its report. Run again once there is room.")
+
+
+def _commit(job: Job, limits: Limits, schema: Schema, staging: Path, out: Path, state_chosen: bool) -> Manifest:
     """Writes dead letters and totals, and moves the dataset into place. state_chosen: see state_of."""
     counts = totals.of_job(job, limits) | {"state": state_of(job, state_chosen)}
     totals.add_splits(job)
-    return commit(job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
+    if isinstance(job.staging, StorePath) and job.staging != staging:
+        _fetch(job.staging, staging)
+    return commit(staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
+
+
+def _fetch(folder: StorePath, target: Path) -> None:
+    """Copies what workers have made from a store."""
+
+    def fetch(name: str) -> None:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(folder / name, target / name)
+
+    each_of(folder, fetch, sizes_below(folder))

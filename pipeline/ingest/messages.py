@@ -375,15 +375,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class WriteWork:
-    """A shard to write: its slices in order, each in pieces."""
+    """A shard to write: its slices in order, each in pieces, and its path in the dataset."""
 
     split: Split
     slices: list[list[Piece]]
+    path: str
 
 
 @dataclass(frozen=True)
 class WriteReport(Report):
-    """A shard that was written under a temporary name.
+    """A shard that was written, perhaps under a temporary name.
 
     Attributes:
         counts: of the features, where its rows were encoded only now.

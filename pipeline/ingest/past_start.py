@@ -13,6 +13,8 @@ from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.days import MissingDays, day_of, days_in, folder_of_day, ranges_of
 from pipeline.dataset.entries import State, StateFile, StateOrigin
 from pipeline.dataset.past_state import meaning, state_id
+from pipeline.storage.store_path import on_store, place
+from pipeline.storage.uploading import uploading
 
 EMPTY = "empty"  # state.from=empty: histories and counters begin without any rows
 
@@ -69,7 +71,7 @@ def start_of(
     if named == EMPTY:
         return None
     if named is not None:
-        folder = Path(named).resolve()
+        folder = _place(named).resolve()
         if not folder.is_dir():
             raise UserError(
                 f"state.from={printable(named)}: no such folder. Name a dataset, a folder of days, or empty."
@@ -154,6 +156,13 @@ def _start(folder: Path, name: str, schema: Schema) -> Start:
     return Start(folder, name, state)
 
 
+def _place(named: str) -> Path:
+    try:
+        return place(named)
+    except ValueError as error:
+        raise UserError(f"state.from: {error}") from None
+
+
 def copy_state(start: Start, schema: Schema, target: Path) -> None:
     """Copies the files of a state into a folder of the job: the dataset may be replaced while the job runs.
 
@@ -162,9 +171,13 @@ def copy_state(start: Start, schema: Schema, target: Path) -> None:
     """
     for past in schema.past:
         file = start.file(past)
-        (target / file.path).parent.mkdir(parents=True, exist_ok=True)
+        copied = target / file.path
+        copied.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        with open_regular(require_file(start.folder, file.path)) as source, (target / file.path).open("xb") as copy:
+        with (
+            open_regular(require_file(start.folder, file.path)) as source,
+            uploading(copied) if on_store(copied) else copied.open("xb") as copy,
+        ):
             while block := source.read(1 << 20):
                 digest.update(block)
                 copy.write(block)

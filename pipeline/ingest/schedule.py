@@ -4,8 +4,8 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from features.fit import reuse
 from features.fit.encoders import Encoders
 from features.schema.schema import SPLITS, Split
 from pipeline.dataset.card.card import card, read_card
-from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.dataset import Dataset, shard_path
+from pipeline.ingest import shuffle
 from pipeline.ingest.absent_columns import check_keys
 from pipeline.ingest.bad_rows import too_many_message
 from pipeline.ingest.empty_split import empty_split
@@ -48,6 +49,7 @@ from pipeline.ingest.state import IMPRESSIONS, RESERVE_FILE, Job
 from pipeline.ingest.steps.dead_letters import implausible_times
 from pipeline.ingest.steps.merge import merged
 from pipeline.storage.files import write_json
+from pipeline.storage.store_path import place
 
 CONSUMED = {
     "write_state": ("later",),
@@ -115,11 +117,11 @@ def after(
     except (UserError, OSError) as error:
         (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
         message = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
-        write_json(job.scratch / "error.json", message)
+        with suppress(OSError):  # then the driver misses the reports of the last step
+            write_json(job.scratch / "error.json", message)
         return
     for name in CONSUMED.get(step, ()):
-        for path in job.scratch.glob(f"{name}-*"):
-            path.unlink(missing_ok=True)
+        shuffle.remove(list(job.scratch.glob(f"{name}-*")))
     if following:
         record_total(job.progress, following, len(work))
     yield from enumerate(work)
@@ -190,7 +192,7 @@ def counter_means(job: Job, limits: Limits) -> dict[str, float]:
     """
     means: dict[str, float] = {}
     if job.schema.smoothed and limits.reference:
-        known = Dataset(Path(limits.reference)).encoders
+        known = Dataset(place(limits.reference)).encoders
         # Without labels, a schema has no expressions to compare; but then all encoders are those of the reference.
         means = reuse.counter_means(job.schema, known) if limits.fits else dict(known.counter_means)
     for name in (name for name in job.schema.smoothed if name not in means):
@@ -275,16 +277,17 @@ def _no_rows(job: Job) -> str:
 def _fit(job: Job, limits: Limits) -> None:
     """Fits the encoders, unless those of another dataset are used, and writes the card."""
     statistics = merged([report.path for report in job.found(MergeReport)])
-    known = Dataset(Path(limits.reference)) if limits.reference else None
+    known = Dataset(place(limits.reference)) if limits.reference else None
     if limits.fits:
-        temporary = job.temporary_path("encoders")
+        temporary = job.unfinished_path("encoders", "encoders")
         encoders = Encoders.fit(job.schema, statistics, counter_means(job, limits))
         if known:
             kept = reuse.unchanged(job.schema, known.schema)
             encoders = reuse.keep(encoders, known.encoders, kept, known.encoders_id)
         encoders.save(temporary)
-        shutil.rmtree(job.staging / "encoders", ignore_errors=True)  # of an earlier attempt
-        temporary.rename(job.staging / "encoders")
+        if temporary != job.staging / "encoders":
+            shutil.rmtree(job.staging / "encoders", ignore_errors=True)  # of an earlier attempt
+            temporary.rename(job.staging / "encoders")
     reference = _comparable(job, known) if known else None
     write_json(job.staging / "statistics.json", card(job.schema, job.encoders, statistics, reference))
 
@@ -326,9 +329,10 @@ def _write(job: Job, limits: Limits) -> Iterator[WriteWork]:
             slices = pieces.setdefault((batch.split, batch.slice // SLICES), [[] for _ in range(SLICES)])
             slices[batch.slice % SLICES].append(Piece(report.path, index, batch.rows))
     for split in SPLITS:
-        for key in sorted(key for key in pieces if key[0] == split):
-            if any(piece.rows for slice_ in pieces[key] for piece in slice_):
-                yield WriteWork(split, pieces[key])
+        keys = sorted(key for key in pieces if key[0] == split)
+        filled = [key for key in keys if any(piece.rows for slice_ in pieces[key] for piece in slice_)]
+        for index, key in enumerate(filled):
+            yield WriteWork(split, pieces[key], shard_path(split, index, len(filled)))
 
 
 def _in_order(job: Job, rows_per_shard: int) -> dict[tuple[Split, int], list[list[Piece]]]:

@@ -1,21 +1,51 @@
-"""The folder in which a dataset is written, beside its final place."""
+"""The folders of a job: one in which the dataset is written, beside its final place, and one for the files between steps."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from features.errors import UserError
 from pipeline.ingest.state import RESERVE_FILE
 from pipeline.storage import staging
+from pipeline.storage.store_path import on_store
 
 
 @contextmanager
 def staging_of(out: Path) -> Iterator[Path]:
-    """As pipeline.storage.staging.staging_of, with the folders of a job in it. Raises UserError where there can be none."""
+    """As pipeline.storage.staging.staging_of, with scratch/ in it, the folders of a job. Raises UserError where none can be."""
     with staging.staging_of(out) as folder:
         try:
-            (folder / "scratch" / "progress").mkdir(parents=True)
-            (folder / "scratch" / RESERVE_FILE).write_bytes(bytes(1 << 16))
+            _make_folders(folder / "scratch")
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
         yield folder
+
+
+@contextmanager
+def folders_of(out: Path, scratch: Path | None) -> Iterator[tuple[Path, Path]]:
+    """The folder of `staging_of`, and that of the files between steps.
+
+    Args:
+        scratch: below which the latter is a folder of its own, removed as the former; None: scratch/ in the former.
+    Raises:
+        UserError: one of them cannot be written.
+    """
+    with staging_of(out) as folder, nullcontext() if scratch is None else _below(scratch.absolute()) as between:
+        yield folder, between or folder / "scratch"
+
+
+@contextmanager
+def _below(scratch: Path) -> Iterator[Path]:
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"scratch={scratch} cannot be written: {error}. Choose another scratch=.") from None
+    with staging.staging_of(scratch / "preprocess") as folder:
+        _make_folders(folder)
+        yield folder
+
+
+def _make_folders(scratch: Path) -> None:
+    if not on_store(scratch):  # which has no folders, and is never full
+        (scratch / "progress").mkdir(parents=True)
+        (scratch / RESERVE_FILE).write_bytes(bytes(1 << 16))

@@ -10,6 +10,7 @@ from features.fit.encoders import Encoders
 from features.schema.schema import Schema, Split
 from pipeline.ingest.messages import LabelledPart, LabelReport, R, ReadReport, TypedPart, from_json
 from pipeline.ingest.past_start import Start
+from pipeline.storage.store_path import on_store
 
 Order = Literal["shuffled", "time", "input"]
 IMPRESSIONS = "impressions"  # the stream that outcomes belong to
@@ -36,7 +37,7 @@ class Job:
     """What every step is given.
 
     Attributes:
-        staging: folder that becomes the dataset; scratch/ in it holds files between steps.
+        staging: folder in which the dataset's files are made; what lies in its scratch/ is none of them.
         buckets: of joins, histories and counters.
         counts_all: whether statistics are of all rows, or of the train split.
         broadcast: side tables that every worker holds; the others are joined a bucket of keys at a time.
@@ -48,6 +49,7 @@ class Job:
         absent: days without files.
         max_bad_fraction: a larger share of bad rows in a stream stops the job.
         stream_bytes: size of the files of each stream.
+        apart: folder of files between steps, where it is not scratch/ in `staging`.
     """
 
     schema: Schema
@@ -66,11 +68,12 @@ class Job:
     absent: AbsentDays = AbsentDays()
     max_bad_fraction: float = 1.0
     stream_bytes: dict[str, int] = field(default_factory=dict)
+    apart: Path | None = None
 
     @property
     def scratch(self) -> Path:
         """Folder of files between steps."""
-        return self.staging / "scratch"
+        return self.apart or self.staging / "scratch"
 
     @property
     def begun(self) -> Path:
@@ -85,6 +88,14 @@ class Job:
     def temporary_path(self, name: str) -> Path:
         """A new path in the scratch folder: a failed attempt's files are named by no report."""
         return self.scratch / f"{name}-{uuid.uuid4().hex}"
+
+    def unfinished_path(self, name: str, final: str) -> Path:
+        """Where a file of the dataset is written.
+
+        On a store that is `final` in the dataset: objects appear whole, and two attempts put the same bytes. Elsewhere it is
+        a new path, to be renamed once the file is whole.
+        """
+        return self.staging / (final if on_store(self.staging) else f"scratch/{name}-{uuid.uuid4().hex}")
 
     def table_rows(self, name: str) -> list[str]:
         """Paths of a side table's rows, in their order; scattered to buckets unless it is broadcast."""
@@ -114,10 +125,11 @@ class Job:
     def found(self, kind: type[R]) -> list[R]:
         """The reports of a finished step, in the order of its work; empty where the job has no such step."""
         if kind.step not in self.cache:
-            path = self.scratch / f"{kind.step}.json"
-            if not path.exists():
+            try:
+                content = (self.scratch / f"{kind.step}.json").read_bytes()
+            except FileNotFoundError:
                 return []
-            self.cache[kind.step] = from_json(kind, json.loads(path.read_text()))
+            self.cache[kind.step] = from_json(kind, json.loads(content))
         return self.cache[kind.step]
 
     def typed(self) -> list[TypedPart]:

@@ -12,7 +12,6 @@ day can be added later, alone, and has the same items, users and tastes.
 # L recent items of all rows.
 
 import datetime
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -24,8 +23,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from features.errors import UserError, one_line
 from features.parquet_limits import check_file
-from features.regular_files import lstat_regular
+from features.regular_files import local_file, lstat_regular
 from pipeline.synthetic.draws import Array, bias, draw, named, sigmoid, write_csv, zipf
+from pipeline.synthetic.output import published
 
 CATEGORIES, SEGMENTS, RANK, COUNTRIES, QUERIES = 60, 12, 2, 50, 1_000_000
 DEVICES, DEVICE_SHARES = ("phone", "desktop", "tablet", "tv"), (0.5, 0.3, 0.13, 0.07)
@@ -246,29 +246,27 @@ def generate(config: LogConfig, out: Path) -> None:
     Files of other days stay, and so do their rows of truth.parquet. Nothing under a final name is ever half written.
     """
     world = World(config)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+    with published(out) as folder:
         dates = [config.start + datetime.timedelta(days=day) for day in range(config.days)]
-        truth = pa.concat_tables([_write_day(config, world, date, Path(temporary)) for date in dates])
+        truth = pa.concat_tables([_write_day(config, world, date, folder) for date in dates])
         if lstat_regular(out, "truth.parquet"):
             kept = _read_truth(out / "truth.parquet")
             day = pc.divide(kept["impression_id"], MAX_ROWS_PER_DAY)
             kept = kept.filter(pc.invert(pc.is_in(day, pa.array([date.toordinal() for date in dates]))))
             truth = pa.concat_tables([kept, truth], promote_options="default").sort_by("impression_id")
-        pq.write_table(truth, Path(temporary, "truth.parquet"))
-        # By name, so that outcomes appear before the impressions that they belong to.
-        for path in sorted(Path(temporary).iterdir()):
-            path.replace(out / path.name)
+        # Files appear by name, so outcomes before the impressions that they belong to.
+        pq.write_table(truth, folder / "truth.parquet")
 
 
 def _read_truth(path: Path) -> pa.Table:
     """The truth of the days that are there. Raises UserError for a file that cannot be read or unpacks to too much."""
     try:
-        schema = pq.read_schema(path)
-        if not all(map(pa.types.is_primitive, schema.types)) or schema.field("impression_id").type != pa.int64():
-            raise ValueError("its columns are not numbers")
-        check_file(path)
-        kept = pq.read_table(path)
+        with local_file(path) as local:
+            schema = pq.read_schema(local)
+            if not all(map(pa.types.is_primitive, schema.types)) or schema.field("impression_id").type != pa.int64():
+                raise ValueError("its columns are not numbers")
+            check_file(local)
+            kept = pq.read_table(local)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}). Remove it, or choose another out=.") from None
     return kept

@@ -14,7 +14,6 @@ looked up; the strength of the effects is chosen here, to put the best possible 
 # Shapes: B rows, U users, I items, G genres, O occupations, R rank, K cuts between stars.
 
 import datetime
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline.synthetic.draws import Array, bias, draw, named, sigmoid, write_csv, zipf
+from pipeline.synthetic.output import published
 
 GENRES, OCCUPATIONS, RANK, MAX_GENRES, MAX_PAIRS, DAY = 18, 21, 4, 3, 50_000_000, 86_400
 AT_LEAST = (0.939, 0.825, 0.554, 0.212)  # share of ratings of at least 2, 3, 4 and 5 stars: 3.53 on average
@@ -201,10 +201,7 @@ def _items(people: People) -> dict[str, Any]:
 
 
 def _publish(out: Path, files: dict[str, dict[str, Any]], truth: dict[str, Array]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+    with published(out) as folder:
         for name, columns in files.items():
-            write_csv(Path(temporary, f"{name}.csv"), columns)
-        pq.write_table(pa.table(truth), Path(temporary, "truth.parquet"))
-        for path in sorted(Path(temporary).iterdir()):
-            path.replace(out / path.name)
+            write_csv(folder / f"{name}.csv", columns)
+        pq.write_table(pa.table(truth), folder / "truth.parquet")

@@ -127,7 +127,7 @@ def test_the_pointer_of_a_store_moves_what_serves(served, package, memory, monke
     np.testing.assert_allclose(served.serving().scorer.score(ROWS[:1])["click"], [click], rtol=1e-5)
 
     listed = []
-    find = memory.system.find
+    find = type(memory.system).find
     monkeypatch.setattr(type(memory.system), "find", lambda *a, **k: listed.append(a) or find(*a, **k))
     served.poll()
     assert listed == []  # the pointer and the package are what they were: two questions a poll

@@ -1,6 +1,5 @@
 """What a Parquet file may unpack to, checked before it is decoded: a kilobyte of runs and dictionaries makes terabytes."""
 
-import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.parquet_limits import check_chunks
-from features.parquet_pages import pages
+from features.parquet_pages import Content, pages
 from pipeline.ingest.files import RawFile
 
 PAGE_LIMIT = 256 << 20  # bytes of a page once it is decompressed; usual is one million
@@ -72,7 +71,7 @@ def check_footer_sizes(file: RawFile, chunks: Iterable[Chunk]) -> None:
         file.check_unpacked(total, f", {chunk.where}")
 
 
-def check_page_sizes(file: RawFile, content: mmap.mmap, chunks: Iterable[Chunk]) -> None:
+def check_page_sizes(file: RawFile, content: Content, chunks: Iterable[Chunk]) -> None:
     """Checks the headers of all pages: a reader allocates what they say, whatever the footer has.
 
     Raises:

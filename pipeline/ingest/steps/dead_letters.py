@@ -1,5 +1,6 @@
 """Dead letters: spilled by the steps that find bad rows, and written as one Parquet file for each raw file in the end."""
 
+import io
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from features.parse import raw
 from pipeline.dataset.entries import DeadLetterFile
 from pipeline.ingest.messages import DeadLetters
 from pipeline.ingest.state import Job
-from pipeline.storage.files import sha256
-from pipeline.storage.local import fsync
+from pipeline.ingest.written import written_whole
+from pipeline.storage.store_path import on_store, place
 
 LONG_LINE = re.compile(r"(line|row) of \d+ bytes( is longer than .*)")
 EXAMPLES = 20  # reasons of which the first row is kept
@@ -38,7 +39,8 @@ def spill(job: Job, found: Sequence[pl.DataFrame]) -> DeadLetters:
     if not frame.height:
         return DeadLetters()
     path = job.temporary_path("dead_letters")
-    frame.write_ipc(path)
+    with written_whole(path, durable=False) as (target, _):
+        frame.write_ipc(target)
     reasons: Counter[str] = Counter()
     examples: dict[str, tuple[int, str]] = {}
     for line, reason in frame.select("line", "reason").sort("line", maintain_order=True).iter_rows():
@@ -56,7 +58,7 @@ def implausible_times(found: Sequence[DeadLetters], reason: str) -> str:
     """
     ranges: dict[tuple[str, str], tuple[int, int, int]] = {}  # by column and likely unit: rows, first and last
     for path in (each.path for each in found if each.path):
-        part = pl.read_ipc(path, columns=["reason"])["reason"].str.extract_groups(IMPLAUSIBLE_TIME)
+        part = pl.read_ipc(_source(path), columns=["reason"])["reason"].str.extract_groups(IMPLAUSIBLE_TIME)
         times = part.struct.unnest().drop_nulls().with_columns(pl.col("2").cast(pl.Int64))
         grouped = times.group_by("1", "3").agg(
             pl.len(), pl.col("2").min().alias("first"), pl.col("2").max().alias("last")
@@ -93,17 +95,22 @@ def write_file(staging: Path, name: str, stream: str, file: str, found: Sequence
     Args:
         found: spilled files, each with the number of the raw file's lines before those it counts.
     """
-    parts = [pl.read_ipc(path).with_columns(pl.col("line") + before) for path, before in found]
+    parts = [pl.read_ipc(_source(path)).with_columns(pl.col("line") + before) for path, before in found]
     frame = pl.concat(parts).sort("line", maintain_order=True)
     path = staging / "dead_letters" / f"{name}.parquet"
     path.parent.mkdir(exist_ok=True)
     table = frame.select(pl.lit(stream).alias("stream"), pl.lit(file).alias("file"), "line", "reason", "raw").to_arrow()
-    pq.write_table(table.cast(COLUMNS), path, compression="zstd")
-    fsync(path)
+    with written_whole(path) as (target, written):
+        pq.write_table(table.cast(COLUMNS), target, compression="zstd")
     return DeadLetterFile(
         path=str(path.relative_to(staging)),
         stream=stream,
         rows=frame.height,
-        bytes=path.stat().st_size,
-        sha256=sha256(path),
+        bytes=written.bytes,
+        sha256=written.sha256,
     )
+
+
+def _source(path: str) -> str | io.BytesIO:
+    """What polars reads: a path that it maps, or the content of an object."""
+    return io.BytesIO(spilled.read_bytes()) if on_store(spilled := place(path)) else path

@@ -98,7 +98,8 @@ def look_up(job: Job, work: LookUpWork) -> LookUpReport:
         path = shuffle.write(job.temporary_path("gathered"), [results])
         return _report(work, path, index, found)
     index = _index(job, name, work.index)
-    parts = [shuffle.read(part.lookups[name], work.index, mapped=False) for part in job.typed()]
+    paths = [part.lookups[name] for part in job.typed()]
+    parts = shuffle.read_each(paths, [work.index] * len(paths))
     lookups = pa.concat_tables(parts)
     found = index.find(lookups)
     ends = np.cumsum([part.num_rows for part in parts])
@@ -116,7 +117,7 @@ def _report(work: LookUpWork, path: str, index: SideTableIndex, found: side_tabl
 
 def _index(job: Job, name: str, bucket: int, mapped: bool = False) -> SideTableIndex:
     paths = job.table_rows(name)
-    rows = side_tables.same_types([shuffle.read(path, bucket, mapped) for path in paths], separators(job, name))
+    rows = side_tables.same_types(shuffle.read_each(paths, [bucket] * len(paths), mapped), separators(job, name))
     return SideTableIndex(rows, job.snapshots.get(name))
 
 

@@ -1,11 +1,11 @@
 """Step `merge`: the counts of many parts to one."""
 
 import pickle
-from pathlib import Path
 
 from features.fit.statistics import Statistics
 from pipeline.ingest.messages import MergeReport, MergeWork
 from pipeline.ingest.state import Job
+from pipeline.storage.store_path import place
 
 
 def merge(job: Job, work: MergeWork) -> MergeReport:
@@ -17,4 +17,4 @@ def merge(job: Job, work: MergeWork) -> MergeReport:
 
 def merged(paths: list[str]) -> Statistics:
     """The sum of counts in files."""
-    return Statistics().merge(*(pickle.loads(Path(path).read_bytes()) for path in paths))
+    return Statistics().merge(*(pickle.loads(place(path).read_bytes()) for path in paths))

@@ -1,17 +1,20 @@
 """The state of histories and counters: events of earlier datasets that a bucket begins with, and step `write_state`."""
 
+from contextlib import ExitStack
+from pathlib import Path
+
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.hashing import bucket_of
+from features.regular_files import local_file
 from pipeline.dataset.entries import StateFile
 from pipeline.dataset.past_state import definition, event_columns, opened, read_group, state_file
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import GatherPastReport, WriteStateReport, WriteStateWork
 from pipeline.ingest.state import Job
-from pipeline.storage.files import sha256
-from pipeline.storage.local import fsync
+from pipeline.ingest.written import written_whole
 
 
 def earlier_events(job: Job, name: str, bucket: int) -> pl.DataFrame | None:
@@ -27,11 +30,20 @@ def earlier_events(job: Job, name: str, bucket: int) -> pl.DataFrame | None:
     # A bucket is a range of hashes, and so is a row group: this one's first and last value, and the groups with these.
     first, last = -(-(bucket << 32) // job.buckets), -(-((bucket + 1) << 32) // job.buckets) - 1
     groups, found = range(first * count >> 32, (last * count >> 32) + 1), [columns.empty_table()]
-    with opened(job.begun, file, columns, groups) as parquet:
+    with opened(job.begun, file, columns, groups, _copy(job, file.path)) as parquet:
         for number in groups:
             events = read_group(parquet, number, job.start.folder / file.path)
             found.append(events.filter(pa.array(bucket_of(events["key"].combine_chunks(), job.buckets) == bucket)))
     return pl.from_arrow(pa.concat_tables(found))  # type: ignore[return-value]
+
+
+def _copy(job: Job, name: str) -> Path:
+    """A file of the state that the job begins from, on this machine: of one on a store a copy, made once a worker."""
+    key = f"state {name}"
+    if key not in job.cache:
+        stack = ExitStack()  # which ends with the job's cache
+        job.cache[key] = stack, stack.enter_context(local_file(job.begun / name))
+    return job.cache[key][1]
 
 
 def write_state(job: Job, work: WriteStateWork) -> WriteStateReport:
@@ -39,19 +51,21 @@ def write_state(job: Job, work: WriteStateWork) -> WriteStateReport:
     columns, relative = event_columns(job.schema.past[work.name]), state_file(work.name)
     path = job.staging / relative
     path.parent.mkdir(exist_ok=True)
-    temporary = job.temporary_path("state")
-    with pq.ParquetWriter(temporary, columns, compression="zstd", write_page_checksum=True) as writer:
+    temporary = job.unfinished_path("state", relative)
+    with (
+        written_whole(temporary) as (target, written),
+        pq.ParquetWriter(target, columns, compression="zstd", write_page_checksum=True) as writer,
+    ):
         groups = []
         for report in job.found(GatherPastReport):
             if report.name == work.name:
                 events = shuffle.read(report.later).select(columns.names).cast(columns)
                 writer.write_table(events, row_group_size=max(1, events.num_rows))
                 groups.append(events.num_rows)
-    fsync(temporary)
-    temporary.rename(path)  # so that a failed attempt leaves nothing under this name
-    return WriteStateReport(
-        StateFile(
-            path=relative, bytes=path.stat().st_size, sha256=sha256(path), name=work.name,
-            definition=definition(job.schema, work.name), row_groups=groups,
-        )
+    file = StateFile(
+        path=relative, bytes=written.bytes, sha256=written.sha256, name=work.name,
+        definition=definition(job.schema, work.name), row_groups=groups,
     )  # fmt: skip
+    if temporary != path:
+        temporary.rename(path)  # so that a failed attempt leaves nothing under this name
+    return WriteStateReport(file)

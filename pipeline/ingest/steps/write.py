@@ -14,13 +14,11 @@ from features.hashing import hash_integers
 from features.schema.kept import TEXT
 from features.schema.schema import Schema, Split
 from pipeline.dataset.entries import Shard
-from pipeline.dataset.manifest import footer_sha256
 from pipeline.ingest import shuffle
 from pipeline.ingest.messages import Piece, WriteReport, WriteWork
 from pipeline.ingest.state import Job, Order
 from pipeline.ingest.steps.encode import rows_of_split
-from pipeline.storage.files import sha256
-from pipeline.storage.local import fsync
+from pipeline.ingest.written import written_whole
 
 
 def write(job: Job, work: WriteWork) -> WriteReport:
@@ -30,11 +28,11 @@ def write(job: Job, work: WriteWork) -> WriteReport:
         tables = (_encoded(job, work.split, piece, counts) for pieces in work.slices for piece in pieces)
     else:
         slices = (
-            pa.concat_tables(shuffle.read(piece.path, piece.start, mapped=False) for piece in pieces)
+            pa.concat_tables(shuffle.read_each([p.path for p in pieces], [p.start for p in pieces]))
             for pieces in work.slices
         )
         tables = (ordered(rows, job.order, job.seed) for rows in slices)
-    path = job.temporary_path("shard")
+    path = job.unfinished_path("shard", work.path)
     shard = write_shard(path, job.staging, work.split, job.schema, tables, job.rows_per_row_group)
     return WriteReport(shard, counts=summed(counts))
 
@@ -67,14 +65,17 @@ def write_shard(
     # no faster; of 13 us that a reader takes for a wide row, zstd 3 saves 1, and lz4 3, for a third more bytes
     # (tests/benchmarks/loading.py).
     texts = [column for column, kind in schema.kept.items() if kind == TEXT]
-    with pq.ParquetWriter(
-        path,
-        arrow_schema(schema),
-        compression="zstd",
-        use_dictionary=texts,
-        write_page_checksum=True,
-        store_schema=True,
-    ) as writer:
+    with (
+        written_whole(path) as (target, written),
+        pq.ParquetWriter(
+            target,
+            arrow_schema(schema),
+            compression="zstd",
+            use_dictionary=texts,
+            write_page_checksum=True,
+            store_schema=True,
+        ) as writer,
+    ):
         for table in whole_groups(tables, row_group):
             writer.write_table(table, row_group_size=row_group)
             rows += table.num_rows
@@ -86,11 +87,10 @@ def write_shard(
                 label, weight = table[f"label.{task}"].cast(pa.float64()), table["weight"].cast(pa.float64())
                 weights[task] += pc.sum(weight.filter(label.is_valid())).as_py() or 0.0
                 weighted[task] += pc.sum(pc.multiply(label, weight)).as_py() or 0.0
-    fsync(path)
     groups = [row_group] * (rows // row_group) + [rows % row_group] * (rows % row_group > 0)
     return Shard(
-        path=str(path.relative_to(staging)), split=split, rows=rows, bytes=path.stat().st_size, sha256=sha256(path),
-        footer_sha256=footer_sha256(path), row_groups=groups, observed=observed, positives=positives,
+        path=str(path.relative_to(staging)), split=split, rows=rows, bytes=written.bytes, sha256=written.sha256,
+        footer_sha256=written.footer_sha256, row_groups=groups, observed=observed, positives=positives,
         weights=weights, weighted=weighted,
     )  # fmt: skip
 

@@ -1,0 +1,88 @@
+"""Record batches in one object of a store: put at once, and read a batch at a time by its range.
+
+The batches come first, then their index: their schema, where each of them begins and the last one ends, their number and the
+bytes of the schema (int64). So the last bytes of an object say where its batches are, and a process asks for them once.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.storage.patience import patiently
+from pipeline.storage.store_path import StorePath
+
+TAIL_BYTES = 1 << 15  # that are asked for as an index; a larger one takes a second request
+MOST_BOUNDS = 1 << 22  # of batches that a process remembers, 8 bytes each
+
+Index = tuple[pa.Schema, np.ndarray]  # and where batches begin and end: [batches + 1]
+_known: dict[str, Index] = {}
+
+
+def write(path: StorePath, batches: Sequence[pa.RecordBatch]) -> None:
+    """Puts batches of one schema, at least one."""
+    parts = [batch.serialize() for batch in batches]
+    bounds = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
+    schema = batches[0].schema.serialize()
+    sizes = np.array([len(parts), schema.size], np.int64)
+    path.write_bytes(b"".join([*parts, schema, bounds.tobytes(), sizes.tobytes()]))
+
+
+def read(path: StorePath) -> pa.Table:
+    """The first batch of an object, which is read whole in one request."""
+    content = path.read_bytes()
+    schema, bounds = _parsed(content[-_index_bytes(content) :])
+    return _table(content[: bounds[1]], schema)
+
+
+def read_each(paths: Sequence[StorePath], batches: Sequence[int]) -> list[pa.Table]:
+    """One batch of each object, all asked for at once, as are the indexes that this process has not seen yet."""
+    indexes = _indexes(paths)
+    bounds = [indexes[str(path)][1][batch : batch + 2].tolist() for path, batch in zip(paths, batches, strict=True)]
+    contents = _ranges(paths, [start for start, _ in bounds], [stop for _, stop in bounds])
+    return [_table(content, indexes[str(path)][0]) for path, content in zip(paths, contents, strict=True)]
+
+
+def remove(paths: Sequence[StorePath]) -> None:
+    """Deletes objects, many by one request where the store can."""
+    with suppress(FileNotFoundError):
+        patiently(paths[0], paths[0].system.rm, [path.key for path in paths])
+
+
+def _indexes(paths: Sequence[StorePath]) -> dict[str, Index]:
+    found = {str(path): _known[str(path)] for path in paths if str(path) in _known}
+    new = [path for path in dict.fromkeys(paths) if str(path) not in found]
+    tails = _ranges(new, [-TAIL_BYTES] * len(new), [None] * len(new))
+    for path, tail in zip(new, tails, strict=True):
+        size = _index_bytes(tail)
+        if size > len(tail):
+            [tail] = _ranges([path], [-size], [None])
+        found[str(path)] = _parsed(tail[-size:])
+    if sum(len(bounds) for _, bounds in (*_known.values(), *found.values())) > MOST_BOUNDS:
+        _known.clear()
+    _known.update(found)
+    return found
+
+
+def _index_bytes(tail: bytes) -> int:
+    batches, schema = np.frombuffer(tail[-16:], np.int64).tolist()
+    return schema + 8 * (batches + 1) + 16
+
+
+def _parsed(index: bytes) -> Index:
+    _, schema = np.frombuffer(index[-16:], np.int64).tolist()
+    return pa.ipc.read_schema(pa.py_buffer(index[:schema])), np.frombuffer(index[schema:-16], np.int64)
+
+
+def _table(content: bytes, schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(content), schema)])
+
+
+def _ranges(paths: Sequence[StorePath], starts: Sequence[int], stops: Sequence[Any]) -> list[bytes]:
+    """A range of each object, all asked for at once."""
+    if not paths:
+        return []
+    system, keys = paths[0].system, [path.key for path in paths]
+    return patiently(paths[0], system.cat_ranges, keys, starts, stops, on_error="raise")
