@@ -19,7 +19,9 @@ READ_BYTES, READS = 8 << 20, 4  # of a read, and how many at a time
 
 def located(path: Path | str) -> Path:
     """A path, on a store where it is a URL. Raises UserError for a URL of no store."""
-    if not isinstance(path, str) or "://" not in path:
+    if isinstance(path, Path):
+        return path
+    if "://" not in path:
         return Path(path)
     from pipeline.storage.store_path import place  # its libraries are loaded where they are needed
 

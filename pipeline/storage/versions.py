@@ -49,7 +49,7 @@ def _of_object(info: dict[str, Any]) -> Version:
     if tag is not None:
         return (str(tag),)
     changed = next((info[key] for key in ("LastModified", "last_modified", "mtime", "created") if info.get(key)), 0)
-    return str(changed), info.get("size") or 0
+    return changed.timestamp() if hasattr(changed, "timestamp") else changed, info.get("size") or 0
 
 
 def replace_version(path: Path, content: bytes, known: Version | None) -> None:

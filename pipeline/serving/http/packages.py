@@ -132,9 +132,8 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
     """The package below `packages` whose checkpoint the pointer of `out` names; a whole one before a delta, then by name."""
 
     manifests = Manifests()
-    last: tuple[list[FileState], Wanted] | None = (
-        None  # on a store: states of the pointer and the manifest, what they mean
-    )
+    # On a store what was found last, and the states of the pointer and of its manifest: a listing of all takes longer.
+    last: tuple[list[FileState], Wanted] | None = None
 
     def find() -> Wanted:
         nonlocal last
