@@ -55,7 +55,8 @@ class S3Server:
                 [WEED, "server", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
                  f"-volume.port={volume}", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}",
                  f"-s3.config={self.folder / 's3.json'}", "-master.volumeSizeLimitMB=64", "-volume.max=40",
-                 "-s3.port.iceberg=0", "-s3.port.lance=0"],  # which all servers of a machine would want
+                 # Of fixed ports, for which a second server on the machine would end.
+                 "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"],
                 stdout=log, stderr=log,
             )  # fmt: skip
         import botocore.session

@@ -8,6 +8,10 @@ from typing import Protocol
 class Lock(Protocol):
     """A lock that is held until it is released or its process ends; a context manager that releases it."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether another has taken it over, as it can where an owner does not answer; whoever commits under it asks first."""
+
     def release(self) -> None:
         """Gives the lock up."""
 

@@ -20,6 +20,8 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 class FileLock:
     """An flock on an open descriptor, given up at the latest when nobody refers to it any more."""
 
+    lost = False  # it ends with its process alone
+
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.release = weakref.finalize(self, os.close, descriptor)

@@ -1,13 +1,16 @@
 """Storage on an object store that fsspec reaches: objects appear whole, a manifest comes last, leases stand for locks."""
 
 import errno
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.storage.base import Lock
-from pipeline.storage.lease import lease
-from pipeline.storage.patience import patiently
-from pipeline.storage.store_path import StorePath, copy, files_below, remove_tree
+from features.errors import UserError
+from pipeline.storage.conditional import write_new
+from pipeline.storage.lease import Lease, lease, lost_here
+from pipeline.storage.store_path import StorePath, copy_all, files_below, remove_all, remove_tree
+
+__all__ = ["MANIFEST", "ObjectStorage", "write_new"]
 
 MANIFEST = "manifest.json"  # of a folder that is committed: it exists once this does
 
@@ -28,30 +31,76 @@ class ObjectStorage:
         return sorted(folder.glob(pattern))
 
     def commit(self, staging: Path, final: Path) -> None:
-        """Copies a folder's files within the store, its manifest last; one that stands there is deleted, its manifest first."""
+        """Copies a folder's files within the store, several at a time and its manifest last; then deletes it.
+
+        Where a folder stands at `final` its manifest is deleted first: from there until the new one is put nothing is committed
+        there, and no reader sees a mixture. A commit that is killed leaves `staging` whole, and at `final` the folder before,
+        files without a manifest, or the new folder; done again it ends. Without a manifest (MANIFEST) in `staging` readers see
+        files as they come.
+
+        Raises:
+            UserError: another writer has committed to `final` meanwhile, or taken the lock: nothing of this one is there.
+        """
         assert isinstance(staging, StorePath)
         assert isinstance(final, StorePath)
-        with suppress(FileNotFoundError):
-            (final / MANIFEST).unlink()
-        remove_tree(final)
-        files = files_below(staging)
-        for file in sorted(files, key=lambda file: file == staging / MANIFEST):
-            copy(file, final / str(file).removeprefix(f"{staging}/"))
+
+        def still_ours() -> None:
+            if lock.lost or lost_here(staging):
+                raise _other_writer(final)
+
+        with _sole_writer(final) as lock:
+            still_ours()
+            files = files_below(staging)
+            names = {file.parts[len(staging.parts) :] for file in files}
+            manifest = read_or_none(staging / MANIFEST)
+            (final / MANIFEST).unlink(missing_ok=True)
+            remove_all([left for left in files_below(final) if left.parts[len(final.parts) :] not in names])
+            pairs = [(file, final.joinpath(*file.parts[len(staging.parts) :])) for file in files]
+            copy_all([pair for pair in pairs if pair[0] != staging / MANIFEST], before_each=still_ours)
+            still_ours()
+            if manifest is not None:
+                try:
+                    write_new(final / MANIFEST, manifest)
+                except FileExistsError:
+                    raise _other_writer(final) from None
         remove_tree(staging)
 
-    def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lock:
-        """A lease on a file, see pipeline.storage.lease; nothing is created at the path itself."""
+    def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lease:
+        """A lease beside a file, see pipeline.storage.lease; a folder need have no file of its own, but one below it."""
         assert isinstance(path, StorePath)
-        if not create and not path.exists():
-            raise FileNotFoundError(2, "No such file or directory", str(path))
-        return lease(path, shared, wait)
+        if not path.exists():
+            if not create:
+                raise _missing(path)
+            with suppress(FileExistsError):
+                write_new(path, b"")
+        taken = lease(path, shared, wait)
+        if not path.exists():
+            taken.release()
+            raise _missing(path)
+        return taken
 
 
-def write_new(path: StorePath, content: bytes) -> None:
-    """Writes an object where there is none, by a conditional put where the store has it. Raises FileExistsError."""
+@contextmanager
+def _sole_writer(final: StorePath) -> Iterator[Lease]:
     try:
-        patiently(path, path.system.pipe_file, path.key, content, mode="create")
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # as s3fs answers a put whose condition does not hold
-            raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
-        raise
+        lock = lease(final)
+    except BlockingIOError:
+        raise _other_writer(final) from None
+    with lock:
+        yield lock
+
+
+def _other_writer(final: StorePath) -> UserError:
+    return UserError(f"{final} is being written by another process: let it end, then run this again.")
+
+
+def _missing(path: StorePath) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+
+def read_or_none(path: StorePath) -> bytes | None:
+    """An object's content, None where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

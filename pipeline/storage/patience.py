@@ -1,52 +1,174 @@
 """Calls to a store, repeated while it does not answer."""
 
+import asyncio
 import errno
+import http.client
+import logging
 import os
+import random
+import re
+import threading
+import time
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from typing import Any, NoReturn, TypeVar
 
 from features.errors import one_line
 
 T = TypeVar("T")
 TIMEOUT = "TASKFUSE_STORE_TIMEOUT"  # environment: seconds for which a store may fail to answer
 TIMEOUT_S = 120.0
+SILENCE_S = 1.0  # after which it is worth a line
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between tries
 
-# What asking again does not change.
-FINAL = (
-    FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError, TypeError,
-    ValueError, NotImplementedError, AttributeError, KeyError,
+# Errors of an OSError that another try may not meet; None is of those that a library raises with a text alone.
+PASSING_NUMBERS = {
+    None, errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE,
+    errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EAGAIN, errno.EINTR, errno.ENOTCONN,
+}  # fmt: skip
+FINAL_ERRORS = (
+    FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, BlockingIOError,
 )  # fmt: skip
-FINAL_NUMBERS = (
-    errno.EINVAL,
-    errno.ENAMETOOLONG,
-)  # of an OSError; s3fs answers a condition that does not hold with EINVAL
+# Statuses and S3's codes of answers to repeat; others below 500 are final.
+PASSING_STATUSES = {408, 409, 425, 429}
+PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch", "SlowDown"}
+# Packages of stores: what they raise is a failure of the store, unless its name says that asking again changes nothing.
+LIBRARIES = {
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "gcsfs",
+    "google",
+    "azure",
+    "adlfs",
+    "urllib3",
+    "requests",
+    "pyarrow",
+}
+FINAL_NAMES = re.compile(
+    "Credential|ParamValidation|Profile|Config|DefaultCredentials|Authentication|Unknown|InvalidRegion"
+)
+
+_silent: dict[str, float] = {}  # stores that do not answer, and since when
+_silent_lock = threading.Lock()
+_logger = logging.getLogger(__name__)
+
+
+def time_limit() -> float:
+    """Seconds for which a store may fail to answer: TASKFUSE_STORE_TIMEOUT, or TIMEOUT_S."""
+    return float(os.environ.get(TIMEOUT) or TIMEOUT_S)
 
 
 def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
     """What a call returns, which is repeated with growing pauses until the store has answered.
 
     Args:
-        what: the path, for the error.
+        what: the path, for errors and the log.
     Raises:
-        OSError: the store's own answer (no such file, no permission), or none for TASKFUSE_STORE_TIMEOUT seconds.
+        OSError: the store's own answer (no such file, no permission), or ETIMEDOUT for none for `time_limit` seconds; with
+            the path, and without what is secret.
     """
-    limit = float(os.environ.get(TIMEOUT, TIMEOUT_S))
-    retrying = Retrying(
-        stop=stop_after_delay(limit), wait=wait_random_exponential(multiplier=0.2, max=5), reraise=True,
-        retry=retry_if_exception(_may_pass),
-    )  # fmt: skip
-    try:
-        return retrying(call, *arguments, **named)
-    except Exception as error:  # each store has exceptions of its own
-        if not _may_pass(error):
-            raise
-        reason = f"the store has not answered for {limit:g} s: {one_line(error)}"
-        raise OSError(errno.ETIMEDOUT, reason, str(what)) from None
+    return patiently_for(time_limit(), what, call, *arguments, **named)
 
 
-def _may_pass(error: BaseException) -> bool:
+def patiently_for(limit: float, what: object, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """`patiently`, with the seconds after which no further try begins."""
+    started, pause = time.monotonic(), FIRST_PAUSE_S
+    while True:
+        try:
+            found = call(*arguments, **named)
+            break
+        except Exception as error:  # each store has exceptions of its own
+            left = started + limit - time.monotonic()
+            if left <= 0 or not may_pass(error):
+                _raise(what, limit, error)
+            if limit - left >= min(SILENCE_S, limit / 2):
+                _say_silent(what, started, limit, error)
+        time.sleep(min(left, random.uniform(pause / 2, pause)))
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+    if _silent:
+        _say_answers(what)
+    return found
+
+
+def may_pass(error: BaseException) -> bool:
     """Whether asking again may succeed."""
-    is_final = isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_NUMBERS)
-    return isinstance(error, Exception) and not is_final
+    if not isinstance(error, Exception):
+        return False
+    status, code = _answer(error)
+    if code in PASSING_CODES or status in PASSING_STATUSES or (status or 0) >= 500:
+        return True
+    if isinstance(error, FINAL_ERRORS) or status is not None:
+        return False
+    if isinstance(error, asyncio.TimeoutError | TimeoutError | http.client.HTTPException | EOFError):
+        return True
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
+        return error.errno in PASSING_NUMBERS
+    library = type(error).__module__.partition(".")[0]
+    return library in LIBRARIES and not FINAL_NAMES.search(type(error).__name__)
+
+
+def _answer(error: Exception) -> tuple[int | None, str | None]:
+    """The status and S3's code of an answer that an error stands for, where it has them."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status, response.get("Error", {}).get("Code")
+        for name in ("status_code", "status", "code"):  # azure, aiohttp, gcsfs
+            if isinstance(status := getattr(each, name, None), int) and 400 <= status < 600:
+                return status, None
+    return None, None
+
+
+def _raise(what: object, limit: float, error: Exception) -> NoReturn:
+    """Raises an error as an OSError with the path; one that is no store's own as it is."""
+    if may_pass(error):
+        reason = f"the store has not answered for {limit:g} s: {without_secrets(one_line(error))}"
+        raise OSError(errno.ETIMEDOUT, reason, str(what)) from None
+    if isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(what)) from None
+    if isinstance(error, FileExistsError):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(what)) from None
+    text = without_secrets((isinstance(error, OSError) and error.strerror) or one_line(error))
+    if isinstance(error, PermissionError) or FINAL_NAMES.search(type(error).__name__):
+        raise PermissionError(errno.EACCES, f"the store refuses: {text}", str(what)) from None
+    if isinstance(error, OSError):
+        number = error.errno or {IsADirectoryError: errno.EISDIR, NotADirectoryError: errno.ENOTDIR}.get(
+            type(error), errno.EIO
+        )
+        raise OSError(number, text, str(what)) from None
+    if type(error).__module__.partition(".")[0] in LIBRARIES:
+        raise OSError(errno.EIO, text, str(what)) from None
+    raise error
+
+
+def without_secrets(text: str) -> str:
+    """A text without passwords in URLs, signatures in queries, and the values of secret variables of the environment."""
+    text = re.sub(r"//[^/\s@]*@", "//…@", text)
+    text = re.sub(r"(?i)((?:sig|signature|token|password|secret|credential|key)[\w-]*=)[^&\s\"']+", r"\1…", text)
+    for name, value in os.environ.items():
+        if len(value) > 5 and re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|CONNECTION_STRING", name):
+            text = text.replace(value, "…")
+    return text
+
+
+def _store_of(what: object) -> str:
+    return "/".join(str(what).split("/")[:3])
+
+
+def _say_silent(what: object, started: float, limit: float, error: Exception) -> None:
+    store = _store_of(what)
+    with _silent_lock:
+        known = store in _silent
+        _silent.setdefault(store, started)
+    if not known:
+        reason = without_secrets(one_line(error))
+        _logger.warning("%s does not answer, and is asked again for up to %g s: %s", store, limit, reason)
+
+
+def _say_answers(what: object) -> None:
+    store = _store_of(what)
+    with _silent_lock:
+        since = _silent.pop(store, None)
+    if since is not None:
+        _logger.warning("%s answers again, after %.0f s", store, time.monotonic() - since)

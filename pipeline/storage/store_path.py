@@ -5,24 +5,29 @@ of the keys, no links, and no file is changed in place; os and shutil refuse the
 """
 
 import errno
-import glob
+import fnmatch
 import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path, PosixPath
-from typing import IO, Annotated, Any, NoReturn
+from pathlib import Path, PosixPath, PurePosixPath
+from typing import IO, Annotated, Any, NoReturn, TypeVar, cast
 
 import fsspec
 from pydantic import AfterValidator, BeforeValidator
 
+from features.printable import has_controls, printable
+from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter
 from pipeline.storage.patience import patiently
+from pipeline.storage.systems import file_system, s3_info, stripped
 
 # fsspec knows others, some of which (reference::, zip::) read what a file tells them to read.
 STORES = ("s3", "s3a", "gs", "gcs", "hdfs", "webhdfs", "abfs", "abfss", "az", "adl", "memory")
-BLOCK_BYTES = 8 << 20  # of a file that is read or written piece by piece
+T = TypeVar("T")
+CALLS_AT_ONCE = 8  # of copies and deletions of many files
 
 
 def place(text: str | Path) -> Path:
@@ -47,6 +52,10 @@ def place(text: str | Path) -> Path:
         )
     if (rest.startswith("/") and scheme != "memory") or not rest.strip("/"):
         raise ValueError(f"{text} names no {'host' if 'hdfs' in scheme else 'bucket'}: write {scheme}://NAME/folder")
+    if ".." in rest.split("/") or has_controls(rest):
+        raise ValueError(
+            f"{printable(text)} has a .. or a control character in it: write the path of the folder itself"
+        )
     return StorePath(text)
 
 
@@ -71,7 +80,9 @@ PlaceText = Annotated[str, AfterValidator(checked_place)]
 class StorePath(PosixPath):
     """A file or folder on a store: a folder is there while a key below it is.
 
-    Every method asks again while the store does not answer (see patience), and raises OSError as pathlib does.
+    Every method asks again while the store does not answer (see patience), and raises OSError as pathlib does. What differs
+    from a mounted file system: `mkdir` makes nothing, a folder is gone with its last file, `rename` copies, a file and a folder
+    may have one name, `..` is refused, and what a process does to links, modes and owners raises TypeError.
     """
 
     @property
@@ -87,7 +98,7 @@ class StorePath(PosixPath):
     @property
     def key(self) -> str:
         """The path as the file system takes it."""
-        return self.system._strip_protocol(str(self))
+        return stripped(self.system, str(self))
 
     def __str__(self) -> str:
         return f"{self.scheme}://{'/'.join(self.parts[1:])}"
@@ -101,6 +112,15 @@ class StorePath(PosixPath):
     def __rtruediv__(self, key: Any) -> "StorePath":
         """What is absolute stays as it is below another folder."""
         return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StorePath) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    def __reduce__(self) -> tuple[type["StorePath"], tuple[str]]:
+        return type(self), (str(self),)
 
     def as_posix(self) -> str:
         return str(self)
@@ -117,16 +137,57 @@ class StorePath(PosixPath):
     def resolve(self, strict: bool = False) -> "StorePath":
         return self
 
-    def _found(self) -> dict[str, Any] | None:
+    def expanduser(self) -> "StorePath":
+        return self
+
+    def joinpath(self, *names: str | os.PathLike[str]) -> "StorePath":
+        """Raises ValueError for a name that leads out of the folder."""
+        if isinstance(names[-1] if names else None, StorePath):
+            return cast(StorePath, names[-1])
+        added = [name for each in names for name in PurePosixPath(each).parts]
+        if "/" in added or ".." in added:
+            raise ValueError(f"{'/'.join(added)} does not lie below {self}")
+        return type(self)("/".join((str(self).rstrip("/"), *added)))
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> "StorePath":
+        return self.joinpath(name)
+
+    @property
+    def parent(self) -> "StorePath":
+        return type(self)(*self.parts[: max(2, len(self.parts) - 1)])
+
+    @property
+    def parents(self) -> tuple["StorePath", ...]:
+        return tuple(type(self)(*self.parts[:count]) for count in range(len(self.parts) - 1, 1, -1))
+
+    def relative_to(self, *other: Any, **_: Any) -> Path:  # type: ignore[override]
+        """A relative path, of no store."""
+        above = type(self)(*other).parts
+        if self.parts[: len(above)] != above:
+            raise ValueError(f"{self} is not below {type(self)(*other)}")
+        return Path(*self.parts[len(above) :])
+
+    def is_relative_to(self, *other: Any) -> bool:
+        return isinstance(other[0], StorePath | str) and self.parts[: len(above := type(self)(*other).parts)] == above
+
+    def samefile(self, other_path: Any) -> bool:
+        return self == other_path
+
+    def info(self) -> dict[str, Any] | None:
+        """fsspec's description of a file or folder (type, size, and what the store adds), None where there is none."""
+        system, key = self.system, self.key
+        bucket, _, name = key.partition("/")
+        if self.scheme in S3 and name:
+            return patiently(self, s3_info, system, bucket, name)
         try:
-            return patiently(self, self.system.info, self.key)
+            return patiently(self, system.info, key)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        info = self._found()
+        info = self.info()
         if info is None:
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+            raise _missing(self)
         mode = stat.S_IFDIR if info["type"] == "directory" else stat.S_IFREG
         when = next((info[key] for key in ("LastModified", "last_modified", "mtime", "created") if info.get(key)), 0)
         seconds = (
@@ -138,31 +199,37 @@ class StorePath(PosixPath):
         return self.stat()
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        return self._found() is not None
+        return self.info() is not None
 
-    def is_file(self) -> bool:
-        return (info := self._found()) is not None and info["type"] == "file"
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return (info := self.info()) is not None and info["type"] == "file"
 
-    def is_dir(self) -> bool:
-        return (info := self._found()) is not None and info["type"] == "directory"
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return (info := self.info()) is not None and info["type"] == "directory"
 
     def is_symlink(self) -> bool:
         return False
 
     def iterdir(self) -> Iterator["StorePath"]:  # type: ignore[override]
-        for entry in patiently(self, self.system.ls, self.key, detail=False):
-            name = entry.rstrip("/").rpartition("/")[2]
-            if name and self.system._strip_protocol(entry).rstrip("/") != self.key.rstrip("/"):
-                yield self / name
+        return iter([entry for entry, _ in self.entries()])
 
-    def glob(self, pattern: str) -> Iterator["StorePath"]:  # type: ignore[override]
-        root = self.key.rstrip("/")
-        for entry in patiently(self, self.system.glob, f"{glob.escape(root)}/{pattern}"):
-            name = self.system._strip_protocol(entry).removeprefix(root).strip("/")
-            if name:
-                yield self / name
+    def entries(self) -> list[tuple["StorePath", bool]]:
+        """What is in a folder, sorted by name, and whether it is a folder. Raises FileNotFoundError, NotADirectoryError."""
+        system, key = self.system, self.key.rstrip("/")
+        found: dict[str, bool] = {}
+        for entry in patiently(self, system.ls, key, detail=True):
+            path = stripped(system, entry["name"]).rstrip("/")
+            if path == key and entry["type"] == "file" and not entry["name"].endswith("/"):
+                raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(self))
+            if path != key:
+                name = path.rpartition("/")[2]
+                found[name] = found.get(name, False) or entry["type"] == "directory"
+        return [(self / name, found[name]) for name in sorted(found)]
 
-    def rglob(self, pattern: str) -> Iterator["StorePath"]:  # type: ignore[override]
+    def glob(self, pattern: str, **_: Any) -> Iterator["StorePath"]:  # type: ignore[override]
+        return iter(_selected(self, PurePosixPath(pattern).parts))
+
+    def rglob(self, pattern: str, **_: Any) -> Iterator["StorePath"]:  # type: ignore[override]
         return self.glob(f"**/{pattern}")
 
     def open(  # type: ignore[override]
@@ -173,69 +240,118 @@ class StorePath(PosixPath):
         errors: str | None = None,
         newline: str | None = None,
     ) -> IO[Any]:
-        """Opens it; what is written appears when the file is closed. Files that are written are better left to `uploading`."""
+        """Opens it. What is written appears when the file is closed, and not when a `with` block of it raises."""
         if "a" in mode or "+" in mode:
             raise OSError(errno.ENOTSUP, "a file on a store cannot be changed in place", str(self))
+        if "r" in mode:
+            status = self.stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "Is a directory", str(self))
+            reader = ObjectReader(str(self), self.system, self.key, status.st_size)
+            file = io.BufferedReader(reader, READ_BYTES)
+            return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
         if "x" in mode and self.exists():
             raise FileExistsError(errno.EEXIST, "File exists", str(self))
-        plain = "rb" if "r" in mode else "wb"
-        file = patiently(self, self.system.open, self.key, plain, block_size=BLOCK_BYTES)
-        return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
+        writer = ObjectWriter(str(self), self.system, self.scheme, self.key, commits=True)
+        return cast(IO[Any], writer if "b" in mode else TextWriter(writer, encoding or "utf-8", errors, newline))
 
     def read_bytes(self) -> bytes:
         return patiently(self, self.system.cat_file, self.key)
 
-    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
-        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+    def read_text(self, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> str:
+        text = self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+        return text.replace("\r\n", "\n").replace("\r", "\n") if newline is None else text
 
     def write_bytes(self, data: Any) -> int:
-        patiently(self, self.system.pipe_file, self.key, bytes(data))
-        return len(data)
+        content = bytes(data)
+        patiently(self, self.system.pipe_file, self.key, content)
+        return len(content)
 
     def write_text(
         self, data: str, encoding: str | None = None, errors: str | None = None, newline: str | None = None
     ) -> int:
-        return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
+        self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
+        return len(data)
 
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
-        if not exist_ok and self.exists():
+        """Makes an empty file, or renews the time of one; that of a file with content stays."""
+        info = self.info()
+        if info and not exist_ok:
             raise FileExistsError(errno.EEXIST, "File exists", str(self))
-        self.write_bytes(b"")
+        if info is None or (info["type"] == "file" and not info["size"]):
+            self.write_bytes(b"")
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Does nothing: a store has no empty folders. Raises FileExistsError as pathlib does."""
-        info = self._found()
+        info = self.info()
         if info and (info["type"] == "file" or not exist_ok):
             raise FileExistsError(errno.EEXIST, "File exists", str(self))
 
     def unlink(self, missing_ok: bool = False) -> None:
         if not missing_ok and not self.is_file():
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+            raise _missing(self)
         with suppress(FileNotFoundError):
             patiently(self, self.system.rm_file, self.key)
 
     def rmdir(self) -> None:
-        """Does nothing: a folder is gone with its last file."""
+        """Does nothing: a folder is gone with its last file. Raises OSError where there is one."""
+        if info := self.info():
+            number = errno.ENOTEMPTY if info["type"] == "directory" else errno.ENOTDIR
+            raise OSError(number, os.strerror(number), str(self))
 
     def rename(self, target: Any) -> "StorePath":
         """Copies within the store, then deletes: not atomic. A commit is the manifest's, see Storage.commit."""
         target = place(target) if isinstance(target, str) else target
-        copy(self, target)
-        remove_tree(self)
+        if not isinstance(target, StorePath) or target.scheme != self.scheme:
+            raise OSError(errno.EXDEV, "a file cannot be moved to another store", str(self))
+        if target != self:
+            copy(self, target)
+            remove_tree(self)
         return target
 
     replace = rename
 
 
-def file_system(scheme: str) -> fsspec.AbstractFileSystem:
-    """The file system of a store. Raises OSError where its package is missing."""
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme in ("s3", "s3a"):
-        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 30}
+def _missing(path: StorePath) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+
+def _selected(folder: StorePath, parts: tuple[str, ...]) -> list[StorePath]:
+    """Paths below a folder that match a glob pattern, sorted."""
+    if not parts:
+        return [folder]
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        return sorted(folder.joinpath(*names) for names, is_dir in _tree(folder) if _matches(names, parts, is_dir))
+    if not re.search(r"[*?\[]", first):
+        below = folder / first
+        return _selected(below, rest) if rest else [below] if below.exists() else []
     try:
-        return fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        raise OSError(errno.ENOPKG, f"{scheme}:// needs a package: {error}", scheme) from None
+        entries = folder.entries()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(path, is_dir) for path, is_dir in entries if fnmatch.fnmatchcase(path.name, first)]
+    return [each for path, is_dir in found if is_dir or not rest for each in _selected(path, rest)]
+
+
+def _tree(folder: StorePath) -> set[tuple[tuple[str, ...], bool]]:
+    """Names of all files and folders below a folder and of itself, relative to it, and whether each is a folder."""
+    files = [file.parts[len(folder.parts) :] for file in files_below(folder)]
+    return {(names, False) for names in files} | {
+        (names[:count], True) for names in files for count in range(len(names))
+    }
+
+
+def _matches(names: tuple[str, ...], parts: tuple[str, ...], is_dir: bool) -> bool:
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return (
+            is_dir
+            if len(parts) == 1
+            else any(_matches(names[skip:], parts[1:], is_dir) for skip in range(len(names) + 1))
+        )
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:], is_dir)
 
 
 def on_store(path: Path) -> bool:
@@ -244,18 +360,48 @@ def on_store(path: Path) -> bool:
 
 
 def copy(source: StorePath, target: StorePath) -> None:
-    """Copies a file, or all files of a folder, within a store."""
+    """Copies a file, or all files of a folder, within a store. Raises FileNotFoundError."""
     files = [source] if source.is_file() else files_below(source)
-    for file in files:
-        name = str(file).removeprefix(str(source)).strip("/")
-        patiently(source, source.system.cp_file, file.key, (target / name if name else target).key)
+    if not files:
+        raise _missing(source)
+    copy_all([(file, target.joinpath(*file.parts[len(source.parts) :])) for file in files])
+
+
+def copy_all(pairs: Sequence[tuple[StorePath, StorePath]], before_each: Callable[[], None] = lambda: None) -> None:
+    """Copies files within a store; S3 copies one of more than 5 GB in parts. Raises OSError, and what `before_each` does."""
+
+    def copy_one(pair: tuple[StorePath, StorePath]) -> None:
+        before_each()
+        patiently(pair[0], pair[0].system.cp_file, pair[0].key, pair[1].key)
+
+    _at_once(copy_one, pairs)
+
+
+def remove_all(files: Sequence[StorePath]) -> None:
+    """Deletes files, those that are there."""
+    _at_once(lambda file: file.unlink(missing_ok=True), files)
+
+
+def _at_once(call: Callable[[T], None], items: Sequence[T]) -> None:
+    """Calls for all items, CALLS_AT_ONCE at a time; after an error no more are begun."""
+    with ThreadPoolExecutor(CALLS_AT_ONCE, "store") as pool:
+        try:
+            for done in [pool.submit(call, item) for item in items]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def files_below(folder: StorePath) -> list[StorePath]:
-    """All files of a folder and of those in it, sorted by name."""
-    root = folder.key.rstrip("/")
-    found = patiently(folder, folder.system.find, root)
-    return [folder / name.removeprefix(root).strip("/") for name in sorted(map(folder.system._strip_protocol, found))]
+    """All files of a folder and of those in it, sorted by name; none where there is no folder."""
+    system, root = folder.system, folder.key.rstrip("/")
+    try:
+        found = patiently(folder, system.find, root)
+    except FileNotFoundError:
+        return []
+    below = (stripped(system, name) for name in found if not name.endswith("/"))
+    return [folder / name.removeprefix(root).strip("/") for name in sorted(below) if name.startswith(f"{root}/")]
 
 
 def remove_tree(path: StorePath) -> None:

@@ -1,0 +1,53 @@
+"""fsspec's file systems of stores, with their limits of time, and S3's own calls for what they answer differently."""
+
+import errno
+from typing import Any
+
+import fsspec
+
+from pipeline.storage.object_files import S3
+from pipeline.storage.patience import time_limit
+
+
+def stripped(system: fsspec.AbstractFileSystem, path: str) -> str:
+    """A path as a file system takes it: without the scheme, which fsspec's own method for it does."""
+    return str(system._strip_protocol(path))
+
+
+def file_system(scheme: str) -> fsspec.AbstractFileSystem:
+    """The file system of a store, one a process. Raises OSError where its package is missing."""
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in S3:
+        # The patience is ours: one request waits half of it for an answer at most, in two tries.
+        wait = max(1.0, min(30.0, time_limit() / 4))
+        tries = {"total_max_attempts": 2, "mode": "standard"}
+        options["config_kwargs"] = {
+            "connect_timeout": min(5.0, wait), "read_timeout": wait, "retries": tries, "max_pool_connections": 32,
+        }  # fmt: skip
+    try:
+        system = fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        raise OSError(errno.ENOPKG, f"{scheme}:// needs a package: {error}", scheme) from None
+    if scheme in S3:
+        system.retries = 1
+    return system
+
+
+def s3_info(system: Any, bucket: str, key: str) -> dict[str, Any] | None:
+    """As s3fs's info, for which a folder is also what a server lists as a prefix after its last key was deleted."""
+    try:
+        found = system.call_s3("head_object", Bucket=bucket, Key=key)
+        return {"name": f"{bucket}/{key}", "type": "file", "size": found["ContentLength"], **found}
+    except FileNotFoundError:
+        pass
+    start = key.rstrip("/") + "/"
+    named: dict[str, Any] = {}
+    while True:
+        page = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=start, MaxKeys=10, **named)
+        if any(
+            not each["Key"].endswith("/") for each in page.get("Contents", ())
+        ):  # others are markers of empty folders
+            return {"name": f"{bucket}/{key}", "type": "directory", "size": 0}
+        if not page.get("IsTruncated"):
+            return None
+        named = {"ContinuationToken": page["NextContinuationToken"]}
