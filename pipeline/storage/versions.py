@@ -6,24 +6,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage.conditional import Changed, write_new, write_over
 from pipeline.storage.files import storage_of
-from pipeline.storage.objects import write_new
 from pipeline.storage.patience import patiently
 from pipeline.storage.store_path import StorePath
+from pipeline.storage.systems import S3, stripped
 
 # Of a file: inode, time of change in ns and size; of an object its ETag where the store has one, else time and size.
 Version = tuple[object, ...]
 
 
 def version(path: Path) -> Version | None:
-    """What a file is now; None where there is none."""
+    """What a file is now; None where there is none. Raises OSError where a store does not answer."""
     if isinstance(path, StorePath):
-        try:
-            return _of_object(patiently(path, path.system.info, path.key))
-        except OSError as error:
-            if error.errno == errno.ETIMEDOUT:
-                raise
-            return None
+        info = path.info()
+        return _of_object(info) if info and info["type"] == "file" else None
     try:
         found = path.lstat()
     except OSError:
@@ -37,9 +34,7 @@ def versions_below(folder: Path) -> dict[Path, Version]:
     root = folder.key.rstrip("/")
     with suppress(FileNotFoundError):
         found = patiently(folder, folder.system.find, root, detail=True)
-        names = (
-            (folder.system._strip_protocol(key).removeprefix(root).strip("/"), info) for key, info in found.items()
-        )
+        names = ((stripped(folder.system, key).removeprefix(root).strip("/"), info) for key, info in found.items())
         return {folder / name: _of_object(info) for name, info in names if name}
     return {}
 
@@ -61,27 +56,17 @@ def replace_version(path: Path, content: bytes, known: Version | None) -> None:
     Raises:
         FileExistsError: it is of another version by now.
     """
-    if isinstance(path, StorePath) and path.scheme in ("s3", "s3a"):
+    if isinstance(path, StorePath) and known is None:
+        write_new(path, content)
+    elif isinstance(path, StorePath) and path.scheme in S3:
         try:
-            if known is None:
-                write_new(path, content)
-            else:
-                patiently(path, path.system.pipe_file, path.key, content, IfMatch=known[0])
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EEXIST):
-                raise
-            if _content(path) != content:  # the answer to a put that was made may be lost, and the put repeated
-                raise _changed(path) from None
-        return
-    if version(path) != known:
+            write_over(path, content, str(known and known[0]))
+        except Changed:
+            raise _changed(path) from None
+    elif version(path) != known:
         raise _changed(path)
-    storage_of(path).write(path, content)
-
-
-def _content(path: Path) -> bytes | None:
-    with suppress(FileNotFoundError):
-        return path.read_bytes()
-    return None
+    else:
+        storage_of(path).write(path, content)
 
 
 def _changed(path: Path) -> FileExistsError:

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -102,14 +101,14 @@ def test_a_url_of_no_store_is_one_line():
 
 
 @pytest.fixture
-def served(package: Path, memory: StorePath, tmp_path: Path) -> Iterator[Packages]:
+def served(package: Path, memory: StorePath, tmp_path: Path) -> Packages:
     """What serves of two packages, by a pointer; all on a store."""
     put(package, memory / "packages" / "a")
     real_package.write(tmp_path / "b", seed=2)
     put(tmp_path / "b", memory / "packages" / "b")
     point(memory, read_manifest(package).model.checkpoint)
     settings = ServeConfig(packages=str(memory / "packages"), serving=str(memory), poll_s=3600, warm_up=2)
-    yield Packages(settings, Metrics())
+    return Packages(settings, Metrics())
 
 
 def point(out: StorePath, checkpoint: str) -> None:
