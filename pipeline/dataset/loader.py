@@ -8,9 +8,12 @@ of a batch of B rows, and reads the lanes that these lie in. Of a dataset of sev
 itself, and a lane reads its part of one day after that of the day before.
 """
 
+import errno
+import heapq
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import groupby
@@ -24,17 +27,22 @@ import torch
 
 from features.batch import Batch, Rows
 from features.errors import UserError, one_line
+from features.regular_files import mounted
 from features.schema.schema import Split
 from pipeline.dataset import decoding
 from pipeline.dataset.background import in_background, pinned
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.lanes import Buffer, Share, Window, blocks, check_sizes, shares
-from pipeline.dataset.shards import check_groups, check_ids, open_shard
+from pipeline.dataset.read_ahead import OPEN_SHARDS, Fetched, ReadAhead, Reading, StoredGroups
+from pipeline.dataset.shards import check_group_pages, check_groups, check_ids, open_shard
 
 logger = logging.getLogger(__name__)
-OPEN_SHARDS = 16  # the footer of one of many columns takes 20 MB; to open it costs a tenth of decoding a row group
 MOST_SLOTS = 64  # parts of batches that a decoding process makes ahead
+
+
+class StoreGoneError(UserError):
+    """The store that a dataset lies on has not answered for longer than it may."""
 
 
 @dataclass
@@ -83,7 +91,9 @@ class Loader:
         keys: fills `Batch.key_BC`. One that does not take all rows is for `SplitReader` alone.
         workers: processes that decode, each some of the rank's lanes (pipeline.dataset.decoding); 0: a thread of this one.
         device: which batches are for; those for a GPU are in page-locked memory.
+        reading: of a dataset on a store; each decoding process reads by itself.
     Attributes:
+        waited: seconds for which decoding has waited for a store, of the epochs that have ended.
         on_corrupt: what is done with a row group that is left out, in place of `leave_out`.
 
     Raises:
@@ -106,6 +116,7 @@ class Loader:
         keys: RowKeys | None = None,
         workers: int = 0,
         device: torch.device | None = None,
+        reading: Reading = Reading(),  # noqa: B008
     ) -> None:
         check_sizes(batch_size, lanes, ranks)
         self.dataset, self.schema, self.shards = dataset, dataset.schema, dataset.shards(split)
@@ -132,6 +143,8 @@ class Loader:
         self.day_ends_S = np.diff(self.bounds_SL[:, :2])[:, 0].cumsum()  # of the first lane
         self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
+        self.stored = None if mounted(dataset.path) else StoredGroups(dataset, self.read_columns, reading)
+        self.waited = 0.0
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._reading = threading.Lock()  # two threads that read one ParquetFile crash the process
         self._decoded: WeakValueDictionary[int, Rows] = WeakValueDictionary()
@@ -141,7 +154,7 @@ class Loader:
                 raise ValueError("decoding processes make no keys")
             source = partial(
                 Loader, dataset.only(None), split, batch_size, lanes, seed, rank, ranks, window,
-                max_corrupt=max_corrupt, table_sizes=table_sizes,
+                max_corrupt=max_corrupt, table_sizes=table_sizes, reading=reading,
             )  # fmt: skip
             parts = decoding.split(self.shares, workers)
             # While a process decodes a row group the others go on, with as many rows ahead.
@@ -195,16 +208,67 @@ class Loader:
             shuffle = np.random.default_rng([self.seed, position.epoch])
             order = np.concatenate([shuffle.permutation(day) for day in self.days])
         end_G = np.cumsum(self.group_rows[order])
-        lanes = [(share, Buffer(self._windows(order, end_G, position, share))) for share in shares]
-        for _ in range(self.steps(position)):
-            parts = []
-            for share, lane in lanes:
-                lane.skip(share.start)
-                parts += lane.take(share.stop - share.start)
-                lane.skip(self.share - share.stop)
-            yield Rows.concat(parts) if parts else lanes[0][1].nothing
+        with self.reading_ahead(self._demanded(order, end_G, position, shares)) as ahead:
+            lanes = [(share, Buffer(self._windows(order, end_G, position, share, ahead))) for share in shares]
+            for _ in range(self.steps(position)):
+                parts = []
+                for share, lane in lanes:
+                    lane.skip(share.start)
+                    parts += lane.take(share.stop - share.start)
+                    lane.skip(self.share - share.stop)
+                yield Rows.concat(parts) if parts else lanes[0][1].nothing
 
-    def _windows(self, order: np.ndarray, end_G: np.ndarray, position: Position, share: Share) -> Iterator[Rows]:
+    @contextmanager
+    def reading_ahead(self, order: Iterator[int]) -> Iterator[ReadAhead | None]:
+        """Within it row groups are fetched from a store in the order in which `decode` will take them; else None."""
+        if self.stored is None:
+            yield None
+            return
+        ahead = ReadAhead(self._fetch, self._bytes_of, order, self.stored.reading.ahead_bytes)
+        try:
+            yield ahead
+        finally:
+            ahead.close()
+            self.waited += ahead.waited
+
+    def _fetch(self, group: int) -> Fetched:
+        assert self.stored is not None
+        path, index = self.groups[group]
+        return self.stored.fetch(self.by_path[path], index)
+
+    def _bytes_of(self, group: int) -> int:
+        assert self.stored is not None
+        path, index = self.groups[group]
+        return self.stored.bytes_of(self.by_path[path], index)
+
+    def _demanded(
+        self, order: np.ndarray, end_G: np.ndarray, position: Position, shares: Sequence[Share]
+    ) -> Iterator[int]:
+        """The row groups that `rows_of` decodes, in its order: that of the steps, and of the lanes in a step."""
+
+        def blocks_of(number: int, share: Share) -> Iterator[tuple[int, int, list[Piece]]]:
+            cursor = position.cursors[share.lane]
+            for count, (is_needed, block) in enumerate(self._blocks(end_G, position, share)):
+                step = (block[0].start - cursor) // self.share if count else -1  # lanes begin with their first block
+                if is_needed:
+                    yield step, number, self._pieces_of(block, order, end_G)
+
+        held: list[set[int]] = [set() for _ in shares]  # row groups of each lane's block, which others share
+        for _, number, pieces in heapq.merge(*(blocks_of(number, share) for number, share in enumerate(shares))):
+            groups = [piece.group for piece in pieces]
+            yield from (group for group in groups if not any(group in others for others in held))
+            held[number] = {*groups}
+
+    def _blocks(self, end_G: np.ndarray, position: Position, share: Share) -> Iterator[tuple[bool, list[Window]]]:
+        """A lane's windows from its cursor on, in blocks, and whether a block has rows of the share."""
+        lane, cursor = share.lane, position.cursors[share.lane]
+        left = (w for w in self._lane_windows(lane) if w.stop > cursor or w.stop == self.lengths[lane])
+        needed = groupby(left, lambda w: self._before(share, max(w.start, cursor)) < self._before(share, w.stop))
+        return ((is_needed, block) for is_needed, windows in needed for block in blocks(windows, end_G))
+
+    def _windows(
+        self, order: np.ndarray, end_G: np.ndarray, position: Position, share: Share, ahead: ReadAhead | None
+    ) -> Iterator[Rows]:
         """A lane's rows from its cursor on, window by window; blank ones in place of a window that has none of the share.
 
         Args:
@@ -212,34 +276,31 @@ class Loader:
         """
         lane, cursor = share.lane, position.cursors[share.lane]
         decoded: dict[int, Rows] = {}
-        left = (w for w in self._lane_windows(lane) if w.stop > cursor or w.stop == self.lengths[lane])
-        needed = groupby(left, lambda w: self._before(share, max(w.start, cursor)) < self._before(share, w.stop))
-        for is_needed, windows in needed:
-            for block in blocks(windows, end_G):
-                start, stop, place = block[0].start, block[-1].stop, block[0].place
-                if not is_needed:
-                    yield Rows.blank(self.schema, stop - max(start, cursor))
-                    continue
-                pieces = self._pieces(order, end_G, place, place + stop - start)
-                decoded = {p.group: self._shared(p.group) for p in pieces}  # which the last block's may be among
-                parts = [decoded[p.group].slice(p.start, p.stop) for p in pieces]
-                rows = Rows.concat(parts)
-                used = min(max(cursor - start, 0), len(rows))
-                if self.window:
-                    shuffled = [w.start - start + self._permutation(position.epoch, lane, w) for w in block]
-                    yield rows.take(torch.from_numpy(np.concatenate(shuffled)[used:]))
-                else:
-                    yield rows.slice(used, len(rows))
+        for is_needed, block in self._blocks(end_G, position, share):
+            start, stop = block[0].start, block[-1].stop
+            if not is_needed:
+                yield Rows.blank(self.schema, stop - max(start, cursor))
+                continue
+            pieces = self._pieces_of(block, order, end_G)
+            decoded = {p.group: self._shared(p.group, ahead) for p in pieces}  # which the last block's may be among
+            parts = [decoded[p.group].slice(p.start, p.stop) for p in pieces]
+            rows = Rows.concat(parts)
+            used = min(max(cursor - start, 0), len(rows))
+            if self.window:
+                shuffled = [w.start - start + self._permutation(position.epoch, lane, w) for w in block]
+                yield rows.take(torch.from_numpy(np.concatenate(shuffled)[used:]))
+            else:
+                yield rows.slice(used, len(rows))
 
     def _permutation(self, epoch: int, lane: int, window: Window) -> np.ndarray:
         shuffle = np.random.default_rng([self.seed, epoch, lane, window.index])
         return shuffle.permutation(window.stop - window.start)
 
-    def _shared(self, group: int) -> Rows:
+    def _shared(self, group: int, ahead: ReadAhead | None) -> Rows:
         """The rows of a row group, decoded once for all lanes that are at it."""
         rows = self._decoded.get(group)
         if rows is None:
-            rows = self._decoded[group] = self.decode(group)
+            rows = self._decoded[group] = self.decode(group, ahead)
         return rows
 
     def _before(self, share: Share, row: int) -> int:
@@ -260,9 +321,10 @@ class Loader:
                 index += 1
             begin += high - low
 
-    def _pieces(self, order: np.ndarray, end_G: np.ndarray, start: int, stop: int) -> list[Piece]:
-        """The parts of row groups that hold rows start .. stop - 1 of the permuted split."""
-        pieces = []
+    def _pieces_of(self, block: Sequence[Window], order: np.ndarray, end_G: np.ndarray) -> list[Piece]:
+        """The parts of row groups that hold the rows of windows that follow each other."""
+        start, pieces = block[0].place, []
+        stop = start + block[-1].stop - block[0].start
         first, last = np.searchsorted(end_G, [start, stop - 1], "right").tolist()
         for place in range(first, last + 1 if start < stop else first):
             group, end = int(order[place]), int(end_G[place])
@@ -274,15 +336,33 @@ class Loader:
         shard = self.by_path[path]
         return shard, open_shard(self.dataset, shard, self.read_columns, groups=[])
 
-    def decode(self, group: int) -> Rows:
-        """The rows of a row group. Raises UserError where it cannot be read."""
+    def _table(self, group: int, ahead: ReadAhead | None) -> pa.Table:
+        """A row group, once it is checked. Raises as open_shard."""
         path, index = self.groups[group]
-        try:
+        if self.stored is None:
             with self._reading:
                 shard, file = self._open(path)
                 check_groups(self.dataset, shard, file.metadata, self.read_columns, [index])
-                table = file.read_row_group(index, self.read_columns, use_threads=False)
+                return file.read_row_group(index, self.read_columns, use_threads=False)
+        fetched, parts = ahead.take(group) if ahead else self._fetch(group)
+        with self._reading, fetched.holding(parts) as content:
+            check_group_pages(self.dataset, fetched.shard, fetched.footer, self.read_columns, [index], content)
+            return fetched.file.read_row_group(index, self.read_columns, use_threads=False)
+
+    def decode(self, group: int, ahead: ReadAhead | None = None) -> Rows:
+        """The rows of a row group. Raises UserError where it cannot be read.
+
+        Args:
+            ahead: what `reading_ahead` gives, where row groups are decoded in that order.
+        """
+        path, index = self.groups[group]
+        try:
+            table = self._table(group, ahead)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
+            if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+                raise StoreGoneError(
+                    f"{self.dataset.path / path}: {error.strerror}. The same command resumes once it does."
+                ) from None
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({one_line(error)})"
             gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none
             if gone or not self.max_corrupt:

@@ -3,7 +3,8 @@
 import hashlib
 import io
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -115,9 +116,14 @@ class FetchedShard:
         for (start, stop), part in parts:
             self.content[start:stop] = part
 
-    def clear(self) -> None:
-        """Frees the memory of all parts."""
-        self.content.madvise(mmap.MADV_DONTNEED)
+    @contextmanager
+    def holding(self, parts: Iterable[tuple[Range, bytes]]) -> Iterator[mmap.mmap]:
+        """Within it parts of the file are in memory, which is given back at the end."""
+        self.put(parts)
+        try:
+            yield self.content
+        finally:
+            self.content.madvise(mmap.MADV_DONTNEED)
 
 
 def read_footer(path: Path, size: int, guess: int = FOOTER_BYTES) -> bytes:

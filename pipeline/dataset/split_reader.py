@@ -46,8 +46,7 @@ class SplitReader:
     def _batches(self) -> Iterator[Batch]:
         waiting: list[Rows] = []
         count = 0
-        for group in self.groups:
-            rows = self.loader.decode(group)
+        for rows in self._rows():
             waiting.append(rows)
             count += len(rows)
             if count >= self.batch_size:
@@ -58,3 +57,9 @@ class SplitReader:
                 waiting, count = [rows.slice(whole, count)], count - whole
         if count:
             yield Rows.concat(waiting).batch(self.loader.schema, self.batch_size)
+
+    def _rows(self) -> Iterator[Rows]:
+        """Of each of this rank's row groups."""
+        with self.loader.reading_ahead(iter(self.groups)) as ahead:
+            for group in self.groups:
+                yield self.loader.decode(group, ahead)

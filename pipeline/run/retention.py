@@ -15,6 +15,7 @@ from pipeline.run import checkpoint, records
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
 from pipeline.storage.files import make_folder, write_json
+from pipeline.storage.store_path import place
 
 PINS = "pins"  # folder of a run: a file for each checkpoint that others rely on, and who they are
 
@@ -82,7 +83,7 @@ def prune(run: Run, keep: Keep, dataset: str, newest: int) -> None:
         newest: the step just written.
     """
     try:
-        found = records.current(run, keep.best, str(Path(dataset).absolute())) if keep.best else {}
+        found = records.current(run, keep.best, str(place(dataset).absolute())) if keep.best else {}
         evaluated = {step: record["metrics"] for step, record in found.items()}
         for step in steps_to_prune(checkpoint.steps(run.checkpoints), keep, newest, evaluated, pinned_steps(run)):
             checkpoint.remove(checkpoint.folder(run.checkpoints, step))

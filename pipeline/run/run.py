@@ -16,6 +16,7 @@ from features.regular_files import irregular, lstat_regular, refuse_link, user_e
 from features.schema.schema import Schema
 from features.yaml_text import read_yaml, yaml_of
 from pipeline.dataset.days import MissingDays
+from pipeline.run.outbox import Outbox
 from pipeline.storage.base import Lock
 from pipeline.storage.files import (
     append_line,
@@ -26,6 +27,7 @@ from pipeline.storage.files import (
     write_json,
     write_text,
 )
+from pipeline.storage.store_path import on_store
 
 FOLDERS = ("checkpoints", "evaluations", "metrics", "predictions", "tensorboard")
 FILES = ("config.yaml", "schema.yaml", "status.json", "restarts.jsonl", "mlflow.json", "report.html", "ne.png")
@@ -73,15 +75,24 @@ class _RunConfig(BaseModel):
     train: dict[str, Any]
 
 
+class LostRunError(UserError):
+    """Another trainer has taken the run over: this one writes nothing more."""
+
+
 class Run:
     """The files of a run below its folder.
 
     Raises:
         UserError: one of its files or folders is a link, or not what it should be. The folder of the run may be a link.
+
+    Attributes:
+        outbox: of the one process that trains a run on a store; its lines and heartbeats go through it.
     """
 
     def __init__(self, path: Path) -> None:
-        _check_kinds(path)
+        if not on_store(path):  # which has no links
+            _check_kinds(path)
+        self.outbox: Outbox | None = None
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.train_metrics = path / "metrics" / "train.jsonl"
@@ -158,8 +169,19 @@ class Run:
     def write_status(self, state: str, step: int, steps: int) -> None:
         """Writes the heartbeat, or how the run ended; a full disk does not stop it."""
         status = Status(state=state, step=step, steps=steps, time=time.time(), saving_s=self.saving_s)
+        if self.outbox:
+            content = json_text(status.model_dump(), indent=1).encode()
+            self.outbox.put(self.path / "status.json", lambda: content)
+            return
         with suppress(OSError):
             write_json(self.path / "status.json", status.model_dump())
+
+    def append(self, file: Path, record: dict[str, Any]) -> None:
+        """Adds a line to a file of the run. Raises OSError where it cannot; on a store it is put some seconds later."""
+        if self.outbox:
+            self.outbox.append(file, record)
+        else:
+            append_line(file, record)
 
     def status(self) -> Status | None:
         """The last heartbeat, None before the first. Raises UserError for a damaged one."""
@@ -171,8 +193,12 @@ class Run:
 
     def drop_lines_after(self, step: int) -> None:
         """Drops what training has written of later steps: a run that goes on from this one writes it again."""
+        if self.outbox:
+            self.outbox.flush()
         for lines in (self.train_metrics, self.progressive, self.search_metrics):
             keep_lines(lines, step)
+        if self.outbox:
+            self.outbox.reload()
 
     def add_start(self, step: int, ranks: int, nodes: int, reason: str) -> None:
         """Adds a line to restarts.jsonl; a full disk does not stop it."""

@@ -18,8 +18,8 @@ REQUESTS = 16  # at the same time
 BLOCK_BYTES = 1 << 20  # that a RangedFile reads at least
 
 
-class ShortFileError(OSError, ValueError):
-    """A file ends too early: no answer of a store that asking again would change."""
+class ShortFileError(OSError):
+    """A file ends too early; it has no number, as errors of damaged files have none."""
 
 
 def coalesced(ranges: Sequence[Range], gap: int = GAP_BYTES) -> list[Range]:
@@ -56,12 +56,18 @@ def read_ranges(path: Path, ranges: Sequence[Range]) -> list[bytes]:
         options = {"batch_size": REQUESTS} if path.system.async_impl else {}
         answers = path.system.cat_ranges([path.key] * len(left), starts, stops, on_error="return", **options)
         content.update((n, answer) for n, answer in zip(left, answers, strict=True) if isinstance(answer, bytes))
-        for stop, answer in zip(stops, answers, strict=True):
+        for answer in answers:
             if isinstance(answer, BaseException):
-                raise _reason(path, stop, answer)
+                raise answer
 
-    if parts:
-        patiently(path, fetch)
+    try:
+        if parts:
+            patiently(path, fetch)
+    except OSError as error:
+        last = max(stop for *_, stop in parts)
+        if error.errno == errno.EINVAL and path.stat().st_size < last:  # as S3 answers a range beyond the end
+            raise ShortFileError(f"{path} ends before byte {last:,}") from None
+        raise
     found: list[list[bytes]] = [[] for _ in ranges]
     for number, (index, start, stop) in enumerate(parts):
         if len(content[number]) != stop - start:
@@ -79,15 +85,6 @@ def _of_mounted(path: Path, ranges: Sequence[Range]) -> list[bytes]:
             if len(found[-1]) != stop - start:
                 raise ShortFileError(f"{path} ends before byte {stop:,}")
     return found
-
-
-def _reason(path: StorePath, stop: int, error: BaseException) -> BaseException:
-    """The error of a range that a store does not give, as of a mounted file."""
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
-    if isinstance(error, OSError) and error.errno == errno.EINVAL and path.stat().st_size < stop:
-        return ShortFileError(f"{path} ends before byte {stop:,}")
-    return error
 
 
 class RangedFile(io.RawIOBase):

@@ -11,7 +11,7 @@ from models.automtl.architecture import Architecture
 from models.ranker import ModelConfig
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.training.config import TrainConfig
+from pipeline.training.config import TrainConfig, place_of
 
 FILE = "architecture.yaml"
 
@@ -25,7 +25,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         UserError: it is missing, is no architecture, or the fusion has none.
     """
     model, run = config.model, Run(config.run)
-    if model.architecture and not Path(model.architecture).exists() and checkpoint.steps(run.checkpoints):
+    file = place_of(model.architecture, "model.architecture") if model.architecture else None
+    if file and not file.exists() and checkpoint.steps(run.checkpoints):
         begun = ModelConfig.of_run(run.config(), run.path).fusion
         model = model.model_copy(update={"fusion": begun, "architecture": None})
     return config.model_copy(update={"model": with_architecture(model)})
@@ -41,7 +42,8 @@ def with_architecture(model: ModelConfig) -> ModelConfig:
         if "architecture" in model.fusion:
             return model
         raise UserError(f"model.architecture is missing: {FILE} as jobs.search writes it, or the folder of its run")
-    fusion = model.fusion | {"architecture": read(Path(model.architecture)).model_dump(exclude={"strengths"})}
+    found = read(place_of(model.architecture, "model.architecture"))
+    fusion = model.fusion | {"architecture": found.model_dump(exclude={"strengths"})}
     return model.model_copy(update={"fusion": fusion, "architecture": None})
 
 

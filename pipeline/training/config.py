@@ -5,14 +5,24 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from features.errors import UserError
 from models.ranker import ModelConfig
 from pipeline.dataset.days import Days, MissingDays
 from pipeline.run.retention import Keep
 from pipeline.run.tracking.settings import TrackingSettings
+from pipeline.storage.store_path import Place, place
 from pipeline.training.optim.settings import DenseOptimizer, TableOptimizer
 from pipeline.training.optim.strict import Strict
 from pipeline.training.optim.weighting import Weighting
 from pipeline.training.optim.weighting.fixed import Fixed
+
+
+def place_of(text: str, setting: str) -> Path:
+    """The path or URL in a setting that is no path itself. Raises UserError, naming it."""
+    try:
+        return place(text)
+    except ValueError as error:
+        raise UserError(f"{setting}: {error}") from None
 
 
 class Communication(Strict):
@@ -127,7 +137,7 @@ class Settings(Strict):
     max_skipped: int = Field(10, ge=0)
     max_corrupt: float = Field(0.01, gt=0, le=1)
     timeout: float = Field(600, gt=0, le=86400)
-    init_from: Path | None = None
+    init_from: Place | None = None
     log_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
     decode_workers: int | None = Field(None, ge=0)
@@ -192,10 +202,10 @@ class TrainConfig(TrackingSettings, Strict):
         resume: auto resumes from the newest undamaged checkpoint; never refuses a run that has one.
     """
 
-    dataset: Path
+    dataset: Place
     days: Days = None
     missing_days: MissingDays = "refuse"
-    run: Path
+    run: Place
     tasks: list[str] | None = None
     model: ModelConfig
     train: Settings

@@ -15,15 +15,14 @@ import torch.distributed as dist
 from features.batch import Batch
 from features.errors import Preempted, UserError
 from features.schema.schema import Schema
-from pipeline.dataset.card.page import page_of
 from pipeline.dataset.dataset import Dataset
-from pipeline.run import checkpoint, retention
+from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.checkpoint.writer import CheckpointWriter
-from pipeline.run.run import Run
+from pipeline.run.owner import Owner
+from pipeline.run.run import LostRunError, Run
 from pipeline.run.tracking import registry as tracking
-from pipeline.run.tracking.base import TRAIN, Committed, Job, Published
-from pipeline.storage.files import read_lines
+from pipeline.storage.store_path import on_store
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.consensus import Consensus
 from pipeline.training.faults.hang_watch import HangWatch, watch_ranks
@@ -31,10 +30,11 @@ from pipeline.training.faults.nonfinite import NonfiniteCheck
 from pipeline.training.faults.preemption import PreemptionSignal
 from pipeline.training.faults.rank_status import nodes, nodes_wait, restart_reason
 from pipeline.training.faults.rollback import Rollbacks
+from pipeline.training.faults.store_away import DataAway, leave
 from pipeline.training.learner import Learner, build_learner
 from pipeline.training.loading import loader_of
 from pipeline.training.logging.meter import ThroughputMeter
-from pipeline.training.logging.metrics_writer import MetricsWriter
+from pipeline.training.logging.metrics_writer import MetricsWriter, tracked
 from pipeline.training.logging.progressive import ProgressiveMetrics
 from pipeline.training.observer import Observer
 from pipeline.training.optim.dense import rate
@@ -77,9 +77,14 @@ class Trainer:
         self.preemption = PreemptionSignal(log=self.rank == 0)
         self.consensus = Consensus(self._cpu_group(timedelta(seconds=2 * s.timeout)))
         self.sinks = tracking.Sinks()
-        on_disk = partial(_committed, self.run, s.keep, dataset.name, self.sinks) if self.rank == 0 else lambda *_: None
+        self.owner = Owner(self.run, s.keep, dataset.name, self.sinks)
+        on_disk = self.owner.committed if self.rank == 0 else lambda *_: None
         group = self._cpu_group(WRITE_TIMEOUT)
-        self.writer = CheckpointWriter(self.run.checkpoints, group, s.checkpoint_async, on_disk)
+        self.writer = CheckpointWriter(
+            self.run.checkpoints, group, s.checkpoint_async, on_disk, self.owner.before_commit
+        )
+        asks = self.ranks > 1 and on_store(dataset.path)
+        self.away = DataAway(self._cpu_group(WRITE_TIMEOUT) if asks else None)
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)
@@ -96,7 +101,7 @@ class Trainer:
             UserError: another trainer has the run, a checkpoint of another job, resume=never.
         """
         if self.rank == 0:
-            self.lock = self.run.lock("train", "another trainer writes to it")
+            self.owner.take()
             checkpoint.tidy(self.run.checkpoints)
         path = resume.newest(self.run)
         if path is not None and self.config.resume == "never":
@@ -171,6 +176,8 @@ class Trainer:
                 observer.on_step(self, output)
             if not self.after_step():
                 return
+        if self.away.why:
+            leave(self)
 
     def after_step(self) -> bool:
         """Metrics, a checkpoint, and the end of a preempted run, where they are due. False after a rollback."""
@@ -182,6 +189,8 @@ class Trainer:
         if verdict.bad_step is not None:
             self.rollback(verdict.bad_step)
             return False
+        if log_due or save_due:
+            self.owner.check()
         if log_due:
             self.write_metrics()
         if save_due or verdict.stop:
@@ -303,7 +312,10 @@ class Trainer:
 
     def wait_for_writer(self) -> bool:
         """Waits until nothing is being written; False, on all ranks, and a line where a checkpoint could not be written."""
-        if (error := self.writer.wait()) and self.rank == 0:
+        error = self.writer.wait()
+        if isinstance(error, LostRunError):
+            raise error
+        if error and self.rank == 0:
             logger.warning(f"{error} Training continues, and retries with the next checkpoint.")
         return error is None
 
@@ -313,14 +325,14 @@ class Trainer:
         if error := self.writer.wait():
             raise error
 
-    def stop(self) -> None:
-        """Ends a preempted run. Raises Preempted once its checkpoint is on disk."""
+    def stop(self, why: str = "SIGTERM") -> None:
+        """Ends a run that can go on later. Raises Preempted once its checkpoint is on disk."""
         self.finish_writing()
         if self.metrics:
             self.metrics.close()
             self.run.write_status("preempted", self.state.step, self.steps)
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
-        raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
+        raise Preempted(f"{why}: saved {path}. Rerun the same command to resume.")
 
     def let_nodes_join(self) -> None:
         """Once the checkpoint is on disk, waits for the launcher to end this rank; at the next one if it cannot be written."""
@@ -346,7 +358,7 @@ class Trainer:
             with self.preemption.handling(self.watch.expect_end), self._tracked():
                 yield
         except BaseException as error:
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) and not isinstance(error, LostRunError):
                 self._enter("save")
                 self.wait_for_writer()  # the other ranks are still there to write their parts
             if own:
@@ -361,12 +373,8 @@ class Trainer:
         if self.rank > 0:
             yield
             return
-        job = Job(self.run, TRAIN, step=self.state.step, history=list(read_lines(self.run.train_metrics)))
-        with tracking.opened(job, self.config, into=self.sinks):
-            self.sinks.handle(Published(page_of(self.dataset.name)))
-            self.metrics = MetricsWriter(
-                self.run, list(self.dataset.schema.tasks), self.state.step, self.steps, self.sinks
-            )
+        writing = tracked(self.run, self.config, self.dataset, self.state.step, self.steps, self.sinks)
+        with self.owner.writing(), writing as self.metrics:
             yield
 
     def at_end(self) -> bool:
@@ -378,7 +386,7 @@ class Trainer:
         batches = self.meter.timed(islice(self.loader.batches(self.state.position), count))
         while True:
             self._enter("data")
-            batch = next(batches, None)
+            batch = self.away.next_of(batches)
             self._enter("step")
             if batch is None:
                 return
@@ -387,10 +395,3 @@ class Trainer:
     def _enter(self, phase: str) -> None:
         if self.watch:
             self.watch.enter(self.state.step + 1, phase)
-
-
-def _committed(run: Run, keep: retention.Keep, dataset: str, sinks: tracking.Sinks, step: int, seconds: float) -> None:
-    """What follows a checkpoint of rank 0 that is on disk; called in the thread that wrote it."""
-    run.saving_s = max(run.saving_s or 0, seconds)
-    retention.prune(run, keep, dataset, step)
-    sinks.handle(Committed(step, time.time()))

@@ -437,7 +437,7 @@ class Watched(Loader):
     class Group(Rows):
         __hash__ = object.__hash__
 
-    def decode(self, group: int) -> Rows:
+    def decode(self, group: int, *ahead: None) -> Rows:
         rows = super().decode(group)
         rows = Watched.Group(*(getattr(rows, f.name) for f in fields(rows)))
         self.decoded.append(group)

@@ -1,5 +1,6 @@
 """Ranges of files on a store: few requests, the right bytes, and what is missing is an error."""
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_a_file_that_ends_before_a_range_is_an_error_at_once(on_store: bool, fil
 def test_a_request_that_fails_is_repeated_and_no_other_one(
     file: StorePath, requests: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cat_file, failures = type(file.system).cat_file, [ConnectionResetError("gone"), RuntimeError("503")]
+    cat_file, failures = type(file.system).cat_file, [ConnectionResetError("gone"), OSError(errno.EIO, "503")]
 
     def failing(self: Any, path: str, start: int, end: int, **named: Any) -> bytes:
         found = cat_file(self, path, start, end, **named)

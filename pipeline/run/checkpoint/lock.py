@@ -1,6 +1,5 @@
 """Locks on checkpoints: a reader's keeps one from being deleted."""
 
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,8 +7,10 @@ from pathlib import Path
 
 from features.errors import UserError
 from pipeline.run.checkpoint.manifest import CheckpointManifest, check
+from pipeline.run.checkpoint.upload import abort_left
 from pipeline.storage.base import Lock
-from pipeline.storage.files import storage_of
+from pipeline.storage.files import remove_tree, storage_of
+from pipeline.storage.store_path import on_store
 
 
 @contextmanager
@@ -35,12 +36,16 @@ def _locked(path: Path, shared: bool = False, wait: bool = False) -> Lock:
 def remove(path: Path, wait: bool = False) -> bool:
     """Deletes a checkpoint, unless another process reads it: then returns False, or waits for it.
 
-    It disappears in one rename; what a crash leaves is hidden, and `tidy` removes it.
+    It disappears in one rename, on a store with its manifest; what a crash leaves is no checkpoint, and `tidy` removes it.
     """
     try:
         with _locked(path, wait=wait):
-            hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}.deleted")
-            path.rename(hidden)
+            hidden = path
+            if on_store(path):
+                (path / "manifest.json").unlink(missing_ok=True)
+            else:
+                hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}.deleted")
+                path.rename(hidden)
     except BlockingIOError:
         return False
     except UserError:  # without a manifest nobody reads it
@@ -51,14 +56,16 @@ def remove(path: Path, wait: bool = False) -> bool:
 
 def discard(path: Path) -> None:
     """Deletes a folder with all that is in it, or a link or file, if it is there and can be deleted."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+    with suppress(OSError):
+        remove_tree(path)
 
 
 def tidy(checkpoints: Path) -> None:
     """Removes what killed writers and deleters have left. Only for the process that holds the run's lock."""
     for left in checkpoints.glob(".step-*"):
         discard(left)
+    if on_store(checkpoints):
+        for left in checkpoints.glob("step-*"):
+            if not (left / "manifest.json").exists():
+                discard(left)
+        abort_left(checkpoints)

@@ -1,5 +1,7 @@
 """The manifest of a checkpoint, which is written last: its step, its position in the data, its files and checksums."""
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,10 +12,13 @@ from features.plain_json import Count, first_fault
 from features.regular_files import lstat_regular, read_regular, refuse_link
 from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
+from pipeline.storage.ranges import read_ranges
+from pipeline.storage.store_path import on_store
 
 VERSION = 3  # of up to 2, the index was a pickle
 MAX_MANIFEST_BYTES = 64 << 20
 INDEX = "tensors.json"  # see pipeline.run.checkpoint.index
+CHECKED_BYTES = 64 << 20  # of a file on a store that are read at once, while those before them are checked
 
 # Files lie in the checkpoint's own folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
@@ -105,9 +110,24 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
             raise UserError(f"{file} is missing")
         if status.st_size != size:
             raise UserError(f"{file} has {status.st_size} bytes, the manifest says {size}")
-        if sha256(file) != checksum:
+        if (_checksum_on_store(file, size) if on_store(file) else sha256(file)) != checksum:
             raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
     return manifest
+
+
+def _checksum_on_store(file: Path, size: int) -> str:
+    digest, starts = hashlib.sha256(), range(0, size, CHECKED_BYTES)
+
+    def block(start: int) -> bytes:
+        return read_ranges(file, [(start, min(start + CHECKED_BYTES, size))])[0]
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = [ahead.submit(block, start) for start in starts[:1]]
+        for start in starts:
+            content = coming.pop().result()
+            coming = [ahead.submit(block, start + CHECKED_BYTES)] if start + CHECKED_BYTES < size else []
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def steps(checkpoints: Path) -> list[int]:

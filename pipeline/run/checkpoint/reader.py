@@ -27,6 +27,8 @@ from features.regular_files import lstat_regular
 from pipeline.run.checkpoint.index import DTYPES, Index, Part, TensorEntry, read_index, volume
 from pipeline.run.checkpoint.manifest import read
 from pipeline.run.checkpoint.rows import GAP_BYTES
+from pipeline.storage.ranges import RangedFile
+from pipeline.storage.store_path import on_store
 
 BLOCK_BYTES = 32 << 20  # that are in memory beside the tensor which is filled: a table may be as large as the memory
 
@@ -91,7 +93,8 @@ class _Reader(dcp.StorageReader):
         for name, items in by_file.items():
             if lstat_regular(self.path, name) is None:
                 raise FileNotFoundError(2, "No such file or directory", str(self.path / name))
-            with (self.path / name).open("rb") as file:
+            path = self.path / name
+            with RangedFile(path) if on_store(path) else path.open("rb") as file:
                 for item in items:
                     entry, part = self.parts[item.storage_index]
                     target = planner.resolve_tensor(item).detach()
@@ -122,7 +125,9 @@ def _described(entry: TensorEntry) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(DTYPES[entry.dtype]), torch.Size(entry.shape), chunks)
 
 
-def _read_into(target: Tensor, file: io.BufferedReader, entry: TensorEntry, part: Part, item: ReadItem) -> None:
+def _read_into(
+    target: Tensor, file: io.BufferedReader | RangedFile, entry: TensorEntry, part: Part, item: ReadItem
+) -> None:
     """Copies the block of a part that a plan asks for."""
 
     def read(start: int, sizes: list[int]) -> Tensor:
@@ -165,13 +170,16 @@ def _read_block(
         target[begin : begin + count].copy_(block)
 
 
-def _read_rows(file: io.BufferedReader, start: int, sizes: list[int], entry: TensorEntry, item: ReadItem) -> Tensor:
+def _read_rows(
+    file: io.BufferedReader | RangedFile, start: int, sizes: list[int], entry: TensorEntry, item: ReadItem
+) -> Tensor:
     """The tensor of these sizes whose bytes begin at `start`."""
     block = torch.empty(sizes, dtype=DTYPES[entry.dtype])
     file.seek(start)
     content = block.reshape(-1).view(torch.uint8).numpy().data
     if file.readinto(content) != len(content):
-        raise UserError(f"{file.name} ends before its part of {item.storage_index.fqn}: it changed while it was read")
+        name = file.path if isinstance(file, RangedFile) else file.name
+        raise UserError(f"{name} ends before its part of {item.storage_index.fqn}: it changed while it was read")
     return block
 
 

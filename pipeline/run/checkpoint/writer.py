@@ -1,16 +1,18 @@
 """Checkpoints written to a temporary folder, checksummed and renamed into place, in the background if asked for.
 
+On a store the files are sent to their final place, under names of their own; they are a checkpoint once the manifest is there.
 Training waits only while its state is copied in memory.
 """
 
 import hashlib
-import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,51 +20,75 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from features.errors import UserError, one_line
-from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index
+from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index, volume
 from pipeline.run.checkpoint.lock import discard, remove
 from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder
 from pipeline.run.checkpoint.staging import Staging
-from pipeline.storage.files import storage_of, write_json, write_text
+from pipeline.run.checkpoint.upload import Sink, sending
+from pipeline.run.run import LostRunError
+from pipeline.storage.files import json_text, storage_of, write_json, write_text
+from pipeline.storage.objects import write_new
+from pipeline.storage.store_path import StorePath, on_store
 from pipeline.torch_compat import ShardedTensor, on_cpu, with_local
 
 
+class _Place(NamedTuple):
+    """Where the files of a checkpoint that is being written lie, and what the names of its data files end with."""
+
+    folder: Path
+    suffix: str = ""
+
+
+class _Failure(NamedTuple):
+    """Why a checkpoint could not be written; lost: the run is another trainer's."""
+
+    why: str
+    lost: bool
+
+
 def save(
-    checkpoints: Path, state: dict[str, Any], manifest: CheckpointManifest, group: dist.ProcessGroup | None = None
+    checkpoints: Path,
+    state: dict[str, Any],
+    manifest: CheckpointManifest,
+    group: dist.ProcessGroup | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a checkpoint; every rank calls it with its part of the state.
 
-    The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint.
+    The files lie in a hidden folder until all of them and the manifest are on disk; then one rename makes it a checkpoint. On a
+    store, which has no rename, they are one once the manifest is there.
 
     Args:
         state: nested dictionaries of tensors. group: of all ranks, for the messages that this takes; the default group if None.
+        before: called on rank 0 before it removes what stands there, and before it commits; raises LostRunError.
     Raises:
-        UserError: on every rank, if one cannot write, as on a full disk; the checkpoints before it stay.
+        UserError: on every rank, if one cannot write, as on a full disk; the checkpoints before it stay. LostRunError.
     """
     final = folder(checkpoints, manifest.step)
-    staging = final.with_name(f".{final.name}")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    outcome: list[Any] = [None]
-    if rank == 0:
-        outcome = [_attempt(_begin, staging)]
+    outcome: list[Any] = [_attempt(_begin, final, before) if rank == 0 else None]
     dist.broadcast_object_list(outcome, group=group)
-    if outcome[0] is None:
+    place = outcome[0]
+    if not isinstance(place, _Failure):
         parts: list[Any] | None = [None] * ranks if rank == 0 else None
-        dist.gather_object(_attempt(_write, staging, state, group), parts, group=group)
+        dist.gather_object(_attempt(_write, place.folder, place.suffix, state, group), parts, group=group)
         if parts is not None:
-            failed = next((part for part in parts if isinstance(part, str)), None)
+            failed = next((part for part in parts if isinstance(part, _Failure)), None)
             files = {} if failed else {name: entry for part in parts for name, entry in part.items()}
-            outcome = [failed or _attempt(_commit, staging, final, manifest.sealed(files))]
-    dist.broadcast_object_list(outcome, group=group)
-    if outcome[0] is not None:
-        if rank == 0:
-            discard(staging)
-        raise UserError(f"{final}: cannot be written: {outcome[0]}. Earlier checkpoints stay.")
+            outcome = [failed or _attempt(_commit, place.folder, final, manifest.sealed(files), before)]
+        dist.broadcast_object_list(outcome, group=group)
+    if isinstance(failure := outcome[0], _Failure):
+        if rank == 0 and isinstance(place, _Place):
+            with suppress(OSError):
+                _discard(place)
+        kind = LostRunError if failure.lost else UserError
+        raise kind(f"{final}: cannot be written: {failure.why}. Earlier checkpoints stay.")
     return final
 
 
@@ -74,28 +100,66 @@ def _attempt(act: Any, *arguments: Any) -> Any:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if not isinstance(cause, Exception):
             raise cause from None  # an interrupt, which dcp wraps as well
-        return one_line(cause)
+        return _Failure(one_line(cause), isinstance(cause, LostRunError))
 
 
-def _begin(staging: Path) -> None:
-    """A new folder: what a killed writer left is removed, and a link there is not followed."""
+def _begin(final: Path, before: Callable[[], None]) -> _Place:
+    """A new folder: what a killed writer left is removed, and a link there is not followed.
+
+    On a store it is the final one. A writer that was taken for dead may finish its files there later: their names are others.
+    """
+    before()
+    if on_store(final):
+        remove(final, wait=True)
+        return _Place(final, f"-{uuid.uuid4().hex[:12]}")
+    staging = final.with_name(f".{final.name}")
     discard(staging)
     staging.mkdir(parents=True)
+    return _Place(staging)
 
 
-def _write(staging: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, tuple[int, str]]:
-    """This rank's files in `staging`: name to bytes and checksum."""
-    writer = _Writer(staging, dist.get_rank())
+def _discard(place: _Place) -> None:
+    """Removes what this writer has written, and on a store nothing that may be another's by now."""
+    if not on_store(place.folder):
+        discard(place.folder)
+        return
+    for file in place.folder.glob(f"*{place.suffix}.bin"):
+        file.unlink(missing_ok=True)
+
+
+def _write(
+    staging: Path, suffix: str, state: dict[str, Any], group: dist.ProcessGroup | None
+) -> dict[str, tuple[int, str]]:
+    """This rank's files: name to bytes and checksum."""
+    writer = _Writer(staging, dist.get_rank(), suffix)
     dcp.save(state, storage_writer=writer, process_group=group)
     return writer.files
 
 
-def _commit(staging: Path, final: Path, manifest: CheckpointManifest) -> None:
+def _commit(staging: Path, final: Path, manifest: CheckpointManifest, before: Callable[[], None]) -> None:
+    if on_store(final):
+        _check_complete(staging, manifest)
+        before()
+        _put(final / "manifest.json", json_text(manifest.model_dump(), indent=1))
+        return
     write_json(staging / "manifest.json", manifest.model_dump())
     _check_complete(staging, manifest)
+    before()
     if final.exists():  # a damaged one: the run was rolled back
         remove(final, wait=True)
     storage_of(final).commit(staging, final)
+
+
+def _put(path: Path, text: str) -> None:
+    """Writes a file that is not there yet: on a store another writer, of the same step, may have been faster."""
+    if not isinstance(path, StorePath):
+        write_text(path, text)
+        return
+    try:
+        write_new(path, text.encode())
+    except FileExistsError:
+        if path.read_bytes() != text.encode():  # else put by a call whose answer was lost
+            raise
 
 
 def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
@@ -106,14 +170,16 @@ def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
         UserError: the index does not fit them.
     """
     listed, present = set(manifest.files) | {"manifest.json"}, {path.name for path in staging.iterdir()}
+    if on_store(staging):  # its manifest comes after this, and leases may lie there
+        present = {name for name in present if not name.startswith(".")} | {"manifest.json"}
     indexed = {part.file for entry in read_index(staging, manifest).tensors.values() for part in entry.parts}
     if missing := (listed ^ present) | (listed ^ (indexed | {INDEX, "manifest.json"})):
         raise OSError(f"{sorted(missing)[0]} is not in all of manifest, folder and index")
 
 
-def data_file(rank: int) -> str:
+def data_file(rank: int, suffix: str = "") -> str:
     """The name of the file with what a rank has written of the tensors."""
-    return f"rank-{rank:05d}.bin"
+    return f"rank-{rank:05d}{suffix}.bin"
 
 
 class _Writer(dcp.StorageWriter):
@@ -125,15 +191,15 @@ class _Writer(dcp.StorageWriter):
         files: what was written: name to bytes and checksum, taken of the content on its way.
     """
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, rank: int, suffix: str = "") -> None:
         super().__init__()
-        self.path, self.rank, self.staging = path, rank, Staging()
+        self.path, self.name, self.staging = path, data_file(rank, suffix), Staging()
         self.files: dict[str, tuple[int, str]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results, name, checksum = [], data_file(self.rank), hashlib.sha256()
+        results, name, checksum = [], self.name, hashlib.sha256()
         if plan.items:
-            with (self.path / name).open("xb") as file:
+            with sending(self.path / name, sum(map(_bytes, plan.items))) as file:
                 for item in plan.items:
                     if item.type == WriteItemType.BYTE_IO:
                         raise TypeError(f"{item.index.fqn} is no tensor: a checkpoint holds nothing else")
@@ -143,8 +209,6 @@ class _Writer(dcp.StorageWriter):
                     part = Part(offsets=[], sizes=list(tensor.size()), file=name, start=start)
                     results.append(WriteResult(item.index, tensor.nbytes, part))
                 self.files[name] = file.tell(), checksum.hexdigest()
-                file.flush()
-                os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -162,7 +226,7 @@ class _Writer(dcp.StorageWriter):
             if isinstance(kind, TensorStorageMetadata)
         }
         content = Index(tensors=tensors).model_dump_json()
-        write_text(self.path / INDEX, content)
+        _put(self.path / INDEX, content)
         self.files[INDEX] = len(content.encode()), hashlib.sha256(content.encode()).hexdigest()
 
     def set_up_storage_writer(self, *_: Any, **__: Any) -> None: ...
@@ -180,7 +244,13 @@ class _Writer(dcp.StorageWriter):
         return True
 
 
-def _write_aligned(file: BinaryIO, checksum: Any, pieces: Iterable[Tensor]) -> int:
+def _bytes(item: WriteItem) -> int:
+    """Of what a rank writes of a tensor."""
+    data = item.tensor_data
+    return volume(list(data.chunk.sizes)) * data.properties.dtype.itemsize if data else 0
+
+
+def _write_aligned(file: Sink, checksum: Any, pieces: Iterable[Tensor]) -> int:
     """Appends numbers to a file and its checksum, and returns where they begin."""
     padding = bytes(-file.tell() % ALIGNMENT)
     start = file.tell() + len(padding)
@@ -202,6 +272,7 @@ class CheckpointWriter:
         background: False writes while the caller waits, without a copy.
         written: called in that thread with the step of a checkpoint that is on disk, and the seconds that it took, its copy
             included.
+        before: see `save`.
     """
 
     def __init__(
@@ -210,8 +281,10 @@ class CheckpointWriter:
         group: dist.ProcessGroup | None,
         background: bool,
         written: Callable[[int, float], None],
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         self.checkpoints, self.group, self.background, self.written = checkpoints, group, background, written
+        self.before = before
         self.copy: Any = None
         self.staging = Staging()
         self.thread: threading.Thread | None = None
@@ -241,7 +314,7 @@ class CheckpointWriter:
 
     def _write(self, state: dict[str, Any], manifest: CheckpointManifest, begin: float) -> None:
         try:
-            save(self.checkpoints, state, manifest, self.group)
+            save(self.checkpoints, state, manifest, self.group, self.before)
             self.written(manifest.step, time.perf_counter() - begin)
         except BaseException as error:  # raised by `wait`: a thread's error would be lost
             self.error = error

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -38,6 +39,7 @@ from pipeline.run.tracking.base import (
 )
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.files import write_json
+from pipeline.storage.store_path import on_store
 
 IDENTITY = "mlflow.json"
 RUN_TAG = "taskfuse.run"
@@ -94,7 +96,11 @@ def key_of(*parts: str) -> str:
 
 
 def default_uri(run: Run) -> str:
-    """The database file beside the run's folder."""
+    """The database file beside the run's folder. Raises UserError for a run on a store, which has none."""
+    if on_store(run.path):
+        raise UserError(
+            f"{run.path} is on a store, where no database lies: set tracking_uri to an MLflow server, or {URI_VARIABLE}"
+        )
     return f"sqlite:///{run.path.absolute().parent / 'mlflow.db'}"
 
 
@@ -167,7 +173,7 @@ class Mlflow:
         self.pending.clear()
         while self.files:
             if lstat_regular(self.files[0].parent, self.files[0].name) is not None:
-                self._named(self.client.log_artifact, self.run_id, str(self.files[0]))
+                self._named(self._log_page, self.files[0])
             del self.files[0]
 
     def _point(self, metric: Any) -> tuple[int, float | None]:
@@ -185,6 +191,14 @@ class Mlflow:
 
     def _log(self, metrics: Iterable[Any] = (), params: Iterable[Any] = (), tags: Iterable[Any] = ()) -> None:
         self.client.log_batch(self.run_id, metrics=list(metrics), params=list(params), tags=list(tags))
+
+    def _log_page(self, file: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            local = file
+            if on_store(file):
+                local = Path(folder, file.name)
+                local.write_bytes(file.read_bytes())
+            self.client.log_artifact(self.run_id, str(local))
 
     def _connect(self) -> None:
         """Finds the run of MLflow, or creates it. Raises what MLflow raises, and UserError."""
@@ -214,7 +228,8 @@ class Mlflow:
         found = client.get_experiment_by_name(name)
         if found is None:
             # MLflow would put the files that go with a database below the current folder.
-            place = (folder / "mlartifacts" / name).as_uri() if (self.uri or "").startswith("sqlite") else None
+            with_database = (self.uri or "").startswith("sqlite") and not on_store(folder)
+            place = (folder / "mlartifacts" / name).as_uri() if with_database else None
             try:
                 return str(client.create_experiment(name, artifact_location=place))
             except self.mlflow.MlflowException:

@@ -1,8 +1,13 @@
-"""TensorBoard: RUN/tensorboard has the curves of training, a folder below it those of each split."""
+"""TensorBoard: RUN/tensorboard has the curves of training, a folder below it those of each split.
 
+TensorBoard's files are written to a folder of this machine; of a run on a store they are put there from it.
+"""
+
+import tempfile
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +25,8 @@ from pipeline.run.tracking.base import (
     TrainRecord,
 )
 from pipeline.run.tracking.settings import TrackingSettings
-from pipeline.storage.files import make_folder
+from pipeline.storage.files import make_folder, storage_of
+from pipeline.storage.store_path import on_store
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -42,8 +48,9 @@ class TrainingCurves:
     """Curves of a training. TensorBoard hides the steps that a resumed or rolled back run repeats."""
 
     def __init__(self, job: Job) -> None:
-        self.folder = make_folder(job.run.tensorboard)
-        self.writer = open_writer(self.folder, purge_step=job.step + 1)
+        self.run, self.folder = job.run, make_folder(job.run.tensorboard)
+        self.local = _Local(self.folder)
+        self.writer = open_writer(self.local.path, purge_step=job.step + 1)
 
     def handle(self, event: Event) -> None:
         """Draws a record, or begins again after a rollback."""
@@ -54,11 +61,24 @@ class TrainingCurves:
             case RolledBack(step):
                 with suppress(OSError):  # of a full disk: the new file may have room
                     self.writer.close()
-                self.writer = open_writer(self.folder, purge_step=step + 1)
+                self.writer = open_writer(self.local.path, purge_step=step + 1)
+        if self.run.outbox:
+            for file in self.local.files():
+                self.run.outbox.put(self.folder / file.name, partial(self._content, file))
 
     def close(self, _: State) -> None:
         """Flushes."""
         self.writer.close()
+        for file in self.local.files():
+            if self.run.outbox:
+                self.run.outbox.put(self.folder / file.name, partial(bytes, file.read_bytes()))
+            else:
+                self.local.send(file)
+        self.local.remove()
+
+    def _content(self, file: Path) -> bytes:
+        self.writer.flush()
+        return file.read_bytes()
 
 
 class EvaluationCurves:
@@ -72,6 +92,7 @@ class EvaluationCurves:
     def __init__(self, job: Job) -> None:
         make_folder(job.run.tensorboard)
         self.run, self.folder = job.run, make_folder(job.run.tensorboard / job.series)
+        self.local = _Local(self.folder)
         self.records: dict[int, Record] = {}
         self.writer: SummaryWriter | None = None
         self._draw(job.history)
@@ -90,6 +111,7 @@ class EvaluationCurves:
         """Flushes."""
         if self.writer:
             self.writer.close()
+        self.local.remove()
 
     def _draw(self, records: Iterable[Record]) -> None:
         fresh = {record["step"]: record for record in records if self.records.get(record["step"]) != record}
@@ -97,18 +119,44 @@ class EvaluationCurves:
         known = self.records | fresh
         if self.writer is None or self._others() or (fresh and not is_later):
             with suppress(OSError):  # of a full disk: the new file may have room
-                self.close("failed")
+                if self.writer:
+                    self.writer.close()
             # The suffix makes the file's name this sink's own. A TensorBoard that has read other files drops their points.
             self.suffix = f".{uuid.uuid4().hex}"
-            self.writer = open_writer(self.folder, purge_step=0, filename_suffix=self.suffix)
+            self.writer = open_writer(self.local.path, purge_step=0, filename_suffix=self.suffix)
             fresh = known
         for step in sorted(fresh):
             for name, value in scalars.of_evaluation(fresh[step]).items():
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()
+        for file in self.local.files():
+            if file.name.endswith(self.suffix):
+                self.local.send(file)
         self.records = known
         for file in self._others():
             file.unlink(missing_ok=True)
 
     def _others(self) -> list[Path]:
         return [file for file in self.folder.glob("events.out.tfevents.*") if not file.name.endswith(self.suffix)]
+
+
+class _Local:
+    """The folder of this machine for what belongs into a folder: that itself, or of one on a store a temporary one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temporary = tempfile.TemporaryDirectory(prefix="tensorboard-") if on_store(folder) else None
+        self.path = Path(self.temporary.name) if self.temporary else folder
+
+    def files(self) -> list[Path]:
+        """Those that have to be put on a store."""
+        return sorted(self.path.iterdir()) if self.temporary else []
+
+    def send(self, file: Path) -> None:
+        """Puts one of them there."""
+        storage_of(self.folder).write(self.folder / file.name, file.read_bytes())
+
+    def remove(self) -> None:
+        """Deletes a temporary folder."""
+        if self.temporary:
+            self.temporary.cleanup()

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,14 @@ from tqdm import tqdm
 
 from features.errors import UserError
 from features.plain_json import validated
+from pipeline.dataset.card.page import page_of
+from pipeline.dataset.dataset import Dataset
 from pipeline.run.run import Run
-from pipeline.run.tracking.base import RolledBack, TrainRecord
+from pipeline.run.tracking import registry as tracking
+from pipeline.run.tracking.base import TRAIN, Job, Published, RolledBack, TrainRecord
 from pipeline.run.tracking.registry import Sinks
-from pipeline.storage.files import append_line, read_lines
+from pipeline.run.tracking.settings import TrackingSettings
+from pipeline.storage.files import read_lines
 from pipeline.terminal import SECONDS, draws_bars, short_decimal
 from pipeline.training.logging.learning_check import faults
 
@@ -98,7 +103,7 @@ class MetricsWriter:
         self.unwritten.append((path, record))
         try:
             while self.unwritten:
-                append_line(*self.unwritten[0])
+                self.run.append(*self.unwritten[0])
                 del self.unwritten[0]
         except OSError as error:
             if first:
@@ -117,6 +122,17 @@ class MetricsWriter:
             raise UserError(
                 f"{self.unwritten[0][0]}: {len(self.unwritten)} lines of metrics could not be written: free space"
             )
+
+
+@contextmanager
+def tracked(
+    run: Run, settings: TrackingSettings, dataset: Dataset, step: int, steps: int, sinks: Sinks
+) -> Iterator[MetricsWriter]:
+    """The writer of a run that goes on from a step, and within it the sinks that the settings ask for. Raises UserError."""
+    job = Job(run, TRAIN, step=step, history=list(read_lines(run.train_metrics)))
+    with tracking.opened(job, settings, into=sinks):
+        sinks.handle(Published(page_of(dataset.name)))
+        yield MetricsWriter(run, list(dataset.schema.tasks), step, steps, sinks)
 
 
 def _figures(record: dict[str, Any]) -> str:

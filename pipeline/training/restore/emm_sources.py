@@ -15,7 +15,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.evaluation.weights import check_fits
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.training.config import TrainConfig
+from pipeline.training.config import TrainConfig, place_of
 from pipeline.training.restore import warm_start
 
 
@@ -38,7 +38,7 @@ def resolve(config: TrainConfig, dataset: Dataset, pinned: ExitStack) -> TrainCo
         return config
     if EMMSettings.of(config.model).sources:
         return config
-    names = [str(Path(name).absolute()) for name in config.model.from_ or []]
+    names = [str(place_of(name, "model.from").absolute()) for name in config.model.from_ or []]
     sources = warm_start.from_rank_0(lambda: _earlier(Run(config.run), names)) or _found(names, dataset, pinned)
     choice = {"from_": names, "fusion": config.model.fusion | {"sources": sources}}
     return config.model_copy(update={"model": config.model.model_copy(update=choice)})
@@ -65,7 +65,8 @@ def _found(names: list[str], dataset: Dataset, pinned: ExitStack) -> list[dict[s
 def _source(name: str, dataset: Dataset, pinned: ExitStack) -> Source:
     """What RUN or RUN@STEP was, if its kind is one that can be fused. Every rank calls it."""
     folder, _, number = name.rpartition("@")
-    run, step = (Run(Path(folder)), int(number)) if folder and number.isdecimal() else (Run(Path(name)), None)
+    step = int(number) if folder and number.isdecimal() else None
+    run = Run(place_of(name if step is None else folder, "model.from"))
     config, tasks = warm_start.from_rank_0(lambda: (run.config(), list(run.schema().tasks)))
     path = warm_start.newest(run, dataset, "model.from", pinned, step)
     return warm_start.from_rank_0(lambda: _checked(run, path, config, tasks, dataset))
@@ -114,7 +115,7 @@ def load(ranker: Ranker, state: dict[str, Tensor]) -> list[str]:
         return []
     sources, fusion = ranker.settings.sources, ranker.fusion
     for source, names in zip(sources, ranker.source_names(), strict=False):
-        path = checkpoint.folder(Run(Path(source.run)).checkpoints, source.step)
+        path = checkpoint.folder(Run(place_of(source.run, "model.from")).checkpoints, source.step)
         checkpoint.load(path, {"model": {theirs: state[ours] for ours, theirs in names.items()}})
     lines = [f"fuses {len(sources)} models in {len(fusion.levels)} levels:"]
     for source, widths, remainder in zip(sources, fusion.widths, fusion.remainders, strict=True):
