@@ -55,7 +55,8 @@ class Claim:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.unlink(missing_ok=True)  # while it is locked: Run.try_lock checks that a file is still there
+        if not on_store(self.file):  # where a lease is no file of this name
+            self.file.unlink(missing_ok=True)  # while it is locked: Run.try_lock checks that a file is still there
         self.lock.release()
 
 
