@@ -75,6 +75,7 @@ bench-serve: .venv/ready .venv/rechub
 
 bench-ingest: .venv/ready
 	$(BIN)/python tests/benchmarks/ingest.py
+	$(BIN)/python tests/benchmarks/ingest_workers.py
 
 bench-gpu: .venv/ready
 	$(BIN)/python tests/benchmarks/gpu.py runs/gpu

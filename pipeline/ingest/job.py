@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import raw_format, units
 from pipeline.ingest.messages import ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
-from pipeline.ingest.past_start import copy_state, start_of
+from pipeline.ingest.past_start import Start, copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import folders_of
@@ -64,8 +65,55 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
         )
     read = without_labels(schema) if config.labels == "none" else schema
-    _check(config, read)
-    streams = _find(config, read)
+    check_settings(config, read)
+    plan = plan_of(config, schema, read, _find(config, read))
+    _warn_of(plan.absent, read)
+    with folders_of(out, config.scratch) as (staging, scratch):
+        # Where workers of other machines see the files between steps but not the dataset's folder, they make it with these.
+        made = scratch / "dataset" if on_store(scratch) and not on_store(staging) else staging
+        job, limits = job_of(config, plan, made, scratch), limits_of(config, plan)
+        try:
+            copy_past(plan, job, schema)
+            run_steps(config, job, limits, plan.work)
+            manifest = commit_job(config, job, limits, schema, out, staging)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
+    if config.date and schema.past:
+        warn_of_stale_days(out.parent, config.date)
+    return manifest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a job before the first row is read.
+
+    Attributes:
+        schema: of what is read.
+        streams: the files of each.
+        valid_from: see pipeline.ingest.table_files.snapshots.
+        work: the units of all streams.
+        reference, fits: see Limits.
+        start: see Job.
+    """
+
+    schema: Schema
+    streams: dict[str, list[raw_files.RawFile]]
+    valid_from: dict[str, dict[str, int]]
+    work: list[ReadWork]
+    reference: Path | None
+    fits: bool
+    start: Start | None
+    absent: AbsentDays
+
+
+def plan_of(
+    config: PreprocessConfig, schema: Schema, read: Schema, streams: dict[str, list[raw_files.RawFile]]
+) -> Plan:
+    """Plans a job. Raises UserError for files, encoders or a state that it cannot go on from.
+
+    Args:
+        schema: of the dataset. read: of what is read, which is without labels where `labels` is none.
+    """
     valid_from = snapshots(config, read, streams)
     work = _read_work(config, read, streams, valid_from)
     reference, fits = _reference(config, schema)
@@ -73,38 +121,41 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     if config.labels == "none" and start is None:
         check_past(schema)
     absent = absent_days(read, streams, config.as_of)
-    _warn_of(absent, read)
-    with folders_of(out, config.scratch) as (staging, between):
-        # Where workers of other machines see the files between steps but not the dataset's folder, they make it with these.
-        made = between / "dataset" if on_store(between) and not on_store(staging) else staging
-        size = sum(_unpacked(file) for found in streams.values() for file in found)
-        size += EVENT_BYTES * max(sum(file.row_groups) for file in start.state.files) if start else 0
-        job = Job(
-            read, made, 1 + size // config.bucket_bytes, config.order, config.seed,
-            config.rows_per_row_group, counts_all=not fits, broadcast=_broadcast(config, read, streams),
-            snapshots={name: sorted(set(times.values())) for name, times in valid_from.items()},
-            start=start, horizon=_end(config, read), reads_labels=config.labels != "none", absent=absent,
-            max_bad_fraction=config.max_bad_fraction,
-            stream_bytes={stream: sum(file.size for file in found) for stream, found in streams.items()},
-            apart=between,
-        )  # fmt: skip
-        limits = Limits(
-            config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
-            _as_of(config, read), str(reference) if reference else None, fits,
-            min_joined=config.min_joined, whole_log=reference is None and config.date is None,
-        )  # fmt: skip
-        try:
-            if reference and not fits:
-                _copy_encoders(reference, made, schema)
-            if start:
-                copy_state(start, schema, job.begun)
-            run_steps(config, job, limits, work)
-            manifest = _commit(job, limits, schema, staging, out, config.state.from_ is not None)
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
-    if config.date and schema.past:
-        warn_of_stale_days(out.parent, config.date)
-    return manifest
+    return Plan(read, streams, valid_from, work, reference, fits, start, absent)
+
+
+def job_of(config: PreprocessConfig, plan: Plan, staging: Path, scratch: Path | None = None) -> Job:
+    """The job as its steps see it, with the folders of Job."""
+    streams, start = plan.streams, plan.start
+    size = sum(_unpacked(file) for found in streams.values() for file in found)
+    size += EVENT_BYTES * max(sum(file.row_groups) for file in start.state.files) if start else 0
+    return Job(
+        plan.schema, staging, 1 + size // config.bucket_bytes, config.order, config.seed,
+        config.rows_per_row_group, counts_all=not plan.fits, broadcast=_broadcast(config, plan.schema, streams),
+        snapshots={name: sorted(set(times.values())) for name, times in plan.valid_from.items()},
+        start=start, horizon=_end(config, plan.schema), reads_labels=config.labels != "none", absent=plan.absent,
+        max_bad_fraction=config.max_bad_fraction,
+        stream_bytes={stream: sum(file.size for file in found) for stream, found in streams.items()},
+        apart=scratch,
+    )  # fmt: skip
+
+
+def limits_of(config: PreprocessConfig, plan: Plan) -> Limits:
+    """When the job stops, and how large its shards are."""
+    reference = plan.reference
+    return Limits(
+        config.max_bad_fraction, config.rows_per_shard, reference is None and config.date is None,
+        _as_of(config, plan.schema), str(reference) if reference else None, plan.fits,
+        min_joined=config.min_joined, whole_log=reference is None and config.date is None,
+    )  # fmt: skip
+
+
+def copy_past(plan: Plan, job: Job, schema: Schema) -> None:
+    """Copies what the job goes on from: the encoders of another dataset, and a state. Raises UserError, OSError."""
+    if plan.reference and not plan.fits:
+        _copy_encoders(plan.reference, job.staging, schema)
+    if plan.start:
+        copy_state(plan.start, schema, job.begun)
 
 
 def _warn_of(absent: AbsentDays, schema: Schema) -> None:
@@ -117,7 +168,7 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
         logger.warning("%s: no file of %s%s", stream, join_faults(days, 5), advice)
 
 
-def _check(config: PreprocessConfig, schema: Schema) -> None:
+def check_settings(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
     if config.runner != "direct":
         from pipeline.ingest.runners.registry import check_runner
@@ -327,20 +378,27 @@ def raise_failure(job: Job) -> None:
     with suppress(FileNotFoundError):
         raise UserError(json.loads((job.scratch / "error.json").read_bytes()))
     if not (job.scratch / f"{schedule.steps_of(job)[-1]}.json").exists():
-        raise UserError(f"{job.scratch}: a step could not write its report. Run again once there is room.")
+        raise UserError(f"{job.scratch}: the report of a step could not be written. Run again once it can.")
 
 
-def _commit(job: Job, limits: Limits, schema: Schema, staging: Path, out: Path, state_chosen: bool) -> Manifest:
-    """Writes dead letters and totals, and moves the dataset into place. state_chosen: see state_of."""
-    counts = totals.of_job(job, limits) | {"state": state_of(job, state_chosen)}
+def commit_job(
+    config: PreprocessConfig, job: Job, limits: Limits, schema: Schema, out: Path, staging: Path | None = None
+) -> Manifest:
+    """Writes dead letters and totals, and moves the dataset into place.
+
+    Args:
+        staging: beside `out`, where the dataset was made elsewhere; None: where it was made.
+    """
+    counts = totals.of_job(job, limits) | {"state": state_of(job, config.state.from_ is not None)}
     totals.add_splits(job)
-    if isinstance(job.staging, StorePath) and job.staging != staging:
+    if staging is not None and staging != job.staging:
         _fetch(job.staging, staging)
-    return commit(staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
+    return commit(staging or job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
 
 
-def _fetch(folder: StorePath, target: Path) -> None:
+def _fetch(folder: Path, target: Path) -> None:
     """Copies what workers have made from a store."""
+    assert isinstance(folder, StorePath)
 
     def fetch(name: str) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)

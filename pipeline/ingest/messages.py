@@ -16,10 +16,16 @@ from pipeline.ingest.files import Unit
 from pipeline.ingest.formats.base import LineCounts
 
 
+@dataclass(frozen=True)
 class Report:
-    """What a step reports of one piece of work; `step` names it."""
+    """What a step reports of one piece of work; `step` names it.
+
+    Attributes:
+        seconds: that it took.
+    """
 
     step: ClassVar[str]
+    seconds: float = field(default=0.0, kw_only=True, compare=False)
 
 
 R = TypeVar("R", bound=Report)
@@ -128,6 +134,7 @@ class ReadReport(Report):
         absent, keys: see pipeline.ingest.absent_columns.Completion.
         counts: where the lines of a text file went.
         swallowed: lines that bad rows take beyond their first ones.
+        bytes: of the unit.
     """
 
     step: ClassVar[str] = "read"
@@ -146,6 +153,7 @@ class ReadReport(Report):
     keys: list[str] | None = None
     counts: LineCounts = field(default_factory=LineCounts)
     swallowed: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ def staging_of(out: Path) -> Iterator[Path]:
     """As pipeline.storage.staging.staging_of, with scratch/ in it, the folders of a job. Raises UserError where none can be."""
     with staging.staging_of(out) as folder:
         try:
-            _make_folders(folder / "scratch")
+            make_folders(folder)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
         yield folder
@@ -41,11 +41,16 @@ def _below(scratch: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"scratch={scratch} cannot be written: {error}. Choose another scratch=.") from None
     with staging.staging_of(scratch / "preprocess") as folder:
-        _make_folders(folder)
+        _make(folder)
         yield folder
 
 
-def _make_folders(scratch: Path) -> None:
+def make_folders(folder: Path) -> None:
+    """Makes the folders of a job in the one in which its dataset is written. Raises OSError."""
+    _make(folder / "scratch")
+
+
+def _make(scratch: Path) -> None:
     if not on_store(scratch):  # which has no folders, and is never full
-        (scratch / "progress").mkdir(parents=True)
+        (scratch / "progress").mkdir(parents=True, exist_ok=True)
         (scratch / RESERVE_FILE).write_bytes(bytes(1 << 16))

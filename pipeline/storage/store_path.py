@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator
 from features.printable import has_controls, printable
 from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter
 from pipeline.storage.patience import patiently
-from pipeline.storage.systems import file_system, s3_info, stripped
+from pipeline.storage.systems import file_system, s3_delete, s3_info, stripped
 
 # fsspec knows others, some of which (reference::, zip::) read what a file tells them to read.
 STORES = ("s3", "s3a", "gs", "gcs", "hdfs", "webhdfs", "abfs", "abfss", "az", "adl", "memory")
@@ -405,6 +405,15 @@ def files_below(folder: StorePath) -> list[StorePath]:
 
 
 def remove_tree(path: StorePath) -> None:
-    """Deletes a file, or a folder with all that is in it, if it is there."""
+    """Deletes a file, or a folder with all that is in it, if it is there. Raises OSError."""
+    system, key = path.system, path.key.rstrip("/")
     with suppress(FileNotFoundError):
-        patiently(path, path.system.rm, path.key, recursive=True)
+        if path.scheme in S3:
+            # s3fs's own rm takes the name for a pattern.
+            keys = [key, *patiently(path, system.find, key)]
+            for start in range(0, len(keys), 1000):
+                patiently(path, s3_delete, system, keys[start : start + 1000])
+        elif re.search(r"[*?\[]", key):  # as others' do
+            remove_all([path, *files_below(path)])
+        else:
+            patiently(path, system.rm, key, recursive=True)

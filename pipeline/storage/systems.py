@@ -51,3 +51,15 @@ def s3_info(system: Any, bucket: str, key: str) -> dict[str, Any] | None:
         if not page.get("IsTruncated"):
             return None
         named = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def s3_delete(system: Any, keys: list[str]) -> None:
+    """Deletes objects of one bucket, up to 1000, those that are there. Raises OSError where one could not be deleted."""
+    bucket = keys[0].partition("/")[0]
+    objects = [{"Key": key.partition("/")[2]} for key in dict.fromkeys(keys)]
+    done = system.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+    if errors := done.get("Errors"):
+        number = errno.EACCES if errors[0].get("Code") == "AccessDenied" else errno.EBUSY
+        raise OSError(
+            number, f"{len(errors):,} objects cannot be deleted: {errors[0].get('Message')}", errors[0].get("Key")
+        )

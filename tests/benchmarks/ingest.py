@@ -8,7 +8,8 @@
 
 Each run is a process of its own on one thread (with -2: two workers), from CSV files to zstd Parquet with vocabularies and
 moments fitted on the train split (ingest_contenders.py). Within a round they follow each other, and ratios are taken within
-rounds: a machine that slows down slows all. Results are kept in results/ingest-cpu.json.
+rounds: a machine that slows down slows all. Results are kept in results/ingest-cpu.json. What several workers gain is
+measured by ingest_workers.py.
 """
 
 import json
@@ -225,13 +226,17 @@ def ratio(name: str, to: str, runs: dict[str, Run], rounds: list[Round]) -> floa
 
 def keep(runs: dict[str, Run], rounds: list[Round]) -> None:
     """Writes results/ingest-cpu.json."""
-    packages = ["apache-beam", "polars", "pyarrow", "numpy", "duckdb"]
-    machine: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-    machine |= {name: version(name) for name in packages}
+    machine = machine_of("apache-beam", "polars", "pyarrow", "numpy", "duckdb")
     logs = {name: {"log": run.log, "rows": run.rows, "bytes": run.bytes} for name, run in runs.items()}
     path = HERE / "results" / "ingest-cpu.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "runs": logs, "rounds": rounds}, indent=1) + "\n")
+
+
+def machine_of(*packages: str) -> dict[str, Any]:
+    """The machine, and versions of what is measured on it."""
+    found: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return found | {name: version(name) for name in packages}
 
 
 def _cpu() -> str:

@@ -1,13 +1,13 @@
 """How fast a rank's batches are made of a dataset on a store, and on this machine's disk.
 
-    python tests/benchmarks/store_loading.py [--rows 200000] [--rounds 5] [--workers 0] [--profile]
+    python tests/benchmarks/store_loading.py [--rows 200000] [--rounds 5] [--workers 0]
 
 The rows are those of loading.py. They lie on disk, mapped and in the page cache, and on an S3 server on loopback. A reading is
-an epoch of one rank with nothing that takes the batches. Two threads work on it: one decodes, another (fsspec's) runs the
-requests of those that wait for row groups ahead. Nothing is cached but by the server, unless the line says so: "cache, full" has
-all row groups on a local disk. The readings take turns in each round, since the machine's speed changes, and each ratio is
-one within a round. "waiting" is the share of the time for which decoding waited for a row group, "CPU" of this process and of
-the server, which has the same cores. --profile prints where the thread that decodes, and the rest, spend their time.
+an epoch of one rank with nothing that takes the batches. Two threads work on it: one decodes, and one (fsspec's) runs the
+requests of those that wait for row groups ahead. Only the server has the rows in memory; on the line "cache full" they are in
+the loader's cache on a local disk. The readings take turns in each round, since the machine's speed changes, and each ratio is
+one within a round. "waiting" is the share of the time for which decoding waited for row groups; "CPU" is of this process, and
+beside it of the server, which has the same cores.
 """
 
 import argparse
@@ -26,14 +26,16 @@ import pyarrow as pa
 import torch
 from tabulate import tabulate
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from loading import TABLE_ROWS, Sizes, cpu_seconds, write_dataset
-from s3_server import S3Server
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "benchmarks")]
 
-from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.loader import Loader
-from pipeline.dataset.read_ahead import Reading
-from pipeline.storage.store_path import place
+from loading import TABLE_ROWS, Sizes, cpu_seconds, write_dataset  # noqa: E402
+from s3_server import S3Server  # noqa: E402
+
+from pipeline.dataset.dataset import Dataset  # noqa: E402
+from pipeline.dataset.loader import Loader  # noqa: E402
+from pipeline.dataset.read_ahead import Reading  # noqa: E402
+from pipeline.storage.store_path import place  # noqa: E402
 
 BATCH, LANES, WINDOW = 8192, 8, 16384
 

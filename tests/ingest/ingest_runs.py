@@ -1,6 +1,5 @@
 """What tests of the ingest job share: running it, with Beam or without, and reading what it wrote."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +49,7 @@ def run_in_a_loop(_: PreprocessConfig, job: Job, limits: Limits, units: list[Rea
     for step in schedule.steps_of(job):
         reports = [(number, run_step(job, step, number, each)) for number, each in work]
         work = list(schedule.after(reports, job, limits, step))
-    if (error := job.staging / "scratch" / "error.json").exists():
-        raise UserError(json.loads(error.read_text()))
+    ingest_job.raise_failure(job)
 
 
 @contextmanager

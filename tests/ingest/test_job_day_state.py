@@ -381,7 +381,7 @@ def test_an_interrupted_job_leaves_no_half_state(three, monkeypatch):
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ingest_job, "_commit", stopped)
+    monkeypatch.setattr(ingest_job, "commit_job", stopped)
     before = content_of(days)
     with pytest.raises(KeyboardInterrupt):
         run(log, days, content(), date=day(2), overwrite=True)

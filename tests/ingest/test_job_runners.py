@@ -9,16 +9,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from apache_beam.metrics import MetricsFilter
 from apache_beam.runners import runner as beam_runner
 from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
 
 from pipeline.ingest import progress, workers
 from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.runners import pipelines
 from pipeline.ingest.runners.registry import RUNNERS, check_runner, pipeline_on
 
 pytestmark = pytest.mark.integration
@@ -69,6 +72,42 @@ def test_beams_runner_writes_the_bytes_of_steps_that_are_done_in_a_loop(in_a_loo
     run(small_log, tmp_path / "out", small_content(), **SIZES)
     assert content_of(tmp_path / "out") == in_a_loop
     assert len([name for name in in_a_loop if name.startswith("train/")]) == 3
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.system)])
+def test_beams_counters_are_the_sums_of_the_manifest(count, small_log, small_content, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(pipelines, "pipeline_on", lambda config: made.append(pipeline_on(config)) or made[-1])
+    log = shutil.copytree(small_log, tmp_path / "log")
+    with (log / "clicks-2.csv").open("a") as clicks:
+        clicks.write("7,no number\n")
+    manifest = run(log, tmp_path / "out", small_content(), workers=count, max_bad_fraction=0.1, **SIZES)
+    found = made[0].result.metrics().query(MetricsFilter().with_namespace("taskfuse"))
+    counters: Counter[str] = Counter()  # Beam counts for each transform apart
+    for each in found["counters"]:
+        counters[each.key.metric.name] += each.committed
+    written = {name.removeprefix("rows_written_"): n for name, n in counters.items() if name.startswith("rows_written")}
+    read = {name.removeprefix("rows_read_"): n for name, n in counters.items() if name.startswith("rows_read")}
+    assert (read, written) == (manifest.read, manifest.rows)
+    assert counters["dead_letters"] == sum(manifest.dead_letters.values()) == 1
+    assert counters["bytes_read"] == sum(path.stat().st_size for path in log.iterdir())
+    assert counters["pieces_write"] == len(manifest.shards)
+    times = {each.key.metric.name: each.committed for each in found["distributions"]}
+    steps = ["read", "join", "label", "merge", "encode", "write"]
+    assert {name: each.count for name, each in times.items()} == {
+        f"milliseconds_{step}": counters[f"pieces_{step}"] for step in steps
+    }
+    assert times["milliseconds_read"].sum > 0
+
+
+def test_an_engine_shows_each_step_under_its_name(small_log, small_content, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(pipelines, "pipeline_on", lambda config: made.append(pipeline_on(config)) or made[-1])
+    run(small_log, tmp_path / "out", small_content(), **SIZES)
+    labels = [part.full_label for step in made[0].transforms_stack[0].parts[1].parts for part in step.parts]
+    parts = ["spread", "do", "gather", "plan"]
+    steps = ["read", "join", "label", "merge", "encode", "write"]
+    assert labels == [f"taskfuse/{step}/{part}" for step in steps for part in parts]
 
 
 def test_progress_is_logged_step_by_step(small_log, small_content, tmp_path, monkeypatch):

@@ -1,4 +1,8 @@
-"""The job as a Beam pipeline, on any runner."""
+"""The job as a Beam pipeline, on any runner.
+
+Engines show each step under its name, in four parts: read/spread, read/do, read/gather, read/plan. Nothing but Create,
+Reshuffle, ParDo, FlatMap and CombineGlobally is used: the runners of spark.py and hosts.py translate these.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -9,10 +13,14 @@ from pipeline.ingest import schedule, workers
 from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.messages import Failure, ReadWork, Report
 from pipeline.ingest.runners.beam_compat import GlobalWindows, WindowedValue, beam, errors_only
+from pipeline.ingest.runners.counters import count
 from pipeline.ingest.runners.registry import pipeline_on
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps import run_step
 from pipeline.malloc import release_memory, tune_malloc
+
+# From the numbered reports of all pieces of a step, what comes next.
+After = Callable[[list[tuple[int, Report | Failure]]], Iterable[Any]]
 
 
 class StepFn(beam.DoFn):
@@ -36,43 +44,69 @@ class StepFn(beam.DoFn):
         if workers.RUNNING:
             self.submitted.append((number, workers.RUNNING[-1].submit(self.step, number, work)))
         else:
-            yield number, self.do(self.step, number, work)
+            report = self.do(self.step, number, work)
+            count(self.step, report)
+            yield number, report
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         """Yields what worker processes have made."""
-        for number, report in self.submitted:
-            yield GlobalWindows.windowed_value((number, report.result()))
+        for number, future in self.submitted:
+            report = future.result()
+            count(self.step, report)
+            yield GlobalWindows.windowed_value((number, report))
+
+
+class Step(beam.PTransform):
+    """A step: its numbered work to what comes after the reports of all of it.
+
+    Args:
+        do: what the step does, pickled for other processes.
+        after: is given the reports once, on a worker.
+    """
+
+    def __init__(self, step: str, do: workers.Do, after: After) -> None:
+        super().__init__(step)
+        self.step, self.do, self.after = step, do, after
+
+    def expand(self, work: beam.PCollection) -> beam.PCollection:
+        """See Step."""
+        reports = work | "spread" >> beam.Reshuffle() | "do" >> beam.ParDo(StepFn(self.do, self.step))
+        return (
+            reports
+            | "gather" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
+            | "plan" >> beam.FlatMap(self.after)
+        )
+
+
+class Steps(beam.PTransform):
+    """All steps of a job: the numbered units of its raw files to what `after` makes of the last step's reports.
+
+    Args:
+        steps: their names, in order.
+        do: what they do.
+        after: as of a Step, of the step that it is given as `step`.
+    """
+
+    def __init__(self, steps: Sequence[str], do: workers.Do, after: Callable[..., Iterable[Any]]) -> None:
+        super().__init__()
+        self.steps, self.do, self.after = steps, do, after
+
+    def expand(self, work: beam.PCollection) -> beam.PCollection:
+        """See Steps."""
+        for step in self.steps:
+            work = work | Step(step, self.do, partial(self.after, step=step))
+        return work
 
 
 def run_pipeline(config: PreprocessConfig, job: Job, limits: schedule.Limits, units: list[ReadWork]) -> None:
     """Runs all steps in one pipeline; a failure is in the job's scratch folder (see schedule.after)."""
+    after = partial(schedule.after, job=job, limits=limits)
     with errors_only(), pipeline_on(config) as pipeline:
-        work = pipeline | beam.Create(list(enumerate(units)))
-        for step in schedule.steps_of(job):
-            listed = _reports(work, partial(run_step, job), step)
-            work = listed | f"after {step}" >> beam.FlatMap(schedule.after, job, limits, step)
+        work = pipeline | "units" >> beam.Create(list(enumerate(units)))
+        work | "taskfuse" >> Steps(schedule.steps_of(job), partial(run_step, job), after)
 
 
-def run_one_step(
-    config: PreprocessConfig,
-    do: workers.Do,
-    step: str,
-    work: Sequence[object],
-    after: Callable[[list[tuple[int, Report | Failure]]], Iterable[object]],
-) -> None:
-    """A pipeline of one step.
-
-    Args:
-        config: its runner, and options.
-        do: what the step does, pickled for other processes.
-        after: is given the numbered reports of all work, once, on a worker.
-    """
+def run_one_step(config: PreprocessConfig, do: workers.Do, step: str, work: Sequence[object], after: After) -> None:
+    """A pipeline of one step: see Step; `config` has the runner and its options."""
     with errors_only(), pipeline_on(config) as pipeline:
-        listed = _reports(pipeline | beam.Create(list(enumerate(work))), do, step)
-        listed | f"after {step}" >> beam.FlatMap(after)
-
-
-def _reports(work: beam.PCollection, do: workers.Do, step: str) -> beam.PCollection:
-    """The list of a step's numbered reports, from its numbered work."""
-    reports = work | f"spread {step}" >> beam.Reshuffle() | step >> beam.ParDo(StepFn(do, step))
-    return reports | f"all of {step}" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
+        pipeline | "units" >> beam.Create(list(enumerate(work))) | Step(step, do, after)

@@ -15,13 +15,15 @@ Rows stay where they are: only keys travel to the buckets, and joined columns ba
 one (see pipeline.ingest.messages).
 """
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from features.errors import UserError, one_line
-from pipeline.ingest.messages import Failure, Report, Work
+from pipeline.ingest.messages import Failure, ReadReport, Report, Work
 from pipeline.ingest.progress import record_done
 from pipeline.ingest.state import Job
 from pipeline.ingest.steps.encode import encode
@@ -51,9 +53,10 @@ def reported(do: Callable[[], Report], out: Path, progress: Path, step: str, num
     Args:
         out: what could not be written, for errors. progress: the folder that counts pieces that are done.
     """
+    begin, start = time.time(), time.monotonic()
     try:
-        report = do()
-        record_done(progress, step, number)
+        report = replace(do(), seconds=time.monotonic() - start)
+        record_done(progress, step, number, begin, report.bytes if isinstance(report, ReadReport) else 0)
     except UserError as error:
         return Failure(str(error))
     except OSError as error:

@@ -86,6 +86,7 @@ def read(job: Job, work: ReadWork) -> ReadReport:
         outcomes=outcomes, latest=max((time for time in latest if time is not None), default=None),
         dead_letters=spill(job, bad), table_rows=table_rows, absent=completion.absent, keys=completion.keys,
         types={column: dict(rows) for column, rows in met.items()}, counts=counts, swallowed=swallowed,
+        bytes=bad_rows.bytes,
     )  # fmt: skip
 
 

@@ -1,0 +1,187 @@
+"""Preprocess in another pipeline gives what the job writes for files of the same rows."""
+
+import json
+import math
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import polars as pl
+import pyarrow as pa
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from ingest_runs import SPLITS, dead_letters_of, no_beam, rows_by_id, run
+
+from features.errors import UserError
+from features.schema.schema import Schema
+from pipeline.ingest.transform import Preprocess, after, begin, do, spill
+
+pytestmark = pytest.mark.integration
+
+SIZES = {
+    "rows_per_row_group": 32,
+    "rows_per_shard": 100,
+    "unit_bytes": 8000,
+    "bucket_bytes": 20_000,
+    "seed": 3,
+    "max_bad_fraction": 0.01,
+}
+NUMBERS = {"id": pl.Int64, "at": pl.Int64, "price": pl.Float32, "age": pl.Int16, "qty": pl.Int8, "dwell": pl.Float64}
+
+
+def batches_of(folder: Path, pattern: str) -> list[pa.Table]:
+    """A batch of typed columns for 100 rows of the log, last rows first."""
+    frames = [pl.read_csv(path, infer_schema=False, null_values=["", "NA"]) for path in sorted(folder.glob(pattern))]
+    rows = pl.concat(frames)
+    rows = rows.with_columns(pl.col(name).cast(NUMBERS[name]) for name in rows.columns if name in NUMBERS)
+    if "recent" in rows.columns:
+        rows = rows.with_columns(pl.col("recent").str.split("|"))
+    return [rows.slice(start, 100).to_arrow() for start in range(0, rows.height, 100)][::-1]
+
+
+def transformed(
+    streams: dict[str, list[Any]], scratch: Path, content: dict[str, Any], **settings: Any
+) -> dict[str, list]:
+    """What a pipeline around the transform is given, by output."""
+    folder = scratch.parent / f"{scratch.name}-sink"
+
+    def put(name: str, batch: Any) -> None:
+        path = folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(batch.to_pylist() if isinstance(batch, pa.RecordBatch) else [batch])
+        (path / uuid.uuid4().hex).write_text(text)
+
+    with beam.Pipeline(FnApiRunner()) as pipeline:
+        inputs = {name: pipeline | f"source of {name}" >> beam.Create(batches) for name, batches in streams.items()}
+        found = inputs | Preprocess(Schema.parse(content, where="mine.yaml"), scratch, **settings)
+        for name, batches in found._asdict().items():
+            batches | f"sink of {name}" >> beam.Map(lambda batch, name=name: put(name, batch))
+    files = {name: sorted((folder / name).glob("*")) for name in found._fields}
+    return {name: [row for path in paths for row in json.loads(path.read_text())] for name, paths in files.items()}
+
+
+@pytest.fixture(scope="module")
+def log(small_log, tmp_path_factory) -> Path:
+    """The small log, and a bad row."""
+    folder = shutil.copytree(small_log, tmp_path_factory.mktemp("with_bad_row") / "log")
+    with (folder / "clicks-2.csv").open("a") as clicks:
+        clicks.write("7,no number\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_files(log, small_content, tmp_path_factory) -> Path:
+    """The dataset that the job makes of text files, without Beam."""
+    out = tmp_path_factory.mktemp("of_files") / "out"
+    with no_beam():
+        run(log, out, small_content(), **SIZES)
+    return out
+
+
+def test_batches_become_the_rows_and_encoders_that_the_job_makes_of_files(
+    of_files, small_log, small_content, tmp_path, caplog
+):
+    impressions = batches_of(small_log, "impressions-*")
+    impressions[0] = impressions[0].combine_chunks().to_batches()[0]
+    clicks = [pa.concat_tables(batches_of(small_log, "clicks-*")[::-1]), pa.table({"id": [7], "dwell": ["no number"]})]
+    found = transformed({"impressions": impressions, "click": clicks}, tmp_path / "scratch", small_content(), **SIZES)
+    assert {split: len(found[split]) for split in SPLITS} == found["manifest"][0]["rows"]
+    rows = [row | {"split": split} for split in SPLITS for row in found[split]]
+    assert sorted(rows, key=lambda row: row["row_id"]) == rows_by_id(of_files)
+    reasons = [[row["reason"] for row in letters] for letters in (found["dead_letters"], dead_letters_of(of_files))]
+    assert reasons[0] == reasons[1] == ["dwell: 'no number' is not a number"]
+    ours = tmp_path / "scratch" / "dataset"
+    assert rows_by_id(ours) == rows_by_id(of_files)
+    for path in of_files.glob("encoders/vocabularies/*"):
+        assert pl.read_parquet(path).equals(pl.read_parquet(ours / path.relative_to(of_files))), path
+    moments = [json.loads((path / "encoders" / "encoders.json").read_text()) for path in (ours, of_files)]
+    assert alike(*moments), moments
+    assert not caplog.messages  # nor a warning of Beam's
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether plain data is equal but for the last digits of sums, which depend on how rows were cut into parts."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return one == other or (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-12))
+
+
+# Without Beam, as an engine may run it
+
+
+def in_a_loop(transform: Preprocess, streams: dict[str, list[pa.Table]]) -> dict[str, Any]:
+    """The manifest. Everything is done twice, as after an attempt whose end an engine has not seen."""
+    use = transform.run
+    spilled = [(name, batch) for name, batches in streams.items() for batch in batches]
+    listed = [[spill(use.folder, name, batch) for name, batch in spilled] for _ in range(2)]
+    assert listed[0] == listed[1]
+    work = [list(begin(use, found)) for found in (listed[0], listed[0][::-1])]
+    assert work[0] == work[1]
+    for step in use.steps:
+        reports = [[(number, do(use, step, number, each)) for number, each in work[0]] for _ in range(2)]
+        work = [list(after(use, reports[1], step=step)) for _ in range(2)]
+    assert work[0] == work[1]
+    return work[0][0]
+
+
+@pytest.fixture
+def alone(small_content) -> dict[str, Any]:
+    """A schema of impressions alone, with row ids of the job's own."""
+    content = small_content()
+    for key in ("outcomes", "row_id", "key"):
+        del content["source"][key]
+    return content | {"tasks": {"bought": {"kind": "binary", "label": "qty > 1"}}}
+
+
+def test_two_equal_batches_are_twice_the_rows(small_log, alone, tmp_path):
+    batches = batches_of(small_log, "impressions-*")
+    transform = Preprocess(Schema.parse(alone, where="mine.yaml"), tmp_path / "scratch")
+    manifest = in_a_loop(transform, {"impressions": [*batches, batches[0]]})
+    assert sum(manifest["rows"].values()) == 1000
+    assert len({row["row_id"] for row in rows_by_id(tmp_path / "scratch" / "dataset")}) == 1000
+
+
+def test_encoders_of_a_dataset_encode_batches_without_labels(of_files, small_log, small_content, tmp_path):
+    batches = batches_of(small_log, "impressions-*")[::2]
+    schema = Schema.parse(small_content(), where="mine.yaml")
+    in_a_loop(Preprocess(schema, tmp_path / "scratch", of_files, labels="none", **SIZES), {"impressions": batches})
+    ids = [row["id"] for batch in batches for row in batch.to_pylist()]
+    ours, theirs = (
+        {row["row_id"]: row for row in rows_by_id(path)} for path in (tmp_path / "scratch/dataset", of_files)
+    )
+    assert sorted(ours) == sorted(ids)
+    assert all(ours[id_][name] == theirs[id_][name] for id_ in ids for name in schema.columns)
+
+
+def test_what_is_wrong_with_rows_stops_the_pipeline_with_the_line_of_the_job(small_log, alone, tmp_path):
+    batch = batches_of(small_log, "impressions-*")[0]
+    text = batch.drop_columns("qty").append_column("qty", pa.array(["many"] * batch.num_rows))
+    transform = Preprocess(Schema.parse(alone, where="mine.yaml"), tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"100 of 100 rows of impressions are bad"):
+        in_a_loop(transform, {"impressions": [text]})
+    with pytest.raises(UserError, match="no batches of impressions"):
+        list(begin(transform.run, []))
+    assert not (tmp_path / "scratch" / "dataset").exists()
+
+
+def test_what_a_transform_cannot_do_is_refused_before_the_pipeline_runs(small_content, alone, tmp_path):
+    schema = Schema.parse(small_content(), where="mine.yaml")
+    with pytest.raises(UserError, match="workers: no setting of the transform"):
+        Preprocess(schema, tmp_path, workers=2)
+    with pytest.raises(UserError, match="batches come in no order"):
+        Preprocess(schema, tmp_path, order="input")
+    split = {"by": "row_index", "modulo": 2, "train": [0], "valid": [1]}
+    with pytest.raises(UserError, match="rows of batches have no index"):
+        Preprocess(Schema.parse(alone | {"split": split}, where="mine.yaml"), tmp_path)
+    (tmp_path / "dataset").mkdir()
+    with pytest.raises(UserError, match="dataset exists"):
+        Preprocess(schema, tmp_path)
+    pipeline = beam.Pipeline(FnApiRunner())
+    with pytest.raises(UserError, match="got batches of impressions; the schema's streams are impressions, click"):
+        pipeline | beam.Create([1]) | Preprocess(schema, tmp_path / "other")
+    with pytest.raises(UserError, match="impressions has a dict: give pyarrow Tables or RecordBatches"):
+        spill(tmp_path, "impressions", {"id": 1})
