@@ -2,11 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 
 from features.batch import Batch
+from features.errors import UserError
 
 
 def pinned(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -55,3 +57,20 @@ def in_background(items: Iterator[Batch], ahead: int) -> Iterator[Batch]:
     finally:
         stop.set()
         thread.join()
+
+
+def held_back(items: Iterator[Batch], count: int, on_error: Callable[[UserError], None]) -> Iterator[Batch]:
+    """The items, each once `count` later ones are there: an error is told to `on_error` as many items before it is raised."""
+    held: deque[Batch] = deque()
+    failed = None
+    try:
+        for item in items:
+            held.append(item)
+            if len(held) > count:
+                yield held.popleft()
+    except UserError as error:
+        on_error(failed := error)
+    while held:
+        yield held.popleft()
+    if failed:
+        raise failed

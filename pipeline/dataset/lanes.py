@@ -1,6 +1,6 @@
 """Lanes: which of them a rank reads, their windows, and the rows taken from a stream of windows."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,15 @@ class Window:
     start: int
     stop: int
     place: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start .. stop - 1 of a row group, named by its place in the split."""
+
+    group: int
+    start: int
+    stop: int
 
 
 def check_sizes(batch_size: int, lanes: int, ranks: int) -> None:
@@ -68,6 +77,21 @@ def blocks(windows: Iterable[Window], end_G: np.ndarray) -> Iterator[list[Window
         block.append(window)
     if block:
         yield block
+
+
+def pieces_of(block: Sequence[Window], order: np.ndarray, end_G: np.ndarray) -> list[Piece]:
+    """The parts of row groups that hold the rows of windows that follow each other.
+
+    Args:
+        order: the row groups of a split, permuted. end_G: the row of the permuted split at which each ends.
+    """
+    start, pieces = block[0].place, []
+    stop = start + block[-1].stop - block[0].start
+    first, last = np.searchsorted(end_G, [start, stop - 1], "right").tolist()
+    for place in range(first, last + 1 if start < stop else first):
+        begin, end = int(end_G[place - 1]) if place else 0, int(end_G[place])
+        pieces.append(Piece(int(order[place]), max(start - begin, 0), min(stop, end) - begin))
+    return pieces
 
 
 class Buffer:

@@ -30,14 +30,15 @@ from features.errors import UserError, one_line
 from features.regular_files import mounted
 from features.schema.schema import Split
 from pipeline.dataset import decoding
-from pipeline.dataset.background import in_background, pinned
+from pipeline.dataset.background import held_back, in_background, pinned
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
-from pipeline.dataset.lanes import Buffer, Share, Window, blocks, check_sizes, shares
+from pipeline.dataset.lanes import Buffer, Piece, Share, Window, blocks, check_sizes, pieces_of, shares
 from pipeline.dataset.read_ahead import OPEN_SHARDS, Fetched, ReadAhead, Reading, StoredGroups
 from pipeline.dataset.shards import check_group_pages, check_groups, check_ids, open_shard
 
 logger = logging.getLogger(__name__)
+HELD_BACK = 2  # batches of a store: a rank's message to the others is read one step later
 MOST_SLOTS = 64  # parts of batches that a decoding process makes ahead
 
 
@@ -51,15 +52,6 @@ class Position:
 
     epoch: int = 0
     cursors: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows start .. stop - 1 of a row group, named by its place in the split."""
-
-    group: int
-    start: int
-    stop: int
 
 
 class RowKeys(Protocol):
@@ -94,6 +86,7 @@ class Loader:
         reading: of a dataset on a store; each decoding process reads by itself.
     Attributes:
         waited: seconds for which decoding has waited for a store, of the epochs that have ended.
+        gone: set HELD_BACK batches before `batches` raises it: while all ranks still have some, they can agree to save.
         on_corrupt: what is done with a row group that is left out, in place of `leave_out`.
 
     Raises:
@@ -145,6 +138,7 @@ class Loader:
         self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
         self.stored = None if mounted(dataset.path) else StoredGroups(dataset, self.read_columns, reading)
         self.waited = 0.0
+        self.gone: StoreGoneError | None = None
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._reading = threading.Lock()  # two threads that read one ParquetFile crash the process
         self._decoded: WeakValueDictionary[int, Rows] = WeakValueDictionary()
@@ -192,7 +186,11 @@ class Loader:
             )
         if (np.array(position.cursors) > self.lengths).any():
             raise UserError("the run is at a row that the dataset does not have: its checkpoint is of another dataset.")
-        return in_background(pinned(self._batches(position), self.device), self.ahead)
+        made = in_background(pinned(self._batches(position), self.device), self.ahead)
+        return made if self.stored is None else held_back(made, HELD_BACK, self._failed)
+
+    def _failed(self, error: UserError) -> None:
+        self.gone = error if isinstance(error, StoreGoneError) else None
 
     def _batches(self, position: Position) -> Iterator[Batch]:
         rows = self.rows_of(position, self.shares)
@@ -251,7 +249,7 @@ class Loader:
             for count, (is_needed, block) in enumerate(self._blocks(end_G, position, share)):
                 step = (block[0].start - cursor) // self.share if count else -1  # lanes begin with their first block
                 if is_needed:
-                    yield step, number, self._pieces_of(block, order, end_G)
+                    yield step, number, pieces_of(block, order, end_G)
 
         held: list[set[int]] = [set() for _ in shares]  # row groups of each lane's block, which others share
         for _, number, pieces in heapq.merge(*(blocks_of(number, share) for number, share in enumerate(shares))):
@@ -281,7 +279,7 @@ class Loader:
             if not is_needed:
                 yield Rows.blank(self.schema, stop - max(start, cursor))
                 continue
-            pieces = self._pieces_of(block, order, end_G)
+            pieces = pieces_of(block, order, end_G)
             decoded = {p.group: self._shared(p.group, ahead) for p in pieces}  # which the last block's may be among
             parts = [decoded[p.group].slice(p.start, p.stop) for p in pieces]
             rows = Rows.concat(parts)
@@ -320,17 +318,6 @@ class Loader:
                 yield Window(index, begin + start, begin + stop, low + start)
                 index += 1
             begin += high - low
-
-    def _pieces_of(self, block: Sequence[Window], order: np.ndarray, end_G: np.ndarray) -> list[Piece]:
-        """The parts of row groups that hold the rows of windows that follow each other."""
-        start, pieces = block[0].place, []
-        stop = start + block[-1].stop - block[0].start
-        first, last = np.searchsorted(end_G, [start, stop - 1], "right").tolist()
-        for place in range(first, last + 1 if start < stop else first):
-            group, end = int(order[place]), int(end_G[place])
-            begin = end - int(self.group_rows[group])
-            pieces.append(Piece(group, max(start - begin, 0), min(stop, end) - begin))
-        return pieces
 
     def _open_shard(self, path: str) -> tuple[Shard, pq.ParquetFile]:
         shard = self.by_path[path]

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import BeforeValidator
 
 from features.parquet_limits import check_footer
 from pipeline.dataset.dataset import Dataset
@@ -20,6 +22,15 @@ from pipeline.storage.ranges import Range, read_ranges
 OPEN_SHARDS = 16  # the footer of one of many columns takes 20 MB; to open it costs a tenth of decoding a row group
 THREADS = 4  # that fetch, each a row group at a time by several requests
 MOST_AHEAD = 64  # row groups, however small
+
+
+def _local(path: str | Path) -> str | Path:
+    if "://" in str(path):
+        raise ValueError("a cache lies on a local disk: name a folder of this machine")
+    return path
+
+
+LocalFolder = Annotated[Path, BeforeValidator(lambda value: _local(value) if isinstance(value, str | Path) else value)]
 
 
 @dataclass(frozen=True)

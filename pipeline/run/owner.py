@@ -24,18 +24,29 @@ class Owner:
     def __init__(self, run: Run, keep: retention.Keep, dataset: str, sinks: Sinks) -> None:
         self.run, self.keep, self.dataset, self.sinks = run, keep, dataset, sinks
         self.lock: Lock | None = None
+        self.is_lost = False
 
     def take(self) -> None:
         """Locks the run. Raises UserError where another trainer has it."""
         self.lock = self.run.lock("train", "another trainer writes to it")
 
+    def close(self) -> None:
+        """Unlocks the run. What has met a store's error may be referred to for long: that it is dropped is not enough."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
     def lost(self) -> bool:
-        """Whether another trainer has taken the run over, as it may where this one's lease was not renewed in time."""
-        return self.lock is not None and self.lock.lost
+        """Whether another trainer has taken the run over, as it may where this one's lease was not renewed in time.
+
+        The store may be asked: not for the thread that trains.
+        """
+        self.is_lost = self.is_lost or (self.lock is not None and self.lock.lost)
+        return self.is_lost
 
     def check(self) -> None:
-        """Raises LostRunError where the run is lost."""
-        if self.lost():
+        """Raises LostRunError where the run is known to be lost."""
+        if self.is_lost:
             raise LostRunError(
                 f"{self.run.path}: another trainer has taken the run over, since this one did not renew its lease in time. "
                 "This one ends, and writes nothing more."
@@ -43,6 +54,7 @@ class Owner:
 
     def before_commit(self) -> None:
         """Called before a checkpoint is one: the lines of the steps before it come first. Raises LostRunError, OSError."""
+        self.lost()
         self.check()
         if self.run.outbox:
             self.run.outbox.flush()

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from features.errors import UserError
 from models.ranker import ModelConfig
 from pipeline.dataset.days import Days, MissingDays
+from pipeline.dataset.read_ahead import LocalFolder, Reading
 from pipeline.run.retention import Keep
 from pipeline.run.tracking.settings import TrackingSettings
 from pipeline.storage.store_path import Place, place
@@ -104,6 +105,10 @@ class Settings(Strict):
         threads: of each rank's CPU operators; None: the cores shared evenly by the ranks of a machine.
         decode_workers: processes of each rank that decode its lanes, of which it has as many at most as lanes; 0: a thread
             of the rank. None: 0 on a CPU; on a GPU one for each of the rank's cores but one, up to 8.
+        read_ahead_bytes: of a dataset on a store, memory of each process that decodes for row groups fetched before they are
+            needed.
+        cache, cache_bytes: a folder of a local disk, one for all ranks of a host, where row groups of a store are kept, and how
+            much it may take; None: fetched anew in each epoch.
     """
 
     batch_size: int | None = Field(None, ge=1)
@@ -141,6 +146,9 @@ class Settings(Strict):
     log_every: int = Field(50, ge=1)
     threads: int | None = Field(None, ge=1)
     decode_workers: int | None = Field(None, ge=0)
+    read_ahead_bytes: int = Field(Reading.ahead_bytes, ge=1 << 20)
+    cache: LocalFolder | None = None
+    cache_bytes: int = Field(Reading.cache_bytes, ge=1 << 20)
 
     @model_validator(mode="after")
     def _go_together(self) -> "Settings":

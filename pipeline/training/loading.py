@@ -1,6 +1,7 @@
 """The loader of a run's batches, from its settings."""
 
 import logging
+import os
 
 import torch
 
@@ -8,6 +9,7 @@ from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.decoding import processes_of
 from pipeline.dataset.loader import Loader
+from pipeline.dataset.read_ahead import Reading
 from pipeline.dataset.shards import table_sizes
 from pipeline.training.config import Settings
 
@@ -26,10 +28,12 @@ def loader_of(
     """
     order, processes = s.order(), processes_of(s.decode_workers, device)
     processes = processes if alone else min(processes, 1)
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * max(processes, 1)
+    reading = Reading(s.read_ahead_bytes, s.cache, s.cache_bytes, on_host)
     loader = Loader(
         dataset, split, order.batch_size, order.lanes, s.seed, rank, ranks, window=order.window,
         max_corrupt=s.max_corrupt if s.corrupt == "skip" else 0, table_sizes=table_sizes(dataset),
-        workers=processes, device=device,
+        workers=processes, device=device, reading=reading,
     )  # fmt: skip
     if rank == 0 and processes > (lanes := len(loader.shares)):
         logger.info(

@@ -61,7 +61,7 @@ def _trained(config: TrainConfig, schema: Schema | None, observers: Sequence[Obs
         return run
     except BaseException as error:
         ended = isinstance(error, (Preempted, SystemExit))
-        if trainer is not None and trainer.rank == 0 and not ended:
+        if trainer is not None and trainer.rank == 0 and not ended and not trainer.owner.is_lost:
             trainer.run.write_status("failed", trainer.state.step, trainer.steps)
         said = None
         if isinstance(error, RuntimeError):

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -22,7 +22,6 @@ from pipeline.run.checkpoint.writer import CheckpointWriter
 from pipeline.run.owner import Owner
 from pipeline.run.run import LostRunError, Run
 from pipeline.run.tracking import registry as tracking
-from pipeline.storage.store_path import on_store
 from pipeline.training.config import TrainConfig
 from pipeline.training.faults.consensus import Consensus
 from pipeline.training.faults.hang_watch import HangWatch, watch_ranks
@@ -30,7 +29,6 @@ from pipeline.training.faults.nonfinite import NonfiniteCheck
 from pipeline.training.faults.preemption import PreemptionSignal
 from pipeline.training.faults.rank_status import nodes, nodes_wait, restart_reason
 from pipeline.training.faults.rollback import Rollbacks
-from pipeline.training.faults.store_away import DataAway, leave
 from pipeline.training.learner import Learner, build_learner
 from pipeline.training.loading import loader_of
 from pipeline.training.logging.meter import ThroughputMeter
@@ -83,8 +81,6 @@ class Trainer:
         self.writer = CheckpointWriter(
             self.run.checkpoints, group, s.checkpoint_async, on_disk, self.owner.before_commit
         )
-        asks = self.ranks > 1 and on_store(dataset.path)
-        self.away = DataAway(self._cpu_group(WRITE_TIMEOUT) if asks else None)
         self.metrics: MetricsWriter | None = None
         self.watch: HangWatch | None = None
         self.meter = ThroughputMeter(0, 0)
@@ -141,6 +137,11 @@ class Trainer:
 
     def run_to_end(self) -> Run:
         """Trains to the last step, with metrics and checkpoints on the way."""
+        with closing(self.owner):
+            self._run_to_end()
+        return self.run
+
+    def _run_to_end(self) -> None:
         with self._session():
             for observer in self.observers:
                 observer.on_start(self)
@@ -157,7 +158,6 @@ class Trainer:
         if self.metrics:
             self.metrics.close()
             self.run.write_status("finished", self.state.step, self.steps)
-        return self.run
 
     def train_segment(self) -> None:
         """Trains to the end of the run or of the epoch, to the next batch that is skipped, or until a rollback."""
@@ -176,8 +176,6 @@ class Trainer:
                 observer.on_step(self, output)
             if not self.after_step():
                 return
-        if self.away.why:
-            leave(self)
 
     def after_step(self) -> bool:
         """Metrics, a checkpoint, and the end of a preempted run, where they are due. False after a rollback."""
@@ -185,7 +183,8 @@ class Trainer:
         log_due = step % self.settings.log_every == 0 or step == 1 or last
         save_due = step % every == 0 or step in self.milestones or last
         check, read = partial(self.nonfinite.check, self.state.position.epoch), log_due or save_due
-        verdict = self.consensus.agree(self.preemption.received, nodes_wait(), check, read, save_due)
+        ending = self.preemption.received or self.loader.gone is not None
+        verdict = self.consensus.agree(ending, nodes_wait(), check, read, save_due)
         if verdict.bad_step is not None:
             self.rollback(verdict.bad_step)
             return False
@@ -325,14 +324,16 @@ class Trainer:
         if error := self.writer.wait():
             raise error
 
-    def stop(self, why: str = "SIGTERM") -> None:
-        """Ends a run that can go on later. Raises Preempted once its checkpoint is on disk."""
+    def stop(self) -> None:
+        """Ends a run that is preempted, or whose dataset's store is gone. Raises Preempted once its checkpoint is on disk."""
         self.finish_writing()
         if self.metrics:
             self.metrics.close()
             self.run.write_status("preempted", self.state.step, self.steps)
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
-        raise Preempted(f"{why}: saved {path}. Rerun the same command to resume.")
+        if self.loader.gone:
+            raise Preempted(f"{self.loader.gone} Saved {path}.")
+        raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
 
     def let_nodes_join(self) -> None:
         """Once the checkpoint is on disk, waits for the launcher to end this rank; at the next one if it cannot be written."""
@@ -386,7 +387,7 @@ class Trainer:
         batches = self.meter.timed(islice(self.loader.batches(self.state.position), count))
         while True:
             self._enter("data")
-            batch = self.away.next_of(batches)
+            batch = next(batches, None)
             self._enter("step")
             if batch is None:
                 return

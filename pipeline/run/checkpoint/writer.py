@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,17 +20,17 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from features.errors import UserError, one_line
-from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index, volume
+from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index
 from pipeline.run.checkpoint.lock import discard, remove
 from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder
 from pipeline.run.checkpoint.staging import Staging
-from pipeline.run.checkpoint.upload import Sink, sending
+from pipeline.run.checkpoint.upload import sending
 from pipeline.run.run import LostRunError
 from pipeline.storage.files import json_text, storage_of, write_json, write_text
 from pipeline.storage.objects import write_new
@@ -152,14 +152,10 @@ def _commit(staging: Path, final: Path, manifest: CheckpointManifest, before: Ca
 
 def _put(path: Path, text: str) -> None:
     """Writes a file that is not there yet: on a store another writer, of the same step, may have been faster."""
-    if not isinstance(path, StorePath):
-        write_text(path, text)
-        return
-    try:
+    if isinstance(path, StorePath):
         write_new(path, text.encode())
-    except FileExistsError:
-        if path.read_bytes() != text.encode():  # else put by a call whose answer was lost
-            raise
+    else:
+        write_text(path, text)
 
 
 def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
@@ -199,7 +195,7 @@ class _Writer(dcp.StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results, name, checksum = [], self.name, hashlib.sha256()
         if plan.items:
-            with sending(self.path / name, sum(map(_bytes, plan.items))) as file:
+            with sending(self.path / name) as file:
                 for item in plan.items:
                     if item.type == WriteItemType.BYTE_IO:
                         raise TypeError(f"{item.index.fqn} is no tensor: a checkpoint holds nothing else")
@@ -244,13 +240,7 @@ class _Writer(dcp.StorageWriter):
         return True
 
 
-def _bytes(item: WriteItem) -> int:
-    """Of what a rank writes of a tensor."""
-    data = item.tensor_data
-    return volume(list(data.chunk.sizes)) * data.properties.dtype.itemsize if data else 0
-
-
-def _write_aligned(file: Sink, checksum: Any, pieces: Iterable[Tensor]) -> int:
+def _write_aligned(file: BinaryIO, checksum: Any, pieces: Iterable[Tensor]) -> int:
     """Appends numbers to a file and its checksum, and returns where they begin."""
     padding = bytes(-file.tell() % ALIGNMENT)
     start = file.tell() + len(padding)
