@@ -1,7 +1,8 @@
 """Record batches in one object of a store: put at once, and read a batch at a time by its range.
 
 The batches come first, then their index: their schema, where each of them begins and the last one ends, their number and the
-bytes of the schema (int64). So the last bytes of an object say where its batches are, and a process asks for them once.
+bytes of the schema (int64). So the last bytes of an object say where its batches are, and a process asks for them once. Of
+columns with dictionaries each batch is a stream with a schema of its own, and the index has none.
 """
 
 from collections.abc import Sequence
@@ -17,17 +18,25 @@ from pipeline.storage.store_path import StorePath
 TAIL_BYTES = 1 << 15  # that are asked for as an index; a larger one takes a second request
 MOST_BOUNDS = 1 << 22  # of batches that a process remembers, 8 bytes each
 
-Index = tuple[pa.Schema, np.ndarray]  # and where batches begin and end: [batches + 1]
+Index = tuple[pa.Schema | None, np.ndarray]  # and where batches begin and end: [batches + 1]
 _known: dict[str, Index] = {}
 
 
 def write(path: StorePath, batches: Sequence[pa.RecordBatch]) -> None:
     """Puts batches of one schema, at least one."""
-    parts = [batch.serialize() for batch in batches]
+    alone = any("dictionary<" in str(field.type) for field in batches[0].schema)
+    parts = [_stream(batch) if alone else batch.serialize() for batch in batches]
     bounds = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
-    schema = batches[0].schema.serialize()
-    sizes = np.array([len(parts), schema.size], np.int64)
+    schema = b"" if alone else batches[0].schema.serialize().to_pybytes()
+    sizes = np.array([len(parts), len(schema)], np.int64)
     path.write_bytes(b"".join([*parts, schema, bounds.tobytes(), sizes.tobytes()]))
+
+
+def _stream(batch: pa.RecordBatch) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
 
 
 def read(path: StorePath) -> pa.Table:
@@ -73,10 +82,13 @@ def _index_bytes(tail: bytes) -> int:
 
 def _parsed(index: bytes) -> Index:
     _, schema = np.frombuffer(index[-16:], np.int64).tolist()
-    return pa.ipc.read_schema(pa.py_buffer(index[:schema])), np.frombuffer(index[schema:-16], np.int64)
+    columns = pa.ipc.read_schema(pa.py_buffer(index[:schema])) if schema else None
+    return columns, np.frombuffer(index[schema:-16], np.int64)
 
 
-def _table(content: bytes, schema: pa.Schema) -> pa.Table:
+def _table(content: bytes, schema: pa.Schema | None) -> pa.Table:
+    if schema is None:
+        return pa.ipc.open_stream(content).read_all()
     return pa.Table.from_batches([pa.ipc.read_record_batch(pa.py_buffer(content), schema)])
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ from features.plain_json import parse_json
 from features.regular_files import open_regular, refuse_link
 from pipeline.storage import store_path
 from pipeline.storage.base import Storage
+from pipeline.storage.conditional import Changed, read_version, write_new, write_over
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.objects import ObjectStorage
 from pipeline.storage.store_path import STORES, StorePath
@@ -44,9 +46,14 @@ def write_json(path: Path, content: object) -> None:
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Adds one JSON line and flushes it to disk, after cutting off what a killed writer may have left of its last.
 
+    On a store the whole file is written again; a line that another writer adds meanwhile is kept, by a condition where the
+    store has it (S3). Who appends often collects lines first.
+
     Raises:
         UserError: the file is a link, or no regular file.
     """
+    if isinstance(path, StorePath):
+        return _append_on_store(path, json_text(record).encode() + b"\n")
     with appending(path) as file:
         end = file.seek(0, os.SEEK_END)
         if end:
@@ -57,6 +64,19 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         file.write(json_text(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    return None
+
+
+def _append_on_store(path: StorePath, line: bytes) -> None:
+    while True:
+        found = read_version(path)
+        with suppress(Changed, FileExistsError):
+            if found is None:
+                write_new(path, line)
+            else:
+                content, version = found
+                write_over(path, content[: content.rfind(b"\n") + 1] + line, version)
+            return
 
 
 def json_text(content: object, indent: int | None = None) -> str:

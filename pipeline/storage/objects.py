@@ -34,9 +34,10 @@ class ObjectStorage:
         """Copies a folder's files within the store, several at a time and its manifest last; then deletes it.
 
         Where a folder stands at `final` its manifest is deleted first: from there until the new one is put nothing is committed
-        there, and no reader sees a mixture. A commit that is killed leaves `staging` whole, and at `final` the folder before,
-        files without a manifest, or the new folder; done again it ends. Without a manifest (MANIFEST) in `staging` readers see
-        files as they come.
+        there, and no reader that begins with the manifest sees a mixture; one that has begun may meet the new files, which its
+        manifest's checksums refuse. A commit that is killed leaves, at `final`, the folder before, files without a manifest, or
+        the new folder; in the first two cases `staging` is whole, and it can be done again. Without a manifest (MANIFEST) in
+        `staging` readers see files as they come.
 
         Raises:
             UserError: another writer has committed to `final` meanwhile, or taken the lock: nothing of this one is there.
@@ -63,6 +64,7 @@ class ObjectStorage:
                     write_new(final / MANIFEST, manifest)
                 except FileExistsError:
                     raise _other_writer(final) from None
+        (staging / MANIFEST).unlink(missing_ok=True)  # first: a half of it is not to be committed again
         remove_tree(staging)
 
     def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lease:

@@ -44,6 +44,7 @@ LIBRARIES = {
     "requests",
     "pyarrow",
 }
+STATUS_NAMES = {"azure": "status_code", "gcsfs": "code"}  # attributes with the status of an answer
 FINAL_NAMES = re.compile(
     "Credential|ParamValidation|Profile|Config|DefaultCredentials|Authentication|Unknown|InvalidRegion"
 )
@@ -114,9 +115,9 @@ def _answer(error: Exception) -> tuple[int | None, str | None]:
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status, response.get("Error", {}).get("Code")
-        for name in ("status_code", "status", "code"):  # azure, aiohttp, gcsfs
-            if isinstance(status := getattr(each, name, None), int) and 400 <= status < 600:
-                return status, None
+        name = STATUS_NAMES.get(type(each).__module__.partition(".")[0])
+        if name and isinstance(status := getattr(each, name, None), int):
+            return status, None
     return None, None
 
 

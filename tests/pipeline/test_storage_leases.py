@@ -1,0 +1,339 @@
+"""Leases, commits and staging folders on a store: dead owners, lost leases, two writers, kills at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from store_fixtures import FaultProxy
+
+from features.errors import UserError
+from pipeline.storage import lease, objects, patience
+from pipeline.storage.files import storage_of
+from pipeline.storage.lease import folder_of
+from pipeline.storage.staging import staging_of
+from pipeline.storage.store_path import StorePath
+
+pytestmark = pytest.mark.system
+SHORT_S = 1.5
+
+
+@pytest.fixture(autouse=True)
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", SHORT_S)
+
+
+@pytest.fixture(params=["memory", "s3"])
+def root(request: pytest.FixtureRequest) -> StorePath:
+    found: StorePath = request.getfixturevalue(request.param)
+    return found
+
+
+def foreign(file: StorePath, **changes: Any) -> None:
+    """Rewrites a lease as one of another machine's process."""
+    about = json.loads(file.read_bytes())
+    file.write_bytes(json.dumps({**about, "host": "elsewhere", "boot": "other", **changes}).encode())
+
+
+def test_a_lease_leaves_nothing_and_is_free_again(root: StorePath) -> None:
+    for shared in (False, True):
+        with lease.lease(root / "file", shared) as lock:
+            assert not lock.lost
+            assert len(list(folder_of(root / "file").iterdir())) == 1
+        assert list(root.rglob("*")) == []
+    del lock
+    held = lease.lease(root / "file")
+    del held  # is released when nobody refers to it
+    lease.lease(root / "file").release()
+
+
+def test_a_lease_is_renewed_while_it_is_held(root: StorePath) -> None:
+    with lease.lease(root / "file") as lock:
+        foreign_process = json.loads((folder_of(root / "file") / "exclusive").read_bytes())
+        time.sleep(SHORT_S * 1.2)
+        again = json.loads((folder_of(root / "file") / "exclusive").read_bytes())
+        assert again["count"] > foreign_process["count"]
+        with pytest.raises(BlockingIOError):
+            lease.lease(root / "file")
+        assert not lock.lost
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lease_that_another_machine_does_not_renew_ends_after_its_seconds(root: StorePath, shared: bool) -> None:
+    held = lease.lease(root / "file", shared)
+    held.held.stop.set()  # its thread ends, as with a dead owner
+    file = next(folder_of(root / "file").iterdir())
+    foreign(file)
+    started = time.monotonic()
+    with lease.lease(root / "file", wait=True):
+        assert time.monotonic() - started > SHORT_S * 0.9
+    assert list(root.rglob("*")) == []
+
+
+def test_of_another_machine_without_a_clock_a_lock_that_does_not_wait_finds_out(memory: StorePath) -> None:
+    held = lease.lease(memory / "file")
+    held.held.stop.set()
+    foreign(folder_of(memory / "file") / "exclusive")
+    started = time.monotonic()
+    with lease.lease(memory / "file"):
+        assert SHORT_S * 0.9 < time.monotonic() - started < SHORT_S * 2
+
+
+def test_a_renewed_lease_of_another_machine_is_refused_at_once(s3: StorePath) -> None:
+    with lease.lease(s3 / "file"):
+        foreign(folder_of(s3 / "file") / "exclusive", seconds=60)
+        started = time.monotonic()
+        with pytest.raises(BlockingIOError):
+            lease.lease(s3 / "file")
+        assert time.monotonic() - started < SHORT_S / 2
+
+
+def test_one_that_was_taken_over_is_lost(root: StorePath) -> None:
+    with lease.lease(root / "file") as mine:
+        mine.held.stop.wait(0)
+        file = folder_of(root / "file") / "exclusive"
+        file.write_bytes(json.dumps({"owner": "another", "seconds": 60}).encode())
+        deadline = time.monotonic() + 5 * SHORT_S
+        while not mine.lost and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert mine.lost
+    assert json.loads(file.read_bytes())["owner"] == "another", "a release leaves another's alone"
+
+
+def test_a_store_that_is_gone_for_longer_takes_no_lease_away(
+    through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(patience.TIMEOUT, "10")
+    with lease.lease(through_proxy / "file") as lock:
+        proxy.stop()
+        time.sleep(SHORT_S * 1.5)
+        assert not lock.held.lost
+        proxy.start()
+        deadline = time.monotonic() + 10
+        while lock.held.age() > SHORT_S and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert lock.held.age() < SHORT_S, "renewed again"
+        assert not lock.lost
+
+
+def test_readers_and_a_writer_exclude_each_other_under_load(root: StorePath) -> None:
+    state, guard, faults = {"readers": 0, "writers": 0, "held": 0}, threading.Lock(), []
+
+    def work(number: int) -> None:
+        shared = number % 3 != 0
+        with lease.lease(root / "file", shared, wait=True):
+            with guard:
+                state["readers" if shared else "writers"] += 1
+                state["held"] += 1
+                if state["writers"] > 1 or (state["writers"] and state["readers"]):
+                    faults.append(dict(state))
+            time.sleep(0.02)
+            with guard:
+                state["readers" if shared else "writers"] -= 1
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(12)))
+    assert (faults, state["held"]) == ([], 12)
+
+
+def test_of_a_reader_and_a_writer_that_do_not_wait_at_least_one_gets_it(root: StorePath) -> None:
+    def attempt(shared: bool) -> bool:
+        try:
+            lease.lease(root / "file", shared).release()
+        except BlockingIOError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(6):
+            assert any(pool.map(attempt, (True, False)))
+
+
+HOLDS = """
+import os, sys, time
+from pipeline.storage import lease
+from pipeline.storage.store_path import place
+held = lease.lease(place(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout
+        try:
+            assert started.stdout.readline()
+            yield started
+        finally:
+            started.kill()
+
+
+def test_the_lease_of_a_process_ends_with_it(s3: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 60.0)
+    with process(HOLDS, s3 / "file") as owner:
+        with pytest.raises(BlockingIOError):
+            lease.lease(s3 / "file", shared=True)
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        started = time.monotonic()
+        lease.lease(s3 / "file", shared=True).release()
+        assert time.monotonic() - started < 5, "its process is known to be dead"
+    with process(HOLDS, s3 / "file") as owner:
+        assert owner.stdin
+        owner.stdin.close()
+        assert owner.wait(20) == 0
+        assert list(s3.rglob("*")) == [], "released at exit"
+
+
+def write_folder(folder: StorePath, number: int, count: int = 4) -> dict[str, bytes]:
+    content = {f"part-{index}": b"%d" % number for index in range(count)} | {f"sub/only-{number}": b"%d" % number}
+    content["manifest.json"] = json.dumps({"number": number, "files": sorted(content)}).encode()
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return content
+
+
+def committed(folder: StorePath) -> dict[str, bytes] | None:
+    """What a reader takes: the files of the manifest; None where there is none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    return {name: (folder / name).read_bytes() for name in manifest["files"]}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_commit_that_is_stopped_at_any_call_shows_no_mixture_and_is_done_again(
+    before: bool, memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, calls = storage_of(memory), 0
+    system = type(memory.system)
+    limit = [10**9]
+
+    class Killed(BaseException):
+        pass
+
+    def counted(name: str) -> Any:
+        real = getattr(system, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            if ".lease" not in str(arguments[1]):
+                calls += 1
+                if calls > limit[0]:
+                    raise Killed
+            return real(*arguments, **named)
+
+        return call
+
+    for name in ("cp_file", "rm_file", "rm", "pipe_file"):
+        monkeypatch.setattr(system, name, counted(name))
+    stopped = 0
+    for most in range(0, 40):
+        staging, final = memory / f"{most}" / "staging", memory / f"{most}" / "final"
+        limit[0] = 10**9
+        old = write_folder(final, 1) if before else None
+        new = write_folder(staging, 2)
+        calls, limit[0] = 0, most
+        try:
+            storage.commit(staging, final)
+            limit[0] = 10**9
+        except Killed:
+            stopped += 1
+        limit[0] = 10**9
+        whole = {name: data for name, data in new.items() if name != "manifest.json"}
+        earlier = {name: data for name, data in old.items() if name != "manifest.json"} if old else None
+        assert committed(final) in (None, whole, earlier)
+        if (staging / "manifest.json").exists():
+            storage.commit(staging, final)
+        assert {str(f.relative_to(final)): f.read_bytes() for f in final.rglob("*") if f.is_file()} == new
+    assert stopped > 6
+
+
+def test_of_two_writers_one_commits_and_the_other_is_refused(s3: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, barrier = storage_of(s3), threading.Barrier(2)
+    real = objects.copy_all
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(objects, "copy_all", slow)
+    content = {number: write_folder(s3 / f"staging-{number}", number) for number in (1, 2)}
+
+    def commit(number: int) -> str:
+        barrier.wait()
+        try:
+            storage.commit(s3 / f"staging-{number}", s3 / "final")
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(commit, (1, 2)))
+    assert sorted(map(bool, answers)) == [False, True]
+    assert "being written by another process" in "".join(answers)
+    winner = answers.index("") + 1
+    found = {f.relative_to(s3 / "final").as_posix(): f.read_bytes() for f in (s3 / "final").rglob("*") if f.is_file()}
+    assert found == content[winner]
+
+
+def test_a_commit_whose_lease_was_taken_over_stops_before_the_manifest(memory: StorePath, monkeypatch: Any) -> None:
+    write_folder(memory / "staging", 1)
+    real = objects.copy_all
+
+    def stolen(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        (folder_of(memory / "final") / "exclusive").write_bytes(b'{"owner": "another", "seconds": 60}')
+        time.sleep(SHORT_S)
+
+    monkeypatch.setattr(objects, "copy_all", stolen)
+    with pytest.raises(UserError, match="another process"):
+        storage_of(memory).commit(memory / "staging", memory / "final")
+    assert committed(memory / "final") is None
+
+
+STAGES = """
+import sys
+from pipeline.storage.staging import staging_of
+from pipeline.storage.store_path import place
+with staging_of(place(sys.argv[1])) as staging:
+    (staging / "file").write_bytes(b"x")
+    print("staged", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_staging_folder_of_a_killed_process_is_removed_and_a_running_ones_is_not(s3: StorePath) -> None:
+    with process(STAGES, s3 / "out") as owner:
+        with staging_of(s3 / "out") as mine:
+            (mine / "file").write_bytes(b"x")
+            assert len([path for path in s3.glob("out.staging-*") if path.is_dir()]) == 2
+        assert len([file for file in s3.rglob("*") if file.name == "file"]) == 1
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        with staging_of(s3 / "out"):
+            assert [file for file in s3.rglob("*") if file.name == "file"] == []
+    assert [path for path in s3.rglob("*") if path.is_file()] == []
+
+
+def test_a_staging_folder_that_was_taken_for_a_dead_ones_is_not_committed(memory: StorePath) -> None:
+    with staging_of(memory / "out") as staging:
+        write_folder(staging, 1)
+        (folder_of(staging) / "exclusive").write_bytes(b'{"owner": "another", "seconds": 60}')
+        (staging / "part-0").unlink()
+        time.sleep(SHORT_S)
+        with pytest.raises(UserError, match="another process"):
+            storage_of(memory).commit(staging, memory / "out")
+    assert committed(memory / "out") is None
