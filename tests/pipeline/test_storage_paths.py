@@ -40,11 +40,11 @@ def root(request: pytest.FixtureRequest) -> StorePath:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the class of its OSError."""
+    """What a call returns, or the class of its OSError; where a file is taken for a folder, nothing is there."""
     try:
         return call()
     except OSError as error:
-        return type(error)
+        return FileNotFoundError if isinstance(error, NotADirectoryError) else type(error)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -58,15 +58,18 @@ class Both:
         self.local, self.store = local, store
 
     def write(self, name: str, content: bytes) -> None:
-        if (self.local / name).is_dir() or any(self.local.joinpath(up).is_file() for up in PurePosixPath(name).parents):
+        if (self.local / name).is_dir() or self.below_a_file(name):
             return  # which a store has no objection to
         (self.local / name).parent.mkdir(parents=True, exist_ok=True)
         assert [path.joinpath(name).write_bytes(content) for path in (self.local, self.store)] == [len(content)] * 2
 
+    def below_a_file(self, name: str) -> bool:
+        return any(self.local.joinpath(up).is_file() for up in PurePosixPath(name).parents)
+
     def unlink(self, name: str, missing_ok: bool) -> None:
-        if (self.local / name).is_dir():
+        if (self.local / name).is_dir() or self.below_a_file(name):
             return
-        self.same(lambda root: (root / name).unlink(missing_ok=missing_ok), NotADirectoryError)
+        self.same(lambda root: (root / name).unlink(missing_ok=missing_ok))
         self.prune()
 
     def prune(self) -> None:
@@ -76,21 +79,16 @@ class Both:
 
     def rename(self, name: str, other: str) -> None:
         local = self.local / other
-        above = any(self.local.joinpath(up).is_file() for up in PurePosixPath(other).parents)
-        if not (self.local / name).is_file() or local.is_dir() or above or name == other:
+        if not (self.local / name).is_file() or local.is_dir() or self.below_a_file(other) or name == other:
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         for root in (self.local, self.store):
             assert (root / name).rename(root / other) == root / other
         self.prune()
 
-    def same(self, call: Callable[[Path], Any], *ignored: type[OSError]) -> None:
-        """Both answer alike; where a file is taken for a folder, a store says that nothing is there."""
+    def same(self, call: Callable[[Path], Any]) -> None:
+        """Both answer alike."""
         found = [outcome(lambda root=root: call(root)) for root in (self.local, self.store)]  # type: ignore[misc]
-        if found[0] in (NotADirectoryError, *ignored):
-            found[0] = FileNotFoundError
-        if found[1] is NotADirectoryError:
-            found[1] = FileNotFoundError
         assert found[0] == found[1]
 
     def check(self) -> None:
