@@ -54,8 +54,8 @@ class Claim:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not on_store(self.file):  # where a lease is no file of this name
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not on_store(self.file):  # one that does not answer would be waited for once more
             self.file.unlink(missing_ok=True)  # while it is locked: Run.try_lock checks that a file is still there
         self.lock.release()
 

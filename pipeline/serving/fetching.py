@@ -11,6 +11,8 @@ from features.errors import UserError, one_line
 from features.regular_files import lstat_regular, mounted
 from pipeline.serving.manifest import FILE, HINT, Manifest, StoredFile, read_manifest
 from pipeline.storage.files import make_folder, write_json
+from pipeline.storage.ranges import read_ranges
+from pipeline.storage.store_path import place
 
 CACHE = "TASKFUSE_PACKAGES"  # environment: the folder; without it taskfuse/packages in XDG_CACHE_HOME or ~/.cache
 MOST_PACKAGES = 8  # that are kept, the ones used last
@@ -23,8 +25,6 @@ def located(path: Path | str) -> Path:
         return path
     if "://" not in path:
         return Path(path)
-    from pipeline.storage.store_path import place  # its libraries are loaded where they are needed
-
     try:
         return place(path)
     except ValueError as error:
@@ -93,8 +93,6 @@ def _fetch(folder: Path, manifest: Manifest, there: Path) -> None:
 
 def _fetch_file(source: Path, target: Path, file: StoredFile) -> None:
     """Copies a file piece by piece. Raises UserError where it is not what the manifest has."""
-    from pipeline.storage.ranges import read_ranges
-
     status, digest = lstat_regular(source.parent, source.name), hashlib.sha256()
     if status is None or status.st_size != file.bytes:
         raise UserError(f"{source} is missing, or has another size than the manifest has. {HINT}")

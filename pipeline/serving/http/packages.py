@@ -21,6 +21,7 @@ from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.manifest import FILE, Manifest, check_files, read_manifest
 from pipeline.serving.scorer import Scorer
 from pipeline.storage.staging import is_staging
+from pipeline.storage.versions import version, versions_below
 
 POINTER = "serving.json"
 MAX_POINTER_BYTES = 1 << 20
@@ -99,8 +100,6 @@ class Manifests:
 def state_of(file: Path) -> FileState:
     """What changes with a file that another one replaces. Raises OSError."""
     if not mounted(file):
-        from pipeline.storage.versions import version  # its libraries are loaded where they are needed
-
         if (found := version(file)) is None:
             raise FileNotFoundError(2, "No such file or directory", str(file))
         return found
@@ -181,8 +180,6 @@ def _packages_in(packages: Path) -> dict[Path, FileState | None]:
     if mounted(packages):
         found: dict[Path, FileState | None] = {path.parent: None for path in packages.glob(f"*/{FILE}")}
     else:
-        from pipeline.storage.versions import versions_below
-
         listed = versions_below(packages)
         found = {path.parent: listed[path] for path in listed if path.name == FILE and path.parents[1] == packages}
     return {folder: state for folder, state in found.items() if not is_staging(folder)}
