@@ -17,10 +17,11 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.shards import FOOTER_BYTES, FetchedShard, read_footer
 from pipeline.storage.cache import DiskCache
-from pipeline.storage.ranges import Range, read_ranges
+from pipeline.storage.ranges import Range, read_ranges, requests_of
 
 OPEN_SHARDS = 16  # the footer of one of many columns takes 20 MB; to open it costs a tenth of decoding a row group
 THREADS = 4  # that fetch, each a row group at a time by several requests
+PARSED = 8  # times its bytes that a footer takes
 MOST_AHEAD = 64  # row groups, however small
 
 
@@ -70,7 +71,7 @@ class StoredGroups:
         self.cache = DiskCache(reading.cache, reading.cache_bytes, reading.processes) if reading.cache else None
         self.footers: OrderedDict[str, bytes] = OrderedDict()  # by shard, the last used at the end, as below
         self.opened: OrderedDict[str, FetchedShard] = OrderedDict()
-        self.footer_guess = FOOTER_BYTES
+        self.footer_bytes = 0  # of the longest
         self.shares = deque([1.0], maxlen=16)  # of the last row groups, how much of their bytes were fetched
         self.lock = threading.Lock()
         self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by shard: one reads its footer
@@ -82,28 +83,28 @@ class StoredGroups:
         with self.lock:
             opened = self._open(shard, footer)
             check_footer(opened.footer, self.dataset.path / shard.path, shard.bytes, self.columns, groups=[index])
-            ranges = opened.ranges(self.columns, [index])
+            ranges = requests_of(opened.ranges(self.columns, [index]))
         parts = [*zip(ranges, self._read(shard, ranges), strict=True)]
         self.shares.append(sum(len(content) for _, content in parts) / max(_bytes(shard, index), 1))
         return Fetched(opened, parts)
 
     def bytes_of(self, shard: Shard, index: int) -> int:
-        """About how much memory a row group will take."""
-        return int(_bytes(shard, index) * max(self.shares))
+        """About how much memory a row group will take, with the footer of its shard."""
+        return int(_bytes(shard, index) * max(self.shares)) + PARSED * self.footer_bytes
 
     def _footer(self, shard: Shard) -> bytes:
-        footer, name = self.footers.get(shard.path), f"{shard.sha256}-footer"
-        if footer is None and self.cache:
-            footer = self.cache.get(name)
-        elif footer is not None:
-            self.footers.move_to_end(shard.path)
-            return footer
-        if footer is None:
-            footer = read_footer(self.dataset.path / shard.path, shard.bytes, self.footer_guess)
-            self.footer_guess = max(self.footer_guess, len(footer) * 9 // 8)  # those of other shards are much the same
+        with self.lock:
+            if (footer := self.footers.pop(shard.path, None)) is not None:
+                self.footers[shard.path] = footer
+                return footer
+        name = f"{shard.sha256}-footer"
+        if self.cache is None or (footer := self.cache.get(name)) is None:
+            guess = max(FOOTER_BYTES, self.footer_bytes * 9 // 8)  # those of other shards are much the same
+            footer = read_footer(self.dataset.path / shard.path, shard.bytes, guess)
             if self.cache:
                 self.cache.put(name, footer)
         with self.lock:
+            self.footer_bytes = max(self.footer_bytes, len(footer))
             self.footers[shard.path] = footer
             while sum(map(len, self.footers.values())) > self.reading.ahead_bytes // 4:
                 self.footers.popitem(last=False)

@@ -35,6 +35,11 @@ def coalesced(ranges: Sequence[Range], gap: int = GAP_BYTES) -> list[Range]:
     return found
 
 
+def requests_of(ranges: Sequence[Range]) -> list[Range]:
+    """Ranges in parts of REQUEST_BYTES at most, as `read_ranges` reads them; it need not join what was cut before."""
+    return [(at, min(at + REQUEST_BYTES, stop)) for start, stop in ranges for at in range(start, stop, REQUEST_BYTES)]
+
+
 def read_ranges(path: Path, ranges: Sequence[Range]) -> list[bytes]:
     """The content of some ranges of a file, in their order; from a store they are read at the same time.
 
@@ -43,11 +48,7 @@ def read_ranges(path: Path, ranges: Sequence[Range]) -> list[bytes]:
     """
     if not isinstance(path, StorePath):
         return _of_mounted(path, ranges)
-    parts = [
-        (index, at, min(at + REQUEST_BYTES, stop))
-        for index, (start, stop) in enumerate(ranges)
-        for at in range(start, stop, REQUEST_BYTES)
-    ]
+    parts = [(index, *part) for index, span in enumerate(ranges) for part in requests_of([span])]
     content: dict[int, bytes] = {}  # what has come is not asked for again
 
     def fetch() -> None:

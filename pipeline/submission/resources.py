@@ -16,7 +16,7 @@ from features.schema.schema import Schema
 from pipeline.cluster.base import JOBS, Cluster, Resources
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
-from pipeline.storage.store_path import place
+from pipeline.storage.store_path import on_store, place
 
 GIB = 1 << 30
 PROCESS = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}  # of a rank with its libraries, CUDA's context and pinned buffers
@@ -73,7 +73,7 @@ def resolve(job: str, settings: Any, schema: Schema | None, given: Resources, cl
     room = (int(amount(wanted.memory)) - shared) // processes if wanted.memory else None
     cpu = wanted.cpu or str(CPUS[device] * processes)
     if JOBS[job].trains:
-        process = PROCESS[device] + DECODER * _decoders(settings, device, int(amount(cpu) // processes))
+        process = PROCESS[device] + decoding_bytes(settings, device, int(amount(cpu) // processes))
         need = _training(settings, schema, nodes.least * ranks, ranks, device, process, room, cluster)
     else:
         need = _other(job, settings, device, cluster)
@@ -155,12 +155,14 @@ def _training(
     return Need(memory, memory, _seconds_to_save(cluster.seen_here(cluster.of_job(settings.run)), size), [])
 
 
-def _decoders(settings: Any, device: str, cpus: int) -> int:
-    """Decoding processes of a rank of jobs.train or jobs.search with so many cores."""
+def decoding_bytes(settings: Any, device: str, cpus: int) -> int:
+    """Bytes of the decoding of a rank of jobs.train or jobs.search with so many cores."""
     from pipeline.dataset.decoding import MOST_PROCESSES
 
     given: int | None = settings.train.decode_workers
-    return given if given is not None else max(0, min(MOST_PROCESSES, cpus - 1)) if device == "cuda" else 0
+    processes = given if given is not None else max(0, min(MOST_PROCESSES, cpus - 1)) if device == "cuda" else 0
+    ahead = settings.train.read_ahead_bytes if on_store(settings.dataset) else 0
+    return DECODER * processes + ahead * max(processes, 1)
 
 
 def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:

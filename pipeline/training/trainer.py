@@ -333,7 +333,8 @@ class Trainer:
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
         if self.loader.gone:
             raise Preempted(f"{self.loader.gone} Saved {path}.")
-        raise Preempted(f"SIGTERM: saved {path}. Rerun the same command to resume.")
+        why = "SIGTERM" if self.preemption.received else "another rank ends"
+        raise Preempted(f"{why}: saved {path}. Rerun the same command to resume.")
 
     def let_nodes_join(self) -> None:
         """Once the checkpoint is on disk, waits for the launcher to end this rank; at the next one if it cannot be written."""

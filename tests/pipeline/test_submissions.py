@@ -393,3 +393,13 @@ def test_records_stay_those_of_the_folder_they_are_in(tmp_path: Path, monkeypatc
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", os.fspath(tmp_path))
     assert Records(None).folder == tmp_path / ".local" / "state" / "taskfuse" / "submissions"
+
+
+def test_what_a_store_is_read_ahead_into_is_part_of_the_memory_that_is_derived() -> None:
+    for workers, processes in [(0, 1), (3, 3)]:
+        train = SimpleNamespace(decode_workers=workers, read_ahead_bytes=7)
+        local, stored = (
+            resources.decoding_bytes(SimpleNamespace(dataset=place(text), train=train), "cpu", 8)
+            for text in ("data", "s3://bucket/data")
+        )
+        assert (local, stored - local) == (workers << 29, 7 * processes)
