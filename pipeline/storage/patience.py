@@ -45,8 +45,9 @@ LIBRARIES = {
     "pyarrow",
 }
 STATUS_NAMES = {"azure": "status_code", "gcsfs": "code"}  # attributes with the status of an answer
-FINAL_NAMES = re.compile(
-    "Credential|ParamValidation|Profile|Config|DefaultCredentials|Authentication|Unknown|InvalidRegion"
+FINAL_NAMES = re.compile(  # not CredentialRetrievalError: a service of credentials may answer again
+    "NoCredentials|PartialCredentials|DefaultCredentials|CredentialUnavailable|AuthToken|UnauthorizedSSO|Authentication|"
+    "ParamValidation|Profile|Config|Unknown|InvalidRegion"
 )
 
 _silent: dict[str, float] = {}  # stores that do not answer, and since when
@@ -131,7 +132,11 @@ def _raise(what: object, limit: float, error: Exception) -> NoReturn:
     if isinstance(error, FileExistsError):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(what)) from None
     text = without_secrets((isinstance(error, OSError) and error.strerror) or one_line(error))
-    if isinstance(error, PermissionError) or FINAL_NAMES.search(type(error).__name__):
+    if (
+        isinstance(error, PermissionError)
+        or _answer(error)[0] in (401, 403)
+        or FINAL_NAMES.search(type(error).__name__)
+    ):
         raise PermissionError(errno.EACCES, f"the store refuses: {text}", str(what)) from None
     if isinstance(error, OSError):
         number = error.errno or {IsADirectoryError: errno.EISDIR, NotADirectoryError: errno.ENOTDIR}.get(

@@ -144,6 +144,8 @@ def errors() -> Iterator[tuple[BaseException, bool]]:
         (answer(500, "InternalError"), True), (answer(503, "SlowDown"), True), (answer(429, "x"), True),
         (answer(400, "BadDigest"), True), (answer(412, "PreconditionFailed"), False), (answer(403, "AccessDenied"), False),
         (exceptions.NoCredentialsError(), False), (exceptions.EndpointConnectionError(endpoint_url="x"), True),
+        (exceptions.CredentialRetrievalError(provider="x", error_msg="x"), True),
+        (exceptions.PartialCredentialsError(provider="x", cred_var="x"), False),
         (exceptions.ReadTimeoutError(endpoint_url="x"), True), (exceptions.ParamValidationError(report="x"), False),
         (http(), True), (missing(), False), (azure(), True), (login(), False), (asyncio.TimeoutError(), True),
         (OSError("HDFS connection failed"), True), (ConnectionResetError(errno.ECONNRESET, "x"), True),

@@ -304,6 +304,29 @@ def test_a_commit_whose_lease_was_taken_over_stops_before_the_manifest(memory: S
     assert committed(memory / "final") is None
 
 
+def test_who_may_only_read_reads_without_a_lock_and_is_told(
+    through_proxy: StorePath, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = through_proxy / "file"
+    file.write_bytes(b"x")
+    proxy.fault = lambda method, path: 403 if method == "PUT" else None
+    with storage_of(file).lock(file, shared=True) as lock:
+        assert not lock.lost
+    assert "read without a lock" in caplog.text
+    with pytest.raises(PermissionError):
+        storage_of(file).lock(file)
+
+
+def test_a_forked_process_leaves_its_parents_lease_alone(memory: StorePath) -> None:
+    held = lease.lease(memory / "file")
+    process = os.fork()
+    if not process:
+        held.release()
+        os._exit(0 if (folder_of(memory / "file") / "exclusive").exists() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    held.release()
+
+
 STAGES = """
 import sys
 from pipeline.storage.staging import staging_of

@@ -140,7 +140,8 @@ def test_s3_answers_as_pathlib_does(tmp_path: Path, s3: StorePath) -> None:
 PURE: list[Callable[[Path], Any]] = [
     lambda p: p.name, lambda p: p.stem, lambda p: p.suffix, lambda p: p.suffixes, lambda p: p.parent.name,
     lambda p: p.with_name("n").name, lambda p: p.with_suffix(".t").name, lambda p: [q.name for q in p.parents][:2],
-    lambda p: (p / "x" / "y").relative_to(p), lambda p: p.is_relative_to(p.parent), lambda p: p.match("*.c"),
+    lambda p: (p / "x" / "y").relative_to(p), lambda p: p.is_relative_to(p.parent),
+    lambda p: (p.match("*.c"), p.match("folder/a*"), p.match("x/*")),
     lambda p: (p.parent / "z" > p, p == p.parent / p.name, hash(p) == hash(p.parent / p.name)), lambda p: p.parts[-2:],
     lambda p: sorted([p / "b", p / "a", p])[-1].name, lambda p: (p / PurePosixPath("q/r")).relative_to(p),
     lambda p: p.joinpath("m", "n").parts[-2:], lambda p: (p / "." / "x").name,
@@ -166,6 +167,7 @@ def test_a_path_on_a_store_is_told_from_one_that_is_mounted() -> None:
     assert pickle.loads(pickle.dumps(path)) == path
     assert path.resolve() == path.absolute() == path.expanduser() == path
     assert (path.is_absolute(), place(path), str(path.with_name("c"))) == (True, path, "s3://bucket/a/c")
+    assert Path("/somewhere") / path == "folder" / path == Path("a").joinpath("b") / path == path
     for call in (os.fspath, os.stat, open, os.listdir, Path.chmod, Path.readlink):
         with pytest.raises(TypeError):
             call(path) if call is not Path.chmod else path.chmod(0o600)  # type: ignore[operator]
