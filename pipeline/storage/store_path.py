@@ -109,10 +109,6 @@ class StorePath(PosixPath):
     def __fspath__(self) -> NoReturn:
         raise TypeError(f"{self} is on a store, and this needs a file of this machine")
 
-    def __rtruediv__(self, key: Any) -> "StorePath":
-        """What is absolute stays as it is below another folder."""
-        return self
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StorePath) and self.parts == other.parts
 

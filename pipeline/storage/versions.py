@@ -19,7 +19,7 @@ Version = tuple[object, ...]
 def version(path: Path) -> Version | None:
     """What a file is now; None where there is none. Raises OSError where a store does not answer."""
     if isinstance(path, StorePath):
-        info = path.info()
+        info = path.describe()
         return _of_object(info) if info and info["type"] == "file" else None
     try:
         found = path.lstat()
