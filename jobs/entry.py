@@ -37,6 +37,7 @@ DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
 
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.
+STORE_ERRNOS = {errno.ETIMEDOUT, errno.ENOPKG}  # see pipeline.storage.patience and store_path
 FILE_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 
 # Hydra prints its own errors over several lines unless it lets them through.
@@ -131,6 +132,11 @@ def user_errors() -> Iterator[None]:
         if error.errno in FILE_ERRNOS and error.filename is not None:
             sys.exit(
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
+            )
+        if error.errno in STORE_ERRNOS and error.filename is not None:
+            sys.exit(
+                f"error: {printable(os.fsdecode(error.filename))[:300]}: {printable(str(error.strerror))}. What was committed "
+                "is kept: rerun the same command."
             )
         if error.errno not in DISK_FULL_ERRNOS:
             raise

@@ -19,6 +19,7 @@ from pipeline.evaluation.scorer import is_own_dataset
 from pipeline.overrides import setting
 from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
+from pipeline.storage.store_path import place
 
 ROWS = ("dataset", "split", "share")  # of a provenance: which rows were asked for
 
@@ -41,7 +42,7 @@ class Comparison(NamedTuple):
 def parse_compared(text: str) -> Compared:
     """`RUN` or `RUN@STEP`."""
     found = re.fullmatch(r"(.+)@(\d{1,18})", text)
-    return Compared(Path(found[1]), int(found[2])) if found else Compared(Path(text), None)
+    return Compared(place(found[1]), int(found[2])) if found else Compared(place(text), None)
 
 
 def comparison(config: EvaluateConfig) -> Comparison:

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -37,8 +36,9 @@ from pipeline.run.run import Run
 from pipeline.run.tracking.base import EvalRecord, Published, Recorded
 from pipeline.run.tracking.registry import Sinks
 from pipeline.run.tracking.settings import TrackingSettings
+from pipeline.storage.store_path import Place, PlaceText, on_store, place
 
-POLL_INTERVAL = 0.5  # seconds
+POLL_INTERVAL, POLL_INTERVAL_OF_STORE = 0.5, 5.0  # seconds
 PAGE_EVERY, PAGE_EVERY_BEHIND = 30.0, 300.0  # seconds from a page to the next, the second while more checkpoints wait
 WAIT, END = -1, -2  # instead of a step: nothing to evaluate now, or any more
 
@@ -48,9 +48,9 @@ logger = logging.getLogger(__name__)
 class EvaluateConfig(MeasureConfig, TrackingSettings):
     """Settings of jobs.evaluate; see jobs/conf/evaluate.yaml."""
 
-    run: Path
+    run: Place
     split: Split | Literal["all"] = "test"
-    dataset: Path | None = None
+    dataset: Place | None = None
     days: Days = None
     missing_days: MissingDays | None = None
     step: int | Annotated[list[int], Field(min_length=1)] | Literal["all", "newest"] = "all"
@@ -65,7 +65,7 @@ class EvaluateConfig(MeasureConfig, TrackingSettings):
     tables: Tables = "all"
     table_precision: Precision = "fp32"
     truth: Truth | None = None
-    compare: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    compare: Annotated[list[PlaceText], Field(min_length=2, max_length=2)] | None = None
     compare_slices: Annotated[int, Field(ge=0, le=10_000)] | list[str] = 10
 
     @model_validator(mode="after")
@@ -141,7 +141,7 @@ class Evaluation:
                 while (step := ranks.from_first(lambda: self._next(steps))) != END:
                     if step == WAIT:
                         self._refresh(write_page, sinks, PAGE_EVERY)
-                        time.sleep(POLL_INTERVAL)
+                        time.sleep(_poll_interval(self.run))
                     elif record := self._evaluate(step):
                         sinks.handle(Recorded(self._known))
                         sinks.handle(EvalRecord(with_bounds(record)))
@@ -175,7 +175,7 @@ class Evaluation:
         return [with_bounds(record) for record in self.pending.known().values()]
 
     def _next(self, steps: list[int] | None) -> int:
-        """The step that was claimed, WAIT or END. Called at least every POLL_INTERVAL, so that no rank waits for long.
+        """The step that was claimed, WAIT or END. Called at every poll, so that no rank waits for long.
 
         Args:
             steps: those to evaluate; None: whatever the run has.
@@ -184,7 +184,7 @@ class Evaluation:
         # Before the listing, which then has all that was committed by the end.
         status = run.status() if config.follow or config.every > 1 else None
         finished = status is not None and status.state == "finished"
-        found = checkpoint.steps(run.checkpoints)
+        found = self.pending.steps()
         self.claim = self.pending.take(found if steps is None else steps, found[-1] if finished and found else None)
         if self.claim:
             return self.claim.step
@@ -261,7 +261,11 @@ def dataset_of(run: Run, config: EvaluateConfig) -> Dataset:
     days = config.days or (None if config.dataset else trained_on.get("days"))
     inherited: MissingDays = trained_on.get("missing_days", "refuse") if days and not config.days else "refuse"
     missing_days = config.missing_days or inherited
-    return open_dataset((config.dataset or Path(trained_on["dataset"])).absolute(), days, missing_days)
+    return open_dataset((config.dataset or place(trained_on["dataset"])).absolute(), days, missing_days)
+
+
+def _poll_interval(run: Run) -> float:
+    return POLL_INTERVAL_OF_STORE if on_store(run.path) else POLL_INTERVAL
 
 
 def _steps(run: Run, config: EvaluateConfig) -> list[int]:
@@ -280,4 +284,4 @@ def _wait_for_run(run: Run, seconds: float) -> None:
     while not (run.path / "config.yaml").exists() or not (run.path / "schema.yaml").exists():
         if time.monotonic() - begin > seconds:
             raise UserError(f"{run.path}: no run appeared within {seconds:.0f} s. Start jobs.train run={run.path}.")
-        time.sleep(POLL_INTERVAL)
+        time.sleep(_poll_interval(run))

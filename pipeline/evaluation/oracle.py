@@ -17,7 +17,8 @@ from pipeline.evaluation.metrics.accumulator import Metrics
 from pipeline.evaluation.report.results import is_complete
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run.run import Run
-from pipeline.storage.files import write_json
+from pipeline.storage.files import whole, write_json
+from pipeline.storage.store_path import Place
 
 MAX_BYTES = 1 << 20  # of the oracle's metrics
 
@@ -30,7 +31,7 @@ class Truth(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    file: Path
+    file: Place
     key: str
     columns: dict[str, str]
 
@@ -80,7 +81,7 @@ def metrics(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float | int | N
     names = [*dict.fromkeys([truth.key, *truth.columns.values()])]
     try:
         check_file(truth.file, names)
-        known = pl.read_parquet(truth.file, glob=False, columns=names)
+        known = pl.read_parquet(whole(truth.file), glob=False, columns=names)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise UserError(f"{truth.file}: cannot be read: {one_line(error)}") from None
     if missing := [task for task, _ in scorer.tasks if task not in truth.columns]:

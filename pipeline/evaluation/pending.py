@@ -25,12 +25,13 @@ from pipeline.run import checkpoint, records
 from pipeline.run.run import Run
 from pipeline.storage.base import Lock
 from pipeline.storage.local import remove_leftovers
+from pipeline.storage.store_path import on_store
+from pipeline.storage.versions import Version, version, versions_below
 
 RETRY_AFTER = 60.0  # seconds until a checkpoint that could not be evaluated is tried again, unless its manifest changes
 ABANDONED_AFTER = 3600.0  # seconds without a change of a temporary file
 
 Order = Literal["oldest", "newest"]
-Version = tuple[int, int, int] | None  # of a file: inode, time of change and size; None where there is none
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +48,21 @@ class Claim:
     step: int
     file: Path
     lock: Lock
-    version: Version
+    version: Version | None
     committed: float | None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.unlink(missing_ok=True)  # while it is locked: Run.try_lock checks that a file is still there
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not on_store(self.file):  # one that does not answer would be waited for once more
+            self.file.unlink(missing_ok=True)  # while it is locked: Run.try_lock checks that a file is still there
         self.lock.release()
 
 
 @dataclass(frozen=True)
 class _Failure:
-    version: Version
+    version: Version | None
     error: str
     retry: float  # by time.monotonic()
 
@@ -96,17 +98,31 @@ class Pending:
         self.every, self.order, self.with_predictions = every, order, with_predictions
         self.spacing = _spacing(run) if every > 1 else None
         self._known: dict[int, dict[str, Any]] = {}
-        self._read: Version | Literal["never"] = "never"  # the version of eval.jsonl that _known is of
-        self._manifests: dict[int, tuple[Version, str, int]] = {}  # version, checksum, epoch
+        self._read: Version | Literal["never"] | None = "never"  # the version of eval.jsonl that _known is of
+        self._manifests: dict[int, tuple[Version | None, str, int]] = {}  # version, checksum, epoch
         self._complete: set[tuple[int, str]] = set()  # step and checksum of those whose files were checked
         self._failures: dict[int, _Failure] = {}
         self._has_warned = False  # of records of other settings
+        self._listed: dict[Path, Version] | None = None  # of a run on a store, while `take` is at work
 
     def known(self) -> dict[int, dict[str, Any]]:
         """The latest record of each step by now, in order of step. Raises UserError for a damaged line."""
-        if (now := _version(self.run.eval_metrics)) != self._read:
+        if (now := self._version(self.run.eval_metrics)) != self._read:
             self._known, self._read = records.latest(self.run, self.split, self.dataset, self.share), now
         return self._known
+
+    def steps(self) -> list[int]:
+        """The run's committed checkpoints. Of a run on a store its files are listed once, for the next `take` as well."""
+        folder = self.run.checkpoints
+        if not on_store(folder):
+            return checkpoint.steps(folder)
+        self._listed = versions_below(folder)
+        if (known := version(self.run.eval_metrics)) is not None:
+            self._listed[self.run.eval_metrics] = known
+        names = (
+            file.parent.name for file in self._listed if file.name == "manifest.json" and file.parents[1] == folder
+        )
+        return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal())
 
     def take(self, steps: Iterable[int], final: int | None = None) -> Claim | None:
         """Claims the next of `steps` that awaits evaluation.
@@ -115,9 +131,12 @@ class Pending:
             final: the last step of a run that has finished, which is evaluated whatever `every` is.
         Returns: None where there is none now: each has its record, is claimed by another process, or failed just now.
         """
-        for step in sorted(steps, reverse=self.order == "newest"):
-            if (step == final or self._is_chosen(step)) and self._awaits(step) and (claim := self._claim(step)):
-                return claim
+        try:
+            for step in sorted(steps, reverse=self.order == "newest"):
+                if (step == final or self._is_chosen(step)) and self._awaits(step) and (claim := self._claim(step)):
+                    return claim
+        finally:
+            self._listed = None
         return None
 
     def record(self, claim: Claim, record: dict[str, Any]) -> None:
@@ -129,7 +148,7 @@ class Pending:
         """Whether a claimed checkpoint was deleted, damaged or written anew since; reads all its files."""
         try:
             with checkpoint.reading(checkpoint.folder(self.run.checkpoints, claim.step)):
-                return _version(self._manifest_file(claim.step)) != claim.version
+                return version(self._manifest_file(claim.step)) != claim.version
         except (UserError, OSError):
             return True
 
@@ -157,11 +176,14 @@ class Pending:
         name = self._figures(step).stem
         if (lock := self.run.try_lock(name)) is None:
             return None
-        version = _version(self._manifest_file(step))
         with ExitStack() as stack:
-            claim = stack.enter_context(
-                Claim(step, self.run.lock_file(name), lock, version, commit_time(self.run, step))
-            )
+            stack.callback(lock.release)  # should the store not answer now
+            if self._listed is not None:
+                self.steps()  # a listing from before the lock may lack the record of whoever had it
+            known = self._version(self._manifest_file(step))
+            claim = Claim(step, self.run.lock_file(name), lock, known, commit_time(self.run, step))
+            stack.pop_all()
+            stack.enter_context(claim)
             if not self._awaits(step):  # whoever had the lock until now has recorded it
                 return None
             self._warn_of_other_settings(step)
@@ -225,16 +247,16 @@ class Pending:
             return step % (self.every * self.spacing) == 0
         return (self._manifest(step)[2] + 1) % self.every == 0
 
-    def _manifest(self, step: int) -> tuple[Version, str, int]:
+    def _manifest(self, step: int) -> tuple[Version | None, str, int]:
         """Version, checksum and epoch of a checkpoint, read once per version; no checksum where it cannot be read."""
-        version = _version(self._manifest_file(step))
-        if (cached := self._manifests.get(step)) and cached[0] == version:
+        now = self._version(self._manifest_file(step))
+        if (cached := self._manifests.get(step)) and cached[0] == now:
             return cached
         try:
             manifest = checkpoint.read(checkpoint.folder(self.run.checkpoints, step))
-            self._manifests[step] = version, manifest.checksum, manifest.epoch
+            self._manifests[step] = now, manifest.checksum, manifest.epoch
         except UserError:
-            self._manifests[step] = version, "", 0
+            self._manifests[step] = now, "", 0
         return self._manifests[step]
 
     def _figures(self, step: int) -> Path:
@@ -246,13 +268,8 @@ class Pending:
     def _manifest_file(self, step: int) -> Path:
         return checkpoint.folder(self.run.checkpoints, step) / "manifest.json"
 
-
-def _version(file: Path) -> Version:
-    try:
-        found = file.lstat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    def _version(self, file: Path) -> Version | None:
+        return version(file) if self._listed is None else self._listed.get(file)
 
 
 def _spacing(run: Run) -> int | None:

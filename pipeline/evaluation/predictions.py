@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -29,8 +30,8 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.shards import open_shard, with_plain_texts
 from pipeline.run.run import Run
-from pipeline.storage.files import make_folder
-from pipeline.storage.local import replacing
+from pipeline.storage.files import make_folder, whole
+from pipeline.storage.uploading import uploading
 
 
 def path(run: Run, split: str, step: int) -> Path:
@@ -101,8 +102,8 @@ def shard_columns(dataset: Dataset, shard: Shard, columns: Sequence[str]) -> pa.
 def write(rows: pl.DataFrame, file: Path, provenance: dict[str, str] | None = None) -> None:
     """Writes the rows atomically; `provenance` is kept in the file's metadata, see `is_from`."""
     make_folder(file.parent)
-    with replacing(file) as temporary:
-        rows.sort("row_id").write_parquet(temporary, metadata=provenance)
+    with uploading(file) as opened:
+        rows.sort("row_id").write_parquet(opened, metadata=provenance)
 
 
 def is_from(file: Path, provenance: dict[str, str]) -> bool:
@@ -111,10 +112,11 @@ def is_from(file: Path, provenance: dict[str, str]) -> bool:
         if lstat_regular(file.parent, file.name) is None:
             return False
         check_nesting_of(file)
-        found = pl.read_parquet_metadata(file)
-    except (OSError, pl.exceptions.PolarsError):
+        with file.open("rb") as opened:  # of which only the footer is read, wherever it is
+            found = pq.read_metadata(opened).metadata or {}
+    except (OSError, pa.ArrowException):
         return False  # damaged: it is written again
-    return provenance.items() <= found.items()
+    return all(found.get(key.encode()) == value.encode() for key, value in provenance.items())
 
 
 def read(file: Path, hint: str = "Remove it: jobs.evaluate writes it again.") -> pl.DataFrame:
@@ -124,7 +126,7 @@ def read(file: Path, hint: str = "Remove it: jobs.evaluate writes it again.") ->
     try:
         if lstat_regular(file.parent, file.name) is not None:
             check_file(file)
-        return pl.read_parquet(file, glob=False)
+        return pl.read_parquet(whole(file), glob=False)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise UserError(f"{file}: cannot be read ({one_line(error)}). {hint}") from None
 

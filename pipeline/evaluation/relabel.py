@@ -3,8 +3,8 @@
 # Shapes: B rows.
 
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from features.errors import UserError, one_line
 from features.fit.fitted_files import RESTORE_HINT
 from features.printable import printable
+from features.regular_files import mounted
 from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.entries import Listed, Shard
@@ -23,7 +24,8 @@ from pipeline.dataset.shards import open_shard, with_plain_texts
 from pipeline.evaluation import predictions
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.steps.write import write_shard
-from pipeline.storage.files import storage_of, write_json
+from pipeline.storage.files import copy_file, remove_tree, storage_of, write_json
+from pipeline.storage.store_path import Place
 
 SPLIT: Split = "train"  # valid and test keep their labels, so that models of either are measured alike
 HINT = "Write them with jobs.evaluate run=RUN dataset=DATASET split=train predictions=true."
@@ -33,9 +35,9 @@ class RelabelConfig(BaseModel):
     """Settings of jobs.relabel; see jobs/conf/relabel.yaml."""
 
     model_config = ConfigDict(extra="forbid")
-    dataset: Path
-    predictions: Path
-    out: Path
+    dataset: Place
+    predictions: Place
+    out: Place
 
 
 def relabel(config: RelabelConfig) -> Manifest:
@@ -75,7 +77,7 @@ def relabel(config: RelabelConfig) -> Manifest:
         sums = {task: sum(s.positives[task] for s in shards if s.split == SPLIT) for task in dataset.schema.tasks}
         made = manifest.model_copy(update={"shards": shards, "positives": manifest.positives | {SPLIT: sums}})
         write_json(staging / "manifest.json", made.model_dump(by_alias=True))
-        shutil.rmtree(staging / "scratch")
+        remove_tree(staging / "scratch")
         storage_of(out).commit(staging, out)
     return made
 
@@ -150,7 +152,8 @@ def _link(folder: Path, name: str, staging: Path) -> None:
     """The same file below another folder. Raises UserError where it is missing, a link or no regular file."""
     file, copy = require_file(folder, name), staging / name
     copy.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, copy)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(file, copy)
+    if mounted(file) and mounted(copy):
+        with suppress(OSError):  # another file system, or one without links
+            os.link(file, copy)
+            return
+    copy_file(file, copy)

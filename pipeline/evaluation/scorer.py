@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -30,6 +29,7 @@ from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.weights import Loading, ModelWeights
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.storage.store_path import place
 
 
 class Scorer:
@@ -226,8 +226,8 @@ class Scorer:
 def is_own_dataset(run: Run, dataset: Dataset) -> bool:
     """Whether rows are of the dataset, and of all the days of it, that a run trains on."""
     trained = run.config()
-    if dataset.path != Path(trained["dataset"]).absolute() or not trained.get("days"):
-        return dataset.name == str(Path(trained["dataset"]).absolute())
+    if dataset.path != place(trained["dataset"]).absolute() or not trained.get("days"):
+        return dataset.name == str(place(trained["dataset"]).absolute())
     try:
         return dataset.name == _trained_on(trained).name
     except UserError:  # of the days that it trained on some are gone: these are others
@@ -244,4 +244,6 @@ def train_rates(run: Run) -> dict[str, float]:
 
 
 def _trained_on(content: dict[str, Any]) -> Dataset:
-    return open_dataset(Path(content["dataset"]).absolute(), content.get("days"), content.get("missing_days", "refuse"))
+    return open_dataset(
+        place(content["dataset"]).absolute(), content.get("days"), content.get("missing_days", "refuse")
+    )

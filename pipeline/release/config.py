@@ -11,6 +11,7 @@ from models.table_storage import Precision
 from pipeline.dataset.days import MissingDays, day_of
 from pipeline.evaluation.metrics.settings import MeasureConfig
 from pipeline.evaluation.weights import Loading, Tables
+from pipeline.storage.store_path import Place
 
 
 class _Strict(BaseModel):
@@ -58,7 +59,7 @@ class TrainStep(_Strict):
 
     args: list[str] = []
     ranks: int = Field(1, ge=1)
-    init_from: Path | None = None
+    init_from: Place | None = None
 
     @model_validator(mode="after")
     def _leaves_the_nights_own_alone(self) -> "TrainStep":
@@ -86,18 +87,18 @@ class NightlyConfig(MeasureConfig):
         decay_nights, decay_confidence: see pipeline.release.trend.
     """
 
-    run: Path | None = None
+    run: Place | None = None
     step: int | None = Field(None, ge=0)
     train: TrainStep | None = None
-    days: Path | None = None
-    serving: Path | None = None
+    days: Place | None = None
+    serving: Place | None = None
     serving_step: int | None = None
     best: Split | None = None
     input: str | None = None
-    out: Path
+    out: Place
     date: Annotated[RelativePath, Field(pattern=r"^[^/]+$")]
     data_gates: DataGates = DataGates()
-    gates: Path | None = None
+    gates: Place | None = None
     max_increase: float = Field(0.002, ge=0)
     bless: Literal["none", "pass", "back"] = "none"
     withdraw: str | None = None

@@ -8,7 +8,6 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.hashing import hash_integers
@@ -17,12 +16,14 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import chosen_days, day_of, days_in, folder_of_day
 from pipeline.dataset.manifest import read_manifest
 from pipeline.dataset.past_state import state_id, state_lines
+from pipeline.evaluation.predictions import shard_columns
 from pipeline.ingest.config import EncodersFrom, PreprocessConfig, StateFrom
 from pipeline.ingest.job import preprocess
 from pipeline.ingest.past_start import newest_dataset
 from pipeline.release.config import NightlyConfig
 from pipeline.run.run import Run
 from pipeline.storage.files import sha256
+from pipeline.storage.store_path import place
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Origin:
 def origin_of(config: NightlyConfig, run: Run) -> Origin:
     """What the day is encoded with for a run: the encoders that it was trained with. Raises UserError."""
     content = run.config()
-    path, days = Path(content["dataset"]), content.get("days")
+    path, days = place(content["dataset"]), content.get("days")
     if days:  # all have the same encoders
         days = chosen_days(path, days, content.get("missing_days", "refuse"))[0]
     return _origin(config, path, open_dataset(path, days))
@@ -147,7 +148,7 @@ def rows_id(day: Dataset) -> str:
     """Identifies the rows of a day by their ids, whatever their order and encoders: models on the same ones are paired."""
     count, total = 0, 0
     for shard in day.manifest.shards:
-        id_N = pq.read_table(day.path / shard.path, columns=["row_id"])["row_id"].to_numpy()
+        id_N = shard_columns(day, shard, ["row_id"])["row_id"].to_numpy()
         count += len(id_N)
         total += int(hash_integers(id_N).sum(dtype=np.uint64))
     return f"{count:,} rows {total % (1 << 64):016x}"

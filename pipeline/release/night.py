@@ -12,13 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from features.errors import UserError, one_line
 from features.plain_json import Count, read_json, validated
 from pipeline.release.verdict import EXIT_CODES, Outcome
 from pipeline.run.run import config_hash
 from pipeline.storage.files import make_folder, write_json
+from pipeline.storage.store_path import checked_place, on_store
 
 FILE = "night.json"
 VERSION = 1
@@ -28,6 +29,7 @@ LONGEST = 2000  # characters of a text that a night is recorded with
 logger = logging.getLogger(__name__)
 
 Text = Annotated[str, Field(max_length=10 * LONGEST)]
+PlaceName = Annotated[str, Field(max_length=10 * LONGEST), AfterValidator(checked_place)]
 
 
 class Strict(BaseModel):
@@ -39,7 +41,7 @@ class Strict(BaseModel):
 class ModelReference(Strict):
     """A checkpoint: its run, its step and its manifest's checksum."""
 
-    run: Text
+    run: PlaceName
     step: Count
     checkpoint: Text
 
@@ -236,6 +238,8 @@ def nights(out: Path) -> Iterator[Night]:
 
 def tidy(folder: Path) -> None:
     """Removes what killed writers have left. Only for the process that holds the lock."""
+    if on_store(folder):  # objects appear whole
+        return
     for left in folder.glob(".*"):
         if re.fullmatch(r"\..+\.[0-9a-f]{32}", left.name):
             with suppress(OSError):

@@ -13,6 +13,7 @@ from pipeline.release.scoring import comparable
 from pipeline.release.trend import ROLES, NightPoint, Trend
 from pipeline.release.verdict import Verdict
 from pipeline.run.run import Run
+from pipeline.storage.store_path import place
 
 NIGHT, TREND = "report.html", "trend.html"
 
@@ -52,7 +53,7 @@ def write_trend(found: Trend, kinds: Mapping[str, str], out: Path) -> Path:
 
 
 def _model(scored: Scored, kinds: Mapping[str, str], folder: Path) -> Model:
-    run = Run(Path(scored.model.run))
+    run = Run(place(scored.model.run))
     return Model(
         name=run.path.resolve().name,
         split="all",

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -21,6 +20,7 @@ from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
+from pipeline.storage.store_path import place
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def counted(
     Raises:
         UserError: the checkpoint is damaged, or another one by now.
     """
-    scorer = Scorer(Run(Path(model.run)), day, "all", batch_size, measure, loading)
+    scorer = Scorer(Run(place(model.run)), day, "all", batch_size, measure, loading)
     metrics, manifest = scorer.metrics(model.step)
     if manifest.checksum != model.checkpoint:
         raise UserError(f"{model}: its checkpoint was replaced while it was judged. Run the same command again.")

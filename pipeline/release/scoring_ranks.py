@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from pipeline.release.child import run_module
 from pipeline.release.night import ModelReference, Strict
 from pipeline.release.scoring import counted, results
 from pipeline.storage.files import make_folder, write_json, write_text
+from pipeline.storage.store_path import on_store, place
 from pipeline.terminal import escape_output
 from pipeline.training.parallel import process_group
 from pipeline.training.parallel.scoring import shard_for_scoring
@@ -55,9 +59,25 @@ def score_on_ranks(work: Work, ranks: int, night: Path) -> tuple[Evaluated, dict
         UserError: as a rank has raised it, or where one was lost.
         Preempted: they were asked to end.
     """
+    with _folder(night) as folder:
+        return _scored(work, ranks, night, folder)
+
+
+@contextmanager
+def _folder(night: Path) -> Iterator[Path]:
+    """A new folder of this machine, for what ranks are given and give; of a night on a store a temporary one."""
+    if on_store(night):
+        with tempfile.TemporaryDirectory(prefix="taskfuse-") as temporary:
+            yield Path(temporary)
+        return
     folder = night / FOLDER
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
-    write_text(make_folder(folder) / WORK, work.model_dump_json())
+    yield make_folder(folder)
+    shutil.rmtree(folder)
+
+
+def _scored(work: Work, ranks: int, night: Path, folder: Path) -> tuple[Evaluated, dict[str, Any]]:
+    write_text(folder / WORK, work.model_dump_json())
     code = run_module(__name__, [str(folder.absolute())], ranks, night / LOG)
     if code == os.EX_TEMPFAIL:
         raise Preempted(f"{work.model}: the ranks that score it were asked to end. Run the same command again.")
@@ -65,9 +85,7 @@ def score_on_ranks(work: Work, ranks: int, night: Path) -> tuple[Evaluated, dict
         raise UserError(errors[0].read_text())
     if code:
         raise UserError(f"{work.model}: its scoring on {ranks} ranks ended with exit code {code}: see {night / LOG}")
-    found = figures.read(folder / FIGURES), json.loads((folder / RECORD).read_text())
-    shutil.rmtree(folder)
-    return found
+    return figures.read(folder / FIGURES), json.loads((folder / RECORD).read_text())
 
 
 def main() -> None:
@@ -78,7 +96,7 @@ def main() -> None:
     try:
         work = Work.model_validate_json((folder / WORK).read_text())
         loading = Loading(work.tables, work.precision, shard_for_scoring)
-        day = Dataset(Path(work.day))
+        day = Dataset(place(work.day))
         with process_group.joined():
             found = counted(work.model, day, work.batch_size, work.measure, loading)
         if rank == 0:

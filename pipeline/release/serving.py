@@ -1,4 +1,6 @@
-"""The pointer to the checkpoint that serves, OUT/serving.json, with those before it: all in one file, so one rename moves it.
+"""The pointer to the checkpoint that serves, OUT/serving.json, with those before it: all in one file, so one write moves it.
+
+On S3 it is a put on the condition that the pointer is still what was read: of two movers one wins, whatever became of locks.
 
 The checkpoints that it names are pinned in their runs (pipeline.run.retention): no training prunes them.
 """
@@ -15,12 +17,14 @@ from features.errors import UserError
 from features.plain_json import read_json, validated
 from pipeline.dataset.days import day_of
 from pipeline.release.night import FILE as NIGHT
-from pipeline.release.night import ModelReference, Night, Strict, Text
+from pipeline.release.night import ModelReference, Night, PlaceName, Strict, Text
 from pipeline.release.verdict import Outcome
 from pipeline.run import checkpoint
 from pipeline.run.retention import pin, unpin
 from pipeline.run.run import Run
-from pipeline.storage.files import write_json
+from pipeline.storage.files import json_text
+from pipeline.storage.store_path import place
+from pipeline.storage.versions import Version, replace_version, version
 
 FILE = "serving.json"
 MAX_BYTES = 1 << 20
@@ -32,7 +36,7 @@ logger = logging.getLogger(__name__)
 class Blessed(Strict):
     """A checkpoint that was released: by which night, with which verdict and when (seconds since 1970)."""
 
-    run: Text
+    run: PlaceName
     step: Annotated[int, Field(ge=0)]
     checksum: Text
     night: Text
@@ -97,9 +101,9 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
     Args:
         keep: entries, the new one included.
     Raises:
-        UserError: the checkpoint is not there any more, or another one by now.
+        UserError: the checkpoint is not there any more, or another one by now; another mover was faster.
     """
-    pointer = read_serving(out)
+    state, pointer = version(out / FILE), read_serving(out)
     serves = pointer is not None and pointer.model == candidate
     if pointer and not serves and is_withdrawn(pointer, candidate):
         return "not moved: bless=back has withdrawn this checkpoint"
@@ -115,7 +119,7 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
     )
     known = [] if pointer is None else pointer.entries
     earlier, dropped = known[: keep - 1], known[keep - 1 :]
-    pin(Run(Path(entry.run)), entry.step, out)
+    pin(Run(place(entry.run)), entry.step, out)
     try:
         _check_unchanged(entry)  # a training may have pruned it between the verdict and the pin
     except UserError as error:
@@ -128,7 +132,7 @@ def bless(out: Path, candidate: ModelReference, night: str, verdict: Outcome, ke
     withdrawn = [] if pointer is None else pointer.withdrawn
     # Before the file that names them changes, and those of a `back` that was killed with them: none stays pinned for good.
     _release(out, [*dropped, *withdrawn], [entry, *earlier])
-    _write(out, [entry, *earlier], withdrawn)
+    _write(out, [entry, *earlier], withdrawn, state)
     return f"serves from now on; before it {earlier[0].model if earlier else 'nothing'}"
 
 
@@ -139,9 +143,9 @@ def back(out: Path, withdraw: str | None = None) -> tuple[Blessed, Blessed, bool
         withdraw: the night whose checkpoint is withdrawn, once however often it is called; None: what serves, each time.
     Raises:
         UserError: there is nothing before, or it is no longer the checkpoint that was blessed; `withdraw` has blessed neither
-            what serves nor what was withdrawn.
+            what serves nor what was withdrawn; another mover was faster.
     """
-    pointer = read_serving(out)
+    state, pointer = version(out / FILE), read_serving(out)
     if pointer and withdraw is not None and (named := _blessed_by(pointer, withdraw, out)) != _plain(pointer):
         _release(out, [named], pointer.entries)  # a call that was killed may have left it pinned
         return named, _plain(pointer), False
@@ -153,7 +157,7 @@ def back(out: Path, withdraw: str | None = None) -> tuple[Blessed, Blessed, bool
     last, entries = _plain(pointer), pointer.earlier
     check_there(entries[0], out)
     logger.info("withdraws %s; should this be killed, repeat it with withdraw=%s", last.model, last.night)
-    _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:])
+    _write(out, entries, [*pointer.withdrawn, last][-MOST_WITHDRAWN:], state)
     _release(out, [last], entries)
     return last, entries[0], True
 
@@ -176,7 +180,7 @@ def _blessed_by(pointer: Serving, night: str, out: Path) -> Blessed:
 
 def _check_unchanged(entry: Blessed) -> None:
     """Raises UserError unless the checkpoint is there and still the one that was judged."""
-    found = checkpoint.read(checkpoint.folder(Run(Path(entry.run)).checkpoints, entry.step)).checksum
+    found = checkpoint.read(checkpoint.folder(Run(place(entry.run)).checkpoints, entry.step)).checksum
     if found != entry.checksum:
         raise UserError(
             f"step {entry.step} of {entry.run} is not the checkpoint that was judged (its checksum is {found}): it was "
@@ -188,13 +192,24 @@ def _release(out: Path, dropped: Sequence[Blessed], kept: Sequence[Blessed]) -> 
     """Unpins checkpoints that the pointer does not name any more."""
     named = {(entry.run, entry.step) for entry in kept}
     for entry in dropped:
-        if (entry.run, entry.step) not in named and Path(entry.run).is_dir():
-            unpin(Run(Path(entry.run)), entry.step, out)
+        if (entry.run, entry.step) not in named and place(entry.run).is_dir():
+            unpin(Run(place(entry.run)), entry.step, out)
 
 
-def _write(out: Path, entries: Sequence[Blessed], withdrawn: Sequence[Blessed]) -> None:
+def _write(out: Path, entries: Sequence[Blessed], withdrawn: Sequence[Blessed], known: Version | None) -> None:
+    """Moves the pointer, if it is still the one that was read. Raises UserError where it is not."""
     content = Serving(**entries[0].model_dump(), earlier=[*entries[1:]], withdrawn=[*withdrawn])
-    write_json(out / FILE, content.model_dump())
+    try:
+        replace_version(out / FILE, json_text(content.model_dump(), indent=1).encode(), known)
+    except FileExistsError:
+        now = read_serving(out)
+        _release(out, entries, now.entries if now else [])
+        for entry in now.entries if now else []:  # the names that it has now, whatever was unpinned for those of before
+            if place(entry.run).is_dir():
+                pin(Run(place(entry.run)), entry.step, out)
+        raise UserError(
+            f"{out / FILE}: another job has moved the pointer meanwhile, and it is not moved again. Run the same command again."
+        ) from None
 
 
 def _plain(entry: Blessed) -> Blessed:

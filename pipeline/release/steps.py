@@ -27,6 +27,7 @@ from pipeline.release.serving import Blessed
 from pipeline.run import records
 from pipeline.run.headline import headline
 from pipeline.run.run import Run
+from pipeline.storage.store_path import place
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Encoded(Strict):
 
     def there(self) -> bool:
         """Whether the datasets are still what they were."""
-        return all(identity(Path(folder)) == known for folder, known in self.manifests.items())
+        return all(identity(place(folder)) == known for folder, known in self.manifests.items())
 
 
 def measured(config: NightlyConfig) -> tuple[dict[str, str], Dimensions]:
@@ -92,10 +93,10 @@ def choose(config: NightlyConfig, kinds: Mapping[str, str], served: Blessed | No
         serving = served.model
     ours = str(config.run or config.days)
     if serving:
-        theirs = Run(Path(serving.run)).schema().tasks
+        theirs = Run(place(serving.run)).schema().tasks
         check_same_tasks(kinds, {name: task.kind for name, task in theirs.items()}, ours, serving.run)
         check_same_labels(_schema(config).tasks, theirs, ours, serving.run)
-        if day_of(config.date) in training_step.trained_on(Run(Path(serving.run))):
+        if day_of(config.date) in training_step.trained_on(Run(place(serving.run))):
             logger.warning("%s was trained on %s: its figures of that day are too good", serving.run, config.date)
     if config.train is not None:
         start = training_step.warm_start(config, nights, serving)
@@ -136,12 +137,12 @@ def _best(run: Run, config: NightlyConfig, candidate: ModelReference) -> ModelRe
 def still_there(chosen: Chosen) -> bool:
     """Whether every checkpoint is what it was when it was chosen."""
     models = [model for name in ALL_ROLES if (model := chosen.role(name))]
-    return all(records.checksum(Run(Path(model.run)), model.step) == model.checkpoint for model in models)
+    return all(records.checksum(Run(place(model.run)), model.step) == model.checkpoint for model in models)
 
 
 def origins(config: NightlyConfig, chosen: Chosen) -> dict[str, Origin]:
     """By role what the day is encoded with. Raises UserError."""
-    found = {name: origin_of(config, Run(Path(model.run))) for name in ALL_ROLES if (model := chosen.role(name))}
+    found = {name: origin_of(config, Run(place(model.run))) for name in ALL_ROLES if (model := chosen.role(name))}
     return found if config.train is None else {"candidate": origin_of_days(config), **found}
 
 
@@ -152,12 +153,12 @@ def preprocess(config: NightlyConfig, of_roles: Mapping[str, Origin]) -> Encoded
         if origin.key not in by_key:
             by_key[origin.key] = encoded_day.encode(config, origin)
     folders = {role: str(by_key[origin.key].absolute()) for role, origin in of_roles.items()}
-    return Encoded(folders=folders, manifests={folder: identity(Path(folder)) for folder in folders.values()})
+    return Encoded(folders=folders, manifests={folder: identity(place(folder)) for folder in folders.values()})
 
 
 def check(config: NightlyConfig, encoded: Encoded, origin: Origin, rows_before: Sequence[int]) -> dict[str, Any]:
     """The summary of `check`, of the day as it is encoded for the candidate."""
-    day = Dataset(Path(encoded.folders["candidate"]))
+    day = Dataset(place(encoded.folders["candidate"]))
     return check_data(config.data_gates, day, origin.dataset, rows_before).model_dump()
 
 
@@ -165,7 +166,7 @@ def train(config: NightlyConfig, chosen: Chosen, kinds: Mapping[str, str]) -> di
     """The summary of `train`: the run, its newest checkpoint, and what it was trained on. Raises UserError, Preempted."""
     assert config.train is not None
     assert chosen.days is not None
-    start = Path(chosen.start) if chosen.start else None
+    start = place(chosen.start) if chosen.start else None
     path = training_step.train(config, config.train, chosen.days, start)
     run = Run(path)
     trained = {name: task.kind for name, task in run.schema().tasks.items()}
@@ -178,7 +179,7 @@ def evaluate(config: NightlyConfig, role: str, model: ModelReference, encoded: E
     """Scores the model of a role and writes its figures to ROLE.parquet of the night. Raises UserError, Preempted."""
     folder = encoded.folders[role]
     if config.ranks == 1:
-        found, record = scoring.score(model, Dataset(Path(folder)), config.batch_size, config.measure, config.loading)
+        found, record = scoring.score(model, Dataset(place(folder)), config.batch_size, config.measure, config.loading)
     else:
         work = Work(
             model=model, day=folder, batch_size=config.batch_size, measure=config.measure, tables=config.tables,

@@ -17,6 +17,7 @@ from pipeline.release.encoded_day import earlier_days, identity
 from pipeline.release.night import ModelReference, Night
 from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import storage_of
+from pipeline.storage.store_path import on_store, place
 
 LOG = "train.log"
 
@@ -33,12 +34,12 @@ def warm_start(config: NightlyConfig, nights: Sequence[Night], serving: ModelRef
     for night in reversed(nights):
         theirs = day_of(night.date)
         if night.outcome == "pass" and night.summary("train") and ours and theirs and theirs < ours:
-            run = Path(str((night.summary("train") or {}).get("run")))
+            run = place(str((night.summary("train") or {}).get("run")))
             if (run / "config.yaml").is_file():
                 return run
     if config.train.init_from:
         return config.train.init_from.absolute()
-    return Path(serving.run) if serving else None
+    return place(serving.run) if serving else None
 
 
 def new_days(config: NightlyConfig, start: Path | None, nights: Sequence[Night]) -> str:
@@ -55,9 +56,9 @@ def new_days(config: NightlyConfig, start: Path | None, nights: Sequence[Night])
         content = Run(start).config()
         if days := content.get("days"):
             missing = content.get("missing_days", "refuse")
-            seen = day_of(chosen_days(Path(content["dataset"]), days, missing)[-1])
+            seen = day_of(chosen_days(place(content["dataset"]), days, missing)[-1])
         else:
-            seen = day_of(Path(content["dataset"]).name)
+            seen = day_of(place(content["dataset"]).name)
     found = [day for day in earlier if seen is None or day > seen]
     faulty = {day_of(night.date) for night in nights if (checked := checked_of(night)) and checked.refused}
     if refused := ", ".join(ranges_of(day for day in found if day in faulty)):
@@ -85,15 +86,19 @@ def trained_on(run: Run) -> set[date]:
     path: Path | None = run.path
     while path and path not in known and (path / "config.yaml").is_file():
         known.add(path)
-        content = Run(path).config()
+        run = Run(path)
+        content = run.config()
         if not (days := content.get("days")):
-            found |= {day for day in [day_of(Path(content["dataset"]).name)] if day}
+            found |= {day for day in [day_of(place(content["dataset"]).name)] if day}
         else:
             named = {*parse_days(days)}
-            there = named & {*days_in(Path(content["dataset"]))} if content.get("missing_days") == "skip" else None
+            there = named & {*days_in(place(content["dataset"]))} if content.get("missing_days") == "skip" else None
             found |= there or named
         start = (content.get("train") or {}).get("init_from")
-        path = Path(start) if start else None
+        try:
+            path = place(start) if start else None
+        except ValueError as error:
+            raise UserError(f"{run.path / 'config.yaml'}: train.init_from: {error}. Restore it.") from None
     return found
 
 
@@ -140,5 +145,5 @@ def train(config: NightlyConfig, step: TrainStep, days: str, start: Path | None)
 def wait_for_trainer(run: Run) -> None:
     """Waits until the trainer of a night that was killed has saved its work and ended."""
     file = run.eval_metrics.with_name(".train.lock")
-    if file.exists():
-        storage_of(file).lock(file, wait=True).release()
+    if file.exists() or on_store(file):  # whose lease is no file of this name
+        storage_of(file).lock(file, wait=True, create=True).release()

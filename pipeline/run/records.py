@@ -5,6 +5,7 @@ that an evaluation (split, dataset, share, step and checksum of the checkpoint) 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator
@@ -15,6 +16,8 @@ from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line, json_text, read_lines, write_text
 from pipeline.storage.local import remove_leftovers
+from pipeline.storage.store_path import on_store
+from pipeline.storage.versions import replace_version, version
 
 LARGEST = 1e100  # of a metric: what is near the largest float cannot be drawn
 MOST_BUCKETS = 1 << 20
@@ -137,12 +140,27 @@ def put(run: Run, record: dict[str, Any]) -> None:
     """
     with run.wait_for_lock(LOCK):
         remove_leftovers(run.eval_metrics)
+        if on_store(run.eval_metrics):
+            _put_object(run.eval_metrics, record)
+            return
         lines = list(read_lines(run.eval_metrics))
         others = [line for line in lines if _identity(line) != _identity(record)]
         if len(others) < len(lines):
             write_text(run.eval_metrics, "".join(json_text(line) + "\n" for line in [*others, record]))
         else:
             append_line(run.eval_metrics, record)
+
+
+def _put_object(file: Path, record: dict[str, Any]) -> None:
+    """As `put`, where a lease may have ended unnoticed: the file is written only while it is what was read."""
+    while True:
+        known = version(file)
+        lines = [line for line in read_lines(file) if _identity(line) != _identity(record)]
+        try:
+            replace_version(file, "".join(json_text(line) + "\n" for line in [*lines, record]).encode(), known)
+            return
+        except FileExistsError:
+            continue
 
 
 def _identity(line: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,18 +1,27 @@
 """Settings of jobs.compare."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from pipeline.storage.store_path import Place, on_store
 
 SEARCHED, RANDOM = "automtl", "automtl_random"  # a model that is searched first, and random search in the same time
+
+
+def _mounted(folder: Path) -> Path:
+    """Raises ValueError for a folder on a store: several trainings share it, and what they have in common is locked there."""
+    if on_store(folder):
+        raise ValueError(f"{folder} must be on a mounted file system")
+    return folder
 
 
 class CompareConfig(BaseModel):
     """Settings of jobs.compare; see jobs/conf/compare.yaml."""
 
     model_config = ConfigDict(extra="forbid")
-    folder: Path
+    folder: Annotated[Place, AfterValidator(_mounted)]
     recipe_name: str | None = None
     models: list[str] = Field(min_length=1)
     baseline: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from features.errors import UserError
-from features.regular_files import lstat_regular, open_regular
+from features.regular_files import lstat_regular, mounted, open_regular
 from pipeline.serving.layout import file_layouts
 from pipeline.serving.manifest import HINT, Manifest, check_files, read_manifest, write_manifest
 from pipeline.serving.mapped import mapped
@@ -81,11 +81,13 @@ def apply_delta(base: Path, delta: Path, out: Path) -> Manifest:
     """Writes the package that a delta makes of its base: the same bytes in every file as if it had been exported whole.
 
     Args:
-        base: a whole package. out: a new folder, which is there with all its files or not at all.
+        base: a whole package. out: a new folder of this machine, which is there with all its files or not at all.
     Returns: its manifest.
     Raises:
         UserError: a delta of another package, a damaged one, or a result whose checksums are not those of the delta.
     """
+    if not mounted(out):
+        raise UserError(f"{out}: a delta is applied on a mounted file system. Choose another folder.")
     old, new = read_manifest(base), read_manifest(delta)
     check_base(old, delta, new)
     check_files(delta, new)

@@ -19,6 +19,7 @@ from features.fit.fitted_files import encoder_files
 from features.schema.schema import Schema
 from pipeline.serving.deltas import check_base
 from pipeline.serving.encoded import Encoded
+from pipeline.serving.fetching import fetched, located
 from pipeline.serving.given import Rows
 from pipeline.serving.manifest import ENCODERS, HINT, SCHEMA, Manifest, check_files, read_manifest
 from pipeline.serving.program import load_program
@@ -57,7 +58,8 @@ class Scorer:
         """Opens a package.
 
         Args:
-            path: its folder. compiled: run its compiled program, which is code of this machine; False: the portable one.
+            path: its folder, or the URL of one on a store (pipeline.serving.fetching).
+            compiled: run its compiled program, which is code of this machine; False: the portable one.
             check: compare every file's checksum; False: of a package that was checked before, on this machine.
             warm_up: rows of a first answer, whose predictions must be finite; 0: none.
             base: the whole package that a delta changes, or that one and the deltas in between; None for a whole package.
@@ -65,7 +67,7 @@ class Scorer:
             UserError: a package that is missing, damaged, of another version, or does not fit together; another base.
         """
         bases = [base] if isinstance(base, (Path, str)) else base or []
-        sources = _sources(Path(path), [Path(each) for each in bases])
+        sources = _sources(fetched(located(path)), [fetched(located(each)) for each in bases])
         (folder, manifest), (whole, whole_manifest) = sources[-1], sources[0]
         for source in sources if check else []:
             check_files(*source)

@@ -1,6 +1,7 @@
 """Files on whatever storage a path belongs to: text and JSON written atomically, JSON lines appended, checksums."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -125,6 +126,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
         if len(line) == MAX_RECORD_BYTES:
             raise UserError(f"{path}, line {number + 1}: longer than {MAX_RECORD_BYTES:,} bytes. Remove it.")
+
+
+def whole(path: Path) -> Path | BinaryIO:
+    """What a library that knows no stores reads a file from, all of it: its path, or of a file on a store its content."""
+    return io.BytesIO(path.read_bytes()) if isinstance(path, StorePath) else path
 
 
 def sha256(path: Path) -> str:

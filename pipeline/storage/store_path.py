@@ -17,7 +17,7 @@ from pathlib import Path, PosixPath, PurePosixPath
 from typing import IO, Annotated, Any, NoReturn, TypeVar, cast
 
 import fsspec
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from features.printable import has_controls, printable
 from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter
@@ -65,6 +65,16 @@ def _validated(value: Any) -> Any:
 
 # The type of a setting that names a file or folder, on a mounted file system or a store.
 Place = Annotated[Path, BeforeValidator(_validated)]
+
+
+def checked_place(text: str) -> str:
+    """A text that `place` takes. Raises ValueError."""
+    place(text)
+    return text
+
+
+# The type of a recorded text that names one: what is read may be untrusted.
+PlaceText = Annotated[str, AfterValidator(checked_place)]
 
 
 class StorePath(PosixPath):

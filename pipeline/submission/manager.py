@@ -137,7 +137,10 @@ def status(record: Record) -> str:
         nothing = [("run", f"{here}: nothing written yet, or not seen from this machine")]
         try:
             rows += progress.lines(come) if here.is_dir() and (come := progress.read(here)) else nothing
-        except UserError as error:  # a damaged file of the run does not hide the state of the job
+        except (
+            UserError,
+            OSError,
+        ) as error:  # a damaged file of the run does not hide the state of the job, nor does a store
             rows.append(("run", str(error)))
     width = max(len(what) for what, _ in rows) + 2
     return "\n".join(f"{what:<{width}}{value}" for what, value in rows)

@@ -18,6 +18,7 @@ from pipeline.cluster.registry import open_cluster
 from pipeline.cluster.values import Label
 from pipeline.overrides import setting
 from pipeline.storage.files import make_folder, write_json
+from pipeline.storage.store_path import Place
 
 MAX_RECORD_BYTES = 1 << 20
 ALPHABET = "bcdfghjkmnpqrstvwxz23456789"  # of random names: no vowels, none that look alike
@@ -42,7 +43,7 @@ class Record(BaseModel):
     settings: dict[str, Any]
     work: Workload
     native: str | None = None
-    run: Path | None = None
+    run: Place | None = None
     command: list[str]
     revision: str
     config: str

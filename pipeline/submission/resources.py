@@ -16,7 +16,7 @@ from features.schema.schema import Schema
 from pipeline.cluster.base import JOBS, Cluster, Resources
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
-from pipeline.storage.store_path import on_store
+from pipeline.storage.store_path import on_store, place
 
 GIB = 1 << 30
 PROCESS = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}  # of a rank with its libraries, CUDA's context and pinned buffers
@@ -121,7 +121,7 @@ def _training(
     from pipeline.training.parallel.memory import checkpoint_copy_bytes
 
     dataset = cluster.seen_here(cluster.of_job(settings.dataset))
-    here = (dataset / "manifest.json").exists() or (settings.days is not None and dataset.is_dir())
+    here = _is_seen(dataset, of_days=settings.days is not None)
     if unknown := None if here else _unknown_tables(settings.dataset, schema):
         return Need(process, process + UNKNOWN[device], 0, [f"not checked: {unknown}"])
     if device == "cuda" and not cluster.gpu_memory:
@@ -136,8 +136,8 @@ def _training(
     }  # fmt: skip
     content = settings.model_dump(by_alias=True, include={"days", "missing_days", "tasks", "model", "train"})
     if found_in := settings.model.architecture:
-        seen = cluster.seen_here(cluster.of_job(Path(found_in)))
-        if not seen.exists():
+        seen = cluster.seen_here(cluster.of_job(place(found_in)))
+        if not _exists(seen):
             return Need(
                 process, process + UNKNOWN[device], 0,
                 [f"not checked: whether tables fit: {seen} is not on this machine"],
@@ -178,11 +178,24 @@ def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:
     return None
 
 
+def _is_seen(dataset: Path, of_days: bool) -> bool:
+    """Whether a dataset, or a folder of datasets of days, is seen from here."""
+    return _exists(dataset / "manifest.json") or (of_days and _exists(dataset))
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path is there, as far as this machine sees: it may not reach a store."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _seconds_to_save(run: Path, size: int) -> float:
     """Of a checkpoint: as measured in the run that goes on, or else by its bytes."""
     try:
         status = Run(run).status()
-    except UserError:
+    except (UserError, OSError):
         status = None
     return size / WRITE if status is None or status.saving_s is None else status.saving_s
 
@@ -207,7 +220,10 @@ def _model_bytes(run: Path) -> int | None:
     """Bytes of the files of a run's newest checkpoint: more than its weights, which are part of them."""
     from pipeline.run import checkpoint
 
-    steps = checkpoint.steps(run / "checkpoints")
+    try:
+        steps = checkpoint.steps(run / "checkpoints")
+    except OSError:  # a store that this machine does not reach
+        return None
     if not steps:
         return None
     return sum(size for size, _ in checkpoint.read(checkpoint.folder(run / "checkpoints", steps[-1])).files.values())

@@ -8,6 +8,7 @@ from k8s_manifests import NAMES, workload
 from kubernetes.config import kube_config
 
 from pipeline.cluster.registry import BACKENDS, open_cluster
+from pipeline.storage.store_path import place
 
 CLUSTERS = sorted((Path(__file__).parents[2] / "jobs" / "conf" / "cluster").glob("*.yaml"))
 IDS = [path.stem for path in CLUSTERS]
@@ -41,3 +42,10 @@ def test_a_dry_run_needs_no_cluster_and_is_the_same_twice(path: Path, monkeypatc
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", "none")
     found = open_cluster(content(path), path.name)
     assert found.render(workload()) == found.render(workload())
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=IDS)
+def test_a_url_is_the_same_for_jobs_and_this_machine(path: Path) -> None:
+    cluster = open_cluster(content(path) | {"paths": {"/runs": "/mnt/runs"}}, path.name)
+    run = place("s3://bucket/runs/a")
+    assert [str(cluster.of_job(run)), str(cluster.seen_here(cluster.of_job(run)))] == ["s3://bucket/runs/a"] * 2

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from pydantic import ValidationError
 from sklearn.metrics import log_loss
 
 from features.errors import UserError
@@ -359,3 +360,8 @@ def test_a_comparison_is_written_with_a_page_of_the_first_seeds_at_the_chosen_ch
     entries[0].runs[0]["step"] = 3
     with pytest.raises(UserError, match=r"eval.jsonl: no record of step 3 on test. Run jobs.evaluate on it again."):
         report.write(entries, entries[1], kinds, tmp_path)
+
+
+def test_a_comparison_on_a_store_is_refused():
+    with pytest.raises(ValidationError, match="s3://bucket/compare must be on a mounted file system"):
+        CompareConfig(folder="s3://bucket/compare", models=["ple"])

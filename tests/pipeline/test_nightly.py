@@ -442,3 +442,25 @@ def test_what_killed_writers_left_is_removed(world, out):
         file.write_text("torn")
     judged(world, out, 3)
     assert not any(file.exists() for file in left)
+
+
+def test_nights_on_a_store_judge_as_those_on_disk(world, out, memory):
+    there = memory / "nights"
+    shared = {"bless": "pass", "days": None}  # the day is encoded in the night's own folder
+    wanted, found = judged(world, out, 3, **shared), judged(world, there, 3, **shared)
+    assert (found.night.outcome, found.message["blessed"]) == (
+        "pass",
+        wanted.message["blessed"].replace(str(out), str(there)),
+    )
+    assert [step.state for step in found.night.steps] == ["done"] * len(wanted.night.steps)
+    file = f"{day(3)}/candidate.parquet"
+    assert evaluated.read(there / file).figures.equals(evaluated.read(out / file).figures)
+    assert found.message["record"] == str(there / day(3) / "night.json")
+    assert "<html" in (there / day(3) / "report.html").read_text()
+    begun = json.loads((there / day(3) / "night.json").read_text())["steps"]
+    second = judged(world, there, 4, **shared)  # compared with what serves
+    assert second.message["serving"] == second.message["candidate"] == found.message["candidate"]
+    judged(world, there, 3, **shared)
+    assert json.loads((there / day(3) / "night.json").read_text())["steps"] == begun  # none was done again
+    with pytest.raises(UserError, match="names no earlier checkpoint"):
+        go_back(night(world / "log", there, 4, bless="back"))

@@ -1,7 +1,6 @@
 """The pointer to what serves: moved, kept, taken back; its checkpoints outlive every rule of retention."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,22 @@ from pipeline.release.serving import back, bless, check_there, read_serving
 from pipeline.run import checkpoint
 from pipeline.run.retention import Keep, pin, pinned_steps, prune, unpin
 from pipeline.run.run import Run
+from pipeline.storage.files import remove_tree
+
+
+@pytest.fixture(params=["disk", "store"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path if request.param == "disk" else request.getfixturevalue("memory")
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(root: Path) -> Run:
     """A run with checkpoints of steps 1 to 9, all but empty."""
-    run = Run(tmp_path / "run")
+    return small_run(root)
+
+
+def small_run(root: Path) -> Run:
+    run = Run(root / "run")
     for step in range(1, 10):
         path = checkpoint.folder(run.checkpoints, step)
         path.mkdir(parents=True)
@@ -28,9 +37,9 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "nights").mkdir()
-    return tmp_path / "nights"
+def out(root: Path) -> Path:
+    (root / "nights").mkdir()
+    return root / "nights"
 
 
 def model(run: Run, step: int) -> ModelReference:
@@ -124,7 +133,7 @@ def test_a_checkpoint_that_is_not_the_blessed_one_is_not_gone_back_to(run, out, 
     blessed(run, out, 1)
     blessed(run, out, 2)
     path = checkpoint.folder(run.checkpoints, 1)
-    shutil.rmtree(path)
+    remove_tree(path)
     if change == "another":
         path.mkdir()
         (path / "manifest.json").write_text(
@@ -146,7 +155,7 @@ def test_the_pointer_does_not_move_to_a_checkpoint_that_was_pruned_after_its_ver
     if serves:
         blessed(run, out, 2)
     judged, content = model(run, 2), (out / "serving.json").read_text()
-    shutil.rmtree(checkpoint.folder(run.checkpoints, 2))
+    remove_tree(checkpoint.folder(run.checkpoints, 2))
     with pytest.raises(UserError, match=r"manifest\.json is missing.* The pointer is not moved\."):
         bless(out, judged, "2026-11-03", "pass", keep=3)
     assert (out / "serving.json").read_text() == content
@@ -190,3 +199,24 @@ def test_a_damaged_pointer_is_one_line(out, content):
     with pytest.raises(UserError, match=r"serving\.json: ") as caught:
         read_serving(out)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.integration
+def test_of_two_movers_of_a_pointer_on_s3_one_wins_and_the_other_is_refused(s3, monkeypatch):
+    """The second one reads the pointer before the first one moves it, as where its lease was lost meanwhile."""
+    run, out = small_run(s3), s3 / "nights"
+    for step in (1, 3):  # a first pointer, and one over another
+        write = serving._write
+
+        def overtaken(*arguments, step=step, write=write):
+            monkeypatch.setattr(serving, "_write", write)
+            blessed(run, out, step + 1)
+            write(*arguments)
+
+        monkeypatch.setattr(serving, "_write", overtaken)
+        with pytest.raises(UserError, match="another job has moved the pointer meanwhile"):
+            blessed(run, out, step, keep=2)
+        assert served(out)[0] == step + 1
+        assert pinned_steps(run) == {*served(out)}
+    blessed(run, out, 5)
+    assert served(out) == [5, 4, 2]

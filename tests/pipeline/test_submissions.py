@@ -41,8 +41,9 @@ def records(tmp_path: Path) -> Records:
     return Records(tmp_path / "submissions")
 
 
-def test_a_record_is_read_as_it_was_written(records: Records) -> None:
-    found = submission(native="/x/prep", run=Path("/runs/r"))
+@pytest.mark.parametrize("run", [Path("/runs/r"), place("s3://bucket/runs/r")])
+def test_a_record_is_read_as_it_was_written(run: Path, records: Records) -> None:
+    found = submission(native="/x/prep", run=run)
     records.reserve(found)
     assert records.read("prep") == found
 

@@ -232,7 +232,8 @@ def test_a_package_that_is_replaced_while_it_is_loaded_is_refused(
 def test_scoring_and_serving_import_neither_training_nor_ingest(package: Path) -> None:
     forbidden = {
         "torchrec", "fbgemm_gpu", "apache_beam", "hydra", "datasketches", "scipy", "sklearn", "matplotlib", "sympy",
-        "torch._dynamo", "torch._inductor", "pipeline.run", "pipeline.dataset", "pipeline.evaluation", "models.ranker",
+        "torch._dynamo", "torch._inductor", "s3fs", "botocore",
+        "pipeline.run", "pipeline.dataset", "pipeline.evaluation", "models.ranker",
     }  # fmt: skip
     script = (
         "import sys; from pipeline.serving.scorer import Scorer\n"

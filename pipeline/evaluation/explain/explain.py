@@ -3,7 +3,6 @@
 # Shapes: N rows, B rows of a batch, T tasks, K buckets.
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -30,16 +29,17 @@ from pipeline.run import checkpoint, explanation
 from pipeline.run.explanation import Affinity, Explanation, Importance, Rise, TaskFigure
 from pipeline.run.headline import HEADLINE
 from pipeline.run.run import Run
+from pipeline.storage.store_path import Place
 
 
 class ExplainConfig(BaseModel):
     """Settings of jobs.explain; see jobs/conf/explain.yaml."""
 
     model_config = ConfigDict(extra="forbid")
-    run: Path
+    run: Place
     step: int | Literal["newest"] = "newest"
     split: Split = "test"
-    dataset: Path | None = None
+    dataset: Place | None = None
     days: Days = None
     missing_days: MissingDays | None = None
     rows: int = Field(200_000, ge=1)

@@ -18,8 +18,8 @@ from features.plain_json import first_fault
 from features.regular_files import lstat_regular
 from pipeline.evaluation.metrics.intervals import buckets_used, left_out, quantile, standard_error
 from pipeline.run.run import Run, config_hash
-from pipeline.storage.files import make_folder
-from pipeline.storage.local import replacing
+from pipeline.storage.files import make_folder, whole
+from pipeline.storage.uploading import uploading
 
 ALL = "all"  # the slice of all rows
 COLUMNS: dict[Any, Any] = {
@@ -145,8 +145,8 @@ def write(evaluated: Evaluated, file: Path) -> None:
     """Writes the file atomically."""
     make_folder(file.parent)
     content = {key: str(value) for key, value in evaluated.provenance.model_dump().items()}
-    with replacing(file) as temporary:
-        evaluated.figures.cast(COLUMNS).write_parquet(temporary, metadata=content)
+    with uploading(file) as opened:
+        evaluated.figures.cast(COLUMNS).write_parquet(opened, metadata=content)
 
 
 def read(file: Path) -> Evaluated:
@@ -156,8 +156,8 @@ def read(file: Path) -> Evaluated:
         if lstat_regular(file.parent, file.name) is None:
             raise UserError(f"{file} is missing. Remove its line of eval.jsonl: jobs.evaluate writes it again.")
         check_file(file)
-        figures = pl.read_parquet(file, glob=False)
-        provenance = Provenance.model_validate(_content(pl.read_parquet_metadata(file)))
+        figures = pl.read_parquet(source := whole(file), glob=False)
+        provenance = Provenance.model_validate(_content(pl.read_parquet_metadata(source)))
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
         raise UserError(f"{file}: cannot be read ({one_line(error)}). {hint}") from None
     except ValidationError as error:

@@ -19,6 +19,7 @@ from pipeline.evaluation.report.results import Results
 from pipeline.run import explanation
 from pipeline.run.explanation import Explanation
 from pipeline.storage.files import read_lines
+from pipeline.storage.store_path import on_store
 
 MAX_LINES = 4000  # of train.jsonl that are kept, evenly spread
 RATES = ("lr", "rows_per_s", "data_wait")
@@ -107,6 +108,8 @@ def card_link(report: Path, dataset: str) -> str | None:
     """A relative link from a report to the page that jobs.inspect wrote of a dataset (its name); None where there is none."""
     try:
         file = page_of(dataset)
-        return f"./{quote(os.path.relpath(file, report.parent.resolve()))}" if file.is_file() else None
+        if on_store(file) != on_store(report) or not file.is_file():
+            return None
+        return f"./{quote(os.path.relpath(str(file), str(report.parent.resolve())))}"
     except (OSError, ValueError):  # no path at all
         return None

@@ -15,6 +15,7 @@ from pipeline.run.run import Run
 from pipeline.serving.deltas import bases_of
 from pipeline.serving.manifest import Manifest, TableFormat, read_manifest
 from pipeline.storage.staging import is_staging
+from pipeline.storage.store_path import Place, place
 
 Chain = list[tuple[Path, Manifest]]  # a whole package, then deltas, each of what those before it make
 
@@ -24,7 +25,8 @@ class ExportConfig(BaseModel):
 
     Attributes:
         run, step: of the checkpoint. serving: a folder of nights instead, whose serving.json names it.
-        out: folder of the package. overwrite: replace the one that is there. archive: write OUT.tar too.
+        out: folder of the package; on a store it takes its bytes in the folder of temporary files (TMPDIR) first.
+        overwrite: replace the one that is there. archive: write OUT.tar too.
         tables: format of the tables' rows. rows: all rows, or only those of ids that occur in the train split.
         target: "aot" writes a compiled program beside the portable one.
         since: step of an earlier checkpoint: only what changed since is written. base: the package of that step; None: the
@@ -35,9 +37,9 @@ class ExportConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    run: Path | None = None
-    serving: Path | None = None
-    out: Path
+    run: Place | None = None
+    serving: Place | None = None
+    out: Place
     step: int | Literal["newest"] = "newest"
     tables: TableFormat = "fp32"
     rows: Literal["all", "occurring"] = "all"
@@ -45,8 +47,8 @@ class ExportConfig(BaseModel):
     archive: bool = False
     overwrite: bool = False
     since: int | None = Field(None, ge=0)
-    base: Path | None = None
-    dataset: Path | None = None
+    base: Place | None = None
+    dataset: Place | None = None
     days: Days = None
     missing_days: MissingDays | None = None
     check_rows: int = Field(8192, ge=1, le=1 << 20)
@@ -83,7 +85,7 @@ def source_of(config: ExportConfig) -> Source:
         if pointer is None:
             raise UserError(f"{config.serving / FILE} is missing: no night has released a checkpoint yet. Set run=RUN.")
         check_there(pointer, config.serving)
-        return Source(Run(Path(pointer.run)), pointer.step, pointer.checksum)
+        return Source(Run(place(pointer.run)), pointer.step, pointer.checksum)
     assert config.run is not None
     run = Run(config.run)
     run.config()

@@ -1,12 +1,16 @@
-"""A checkpoint as a package: checked, written beside its place, measured, and committed in one rename."""
+"""A checkpoint as a package: checked, written beside its place, measured, and committed in one step.
+
+A package on a store is written and measured on this machine first, since what scores maps its files.
+"""
 
 import logging
-import shutil
 import tarfile
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tabulate import tabulate
@@ -31,6 +35,7 @@ from pipeline.run.checkpoint import CheckpointManifest
 from pipeline.run.headline import HEADLINE
 from pipeline.serving.manifest import (
     ENCODERS,
+    FILE,
     MODEL_CARD,
     SCHEMA,
     Manifest,
@@ -40,9 +45,11 @@ from pipeline.serving.manifest import (
 )
 from pipeline.serving.program import compiled_for, load_program
 from pipeline.serving.scorer import Scorer
-from pipeline.storage.files import sha256, storage_of
+from pipeline.storage.files import copy_file, make_folder, sha256, storage_of
 from pipeline.storage.local import fsync, fsync_all
 from pipeline.storage.staging import remove_left, staging_of
+from pipeline.storage.store_path import on_store
+from pipeline.storage.uploading import uploading
 
 VERSIONS = ("taskfuse", "torch", "polars", "pyarrow")
 
@@ -84,7 +91,7 @@ def export(config: ExportConfig) -> Exported:
             raise UserError(
                 f"{config.out} cannot be written: {one_line(error)}. Make room, or choose another out=."
             ) from None
-    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+    size = sum(file.bytes for file in manifest.files.values()) + (config.out / FILE).stat().st_size
     return Exported(config.out, manifest, size, split, archive)
 
 
@@ -92,6 +99,8 @@ def write_package(
     config: ExportConfig, source: Source, dataset: Dataset, trained: CheckpointManifest, base: Chain | None
 ) -> Manifest:
     """Writes a package, and its archive, and commits both. Raises UserError, OSError: nothing is left."""
+    if on_store(config.out):
+        return _put_package(config, source, dataset, trained, base)
     place = archive_path(config)
     remove_left(place)
     with ExitStack() as stack:
@@ -99,7 +108,8 @@ def write_package(
         manifest = Package(config, source, dataset, trained, staging, base).write()
         if config.archive:
             archive = stack.enter_context(staging_of(place)) / place.name
-            write_archive(staging, config.out.name, archive)
+            with archive.open("xb") as opened:
+                write_archive(staging, config.out.name, opened)
             fsync(archive)
         fsync_all(staging)
         check_out(config)  # another export may have been faster
@@ -109,6 +119,28 @@ def write_package(
         if config.archive:
             archive.replace(place)
             fsync(place.parent)
+    return manifest
+
+
+def _put_package(
+    config: ExportConfig, source: Source, dataset: Dataset, trained: CheckpointManifest, base: Chain | None
+) -> Manifest:
+    """As `write_package`, of a package on a store; it takes its bytes in the folder of temporary files meanwhile."""
+    archive = archive_path(config)
+    with tempfile.TemporaryDirectory(prefix="taskfuse-export-") as temporary:
+        folder = make_folder(Path(temporary) / config.out.name)
+        manifest = Package(config, source, dataset, trained, folder, base).write()
+        check_out(config)
+        with staging_of(config.out) as staging:
+            for name in (*manifest.files, FILE):
+                copy_file(folder / name, staging / name)
+            check_out(config)  # another export may have been faster
+            if config.archive:
+                archive.unlink(missing_ok=True)
+            storage_of(config.out).commit(staging, config.out)
+        if config.archive:
+            with uploading(archive) as opened:
+                write_archive(folder, config.out.name, opened)
     return manifest
 
 
@@ -195,7 +227,7 @@ class Package:
         for name in names:
             copy = self.folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.dataset.encoded_by / name, copy, follow_symlinks=False)
+            copy_file(self.dataset.encoded_by / name, copy)
             checksums.append(sha256(copy))
         if encoders_id(checksums) != self.trained.encoders:
             raise UserError(f"{self.dataset.encoded_by}/{ENCODERS} changed while it was copied. Export again.")
@@ -213,7 +245,7 @@ def versions(compiled: bool) -> dict[str, str]:
     return found | (compiled_for() if compiled else {})
 
 
-def write_archive(folder: Path, name: str, file: Path) -> None:
+def write_archive(folder: Path, name: str, file: BinaryIO) -> None:
     """A tar of a package below the folder `name`, the same bytes whenever its files are: sorted, without owners and times."""
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -221,7 +253,7 @@ def write_archive(folder: Path, name: str, file: Path) -> None:
         entry.mode = 0o755 if entry.isdir() else 0o644
         return entry
 
-    with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive:  # never seeks: a store cannot
         archive.add(folder, name, recursive=False, filter=plain)
         for path in sorted(folder.rglob("*")):
             archive.add(path, f"{name}/{path.relative_to(folder)}", recursive=False, filter=plain)

@@ -30,7 +30,7 @@ class PredictConfig(BaseModel):
         threads: of the model in each worker; None: the cores, divided by `workers`; 1 with another runner
             than direct.
         rows_per_file: of predictions; a file is what a worker scores at a time.
-        runner, workers, options: as of jobs.preprocess. Each worker loads the model.
+        runner, workers, master, hosts, scratch, options: as of jobs.preprocess. Each worker loads the model.
         unit_bytes, bucket_bytes, broadcast_bytes, max_unpack_ratio, max_bad_fraction, min_joined: as of jobs.preprocess.
     """
 
@@ -50,6 +50,9 @@ class PredictConfig(BaseModel):
     rows_per_file: int = Field(1 << 18, ge=1)
     runner: str = "direct"
     workers: int = Field(1, ge=1)
+    master: str | None = None
+    hosts: list[str] = []
+    scratch: Place | None = None
     options: list[str] = []
     unit_bytes: int = Field(32 << 20, ge=1)
     bucket_bytes: int = Field(128 << 20, ge=1)

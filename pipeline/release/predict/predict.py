@@ -1,7 +1,6 @@
 """The job: raw logs through the readers and encoders of training to a dataset in a scratch folder, which the model scores."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -28,7 +27,8 @@ from pipeline.release.predict.manifest import Model, Predictions, release
 from pipeline.release.predict.score import STEP, ScoreReport, Scoring, run_score
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.storage.files import storage_of, write_json
+from pipeline.storage.files import remove_tree, storage_of, write_json
+from pipeline.storage.store_path import place
 
 
 def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
@@ -71,7 +71,7 @@ def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
 def _known(run: Run, config: PredictConfig) -> Dataset:
     """The dataset whose encoders are used. Raises UserError where it is not of the run's schema."""
     trained = run.config()
-    path = (config.dataset or Path(trained["dataset"])).absolute()
+    path = (config.dataset or place(trained["dataset"])).absolute()
     days = None if config.dataset else trained.get("days")
     if days:  # all have the same encoders
         days = chosen_days(path, days, trained.get("missing_days", "refuse"))[0]
@@ -120,6 +120,12 @@ def check(folder: Path) -> None:
         raise UserError(json.loads((folder / "error.json").read_text()))
 
 
+def _columns(file: Path) -> list[str]:
+    with file.open("rb") as opened:
+        found: list[str] = pq.read_schema(opened).names
+        return found
+
+
 def _commit(scoring: Scoring, encoded: Manifest, staging: Path, out: Path) -> Predictions:
     """Names the files, writes the manifest last, drops the scratch folder and moves the rest into place in one rename."""
     reports = from_json(ScoreReport, json.loads((scoring.folder / "score.json").read_text()))
@@ -132,7 +138,7 @@ def _commit(scoring: Scoring, encoded: Manifest, staging: Path, out: Path) -> Pr
         (scoring.dataset / "dead_letters").rename(staging / "dead_letters")
     made = Predictions(
         model=scoring.model,
-        columns=pq.read_schema(staging / named[0].path).names,
+        columns=_columns(staging / named[0].path),
         rows=sum(file.rows for file in named),
         read=encoded.read,
         dead_letters=encoded.dead_letters,
@@ -141,6 +147,6 @@ def _commit(scoring: Scoring, encoded: Manifest, staging: Path, out: Path) -> Pr
         files=named,
     )
     write_json(staging / "manifest.json", made.model_dump())
-    shutil.rmtree(staging / "scratch")
+    remove_tree(staging / "scratch")
     storage_of(out).commit(staging, out)
     return made

@@ -2,6 +2,7 @@
 
 # Shapes: B rows of a batch, N rows of a shard, T tasks.
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from pipeline.ingest.messages import Failure, Report
 from pipeline.ingest.steps import reported
 from pipeline.release.predict.manifest import Model, PredictionFile
 from pipeline.run.run import Run
-from pipeline.storage.files import sha256
-from pipeline.storage.local import fsync
+from pipeline.storage.files import storage_of
+from pipeline.storage.store_path import place
 
 STEP = "score"
 
@@ -55,7 +56,7 @@ class Scoring:
         if "weights" not in self.cache:
             if self.threads:
                 torch.set_num_threads(self.threads)
-            run, dataset = Run(Path(self.model.run)), Dataset(self.dataset).only(self.tasks)
+            run, dataset = Run(place(self.model.run)), Dataset(self.dataset).only(self.tasks)
             weights = ModelWeights(run, dataset, ["test"], self.batch_size, Loading(self.tables))
             if weights.load(self.model.step).checksum != self.model.checkpoint:
                 raise UserError(
@@ -87,12 +88,13 @@ def write_scored(scoring: Scoring, number: int, shard: Shard) -> ScoreReport:
     """Writes the predictions of a shard. Raises UserError, OSError."""
     path = scoring.folder / f"part-{number:05d}.parquet"
     table = scored(scoring.weights, shard, scoring.model)
-    with pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True) as writer:
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
         writer.write_table(table)
-    fsync(path)
-    return ScoreReport(
-        PredictionFile(path=path.name, rows=table.num_rows, bytes=path.stat().st_size, sha256=sha256(path))
-    )
+    content = sink.getvalue().to_pybytes()
+    storage_of(path).write(path, content)
+    digest = hashlib.sha256(content).hexdigest()
+    return ScoreReport(PredictionFile(path=path.name, rows=table.num_rows, bytes=len(content), sha256=digest))
 
 
 @torch.inference_mode()

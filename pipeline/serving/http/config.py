@@ -1,9 +1,10 @@
 """Settings of jobs.serve."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.storage.store_path import Place
 
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
@@ -31,9 +32,9 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    package: Path | None = None
-    packages: Path | None = None
-    serving: Path | None = None
+    package: Place | None = None
+    packages: Place | None = None
+    serving: Place | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     reuse_port: bool = False

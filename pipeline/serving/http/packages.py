@@ -13,20 +13,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from features.errors import UserError, one_line
 from features.plain_json import read_json, validated
-from features.regular_files import refuse_link
+from features.regular_files import mounted, refuse_link
 from pipeline.serving.deltas import bases_of
+from pipeline.serving.fetching import fetched
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.manifest import FILE, Manifest, check_files, read_manifest
 from pipeline.serving.scorer import Scorer
 from pipeline.storage.staging import is_staging
+from pipeline.storage.versions import version, versions_below
 
 POINTER = "serving.json"
 MAX_POINTER_BYTES = 1 << 20
 MAX_PACKAGES = 10_000  # folders below `packages`: the last ones by name, which the newest of dated names are
 RETRY_S = 30.0  # until a package that could not be loaded is tried again
 
-FileState = tuple[int, int, int]  # inode, mtime in ns, bytes
+FileState = tuple[object, ...]  # inode, mtime in ns, bytes; on a store what it says of an object's version
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +77,13 @@ class Manifests:
     def __init__(self) -> None:
         self.known: dict[Path, tuple[FileState, Wanted]] = {}
 
-    def read(self, folder: Path) -> Wanted:
-        """A package, without its bases. Raises UserError, OSError."""
-        state = state_of(folder / FILE)
+    def read(self, folder: Path, state: FileState | None = None) -> Wanted:
+        """A package, without its bases. Raises UserError, OSError.
+
+        Args:
+            state: of its manifest, where it is known.
+        """
+        state = state or state_of(folder / FILE)
         if folder not in self.known or self.known[folder][0] != state:
             manifest = read_manifest(folder)
             self.known[folder] = (
@@ -93,6 +99,10 @@ class Manifests:
 
 def state_of(file: Path) -> FileState:
     """What changes with a file that another one replaces. Raises OSError."""
+    if not mounted(file):
+        if (found := version(file)) is None:
+            raise FileNotFoundError(2, "No such file or directory", str(file))
+        return found
     status = file.lstat()
     return status.st_ino, status.st_mtime_ns, status.st_size
 
@@ -121,21 +131,28 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
     """The package below `packages` whose checkpoint the pointer of `out` names; a whole one before a delta, then by name."""
 
     manifests = Manifests()
+    # On a store what was found last, and the states of the pointer and of its manifest: a listing of all takes longer.
+    last: tuple[list[FileState], Wanted] | None = None
 
     def find() -> Wanted:
+        nonlocal last
+        if last and last[0] == _states_of(out / POINTER, last[1].folder / FILE):
+            return last[1]
+        last = None
         try:
+            before = [] if mounted(packages) else [state_of(out / POINTER)]
             pointer = validated(Pointer, read_json(out, POINTER, MAX_POINTER_BYTES), out / POINTER)
         except FileNotFoundError:
             raise UserError(
                 f"{out / POINTER} is missing: nothing serves yet. Bless a checkpoint with jobs.nightly."
             ) from None
         found, damaged = {}, []
-        there = sorted(path.parent for path in packages.glob(f"*/{FILE}") if not is_staging(path.parent))
-        folders = there[-MAX_PACKAGES:]
+        there = _packages_in(packages)
+        folders = sorted(there)[-MAX_PACKAGES:]
         manifests.keep(folders)
         for folder in folders:
             try:
-                found[folder] = manifests.read(refuse_link(folder))
+                found[folder] = manifests.read(refuse_link(folder), there[folder])
             except (UserError, OSError) as error:
                 damaged.append(one_line(error))
         wanted = [
@@ -146,7 +163,9 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
         known, makes = {f: each.manifest for f, each in found.items()}, {f: each.checksum for f, each in found.items()}
         for _, folder in sorted(wanted):
             if (bases := bases_of(folder, known, makes)) is not None:
-                return found[folder]._replace(bases=bases)
+                chosen = found[folder]._replace(bases=bases)
+                last = ([*before, state], chosen) if before and (state := there[folder]) else None
+                return chosen
         why = "its delta's base is not there" if wanted else damaged[0] if damaged else f"{len(found)} others are"
         raise UserError(
             f"{packages}: no package of the checkpoint {pointer.checksum[:16]} that {out / POINTER} names ({why}). "
@@ -154,6 +173,24 @@ def of_pointer(packages: Path, out: Path) -> Callable[[], Wanted]:
         )
 
     return find
+
+
+def _packages_in(packages: Path) -> dict[Path, FileState | None]:
+    """The folders of packages in a folder; on a store, by one listing, with the states of their manifests."""
+    if mounted(packages):
+        found: dict[Path, FileState | None] = {path.parent: None for path in packages.glob(f"*/{FILE}")}
+    else:
+        listed = versions_below(packages)
+        found = {path.parent: listed[path] for path in listed if path.name == FILE and path.parents[1] == packages}
+    return {folder: state for folder, state in found.items() if not is_staging(folder)}
+
+
+def _states_of(*files: Path) -> list[FileState]:
+    """The state of each file; of none where one is missing, or cannot be asked for."""
+    try:
+        return [state_of(file) for file in files]
+    except OSError:
+        return []
 
 
 def states(folder: Path, manifest: Manifest) -> dict[str, FileState] | None:
@@ -210,9 +247,10 @@ class Packages:
     def load(self, wanted: Wanted) -> Loaded:
         """A package in memory, with its first answer given. Raises UserError, OSError."""
         settings, started = self.settings, time.perf_counter()
+        folders = [fetched(folder) for folder in (*wanted.bases, wanted.folder)]
         if settings.check:
-            self._compare([*wanted.bases, wanted.folder])
-        scorer = Scorer.load(wanted.folder, settings.compiled, False, settings.warm_up, wanted.bases)
+            self._compare(folders)
+        scorer = Scorer.load(folders[-1], settings.compiled, False, settings.warm_up, folders[:-1])
         if scorer.manifest.checksum != wanted.checksum:
             raise UserError(f"{wanted.folder} was replaced by another package while it was loaded. It is tried again.")
         logger.info("%s loaded in %.2f s", wanted.folder, time.perf_counter() - started)

@@ -1,0 +1,116 @@
+"""Packages on a store: fetched once into a folder of this machine, compared with their manifests on the way, then mapped."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from features.errors import UserError, one_line
+from features.regular_files import lstat_regular, mounted
+from pipeline.serving.manifest import FILE, HINT, Manifest, StoredFile, read_manifest
+from pipeline.storage.files import make_folder, write_json
+from pipeline.storage.ranges import read_ranges
+from pipeline.storage.store_path import place
+
+CACHE = "TASKFUSE_PACKAGES"  # environment: the folder; without it taskfuse/packages in XDG_CACHE_HOME or ~/.cache
+MOST_PACKAGES = 8  # that are kept, the ones used last
+READ_BYTES, READS = 8 << 20, 4  # of a read, and how many at a time
+
+
+def located(path: Path | str) -> Path:
+    """A path, on a store where it is a URL. Raises UserError for a URL of no store."""
+    if isinstance(path, Path):
+        return path
+    if "://" not in path:
+        return Path(path)
+    try:
+        return place(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def fetched(folder: Path) -> Path:
+    """A package as a folder of this machine: itself, or its files as they were fetched from a store now or before.
+
+    Raises:
+        UserError: it is missing or damaged, or there is no room for it.
+    """
+    if mounted(folder):
+        return folder
+    manifest = read_manifest(folder)
+    there = cache_folder() / manifest.checksum
+    if not _is_whole(there, manifest):
+        try:
+            _fetch(folder, manifest, there)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be fetched to {there.parent}: {one_line(error)}") from None
+    with suppress(OSError):
+        os.utime(there)
+    _forget_others(there)
+    return there
+
+
+def cache_folder() -> Path:
+    """Where packages of stores are kept."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE) or Path(cache, "taskfuse", "packages"))
+
+
+def _is_whole(there: Path, manifest: Manifest) -> bool:
+    """Whether a folder has the manifest and its files, by their sizes; checksums are compared where a package is loaded."""
+    try:
+        if read_manifest(there) != manifest:
+            return False
+        found = {name: lstat_regular(there, name) for name in manifest.files}
+    except (UserError, OSError):
+        return False
+    return all(status is not None and status.st_size == manifest.files[name].bytes for name, status in found.items())
+
+
+def _fetch(folder: Path, manifest: Manifest, there: Path) -> None:
+    """Fetches all files aside, the manifest last, and moves them into place in one rename. Raises UserError, OSError."""
+    size = sum(file.bytes for file in manifest.files.values())
+    make_folder(there.parent)
+    if (free := shutil.disk_usage(there.parent).free) < size:
+        raise UserError(
+            f"{folder}: its {size:,} bytes do not fit into the {free:,} that are free in {there.parent}. Make room, or set "
+            f"{CACHE} to another folder."
+        )
+    aside = there.with_name(f".{there.name}.{uuid.uuid4().hex}")
+    try:
+        for name, file in manifest.files.items():
+            make_folder((aside / name).parent)
+            _fetch_file(folder / name, aside / name, file)
+        write_json(aside / FILE, manifest.model_dump())
+        shutil.rmtree(there, ignore_errors=True)  # damaged
+        with suppress(OSError):  # another process was faster
+            aside.rename(there)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fetch_file(source: Path, target: Path, file: StoredFile) -> None:
+    """Copies a file piece by piece. Raises UserError where it is not what the manifest has."""
+    status, digest = lstat_regular(source.parent, source.name), hashlib.sha256()
+    if status is None or status.st_size != file.bytes:
+        raise UserError(f"{source} is missing, or has another size than the manifest has. {HINT}")
+    starts = range(0, file.bytes, READ_BYTES)
+    with target.open("xb") as opened:
+        for first in range(0, len(starts), READS):
+            ranges = [(start, min(start + READ_BYTES, file.bytes)) for start in starts[first : first + READS]]
+            for content in read_ranges(source, ranges):
+                digest.update(content)
+                opened.write(content)
+    if digest.hexdigest() != file.sha256:
+        raise UserError(f"{source}: its checksum is not the manifest's: it changed after it was written. {HINT}")
+
+
+def _forget_others(there: Path) -> None:
+    """Deletes the packages that were used least lately; what maps one keeps its files until it ends."""
+    with suppress(OSError):
+        kept = [path for path in there.parent.iterdir() if (path / FILE).is_file() and not path.name.startswith(".")]
+        kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in kept[MOST_PACKAGES:]:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,193 @@
+"""A run and its dataset on a store: the same figures, packages and predictions as on disk."""
+
+import io
+import shutil
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import yaml
+from s3_server import SECRET
+from store_fixtures import use_store
+
+from features.errors import UserError
+from models.ranker import ModelConfig
+from pipeline.evaluation import follow, predictions, priority
+from pipeline.evaluation.follow import EvaluateConfig, Evaluation, dataset_of, evaluate, results_of
+from pipeline.evaluation.metrics import evaluated as figures
+from pipeline.evaluation.report import page
+from pipeline.evaluation.scorer import Scorer as Evaluator
+from pipeline.release.export.config import ExportConfig
+from pipeline.release.export.export import export
+from pipeline.release.predict.config import PredictConfig
+from pipeline.release.predict.predict import predict
+from pipeline.run import records
+from pipeline.run.run import Run
+from pipeline.serving import fetching
+from pipeline.serving.scorer import Scorer
+from pipeline.storage.files import copy_file, read_lines
+from pipeline.storage.store_path import StorePath, files_below
+from pipeline.training.config import Settings, TrainConfig
+from pipeline.training.train import train
+
+pytestmark = pytest.mark.integration
+MODEL = ModelConfig(fusion={"name": "adatt", "levels": [[8], [4]]}, tower=[4])
+
+
+@pytest.fixture(scope="module")
+def trained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints at steps 2 and 4."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    settings = Settings(batch_size=64, lanes=2, epochs=2, max_steps=4, checkpoint_every=2, threads=1)
+    train(TrainConfig(dataset=small_dataset, run=run, model=MODEL, train=settings))
+    return run
+
+
+def put(folder: Path, target: StorePath) -> StorePath:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            copy_file(file, target / file.relative_to(folder).as_posix())
+    return target
+
+
+def put_run(run: Path, dataset: StorePath, target: StorePath) -> Run:
+    """A copy of a run on a store, trained on the dataset there."""
+    put(run, target)
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"dataset": str(dataset), "run": str(target)}
+    (target / "config.yaml").write_text(yaml.safe_dump(config))
+    return Run(target)
+
+
+@pytest.fixture
+def world(trained: Path, small_dataset: Path, s3: StorePath, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The run on S3, with its dataset."""
+    monkeypatch.setattr(priority, "lower", lambda _: None)
+    monkeypatch.setattr(follow, "POLL_INTERVAL_OF_STORE", 0.05)
+    return put_run(trained, put(small_dataset, s3 / "data"), s3 / "run")
+
+
+def evaluated(run: Path, **settings: Any) -> list[dict[str, Any]]:
+    return list(evaluate(EvaluateConfig(run=run, threads=1, **settings)))
+
+
+def test_evaluations_are_those_of_the_run_on_disk_and_name_no_secret(
+    world: Run, trained: Path, small_dataset, tmp_path
+):
+    here = Run(shutil.copytree(trained, tmp_path / "run"))
+    wanted = evaluated(here.path, predictions=True)
+    found = evaluated(world.path, predictions=True, follow=True)
+    same = ("step", "checkpoint", "metrics", "intervals", "reliability", "rows_evaluated", "evaluation", "measure")
+    assert [[record[key] for key in same] for record in found] == [[record[key] for key in same] for record in wanted]
+    assert list(read_lines(world.eval_metrics)) == found
+    assert [record["dataset"] for record in found] == [f"{world.path.parent}/data"] * 2
+    for record in found:
+        file = f"test-{record['step']:08d}.parquet"
+        there = figures.read(world.path / "evaluations" / file).figures
+        assert there.equals(figures.read(here.path / "evaluations" / file).figures)
+        there = predictions.read(world.path / "predictions" / file)
+        assert there.equals(predictions.read(here.path / "predictions" / file))
+    assert evaluated(world.path, predictions=True) == []
+    page.write_run(results_of(world, "test", found[0]["dataset"], {n: t.kind for n, t in world.schema().tasks.items()}))
+    assert "dwell" in world.report.read_text()
+    assert not [file for file in files_below(world.path.parent) if SECRET.encode() in file.read_bytes()]
+
+
+def test_a_poll_of_a_run_on_s3_asks_twice_however_many_checkpoints_it_has(world: Run, proxy, monkeypatch):
+    evaluated(world.path)
+    use_store(proxy.env, monkeypatch)
+    evaluation = Evaluation(EvaluateConfig(run=world.path, threads=1))
+    pending = evaluation.pending
+    assert (pending.steps(), pending.take([2, 4])) == ([2, 4], None)  # looks into the files of each record, once
+    proxy.requests.clear()
+    assert pending.take(pending.steps()) is None
+    assert [method for method, _ in proxy.requests] == ["GET", "HEAD"]
+
+
+def test_two_evaluators_of_a_run_on_s3_share_its_checkpoints(world: Run):
+    with ThreadPoolExecutor(2) as pool:
+        both = [*pool.map(lambda _: evaluated(world.path), range(2))]
+    assert sorted(record["step"] for records in both for record in records) == [2, 4]
+    assert sorted(line["step"] for line in read_lines(world.eval_metrics)) == [2, 4]
+
+
+def test_a_record_is_not_lost_to_a_writer_that_read_before_it_was_put(world: Run, monkeypatch):
+    first, second = (
+        {"split": "test", "dataset": "d", "step": step, "checkpoint": "c", "metrics": {}} for step in (1, 2)
+    )
+    put = records.replace_version
+
+    def overtaken(*arguments: Any) -> None:
+        monkeypatch.setattr(records, "replace_version", put)
+        records._put_object(world.eval_metrics, second)
+        put(*arguments)
+
+    monkeypatch.setattr(records, "replace_version", overtaken)
+    records.put(world, first)
+    assert [line["step"] for line in read_lines(world.eval_metrics)] == [2, 1]
+
+
+@pytest.mark.system
+def test_an_evaluation_outlives_a_server_that_is_killed_and_started_again(
+    world: Run, trained: Path, s3_server, monkeypatch
+):
+    metrics = Evaluator.metrics
+    restarted = []
+
+    def with_a_crash(self: Evaluator, step: int, on_batch: Any = None) -> Any:
+        def crash(*arguments: Any) -> None:
+            if not restarted:
+                s3_server.kill()
+                restarted.append(Thread(target=s3_server.start))
+                restarted[0].start()
+            on_batch(*arguments)
+
+        return metrics(self, step, crash)
+
+    monkeypatch.setattr(Evaluator, "metrics", with_a_crash)
+    found = evaluated(world.path, batch_size=32, step=4)
+    restarted[0].join()
+    monkeypatch.undo()
+    [wanted] = (Evaluator(Run(trained), dataset_of(Run(trained), EvaluateConfig(run=trained)), "test", 32).evaluate(4),)
+    assert [record["metrics"] for record in found] == [wanted["metrics"]]
+
+
+def test_a_package_and_its_delta_on_s3_are_those_of_a_disk(world: Run, trained: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv(fetching.CACHE, str(tmp_path / "cache"))
+    root = world.path.parent
+    whole = export(ExportConfig(run=world.path, step=2, out=root / "p2", archive=True, threads=1))
+    export(ExportConfig(run=world.path, out=root / "p4", since=2, threads=1))
+    export(ExportConfig(run=trained, step=2, out=tmp_path / "p2", archive=True, threads=1))
+    export(ExportConfig(run=trained, out=tmp_path / "p4", since=2, threads=1))
+    for name in ("p2", "p4"):
+        here, there = tmp_path / name, root / name
+        named = {file.relative_to(here).as_posix() for file in here.rglob("*") if file.is_file()}
+        assert {str(file).removeprefix(f"{there}/") for file in files_below(there)} == named
+        for file in named - {"manifest.json", "model_card.md"}:
+            assert (there / file).read_bytes() == (here / file).read_bytes(), file
+    assert whole.bytes == sum(file.stat().st_size for file in files_below(root / "p2"))
+    with tarfile.open(fileobj=io.BytesIO((root / "p2.tar").read_bytes())) as archive:
+        members = {entry.name: archive.extractfile(entry).read() for entry in archive if entry.isfile()}
+    assert members == {f"p2/{str(f).removeprefix(f'{root}/p2/')}": f.read_bytes() for f in files_below(root / "p2")}
+
+    rows = [{"user": f"u{n}", "city": "Köln", "item": f"i{n}", "price": 1.5 * n, "age": 20 + n} for n in range(40)]
+    wanted = Scorer.load(tmp_path / "p4", base=tmp_path / "p2").score(rows, extra=True)
+    found = Scorer.load(f"{root}/p4", base=f"{root}/p2").score(rows, extra=True)
+    assert {task: x_B.tobytes() for task, x_B in found.items()} == {task: x_B.tobytes() for task, x_B in wanted.items()}
+    with pytest.raises(UserError, match="is there already"):
+        export(ExportConfig(run=world.path, out=root / "p2", threads=1))
+
+
+def test_predictions_on_s3_are_the_bytes_of_those_on_a_disk(world: Run, small_log: Path, tmp_path: Path):
+    there, here = world.path.parent / "scores", tmp_path / "scores"
+    for out in (there, here):
+        predict(
+            PredictConfig(run=world.path, input=str(small_log), out=out, columns=["user"], threads=1, rows_per_file=400)
+        )
+    named = {file.relative_to(here).as_posix(): file.read_bytes() for file in here.rglob("*") if file.is_file()}
+    assert {str(file).removeprefix(f"{there}/"): file.read_bytes() for file in files_below(there)} == named
+    assert len(named) == 4  # three files of predictions and their manifest
+    with pytest.raises(UserError, match="exists"):
+        predict(PredictConfig(run=world.path, input=str(small_log), out=there))
