@@ -131,7 +131,7 @@ def _raise(what: object, limit: float, error: Exception) -> NoReturn:
     if may_pass(error):
         reason = f"the store has not answered for {limit:g} s: {without_secrets(one_line(error))}"
         raise OSError(errno.ETIMEDOUT, reason, str(what)) from None
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or _answer(error)[0] == 404:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(what)) from None
     if isinstance(error, FileExistsError):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(what)) from None

@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BeforeValidator
 from features.printable import has_controls, printable
 from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter
 from pipeline.storage.patience import patiently
+from pipeline.storage.patterns import matches
 from pipeline.storage.systems import file_system, s3_delete, s3_info, stripped
 
 # fsspec knows others, some of which (reference::, zip::) read what a file tells them to read.
@@ -324,7 +325,7 @@ def _selected(folder: StorePath, parts: tuple[str, ...]) -> list[StorePath]:
         return [folder]
     first, rest = parts[0], parts[1:]
     if first == "**":
-        return sorted(folder.joinpath(*names) for names, is_dir in _tree(folder) if _matches(names, parts, is_dir))
+        return sorted(folder.joinpath(*names) for names, is_dir in _tree(folder) if matches(names, parts, is_dir))
     if not re.search(r"[*?\[]", first):
         below = folder / first
         return _selected(below, rest) if rest else [below] if below.exists() else []
@@ -342,18 +343,6 @@ def _tree(folder: StorePath) -> set[tuple[tuple[str, ...], bool]]:
     return {(names, False) for names in files} | {
         (names[:count], True) for names in files for count in range(len(names))
     }
-
-
-def _matches(names: tuple[str, ...], parts: tuple[str, ...], is_dir: bool) -> bool:
-    if not parts:
-        return not names
-    if parts[0] == "**":
-        return (
-            is_dir
-            if len(parts) == 1
-            else any(_matches(names[skip:], parts[1:], is_dir) for skip in range(len(names) + 1))
-        )
-    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:], is_dir)
 
 
 def on_store(path: Path) -> bool:
