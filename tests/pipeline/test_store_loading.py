@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from examples import examples
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from test_loader import make_dataset, same
 
 from features.batch import Batch
 from features.errors import UserError
+from features.parquet_pages import chunk_start
 from pipeline.dataset import read_ahead, split_reader
 from pipeline.dataset.background import held_back
 from pipeline.dataset.dataset import Dataset
@@ -188,6 +190,24 @@ def test_a_damaged_shard_is_left_out_or_refused_as_on_a_disk(
     assert skipping[0].corrupt == skipping[1].corrupt != set()
 
 
+@pytest.mark.parametrize("reader", ["loader", "open_shard"])
+def test_a_lying_page_of_a_list_is_found_before_it_is_unpacked(reader: str, tmp_path: Path, memory: StorePath) -> None:
+    data = make_dataset(tmp_path / "data", **MAKING)
+    shard = data.shards("train")[1]
+    group = pq.read_metadata(data.path / shard.path).row_group(2)
+    (chunk,) = (c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith("b."))
+    content = bytearray((data.path / shard.path).read_bytes())
+    content[chunk_start(chunk) : chunk_start(chunk) + 4] = b"\xff" * 4
+    (data.path / shard.path).write_bytes(content)
+    other = copied(data, memory)
+    loader = Loader(other, "train", 16, 4, **SETTINGS, max_corrupt=0.9)
+    readers = {"loader": lambda: every_batch(loader), "open_shard": lambda: open_shard(other, shard)}
+    with pytest.raises(UserError, match=r"part-00001.*column b\..* has a page without a valid header"):
+        readers[reader]()
+    with open_shard(other, shard, ["x"]) as file:  # which does not read it
+        assert file.read(["x"]).num_rows == shard.rows
+
+
 # Memory
 
 
@@ -236,6 +256,9 @@ def test_memory_of_a_shard_is_given_back_once_a_row_group_is_decoded(local: Data
     shard = data.shards("train")[0]
     groups = StoredGroups(data, ["x"], Reading())
     opened, parts = groups.fetch(shard, 1)
+    assert (
+        sum(len(content) for _, content in parts) < groups.bytes_of(shard, 1) < 10 * shard.bytes
+    )  # a footer is parsed
     with opened.holding(parts) as content:
         assert content[parts[0][0][0]] == parts[0][1][0]
         assert any(content[:])
