@@ -35,9 +35,12 @@ class Storage(Protocol):
         """Entries of a folder that match a glob pattern, sorted; none where there is no folder."""
 
     def commit(self, staging: Path, final: Path) -> None:
-        """Makes a folder visible under its final name, durably and in one step.
+        """Makes a folder visible under its final name, durably and in one step; on a store, with its manifest.
 
-        A folder that stands there already changes places with it: `staging` is then the old one, for its owner to delete.
+        A folder that stands there already is replaced; `staging` is then the old one, for its owner to delete, or none.
+
+        Raises:
+            UserError: another writer commits to the same place; a store alone says so.
         """
 
     def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lock:

@@ -56,7 +56,7 @@ def put_new(path: StorePath, content: bytes) -> str:
 def version_of(path: StorePath) -> str | None:
     """What changes whenever an object does, None where there is none."""
     if path.scheme in S3:
-        found = path.info()
+        found = path.describe()
         return str(found["ETag"]) if found and found["type"] == "file" else None
     content = _content_of(path)
     return None if content is None else hashlib.sha256(content).hexdigest()

@@ -3,7 +3,7 @@
 Beside a file NAME lie `.NAME.lease/exclusive` and `.NAME.lease/shared-HEX`, one a reader. Each names its owner and the seconds
 that it is good for. Whoever wants the lock puts its own object first and then reads the others', so that of two at most one
 gets it. An object that has not changed for its seconds on the clock of who waits belongs to a dead owner; no two clocks are
-compared. That of a process of this very machine is known to be dead, or not, at once.
+compared. That of a process of this very machine is known to be dead at once, and is waited for BUSY_FACTOR times as long else.
 """
 
 import errno
@@ -24,6 +24,7 @@ from pipeline.storage.conditional import Changed, age_of, put_new, read_version,
 from pipeline.storage.store_path import StorePath
 
 LEASE_S = 30.0  # after which an owner that has not renewed its lease is taken to be dead
+BUSY_FACTOR = 10  # times as long for a process of this machine that runs: it may be too busy to renew
 LONGEST_S = 600.0  # that another's lease may be good for
 AGE_FACTOR = 3  # of its seconds, after which the store's own clock alone says that an owner is dead
 RELEASE_S = 5.0  # for which a release waits for a store that does not answer; the lease ends by itself
@@ -64,7 +65,7 @@ def lease(path: StorePath, shared: bool = False, wait: bool = False) -> Lease:
     Raises:
         BlockingIOError: another process has it, and `wait` is false.
     """
-    folder, watch = folder_of(path), _Watch(wait)
+    folder, watch = folder_of(path), Watch(wait)
     while True:
         held = (_shared if shared else _exclusive)(folder, watch)
         if held is not None:
@@ -137,7 +138,7 @@ class _Held:
             self.mutex.release()
 
 
-class _Watch:
+class Watch:
     """What is seen of others' objects while a lease is waited for.
 
     Args:
@@ -152,28 +153,29 @@ class _Watch:
         """Whether an object's owner is dead. Raises BlockingIOError where it is not, and is not waited for."""
         about, now = _parsed(content), _now()
         first, since = self.seen.setdefault(path, (version, now))
-        if first != version:
-            self.seen[path] = version, now
-        elif now - since >= _seconds(about):
-            return True
         here = _this_process(os.getpid())
         neighbour = "boot" in here and all(about.get(key) == here[key] for key in ("host", "boot", "space"))
         if neighbour and not _runs(about):
             return True
+        seconds = _seconds(about) * (BUSY_FACTOR if neighbour else 1)
+        if first != version:
+            self.seen[path] = version, now
+        elif now - since >= seconds:
+            return True
         if about.get("kind") == "asking":  # it will be held or gone in a moment
             return False
-        if self.wait and now - since < _seconds(about) / 2:  # asked again soon enough
+        if self.wait and now - since < seconds / 2:  # asked again soon enough
             return False
         age = age_of(path)
-        if age is not None and age > _seconds(about) * AGE_FACTOR:
+        if age is not None and age > seconds * AGE_FACTOR:
             return True
-        renewed = neighbour if age is None else age < _seconds(about) * 2 / 3
+        renewed = neighbour if age is None else age < seconds * 2 / 3
         if not self.wait and (first != version or renewed):
             raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path))
         return False
 
 
-def _exclusive(folder: StorePath, watch: _Watch) -> _Held | None:
+def _exclusive(folder: StorePath, watch: Watch) -> _Held | None:
     """The exclusive lease, or None to try again.
 
     Without waiting it first only asks, and a reader that comes in between waits for what becomes of it; one that waits, and
@@ -206,7 +208,7 @@ def _exclusive(folder: StorePath, watch: _Watch) -> _Held | None:
     return None if held.lost else held
 
 
-def _shared(folder: StorePath, watch: _Watch) -> _Held | None:
+def _shared(folder: StorePath, watch: Watch) -> _Held | None:
     """A shared lease, or None to try again."""
     if _stands(folder / "exclusive", watch):
         return None
@@ -226,7 +228,7 @@ def _shared(folder: StorePath, watch: _Watch) -> _Held | None:
     return None if held.lost else held
 
 
-def _stands(exclusive: StorePath, watch: _Watch) -> str | None:
+def _stands(exclusive: StorePath, watch: Watch) -> str | None:
     """The kind of the exclusive lease, None where there is none, or it was deleted here since its owner is dead."""
     found = read_version(exclusive)
     if found is None:
@@ -237,7 +239,7 @@ def _stands(exclusive: StorePath, watch: _Watch) -> str | None:
     return None
 
 
-def _ended(reader: StorePath, watch: _Watch) -> bool:
+def _ended(reader: StorePath, watch: Watch) -> bool:
     """Whether a reader's object is gone, or was deleted here since its owner is dead."""
     found = read_version(reader)
     if found is None:

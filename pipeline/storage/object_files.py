@@ -170,9 +170,9 @@ class _Parts:
             self.tags.append(self.running.popleft().result())
         self.count += 1
         self.part_bytes = PART_BYTES << (self.count // GROWN_AFTER)
-        self.running.append(self.pool.submit(self.send, self.count, bytes(content)))
+        self.running.append(self.pool.submit(self.send, self.count, content))
 
-    def send(self, number: int, content: bytes) -> str:
+    def send(self, number: int, content: bytearray) -> str:
         return str(self.call("upload_part", UploadId=self.id, PartNumber=number, Body=content)["ETag"])
 
     def finish(self, content: bytearray, size: int) -> None:

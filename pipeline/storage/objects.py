@@ -1,14 +1,18 @@
 """Storage on an object store that fsspec reaches: objects appear whole, a manifest comes last, leases stand for locks."""
 
 import errno
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features.errors import UserError
+from pipeline.storage.base import Lock
 from pipeline.storage.conditional import write_new
 from pipeline.storage.lease import Lease, lease, lost_here
 from pipeline.storage.store_path import StorePath, copy_all, files_below, remove_all, remove_tree
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["MANIFEST", "ObjectStorage", "write_new"]
 
@@ -67,19 +71,43 @@ class ObjectStorage:
         (staging / MANIFEST).unlink(missing_ok=True)  # first: a half of it is not to be committed again
         remove_tree(staging)
 
-    def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lease:
-        """A lease beside a file, see pipeline.storage.lease; a folder need have no file of its own, but one below it."""
+    def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lock:
+        """A lease beside a file, see pipeline.storage.lease; a folder need have no file of its own, but one below it.
+
+        Whoever may only read gets no lease: a shared lock then keeps nobody from deleting the file, and the log says so.
+        """
         assert isinstance(path, StorePath)
         if not path.exists():
             if not create:
                 raise _missing(path)
             with suppress(FileExistsError):
                 write_new(path, b"")
-        taken = lease(path, shared, wait)
+        try:
+            taken: Lock = lease(path, shared, wait)
+        except PermissionError as error:
+            if not shared:
+                raise
+            _logger.warning("%s is read without a lock, since it cannot be written beside it: %s", path, error.strerror)
+            return _ReadOnly()
         if not path.exists():
             taken.release()
             raise _missing(path)
         return taken
+
+
+class _ReadOnly:
+    """The lock of who may not write a lease."""
+
+    lost = False
+
+    def release(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "_ReadOnly":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
 
 
 @contextmanager

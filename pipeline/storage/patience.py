@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from features.errors import one_line
+from features.errors import UserError, one_line
 
 T = TypeVar("T")
 TIMEOUT = "TASKFUSE_STORE_TIMEOUT"  # environment: seconds for which a store may fail to answer
@@ -45,8 +45,9 @@ LIBRARIES = {
     "pyarrow",
 }
 STATUS_NAMES = {"azure": "status_code", "gcsfs": "code"}  # attributes with the status of an answer
-FINAL_NAMES = re.compile(
-    "Credential|ParamValidation|Profile|Config|DefaultCredentials|Authentication|Unknown|InvalidRegion"
+FINAL_NAMES = re.compile(  # not CredentialRetrievalError: a service of credentials may answer again
+    "NoCredentials|PartialCredentials|DefaultCredentials|CredentialUnavailable|AuthToken|UnauthorizedSSO|Authentication|"
+    "ParamValidation|Profile|Config|Unknown|InvalidRegion"
 )
 
 _silent: dict[str, float] = {}  # stores that do not answer, and since when
@@ -55,8 +56,12 @@ _logger = logging.getLogger(__name__)
 
 
 def time_limit() -> float:
-    """Seconds for which a store may fail to answer: TASKFUSE_STORE_TIMEOUT, or TIMEOUT_S."""
-    return float(os.environ.get(TIMEOUT) or TIMEOUT_S)
+    """Seconds for which a store may fail to answer: TASKFUSE_STORE_TIMEOUT, or TIMEOUT_S. Raises UserError for no number."""
+    text = os.environ.get(TIMEOUT) or TIMEOUT_S
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{TIMEOUT}={text} in the environment is no number of seconds: change or unset it.") from None
 
 
 def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
@@ -126,12 +131,16 @@ def _raise(what: object, limit: float, error: Exception) -> NoReturn:
     if may_pass(error):
         reason = f"the store has not answered for {limit:g} s: {without_secrets(one_line(error))}"
         raise OSError(errno.ETIMEDOUT, reason, str(what)) from None
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or _answer(error)[0] == 404:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(what)) from None
     if isinstance(error, FileExistsError):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(what)) from None
     text = without_secrets((isinstance(error, OSError) and error.strerror) or one_line(error))
-    if isinstance(error, PermissionError) or FINAL_NAMES.search(type(error).__name__):
+    if (
+        isinstance(error, PermissionError)
+        or _answer(error)[0] in (401, 403)
+        or FINAL_NAMES.search(type(error).__name__)
+    ):
         raise PermissionError(errno.EACCES, f"the store refuses: {text}", str(what)) from None
     if isinstance(error, OSError):
         number = error.errno or {IsADirectoryError: errno.EISDIR, NotADirectoryError: errno.ENOTDIR}.get(

@@ -138,6 +138,12 @@ class StorePath(PosixPath):
     def __truediv__(self, name: str | os.PathLike[str]) -> "StorePath":
         return self.joinpath(name)
 
+    def __rtruediv__(self, other: object) -> "StorePath":
+        return self  # as of an absolute path; Python asks the subclass first
+
+    def match(self, path_pattern: Any, **named: Any) -> bool:
+        return PurePosixPath(*self.parts[1:]).match(str(path_pattern), **named)
+
     @property
     def parent(self) -> "StorePath":
         return type(self)(*self.parts[: max(2, len(self.parts) - 1)])
@@ -159,7 +165,7 @@ class StorePath(PosixPath):
     def samefile(self, other_path: Any) -> bool:
         return self == other_path
 
-    def info(self) -> dict[str, Any] | None:
+    def describe(self) -> dict[str, Any] | None:
         """fsspec's description of a file or folder (type, size, and what the store adds), None where there is none."""
         system, key = self.system, self.key
         bucket, _, name = key.partition("/")
@@ -171,7 +177,7 @@ class StorePath(PosixPath):
             return None
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        info = self.info()
+        info = self.describe()
         if info is None:
             raise _missing(self)
         mode = stat.S_IFDIR if info["type"] == "directory" else stat.S_IFREG
@@ -185,13 +191,13 @@ class StorePath(PosixPath):
         return self.stat()
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        return self.info() is not None
+        return self.describe() is not None
 
     def is_file(self, *, follow_symlinks: bool = True) -> bool:
-        return (info := self.info()) is not None and info["type"] == "file"
+        return (info := self.describe()) is not None and info["type"] == "file"
 
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:
-        return (info := self.info()) is not None and info["type"] == "directory"
+        return (info := self.describe()) is not None and info["type"] == "directory"
 
     def is_symlink(self) -> bool:
         return False
@@ -261,7 +267,7 @@ class StorePath(PosixPath):
 
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
         """Makes an empty file, or renews the time of one; that of a file with content stays."""
-        info = self.info()
+        info = self.describe()
         if info and not exist_ok:
             raise FileExistsError(errno.EEXIST, "File exists", str(self))
         if info is None or (info["type"] == "file" and not info["size"]):
@@ -269,7 +275,7 @@ class StorePath(PosixPath):
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Does nothing: a store has no empty folders. Raises FileExistsError as pathlib does."""
-        info = self.info()
+        info = self.describe()
         if info and (info["type"] == "file" or not exist_ok):
             raise FileExistsError(errno.EEXIST, "File exists", str(self))
 
@@ -281,7 +287,7 @@ class StorePath(PosixPath):
 
     def rmdir(self) -> None:
         """Does nothing: a folder is gone with its last file. Raises OSError where there is one."""
-        if info := self.info():
+        if info := self.describe():
             number = errno.ENOTEMPTY if info["type"] == "directory" else errno.ENOTDIR
             raise OSError(number, os.strerror(number), str(self))
 

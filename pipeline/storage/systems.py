@@ -56,7 +56,7 @@ def s3_info(system: Any, bucket: str, key: str) -> dict[str, Any] | None:
 def s3_delete(system: Any, keys: list[str]) -> None:
     """Deletes objects of one bucket, up to 1000, those that are there. Raises OSError where one could not be deleted."""
     bucket = keys[0].partition("/")[0]
-    objects = [{"Key": key.partition("/")[2]} for key in dict.fromkeys(keys)]
+    objects = [{"Key": name} for key in dict.fromkeys(keys) if (name := key.partition("/")[2])]
     done = system.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
     if errors := done.get("Errors"):
         number = errno.EACCES if errors[0].get("Code") == "AccessDenied" else errno.EBUSY

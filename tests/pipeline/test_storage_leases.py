@@ -124,7 +124,21 @@ def test_a_store_that_is_gone_for_longer_takes_no_lease_away(
         assert not lock.lost
 
 
-def test_readers_and_a_writer_exclude_each_other_under_load(root: StorePath) -> None:
+def test_a_running_process_of_this_machine_may_be_too_busy_to_renew(memory: StorePath) -> None:
+    with lease.lease(memory / "file") as held:
+        held.held.stop.set()  # its thread gets no turn
+        watch = lease.Watch(wait=True)
+        file = folder_of(memory / "file") / "exclusive"
+        content = file.read_bytes()
+        assert not watch.is_dead(file, content, "v")
+        time.sleep(SHORT_S * 1.1)
+        assert not watch.is_dead(file, content, "v")
+        foreign(file)
+        assert watch.is_dead(file, file.read_bytes(), "v")
+
+
+def test_readers_and_a_writer_exclude_each_other_under_load(root: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 6.0)  # a machine under load renews late
     state, guard, faults = {"readers": 0, "writers": 0, "held": 0}, threading.Lock(), []
 
     def work(number: int) -> None:
@@ -154,7 +168,7 @@ def test_of_a_reader_and_a_writer_that_do_not_wait_at_least_one_gets_it(root: St
 
     with ThreadPoolExecutor(2) as pool:
         for _ in range(6):
-            assert any(pool.map(attempt, (True, False)))
+            assert any(list(pool.map(attempt, (True, False))))
 
 
 HOLDS = """
@@ -262,6 +276,7 @@ def test_a_commit_that_is_stopped_at_any_call_shows_no_mixture_and_is_done_again
 
 
 def test_of_two_writers_one_commits_and_the_other_is_refused(s3: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 20.0)
     storage, barrier = storage_of(s3), threading.Barrier(2)
     real = objects.copy_all
 
@@ -302,6 +317,29 @@ def test_a_commit_whose_lease_was_taken_over_stops_before_the_manifest(memory: S
     with pytest.raises(UserError, match="another process"):
         storage_of(memory).commit(memory / "staging", memory / "final")
     assert committed(memory / "final") is None
+
+
+def test_who_may_only_read_reads_without_a_lock_and_is_told(
+    through_proxy: StorePath, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = through_proxy / "file"
+    file.write_bytes(b"x")
+    proxy.fault = lambda method, path: 403 if method == "PUT" else None
+    with storage_of(file).lock(file, shared=True) as lock:
+        assert not lock.lost
+    assert "read without a lock" in caplog.text
+    with pytest.raises(PermissionError):
+        storage_of(file).lock(file)
+
+
+def test_a_forked_process_leaves_its_parents_lease_alone(memory: StorePath) -> None:
+    held = lease.lease(memory / "file")
+    process = os.fork()
+    if not process:
+        held.release()
+        os._exit(0 if (folder_of(memory / "file") / "exclusive").exists() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    held.release()
 
 
 STAGES = """
